@@ -17,17 +17,38 @@ from pydantic import TypeAdapter
 
 from tailora.cli.flags import Json, NprocPerNode, flags_of, merge_settings
 from tailora.cli.main import ARGUMENTS, GATE_NOT_MET, log, note, print_json, print_text, stderr, stdout
-from tailora.cli.models import BaseModel, Device, Quantize, base_model_name, check_sources, find_adapter, load_model
+from tailora.cli.models import (
+    BaseModel,
+    Device,
+    Loaded,
+    Quantize,
+    base_model_name,
+    check_sources,
+    find_adapter,
+    labels_of,
+    load_model,
+)
 from tailora.data.readers import source_names
 from tailora.errors import ConfigError
-from tailora.evaluation.metrics import METRICS, QUOTES_HINT, Gate, check_gates, parse_gates, parse_metrics
+from tailora.evaluation.metrics import (
+    CHANGE,
+    LABEL_METRICS,
+    METRICS,
+    OF_CLASS,
+    QUOTES_HINT,
+    Gate,
+    check_gates,
+    parse_gates,
+    parse_metrics,
+)
 from tailora.formats.run_folder import REPORT, recorded_settings, write_report
 from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
 from tailora.train.config import TrainConfig
-from tailora.train.launch import count_processes, is_launched_by_tailora, launch
+from tailora.train.launch import count_processes, is_launched_by_tailora, launch, world_size
 
 if TYPE_CHECKING:
+    from tailora.data.labels import Labels
     from tailora.evaluation.scores import Scores
 
 
@@ -53,7 +74,8 @@ Metrics = Annotated[
         name="--metrics",
         negative=(),
         metavar="A,B",
-        help=f"{', '.join(METRICS)}; default: accuracy for data with choices, else loss",
+        help=f"{', '.join(METRICS)}; default: accuracy for data with choices, else loss; "
+        "of models that predict labels all that there are",
     ),
 ]
 Normalize = Annotated[
@@ -137,7 +159,9 @@ def eval(
     check_sources(data=[data])
     target = find_target(adapter, model)
     base = base and target.folder is not None
-    check_gates(data_gates, list(METRICS), base=base)
+    named = [gate.metric.removesuffix(CHANGE) for gate in data_gates]
+    of_classes = [name for name in named if OF_CLASS.fullmatch(name)]
+    check_gates(data_gates, [*METRICS, *LABEL_METRICS, *of_classes], base=base)
     _check_output_dir(output_dir)
     defaults = {name: target.settings.get(name) for name in ("max_length", "system")}
     config = merge_settings(flags, None, defaults=defaults, arguments={"model": target.model})
@@ -151,6 +175,19 @@ def eval(
             return launch(ARGUMENTS.get(), processes, results=[GATE_NOT_MET])
 
     log("reading model and data")
+    folders = {} if target.folder is None else {"default": target.folder}
+    labels = labels_of(target.model, list(folders.values()))
+    if labels is not None:
+        if data is None or harness.names:
+            raise ConfigError(f"a model for {labels.task} is evaluated on rows with labels: give --data, not --tasks")
+        if nproc_per_node is not None or world_size() > 1:
+            raise ConfigError("a model that predicts labels is evaluated in one process: leave the others out")
+        loaded = load_model(target.model, folders, quantize=quantize, dtype=config.dtype, device=device, labels=labels)
+        scores = _label_scores(target, loaded, labels, data, config, limit, base, metric_names, named)
+        return _finish(target, scores, gates, time.monotonic() - started, output_dir, json)
+    check_gates(data_gates, list(METRICS), base=base)
+    if wrong := [name for name in metric_names if name not in METRICS]:
+        raise ConfigError(f"--metrics {','.join(wrong)}: of models that predict labels, and this is a language model")
     from tailora.cli.progress import counter
     from tailora.evaluation.lm_eval import evaluate_tasks, find_tasks
     from tailora.evaluation.scores import EvalOptions, Scores, normalizer, score, without_adapter
@@ -172,7 +209,6 @@ def eval(
     tasks = find_tasks(harness.names, harness.include_path) if harness.names else None
     if tasks is not None:
         check_gates(gates, [*(METRICS if data else ()), *tasks.metrics], base=base)
-    folders = {} if target.folder is None else {"default": target.folder}
     scores = Scores({}, {} if base else None, {} if base else None)
     with explain_out_of_memory("evaluating", lambda: MEMORY_ADVICE), launched_ranks(device) as ranks:
         if ranks is not None and tasks is not None:
@@ -212,6 +248,51 @@ def eval(
         if ranks is not None:  # launchers send SIGTERM as soon as another process has ended with this code
             announce_end(map(signal.getsignal, SIGNALS))
         return first_of_ranks(code) or 0
+
+
+def _label_scores(
+    target: EvalTarget,
+    loaded: Loaded,
+    labels: "Labels",
+    data: str,
+    config: TrainConfig,
+    limit: int | None,
+    base: bool,
+    chosen: Sequence[str],
+    of_gates: Sequence[str],
+) -> "Scores":
+    """Returns the scores of a model that predicts labels: all, or those chosen by name and those that gates need.
+
+    A base whose head is new says nothing, so that it is left out.
+    """
+    from tailora.cli.progress import counter
+    from tailora.evaluation.classification import evaluate_labels
+    from tailora.evaluation.scores import without_adapter
+    from tailora.train.memory import explain_out_of_memory
+    from tailora.train.model_loading import labels_of_config, read_config
+
+    if base and labels_of_config(read_config(target.model)) != labels:
+        note(f"{target.model} has no head for these labels, so it is not evaluated: see `majority` instead")
+        base = False
+    _warn_of_training_data(target, data)
+    model = loaded.model if loaded.adapters else without_adapter(loaded.model)
+    with explain_out_of_memory("evaluating", lambda: MEMORY_ADVICE), counter(stderr(), "rows") as progress:
+        scores = evaluate_labels(
+            model,
+            loaded.tokenizer,
+            labels,
+            data,
+            field=config.field,
+            max_length=config.max_length,
+            limit=limit,
+            base=base,
+            progress=progress,
+        )
+    if missing := [name for name in (*chosen, *of_gates) if name not in scores.metrics]:
+        raise ConfigError(
+            f"{', '.join(missing)}: not a score of {labels.task} on this data; there are {', '.join(scores.metrics)}"
+        )
+    return scores.only([*chosen, *of_gates]) if chosen else scores
 
 
 def find_target(adapter: str | None, model: str | None) -> EvalTarget:

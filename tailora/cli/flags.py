@@ -32,12 +32,13 @@ from tailora.train.config_file import read_config_file
 FIELDS = TrainConfig.model_fields
 SECTIONS = {  # the first field of each section of --help
     "model": "Model and data",
+    "task": "Task",
     "r": "Adapter",
     "field": "Data",
     "learning_rate": "Optimisation",
     "eval_steps": "Evaluation and files",
 }
-NEXT_PAIR = re.compile(r",(?=[\w.]+=)")  # a comma before the next KEY=; other commas are part of a value
+NEXT_PAIR = re.compile(r",(?=[\w.-]+=)")  # a comma before the next KEY=; other commas are part of a value
 MODULE_NAMES = re.compile(r"[\w.,-]+")  # anything else is a regular expression
 
 Json = Annotated[
@@ -221,6 +222,9 @@ def _plain(name: str, value: Any) -> Any:
     """Returns a flag's value as YAML would have it: names split at commas, key=value pairs as a mapping."""
     types = _types(FIELDS[name])
     if get_origin(types[0]) is dict:
+        words = [word for member in types[1:] for word in get_args(member)]  # in place of pairs
+        if len(value) == 1 and value[0] in words:
+            return value[0]
         return parse_pairs(name, value, split_last=get_args(types[0])[1] is not str)
     if get_origin(types[0]) is not list:
         return value

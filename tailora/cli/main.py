@@ -61,6 +61,7 @@ COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "report": ("study", "Write the report.html of a run or a study again."),
     "chat": ("chat", "Chat with a model, with or without adapters."),
     "generate": ("chat", "Answer prompts, each on its own."),
+    "predict": ("predict", "Predict the label of every row of a file, or answer it."),
     "combine": ("adapters", "Combine several adapters into one."),
     "shrink": ("adapters", "Reduce the rank of an adapter."),
     "extract": ("adapters", "Extract the adapter between a base model and a fine-tuned one."),
@@ -69,7 +70,7 @@ COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "data": ("data", "Show what training would learn from a file."),
     "doctor": ("doctor", "Show what this machine can do."),
 }
-TAKE_DATA = ("demo", "plan", "train", "compare", "eval", "search")  # with the flag --data
+TAKE_DATA = ("demo", "plan", "train", "compare", "eval", "search", "predict")  # with the flag --data
 SUMMARY = "Fine-tune a language model with LoRA, and know whether it worked."
 EPILOGUE = """\
 Exit codes: 0 done, 1 failed, 2 usage or settings, 3 diverged,

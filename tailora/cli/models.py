@@ -27,6 +27,8 @@ from tailora.train.launch import world_size
 if TYPE_CHECKING:
     import torch
 
+    from tailora.data.labels import Labels
+
 METHODS = f"{', '.join(get_args(QuantizeMethod))} or none"
 LORA_FILE = ".safetensors"
 ACCEPTED = f"\nan adapter is the folder of a run or of an adapter, a file {LORA_FILE}, or a Hub id such as owner/name"
@@ -277,6 +279,15 @@ def device_of_flag(name: str) -> "torch.device":
     return device
 
 
+def labels_of(model: str, folders: Sequence[Path]) -> "Labels | None":
+    """Returns what an adapter, or a model alone, predicts; None for a language model."""
+    from tailora.train.model_loading import labels_of_adapter, labels_of_config, read_config
+
+    if folders:
+        return labels_of_adapter(folders[0])
+    return labels_of_config(read_config(model))
+
+
 @dataclass(frozen=True)
 class Loaded:
     model: Any  # a LoRAModel with every adapter active, or the base itself without adapters; in evaluation mode
@@ -291,9 +302,11 @@ def load_model(
     quantize: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    labels: "Labels | None" = None,
 ) -> Loaded:
     """Loads a base model and adapters, name -> folder, onto a device, and says which.
 
+    labels: `labels_of`, if the command can use a model that predicts labels; others need a language model.
     quantize: a method, "none", or None for the one that the adapters were trained with.
     dtype: as in `train.model_loading.load_base`.    device: as in `core.device.choose_device`.
     Raises ConfigError, FormatError, BaseMismatchError.
@@ -303,7 +316,13 @@ def load_model(
 
     fetch_demo(model)
     chosen = device_of_flag(device)
-    base, tokenizer = load_base(model, dtype, chosen, quantize_method(list(folders.values()), quantize))
+    if labels is None and (theirs := labels_of(model, list(folders.values()))) is not None:
+        what = next(map(str, folders.values()), model)
+        raise ConfigError(
+            f"{what} was trained for {theirs.task}: it predicts labels and writes no text. `tailora predict` and "
+            "`tailora eval` use it"
+        )
+    base, tokenizer = load_base(model, dtype, chosen, quantize_method(list(folders.values()), quantize), labels=labels)
     if not folders:
         return Loaded(base.eval(), tokenizer, [])
     (first, folder), *rest = folders.items()

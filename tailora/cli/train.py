@@ -23,7 +23,7 @@ from tailora.report.blocks import Code, Column, Page, Section, Table
 from tailora.report.files import read_page, write_page_if_possible
 from tailora.report.terminal import print_page, print_section
 from tailora.train import run_log
-from tailora.train.config import TrainConfig
+from tailora.train.config import TASK_TYPES, TrainConfig
 from tailora.train.launch import count_processes, how_to_resume, is_launched_by_tailora, launch, world_size
 
 if TYPE_CHECKING:
@@ -150,10 +150,16 @@ def next_commands(config: TrainConfig, folder: Path) -> list[list[str]]:
     tuned = ["--adapter", str(folder)] if is_lora else ["--model", str(folder / "model")]
     columns = [f"{ours}={theirs}" for ours, theirs in config.field.items()]
     held_out = ["--data", config.eval_data or "HELD_OUT.jsonl", *(["--field", ",".join(columns)] if columns else [])]
+    evaluated = [str(folder)] if is_lora else tuned
+    if config.task in TASK_TYPES:
+        return [
+            ["tailora", "eval", *evaluated, *held_out],
+            ["tailora", "predict", *evaluated, "--data", "ROWS.jsonl", "--output", "PREDICTIONS.jsonl"],
+        ]
     commands = [
         ["tailora", "chat", *tuned],
         ["tailora", "generate", *tuned, "--prompt", first_prompt(folder)],
-        ["tailora", "eval", *([str(folder)] if is_lora else tuned), *held_out],
+        ["tailora", "eval", *evaluated, *held_out],
     ]
     if is_lora:
         commands.append(["tailora", "export", str(folder), "--to", "gguf", "--output", f"{folder}-gguf"])
@@ -201,11 +207,14 @@ def fit(
         with run_progress(stderr() if is_rank_0() else Console(quiet=True)) as listener:  # before torch is loaded
             from accelerate import PartialState
 
+            from tailora.evaluation.classification import check_packages
             from tailora.report.pages.train import write_train_report
             from tailora.train.events import Interrupted, fail_together
             from tailora.train.parallel import own_process_group
             from tailora.train.trainer import run
 
+            if config.task in TASK_TYPES:
+                check_packages()  # for the report
             stack.enter_context(own_process_group())
             try:
                 result = run(config, on_event=listener, overwrite=overwrite)
@@ -226,7 +235,8 @@ def fit(
     try:
         if kl is not None:
             run_log.add_result(folder, "eval_kl", kl)
-        write_samples(folder, answers)
+        if config.task not in TASK_TYPES:
+            write_samples(folder, answers)
         report = write_train_report(folder)
         page = write_page_if_possible(folder)
     except WriteError as error:  # what was trained is whole, so the run has not failed
@@ -247,6 +257,8 @@ def sample_answers(
     """Returns answers of the base and the tuned model to the first `count` questions, by default held-out prompts."""
     from tailora.evaluation.generate import compare_answers
 
+    if result.data and result.data.report.task in TASK_TYPES:  # it predicts labels
+        return []
     held_out = result.data.eval_samples if result.data else []
     return compare_answers(result.model, result.tokenizer, (questions or held_out)[:count], **options)
 

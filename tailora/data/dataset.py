@@ -330,6 +330,8 @@ class DataReport:
     duplicates: int  # eval examples that are train examples too
     lengths: list[Bin]
     sha256: str  # of all ids and labels, train then eval
+    labels: dict[str, int]  # how many examples, or words, to train on have each label; {} for other tasks
+    eval_labels: dict[str, int]
 
     @property
     def supervised_share(self) -> float:

@@ -7,6 +7,7 @@ import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 from tailora.data import dataset
 from tailora.data.chat_template import ChatTokenizer, SampleOptions, with_system
 from tailora.data.dataset import IGNORED, DataReport, Example, Examples, Mixture, SourceReport, with_other_replies
+from tailora.data.labels import Labels, encode_labelled, most_tokens
 from tailora.data.readers import Row, RowProblem, Rows, Source, data_error, read_rows
 from tailora.data.schemas import (
     AUTO,
@@ -27,9 +29,11 @@ from tailora.data.schemas import (
     ColumnMapping,
     Conversation,
     Feedback,
+    Labelled,
     Pair,
     Preference,
     Sample,
+    Tagged,
     Text,
     convert_row,
     detect_schema,
@@ -64,12 +68,14 @@ def encode_source(
     task: str = AUTO,
     whole_texts: bool = False,
     is_judged: bool = False,
+    labels: Labels | None = None,
 ) -> tuple[ColumnMapping, Iterator[EncodedRow | RowProblem]]:
     """Returns how the columns are read, and the encoded row or the problem for every item, in order.
 
     is_judged: a pair of replies becomes choices, of which the chosen reply is right.
     detect_from: how many of the first items decide on the schema; None: all.
     whole_texts: plain texts are not cut at max_length.
+    labels: of the tasks that have some.
     Raises DataError if these hold no row, or no row of a known schema.
     """
     first = list(islice(items, detect_from))
@@ -84,17 +90,22 @@ def encode_source(
     except DataError as error:
         raise DataError(f"data {source}: {error}") from None
     longest = sys.maxsize if whole_texts and mapping.schema.name == TEXT else max_length
-    return mapping, _encode_rows(chain(first, items), mapping, tokenizer, longest)
+    return mapping, _encode_rows(chain(first, items), mapping, tokenizer, longest, labels)
 
 
 def _encode_rows(
-    items: Iterable[Row | RowProblem], mapping: ColumnMapping, tokenizer: ChatTokenizer, max_length: int
+    items: Iterable[Row | RowProblem],
+    mapping: ColumnMapping,
+    tokenizer: ChatTokenizer,
+    max_length: int,
+    labels: Labels | None,
 ) -> Iterator[EncodedRow | RowProblem]:
+    encode: Any = encode_samples if labels is None else partial(encode_labelled, labels=labels)
     numbered = enumerate(items)
     while chunk := list(islice(numbered, CHUNK)):
         converted = [_sample_of(item, mapping, tokenizer) if isinstance(item, Row) else item for _, item in chunk]
         samples = [part for sample in converted if not isinstance(sample, RowProblem) for part in _parts(sample)]
-        results = iter(encode_samples(samples, tokenizer, max_length))
+        results = iter(encode(samples, tokenizer, max_length))
         for (index, item), sample in zip(chunk, converted, strict=True):
             if isinstance(sample, RowProblem):
                 yield sample
@@ -110,7 +121,7 @@ def _encode_rows(
 def _sample_of(row: Row, mapping: ColumnMapping, tokenizer: ChatTokenizer) -> AnySample | RowProblem:
     """Returns the row's sample as the options of the tokenizer want it, or why it has none."""
     sample = convert_row(row, mapping)
-    if isinstance(sample, RowProblem) or tokenizer.options.system is None:
+    if isinstance(sample, RowProblem | Labelled | Tagged) or tokenizer.options.system is None:
         return sample
 
     def reply(part: Conversation | Pair) -> Conversation | Pair:
@@ -131,7 +142,7 @@ def _sample_of(row: Row, mapping: ColumnMapping, tokenizer: ChatTokenizer) -> An
         return RowProblem(row.file, row.number, str(error))
 
 
-def _parts(sample: AnySample) -> list[Sample]:
+def _parts(sample: AnySample) -> list[Any]:
     """Returns what is tokenised of a sample."""
     match sample:
         case Choices():
@@ -195,7 +206,7 @@ class RowCounts:
             self.longest = max(self.longest, encoded.length)
             self.truncated += encoded.length > max_length
             self.read_in_part += not encoded.is_whole
-            self.cut_away += example.supervised == 0
+            self.cut_away += not encoded.is_learned
             self.replies_not_learned += encoded.untrained_replies
             self.duplicates += bool(self.held_out) and example.hash in self.held_out
 
@@ -248,23 +259,26 @@ def prepare(
     embedding_rows: int | None = None,
     options: SampleOptions | None = None,
     task: str = AUTO,
+    labels: Labels | None = None,
 ) -> PreparedData:
     """Reads, checks and tokenises everything; holds out a part of all sources unless there is an `eval_source`.
 
-    task: what is trained; "auto" finds it from the rows.
+    task: what is trained; "auto" finds it from the rows.    labels: those of all rows, for tasks that have some.
     embedding_rows: rows of the model's embedding, which must have every token id.
     Raises DataError that names every problem with file, row and cause.
     """
     chat_tokenizer = checked_tokenizer(tokenizer, embedding_rows, options)
+    if labels is not None:
+        max_length = most_tokens(tokenizer, max_length)
     sources = [Source(source)] if isinstance(source, str) else list(source)
-    loaded = _load_sources(sources, "train", chat_tokenizer, field, max_length, task)
+    loaded = _load_sources(sources, "train", chat_tokenizer, field, max_length, task, labels)
     if eval_source is None:
         everything = loaded
         trained, held_out = _split(loaded, validation_split, seed, max_length)
     else:
         task = loaded[0].mapping.schema.task
         trained = loaded
-        held_out = _load_sources([Source(eval_source)], "validation", chat_tokenizer, field, max_length, task)
+        held_out = _load_sources([Source(eval_source)], "validation", chat_tokenizer, field, max_length, task, labels)
         everything = [*trained, *held_out]
     _check_same_task(everything)
     trained, held_out = ([part.in_blocks(max_length) for part in side] for side in (trained, held_out))
@@ -313,6 +327,8 @@ def prepare(
         duplicates=duplicates,
         lengths=dataset.length_histogram(lengths),
         sha256=dataset.dataset_hash(train, judged),
+        labels={} if labels is None else labels.counts(train),
+        eval_labels={} if labels is None else labels.counts(judged),
     )
     samples = [sample for part in held_out for sample in part.samples or part.decoded(tokenizer)]
     judged, samples = judged.select(distinct), [samples[index] for index in distinct]
@@ -357,12 +373,13 @@ def _load_sources(
     field: Mapping[str, str] | None,
     max_length: int,
     task: str,
+    labels: Labels | None,
 ) -> list[LoadedSource]:
     """Raises DataError that names the problems of all sources."""
     loaded, problems = [], []
     for source in sources:
         try:
-            loaded.append(_load_source(source, split, tokenizer, field, max_length, task))
+            loaded.append(_load_source(source, split, tokenizer, field, max_length, task, labels))
         except DataError as error:
             problems.append(str(error))
     if problems:
@@ -399,10 +416,11 @@ def _load_source(
     field: Mapping[str, str] | None,
     max_length: int,
     task: str,
+    labels: Labels | None,
 ) -> LoadedSource:
     rows = read_rows(source.name, split=split)
     mapping, encoded = encode_source(
-        source.name, rows, field, tokenizer, max_length, detect_from=None, task=task, whole_texts=True
+        source.name, rows, field, tokenizer, max_length, detect_from=None, task=task, whole_texts=True, labels=labels
     )
     is_text = mapping.schema.name == TEXT
     results = list(encoded)
@@ -412,7 +430,7 @@ def _load_source(
     for row in results:
         if isinstance(row, EncodedRow):
             counts.add(row.encoded, sys.maxsize if is_text else max_length)
-            usable += [row] if row.encoded.example.supervised else []
+            usable += [row] if row.encoded.is_learned else []
     if not usable or max_length < 2:
         raise _all_cut(source.name, max_length, counts)
     examples = Examples.of(row.encoded.example for row in usable)
@@ -512,7 +530,7 @@ class EvalDataReport:
 
 @dataclass(frozen=True, slots=True)
 class EvalSource:
-    """How the rows are read. limit: read at most so many rows."""
+    """How the rows are read. limit: read at most so many rows.    labels: of a model that predicts some."""
 
     name: str
     tokenizer: Any
@@ -520,6 +538,7 @@ class EvalSource:
     max_length: int
     limit: int | None = None
     options: SampleOptions | None = None
+    labels: Labels | None = None
 
     @property
     def chat_tokenizer(self) -> ChatTokenizer:
@@ -528,6 +547,11 @@ class EvalSource:
     def read(self) -> tuple[ColumnMapping, Iterator[EncodedRow | RowProblem]]:
         """Raises DataError if there is no row of a known schema."""
         items = islice(read_rows(self.name, split="validation"), self.limit)
+        if self.labels is not None:
+            task = self.labels.task
+            return encode_source(
+                self.name, items, self.field, self.chat_tokenizer, self.max_length, task=task, labels=self.labels
+            )
         return encode_source(self.name, items, self.field, self.chat_tokenizer, self.max_length, is_judged=True)
 
 
@@ -561,7 +585,7 @@ def _is_evaluated(row: EncodedRow, seen: set[bytes]) -> bool:
     """
     example = row.encoded.example
     key = hashlib.sha256(example.hash + repr(row.choices).encode()).digest()
-    if not example.supervised or key in seen:
+    if not row.encoded.is_learned or key in seen:
         return False
     seen.add(key)
     return True

@@ -10,6 +10,8 @@
     text                text                                     Text
     preference          chosen, rejected        prompt, tools    Preference
     feedback            prompt, completion, label   tools        Feedback
+    text/label          text, label                              Labelled; also of text_a and text_b, or of messages
+    tokens/tags         tokens, tags                             Tagged
 
 In choices, prompt may be called question, and answer label. Rows are read as feedback if their labels are true and
 false, or for --task preference.
@@ -105,7 +107,31 @@ class Feedback:
     desirable: bool
 
 
-AnySample: TypeAlias = Sample | Choices | Preference | Feedback
+LabelValue: TypeAlias = str | int | float | bool | list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A text, two texts, or a conversation with its label, or labels.
+
+    label: as the row has it; None if it is to be predicted.
+    """
+
+    text: str = ""
+    second: str | None = None
+    messages: Messages | None = None
+    label: LabelValue | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tagged:
+    """Words, and a tag for each; None if they are to be predicted."""
+
+    tokens: list[str]
+    tags: list[str | int] | None = None
+
+
+AnySample: TypeAlias = Sample | Choices | Preference | Feedback | Labelled | Tagged
 
 
 # ---- From a row to a sample: one function per schema. Each raises DataError with the cause; callers add file and row.
@@ -193,6 +219,35 @@ def from_feedback(values: dict[str, Any]) -> Feedback:
     if label not in (True, False):  # 1 and 0 are equal to them
         raise DataError(f"label is {_short_repr(label)} where true (a wanted completion) or false is needed")
     return Feedback(_as_reply(values["prompt"], values["completion"], values), bool(label))
+
+
+def from_labelled(values: dict[str, Any]) -> Labelled:
+    label = values.get("label")
+    if "label" in values and label is None:
+        raise DataError("label is empty")
+    if "messages" in values:
+        return Labelled(messages=read_messages(values["messages"], "messages"), label=label)
+    texts = {key: _text(values[key], key) for key in ("text", "text_a", "text_b") if key in values}
+    if empty := [key for key, text in texts.items() if not text.strip()]:
+        raise DataError(f"{' and '.join(empty)} is empty")
+    first, second = [*texts.values(), None][:2]
+    return Labelled(str(first), second, label=label)
+
+
+def from_tagged(values: dict[str, Any]) -> Tagged:
+    tokens, tags = values["tokens"], values.get("tags")
+    if not isinstance(tokens, list) or not tokens:
+        raise DataError(f"tokens is {_short_repr(tokens)} where a list of words is needed")
+    words = [_text(token, f"tokens[{index}]") for index, token in enumerate(tokens)]
+    if "tags" not in values:
+        return Tagged(words)
+    if not isinstance(tags, list) or not tags:
+        raise DataError(f"tags is {_short_repr(tags)} where a list with a tag for each of the tokens is needed")
+    if len(tags) != len(words):
+        raise DataError(f"there are {len(words)} tokens and {len(tags)} tags; each token needs one")
+    if wrong := [tag for tag in tags if type(tag) not in (str, int) or tag == ""]:
+        raise DataError(f"tags holds {_short_repr(wrong[0])} where text or a whole number is needed")
+    return Tagged(words, tags)
 
 
 def _as_reply(prompt: Any, completion: Any, values: dict[str, Any]) -> Conversation | Pair:
@@ -425,6 +480,11 @@ def _sharegpt_message(turn: Any, name: str) -> ReadMessage:
     return _message(message, name)
 
 
+def read_messages(value: Any, name: str) -> Messages:
+    """Returns checked messages. Raises DataError."""
+    return [message for message, _ in _messages(value, name)]
+
+
 def _messages(value: Any, name: str, read: Callable[[Any, str], ReadMessage] = _message) -> list[ReadMessage]:
     if not isinstance(value, list) or not value:
         raise DataError(f"{name} is {_short_repr(value)} where a list of messages is needed")
@@ -463,6 +523,9 @@ def _short_repr(value: Any) -> str:
 
 
 AUTO, CAUSAL_LM, PREFERENCE = "auto", "causal-lm", "preference"  # tasks
+SEQUENCE_CLASSIFICATION, REGRESSION = "sequence-classification", "regression"
+TOKEN_CLASSIFICATION = "token-classification"
+LABEL_KEYS = ("label", "tags")  # what is predicted
 FOUND_FROM_ROWS = (CAUSAL_LM, PREFERENCE)
 FEEDBACK = "feedback"  # a schema whose examples are completed by those of others
 
@@ -484,6 +547,10 @@ class Schema:
     @property
     def keys(self) -> tuple[str, ...]:
         return self.required + self.optional
+
+    def without_labels(self) -> "Schema":
+        """Returns the schema of rows whose labels are not read."""
+        return replace(self, required=tuple(key for key in self.required if key not in LABEL_KEYS))
 
 
 def judged(schema: Schema) -> Schema:
@@ -528,6 +595,12 @@ SCHEMAS = (
         for answer in ("answer", "label")
     ),
     Schema(TEXT, from_text, ("text",)),
+    *(
+        Schema(f"{'/'.join(keys)}/label", from_labelled, (*keys, "label"), task=task)
+        for task in (SEQUENCE_CLASSIFICATION, REGRESSION)
+        for keys in (("messages",), ("text_a", "text_b"), ("text",))
+    ),
+    Schema("tokens/tags", from_tagged, ("tokens", "tags"), task=TOKEN_CLASSIFICATION),
 )
 KNOWN_KEYS = tuple(dict.fromkeys(key for schema in SCHEMAS for key in schema.keys))
 SYNONYMS = {  # only for the hint in an error: no column is renamed without --field
@@ -538,7 +611,12 @@ SYNONYMS = {  # only for the hint in an error: no column is renamed without --fi
     "rejected": ("dispreferred", "loser", "worse", "negative", "response_rejected"),
     "choices": ("options", "endings", "candidates", "alternatives"),
     "answer": ("label", "answerkey", "answer_idx", "answer_index", "gold", "correct", "correct_answer", "target"),
-    "text": ("content", "document", "body", "article", "passage"),
+    "text": ("content", "document", "body", "article", "passage", "sentence"),
+    "text_a": ("sentence1", "premise", "question1", "question"),
+    "text_b": ("sentence2", "hypothesis", "question2", "sentence"),
+    "label": ("labels", "class", "category", "sentiment", "rating", "score", "target"),
+    "tokens": ("words",),
+    "tags": ("ner_tags", "pos_tags", "labels", "ner"),
 }
 
 
@@ -560,15 +638,21 @@ class ColumnMapping:
 
 
 def detect_schema(
-    rows: Iterable[Mapping[str, Any]], field: Mapping[str, str] | None = None, task: str = AUTO
+    rows: Iterable[Mapping[str, Any]],
+    field: Mapping[str, str] | None = None,
+    task: str = AUTO,
+    *,
+    has_labels: bool = True,
 ) -> ColumnMapping:
     """Returns the schema whose keys most rows have, after renaming by `field` (key of the schema -> column).
 
-    task: the schemas are those of this task.
+    task: the schemas are those of this task.    has_labels: False if labels and tags are to be predicted.
     Raises DataError that lists the keys present, the known schemas, and how to map the keys.
     """
     field = dict(field or {})
     schemas = [schema for schema in SCHEMAS if schema.task in (FOUND_FROM_ROWS if task == AUTO else (task,))]
+    if not has_labels:
+        schemas = [schema.without_labels() for schema in schemas]
     not_fitting = Counter[tuple[frozenset[str], Schema]]()
     key_sets = Counter[frozenset[str]]()
     for row in rows:

@@ -37,12 +37,19 @@ WINDOWS_AT_ONCE = 8
 class EncodedSample:
     """length: before cutting at max_length.    is_whole: False if only the beginning was read, of `length` tokens.
     untrained_replies: replies that could not be located.
+    has_target: True if something is learned of it, whatever its tokens are.
     """
 
     example: Example
     length: int
     is_whole: bool
-    untrained_replies: int
+    untrained_replies: int = 0
+    has_target: bool = False
+
+    @property
+    def is_learned(self) -> bool:
+        """False if the cut took all that would be learned."""
+        return self.has_target or self.example.supervised > 0
 
 
 def encode_sample(sample: Sample, tokenizer: Any, max_length: int) -> Example:

@@ -16,7 +16,23 @@ METRICS = {  # name -> meaning
     "accuracy": "share of questions whose right choice is the likeliest",
     "accuracy_norm": "the same, by log-likelihood per byte of the choice",
 }
+LABEL_METRICS = {  # of models that predict labels; f1[NAME] is F1 of one class or type of entity
+    "loss": "nats per row or word; of regression, the mean squared error",
+    "accuracy": "share of rows, or words, whose labels are all right",
+    "f1": "F1 of entities, as seqeval counts them",
+    "precision": "share of the entities found that are right",
+    "recall": "share of the entities that are found",
+    "f1_macro": "mean F1 of the classes, or types of entities",
+    "f1_micro": "F1 of all labels together",
+    "mcc": "Matthews correlation coefficient",
+    "auroc": "area under the ROC curve; of several classes the mean of each against the rest",
+    "mse": "mean squared error",
+    "mae": "mean absolute error",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman rank correlation",
+}
 METRIC_ALIASES = {"ppl": "perplexity", "em": "exact_match", "acc": "accuracy", "acc_norm": "accuracy_norm"}
+OF_CLASS = re.compile(r"f1\[.+\]")
 CHANGE = "_change"  # loss_change: tuned - base
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -51,9 +67,10 @@ class Gate:
 
 def parse_metrics(texts: Iterable[str]) -> list[str]:
     """Returns the names in texts such as "loss,acc", each once. Raises ConfigError for all unknown names."""
+    known = METRICS | LABEL_METRICS
     names = [_full_name(part.strip()) for text in texts for part in text.split(",") if part.strip()]
-    if unknown := [name for name in dict.fromkeys(names) if name not in METRICS]:
-        raise ConfigError(listing([f"--metrics: {_unknown_metric(name, METRICS)}" for name in unknown]))
+    if unknown := [name for name in dict.fromkeys(names) if name not in known and not OF_CLASS.fullmatch(name)]:
+        raise ConfigError(listing([f"--metrics: {_unknown_metric(name, known)}" for name in unknown]))
     return list(dict.fromkeys(names))
 
 

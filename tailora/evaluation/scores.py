@@ -106,11 +106,20 @@ class Scores:
     too_long: int = 0  # examples without room for their choices or an answer, left out of accuracy or exact_match
     samples: dict[str, list[Match]] = field(default_factory=dict)  # "tuned", "base" -> answers
     tasks: dict[str, Any] = field(default_factory=dict)  # facts about the tasks of lm-evaluation-harness
+    labels: dict[str, Any] | None = None  # of a model for labels: `classification.label_details`
 
     def values(self) -> dict[str, float]:
         """Returns all values, by the names that gates use."""
         changes = {f"{name}{CHANGE}": score.value for name, score in (self.change or {}).items()}
         return {name: score.value for name, score in self.metrics.items()} | changes
+
+    def only(self, names: Sequence[str]) -> "Scores":
+        """Returns the scores of these names."""
+
+        def chosen(scores: dict[str, Score] | None) -> dict[str, Score] | None:
+            return None if scores is None else {name: scores[name] for name in scores if name in names}
+
+        return replace(self, metrics=chosen(self.metrics) or {}, base=chosen(self.base), change=chosen(self.change))
 
     def merge(self, other: "Scores") -> "Scores":
         return Scores(
@@ -121,6 +130,7 @@ class Scores:
             too_long=self.too_long + other.too_long,
             samples={**self.samples, **other.samples},
             tasks={**self.tasks, **other.tasks},
+            labels=self.labels if self.labels is not None else other.labels,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -135,6 +145,7 @@ class Scores:
             "change": scores(self.change),
             "data": None if self.data is None else {**asdict(self.data), "too_long": self.too_long},
             "tasks": self.tasks or None,
+            "labels": self.labels,
             "samples": {model: [asdict(match) for match in matches] for model, matches in self.samples.items()},
         }
 
@@ -269,7 +280,7 @@ class _Evaluator:
     ) -> None:
         self.model, self.tokenizer, self.options, self.log = model, tokenizer, options, log
         self.layout = choose_layout(TrainConfig(), model, tokenizer, log)
-        self.token_budget = _token_budget(model)
+        self.token_budget = token_budget(model)
         self.normalize = normalizer(options.normalize)
         self.share_prompts: bool | None = None  # None until it was tried on a question
         steps = {self._loss: {"loss", "perplexity"}, self._accuracy: {"accuracy", "accuracy_norm"}}
@@ -438,9 +449,9 @@ def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log
     if len(examples) < len(prepared.train):
         log(f"{distinct_of(len(prepared.train), len(examples), 'held-out example')}: copies are evaluated once")
     layout = choose_layout(config, model, tokenizer, log)
-    return lambda: evaluate(model, examples, layout=layout, token_budget=_token_budget(model))
+    return lambda: evaluate(model, examples, layout=layout, token_budget=token_budget(model))
 
 
-def _token_budget(model: LoRAModel) -> int:
+def token_budget(model: LoRAModel) -> int:
     """Returns the most tokens of one forward pass."""
     return CPU_TOKENS if model.device.type == "cpu" else 8 * CPU_TOKENS

@@ -37,6 +37,7 @@ class AdapterMetadata(BaseModel):
     vocabulary: rows of the base model's input embedding; None for a model without one.
     saved_modules: paths of the modules that were trained in full; None in files of before it was stored.
     base_folder: absolute path of the base model, whose name in adapter_config.json is a relative path.
+    label_names, problem_type: of the base model's head for labels, as in its config; None for other models.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -49,6 +50,8 @@ class AdapterMetadata(BaseModel):
     vocabulary: int | None = None
     saved_modules: list[str] | None = None
     base_folder: str | None = None
+    label_names: list[str] | None = None
+    problem_type: str | None = None
 
     def to_json(self) -> str:
         return self.model_dump_json(by_alias=True)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tailora.core.adapter import Adapter
 from tailora.core.layer import LoRALayer, concatenate_ranks
 from tailora.core.layer_types import EMBEDDING
-from tailora.core.targets import ExtraTargets
+from tailora.core.targets import ExtraTargets, task_heads
 from tailora.errors import DivergedError, FormatError, TailoraWarning
 from tailora.formats.fingerprint import TOLERANCE, fingerprint, vocabulary_size
 from tailora.formats.hub import model_card
@@ -104,6 +104,7 @@ def write_peft_folder(
         vocabulary=vocabulary_size(base_model),
         saved_modules=sorted(adapter.saved),
         base_folder=relative_base_folder(base_model),
+        **head_labels(base_model),
     )
     config = as_peft_computes(adapter.config, layers)
     settings = to_peft_config(with_double_rank(config) if adapter.has_start else config, layers, base_model)
@@ -139,6 +140,15 @@ def relative_base_folder(base_model: nn.Module) -> str | None:
     name = base_model_name(base_model)
     path = Path(name or "")
     return str(path.resolve()) if name and not path.is_absolute() and path.is_dir() else None
+
+
+def head_labels(base_model: nn.Module) -> dict[str, Any]:
+    """Returns the names of the labels that the model's head predicts, and what kind it is; {} for other models."""
+    config = getattr(base_model, "config", None)
+    if not task_heads(base_model) or getattr(config, "id2label", None) is None:
+        return {}
+    names = [str(config.id2label[index]) for index in sorted(config.id2label)]  # type: ignore[union-attr]
+    return {"label_names": names, "problem_type": getattr(config, "problem_type", None)}
 
 
 def unknown_to_peft(layers: Iterable[PeftLayer]) -> str:

@@ -1,11 +1,12 @@
 """Every setting of a run: the one schema of `--config run.yaml`, of the flags and of Python. Needs no torch."""
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from tailora.core.config import AdaLoRA, Init, LoRAConfig, StrictModel
+from tailora.core.config import AdaLoRA, Init, LoRAConfig, StrictModel, TaskType
 from tailora.errors import ConfigError, listing
 
 PreferenceLoss = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
@@ -16,6 +17,12 @@ PositiveInt = Annotated[int, Field(ge=1, lt=COUNT)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=COUNT)]
 PREFERENCE_FIELDS = ("loss", "beta", "label_smoothing", "simpo_gamma", "sft_weight")
 ACCUMULATION = "gradient_accumulation_steps"
+TEXT_FIELDS = ("system", "assistant_only_loss", "completion_only_loss")
+TASK_TYPES: dict[str, TaskType] = {  # of tasks with a head for labels
+    "sequence-classification": "SEQ_CLS",
+    "regression": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+}
 REMOVED = {"prefix_cache_gb"}  # settings of earlier versions, which changed the speed of a run and not its results
 
 
@@ -46,8 +53,12 @@ class TrainConfig(StrictModel):
     adapter: str | None = Field(None, description="folder of an adapter to train further, instead of a new one")
     method: Literal["lora", "full"] = Field("lora", description="train an adapter (lora) or all weights (full)")
     # task
-    task: Literal["auto", "causal-lm", "preference"] = Field(
-        "auto", description="what to learn; auto: found from the rows, causal-lm or preference"
+    task: Literal[
+        "auto", "causal-lm", "preference", "sequence-classification", "regression", "token-classification"
+    ] = Field("auto", description="what to learn; auto: found from the rows, causal-lm or preference")
+    class_weights: dict[str, float] | Literal["balanced"] | None = Field(
+        None,
+        description="weight of each class in the loss of classification: LABEL=WEIGHT,..., or balanced",
     )
     loss: PreferenceLoss | None = Field(
         None, description="loss of preferences; default: dpo for pairs of replies, kto for single ones"
@@ -191,6 +202,8 @@ class TrainConfig(StrictModel):
         changed = [name for name, default in defaults.items() if getattr(self, name) != default]
         adalora_names = ", ".join(name for name in changed if name in AdaLoRA.model_fields)
         preference_names = ", ".join(self.preference_settings())
+        text_settings = [name for name in TEXT_FIELDS if getattr(self, name) is not None]
+        text_names = ", ".join(text_settings)
         full, names = self.method == "full", ", ".join(changed or ["adapter"])
         rules = [
             (
@@ -216,6 +229,26 @@ class TrainConfig(StrictModel):
             (
                 self.streaming and (isinstance(self.data, list) and len(self.data) > 1),
                 "streaming reads one source: join the files in a folder, or leave out --streaming",
+            ),
+            (
+                self.class_weights and self.task not in ("sequence-classification", "token-classification"),
+                "class_weights is for --task sequence-classification and token-classification: leave it out",
+            ),
+            (
+                isinstance(self.class_weights, dict) and not all(0 < w < math.inf for w in self.class_weights.values()),
+                "class_weights must be above 0",
+            ),
+            (
+                self.task in TASK_TYPES and text_names,
+                f"{text_names} are for language models, and --task {self.task} predicts labels: leave them out",
+            ),
+            (
+                self.streaming and self.task in TASK_TYPES,
+                f"--task {self.task} reads all labels before the model is loaded: leave --streaming out",
+            ),
+            (
+                self.fsdp and self.task in TASK_TYPES,
+                f"--fsdp does not shard the models of --task {self.task} yet: leave it out",
             ),
             (self.streaming and self.max_steps is None, "streaming reads without end: give --max-steps"),
             (
@@ -267,4 +300,5 @@ class TrainConfig(StrictModel):
         shared = LoRAConfig.model_fields.keys() & type(self).model_fields.keys()
         allocation = {name: getattr(self, name) for name in AdaLoRA.model_fields}
         adalora = None if self.target_r is None else AdaLoRA(**allocation)
-        return LoRAConfig(**{name: getattr(self, name) for name in shared}, adalora=adalora)
+        task_type = TASK_TYPES.get(self.task)
+        return LoRAConfig(**{name: getattr(self, name) for name in shared}, adalora=adalora, task_type=task_type)

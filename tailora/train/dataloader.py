@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from itertools import chain, count, islice
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -31,11 +31,13 @@ from tailora.data.chat_template import SampleOptions
 from tailora.data.collate import plan_batches
 from tailora.data.dataset import DataReport, Example, Examples
 from tailora.data.demo import resolve_demo
+from tailora.data.labels import Labels
 from tailora.data.prepare import PreparedData, RowCounts, prepare, stream_examples
 from tailora.data.readers import Source, parse_sources
 from tailora.data.schemas import PREFERENCE
 from tailora.errors import ConfigError, DataError
 from tailora.kernels.loss import Batch
+from tailora.train.classification import class_weights, label_task
 from tailora.train.config import TrainConfig
 from tailora.train.loss import CAUSAL_LM, Task
 from tailora.train.memory import ForwardSize
@@ -76,7 +78,7 @@ class TrainingData:
     @property
     def longest(self) -> Example:
         """The longest sequence; of two in one example, which are about equally long, the first."""
-        return self.known[int(self.known.lengths.argmax())].sequences[0]
+        return self._probe(int(self.known.lengths.argmax()))
 
     @property
     def task(self) -> Task:
@@ -105,26 +107,45 @@ class TrainingData:
         Of two sequences, the first.
         """
         forwards = _forwards(self.known, self.shape, count)
-        return [[self.known[int(i)].sequences[0] for i in forward] for forward in forwards]
+        return [[self._probe(int(i)) for i in forward] for forward in forwards]
+
+    def _probe(self, index: int) -> Example:
+        """Returns an example to try the model on; of two sequences, the first."""
+        return self.known[index] if self.task.has_head else self.known[index].sequences[0]
 
 
-ReadData = Callable[[TrainConfig, int, PreTrainedTokenizerBase, Accelerator], TrainingData]
+class ReadData(Protocol):
+    def __call__(
+        self,
+        config: TrainConfig,
+        embedding_rows: int,
+        tokenizer: PreTrainedTokenizerBase,
+        accelerator: Accelerator,
+        labels: Labels | None,
+    ) -> TrainingData:
+        """labels: what the head of the model predicts; None for a language model."""
 
 
 def read_data(
-    config: TrainConfig, embedding_rows: int, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+    config: TrainConfig,
+    embedding_rows: int,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+    labels: Labels | None = None,
 ) -> TrainingData:
     """Reads, checks and tokenizes the data that `config` names. Raises DataError with all problems."""
     shape = step_shape(config, accelerator)
     if config.streaming:
         return _streamed(config, tokenizer, embedding_rows, shape)
-    data = read_whole(config, tokenizer, embedding_rows)
-    shape = replace(shape, task=task_of(config, data.report))
+    data = read_whole(config, tokenizer, embedding_rows, labels)
+    shape = replace(shape, task=task_of(config, data.report, labels))
     max_steps = config.max_steps or epoch_steps(config, data.train.epoch_size, shape.world)
     return TrainingData(data, data.eval, partial(dataset_steps, data.train, shape), max_steps, data.train, shape)
 
 
-def read_whole(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, embedding_rows: int) -> PreparedData:
+def read_whole(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, embedding_rows: int, labels: Labels | None = None
+) -> PreparedData:
     """Reads, checks and tokenizes data that is not streamed. Raises DataError with all its problems."""
     return prepare(
         resolved_sources(config, "data"),
@@ -137,6 +158,7 @@ def read_whole(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, embeddin
         embedding_rows=embedding_rows,
         options=sample_options(config),
         task=config.task,
+        labels=labels,
     )
 
 
@@ -150,8 +172,10 @@ def sample_options(config: TrainConfig) -> SampleOptions:
     return SampleOptions(**{field.name: getattr(config, field.name) for field in fields(SampleOptions)})
 
 
-def task_of(config: TrainConfig, report: DataReport) -> Task:
+def task_of(config: TrainConfig, report: DataReport, labels: Labels | None) -> Task:
     """Returns what is learned from such data. Raises ConfigError if the loss asked for is not for these rows."""
+    if labels is not None:
+        return label_task(labels, class_weights(config.class_weights, labels, report.labels))
     if report.task == PREFERENCE:
         return preference_task(config, report)
     if given := config.preference_settings():
@@ -208,7 +232,11 @@ def stream_notes(data: TrainingData, max_length: int) -> list[str]:
 
 
 def random_data(
-    config: TrainConfig, embedding_rows: int, _: PreTrainedTokenizerBase, accelerator: Accelerator
+    config: TrainConfig,
+    embedding_rows: int,
+    tokenizer: PreTrainedTokenizerBase,  # noqa: ARG001
+    accelerator: Accelerator,
+    labels: Labels | None = None,  # noqa: ARG001
 ) -> TrainingData:
     """Returns random tokens instead of data: two steps of fully supervised examples of max_length, repeated."""
     shape = step_shape(config, accelerator)

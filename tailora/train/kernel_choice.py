@@ -86,6 +86,10 @@ def choose_kernels(
     Raises ConfigError if compiled layers are asked for and there is an obstacle.
     """
     base, reasons = cast(PreTrainedModel, model.base_model), []
+    if layout.task.has_head:
+        if _asks_for_compiled(config):
+            raise ConfigError("--fast compile and --activation-memory are for language models: leave them out")
+        return Kernels(PLAIN, f"layers: plain; attention: {base.config._attn_implementation}; loss: {layout.loss}")
     if config.fast != "off":
         kernels, obstacle = _try_compiled(config, model, layout, work, recorded)
         if kernels is not None:

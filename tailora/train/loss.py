@@ -58,11 +58,13 @@ class Task(ABC):
     description: for people; "" of the usual one.    loss_unit: what a loss is measured in.
     score_names: what the columns of `Outputs.scores` are.
     reference: what the model gave examples before training, for losses that compare with it.
+    has_head: whether the model ends in a head for labels, in place of one for tokens.
     """
 
     description: str
     loss_unit: str
     score_names: tuple[str, ...] = ()
+    has_head = False
     reference: "Reference | None" = None
 
     @abstractmethod
@@ -80,6 +82,20 @@ class Task(ABC):
     @abstractmethod
     def divisor(self, example: Example) -> float:
         """Returns what an example adds to the number that the loss of its step is divided by."""
+
+    def call(self, model: nn.Module, batch: Batch) -> Any:
+        """Returns the model's own output."""
+        return model(**batch.inputs)
+
+    def start_of(self, example: Example, tokens: int, *, supervised: bool = True) -> Example:
+        """Returns the first tokens of an example, to try or measure the model on; by default all are trained."""
+        ids = example.input_ids[:tokens]
+        return Example(ids, ids if supervised else np.full_like(ids, IGNORED))
+
+    def targets(self, examples: Examples) -> list[Any] | None:
+        """Returns what is right for each example, to be kept beside what the model says; None if nothing is."""
+        del examples
+        return None
 
     def complete_step(
         self, model: nn.Module, batches: Sequence[Batch], layout: "BatchLayout", reduce: Reduce

@@ -13,7 +13,7 @@ transformers leaves the output head and the embedding as they are.
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -22,11 +22,13 @@ from typing import Any, cast
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -34,6 +36,7 @@ from transformers import (
 )
 
 from tailora.core.device import fast_dtype
+from tailora.core.patterns import inside
 from tailora.core.quantization import (
     dense_weight,
     is_quantized,
@@ -41,9 +44,15 @@ from tailora.core.quantization import (
     quantized_layers,
     storage_obstacle,
 )
+from tailora.core.targets import task_heads
 from tailora.data.demo import resolve_demo
+from tailora.data.labels import Labels
 from tailora.data.readers import check_model_exists
-from tailora.errors import ConfigError, listing, nearest
+from tailora.data.schemas import REGRESSION, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
+from tailora.errors import ConfigError, FormatError, listing, nearest
+from tailora.formats.io import read_json_object
+from tailora.formats.metadata import METADATA_KEY, parse_metadata
+from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder
 from tailora.quiet import quiet_loggers, quiet_transformers
 from tailora.train.config import SHARDED_QUANTIZE
 from tailora.train.parallel import Sharding
@@ -263,6 +272,8 @@ def load_base(
     quantize: str | None = None,
     *,
     sharding: Sharding | None = None,
+    labels: Labels | None = None,
+    seed: int = 0,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns model and tokenizer of a folder, a Hub id, or 'demo'.
 
@@ -271,6 +282,7 @@ def load_base(
     quantize: one of METHODS for the linear layers; other tensors have the dtype.
     sharding: of the model, before it has weights; of what is sharded each rank reads its part alone. A
         quantized model is sharded when it is loaded, because a weight is quantized as a whole.
+    labels: for a model with a head for labels, in place of a language model.    seed: of a head that the files lack.
     Raises ConfigError if they cannot be read, quantized or sharded. Pickled weights are not read.
     """
     device = torch.device(device)
@@ -285,8 +297,18 @@ def load_base(
             check_unquantized(config, name, quantize)
             wide = precision if isinstance(precision, torch.dtype) else torch.bfloat16
             more["quantization_config"] = settings_for(quantize, wide, device)
-        with _sharded_before_weights(sharding if is_plain else None):
-            model, report = AutoModelForCausalLM.from_pretrained(
+        model_class = AutoModelForCausalLM
+        if labels is not None:
+            model_class = HEADS[labels.task]
+            set_labels(config, labels, tokenizer)
+            more["ignore_mismatched_sizes"] = True  # of a head for other labels; see below
+        with ExitStack() as stack:
+            stack.enter_context(_sharded_before_weights(sharding if is_plain else None))
+            if labels is not None:
+                stack.enter_context(quiet_transformers(warnings=False))  # about the head that the files lack
+                stack.enter_context(torch.random.fork_rng())
+                torch.manual_seed(seed)
+            model, report = model_class.from_pretrained(
                 source,
                 config=config,
                 dtype=precision,
@@ -295,10 +317,12 @@ def load_base(
                 output_loading_info=True,
                 **more,
             )
-    if missing := sorted(report["missing_keys"]):
+    heads = [] if labels is None else task_heads(model)
+    untrained = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    if missing := sorted(key for key in untrained if not any(inside(key, head) for head in heads)):
         raise ConfigError(
             f"model {name!r} lacks {len(missing)} weights that {type(model).__name__} has, which would be random: "
-            f"{', '.join(missing[:3])}; give a complete causal language model"
+            f"{', '.join(missing[:3])}; give a complete {'causal language ' * (labels is None)}model"
         )
     obstacles = {path: storage_obstacle(layer) for path, layer in quantized_layers(model).items()}
     if problems := [f"{path}: {reason}" for path, reason in obstacles.items() if reason]:
@@ -308,6 +332,73 @@ def load_base(
     elif sharding is not None:
         sharding.shard(model)
     return model, tokenizer
+
+
+# ---- Models with a head for labels
+
+HEADS: dict[str, Any] = {
+    SEQUENCE_CLASSIFICATION: AutoModelForSequenceClassification,
+    REGRESSION: AutoModelForSequenceClassification,
+    TOKEN_CLASSIFICATION: AutoModelForTokenClassification,
+}
+
+
+def set_labels(config: PretrainedConfig, labels: Labels, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Makes the config that of a model with these labels, and with the token that pads its batches.
+
+    The tokenizer learns how many positions the model has.
+    """
+    config.id2label = dict(enumerate(labels.names))  # sets num_labels, too
+    config.label2id = {name: index for index, name in enumerate(labels.names)}
+    config.problem_type = None if labels.task == TOKEN_CLASSIFICATION else labels.problem_type
+    text_config = config.get_text_config()
+    if getattr(text_config, "pad_token_id", None) is None:  # decoders find the last token of a text by it
+        text_config.pad_token_id = pad_id(tokenizer)
+    if positions := getattr(text_config, "max_position_embeddings", None):
+        # RoBERTa and its kin count positions from the number of the padding token on
+        first = text_config.pad_token_id + 1 if "roberta" in text_config.model_type else 0
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions - first)
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """Returns the token that batches are padded with."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id) if tokenizer else ()
+    return next((token for token in candidates if token is not None), 0)
+
+
+def labels_of_config(config: PretrainedConfig) -> Labels | None:
+    """Returns the labels of a model whose files have a trained head for some; None for other models."""
+    architecture = next(iter(config.architectures or ()), "")
+    tasks = {"ForSequenceClassification": SEQUENCE_CLASSIFICATION, "ForTokenClassification": TOKEN_CLASSIFICATION}
+    task = next((task for ending, task in tasks.items() if architecture.endswith(ending)), None)
+    if task is None:
+        return None
+    names = [config.id2label[index] for index in range(config.num_labels)]
+    return Labels.of_config(task, names, config.problem_type)
+
+
+def labels_of_adapter(path: Path) -> Labels | None:
+    """Returns the labels of an adapter for a head, from its files or those of its run; None for other adapters."""
+    folder = adapter_folder(path)
+    try:
+        task_type = read_json_object(folder / ADAPTER_CONFIG).get("task_type")
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="numpy") as file:
+            text = (file.metadata() or {}).get(METADATA_KEY)
+        metadata = parse_metadata(text, folder)
+    except (OSError, SafetensorError, FormatError):  # what is wrong is said where it is loaded
+        return None
+    task = {"SEQ_CLS": SEQUENCE_CLASSIFICATION, "TOKEN_CLS": TOKEN_CLASSIFICATION}.get(str(task_type))
+    if task is None or metadata.label_names is None:
+        return None
+    return Labels.of_config(task, metadata.label_names, metadata.problem_type)
+
+
+def fitted_labels(labels: Labels, config: PretrainedConfig) -> Labels:
+    """Returns the labels of the model's own head, if it knows all those of the data; else those of the data."""
+    own = labels_of_config(config)
+    if own is None or (own.task, own.several) != (labels.task, labels.several):
+        return labels
+    return own if set(labels.names) <= set(own.names) or labels.task == REGRESSION else labels
 
 
 def check_unquantized(config: PretrainedConfig, name: str, quantize: str) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import psutil
 from filelock import FileLock, Timeout
 
@@ -181,12 +182,17 @@ def add_result(output_dir: Path, name: str, value: float) -> None:
 
 
 def write_examples(
-    output_dir: Path, before: "Evaluation | None", after: "Evaluation | None", score_names: Sequence[str] = ()
+    output_dir: Path,
+    before: "Evaluation | None",
+    after: "Evaluation | None",
+    score_names: Sequence[str] = (),
+    targets: Sequence[Any] | None = None,
 ) -> None:
     """Writes examples.jsonl: the number of losses of each held-out example, and their sum before and after.
 
-    Of a language model these are supervised tokens and nats. score_names: of what else is known of each example, which
-    then has one loss.
+    Of a language model these are supervised tokens and nats.
+    score_names: of what else is known of each example; with several losses of an example, a list of lists.
+    targets: what is right for each example, if it is more than its tokens.
     Without held-out examples there is no file.
     """
     if before is None or after is None:
@@ -197,9 +203,16 @@ def write_examples(
         for tokens, loss_before, loss_after in zip(*columns, strict=True)
     ]
     for when, evaluation in (("before", before), ("after", after)):
-        if evaluation.scores is not None:
-            for row, values in zip(rows, evaluation.scores.tolist(), strict=True):
-                row[f"scores_{when}"] = dict(zip(score_names, values, strict=True))
+        if evaluation.scores is None:
+            continue
+        by_example = np.split(evaluation.scores, np.cumsum(evaluation.counts)[:-1])
+        has_several = bool((evaluation.counts > 1).any())
+        for row, values in zip(rows, by_example, strict=True):
+            row[f"scores_{when}"] = (
+                values.tolist() if has_several else dict(zip(score_names, values[0].tolist(), strict=True))
+            )
+    for row, target in zip(rows, targets or (), strict=bool(targets)):
+        row["target"] = target
     write_file(output_dir / EXAMPLES, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
 
 

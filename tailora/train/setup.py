@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -21,24 +22,33 @@ from tailora.core.device import choose_device
 from tailora.core.init import DATA_INITS, GRADIENT_INITS
 from tailora.core.layer_calls import last_names, not_called_message
 from tailora.data.dataset import IGNORED, Example
+from tailora.data.labels import LABEL_TASKS, Labels, read_labels
 from tailora.errors import ConfigError, TargetError, listing, nearest
 from tailora.kernels.loss import choose_form, own_form
 from tailora.model import LoRAModel
 from tailora.train import events
 from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
-from tailora.train.dataloader import TrainingData
+from tailora.train.dataloader import TrainingData, resolved_sources
 from tailora.train.kernel_choice import PLAIN, Kernels, use_kernels
 from tailora.train.launch import check_all_started, device_asked_for, end_with_launcher, world_size
-from tailora.train.loss import BatchLayout, make_batch, token_losses
+from tailora.train.loss import CAUSAL_LM, BatchLayout, Task, make_batch
 from tailora.train.memory import Cost, measure_cost
-from tailora.train.model_loading import load_base
+from tailora.train.model_loading import (
+    fitted_labels,
+    labels_of_adapter,
+    labels_of_config,
+    load_base,
+    pad_id,
+    read_config,
+)
 from tailora.train.packing import choose_packing
 from tailora.train.parallel import Sharding, first_of_ranks, forget_forward, own_process_group
 from tailora.train.random_state import seed_all
 from tailora.train.trainable import FullModel, Trainable
 
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
+HEAD = "from the outputs of the head"
 PROBE_TOKENS = 128  # memory is measured on at most so many tokens of the longest example
 
 
@@ -135,23 +145,44 @@ def launched_ranks(device: str) -> Iterator[PartialState | None]:
             yield state
 
 
+def find_labels(config: TrainConfig) -> tuple[Labels | None, bool]:
+    """Returns what the model's head is to predict, and whether the head is new; None for tasks without labels.
+
+    The labels are those of the adapter or the model, if it knows all of the data; else those of the data.
+    Raises DataError, ConfigError.
+    """
+    if config.task not in LABEL_TASKS:
+        return None, False
+    if config.adapter is not None:
+        if (labels := labels_of_adapter(Path(config.adapter))) is None:
+            raise ConfigError(f"--adapter {config.adapter} predicts no labels: --task {config.task} needs a new one")
+        return labels, False
+    labels = read_labels([source.name for source in resolved_sources(config, "data")], config.field, config.task)
+    model_config = read_config(config.model)
+    labels = fitted_labels(labels, model_config)
+    return labels, labels != labels_of_config(model_config)
+
+
 def attach(
     config: TrainConfig,
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     saved: Checkpoint | None = None,
     sharding: Sharding | None = None,
+    labels: Labels | None = None,
 ) -> Trainable:
     """Returns the base with its adapter, or wrapped for full fine-tuning, in training mode.
 
     saved: the checkpoint to continue from; its adapter's settings are used, its tensors are restored later.
-    sharding: of the base, for the original weights that full fine-tuning is compared with.
+    sharding, labels: of the base, for the original weights that full fine-tuning is compared with.
     Raises TargetError.
     """
     seed_all(config.seed)
     if config.method == "full":
         device = base.device
-        load = partial(load_base, config.model, config.dtype, device, sharding=sharding)
+        load = partial(
+            load_base, config.model, config.dtype, device, sharding=sharding, labels=labels, seed=config.seed
+        )
         return FullModel(base, tokenizer, lambda: load()[0]).train()
     if config.adapter:
         model = LoRAModel.from_pretrained(base, config.adapter)
@@ -180,10 +211,11 @@ def init_from_data(model: Trainable, data: TrainingData, layout: BatchLayout, ba
     if not isinstance(model, LoRAModel) or not model.waits_for_data:
         return
     first = data.first_batches(batches)
-    supervised = sum(example.supervised for batch in first for example in batch)
+    task, divisor = layout.task, sum(layout.task.divisor(example) for batch in first for example in batch)
 
     def loss(model: Any, examples: Sequence[Example]) -> Tensor:
-        return token_losses(model, examples, layout)[0].sum() / supervised
+        batch = make_batch(examples, layout, next(model.parameters()).device)
+        return task.outputs(model, batch, layout).losses.sum() / divisor
 
     with use_kernels(cast(PreTrainedModel, model.base_model), layout, Kernels(PLAIN, "")):
         model.start_from_data(first, loss)
@@ -199,14 +231,13 @@ def check_layers_are_called(
     """
     if not isinstance(model, LoRAModel):
         return
-    ids = example.input_ids[:PROBE_TOKENS]
-    device = next(model.parameters()).device
-    batch = make_batch([Example(ids, ids)], replace(layout, packed=False), device)
+    device, task = next(model.parameters()).device, layout.task
+    batch = make_batch([task.start_of(example, PROBE_TOKENS)], replace(layout, packed=False), device)
     calls = layer_calls(model)
     with torch.no_grad(), evaluating(model), calls.reads():
         calls.start()
         try:
-            model(**batch.inputs)
+            task.call(model, batch)
         finally:
             calls.stop()
     if read := calls.read_elsewhere:
@@ -240,21 +271,25 @@ def choose_layout(
     note: Callable[[str], None],
     *,
     compare: bool = True,
+    task: Task = CAUSAL_LM,
 ) -> BatchLayout:
     """Returns packed or padded batches, and how the loss is computed; both are tried on the model itself.
 
     All ranks of a run choose the same.
     note: called with the reason if the model cannot do what is fastest.
     compare: False for a model without contents, whose structure alone decides.
+    task: with a head for labels, batches are padded, and the head has no vocabulary that would take memory.
     Raises ConfigError for packing = 'on' if it would change results.
     """
     base = cast(PreTrainedModel, model.base_model)
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id) if tokenizer else ()
-    pad_id = next((token for token in candidates if token is not None), 0)
+    if task.has_head:
+        if config.packing == "on":
+            raise ConfigError("--packing on: rows with labels are padded, each for itself; leave it out")
+        return BatchLayout(packed=False, loss=HEAD, pad_id=pad_id(tokenizer), task=task)
     with evaluating(model):
         attention, packing_note = choose_packing(base, config.packing, compare=compare)
         packed, own = attention is not None, own_form(base)
-        layout = BatchLayout(packed, own, pad_id, attention)
+        layout = BatchLayout(packed, own, pad_id(tokenizer), attention)
         with layout.used_by(base):
             batch = make_batch(short_examples(base), layout, base.device)
             loss, obstacle = own, None
@@ -280,9 +315,9 @@ def memory_cost(model: Trainable, layout: BatchLayout, kernels: Kernels, example
     base = cast(PreTrainedModel, model.base_model)
 
     def forward(tokens: int, supervised: bool) -> Tensor:
-        ids = example.input_ids[:tokens]
-        part = Example(ids, ids if supervised else np.full_like(ids, IGNORED))
-        return token_losses(model, [part], layout)[0].sum()
+        part = layout.task.start_of(example, tokens, supervised=supervised)
+        batch = make_batch([part], layout, base.device)
+        return layout.task.outputs(model, batch, layout).losses.sum()
 
     with use_kernels(base, layout, kernels):
         cost = measure_cost(forward, min(len(example.input_ids), PROBE_TOKENS), base)

@@ -191,7 +191,9 @@ class Trainer:
         if self.accelerator.is_main_process:
             try:
                 run_log.write_run(self.output_dir, self.header, result.to_dict())
-                run_log.write_examples(self.output_dir, state.before, after, self.layout.task.score_names)
+                task, held_out = self.layout.task, self.data.held_out
+                targets = None if held_out is None else task.targets(held_out)
+                run_log.write_examples(self.output_dir, state.before, after, task.score_names, targets)
             except WriteError as error:  # what was trained is whole, so the run has not failed
                 self.note(str(error))
         for text in stream_notes(self.data, config.max_length):
@@ -232,17 +234,24 @@ class Trainer:
                     reshard_after_forward=config.fsdp_reshard_after_forward,
                     offload_params=config.fsdp_offload_params,
                 )
+            self.labels, self.has_new_head = setup.find_labels(config)
             self.base, self.tokenizer = load_base(
-                config.model, config.dtype, device, config.quantize, sharding=sharding
+                config.model,
+                config.dtype,
+                device,
+                config.quantize,
+                sharding=sharding,
+                labels=self.labels,
+                seed=config.seed,
             )
             base = model_fingerprint(self.base)
             embedding_rows = self.base.get_input_embeddings().weight.shape[0]
-            data = self.read(config, embedding_rows, self.tokenizer, accelerator)
+            data = self.read(config, embedding_rows, self.tokenizer, accelerator, self.labels)
             if self.held_out is not None and data.held_out is not None:
                 data = replace(data, held_out=data.held_out.select(self.held_out(len(data.held_out))))
             self.data = data
-            self.model = setup.attach(config, self.base, self.tokenizer, saved, sharding)
-            self.layout = setup.choose_layout(config, self.model, self.tokenizer, self.note)
+            self.model = setup.attach(config, self.base, self.tokenizer, saved, sharding, self.labels)
+            self.layout = setup.choose_layout(config, self.model, self.tokenizer, self.note, task=data.task)
             setup.check_layers_are_called(self.model, self.layout, data.longest, self.note)
             setup.init_from_data(self.model, data, self.layout, config.init_batches)
             self.base_fingerprint = trainable.base_fingerprint(self.model)
@@ -329,6 +338,7 @@ class Trainer:
             "kernels": self.kernels.description,
             "task": self.layout.task.description,
             "loss_unit": self.layout.task.loss_unit,
+            "labels": None if self.labels is None else {**self.labels.to_dict(), "new_head": self.has_new_head},
             "start": setup.describe_init(config),
             "adapted_layers": len(summary.rows),
             "trainable_parameters": summary.trainable_parameters,

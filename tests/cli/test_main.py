@@ -284,6 +284,7 @@ MESSAGES = {  # command -> arguments, in which TEXT stands for a text with brack
     "report": ["TEXT"],
     "chat": ["--model TEXT", "--adapter TEXT"],
     "generate": ["--model TEXT --prompt TEXT", "--adapter TEXT --prompt TEXT"],
+    "predict": ["TEXT --data TEXT", "--model TEXT --data TEXT"],
     "combine": ["--adapter TEXT --output-dir TEXT"],
     "shrink": ["--adapter TEXT --output-dir TEXT"],
     "extract": ["--model TEXT --tuned TEXT --output-dir TEXT --r 1"],

@@ -5,11 +5,12 @@ from functools import partial
 from typing import Any
 
 from tailora.data.dataset import distinct_of
-from tailora.evaluation.metrics import METRICS
+from tailora.evaluation.metrics import LABEL_METRICS, METRICS
 from tailora.evaluation.scores import Match
 from tailora.report.blocks import Answers, Block, Column, Figure, List, Number, Page, Section, Table
 from tailora.report.charts import Canvas, Estimate
 from tailora.report.format import NONE, decimals, duration
+from tailora.report.pages.labels import labels_section
 from tailora.report.pages.shared import INTERVAL, numeric, settings_table
 
 CUTS = {  # of EvalReport.data: how many rows were cut or left out
@@ -60,6 +61,7 @@ class EvalReport:
     tasks: dict[str, Any] | None = None
     samples: dict[str, list[Match]] = field(default_factory=dict)
     gates: list[GateOutcome] = field(default_factory=list)
+    labels: dict[str, Any] | None = None
 
 
 def eval_page(report: EvalReport) -> Page:
@@ -67,7 +69,7 @@ def eval_page(report: EvalReport) -> Page:
     if report.data is None:
         lead = f"{evaluated} on tasks of lm-evaluation-harness {tasks.get('lm_eval', '')}".rstrip() + "."
     else:
-        tokens = f"; {data['supervised_tokens']:,} tokens are judged" if "supervised_tokens" in data else ""
+        tokens = f"; {data['supervised_tokens']:,} tokens are judged" if data.get("supervised_tokens") else ""
         rows = distinct_of(data["rows"], data["rows"] - data.get("copies", 0), "row")
         lead = f"{evaluated} on {data['source']}: {rows}, read as {data['shape']}{tokens}."
     numbers = [
@@ -80,9 +82,10 @@ def eval_page(report: EvalReport) -> Page:
     sections = [
         Section(
             "What was measured",
-            "Loss is in nats per token. Intervals are 95% intervals over the distinct rows.",
+            f"{_about_loss(report)} Intervals are 95% intervals over the distinct rows.",
             [*_figures(report), _table(report)],
         ),
+        *([section] if (section := labels_section(report.labels or {})) else []),
         Section("Answers", "The first greedy answers; ✓ marks those that match the expected ones.", _answers(report)),
         Section("Data", "", [settings_table("Data", ("", facts))]),
     ]
@@ -91,6 +94,12 @@ def eval_page(report: EvalReport) -> Page:
     outcomes = [f"gate {'met' if gate.met else 'NOT MET'}: {gate}" for gate in report.gates]
     gates = Section("Gates", "", [List(outcomes) if outcomes else None])
     return Page("eval", evaluated.rstrip("/").rpartition("/")[2], lead, numbers, sections, notes, gates)
+
+
+def _about_loss(report: EvalReport) -> str:
+    if report.labels is None:
+        return "Loss is in nats per token."
+    return "Loss is in nats per row or word." if report.labels else "Loss is the mean squared error."
 
 
 def _figures(report: EvalReport) -> list[Figure]:
@@ -106,7 +115,7 @@ def _figures(report: EvalReport) -> list[Figure]:
         values = {side: value for side, value in both.items() if value and value.value is not None}
         if report.base is None or not values:
             continue
-        meaning = METRICS.get(name, name)
+        meaning = (METRICS if report.labels is None else LABEL_METRICS).get(name, name)
         caption = f"{meaning[:1].upper()}{meaning[1:]}."
         change = (report.change or {}).get(name)
         if change is not None and change.value is not None:

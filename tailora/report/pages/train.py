@@ -11,14 +11,23 @@ from typing import Any
 import numpy as np
 
 from tailora.data.dataset import distinct_of
+from tailora.data.labels import Labels
 from tailora.errors import FormatError
+from tailora.evaluation.classification import (
+    LabelOutputs,
+    as_intervals,
+    describe_labels,
+    label_details,
+    label_scores,
+)
 from tailora.evaluation.generate import Answer
 from tailora.evaluation.preferences import describe_preferences, preference_metrics
 from tailora.evaluation.statistics import Interval, before_and_after, describe_change
 from tailora.formats.run_folder import RUN, SAMPLES, write_report
 from tailora.report.blocks import Answers, Block, Column, Figure, Number, Page, Paragraph, Section, Table
 from tailora.report.charts import DASHED, INK, SERIES, SOFT, Canvas
-from tailora.report.format import count, decimals, duration, interval, plural, share
+from tailora.report.format import NONE, count, decimals, duration, interval, plural, share
+from tailora.report.pages.labels import labels_section
 from tailora.report.pages.shared import settings_table
 from tailora.train.memory import format_bytes
 from tailora.train.run_log import EXAMPLES, METRICS
@@ -69,9 +78,9 @@ class Metric:
     """Of the held-out examples, before and after training, with 95% intervals."""
 
     name: str
-    before: float
+    before: float | None  # None if there is no such number
     before_95: tuple[float, float] | None
-    after: float
+    after: float | None
     after_95: tuple[float, float] | None
 
 
@@ -107,6 +116,7 @@ class TrainReport:
     held_out: HeldOut | None
     verdict: str
     metrics: list[Metric] = field(default_factory=list)  # of the task, besides the loss
+    labels: dict[str, Any] = field(default_factory=dict)  # `evaluation.classification.label_details` after training
 
 
 def write_train_report(folder: Path) -> dict[str, Any]:
@@ -116,26 +126,24 @@ def write_train_report(folder: Path) -> dict[str, Any]:
         result, settings = header.pop("result"), header.pop("settings")
     except KeyError as missing:
         raise FormatError(f"{folder / RUN} lacks {missing}; it was not written by a run") from None
-    metrics = _read(folder / METRICS)
+    lines = _read(folder / METRICS)
     examples = _read(folder / EXAMPLES) if (folder / EXAMPLES).exists() else []
-    held_out, losses, task_metrics, change_of_metrics = None, {}, list[dict[str, Any]](), ""
+    held_out, losses, task_metrics, change_of_metrics, labels = None, {}, list[dict[str, Any]](), "", dict[str, Any]()
     unit = header.get("loss_unit", "nats per token")
     if examples:
         held_out = {name: [row[name] for row in examples] for name in ("tokens", "before", "after")}
         losses = before_and_after(held_out["before"], held_out["after"], held_out["tokens"])
-        if {"chosen_reward", "desirable"} & examples[0].get("scores_after", {}).keys():
+        if header.get("labels"):
+            outputs = [LabelOutputs.of_rows(Labels.from_dict(header["labels"]), examples, when) for when in WHEN]
+            before, after = (as_intervals(label_scores(data)) for data in outputs)
+            labels = label_details(outputs[1])
+            change_of_metrics = describe_labels(before, after, labels, new_head=header["labels"]["new_head"])
+        elif {"chosen_reward", "desirable"} & examples[0].get("scores_after", {}).keys():
             before, after = (preference_metrics([row[f"scores_{when}"] for row in examples]) for when in WHEN)
-            task_metrics = [
-                {
-                    "name": name,
-                    "before": before[name].value,
-                    "before_95": _ends(before[name]),
-                    "after": after[name].value,
-                    "after_95": _ends(after[name]),
-                }
-                for name in after
-            ]
             change_of_metrics = describe_preferences(before, after)
+        else:
+            before = after = {}
+        task_metrics = [_metric(name, before[name], after[name]) for name in after if name in before]
     if result is None:
         verdict = "The run has not finished: it was interrupted, failed, or is still running."
     elif losses:
@@ -164,15 +172,26 @@ def write_train_report(folder: Path) -> dict[str, Any]:
         "verdict": verdict,
         "settings": settings,
         "run": header,
-        "steps": [line for line in metrics if "loss" in line],
-        "evaluations": [{"step": line["step"], "loss": line["eval_loss"]} for line in metrics if "eval_loss" in line],
+        "steps": [line for line in lines if "loss" in line],
+        "evaluations": [{"step": line["step"], "loss": line["eval_loss"]} for line in lines if "eval_loss" in line],
         "samples": _read(folder / SAMPLES) if (folder / SAMPLES).exists() else [],
         "result": result,
         "held_out": held_out,
         "metrics": task_metrics,
+        "labels": labels,
     }
     write_report(folder, "train", content)
     return content
+
+
+def _metric(name: str, before: Interval, after: Interval) -> dict[str, Any]:
+    """Returns the fields of a `Metric`; values that are not a number become None."""
+    values = {
+        f"{when}{part}": value
+        for when, estimate in zip(WHEN, (before, after), strict=True)
+        for part, value in (("", None if math.isnan(estimate.value) else estimate.value), ("_95", _ends(estimate)))
+    }
+    return {"name": name, **values}
 
 
 def _ends(estimate: Interval) -> tuple[float, float] | None:
@@ -203,7 +222,8 @@ def train_page(report: TrainReport) -> Page:
         numbers = [*_metric_numbers(report.metrics), *_numbers(result, unit)]
         if report.evaluations:
             loss_text += f" The weights of step {result.best_step} are kept."
-        answers = Paragraph("No answers were compared: there was no held-out prompt, or --samples is 0.")
+        if not run.get("labels"):
+            answers = Paragraph("No answers were compared: there was no held-out prompt, or --samples is 0.")
     if report.samples:
         answers = Answers(("base", "tuned"), [(answer.prompt, answer.base, answer.tuned) for answer in report.samples])
     decided = {name: value for name, value in run.items() if not isinstance(value, dict | list)}
@@ -217,6 +237,7 @@ def train_page(report: TrainReport) -> Page:
     }
     sections = [
         *([_metrics(report.metrics)] if report.metrics else []),
+        *([section] if (section := labels_section(report.labels)) else []),
         Section("Loss", loss_text, [_loss(report, unit)]),
         *([_examples(report.held_out, unit)] if report.held_out else []),
         Section("Answers before and after", "Greedy answers to the same prompts.", [answers]),
@@ -252,16 +273,18 @@ def _numbers(result: Result, unit: str) -> list[Number]:
 def _metric_numbers(metrics: Sequence[Metric]) -> list[Number]:
     """The two metrics that say most."""
     return [
-        Number(f"{metric.name} after", decimals(metric.after), f"before {decimals(metric.before)}")
+        Number(f"{metric.name} after", _shown(metric.after), f"before {_shown(metric.before)}")
         for metric in metrics[:2]
     ]
 
 
+def _shown(value: float | None) -> str:
+    return NONE if value is None else decimals(value)
+
+
 def _metrics(metrics: Sequence[Metric]) -> Section:
     columns = [Column(name) for name in ("metric", "before", "95% interval", "after", "95% interval")]
-    rows = [
-        (m.name, decimals(m.before), interval(m.before_95), decimals(m.after), interval(m.after_95)) for m in metrics
-    ]
+    rows = [(m.name, _shown(m.before), interval(m.before_95), _shown(m.after), interval(m.after_95)) for m in metrics]
     return Section("Metrics", "Of the held-out examples.", [Table(columns, rows)])
 
 

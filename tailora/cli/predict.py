@@ -1,0 +1,175 @@
+"""`tailora predict`: what a model says about the rows of a file, as JSONL: labels with probabilities, or answers."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+from cyclopts.types import PositiveInt
+
+from tailora.cli.chat import explained_memory_errors, partial_answers
+from tailora.cli.eval import find_target
+from tailora.cli.flags import Json, Overwrite, flags_of, merge_settings
+from tailora.cli.main import log, print_json, stderr
+from tailora.cli.models import BaseModel, Device, MaxNewTokens, Quantize, check_sources, labels_of, load_model
+from tailora.data.demo import resolve_demo
+from tailora.data.readers import Row, RowProblem, data_error, read_rows
+from tailora.errors import DataError
+from tailora.formats.io import check_new_file, partial_file
+from tailora.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from tailora.data.labels import Labels
+
+Flags: Any = flags_of(TrainConfig, only=["field", "max_length", "dtype"])
+Adapter = Annotated[str | None, Parameter(help="folder of an adapter, or of the run that made it")]
+Data = Annotated[str, Parameter(help="rows: JSONL, JSON, CSV, Parquet, folder or Hub id; their labels are not read")]
+Output = Annotated[Path | None, Parameter(help="JSONL file for rows and predictions, instead of stdout")]
+Limit = Annotated[PositiveInt | None, Parameter(help="predict only the first N rows")]
+CHUNK = 1000  # rows predicted at a time
+
+Prediction = dict[str, Any]
+Write = Callable[[Prediction], None]
+
+
+def predict(
+    adapter: Adapter = None,
+    /,
+    *,
+    data: Data,
+    model: BaseModel = None,
+    output: Output = None,
+    limit: Limit = None,
+    max_new_tokens: MaxNewTokens = 256,
+    quantize: Quantize = None,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    json: Json = False,
+    flags: Flags = None,
+) -> int:
+    """Predict the label of every row of a file, or answer it.
+
+    Each line of the output has what the model reads of a row, and what it says: label and probabilities, tags and
+    probabilities, or answer.
+    """
+    check_sources(data=[data])
+    for path in (output, partial_file(output)) if output is not None else ():
+        check_new_file(path, overwrite=overwrite)
+    target = find_target(adapter, model)
+    defaults = {name: value for name in ("max_length", "field") if (value := target.settings.get(name))}
+    config = merge_settings(flags, None, defaults=defaults, arguments={"model": target.model})
+    rows = read_all(resolve_demo(data, "eval_data"), limit)
+    log("reading the model")
+    folders = {} if target.folder is None else {"default": target.folder}
+    labels = labels_of(target.model, list(folders.values()))
+    loaded = load_model(target.model, folders, quantize=quantize, dtype=config.dtype, device=device, labels=labels)
+    from tailora.cli.progress import counter
+
+    predictions: list[Prediction] = []
+    with explained_memory_errors(), counter(stderr(), "rows") as progress, lines(output, is_shown=not json) as write:
+        results = (
+            answers(loaded.model, loaded.tokenizer, rows, config.field, max_new_tokens)
+            if labels is None
+            else labelled(loaded.model, loaded.tokenizer, labels, rows, config)
+        )
+        for number, prediction in enumerate(results, 1):
+            write(prediction)
+            predictions += [prediction] if json else []
+            progress(number, len(rows))
+    if output is not None:
+        log(f"{len(rows):,} predictions written to {output}")
+    if json:
+        print_json({"model": target.model, "adapter": target.adapter, "predictions": predictions})
+    return 0
+
+
+@contextmanager
+def lines(output: Path | None, *, is_shown: bool) -> Iterator[Write]:
+    """Yields a function that writes one prediction: to the file, or to stdout if `is_shown`."""
+    if output is not None:
+        with partial_answers(output) as write:
+            yield lambda prediction: write(dumps(prediction, ensure_ascii=False))
+    elif is_shown:
+        yield lambda prediction: print(dumps(prediction, ensure_ascii=False), flush=True, file=sys.stdout)
+    else:
+        yield lambda _: None
+
+
+def read_all(source: str, limit: int | None) -> list[Row]:
+    """Returns the rows. Raises DataError for all that cannot be read, or if there is none."""
+    items = list(islice(read_rows(source, split="validation"), limit))
+    if problems := [item for item in items if isinstance(item, RowProblem)]:
+        raise data_error(problems)
+    if not items:
+        raise data_error([RowProblem(source, 0, "no rows: there is nothing to predict")])
+    return [item for item in items if isinstance(item, Row)]
+
+
+# ---- Labels
+
+
+def labelled(
+    model: Any, tokenizer: Any, labels: "Labels", rows: Sequence[Row], config: TrainConfig
+) -> Iterator[Prediction]:
+    """Yields the predictions of a model for labels. Raises DataError with every row that cannot be read, before any."""
+    from tailora.data.schemas import convert_row, detect_schema
+    from tailora.evaluation.classification import predict_labels
+
+    try:
+        mapping = detect_schema([row.fields for row in rows], config.field, labels.task, has_labels=False)
+    except DataError as error:
+        raise DataError(f"data {rows[0].file}: {error}") from None
+    samples: list[Any] = [convert_row(row, mapping) for row in rows]
+    if problems := [sample for sample in samples if isinstance(sample, RowProblem)]:
+        raise data_error(problems)
+    for first in range(0, len(rows), CHUNK):
+        part = slice(first, first + CHUNK)
+        results = predict_labels(model, tokenizer, labels, samples[part], max_length=config.max_length)
+        for row, result in zip(rows[part], results, strict=True):
+            if isinstance(result, DataError):
+                raise data_error([RowProblem(row.file, row.number, str(result))])
+            yield {column: row.fields[column] for column in mapping.columns.values()} | result
+
+
+# ---- Answers
+
+
+def answers(
+    model: Any, tokenizer: Any, rows: Sequence[Row], field: Mapping[str, str], max_new_tokens: int
+) -> Iterator[Prediction]:
+    """Yields the greedy answers of a language model. Raises DataError with every row that asks nothing, before any."""
+    from tailora.evaluation.generate import stream_reply
+
+    questions = [question(row, field) for row in rows]
+    if problems := [item for item in questions if isinstance(item, RowProblem)]:
+        raise data_error(problems)
+    for messages in questions:
+        assert not isinstance(messages, RowProblem)
+        pieces = stream_reply(model, tokenizer, messages, max_new_tokens=max_new_tokens)
+        yield {"messages": messages, "answer": "".join(pieces)}
+
+
+def question(row: Row, field: Mapping[str, str]) -> list[dict[str, Any]] | RowProblem:
+    """Returns the messages to answer: `messages` without a reply at the end, or `prompt`, a text or messages."""
+    from tailora.data.schemas import read_messages
+
+    keys = {key: field.get(key, key) for key in ("messages", "prompt")}
+    key = next((key for key, column in keys.items() if column in row.fields), None)
+    if key is None:
+        return RowProblem(
+            row.file, row.number, f"no messages and no prompt; it has {', '.join(row.fields) or 'nothing'}"
+        )
+    value = row.fields[keys[key]]
+    try:
+        messages = read_messages(value, key) if isinstance(value, list) else [{"role": "user", "content": value}]
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages or not str(messages[-1]["content"] or "").strip():
+            raise DataError(f"{key} asks nothing")
+    except DataError as error:
+        return RowProblem(row.file, row.number, str(error))
+    return messages

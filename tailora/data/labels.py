@@ -1,0 +1,300 @@
+"""Labels of rows: the names of classes and tags, and the tokens and targets of rows that have them.
+
+    task                       a row's label becomes
+    sequence-classification    the index of its class; with several labels per row, a 0 or 1 for every class
+    regression                 a number
+    token-classification       the index of each word's tag, at the word's first token
+
+`read_labels` collects the names from all training rows before the model is loaded, since they size its head.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tailora.data.chat_template import ChatTokenizer
+from tailora.data.dataset import IGNORED, Example, Examples, Float64
+from tailora.data.readers import Row, RowProblem, data_error, read_rows
+from tailora.data.schemas import (
+    REGRESSION,
+    SEQUENCE_CLASSIFICATION,
+    TOKEN_CLASSIFICATION,
+    Labelled,
+    LabelValue,
+    Tagged,
+    convert_row,
+    detect_schema,
+)
+from tailora.data.tokenize import EncodedSample
+from tailora.errors import DataError, nearest
+
+LABEL_TASKS = (SEQUENCE_CLASSIFICATION, REGRESSION, TOKEN_CLASSIFICATION)
+SINGLE, MULTI = "single_label_classification", "multi_label_classification"  # problem_type of transformers' configs
+MOST_LABELS = 1000  # more are most likely no classes
+MOST_SHOWN = 20  # names in a message
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the head of a model predicts.
+
+    names: of the classes or tags, in the order of the head's outputs; of regression the one name "value".
+    several: whether a row may have several labels.
+    """
+
+    task: str
+    names: tuple[str, ...]
+    several: bool = False
+
+    @property
+    def problem_type(self) -> str:
+        """What transformers' configs call it."""
+        if self.task == REGRESSION:
+            return REGRESSION
+        return MULTI if self.several else SINGLE
+
+    @property
+    def targets(self) -> int:
+        """How many numbers are learned of a row."""
+        return len(self.names) if self.several else 1
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"task": self.task, "names": list(self.names), "several": self.several}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "Labels":
+        return cls(content["task"], tuple(content["names"]), content["several"])
+
+    @classmethod
+    def of_config(cls, task: str, names: Sequence[str], problem_type: str | None) -> "Labels":
+        """Returns the labels of a model from what its config says."""
+        return cls(REGRESSION if problem_type == REGRESSION else task, tuple(names), problem_type == MULTI)
+
+    def target(self, value: LabelValue) -> Float64:
+        """Returns what is learned of a row with this label. Raises DataError if it is none of the names."""
+        if self.task == REGRESSION:
+            return np.array([_number(value)])
+        if not self.several:
+            return np.array([float(self.index(_name(value)))])
+        target = np.zeros(len(self.names))
+        target[[self.index(_name(item)) for item in (value if isinstance(value, list) else [value])]] = 1
+        return target
+
+    def index(self, name: str) -> int:
+        if name in self.names:
+            return self.names.index(name)
+        raise DataError(
+            f"{'tag' if self.task == TOKEN_CLASSIFICATION else 'label'} {name!r} is none of those that the model "
+            f"learns: {listed(self.names)}{nearest(name, self.names)}"
+        )
+
+    def counts(self, examples: Examples) -> dict[str, int]:
+        """Returns how many examples, or words, have each label; {} for regression."""
+        if self.task == REGRESSION:
+            return {}
+        if examples.targets is None:
+            indices = examples.labels[examples.labels != IGNORED].astype(np.int64)
+        elif self.several:
+            indices = np.nonzero(examples.targets)[1]
+        else:
+            indices = examples.targets[:, 0].astype(np.int64)
+        return dict(zip(self.names, np.bincount(indices, minlength=len(self.names)).tolist(), strict=True))
+
+
+def _name(value: Any) -> str:
+    """Returns the name of a class: text as it is, true and false, whole numbers without a decimal point."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return str(int(value))
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, list):
+        raise DataError("label is a list, and the other rows have one label each")
+    if value is None or isinstance(value, str):
+        raise DataError("label is empty")
+    raise DataError(
+        f"label is {value!r:.60} where a name or a whole number is needed; numbers are for --task regression"
+    )
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise DataError(f"label is {value!r:.60} where a number is needed") from None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(f"label is {value!r:.60} where a number is needed")
+    return float(value)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Returns the first of the names, and how many more there are."""
+    more = f" and {len(names) - MOST_SHOWN:,} more" if len(names) > MOST_SHOWN else ""
+    return ", ".join(names[:MOST_SHOWN]) + more
+
+
+def _in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Numbers by size, other names by the alphabet, and the tag O first."""
+
+    def key(name: str) -> tuple[bool, float, str]:
+        is_number = name.lstrip("-").isdecimal()
+        return name != "O", float(name) if is_number else math.inf, name
+
+    return tuple(sorted(names, key=key))
+
+
+# ---- The names, before the model is loaded
+
+
+def read_labels(sources: Sequence[str], field: Mapping[str, str] | None, task: str) -> Labels:
+    """Returns the labels of all rows. Raises DataError that names every problem with file, row and cause."""
+    source = ", ".join(sources)
+    results = [result for name in sources for result in _read_samples(name, field, task)]
+    problems = [result for result in results if isinstance(result, RowProblem)]
+    samples = [result for result in results if not isinstance(result, RowProblem)]
+    if problems:
+        raise data_error(problems)
+    if task == REGRESSION:
+        return Labels(task, ("value",))
+    several = any(isinstance(sample.label, list) for _, sample in samples if isinstance(sample, Labelled))
+    counts = Counter[str]()
+    for row, sample in samples:
+        try:
+            counts.update(set(names_of(sample)))
+        except DataError as error:
+            problems.append(RowProblem(row.file, row.number, str(error)))
+    if problems:
+        raise data_error(problems)
+    what = "tags" if task == TOKEN_CLASSIFICATION else "labels"
+    if len(counts) > MOST_LABELS:
+        raise DataError(
+            f"data {source}: its rows have {len(counts):,} different {what}, such as {listed(list(counts)[:3])}: more "
+            f"than {MOST_LABELS:,} classes are most likely a mistake. Numbers are for --task regression"
+        )
+    if len(counts) < 2:
+        raise DataError(
+            f"data {source}: all rows have the same {what} ({listed(list(counts)) or 'none'}), so there is nothing to "
+            "tell apart: give data with two or more"
+        )
+    return Labels(task, _in_order(counts), several)
+
+
+def _read_samples(
+    source: str, field: Mapping[str, str] | None, task: str
+) -> list[tuple[Row, Labelled | Tagged] | RowProblem]:
+    """Returns every row and its sample, or why it has none. Raises DataError if there is no row of a known schema."""
+    items = list(read_rows(source, split="train"))
+    rows = [item for item in items if isinstance(item, Row)]
+    if not rows:
+        problems = [item for item in items if isinstance(item, RowProblem)]
+        raise data_error(problems or [RowProblem(source, 0, "no rows: there is nothing to learn from")])
+    try:
+        mapping = detect_schema([row.fields for row in rows], field, task)
+    except DataError as error:
+        raise DataError(f"data {source}: {error}") from None
+    results: list[tuple[Row, Labelled | Tagged] | RowProblem] = []
+    for item in items:
+        sample = item if isinstance(item, RowProblem) else convert_row(item, mapping)
+        if isinstance(sample, RowProblem):
+            results.append(sample)
+        elif isinstance(item, Row) and isinstance(sample, Labelled | Tagged):
+            results.append((item, sample))
+    return results
+
+
+def names_of(sample: Labelled | Tagged) -> list[str]:
+    """Returns the names of a row's labels or tags. Raises DataError."""
+    if isinstance(sample, Tagged):
+        return [_name(tag) for tag in sample.tags or ()]
+    return [_name(value) for value in (sample.label if isinstance(sample.label, list) else [sample.label])]
+
+
+# ---- Tokens and targets
+
+
+def most_tokens(tokenizer: Any, max_length: int) -> int:
+    """Returns the most tokens of a row, which the model must have positions for."""
+    return min(max_length, int(tokenizer.model_max_length))
+
+
+def encode_labelled(
+    samples: Sequence[Labelled | Tagged], tokenizer: ChatTokenizer, max_length: int, labels: Labels
+) -> list[EncodedSample | DataError]:
+    """Returns the tokens and targets of every sample, or the reason why it has none.
+
+    The tokenizer writes its own special tokens, such as [CLS] and [SEP]. A sample without a label gets any target.
+    """
+    results: list[EncodedSample | DataError] = []
+    for sample in samples:
+        try:
+            encode: Callable[..., EncodedSample] = _encode_tags if isinstance(sample, Tagged) else _encode_text
+            results.append(encode(sample, tokenizer, max_length, labels))
+        except DataError as error:
+            results.append(error)
+    return results
+
+
+def _encode_text(sample: Labelled, tokenizer: ChatTokenizer, max_length: int, labels: Labels) -> EncodedSample:
+    target = labels.target(sample.label) if sample.label is not None else np.zeros(labels.targets)
+    if sample.messages:
+        if tokenizer.template is None:
+            raise DataError("messages need a chat template, and the tokenizer has none: give text instead")
+        ids = tokenizer.token_ids(tokenizer.render(sample.messages))
+        return EncodedSample(_example(ids[:max_length], 0, target), len(ids), True, has_target=True)
+    encode, pair = tokenizer.tokenizer, (sample.text, *([] if sample.second is None else [sample.second]))
+    length = len(encode(*pair, verbose=False)["input_ids"])
+    encoding = encode(*pair, truncation=True, max_length=max_length, return_token_type_ids=True, verbose=False)
+    segments = list(encoding["token_type_ids"])
+    second_start = segments.index(1) if 1 in segments else 0
+    example = _example(encoding["input_ids"], second_start, target)
+    return EncodedSample(example, length, True, has_target=True)
+
+
+def _example(ids: Sequence[int], second_start: int, target: Float64 | None) -> Example:
+    input_ids = np.array(ids, dtype=np.int32)
+    if not len(input_ids):
+        raise DataError("nothing to learn: the text has no tokens")
+    return Example(input_ids, np.full_like(input_ids, IGNORED), second_start=second_start, target=target)
+
+
+def first_tokens(tokens: Sequence[str], tokenizer: ChatTokenizer, max_length: int) -> tuple[list[int], list[int], int]:
+    """Returns the ids of the words, joined by spaces; the index of each word's first token, and the length uncut.
+
+    The index is -1 for a word that is cut at max_length, or of whose characters the tokenizer keeps none.
+    """
+    if not tokenizer.tokenizer.is_fast:
+        raise DataError("token-classification needs a fast tokenizer, which says where its tokens are in the text")
+    ends = np.cumsum([len(token) + 1 for token in tokens]) - 1  # of each word in the text
+    text = " ".join(tokens)
+    options: dict[str, Any] = {"return_offsets_mapping": True, "return_special_tokens_mask": True, "verbose": False}
+    encoding = tokenizer.tokenizer(text, **options)
+    length = len(encoding["input_ids"])
+    if length > max_length:
+        encoding = tokenizer.tokenizer(text, truncation=True, max_length=max_length, **options)
+    firsts = [-1] * len(tokens)
+    spans = zip(encoding["offset_mapping"], encoding["special_tokens_mask"], strict=True)
+    for index, ((start, end), is_special) in enumerate(spans):
+        if is_special or start == end:
+            continue
+        word = int(np.searchsorted(ends, end))  # a token may begin with the space before its word
+        if firsts[word] < 0 and text[start:end].strip():
+            firsts[word] = index
+    return list(encoding["input_ids"]), firsts, length
+
+
+def _encode_tags(sample: Tagged, tokenizer: ChatTokenizer, max_length: int, labels: Labels) -> EncodedSample:
+    ids, firsts, length = first_tokens(sample.tokens, tokenizer, max_length)
+    input_ids = np.array(ids, dtype=np.int32)
+    tags = np.full_like(input_ids, IGNORED)
+    values = [0] * len(firsts) if sample.tags is None else [labels.index(_name(tag)) for tag in sample.tags]
+    for first, value in zip(firsts, values, strict=True):
+        if first >= 0:
+            tags[first] = value
+    example = Example(input_ids, tags)
+    return EncodedSample(example, length, True, has_target=bool((tags != IGNORED).any()))

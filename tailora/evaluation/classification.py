@@ -1,0 +1,579 @@
+"""How good a model's labels are: scores of scikit-learn and seqeval with intervals, confusions and calibration.
+
+    label_scores     accuracy, F1, MCC and AUROC of classes; seqeval's of tags; Pearson's and Spearman's of numbers
+    label_changes    the differences of two models on the same rows
+    label_details    the confusion matrix, calibration, and what the most frequent label alone would get
+    evaluate_labels  the scores of a model on data;    predict_labels  its labels for rows without
+
+Intervals are percentiles of bootstraps over rows, because words of one row are alike; Wilson's where each row is right
+or wrong. scikit-learn and seqeval are in the extra `classify`.
+"""
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tailora.data.chat_template import ChatTokenizer
+from tailora.data.dataset import IGNORED, Examples
+from tailora.data.demo import resolve_demo
+from tailora.data.labels import Labels, encode_labelled, first_tokens, most_tokens
+from tailora.data.prepare import EvalSource, check_eval_source, read_eval_chunks
+from tailora.data.schemas import REGRESSION, TOKEN_CLASSIFICATION, Labelled, Tagged
+from tailora.errors import ConfigError, DataError
+from tailora.evaluation.scores import BASE, CHUNK, TUNED, Progress, Score, Scores, models_to_score, token_budget
+from tailora.evaluation.statistics import Interval, mean_interval, paired_difference, share_difference, wilson_interval
+from tailora.model import LoRAModel
+from tailora.train.classification import label_task
+from tailora.train.config import TrainConfig
+from tailora.train.loss import Evaluation, evaluate
+from tailora.train.setup import choose_layout
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+DRAWS, DRAWS_AT_ONCE = 2000, 50  # of a bootstrap
+BINS = 10  # of a calibration curve
+MOST_CLASSES = 40  # that a confusion matrix and F1 of each class are kept for
+TAG = re.compile(r"[BIESLU]-.+")  # of a word in an entity; O is outside
+
+
+@dataclass(frozen=True, eq=False)
+class LabelOutputs:
+    """What a model says of rows, and what is right.
+
+    outputs: of the head, (rows, or words of tags; outputs).    targets: index of the class or tag, (rows, 1); with
+    several labels 0 or 1 for each, (rows, labels); or a number, (rows, 1).    counts: words of each row, or 1; (rows,).
+    """
+
+    labels: Labels
+    outputs: Floats
+    targets: Floats
+    counts: Ints
+
+    @classmethod
+    def of(cls, labels: Labels, examples: Examples, evaluation: Evaluation) -> "LabelOutputs":
+        assert evaluation.scores is not None
+        targets = examples.targets
+        if targets is None:
+            targets = examples.labels[examples.labels != IGNORED].astype(np.float64)[:, None]
+        return cls(labels, evaluation.scores, targets, evaluation.counts)
+
+    @classmethod
+    def of_rows(cls, labels: Labels, rows: Sequence[Mapping[str, Any]], when: str) -> "LabelOutputs":
+        """Returns those of a run's examples.jsonl. when: "before" or "after" training."""
+        words = [row[f"scores_{when}"] for row in rows]
+        if labels.task == TOKEN_CLASSIFICATION:
+            by_row = ([[*row.values()]] if isinstance(row, dict) else row for row in words)
+            outputs = np.array([values for row in by_row for values in row])
+            targets = np.array([[float(target)] for row in rows for target in row["target"]])
+        else:
+            outputs = np.array([[row[name] for name in labels.names] for row in words])
+            targets = np.array([row["target"] for row in rows], dtype=np.float64)
+        return cls(labels, outputs, targets, np.array([row["tokens"] for row in rows]))
+
+    @property
+    def probabilities(self) -> Floats:
+        if self.labels.several:
+            positive: Floats = 1 / (1 + np.exp(-self.outputs))
+            return positive
+        exponentials: Floats = np.exp(self.outputs - self.outputs.max(1, keepdims=True))
+        return np.asarray(exponentials / exponentials.sum(1, keepdims=True))
+
+    @property
+    def truth(self) -> Ints:
+        return self.targets[:, 0].astype(np.int64)
+
+    @property
+    def predicted(self) -> Ints:
+        """Index of the likeliest class; with several labels 0 or 1 for each."""
+        return (self.outputs > 0).astype(np.int64) if self.labels.several else self.outputs.argmax(1)
+
+    @property
+    def classes(self) -> Ints:
+        """Indices of the labels that some row has or is predicted to have; with several labels of all."""
+        if self.labels.several:
+            return np.arange(len(self.labels.names))
+        return np.unique(np.concatenate([self.truth, self.predicted]))
+
+    @property
+    def in_both(self) -> NDArray[np.bool_]:
+        """Whether each of several labels is that of some rows and not of others."""
+        return np.asarray((self.targets.min(0) == 0) & (self.targets.max(0) == 1))
+
+    @property
+    def has_entities(self) -> bool:
+        """Whether the names are tags of words in entities, such as B-PER, and O."""
+        names = set(self.labels.names) - {"O"}
+        return self.labels.task == TOKEN_CLASSIFICATION and all(map(TAG.fullmatch, names))
+
+    def tags(self, indices: Ints) -> list[list[str]]:
+        """Returns the names of tags, row by row."""
+        names = [self.labels.names[index] for index in indices]
+        ends = np.cumsum(self.counts)
+        return [names[end - count : end] for end, count in zip(ends, self.counts, strict=True)]
+
+
+def check_packages() -> None:
+    """Raises ConfigError if scikit-learn or seqeval is not installed."""
+    with _needs_packages():
+        import scipy  # noqa: F401
+        import seqeval  # noqa: F401
+        import sklearn  # noqa: F401
+
+
+@contextmanager
+def _needs_packages() -> Iterator[None]:
+    """Within the block, a package that is not installed raises ConfigError."""
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(
+            f"scores of labels need scikit-learn and seqeval ({error}): pip install 'tailora[classify]'"
+        ) from error
+
+
+# ---- Values, of scikit-learn and seqeval
+
+
+def _values(data: LabelOutputs) -> dict[str, float]:
+    """Raises ConfigError if a package is missing."""
+    with _needs_packages(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about values that do not exist, which are 0 or NaN
+        if data.labels.task == REGRESSION:
+            return _values_of_numbers(data.targets[:, 0], data.outputs[:, 0])
+        if data.labels.several:
+            return _values_of_several(data)
+        return _values_of_entities(data) if data.has_entities else _values_of_classes(data)
+
+
+def _values_of_numbers(truth: Floats, predicted: Floats) -> dict[str, float]:
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn.metrics import mean_absolute_error, mean_squared_error
+
+    errors = {"mse": mean_squared_error(truth, predicted), "mae": mean_absolute_error(truth, predicted)}
+    if len(truth) < 2 or np.ptp(truth) == 0 or np.ptp(predicted) == 0:
+        return {**errors, "pearson": math.nan, "spearman": math.nan}
+    correlations = {"pearson": pearsonr(truth, predicted), "spearman": spearmanr(truth, predicted)}
+    return {**errors, **{name: float(result.statistic) for name, result in correlations.items()}}
+
+
+def _values_of_classes(data: LabelOutputs) -> dict[str, float]:
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, roc_auc_score
+
+    truth, predicted, size = data.truth, data.predicted, len(data.labels.names)
+    values = {
+        "accuracy": accuracy_score(truth, predicted),
+        "f1_macro": f1_score(truth, predicted, average="macro", zero_division=0),
+        "mcc": matthews_corrcoef(truth, predicted),
+    }
+    if len(np.unique(truth)) == size:  # else it does not exist
+        scores = data.probabilities[:, 1] if size == 2 else data.probabilities
+        values["auroc"] = roc_auc_score(truth, scores, multi_class="ovr", labels=np.arange(size))
+    return {**values, **_of_names(data, f1_score(truth, predicted, average=None, zero_division=0))}
+
+
+def _values_of_several(data: LabelOutputs) -> dict[str, float]:
+    from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+
+    truth, predicted, both = data.targets.astype(np.int64), data.predicted, data.in_both
+    values = {
+        "accuracy": accuracy_score(truth, predicted),
+        **{
+            f"f1_{average}": f1_score(truth, predicted, average=average, zero_division=0)
+            for average in ("macro", "micro")
+        },
+        "auroc": roc_auc_score(truth[:, both], data.probabilities[:, both]) if both.any() else math.nan,
+    }
+    return {**values, **_of_names(data, f1_score(truth, predicted, average=None, zero_division=0))}
+
+
+def _of_names(data: LabelOutputs, f1: Floats) -> dict[str, float]:
+    names = [data.labels.names[index] for index in data.classes]
+    return {f"f1[{name}]": float(value) for name, value in zip(names, f1, strict=True) if len(names) <= MOST_CLASSES}
+
+
+def _values_of_entities(data: LabelOutputs) -> dict[str, float]:
+    from seqeval.metrics import accuracy_score, classification_report
+
+    right, predicted = data.tags(data.truth), data.tags(data.predicted)
+    report = classification_report(right, predicted, output_dict=True, zero_division=0)
+    total, macro = report.pop("micro avg"), report.pop("macro avg")
+    del report["weighted avg"]
+    return {
+        "accuracy": accuracy_score(right, predicted),
+        "precision": total["precision"],
+        "recall": total["recall"],
+        "f1": total["f1-score"],
+        "f1_macro": macro["f1-score"],
+        **{f"f1[{name}]": values["f1-score"] for name, values in report.items()},
+    }
+
+
+# ---- The same in many draws at once, from counts
+#
+# times: how often each row is in a draw, (draws, rows) -> name -> value in each draw, (draws,); NaN if it has none.
+
+Statistic = Callable[[Floats], dict[str, Floats]]
+
+
+def _statistic(data: LabelOutputs) -> Statistic:
+    if data.labels.task == REGRESSION:
+        return partial(_numbers_in_draws, data.targets[:, 0], data.outputs[:, 0])
+    if data.labels.several:
+        return partial(_several_in_draws, data)
+    return _entities_in_draws(data) if data.has_entities else partial(_classes_in_draws, data)
+
+
+def _ratio(part: Floats, whole: Floats, otherwise: float = 0.0) -> Floats:
+    ratio: Floats = np.divide(part, whole, out=np.full(np.shape(part), otherwise), where=whole != 0)
+    return ratio
+
+
+def _f1(hits: Floats, predicted: Floats, there: Floats) -> Floats:
+    return _ratio(2 * hits, predicted + there)
+
+
+def _numbers_in_draws(truth: Floats, predicted: Floats, times: Floats) -> dict[str, Floats]:
+    size = times.sum(1)
+    return {
+        "mse": times @ (truth - predicted) ** 2 / size,
+        "mae": times @ np.abs(truth - predicted) / size,
+        "pearson": _correlation(truth[None], predicted[None], times),
+        "spearman": _correlation(_ranks(truth, times), _ranks(predicted, times), times),
+    }
+
+
+def _correlation(first: Floats, second: Floats, times: Floats) -> Floats:
+    """first, second: (1 or draws, rows)."""
+    size = times.sum(1, keepdims=True)
+    first = first - (times * first).sum(1, keepdims=True) / size
+    second = second - (times * second).sum(1, keepdims=True) / size
+    product = (times * first * second).sum(1)
+    return _ratio(product, np.sqrt((times * first**2).sum(1) * (times * second**2).sum(1)), math.nan)
+
+
+def _ranks(values: Floats, times: Floats) -> Floats:
+    """Returns the rank of each row within each draw, where equal values share their mean rank: (draws, rows)."""
+    _, group = np.unique(values, return_inverse=True)
+    weights = _sums(times, group)
+    ranks: Floats = (np.cumsum(weights, axis=1) - weights / 2)[:, group]
+    return ranks
+
+
+def _sums(weights: Floats, group: Ints) -> Floats:
+    """Returns the weights of each group of columns, (draws, groups). group: number of each column; none is left out."""
+    order = np.argsort(group, kind="stable")
+    starts = np.searchsorted(group[order], np.arange(group.max() + 1))
+    return np.add.reduceat(weights[:, order], starts, axis=1)
+
+
+def _auroc(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
+    """Returns the share of pairs, of a positive and another row, in which the positive has the higher score."""
+    _, group = np.unique(scores, return_inverse=True)
+    right, wrong = _sums(weights * positive, group), _sums(weights * ~positive, group)
+    below = np.cumsum(wrong, axis=1) - wrong / 2
+    return _ratio((right * below).sum(1), right.sum(1) * wrong.sum(1), math.nan)
+
+
+def _classes_in_draws(data: LabelOutputs, times: Floats) -> dict[str, Floats]:
+    weights = np.repeat(times, data.counts, axis=1)
+    truth, predicted, classes, size = data.truth, data.predicted, data.classes, weights.sum(1)
+    there, guessed, hits = (
+        np.stack([weights @ mask for mask in masks], axis=1)  # (draws, classes)
+        for masks in (
+            [truth == index for index in classes],
+            [predicted == index for index in classes],
+            [(truth == index) & (predicted == index) for index in classes],
+        )
+    )
+    f1, right = _f1(hits, guessed, there), hits.sum(1)
+    spread = np.sqrt((size**2 - (guessed**2).sum(1)) * (size**2 - (there**2).sum(1)))
+    values = {
+        "accuracy": right / size,
+        "f1_macro": f1.mean(1),
+        "mcc": _ratio(right * size - (guessed * there).sum(1), spread),
+    }
+    labels = range(len(data.labels.names))
+    if len(np.unique(truth)) == len(labels):
+        chosen = labels if len(labels) > 2 else labels[1:]
+        values["auroc"] = np.mean([_auroc(data.probabilities[:, i], truth == i, weights) for i in chosen], axis=0)
+    return values | {f"f1[{data.labels.names[i]}]": f1[:, column] for column, i in enumerate(classes)}
+
+
+def _several_in_draws(data: LabelOutputs, times: Floats) -> dict[str, Floats]:
+    truth, predicted = data.targets > 0, data.predicted > 0
+    hits, guessed, there = (times @ mask for mask in (truth & predicted, predicted, truth))  # (draws, labels)
+    f1 = _f1(hits, guessed, there)
+    areas = [_auroc(data.probabilities[:, i], truth[:, i], times) for i in np.flatnonzero(data.in_both)]
+    values = {
+        "accuracy": times @ (truth == predicted).all(1) / times.sum(1),
+        "f1_macro": f1.mean(1),
+        "f1_micro": _f1(hits.sum(1), guessed.sum(1), there.sum(1)),
+        "auroc": np.mean(areas, axis=0) if areas else np.full(len(times), math.nan),
+    }
+    return values | {f"f1[{name}]": f1[:, column] for column, name in enumerate(data.labels.names)}
+
+
+def _entities_in_draws(data: LabelOutputs) -> Statistic:
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    right, predicted = (
+        [set(get_entities(tags)) for tags in data.tags(indices)] for indices in (data.truth, data.predicted)
+    )
+    types = sorted({entity[0] for entities in (*right, *predicted) for entity in entities})
+    counts = np.zeros((len(right), len(types), 3))  # of each row: entities found that are right, found, and there
+    for row, (there, guessed) in enumerate(zip(right, predicted, strict=True)):
+        for column, entities in enumerate((there & guessed, guessed, there)):
+            for entity in entities:
+                counts[row, types.index(entity[0]), column] += 1
+    is_right = data.truth == data.predicted
+
+    def statistic(times: Floats) -> dict[str, Floats]:
+        weights = np.repeat(times, data.counts, axis=1)
+        by_type = np.moveaxis(np.tensordot(times, counts, 1), 2, 0)  # (3, draws, types)
+        hits, guessed, there = by_type.sum(2)
+        f1 = _f1(*by_type)
+        return {
+            "accuracy": weights @ is_right / weights.sum(1),
+            "precision": _ratio(hits, guessed),
+            "recall": _ratio(hits, there),
+            "f1": _f1(hits, guessed, there),
+            "f1_macro": f1.mean(1) if types else np.zeros(len(times)),
+            **{f"f1[{name}]": f1[:, column] for column, name in enumerate(types)},
+        }
+
+    return statistic
+
+
+# ---- Scores with intervals
+
+
+def label_scores(data: LabelOutputs) -> dict[str, Score]:
+    """Returns the scores of a model. Raises ConfigError if a package is missing."""
+    scores = _with_intervals(_values(data), _statistic(data), len(data.counts))
+    if data.labels.task not in (REGRESSION, TOKEN_CLASSIFICATION):
+        scores["accuracy"] = Score(*wilson_interval(_hits(data)), len(data.counts))
+    return scores
+
+
+def label_changes(before: LabelOutputs, after: LabelOutputs) -> dict[str, Score]:
+    """Returns the scores of `after` minus those of `before`, on the same rows."""
+    first, second = _statistic(before), _statistic(after)
+
+    def statistic(times: Floats) -> dict[str, Floats]:
+        old, new = first(times), second(times)
+        return {name: new[name] - old[name] for name in new if name in old}
+
+    old, new = _values(before), _values(after)
+    values = {name: new[name] - old[name] for name in new if name in old}
+    changes = _with_intervals(values, statistic, len(after.counts))
+    if after.labels.task not in (REGRESSION, TOKEN_CLASSIFICATION):
+        changes["accuracy"] = Score(*share_difference(_hits(before), _hits(after)), len(after.counts))
+    return changes
+
+
+def _hits(data: LabelOutputs) -> NDArray[np.bool_]:
+    """Returns whether all labels of each row are right."""
+    right = data.predicted == (data.targets if data.labels.several else data.truth)
+    return cast(NDArray[np.bool_], right.all(1) if right.ndim > 1 else right)
+
+
+def _with_intervals(values: Mapping[str, float], statistic: Statistic, rows: int) -> dict[str, Score]:
+    """A draw in which a value does not exist, such as AUROC without one of the classes, is left out of its interval."""
+    generator, parts = np.random.default_rng(0), []
+    for _ in range(DRAWS // DRAWS_AT_ONCE if rows > 1 else 0):
+        drawn = generator.integers(rows, size=(DRAWS_AT_ONCE, rows))
+        parts.append(statistic(np.stack([np.bincount(draw, minlength=rows) for draw in drawn]).astype(np.float64)))
+    scores = {}
+    for name, value in values.items():
+        draws = np.concatenate([part[name] for part in parts]) if parts else np.zeros(0)
+        draws = draws[~np.isnan(draws)]
+        low, high = np.quantile(draws, [0.025, 0.975]) if len(draws) > DRAWS // 2 else (math.nan, math.nan)
+        scores[name] = Score(float(value), float(low), float(high), rows)
+    return scores
+
+
+def as_intervals(scores: Mapping[str, Score]) -> dict[str, Interval]:
+    return {name: Interval(score.value, score.low, score.high) for name, score in scores.items()}
+
+
+def describe_labels(
+    before: Mapping[str, Interval], after: Mapping[str, Interval], details: Mapping[str, Any], *, new_head: bool
+) -> str:
+    """Returns in words what training has changed. details: `label_details` of the rows."""
+    start = "before training, with a new head of random weights," if new_head else "before training"
+    if "pearson" in after:
+        old, new = before["pearson"], after["pearson"]
+        ends = f" (95% interval {new.low:.3f} to {new.high:.3f})" if not math.isnan(new.low) else ""
+        return f"The correlation of predictions with labels is {new.value:.3f}{ends}; {start} {old.value:.3f}."
+    accuracy = after["accuracy"]
+    ends = "" if math.isnan(accuracy.low) else f" (95% interval {accuracy.low:.1%} to {accuracy.high:.1%})"
+    text = f"Accuracy is {accuracy.value:.1%}{ends}; {start} {before['accuracy'].value:.1%}"
+    if (majority := details.get("majority")) is not None:
+        text += f", and {majority['share']:.1%} for always answering {majority['label']!r}"
+    return f"{text}."
+
+
+# ---- Confusions, calibration, and the most frequent label
+
+
+def label_details(data: LabelOutputs) -> dict[str, Any]:
+    """Returns, for the page: names, confusion (right class -> predicted class -> count), calibration, majority.
+
+    calibration: for rows, or words, of about the same confidence: their number, mean confidence and accuracy; ece is
+        the mean distance between the two (expected calibration error, arXiv:1706.04599).
+    majority: the most frequent label and its share, which is the accuracy of always predicting it.
+    """
+    if data.labels.task == REGRESSION:
+        return {}
+    with _needs_packages():
+        from sklearn.metrics import confusion_matrix
+
+    names, details = data.labels.names, dict[str, Any](names=list(data.labels.names))
+    if data.labels.several:
+        confidence = np.where(data.predicted == 1, data.probabilities, 1 - data.probabilities).ravel()
+        return {**details, "calibration": _calibration(confidence, (data.predicted == data.targets).ravel())}
+    if len(names) <= MOST_CLASSES:
+        details["confusion"] = confusion_matrix(data.truth, data.predicted, labels=range(len(names))).tolist()
+    counts = np.bincount(data.truth, minlength=len(names))
+    details["majority"] = {"label": names[counts.argmax()], "share": float(counts.max() / counts.sum())}
+    details["calibration"] = _calibration(data.probabilities.max(1), data.predicted == data.truth)
+    return details
+
+
+def _calibration(confidence: Floats, is_right: NDArray[np.bool_]) -> dict[str, Any]:
+    edges = np.linspace(0, 1, BINS + 1)
+    bin_of_row = np.minimum(np.digitize(confidence, edges[1:]), BINS - 1)
+    bins = [
+        {
+            "n": int((bin_of_row == number).sum()),
+            "confidence": float(confidence[bin_of_row == number].mean()),
+            "accuracy": float(is_right[bin_of_row == number].mean()),
+        }
+        for number in np.unique(bin_of_row)
+    ]
+    ece = sum(row["n"] * abs(row["confidence"] - row["accuracy"]) for row in bins) / len(confidence)
+    return {"ece": ece, "bins": bins}
+
+
+# ---- A model on data
+
+
+def evaluate_labels(
+    model: LoRAModel,
+    tokenizer: Any,
+    labels: Labels,
+    data: str,
+    *,
+    field: Mapping[str, str] | None = None,
+    max_length: int = 1024,
+    limit: int | None = None,
+    base: bool = True,
+    progress: Progress = lambda *_: None,
+) -> Scores:
+    """Evaluates the active adapters on `data`, and with `base` also the model without them, on the same rows.
+
+    Copies of a row are evaluated once. data: whatever training reads, or 'demo'.    limit: only the first rows.
+    Raises DataError for labels that the model does not know, ConfigError if a package is missing.
+    """
+    check_packages()
+    length = most_tokens(tokenizer, max_length)
+    source = EvalSource(resolve_demo(data, "eval_data"), tokenizer, field or {}, length, limit, labels=labels)
+    facts = check_eval_source(source, model.get_input_embeddings().weight.shape[0])
+    examples = Examples.of(row.encoded.example for chunk in read_eval_chunks(source, CHUNK) for row in chunk)
+    models = models_to_score(model, base)
+    outputs = {}
+    for name, activated in models.items():
+        with activated():
+            evaluation = _evaluate(model, tokenizer, labels, examples, progress)
+        outputs[name] = LabelOutputs.of(labels, examples, evaluation), evaluation
+    scores = {name: {"loss": _loss(evaluation), **label_scores(data)} for name, (data, evaluation) in outputs.items()}
+    change = None
+    if BASE in outputs:
+        (before, old), (after, new) = outputs[BASE], outputs[TUNED]
+        loss = Score(*paired_difference(old.sums, new.sums, new.counts), len(new.counts))
+        change = {"loss": loss, **label_changes(before, after)}
+    return Scores(scores[TUNED], scores.get(BASE), change, data=facts, labels=label_details(outputs[TUNED][0]))
+
+
+def _loss(evaluation: Evaluation) -> Score:
+    return Score(*mean_interval(evaluation.sums, evaluation.counts), len(evaluation.counts))
+
+
+def _evaluate(model: LoRAModel, tokenizer: Any, labels: Labels, examples: Examples, progress: Progress) -> Evaluation:
+    layout = choose_layout(TrainConfig(), model, tokenizer, lambda _: None, task=label_task(labels))
+    return evaluate(model, examples, layout=layout, token_budget=token_budget(model), progress=progress)
+
+
+# ---- Labels for rows that have none
+
+
+def predict_labels(
+    model: LoRAModel,
+    tokenizer: Any,
+    labels: Labels,
+    samples: Sequence[Labelled | Tagged],
+    *,
+    max_length: int = 1024,
+    progress: Progress = lambda *_: None,
+) -> list[dict[str, Any] | DataError]:
+    """Returns what the model predicts for every sample, or why it cannot.
+
+    Of a text: label, and probabilities by label; with several labels, label is a list. Of regression: label, a number.
+    Of words: tags and probabilities of each word, which are None for words beyond the cut at `max_length`.
+    """
+    chat_tokenizer, most = ChatTokenizer.of(tokenizer), most_tokens(tokenizer, max_length)
+    encoded = encode_labelled(samples, chat_tokenizer, most, labels)
+    usable = [row for row in encoded if not isinstance(row, DataError)]
+    if not usable:
+        return [row for row in encoded if isinstance(row, DataError)]
+    examples = Examples.of(row.example for row in usable)
+    outputs = LabelOutputs.of(labels, examples, _evaluate(model, tokenizer, labels, examples, progress))
+    starts = iter(np.cumsum([0, *outputs.counts]))
+    counts = iter(outputs.counts)
+    predictions: list[dict[str, Any] | DataError] = []
+    for sample, row in zip(samples, encoded, strict=True):
+        if isinstance(row, DataError):
+            predictions.append(row)
+            continue
+        start, count = next(starts), next(counts)
+        part = slice(start, start + count)
+        if isinstance(sample, Tagged):
+            predictions.append(_tags(sample, outputs, part, chat_tokenizer, most))
+        else:
+            predictions.append(_prediction(outputs, start))
+    return predictions
+
+
+def _prediction(outputs: LabelOutputs, row: int) -> dict[str, Any]:
+    labels = outputs.labels
+    if labels.task == REGRESSION:
+        return {"label": float(outputs.outputs[row, 0])}
+    probabilities = dict(zip(labels.names, outputs.probabilities[row].tolist(), strict=True))
+    chosen = outputs.predicted[row]
+    if labels.several:
+        return {"label": [labels.names[i] for i in np.nonzero(chosen)[0]], "probabilities": probabilities}
+    return {"label": labels.names[chosen], "probabilities": probabilities}
+
+
+def _tags(
+    sample: Tagged, outputs: LabelOutputs, part: slice, tokenizer: ChatTokenizer, max_length: int
+) -> dict[str, Any]:
+    """Words without a token get no tag."""
+    _, firsts, _ = first_tokens(sample.tokens, tokenizer, max_length)
+    tags, probabilities = iter(outputs.predicted[part]), iter(outputs.probabilities[part])
+    names = outputs.labels.names
+    has_token = [first >= 0 for first in firsts]
+    return {
+        "tags": [names[next(tags)] if known else None for known in has_token],
+        "probabilities": [
+            dict(zip(names, next(probabilities).tolist(), strict=True)) if known else None for known in has_token
+        ],
+    }

@@ -1,0 +1,161 @@
+"""Labels from the command line: train, eval, predict, and what is wrong with data; answers of language models."""
+
+import json
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_model as random_model
+from tiny import word_tokenizer
+
+from tailora.cli.main import main
+
+WORDS = {"positive": ["great", "lovely", "fine"], "negative": ["awful", "dull", "poor"]}
+ROWS = [
+    {"text": f"a {word} film and a {other} plot", "label": label}
+    for label, words in WORDS.items()
+    for word in words
+    for other in words
+]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+def call(*line: object) -> tuple[int, str, str]:
+    out, err = StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main([str(word) for word in line])
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds model, rows.jsonl, and run: an adapter for two labels."""
+    folder = tmp_path_factory.mktemp("labels")
+    word_tokenizer(row["text"] for row in ROWS).save_pretrained(folder / "model")
+    random_model("BertModel", vocab_size=300).save_pretrained(folder / "model")
+    write(folder / "rows.jsonl", ROWS)
+    code, out, err = call(*training(folder), "--output-dir", folder / "run", "--max-steps", 40, "--json")
+    assert code == 0, err
+    (folder / "result.json").write_text(out.splitlines()[-1])
+    return folder
+
+
+def training(folder: Path, task: str = "sequence-classification", data: Path | None = None) -> list[object]:
+    settings = ["--validation-split", 0.3, "--learning-rate", 1e-2]
+    return ["train", "--task", task, "--model", folder / "model", "--data", data or folder / "rows.jsonl", *settings]
+
+
+@pytest.mark.slow
+def test_train_says_the_accuracy_before_and_after(folder: Path) -> None:
+    result = json.loads((folder / "result.json").read_text())
+    assert 0 <= result["eval_accuracy_before"] <= 1
+    assert result["eval_accuracy_after"] > 0.6
+    report = json.loads((folder / "run" / "report.json").read_text())
+    assert "new head of random weights" in report["verdict"]
+    assert "always answering" in report["verdict"]
+    lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if "loss" in line] == [*range(1, 41)]
+    page = (folder / "run" / "report.html").read_text()
+    assert "Confusion matrix" in page
+    assert "calibration" in page
+
+
+@pytest.mark.slow
+def test_eval_gives_scores_with_intervals_and_gates(folder: Path) -> None:
+    code, out, err = call("eval", folder / "run", "--data", folder / "rows.jsonl", "--json", "--gate", "f1[positive]>2")
+    assert code == 4, err
+    scores = json.loads(out.splitlines()[-1])
+    assert {"loss", "accuracy", "f1_macro", "mcc", "auroc", "f1[positive]"} <= scores["metrics"].keys()
+    assert scores["metrics"]["accuracy"]["interval"] is not None
+    assert scores["base"] is None  # its head would be random
+    assert sum(map(sum, scores["labels"]["confusion"])) == len(ROWS)
+    assert "no head for these labels" in err
+
+
+def test_eval_names_a_score_that_there_is_not(folder: Path) -> None:
+    code, _, err = call("eval", folder / "run", "--data", folder / "rows.jsonl", "--metrics", "pearson")
+    assert code == 2
+    assert "pearson" in err
+    assert "f1_macro" in err
+
+
+@pytest.mark.slow
+def test_predict_writes_labels_and_probabilities(folder: Path, tmp_path: Path) -> None:
+    rows = write(tmp_path / "rows.jsonl", [{"text": row["text"], "number": 1} for row in ROWS])
+    code, out, _ = call("predict", folder / "run", "--data", rows, "--json")
+    assert code == 0
+    predictions = json.loads(out.splitlines()[-1])["predictions"]
+    assert [row["text"] for row in predictions] == [row["text"] for row in ROWS]
+    for row in predictions:
+        assert row["probabilities"].keys() == set(WORDS)
+        assert sum(row["probabilities"].values()) == pytest.approx(1)
+        assert row["label"] == max(row["probabilities"], key=row["probabilities"].get)
+    output = tmp_path / "predictions.jsonl"
+    code, out, _ = call("predict", folder / "run", "--data", rows, "--output", output, "--limit", 3)
+    assert (code, out) == (0, "")
+    assert [json.loads(line)["label"] for line in output.read_text().splitlines()] == [
+        row["label"] for row in predictions[:3]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "cause"),
+    [
+        ("sequence-classification", {"text": "a film", "label": None}, "label is empty"),
+        ("sequence-classification", {"text": "a film", "label": "postive"}, "'postive'"),
+        ("regression", {"text": "a film", "label": "much"}, "a number is needed"),
+        ("token-classification", {"tokens": ["a"], "tags": []}, "tags is []"),
+    ],
+)
+def test_wrong_rows_end_with_code_2(task: str, row: dict[str, Any], cause: str, folder: Path, tmp_path: Path) -> None:
+    good = {"tokens": ["a", "b"], "tags": ["O", "B-X"]} if task == "token-classification" else ROWS[0]
+    if task == "regression":
+        good = {**ROWS[0], "label": 1}
+    rows = write(tmp_path / "rows.jsonl", [*ROWS, row] if task == "sequence-classification" else [good, good, row])
+    train = [*training(folder, task, write(tmp_path / "good.jsonl", ROWS)), "--eval-data", rows]
+    if cause != "'postive'":
+        train = training(folder, task, rows)
+    code, _, err = call(*train, "--output-dir", tmp_path / "run")
+    assert code == 2
+    assert cause in err
+    assert "rows.jsonl" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_of_another_task_is_explained(folder: Path, tmp_path: Path) -> None:
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
+    code, _, err = call(*training(folder, "token-classification", rows), "--output-dir", tmp_path / "run")
+    assert code == 2
+    assert "tokens, tags" in err
+
+
+@pytest.mark.slow
+def test_commands_that_write_text_refuse_an_adapter_for_labels(folder: Path) -> None:
+    code, _, err = call("generate", "--adapter", folder / "run", "--prompt", "Hello")
+    assert code == 2
+    assert "tailora predict" in err
+
+
+@pytest.mark.slow
+def test_a_language_model_answers_rows(tiny_model: Path, chats: Path, tmp_path: Path) -> None:
+    code, out, _ = call("predict", "--model", tiny_model, "--data", chats, "--limit", 2, "--max-new-tokens", 3)
+    assert code == 0
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["messages"][-1]["role"] for line in lines] == ["user", "user"]
+    assert all(isinstance(line["answer"], str) for line in lines)
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": "Hi"}, {"question": "Hi"}])
+    code, _, err = call("predict", "--model", tiny_model, "--data", rows)
+    assert code == 2
+    assert "rows.jsonl" in err
+    assert "no messages and no prompt" in err

@@ -1,0 +1,179 @@
+"""Labels of rows: their names, and the tokens and targets of rows that have them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import chat_tokenizer, word_tokenizer
+
+from tailora.data.chat_template import ChatTokenizer
+from tailora.data.dataset import IGNORED
+from tailora.data.labels import Labels, encode_labelled, first_tokens, read_labels
+from tailora.data.prepare import prepare
+from tailora.data.schemas import Labelled, Tagged, detect_schema
+from tailora.data.tokenize import EncodedSample
+from tailora.errors import DataError
+
+SENTENCE = ["Yesterday", "Alice", "met", "Bob", "in", "Saint-Petersburg", "."]
+TEXTS = ["a fine film", "a dull film", " ".join(SENTENCE)]
+CLASSES, TAGS = "sequence-classification", "token-classification"
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def rows_with(labels: Sequence[Any]) -> list[dict[str, Any]]:
+    return [{"text": f"text {number}", "label": label} for number, label in enumerate(labels)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "several"),
+    [
+        (["good", "bad", "good"], ("bad", "good"), False),
+        ([10, 9, 2], ("2", "9", "10"), False),
+        ([True, False], ("false", "true"), False),
+        ([1.0, 0.0], ("0", "1"), False),
+        ([["b", "a"], [], "c"], ("a", "b", "c"), True),
+    ],
+)
+def test_names_of_classes_are_in_order(
+    labels: list[Any], names: tuple[str, ...], several: bool, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "rows.jsonl", rows_with(labels))
+    assert read_labels([source], None, CLASSES) == Labels(CLASSES, names, several)
+
+
+def test_the_tag_outside_is_first(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", [{"tokens": ["a", "b", "c"], "tags": ["I-X", "B-X", "O"]}])
+    assert read_labels([source], None, TAGS).names == ("O", "B-X", "I-X")
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "cause"),
+    [
+        (CLASSES, {"text": "a", "label": None}, "label is empty"),
+        (CLASSES, {"text": "a", "label": 0.5}, "--task regression"),
+        (CLASSES, {"text": " ", "label": "x"}, "text is empty"),
+        (CLASSES, {"text": "a"}, "no label"),
+        (TAGS, {"tokens": ["a"], "tags": []}, "tags is []"),
+        (TAGS, {"tokens": ["a", "b"], "tags": ["O"]}, "2 tokens and 1 tags"),
+        (TAGS, {"tokens": [], "tags": []}, "tokens is []"),
+    ],
+)
+def test_wrong_rows_are_named_with_their_cause(task: str, row: dict[str, Any], cause: str, tmp_path: Path) -> None:
+    good = {"tokens": ["a", "b"], "tags": ["O", "X"]} if task == TAGS else {"text": "b", "label": "x"}
+    source = write(tmp_path / "rows.jsonl", [good, good, row])
+    with pytest.raises(DataError, match=r"rows\.jsonl.*3") as error:
+        read_labels([source], None, task)
+    assert cause in str(error.value)
+
+
+@pytest.mark.parametrize(("labels", "cause"), [(["x", "x"], "the same labels"), (list(range(1001)), "1,001 different")])
+def test_labels_that_are_no_classes_are_refused(labels: list[Any], cause: str, tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", rows_with(labels))
+    with pytest.raises(DataError, match=cause):
+        read_labels([source], None, CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("labels", "value", "target"),
+    [
+        (Labels(CLASSES, ("a", "b")), "b", [1]),
+        (Labels(CLASSES, ("0", "1")), 1.0, [1]),
+        (Labels(CLASSES, ("a", "b", "c"), several=True), ["c", "a"], [1, 0, 1]),
+        (Labels(CLASSES, ("a", "b", "c"), several=True), "b", [0, 1, 0]),
+        (Labels("regression", ("value",)), "-2.5", [-2.5]),
+    ],
+)
+def test_targets(labels: Labels, value: Any, target: list[float]) -> None:
+    np.testing.assert_array_equal(labels.target(value), target)
+
+
+def test_unseen_labels_are_named_with_those_there_are(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.jsonl", rows_with(["good", "bad"]))
+    held_out = write(tmp_path / "held_out.jsonl", rows_with(["good", "goood"]))
+    labels = read_labels([train], None, CLASSES)
+    tokenizer = word_tokenizer(TEXTS)
+    with pytest.raises(DataError) as error:
+        prepare(train, tokenizer, eval_source=held_out, task=CLASSES, labels=labels)
+    message = str(error.value)
+    assert "held_out.jsonl" in message
+    assert "2" in message
+    assert "'goood'" in message
+    assert "bad, good" in message
+
+
+def test_two_texts_are_segments_of_one_sequence() -> None:
+    tokenizer = word_tokenizer(TEXTS)
+    (result,) = encode_labelled(
+        [Labelled("a fine film", "a dull film", label="x")], ChatTokenizer.of(tokenizer), 64, AB
+    )
+    assert isinstance(result, EncodedSample)
+    expected = tokenizer("a fine film", "a dull film", return_token_type_ids=True)
+    assert result.example.input_ids.tolist() == expected["input_ids"]
+    assert result.example.second_start == expected["token_type_ids"].index(1)
+
+
+AB = Labels(CLASSES, ("x", "y"))
+
+
+def test_a_conversation_is_rendered_by_the_chat_template() -> None:
+    tokenizer = chat_tokenizer(TEXTS)
+    messages = [{"role": "user", "content": "a fine film"}]
+    sample = Labelled(messages=messages, label="x")
+    (result,) = encode_labelled([sample], ChatTokenizer.of(tokenizer), 64, AB)
+    assert isinstance(result, EncodedSample)
+    expected = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.decode(result.example.input_ids) == expected
+    (refused,) = encode_labelled([sample], ChatTokenizer.of(word_tokenizer(TEXTS)), 64, AB)
+    assert "chat template" in str(refused)
+
+
+def test_the_first_token_of_each_word_has_its_tag() -> None:
+    tokenizer = word_tokenizer(TEXTS)
+    expected = tokenizer(SENTENCE, is_split_into_words=True)
+    ids, firsts, length = first_tokens(SENTENCE, ChatTokenizer.of(tokenizer), 64)
+    assert ids == expected["input_ids"]
+    assert length == len(ids)
+    assert firsts == [expected.word_ids().index(word) for word in range(len(SENTENCE))]
+
+
+def test_a_byte_level_token_with_a_space_belongs_to_the_word_after_it() -> None:
+    tokenizer = chat_tokenizer(TEXTS)
+    ids, firsts, _ = first_tokens(SENTENCE, ChatTokenizer.of(tokenizer), 64)
+    pieces = [tokenizer.decode(ids[first:end]) for first, end in zip(firsts, [*firsts[1:], len(ids)], strict=True)]
+    assert [piece.strip() for piece in pieces] == SENTENCE
+
+
+def test_words_beyond_the_cut_have_no_tag() -> None:
+    tokenizer = ChatTokenizer.of(word_tokenizer(TEXTS))
+    labels, sample = Labels(TAGS, ("O", "X")), Tagged(SENTENCE, ["O", "X", *["O"] * 5])
+    results = encode_labelled([sample, sample], tokenizer, 4, labels)
+    (result, _) = results
+    assert isinstance(result, EncodedSample)
+    assert result.length > 4
+    assert result.example.labels.tolist()[0] == IGNORED
+    assert result.example.labels.tolist()[-1] == IGNORED  # of [SEP]
+    assert result.is_learned
+    (nothing,) = encode_labelled([sample], tokenizer, 2, labels)  # [CLS] and [SEP]
+    assert isinstance(nothing, EncodedSample)
+    assert not nothing.is_learned
+
+
+def test_labels_are_not_needed_for_a_prediction() -> None:
+    rows = [{"text": "a"}]
+    assert detect_schema(rows, None, CLASSES, has_labels=False).columns == {"text": "text"}
+    with pytest.raises(DataError, match="text, label"):
+        detect_schema(rows, None, CLASSES)
+
+
+def test_counts_of_labels(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", rows_with(["a", "b", "b"]))
+    labels = read_labels([source], None, CLASSES)
+    data = prepare(source, word_tokenizer(TEXTS), validation_split=0, task=CLASSES, labels=labels)
+    assert data.report.labels == {"a": 1, "b": 2}

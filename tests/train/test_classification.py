@@ -1,0 +1,274 @@
+"""Training on labels: the losses are those of transformers, of every kind of head and model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from tiny import tiny_model, word_tokenizer
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+from tailora import LoRAModel
+from tailora.data.dataset import IGNORED, Example, Examples
+from tailora.data.labels import Labels
+from tailora.errors import ConfigError
+from tailora.train.classification import LabelTask, class_weights, label_task
+from tailora.train.config import TrainConfig
+from tailora.train.loss import BatchLayout, evaluate
+from tailora.train.model_loading import labels_of_adapter, load_base
+from tailora.train.setup import HEAD
+from tailora.train.trainer import run
+
+SINGLE = Labels("sequence-classification", ("a", "b", "c"))
+SEVERAL = Labels("sequence-classification", ("a", "b", "c"), several=True)
+NUMBER = Labels("regression", ("value",))
+TAGS = Labels("token-classification", ("O", "B-X", "I-X"))
+LENGTHS = (9, 4, 6)
+ENCODER = "Bert"
+MODELS = {  # of sequences, of words
+    ENCODER: ("BertForSequenceClassification", "BertForTokenClassification"),
+    "Llama": ("LlamaForSequenceClassification", "LlamaForTokenClassification"),
+}
+OTHERS = {
+    name: (f"{name}ForSequenceClassification", f"{name}ForTokenClassification")
+    for name in ("Roberta", "DebertaV2", "ModernBert", "Qwen2")
+}
+ALL = {**MODELS, **OTHERS}
+
+
+def examples_of(labels: Labels) -> Examples:
+    random = np.random.default_rng(0)
+    examples = []
+    for length in LENGTHS:
+        ids = random.integers(3, 80, length).astype(np.int32)
+        tags = np.full(length, IGNORED, dtype=np.int32)
+        target = None
+        if labels is TAGS:
+            tags[::2] = random.integers(0, 3, len(tags[::2]))
+        elif labels is SEVERAL:
+            target = random.integers(0, 2, 3).astype(np.float64)
+        else:
+            target = np.array([float(random.integers(0, 3))])
+        examples.append(Example(ids, tags, target=target))
+    return Examples.of(examples)
+
+
+def layout_of(task: LabelTask) -> BatchLayout:
+    return BatchLayout(packed=False, loss=HEAD, pad_id=0, task=task)
+
+
+def model_of(names: tuple[str, str], labels: Labels) -> Any:
+    model = tiny_model(names[labels is TAGS], num_labels=len(labels.names), problem_type=labels.problem_type)
+    model.config.pad_token_id = 0
+    return model.eval()
+
+
+def own_loss(model: Any, labels: Labels, example: Example) -> float:
+    """What transformers computes for one row."""
+    target = torch.from_numpy(example.labels.astype(np.int64))
+    if example.target is not None:
+        target = torch.tensor(example.target, dtype=torch.int64 if labels is SINGLE else torch.float32)
+        target = target[None] if labels is SEVERAL else target
+    ids = torch.from_numpy(example.input_ids.astype(np.int64))[None]
+    return float(model(input_ids=ids, labels=target if example.target is not None else target[None]).loss)
+
+
+@pytest.mark.parametrize("labels", [SINGLE, SEVERAL, NUMBER, TAGS], ids=["single", "several", "number", "tags"])
+@pytest.mark.parametrize("name", [*MODELS, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in OTHERS)])
+def test_padded_losses_are_those_of_transformers(name: str, labels: Labels) -> None:
+    model, examples, task = model_of(ALL[name], labels), examples_of(labels), label_task(labels)
+    with torch.no_grad():
+        batch = task.make_batch([*examples], layout_of(task))
+        losses = task.outputs(model, batch, layout_of(task)).losses.numpy()
+        by_row = np.bincount(batch.owners, weights=losses) / task.counts(examples)
+        expected = [own_loss(model, labels, example) for example in examples]
+    np.testing.assert_allclose(by_row, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("labels", [SINGLE, TAGS], ids=["classes", "tags"])
+def test_class_weights_divide_as_in_torch(labels: Labels) -> None:
+    weights = np.array([0.5, 3.0, 2.0])
+    model, examples = model_of(MODELS[ENCODER], labels), examples_of(labels)
+    task, plain = label_task(labels, weights), label_task(labels)
+    with torch.no_grad():
+        batch = task.make_batch([*examples], layout_of(task))
+        outputs = task.outputs(model, batch, layout_of(task))
+        assert outputs.scores is not None
+        expected = F.cross_entropy(outputs.scores, batch.targets, weight=torch.tensor(weights, dtype=torch.float32))
+        before = plain.outputs(model, batch, layout_of(plain)).losses
+    divisor = sum(task.divisor(example) for example in examples)
+    torch.testing.assert_close(outputs.losses.sum() / divisor, expected)
+    # held-out losses are not weighted
+    evaluation = task.evaluation(examples, np.zeros(len(examples)), outputs.scores.double().numpy())
+    np.testing.assert_allclose(evaluation.loss, before.mean(), rtol=1e-5)
+
+
+def test_balanced_weights_count_every_class_alike() -> None:
+    weights = class_weights("balanced", SINGLE, {"a": 10, "b": 30, "c": 20})
+    assert weights is not None
+    np.testing.assert_allclose(weights * [10, 30, 20], 20)
+    np.testing.assert_array_equal(class_weights({"b": 4}, SINGLE, {}), [1, 4, 1])
+    with pytest.raises(ConfigError, match="there are a, b, c"):
+        class_weights({"d": 4}, SINGLE, {})
+
+
+def test_segments_of_two_texts_are_told_apart() -> None:
+    task = label_task(SINGLE)
+    ids = np.arange(3, 9, dtype=np.int32)
+    pair = Example(ids, np.full(6, IGNORED, np.int32), second_start=4, target=np.zeros(1))
+    single = Example(ids[:3], np.full(3, IGNORED, np.int32), target=np.zeros(1))
+    batch = task.make_batch([pair, single], layout_of(task))
+    assert batch.inputs["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1], [0] * 6]
+    assert "token_type_ids" not in task.make_batch([single], layout_of(task)).inputs
+
+
+def test_evaluations_keep_the_outputs_in_the_order_of_the_examples() -> None:
+    model, examples, task = model_of(MODELS[ENCODER], TAGS), examples_of(TAGS), label_task(TAGS)
+    wrapped = LoRAModel(model)
+    whole = evaluate(wrapped, examples, layout=layout_of(task), token_budget=1000)
+    apart = evaluate(wrapped, examples, layout=layout_of(task), token_budget=1)
+    assert whole.scores is not None
+    assert apart.scores is not None
+    assert whole.scores.shape == (task.counts(examples).sum(), 3)
+    np.testing.assert_allclose(whole.scores, apart.scores, atol=1e-5)
+    np.testing.assert_allclose(whole.sums, apart.sums, rtol=1e-4)
+
+
+# ---- Runs
+
+GOOD, BAD = ["great", "lovely", "brilliant", "fine"], ["awful", "dull", "boring", "poor"]
+ROWS = [
+    {"text": f"a {word} film and a {words[number % 4]} plot {number % 3}", "label": label}
+    for number in range(10)
+    for words, label in ((GOOD, "positive"), (BAD, "negative"))
+    for word in words[:2]
+]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("encoder")
+    word_tokenizer(row["text"] for row in ROWS).save_pretrained(folder)
+    tiny_model("BertModel", vocab_size=300).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def settings(model: Path, data: Path, folder: Path, **changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "task": "sequence-classification",
+        "model": str(model),
+        "data": str(data),
+        "output_dir": str(folder),
+        "max_steps": 40,
+        "learning_rate": 1e-2,
+        "validation_split": 0.3,
+        "dtype": "float32",
+    }
+    return TrainConfig(**{**values, **changes})
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # that PEFT asks for
+@pytest.mark.slow
+def test_peft_computes_what_the_trained_model_does(encoder: Path, data: Path, tmp_path: Path) -> None:
+    result = run(settings(encoder, data, tmp_path / "run"))
+    assert result.after is not None
+    assert result.before is not None
+    assert result.after.loss < result.before.loss
+    folder = tmp_path / "run" / "adapter"
+    assert json.loads((folder / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    labels = labels_of_adapter(folder)
+    assert labels == Labels("sequence-classification", ("negative", "positive"))
+    base = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
+    theirs = PeftModel.from_pretrained(base, folder).eval()
+    inputs = result.tokenizer(ROWS[0]["text"], return_tensors="pt")
+    with torch.no_grad():
+        expected = result.model.eval()(**inputs).logits
+        torch.testing.assert_close(theirs(**inputs).logits, expected)
+        loaded, _ = load_base(str(encoder), "float32", labels=labels, seed=5)  # the adapter brings its head
+        torch.testing.assert_close(LoRAModel.from_pretrained(loaded, folder)(**inputs).logits, expected)
+
+
+def test_a_new_head_depends_on_the_seed_alone(encoder: Path) -> None:
+    def head(seed: int) -> torch.Tensor:
+        torch.rand(1)
+        weight: torch.Tensor = load_base(str(encoder), "float32", labels=SINGLE, seed=seed)[0].classifier.weight
+        return weight
+
+    before = torch.get_rng_state()
+    first = head(1)
+    assert torch.equal(first, head(1))
+    assert not torch.equal(first, head(2))
+    torch.set_rng_state(before)
+    load_base(str(encoder), "float32", labels=SINGLE, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.slow
+def test_a_trained_head_for_the_same_labels_is_kept(encoder: Path, data: Path, tmp_path: Path) -> None:
+    full = run(settings(encoder, data, tmp_path / "full", method="full", learning_rate=1e-3))
+    model = tmp_path / "full" / "model"
+    again = run(settings(model, data, tmp_path / "again", max_steps=1))
+    assert full.after is not None
+    assert again.before is not None
+    np.testing.assert_allclose(again.before.loss, full.after.loss, rtol=1e-4)
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({**row, "label": row["label"] == "positive"}) + "\n" for row in ROWS))
+    renamed = run(settings(model, other, tmp_path / "renamed", max_steps=1))
+    assert renamed.model.config.id2label == {0: "false", 1: "true"}
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # that PEFT asks for
+@pytest.mark.slow
+def test_tags_are_learned_by_an_encoder(encoder: Path, tmp_path: Path) -> None:
+    rows = [
+        {"tokens": ["a", word, "film"], "tags": ["O", "B-GOOD" if word in GOOD else "B-BAD", "O"]}
+        for word in GOOD + BAD
+        for _ in range(3)
+    ]
+    path = tmp_path / "tags.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run(settings(encoder, path, tmp_path / "run", task="token-classification", eval_data=str(path)))
+    assert result.after is not None
+    assert result.before is not None
+    assert result.after.loss < result.before.loss
+    folder = tmp_path / "run" / "adapter"
+    base = AutoModelForTokenClassification.from_pretrained(encoder, num_labels=3)
+    inputs = result.tokenizer("a fine film", return_tensors="pt")
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(base, folder).eval()(**inputs).logits
+        torch.testing.assert_close(theirs, result.model.eval()(**inputs).logits)
+
+
+def test_weights_that_are_no_head_must_be_in_the_files(tmp_path: Path) -> None:
+    model = tiny_model("BertModel", vocab_size=300)
+    tensors = {name: value for name, value in model.state_dict().items() if "pooler" not in name}
+    model.save_pretrained(tmp_path, state_dict=tensors)
+    word_tokenizer(row["text"] for row in ROWS).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="pooler"):
+        load_base(str(tmp_path), labels=SINGLE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"streaming": True, "max_steps": 2}, "streaming"),
+        ({"fsdp": True}, "fsdp"),
+        ({"system": "Answer."}, "system"),
+        ({"class_weights": {"a": 0.0}}, "above 0"),
+        ({"task": "causal-lm", "class_weights": "balanced"}, "class_weights"),
+    ],
+)
+def test_settings_that_do_not_go_together(changes: dict[str, Any], cause: str) -> None:
+    with pytest.raises(ConfigError, match=cause):
+        TrainConfig(**{"task": "sequence-classification", **changes})
