@@ -24,6 +24,7 @@ class Example:
     source_index: its index among the usable rows of its source.
     second_start: where its second sequence begins, such as the rejected reply after the chosen one; 0: it has one.
     target: what is learned about it as a whole, for tasks that learn more than its tokens.
+    weight: of its losses in training, relative to others.
     """
 
     input_ids: Int32  # (length,)
@@ -31,6 +32,7 @@ class Example:
     source_index: int = 0
     second_start: int = 0
     target: Float64 | None = None  # (targets,)
+    weight: float = 1.0
 
     @property
     def supervised(self) -> int:
@@ -64,6 +66,7 @@ class Example:
             first.source_index,
             len(first.input_ids),
             target,
+            first.weight,
         )
 
 
@@ -107,6 +110,7 @@ class Examples:
     source_indices: Int64  # (examples,)
     second_starts: Int64  # (examples,)
     targets: Float64 | None  # (examples, targets)
+    weights: Float64  # (examples,)
     mixture: Mixture | None = None  # None: an epoch has each example once
 
     @classmethod
@@ -120,6 +124,7 @@ class Examples:
             source_indices=np.array([example.source_index for example in examples], dtype=np.int64),
             second_starts=np.array([example.second_start for example in examples], dtype=np.int64),
             targets=np.stack(targets) if (targets := [e.target for e in examples if e.target is not None]) else None,
+            weights=np.array([example.weight for example in examples], dtype=np.float64),
         )
 
     def __len__(self) -> int:
@@ -136,6 +141,7 @@ class Examples:
             int(self.source_indices[index]),
             int(self.second_starts[index]),
             None if self.targets is None else self.targets[index],
+            float(self.weights[index]),
         )
 
     def __iter__(self) -> Iterator[Example]:
@@ -200,28 +206,31 @@ def cut_into_blocks(documents: Iterable[Example], length: int, *, concatenated: 
     """Yields the tokens of documents, all of which are trained, in examples of at most `length`.
 
     A block begins with the last token of the one before it, so that each token is predicted once.
-    concatenated: the documents follow one another as one, and all blocks but the last are full.
+    concatenated: the documents follow one another as one, and all blocks but the last are full. Raises DataError if
+        they have weights of their own.
     """
     rest: Int32 | None = None
-    source_index = 0
+    last: Example | None = None
     for document in documents:
-        source_index = document.source_index
+        if concatenated and document.weight != 1:
+            raise DataError("a row has a weight, which --documents concatenated cannot follow: take isolated")
+        last = document
         ids = document.input_ids if rest is None else np.concatenate([rest, document.input_ids])
         while len(ids) > length:
-            yield _block(ids[:length], source_index)
+            yield _block(ids[:length], document)
             ids = ids[length - 1 :]
         if concatenated:
             rest = ids
         else:
-            yield _block(ids, source_index)
-    if rest is not None:
-        yield _block(rest, source_index)
+            yield _block(ids, document)
+    if rest is not None and last is not None:
+        yield _block(rest, last)
 
 
-def _block(ids: Int32, source_index: int) -> Example:
+def _block(ids: Int32, document: Example) -> Example:
     labels = ids.copy()
     labels[:1] = IGNORED
-    return Example(ids, labels, source_index)
+    return replace(document, input_ids=ids, labels=labels)
 
 
 # ---- The split
@@ -324,6 +333,7 @@ class DataReport:
     longest: int  # tokens of the longest row, before cutting
     truncated: int  # examples cut at max_length
     read_in_part: int  # of those, rows so long that not all of their tokens were counted: `longest` is a lower bound
+    without_weight: int  # rows left out because their weight is 0
     cut_away: int  # examples left out because the cut took all trained tokens
     replies_not_learned: int  # the template rewrites them once the chat goes on, or nothing comes before them
     repeated: int  # rows that repeat an earlier row of the same side
@@ -343,6 +353,7 @@ class DataReport:
 
 WARNINGS = {  # count in the report -> name, meaning
     "truncated": ("cut", "examples are longer than --max-length"),
+    "without_weight": ("weight 0", "rows have the weight 0 and are left out"),
     "cut_away": ("left out", "examples whose learned tokens were all cut away"),
     "replies_not_learned": ("not learned", "replies that the chat template rewrites once the chat continues"),
     "repeated": ("repeated", "rows are copies of an earlier row"),
@@ -372,6 +383,8 @@ def dataset_hash(*parts: Examples) -> str:
             digest.update(part.second_starts.tobytes())
         if part.targets is not None:
             digest.update(part.targets.tobytes())
+        if (part.weights != 1).any():
+            digest.update(part.weights.tobytes())
     return digest.hexdigest()
 
 

@@ -38,6 +38,7 @@ from tailora.data.schemas import (
     convert_row,
     detect_schema,
     judged,
+    weight_of,
 )
 from tailora.data.tokenize import EncodedSample, encode_samples
 from tailora.errors import ConfigError, DataError, listing
@@ -114,7 +115,8 @@ def _encode_rows(
             if isinstance(result, DataError):
                 yield RowProblem(item.file, item.number, str(result))
                 continue
-            encoded = replace(result, example=replace(result.example, source_index=index))
+            weight = weight_of(item, mapping) if isinstance(item, Row) else 1.0
+            encoded = replace(result, example=replace(result.example, source_index=index, weight=weight))
             yield EncodedRow(_parts(sample)[0], encoded, sample if isinstance(sample, Choices) else None)
 
 
@@ -182,7 +184,8 @@ class RowCounts:
 
     tokens: after cutting.    longest: tokens of the longest row, before cutting.    truncated: rows cut at max_length.
     read_in_part: of those, rows so long that their tokens were not all counted: `longest` is a lower bound then.
-    cut_away: of those, rows without a trained token left.    replies_not_learned: see RenderedSample.
+    without_weight: rows whose weight is 0.
+    cut_away: rows without a trained token left, of those that were cut.    replies_not_learned: see RenderedSample.
     duplicates: rows that are held-out examples too, if `held_out` has the hashes of those.
     """
 
@@ -192,6 +195,7 @@ class RowCounts:
     longest: int = 0
     truncated: int = 0
     read_in_part: int = 0
+    without_weight: int = 0
     cut_away: int = 0
     replies_not_learned: int = 0
     duplicates: int = 0
@@ -206,6 +210,7 @@ class RowCounts:
             self.longest = max(self.longest, encoded.length)
             self.truncated += encoded.length > max_length
             self.read_in_part += not encoded.is_whole
+            self.without_weight += example.weight == 0
             self.cut_away += not encoded.is_learned
             self.replies_not_learned += encoded.untrained_replies
             self.duplicates += bool(self.held_out) and example.hash in self.held_out
@@ -226,7 +231,13 @@ def checked_tokenizer(
     return ChatTokenizer.of(tokenizer, options)
 
 
+def _is_trained(encoded: EncodedSample) -> bool:
+    return encoded.is_learned and encoded.example.weight > 0
+
+
 def _all_cut(source: str, max_length: int, counts: RowCounts, use: str = "learned") -> DataError:
+    if counts.without_weight:
+        return DataError(f"data {source}: nothing to learn: {counts.without_weight:,} rows have the weight 0")
     longest = f"{'at least ' * (counts.read_in_part > 0)}{counts.longest:,}"
     return DataError(
         f"data {source}: cutting at max_length {max_length} removes all tokens that would be {use} from every row; "
@@ -321,6 +332,7 @@ def prepare(
         longest=max(part.longest for part in counts),
         truncated=sum(part.truncated for part in counts),
         read_in_part=sum(part.read_in_part for part in counts),
+        without_weight=sum(part.without_weight for part in counts),
         cut_away=sum(part.cut_away for part in counts),
         replies_not_learned=sum(part.replies_not_learned for part in counts),
         repeated=repeated,
@@ -430,7 +442,7 @@ def _load_source(
     for row in results:
         if isinstance(row, EncodedRow):
             counts.add(row.encoded, sys.maxsize if is_text else max_length)
-            usable += [row] if row.encoded.is_learned else []
+            usable += [row] if _is_trained(row.encoded) else []
     if not usable or max_length < 2:
         raise _all_cut(source.name, max_length, counts)
     examples = Examples.of(row.encoded.example for row in usable)
@@ -497,7 +509,7 @@ def stream_examples(
             if isinstance(row, RowProblem):
                 raise data_error([row])
             known_counts.add(row.encoded, sys.maxsize if is_text else max_length)
-            if row.encoded.example.supervised and max_length > 1:
+            if _is_trained(row.encoded) and max_length > 1:
                 is_empty = False
                 yield row.encoded.example
         if is_empty:
@@ -571,7 +583,7 @@ def check_eval_source(source: EvalSource, embedding_rows: int) -> EvalDataReport
     if counts.rows == counts.cut_away:
         raise _all_cut(source.name, source.max_length, counts, use="judged")
     numbers = {**asdict(counts), "supervised_tokens": judged}
-    for name in ("replies_not_learned", "duplicates", "held_out"):
+    for name in ("without_weight", "replies_not_learned", "duplicates", "held_out"):
         del numbers[name]
     has_template = tokenizer.template is not None
     copies = counts.rows - counts.cut_away - len(seen)

@@ -13,6 +13,8 @@
     text/label          text, label                              Labelled; also of text_a and text_b, or of messages
     tokens/tags         tokens, tags                             Tagged
 
+Every row may have a weight, by which its losses are multiplied in training.
+
 In choices, prompt may be called question, and answer label. Rows are read as feedback if their labels are true and
 false, or for --task preference.
 
@@ -21,6 +23,7 @@ whatever name the row has for it. `train: false` or `weight: 0` marks a reply th
 """
 
 import json
+import math
 import re
 import reprlib
 import string
@@ -546,7 +549,7 @@ class Schema:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return self.required + self.optional
+        return (*self.required, *self.optional, WEIGHT)
 
     def without_labels(self) -> "Schema":
         """Returns the schema of rows whose labels are not read."""
@@ -572,6 +575,7 @@ def _has_truth_value(row: Mapping[str, Any]) -> bool:
     return isinstance(row.get("label"), bool)
 
 
+WEIGHT = "weight"  # a key that every schema may have
 TEXT = "text"  # the schema whose rows are documents of any length
 # If several fit, the first wins: `messages` says more than the `prompt` that often comes with it, and two replies say
 # more than one.
@@ -709,9 +713,27 @@ def _unknown_schema(columns: list[str], field: Mapping[str, str], schemas: Seque
     )
 
 
+def weight_of(row: Row, mapping: ColumnMapping) -> float:
+    """Raises DataError if the row's weight is no number of at least 0. CSV has numbers as text."""
+    value = row.fields.get(mapping.columns.get(WEIGHT, ""))
+    if value is None or value == "":
+        return 1.0
+    try:
+        weight = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise DataError(
+            f"weight is {_short_repr(value)} where a number of at least 0 is needed, by which the row's loss is "
+            "multiplied; rename the column if it means something else"
+        )
+    return weight
+
+
 def convert_row(row: Row, mapping: ColumnMapping) -> AnySample | RowProblem:
     """Returns the row's sample, or why it has none."""
     try:
+        weight_of(row, mapping)
         return mapping.schema.convert(mapping.values(row.fields))
     except DataError as error:
         return RowProblem(row.file, row.number, str(error))

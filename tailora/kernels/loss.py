@@ -200,6 +200,7 @@ class Batch:
     owners: NDArray[np.int64]  # (losses,), on the host: which example each belongs to
     weight: float = 1.0  # 0: computed to keep step with other ranks, not counted
     expected_gradient: float | Tensor = 1.0  # of each loss, if known; not 0
+    loss_weights: Tensor | None = None  # (losses,), of their sum in training; None: all are 1
     extras: dict[str, Tensor] = field(default_factory=dict)  # what the loss of a task needs besides
     other: "Batch | None" = None  # what is computed without gradients for it
 
@@ -230,10 +231,13 @@ class Batch:
                 return value.pin_memory().to(device, non_blocking=True)
             return value.to(device)
 
-        moved = {name: copy(getattr(self, name)) for name in ("supervised", "targets", "columns", "within_columns")}
+        moved = {name: copy(getattr(self, name)) for name in MOVED}
         inputs, extras = ({name: copy(value) for name, value in part.items()} for part in (self.inputs, self.extras))
         other = None if self.other is None else self.other.to(device)
         return replace(self, inputs=inputs, extras=extras, other=other, **moved)
+
+
+MOVED = ("supervised", "targets", "columns", "within_columns", "loss_weights")  # besides inputs and extras
 
 
 Model = Any  # of transformers, or a LoRAModel around one

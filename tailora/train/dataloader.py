@@ -267,7 +267,9 @@ class Step:
     @classmethod
     def of(cls, micro_batches: list[MicroBatch], examples: Iterable[Example], task: Task) -> "Step":
         """examples: those of all ranks."""
-        sizes = [(len(example.input_ids), example.supervised, task.divisor(example)) for example in examples]
+        sizes = [
+            (len(example.input_ids), example.supervised, example.weight * task.divisor(example)) for example in examples
+        ]
         return cls(micro_batches, *map(sum, zip(*sizes, strict=True)))
 
 

@@ -12,7 +12,7 @@ boundary. Other tasks are in train/preference.py.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -220,7 +220,11 @@ def token_losses(
 
 def make_batch(examples: Sequence[Example], layout: BatchLayout, device: torch.device) -> Batch:
     """Returns the model's input and what its losses need. All that depends on them is computed on the host."""
-    return layout.task.make_batch(examples, layout).to(device)
+    batch = layout.task.make_batch(examples, layout)
+    weights = np.array([example.weight for example in examples], dtype=np.float32)
+    if (weights != 1).any():
+        batch = replace(batch, loss_weights=torch.from_numpy(weights[batch.owners]))
+    return batch.to(device)
 
 
 @dataclass(frozen=True, eq=False)

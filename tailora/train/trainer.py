@@ -738,7 +738,8 @@ def accumulate_gradients(
     """Runs forward and backward of a rank's micro-batches; returns its share of the step's loss, 0-dimensional.
 
     forward: `ModelWithLoss`, as accelerate prepared it.
-    divisor: of the summed loss of the whole step: for language models its supervised tokens, on all ranks.
+    divisor: of the summed loss of the whole step: for language models its supervised tokens, each times the weight of
+        its row, on all ranks.
     loss_scale: what the gradients are multiplied by, 0-dimensional; nothing if it is None.
     """
     factor = 1.0 if loss_scale is None else loss_scale
@@ -746,7 +747,8 @@ def accumulate_gradients(
     def backward(batch: Batch) -> Tensor:  # a function, so that no batch's graph outlives it
         scale = batch.weight / divisor
         losses = forward(replace(batch, expected_gradient=scale * factor if batch.weight else 1.0))
-        share: Tensor = losses.sum() * scale
+        weighted = losses if batch.loss_weights is None else losses * batch.loss_weights
+        share: Tensor = weighted.sum() * scale
         torch.autograd.backward(share * factor)
         return share.detach()
 

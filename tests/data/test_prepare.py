@@ -315,6 +315,53 @@ def test_a_source_of_which_all_is_held_out_is_refused(bytes_tokenizer, jsonl) ->
         prepare(sources, bytes_tokenizer(), validation_split=0.5, seed=SEED)
 
 
+# ---- Weights of rows
+
+
+def test_rows_bring_their_weights(bytes_tokenizer, jsonl, tmp_path: Path) -> None:
+    given = [2, 0.5, 0, None, 1, 3.0]
+    rows = [{**row, "weight": weight} for row, weight in zip(PAIRS, given, strict=False)]
+    path = jsonl(rows)
+    prepared = prepare(path, bytes_tokenizer(), validation_split=0)
+    assert prepared.train.weights.tolist() == [2, 0.5, 1, 1, 3]
+    assert [example.weight for example in stream_examples(path, bytes_tokenizer())] == [2, 0.5, 1, 1, 3]
+    assert (prepared.report.rows, prepared.report.without_weight, prepared.report.cut_away) == (6, 1, 0)
+    assert warnings_of(prepared.report.to_dict())["weight 0"] == "1 rows have the weight 0 and are left out"
+    table = tmp_path / "rows.csv"
+    table.write_text("prompt,completion,importance\na,b,2\nc,d,\ne,f,.5\n")
+    field = {"weight": "importance"}
+    assert prepare(str(table), bytes_tokenizer(), field=field, validation_split=0).train.weights.tolist() == [2, 1, 0.5]
+    without = prepare(jsonl(PAIRS[:6]), bytes_tokenizer(), validation_split=0)
+    assert (without.train.weights == 1).all()
+    assert without.train.hashes()[:2] == prepared.train.hashes()[:2]
+    assert (
+        without.report.sha256
+        != prepare(
+            jsonl([{**row, "weight": 2} for row in PAIRS[:6]]), bytes_tokenizer(), validation_split=0
+        ).report.sha256
+    )
+
+
+@pytest.mark.parametrize("weight", [-1, "heavy", True, [1], float("nan"), float("inf"), 10**400, "nan"])
+def test_a_weight_is_a_number_of_at_least_0(bytes_tokenizer, jsonl, weight) -> None:
+    with pytest.raises(DataError, match=r"rows.jsonl:1: weight is .* where a number of at least 0 is needed"):
+        prepare(jsonl([{**PAIRS[0], "weight": weight}]), bytes_tokenizer())
+
+
+def test_rows_of_which_none_has_a_weight_are_refused(bytes_tokenizer, jsonl) -> None:
+    with pytest.raises(DataError, match="nothing to learn: 2 rows have the weight 0"):
+        prepare(jsonl([{**row, "weight": 0} for row in PAIRS[:2]]), bytes_tokenizer())
+
+
+def test_the_blocks_of_a_text_have_its_weight(bytes_tokenizer, jsonl) -> None:
+    path = jsonl([{**row, "weight": 2 + number} for number, row in enumerate(texts_of(30, 40))])
+    train = prepare(path, bytes_tokenizer(), max_length=16, validation_split=0).train
+    assert train.weights.tolist() == [2 + index for index in train.source_indices]
+    assert len(train) > 4
+    with pytest.raises(DataError, match="a row has a weight, which --documents concatenated cannot follow"):
+        prepare(path, bytes_tokenizer(), options=SampleOptions(documents="concatenated"))
+
+
 # ---- Texts
 
 

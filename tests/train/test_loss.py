@@ -18,7 +18,8 @@ from tailora.data.dataset import Example, Examples
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.loss import FORMS, FROZEN, OWN, RECOMPUTED
 from tailora.model import LoRAModel
-from tailora.train.loss import BatchLayout, ModelWithLoss, batches_within, evaluate, make_batch, token_losses
+from tailora.train.dataloader import Step
+from tailora.train.loss import CAUSAL_LM, BatchLayout, ModelWithLoss, batches_within, evaluate, make_batch, token_losses
 from tailora.train.setup import choose_layout
 from tailora.train.trainer import accumulate_gradients
 
@@ -58,11 +59,11 @@ def model(request: pytest.FixtureRequest) -> LoRAModel:
 
 
 def gradient(model: LoRAModel, batches: list[list[Example]], rows: BatchLayout) -> tuple[float, Tensor]:
-    supervised = sum(example.supervised for batch in batches for example in batch)
+    step = Step.of([], [example for batch in batches for example in batch], CAUSAL_LM)
     model.zero_grad()
     forward = ModelWithLoss(model, rows)
     made = [make_batch(batch, rows, CPU) for batch in batches]
-    mean = accumulate_gradients(forward, made, supervised)
+    mean = accumulate_gradients(forward, made, step.divisor)
     return float(mean), torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])
 
 
@@ -75,6 +76,27 @@ def test_four_batches_of_one_are_one_batch_of_four(model: LoRAModel, rows: Batch
         )
     assert loss_1 == pytest.approx(loss_4, abs=1e-6)
     torch.testing.assert_close(four, one, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [PACKED, PADDED], ids=["packed", "padded"])
+def test_an_example_of_weight_2_counts_as_two(model: LoRAModel, rows: BatchLayout) -> None:
+    data = examples()
+    weighted = [replace(example, weight=weight) for example, weight in zip(data, (2, 1, 3, 0.5), strict=True)]
+    repeated = [*data[:1] * 4, *data[1:2] * 2, *data[2:3] * 6, *data[3:]]
+    with packed_rows(model.base_model) if rows.packed else nullcontext():
+        (loss, one), (expected_loss, expected), (_, other) = (
+            gradient(model, batches, rows) for batches in ([weighted[:3], weighted[3:]], [repeated], [data])
+        )
+    assert loss == pytest.approx(expected_loss, abs=1e-6)
+    torch.testing.assert_close(one, expected, rtol=0, atol=1e-6)
+    assert not torch.allclose(one, other, rtol=0, atol=1e-4)
+
+
+def test_held_out_losses_do_not_depend_on_weights(model: LoRAModel) -> None:
+    data = examples()
+    weighted = [replace(example, weight=3.0) for example in data]
+    one, other = (evaluate(model, Examples.of(part), layout=PADDED, token_budget=99) for part in (data, weighted))
+    assert (one.sums.tolist(), one.loss) == (other.sums.tolist(), other.loss)
 
 
 def test_packed_rows_give_the_gradient_of_padded_ones(model: LoRAModel) -> None:
