@@ -426,6 +426,27 @@ def advice(cells: Cells) -> list[str]:
 # ---- All of them
 
 
+def preferences(cells: Cells) -> list[str]:
+    """Six steps on pairs of replies beside TRL, and what held-out pairs say of the result."""
+    by_arm = {arm: [run["result"] for run in runs] for (arm,), runs in grouped(cells, "arm").items()}
+    ours = spread([run["cpu"] for run in by_arm[OURS]])["median"]
+    rows = []
+    for arm, runs in by_arm.items():
+        cpu = spread([run["cpu"] for run in runs])
+        rows.append(
+            [
+                arm,
+                ranged(cpu, "{:.0f}"),
+                f"{cpu['median'] / ours:.2f}",
+                f"{max(run['peak_bytes'] for run in runs) / 1e9:.2f}",
+                ranged(spread([run["accuracy"] for run in runs])),
+                ranged(spread([run["margin"] for run in runs])),
+            ]
+        )
+    head = ["arm", "CPU seconds", "relative", "peak GB", "held-out accuracy", "held-out margin"]
+    return [table(head, rows)]
+
+
 TABLES: dict[str, Callable[[Cells], list[str]]] = {
     "real": real,
     "steps": steps,
@@ -438,6 +459,7 @@ TABLES: dict[str, Callable[[Cells], list[str]]] = {
     "startup": startup,
     "plan": plan,
     "advice": advice,
+    "preferences": preferences,
 }
 
 

@@ -186,6 +186,18 @@ def devices() -> str:
     return device_tables.devices([json.loads(path.read_text()) for path in paths])
 
 
+def preferences() -> str:
+    content = read("preferences")
+    (rows,) = tables.preferences(content["cells"])
+    repeats = len({cell["cell"]["repeat"] for cell in content["cells"]})
+    text = (
+        f"Medians of {repeats} runs of six steps of 8 pairs on {tables.machine(content)}, in a process each, in turn: "
+        "SmolLM2-135M-Instruct in bfloat16, r = 16 on every linear layer. The time includes the reference. "
+        f"{tables.load(content)}"
+    )
+    return f"{rows}\n\n{text}"
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -> what makes it
     "README.md": {"demo-output": demo_output, "table": readme_table, "compare": compare_verdict},
     "docs/performance.md": {
