@@ -120,6 +120,7 @@ def facts(report: dict[str, Any]) -> Table:
         "read as": report["shape"] if mapping == report["shape"] else f"{report['shape']} ({mapping})",
         "not used": ", ".join(report["ignored"]),
         "format": "the model's chat template" if report["chat_template"] else "plain text, without a chat template",
+        "messages": ", ".join(f"{count:,} {name}" for name, count in report["messages"].items()),
         **mixture(report["sources"]),
         "rows": f"{report['rows']:,}: {report['train']:,} to train on, {held_out_of(report)}",
         "tokens": f"{report['tokens']:,}, {learned}",

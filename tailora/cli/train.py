@@ -148,6 +148,7 @@ def next_commands(config: TrainConfig, folder: Path) -> list[list[str]]:
     """Returns commands that use the result of this run: with a prompt of its own data, and its held-out data."""
     is_lora = config.method == "lora"
     tuned = ["--adapter", str(folder)] if is_lora else ["--model", str(folder / "model")]
+    system = ["--system", config.system] if config.system else []
     columns = [f"{ours}={theirs}" for ours, theirs in config.field.items()]
     held_out = ["--data", config.eval_data or "HELD_OUT.jsonl", *(["--field", ",".join(columns)] if columns else [])]
     evaluated = [str(folder)] if is_lora else tuned
@@ -157,9 +158,9 @@ def next_commands(config: TrainConfig, folder: Path) -> list[list[str]]:
             ["tailora", "predict", *evaluated, "--data", "ROWS.jsonl", "--output", "PREDICTIONS.jsonl"],
         ]
     commands = [
-        ["tailora", "chat", *tuned],
-        ["tailora", "generate", *tuned, "--prompt", first_prompt(folder)],
-        ["tailora", "eval", *evaluated, *held_out],
+        ["tailora", "chat", *tuned, *system],
+        ["tailora", "generate", *tuned, *system, "--prompt", first_prompt(folder)],
+        ["tailora", "eval", *evaluated, *([] if is_lora else system), *held_out],  # of an adapter eval knows it
     ]
     if is_lora:
         commands.append(["tailora", "export", str(folder), "--to", "gguf", "--output", f"{folder}-gguf"])

@@ -278,8 +278,9 @@ def _render_chat(chat: Conversation, tokenizer: ChatTokenizer) -> RenderedSample
     if not turns and any(chat.replies):
         raise DataError(
             "no reply can be located: with the reply in place, the chat template no longer begins with the prompt that "
-            "generation begins with (some drop the system message then, or a thought that they have opened); leave out "
-            "the system message, or put {% generation %} ... {% endgeneration %} around the reply in the template"
+            "generation begins with (some drop the system message then, the reasoning of calls before it, or a thought "
+            "that they have opened); leave out what is dropped, or put {% generation %} ... {% endgeneration %} around "
+            "the reply in the template"
         )
     if not turns:
         raise DataError("nothing to learn: the conversation has no reply, or only one that it begins with")

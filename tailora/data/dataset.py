@@ -324,6 +324,7 @@ class DataReport:
     mapping: dict[str, str]  # key of the schema -> column
     ignored: list[str]  # columns that are not used
     chat_template: bool
+    messages: dict[str, int]  # of conversations, by role, and how many tool calls, tools, ... they have
     rows: int  # usable rows of source and eval_source
     train: int  # examples
     eval: int

@@ -65,6 +65,18 @@ class Conversation:
         return [index for index in self.replies if index >= self.first and index not in self.untrained]
 
 
+def count_messages(samples: Iterable[object]) -> dict[str, int]:
+    """Returns how many messages of each role the conversations have, and how many tools, tool calls and thoughts."""
+    counts = Counter[str]()
+    for chat in (sample for sample in samples if isinstance(sample, Conversation)):
+        counts.update(message["role"] for message in chat.messages)
+        counts["tool calls"] += sum(len(message.get("tool_calls", [])) for message in chat.messages)
+        counts["with reasoning"] += sum(REASONING in message for message in chat.messages)
+        counts["not to be trained"] += len(chat.untrained)
+        counts["tools"] += len(chat.tools or [])
+    return {name: count for name, count in counts.items() if count}
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
     """The completion is trained. With a chat template it is one user turn and its reply."""

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,35 @@ def test_the_settings_of_what_is_learned_are_shown_and_repeated(
     assert shlex.split(shown.strip().splitlines()[-1])[-3:] == flags
     assert main(["data", str(chats), "--model", str(tiny_model), "--completion-only-loss"]) == 2
     assert "--completion-only-loss needs rows of prompt and completion" in capsys.readouterr().err
+
+
+def test_roles_tools_and_calls_are_counted_and_shown(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    (model / "chat_template.jinja").write_text(
+        "{{ tools | tojson if tools }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{{ m.tool_calls | tojson if m.tool_calls }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    call = {"name": "colour_of", "arguments": {"thing": 7}}
+    messages = [
+        {"role": "user", "content": "What colour?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "red"},
+        {"role": "assistant", "content": "It is red.", "train": False},
+    ]
+    path = tmp_path / "calls.jsonl"
+    path.write_text(json.dumps({"messages": messages, "tools": [{"name": "colour_of", "parameters": {}}]}) + "\n")
+    command = ["data", str(path), "--model", str(model), "--validation-split", "0"]
+    assert main(command) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "messages 1 user, 2 assistant, 1 tool, 1 tool calls, 1 not to be trained, 1 tools" in shown
+    (learned,) = re.findall(r"\[\[(.*?)\]\]", shown.partition("example 1")[2].partition("]]")[2])
+    assert '"arguments": {"thing": 7}' in learned
+    main(["data", str(path), "--model", str(tiny_model)])
+    assert "calls.jsonl:1: the chat template does not write tool call 0 of message 1" in capsys.readouterr().err
 
 
 def test_a_mixture_is_shown_by_source(

@@ -384,6 +384,39 @@ def test_earlier_replies_whose_reasoning_is_dropped_are_counted_and_not_trained(
     assert rendered.untrained_replies == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "reasoning", "learned"),
+    [
+        ("qwen3", False, [False, False, True]),
+        ("qwen3", True, [False, True, True]),
+        ("glm4_5", True, [False, True, True]),
+        ("glm4_5", False, [True, True, True]),
+        ("gpt_oss", False, [True, True, True]),
+        ("mistral", False, [False, True, True]),
+    ],
+)
+def test_which_replies_are_rewritten(tokenizer_of, name: str, reasoning: bool, learned: list[bool]) -> None:
+    """A reply to the first question; after the second one a call and a reply."""
+    keys = {"reasoning_content": "hm"} if reasoning else {}
+    result = {"role": "tool", "tool_call_id": "call12345", "content": "18"}
+    second = [assistant(None, tool_calls=[call({"city": "Rome"})], **keys), result, assistant("zz", **keys)]
+    chat = row(user("a"), assistant("yy", **keys), user("c"), *second, tools=[TOOL])
+    parts = trained_texts(chat, tokenizer_of(name))
+    assert [any(word in part for part in parts) for word in ("yy", "Rome", "zz")] == learned
+    assert render_sample(chat, ChatTokenizer.of(tokenizer_of(name))).untrained_replies == learned.count(False)
+
+
+def test_gpt_oss_cannot_learn_a_reply_after_a_call_with_reasoning(tokenizer_of) -> None:
+    """In the prompt of the reply the reasoning is there, in the finished conversation it is not."""
+    result = {"role": "tool", "tool_call_id": "call12345", "content": "18"}
+    messages = [user("a"), assistant(None, tool_calls=[call({"city": "Rome"})], reasoning_content="hm"), result]
+    tokenizer = tokenizer_of("gpt_oss")
+    with pytest.raises(DataError, match=r"no reply can be located: .*the reasoning of calls before it"):
+        trained_texts(row(*messages, assistant("zz"), tools=[TOOL]), tokenizer)
+    (learned,) = trained_texts(row(*messages[:2], tools=[TOOL]), tokenizer)
+    assert learned.startswith("<|channel|>analysis<|message|>hm<|end|><|start|>assistant to=functions.weather")
+
+
 @pytest.mark.parametrize("name", ["llama3", "smollm2", "gemma3", "mistral"])
 def test_reasoning_that_a_template_leaves_out_is_refused(tokenizer_of, name: str) -> None:
     with pytest.raises(
