@@ -131,11 +131,18 @@ class LoRAModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         check_no_adapter_names(kwargs)
+        self.prepare_forward()
+        return self.base_model(*args, **kwargs)
+
+    def prepare_forward(self) -> None:
+        """Is called before a forward, and by what calls parts of the base instead.
+
+        Raises AdapterError if an active adapter cannot be trained yet. Watches which layers the first step calls.
+        """
         if self.training and self._adapter_set.training_obstacle:
             raise AdapterError(self._adapter_set.training_obstacle)
         if not torch.compiler.is_compiling():
             self._adapter_set.watch_first_step(self.lora_layers.parameters(), training=self.training)
-        return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the base's `generate`. Within `adapter_rows`, all beams and sequences of a prompt have its adapter."""

@@ -12,18 +12,25 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter
 from tailora.core.attach import evaluating
 from tailora.core.layer_types import layer_path_of
+from tailora.data.collate import collate_packed, collate_padded
+from tailora.data.dataset import IGNORED
 from tailora.errors import ConfigError, FormatError, TailoraWarning
 from tailora.kernels.attention import packed_rows
+from tailora.kernels.loss import FORMS, FROZEN, HALF_TOLERANCE, OWN, RECOMPUTED, TOLERANCE, Batch, choose_form
 from tailora.model import LoRAModel
 from tailora.train.packing import choose_packing
+from tailora.train.setup import short_examples
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -33,6 +40,9 @@ SPARE = "read from the checkpoint"
 
 REFERENCE = "{}_reference"  # the adapter that keeps the values that the one of this name starts from
 MASKED = {"sdpa", "eager"}  # attention that keeps packed documents apart by a mask of all pairs of tokens
+CHUNKED = {FROZEN, RECOMPUTED}
+OF_TEXT = {"input_ids", "attention_mask", "labels", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k"}
+OF_TEXT |= {"max_length_q", "max_length_k"}
 LOADS_REFERENCE = {"GRPOTrainer", "RLOOTrainer"}  # have no argument `ref_model`, and load one if beta is not 0
 
 
@@ -73,6 +83,7 @@ class AdapterTraining:
     """Comes before a `Trainer` class in the bases and overrides its methods that save and load a model."""
 
     _packing: tuple[str | None, str | None] | None = None  # what `choose_packing` returned
+    _loss_form: str | None = None  # what `_choose_loss` returned; None before the first batch
 
     def __init__(self, model: LoRAModel, *args: Any, **kwargs: Any) -> None:
         if not isinstance(model, LoRAModel):
@@ -139,6 +150,41 @@ class AdapterTraining:
         with self._attention(inputs):
             return cast(Any, super()).prediction_step(model, inputs, *args, **kwargs)
 
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Computes the loss of a causal language model in chunks of tokens, where that gives what the trainer would."""
+        me = cast("Trainer", self)
+        if not return_outputs and isinstance(model, LoRAModel) and self._has_own_loss(inputs):
+            if self._loss_form is None:
+                self._loss_form = _choose_loss(model, packed="cu_seq_lens_q" in inputs)
+            batch = _batch_of(inputs)
+            if self._loss_form in CHUNKED and len(batch.targets):
+                model.prepare_forward()
+                count = num_items_in_batch if me.model_accepts_loss_kwargs else None
+                count = len(batch.targets) if count is None else count
+                losses = FORMS[self._loss_form](model, replace(batch, expected_gradient=1 / count))
+                return losses.sum() / count
+        return cast(Any, super()).compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _has_own_loss(self, inputs: dict[str, Any]) -> bool:
+        """True if the trainer takes the loss that the model returns for its labels, in the model's own precision."""
+        from transformers import Trainer
+
+        me = cast(Trainer, self)
+        return (
+            cast(Any, super()).compute_loss.__func__ is Trainer.compute_loss
+            and "labels" in inputs
+            and inputs.keys() <= OF_TEXT
+            and me.label_smoother is None
+            and me.compute_loss_func is None
+            and not me.accelerator.native_amp
+        )
+
     def _attention(self, inputs: dict[str, Any]) -> AbstractContextManager[None]:
         """Packed rows get the attention of `kernels.attention`, if the model's own would be made with masks.
 
@@ -162,7 +208,6 @@ class AdapterTraining:
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Writes the active adapters, each in a PEFT folder, and the other files that the trainer saves."""
-        import torch
         from transformers.trainer import TRAINING_ARGS_NAME
 
         del state_dict
@@ -201,6 +246,34 @@ class AdapterTraining:
             model.delete_adapter(SPARE)
             model.lora_layers.load_state_dict(saved)
         model.set_adapter(active)
+
+
+def _choose_loss(model: LoRAModel, *, packed: bool) -> str:
+    """Returns the form of the loss, a key of FORMS; one of CHUNKED only if it gives the loss that the model returns."""
+    base: Any = model.base_model
+    if getattr(base, "loss_type", None) != "ForCausalLM":
+        return OWN
+    examples = short_examples(base)
+    example_batch = collate_packed(examples) if packed else collate_padded(examples, 0)
+    inputs = {
+        name: value.to(base.device) if isinstance(value, Tensor) else value for name, value in example_batch.items()
+    }
+    batch = _batch_of(inputs)
+    with evaluating(model):
+        form, _ = choose_form(base, batch)
+        with torch.no_grad():
+            own, chunked = base(**inputs, use_cache=False).loss.float(), FORMS[form](base, batch).mean()
+    tolerance = TOLERANCE.get(base.dtype, HALF_TOLERANCE)
+    return form if abs(chunked - own) <= tolerance * abs(own) else OWN  # others add a loss of their experts
+
+
+def _batch_of(inputs: dict[str, Any]) -> Batch:
+    """Returns a trainer's batch with the tokens to predict, on its device."""
+    labels = inputs["labels"].cpu().numpy()
+    next_tokens = np.full_like(labels, IGNORED)
+    next_tokens[:, :-1] = labels[:, 1:]
+    others = {name: value for name, value in inputs.items() if name != "labels"}
+    return Batch.of(others, next_tokens, np.zeros_like(labels)).to(inputs["labels"].device)
 
 
 def _put_into_losses(trainer: Any, model: LoRAModel) -> None:

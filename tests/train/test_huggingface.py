@@ -13,6 +13,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import ConfigError
 from tailora.kernels import cpu_attention
+from tailora.kernels.loss import FROZEN, OWN, RECOMPUTED
 from tailora.train import huggingface
 from tailora.train.huggingface import adapting
 
@@ -126,6 +127,49 @@ def test_packed_rows_get_our_attention_and_the_same_losses(tmp_path: Path, monke
         curves.append([*losses(tuner), tuner.evaluate()["eval_loss"]])
         assert (calls.count(4) > 0) == is_ours
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
+class CountedForms(dict[str, Any]):
+    """FORMS, and which of them were looked up."""
+
+    def __init__(self, forms: dict[str, Any]) -> None:
+        super().__init__(forms)
+        self.used: list[str] = []
+
+    def __getitem__(self, name: str) -> Any:
+        self.used.append(name)
+        return super().__getitem__(name)
+
+
+@pytest.mark.parametrize("config", ["plain", "everything"])
+def test_the_loss_in_chunks_is_that_of_the_trainer(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over batches whose rows have different numbers of supervised tokens, also none."""
+    data = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows()]
+    for number, row in enumerate(data):
+        row["labels"] = [-100] * (number % 9) + row["labels"][number % 9 :]
+    curves = []
+    for chunked in (True, False):
+        forms = CountedForms(huggingface.FORMS)
+        monkeypatch.setattr(huggingface, "FORMS", forms)
+        if not chunked:
+            monkeypatch.setattr(huggingface, "CHUNKED", set())
+        settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+        tuner = trainer(tmp_path, CONFIGS[config], **settings)
+        tuner.train_dataset = Dataset.from_list(data)
+        tuner.train()
+        expected = FROZEN if config == "plain" else RECOMPUTED
+        assert forms.used.count(expected) > (10 if chunked else -1)
+        curves.append([(entry["loss"], entry["grad_norm"]) for entry in tuner.state.log_history if "loss" in entry])
+    assert curves[0] == [pytest.approx(pair, rel=1e-4) for pair in curves[1]]
+
+
+def test_a_model_that_adds_another_loss_keeps_its_own() -> None:
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0}
+    for adds, expected in ((False, FROZEN), (True, OWN)):
+        model = LoRAModel(tiny_model("MixtralForCausalLM", output_router_logits=adds, **sizes), LoRAConfig(r=2))
+        assert huggingface._choose_loss(model, packed=False) == expected
 
 
 @pytest.mark.slow
