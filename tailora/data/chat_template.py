@@ -193,7 +193,6 @@ class RenderedSample:
 
 def render_sample(sample: Sample, tokenizer: ChatTokenizer) -> RenderedSample:
     """Raises DataError with the cause if the sample cannot be rendered or nothing of it can be trained."""
-    _check_loss_options(sample, tokenizer)
     if isinstance(sample, Text):
         return RenderedSample(sample.text, [(0, len(sample.text))], add_bos=True, add_eos=tokenizer.eos is not None)
     if tokenizer.template is not None:
@@ -203,22 +202,15 @@ def render_sample(sample: Sample, tokenizer: ChatTokenizer) -> RenderedSample:
             "the tokenizer has no chat template to write messages with: take the instruct version of the model, "
             "set tokenizer.chat_template, or give the data as prompt and completion"
         )
+    if tokenizer.options.assistant_only_loss:
+        raise DataError(
+            "--assistant-only-loss needs messages, and the row is prompt and completion, for which there is no chat "
+            "template: leave it out"
+        )
     _check_eos(tokenizer)
     text = sample.prompt + sample.completion
     start = 0 if tokenizer.options.completion_only_loss is False else len(sample.prompt)
     return RenderedSample(text, [(start, len(text))], add_bos=True, add_eos=True)
-
-
-def _check_loss_options(sample: Sample, tokenizer: ChatTokenizer) -> None:
-    """Raises DataError if the row has no part that the options ask to train alone."""
-    options = tokenizer.options
-    is_chat = isinstance(sample, Conversation) or (isinstance(sample, Pair) and tokenizer.template is not None)
-    if options.assistant_only_loss and not is_chat:
-        what = "text" if isinstance(sample, Text) else "prompt and completion, for which there is no chat template"
-        raise DataError(f"--assistant-only-loss needs messages, and the row is {what}: leave it out")
-    has_completion = isinstance(sample, Pair) or (isinstance(sample, Conversation) and sample.first > 0)
-    if options.completion_only_loss and not has_completion:
-        raise DataError("--completion-only-loss needs rows of prompt and completion, and this is another: leave it out")
 
 
 def to_conversation(sample: Conversation | Pair) -> Conversation:
@@ -233,16 +225,15 @@ def to_conversation(sample: Conversation | Pair) -> Conversation:
 
 
 def with_system(sample: Sample, tokenizer: ChatTokenizer) -> Sample:
-    """Returns the sample with the system message of the options, unless it has one of its own.
+    """Returns the sample with the system message of the options, unless it has one of its own or is plain text.
 
-    Raises DataError if it has no place for one.
+    Raises DataError if there is no chat template to write it with.
     """
     system = tokenizer.options.system
-    if system is None:
+    if system is None or isinstance(sample, Text):
         return sample
-    if isinstance(sample, Text) or tokenizer.template is None:
-        cause = "the row is text" if isinstance(sample, Text) else "the tokenizer has no chat template"
-        raise DataError(f"--system needs a conversation, and {cause}: leave it out")
+    if tokenizer.template is None:
+        raise DataError("--system needs a chat template, which the tokenizer does not have: leave it out")
     chat = to_conversation(sample)
     if any(message["role"] in ("system", "developer") for message in chat.messages):
         return chat

@@ -398,8 +398,8 @@ def _load_sources(
             problems.append(str(error))
     if problems:
         raise DataError(problems[0] if len(problems) == 1 else listing(problems))
-    if split == "train" and tokenizer.options.documents == "concatenated":
-        check_are_texts([part.mapping for part in loaded])
+    if split == "train":
+        check_options([part.mapping for part in loaded], tokenizer.options)
     return loaded
 
 
@@ -416,11 +416,26 @@ def _check_same_task(sources: Sequence[LoadedSource]) -> None:
             )
 
 
-def check_are_texts(mappings: Sequence[ColumnMapping]) -> None:
-    """Raises DataError if there are no texts to concatenate."""
-    if not any(mapping.schema.name == TEXT for mapping in mappings):
-        names = ", ".join(dict.fromkeys(mapping.schema.name for mapping in mappings))
-        raise DataError(f"--documents concatenated is for plain texts, and the rows are read as {names}: leave it out")
+def check_options(mappings: Sequence[ColumnMapping], options: SampleOptions) -> None:
+    """Raises DataError if an option is given that no row of the data can follow."""
+    names = ", ".join(dict.fromkeys(mapping.schema.name for mapping in mappings))
+    is_text = [mapping.schema.name == TEXT for mapping in mappings]
+    has_completion = [not COMPLETION_KEYS.isdisjoint(mapping.schema.required) for mapping in mappings]
+    problems = [
+        f"{option} and the rows are read as {names}: leave it out"
+        for cannot_be_followed, option in (
+            (options.documents == "concatenated" and not any(is_text), "--documents concatenated is for plain texts,"),
+            (options.system is not None and all(is_text), "--system needs conversations,"),
+            (options.assistant_only_loss and all(is_text), "--assistant-only-loss needs conversations,"),
+            (options.completion_only_loss and not any(has_completion), "--completion-only-loss needs completions,"),
+        )
+        if cannot_be_followed
+    ]
+    if problems:
+        raise DataError(listing(problems))
+
+
+COMPLETION_KEYS = frozenset({"completion", "output", "choices", "chosen"})
 
 
 def _load_source(
@@ -501,8 +516,7 @@ def stream_examples(
             f"data {source} holds preferences, for which the whole data is read before training: leave --streaming out"
         )
     is_text, concatenated = mapping.schema.name == TEXT, chat_tokenizer.options.documents == "concatenated"
-    if concatenated:
-        check_are_texts([mapping])
+    check_options([mapping], chat_tokenizer.options)
     known_counts = counts or RowCounts()
 
     def usable_examples() -> Iterator[Example]:

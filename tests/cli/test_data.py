@@ -122,7 +122,7 @@ def test_the_settings_of_what_is_learned_are_shown_and_repeated(
     assert "<|im_start|>[[system\nbe brief<|im_end|>\n<|im_start|>user" in shown
     assert shlex.split(shown.strip().splitlines()[-1])[-3:] == flags
     assert main(["data", str(chats), "--model", str(tiny_model), "--completion-only-loss"]) == 2
-    assert "--completion-only-loss needs rows of prompt and completion" in capsys.readouterr().err
+    assert "--completion-only-loss needs completions, and the rows are read as messages" in capsys.readouterr().err
 
 
 def test_roles_tools_and_calls_are_counted_and_shown(

@@ -249,9 +249,45 @@ def test_the_system_message_is_in_examples_samples_and_the_stream(bytes_tokenize
         assert sample.messages[0] == {"role": "system", "content": "be"}
 
 
-def test_rows_without_a_place_for_the_system_message_are_named(bytes_tokenizer, jsonl) -> None:
-    with pytest.raises(DataError, match=r"rows.jsonl:1: --system needs a conversation, and the row is text"):
-        prepare(jsonl([{"text": "a"}]), bytes_tokenizer(), options=SampleOptions(system="be"))
+@pytest.mark.parametrize("read", [prepare, lambda *args, **options: next(stream_examples(*args, **options))])
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (
+            [{"text": "a b"}],
+            {"system": "be"},
+            "--system needs conversations, and the rows are read as text: leave it out",
+        ),
+        ([{"text": "a b"}], {"assistant_only_loss": True}, "--assistant-only-loss needs conversations, and the rows"),
+        ([{"text": "a b"}], {"completion_only_loss": True}, "--completion-only-loss needs completions, and the rows"),
+        (
+            [chat_row("a", "b")],
+            {"completion_only_loss": True},
+            "--completion-only-loss needs completions, and the rows",
+        ),
+        (
+            PAIRS,
+            {"documents": "concatenated"},
+            "--documents concatenated is for plain texts, and the rows are read as p",
+        ),
+        ([{"text": "a b"}], {"completion_only_loss": True, "system": "be"}, "2 problems"),
+    ],
+)
+def test_options_that_no_row_can_follow_are_refused(
+    bytes_tokenizer, jsonl, chatml, read, rows, options, message
+) -> None:
+    with pytest.raises(DataError, match=message):
+        read(jsonl(rows), bytes_tokenizer(chatml), options=SampleOptions(**options))
+
+
+def test_options_are_for_those_rows_of_a_mixture_that_can_follow_them(bytes_tokenizer, jsonl, chatml) -> None:
+    rows = {"chats.jsonl": chat_row("a", "b"), "pairs.jsonl": PAIRS[0], "texts.jsonl": {"text": "one two"}}
+    sources = [Source(jsonl([row], name)) for name, row in rows.items()]
+    tokenizer = bytes_tokenizer(chatml)
+    options = SampleOptions("be", assistant_only_loss=True, completion_only_loss=True, documents="concatenated")
+    train = prepare(sources, tokenizer, validation_split=0, options=options).train
+    texts = [tokenizer.decode(example.input_ids.tolist()) for example in train]
+    assert ["be" in text for text in texts] == [True, True, False]
 
 
 # ---- Several sources
@@ -407,14 +443,6 @@ def test_of_a_single_text_blocks_are_held_out(bytes_tokenizer, tmp_path: Path, d
     whole = prepare(str(path), bytes_tokenizer(), max_length=16, validation_split=0, options=options)
     assert sorted(prepared.train.hashes() + prepared.eval.hashes()) == sorted(whole.train.hashes())
     assert (prepared.report.rows, prepared.report.shape) == (1, "text")
-
-
-@pytest.mark.parametrize("read", [prepare, lambda *args, **options: next(stream_examples(*args, **options))])
-def test_rows_that_are_no_texts_cannot_be_concatenated(bytes_tokenizer, jsonl, read) -> None:
-    with pytest.raises(
-        DataError, match="--documents concatenated is for plain texts, and the rows are read as prompt/c"
-    ):
-        read(jsonl(PAIRS), bytes_tokenizer(), options=SampleOptions(documents="concatenated"))
 
 
 def test_held_out_conversations_are_returned_as_samples(bytes_tokenizer, jsonl, chatml) -> None:
