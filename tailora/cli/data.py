@@ -140,8 +140,8 @@ def mixture(sources: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     if len(sources) == 1 and sources[0]["weight"] == 1:
         return {}
     return {
-        source["name"]: f"{source['rows']:,} rows read as {source['shape']}, {source['train']:,} examples to train on; "
-        f"{source['weight']:g} passes in an epoch, {source['epoch']:,} examples"
+        source["name"]: f"{source['rows']:,} rows read as {source['shape']}, {source['train']:,} examples to train on, "
+        f"{source['epoch']:,} in an epoch"
         for source in sources
     }
 
