@@ -112,8 +112,10 @@ class AdapterTraining:
                     layer.lora_dropout = 0.0
         me._set_signature_columns_if_needed()  # of the base's forward
         me.model = me.model_wrapped = model.to(me.args.device)
-        if hasattr(me, "override_model_in_loss"):  # sentence-transformers: the optimizer gets the loss's parameters
-            _put_into_losses(me, model)
+        if hasattr(super(), "override_model_in_loss"):  # sentence-transformers: the optimizer has the loss's parameters
+            losses: Any = cast(Any, self).loss
+            for loss in losses.values() if isinstance(losses, dict) else [losses]:
+                self.override_model_in_loss(loss, model)
         if (me.args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
             model.enable_input_require_grads()  # or reentrant blocks would compute no gradients
 
@@ -141,6 +143,21 @@ class AdapterTraining:
                 "the optimizer has none of the adapter's parameters: make it from model.lora_layers.parameters()"
             )
         return optimizer
+
+    def override_model_in_loss(self, loss: nn.Module, model: nn.Module) -> nn.Module:
+        """Lets a loss of sentence-transformers call `model`: the LoRAModel, or what wraps it (DDP).
+
+        Their method replaces models of their own classes only.
+        """
+        for name, child in loss.named_children():
+            if isinstance(child, LoRAModel) or child is self._adapted().base_model:
+                for method in ("preprocess", "get_embedding_dimension"):  # that losses call, and wrappers lack
+                    if hasattr(child, method) and not hasattr(model, method):
+                        setattr(model, method, getattr(child, method))
+                setattr(loss, name, model)
+            else:
+                self.override_model_in_loss(child, model)
+        return loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         with self._attention(inputs):
@@ -274,14 +291,6 @@ def _batch_of(inputs: dict[str, Any]) -> Batch:
     next_tokens[:, :-1] = labels[:, 1:]
     others = {name: value for name, value in inputs.items() if name != "labels"}
     return Batch.of(others, next_tokens, np.zeros_like(labels)).to(inputs["labels"].device)
-
-
-def _put_into_losses(trainer: Any, model: LoRAModel) -> None:
-    """Lets the losses of a trainer of sentence-transformers call the LoRAModel, instead of the base model."""
-    if isinstance(trainer.loss, dict):
-        trainer.loss = {name: trainer.override_model_in_loss(loss, model) for name, loss in trainer.loss.items()}
-    else:
-        trainer.loss = trainer.override_model_in_loss(trainer.loss, model)
 
 
 def _check_arguments(model: LoRAModel, given: dict[str, Any]) -> None:

@@ -257,6 +257,8 @@ def test_the_trainer_of_sentence_transformers_logs_the_losses_of_a_loop_and_resu
     resumed = tuner()
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     assert losses(resumed) == pytest.approx(expected, rel=1e-4)
+    wrapper = nn.Sequential(resumed.model)  # as DDP, which the trainer puts into the loss at the first batch
+    assert resumed.override_model_in_loss(resumed.loss, wrapper).model is wrapper
 
 
 def test_an_adapting_trainer_is_the_trainer() -> None:
