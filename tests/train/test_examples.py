@@ -39,7 +39,6 @@ RISES: dict[str, tuple[str, float]] = {
     "vision_language.py": ("--max-steps 25", 50),
     "embedding.py": ("--max-steps 40", 50),
     "image_classification.py": ("--epochs 5", 30),
-    "many_adapters.py": ("--adapters 4 --max-steps 40", 50),
     "speech.py": ("--max-steps 60", 40),
 }
 # settings, and the share of the error before training that is left at most
@@ -73,6 +72,17 @@ def test_an_example_lowers_its_error_and_others_compute_the_same(
     assert after < before * share, output
     elsewhere = float(NUMBERS.findall(output)[0][2])  # loaded by diffusers, or merged
     assert elsewhere == pytest.approx(after, abs=1e-3)
+
+
+def test_many_adapters_trained_in_the_same_batches_end_like_each_alone(
+    run_example: Callable[..., str], tmp_path: Path
+) -> None:
+    output = run_example("many_adapters.py", "--output-dir", tmp_path, "--adapters", 4, "--max-steps", 40)
+    ((before, after),) = before_and_after(output)
+    assert after > before + 50
+    (difference,) = re.findall(r"largest difference (\S+)", output)
+    assert float(difference) < 1e-3
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "3", "4"}
 
 
 def test_examples_are_short() -> None:
