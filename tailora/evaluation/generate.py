@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from threading import Event
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, TextIteratorStreamer
 
 from tailora.core.attach import evaluating
 from tailora.data.chat_template import ChatTokenizer
+from tailora.data.dataset import IGNORED
 from tailora.data.schemas import Conversation, Messages, Pair, Sample, Text
 from tailora.data.tokenize import encode_sample, last_reply, prompt_ids
 from tailora.errors import DataError
@@ -120,13 +122,18 @@ def free_positions(model: Any, length: int) -> int:
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Returns the end tokens of the model and the tokenizer, and the one that ends a reply in training."""
+    """Returns the end tokens of the model and the tokenizer, and those that end a reply in training.
+
+    A reply in the middle of a conversation may end with another token than the last one, as in Phi 3 and GLM.
+    """
     end = model.generation_config.eos_token_id
     ids = {*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id}
     if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
         with suppress(DataError):  # the template can be chatted with, but not trained on
-            ids.add(int(encode_sample(Conversation(turns), tokenizer, max_length=100_000).input_ids[-1]))
+            labels = encode_sample(Conversation(turns), tokenizer, max_length=100_000).labels
+            ends = labels[np.diff(labels != IGNORED, append=False) & (labels != IGNORED)].tolist()
+            ids |= set(ends) & ChatTokenizer.of(tokenizer).special_ids
     return sorted(ids - {None})
 
 

@@ -7,6 +7,7 @@ against the prompt that generation would begin with.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from tailora.data.chat_template import ChatTokenizer, fit_to_template, render_sample
 from tailora.data.dataset import IGNORED
 from tailora.data.schemas import Conversation, from_messages
-from tailora.data.tokenize import encode_sample
+from tailora.data.tokenize import encode_sample, prompt_ids, reply_text
 from tailora.errors import DataError
+from tailora.evaluation.generate import stop_ids
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
 TRL_TEMPLATES = {  # the originals of some, in TRL
@@ -444,6 +446,41 @@ def test_marked_messages_are_read_but_not_trained(tokenizer_of) -> None:
         assert render_sample(chat, ChatTokenizer.of(tokenizer)).untrained_replies == 0
     chat = row(user("a"), assistant("b"), user("c"), assistant("d", train=False))
     assert trained_texts(chat, tokenizer) == ["b<|eot_id|>"]
+
+
+# ---- Answers
+
+ENDS = {  # the tokens that end a reply, besides EOS
+    "llama3": ["<|eot_id|>"],
+    "qwen3": ["<|im_end|>"],
+    "gemma3": ["<end_of_turn>"],
+    "phi3": ["<|end|>"],
+    "glm4_5": ["<|user|>"],
+    "gpt_oss": ["<|return|>"],
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_generation_stops_at_the_tokens_that_end_a_reply_in_training(tokenizer_of, name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
+    expected = {tokenizer.eos_token, *ENDS[name]}
+    assert set(tokenizer.convert_ids_to_tokens(stop_ids(model, tokenizer))) == expected
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "mistral"])
+def test_the_expected_answer_of_a_call_is_what_the_template_writes(tokenizer_of, name: str) -> None:
+    messages = with_call({"city": "Rome"}).messages
+    chat, tokenizer = row(*messages[:2], tools=[TOOL]), tokenizer_of(name)
+    expected = WITH_CALL[name][0].replace("Köln", "Rome")
+    for token in FAMILIES[name].special:
+        expected = expected.replace(token, "")
+    assert reply_text(chat, tokenizer).strip() == expected.strip()
+    assert reply_text(row(*messages), tokenizer) == "mild"
+    assert (
+        tokenizer.decode(prompt_ids(row(*messages), tokenizer))
+        in render_sample(row(*messages), ChatTokenizer.of(tokenizer)).text
+    )
 
 
 # ---- Token by token
