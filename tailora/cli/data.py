@@ -22,8 +22,9 @@ from tailora.report.format import printable
 from tailora.report.terminal import print_rich_table, print_section
 from tailora.train.config import TrainConfig
 
-SHOWN = ["model", "eval_data", "field", "system", "assistant_only_loss", "completion_only_loss", "max_length"]
-Flags: Any = flags_of(TrainConfig, only=[*SHOWN, "validation_split", "seed"])
+SETTINGS = ["model", "eval_data", "field", "max_length", "validation_split", "seed"]
+SETTINGS += ["system", "assistant_only_loss", "completion_only_loss", "documents"]
+Flags: Any = flags_of(TrainConfig, only=SETTINGS)
 BAR = 40  # characters of the longest bar
 
 Pieces = list[tuple[str, bool]]  # text, learned

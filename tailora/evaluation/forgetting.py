@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -54,11 +55,15 @@ def sample_texts(
 
 
 def read_texts(source: str, model: Any, tokenizer: Any, *, count: int = 64, length: int = 256) -> list[list[int]]:
-    """Returns token ids of the first texts of a file or data set that training can read. Raises DataError."""
+    """Returns token ids of the beginnings of the first texts of a file or data set that training can read.
+
+    Raises DataError.
+    """
     embedding_rows = model.get_input_embeddings().weight.shape[0]
     data = resolve_demo(source, "eval_data")
     examples = prepare(data, tokenizer, eval_source=data, max_length=length, embedding_rows=embedding_rows).eval
-    return [examples[i].sequences[0].input_ids.tolist() for i in range(min(count, len(examples)))]
+    first_blocks = np.unique(examples.source_indices, return_index=True)[1]
+    return [examples[int(i)].sequences[0].input_ids.tolist() for i in first_blocks[:count]]
 
 
 def forgetting(model: Any, texts: Sequence[Sequence[int]]) -> Forgetting:

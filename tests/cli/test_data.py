@@ -164,7 +164,7 @@ def test_a_mixture_is_shown_by_source(
     monkeypatch.setenv("COLUMNS", "300")
     notes = tmp_path / "notes, lr=2.txt"
     notes.write_text("What colour? " * 200)
-    flags = ["--model", str(tiny_model), "--validation-split", "0", "--max-length", "64"]
+    flags = ["--model", str(tiny_model), "--validation-split", "0", "--max-length", "64", "--documents", "concatenated"]
     assert main(["data", f"{chats}=2", str(notes), *flags, "--json"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [(part["name"], part["weight"], part["rows"]) for part in report["sources"]] == [

@@ -1,5 +1,7 @@
 """KL from the base and its loss on other text, against the definition."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import DataError
-from tailora.evaluation.forgetting import forgetting, sample_texts
+from tailora.evaluation.forgetting import forgetting, read_texts, sample_texts
 
 
 @pytest.fixture
@@ -63,3 +65,12 @@ def test_the_base_writes_the_same_texts_whatever_is_trained(model: LoRAModel) ->
 def test_texts_of_one_token_say_nothing(model: LoRAModel) -> None:
     with pytest.raises(DataError, match="two tokens"):
         forgetting(model, [[1], []])
+
+
+def test_of_long_texts_the_beginnings_are_read(tmp_path: Path) -> None:
+    texts = [f"{word} " * 40 for word in ("red", "green", "blue")]
+    tokenizer = chat_tokenizer(texts, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found = read_texts(str(path), chat_model(vocab_size=len(tokenizer)), tokenizer, count=2, length=8)
+    assert found == [tokenizer(text)["input_ids"][:8] for text in texts[:2]]
