@@ -146,6 +146,9 @@ class TrainConfig(StrictModel):
         "cosine", description="learning rate schedule after the warm-up"
     )
     warmup_ratio: float = Field(0.05, ge=0, le=1, description="share of the steps in which the learning rate rises")
+    optim: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="optimizer; adamw_8bit: AdamW of bitsandbytes with moments of one byte, for --method full"
+    )
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="the gradient is clipped to this norm")
     max_steps: int | None = Field(None, ge=1, lt=COUNT, description="optimizer steps; overrides --num-train-epochs")
@@ -279,6 +282,14 @@ class TrainConfig(StrictModel):
             (
                 not self.fsdp and not self.fsdp_reshard_after_forward,
                 "fsdp_reshard_after_forward says how --fsdp works: give --fsdp",
+            ),
+            (
+                self.optim == "adamw_8bit" and self.fsdp and full,
+                "--fsdp shards the moments of --method full, which adamw_8bit keeps in blocks: leave --optim out",
+            ),
+            (
+                self.optim == "adamw_8bit" and self.target_r is not None,
+                "AdaLoRA reads the steps of torch's AdamW: leave --optim out",
             ),
             (self.fsdp_offload_params and not self.fsdp, "fsdp_offload_params says how --fsdp works: give --fsdp"),
             (

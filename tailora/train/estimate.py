@@ -499,7 +499,10 @@ class _GatheredLayers:
             self.allocates = False
 
 
-MOMENTS = 2  # of AdamW
+MOMENTS = {  # optimizer -> float32 numbers for each parameter; 8 bits have a scale for 256 of them
+    "adamw": 2.0,
+    "adamw_8bit": 2 * (1 + 4 / 256) / 4,
+}
 # Of a process on a CPU, in addition to what torch allocates; benchmarks/plan.py compares the sums with whole runs:
 LIBRARIES = 130 * 10**6  # code that is loaded when it is first called, threads, caches; holes left by loading
 LIBRARIES_16_BIT = 40 * 10**6  # code that oneDNN compiles for 16-bit products, at most 64 of them
@@ -681,7 +684,7 @@ def _of_one_process(config: TrainConfig, fake: FakeModel, step: StepCost, proces
         weights=fake.weights.stored,
         adapters=sum(parameter.nbytes for parameter in parameters if id(parameter) not in of_base),
         gradients=trained + step.gradients,
-        optimizer=trained * (MOMENTS + (2 if config.eval_steps else 1)),
+        optimizer=int(trained * (MOMENTS[config.optim] + (2 if config.eval_steps else 1))),
         activations=step.activations,
         logits=step.logits,
         process=process,

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.loraplus import names_with_higher_lr
+from tailora.errors import ConfigError
 from tailora.kernels.flat_parameters import FlatBuffer, Group
+from tailora.quiet import quiet_loggers
 from tailora.train.config import TrainConfig
 from tailora.train.parallel import gradient_norm_over_ranks
 
@@ -46,13 +48,40 @@ def adamw(buffers: Sequence[FlatBuffer]) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
+def adamw_8bit(buffers: Sequence[FlatBuffer]) -> torch.optim.Optimizer:
+    """Returns AdamW whose moments have one byte for each parameter (arXiv:2110.02861), of bitsandbytes.
+
+    Buffers of fewer than 4,096 parameters keep float32 moments. Raises ConfigError if bitsandbytes is not installed.
+    """
+    try:
+        with quiet_loggers("bitsandbytes"):
+            from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ConfigError(
+            f"--optim adamw_8bit needs bitsandbytes ({error}): pip install 'tailora[quantize]'"
+        ) from error
+    groups = [
+        {"params": [buffer.parameter], "rate_factor": buffer.rate_factor, "weight_decay": buffer.weight_decay}
+        for buffer in buffers
+    ]
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=0.0)
+    return optimizer
+
+
+OPTIMIZERS: dict[str, Callable[[Sequence[FlatBuffer]], torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "adamw_8bit": adamw_8bit,
+}
+
+
 def optimizer_step(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Takes one step at `rate` times each group's factor. With `optimizer.found_inf` 1 nothing changes."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_factor"]
     found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
-    if found_inf is not None and found_inf.device.type == "mps" and found_inf:
-        return  # the fused AdamW of MPS does not look at it
+    ignores = not isinstance(optimizer, torch.optim.AdamW) or (found_inf is not None and found_inf.device.type == "mps")
+    if found_inf is not None and ignores and found_inf:  # the host waits for it
+        return
     optimizer.step()
 
 

@@ -69,10 +69,10 @@ from tailora.train.memory import (
 )
 from tailora.train.model_loading import load_base
 from tailora.train.optimizer import (
+    OPTIMIZERS,
     FiniteUpdates,
     LossScale,
     LRSchedule,
-    adamw,
     clip_gradients,
     lr_schedule,
     parameter_groups,
@@ -285,7 +285,7 @@ class Trainer:
             earlier_rate = saved.state["run"]["settings"]["learning_rate"]
             if config.learning_rate < earlier_rate:
                 self.note(f"the learning rate is {config.learning_rate:g} from here on; it was {earlier_rate:g}")
-        self.optimizer = adamw(self.buffers)
+        self.optimizer = OPTIMIZERS[config.optim](self.buffers)
         seed_all(config.seed + rank)  # each rank draws its own dropout masks
         self.allocator = trainable.rank_allocator(self.model, self.optimizer, data.max_steps)
         self.state = TrainState()

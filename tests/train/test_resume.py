@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from runs import adapter, changed, losses, stopping_at
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -395,6 +396,30 @@ def in_buffers(
                 parameter.grad.copy_(gradient(name, step))
             optimizer_step(optimizer, 0.01)
         return {name: tensor.clone() for name, tensor in moments(optimizer, buffers).items()}
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_moments_of_8_bits_learn_the_same_and_go_on_to_the_same_bytes(
+    method: str, settings: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes", exc_type=ImportError)
+    common = {"method": method, **({"r": 16, "learning_rate": 1e-3} if method == "full" else {}), **LONG}
+    common |= {"lora_dropout": 0} if method == "full" else {}
+    whole, parts = (
+        settings(output_dir=str(tmp_path / name), optim="adamw_8bit", **common) for name in ("whole", "parts")
+    )
+    exact = run(settings(output_dir=str(tmp_path / "exact"), **common))
+    result = run(whole)
+    run(parts)
+    saved = load_file(Path(parts.output_dir) / "checkpoint-6" / "optimizer.safetensors")
+    assert saved["buffer-0|state1"].dtype == torch.uint8
+    assert "buffer-0|absmax2" in saved
+    again = changed(parts, resume_from_checkpoint=f"{parts.output_dir}/checkpoint-6")
+    run(again)
+    assert losses(again) == losses(whole)
+    fell = exact.eval_loss_before - exact.eval_loss_after
+    assert fell > 0.05
+    assert result.eval_loss_after == pytest.approx(exact.eval_loss_after, abs=0.1 * fell)
 
 
 def test_moments_are_saved_by_parameter_and_go_on_to_the_same_bits() -> None:
