@@ -14,7 +14,7 @@ from rich.text import Text
 from tailora.cli.flags import ConfigFile, Json, flags_of, merge_settings
 from tailora.cli.main import note, print_json, stdout
 from tailora.cli.models import check_sources, fetch_demo
-from tailora.data.dataset import Example, held_out_of, warnings_of
+from tailora.data.dataset import Example, held_out_of, sources_of, warnings_of
 from tailora.data.readers import parse_sources, source_names
 from tailora.errors import ConfigError
 from tailora.report.blocks import Code, Section
@@ -122,7 +122,7 @@ def facts(report: dict[str, Any]) -> Table:
         "not used": ", ".join(report["ignored"]),
         "format": "the model's chat template" if report["chat_template"] else "plain text, without a chat template",
         "messages": ", ".join(f"{count:,} {name}" for name, count in report["messages"].items()),
-        **mixture(report["sources"]),
+        **sources_of(report),
         "rows": f"{report['rows']:,}: {report['train']:,} to train on, {held_out_of(report)}",
         "tokens": f"{report['tokens']:,}, {learned}",
         "longest": f"{'at least ' * (report['read_in_part'] > 0)}{report['longest']:,} tokens",
@@ -134,17 +134,6 @@ def facts(report: dict[str, Any]) -> Table:
         if value:
             table.add_row(name, Text(printable(value)))
     return table
-
-
-def mixture(sources: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Returns the share of each source in an epoch, of several or where it is not one pass."""
-    if len(sources) == 1 and sources[0]["weight"] == 1:
-        return {}
-    return {
-        source["name"]: f"{source['rows']:,} rows read as {source['shape']}, {source['train']:,} examples to train on, "
-        f"{source['epoch']:,} in an epoch"
-        for source in sources
-    }
 
 
 def histogram(bins: Sequence[dict[str, int]]) -> Table:

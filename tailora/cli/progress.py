@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tailora.cli.main import on_terminal, print_text
-from tailora.data.dataset import held_out_of, warnings_of
+from tailora.data.dataset import held_out_of, sources_of, warnings_of
 from tailora.report.format import count
 
 if TYPE_CHECKING:
@@ -219,9 +219,8 @@ def format_header(header: Mapping[str, Any], width: int = WIDTH) -> str:
     if data is None or settings["streaming"]:  # streamed data is not known yet
         lines["data"] = f"streamed; {held_out_of(data)}" if data else "streamed"
     else:
-        epoch = sum(source["epoch"] for source in data.get("sources", []))  # earlier versions had one source
-        per_epoch = f", {epoch:,} in an epoch" if epoch not in (0, data["train"]) else ""
-        lines["data"] = f"{data['train']:,} examples{per_epoch}, {held_out_of(data)}; read as {data['shape']}"
+        lines["data"] = f"{data['train']:,} examples, {held_out_of(data)}; read as {data['shape']}"
+        lines |= sources_of(data)
         lines |= warnings_of(data)
     batches = "packed into one row, attention inside each" if header["packed"] else "padded to the longest"
     examples = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * header["processes"]

@@ -294,8 +294,9 @@ def _render_all(chat: Conversation, tokenizer: ChatTokenizer) -> RenderedSample:
             "leave out --no-assistant-only-loss, or train and weight"
         )
     text = tokenizer.render(chat.messages, tools=chat.tools)
-    if chat.messages[-1]["role"] == "assistant" and not _has_reasoning(chat.messages[-1], text):
-        raise DataError(_reasoning_left_out(len(chat.messages) - 1))
+    last = chat.messages[-1]
+    if last["role"] == "assistant" and (part := _left_out(last, text)) is not None:
+        raise _not_written_error(part, len(chat.messages) - 1)
     begins_with_reply = chat.messages[chat.first]["role"] == "assistant"
     before = chat.messages[: chat.first]
     prompt = tokenizer.render(before, tools=chat.tools, add_generation_prompt=begins_with_reply) if before else ""
@@ -323,17 +324,18 @@ def _marked_reply_spans(chat: Conversation, text: str, spans: list[Span], tokeni
     trained = []
     for index in chat.trained_replies:
         start, end = by_reply[index]
-        if _has_reasoning(chat.messages[index], text[start:end]):
+        part = _left_out(chat.messages[index], text[start:end])
+        if part is None:
             trained.append(_with_next_special(text, (start, end), tokenizer))
         elif index == len(chat.messages) - 1:
-            raise DataError(_reasoning_left_out(index))
+            raise _not_written_error(part, index)
     return trained
 
 
 def _reply_span(chat: Conversation, index: int, text: str, tokenizer: ChatTokenizer) -> Span | None:
     """Returns the span of message `index` in the text, found by rendering the messages before it and up to its end.
 
-    None if the template rewrites it when the chat goes on. Raises DataError if the template leaves its reasoning out.
+    None if the template rewrites it when the chat goes on. Raises DataError if the template leaves a part of it out.
     """
     messages = chat.messages
     if index == 0:
@@ -346,21 +348,26 @@ def _reply_span(chat: Conversation, index: int, text: str, tokenizer: ChatTokeni
     # Some templates close the whole chat, not the turn, with EOS.
     for prefix in (up_to_end, up_to_end.removesuffix(tokenizer.eos or "")):
         if text.startswith(prefix) and len(prefix) >= len(before):
-            if not _has_reasoning(messages[index], prefix[len(before) :]):
-                raise DataError(_reasoning_left_out(index))
+            if (part := _left_out(messages[index], prefix[len(before) :])) is not None:
+                raise _not_written_error(part, index)
             span = len(before), len(prefix)
             return _with_next_special(text, span, tokenizer) if prefix == up_to_end else span
     return None
 
 
-def _has_reasoning(message: dict[str, Any], reply: str) -> bool:
-    return str(message.get(REASONING, "")).strip() in reply
+def _left_out(message: dict[str, Any], reply: str) -> str | None:
+    """Returns which part of a message is not in the text that the template writes for it; None if all is."""
+    if str(message.get(REASONING, "")).strip() not in reply:
+        return REASONING
+    if "tool_calls" in message and message["content"].strip() not in reply:
+        return "content beside the tool calls"
+    return None
 
 
-def _reasoning_left_out(index: int) -> str:
-    return (
-        f"the chat template does not write the {REASONING} of message {index}, so it could not be learned: write it "
-        "into the content, in the form in which the model is to think, or remove it"
+def _not_written_error(part: str, index: int) -> DataError:
+    return DataError(
+        f"the chat template does not write the {part} of message {index}, so it could not be learned: remove it, or "
+        "write it into the content, in the form in which the model is to write it"
     )
 
 

@@ -287,6 +287,19 @@ def held_out_of(report: Mapping[str, Any]) -> str:
     return f"{report['eval']:,} held out{distinct}"
 
 
+def sources_of(report: Mapping[str, Any]) -> dict[str, str]:
+    """Returns "sources" -> the counts of each, of several or if an epoch is not one pass. report: as in warnings_of."""
+    sources = report.get("sources", [])  # earlier versions had one
+    if len(sources) < 2 and all(source["weight"] == 1 for source in sources):
+        return {}
+    counts = [
+        f"{source['name']}: {source['rows']:,} rows read as {source['shape']}, {source['train']:,} examples to train "
+        f"on, {source['epoch']:,} in an epoch"
+        for source in sources
+    ]
+    return {"sources": "; ".join(counts)}
+
+
 # ---- The report
 
 

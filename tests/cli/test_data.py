@@ -173,7 +173,7 @@ def test_a_mixture_is_shown_by_source(
     ]
     assert main(["data", f"{chats}=2", str(notes), *flags]) == 0
     shown = capsys.readouterr().out
-    assert "24 rows read as messages, 24 examples to train on, 48 in an epoch" in shown
+    assert f"{chats}: 24 rows read as messages, 24 examples to train on, 48 in an epoch" in shown
     words = shlex.split(shown.strip().splitlines()[-1])
     assert words[:6] == ["tailora", "train", "--data", f"{chats}=2", "--data", str(notes)]
 

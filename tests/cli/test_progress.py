@@ -137,6 +137,15 @@ def test_the_header_says_how_many_held_out_examples_are_distinct() -> None:
     assert "copies 4 held-out examples are copies of others: each text is evaluated once" in text
 
 
+def test_the_header_says_what_an_epoch_has_of_each_source() -> None:
+    source = {"name": "a.jsonl", "weight": 2, "shape": "messages", "rows": 60, "train": 50, "eval": 10, "epoch": 100}
+    several = {**HEADER["data"], "sources": [source, {**source, "name": "b.txt", "weight": 1, "epoch": 50}]}
+    text = " ".join(format_header({**HEADER, "data": several}).split())
+    assert "sources a.jsonl: 60 rows read as messages, 50 examples to train on, 100 in an epoch; b.txt: 60 rows" in text
+    one = {**HEADER["data"], "sources": [{**source, "weight": 1}]}
+    assert format_header({**HEADER, "data": one}) == format_header(HEADER)
+
+
 @pytest.mark.parametrize("width", [60, 80, 100])
 def test_the_header_breaks_lines_between_words_only(width: int) -> None:
     lines = format_header(HEADER, width).splitlines()

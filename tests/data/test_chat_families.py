@@ -317,6 +317,15 @@ def test_tools_without_a_call_are_not_dropped_either(tokenizer_of, name: str) ->
         render_sample(row(user("a"), assistant("b"), tools=[TOOL]), ChatTokenizer.of(tokenizer_of(name)))
 
 
+@pytest.mark.parametrize("name", ["llama3", "mistral"])
+def test_the_content_beside_calls_is_not_dropped_either(tokenizer_of, name: str) -> None:
+    messages = [user("a"), assistant("Let me see. ", tool_calls=[call({"city": "Rome"})])]
+    with pytest.raises(DataError, match="does not write the content beside the tool calls of message 1"):
+        trained_texts(row(*messages, tools=[TOOL]), tokenizer_of(name))
+    (written,) = trained_texts(row(*messages, tools=[TOOL]), tokenizer_of("qwen2_5"))
+    assert written.startswith("Let me see. \n<tool_call>")
+
+
 def test_a_second_call_that_a_template_leaves_out_is_named(tokenizer_of) -> None:
     calls = [call({"city": "Rome"}), call({"city": "Bonn"}, "time")]
     chat = row(user("a"), assistant(None, tool_calls=calls), tools=[TOOL])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tailora.data.dataset import distinct_of
+from tailora.data.dataset import distinct_of, sources_of
 from tailora.data.labels import Labels
 from tailora.errors import FormatError
 from tailora.evaluation.classification import (
@@ -227,7 +227,8 @@ def train_page(report: TrainReport) -> Page:
     if report.samples:
         answers = Answers(("base", "tuned"), [(answer.prompt, answer.base, answer.tuned) for answer in report.samples])
     decided = {name: value for name, value in run.items() if not isinstance(value, dict | list)}
-    data = {name: value for name, value in (run.get("data") or {}).items() if name not in ("lengths", "sources")}
+    facts = run.get("data") or {}
+    data = {name: value for name, value in facts.items() if name not in ("lengths", "sources")} | sources_of(facts)
     tables = {
         "Settings": report.settings,
         "Data": data,
