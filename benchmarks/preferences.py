@@ -22,9 +22,9 @@ import measure
 if TYPE_CHECKING:
     from tailora.data.dataset import Example
 
-STEPS, BATCH, HELD_OUT = 6, 8, 48
+STEPS, BATCH, HELD_OUT = 6, 8, 24
 BETA, RATE, MAX_LENGTH = 0.1, 1e-4, 256
-REPEATS = 3
+REPEATS = 2
 TRL_ARMS: dict[str, dict[str, Any]] = {
     "TRL": {},
     "TRL, reference once": {"precompute_ref_log_probs": True, "precompute_ref_batch_size": BATCH},
@@ -34,7 +34,7 @@ ARMS = ("tailora", *TRL_ARMS)
 
 
 def cells(quick: bool) -> list[measure.Cell]:
-    common = {"threads": 1 if quick else 2, "malloc": "default", "steps": 2 if quick else STEPS}
+    common = {"threads": 1, "malloc": "default", "steps": 2 if quick else STEPS}
     return [{"repeat": repeat, "arm": arm, **common} for repeat, arm in product(range(1 if quick else REPEATS), ARMS)]
 
 
