@@ -91,12 +91,13 @@ class AdapterTraining:
         if not model.active_adapters or model.is_merged:
             raise ConfigError("no adapter to train: set_adapter(name), and unmerge() what is merged")
         trainer = cast(Any, super())
-        given = inspect.signature(trainer.__init__).bind_partial(model, *args, **kwargs).arguments
+        names = _argument_names(type(self))
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
         _check_arguments(model, given)
-        if "ref_model" in inspect.signature(trainer.__init__).parameters and given.get("ref_model") is None:
-            kwargs["ref_model"] = ReferenceModel(model)
+        if "ref_model" in names and given.get("ref_model") is None:
+            given["ref_model"] = ReferenceModel(model)
         with self._without_reference(model, given.get("args")):
-            trainer.__init__(model.base_model, *args, **kwargs)
+            trainer.__init__(model.base_model, **given)
         me = cast("Trainer", self)
         if me.is_fsdp_enabled or me.is_deepspeed_enabled:
             raise ConfigError("adapter checkpoints are not written under FSDP or DeepSpeed: use DDP or `tailora train`")
@@ -278,6 +279,8 @@ def _choose_loss(model: LoRAModel, *, packed: bool) -> str:
     batch = _batch_of(inputs)
     with evaluating(model):
         form, _ = choose_form(base, batch)
+        if form not in CHUNKED:
+            return OWN
         with torch.no_grad():
             own, chunked = base(**inputs, use_cache=False).loss.float(), FORMS[form](base, batch).mean()
     tolerance = TOLERANCE.get(base.dtype, HALF_TOLERANCE)
@@ -291,6 +294,15 @@ def _batch_of(inputs: dict[str, Any]) -> Batch:
     next_tokens[:, :-1] = labels[:, 1:]
     others = {name: value for name, value in inputs.items() if name != "labels"}
     return Batch.of(others, next_tokens, np.zeros_like(labels)).to(inputs["labels"].device)
+
+
+def _argument_names(trainer: type[AdapterTraining]) -> list[str]:
+    """Returns the arguments after `model`, of the first class in the bases that names them."""
+    for base in trainer.__mro__[trainer.__mro__.index(AdapterTraining) + 1 :]:
+        parameters = inspect.signature(vars(base)["__init__"]).parameters if "__init__" in vars(base) else {}
+        if parameters and not any(part.kind is part.VAR_POSITIONAL for part in parameters.values()):
+            return [name for name, part in parameters.items() if part.kind is not part.VAR_KEYWORD][2:]
+    return []
 
 
 def _check_arguments(model: LoRAModel, given: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tailora import AdaLoRA, LoRAConfig, LoRAModel
 from tailora.errors import ConfigError
-from tailora.train.huggingface import adapting
+from tailora.train.huggingface import ReferenceModel, adapting
 
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # read when TRL is imported
 pytestmark = [
@@ -132,6 +132,19 @@ def test_a_fresh_adapter_is_compared_with_the_base(name: str, tmp_path: Path) ->
     ids = torch.arange(3, 11)[None]
     assert torch.equal(tuner.ref_model(ids).logits, base(name)(ids).logits)
     assert (model(ids).logits - base(name)(ids).logits).abs().max() > 1e-3
+
+
+def test_a_trainer_of_ones_own_gets_the_reference_too(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", exc_type=ImportError)
+
+    class OwnTrainer(trl.DPOTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+
+    settings = trl.DPOConfig(str(tmp_path), report_to=[], use_cpu=True, bf16=False)
+    rows = {"train_dataset": Dataset.from_list(PREFERENCES), "processing_class": TOKENIZER}
+    tuner = adapting(OwnTrainer)(lora_model("DPO"), None, settings, **rows)  # no ref_model, by position
+    assert isinstance(tuner.ref_model, ReferenceModel)
 
 
 def test_reference_log_probabilities_can_be_computed_before_training(tmp_path: Path) -> None:
