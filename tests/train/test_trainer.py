@@ -98,6 +98,23 @@ def test_run_json_knows_the_commit(settings: Any, tmp_path: Path, monkeypatch: p
     assert json.loads((Path(config.output_dir) / "run.json").read_text())["git"]["commit"] == commit.strip()
 
 
+@pytest.mark.parametrize("rows", ["data_file", "pairs_file", "feedback_file"])
+def test_the_same_weight_for_all_rows_changes_nothing_and_other_weights_do(
+    request: pytest.FixtureRequest, settings: Any, tmp_path: Path, rows: str
+) -> None:
+    lines = request.getfixturevalue(rows).read_text().splitlines()
+    adapters = {}
+    for name, weight in {"none": None, "two": lambda _: 2, "some": lambda index: 1 + 7 * (index % 2)}.items():
+        weighted = [
+            json.loads(line) | ({} if weight is None else {"weight": weight(i)}) for i, line in enumerate(lines)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in weighted))
+        config = settings(data=str(tmp_path / f"{name}.jsonl"), output_dir=str(tmp_path / name), max_steps=2, samples=0)
+        run(config)
+        adapters[name] = adapter_bytes(config)
+    assert adapters["two"] == adapters["none"] != adapters["some"]
+
+
 @pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"lora_dropout": 0.2}])
 def test_packed_and_padded_runs_give_the_same_adapter(settings: Any, changes: dict[str, Any], tmp_path: Path) -> None:
     losses = {}
