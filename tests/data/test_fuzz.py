@@ -26,7 +26,23 @@ from tailora.errors import DataError, TailoraError
 # ---- JSON values, and right rows of every schema
 
 Path_ = tuple[str | int, ...]
-KEYS = st.sampled_from([*KNOWN_KEYS, "role", "content", "from", "value", "label", "weight", "tool_calls", "id", "é"])
+KEYS = st.sampled_from(
+    [
+        *KNOWN_KEYS,
+        "role",
+        "content",
+        "from",
+        "value",
+        "label",
+        "weight",
+        "train",
+        "tool_calls",
+        "function",
+        "arguments",
+        "id",
+        "é",
+    ]
+)
 TEXTS = st.text(max_size=8) | st.sampled_from(
     ["\ud800", "\0", "<|im_end|>", "\ufeff", " ", "A", "0", "assistant", "gpt"]
 )
@@ -39,11 +55,29 @@ JSON = st.recursive(
 )
 CHAT = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": "b"}]
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+WITH_CALLS = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL, {"name": "f", "arguments": {}}], "train": False},
+    {"role": "tool", "tool_call_id": "1", "name": "f", "content": "b"},
+    {"role": "assistant", "content": "c", "thinking": "d", "weight": 1},
+]
+TOOLS = (  # a template that writes all of it
+    "{{ tools | tojson }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.thinking }}{{ m.content }}"
+    "{{ m.tool_calls | tojson if m.tool_calls }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 RIGHT_ROWS: list[dict[str, Any]] = [
+    {"messages": WITH_CALLS, "tools": [TOOL], "weight": 2.5},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": json.dumps(CALL)}]},
     {"messages": CHAT},
     {"messages": PARTS},
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "c"}]},
-    {"conversations": [{"from": sender, "value": "a"} for sender in SHAREGPT_ROLES], "system": "s"},
+    {
+        "conversations": [{"from": sender, "value": "a"} for sender in SHAREGPT_ROLES if sender != "function_call"],
+        "system": "s",
+    },
     {"prompt": "a", "completion": "b"},
     {"prompt": CHAT[:2], "completion": CHAT[2:]},
     {"instruction": "a", "input": "c", "output": "b"},
@@ -128,7 +162,7 @@ def jsonl(*rows: Any) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("template", [None, CHATML])
+@pytest.mark.parametrize("template", [None, CHATML, TOOLS])
 @given(row=mutated_rows(), others=st.lists(st.sampled_from(RIGHT_ROWS), max_size=2))
 @example(row={"conversations": [{"from": ["gpt"], "value": "a"}]}, others=[])
 @example(row={"conversations": [{"from": {}, "value": "a"}]}, others=[])
@@ -136,6 +170,11 @@ def jsonl(*rows: Any) -> bytes:
 @example(row={"question": "a", "choices": {"text": ["b", "c"], "label": [[], {}]}, "answer": 0}, others=[])
 def test_mutated_rows(folder: Path, template: str | None, row: Any, others: list[Any]) -> None:
     check(folder / "rows.jsonl", jsonl(row, *others), template)
+
+
+def test_the_rows_with_calls_are_right(folder: Path) -> None:
+    for row in RIGHT_ROWS[:2]:
+        assert "cutting at max_length 16 removes" in check(folder / "rows.jsonl", jsonl(row), TOOLS)  # not their form
 
 
 @pytest.mark.slow
