@@ -1,4 +1,4 @@
-"""The second data set of real.py: chats that ask whether a film review is positive; twenty people rated each review.
+"""Film reviews, each rated by twenty people: chats that ask whether one is positive, for real.py, and rows with labels.
 
 From additional_resources/hutto_ICWSM_2014.tar.gz of the PyPI source package vaderSentiment 3.3.2 (MIT licence): C. J.
 Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM 2014.
@@ -21,6 +21,7 @@ PACKAGE = "vaderSentiment==3.3.2"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 TABLE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"  # id, mean rating from -4 to 4, text
+LABELLED_TRAIN, LABELLED_HELD_OUT = 800, 600
 QUESTION = "Is this film review positive or negative?\n\n{text}"
 TRAIN, HELD_OUT = 240, 100
 
@@ -35,6 +36,23 @@ def build(folder: Path) -> None:
     rows.sort(key=lambda row: hashlib.sha256(row[0]["content"].encode()).digest())  # shuffled, the same everywhere
     write_jsonl(folder / "train.jsonl", rows[:TRAIN])
     write_jsonl(folder / "eval.jsonl", rows[TRAIN : TRAIN + HELD_OUT])
+
+
+def labelled_folder() -> Path:
+    """Returns the folder of train.jsonl and eval.jsonl, with text and label. Raises FetchError."""
+    return build_once(cache_folder() / "benchmarks-1" / "labelled", build_labelled)
+
+
+def build_labelled(folder: Path) -> None:
+    chats = [row for row in map(conversation, table(fetch_package(folder)).splitlines()) if row]
+    prompt = len(QUESTION.format(text=""))
+    rows = [{"text": chat[0]["content"][prompt:], "label": chat[1]["content"]} for chat in chats]
+    rows.sort(key=lambda row: hashlib.sha256(row["text"].encode()).digest())
+    for name, start, stop in (
+        ("train", 0, LABELLED_TRAIN),
+        ("eval", LABELLED_TRAIN, LABELLED_TRAIN + LABELLED_HELD_OUT),
+    ):
+        write_jsonl(folder / f"{name}.jsonl", rows[start:stop])
 
 
 def fetch_package(folder: Path) -> bytes:

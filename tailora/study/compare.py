@@ -66,7 +66,7 @@ from tailora.study.trial import (
     on_choosing_half,
     run_in_subprocess,
 )
-from tailora.train.config import TrainConfig
+from tailora.train.config import TASK_TYPES, TrainConfig
 
 STUDY, CLOCK, RUNS = "compare.json", "seconds.json", "runs"
 FEWEST_TRIES = 3  # learning rates: the best, a lower and a higher one
@@ -95,6 +95,8 @@ def compare(
     }
     if names := sorted(name for name in STEP_CHOICE if getattr(train, name)):
         raise ConfigError(f"a comparison judges every run at its end: leave {' and '.join(names)} out")
+    if train.task in TASK_TYPES and study.forgetting_data is not None:
+        raise ConfigError(f"--task {train.task} trains models that write no text: leave --forgetting-data out")
     for arm in study.arms:
         arm_settings(train, study, arm, learning_rate=study.first_rate(arm))  # raises ConfigError for contradictions
     workers = make_workers(study.workers, train.device, study.minutes, processes)
@@ -216,7 +218,7 @@ class _Comparison:
         choosing, steps = not judging, {"max_steps": self.steps} if self.steps else {}
         spec = TrialSpec(
             arm_settings(self.train, self.study, arm, **{**steps, **fixed}),
-            forgetting=(self.study.forgetting_data or "") if judging else None,
+            forgetting=(self.study.forgetting_data or "") if judging and not self._has_labels else None,
             keep=judging and self.study.method(arm) != FULL,  # a whole model for every seed would fill the disk
             choosing=choosing,
             before=self.base.get((arm, choosing)),
@@ -232,6 +234,11 @@ class _Comparison:
         if self.base.get((arm, choosing)) is None and name != TIMING:
             self.base[arm, choosing] = trial.base
         return trial
+
+    @property
+    def _has_labels(self) -> bool:
+        """Whether the models predict labels: they write no text, of which something could be forgotten."""
+        return self.train.task in TASK_TYPES
 
     @property
     def _runs_at_a_time(self) -> int:

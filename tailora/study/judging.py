@@ -19,7 +19,7 @@ from tailora.errors import ConfigError
 from tailora.evaluation.statistics import Difference, Interval, difference_over_seeds, holm, interval_over_seeds
 from tailora.study.config import FULL, CompareConfig
 from tailora.study.lr_search import LearningRateSearch
-from tailora.study.results import ArmResult, Candidate, Comparison, Finalist, SearchResult
+from tailora.study.results import NATS_PER_TOKEN, ArmResult, Candidate, Comparison, Finalist, SearchResult
 from tailora.study.trial import DONE, Trial, judging_half
 from tailora.study.verdict import compare_verdict, search_verdict
 
@@ -37,6 +37,8 @@ class _Judgement:
     base_loss: float
     examples: int
     seeds: list[int]
+    unit: str
+    accuracies: dict[Any, dict[str, Any]]  # name -> fields of ArmResult; {} for tasks without labels
 
     def fields(self, name: Any, runs: Sequence[Trial]) -> dict[str, Any]:
         """Returns the fields that ArmResult and Finalist share."""
@@ -70,7 +72,26 @@ def _judge(runs: Mapping[Any, Sequence[Trial]], reference: Any) -> _Judgement:
         base_loss=float(np.array(first.before)[indices].sum() / counts.sum()),
         examples=len(indices),
         seeds=[run.numbers["seed"] for run in runs[reference]],
+        unit=first.numbers.get("loss_unit", NATS_PER_TOKEN),
+        accuracies=_accuracies(runs, reference, indices, counts) if first.hits else {},
     )
+
+
+def _accuracies(
+    runs: Mapping[Any, Sequence[Trial]], reference: Any, indices: Any, counts: Any
+) -> dict[Any, dict[str, Any]]:
+    """Returns, by name, the fields of ArmResult about the accuracy on the judging examples."""
+    hits = {name: np.array([run.hits for run in trials])[:, indices] for name, trials in runs.items()}
+    fields = {}
+    for name, values in hits.items():
+        accuracy = interval_over_seeds(values, counts)
+        difference = None if name == reference else difference_over_seeds(hits[reference], values, counts)
+        fields[name] = {
+            "accuracy": accuracy.value,
+            "accuracy_interval": (accuracy.low, accuracy.high),
+            "accuracy_difference": difference,
+        }
+    return fields
 
 
 # ---- compare
@@ -123,9 +144,10 @@ def judge_arms(
                 seed_losses=[trial.loss(judging_half(len(trial.counts))) for trial in trials],
                 train_losses=[trial.losses for trial in trials],
                 **judgement.fields(arm, trials),
+                **judgement.accuracies.get(arm, {}),
             )
         )
-    verdict, compared = compare_verdict(arms, judgement.p_values, reference, study.margin)
+    verdict, compared = compare_verdict(arms, judgement.p_values, reference, study.margin, judgement.unit)
     return Comparison(
         arms=arms,
         reference=reference,
@@ -139,6 +161,7 @@ def judge_arms(
         notes=notes,
         settings=settings,
         seconds=seconds,
+        loss_unit=judgement.unit,
     )
 
 
@@ -207,7 +230,8 @@ def judge_finalists(
         best=finalists[0],
         cheapest=cheapest,
         finalists=finalists,
-        verdict=search_verdict(finalists, cheapest, margin),
+        verdict=search_verdict(finalists, cheapest, margin, judgement.unit),
+        loss_unit=judgement.unit,
         base_loss=judgement.base_loss,
         seeds=judgement.seeds,
         judged_examples=judgement.examples,

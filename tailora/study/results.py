@@ -10,6 +10,8 @@ from typing import Any
 
 from tailora.evaluation.statistics import Difference
 
+NATS_PER_TOKEN = "nats per token"
+
 # ---- compare
 
 
@@ -22,6 +24,8 @@ class ArmResult:
     difference: from the reference arm; None for the reference itself.
     seconds: of training, mean over the seeds.    bytes: on disk.
     forgetting: mean over the seeds; None where it was not measured or is not finite.
+    accuracy, accuracy_interval: share of right labels, for tasks that have some.
+    accuracy_difference: from the reference arm.
     seed_losses: of each seed, with the mean eval_loss.    train_losses: of each seed and step, before the step.
     runs: folders.
     """
@@ -40,6 +44,9 @@ class ArmResult:
     trainable_parameters: int | None = None
     bytes: int | None = None
     forgetting: dict[str, float] | None = None
+    accuracy: float | None = None
+    accuracy_interval: tuple[float, float] | None = None
+    accuracy_difference: Difference | None = None
     seed_losses: list[float] = field(default_factory=list)
     train_losses: list[list[float]] = field(default_factory=list)
     runs: list[str] = field(default_factory=list)
@@ -64,6 +71,7 @@ class Comparison:
     notes: list[str]
     settings: dict[str, Any]
     seconds: float
+    loss_unit: str = NATS_PER_TOKEN
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -136,6 +144,7 @@ class SearchResult:
     settings: dict[str, Any]
     seconds: float
     config: str
+    loss_unit: str = NATS_PER_TOKEN
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

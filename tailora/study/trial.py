@@ -35,7 +35,7 @@ from tailora.errors import ConfigError, DivergedError, MemoryLimitError, Process
 from tailora.formats.io import read_own_json, write_file
 from tailora.quiet import TORCHAO_LOGGERS, quiet_loggers
 from tailora.train import subprocess_worker
-from tailora.train.config import ACCUMULATION, TrainConfig, batches_per_step, without_removed
+from tailora.train.config import ACCUMULATION, TASK_TYPES, TrainConfig, batches_per_step, without_removed
 from tailora.train.launch import end_process, failure_left_for_launcher, is_launched_by_tailora, launch, rank
 
 DONE, PRUNED, DIVERGED, OUT_OF_MEMORY = "done", "pruned", "diverged", "out of memory"
@@ -143,6 +143,7 @@ class Trial:
     numbers: of TrainResult; also seed, held_out (how many examples there are), parts (the model's `target_groups`),
     all_steps (of the epochs), and seconds.
     sums, before: nats of each held-out example, of the trained model and of the base.    counts: learned tokens.
+    hits: right predictions of each, of `counts`; [] for tasks without labels.
     bytes: size on disk of what was trained.    losses: of each step's examples, before the step.
     curve: (step, held-out loss).    parameters: how many are trained; 0 when the trial ended before its first step.
     workers: how many the study had when this trial was made; at most so many trials were made at the same time.
@@ -164,6 +165,7 @@ class Trial:
     evaluation_seconds: list[float] = field(default_factory=list)
     workers: int = 1
     processes: int = 1
+    hits: list[float] = field(default_factory=list)
 
     @property
     def done(self) -> bool:
@@ -176,8 +178,11 @@ class Trial:
 
     @property
     def base(self) -> BaseLosses | None:
-        """The base's losses, for other trials on the same held-out examples. None unless done."""
-        return (self.before, self.counts) if self.done else None
+        """The base's losses, for other trials on the same held-out examples. None unless done.
+
+        None also with labels: there the base has another head for every seed.
+        """
+        return (self.before, self.counts) if self.done and not self.numbers.get("labels") else None
 
     def loss(self, indices: Indices | None = None) -> float:
         """Held-out nats per token, of all evaluated examples or of some; infinite unless done."""
@@ -493,10 +498,12 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
     events: list[TrialEvent] = []
     parts: dict[str, Any] = {}
     held_out: list[int] = []
+    units: list[str] = []
 
     def on_event(event: Event) -> None:
         if isinstance(event, Prepared):
             header.update(steps=event.header["max_steps"], parameters=event.header["trainable_parameters"])
+            units.append(event.header["loss_unit"])
         if isinstance(event, Stepped | Evaluated):
             of_held_out = isinstance(event, Evaluated)
             events.append(
@@ -534,6 +541,8 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
         **result.to_dict(),
         "seed": config.seed,
         "held_out": sum(held_out),
+        "labels": config.task in TASK_TYPES,
+        "loss_unit": units[0],
         "parts": parts,
         "all_steps": None
         if result.data is None
@@ -548,6 +557,7 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
         spec.before,
         numbers={**numbers, **seconds},
         sums=result.after.sums.tolist(),
+        hits=[] if result.hits_after is None else result.hits_after.tolist(),
         before=result.before.sums.tolist(),
         counts=result.after.counts.tolist(),
         forgetting=forgotten,

@@ -5,21 +5,21 @@
       difference_in_words                the numbers behind a statement
 
 A statement is made only if the 95% interval of the difference supports it; otherwise the verdict begins with "Cannot
-tell". Losses are nats per token; `margin` is the difference that does not matter.
+tell". Losses are in nats per token, or in another `unit`; `margin` is the difference that does not matter.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 
 from tailora.evaluation.statistics import Difference
-from tailora.study.results import ArmResult, Finalist
+from tailora.study.results import NATS_PER_TOKEN, ArmResult, Finalist
 from tailora.study.trial import DONE
 
 # ---- compare
 
 
 def compare_verdict(
-    arms: Sequence[ArmResult], p_values: Mapping[str, float], reference: str, margin: float
+    arms: Sequence[ArmResult], p_values: Mapping[str, float], reference: str, margin: float, unit: str = NATS_PER_TOKEN
 ) -> tuple[str, str | None]:
     """Returns the text, and the name of the arm that it is about; None where there is nothing to compare.
 
@@ -35,7 +35,7 @@ def compare_verdict(
         arm, difference = min(safe, key=lambda pair: _parameters(pair[0]))
     else:
         arm, difference = min(compared, key=lambda pair: pair[1].value)
-    sentences.append(_compare_finding(arm, difference, done[reference], p_values[arm.name], margin))
+    sentences.append(_compare_finding(arm, difference, done[reference], p_values[arm.name], margin, unit))
     edge = [arm.name for arm in done.values() if not arm.bracketed]
     if edge:
         sentences.append(
@@ -50,9 +50,9 @@ def _parameters(arm: ArmResult) -> int:
 
 
 def _compare_finding(
-    arm: ArmResult, difference: Difference, reference: ArmResult, p_value: float, margin: float
+    arm: ArmResult, difference: Difference, reference: ArmResult, p_value: float, margin: float, unit: str
 ) -> str:
-    numbers = f"{arm.name} - {reference.name} = {difference_in_words(difference, p_value)}"
+    numbers = f"{arm.name} - {reference.name} = {difference_in_words(difference, p_value, unit)}"
     both, low, high = f"{arm.name} or {reference.name}", difference.low, difference.high
     if difference.seeds == 1:
         return one_seed(both, numbers)
@@ -67,15 +67,13 @@ def _compare_finding(
         finding, could_change = f"{reference.name} is better than {arm.name}", [arm]
         advice = f"Take {reference.name} if the lower loss is worth its cost."
     elif high < margin and low > -margin:
-        finding = (
-            f"{arm.name} and {reference.name} are equally good: they differ by less than {margin:g} nats per token"
-        )
+        finding = f"{arm.name} and {reference.name} are equally good: they differ by less than {margin:g} {unit}"
         could_change = [arm, reference]
     elif high < margin:
-        finding = f"{arm.name} is worse than {reference.name} by at most {high:.3f} nats per token, and may be better"
+        finding = f"{arm.name} is worse than {reference.name} by at most {high:.3f} {unit}, and may be better"
         could_change = [reference]
     else:
-        return unclear(both, difference, numbers, margin)
+        return unclear(both, difference, numbers, margin, unit)
     untuned = [arm.name for arm in could_change if not arm.bracketed]
     if untuned:
         names = " and ".join(untuned)
@@ -89,7 +87,7 @@ def _compare_finding(
 # ---- search
 
 
-def search_verdict(finalists: Sequence[Finalist], cheapest: Finalist, margin: float) -> str:
+def search_verdict(finalists: Sequence[Finalist], cheapest: Finalist, margin: float, unit: str = NATS_PER_TOKEN) -> str:
     """Returns the text. finalists: the best first."""
     best = finalists[0]
     low, high = best.interval
@@ -99,7 +97,7 @@ def search_verdict(finalists: Sequence[Finalist], cheapest: Finalist, margin: fl
     compared = min(finalists[1:], key=lambda finalist: finalist.eval_loss) if cheapest is best else cheapest
     difference = compared.difference
     assert difference is not None  # only the best has none
-    words = difference_in_words(difference, compared.p_value)
+    words = difference_in_words(difference, compared.p_value, unit)
     times = best.trainable_parameters / max(compared.trainable_parameters, 1)
     fewer = f"{times:.1f}x fewer trained parameters" if times < 10 else f"{times:,.0f}x fewer trained parameters"
     if cheapest is best:
@@ -115,8 +113,8 @@ def search_verdict(finalists: Sequence[Finalist], cheapest: Finalist, margin: fl
     if difference.high < 0:
         return f"{take} and is better when both are run again ({numbers})."
     if difference.high < margin:
-        return f"{take} and is worse by at most {difference.high:.3f} nats per token ({numbers})."
-    return f"{unclear(both, difference, numbers, margin)} Trial {cheapest.number} has {fewer}."
+        return f"{take} and is worse by at most {difference.high:.3f} {unit} ({numbers})."
+    return f"{unclear(both, difference, numbers, margin, unit)} Trial {cheapest.number} has {fewer}."
 
 
 # ---- both
@@ -129,10 +127,10 @@ def one_seed(both: str, numbers: str) -> str:
     )
 
 
-def unclear(both: str, difference: Difference, numbers: str, margin: float) -> str:
+def unclear(both: str, difference: Difference, numbers: str, margin: float, unit: str) -> str:
     """Returns the text for an interval that shows neither which is better, nor a difference below the margin."""
     return (
-        f"Cannot tell whether {both} is better: the 95% interval is too wide for a margin of {margin:g} nats per token "
+        f"Cannot tell whether {both} is better: the 95% interval is too wide for a margin of {margin:g} {unit} "
         f"({numbers}). {what_would_tell(difference, margin)}"
     )
 
@@ -148,9 +146,9 @@ def what_would_tell(difference: Difference, margin: float) -> str:
     return f"Most of the uncertainty comes from the seeds: about {count:,} seeds would be enough."
 
 
-def difference_in_words(difference: Difference, p_value: float | None) -> str:
+def difference_in_words(difference: Difference, p_value: float | None, unit: str = NATS_PER_TOKEN) -> str:
     p_value = math.nan if p_value is None else p_value
     p = "p below .001" if p_value < 0.001 else f"p = {p_value:.3f}"
     over = f"{difference.seeds} seed{'s' * (difference.seeds > 1)} and {difference.examples} held-out examples"
     interval = f"95% interval {difference.low:+.3f} to {difference.high:+.3f}"
-    return f"{difference.value:+.3f} nats per token, {interval}, {p}, {over}"
+    return f"{difference.value:+.3f} {unit}, {interval}, {p}, {over}"

@@ -1,11 +1,12 @@
 """Tasks whose model has a head for labels: classes of texts, numbers, and tags of words.
 
-    SequenceClassification   cross-entropy of the class; with several labels per row, binary cross-entropy of each
+    SequenceClassification   cross-entropy of the class
+    SeveralLabels            binary cross-entropy of each label
     Regression               squared error
     TokenClassification      cross-entropy of the tag, at the first token of each word
 
-Class weights are those of torch: the loss of a step is sum(w L) / sum(w). Evaluations do without weights, so that their
-losses can be compared, and keep the head's outputs of every row or word (`Outputs.scores`).
+Class weights are those of torch: the loss of a step is sum(w L) / sum(w). As those of rows, they count in training
+alone. Evaluations keep the head's outputs of every row or word (`Outputs.scores`).
 """
 
 import inspect
@@ -26,7 +27,7 @@ from tailora.data.schemas import REGRESSION, TOKEN_CLASSIFICATION
 from tailora.errors import ConfigError, nearest
 from tailora.kernels.loss import Batch
 from tailora.model import LoRAModel
-from tailora.train.loss import BatchLayout, Evaluation, Outputs, Scores, Sums, Task
+from tailora.train.loss import BatchLayout, Evaluation, Outputs, Sums, Task
 from tailora.train.trainable import FullModel
 
 
@@ -65,7 +66,7 @@ class LabelTask(Task):
     def make_batch(self, examples: Sequence[Example], layout: BatchLayout) -> Batch:
         none = torch.zeros(0, dtype=torch.int64)
         targets = np.stack([cast(Float64, example.target) for example in examples])
-        return Batch(
+        batch = Batch(
             inputs=self.inputs(examples, layout),
             supervised=none,
             targets=torch.from_numpy(targets[:, 0].astype(np.int64)),
@@ -74,6 +75,7 @@ class LabelTask(Task):
             owners=np.arange(len(examples)),
             extras={"targets": torch.from_numpy(targets.astype(np.float32))},
         )
+        return self.weighted(batch)
 
     def call(self, model: nn.Module, batch: Batch) -> Any:
         """Calls the model without a cache of keys and values, and without segments of two texts if it knows none."""
@@ -108,50 +110,53 @@ class LabelTask(Task):
     def targets(self, examples: Examples) -> list[Any] | None:
         return None if examples.targets is None else list(examples.targets.tolist())
 
-    def evaluation(self, examples: Examples, sums: Sums, scores: Scores | None) -> Evaluation:
-        """Returns the losses without class weights."""
-        counts = self.counts(examples)
-        if self.weights is not None and scores is not None:
-            losses = self.unweighted(torch.from_numpy(scores), examples).numpy()
-            sums = np.zeros(len(examples))
-            np.add.at(sums, np.repeat(np.arange(len(examples)), counts), losses)
-        return Evaluation(sums, counts, scores)
+    def hits(self, examples: Examples, evaluation: Evaluation) -> Sums | None:
+        """Returns how many predictions of each example are right, of `counts`; None of numbers."""
+        assert evaluation.scores is not None
+        right = evaluation.scores.argmax(1) == self.right_classes(examples)
+        owners = np.repeat(np.arange(len(examples)), evaluation.counts)
+        hits: Sums = np.bincount(owners, weights=right, minlength=len(examples)).astype(np.float64)
+        return hits
 
-    def unweighted(self, logits: Tensor, examples: Examples) -> Tensor:
-        raise NotImplementedError
+    def right_classes(self, examples: Examples) -> npt.NDArray[np.int64]:
+        """Returns the index of the class or tag of each loss."""
+        assert examples.targets is not None
+        return examples.targets[:, 0].astype(np.int64)
 
-    def divisor(self, example: Example) -> float:  # noqa: ARG002
-        return 1.0
+    def divisor(self, example: Example) -> float:
+        return float(self.weights_of(self.right_classes(Examples.of([example]))).sum())
 
-    def weight_tensor(self, like: Tensor) -> Tensor | None:
-        return None if self.weights is None else torch.from_numpy(self.weights).to(like)
+    def weights_of(self, classes: npt.NDArray[np.int64]) -> Float64:
+        return np.ones(len(classes)) if self.weights is None else self.weights[classes]
+
+    def weighted(self, batch: Batch) -> Batch:
+        """Returns the batch with the weights of its classes in training."""
+        if self.weights is None:
+            return batch
+        return replace(batch, loss_weights=torch.from_numpy(self.weights_of(batch.targets.numpy())).float())
 
 
 class SequenceClassification(LabelTask):
-    """The class of a text, or several labels of it."""
+    """The class of a text."""
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        weights = self.weight_tensor(logits)
-        if self.labels.several:
-            return _binary_losses(logits, batch.extras["targets"].to(logits), weights)
-        return F.cross_entropy(logits, batch.targets, weight=weights, reduction="none")
-
-    def unweighted(self, logits: Tensor, examples: Examples) -> Tensor:
-        targets = torch.from_numpy(cast(Float64, examples.targets))
-        if self.labels.several:
-            return _binary_losses(logits, targets, None)
-        return F.cross_entropy(logits, targets[:, 0].long(), reduction="none")
-
-    def divisor(self, example: Example) -> float:
-        if self.weights is None or self.labels.several:
-            return 1.0
-        return float(self.weights[int(cast(Float64, example.target)[0])])
+        return F.cross_entropy(logits, batch.targets, reduction="none")
 
 
-def _binary_losses(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
-    """Returns the mean over the labels of each row, (rows,), weighted if there are weights."""
-    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return losses.mean(1) if weights is None else losses @ (weights / weights.sum())
+class SeveralLabels(LabelTask):
+    """Several labels of a text, each of which it has or not. The loss of a text is the mean over the labels."""
+
+    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        targets = batch.extras["targets"].to(logits)
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
+
+    def hits(self, examples: Examples, evaluation: Evaluation) -> Sums:
+        assert evaluation.scores is not None
+        right: Sums = ((evaluation.scores > 0) == examples.targets).all(1).astype(np.float64)
+        return right
+
+    def divisor(self, example: Example) -> float:  # noqa: ARG002
+        return 1.0
 
 
 class Regression(LabelTask):
@@ -160,6 +165,12 @@ class Regression(LabelTask):
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
         return (logits - batch.extras["targets"].to(logits)).square().mean(1)
 
+    def hits(self, examples: Examples, evaluation: Evaluation) -> None:  # noqa: ARG002
+        return None
+
+    def divisor(self, example: Example) -> float:  # noqa: ARG002
+        return 1.0
+
 
 class TokenClassification(LabelTask):
     """A tag for each word."""
@@ -167,18 +178,14 @@ class TokenClassification(LabelTask):
     def make_batch(self, examples: Sequence[Example], layout: BatchLayout) -> Batch:
         tags = collate_padded(examples, layout.pad_id)["labels"].numpy()
         owners = np.broadcast_to(np.arange(len(examples))[:, None], tags.shape)
-        return Batch.of(self.inputs(examples, layout), tags, owners)
+        return self.weighted(Batch.of(self.inputs(examples, layout), tags, owners))
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         logits = self.call(model, batch).logits.flatten(0, 1).index_select(0, batch.supervised)
         return cast(Tensor, logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        return F.cross_entropy(logits, batch.targets, weight=self.weight_tensor(logits), reduction="none")
-
-    def unweighted(self, logits: Tensor, examples: Examples) -> Tensor:
-        tags = examples.labels[examples.labels != IGNORED]
-        return F.cross_entropy(logits, torch.from_numpy(tags.astype(np.int64)), reduction="none")
+        return F.cross_entropy(logits, batch.targets, reduction="none")
 
     def counts(self, examples: Examples) -> npt.NDArray[np.int64]:
         ends = np.cumsum(np.concatenate([[0], examples.labels != IGNORED]), dtype=np.int64)
@@ -187,13 +194,15 @@ class TokenClassification(LabelTask):
     def targets(self, examples: Examples) -> list[Any] | None:
         return [example.labels[example.labels != IGNORED].tolist() for example in examples]
 
-    def divisor(self, example: Example) -> float:
-        tags = example.labels[example.labels != IGNORED]
-        return float(len(tags) if self.weights is None else self.weights[tags].sum())
+    def right_classes(self, examples: Examples) -> npt.NDArray[np.int64]:
+        tags: npt.NDArray[np.int64] = examples.labels[examples.labels != IGNORED].astype(np.int64)
+        return tags
 
 
 def label_task(labels: Labels, weights: Float64 | None = None) -> LabelTask:
     """Returns the task of these labels."""
+    if labels.several:
+        return SeveralLabels(labels)
     tasks = {REGRESSION: Regression, TOKEN_CLASSIFICATION: TokenClassification}
     return tasks.get(labels.task, SequenceClassification)(labels, weights)
 
@@ -206,6 +215,8 @@ def class_weights(chosen: str | dict[str, float] | None, labels: Labels, counts:
     """
     if chosen is None:
         return None
+    if labels.several:
+        raise ConfigError("class_weights are for rows with one label each, and the data has several: leave them out")
     if chosen == "balanced":
         number = np.array([max(counts[name], 1) for name in labels.names], dtype=np.float64)
         return cast(Float64, number.sum() / (len(number) * number))

@@ -29,7 +29,7 @@ from tailora.train.launch import (
     shown_by,
     world_size,
 )
-from tailora.train.loss import Evaluation
+from tailora.train.loss import Evaluation, Sums
 from tailora.train.trainable import Trainable
 
 
@@ -127,10 +127,18 @@ class TrainResult:
     data: PreparedData | None = field(metadata=IN_MEMORY)  # None when streaming without eval_data
     before: Evaluation | None = field(metadata=IN_MEMORY)
     after: Evaluation | None = field(metadata=IN_MEMORY)
+    # right predictions of each held-out example; None for tasks without labels
+    hits_before: Sums | None = field(default=None, metadata=IN_MEMORY)
+    hits_after: Sums | None = field(default=None, metadata=IN_MEMORY)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the numbers."""
-        return {item.name: getattr(self, item.name) for item in fields(self) if not item.metadata}
+        """Returns the numbers; of labels also the accuracy before and after."""
+        numbers = {item.name: getattr(self, item.name) for item in fields(self) if not item.metadata}
+        evaluations = {"before": (self.hits_before, self.before), "after": (self.hits_after, self.after)}
+        for when, (hits, evaluation) in evaluations.items():
+            if hits is not None and evaluation is not None:
+                numbers[f"eval_accuracy_{when}"] = float(hits.sum() / evaluation.counts.sum())
+        return numbers
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -97,6 +97,11 @@ class Task(ABC):
         del examples
         return None
 
+    def hits(self, examples: Examples, evaluation: "Evaluation") -> Sums | None:
+        """Returns how many predictions of each example are right; None if there are no predictions of this kind."""
+        del examples, evaluation
+        return None
+
     def complete_step(
         self, model: nn.Module, batches: Sequence[Batch], layout: "BatchLayout", reduce: Reduce
     ) -> Sequence[Batch]:
@@ -223,7 +228,9 @@ def make_batch(examples: Sequence[Example], layout: BatchLayout, device: torch.d
     batch = layout.task.make_batch(examples, layout)
     weights = np.array([example.weight for example in examples], dtype=np.float32)
     if (weights != 1).any():
-        batch = replace(batch, loss_weights=torch.from_numpy(weights[batch.owners]))
+        of_losses = torch.from_numpy(weights[batch.owners])
+        of_losses = of_losses if batch.loss_weights is None else of_losses * batch.loss_weights
+        batch = replace(batch, loss_weights=of_losses)
     return batch.to(device)
 
 

@@ -58,7 +58,16 @@ from tailora.train.dataloader import (
 )
 from tailora.train.divergence import REMEDIES, broken_gradients, broken_loss
 from tailora.train.kernel_choice import Work, choose_kernels, has_dropout, share_kept_instead, use_kernels
-from tailora.train.loss import BatchLayout, Evaluation, ModelWithLoss, Scores, batches_within, evaluate, make_batch
+from tailora.train.loss import (
+    BatchLayout,
+    Evaluation,
+    ModelWithLoss,
+    Scores,
+    Sums,
+    batches_within,
+    evaluate,
+    make_batch,
+)
 from tailora.train.memory import (
     check_fits,
     explain_out_of_memory,
@@ -667,7 +676,14 @@ class Trainer:
             data=self.data.prepared,
             before=state.before,
             after=after,
+            hits_before=self.hits(state.before),
+            hits_after=self.hits(after),
         )
+
+    def hits(self, evaluation: Evaluation | None) -> Sums | None:
+        """Returns how many predictions of each held-out example are right, if the task predicts labels."""
+        held_out = self.data.held_out
+        return None if evaluation is None or held_out is None else self.layout.task.hits(held_out, evaluation)
 
     # ---- Reporting
 

@@ -1,6 +1,7 @@
 """Training on labels: the losses are those of transformers, of every kind of head and model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tailora.data.labels import Labels
 from tailora.errors import ConfigError
 from tailora.train.classification import LabelTask, class_weights, label_task
 from tailora.train.config import TrainConfig
-from tailora.train.loss import BatchLayout, evaluate
+from tailora.train.loss import BatchLayout, evaluate, make_batch
 from tailora.train.model_loading import labels_of_adapter, load_base
 from tailora.train.setup import HEAD
 from tailora.train.trainer import run
@@ -101,10 +102,32 @@ def test_class_weights_divide_as_in_torch(labels: Labels) -> None:
         expected = F.cross_entropy(outputs.scores, batch.targets, weight=torch.tensor(weights, dtype=torch.float32))
         before = plain.outputs(model, batch, layout_of(plain)).losses
     divisor = sum(task.divisor(example) for example in examples)
-    torch.testing.assert_close(outputs.losses.sum() / divisor, expected)
-    # held-out losses are not weighted
-    evaluation = task.evaluation(examples, np.zeros(len(examples)), outputs.scores.double().numpy())
-    np.testing.assert_allclose(evaluation.loss, before.mean(), rtol=1e-5)
+    assert batch.loss_weights is not None
+    torch.testing.assert_close((outputs.losses * batch.loss_weights).sum() / divisor, expected)
+    torch.testing.assert_close(outputs.losses, before)  # evaluations are not weighted
+
+
+def test_weights_of_rows_and_classes_are_multiplied() -> None:
+    task = label_task(SINGLE, np.array([0.5, 3.0, 2.0]))
+    rows = [replace(example, weight=weight) for example, weight in zip(examples_of(SINGLE), (1, 2, 3), strict=True)]
+    batch = make_batch(rows, layout_of(task), torch.device("cpu"))
+    classes = [int(row.target[0]) for row in rows if row.target is not None]
+    expected = [row.weight * task.weights_of(np.array([i]))[0] for row, i in zip(rows, classes, strict=True)]
+    assert batch.loss_weights is not None
+    assert batch.loss_weights.tolist() == expected
+
+
+def test_hits_are_right_predictions() -> None:
+    examples = examples_of(TAGS)
+    task = label_task(TAGS)
+    classes = task.right_classes(examples)
+    scores = np.eye(3)[classes]
+    scores[0] = np.roll(scores[0], 1)
+    evaluation = task.evaluation(examples, np.zeros(len(examples)), scores)
+    hits = task.hits(examples, evaluation)
+    assert hits is not None
+    np.testing.assert_array_equal(hits, task.counts(examples) - [1, 0, 0])
+    assert label_task(NUMBER).hits(examples_of(NUMBER), evaluation) is None
 
 
 def test_balanced_weights_count_every_class_alike() -> None:

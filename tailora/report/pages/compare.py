@@ -34,7 +34,9 @@ def compare_page(comparison: Comparison) -> Page:
             "held-out examples that were not used to choose a learning rate.",
             _losses(comparison, arms),
         ),
-        Section("Training", "All arms saw the same examples in the same order.", [_training(arms)]),
+        Section(
+            "Training", "All arms saw the same examples in the same order.", [_training(arms, comparison.loss_unit)]
+        ),
         Section("What it costs", "Means over the seeds; memory is the highest of all.", _costs(arms)),
         Section(
             "What was forgotten",
@@ -45,7 +47,7 @@ def compare_page(comparison: Comparison) -> Page:
             "Learning rates tried",
             "A comparison is fair only if every arm has its own best learning rate. Losses are those of the half of "
             "the held-out examples that chooses it.",
-            _rates(comparison.arms),
+            _rates(comparison.arms, comparison.loss_unit),
         ),
         Section("Settings", "", [settings_table("Settings", *changes, *shared)]),
     ]
@@ -76,18 +78,36 @@ def _losses(comparison: Comparison, arms: Sequence[ArmResult]) -> list[Block | N
         rows.append([arm.name, rate, f"{arm.eval_loss:.3f}", interval(arm.interval), *cells])
     first = [Column("arm"), *numeric("learning rate", "held-out loss"), INTERVAL]
     columns = [*first, *numeric(f"- {comparison.reference}"), INTERVAL, Column("p", numeric=True, priority=1)]
-    figures = judged_figures(losses, comparison.base_loss, differences, comparison.reference, margin)
-    return [*figures, Table(columns, rows)]
+    figures = judged_figures(
+        losses, comparison.base_loss, differences, comparison.reference, margin, comparison.loss_unit
+    )
+    return [*figures, Table(columns, rows), _accuracies(comparison, arms)]
 
 
-def _training(arms: Sequence[ArmResult]) -> Figure | None:
+def _accuracies(comparison: Comparison, arms: Sequence[ArmResult]) -> Table | None:
+    """The shares of right labels, for tasks that have some."""
+    rows = [
+        [
+            arm.name,
+            f"{arm.accuracy:.3f}",
+            interval(arm.accuracy_interval),
+            *difference_cells(arm.accuracy_difference, None)[:2],
+        ]
+        for arm in arms
+        if arm.accuracy is not None
+    ]
+    columns = [Column("arm"), *numeric("accuracy"), INTERVAL, *numeric(f"- {comparison.reference}"), INTERVAL]
+    return Table(columns, rows, "Accuracy") if rows else None
+
+
+def _training(arms: Sequence[ArmResult], unit: str) -> Figure | None:
     runs = {arm.name: [losses for losses in arm.train_losses if losses] for arm in arms}
     values = "; ".join(
         f"{name} from {losses[0][0]:.3f} to {losses[0][-1]:.3f}" for name, losses in runs.items() if losses
     )
 
     def draw(canvas: Canvas) -> None:
-        axes = canvas.new_axes(310, "step", "loss, nats per token", whole_numbers="x")
+        axes = canvas.new_axes(310, "step", f"loss, {unit}", whole_numbers="x")
         for number, (name, losses) in enumerate(runs.items()):
             if losses:
                 canvas.losses(losses, series_colour(number), one_line(name, 28))
@@ -95,7 +115,7 @@ def _training(arms: Sequence[ArmResult]) -> Figure | None:
 
     alt = f"Line chart of training losses. {values}."
     caption = (
-        "Loss of each step's examples before the step, in nats per token. Thin lines: each seed. Thick lines: running "
+        f"Loss of each step's examples before the step, {unit}. Thin lines: each seed. Thick lines: running "
         "mean of all seeds."
     )
     return Figure("training", draw, alt, caption, wide=True) if values else None
@@ -149,7 +169,7 @@ def _forgetting(arms: Sequence[ArmResult]) -> list[Block | None]:
     ]
 
 
-def _rates(arms: Sequence[ArmResult]) -> list[Block | None]:
+def _rates(arms: Sequence[ArmResult], unit: str) -> list[Block | None]:
     losses = {  # of the runs that did not fail
         arm.name: {rate: loss for rate, loss in sorted(arm.rates.items()) if loss is not None and math.isfinite(loss)}
         for arm in arms
@@ -157,7 +177,7 @@ def _rates(arms: Sequence[ArmResult]) -> list[Block | None]:
     tried = [arm for arm in arms if losses[arm.name]]
 
     def draw(canvas: Canvas) -> None:
-        axes = canvas.new_axes(310, "learning rate", "loss, nats per token")
+        axes = canvas.new_axes(310, "learning rate", f"loss, {unit}")
         for number, arm in enumerate(tried):
             arm_losses, colour, label = losses[arm.name], series_colour(number), one_line(arm.name, 28)
             hollow: dict[str, Any] = {"markerfacecolor": PAPER, "markersize": 7}

@@ -85,7 +85,9 @@ def _finalists(search: SearchResult) -> list[Block | None]:
     losses = [Estimate(names[trial.number], trial.eval_loss, trial.interval) for trial in search.finalists]
     differences = {names[trial.number]: trial.difference for trial in search.finalists}
     margin = search.settings.get("search", {}).get("margin")
-    figures = judged_figures(losses, search.base_loss, differences, f"trial {search.best.number}", margin)
+    figures = judged_figures(
+        losses, search.base_loss, differences, f"trial {search.best.number}", margin, search.loss_unit
+    )
 
     columns = [*numeric("trial", "held-out loss"), INTERVAL, *numeric("- best"), INTERVAL]
     columns += numeric("p", "trained", "time", "peak memory")
@@ -155,7 +157,7 @@ def _trials(search: SearchResult, done: Sequence[Candidate]) -> list[Block | Non
         best = sorted(done, key=_loss)[:SHOWN_TRIALS]
         more = f" {len(best)} of {len(done)}" if len(best) < len(done) else ""
         table = _table_of_trials(best, f"The best trials{more}")
-    return [_history(search, done, highest), _curves(search, highest), _cost(done), table]
+    return [_history(search, done, highest), _curves(search, highest), _cost(search, done), table]
 
 
 def _history(search: SearchResult, done: Sequence[Candidate], highest: float) -> Figure | None:
@@ -163,7 +165,7 @@ def _history(search: SearchResult, done: Sequence[Candidate], highest: float) ->
         return None
 
     def draw(canvas: Canvas) -> None:
-        axes = canvas.new_axes(300, "trial", "loss, nats per token", whole_numbers="x")
+        axes = canvas.new_axes(300, "trial", f"loss, {search.loss_unit}", whole_numbers="x")
         canvas.legend_columns = 5 if canvas.wide else 3
         early = [trial for trial in search.trials if trial not in done and trial.eval_loss is not None]
         best_so_far = np.minimum.accumulate([_loss(trial) for trial in done])
@@ -196,7 +198,7 @@ def _curves(search: SearchResult, highest: float) -> Figure | None:
     trials = [trial for trial in search.trials if len(trial.curve) > 1]
 
     def draw(canvas: Canvas) -> None:
-        axes = canvas.new_axes(300, "step", "loss, nats per token", whole_numbers="x")
+        axes = canvas.new_axes(300, "step", f"loss, {search.loss_unit}", whole_numbers="x")
         for trial in trials:
             best = trial.number == search.best.number
             width, alpha = (2.6, 1.0) if best else (1.2, 0.5)
@@ -210,11 +212,11 @@ def _curves(search: SearchResult, highest: float) -> Figure | None:
     return Figure("trial-curves", draw, alt, caption) if trials else None
 
 
-def _cost(done: Sequence[Candidate]) -> Figure | None:
+def _cost(search: SearchResult, done: Sequence[Candidate]) -> Figure | None:
     trials = [trial for trial in done if trial.trainable_parameters]
 
     def draw(canvas: Canvas) -> None:
-        axes = canvas.new_axes(300, "trained parameters", "loss, nats per token")
+        axes = canvas.new_axes(300, "trained parameters", f"loss, {search.loss_unit}")
         points = [(float(trial.trainable_parameters or 1), _loss(trial)) for trial in trials]
         front: list[tuple[float, float]] = []
         for cost, loss in sorted(points):

@@ -7,6 +7,7 @@ from tailora.evaluation.statistics import Difference
 from tailora.report.blocks import Column, Figure, Table
 from tailora.report.charts import GRID, Canvas, Estimate
 from tailora.report.format import interval, one_line, p_value, setting, signed
+from tailora.study.results import NATS_PER_TOKEN
 from tailora.study.study_store import LAUNCH, PROCESSES
 
 INTERVAL = Column("95% interval", numeric=True, interval=True)
@@ -59,16 +60,17 @@ def judged_figures(
     differences: Mapping[str, Difference | None],
     reference: str,
     margin: float | None,
+    unit: str = NATS_PER_TOKEN,
 ) -> list[Figure | None]:
     """differences: name of a loss -> its difference from the reference's loss.
-    margin: smaller differences, in nats per token, do not matter to the user.
+    margin: smaller differences, in the loss's unit, do not matter to the user.
     """
     measured = {name: difference for name, difference in differences.items() if difference}
     listed = "; ".join(f"{loss.name} {loss.value:.3f} ({interval(loss.ends)})" for loss in losses)
     seeds = "; small dots: each seed" if any(loss.runs for loss in losses) else ""
     losses_figure = Figure(
         "losses",
-        lambda canvas: canvas.estimates(losses, "held-out loss, nats per token"),
+        lambda canvas: canvas.estimates(losses, f"held-out loss, {unit}"),
         f"Held-out loss of each with its 95% interval: {listed}.",
         f"Held-out loss, with 95% intervals over examples and seeds{seeds}. The base has {base_loss:.3f}. All are "
         "judged on the same examples, so overlapping intervals say little: look at the differences.",
@@ -77,8 +79,8 @@ def judged_figures(
     def draw_differences(canvas: Canvas) -> None:
         rows = [Estimate(name, value.value, (value.low, value.high)) for name, value in measured.items()]
         colours = [number for number, loss in enumerate(losses) if loss.name in measured]  # as in the figure of losses
-        unit = f"loss − loss of {one_line(reference, 18)}, nats per token"
-        canvas.estimates(rows, unit, reference=0.0, form="+.3f", colours=colours)
+        label = f"loss − loss of {one_line(reference, 18)}, {unit}"
+        canvas.estimates(rows, label, reference=0.0, form="+.3f", colours=colours)
         if margin is not None:
             canvas.axes.axvspan(-margin, margin, color=GRID, alpha=0.6, linewidth=0, zorder=0)
 
