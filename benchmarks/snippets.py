@@ -7,6 +7,7 @@ Snippets rated within half a point of neutral are left out. The files are made o
 
 import hashlib
 import io
+import json
 import subprocess
 import sys
 import tarfile
@@ -52,7 +53,8 @@ def build_labelled(folder: Path) -> None:
         ("train", 0, LABELLED_TRAIN),
         ("eval", LABELLED_TRAIN, LABELLED_TRAIN + LABELLED_HELD_OUT),
     ):
-        write_jsonl(folder / f"{name}.jsonl", rows[start:stop])
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows[start:stop])
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def fetch_package(folder: Path) -> bytes:
