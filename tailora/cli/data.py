@@ -22,7 +22,7 @@ from tailora.report.format import printable
 from tailora.report.terminal import print_rich_table, print_section
 from tailora.train.config import TrainConfig
 
-SETTINGS = ["model", "eval_data", "field", "max_length", "validation_split", "seed"]
+SETTINGS = ["model", "task", "eval_data", "field", "max_length", "validation_split", "seed"]
 SETTINGS += ["system", "assistant_only_loss", "completion_only_loss", "documents"]
 Flags: Any = flags_of(TrainConfig, only=SETTINGS)
 BAR = 40  # characters of the longest bar
@@ -49,26 +49,32 @@ def data(
     check_sources(model=settings.model, data=sources)
     fetch_demo(settings.model, *sources)
     import torch
-    from transformers import AutoModelForCausalLM
 
     from tailora.data.tokenize import preview
     from tailora.train.dataloader import read_whole
-    from tailora.train.model_loading import load_tokenizer, read_config
+    from tailora.train.model_loading import load_tokenizer, model_class, read_config
+    from tailora.train.setup import find_labels
 
     tokenizer, model_config = load_tokenizer(settings.model), read_config(settings.model)
     try:
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(model_config)
+            empty = model_class(settings.task).from_config(model_config)
     except ValueError as error:
-        raise ConfigError(f"model {settings.model!r} is not a causal language model: {error}") from error
+        raise ConfigError(f"model {settings.model!r} is not for this task: {error}") from error
     embedding_rows = empty.get_input_embeddings().weight.shape[0]
-    prepared = read_whole(settings, tokenizer, embedding_rows)
+    labels, _ = find_labels(settings)
+    prepared = read_whole(settings, tokenizer, embedding_rows, labels)
     report = prepared.report.to_dict()
     examples = {
         f"example {index + 1}{name}": preview(sequence, tokenizer)
         for index in range(min(rows, len(prepared.train)))
         for name, sequence in named_sequences(prepared.train[index])
     }
+    if labels is not None:
+        examples = {
+            f"example {index + 1}": labels.preview(prepared.train[index], tokenizer)
+            for index in range(min(rows, len(prepared.train)))
+        }
     if json:
         shown = [[{"text": text, "learned": learned} for text, learned in pieces] for pieces in examples.values()]
         print_json({**report, "examples": shown})
@@ -114,7 +120,7 @@ def show(console: Console, report: dict[str, Any], examples: Mapping[str, Pieces
 
 def facts(report: dict[str, Any]) -> Table:
     mapping = ", ".join(key if key == column else f"{key} = {column}" for key, column in report["mapping"].items())
-    learned = f"{report['supervised_tokens']:,} learned ({report['supervised_share']:.0%})"
+    learned = f", {report['supervised_tokens']:,} learned ({report['supervised_share']:.0%})"
     values = {
         "source": report["source"],
         "held-out source": report["eval_source"],
@@ -123,8 +129,9 @@ def facts(report: dict[str, Any]) -> Table:
         "format": "the model's chat template" if report["chat_template"] else "plain text, without a chat template",
         "messages": ", ".join(f"{count:,} {name}" for name, count in report["messages"].items()),
         **sources_of(report),
+        "labels": ", ".join(f"{name} {number:,}" for name, number in report["labels"].items()),
         "rows": f"{report['rows']:,}: {report['train']:,} to train on, {held_out_of(report)}",
-        "tokens": f"{report['tokens']:,}, {learned}",
+        "tokens": f"{report['tokens']:,}{learned if report['supervised_tokens'] else ''}",
         "longest": f"{'at least ' * (report['read_in_part'] > 0)}{report['longest']:,} tokens",
         **warnings_of(report),
         "sha256": report["sha256"],

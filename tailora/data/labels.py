@@ -92,6 +92,22 @@ class Labels:
             f"learns: {listed(self.names)}{nearest(name, self.names)}"
         )
 
+    def preview(self, example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
+        """Returns pieces of text, and whether they are learned: of tags in brackets after their words, or the label."""
+        if self.task == TOKEN_CLASSIFICATION:
+            pieces = []
+            for token, tag in zip(example.input_ids.tolist(), example.labels.tolist(), strict=True):
+                pieces.append((tokenizer.decode([token]), False))
+                pieces += [(f"[{self.names[tag]}]", True)] if tag != IGNORED else []
+            return pieces
+        assert example.target is not None
+        if self.task == REGRESSION:
+            label = f"{example.target[0]:g}"
+        else:
+            indices = np.nonzero(example.target)[0] if self.several else example.target.astype(np.int64)
+            label = ", ".join(self.names[index] for index in indices)
+        return [(tokenizer.decode(example.input_ids.tolist()), False), (f" -> {label}", True)]
+
     def counts(self, examples: Examples) -> dict[str, int]:
         """Returns how many examples, or words, have each label; {} for regression."""
         if self.task == REGRESSION:

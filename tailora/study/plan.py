@@ -29,6 +29,7 @@ from tailora.core.layer_types import layer_path_of, layer_type_of
 from tailora.core.patterns import layer_index
 from tailora.core.targets import selected_candidates
 from tailora.data.dataset import Example, warnings_of
+from tailora.data.labels import Labels
 from tailora.errors import ConfigError
 from tailora.formats.run_folder import write_report
 from tailora.kernels.compiled_layers import obstacle_to_compiling
@@ -36,12 +37,12 @@ from tailora.model import LoRAModel
 from tailora.study.cards import CONTEXT, LONGEST_NAME, Card, StepTime, find_cards, step_time
 from tailora.study.config import FIRST_RATES, FULL, OF_ADAPTERS
 from tailora.train import estimate
-from tailora.train.config import TrainConfig
+from tailora.train.config import TASK_TYPES, TrainConfig
 from tailora.train.dataloader import epoch_steps, largest_forward, read_data, split_by_tokens, step_shape, token_limit
 from tailora.train.estimate import Memory
 from tailora.train.memory import ACTIVATION_MEMORY, available_bytes, format_bytes, used_bytes
-from tailora.train.model_loading import check_can_be_sharded, load_tokenizer, read_config
-from tailora.train.setup import check_can_be_offloaded, start_accelerator
+from tailora.train.model_loading import check_can_be_sharded, load_tokenizer, read_config, set_labels
+from tailora.train.setup import check_can_be_offloaded, find_labels, start_accelerator
 from tailora.train.subprocess_worker import StepsMeasured, measure_steps
 
 # ---- The plan
@@ -205,10 +206,15 @@ def plan(
         raise ConfigError("--fsdp shards the base model over several processes: give their number, --nproc")
     if is_shared := nproc > 1 and place.device == torch.device("cpu"):
         available //= nproc
-    shape = read_config(config.model)
+    shape, labels = read_config(config.model), None
+    if config.task in TASK_TYPES:
+        if "data" not in config.model_fields_set:
+            raise ConfigError(f"--task {config.task} learns the labels that the data has: give --data")
+        labels, _ = find_labels(config)
+        set_labels(shape, cast(Labels, labels), load_tokenizer(config.model))
     if config.fsdp:
         check_can_be_sharded(shape, config.model, config.quantize)
-    batches = read_batches(config, shape, accelerator, token_limit(place.device.type), nproc)
+    batches = read_batches(config, shape, accelerator, token_limit(place.device.type), nproc, labels)
     with estimate.fake_model(config, shape, place.device) as fake:
         summary, dtype, kernels = fake.model.summary(), fake.base.dtype, fake.kernels.description
         lora = fake.model if isinstance(fake.model, LoRAModel) else None
@@ -398,11 +404,17 @@ class Batches:
 
 
 def read_batches(
-    config: TrainConfig, shape: PretrainedConfig, accelerator: Accelerator, limit: int | None, nproc: int = 1
+    config: TrainConfig,
+    shape: PretrainedConfig,
+    accelerator: Accelerator,
+    limit: int | None,
+    nproc: int = 1,
+    labels: Labels | None = None,
 ) -> Batches:
     """Without data, of examples of max_length tokens. Raises DataError with all that is wrong with the data.
 
     limit: tokens that go through the model at once on the device of the plan.    nproc: ranks that share a step.
+    labels: that the model would predict.
     """
     step = replace(step_shape(config, accelerator), token_limit=limit)
     vocabulary = shape.get_text_config().vocab_size
@@ -422,7 +434,7 @@ def read_batches(
                 "them learned: shorter ones take less"
             ],
         )
-    data = read_data(config, vocabulary, load_tokenizer(config.model), accelerator)
+    data = read_data(config, vocabulary, load_tokenizer(config.model), accelerator, labels)
     data = replace(data, shape=replace(data.shape, token_limit=limit))
     if data.prepared is None or config.streaming:
         return Batches(

@@ -33,13 +33,14 @@ from torch.nn import functional as F
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from tailora.core.adapter import adapter_dtype
 from tailora.core.device import synchronize
 from tailora.core.layer_types import CONV1D, layer_type_of
 from tailora.core.quantization import named_stored_tensors
 from tailora.data.dataset import Example
+from tailora.data.labels import Labels
 from tailora.errors import ConfigError
 from tailora.formats.hub import local_folder
 from tailora.formats.load import lora_config_of, read_any_format
@@ -47,9 +48,9 @@ from tailora.kernels import cpu_attention
 from tailora.kernels.attention import CPU
 from tailora.kernels.compiled_layers import decoder_layers
 from tailora.kernels.cpu_attention import flash_backward_op, flash_op, split_documents
-from tailora.kernels.loss import FORMS
 from tailora.model import LoRAModel
-from tailora.train.config import TrainConfig
+from tailora.train.classification import label_task
+from tailora.train.config import TASK_TYPES, TrainConfig
 from tailora.train.kernel_choice import (
     PLAIN,
     Kernels,
@@ -58,9 +59,9 @@ from tailora.train.kernel_choice import (
     share_kept,
     use_kernels,
 )
-from tailora.train.loss import BatchLayout, make_batch
+from tailora.train.loss import CAUSAL_LM, BatchLayout, Task, make_batch
 from tailora.train.memory import MMAP_BYTES
-from tailora.train.model_loading import METHODS, Stored, check_unquantized, precision_of
+from tailora.train.model_loading import METHODS, Stored, check_unquantized, model_class, precision_of
 from tailora.train.setup import choose_layout
 from tailora.train.trainable import FullModel, Trainable, trained_module
 
@@ -319,8 +320,10 @@ def fake_model(
         base, notes = cast(PreTrainedModel, model.base_model), list[str]()
         without_adapter = model.disable_adapter() if isinstance(model, LoRAModel) else nullcontext()  # changes neither
         with torch.no_grad(), without_adapter:
-            layout = choose_layout(config, model, None, notes.append, compare=False)
-        if isinstance(device, AbsentDevice):
+            layout = choose_layout(config, model, None, notes.append, compare=False, task=task_of_shape(config, shape))
+        if layout.task.has_head:
+            kernels = Kernels(PLAIN, "layers: plain")
+        elif isinstance(device, AbsentDevice):
             if layout.packed and not device.keeps_scores:
                 layout = replace(layout, attention=CPU)
             kernels = Kernels(PLAIN, f"decoder layers: plain; attention: {device.attention}; loss: {layout.loss}")
@@ -329,6 +332,14 @@ def fake_model(
             check = "to be checked against the layers of transformers when the run starts"
             kernels = llama_or_plain_kernels(base, layout, obstacle, check)
         yield FakeModel(model, layout, kernels, weights, notes)
+
+
+def task_of_shape(config: TrainConfig, shape: PretrainedConfig) -> Task:
+    """Returns what would be learned; of labels, those of the model's config."""
+    if config.task not in TASK_TYPES:
+        return CAUSAL_LM
+    names = [shape.id2label[index] for index in range(shape.num_labels)]
+    return label_task(Labels.of_config(config.task, names, shape.problem_type))
 
 
 def fake_trainable(
@@ -341,9 +352,9 @@ def fake_trainable(
         place, dtype = device, precision_of(config.dtype, device)
     try:
         with place:
-            base: PreTrainedModel = AutoModelForCausalLM.from_config(shape, dtype=dtype).eval()
+            base: PreTrainedModel = model_class(config.task).from_config(shape, dtype=dtype).eval()
     except ValueError as error:
-        raise ConfigError(f"model {config.model!r} is no causal language model: {error}") from error
+        raise ConfigError(f"model {config.model!r} is not for this task: {error}") from error
     stored = getattr(shape, "dtype", None) or torch.float32  # according to config.json
     files: torch.dtype = getattr(torch, stored) if isinstance(stored, str) else stored
     storage = None if config.quantize is None else METHODS[config.quantize].stored
@@ -589,7 +600,7 @@ def simulate_step(
     try:
         kernels = use_kernels(base, fake.layout, fake.kernels, checkpointed=checkpointed)
         with kernels, torch.enable_grad(), gathered, tracker:
-            loss = FORMS[fake.layout.loss](model, batch).sum()
+            loss = fake.layout.task.outputs(model, batch, fake.layout).losses.sum()
             kept = tracker.now.total()
             loss.backward()  # type: ignore[no-untyped-call]
     finally:

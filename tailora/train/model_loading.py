@@ -297,9 +297,7 @@ def load_base(
             check_unquantized(config, name, quantize)
             wide = precision if isinstance(precision, torch.dtype) else torch.bfloat16
             more["quantization_config"] = settings_for(quantize, wide, device)
-        model_class = AutoModelForCausalLM
         if labels is not None:
-            model_class = HEADS[labels.task]
             set_labels(config, labels, tokenizer)
             more["ignore_mismatched_sizes"] = True  # of a head for other labels; see below
         with ExitStack() as stack:
@@ -308,7 +306,8 @@ def load_base(
                 stack.enter_context(quiet_transformers(warnings=False))  # about the head that the files lack
                 stack.enter_context(torch.random.fork_rng())
                 torch.manual_seed(seed)
-            model, report = model_class.from_pretrained(
+            loader = model_class("" if labels is None else labels.task)
+            model, report = loader.from_pretrained(
                 source,
                 config=config,
                 dtype=precision,
@@ -341,6 +340,11 @@ HEADS: dict[str, Any] = {
     REGRESSION: AutoModelForSequenceClassification,
     TOKEN_CLASSIFICATION: AutoModelForTokenClassification,
 }
+
+
+def model_class(task: str) -> Any:
+    """Returns the class of transformers that loads a model for this task."""
+    return HEADS.get(task, AutoModelForCausalLM)
 
 
 def set_labels(config: PretrainedConfig, labels: Labels, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,6 +1,7 @@
 """Labels from the command line: train, eval, predict, and what is wrong with data; answers of language models."""
 
 import json
+import re
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
@@ -131,6 +132,28 @@ def test_wrong_rows_end_with_code_2(task: str, row: dict[str, Any], cause: str, 
     assert "rows.jsonl" in err
     assert "Traceback" not in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_data_shows_the_labels(folder: Path) -> None:
+    code, out, _ = call(
+        "data", folder / "rows.jsonl", "--task", "sequence-classification", "--model", folder / "model", "--rows", 1
+    )
+    assert code == 0
+    assert "[[ -> positive]]" in out or "[[ -> negative]]" in out
+    assert re.search(r"labels +negative \d+, positive \d+", out)
+    assert "--task sequence-classification" in out.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_plan_reads_the_labels(folder: Path) -> None:
+    line = ["--task", "sequence-classification", "--model", folder / "model"]
+    code, out, err = call("plan", *line, "--data", folder / "rows.jsonl", "--json")
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["memory"]
+    code, _, err = call("plan", *line)
+    assert code == 2
+    assert "--data" in err
 
 
 def test_data_of_another_task_is_explained(folder: Path, tmp_path: Path) -> None:

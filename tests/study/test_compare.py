@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny import tiny_model, word_tokenizer
 
 from tailora.cli.main import main
 from tailora.errors import ConfigError
@@ -290,3 +291,33 @@ def test_the_command_passes_on_how_many_processes_a_run_has(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["compare", *words]) == 2
     assert "a launcher has started 2 processes, each of which would make all runs" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_arms_for_labels_are_judged_by_accuracy_too(tmp_path: Path) -> None:
+    tiny_model("BertModel", vocab_size=300).save_pretrained(tmp_path / "model")
+    rows = [{"text": f"a {word} film {number}", "label": word} for number in range(10) for word in ("fine", "dull")]
+    word_tokenizer(row["text"] for row in rows).save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = TrainConfig(
+        task="sequence-classification",
+        model=str(tmp_path / "model"),
+        data=str(tmp_path / "rows.jsonl"),
+        output_dir=str(tmp_path / "out"),
+        validation_split=0.4,
+        max_steps=2,
+    )
+
+    def here(spec: TrialSpec, folder: Path, listen: Listen, worker: Worker | None = None) -> Trial:
+        assert worker is None
+        assert spec.before is None  # each seed has another head
+        return run_here(spec, folder, listen)
+
+    study = CompareConfig(arms={"lora": {}, "low": {"r": 2}}, seeds=2, rate_tries=1)
+    comparison = compare(train, study, run_trial=here)
+    low = next(arm for arm in comparison.arms if arm.name == "low")
+    assert comparison.loss_unit == "nats per row"
+    assert "nats per row" in comparison.verdict
+    assert low.accuracy is not None
+    assert low.accuracy_difference is not None
+    assert low.forgetting is None
