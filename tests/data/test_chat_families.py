@@ -543,14 +543,18 @@ def test_the_trained_tokens_are_those_that_generation_would_produce(tokenizer_of
 # ---- The formats are those of the original templates
 
 
+def trl_template(name: str) -> str:
+    trl = pytest.importorskip("trl")
+    path = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
+    if not path.exists():
+        pytest.skip(f"this version of TRL has no {path.name}")
+    return path.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", TRL_TEMPLATES)
 def test_the_formats_are_those_of_the_templates_in_trl(tokenizer_of, name: str) -> None:
-    trl = pytest.importorskip("trl")
-    original = Path(trl.__file__).parent / "chat_templates" / f"{TRL_TEMPLATES[name]}.jinja"
-    if not original.exists():
-        pytest.skip(f"this version of TRL has no {original.name}")
     ours, theirs = tokenizer_of(name), tokenizer_of(name)
-    theirs.chat_template = original.read_text(encoding="utf-8")
+    theirs.chat_template = trl_template(TRL_TEMPLATES[name])
     cases = [(CHAT.messages, None), (CHAT.messages[1:], None), (LONG.messages[:3], None)]
     if name in WITH_CALL:
         chat = with_call({"city": "Köln"})
@@ -561,3 +565,20 @@ def test_the_formats_are_those_of_the_templates_in_trl(tokenizer_of, name: str) 
         for prompt in (True, False):
             options = {"tools": tools, "add_generation_prompt": prompt, "tokenize": False}
             assert ours.apply_chat_template(messages, **options) == theirs.apply_chat_template(messages, **options)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "gemma3", "glm4_5", "cohere", "gpt_oss"])
+def test_the_templates_that_trl_has_for_training_mark_all_replies_with_their_ends(tokenizer_of, name: str) -> None:
+    """They write {% generation %}, and the thoughts of earlier turns."""
+    original = {"gpt_oss": "gptoss", "glm4_5": "glm4moe"}.get(name, name)
+    tokenizer = tokenizer_of(name)
+    tokenizer.chat_template = trl_template(f"{original}_training")
+    chats = [(CHAT, ["b", "d"])]
+    if name in WITH_CALL:
+        chats.append((with_call({"city": "Köln"}, tools=[TOOL]), ["Köln", "mild"]))
+    for chat, words in chats:
+        rendered = render_sample(chat, ChatTokenizer.of(tokenizer))
+        parts = [rendered.text[start:end] for start, end in rendered.trained_spans]
+        assert [word in part for word, part in zip(words, parts, strict=True)] == [True, True]
+        assert all(part.endswith(FAMILIES[name].special) for part in parts)
+        assert rendered.untrained_replies == 0
