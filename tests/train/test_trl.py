@@ -25,6 +25,7 @@ TOKENIZER = chat_tokenizer(["yes or no"], eos_token="<|endoftext|>", pad_token="
 PROMPTS = [{"prompt": f"q{number} "} for number in range(16)]
 PREFERENCES = [{**row, "chosen": "yes good", "rejected": "no, a bad thing"} for row in PROMPTS]
 LABELS = [{**row, "completion": "yes" if i % 2 else "no, bad", "label": bool(i % 2)} for i, row in enumerate(PROMPTS)]
+TEXTS = [{"text": row["chosen"] * (1 + number % 3)} for number, row in enumerate(PREFERENCES)]
 GENERATION = {"num_generations": 4, "max_completion_length": 8, "beta": 0.2}
 OURS = {"adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "trainer_state.json"}
 
@@ -35,6 +36,7 @@ def vowels(completions: list[str], **_: Any) -> list[float]:
 
 # name of the trainer -> its rows, settings and arguments
 TRAINERS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], dict[str, Any]]] = {
+    "SFT": (TEXTS, {}, {}),
     "DPO": (PREFERENCES, {}, {}),
     "KTO": (LABELS, {}, {}),
     "Reward": (PREFERENCES, {}, {}),
@@ -91,14 +93,17 @@ def same(actual: list[dict[str, float]], expected: list[dict[str, float]]) -> No
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.exhaustive if name in ("KTO", "RLOO") else ()) for name in TRAINERS],
+    [
+        pytest.param(name, marks=pytest.mark.exhaustive if name in ("KTO", "Reward", "RLOO") else ())
+        for name in TRAINERS
+    ],
 )
 def test_what_is_logged_is_what_trl_logs_for_peft_and_a_resumed_run_goes_on(name: str, tmp_path: Path) -> None:
     """From an adapter that was trained before, so that the reference is not the base.
 
-    These trainers switch dropout off, but GRPO and RLOO, which train without it here.
+    DPO, KTO and reward switch dropout off; the others train without it here.
     """
-    dropout = 0.0 if name in ("GRPO", "RLOO") else 0.5
+    dropout = 0.5 if name in ("DPO", "KTO", "Reward") else 0.0
     model = lora_model(name, trained=True, lora_dropout=dropout)
     model.save_adapter(tmp_path / "start")
     tuner = trainer(adapting, name, model, tmp_path / "ours")
@@ -147,6 +152,7 @@ def test_a_trainer_of_ones_own_gets_the_reference_too(tmp_path: Path) -> None:
     assert isinstance(tuner.ref_model, ReferenceModel)
 
 
+@pytest.mark.exhaustive
 def test_reference_log_probabilities_can_be_computed_before_training(tmp_path: Path) -> None:
     runs = []
     for early in (False, True):
