@@ -178,24 +178,27 @@ class Examples:
         return [example.hash for example in self]
 
 
-def with_other_replies(examples: Examples, seed: int) -> Examples:
+def with_other_replies(examples: Examples, seed: int, max_length: int) -> Examples:
     """Returns examples whose second sequence is their prompt with the reply to another one, which is not trained on.
 
-    Each reply is used once. KTO estimates with these how far the model is from its reference.
+    Each reply is used once, cut where its sequence has max_length tokens. KTO estimates with these how far the model is
+    from its reference.
     """
     order = np.random.default_rng(seed).permutation(len(examples))
     other = np.empty(len(examples), dtype=np.int64)
     other[order] = np.roll(order, 1)
     starts = [int(np.argmax(example.labels != IGNORED)) for example in examples]  # of the replies
     pairs = Examples.of(
-        Example.of_two(example, _with_reply(example, examples[int(j)], starts[i], starts[int(j)]), example.target)
+        Example.of_two(
+            example, _with_reply(example, examples[int(j)], starts[i], starts[int(j)], max_length), example.target
+        )
         for i, (example, j) in enumerate(zip(examples, other, strict=True))
     )
     return replace(pairs, mixture=examples.mixture)
 
 
-def _with_reply(example: Example, other: Example, start: int, other_start: int) -> Example:
-    reply = slice(other_start, None)
+def _with_reply(example: Example, other: Example, start: int, other_start: int, max_length: int) -> Example:
+    reply = slice(other_start, other_start + max_length - start)
     return Example(
         np.concatenate([example.input_ids[:start], other.input_ids[reply]]),
         np.concatenate([example.labels[:start], other.labels[reply]]),

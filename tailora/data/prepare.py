@@ -347,7 +347,7 @@ def prepare(
     samples = [sample for part in held_out for sample in part.samples or part.decoded(tokenizer)]
     judged, samples = judged.select(distinct), [samples[index] for index in distinct]
     if loaded[0].mapping.schema.name == FEEDBACK:
-        train, judged = (with_other_replies(part, seed) for part in (train, judged))
+        train, judged = (with_other_replies(part, seed, max_length) for part in (train, judged))
     return PreparedData(train, judged, report, samples)
 
 

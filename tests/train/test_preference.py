@@ -175,7 +175,7 @@ def test_packed_and_padded_batches_and_parts_give_one_gradient(loss: str) -> Non
 
 def test_each_reply_is_the_other_reply_once() -> None:
     own = Examples.of(replace(example.sequences[0], target=np.ones(1)) for example in pairs(9))
-    combined = with_other_replies(own, seed=0)
+    combined = with_other_replies(own, seed=0, max_length=30)
 
     def reply(example: Example) -> bytes:
         return example.input_ids[example.labels != -100].tobytes()
@@ -186,6 +186,16 @@ def test_each_reply_is_the_other_reply_once() -> None:
     for example in combined:
         first, second = (part.input_ids[part.labels == -100].tolist() for part in example.sequences)
         assert first == second  # the prompt
+
+
+def test_other_replies_are_no_longer_than_the_model_allows() -> None:
+    """A long prompt with a long reply of another row could have more positions than the model has."""
+    own = Examples.of(replace(example.sequences[0], target=np.ones(1)) for example in pairs(9))
+    longest = int(own.lengths.max())
+    combined = with_other_replies(own, seed=0, max_length=longest)
+    lengths = [len(example.sequences[1].input_ids) for example in combined]
+    assert max(lengths) == longest
+    assert all(example.sequences[1].supervised for example in combined)
 
 
 # ---- Runs
