@@ -15,8 +15,8 @@
 
 Every row may have a weight, by which its losses are multiplied in training.
 
-In choices, prompt may be called question, and answer label. Rows are read as feedback if their labels are true and
-false, or for --task preference.
+In choices, prompt may be called question, and answer label. Rows are read as feedback if at least half of their labels
+are true or false, or for --task preference.
 
 Messages have OpenAI's form: role, content, tool_calls, tool_call_id, name. Reasoning is reasoning_content here,
 whatever name the row has for it. `train: false` or `weight: 0` marks a reply that is read but not trained.
@@ -283,9 +283,11 @@ def _shared_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
             f"chosen is {_short_repr(chosen)} and rejected {_short_repr(rejected)} where two texts or two lists of "
             "messages are needed"
         )
-    pairs = zip(chosen, rejected, strict=False)
-    end = next((index for index, (left, right) in enumerate(pairs) if left != right), min(len(chosen), len(rejected)))
-    if isinstance(chosen, str):
+    pairs, shortest = zip(chosen, rejected, strict=False), min(len(chosen), len(rejected))
+    end = next((index for index, (left, right) in enumerate(pairs) if left != right), shortest)
+    if isinstance(chosen, list):
+        end = max(min(end, shortest - 1), 0)  # the last message is no prompt
+    else:
         text: str = chosen[:end]
         end = max((match.end() for match in BETWEEN_WORDS.finditer(text)), default=0)
         if end and text[end - 1] == " ":
@@ -549,7 +551,7 @@ FEEDBACK = "feedback"  # a schema whose examples are completed by those of other
 class Schema:
     """convert: from the values by key to the sample; raises DataError with the cause.
 
-    task: which trains on it.    fits: whether a row with the required keys is read so where no task is given.
+    task: which trains on it.    fits: whether a row with the required keys speaks for the schema where no task is given.
     """
 
     name: str
@@ -690,12 +692,15 @@ def detect_schema(
     if problems:
         raise DataError(listing(problems))
     renamed = {column: key for key, column in field.items()}
-    counts = dict.fromkeys(schemas, 0)
+    counts, against = dict.fromkeys(schemas, 0), dict.fromkeys(schemas, 0)
     for keys, count in key_sets.items():
         row_keys = {renamed.get(key, key) for key in keys}
         for schema in schemas:
             if row_keys.issuperset(schema.required) and set(schema.keys).issuperset(field):
-                counts[schema] += count - not_fitting[keys, schema]
+                counts[schema] += count
+                against[schema] += not_fitting[keys, schema]
+    # One wrong value must not change what all rows are read as: then it is an error in its row.
+    counts = {schema: count if 2 * against[schema] <= count else 0 for schema, count in counts.items()}
     best = max(schemas, key=lambda schema: counts[schema])
     if not counts[best]:
         raise DataError(_unknown_schema(columns, field, schemas, task))

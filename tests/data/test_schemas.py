@@ -40,6 +40,13 @@ def test_the_schema_of_most_rows_wins() -> None:
     assert detect_schema([row("text"), row("prompt", "completion"), row("text")]).schema.name == "text"
 
 
+@pytest.mark.parametrize(("last", "shape"), [([None], "feedback"), ([3, 4, 5], "prompt/completion")])
+def test_a_wrong_label_does_not_change_what_all_rows_are_read_as(last, shape) -> None:
+    """With one label missing, unwanted replies would be learned like the others."""
+    rows = [{"prompt": "a", "completion": "b", "label": label} for label in [True, False, *last]]
+    assert detect_schema(rows).schema.name == shape
+
+
 def test_a_mapping_renames_and_decides_the_schema() -> None:
     mapping = detect_schema([row("messages", "question", "answer")], {"prompt": "question", "completion": "answer"})
     assert mapping.schema.name == "prompt/completion"
@@ -276,6 +283,7 @@ def test_a_row_becomes_a_sample(fields, sample) -> None:
             "only text parts can be learned from",
         ),
         ({"messages": [USER]}, "nothing to learn: no assistant message with content"),
+        ({"chosen": [USER, REPLY], "rejected": [USER, REPLY]}, "nothing to learn: chosen and rejected are the same"),
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, "nothing to learn: no assistant message"),
         ({"prompt": [USER, REPLY], "completion": [USER]}, "nothing to learn: no assistant message"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "conversations[0]: from 'alien' is unknown; values are"),
