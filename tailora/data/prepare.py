@@ -168,8 +168,10 @@ def _join(sample: AnySample, parts: Sequence[EncodedSample | DataError]) -> Enco
     if not isinstance(sample, Preference):
         return first
     example = Example.of_two(first.example, last.example)
-    is_usable = first.example.supervised and last.example.supervised and first.example.hash != last.example.hash
-    if not is_usable:
+    are_same = first.example.hash == last.example.hash
+    if are_same and max(first.length, last.length) == len(first.example.input_ids):  # nothing was cut
+        return DataError("nothing to learn: chosen and rejected are the same tokens")
+    if are_same or not (first.example.supervised and last.example.supervised):
         example = replace(example, labels=np.full_like(example.labels, IGNORED))
     return EncodedSample(
         example,
@@ -347,6 +349,12 @@ def prepare(
     samples = [sample for part in held_out for sample in part.samples or part.decoded(tokenizer)]
     judged, samples = judged.select(distinct), [samples[index] for index in distinct]
     if loaded[0].mapping.schema.name == FEEDBACK:
+        if 1 in (len(train), len(judged)):
+            raise DataError(
+                f"data {report.source}: {len(train):,} rows are to train on and {len(judged):,} different ones held "
+                "out; of single replies each side needs two rows, because a reply is compared with those to other "
+                "prompts: add data, or change --validation-split"
+            )
         train, judged = (with_other_replies(part, seed, max_length) for part in (train, judged))
     return PreparedData(train, judged, report, samples)
 
@@ -420,6 +428,7 @@ def check_options(mappings: Sequence[ColumnMapping], options: SampleOptions) -> 
     """Raises DataError if an option is given that no row of the data can follow."""
     names = ", ".join(dict.fromkeys(mapping.schema.name for mapping in mappings))
     is_text = [mapping.schema.name == TEXT for mapping in mappings]
+    has_preferences = any(mapping.schema.task == PREFERENCE for mapping in mappings)
     has_completion = [not COMPLETION_KEYS.isdisjoint(mapping.schema.required) for mapping in mappings]
     problems = [
         f"{option} and the rows are read as {names}: leave it out"
@@ -428,6 +437,14 @@ def check_options(mappings: Sequence[ColumnMapping], options: SampleOptions) -> 
             (options.system is not None and all(is_text), "--system needs conversations,"),
             (options.assistant_only_loss and all(is_text), "--assistant-only-loss needs conversations,"),
             (options.completion_only_loss and not any(has_completion), "--completion-only-loss needs completions,"),
+            (
+                has_preferences and options.completion_only_loss is False,
+                "--no-completion-only-loss makes prompts a part of the replies that are compared,",
+            ),
+            (
+                has_preferences and options.assistant_only_loss is False,
+                "--no-assistant-only-loss makes other messages a part of the replies that are compared,",
+            ),
         )
         if cannot_be_followed
     ]

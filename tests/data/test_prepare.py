@@ -249,6 +249,9 @@ def test_the_system_message_is_in_examples_samples_and_the_stream(bytes_tokenize
         assert sample.messages[0] == {"role": "system", "content": "be"}
 
 
+FEEDBACK_ROWS = [{"prompt": f"{n}", "completion": f"b {n}", "label": n % 2 == 0} for n in range(3)]
+
+
 @pytest.mark.parametrize("read", [prepare, lambda *args, **options: next(stream_examples(*args, **options))])
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
@@ -278,6 +281,28 @@ def test_options_that_no_row_can_follow_are_refused(
 ) -> None:
     with pytest.raises(DataError, match=message):
         read(jsonl(rows), bytes_tokenizer(chatml), options=SampleOptions(**options))
+
+
+@pytest.mark.parametrize("name", ["completion_only_loss", "assistant_only_loss"])
+@pytest.mark.parametrize("rows", [[{"prompt": "a", "chosen": "b", "rejected": "c"}], FEEDBACK_ROWS])
+def test_what_is_preferred_is_the_reply_alone(bytes_tokenizer, jsonl, chatml, rows, name) -> None:
+    with pytest.raises(DataError, match="a part of the replies that are compared, and the rows are read as"):
+        prepare(jsonl(rows), bytes_tokenizer(chatml), validation_split=0, options=SampleOptions(**{name: False}))
+
+
+def test_a_pair_that_becomes_the_same_tokens_is_an_error(bytes_tokenizer, jsonl, chatml) -> None:
+    """A chat template that strips messages leaves no difference, which no --max-length would bring back."""
+    stripping = chatml.replace("message['content']", "message['content'].strip()")
+    path = jsonl([{"prompt": "a", "chosen": "b", "rejected": "b "}])
+    with pytest.raises(DataError, match="rows.jsonl:1: nothing to learn: chosen and rejected are the same tokens"):
+        prepare(path, bytes_tokenizer(stripping), validation_split=0)
+
+
+@pytest.mark.parametrize("split", [0, 0.3])
+def test_one_single_reply_has_no_other_to_be_compared_with(bytes_tokenizer, jsonl, chatml, split) -> None:
+    rows = FEEDBACK_ROWS[: 3 if split else 1]
+    with pytest.raises(DataError, match="each side needs two rows"):
+        prepare(jsonl(rows), bytes_tokenizer(chatml), validation_split=split)
 
 
 def test_options_are_for_those_rows_of_a_mixture_that_can_follow_them(bytes_tokenizer, jsonl, chatml) -> None:

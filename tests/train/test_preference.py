@@ -300,7 +300,7 @@ def test_full_fine_tuning_compares_with_the_original_weights(settings: Any, pair
         ([{"chosen": "one", "rejected": "two"}], {}, "do not begin with the same prompt"),
         ([{"prompt": "a", "completion": "b", "label": 3}], {"task": "preference"}, "label is 3 where true"),
         ([pair], {"loss": "kto"}, "--loss kto needs rows with prompt, completion and label"),
-        ([{"prompt": "a", "completion": "b", "label": True}], {"loss": "ipo"}, "needs rows with chosen and rejected"),
+        ([{"prompt": "a", "completion": "b", "label": True}] * 2, {"loss": "ipo"}, "needs rows with chosen and reje"),
         ([{"prompt": "a", "completion": "b"}], {"loss": "dpo"}, "belong to preferences"),
         ([pair], {"streaming": True, "max_steps": 2}, "leave --streaming out"),
     ],
