@@ -551,7 +551,7 @@ FEEDBACK = "feedback"  # a schema whose examples are completed by those of other
 class Schema:
     """convert: from the values by key to the sample; raises DataError with the cause.
 
-    task: which trains on it.    fits: whether a row with the required keys speaks for the schema where no task is given.
+    task: which trains on it.    fits: whether a row with the required keys speaks for it where no task is given.
     """
 
     name: str

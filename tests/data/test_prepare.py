@@ -294,7 +294,7 @@ def test_a_pair_that_becomes_the_same_tokens_is_an_error(bytes_tokenizer, jsonl,
     """A chat template that strips messages leaves no difference, which no --max-length would bring back."""
     stripping = chatml.replace("message['content']", "message['content'].strip()")
     path = jsonl([{"prompt": "a", "chosen": "b", "rejected": "b "}])
-    with pytest.raises(DataError, match="rows.jsonl:1: nothing to learn: chosen and rejected are the same tokens"):
+    with pytest.raises(DataError, match="nothing to learn: chosen and rejected are the same tokens"):
         prepare(path, bytes_tokenizer(stripping), validation_split=0)
 
 
