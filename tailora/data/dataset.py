@@ -167,6 +167,11 @@ class Examples:
         """Returns the indices of the examples in an epoch."""
         return np.arange(len(self)) if self.mixture is None else self.mixture.epoch(number, seed)
 
+    @property
+    def mean_length(self) -> float:
+        """The mean length in an epoch."""
+        return float(self.lengths[self.epoch(0, seed=0)].mean())
+
     def select(self, indices: Iterable[int] | Int64) -> "Examples":
         return Examples.of(self[int(index)] for index in indices)
 

@@ -449,7 +449,7 @@ def read_batches(
     train = data.prepared.train
     steps = config.max_steps or epoch_steps(config, train.epoch_size, nproc)
     per_rank = min(step.examples_per_step, train.epoch_size / nproc)  # examples
-    tokens_per_step = float(train.lengths.mean()) * per_rank
+    tokens_per_step = train.mean_length * per_rank
     return Batches(
         largest=data.largest,
         at=lambda count: largest_forward(train, replace(step, batch_size=count)),

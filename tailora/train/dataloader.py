@@ -99,7 +99,7 @@ class TrainingData:
     def tokens(self, first_step: int) -> float:
         """Returns about how many tokens this rank will train on from a step to the end of the run."""
         examples = (self.max_steps - first_step) * self.shape.batch_size * self.shape.accumulation
-        return examples * float(self.known.lengths.mean())
+        return examples * self.known.mean_length
 
     def first_batches(self, count: int) -> list[list[Example]]:
         """Returns the examples of each forward of the first batches of the first epoch, of all ranks.

@@ -1,6 +1,7 @@
 """Examples in flat arrays, the split, the report."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -101,6 +102,11 @@ def test_a_half_is_followed_by_the_other_half_and_drawn_with_the_seed() -> None:
 
 def test_an_epoch_without_weights_has_every_example_once(examples: Examples) -> None:
     assert (examples.epoch_size, examples.epoch(5, seed=1).tolist()) == (3, [0, 1, 2])
+    assert examples.mean_length == 2
+
+
+def test_the_mean_length_is_that_of_an_epoch(examples: Examples) -> None:
+    assert replace(examples, mixture=Mixture((1, 2), (4, 1))).mean_length == (4 * 3 + 1 + 2) / 6
 
 
 # ---- Documents in blocks
