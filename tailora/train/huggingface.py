@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 SPARE = "read from the checkpoint"
-
-
 REFERENCE = "{}_reference"  # the adapter that keeps the values that the one of this name starts from
 MASKED = {"sdpa", "eager"}  # attention that keeps packed documents apart by a mask of all pairs of tokens
 CHUNKED = {FROZEN, RECOMPUTED}
@@ -180,8 +178,8 @@ class AdapterTraining:
         if not return_outputs and isinstance(model, LoRAModel) and self._has_own_loss(inputs):
             if self._loss_form is None:
                 self._loss_form = _choose_loss(model, packed="cu_seq_lens_q" in inputs)
-            batch = _batch_of(inputs)
-            if self._loss_form in CHUNKED and len(batch.targets):
+            batch = _batch_of(inputs) if self._loss_form in CHUNKED else None
+            if batch is not None and len(batch.targets):
                 model.prepare_forward()
                 count = num_items_in_batch if me.model_accepts_loss_kwargs else None
                 count = len(batch.targets) if count is None else count

@@ -165,6 +165,20 @@ def test_the_loss_in_chunks_is_that_of_the_trainer(
     assert curves[0] == [pytest.approx(pair, rel=1e-4) for pair in curves[1]]
 
 
+def test_a_classifier_is_trained_by_the_loss_of_its_model(tmp_path: Path) -> None:
+    base = tiny_model("LlamaForSequenceClassification", num_labels=3, pad_token_id=0, vocab_size=300)
+    model = LoRAModel(base, LoRAConfig(r=4, modules_to_save=["score"]))
+    data = [{"input_ids": row["input_ids"], "labels": number % 3} for number, row in enumerate(rows())]
+    with torch.no_grad():
+        expected = base(torch.tensor([row["input_ids"] for row in data]), labels=torch.arange(16) % 3).loss.item()
+    settings = {"max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1, "per_device_train_batch_size": 16}
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, **settings)
+    tuner = adapting(Trainer)(model=model, args=arguments, train_dataset=Dataset.from_list(data))
+    tuner.train()
+    assert losses(tuner)[0] == pytest.approx(expected, rel=1e-4)
+    assert losses(tuner)[-1] < 0.9 * losses(tuner)[0]
+
+
 def test_a_model_that_adds_another_loss_keeps_its_own() -> None:
     sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0}
     for adds, expected in ((False, FROZEN), (True, OWN)):
