@@ -95,7 +95,7 @@ def _bootstrap(nats: Floats, tokens: Floats, draws: int, seed: int, level: float
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of two losses in nats per token, second - first, with its interval and test."""
+    """The difference of two losses, second - first, with its interval and test."""
 
     value: float
     low: float
@@ -204,9 +204,9 @@ def _checked_hits(hits: ArrayLike) -> Floats:
 
 
 def before_and_after(before: ArrayLike, after: ArrayLike, counts: ArrayLike) -> dict[str, Interval]:
-    """Returns the loss in nats per token before and after training, and its change, under these names.
+    """Returns the loss before and after training, and its change, under these names.
 
-    before, after: nats, counts: learned tokens; all (examples,).
+    before, after: sums of losses, counts: how many there are; all (examples,).
     """
     return {
         "before": mean_interval(before, counts),
@@ -215,8 +215,11 @@ def before_and_after(before: ArrayLike, after: ArrayLike, counts: ArrayLike) -> 
     }
 
 
-def describe_change(change: Interval, examples: str, unit: str = "nats per token") -> str:
-    """Returns the change in words; an interval that contains 0 shows none. examples: "10 held-out examples"."""
+def describe_change(change: Interval, examples: str, unit: str) -> str:
+    """Returns the change in words; an interval that contains 0 shows none.
+
+    examples: "10 held-out examples".    unit: of the loss.
+    """
     value, low, high = change
     where = f"over {examples}"
     if math.isnan(low):

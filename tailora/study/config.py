@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from tailora.core.config import AdaLoRA, LoRAConfig, StrictModel
 from tailora.errors import ConfigError, listing
 from tailora.study.search_space import read_space
-from tailora.train.config import TrainConfig
+from tailora.train.config import PREFERENCE_FIELDS, TrainConfig
 
 LORA, FULL = "lora", "full"
 STEP_CHOICE = {"eval_steps", "early_stopping_patience"}  # these would choose a step by the examples that judge
@@ -17,6 +17,7 @@ SHARED_BY_ARMS = STEP_CHOICE | {
     *("model", "data", "eval_data", "output_dir", "seed", "split_seed", "validation_split", "max_steps"),
     *("num_train_epochs", "samples", "report_to", "resume_from_checkpoint", "save_steps", "streaming"),
     *("system", "assistant_only_loss", "completion_only_loss", "documents"),
+    *("task", *PREFERENCE_FIELDS),  # whose losses measure different things
 }
 OF_ADAPTERS = {*LoRAConfig.model_fields, *AdaLoRA.model_fields, "adapter", "loraplus_lr_ratio", "quantize"}
 OF_ADAPTERS |= {"fsdp_offload_params"}  # of a frozen base
@@ -56,7 +57,10 @@ class CompareConfig(StrictModel):
     rate_tries: int = Field(5, ge=1, le=50, description="runs of each arm to find its best learning rate")
     minutes: float | None = Field(None, gt=0, allow_inf_nan=False, description="time limit for the whole study")
     margin: float = Field(
-        0.02, gt=0, allow_inf_nan=False, description="differences below this, in nats per token, do not matter"
+        0.02,
+        gt=0,
+        allow_inf_nan=False,
+        description="differences of the loss below this do not matter; nats per token, or the unit of the task",
     )
     forgetting_data: str | None = Field(
         None, description="texts that are not about the task; default: texts that the base model writes"
@@ -111,7 +115,10 @@ class SearchConfig(StrictModel):
     seeds: int = Field(3, ge=1, le=100, description="runs of each finalist")
     finalists: int = Field(3, ge=1, le=20, description="trials compared at the end: the best, and cheaper ones")
     margin: float = Field(
-        0.02, gt=0, allow_inf_nan=False, description="differences below this, in nats per token, do not matter"
+        0.02,
+        gt=0,
+        allow_inf_nan=False,
+        description="differences of the loss below this do not matter; nats per token, or the unit of the task",
     )
     storage: str | None = Field(
         None, description="database of the search, to share it between machines: postgresql://... or sqlite:///..."

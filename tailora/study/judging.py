@@ -19,7 +19,7 @@ from tailora.errors import ConfigError
 from tailora.evaluation.statistics import Difference, Interval, difference_over_seeds, holm, interval_over_seeds
 from tailora.study.config import FULL, CompareConfig
 from tailora.study.lr_search import LearningRateSearch
-from tailora.study.results import NATS_PER_TOKEN, ArmResult, Candidate, Comparison, Finalist, SearchResult
+from tailora.study.results import ArmResult, Candidate, Comparison, Finalist, SearchResult
 from tailora.study.trial import DONE, Trial, judging_half
 from tailora.study.verdict import compare_verdict, search_verdict
 
@@ -38,7 +38,7 @@ class _Judgement:
     examples: int
     seeds: list[int]
     unit: str
-    accuracies: dict[Any, dict[str, Any]]  # name -> fields of ArmResult; {} for tasks without labels
+    accuracies: dict[Any, dict[str, Any]]  # name -> fields of ArmResult; {} for tasks without predictions
 
     def fields(self, name: Any, runs: Sequence[Trial]) -> dict[str, Any]:
         """Returns the fields that ArmResult and Finalist share."""
@@ -58,21 +58,21 @@ def _judge(runs: Mapping[Any, Sequence[Trial]], reference: Any) -> _Judgement:
     first = runs[reference][0]
     indices = judging_half(len(first.counts))
     counts = np.array(first.counts)[indices]
-    nats = {
+    sums = {
         name: np.array([run.sums for run in trials])[:, indices] for name, trials in runs.items()
     }  # (seeds, examples)
     differences = {
-        name: difference_over_seeds(nats[reference], nats[name], counts) for name in runs if name != reference
+        name: difference_over_seeds(sums[reference], sums[name], counts) for name in runs if name != reference
     }
     adjusted = holm([difference.p_value for difference in differences.values()])
     return _Judgement(
-        losses={name: interval_over_seeds(values, counts) for name, values in nats.items()},
+        losses={name: interval_over_seeds(values, counts) for name, values in sums.items()},
         differences=differences,
         p_values=dict(zip(differences, adjusted, strict=True)),
         base_loss=float(np.array(first.before)[indices].sum() / counts.sum()),
         examples=len(indices),
         seeds=[run.numbers["seed"] for run in runs[reference]],
-        unit=first.numbers.get("loss_unit", NATS_PER_TOKEN),
+        unit=first.loss_unit,
         accuracies=_accuracies(runs, reference, indices, counts) if first.hits else {},
     )
 

@@ -21,14 +21,14 @@ from tailora.study.budget import SAFETY, START, TIMING_RATE, TIMING_STEPS, Costs
 from tailora.study.config import SearchConfig, trial_settings
 from tailora.study.study_store import PLAN, TIMING, Log, StudySession, launch_settings, locked, open_folder, same_steps
 from tailora.study.trial import RESULT, Progress, RunTrial, Trial, TrialEvent, TrialSpec, run_in_subprocess
-from tailora.train.config import TrainConfig
+from tailora.train.config import NATS_PER_TOKEN, TrainConfig
 
 STUDY, RISING, KIND = "search.json", "rising", "learning-rates"
 LOWEST, HIGHEST = 1e-6, 1.0
 STEPS, EVAL_STEPS = 120, 3  # 20 steps per decade
 FEWEST_STEPS = 30
 FALLEN, LOST = 0.05, 0.25  # shares of the gain: reached where the loss begins to fall, lost where it has risen again
-LEAST_GAIN = 0.005  # nats per token; a smaller gain counts as none
+LEAST_GAIN = 0.005  # a smaller gain counts as none
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class RateRange:
 
     suggestion: the rate of the lowest loss.    low: where the loss begins to fall.
     high: where the loss has risen again, or the last rate that was tried.
-    gain: by how much the loss fell, in nats per token.    curve: (rate, held-out loss after its step).
+    gain: by how much the loss fell.    loss_unit: what it is measured in.
+    curve: (rate, held-out loss after its step).
     """
 
     suggestion: float
@@ -56,6 +57,7 @@ class RateRange:
     base_loss: float
     steps: int
     settings: dict[str, Any]
+    loss_unit: str = NATS_PER_TOKEN
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,7 +67,7 @@ class RateRange:
         has_risen = self.diverged or self.high < self.curve[-1][0]
         end = "has risen again" if has_risen else "is still low"
         return (
-            f"The loss falls from {self.low:.1e}, is lowest at {self.suggestion:.1e} ({self.gain:.3f} nats per token "
+            f"The loss falls from {self.low:.1e}, is lowest at {self.suggestion:.1e} ({self.gain:.3f} {self.loss_unit} "
             f"below the base's {self.base_loss:.3f}), and {end} at {self.high:.1e}"
             f"{'; then the run diverged' if self.diverged else ''}."
         )
@@ -173,6 +175,7 @@ def read_range(trial: Trial, steps: int, settings: dict[str, Any]) -> RateRange:
         base_loss=base_loss,
         steps=len(trial.losses),
         settings=settings,
+        loss_unit=trial.loss_unit,
     )
 
 

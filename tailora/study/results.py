@@ -1,16 +1,16 @@
 """What `compare` and `search` find: the data classes. Field names are the keys of report.json.
 
 `study/judging.py` fills them in from the runs, `study/verdict.py` says in words what the numbers show, and
-`tailora/report` shows both. Losses are nats per supervised token of held-out examples; half of these choose settings,
-the other half judge what was chosen (`study/trial.py`). Needs no torch.
+`tailora/report` shows both. Losses are those of held-out examples; half of these choose settings, the other half judge
+what was chosen (`study/trial.py`). `loss_unit`: what they are measured in; earlier versions had language models alone.
+Needs no torch.
 """
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tailora.evaluation.statistics import Difference
-
-NATS_PER_TOKEN = "nats per token"
+from tailora.train.config import NATS_PER_TOKEN
 
 # ---- compare
 
@@ -24,7 +24,7 @@ class ArmResult:
     difference: from the reference arm; None for the reference itself.
     seconds: of training, mean over the seeds.    bytes: on disk.
     forgetting: mean over the seeds; None where it was not measured or is not finite.
-    accuracy, accuracy_interval: share of right labels, for tasks that have some.
+    accuracy, accuracy_interval: share of right labels, or of pairs of replies in the right order, for such tasks.
     accuracy_difference: from the reference arm.
     seed_losses: of each seed, with the mean eval_loss.    train_losses: of each seed and step, before the step.
     runs: folders.

@@ -18,7 +18,7 @@ from typing import Any, get_args, get_origin
 
 from tailora.core.config import ALIASES, OUR_NAMES, suggestion
 from tailora.errors import ConfigError, listing
-from tailora.train.config import TrainConfig
+from tailora.train.config import PREFERENCE_FIELDS, TrainConfig
 
 FIELDS = TrainConfig.model_fields
 SHARED = {"model", "data", "eval_data", "output_dir", "seed", "split_seed", "validation_split", "field", "streaming"}
@@ -26,6 +26,7 @@ SHARED |= {"max_steps", "num_train_epochs", "samples", "report_to", "resume_from
 SHARED |= {"save_total_limit", "eval_steps", "early_stopping_patience", "adapter", "method", "max_length", "quantize"}
 SHARED |= {"dtype", "packing"}  # which would change the base
 SHARED |= {"system", "assistant_only_loss", "completion_only_loss", "documents"}  # which would change what is judged
+SHARED |= {"task", *PREFERENCE_FIELDS}  # whose losses measure different things
 SCALE = "scale"  # alpha/r, in place of alpha
 TARGETS = ("all-linear", "attention", "mlp")  # words whose meaning depends on the model
 SHORT_NAMES = ("rank", "alpha", "lr", "dropout", "targets")  # also taken, since a space is often typed by hand

@@ -35,7 +35,14 @@ from tailora.errors import ConfigError, DivergedError, MemoryLimitError, Process
 from tailora.formats.io import read_own_json, write_file
 from tailora.quiet import TORCHAO_LOGGERS, quiet_loggers
 from tailora.train import subprocess_worker
-from tailora.train.config import ACCUMULATION, TASK_TYPES, TrainConfig, batches_per_step, without_removed
+from tailora.train.config import (
+    ACCUMULATION,
+    NATS_PER_TOKEN,
+    TASK_TYPES,
+    TrainConfig,
+    batches_per_step,
+    without_removed,
+)
 from tailora.train.launch import end_process, failure_left_for_launcher, is_launched_by_tailora, launch, rank
 
 DONE, PRUNED, DIVERGED, OUT_OF_MEMORY = "done", "pruned", "diverged", "out of memory"
@@ -47,7 +54,7 @@ NOT_SETTINGS = ("before", "texts", "processes")  # fields of a TrialSpec that sa
 SECONDS_TO_END = 10.0  # for processes that are killed
 
 Indices = NDArray[np.int64]
-BaseLosses = tuple[list[float], list[int]]  # of each held-out example: nats by the base, and learned tokens
+BaseLosses = tuple[list[float], list[int]]  # of each held-out example: sum of the base's losses, and their number
 
 # ---- Two halves of the held-out examples: one chooses settings, the other judges what was chosen
 
@@ -123,7 +130,7 @@ class TrialSpec:
 class TrialEvent:
     """A step or an evaluation of a running trial.
 
-    loss: nats per token, of the step's examples, or of the held-out ones for an evaluation.
+    loss: of the step's examples, or of the held-out ones for an evaluation.    loss_unit: what it is measured in.
     parameters: how many are trained.    seconds: that the step or the evaluation took.
     """
 
@@ -133,6 +140,7 @@ class TrialEvent:
     held_out: bool
     parameters: int
     seconds: float
+    loss_unit: str = NATS_PER_TOKEN
 
 
 @dataclass(frozen=True)
@@ -142,8 +150,10 @@ class Trial:
     outcome: done, diverged, out of memory, or pruned: ended by `listen`.    message: the reason, unless done.
     numbers: of TrainResult; also seed, held_out (how many examples there are), parts (the model's `target_groups`),
     all_steps (of the epochs), and seconds.
-    sums, before: nats of each held-out example, of the trained model and of the base.    counts: learned tokens.
-    hits: right predictions of each, of `counts`; [] for tasks without labels.
+    loss_unit: what losses are measured in.
+    sums, before: sum of the losses of each held-out example, of the trained model and of the base.    counts: how many
+    losses it has; of a language model, learned tokens.
+    hits: right predictions of each, of `counts`; [] for tasks without any.
     bytes: size on disk of what was trained.    losses: of each step's examples, before the step.
     curve: (step, held-out loss).    parameters: how many are trained; 0 when the trial ended before its first step.
     workers: how many the study had when this trial was made; at most so many trials were made at the same time.
@@ -166,6 +176,7 @@ class Trial:
     workers: int = 1
     processes: int = 1
     hits: list[float] = field(default_factory=list)
+    loss_unit: str = NATS_PER_TOKEN
 
     @property
     def done(self) -> bool:
@@ -185,7 +196,7 @@ class Trial:
         return (self.before, self.counts) if self.done and not self.numbers.get("labels") else None
 
     def loss(self, indices: Indices | None = None) -> float:
-        """Held-out nats per token, of all evaluated examples or of some; infinite unless done."""
+        """The held-out loss of all evaluated examples or of some; infinite unless done."""
         if not self.done:
             return math.inf
         sums, counts = np.array(self.sums), np.array(self.counts)
@@ -212,6 +223,7 @@ def _trial(outcome: str, message: str, events: list[TrialEvent], base: BaseLosse
         losses=[event.loss for event in steps],
         curve=[*start, *((event.step, event.loss) for event in evaluations)],
         parameters=events[0].parameters if events else 0,
+        loss_unit=events[0].loss_unit if events else NATS_PER_TOKEN,
         step_seconds=[event.seconds for event in steps],
         evaluation_seconds=[event.seconds for event in evaluations],
         **results,
@@ -494,16 +506,15 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
     from tailora.train.trainer import run
 
     config = TrainConfig(**{**spec.settings, "output_dir": str(folder / RUN)})
-    header = {"steps": 0, "parameters": 0}
+    header: dict[str, Any] = {"steps": 0, "parameters": 0}
     events: list[TrialEvent] = []
     parts: dict[str, Any] = {}
     held_out: list[int] = []
-    units: list[str] = []
 
     def on_event(event: Event) -> None:
         if isinstance(event, Prepared):
             header.update(steps=event.header["max_steps"], parameters=event.header["trainable_parameters"])
-            units.append(event.header["loss_unit"])
+            header.update(loss_unit=event.header["loss_unit"])
         if isinstance(event, Stepped | Evaluated):
             of_held_out = isinstance(event, Evaluated)
             events.append(
@@ -542,7 +553,6 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
         "seed": config.seed,
         "held_out": sum(held_out),
         "labels": config.task in TASK_TYPES,
-        "loss_unit": units[0],
         "parts": parts,
         "all_steps": None
         if result.data is None

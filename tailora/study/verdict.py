@@ -5,21 +5,21 @@
       difference_in_words                the numbers behind a statement
 
 A statement is made only if the 95% interval of the difference supports it; otherwise the verdict begins with "Cannot
-tell". Losses are in nats per token, or in another `unit`; `margin` is the difference that does not matter.
+tell". `margin` is the difference that does not matter, `unit` that of the losses.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 
 from tailora.evaluation.statistics import Difference
-from tailora.study.results import NATS_PER_TOKEN, ArmResult, Finalist
+from tailora.study.results import ArmResult, Finalist
 from tailora.study.trial import DONE
 
 # ---- compare
 
 
 def compare_verdict(
-    arms: Sequence[ArmResult], p_values: Mapping[str, float], reference: str, margin: float, unit: str = NATS_PER_TOKEN
+    arms: Sequence[ArmResult], p_values: Mapping[str, float], reference: str, margin: float, unit: str
 ) -> tuple[str, str | None]:
     """Returns the text, and the name of the arm that it is about; None where there is nothing to compare.
 
@@ -87,7 +87,7 @@ def _compare_finding(
 # ---- search
 
 
-def search_verdict(finalists: Sequence[Finalist], cheapest: Finalist, margin: float, unit: str = NATS_PER_TOKEN) -> str:
+def search_verdict(finalists: Sequence[Finalist], cheapest: Finalist, margin: float, unit: str) -> str:
     """Returns the text. finalists: the best first."""
     best = finalists[0]
     low, high = best.interval
@@ -146,7 +146,7 @@ def what_would_tell(difference: Difference, margin: float) -> str:
     return f"Most of the uncertainty comes from the seeds: about {count:,} seeds would be enough."
 
 
-def difference_in_words(difference: Difference, p_value: float | None, unit: str = NATS_PER_TOKEN) -> str:
+def difference_in_words(difference: Difference, p_value: float | None, unit: str) -> str:
     p_value = math.nan if p_value is None else p_value
     p = "p below .001" if p_value < 0.001 else f"p = {p_value:.3f}"
     over = f"{difference.seeds} seed{'s' * (difference.seeds > 1)} and {difference.examples} held-out examples"

@@ -12,6 +12,7 @@ from tailora.errors import ConfigError, listing
 PreferenceLoss = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
 Quantize = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-int4"]
 SHARDED_QUANTIZE = ("nf4", "fp4")  # which FSDP2 can shard: it would lose the scales of the others with the whole weight
+NATS_PER_TOKEN = "nats per token"  # the unit of a language model's loss
 COUNT = 2**31  # above any count that makes sense, and well below what numpy and torch can hold
 PositiveInt = Annotated[int, Field(ge=1, lt=COUNT)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=COUNT)]

@@ -33,6 +33,7 @@ from tailora.formats.io import write_file
 from tailora.formats.run_folder import REFERENCE
 from tailora.kernels.attention import packed_rows, padded_rows
 from tailora.kernels.loss import FORMS, Batch
+from tailora.train.config import NATS_PER_TOKEN
 from tailora.train.trainable import Trainable
 
 Sums = npt.NDArray[np.float64]  # (examples,), of the losses of each example
@@ -98,7 +99,7 @@ class Task(ABC):
         return None
 
     def hits(self, examples: Examples, evaluation: "Evaluation") -> Sums | None:
-        """Returns how many predictions of each example are right; None if there are no predictions of this kind."""
+        """Returns how many predictions of each example are right; None if there are none, or scores were not kept."""
         del examples, evaluation
         return None
 
@@ -162,7 +163,7 @@ class CausalLM(Task):
     """Predicts the next token: a loss for each supervised token."""
 
     description = ""
-    loss_unit = "nats per token"
+    loss_unit = NATS_PER_TOKEN
 
     def make_batch(self, examples: Sequence[Example], layout: "BatchLayout") -> Batch:
         if layout.packed:

@@ -11,6 +11,7 @@ A reply's reward is beta times its log-probability relative to that before train
 ORPO have no reference: their rewards are beta times the log-probability per token.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -127,6 +128,18 @@ class Preference(Task):
         del example
         return 1.0
 
+    def hits(self, examples: Examples, evaluation: Evaluation) -> Sums | None:
+        """Returns whether the rewards of each example are in the right order; equal ones count as half."""
+        del examples
+        if evaluation.scores is None:
+            return None
+        hits: Sums = (np.sign(self.margins(evaluation.scores)) + 1) / 2
+        return hits
+
+    @abstractmethod
+    def margins(self, scores: Scores) -> Scores:
+        """Returns by how much the rewards of each example are in the right order, (examples,)."""
+
 
 @dataclass(frozen=True, eq=False)
 class Pairs(Preference):
@@ -151,6 +164,11 @@ class Pairs(Preference):
         margin = f", gamma {self.simpo_gamma:g}" if self.loss == "simpo" else ""
         more = "".join(f", {name} {value:g}" for name, value in further.items() if value)
         return f"pairs of replies, loss {self.loss}, beta {self.beta:g}{margin}{more}"
+
+    def margins(self, scores: Scores) -> Scores:
+        _, _, chosen_reward, rejected_reward = scores.T
+        margins: Scores = chosen_reward - rejected_reward
+        return margins
 
     def make_batch(self, examples: Sequence[Example], layout: BatchLayout) -> Batch:
         batch = make_sequence_batch(examples, [example.sequences for example in examples], layout)
@@ -195,6 +213,11 @@ class KTO(Preference):
     @property
     def description(self) -> str:  # type: ignore[override]
         return f"wanted and unwanted replies, loss kto, beta {self.beta:g}"
+
+    def margins(self, scores: Scores) -> Scores:
+        _, _, reward, _, desirable = scores.T
+        margins: Scores = (2 * desirable - 1) * reward
+        return margins
 
     def make_batch(self, examples: Sequence[Example], layout: BatchLayout) -> Batch:
         sequences = [example.sequences for example in examples]

@@ -239,6 +239,8 @@ def test_other_numbers_are_refused(hits: list[float]) -> None:
 
 def test_a_change_is_said_over_its_examples() -> None:
     assert "over 7 held-out examples, 3 distinct)" in describe_change(
-        Interval(-1, -2, -0.5), "7 held-out examples, 3 distinct"
+        Interval(-1, -2, -0.5), "7 held-out examples, 3 distinct", "nats per token"
     )
-    assert "over 1 held-out example: too little" in describe_change(Interval(-1, np.nan, np.nan), "1 held-out example")
+    assert "over 1 held-out example: too little" in describe_change(
+        Interval(-1, np.nan, np.nan), "1 held-out example", "nats per token"
+    )

@@ -1,13 +1,13 @@
 """A tiny chat model in a folder, and conversations that it can learn something from."""
 
 import json
+from pathlib import Path
 
 import pytest
 from tiny import chat_model, chat_tokenizer
+from tiny_run import WORDS, pair
 
 from tailora.train.config import TrainConfig
-
-WORDS = ["red", "blue", "green", "north", "south", "one", "two", "three", "sun", "rain"]
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +33,14 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
         per_device_train_batch_size=4,
         num_train_epochs=2,
     )
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs of replies: the words in the opposite order are better than a repeated word."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    path.write_text("".join(f"{json.dumps(pair(i))}\n" for i in range(40)))
+    return path
 
 
 class Steps:

@@ -12,11 +12,12 @@ from tiny import tiny_model, word_tokenizer
 from tailora.cli.main import main
 from tailora.errors import ConfigError
 from tailora.report.files import write_page
+from tailora.report.pages.train import write_train_report
 from tailora.study.budget import Costs, Extent
 from tailora.study.compare import _Comparison, _needed, compare
 from tailora.study.config import CompareConfig, arm_settings
 from tailora.study.study_store import StudySession
-from tailora.study.trial import Listen, Trial, TrialEvent, TrialSpec, Worker, run_here
+from tailora.study.trial import Listen, Trial, TrialEvent, TrialSpec, Worker, judging_half, run_here
 from tailora.train.config import TrainConfig
 
 SMALL = CompareConfig(seeds=2, rate_tries=1, arms={"r4": {"learning_rate": 1e-2}, "full": {"method": "full"}})
@@ -69,6 +70,24 @@ def test_a_comparison_runs_resumes_and_judges(small_run: TrainConfig, tmp_path: 
         compare(train.replaced(r=2, max_steps=7), SMALL)
     with pytest.raises(ConfigError, match='minutes was "not given", and is now "given"'):
         compare(train, SMALL.replaced(minutes=5.0))
+
+
+@pytest.mark.slow
+def test_pairs_of_replies_are_compared_in_their_own_unit(small_run: TrainConfig, pairs: Path, tmp_path: Path) -> None:
+    train = small_run.replaced(data=str(pairs), output_dir=str(tmp_path), num_train_epochs=1, max_steps=4)
+    arms: dict[str, dict[str, Any]] = {"r4": {"learning_rate": 1e-2}, "r2": {"learning_rate": 1e-2, "r": 2}}
+    study = CompareConfig(seeds=1, rate_tries=1, arms=arms)
+    found = compare(train, study, run_trial=run_here)
+    assert found.loss_unit == "per example"
+    assert "token" not in found.verdict
+    assert found.base_loss == pytest.approx(np.log(2))
+    run = tmp_path / "runs" / "r4" / "seed-1-rate-0.01"
+    rows = [json.loads(line) for line in (run / "run" / "examples.jsonl").read_text().splitlines()]
+    judged = [rows[index]["scores_after"] for index in judging_half(len(rows))]
+    right = [row["chosen_reward"] > row["rejected_reward"] for row in judged]
+    assert found.arms[0].accuracy == pytest.approx(np.mean(right))
+    assert "Accuracy" in write_page(tmp_path).read_text()
+    write_train_report(run / "run")  # the scores before training were not computed again
 
 
 @pytest.mark.exhaustive
@@ -131,6 +150,7 @@ def read(folder: Path) -> dict[str, Any]:
         ({"arms": {"one": {}}}, "needs two arms"),
         ({"arms": {"a": {"method": "full"}, "b": {"method": "full"}}}, "to one arm only"),
         ({"arms": {"a": {"data": "x"}, "b": {"seed": 1}}}, "'a' changes data.*'b' changes seed"),
+        ({"arms": {"a": {"loss": "dpo"}, "b": {"loss": "orpo"}}}, "'a' changes loss.*'b' changes loss"),
         ({"arms": {"a": {"r": 4}, "b": {"r": 8}, "c": {"r": 4}}}, "arms 'a' and 'c' have the same settings"),
         ({"seeds": 0}, "seeds"),
         ({"minuts": 3}, "did you mean"),

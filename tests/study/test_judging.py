@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -51,6 +52,20 @@ def test_arms_are_judged_on_the_half_that_did_not_choose() -> None:
     assert "100x fewer" in found.verdict
     assert found.base_loss == pytest.approx(4)
     assert found.seeds == [1, 2, 3]
+
+
+def test_arms_have_the_unit_of_their_runs() -> None:
+    counts = np.full(40, 1)
+    losses = np.random.default_rng(0).normal(3, 0.5, size=40)
+    study = CompareConfig(arms={"lora": {}, "full": {"method": "full"}})
+    runs = {
+        arm: [replace(trial(losses + seed / 1000, counts, seed, size), loss_unit="per example") for seed in (1, 2)]
+        for arm, size in (("lora", 10), ("full", 1000))
+    }
+    found = judge_arms(study, {arm: rates(1e-3) for arm in runs}, runs, notes=[], settings={}, seconds=1.0)
+    assert found.loss_unit == "per example"
+    assert "differ by less than 0.02 per example" in found.verdict
+    assert "loss, per example" in html(page_of({"kind": "compare", **json.loads(json.dumps(found.to_dict()))}, "file"))
 
 
 def test_an_arm_that_failed_keeps_its_reason() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ def rising_run(losses: list[float]) -> Trial:
 def test_rates_that_teach_nothing_are_no_range() -> None:
     with pytest.raises(ConfigError, match=r"no learning rate from 1e-06 to 1 lowered the held-out loss of 4\.000"):
         read_range(rising_run([4.0, 4.001, 4.2, 5.0]), STEPS, {})
+
+
+def test_the_gain_is_in_the_unit_of_the_losses() -> None:
+    rising = replace(rising_run([4.0, 3.0, 5.0]), loss_unit="per example")
+    assert "(1.000 per example below the base's 4.000)" in read_range(rising, STEPS, {}).verdict
 
 
 def test_a_rate_that_was_given_is_not_looked_for(small_run: TrainConfig, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def test_a_space_is_read_from_text_lists_and_ranges() -> None:
         ({"lora_dim": "4"}, "unknown setting 'lora_dim'; it is r here"),
         ({"warmup_steps": "4"}, "unknown setting 'warmup_steps'; it is warmup_ratio here, a share"),
         ({"model": "x"}, "model is the same in all trials"),
+        ({"beta": [0.1, 0.5]}, "beta is the same in all trials"),  # whose losses measure different things
         ({"r": "0,4"}, "greater than or equal to 1"),
         ({"learning_rate": "1e-2..1e-4"}, "0.01 is not below 0.0001"),
         ({"orth_reg_weight": "0..1"}, "no logarithm"),

@@ -19,7 +19,7 @@ def arm(
 
 
 def verdict_of(*arms: ArmResult) -> tuple[str, str | None]:
-    return compare_verdict(arms, dict.fromkeys([arm.name for arm in arms], 0.04), "full", 0.02)
+    return compare_verdict(arms, dict.fromkeys([arm.name for arm in arms], 0.04), "full", 0.02, "nats per token")
 
 
 @pytest.mark.parametrize(
@@ -114,3 +114,10 @@ def test_of_two_that_do_as_well_the_one_that_trains_less_is_taken() -> None:
     assert verdict.endswith("Take full: it trains 2x fewer parameters.")
     better, _ = verdict_of(FULL, arm(-0.05, -0.03, name="r64", parameters=2_000_000))
     assert better.endswith("Take r64.")
+
+
+@pytest.mark.parametrize(("low", "high"), [(-0.05, -0.03), (-0.01, 0.012), (-0.05, 0.01), (-0.05, 0.05)])
+def test_differences_are_in_the_unit_of_the_losses(low: float, high: float) -> None:
+    verdict, _ = compare_verdict([FULL, arm(low, high)], {"lora": 0.04}, "full", 0.02, "per example")
+    assert "per example" in verdict
+    assert "token" not in verdict

@@ -228,8 +228,9 @@ def test_runs_with_the_other_losses_learn_the_order(
 ) -> None:
     data = feedback_file if loss == "kto" else pairs_file
     config = settings(data=str(data), loss=loss, **LONG)
-    run(config)
+    result = run(config)
     numbers = write_train_report(Path(config.output_dir))["result"]
+    assert result.to_dict()["eval_accuracy_after"] == pytest.approx(numbers["eval_accuracy_after"])
     assert numbers["eval_accuracy_after"] > max(0.6, numbers["eval_accuracy_before"] - 0.1)
     assert numbers["eval_margin_after"] > numbers["eval_margin_before"]
     assert (Path(config.output_dir) / "reference.npz").exists() == (loss in ("ipo", "kto"))

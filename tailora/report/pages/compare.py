@@ -85,7 +85,7 @@ def _losses(comparison: Comparison, arms: Sequence[ArmResult]) -> list[Block | N
 
 
 def _accuracies(comparison: Comparison, arms: Sequence[ArmResult]) -> Table | None:
-    """The shares of right labels, for tasks that have some."""
+    """The shares of right labels, or of pairs of replies in the right order, for such tasks."""
     rows = [
         [
             arm.name,

@@ -13,7 +13,7 @@ def lr_range_page(rates: RateRange) -> Page:
     top = rates.base_loss + 0.6 * rates.gain
 
     def draw(canvas: Canvas) -> None:
-        axes = canvas.new_axes(320, "learning rate", "held-out loss, nats per token")
+        axes = canvas.new_axes(320, "learning rate", f"held-out loss, {rates.loss_unit}")
         axes.plot(*zip(*rates.curve, strict=True), color=SERIES[0], linewidth=2)
         shown = [(rate, loss) for rate, loss in rates.curve if loss <= top]
         tips = [f"{learning_rate(rate)}: {loss:.4f}" for rate, loss in shown]

@@ -7,7 +7,6 @@ from tailora.evaluation.statistics import Difference
 from tailora.report.blocks import Column, Figure, Table
 from tailora.report.charts import GRID, Canvas, Estimate
 from tailora.report.format import interval, one_line, p_value, setting, signed
-from tailora.study.results import NATS_PER_TOKEN
 from tailora.study.study_store import LAUNCH, PROCESSES
 
 INTERVAL = Column("95% interval", numeric=True, interval=True)
@@ -60,7 +59,7 @@ def judged_figures(
     differences: Mapping[str, Difference | None],
     reference: str,
     margin: float | None,
-    unit: str = NATS_PER_TOKEN,
+    unit: str,
 ) -> list[Figure | None]:
     """differences: name of a loss -> its difference from the reference's loss.
     margin: smaller differences, in the loss's unit, do not matter to the user.

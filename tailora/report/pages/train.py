@@ -29,6 +29,7 @@ from tailora.report.charts import DASHED, INK, SERIES, SOFT, Canvas
 from tailora.report.format import NONE, count, decimals, duration, interval, plural, share
 from tailora.report.pages.labels import labels_section
 from tailora.report.pages.shared import settings_table
+from tailora.train.config import NATS_PER_TOKEN
 from tailora.train.memory import format_bytes
 from tailora.train.run_log import EXAMPLES, METRICS
 
@@ -129,7 +130,7 @@ def write_train_report(folder: Path) -> dict[str, Any]:
     lines = _read(folder / METRICS)
     examples = _read(folder / EXAMPLES) if (folder / EXAMPLES).exists() else []
     held_out, losses, task_metrics, change_of_metrics, labels = None, {}, list[dict[str, Any]](), "", dict[str, Any]()
-    unit = header.get("loss_unit", "nats per token")
+    unit = header.get("loss_unit", NATS_PER_TOKEN)
     if examples:
         held_out = {name: [row[name] for row in examples] for name in ("tokens", "before", "after")}
         losses = before_and_after(held_out["before"], held_out["after"], held_out["tokens"])
@@ -138,7 +139,7 @@ def write_train_report(folder: Path) -> dict[str, Any]:
             before, after = (as_intervals(label_scores(data)) for data in outputs)
             labels = label_details(outputs[1])
             change_of_metrics = describe_labels(before, after, labels, new_head=header["labels"]["new_head"])
-        elif {"chosen_reward", "desirable"} & examples[0].get("scores_after", {}).keys():
+        elif all(f"scores_{when}" in examples[0] for when in WHEN):  # a study does not compute the base's again
             before, after = (preference_metrics([row[f"scores_{when}"] for row in examples]) for when in WHEN)
             change_of_metrics = describe_preferences(before, after)
         else:
@@ -214,9 +215,9 @@ def train_page(report: TrainReport) -> Page:
     result, run = report.result, report.run
     model = str(report.settings["model"]).rstrip("/").rpartition("/")[2]
     numbers: list[Number] = []
-    unit = str(run.get("loss_unit", "nats per token"))
-    per = "Nats per learned token" if unit == "nats per token" else f"Loss {unit}"
-    loss_text = f"{per}: of each step's examples, before the step, and of the held-out examples."
+    unit = str(run.get("loss_unit", NATS_PER_TOKEN))
+    measured = "Nats per learned token" if unit == NATS_PER_TOKEN else f"Loss, {unit}"
+    loss_text = f"{measured}: of each step's examples, before the step, and of the held-out examples."
     answers: Block | None = None
     if result is not None:
         numbers = [*_metric_numbers(report.metrics), *_numbers(result, unit)]
@@ -255,7 +256,7 @@ def _numbers(result: Result, unit: str) -> list[Number]:
         ("after", result.eval_loss_after, result.eval_loss_after_95),
     ):
         if loss is not None:
-            perplexity = f"perplexity {math.exp(min(loss, 700)):,.1f}" if unit == "nats per token" else unit
+            perplexity = f"perplexity {math.exp(min(loss, 700)):,.1f}" if unit == NATS_PER_TOKEN else unit
             note = f"{interval(ends)}; {perplexity}" if ends else perplexity
             numbers.append(Number(f"held-out loss {when}", f"{loss:.3f}", note))
     of_all = f"{share(result.trainable_parameters, result.total_parameters)} of {count(result.total_parameters)}"
