@@ -295,3 +295,14 @@ def test_weights_that_are_no_head_must_be_in_the_files(tmp_path: Path) -> None:
 def test_settings_that_do_not_go_together(changes: dict[str, Any], cause: str) -> None:
     with pytest.raises(ConfigError, match=cause):
         TrainConfig(**{"task": "sequence-classification", **changes})
+
+
+def test_the_weights_of_rows_count_here_too(encoder: Path, data: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    adapters = []
+    for name, weight in {"none": lambda _: 1, "two": lambda _: 2, "some": lambda index: 1 + 7 * (index % 2)}.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row | {"weight": weight(i)}) + "\n" for i, row in enumerate(rows)))
+        run(settings(encoder, path, tmp_path / name, max_steps=2))
+        adapters.append((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1] != adapters[2]
