@@ -38,7 +38,6 @@ from tailora.train import subprocess_worker
 from tailora.train.config import (
     ACCUMULATION,
     NATS_PER_TOKEN,
-    TASK_TYPES,
     TrainConfig,
     batches_per_step,
     without_removed,
@@ -191,9 +190,10 @@ class Trial:
     def base(self) -> BaseLosses | None:
         """The base's losses, for other trials on the same held-out examples. None unless done.
 
-        None also with labels: there the base has another head for every seed.
+        None also with labels, where the base has another head for every seed, and with preferences, where more of it is
+        kept than losses.
         """
-        return (self.before, self.counts) if self.done and not self.numbers.get("labels") else None
+        return (self.before, self.counts) if self.done and self.loss_unit == NATS_PER_TOKEN else None
 
     def loss(self, indices: Indices | None = None) -> float:
         """The held-out loss of all evaluated examples or of some; infinite unless done."""
@@ -552,7 +552,6 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
         **result.to_dict(),
         "seed": config.seed,
         "held_out": sum(held_out),
-        "labels": config.task in TASK_TYPES,
         "parts": parts,
         "all_steps": None
         if result.data is None

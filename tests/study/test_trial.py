@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from tailora.errors import ConfigError, DataError, ProcessFailedError, TargetError
+from tailora.report.pages.train import write_train_report
 from tailora.study import trial as trial_module
 from tailora.study.compare import compare
 from tailora.study.config import trial_settings
@@ -55,6 +56,18 @@ def plain(small_run: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> T
     assert (folder / "run" / "adapter").is_dir()
     assert get_trial(spec, folder, run_trial=not_run) == trial
     return trial
+
+
+def test_a_kept_trial_on_preferences_has_its_metrics_in_the_report(small_run: TrainConfig, tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"{i}", "chosen": "one two", "rejected": "two one"} for i in range(8)]
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    pairs = {"data": str(data), "eval_data": None, "validation_split": 0.5}
+    first = get_trial(TrialSpec(settings(small_run, **pairs)), tmp_path / "first", run_trial=run_here)
+    second = TrialSpec(settings(small_run, seed=1, **pairs), before=first.base)
+    get_trial(second, tmp_path / "second", run_trial=run_here)
+    metrics = write_train_report(tmp_path / "second" / "run")["metrics"]
+    assert metrics[0]["before"] == 0.5
 
 
 @pytest.mark.slow
