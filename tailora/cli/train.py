@@ -27,6 +27,7 @@ from tailora.train.config import TASK_TYPES, TrainConfig
 from tailora.train.launch import count_processes, how_to_resume, is_launched_by_tailora, launch, world_size
 
 if TYPE_CHECKING:
+    from tailora.data.dataset import Examples
     from tailora.evaluation.generate import Answer
     from tailora.train.events import TrainResult
 
@@ -120,7 +121,7 @@ def latest_demo_folder(folder: Path) -> Path:
 # ---- What a finished run prints: its page, its files, and what to do next
 
 
-KL_TEXTS = 16  # held-out conversations on which the distance from the base is measured
+KL_TEXTS, KL_TOKENS = 16, 2048  # held-out conversations, and at most so many tokens of them, on which KL is measured
 PROMPT_LENGTH = 60  # characters of the prompt in the commands to try next
 FILES = {
     PAGE: "all of this and more, to look at in a browser",
@@ -275,7 +276,7 @@ def answer_samples(result: "TrainResult", count: int, questions: Sequence[str] |
 
 
 def kl_of_preferences(result: "TrainResult", config: TrainConfig) -> float | None:
-    """Returns KL(base || tuned) in nats per token of held-out chosen conversations; None for other tasks.
+    """Returns KL(base || tuned) in nats per token of held-out conversations; None for other tasks.
 
     Also None for an adapter that was trained further, whose reference is not the base.
     """
@@ -284,8 +285,22 @@ def kl_of_preferences(result: "TrainResult", config: TrainConfig) -> float | Non
     data = result.data
     if data is None or data.report.task != PREFERENCE or config.adapter is not None or not len(data.eval):
         return None
-    texts = [data.eval[i].sequences[0].input_ids.tolist() for i in range(min(len(data.eval), KL_TEXTS))]
-    return forgetting(result.model, texts).kl
+    return forgetting(result.model, kl_texts(data.eval)).kl
+
+
+def kl_texts(held_out: "Examples") -> list[list[int]]:
+    """Returns the first sequences of the first examples, as token ids.
+
+    There are few, since the base's log-probabilities of the whole vocabulary are kept for each token.
+    """
+    texts: list[list[int]] = []
+    left = KL_TOKENS
+    for i in range(min(len(held_out), KL_TEXTS)):
+        texts.append(held_out[i].sequences[0].input_ids[:left].tolist())
+        left -= len(texts[-1])
+        if left < 2:  # the first token of a text is not predicted
+            break
+    return texts
 
 
 def write_samples(folder: Path, answers: Sequence["Answer"]) -> None:

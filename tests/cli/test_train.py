@@ -11,11 +11,21 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import LlamaForCausalLM
 
 from tailora.cli.main import main
-from tailora.cli.train import QUESTIONS, demo_folder, first_prompt, latest_demo_folder, next_commands
+from tailora.cli.train import (
+    KL_TOKENS,
+    QUESTIONS,
+    demo_folder,
+    first_prompt,
+    kl_texts,
+    latest_demo_folder,
+    next_commands,
+)
+from tailora.data.dataset import Example, Examples
 from tailora.errors import CheckpointError, ConfigError, WriteError
 from tailora.formats import run_folder
 from tailora.train import run_log
@@ -379,3 +389,12 @@ def test_next_commands_name_the_held_out_data_and_its_columns(tmp_path: Path) ->
     ):  # eval reads it of an adapter's run
         commands = next_commands(TrainConfig(method=method, learning_rate=1e-4, system="be brief"), tmp_path)
         assert ["be brief" in command for command in commands[:3]] == knows
+
+
+@pytest.mark.parametrize("length", [1, 7, 900, 5000])
+def test_kl_is_measured_on_few_tokens(length: int) -> None:
+    """Their log-probabilities of a vocabulary of 150,000 would take 10 GB with 16 conversations of 1,024 tokens."""
+    ids = np.arange(length, dtype=np.int32)
+    texts = kl_texts(Examples.of([Example(ids, ids)] * 20))
+    assert sum(map(len, texts)) == min(KL_TOKENS, 16 * length)
+    assert texts[0] == ids[:KL_TOKENS].tolist()
