@@ -67,18 +67,21 @@ class TrainingData:
 
     @property
     def largest_size(self) -> ForwardSize:
+        """Its size, of what is kept for the backward."""
+        trained = [sequence for example in self.largest for sequence in self.task.trained_sequences(example)]
         return ForwardSize(
             batch_size=self.shape.batch_size,
             examples=len(self.largest),
-            tokens=sum(len(example.input_ids) for example in self.largest),
-            supervised=sum(example.supervised for example in self.largest),
+            tokens=sum(len(sequence.input_ids) for sequence in trained),
+            supervised=sum(sequence.supervised for sequence in trained),
             checkpointed=self.shape.checkpointed,
         )
 
     @property
     def longest(self) -> Example:
-        """The longest sequence; of two in one example, which are about equally long, the first."""
-        return self._probe(int(self.known.lengths.argmax()))
+        """The longest sequence of the longest example; with a head for labels, the example."""
+        example = self.known[int(self.known.lengths.argmax())]
+        return example if self.task.has_head else max(example.sequences, key=lambda part: len(part.input_ids))
 
     @property
     def task(self) -> Task:
@@ -268,7 +271,12 @@ class Step:
     def of(cls, micro_batches: list[MicroBatch], examples: Iterable[Example], task: Task) -> "Step":
         """examples: those of all ranks."""
         sizes = [
-            (len(example.input_ids), example.supervised, example.weight * task.divisor(example)) for example in examples
+            (
+                len(example.input_ids),
+                sum(sequence.supervised for sequence in task.trained_sequences(example)),
+                example.weight * task.divisor(example),
+            )
+            for example in examples
         ]
         return cls(micro_batches, *map(sum, zip(*sizes, strict=True)))
 

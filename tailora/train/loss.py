@@ -84,6 +84,10 @@ class Task(ABC):
     def divisor(self, example: Example) -> float:
         """Returns what an example adds to the number that the loss of its step is divided by."""
 
+    def trained_sequences(self, example: Example) -> Sequence[Example]:
+        """Returns the sequences of an example that get a gradient."""
+        return example.sequences
+
     def call(self, model: nn.Module, batch: Batch) -> Any:
         """Returns the model's own output."""
         return model(**batch.inputs)
@@ -152,7 +156,7 @@ class Reference:
         try:
             arrays = np.load(path)
             hashes, values = arrays["hashes"], arrays["log_probabilities"]
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
             raise CheckpointError(
                 f"{path} cannot be read ({error}); delete it, and what it holds is computed again"
             ) from None

@@ -103,6 +103,7 @@ def simpo(replies: Replies, task: "Pairs") -> Tensor:
 def orpo(replies: Replies, task: "Pairs") -> Tensor:
     """The chosen reply's loss per token, and beta (lambda in the paper) times the loss of the odds ratio."""
     log_p = replies.per_token
+    log_p = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)  # where p is 1 the odds are infinite
     log_odds = log_p - torch.log(-torch.expm1(log_p))  # expm1 keeps the digits of p near 1
     return -log_p[:, 0] - task.beta * F.logsigmoid(_difference(log_odds))
 
@@ -173,7 +174,7 @@ class Pairs(Preference):
     def make_batch(self, examples: Sequence[Example], layout: BatchLayout) -> Batch:
         batch = make_sequence_batch(examples, [example.sequences for example in examples], layout)
         if self.reference is not None:
-            batch.extras["reference"] = torch.from_numpy(self.reference.of(examples))
+            batch.extras["reference"] = _float32(self.reference.of(examples))
         return batch
 
     def outputs(self, model: nn.Module, batch: Batch, layout: BatchLayout) -> Outputs:
@@ -219,13 +220,16 @@ class KTO(Preference):
         margins: Scores = (2 * desirable - 1) * reward
         return margins
 
+    def trained_sequences(self, example: Example) -> Sequence[Example]:
+        return example.sequences[:1]
+
     def make_batch(self, examples: Sequence[Example], layout: BatchLayout) -> Batch:
         sequences = [example.sequences for example in examples]
         batch = make_sequence_batch(examples, [own[:1] for own in sequences], layout)
         other = make_sequence_batch(examples, [own[1:] for own in sequences], layout)
-        batch.extras["desirable"] = torch.from_numpy(np.stack([cast(Any, example.target) for example in examples]))
+        batch.extras["desirable"] = _float32(np.stack([cast(Any, example.target) for example in examples]))
         if self.reference is not None:
-            values = torch.from_numpy(self.reference.of(examples))
+            values = _float32(self.reference.of(examples))
             batch.extras["reference"], other.extras["reference"] = values[:, :1], values[:, 1:]
         return replace(batch, other=other)
 
@@ -273,6 +277,11 @@ class KTO(Preference):
         other = cast(Batch, batch.other)
         log_p = log_probabilities(model, other, layout)
         return log_p, log_p - _reference(other, log_p)
+
+
+def _float32(values: npt.NDArray[np.float64]) -> Tensor:
+    """Returns a tensor for any device: MPS has no float64. The values were computed in float32."""
+    return torch.from_numpy(values).float()
 
 
 def _reference(batch: Batch, log_p: Tensor) -> Tensor:

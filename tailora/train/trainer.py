@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -415,7 +416,9 @@ class Trainer:
     def compute_gradients(self, step: CollatedStep, loss_scale: Tensor | None = None) -> Tensor:
         """Fills the buffers with the gradients of a step, of all ranks; returns this rank's share of its loss."""
         self.optimizer.zero_grad(set_to_none=False)
-        batches = self.layout.task.complete_step(self.model, step.batches, self.layout, self.accelerator.reduce)
+        batches = self.layout.task.complete_step(
+            self.model, step.batches, self.layout, partial(self.accelerator.reduce, reduction="sum")
+        )
         share = accumulate_gradients(self.forward, batches, step.divisor, loss_scale)
         sum_over_ranks(self.buffers)
         return share

@@ -57,6 +57,18 @@ def test_losses_of_pairs_are_those_of_their_papers(loss: str, beta: float, smoot
     assert losses.tolist() == pytest.approx([expected(loss, pair, beta, smoothing, 0.7) for pair in range(2)], rel=1e-9)
 
 
+@pytest.mark.parametrize("certain", [0, 1])
+def test_a_reply_that_the_model_is_certain_of_has_finite_odds(certain: int) -> None:
+    """Of a short reply p becomes 1 in float32, whose odds p / (1 - p) are infinite."""
+    log_p = torch.full((1, 2), -3.0)
+    log_p[0, certain] = 0.0
+    log_p.requires_grad_()
+    (loss,) = LOSSES["orpo"](Replies(log_p, log_p, torch.ones(1, 2)), Pairs("orpo", 0.1))
+    (gradient,) = torch.autograd.grad(loss, log_p)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+
+
 def test_the_chosen_reply_is_also_learned_with_a_weight() -> None:
     """Pang et al., eq. 1: - alpha log pi(y|x) / |y|."""
     without, with_weight = (Pairs("dpo", 0.1, sft_weight=weight)._outputs(replies()).losses for weight in (0.0, 0.5))

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tailora.evaluation.preferences import preference_metrics
 from tailora.kernels.loss import FROZEN, WHOLE
 from tailora.model import LoRAModel
 from tailora.report.pages.train import write_train_report
+from tailora.train.dataloader import StepShape, TrainingData, dataset_steps
 from tailora.train.loss import BatchLayout, ModelWithLoss, Reference, Task, evaluate, make_batch
 from tailora.train.preference import KTO, LOSSES, Pairs
 from tailora.train.trainer import Trainer, accumulate_gradients, run
@@ -196,6 +198,39 @@ def test_other_replies_are_no_longer_than_the_model_allows() -> None:
     lengths = [len(example.sequences[1].input_ids) for example in combined]
     assert max(lengths) == longest
     assert all(example.sequences[1].supervised for example in combined)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_batches_hold_no_float64_which_mps_lacks(loss: str) -> None:
+    examples, reference = feedback(3) if loss == "kto" else pairs(3), Reference()
+    reference.add(examples, np.ones((3, 2)))
+    task: Any = KTO(BETA, reference) if loss == "kto" else Pairs(loss, BETA, reference=reference)
+    batch = make_batch([*examples], BatchLayout(True, FROZEN, 0, task=task), CPU)
+    parts = [batch, *([batch.other] if batch.other else [])]
+    tensors = [tensor for part in parts for tensor in part.extras.values()]
+    assert not [tensor for tensor in tensors if tensor.dtype == torch.float64]
+
+
+def training_data(examples: Examples, task: Task) -> TrainingData:
+    """All examples in one forward."""
+    shape = StepShape(len(examples), 1, task=task)
+    return TrainingData(None, None, partial(dataset_steps, examples, shape), 1, examples, shape)
+
+
+def test_what_kto_computes_without_gradients_counts_as_neither_trained_nor_kept_in_memory() -> None:
+    examples = feedback(6)
+    own = [example.sequences[0] for example in examples]
+    data = training_data(examples, KTO(BETA))
+    assert data.largest_size.tokens == sum(len(sequence.input_ids) for sequence in own)
+    assert data.largest_size.supervised == sum(sequence.supervised for sequence in own)
+    assert next(data.steps(0)).supervised == data.largest_size.supervised
+
+
+def test_the_longest_sequence_of_a_pair_may_be_the_rejected_one() -> None:
+    """Memory is measured on it, and the advice to halve --max-length begins from it."""
+    random = np.random.default_rng(0)
+    short, long = sequence(random, [1, 2]), sequence(random, range(3, 60))
+    assert training_data(Examples.of([Example.of_two(short, long)]), Pairs("dpo", BETA)).longest.hash == long.hash
 
 
 # ---- Runs
