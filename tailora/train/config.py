@@ -67,7 +67,7 @@ class TrainConfig(StrictModel):
     beta: float | None = Field(
         None,
         gt=0,
-        description="weight of the reward in the loss of preferences; default: 0.1, for simpo 2 (see docs/tasks.md)",
+        description="weight of the reward in the loss of preferences; default 0.1, of simpo 2; see docs/preferences.md",
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="dpo and simpo: assumed share of pairs whose replies are interchanged"
@@ -220,7 +220,7 @@ class TrainConfig(StrictModel):
             ),
             (
                 self.task not in ("auto", "preference") and preference_names,
-                f"{preference_names} belong to --task preference: leave them out, or give that task",
+                f"{preference_names}: settings for --task preference; leave them out, or give that task",
             ),
             (
                 self.label_smoothing and self.loss not in (None, "dpo", "simpo"),

@@ -183,8 +183,9 @@ def task_of(config: TrainConfig, report: DataReport, labels: Labels | None) -> T
         return preference_task(config, report)
     if given := config.preference_settings():
         raise ConfigError(
-            f"{', '.join(given)} belong to preferences, and the rows of data {report.source} are {report.shape}: "
-            "rows with chosen and rejected are needed, or with prompt, completion and label (true, false)"
+            f"{', '.join(given)}: settings for preferences, and the rows of data {report.source} are read as "
+            f"{report.shape}: rows with chosen and rejected are needed, or with prompt, completion and label (true or "
+            "false; 1 or 0 with --task preference)"
         )
     return CAUSAL_LM
 

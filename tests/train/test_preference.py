@@ -337,7 +337,8 @@ def test_full_fine_tuning_compares_with_the_original_weights(settings: Any, pair
         ([{"prompt": "a", "completion": "b", "label": 3}], {"task": "preference"}, "label is 3 where true"),
         ([pair], {"loss": "kto"}, "--loss kto needs rows with prompt, completion and label"),
         ([{"prompt": "a", "completion": "b", "label": True}] * 2, {"loss": "ipo"}, "needs rows with chosen and reje"),
-        ([{"prompt": "a", "completion": "b"}], {"loss": "dpo"}, "belong to preferences"),
+        ([{"prompt": "a", "completion": "b"}], {"loss": "dpo"}, "loss: settings for preferences"),
+        ([{"prompt": "a", "completion": "b", "label": 1}], {"loss": "kto"}, "1 or 0 with --task preference"),
         ([pair], {"streaming": True, "max_steps": 2}, "leave --streaming out"),
     ],
 )
@@ -353,7 +354,7 @@ def test_rows_and_settings_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "causal-lm", "beta": 0.3}, "beta belong to --task preference"),
+        ({"task": "causal-lm", "beta": 0.3}, "beta: settings for --task preference"),
         ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing is for --loss dpo and simpo, not ipo"),
         ({"simpo_gamma": 0.5}, "simpo_gamma belongs to --loss simpo"),
     ],
