@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from tailora import LoRAModel
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.trainers
 
 
 @pytest.fixture

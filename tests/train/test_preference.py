@@ -119,7 +119,7 @@ TRL_CASES: dict[str, tuple[str, Callable[[], Examples], Task, dict[str, Any]]] =
 }
 
 
-@pytest.mark.slow
+@pytest.mark.trainers
 @pytest.mark.filterwarnings("ignore")  # TRL's and PEFT's own
 @pytest.mark.parametrize("case", TRL_CASES)
 def test_ten_steps_equal_those_of_trl(case: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tailora.train.huggingface import ReferenceModel, adapting
 
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # read when TRL is imported
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.trainers,
     pytest.mark.filterwarnings("ignore"),  # TRL's own
 ]
 
