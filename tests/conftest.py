@@ -1,4 +1,4 @@
-"""Leaves out the tests marked `exhaustive`, `trainers`, `device` or `gpu`, unless the command line's -m names that marker.
+"""Leaves out tests marked `exhaustive`, `trainers`, `device` or `gpu`, unless -m on the command line names the marker.
 
 The other tests mean the CPU, also on a machine with a card: without `-m gpu` they see no other device.
 Tests with random input (hypothesis) run on a few inputs, always the same; with `-m exhaustive` on many new ones.
