@@ -288,6 +288,20 @@ def labels_of(model: str, folders: Sequence[Path]) -> "Labels | None":
     return labels_of_config(read_config(model))
 
 
+def task_of(model: str, folders: Sequence[Path]) -> str:
+    """Returns the task of an adapter, or of a model alone, of those without labels."""
+    from tailora.data.schemas import CAUSAL_LM, SEQ2SEQ
+    from tailora.train.model_loading import read_config, task_of_config
+
+    if not folders:
+        return task_of_config(read_config(model))
+    try:
+        task_type = read_json_object(folders[0] / ADAPTER_CONFIG).get("task_type")
+    except FormatError:  # what is wrong is said where it is loaded
+        task_type = None
+    return SEQ2SEQ if task_type == "SEQ_2_SEQ_LM" else CAUSAL_LM
+
+
 @dataclass(frozen=True)
 class Loaded:
     model: Any  # a LoRAModel with every adapter active, or the base itself without adapters; in evaluation mode
@@ -322,7 +336,8 @@ def load_model(
             f"{what} was trained for {theirs.task}: it predicts labels and writes no text. `tailora predict` and "
             "`tailora eval` use it"
         )
-    base, tokenizer = load_base(model, dtype, chosen, quantize_method(list(folders.values()), quantize), labels=labels)
+    task, method = task_of(model, list(folders.values())), quantize_method(list(folders.values()), quantize)
+    base, tokenizer = load_base(model, dtype, chosen, method, task=task, labels=labels)
     if not folders:
         return Loaded(base.eval(), tokenizer, [])
     (first, folder), *rest = folders.items()

@@ -23,6 +23,7 @@ from tailora.data.schemas import (
     CAUSAL_LM,
     FEEDBACK,
     PREFERENCE,
+    SEQ2SEQ,
     TEXT,
     AnySample,
     Choices,
@@ -41,7 +42,7 @@ from tailora.data.schemas import (
     judged,
     weight_of,
 )
-from tailora.data.tokenize import EncodedSample, encode_samples
+from tailora.data.tokenize import EncodedSample, encode_samples, encode_seq2seq
 from tailora.errors import ConfigError, DataError, listing
 
 CHUNK = 1000  # rows tokenised at a time
@@ -103,6 +104,8 @@ def _encode_rows(
     labels: Labels | None,
 ) -> Iterator[EncodedRow | RowProblem]:
     encode: Any = encode_samples if labels is None else partial(encode_labelled, labels=labels)
+    if mapping.schema.task == SEQ2SEQ:
+        encode = encode_seq2seq
     numbered = enumerate(items)
     while chunk := list(islice(numbered, CHUNK)):
         converted = [_sample_of(item, mapping, tokenizer) if isinstance(item, Row) else item for _, item in chunk]
@@ -584,6 +587,7 @@ class EvalSource:
     limit: int | None = None
     options: SampleOptions | None = None
     labels: Labels | None = None
+    task: str = AUTO
 
     @property
     def chat_tokenizer(self) -> ChatTokenizer:
@@ -592,12 +596,16 @@ class EvalSource:
     def read(self) -> tuple[ColumnMapping, Iterator[EncodedRow | RowProblem]]:
         """Raises DataError if there is no row of a known schema."""
         items = islice(read_rows(self.name, split="validation"), self.limit)
-        if self.labels is not None:
-            task = self.labels.task
-            return encode_source(
-                self.name, items, self.field, self.chat_tokenizer, self.max_length, task=task, labels=self.labels
-            )
-        return encode_source(self.name, items, self.field, self.chat_tokenizer, self.max_length, is_judged=True)
+        return encode_source(
+            self.name,
+            items,
+            self.field,
+            self.chat_tokenizer,
+            self.max_length,
+            task=self.task if self.labels is None else self.labels.task,
+            is_judged=True,
+            labels=self.labels,
+        )
 
 
 def check_eval_source(source: EvalSource, embedding_rows: int) -> EvalDataReport:

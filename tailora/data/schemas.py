@@ -249,6 +249,10 @@ def from_labelled(values: dict[str, Any]) -> Labelled:
     return Labelled(str(first), second, label=label)
 
 
+def from_texts(values: dict[str, Any]) -> Pair:
+    return _pair(_text(values["prompt"], "prompt"), _text(values["completion"], "completion"))
+
+
 def from_tagged(values: dict[str, Any]) -> Tagged:
     tokens, tags = values["tokens"], values.get("tags")
     if not isinstance(tokens, list) or not tokens:
@@ -541,7 +545,7 @@ def _short_repr(value: Any) -> str:
 
 AUTO, CAUSAL_LM, PREFERENCE = "auto", "causal-lm", "preference"  # tasks
 SEQUENCE_CLASSIFICATION, REGRESSION = "sequence-classification", "regression"
-TOKEN_CLASSIFICATION = "token-classification"
+TOKEN_CLASSIFICATION, SEQ2SEQ = "token-classification", "seq2seq"
 LABEL_KEYS = ("label", "tags")  # what is predicted
 FOUND_FROM_ROWS = (CAUSAL_LM, PREFERENCE)
 FEEDBACK = "feedback"  # a schema whose examples are completed by those of others
@@ -618,6 +622,8 @@ SCHEMAS = (
         for task in (SEQUENCE_CLASSIFICATION, REGRESSION)
         for keys in (("messages",), ("text_a", "text_b"), ("text",))
     ),
+    Schema("prompt/completion", from_texts, ("prompt", "completion"), task=SEQ2SEQ),
+    Schema("alpaca", from_alpaca, ("instruction", "output"), ("input",), task=SEQ2SEQ),
     Schema("tokens/tags", from_tagged, ("tokens", "tags"), task=TOKEN_CLASSIFICATION),
 )
 KNOWN_KEYS = tuple(dict.fromkeys(key for schema in SCHEMAS for key in schema.keys))

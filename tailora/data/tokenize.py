@@ -159,6 +159,29 @@ def _encode(
     return EncodedSample(Example(input_ids, labels), length, is_whole, rendered.untrained_replies)
 
 
+def encode_seq2seq(
+    samples: Sequence[Pair], tokenizer: ChatTokenizer, max_length: int
+) -> list[EncodedSample | DataError]:
+    """Returns the prompt as what an encoder reads, and the completion as what a decoder predicts.
+
+    Each has at most max_length tokens, with the special tokens that the tokenizer writes around texts.
+    """
+    results: list[EncodedSample | DataError] = []
+    for sample in samples:
+        parts, lengths = [], []
+        for name, text in (("text", sample.prompt), ("text_target", sample.completion)):
+            ids = np.array(tokenizer.tokenizer(**{name: text}, verbose=False)["input_ids"], dtype=np.int32)
+            lengths.append(len(ids))
+            parts.append(ids if len(ids) <= max_length else np.concatenate([ids[: max_length - 1], ids[-1:]]))
+        if not all(lengths):
+            results.append(DataError("nothing to learn: prompt or completion has no tokens"))
+            continue
+        source, target = parts
+        example = Example.of_two(Example(source, np.full_like(source, IGNORED)), Example(target, target))
+        results.append(EncodedSample(example, max(lengths), is_whole=True))
+    return results
+
+
 # ---- Prompts and replies of samples, for generation and for people
 
 

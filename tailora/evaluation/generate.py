@@ -53,6 +53,25 @@ def make_prompt(question: str | Sample, tokenizer: Any) -> Prompt:
     return Prompt(asked["content"], prompt_ids(question, tokenizer))
 
 
+def prompt_of(model: Any, question: str | Sample, tokenizer: Any) -> Prompt:
+    """Returns what `make_prompt` does; for an encoder, with the special tokens that end its texts, too."""
+    prompt = make_prompt(question, tokenizer)
+    return Prompt(prompt.text, encoder_ids(prompt.text, tokenizer)) if is_seq2seq(model) else prompt
+
+
+def is_seq2seq(model: Any) -> bool:
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def encoder_ids(text: str, tokenizer: Any) -> list[int]:
+    return list(tokenizer(text, verbose=False)["input_ids"])
+
+
+def new_tokens(model: Any, output: Tensor, ids: list[int]) -> Tensor:
+    """Returns what `generate` has written after the prompt's ids; a decoder's output holds its start token only."""
+    return output[1 if is_seq2seq(model) else len(ids) :]
+
+
 def chat_ids(messages: Messages, tokenizer: Any) -> list[int]:
     """Returns the ids of a chat up to its next reply; without a chat template, those of the plain words.
 
@@ -111,6 +130,8 @@ def cache_implementation(model: Any, length: int, new: int) -> str | None:
     35 and 42 with 64 and 1,024, 41 and 37 with 256 and 256, 67 and 44 with 1,024 and 256. On other devices than CPUs
     transformers compiles the model for the static cache, which takes longer than an answer.
     """
+    if is_seq2seq(model):
+        return None
     usable = getattr(model, "_can_compile_fullgraph", False) and model.device.type == "cpu"
     return "static" if usable and length >= new else None
 
@@ -156,7 +177,10 @@ def stream_reply(
     the mode, and torch the random state, that they had before.
     Raises DataError if the chat template refuses the messages, or they fill the model's positions.
     """
-    ids = chat_ids(messages, tokenizer)
+    if is_seq2seq(model):
+        ids = encoder_ids("\n".join(message["content"] for message in messages), tokenizer)
+    else:
+        ids = chat_ids(messages, tokenizer)
     arguments = generation_arguments(
         model, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
     )
@@ -207,7 +231,7 @@ def compare_answers(
     left out. Raises DataError if the chat template refuses a prompt.
     progress: called with the number of answers done and their total.
     """
-    prompts = [make_prompt(question, tokenizer) for question in questions]
+    prompts = [prompt_of(model, question, tokenizer) for question in questions]
     prompts = [prompt for prompt in prompts if free_positions(model, len(prompt.ids)) > 0]
     texts: list[list[str]] = []  # of the tuned model, then of the base
     synced_gpus = is_sharded(model)  # no rank stops before the others
@@ -227,6 +251,6 @@ def _greedy_answer(model: Any, tokenizer: Any, ids: list[int], max_new_tokens: i
     Prompts are answered one by one: padding to a common length would change the rounding, and with it words.
     """
     arguments = generation_arguments(model, tokenizer, ids, max_new_tokens=max_new_tokens)
-    new = model.generate(**arguments, synced_gpus=synced_gpus)[0, len(ids) :]  # (length,)
+    new = new_tokens(model, model.generate(**arguments, synced_gpus=synced_gpus)[0], ids)  # (length,)
     is_cut = int(new[-1]) not in (arguments["generation_config"].eos_token_id or [])
     return str(tokenizer.decode(new, skip_special_tokens=True)).strip() + ("…" if is_cut else "")

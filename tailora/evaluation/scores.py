@@ -26,10 +26,10 @@ from tailora.data.chat_template import SampleOptions
 from tailora.data.dataset import Examples, distinct_of
 from tailora.data.demo import resolve_demo
 from tailora.data.prepare import EncodedRow, EvalDataReport, EvalSource, check_eval_source, prepare, read_eval_chunks
-from tailora.data.schemas import Conversation, Pair
+from tailora.data.schemas import AUTO, SEQ2SEQ, Conversation, Pair
 from tailora.data.tokenize import reply_text
 from tailora.errors import ConfigError, DataError, listing, nearest
-from tailora.evaluation.generate import free_positions, generation_arguments, make_prompt
+from tailora.evaluation.generate import free_positions, generation_arguments, is_seq2seq, new_tokens, prompt_of
 from tailora.evaluation.metrics import CHANGE, METRICS
 from tailora.evaluation.multiple_choice import (
     log_likelihoods,
@@ -41,7 +41,8 @@ from tailora.evaluation.statistics import Interval, mean_interval, paired_differ
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import CPU_TOKENS, resolved_sources, sample_options
-from tailora.train.loss import Evaluation, evaluate
+from tailora.train.loss import CAUSAL_LM, Evaluation, evaluate
+from tailora.train.seq2seq import SEQ2SEQ_TASK
 from tailora.train.setup import choose_layout
 from tailora.train.trainable import Trainable
 
@@ -178,7 +179,13 @@ def score(
     options = options or EvalOptions()
     max_length = min(options.max_length, getattr(model.config, "max_position_embeddings", None) or options.max_length)
     source = EvalSource(
-        resolve_demo(data, "eval_data"), tokenizer, field or {}, max_length, options.limit, SampleOptions(system=system)
+        resolve_demo(data, "eval_data"),
+        tokenizer,
+        field or {},
+        max_length,
+        options.limit,
+        SampleOptions(system=system),
+        task=SEQ2SEQ if is_seq2seq(model) else AUTO,
     )
     facts = check_eval_source(source, model.get_input_embeddings().weight.shape[0])
     metrics = choose_metrics(facts, options.metrics, options.extra_metrics)
@@ -279,7 +286,8 @@ class _Evaluator:
         self, model: LoRAModel, tokenizer: Any, options: EvalOptions, metrics: Sequence[str], log: Log
     ) -> None:
         self.model, self.tokenizer, self.options, self.log = model, tokenizer, options, log
-        self.layout = choose_layout(TrainConfig(), model, tokenizer, log)
+        task = SEQ2SEQ_TASK if is_seq2seq(model) else CAUSAL_LM
+        self.layout = choose_layout(TrainConfig(), model, tokenizer, log, task=task)
         self.token_budget = token_budget(model)
         self.normalize = normalizer(options.normalize)
         self.share_prompts: bool | None = None  # None until it was tried on a question
@@ -372,13 +380,13 @@ def match_answer(
 
     stop_early: a wrong answer ends with its first wrong word.
     """
-    prompt = make_prompt(sample, tokenizer)
+    prompt = prompt_of(model, sample, tokenizer)
     if free_positions(model, len(prompt.ids)) < 1:
         return None
     expected = normalize(reply_text(sample, tokenizer))
 
     def answer_in(output: Tensor) -> str:
-        new = output[0, len(prompt.ids) :]
+        new = new_tokens(model, output[0], prompt.ids)
         return str(tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def is_wrong(output: Tensor, _scores: Any) -> Tensor:

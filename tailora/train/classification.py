@@ -37,7 +37,7 @@ class LabelTask(Task):
     weights: of each class in the loss of training; None: all are 1.
     """
 
-    has_head = True
+    is_plain = True
 
     def __init__(self, labels: Labels, weights: Float64 | None = None) -> None:
         self.labels, self.weights, self.score_names = labels, weights, labels.names

@@ -55,7 +55,7 @@ class TrainConfig(StrictModel):
     method: Literal["lora", "full"] = Field("lora", description="train an adapter (lora) or all weights (full)")
     # task
     task: Literal[
-        "auto", "causal-lm", "preference", "sequence-classification", "regression", "token-classification"
+        "auto", "causal-lm", "preference", "sequence-classification", "regression", "token-classification", "seq2seq"
     ] = Field("auto", description="what to learn; auto: found from the rows, causal-lm or preference")
     class_weights: dict[str, float] | Literal["balanced"] | None = Field(
         None,
@@ -243,15 +243,15 @@ class TrainConfig(StrictModel):
                 "class_weights must be above 0",
             ),
             (
-                self.task in TASK_TYPES and text_names,
-                f"{text_names} are for language models, and --task {self.task} predicts labels: leave them out",
+                self.task in (*TASK_TYPES, "seq2seq") and text_names,
+                f"{text_names} are for language models, not for --task {self.task}: leave them out",
             ),
             (
                 self.streaming and self.task in TASK_TYPES,
                 f"--task {self.task} reads all labels before the model is loaded: leave --streaming out",
             ),
             (
-                self.fsdp and self.task in TASK_TYPES,
+                self.fsdp and self.task in (*TASK_TYPES, "seq2seq"),
                 f"--fsdp does not shard the models of --task {self.task} yet: leave it out",
             ),
             (self.streaming and self.max_steps is None, "streaming reads without end: give --max-steps"),
@@ -312,5 +312,5 @@ class TrainConfig(StrictModel):
         shared = LoRAConfig.model_fields.keys() & type(self).model_fields.keys()
         allocation = {name: getattr(self, name) for name in AdaLoRA.model_fields}
         adalora = None if self.target_r is None else AdaLoRA(**allocation)
-        task_type = TASK_TYPES.get(self.task)
+        task_type = "SEQ_2_SEQ_LM" if self.task == "seq2seq" else TASK_TYPES.get(self.task)
         return LoRAConfig(**{name: getattr(self, name) for name in shared}, adalora=adalora, task_type=task_type)

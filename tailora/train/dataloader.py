@@ -34,7 +34,7 @@ from tailora.data.demo import resolve_demo
 from tailora.data.labels import Labels
 from tailora.data.prepare import PreparedData, RowCounts, prepare, stream_examples
 from tailora.data.readers import Source, parse_sources
-from tailora.data.schemas import PREFERENCE
+from tailora.data.schemas import PREFERENCE, SEQ2SEQ
 from tailora.errors import ConfigError, DataError
 from tailora.kernels.loss import Batch
 from tailora.train.classification import class_weights, label_task
@@ -42,6 +42,7 @@ from tailora.train.config import TrainConfig
 from tailora.train.loss import CAUSAL_LM, Task
 from tailora.train.memory import ForwardSize
 from tailora.train.preference import preference_task
+from tailora.train.seq2seq import SEQ2SEQ_TASK
 
 # Of one forward on a CPU: 430 tokens/s at 380, 480 at 730, and no more at 1500, which takes twice the memory.
 CPU_TOKENS = 768
@@ -114,7 +115,7 @@ class TrainingData:
 
     def _probe(self, index: int) -> Example:
         """Returns an example to try the model on; of two sequences, the first."""
-        return self.known[index] if self.task.has_head else self.known[index].sequences[0]
+        return self.known[index] if self.task.is_plain else self.known[index].sequences[0]
 
 
 class ReadData(Protocol):
@@ -179,6 +180,8 @@ def task_of(config: TrainConfig, report: DataReport, labels: Labels | None) -> T
     """Returns what is learned from such data. Raises ConfigError if the loss asked for is not for these rows."""
     if labels is not None:
         return label_task(labels, class_weights(config.class_weights, labels, report.labels))
+    if report.task == SEQ2SEQ:
+        return SEQ2SEQ_TASK
     if report.task == PREFERENCE:
         return preference_task(config, report)
     if given := config.preference_settings():

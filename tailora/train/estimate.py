@@ -41,6 +41,7 @@ from tailora.core.layer_types import CONV1D, layer_type_of
 from tailora.core.quantization import named_stored_tensors
 from tailora.data.dataset import Example
 from tailora.data.labels import Labels
+from tailora.data.schemas import SEQ2SEQ
 from tailora.errors import ConfigError
 from tailora.formats.hub import local_folder
 from tailora.formats.load import lora_config_of, read_any_format
@@ -62,6 +63,7 @@ from tailora.train.kernel_choice import (
 from tailora.train.loss import CAUSAL_LM, BatchLayout, Task, make_batch
 from tailora.train.memory import MMAP_BYTES
 from tailora.train.model_loading import METHODS, Stored, check_unquantized, model_class, precision_of
+from tailora.train.seq2seq import SEQ2SEQ_TASK
 from tailora.train.setup import choose_layout
 from tailora.train.trainable import FullModel, Trainable, trained_module
 
@@ -321,7 +323,7 @@ def fake_model(
         without_adapter = model.disable_adapter() if isinstance(model, LoRAModel) else nullcontext()  # changes neither
         with torch.no_grad(), without_adapter:
             layout = choose_layout(config, model, None, notes.append, compare=False, task=task_of_shape(config, shape))
-        if layout.task.has_head:
+        if layout.task.is_plain:
             kernels = Kernels(PLAIN, "layers: plain")
         elif isinstance(device, AbsentDevice):
             if layout.packed and not device.keeps_scores:
@@ -336,6 +338,8 @@ def fake_model(
 
 def task_of_shape(config: TrainConfig, shape: PretrainedConfig) -> Task:
     """Returns what would be learned; of labels, those of the model's config."""
+    if config.task == SEQ2SEQ:
+        return SEQ2SEQ_TASK
     if config.task not in TASK_TYPES:
         return CAUSAL_LM
     names = [shape.id2label[index] for index in range(shape.num_labels)]

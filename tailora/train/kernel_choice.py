@@ -86,7 +86,7 @@ def choose_kernels(
     Raises ConfigError if compiled layers are asked for and there is an obstacle.
     """
     base, reasons = cast(PreTrainedModel, model.base_model), []
-    if layout.task.has_head:
+    if layout.task.is_plain:
         if _asks_for_compiled(config):
             raise ConfigError("--fast compile and --activation-memory are for language models: leave them out")
         return Kernels(PLAIN, f"layers: plain; attention: {base.config._attn_implementation}; loss: {layout.loss}")

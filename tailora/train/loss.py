@@ -59,13 +59,13 @@ class Task(ABC):
     description: for people; "" of the usual one.    loss_unit: what a loss is measured in.
     score_names: what the columns of `Outputs.scores` are.
     reference: what the model gave examples before training, for losses that compare with it.
-    has_head: whether the model ends in a head for labels, in place of one for tokens.
+    is_plain: whether batches are padded, and the model computes with its own layers and outputs.
     """
 
     description: str
     loss_unit: str
     score_names: tuple[str, ...] = ()
-    has_head = False
+    is_plain = False
     reference: "Reference | None" = None
 
     @abstractmethod

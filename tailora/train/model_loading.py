@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -34,6 +35,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from tailora.core.device import fast_dtype
 from tailora.core.patterns import inside
@@ -48,7 +50,7 @@ from tailora.core.targets import task_heads
 from tailora.data.demo import resolve_demo
 from tailora.data.labels import Labels
 from tailora.data.readers import check_model_exists
-from tailora.data.schemas import REGRESSION, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
+from tailora.data.schemas import CAUSAL_LM, REGRESSION, SEQ2SEQ, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from tailora.errors import ConfigError, FormatError, listing, nearest
 from tailora.formats.io import read_json_object
 from tailora.formats.metadata import METADATA_KEY, parse_metadata
@@ -272,6 +274,7 @@ def load_base(
     quantize: str | None = None,
     *,
     sharding: Sharding | None = None,
+    task: str = CAUSAL_LM,
     labels: Labels | None = None,
     seed: int = 0,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -282,7 +285,7 @@ def load_base(
     quantize: one of METHODS for the linear layers; other tensors have the dtype.
     sharding: of the model, before it has weights; of what is sharded each rank reads its part alone. A
         quantized model is sharded when it is loaded, because a weight is quantized as a whole.
-    labels: for a model with a head for labels, in place of a language model.    seed: of a head that the files lack.
+    task: decides on the class of the model.    labels: of tasks that have some.    seed: of a head that the files lack.
     Raises ConfigError if they cannot be read, quantized or sharded. Pickled weights are not read.
     """
     device = torch.device(device)
@@ -306,8 +309,7 @@ def load_base(
                 stack.enter_context(quiet_transformers(warnings=False))  # about the head that the files lack
                 stack.enter_context(torch.random.fork_rng())
                 torch.manual_seed(seed)
-            loader = model_class("" if labels is None else labels.task)
-            model, report = loader.from_pretrained(
+            model, report = model_class(task if labels is None else labels.task).from_pretrained(
                 source,
                 config=config,
                 dtype=precision,
@@ -339,6 +341,7 @@ HEADS: dict[str, Any] = {
     SEQUENCE_CLASSIFICATION: AutoModelForSequenceClassification,
     REGRESSION: AutoModelForSequenceClassification,
     TOKEN_CLASSIFICATION: AutoModelForTokenClassification,
+    SEQ2SEQ: AutoModelForSeq2SeqLM,
 }
 
 
@@ -368,6 +371,13 @@ def pad_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
     """Returns the token that batches are padded with."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id) if tokenizer else ()
     return next((token for token in candidates if token is not None), 0)
+
+
+def task_of_config(config: PretrainedConfig) -> str:
+    """Returns the task of a model's files, of those without labels."""
+    architecture = next(iter(config.architectures or ()), "")
+    is_seq2seq = config.is_encoder_decoder and architecture in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()
+    return SEQ2SEQ if is_seq2seq else CAUSAL_LM
 
 
 def labels_of_config(config: PretrainedConfig) -> Labels | None:

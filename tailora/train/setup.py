@@ -48,7 +48,7 @@ from tailora.train.random_state import seed_all
 from tailora.train.trainable import FullModel, Trainable
 
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
-HEAD = "from the outputs of the head"
+HEAD = "from the model's own outputs"
 PROBE_TOKENS = 128  # memory is measured on at most so many tokens of the longest example
 
 
@@ -181,7 +181,14 @@ def attach(
     if config.method == "full":
         device = base.device
         load = partial(
-            load_base, config.model, config.dtype, device, sharding=sharding, labels=labels, seed=config.seed
+            load_base,
+            config.model,
+            config.dtype,
+            device,
+            sharding=sharding,
+            task=config.task,
+            labels=labels,
+            seed=config.seed,
         )
         return FullModel(base, tokenizer, lambda: load()[0]).train()
     if config.adapter:
@@ -278,13 +285,13 @@ def choose_layout(
     All ranks of a run choose the same.
     note: called with the reason if the model cannot do what is fastest.
     compare: False for a model without contents, whose structure alone decides.
-    task: with a head for labels, batches are padded, and the head has no vocabulary that would take memory.
+    task: for one that `is_plain` nothing is tried.
     Raises ConfigError for packing = 'on' if it would change results.
     """
     base = cast(PreTrainedModel, model.base_model)
-    if task.has_head:
+    if task.is_plain:
         if config.packing == "on":
-            raise ConfigError("--packing on: rows with labels are padded, each for itself; leave it out")
+            raise ConfigError(f"--packing on: rows are padded, each for itself, for {task.description}; leave it out")
         return BatchLayout(packed=False, loss=HEAD, pad_id=pad_id(tokenizer), task=task)
     with evaluating(model):
         attention, packing_note = choose_packing(base, config.packing, compare=compare)

@@ -251,6 +251,7 @@ class Trainer:
                 device,
                 config.quantize,
                 sharding=sharding,
+                task=config.task,
                 labels=self.labels,
                 seed=config.seed,
             )

@@ -1,0 +1,89 @@
+"""Sequence to sequence: the losses are those of transformers, and a trained adapter answers in every command."""
+
+import json
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model, word_tokenizer
+
+from tailora.cli.main import main
+from tailora.data.chat_template import ChatTokenizer
+from tailora.data.dataset import IGNORED
+from tailora.data.schemas import Pair
+from tailora.data.tokenize import EncodedSample, encode_seq2seq
+from tailora.train.loss import BatchLayout
+from tailora.train.seq2seq import SEQ2SEQ_TASK
+from tailora.train.setup import HEAD
+
+WORDS = ["red", "green", "blue", "white"]
+ROWS = [{"prompt": f"say {a} then {b}", "completion": f"{b} {a}"} for a in WORDS for b in WORDS]
+IDS = {"pad_token_id": 0, "decoder_start_token_id": 2, "eos_token_id": 3, "bos_token_id": 2}
+
+
+def samples() -> list[EncodedSample]:
+    tokenizer = word_tokenizer(f"{row['prompt']} {row['completion']}" for row in ROWS)
+    pairs = [Pair("say red", "red"), Pair("say green then blue", "blue green red")]
+    results = encode_seq2seq(pairs, ChatTokenizer.of(tokenizer), 64)
+    assert all(isinstance(result, EncodedSample) for result in results)
+    return [result for result in results if isinstance(result, EncodedSample)]
+
+
+@pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BartForConditionalGeneration"])
+def test_padded_losses_are_those_of_transformers(name: str) -> None:
+    model = tiny_model(name, vocab_size=300, **IDS).eval()
+    examples = [sample.example for sample in samples()]
+    layout = BatchLayout(packed=False, loss=HEAD, pad_id=0, task=SEQ2SEQ_TASK)
+    with torch.no_grad():
+        batch = SEQ2SEQ_TASK.make_batch(examples, layout)
+        losses = SEQ2SEQ_TASK.outputs(model, batch, layout).losses
+        for index, example in enumerate(examples):
+            source, target = (torch.from_numpy(part.input_ids.astype(np.int64))[None] for part in example.sequences)
+            expected = model(input_ids=source, labels=target).loss
+            torch.testing.assert_close(losses[torch.from_numpy(batch.owners == index)].mean(), expected)
+            assert SEQ2SEQ_TASK.divisor(example) == target.numel()
+
+
+def test_a_cut_keeps_the_token_that_ends_the_text() -> None:
+    tokenizer = word_tokenizer(f"{row['prompt']} {row['completion']}" for row in ROWS)
+    (result,) = encode_seq2seq([Pair("say green then blue", "blue green")], ChatTokenizer.of(tokenizer), 4)
+    assert isinstance(result, EncodedSample)
+    source, target = result.example.sequences
+    assert result.length > 4
+    for part in (source, target):
+        assert len(part.input_ids) == 4
+        assert part.input_ids[-1] == tokenizer.sep_token_id
+    assert (source.labels == IGNORED).all()
+    np.testing.assert_array_equal(target.labels, target.input_ids)
+
+
+@pytest.mark.slow
+def test_a_trained_adapter_is_evaluated_and_answers(tmp_path: Path) -> None:
+    model, data, run = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "run"
+    tokenizer = word_tokenizer(f"{row['prompt']} {row['completion']}" for row in ROWS)
+    tokenizer.eos_token = "[SEP]"
+    tokenizer.save_pretrained(model)
+    tiny_model("BartForConditionalGeneration", vocab_size=300, forced_eos_token_id=None, **IDS).save_pretrained(model)
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    settings = ["--validation-split", "0.3", "--learning-rate", "1e-2", "--max-steps", "20", "--output-dir", str(run)]
+    lines = [
+        ["train", "--task", "seq2seq", "--model", str(model), "--data", str(data), *settings, "--samples", "1"],
+        ["eval", str(run), "--data", str(data), "--metrics", "loss,exact_match", "--max-new-tokens", "4"],
+        ["predict", str(run), "--data", str(data), "--limit", "2", "--max-new-tokens", "4"],
+    ]
+    results = []
+    for line in lines:
+        out, err = StringIO(), StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            assert main([*line, "--json"]) == 0, err.getvalue()
+        results.append(json.loads(out.getvalue().splitlines()[-1]))
+    trained, scores, predictions = results
+    assert trained["eval_loss_after"] < trained["eval_loss_before"]
+    assert scores["change"]["loss"]["value"] < 0
+    assert "exact_match" in scores["metrics"]
+    assert [len(row["messages"]) for row in predictions["predictions"]] == [1, 1]
+    settings_of_adapter = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert settings_of_adapter["task_type"] == "SEQ_2_SEQ_LM"
