@@ -171,6 +171,7 @@ def test_scores_become_json_without_nan_and_are_merged() -> None:
         "change": None,
         "data": None,
         "tasks": {"lm_eval": "0"},
+        "labels": None,
         "samples": {},
     }
 
