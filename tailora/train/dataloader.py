@@ -82,7 +82,7 @@ class TrainingData:
     def longest(self) -> Example:
         """The longest sequence of the longest example; with a head for labels, the example."""
         example = self.known[int(self.known.lengths.argmax())]
-        return example if self.task.has_head else max(example.sequences, key=lambda part: len(part.input_ids))
+        return example if self.task.is_plain else max(example.sequences, key=lambda part: len(part.input_ids))
 
     @property
     def task(self) -> Task:
