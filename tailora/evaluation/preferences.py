@@ -48,7 +48,10 @@ def preference_metrics(scores: Scores) -> dict[str, Interval]:
 def describe_preferences(before: Mapping[str, Interval], after: Mapping[str, Interval]) -> str:
     """Returns the change in words."""
     accuracy = after["accuracy"]
-    text = f"Rewards put {accuracy.value:.0%} of the replies in the right order"
+    share, are_pairs = f"{accuracy.value:.0%}", "likelier" in after
+    text = f"Rewards put {share} of the pairs in the right order"
+    if not are_pairs:
+        text = f"{share} of the rewards have the right sign"
     if not np.isnan(accuracy.low):
         text += f" (95% interval {accuracy.low:.0%} to {accuracy.high:.0%}; before {before['accuracy'].value:.0%})"
     changes = [after[name].value - before[name].value for name in LOG_PROBABILITIES if name in after]

@@ -18,7 +18,7 @@ from torch import Tensor
 from tailora.core.config import LoRAConfig
 from tailora.data.dataset import Example, Examples, with_other_replies
 from tailora.errors import CheckpointError, ConfigError, DataError
-from tailora.evaluation.preferences import preference_metrics
+from tailora.evaluation.preferences import describe_preferences, preference_metrics
 from tailora.kernels.loss import FROZEN, WHOLE
 from tailora.model import LoRAModel
 from tailora.report.pages.train import write_train_report
@@ -376,3 +376,4 @@ def test_the_margin_of_single_replies_is_the_difference_of_two_means() -> None:
     metrics = preference_metrics(rows)
     assert metrics["margin"].value == pytest.approx(2 - -4)
     assert metrics["accuracy"].value == 1
+    assert describe_preferences(metrics, metrics).startswith("100% of the rewards have the right sign")
