@@ -229,11 +229,15 @@ def from_preference(values: dict[str, Any]) -> Preference:
     return Preference(**sides)
 
 
+DESIRABLE = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}  # CSV has text; 1 == True
+
+
 def from_feedback(values: dict[str, Any]) -> Feedback:
     label = values["label"]
-    if label not in (True, False):  # 1 and 0 are equal to them
+    key = label.strip().lower() if isinstance(label, str) else label
+    if isinstance(label, list | dict) or key not in DESIRABLE:
         raise DataError(f"label is {_short_repr(label)} where true (a wanted completion) or false is needed")
-    return Feedback(_as_reply(values["prompt"], values["completion"], values), bool(label))
+    return Feedback(_as_reply(values["prompt"], values["completion"], values), DESIRABLE[key])
 
 
 def from_labelled(values: dict[str, Any]) -> Labelled:
@@ -590,7 +594,8 @@ def judged(schema: Schema) -> Schema:
 
 
 def _has_truth_value(row: Mapping[str, Any]) -> bool:
-    return isinstance(row.get("label"), bool)
+    label = row.get("label")
+    return isinstance(label, bool) or (isinstance(label, str) and label.strip().lower() in ("true", "false"))
 
 
 WEIGHT = "weight"  # a key that every schema may have

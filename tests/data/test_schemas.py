@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tailora.data.readers import Row, RowProblem
-from tailora.data.schemas import Choices, Conversation, Pair, Text, convert_row, detect_schema
+from tailora.data.schemas import Choices, Conversation, Feedback, Pair, Text, convert_row, detect_schema
 from tailora.errors import DataError
 
 # ---- Detection
@@ -38,6 +38,26 @@ def test_a_schema_is_detected_by_its_keys(keys, shape, ignored) -> None:
 
 def test_the_schema_of_most_rows_wins() -> None:
     assert detect_schema([row("text"), row("prompt", "completion"), row("text")]).schema.name == "text"
+
+
+@pytest.mark.parametrize(("wanted", "unwanted"), [(True, False), ("true", "False"), (" TRUE", "false")])
+def test_labels_that_are_true_or_false_make_feedback_also_as_the_text_of_csv(wanted, unwanted) -> None:
+    rows = [{"prompt": "a", "completion": "b", "label": label} for label in (wanted, unwanted)]
+    samples = [convert_row(Row("rows.csv", 1, fields), detect_schema(rows)) for fields in rows]
+    assert samples == [Feedback(Pair("a", "b"), True), Feedback(Pair("a", "b"), False)]
+
+
+@pytest.mark.parametrize("label", [1, 1.0, "1", "True"])
+def test_the_numbers_1_and_0_are_labels_where_the_task_is_given(label) -> None:
+    fields = {"prompt": "a", "completion": "b", "label": label}
+    assert convert_row(Row("rows.csv", 1, fields), detect_schema([fields], task="preference")).desirable is True
+
+
+@pytest.mark.parametrize("label", [2, None, "yes", [True], {"a": 1}, float("nan")])
+def test_a_label_that_is_neither_true_nor_false_is_refused(label) -> None:
+    fields = {"prompt": "a", "completion": "b", "label": label}
+    problem = convert_row(Row("rows.csv", 1, fields), detect_schema([fields], task="preference"))
+    assert "where true (a wanted completion) or false is needed" in problem.cause
 
 
 @pytest.mark.parametrize(("last", "shape"), [([None], "feedback"), ([3, 4, 5], "prompt/completion")])
