@@ -710,9 +710,11 @@ def detect_schema(
             if row_keys.issuperset(schema.required) and set(schema.keys).issuperset(field):
                 counts[schema] += count
                 against[schema] += not_fitting[keys, schema]
-    # One wrong value must not change what all rows are read as: then it is an error in its row.
+    # One wrong or missing value must not change what all rows are read as: then it is an error in its row.
     counts = {schema: count if 2 * against[schema] <= count else 0 for schema, count in counts.items()}
     best = max(schemas, key=lambda schema: counts[schema])
+    with_more_keys = (schema for schema in schemas if set(schema.required) > set(best.required))
+    best = next((schema for schema in with_more_keys if 0 < counts[best] <= 2 * counts[schema]), best)
     if not counts[best]:
         raise DataError(_unknown_schema(columns, field, schemas, task))
     used = {key: field.get(key, key) for key in best.keys if field.get(key, key) in columns}

@@ -67,6 +67,12 @@ def test_a_wrong_label_does_not_change_what_all_rows_are_read_as(last, shape) ->
     assert detect_schema(rows).schema.name == shape
 
 
+@pytest.mark.parametrize(("without", "shape"), [(1, "feedback"), (3, "prompt/completion")])
+def test_nor_does_a_missing_label(without, shape) -> None:
+    rows = [{"prompt": "a", "completion": "b", "label": True}] * 2 + [{"prompt": "a", "completion": "b"}] * without
+    assert detect_schema(rows).schema.name == shape
+
+
 def test_a_mapping_renames_and_decides_the_schema() -> None:
     mapping = detect_schema([row("messages", "question", "answer")], {"prompt": "question", "completion": "answer"})
     assert mapping.schema.name == "prompt/completion"
