@@ -21,8 +21,10 @@ from tailora.cli.models import (
     Device,
     base_model_name,
     check_sources,
+    command_to_use,
     device_of_flag,
     find_adapter,
+    labels_of,
     load_model,
     parse_adapters,
 )
@@ -82,12 +84,21 @@ def combine(
     from tailora.core.combine import Combination, check
 
     check(weights, Combination(method, r, density, drop, seed))
-    adapted = load_model(base, folders, quantize="none", dtype="stored", device=device).model
+    labels = labels_of(base, list(folders.values()))
+    adapted = load_model(base, folders, quantize="none", dtype="stored", device=device, labels=labels).model
     report = adapted.combine(weights, RESULT, method, r=r, density=density, drop=drop, seed=seed)
     adapted.save_adapter(output_dir, RESULT)
     sources = ", ".join(f"{name} x {value:g}" for name, value in weights.items())
     payload = {"method": method, "weights": weights}
-    return _finish(f"Combined {sources} by {method}", report, [], base, output_dir, payload, json)
+    return _finish(
+        f"Combined {sources} by {method}",
+        report,
+        [],
+        command_to_use(base, str(output_dir), labels),
+        output_dir,
+        {"model": base, **payload},
+        json,
+    )
 
 
 def parse_weights(texts: Sequence[str], folders: Mapping[str, Path]) -> dict[str, float]:
@@ -154,7 +165,13 @@ def shrink(
     )  # len stands for the loss, which needs the model
     config = merge_settings(flags, None, arguments={"model": base, "data": data})
     device = device or ("cpu" if data is None else "auto")
-    loaded = load_model(base, {SOURCE: folder}, quantize="none", dtype="stored", device=device)
+    labels = labels_of(base, [folder])
+    if labels is not None and data is not None:
+        raise ConfigError(
+            f"{folder} was trained for {labels.task}, and on --data the loss of language models is measured: give --r "
+            "or --energy"
+        )
+    loaded = load_model(base, {SOURCE: folder}, quantize="none", dtype="stored", device=device, labels=labels)
     adapted = loaded.model
     lines: list[str] = []
     losses: dict[str, float] = {}
@@ -176,7 +193,15 @@ def shrink(
         losses["loss_after"] = loss(adapted)
         lines = [f"loss on {data}: {losses['loss_before']:.4f} before, {losses['loss_after']:.4f} after"]
     adapted.save_adapter(output_dir, RESULT)
-    return _finish(f"Shrunk {folder}", report, lines, base, output_dir, losses, json)
+    return _finish(
+        f"Shrunk {folder}",
+        report,
+        lines,
+        command_to_use(base, str(output_dir), labels),
+        output_dir,
+        {"model": base, **losses},
+        json,
+    )
 
 
 # ---- `tailora extract`
@@ -221,7 +246,15 @@ def extract(
     left_over = {name: change if isfinite(change) else None for name, change in report.left_over.items()}
     payload = {"tuned": tuned, "left_over": left_over}
     lines = [*poor_fit_advice(report.error), *_left_over_lines(report.left_over)]
-    return _finish(f"Extracted from {tuned}", report, lines, model, output_dir, payload, json)
+    return _finish(
+        f"Extracted from {tuned}",
+        report,
+        lines,
+        command_to_use(model, str(output_dir), None),
+        output_dir,
+        {"model": model, **payload},
+        json,
+    )
 
 
 def poor_fit_advice(error: Mapping[str, float]) -> list[str]:
@@ -255,17 +288,15 @@ def _finish(
     title: str,
     report: "Truncation",
     lines: Sequence[str],
-    model: str,
+    command: Sequence[str],
     folder: Path,
     payload: dict[str, Any],
     as_json: bool,
 ) -> int:
-    """Prints one JSON object with `payload`, or a summary, `lines` and the command to try the adapter."""
+    """Prints one JSON object with `payload`, or a summary, `lines` and the command that uses the adapter."""
     if as_json:
         layers = {path: {"rank": rank, "error": report.error[path]} for path, rank in report.rank.items()}
-        print_json(
-            {"output_dir": str(folder), "model": model, **payload, "layers": layers, "worst_error": report.worst}
-        )
+        print_json({"output_dir": str(folder), **payload, "layers": layers, "worst_error": report.worst})
         return 0
     ranks = [rank for rank in report.rank.values() if rank]
     span = f"{min(ranks)}" if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}"
@@ -275,10 +306,11 @@ def _finish(
     if report.worst >= 1e-6:
         middle = median(report.error.values())
         errors = f"relative error of the updates: {middle:.2%} (median), {report.worst:.2%} (largest)"
-    command = shlex.join(["tailora", "chat", "--model", model, "--adapter", str(folder)])
     texts = [f"{len(ranks)} layers of rank {span}{left}; {errors}", *lines]
     print_section(
         stdout(),
-        Section(title, "", [*map(Paragraph, texts), Code(command, title=f"Written to {folder}; to try it:")]),
+        Section(
+            title, "", [*map(Paragraph, texts), Code(shlex.join(command), title=f"Written to {folder}; to try it:")]
+        ),
     )
     return 0

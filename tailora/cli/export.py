@@ -17,8 +17,10 @@ from tailora.cli.models import (
     BaseModel,
     Device,
     base_model_name,
+    command_to_use,
     device_of_flag,
     find_adapter,
+    labels_of,
     quantize_method,
 )
 from tailora.data.demo import resolve_demo
@@ -27,6 +29,7 @@ from tailora.report.blocks import Block, Code, Column, Paragraph, Section, Table
 from tailora.report.terminal import print_section
 
 if TYPE_CHECKING:
+    from tailora.data.labels import Labels
     from tailora.formats.export import ExportReport
 
 To = Annotated[
@@ -70,7 +73,8 @@ def export(
 
     if quantize is None and to != "merged":
         quantize = "none"  # the base's weights are not in the result
-    loaded, tokenizer = load_base(base, dtype, device_of_flag(device), quantize_method([path], quantize))
+    method, labels = quantize_method([path], quantize), labels_of(base, [path])
+    loaded, tokenizer = load_base(base, dtype, device_of_flag(device), method, labels=labels)
     adapted = LoRAModel.from_pretrained(loaded, path)
     started = time.perf_counter()
     with quiet_transformers():
@@ -79,11 +83,11 @@ def export(
     if json:
         print_json({**result.to_dict(), "model": base, "seconds": seconds})
     else:
-        show(stdout(), result, base, seconds)
+        show(stdout(), result, base, labels, seconds)
     return 0
 
 
-def show(console: Console, result: "ExportReport", base: str, seconds: float) -> None:
+def show(console: Console, result: "ExportReport", base: str, labels: "Labels | None", seconds: float) -> None:
     from tailora.train.memory import format_bytes
 
     files = [(str(result.folder / name), format_bytes(size)) for name, size in result.files.items()]
@@ -98,7 +102,7 @@ def show(console: Console, result: "ExportReport", base: str, seconds: float) ->
         Table([Column(""), Column("", numeric=True)], files),
         Paragraph(comparison),
         Paragraph(f"{changes[:1].upper()}{changes[1:]}."),  # of mlx-lm it says what to do before the command below
-        Code(next_command(result, base), title="To use it:"),
+        Code(next_command(result, base, labels), title="To use it:"),
     ]
     if result.format == "gguf":
         contents.append(Code(llama_cpp_commands(result, base), title="Or with llama.cpp, which has both programs:"))
@@ -113,7 +117,7 @@ def llama_cpp_commands(result: "ExportReport", base: str) -> str:
     )
 
 
-def next_command(result: "ExportReport", base: str) -> str:
+def next_command(result: "ExportReport", base: str, labels: "Labels | None") -> str:
     """Returns a command that uses the result, to be copied."""
     folder, name = str(result.folder), result.folder.resolve().name
     base_folder = resolve_demo(base, "model")  # other programs do not know "demo"
@@ -122,9 +126,9 @@ def next_command(result: "ExportReport", base: str) -> str:
         adapters = ["--enable-lora", "--max-lora-rank", rank, "--lora-modules", f"{name}={folder}"]
         return shlex.join(["vllm", "serve", base_folder, *adapters])
     commands = {
-        "peft": ["tailora", "chat", "--model", base, "--adapter", folder],
+        "peft": command_to_use(base, folder, labels),
         "gguf": ["ollama", "create", name, "-f", str(result.folder / "Modelfile")],
         "mlx": ["mlx_lm.generate", "--model", base_folder, "--adapter-path", folder, "--prompt", "Hello"],
-        "merged": ["tailora", "chat", "--model", folder],
+        "merged": command_to_use(folder, None, labels),
     }
     return shlex.join(commands[result.format])

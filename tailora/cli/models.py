@@ -302,6 +302,14 @@ def task_of(model: str, folders: Sequence[Path]) -> str:
     return SEQ2SEQ if task_type == "SEQ_2_SEQ_LM" else CAUSAL_LM
 
 
+def command_to_use(model: str, adapter: str | None, labels: "Labels | None") -> list[str]:
+    """Returns the command that uses a model, with an adapter or alone, to be copied."""
+    if labels is None:
+        return ["tailora", "chat", "--model", model, *([] if adapter is None else ["--adapter", adapter])]
+    target = ["--model", model] if adapter is None else [adapter, "--model", model]
+    return ["tailora", "predict", *target, "--data", "ROWS.jsonl", "--output", "PREDICTIONS.jsonl"]
+
+
 @dataclass(frozen=True)
 class Loaded:
     model: Any  # a LoRAModel with every adapter active, or the base itself without adapters; in evaluation mode

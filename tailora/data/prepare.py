@@ -277,25 +277,34 @@ def prepare(
     options: SampleOptions | None = None,
     task: str = AUTO,
     labels: Labels | None = None,
+    is_judged: bool = False,
 ) -> PreparedData:
     """Reads, checks and tokenises everything; holds out a part of all sources unless there is an `eval_source`.
 
     task: what is trained; "auto" finds it from the rows.    labels: those of all rows, for tasks that have some.
     embedding_rows: rows of the model's embedding, which must have every token id.
+    is_judged: as in `encode_source`, for the loss of a language model.
     Raises DataError that names every problem with file, row and cause.
     """
     chat_tokenizer = checked_tokenizer(tokenizer, embedding_rows, options)
     if labels is not None:
         max_length = most_tokens(tokenizer, max_length)
     sources = [Source(source)] if isinstance(source, str) else list(source)
-    loaded = _load_sources(sources, "train", chat_tokenizer, field, max_length, task, labels)
+    read = partial(
+        _load_sources,
+        tokenizer=chat_tokenizer,
+        field=field,
+        max_length=max_length,
+        labels=labels,
+        is_judged=is_judged,
+    )
+    loaded = read(sources, "train", task=task)
     if eval_source is None:
         everything = loaded
         trained, held_out = _split(loaded, validation_split, seed, max_length)
     else:
-        task = loaded[0].mapping.schema.task
         trained = loaded
-        held_out = _load_sources([Source(eval_source)], "validation", chat_tokenizer, field, max_length, task, labels)
+        held_out = read([Source(eval_source)], "validation", task=loaded[0].mapping.schema.task)
         everything = [*trained, *held_out]
     _check_same_task(everything)
     trained, held_out = ([part.in_blocks(max_length) for part in side] for side in (trained, held_out))
@@ -394,17 +403,19 @@ class LoadedSource:
 def _load_sources(
     sources: Sequence[Source],
     split: str,
+    *,
     tokenizer: ChatTokenizer,
     field: Mapping[str, str] | None,
     max_length: int,
     task: str,
     labels: Labels | None,
+    is_judged: bool,
 ) -> list[LoadedSource]:
     """Raises DataError that names the problems of all sources."""
     loaded, problems = [], []
     for source in sources:
         try:
-            loaded.append(_load_source(source, split, tokenizer, field, max_length, task, labels))
+            loaded.append(_load_source(source, split, tokenizer, field, max_length, task, labels, is_judged))
         except DataError as error:
             problems.append(str(error))
     if problems:
@@ -466,10 +477,19 @@ def _load_source(
     max_length: int,
     task: str,
     labels: Labels | None,
+    is_judged: bool,
 ) -> LoadedSource:
-    rows = read_rows(source.name, split=split)
     mapping, encoded = encode_source(
-        source.name, rows, field, tokenizer, max_length, detect_from=None, task=task, whole_texts=True, labels=labels
+        source.name,
+        read_rows(source.name, split=split),
+        field,
+        tokenizer,
+        max_length,
+        detect_from=None,
+        task=task,
+        whole_texts=True,
+        is_judged=is_judged,
+        labels=labels,
     )
     is_text = mapping.schema.name == TEXT
     results = list(encoded)

@@ -26,7 +26,7 @@ from tailora.data.chat_template import SampleOptions
 from tailora.data.dataset import Examples, distinct_of
 from tailora.data.demo import resolve_demo
 from tailora.data.prepare import EncodedRow, EvalDataReport, EvalSource, check_eval_source, prepare, read_eval_chunks
-from tailora.data.schemas import AUTO, SEQ2SEQ, Conversation, Pair
+from tailora.data.schemas import AUTO, PREFERENCE, SEQ2SEQ, Conversation, Pair
 from tailora.data.tokenize import reply_text
 from tailora.errors import ConfigError, DataError, listing, nearest
 from tailora.evaluation.generate import free_positions, generation_arguments, is_seq2seq, new_tokens, prompt_of
@@ -442,6 +442,7 @@ def _change(metric: str, base: _Totals, tuned: _Totals) -> Score:
 def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log) -> Callable[[], Evaluation]:
     """Returns a function that evaluates the active adapters on the distinct examples of `config.data`, one by one.
 
+    It is the loss of a language model: of pairs of replies, that of the chosen ones.
     'demo' is the held-out part of the demo's data. Raises DataError with all that is wrong with the data.
     """
     prepared = prepare(
@@ -452,7 +453,10 @@ def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log
         validation_split=0.0,
         embedding_rows=model.get_input_embeddings().weight.shape[0],
         options=sample_options(config),
+        is_judged=True,
     )
+    if prepared.report.task == PREFERENCE:
+        log("of pairs of replies the chosen ones are read: the loss is that of a language model")
     examples = prepared.train.distinct()
     if len(examples) < len(prepared.train):
         log(f"{distinct_of(len(prepared.train), len(examples), 'held-out example')}: copies are evaluated once")

@@ -14,6 +14,7 @@ from tailora.formats.run_folder import (
     DIFFUSERS_WEIGHTS,
     GGUF_WEIGHTS,
     MLX_WEIGHTS,
+    adapter_folder,
 )
 
 # What save_pretrained of PEFT and transformers takes: argument -> values that change nothing here, and what to do
@@ -40,7 +41,8 @@ def local_folder(
 ) -> Path:
     """Returns the path that `source` means: a file or folder here, or else a repository `owner/name` of the Hub.
 
-    Only the adapter's files are downloaded, once. revision: a branch, tag or commit. token: for a private repository.
+    The folder of a run stands for the adapter in it. Of a repository only the adapter's files are downloaded, once.
+    revision: a branch, tag or commit. token: for a private repository.
     Raises FetchError if `source` could be a repository and the Hub has none, it holds no adapter, or the Hub cannot be
     reached and the files were not downloaded before.
     """
@@ -49,7 +51,7 @@ def local_folder(
     else:
         with _hub_errors(FetchError, f"adapter {str(source)!r}: no such folder here, and"):
             path = _download(str(source), revision, token, subfolder)
-    return path / subfolder if subfolder else path
+    return path / subfolder if subfolder else adapter_folder(path)
 
 
 def _download(repo_id: str, revision: str | None, token: str | bool | None, subfolder: str | None) -> Path:

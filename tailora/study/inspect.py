@@ -44,7 +44,7 @@ from tailora.study.inspection import (
 from tailora.study.model_layout import by_group, in_order, layer_count
 from tailora.train.config import TrainConfig
 from tailora.train.loss import Evaluation
-from tailora.train.model_loading import load_base
+from tailora.train.model_loading import labels_of_adapter, load_base
 
 NAME, OTHER = "default", "other"  # of the two adapters in a model that is loaded for them
 RECORDED = ("model", "data", "learning_rate", "num_train_epochs", "max_steps", "seed")
@@ -126,8 +126,15 @@ def inspect(
             seconds=time.perf_counter() - started,
         )
     else:
+        labels = labels_of_adapter(folder)
+        if labels is not None and options.uses_data:
+            raise ConfigError(
+                f"{folder} was trained for {labels.task}, and on data the loss and the forgetting of language models "
+                "are measured: leave --data and --forgetting-data out; `tailora eval` shows how good its labels are"
+            )
         device = choose_device() if device is None else torch.device(device)
-        loaded, tokenizer = load_base(model, "auto" if options.uses_data else "stored", device, quantize)
+        precision = "auto" if options.uses_data else "stored"
+        loaded, tokenizer = load_base(model, precision, device, quantize, labels=labels)
         adapted = LoRAModel.from_pretrained(loaded, folder, NAME)
         if other_folder is not None:
             adapted.load_adapter(other_folder, OTHER)

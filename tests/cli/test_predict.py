@@ -182,3 +182,52 @@ def test_a_language_model_answers_rows(tiny_model: Path, chats: Path, tmp_path: 
     assert code == 2
     assert "rows.jsonl" in err
     assert "no messages and no prompt" in err
+
+
+@pytest.mark.slow
+def test_an_adapter_for_labels_is_shrunk_exported_and_inspected(folder: Path, tmp_path: Path) -> None:
+    data = ["--data", folder / "rows.jsonl"]
+    code, out, err = call("shrink", "--adapter", folder / "run", "--r", 2, "--output-dir", tmp_path / "small")
+    assert code == 0, err
+    assert f"tailora predict {tmp_path / 'small'} --model {folder / 'model'} --data ROWS.jsonl" in out
+    assert call("eval", tmp_path / "small", *data)[0] == 0
+    code, out, err = call("export", folder / "run", "--to", "merged", "--output", tmp_path / "merged")
+    assert code == 0, err
+    assert f"tailora predict --model {tmp_path / 'merged'} --data ROWS.jsonl" in out
+    scores = [
+        json.loads(call("eval", *model, *data, "--json")[1].splitlines()[-1])["metrics"]
+        for model in (
+            [folder / "run"],
+            ["--model", tmp_path / "merged"],
+        )
+    ]
+    assert scores[0]["accuracy"] == scores[1]["accuracy"]
+    code, out, err = call("inspect", folder / "run", "--model", folder / "model")
+    assert code == 0, err
+    assert "classifier" in out  # trained in full
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        (["inspect", "RUN", "--data", "ROWS"], "leave --data and --forgetting-data out"),
+        (
+            ["shrink", "--adapter", "RUN", "--data", "ROWS", "--max-loss-increase", "0.1", "--output-dir", "OUT"],
+            "--r or",
+        ),
+        (["chat", "--adapter", "RUN"], "writes no text"),
+        (["generate", "--adapter", "RUN", "--prompt", "a"], "writes no text"),
+        (["export", "RUN", "--to", "gguf", "--output", "OUT"], "gguf cannot hold this adapter"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_an_adapter_for_labels_cannot_do_is_said(
+    line: list[str], cause: str, folder: Path, tmp_path: Path
+) -> None:
+    places = {"RUN": folder / "run", "ROWS": folder / "rows.jsonl", "OUT": tmp_path / "out"}
+    code, _, err = call(*(places.get(word, word) for word in line))
+    assert code == 2
+    assert cause in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()

@@ -81,6 +81,26 @@ def test_the_loss_on_data_is_computed_in_evaluation_mode(
     assert evaluate().loss == pytest.approx(reference_loss(tuned, quiz, tokenizer), rel=1e-5)
 
 
+def test_the_loss_on_pairs_of_replies_is_that_of_the_chosen_ones(
+    tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+
+    def loss(rows: list[dict[str, Any]]) -> float:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return loss_on_data(TrainConfig(data=str(path)), tuned, tokenizer, notes.append)().loss
+
+    notes: list[str] = []
+    single = [{"prompt": f"hello {number}", "completion": "you today"} for number in range(3)]
+    expected = loss(single)
+    assert not [note for note in notes if "chosen" in note]
+    pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "user"} for row in single]
+    assert loss(pairs) == pytest.approx(expected, rel=1e-6)
+    assert "of pairs of replies the chosen ones are read: the loss is that of a language model" in notes
+    with pytest.raises(DataError, match="single replies with a label cannot be compared"):
+        loss([{**row, "label": True} for row in single])
+
+
 def test_copies_of_a_row_are_no_further_examples(
     tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

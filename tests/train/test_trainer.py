@@ -165,9 +165,7 @@ def test_the_best_adapter_is_kept_and_not_the_last(settings: Any) -> None:
     best = min(trained, key=trained.__getitem__)
     assert best < 2, "the settings are meant to diverge"
     assert (result.best_step, result.eval_loss_after) == (best, trained[best])
-    evaluations = settings(
-        max_steps=1, adapter=f"{config.output_dir}/adapter", output_dir=f"{config.output_dir}-2", r=16
-    )
+    evaluations = settings(max_steps=1, adapter=config.output_dir, output_dir=f"{config.output_dir}-2", r=16)
     assert run(evaluations).eval_loss_before == pytest.approx(trained[best], abs=1e-6)
 
 
