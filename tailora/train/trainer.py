@@ -480,19 +480,19 @@ class Trainer:
             task.reference.read(self.output_dir if resumed == "latest" else Path(resumed).parent)
         parts = [part for part in (self.data.trained_on(), self.data.held_out) if part is not None]
         examples = Examples.of(example for part in parts for example in part).distinct()
-        if not len(missing := task.reference.missing(examples)):
-            return
-        if resumed is not None and not self.adapter_is_new:
+        missing = task.reference.missing(examples)
+        if len(missing) and resumed is not None and not self.adapter_is_new:
             raise CheckpointError(
                 f"{len(missing):,} examples were not needed when this run began, and what the model was then is not "
                 "known for them: keep --max-steps and --num-train-epochs, or start again in another --output-dir"
             )
-        layout = replace(self.layout, task=replace(cast(Any, task), reference=None))
-        with self.model.disable_adapter() if self.adapter_is_new else nullcontext():
-            scores = self.evaluate(missing, layout, "examples before training").scores
-        task.reference.add(missing, cast(Scores, scores)[:, :2])
+        if len(missing):
+            layout = replace(self.layout, task=replace(cast(Any, task), reference=None))
+            with self.model.disable_adapter() if self.adapter_is_new else nullcontext():
+                scores = self.evaluate(missing, layout, "examples before training").scores
+            task.reference.add(missing, cast(Scores, scores)[:, :2])
         if self.accelerator.is_main_process:
-            task.reference.write(self.output_dir)
+            task.reference.write(self.output_dir)  # also what was read from another folder, for the next resume
 
     @property
     def adapter_is_new(self) -> bool:

@@ -314,6 +314,17 @@ def test_full_fine_tuning_compares_with_the_original_weights(settings: Any, pair
     assert write_train_report(Path(config.output_dir))["result"]["eval_accuracy_after"] > 0.8
 
 
+def test_a_run_that_goes_on_in_another_folder_takes_the_reference_along(
+    settings: Any, tmp_path: Path, pairs_file: Path
+) -> None:
+    common = {"data": str(pairs_file), "method": "full", "r": 16, "max_steps": 6, "save_steps": 2}
+    first, second = (settings(output_dir=str(tmp_path / name), **common) for name in ("first", "second"))
+    run(first)
+    run(changed(second, resume_from_checkpoint=f"{first.output_dir}/checkpoint-4"))
+    run(changed(second, resume_from_checkpoint="latest"))
+    assert losses(second)[-1] == losses(first)[-1]
+
+
 # ---- Mistakes
 
 
