@@ -22,6 +22,7 @@ PACKAGE = "vaderSentiment==3.3.2"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 TABLE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"  # id, mean rating from -4 to 4, text
+UNDECIDED = 0.5  # smaller mean ratings are left out
 LABELLED_TRAIN, LABELLED_HELD_OUT = 800, 600
 QUESTION = "Is this film review positive or negative?\n\n{text}"
 TRAIN, HELD_OUT = 240, 100
@@ -40,14 +41,17 @@ def build(folder: Path) -> None:
 
 
 def labelled_folder() -> Path:
-    """Returns the folder of train.jsonl and eval.jsonl, with text and label. Raises FetchError."""
-    return build_once(cache_folder() / "benchmarks-1" / "labelled", build_labelled)
+    """Returns the folder of train.jsonl and eval.jsonl, with text, label and rating. Raises FetchError."""
+    return build_once(cache_folder() / "benchmarks-2" / "labelled", build_labelled)
 
 
 def build_labelled(folder: Path) -> None:
-    chats = [row for row in map(conversation, table(fetch_package(folder)).splitlines()) if row]
-    prompt = len(QUESTION.format(text=""))
-    rows = [{"text": chat[0]["content"][prompt:], "label": chat[1]["content"]} for chat in chats]
+    rows = []
+    for line in table(fetch_package(folder)).splitlines():
+        _, rating, text = line.split("\t", maxsplit=2)
+        if abs(float(rating)) >= UNDECIDED:
+            label = "positive" if float(rating) > 0 else "negative"
+            rows.append({"text": text.strip(), "label": label, "rating": float(rating)})
     rows.sort(key=lambda row: hashlib.sha256(row["text"].encode()).digest())
     for name, start, stop in (
         ("train", 0, LABELLED_TRAIN),
@@ -87,7 +91,7 @@ def member(archive: bytes, name: str) -> bytes:
 def conversation(line: str) -> Messages | None:
     """Returns the chat of one row of the table, or None if people were undecided."""
     _, rating, text = line.split("\t", maxsplit=2)
-    if abs(float(rating)) < 0.5:
+    if abs(float(rating)) < UNDECIDED:
         return None
     return [
         {"role": "user", "content": QUESTION.format(text=text.strip())},
