@@ -136,6 +136,11 @@ def study(name: str) -> str:
     return f"{typed(name)}, and ended with\n\n{fenced(printed(name))}"
 
 
+def trained(name: str) -> str:
+    """What a training command of benchmarks/studies.py printed, up to what comes next."""
+    return f"{typed(name)}, and printed\n\n{fenced(printed(name).split('Written to')[0].strip())}"
+
+
 def plan() -> str:
     content = read("plan")
     source = f"{tables.machine(content)}; {tables.packages(content)}. {tables.load(content)}"
@@ -215,6 +220,11 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
         "tiny-lm-losses": lambda: tiny_lm_tables.losses(read("tiny_lm")),
         "tiny-lm-compare": lambda: tiny_lm_tables.compared(read("tiny_lm_compare")),
         "tiny-lm-search": lambda: tiny_lm_tables.searched(read("tiny_lm_search")),
+    },
+    "docs/labels.md": {
+        "classification": partial(trained, "classification"),
+        "regression": partial(trained, "regression"),
+        "labels": partial(study, "labels"),
     },
     "docs/plan.md": {"memory": plan},
     "docs/devices.md": {"devices": devices},

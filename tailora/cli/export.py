@@ -22,6 +22,7 @@ from tailora.cli.models import (
     find_adapter,
     labels_of,
     quantize_method,
+    task_of,
 )
 from tailora.data.demo import resolve_demo
 from tailora.formats.run_folder import ADAPTER_CONFIG, EXPORTED_FILES, GGUF_WEIGHTS, check_result_folder
@@ -74,7 +75,9 @@ def export(
     if quantize is None and to != "merged":
         quantize = "none"  # the base's weights are not in the result
     method, labels = quantize_method([path], quantize), labels_of(base, [path])
-    loaded, tokenizer = load_base(base, dtype, device_of_flag(device), method, labels=labels)
+    loaded, tokenizer = load_base(
+        base, dtype, device_of_flag(device), method, task=task_of(base, [path]), labels=labels
+    )
     adapted = LoRAModel.from_pretrained(loaded, path)
     started = time.perf_counter()
     with quiet_transformers():

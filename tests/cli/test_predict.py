@@ -135,6 +135,19 @@ def test_wrong_rows_end_with_code_2(task: str, row: dict[str, Any], cause: str, 
 
 
 @pytest.mark.slow
+def test_a_merged_model_predicts_the_same(folder: Path, tmp_path: Path) -> None:
+    code, out, err = call("export", folder / "run", "--to", "merged", "--output", tmp_path / "model")
+    assert code == 0, err
+    assert "tailora predict --model" in out
+    results = []
+    for model in ([folder / "run"], ["--model", tmp_path / "model"]):
+        code, out, err = call("predict", *model, "--data", folder / "rows.jsonl", "--dtype", "float32", "--json")
+        assert code == 0, err
+        results.append([row["probabilities"]["positive"] for row in json.loads(out.splitlines()[-1])["predictions"]])
+    assert results[0] == pytest.approx(results[1], abs=0.01)  # the files are in the base's precision
+
+
+@pytest.mark.slow
 def test_data_shows_the_labels(folder: Path) -> None:
     code, out, _ = call(
         "data", folder / "rows.jsonl", "--task", "sequence-classification", "--model", folder / "model", "--rows", 1
