@@ -40,9 +40,13 @@ def run_study(name: str) -> Path:
         command = [word.replace("reviews/", f"{reviews}/") for word in command]
         process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **TERMINAL})
         seconds = time.perf_counter() - started
-        (RESULTS / f"{name}.txt").write_text(process.stdout.replace(folder, f"outputs/{name}"))
-        text = (Path(folder) / "report.json").read_text().replace(folder, f"outputs/{name}")
-        report = json.loads(text.replace(reviews, "reviews") if reviews else text)
+
+        def without_paths(text: str) -> str:
+            text = text.replace(folder, f"outputs/{name}")
+            return text.replace(reviews, "reviews") if reviews else text
+
+        (RESULTS / f"{name}.txt").write_text(without_paths(process.stdout))
+        report = json.loads(without_paths((Path(folder) / "report.json").read_text()))
         if LINES[name][0] == "train":  # the rest is about every step and this machine
             report = {part: report[part] for part in ("verdict", "result", "metrics", "labels")}
     return write(name, {"command": f"tailora {' '.join(LINES[name])}", "seconds": seconds, "report": report})
