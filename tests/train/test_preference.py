@@ -346,6 +346,11 @@ def test_a_run_that_goes_on_in_another_folder_takes_the_reference_along(
         ([{"prompt": "a", "chosen": " b", "rejected": ""}], {}, "the rejected is empty"),
         ([{"chosen": "one", "rejected": "two"}], {}, "do not begin with the same prompt"),
         ([{"prompt": "a", "completion": "b", "label": 3}], {"task": "preference"}, "label is 3 where true"),
+        (
+            [{"prompt": "a", "completion": c, "label": c == "b"} for c in "bc"],
+            {"init_lora_weights": "lora_one"},
+            "also those that are not wanted",
+        ),
         ([pair], {"loss": "kto"}, "--loss kto needs rows with prompt, completion and label"),
         ([{"prompt": "a", "completion": "b", "label": True}] * 2, {"loss": "ipo"}, "needs rows with chosen and reje"),
         ([{"prompt": "a", "completion": "b"}], {"loss": "dpo"}, "loss: settings for preferences"),
