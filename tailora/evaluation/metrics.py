@@ -31,6 +31,13 @@ LABEL_METRICS = {  # of models that predict labels; f1[NAME] is F1 of one class 
     "pearson": "Pearson correlation",
     "spearman": "Spearman rank correlation",
 }
+PREFERENCE_METRICS = {  # of a run on preferences
+    "accuracy": "share of replies whose rewards are in the right order, or of the right sign",
+    "margin": "mean reward of chosen replies minus that of rejected ones",
+    "likelier": "share of pairs whose chosen reply is likelier than the other",
+    "chosen": "mean log-probability of chosen replies, in nats",
+    "rejected": "the same of rejected ones",
+}
 METRIC_ALIASES = {"ppl": "perplexity", "em": "exact_match", "acc": "accuracy", "acc_norm": "accuracy_norm"}
 OF_CLASS = re.compile(r"f1\[.+\]")
 CHANGE = "_change"  # loss_change: tuned - base

@@ -341,3 +341,4 @@ def test_arms_for_labels_are_judged_by_accuracy_too(tmp_path: Path) -> None:
     assert low.accuracy is not None
     assert low.accuracy_difference is not None
     assert low.forgetting is None
+    assert "KL from base" not in write_page(tmp_path / "out").read_text()

@@ -21,6 +21,8 @@ from tailora.errors import CheckpointError, ConfigError, DataError
 from tailora.evaluation.preferences import describe_preferences, preference_metrics
 from tailora.kernels.loss import FROZEN, WHOLE
 from tailora.model import LoRAModel
+from tailora.report.blocks import Figure, Table
+from tailora.report.files import read_page
 from tailora.report.pages.train import write_train_report
 from tailora.train.dataloader import StepShape, TrainingData, dataset_steps
 from tailora.train.loss import BatchLayout, ModelWithLoss, Reference, Task, evaluate, make_batch
@@ -251,6 +253,14 @@ def test_a_run_on_pairs_begins_at_log_2_and_learns_the_order(settings: Any, pair
     assert numbers["eval_loss_after"] == result.eval_loss_after < 0.6
     assert {metric["name"] for metric in report["metrics"]} == {"accuracy", "margin", "likelier", "chosen", "rejected"}
     assert "right order" in report["verdict"]
+    (table,) = next(section.blocks for section in read_page(folder).sections if section.title == "Metrics")
+    assert isinstance(table, Table)
+    assert all(f"{name}: " in table.note for name, *_ in table.rows)  # what each means
+    figures = [
+        block.name for section in read_page(folder).sections for block in section.blocks if isinstance(block, Figure)
+    ]
+    assert "changes" in figures
+    assert "examples" not in figures  # all losses begin at log 2
     rows = [json.loads(line) for line in (folder / "examples.jsonl").read_text().splitlines()]
     changes = [row["scores_after"]["chosen"] - row["scores_before"]["chosen"] for row in rows]
     rewards = [row["scores_after"]["chosen_reward"] for row in rows]

@@ -126,14 +126,20 @@ def _costs(arms: Sequence[ArmResult]) -> list[Block | None]:
     for name, title, _, show in COSTS:
         values = {arm.name: float(getattr(arm, name)) for arm in arms if getattr(arm, name) is not None}
         figures.append(bar_figure(f"cost-{name.replace('_', '-')}", values, show, title, f"{title}."))
-    rows = []
+    has_forgetting, rows = any(arm.forgetting for arm in arms), []
     for arm in arms:
         costs = [(getattr(arm, name), show) for name, _, _, show in COSTS]
         cells = ["" if value is None else show(value) for value, show in costs]
-        rows.append([arm.name, *cells, f"{arm.forgetting['kl']:.3f}" if arm.forgetting else ""])
-    note = "KL: nats per token, on text of other tasks; how much was forgotten." if any(row[-1] for row in rows) else ""
-    columns = [Column("arm"), *numeric(*(column for _, _, column, _ in COSTS), "KL from base")]
-    return [*figures, Table(columns, rows, note=note)]
+        rows.append([arm.name, *cells, *([_kl(arm)] if has_forgetting else [])])
+    columns = [Column("arm"), *numeric(*(column for _, _, column, _ in COSTS))]
+    if not has_forgetting:
+        return [*figures, Table(columns, rows)]
+    note = "KL: nats per token, on text of other tasks; how much was forgotten."
+    return [*figures, Table([*columns, *numeric("KL from base")], rows, note=note)]
+
+
+def _kl(arm: ArmResult) -> str:
+    return f"{arm.forgetting['kl']:.3f}" if arm.forgetting else ""
 
 
 def _forgetting(arms: Sequence[ArmResult]) -> list[Block | None]:

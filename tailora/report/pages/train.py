@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from tailora.evaluation.classification import (
     label_scores,
 )
 from tailora.evaluation.generate import Answer
+from tailora.evaluation.metrics import LABEL_METRICS, PREFERENCE_METRICS
 from tailora.evaluation.preferences import describe_preferences, preference_metrics
 from tailora.evaluation.statistics import Interval, before_and_after, describe_change
 from tailora.formats.run_folder import RUN, SAMPLES, write_report
@@ -35,6 +36,7 @@ from tailora.train.run_log import EXAMPLES, METRICS
 
 FEW_EXAMPLES = 20  # held-out examples; with fewer, an interval says little about others
 MOST_MARKS = 1000  # of a scatter plot
+ALIKE = 1e-6  # losses that differ by less
 WHEN = ("before", "after")
 COLUMNS = [  # of metrics.jsonl -> unit, caption
     ("learning_rate", "learning rate", "Learning rate of each step."),
@@ -238,7 +240,11 @@ def train_page(report: TrainReport) -> Page:
         "Machine": run.get("machine") or {},
     }
     sections = [
-        *([_metrics(report.metrics)] if report.metrics else []),
+        *(
+            [_metrics(report.metrics, LABEL_METRICS if run.get("labels") else PREFERENCE_METRICS)]
+            if report.metrics
+            else []
+        ),
         *([section] if (section := labels_section(report.labels)) else []),
         Section("Loss", loss_text, [_loss(report, unit)]),
         *([_examples(report.held_out, unit)] if report.held_out else []),
@@ -284,10 +290,15 @@ def _shown(value: float | None) -> str:
     return NONE if value is None else decimals(value)
 
 
-def _metrics(metrics: Sequence[Metric]) -> Section:
+def _metrics(metrics: Sequence[Metric], meanings: Mapping[str, str]) -> Section:
     columns = [Column(name) for name in ("metric", "before", "95% interval", "after", "95% interval")]
-    rows = [(m.name, _shown(m.before), interval(m.before_95), _shown(m.after), interval(m.after_95)) for m in metrics]
-    return Section("Metrics", "Of the held-out examples.", [Table(columns, rows)])
+    rows = [(m.name, _shown(m.before), _interval(m.before_95), _shown(m.after), _interval(m.after_95)) for m in metrics]
+    note = "; ".join(f"{m.name}: {meanings[m.name]}" for m in metrics if m.name in meanings)
+    return Section("Metrics", "Of the held-out examples.", [Table(columns, rows, note=f"{note}.")])
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return NONE if ends is None else " to ".join(map(decimals, ends))
 
 
 def _loss(report: TrainReport, unit: str) -> Figure | None:
@@ -344,7 +355,9 @@ def _examples(held_out: HeldOut, unit: str) -> Section:
         "Change of each example's loss, after - before; the dashed line marks no change.",
     )
     text = f"{better:,} of {plural(len(pairs), 'example')} have a lower loss after training."
-    return Section("Each held-out example", text, [scatter_plot, histogram])
+    # against a reference all losses begin alike, at log 2 with DPO
+    figures = [histogram] if np.ptp([before for before, _ in pairs]) < ALIKE else [scatter_plot, histogram]
+    return Section("Each held-out example", text, figures)
 
 
 def _course(steps: Sequence[Step]) -> list[Figure]:
