@@ -85,8 +85,8 @@ class Task(ABC):
         """Returns what an example adds to the number that the loss of its step is divided by."""
 
     def trained_sequences(self, example: Example) -> Sequence[Example]:
-        """Returns the sequences of an example that get a gradient."""
-        return example.sequences
+        """Returns what of an example gets a gradient; by default all of it, as one sequence."""
+        return (example,)
 
     def call(self, model: nn.Module, batch: Batch) -> Any:
         """Returns the model's own output."""

@@ -15,6 +15,7 @@ from tailora.data.chat_template import ChatTokenizer
 from tailora.data.dataset import IGNORED
 from tailora.data.schemas import Pair
 from tailora.data.tokenize import EncodedSample, encode_seq2seq
+from tailora.train.dataloader import Step
 from tailora.train.loss import BatchLayout
 from tailora.train.seq2seq import SEQ2SEQ_TASK
 from tailora.train.setup import HEAD
@@ -45,6 +46,12 @@ def test_padded_losses_are_those_of_transformers(name: str) -> None:
             expected = model(input_ids=source, labels=target).loss
             torch.testing.assert_close(losses[torch.from_numpy(batch.owners == index)].mean(), expected)
             assert SEQ2SEQ_TASK.divisor(example) == target.numel()
+
+
+def test_every_token_of_the_target_counts_as_trained() -> None:
+    examples = [sample.example for sample in samples()]
+    step = Step.of([], examples, SEQ2SEQ_TASK)
+    assert step.supervised == step.divisor == sum(len(example.sequences[1].input_ids) for example in examples)
 
 
 def test_a_cut_keeps_the_token_that_ends_the_text() -> None:
