@@ -1,6 +1,8 @@
 """Training on preferences: equal to TRL, whatever the layout; from the rows to the report."""
 
 import json
+import os
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,6 +26,7 @@ from tailora.model import LoRAModel
 from tailora.report.blocks import Figure, Table
 from tailora.report.files import read_page
 from tailora.report.pages.train import write_train_report
+from tailora.train import events
 from tailora.train.dataloader import StepShape, TrainingData, dataset_steps
 from tailora.train.loss import BatchLayout, ModelWithLoss, Reference, Task, evaluate, make_batch
 from tailora.train.preference import KTO, LOSSES, Pairs
@@ -333,6 +336,21 @@ def test_a_run_that_goes_on_in_another_folder_takes_the_reference_along(
     run(changed(second, resume_from_checkpoint=f"{first.output_dir}/checkpoint-4"))
     run(changed(second, resume_from_checkpoint="latest"))
     assert losses(second)[-1] == losses(first)[-1]
+
+
+def test_ctrl_c_while_the_reference_is_computed_ends_the_run_at_once(settings: Any, pairs_file: Path) -> None:
+    done = list[int]()
+
+    def on_event(event: events.Event) -> None:
+        if isinstance(event, events.EvaluationProgress):
+            done.append(event.done)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    config = settings(data=str(pairs_file), **LONG)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, on_event=on_event)
+    assert len(done) == 1
+    assert not (Path(config.output_dir) / "adapter").exists()
 
 
 # ---- Mistakes
