@@ -30,6 +30,7 @@ from tailora.core.patterns import layer_index
 from tailora.core.targets import selected_candidates
 from tailora.data.dataset import Example, warnings_of
 from tailora.data.labels import Labels
+from tailora.data.schemas import FEEDBACK, PREFERENCE
 from tailora.errors import ConfigError
 from tailora.formats.run_folder import write_report
 from tailora.kernels.compiled_layers import obstacle_to_compiling
@@ -40,8 +41,10 @@ from tailora.train import estimate
 from tailora.train.config import TASK_TYPES, TrainConfig
 from tailora.train.dataloader import epoch_steps, largest_forward, read_data, split_by_tokens, step_shape, token_limit
 from tailora.train.estimate import Memory
+from tailora.train.loss import CAUSAL_LM, Task
 from tailora.train.memory import ACTIVATION_MEMORY, available_bytes, format_bytes, used_bytes
 from tailora.train.model_loading import check_can_be_sharded, load_tokenizer, read_config, set_labels
+from tailora.train.preference import preference_task
 from tailora.train.setup import check_can_be_offloaded, find_labels, start_accelerator
 from tailora.train.subprocess_worker import StepsMeasured, measure_steps
 
@@ -384,11 +387,13 @@ MOST_EXAMPLES = 4096  # of a batch, where the data does not say how many there a
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """largest: the examples of the largest forward.    at: batch size -> its largest forward.
+    """task: what is learned, without what it compares with.
+    largest: the examples of the largest forward.    at: batch size -> its largest forward.
     examples: all that are trained on.    tokens: of all steps. examples, tokens, steps: None where they are not known.
     tokens_per_step: of one rank.
     """
 
+    task: Task
     largest: list[Example]
     at: Callable[[int], list[Example]]
     examples: int | None
@@ -420,9 +425,15 @@ def read_batches(
     vocabulary = shape.get_text_config().vocab_size
     if "data" not in config.model_fields_set:
         ids = np.arange(config.max_length, dtype=np.int32) % vocabulary
-        example = Example(ids, ids)
-        tokens_per_step = float(step.examples_per_step * config.max_length)
+        example, what = Example(ids, ids), "example"
+        task: Task = CAUSAL_LM
+        if config.task == PREFERENCE or config.preference_settings():
+            task = preference_task(config, FEEDBACK if config.loss == "kto" else PREFERENCE, config.model)
+            what = "reply with its prompt"
+            example = Example.of_two(example, example, np.ones(1))
+        tokens_per_step = float(step.examples_per_step * len(example.input_ids))
         return Batches(
+            task=without_reference(task),
             largest=_largest_part([example], step.batch_size, step.token_limit),
             at=lambda count: _largest_part([example], count, step.token_limit),
             examples=None,
@@ -430,14 +441,16 @@ def read_batches(
             steps=config.max_steps,
             tokens_per_step=tokens_per_step,
             notes=[
-                f"without --data every example is taken to have --max-length {config.max_length:,} tokens, all of "
-                "them learned: shorter ones take less"
+                f"without --data every {what} is taken to have --max-length {config.max_length:,} tokens, all of "
+                "them learned: shorter ones take less",
+                *notes_on(task),
             ],
         )
     data = read_data(config, vocabulary, load_tokenizer(config.model), accelerator, labels)
     data = replace(data, shape=replace(data.shape, token_limit=limit))
     if data.prepared is None or config.streaming:
         return Batches(
+            task=without_reference(data.task),
             largest=data.largest,
             at=lambda count: _largest_part(data.largest, count, step.token_limit),
             examples=None,
@@ -451,14 +464,29 @@ def read_batches(
     per_rank = min(step.examples_per_step, train.epoch_size / nproc)  # examples
     tokens_per_step = train.mean_length * per_rank
     return Batches(
+        task=without_reference(data.task),
         largest=data.largest,
         at=lambda count: largest_forward(train, replace(step, batch_size=count)),
         examples=len(train),
         tokens=round(nproc * tokens_per_step * steps),
         steps=steps,
         tokens_per_step=tokens_per_step,
-        notes=[f"{name}: {text}" for name, text in warnings_of(data.prepared.report.to_dict()).items()],
+        notes=[
+            *(f"{name}: {text}" for name, text in warnings_of(data.prepared.report.to_dict()).items()),
+            *notes_on(data.task),
+        ],
     )
+
+
+def notes_on(task: Task) -> list[str]:
+    if task.reference is None:
+        return []
+    return ["before the first step the log-probabilities of all replies are computed once; this time is not counted"]
+
+
+def without_reference(task: Task) -> Task:
+    """Returns a task that computes the same, beside what the model gave before training as if that were 0."""
+    return task if task.reference is None else replace(cast(Any, task), reference=None)
 
 
 def _largest_part(examples: list[Example], count: int, limit: int | None) -> list[Example]:
@@ -489,7 +517,7 @@ def ranks_of(config: TrainConfig, fake: estimate.FakeModel, batches: Batches, np
 def largest_step(config: TrainConfig, fake: estimate.FakeModel, batches: Batches, place: Place) -> estimate.StepCost:
     """Returns what the largest forward of the run costs, simulated."""
     return estimate.simulate_step(
-        fake,
+        replace(fake, layout=replace(fake.layout, task=batches.task)),
         batches.largest,
         checkpointed=config.gradient_checkpointing,
         sharded=place.shards > 1,

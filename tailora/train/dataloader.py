@@ -183,7 +183,7 @@ def task_of(config: TrainConfig, report: DataReport, labels: Labels | None) -> T
     if report.task == SEQ2SEQ:
         return SEQ2SEQ_TASK
     if report.task == PREFERENCE:
-        return preference_task(config, report)
+        return preference_task(config, report.shape, report.source)
     if given := config.preference_settings():
         raise ConfigError(
             f"{', '.join(given)}: settings for preferences, and the rows of data {report.source} are read as "

@@ -595,16 +595,18 @@ def simulate_step(
             return LOGITS
         return GRADIENTS if tensor.shape in trained_shapes else ACTIVATIONS
 
-    batch = make_batch(examples, fake.layout, base.device)
+    task, batch = fake.layout.task, make_batch(examples, fake.layout, base.device)
     for parameter in trained.parameters():  # as in a run, where gradients are views of a flat buffer
         parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in trained.parameters() if parameter.grad is not None]
     weights = [tensor for module in (base, trained) for tensor in (*module.parameters(), *module.buffers())]
-    tracker = MemoryTracker([*weights, *gradients], part_of, [len(example.input_ids) for example in examples])
+    lengths = [len(sequence.input_ids) for example in examples for sequence in example.sequences]
+    tracker = MemoryTracker([*weights, *gradients], part_of, lengths)
     try:
         kernels = use_kernels(base, fake.layout, fake.kernels, checkpointed=checkpointed)
         with kernels, torch.enable_grad(), gathered, tracker:
-            loss = fake.layout.task.outputs(model, batch, fake.layout).losses.sum()
+            (batch,) = task.complete_step(model, [batch], fake.layout, lambda sums: sums)
+            loss = task.outputs(model, batch, fake.layout).losses.sum()
             kept = tracker.now.total()
             loss.backward()  # type: ignore[no-untyped-call]
     finally:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tailora.core.attach import evaluating
-from tailora.data.dataset import DataReport, Example, Examples
+from tailora.data.dataset import Example, Examples
 from tailora.data.schemas import FEEDBACK
 from tailora.errors import ConfigError
 from tailora.kernels.loss import FORMS, Batch
@@ -289,13 +289,16 @@ def _reference(batch: Batch, log_p: Tensor) -> Tensor:
     return torch.zeros_like(log_p) if reference is None else reference.to(log_p)
 
 
-def preference_task(config: TrainConfig, report: DataReport) -> Pairs | KTO:
-    """Returns the task that `config` asks for. Raises ConfigError if it is not for such rows."""
-    single = report.shape == FEEDBACK
+def preference_task(config: TrainConfig, shape: str, source: str) -> Pairs | KTO:
+    """Returns the task that `config` asks for. Raises ConfigError if it is not for such rows.
+
+    shape: the schema of the rows.    source: where they come from.
+    """
+    single = shape == FEEDBACK
     loss = config.loss or ("kto" if single else "dpo")
     if single != (loss == "kto"):
         needed = "rows with prompt, completion and label" if loss == "kto" else "rows with chosen and rejected"
-        raise ConfigError(f"--loss {loss} needs {needed}, and those of data {report.source} are {report.shape}")
+        raise ConfigError(f"--loss {loss} needs {needed}, and those of data {source} are {shape}")
     beta = config.beta or DEFAULT_BETA[loss]
     if loss == "kto":
         if wrong := [name for name in ("label_smoothing", "sft_weight") if getattr(config, name)]:

@@ -256,3 +256,30 @@ def test_ranks_share_the_steps_of_an_epoch(small_run: TrainConfig) -> None:
     one, two = plan(small_run), plan(small_run, nproc=2)
     assert (one.steps, two.steps) == (22, 12)  # the last step of each epoch is short
     assert two.available_bytes < one.available_bytes  # both take from the memory of this machine
+
+
+def test_replies_take_what_as_many_tokens_of_single_rows_take(small_run: TrainConfig) -> None:
+    common = {"model": small_run.model, "dtype": "float32", "r": 4, "max_length": 64, "max_steps": 3}
+    single = plan(TrainConfig(**common, per_device_train_batch_size=4))
+    pairs = plan(TrainConfig(**common, per_device_train_batch_size=2, loss="dpo"))
+    assert pairs.largest_forward == {"examples": 2, "tokens": 2 * 2 * 64}
+    assert pairs.tokens == single.tokens
+    assert "every reply with its prompt is taken to have --max-length 64 tokens" in pairs.notes[0]
+    assert pairs.memory.activations == pytest.approx(single.memory.activations, rel=0.1)
+    assert pairs.seconds_per_step == pytest.approx(single.seconds_per_step, rel=0.5)  # the speed is measured
+    kto = plan(TrainConfig(**common, per_device_train_batch_size=2, loss="kto"))
+    assert kto.memory.activations < 0.7 * pairs.memory.activations  # the other reply has no gradient
+
+
+@pytest.mark.parametrize("loss", ["ipo", "simpo", "orpo"])
+def test_pairs_are_planned_as_they_are_trained(loss: str, small_run: TrainConfig, pairs: Path, tmp_path: Path) -> None:
+    config = small_run.replaced(data=str(pairs), loss=loss, max_steps=1, output_dir=str(tmp_path))
+    planned = plan(config)
+    headers: list[dict[str, Any]] = []
+    run(config, on_event=lambda event: headers.append(event.header) if hasattr(event, "header") else None)
+    (header,) = headers
+    assert planned.largest_forward["tokens"] == header["largest_forward_tokens"]
+    assert planned.trainable_parameters == header["trainable_parameters"]
+    assert any("log-probabilities of all replies" in note for note in planned.notes) == (
+        loss == "ipo"
+    )  # has a reference
