@@ -175,8 +175,8 @@ class Trainer:
             stack.enter_context(explain_out_of_memory("training", self.memory_remedies))
             with self.use_kernels():
                 self.compute_reference()
-                self.evaluate_before_training()
                 signals.handle()  # until here there is nothing to save, and Ctrl-C ends the run at once
+                self.evaluate_before_training()
                 steps = stack.enter_context(self.collated_steps())
                 while self.queued_steps < max_steps and not self.is_out_of_patience():
                     step = next(steps)
