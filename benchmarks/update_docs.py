@@ -223,6 +223,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
     },
     "docs/labels.md": {
         "classification": partial(trained, "classification"),
+        "regression": partial(trained, "regression"),
         "labels": partial(study, "labels"),
     },
     "docs/plan.md": {"memory": plan},

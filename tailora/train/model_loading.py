@@ -300,6 +300,7 @@ def load_base(
             check_unquantized(config, name, quantize)
             wide = precision if isinstance(precision, torch.dtype) else torch.bfloat16
             more["quantization_config"] = settings_for(quantize, wide, device)
+        has_other_head = labels is not None and labels_of_config(config) not in (labels, None)
         if labels is not None:
             set_labels(config, labels, tokenizer)
             more["ignore_mismatched_sizes"] = True  # of a head for other labels; see below
@@ -319,6 +320,8 @@ def load_base(
                 **more,
             )
     heads = [] if labels is None else task_heads(model)
+    if has_other_head:
+        initialize_heads(model, heads, seed)
     untrained = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     if missing := sorted(key for key in untrained if not any(inside(key, head) for head in heads)):
         raise ConfigError(
@@ -365,6 +368,17 @@ def set_labels(config: PretrainedConfig, labels: Labels, tokenizer: PreTrainedTo
         # RoBERTa and its kin count positions from the number of the padding token on
         first = text_config.pad_token_id + 1 if "roberta" in text_config.model_type else 0
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions - first)
+
+
+def initialize_heads(model: PreTrainedModel, heads: list[str], seed: int) -> None:
+    """Gives heads new weights: those in the files, which may have the same shape, are for other labels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for module in (module for head in heads for module in model.get_submodule(head).modules()):
+            for parameter in module.parameters(recurse=False):
+                cast(Any, parameter)._is_hf_initialized = False  # or transformers leaves what it has read
+            cast(Any, module)._is_hf_initialized = False
+            model._init_weights(module)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase | None) -> int:

@@ -20,7 +20,7 @@ from tailora.errors import ConfigError
 from tailora.train.classification import LabelTask, class_weights, label_task
 from tailora.train.config import TrainConfig
 from tailora.train.loss import BatchLayout, evaluate, make_batch
-from tailora.train.model_loading import labels_of_adapter, load_base
+from tailora.train.model_loading import fitted_labels, labels_of_adapter, load_base, read_config
 from tailora.train.setup import HEAD
 from tailora.train.trainer import run
 
@@ -249,6 +249,34 @@ def test_a_trained_head_for_the_same_labels_is_kept(encoder: Path, data: Path, t
     other.write_text("".join(json.dumps({**row, "label": row["label"] == "positive"}) + "\n" for row in ROWS))
     renamed = run(settings(model, other, tmp_path / "renamed", max_steps=1))
     assert renamed.model.config.id2label == {0: "false", 1: "true"}
+    assert not torch.equal(renamed.model.base_model.classifier.weight, again.model.base_model.classifier.weight)
+
+
+def test_a_head_knows_more_labels_than_the_data_in_its_own_order(tmp_path: Path) -> None:
+    names = {0: "y", 1: "x", 2: "z"}
+    model = tiny_model("BertForSequenceClassification", vocab_size=300, id2label=names)
+    model.save_pretrained(tmp_path)
+    config = read_config(str(tmp_path))
+    data = Labels("sequence-classification", ("x", "y"))
+    assert fitted_labels(data, config).names == ("y", "x", "z")
+    for other in (replace(data, names=("x", "w")), replace(data, several=True), TAGS):
+        assert fitted_labels(other, config) == other
+
+
+def test_a_head_for_other_labels_is_made_anew_with_the_seed(tmp_path: Path) -> None:
+    model = tiny_model("BertForSequenceClassification", vocab_size=300, id2label={0: "x", 1: "y", 2: "z"})
+    model.save_pretrained(tmp_path)
+    word_tokenizer(row["text"] for row in ROWS).save_pretrained(tmp_path)
+
+    def head(labels: Labels, seed: int = 0) -> torch.Tensor:
+        weight: torch.Tensor = load_base(str(tmp_path), "float32", labels=labels, seed=seed)[0].classifier.weight
+        return weight
+
+    kept, new = head(replace(SINGLE, names=("x", "y", "z"))), head(SINGLE)
+    torch.testing.assert_close(kept, model.classifier.weight)
+    assert not torch.equal(new, kept)
+    assert torch.equal(new, head(SINGLE))
+    assert not torch.equal(new, head(SINGLE, seed=1))
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # that PEFT asks for
