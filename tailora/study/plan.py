@@ -200,10 +200,8 @@ def plan(
     check_can_be_offloaded(config, place.device.type)
     in_one = {**WITHOUT_FSDP, "report_to": [], **({"device": "cpu"} if place.card else {})}
     accelerator = start_accelerator(config.replaced(**in_one))
-    if measure and place.card:
-        raise ConfigError(f"--measure takes real steps, and there is no {place.name} here: leave one of the two out")
-    if measure and nproc > 1:
-        raise ConfigError(f"--measure takes real steps in one process, and --nproc {nproc} asks for several")
+    if measure:
+        check_can_be_measured(config, place, nproc)
     available = place.available if memory is None else memory
     if config.fsdp and nproc == 1:
         raise ConfigError("--fsdp shards the base model over several processes: give their number, --nproc")
@@ -300,6 +298,16 @@ def plan(
     if output_dir is not None:
         write_report(output_dir, "plan", result.to_dict())
     return result
+
+
+def check_can_be_measured(config: TrainConfig, place: "Place", nproc: int) -> None:
+    """Raises ConfigError if no real steps of the run can be taken here."""
+    if place.card:
+        raise ConfigError(f"--measure takes real steps, and there is no {place.name} here: leave one of the two out")
+    if learns_preferences(config) and "data" not in config.model_fields_set:
+        raise ConfigError("--measure takes real steps, which for preferences need rows: give --data")
+    if nproc > 1:
+        raise ConfigError(f"--measure takes real steps in one process, and --nproc {nproc} asks for several")
 
 
 # ---- Where it would run
@@ -427,13 +435,13 @@ def read_batches(
         ids = np.arange(config.max_length, dtype=np.int32) % vocabulary
         example, what = Example(ids, ids), "example"
         task: Task = CAUSAL_LM
-        if config.task == PREFERENCE or config.preference_settings():
+        if learns_preferences(config):
             task = preference_task(config, FEEDBACK if config.loss == "kto" else PREFERENCE, config.model)
             what = "reply with its prompt"
             example = Example.of_two(example, example, np.ones(1))
         tokens_per_step = float(step.examples_per_step * len(example.input_ids))
         return Batches(
-            task=without_reference(task),
+            task=task.without_reference(),
             largest=_largest_part([example], step.batch_size, step.token_limit),
             at=lambda count: _largest_part([example], count, step.token_limit),
             examples=None,
@@ -450,7 +458,7 @@ def read_batches(
     data = replace(data, shape=replace(data.shape, token_limit=limit))
     if data.prepared is None or config.streaming:
         return Batches(
-            task=without_reference(data.task),
+            task=data.task.without_reference(),
             largest=data.largest,
             at=lambda count: _largest_part(data.largest, count, step.token_limit),
             examples=None,
@@ -464,7 +472,7 @@ def read_batches(
     per_rank = min(step.examples_per_step, train.epoch_size / nproc)  # examples
     tokens_per_step = train.mean_length * per_rank
     return Batches(
-        task=without_reference(data.task),
+        task=data.task.without_reference(),
         largest=data.largest,
         at=lambda count: largest_forward(train, replace(step, batch_size=count)),
         examples=len(train),
@@ -478,15 +486,15 @@ def read_batches(
     )
 
 
+def learns_preferences(config: TrainConfig) -> bool:
+    """Whether the settings say so; with data, the rows do."""
+    return config.task == PREFERENCE or bool(config.preference_settings())
+
+
 def notes_on(task: Task) -> list[str]:
     if task.reference is None:
         return []
     return ["before the first step the log-probabilities of all replies are computed once; this time is not counted"]
-
-
-def without_reference(task: Task) -> Task:
-    """Returns a task that computes the same, beside what the model gave before training as if that were 0."""
-    return task if task.reference is None else replace(cast(Any, task), reference=None)
 
 
 def _largest_part(examples: list[Example], count: int, limit: int | None) -> list[Example]:

@@ -487,7 +487,7 @@ class Trainer:
                 "known for them: keep --max-steps and --num-train-epochs, or start again in another --output-dir"
             )
         if len(missing):
-            layout = replace(self.layout, task=replace(cast(Any, task), reference=None))
+            layout = replace(self.layout, task=task.without_reference())
             with self.model.disable_adapter() if self.adapter_is_new else nullcontext():
                 scores = self.evaluate(missing, layout, "examples before training").scores
             task.reference.add(missing, cast(Scores, scores)[:, :2])
