@@ -13,7 +13,7 @@ from torch import nn
 
 from tailora.core.config import LoRAConfig
 from tailora.core.patterns import exactly, layer_index, pattern_matches
-from tailora.core.targets import selected_candidates
+from tailora.core.targets import selected_candidates, task_heads
 
 DEPTHS = ("early", "middle", "late")
 ATTENTION, MLP, OTHER = "attention", "MLP", "other"
@@ -129,8 +129,10 @@ def target_groups(model: nn.Module) -> dict[str, Any]:
     """{attention: names, mlp: names, largest_r}: values for `target_modules`, and the highest r that all layers take.
 
     Only linear layers of numbered blocks are named. A model that lacks one of the two groups has neither.
+    A head for labels is trained whole, and counts as no layer.
     """
-    layers = selected_candidates(model, dict(model.named_modules()), LoRAConfig())
+    config = LoRAConfig(modules_to_save=task_heads(model) or None)
+    layers = selected_candidates(model, dict(model.named_modules()), config)
     inner = [path for path in layers if layer_index(path) is not None]
     groups = {
         word: [path for path in inner if block_of(path) == block]

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from tiny import chat_model
+from tiny import chat_model, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, MixtralConfig, OPTConfig
 
@@ -131,6 +131,11 @@ def test_the_parts_of_an_adapted_model_are_those_of_its_base() -> None:
 
 def test_a_model_without_attention_has_no_such_words() -> None:
     assert target_groups(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))) == {"largest_r": 3}
+
+
+def test_a_head_for_labels_limits_no_rank() -> None:
+    model = tiny_model("BertForSequenceClassification", num_labels=2)
+    assert target_groups(model)["largest_r"] == model.config.hidden_size
 
 
 def test_names_are_the_shortest_that_nothing_else_has() -> None:
