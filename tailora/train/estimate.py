@@ -367,10 +367,11 @@ def fake_trainable(
     weights = _weights(base, files, storage)
     if config.method == "full":
         return FullModel(base, cast(Any, None), lambda: base).train(), weights
-    settings = (
-        lora_config_of(read_any_format(local_folder(config.adapter), base), base) if config.adapter else config.lora()
-    )
-    return LoRAModel(base, settings, fresh=False).train(), weights
+    if config.adapter is None:
+        return LoRAModel(base, config.lora(), fresh=False).train(), weights
+    with no_dispatch():  # its files have contents
+        stored_adapter = read_any_format(local_folder(config.adapter), base)
+    return LoRAModel(base, lora_config_of(stored_adapter, base), fresh=False).train(), weights
 
 
 def _weights(base: PreTrainedModel, files: torch.dtype, stored: Stored | None) -> Weights:

@@ -14,6 +14,7 @@ from runs import changed
 from tiny import chat_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tailora import LoRAConfig, LoRAModel
 from tailora.errors import ConfigError, TargetError
 from tailora.study.plan import Ranks, plan
 from tailora.train import subprocess_worker
@@ -291,3 +292,10 @@ def test_a_few_real_steps_on_pairs_need_no_reference(small_run: TrainConfig, pai
     assert planned.measured is not None
     with pytest.raises(ConfigError, match="for preferences need rows: give --data"):
         plan(TrainConfig(model=small_run.model, loss="dpo"), measure=True)
+
+
+def test_an_adapter_that_is_trained_further_is_planned(small_run: TrainConfig, tmp_path: Path) -> None:
+    base = LlamaForCausalLM.from_pretrained(small_run.model)
+    LoRAModel(base, LoRAConfig(r=2, target_modules=["q_proj"])).save_adapter(tmp_path / "adapter")
+    planned = plan(TrainConfig(model=small_run.model, adapter=str(tmp_path), max_length=64))  # the folder of a run
+    assert {(module.path.rpartition(".")[2], module.r) for module in planned.modules} == {("q_proj", 2)}

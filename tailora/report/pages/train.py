@@ -69,7 +69,7 @@ class StepEvaluation:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """For each held-out example: its supervised tokens, and their loss in nats before and after training."""
+    """For each held-out example: how many losses it has, of a language model tokens; their sum before and after."""
 
     tokens: list[int]
     before: list[float]
