@@ -427,7 +427,7 @@ def advice(cells: Cells) -> list[str]:
 
 
 def preferences(cells: Cells) -> list[str]:
-    """Six steps on pairs of replies beside TRL, and what held-out pairs say of the result."""
+    """Six steps on pairs of replies beside TRL."""
     by_arm = {arm: [run["result"] for run in runs] for (arm,), runs in grouped(cells, "arm").items()}
     ours = spread([run["cpu"] for run in by_arm[OURS]])["median"]
     rows = []
@@ -439,11 +439,9 @@ def preferences(cells: Cells) -> list[str]:
                 ranged(cpu, "{:.0f}"),
                 f"{cpu['median'] / ours:.2f}",
                 f"{max(run['peak_bytes'] for run in runs) / 1e9:.2f}",
-                ranged(spread([run["accuracy"] for run in runs])),
-                ranged(spread([run["margin"] for run in runs])),
             ]
         )
-    head = ["arm", "CPU seconds", "relative", "peak GB", "held-out accuracy", "held-out margin"]
+    head = ["arm", "CPU seconds", "relative", "peak GB"]
     return [table(head, rows)]
 
 

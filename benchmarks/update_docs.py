@@ -196,7 +196,7 @@ def preferences() -> str:
     (rows,) = tables.preferences(content["cells"])
     repeats = len({cell["cell"]["repeat"] for cell in content["cells"]})
     text = (
-        f"Medians of {repeats} runs of six steps of 8 pairs on {tables.machine(content)}, in a process each, in turn: "
+        f"Medians of {repeats} runs of six steps of 8 pairs on {tables.machine(content)}, one thread, in a process each, in turn: "
         "SmolLM2-135M-Instruct in bfloat16, r = 16 on every linear layer. The time includes the reference. "
         f"{tables.load(content)}"
     )
@@ -227,6 +227,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
         "labels": partial(study, "labels"),
     },
     "docs/plan.md": {"memory": plan},
+    "docs/preferences.md": {"preferences": preferences},
     "docs/devices.md": {"devices": devices},
     "docs/scaling.md": {
         "models": lambda: scaling_tables.models(read("scaling")),
