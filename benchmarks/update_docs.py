@@ -196,7 +196,7 @@ def preferences() -> str:
     (rows,) = tables.preferences(content["cells"])
     repeats = len({cell["cell"]["repeat"] for cell in content["cells"]})
     text = (
-        f"Medians of {repeats} runs of six steps of 8 pairs on {tables.machine(content)}, one thread, in a process each, in turn: "
+        f"Medians of {repeats} runs of six steps of 8 pairs on {tables.machine(content)}, one thread, in turn: "
         "SmolLM2-135M-Instruct in bfloat16, r = 16 on every linear layer. The time includes the reference. "
         f"{tables.load(content)}"
     )
