@@ -183,7 +183,7 @@ def eval(
         if nproc_per_node is not None or world_size() > 1:
             raise ConfigError("a model that predicts labels is evaluated in one process: leave the others out")
         loaded = load_model(target.model, folders, quantize=quantize, dtype=config.dtype, device=device, labels=labels)
-        scores = _label_scores(target, loaded, labels, data, config, limit, base, metric_names, named)
+        scores = _label_scores(target, loaded, labels, data, config, limit, base, metric_names, data_gates)
         return _finish(target, scores, gates, time.monotonic() - started, output_dir, json)
     check_gates(data_gates, list(METRICS), base=base)
     if wrong := [name for name in metric_names if name not in METRICS]:
@@ -259,7 +259,7 @@ def _label_scores(
     limit: int | None,
     base: bool,
     chosen: Sequence[str],
-    of_gates: Sequence[str],
+    gates: Sequence[Gate],
 ) -> "Scores":
     """Returns the scores of a model that predicts labels: all, or those chosen by name and those that gates need.
 
@@ -272,8 +272,14 @@ def _label_scores(
     from tailora.train.model_loading import labels_of_config, read_config
 
     if base and labels_of_config(read_config(target.model)) != labels:
-        note(f"{target.model} has no head for these labels, so it is not evaluated: see `majority` instead")
+        if changes := [str(gate) for gate in gates if gate.metric.endswith(CHANGE)]:
+            raise ConfigError(
+                f"--gate {', '.join(changes)}: {target.model} has no head for these labels, so there is no score of it "
+                "to compare with; give a gate on the score itself"
+            )
+        note(f"{target.model} has no head for these labels, so that only the adapter is evaluated")
         base = False
+    of_gates = [gate.metric.removesuffix(CHANGE) for gate in gates]
     _warn_of_training_data(target, data)
     model = loaded.model if loaded.adapters else without_adapter(loaded.model)
     with explain_out_of_memory("evaluating", lambda: MEMORY_ADVICE), counter(stderr(), "rows") as progress:

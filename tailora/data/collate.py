@@ -12,10 +12,13 @@ from tailora.data.dataset import IGNORED, Example, Int64
 WINDOW = 50  # batches that are sorted by length together: little padding, and still a random order
 
 
-def plan_batches(lengths: Int64 | Sequence[int], *, batch_size: int, seed: int, epoch: int) -> list[Int64]:
+def plan_batches(
+    lengths: Int64 | Sequence[int], *, batch_size: int, seed: int, epoch: int, by_length: bool = True
+) -> list[Int64]:
     """Returns batches of example indices, every example exactly once; the same for the same arguments.
 
-    Examples of similar length share a batch. One batch may be smaller than the others, anywhere in the order.
+    by_length: examples of similar length share a batch.
+    One batch may be smaller than the others, anywhere in the order.
     """
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
@@ -23,7 +26,8 @@ def plan_batches(lengths: Int64 | Sequence[int], *, batch_size: int, seed: int, 
     batches: list[Int64] = []
     for start in range(0, len(order), batch_size * WINDOW):
         window = order[start : start + batch_size * WINDOW]
-        window = window[np.argsort(sizes[window], kind="stable")]
+        if by_length:
+            window = window[np.argsort(sizes[window], kind="stable")]
         batches += [window[first : first + batch_size] for first in range(0, len(window), batch_size)]
     return [batches[index] for index in random.permutation(len(batches))]
 

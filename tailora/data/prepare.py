@@ -367,6 +367,11 @@ def prepare(
                 "out; of single replies each side needs two rows, because a reply is compared with those to other "
                 "prompts: add data, or change --validation-split"
             )
+        if train.targets is not None and len(np.unique(train.targets)) == 1:
+            raise DataError(
+                f"data {report.source}: all labels are {'true' if train.targets.any() else 'false'}, so there is "
+                "nothing to tell apart: add rows with the other label, or take --task causal-lm"
+            )
         train, judged = (with_other_replies(part, seed, max_length) for part in (train, judged))
     return PreparedData(train, judged, report, samples)
 

@@ -595,7 +595,7 @@ def judged(schema: Schema) -> Schema:
 
 def _has_truth_value(row: Mapping[str, Any]) -> bool:
     label = row.get("label")
-    return isinstance(label, bool) or (isinstance(label, str) and label.strip().lower() in ("true", "false"))
+    return label in (True, False) or (isinstance(label, str) and label.strip().lower() in ("true", "false"))  # or 1, 0
 
 
 WEIGHT = "weight"  # a key that every schema may have

@@ -15,26 +15,28 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tailora.evaluation.statistics import Interval, mean_interval
+from tailora.evaluation.statistics import Interval, mean_interval, wilson_interval
 
 LOG_PROBABILITIES = ("chosen", "rejected")
 Scores = Sequence[Mapping[str, float]]  # of each example, by `score_names` of its task
 
 
 def preference_metrics(scores: Scores) -> dict[str, Interval]:
-    """Returns the metrics with bootstrap intervals over examples; of one kind of replies only what they allow."""
+    """Returns the metrics with intervals over examples; of one kind of replies only what they allow.
+
+    Intervals of shares are Wilson's, the others bootstrapped.
+    """
     columns = {name: np.array([row[name] for row in scores]) for name in scores[0]}
     if "desirable" not in columns:
         margin = columns["chosen_reward"] - columns["rejected_reward"]
-        means = {
-            "accuracy": _share(margin),
-            "margin": margin,
-            "likelier": _share(columns["chosen"] - columns["rejected"]),
-            **{name: columns[name] for name in LOG_PROBABILITIES},
+        return {
+            "accuracy": _accuracy(margin),
+            "margin": _mean(margin),
+            "likelier": _accuracy(columns["chosen"] - columns["rejected"]),
+            **{name: _mean(columns[name]) for name in LOG_PROBABILITIES},
         }
-        return {name: _mean(values) for name, values in means.items()}
     wanted = columns["desirable"] > 0
-    metrics = {"accuracy": _mean(_share(np.where(wanted, 1, -1) * columns["reward"]))}
+    metrics = {"accuracy": _accuracy(np.where(wanted, 1, -1) * columns["reward"])}
     if 0 < wanted.sum() < len(wanted):
         # the mean of these is the difference of the two means
         weights = np.where(wanted, 1 / wanted.mean(), -1 / (~wanted).mean())
@@ -61,8 +63,10 @@ def describe_preferences(before: Mapping[str, Interval], after: Mapping[str, Int
     return f"{text}."
 
 
-def _share(margins: NDArray[np.float64]) -> NDArray[np.float64]:
-    return (np.sign(margins) + 1) / 2
+def _accuracy(margins: NDArray[np.float64]) -> Interval:
+    """Returns the share of positive margins, with Wilson's interval unless there are ties, which count as half."""
+    shares = (np.sign(margins) + 1) / 2
+    return _mean(shares) if (margins == 0).any() else wilson_interval(shares)
 
 
 def _mean(values: NDArray[np.float64]) -> Interval:

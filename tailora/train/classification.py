@@ -38,6 +38,7 @@ class LabelTask(Task):
     """
 
     is_plain = True
+    batches_by_length = False
 
     def __init__(self, labels: Labels, weights: Float64 | None = None) -> None:
         self.labels, self.weights, self.score_names = labels, weights, labels.names

@@ -188,7 +188,7 @@ def task_of(config: TrainConfig, report: DataReport, labels: Labels | None) -> T
         raise ConfigError(
             f"{', '.join(given)}: settings for preferences, and the rows of data {report.source} are read as "
             f"{report.shape}: rows with chosen and rejected are needed, or with prompt, completion and label (true or "
-            "false; 1 or 0 with --task preference)"
+            "false)"
         )
     return CAUSAL_LM
 
@@ -379,7 +379,13 @@ def dataset_steps(examples: Examples, shape: StepShape, start: int = 0) -> Itera
 def epoch_batches(examples: Examples, shape: StepShape, epoch: int) -> list[NDArray[np.int64]]:
     """Returns the indices of the examples in every batch of an epoch."""
     indices = examples.epoch(epoch, shape.seed)
-    batches = plan_batches(examples.lengths[indices], batch_size=shape.batch_size, seed=shape.seed, epoch=epoch)
+    batches = plan_batches(
+        examples.lengths[indices],
+        batch_size=shape.batch_size,
+        seed=shape.seed,
+        epoch=epoch,
+        by_length=shape.task.batches_by_length,
+    )
     return [indices[batch] for batch in batches]
 
 

@@ -59,6 +59,8 @@ class Task(ABC):
     description: for people; "" of the usual one.    loss_unit: what a loss is measured in.
     score_names: what the columns of `Outputs.scores` are.
     reference: what the model gave examples before training, for losses that compare with it.
+    batches_by_length: whether examples of similar length share a batch. Where length tells something of the label, as
+        that of a reply may, steps would see one class alone.
     is_plain: whether batches are padded, and the model computes with its own layers and outputs.
     """
 
@@ -66,6 +68,7 @@ class Task(ABC):
     loss_unit: str
     score_names: tuple[str, ...] = ()
     is_plain = False
+    batches_by_length = True
     reference: "Reference | None" = None
 
     @abstractmethod

@@ -210,6 +210,7 @@ class KTO(Preference):
     reference: Reference | None = None
 
     score_names = ("reply", "other", "reward", "other_log_ratio", "desirable")
+    batches_by_length = False
 
     @property
     def description(self) -> str:  # type: ignore[override]

@@ -489,7 +489,7 @@ class Trainer:
         if len(missing):
             layout = replace(self.layout, task=task.without_reference())
             with self.model.disable_adapter() if self.adapter_is_new else nullcontext():
-                scores = self.evaluate(missing, layout, "examples before training").scores
+                scores = self.evaluate(missing, layout, "examples, for the reference").scores
             task.reference.add(missing, cast(Scores, scores)[:, :2])
         if self.accelerator.is_main_process:
             task.reference.write(self.output_dir)  # also what was read from another folder, for the next resume

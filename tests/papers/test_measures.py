@@ -10,6 +10,7 @@ import torch
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from tailora.evaluation.classification import _calibration
 from tailora.evaluation.spectral import effective_rank, intruder_counter, stable_rank, subspace_overlap
 from tailora.study.optuna_study import importances
 from tailora.train.optimizer import lr_range_test
@@ -78,3 +79,11 @@ def test_a_setting_is_important_by_how_the_best_quarter_differs_in_it() -> None:
     assert found["nothing"] < 0.01
     assert sum(found.values()) == pytest.approx(1)
     assert importances(trials(TrialState.PRUNED, 0.0)) == found  # worse, however good its last loss was
+
+
+def test_the_calibration_error_is_the_mean_gap_between_confidence_and_accuracy() -> None:
+    """arXiv:1706.04599, eq. 3: ECE = sum over bins of |B| / n * |acc(B) - conf(B)|, with bins of equal width."""
+    confidence = np.array([0.62, 0.68, 0.66, 0.93, 0.97])
+    right = np.array([True, False, False, True, True])
+    expected = 3 / 5 * abs(1 / 3 - (0.62 + 0.68 + 0.66) / 3) + 2 / 5 * abs(1 - 0.95)
+    assert _calibration(confidence, right)["ece"] == pytest.approx(expected)

@@ -267,7 +267,6 @@ def test_replies_take_what_as_many_tokens_of_single_rows_take(small_run: TrainCo
     assert pairs.tokens == single.tokens
     assert "every reply with its prompt is taken to have --max-length 64 tokens" in pairs.notes[0]
     assert pairs.memory.activations == pytest.approx(single.memory.activations, rel=0.1)
-    assert pairs.seconds_per_step == pytest.approx(single.seconds_per_step, rel=0.5)  # the speed is measured
     kto = plan(TrainConfig(**common, per_device_train_batch_size=2, loss="kto"))
     assert kto.memory.activations < 0.7 * pairs.memory.activations  # the other reply has no gradient
 

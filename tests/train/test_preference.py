@@ -340,6 +340,7 @@ def test_a_run_that_goes_on_in_another_folder_takes_the_reference_along(
 
 def test_ctrl_c_while_the_reference_is_computed_ends_the_run_at_once(settings: Any, pairs_file: Path) -> None:
     done = list[int]()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
     def on_event(event: events.Event) -> None:
         if isinstance(event, events.EvaluationProgress):
@@ -380,9 +381,14 @@ def test_ctrl_c_while_the_reference_is_computed_ends_the_run_at_once(settings: A
             "also those that are not wanted",
         ),
         ([pair], {"loss": "kto"}, "--loss kto needs rows with prompt, completion and label"),
-        ([{"prompt": "a", "completion": "b", "label": True}] * 2, {"loss": "ipo"}, "needs rows with chosen and reje"),
+        (
+            [{"prompt": "a", "completion": "b", "label": label} for label in (True, True, False)],
+            {"loss": "ipo"},
+            "needs rows with chosen and rejected",
+        ),
         ([{"prompt": "a", "completion": "b"}], {"loss": "dpo"}, "loss: settings for preferences"),
-        ([{"prompt": "a", "completion": "b", "label": 1}], {"loss": "kto"}, "1 or 0 with --task preference"),
+        ([{"prompt": "a", "completion": "b", "label": 3}], {"loss": "kto"}, "label .true or false."),
+        ([{"prompt": "a", "completion": "b", "label": 1}] * 2, {}, "all labels are true"),
         ([pair], {"streaming": True, "max_steps": 2}, "leave --streaming out"),
     ],
 )

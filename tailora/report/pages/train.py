@@ -153,10 +153,10 @@ def write_train_report(folder: Path) -> dict[str, Any]:
         data = header.get("data") or {}
         rows = data["eval"] if data.get("eval", 0) - data.get("eval_copies", 0) == len(examples) else len(examples)
         verdict = describe_change(losses["change"], distinct_of(rows, len(examples), "held-out example"), unit)
-        if change_of_metrics:
-            verdict += f" {change_of_metrics}"
         if len(examples) < FEW_EXAMPLES:
             verdict += f" That is too few to tell how others fare: hold out at least {FEW_EXAMPLES} examples."
+        if change_of_metrics:
+            verdict += f" {change_of_metrics}"
     elif result["eval_loss_after"] is None:
         verdict = "There was no held-out data, so nothing can be said about whether it worked: give --eval-data FILE."
     else:
