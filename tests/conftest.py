@@ -1,4 +1,4 @@
-"""Leaves out tests marked `exhaustive`, `trainers`, `device` or `gpu`, unless -m on the command line names the marker.
+"""Leaves out tests with a marker of LEFT_OUT, unless -m on the command line names it.
 
 The other tests mean the CPU, also on a machine with a card: without `-m gpu` they see no other device.
 Tests with random input (hypothesis) run on a few inputs, always the same; with `-m exhaustive` on many new ones.
@@ -25,6 +25,7 @@ from tailora.quiet import TORCHAO_LOGGERS
 for name in TORCHAO_LOGGERS:  # processes of xdist print at their start
     logging.getLogger(name).setLevel(logging.ERROR)
 
+LEFT_OUT = ("exhaustive", "ranks", "trainers", "device", "gpu")
 COMMON = {
     "deadline": 20_000,
     "database": None,
@@ -73,7 +74,7 @@ class TestsOnDevice:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        unfit = {"slow", "gpu", "exhaustive", "trainers", "network"}
+        unfit = {"slow", "gpu", "exhaustive", "ranks", "trainers", "network"}
         for item in items:
             if on_device.runs(item.nodeid.removeprefix("tests/")) and not unfit & {m.name for m in item.iter_markers()}:
                 item.add_marker(pytest.mark.device)
@@ -86,7 +87,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
                 item.add_marker(pytest.mark.exhaustive)
         return
-    left_out = {name for name in ("exhaustive", "trainers", "device", "gpu") if not chosen(config, name)}
+    left_out = {name for name in LEFT_OUT if not chosen(config, name)}
     deselected = [item for item in items if left_out & {mark.name for mark in item.iter_markers()}]
     config.hook.pytest_deselected(items=deselected)
     items[:] = [item for item in items if item not in deselected]

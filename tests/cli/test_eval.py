@@ -253,6 +253,7 @@ def on_two_processes(way: str, *tokens: object) -> "subprocess.CompletedProcess[
     )
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["tailora", pytest.param("torchrun", marks=pytest.mark.exhaustive)])
 def test_two_processes_share_the_examples_and_print_one_result(
@@ -271,6 +272,7 @@ def test_two_processes_share_the_examples_and_print_one_result(
     assert json.loads((tmp_path / "out" / "report.json").read_text())["metrics"] == shared["metrics"]
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 def test_all_processes_end_with_the_exit_code_of_an_unmet_gate(adapter: Path, chats: Path) -> None:
     with socket.socket() as free:
@@ -325,6 +327,7 @@ def test_a_launchers_signal_does_not_replace_the_exit_code_of_an_unmet_gate(
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 def test_a_gate_that_is_not_met_and_a_mistake_have_their_exit_codes_on_two_processes(adapter: Path, quiz: Path) -> None:
     tokens = ["eval", adapter, "--data", quiz, "--field", "prompt=question", "--device", "cpu"]

@@ -232,6 +232,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     "case",
     [

@@ -38,6 +38,7 @@ from tailora.train.run_log import write_settings
 from tailora.train.setup import start_accelerator
 from tailora.train.trainer import run
 
+pytestmark = pytest.mark.ranks
 LONGEST = 600  # s; some 15 on an idle machine, 150 for the exhaustive test
 WORKER = """
 import functools, json, sys, warnings

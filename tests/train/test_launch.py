@@ -132,6 +132,7 @@ def checkpoints(folder: Path) -> list[int]:
     return sorted(int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*"))
 
 
+@pytest.mark.ranks
 @pytest.mark.slow
 def test_a_run_of_two_processes_is_interrupted_resumed_and_killed(settings: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -181,6 +182,7 @@ def test_a_signal_to_the_launcher_stops_all_and_the_printed_command_goes_on(
     assert (record["processes"], record["result"]["steps"]) == (2, steps)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     ("way", "mistake"),
     [
@@ -304,6 +306,7 @@ def test_a_bug_in_one_process_is_shown_once_with_its_traceback(
         ]
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     "way",
     [
