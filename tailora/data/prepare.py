@@ -39,7 +39,7 @@ from tailora.data.schemas import (
     convert_row,
     count_messages,
     detect_schema,
-    judged,
+    evaluation_schema,
     weight_of,
 )
 from tailora.data.tokenize import EncodedSample, encode_samples, encode_seq2seq
@@ -70,12 +70,12 @@ def encode_source(
     detect_from: int | None = CHUNK,
     task: str = AUTO,
     whole_texts: bool = False,
-    is_judged: bool = False,
+    for_evaluation: bool = False,
     labels: Labels | None = None,
 ) -> tuple[ColumnMapping, Iterator[EncodedRow | RowProblem]]:
     """Returns how the columns are read, and the encoded row or the problem for every item, in order.
 
-    is_judged: a pair of replies becomes choices, of which the chosen reply is right.
+    for_evaluation: a pair of replies becomes choices, of which the chosen reply is right.
     detect_from: how many of the first items decide on the schema; None: all.
     whole_texts: plain texts are not cut at max_length.
     labels: of the tasks that have some.
@@ -88,8 +88,8 @@ def encode_source(
         raise data_error(problems or [RowProblem(source, 0, "no rows: there is nothing to learn from")])
     try:
         mapping = detect_schema(rows, field, task)
-        if is_judged:
-            mapping = replace(mapping, schema=judged(mapping.schema))
+        if for_evaluation:
+            mapping = replace(mapping, schema=evaluation_schema(mapping.schema))
     except DataError as error:
         raise DataError(f"data {source}: {error}") from None
     longest = sys.maxsize if whole_texts and mapping.schema.name == TEXT else max_length
@@ -277,13 +277,13 @@ def prepare(
     options: SampleOptions | None = None,
     task: str = AUTO,
     labels: Labels | None = None,
-    is_judged: bool = False,
+    for_evaluation: bool = False,
 ) -> PreparedData:
     """Reads, checks and tokenises everything; holds out a part of all sources unless there is an `eval_source`.
 
     task: what is trained; "auto" finds it from the rows.    labels: those of all rows, for tasks that have some.
     embedding_rows: rows of the model's embedding, which must have every token id.
-    is_judged: as in `encode_source`, for the loss of a language model.
+    for_evaluation: as in `encode_source`, for the loss of a language model.
     Raises DataError that names every problem with file, row and cause.
     """
     chat_tokenizer = checked_tokenizer(tokenizer, embedding_rows, options)
@@ -296,7 +296,7 @@ def prepare(
         field=field,
         max_length=max_length,
         labels=labels,
-        is_judged=is_judged,
+        for_evaluation=for_evaluation,
     )
     loaded = read(sources, "train", task=task)
     if eval_source is None:
@@ -414,13 +414,13 @@ def _load_sources(
     max_length: int,
     task: str,
     labels: Labels | None,
-    is_judged: bool,
+    for_evaluation: bool,
 ) -> list[LoadedSource]:
     """Raises DataError that names the problems of all sources."""
     loaded, problems = [], []
     for source in sources:
         try:
-            loaded.append(_load_source(source, split, tokenizer, field, max_length, task, labels, is_judged))
+            loaded.append(_load_source(source, split, tokenizer, field, max_length, task, labels, for_evaluation))
         except DataError as error:
             problems.append(str(error))
     if problems:
@@ -482,7 +482,7 @@ def _load_source(
     max_length: int,
     task: str,
     labels: Labels | None,
-    is_judged: bool,
+    for_evaluation: bool,
 ) -> LoadedSource:
     mapping, encoded = encode_source(
         source.name,
@@ -493,7 +493,7 @@ def _load_source(
         detect_from=None,
         task=task,
         whole_texts=True,
-        is_judged=is_judged,
+        for_evaluation=for_evaluation,
         labels=labels,
     )
     is_text = mapping.schema.name == TEXT
@@ -628,7 +628,7 @@ class EvalSource:
             self.chat_tokenizer,
             self.max_length,
             task=self.task if self.labels is None else self.labels.task,
-            is_judged=True,
+            for_evaluation=True,
             labels=self.labels,
         )
 

@@ -578,7 +578,7 @@ class Schema:
         return replace(self, required=tuple(key for key in self.required if key not in LABEL_KEYS))
 
 
-def judged(schema: Schema) -> Schema:
+def evaluation_schema(schema: Schema) -> Schema:
     """Returns the schema as evaluation reads it: a pair of replies as choices. Raises DataError if it cannot be."""
 
     def from_pair(values: dict[str, Any]) -> Choices:

@@ -453,7 +453,7 @@ def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log
         validation_split=0.0,
         embedding_rows=model.get_input_embeddings().weight.shape[0],
         options=sample_options(config),
-        is_judged=True,
+        for_evaluation=True,
     )
     if prepared.report.task == PREFERENCE:
         log("of pairs of replies the chosen ones are read: the loss is that of a language model")

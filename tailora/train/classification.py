@@ -10,6 +10,7 @@ alone. Evaluations keep the head's outputs of every row or word (`Outputs.scores
 """
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -97,9 +98,9 @@ class LabelTask(Task):
         logits = self.call(model, batch).logits
         return cast(Tensor, logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
+    @abstractmethod
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
         """Returns (losses,)."""
-        raise NotImplementedError
 
     def outputs(self, model: nn.Module, batch: Batch, layout: BatchLayout) -> Outputs:  # noqa: ARG002
         logits = self.logits(model, batch)

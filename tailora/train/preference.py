@@ -1,11 +1,11 @@
 """Preferences: losses on the log-probabilities of whole replies.
 
-    pairs, chosen and rejected   dpo    Rafailov et al. 2023, arXiv 2305.18290, eq. 7
+    pairs, chosen and rejected   dpo    Rafailov et al. 2023, arXiv:2305.18290, eq. 7
                                         with label smoothing: Mitchell 2023, "A note on DPO with noisy preferences"
-                                 ipo    Azar et al. 2023, arXiv 2310.12036, eq. 17
-                                 simpo  Meng et al. 2024, arXiv 2405.14734, eq. 6
-                                 orpo   Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7
-    single replies, wanted or not kto   Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8
+                                 ipo    Azar et al. 2023, arXiv:2310.12036, eq. 17
+                                 simpo  Meng et al. 2024, arXiv:2405.14734, eq. 6
+                                 orpo   Hong et al. 2024, arXiv:2403.07691, eq. 6 and 7
+    single replies, wanted or not kto   Ethayarajh et al. 2024, arXiv:2402.01306, eq. 8
 
 A reply's reward is beta times its log-probability relative to that before training, which `Reference` keeps. SimPO and
 ORPO have no reference: their rewards are beta times the log-probability per token.
@@ -146,7 +146,7 @@ class Preference(Task):
 class Pairs(Preference):
     """Makes chosen replies more likely than rejected ones.
 
-    sft_weight: of the loss per token of the chosen reply (Pang et al. 2024, arXiv 2404.19733, eq. 1).
+    sft_weight: of the loss per token of the chosen reply (Pang et al. 2024, arXiv:2404.19733, eq. 1).
     reference: must hold the examples whose losses are computed; None stands for 0.
     """
 
@@ -181,8 +181,9 @@ class Pairs(Preference):
         log_p = log_probabilities(model, batch, layout)  # (pairs, 2)
         return self._outputs(Replies(log_p, log_p - _reference(batch, log_p), batch.extras["lengths"]))
 
-    def evaluation_before_training(self, examples: Examples) -> Evaluation:
-        assert self.reference is not None
+    def evaluation_before_training(self, examples: Examples) -> Evaluation | None:
+        if self.reference is None:
+            return None
         log_p = torch.from_numpy(self.reference.of(examples))
         lengths = torch.tensor([[sequence.supervised for sequence in example.sequences] for example in examples])
         losses, scores = self._outputs(Replies(log_p, torch.zeros_like(log_p), lengths))
@@ -198,7 +199,7 @@ class Pairs(Preference):
 
 @dataclass(frozen=True, eq=False)
 class KTO(Preference):
-    """Makes wanted replies more likely and unwanted ones less likely (arXiv 2402.01306, eq. 8).
+    """Makes wanted replies more likely and unwanted ones less likely (arXiv:2402.01306, eq. 8).
 
     The second sequence of an example is its prompt with the reply to another one. The mean log-ratio of these in the
     whole step, at least 0, is the reference point z0; it gets no gradient.
@@ -262,8 +263,9 @@ class KTO(Preference):
         losses = self._losses(reward / self.beta, desirable, other_log_ratio.mean().clamp(min=0))
         return Evaluation(losses.numpy(), self.counts(examples), scores)
 
-    def evaluation_before_training(self, examples: Examples) -> Evaluation:
-        assert self.reference is not None
+    def evaluation_before_training(self, examples: Examples) -> Evaluation | None:
+        if self.reference is None:
+            return None
         desirable = np.stack([cast(Any, example.target) for example in examples])
         zeros = np.zeros_like(desirable)
         scores = np.concatenate([self.reference.of(examples), zeros, zeros, desirable], axis=1)

@@ -501,9 +501,10 @@ class Trainer:
 
     def evaluate_before_training(self) -> None:
         """Evaluates the model as it is before the first step, unless that is known. Raises DivergedError."""
-        state, task, held_out = self.state, self.layout.task, self.data.held_out
-        if state.before is None and task.reference is not None and held_out:
-            state.before = self.record(task.evaluation_before_training(held_out), 0.0, may_be_kept=False)
+        state, held_out = self.state, self.data.held_out
+        known = self.layout.task.evaluation_before_training(held_out) if held_out else None
+        if state.before is None and known is not None:
+            state.before = self.record(known, 0.0, may_be_kept=False)
         elif state.before is None:
             with self.model.disable_adapter() if self.adapter_is_new else nullcontext():
                 state.before = self.held_out_loss(may_be_kept=False)

@@ -37,15 +37,15 @@ def expected(loss: str, pair: int, beta: float, smoothing: float, gamma: float) 
     chosen, rejected = CHOSEN[pair], REJECTED[pair]
     ratios = sum(chosen) - sum(CHOSEN_REFERENCE[pair]), sum(rejected) - sum(REJECTED_REFERENCE[pair])
     means = sum(chosen) / len(chosen), sum(rejected) / len(rejected)
-    if loss == "dpo":  # Rafailov et al., eq. 7; Mitchell, eq. 3
+    if loss == "dpo":  # arXiv:2305.18290, eq. 7; Mitchell, eq. 3
         margin = beta * (ratios[0] - ratios[1])
         return -(1 - smoothing) * log_sigmoid(margin) - smoothing * log_sigmoid(-margin)
-    if loss == "ipo":  # Azar et al., eq. 17, per token
+    if loss == "ipo":  # arXiv:2310.12036, eq. 17, per token
         return (ratios[0] / len(chosen) - ratios[1] / len(rejected) - 1 / (2 * beta)) ** 2
-    if loss == "simpo":  # Meng et al., eq. 6
+    if loss == "simpo":  # arXiv:2405.14734, eq. 6
         margin = beta * means[0] - beta * means[1] - gamma
         return -(1 - smoothing) * log_sigmoid(margin) - smoothing * log_sigmoid(-margin)
-    odds = [math.exp(mean) / (1 - math.exp(mean)) for mean in means]  # Hong et al., eq. 4
+    odds = [math.exp(mean) / (1 - math.exp(mean)) for mean in means]  # arXiv:2403.07691, eq. 4
     return -means[0] - beta * log_sigmoid(math.log(odds[0] / odds[1]))  # eq. 6 and 7
 
 
@@ -70,7 +70,7 @@ def test_a_reply_that_the_model_is_certain_of_has_finite_odds(certain: int) -> N
 
 
 def test_the_chosen_reply_is_also_learned_with_a_weight() -> None:
-    """Pang et al., eq. 1: - alpha log pi(y|x) / |y|."""
+    """arXiv:2404.19733, eq. 1: - alpha log pi(y|x) / |y|."""
     without, with_weight = (Pairs("dpo", 0.1, sft_weight=weight)._outputs(replies()).losses for weight in (0.0, 0.5))
     means = [sum(tokens) / len(tokens) for tokens in CHOSEN]
     assert (with_weight - without).tolist() == pytest.approx([-0.5 * mean for mean in means])
@@ -78,7 +78,7 @@ def test_the_chosen_reply_is_also_learned_with_a_weight() -> None:
 
 @pytest.mark.parametrize("others", [[0.4, 0.8], [-0.4, -0.8]])
 def test_the_loss_of_kto_is_that_of_its_paper(others: list[float]) -> None:
-    """Ethayarajh et al., eq. 8, with weights of 1: z0 is the mean log-ratio of other replies, at least 0."""
+    """arXiv:2402.01306, eq. 8, with weights of 1: z0 is the mean log-ratio of other replies, at least 0."""
     beta, ratios, desirable = 0.3, [1.5, -0.7], [1.0, 0.0]
     point = max(sum(others) / 2, 0)
     value = [sigmoid(beta * (ratios[0] - point)), sigmoid(beta * (point - ratios[1]))]
