@@ -236,7 +236,10 @@ def from_feedback(values: dict[str, Any]) -> Feedback:
     label = values["label"]
     key = label.strip().lower() if isinstance(label, str) else label
     if isinstance(label, list | dict) or key not in DESIRABLE:
-        raise DataError(f"label is {_short_repr(label)} where true (a wanted completion) or false is needed")
+        raise DataError(
+            f"label is {_short_repr(label)} where true (a wanted completion) or false is needed; --task causal-lm "
+            "trains on all completions, without labels"
+        )
     return Feedback(_as_reply(values["prompt"], values["completion"], values), DESIRABLE[key])
 
 

@@ -83,6 +83,13 @@ def test_eval_gives_scores_with_intervals_and_gates(folder: Path) -> None:
     assert "no head for these labels" in err
 
 
+def test_a_gate_on_a_change_is_refused_where_the_base_has_no_head(folder: Path) -> None:
+    code, _, err = call("eval", folder / "run", "--data", folder / "rows.jsonl", "--gate", "accuracy_change>0")
+    assert code == 2
+    assert "--gate accuracy_change>0:" in err
+    assert "no score of it to compare with" in err
+
+
 def test_eval_names_a_score_that_there_is_not(folder: Path) -> None:
     code, _, err = call("eval", folder / "run", "--data", folder / "rows.jsonl", "--metrics", "pearson")
     assert code == 2

@@ -380,3 +380,9 @@ def test_an_unknown_or_ambiguous_answer_is_refused(choices, answer, cause) -> No
     found = converted({"question": "?", "choices": choices, "answer": answer})
     assert isinstance(found, RowProblem), found
     assert cause in found.cause
+
+
+@pytest.mark.parametrize(("labels", "name"), [((1, 0, 1), "feedback"), ((1, 2, 3), "prompt/completion")])
+def test_labels_of_0_and_1_beside_a_completion_say_whether_it_is_wanted(labels: tuple[int, ...], name: str) -> None:
+    rows = [{"prompt": "a", "completion": "b", "label": label} for label in labels]
+    assert detect_schema(rows).schema.name == name

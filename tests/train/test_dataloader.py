@@ -6,16 +6,21 @@ import numpy as np
 import pytest
 
 from tailora.data.dataset import Example, Examples, Mixture
+from tailora.data.labels import Labels
 from tailora.errors import DataError
+from tailora.train.classification import label_task
 from tailora.train.dataloader import (
     Step,
     StepShape,
     TrainingData,
     dataset_steps,
+    epoch_batches,
     split_by_tokens,
     steps_per_epoch,
     stream_steps,
 )
+from tailora.train.loss import CAUSAL_LM, Task
+from tailora.train.preference import KTO, Pairs
 
 
 def example(number: int) -> Example:
@@ -125,3 +130,21 @@ def test_a_step_in_parts_holds_the_same_examples(world: int) -> None:
         for one, other in zip(whole, cut, strict=True):
             assert sorted(chain(*numbers(one))) == sorted(chain(*numbers(other)))
             assert all(sum(len(example.input_ids) for example in part.examples) <= 8 for part in other.micro_batches)
+
+
+@pytest.mark.parametrize(
+    ("task", "is_mixed"),
+    [
+        (CAUSAL_LM, False),
+        (Pairs("dpo", 0.1), False),
+        (KTO(0.1), True),
+        (label_task(Labels("sequence-classification", ("a", "b"))), True),
+    ],
+)
+def test_batches_of_labels_do_not_hold_one_length_alone(task: Task, is_mixed: bool) -> None:
+    """Where the length tells of the label, a step would see one class alone."""
+    ids = [np.zeros(length, np.int32) for length in (4, 40) for _ in range(64)]
+    examples = Examples.of(Example(row, row) for row in ids)
+    batches = epoch_batches(examples, StepShape(batch_size=8, accumulation=1, task=task), epoch=0)
+    lengths = [{len(examples[int(i)].input_ids) for i in batch} for batch in batches]
+    assert any(len(of_batch) == 2 for of_batch in lengths) == is_mixed

@@ -414,6 +414,14 @@ def test_settings_that_contradict_each_other_are_refused(changes: Any, message: 
         settings(**changes)
 
 
+def test_a_share_of_all_pairs_is_not_certain() -> None:
+    rows = [{"chosen": -1.0, "rejected": -2.0, "chosen_reward": 1.0, "rejected_reward": 0.0}] * 9
+    for name in ("accuracy", "likelier"):
+        value, low, high = preference_metrics(rows)[name]
+        assert (value, high) == (1, 1)
+        assert low == pytest.approx(9 / (9 + 1.96**2), abs=1e-3)  # Wilson's
+
+
 def test_ties_count_as_half() -> None:
     rows = [
         {"chosen": -1.0, "rejected": -2.0, "chosen_reward": reward, "rejected_reward": 0.0} for reward in (0, 1, -1)
