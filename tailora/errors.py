@@ -5,6 +5,7 @@
     ├── TargetError(ValueError)      a selector that matches nothing, or a layer that cannot be adapted
     ├── PatternError(ValueError)     a regular expression that takes too long
     ├── AdapterError(LookupError)     an adapter name that is unknown or already taken
+    │   └── AdapterNotFoundError      a name or a path that a server does not have
     ├── RowsError(ValueError)        a batch that does not have the rows that adapters were chosen for
     ├── FormatError(ValueError)      a file that is not what it should be
     │   └── BaseMismatchError        an adapter made for another base model
@@ -14,6 +15,7 @@
     ├── CheckpointError(RuntimeError) a checkpoint that is missing, damaged or of another run
     ├── DivergedError(ArithmeticError) a loss or gradient that is not finite
     ├── MemoryLimitError(MemoryError) the machine's memory is too small for what was asked
+    │   └── MemoryInUseError          it is large enough, but others use it now
     ├── FetchError(OSError)          something that had to be downloaded and was not
     ├── ProcessFailedError(RuntimeError) another process of a distributed run has failed
     └── WriteError(OSError)          a file or folder that cannot be written
@@ -60,6 +62,10 @@ class AdapterError(TailoraError, LookupError):
     exit_code = 2
 
 
+class AdapterNotFoundError(AdapterError):
+    pass
+
+
 class RowsError(TailoraError, ValueError):
     exit_code = 2
 
@@ -93,6 +99,10 @@ class DivergedError(TailoraError, ArithmeticError):
 
 
 class MemoryLimitError(TailoraError, MemoryError):
+    pass
+
+
+class MemoryInUseError(MemoryLimitError):
     pass
 
 

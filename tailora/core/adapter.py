@@ -6,7 +6,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from tailora.core.attach import detach
 from tailora.core.config import LoRAConfig
-from tailora.core.extras import TokenHead, TokenRows, TrainedBias
+from tailora.core.extras import TokenHead, TokenRows, TrainedBias, token_rows_of
 from tailora.core.init import DATA_INITS, WEIGHT_INITS, WITH_FROZEN_START, check_init, init_from_weight
 from tailora.core.layer import INITS, LoRALayer
 from tailora.core.layer_types import computing_device, layer_of, weight_of, whole_tensor
@@ -193,6 +193,26 @@ def extra_parts(targets: ExtraTargets, modules: Mapping[str, nn.Module]) -> dict
         for path, indices in targets.tokens.items()
     }
     return {**biases, **tokens, **{head: TokenHead(tokens[path]) for head, path in targets.heads.items()}}
+
+
+def with_strength(adapter: Adapter, strength: float) -> Adapter:
+    """Returns the adapter times `strength`: it shares all tensors, and each of them can be active in other batch rows.
+
+    Its trained copies of whole modules stay as they are.
+    """
+
+    def scaled(part: Any) -> Any:
+        clone = copy.copy(part)  # with the same parameters
+        clone.strength *= strength
+        return clone
+
+    low_rank = {path: scaled(layer) for path, layer in adapter.low_rank.items()}
+    extras = {path: scaled(part) for path, part in adapter.extras.items() if not isinstance(part, TokenHead)}
+    rows = {id(adapter.extras[path]): part for path, part in extras.items()}
+    for path, part in adapter.extras.items():
+        if isinstance(part, TokenHead):
+            extras[path] = TokenHead(rows[id(token_rows_of(part))])
+    return replace(adapter, low_rank=low_rank, extras=extras)
 
 
 # ---- The parts of several adapters

@@ -117,6 +117,17 @@ def check_row_names(names: Any, adapters: Sequence[str]) -> tuple[str | None, ..
     return tuple(names)
 
 
+def check_splits_by_row(low_rank: Mapping[str, LoRALayer]) -> None:
+    """Raises RowsError for an adapter of layers that cannot compute every batch row with another one."""
+    if refused := [
+        path for path, layer in low_rank.items() if layer.layer_type.replaces_forward or "experts" in path.split(".")
+    ]:
+        raise RowsError(
+            "nn.MultiheadAttention adds updates to its weights, which all rows share, and experts get the tokens of "
+            f"all rows mixed: no adapter by row on {', '.join(refused)}"
+        )
+
+
 def repeats_of_generate(base: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """Returns how often `base.generate(*args, **kwargs)` repeats every row, for beams or several sequences."""
     argument = args[1] if len(args) > 1 else kwargs.get("generation_config")
@@ -143,12 +154,8 @@ def batch_row_parts(
             saved.setdefault(path, {})[name] = module
         for path, part in adapter.extras.items():
             extras.setdefault(path, {})[name] = part
-    shared = [path for path, parts in low_rank.items() if next(iter(parts.values())).layer_type.replaces_forward]
-    if refused := [path for path in low_rank if path in shared or "experts" in path.split(".")]:
-        raise RowsError(
-            "nn.MultiheadAttention adds updates to its weights, which all rows share, and experts get the tokens of "
-            f"all rows mixed: no adapter by row on {', '.join(refused)}"
-        )
+    for adapter in adapters.values():
+        check_splits_by_row(adapter.low_rank)
     result: dict[str, tuple[Any, ...]] = {
         path: (BatchRowsModule(path, copies, layers[path], batch),) for path, copies in saved.items()
     }

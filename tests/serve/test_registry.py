@@ -1,0 +1,580 @@
+"""The adapters that a server knows: names, paths, contents, scales and mixtures, memory, and many threads at once."""
+
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import chat_model
+from tiny_adapters import IDS, adapted
+from torch import Tensor, nn
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.core.adapter_set import AdapterSet
+from tailora.errors import (
+    AdapterError,
+    AdapterNotFoundError,
+    BaseMismatchError,
+    ConfigError,
+    FormatError,
+    MemoryInUseError,
+    MemoryLimitError,
+    RowsError,
+    TailoraError,
+)
+from tailora.serve import registry as registry_module
+from tailora.serve.registry import MOST_DERIVED, AdapterRegistry
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "legal": {"r": 2},
+    "chat": {"r": 3, "target_modules": ["q_proj", "up_proj"], "lora_dropout": 0.5},
+    "dora": {"r": 2, "use_dora": True},
+    "rows": {"r": 2, "trainable_token_indices": [3, 5]},
+    "head": {"r": 2, "modules_to_save": ["lm_head"]},
+    "norm": {"r": 2, "modules_to_save": ["norm"]},
+}
+SEEDS = itertools.count(1)
+
+
+class Pauses:
+    """Counts the pauses of an engine, and knows whether one is on."""
+
+    def __init__(self) -> None:
+        self.count, self.is_on = 0, False
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        assert not self.is_on
+        self.count, self.is_on = self.count + 1, True
+        yield
+        self.is_on = False
+
+
+def save(folder: Path, seed: int = 0, **settings: Any) -> Path:
+    model = adapted(settings)
+    for parameter in model.lora_layers.parameters():
+        parameter.data *= 1 + seed / 10
+    model.save_adapter(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("saved")
+    for name, settings in ADAPTERS.items():
+        save(root / name, **settings)
+    return root
+
+
+@pytest.fixture
+def root(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "adapters"))
+
+
+@pytest.fixture
+def make(root: Path) -> Callable[..., AdapterRegistry]:
+    def registry(*names: str, budget: float | None = None, **options: Any) -> AdapterRegistry:
+        """budget: how often the adapter "legal" fits into memory."""
+        adapter_set = AdapterSet(chat_model().eval(), {})
+        size = None if budget is None else int(budget * size_in_memory(root / "legal"))
+        made = AdapterRegistry(adapter_set, Pauses(), "base", **{"root": root, "memory_budget": size, **options})
+        for name in names:
+            made.load(name, name)
+        return made
+
+    return registry
+
+
+def size_in_memory(folder: Path) -> int:
+    parts = LoRAModel.from_pretrained(chat_model(), folder).lora_layers
+    return sum(tensor.nbytes for tensor in (*parts.parameters(), *parts.buffers()))
+
+
+@torch.no_grad()
+def logits(registry: AdapterRegistry, key: str | None) -> Tensor:
+    adapter_set = registry._adapter_set
+    with adapter_set.activated_by_row([key, None]):
+        result: Tensor = adapter_set.base_model(input_ids=IDS).logits
+    return result[0]
+
+
+def answer(registry: AdapterRegistry, model: str, scale: float | None = None) -> Tensor:
+    with registry.acquire(model, scale) as handle:
+        return logits(registry, handle.key)
+
+
+@torch.no_grad()
+def expected(*folders: Path, scales: tuple[float, ...] = (1,)) -> Tensor:
+    model = LoRAModel.from_pretrained(chat_model(), folders[0], "0")
+    for i, folder in enumerate(folders[1:], 1):
+        model.load_adapter(folder, str(i))
+    names = [str(i) for i in range(len(folders))]
+    model.set_adapter(names)
+    for name, scale in zip(names, scales, strict=True):
+        model.set_scale(name, scale)
+    result: Tensor = model.eval()(input_ids=IDS).logits
+    return result[0]
+
+
+def in_memory(registry: AdapterRegistry) -> set[str]:
+    return {info.name for info in registry.list() if info.in_memory}
+
+
+def keys(registry: AdapterRegistry) -> list[str]:
+    return [*registry._adapter_set.adapters]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+# ---- Loading
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_computes_as_in_a_lora_model(make: Callable[..., AdapterRegistry], root: Path, name: str) -> None:
+    registry = make(name)
+    registry._adapter_set.base_model.eval()
+    torch.testing.assert_close(answer(registry, name), expected(root / name))
+    torch.testing.assert_close(answer(registry, "base"), chat_model()(input_ids=IDS).logits[0])
+    [info] = registry.list()
+    assert (info.name, info.in_memory, info.requests) == (name, True, 0)
+    assert info.size == size_in_memory(root / name)
+
+
+def test_files_are_read_while_the_engine_computes(
+    make: Callable[..., AdapterRegistry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = make()
+    pauses: Any = registry._paused
+
+    def read(*args: Any) -> Any:
+        assert not pauses.is_on
+        return restore(*args)
+
+    restore = registry_module.restore
+    monkeypatch.setattr(registry_module, "restore", read)
+    registry.load("legal", "legal")
+    assert pauses.count == 1
+
+
+def spoil_values(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] = torch.nan
+    save_file(tensors, file)
+
+
+def remove_a_tensor(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    save_file(dict([*load_file(file).items()][1:]), file)
+
+
+def cut(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def leave_a_pickle(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def leave_gguf(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter.gguf")
+
+
+def save_for_another_base(folder: Path) -> None:
+    base = chat_model()
+    for parameter in base.parameters():
+        parameter.data += 1
+    shutil.rmtree(folder)
+    adapted({"r": 2}, base).save_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (spoil_values, FormatError, "not finite"),
+        (remove_a_tensor, FormatError, "missing"),
+        (cut, FormatError, "not a complete safetensors file"),
+        (leave_a_pickle, FormatError, "pickle"),
+        (leave_gguf, FormatError, "safetensors only"),
+        (save_for_another_base, BaseMismatchError, "another base"),
+        (shutil.rmtree, AdapterNotFoundError, "does not exist"),
+    ],
+)
+def test_a_bad_adapter_changes_nothing(
+    make: Callable[..., AdapterRegistry],
+    root: Path,
+    spoil: Callable[[Path], None],
+    error: type[TailoraError],
+    message: str,
+) -> None:
+    registry = make("legal", "chat")
+    before = registry.list(), keys(registry)
+    spoil(root / "legal")
+    for name, replace in (("new", False), ("chat", True)):
+        with pytest.raises(error, match=message):
+            registry.load(name, "legal", replace=replace)
+    assert (registry.list(), keys(registry)) == before
+    torch.testing.assert_close(answer(registry, "chat"), expected(root / "chat"))
+
+
+def test_layers_that_cannot_be_computed_by_row_are_refused(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
+    LoRAModel(base, LoRAConfig(r=2, target_modules=["1"])).save_adapter(tmp_path / "attention")
+    adapter_set = AdapterSet(nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2)), {})
+    adapter_set.base_model.load_state_dict(base.state_dict())
+    with pytest.raises(RowsError, match="no adapter by row"):
+        AdapterRegistry(adapter_set, Pauses(), "base", tmp_path).load("attention", "attention")
+    assert not adapter_set.adapters
+
+
+@pytest.mark.parametrize("name", ["", " x", "a\nb", "a+b", "a@1", "base", "legal", "x" * 201])
+def test_a_name_that_is_taken_or_cannot_be_one_is_refused(make: Callable[..., AdapterRegistry], name: str) -> None:
+    registry = make("legal")
+    with pytest.raises(AdapterError, match="cannot be called") as caught:
+        registry.load(name, "chat")
+    assert not isinstance(caught.value, AdapterNotFoundError)
+    assert [info.name for info in registry.list()] == ["legal"]
+
+
+def test_names_that_do_not_exist_are_not_found(make: Callable[..., AdapterRegistry]) -> None:
+    registry = make("legal")
+    for call in (registry.unload, registry.pin, registry.unpin, registry.acquire):
+        with pytest.raises(AdapterNotFoundError, match="there are: base, legal; did you mean legal"):
+            call("legl")
+    with pytest.raises(AdapterNotFoundError, match="no model is called 'x'"):
+        registry.acquire("legal+x")
+    with pytest.raises(AdapterNotFoundError, match="is the base model"):
+        registry.unload("base")
+    registry.unload("legal")
+    assert keys(registry) == []
+    with pytest.raises(AdapterNotFoundError):
+        registry.acquire("legal")
+
+
+# ---- Paths
+
+
+def link_a_folder(root: Path, outside: Path) -> str:
+    (root / "link").symlink_to(outside)
+    return "link"
+
+
+def link_a_file(root: Path, outside: Path) -> str:
+    (root / "inner").mkdir()
+    for file in outside.iterdir():
+        (root / "inner" / file.name).symlink_to(file)
+    return "inner"
+
+
+def link_the_adapter_of_a_run(root: Path, outside: Path) -> str:
+    (root / "run").mkdir()
+    (root / "run" / "adapter").symlink_to(outside)
+    return "run"
+
+
+@pytest.mark.parametrize(
+    "path_to",
+    [
+        "{outside}",
+        "../outside",
+        "legal/../../outside",
+        "{root}-beside",
+        "/etc/passwd",
+        "legal\0",
+        link_a_folder,
+        link_a_file,
+        link_the_adapter_of_a_run,
+    ],
+)
+def test_no_path_leads_out_of_the_root(
+    make: Callable[..., AdapterRegistry], root: Path, path_to: str | Callable[[Path, Path], str]
+) -> None:
+    outside = Path(shutil.copytree(root / "legal", root.parent / "outside"))
+    registry = make()
+    path = path_to.format(root=root, outside=outside) if isinstance(path_to, str) else path_to(root, outside)
+    with pytest.raises(ConfigError, match="outside of the server's folder") as caught:
+        registry.load("x", path)
+    assert str(outside) not in str(caught.value).replace(str(path), "")
+    assert keys(registry) == []
+
+
+def test_paths_within_the_root_and_trusted_ones(make: Callable[..., AdapterRegistry], root: Path) -> None:
+    outside = Path(shutil.copytree(root / "legal", root.parent / "outside"))
+    (root / "current").symlink_to("legal")
+    registry = make()
+    for name, path in (("a", "current"), ("b", root / "legal"), ("c", "chat/../legal"), ("d", str(root / "chat"))):
+        registry.load(name, path)
+    registry.load("trusted", outside, trusted=True)
+    assert len({info.digest for info in registry.list() if info.name != "d"}) == 1
+    no_root = make(root=None)
+    no_root.load("trusted", outside, trusted=True)
+    with pytest.raises(ConfigError, match="--adapters"):
+        no_root.load("x", "legal")
+    with pytest.raises(AdapterNotFoundError):
+        registry.load("x", "y" * 5000)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read all")
+def test_a_folder_that_may_not_be_read(make: Callable[..., AdapterRegistry], root: Path) -> None:
+    (root / "legal").chmod(0)
+    with pytest.raises(FormatError, match="cannot be read"):
+        make("legal")
+
+
+# ---- Replacing
+
+
+def test_requests_in_flight_end_with_the_adapter_that_they_began_with(
+    make: Callable[..., AdapterRegistry], root: Path
+) -> None:
+    registry = make("legal", "chat")
+    old, scaled = registry.acquire("legal"), registry.acquire("legal", 0.5)
+    save(root / "new", seed=3, r=4)
+    registry.load("legal", "new", replace=True)
+    torch.testing.assert_close(logits(registry, old.key), expected(root / "legal"))
+    torch.testing.assert_close(logits(registry, scaled.key), expected(root / "legal", scales=(0.5,)))
+    torch.testing.assert_close(answer(registry, "legal"), expected(root / "new"))
+    old.release()
+    old.release()
+    assert old.key in keys(registry)  # the scaled one has the same tensors
+    scaled.release()
+    wait_until(lambda: len(keys(registry)) == 2)
+    torch.testing.assert_close(answer(registry, "legal"), expected(root / "new"))
+
+
+def test_an_unloaded_adapter_serves_its_requests(make: Callable[..., AdapterRegistry], root: Path) -> None:
+    registry = make("legal")
+    with registry.acquire("legal") as handle:
+        registry.unload("legal")
+        torch.testing.assert_close(logits(registry, handle.key), expected(root / "legal"))
+        registry.load("legal", "legal")  # the same content: the name means it again
+        assert keys(registry) == [handle.key]
+    answer(registry, "legal")
+    assert [info.in_memory for info in registry.list()] == [True]
+
+
+def test_the_same_content_has_the_same_key_and_another_one_has_not(
+    make: Callable[..., AdapterRegistry], root: Path
+) -> None:
+    registry = make("legal")
+    [key] = keys(registry)
+    registry.load("legal", "legal", replace=True)
+    assert keys(registry) == [key]
+    file = root / "legal" / "adapter_model.safetensors"
+    stored = file.read_bytes()
+    file.write_bytes(stored[:-1] + bytes([stored[-1] ^ 1]))  # one bit of a weight
+    registry.load("legal", "legal", replace=True)
+    assert keys(registry) != [key]
+    assert len(keys(registry)) == 1
+
+
+# ---- Scales and mixtures
+
+
+@pytest.mark.parametrize(
+    ("model", "scale", "folders", "scales"),
+    [
+        ("legal@0.5", None, ["legal"], [0.5]),
+        ("legal", 0.5, ["legal"], [0.5]),
+        ("legal@-2", 0.5, ["legal"], [-1]),
+        ("dora@0.3", None, ["dora"], [0.3]),
+        ("rows@0.3", None, ["rows"], [0.3]),
+        ("legal+chat@0.5", None, ["legal", "chat"], [1, 0.5]),
+        ("chat@0.25+legal@2", 2, ["legal", "chat"], [4, 0.5]),
+        ("legal+dora@0", None, ["legal"], [1]),
+    ],
+)
+def test_scales_and_mixtures_are_exact(
+    make: Callable[..., AdapterRegistry],
+    root: Path,
+    model: str,
+    scale: float | None,
+    folders: list[str],
+    scales: list[float],
+) -> None:
+    registry = make(*ADAPTERS)
+    result = expected(*(root / folder for folder in folders), scales=tuple(scales))
+    torch.testing.assert_close(answer(registry, model, scale), result, rtol=1e-4, atol=1e-4)
+    for folder in folders:  # what they are made of is as before
+        torch.testing.assert_close(answer(registry, folder), expected(root / folder))
+
+
+def test_a_scaled_head_is_exact(make: Callable[..., AdapterRegistry], root: Path) -> None:
+    model = LoRAModel.from_pretrained(chat_model(), root / "head", "head")
+    model.combine({"head": 0.5}, "half")
+    model.set_adapter("half")
+    registry = make("head")
+    torch.testing.assert_close(answer(registry, "head@0.5"), model.eval()(input_ids=IDS).logits[0].detach())
+
+
+def test_equal_requests_share_one_adapter_without_tensors_of_its_own(make: Callable[..., AdapterRegistry]) -> None:
+    registry = make("legal", "chat")
+    for model, scale in (("legal@0.5", None), ("legal", 0.5), ("legal@1", 0.5), ("legal@0.50", None)):
+        answer(registry, model, scale)
+    assert len(keys(registry)) == 3
+    part, scaled = (
+        registry._adapter_set.adapters[key].low_rank["model.layers.0.mlp.up_proj"] for key in keys(registry)[::2]
+    )
+    assert part.lora_A is scaled.lora_A
+    answer(registry, "legal+chat")
+    answer(registry, "chat+legal")
+    assert len(keys(registry)) == 4
+    assert answer(registry, "legal@0").equal(answer(registry, "base"))
+    assert len(keys(registry)) == 4
+
+
+@pytest.mark.parametrize(
+    ("model", "scale", "message"),
+    [
+        ("legal@x", None, "'x'"),
+        ("legal@", None, "take a number"),
+        ("legal@inf", None, "finite"),
+        ("legal@1e308", 1e308, "finite"),
+        ("legal", float("nan"), "finite"),
+        ("legal+legal@2", None, "twice"),
+        ("base", 0.5, "is the base"),
+        ("legal+dora", None, "DoRA"),
+        ("legal+rows", None, "rows of an embedding"),
+    ],
+)
+def test_what_cannot_be_computed_exactly_is_refused(
+    make: Callable[..., AdapterRegistry], model: str, scale: float | None, message: str
+) -> None:
+    registry = make("legal", "dora", "rows")
+    with pytest.raises(ConfigError, match=message):
+        registry.acquire(model, scale)
+    assert len(keys(registry)) == 3
+    assert not any(info.requests for info in registry.list())
+
+
+def test_a_module_that_is_not_linear_is_not_scaled(make: Callable[..., AdapterRegistry]) -> None:
+    registry = make("norm")
+    with pytest.raises(AdapterError, match="not linear in its weights"):
+        registry.acquire("norm@0.5")
+    assert not any(info.requests for info in registry.list())
+
+
+# ---- Memory
+
+
+def test_the_least_recently_used_adapter_makes_room_and_comes_back(
+    make: Callable[..., AdapterRegistry], root: Path
+) -> None:
+    registry = make("legal", budget=2.5)
+    registry.load("b", "legal")
+    answer(registry, "legal")
+    registry.load("c", "legal")
+    assert in_memory(registry) == {"legal", "c"}
+    before = registry.list()
+    torch.testing.assert_close(answer(registry, "b"), expected(root / "legal"))
+    assert in_memory(registry) == {"b", "c"}
+    assert [info.created for info in registry.list()] == [info.created for info in before]
+    registry.pin("b")
+    answer(registry, "c")
+    answer(registry, "legal")
+    assert in_memory(registry) == {"b", "legal"}
+    registry.unpin("b")
+    answer(registry, "c")
+    assert in_memory(registry) == {"c", "legal"}
+    registry.pin("b")
+    assert "b" in in_memory(registry)
+
+
+def test_adapters_in_use_or_pinned_stay_in_memory(make: Callable[..., AdapterRegistry]) -> None:
+    registry = make("legal", budget=2.5)
+    registry.load("b", "legal")
+    registry.pin("b")
+    with registry.acquire("legal@0.5") as handle:
+        for call in (lambda: registry.load("c", "legal"), lambda: registry.acquire("legal+b")):
+            with pytest.raises(MemoryInUseError, match="try again later"):
+                call()
+        assert handle.key in keys(registry)
+        assert in_memory(registry) == {"legal", "b"}
+    registry.load("c", "legal")
+    assert in_memory(registry) == {"b", "c"}
+    assert len(keys(registry)) == 2  # the scaled one went before its tensors
+
+
+def test_an_adapter_that_is_too_large_is_refused(make: Callable[..., AdapterRegistry], root: Path) -> None:
+    registry = make("legal", budget=2)
+    save(root / "large", r=8)
+    with pytest.raises(MemoryLimitError, match=r"takes [\d.]+ kB, and all adapters together may take") as caught:
+        registry.load("large", "large")
+    assert not isinstance(caught.value, MemoryInUseError)
+    assert in_memory(registry) == {"legal"}
+
+
+@pytest.mark.parametrize("change", ["content", "removed", "linked"])
+def test_files_are_checked_again_when_an_adapter_comes_back(
+    make: Callable[..., AdapterRegistry], root: Path, change: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = make("legal", budget=1.5)
+    outside = Path(shutil.copytree(root / "legal", root.parent / "outside"))
+    registry.load("b", "legal")
+    shutil.rmtree(root / "legal")
+    if change == "content":
+        save(root / "legal", seed=5, r=2)
+        torch.testing.assert_close(answer(registry, "legal"), expected(root / "legal"))
+        assert "'legal' have changed" in caplog.text
+    elif change == "removed":
+        with pytest.raises(AdapterNotFoundError, match="does not exist"):
+            registry.acquire("legal")
+    else:
+        (root / "legal").symlink_to(outside)
+        with pytest.raises(ConfigError, match="outside"):
+            registry.acquire("legal")
+    assert in_memory(registry) == ({"legal"} if change == "content" else {"b"})
+
+
+def test_clients_that_ask_for_many_scales_do_not_fill_the_memory(make: Callable[..., AdapterRegistry]) -> None:
+    registry = make("legal")
+    for number in range(MOST_DERIVED + 5):
+        registry.acquire("legal", 0.5 + number / 100).release()
+    assert len(keys(registry)) == MOST_DERIVED + 1
+    [info] = registry.list()
+    assert info.requests == 0
+
+
+# ---- Threads
+
+
+def test_many_threads_always_get_an_adapter_that_is_there(make: Callable[..., AdapterRegistry], root: Path) -> None:
+    registry = make("legal", budget=4)
+    save(root / "new", seed=1, r=2)
+    registry.load("b", "legal")
+
+    def ask(number: int) -> None:
+        models = ("legal", "b", "legal@0.5", "legal+b", "base")
+        for i in range(12):
+            with registry.acquire(models[(number + i) % 5]) as handle:
+                time.sleep(0.001)
+                assert handle.key is None or handle.key in registry._adapter_set.adapters
+
+    def change() -> None:
+        for i in range(12):
+            registry.load("legal", ("new", "legal")[i % 2], replace=True)
+            registry.list()
+
+    with ThreadPoolExecutor() as pool:
+        for future in [*(pool.submit(ask, number) for number in range(5)), pool.submit(change)]:
+            with suppress(MemoryInUseError):  # legal twice, b, and their sum
+                future.result(timeout=60)
+    wait_until(lambda: sorted(keys(registry)) == sorted(registry._residents))
+    assert not any(info.requests for info in registry.list())
+    current = {info.digest[:16] for info in registry.list()}
+    digests = {part.partition("#")[2].partition("@")[0] for part in "+".join(keys(registry)).split("+")}
+    assert digests <= current
