@@ -24,7 +24,7 @@ RATING = ["--field", "label=rating"]
 LINES = {
     "compare": ["compare", *DEMO, "--minutes", "15"],
     "search": ["search", *DEMO, "--minutes", "10"],
-    "labels": ["compare", "--task", "sequence-classification", *REVIEWS, "--minutes", "25"],
+    "labels": ["compare", "--task", "sequence-classification", *REVIEWS, "--minutes", "30"],
     "classification": ["train", "--task", "sequence-classification", *REVIEWS, "--learning-rate", "1e-3"],
     "regression": ["train", "--task", "regression", *REVIEWS, *RATING, "--learning-rate", "1e-3"],
 }
