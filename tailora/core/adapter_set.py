@@ -31,6 +31,7 @@ from tailora.core.inference import generating
 from tailora.core.layer_calls import FirstStep, LayerCalls
 from tailora.core.layer_types import layer_path_of
 from tailora.core.mixed_batch import BatchRows, batch_row_parts, check_row_names, repeats_of_generate
+from tailora.core.packed_batch import PackedBatch, packed_layers
 from tailora.core.quantization import allow_repacking, prevent_repacking
 from tailora.errors import AdapterError, ConfigError, RowsError, TargetError, nearest
 
@@ -234,6 +235,18 @@ class AdapterSet:
                 yield
         finally:
             self.batch, self.training_obstacle = None, obstacle
+
+    def attach_by_token(self, batch: PackedBatch | None) -> None:
+        """Lets every token of a packed batch compute with the adapter that `batch` names, until this is called again.
+
+        To be called again after adapters were added or removed. None leaves the plain base.
+        Raises RowsError for an adapter of layers that do not compute the tokens one by one.
+        """
+        self.check_no_batch("choose adapters by token")
+        parts = {} if batch is None else packed_layers(batch, self.adapters, self._layer_paths, self.layers)
+        self.active = ()
+        for path, layer in self.layers.items():
+            attach(layer, parts.get(path, ()))
 
     def check_no_batch(self, action: str) -> None:
         """Raises RowsError within a block of `activated_by_row`."""

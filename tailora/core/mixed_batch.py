@@ -621,9 +621,14 @@ class BatchRowsModule(nn.Module):
             if copy.training != layer.training:
                 copy.train(layer.training)
             return copy(*args, **kwargs)
-        base_dtype, copy_dtype = (next(module.parameters()).dtype for module in (layer, self))
-        args, kwargs = tree_map(lambda value: _cast(value, copy_dtype, base_dtype), (args, kwargs))
-        return tree_map(lambda value: _cast(value, base_dtype, copy_dtype), layer.plain.forward(layer, *args, **kwargs))
+        return call_base(layer, next(self.parameters()).dtype, args, kwargs)
+
+
+def call_base(layer: Any, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
+    """Calls the base's module beside trained copies of it: takes and returns their dtype, and computes in its own."""
+    base_dtype = next(layer.parameters()).dtype
+    args, kwargs = tree_map(lambda value: _cast(value, dtype, base_dtype), (args, kwargs))
+    return tree_map(lambda value: _cast(value, base_dtype, dtype), layer.plain.forward(layer, *args, **kwargs))
 
 
 def _cast(value: Any, source: torch.dtype, to: torch.dtype) -> Any:

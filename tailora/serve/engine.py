@@ -88,7 +88,8 @@ class Engine(ABC):
 
     @abstractmethod
     def submit(self, request: Request, handle: EventHandler) -> None:
-        """Adds a request. `handle` is called in the engine's thread with every Token, at last with one Finish.
+        """Adds a request. `handle` is called with every Token, at last with one Finish; in the engine's thread, or in
+        the one that cancels.
 
         The caller has checked that the adapter exists, and that the request fits into `max_positions`.
         Raises AdapterError for an unknown adapter, RuntimeError if the engine is stopped.

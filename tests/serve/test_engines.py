@@ -1,0 +1,215 @@
+"""Engines: the tokens of a request are those that it gets alone, whatever runs beside it."""
+
+from collections.abc import Iterator
+from threading import Event
+from typing import Any
+
+import pytest
+import torch
+from tiny import GROUPED
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+
+from tailora import LoRAConfig
+from tailora.core.adapter import Adapter, create
+from tailora.core.adapter_set import AdapterSet
+from tailora.core.targets import select
+from tailora.errors import AdapterError, ConfigError
+from tailora.serve.continuous import ContinuousEngine
+from tailora.serve.engine import Engine, Finish, Request, SamplingParams, Token
+from tailora.serve.padded import PaddedEngine, make_engine
+
+EOS = 7
+CONFIGS = {  # ranks, DoRA, heads, embeddings and modules that are trained in full
+    "small": LoRAConfig(r=2),
+    "large": LoRAConfig(r=8, lora_alpha=32),
+    "dora": LoRAConfig(r=4, use_dora=True),
+    "head": LoRAConfig(r=4, target_modules=["q_proj", "lm_head", "embed_tokens"]),
+    "biased": LoRAConfig(r=4, lora_bias=True),
+    "saved": LoRAConfig(r=4, target_modules=["v_proj"], modules_to_save=["norm"]),
+    "tokens": LoRAConfig(r=4, target_modules=["v_proj"], trainable_token_indices=[3, 5]),
+}
+ENGINES = {"continuous": ContinuousEngine, "padded": PaddedEngine}
+
+
+def base_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(**GROUPED, tie_word_embeddings=False, initializer_range=0.2, max_position_embeddings=256)
+    return LlamaForCausalLM(config).eval()
+
+
+def adapter(base: Any, name: str) -> Adapter:
+    torch.manual_seed(sorted(CONFIGS).index(name))
+    new = create(select(base, CONFIGS[name]), CONFIGS[name])
+    for part in new.parts.values():
+        for parameter in part.parameters():
+            parameter.data += torch.randn_like(parameter) * 0.3
+        part.eval()
+    return new
+
+
+class Answers:
+    """Submits requests and gathers what comes back."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.tokens, self.finishes = engine, dict[str, list[Token]](), dict[str, Finish]()
+        self.ended: dict[str, Event] = {}
+        self.first_token = Event()
+
+    def submit(self, name: str, prompt: list[int], model: str | None, **params: Any) -> None:
+        self.tokens[name], self.ended[name] = [], Event()
+        settings = SamplingParams(**{"max_tokens": 12, "temperature": 0.0, **params})
+
+        def handle(event: Token | Finish) -> None:
+            if isinstance(event, Token):
+                self.tokens[name].append(event)
+                self.first_token.set()
+            else:
+                self.finishes[name] = event
+                self.ended[name].set()
+
+        self.engine.submit(Request(name, tuple(prompt), model, settings), handle)
+
+    def wait(self) -> dict[str, list[int]]:
+        assert all(ended.wait(60) for ended in self.ended.values())
+        return {name: [token.id for token in tokens] for name, tokens in self.tokens.items()}
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    base = base_model()
+    adapter_set = AdapterSet(base, {name: adapter(base, name) for name in CONFIGS})
+    engine = ENGINES[request.param](adapter_set, [EOS], max_positions=200, max_requests=16)
+    engine.start()
+    yield engine
+    engine.stop(10)
+
+
+def prompts() -> list[tuple[str, list[int], str | None]]:
+    """Two prompts of each adapter and the base, one of them the same for all."""
+    generator = torch.Generator().manual_seed(1)
+    result: list[tuple[str, list[int], str | None]] = []
+    for number, model in enumerate([None, *CONFIGS]):
+        own = torch.randint(8, 300, (3 + 5 * number,), generator=generator).tolist()
+        result += [(f"{model}-own", own, model), (f"{model}-shared", [9, 10, 11, 3, 5, 12], model)]
+    return result
+
+
+def alone(name: str | None, prompt: list[int], tokens: int = 12) -> list[int]:
+    """What the model generates with this adapter active, without any engine."""
+    base = base_model()
+    adapter_set = AdapterSet(base, {} if name is None else {name: adapter(base, name)})
+    adapter_set.activate(name, training=False)
+    output = base.generate(
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=tokens, eos_token_id=EOS, pad_token_id=0
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+def test_greedy_tokens_are_those_of_the_request_alone(engine: Engine) -> None:
+    answers = Answers(engine)
+    for name, prompt, model in prompts():
+        answers.submit(name, prompt, model)
+    together = answers.wait()
+    expected = {name: alone(model, prompt) for name, prompt, model in prompts()}
+    assert together == expected
+    shared = [tuple(tokens) for name, tokens in expected.items() if name.endswith("shared")]
+    assert len(set(shared)) == len(shared)  # so that a mixture of adapters would be seen
+
+
+def test_sampled_tokens_depend_on_the_seed_alone(engine: Engine) -> None:
+    settings = {"temperature": 1.0, "top_p": 0.9, "logprobs": 2, "ignore_eos": True}
+    by_itself = Answers(engine)
+    by_itself.submit("x", [9, 10, 11], "large", seed=5, **settings)
+    expected = by_itself.wait()["x"]
+    answers = Answers(engine)
+    for name, prompt, model in prompts():
+        answers.submit(name, prompt, model, seed=1, temperature=1.0)
+    answers.submit("x", [9, 10, 11], "large", seed=5, **settings)
+    answers.submit("other seed", [9, 10, 11], "large", seed=6, **settings)
+    together = answers.wait()
+    assert together["x"] == expected
+    assert together["other seed"] != expected
+    assert len(expected) == 12
+    assert all(len(token.top) == 2 and token.logprob <= token.top[0][1] for token in answers.tokens["x"])
+
+
+def test_logprobs_are_the_models(engine: Engine) -> None:
+    answers = Answers(engine)
+    answers.submit("x", [9, 10, 11], "dora", logprobs=3, max_tokens=1)
+    answers.submit("beside", [9, 10], "small")
+    answers.wait()
+    base = base_model()
+    AdapterSet(base, {"dora": adapter(base, "dora")}).activate("dora", training=False)
+    with torch.no_grad():
+        values, ids = base(torch.tensor([[9, 10, 11]])).logits[0, -1].log_softmax(-1).topk(3)
+    (token,) = answers.tokens["x"]
+    assert [i for i, _ in token.top] == ids.tolist()
+    assert [value for _, value in token.top] == pytest.approx(values.tolist(), abs=1e-5)
+    assert answers.finishes["x"].reason == "length"
+
+
+def test_adapters_come_and_go_while_requests_run(engine: Engine) -> None:
+    answers = Answers(engine)
+    for number in range(4):
+        answers.submit(f"long-{number}", [9, 10, 11], "large", max_tokens=60, ignore_eos=True)
+    answers.first_token.wait(10)
+    base: Any = engine.adapter_set.base_model
+    with engine.paused():
+        engine.adapter_set.remove("small")
+        engine.adapter_set.add("again", adapter(base, "small"))
+    answers.submit("x", [9, 10, 11], "again")
+    tokens = answers.wait()
+    assert tokens["x"] == alone("small", [9, 10, 11])
+    assert all(len(tokens[f"long-{number}"]) == 60 for number in range(4))
+    with pytest.raises(AdapterError, match="small"):
+        answers.engine.submit(Request("y", (9,), "small", SamplingParams(1)), lambda _: None)
+
+
+def test_a_request_is_cancelled_and_others_go_on(engine: Engine) -> None:
+    answers = Answers(engine)
+    answers.submit("long", [9, 10, 11], "large", max_tokens=150, ignore_eos=True)
+    answers.submit("beside", [9, 10, 11], "dora")
+    answers.first_token.wait(10)
+    engine.cancel("long")
+    tokens = answers.wait()
+    assert answers.finishes["long"].reason == "cancelled"
+    assert len(tokens["long"]) < 150
+    assert tokens["beside"] == alone("dora", [9, 10, 11])
+    engine.cancel("long")  # has ended
+
+
+def test_stop_ends_what_runs(engine: Engine) -> None:
+    answers = Answers(engine)
+    for number in range(40):
+        answers.submit(str(number), [9, 10, 11], None, max_tokens=190, ignore_eos=True)
+    answers.first_token.wait(10)
+    engine.stop(0.01)
+    answers.wait()
+    assert {finish.reason for finish in answers.finishes.values()} <= {"length", "cancelled"}
+    assert not engine.is_alive
+    with pytest.raises(RuntimeError, match="not running"):
+        engine.submit(Request("y", (9,), None, SamplingParams(1)), lambda _: None)
+
+
+def test_a_forward_that_fails_ends_its_requests_and_no_others(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = engine.adapter_set.base_model.get_submodule("model.layers.0.mlp")
+
+    def forward(*_: Any) -> None:
+        raise RuntimeError("a kernel failed")
+
+    answers = Answers(engine)
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "forward", forward)
+        answers.submit("fails", [9, 10], "small")
+        answers.wait()
+    assert "a kernel failed" in answers.finishes["fails"].message
+    answers.submit("x", [9, 10, 11], "large")
+    assert answers.wait()["x"] == alone("large", [9, 10, 11])
+
+
+def test_the_engine_is_chosen_by_the_model() -> None:
+    assert isinstance(make_engine(AdapterSet(base_model(), {}), [EOS], max_positions=64), ContinuousEngine)
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1))
+    assert isinstance(make_engine(AdapterSet(mamba, {}), [EOS], max_positions=64), PaddedEngine)
+    with pytest.raises(ConfigError, match="padded"):
+        make_engine(AdapterSet(mamba, {}), [EOS], "continuous", max_positions=64)
