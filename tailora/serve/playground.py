@@ -1,0 +1,132 @@
+"""The page on which people compare two models side by side, and a small server of it for any OpenAI-compatible server.
+
+`add_page` serves it at `/` of our own server. For another one, `playground_app` passes the page's requests on: a
+browser would refuse them, since few servers allow other origins.
+"""
+
+import base64
+import hashlib
+import re
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from tailora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from httpx import AsyncClient
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+PASSED_ON = {  # what the page asks for
+    "GET": ("/v1/models",),
+    "POST": ("/v1/chat/completions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+}
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+CONNECT_SECONDS = 10.0
+
+
+def page() -> str:
+    return files("tailora.serve").joinpath("playground.html").read_text(encoding="utf-8")
+
+
+def page_headers(html: str) -> Mapping[str, str]:
+    """Returns headers that allow this page's own script and style, requests to its own server, and nothing else."""
+    policy = {
+        "default-src": "'none'",
+        "script-src": _hashes(html, "script"),
+        "style-src": _hashes(html, "style"),
+        "connect-src": "'self'",
+        "img-src": "data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+    }
+    return {
+        "Content-Security-Policy": "; ".join(f"{name} {sources}" for name, sources in policy.items()),
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+        "Cache-Control": "no-cache",
+    }
+
+
+def _hashes(html: str, tag: str) -> str:
+    contents = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+    digests = (base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() for content in contents)
+    return " ".join(f"'sha256-{digest}'" for digest in digests)
+
+
+def add_page(app: "FastAPI") -> None:
+    """Serves the page at `/`."""
+    from fastapi.responses import HTMLResponse
+
+    html = page()
+    headers = page_headers(html)
+
+    async def playground() -> HTMLResponse:
+        return HTMLResponse(html, headers=dict(headers))
+
+    app.add_api_route("/", playground, methods=["GET"], include_in_schema=False)
+
+
+def playground_app(url: str) -> "FastAPI":
+    """Returns an app with the page, which passes its requests on to the server at `url`, with or without "/v1".
+
+    Keys are those that the user types into the page. Raises ConfigError for what is no address of a server.
+    """
+    import httpx
+    from fastapi import FastAPI
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    server = _server_address(url)
+
+    @asynccontextmanager
+    async def client_of_app(app: FastAPI) -> AsyncIterator[None]:
+        timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)  # an answer takes as long as it takes
+        async with httpx.AsyncClient(base_url=server, timeout=timeout) as client:
+            app.state.client = client
+            yield
+
+    async def pass_on(request: "Request") -> "Response":
+        return await _pass_on(request, request.app.state.client)
+
+    app = FastAPI(lifespan=client_of_app, openapi_url=None)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_HOSTS])  # no other site by a name of its own
+    add_page(app)
+    for method, paths in PASSED_ON.items():
+        for path in paths:
+            app.add_route(path, pass_on, methods=[method])
+    return app
+
+
+def _server_address(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"--url {url}: not the address of a server; give one such as http://127.0.0.1:8000")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+async def _pass_on(request: "Request", client: "AsyncClient") -> "Response":
+    """Sends the request to the server, and streams its answer back."""
+    import httpx
+    from starlette.background import BackgroundTask
+    from starlette.responses import JSONResponse, StreamingResponse
+
+    is_json = request.headers.get("content-type", "").partition(";")[0] == "application/json"
+    if request.method == "POST" and not is_json:  # another site could send any other type without asking
+        return JSONResponse({"error": {"message": "send application/json"}}, 415)
+    names = ("authorization", "content-type")
+    headers = {name: request.headers[name] for name in names if name in request.headers}
+    sent = client.build_request(request.method, request.url.path, headers=headers, content=await request.body())
+    try:
+        answer = await client.send(sent, stream=True)
+    except httpx.HTTPError as error:
+        message = f"{client.base_url} cannot be reached: {error or type(error).__name__}"
+        return JSONResponse({"error": {"message": message}}, 502)
+    media_type = answer.headers.get("content-type")
+    return StreamingResponse(
+        answer.aiter_bytes(), answer.status_code, media_type=media_type, background=BackgroundTask(answer.aclose)
+    )

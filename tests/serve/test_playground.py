@@ -1,0 +1,325 @@
+"""The page for comparing two models: its headers, how its requests are passed on, and what people do in a browser."""
+
+import asyncio
+import itertools
+import json
+import os
+import shutil
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from tailora.data.schemas import PREFERENCE, detect_schema
+from tailora.errors import ConfigError
+from tailora.serve.playground import add_page, page, page_headers, playground_app
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+in_browser = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"),
+]
+TOO_WIDE = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+SCHEMES: list[Literal["light", "dark"]] = ["light", "dark"]
+ANSWERS = {"base": ["I", " am", " here"], "legal": ["I", " object", " <b>strongly</b>"]}
+
+
+def upstream(requests: list[dict[str, Any]]) -> FastAPI:
+    """A server of OpenAI's API with a base and adapters; it notes the requests."""
+    app = FastAPI()
+    names = ["base", "legal"]
+
+    @app.get("/v1/models")
+    async def models() -> Any:
+        return {
+            "object": "list",
+            "data": [{"id": name, "parent": None if name == "base" else "base"} for name in names],
+        }
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Any:
+        body = await request.json()
+        requests.append({**body, "authorization": request.headers.get("authorization")})
+        if body["messages"][-1]["content"] == "fail":
+            return JSONResponse({"error": {"message": "the queue is full", "code": 429}}, 429)
+        return StreamingResponse(events(body), media_type="text/event-stream")
+
+    @app.post("/v1/load_lora_adapter")
+    async def load(request: Request) -> Any:
+        body = await request.json()
+        requests.append({**body, "authorization": request.headers.get("authorization")})
+        if body["lora_path"] == "missing":
+            return JSONResponse({"error": {"message": "missing does not exist"}}, 404)
+        names.append(body["lora_name"])
+        return PlainTextResponse("Success")
+
+    @app.post("/v1/unload_lora_adapter")
+    async def unload(request: Request) -> Any:
+        names.remove((await request.json())["lora_name"])
+        return PlainTextResponse("Success")
+
+    return app
+
+
+async def events(body: dict[str, Any]) -> AsyncIterator[str]:
+    def event(delta: dict[str, Any], **others: Any) -> str:
+        return f"data: {json.dumps({'choices': [{'index': 0, 'delta': delta, **others}]})}\n\n"
+
+    yield event({"role": "assistant", "content": ""})
+    for token in ANSWERS[body["model"]]:
+        if body["messages"][-1]["content"] == "slow":
+            await asyncio.sleep(0.5)
+        own = {"token": token, "logprob": -0.5, "bytes": None}
+        top = [{"token": tokens[1], "logprob": -2.5, "bytes": None} for tokens in ANSWERS.values()]
+        yield event({"content": token}, logprobs={"content": [{**own, "top_logprobs": top}]})
+    yield event({}, finish_reason="stop")
+    yield "data: [DONE]\n\n"
+
+
+@contextmanager
+def running(app: FastAPI) -> Iterator[str]:
+    """The address of a server that runs this app."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listening.close()
+
+
+@pytest.fixture
+def requests() -> list[dict[str, Any]]:
+    return []
+
+
+@pytest.fixture
+def url(requests: list[dict[str, Any]]) -> Iterator[str]:
+    with running(upstream(requests)) as server, running(playground_app(f"{server}/v1")) as address:
+        yield address
+
+
+# ---- Headers, and requests passed on
+
+
+def test_the_policy_allows_the_pages_own_script_and_style_alone() -> None:
+    policy = page_headers(page())["Content-Security-Policy"]
+    assert "unsafe" not in policy
+    assert policy.count("'sha256-") == 2
+    assert "default-src 'none'" in policy
+    changed = page_headers(page().replace("use strict", "use  strict"))["Content-Security-Policy"]
+    assert changed != policy
+
+
+def test_the_page_needs_nothing_from_outside() -> None:
+    html = page()
+    assert "http://" not in html
+    assert "https://" not in html
+    assert "innerHTML" not in html  # answers are text
+
+
+def test_our_own_server_has_the_page_at_its_root() -> None:
+    app = FastAPI()
+    add_page(app)
+    with running(app) as address:
+        answer = httpx.get(address)
+    assert answer.text == page()
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'")
+
+
+def test_requests_are_passed_on_as_they_are(url: str, requests: list[dict[str, Any]]) -> None:
+    assert [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]] == ["base", "legal"]
+    body = {"model": "legal", "messages": [{"role": "user", "content": "fail"}]}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body, headers={"Authorization": "Bearer k"})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (429, "the queue is full")
+    assert requests == [{**body, "authorization": "Bearer k"}]
+    assert httpx.get(f"{url}/v1/files").status_code == 404
+
+
+def test_other_sites_cannot_use_it(url: str, requests: list[dict[str, Any]]) -> None:
+    path = f"{url}/v1/load_lora_adapter"
+    plain = httpx.post(path, content='{"lora_name": "x", "lora_path": "y"}', headers={"Content-Type": "text/plain"})
+    assert plain.status_code == 415
+    assert httpx.get(url, headers={"Host": "evil.example"}).status_code == 400
+    preflight = httpx.options(path, headers={"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"})
+    assert "access-control-allow-origin" not in preflight.headers
+    assert requests == []
+
+
+def test_a_server_that_cannot_be_reached_is_said() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with running(playground_app(f"http://127.0.0.1:{port}")) as address:
+        answer = httpx.get(f"{address}/v1/models")
+    assert answer.status_code == 502
+    assert "cannot be reached" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:8000", "ftp://x", "http://", ""])
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="not the address"):
+        playground_app(address)
+
+
+# ---- In a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        sandbox = [] if os.geteuid() else ["--no-sandbox"]  # Chromium refuses root with one
+        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=sandbox)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def opened(browser: Browser, url: str) -> Iterator[Page]:
+    """The page with its models listed; fails on messages of the browser and requests to other servers."""
+    shown = browser.new_page()
+    messages: list[str] = []
+    shown.on("console", lambda message: messages.append(message.text))
+    shown.on("pageerror", lambda error: messages.append(str(error)))
+    shown.on(
+        "request",
+        lambda request: None if request.url.startswith((url, "data:", "blob:")) else messages.append(request.url),
+    )
+    shown.goto(url)
+    expect(shown.locator("#status")).to_have_text("2 models")
+    yield shown
+    assert [message for message in messages if "Failed to load resource" not in message] == []
+    shown.close()
+
+
+def ask(shown: Page, prompt: str = "Who are you?") -> None:
+    shown.fill("#prompt", prompt)
+    shown.press("#prompt", "Control+Enter")
+    expect(shown.locator("#send")).to_be_enabled()
+
+
+def answers(shown: Page) -> list[str]:
+    return shown.locator(".answer").all_inner_texts()
+
+
+class TestInBrowser:
+    pytestmark = in_browser
+
+    def test_both_answer_the_same_prompt(self, opened: Page, requests: list[dict[str, Any]]) -> None:
+        ask(opened)
+        assert answers(opened) == ["".join(ANSWERS["base"]), "".join(ANSWERS["legal"])]
+        first, second = requests
+        assert {first["model"], second["model"]} == {"base", "legal"}
+        assert [{**request, "model": ""} for request in requests] == [{**first, "model": ""}] * 2
+        assert (first["seed"], first["logprobs"], first["authorization"]) == (0, True, None)
+        assert "tokens/s" in opened.inner_text("section[data-side='0'] .speed")
+
+    def test_tokens_are_coloured_up_to_the_first_that_differs(self, opened: Page) -> None:
+        ask(opened)
+        shown = opened.eval_on_selector_all(
+            ".answer span", "spans => spans.map(span => [span.textContent, span.dataset.difference ?? null])"
+        )
+        assert shown[:3] == [["I", "0.000"], [" am", "2.000"], [" here", None]]
+        colour = "getComputedStyle(document.querySelectorAll('.answer span')[1]).backgroundColor"
+        assert opened.evaluate(colour).startswith("rgba(11, 99, 196")
+
+    def test_the_strength_goes_to_the_adapter_alone(self, opened: Page, requests: list[dict[str, Any]]) -> None:
+        assert opened.is_disabled("section[data-side='0'] input[type=range]")
+        opened.fill("section[data-side='1'] input[type=range]", "0.5")
+        opened.keyboard.press("s")  # the slider has the focus
+        assert opened.input_value("section[data-side='0'] select") == "legal"
+        ask(opened)
+        assert {request["model"]: request.get("lora_scale") for request in requests} == {"legal": 0.5, "base": None}
+
+    def test_blind_votes_are_counted_and_saved_as_preferences(self, opened: Page, tmp_path: Path) -> None:
+        opened.check("#blind")
+        for _ in range(4):
+            ask(opened)
+            assert opened.locator(".answer span").count() == 0  # colours would tell
+            legal = next(i for i, answer in enumerate(answers(opened)) if "object" in answer)
+            opened.locator("h1").click()
+            opened.keyboard.press(str(legal + 1))
+            assert opened.inner_text(f"section[data-side='{legal}'] .speed").endswith("this was legal")
+        assert opened.inner_text("#tally") == (
+            "base 0 : 4 legal: base wins 0% (95% interval 0% to 49%), legal is better"
+        )
+        with opened.expect_download() as download:
+            opened.click("#save")
+        download.value.save_as(tmp_path / "preferences.jsonl")
+        rows = [json.loads(line) for line in (tmp_path / "preferences.jsonl").read_text().splitlines()]
+        assert detect_schema(rows).schema.task == PREFERENCE
+        assert rows == 4 * [
+            {
+                "prompt": [{"role": "user", "content": "Who are you?"}],
+                "chosen": [{"role": "assistant", "content": "".join(ANSWERS["legal"])}],
+                "rejected": [{"role": "assistant", "content": "".join(ANSWERS["base"])}],
+            }
+        ]
+
+    def test_prompts_of_a_file(self, opened: Page, tmp_path: Path) -> None:
+        rows = [
+            {"prompt": "one"},
+            {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "two"}]},
+        ]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        opened.set_input_files("#file", tmp_path / "rows.jsonl")
+        expect(opened.locator("#prompt")).to_have_value("one")
+        opened.locator("h1").click()
+        opened.keyboard.press("n")
+        assert opened.input_value("#prompt") == "two"
+        assert opened.inner_text("#position") == "2 of 2"
+        opened.keyboard.press("n")
+        opened.keyboard.press("p")
+        assert opened.input_value("#prompt") == "one"
+        (tmp_path / "bad.jsonl").write_text("{")
+        opened.set_input_files("#file", tmp_path / "bad.jsonl")
+        expect(opened.locator("#status")).to_contain_text("cannot be used")
+
+    def test_adapters_are_loaded_and_unloaded(self, opened: Page, requests: list[dict[str, Any]]) -> None:
+        opened.click("summary")
+        opened.fill("#lora-name", "new")
+        opened.fill("#lora-path", "missing")
+        opened.fill("#admin-key", "secret")
+        opened.click("#load")
+        expect(opened.locator("#status")).to_have_text("missing does not exist")
+        opened.fill("#lora-path", "folder")
+        opened.click("#load")
+        expect(opened.locator("#status")).to_have_text("new: done")
+        assert requests[-1] == {"lora_name": "new", "lora_path": "folder", "authorization": "Bearer secret"}
+        assert opened.locator("select").first.locator("option").all_inner_texts() == ["base", "legal", "new"]
+        opened.click("#unload")
+        expect(opened.locator("select").first.locator("option")).to_have_count(2)
+
+    def test_errors_and_a_stop_are_shown(self, opened: Page) -> None:
+        ask(opened, "fail")
+        assert all("the queue is full" in answer for answer in answers(opened))
+        assert opened.is_disabled("[data-vote='0']")
+        opened.fill("#prompt", "slow")
+        opened.click("#send")
+        expect(opened.locator(".answer")).to_have_text(["I", "I"])
+        opened.keyboard.press("Escape")
+        expect(opened.locator("#send")).to_be_enabled()
+        assert answers(opened) == ["I [stopped]"] * 2
+
+    def test_it_fits_every_screen(self, opened: Page) -> None:
+        ask(opened)
+        opened.click("summary")
+        for scheme, width in itertools.product(SCHEMES, (1100, 360)):
+            opened.set_viewport_size({"width": width, "height": 900})
+            opened.emulate_media(color_scheme=scheme)
+            assert opened.evaluate(TOO_WIDE) == 0, (scheme, width)
+            background = opened.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+            if folder := os.environ.get("SCREENSHOTS"):
+                opened.screenshot(path=Path(folder) / f"playground-{scheme}-{width}.png", full_page=True)
