@@ -214,7 +214,7 @@ def task_heads(model: nn.Module) -> list[str]:
 
     They begin untrained: `classifier`, `score`, `qa_outputs`, ... Where the base model is not one module of its own
     (CLIP, T5), they are the model's own linear layers. A name that modules of the base model end with, too, is left
-    out: PEFT would take them all.
+    out: PEFT would take them all. A pooler that the model's files lack is one of them (`set_missing_pooler`).
     """
     if not HAS_TASK_HEAD.search(type(model).__name__):
         return []
@@ -226,7 +226,25 @@ def task_heads(model: nn.Module) -> list[str]:
         if next(module.parameters(), None) is not None and not quantized_layers(module)
     ]
     others = [path for path, _ in model.named_modules() if not any(patterns.inside(path, head) for head in heads)]
-    return [head for head in heads if not any(path.endswith(head) for path in others)]
+    unique = [head for head in heads if not any(path.endswith(head) for path in others)]
+    return [*missing_pooler(model), *unique]
+
+
+def set_missing_pooler(model: nn.Module, missing: Collection[str]) -> None:
+    """Makes the pooler of the base model, such as `bert.pooler`, one of the `task_heads` if the files lack all of it.
+
+    missing: names of the parameters that the files lack. A model that was pretrained for masked words has no pooler.
+    """
+    path = f"{getattr(model, 'base_model_prefix', '')}.pooler"
+    names = [name for name, _ in model.named_parameters() if patterns.inside(name, path)]
+    if names and set(names) <= set(missing):
+        cast(Any, model).missing_pooler = path
+
+
+def missing_pooler(model: nn.Module) -> list[str]:
+    """Returns the path of the pooler that the model's files lack, in a list; [] for other models."""
+    path = getattr(model, "missing_pooler", None)
+    return [path] if isinstance(path, str) else []
 
 
 # ---- Candidates

@@ -26,6 +26,7 @@ from tailora.core.quantization import quantized_layers, storage_obstacle
 from tailora.core.targets import (
     Target,
     extra_targets,
+    missing_pooler,
     quantized_saved_module,
     saved_modules,
     selected_candidates,
@@ -209,6 +210,12 @@ def _restore(stored: peft.StoredAdapter, base_model: nn.Module, allow_base_misma
     problems = tensors.problems
     problems += extra_problems
     problems += [f"missing {path}, which modules_to_save names" for path in saved_paths if path not in tensors.saved]
+    problems += [
+        f"missing {path}: the files of the base model lack it, so it has random weights here; take the base model that "
+        "the adapter was trained on"
+        for path in missing_pooler(base_model)
+        if path not in tensors.saved and path not in saved_paths
+    ]
     # The parts, filled with these tensors
     low_rank: dict[str, LoRALayer] = {}
     for path in dict.fromkeys((*tensors.low_rank, *targets)):

@@ -46,7 +46,7 @@ from tailora.core.quantization import (
     quantized_layers,
     storage_obstacle,
 )
-from tailora.core.targets import task_heads
+from tailora.core.targets import set_missing_pooler, task_heads
 from tailora.data.demo import resolve_demo
 from tailora.data.labels import Labels
 from tailora.data.readers import check_model_exists
@@ -319,6 +319,8 @@ def load_base(
                 output_loading_info=True,
                 **more,
             )
+    if labels is not None:
+        set_missing_pooler(model, report["missing_keys"])
     heads = [] if labels is None else task_heads(model)
     if has_other_head:
         initialize_heads(model, heads, seed)

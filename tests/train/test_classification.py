@@ -13,10 +13,12 @@ from tiny import tiny_model, word_tokenizer
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from tailora import LoRAModel
+from tailora import LoRAConfig, LoRAModel
+from tailora.core.patterns import inside
+from tailora.core.targets import missing_pooler
 from tailora.data.dataset import IGNORED, Example, Examples
 from tailora.data.labels import Labels
-from tailora.errors import ConfigError
+from tailora.errors import ConfigError, FormatError
 from tailora.train.classification import LabelTask, class_weights, label_task
 from tailora.train.config import TrainConfig
 from tailora.train.loss import BatchLayout, evaluate, make_batch
@@ -303,11 +305,49 @@ def test_tags_are_learned_by_an_encoder(encoder: Path, tmp_path: Path) -> None:
 
 def test_weights_that_are_no_head_must_be_in_the_files(tmp_path: Path) -> None:
     model = tiny_model("BertModel", vocab_size=300)
-    tensors = {name: value for name, value in model.state_dict().items() if "pooler" not in name}
+    tensors = {name: value for name, value in model.state_dict().items() if "pooler.dense.bias" not in name}
     model.save_pretrained(tmp_path, state_dict=tensors)
     word_tokenizer(row["text"] for row in ROWS).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="pooler"):
+    with pytest.raises(ConfigError, match=r"lacks 1 weights .*pooler\.dense\.bias"):
         load_base(str(tmp_path), labels=SINGLE)
+
+
+@pytest.fixture(scope="module", params=["Bert", "Albert"])
+def masked_words(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that was pretrained for masked words alone: its files have no pooler."""
+    folder = tmp_path_factory.mktemp("masked")
+    word_tokenizer(row["text"] for row in ROWS).save_pretrained(folder)
+    tiny_model(f"{request.param}ForMaskedLM", vocab_size=300).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # that PEFT asks for
+@pytest.mark.slow
+def test_a_pooler_that_the_files_lack_is_trained_and_saved_with_the_head(
+    masked_words: Path, data: Path, tmp_path: Path
+) -> None:
+    result = run(settings(masked_words, data, tmp_path / "run", max_steps=4))
+    (path,) = missing_pooler(result.model.base_model)
+    assert sorted(result.model.adapter().saved) == [path, "classifier"]
+    assert not any(inside(layer, path) for layer in result.model.adapter().low_rank)
+    folder = tmp_path / "run" / "adapter"
+    saved = json.loads((folder / "adapter_config.json").read_text())["modules_to_save"]
+    assert sorted(saved) == [path, "classifier"]
+    inputs = result.tokenizer(ROWS[0]["text"], return_tensors="pt")
+    base = AutoModelForSequenceClassification.from_pretrained(masked_words, num_labels=2)
+    with torch.no_grad():
+        expected = result.model.eval()(**inputs).logits
+        torch.testing.assert_close(PeftModel.from_pretrained(base, folder).eval()(**inputs).logits, expected)
+        loaded, _ = load_base(str(masked_words), "float32", labels=labels_of_adapter(folder), seed=5)
+        torch.testing.assert_close(LoRAModel.from_pretrained(loaded, folder)(**inputs).logits, expected)
+
+
+def test_an_adapter_without_the_pooler_that_its_base_lacks_is_refused(masked_words: Path, tmp_path: Path) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(masked_words, num_labels=3)
+    LoRAModel(base, LoRAConfig(task_type="SEQ_CLS")).save_adapter(tmp_path / "adapter")
+    loaded, _ = load_base(str(masked_words), "float32", labels=SINGLE)
+    with pytest.raises(FormatError, match=r"missing (al)?bert\.pooler: the files of the base model lack it"):
+        LoRAModel.from_pretrained(loaded, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(
