@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from json import dumps
+from json import dumps, loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,8 +53,8 @@ def predict(
 ) -> int:
     """Predict the label of every row of a file, or answer it.
 
-    Each line of the output has what the model reads of a row, and what it says: label and probabilities, tags and
-    probabilities, or answer.
+    Each line of the output has the columns of a row, and what the model says: label and probabilities, tags and
+    probabilities, or answer. These replace columns of the same names.
     """
     check_sources(data=[data])
     for path in (output, partial_file(output)) if output is not None else ():
@@ -109,6 +109,12 @@ def read_all(source: str, limit: int | None) -> list[Row]:
     return [item for item in items if isinstance(item, Row)]
 
 
+def columns_of(row: Row) -> Prediction:
+    """Returns the row as JSON has it: numbers that are none are null, and dates of Parquet are text."""
+    columns: Prediction = loads(dumps(row.fields, default=str), parse_constant=lambda _: None)
+    return columns
+
+
 # ---- Labels
 
 
@@ -132,7 +138,7 @@ def labelled(
         for row, result in zip(rows[part], results, strict=True):
             if isinstance(result, DataError):
                 raise data_error([RowProblem(row.file, row.number, str(result))])
-            yield {column: row.fields[column] for column in mapping.columns.values()} | result
+            yield columns_of(row) | result
 
 
 # ---- Answers
@@ -147,10 +153,10 @@ def answers(
     questions = [question(row, field) for row in rows]
     if problems := [item for item in questions if isinstance(item, RowProblem)]:
         raise data_error(problems)
-    for messages in questions:
+    for row, messages in zip(rows, questions, strict=True):
         assert not isinstance(messages, RowProblem)
         pieces = stream_reply(model, tokenizer, messages, max_new_tokens=max_new_tokens)
-        yield {"messages": messages, "answer": "".join(pieces)}
+        yield columns_of(row) | {"messages": messages, "answer": "".join(pieces)}
 
 
 def question(row: Row, field: Mapping[str, str]) -> list[dict[str, Any]] | RowProblem:

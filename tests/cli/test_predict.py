@@ -99,12 +99,14 @@ def test_eval_names_a_score_that_there_is_not(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_predict_writes_labels_and_probabilities(folder: Path, tmp_path: Path) -> None:
-    rows = write(tmp_path / "rows.jsonl", [{"text": row["text"], "number": 1} for row in ROWS])
+    columns = {"number": 1, "share": float("nan"), "label": "unknown"}
+    rows = write(tmp_path / "rows.jsonl", [{"text": row["text"], **columns} for row in ROWS])
     code, out, _ = call("predict", folder / "run", "--data", rows, "--json")
     assert code == 0
     predictions = json.loads(out.splitlines()[-1])["predictions"]
     assert [row["text"] for row in predictions] == [row["text"] for row in ROWS]
     for row in predictions:
+        assert (row["number"], row["share"]) == (1, None)
         assert row["probabilities"].keys() == set(WORDS)
         assert sum(row["probabilities"].values()) == pytest.approx(1)
         assert row["label"] == max(row["probabilities"], key=row["probabilities"].get)
@@ -197,6 +199,10 @@ def test_a_language_model_answers_rows(tiny_model: Path, chats: Path, tmp_path: 
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["messages"][-1]["role"] for line in lines] == ["user", "user"]
     assert all(isinstance(line["answer"], str) for line in lines)
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": "Hi", "id": 7}])
+    code, out, _ = call("predict", "--model", tiny_model, "--data", rows, "--max-new-tokens", 3)
+    assert code == 0
+    assert json.loads(out)["id"] == 7
     rows = write(tmp_path / "rows.jsonl", [{"prompt": "Hi"}, {"question": "Hi"}])
     code, _, err = call("predict", "--model", tiny_model, "--data", rows)
     assert code == 2
