@@ -19,6 +19,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from tailora.data.schemas import SEQ2SEQ
 from tailora.errors import ConfigError
 from tailora.formats.io import read_own_json, write_file
 from tailora.formats.run_folder import write_report
@@ -95,8 +96,11 @@ def compare(
     }
     if names := sorted(name for name in STEP_CHOICE if getattr(train, name)):
         raise ConfigError(f"a comparison judges every run at its end: leave {' and '.join(names)} out")
-    if train.task in TASK_TYPES and study.forgetting_data is not None:
-        raise ConfigError(f"--task {train.task} trains models that write no text: leave --forgetting-data out")
+    if not measures_forgetting(train) and study.forgetting_data is not None:
+        raise ConfigError(
+            f"--task {train.task}: forgetting is measured of language models, which this task does not train: leave "
+            "--forgetting-data out"
+        )
     for arm in study.arms:
         arm_settings(train, study, arm, learning_rate=study.first_rate(arm))  # raises ConfigError for contradictions
     workers = make_workers(study.workers, train.device, study.minutes, processes)
@@ -218,7 +222,7 @@ class _Comparison:
         choosing, steps = not judging, {"max_steps": self.steps} if self.steps else {}
         spec = TrialSpec(
             arm_settings(self.train, self.study, arm, **{**steps, **fixed}),
-            forgetting=(self.study.forgetting_data or "") if judging and not self._has_labels else None,
+            forgetting=(self.study.forgetting_data or "") if judging and measures_forgetting(self.train) else None,
             keep=judging and self.study.method(arm) != FULL,  # a whole model for every seed would fill the disk
             choosing=choosing,
             before=self.base.get((arm, choosing)),
@@ -234,11 +238,6 @@ class _Comparison:
         if self.base.get((arm, choosing)) is None and name != TIMING:
             self.base[arm, choosing] = trial.base
         return trial
-
-    @property
-    def _has_labels(self) -> bool:
-        """Whether the models predict labels: they write no text, of which something could be forgotten."""
-        return self.train.task in TASK_TYPES
 
     @property
     def _runs_at_a_time(self) -> int:
@@ -423,3 +422,8 @@ class _Comparison:
 def _name(seed: int, rate: float) -> str:
     """Returns the folder's name of a run that judges."""
     return f"seed-{seed}-rate-{rate:.3g}"
+
+
+def measures_forgetting(train: TrainConfig) -> bool:
+    """False for models with a head for labels or with an encoder: forgetting is measured on text that goes on."""
+    return train.task not in (*TASK_TYPES, SEQ2SEQ)

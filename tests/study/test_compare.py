@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import tiny_model, word_tokenizer
 
 from tailora.cli.main import main
 from tailora.errors import ConfigError
@@ -314,19 +313,8 @@ def test_the_command_passes_on_how_many_processes_a_run_has(
 
 
 @pytest.mark.slow
-def test_arms_for_labels_are_judged_by_accuracy_too(tmp_path: Path) -> None:
-    tiny_model("BertModel", vocab_size=300).save_pretrained(tmp_path / "model")
-    rows = [{"text": f"a {word} film {number}", "label": word} for number in range(10) for word in ("fine", "dull")]
-    word_tokenizer(row["text"] for row in rows).save_pretrained(tmp_path / "model")
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train = TrainConfig(
-        task="sequence-classification",
-        model=str(tmp_path / "model"),
-        data=str(tmp_path / "rows.jsonl"),
-        output_dir=str(tmp_path / "out"),
-        validation_split=0.4,
-        max_steps=2,
-    )
+def test_arms_for_labels_are_judged_by_accuracy_too(labels_run: TrainConfig, tmp_path: Path) -> None:
+    train = labels_run.replaced(output_dir=str(tmp_path / "out"))
 
     def here(spec: TrialSpec, folder: Path, listen: Listen, worker: Worker | None = None) -> Trial:
         assert worker is None
@@ -342,3 +330,19 @@ def test_arms_for_labels_are_judged_by_accuracy_too(tmp_path: Path) -> None:
     assert low.accuracy_difference is not None
     assert low.forgetting is None
     assert "KL from base" not in write_page(tmp_path / "out").read_text()
+
+
+@pytest.mark.slow
+def test_runs_of_sequence_to_sequence_are_compared(seq2seq_run: TrainConfig, tmp_path: Path) -> None:
+    train = seq2seq_run.replaced(output_dir=str(tmp_path / "out"))
+    study = CompareConfig(arms={"lora": {}, "low": {"r": 2}}, seeds=1, rate_tries=1)
+    comparison = compare(train, study, run_trial=run_here)
+    for arm in comparison.arms:
+        assert arm.outcome == "done"
+        assert arm.eval_loss is not None
+        assert arm.eval_loss < comparison.base_loss
+        assert arm.forgetting is None
+    assert comparison.loss_unit == "nats per token"
+    with pytest.raises(ConfigError, match="--task seq2seq: forgetting is measured of language models"):
+        compare(train, study.replaced(forgetting_data="texts.jsonl"), run_trial=not_run)
+    write_page(tmp_path / "out")

@@ -15,6 +15,7 @@ from sqlalchemy.exc import OperationalError
 
 from tailora.cli.main import main
 from tailora.errors import ConfigError
+from tailora.report.files import write_page
 from tailora.study import optuna_study
 from tailora.study.config import SearchConfig
 from tailora.study.lr_range import find_range
@@ -126,6 +127,28 @@ def test_an_interrupted_trial_is_tried_again_when_the_search_goes_on(small_run: 
         for name in ("0000", "0001")
     )
     assert first == again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["labels", "seq2seq"])
+def test_labels_and_sequence_to_sequence_are_searched(
+    task: str, labels_run: TrainConfig, seq2seq_run: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = {"labels": labels_run, "seq2seq": seq2seq_run}[task]
+    train = TrainConfig(**train.model_dump(exclude_unset=True, exclude={"learning_rate"}))
+    train = train.replaced(output_dir=str(tmp_path / "study"))
+    space = {"learning_rate": "1e-3..3e-2", "target_modules": "all-linear,attention"}
+    result = search(train, SearchConfig(trials=2, seeds=1, finalists=1, space=space), run_trial=run_here)
+    assert [trial.state for trial in result.trials if trial.number == result.best.number] == ["done"]
+    assert result.loss_unit == {"labels": "nats per row", "seq2seq": "nats per token"}[task]
+    assert result.best.eval_loss < result.base_loss
+    page = write_page(tmp_path / "study").read_text()
+    assert result.loss_unit in page
+    chosen = read_config_file(tmp_path / "study" / "best.yaml")
+    assert chosen["task"] == train.task
+    command = ["train", "--config", str(tmp_path / "study" / "best.yaml"), "--samples", "0", "--json"]
+    assert main([*command, "--output-dir", str(tmp_path / "run")]) == 0
+    assert "eval_loss_after" in json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def test_too_little_time_for_a_search_is_refused_with_what_it_needs(small_run: TrainConfig, tmp_path: Path) -> None:
