@@ -73,10 +73,12 @@ class Engine(ABC):
     """Runs requests in a thread of its own. All methods may be called from any thread.
 
     adapter_set: the base model and its adapters. Change it only within `paused`.
+    eos_token_ids: tokens that end an answer.
     max_positions: longest prompt and answer together, in tokens.
     """
 
     adapter_set: AdapterSet
+    eos_token_ids: frozenset[int]
     max_positions: int
 
     @abstractmethod

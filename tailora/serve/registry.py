@@ -244,6 +244,10 @@ class AdapterRegistry:
             *(resident is not None, source.pinned, requests),
         )
 
+    def without_root(self, message: str) -> str:
+        """Returns a message for clients, whom the path of the root does not concern."""
+        return message if self._root is None else message.replace(f"{self._root}{os.sep}", "")
+
     # ---- Requests
 
     def acquire(self, model: str, scale: float | None = None) -> AdapterHandle:

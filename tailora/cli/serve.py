@@ -1,0 +1,110 @@
+"""`tailora serve`: one base model in memory and many adapters, over OpenAI's API."""
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from cyclopts.types import NonNegativeFloat, Port, PositiveFloat, PositiveInt
+
+from tailora.cli.main import log
+from tailora.cli.models import Adapters, Device, Model, Quantize, base_model_name, load_model, parse_adapters
+from tailora.errors import ConfigError, nearest_path, require_packages
+from tailora.formats.run_folder import ADAPTER_CONFIG
+
+ENGINES = ("auto", "continuous", "padded")
+API_KEY, ADMIN_KEY = "TAILORA_API_KEY", "TAILORA_ADMIN_KEY"
+LOCAL = ("127.0.0.1", "localhost", "::1")
+SHORTEST_DEFAULT = 131_072  # positions of a model that does not say how many it has
+
+AdaptersFolder = Annotated[
+    Path | None, Parameter(help="folder of adapters: all in it are served, and clients may load others from it")
+]
+
+
+def serve(
+    *,
+    model: Model = None,
+    adapter: Adapters = None,
+    adapters: AdaptersFolder = None,
+    host: Annotated[str, Parameter(help="address to listen at; 0.0.0.0 for all networks")] = "127.0.0.1",
+    port: Port = 8000,
+    name: Annotated[str | None, Parameter(help="what clients call the base model; default: as --model")] = None,
+    engine: Annotated[str, Parameter(help=f"{', '.join(ENGINES)}: continuous batching, or padded batches")] = "auto",
+    max_requests: Annotated[PositiveInt, Parameter(help="answers that are computed at once; others wait")] = 32,
+    max_queue: Annotated[PositiveInt, Parameter(help="answers that run or wait; more are refused with 429")] = 256,
+    max_tokens: Annotated[PositiveInt | None, Parameter(help="longest answer that a client may ask for")] = None,
+    adapter_memory: Annotated[PositiveFloat | None, Parameter(help="GB for adapters; default: no limit")] = None,
+    drain_seconds: Annotated[NonNegativeFloat, Parameter(help="that a stopping server gives its requests")] = 30.0,
+    quantize: Quantize = None,
+    device: Device = "auto",
+) -> int:
+    """Serve a model and any number of adapters over OpenAI's API.
+
+    Every request of a batch may have another adapter; the model's name in a request says which: an adapter, the base,
+    or a mixture such as legal+chat@0.5. TAILORA_API_KEY and TAILORA_ADMIN_KEY in the environment are keys that
+    clients must send; the second one is for loading and unloading adapters.
+    """
+    require_packages("fastapi", "uvicorn", "prometheus_client", extra="serve")
+    if engine not in ENGINES:
+        raise ConfigError(f"--engine {engine}; there are: {', '.join(ENGINES)}")
+    folders = parse_adapters(adapter or [])
+    if adapters is not None:
+        folders |= adapters_in(adapters)
+    model = base_model_name(model, list(folders.values()))
+    log("reading the model")
+    loaded = load_model(model, {}, quantize=quantize, device=device)
+    import uvicorn
+
+    from tailora.core.adapter_set import AdapterSet
+    from tailora.evaluation.generate import free_positions, stop_ids
+    from tailora.serve.app import ServerSettings, create_app
+    from tailora.serve.padded import make_engine
+    from tailora.serve.registry import AdapterRegistry
+
+    positions = min(free_positions(loaded.model, 0), SHORTEST_DEFAULT)
+    running = make_engine(
+        AdapterSet(loaded.model, {}),
+        stop_ids(loaded.model, loaded.tokenizer),
+        engine,  # type: ignore[arg-type]
+        max_positions=positions,
+        max_requests=max_requests,
+    )
+    budget = None if adapter_memory is None else int(adapter_memory * 1e9)
+    registry = AdapterRegistry(running.adapter_set, running.paused, name or model, adapters, budget)
+    running.start()
+    try:
+        for adapter_name, folder in folders.items():
+            registry.load(adapter_name, folder, trusted=True)
+        settings = ServerSettings(
+            max_queue=max_queue,
+            max_tokens=max_tokens,
+            drain_seconds=drain_seconds,
+            api_key=os.environ.get(API_KEY),
+            admin_key=os.environ.get(ADMIN_KEY),
+        )
+        if host not in LOCAL and not settings.api_key:
+            log(f"note: anybody who reaches {host} can use this server: set {API_KEY} to ask for a key")
+        app = create_app(running, registry, loaded.tokenizer, settings)
+        config = uvicorn.Config(
+            app, host, port, log_level="warning", timeout_graceful_shutdown=max(1, int(drain_seconds))
+        )
+        log(f"engine: {type(running).__name__}; {max_requests} answers at once, {running.max_positions:,} tokens each")
+        log(f"models: {', '.join([registry.base_name, *folders])}")
+        log(f"listening at http://{host}:{port}; the page is at /; stop it with Ctrl-C")
+        server = uvicorn.Server(config)
+        with suppress(KeyboardInterrupt):  # uvicorn raises the signal again when all is done
+            server.run()
+        return 0 if server.started else 1
+    finally:
+        running.stop(0)
+        sys.stderr.flush()
+
+
+def adapters_in(folder: Path) -> dict[str, Path]:
+    """Returns name -> folder of the adapters in a folder. Raises ConfigError if there is no such folder."""
+    if not folder.is_dir():
+        raise ConfigError(f"--adapters {folder} is not a folder{nearest_path(folder, folders_only=True)}")
+    return {path.name: path for path in sorted(folder.iterdir()) if (path / ADAPTER_CONFIG).is_file()}

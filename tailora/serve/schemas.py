@@ -1,0 +1,303 @@
+"""The bodies of OpenAI's API that the server reads and writes, and those of vLLM's calls that load adapters.
+
+A field that would change the answer and is not supported accepts its neutral value alone; fields that change nothing
+here, such as `user`, are accepted. Other fields are refused, so that a misspelt one is not silently ignored.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+MOST_LOGPROBS = 20
+LONGEST_STOP = 1000  # characters of a stop string
+LONGEST_NAME = 1000  # characters of the name of a model: a mixture has several names
+INT64 = 2**63
+
+
+class RequestBody(BaseModel):
+    """Types as in JSON: "1" is no number. NaN and infinity, which Python reads in JSON, are no numbers either."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ResponseBody(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+ModelName = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=LONGEST_NAME),
+    Field(description="the base, an adapter, or several with their scales: legal+chat@0.5"),
+]
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
+TokenId = Annotated[int, Field(ge=0, lt=INT64)]
+Ignored = Annotated[Any, Field(description="accepted, and changes nothing")]
+
+# ---- Requests
+
+
+class StreamOptions(RequestBody):
+    include_usage: bool | None = None
+    include_obfuscation: Ignored = None
+
+
+class GenerationRequest(RequestBody):
+    """What chat and plain completions have in common."""
+
+    model: ModelName
+    max_tokens: Annotated[int, Field(ge=1, lt=INT64)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="default 1; 0 is greedy")
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=INT64)] | None = Field(None, description="0 and -1 for all tokens")
+    n: Annotated[int, Field(ge=1, lt=INT64)] | None = Field(None, description="answers for each prompt")
+    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = Field(
+        None, description="the answers for each prompt have the seeds seed, seed + 1, ...; default: random"
+    )
+    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = Field(None, description="only with stream = true")
+    ignore_eos: bool | None = Field(None, description="generate max_tokens tokens, whatever they are")
+    lora_scale: Annotated[float, Field(ge=-100, le=100)] | None = Field(
+        None, description="multiplies what the adapter adds; 1 is as trained"
+    )
+    # Changes the answer, and is not supported
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=0)] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    # Changes nothing
+    user: Ignored = None
+    metadata: Ignored = None
+    store: Ignored = None
+    service_tier: Ignored = None
+    safety_identifier: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_retention: Ignored = None
+
+
+class TextPart(RequestBody):
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """A message of a chat. What else it has, such as name or tool_call_id, is left to the chat template."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[TextPart] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    reasoning_content: str | None = None
+
+
+class Function(RequestBody):
+    name: Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Literal[False] | None = None
+
+
+class Tool(RequestBody):
+    type: Literal["function"]
+    function: Function
+
+
+class TextFormat(RequestBody):
+    type: Literal["text"]
+
+
+class ChatRequest(GenerationRequest):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=INT64)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = Field(
+        None, description="only with logprobs = true"
+    )
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    parallel_tool_calls: Literal[True] | None = None
+    response_format: TextFormat | None = None
+
+
+class CompletionRequest(GenerationRequest):
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+    )
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description="name tokens token_id:ID in logprobs, since several tokens can have one text"
+    )
+    # Changes the answer, and is not supported
+    echo: Literal[False] | None = None
+    suffix: Annotated[str, StringConstraints(max_length=0)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+
+
+AdapterName = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_NAME)]
+
+
+class LoadAdapterRequest(RequestBody):
+    lora_name: AdapterName
+    lora_path: Annotated[
+        str,
+        StringConstraints(min_length=1, max_length=4096),
+        Field(description="folder of the adapter, in the folder that the server was started with"),
+    ]
+    load_inplace: bool = Field(False, description="the name may exist: new requests get the new adapter")
+
+
+class UnloadAdapterRequest(RequestBody):
+    lora_name: AdapterName
+    lora_int_id: Ignored = None
+
+
+# ---- Answers
+
+
+class Usage(ResponseBody):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class FunctionCall(ResponseBody):
+    name: str
+    arguments: str
+
+
+class ToolCall(ResponseBody):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class TopLogprob(ResponseBody):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(ResponseBody):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class CompletionLogprobs(ResponseBody):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+class AssistantMessage(ResponseBody):
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    refusal: None = None
+
+
+class ChatChoice(ResponseBody):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(ResponseBody):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class CompletionChoice(ResponseBody):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: Literal["stop", "length"] | None  # null in a stream until the end
+
+
+class Completion(ResponseBody):
+    """Also each event of a stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class ToolCallDelta(ToolCall):
+    index: int
+
+
+class Delta(ResponseBody):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
+
+
+class ChunkChoice(ResponseBody):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class ChatCompletionChunk(ResponseBody):
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+
+
+# ---- Models, health, errors
+
+
+class Model(ResponseBody):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "tailora"
+    root: str
+    parent: str | None
+    max_model_len: int
+
+
+class ModelList(ResponseBody):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Health(ResponseBody):
+    status: str
+
+
+class ErrorDetail(ResponseBody):
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorBody(ResponseBody):
+    error: ErrorDetail

@@ -1,0 +1,268 @@
+"""The server: what clients of OpenAI's API and of vLLM's adapter calls get from a real one on loopback."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import schemathesis
+import torch
+import uvicorn
+from hypothesis import HealthCheck, given, settings
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+from tiny import GROUPED, chat_tokenizer, stir
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.core.adapter_set import AdapterSet
+from tailora.serve.app import ServerSettings, create_app
+from tailora.serve.padded import make_engine
+from tailora.serve.registry import AdapterRegistry
+
+TEXTS = ["the cat sat on the mat", "a dog ran away", "what is that", "good morning to you"]
+TOKENIZER = chat_tokenizer(TEXTS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+CHAT = [{"role": "user", "content": "what is that"}]
+
+
+def base_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(**GROUPED, initializer_range=0.2, max_position_embeddings=256, eos_token_id=2)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the adapters legal and poet."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(["legal", "poet"]):
+        model = LoRAModel(base_model(), LoRAConfig(r=2 + 2 * seed))
+        stir(model, seed)
+        model.save_adapter(folder / name)
+    return folder
+
+
+@dataclass
+class Running:
+    url: str
+    app: Any
+    client: openai.OpenAI
+    http: httpx.Client
+
+
+@contextmanager
+def running(root: Path, **options: Any) -> Iterator[Running]:
+    engine = make_engine(AdapterSet(base_model(), {}), [2], max_positions=200, max_requests=8)
+    registry = AdapterRegistry(engine.adapter_set, engine.paused, "tiny", root)
+    engine.start()
+    registry.load("legal", "legal")
+    app = create_app(engine, registry, TOKENIZER, ServerSettings(**{"drain_seconds": 5, **options}))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="critical", timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    url = f"http://127.0.0.1:{port}"
+    key = options.get("api_key") or "none"
+    with (
+        openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as client,
+        httpx.Client(base_url=url, timeout=30) as http,
+    ):
+        yield Running(url, app, client, http)
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(root: Path) -> Iterator[Running]:
+    with running(root) as server:
+        yield server
+
+
+def chat(server: Running, model: str, **options: Any) -> Any:
+    settings = {"messages": CHAT, "max_tokens": 12, "temperature": 0, "extra_body": {"ignore_eos": True}, **options}
+    return server.client.chat.completions.create(model=model, **settings)
+
+
+def test_an_adapter_answers_under_its_name_and_the_base_under_its_own(server: Running, root: Path) -> None:
+    base, legal = (chat(server, model).choices[0].message.content for model in ("tiny", "legal"))
+    assert base != legal
+    model = LoRAModel.from_pretrained(base_model(), root / "legal")
+    ids = TOKENIZER(TOKENIZER.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True))["input_ids"]
+    output = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
+    assert legal == TOKENIZER.decode(output[0, len(ids) :], skip_special_tokens=True)
+    assert chat(server, "legal", extra_body={"ignore_eos": True, "lora_scale": 0.0}).choices[0].message.content == base
+    assert chat(server, "legal@0").choices[0].message.content == base
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+def test_a_stream_has_what_the_whole_answer_has(server: Running, kind: str) -> None:
+    options = {"max_tokens": 20, "temperature": 1.0, "seed": 3, "n": 2, "extra_body": {"ignore_eos": True}}
+    usage = {"stream": True, "stream_options": {"include_usage": True}}
+    texts = ["", ""]
+    if kind == "chat":
+        whole = chat(server, "legal", **options)
+        chunks = list(chat(server, "legal", **options, **usage))
+        expected = [choice.message.content for choice in whole.choices]
+        for chunk in chunks:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+    else:
+        create = server.client.completions.create
+        whole = create(model="legal", prompt="the cat", **options)  # type: ignore[call-overload]
+        chunks = list(create(model="legal", prompt="the cat", **options, **usage))  # type: ignore[call-overload]
+        expected = [choice.text for choice in whole.choices]
+        for chunk in chunks:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.text
+    assert texts == expected
+    assert texts[0] != texts[1]
+    assert chunks[-1].usage == whole.usage
+    assert whole.usage.completion_tokens == 40
+
+
+def test_a_stop_string_ends_the_answer_before_it(server: Running) -> None:
+    text = chat(server, "legal", max_tokens=40).choices[0].message.content
+    stop = text[5:8]
+    choice = chat(server, "legal", max_tokens=40, stop=[stop]).choices[0]
+    assert choice.message.content == text[: text.index(stop)]
+    assert choice.finish_reason == "stop"
+    pieces = chat(server, "legal", max_tokens=40, stop=stop, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in pieces) == text[: text.index(stop)]
+
+
+def test_logprobs_of_both_kinds_agree(server: Running) -> None:
+    prompt = TOKENIZER.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    entries = chat(server, "legal", max_tokens=3, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    completion = server.client.completions.create(model="legal", prompt=prompt, max_tokens=3, temperature=0, logprobs=2)
+    logprobs = completion.choices[0].logprobs
+    assert [entry.logprob for entry in entries] == pytest.approx(logprobs.token_logprobs)
+    assert all(len(entry.top_logprobs) == 2 for entry in entries)
+    assert entries[0].top_logprobs[0].logprob == entries[0].logprob  # greedy
+
+
+def test_adapters_are_loaded_and_unloaded(server: Running, root: Path) -> None:
+    def post(path: str, **body: Any) -> tuple[int, Any]:
+        response = server.http.post(f"/v1/{path}", json=body)
+        is_json = response.headers["content-type"].startswith("application/json")
+        return response.status_code, response.json()["error"] if is_json else response.text
+
+    answer = (200, "Success: LoRA adapter 'rhyme' added successfully.")
+    assert post("load_lora_adapter", lora_name="rhyme", lora_path="poet") == answer
+    assert {model.id for model in server.client.models.list()} == {"tiny", "legal", "rhyme"}
+    assert chat(server, "legal+rhyme@0.5").choices[0].message.content
+    status, error = post("load_lora_adapter", lora_name="rhyme", lora_path="poet")
+    assert (status, error["type"]) == (400, "InvalidUserInput")
+    for path, expected in (("nowhere", 404), ("../..", 400), ("empty", 400)):
+        (root / "empty").mkdir(exist_ok=True)
+        status, error = post("load_lora_adapter", lora_name="x", lora_path=path)
+        assert status == expected
+        assert str(root) not in error["message"]
+    assert post("unload_lora_adapter", lora_name="rhyme")[0] == 200
+    status, error = post("unload_lora_adapter", lora_name="rhyme")
+    assert (status, error["type"]) == (404, "NotFoundError")
+    with pytest.raises(openai.NotFoundError) as raised:
+        chat(server, "rhyme")
+    assert raised.value.param == "model"
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"max_tokens": 1000}, "max_tokens"),
+        ({"n": 17}, "n"),
+        ({"messages": [{"role": "user", "content": "word " * 400}]}, "messages"),
+        ({"temperature": -1}, "temperature"),
+        ({"extra_body": {"lora_scal": 1}}, "lora_scal"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+    ],
+)
+def test_a_wrong_request_is_told_what_is_wrong(server: Running, options: dict[str, Any], param: str) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
+        chat(server, "legal", **options)
+    assert raised.value.param == param
+
+
+def tokens_generated(server: Running) -> float:
+    return sum(value for name, value in metrics(server).items() if name == "tailora_generation_tokens_total")
+
+
+def metrics(server: Running) -> dict[str, float]:
+    lines = [line.rpartition(" ") for line in server.http.get("/metrics").text.splitlines() if line[0] != "#"]
+    return {name: float(value) for name, _, value in lines}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_place(server: Running, stream: bool) -> None:
+    core, before = server.app.state.server, tokens_generated(server)
+    body = {"model": "legal", "messages": CHAT, "max_tokens": 170, "ignore_eos": True, "n": 8, "stream": stream}
+    if stream:
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
+            next(response.iter_lines())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=0.05)
+    deadline = time.monotonic() + 10
+    while core.answers and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert core.answers == 0
+    assert tokens_generated(server) - before < 8 * 170
+    assert server.http.get("/health").status_code == 200
+
+
+def test_a_full_queue_refuses(root: Path) -> None:
+    with running(root, max_queue=2) as server:
+        with pytest.raises(openai.RateLimitError) as raised:
+            chat(server, "legal", n=3)
+        assert raised.value.response.headers["Retry-After"] == "1"
+        assert len(chat(server, "legal", n=2).choices) == 2
+
+
+def test_keys(root: Path) -> None:
+    with running(root, api_key="user-key", admin_key="admin-key") as server:
+        assert chat(server, "legal").choices
+        assert server.http.get("/v1/models").status_code == 401
+        assert server.http.get("/health").status_code == 200
+        body = {"lora_name": "legal"}
+        user = {"Authorization": "Bearer user-key"}
+        assert server.http.post("/v1/unload_lora_adapter", json=body, headers=user).status_code == 401
+        admin = {"Authorization": "Bearer admin-key"}
+        assert server.http.post("/v1/unload_lora_adapter", json=body, headers=admin).status_code == 200
+
+
+def test_metrics_count(server: Running) -> None:
+    requests = 'tailora_requests_total{model="legal",status="200"}'
+    before = tokens_generated(server), metrics(server)[requests]
+    chat(server, "legal", max_tokens=12)
+    assert (tokens_generated(server) - before[0], metrics(server)[requests] - before[1]) == (12, 1)
+
+
+def test_langchain_gets_answers(server: Running) -> None:
+    from langchain_openai import ChatOpenAI
+
+    model = ChatOpenAI(model="legal", base_url=f"{server.url}/v1", api_key="none", temperature=0, max_tokens=8)
+    assert model.invoke("what is that").content == "".join(str(chunk.content) for chunk in model.stream("what is that"))
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_no_fault(server: Running) -> None:
+    schema = schemathesis.openapi.from_asgi("/openapi.json", server.app).exclude(path="/metrics")
+    for result in schema.get_all_operations():
+        operation = result.ok()
+
+        @given(case=operation.as_strategy())
+        @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+        def check(case: Any) -> None:
+            # A schema cannot tell how many tokens a text has, nor which adapters and templates there are
+            case.call_and_validate(base_url=server.url, excluded_checks=[positive_data_acceptance])
+
+        check()
