@@ -1,6 +1,9 @@
 """The server: what clients of OpenAI's API and of vLLM's adapter calls get from a real one on loopback."""
 
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -56,6 +59,12 @@ class Running:
     http: httpx.Client
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextmanager
 def running(root: Path, **options: Any) -> Iterator[Running]:
     engine = make_engine(AdapterSet(base_model(), {}), [2], max_positions=200, max_requests=8)
@@ -63,9 +72,7 @@ def running(root: Path, **options: Any) -> Iterator[Running]:
     engine.start()
     registry.load("legal", "legal")
     app = create_app(engine, registry, TOKENIZER, ServerSettings(**{"drain_seconds": 5, **options}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="critical", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -266,3 +273,35 @@ def test_schemathesis_finds_no_fault(server: Running) -> None:
             case.call_and_validate(base_url=server.url, excluded_checks=[positive_data_acceptance])
 
         check()
+
+
+@pytest.mark.slow
+def test_the_command_serves_a_folder_and_ends_with_sigterm(root: Path, tmp_path: Path) -> None:
+    base_model().save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    port = free_port()
+    arguments = ["--model", str(tmp_path / "base"), "--name", "tiny", "--adapters", str(root), "--port", str(port)]
+    command = [sys.executable, "-m", "tailora.cli", "serve", *arguments, "--device", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+            while process.poll() is None:
+                try:
+                    http.get("/ready").raise_for_status()
+                    break
+                except httpx.TransportError:
+                    time.sleep(0.1)
+            assert {model["id"] for model in http.get("/v1/models").json()["data"]} == {"tiny", "legal", "poet"}
+            body = {"model": "poet", "messages": CHAT, "max_tokens": 150, "ignore_eos": True}
+            with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
+                lines = response.iter_lines()
+                first = next(lines)
+                process.send_signal(signal.SIGTERM)
+                assert [first, *lines][-2:] == ["data: [DONE]", ""]  # the answer ends before the server does
+        _, told = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert "engine: ContinuousEngine" in told
+    assert "models: tiny, legal, poet" in told
+    assert "what is that" not in told
