@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 from tailora.data.demo import build_once, check_hash, explain_pip_error, write_jsonl
 from tailora.data.schemas import Messages
@@ -57,8 +58,52 @@ def build_labelled(folder: Path) -> None:
         ("train", 0, LABELLED_TRAIN),
         ("eval", LABELLED_TRAIN, LABELLED_TRAIN + LABELLED_HELD_OUT),
     ):
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows[start:stop])
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_rows(folder / f"{name}.jsonl", rows[start:stop])
+
+
+def preferences_folder() -> Path:
+    """Returns the folder of train.jsonl and eval.jsonl: the right answer is preferred to the wrong one."""
+    return build_once(cache_folder() / "benchmarks-2" / "preferences", build_preferences)
+
+
+def build_preferences(folder: Path) -> None:
+    answers = ("positive", "negative")
+    for name in ("train", "eval"):
+        rows = []
+        for line in (snippets_folder() / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+            question, answer = json.loads(line)["messages"]
+            (other,) = set(answers) - {answer["content"]}
+            rows.append({"prompt": question["content"], "chosen": answer["content"], "rejected": other})
+        write_rows(folder / f"{name}.jsonl", rows)
+
+
+def tags_folder() -> Path:
+    """Returns the folder of train.jsonl and eval.jsonl: names in reviews, which are written in small letters.
+
+    A name is two or more words in capitals, not at the start; the reviews' own letters tell.
+    """
+    return build_once(cache_folder() / "benchmarks-2" / "names", build_tags)
+
+
+def build_tags(folder: Path) -> None:
+    for name in ("train", "eval"):
+        lines = (labelled_folder() / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        texts = [json.loads(line)["text"].split() for line in lines]
+        rows = [{"tokens": [word.lower() for word in words], "tags": name_tags(words)} for words in texts]
+        write_rows(folder / f"{name}.jsonl", [row for row in rows if row["tokens"]])
+
+
+def name_tags(words: list[str]) -> list[str]:
+    is_capital = [i > 0 and word[:1].isupper() and word[1:2].islower() for i, word in enumerate(words)]
+    tags = []
+    for i, capital in enumerate(is_capital):
+        before, after = i > 0 and is_capital[i - 1], is_capital[i + 1 : i + 2] == [True]
+        tags.append("I-NAME" if capital and before else "B-NAME" if capital and after else "O")
+    return tags
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def fetch_package(folder: Path) -> bytes:

@@ -16,10 +16,13 @@ import time
 from pathlib import Path
 
 from measure import RESULTS, log, write
-from snippets import labelled_folder
+from snippets import labelled_folder, preferences_folder, tags_folder
 
 DEMO = ["--model", "demo", "--data", "demo"]
 REVIEWS = ["--model", "demo", "--data", "reviews/train.jsonl", "--eval-data", "reviews/eval.jsonl"]
+PAIRS = ["--model", "demo", "--data", "pairs/train.jsonl", "--eval-data", "pairs/eval.jsonl"]
+NAMES = ["--model", "demo", "--data", "names/train.jsonl", "--eval-data", "names/eval.jsonl"]
+FOLDERS = {"reviews": labelled_folder, "pairs": preferences_folder, "names": tags_folder}
 RATING = ["--field", "label=rating"]
 LINES = {
     "compare": ["compare", *DEMO, "--minutes", "15"],
@@ -27,6 +30,8 @@ LINES = {
     "labels": ["compare", "--task", "sequence-classification", *REVIEWS, "--minutes", "30"],
     "classification": ["train", "--task", "sequence-classification", *REVIEWS, "--learning-rate", "1e-3"],
     "regression": ["train", "--task", "regression", *REVIEWS, *RATING, "--learning-rate", "1e-3"],
+    "dpo": ["train", *PAIRS, "--loss", "dpo", "--learning-rate", "2e-4"],
+    "tags": ["train", "--task", "token-classification", *NAMES, "--learning-rate", "1e-3"],
 }
 TERMINAL = {"COLUMNS": "118", "NO_COLOR": "1", "TERM": "dumb"}
 
@@ -36,19 +41,21 @@ def run_study(name: str) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         command = [sys.executable, "-m", "tailora.cli", *LINES[name], "--output-dir", folder]
-        reviews = str(labelled_folder()) if REVIEWS[3] in command else ""
-        command = [word.replace("reviews/", f"{reviews}/") for word in command]
+        data = next((name for name in FOLDERS if f"{name}/train.jsonl" in command), "")
+        data_folder = str(FOLDERS[data]()) if data else ""
+        command = [word.replace(f"{data}/", f"{data_folder}/") if data else word for word in command]
         process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **TERMINAL})
         seconds = time.perf_counter() - started
 
         def without_paths(text: str) -> str:
             text = text.replace(folder, f"outputs/{name}")
-            return text.replace(reviews, "reviews") if reviews else text
+            return text.replace(data_folder, data) if data else text
 
         (RESULTS / f"{name}.txt").write_text(without_paths(process.stdout))
         report = json.loads(without_paths((Path(folder) / "report.json").read_text()))
         if LINES[name][0] == "train":  # the rest is about every step and this machine
-            report = {part: report[part] for part in ("verdict", "result", "metrics", "labels")}
+            parts = ("verdict", "result", "metrics", "labels")
+            report = {part: report[part] for part in parts if part in report}
     return write(name, {"command": f"tailora {' '.join(LINES[name])}", "seconds": seconds, "report": report})
 
 

@@ -13,7 +13,7 @@ Its cache must not share blocks between requests: equal prompts have other keys 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -120,7 +120,9 @@ class ContinuousEngine(Engine):
         if self._manager.is_running():
             self._manager.stop(block=True, timeout=timeout, keep_for_next_session=True)
         if self._manager.is_running():
-            self._manager.stop(block=True, timeout=None, hard_stop=True)
+            self._manager.stop(block=True, timeout=None, keep_for_next_session=True, hard_stop=True)
+        # stop() left it on the model, where the next engine would find it
+        cast(Any, self.adapter_set.base_model).destroy_cached_continuous_batching_manager()
         self._manager = None
         self.adapter_set.attach_by_token(None)
         for running in list(self._requests.values()):

@@ -191,6 +191,21 @@ def test_stop_ends_what_runs(engine: Engine) -> None:
         engine.submit(Request("y", (9,), None, SamplingParams(1)), lambda _: None)
 
 
+@pytest.mark.parametrize("name", ENGINES)
+def test_another_engine_can_follow_on_the_same_model(name: str) -> None:
+    base = base_model()
+    adapter_set = AdapterSet(base, {"large": adapter(base, "large")})
+    for _ in range(2):
+        engine = ENGINES[name](adapter_set, [EOS], max_positions=64)
+        engine.start()
+        answers = Answers(engine)
+        answers.submit("x", [9, 10, 11], "large")
+        answers.submit("base", [9, 10, 11, 12], None)
+        tokens = answers.wait()
+        engine.stop(10)
+        assert tokens["x"] == alone("large", [9, 10, 11])
+
+
 def test_a_forward_that_fails_ends_its_requests_and_no_others(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = engine.adapter_set.base_model.get_submodule("model.layers.0.mlp")
 
