@@ -225,7 +225,6 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
         "classification": partial(trained, "classification"),
         "regression": partial(trained, "regression"),
         "labels": partial(study, "labels"),
-        "tags": partial(trained, "tags"),
     },
     "docs/plan.md": {"memory": plan},
     "docs/preferences.md": {"preferences": preferences, "dpo": partial(trained, "dpo")},

@@ -12,8 +12,8 @@ The low-rank updates of a linear layer need no copy of an adapter's factors: a s
 the scale, DoRA's gain and the precision make of the factors is computed once for each adapter.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,31 +52,21 @@ def segments_of(sequences: Iterable[tuple[str | None, int]]) -> tuple[Segment, .
 class PackedBatch:
     """Which tokens of the next forward have which adapter.
 
-    tokens: of all layers before the output head.
-    logit_tokens: of the output head, which gets the last token of each sequence alone.
+    head: the layer that gets one token of each sequence, whose logits are wanted; None if every layer gets all tokens.
+    tokens: of the other layers.    head_tokens: of the head.
     """
 
+    head: nn.Module | None = None
     tokens: tuple[Segment, ...] = ()
-    logit_tokens: tuple[Segment, ...] = ()
-    adapted: dict[int, tuple[Segment, ...]] = field(default_factory=dict)  # by number of tokens, those with one
+    head_tokens: tuple[Segment, ...] = ()
 
-    def set(self, sequences: Sequence[tuple[str | None, int, int]]) -> None:
-        """sequences: adapter, number of tokens, and number of tokens that get logits, in the order of the batch."""
-        self.tokens = segments_of((adapter, tokens) for adapter, tokens, _ in sequences)
-        self.logit_tokens = segments_of((adapter, logits) for adapter, _, logits in sequences)
-        self.adapted = {
-            segments[-1].stop: tuple(segment for segment in segments if segment.adapter is not None)
-            for segments in (self.logit_tokens, self.tokens)
-            if segments
-        }
-
-    def segments_in(self, x: Tensor, path: str) -> tuple[Segment, ...]:
-        """Returns the segments with an adapter of x (1, tokens, ...). Raises RowsError for another number of tokens."""
-        if x.ndim < 2 or x.shape[0] != 1 or x.shape[1] not in self.adapted:
-            raise RowsError(
-                f"the batch has {' or '.join(map(str, self.adapted))} tokens in one row; {path} got {tuple(x.shape)}"
-            )
-        return self.adapted[x.shape[1]]
+    def segments_in(self, x: Tensor, layer: nn.Module, path: str) -> tuple[Segment, ...]:
+        """Returns the segments of x (1, tokens, ...), the layer's input. Raises RowsError for other tokens."""
+        segments = self.head_tokens if layer is self.head else self.tokens
+        count = segments[-1].stop if segments else 0
+        if x.ndim < 2 or x.shape[:2] != (1, count):
+            raise RowsError(f"the batch has {count} tokens in one row; {path} got {tuple(x.shape)}")
+        return segments
 
 
 class PackedLayer:
@@ -88,7 +78,7 @@ class PackedLayer:
 
     def add_to(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
         """Returns y + what the tokens' adapters change of the layer's `output`, as `LoRALayer.add_to`."""
-        for segment in self.batch.segments_in(x, self.path):
+        for segment in self.batch.segments_in(x, layer, self.path):
             parts = self.parts.get(segment.adapter or "")
             if parts is None:
                 continue
@@ -135,8 +125,7 @@ class PackedModule(nn.Module):
         self._layer = (layer,)  # a reference, not a registration
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.batch.segments_in(x, self.path)
-        segments = self.batch.tokens if x.shape[1] == self.batch.tokens[-1].stop else self.batch.logit_tokens
+        segments = self.batch.segments_in(x, self._layer[0], self.path)
         outputs = [self._run(segment, x, args, kwargs) for segment in segments]
         for segment, output in zip(segments, outputs, strict=True):
             if output.shape[:2] != (1, segment.stop - segment.start):

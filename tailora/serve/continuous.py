@@ -23,7 +23,7 @@ from transformers.generation.continuous_batching.continuous_api import OutputRou
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 from tailora.core.adapter_set import AdapterSet
-from tailora.core.packed_batch import PackedBatch
+from tailora.core.packed_batch import PackedBatch, segments_of
 from tailora.errors import AdapterError, ConfigError
 from tailora.serve.engine import Engine, EventHandler, Finish, Request
 from tailora.serve.sampling import RunningRequest, sample
@@ -102,7 +102,8 @@ class ContinuousEngine(Engine):
         self.max_requests, self.cache_tokens = max_requests, cache_tokens
         self._requests: dict[str, RunningRequest] = {}
         self._lock = Lock()  # of _requests and _manager
-        self._batch = PackedBatch()
+        model: Any = adapter_set.base_model
+        self._batch = PackedBatch(model.get_output_embeddings() if model._supports_logits_to_keep() else None)
         self._new_tokens_of: list[RunningRequest | None] = []  # of the batch that runs, in the order of its logits
         self._manager: Any = None
         self._is_stopped = False
@@ -179,23 +180,29 @@ class ContinuousEngine(Engine):
 
     def set_batch(self, states: list[Any]) -> None:
         """Before a forward: which adapter each token has, and which requests get a token."""
-        self._batch.set(
-            [
-                (self.adapter_of(future.state.request_id), future.query_length, int(future.has_new_token))
-                for future in states
-            ]
-        )
-        self._new_tokens_of = [self._requests.get(future.state.request_id) for future in states if future.has_new_token]
+        requests = [(self._requests.get(future.state.request_id), future) for future in states]
+        self._new_tokens_of = [running for running, future in requests if future.has_new_token]
+        adapters = [None if running is None else running.request.adapter for running, _ in requests]
+        lengths = [future.query_length for future in states]
+        self._batch.tokens = segments_of(zip(adapters, lengths, strict=True))
+        # The head has a row for every request: first those that get a token, then rows without meaning
+        with_tokens = [adapter for adapter, future in zip(adapters, states, strict=True) if future.has_new_token]
+        without = [None] * (len(states) - len(with_tokens))
+        self._batch.head_tokens = segments_of((adapter, 1) for adapter in (*with_tokens, *without))
 
     def next_tokens(self, logits: Tensor) -> list[int]:
-        """Chooses a token for each request from its logits, (requests, vocabulary), and hands it on."""
-        tokens = sample(logits, self._new_tokens_of)
-        for running, token in zip(self._new_tokens_of, tokens, strict=True):
+        """Chooses a token for each request from its logits, (rows, vocabulary), and hands it on.
+
+        Requests whose prompts are not read to their end have rows, too: the last ones, which mean nothing.
+        """
+        requests = self._new_tokens_of
+        tokens = sample(logits[: len(requests)], requests)
+        for running, token in zip(requests, tokens, strict=True):
             if running is not None:
                 running.add(token, self.eos_token_ids)
                 if running.is_finished:
                     self._requests.pop(running.request.id, None)
-        return [token.id for token in tokens]
+        return [token.id for token in tokens] + [0] * (len(logits) - len(requests))
 
     def fail(self, request_id: str, message: str) -> None:
         running = self._requests.pop(request_id, None)

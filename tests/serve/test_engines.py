@@ -116,6 +116,19 @@ def test_greedy_tokens_are_those_of_the_request_alone(engine: Engine) -> None:
     assert len(set(shared)) == len(shared)  # so that a mixture of adapters would be seen
 
 
+def test_prompts_that_do_not_fit_into_one_forward(engine: Engine) -> None:
+    generator = torch.Generator().manual_seed(2)
+    requests = {
+        f"{model}-{number}": (torch.randint(8, 300, (150 + number,), generator=generator).tolist(), model)
+        for number in range(2)
+        for model in (None, "large", "head", "saved")
+    }
+    answers = Answers(engine)
+    for name, (prompt, model) in requests.items():
+        answers.submit(name, prompt, model)
+    assert answers.wait() == {name: alone(model, prompt) for name, (prompt, model) in requests.items()}
+
+
 def test_sampled_tokens_depend_on_the_seed_alone(engine: Engine) -> None:
     settings = {"temperature": 1.0, "top_p": 0.9, "logprobs": 2, "ignore_eos": True}
     by_itself = Answers(engine)
