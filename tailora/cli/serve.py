@@ -31,7 +31,7 @@ def serve(
     adapters: AdaptersFolder = None,
     host: Annotated[str, Parameter(help="address to listen at; 0.0.0.0 for all networks")] = "127.0.0.1",
     port: Port = 8000,
-    name: Annotated[str | None, Parameter(help="what clients call the base model; default: as --model")] = None,
+    name: Annotated[str | None, Parameter(help="what clients call the base; default: the name of --model")] = None,
     engine: Annotated[str, Parameter(help=f"{', '.join(ENGINES)}: continuous batching, or padded batches")] = "auto",
     max_requests: Annotated[PositiveInt, Parameter(help="answers that are computed at once; others wait")] = 32,
     max_queue: Annotated[PositiveInt, Parameter(help="answers that run or wait; more are refused with 429")] = 256,
@@ -62,6 +62,7 @@ def serve(
     from tailora.evaluation.generate import free_positions, stop_ids
     from tailora.serve.app import ServerSettings, create_app
     from tailora.serve.padded import make_engine
+    from tailora.serve.playground import LOCAL_HOSTS
     from tailora.serve.registry import AdapterRegistry
 
     positions = min(free_positions(loaded.model, 0), SHORTEST_DEFAULT)
@@ -73,7 +74,8 @@ def serve(
         max_requests=max_requests,
     )
     budget = None if adapter_memory is None else int(adapter_memory * 1e9)
-    registry = AdapterRegistry(running.adapter_set, running.paused, name or model, adapters, budget)
+    base_name = name or (Path(model).resolve().name if Path(model).is_dir() else model)  # clients see no paths
+    registry = AdapterRegistry(running.adapter_set, running.paused, base_name, adapters, budget)
     running.start()
     try:
         for adapter_name, folder in folders.items():
@@ -82,6 +84,7 @@ def serve(
             max_queue=max_queue,
             max_tokens=max_tokens,
             drain_seconds=drain_seconds,
+            allowed_hosts=LOCAL_HOSTS if host in LOCAL else ("*",),  # no page of another site, under a name of its own
             api_key=os.environ.get(API_KEY),
             admin_key=os.environ.get(ADMIN_KEY),
         )

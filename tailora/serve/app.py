@@ -20,6 +20,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from tailora import __version__
 from tailora.data.chat_template import ChatTokenizer
@@ -81,6 +82,7 @@ class ServerSettings:
     max_queue: answers that run or wait; more are refused with 429.    max_n: answers to one prompt.
     max_prompts: in one request.    max_tokens: longest answer; None for what the model has positions for.
     drain_seconds: that a stopping server gives its requests.
+    allowed_hosts: names under which the server may be asked; "*" for any.
     api_key, admin_key: of all requests, and of loading and unloading; None asks for none.
     """
 
@@ -89,6 +91,7 @@ class ServerSettings:
     max_prompts: int = 64
     max_tokens: int | None = None
     drain_seconds: float = 30.0
+    allowed_hosts: tuple[str, ...] = ("*",)
     api_key: str | None = None
     admin_key: str | None = None
 
@@ -425,6 +428,9 @@ def add_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, RequestError)
         return error_response(error.status, error.message, error.param)
 
+    async def engine_error(_: Request, error: Exception) -> Response:
+        return error_response(503, f"the engine takes no requests: {error}")
+
     async def tailora_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, TailoraError)
         status = status_of(error)
@@ -446,6 +452,7 @@ def add_error_handlers(app: FastAPI) -> None:
         return response
 
     app.add_exception_handler(RequestError, request_error)
+    app.add_exception_handler(EngineError, engine_error)
     app.add_exception_handler(TailoraError, tailora_error)
     app.add_exception_handler(RequestValidationError, invalid_body)
     app.add_exception_handler(HTTPException, http_error)
@@ -478,6 +485,7 @@ def create_app(engine: Engine, registry: AdapterRegistry, tokenizer: Any, settin
 
     app = FastAPI(title="tailora", version=__version__, lifespan=stop_engine, docs_url=None, redoc_url=None)
     app.state.server = server
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*settings.allowed_hosts])
     add_error_handlers(app)
     add_page(app)
     add_generation(app, server)
@@ -519,8 +527,8 @@ def add_generation(app: FastAPI, server: Server) -> None:
         check_request(body)
         if body.top_logprobs is not None and not body.logprobs:
             raise RequestError(400, "top_logprobs are only for logprobs = true", "top_logprobs")
-        prompt = server.chat_prompt(body)
-        ids = server.chat_tokenizer.token_ids(prompt)
+        prompt = await run_in_threadpool(server.chat_prompt, body)
+        ids = await run_in_threadpool(server.chat_tokenizer.token_ids, prompt)
         count = (body.top_logprobs or 0) if body.logprobs else None
         params = server.params(body, body.max_completion_tokens or body.max_tokens, len(ids), count)
         answer = ChatAnswer(server, body, prompt, ids, await server.start(body, [ids], params))
@@ -534,7 +542,7 @@ def add_generation(app: FastAPI, server: Server) -> None:
     )
     async def completions(body: CompletionRequest, request: Request) -> Any:
         check_request(body)
-        ids = server.prompt_ids(body.prompt)
+        ids = await run_in_threadpool(server.prompt_ids, body.prompt)
         longest = max(map(len, ids))
         room = max(server.engine.max_positions - longest, 1)
         params = server.params(body, body.max_tokens or min(COMPLETION_TOKENS, room), longest, body.logprobs)

@@ -10,6 +10,7 @@ paged cache. It knows nothing of adapters and has one seed for all requests. Thr
 Its cache must not share blocks between requests: equal prompts have other keys under another adapter.
 """
 
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from threading import Lock
@@ -162,7 +163,7 @@ class ContinuousEngine(Engine):
 
     @property
     def is_alive(self) -> bool:
-        return self._manager is not None and self._manager.is_running()
+        return self._manager is not None and not self._is_stopped  # a manager that an error ended is replaced
 
     @property
     def load(self) -> tuple[int, int]:
@@ -215,6 +216,8 @@ class ContinuousEngine(Engine):
         """Returns the manager; a new one if an error in a forward, such as too little memory, has ended its thread."""
         if self._is_stopped or self._manager is None:
             raise RuntimeError("the engine is not running")
+        if self._manager.background_thread_status.can_accept_new_requests() is not None:
+            self._manager.join(time.perf_counter())  # it is about to end
         if not self._manager.is_running():
             self._manager = self._new_manager()
         return self._manager

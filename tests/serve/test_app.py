@@ -84,9 +84,11 @@ def running(root: Path, **options: Any) -> Iterator[Running]:
         openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as client,
         httpx.Client(base_url=url, timeout=30) as http,
     ):
-        yield Running(url, app, client, http)
-        server.should_exit = True
-        thread.join()
+        try:
+            yield Running(url, app, client, http)
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -226,12 +228,39 @@ def test_a_client_that_goes_away_frees_its_place(server: Running, stream: bool) 
     assert server.http.get("/health").status_code == 200
 
 
+def test_a_forward_that_fails_is_an_error_of_its_requests_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(*_: Any) -> None:
+        raise RuntimeError("a kernel failed")
+
+    with running(root) as server:
+        layer = server.app.state.server.engine.adapter_set.base_model.get_submodule("model.layers.0.mlp")
+        with monkeypatch.context() as patch:
+            patch.setattr(layer, "forward", forward)
+            with pytest.raises(openai.InternalServerError, match="a kernel failed"):
+                chat(server, "legal")
+            events = list(server.http.post("/v1/chat/completions", json=stream_of("legal")).iter_lines())
+            assert "a kernel failed" in events[-4]
+        assert server.http.get("/ready").status_code == 200
+        assert chat(server, "legal").choices[0].message.content
+
+
+def stream_of(model: str) -> dict[str, Any]:
+    return {"model": model, "messages": CHAT, "max_tokens": 4, "stream": True}
+
+
 def test_a_full_queue_refuses(root: Path) -> None:
     with running(root, max_queue=2) as server:
         with pytest.raises(openai.RateLimitError) as raised:
             chat(server, "legal", n=3)
         assert raised.value.response.headers["Retry-After"] == "1"
         assert len(chat(server, "legal", n=2).choices) == 2
+        assert server.app.state.server.answers == 0
+
+
+def test_pages_of_other_sites_cannot_reach_a_local_server(root: Path) -> None:
+    with running(root, allowed_hosts=("127.0.0.1",)) as server:
+        assert server.http.get("/v1/models").status_code == 200
+        assert server.http.get("/v1/models", headers={"Host": "attacker.example"}).status_code == 400
 
 
 def test_keys(root: Path) -> None:
