@@ -68,7 +68,7 @@ COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "inspect": ("inspect", "Show what an adapter has learned in each layer, with advice."),
     "export": ("export", "Export an adapter to llama.cpp, Ollama, vLLM, mlx-lm or PEFT, or merge it."),
     "serve": ("serve", "Serve a model and any number of adapters over OpenAI's API."),
-    "playground": ("playground", "Compare two models of a server side by side, in the browser."),
+    "playground": ("serve", "Compare two models of a server side by side, in the browser."),
     "data": ("data", "Show what training would learn from a file."),
     "doctor": ("doctor", "Show what this machine can do."),
 }

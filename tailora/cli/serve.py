@@ -1,7 +1,7 @@
-"""`tailora serve`: one base model in memory and many adapters, over OpenAI's API."""
+"""`tailora serve`: a base and many adapters over OpenAI's API. `tailora playground`: the page for any such server."""
 
 import os
-import sys
+import socket
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -50,6 +50,7 @@ def serve(
     require_packages("fastapi", "uvicorn", "prometheus_client", extra="serve")
     if engine not in ENGINES:
         raise ConfigError(f"--engine {engine}; there are: {', '.join(ENGINES)}")
+    listener = listen(host, port)  # before the model is read
     folders = parse_adapters(adapter or [])
     if adapters is not None:
         folders |= adapters_in(adapters)
@@ -61,6 +62,7 @@ def serve(
     from tailora.core.adapter_set import AdapterSet
     from tailora.evaluation.generate import free_positions, stop_ids
     from tailora.serve.app import ServerSettings, create_app
+    from tailora.serve.continuous import ContinuousEngine
     from tailora.serve.padded import make_engine
     from tailora.serve.playground import LOCAL_HOSTS
     from tailora.serve.registry import AdapterRegistry
@@ -94,16 +96,26 @@ def serve(
         config = uvicorn.Config(
             app, host, port, log_level="warning", timeout_graceful_shutdown=max(1, int(drain_seconds))
         )
-        log(f"engine: {type(running).__name__}; {max_requests} answers at once, {running.max_positions:,} tokens each")
+        what = "continuous batching" if isinstance(running, ContinuousEngine) else "padded batches, one after another"
+        log(f"engine: {what}; {max_requests} answers at once, {running.max_positions:,} tokens each")
         log(f"models: {', '.join([registry.base_name, *folders])}")
-        log(f"listening at http://{host}:{port}; the page is at /; stop it with Ctrl-C")
+        log(f"listening at http://{host}:{listener.getsockname()[1]}; the page is at /; stop it with Ctrl-C")
         server = uvicorn.Server(config)
         with suppress(KeyboardInterrupt):  # uvicorn raises the signal again when all is done
-            server.run()
-        return 0 if server.started else 1
+            server.run(sockets=[listener])
+        return 0
     finally:
         running.stop(0)
-        sys.stderr.flush()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Returns a socket that listens. Raises ConfigError if the address cannot be taken."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen at {host}, port {port}: {error.strerror or error}; give another --port"
+        ) from None
 
 
 def adapters_in(folder: Path) -> dict[str, Path]:
@@ -111,3 +123,26 @@ def adapters_in(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise ConfigError(f"--adapters {folder} is not a folder{nearest_path(folder, folders_only=True)}")
     return {path.name: path for path in sorted(folder.iterdir()) if (path / ADAPTER_CONFIG).is_file()}
+
+
+Url = Annotated[str, Parameter(help="address of an OpenAI-compatible server, such as http://127.0.0.1:8000")]
+
+
+def playground(*, url: Url, port: Annotated[Port, Parameter(help="of the page, on this machine alone")] = 8080) -> int:
+    """Compare two models of a server side by side, in the browser.
+
+    The page shows answers of two adapters, or of an adapter and its base, to the same prompt with the same seed, how
+    the log-probabilities of their tokens differ, and counts blind votes, which it saves as preference rows. The page
+    of `tailora serve` itself is at the address of the server.
+    """
+    require_packages("fastapi", "uvicorn", "httpx", extra="serve")
+    import uvicorn
+
+    from tailora.serve.playground import playground_app
+
+    app = playground_app(url)
+    listener = listen("127.0.0.1", port)
+    log(f"The page is at http://127.0.0.1:{port}; stop it with Ctrl-C.")
+    with suppress(KeyboardInterrupt):  # as in `serve`
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+    return 0

@@ -174,7 +174,7 @@ class Server:
             raise RequestError(
                 400,
                 f"the prompt has {longest} tokens; with an answer, at most {self.engine.max_positions} fit",
-                "messages",
+                "messages" if isinstance(body, ChatRequest) else "prompt",
             )
         limit = min(room, self.settings.max_tokens or room)
         if max_tokens is not None and max_tokens > limit:
@@ -204,6 +204,8 @@ class Server:
                 400, f"{len(prompts)} prompts; at most {self.settings.max_prompts} are allowed", "prompt"
             )
         count = n * len(prompts)
+        if count > self.settings.max_queue:
+            raise RequestError(400, f"{count} answers; at most {self.settings.max_queue} can run or wait", "n")
         if self.answers + count > self.settings.max_queue:
             raise RequestError(429, f"{self.answers} answers are running or waiting: try again later")
         self.answers += count  # before the wait for files, so that others see them
@@ -312,8 +314,8 @@ class ChatAnswer:
     def __init__(self, server: Server, body: ChatRequest, prompt: str, ids: list[int], generation: Generation) -> None:
         self.server, self.body, self.prompt, self.ids, self.generation = server, body, prompt, ids, generation
         self.head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": body.model}
-        self.has_calls = bool(body.tools) and body.tool_choice != "none"
-        self.has_calls = self.has_calls and response_template(server.tokenizer) is not None
+        calls_are_possible = bool(body.tools) and body.tool_choice != "none"
+        self.has_calls = calls_are_possible and response_template(server.tokenizer) is not None
 
     def message(self, answer: WholeAnswer) -> tuple[AssistantMessage, str]:
         """Returns the message and its finish reason."""

@@ -24,6 +24,7 @@ from tiny import GROUPED, chat_tokenizer, stir
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
+from tailora.cli.main import main
 from tailora.core.adapter_set import AdapterSet
 from tailora.serve.app import ServerSettings, create_app
 from tailora.serve.padded import make_engine
@@ -210,6 +211,12 @@ def metrics(server: Running) -> dict[str, float]:
     return {name: float(value) for name, _, value in lines}
 
 
+def test_a_prompt_that_is_too_long_is_named(server: Running) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
+        server.client.completions.create(model="legal", prompt="word " * 400)
+    assert raised.value.param == "prompt"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_frees_its_place(server: Running, stream: bool) -> None:
     core, before = server.app.state.server, tokens_generated(server)
@@ -250,9 +257,14 @@ def stream_of(model: str) -> dict[str, Any]:
 
 def test_a_full_queue_refuses(root: Path) -> None:
     with running(root, max_queue=2) as server:
-        with pytest.raises(openai.RateLimitError) as raised:
+        with pytest.raises(openai.BadRequestError, match="at most 2"):  # waiting would not help
             chat(server, "legal", n=3)
+        long = chat(server, "legal", max_tokens=170, stream=True)
+        next(iter(long))
+        with pytest.raises(openai.RateLimitError) as raised:
+            chat(server, "legal", n=2)
         assert raised.value.response.headers["Retry-After"] == "1"
+        list(long)
         assert len(chat(server, "legal", n=2).choices) == 2
         assert server.app.state.server.answers == 0
 
@@ -331,6 +343,16 @@ def test_the_command_serves_a_folder_and_ends_with_sigterm(root: Path, tmp_path:
     finally:
         process.kill()
     assert process.returncode == 0
-    assert "engine: ContinuousEngine" in told
+    assert "engine: continuous batching" in told
     assert "models: tiny, legal, poet" in told
     assert "what is that" not in told
+
+
+def test_a_port_in_use_is_an_error_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "--port", str(port)]) == 2
+        assert main(["playground", "--url", "http://127.0.0.1:1", "--port", str(port)]) == 2
+    told = capsys.readouterr().err
+    assert told.count(f"port {port}") == 2
+    assert "Traceback" not in told
