@@ -50,62 +50,66 @@ def serve(
     require_packages("fastapi", "uvicorn", "prometheus_client", extra="serve")
     if engine not in ENGINES:
         raise ConfigError(f"--engine {engine}; there are: {', '.join(ENGINES)}")
-    listener = listen(host, port)  # before the model is read
     folders = parse_adapters(adapter or [])
     if adapters is not None:
         folders |= adapters_in(adapters)
     model = base_model_name(model, list(folders.values()))
-    log("reading the model")
-    loaded = load_model(model, {}, quantize=quantize, device=device)
-    import uvicorn
+    with listen(host, port) as listener:  # before the model is read, which takes long
+        log("reading the model")
+        loaded = load_model(model, {}, quantize=quantize, device=device)
+        import uvicorn
 
-    from tailora.core.adapter_set import AdapterSet
-    from tailora.evaluation.generate import free_positions, stop_ids
-    from tailora.serve.app import ServerSettings, create_app
-    from tailora.serve.continuous import ContinuousEngine
-    from tailora.serve.padded import make_engine
-    from tailora.serve.playground import LOCAL_HOSTS
-    from tailora.serve.registry import AdapterRegistry
+        from tailora.core.adapter_set import AdapterSet
+        from tailora.evaluation.generate import free_positions, stop_ids
+        from tailora.serve.app import ServerSettings, create_app
+        from tailora.serve.continuous import ContinuousEngine
+        from tailora.serve.padded import make_engine
+        from tailora.serve.playground import LOCAL_HOSTS
+        from tailora.serve.registry import AdapterRegistry
 
-    positions = min(free_positions(loaded.model, 0), SHORTEST_DEFAULT)
-    running = make_engine(
-        AdapterSet(loaded.model, {}),
-        stop_ids(loaded.model, loaded.tokenizer),
-        engine,  # type: ignore[arg-type]
-        max_positions=positions,
-        max_requests=max_requests,
-    )
-    budget = None if adapter_memory is None else int(adapter_memory * 1e9)
-    base_name = name or (Path(model).resolve().name if Path(model).is_dir() else model)  # clients see no paths
-    registry = AdapterRegistry(running.adapter_set, running.paused, base_name, adapters, budget)
-    running.start()
-    try:
-        for adapter_name, folder in folders.items():
-            registry.load(adapter_name, folder, trusted=True)
-        settings = ServerSettings(
-            max_queue=max_queue,
-            max_tokens=max_tokens,
-            drain_seconds=drain_seconds,
-            allowed_hosts=LOCAL_HOSTS if host in LOCAL else ("*",),  # no page of another site, under a name of its own
-            api_key=os.environ.get(API_KEY),
-            admin_key=os.environ.get(ADMIN_KEY),
+        positions = min(free_positions(loaded.model, 0), SHORTEST_DEFAULT)
+        running = make_engine(
+            AdapterSet(loaded.model, {}),
+            stop_ids(loaded.model, loaded.tokenizer),
+            engine,  # type: ignore[arg-type]
+            max_positions=positions,
+            max_requests=max_requests,
         )
-        if host not in LOCAL and not settings.api_key:
-            log(f"note: anybody who reaches {host} can use this server: set {API_KEY} to ask for a key")
-        app = create_app(running, registry, loaded.tokenizer, settings)
-        config = uvicorn.Config(
-            app, host, port, log_level="warning", timeout_graceful_shutdown=max(1, int(drain_seconds))
-        )
-        what = "continuous batching" if isinstance(running, ContinuousEngine) else "padded batches, one after another"
-        log(f"engine: {what}; {max_requests} answers at once, {running.max_positions:,} tokens each")
-        log(f"models: {', '.join([registry.base_name, *folders])}")
-        log(f"listening at http://{host}:{listener.getsockname()[1]}; the page is at /; stop it with Ctrl-C")
-        server = uvicorn.Server(config)
-        with suppress(KeyboardInterrupt):  # uvicorn raises the signal again when all is done
-            server.run(sockets=[listener])
-        return 0
-    finally:
-        running.stop(0)
+        budget = None if adapter_memory is None else int(adapter_memory * 1e9)
+        base_name = name or (Path(model).resolve().name if Path(model).is_dir() else model)  # clients see no paths
+        registry = AdapterRegistry(running.adapter_set, running.paused, base_name, adapters, budget)
+        running.start()
+        try:
+            for adapter_name, folder in folders.items():
+                registry.load(adapter_name, folder, trusted=True)
+            settings = ServerSettings(
+                max_queue=max_queue,
+                max_tokens=max_tokens,
+                drain_seconds=drain_seconds,
+                allowed_hosts=LOCAL_HOSTS
+                if host in LOCAL
+                else ("*",),  # no page of another site, under a name of its own
+                api_key=os.environ.get(API_KEY),
+                admin_key=os.environ.get(ADMIN_KEY),
+            )
+            if host not in LOCAL and not settings.api_key:
+                log(f"note: anybody who reaches {host} can use this server: set {API_KEY} to ask for a key")
+            app = create_app(running, registry, loaded.tokenizer, settings)
+            config = uvicorn.Config(
+                app, host, port, log_level="warning", timeout_graceful_shutdown=max(1, int(drain_seconds))
+            )
+            what = (
+                "continuous batching" if isinstance(running, ContinuousEngine) else "padded batches, one after another"
+            )
+            log(f"engine: {what}; {max_requests} answers at once, {running.max_positions:,} tokens each")
+            log(f"models: {', '.join([registry.base_name, *folders])}")
+            log(f"listening at http://{host}:{listener.getsockname()[1]}; the page is at /; stop it with Ctrl-C")
+            server = uvicorn.Server(config)
+            with suppress(KeyboardInterrupt):  # uvicorn raises the signal again when all is done
+                server.run(sockets=[listener])
+            return 0
+        finally:
+            running.stop(0)
 
 
 def listen(host: str, port: int) -> socket.socket:
