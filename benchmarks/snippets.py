@@ -80,9 +80,9 @@ def build_preferences(folder: Path) -> None:
 def tags_folder() -> Path:
     """Returns the folder of train.jsonl and eval.jsonl: names in reviews, which are written in small letters.
 
-    A name is two or more words in capitals, not at the start; the reviews' own letters tell.
+    A name is a word, or several in a row, with a capital that does not begin a sentence; the reviews' own letters tell.
     """
-    return build_once(cache_folder() / "benchmarks-2" / "names", build_tags)
+    return build_once(cache_folder() / "benchmarks-3" / "names", build_tags)
 
 
 def build_tags(folder: Path) -> None:
@@ -94,11 +94,13 @@ def build_tags(folder: Path) -> None:
 
 
 def name_tags(words: list[str]) -> list[str]:
-    is_capital = [i > 0 and word[:1].isupper() and word[1:2].islower() for i, word in enumerate(words)]
-    tags = []
-    for i, capital in enumerate(is_capital):
-        before, after = i > 0 and is_capital[i - 1], is_capital[i + 1 : i + 2] == [True]
-        tags.append("I-NAME" if capital and before else "B-NAME" if capital and after else "O")
+    tags: list[str] = []
+    begins_sentence = True
+    for word in words:
+        letters = word.lstrip("'\"(")
+        is_name = letters[:1].isupper() and letters[1:2].islower() and not begins_sentence
+        tags.append("O" if not is_name else "I-NAME" if tags[-1] != "O" else "B-NAME")
+        begins_sentence = word.rstrip("'\")").endswith((".", "!", "?", ":", ";"))
     return tags
 
 

@@ -127,7 +127,8 @@ def on_all_machines(name: str) -> str:
 
 def typed(name: str) -> str:
     content = read(name)
-    where = f"{content['machine']['cores']} cores of an {content['machine']['cpu']}"
+    one = content["machine"]["environment"].get("OMP_NUM_THREADS") == "1"
+    where = f"{'one thread' if one else str(content['machine']['cores']) + ' cores'} of an {content['machine']['cpu']}"
     return f"`{content['command']}` took {content['seconds'] / 60:.1f} minutes on {where}"
 
 
@@ -224,6 +225,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
     "docs/labels.md": {
         "classification": partial(trained, "classification"),
         "regression": partial(trained, "regression"),
+        "tags": partial(trained, "tags"),
         "labels": partial(study, "labels"),
     },
     "docs/plan.md": {"memory": plan},

@@ -290,16 +290,9 @@ def labels_of(model: str, folders: Sequence[Path]) -> "Labels | None":
 
 def task_of(model: str, folders: Sequence[Path]) -> str:
     """Returns the task of an adapter, or of a model alone, of those without labels."""
-    from tailora.data.schemas import CAUSAL_LM, SEQ2SEQ
-    from tailora.train.model_loading import read_config, task_of_config
+    from tailora.train.model_loading import read_config, task_of_adapter, task_of_config
 
-    if not folders:
-        return task_of_config(read_config(model))
-    try:
-        task_type = read_json_object(folders[0] / ADAPTER_CONFIG).get("task_type")
-    except FormatError:  # what is wrong is said where it is loaded
-        task_type = None
-    return SEQ2SEQ if task_type == "SEQ_2_SEQ_LM" else CAUSAL_LM
+    return task_of_adapter(folders[0]) if folders else task_of_config(read_config(model))
 
 
 def command_to_use(model: str, adapter: str | None, labels: "Labels | None") -> list[str]:

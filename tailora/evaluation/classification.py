@@ -208,9 +208,9 @@ def _values_of_entities(data: LabelOutputs) -> dict[str, float]:
     del report["weighted avg"]
     return {
         "accuracy": accuracy_score(right, predicted),
+        "f1": total["f1-score"],
         "precision": total["precision"],
         "recall": total["recall"],
-        "f1": total["f1-score"],
         "f1_macro": macro["f1-score"],
         **{f"f1[{name}]": values["f1-score"] for name, values in report.items()},
     }
@@ -342,9 +342,9 @@ def _entities_in_draws(data: LabelOutputs) -> Statistic:
         f1 = _f1(*by_type)
         return {
             "accuracy": weights @ is_right / weights.sum(1),
+            "f1": _f1(hits, guessed, there),
             "precision": _ratio(hits, guessed),
             "recall": _ratio(hits, there),
-            "f1": _f1(hits, guessed, there),
             "f1_macro": f1.mean(1) if types else np.zeros(len(times)),
             **{f"f1[{name}]": f1[:, column] for column, name in enumerate(types)},
         }
@@ -409,13 +409,19 @@ def describe_labels(
 ) -> str:
     """Returns in words what training has changed. details: `label_details` of the rows."""
     start = "before training, with a new head of random weights," if new_head else "before training"
-    if "pearson" in after:
-        old, new = before["pearson"], after["pearson"]
-        ends = f" (95% interval {new.low:.3f} to {new.high:.3f})" if not math.isnan(new.low) else ""
-        return f"The correlation of predictions with labels is {new.value:.3f}{ends}; {start} {old.value:.3f}."
+    text = ""
+    for name, meaning in (("pearson", "The correlation of predictions with labels"), ("f1", "F1 of entities")):
+        if name in after:
+            old, new = before[name], after[name]
+            ends = f" (95% interval {new.low:.3f} to {new.high:.3f})" if not math.isnan(new.low) else ""
+            text = f"{meaning} is {new.value:.3f}{ends}; {start} {old.value:.3f}."
+    if "accuracy" not in after:
+        return text
+    if text:
+        text, start = f"{text} ", "before training"
     accuracy = after["accuracy"]
     ends = "" if math.isnan(accuracy.low) else f" (95% interval {accuracy.low:.1%} to {accuracy.high:.1%})"
-    text = f"Accuracy is {accuracy.value:.1%}{ends}; {start} {before['accuracy'].value:.1%}"
+    text += f"Accuracy is {accuracy.value:.1%}{ends}; {start} {before['accuracy'].value:.1%}"
     if (majority := details.get("majority")) is not None:
         text += f", and {majority['share']:.1%} for always answering {majority['label']!r}"
     return f"{text}."

@@ -41,7 +41,7 @@ from tailora.evaluation.statistics import Interval, mean_interval, paired_differ
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import CPU_TOKENS, resolved_sources, sample_options
-from tailora.train.loss import CAUSAL_LM, Evaluation, evaluate
+from tailora.train.loss import CAUSAL_LM, Evaluation, Task, evaluate
 from tailora.train.seq2seq import SEQ2SEQ_TASK
 from tailora.train.setup import choose_layout
 from tailora.train.trainable import Trainable
@@ -279,6 +279,10 @@ def _in_turn(parts: Sequence[Any]) -> Any:
     return np.concatenate(parts)[np.argsort(turns)]
 
 
+def _task_of(model: LoRAModel) -> Task:
+    return SEQ2SEQ_TASK if is_seq2seq(model) else CAUSAL_LM
+
+
 class _Evaluator:
     """Computes the metrics of a chunk of examples, by index, with whatever adapters are active."""
 
@@ -286,8 +290,7 @@ class _Evaluator:
         self, model: LoRAModel, tokenizer: Any, options: EvalOptions, metrics: Sequence[str], log: Log
     ) -> None:
         self.model, self.tokenizer, self.options, self.log = model, tokenizer, options, log
-        task = SEQ2SEQ_TASK if is_seq2seq(model) else CAUSAL_LM
-        self.layout = choose_layout(TrainConfig(), model, tokenizer, log, task=task)
+        self.layout = choose_layout(TrainConfig(), model, tokenizer, log, task=_task_of(model))
         self.token_budget = token_budget(model)
         self.normalize = normalizer(options.normalize)
         self.share_prompts: bool | None = None  # None until it was tried on a question
@@ -442,13 +445,15 @@ def _change(metric: str, base: _Totals, tuned: _Totals) -> Score:
 def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log) -> Callable[[], Evaluation]:
     """Returns a function that evaluates the active adapters on the distinct examples of `config.data`, one by one.
 
-    It is the loss of a language model: of pairs of replies, that of the chosen ones.
+    It is the loss of a language model: of pairs of replies, that of the chosen ones. Of an encoder and a decoder, it is
+    that of what the decoder writes.
     'demo' is the held-out part of the demo's data. Raises DataError with all that is wrong with the data.
     """
     prepared = prepare(
         resolved_sources(config, "eval_data"),
         tokenizer,
         field=config.field,
+        task=SEQ2SEQ if is_seq2seq(model) else AUTO,
         max_length=config.max_length,
         validation_split=0.0,
         embedding_rows=model.get_input_embeddings().weight.shape[0],
@@ -460,7 +465,7 @@ def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log
     examples = prepared.train.distinct()
     if len(examples) < len(prepared.train):
         log(f"{distinct_of(len(prepared.train), len(examples), 'held-out example')}: copies are evaluated once")
-    layout = choose_layout(config, model, tokenizer, log)
+    layout = choose_layout(config, model, tokenizer, log, task=_task_of(model))
     return lambda: evaluate(model, examples, layout=layout, token_budget=token_budget(model))
 
 

@@ -25,6 +25,7 @@ from tailora.data.demo import name_of_model
 from tailora.errors import ConfigError, listing
 from tailora.evaluation import spectral
 from tailora.evaluation.forgetting import forgetting, read_texts, sample_texts
+from tailora.evaluation.generate import is_seq2seq
 from tailora.evaluation.scores import loss_on_data
 from tailora.evaluation.spectral import ModuleReport
 from tailora.evaluation.statistics import Interval, paired_difference
@@ -44,7 +45,7 @@ from tailora.study.inspection import (
 from tailora.study.model_layout import by_group, in_order, layer_count
 from tailora.train.config import TrainConfig
 from tailora.train.loss import Evaluation
-from tailora.train.model_loading import labels_of_adapter, load_base
+from tailora.train.model_loading import labels_of_adapter, load_base, task_of_adapter
 
 NAME, OTHER = "default", "other"  # of the two adapters in a model that is loaded for them
 RECORDED = ("model", "data", "learning_rate", "num_train_epochs", "max_steps", "seed")
@@ -134,7 +135,8 @@ def inspect(
             )
         device = choose_device() if device is None else torch.device(device)
         precision = "auto" if options.uses_data else "stored"
-        loaded, tokenizer = load_base(model, precision, device, quantize, labels=labels)
+        task = task_of_adapter(folder)
+        loaded, tokenizer = load_base(model, precision, device, quantize, task=task, labels=labels)
         adapted = LoRAModel.from_pretrained(loaded, folder, NAME)
         if other_folder is not None:
             adapted.load_adapter(other_folder, OTHER)
@@ -182,6 +184,11 @@ def inspect_model(
     options = options or InspectOptions()
     if options.uses_data and tokenizer is None:
         raise ConfigError(f"{options.data or options.forgetting_data} needs the model's tokenizer: give tokenizer")
+    if options.forgetting_data is not None and is_seq2seq(model):
+        raise ConfigError(
+            f"forgetting data {options.forgetting_data!r}: forgetting is measured on text that goes on, and this model "
+            "has an encoder: leave it out"
+        )
     adapter = model.adapter(name)
     updates, left_out = spectral.updates_of(adapter, model.base_model)
     overlap = None
@@ -217,7 +224,7 @@ def inspect_model(
 def _measure_on_data(
     inspection: Inspection, model: LoRAModel, name: str, options: InspectOptions, tokenizer: Any, log: Log
 ) -> Inspection:
-    """Adds held-out losses and forgetting, and if much is forgotten, both at lower strengths."""
+    """Adds held-out losses and, of a language model, forgetting, and if much is forgotten, both at lower strengths."""
     evaluate, pair = None, inspection.pair
     if options.data is not None:
         settings = {"model": inspection.model or NAME, "data": options.data}
@@ -230,6 +237,8 @@ def _measure_on_data(
             combined = _combined_losses(model, (name, pair.other), evaluate)
             log(f"with {pair.other} alone {combined.other:.4f}, with both {combined.both:.4f}")
             inspection = replace(inspection, pair=replace(pair, losses=combined))
+    if is_seq2seq(model):  # forgetting is measured on text that goes on, which such a model does not write
+        return inspection
     if options.forgetting_data is not None:
         texts, source = read_texts(options.forgetting_data, model, tokenizer), options.forgetting_data
     else:

@@ -407,6 +407,15 @@ def labels_of_config(config: PretrainedConfig) -> Labels | None:
     return Labels.of_config(task, names, config.problem_type)
 
 
+def task_of_adapter(path: Path) -> str:
+    """Returns the task of an adapter, of those without labels."""
+    try:
+        task_type = read_json_object(adapter_folder(path) / ADAPTER_CONFIG).get("task_type")
+    except FormatError:  # what is wrong is said where it is loaded
+        task_type = None
+    return SEQ2SEQ if task_type == "SEQ_2_SEQ_LM" else CAUSAL_LM
+
+
 def labels_of_adapter(path: Path) -> Labels | None:
     """Returns the labels of an adapter for a head, from its files or those of its run; None for other adapters."""
     folder = adapter_folder(path)

@@ -9,7 +9,15 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn import metrics
 
 from tailora.data.labels import Labels
-from tailora.evaluation.classification import LabelOutputs, _statistic, label_changes, label_details, label_scores
+from tailora.evaluation.classification import (
+    LabelOutputs,
+    _statistic,
+    as_intervals,
+    describe_labels,
+    label_changes,
+    label_details,
+    label_scores,
+)
 
 CLASSES = Labels("sequence-classification", ("a", "b", "c"))
 BINARY = Labels("sequence-classification", ("no", "yes"))
@@ -85,6 +93,14 @@ def test_scores_of_entities_are_those_of_seqeval() -> None:
     for entity in ("X", "Y"):
         assert scores[f"f1[{entity}]"].value == pytest.approx(report[entity]["f1-score"])
     assert scores["f1_macro"].value == pytest.approx(report["macro avg"]["f1-score"])
+
+
+def test_the_f1_of_entities_is_told_before_the_accuracy_of_words() -> None:
+    scores = as_intervals(label_scores(outputs_of(TAGS)))
+    assert list(scores)[:2] == ["accuracy", "f1"]
+    text = describe_labels(scores, scores, {}, new_head=False)
+    assert text.startswith(f"F1 of entities is {scores['f1'].value:.3f} (95% interval {scores['f1'].low:.3f} to ")
+    assert text.endswith(f"; before training {scores['accuracy'].value:.1%}.")
 
 
 def test_tags_that_are_no_entities_are_classes() -> None:

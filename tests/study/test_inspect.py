@@ -1,12 +1,13 @@
 """A whole inspection of a tiny model's adapter: from its files, beside its base, on data."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import chat_model, stir
+from tiny import chat_model, stir, tiny_model
 from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
@@ -79,6 +80,24 @@ def test_beside_the_base_and_on_data(tuned: TrainConfig) -> None:
     for one, other in zip(alone.modules, found.modules, strict=True):
         assert one.effective_rank == pytest.approx(other.effective_rank, rel=1e-5)
         assert one.norm == pytest.approx(other.norm, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["BartForConditionalGeneration", "T5ForConditionalGeneration"])
+def test_an_adapter_of_an_encoder_and_decoder_on_data(name: str, seq2seq_run: TrainConfig, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(seq2seq_run.model, model)
+    if name.startswith("T5"):
+        ids = {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 3}
+        tiny_model(name, vocab_size=300, **ids).save_pretrained(model)
+    config = seq2seq_run.replaced(model=str(model), output_dir=str(tmp_path / "run"), max_steps=10, dtype="float32")
+    run(config)
+    found = inspect(config.output_dir, config.model, config.data)
+    assert found.held_out is not None
+    assert found.held_out.loss < found.held_out.base_loss
+    assert found.forgetting is None
+    with pytest.raises(ConfigError, match="has an encoder: leave it out"):
+        inspect(config.output_dir, config.model, options=InspectOptions(forgetting_data=config.data))
 
 
 @pytest.mark.slow
