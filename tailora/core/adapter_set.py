@@ -29,7 +29,7 @@ from tailora.core.attach import (
 )
 from tailora.core.inference import generating
 from tailora.core.layer_calls import FirstStep, LayerCalls
-from tailora.core.layer_types import layer_path_of
+from tailora.core.layer_types import find_layer
 from tailora.core.mixed_batch import BatchRows, batch_row_parts, check_row_names, repeats_of_generate
 from tailora.core.packed_batch import PackedBatch, packed_layers
 from tailora.core.quantization import allow_repacking, prevent_repacking
@@ -96,9 +96,10 @@ class AdapterSet:
 
         Raises TargetError for a layer that one adapter adapts and another trains in full.
         """
-        layer_paths = {path: layer_path_of(self.base_model, path) for path in adapter.parts}
+        found = {path: find_layer(self.base_model, path) for path in adapter.parts}
+        layer_paths = {path: layer_path for path, (layer_path, _) in found.items()}
         parts = group_by_path((layer_paths[path], part) for path, part in adapter.parts.items())
-        layers = {path: self.base_model.get_submodule(path) for path in parts}
+        layers = dict(found.values())
         mixins = {path: mixin_for(layer_parts[0]) for path, layer_parts in parts.items()}
         if conflicts := [
             path for path, layer in layers.items() if runs_adapters(layer) and not isinstance(layer, mixins[path])

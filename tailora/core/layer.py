@@ -69,6 +69,17 @@ class LoRALayer(nn.Module):
     higher, since PEFT allows it.
     """
 
+    in_features: int
+    out_features: int
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    lora_dropout: float
+    layer_type: LayerType
+    groups: int
+    output_slice: OutputSlice | None
+    strength: float
+    row_norms: dora.RowNorms | None
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     scaling: Tensor
@@ -103,28 +114,36 @@ class LoRALayer(nn.Module):
             raise ConfigError(
                 f"rank = {rank} on a layer of {in_features} -> {out_features}; take 1..{min(in_features, out_features)}"
             )
-        self.in_features, self.out_features, self.r = in_features, out_features, rank
-        self.lora_alpha = 2.0 * rank if lora_alpha is None else lora_alpha
-        self.use_rslora = use_rslora
-        self.lora_dropout = lora_dropout
-        self.layer_type, self.groups, self.output_slice = layer_type, groups, output_slice
+        vars(self).update(  # not one by one: nn.Module looks at each, which takes long for hundreds of layers
+            in_features=in_features,
+            out_features=out_features,
+            r=rank,
+            lora_alpha=2.0 * rank if lora_alpha is None else lora_alpha,
+            use_rslora=use_rslora,
+            lora_dropout=lora_dropout,
+            layer_type=layer_type,
+            groups=groups,
+            output_slice=output_slice,
+            row_norms=None,
+            strength=1.0,  # a number of the host: at 1 it takes no kernel
+        )
         shape_A, shape_B = shapes or ((rank, in_features), (out_features, rank))
         self.lora_A = nn.Parameter(torch.zeros(shape_A, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(shape_B, device=device, dtype=dtype))
-        self.strength = 1.0  # a number of the host: at 1 it takes no kernel
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
         self.register_parameter("lora_E", None)
         self.register_parameter("lora_magnitude_vector", None)
         self.register_parameter("lora_bias", None)
         self.register_parameter("bias", None)
-        self.row_norms: dora.RowNorms | None = None
         if lora_bias:
             self.lora_bias = nn.Parameter(torch.zeros(len(self.lora_B), device=device, dtype=dtype))
         scaling = self._scalar(self.configured_scaling)
         if self.configured_scaling > torch.finfo(scaling.dtype).max:
             raise ConfigError(f"lora_alpha = {self.lora_alpha:g} is more than {scaling.dtype} can hold; take 1 to 1000")
-        self.scaling = nn.Parameter(scaling) if learn_scaling else scaling
+        self.register_buffer("scaling", scaling)
+        if learn_scaling:
+            self.scaling = nn.Parameter(scaling)
         if init_lora_weights is not None:
             self.reset_parameters(init_lora_weights)
 

@@ -374,22 +374,45 @@ def parameter_owner(layer: nn.Module, name: str) -> tuple[nn.Module, str]:
     return layer.get_submodule(path), last
 
 
-def layer_path_of(model: nn.Module, path: str) -> str:
-    """Returns the path of the module that computes with the matrix at `path`.
+def submodule(model: nn.Module, path: str) -> nn.Module | None:
+    """Returns the module at this path; None if there is none.
+
+    Ten times as fast as `get_submodule`: loading an adapter asks several times for each of hundreds of layers.
+    """
+    module: Any = model
+    for name in path.split(".") if path else ():
+        child = module._modules.get(name)
+        if child is None and not isinstance(child := getattr(module, name, None), nn.Module):
+            return None
+        module = child
+    return module  # type: ignore[no-any-return]
+
+
+def find_layer(model: nn.Module, path: str) -> tuple[str, nn.Module]:
+    """Returns path and module of what computes with the matrix at `path`.
 
     That is the module at `path`, or its parent where `path` names a part, a parameter, or a matrix of attention.
+    Raises AttributeError if there is none.
     """
-    parent = path.rpartition(".")[0]
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return parent
-    return parent if path and is_multihead_attention(model.get_submodule(parent)) else path
+    parent_path, _, name = path.rpartition(".")
+    parent = submodule(model, parent_path)
+    if parent is None:
+        model.get_submodule(parent_path)  # says what is missing
+    assert parent is not None
+    module = submodule(parent, name)
+    if module is None or (path and is_multihead_attention(parent)):
+        return parent_path, parent
+    return path, module
+
+
+def layer_path_of(model: nn.Module, path: str) -> str:
+    """Returns the path of the module that computes with the matrix at `path`."""
+    return find_layer(model, path)[0]
 
 
 def layer_of(model: nn.Module, path: str) -> nn.Module:
-    """Returns the module at `layer_path_of`."""
-    return model.get_submodule(layer_path_of(model, path))
+    """Returns the module that computes with the matrix at `path`."""
+    return find_layer(model, path)[1]
 
 
 def is_called(layer: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter
 from tailora.core.layer import LoRALayer, concatenate_ranks
-from tailora.core.layer_types import EMBEDDING
+from tailora.core.layer_types import EMBEDDING, Shape
 from tailora.core.targets import ExtraTargets, task_heads
 from tailora.errors import DivergedError, FormatError, TailoraWarning
 from tailora.formats.fingerprint import TOLERANCE, fingerprint, vocabulary_size
@@ -263,6 +263,24 @@ def layer_to_peft(layer: LoRALayer, with_start: bool) -> dict[str, Tensor]:
     if layer.bias is not None:
         tensors["bias"] = layer.bias
     return {slot: tensor.detach() for slot, tensor in tensors.items()}
+
+
+def slot_shapes(layer: LoRALayer, with_start: bool) -> dict[str, Shape]:
+    """Returns the shapes of `layer_to_peft`, slot -> shape, without computing anything."""
+    (ranks, in_features, *kernel), outputs, factor = layer.lora_A.shape, len(layer.lora_B), 2 if with_start else 1
+    if layer.layer_type.is_stacked:
+        shapes: dict[str, Shape] = {"B": (outputs // layer.groups, factor * ranks)}
+    else:
+        in_features *= layer.groups
+        shapes = {"B": (outputs, factor * layer.lora_B.shape[1], *(1 for _ in kernel))}
+    shapes = {"A": (factor * ranks, in_features, *kernel), **shapes}
+    if layer.lora_magnitude_vector is not None:
+        shapes["magnitude"] = (1, outputs, *(1 for _ in kernel)) if kernel else (outputs,)
+    if layer.lora_bias is not None:
+        shapes["lora_bias"] = (outputs,)
+    if layer.bias is not None:
+        shapes["bias"] = tuple(layer.bias.shape)
+    return shapes
 
 
 @torch.no_grad()

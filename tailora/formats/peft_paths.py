@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tailora.core.dora import RowNorms
 from tailora.core.fused_layers import OutputSlice
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import layer_path_of
+from tailora.core.layer_types import find_layer
 from tailora.core.multihead_attention import projections
 
 
@@ -69,7 +69,8 @@ class PeftLayer:
         """
         if len(self.layers) == 1 and next(iter(self.layers.values())).output_slice is None:
             path = next(iter(self.layers))
-            return {path: tensor / self._scale_ratio(path) if slot == "B" else tensor}
+            ratio = self._scale_ratio(path) if slot == "B" else 1
+            return {path: tensor if ratio == 1 else tensor / ratio}
         if slot == "magnitude":
             fits = all(tensor.shape == (self._output_slice(path).total,) for path in self.layers)
             return {path: self._output_slice(path).take(tensor) for path in self.layers} if fits else None
@@ -103,16 +104,15 @@ class PeftLayer:
 
 def peft_layers(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, PeftLayer]:
     """Returns key prefix -> the PeftLayer that holds these layers, in their order."""
-    module_paths = {path: layer_path_of(model, path) for path in layers}
+    found = {path: find_layer(model, path) for path in layers}
     paths_of_module: dict[str, list[str]] = {}
-    for path, module_path in module_paths.items():
+    for path, (module_path, _) in found.items():
         paths_of_module.setdefault(module_path, []).append(path)
     expert_names = named_like_experts(model)
     result: dict[str, PeftLayer] = {}
     scales: dict[str, float] = {}
     for path, layer in layers.items():
-        module_path = module_paths[path]
-        module = model.get_submodule(module_path)
+        module_path, module = found[path]
         prefix = module_path
         if layer.output_slice is None and path != module_path:
             if layer.layer_type.is_stacked:

@@ -16,6 +16,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,6 +48,7 @@ from tailora.formats.run_folder import ADAPTER_WEIGHTS, GGUF_WEIGHTS, MLX_WEIGHT
 LOGGER = logging.getLogger(__name__)
 LONGEST_NAME = 200
 RESERVED = "+@"  # of mixtures and scales
+HASHED_BYTES = 2**22  # at once: meanwhile other threads run Python, and each change of threads takes time
 MOST_DERIVED = 64  # scaled adapters and mixtures that are kept without a request: clients may ask for any number
 
 
@@ -459,10 +461,12 @@ class AdapterRegistry:
         folder = self._checked_folder(name, path, trusted=trusted)
         base_model = self._adapter_set.base_model
         stored = read_any_format(folder, base_model)
-        adapter = _for_inference(restore(stored, base_model))
+        with ThreadPoolExecutor(1) as pool:
+            digest = pool.submit(digest_of, stored)  # meanwhile, since hashing leaves Python to other threads
+            adapter = _for_inference(restore(stored, base_model))
         check_splits_by_row(adapter.low_rank)
         ranks = tuple(sorted({layer.r for layer in adapter.low_rank.values()}))
-        return _Source(name, path, trusted, digest_of(stored), size_of(adapter), ranks), adapter
+        return _Source(name, path, trusted, digest.result(), size_of(adapter), ranks), adapter
 
     def _checked_folder(self, name: str, path: Path, *, trusted: bool) -> Path:
         """Returns the folder or file of the adapter, if it may be read."""
@@ -503,11 +507,21 @@ def check_linear(adapters: Mapping[str, Adapter]) -> None:
 
 def digest_of(stored: StoredAdapter) -> str:
     """Returns the SHA-256 of an adapter's settings, metadata and tensors, as they were read."""
-    digest = hashlib.sha256(json.dumps(stored.settings, sort_keys=True).encode())
-    digest.update(stored.metadata.to_json().encode())
-    for key, tensor in sorted(stored.tensors.items()):
-        digest.update(f"\n{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    in_order = sorted(stored.tensors.items())
+    shapes = [(key, str(tensor.dtype), tuple(tensor.shape)) for key, tensor in in_order]
+    digest = hashlib.sha256(json.dumps([stored.settings, stored.metadata.to_json(), shapes], sort_keys=True).encode())
+    buffer, filled = torch.empty(HASHED_BYTES, dtype=torch.uint8), 0
+    for _, tensor in in_order:
+        content = tensor.reshape(-1).view(torch.uint8)
+        if filled + len(content) > len(buffer):
+            digest.update(buffer[:filled].numpy().data)
+            filled = 0
+        if len(content) > len(buffer):
+            digest.update(content.numpy().data)
+        else:
+            buffer[filled : filled + len(content)] = content
+            filled += len(content)
+    digest.update(buffer[:filled].numpy().data)
     return digest.hexdigest()
 
 

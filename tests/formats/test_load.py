@@ -120,6 +120,23 @@ def test_no_tensor_that_is_not_finite_is_loaded(
         LoRAModel.from_pretrained(chat_model(), tmp_path)
 
 
+def test_finite_numbers_whose_sum_is_not_are_loaded(folder: Path) -> None:
+    name = f"{Q0}.lora_A.weight"
+    edit(folder, lambda tensors: tensors[name].fill_(3e38))
+    model = LoRAModel.from_pretrained(chat_model(), folder)
+    assert (model.lora_layers["model/layers/0/self_attn/q_proj"].lora_A == torch.tensor(3e38)).all()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}, {"modules_to_save": ["lm_head"]}]
+)
+def test_no_random_numbers_are_drawn_for_tensors_that_the_file_has(tmp_path: Path, settings: dict[str, Any]) -> None:
+    folder, base = adapted(settings).save_adapter(tmp_path), chat_model()
+    state = torch.get_rng_state()
+    LoRAModel.from_pretrained(base, folder)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_learned_scale_that_makes_a_factor_infinite_is_refused(tmp_path: Path) -> None:
     folder = adapted({"learn_scaling": True}).save_adapter(tmp_path)
     change_metadata(folder, lambda metadata: metadata["scaling"].update(dict.fromkeys(metadata["scaling"], 1e-320)))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tailora import LoRAModel
 from tailora.core.attach import Swapped
+from tailora.formats.peft import layer_to_peft, slot_shapes
 
 layer_cases = all_of(ALL_LAYERS)
 pairs = pairs_of(ALL_PAIRS)
@@ -140,6 +141,14 @@ def test_merge_and_unload_leaves_a_plain_module_that_computes_the_same(
     base = model.merge_and_unload(in_place=in_place)
     assert not any(isinstance(module, Swapped) for module in base.modules())
     torch.testing.assert_close(base(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pairs
+def test_the_shapes_that_a_file_must_have_are_those_that_are_written(case: LayerCase, slot: str) -> None:
+    for layer in trained(case, slot).lora_layers.values():
+        for with_start in (False, True):
+            written = {name: tensor.shape for name, tensor in layer_to_peft(layer, with_start).items()}
+            assert slot_shapes(layer, with_start) == written
 
 
 @pytest.mark.filterwarnings("ignore:.*PEFT cannot load this adapter:UserWarning")  # DoRA on attention and experts
