@@ -88,7 +88,8 @@ def log_likelihoods(
         return -evaluate(model, choices.examples, layout=layout, token_budget=token_budget).sums
     questions = [[choices.examples[i] for i in range(*bounds)] for bounds in pairwise(choices.starts.tolist())]
     losses = shared_prompt_losses(model, questions, layout.loss, token_budget=token_budget)
-    return -np.concatenate([np.zeros(0), *losses])
+    likelihoods: Floats = -np.concatenate([np.zeros(0), *losses])
+    return likelihoods
 
 
 def right_is_likeliest(choices: TokenizedChoices, values: Floats) -> NDArray[np.bool_]:
