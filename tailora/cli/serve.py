@@ -1,5 +1,6 @@
 """`tailora serve`: a base and many adapters over OpenAI's API. `tailora playground`: the page for any such server."""
 
+import gc
 import os
 import socket
 from contextlib import suppress
@@ -66,6 +67,9 @@ def serve(
         from tailora.serve.padded import make_engine
         from tailora.serve.playground import LOCAL_HOSTS
         from tailora.serve.registry import AdapterRegistry
+        from tailora.train.memory import keep_freed_memory
+
+        keep_freed_memory(loaded.model.device)
 
         positions = min(free_positions(loaded.model, 0), SHORTEST_DEFAULT)
         running = make_engine(
@@ -105,11 +109,14 @@ def serve(
             log(f"models: {', '.join([registry.base_name, *folders])}")
             log(f"listening at http://{host}:{listener.getsockname()[1]}; the page is at /; stop it with Ctrl-C")
             server = uvicorn.Server(config)
+            gc.collect()
+            gc.freeze()  # what is here stays: looking through all modules again would stop all requests for .2 s
             with suppress(KeyboardInterrupt):  # uvicorn raises the signal again when all is done
                 server.run(sockets=[listener])
             return 0
         finally:
             running.stop(0)
+            gc.unfreeze()
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -96,10 +96,10 @@ class AdapterSet:
 
         Raises TargetError for a layer that one adapter adapts and another trains in full.
         """
-        found = {path: find_layer(self.base_model, path) for path in adapter.parts}
-        layer_paths = {path: layer_path for path, (layer_path, _) in found.items()}
+        layers_by_path = {path: find_layer(self.base_model, path) for path in adapter.parts}
+        layer_paths = {path: layer_path for path, (layer_path, _) in layers_by_path.items()}
         parts = group_by_path((layer_paths[path], part) for path, part in adapter.parts.items())
-        layers = dict(found.values())
+        layers = dict(layers_by_path.values())
         mixins = {path: mixin_for(layer_parts[0]) for path, layer_parts in parts.items()}
         if conflicts := [
             path for path, layer in layers.items() if runs_adapters(layer) and not isinstance(layer, mixins[path])

@@ -104,15 +104,15 @@ class PeftLayer:
 
 def peft_layers(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, PeftLayer]:
     """Returns key prefix -> the PeftLayer that holds these layers, in their order."""
-    found = {path: find_layer(model, path) for path in layers}
+    layers_by_path = {path: find_layer(model, path) for path in layers}
     paths_of_module: dict[str, list[str]] = {}
-    for path, (module_path, _) in found.items():
+    for path, (module_path, _) in layers_by_path.items():
         paths_of_module.setdefault(module_path, []).append(path)
     expert_names = named_like_experts(model)
     result: dict[str, PeftLayer] = {}
     scales: dict[str, float] = {}
     for path, layer in layers.items():
-        module_path, module = found[path]
+        module_path, module = layers_by_path[path]
         prefix = module_path
         if layer.output_slice is None and path != module_path:
             if layer.layer_type.is_stacked:
