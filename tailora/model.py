@@ -36,6 +36,7 @@ from tailora.formats.peft_model import PEFT_NAMES, check_no_adapter_names, read_
 
 if TYPE_CHECKING:
     from tailora.formats.export import ExportReport
+    from tailora.formats.serving_targets import ServingExport, ServingSettings
 
 TRAINER = (
     "a trainer of transformers or TRL would not save a LoRAModel as an adapter; make its class with "
@@ -297,6 +298,29 @@ class LoRAModel(nn.Module):
         self._merge_state.check_unmerged("export an adapter")
         source = ExportSource(as_plain_lora(self.adapter(name)), self.base_model, tokenizer)
         return export(source, Path(folder), to, overwrite=overwrite)
+
+    def export_for(
+        self,
+        folder: str | Path,
+        target: str,
+        name: str = "default",
+        *,
+        settings: "ServingSettings | None" = None,
+        tokenizer: Any = None,
+        overwrite: bool = False,
+    ) -> "ServingExport":
+        """Exports an adapter for a server or a hosted service: "vllm", "llama-server", "ollama", "lm-studio", "mlx",
+        "tgi", "fireworks" or "cloudflare", with a script that serves or uploads it.
+
+        What a server takes no adapter for is merged into the whole model; a service's limits are checked. Otherwise as
+        `export`. Raises as `formats.serving_targets.export_for`.
+        """
+        from tailora.formats.low_rank_export import ExportSource
+        from tailora.formats.serving_targets import ServingSettings, export_for
+
+        self._merge_state.check_unmerged("export an adapter")
+        source = ExportSource(as_plain_lora(self.adapter(name)), self.base_model, tokenizer)
+        return export_for(source, Path(folder), target, settings or ServingSettings(), overwrite=overwrite)
 
     def delete_adapter(self, name: str) -> None:
         """Deletes an adapter. Other active adapters stay active."""

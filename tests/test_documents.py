@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import COMMANDS, app, main
 from tailora.formats.export import FORMATS
+from tailora.formats.serving_targets import TARGETS, Serving, script, with_commands
 from tailora.train.model_loading import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -57,13 +58,36 @@ def test_the_exports_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     stir(model)
     model.save_adapter("outputs/demo/adapter")
     commands = [shlex.split(line, comments=True) for line in block.splitlines()]
-    assert {command[command.index("--to") + 1] for command in commands} == FORMATS.keys() - {"diffusers"}
+    formats = {command[command.index("--to") + 1] for command in commands}
+    assert formats == FORMATS.keys() - {"diffusers"} | {"vllm"}
     for program, *tokens in commands:
         assert program == "tailora"
         assert main(tokens) == 0
     with_peft = load_file("outputs/demo-peft/adapter_model.safetensors")
     for key, tensor in load_file("outputs/demo-portable/adapter_model.safetensors").items():
         torch.testing.assert_close(with_peft[key], tensor[: len(with_peft[key]), : with_peft[key].shape[1]])
+
+
+def test_the_servers_and_limits_of_the_page_are_those_of_the_table() -> None:
+    servers, services = (
+        {row.split("|")[1].strip(" `"): row for row in table.splitlines()[2:]}
+        for table in re.findall(r"(\| `--to` .*?)\n\n", page("export"), re.DOTALL)
+    )
+    assert {**servers, **services}.keys() == TARGETS.keys()
+    assert all(f"| `{TARGETS[name].format}` |" in row for name, row in servers.items())
+    for name, row in services.items():
+        limits = TARGETS[name].limits
+        assert limits is not None
+        _, rank, layers, size, models, source = (cell.strip() for cell in row.strip("|").split("|"))
+        assert rank == f"{limits.lowest_rank} to {limits.highest_rank}"
+        assert re.findall(r"`(.*?)`", layers) == list(limits.targets)
+        assert re.findall(r"`(.*?)`", models) == list(limits.model_types)
+        assert size == ("" if limits.bytes is None else f"less than {limits.bytes / 1e6:.0f} MB")
+        assert TARGETS[name].sources[0] in source
+    (text,) = re.findall(r"```text\n(.*?)```", page("export"), re.DOTALL)
+    base, stops = "HuggingFaceTB/SmolLM2-135M-Instruct", {2: "<|im_end|>"}
+    serving = Serving("vllm", "portable", "demo-vllm", base, 16, 8192, stops, {}, None)
+    assert text == script(with_commands(serving, "."))
 
 
 def test_measured_parts_are_what_the_results_give(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,10 @@
-"""`tailora export ADAPTER --to FORMAT --output DIR`: writes an adapter for another program, and checks the result."""
+"""`tailora export ADAPTER --to NAME --output DIR`: writes an adapter for another program, and checks the result."""
 
 import json as json_module
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -25,22 +25,38 @@ from tailora.cli.models import (
     task_of,
 )
 from tailora.data.demo import resolve_demo
-from tailora.formats.run_folder import ADAPTER_CONFIG, EXPORTED_FILES, GGUF_WEIGHTS, check_result_folder
+from tailora.errors import ConfigError
+from tailora.formats.run_folder import (
+    ADAPTER_CONFIG,
+    EXPORTED_FILES,
+    GGUF_WEIGHTS,
+    SERVE_SCRIPT,
+    check_result_folder,
+)
 from tailora.report.blocks import Block, Code, Column, Paragraph, Section, Table
 from tailora.report.terminal import print_section
 
 if TYPE_CHECKING:
     from tailora.data.labels import Labels
     from tailora.formats.export import ExportReport
+    from tailora.formats.serving_targets import Serving, ServingExport, ServingSettings
 
+Format = Literal["peft", "portable", "gguf", "merged"]
+Server = Literal["vllm", "llama-server", "ollama", "lm-studio", "mlx", "tgi"]
+Service = Literal["fireworks", "cloudflare"]
+MERGED = ("merged", "lm-studio")
+FORMATS: tuple[str, ...] = get_args(Format)
 To = Annotated[
-    Literal["peft", "portable", "gguf", "mlx", "merged"],
-    Parameter(help="format: PEFT, PEFT that vLLM reads, llama.cpp and Ollama, mlx-lm, or a whole model"),
+    Literal[Format, Server, Service],
+    Parameter(
+        help="a format: peft, portable (PEFT that servers read), gguf or merged (a whole model); or a server or a "
+        "hosted service, with the command that serves it"
+    ),
 ]
 Output = Annotated[Path, Parameter(name=["--output", "--output-dir"], help="new folder for the result")]
 Quantize = Annotated[
     str | None,
-    Parameter(help=f"quantization of the base model: {METHODS}; default: merged: as in the adapter's run"),
+    Parameter(help=f"quantization of the base model: {METHODS}; default: merged, lm-studio: as in the adapter's run"),
 ]
 Dtype = Annotated[
     Literal["stored", "float32", "bfloat16", "float16"], Parameter(help="precision of the base, and of a merged model")
@@ -62,7 +78,8 @@ def export(
 ) -> int:
     """Export an adapter to llama.cpp, Ollama, vLLM, mlx-lm or PEFT, or merge it.
 
-    The result is read back and must compute the same as the model with its adapter.
+    The result is read back and must compute the same as the model with its adapter. For a server, the folder has a
+    script that starts it; what it takes no adapter for is merged. The limits of a hosted service are checked first.
     """
     path = find_adapter(adapter)
     check_result_folder(output, EXPORTED_FILES, overwrite=overwrite, sources=[path])
@@ -72,25 +89,63 @@ def export(
     from tailora.quiet import quiet_transformers
     from tailora.train.model_loading import load_base
 
-    if quantize is None and to != "merged":
-        quantize = "none"  # the base's weights are not in the result
-    method, labels = quantize_method([path], quantize), labels_of(base, [path])
-    loaded, tokenizer = load_base(
-        base, dtype, device_of_flag(device), method, task=task_of(base, [path]), labels=labels
-    )
+    trained_on = quantize_method([path], quantize)
+    method = None if quantize is None and to not in MERGED else trained_on  # the base's weights are not in the result
+    labels = labels_of(base, [path])
+    task = task_of(base, [path])
+    if to not in FORMATS:
+        check_target(to, path, output, labels, task)
+    loaded, tokenizer = load_base(base, dtype, device_of_flag(device), method, task=task, labels=labels)
     adapted = LoRAModel.from_pretrained(loaded, path)
     started = time.perf_counter()
     with quiet_transformers():
-        result = adapted.export(output, to, tokenizer=tokenizer, overwrite=overwrite)
+        if to in FORMATS:
+            report = adapted.export(output, to, tokenizer=tokenizer, overwrite=overwrite)
+            result: ExportReport | ServingExport = report
+            code = commands_of_format(report, base, labels)
+        else:
+            settings = serving_settings(path, base, loaded, tokenizer, trained_on if method is None else None)
+            result = adapted.export_for(output, to, settings=settings, tokenizer=tokenizer, overwrite=overwrite)
+            report, code = result.report, commands_of_target(result.serving, result.report.folder)
     seconds = time.perf_counter() - started
     if json:
         print_json({**result.to_dict(), "model": base, "seconds": seconds})
     else:
-        show(stdout(), result, base, labels, seconds)
+        show(stdout(), report, code, seconds)
     return 0
 
 
-def show(console: Console, result: "ExportReport", base: str, labels: "Labels | None", seconds: float) -> None:
+def check_target(to: str, adapter: Path, output: Path, labels: "Labels | None", task: str) -> None:
+    """Raises ConfigError, before the model is read, for an adapter or a path that a server cannot take."""
+    from tailora.data.schemas import CAUSAL_LM
+    from tailora.formats.serving_targets import check_target_path
+
+    check_target_path(to, output)
+    if labels is not None or task != CAUSAL_LM:
+        what = "predicts labels" if labels is not None else f"was trained for {task}"
+        raise ConfigError(f"--to {to} is for language models, and {adapter} {what}: give one of {', '.join(FORMATS)}")
+
+
+def serving_settings(adapter: Path, base: str, model: Any, tokenizer: Any, trained_on: str | None) -> "ServingSettings":
+    """Returns what a server has to be told. The tokenizer gets the chat template of the adapter's training."""
+    from tailora.evaluation.generate import stop_ids
+    from tailora.formats.serving_targets import ServingSettings, adapter_chat_template
+
+    template = adapter_chat_template(adapter) if adapter.is_dir() else None
+    if template == tokenizer.chat_template:
+        template = None
+    if template is not None:
+        tokenizer.chat_template = template
+    stops = stop_ids(model, tokenizer)
+    return ServingSettings(
+        base=resolve_demo(base, "model"),  # other programs do not know "demo"
+        stop_tokens=dict(zip(stops, tokenizer.convert_ids_to_tokens(stops), strict=True)),
+        chat_template=template,
+        trained_on=trained_on,
+    )
+
+
+def show(console: Console, result: "ExportReport", code: list[Block], seconds: float) -> None:
     from tailora.train.memory import format_bytes
 
     files = [(str(result.folder / name), format_bytes(size)) for name, size in result.files.items()]
@@ -105,11 +160,28 @@ def show(console: Console, result: "ExportReport", base: str, labels: "Labels | 
         Table([Column(""), Column("", numeric=True)], files),
         Paragraph(comparison),
         Paragraph(f"{changes[:1].upper()}{changes[1:]}."),  # of mlx-lm it says what to do before the command below
-        Code(next_command(result, base, labels), title="To use it:"),
+        *code,
     ]
-    if result.format == "gguf":
-        contents.append(Code(llama_cpp_commands(result, base), title="Or with llama.cpp, which has both programs:"))
     print_section(console, Section(f"Written in {seconds:.1f} s", "", contents))
+
+
+def commands_of_target(serving: "Serving", folder: Path) -> list[Block]:
+    from tailora.formats.serving_targets import TARGETS, notes
+
+    blocks: list[Block] = []
+    if serving.prepare is not None:
+        blocks.append(Code(shlex.join(serving.prepare[0]), title="Once, with llama.cpp's converter:"))
+    title = f"To {'upload' if TARGETS[serving.target].limits else 'serve'} it, as {folder / SERVE_SCRIPT} does:"
+    blocks.append(Code("\n".join(map(shlex.join, serving.commands)), title=title))
+    blocks += [Paragraph(note) for note in notes(serving)]
+    return blocks
+
+
+def commands_of_format(result: "ExportReport", base: str, labels: "Labels | None") -> list[Block]:
+    blocks: list[Block] = [Code(next_command(result, base, labels), title="To use it:")]
+    if result.format == "gguf":
+        blocks.append(Code(llama_cpp_commands(result, base), title="Or with llama.cpp, which has both programs:"))
+    return blocks
 
 
 def llama_cpp_commands(result: "ExportReport", base: str) -> str:
@@ -131,7 +203,6 @@ def next_command(result: "ExportReport", base: str, labels: "Labels | None") -> 
     commands = {
         "peft": command_to_use(base, folder, labels),
         "gguf": ["ollama", "create", name, "-f", str(result.folder / "Modelfile")],
-        "mlx": ["mlx_lm.generate", "--model", base_folder, "--adapter-path", folder, "--prompt", "Hello"],
         "merged": command_to_use(folder, None, labels),
     }
     return shlex.join(commands[result.format])

@@ -64,11 +64,18 @@ class ExportReport:
         return {**asdict(self), "folder": str(self.folder)}
 
 
-def export(source: ExportSource, folder: Path, to: str, *, overwrite: bool = False) -> ExportReport:
+def export(
+    source: ExportSource,
+    folder: Path,
+    to: str,
+    *,
+    overwrite: bool = False,
+    write_more: Callable[[Path], None] = lambda _: None,
+) -> ExportReport:
     """Writes a new `folder` completely or not at all, after reading it back and comparing its logits with the model's.
 
     Of models of diffusers, whose inputs differ, the updates are compared instead.
-    overwrite: as in `run_folder.check_result_folder`.
+    overwrite: as in `run_folder.check_result_folder`.    write_more: writes other files into the folder.
     Raises ConfigError for an unknown format or a folder that is not empty, FormatError with all that the format cannot
     hold and for a difference above the tolerance, MergeError, WriteError.
     """
@@ -82,6 +89,7 @@ def export(source: ExportSource, folder: Path, to: str, *, overwrite: bool = Fal
         changes = export_format.write(temporary, source)
         content = export_format.read(temporary, source)
         comparison = compare(content, f"{folder} ({to})")
+        write_more(temporary)
         files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
     return ExportReport(folder, to, files, changes, comparison)
 
@@ -272,6 +280,11 @@ Plain LoRA adapter of {layers} layers, r = alpha = {r}: the scale is in B.
 For PEFT, and for servers that read r and alpha alone: vLLM, SGLang, LMDeploy."""
 
 
+def portable_rank(highest: int) -> int:
+    """Returns the rank of a portable folder whose layers have at most this one."""
+    return next(rank for rank in VLLM_RANKS if rank >= highest)
+
+
 def portable_problems(source: ExportSource) -> list[str]:
     if problems := low_rank_export.low_rank_problems(source, (LINEAR, CONV1D, EMBEDDING)):
         return problems
@@ -285,7 +298,7 @@ def portable_problems(source: ExportSource) -> list[str]:
 def write_portable(folder: Path, source: ExportSource) -> list[str]:
     """Writes the files into `folder`. Returns what differs from the adapter as trained, in words."""
     factors, layer_types = low_rank_export.fold_scale(source), low_rank_export.exported_layer_types(source)
-    r = next(rank for rank in VLLM_RANKS if rank >= max(len(A) for A, _ in factors.values()))
+    r = portable_rank(max(len(A) for A, _ in factors.values()))
     factors, padding = low_rank_export.pad_ranks(factors, r)
     tensors: dict[str, Tensor] = {}
     for path, (A, B) in factors.items():

@@ -18,6 +18,9 @@ REPORT, PAGE = "report.json", "report.html"  # the numbers, and the page that sh
 SAMPLES = "samples.json"
 REFERENCE = "reference.npz"  # what the model gave examples before training, for losses that need it
 CARD = "README.md"
+# What a server reads beside an exported adapter, and the script that starts the server
+SERVE_SCRIPT, CHAT_TEMPLATE, TOKENIZER_CONFIG = "serve.sh", "chat_template.jinja", "tokenizer_config.json"
+FIREWORKS = "fireworks.json"
 ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, CARD)
 EXPORTED_FILES = (
     *ADAPTER_FILES,
@@ -25,6 +28,10 @@ EXPORTED_FILES = (
     MODELFILE,
     MLX_WEIGHTS,
     DIFFUSERS_WEIGHTS,
+    SERVE_SCRIPT,
+    CHAT_TEMPLATE,
+    TOKENIZER_CONFIG,
+    FIREWORKS,
 )  # a merged model looks like any other
 REPORT_FILES = (REPORT, PAGE)
 

@@ -2,17 +2,22 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import stir
+from tiny import CHATML, stir
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
+from tailora.cli.export import Format, Server, Service
 from tailora.cli.main import main
+from tailora.formats.export import FORMATS
+from tailora.formats.serving_targets import TARGETS
 
 IDS = torch.arange(20).view(2, 10)
 
@@ -40,14 +45,79 @@ def test_every_format_with_its_figures_and_the_next_command(
     assert main(["export", str(run), "--to", to, "--output", str(tmp_path / "b")]) == 0
     shown = capsys.readouterr()
     assert re.search(r"Read back: the logits (are equal to|differ by \S+ of their size from) the live", shown.out)
-    programs = {"peft": "tailora", "portable": "vllm", "gguf": "ollama", "mlx": "mlx_lm.generate", "merged": "tailora"}
+    programs = {"peft": "tailora", "portable": "vllm", "gguf": "ollama", "mlx": "mlx_lm.server", "merged": "tailora"}
     assert re.search(rf"^{programs[to]} .*{re.escape(str(tmp_path / 'b'))}", shown.out, re.MULTILINE)
     assert ("llama-cli -m BASE.gguf --lora" in shown.out) == (to == "gguf")
     assert ("convert_hf_to_gguf.py" in shown.out) == (to == "gguf")
     assert ('"rope_theta"' in shown.out) == (to == "mlx")
-    what_to_do = shown.out.find("before mlx-lm is used" if to == "mlx" else "To use it:")
-    assert shown.out.index("Read back: the logits") < what_to_do <= shown.out.index("To use it:")
+    command = shown.out.index("To serve it, as" if to == "mlx" else "To use it:")
+    what_to_do = shown.out.index("before mlx-lm is used") if to == "mlx" else command
+    assert shown.out.index("Read back: the logits") < what_to_do <= command
     assert "it/s" not in shown.err
+
+
+@pytest.mark.parametrize("to", [*get_args(Server), *get_args(Service)])
+def test_every_server_with_its_command(to: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(run), "--to", to, "--output", str(tmp_path / "a"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["logits"]["difference"] <= found["logits"]["tolerance"] < found["logits"]["effect"]
+    assert found["files"] == {path.name: path.stat().st_size for path in (tmp_path / "a").iterdir()}
+    serving = found["serving"]
+    assert (serving["target"], serving["format"], serving["name"]) == (to, found["format"], "a")
+    assert serving["stop_tokens"] == {"2": "<|im_end|>"}
+    assert (serving["more_stop_tokens"], serving["chat_template"], serving["context_length"]) == ({}, None, 512)
+    assert main(["export", str(run), "--to", to, "--output", str(tmp_path / "b")]) == 0
+    shown = capsys.readouterr().out
+    verb = "upload" if to in get_args(Service) else "serve"
+    assert f"To {verb} it, as {tmp_path / 'b' / 'serve.sh'} does:" in shown
+    for command in serving["commands"]:
+        words = [word.replace(str(tmp_path / "a"), str(tmp_path / "b")) for word in command]
+        renamed = [re.sub(r"(^|/)a(=|$)", r"\1b\2", word) for word in words]
+        assert shlex.join(renamed) in shown
+    assert ("convert_hf_to_gguf.py" in shown) == (to in ("llama-server", "ollama", "lm-studio"))
+
+
+def test_the_servers_of_the_flag_are_those_of_the_table() -> None:
+    assert [*get_args(Server), *get_args(Service)] == [
+        *("vllm", "llama-server", "ollama", "lm-studio", "mlx", "tgi", "fireworks", "cloudflare")
+    ]
+    assert {*get_args(Server), *get_args(Service)} == TARGETS.keys()
+    assert FORMATS.keys() == {*get_args(Format), "mlx", "diffusers"}
+
+
+def test_the_template_of_another_trainer_is_served(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|endoftext|>{% endfor %}"
+    (run / "adapter" / "chat_template.jinja").write_text(other)
+    assert main(["export", str(run), "--to", "vllm", "--output", str(tmp_path / "out"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["serving"]["chat_template"] == other
+    assert found["serving"]["commands"][0][-4:-2] == ["--chat-template", f"{tmp_path}/out/chat_template.jinja"]
+    assert found["serving"]["more_stop_tokens"] == {"0": "<|endoftext|>"}  # which ends a reply in that template
+    assert "the chat template is that of the adapter's training" in found["changes"][0]
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == other
+    (run / "adapter" / "chat_template.jinja").unlink()
+    (run / "adapter" / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))  # the base's own
+    assert main(["export", str(run), "--to", "vllm", "--output", str(tmp_path / "same"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["serving"]["chat_template"] is None
+    (run / "adapter" / "tokenizer_config.json").write_text(json.dumps({"chat_template": [{"name": "a"}]}))
+    assert main(["export", str(run), "--to", "vllm", "--output", str(tmp_path / "several")]) == 2
+    assert "several chat templates" in capsys.readouterr().err
+    assert not (tmp_path / "several").exists()
+
+
+def test_a_service_refuses_before_anything_is_written(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = LoRAModel(LlamaForCausalLM.from_pretrained(tiny_model), LoRAConfig(r=1, target_modules=["lm_head"]))
+    model.save_adapter(tmp_path / "adapter")
+    assert main(["export", str(tmp_path / "adapter"), "--to", "fireworks", "--output", str(tmp_path / "out")]) == 2
+    shown = capsys.readouterr()
+    assert "its rank is 1; allowed are 4 to 64" in shown.err
+    assert "it adapts lm_head; allowed are q_proj" in shown.err
+    assert "Traceback" not in shown.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_merged_model_answers_without_tailora(run: Path, tmp_path: Path, tiny_model: Path) -> None:
@@ -63,7 +133,8 @@ def test_a_merged_model_answers_without_tailora(run: Path, tmp_path: Path, tiny_
 @pytest.mark.parametrize(
     ("tokens", "code", "hint"),
     [
-        (["RUN", "--to", "ggml"], 2, "--to ggml: give one of peft, portable, gguf, mlx, merged; did you mean"),
+        (["RUN", "--to", "ggml"], 2, "--to ggml: give one of peft, portable, gguf, merged, vllm, llama-server, "),
+        (["RUN", "--to", "vllm", "--output", "A=B"], 2, "vLLM reads = in a path as a separator; rename it"),
         (["RUN", "--to", "gguf", "--output", "OUT"], 2, "exists already and holds mine.txt; replaced are only"),
         (["RUN", "--to", "gguf", "--output", "RUN"], 2, "exists already and holds adapter; replaced are only"),
         (["RUN", "--to", "gguf", "--output", "RUN/adapter"], 2, "exists already and holds what this command reads"),
@@ -79,7 +150,7 @@ def test_mistakes(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     (tmp_path / "nameless").mkdir()
-    places = {"OUT": str(tmp_path / "full"), "NAMELESS": str(tmp_path / "nameless")}
+    places = {"OUT": str(tmp_path / "full"), "NAMELESS": str(tmp_path / "nameless"), "A=B": str(tmp_path / "a=b")}
     given = [token.replace("RUN", str(run)) if "RUN" in token else places.get(token, token) for token in tokens]
     given += [] if "--output" in given else ["--output", str(tmp_path / "out")]
     assert main(["export", *given]) == code
@@ -96,7 +167,9 @@ def test_overwrite_replaces_an_exported_adapter(run: Path, tmp_path: Path, capsy
     assert main(["export", str(run), "--to", "mlx", "--output", str(out)]) == 2
     assert "replace it (--overwrite)" in capsys.readouterr().err
     assert main(["export", str(run), "--to", "mlx", "--output", str(out), "--overwrite"]) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "adapters.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "adapters.safetensors", "serve.sh"]
+    assert main(["export", str(run), "--to", "ollama", "--output", str(out), "--overwrite"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["Modelfile", "adapter.gguf", "serve.sh"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 
@@ -113,7 +186,7 @@ def test_overwrite_never_deletes_what_is_no_exported_adapter(
     source = tmp_path / "source"
     shutil.copytree(run / "adapter", source)
     for adapter, folder, problem in [
-        (run, model, "holds chat_template.jinja, config.json, "),
+        (run, model, "holds config.json, generation_config.json, "),
         (run, mine, "holds notes.txt; replaced are only adapter_model.safetensors, adapter_config.json"),
         (run, copy, "holds adapter, run.json; "),
         (run, copy / "adapter", "is the adapter of a run"),

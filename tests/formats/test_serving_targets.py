@@ -1,0 +1,294 @@
+"""The commands that serve an export name what it holds; what a server does not take is merged, or refused."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGUFReader
+from safetensors.torch import load_file
+from tiny import chat_model, chat_tokenizer
+from tiny_adapters import adapted
+
+from tailora.errors import ConfigError, FormatError
+from tailora.formats.serving_targets import CLOUDFLARE_LIMITS, TARGETS, ServingExport, ServingSettings
+
+ENDS = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
+SERVERS = [name for name, target in TARGETS.items() if target.limits is None]
+SERVICES = [name for name, target in TARGETS.items() if target.limits is not None]
+MERGED_FOR = [name for name in SERVERS if TARGETS[name].format != "merged"]
+PATTERNS = {"use_rslora": True, "rank_pattern": {"q_proj": 9}, "alpha_pattern": {"v_proj": 5}}
+SETTINGS = ServingSettings(base="owner/base", stop_tokens={2: "<|im_end|>"})
+OTHER = (
+    "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+PROGRAMS = (
+    "vllm",
+    "text-generation-launcher",
+    "llama-server",
+    "ollama",
+    "lms",
+    "mlx_lm.server",
+    "firectl",
+    "npx",
+    "python",
+)
+
+
+def base(**settings: Any) -> Any:
+    return chat_model(**{"max_position_embeddings": 512, **IDS, **settings})
+
+
+def export_for(
+    folder: Path, target: str, lora: dict[str, Any], settings: ServingSettings = SETTINGS, **base_settings: Any
+) -> ServingExport:
+    model = adapted(lora, base(**base_settings))
+    return model.export_for(folder, target, settings=settings, tokenizer=chat_tokenizer(["hello"], **ENDS))
+
+
+def written_commands(folder: Path, tmp_path: Path, **environment: str) -> list[list[str]]:
+    """Runs serve.sh with programs that only say how they were called."""
+    programs, calls = tmp_path / "programs", tmp_path / "calls.jsonl"
+    programs.mkdir(exist_ok=True)
+    calls.unlink(missing_ok=True)
+    for name in PROGRAMS:
+        record = f'#!/bin/sh\n{{ printf "%s\\0" {name} "$@"; echo; }} >> {shlex.quote(str(calls))}\n'
+        (programs / name).write_text(record)
+        (programs / name).chmod(0o755)
+    path = {"PATH": f"{programs}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["sh", str(folder / "serve.sh")], env={**path, **environment}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return [line.split("\0")[:-1] for line in calls.read_text().splitlines() if line]
+
+
+def flags(command: list[str]) -> dict[str, str]:
+    return {word: value for word, value in zip(command, [*command[1:], ""], strict=True) if word.startswith("-")}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_script_runs_the_commands_that_are_printed(target: str, tmp_path: Path) -> None:
+    folder = tmp_path / "my adapter"
+    serving = export_for(folder, target, PATTERNS).serving
+    assert serving.name == "my-adapter"
+    named = {"LLAMA_CPP": "/llama.cpp", "BASE_MODEL_ID": "their-base"}
+    commands = written_commands(folder, tmp_path, **named)
+    prepare = [] if serving.prepare is None else [serving.prepare[0]]
+    printed = shlex.split(shlex.join(map(shlex.join, [*prepare, *serving.commands])))
+    expected = [[word.replace(str(folder), ".") for word in shlex.split(command)] for command in printed]
+    expected = [[word.replace("BASE_MODEL_ID", "their-base") for word in command] for command in expected]
+    assert [[word.replace("/llama.cpp/", "") for word in command] for command in commands] == expected
+    missing = subprocess.run(["sh", str(folder / "serve.sh")], env={"PATH": "/bin"}, capture_output=True, check=False)
+    assert missing.returncode
+
+
+def test_vllm_gets_the_rank_of_the_widest_layer(tmp_path: Path) -> None:
+    (command,) = (exported := export_for(tmp_path / "out", "vllm", PATTERNS)).serving.commands
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    ranks = {len(tensor) for key, tensor in tensors.items() if "lora_A" in key}
+    assert ranks == {config["r"]} == {config["lora_alpha"]} == {16}  # above 9, the largest of rank_pattern; scale 1
+    assert command[:3] == ["vllm", "serve", "owner/base"]
+    found_flags = flags(command)
+    assert found_flags["--max-lora-rank"] == "16"
+    assert found_flags["--lora-modules"] == f"out={tmp_path / 'out'}"
+    assert found_flags["--max-model-len"] == "512"
+    assert "--chat-template" not in found_flags
+    assert exported.report.logits.difference <= 1e-4 < exported.report.logits.effect
+
+
+def test_vllm_has_no_rank_below_8(tmp_path: Path) -> None:
+    (command,) = export_for(tmp_path / "out", "vllm", {"r": 1}).serving.commands
+    assert flags(command)["--max-lora-rank"] == "8"
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 1
+
+
+def test_llama_server_gets_the_file_and_the_context(tmp_path: Path) -> None:
+    serving = export_for(tmp_path / "out", "llama-server", PATTERNS).serving
+    (command,) = serving.commands
+    found_flags, folder = flags(command), tmp_path / "out"
+    assert (found_flags["-m"], found_flags["--lora"]) == (f"{folder}/base.gguf", f"{folder}/adapter.gguf")
+    assert (found_flags["--ctx-size"], found_flags["--alias"]) == ("512", "out")
+    assert serving.prepare is not None
+    assert serving.prepare[0] == [
+        *("python", "convert_hf_to_gguf.py", "owner/base", "--outfile", f"{folder}/base.gguf", "--remote")
+    ]
+    ranks = {len(tensor.data) for tensor in GGUFReader(folder / "adapter.gguf").tensors if "lora_a" in tensor.name}
+    assert max(ranks) == serving.rank == 9
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter.gguf", "serve.sh"]
+
+
+def test_a_base_in_a_folder_is_named_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    settings = ServingSettings(base="base", stop_tokens={2: "<|im_end|>"})
+    for target in ("vllm", "tgi", "mlx"):
+        (command,) = export_for(tmp_path / target, target, {}, settings).serving.commands
+        assert str(tmp_path / "base") in command
+    serving = export_for(tmp_path / "llama", "llama-server", {}, settings).serving
+    assert serving.prepare is not None
+    assert serving.prepare[0][2] == str(tmp_path / "base")
+    assert "--remote" not in serving.prepare[0]
+
+
+def test_ollama_gets_a_modelfile(tmp_path: Path) -> None:
+    settings = ServingSettings(base="owner/base", stop_tokens={2: "<|im_end|>", 0: "<|endoftext|>"})
+    export_for(tmp_path / "out", "ollama", PATTERNS, settings)
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    lines = re.sub(r'""".*?"""', "GO", text, flags=re.DOTALL).splitlines()
+    assert lines == [
+        "FROM ./base.gguf",
+        "ADAPTER ./adapter.gguf",
+        "TEMPLATE GO",
+        "PARAMETER num_ctx 512",
+        'PARAMETER stop "<|im_end|>"',
+        'PARAMETER stop "<|endoftext|>"',
+    ]
+
+
+def test_mlx_and_tgi_get_their_adapter_and_context(tmp_path: Path) -> None:
+    (mlx,) = export_for(tmp_path / "mlx", "mlx", PATTERNS).serving.commands
+    assert mlx == ["mlx_lm.server", "--model", "owner/base", "--adapter-path", str(tmp_path / "mlx")]
+    parameters = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())["lora_parameters"]
+    assert (parameters["rank"], parameters["scale"]) == (9, 1.0)
+    (tgi,) = export_for(tmp_path / "tgi", "tgi", PATTERNS).serving.commands
+    assert tgi[:3] == ["text-generation-launcher", "--model-id", "owner/base"]
+    assert flags(tgi)["--lora-adapters"] == f"tgi={tmp_path / 'tgi'}"
+    assert flags(tgi)["--max-total-tokens"] == "512"
+
+
+def test_another_chat_template_goes_to_every_server(tmp_path: Path) -> None:
+    settings = ServingSettings(base="owner/base", stop_tokens={2: "<|im_end|>"}, chat_template=OTHER)
+    model = adapted(base=base())
+    tokenizer = chat_tokenizer(["hello"], **ENDS)
+    tokenizer.chat_template = OTHER
+    for target in TARGETS.keys() - {"cloudflare"}:
+        model.export_for(tmp_path / target, target, settings=settings, tokenizer=tokenizer)
+    for target, flag in (("vllm", "--chat-template"), ("llama-server", "--chat-template-file")):
+        (command,) = written_commands(tmp_path / target, tmp_path, LLAMA_CPP="/l")[-1:]
+        assert (tmp_path / target / flags(command)[flag]).read_text() == OTHER
+    (command,) = written_commands(tmp_path / "tgi", tmp_path)
+    config = json.loads((tmp_path / "tgi" / flags(command)["--tokenizer-config-path"]).read_text())
+    assert config == {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "chat_template": OTHER}
+    (command,) = written_commands(tmp_path / "mlx", tmp_path)
+    assert flags(command)["--chat-template"] == OTHER
+    assert "[user] {{ .Content }}" in (tmp_path / "ollama" / "Modelfile").read_text()
+    assert (tmp_path / "lm-studio" / "chat_template.jinja").read_text() == OTHER
+    fireworks = json.loads((tmp_path / "fireworks" / "fireworks.json").read_text())
+    assert fireworks == {"conversation_config": {"style": "jinja", "args": {"template": OTHER}}}
+
+
+def test_stop_tokens_that_the_base_does_not_name_are_told(tmp_path: Path) -> None:
+    settings = ServingSettings(base="owner/base", stop_tokens={1: "<|im_start|>", 2: "<|im_end|>"})
+    for target in ("vllm", "mlx", "fireworks"):
+        assert export_for(tmp_path / target, target, {}, settings).serving.more_stop_tokens == {1: "<|im_start|>"}
+    scripts = {target: (tmp_path / target / "serve.sh").read_text() for target in ("vllm", "mlx")}
+    assert '"stop_token_ids": [1]' in scripts["vllm"]
+    assert '"stop": ["<|im_start|>"]' in scripts["mlx"]
+    assert all("Stop tokens: <|im_start|> (1), <|im_end|> (2)." in text for text in scripts.values())
+    assert json.loads((tmp_path / "fireworks" / "fireworks.json").read_text()) == {
+        "defaults": {"stop": ["<|im_start|>"]}
+    }
+
+
+@pytest.mark.parametrize("target", MERGED_FOR)
+@pytest.mark.parametrize("lora", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_what_is_no_low_rank_adapter_is_merged(target: str, lora: dict[str, Any], tmp_path: Path) -> None:
+    exported = export_for(tmp_path / "out", target, lora)
+    assert exported.serving.format == exported.report.format == "merged"
+    assert "cannot take this adapter beside its base, so the whole model is merged: " in exported.report.changes[0]
+    assert exported.serving.rank is None
+    commands = written_commands(tmp_path / "out", tmp_path, LLAMA_CPP="/llama.cpp")
+    assert not any("owner/base" in word or "lora" in word for command in commands for word in command)
+    assert (tmp_path / "out" / "config.json").exists()
+    if target == "ollama":
+        modelfile = (tmp_path / "out" / "Modelfile").read_text()
+        assert modelfile.startswith('FROM ./model.gguf\nTEMPLATE """')
+
+
+@pytest.mark.parametrize(
+    ("target", "lora", "settings", "reason"),
+    [
+        ("vllm", {"target_modules": ["embed_tokens", "q_proj"]}, {}, "model.embed_tokens: not every model of vLLM"),
+        ("vllm", {"target_modules": ["lm_head", "q_proj"]}, {}, "lm_head: not every model of vLLM"),
+        (
+            "vllm",
+            {"r": 513, "target_modules": ["q_proj"]},
+            {"hidden_size": 520, "head_dim": 130},
+            "rank 513 is above 512",
+        ),
+        ("tgi", {"target_modules": ["lm_head", "q_proj"]}, {}, "lm_head: TGI adapts only q_proj, k_proj"),
+        ("tgi", {"layers_to_transform": [1], "target_modules": ["q_proj"]}, {}, "q_proj: TGI ignores the adapter of a"),
+        ("mlx", {"target_modules": ["lm_head"]}, {"tie_word_embeddings": True}, "lm_head: tied, and mlx-lm"),
+        ("ollama", {"target_modules": ["lm_head"]}, {"tie_word_embeddings": True}, "lm_head: tied, and llama.cpp"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*tied")
+def test_what_one_server_does_not_take_is_merged(
+    target: str, lora: dict[str, Any], settings: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    report = export_for(tmp_path / "out", target, lora, **settings).report
+    assert report.format == "merged"
+    assert reason in report.changes[0]
+
+
+def test_a_service_refuses_all_that_is_beyond_its_limits_at_once(tmp_path: Path) -> None:
+    wide = {"hidden_size": 72, "head_dim": 18}
+    with pytest.raises(FormatError) as refused:
+        export_for(tmp_path / "out", "fireworks", {"r": 65, "target_modules": ["lm_head", "q_proj"]}, **wide)
+    message = str(refused.value)
+    assert message.startswith("Fireworks does not take this adapter (https://docs.fireworks.ai/models/")
+    assert "its rank is 128; allowed are 4 to 64; `tailora shrink --r 64` lowers it" in message
+    assert "it adapts lm_head; allowed are q_proj, k_proj" in message
+    with pytest.raises(FormatError, match="its rank is 1; allowed are 4 to 64"):
+        export_for(tmp_path / "out", "fireworks", {"r": 1})
+    with pytest.raises(FormatError, match=r'use_dora: .*export to "merged"'):
+        export_for(tmp_path / "out", "fireworks", {"use_dora": True})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_limits_of_cloudflare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide, lora = {"hidden_size": 72, "head_dim": 18}, {"r": 32, "target_modules": ["q_proj"]}
+    with pytest.raises(FormatError, match="its rank is 64; allowed are 1 to 32"):
+        export_for(tmp_path / "out", "cloudflare", {**lora, "r": 33}, **wide)
+    export_for(tmp_path / "out", "cloudflare", lora, **wide)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["model_type"], config["r"]) == ("llama", 32)
+    size, counted = (tmp_path / "out" / "adapter_model.safetensors").stat().st_size, 2 * 32 * (72 + 72) * 4
+    assert counted < size < 1.2 * counted
+    limits = replace(CLOUDFLARE_LIMITS, bytes=counted, model_types={"gemma": "gemma"})
+    monkeypatch.setitem(TARGETS, "cloudflare", replace(TARGETS["cloudflare"], limits=limits))
+    with pytest.raises(FormatError) as refused:
+        export_for(tmp_path / "too-large", "cloudflare", lora, **wide)
+    assert "its file has 0 MB; allowed are less than 0 MB" in str(refused.value)
+    assert "its base is a llama; allowed are gemma" in str(refused.value)
+    assert not (tmp_path / "too-large").exists()
+
+
+def test_a_path_that_a_server_reads_as_several_is_refused(tmp_path: Path) -> None:
+    for target, name in (("vllm", "a=b"), ("tgi", "a@b"), ("llama-server", "a,b")):
+        with pytest.raises(ConfigError, match=f"{name}: .* reads . in a path as a separator"):
+            export_for(tmp_path / name, target, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_left_when_a_file_beside_the_weights_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tailora.formats.serving_targets.script", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export_for(tmp_path / "out", "vllm", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_target_names_where_its_flags_and_limits_are_from() -> None:
+    assert all(source.startswith("https://") for target in TARGETS.values() for source in target.sources)
+    assert all(target.sources for target in TARGETS.values())
