@@ -67,6 +67,8 @@ COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "extract": ("adapters", "Extract the adapter between a base model and a fine-tuned one."),
     "inspect": ("inspect", "Show what an adapter has learned in each layer, with advice."),
     "export": ("export", "Export an adapter to llama.cpp, Ollama, vLLM, mlx-lm or PEFT, or merge it."),
+    "push": ("hub", "Upload an adapter to the Hugging Face Hub, with a model card."),
+    "pull": ("hub", "Fetch an adapter from the Hugging Face Hub into a folder."),
     "serve": ("serve", "Serve a model and any number of adapters over OpenAI's API."),
     "playground": ("serve", "Compare two models of a server side by side, in the browser."),
     "data": ("data", "Show what training would learn from a file."),

@@ -1,12 +1,22 @@
-"""Adapters on the Hugging Face Hub: which folder a name means, how a folder is uploaded, and its model card."""
+"""Adapters on the Hugging Face Hub: which folder a name means, how files are uploaded and fetched, and the model card.
 
+local_folder            a name -> the folder here, or the files of a repository, downloaded once; for all that load
+upload                  a folder -> a repository; for `LoRAModel.push_to_hub`
+look_up, commit_files   a repository as it is, and a commit to it; for `tailora push`
+fetch                   a repository -> its adapter, card, passport and tokenizer; for `tailora pull`
+"""
+
+import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from glob import escape
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from tailora.errors import ConfigError, FetchError, WriteError, listing, nearest
+from tailora.errors import ConfigError, FetchError, TailoraWarning, WriteError, listing, nearest
 from tailora.formats.run_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -14,6 +24,8 @@ from tailora.formats.run_folder import (
     DIFFUSERS_WEIGHTS,
     GGUF_WEIGHTS,
     MLX_WEIGHTS,
+    PASSPORT,
+    TOKENIZER_FILES,
     adapter_folder,
 )
 
@@ -34,6 +46,16 @@ UPLOAD_OPTIONS = {"private", "token", "revision", "create_pr", "commit_message",
 WEIGHTS_OF_FORMATS = (ADAPTER_WEIGHTS, MLX_WEIGHTS, GGUF_WEIGHTS, DIFFUSERS_WEIGHTS)
 FILES_OF_MODELS = ("config.json", "model_index.json")  # beside them, a file of any other name is no adapter
 OF_HUB = "HF_TOKEN opens private and gated repositories"
+TO_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+PIPELINE_TAGS = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
+# At the end of a card that tailora wrote: while its text has this hash, nobody has edited it, and it may be replaced.
+SIGNATURE = re.compile(r"<!-- written by tailora: (?P<digest>[0-9a-f]{16}) -->\s*\Z")
+
+# What an earlier version wrote, without that comment
+UNSIGNED = re.compile(
+    r"\s*LoRA adapter of [^\n]* Loads with tailora[^\n]*\n\n(Base model: [^\n]*\n\n)?"
+    r"\| setting \| value \|\n(\|[^\n]*\n)+\s*"
+)
 
 
 def local_folder(
@@ -46,7 +68,7 @@ def local_folder(
     Raises FetchError if `source` could be a repository and the Hub has none, it holds no adapter, or the Hub cannot be
     reached and the files were not downloaded before.
     """
-    if Path(source).exists() or not _could_be_repository(source):
+    if Path(source).exists() or not could_be_repository(source):
         path = Path(source)
     else:
         with _hub_errors(FetchError, f"adapter {str(source)!r}: no such folder here, and"):
@@ -162,6 +184,151 @@ def _add_tags(folder: Path, tags: Sequence[str]) -> None:
         card.save(path)
 
 
+# ---- A repository as it is, a commit to it, and fetching it
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository of models, and the files of one of its revisions. card: README.md; None without one."""
+
+    private: bool
+    files: list[str]
+    card: str | None
+
+
+@dataclass(frozen=True)
+class Commit:
+    url: str
+    id: str
+
+
+def check_token() -> None:
+    """Raises ConfigError if there is neither HF_TOKEN nor a saved login."""
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise ConfigError(f"the Hub takes files from a user that it knows, and there is no token here: {TO_LOG_IN}")
+
+
+def check_repository_name(repo_id: str) -> None:
+    """Raises ConfigError unless it is `owner/name` in the Hub's characters."""
+    if not could_be_repository(repo_id):
+        raise ConfigError(
+            f"{repo_id!r} cannot be a repository: write owner/name, of letters, digits, '-', '_' and '.', with a name "
+            "of at most 96 characters"
+        )
+
+
+def look_up(repo_id: str, revision: str | None) -> Repository | None:
+    """Returns the repository at its branch `revision`, or at `main` if it has no such branch; None if there is none.
+
+    A private repository of others looks as if there were none. Raises WriteError.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    api = HfApi()
+    with _hub_errors(WriteError, _not_uploaded(repo_id)):
+        try:
+            info = api.model_info(repo_id)
+        except RepositoryNotFoundError:
+            return None
+        if revision is not None:
+            with suppress(RevisionNotFoundError):  # a new branch begins at main
+                info = api.model_info(repo_id, revision=revision)
+        files = [file.rfilename for file in info.siblings or ()]
+        card = None
+        if CARD in files:
+            card = Path(api.hf_hub_download(repo_id, CARD, revision=info.sha)).read_text(encoding="utf-8")
+    return Repository(bool(info.private), files, card)
+
+
+def other_types(repo_id: str) -> list[str]:
+    """Returns which of "dataset" and "space" the Hub has under this name. It keeps them and models apart."""
+    from huggingface_hub import HfApi
+
+    return [kind for kind in ("dataset", "space") if HfApi().repo_exists(repo_id, repo_type=kind)]
+
+
+def commit_files(
+    repo_id: str,
+    files: Mapping[str, bytes],
+    *,
+    new: bool,
+    private: bool,
+    message: str,
+    revision: str | None = None,
+    deleted: Sequence[str] = (),
+) -> Commit:
+    """Uploads files, name -> content, as one commit, so that the repository gets all of them or none.
+
+    new: there is no such repository, and it is made. revision: a branch, which is made if there is none.
+    deleted: files of the repository that the same commit deletes.
+    Raises WriteError if the Hub does not take them.
+    """
+    from huggingface_hub import CommitOperation, CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    operations: list[CommitOperation] = [CommitOperationAdd(name, content) for name, content in files.items()]
+    operations += [CommitOperationDelete(name) for name in deleted]
+    with _hub_errors(WriteError, _not_uploaded(repo_id)):
+        if new:
+            api.create_repo(repo_id, private=private)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        try:
+            with warnings.catch_warnings(record=True) as remarks:  # of the Hub, on the card's YAML
+                commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+        except HfHubHTTPError:
+            raise
+        except (ValueError, RuntimeError) as error:  # what the Hub says of the card's YAML; an upload that broke off
+            causes = dict.fromkeys(" ".join(str(part).split()).rstrip(".") for part in (error, error.__cause__) if part)
+            raise WriteError(
+                f"{_not_uploaded(repo_id)} {': '.join(causes)}; nothing is committed, so try again"
+            ) from None
+    for remark in (remark for remark in remarks if issubclass(remark.category, UserWarning)):
+        warnings.warn(" ".join(str(remark.message).split()), TailoraWarning, stacklevel=2)
+    return Commit(commit.commit_url, commit.oid)
+
+
+def _not_uploaded(repo_id: str) -> str:
+    return f"the adapter is not uploaded to {repo_id!r}:"
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """folder: in the Hub's cache, with more files than these, maybe. files: names in it. commit: its id."""
+
+    folder: Path
+    files: list[str]
+    commit: str
+
+
+def fetch(repo_id: str, *, revision: str | None = None, subfolder: str | None = None) -> Fetched:
+    """Downloads an adapter with its card, passport and tokenizer, and nothing else. Raises FetchError."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    api = HfApi()
+    with _hub_errors(FetchError, f"{repo_id!r} is not fetched:"):
+        try:
+            info = api.model_info(repo_id, revision=revision)
+        except RepositoryNotFoundError:
+            if not (kinds := other_types(repo_id)):
+                raise
+            raise FetchError(f"{repo_id!r} is a {' and a '.join(kinds)} on the Hub, and no model or adapter") from None
+        names = [file.rfilename for file in info.siblings or ()]
+        wanted = _adapter_files(names, repo_id, subfolder)
+        inside = f"{subfolder.strip('/')}/" if subfolder else ""
+        wanted += [inside + name for name in (CARD, PASSPORT, *TOKENIZER_FILES) if inside + name in names]
+        folder = snapshot_download(repo_id, revision=info.sha, allow_patterns=list(map(escape, wanted)))
+    return Fetched(Path(folder, inside), [name.removeprefix(inside) for name in wanted], str(info.sha))
+
+
+# ---- The model card
+
+
 def model_card(settings: Mapping[str, Any], about: str) -> str:
     """Returns README.md: what the Hub reads at its top, `about`, and the settings of adapter_config.json.
 
@@ -171,18 +338,36 @@ def model_card(settings: Mapping[str, Any], about: str) -> str:
 
     base = settings["base_model_name_or_path"]
     data = ModelCardData(
-        base_model=base if base and _could_be_repository(base) and not Path(base).exists() else None,
+        base_model=base if base and could_be_repository(base) and not Path(base).exists() else None,
         library_name="peft",
-        pipeline_tag="text-generation" if settings["task_type"] == "CAUSAL_LM" else None,
+        pipeline_tag=PIPELINE_TAGS.get(settings["task_type"]),
         tags=["lora", "tailora"],
     )
-    rows = [f"| {name} | {value} |" for name, value in _shown(settings).items()]
+    rows = [f"| {name} | {value} |" for name, value in setting_rows(settings).items()]
     table = "\n".join(["| setting | value |", "|---|---|", *rows])
     base_line = f"Base model: {base}\n\n" if base else ""
-    return f"---\n{data.to_yaml()}\n---\n\n{about}\n\n{base_line}{table}\n"
+    text = signed(f"{about}\n\n{base_line}{table}\n")
+    return f"---\n{data.to_yaml()}\n---\n\n{text}"
 
 
-def _shown(settings: Mapping[str, Any]) -> dict[str, Any]:
+def signed(text: str) -> str:
+    """Returns the text of a card with a comment at its end, which no reader sees: tailora may replace this text."""
+    return f"{text}\n<!-- written by tailora: {_digest(text)} -->\n"
+
+
+def is_written_by_tailora(text: str) -> bool:
+    """False if the text of a card was written, or edited, by someone else."""
+    signature = SIGNATURE.search(text)
+    if signature is None:
+        return UNSIGNED.fullmatch(text) is not None
+    return signature["digest"] == _digest(text[: signature.start()])
+
+
+def _digest(text: str) -> str:
+    return sha256(" ".join(text.split()).encode()).hexdigest()[:16]
+
+
+def setting_rows(settings: Mapping[str, Any]) -> dict[str, str]:
     """The settings that say something: neither None, off nor empty. Long lists are cut."""
     hidden = ("peft_type", "base_model_name_or_path", "inference_mode")
     shown = {}
@@ -194,7 +379,7 @@ def _shown(settings: Mapping[str, Any]) -> dict[str, Any]:
     return shown
 
 
-def _could_be_repository(name: str | Path) -> bool:
+def could_be_repository(name: str | Path) -> bool:
     """True for `owner/name` in the Hub's characters. A Path is always local."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -233,10 +418,28 @@ def _hub_errors(error_type: type[FetchError | WriteError], what: str) -> Iterato
         raise error_type(
             f"{what} {cause}; on a connected machine `hf download` fetches a folder to give here"
         ) from None
-    except (HfHubHTTPError, LocalTokenNotFoundError, HFValidationError) as error:
+    except HfHubHTTPError as error:
+        raise error_type(f"{what} {_refusal(error.response.status_code, error)}") from None
+    except (LocalTokenNotFoundError, HFValidationError) as error:
         raise error_type(f"{what} {_first_line(error)}; {OF_HUB}") from None
-    except HTTPError as error:
+    except (HTTPError, ConnectionError) as error:  # the second is that of the Hub's storage of large files
         raise error_type(f"{what} the Hub cannot be reached ({_first_line(error)})") from None
+
+
+def _refusal(status: int, error: Any) -> str:
+    """Returns what the Hub answered, and what to do."""
+    said = f" ({error.server_message.strip().rstrip('.')})" if error.server_message else ""
+    match status:
+        case 401:
+            return f"the Hub does not know this token{said}: {TO_LOG_IN}"
+        case 403:
+            return f"the token may not do this{said}; give one that may, in HF_TOKEN or with `hf auth login`"
+        case 409:
+            return f"the Hub has something under this name that this token cannot see{said}; give another name"
+        case 429:
+            return f"the Hub answers no more for now{said}; wait some minutes"
+        case _:
+            return f"{_first_line(error)}{said}; {OF_HUB}"
 
 
 def _first_line(error: Exception) -> str:

@@ -312,6 +312,11 @@ def safetensors_bytes(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, st
         contiguous[name] = tensor.clone() if address in addresses else tensor
         addresses.add(address)
     raw = save(contiguous, dict(metadata) or None)  # no tensors and {} would give a header that is not JSON
+    return with_metadata(raw, metadata)
+
+
+def with_metadata(raw: bytes, metadata: Mapping[str, str]) -> bytes:
+    """Returns the safetensors file with this metadata instead of its own, and a sorted header."""
     size = int.from_bytes(raw[:8], "little")
     entries = json.loads(raw[8 : 8 + size])
     entries.pop("__metadata__", None)

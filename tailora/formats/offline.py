@@ -40,14 +40,20 @@ class OfflineAdapter:
 
 
 def read_offline(path: Path) -> OfflineAdapter:
-    """Reads a PEFT folder or one of mlx-lm.
+    """Reads a PEFT folder or one of mlx-lm. Raises as `read_stored` and `updates_of` do."""
+    return updates_of(read_stored(path))
 
-    Raises FormatError with all that is damaged, and ConfigError for formats whose layer names need the base model.
-    """
+
+def read_stored(path: Path) -> StoredAdapter:
+    """Raises FormatError for a folder that is no adapter, and ConfigError for formats that need the base model."""
     if path.is_file() or (path / gguf.WEIGHTS).is_file():
         raise ConfigError(f"{path}: its layer names can only be read with the base model: give --model")
     is_mlx = (path / mlx.WEIGHTS).is_file() and not (path / ADAPTER_WEIGHTS).is_file()
-    stored = mlx.read(path) if is_mlx else read_peft_folder(path)
+    return mlx.read(path) if is_mlx else read_peft_folder(path)
+
+
+def updates_of(stored: StoredAdapter) -> OfflineAdapter:
+    """Raises FormatError with all that is damaged."""
     _, config = stored_configs(stored, [])
     layers: dict[str, dict[str, Tensor]] = {}  # path -> slot -> tensor
     left_out: dict[str, str] = {}

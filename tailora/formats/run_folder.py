@@ -21,6 +21,11 @@ CARD = "README.md"
 # What a server reads beside an exported adapter, and the script that starts the server
 SERVE_SCRIPT, CHAT_TEMPLATE, TOKENIZER_CONFIG = "serve.sh", "chat_template.jinja", "tokenizer_config.json"
 FIREWORKS = "fireworks.json"
+PASSPORT = "passport.json"  # what `tailora verify` asks a server
+TOKENIZER_FILES = (
+    *("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE),
+    *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"),
+)
 ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, CARD)
 EXPORTED_FILES = (
     *ADAPTER_FILES,

@@ -290,6 +290,8 @@ MESSAGES = {  # command -> arguments, in which TEXT stands for a text with brack
     "extract": ["--model TEXT --tuned TEXT --output-dir TEXT --r 1"],
     "inspect": ["TEXT", "TEXT --with TEXT"],
     "export": ["TEXT --to TEXT --output TEXT", "TEXT --to peft --output TEXT"],
+    "push": ["TEXT user/name", "out TEXT", "TEXT TEXT"],
+    "pull": ["TEXT"],
     "serve": ["--model TEXT", "--adapter TEXT", "--adapters TEXT", "--engine TEXT"],
     "playground": ["--url TEXT"],
     "data": ["--model TEXT"],

@@ -1,18 +1,14 @@
 """Adapters on the Hub: uploaded to and downloaded from a stand-in for its server, by huggingface_hub's own client."""
 
-import base64
-import hashlib
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import peft
 import pytest
 import torch
+from hub_server import TOKEN, Server, running_hub
 from huggingface_hub import ModelCard, constants
 from tiny import chat_model
 from tiny_adapters import IDS, adapted, logits
@@ -25,90 +21,18 @@ from tailora.formats.hub import WEIGHTS_OF_FORMATS
 from tailora.formats.run_folder import ADAPTER_WEIGHTS
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
-COMMIT = "0" * 40
-TOKEN = "hf_secret"
-
-
-class Hub(BaseHTTPRequestHandler):
-    """One private repository, `user/adapter`, in a dictionary of the server."""
-
-    def answer(self, status: int, content: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def json(self, value: Any) -> None:
-        self.answer(200, json.dumps(value).encode())
-
-    def handle_request(self) -> None:
-        files: dict[str, bytes] = self.server.files  # type: ignore[attr-defined]
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.server.requests.append((self.command, self.path, body))  # type: ignore[attr-defined]
-        path = unquote(self.path.partition("?")[0])
-        if self.headers.get("Authorization") != f"Bearer {TOKEN}" or "nobody" in path:
-            self.answer(401, X_Error_Code="RepoNotFound")
-        elif path == "/api/repos/create":
-            self.json({"url": f"http://{self.headers['Host']}/user/adapter", "name": "user/adapter"})
-        elif path.endswith("/preupload/main"):
-            asked = json.loads(body)["files"]
-            answers = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in asked]
-            self.json({"files": answers})
-        elif path.endswith("/commit/main"):
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self.json(
-                {
-                    "commitUrl": f"http://{self.headers['Host']}/user/adapter/commit/{COMMIT}",
-                    "commitOid": COMMIT,
-                    "success": True,
-                }
-            )
-        elif "/resolve/" in path:
-            content = files.get(path.partition("/resolve/")[2].partition("/")[2])
-            if content is None:
-                self.answer(404, X_Error_Code="EntryNotFound")
-            else:
-                digest = hashlib.sha256(content).hexdigest()
-                self.answer(200, content, ETag=f'"{digest}"', X_Repo_Commit=COMMIT)
-        elif "/tree/" in path:
-            self.json([{"type": "file", "path": name, "size": len(files[name]), "oid": COMMIT} for name in files])
-        elif path.startswith("/api/models/user/adapter"):
-            siblings = [{"rfilename": name, "size": len(files[name])} for name in files]
-            self.json({"id": "user/adapter", "sha": COMMIT, "siblings": siblings})
-        else:
-            self.json({})
-
-    do_GET = do_POST = do_HEAD = handle_request
-
-    def log_message(self, *_: Any) -> None:
-        pass
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files, server.requests = {}, []
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
+    with running_hub(monkeypatch, tmp_path / "cache") as server:
+        yield server
 
 
 def test_an_adapter_is_pushed_and_comes_back(hub: Any) -> None:
     model = adapted()
     address = model.push_to_hub("user/adapter", private=True, token=TOKEN, tags=["poems"], commit_message="First")
-    assert address == f"http://127.0.0.1:{hub.server_port}/user/adapter/commit/{COMMIT}"
+    assert address == f"http://127.0.0.1:{hub.server_port}/user/adapter/commit/{hub.commit}"
     assert sorted(hub.files) == FILES
     created = next(json.loads(body) for _, path, body in hub.requests if path == "/api/repos/create")
     assert (created["name"], created["organization"], created["visibility"]) == ("adapter", "user", "private")
@@ -155,7 +79,9 @@ def test_only_the_files_of_the_adapter_are_downloaded(hub: Any) -> None:
     source = adapted()
     source.add_adapter("b", LoRAConfig(r=2))
     source.push_to_hub("user/adapter", token=TOKEN)
-    hub.files |= {"model.safetensors": b"huge", "checkpoint-5/adapter_model.safetensors": b"old", "run.json": b"{}"}
+    hub.files.update(
+        {"model.safetensors": b"huge", "checkpoint-5/adapter_model.safetensors": b"old", "run.json": b"{}"}
+    )
     LoRAModel.from_pretrained(chat_model(), "user/adapter", token=TOKEN)
     assert fetched(hub) == {"adapter_config.json", "adapter_model.safetensors"}
     hub.requests.clear()
@@ -164,7 +90,7 @@ def test_only_the_files_of_the_adapter_are_downloaded(hub: Any) -> None:
 
 
 def test_the_only_file_of_a_repository_may_have_any_name(hub: Any) -> None:
-    hub.files |= {"sketch[v2].safetensors": b"damaged", "preview.png": b""}
+    hub.files.update({"sketch[v2].safetensors": b"damaged", "preview.png": b""})
     with pytest.raises(FormatError, match=r"sketch\[v2\].safetensors is not a complete"):
         LoRAModel.from_pretrained(chat_model(), "user/adapter", token=TOKEN)
     assert fetched(hub) == {"sketch%5Bv2%5D.safetensors"}
@@ -180,7 +106,7 @@ def test_the_only_file_of_a_repository_may_have_any_name(hub: Any) -> None:
     ],
 )
 def test_a_repository_without_an_adapter_is_refused_first(files: list[str], message: str, hub: Any) -> None:
-    hub.files |= dict.fromkeys(files, b"{}")
+    hub.files.update(dict.fromkeys(files, b"{}"))
     with pytest.raises(FetchError, match=message):
         LoRAModel.from_pretrained(chat_model(), "user/adapter", token=TOKEN)
     assert not fetched(hub)

@@ -1,0 +1,158 @@
+"""What of an adapter's folder goes to others: its own files, checked, without pickles and without paths of a machine.
+
+Whoever gets the files needs neither the folder that the base was in here, nor the samples and logs of the run.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tailora.errors import FormatError, listing
+from tailora.formats.io import check_is_file, read_json_object, with_metadata, wrap_os_error
+from tailora.formats.metadata import METADATA_KEY
+from tailora.formats.offline import OfflineAdapter, read_stored, updates_of
+from tailora.formats.peft import StoredAdapter
+from tailora.formats.run_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CARD,
+    DIFFUSERS_WEIGHTS,
+    GGUF_WEIGHTS,
+    MLX_WEIGHTS,
+    MODEL,
+    PASSPORT,
+    TOKENIZER_FILES,
+)
+
+SHARED = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, PASSPORT, *TOKENIZER_FILES)  # and the card
+NOT_SEARCHED = (ADAPTER_WEIGHTS, "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+BEGIN, END = r"(?<![\w.~-])(?<![\w:.]/)", r"(?![\w-])[\w./@-]*"  # of a path; not within another one, or an address
+HOME = BEGIN + r"(?:/home/|/Users/|/root/|[A-Za-z]:\\+Users\\+)[\w.@-]+[\w./\\@-]*"  # a home directory of any system
+HELD_OUT = "held-out"  # `texts` of a passport whose probes are held-out data
+
+
+@dataclass(frozen=True)
+class SharedAdapter:
+    """settings: of adapter_config.json, with the base's public name.
+    files: name -> content, without the card.
+    card: README.md as it is in the folder; None without one.
+    left_behind: names in the folder that are not shared.
+    secrets: paths of the base model on this machine, which no file may name.
+    """
+
+    settings: dict[str, Any]
+    updates: OfflineAdapter
+    files: dict[str, bytes]
+    card: str | None
+    left_behind: list[str]
+    secrets: list[str]
+
+
+def shared_files(folder: Path, base_name: str | None, *, samples: bool = False) -> SharedAdapter:
+    """Returns the files of a PEFT folder that others may have. The folder stays as it is.
+
+    base_name: what the files call the base model, instead of a path.
+    samples: share a passport whose probes are held-out data.
+    Raises FormatError for a folder that is not an adapter, is damaged, or whose files name paths of a machine.
+    """
+    if (folder / MODEL).is_dir() and not (folder / ADAPTER_CONFIG).exists():
+        raise FormatError(f"{folder} holds a whole model, of --method full; `tailora extract` makes an adapter of it")
+    needed = (ADAPTER_WEIGHTS, ADAPTER_CONFIG)
+    others = [name for name in (MLX_WEIGHTS, GGUF_WEIGHTS, DIFFUSERS_WEIGHTS) if (folder / name).is_file()]
+    if others and not all((folder / name).is_file() for name in needed):
+        raise FormatError(
+            f"{folder} holds {others[0]}, and no {' and '.join(needed)} as PEFT has them: "
+            f"`tailora export {folder} --to peft --output FOLDER` writes them"
+        )
+    stored, updates = check_adapter(folder)
+    if stored.settings is None:
+        raise FormatError(f"{folder} has no {ADAPTER_CONFIG}, without which PEFT and servers cannot read it")
+    files = {name: _content(folder / name) for name in SHARED if (folder / name).exists()}
+    settings = {**stored.settings, "base_model_name_or_path": base_name}
+    if settings != stored.settings:
+        files[ADAPTER_CONFIG] = (json.dumps(settings, indent=2) + "\n").encode()
+    if stored.metadata.base_folder is not None:
+        files[ADAPTER_WEIGHTS] = _without_base_folder(files[ADAPTER_WEIGHTS], stored)
+    if PASSPORT in files:
+        passport = _shared_passport(folder, files[ADAPTER_WEIGHTS], base_name, samples=samples)
+        files = {name: content for name, content in files.items() if name != PASSPORT}
+        files |= {} if passport is None else {PASSPORT: passport}
+    bases = (stored.settings.get("base_model_name_or_path"), stored.metadata.base_folder)
+    secrets = [base for base in bases if isinstance(base, str) and Path(base).is_absolute()]
+    check_no_paths(folder, {name: text for name, text in files.items() if name not in NOT_SEARCHED}, secrets)
+    left_behind = sorted(path.name for path in folder.iterdir() if path.name not in (*files, CARD))
+    card = _content(folder / CARD).decode(errors="replace") if (folder / CARD).exists() else None
+    return SharedAdapter(settings, updates, files, card, left_behind, secrets)
+
+
+def check_adapter(folder: Path) -> tuple[StoredAdapter, OfflineAdapter]:
+    """Returns the adapter of a folder of PEFT or mlx-lm, after the checks that need no base model.
+
+    Raises FormatError if a tensor is missing, not finite, or has another shape than its settings say, and ConfigError
+    for formats that cannot be read without the base model.
+    """
+    stored = read_stored(folder)
+    check_finite(folder, stored.tensors)
+    return stored, updates_of(stored)
+
+
+def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises FormatError, which names `path` and all tensors that are not finite."""
+    if problems := [f"{key} is not finite" for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise FormatError(f"{path}: {listing(problems)}")
+
+
+def check_no_paths(folder: Path, files: Mapping[str, bytes], secrets: Sequence[str] = ()) -> None:
+    """Raises FormatError with the paths in these files that say something of a machine.
+
+    They are those below a home directory, `folder`, the current folder, and `secrets`.
+    """
+    here = [str(path) for path in (Path.home(), Path.cwd(), folder.resolve()) if len(path.parts) > 1]
+    search = re.compile("|".join([*(f"{BEGIN}{re.escape(path)}{END}" for path in (*here, *secrets)), HOME]))
+    problems = [
+        f"{name} names {', '.join(list(dict.fromkeys(paths))[:3])}"
+        for name, content in files.items()
+        if (paths := search.findall(content.decode(errors="replace")))
+    ]
+    if problems:
+        raise FormatError(
+            f"{folder} is not shared, because its files name paths of a machine; take them out: {listing(problems)}"
+        )
+
+
+def _content(path: Path) -> bytes:
+    check_is_file(path)
+    with wrap_os_error(path):
+        return path.read_bytes()
+
+
+def _without_base_folder(raw: bytes, stored: StoredAdapter) -> bytes:
+    size = int.from_bytes(raw[:8], "little")
+    metadata = json.loads(raw[8 : 8 + size])["__metadata__"]
+    public = stored.metadata.model_copy(update={"base_folder": None})
+    return with_metadata(raw, {**metadata, METADATA_KEY: public.to_json()})
+
+
+def _shared_passport(folder: Path, weights: bytes, base_name: str | None, *, samples: bool) -> bytes | None:
+    """Returns the passport for these weights, which differ from those in the folder in their metadata alone.
+
+    None if its probes are held-out data, and `samples` are not shared. Raises FormatError if it is of other weights.
+    """
+    passport = read_json_object(folder / PASSPORT)
+    if passport.get("texts") == HELD_OUT and not samples:
+        return None
+    digests = passport.get("weights")
+    if not isinstance(digests, dict) or digests.get(ADAPTER_WEIGHTS) != _digest(_content(folder / ADAPTER_WEIGHTS)):
+        raise FormatError(f"{folder / PASSPORT} is not of the {ADAPTER_WEIGHTS} beside it: delete it, or write it anew")
+    passport |= {"base_model": base_name or passport.get("base_model"), "weights": {ADAPTER_WEIGHTS: _digest(weights)}}
+    return json.dumps(passport, ensure_ascii=False).encode()
+
+
+def _digest(content: bytes) -> str:
+    return sha256(content).hexdigest()
