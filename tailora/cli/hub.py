@@ -58,7 +58,7 @@ def push(
     /,
     *,
     public: Annotated[
-        bool, Parameter(negative=(), help="let everyone see a new repository; default: you alone")
+        bool, Parameter(negative=(), show_default=False, help="let everyone see a new repository; default: you alone")
     ] = False,
     message: Annotated[str, Parameter(help="message of the commit")] = MESSAGE,
     revision: Annotated[str | None, Parameter(help="branch to commit to; made if there is none; default: main")] = None,
@@ -67,10 +67,16 @@ def push(
     ] = None,
     license: Annotated[str | None, Parameter(help="license of the adapter, such as apache-2.0, for its card")] = None,
     samples: Annotated[
-        bool, Parameter(negative=(), help="show the run's answers to held-out prompts, and probes made of them")
+        bool,
+        Parameter(negative=(), show_default=False, help="show the run's answers to held-out prompts in the card"),
     ] = False,
     replace_card: Annotated[
-        bool, Parameter(negative=(), help="write a new card also where someone wrote or edited the one that is there")
+        bool,
+        Parameter(
+            negative=(),
+            show_default=False,
+            help="also replace a card that someone wrote or edited",
+        ),
     ] = False,
     json: Json = False,
 ) -> int:

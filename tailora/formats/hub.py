@@ -414,10 +414,9 @@ def _hub_errors(error_type: type[FetchError | WriteError], what: str) -> Iterato
     except RevisionNotFoundError as error:
         raise error_type(f"{what} {_first_line(error)}; give a branch, tag or commit that exists") from None
     except (OfflineModeIsEnabled, LocalEntryNotFoundError):
+        to_do = "; on a connected machine `hf download` fetches a folder to give here"
         cause = "the Hub cannot be reached (no network, a proxy, or HF_HUB_OFFLINE)"
-        raise error_type(
-            f"{what} {cause}; on a connected machine `hf download` fetches a folder to give here"
-        ) from None
+        raise error_type(f"{what} {cause}{to_do if error_type is FetchError else ''}") from None
     except HfHubHTTPError as error:
         raise error_type(f"{what} {_refusal(error.response.status_code, error)}") from None
     except (LocalTokenNotFoundError, HFValidationError) as error:

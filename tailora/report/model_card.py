@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from tailora.data.demo import DEMO, MODEL_NAME
 from tailora.errors import FormatError
 from tailora.formats.hub import PIPELINE_TAGS, could_be_repository, is_written_by_tailora, setting_rows, signed
 from tailora.formats.offline import OfflineAdapter
@@ -131,10 +132,11 @@ def card_body(
     """Returns the words of a card. samples: show the answers before and after training to held-out prompts."""
     ranks = value_range([float(update.r) for update in updates.updates.values()])
     base = settings.get("base_model_name_or_path")
-    for_base = f" for `{base}`" if base else ""
+    made = "" if report is None else ", trained with tailora"
+    demo = f" (the model of `tailora demo`, {MODEL_NAME} from a 4-bit file)" if base == DEMO else ""
     parts = [
         f"# {repo_id.rpartition('/')[2]}",
-        f"LoRA adapter{for_base}: {len(updates.updates)} layers of rank {ranks}, trained with tailora.",
+        f"LoRA adapter{f' for `{base}`' if base else ''}{demo}: {len(updates.updates)} layers of rank {ranks}{made}.",
     ]
     if report is not None:
         parts += [report.verdict, *_results(report), *_data(report)]
@@ -206,24 +208,20 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _use(repo_id: str, settings: Mapping[str, Any], updates: OfflineAdapter) -> list[str]:
-    """How PEFT, tailora and vLLM load it. A base without a public name is BASE."""
-    base = settings.get("base_model_name_or_path")
-    named = str(base) if base else "BASE"
-    name = repo_id.rpartition("/")[2]
+    """How PEFT, tailora and vLLM load it. A base model that is no repository of the Hub is BASE."""
+    base, name = str(settings.get("base_model_name_or_path")), repo_id.rpartition("/")[2]
+    public = base if could_be_repository(base) else "BASE"
+    ours = base if base == DEMO else public
     uses_text = settings.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS")
     command = "chat --adapter" if uses_text else "predict --data ROWS.jsonl --output PREDICTIONS.jsonl"
-    commands = [f"tailora {command} {repo_id}" + ("" if base else " --model BASE")]
+    commands = [f"tailora {command} {repo_id}" + (" --model BASE" if ours == "BASE" else "")]
     if uses_text:
-        commands.append(shlex.join(["tailora", "serve", "--model", named, "--adapter", f"{name}={repo_id}"]))
+        commands.append(shlex.join(["tailora", "serve", "--model", ours, "--adapter", f"{name}={repo_id}"]))
     load = PEFT_CLASSES.get(str(settings.get("task_type")))
-    if load and base and could_be_repository(str(base)):
+    if load and public == base:
         lines = [f"from peft import {load}", "", f'model = {load}.from_pretrained("{repo_id}")']
     else:
-        lines = [
-            "from peft import PeftModel",
-            "",
-            f'model = PeftModel.from_pretrained(base_model, "{repo_id}")  # base_model: {named}',
-        ]
+        lines = ["from peft import PeftModel", "", f'model = PeftModel.from_pretrained(base_model, "{repo_id}")']
     parts = ["With PEFT:", _fenced("py", lines), "With tailora:", _fenced("sh", commands)]
     if not uses_text:
         return parts
@@ -232,7 +230,7 @@ def _use(repo_id: str, settings: Mapping[str, Any], updates: OfflineAdapter) -> 
         other = f"`tailora export {repo_id} --to portable --output FOLDER` writes what it reads, or says why it cannot"
         return [*parts, f"vLLM does not read {', '.join(problems)}: {other}; `--to merged` writes a whole model."]
     known_rank = min(known for known in VLLM_RANKS if known >= rank)
-    start = ["vllm", "serve", named, "--enable-lora", "--max-lora-rank", str(known_rank)]
+    start = ["vllm", "serve", public, "--enable-lora", "--max-lora-rank", str(known_rank)]
     return [*parts, "With vLLM:", _fenced("sh", [shlex.join([*start, "--lora-modules", f"{name}={repo_id}"])])]
 
 

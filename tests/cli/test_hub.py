@@ -1,6 +1,7 @@
 """`tailora push` and `tailora pull`, with a stand-in for the Hub's server that huggingface_hub's own client uses."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from hashlib import sha256
@@ -14,7 +15,8 @@ from huggingface_hub import ModelCard, constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import chat_model
-from tiny_adapters import adapted
+from tiny_adapters import adapted, logits
+from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import main
@@ -146,6 +148,21 @@ def test_the_card_says_what_the_run_measured(hub: Server, run: Path, capsys: pyt
         f"torch {torch.__version__}",
     ):
         assert line in text, line
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # that PEFT asks for
+def test_the_lines_for_peft_in_the_card_compute_the_same(
+    hub: Server, run: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = {path.name: path.read_bytes() for path in tiny_model.iterdir()}
+    hub.repositories["model", "owner/base"] = Repository(branches={"main": base})
+    pushed(capsys, run, "user/adapter", "--model", "owner/base")
+    (lines,) = re.findall(r"```py\n(.*?)```", card_of(hub).text, re.DOTALL)
+    assert call(capsys, "pull", "user/adapter", "--output-dir", tmp_path / "out")[0] == 0
+    names: dict[str, Any] = {}
+    exec(lines.replace("user/adapter", str(tmp_path / "out")), names)  # PEFT itself asks the Hub's own address
+    ours = LoRAModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model), run)
+    torch.testing.assert_close(logits(names["model"]), logits(ours), rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_private_is_uploaded(
