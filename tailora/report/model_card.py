@@ -12,6 +12,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from tailora.data.demo import DEMO, MODEL_NAME
 from tailora.errors import FormatError
+from tailora.formats.export import VLLM_RANKS
 from tailora.formats.hub import PIPELINE_TAGS, could_be_repository, is_written_by_tailora, setting_rows, signed
 from tailora.formats.offline import OfflineAdapter
 from tailora.formats.run_folder import ADAPTER, REPORT
@@ -36,7 +37,6 @@ DATA = (  # of run.json -> what the card calls it; never a name of a file, or wh
     ("shape", "form of the rows"),
     ("task", "task"),
 )
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 LOSS = "held-out loss"
 PEFT_CLASSES = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
@@ -227,8 +227,8 @@ def _use(repo_id: str, settings: Mapping[str, Any], updates: OfflineAdapter) -> 
         return parts
     rank = max((update.factors.A.shape[1] for update in updates.updates.values()), default=0)
     if problems := vllm_problems(settings, rank):
-        other = f"`tailora export {repo_id} --to portable --output FOLDER` writes what it reads, or says why it cannot"
-        return [*parts, f"vLLM does not read {', '.join(problems)}: {other}; `--to merged` writes a whole model."]
+        export = f"`tailora export {repo_id} --to vllm --output FOLDER`"
+        return [*parts, f"vLLM does not read {', '.join(problems)}: {export} writes what it reads."]
     known_rank = min(known for known in VLLM_RANKS if known >= rank)
     start = ["vllm", "serve", public, "--enable-lora", "--max-lora-rank", str(known_rank)]
     return [*parts, "With vLLM:", _fenced("sh", [shlex.join([*start, "--lora-modules", f"{name}={repo_id}"])])]

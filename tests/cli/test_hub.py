@@ -292,7 +292,7 @@ def test_an_adapter_without_a_run_and_a_public_repository(
     assert (sorted(repository.branches["v2"]), repository.branches["main"]) == (FILES, {})
     text = card_of(hub, "user/dora", "v2").text
     assert "layers of rank 2 to 3" in text
-    assert "vLLM does not read use_dora, rank_pattern: `tailora export user/dora --to portable" in text
+    assert "vLLM does not read use_dora, rank_pattern: `tailora export user/dora --to vllm" in text
     assert "Results" not in text
     repository.private = False
     code, _, err = call(capsys, "push", tmp_path / "dora", "user/dora")
