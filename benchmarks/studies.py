@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from capitals import capitals_folder
 from measure import RESULTS, log, write
 from snippets import labelled_folder, preferences_folder, tags_folder
 
@@ -22,7 +23,14 @@ DEMO = ["--model", "demo", "--data", "demo"]
 REVIEWS = ["--model", "demo", "--data", "reviews/train.jsonl", "--eval-data", "reviews/eval.jsonl"]
 PAIRS = ["--model", "demo", "--data", "pairs/train.jsonl", "--eval-data", "pairs/eval.jsonl"]
 NAMES = ["--model", "demo", "--data", "names/train.jsonl", "--eval-data", "names/eval.jsonl"]
-FOLDERS = {"reviews": labelled_folder, "pairs": preferences_folder, "names": tags_folder}
+CHATS = ["--model", "capitals/base", "--data", "capitals/train.jsonl", "--eval-data", "capitals/eval.jsonl"]
+FOLDERS = {
+    "reviews": labelled_folder,
+    "pairs": preferences_folder,
+    "names": tags_folder,
+    "capitals": capitals_folder,
+}
+LONGER = ["--num-train-epochs", "3"]
 RATING = ["--field", "label=rating"]
 LINES = {
     "compare": ["compare", *DEMO, "--minutes", "15"],
@@ -32,6 +40,7 @@ LINES = {
     "regression": ["train", "--task", "regression", *REVIEWS, *RATING, "--learning-rate", "1e-3"],
     "dpo": ["train", *PAIRS, "--loss", "dpo", "--learning-rate", "2e-4"],
     "tags": ["train", "--task", "token-classification", *NAMES, "--learning-rate", "1e-3"],
+    "seq2seq": ["train", "--task", "seq2seq", *CHATS, "--learning-rate", "2e-3", *LONGER, "--samples", "6"],
 }
 TERMINAL = {"COLUMNS": "118", "NO_COLOR": "1", "TERM": "dumb"}
 

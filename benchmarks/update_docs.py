@@ -226,6 +226,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
         "classification": partial(trained, "classification"),
         "regression": partial(trained, "regression"),
         "tags": partial(trained, "tags"),
+        "seq2seq": partial(trained, "seq2seq"),
         "labels": partial(study, "labels"),
     },
     "docs/plan.md": {"memory": plan},

@@ -153,16 +153,12 @@ def next_commands(config: TrainConfig, folder: Path) -> list[list[str]]:
     columns = [f"{ours}={theirs}" for ours, theirs in config.field.items()]
     held_out = ["--data", config.eval_data or "HELD_OUT.jsonl", *(["--field", ",".join(columns)] if columns else [])]
     evaluated = [str(folder)] if is_lora else tuned
-    if config.task in TASK_TYPES:
-        return [
-            ["tailora", "eval", *evaluated, *held_out],
-            ["tailora", "predict", *evaluated, "--data", "ROWS.jsonl", "--output", "PREDICTIONS.jsonl"],
-        ]
-    commands = [
-        ["tailora", "chat", *tuned, *system],
-        ["tailora", "generate", *tuned, *system, "--prompt", first_prompt(folder)],
-        ["tailora", "eval", *evaluated, *([] if is_lora else system), *held_out],  # of an adapter eval knows it
-    ]
+    generate = ["tailora", "generate", *tuned, *system, "--prompt", first_prompt(folder)]
+    evaluate = ["tailora", "eval", *evaluated, *([] if is_lora else system), *held_out]  # of an adapter eval knows it
+    if config.task in (*TASK_TYPES, "seq2seq"):
+        predict = ["tailora", "predict", *evaluated, "--data", "ROWS.jsonl", "--output", "PREDICTIONS.jsonl"]
+        return [*([] if config.task in TASK_TYPES else [generate]), evaluate, predict]
+    commands = [["tailora", "chat", *tuned, *system], generate, evaluate]
     if is_lora:
         commands.append(["tailora", "export", str(folder), "--to", "gguf", "--output", f"{folder}-gguf"])
     if config.data == "demo":

@@ -391,6 +391,11 @@ def test_next_commands_name_the_held_out_data_and_its_columns(tmp_path: Path) ->
         assert ["be brief" in command for command in commands[:3]] == knows
 
 
+def test_after_sequence_to_sequence_no_chat_and_no_gguf_is_proposed(tmp_path: Path) -> None:
+    config = TrainConfig(task="seq2seq", data="a.jsonl")
+    assert [command[1] for command in next_commands(config, tmp_path)] == ["generate", "eval", "predict"]
+
+
 @pytest.mark.parametrize("length", [1, 7, 900, 5000])
 def test_kl_is_measured_on_few_tokens(length: int) -> None:
     """Their log-probabilities of a vocabulary of 150,000 would take 10 GB with 16 conversations of 1,024 tokens."""

@@ -177,3 +177,22 @@ def test_reports_of_earlier_versions_have_pages(name: str) -> None:
     page = page_of(content, name)
     assert page.lead == content["verdict"]
     assert f"{content['base_loss']:.3f}" in shown(page, 80)
+
+
+@pytest.mark.parametrize(
+    ("task_type", "proposes_data", "proposes_forgetting"),
+    [(None, True, True), ("SEQ_2_SEQ_LM", True, False), ("SEQ_CLS", False, False)],
+)
+def test_an_inspection_proposes_only_data_that_it_can_read(
+    task_type: str | None, proposes_data: bool, proposes_forgetting: bool
+) -> None:
+    content = CONTENTS["inspect"]()
+    content |= {
+        "config": content["config"] | {"task_type": task_type},
+        "held_out": None,
+        "forgetting": None,
+        "pair": None,
+    }
+    notes = " ".join(page_of(content, "x").notes)
+    assert ("--data HELD_OUT" in notes, "forgotten" in notes) == (proposes_data, proposes_forgetting)
+    assert ("--data" in " ".join(page_of(content | {"model": None}, "x").notes)) == proposes_data

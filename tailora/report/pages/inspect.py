@@ -86,11 +86,14 @@ def inspect_page(inspection: Inspection) -> Page:
     rules = [advice.rule for advice in inspection.advice]
     summary = f"Rules that advise a change: {', '.join(rules)}." if rules else "No rule advises a change."
     notes = []  # flags that would show more
+    task = inspection.config.get("task_type")
+    takes_data = task not in ("SEQ_CLS", "TOKEN_CLS")
     if inspection.model is None:
-        base = inspection.named_base or "BASE"
-        notes = [f"--model {base} adds ‖ΔW‖/‖W‖ and intruder dimensions; with --data, too, what the ranks are worth."]
-    elif losses is None:
-        notes = ["--data HELD_OUT adds what the smaller singular values are worth, and what was forgotten."]
+        with_data = "; with --data, too, what the ranks are worth" if takes_data else ""
+        notes = [f"--model {inspection.named_base or 'BASE'} adds ‖ΔW‖/‖W‖ and intruder dimensions{with_data}."]
+    elif losses is None and takes_data:
+        forgotten = "" if task == "SEQ_2_SEQ_LM" else ", and what was forgotten"
+        notes = [f"--data HELD_OUT adds what the smaller singular values are worth{forgotten}."]
     lead = f"{_described(inspection)}. {summary}"
     *_, outer, title = ("", *inspection.adapter.replace("\\", "/").rstrip("/").split("/"))
     if title == ADAPTER and outer:  # the folder of a run holds the adapter
