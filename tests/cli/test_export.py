@@ -107,6 +107,22 @@ def test_the_template_of_another_trainer_is_served(
     assert not (tmp_path / "several").exists()
 
 
+def test_a_merge_after_a_quantised_run_needs_the_flag(
+    run: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = LoRAModel(LlamaForCausalLM.from_pretrained(tiny_model), LoRAConfig(r=4, use_dora=True))
+    stir(model)
+    model.save_adapter(run / "adapter")
+    (run / "run.json").write_text(json.dumps({"settings": {"quantize": "nf4"}}))
+    tokens = ["export", str(run), "--to", "vllm", "--output", str(tmp_path / "out")]
+    assert main(tokens) == 2
+    assert "trained on a base in nf4: give --quantize nf4" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*tokens, "--quantize", "none", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["format"], found["serving"]["rank"]) == ("merged", None)
+
+
 def test_a_service_refuses_before_anything_is_written(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +172,7 @@ def test_mistakes(
     assert main(["export", *given]) == code
     shown = capsys.readouterr().err
     assert hint in shown
+    assert "device:" not in shown  # the model is not read
     assert "--overwrite" not in shown
     assert not (tmp_path / "out").exists()
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]

@@ -94,6 +94,7 @@ def test_conversations_are_those_of_the_tokenizer(template: str, adds_bos: bool)
         "{{ '{{' }}" + CHATML,  # Go would read it as an action
         "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}",
         "{% for m in messages %}{{ loop.index }}{{ m['content'] }}{% endfor %}",  # another text around every message
+        "{% if messages | length == 1 %}First: {% endif %}" + CHATML,  # another start for one question alone
         "{{ raise_exception('never') }}",
     ],
 )

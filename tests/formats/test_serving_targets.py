@@ -54,12 +54,12 @@ def export_for(
 
 
 def written_commands(folder: Path, tmp_path: Path, **environment: str) -> list[list[str]]:
-    """Runs serve.sh with programs that only say how they were called."""
+    """Runs serve.sh, from another folder, with programs that only say how they were called, and in which folder."""
     programs, calls = tmp_path / "programs", tmp_path / "calls.jsonl"
     programs.mkdir(exist_ok=True)
     calls.unlink(missing_ok=True)
     for name in PROGRAMS:
-        record = f'#!/bin/sh\n{{ printf "%s\\0" {name} "$@"; echo; }} >> {shlex.quote(str(calls))}\n'
+        record = f'#!/bin/sh\n{{ printf "%s\\0" "$PWD" {name} "$@"; echo; }} >> {shlex.quote(str(calls))}\n'
         (programs / name).write_text(record)
         (programs / name).chmod(0o755)
     path = {"PATH": f"{programs}:{os.environ['PATH']}"}
@@ -67,7 +67,9 @@ def written_commands(folder: Path, tmp_path: Path, **environment: str) -> list[l
         ["sh", str(folder / "serve.sh")], env={**path, **environment}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    return [line.split("\0")[:-1] for line in calls.read_text().splitlines() if line]
+    lines = [line.split("\0")[:-1] for line in calls.read_text().splitlines() if line]
+    assert {line[0] for line in lines} == {str(folder)}
+    return [line[1:] for line in lines]
 
 
 def flags(command: list[str]) -> dict[str, str]:
@@ -238,6 +240,14 @@ def test_what_one_server_does_not_take_is_merged(
     report = export_for(tmp_path / "out", target, lora, **settings).report
     assert report.format == "merged"
     assert reason in report.changes[0]
+
+
+def test_a_merge_after_training_on_a_quantised_base_is_a_choice(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, trained_on="nf4")
+    assert export_for(tmp_path / "adapter", "vllm", {}, settings).serving.format == "portable"
+    with pytest.raises(ConfigError, match=r"use_dora.* in nf4: give --quantize nf4 .* --quantize none"):
+        export_for(tmp_path / "out", "vllm", {"use_dora": True}, settings)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_service_refuses_all_that_is_beyond_its_limits_at_once(tmp_path: Path) -> None:
