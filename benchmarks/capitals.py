@@ -96,7 +96,3 @@ def begin(folder: Path, texts: list[str]) -> None:
     torch.manual_seed(0)
     config = BartConfig(**SIZES, **WIDTHS, **IDS, max_position_embeddings=128, dropout=0.0, init_std=0.05)
     BartForConditionalGeneration(config).save_pretrained(folder)
-
-
-if __name__ == "__main__":
-    print(capitals_folder())
