@@ -204,7 +204,7 @@ def ollama_files(serving: Serving, source: ExportSource) -> dict[str, str]:
     lines += [] if serving.is_merged else [f"ADAPTER ./{GGUF_WEIGHTS}"]
     lines += [f'TEMPLATE """{template}"""' if template else NO_TEMPLATE]
     lines += [] if serving.context_length is None else [f"PARAMETER num_ctx {serving.context_length}"]
-    lines += [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in serving.stop_tokens.values()]
+    lines += [f'PARAMETER stop "{text}"' for text in serving.stop_tokens.values()]  # Ollama knows no escapes
     return {MODELFILE: "\n".join(lines) + "\n"}
 
 
@@ -411,14 +411,16 @@ def export_for(
     elif problems:
         to = "merged"
         reasons = "; ".join(problem.removesuffix(f"; {MERGED}") for problem in problems)
-        changes = [f"{details.title} cannot take this adapter beside its base, so the whole model is merged: {reasons}"]
+        changes = [
+            f"the whole model is merged, since {details.title} cannot take this adapter beside its base: {reasons}"
+        ]
         if settings.trained_on is not None:
             raise ConfigError(
-                f"{changes[0]}. It was trained on a base in {settings.trained_on}: give --quantize "
-                f"{settings.trained_on} to merge into that, or --quantize none to merge into the original weights"
+                f"{cause}. It was trained on a base in {settings.trained_on}: give --quantize "
+                f"{settings.trained_on} to merge it into that, or --quantize none to merge it into the original weights"
             )
     elif to == "merged":
-        changes = [f"{details.title} takes no adapters, so the whole model is merged"]
+        changes = [f"the whole model is merged, since {details.title} takes no adapters"]
     serving = describe(source, folder, target, to, settings)
     if serving.chat_template and source.tokenizer is not None and to != "merged":
         changes.append("the chat template is that of the adapter's training; the base's tokenizer has another one")
@@ -491,9 +493,11 @@ def script(serving: Serving) -> str:
     if serving.prepare is not None:
         command, file = serving.prepare
         converter = f': "${{LLAMA_CPP:?set it to the folder of llama.cpp, which has {CONVERTER}}}"'
-        python, _, *arguments = map(shlex.quote, command)
+        part = f"{file}.part"  # so that a conversion that is killed leaves no file that looks whole
+        python, _, *arguments = (shlex.quote(part if word == file else word) for word in command)
         lines += [f"if [ ! -f {shlex.quote(file)} ]; then", f"  {converter}"]
-        lines += [f'  {python} "$LLAMA_CPP/{CONVERTER}" {" ".join(arguments)}', "fi"]
+        lines += [f'  {python} "$LLAMA_CPP/{CONVERTER}" {" ".join(arguments)}']
+        lines += [f"  mv {shlex.quote(part)} {shlex.quote(file)}", "fi"]
     commands = [shlex.join(command).replace(BASE_ID, f'"${BASE_ID}"') for command in serving.commands]
     if TARGETS[serving.target].limits:
         lines.append(f': "${{{BASE_ID}:?set it to the name that {title} has for the base model}}"')

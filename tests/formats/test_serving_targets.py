@@ -60,7 +60,7 @@ def written_commands(folder: Path, tmp_path: Path, **environment: str) -> list[l
     calls.unlink(missing_ok=True)
     for name in PROGRAMS:
         record = f'#!/bin/sh\n{{ printf "%s\\0" "$PWD" {name} "$@"; echo; }} >> {shlex.quote(str(calls))}\n'
-        (programs / name).write_text(record)
+        (programs / name).write_text(record + (': > "$4"\n' if name == "python" else ""))  # the converter's --outfile
         (programs / name).chmod(0o755)
     path = {"PATH": f"{programs}:{os.environ['PATH']}"}
     done = subprocess.run(
@@ -87,7 +87,12 @@ def test_the_script_runs_the_commands_that_are_printed(target: str, tmp_path: Pa
     printed = shlex.split(shlex.join(map(shlex.join, [*prepare, *serving.commands])))
     expected = [[word.replace(str(folder), ".") for word in shlex.split(command)] for command in printed]
     expected = [[word.replace("BASE_MODEL_ID", "their-base") for word in command] for command in expected]
-    assert [[word.replace("/llama.cpp/", "") for word in command] for command in commands] == expected
+    written = [[word.replace("/llama.cpp/", "").removesuffix(".part") for word in command] for command in commands]
+    assert written == expected
+    if serving.prepare is not None:
+        assert Path(serving.prepare[1]).exists()
+        assert not list(folder.glob("*.part"))
+        assert written_commands(folder, tmp_path, **named) == commands[1:], "converted once"
     missing = subprocess.run(["sh", str(folder / "serve.sh")], env={"PATH": "/bin"}, capture_output=True, check=False)
     assert missing.returncode
 
@@ -142,7 +147,7 @@ def test_a_base_in_a_folder_is_named_by_its_whole_path(tmp_path: Path, monkeypat
 
 
 def test_ollama_gets_a_modelfile(tmp_path: Path) -> None:
-    settings = ServingSettings(base="owner/base", stop_tokens={2: "<|im_end|>", 0: "<|endoftext|>"})
+    settings = ServingSettings(base="owner/base", stop_tokens={2: "<|im_end|>", 0: '<|"end"|>'})
     export_for(tmp_path / "out", "ollama", PATTERNS, settings)
     text = (tmp_path / "out" / "Modelfile").read_text()
     lines = re.sub(r'""".*?"""', "GO", text, flags=re.DOTALL).splitlines()
@@ -152,7 +157,7 @@ def test_ollama_gets_a_modelfile(tmp_path: Path) -> None:
         "TEMPLATE GO",
         "PARAMETER num_ctx 512",
         'PARAMETER stop "<|im_end|>"',
-        'PARAMETER stop "<|endoftext|>"',
+        'PARAMETER stop "<|"end"|>"',  # Ollama takes what is between the outer quotes as it is
     ]
 
 
@@ -206,7 +211,7 @@ def test_stop_tokens_that_the_base_does_not_name_are_told(tmp_path: Path) -> Non
 def test_what_is_no_low_rank_adapter_is_merged(target: str, lora: dict[str, Any], tmp_path: Path) -> None:
     exported = export_for(tmp_path / "out", target, lora)
     assert exported.serving.format == exported.report.format == "merged"
-    assert "cannot take this adapter beside its base, so the whole model is merged: " in exported.report.changes[0]
+    assert "cannot take this adapter beside its base: " in exported.report.changes[0]
     assert exported.serving.rank is None
     commands = written_commands(tmp_path / "out", tmp_path, LLAMA_CPP="/llama.cpp")
     assert not any("owner/base" in word or "lora" in word for command in commands for word in command)
