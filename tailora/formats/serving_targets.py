@@ -411,9 +411,8 @@ def export_for(
     elif problems:
         to = "merged"
         reasons = "; ".join(problem.removesuffix(f"; {MERGED}") for problem in problems)
-        changes = [
-            f"the whole model is merged, since {details.title} cannot take this adapter beside its base: {reasons}"
-        ]
+        cause = f"{details.title} cannot take this adapter beside its base: {reasons}"
+        changes = [f"the whole model is merged, since {cause}"]
         if settings.trained_on is not None:
             raise ConfigError(
                 f"{cause}. It was trained on a base in {settings.trained_on}: give --quantize "
