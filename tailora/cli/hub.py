@@ -94,13 +94,15 @@ def push(
     base_name = public_base_name(path, model)
     check_token()
     log("checking the adapter")
-    from tailora.formats.shared_files import check_no_paths, shared_files
+    from tailora.formats.shared_files import check_nothing_private, shared_files
     from tailora.report.model_card import card_body, completed_card, read_report
     from tailora.train.memory import format_bytes
 
     shared = shared_files(path, base_name, samples=samples)
     report = read_report(path)
-    if base_name is not None and not could_be_repository(base_name) and base_name != DEMO:
+    if base_name is None:
+        note("the files name no base model; give its Hub id with --model")
+    elif not could_be_repository(base_name) and base_name != DEMO:
         note(f"the files call the base model {base_name}, which others cannot fetch; give its Hub id with --model")
     there = look_up(repository, revision)
     _check_visibility(repository, None if there is None else there.private, public=public)
@@ -108,7 +110,7 @@ def push(
     body = card_body(repository, shared.settings, shared.updates, report, samples=samples)
     text, is_kept = completed_card(card, shared.settings, body, license, replace=replace_card)
     files = {**shared.files, CARD: text.encode()}
-    check_no_paths(path, {CARD: files[CARD]}, shared.secrets)
+    check_nothing_private(path, {CARD: files[CARD]}, shared.secrets)
     if is_kept:
         where = path / CARD if card is shared.card else f"the {CARD} of {repository}"
         note(f"the words of {where} stay, since someone wrote or edited them; --replace-card writes a new card")
@@ -221,14 +223,15 @@ def pull(
             {"output_dir": str(output), "repo": repository, "commit": fetched.commit, "files": fetched.files, **facts}
         )
         return 0
+    is_public = base is not None and (could_be_repository(base.name) or base.name == DEMO)
+    base_name = base.name if base is not None and is_public else "BASE"
     rows = [
-        ("base model", "not named: give --model" if base is None else base.name),
+        ("base model", f"{'not named' if base is None else base.name}{'' if is_public else ': give it with --model'}"),
         ("rank", value_range(list(map(float, ranks)))),
         ("adapted layers", ", ".join(targets) or NONE),
         *([(loss[0], f"{loss[1]} before, {loss[3]} after, says its card")] if loss else []),
         ("files", ", ".join(fetched.files)),
     ]
-    base_name = "M" if base is None else base.name
     commands = [command_to_use(base_name, str(output), labels)]
     if labels is None:
         commands.append(["tailora", "serve", "--model", base_name, "--adapter", f"{output.resolve().name}={output}"])

@@ -239,7 +239,11 @@ def look_up(repo_id: str, revision: str | None) -> Repository | None:
         files = [file.rfilename for file in info.siblings or ()]
         card = None
         if CARD in files:
-            card = Path(api.hf_hub_download(repo_id, CARD, revision=info.sha)).read_text(encoding="utf-8")
+            path = Path(api.hf_hub_download(repo_id, CARD, revision=info.sha))
+            try:
+                card = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                raise WriteError(f"{_not_uploaded(repo_id)} its {CARD} is not UTF-8; save it as UTF-8 there") from None
     return Repository(bool(info.private), files, card)
 
 

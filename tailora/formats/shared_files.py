@@ -34,6 +34,7 @@ SHARED = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, PASSPORT, *TOKENIZER_FILES)  # and th
 NOT_SEARCHED = (ADAPTER_WEIGHTS, "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 BEGIN, END = r"(?<![\w.~-])(?<![\w:.]/)", r"(?![\w-])[\w./@-]*"  # of a path; not within another one, or an address
 HOME = BEGIN + r"(?:/home/|/Users/|/root/|[A-Za-z]:\\+Users\\+)[\w.@-]+[\w./\\@-]*"  # a home directory of any system
+TOKEN = r"\bhf_[A-Za-z0-9]{30,}"  # of the Hub: some tools wrote it into the files of a tokenizer
 HELD_OUT = "held-out"  # `texts` of a passport whose probes are held-out data
 
 
@@ -85,9 +86,11 @@ def shared_files(folder: Path, base_name: str | None, *, samples: bool = False) 
         files |= {} if passport is None else {PASSPORT: passport}
     bases = (stored.settings.get("base_model_name_or_path"), stored.metadata.base_folder)
     secrets = [base for base in bases if isinstance(base, str) and Path(base).is_absolute()]
-    check_no_paths(folder, {name: text for name, text in files.items() if name not in NOT_SEARCHED}, secrets)
+    searched = {name: content for name, content in files.items() if name not in NOT_SEARCHED}
+    searched[f"the metadata of {ADAPTER_WEIGHTS}"] = json.dumps(_metadata(files[ADAPTER_WEIGHTS])).encode()
+    check_nothing_private(folder, searched, secrets)
     left_behind = sorted(path.name for path in folder.iterdir() if path.name not in (*files, CARD))
-    card = _content(folder / CARD).decode(errors="replace") if (folder / CARD).exists() else None
+    card = _card(folder / CARD) if (folder / CARD).exists() else None
     return SharedAdapter(settings, updates, files, card, left_behind, secrets)
 
 
@@ -108,13 +111,13 @@ def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise FormatError(f"{path}: {listing(problems)}")
 
 
-def check_no_paths(folder: Path, files: Mapping[str, bytes], secrets: Sequence[str] = ()) -> None:
-    """Raises FormatError with the paths in these files that say something of a machine.
+def check_nothing_private(folder: Path, files: Mapping[str, bytes], secrets: Sequence[str] = ()) -> None:
+    """Raises FormatError with the paths in these files that say something of a machine, and with tokens of the Hub.
 
-    They are those below a home directory, `folder`, the current folder, and `secrets`.
+    The paths are those below a home directory, `folder`, the current folder, and `secrets`.
     """
     here = [str(path) for path in (Path.home(), Path.cwd(), folder.resolve()) if len(path.parts) > 1]
-    search = re.compile("|".join([*(f"{BEGIN}{re.escape(path)}{END}" for path in (*here, *secrets)), HOME]))
+    search = re.compile("|".join([*(f"{BEGIN}{re.escape(path)}{END}" for path in (*here, *secrets)), HOME, TOKEN]))
     problems = [
         f"{name} names {', '.join(list(dict.fromkeys(paths))[:3])}"
         for name, content in files.items()
@@ -122,7 +125,8 @@ def check_no_paths(folder: Path, files: Mapping[str, bytes], secrets: Sequence[s
     ]
     if problems:
         raise FormatError(
-            f"{folder} is not shared, because its files name paths of a machine; take them out: {listing(problems)}"
+            f"{folder} is not shared, because its files name paths of a machine, or a token; take them out: "
+            f"{listing(problems)}"
         )
 
 
@@ -132,11 +136,22 @@ def _content(path: Path) -> bytes:
         return path.read_bytes()
 
 
-def _without_base_folder(raw: bytes, stored: StoredAdapter) -> bytes:
+def _card(path: Path) -> str:
+    try:
+        return _content(path).decode()
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+
+
+def _metadata(raw: bytes) -> dict[str, str]:
     size = int.from_bytes(raw[:8], "little")
-    metadata = json.loads(raw[8 : 8 + size])["__metadata__"]
+    metadata: dict[str, str] = json.loads(raw[8 : 8 + size]).get("__metadata__", {})
+    return metadata
+
+
+def _without_base_folder(raw: bytes, stored: StoredAdapter) -> bytes:
     public = stored.metadata.model_copy(update={"base_folder": None})
-    return with_metadata(raw, {**metadata, METADATA_KEY: public.to_json()})
+    return with_metadata(raw, {**_metadata(raw), METADATA_KEY: public.to_json()})
 
 
 def _shared_passport(folder: Path, weights: bytes, base_name: str | None, *, samples: bool) -> bytes | None:

@@ -213,8 +213,10 @@ def _use(repo_id: str, settings: Mapping[str, Any], updates: OfflineAdapter) -> 
     public = base if could_be_repository(base) else "BASE"
     ours = base if base == DEMO else public
     uses_text = settings.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS")
-    command = "chat --adapter" if uses_text else "predict --data ROWS.jsonl --output PREDICTIONS.jsonl"
-    commands = [f"tailora {command} {repo_id}" + (" --model BASE" if ours == "BASE" else "")]
+    words = ["chat", "--adapter", repo_id] if uses_text else ["predict", repo_id]
+    words += ["--model", "BASE"] if ours == "BASE" else []
+    words += [] if uses_text else ["--data", "ROWS.jsonl", "--output", "PREDICTIONS.jsonl"]
+    commands = [shlex.join(["tailora", *words])]
     if uses_text:
         commands.append(shlex.join(["tailora", "serve", "--model", ours, "--adapter", f"{name}={repo_id}"]))
     load = PEFT_CLASSES.get(str(settings.get("task_type")))

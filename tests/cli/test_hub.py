@@ -183,7 +183,7 @@ def test_nothing_private_is_uploaded(
     assert "> **prompt:** What colour is thing" in card_of(hub).text
 
 
-@pytest.mark.parametrize("path", ["/home/me/secret", "/Users/me", r"C:\\Users\\me\\x", "HERE"])
+@pytest.mark.parametrize("path", ["/home/me/secret", "/Users/me", r"C:\\Users\\me\\x", "HERE", f"hf_{'x' * 34}"])
 def test_paths_in_files_that_stay_as_they_are_are_refused(
     path: str, hub: Server, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,7 +194,7 @@ def test_paths_in_files_that_stay_as_they_are_are_refused(
     (run / ADAPTER / CARD).write_text(f"Made by me, see https://example.org/home/me.html and file://{path}\n")
     code, _, err = call(capsys, "push", run, "user/adapter")
     assert code == 2
-    assert "name paths of a machine; take them out: tokenizer_config.json names" in err
+    assert "name paths of a machine, or a token; take them out: tokenizer_config.json names" in err
     (run / ADAPTER / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
     code, _, err = call(capsys, "push", run, "user/adapter")
     assert code == 2
@@ -204,6 +204,45 @@ def test_paths_in_files_that_stay_as_they_are_are_refused(
     (run / ADAPTER / CARD).unlink()
     files = pushed(capsys, run, "user/adapter")["files"]
     assert files == [*FILES, "tokenizer.json", "tokenizer_config.json"]
+
+
+def test_metadata_of_other_tools_that_name_a_path_are_refused(
+    hub: Server, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = run / ADAPTER / ADAPTER_WEIGHTS
+    tensors = load_file(weights)
+    save_file(tensors, weights, {"ss_output_dir": "/home/me/loras"})
+    code, _, err = call(capsys, "push", run, "user/adapter")
+    assert (code, "the metadata of adapter_model.safetensors names /home/me/loras" in err) == (2, True)
+    assert not hub.requests
+    save_file(tensors, weights)
+    assert call(capsys, "push", run, "user/adapter")[0] == 0
+
+
+def test_the_card_of_a_classifier_has_its_metrics_and_its_command(
+    hub: Server, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": f"thing {i}", "label": ["good", "bad"][i % 2]} for i in range(24)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["--task", "sequence-classification", "--max-steps", "2", "--validation-split", ".25", "--device", "cpu"]
+    assert main(["train", "--model", str(tiny_model), "--data", "rows.jsonl", "--output-dir", "out", *settings]) == 0
+    pushed(capsys, "out", "user/adapter")
+    card = card_of(hub)
+    assert card.data.pipeline_tag == "text-classification"
+    metrics = json.loads(Path("out", REPORT).read_text())["metrics"]
+    accuracy = next(metric for metric in metrics if metric["name"] == "accuracy")
+    assert f"| accuracy | {accuracy['before']:.3f} |" in card.text
+    command = "tailora predict user/adapter --model BASE --data ROWS.jsonl --output PREDICTIONS.jsonl"
+    assert command in card.text
+    assert "vLLM" not in card.text
+    words = command.replace("BASE", str(tiny_model)).replace("ROWS.jsonl", "rows.jsonl").split()
+    assert main(words[1:]) == 0
+    assert len(Path("PREDICTIONS.jsonl").read_text().splitlines()) == 24
+    capsys.readouterr()
+    code, out, _ = call(capsys, "pull", "user/adapter")
+    assert code == 0
+    assert "tailora predict adapter --model BASE --data" in out
 
 
 def test_the_passport_goes_with_the_weights_that_it_is_of(
@@ -262,6 +301,9 @@ def test_the_words_of_others_stay_and_the_yaml_is_completed(
     hub.files[CARD] = b"No YAML"
     pushed(capsys, run, "user/adapter")
     assert card_of(hub).text == "\nNo YAML"
+    hub.files[CARD] = b"\xff"
+    code, _, err = call(capsys, "push", run, "user/adapter")
+    assert (code, "its README.md is not UTF-8" in err) == (1, True)
     hub.files[CARD] = b"---\ntags: [\n---\nx"
     code, _, err = call(capsys, "push", run, "user/adapter")
     assert (code, "YAML at the top of the model card cannot be read" in err) == (2, True)
@@ -471,9 +513,9 @@ def test_only_what_an_adapter_needs_is_fetched(
     assert sorted(path.name for path in Path("adapter").iterdir()) == [*FILES, "tokenizer.json"]
     assert not Path("adapter", ADAPTER_WEIGHTS).is_symlink()
     assert not [path for _, path, _ in hub.requests if any(name in path for name in others)]
-    assert "not named: give --model" in out
-    assert "tailora chat --model M --adapter adapter\n" in out
-    assert "tailora serve --model M --adapter adapter=adapter\n" in out
+    assert "not named: give it with --model" in out
+    assert "tailora chat --model BASE --adapter adapter\n" in out
+    assert "tailora serve --model BASE --adapter adapter=adapter\n" in out
     loaded = LoRAModel.from_pretrained(chat_model(), "adapter")
     assert loaded.adapters["default"].r == 4
     code, _, err = call(capsys, "pull", "user/adapter")
