@@ -8,12 +8,14 @@ of the same adapter that follow one another are one, so the engine sorts its req
     PackedModule         the same for modules that are trained in full
     packed_layers        what to attach to every layer
 
-The low-rank updates of a linear layer need no copy of an adapter's factors: a segment is a slice of the tokens. What
-the scale, DoRA's gain and the precision make of the factors is computed once for each adapter.
+A product for each segment of one decoded token would mostly be the overhead of products. So the factors of all adapters
+of the batch lie in one matrix, A = [A1; A2; ...] and B = [B1, B2, ...]: all tokens are multiplied by A, what belongs to
+the adapters of others is set to zero, and the rest is multiplied by B. What the scale, DoRA's gain and the precision
+make of the factors is computed once for each adapter.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -54,11 +56,43 @@ class PackedBatch:
 
     head: the layer that gets one token of each sequence, whose logits are wanted; None if every layer gets all tokens.
     tokens: of the other layers.    head_tokens: of the head.
+    together: adapters whose factors the layers keep in one matrix, those of the batch and some of earlier ones.
+    terms: what the parts of adapters add to their layers, as far as it is computed.
     """
 
     head: nn.Module | None = None
     tokens: tuple[Segment, ...] = ()
     head_tokens: tuple[Segment, ...] = ()
+    together: tuple[str, ...] = ()
+    terms: dict[LoRALayer, LayerTerms] = field(default_factory=dict)
+    _masks: dict[tuple[bool, tuple[int, ...]], Tensor] = field(default_factory=dict)
+
+    def set_tokens(self, tokens: tuple[Segment, ...], head_tokens: tuple[Segment, ...]) -> None:
+        """Before a forward. Adapters that left the batch stay in `together` for a while, since they may come back."""
+        self.tokens, self.head_tokens = tokens, head_tokens
+        self._masks.clear()
+        names = {segment.adapter: None for segment in tokens if segment.adapter is not None}
+        if names.keys() <= set(self.together) and len(self.together) <= 4 * len(names) + 4:
+            return
+        both = tuple(dict.fromkeys((*self.together, *names)))
+        self.together = both if len(both) <= 2 * len(names) + 4 else tuple(names)
+
+    def others(self, ranks: tuple[int, ...], layer: nn.Module, device: torch.device) -> Tensor:
+        """Returns which values of A x belong to the adapters of other tokens, (tokens, sum of ranks).
+
+        ranks: of each adapter of `together` in this layer.
+        """
+        key = layer is self.head, ranks
+        mask = self._masks.get(key)
+        if mask is None:
+            numbers = {name: number for number, name in enumerate(self.together)}
+            segments = self.head_tokens if layer is self.head else self.tokens
+            own = torch.tensor([numbers.get(segment.adapter or "", -1) for segment in segments])
+            lengths = torch.tensor([segment.stop - segment.start for segment in segments])
+            of_columns = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
+            mask = (own.repeat_interleave(lengths)[:, None] != of_columns).to(device)
+            self._masks[key] = mask
+        return mask
 
     def segments_in(self, x: Tensor, layer: nn.Module, path: str) -> tuple[Segment, ...]:
         """Returns the segments of x (1, tokens, ...), the layer's input. Raises RowsError for other tokens."""
@@ -74,26 +108,52 @@ class PackedLayer:
 
     def __init__(self, path: str, parts: Mapping[str, tuple[Any, ...]], batch: PackedBatch) -> None:
         self.path, self.parts, self.batch = path, parts, batch
-        self._terms: dict[str, LayerTerms] = {}
+        self.products = {name: own[0] for name, own in parts.items() if len(own) == 1 and is_product(own[0])}
+        self._together: tuple[str, ...] = ()  # whose factors are in _A and _B
+        self._ranks: tuple[int, ...] = ()
+        self._A, self._B = torch.empty(0), torch.empty(0)
 
     def add_to(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
         """Returns y + what the tokens' adapters change of the layer's `output`, as `LoRALayer.add_to`."""
-        for segment in self.batch.segments_in(x, layer, self.path):
-            parts = self.parts.get(segment.adapter or "")
-            if parts is None:
-                continue
+        segments = self.batch.segments_in(x, layer, self.path)
+        products = []
+        for segment in segments:
             place = slice(segment.start, segment.stop)
-            if len(parts) == 1 and is_product(parts[0]):
-                terms = self._terms.get(segment.adapter or "")
-                if terms is None:
-                    terms = self._terms[segment.adapter or ""] = layer_terms(parts[0], layer, output.dtype)
-                add_product(y, x, terms, place)
-                continue
-            change, outputs = y[:, place], output[:, place].clone()
-            for part in parts:
-                change = part.add_to(change, outputs, x[:, place], layer)
-            y[:, place] = change
+            name = segment.adapter or ""
+            if name in self.products:
+                terms = self._terms(name, layer, output.dtype)
+                products.append((terms, place))
+                rescale(y[0, place], terms)
+            elif name in self.parts:
+                change, outputs = y[:, place], output[:, place].clone()
+                for part in self.parts[name]:
+                    change = part.add_to(change, outputs, x[:, place], layer)
+                y[:, place] = change
+        if len(products) == 1:
+            [(terms, place)] = products
+            y[0, place].addmm_(x[0, place].to(terms.A.dtype) @ terms.A.mT, terms.B.mT)
+        elif products:
+            self._put_together(layer, output.dtype)
+            hidden = x[0].to(self._A.dtype) @ self._A.mT  # (tokens, sum of ranks)
+            y[0].addmm_(hidden.masked_fill_(self.batch.others(self._ranks, layer, y.device), 0), self._B.mT)
         return y
+
+    def _terms(self, name: str, layer: nn.Module, dtype: torch.dtype) -> LayerTerms:
+        part = self.products[name]
+        terms = self.batch.terms.get(part)
+        if terms is None:
+            terms = self.batch.terms[part] = layer_terms(part, layer, dtype)
+        return terms
+
+    def _put_together(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        """Makes one matrix of the factors of the adapters of `batch.together`, unless it is there."""
+        if self._together == self.batch.together:
+            return
+        self._together = self.batch.together
+        terms = {name: self._terms(name, layer, dtype) for name in self._together if name in self.products}
+        self._ranks = tuple(len(terms[name].A) if name in terms else 0 for name in self._together)
+        self._A = torch.cat([own.A for own in terms.values()])  # (sum of ranks, in)
+        self._B = torch.cat([own.B for own in terms.values()], 1)  # (out, sum of ranks)
 
 
 def is_product(part: Any) -> bool:
@@ -101,14 +161,12 @@ def is_product(part: Any) -> bool:
     return isinstance(part, LoRALayer) and part.layer_type in (LINEAR, CONV1D) and part.output_slice is None
 
 
-def add_product(y: Tensor, x: Tensor, terms: LayerTerms, place: slice) -> None:
-    """Adds B A x and the terms of DoRA to these tokens of y, (1, tokens, out), in place."""
-    tokens = y[0, place]  # (n, out), which is W x + b
+def rescale(tokens: Tensor, terms: LayerTerms) -> None:
+    """Applies the terms of DoRA and biases to these tokens of W x + b, (n, out), in place."""
     if terms.rescaling is not None:
         tokens.addcmul_(tokens, terms.rescaling)
     if terms.shift is not None:
         tokens.add_(terms.shift)
-    tokens.addmm_(x[0, place].to(terms.A.dtype) @ terms.A.mT, terms.B.mT)
 
 
 class PackedModule(nn.Module):
@@ -150,6 +208,9 @@ def packed_layers(
     layer_paths: path of a part of an adapter -> path of its layer. Raises RowsError for layers that do not see the
     tokens one by one.
     """
+    alive = {part for adapter in adapters.values() for part in adapter.low_rank.values()}
+    batch.terms = {part: terms for part, terms in batch.terms.items() if part in alive}
+    batch.together = tuple(name for name in batch.together if name in adapters)
     parts: dict[str, dict[str, tuple[Any, ...]]] = {}  # path -> name of the adapter -> its parts
     copies: dict[str, dict[str, nn.Module]] = {}
     for name, adapter in adapters.items():

@@ -8,20 +8,25 @@ paged cache. It knows nothing of adapters and has one seed for all requests. Thr
     ErrorRouter        gets what it says about failed requests
 
 Its cache must not share blocks between requests: equal prompts have other keys under another adapter.
+
+On a CPU the attention is ours, too (`attention_by_request`).
 """
 
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from threading import Lock
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, GenerationConfig, LogitsProcessor
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.continuous_api import OutputRouter
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tailora.core.adapter_set import AdapterSet
 from tailora.core.packed_batch import PackedBatch, segments_of
@@ -77,7 +82,51 @@ class ErrorRouter(OutputRouter):  # type: ignore[misc]
             self.deliver(output)
 
 
+def attention_by_request(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,  # noqa: ARG001
+    scaling: float | None = None,
+    *,
+    cu_seq_lens_q: Tensor,
+    cu_seq_lens_k: Tensor,
+    sliding_window: int | None = None,
+    is_causal: bool = True,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Returns the attention of each request's tokens to its own keys, (1, tokens, heads, d).
+
+    transformers' function for "sdpa" lets all requests see all keys, and masks those of others.
+    query: (1, heads, tokens, d).    key, value: (1, key heads, keys, d).
+    cu_seq_lens_q, cu_seq_lens_k: where the tokens and keys of each request begin, and where the last ones end.
+    """
+    heads, key_heads = query.shape[1], key.shape[1]
+    outputs = []
+    bounds = zip(pairwise(cu_seq_lens_q.tolist()), pairwise(cu_seq_lens_k.tolist()), strict=True)
+    for (first, stop), (first_key, stop_key) in bounds:
+        queries, keys, values = query[:, :, first:stop], key[:, :, first_key:stop_key], value[:, :, first_key:stop_key]
+        tokens, past = stop - first, stop_key - first_key - (stop - first)
+        if tokens == 1:  # sees all keys; the heads that share keys are its rows
+            grouped = queries.reshape(1, key_heads, heads // key_heads, -1)
+            output = scaled_dot_product_attention(grouped, keys, values, scale=scaling).reshape(1, 1, heads, -1)
+        else:
+            mask = None
+            if past or (sliding_window is not None and sliding_window < tokens):
+                mask = torch.ones(tokens, past + tokens, dtype=torch.bool, device=query.device).tril(past)
+                mask = mask if sliding_window is None else mask.triu(past - sliding_window + 1)
+                mask = mask[None, None]
+            output, _ = sdpa_attention_forward(
+                module, queries, keys, values, mask, scaling=scaling, is_causal=is_causal, **kwargs
+            )
+        outputs.append(output)
+    return torch.cat(outputs, 1), None
+
+
 SCHEDULER_MAPPING["adapter"] = AdapterScheduler  # where transformers looks up `scheduler_type`
+BY_REQUEST = "tailora_by_request"  # name of our attention
+AttentionInterface.register(BY_REQUEST, attention_by_request)
 
 
 class ContinuousEngine(Engine):
@@ -104,6 +153,7 @@ class ContinuousEngine(Engine):
         self._requests: dict[str, RunningRequest] = {}
         self._lock = Lock()  # of _requests and _manager
         model: Any = adapter_set.base_model
+        self._attention: str = model.config._attn_implementation
         self._batch = PackedBatch(model.get_output_embeddings() if model._supports_logits_to_keep() else None)
         self._new_tokens_of: list[RunningRequest | None] = []  # of the batch that runs, in the order of its logits
         self._manager: Any = None
@@ -126,6 +176,7 @@ class ContinuousEngine(Engine):
         # stop() left it on the model, where the next engine would find it
         cast(Any, self.adapter_set.base_model).destroy_cached_continuous_batching_manager()
         self._manager = None
+        cast(Any, self.adapter_set.base_model).set_attn_implementation(self._attention)
         self.adapter_set.attach_by_token(None)
         for running in list(self._requests.values()):
             running.finish(Finish("cancelled"))
@@ -185,11 +236,11 @@ class ContinuousEngine(Engine):
         self._new_tokens_of = [running for running, future in requests if future.has_new_token]
         adapters = [None if running is None else running.request.adapter for running, _ in requests]
         lengths = [future.query_length for future in states]
-        self._batch.tokens = segments_of(zip(adapters, lengths, strict=True))
+        tokens = segments_of(zip(adapters, lengths, strict=True))
         # The head has a row for every request: first those that get a token, then rows without meaning
         with_tokens = [adapter for adapter, future in zip(adapters, states, strict=True) if future.has_new_token]
         without = [None] * (len(states) - len(with_tokens))
-        self._batch.head_tokens = segments_of((adapter, 1) for adapter in (*with_tokens, *without))
+        self._batch.set_tokens(tokens, segments_of((adapter, 1) for adapter in (*with_tokens, *without)))
 
     def next_tokens(self, logits: Tensor) -> list[int]:
         """Chooses a token for each request from its logits, (rows, vocabulary), and hands it on.
@@ -224,6 +275,7 @@ class ContinuousEngine(Engine):
 
     def _new_manager(self) -> Any:
         model: Any = self.adapter_set.base_model
+        model.set_attn_implementation(self._attention)  # a manager takes only those that it knows
         manager = model.init_continuous_batching(
             GenerationConfig(do_sample=False, eos_token_id=-1),
             ContinuousBatchingConfig(
@@ -241,6 +293,8 @@ class ContinuousEngine(Engine):
         manager.output_router = ErrorRouter(self)
         manager.logit_processor.logits_processor.append(RequestSampler(self))
         manager.logit_processor.do_processing = True
+        if self._attention == "sdpa" and model.device.type == "cpu":  # before the manager asks which masks are needed
+            model.set_attn_implementation(BY_REQUEST)
         manager.warmup()  # makes the batch processor; with padding off it runs nothing
         manager.batch_processor.scheduler.engine = self
         with torch.inference_mode():  # the thread takes it over

@@ -1,17 +1,20 @@
 """Engines: the tokens of a request are those that it gets alone, whatever runs beside it."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import Event
 from typing import Any
 
 import pytest
 import torch
 from tiny import GROUPED
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
 from tailora import LoRAConfig
+from tailora.core import packed_batch
 from tailora.core.adapter import Adapter, create
 from tailora.core.adapter_set import AdapterSet
+from tailora.core.mixed_batch import layer_terms
 from tailora.core.targets import select
 from tailora.errors import AdapterError, ConfigError
 from tailora.serve.continuous import ContinuousEngine
@@ -74,6 +77,16 @@ class Answers:
         return {name: [token.id for token in tokens] for name, tokens in self.tokens.items()}
 
 
+@contextmanager
+def running(adapter_set: AdapterSet, max_positions: int) -> Iterator[ContinuousEngine]:
+    engine = ContinuousEngine(adapter_set, [EOS], max_positions=max_positions)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop(10)
+
+
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     base = base_model()
@@ -127,6 +140,50 @@ def test_prompts_that_do_not_fit_into_one_forward(engine: Engine) -> None:
     for name, (prompt, model) in requests.items():
         answers.submit(name, prompt, model)
     assert answers.wait() == {name: alone(model, prompt) for name, (prompt, model) in requests.items()}
+
+
+@pytest.mark.parametrize("key_heads", [2, 4])
+def test_a_sliding_window(key_heads: int) -> None:
+    settings = {**GROUPED, "num_key_value_heads": key_heads, "initializer_range": 0.2, "max_position_embeddings": 1024}
+    torch.manual_seed(0)
+    base = MistralForCausalLM(MistralConfig(**settings, sliding_window=9, head_dim=None)).eval()
+    generator = torch.Generator().manual_seed(2)
+    requests = {n: torch.randint(8, 300, (n,), generator=generator).tolist() for n in (1, 4, 9, 10, 40, 700)}
+    expected = {
+        str(n): base.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=-1, pad_token_id=0
+        )[0, n:].tolist()
+        for n, prompt in requests.items()
+    }
+    with running(AdapterSet(base, {}), 1024) as engine:
+        answers = Answers(engine)
+        for n, prompt in requests.items():
+            answers.submit(str(n), prompt, None, ignore_eos=True)
+        assert answers.wait() == expected
+    assert base.config._attn_implementation == "sdpa"
+
+
+def test_what_is_computed_for_an_adapter_is_kept_while_others_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_model()
+    with running(AdapterSet(base, {"large": adapter(base, "large")}), 200) as engine:
+        answers = Answers(engine)
+        answers.submit("before", [9, 10, 11], "large")
+        answers.wait()
+        computed: list[Any] = []
+        monkeypatch.setattr(
+            packed_batch, "layer_terms", lambda part, *rest: computed.append(part) or layer_terms(part, *rest)
+        )
+        with engine.paused():
+            engine.adapter_set.add("small", adapter(base, "small"))
+        answers.submit("after", [9, 10, 11], "large")
+        assert answers.wait()["after"] == answers.wait()["before"]
+        assert not computed
+        answers.submit("small", [9, 10, 11], "small")
+        answers.wait()
+        assert computed
+        with engine.paused():
+            engine.adapter_set.remove("large")
+        assert set(engine._batch.terms) == set(computed)
 
 
 def test_sampled_tokens_depend_on_the_seed_alone(engine: Engine) -> None:
