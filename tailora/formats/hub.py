@@ -279,7 +279,7 @@ def commit_files(
     with _hub_errors(WriteError, _not_uploaded(repo_id)):
         if new:
             api.create_repo(repo_id, private=private)
-        if revision is not None:
+        if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         try:
             with warnings.catch_warnings(record=True) as remarks:  # of the Hub, on the card's YAML

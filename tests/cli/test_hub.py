@@ -19,7 +19,9 @@ from tiny_adapters import adapted, logits
 from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
+from tailora.cli.hub import public_base_name
 from tailora.cli.main import main
+from tailora.data.demo import MODEL_NAME, VERSION
 from tailora.formats.metadata import METADATA_KEY
 from tailora.formats.run_folder import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, PASSPORT, REPORT
 
@@ -493,6 +495,31 @@ def test_a_folder_that_is_no_adapter_is_refused_before_anything_is_sent(
     code, _, err = call(capsys, "push", *given)
     assert (code, message in err) == (2, True), err
     assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    ("base", "public"),
+    [
+        ("owner/base", "owner/base"),
+        ("models/here", "here"),
+        ("/srv/models/Llama-3/", "Llama-3"),
+        (r"C:\models\Llama-3", "Llama-3"),
+        ("/srv/hub/models--owner--base/snapshots/0123", "owner/base"),
+        ("DEMO", "demo"),
+        ("gpt2", "gpt2"),
+        ("", None),
+    ],
+)
+def test_what_others_call_the_base_model(
+    base: str, public: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TAILORA_HOME", "/srv/tailora")
+    Path("models", "here").mkdir(parents=True)
+    base = base.replace("DEMO", f"/srv/tailora/{VERSION}/{MODEL_NAME}")
+    Path(ADAPTER_CONFIG).write_text(json.dumps({"base_model_name_or_path": base}))
+    assert public_base_name(tmp_path, None) == public
+    assert public_base_name(tmp_path, "owner/other") == "owner/other"
 
 
 # ---- pull
