@@ -18,6 +18,7 @@ import device_tables
 import scaling_tables
 import tables
 import tiny_lm_tables
+from tables import ranged
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -204,6 +205,57 @@ def preferences() -> str:
     return f"{rows}\n\n{text}"
 
 
+# ---- docs/serving.md
+
+
+def not_measured(name: str) -> str:
+    """Returns what stands in the place of a result that nobody has measured yet; "" if there is one."""
+    return "" if (RESULTS / f"{name}.json").exists() else f"Not measured yet: `python benchmarks/{name}.py`."
+
+
+def serving() -> str:
+    if reason := not_measured("serve"):
+        return reason
+    content = read("serve")
+    rows = [
+        [
+            name,
+            ranged(arm["tokens_per_second"], "{:.0f}"),
+            *(f"{arm[f'first_token_{share}']['median']:.2f}" for share in ("p50", "p95")),
+        ]
+        for name, arm in content["arms"].items()
+    ]
+    arms = tables.table(["32 requests at once", "useful tokens/s", "first token, p50 s", "p95 s"], rows)
+    ratios = tables.table(
+        ["ratio of tokens/s, round by round", "median and range"],
+        [[name, ranged(ratio, "{:.2f}")] for name, ratio in content["ratios"].items()],
+    )
+    loading = content["loading"]
+    seconds = ", ".join(f"{name} {ranged(spread, '{:.3f}')} s" for name, spread in loading["seconds"].items())
+    source = (
+        f"Medians and ranges of {content['rounds']} rounds in {content['dtype']} on {tables.machine(content)}, "
+        f"{content['threads']} thread{'s' if content['threads'] > 1 else ''}; load of the machine before: "
+        f"{content['load_before']:.1f}. {tables.packages(content)}."
+    )
+    load = f"From the files of an adapter of {loading['bytes'] / 1e6:.0f} MB to a name that answers: {seconds}."
+    return "\n\n".join([arms, ratios, load, source])
+
+
+def soak() -> str:
+    if reason := not_measured("soak"):
+        return reason
+    content = read("soak")
+    memory = content["memory"]
+    rows = [[name, f"{count:,}"] for name, count in content["outcomes"].items()]
+    text = (
+        f"{content['minutes']:.0f} minutes of mixed load by {content['clients']} clients on {tables.machine(content)}, "
+        f"with loads and unloads. Errors that were not asked for: {len(content['unexpected'])}. Resident memory "
+        f"after the warm-up: {memory['first_mb']:.0f} MB at first, {memory['last_mb']:.0f} MB at last; it grew by "
+        f"{memory['slope_mb_per_hour']:.0f} MB an hour, with a standard error of {memory['standard_error']:.0f}."
+    )
+    return f"{text}\n\n{tables.table(['request, and its outcome', 'count'], rows)}"
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -> what makes it
     "README.md": {"demo-output": demo_output, "table": readme_table, "compare": compare_verdict},
     "docs/performance.md": {
@@ -238,6 +290,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
         "time": lambda: scaling_tables.time(read("scaling")),
         "experts": lambda: scaling_tables.experts_in_nf4(read("scaling")),
     },
+    "docs/serving.md": {"serving": serving, "soak": soak},
     "docs/architectures.md": {"architectures": architectures, "untried": untried},
 }
 
