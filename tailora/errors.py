@@ -17,6 +17,7 @@
     ├── MemoryLimitError(MemoryError) the machine's memory is too small for what was asked
     │   └── MemoryInUseError          it is large enough, but others use it now
     ├── FetchError(OSError)          something that had to be downloaded and was not
+    ├── ServerError(OSError)         a server that cannot be asked, or does not answer as it should
     ├── ProcessFailedError(RuntimeError) another process of a distributed run has failed
     └── WriteError(OSError)          a file or folder that cannot be written
 
@@ -107,6 +108,10 @@ class MemoryInUseError(MemoryLimitError):
 
 
 class FetchError(TailoraError, OSError):
+    pass
+
+
+class ServerError(TailoraError, OSError):
     pass
 
 

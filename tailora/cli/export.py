@@ -25,11 +25,13 @@ from tailora.cli.models import (
     task_of,
 )
 from tailora.data.demo import resolve_demo
+from tailora.data.schemas import CAUSAL_LM
 from tailora.errors import ConfigError
 from tailora.formats.run_folder import (
     ADAPTER_CONFIG,
     EXPORTED_FILES,
     GGUF_WEIGHTS,
+    PASSPORT,
     SERVE_SCRIPT,
     check_result_folder,
 )
@@ -73,6 +75,9 @@ def export(
     dtype: Dtype = "stored",
     quantize: Quantize = None,
     device: Device = "cpu",
+    passport: Annotated[
+        Literal["base", "none"], Parameter(help="write passport.json, for `tailora verify`, or none")
+    ] = "base",
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> int:
@@ -107,6 +112,8 @@ def export(
             settings = serving_settings(path, base, loaded, tokenizer, trained_on if method is None else None)
             result = adapted.export_for(output, to, settings=settings, tokenizer=tokenizer, overwrite=overwrite)
             report, code = result.report, commands_of_target(result.serving, result.report.folder)
+    if passport == "base" and labels is None and task == CAUSAL_LM:
+        report.files.update(add_passport(report.folder, path, adapted, tokenizer))
     seconds = time.perf_counter() - started
     if json:
         print_json({**result.to_dict(), "model": base, "seconds": seconds})
@@ -115,9 +122,26 @@ def export(
     return 0
 
 
+def add_passport(folder: Path, source: Path, model: Any, tokenizer: Any) -> dict[str, int]:
+    """Writes the passport of the export: that of the adapter, or a new one if the adapter has none.
+
+    Returns the name of the file -> its bytes; {} for a model that can have none.
+    """
+    from tailora.formats.passport import read_passport, write_passport
+    from tailora.study.probes import make_passport, passport_obstacle
+
+    if passport_obstacle(model) is not None:
+        return {}
+    if (source / PASSPORT).exists():
+        passport = read_passport(source)
+    else:
+        log("writing passport.json, for `tailora verify`")
+        passport = make_passport(model, tokenizer)
+    return {PASSPORT: write_passport(folder, passport).stat().st_size}
+
+
 def check_target(to: str, adapter: Path, output: Path, labels: "Labels | None", task: str) -> None:
     """Raises ConfigError, before the model is read, for an adapter or a path that a server cannot take."""
-    from tailora.data.schemas import CAUSAL_LM
     from tailora.formats.serving_targets import check_target_path
 
     check_target_path(to, output)

@@ -71,6 +71,10 @@ COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "pull": ("hub", "Fetch an adapter from the Hugging Face Hub into a folder."),
     "serve": ("serve", "Serve a model and any number of adapters over OpenAI's API."),
     "playground": ("serve", "Compare two models of a server side by side, in the browser."),
+    "verify": (
+        "verify",
+        "Verify that a server really uses an adapter, and as it was trained.",
+    ),
     "data": ("data", "Show what training would learn from a file."),
     "doctor": ("doctor", "Show what this machine can do."),
 }
@@ -78,7 +82,7 @@ TAKE_DATA = ("demo", "plan", "train", "compare", "eval", "search", "predict")  #
 SUMMARY = "Fine-tune a language model with LoRA, and know whether it worked."
 EPILOGUE = """\
 Exit codes: 0 done, 1 failed, 2 usage or settings, 3 diverged,
-4 a quality gate not met or a plan that does not fit, 130 interrupted."""
+4 a quality gate not met, a plan that does not fit, an adapter not in use, 130 interrupted."""
 HELP = DefaultFormatter(column_specs=(NameColumn.copy(renderer=NameRenderer(max_width=34)), DescriptionColumn))
 ENVIRONMENT = {  # read by torch's libraries when torch is loaded; what the user has set stays
     "GOMP_SPINCOUNT": "10000",  # of idle OpenMP threads; the default, 300,000, is slow if other processes run

@@ -34,7 +34,15 @@ from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
 from tailora.train.launch import count_processes, world_size
 
-LEFT_OUT = {"resume_from_checkpoint", "samples", "report_to", "save_steps", "streaming", "method"} | STEP_CHOICE
+LEFT_OUT = {
+    "resume_from_checkpoint",
+    "samples",
+    "passport",
+    "report_to",
+    "save_steps",
+    "streaming",
+    "method",
+} | STEP_CHOICE
 
 Schema = TypeVar("Schema", bound=StrictModel)
 

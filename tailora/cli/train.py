@@ -16,8 +16,8 @@ from tailora.cli.main import ARGUMENTS, is_rank_0, log, note, print_json, stderr
 from tailora.cli.models import check_sources_of_run, fetch_demo
 from tailora.cli.progress import counter, run_progress
 from tailora.data.readers import source_names
-from tailora.data.schemas import PREFERENCE
-from tailora.errors import INTERRUPTED, CheckpointError, ConfigError, WriteError
+from tailora.data.schemas import PREFERENCE, SEQ2SEQ
+from tailora.errors import INTERRUPTED, CheckpointError, ConfigError, DataError, WriteError
 from tailora.formats.run_folder import ADAPTER, PAGE, REPORT, SAMPLES, checkpoints_in
 from tailora.report.blocks import Code, Column, Page, Section, Table
 from tailora.report.files import read_page, write_page_if_possible
@@ -228,6 +228,8 @@ def fit(
         if config.fsdp or is_main:
             answers = answer_samples(result, config.samples, questions)
             kl = kl_of_preferences(result, config)
+        if is_main:
+            add_passport(result, config)
     if not is_main:
         return 0
     try:
@@ -282,6 +284,30 @@ def kl_of_preferences(result: "TrainResult", config: TrainConfig) -> float | Non
     if data is None or data.report.task != PREFERENCE or config.adapter is not None or not len(data.eval):
         return None
     return forgetting(result.model, kl_texts(data.eval)).kl
+
+
+def add_passport(result: "TrainResult", config: TrainConfig) -> None:
+    """Writes the passport of a trained adapter of a language model, from which `tailora verify` knows it."""
+    from tailora.formats.passport import write_passport
+    from tailora.study.probes import make_passport, passport_obstacle
+    from tailora.train.memory import explain_out_of_memory
+
+    is_text = result.data is not None and result.data.report.task not in (*TASK_TYPES, SEQ2SEQ)
+    if config.passport == "none" or config.method != "lora" or not is_text:
+        return
+    if (reason := passport_obstacle(result.model)) is not None:
+        note(f"no passport.json is written: {reason}")
+        return
+    held_out = result.data.eval_samples if result.data and config.passport == "held-out" else None
+    log("writing passport.json, for `tailora verify`")
+    advice = f"the adapter is complete, in {result.output_dir}; --passport none writes no passport"
+    name = result.model.active_adapters[0]
+    try:
+        with explain_out_of_memory("writing the passport", lambda: advice):
+            passport = make_passport(result.model, result.tokenizer, name=name, held_out=held_out)
+        write_passport(Path(result.output_dir) / ADAPTER, passport)
+    except (DataError, WriteError) as error:  # what was trained is whole
+        note(f"no passport.json is written: {error}")
 
 
 def kl_texts(held_out: "Examples") -> list[list[int]]:

@@ -26,7 +26,7 @@ TOKENIZER_FILES = (
     *("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE),
     *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"),
 )
-ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, CARD)
+ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, CARD, PASSPORT)
 EXPORTED_FILES = (
     *ADAPTER_FILES,
     GGUF_WEIGHTS,

@@ -184,9 +184,14 @@ def test_overwrite_replaces_an_exported_adapter(run: Path, tmp_path: Path, capsy
     assert main(["export", str(run), "--to", "mlx", "--output", str(out)]) == 2
     assert "replace it (--overwrite)" in capsys.readouterr().err
     assert main(["export", str(run), "--to", "mlx", "--output", str(out), "--overwrite"]) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "adapters.safetensors", "serve.sh"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "adapter_config.json",
+        "adapters.safetensors",
+        "passport.json",
+        "serve.sh",
+    ]
     assert main(["export", str(run), "--to", "ollama", "--output", str(out), "--overwrite"]) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["Modelfile", "adapter.gguf", "serve.sh"]
+    assert sorted(path.name for path in out.iterdir()) == ["Modelfile", "adapter.gguf", "passport.json", "serve.sh"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 

@@ -294,6 +294,7 @@ MESSAGES = {  # command -> arguments, in which TEXT stands for a text with brack
     "pull": ["TEXT"],
     "serve": ["--model TEXT", "--adapter TEXT", "--adapters TEXT", "--engine TEXT"],
     "playground": ["--url TEXT"],
+    "verify": ["TEXT --adapter x", "http://127.0.0.1:9 --adapter TEXT"],
     "data": ["--model TEXT"],
     "doctor": ["TEXT"],
 }

@@ -1,0 +1,103 @@
+"""`tailora verify URL --adapter FOLDER`: does that server really use this adapter?"""
+
+import os
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from cyclopts.types import PositiveFloat
+from rich.console import Console
+
+from tailora.cli.flags import Json
+from tailora.cli.main import GATE_NOT_MET, log, print_json, stderr, stdout
+from tailora.cli.models import find_adapter
+from tailora.cli.serve import API_KEY
+from tailora.errors import require_packages
+from tailora.formats.passport import read_passport
+from tailora.formats.run_folder import ADAPTER
+from tailora.report.blocks import Paragraph, Section
+from tailora.report.terminal import print_section
+
+if TYPE_CHECKING:
+    from tailora.study.verification import Verification
+
+Url = Annotated[str, Parameter(help="address of an OpenAI-compatible server, such as http://127.0.0.1:8000")]
+Adapter = Annotated[
+    str, Parameter(name="--adapter", help="adapter, run or export with a passport.json: folder or Hub id")
+]
+ModelName = Annotated[
+    str | None,
+    Parameter(
+        name="--model", help="what the server calls the adapter; default: the folder's name, or the only adapter"
+    ),
+]
+BaseName = Annotated[
+    str | None,
+    Parameter(
+        name="--base", help="what the server calls the base, which is asked too; default: as the server's list says"
+    ),
+]
+Timeout = Annotated[PositiveFloat, Parameter(help="seconds to wait for an answer")]
+
+HEADLINES = {
+    "adapter": "The server uses this adapter as it was trained.",
+    "base": "The server answers like the bare base: the adapter is not in use.",
+    "scaled": "The server uses this adapter at another scale: {scale:.2f} times that of training.",
+    "partial": "The server uses only a part of this adapter.",
+    "template": "The server uses this adapter, but writes the prompt in another way than training did.",
+    "other-base": "The server computes with another base model.",
+    "other-adapter": "The server uses another adapter, or another version of this one.",
+    "unknown": "It cannot be told whether the server uses this adapter.",
+}
+
+
+def verify(
+    url: Url,
+    /,
+    *,
+    adapter: Adapter,
+    model: ModelName = None,
+    base: BaseName = None,
+    timeout: Timeout = 120.0,
+    json: Json = False,
+) -> int:
+    """Verify that a server really uses an adapter, and as it was trained.
+
+    The server is asked the prompts of the adapter's passport.json, which training and export write, and its
+    log-probabilities are compared with those of the adapter, of the base, and of what goes wrong. The exit code is 0 if
+    the adapter is in use as trained, 4 if it is not or cannot be told, 1 if the server cannot be asked. The key of the
+    server is read from TAILORA_API_KEY.
+    """
+    require_packages("httpx", extra="serve")
+    from tailora.cli.progress import counter
+    from tailora.serve.client import ServerClient, choose_model
+    from tailora.study import verification
+
+    with ServerClient(url, os.environ.get(API_KEY), timeout=timeout) as server:
+        folder = find_adapter(adapter)
+        passport = read_passport(folder)
+        resolved = folder.resolve()
+        name = resolved.parent.name if resolved.name == ADAPTER else resolved.name
+        models = server.models()
+        model = choose_model(models, model, name)
+        base = base or (models.get(model) if model is not None else None)
+        asked = f" as {model}" if model is not None else ""
+        log(f"asking {server.url}{asked}: {len(passport.probes)} prompts")
+        with counter(stderr(), "prompts") as progress:
+            observations = server.ask(passport.probes, model, progress)
+        of_base = None
+        if base is not None and base != model:
+            log(f"asking it as {base}, its base")
+            with counter(stderr(), "prompts") as progress:
+                of_base = server.ask(passport.probes, base, progress)
+    result = verification.verify(passport, observations, of_base)
+    if json:
+        print_json({**result.to_dict(), "url": server.url, "model": model, "adapter": str(folder)})
+    else:
+        show(stdout(), result)
+    return 0 if result.verdict == "adapter" else GATE_NOT_MET
+
+
+def show(console: Console, result: "Verification") -> None:
+    headline = HEADLINES[result.verdict].format(scale=result.scale or 0.0)
+    evidence = [Paragraph(f"{sentence[:1].upper()}{sentence[1:]}.") for sentence in result.evidence]
+    print_section(console, Section(headline, "", evidence))

@@ -1,0 +1,127 @@
+"""The passport of an adapter: prompts, and the log-probabilities of the next token that it gives them.
+
+`passport.json` lies beside the weights. With it `tailora verify` asks a server whether it computes with them. Every
+probe has the log-probabilities of a few tokens under many variants: the adapter as trained, the bare base, other
+scales, the adapter without some of its layers, wrong prompts. Importing this needs no torch.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tailora.errors import FormatError
+from tailora.formats.io import read_own_json, wrap_os_error, write_file
+from tailora.formats.metadata import LayerFingerprint
+from tailora.formats.run_folder import PASSPORT
+
+VERSION = 1
+ADAPTER, BASE, ROUNDED = "adapter", "base", "4-bit base"  # names of variants
+WEIGHTS = re.compile(r".*\.(safetensors|gguf)")
+REMEDY = "`tailora export` writes it anew"
+
+VariantKind = Literal["scale", "part", "prompt", "rounding"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute.
+
+    kind: "scale": the adapter at another scale; "part": with some layers missing; "prompt": the adapter with another
+        prompt; "rounding": the adapter on a base whose weights are rounded.
+    scale: times the scale of training; 0 is the base.
+    """
+
+    kind: VariantKind
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt, and what comes next.
+
+    text: of a plain completion; None for a chat.
+    messages: of a chat; None for a plain completion.
+    rendered: the text that the chat template makes of them.
+    prompt_tokens: the number of tokens of the prompt.
+    tokens: texts of a few likely tokens.
+    logprobs: variant -> log-probability of each of `tokens` after the prompt.
+    """
+
+    prompt_tokens: int
+    tokens: list[str]
+    logprobs: dict[str, list[float]]
+    text: str | None = None
+    messages: list[dict[str, str]] | None = None
+    rendered: str | None = None
+
+
+@dataclass(frozen=True)
+class Passport:
+    """base_model: its name.    base: fingerprints of a few of its layers.
+    weights: name of each file of weights beside the passport -> its SHA-256.
+    texts: who wrote the texts of the probes, "base" or "held-out".
+    """
+
+    base_model: str
+    texts: Literal["base", "held-out"]
+    variants: dict[str, Variant]
+    probes: list[Probe]
+    base: dict[str, LayerFingerprint] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
+    version: int = VERSION
+
+
+def write_passport(folder: Path, passport: Passport) -> Path:
+    """Writes the passport for the weights in `folder`. Raises WriteError."""
+    content = {**asdict(passport), "weights": weight_hashes(folder)}
+    content["base"] = {path: layer.model_dump() for path, layer in passport.base.items()}
+    write_file(folder / PASSPORT, json.dumps(content, ensure_ascii=False).encode())
+    return folder / PASSPORT
+
+
+def read_passport(folder: Path) -> Passport:
+    """Raises FormatError if there is none, or if it is damaged or belongs to other weights than those in `folder`."""
+    if not (folder / PASSPORT).exists():
+        raise FormatError(f"{folder} holds no {PASSPORT}: {REMEDY}")
+    passport = read_own_json(folder / PASSPORT, Passport, REMEDY)
+    if passport.version != VERSION:
+        raise FormatError(f"{folder / PASSPORT} has version {passport.version}, this program reads {VERSION}: {REMEDY}")
+    problems = list(_problems(passport))
+    if problems:
+        raise FormatError(f"{folder / PASSPORT} is damaged ({problems[0]}): {REMEDY}")
+    hashes = weight_hashes(folder)
+    if not passport.weights or any(hashes.get(name) != digest for name, digest in passport.weights.items()):
+        raise FormatError(f"{folder / PASSPORT} belongs to other weights than those beside it: {REMEDY}")
+    return passport
+
+
+def _problems(passport: Passport) -> Iterable[str]:
+    for name in (ADAPTER, BASE, ROUNDED):
+        if name not in passport.variants:
+            yield f"variant {name!r} is missing"
+    if not passport.probes:
+        yield "it has no probes"
+    for number, probe in enumerate(passport.probes):
+        if (probe.text is None) == (probe.messages is None):
+            yield f"probe {number} needs a text or messages"
+        if unknown := probe.logprobs.keys() - passport.variants.keys():
+            yield f"probe {number} has unknown variants: {', '.join(sorted(unknown))}"
+        if not {ADAPTER, BASE} <= probe.logprobs.keys():
+            yield f"probe {number} lacks adapter or base"
+        if any(len(values) != len(probe.tokens) for values in probe.logprobs.values()):
+            yield f"probe {number} lacks log-probabilities"
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """Returns name -> SHA-256 of the files of weights in a folder."""
+    with wrap_os_error(folder):
+        hashes = {}
+        for path in sorted(folder.iterdir()):
+            if WEIGHTS.fullmatch(path.name):
+                with path.open("rb") as file:
+                    hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        return hashes

@@ -1,0 +1,399 @@
+"""The verdict on a server: which variant of the passport explains its answers best.
+
+A server answers a probe with log-probabilities of the likeliest next tokens, or only with the likeliest token. The
+error of a variant is how far its log-probabilities are from those, in nats. Scales between those of the passport are
+interpolated. Whether two variants can be told apart follows from resampling the probes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tailora.formats.passport import ADAPTER, BASE, ROUNDED, Passport, Probe
+
+Floats = NDArray[np.float64]
+Verdict = Literal["adapter", "base", "scaled", "partial", "template", "other-base", "other-adapter", "unknown"]
+
+LARGEST = 6.0  # nats; errors above it are wrong in the same way, and one token must not outweigh all others
+STEP = 0.05  # between the scales that are tried
+RESAMPLES, CONFIDENCE = 400, 0.95
+SAME_SCALE = 0.1  # scales nearer to 1 are not called wrong
+SHARE = 0.5  # of the adapter's effect: a variant with a larger error does not explain the answers (measured)
+LEAST_SHARE, NOISE = 0.2, 2.0  # the same where the server's base is known, of the effect and of the base's error
+ROUNDING = 1.5  # times what rounding to 4 bits changes: smaller errors may come from it (measured)
+CHAT_ERROR, CHAT_SHARE = 3.0, 0.15  # of the error that plain texts lead to expect, and of the effect: a right template
+WIDEST = 1.0  # interval of a scale that is told
+FOREIGN = 2.0  # times the adapter's effect: errors of another base are larger (measured)
+FEWEST = 6  # probes
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a server answered to a probe.
+
+    chosen: index of the likeliest token in the probe's tokens; None if it is none of them.
+    logprobs: index of token -> log-probability; empty if the server tells none.
+    bound: tokens that are not in `logprobs` have at most this log-probability; None if unknown.
+    prompt_tokens: as the server counts them; None if it does not.
+    """
+
+    chosen: int | None
+    logprobs: Mapping[int, float] = field(default_factory=dict)
+    bound: float | None = None
+    prompt_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What explains the answers to one kind of probes best.
+
+    kind: kind of the best variant, "scale", "part" or "prompt"; "none" if no variant explains the answers.
+    name: of the best variant; of a scale, "".
+    scale, interval: the best scale with its 95% interval, whatever the kind.
+    error: of the best variant, in nats.    adapter_error, base_error: of the adapter as trained and of the base.
+    effect: how far the adapter is from the base at these probes.
+    rounding: how far 4-bit rounding moves the adapter.
+    limit: a variant with a larger error does not explain the answers.
+    is_certain: the others of another meaning were worse in 95% of the resamples.
+    probes: their number.    has_logprobs: the server told log-probabilities.
+    """
+
+    kind: Literal["scale", "part", "prompt", "none"]
+    name: str
+    scale: float
+    interval: tuple[float, float]
+    error: float
+    adapter_error: float
+    base_error: float
+    effect: float
+    rounding: float
+    limit: float
+    is_certain: bool
+    probes: int
+    has_logprobs: bool
+
+    @property
+    def scale_tolerance(self) -> float:
+        """How far rounding may move the best scale: an error along the adapter's effect looks like another scale."""
+        return max(SAME_SCALE, self.error / max(self.effect, 1e-12))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What is tried: names, kinds and scales, and the squared error of each at every probe, (candidates, probes)."""
+
+    names: list[str]
+    kinds: list[str]
+    scales: Floats
+    squares: Floats
+    weights: Floats  # (probes,)
+
+    def errors(self, counts: Floats | None = None) -> Floats:
+        """Returns root mean squares, (candidates,); with counts (resamples, probes) of each resample, too."""
+        weights = self.weights if counts is None else counts * self.weights  # (..., probes)
+        total = np.maximum(weights.sum(-1, keepdims=True), 1e-12)
+        mean: Floats = np.sqrt((weights @ self.squares.T) / total)
+        return mean
+
+
+def relative(probe: Probe, observation: Observation, of_base: Observation) -> Observation:
+    """Returns an observation without what moves the server's base, too, such as the rounding of its weights.
+
+    What the server's adapter changes is added to the passport's base, for the tokens in both lists of the server.
+    """
+    moved = {token: value - probe.logprobs[BASE][token] for token, value in of_base.logprobs.items()}
+    logprobs = {token: value - moved.get(token, 0.0) for token, value in observation.logprobs.items()}
+    return replace(observation, logprobs=logprobs)
+
+
+def fit_variants(
+    probes: Sequence[Probe], observations: Sequence[Observation], passport: Passport, noise: float | None = None
+) -> Fit | None:
+    """Returns which variant explains the observations of these probes best; None for too few probes.
+
+    noise: error of the server's base, in nats, if it is known: the adapter's error is not much larger.
+    If the server tells log-probabilities at all, probes without them are left out.
+    """
+    if any(observation.logprobs for observation in observations):
+        pairs = [pair for pair in zip(probes, observations, strict=True) if pair[1].logprobs]
+        probes, observations = [probe for probe, _ in pairs], [observation for _, observation in pairs]
+    if len(probes) < FEWEST:
+        return None
+    candidates = _candidates(probes, observations, passport)
+    errors = candidates.errors()
+    effect, rounding = (_distance(probes, observations, name) for name in (BASE, ROUNDED))
+    is_scale = np.array([kind == "scale" for kind in candidates.kinds])
+    scales = candidates.scales[is_scale]
+    counts = np.random.default_rng(0).multinomial(len(probes), [1 / len(probes)] * len(probes), RESAMPLES)
+    resampled = candidates.errors(counts.astype(np.float64))  # (resamples, candidates)
+    resampled_scales = scales[resampled[:, is_scale].argmin(1)]
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(resampled_scales, [tail, 1 - tail])
+    best_scale = int(np.flatnonzero(is_scale)[errors[is_scale].argmin()])
+    best = int(errors.argmin())
+    if candidates.kinds[best] != "scale":
+        wins = float((resampled[:, best] < resampled[:, is_scale].min(1)).mean())
+        if wins < CONFIDENCE:
+            best = best_scale
+    others = _of_other_meaning(candidates, best)
+    wins = float((resampled[:, best] < resampled[:, others].min(1)).mean()) if others.any() else 1.0
+    limit = SHARE * effect if noise is None else min(SHARE * effect, max(LEAST_SHARE * effect, NOISE * noise))
+    names = candidates.names
+    return Fit(
+        kind=candidates.kinds[best] if errors[best] <= limit else "none",  # type: ignore[arg-type]
+        name="" if candidates.kinds[best] == "scale" else names[best],
+        scale=float(candidates.scales[best_scale]),
+        interval=(float(low), float(high)),
+        error=float(errors[best]),
+        adapter_error=float(errors[names.index(ADAPTER)]),
+        base_error=float(errors[names.index(BASE)]),
+        effect=effect,
+        rounding=rounding,
+        limit=limit,
+        is_certain=wins >= CONFIDENCE,
+        probes=len(probes),
+        has_logprobs=any(observation.logprobs for observation in observations),
+    )
+
+
+def _of_other_meaning(candidates: Candidates, best: int) -> NDArray[np.bool_]:
+    """Returns which candidates would change the verdict: the base for the adapter, and the other way round."""
+    names = candidates.names
+    if candidates.scales[best] < 0.5 and candidates.kinds[best] == "scale":
+        return np.array([name == ADAPTER for name in names])
+    return np.array([name == BASE for name in names])
+
+
+def _candidates(probes: Sequence[Probe], observations: Sequence[Observation], passport: Passport) -> Candidates:
+    """Returns the variants that all probes have, with scales between those of the passport."""
+    variants = {
+        name: variant
+        for name, variant in passport.variants.items()
+        if variant.kind != "rounding" and all(name in probe.logprobs for probe in probes)
+    }
+    nodes = sorted((variant.scale, name) for name, variant in variants.items() if variant.kind == "scale")
+    known = np.array([scale for scale, _ in nodes])
+    between = np.setdiff1d(np.round(np.arange(0, known[-1] + STEP / 2, STEP), 6), known)
+    names = [*variants, *(f"scale {scale:g}" for scale in between)]
+    kinds = [*(variant.kind for variant in variants.values()), *["scale"] * len(between)]
+    scales = np.array([*(variant.scale for variant in variants.values()), *between])
+    squares, weights = np.zeros((len(names), len(probes))), np.zeros(len(probes))
+    for number, (probe, observation) in enumerate(zip(probes, observations, strict=True)):
+        at_nodes = np.array([probe.logprobs[name] for _, name in nodes])  # (nodes, tokens)
+        interpolated = [np.interp(between, known, column) for column in at_nodes.T]
+        predicted = np.concatenate([[probe.logprobs[name] for name in variants], np.array(interpolated).T])
+        squares[:, number], weights[number] = _squared_errors(probe, observation, predicted)
+    return Candidates(names, list(kinds), scales, squares, weights)
+
+
+def _squared_errors(probe: Probe, observation: Observation, predicted: Floats) -> tuple[Floats, float]:
+    """Returns the mean squared errors of predictions (n, tokens) at a probe, (n,), and the weight of the probe."""
+    if not observation.logprobs:
+        return _regret(observation, predicted) ** 2, 1.0
+    weights = np.exp(np.array([probe.logprobs[ADAPTER], probe.logprobs[BASE]])).mean(0)  # (tokens,)
+    differences = np.zeros_like(predicted)
+    for token in range(predicted.shape[1]):
+        if token in observation.logprobs:
+            differences[:, token] = predicted[:, token] - observation.logprobs[token]
+        elif observation.bound is not None:  # it is not in the server's list: its probability is below all of those
+            differences[:, token] = np.maximum(predicted[:, token] - observation.bound, 0)
+    differences = np.clip(differences, -LARGEST, LARGEST)
+    total = float(weights.sum())
+    return (differences**2 @ weights) / max(total, 1e-12), total
+
+
+def _regret(observation: Observation, predicted: Floats) -> Floats:
+    """Returns how much likelier than the server's choice the likeliest token is, (n,), in nats."""
+    if observation.chosen is not None:
+        chosen = predicted[:, observation.chosen]
+    else:  # a token that the passport does not know: at most what is left
+        chosen = np.log(np.maximum(1 - np.exp(predicted).sum(1), 1e-6))
+    regret: Floats = np.clip(predicted.max(1) - chosen, 0, LARGEST)
+    return regret
+
+
+def _distance(probes: Sequence[Probe], observations: Sequence[Observation], name: str) -> float:
+    """Returns the error that the adapter has if a server computes this variant, and tells as much as this one."""
+    squares, weights = [], []
+    for probe, observation in zip(probes, observations, strict=True):
+        other = np.array(probe.logprobs[name])
+        likely = np.argsort(-other)[: len(observation.logprobs)]
+        listed = {int(token): float(other[token]) for token in likely}
+        seen = Observation(int(other.argmax()), listed, min(listed.values(), default=None))
+        square, weight = _squared_errors(probe, seen, np.array([probe.logprobs[ADAPTER]]))
+        squares.append(float(square[0]))
+        weights.append(weight)
+    return float(np.sqrt(np.dot(squares, weights) / max(sum(weights), 1e-12)))
+
+
+# ---- The verdict
+
+
+@dataclass(frozen=True)
+class Verification:
+    """verdict, the scale that explains the answers best (None if it was not found), and the evidence in sentences.
+
+    fits: "text", "chat", and "base" for the base's own name -> what explains its answers best.
+    """
+
+    verdict: Verdict
+    scale: float | None
+    evidence: list[str]
+    fits: dict[str, Fit]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        fits = {name: fit.to_dict() for name, fit in self.fits.items()}
+        return {"verdict": self.verdict, "scale": self.scale, "evidence": self.evidence, "fits": fits}
+
+
+def verify(
+    passport: Passport,
+    observations: Sequence[Observation | None],
+    of_base: Sequence[Observation | None] | None = None,
+) -> Verification:
+    """Returns the verdict on a server from its answers to the passport's probes.
+
+    of_base: its answers under the name of its base; None if it offers no base.
+    """
+    fits: dict[str, Fit] = {}
+    for name, is_kind in KINDS.items():
+        answered = [
+            (probe, answer, None if of_base is None else of_base[number])
+            for number, (probe, answer) in enumerate(zip(passport.probes, observations, strict=True))
+            if is_kind(probe) and answer is not None
+        ]
+        probes, answers = [probe for probe, _, _ in answered], [answer for _, answer, _ in answered]
+        bases = [base_answer for _, _, base_answer in answered if base_answer is not None]
+        fit, relative_fit = fit_variants(probes, answers, passport), None
+        if len(bases) == len(probes) and (base_fit := fit_variants(probes, bases, passport)) is not None:
+            fits[f"base {name}"] = base_fit
+            if base_fit.has_logprobs and _meaning(base_fit) == "base":
+                moved = [relative(*triple) for triple in zip(probes, answers, bases, strict=True)]
+                relative_fit = fit_variants(probes, moved, passport, base_fit.base_error)
+        if (chosen := relative_fit or fit) is not None:
+            fits[name] = chosen
+    text, chat, base = fits.get("text"), fits.get("chat"), fits.get("base text") or fits.get("base chat")
+    verdict = _combined(text, chat)
+    if verdict in ("other-base", "other-adapter", "unknown") and base is not None:
+        if base.base_error > base.limit:
+            verdict = "other-base"
+        elif verdict == "other-base":
+            verdict = "other-adapter"
+    leading = chat if text is None or (chat and _meaning(text) == "unknown") else text
+    evidence = [
+        *(_sentence(KIND_NAMES[name], fits[name]) for name in KINDS if name in fits),
+        *([f"the base, asked under its own name: {_explanation(base)}"] if base is not None else []),
+        *_prompt_tokens(passport, observations),
+        *_missing(fits, verdict),
+    ]
+    has_scale = leading is not None and leading.kind == "scale" and verdict in ("adapter", "base", "scaled", "template")
+    return Verification(verdict, leading.scale if leading and has_scale else None, evidence, fits)
+
+
+KINDS: dict[str, Callable[[Probe], bool]] = {
+    "text": lambda probe: probe.text is not None,
+    "chat": lambda probe: probe.text is None,
+}
+KIND_NAMES = {"text": "plain completions", "chat": "chat completions"}
+
+
+def _meaning(fit: Fit | None) -> Verdict | None:
+    """Returns the verdict that one kind of probes gives; None without them."""
+    if fit is None:
+        return None
+    low, high = fit.interval
+    if fit.kind == "none":
+        return _unexplained(fit)
+    if not fit.is_certain:
+        return "unknown"
+    if fit.kind == "part":
+        return "partial"
+    if fit.kind == "prompt":
+        return "template"
+    if abs(fit.scale - 1) <= fit.scale_tolerance:
+        return "adapter" if fit.adapter_error <= fit.limit else _unexplained(fit)
+    if fit.scale <= fit.scale_tolerance:
+        return "base" if fit.base_error <= fit.limit else _unexplained(fit)
+    if low <= 1 <= high:
+        is_narrow = high - low <= WIDEST and not fit.has_logprobs  # chosen tokens tell scales less exactly
+        return "adapter" if is_narrow else "unknown"
+    return "unknown" if low <= 0 else "scaled"
+
+
+def _unexplained(fit: Fit) -> Verdict:
+    """Returns the verdict on answers that no variant explains."""
+    if fit.error <= ROUNDING * fit.rounding:
+        return "unknown"
+    far = min(fit.adapter_error, fit.base_error) > FOREIGN * fit.effect
+    return "other-base" if far else "other-adapter"
+
+
+def _combined(text: Fit | None, chat: Fit | None) -> Verdict:
+    """Plain completions tell which weights compute; then chats tell whether the template is right."""
+    of_text, of_chat = _meaning(text), _meaning(chat)
+    if of_text is None or of_text == "unknown":
+        return of_chat or "unknown"
+    if text is not None and chat is not None and of_text == "adapter":
+        # The error at plain texts tells how much this server rounds
+        expected = text.adapter_error * chat.rounding / max(text.rounding, 1e-12)
+        fits = chat.kind != "prompt" and chat.adapter_error <= max(CHAT_ERROR * expected, CHAT_SHARE * chat.effect)
+        return "adapter" if fits else "template"
+    if of_chat == "adapter" and of_text in ("other-base", "other-adapter"):
+        return "template"  # the plain prompts are read in another way
+    return of_text
+
+
+def _explanation(fit: Fit) -> str:
+    """Returns what explains the answers best, in words."""
+    if fit.kind == "none":
+        return f"no known variant explains the answers (the nearest is {fit.error:.2f} nats away)"
+    low, high = fit.interval
+    if fit.kind == "scale":
+        return f"the adapter at scale {fit.scale:.2f} (95%: {low:.2f} to {high:.2f}) explains them best"
+    if fit.kind == "part":
+        return f"the adapter without {fit.name} explains them best"
+    return f"the adapter with {fit.name} in the prompt explains them best"
+
+
+def _sentence(where: str, fit: Fit) -> str:
+    unit = "nats" if fit.has_logprobs else "nats of the chosen token, since the server tells no log-probabilities"
+    certain = "" if fit.is_certain else "; it cannot be told from the other with certainty"
+    return (
+        f"{where}, {fit.probes} probes: {_explanation(fit)}{certain}. Distance: {fit.adapter_error:.2f} to the "
+        f"adapter, {fit.base_error:.2f} to the base, {fit.error:.2f} to the best; adapter and base differ by "
+        f"{fit.effect:.2f}, and rounding to 4 bits by {fit.rounding:.2f} {unit}"
+    )
+
+
+def _prompt_tokens(passport: Passport, observations: Sequence[Observation | None]) -> list[str]:
+    sentences = []
+    for name, is_kind in KINDS.items():
+        differences = [
+            answer.prompt_tokens - probe.prompt_tokens
+            for probe, answer in zip(passport.probes, observations, strict=True)
+            if is_kind(probe) and answer is not None and answer.prompt_tokens is not None
+        ]
+        if differences and any(differences):
+            low, high = min(differences), max(differences)
+            amount = f"{low:+d}" if low == high else f"{low:+d} to {high:+d}"
+            sentences.append(f"{KIND_NAMES[name]}: the server counts {amount} tokens in a prompt, against training")
+    return sentences
+
+
+def _missing(fits: Mapping[str, Fit], verdict: Verdict) -> list[str]:
+    """Returns what could not be checked, and what it would need."""
+    sentences = []
+    if "text" not in fits:
+        sentences.append("plain completions were not checked: the server does not answer them, or there are no probes")
+    if "chat" not in fits:
+        sentences.append("the chat template was not checked: the server answers no chats, or the model has no template")
+    if verdict == "unknown" and not any(fit.has_logprobs for fit in fits.values()):
+        sentences.append("log-probabilities would tell more: the server gives none")
+    return sentences

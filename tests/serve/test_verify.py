@@ -1,0 +1,385 @@
+"""verify: every fault of a server is found, through a real server of ours on loopback and a stand-in of others."""
+
+import copy
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import uvicorn
+from tiny import GROUPED, chat_tokenizer, stir
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.cli.main import main
+from tailora.core.adapter_set import AdapterSet
+from tailora.data.schemas import Conversation
+from tailora.errors import ConfigError, FormatError
+from tailora.formats.passport import ADAPTER, BASE, Passport, Probe, read_passport, write_passport
+from tailora.formats.run_folder import ADAPTER_WEIGHTS, PASSPORT
+from tailora.serve.app import ServerSettings, create_app
+from tailora.serve.client import ServerClient, choose_model
+from tailora.serve.padded import make_engine
+from tailora.serve.registry import AdapterRegistry
+from tailora.study.probes import QUESTIONS, make_passport
+from tailora.study.verification import Observation, Verification, verify
+
+TOKENIZER = chat_tokenizer(
+    [*QUESTIONS, "a good morning to you and to the cat"], eos_token="<|im_end|>", bos_token="<|im_start|>"
+)
+
+
+def base_model(seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    sizes = {**GROUPED, "num_hidden_layers": 4, "vocab_size": len(TOKENIZER)}
+    config = LlamaConfig(**sizes, initializer_range=0.3, max_position_embeddings=256, eos_token_id=2)
+    return LlamaForCausalLM(config).eval()
+
+
+def adapted(seed: int) -> LoRAModel:
+    model = LoRAModel(base_model(), LoRAConfig(r=4))
+    stir(model, seed)
+    return model
+
+
+def save_without(folder: Path, is_missing: Callable[[str], bool]) -> None:
+    """Saves the adapter with updates of 0 in some layers."""
+    model = adapted(0)
+    for path, layer in model.adapter().low_rank.items():
+        if is_missing(path):
+            torch.nn.init.zeros_(layer.lora_B)
+    model.save_adapter(folder)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the adapter `legal`, another one, and faulty copies."""
+    folder = tmp_path_factory.mktemp("adapters")
+    model = adapted(0)
+    model.save_adapter(folder / "legal")
+    write_passport(folder / "legal", make_passport(model, TOKENIZER))
+    adapted(1).save_adapter(folder / "other")
+    save_without(folder / "upper", lambda path: int(path.split(".")[2]) < 2)
+    save_without(folder / "mlp", lambda path: "attn" in path)
+    return folder
+
+
+@contextmanager
+def running(root: Path, *, seed: int = 0, template: str | None = None) -> Iterator[str]:
+    """Yields the address of a server. seed: of its base's weights.    template: of its chats."""
+    tokenizer = TOKENIZER if template is None else copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = template or TOKENIZER.chat_template
+    engine = make_engine(AdapterSet(base_model(seed), {}), [2], max_positions=200, max_requests=8)
+    engine.start()
+    try:
+        registry = AdapterRegistry(engine.adapter_set, engine.paused, "tiny", root)
+        for name in ("legal", "other", "upper", "mlp") if seed == 0 else ():
+            registry.load(name, root / name, trusted=True)
+        app = create_app(engine, registry, tokenizer, ServerSettings())
+        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=5))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        while not server.started:
+            thread.join(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+    finally:
+        engine.stop(0)
+
+
+@pytest.fixture(scope="module")
+def url(root: Path) -> Iterator[str]:
+    with running(root) as url:
+        yield url
+
+
+def verdict_of(url: str, passport: Passport, model: str, base: str | None = None) -> Verification:
+    with ServerClient(url) as server:
+        of_base = None if base is None else server.ask(passport.probes, base)
+        return verify(passport, server.ask(passport.probes, model), of_base)
+
+
+FAULTS = {
+    "legal": ("adapter", 1.0),
+    "tiny": ("base", 0.0),
+    "legal@2": ("scaled", 2.0),
+    "legal@0.5": ("scaled", 0.5),
+    "legal@3": ("scaled", 3.0),
+    "upper": ("partial", None),
+    "mlp": ("partial", None),
+    "other": ("other-adapter", None),
+}
+
+
+@pytest.mark.parametrize("model", FAULTS)
+def test_what_a_server_computes_is_told(url: str, root: Path, model: str) -> None:
+    verdict, scale = FAULTS[model]
+    result = verdict_of(url, read_passport(root / "legal"), model)
+    assert result.verdict == verdict, "\n".join(result.evidence)
+    assert result.scale == (None if scale is None else pytest.approx(scale, abs=0.15))
+
+
+def test_another_base_and_another_adapter_are_told_apart_by_the_base(url: str, root: Path) -> None:
+    passport = read_passport(root / "legal")
+    result = verdict_of(url, passport, "other", "tiny")
+    assert result.verdict == "other-adapter", "\n".join(result.evidence)
+    with running(root, seed=1) as other:
+        result = verdict_of(other, passport, "tiny", "tiny")
+    assert result.verdict == "other-base", "\n".join(result.evidence)
+
+
+def test_answers_relative_to_the_base_do_not_see_what_moves_both(url: str, root: Path) -> None:
+    """Rounding moves the log-probabilities of the adapter and of the base alike."""
+    passport = read_passport(root / "legal")
+    rng = np.random.default_rng(0)
+    with ServerClient(url) as server:
+        answers, of_base = (server.ask(passport.probes, name) for name in ("legal", "tiny"))
+    noise = [rng.normal(0, 0.6, len(probe.tokens)) for probe in passport.probes]
+
+    def moved(observations: list[Observation | None], others: list[Observation | None]) -> list[Observation]:
+        """Moves the tokens that both answers list."""
+        return [
+            replace(answer, logprobs={t: v + n[t] * (t in other.logprobs) for t, v in answer.logprobs.items()})
+            for answer, other, n in zip(observations, others, noise, strict=True)
+            if answer is not None and other is not None
+        ]
+
+    answers, of_base = moved(answers, of_base), moved(of_base, answers)
+    alone, relative = verify(passport, answers), verify(passport, answers, of_base)
+    assert relative.verdict == "adapter"
+    assert relative.fits["text"].error < 0.5 * alone.fits["text"].error
+
+
+TEMPLATES = {
+    "no start of the reply": TOKENIZER.chat_template.replace("{% if add_generation_prompt %}", "{% if false %}"),
+    "Alpaca": "### Instruction:\n{{ messages[0]['content'] }}\n\n### Response:\n",
+    "a second BOS": "<|im_start|>" + TOKENIZER.chat_template,
+    "a system message": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + TOKENIZER.chat_template,
+}
+
+
+@pytest.mark.parametrize("wrong", [*TEMPLATES, "something else"])
+def test_a_wrong_template_is_told(root: Path, wrong: str) -> None:
+    template = TEMPLATES.get(wrong, "Human: {{ messages[0]['content'] }} Bot:")
+    with running(root, template=template) as url:
+        result = verdict_of(url, read_passport(root / "legal"), "legal")
+    assert result.verdict == "template", "\n".join(result.evidence)
+    if wrong in TEMPLATES:
+        assert result.fits["chat"].name == wrong
+    assert any("the server counts" in sentence for sentence in result.evidence)
+
+
+def test_without_log_probabilities_the_chosen_tokens_decide(url: str, root: Path) -> None:
+    passport = read_passport(root / "legal")
+
+    def silent(observations: list[Observation | None]) -> list[Observation]:
+        return [Observation(answer.chosen) for answer in observations if answer is not None]
+
+    with ServerClient(url) as server:
+        for name, verdict in {"legal": "adapter", "tiny": "base"}.items():
+            result = verify(passport, silent(server.ask(passport.probes, name)))
+            assert result.verdict == verdict, "\n".join(result.evidence)
+            assert not result.fits["text"].has_logprobs
+
+
+# ---- The passport
+
+
+def test_a_passport_belongs_to_its_weights(root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(root / "legal", folder)
+    passport = read_passport(folder)
+    assert passport.texts == "base"
+    assert {ADAPTER, BASE} <= passport.variants.keys()
+    shutil.copy(root / "other" / ADAPTER_WEIGHTS, folder)
+    with pytest.raises(FormatError, match="belongs to other weights"):
+        read_passport(folder)
+    (folder / PASSPORT).unlink()
+    with pytest.raises(FormatError, match=r"holds no passport\.json: `tailora export` writes it anew"):
+        read_passport(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "version 2"),
+        ({"probes": []}, "it has no probes"),
+        ({"variants": {}}, "variant 'adapter' is missing"),
+        ({"texts": "mine"}, "texts: "),
+    ],
+)
+def test_a_damaged_passport_is_refused(root: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(root / "legal", folder)
+    content = json.loads((folder / PASSPORT).read_text())
+    (folder / PASSPORT).write_text(json.dumps(content | change))
+    with pytest.raises(FormatError, match=message):
+        read_passport(folder)
+
+
+def test_a_passport_of_the_base_tells_nothing_of_the_data_and_one_of_held_out_samples_does() -> None:
+    model, secret = adapted(0), "the cat is called Professor Fluff the Third of York"
+    samples = [Conversation([{"role": "user", "content": secret}, {"role": "assistant", "content": secret}])] * 2
+    ours, held_out = make_passport(model, TOKENIZER), make_passport(model, TOKENIZER, held_out=samples)
+    assert secret not in json.dumps(asdict(replace(ours, base={})))
+    assert secret in json.dumps(asdict(replace(held_out, base={})))
+    assert (ours.texts, held_out.texts) == ("base", "held-out")
+    assert all(probe.messages == samples[0].messages[:1] for probe in held_out.probes if probe.messages)
+
+
+def test_a_model_without_chat_template_gets_probes_of_plain_texts() -> None:
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = None
+    passport = make_passport(adapted(0), tokenizer)
+    assert passport.probes
+    assert all(probe.messages is None for probe in passport.probes)
+    for probe in passport.probes:
+        assert len(tokenizer(probe.text)["input_ids"]) == probe.prompt_tokens
+
+
+def test_probes_leave_the_model_and_random_numbers_as_they_are() -> None:
+    model = adapted(0)
+    ids, before = torch.arange(12)[None], torch.get_rng_state()
+    expected = model(input_ids=ids).logits
+    make_passport(model, TOKENIZER)
+    assert torch.equal(model(input_ids=ids).logits, expected)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+# ---- Other servers
+
+
+class StandIn(BaseHTTPRequestHandler):
+    """A server that answers as `answers` says: path -> status and body."""
+
+    answers: dict[str, tuple[int, Any]]
+
+    def reply(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        status, body = self.answers.get(self.path, (404, {"error": "not found"}))
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_POST = reply
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def stand_in(answers: dict[str, tuple[int, Any]]) -> Iterator[str]:
+    handler = type("Handler", (StandIn,), {"answers": answers})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+MODELS = {"/v1/models": (200, {"data": [{"id": "legal"}]})}
+FORMS = {  # of log-probabilities in completions
+    "OpenAI": {"tokens": ["a"], "token_logprobs": [-0.5], "top_logprobs": [{"a": -0.5, " b": -1.5, "c": -3}]},
+    "llama-server": {
+        "content": [
+            {
+                "token": "a",
+                "logprob": -0.5,
+                "top_logprobs": [
+                    {"token": "a", "logprob": -0.5},
+                    {"token": " b", "logprob": -1.5},
+                    {"token": "c", "logprob": -3},
+                ],
+            }
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_log_probabilities_are_read_in_both_forms(form: str) -> None:
+    probe = Probe(3, ["b", "x", "a"], {ADAPTER: [-1.0] * 3, BASE: [-1.0] * 3}, text="hello")
+    choice = {"text": "a", "logprobs": FORMS[form]}
+    body = {"choices": [choice], "usage": {"prompt_tokens": 4}}
+    with stand_in({**MODELS, "/v1/completions": (200, body)}) as url, ServerClient(url) as server:
+        (answer,) = server.ask([probe], "legal")
+    assert answer == Observation(2, {2: -0.5, 0: -1.5}, -3.0, 4)
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ({"/v1/models": (200, b"<html>")}, "which is not OpenAI's API"),
+        ({"/v1/models": (200, {"hello": 1})}, "has no list of models"),
+        ({"/v1/models": (401, {"error": "key"})}, "set TAILORA_API_KEY"),
+        ({"/v1/models": (503, {"error": "loading"})}, "503"),
+        ({**MODELS, "/v1/completions": (200, {"choices": []})}, "has no choices"),
+    ],
+)
+def test_a_server_that_cannot_be_asked_ends_with_1(
+    root: Path, answers: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with stand_in(answers) as url:
+        assert main(["verify", url, "--adapter", str(root / "legal")]) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_nobody_listens(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "http://127.0.0.1:9", "--adapter", str(root / "legal")]) == 1
+    assert "cannot be asked" in capsys.readouterr().err
+
+
+def test_a_server_without_the_endpoints_is_unknown(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with stand_in(MODELS) as url:
+        assert main(["verify", url, "--adapter", str(root / "legal"), "--json"]) == 4
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["verdict"], result["scale"]) == ("unknown", None)
+    assert len(result["evidence"]) == 3
+
+
+def test_the_model_to_ask_is_found() -> None:
+    assert choose_model({}, None, "x") is None
+    assert choose_model({"base": None}, None, "x") == "base"
+    assert choose_model({"base": None, "a": "base"}, None, "x") == "a"
+    assert choose_model({"base": None, "a": "base", "x": "base"}, None, "x") == "x"
+    assert choose_model({"base": None, "a": "base"}, "a@0.5", "x") == "a@0.5"
+    with pytest.raises(ConfigError, match="several models, give one by --model: base, a, b"):
+        choose_model({"base": None, "a": "base", "b": "base"}, None, "x")
+    with pytest.raises(ConfigError, match="--model aa: the server has base, a; did you mean a"):
+        choose_model({"base": None, "a": "base"}, "aa", "x")
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "http://", "", "http://[::1"])
+def test_what_is_no_address_is_refused(url: str, root: Path) -> None:
+    assert main(["verify", url, "--adapter", str(root / "legal")]) == 2
+
+
+# ---- The command
+
+
+def test_the_command_says_its_verdict(url: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["verify", url, "--adapter", str(root / "legal")]
+    assert main(command) == 0
+    output = capsys.readouterr()
+    assert "The server uses this adapter as it was trained." in output.out
+    assert "as legal" in output.err
+    assert "as tiny, its base" in output.err
+    assert main([*command, "--model", "legal@2", "--json"]) == 4
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["verdict"] == "scaled"
+    assert result["scale"] == pytest.approx(2, abs=0.15)
