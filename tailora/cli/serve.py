@@ -51,6 +51,7 @@ def serve(
     require_packages("fastapi", "uvicorn", "prometheus_client", extra="serve")
     if engine not in ENGINES:
         raise ConfigError(f"--engine {engine}; there are: {', '.join(ENGINES)}")
+    api_key, admin_key = key_from(API_KEY), key_from(ADMIN_KEY)
     folders = parse_adapters(adapter or [])
     if adapters is not None:
         folders |= adapters_in(adapters)
@@ -93,8 +94,8 @@ def serve(
                 allowed_hosts=LOCAL_HOSTS
                 if host in LOCAL
                 else ("*",),  # no page of another site, under a name of its own
-                api_key=os.environ.get(API_KEY),
-                admin_key=os.environ.get(ADMIN_KEY),
+                api_key=api_key,
+                admin_key=admin_key,
             )
             if host not in LOCAL and not settings.api_key:
                 log(f"note: anybody who reaches {host} can use this server: set {API_KEY} to ask for a key")
@@ -117,6 +118,14 @@ def serve(
         finally:
             running.stop(0)
             gc.unfreeze()
+
+
+def key_from(variable: str) -> str | None:
+    """Returns the key in a variable of the environment, None if it is not set. Raises ConfigError if it is empty."""
+    key = os.environ.get(variable)
+    if key is not None and not key.strip():
+        raise ConfigError(f"{variable} is set and empty: give it a key, or unset it for a server that asks for none")
+    return key
 
 
 def listen(host: str, port: int) -> socket.socket:

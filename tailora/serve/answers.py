@@ -84,11 +84,13 @@ class Generation:
     """All answers to one request, in the order of the prompts.
 
     handle: of the adapter; it is released when the engine has ended the last answer.
-    on_end: called once for each answer that the engine has ended.
+    on_end: called once for each answer that the engine has ended.    model: its name in the metrics.
     """
 
-    def __init__(self, engine: Engine, answers: Sequence[Answer], handle: Handle, on_end: Callable[[], None]) -> None:
-        self.answers = answers
+    def __init__(
+        self, engine: Engine, answers: Sequence[Answer], handle: Handle, on_end: Callable[[], None], model: str
+    ) -> None:
+        self.answers, self.model = answers, model
         self.is_cancelled = False
         self._engine, self._handle, self._on_end = engine, handle, on_end
         self._events: asyncio.Queue[tuple[Answer, Token | Finish]] = asyncio.Queue()

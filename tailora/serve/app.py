@@ -8,22 +8,25 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Header, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tailora import __version__
-from tailora.data.chat_template import ChatTokenizer
+from tailora.data.chat_template import ChatTokenizer, fit_to_template
+from tailora.data.schemas import Conversation, read_messages
 from tailora.errors import AdapterNotFoundError, DataError, MemoryInUseError, TailoraError
 from tailora.serve.answers import CancelledError, EngineError, Generation, Piece, make_answers, new_id
 from tailora.serve.engine import Engine, SamplingParams, Token
@@ -55,11 +58,13 @@ from tailora.serve.schemas import (
 from tailora.serve.text import chat_logprobs, completion_logprobs, parse_tool_calls, response_template
 
 COMPLETION_TOKENS = 16  # of /v1/completions without max_tokens, as OpenAI's
+GONE = 499  # status in the metrics of a request whose client went away, as nginx counts it
 RETRY_AFTER = {"Retry-After": "1"}
 TYPES = {  # of errors, by status
     400: "BadRequestError",
     401: "AuthenticationError",
     404: "NotFoundError",
+    413: "RequestTooLargeError",
     429: "RateLimitError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
@@ -80,7 +85,8 @@ class ServerSettings:
     """Limits and keys.
 
     max_queue: answers that run or wait; more are refused with 429.    max_n: answers to one prompt.
-    max_prompts: in one request.    max_tokens: longest answer; None for what the model has positions for.
+    max_prompts: in one request.    max_body: bytes of a request; more are refused with 413.
+    max_tokens: longest answer; None for what the model has positions for.
     drain_seconds: that a stopping server gives its requests.
     allowed_hosts: names under which the server may be asked; "*" for any.
     api_key, admin_key: of all requests, and of loading and unloading; None asks for none.
@@ -89,6 +95,7 @@ class ServerSettings:
     max_queue: int = 256
     max_n: int = 16
     max_prompts: int = 64
+    max_body: int = 16 * 2**20
     max_tokens: int | None = None
     drain_seconds: float = 30.0
     allowed_hosts: tuple[str, ...] = ("*",)
@@ -111,9 +118,10 @@ class Metrics:
         self.collector = CollectorRegistry()
         options: dict[str, Any] = {"registry": self.collector}
         self.requests = Counter("tailora_requests", "requests by model and status", ["model", "status"], **options)
-        self.prompt_tokens = Counter("tailora_prompt_tokens", "tokens of prompts", **options)
-        self.tokens = Counter("tailora_generation_tokens", "tokens of answers", **options)
-        self.first_token = Histogram("tailora_time_to_first_token_seconds", "time to the first token", **options)
+        by_model: dict[str, Any] = {"labelnames": ["model"], **options}
+        self.prompt_tokens = Counter("tailora_prompt_tokens", "tokens of prompts", **by_model)
+        self.tokens = Counter("tailora_generation_tokens", "tokens of answers", **by_model)
+        self.first_token = Histogram("tailora_time_to_first_token_seconds", "time to the first token", **by_model)
         Gauge("tailora_requests_running", "answers that run", **options).set_function(lambda: engine.load[0])
         Gauge("tailora_requests_waiting", "answers that wait", **options).set_function(lambda: engine.load[1])
         Gauge("tailora_adapters", "adapters by name", **options).set_function(lambda: len(registry.list()))
@@ -141,15 +149,16 @@ class Server:
     def chat_prompt(self, body: ChatRequest) -> str:
         if self.chat_tokenizer.template is None:
             raise RequestError(400, "this model has no chat template: use /v1/completions", "messages")
-        messages = [message.model_dump(exclude_none=True) for message in body.messages]
-        for message in messages:
-            if isinstance(message.get("content"), list):
-                message["content"] = "".join(part["text"] for part in message["content"])
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if body.tool_choice != "none" else []
+        param = "messages"
         try:
-            return self.chat_tokenizer.render(messages, tools=tools or None, add_generation_prompt=True)
+            messages = read_messages([message.model_dump() for message in body.messages], "messages")
+            param = "tools" if tools else param
+            chat = Conversation(messages, first=len(messages), tools=tools or None)  # no message is trained
+            chat = fit_to_template(chat, self.chat_tokenizer)
+            return self.chat_tokenizer.render(chat.messages, tools=chat.tools, add_generation_prompt=True)
         except DataError as error:
-            raise RequestError(400, str(error), "messages") from error
+            raise RequestError(400, str(error), param) from error
 
     def prompt_ids(self, prompt: Any) -> list[list[int]]:
         """Returns the ids of each prompt of a completion, which may be one or several, as text or as ids."""
@@ -222,13 +231,18 @@ class Server:
                 stop_strings=stop,
                 end_ids=frozenset(self.engine.eos_token_ids),
             )
-            generation = Generation(self.engine, answers, handle, self._end_answer)
+            generation = Generation(self.engine, answers, handle, self._end_answer, self.model_label(body.model))
             started = count
             generation.start()
         finally:
             self.answers -= count - started
-        self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
+        self.metrics.prompt_tokens.labels(generation.model).inc(sum(map(len, prompts)))
         return generation
+
+    def model_label(self, model: str) -> str:
+        """Returns the name of a model in the metrics. Mixtures have one name, so that clients cannot make new ones."""
+        names = {self.registry.base_name, *(adapter.name for adapter in self.registry.list())}
+        return model if model in names else "mixture"
 
     def _end_answer(self) -> None:
         self.answers -= 1
@@ -247,9 +261,9 @@ class Server:
         try:
             async for piece in generation.pieces():
                 if is_first:
-                    self.metrics.first_token.observe(time.perf_counter() - began)
+                    self.metrics.first_token.labels(generation.model).observe(time.perf_counter() - began)
                 is_first = False
-                self.metrics.tokens.inc(len(piece.tokens))
+                self.metrics.tokens.labels(generation.model).inc(len(piece.tokens))
                 if piece.finish_reason is not None:
                     self.engine.cancel(generation.answers[piece.index].request.id)  # after a stop string it goes on
                 yield piece
@@ -290,7 +304,7 @@ async def unless_disconnected(request: Request, task: Awaitable[Any]) -> Any:
     if work not in done:
         work.cancel()
         await asyncio.wait({work})
-        raise RequestError(499, "the client is gone")
+        raise RequestError(GONE, "the client is gone")
     return work.result()
 
 
@@ -298,13 +312,21 @@ def event(body: BaseModel) -> str:
     return f"data: {body.model_dump_json(exclude_unset=True)}\n\n"
 
 
-async def with_end(events: AsyncIterator[BaseModel]) -> AsyncIterator[str]:
-    """Yields the events of a stream as text; an error in it is an event too."""
+async def with_end(events: AsyncIterator[BaseModel], count: Callable[[int], None]) -> AsyncIterator[str]:
+    """Yields the events of a stream as text; an error in it is an event too.
+
+    count: called once with the status that an answer which is not streamed would have had.
+    """
+    status = GONE  # unless the client reads to the end
     try:
         async for body in events:
             yield event(body)
+        status = 200
     except RequestError as error:
+        status = error.status
         yield f"data: {json.dumps(error_body(error.status, error.message, error.param))}\n\n"
+    finally:
+        count(status)
     yield "data: [DONE]\n\n"
 
 
@@ -406,7 +428,7 @@ class CompletionAnswer:
             yield Completion(**self.head, object="text_completion", choices=[], usage=usage)
 
 
-# ---- Errors and keys
+# ---- Errors, keys and the size of a request
 
 
 def error_body(status: int, message: str, param: str | None = None, kind: str | None = None) -> dict[str, Any]:
@@ -460,16 +482,41 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, http_error)
 
 
-def key_check(*keys: str | None) -> Callable[[str | None], Awaitable[None]]:
-    """Returns a dependency that asks for the first of these keys that is set."""
-    key = next((key for key in keys if key), None)
+def key_checks(keys: Mapping[str, str | None]) -> list[Any]:
+    """Returns the dependency of routes that ask for the first of these keys that is set; none if none is.
 
-    async def check(authorization: Annotated[str | None, Header(include_in_schema=False)] = None) -> None:
-        given = (authorization or "").removeprefix("Bearer ").encode()
-        if key is not None and not secrets.compare_digest(given, key.encode()):
+    keys: by the name that the OpenAPI description gives them.
+    """
+    name, key = next(((name, key) for name, key in keys.items() if key), ("", None))
+    if key is None:
+        return []
+    scheme = HTTPBearer(scheme_name=name, auto_error=False)
+
+    async def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(scheme)]) -> None:
+        if given is None or not secrets.compare_digest(given.credentials.encode(), key.encode()):
             raise RequestError(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
 
-    return check
+    return [Depends(check)]
+
+
+class BodyLimit:
+    """Middleware that refuses a request with a larger body, and keeps no more of it than that in memory."""
+
+    def __init__(self, app: ASGIApp, max_body: int) -> None:
+        self.app, self.max_body = app, max_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        size = 0
+
+        async def receive_limited() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.max_body:
+                raise HTTPException(413, f"the request is too large: at most {self.max_body:,} bytes are read")
+            return message
+
+        await self.app(scope, receive_limited, send)
 
 
 # ---- The app
@@ -487,6 +534,7 @@ def create_app(engine: Engine, registry: AdapterRegistry, tokenizer: Any, settin
 
     app = FastAPI(title="tailora", version=__version__, lifespan=stop_engine, docs_url=None, redoc_url=None)
     app.state.server = server
+    app.add_middleware(BodyLimit, max_body=settings.max_body)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*settings.allowed_hosts])
     add_error_handlers(app)
     add_page(app)
@@ -497,7 +545,7 @@ def create_app(engine: Engine, registry: AdapterRegistry, tokenizer: Any, settin
     @app.middleware("http")
     async def count_requests(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         response = await call_next(request)
-        if request.method == "POST":
+        if request.method == "POST" and not getattr(request.state, "is_streamed", False):  # those count at their end
             server.metrics.requests.labels(getattr(request.state, "model", ""), str(response.status_code)).inc()
         return response
 
@@ -505,13 +553,17 @@ def create_app(engine: Engine, registry: AdapterRegistry, tokenizer: Any, settin
 
 
 def add_generation(app: FastAPI, server: Server) -> None:
-    check = [Depends(key_check(server.settings.api_key))]
+    check = key_checks({"apiKey": server.settings.api_key})
 
     async def respond(request: Request, body: GenerationRequest, answer: ChatAnswer | CompletionAnswer) -> Any:
-        names = {server.registry.base_name, *(adapter.name for adapter in server.registry.list())}
-        request.state.model = body.model if body.model in names else "mixture"  # a bounded number of labels
+        model = request.state.model = answer.generation.model
+
+        def count(status: int) -> None:
+            server.metrics.requests.labels(model, str(status)).inc()
+
+        request.state.is_streamed = bool(body.stream)
         if body.stream:
-            return StreamingResponse(with_end(answer.stream()), media_type="text/event-stream")
+            return StreamingResponse(with_end(answer.stream(), count), media_type="text/event-stream")
         return await unless_disconnected(request, answer.whole())
 
     def check_request(body: GenerationRequest) -> None:
@@ -563,7 +615,7 @@ def add_generation(app: FastAPI, server: Server) -> None:
 
 
 def add_adapter_routes(app: FastAPI, server: Server) -> None:
-    check = [Depends(key_check(server.settings.admin_key, server.settings.api_key))]
+    check = key_checks({"adminKey": server.settings.admin_key, "apiKey": server.settings.api_key})
     text: dict[str, Any] = {"response_class": PlainTextResponse, "responses": ERRORS_OF_TEXT, "dependencies": check}
 
     @app.post("/v1/load_lora_adapter", **text)
@@ -591,6 +643,8 @@ def add_health(app: FastAPI, server: Server) -> None:
         server.check_ready()
         return Health(status="ready")
 
-    @app.get("/metrics", response_class=PlainTextResponse, dependencies=[Depends(key_check(server.settings.api_key))])
+    check = key_checks({"apiKey": server.settings.api_key})
+
+    @app.get("/metrics", response_class=PlainTextResponse, responses={401: ERRORS_OF_TEXT[401]}, dependencies=check)
     async def metrics() -> Response:
         return Response(generate_latest(server.metrics.collector), media_type=CONTENT_TYPE_LATEST)

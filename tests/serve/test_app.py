@@ -1,5 +1,7 @@
 """The server: what clients of OpenAI's API and of vLLM's adapter calls get from a real one on loopback."""
 
+import copy
+import json
 import signal
 import socket
 import subprocess
@@ -20,15 +22,17 @@ import torch
 import uvicorn
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from tiny import GROUPED, chat_tokenizer, stir
+from tiny import CHATML, GROUPED, chat_tokenizer, stir
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import main
 from tailora.core.adapter_set import AdapterSet
+from tailora.data.chat_template import ChatTokenizer
 from tailora.serve.app import ServerSettings, create_app
 from tailora.serve.padded import make_engine
 from tailora.serve.registry import AdapterRegistry
+from tailora.serve.schemas import ChatRequest
 
 TEXTS = ["the cat sat on the mat", "a dog ran away", "what is that", "good morning to you"]
 TOKENIZER = chat_tokenizer(TEXTS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
@@ -202,8 +206,8 @@ def test_a_wrong_request_is_told_what_is_wrong(server: Running, options: dict[st
     assert raised.value.param == param
 
 
-def tokens_generated(server: Running) -> float:
-    return sum(value for name, value in metrics(server).items() if name == "tailora_generation_tokens_total")
+def tokens_generated(server: Running, model: str = "legal") -> float:
+    return metrics(server).get(f'tailora_generation_tokens_total{{model="{model}"}}', 0)
 
 
 def metrics(server: Running) -> dict[str, float]:
@@ -247,6 +251,7 @@ def test_a_forward_that_fails_is_an_error_of_its_requests_alone(root: Path, monk
                 chat(server, "legal")
             events = list(server.http.post("/v1/chat/completions", json=stream_of("legal")).iter_lines())
             assert "a kernel failed" in events[-4]
+            assert metrics(server)['tailora_requests_total{model="legal",status="500"}'] == 2  # whole and streamed
         assert server.http.get("/ready").status_code == 200
         assert chat(server, "legal").choices[0].message.content
 
@@ -287,11 +292,98 @@ def test_keys(root: Path) -> None:
         assert server.http.post("/v1/unload_lora_adapter", json=body, headers=admin).status_code == 200
 
 
+def test_the_description_names_the_keys_that_are_asked_for(root: Path, server: Running) -> None:
+    with running(root, api_key="user-key", admin_key="admin-key") as keyed:
+        description = keyed.http.get("/openapi.json").json()
+    bearer = {"type": "http", "scheme": "bearer"}
+    assert description["components"]["securitySchemes"] == {"apiKey": bearer, "adminKey": bearer}
+    security = {path: next(iter(methods.values())).get("security") for path, methods in description["paths"].items()}
+    assert security == {
+        "/v1/chat/completions": [{"apiKey": []}],
+        "/v1/completions": [{"apiKey": []}],
+        "/v1/models": [{"apiKey": []}],
+        "/v1/load_lora_adapter": [{"adminKey": []}],
+        "/v1/unload_lora_adapter": [{"adminKey": []}],
+        "/health": None,
+        "/ready": None,
+        "/metrics": [{"apiKey": []}],
+    }
+    assert "security" not in server.http.get("/openapi.json").text
+
+
+@pytest.mark.parametrize("variable", ["TAILORA_API_KEY", "TAILORA_ADMIN_KEY"])
+def test_an_empty_key_is_an_error_of_the_command(
+    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, " ")
+    assert main(["serve", "--model", "nowhere"]) == 2
+    assert f"{variable} is set and empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("has_length", [True, False])
+def test_a_body_that_is_too_large_is_refused(root: Path, has_length: bool) -> None:
+    with running(root, max_body=10_000) as server:
+        body = json.dumps({"model": "legal", "prompt": "x" * 20_000}).encode()
+        content = body if has_length else iter([body[:5_000], body[5_000:]])
+        headers = {"Content-Type": "application/json"}
+        response = server.http.post("/v1/completions", content=content, headers=headers)
+        assert response.status_code == 413
+        assert response.json()["error"]["message"] == "the request is too large: at most 10,000 bytes are read"
+        assert chat(server, "legal").choices
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+WITH_TOOLS = CHATML.replace("{% for", "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for", 1).replace(
+    "{{ message['content'] }}",
+    "{{ message['content'] }}{% for call in message.tool_calls %}{{ call.function.name }}"
+    "{% for key, value in call.function.arguments.items() %} {{ key }}={{ value }}{% endfor %}{% endfor %}",
+)
+
+
+def called(arguments: str) -> list[dict[str, Any]]:
+    call = {"id": "call-1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    return [
+        *CHAT,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call-1", "content": "18"},
+    ]
+
+
+def test_tools_that_the_template_does_not_write_are_refused(server: Running) -> None:
+    with pytest.raises(openai.BadRequestError, match="does not write tool 0") as raised:
+        chat(server, "legal", tools=[TOOL])
+    assert raised.value.param == "tools"
+    with pytest.raises(openai.BadRequestError, match="does not write tool call 0 of message 1") as raised:
+        chat(server, "legal", messages=called("{}"))
+    assert raised.value.param == "messages"
+    assert chat(server, "legal", tools=[TOOL], tool_choice="none").choices
+
+
+def test_a_template_gets_the_arguments_of_calls_as_an_object(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = copy.copy(TOKENIZER)
+    tokenizer.chat_template = WITH_TOOLS
+    monkeypatch.setattr(server.app.state.server, "chat_tokenizer", ChatTokenizer.of(tokenizer))
+    body = {"model": "legal", "messages": called('{"city": "Rome"}'), "tools": [TOOL]}
+    prompt = server.app.state.server.chat_prompt(ChatRequest.model_validate(body))
+    assert "weather city=Rome<|im_end|>" in prompt
+    assert prompt.startswith('{"type": "function", "function": {"name": "weather"')
+    assert chat(server, "legal", messages=called('{"city": "Rome"}'), tools=[TOOL]).choices
+    with pytest.raises(openai.BadRequestError, match="no JSON text") as raised:
+        chat(server, "legal", messages=called("Rome"), tools=[TOOL])
+    assert raised.value.param == "messages"
+
+
 def test_metrics_count(server: Running) -> None:
     requests = 'tailora_requests_total{model="legal",status="200"}'
     before = tokens_generated(server), metrics(server)[requests]
     chat(server, "legal", max_tokens=12)
     assert (tokens_generated(server) - before[0], metrics(server)[requests] - before[1]) == (12, 1)
+    times = 'tailora_time_to_first_token_seconds_count{model="%s"}'
+    base, legal = (metrics(server).get(times % model, 0) for model in ("tiny", "legal"))
+    list(chat(server, "legal", stream=True))
+    assert metrics(server)[requests] - before[1] == 2
+    assert metrics(server).get(times % "tiny", 0) == base
+    assert metrics(server)[times % "legal"] == legal + 1
 
 
 def test_langchain_gets_answers(server: Running) -> None:
