@@ -46,6 +46,7 @@ from tailora.errors import (
 from tailora.formats import kohya_diffusers, mlx, peft, peft_config
 from tailora.formats.fingerprint import fingerprint, fingerprint_differences, input_embedding
 from tailora.formats.hub import local_folder
+from tailora.formats.metadata import LayerFingerprint
 from tailora.formats.peft_paths import PeftLayer, peft_layers
 from tailora.formats.run_folder import ADAPTER_WEIGHTS, DIFFUSERS_WEIGHTS, GGUF_WEIGHTS
 
@@ -170,19 +171,31 @@ class SortedTensors:
     problems: list[str] = field(default_factory=list)
 
 
-def restore(stored: peft.StoredAdapter, base_model: nn.Module, *, allow_base_mismatch: bool = False) -> Adapter:
+def restore(
+    stored: peft.StoredAdapter,
+    base_model: nn.Module,
+    *,
+    allow_base_mismatch: bool = False,
+    known_base: dict[str, LayerFingerprint] | None = None,
+) -> Adapter:
     """Builds the adapter for `base_model` without changing the model.
 
+    known_base: what is known of the fingerprint of a base that does not change; what is missing is added.
     Raises FormatError with all missing, unexpected, misshapen and non-finite tensors, or for a pattern that takes too
     long, and BaseMismatchError if the adapter was made for other weights and `allow_base_mismatch` is not set.
     """
     try:
-        return _restore(stored, base_model, allow_base_mismatch)
+        return _restore(stored, base_model, allow_base_mismatch, {} if known_base is None else known_base)
     except PatternError as error:
         raise FormatError(f"{stored.folder}: {error}") from None
 
 
-def _restore(stored: peft.StoredAdapter, base_model: nn.Module, allow_base_mismatch: bool) -> Adapter:
+def _restore(
+    stored: peft.StoredAdapter,
+    base_model: nn.Module,
+    allow_base_mismatch: bool,
+    known_base: dict[str, LayerFingerprint],
+) -> Adapter:
     modules = dict(base_model.named_modules())
     if not allow_base_mismatch:
         _check_vocabulary(stored, base_model)
@@ -240,7 +253,7 @@ def _restore(stored: peft.StoredAdapter, base_model: nn.Module, allow_base_misma
     for key, parameter in parameters.items():
         parameter.data.copy_(tensors.extras[key])
     if not allow_base_mismatch:
-        _check_base(stored, base_model, low_rank)
+        _check_base(stored, base_model, low_rank, known_base)
     _restore_learned_scales(stored, low_rank)
     share_parameters({path: modules[path] for path in copies}, copies)
     adapter = Adapter(config, low_rank, copies, extras)
@@ -533,10 +546,16 @@ def _check_vocabulary(stored: peft.StoredAdapter, base_model: nn.Module) -> None
         )
 
 
-def _check_base(stored: peft.StoredAdapter, base_model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
+def _check_base(
+    stored: peft.StoredAdapter,
+    base_model: nn.Module,
+    layers: Mapping[str, LoRALayer],
+    known_base: dict[str, LayerFingerprint],
+) -> None:
     expected = stored.metadata.base
     layer_types = {path: layer.layer_type for path, layer in layers.items() if path in expected}
-    if problems := fingerprint_differences(expected, fingerprint(base_model, layer_types)):
+    known_base |= fingerprint(base_model, {path: layer_types[path] for path in layer_types.keys() - known_base.keys()})
+    if problems := fingerprint_differences(expected, {path: known_base[path] for path in layer_types}):
         shown = [*problems[:5], *([f"and {len(problems) - 5} layers more"] if len(problems) > 5 else [])]
         raise BaseMismatchError(
             f"{stored.folder} was made for another base model than this one: {listing(shown)}\n"

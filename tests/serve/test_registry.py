@@ -159,9 +159,9 @@ def test_files_are_read_while_the_engine_computes(
     registry = make()
     pauses: Any = registry._paused
 
-    def read(*args: Any) -> Any:
+    def read(*args: Any, **options: Any) -> Any:
         assert not pauses.is_on
-        return restore(*args)
+        return restore(*args, **options)
 
     restore = registry_module.restore
     monkeypatch.setattr(registry_module, "restore", read)
