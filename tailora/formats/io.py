@@ -16,7 +16,7 @@ from tempfile import TemporaryFile, mkdtemp, mkstemp
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from tailora.errors import ConfigError, FormatError, TailoraError, WriteError
 
@@ -332,14 +332,21 @@ def read_safetensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
 
     Raises FormatError if `path` is not a complete safetensors file.
     """
+    from safetensors.torch import load  # imports torch, which atomic writing does not need
+
     check_is_file(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
+        # Not by safe_open: a file that shrinks while it is mapped kills the process, and safetensors 0.8 keeps two
+        # numbers of every tensor that it reads, which adds up in a server
+        content = path.read_bytes()
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path} is not a complete safetensors file: {error}; save or copy it again") from None
+    except (KeyError, RuntimeError) as error:
+        raise FormatError(f"{path} holds a type of tensors that is not read here: {error}; save it as floats") from None
     is_8_bit_float = {
         name: tensor.is_floating_point() and tensor.dtype.itemsize == 1 for name, tensor in tensors.items()
     }
-    return {name: tensor.float() if is_8_bit_float[name] else tensor for name, tensor in tensors.items()}, metadata
+    tensors = {name: tensor.float() if is_8_bit_float[name] else tensor for name, tensor in tensors.items()}
+    return tensors, header.get("__metadata__", {})

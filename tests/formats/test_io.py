@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from tailora.errors import WriteError
+from tailora.errors import FormatError, WriteError
 from tailora.formats.io import cache_folder, read_safetensors, replace_folder, safetensors_bytes, write_file
 
 
@@ -135,3 +136,32 @@ def test_the_cache_is_where_the_user_wants_it(
     for name, value in {"HOME": "/home/me", **variables}.items():
         monkeypatch.setenv(name, value)
     assert cache_folder() == expected
+
+
+def header_and_bytes(dtype: str, size: int) -> bytes:
+    header = json.dumps({"x": {"dtype": dtype, "shape": [8], "data_offsets": [0, size]}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(size)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("F4", 4), ("F6_E2M3", 6), ("nonsense", 8)])
+def test_types_that_torch_cannot_read_are_refused(tmp_path: Path, dtype: str, size: int) -> None:
+    (tmp_path / "x.safetensors").write_bytes(header_and_bytes(dtype, size))
+    with pytest.raises(FormatError, match=r"x\.safetensors"):
+        read_safetensors(tmp_path / "x.safetensors")
+
+
+def test_tensors_stay_when_their_file_shrinks(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(10**5)}, tmp_path / "x.safetensors", {"a": "b"})
+    tensors, metadata = read_safetensors(tmp_path / "x.safetensors")
+    (tmp_path / "x.safetensors").write_bytes(b"")
+    assert tensors["x"].sum() == 10**5
+    assert metadata == {"a": "b"}
+
+
+def test_nothing_is_kept_of_a_file_that_was_read(tmp_path: Path) -> None:
+    save_file({str(number): torch.ones(2) for number in range(500)}, tmp_path / "x.safetensors")
+    read_safetensors(tmp_path / "x.safetensors")
+    before = sys.getallocatedblocks()
+    for _ in range(10):
+        read_safetensors(tmp_path / "x.safetensors")
+    assert sys.getallocatedblocks() - before < 500
