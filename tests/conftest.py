@@ -8,6 +8,9 @@ Tests with random input (hypothesis) run on a few inputs, always the same; with 
 import logging
 import os
 import re
+import shutil
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 # two workers with two threads each would wait for one another on two cores; torch reads this when it is loaded
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -24,6 +27,9 @@ from tailora.quiet import TORCHAO_LOGGERS
 
 for name in TORCHAO_LOGGERS:  # processes of xdist print at their start
     logging.getLogger(name).setLevel(logging.ERROR)
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 LEFT_OUT = ("exhaustive", "ranks", "trainers", "device", "gpu")
 COMMON = {
@@ -91,3 +97,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     deselected = [item for item in items if left_out & {mark.name for mark in item.iter_markers()}]
     config.hook.pytest_deselected(items=deselected)
     items[:] = [item for item in items if item not in deselected]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    """Chromium, without a window. The tests that use it have the marker `browser`."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    with sync_playwright() as playwright:
+        sandbox = [] if os.geteuid() else ["--no-sandbox"]  # Chromium refuses root with one
+        launched = playwright.chromium.launch(executable_path=chromium, args=sandbox)
+        yield launched
+        launched.close()

@@ -13,7 +13,7 @@ from cyclopts.types import NonNegativeFloat, Port, PositiveFloat, PositiveInt
 from tailora.cli.main import log
 from tailora.cli.models import Adapters, Device, Model, Quantize, base_model_name, load_model, parse_adapters
 from tailora.errors import ConfigError, nearest_path, require_packages
-from tailora.formats.run_folder import ADAPTER_CONFIG
+from tailora.formats.run_folder import ADAPTER_CONFIG, adapter_folder
 
 ENGINES = ("auto", "continuous", "padded")
 API_KEY, ADMIN_KEY = "TAILORA_API_KEY", "TAILORA_ADMIN_KEY"
@@ -139,10 +139,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def adapters_in(folder: Path) -> dict[str, Path]:
-    """Returns name -> folder of the adapters in a folder. Raises ConfigError if there is no such folder."""
+    """Returns name -> folder of the adapters and runs in a folder. Raises ConfigError if there is no such folder."""
     if not folder.is_dir():
         raise ConfigError(f"--adapters {folder} is not a folder{nearest_path(folder, folders_only=True)}")
-    return {path.name: path for path in sorted(folder.iterdir()) if (path / ADAPTER_CONFIG).is_file()}
+    return {path.name: path for path in sorted(folder.iterdir()) if (adapter_folder(path) / ADAPTER_CONFIG).is_file()}
 
 
 Url = Annotated[str, Parameter(help="address of an OpenAI-compatible server, such as http://127.0.0.1:8000")]

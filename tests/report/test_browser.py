@@ -1,21 +1,15 @@
 """The pages in a real browser: no errors, every figure drawn, nothing wider than a small screen, nothing fetched."""
 
 import itertools
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 from report.contents import CONTENTS
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"),
-]
+pytestmark = pytest.mark.browser
 WIDTHS = {"screen": 1100, "small": 400}
 SCHEMES: list[Literal["light", "dark"]] = ["light", "dark"]
 PAPER = 688  # A4 less the margins, in CSS pixels
@@ -35,15 +29,6 @@ DRAWN = """figures => figures.map(figure => {
             parseFloat(getComputedStyle(text).fontSize) * box.width / svg.viewBox.baseVal.width)),
     };
 })"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        sandbox = [] if os.geteuid() else ["--no-sandbox"]  # Chromium refuses root with one
-        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=sandbox)
-        yield launched
-        launched.close()
 
 
 @pytest.fixture(scope="module", params=CONTENTS)

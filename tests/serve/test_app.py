@@ -2,15 +2,13 @@
 
 import copy
 import json
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,87 +17,35 @@ import openai
 import pytest
 import schemathesis
 import torch
-import uvicorn
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from tiny import CHATML, GROUPED, chat_tokenizer, stir
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import CHATML
+from tiny_server import TOKENIZER, Running, base_model, running, write_adapters
 
-from tailora import LoRAConfig, LoRAModel
+from tailora import LoRAModel
 from tailora.cli.main import main
-from tailora.core.adapter_set import AdapterSet
+from tailora.cli.serve import adapters_in
 from tailora.data.chat_template import ChatTokenizer
-from tailora.serve.app import ServerSettings, create_app
-from tailora.serve.padded import make_engine
-from tailora.serve.registry import AdapterRegistry
 from tailora.serve.schemas import ChatRequest
 
-TEXTS = ["the cat sat on the mat", "a dog ran away", "what is that", "good morning to you"]
-TOKENIZER = chat_tokenizer(TEXTS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 CHAT = [{"role": "user", "content": "what is that"}]
-
-
-def base_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(**GROUPED, initializer_range=0.2, max_position_embeddings=256, eos_token_id=2)
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the adapters legal and poet."""
-    folder = tmp_path_factory.mktemp("adapters")
-    for seed, name in enumerate(["legal", "poet"]):
-        model = LoRAModel(base_model(), LoRAConfig(r=2 + 2 * seed))
-        stir(model, seed)
-        model.save_adapter(folder / name)
-    return folder
-
-
-@dataclass
-class Running:
-    url: str
-    app: Any
-    client: openai.OpenAI
-    http: httpx.Client
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def running(root: Path, **options: Any) -> Iterator[Running]:
-    engine = make_engine(AdapterSet(base_model(), {}), [2], max_positions=200, max_requests=8)
-    registry = AdapterRegistry(engine.adapter_set, engine.paused, "tiny", root)
-    engine.start()
-    registry.load("legal", "legal")
-    app = create_app(engine, registry, TOKENIZER, ServerSettings(**{"drain_seconds": 5, **options}))
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="critical", timeout_graceful_shutdown=5))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    url = f"http://127.0.0.1:{port}"
-    key = options.get("api_key") or "none"
-    with (
-        openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as client,
-        httpx.Client(base_url=url, timeout=30) as http,
-    ):
-        try:
-            yield Running(url, app, client, http)
-        finally:
-            server.should_exit = True
-            thread.join()
+    return write_adapters(tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture(scope="module")
 def server(root: Path) -> Iterator[Running]:
     with running(root) as server:
         yield server
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def chat(server: Running, model: str, **options: Any) -> Any:
@@ -438,6 +384,13 @@ def test_the_command_serves_a_folder_and_ends_with_sigterm(root: Path, tmp_path:
     assert "engine: continuous batching" in told
     assert "models: tiny, legal, poet" in told
     assert "what is that" not in told
+
+
+def test_a_folder_of_adapters_may_hold_runs(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "legal", tmp_path / "run" / "adapter")
+    shutil.copytree(root / "poet", tmp_path / "poet")
+    (tmp_path / "notes").mkdir()
+    assert adapters_in(tmp_path) == {"poet": tmp_path / "poet", "run": tmp_path / "run"}
 
 
 def test_a_port_in_use_is_an_error_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:

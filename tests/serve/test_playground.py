@@ -4,9 +4,7 @@ import asyncio
 import itertools
 import json
 import os
-import shutil
 import socket
-import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,27 +12,22 @@ from typing import Any, Literal
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
+from tiny_server import on_loopback, running, write_adapters
 
 from tailora.data.schemas import PREFERENCE, detect_schema
 from tailora.errors import ConfigError
-from tailora.serve.playground import add_page, page, page_headers, playground_app
+from tailora.serve.playground import LOCAL_HOSTS, add_page, page, page_headers, playground_app
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-in_browser = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"),
-]
 TOO_WIDE = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 SCHEMES: list[Literal["light", "dark"]] = ["light", "dark"]
 ANSWERS = {"base": ["I", " am", " here"], "legal": ["I", " object", " <b>strongly</b>"]}
 
 
-def upstream(requests: list[dict[str, Any]]) -> FastAPI:
-    """A server of OpenAI's API with a base and adapters; it notes the requests."""
+def upstream(requests: list[dict[str, Any]], owner: str = "tailora") -> FastAPI:
+    """A server of OpenAI's API with a base and adapters; it notes the requests. owner: of the models."""
     app = FastAPI()
     names = ["base", "legal"]
 
@@ -42,7 +35,7 @@ def upstream(requests: list[dict[str, Any]]) -> FastAPI:
     async def models() -> Any:
         return {
             "object": "list",
-            "data": [{"id": name, "parent": None if name == "base" else "base"} for name in names],
+            "data": [{"id": name, "parent": None if name == "base" else "base", "owned_by": owner} for name in names],
         }
 
     @app.post("/v1/chat/completions")
@@ -75,29 +68,22 @@ async def events(body: dict[str, Any]) -> AsyncIterator[str]:
         return f"data: {json.dumps({'choices': [{'index': 0, 'delta': delta, **others}]})}\n\n"
 
     yield event({"role": "assistant", "content": ""})
-    for token in ANSWERS[body["model"]]:
-        if body["messages"][-1]["content"] == "slow":
+    prompt, own_tokens = body["messages"][-1]["content"], ANSWERS[body["model"]]
+    if prompt == "parts":
+        part = {"token": "\ufffd", "logprob": -0.5, "bytes": None, "top_logprobs": []}
+        yield event({"content": ""}, logprobs={"content": [part]})
+        yield event({"content": own_tokens[0]}, logprobs={"content": [part]})
+        own_tokens = own_tokens[1:]
+    for token in own_tokens:
+        if prompt == "slow":
             await asyncio.sleep(0.5)
         own = {"token": token, "logprob": -0.5, "bytes": None}
         top = [{"token": tokens[1], "logprob": -2.5, "bytes": None} for tokens in ANSWERS.values()]
         yield event({"content": token}, logprobs={"content": [{**own, "top_logprobs": top}]})
+    end = {"token": "<|im_end|>", "logprob": -0.1, "bytes": None, "top_logprobs": []}
+    yield event({"content": ""}, logprobs={"content": [end]})  # a token without text in the answer
     yield event({}, finish_reason="stop")
     yield "data: [DONE]\n\n"
-
-
-@contextmanager
-def running(app: FastAPI) -> Iterator[str]:
-    """The address of a server that runs this app."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
-        listening.close()
 
 
 @pytest.fixture
@@ -107,7 +93,7 @@ def requests() -> list[dict[str, Any]]:
 
 @pytest.fixture
 def url(requests: list[dict[str, Any]]) -> Iterator[str]:
-    with running(upstream(requests)) as server, running(playground_app(f"{server}/v1")) as address:
+    with on_loopback(upstream(requests)) as server, on_loopback(playground_app(f"{server}/v1")) as address:
         yield address
 
 
@@ -133,7 +119,7 @@ def test_the_page_needs_nothing_from_outside() -> None:
 def test_our_own_server_has_the_page_at_its_root() -> None:
     app = FastAPI()
     add_page(app)
-    with running(app) as address:
+    with on_loopback(app) as address:
         answer = httpx.get(address)
     assert answer.text == page()
     assert answer.headers["content-security-policy"].startswith("default-src 'none'")
@@ -161,7 +147,7 @@ def test_other_sites_cannot_use_it(url: str, requests: list[dict[str, Any]]) -> 
 def test_a_server_that_cannot_be_reached_is_said() -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    with running(playground_app(f"http://127.0.0.1:{port}")) as address:
+    with on_loopback(playground_app(f"http://127.0.0.1:{port}")) as address:
         answer = httpx.get(f"{address}/v1/models")
     assert answer.status_code == 502
     assert "cannot be reached" in answer.json()["error"]["message"]
@@ -176,17 +162,8 @@ def test_what_is_no_address_is_refused(address: str) -> None:
 # ---- In a browser
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        sandbox = [] if os.geteuid() else ["--no-sandbox"]  # Chromium refuses root with one
-        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=sandbox)
-        yield launched
-        launched.close()
-
-
-@pytest.fixture
-def opened(browser: Browser, url: str) -> Iterator[Page]:
+@contextmanager
+def open_page(browser: Browser, url: str) -> Iterator[Page]:
     """The page with its models listed; fails on messages of the browser and requests to other servers."""
     shown = browser.new_page()
     messages: list[str] = []
@@ -203,6 +180,12 @@ def opened(browser: Browser, url: str) -> Iterator[Page]:
     shown.close()
 
 
+@pytest.fixture
+def opened(browser: Browser, url: str) -> Iterator[Page]:
+    with open_page(browser, url) as shown:
+        yield shown
+
+
 def ask(shown: Page, prompt: str = "Who are you?") -> None:
     shown.fill("#prompt", prompt)
     shown.press("#prompt", "Control+Enter")
@@ -213,8 +196,15 @@ def answers(shown: Page) -> list[str]:
     return shown.locator(".answer").all_inner_texts()
 
 
+def pieces(shown: Page, side: int) -> list[tuple[str, str | None]]:
+    """The pieces of an answer, and how their log-probability differs from the other side's; None if that is unknown."""
+    script = "spans => spans.map(span => [span.textContent, span.dataset.difference ?? null])"
+    found = shown.eval_on_selector_all(f"section[data-side='{side}'] .answer span", script)
+    return [(text, difference) for text, difference in found]
+
+
 class TestInBrowser:
-    pytestmark = in_browser
+    pytestmark = pytest.mark.browser
 
     def test_both_answer_the_same_prompt(self, opened: Page, requests: list[dict[str, Any]]) -> None:
         ask(opened)
@@ -227,12 +217,64 @@ class TestInBrowser:
 
     def test_tokens_are_coloured_up_to_the_first_that_differs(self, opened: Page) -> None:
         ask(opened)
-        shown = opened.eval_on_selector_all(
-            ".answer span", "spans => spans.map(span => [span.textContent, span.dataset.difference ?? null])"
-        )
-        assert shown[:3] == [["I", "0.000"], [" am", "2.000"], [" here", None]]
+        assert pieces(opened, 0) == [("I", "0.000"), (" am", "2.000"), (" here", None), ("", None)]
         colour = "getComputedStyle(document.querySelectorAll('.answer span')[1]).backgroundColor"
         assert opened.evaluate(colour).startswith("rgba(11, 99, 196")
+
+    def test_a_character_of_several_tokens_is_one_piece(self, opened: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(ANSWERS, "base", ["日", " here"])
+        monkeypatch.setitem(ANSWERS, "legal", ["日", " there"])
+        ask(opened, "parts")  # the first token is sent as two
+        assert pieces(opened, 0) == [("日", None), (" here", "2.000"), ("", None)]
+
+    def test_other_servers_have_no_strength(self, browser: Browser, requests: list[dict[str, Any]]) -> None:
+        with (
+            on_loopback(upstream(requests, "vllm")) as server,
+            on_loopback(playground_app(server)) as url,
+            open_page(browser, url) as opened,
+        ):
+            assert opened.locator("input[type=range]:disabled").count() == 2
+            assert "The strength is fixed" in opened.inner_text("main")
+            ask(opened)
+        assert [request.get("lora_scale") for request in requests] == [None, None]
+
+    def test_our_own_server(self, browser: Browser, tmp_path: Path) -> None:
+        root = write_adapters(tmp_path)
+        with running(root, allowed_hosts=LOCAL_HOSTS) as server, open_page(browser, server.url) as opened:
+
+            def told(model: str) -> str:
+                messages: Any = [{"role": "user", "content": "what is that"}]
+                answer = server.client.chat.completions.create(
+                    model=model, messages=messages, max_tokens=12, temperature=0
+                )
+                return str(answer.choices[0].message.content)
+
+            def shown() -> list[str | None]:
+                return [opened.locator(".answer").nth(side).text_content() for side in (0, 1)]
+
+            opened.fill("#max-tokens", "12")
+            opened.fill("section[data-side='1'] input[type=range]", "0.05")
+            ask(opened, "what is that")
+            assert shown() == [told("tiny"), told("legal@0.05")]
+            assert all("".join(text for text, _ in pieces(opened, side)) == shown()[side] for side in (0, 1))
+            differences = [[difference for _, difference in pieces(opened, side) if difference] for side in (0, 1)]
+            assert all(differences)
+            assert any(float(difference) for difference in differences[1])
+            opened.fill("section[data-side='1'] input[type=range]", "0")
+            ask(opened, "what is that")
+            assert shown() == [told("tiny")] * 2
+            opened.click("summary")
+            opened.fill("#lora-name", "rhyme")
+            opened.fill("#lora-path", "poet")
+            opened.click("#load")
+            expect(opened.locator("#status")).to_have_text("rhyme: done")
+            opened.select_option("section[data-side='0'] select", "rhyme")
+            opened.fill("section[data-side='1'] input[type=range]", "1")
+            ask(opened, "what is that")
+            assert shown() == [told("rhyme"), told("legal")]
+            opened.click("#unload")
+            expect(opened.locator("#status")).to_have_text("rhyme: done")
+            assert [model.id for model in server.client.models.list()] == ["tiny", "legal"]
 
     def test_the_strength_goes_to_the_adapter_alone(self, opened: Page, requests: list[dict[str, Any]]) -> None:
         assert opened.is_disabled("section[data-side='0'] input[type=range]")

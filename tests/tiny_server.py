@@ -1,0 +1,81 @@
+"""A server of a tiny model and two adapters, on loopback, and its clients."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import torch
+import uvicorn
+from fastapi import FastAPI
+from tiny import GROUPED, chat_tokenizer, stir
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.core.adapter_set import AdapterSet
+from tailora.serve.app import ServerSettings, create_app
+from tailora.serve.padded import make_engine
+from tailora.serve.registry import AdapterRegistry
+
+TEXTS = ["the cat sat on the mat", "a dog ran away", "what is that", "good morning to you"]
+TOKENIZER = chat_tokenizer(TEXTS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
+def base_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(**GROUPED, initializer_range=0.2, max_position_embeddings=256, eos_token_id=2)
+    return LlamaForCausalLM(config).eval()
+
+
+def write_adapters(folder: Path) -> Path:
+    """Writes the adapters legal and poet into the folder, and returns it."""
+    for seed, name in enumerate(["legal", "poet"]):
+        model = LoRAModel(base_model(), LoRAConfig(r=2 + 2 * seed))
+        stir(model, seed)
+        model.save_adapter(folder / name)
+    return folder
+
+
+@dataclass
+class Running:
+    url: str
+    app: Any
+    client: openai.OpenAI
+    http: httpx.Client
+
+
+@contextmanager
+def on_loopback(app: FastAPI) -> Iterator[str]:
+    """The address of a server that runs this app."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listening.close()
+
+
+@contextmanager
+def running(root: Path, **options: Any) -> Iterator[Running]:
+    """A server with the adapter legal of this folder. options: those of ServerSettings."""
+    engine = make_engine(AdapterSet(base_model(), {}), [2], max_positions=200, max_requests=8)
+    registry = AdapterRegistry(engine.adapter_set, engine.paused, "tiny", root)
+    engine.start()
+    registry.load("legal", "legal")
+    app = create_app(engine, registry, TOKENIZER, ServerSettings(**{"drain_seconds": 5, **options}))
+    key = options.get("api_key") or "none"
+    with (
+        on_loopback(app) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as client,
+        httpx.Client(base_url=url, timeout=30) as http,
+    ):
+        yield Running(url, app, client, http)
