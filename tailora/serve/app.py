@@ -9,7 +9,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -128,6 +128,15 @@ class Metrics:
         Gauge("tailora_adapters_in_memory", "adapters in memory", **options).set_function(
             lambda: sum(adapter.in_memory for adapter in registry.list())
         )
+
+    def forget(self, model: str) -> None:
+        """Drops the counts of a model, so that names that come and go do not fill the memory."""
+        for metric in (self.prompt_tokens, self.tokens, self.first_token):
+            with suppress(KeyError):
+                metric.remove(model)
+        for status in (200, 499, *TYPES):
+            with suppress(KeyError):
+                self.requests.remove(model, str(status))
 
 
 class Server:
@@ -627,6 +636,7 @@ def add_adapter_routes(app: FastAPI, server: Server) -> None:
     @app.post("/v1/unload_lora_adapter", **text)
     async def unload_lora_adapter(body: UnloadAdapterRequest) -> str:
         await run_in_threadpool(server.registry.unload, body.lora_name)
+        server.metrics.forget(body.lora_name)
         return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 

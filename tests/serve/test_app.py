@@ -127,7 +127,10 @@ def test_adapters_are_loaded_and_unloaded(server: Running, root: Path) -> None:
         status, error = post("load_lora_adapter", lora_name="x", lora_path=path)
         assert status == expected
         assert str(root) not in error["message"]
+    chat(server, "rhyme")
+    assert any('model="rhyme"' in name for name in metrics(server))
     assert post("unload_lora_adapter", lora_name="rhyme")[0] == 200
+    assert not any('model="rhyme"' in name for name in metrics(server))  # names that come and go would fill the memory
     status, error = post("unload_lora_adapter", lora_name="rhyme")
     assert (status, error["type"]) == (404, "NotFoundError")
     with pytest.raises(openai.NotFoundError) as raised:
