@@ -186,6 +186,9 @@ def show(console: Console, result: "ExportReport", code: list[Block], seconds: f
         Paragraph(f"{changes[:1].upper()}{changes[1:]}."),  # of mlx-lm it says what to do before the command below
         *code,
     ]
+    if PASSPORT in result.files:
+        ask = shlex.join(["tailora", "verify", "URL", "--adapter", str(result.folder)])
+        contents.append(Code(ask, title="To see that the server uses it:"))
     print_section(console, Section(f"Written in {seconds:.1f} s", "", contents))
 
 

@@ -49,6 +49,7 @@ class Probe:
     prompt_tokens: the number of tokens of the prompt.
     tokens: texts of a few likely tokens.
     logprobs: variant -> log-probability of each of `tokens` after the prompt.
+    is_control: the adapter changes nothing here; what a server changes is its rounding.
     """
 
     prompt_tokens: int
@@ -57,6 +58,7 @@ class Probe:
     text: str | None = None
     messages: list[dict[str, str]] | None = None
     rendered: str | None = None
+    is_control: bool = False
 
 
 @dataclass(frozen=True)

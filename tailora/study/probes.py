@@ -6,7 +6,7 @@ log-probabilities of the likely tokens under every variant that a server may com
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +14,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,7 +40,7 @@ from tailora.train.random_state import seeded
 PROMPT_LENGTH, REPLY_LENGTH = 256, 40  # tokens of a chat that are used; longer prompts are left out
 TEXTS, TEXT_LENGTH = 8, 48  # for a model without chat template: texts that the base writes, and their tokens
 SHORTEST_PROMPT = 4  # tokens; the first words of a plain text tell little
-TEXT_PROBES, MOST_PER_TEXT = 40, 6
+TEXT_PROBES, CONTROLS, MOST_PER_TEXT = 36, 12, 6
 LIKELY = 8  # tokens of a probe that are kept for each of the variants in TOKENS_OF
 SCALES = (0.25, 0.5, 0.75, 1.25, 1.5, 2.0, 4.0)
 GROUP, LEVELS = 32, 7  # weights that share a scale, and steps on each side of 0, as in llama.cpp's Q4_0
@@ -326,29 +327,29 @@ def _chunks(texts: Sequence[ProbeText], vocabulary: int) -> Iterator[Sequence[Pr
 def _text_probes(
     texts: Sequence[ProbeText], computations: Mapping[str, Computation], tokenizer: ChatTokenizer
 ) -> list[Probe]:
-    """Returns probes at those positions of the texts where the adapter changes most."""
+    """Returns probes at those positions of the texts where the adapter changes most, and controls where it does not."""
     vocabulary, special = len(tokenizer.tokenizer), sorted(tokenizer.special_ids)
-    candidates: list[tuple[float, ProbeText, int]] = []  # score, text, position
+    effects: list[float] = []
+    roundings: list[float] = []
+    spots: list[tuple[ProbeText, int]] = []  # where a text may end
     for chunk in _chunks(texts, vocabulary):
         rows = [text.ids for text in chunk]
         positions: list[Sequence[int]] = [range(text.first, len(text.ids)) for text in chunk]
         base, adapter, rounded = (_computed(computations[name], rows, positions) for name in (BASE, ADAPTER, ROUNDED))
-        scores = _change(base, adapter) / (_change(rounded, adapter) + NOISE_FLOOR)  # (positions,)
         ends = torch.maximum(*(logprobs[:, special].exp().sum(-1) for logprobs in (base, adapter)))
-        scores = scores.where(ends < MOST_SPECIAL, 0)
-        spots = [(text, position) for text, where in zip(chunk, positions, strict=True) for position in where]
-        candidates += [(score, *spot) for score, spot in zip(scores.tolist(), spots, strict=True)]
-    chosen: dict[ProbeText, dict[int, str]] = {}  # text -> position -> words up to it
-    for score, text, position in sorted(candidates, key=lambda candidate: -candidate[0]):
-        if sum(map(len, chosen.values())) == TEXT_PROBES or not score:
-            break
-        words = tokenizer.tokenizer.decode(text.ids[len(tokenizer.bos_ids) : position + 1])
-        is_same = list(tokenizer.tokenizer(words, verbose=False)["input_ids"]) == list(text.ids[: position + 1])
-        if is_same and len(chosen.get(text, ())) < MOST_PER_TEXT:
-            chosen.setdefault(text, {})[position] = words
+        of_chunk = [(text, position) for text, where in zip(chunk, positions, strict=True) for position in where]
+        kept = (ends < MOST_SPECIAL).nonzero().flatten().tolist()
+        effects += _change(base, adapter)[kept].tolist()
+        roundings += _change(rounded, adapter)[kept].tolist()
+        spots += [of_chunk[number] for number in kept]
+    ratios = np.array(effects) / (np.array(roundings) + NOISE_FLOOR)
+    chosen = _chosen(spots, np.argsort(-ratios), TEXT_PROBES, {}, tokenizer)
+    controls = _chosen(spots, np.argsort((np.array(effects) + NOISE_FLOOR) / roundings), CONTROLS, chosen, tokenizer)
     probes: list[Probe] = []
-    for chunk in _chunks(list(chosen), vocabulary):
-        rows, positions = [text.ids for text in chunk], [sorted(chosen[text]) for text in chunk]
+    words = {**chosen, **controls}
+    for chunk in _chunks(list(dict.fromkeys(text for text, _ in words)), vocabulary):
+        rows = [text.ids for text in chunk]
+        positions = [sorted(position for text, position in words if text is row) for row in chunk]
         computed = {
             name: partial(_computed, computation, rows, positions) for name, computation in computations.items()
         }
@@ -357,10 +358,34 @@ def _text_probes(
             shifted = [[position + shift for position in where] for where in positions]
             moved = [(bos, *row) if shift > 0 else row[-shift:] for row in rows]
             computed[name] = partial(_computed, computations[ADAPTER], moved, shifted)
-        spots = [(text, position) for text, where in zip(chunk, positions, strict=True) for position in where]
-        for (text, position), (tokens, values) in zip(spots, _likely_tokens(computed, tokenizer), strict=True):
-            probes.append(Probe(position + 1, tokens, values, text=chosen[text][position]))
+        asked = [(text, position) for text, where in zip(chunk, positions, strict=True) for position in where]
+        for spot, (tokens, values) in zip(asked, _likely_tokens(computed, tokenizer), strict=True):
+            probes.append(Probe(spot[1] + 1, tokens, values, text=words[spot], is_control=spot in controls))
     return probes
+
+
+def _chosen(
+    spots: Sequence[tuple[ProbeText, int]],
+    order: Iterable[int],
+    count: int,
+    taken: Mapping[tuple[ProbeText, int], str],
+    tokenizer: ChatTokenizer,
+) -> dict[tuple[ProbeText, int], str]:
+    """Returns the first `count` spots in this order whose words are the same tokens again, with their words.
+
+    taken: spots that are left out.
+    """
+    chosen: dict[tuple[ProbeText, int], str] = {}
+    for number in order:
+        if len(chosen) == count:
+            break
+        text, position = spots[number]
+        if (text, position) in taken or sum(other is text for other, _ in chosen) == MOST_PER_TEXT:
+            continue
+        words = tokenizer.tokenizer.decode(text.ids[len(tokenizer.bos_ids) : position + 1])
+        if list(tokenizer.tokenizer(words, verbose=False)["input_ids"]) == list(text.ids[: position + 1]):
+            chosen[text, position] = words
+    return chosen
 
 
 def _wrong_bos(tokenizer: ChatTokenizer) -> dict[str, int]:

@@ -22,7 +22,8 @@ STEP = 0.05  # between the scales that are tried
 RESAMPLES, CONFIDENCE = 400, 0.95
 SAME_SCALE = 0.1  # scales nearer to 1 are not called wrong
 SHARE = 0.5  # of the adapter's effect: a variant with a larger error does not explain the answers (measured)
-LEAST_SHARE, NOISE = 0.2, 2.0  # the same where the server's base is known, of the effect and of the base's error
+CONTROL_BIAS = 2.5  # controls are where 4 bits change much, the others where they change little (measured)
+LEAST_SHARE, NOISE = 0.2, 2.0  # the same where the server's rounding is known, of the effect and of the rounding
 ROUNDING = 1.5  # times what rounding to 4 bits changes: smaller errors may come from it (measured)
 CHAT_ERROR, CHAT_SHARE = 3.0, 0.15  # of the error that plain texts lead to expect, and of the effect: a right template
 WIDEST = 1.0  # interval of a scale that is told
@@ -57,6 +58,7 @@ class Fit:
     effect: how far the adapter is from the base at these probes.
     rounding: how far 4-bit rounding moves the adapter.
     limit: a variant with a larger error does not explain the answers.
+    noise: what the server's own rounding changes; None if it is unknown.
     is_certain: the others of another meaning were worse in 95% of the resamples.
     probes: their number.    has_logprobs: the server told log-probabilities.
     """
@@ -71,6 +73,7 @@ class Fit:
     effect: float
     rounding: float
     limit: float
+    noise: float | None
     is_certain: bool
     probes: int
     has_logprobs: bool
@@ -78,7 +81,8 @@ class Fit:
     @property
     def scale_tolerance(self) -> float:
         """How far rounding may move the best scale: an error along the adapter's effect looks like another scale."""
-        return max(SAME_SCALE, self.error / max(self.effect, 1e-12))
+        noise = self.error if self.noise is None else self.noise
+        return max(SAME_SCALE, noise / max(self.effect, 1e-12))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -113,11 +117,16 @@ def relative(probe: Probe, observation: Observation, of_base: Observation) -> Ob
 
 
 def fit_variants(
-    probes: Sequence[Probe], observations: Sequence[Observation], passport: Passport, noise: float | None = None
+    probes: Sequence[Probe],
+    observations: Sequence[Observation],
+    passport: Passport,
+    noise: float | None = None,
+    ratio: float | None = None,
 ) -> Fit | None:
     """Returns which variant explains the observations of these probes best; None for too few probes.
 
     noise: error of the server's base, in nats, if it is known: the adapter's error is not much larger.
+    ratio: of the server's rounding to that of 4 bits, if it is known.
     If the server tells log-probabilities at all, probes without them are left out.
     """
     if any(observation.logprobs for observation in observations):
@@ -128,6 +137,7 @@ def fit_variants(
     candidates = _candidates(probes, observations, passport)
     errors = candidates.errors()
     effect, rounding = (_distance(probes, observations, name) for name in (BASE, ROUNDED))
+    noise = CONTROL_BIAS * ratio * rounding if noise is None and ratio is not None else noise
     is_scale = np.array([kind == "scale" for kind in candidates.kinds])
     scales = candidates.scales[is_scale]
     counts = np.random.default_rng(0).multinomial(len(probes), [1 / len(probes)] * len(probes), RESAMPLES)
@@ -156,6 +166,7 @@ def fit_variants(
         effect=effect,
         rounding=rounding,
         limit=limit,
+        noise=noise,
         is_certain=wins >= CONFIDENCE,
         probes=len(probes),
         has_logprobs=any(observation.logprobs for observation in observations),
@@ -239,7 +250,7 @@ def _distance(probes: Sequence[Probe], observations: Sequence[Observation], name
 class Verification:
     """verdict, the scale that explains the answers best (None if it was not found), and the evidence in sentences.
 
-    fits: "text", "chat", and "base" for the base's own name -> what explains its answers best.
+    fits: "text" and "chat", with "base " before them for the base's own name, "all" -> what explains the answers best.
     """
 
     verdict: Verdict
@@ -263,6 +274,7 @@ def verify(
     of_base: its answers under the name of its base; None if it offers no base.
     """
     fits: dict[str, Fit] = {}
+    ratio = _rounding_ratio(passport, observations)
     for name, is_kind in KINDS.items():
         answered = [
             (probe, answer, None if of_base is None else of_base[number])
@@ -271,8 +283,8 @@ def verify(
         ]
         probes, answers = [probe for probe, _, _ in answered], [answer for _, answer, _ in answered]
         bases = [base_answer for _, _, base_answer in answered if base_answer is not None]
-        fit, relative_fit = fit_variants(probes, answers, passport), None
-        if len(bases) == len(probes) and (base_fit := fit_variants(probes, bases, passport)) is not None:
+        fit, relative_fit = fit_variants(probes, answers, passport, ratio=ratio), None
+        if len(bases) == len(probes) and (base_fit := fit_variants(probes, bases, passport, ratio=ratio)) is not None:
             fits[f"base {name}"] = base_fit
             if base_fit.has_logprobs and _meaning(base_fit) == "base":
                 moved = [relative(*triple) for triple in zip(probes, answers, bases, strict=True)]
@@ -281,6 +293,17 @@ def verify(
             fits[name] = chosen
     text, chat, base = fits.get("text"), fits.get("chat"), fits.get("base text") or fits.get("base chat")
     verdict = _combined(text, chat)
+    if text is not None and chat is not None and verdict in ("adapter", "scaled") and chat.kind == "part":
+        pairs = [
+            (probe, answer)
+            for probe, answer in zip(passport.probes, observations, strict=True)
+            if answer is not None and not probe.is_control
+        ]
+        together = fit_variants([pair[0] for pair in pairs], [pair[1] for pair in pairs], passport, ratio=ratio)
+        if together is not None and _meaning(together) == "partial":
+            verdict, fits["all"] = "partial", together
+        elif verdict == "adapter":
+            verdict = "unknown"
     if verdict in ("other-base", "other-adapter", "unknown") and base is not None:
         if base.base_error > base.limit:
             verdict = "other-base"
@@ -289,6 +312,7 @@ def verify(
     leading = chat if text is None or (chat and _meaning(text) == "unknown") else text
     evidence = [
         *(_sentence(KIND_NAMES[name], fits[name]) for name in KINDS if name in fits),
+        *([_sentence("all of them together", fits["all"])] if "all" in fits else []),
         *([f"the base, asked under its own name: {_explanation(base)}"] if base is not None else []),
         *_prompt_tokens(passport, observations),
         *_missing(fits, verdict),
@@ -297,8 +321,27 @@ def verify(
     return Verification(verdict, leading.scale if leading and has_scale else None, evidence, fits)
 
 
+def _rounding_ratio(passport: Passport, observations: Sequence[Observation | None]) -> float | None:
+    """Returns how much the server rounds, at the probes that the adapter does not change, over rounding to 4 bits.
+
+    None if too few of them have log-probabilities.
+    """
+    pairs = [
+        (probe, answer)
+        for probe, answer in zip(passport.probes, observations, strict=True)
+        if probe.is_control and answer is not None and answer.logprobs
+    ]
+    if len(pairs) < FEWEST:
+        return None
+    probes, answers = [probe for probe, _ in pairs], [answer for _, answer in pairs]
+    candidates = _candidates(probes, answers, passport)
+    errors = dict(zip(candidates.names, candidates.errors().tolist(), strict=True))
+    ratio: float = min(errors[ADAPTER], errors[BASE]) / max(_distance(probes, answers, ROUNDED), 1e-12)
+    return ratio
+
+
 KINDS: dict[str, Callable[[Probe], bool]] = {
-    "text": lambda probe: probe.text is not None,
+    "text": lambda probe: probe.text is not None and not probe.is_control,
     "chat": lambda probe: probe.text is None,
 }
 KIND_NAMES = {"text": "plain completions", "chat": "chat completions"}
@@ -329,7 +372,7 @@ def _meaning(fit: Fit | None) -> Verdict | None:
 
 def _unexplained(fit: Fit) -> Verdict:
     """Returns the verdict on answers that no variant explains."""
-    if fit.error <= ROUNDING * fit.rounding:
+    if fit.noise is None and fit.error <= ROUNDING * fit.rounding:
         return "unknown"
     far = min(fit.adapter_error, fit.base_error) > FOREIGN * fit.effect
     return "other-base" if far else "other-adapter"
