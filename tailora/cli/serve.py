@@ -65,7 +65,7 @@ def serve(
         from tailora.evaluation.generate import free_positions, stop_ids
         from tailora.serve.app import ServerSettings, create_app
         from tailora.serve.continuous import ContinuousEngine
-        from tailora.serve.padded import make_engine
+        from tailora.serve.engine import make_engine
         from tailora.serve.playground import LOCAL_HOSTS
         from tailora.serve.registry import AdapterRegistry
         from tailora.train.memory import keep_freed_memory

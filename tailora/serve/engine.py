@@ -1,11 +1,11 @@
 """Engine: the interface between the server and what runs the model.
 
 The server gives an engine requests, each with the adapter that it is for, and gets the tokens one by one. There are
-two: `ContinuousEngine` (serve/continuous.py) and `PaddedEngine` (serve/padded.py).
+two: `ContinuousEngine` (serve/continuous.py) and `PaddedEngine` (serve/padded.py). `make_engine` chooses one.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
@@ -66,6 +66,7 @@ class Finish:
     message: str = ""  # of an error
 
 
+EngineName = Literal["auto", "continuous", "padded"]
 EventHandler = Callable[[Token | Finish], None]
 
 
@@ -114,3 +115,20 @@ class Engine(ABC):
     @abstractmethod
     def load(self) -> tuple[int, int]:
         """The number of requests that run, and of those that wait."""
+
+
+def make_engine(
+    adapter_set: AdapterSet,
+    eos_token_ids: Collection[int],
+    kind: EngineName = "auto",
+    *,
+    max_positions: int,
+    max_requests: int = 64,
+) -> Engine:
+    """Returns the engine of this name, not started; "auto" is the continuous one where the model allows it."""
+    from tailora.serve.continuous import ContinuousEngine, obstacle  # here, since both import this file
+    from tailora.serve.padded import PaddedEngine
+
+    is_continuous = kind == "continuous" or (kind == "auto" and not obstacle(adapter_set.base_model))
+    engine = ContinuousEngine if is_continuous else PaddedEngine
+    return engine(adapter_set, eos_token_ids, max_positions=max_positions, max_requests=max_requests)

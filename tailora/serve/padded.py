@@ -1,14 +1,13 @@
 """PaddedEngine: one batch of padded rows after another, each row with its own adapter, for any model that generates.
 
-Requests that come while a batch runs wait for its end. `make_engine` chooses between this engine and the continuous
-one.
+Requests that come while a batch runs wait for its end.
 """
 
 from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from threading import Condition, Lock, Thread
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,25 +15,8 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from tailora.core.adapter_set import AdapterSet
 from tailora.errors import AdapterError, RowsError, is_out_of_memory
-from tailora.serve.continuous import ContinuousEngine, obstacle
 from tailora.serve.engine import Engine, EventHandler, Finish, Request
 from tailora.serve.sampling import RunningRequest, sample
-
-EngineName = Literal["auto", "continuous", "padded"]
-
-
-def make_engine(
-    adapter_set: AdapterSet,
-    eos_token_ids: Collection[int],
-    kind: EngineName = "auto",
-    *,
-    max_positions: int,
-    max_requests: int = 64,
-) -> Engine:
-    """Returns the engine of this name, not started; "auto" is the continuous one where the model allows it."""
-    if kind == "continuous" or (kind == "auto" and not obstacle(adapter_set.base_model)):
-        return ContinuousEngine(adapter_set, eos_token_ids, max_positions=max_positions, max_requests=max_requests)
-    return PaddedEngine(adapter_set, eos_token_ids, max_positions=max_positions, max_requests=max_requests)
 
 
 class PaddedEngine(Engine):

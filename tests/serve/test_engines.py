@@ -18,8 +18,8 @@ from tailora.core.mixed_batch import layer_terms
 from tailora.core.targets import select
 from tailora.errors import AdapterError, ConfigError
 from tailora.serve.continuous import ContinuousEngine
-from tailora.serve.engine import Engine, Finish, Request, SamplingParams, Token
-from tailora.serve.padded import PaddedEngine, make_engine
+from tailora.serve.engine import Engine, Finish, Request, SamplingParams, Token, make_engine
+from tailora.serve.padded import PaddedEngine
 
 EOS = 7
 CONFIGS = {  # ranks, DoRA, heads, embeddings and modules that are trained in full

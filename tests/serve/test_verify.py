@@ -27,7 +27,7 @@ from tailora.formats.passport import ADAPTER, BASE, Passport, Probe, read_passpo
 from tailora.formats.run_folder import ADAPTER_WEIGHTS, PASSPORT
 from tailora.serve.app import ServerSettings, create_app
 from tailora.serve.client import ServerClient, choose_model
-from tailora.serve.padded import make_engine
+from tailora.serve.engine import make_engine
 from tailora.serve.registry import AdapterRegistry
 from tailora.study.probes import QUESTIONS, make_passport
 from tailora.study.verification import Observation, Verification, verify
