@@ -276,6 +276,16 @@ class TestInBrowser:
             expect(opened.locator("#status")).to_have_text("rhyme: done")
             assert [model.id for model in server.client.models.list()] == ["tiny", "legal"]
 
+    def test_a_server_that_asks_for_a_key(self, browser: Browser, tmp_path: Path) -> None:
+        with running(write_adapters(tmp_path), api_key="secret") as server:
+            shown = browser.new_page()
+            shown.goto(server.url)
+            expect(shown.locator("#status")).to_contain_text("the API key is missing or wrong")
+            shown.fill("#api-key", "secret")  # its field is shown
+            shown.press("#api-key", "Enter")
+            expect(shown.locator("#status")).to_have_text("2 models")
+            shown.close()
+
     def test_the_strength_goes_to_the_adapter_alone(self, opened: Page, requests: list[dict[str, Any]]) -> None:
         assert opened.is_disabled("section[data-side='0'] input[type=range]")
         opened.fill("section[data-side='1'] input[type=range]", "0.5")
