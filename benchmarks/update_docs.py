@@ -256,6 +256,45 @@ def soak() -> str:
     return f"{text}\n\n{tables.table(['request, and its outcome', 'count'], rows)}"
 
 
+# ---- docs/verify.md
+
+
+def verify_faults() -> str:
+    """One row per fault, one column per server: the verdict, in bold where it is not the one to expect."""
+    if reason := not_measured("verify"):
+        return reason
+    rows = read("verify")["faults"]
+    servers = list(dict.fromkeys((row["server"], row["base"]) for row in rows))
+    verdicts = {(row["fault"], row["server"], row["base"]): _verdict(row) for row in rows}
+    faults = dict.fromkeys(row["fault"] for row in rows)
+    cells = [[fault, *(verdicts.get((fault, *server), "") for server in servers)] for fault in faults]
+    missed = sum(not row["is_right"] for row in rows)
+    text = f"{len(rows)} servers, {missed} wrong answers to the question whether the adapter is in use as trained."
+    return f"{tables.table(['fault', *map(', '.join, servers)], cells)}\n\n{text}"
+
+
+def _verdict(row: Content) -> str:
+    scale = f" {row['scale']:.2f}" if row["verdict"] == "scaled" else ""
+    return f"{row['verdict']}{scale}" if row["is_named"] else f"**{row['verdict']}**{scale}"
+
+
+def verify_trials() -> str:
+    if reason := not_measured("verify"):
+        return reason
+    content = read("verify")
+    servers = dict.fromkeys((row["server"], row["base"]) for row in content["trials"])
+    cells = []
+    for server, base in servers:
+        verdicts = [row["verdict"] for row in content["trials"] if (row["server"], row["base"]) == (server, base)]
+        wrong = [verdict for verdict in verdicts if verdict != "adapter"]
+        cells.append([server, base, str(len(verdicts)), str(len(wrong)), ", ".join(sorted(set(wrong)))])
+    text = (
+        f"Adapters of {content['steps']} steps on the demo's model, on {tables.machine(content)}. "
+        f"{tables.packages(content)}."
+    )
+    return f"{tables.table(['server', 'base', 'trials', 'false alarms', 'their verdicts'], cells)}\n\n{text}"
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -> what makes it
     "README.md": {"demo-output": demo_output, "table": readme_table, "compare": compare_verdict},
     "docs/performance.md": {
@@ -291,6 +330,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
         "experts": lambda: scaling_tables.experts_in_nf4(read("scaling")),
     },
     "docs/serving.md": {"serving": serving, "soak": soak},
+    "docs/verify.md": {"faults": verify_faults, "trials": verify_trials},
     "docs/architectures.md": {"architectures": architectures, "untried": untried},
 }
 

@@ -12,6 +12,7 @@ passport, with other texts of the base, and a server that does all right. Writes
 import argparse
 import ctypes
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -93,7 +94,8 @@ class Files:
             loaded = load_model("demo", {"default": adapter})
             with_fault(loaded.model, fault)
             for form in ("portable", "gguf", "merged") if fault in ("none", "scale times 2") else ("portable", "gguf"):
-                loaded.model.export(self.of(fault, form), form, tokenizer=loaded.tokenizer, overwrite=True)
+                shutil.rmtree(self.of(fault, form), ignore_errors=True)
+                loaded.model.export(self.of(fault, form), form, tokenizer=loaded.tokenizer)
             loaded.tokenizer.save_pretrained(self.of(fault, "portable"))  # transformers serve reads it there
         converter = [sys.executable, str(llama_cpp / "convert_hf_to_gguf.py"), str(self.base), "--outtype", "bf16"]
         environment = {**os.environ, "PYTHONPATH": str(llama_cpp / "gguf-py")}

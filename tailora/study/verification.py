@@ -6,7 +6,7 @@ interpolated. Whether two variants can be told apart follows from resampling the
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -106,26 +106,14 @@ class Candidates:
         return mean
 
 
-def relative(probe: Probe, observation: Observation, of_base: Observation) -> Observation:
-    """Returns an observation without what moves the server's base, too, such as the rounding of its weights.
-
-    What the server's adapter changes is added to the passport's base, for the tokens in both lists of the server.
-    """
-    moved = {token: value - probe.logprobs[BASE][token] for token, value in of_base.logprobs.items()}
-    logprobs = {token: value - moved.get(token, 0.0) for token, value in observation.logprobs.items()}
-    return replace(observation, logprobs=logprobs)
-
-
 def fit_variants(
     probes: Sequence[Probe],
     observations: Sequence[Observation],
     passport: Passport,
-    noise: float | None = None,
     ratio: float | None = None,
 ) -> Fit | None:
     """Returns which variant explains the observations of these probes best; None for too few probes.
 
-    noise: error of the server's base, in nats, if it is known: the adapter's error is not much larger.
     ratio: of the server's rounding to that of 4 bits, if it is known.
     If the server tells log-probabilities at all, probes without them are left out.
     """
@@ -137,7 +125,7 @@ def fit_variants(
     candidates = _candidates(probes, observations, passport)
     errors = candidates.errors()
     effect, rounding = (_distance(probes, observations, name) for name in (BASE, ROUNDED))
-    noise = CONTROL_BIAS * ratio * rounding if noise is None and ratio is not None else noise
+    noise = None if ratio is None else CONTROL_BIAS * ratio * rounding
     is_scale = np.array([kind == "scale" for kind in candidates.kinds])
     scales = candidates.scales[is_scale]
     counts = np.random.default_rng(0).multinomial(len(probes), [1 / len(probes)] * len(probes), RESAMPLES)
@@ -276,21 +264,15 @@ def verify(
     fits: dict[str, Fit] = {}
     ratio = _rounding_ratio(passport, observations)
     for name, is_kind in KINDS.items():
-        answered = [
-            (probe, answer, None if of_base is None else of_base[number])
-            for number, (probe, answer) in enumerate(zip(passport.probes, observations, strict=True))
-            if is_kind(probe) and answer is not None
-        ]
-        probes, answers = [probe for probe, _, _ in answered], [answer for _, answer, _ in answered]
-        bases = [base_answer for _, _, base_answer in answered if base_answer is not None]
-        fit, relative_fit = fit_variants(probes, answers, passport, ratio=ratio), None
-        if len(bases) == len(probes) and (base_fit := fit_variants(probes, bases, passport, ratio=ratio)) is not None:
-            fits[f"base {name}"] = base_fit
-            if base_fit.has_logprobs and _meaning(base_fit) == "base":
-                moved = [relative(*triple) for triple in zip(probes, answers, bases, strict=True)]
-                relative_fit = fit_variants(probes, moved, passport, base_fit.base_error)
-        if (chosen := relative_fit or fit) is not None:
-            fits[name] = chosen
+        for key, answers in ((name, observations), (f"base {name}", of_base or [None] * len(observations))):
+            pairs = [
+                (probe, answer)
+                for probe, answer in zip(passport.probes, answers, strict=True)
+                if is_kind(probe) and answer is not None
+            ]
+            fit = fit_variants([probe for probe, _ in pairs], [answer for _, answer in pairs], passport, ratio)
+            if fit is not None:
+                fits[key] = fit
     text, chat, base = fits.get("text"), fits.get("chat"), fits.get("base text") or fits.get("base chat")
     verdict = _combined(text, chat)
     if text is not None and chat is not None and verdict in ("adapter", "scaled") and chat.kind == "part":
@@ -299,7 +281,7 @@ def verify(
             for probe, answer in zip(passport.probes, observations, strict=True)
             if answer is not None and not probe.is_control
         ]
-        together = fit_variants([pair[0] for pair in pairs], [pair[1] for pair in pairs], passport, ratio=ratio)
+        together = fit_variants([pair[0] for pair in pairs], [pair[1] for pair in pairs], passport, ratio)
         if together is not None and _meaning(together) == "partial":
             verdict, fits["all"] = "partial", together
         elif verdict == "adapter":
