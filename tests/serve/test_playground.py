@@ -238,6 +238,7 @@ class TestInBrowser:
             ask(opened)
         assert [request.get("lora_scale") for request in requests] == [None, None]
 
+    @pytest.mark.slow
     def test_our_own_server(self, browser: Browser, tmp_path: Path) -> None:
         root = write_adapters(tmp_path)
         with running(root, allowed_hosts=LOCAL_HOSTS) as server, open_page(browser, server.url) as opened:
