@@ -328,7 +328,7 @@ def _text_probes(
     texts: Sequence[ProbeText], computations: Mapping[str, Computation], tokenizer: ChatTokenizer
 ) -> list[Probe]:
     """Returns probes at those positions of the texts where the adapter changes most, and controls where it does not."""
-    vocabulary, special = len(tokenizer.tokenizer), sorted(tokenizer.special_ids)
+    vocabulary = len(tokenizer.tokenizer)
     effects: list[float] = []
     roundings: list[float] = []
     spots: list[tuple[ProbeText, int]] = []  # where a text may end
@@ -336,6 +336,7 @@ def _text_probes(
         rows = [text.ids for text in chunk]
         positions: list[Sequence[int]] = [range(text.first, len(text.ids)) for text in chunk]
         base, adapter, rounded = (_computed(computations[name], rows, positions) for name in (BASE, ADAPTER, ROUNDED))
+        special = [token for token in tokenizer.special_ids if token < base.shape[1]]  # the model may lack some
         ends = torch.maximum(*(logprobs[:, special].exp().sum(-1) for logprobs in (base, adapter)))
         of_chunk = [(text, position) for text, where in zip(chunk, positions, strict=True) for position in where]
         kept = (ends < MOST_SPECIAL).nonzero().flatten().tolist()
@@ -473,7 +474,7 @@ def _likely_tokens(
         weight = first[ADAPTER][number].exp() + first[BASE][number].exp()
         for token in sorted({*top[number].tolist()} - tokenizer.special_ids, key=lambda token: -float(weight[token])):
             text = tokenizer.tokenizer.decode([token])
-            if "\ufffd" not in text:  # a part of a character, which servers write in different ways
+            if text and "\ufffd" not in text:  # a part of a character, which servers write in different ways
                 by_text.setdefault(text, token)
         texts.append(by_text)
     values: list[dict[str, list[float]]] = [{} for _ in range(count)]

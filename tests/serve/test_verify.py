@@ -223,6 +223,13 @@ def test_a_model_without_chat_template_gets_probes_of_plain_texts() -> None:
         assert len(tokenizer(probe.text)["input_ids"]) == probe.prompt_tokens
 
 
+def test_a_special_token_that_the_model_lacks_is_no_obstacle() -> None:
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    assert len(tokenizer) > base_model().config.vocab_size
+    assert make_passport(adapted(0), tokenizer).probes
+
+
 def test_probes_leave_the_model_and_random_numbers_as_they_are() -> None:
     model = adapted(0)
     ids, before = torch.arange(12)[None], torch.get_rng_state()
