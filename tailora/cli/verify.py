@@ -8,11 +8,11 @@ from cyclopts.types import PositiveFloat
 from rich.console import Console
 
 from tailora.cli.flags import Json
-from tailora.cli.main import GATE_NOT_MET, log, print_json, stderr, stdout
+from tailora.cli.main import GATE_NOT_MET, log, note, print_json, stderr, stdout
 from tailora.cli.models import find_adapter
 from tailora.cli.serve import API_KEY
 from tailora.errors import require_packages
-from tailora.formats.passport import read_passport
+from tailora.formats.passport import Passport, read_passport
 from tailora.formats.run_folder import ADAPTER
 from tailora.report.blocks import Paragraph, Section
 from tailora.report.terminal import print_section
@@ -48,6 +48,18 @@ HEADLINES = {
     "other-adapter": "The server uses another adapter, or another version of this one.",
     "unknown": "It cannot be told whether the server uses this adapter.",
 }
+ADVICE = {  # what to do next
+    "base": "Load the adapter into the server, or say by --model what the server calls it.",
+    "scaled": "Compare the server's scale with lora_alpha, r and use_rslora in adapter_config.json.",
+    "partial": "Look in the server's log for layers that it left out. `tailora export --to SERVER` merges what a "
+    "server takes no adapter for.",
+    "template": "Give the server the chat template of training: `tailora export --to SERVER` writes it, with the "
+    "command that uses it.",
+    "other-base": "The adapter was trained on {base_model}: give the server that model, in the same version.",
+    "other-adapter": "Compare the SHA-256 of the server's file with that of training: {hashes}.",
+    "unknown": "It would help if the server told log-probabilities, kept the base in more bits, or offered the base "
+    "beside the adapter (--base).",
+}
 
 
 def verify(
@@ -69,17 +81,21 @@ def verify(
     """
     require_packages("httpx", extra="serve")
     from tailora.cli.progress import counter
-    from tailora.serve.client import ServerClient, choose_model
+    from tailora.serve.client import ServerClient, check_model, choose_model
     from tailora.study import verification
 
     with ServerClient(url, os.environ.get(API_KEY), timeout=timeout) as server:
         folder = find_adapter(adapter)
+        folder = folder if folder.is_dir() else folder.parent
         passport = read_passport(folder)
         resolved = folder.resolve()
         name = resolved.parent.name if resolved.name == ADAPTER else resolved.name
         models = server.models()
         model = choose_model(models, model, name)
-        base = base or (models.get(model) if model is not None else None)
+        if base is not None:
+            check_model(models, base, "--base")
+        elif model is not None:
+            base = models.get(model)
         asked = f" as {model}" if model is not None else ""
         log(f"asking {server.url}{asked}: {len(passport.probes)} prompts")
         with counter(stderr(), "prompts") as progress:
@@ -89,15 +105,19 @@ def verify(
             log(f"asking it as {base}, its base")
             with counter(stderr(), "prompts") as progress:
                 of_base = server.ask(passport.probes, base, progress)
+        for endpoint, reason in server.refusals.items():
+            note(f"{endpoint} was left out, it answers {reason}")
     result = verification.verify(passport, observations, of_base)
     if json:
         print_json({**result.to_dict(), "url": server.url, "model": model, "adapter": str(folder)})
     else:
-        show(stdout(), result)
+        show(stdout(), result, passport)
     return 0 if result.verdict == "adapter" else GATE_NOT_MET
 
 
-def show(console: Console, result: "Verification") -> None:
+def show(console: Console, result: "Verification", passport: Passport) -> None:
     headline = HEADLINES[result.verdict].format(scale=result.scale or 0.0)
-    evidence = [Paragraph(f"{sentence[:1].upper()}{sentence[1:]}.") for sentence in result.evidence]
-    print_section(console, Section(headline, "", evidence))
+    hashes = ", ".join(f"{name} {digest}" for name, digest in passport.weights.items())
+    advice = ADVICE.get(result.verdict, "").format(base_model=passport.base_model, hashes=hashes)
+    sentences = [*result.evidence, *([advice] if advice else [])]
+    print_section(console, Section(headline, "", [Paragraph(sentence) for sentence in sentences]))

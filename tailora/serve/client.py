@@ -1,7 +1,11 @@
 """Asks an OpenAI-compatible server the probes of a passport, and reads its answers."""
 
+import json
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,27 +19,49 @@ TOP = (20, 5, None)  # log-probabilities to ask for; servers allow 20 (vLLM) or 
 ENDPOINTS = {"text": "/v1/completions", "chat": "/v1/chat/completions"}
 REFUSED = (400, 404, 405, 422, 500, 501)  # of a request that the server does not know
 MODELS_SHOWN = 10
+MOST_BYTES = 16 * 10**6  # of an answer; that to a probe has a few thousand
+FARTHEST = 1e6  # nats; what is farther from 0 is no log-probability
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Of a server. location: where a redirect leads."""
+
+    status: int
+    content: bytes
+    location: str | None
 
 
 class ServerClient:
     """One OpenAI-compatible server. It is asked one probe at a time, so that no batch changes its rounding.
 
     url: with or without "/v1".    key: of the Authorization header.    timeout: seconds for an answer.
-    Raises ConfigError for what is no address.
+    A proxy of the environment is used as other programs do, but never for this machine itself.
+    Raises ConfigError for what is no address or no key.
     """
 
     def __init__(self, url: str, key: str | None = None, *, timeout: float = 120.0) -> None:
         try:
             parts = urlsplit(url if "//" in url else f"http://{url}")
-        except ValueError:  # a bracket of an IPv6 address is missing
-            parts = urlsplit("")
+            port = "" if parts.port is None else f":{parts.port}"
+        except ValueError:  # a bracket of an IPv6 address is missing, or the port is no number below 65,536
+            parts, port = urlsplit(""), ""
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"{url} is no address of a server; give one such as http://127.0.0.1:8000")
-        self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
+        if key is not None and not (key.isascii() and key.isprintable()):
+            raise ConfigError("TAILORA_API_KEY has a line break, or another character that a key cannot have")
+        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+        path = parts.path.rstrip("/").removesuffix("/v1")
+        self.url = f"{parts.scheme}://{host}{port}{path}"  # without a password, since it is shown
+        self._timeout = timeout
+        self._http = httpx.Client(
+            base_url=f"{parts.scheme}://{parts.netloc}{path}",
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=timeout,
+            trust_env=not _is_this_machine(parts.hostname),
+        )
         self._top: dict[str, int | None] = {}  # endpoint that answers -> log-probabilities that it tells
-        self._missing: set[str] = set()  # endpoints
+        self.refusals: dict[str, str] = {}  # endpoint that does not answer -> what it says
 
     def __enter__(self) -> "ServerClient":
         return self
@@ -45,10 +71,10 @@ class ServerClient:
 
     def models(self) -> dict[str, str | None]:
         """Returns name -> name of its base, as far as the server tells. Raises ServerError."""
-        response = self._request("GET", "/v1/models")
-        if response.status_code == 404:
+        answer = self._request("GET", "/v1/models")
+        if answer.status == 404:
             return {}
-        data = _body(response, "/v1/models").get("data")
+        data = self._body(answer, "/v1/models").get("data")
         if not isinstance(data, list):
             raise ServerError(f"{self.url}/v1/models has no list of models: this is no OpenAI-compatible server")
         models = [model for model in data if isinstance(model, dict) and isinstance(model.get("id"), str)]
@@ -60,37 +86,79 @@ class ServerClient:
         model: str | None,
         progress: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> list[Observation | None]:
-        """Returns what the server answers to each probe; None where it lacks the endpoint. Raises ServerError."""
+        """Returns what the server answers to each probe; None where it lacks the endpoint.
+
+        Raises ServerError, also if it answers none of them.
+        """
         observations: list[Observation | None] = []
         for probe in probes:
             observations.append(self._ask(probe, model))
             progress(len(observations), len(probes))
+        if not any(observations):
+            reasons = "; ".join(f"{endpoint} answers {reason}" for endpoint, reason in self.refusals.items())
+            raise ServerError(f"{self.url} answers no prompt: {reasons}")
         return observations
 
     def _ask(self, probe: Probe, model: str | None) -> Observation | None:
         kind = "chat" if probe.text is None else "text"
-        if kind in self._missing:
+        endpoint = ENDPOINTS[kind]
+        if endpoint in self.refusals:
             return None
-        for top in [self._top[kind]] if kind in self._top else TOP:
-            response = self._request("POST", ENDPOINTS[kind], _request_body(probe, model, top))
-            if response.status_code == 200:
-                self._top[kind] = top
-                return _observation(probe, _body(response, ENDPOINTS[kind]))
-        if kind not in self._top:
-            self._missing.add(kind)
-            return None
-        raise ServerError(f"{self.url}{ENDPOINTS[kind]} answers {_explanation(response)}")
+        for top in [self._top[endpoint]] if endpoint in self._top else TOP:
+            answer = self._request("POST", endpoint, _request_body(probe, model, top))
+            if answer.status == 200:
+                self._top[endpoint] = top
+                return _observation(probe, self._body(answer, endpoint))
+        if endpoint in self._top:
+            raise ServerError(f"{self.url}{endpoint} answers {_explanation(answer)}")
+        self.refusals[endpoint] = _explanation(answer)
+        return None
 
-    def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
+    def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Answer:
         try:
-            response = self._http.request(method, path, json=body)
+            answer = self._read(method, path, body)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ServerError(f"{self.url} cannot be asked: {error or type(error).__name__}") from None
-        if response.status_code in (401, 403):
-            raise ServerError(f"{self.url} asks for a key: set TAILORA_API_KEY. It says {_explanation(response)}")
-        if response.status_code >= 300 and response.status_code not in REFUSED:
-            raise ServerError(f"{self.url}{path} answers {_explanation(response)}")
-        return response
+        if answer.location is not None:
+            raise ServerError(f"{self.url}{path} leads to {answer.location}: give the address that it leads to")
+        if answer.status in (401, 403):
+            raise ServerError(f"{self.url} asks for a key: set TAILORA_API_KEY. It answers {_explanation(answer)}")
+        if answer.status >= 300 and answer.status not in REFUSED:
+            raise ServerError(f"{self.url}{path} answers {_explanation(answer)}")
+        return answer
+
+    def _read(self, method: str, path: str, body: Mapping[str, Any] | None) -> Answer:
+        end = time.monotonic() + self._timeout  # httpx's own limit is for each part of an answer
+        with self._http.stream(method, path, json=body) as response:
+            content = bytearray()
+            for part in response.iter_bytes():
+                content += part
+                if len(content) > MOST_BYTES:
+                    raise ServerError(f"{self.url}{path} answers with more than {MOST_BYTES // 10**6} MB")
+                if time.monotonic() > end:
+                    raise ServerError(f"{self.url}{path} does not end its answer within {self._timeout:g} s")
+            location = response.headers.get("Location") if response.is_redirect else None
+        return Answer(response.status_code, bytes(content), location)
+
+    def _body(self, answer: Answer, path: str) -> dict[str, Any]:
+        body = _parsed(answer.content)
+        if answer.status != 200 or not isinstance(body, dict):
+            raise ServerError(f"{self.url}{path} answers {_explanation(answer)}, which is not OpenAI's API")
+        return body
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
+
+
+def check_model(models: Mapping[str, str | None], name: str, flag: str) -> None:
+    """Raises ConfigError if the server lists models, and not this one."""
+    is_derived = any(mark in name for mark in "@+")  # a strength or a mixture of our own server
+    if models and name not in models and not is_derived:
+        raise ConfigError(f"{flag} {name}: the server has {_shown(models)}{nearest(name, models)}")
 
 
 def choose_model(models: Mapping[str, str | None], name: str | None, folder_name: str) -> str | None:
@@ -98,18 +166,20 @@ def choose_model(models: Mapping[str, str | None], name: str | None, folder_name
 
     Raises ConfigError if that leaves several, or `name` is none of them. None if the server lists none.
     """
-    if not models:
-        return name
-    shown = ", ".join(list(models)[:MODELS_SHOWN])
     if name is not None:
-        if name not in models and not any(mark in name for mark in "@+"):  # a strength or a mixture of our own server
-            raise ConfigError(f"--model {name}: the server has {shown}{nearest(name, models)}")
+        check_model(models, name, "--model")
+    if not models or name is not None:
         return name
     adapters = [model for model, parent in models.items() if parent is not None]
     for choices in ([folder_name] if folder_name in models else [], adapters, list(models)):
         if len(choices) == 1:
             return choices[0]
-    raise ConfigError(f"the server has several models, give one by --model: {shown}")
+    raise ConfigError(f"the server has several models, give one by --model: {_shown(models)}")
+
+
+def _shown(models: Mapping[str, str | None]) -> str:
+    more = f" and {len(models) - MODELS_SHOWN} more" if len(models) > MODELS_SHOWN else ""
+    return f"{', '.join(list(models)[:MODELS_SHOWN])}{more}"
 
 
 # ---- Requests and answers
@@ -136,7 +206,8 @@ def _observation(probe: Probe, body: Mapping[str, Any]) -> Observation:
         raise ServerError("the server's answer has no choices")
     usage = body.get("usage")
     prompt_tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-    text = choice.get("text") if probe.text is not None else (choice.get("message") or {}).get("content")
+    message = choice.get("message")
+    text = choice.get("text") if probe.text is not None else message.get("content") if isinstance(message, dict) else ""
     listed = list(_listed(choice.get("logprobs")))
     indices = _Indices(probe.tokens)
     logprobs: dict[int, float] = {}
@@ -159,14 +230,16 @@ def _listed(logprobs: Any) -> Iterable[tuple[str, float]]:
     """
     if not isinstance(logprobs, dict):
         return
-    if isinstance(content := logprobs.get("content"), list) and content:
-        pairs = [(entry.get("token"), entry.get("logprob")) for entry in content[0].get("top_logprobs") or ()]
+    if isinstance(content := logprobs.get("content"), list) and content and isinstance(content[0], dict):
+        entries = content[0].get("top_logprobs")
+        entries = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+        pairs = [(entry.get("token"), entry.get("logprob")) for entry in entries]
     elif isinstance(top := logprobs.get("top_logprobs"), list) and top and isinstance(top[0], dict):
         pairs = list(top[0].items())
     else:
         return
     for token, value in pairs:
-        if isinstance(token, str) and isinstance(value, int | float) and math.isfinite(value):
+        if isinstance(token, str) and isinstance(value, int | float) and abs(value) < FARTHEST:
             yield token, float(value)
 
 
@@ -183,16 +256,19 @@ class _Indices:
         return self._stripped.get(token.strip()) if index is None else index
 
 
-def _body(response: httpx.Response, path: str) -> dict[str, Any]:
+def _parsed(content: bytes) -> Any:
+    """Returns the value that JSON holds; None for what is no JSON."""
     try:
-        body = response.json()
-    except ValueError:
-        body = None
-    if response.status_code != 200 or not isinstance(body, dict):
-        raise ServerError(f"{path} answers {_explanation(response)}, which is not OpenAI's API")
-    return body
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
 
 
-def _explanation(response: httpx.Response) -> str:
-    text = " ".join(response.text.split())
-    return f"{response.status_code} {text[:200]}".strip()
+def _explanation(answer: Answer) -> str:
+    """Returns the status and the message of an answer that tells a fault."""
+    body = _parsed(answer.content)
+    error = body.get("error") if isinstance(body, dict) else None
+    message = error.get("message") if isinstance(error, dict) else error
+    text = message if isinstance(message, str) else answer.content.decode(errors="replace")
+    printable = "".join(character if character.isprintable() else " " for character in text)
+    return f"{answer.status} {' '.join(printable.split())[:200]}".strip()

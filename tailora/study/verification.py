@@ -110,11 +110,11 @@ def fit_variants(
     probes: Sequence[Probe],
     observations: Sequence[Observation],
     passport: Passport,
-    ratio: float | None = None,
+    rounding_ratio: float | None = None,
 ) -> Fit | None:
     """Returns which variant explains the observations of these probes best; None for too few probes.
 
-    ratio: of the server's rounding to that of 4 bits, if it is known.
+    rounding_ratio: of the server's rounding to that of 4 bits, if it is known.
     If the server tells log-probabilities at all, probes without them are left out.
     """
     if any(observation.logprobs for observation in observations):
@@ -125,7 +125,7 @@ def fit_variants(
     candidates = _candidates(probes, observations, passport)
     errors = candidates.errors()
     effect, rounding = (_distance(probes, observations, name) for name in (BASE, ROUNDED))
-    noise = None if ratio is None else CONTROL_BIAS * ratio * rounding
+    noise = None if rounding_ratio is None else CONTROL_BIAS * rounding_ratio * rounding
     is_scale = np.array([kind == "scale" for kind in candidates.kinds])
     scales = candidates.scales[is_scale]
     counts = np.random.default_rng(0).multinomial(len(probes), [1 / len(probes)] * len(probes), RESAMPLES)
@@ -261,27 +261,17 @@ def verify(
 
     of_base: its answers under the name of its base; None if it offers no base.
     """
-    fits: dict[str, Fit] = {}
     ratio = _rounding_ratio(passport, observations)
+    fits: dict[str, Fit] = {}
     for name, is_kind in KINDS.items():
         for key, answers in ((name, observations), (f"base {name}", of_base or [None] * len(observations))):
-            pairs = [
-                (probe, answer)
-                for probe, answer in zip(passport.probes, answers, strict=True)
-                if is_kind(probe) and answer is not None
-            ]
-            fit = fit_variants([probe for probe, _ in pairs], [answer for _, answer in pairs], passport, ratio)
-            if fit is not None:
+            if (fit := fit_variants(*_answered(passport, answers, is_kind), passport, ratio)) is not None:
                 fits[key] = fit
     text, chat, base = fits.get("text"), fits.get("chat"), fits.get("base text") or fits.get("base chat")
     verdict = _combined(text, chat)
     if text is not None and chat is not None and verdict in ("adapter", "scaled") and chat.kind == "part":
-        pairs = [
-            (probe, answer)
-            for probe, answer in zip(passport.probes, observations, strict=True)
-            if answer is not None and not probe.is_control
-        ]
-        together = fit_variants([pair[0] for pair in pairs], [pair[1] for pair in pairs], passport, ratio)
+        without_controls = _answered(passport, observations, lambda probe: not probe.is_control)
+        together = fit_variants(*without_controls, passport, ratio)
         if together is not None and _meaning(together) == "partial":
             verdict, fits["all"] = "partial", together
         elif verdict == "adapter":
@@ -292,15 +282,27 @@ def verify(
         elif verdict == "other-base":
             verdict = "other-adapter"
     leading = chat if text is None or (chat and _meaning(text) == "unknown") else text
-    evidence = [
-        *(_sentence(KIND_NAMES[name], fits[name]) for name in KINDS if name in fits),
-        *([_sentence("all of them together", fits["all"])] if "all" in fits else []),
-        *([f"the base, asked under its own name: {_explanation(base)}"] if base is not None else []),
-        *_prompt_tokens(passport, observations),
-        *_missing(fits, verdict),
-    ]
     has_scale = leading is not None and leading.kind == "scale" and verdict in ("adapter", "base", "scaled", "template")
-    return Verification(verdict, leading.scale if leading and has_scale else None, evidence, fits)
+    scale = leading.scale if leading and has_scale else None
+    return Verification(verdict, scale, _evidence(passport, observations, fits), fits)
+
+
+KINDS: dict[str, Callable[[Probe], bool]] = {
+    "text": lambda probe: probe.text is not None and not probe.is_control,
+    "chat": lambda probe: probe.text is None,
+}
+
+
+def _answered(
+    passport: Passport, observations: Sequence[Observation | None], is_kind: Callable[[Probe], bool]
+) -> tuple[list[Probe], list[Observation]]:
+    """Returns the probes of a kind that the server answered, and its answers."""
+    probes, answers = [], []
+    for probe, answer in zip(passport.probes, observations, strict=True):
+        if answer is not None and is_kind(probe):
+            probes.append(probe)
+            answers.append(answer)
+    return probes, answers
 
 
 def _rounding_ratio(passport: Passport, observations: Sequence[Observation | None]) -> float | None:
@@ -308,11 +310,8 @@ def _rounding_ratio(passport: Passport, observations: Sequence[Observation | Non
 
     None if too few of them have log-probabilities.
     """
-    pairs = [
-        (probe, answer)
-        for probe, answer in zip(passport.probes, observations, strict=True)
-        if probe.is_control and answer is not None and answer.logprobs
-    ]
+    probes, answers = _answered(passport, observations, lambda probe: probe.is_control)
+    pairs = [pair for pair in zip(probes, answers, strict=True) if pair[1].logprobs]
     if len(pairs) < FEWEST:
         return None
     probes, answers = [probe for probe, _ in pairs], [answer for _, answer in pairs]
@@ -320,13 +319,6 @@ def _rounding_ratio(passport: Passport, observations: Sequence[Observation | Non
     errors = dict(zip(candidates.names, candidates.errors().tolist(), strict=True))
     ratio: float = min(errors[ADAPTER], errors[BASE]) / max(_distance(probes, answers, ROUNDED), 1e-12)
     return ratio
-
-
-KINDS: dict[str, Callable[[Probe], bool]] = {
-    "text": lambda probe: probe.text is not None and not probe.is_control,
-    "chat": lambda probe: probe.text is None,
-}
-KIND_NAMES = {"text": "plain completions", "chat": "chat completions"}
 
 
 def _meaning(fit: Fit | None) -> Verdict | None:
@@ -375,50 +367,63 @@ def _combined(text: Fit | None, chat: Fit | None) -> Verdict:
     return of_text
 
 
-def _explanation(fit: Fit) -> str:
-    """Returns what explains the answers best, in words."""
-    if fit.kind == "none":
-        return f"no known variant explains the answers (the nearest is {fit.error:.2f} nats away)"
-    low, high = fit.interval
-    if fit.kind == "scale":
-        return f"the adapter at scale {fit.scale:.2f} (95%: {low:.2f} to {high:.2f}) explains them best"
-    if fit.kind == "part":
-        return f"the adapter without {fit.name} explains them best"
-    return f"the adapter with {fit.name} in the prompt explains them best"
+# ---- The evidence, in sentences
+
+KIND_NAMES = {"text": "Plain completions", "chat": "Chats", "all": "All of them together"}
 
 
-def _sentence(where: str, fit: Fit) -> str:
-    unit = "nats" if fit.has_logprobs else "nats of the chosen token, since the server tells no log-probabilities"
-    certain = "" if fit.is_certain else "; it cannot be told from the other with certainty"
+def _evidence(passport: Passport, observations: Sequence[Observation | None], fits: Mapping[str, Fit]) -> list[str]:
+    evidence = [_comparison(name, fits[key]) for key, name in KIND_NAMES.items() if key in fits]
+    if (base := fits.get("base text") or fits.get("base chat")) is not None:
+        evidence.append(f"The base, asked under its own name, answers {_explanation(base)}.")
+    for name in KINDS:
+        evidence += _prompt_tokens(name, passport, observations)
+    if "text" not in fits:
+        evidence.append(f"Plain completions were not checked: the server answered fewer than {FEWEST} of them.")
+    if "chat" not in fits:
+        has_chats = any(map(KINDS["chat"], passport.probes))
+        reason = f"the server answered fewer than {FEWEST} chats" if has_chats else "the passport has no chats"
+        evidence.append(f"The chat template was not checked: {reason}.")
+    if fits and not any(fit.has_logprobs for fit in fits.values()):
+        evidence.append(
+            "The server tells no log-probabilities, so its next tokens alone were compared. They tell less."
+        )
+    return evidence
+
+
+def _comparison(name: str, fit: Fit) -> str:
+    certain = "" if fit.is_certain else " That is not certain."
     return (
-        f"{where}, {fit.probes} probes: {_explanation(fit)}{certain}. Distance: {fit.adapter_error:.2f} to the "
-        f"adapter, {fit.base_error:.2f} to the base, {fit.error:.2f} to the best; adapter and base differ by "
-        f"{fit.effect:.2f}, and rounding to 4 bits by {fit.rounding:.2f} {unit}"
+        f"{name}, {fit.probes} prompts: the server answers {_explanation(fit)}.{certain} "
+        f"It differs from the adapter by {fit.adapter_error:.2f} nats, and from the base by {fit.base_error:.2f}. "
+        f"For comparison: adapter and base differ by {fit.effect:.2f}, "
+        f"and 4-bit weights change the adapter's answers by {fit.rounding:.2f}."
     )
 
 
-def _prompt_tokens(passport: Passport, observations: Sequence[Observation | None]) -> list[str]:
-    sentences = []
-    for name, is_kind in KINDS.items():
-        differences = [
-            answer.prompt_tokens - probe.prompt_tokens
-            for probe, answer in zip(passport.probes, observations, strict=True)
-            if is_kind(probe) and answer is not None and answer.prompt_tokens is not None
-        ]
-        if differences and any(differences):
-            low, high = min(differences), max(differences)
-            amount = f"{low:+d}" if low == high else f"{low:+d} to {high:+d}"
-            sentences.append(f"{KIND_NAMES[name]}: the server counts {amount} tokens in a prompt, against training")
-    return sentences
+def _explanation(fit: Fit) -> str:
+    """Returns what the answers are like, in words."""
+    low, high = fit.interval
+    match fit.kind:
+        case "none":
+            return f"like none of the variants in the passport; the nearest differs by {fit.error:.2f} nats"
+        case "part":
+            return f"like the adapter without {fit.name}"
+        case "prompt":
+            return f"like the adapter after another prompt: {fit.name}"
+    variant = "the bare base" if fit.scale == 0 else "the adapter"
+    return f"like {variant} (scale {fit.scale:.2f}, 95% interval {low:.2f} to {high:.2f})"
 
 
-def _missing(fits: Mapping[str, Fit], verdict: Verdict) -> list[str]:
-    """Returns what could not be checked, and what it would need."""
-    sentences = []
-    if "text" not in fits:
-        sentences.append("plain completions were not checked: the server does not answer them, or there are no probes")
-    if "chat" not in fits:
-        sentences.append("the chat template was not checked: the server answers no chats, or the model has no template")
-    if verdict == "unknown" and not any(fit.has_logprobs for fit in fits.values()):
-        sentences.append("log-probabilities would tell more: the server gives none")
-    return sentences
+def _prompt_tokens(name: str, passport: Passport, observations: Sequence[Observation | None]) -> list[str]:
+    """Returns how much longer the server's prompts are; [] where they are not."""
+    probes, answers = _answered(passport, observations, KINDS[name])
+    pairs = zip(probes, answers, strict=True)
+    differences = [
+        answer.prompt_tokens - probe.prompt_tokens for probe, answer in pairs if answer.prompt_tokens is not None
+    ]
+    if not any(differences):
+        return []
+    low, high = min(differences), max(differences)
+    amount = f"{low:+d}" if low == high else f"{low:+d} to {high:+d}"
+    return [f"{KIND_NAMES[name]}: the server counts {amount} tokens in a prompt, compared with training."]

@@ -4,8 +4,9 @@ import copy
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,11 +22,12 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import main
 from tailora.core.adapter_set import AdapterSet
 from tailora.data.schemas import Conversation
-from tailora.errors import ConfigError, FormatError
+from tailora.errors import ConfigError, FormatError, ServerError
 from tailora.formats.passport import ADAPTER, BASE, Passport, Probe, read_passport, write_passport
 from tailora.formats.run_folder import ADAPTER_WEIGHTS, PASSPORT
+from tailora.serve import client
 from tailora.serve.app import ServerSettings, create_app
-from tailora.serve.client import ServerClient, choose_model
+from tailora.serve.client import MOST_BYTES, ServerClient, choose_model
 from tailora.serve.engine import make_engine
 from tailora.serve.registry import AdapterRegistry
 from tailora.study.probes import QUESTIONS, make_passport
@@ -244,7 +246,7 @@ def test_probes_leave_the_model_and_random_numbers_as_they_are() -> None:
 
 
 class StandIn(BaseHTTPRequestHandler):
-    """A server that answers as `answers` says: path -> status and body."""
+    """A server that answers as `answers` says: path -> status and body; of status 307 the address that it leads to."""
 
     answers: dict[str, tuple[int, Any]]
 
@@ -253,6 +255,8 @@ class StandIn(BaseHTTPRequestHandler):
         status, body = self.answers.get(self.path, (404, {"error": "not found"}))
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
+        if status == 307:
+            self.send_header("Location", body)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -263,9 +267,12 @@ class StandIn(BaseHTTPRequestHandler):
         pass
 
 
+def stand_in(answers: dict[str, tuple[int, Any]]) -> AbstractContextManager[str]:
+    return serving(type("Handler", (StandIn,), {"answers": answers}))
+
+
 @contextmanager
-def stand_in(answers: dict[str, tuple[int, Any]]) -> Iterator[str]:
-    handler = type("Handler", (StandIn,), {"answers": answers})
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -311,6 +318,11 @@ def test_log_probabilities_are_read_in_both_forms(form: str) -> None:
         ({"/v1/models": (401, {"error": "key"})}, "set TAILORA_API_KEY"),
         ({"/v1/models": (503, {"error": "loading"})}, "503"),
         ({**MODELS, "/v1/completions": (200, {"choices": []})}, "has no choices"),
+        ({"/v1/models": (307, "https://example.org/v1/models")}, "leads to https://example.org/v1/models: give"),
+        ({"/v1/models": (200, b"[" * 200_000)}, "which is not OpenAI's API"),
+        ({"/v1/models": (200, b" " * (MOST_BYTES + 1))}, "answers with more than 16 MB"),
+        ({"/v1/models": (500, {"error": {"message": "no\x1b[31m memory", "code": 1}})}, "answers 500 no [31m memory, "),
+        (MODELS, "answers no prompt: /v1/completions answers 404 not found; /v1/chat/completions answers 404"),
     ],
 )
 def test_a_server_that_cannot_be_asked_ends_with_1(
@@ -328,12 +340,72 @@ def test_nobody_listens(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "cannot be asked" in capsys.readouterr().err
 
 
-def test_a_server_without_the_endpoints_is_unknown(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with stand_in(MODELS) as url:
-        assert main(["verify", url, "--adapter", str(root / "legal"), "--json"]) == 4
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (result["verdict"], result["scale"]) == ("unknown", None)
-    assert len(result["evidence"]) == 3
+def test_an_answer_that_never_ends_is_given_up() -> None:
+    class Slow(StandIn):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):  # the client has gone
+                for _ in range(200):
+                    self.wfile.write(b" ")
+                    time.sleep(0.02)
+
+    does_not_end = pytest.raises(ServerError, match=r"does not end its answer within 0\.2 s")
+    with serving(Slow) as url, ServerClient(url, timeout=0.2) as server, does_not_end:
+        server.models()
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"text": None, "message": None, "logprobs": None},
+        {"text": 3, "message": [], "logprobs": []},
+        {"message": {"content": None}, "logprobs": {"content": [None], "top_logprobs": [None]}},
+        {"message": {"content": []}, "logprobs": {"content": [{"top_logprobs": [None, {"token": 1}]}]}},
+        {"logprobs": {"content": [{"top_logprobs": 3}], "top_logprobs": [{"a": 10**400, "b": None}]}},
+    ],
+)
+def test_nonsense_in_a_choice_is_no_observation(choice: dict[str, Any]) -> None:
+    logprobs = {ADAPTER: [-1.0], BASE: [-1.0]}
+    probes = [Probe(3, ["a"], logprobs, text="hello"), Probe(3, ["a"], logprobs, messages=[])]
+    answer = (200, {"choices": [choice], "usage": []})
+    with stand_in({"/v1/completions": answer, "/v1/chat/completions": answer}) as url, ServerClient(url) as server:
+        assert server.ask(probes, None) == [Observation(None)] * 2
+
+
+def test_a_missing_endpoint_is_told_with_its_reason(
+    url: str, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(client.ENDPOINTS, "text", "/v1/absent")
+    assert main(["verify", url, "--adapter", str(root / "legal"), "--json"]) in (0, 4)
+    output = capsys.readouterr()
+    assert "/v1/absent was left out, it answers 404" in " ".join(output.err.split())
+    assert any("answered fewer than 6" in sentence for sentence in json.loads(output.out)["evidence"])
+
+
+def test_a_proxy_is_not_asked_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with stand_in(MODELS) as url, ServerClient(url) as server:
+        assert server.models() == {"legal": None}
+
+
+@pytest.mark.parametrize("key", ["secret\nline", "schlüssel"])
+def test_what_is_no_key_is_refused_and_not_shown(
+    key: str, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TAILORA_API_KEY", key)
+    assert main(["verify", "http://127.0.0.1:9", "--adapter", str(root / "legal")]) == 2
+    error = capsys.readouterr().err
+    assert "TAILORA_API_KEY has" in error
+    assert key[:6] not in error
+
+
+def test_a_password_in_the_address_is_not_shown(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "http://me:secret@127.0.0.1:9", "--adapter", str(root / "legal")]) == 1
+    assert "secret" not in capsys.readouterr().err
 
 
 def test_the_model_to_ask_is_found() -> None:
@@ -348,7 +420,7 @@ def test_the_model_to_ask_is_found() -> None:
         choose_model({"base": None, "a": "base"}, "aa", "x")
 
 
-@pytest.mark.parametrize("url", ["ftp://x", "http://", "", "http://[::1"])
+@pytest.mark.parametrize("url", ["ftp://x", "http://", "", "http://[::1", "http://x:99999", "x:y"])
 def test_what_is_no_address_is_refused(url: str, root: Path) -> None:
     assert main(["verify", url, "--adapter", str(root / "legal")]) == 2
 
@@ -363,6 +435,12 @@ def test_the_command_says_its_verdict(url: str, root: Path, capsys: pytest.Captu
     assert "The server uses this adapter as it was trained." in output.out
     assert "as legal" in output.err
     assert "as tiny, its base" in output.err
+    weights = ["verify", url, "--adapter", str(root / "legal" / ADAPTER_WEIGHTS)]
+    assert main([*weights, "--base", "tinny"]) == 2
+    assert "--base tinny: the server has tiny, legal" in " ".join(capsys.readouterr().err.split())
+    assert main([*command, "--model", "other"]) == 4
+    output = capsys.readouterr()
+    assert read_passport(root / "legal").weights[ADAPTER_WEIGHTS] in "".join(output.out.split())
     assert main([*command, "--model", "legal@2", "--json"]) == 4
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["verdict"] == "scaled"
