@@ -295,6 +295,14 @@ def verify_trials() -> str:
     return f"{tables.table(['server', 'base', 'trials', 'false alarms', 'their verdicts'], cells)}\n\n{text}"
 
 
+# ---- docs/from_scratch.md
+
+
+def page_output(name: str) -> str:
+    """What one block of the page printed."""
+    return fenced(read("from_scratch")["outputs"][name])
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -> what makes it
     "README.md": {"demo-output": demo_output, "table": readme_table, "compare": compare_verdict},
     "docs/performance.md": {
@@ -321,6 +329,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
         "labels": partial(study, "labels"),
     },
     "docs/plan.md": {"memory": plan},
+    "docs/from_scratch.md": {name: partial(page_output, name) for name in read("from_scratch")["outputs"]},
     "docs/preferences.md": {"preferences": preferences, "dpo": partial(trained, "dpo")},
     "docs/devices.md": {"devices": devices},
     "docs/scaling.md": {

@@ -1,0 +1,48 @@
+"""Runs the code of docs/from_scratch.md, in the order of the page, and writes down what it prints.
+
+    python benchmarks/from_scratch.py
+
+A block that prints is followed by a measured part; update_docs.py puts the output there.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from measure import write
+
+PAGE = Path(__file__).parent.parent / "docs" / "from_scratch.md"
+BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n<!-- measured:([\w-]+) -->)?", re.DOTALL)
+
+
+def run_page() -> tuple[dict[str, str], dict[str, Any]]:
+    """Returns the output of each block that prints, by the name of its part, and the names that the blocks defined.
+
+    The blocks write files into the current folder. Raises SystemExit for a block that prints and has no part.
+    """
+    outputs: dict[str, str] = {}
+    names: dict[str, Any] = {"__name__": "from_scratch_page"}
+    for code, part in BLOCK.findall(PAGE.read_text()):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(code, names)
+        if bool(printed.getvalue()) != bool(part):
+            raise SystemExit(f"a block that prints, and no other, has a measured part; see {code.splitlines()[0]!r}")
+        if part:
+            outputs[part] = printed.getvalue().strip()
+    return outputs, names
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    with TemporaryDirectory() as folder, contextlib.chdir(folder):
+        outputs, _ = run_page()
+    print(f"wrote {os.path.relpath(write('from_scratch', {'outputs': outputs}))}")
+
+
+if __name__ == "__main__":
+    main()

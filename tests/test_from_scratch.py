@@ -1,0 +1,111 @@
+"""docs/from_scratch.md: its 60 lines run and print what the page shows, and what it says of both versions is so."""
+
+import copy
+import pkgutil
+import re
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import stir
+
+from tailora import LoRAConfig, LoRAModel
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "from_scratch.md").read_text()
+NUMBER = re.compile(r"\d+\.\d+")  # trained: other processors give other last digits
+Run = tuple[dict[str, str], dict[str, Any]]  # what the blocks print, and the names that they define
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        patch.chdir(tmp_path_factory.mktemp("page"))
+        yield runpy.run_path(str(ROOT / "benchmarks" / "from_scratch.py"))["run_page"]()
+
+
+@pytest.mark.slow
+def test_the_page_shows_what_its_code_prints(run: Run) -> None:
+    shown = dict(re.findall(r"<!-- measured:([\w-]+) -->\n```\n(.*?)\n```", PAGE, re.DOTALL))
+    assert shown.keys() == run[0].keys()
+    for part, printed in run[0].items():
+        assert NUMBER.sub("N", printed) == NUMBER.sub("N", shown[part]), f"run benchmarks/from_scratch.py: {part}"
+        here, there = (list(map(float, NUMBER.findall(text))) for text in (printed, shown[part]))
+        assert here == pytest.approx(there, abs=0.05), part
+
+
+def test_the_numbered_blocks_have_60_lines() -> None:
+    blocks = re.findall(r"```python\n# (\d)\. .*?\n(.*?)```", PAGE, re.DOTALL)
+    assert [number for number, _ in blocks] == list("12345")
+    assert sum(bool(line.strip()) for _, code in blocks for line in code.splitlines()) == 60
+
+
+@pytest.mark.slow
+def test_both_versions_train_alike_and_the_base_stays(run: Run) -> None:
+    names = run[1]
+    small, model, base, tokens = (names[name] for name in ("small", "model", "base", "tokens"))
+    assert names["small_losses"][-1] < names["small_losses"][0] / 100
+    assert names["small_losses"] == pytest.approx(names["losses"], rel=0.05, abs=1e-3)
+    expected = base(tokens)
+    with model.disable_adapter():
+        assert torch.equal(model(tokens), expected)
+    for name in ("back", "twos"):
+        small.set_adapter(name)
+        model.set_adapter(name)
+        assert not torch.allclose(small(tokens), expected, atol=1)
+        for path, layer in model.adapter(name).low_rank.items():
+            update = small.layers[path].adapters[name]
+            layer.lora_A.data, layer.lora_B.data, layer.scaling = update.A.data, update.B.data, update.s.detach()
+        torch.testing.assert_close(model(tokens), small(tokens), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("part", "wrong", "right"),
+    [
+        ("base-changes", "17 keys missing, is an nn.Linear: False", "0 keys missing, is an nn.Linear: True"),
+        ("base-changes", "statistics unchanged: False", "statistics unchanged: True"),
+        ("merging", "same bits after unmerging: False", "same bits after unmerging: True"),
+        ("saving", "same outputs twice: False", "same outputs: True"),
+        ("saving", "without add_adapter: 3 4 5 6 7 8 9", "3 2 1 0 15 14 13"),
+        ("tied", "3 2 1 0 15 14 13 before, 3 3 3 3 3 3 3 merged", "pass untie_weights=True"),
+        ("precision", "expected m1 and m2 to have the same dtype", "torch.bfloat16 with factors in torch.float32"),
+        ("typo", "0 layers", "did you mean qkv?"),
+    ],
+)
+def test_what_the_short_version_gets_wrong_is_right_in_tailora(run: Run, part: str, wrong: str, right: str) -> None:
+    lines = run[0][part].splitlines()
+    assert any(line.startswith("short version") and wrong in line for line in lines)
+    assert any(line.startswith("tailora") and right in line for line in lines)
+
+
+@pytest.mark.slow
+def test_an_optimizer_of_the_short_version_gets_inactive_adapters_too(run: Run) -> None:
+    small, model = run[1]["small"], run[1]["model"]
+    updates = [update for layer in small.layers.values() for update in layer.adapters.values()]
+    factors = {id(factor) for update in updates for factor in (update.A, update.B)}
+    assert factors <= {id(parameter) for parameter in small.parameters() if parameter.requires_grad}
+    model.set_adapter("back")
+    parts = {id(parameter) for layer in model.adapter("back").parts.values() for parameter in layer.parameters()}
+    assert {id(parameter) for parameter in model.lora_layers.parameters()} == parts
+
+
+@pytest.mark.slow
+def test_an_adapter_of_a_model_in_evaluation_mode_has_no_dropout(run: Run) -> None:
+    model, tokens = LoRAModel(copy.deepcopy(run[1]["base"])).eval(), run[1]["tokens"]
+    model.add_adapter("dropping", LoRAConfig(lora_dropout=0.5))
+    model.set_adapter("dropping")
+    stir(model)
+    assert not torch.equal(model(tokens), run[1]["expected"])
+    assert torch.equal(model(tokens), model(tokens))
+
+
+def test_the_names_of_tailora_exist() -> None:
+    names = re.findall(r"`(tailora\.[\w.]+)`", PAGE)
+    assert len(names) == 10
+    for name in names:
+        pkgutil.resolve_name(name)
