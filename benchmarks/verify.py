@@ -40,6 +40,7 @@ from tailora.train.trainer import run
 
 STEPS, STALE_STEPS = 40, 12
 QUANTIZED = {"bf16": None, "Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15}  # name -> llama.cpp's number of the file type
+MORE_QUANTIZED = {"Q6_K": 18, "Q5_K_M": 17, "Q4_1": 3, "Q4_K_S": 14, "IQ4_NL": 25}  # for false alarms
 EXPECTED = {
     "none": ["adapter"],
     "the bare base": ["base"],
@@ -102,7 +103,7 @@ class Files:
         subprocess.run(
             [*converter, "--outfile", str(self.gguf("bf16"))], check=True, capture_output=True, env=environment
         )
-        for name, file_type in QUANTIZED.items():
+        for name, file_type in (QUANTIZED | MORE_QUANTIZED).items():
             if file_type is not None:
                 quantize(self.gguf("bf16"), self.gguf(name), file_type)
 
@@ -218,7 +219,7 @@ def false_alarms(files: Files, passports: dict[str, list[Passport]]) -> list[dic
     """Asks servers that do all right; passports: of each fault that is a right adapter of its own."""
     rows = []
     for fault, of_adapter in passports.items():
-        for quantization in QUANTIZED:
+        for quantization in QUANTIZED | MORE_QUANTIZED:
             with started(llama_server(files, quantization, fault)) as url:
                 results = [ask(url, None, passport) for passport in of_adapter]
             rows += [row("llama.cpp", quantization, "none", result) for result in results]
@@ -233,14 +234,14 @@ def main() -> None:
     parser.add_argument("--llama-cpp", type=Path, required=True)
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--folder", type=Path, help="keep the adapters here, and use those that are there")
-    parser.add_argument("--quick", action="store_true", help="10 trials, written beside other quick results")
+    parser.add_argument("--quick", action="store_true", help="20 trials, written beside other quick results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with TemporaryDirectory() as temporary:
         files = Files(arguments.folder or Path(temporary), arguments.llama_cpp)
         right = {"none": "chats", "another adapter": "reviews"}
-        trials = 10 if arguments.quick else arguments.trials
-        count = trials // (len(right) * (len(QUANTIZED) + 1))
+        trials = 20 if arguments.quick else arguments.trials
+        count = trials // (len(right) * (len(QUANTIZED | MORE_QUANTIZED) + 1))
         passports: dict[str, list[Passport]] = {}
         for fault, name in right.items():
             loaded = load_model("demo", {"default": files.folder / name / "adapter"})

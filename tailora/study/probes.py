@@ -109,8 +109,7 @@ def make_passport(
         )
     computations = _computations(adapter, base_model)
     with torch.no_grad(), evaluating(base_model):
-        probes = _text_probes(texts, computations, chat_tokenizer)
-        probes += _chat_probes([text for text in texts if text.messages], computations, chat_tokenizer)
+        probes = _probes(texts, computations, chat_tokenizer)
     layers = {path: layer.layer_type for path, layer in list(adapter.low_rank.items())[:FINGERPRINTS]}
     names = dict.fromkeys(variant for probe in probes for variant in probe.logprobs)
     return Passport(
@@ -324,15 +323,50 @@ def _chunks(texts: Sequence[ProbeText], vocabulary: int) -> Iterator[Sequence[Pr
     yield from (texts[start : start + count] for start in range(0, len(texts), count))
 
 
-def _text_probes(
+Spot = tuple[ProbeText, int]  # a text, and the position of the token after which it is cut
+
+
+def _probes(
     texts: Sequence[ProbeText], computations: Mapping[str, Computation], tokenizer: ChatTokenizer
 ) -> list[Probe]:
-    """Returns probes at those positions of the texts where the adapter changes most, and controls where it does not."""
-    vocabulary = len(tokenizer.tokenizer)
+    """Returns probes of plain completions where the adapter changes most, controls, and one for each chat."""
+    chosen, controls = _spots(texts, computations, tokenizer)
+    words = {**chosen, **controls}
+    plain: list[Probe] = []
+    chats: list[Probe] = []
+    for chunk in _chunks(texts, len(tokenizer.tokenizer)):
+        rows = [text.ids for text in chunk]
+        starts = [(text, text.first) for text in chunk if text.messages]
+        spots = sorted(
+            {*starts, *(spot for spot in words if spot[0] in chunk)}, key=lambda s: (chunk.index(s[0]), s[1])
+        )
+        positions = [[position for text, position in spots if text is row] for row in chunk]
+        computed = {
+            name: partial(_computed, computation, rows, positions) for name, computation in computations.items()
+        }
+        bos = tokenizer.tokenizer.bos_token_id
+        for name, shift in _wrong_bos(tokenizer).items():
+            shifted = [[position + shift for position in where] for where in positions]
+            moved = [(bos, *row) if shift > 0 else row[-shift:] for row in rows]
+            computed[name] = partial(_computed, computations[ADAPTER], moved, shifted)
+        likely = dict(zip(spots, _likely_tokens(computed, tokenizer), strict=True))
+        plain += [
+            Probe(spot[1] + 1, tokens.texts, tokens.logprobs, text=words[spot], is_control=spot in controls)
+            for spot, tokens in likely.items()
+            if spot in words
+        ]
+        chats += _chat_probes({text: likely[text, first] for text, first in starts}, computations, tokenizer)
+    return plain + chats
+
+
+def _spots(
+    texts: Sequence[ProbeText], computations: Mapping[str, Computation], tokenizer: ChatTokenizer
+) -> tuple[dict[Spot, str], dict[Spot, str]]:
+    """Returns where the adapter changes most, and where 4 bits change much and it little, with the words so far."""
     effects: list[float] = []
     roundings: list[float] = []
-    spots: list[tuple[ProbeText, int]] = []  # where a text may end
-    for chunk in _chunks(texts, vocabulary):
+    spots: list[Spot] = []
+    for chunk in _chunks(texts, len(tokenizer.tokenizer)):
         rows = [text.ids for text in chunk]
         positions: list[Sequence[int]] = [range(text.first, len(text.ids)) for text in chunk]
         base, adapter, rounded = (_computed(computations[name], rows, positions) for name in (BASE, ADAPTER, ROUNDED))
@@ -345,38 +379,18 @@ def _text_probes(
         spots += [of_chunk[number] for number in kept]
     ratios = np.array(effects) / (np.array(roundings) + NOISE_FLOOR)
     chosen = _chosen(spots, np.argsort(-ratios), TEXT_PROBES, {}, tokenizer)
-    controls = _chosen(spots, np.argsort((np.array(effects) + NOISE_FLOOR) / roundings), CONTROLS, chosen, tokenizer)
-    probes: list[Probe] = []
-    words = {**chosen, **controls}
-    for chunk in _chunks(list(dict.fromkeys(text for text, _ in words)), vocabulary):
-        rows = [text.ids for text in chunk]
-        positions = [sorted(position for text, position in words if text is row) for row in chunk]
-        computed = {
-            name: partial(_computed, computation, rows, positions) for name, computation in computations.items()
-        }
-        for name, shift in _wrong_bos(tokenizer).items():
-            bos = tokenizer.tokenizer.bos_token_id
-            shifted = [[position + shift for position in where] for where in positions]
-            moved = [(bos, *row) if shift > 0 else row[-shift:] for row in rows]
-            computed[name] = partial(_computed, computations[ADAPTER], moved, shifted)
-        asked = [(text, position) for text, where in zip(chunk, positions, strict=True) for position in where]
-        for spot, (tokens, values) in zip(asked, _likely_tokens(computed, tokenizer), strict=True):
-            probes.append(Probe(spot[1] + 1, tokens, values, text=words[spot], is_control=spot in controls))
-    return probes
+    order = np.argsort((np.array(effects) + NOISE_FLOOR) / roundings)
+    return chosen, _chosen(spots, order, CONTROLS, chosen, tokenizer)
 
 
 def _chosen(
-    spots: Sequence[tuple[ProbeText, int]],
-    order: Iterable[int],
-    count: int,
-    taken: Mapping[tuple[ProbeText, int], str],
-    tokenizer: ChatTokenizer,
-) -> dict[tuple[ProbeText, int], str]:
+    spots: Sequence[Spot], order: Iterable[int], count: int, taken: Mapping[Spot, str], tokenizer: ChatTokenizer
+) -> dict[Spot, str]:
     """Returns the first `count` spots in this order whose words are the same tokens again, with their words.
 
     taken: spots that are left out.
     """
-    chosen: dict[tuple[ProbeText, int], str] = {}
+    chosen: dict[Spot, str] = {}
     for number in order:
         if len(chosen) == count:
             break
@@ -397,28 +411,21 @@ def _wrong_bos(tokenizer: ChatTokenizer) -> dict[str, int]:
 
 
 def _chat_probes(
-    texts: Sequence[ProbeText], computations: Mapping[str, Computation], tokenizer: ChatTokenizer
+    chats: Mapping[ProbeText, "LikelyTokens"], computations: Mapping[str, Computation], tokenizer: ChatTokenizer
 ) -> list[Probe]:
     """Returns a probe for the first token of the reply in every chat, with the prompts of wrong templates, too."""
-    if not texts:
-        return []
-    prompts = [list(text.ids[: text.first + 1]) for text in texts]
-    wrong = [
-        _wrong_prompts(text.messages or [], prompt, tokenizer) for text, prompt in zip(texts, prompts, strict=True)
-    ]
-    computed = {name: partial(_after_last, computation, prompts) for name, computation in computations.items()}
-    for name in dict.fromkeys(name for of_chat in wrong for name in of_chat):
-        rows = [of_chat.get(name, prompt) for of_chat, prompt in zip(wrong, prompts, strict=True)]
-        computed[name] = partial(_after_last, computations[ADAPTER], rows)
+    prompts = {text: list(text.ids[: text.first + 1]) for text in chats}
+    wrong = {text: _wrong_prompts(text.messages or [], prompt, tokenizer) for text, prompt in prompts.items()}
+    logprobs = {text: {name: tokens.logprobs[name] for name in computations} for text, tokens in chats.items()}
+    for name in dict.fromkeys(name for of_chat in wrong.values() for name in of_chat):
+        rows = [of_chat.get(name, prompts[text]) for text, of_chat in wrong.items()]
+        computed = _computed(computations[ADAPTER], rows, [[len(row) - 1] for row in rows])  # (chats, vocabulary)
+        for text, row in zip(chats, computed, strict=True):
+            logprobs[text][name] = _rounded_logprobs(row, chats[text].ids)
     return [
-        Probe(len(prompt), tokens, values, messages=text.messages, rendered=text.rendered)
-        for text, prompt, (tokens, values) in zip(texts, prompts, _likely_tokens(computed, tokenizer), strict=True)
+        Probe(len(prompts[text]), tokens.texts, logprobs[text], messages=text.messages, rendered=text.rendered)
+        for text, tokens in chats.items()
     ]
-
-
-def _after_last(computation: Computation, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Returns the log-probabilities of the token after every row: (rows, vocabulary)."""
-    return _computed(computation, rows, [[len(row) - 1] for row in rows])
 
 
 def _wrong_prompts(messages: Messages, prompt: list[int], tokenizer: ChatTokenizer) -> dict[str, list[int]]:
@@ -458,29 +465,37 @@ def _change(first: Tensor, second: Tensor) -> Tensor:
 TOKENS_OF = (ADAPTER, BASE, "scale 0.5", "scale 2", "scale 4")
 
 
-def _likely_tokens(
-    computed: Mapping[str, Callable[[], Tensor]], tokenizer: ChatTokenizer
-) -> list[tuple[list[str], dict[str, list[float]]]]:
-    """Returns for every probe the texts of its likely tokens, and their log-probabilities by variant.
+@dataclass(frozen=True)
+class LikelyTokens:
+    """After a prompt. logprobs: variant -> log-probabilities of the tokens."""
+
+    ids: list[int]
+    texts: list[str]
+    logprobs: dict[str, list[float]]
+
+
+def _likely_tokens(computed: Mapping[str, Callable[[], Tensor]], tokenizer: ChatTokenizer) -> list[LikelyTokens]:
+    """Returns the likely tokens of every probe.
 
     computed: variant -> what computes its log-probabilities, (n, vocabulary).
     """
     first = {name: computed[name]() for name in TOKENS_OF}
-    count = len(first[ADAPTER])
     top = torch.cat([logprobs.topk(LIKELY).indices for logprobs in first.values()], dim=1)  # (n, k)
-    texts: list[dict[str, int]] = []
-    for number in range(count):
+    weights = first[ADAPTER].exp() + first[BASE].exp()
+    result: list[LikelyTokens] = []
+    for candidates, weight in zip(top.tolist(), weights, strict=True):
         by_text: dict[str, int] = {}
-        weight = first[ADAPTER][number].exp() + first[BASE][number].exp()
-        for token in sorted({*top[number].tolist()} - tokenizer.special_ids, key=lambda token: -float(weight[token])):
+        for token in sorted({*candidates} - tokenizer.special_ids, key=lambda token: -float(weight[token])):
             text = tokenizer.tokenizer.decode([token])
             if text and "\ufffd" not in text:  # a part of a character, which servers write in different ways
                 by_text.setdefault(text, token)
-        texts.append(by_text)
-    values: list[dict[str, list[float]]] = [{} for _ in range(count)]
+        result.append(LikelyTokens(list(by_text.values()), list(by_text), {}))
     for name, compute in computed.items():
-        logprobs = first[name] if name in first else compute()
-        for number, by_text in enumerate(texts):
-            chosen = logprobs[number, list(by_text.values())].clamp_min(-100)
-            values[number][name] = [round(value, 4) for value in chosen.tolist()]
-    return [(list(by_text), of_probe) for by_text, of_probe in zip(texts, values, strict=True)]
+        for tokens, row in zip(result, first[name] if name in first else compute(), strict=True):
+            tokens.logprobs[name] = _rounded_logprobs(row, tokens.ids)
+    return result
+
+
+def _rounded_logprobs(row: Tensor, ids: Sequence[int]) -> list[float]:
+    """Returns the log-probabilities of these tokens, for JSON. row: (vocabulary,)."""
+    return [round(value, 4) for value in row[list(ids)].clamp_min(-100).tolist()]
