@@ -201,6 +201,7 @@ class LoRAModel(nn.Module):
 
     @property
     def active_adapters(self) -> tuple[str, ...]:
+        """The names of the active adapters."""
         return self._adapter_set.active
 
     def adapter(self, name: str = "default") -> Adapter:
@@ -466,6 +467,7 @@ class LoRAModel(nn.Module):
 
     @property
     def is_merged(self) -> bool:
+        """True while the active adapters are in the base's weights."""
         return self._merge_state.is_merged
 
     def merge(self, *, untie_weights: bool = False) -> MergeReport:

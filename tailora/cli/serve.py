@@ -31,7 +31,7 @@ def serve(
     adapter: Adapters = None,
     adapters: AdaptersFolder = None,
     host: Annotated[str, Parameter(help="address to listen at; 0.0.0.0 for all networks")] = "127.0.0.1",
-    port: Port = 8000,
+    port: Annotated[Port, Parameter(help="port to listen at")] = 8000,
     name: Annotated[str | None, Parameter(help="what clients call the base; default: the name of --model")] = None,
     engine: Annotated[str, Parameter(help=f"{', '.join(ENGINES)}: continuous batching, or padded batches")] = "auto",
     max_requests: Annotated[PositiveInt, Parameter(help="answers that are computed at once; others wait")] = 32,
