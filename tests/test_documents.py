@@ -138,6 +138,12 @@ def test_every_command_is_in_the_table() -> None:
     assert set(re.findall(r"^\| `tailora (\w+)", page("commands"), re.MULTILINE)) == set(COMMANDS)
 
 
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert not pages - set(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE)), "add it to nav in mkdocs.yml"
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_and_files_named_in_documents_exist(document: Path) -> None:
     text = document.read_text()

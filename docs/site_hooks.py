@@ -1,0 +1,186 @@
+"""Hooks of mkdocs.yml: the pages that are in no file of docs/, the links between the two, and llms.txt.
+
+README.md is the home page; CONTRIBUTING.md, CHANGELOG.md and benchmarks/README.md are pages, too. A page per command
+comes from the command itself, the Python page from the docstrings, the table of names from `core/config.py`. Scripts
+and folders that a page links to are shown under `source/`, so that the site needs no other place.
+"""
+
+import ast
+import html
+import logging
+import posixpath
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+import tailora
+from tailora.cli.main import COMMANDS, app
+from tailora.core.config import ALIASES, NAMES_OF_OTHER_TOOLS
+
+ROOT = Path(__file__).parent.parent
+PAGES = {  # file of the repository -> page of the site
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "benchmarks/README.md": "benchmarks.md",
+}
+FILES = {page: file for file, page in PAGES.items()}
+HISTORY = ("LOG.md", "changelog.md")  # the search shows what is true today above them
+LINK = re.compile(r'(\]\(|<img src=")(?![a-z]+:|#)([^)"#\s]+)')
+UNMADE = re.compile(r"<p>(?:(?!</p>).)*?\n(?:[-*] |\| )", re.DOTALL)  # Markdown that stayed text
+log = logging.getLogger("mkdocs.hooks.site")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Puts the pages of the commands into the navigation, below the overview."""
+    (reference,) = (section["Reference"] for section in config.nav or [] if "Reference" in section)
+    reference.insert(1, {"Each command": [{name: f"commands/{name}.md"} for name in COMMANDS]})
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    pages = {page: (ROOT / file).read_text() for file, page in PAGES.items()}
+    pages |= {"api.md": python_page(), "names.md": names_page()}
+    pages |= {f"commands/{name}.md": command_page(name) for name in COMMANDS}
+    texts = [*pages.items(), *((file.src_uri, file.content_string) for file in files.documentation_pages())]
+    paths = {repository_path(page, match[2]) for page, text in texts for match in LINK.finditer(text)}
+    sources = {ROOT / path for path in paths if is_source(path)}
+    sources |= {file for folder in sources if folder.is_dir() for file in folder.iterdir() if file.is_file()}
+    pages |= {site_path(name_of(path)): source_page(path) for path in sources}
+    for name, text in sorted(pages.items()):
+        files.append(File.generated(config, name, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
+    """Turns links between files of the repository into links between pages."""
+    if page.file.src_uri in HISTORY:
+        page.meta["search"] = {"boost": 0.3}
+    here = posixpath.dirname(page.file.src_uri) or "."
+
+    def link(match: re.Match[str]) -> str:
+        path = repository_path(page.file.src_uri, match[2])
+        return match[1] + (posixpath.relpath(site_path(path), here) if (ROOT / path).exists() else match[2])
+
+    return LINK.sub(link, markdown)
+
+
+def on_page_content(content: str, *, page: Page, **_: Any) -> str:
+    if found := UNMADE.search(content):
+        log.warning("%s: put an empty line before this list or table: %s", page.file.src_uri, found[0][-200:])
+    return content
+
+
+def on_env(_env: Any, *, config: MkDocsConfig, files: Files) -> None:
+    """Adds llms.txt: title, address and first sentence of every page in the navigation."""
+    text = f"# {config.site_name}\n\n> {config.site_description}\n"
+    for section in config.nav or []:
+        for title, children in section.items():
+            lines = [llms_line(title, path, files) for title, path in leaves(children)]
+            text += f"\n## {title}\n\n" + "\n".join(lines) + "\n"
+    files.append(File.generated(config, "llms.txt", content=text))
+
+
+# ---- Links
+
+
+def repository_path(page: str, target: str) -> str:
+    """Returns the path in the repository of a link on a page of the site."""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(FILES.get(page, f"docs/{page}")), target))
+
+
+def site_path(path: str) -> str:
+    if path in PAGES:
+        return PAGES[path]
+    return path.removeprefix("docs/") if path.startswith("docs/") else f"source/{path}.md"
+
+
+def is_source(path: str) -> bool:
+    return path not in PAGES and not path.startswith("docs/") and (ROOT / path).exists()
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+# ---- llms.txt
+
+
+def leaves(children: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Title and page of all that is in a part of the navigation, in its order."""
+    for child in children:
+        for title, content in child.items():
+            if isinstance(content, list):
+                yield from leaves(content)
+            else:
+                yield title, content
+
+
+def llms_line(title: str, path: str, files: Files) -> str:
+    file = files.get_file_from_path(path)
+    assert file is not None, path
+    assert file.page is not None, path
+    return f"- [{title}]({file.url}): {first_sentence(file.page.content or '')}"
+
+
+def first_sentence(content: str) -> str:
+    """Returns the first sentence of the first paragraph of a rendered page, as plain text."""
+    paragraph = re.search(r"<p>(.*?)</p>", content, re.DOTALL)
+    text = " ".join(html.unescape(re.sub(r"<[^>]+>", "", paragraph[1])).split()) if paragraph else ""
+    return re.split(r"(?<=[.?!:])\s", text, maxsplit=1)[0]
+
+
+# ---- Pages that are made
+
+
+def command_page(name: str) -> str:
+    """Returns what `tailora NAME --help` says, as cyclopts writes it in Markdown."""
+    text = app([name])[name].generate_docs(usage_name=f"tailora {name}")
+    return text.replace(f"# {name}", f"# tailora {name}", 1)
+
+
+def names_page() -> str:
+    """Returns the table of the names that other tools give to our settings."""
+    rows = [
+        f"| `{ours}` | {' '.join(f'`{name}`' for name in theirs.split())} |"
+        for ours, theirs in NAMES_OF_OTHER_TOOLS.items()
+    ]
+    read = ", ".join(f"`{theirs}` as `{ours}`" for theirs, ours in ALIASES.items())
+    return (
+        "# Names of settings in other tools\n\n"
+        "Flags and the keys of YAML files have the names of transformers and PEFT. If you write the name that TRL, "
+        "Axolotl, LLaMA-Factory or another tool has for a setting, the message says which one it is here. "
+        f"Some are read: {read}.\n\n"
+        "| tailora | other tools |\n|---|---|\n" + "\n".join(rows) + "\n"
+    )
+
+
+def python_page() -> str:
+    """Returns the directives by which mkdocstrings shows every public name."""
+    names = [name for name in tailora.__all__ if not name.startswith("_")]
+    intro = "# Python\n\nThe public names: `from tailora import LoRAConfig, LoRAModel`.\n\n"
+    return intro + "\n".join(f"::: tailora.{name}\n" for name in names)
+
+
+def source_page(path: Path) -> str:
+    """Returns a page that shows a file, or links to the files of a folder; the search leaves it out."""
+    head = f"---\nsearch: {{exclude: true}}\n---\n# {name_of(path)}\n\n"
+    if path.is_dir():
+        here = path.name  # pages of the files are in a folder of its name, beside its own page
+        files = sorted(file for file in path.iterdir() if file.is_file())
+        return f"{head}The files of a folder of the repository:\n\n" + "\n".join(
+            f"- [{file.name}]({here}/{file.name}.md){purpose(file)}" for file in files
+        )
+    language = "python" if path.suffix == ".py" else "text"
+    return f"{head}~~~~~{language}\n{path.read_text()}\n~~~~~\n"
+
+
+def purpose(path: Path) -> str:
+    """Returns `: ` and the first line of a script's docstring."""
+    docstring = ast.get_docstring(ast.parse(path.read_text())) if path.suffix == ".py" else None
+    return f": {docstring.splitlines()[0]}" if docstring else ""
