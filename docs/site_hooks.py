@@ -19,6 +19,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 import tailora
+from tailora import errors
 from tailora.cli.main import COMMANDS, app
 from tailora.core.config import ALIASES, NAMES_OF_OTHER_TOOLS
 
@@ -45,7 +46,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = {page: (ROOT / file).read_text() for file, page in PAGES.items()}
-    pages |= {"api.md": python_page(), "names.md": names_page()}
+    pages |= {"api.md": python_page(), "errors.md": errors_page(), "names.md": names_page()}
     pages |= {f"commands/{name}.md": command_page(name) for name in COMMANDS}
     texts = [*pages.items(), *((file.src_uri, file.content_string) for file in files.documentation_pages())]
     paths = {repository_path(page, match[2]) for page, text in texts for match in LINK.finditer(text)}
@@ -58,9 +59,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
-    """Turns links between files of the repository into links between pages."""
+    """Turns links between files of the repository into links between pages; links the commands with their pages."""
     if page.file.src_uri in HISTORY:
         page.meta["search"] = {"boost": 0.3}
+    if page.file.src_uri == "commands.md":
+        markdown = re.sub(r"(?m)^\| (`tailora (\w+)[^`]*`) \|", r"| [\1](commands/\2.md) |", markdown)
     here = posixpath.dirname(page.file.src_uri) or "."
 
     def link(match: re.Match[str]) -> str:
@@ -157,6 +160,20 @@ def names_page() -> str:
         "Axolotl, LLaMA-Factory or another tool has for a setting, the message says which one it is here. "
         f"Some are read: {read}.\n\n"
         "| tailora | other tools |\n|---|---|\n" + "\n".join(rows) + "\n"
+    )
+
+
+def errors_page() -> str:
+    """Returns the errors that the docstring of `tailora.errors` lists, with their exit codes."""
+    rows = []
+    for name, meaning in re.findall(r"── (\w+)\S* +(.+)", str(errors.__doc__)):
+        error = getattr(errors, name)
+        parents = ", ".join(f"`{parent.__name__}`" for parent in error.__bases__ if parent is not errors.TailoraError)
+        rows.append(f"| `{name}` | {parents} | {error.exit_code} | {meaning} |")
+    return (
+        "# Errors\n\nAll are `TailoraError`s, in `tailora.errors`. A message says what was asked, what there is, and "
+        "what to do, with all problems at once. On the command line it goes to stderr, without a traceback.\n\n"
+        "| error | is also a | exit code | raised for |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import tailora
+from tailora import errors
 from tailora.cli.main import COMMANDS, app
 
 if TYPE_CHECKING:
@@ -44,6 +45,19 @@ def test_every_public_name_has_its_docstring_on_the_page(site: Path) -> None:
     page = (site / "api.html").read_text()
     for name in tailora.__all__:
         assert f'id="tailora.{name}"' in page or name.startswith("_"), name
+
+
+def test_every_error_is_on_the_page_with_its_exit_code(site: Path) -> None:
+    rows = re.findall(r"<tr>(.*?)</tr>", (site / "errors.html").read_text(), re.DOTALL)
+    shown = {tuple(re.findall(r"<td>(?:<code>)?(.*?)(?:</code>)?</td>", row))[:3:2] for row in rows[1:]}
+    classes = [value for value in vars(errors).values() if isinstance(value, type)]
+    made = {(error.__name__, str(error.exit_code)) for error in classes if issubclass(error, errors.TailoraError)}
+    assert shown == made - {("TailoraError", "1")}
+
+
+def test_the_overview_of_commands_links_to_every_command(site: Path) -> None:
+    page = (site / "commands.html").read_text()
+    assert set(re.findall(r'<a href="commands/(\w+)\.html"><code>', page)) == set(COMMANDS)
 
 
 def test_llms_txt_lists_the_pages_with_a_sentence(site: Path) -> None:
