@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from tailora.cli.flags import Json, Overwrite
-from tailora.cli.main import log, print_json, stdout
+from tailora.cli.main import log, note, print_json, stdout
 from tailora.cli.models import (
     METHODS,
     AdapterPath,
@@ -26,7 +26,7 @@ from tailora.cli.models import (
 )
 from tailora.data.demo import resolve_demo
 from tailora.data.schemas import CAUSAL_LM
-from tailora.errors import ConfigError
+from tailora.errors import ConfigError, DataError, FormatError
 from tailora.formats.run_folder import (
     ADAPTER_CONFIG,
     EXPORTED_FILES,
@@ -123,20 +123,27 @@ def export(
 
 
 def add_passport(folder: Path, source: Path, model: Any, tokenizer: Any) -> dict[str, int]:
-    """Writes the passport of the export: that of the adapter, or a new one if the adapter has none.
+    """Writes the passport of the export: that of the adapter, or a new one if the adapter has none that fits.
 
-    Returns the name of the file -> its bytes; {} for a model that can have none.
+    Returns the name of the file -> its bytes; {} for a model or an adapter that can have none.
     """
     from tailora.formats.passport import read_passport, write_passport
     from tailora.study.probes import make_passport, passport_obstacle
 
     if passport_obstacle(model) is not None:
         return {}
-    if (source / PASSPORT).exists():
-        passport = read_passport(source)
-    else:
-        log("writing passport.json, for `tailora verify`")
-        passport = make_passport(model, tokenizer)
+    try:
+        passport = read_passport(source) if (source / PASSPORT).exists() else None
+    except FormatError as error:
+        note(f"a new passport.json is written: {error}")
+        passport = None
+    try:
+        if passport is None:
+            log("writing passport.json, for `tailora verify`")
+            passport = make_passport(model, tokenizer)
+    except DataError as error:  # the export is whole
+        note(f"no passport.json is written: {error}")
+        return {}
     return {PASSPORT: write_passport(folder, passport).stat().st_size}
 
 

@@ -7,9 +7,11 @@ scales, the adapter without some of its layers, wrong prompts. Importing this ne
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +23,7 @@ from tailora.formats.run_folder import PASSPORT
 VERSION = 1
 ADAPTER, BASE, ROUNDED = "adapter", "base", "4-bit base"  # names of variants
 WEIGHTS = re.compile(r".*\.(safetensors|gguf)")
-REMEDY = "`tailora export` writes it anew"
+LARGEST_SCALE = 1000.0
 
 VariantKind = Literal["scale", "part", "prompt", "rounding"]
 
@@ -87,17 +89,18 @@ def write_passport(folder: Path, passport: Passport) -> Path:
 
 def read_passport(folder: Path) -> Passport:
     """Raises FormatError if there is none, or if it is damaged or belongs to other weights than those in `folder`."""
+    remedy = f"`tailora export {folder} --to peft --output NEW_FOLDER` writes one"
     if not (folder / PASSPORT).exists():
-        raise FormatError(f"{folder} holds no {PASSPORT}: {REMEDY}")
-    passport = read_own_json(folder / PASSPORT, Passport, REMEDY)
+        raise FormatError(f"{folder} holds no {PASSPORT}: {remedy}")
+    passport = read_own_json(folder / PASSPORT, Passport, remedy)
     if passport.version != VERSION:
-        raise FormatError(f"{folder / PASSPORT} has version {passport.version}, this program reads {VERSION}: {REMEDY}")
+        raise FormatError(f"{folder / PASSPORT} has version {passport.version}, this program reads {VERSION}: {remedy}")
     problems = list(_problems(passport))
     if problems:
-        raise FormatError(f"{folder / PASSPORT} is damaged ({problems[0]}): {REMEDY}")
+        raise FormatError(f"{folder / PASSPORT} is damaged ({problems[0]}): {remedy}")
     hashes = weight_hashes(folder)
     if not passport.weights or any(hashes.get(name) != digest for name, digest in passport.weights.items()):
-        raise FormatError(f"{folder / PASSPORT} belongs to other weights than those beside it: {REMEDY}")
+        raise FormatError(f"{folder / PASSPORT} belongs to other weights than those beside it: {remedy}")
     return passport
 
 
@@ -105,6 +108,9 @@ def _problems(passport: Passport) -> Iterable[str]:
     for name in (ADAPTER, BASE, ROUNDED):
         if name not in passport.variants:
             yield f"variant {name!r} is missing"
+    for name, variant in passport.variants.items():
+        if not 0 <= variant.scale <= LARGEST_SCALE:
+            yield f"variant {name!r} has scale {variant.scale:g}"
     if not passport.probes:
         yield "it has no probes"
     for number, probe in enumerate(passport.probes):
@@ -114,8 +120,10 @@ def _problems(passport: Passport) -> Iterable[str]:
             yield f"probe {number} has unknown variants: {', '.join(sorted(unknown))}"
         if not {ADAPTER, BASE} <= probe.logprobs.keys():
             yield f"probe {number} lacks adapter or base"
-        if any(len(values) != len(probe.tokens) for values in probe.logprobs.values()):
+        if not probe.tokens or any(len(values) != len(probe.tokens) for values in probe.logprobs.values()):
             yield f"probe {number} lacks log-probabilities"
+        if not all(map(math.isfinite, chain.from_iterable(probe.logprobs.values()))):
+            yield f"probe {number} has log-probabilities that are not finite"
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:

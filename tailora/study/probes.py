@@ -25,7 +25,7 @@ from tailora.core.layer_types import CONV1D, LINEAR, layer_type_of
 from tailora.core.patterns import layer_index
 from tailora.core.quantization import dense_weight
 from tailora.data.chat_template import ChatTokenizer, to_conversation
-from tailora.data.schemas import Messages, Sample, Text
+from tailora.data.schemas import Choices, Conversation, Feedback, Messages, Preference, Sample, Text
 from tailora.data.tokenize import last_reply
 from tailora.errors import DataError
 from tailora.evaluation.forgetting import sample_texts
@@ -92,7 +92,7 @@ def make_passport(
 
     held_out: samples whose words go into the passport. None: QUESTIONS, and replies that the base writes, so that the
         passport tells nothing of the data.
-    Raises DataError if there is no text for a probe.
+    Raises DataError if there is no text for a probe, or if nothing can tell the adapter from its base.
     """
     chat_tokenizer = ChatTokenizer.of(tokenizer)
     adapter, base_model = model.adapter(name), model.base_model
@@ -110,6 +110,13 @@ def make_passport(
     computations = _computations(adapter, base_model)
     with torch.no_grad(), evaluating(base_model):
         probes = _probes(texts, computations, chat_tokenizer)
+    probes = [probe for probe in probes if probe.tokens]
+    if not probes:
+        raise DataError("no text is fit for a probe: its likely next tokens are special tokens or parts of characters")
+    if not all(math.isfinite(value) for probe in probes for values in probe.logprobs.values() for value in values):
+        raise DataError("the model's log-probabilities are not finite: the adapter diverged")
+    if all(probe.logprobs[ADAPTER] == probe.logprobs[BASE] for probe in probes):
+        raise DataError("the adapter changes no log-probability, so that nothing tells it from its base")
     layers = {path: layer.layer_type for path, layer in list(adapter.low_rank.items())[:FINGERPRINTS]}
     names = dict.fromkeys(variant for probe in probes for variant in probe.logprobs)
     return Passport(
@@ -176,10 +183,13 @@ def _written_texts(model: Any, tokenizer: ChatTokenizer, seed: int) -> list[Prob
 def _of_samples(samples: Sequence[Sample], tokenizer: ChatTokenizer) -> list[ProbeText]:
     """Returns the first samples that are short enough, and whose messages are plain text."""
     texts: list[ProbeText] = []
-    for sample in samples:
+    for sample in map(_wanted, samples):
+        if len(texts) == len(QUESTIONS):
+            break
         if isinstance(sample, Text) or tokenizer.template is None:
-            words = sample.text if isinstance(sample, Text) else f"{sample.prompt}{sample.completion}"  # type: ignore[union-attr]
-            texts += _plain_texts([tokenizer.token_ids(words)], tokenizer)
+            if not isinstance(sample, Conversation):  # which needs a template
+                words = sample.text if isinstance(sample, Text) else f"{sample.prompt}{sample.completion}"
+                texts += _plain_texts([tokenizer.token_ids(words)], tokenizer)
             continue
         chat = to_conversation(sample)
         reply = last_reply(chat)
@@ -188,9 +198,20 @@ def _of_samples(samples: Sequence[Sample], tokenizer: ChatTokenizer) -> list[Pro
         text = _chat(chat.messages[:reply], tokenizer.token_ids(chat.messages[reply]["content"]), tokenizer)
         if text.first < PROMPT_LENGTH:
             texts.append(text)
-        if len(texts) == len(QUESTIONS):
-            break
-    return texts[: len(QUESTIONS)]
+    return texts
+
+
+def _wanted(sample: Any) -> Sample:
+    """Returns what a sample of any task wants the model to write; of a reply that is not wanted, the reply."""
+    match sample:
+        case Preference():
+            return sample.chosen
+        case Feedback():
+            return sample.reply
+        case Choices():
+            return sample.options[sample.answer]
+    wanted: Sample = sample
+    return wanted
 
 
 def _plain_texts(texts: Sequence[Sequence[int]], tokenizer: ChatTokenizer) -> list[ProbeText]:

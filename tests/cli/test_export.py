@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.export import Format, Server, Service
 from tailora.cli.main import main
+from tailora.errors import FormatError
 from tailora.formats.export import FORMATS
+from tailora.formats.passport import read_passport
 from tailora.formats.serving_targets import TARGETS
 
 IDS = torch.arange(20).view(2, 10)
@@ -256,6 +258,30 @@ def test_what_a_format_cannot_hold_exits_with_2(
     assert said["type"] == "FormatError"
     assert 'modules_to_save: lm_head were trained in full; export to "merged"' in said["message"]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_passport_of_other_weights_is_written_anew(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the message of verify says."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["export", str(run), "--to", "peft", "--output", str(first)]) == 0
+    weights = load_file(first / "adapter_model.safetensors")
+    save_file({name: 2 * value for name, value in weights.items()}, first / "adapter_model.safetensors")
+    with pytest.raises(FormatError, match="belongs to other weights"):
+        read_passport(first)
+    assert main(["export", str(first), "--to", "peft", "--output", str(second)]) == 0
+    assert "a new passport.json is written: " in capsys.readouterr().err
+    assert read_passport(second).probes
+
+
+def test_an_adapter_that_changes_nothing_is_exported_without_passport(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    LoRAModel(LlamaForCausalLM.from_pretrained(tiny_model), LoRAConfig(r=4)).save_adapter(tmp_path / "adapter")
+    assert main(["export", str(tmp_path / "adapter"), "--to", "peft", "--output", str(tmp_path / "a")]) == 0
+    assert "no passport.json is written: the adapter changes no" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "a" / "passport.json").exists()
 
 
 def test_a_place_that_cannot_be_written(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

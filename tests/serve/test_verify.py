@@ -21,9 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import main
 from tailora.core.adapter_set import AdapterSet
-from tailora.data.schemas import Conversation
-from tailora.errors import ConfigError, FormatError, ServerError
-from tailora.formats.passport import ADAPTER, BASE, Passport, Probe, read_passport, write_passport
+from tailora.data.schemas import Choices, Conversation, Feedback, Preference
+from tailora.errors import ConfigError, DataError, FormatError, ServerError
+from tailora.formats.passport import ADAPTER, BASE, ROUNDED, Passport, Probe, read_passport, write_passport
 from tailora.formats.run_folder import ADAPTER_WEIGHTS, PASSPORT
 from tailora.serve import client
 from tailora.serve.app import ServerSettings, create_app
@@ -183,8 +183,17 @@ def test_a_passport_belongs_to_its_weights(root: Path, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="belongs to other weights"):
         read_passport(folder)
     (folder / PASSPORT).unlink()
-    with pytest.raises(FormatError, match=r"holds no passport\.json: `tailora export` writes it anew"):
+    with pytest.raises(
+        FormatError, match=r"holds no passport\.json: `tailora export .* --to peft --output NEW_FOLDER` writes one"
+    ):
         read_passport(folder)
+
+
+VARIANTS = (ADAPTER, BASE, ROUNDED)
+
+
+def probe_of(tokens: list[str], values: list[float]) -> dict[str, Any]:
+    return {"prompt_tokens": 4, "tokens": tokens, "logprobs": dict.fromkeys(VARIANTS, values), "text": "a b c d"}
 
 
 @pytest.mark.parametrize(
@@ -194,6 +203,9 @@ def test_a_passport_belongs_to_its_weights(root: Path, tmp_path: Path) -> None:
         ({"probes": []}, "it has no probes"),
         ({"variants": {}}, "variant 'adapter' is missing"),
         ({"texts": "mine"}, "texts: "),
+        ({"variants": {name: {"kind": "scale", "scale": 1e9} for name in VARIANTS}}, "has scale 1e"),
+        ({"probes": [probe_of([], [])]}, "probe 0 lacks log-probabilities"),
+        ({"probes": [probe_of(["a"], [float("nan")])]}, "probe 0 has log-probabilities that are not finite"),
     ],
 )
 def test_a_damaged_passport_is_refused(root: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -213,6 +225,37 @@ def test_a_passport_of_the_base_tells_nothing_of_the_data_and_one_of_held_out_sa
     assert secret in json.dumps(asdict(replace(held_out, base={})))
     assert (ours.texts, held_out.texts) == ("base", "held-out")
     assert all(probe.messages == samples[0].messages[:1] for probe in held_out.probes if probe.messages)
+
+
+GREETING = Conversation(
+    [{"role": "user", "content": "a good morning"}, {"role": "assistant", "content": "to you and to the cat"}]
+)
+
+
+@pytest.mark.parametrize(
+    "sample", [Preference(GREETING, GREETING), Feedback(GREETING, True), Choices((GREETING, GREETING), 1)]
+)
+def test_held_out_samples_of_any_task_make_probes(sample: Any) -> None:
+    probes = make_passport(adapted(0), TOKENIZER, held_out=[sample]).probes
+    assert [probe.messages for probe in probes if probe.messages] == [GREETING.messages[:1]]
+
+
+def test_a_conversation_needs_a_template() -> None:
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="no text is fit for a probe"):
+        make_passport(adapted(0), tokenizer, held_out=[GREETING])
+
+
+def test_an_adapter_that_changes_nothing_or_diverged_has_no_passport() -> None:
+    """A server could only be told from it wrongly."""
+    model = LoRAModel(base_model(), LoRAConfig(r=4))
+    with pytest.raises(DataError, match="the adapter changes no log-probability"):
+        make_passport(model, TOKENIZER)
+    for layer in model.adapter().low_rank.values():
+        torch.nn.init.constant_(layer.lora_B, torch.nan)
+    with pytest.raises(DataError, match=r"not finite: the adapter diverged"):
+        make_passport(model, TOKENIZER)
 
 
 def test_a_model_without_chat_template_gets_probes_of_plain_texts() -> None:
