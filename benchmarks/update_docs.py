@@ -251,7 +251,8 @@ def soak() -> str:
         f"{content['minutes']:.0f} minutes of mixed load by {content['clients']} clients on {tables.machine(content)}, "
         f"with loads and unloads. Errors that were not asked for: {len(content['unexpected'])}. Resident memory "
         f"after the warm-up: {memory['first_mb']:.0f} MB at first, {memory['last_mb']:.0f} MB at last; it grew by "
-        f"{memory['slope_mb_per_hour']:.0f} MB an hour, with a standard error of {memory['standard_error']:.0f}."
+        f"{memory['slope_mb_per_hour']:.0f} MB an hour, with a standard error of {memory['standard_error']:.1f}. "
+        "503 says that all of the memory for adapters was in use, which is too small here on purpose."
     )
     return f"{text}\n\n{tables.table(['request, and its outcome', 'count'], rows)}"
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from tailora.formats.offline import OfflineAdapter
 
 SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/")  # in the path of the Hub's cache
-PULLED_FILES = (*EXPORTED_FILES, PASSPORT, *TOKENIZER_FILES)
+PULLED_FILES = (*EXPORTED_FILES, *TOKENIZER_FILES)
 MESSAGE = "Upload a LoRA adapter with tailora"
 LOSS_CELLS = ("name", "before", "before_95", "after", "after_95")  # of the card's line on the held-out loss
 
