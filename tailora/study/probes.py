@@ -29,6 +29,7 @@ from tailora.data.schemas import Choices, Conversation, Feedback, Messages, Pref
 from tailora.data.tokenize import last_reply
 from tailora.errors import DataError
 from tailora.evaluation.forgetting import sample_texts
+from tailora.evaluation.generate import free_positions
 from tailora.formats.export import with_only_adapter
 from tailora.formats.fingerprint import fingerprint
 from tailora.formats.passport import ADAPTER, BASE, ROUNDED, Passport, Probe, Variant
@@ -38,6 +39,7 @@ from tailora.train.parallel import is_sharded
 from tailora.train.random_state import seeded
 
 PROMPT_LENGTH, REPLY_LENGTH = 256, 40  # tokens of a chat that are used; longer prompts are left out
+SHORTEST_CONTEXT, ROOM = 200, 100  # positions of a model; of them for the reply and a longer template
 TEXTS, TEXT_LENGTH = 8, 48  # for a model without chat template: texts that the base writes, and their tokens
 SHORTEST_PROMPT = 4  # tokens; the first words of a plain text tell little
 TEXT_PROBES, CONTROLS, MOST_PER_TEXT = 36, 12, 6
@@ -96,8 +98,10 @@ def make_passport(
     """
     chat_tokenizer = ChatTokenizer.of(tokenizer)
     adapter, base_model = model.adapter(name), model.base_model
+    if (positions := free_positions(base_model, 0)) < SHORTEST_CONTEXT:
+        raise DataError(f"the model has {positions} positions; a passport needs {SHORTEST_CONTEXT}")
     if held_out is not None:
-        texts = _of_samples(held_out, chat_tokenizer)
+        texts = _of_samples(held_out, chat_tokenizer, positions)
     elif chat_tokenizer.template is None:
         texts = _written_texts(model, chat_tokenizer, seed)
     else:
@@ -180,7 +184,7 @@ def _written_texts(model: Any, tokenizer: ChatTokenizer, seed: int) -> list[Prob
     return _plain_texts([ids[1:] for ids in written], tokenizer)
 
 
-def _of_samples(samples: Sequence[Sample], tokenizer: ChatTokenizer) -> list[ProbeText]:
+def _of_samples(samples: Sequence[Sample], tokenizer: ChatTokenizer, positions: int) -> list[ProbeText]:
     """Returns the first samples that are short enough, and whose messages are plain text."""
     texts: list[ProbeText] = []
     for sample in map(_wanted, samples):
@@ -196,7 +200,7 @@ def _of_samples(samples: Sequence[Sample], tokenizer: ChatTokenizer) -> list[Pro
         if reply is None or chat.tools or any(set(message) != {"role", "content"} for message in chat.messages):
             continue
         text = _chat(chat.messages[:reply], tokenizer.token_ids(chat.messages[reply]["content"]), tokenizer)
-        if text.first < PROMPT_LENGTH:
+        if text.first < min(PROMPT_LENGTH, positions - ROOM):
             texts.append(text)
     return texts
 

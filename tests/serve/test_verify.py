@@ -268,6 +268,13 @@ def test_a_model_without_chat_template_gets_probes_of_plain_texts() -> None:
         assert len(tokenizer(probe.text)["input_ids"]) == probe.prompt_tokens
 
 
+def test_a_model_with_few_positions_gets_none() -> None:
+    model = adapted(0)
+    model.config.max_position_embeddings = 64
+    with pytest.raises(DataError, match="the model has 64 positions; a passport needs 200"):
+        make_passport(model, TOKENIZER)
+
+
 def test_a_special_token_that_the_model_lacks_is_no_obstacle() -> None:
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
