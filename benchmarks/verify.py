@@ -97,7 +97,10 @@ class Files:
             for form in ("portable", "gguf", "merged") if fault in ("none", "scale times 2") else ("portable", "gguf"):
                 shutil.rmtree(self.of(fault, form), ignore_errors=True)
                 loaded.model.export(self.of(fault, form), form, tokenizer=loaded.tokenizer)
-            loaded.tokenizer.save_pretrained(self.of(fault, "portable"))  # transformers serve reads it there
+            folder_of_both = self.of(fault, "portable")  # transformers serve reads base and adapter in one folder
+            loaded.tokenizer.save_pretrained(folder_of_both)
+            for name in ("config.json", "generation_config.json", "model.safetensors"):
+                (folder_of_both / name).symlink_to(self.base / name)
         converter = [sys.executable, str(llama_cpp / "convert_hf_to_gguf.py"), str(self.base), "--outtype", "bf16"]
         environment = {**os.environ, "PYTHONPATH": str(llama_cpp / "gguf-py")}
         subprocess.run(
