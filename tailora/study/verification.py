@@ -281,6 +281,9 @@ def verify(
             verdict = "other-base"
         elif verdict == "other-base":
             verdict = "other-adapter"
+    longer = _prompt_differences("chat", passport, observations)
+    if verdict == "adapter" and longer and min(longer) > 0:  # a server that counts cached tokens apart counts fewer
+        verdict = "template"
     leading = chat if text is None or (chat and _meaning(text) == "unknown") else text
     has_scale = leading is not None and leading.kind == "scale" and verdict in ("adapter", "base", "scaled", "template")
     scale = leading.scale if leading and has_scale else None
@@ -415,13 +418,19 @@ def _explanation(fit: Fit) -> str:
     return f"like {variant} (scale {fit.scale:.2f}, 95% interval {low:.2f} to {high:.2f})"
 
 
-def _prompt_tokens(name: str, passport: Passport, observations: Sequence[Observation | None]) -> list[str]:
-    """Returns how much longer the server's prompts are; [] where they are not."""
+def _prompt_differences(name: str, passport: Passport, observations: Sequence[Observation | None]) -> list[int]:
+    """Returns how many more tokens than training the server counts in each prompt."""
     probes, answers = _answered(passport, observations, KINDS[name])
-    pairs = zip(probes, answers, strict=True)
-    differences = [
-        answer.prompt_tokens - probe.prompt_tokens for probe, answer in pairs if answer.prompt_tokens is not None
+    return [
+        answer.prompt_tokens - probe.prompt_tokens
+        for probe, answer in zip(probes, answers, strict=True)
+        if answer.prompt_tokens is not None
     ]
+
+
+def _prompt_tokens(name: str, passport: Passport, observations: Sequence[Observation | None]) -> list[str]:
+    """Returns how much longer the server's prompts are, in words; [] where they are not."""
+    differences = _prompt_differences(name, passport, observations)
     if not any(differences):
         return []
     low, high = min(differences), max(differences)
