@@ -345,8 +345,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
         raise FormatError(f"{path} is not a complete safetensors file: {error}; save or copy it again") from None
     except (KeyError, RuntimeError) as error:
         raise FormatError(f"{path} holds a type of tensors that is not read here: {error}; save it as floats") from None
-    is_8_bit_float = {
-        name: tensor.is_floating_point() and tensor.dtype.itemsize == 1 for name, tensor in tensors.items()
-    }
-    tensors = {name: tensor.float() if is_8_bit_float[name] else tensor for name, tensor in tensors.items()}
+    for name in sorted(tensors):  # `load` returns them in an order of its own, which adapters would be written in again
+        tensor = tensors.pop(name)
+        is_8_bit_float = tensor.is_floating_point() and tensor.dtype.itemsize == 1
+        tensors[name] = tensor.float() if is_8_bit_float else tensor
     return tensors, header.get("__metadata__", {})

@@ -110,6 +110,13 @@ def test_metadata_is_sorted() -> None:
     assert list(json.loads(safetensors_bytes({}, metadata)[8:])["__metadata__"]) == sorted(metadata)
 
 
+def test_tensors_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+    """So that an adapter that is read and written again has the same bytes."""
+    names = [f"layers.{number}.weight" for number in range(40)]
+    (tmp_path / "file").write_bytes(safetensors_bytes({name: torch.zeros(1) for name in names}, {}))
+    assert list(read_safetensors(tmp_path / "file")[0]) == sorted(names)
+
+
 def test_a_full_disk_is_told_also_where_rust_tells_it_in_a_message_only(tmp_path: Path) -> None:
     message = "out cannot be written: No space left on device; free some space"
     with pytest.raises(WriteError, match=message), replace_folder(tmp_path / "out"):
