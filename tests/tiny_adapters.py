@@ -20,5 +20,5 @@ def adapted(settings: dict[str, Any] | None = None, base: nn.Module | None = Non
 
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
-        result: Tensor = model.eval()(input_ids=IDS).logits
+        result: Tensor = model.eval()(input_ids=IDS.to(next(model.parameters()).device)).logits
     return result
