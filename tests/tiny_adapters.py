@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
 
-IDS = torch.arange(24).view(2, 12)
+
+def token_ids() -> Tensor:
+    """(2, 12), on the device that is the default now: not on that of the moment of the first import."""
+    return torch.arange(24).view(2, 12)
 
 
 def adapted(settings: dict[str, Any] | None = None, base: nn.Module | None = None) -> LoRAModel:
@@ -20,5 +23,5 @@ def adapted(settings: dict[str, Any] | None = None, base: nn.Module | None = Non
 
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
-        result: Tensor = model.eval()(input_ids=IDS.to(next(model.parameters()).device)).logits
+        result: Tensor = model.eval()(input_ids=token_ids()).logits
     return result

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import chat_model, chat_tokenizer
-from tiny_adapters import IDS, adapted, logits
+from tiny_adapters import adapted, logits, token_ids
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -200,7 +200,7 @@ def test_the_comparison_does_not_change_modes_weights_or_other_adapters(tmp_path
 def test_float32_logits_are_those_of_the_model_in_float32() -> None:
     narrow = chat_model().to(torch.bfloat16).eval()
     wide = chat_model().to(torch.bfloat16).float().eval()
-    assert torch.equal(export.float32_logits(narrow, IDS), logits(wide))
+    assert torch.equal(export.float32_logits(narrow, token_ids()), logits(wide))
 
 
 @pytest.mark.parametrize(

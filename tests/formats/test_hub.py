@@ -11,7 +11,7 @@ import torch
 from hub_server import TOKEN, Server, running_hub
 from huggingface_hub import ModelCard, constants
 from tiny import chat_model
-from tiny_adapters import IDS, adapted, logits
+from tiny_adapters import adapted, logits, token_ids
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.models import parse_adapters
@@ -161,7 +161,7 @@ def test_save_pretrained_writes_all_adapters_as_peft_does_and_never_the_base(tmp
     assert sorted(path.name for path in (tmp_path / "all").iterdir()) == sorted([*FILES, "b"])
     read = peft.PeftModel.from_pretrained(chat_model(), str(tmp_path / "all")).eval()
     with torch.no_grad():
-        torch.testing.assert_close(read(input_ids=IDS).logits, logits(model), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(read(input_ids=token_ids()).logits, logits(model), rtol=1e-4, atol=1e-5)
     model.save_pretrained(tmp_path / "b", safe_serialization=True, selected_adapters=["b"], max_shard_size="5GB")
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["b"]
     model.save_pretrained(tmp_path / "none", is_main_process=False)

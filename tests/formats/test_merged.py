@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import chat_model, chat_tokenizer
-from tiny_adapters import IDS, adapted, logits
+from tiny_adapters import adapted, logits, token_ids
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -187,7 +187,7 @@ def test_a_quantized_model_after_merge_and_unload_saves_and_loads_as_a_plain_one
     assert not hasattr(base, "hf_quantizer")
     base.save_pretrained(tmp_path / "saved")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16).eval()
-    assert torch.equal(loaded(IDS).logits, base(IDS).logits)
+    assert torch.equal(loaded(token_ids()).logits, base(token_ids()).logits)
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
@@ -199,12 +199,12 @@ def test_float32_logits_use_the_dequantized_weights(family: str, how: str, use_d
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_adapter(tmp_path / "adapter")
     twin = plain_twin(tmp_path / "base", model, torch.float32)
-    expected = LoRAModel.from_pretrained(twin, tmp_path / "adapter").eval()(IDS).logits
+    expected = LoRAModel.from_pretrained(twin, tmp_path / "adapter").eval()(token_ids()).logits
     before, state = [tensor.clone() for tensor in stored_tensors(model)], [dict(vars(m)) for m in model.modules()]
     with with_only_adapter(model.base_model, model.adapter("default")) as live:
-        found = float32_logits(live, IDS)
+        found = float32_logits(live, token_ids())
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert (found - model(IDS).logits).abs().max() > 1e-3  # what 16 bits would hide
+    assert (found - model(token_ids()).logits).abs().max() > 1e-3  # what 16 bits would hide
     assert all(map(torch.equal, before, stored_tensors(model)))
     assert [dict(vars(m)).keys() for m in model.modules()] == [each.keys() for each in state]
     report = model.export(tmp_path / "peft", "peft")

@@ -10,7 +10,7 @@ import torch
 from cases import LAYERS, LayerCase
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import chat_model
-from tiny_adapters import IDS
+from tiny_adapters import token_ids
 from torch import nn
 
 import tailora
@@ -67,17 +67,17 @@ def is_free_of_peft(base: nn.Module) -> bool:
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_converted_peft_model_gives_the_same_outputs_and_unloads_to_the_base(name: str) -> None:
     peft_model = peft_model_of(name)
-    inner, expected = peft_model.get_base_model(), peft_model(IDS).logits.detach()
+    inner, expected = peft_model.get_base_model(), peft_model(token_ids()).logits.detach()
     model = tailora.from_peft(peft_model)
     assert isinstance(model, LoRAModel)
     assert model.base_model is inner
     assert list(model.adapters) == [name]
     assert model.active_adapters == (name,)
-    torch.testing.assert_close(model(IDS).logits, expected, **TOLERANCE)
+    torch.testing.assert_close(model(token_ids()).logits, expected, **TOLERANCE)
     base = model.unload()
     assert is_free_of_peft(base)
     assert base.state_dict().keys() == chat_model().eval().state_dict().keys()
-    torch.testing.assert_close(base(IDS).logits, chat_model().eval()(IDS).logits, rtol=0, atol=0)
+    torch.testing.assert_close(base(token_ids()).logits, chat_model().eval()(token_ids()).logits, rtol=0, atol=0)
 
 
 def test_all_adapters_are_converted_with_their_scales_and_the_active_one() -> None:
@@ -89,7 +89,7 @@ def test_all_adapters_are_converted_with_their_scales_and_the_active_one() -> No
     expected = {}
     for name in names:
         peft_model.set_adapter(name)
-        expected[name] = peft_model(IDS).logits.detach()
+        expected[name] = peft_model(token_ids()).logits.detach()
     peft_model.set_adapter("rslora")
     model = tailora.from_peft(peft_model)
     assert tuple(model.adapters) == names
@@ -97,14 +97,14 @@ def test_all_adapters_are_converted_with_their_scales_and_the_active_one() -> No
     assert model.adapters["patterns"].rank_pattern == {"q_proj": 2}
     for name in names:
         model.set_adapter(name)
-        torch.testing.assert_close(model(IDS).logits, expected[name], **TOLERANCE)
+        torch.testing.assert_close(model(token_ids()).logits, expected[name], **TOLERANCE)
 
 
 def test_a_converted_model_trains_and_keeps_its_mode() -> None:
     peft_model = peft_model_of("plain").train()
     model = tailora.from_peft(peft_model)
     assert {module.training for module in model.modules()} == {True}
-    model(input_ids=IDS, labels=IDS).loss.backward()
+    model(input_ids=token_ids(), labels=token_ids()).loss.backward()
     assert all(parameter.grad is not None for parameter in model.lora_layers.parameters())
     assert {module.training for module in tailora.from_peft(peft_model_of("plain")).modules()} == {False}
 
@@ -114,15 +114,15 @@ def test_adapters_that_are_switched_off_stay_off() -> None:
     peft_model.base_model.disable_adapter_layers()
     model = tailora.from_peft(peft_model)
     assert model.active_adapters == ()
-    torch.testing.assert_close(model(IDS).logits, chat_model().eval()(IDS).logits)
+    torch.testing.assert_close(model(token_ids()).logits, chat_model().eval()(token_ids()).logits)
 
 
 def test_a_base_that_pissa_changed_stays_changed() -> None:
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], init_lora_weights="pissa")
     peft_model = peft.get_peft_model(chat_model(), config).eval()
     stir(peft_model)
-    expected = peft_model(IDS).logits.detach()
-    torch.testing.assert_close(tailora.from_peft(peft_model)(IDS).logits, expected, **TOLERANCE)
+    expected = peft_model(token_ids()).logits.detach()
+    torch.testing.assert_close(tailora.from_peft(peft_model)(token_ids()).logits, expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("case", [case for case in LAYERS if not case.peft_is_wrong], ids=lambda case: case.name)
@@ -173,13 +173,13 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
 @pytest.mark.parametrize(("make", "error", "message"), REFUSED.values(), ids=REFUSED)
 def test_a_refusal_changes_nothing(make: Any, error: type[Exception], message: str) -> None:
     peft_model = make().eval()
-    modules, expected = list(peft_model.modules()), peft_model(IDS).logits.detach()
+    modules, expected = list(peft_model.modules()), peft_model(token_ids()).logits.detach()
     grads = [parameter.requires_grad for parameter in peft_model.parameters()]
     with pytest.raises(error, match=message):
         tailora.from_peft(peft_model)
     assert list(peft_model.modules()) == modules
     assert [parameter.requires_grad for parameter in peft_model.parameters()] == grads
-    torch.testing.assert_close(peft_model(IDS).logits, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(peft_model(token_ids()).logits, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_model_without_peft_is_refused() -> None:

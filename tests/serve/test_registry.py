@@ -14,7 +14,7 @@ import torch
 from permissions import modes_obeyed
 from safetensors.torch import load_file, save_file
 from tiny import chat_model
-from tiny_adapters import IDS, adapted
+from tiny_adapters import adapted, token_ids
 from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
@@ -102,7 +102,7 @@ def size_in_memory(folder: Path) -> int:
 def logits(registry: AdapterRegistry, key: str | None) -> Tensor:
     adapter_set = registry._adapter_set
     with adapter_set.activated_by_row([key, None]):
-        result: Tensor = adapter_set.base_model(input_ids=IDS).logits
+        result: Tensor = adapter_set.base_model(input_ids=token_ids()).logits
     return result[0]
 
 
@@ -120,7 +120,7 @@ def expected(*folders: Path, scales: tuple[float, ...] = (1,)) -> Tensor:
     model.set_adapter(names)
     for name, scale in zip(names, scales, strict=True):
         model.set_scale(name, scale)
-    result: Tensor = model.eval()(input_ids=IDS).logits
+    result: Tensor = model.eval()(input_ids=token_ids()).logits
     return result[0]
 
 
@@ -147,7 +147,7 @@ def test_an_adapter_computes_as_in_a_lora_model(make: Callable[..., AdapterRegis
     registry = make(name)
     registry._adapter_set.base_model.eval()
     torch.testing.assert_close(answer(registry, name), expected(root / name))
-    torch.testing.assert_close(answer(registry, "base"), chat_model()(input_ids=IDS).logits[0])
+    torch.testing.assert_close(answer(registry, "base"), chat_model()(input_ids=token_ids()).logits[0])
     [info] = registry.list()
     assert (info.name, info.in_memory, info.requests) == (name, True, 0)
     assert info.size == size_in_memory(root / name)
@@ -418,7 +418,7 @@ def test_a_scaled_head_is_exact(make: Callable[..., AdapterRegistry], root: Path
     model.combine({"head": 0.5}, "half")
     model.set_adapter("half")
     registry = make("head")
-    torch.testing.assert_close(answer(registry, "head@0.5"), model.eval()(input_ids=IDS).logits[0].detach())
+    torch.testing.assert_close(answer(registry, "head@0.5"), model.eval()(input_ids=token_ids()).logits[0].detach())
 
 
 def test_equal_requests_share_one_adapter_without_tensors_of_its_own(make: Callable[..., AdapterRegistry]) -> None:
