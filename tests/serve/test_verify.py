@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-import uvicorn
 from tiny import GROUPED, chat_tokenizer, stir
+from tiny_server import on_loopback
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
@@ -85,14 +85,8 @@ def running(root: Path, *, seed: int = 0, template: str | None = None) -> Iterat
         for name in ("legal", "other", "upper", "mlp") if seed == 0 else ():
             registry.load(name, root / name, trusted=True)
         app = create_app(engine, registry, tokenizer, ServerSettings())
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=5))
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        while not server.started:
-            thread.join(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+        with on_loopback(app) as url:
+            yield url
     finally:
         engine.stop(0)
 
