@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -81,10 +81,14 @@ class Passport:
 
 def write_passport(folder: Path, passport: Passport) -> Path:
     """Writes the passport for the weights in `folder`. Raises WriteError."""
-    content = {**asdict(passport), "weights": weight_hashes(folder)}
-    content["base"] = {path: layer.model_dump() for path, layer in passport.base.items()}
-    write_file(folder / PASSPORT, json.dumps(content, ensure_ascii=False).encode())
+    write_file(folder / PASSPORT, passport_bytes(replace(passport, weights=weight_hashes(folder))))
     return folder / PASSPORT
+
+
+def passport_bytes(passport: Passport) -> bytes:
+    """Returns the content of passport.json."""
+    base = {path: layer.model_dump() for path, layer in passport.base.items()}
+    return json.dumps({**asdict(passport), "base": base}, ensure_ascii=False).encode()
 
 
 def read_passport(folder: Path) -> Passport:

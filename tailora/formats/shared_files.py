@@ -6,7 +6,7 @@ Whoever gets the files needs neither the folder that the base was in here, nor t
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from tailora.errors import FormatError, listing
-from tailora.formats.io import check_is_file, read_json_object, with_metadata, wrap_os_error
+from tailora.formats.io import check_is_file, with_metadata, wrap_os_error
 from tailora.formats.metadata import METADATA_KEY
 from tailora.formats.offline import OfflineAdapter, read_stored, updates_of
+from tailora.formats.passport import passport_bytes, read_passport
 from tailora.formats.peft import StoredAdapter
 from tailora.formats.run_folder import (
     ADAPTER_CONFIG,
@@ -35,7 +36,6 @@ NOT_SEARCHED = (ADAPTER_WEIGHTS, "tokenizer.json", "tokenizer.model", "vocab.jso
 BEGIN, END = r"(?<![\w.~-])(?<![\w:.]/)", r"(?![\w-])[\w./@-]*"  # of a path; not within another one, or an address
 HOME = BEGIN + r"(?:/home/|/Users/|/root/|[A-Za-z]:\\+Users\\+)[\w.@-]+[\w./\\@-]*"  # a home directory of any system
 TOKEN = r"\bhf_[A-Za-z0-9]{30,}"  # of the Hub: some tools wrote it into the files of a tokenizer
-HELD_OUT = "held-out"  # `texts` of a passport whose probes are held-out data
 
 
 @dataclass(frozen=True)
@@ -159,15 +159,9 @@ def _shared_passport(folder: Path, weights: bytes, base_name: str | None, *, sam
 
     None if its probes are held-out data, and `samples` are not shared. Raises FormatError if it is of other weights.
     """
-    passport = read_json_object(folder / PASSPORT)
-    if passport.get("texts") == HELD_OUT and not samples:
+    passport = read_passport(folder)
+    if passport.texts == "held-out" and not samples:
         return None
-    digests = passport.get("weights")
-    if not isinstance(digests, dict) or digests.get(ADAPTER_WEIGHTS) != _digest(_content(folder / ADAPTER_WEIGHTS)):
-        raise FormatError(f"{folder / PASSPORT} is not of the {ADAPTER_WEIGHTS} beside it: delete it, or write it anew")
-    passport |= {"base_model": base_name or passport.get("base_model"), "weights": {ADAPTER_WEIGHTS: _digest(weights)}}
-    return json.dumps(passport, ensure_ascii=False).encode()
-
-
-def _digest(content: bytes) -> str:
-    return sha256(content).hexdigest()
+    digest = sha256(weights).hexdigest()
+    shared = replace(passport, base_model=base_name or passport.base_model, weights={ADAPTER_WEIGHTS: digest})
+    return passport_bytes(shared)

@@ -22,7 +22,9 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.cli.hub import public_base_name
 from tailora.cli.main import main
 from tailora.data.demo import MODEL_NAME, VERSION
+from tailora.formats import passport as passports
 from tailora.formats.metadata import METADATA_KEY
+from tailora.formats.passport import Passport, Probe, Variant, write_passport
 from tailora.formats.run_folder import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, PASSPORT, REPORT
 
 FILES = [CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS]
@@ -251,9 +253,11 @@ def test_the_passport_goes_with_the_weights_that_it_is_of(
     hub: Server, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     passport = run / ADAPTER / PASSPORT
-    digest = sha256((run / ADAPTER / ADAPTER_WEIGHTS).read_bytes()).hexdigest()
-    content = {"base_model": "models/tiny", "texts": "base", "weights": {ADAPTER_WEIGHTS: digest}, "probes": ["é"]}
-    passport.write_text(json.dumps(content))
+    variants = {name: Variant("scale") for name in (passports.ADAPTER, passports.BASE, passports.ROUNDED)}
+    probe = Probe(3, ["é"], {name: [-1.0] for name in variants}, text="the cat is")
+    write_passport(run / ADAPTER, Passport("models/tiny", "base", variants, [probe]))
+    content = json.loads(passport.read_text())
+    digest = content["weights"][ADAPTER_WEIGHTS]
     pushed(capsys, run, "user/adapter", "--model", "owner/base")
     new = sha256(hub.files[ADAPTER_WEIGHTS]).hexdigest()
     assert new != digest  # the file named the folder of the base
@@ -271,7 +275,7 @@ def test_the_passport_goes_with_the_weights_that_it_is_of(
     passport.write_text(json.dumps({**content, "weights": {ADAPTER_WEIGHTS: "0" * 64}}))
     code, _, err = call(capsys, "push", run, "user/adapter")
     assert code == 2
-    assert "passport.json is not of the adapter_model.safetensors beside it" in err
+    assert "passport.json belongs to other weights than those beside it" in err
 
 
 def test_the_words_of_others_stay_and_the_yaml_is_completed(
