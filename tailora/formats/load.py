@@ -554,7 +554,9 @@ def _check_base(
 ) -> None:
     expected = stored.metadata.base
     layer_types = {path: layer.layer_type for path, layer in layers.items() if path in expected}
-    known_base |= fingerprint(base_model, {path: layer_types[path] for path in layer_types.keys() - known_base.keys()})
+    # in the same order on every rank: the shards of a layer are gathered together
+    unknown = {path: layer_type for path, layer_type in layer_types.items() if path not in known_base}
+    known_base |= fingerprint(base_model, unknown)
     if problems := fingerprint_differences(expected, {path: known_base[path] for path in layer_types}):
         shown = [*problems[:5], *([f"and {len(problems) - 5} layers more"] if len(problems) > 5 else [])]
         raise BaseMismatchError(
