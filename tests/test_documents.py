@@ -21,7 +21,7 @@ from tailora.train.model_loading import METHODS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 
 
 def page(name: str) -> str:
@@ -140,7 +140,8 @@ def test_every_command_is_in_the_table() -> None:
 
 def test_every_page_is_in_the_navigation_of_the_site() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
-    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    docs = ROOT / "docs"
+    pages = {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")}
     assert not pages - set(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE)), "add it to nav in mkdocs.yml"
 
 
