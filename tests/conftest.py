@@ -5,8 +5,8 @@ Tests with random input (hypothesis) run on a few inputs, always the same; with 
 `-m device` installs the pretend accelerator, so that all tests of that process see it.
 """
 
-import logging
 import gc
+import logging
 import os
 import re
 import shutil
