@@ -1,0 +1,223 @@
+"""benchmarks/evidence.py: the rules of the verdicts on made-up numbers, and studies that `tailora compare` accepts."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tailora.study.config import CompareConfig, arm_settings
+from tailora.train.config import TrainConfig
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+@pytest.fixture
+def data() -> Any:
+    return importlib.import_module("evidence_data")
+
+
+@pytest.fixture
+def rules(data: Any) -> Any:  # noqa: ARG001  # makes the import possible
+    return importlib.import_module("evidence_rules")
+
+
+def arm(name: str, best: float = 0.01, tried: tuple[float, ...] = (0.005, 0.01, 0.02)) -> dict[str, Any]:
+    return {"name": name, "learning_rate": best, "rates": {repr(rate): 2.0 for rate in tried}}
+
+
+def result(losses: dict[str, float], spread: float = 0.001, **arms: dict[str, Any]) -> dict[str, Any]:
+    """Two seeds and 50 examples of 10 tokens; all arms have the same hard and easy examples."""
+    hard = np.random.default_rng(0).normal(size=(1, 50))
+    noise = np.random.default_rng(1)
+    return {
+        "report": {"arms": [arms.get(name, arm(name)) for name in losses]},
+        "counts": [10] * 50,
+        "sums": {
+            name: (10 * (loss + hard + spread * noise.normal(size=(2, 50)))).tolist() for name, loss in losses.items()
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("numbers", "better", "equal"),
+    [
+        ((-0.05, -0.06, -0.04), "holds", "does not hold"),
+        ((-0.01, -0.015, -0.005), "does not hold", "holds"),
+        ((0.00, -0.01, 0.01), "does not hold", "holds"),
+        ((0.05, 0.04, 0.06), "does not hold", "does not hold"),
+        ((-0.05, -0.11, 0.01), "cannot tell", "cannot tell"),
+        ((-0.015, -0.025, -0.005), "cannot tell", "cannot tell"),
+        ((0.01, -0.01, 0.03), "does not hold", "cannot tell"),
+    ],
+)
+def test_a_verdict_is_made_of_the_interval_and_the_margin(
+    rules: Any, numbers: tuple[float, float, float], better: str, equal: str
+) -> None:
+    assert rules.better(*numbers) == better
+    assert rules.equal(*numbers) == equal
+
+
+def test_a_range_holds_inside_and_fails_outside(rules: Any) -> None:
+    assert rules.inside(6.0, 19.0, 5.0, 20.0) == "holds"
+    assert rules.inside(2.0, 4.0, 5.0, 20.0) == rules.inside(21.0, 30.0, 5.0, 20.0) == "does not hold"
+    assert rules.inside(4.0, 6.0, 5.0, 20.0) == "cannot tell"
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "expected"),
+    [
+        ({"markov": "holds", "reviews": "holds", "chats": "cannot tell"}, "holds"),
+        ({"markov": "holds", "delayed": "holds"}, "cannot tell"),
+        ({"markov": "does not hold", "reviews": "cannot tell"}, "does not hold"),
+        ({"markov": "holds", "reviews": "does not hold"}, "depends"),
+        ({}, "cannot tell"),
+    ],
+)
+def test_a_statement_needs_both_models_to_hold_and_one_place_to_fail(
+    rules: Any, verdicts: dict[str, str], expected: str
+) -> None:
+    found = [rules.Finding("dora", setting, "", 0, 0, 0, verdict) for setting, verdict in verdicts.items()]
+    assert rules.overall(found) == expected
+
+
+def test_differences_are_first_minus_second_and_need_tuned_arms(rules: Any) -> None:
+    losses = {"lora": 2.0, "dora": 1.9, "pissa": 2.0, "loraplus": 2.1}
+    results = {"markov": {"variants": result(losses)}}
+    found = {finding.statement: finding for finding in rules.findings(results)}
+    assert {name: finding.verdict for name, finding in found.items()} == {
+        "dora": "holds",
+        "pissa": "does not hold",
+        "loraplus": "does not hold",
+    }
+    assert found["dora"].value == pytest.approx(-0.1, abs=1e-3)
+    assert found["dora"].low < found["dora"].value < found["dora"].high < -0.09
+    at_the_edge = arm("dora", best=0.02)
+    (untuned, *_) = rules.findings({"markov": {"variants": result(losses, dora=at_the_edge)}})
+    assert (untuned.verdict, untuned.remark) == ("cannot tell", "the rate of dora is not tuned")
+
+
+def test_alpha_fails_if_one_other_alpha_is_as_good(rules: Any) -> None:
+    def verdicts(**others: float) -> set[str]:
+        found = rules.findings({"markov": {"alpha": result({"lora": 2.0, **others})}})
+        assert len(found) == 2
+        return {finding.verdict for finding in found}
+
+    assert verdicts(**{"alpha-r": 2.1, "alpha-16r": 2.1}) == {"holds"}
+    assert verdicts(**{"alpha-r": 2.0, "alpha-16r": 2.1}) == {"does not hold"}
+
+
+def test_the_gap_of_batches_is_a_difference_of_differences(rules: Any) -> None:
+    small, large = result({"full": 2.0, "lora": 2.1}), result({"full": 2.5, "lora": 2.9})
+    assert rules.gap_of_batches(small, large)[0] == pytest.approx(0.3, abs=1e-3)
+    (found,) = [
+        f
+        for f in rules.findings({"markov": {"batch": large, "full": {**small, **of_full()}}})
+        if f.statement == "batch"
+    ]
+    assert found.verdict == "holds"
+    (found,) = [
+        f
+        for f in rules.findings({"markov": {"batch": small, "full": {**large, **of_full()}}})
+        if f.statement == "batch"
+    ]
+    assert found.verdict == "does not hold"
+
+
+def of_full(best: dict[str, float] | None = None) -> dict[str, Any]:
+    """Rates whose losses have their lowest point at 2^best, with examples that differ a little."""
+    noise = 0.01 * np.random.default_rng(2).normal(size=40)
+    return {
+        "rate_counts": [10] * 40,
+        "rate_sums": {
+            name: {
+                repr(2.0**octave): (10 * (2 + 0.05 * (octave - vertex) ** 2 + noise * octave)).tolist()
+                for octave in range(-14, -4)
+            }
+            for name, vertex in (best or {"lora": -8.0, "full": -11.0}).items()
+        },
+        "kl": {"lora": [0.2, 0.21], "full": [0.4, 0.41]},
+    }
+
+
+def test_the_best_rates_are_compared_between_those_that_were_tried(rules: Any) -> None:
+    value, low, high = rules.rate_ratio(of_full({"lora": -8.4, "full": -11.6}))
+    assert low < value < high
+    assert value == pytest.approx(2**3.2, rel=0.05)
+    assert (low, high) == pytest.approx((value, value), rel=0.2)
+    found = {
+        f.statement: f
+        for f in rules.findings({"markov": {"full": {**result({"full": 2.0, "lora": 2.0}), **of_full()}}})
+    }
+    assert (found["rate"].verdict, found["forgetting"].verdict) == ("holds", "holds")
+    assert found["forgetting"].value == pytest.approx(0.506, abs=0.01)
+
+
+def test_intruders_are_compared_matrix_by_matrix(rules: Any) -> None:
+    matrices = {f"m{i}": {"lora": 2 + i % 2, "full": 0} for i in range(20)}
+    (found,) = rules.findings({"markov": {"intruders": {"matrices": matrices}}})
+    assert (found.value, found.verdict) == (2.5, "holds")
+    same = {path: {**entry, "lora": 0} for path, entry in matrices.items()}
+    (found,) = rules.findings({"markov": {"intruders": {"matrices": same}}})
+    assert found.verdict == "does not hold"
+
+
+def test_every_study_is_one_that_compare_accepts(data: Any) -> None:
+    for setting, names in data.STUDIES.items():
+        for name in names:
+            settings = data.study(setting, name)
+            of_study = {key: settings.pop(key) for key in tuple(settings) if key in CompareConfig.model_fields}
+            comparison, train = CompareConfig(**of_study), TrainConfig(**settings)
+            for arm_name in comparison.arms:
+                arm_settings(train, comparison, arm_name, learning_rate=comparison.first_rate(arm_name))
+            assert comparison.rate_tries >= 5  # as many as an arm needs whose first rate is near its best
+
+
+def test_attention_and_mlp_train_about_as_many_parameters_as_all_layers(data: Any) -> None:
+    markov = importlib.import_module("markov")
+    base = markov.LlamaForCausalLM(markov.model_config())
+    arms = data.arms("layers", "tiny model")
+    counts = [
+        markov.trainable_parameters(
+            base, {"r": 8, **{key: value for key, value in arm.items() if key != "learning_rate"}}
+        )
+        for arm in arms.values()
+    ]
+    assert min(counts) > 0.97 * max(counts)
+
+
+def test_the_delayed_language_follows_the_table_from_the_third_and_second_word_before(data: Any) -> None:
+    markov = importlib.import_module("markov")
+    ids = data.delayed_texts(3000, torch.Generator().manual_seed(0))
+    table = markov.table()
+    first, second, third = ids[:, :-4], ids[:, 1:-3], ids[:, 3:-1]
+    likelihood = table[first, second, third].log().mean()
+    expected = (table * table.log()).sum(-1)[first, second].mean()
+    assert float(likelihood) == pytest.approx(float(expected), abs=0.01)
+    assert (ids[:, -1] == markov.END).all()
+
+
+def test_earlier_comparisons_have_intervals_over_their_seeds(rules: Any) -> None:
+    arms = {
+        name: {**arm(name), "seed_losses": [loss, loss + 0.01, loss + 0.011], "forgetting": {"kl": 0.5}}
+        for name, loss in {"full": 2.0, "r8": 2.0, "dora": 1.9, "pissa": 2.1, "attention": 2.3, "mlp": 2.1}.items()
+    }
+    arms["r8"]["learning_rate"] = 0.08
+    found = {f.statement: f for f in rules.earlier("tiny_lm_compare", {"arms": list(arms.values())})}
+    assert {name: finding.verdict for name, finding in found.items()} == {
+        "mlp": "holds",
+        "dora": "cannot tell",
+        "pissa": "cannot tell",
+        "rate": "cannot tell",
+        "forgetting": "cannot tell",
+    }
+    assert found["dora"].remark == "the rate of r8 is not tuned"
+    assert found["mlp"].value == pytest.approx(-0.2)
+    assert found["rate"].value == pytest.approx(8)
