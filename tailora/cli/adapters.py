@@ -115,7 +115,7 @@ def parse_weights(texts: Sequence[str], folders: Mapping[str, Path]) -> dict[str
         try:
             weights[name] = float(number)
         except ValueError:
-            problems.append(f"--weight {text}: {number!r} is not a number")
+            problems.append(f"--weight {text}: {number!r} is not a number; write NAME=0.5")
     if problems:
         raise ConfigError(listing(problems))
     return weights
@@ -154,7 +154,7 @@ def shrink(
     folder = find_adapter(str(adapter))
     check_result_folder(output_dir, ADAPTER_FILES, overwrite=overwrite, sources=[folder])
     if (data is None) != (max_loss_increase is None):
-        raise ConfigError("--max-loss-increase and --data go together: the loss is measured on the data")
+        raise ConfigError("--max-loss-increase and --data go together, for the loss is measured on the data: give both")
     check_sources(data=[data])
     base = base_model_name(model, [folder])
     log("reading the model")

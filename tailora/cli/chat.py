@@ -260,7 +260,7 @@ def read_prompts(path: Path) -> list[str]:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeError) as error:
             cause = error.strerror if isinstance(error, OSError) else f"not UTF-8: {error}"
-            raise ConfigError(f"--prompts {path}: {cause}") from None
+            raise ConfigError(f"--prompts {path}: {cause}; give a text file in UTF-8 that can be read") from None
         prompts = [line for line in lines if line.strip()]
     else:
         rows = list(read_file(path))
@@ -275,7 +275,7 @@ def read_prompts(path: Path) -> list[str]:
             raise data_error(problems)
         prompts = [row.fields["prompt"] for row in fields]
     if not prompts:
-        raise ConfigError(f"--prompts {path} holds no prompt")
+        raise ConfigError(f"--prompts {path} holds no prompt: write one into each line")
     return prompts
 
 

@@ -60,7 +60,9 @@ def data(
         with torch.device("meta"):
             empty = model_class(settings.task).from_config(model_config)
     except ValueError as error:
-        raise ConfigError(f"model {settings.model!r} is not for this task: {error}") from error
+        raise ConfigError(
+            f"model {settings.model!r} is not for this task ({error}): give another --model or --task"
+        ) from error
     embedding_rows = empty.get_input_embeddings().weight.shape[0]
     labels, _ = find_labels(settings)
     prepared = read_whole(settings, tokenizer, embedding_rows, labels)

@@ -187,7 +187,10 @@ def eval(
         return _finish(target, scores, gates, time.monotonic() - started, output_dir, json)
     check_gates(data_gates, list(METRICS), base=base)
     if wrong := [name for name in metric_names if name not in METRICS]:
-        raise ConfigError(f"--metrics {','.join(wrong)}: of models that predict labels, and this is a language model")
+        raise ConfigError(
+            f"--metrics {','.join(wrong)}: these are of models that predict labels, and this is a language model: "
+            "leave them out"
+        )
     from tailora.cli.progress import counter
     from tailora.evaluation.lm_eval import evaluate_tasks, find_tasks
     from tailora.evaluation.scores import EvalOptions, Scores, normalizer, score, without_adapter

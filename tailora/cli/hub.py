@@ -90,7 +90,7 @@ def push(
     if not path.is_dir():
         raise ConfigError(f"{folder} is not a folder{nearest_path(folder)}; give that of an adapter or of a run")
     if not message.strip():
-        raise ConfigError("--message: the Hub takes no commit without a message")
+        raise ConfigError("--message is empty, and the Hub takes no commit without a message: give one")
     base_name = public_base_name(path, model)
     check_token()
     log("checking the adapter")

@@ -63,7 +63,7 @@ class Adapter:
             return ""
         return (
             f"adapter {name!r} starts from data (init_lora_weights={self.config.init_lora_weights!r}): "
-            "start_from_data(batches) first"
+            "call start_from_data(batches) first"
         )
 
     def check_can_be_saved(self, name: str) -> None:
@@ -91,7 +91,7 @@ def create(selection: Selection, config: LoRAConfig, *, fresh: bool = True) -> A
     if config.adalora is not None and grouped_ranks:
         raise TargetError(
             f"adalora takes ranks one by one, but those of groups or experts go together: {', '.join(grouped_ranks)}; "
-            "exclude_modules"
+            "leave them out by exclude_modules"
         )
     saved = {path: trained_copy(module) for path, module in selection.to_save.items()}
     share_parameters(selection.to_save, saved)

@@ -207,7 +207,8 @@ def combine_adapters(
         bias_settings = {"lora_bias": True}
         if any(isinstance(layer, nn.Embedding) for layer in bases.values()):
             problems.append(
-                "one has lora_bias on layers without a bias, another adapts an embedding; no file format holds both"
+                "one has lora_bias on layers without a bias, another adapts an embedding, and no file format holds "
+                "both; leave one of the two out"
             )
     if problems:
         raise AdapterError(f"these adapters cannot be combined: {listing(problems)}")

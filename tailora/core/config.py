@@ -256,10 +256,12 @@ class LoRAConfig(StrictModel):
             raise ValueError("layers_pattern says which numbers layers_to_transform means; give both")
         if self.use_dora and self.lora_bias:
             raise ValueError(
-                "lora_bias with use_dora: no tool reads an adapter with both; bias='lora_only' trains biases"
+                "lora_bias with use_dora: no tool reads an adapter with both; take bias='lora_only' to train biases"
             )
         if self.adalora is not None and self.init_lora_weights != "kaiming":
             raise ValueError(f"adalora starts from orthonormal factors: leave out {self.init_lora_weights!r}")
         if self.adalora is not None and self.adalora.target_r > self.r:
-            raise ValueError(f"target_r = {self.adalora.target_r} is above r = {self.r}, the rank at the start")
+            raise ValueError(
+                f"target_r = {self.adalora.target_r} is above r = {self.r}, the rank at the start: lower it, or raise r"
+            )
         return self

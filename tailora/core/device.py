@@ -35,7 +35,9 @@ def choose_device(name: str | None = None) -> torch.device:
     if asked in there:
         return asked
     names = ", ".join(map(str, there))
-    raise ConfigError(f"device {name!r} is not here: torch {torch.__version__} finds {names}; {AUTO} takes the first")
+    raise ConfigError(
+        f"device {name!r} is not here: torch {torch.__version__} finds {names}; give one of them, or {AUTO}"
+    )
 
 
 def devices() -> list[torch.device]:

@@ -147,7 +147,9 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
     ]
     if not selected and not problems:
         classes = ", ".join(sorted({type(module).__name__ for module in modules.values()}))
-        problems.append(f"target_modules={config.target_modules!r} leaves no layer to adapt; classes here: {classes}")
+        problems.append(
+            f"target_modules={config.target_modules!r} leaves no layer to adapt; give some of these classes: {classes}"
+        )
     if problems:
         raise TargetError(listing(problems))
     return Selection(targets, to_save, extras, modules)
@@ -306,7 +308,9 @@ def _of_module(path: str, module: nn.Module, parent: nn.Module, config: LoRAConf
     try:
         slices = output_slices(layout, out_features) if layout else {}
     except ValueError as error:
-        raise TargetError(f"fused_parts: {path}: {error}") from None
+        raise TargetError(
+            f"fused_parts: {path}: {error}; give sizes that divide them, or leave fused_parts out"
+        ) from None
     for part, output_slice in slices.items():
         yield replace(layer, path=f"{path}.{part}", output_slice=output_slice)
 
@@ -689,7 +693,9 @@ def _target_problems(targets: Sequence[Target], config: LoRAConfig) -> list[str]
         if config.use_dora and not target.layer_type.supports_dora:
             problems.append(f"{path}: use_dora: how its rows would be scaled is not known; exclude it")
         if config.lora_bias and target.layer_type is EMBEDDING:
-            problems.append(f"{path}: lora_bias on an Embedding, whose file has no place for it")
+            problems.append(
+                f"{path}: lora_bias on an Embedding, whose file has no place for it; exclude it, or leave lora_bias out"
+            )
     for path, own_ranks in ranks.items():
         if len(own_ranks) > 1:  # PEFT's files hold one rank for an attention
             problems.append(f"{path}: its matrices have the ranks {sorted(own_ranks)}; take one")

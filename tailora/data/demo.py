@@ -58,7 +58,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DATA = Wheel("chitchat-dataset", "0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e", 8_105_664)
 CHATS = "chitchat_dataset/dataset.json"
 TRAIN, HELD_OUT = 280, 100  # conversations; one pass over the first is the demo's run
-NO_DEMO = "or go without the demo: --model FOLDER --data FILE"
+NO_DEMO = "or leave the demo out: give --model FOLDER --data FILE"
 
 # ---- The model and the data
 

@@ -134,7 +134,7 @@ def _name(value: Any) -> str:
     if value is None or isinstance(value, str):
         raise DataError("label is empty")
     raise DataError(
-        f"label is {value!r:.60} where a name or a whole number is needed; numbers are for --task regression"
+        f"label is {value!r:.60} where a name or a whole number is needed; for numbers, take --task regression"
     )
 
 
@@ -191,7 +191,7 @@ def read_labels(sources: Sequence[str], field: Mapping[str, str] | None, task: s
     if len(counts) > MOST_LABELS:
         raise DataError(
             f"data {source}: its rows have {len(counts):,} different {what}, such as {listed(list(counts)[:3])}: more "
-            f"than {MOST_LABELS:,} classes are most likely a mistake. Numbers are for --task regression"
+            f"than {MOST_LABELS:,} classes are most likely a mistake. For numbers, take --task regression"
         )
     if len(counts) < 2:
         raise DataError(

@@ -439,7 +439,7 @@ def _check_same_task(sources: Sequence[LoadedSource]) -> None:
         if its_schema.task != schema.task or (schema.task != CAUSAL_LM and its_schema.name != schema.name):
             raise DataError(
                 f"data {other.source}: its rows are {its_schema.name}, and those of {first.source} are {schema.name}; "
-                "all sources, and the held-out rows, must have the same keys for this task"
+                "give sources and held-out rows with the same keys for this task"
             )
 
 

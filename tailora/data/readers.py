@@ -127,7 +127,9 @@ def check_data_exists(source: str) -> None:
     elif not path.exists():
         hint = nearest_path(path)
         if hint or path.suffix.lower() in READERS or not HUB_ID.fullmatch(source):
-            raise DataError(f"data {source}: no such file or folder, and not a Hub id like owner/name{hint}")
+            raise DataError(
+                f"data {source}: no such file or folder{hint or '; give a path, or a Hub id like owner/name'}"
+            )
 
 
 def _read_folder(folder: Path, split: str) -> Rows:
@@ -425,8 +427,7 @@ def _datasets_errors(source: str, name: str) -> Iterator[None]:
     except (datasets.exceptions.DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
         cause = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"data {source}: {cause} (a configuration is asked for as owner/name:configuration, a split as "
-            "owner/name[split])"
+            f"data {source}: {cause}; give a configuration as owner/name:configuration, a split as owner/name[split]"
         ) from None
 
 

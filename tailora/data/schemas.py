@@ -237,8 +237,8 @@ def from_feedback(values: dict[str, Any]) -> Feedback:
     key = label.strip().lower() if isinstance(label, str) else label
     if isinstance(label, list | dict) or key not in DESIRABLE:
         raise DataError(
-            f"label is {_short_repr(label)} where true (a wanted completion) or false is needed; --task causal-lm "
-            "trains on all completions, without labels"
+            f"label is {_short_repr(label)} where true (a wanted completion) or false is needed; take --task causal-lm "
+            "to train on all completions, without labels"
         )
     return Feedback(_as_reply(values["prompt"], values["completion"], values), DESIRABLE[key])
 
@@ -693,7 +693,8 @@ def detect_schema(
         not_fitting.update((frozenset(row), s) for s in schemas if task == AUTO and not s.fits(renamed_row))
     columns = sorted({column for keys in key_sets for column in keys})  # sorted: sets change their order between runs
     problems = [
-        f"--field {key}={column}: no schema has the key {key!r}{nearest(key, KNOWN_KEYS)}"
+        f"--field {key}={column}: no schema has the key {key!r}{nearest(key, KNOWN_KEYS)}; there are "
+        f"{_names(sorted(KNOWN_KEYS))}"
         for key, column in field.items()
         if key not in KNOWN_KEYS
     ]

@@ -46,7 +46,11 @@ def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
 
         manager = _task_manager(names, include_path)
         if unknown := [name for name in names if name not in manager.all_tasks]:
-            problems = [f"--tasks: lm_eval has no task {name!r}{nearest(name, manager.all_tasks)}" for name in unknown]
+            problems = [
+                f"--tasks: lm_eval has no task {name!r}{nearest(name, manager.all_tasks)}; give "
+                "the name of a task of lm-evaluation-harness, or the folder of its YAML file as --include-path"
+                for name in unknown
+            ]
             raise ConfigError(listing(problems))
         try:
             loaded = manager.load(list(names))
@@ -54,7 +58,7 @@ def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
             cause = str(error).strip().partition("\n")[0]
             raise DataError(
                 f"--tasks {','.join(names)}: the tasks' data cannot be read: {cause}. "
-                "lm_eval downloads it from the Hub once, and reads it from the cache afterwards"
+                "start once with a network: lm_eval then reads it from its cache"
             ) from None
     metrics = [
         f"{name}/{_metric_name(metric, task_filter['name'])}"
@@ -73,7 +77,7 @@ def _task_manager(names: Sequence[str], include_path: Path | None) -> Any:
     if include_path is None:
         return TaskManager()
     if not include_path.is_dir():
-        raise ConfigError(f"--include-path {include_path} is not a folder")
+        raise ConfigError(f"--include-path {include_path} is not a folder; give one with YAML files of tasks")
     own = TaskManager(include_path=str(include_path), include_defaults=False)
     return own if set(names) <= set(own.all_subtasks) else TaskManager(include_path=str(include_path))
 

@@ -234,7 +234,7 @@ def choose_metrics(facts: EvalDataReport, metrics: Sequence[str], extra: Sequenc
         raise DataError(
             f"data {facts.source}: {needs}; its rows are read as {facts.shape} "
             f"({', '.join(facts.mapping.values())}). Rows with choices have prompt, choices (a list) and answer; "
-            "other columns are named by --field prompt=COLUMN,choices=COLUMN,answer=COLUMN"
+            "name the columns by --field prompt=COLUMN,choices=COLUMN,answer=COLUMN"
         )
     return [name for name in METRICS if name in wanted]
 

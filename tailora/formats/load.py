@@ -226,7 +226,11 @@ def _restore(
     tensors = _sort_tensors(stored, modules, saved_paths, wrappers, extra_paths)
     problems = tensors.problems
     problems += extra_problems
-    problems += [f"missing {path}, which modules_to_save names" for path in saved_paths if path not in tensors.saved]
+    problems += [
+        f"missing {path}, which modules_to_save names; save the adapter again"
+        for path in saved_paths
+        if path not in tensors.saved
+    ]
     problems += [
         f"missing {path}: the files of the base model lack it, so it has random weights here; take the base model that "
         "the adapter was trained on"
@@ -368,7 +372,10 @@ def _empty_layers(
 def _empty_layer(target: Target, config: LoRAConfig, stored: peft.StoredAdapter) -> LoRALayer:
     """Raises ConfigError for a rank that no tensor in the file can have, for which memory may not suffice."""
     if target.r > stored.largest_size:
-        raise ConfigError(f"r = {target.r} in the settings; the largest size of a tensor here is {stored.largest_size}")
+        raise ConfigError(
+            f"r = {target.r} in the settings, and the largest size of a tensor here is {stored.largest_size}: correct "
+            "the settings, or save the adapter again"
+        )
     return low_rank_layer(target, config, fresh=False)
 
 

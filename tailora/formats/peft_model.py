@@ -62,7 +62,7 @@ def read_peft_model(peft_model: Any) -> tuple[dict[str, Adapter], tuple[str, ...
             f"adapters are merged at {', '.join(merged[:3])} ({len(merged)} in all); call unmerge_adapter() first"
         )
     problems = [
-        f"adapter {name!r}: peft_type = {config.peft_type.value!r}; this reads 'LORA'"
+        f"adapter {name!r}: peft_type = {config.peft_type.value!r}; take a model whose adapters are all 'LORA'"
         for name, config in peft_model.peft_config.items()
         if config.peft_type != "LORA"
     ]

@@ -469,13 +469,15 @@ class AdapterRegistry:
     def _checked_folder(self, name: str, path: Path, *, trusted: bool) -> Path:
         """Returns the folder or file of the adapter, if it may be read."""
         if not os.path.exists(path):
-            raise AdapterNotFoundError(f"adapter {name!r}: {path} does not exist")
+            raise AdapterNotFoundError(f"adapter {name!r}: {path} does not exist; give a folder of an adapter")
         try:
             folder = adapter_folder(path)
             files = [folder] if folder.is_file() else sorted(folder.iterdir())
             size = sum(tensor_bytes(file) for file in files if file.suffix == ".safetensors" and file.is_file())
         except OSError as error:
-            raise FormatError(f"adapter {name!r}: {path} cannot be read: {error.strerror or error}") from None
+            raise FormatError(
+                f"adapter {name!r}: {path} cannot be read ({error.strerror or error}): check who may read it"
+            ) from None
         for file in files if not trusted else ():
             self._path_in_root(file)  # a link within the folder may lead outside
         names = {file.name for file in files}

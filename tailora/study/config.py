@@ -76,7 +76,7 @@ class CompareConfig(StrictModel):
             if key in SHARED_BY_ARMS
         ]
         problems += [
-            f"arms {first!r} and {second!r} have the same settings"
+            f"arms {first!r} and {second!r} have the same settings: change one of them"
             for (first, changes), (second, others) in combinations(self.arms.items(), 2)
             if changes == others and self.method(first) != FULL
         ]

@@ -307,7 +307,9 @@ def check_can_be_measured(config: TrainConfig, place: "Place", nproc: int) -> No
     if learns_preferences(config) and "data" not in config.model_fields_set:
         raise ConfigError("--measure takes real steps, which for preferences need rows: give --data")
     if nproc > 1:
-        raise ConfigError(f"--measure takes real steps in one process, and --nproc {nproc} asks for several")
+        raise ConfigError(
+            f"--measure takes real steps in one process, and --nproc {nproc} asks for several: leave one of them out"
+        )
 
 
 # ---- Where it would run

@@ -102,7 +102,7 @@ def search(
     """
     workers = make_workers(study.workers, train.device, study.minutes, processes)
     if study.lr_only:
-        raise ConfigError("lr_only is for study.lr_range.find_range, which finds the learning rate alone")
+        raise ConfigError("lr_only finds the learning rate alone: call study.lr_range.find_range, or leave it out")
     folder = Path(train.output_dir)
     space = search_space.search_axes(search_space.read_space(study.space), train)
     settings = {

@@ -217,7 +217,8 @@ class TrainConfig(StrictModel):
         rules = [
             (
                 self.activation_memory < 1 and (self.fast == "off" or self.gradient_checkpointing),
-                "activation_memory needs compiled layers, which --fast off and --gradient-checkpointing exclude",
+                "activation_memory needs compiled layers, which --fast off and --gradient-checkpointing exclude: leave "
+                "one of them out",
             ),
             (
                 self.fast == "compile" and self.gradient_checkpointing,
@@ -245,7 +246,7 @@ class TrainConfig(StrictModel):
             ),
             (
                 isinstance(self.class_weights, dict) and not all(0 < w < math.inf for w in self.class_weights.values()),
-                "class_weights must be above 0",
+                "class_weights must be above 0: give each class such a number",
             ),
             (
                 self.task in (*TASK_TYPES, "seq2seq") and text_names,
@@ -271,7 +272,7 @@ class TrainConfig(StrictModel):
             (full and (changed or self.adapter), f"--method full has no adapter: leave out {names}"),
             (
                 full and "learning_rate" not in self.model_fields_set,
-                "--method full needs its own --learning-rate, about a tenth of LoRA's, such as 5e-5",
+                "--method full needs its own --learning-rate: give about a tenth of LoRA's, such as 5e-5",
             ),
             (
                 full and self.loraplus_lr_ratio != 1,

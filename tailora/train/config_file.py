@@ -21,6 +21,7 @@ from tailora.errors import ConfigError
 
 MAX_BYTES, MAX_DEPTH, MAX_ALIASES, MAX_SCALAR, MAX_VALUES = 100_000, 20, 20, 3_000, 5_000
 
+REMEDY = "write lines such as `max_steps: 100`"
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -41,9 +42,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from None
+        raise ConfigError(f"--config {path}: {error.strerror}; give a YAML file that can be read") from None
     if len(content) > MAX_BYTES:
-        raise ConfigError(f"--config {path} has more than {MAX_BYTES:,} bytes, which is too large for settings")
+        raise ConfigError(f"--config {path} has more than {MAX_BYTES:,} bytes: give a file of settings, not of data")
     text = _decoded(content, path)
     try:
         _check_limits(text)
@@ -51,31 +52,31 @@ def read_config_file(path: Path) -> dict[str, Any]:
     except DuplicateKeyError as error:
         mark = error.problem_mark
         key = text.splitlines()[mark.line][mark.column :].partition(":")[0].strip()
-        raise ConfigError(f"--config {path}{_line(error)}: {key} is given twice") from None
+        raise ConfigError(f"--config {path}{_line(error)}: {key} is given twice; keep one line of it") from None
     except MarkedYAMLError as error:
         reason = ", ".join(filter(None, (error.context, error.problem)))
-        raise ConfigError(f"--config {path}{_line(error)} cannot be read as YAML: {reason}") from None
+        raise ConfigError(f"--config {path}{_line(error)} cannot be read as YAML: {reason}; {REMEDY}") from None
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         reason = f"the character U+{error.character:04X} is not allowed"
-        raise ConfigError(f"--config {path}, line {line} cannot be read as YAML: {reason}") from None
+        raise ConfigError(f"--config {path}, line {line} cannot be read as YAML: {reason}; {REMEDY}") from None
     except (
         YAMLError,
         ValueError,
         OverflowError,
     ) as error:  # the last two: 0x_, which looks like a number; "\\UFFFFFFFF"
-        raise ConfigError(f"--config {path} cannot be read as YAML: {error}") from None
+        raise ConfigError(f"--config {path} cannot be read as YAML: {error}; {REMEDY}") from None
     except TypeError:  # ruamel.yaml puts the key into a dict
-        raise ConfigError(f"--config {path}: the name of a setting must be text, not a list or a mapping") from None
+        raise ConfigError(f"--config {path}: the name of a setting is a list or a mapping; {REMEDY}") from None
     if settings is None:
         return {}
     if not isinstance(settings, dict):
-        raise ConfigError(f"--config {path}: expected lines `name: value`, got a {type(settings).__name__}")
+        raise ConfigError(f"--config {path}: it holds a {type(settings).__name__}; {REMEDY}")
     keys: dict[str, Any] = {}  # name of the setting -> the key as it is written
     for key in settings:
         name = str(key).replace("-", "_")
         if name in keys:
-            raise ConfigError(f"--config {path}: {name} is given twice, as {keys[name]} and as {key}")
+            raise ConfigError(f"--config {path}: {name} is given twice, as {keys[name]} and as {key}; keep one")
         keys[name] = key
     return {name: settings[key] for name, key in keys.items()}
 

@@ -358,7 +358,9 @@ def fake_trainable(
         with place:
             base: PreTrainedModel = model_class(config.task).from_config(shape, dtype=dtype).eval()
     except ValueError as error:
-        raise ConfigError(f"model {config.model!r} is not for this task: {error}") from error
+        raise ConfigError(
+            f"model {config.model!r} is not for this task ({error}): give another --model or --task"
+        ) from error
     stored = getattr(shape, "dtype", None) or torch.float32  # according to config.json
     files: torch.dtype = getattr(torch, stored) if isinstance(stored, str) else stored
     storage = None if config.quantize is None else METHODS[config.quantize].stored

@@ -224,7 +224,7 @@ def count_processes(asked: str, device: str) -> int:
     count = [candidate.type for candidate in candidates].count(device_type)
     if not count:
         names = ", ".join(map(str, candidates))
-        raise ConfigError(f"--device {device} is not here: torch finds {names}; {AUTO} takes the first")
+        raise ConfigError(f"--device {device} is not here: torch finds {names}; give one of them, or {AUTO}")
     if device_type == "cpu":
         if asked == "gpu":
             raise ConfigError("--nproc-per-node gpu: the device is the CPU; give a number of processes")

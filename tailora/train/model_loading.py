@@ -227,7 +227,7 @@ def _reading(name: str) -> Iterator[str]:
     except ConfigError:
         raise
     except ImportError as error:  # the package that a quantized model was quantized with
-        raise ConfigError(f"model {name!r} needs a package: {error}") from error
+        raise ConfigError(f"model {name!r} needs a package: {error}; install it with pip") from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(_unreadable(name, source, error)) from error
 

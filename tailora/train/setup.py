@@ -155,7 +155,9 @@ def find_labels(config: TrainConfig) -> tuple[Labels | None, bool]:
         return None, False
     if config.adapter is not None:
         if (labels := labels_of_adapter(Path(config.adapter))) is None:
-            raise ConfigError(f"--adapter {config.adapter} predicts no labels: --task {config.task} needs a new one")
+            raise ConfigError(
+                f"--adapter {config.adapter} predicts no labels, as --task {config.task} does: leave --adapter out"
+            )
         return labels, False
     labels = read_labels([source.name for source in resolved_sources(config, "data")], config.field, config.task)
     model_config = read_config(config.model)

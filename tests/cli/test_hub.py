@@ -458,7 +458,7 @@ def test_the_hub_keeps_a_data_set_of_the_same_name_apart(
         (["RUN", "adapter"], "'adapter' cannot be a repository: write owner/name"),
         (["RUN", "a/b/c"], "'a/b/c' cannot be a repository"),
         (["RUN", "user/adapter", "--model", "tiny"], "--model tiny: give the base model's Hub id, owner/name"),
-        (["RUN", "user/adapter", "--message", " "], "--message: the Hub takes no commit without a message"),
+        (["RUN", "user/adapter", "--message", " "], "the Hub takes no commit without a message: give one"),
         (["EMPTY", "user/adapter"], "has no adapter_model.safetensors"),
         (["FULL", "user/adapter"], "holds a whole model, of --method full"),
         (["PICKLE", "user/adapter"], "adapter_model.bin is a pickle, which can run code"),

@@ -77,7 +77,7 @@ def test_a_mistaken_command_line_exits_with_2_and_a_hint_and_leaves_nothing(
 
 
 WRONG = {
-    "data chat.jsonl --model demo": "not a Hub id like owner/name; did you mean chats.jsonl?\n",
+    "data chat.jsonl --model demo": "no such file or folder; did you mean chats.jsonl?\n",
     "plan --model demo --data chat.jsonl": "did you mean chats.jsonl?",
     "train --data chat.jsonl": "did you mean chats.jsonl?",
     "train --model ./nomodel": "model './nomodel': no such folder here",

@@ -71,7 +71,7 @@ def test_without_an_accelerator_auto_is_the_cpu() -> None:
 @pytest.mark.parametrize("name", ["cuda:2", "cuda:128", "xpu", "npu", "meta", "xla", "privateuseone", "", "GPU 0"])
 def test_a_device_that_is_not_here_is_refused_with_those_that_are(name: str) -> None:
     with pytest.raises(
-        ConfigError, match=f"device '{name}' is not here.* finds cuda:0, cuda:1, mps:0, cpu; auto takes the first$"
+        ConfigError, match=f"device '{name}' is not here.* finds cuda:0, cuda:1, mps:0, cpu; give one of them, or auto$"
     ):
         choose_device(name)
 

@@ -163,7 +163,7 @@ def _not_finite() -> Any:
 
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "merged": (_merged_model, TargetError, r"adapters are merged at .*q_proj.* \(4 in all\); call unmerge_adapter"),
-    "another method": (_other_method, FormatError, "peft_type = 'IA3'; this reads 'LORA'"),
+    "another method": (_other_method, FormatError, "peft_type = 'IA3'; take a model whose adapters are all 'LORA'"),
     "a setting": (_replicated, FormatError, "layer_replication"),
     "an init that keeps B": (_mica, FormatError, "'mica' trains A alone"),
     "not finite": (_not_finite, FormatError, "not finite"),
