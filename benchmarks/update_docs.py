@@ -26,6 +26,8 @@ MACHINES = {"With AMX": ".", "Without AMX, Zen 4": "zen4", "Without AMX, Zen 5":
 TRAINER = "PEFT + Trainer, grouped by length"
 SPEED = ("real", "steps", "memory", "curves", "growth", "inference", "adapters", "startup")  # docs/performance.md
 
+MARK = re.compile(r"<!-- measured:([\w-]+) -->")
+
 Content = dict[str, Any]  # of one JSON file
 
 
@@ -304,6 +306,42 @@ def page_output(name: str) -> str:
     return fenced(read("from_scratch")["outputs"][name])
 
 
+# ---- docs/tutorials and docs/questions
+
+
+def tutorial(page: str, name: str) -> str:
+    """What a block printed: all of it, or the lines that EXCERPTS names. Raises SystemExit if the block is another."""
+    results = read("tutorials")["pages"] if (RESULTS / "tutorials.json").exists() else {}
+    block = results.get(page, {}).get(name)
+    if block is None:
+        return f"Not run yet: `python benchmarks/tutorials.py {page}`."
+    if f"\n{block['code']}```\n" not in (ROOT / "docs" / f"{page}.md").read_text():
+        raise SystemExit(f"run benchmarks/tutorials.py {page}: the code above {name} is another one")
+    lines = [line.rstrip() for line in block["output"].strip().splitlines()]
+    first, end = EXCERPTS.get((page, name), ("", ""))
+    start = next(number for number, line in enumerate(lines) if line.startswith(first))
+    stop = next((n for n, line in enumerate(lines) if n > start and end and line.startswith(end)), len(lines))
+    return f"```text\n{chr(10).join(lines[start:stop]).strip()}\n```"
+
+
+EXCERPTS = {  # page and name of an output -> beginnings of its first line, and of the first line after it
+    ("tutorials/chats", "data"): ("example 1", "example 2"),
+    ("tutorials/chats", "plan"): ("It fits", "Note"),
+    ("tutorials/chats", "first"): ("", "Written to"),
+    ("tutorials/chats", "second"): ("Answers before", "Written to"),
+}
+
+
+def tutorials() -> dict[str, dict[str, Callable[[], str]]]:
+    """The parts of all these pages, by the marks in them."""
+    return {
+        f"docs/{page}.md": {name: partial(tutorial, page, name) for name in MARK.findall(path.read_text())}
+        for folder in ("tutorials", "questions")
+        for path in sorted((ROOT / "docs" / folder).glob("*.md"))
+        for page in [f"{folder}/{path.stem}"]
+    }
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -> what makes it
     "README.md": {"demo-output": demo_output, "table": readme_table, "compare": compare_verdict},
     "docs/performance.md": {
@@ -342,6 +380,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
     "docs/serving.md": {"serving": serving, "soak": soak},
     "docs/verify.md": {"faults": verify_faults, "trials": verify_trials},
     "docs/architectures.md": {"architectures": architectures, "untried": untried},
+    **tutorials(),
 }
 
 
