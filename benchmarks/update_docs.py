@@ -48,11 +48,6 @@ def fenced(output: str) -> str:
 # ---- README.md
 
 
-def demo_output() -> str:
-    """What `tailora demo` prints of the losses: its first table and the two lines after it."""
-    return fenced(printed("demo").split("\nAnswers before and after")[0].strip())
-
-
 def readme_table() -> str:
     """The demo's run beside PEFT in four lines, then what was measured, and how it is elsewhere."""
     demo, real = read("demo"), read("real")
@@ -138,6 +133,11 @@ def typed(name: str) -> str:
 def study(name: str) -> str:
     """What the command of benchmarks/studies.py printed."""
     return f"{typed(name)}, and ended with\n\n{fenced(printed(name))}"
+
+
+def compared() -> str:
+    """What comes before the picture of `tailora compare` (benchmarks/pictures.py)."""
+    return f"{typed('compare')}, and ended with"
 
 
 def trained(name: str) -> str:
@@ -343,14 +343,14 @@ def tutorials() -> dict[str, dict[str, Callable[[], str]]]:
 
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -> what makes it
-    "README.md": {"demo-output": demo_output, "table": readme_table, "compare": compare_verdict},
+    "README.md": {"table": readme_table, "compare": compare_verdict},
     "docs/performance.md": {
         "machines": machines,
         "demo": demo,
         **{name: partial(on_all_machines, name) for name in SPEED},
     },
     "docs/studies.md": {
-        "compare": partial(study, "compare"),
+        "compare": compared,
         "compare-rates": lambda: tiny_lm_tables.rates(read("compare")),
         "search": partial(study, "search"),
     },

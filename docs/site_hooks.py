@@ -35,6 +35,7 @@ PAGES = {  # file of the repository -> page of the site
 FILES = {page: file for file, page in PAGES.items()}
 HISTORY = ("LOG.md", "changelog.md")  # the search shows what is true today above them
 LINK = re.compile(r'(\]\(|<img src=")(?![a-z]+:|#)([^)"#\s]+)')
+PICTURE = re.compile(r'<picture>\s*<source [^>]*srcset="([^"]+)">\s*<img src="([^"]+)"([^>]*)>\s*</picture>')
 UNMADE = re.compile(r"<p>(?:(?!</p>).)*?\n(?:[-*] |\| )", re.DOTALL)  # Markdown that stayed text
 log = logging.getLogger("mkdocs.hooks.site")
 
@@ -72,7 +73,8 @@ def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
         path = repository_path(page.file.src_uri, match[2])
         return match[1] + (posixpath.relpath(site_path(path), here) if (ROOT / path).exists() else match[2])
 
-    return LINK.sub(link, markdown)
+    both = r'<img src="\2#only-light"\3><img src="\1#only-dark"\3>'  # of which the theme shows one
+    return LINK.sub(link, PICTURE.sub(both, markdown))
 
 
 def on_page_content(content: str, *, page: Page, **_: Any) -> str:
