@@ -2,6 +2,7 @@
 
     python benchmarks/evidence.py                  writes benchmarks/results/evidence.json, cell by cell
     python benchmarks/evidence.py --only setting=reviews study=full
+    python benchmarks/evidence.py --judge          judges what was measured again
     python benchmarks/evidence.py --make FOLDER    writes data and STUDY.yaml of every setting, to type the commands
 
 The settings and their studies are those of evidence_data.py, the statements and the rules of their verdicts those of
@@ -23,7 +24,7 @@ import measure
 import numpy as np
 import torch
 from evidence_data import EARLIER, FULL, PLAIN, STUDIES, study, write_setting
-from evidence_rules import Finding, earlier, findings
+from evidence_rules import Finding, findings, of_comparison, of_grid
 from tiny_lm import BASE_STEPS, QUICK_STEPS
 
 from tailora.evaluation.spectral import intruder_counter, module_report, updates_of
@@ -194,14 +195,17 @@ def make(folder: str) -> None:
 
 def write_findings(path: Path) -> None:
     """Adds to the file of the cells what they say of each statement."""
-    measured = json.loads(path.read_text())["cells"]
+    content = json.loads(path.read_text())
+    measured = content["cells"]
     results: dict[str, dict[str, Any]] = {setting: {} for setting in STUDIES}
     for cell in measured:
         results[cell["cell"]["setting"]][cell["cell"]["study"]] = cell["result"]
     found = findings(results)
     for name in EARLIER:
-        found += earlier(name, json.loads((measure.RESULTS / f"{name}.json").read_text())["report"])
-    measure.write(path, {"cells": measured, "findings": [as_json(finding) for finding in found]})
+        other = json.loads((measure.RESULTS / f"{name}.json").read_text())
+        found += of_grid(name, other["cells"]) if "cells" in other else of_comparison(name, other["report"])
+    results_of_runs = {"machine": content["machine"], "cells": measured}
+    measure.write(path, {**results_of_runs, "findings": [as_json(finding) for finding in found]})
     for finding in found:
         measure.log(
             f"{finding.verdict:14} {finding.statement:10} {finding.setting:8} {finding.quantity}: "
@@ -219,6 +223,8 @@ def as_json(finding: Finding) -> dict[str, Any]:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--make"]:
         make(sys.argv[2])
+    elif sys.argv[1:] == ["--judge"]:
+        write_findings(measure.RESULTS / "evidence.json")
     else:
         measure.main("evidence", str(__doc__), cells, run_cell)
         if "--cell" not in sys.argv:

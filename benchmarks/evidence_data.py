@@ -7,8 +7,8 @@
 
 A study is what `tailora compare --config STUDY.yaml` gets. All studies of a setting share their plain arm, LoRA with
 r = 8 and alpha = 16 on every linear layer, and "attention" and "mlp" train about as many parameters as that arm.
-Learning rates are where an arm's search begins. EARLIER are comparisons that other scripts have made, of which no
-losses of single examples are kept: experiment 6, the demo's chats, and film reviews with labels.
+Learning rates are where an arm's search begins. EARLIER are results of other scripts that keep no losses of single
+examples: experiment 6, and LoRA beside full fine-tuning on the demo's chats and on film reviews with labels.
 """
 
 import json
@@ -29,7 +29,7 @@ REVIEWS, HELD_OUT_REVIEWS = 96, 120
 CHAT_STEPS, HELD_OUT_CHATS = 16, 60
 OTHER_CHATS = 4  # on which it is measured what learning from the reviews has changed
 TINY, DEMO = ("markov", "delayed"), ("reviews", "chats")
-EARLIER = {"tiny_lm_compare": "tiny model", "compare": "SmolLM2-135M-Instruct", "labels": "SmolLM2-135M-Instruct"}
+EARLIER = {"tiny_lm": "tiny model", "compare": "SmolLM2-135M-Instruct", "labels": "SmolLM2-135M-Instruct"}
 MODEL_OF = {**dict.fromkeys(TINY, "tiny model"), **dict.fromkeys(DEMO, "SmolLM2-135M-Instruct"), **EARLIER}
 STUDIES = {  # setting -> its studies, the most important first
     "markov": ("full", "few", "variants", "layers", "batch", "alpha", "rslora"),

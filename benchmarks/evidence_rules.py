@@ -288,35 +288,63 @@ def intruders(setting: str, results: Mapping[str, Result]) -> list[Finding]:
     return [Finding("intruders", setting, "of 10 directions, LoRA - full", value, low, high, verdict)]
 
 
-def earlier(name: str, report: Mapping[str, Any]) -> list[Finding]:
-    """Returns what an earlier comparison shows. Its intervals are over the seeds alone; the ratio of rates has none.
+# ---- Earlier results, which were there before the rules
 
-    name: one of EARLIER. "attention" and "mlp" of tiny_lm_compare train equally many parameters.
+
+def of_grid(setting: str, cells: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Returns what the grid of experiment 6 shows: all arms at the same rates in octaves, with t intervals over seeds.
+
+    "attention" and "mlp" train equally many parameters there; r = 4 on all layers trains fewer.
     """
-    result = {"report": report}
+    runs: dict[str, list[dict[float, float]]] = {}  # arm -> losses of each seed
+    for cell in cells:
+        losses = {2.0 ** int(octave): loss for octave, loss in cell["result"]["losses"].items()}
+        runs.setdefault(cell["cell"]["arm"], []).append(losses)
+    means = {arm: {rate: mean(run[rate] for run in of_arm) for rate in of_arm[0]} for arm, of_arm in runs.items()}
+    best = {arm: min(losses, key=losses.__getitem__) for arm, losses in means.items()}
+
+    def found(statement: str, first: str, second: str) -> Finding:
+        numbers = difference_over_seeds_alone(*([run[best[arm]] for run in runs[arm]] for arm in (first, second)))
+        names = [arm for arm in (first, second) if best[arm] in (min(means[arm]), max(means[arm]))]
+        remark = f"the rate of {' and '.join(names)} is not tuned" if names else ""
+        verdict = UNCLEAR if remark else better(*numbers)
+        return Finding(statement, setting, f"{first} - {second}, nats per token", *numbers, verdict, remark)
+
+    rates = {arm: [2 ** vertex(run) for run in runs[arm]] for arm in ("r8", FULL)}
+    ratio = ratio_over_seeds(rates["r8"], rates[FULL])
+    return [
+        found("layers", "r4", "attention"),
+        found("mlp", "mlp", "attention"),
+        Finding("rate", setting, "best rate of LoRA / of full", *ratio, inside(*ratio[1:], *TEN_TIMES)),
+        found("dora", "dora", "r8"),
+        found("pissa", "pissa", "r8"),
+    ]
+
+
+def of_comparison(setting: str, report: Mapping[str, Any]) -> list[Finding]:
+    """Returns what an earlier comparison of LoRA with full fine-tuning shows. Its numbers have no intervals."""
     arms = {entry["name"]: entry for entry in report["arms"]}
-    found = []
-    for statement, first, second, rule in (
-        ("mlp", "mlp", "attention", better),
-        ("dora", "dora", "r8", better),
-        ("pissa", "pissa", "r8", better),
-    ):
-        if {first, second} <= arms.keys():
-            numbers = difference_over_seeds_alone(arms[first]["seed_losses"], arms[second]["seed_losses"])
-            remark = untuned((result, first), (result, second))
-            quantity = f"{first} - {second}, nats per token"
-            found.append(Finding(statement, name, quantity, *numbers, UNCLEAR if remark else rule(*numbers), remark))
-    lora = arms.get(PLAIN) or arms["r8"]
-    ratio = lora["learning_rate"] / arms[FULL]["learning_rate"]
-    no_interval = "no interval: losses of single examples were not kept"
-    found.append(Finding("rate", name, "best rate of LoRA / of full", ratio, math.nan, math.nan, UNCLEAR, no_interval))
-    if lora["forgetting"]:
-        kl = lora["forgetting"]["kl"] / arms[FULL]["forgetting"]["kl"]
-        remark = "no interval: only the mean over the seeds was kept"
+    octaves = {
+        name: vertex({float(rate): loss for rate, loss in arms[name]["rates"].items()}) for name in (PLAIN, FULL)
+    }
+    ratio, remark = 2 ** (octaves[PLAIN] - octaves[FULL]), "no interval, as the losses of single examples are not kept"
+    found = [Finding("rate", setting, "best rate of LoRA / of full", ratio, math.nan, math.nan, UNCLEAR, remark)]
+    forgotten = {name: arms[name].get("forgetting") for name in (PLAIN, FULL)}
+    if all(forgotten.values()):
+        kl, remark = (
+            forgotten[PLAIN]["kl"] / forgotten[FULL]["kl"],
+            "no interval, as only means over the seeds are kept",
+        )
         found.append(
-            Finding("forgetting", name, "KL from the base, LoRA / full", kl, math.nan, math.nan, UNCLEAR, remark)
+            Finding("forgetting", setting, "KL from the base, LoRA / full", kl, math.nan, math.nan, UNCLEAR, remark)
         )
     return found
+
+
+def vertex(losses: Mapping[float, float]) -> float:
+    """Returns log2 of the best rate. losses: by rate."""
+    once = np.ones((1, 1))
+    return float(best_octaves({repr(rate): [loss] for rate, loss in losses.items()}, once[0], once)[0])
 
 
 STATEMENTS: dict[str, tuple[str, Callable[[str, Mapping[str, Result]], list[Finding]]]] = {

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import device_tables
+import evidence_tables
 import scaling_tables
 import tables
 import tiny_lm_tables
@@ -259,6 +260,13 @@ def soak() -> str:
     return f"{text}\n\n{tables.table(['request, and its outcome', 'count'], rows)}"
 
 
+# ---- docs/experiments.md
+
+
+def evidence(name: str) -> str:
+    return not_measured("evidence") or evidence_tables.parts(read("evidence"))[name]
+
+
 # ---- docs/verify.md
 
 
@@ -355,6 +363,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
         "search": partial(study, "search"),
     },
     "docs/experiments.md": {
+        **{name: partial(evidence, name) for name in evidence_tables.PARTS},
         "tiny-lm-stated": lambda: tiny_lm_tables.stated(read("tiny_lm")),
         "tiny-lm-losses": lambda: tiny_lm_tables.losses(read("tiny_lm")),
         "tiny-lm-compare": lambda: tiny_lm_tables.compared(read("tiny_lm_compare")),

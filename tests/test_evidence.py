@@ -204,20 +204,52 @@ def test_the_delayed_language_follows_the_table_from_the_third_and_second_word_b
     assert (ids[:, -1] == markov.END).all()
 
 
-def test_earlier_comparisons_have_intervals_over_their_seeds(rules: Any) -> None:
-    arms = {
-        name: {**arm(name), "seed_losses": [loss, loss + 0.01, loss + 0.011], "forgetting": {"kl": 0.5}}
-        for name, loss in {"full": 2.0, "r8": 2.0, "dora": 1.9, "pissa": 2.1, "attention": 2.3, "mlp": 2.1}.items()
-    }
-    arms["r8"]["learning_rate"] = 0.08
-    found = {f.statement: f for f in rules.earlier("tiny_lm_compare", {"arms": list(arms.values())})}
-    assert {name: finding.verdict for name, finding in found.items()} == {
-        "mlp": "holds",
-        "dora": "cannot tell",
-        "pissa": "cannot tell",
-        "rate": "cannot tell",
-        "forgetting": "cannot tell",
-    }
-    assert found["dora"].remark == "the rate of r8 is not tuned"
-    assert found["mlp"].value == pytest.approx(-0.2)
+def test_the_grid_of_experiment_6_has_intervals_over_its_seeds(rules: Any) -> None:
+    best = {"r4": (2.1, -7), "r8": (2.0, -7), "dora": (1.9, -7), "pissa": (2.0, -5), "full": (2.0, -10)}
+    best |= {"attention": (2.3, -7), "mlp": (2.1, -7)}
+    cells = [
+        {
+            "cell": {"arm": name},
+            "result": {"losses": {str(o): loss + 0.001 * seed + 0.1 * (o - octave) ** 2 for o in range(-11, -4)}},
+        }
+        for seed in range(2)
+        for name, (loss, octave) in best.items()
+    ]
+    found = {finding.statement: finding for finding in rules.of_grid("tiny_lm", cells)}
+    verdicts = {name: finding.verdict for name, finding in found.items()}
+    assert verdicts == dict.fromkeys(("layers", "mlp", "rate", "dora"), "holds") | {"pissa": "cannot tell"}
+    assert found["pissa"].remark == "the rate of pissa is not tuned"
+    assert found["dora"].value == pytest.approx(-0.1)
     assert found["rate"].value == pytest.approx(8)
+
+
+def test_an_earlier_comparison_has_numbers_and_no_verdict(rules: Any) -> None:
+    arms = [
+        {
+            "name": name,
+            "rates": {repr(2.0**o): 2 + 0.1 * (o - octave) ** 2 for o in range(-13, -4)},
+            "forgetting": forgot,
+        }
+        for name, octave, forgot in (("lora", -8.5, {"kl": 0.1}), ("full", -11.5, {"kl": 0.4}))
+    ]
+    rate, forgetting = rules.of_comparison("compare", {"arms": arms})
+    assert (rate.value, forgetting.value) == (pytest.approx(8), pytest.approx(0.25))
+    assert {rate.verdict, forgetting.verdict} == {"cannot tell"}
+
+
+def test_the_page_says_what_was_not_measured_and_why_there_is_no_verdict(rules: Any) -> None:
+    tables = importlib.import_module("evidence_tables")
+    found = [
+        rules.Finding("dora", "markov", "dora - lora, nats per token", -0.001, -0.004, 0.002, "does not hold"),
+        rules.Finding("dora", "compare", "dora - r8, nats per token", -0.1, None, None, "cannot tell", "no interval"),
+    ]
+    content = {"findings": [vars(finding) for finding in found], "cells": []}
+    overall = tables.verdicts(content).splitlines()
+    assert "| DoRA is better than LoRA | **does not hold** | does not hold (1) | cannot tell (1) |" in overall
+    assert (
+        sum("| not measured | not measured | not measured |" in line for line in overall) == len(rules.STATEMENTS) - 1
+    )
+    rows = tables.statement(content, "dora").splitlines()
+    assert "-0.001 (-0.004 to +0.002) | does not hold |" in rows[2]
+    assert "-0.100 | cannot tell: no interval |" in rows[3]
+    assert [row.endswith("| not measured |") for row in rows[4:]] == [True] * 3
