@@ -174,11 +174,14 @@ def _question(matches: Iterable[str]) -> str:
     return f"; did you mean {text}?" if text else ""
 
 
-def listing(problems: list[str]) -> str:
-    """Returns one problem as it is, several as a counted, indented list."""
+def listing(problems: list[str], most: int | None = None) -> str:
+    """Returns one problem as it is, several as a counted, indented list of the first `most` of them, or of all."""
     if len(problems) == 1:
         return problems[0]
-    return f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems)
+    lines = [f"  - {problem}" for problem in problems[:most]]
+    if more := len(problems) - len(lines):
+        lines.append(f"  - and {more} more")
+    return "\n".join([f"{len(problems)} problems:", *lines])
 
 
 def require_packages(*packages: str, extra: str) -> None:

@@ -565,9 +565,8 @@ def _check_base(
     unknown = {path: layer_type for path, layer_type in layer_types.items() if path not in known_base}
     known_base |= fingerprint(base_model, unknown)
     if problems := fingerprint_differences(expected, {path: known_base[path] for path in layer_types}):
-        shown = [*problems[:5], *([f"and {len(problems) - 5} layers more"] if len(problems) > 5 else [])]
         raise BaseMismatchError(
-            f"{stored.folder} was made for another base model than this one: {listing(shown)}\n"
+            f"{stored.folder} was made for another base model than this one: {listing(problems, most=5)}\n"
             "Load the base that it was trained on, or pass allow_base_mismatch=True to go on."
         )
 

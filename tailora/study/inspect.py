@@ -333,8 +333,8 @@ def adapter_overlap(other: str, here: Mapping[str, Update], there: Mapping[str, 
     shared = in_order(here.keys() & there.keys())
     shapes = {path: (_shape(here[path]), _shape(there[path])) for path in shared}
     if wrong := [f"{path}: {ours} here, {theirs} there" for path, (ours, theirs) in shapes.items() if ours != theirs]:
-        shown = [*wrong[:5], *([f"and {len(wrong) - 5} more"] if len(wrong) > 5 else [])]
-        raise ConfigError(f"{other} was made for another model; shapes (groups, out, in) differ: {listing(shown)}")
+        problems = listing(wrong, most=5)
+        raise ConfigError(f"{other} was made for another model; shapes (groups, out, in) differ: {problems}")
     modules = [_module_overlap(here[path], there[path]) for path in shared]
     product = sum(module.cosine * module.norm * module.other_norm for module in modules)
     norm = math.hypot(*(module.norm for module in modules))

@@ -320,10 +320,19 @@ def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_adapter_for_other_weights_is_refused_unless_allowed(folder: Path) -> None:
-    with pytest.raises(BaseMismatchError, match=r"(?s)another base model.*allow_base_mismatch=True"):
+    with pytest.raises(BaseMismatchError, match=r"(?s)another base model.*4 problems.*allow_base_mismatch=True"):
         LoRAModel.from_pretrained(chat_model(initializer_range=0.03), folder)
     model = LoRAModel.from_pretrained(chat_model(initializer_range=0.03), folder, allow_base_mismatch=True)
     assert len(model.lora_layers) == 4
+
+
+def test_five_layers_of_another_base_are_named_and_the_others_counted(tmp_path: Path) -> None:
+    adapted({"target_modules": "all-linear"}, chat_model()).save_adapter(tmp_path)
+    with pytest.raises(BaseMismatchError) as raised:
+        LoRAModel.from_pretrained(chat_model(initializer_range=0.03), tmp_path)
+    assert "14 problems:" in str(raised.value)
+    assert str(raised.value).count("\n  - ") == 6
+    assert "  - and 9 more" in str(raised.value)
 
 
 def test_an_adapter_of_a_resized_base_is_refused_on_the_original_one(tmp_path: Path) -> None:
