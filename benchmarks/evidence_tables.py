@@ -16,7 +16,7 @@ SETTINGS = {
     "reviews": "SmolLM2-135M, film reviews",
     "chats": "SmolLM2-135M, chats",
     "tiny_lm": "tiny model, [experiment 6](#experiment-6-a-tiny-language-model)",
-    "compare": "SmolLM2-135M, chats, an [earlier comparison](studies.md#an-example)",
+    "compare": "SmolLM2-135M, chats, an [earlier comparison](studies.md)",
     "labels": "SmolLM2-135M, film reviews with labels, an [earlier comparison](labels.md)",
 }
 NEEDED = {"rate": ["full"], "forgetting": ["full"], "intruders": ["full"], "batch": ["batch"], "rank": ["rank", "few"]}
