@@ -32,10 +32,10 @@ TINY, DEMO = ("markov", "delayed"), ("reviews", "chats")
 EARLIER = {"tiny_lm": "tiny model", "compare": "SmolLM2-135M-Instruct", "labels": "SmolLM2-135M-Instruct"}
 MODEL_OF = {**dict.fromkeys(TINY, "tiny model"), **dict.fromkeys(DEMO, "SmolLM2-135M-Instruct"), **EARLIER}
 STUDIES = {  # setting -> its studies, the most important first
-    "markov": ("full", "few", "variants", "layers", "batch", "alpha", "rslora"),
-    "reviews": ("variants", "rank", "layers", "alpha", "rslora", "full", "batch"),
-    "delayed": ("layers", "full", "variants"),
-    "chats": ("rank", "layers", "variants", "full"),
+    "markov": ("full", "few", "loraplus", "alpha", "batch", "rslora", "layers", "dora", "pissa"),
+    "reviews": ("rank", "dora", "layers", "loraplus", "pissa", "alpha", "rslora", "full", "batch"),
+    "delayed": ("layers", "full", "dora", "pissa", "loraplus"),
+    "chats": ("rank", "layers", "dora", "pissa", "loraplus", "full"),
 }
 COMMON: dict[str, Study] = {
     "reviews": {"model": "demo", "per_device_train_batch_size": 4, "num_train_epochs": 1, "max_length": 128},
@@ -71,14 +71,15 @@ def arms(name: str, model: str) -> dict[str, dict[str, Any]]:
     return {
         "full": {FULL: {"method": "full", "learning_rate": first(-12)}, PLAIN: plain},
         "batch": {FULL: {"method": "full", "learning_rate": first(-11)}, PLAIN: {"learning_rate": first(-8)}},
-        "variants": {
-            PLAIN: plain,
-            "dora": {"use_dora": True, "learning_rate": first(-9)},
-            "pissa": {"init_lora_weights": "pissa", "learning_rate": first(-10)},
-            "loraplus": {"loraplus_lr_ratio": 16.0, "learning_rate": first(-11)},
+        "dora": {PLAIN: plain, "dora": {"use_dora": True, "learning_rate": first(-9)}},
+        "pissa": {PLAIN: plain, "pissa": {"init_lora_weights": "pissa", "learning_rate": first(-10)}},
+        "loraplus": {PLAIN: plain, "loraplus": {"loraplus_lr_ratio": 16.0, "learning_rate": first(-11)}},
+        "rank": {"r64": {"r": 64, "learning_rate": first(-8)}, "r1": {"r": 1, **plain}},
+        "few": {
+            "r64": {"r": 64, "learning_rate": first(-9)},
+            PLAIN: {"learning_rate": first(-10)},
+            "r1": {"r": 1, "learning_rate": first(-10)},
         },
-        "rank": _ranks(plain, first(-8)),
-        "few": _ranks({"learning_rate": first(-10)}, first(-9)),
         "layers": {
             PLAIN: plain,
             "attention": {
@@ -98,10 +99,6 @@ def arms(name: str, model: str) -> dict[str, dict[str, Any]]:
             "rslora": {"r": 64, "use_rslora": True, "learning_rate": first(-9)},
         },
     }[name]
-
-
-def _ranks(plain: dict[str, Any], rate_of_high_rank: float) -> dict[str, dict[str, Any]]:
-    return {"r64": {"r": 64, "learning_rate": rate_of_high_rank}, PLAIN: plain, "r1": {"r": 1, **plain}}
 
 
 # ---- Files

@@ -242,15 +242,15 @@ def rank(setting: str, results: Mapping[str, Result]) -> list[Finding]:
 
 
 def dora(setting: str, results: Mapping[str, Result]) -> list[Finding]:
-    return compared("dora", setting, results.get("variants"), "dora", PLAIN)
+    return compared("dora", setting, results.get("dora"), "dora", PLAIN)
 
 
 def pissa(setting: str, results: Mapping[str, Result]) -> list[Finding]:
-    return compared("pissa", setting, results.get("variants"), "pissa", PLAIN)
+    return compared("pissa", setting, results.get("pissa"), "pissa", PLAIN)
 
 
 def loraplus(setting: str, results: Mapping[str, Result]) -> list[Finding]:
-    return compared("loraplus", setting, results.get("variants"), "loraplus", PLAIN)
+    return compared("loraplus", setting, results.get("loraplus"), "loraplus", PLAIN)
 
 
 def rslora(setting: str, results: Mapping[str, Result]) -> list[Finding]:

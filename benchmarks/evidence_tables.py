@@ -20,8 +20,7 @@ SETTINGS = {
     "labels": "SmolLM2-135M, film reviews with labels, an [earlier comparison](labels.md)",
 }
 NEEDED = {"rate": ["full"], "forgetting": ["full"], "intruders": ["full"], "batch": ["batch"], "rank": ["rank", "few"]}
-NEEDED |= {"alpha": ["alpha"], "rslora": ["rslora"], "layers": ["layers"], "mlp": ["layers"]}
-NEEDED |= {name: ["variants"] for name in ("dora", "pissa", "loraplus")}
+NEEDED |= {"mlp": ["layers"]} | {name: [name] for name in ("alpha", "layers", "dora", "pissa", "loraplus", "rslora")}
 ARMS = {
     PLAIN: "LoRA, r = 8",
     FULL: "full fine-tuning",

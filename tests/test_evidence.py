@@ -89,18 +89,15 @@ def test_a_statement_needs_both_models_to_hold_and_one_place_to_fail(
 
 
 def test_differences_are_first_minus_second_and_need_tuned_arms(rules: Any) -> None:
-    losses = {"lora": 2.0, "dora": 1.9, "pissa": 2.0, "loraplus": 2.1}
-    results = {"markov": {"variants": result(losses)}}
+    losses = {"dora": 1.9, "pissa": 2.0, "loraplus": 2.1}
+    results = {"markov": {name: result({"lora": 2.0, name: loss}) for name, loss in losses.items()}}
     found = {finding.statement: finding for finding in rules.findings(results)}
-    assert {name: finding.verdict for name, finding in found.items()} == {
-        "dora": "holds",
-        "pissa": "does not hold",
-        "loraplus": "does not hold",
-    }
+    verdicts = {name: finding.verdict for name, finding in found.items()}
+    assert verdicts == {"dora": "holds", "pissa": "does not hold", "loraplus": "does not hold"}
     assert found["dora"].value == pytest.approx(-0.1, abs=1e-3)
     assert found["dora"].low < found["dora"].value < found["dora"].high < -0.09
     at_the_edge = arm("dora", best=0.02)
-    (untuned, *_) = rules.findings({"markov": {"variants": result(losses, dora=at_the_edge)}})
+    (untuned,) = rules.findings({"markov": {"dora": result({"lora": 2.0, "dora": 1.9}, dora=at_the_edge)}})
     assert (untuned.verdict, untuned.remark) == ("cannot tell", "the rate of dora is not tuned")
 
 
