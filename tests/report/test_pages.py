@@ -117,6 +117,12 @@ def test_the_command_that_trains_has_the_processes_of_the_study(kind: str, tmp_p
     assert "tailora train --learning-rate" not in text
 
 
+def test_a_part_of_the_memory_that_no_method_needs_has_no_row(tmp_path: Path) -> None:
+    page = made(CONTENTS["plan"](), tmp_path)
+    assert ">activations<" in page
+    assert ">gathered<" not in page
+
+
 def test_a_folder_without_a_report_says_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no report\.json; give the folder of a plan, train"):
         write_page(tmp_path)

@@ -123,6 +123,7 @@ def _memory(plan: Plan) -> list[Block | None]:
     rows = [
         [part, *(format_bytes(memory[part]) if memory[part] else NONE for memory in memories.values())]
         for part in plan.memory.to_dict()
+        if any(memory[part] for memory in memories.values())
     ]
     fitting = [plan.batch_size_that_fits, *([plan.full.batch_size_that_fits] if plan.full else [])]
     rows.append(["batch size that fits", *(_batch_size(plan, number) for number in fitting)])
