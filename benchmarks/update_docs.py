@@ -336,7 +336,12 @@ EXCERPTS = {  # page and name of an output -> beginnings of its first line, and 
     ("tutorials/chats", "data"): ("example 1", "example 2"),
     ("tutorials/chats", "plan"): ("It fits", "Note"),
     ("tutorials/chats", "first"): ("", "Written to"),
-    ("tutorials/chats", "second"): ("Answers before", "Written to"),
+    ("tutorials/chats", "second"): ("", "Written to"),
+    ("tutorials/chats", "inspect"): ("Where the update is", "energy by layer"),
+    ("tutorials/classify", "train"): ("demo, fine-tuned", "Written to"),
+    ("tutorials/preferences", "train"): ("demo, fine-tuned", "Written to"),
+    ("tutorials/pretraining", "train"): ("demo, fine-tuned", "Answers before"),
+    ("tutorials/pretraining", "mixed"): ("What was measured", "Written to"),
 }
 
 
