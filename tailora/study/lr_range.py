@@ -121,9 +121,12 @@ def find_range(
 
 
 def _steps_that_fit(train: TrainConfig, session: StudySession) -> int:
-    """At most STEPS. Raises ConfigError for too few."""
+    """At most --max-steps, by default STEPS. Raises ConfigError for too few."""
+    most = STEPS if train.max_steps is None else train.max_steps
+    if most < FEWEST_STEPS:
+        raise ConfigError(f"a range of learning rates needs {FEWEST_STEPS} steps; --max-steps is {most}")
     if session.minutes is None:
-        return STEPS
+        return most
 
     def needed(costs: Costs, steps: int) -> float:
         return costs.trial(steps, evaluations=1 + steps // EVAL_STEPS)
@@ -143,7 +146,7 @@ def _steps_that_fit(train: TrainConfig, session: StudySession) -> int:
     if costs is None:
         raise ConfigError(f"{TIMING_STEPS} steps at a learning rate of {TIMING_RATE:g} already fail: {trial.message}")
     left = check(costs, SAFETY)
-    return max(steps for steps in range(FEWEST_STEPS, STEPS + 1) if needed(costs, steps) <= left)
+    return max(steps for steps in range(FEWEST_STEPS, most + 1) if needed(costs, steps) <= left)
 
 
 def _spec(train: TrainConfig, rising: tuple[float, float] | None = None, **changes: Any) -> TrialSpec:

@@ -14,7 +14,7 @@ from tailora.errors import ConfigError
 from tailora.study.config import SearchConfig
 from tailora.study.lr_range import HIGHEST, LOWEST, STEPS, RateRange, find_range, landmarks, read_range
 from tailora.study.search import search
-from tailora.study.trial import Trial, run_here
+from tailora.study.trial import Trial, TrialSpec, run_here
 from tailora.train.config import TrainConfig
 from tailora.train.optimizer import lr_range_test
 from tailora.train.trainer import run
@@ -106,6 +106,20 @@ def test_settings_may_change_until_the_run_has_ended(small_run: TrainConfig, tmp
     for r in (2, 4):
         with pytest.raises(ConfigError, match="no such data"):
             find_range(small_run.replaced(r=r, output_dir=str(tmp_path)), SearchConfig(lr_only=True), run_trial=fail)
+
+
+def test_max_steps_is_the_length_of_the_run(small_run: TrainConfig, tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def stop(spec: TrialSpec, *_: Any) -> Trial:
+        asked.append(spec.settings["max_steps"])
+        raise ConfigError("no such data")
+
+    for steps, told in ((40, "no such data"), (29, "needs 30 steps; --max-steps is 29")):
+        train = small_run.replaced(max_steps=steps, output_dir=str(tmp_path / str(steps)))
+        with pytest.raises(ConfigError, match=told):
+            find_range(train, SearchConfig(lr_only=True), run_trial=stop)
+    assert asked == [40]
 
 
 @pytest.mark.slow
