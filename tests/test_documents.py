@@ -1,4 +1,7 @@
-"""README.md and docs/*.md: their code runs, their figures are those of benchmarks/results, what they name exists."""
+"""README.md and docs/: their figures are those of benchmarks/results, and what they name exists.
+
+test_pages.py runs their code.
+"""
 
 import re
 import runpy
@@ -8,19 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
-from safetensors.torch import load_file
-from tiny import chat_model, chat_tokenizer, stir
+from tiny import chat_model
 from torch.distributed.run import get_args_parser
-from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.cli.main import COMMANDS, app, main
+from tailora.cli.main import COMMANDS, app
 from tailora.formats.export import FORMATS
 from tailora.formats.serving_targets import TARGETS, Serving, script, with_commands
 from tailora.train.model_loading import METHODS
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 
 
@@ -28,44 +28,9 @@ def page(name: str) -> str:
     return (ROOT / "docs" / f"{name}.md").read_text()
 
 
-def test_the_training_loop_of_the_readme_runs_and_its_adapter_loads_and_merges(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (loading,) = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
-    assert sum(bool(line.strip()) for line in code.splitlines()) == 8
-    base_model = chat_model()
-    before = {name: value.clone() for name, value in base_model.state_dict().items()}
-    ids = torch.arange(12).view(2, 6)
-    names = {"base_model": base_model, "batches": [{"input_ids": ids, "labels": ids}] * 2}
-    exec(code, names)
-    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
-    assert all(torch.equal(value, before[name]) for name, value in base_model.state_dict().items())
-    trained = names["model"](ids).logits
-    assert not torch.equal(trained, chat_model()(ids).logits)
-    exec(loading, {**names, "base_model": chat_model()})
-    merged = LlamaForCausalLM.from_pretrained(tmp_path / "my-model")
-    torch.testing.assert_close(merged(ids).logits, trained, rtol=1e-4, atol=1e-5)
-
-
-def test_the_exports_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```sh\n(.*?)```", page("export"), re.DOTALL)
-    chat_model().save_pretrained("base")
-    chat_tokenizer(["hello"]).save_pretrained("base")
-    model = LoRAModel(LlamaForCausalLM.from_pretrained("base"), LoRAConfig(r=4))
-    stir(model)
-    model.save_adapter("outputs/demo/adapter")
-    commands = [shlex.split(line, comments=True) for line in block.splitlines()]
-    formats = {command[command.index("--to") + 1] for command in commands}
+def test_the_exports_of_the_page_are_all_formats() -> None:
+    formats = set(re.findall(r"^tailora export .* --to (\S+)", page("export"), re.MULTILINE))
     assert formats == FORMATS.keys() - {"diffusers"} | {"vllm"}
-    for program, *tokens in commands:
-        assert program == "tailora"
-        assert main(tokens) == 0
-    with_peft = load_file("outputs/demo-peft/adapter_model.safetensors")
-    for key, tensor in load_file("outputs/demo-portable/adapter_model.safetensors").items():
-        torch.testing.assert_close(with_peft[key], tensor[: len(with_peft[key]), : with_peft[key].shape[1]])
 
 
 def test_the_servers_and_limits_of_the_page_are_those_of_the_table() -> None:
@@ -119,7 +84,7 @@ def test_the_lines_for_adapters_in_memory_run() -> None:
 
 
 def test_the_lines_that_start_several_processes_are_those_of_their_launchers() -> None:
-    blocks = re.findall(r"```sh\n(.*?)```", page("distributed"), re.DOTALL)
+    blocks = re.findall(r"```bash\n(.*?)```", page("distributed"), re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", "").splitlines() if " train " in line]
     starts = []
     for words in map(shlex.split, lines):
@@ -131,7 +96,7 @@ def test_the_lines_that_start_several_processes_are_those_of_their_launchers() -
             parsed = get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
         starts.append(words[0])
         assert words[0] == "tailora" or (parsed.module, parsed.training_script) == (True, "tailora")
-    assert starts == ["tailora", "torchrun", "accelerate", "torchrun", "srun"]
+    assert starts == ["tailora", "tailora", "torchrun", "accelerate", "torchrun", "srun", "accelerate", "tailora"]
 
 
 def test_every_command_is_in_the_table() -> None:
@@ -155,9 +120,3 @@ def test_links_and_files_named_in_documents_exist(document: Path) -> None:
     named = re.findall(r"`([\w/]+\.py)", text)
     missing += [name for name in named if not any((folder / name).exists() for folder in folders)]
     assert not missing, f"{document.name} names what is not there: {missing}"
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_imports_in_documents_work(document: Path) -> None:
-    for line in re.findall(r"^from tailora.* import .*$", document.read_text(), re.MULTILINE):
-        exec(line, {})

@@ -1,0 +1,233 @@
+"""The code blocks of README.md and docs/: each one is run as a reader types it, is output, or says why it is neither.
+
+A page's ```bash and ```python blocks run one after the other, in a folder of the page. What differs from the reader's
+machine is in SUBSTITUTIONS and in `page_commands.FEWER`, and the demo's model and data are tiny ones in TAILORA_HOME.
+The python blocks of a page share their names, as in one session. A `tailora serve` line runs on in the background.
+
+    ```text                  output; with figures only in a measured part, or below <!-- made by: SCRIPT -->
+    ```json, ```yaml         is one, at least; <!-- file: NAME --> above it writes it to a file that the page names
+    <!-- not run: REASON --> above a block that a test cannot run
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from markdown_it import MarkdownIt
+from ruamel.yaml import YAML
+from tiny import chat_model, chat_tokenizer
+from tiny_run import WORDS
+
+ROOT = Path(__file__).parent.parent
+HISTORY = ("LOG.md",)
+PAGES = [ROOT / "README.md", *(path for path in sorted((ROOT / "docs").rglob("*.md")) if path.name not in HISTORY)]
+RUN_ELSEWHERE = ("docs/from_scratch",)  # test_from_scratch.py: with what they print
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of the demo's model
+MARK = re.compile(r"<!-- (not run|made by|file): (.+) -->\s*\Z")
+MEASURED = re.compile(r"<!-- (/?)measured:[\w-]+ -->")
+FIGURE = re.compile(r"(?<![\w.])\d")
+SECONDS = 300  # for a block, on a busy machine
+
+SERVER = """\
+[ -e server.pid ] && kill "$(cat server.pid)" && sleep 1
+{command} --port {port} > server.log 2>&1 & echo $! > server.pid
+until curl -so /dev/null http://127.0.0.1:{port}/ready; do kill -0 $! || {{ cat server.log; exit 1; }}; sleep 0.1; done
+"""
+SUBSTITUTIONS = {  # pattern -> what a page's blocks have in its place; {model} and {port} are those of the test
+    rf"(?<![\w/]){HUB_ID}": "{model}",
+    r"(?m)^ *pip install [^&\n]*(&& )?": "",  # CI's first step does it
+    r"(?<=127\.0\.0\.1:)\d+|(?<=localhost:)\d+|(?<=--port )\d+": "{port}",
+    r"(?m)^(tailora serve [^#&\n]*[^#&\s])( +#.*)?$": SERVER.format(command=r"\1", port="{port}"),
+}
+
+
+@dataclass
+class Block:
+    language: str
+    text: str
+    line: int
+    is_measured: bool
+    mark: str = ""  # not run, made by, or file
+    value: str = ""  # of the mark
+
+
+@dataclass
+class Reader:
+    """Types the blocks of one page."""
+
+    folder: Path
+    environment: dict[str, str]
+    values: dict[str, str]
+    names: dict[str, object] = field(default_factory=lambda: {"__name__": "__main__"})
+    sessions: list[int] = field(default_factory=list)  # of the shells, and of what they started in the background
+
+    def type(self, block: Block) -> None:
+        text = self.substituted(block.text)
+        if block.mark == "file":
+            (self.folder / block.value).write_text(text)
+        elif block.language == "bash":
+            self.run(text)
+        elif block.language == "python":
+            exec(compile(text, f"line {block.line}", "exec"), self.names)
+
+    def substituted(self, text: str) -> str:
+        for pattern, replacement in SUBSTITUTIONS.items():
+            for name, value in self.values.items():
+                replacement = replacement.replace(f"{{{name}}}", value)
+            text = re.sub(pattern, replacement, text)
+        return text
+
+    def run(self, text: str) -> None:
+        output = self.folder / "output.txt"  # not a pipe, which a server in the background would keep open
+        with output.open("w") as file:
+            shell = subprocess.Popen(
+                ["bash", "-euo", "pipefail", "-c", text],
+                cwd=self.folder,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.sessions.append(shell.pid)
+        code = shell.wait(SECONDS)
+        assert code == 0, f"exit code {code} of\n{text}\n{output.read_text()[-4000:]}"
+
+    def leave(self) -> None:
+        for session in self.sessions:
+            with suppress(ProcessLookupError):
+                os.killpg(session, signal.SIGTERM)
+
+
+def blocks(page: Path) -> list[Block]:
+    """Returns the code blocks of a page in their order, with the marks above them."""
+    found, above, is_measured = [], "", False
+    for token in MarkdownIt().enable("table").parse(page.read_text()):
+        if token.type in ("fence", "code_block"):
+            mark = MARK.search(above)
+            language = token.info.strip() if token.type == "fence" else "indented"
+            line = (token.map or [0])[0] + 1
+            found.append(Block(language, token.content, line, is_measured, *(mark.groups() if mark else ())))
+        if token.type != "html_block":
+            above = ""
+            continue
+        above = token.content
+        for closing in MEASURED.findall(token.content):
+            is_measured = not closing
+    return found
+
+
+def problem(block: Block) -> str | None:
+    """Returns what is wrong with a block that is neither run, nor output, nor marked."""
+    if block.mark == "not run" or block.is_measured:
+        return None
+    if block.mark == "made by":
+        return None if (ROOT / block.value).exists() else f"made by {block.value}, which does not exist"
+    match block.language:
+        case "bash" | "python":
+            return None
+        case "json" | "yaml":
+            return None if is_data(block) else f"is no {block.language}"
+        case "text":
+            figures = "figures that no script made: put it into a measured part, or say <!-- made by: SCRIPT -->"
+            return figures if FIGURE.search(block.text) else None
+    return f"```{block.language} is none of bash, python, json, yaml and text"
+
+
+def is_data(block: Block) -> bool:
+    """True if the block can be read: as YAML, or as one JSON value or a value in each line."""
+    try:
+        if block.language == "yaml":
+            YAML(typ="safe").load(block.text)
+            return True
+        try:
+            json.loads(block.text)
+        except ValueError:
+            [json.loads(line) for line in block.text.splitlines()]
+    except ValueError:
+        return False
+    return True
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).with_suffix("").as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_block_is_run_or_output_or_says_why_not(page: Path) -> None:
+    problems = [f"line {block.line}: {wrong}" for block in blocks(page) if (wrong := problem(block))]
+    assert not problems, f"{page.relative_to(ROOT)}:\n" + "\n".join(problems)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder whose demo is small: a model of random weights, and chats of a few words."""
+    home = tmp_path_factory.mktemp("home")
+    model, data = home / "demo-1" / "SmolLM2-135M-Instruct", home / "demo-1" / "chitchat"
+    ends = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    tokenizer = chat_tokenizer([" ".join(WORDS), "user assistant"] * 3, **ends)
+    tokenizer.save_pretrained(model)
+    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in ends.items()}
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4}  # ranks up to 128 fit
+    chat_model(max_position_embeddings=2048, initializer_range=0.2, **sizes, **ids).save_pretrained(model)
+    data.mkdir()
+    for file, numbers in {"train": range(40), "eval": range(40, 60)}.items():
+        (data / f"{file}.jsonl").write_text("".join(f"{json.dumps({'messages': chat(i)})}\n" for i in numbers))
+    return home
+
+
+def chat(i: int) -> list[dict[str, str]]:
+    asked = [WORDS[(i + k) % len(WORDS)] for k in range(1 + i % 7)]
+    texts = [f"{i}: {' '.join(asked)}", " ".join(reversed(asked)), "again", " ".join(asked)]
+    return [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with `tailora` and `python`, which start in no time (page_commands.py)."""
+    folder = tmp_path_factory.mktemp("programs")
+    command = [sys.executable, str(ROOT / "tests" / "page_commands.py"), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "ready\n"
+        yield folder
+        server.terminate()
+
+
+@pytest.fixture
+def reader(home: Path, programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
+    monkeypatch.chdir(tmp_path)
+    here = {"TAILORA_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    for variable, value in here.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    values = {"model": str(home / "demo-1" / "SmolLM2-135M-Instruct"), "port": str(port)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    reader = Reader(tmp_path, dict(os.environ), values)
+    yield reader
+    torch.set_num_threads(threads)
+    reader.leave()
+
+
+@pytest.mark.pages
+@pytest.mark.filterwarnings("ignore:.* deprecated and will be removed:FutureWarning")  # of libraries for one another
+@pytest.mark.parametrize("page", [page for page in PAGES if name(page) not in RUN_ELSEWHERE], ids=name)
+def test_the_blocks_of_a_page_run(page: Path, reader: Reader) -> None:
+    for block in blocks(page):
+        if block.mark != "not run" and not block.is_measured:
+            reader.type(block)
