@@ -52,7 +52,7 @@ def study(setting: str, name: str, *, quick: bool = False) -> Study:
     is_tiny = setting in TINY
     data = "demo" if setting == "chats" else "train.jsonl"
     common = {**(TINY_COMMON if is_tiny else COMMON[setting]), "data": data, "eval_data": "eval.jsonl"}
-    common |= {"r": 8, "lora_alpha": 16.0, "seeds": 3 if is_tiny or name == "full" else 2, "rate_tries": TRIES}
+    common |= {"r": 8, "lora_alpha": 16.0, "seeds": 3 if name in ("full", "few") else 2, "rate_tries": TRIES}
     if setting != "chats":
         common["forgetting_data"] = "old.jsonl"
     if name == "few":

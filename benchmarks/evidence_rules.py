@@ -154,6 +154,8 @@ def best_octaves(rate_sums: Mapping[str, Sequence[float]], counts: Floats, times
     rates = sorted(rate_sums, key=float)
     octaves = np.log2([float(rate) for rate in rates])
     losses = (times @ np.array([rate_sums[rate] for rate in rates]).T) / (times @ counts)[:, None]  # (draws, rates)
+    if len(rates) < 3:
+        return octaves[losses.argmin(1)]
     best = losses.argmin(1).clip(1, len(rates) - 2)  # the middle of three rates
     rows = np.arange(len(losses))
     (left, middle, right), (above, lowest, beyond) = (
@@ -197,7 +199,7 @@ def mean_over_matrices(values: Sequence[float]) -> tuple[float, float, float]:
 def compared(
     statement: str, setting: str, result: Result | None, first: str, second: str, rule: Callable[..., str] = better
 ) -> list[Finding]:
-    if result is None:
+    if result is None or not {first, second} <= result["sums"].keys():  # an arm failed at every rate
         return []
     remark, numbers = untuned((result, first), (result, second)), difference(result, first, second)
     return [

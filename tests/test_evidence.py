@@ -97,6 +97,8 @@ def test_differences_are_first_minus_second_and_need_tuned_arms(rules: Any) -> N
     assert found["dora"].value == pytest.approx(-0.1, abs=1e-3)
     assert found["dora"].low < found["dora"].value < found["dora"].high < -0.09
     at_the_edge = arm("dora", best=0.02)
+    failed = {"sums": {"lora": [[1.0]]}, "report": {"arms": []}}
+    assert not rules.findings({"markov": {"dora": failed}})
     (untuned,) = rules.findings({"markov": {"dora": result({"lora": 2.0, "dora": 1.9}, dora=at_the_edge)}})
     assert (untuned.verdict, untuned.remark) == ("cannot tell", "the rate of dora is not tuned")
 
@@ -149,6 +151,7 @@ def test_the_best_rates_are_compared_between_those_that_were_tried(rules: Any) -
     assert low < value < high
     assert value == pytest.approx(2**3.2, rel=0.05)
     assert (low, high) == pytest.approx((value, value), rel=0.2)
+    assert rules.vertex({0.25: 2.1, 0.5: 2.0}) == -1  # too few for a parabola
     found = {
         f.statement: f
         for f in rules.findings({"markov": {"full": {**result({"full": 2.0, "lora": 2.0}), **of_full()}}})
