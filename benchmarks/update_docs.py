@@ -341,7 +341,8 @@ EXCERPTS = {  # page and name of an output -> beginnings of its first line, and 
     ("tutorials/classify", "train"): ("demo, fine-tuned", "Metrics"),
     ("tutorials/classify", "eval"): ("Labels", ""),
     ("tutorials/adapters", "pair"): ("Beside the other", "Advice"),
-    ("tutorials/preferences", "train"): ("demo, fine-tuned", "Written to"),
+    ("tutorials/preferences", "train"): ("demo, fine-tuned", "Answers before"),
+    ("tutorials/preferences", "better"): ("demo, fine-tuned", "Written to"),
     ("tutorials/pretraining", "train"): ("demo, fine-tuned", "Answers before"),
     ("tutorials/pretraining", "mixed"): ("What was measured", "Written to"),
 }
