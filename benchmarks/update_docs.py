@@ -21,6 +21,8 @@ import tables
 import tiny_lm_tables
 from tables import ranged
 
+from tailora.core.config import OTHER_UNITS
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MACHINES = {"With AMX": ".", "Without AMX, Zen 4": "zen4", "Without AMX, Zen 5": "zen5"}  # title -> folder of results
@@ -185,6 +187,84 @@ def untried() -> str:
     """The classes whose small base model does not run, in a sentence."""
     names = [name for name, cells in read("architectures")["architectures"].items() if "base" in cells]
     return f"Not tried, as the small model itself does not run: {', '.join(sorted(names)) or 'none'}."
+
+
+# ---- docs/coming_from
+
+
+COMING_FROM = {  # page -> tool
+    "peft": "PEFT",
+    "trl": "TRL",
+    "unsloth": "Unsloth",
+    "axolotl": "Axolotl",
+    "llama_factory": "LLaMA-Factory",
+    "mlx_lm": "mlx-lm",
+}
+
+
+def settings_of(tool: str) -> str:
+    """The settings of another tool that tailora has too, with both defaults."""
+    content = read("peers")
+    there, here = content["tools"][tool], content["tailora"]
+    rows = []
+    order = list(here)
+    for name, setting in sorted(there["settings"].items(), key=lambda item: order.index(item[1]["ours"].split()[0])):
+        ours, _, value = setting["ours"].partition(" ")
+        unit = OTHER_UNITS.get(name, "")
+        shown = f"`{ours}{value and f': {value}'}`{unit}"
+        rows.append([f"`{name}`", f"`{setting['default']}`", shown, f"`{here[ours]}`"])
+    head = [f"{tool} {there['version']}", "default there", "tailora", "default here"]
+    return tables.table(head, rows)
+
+
+# ---- docs/compatibility.md
+
+
+def compatibility_source() -> str:
+    content = read("compatibility")
+    return f"Run on {tables.machine(content)}; {tables.packages(content)}."
+
+
+def works_on_architectures() -> str:
+    """One row for each language model, with some columns of architectures.json, and the number of those that do it."""
+    tried = read("architectures")["architectures"]
+    rows = {
+        name: {key: tried[name][key] for key in ("train", "merge", "rows")} | row
+        for name, row in read("compatibility")["architectures"].items()
+    }
+    columns = list(next(iter(rows.values())))
+    cells = {name: [one_word(row[column]) for column in columns] for name, row in rows.items()}
+    counts = [sum(row[i] in ("yes", "adapter") for row in cells.values()) for i in range(len(columns))]
+    total = [f"**of {len(rows)}**", *(f"**{count}**" for count in counts)]
+    return tables.table(["", *columns], [total, *([f"`{name}`", *row] for name, row in cells.items())])
+
+
+def works_with(part: str) -> str:
+    """One row for each feature, one column for each server or format of weights."""
+    columns = read("compatibility")[part]
+    features = next(iter(columns.values()))
+    rows = [[feature, *(one_word(cells[feature]) for cells in columns.values())] for feature in features]
+    return tables.table(["", *(f"`{name}`" for name in columns)], rows)
+
+
+def one_word(text: str) -> str:
+    """What a cell of the results says, for a narrow table; compatibility.json has the reason."""
+    return next((word for part, word in WORDS if part in text), text)
+
+
+WORDS = (  # what a result has in it -> what the table says
+    ("does not work here", "not on a CPU"),
+    ("with --engine padded", "padded"),
+    ("not tried: ", "not tried"),
+    ("merged: ", "merged"),
+    ("yes, ", "yes"),
+    ("padded batches instead", "no"),
+    ("not of the Llama family", "no"),
+    ("are quantised", "no"),
+    ("continuous: ", "no"),
+    ("another answer", "no"),
+    ("Error: ", "refused"),
+)
 
 
 # ---- docs/devices.md
@@ -395,6 +475,13 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
         "experts": lambda: scaling_tables.experts_in_nf4(read("scaling")),
     },
     "docs/serving.md": {"serving": serving, "soak": soak},
+    **{f"docs/coming_from/{page}.md": {"settings": partial(settings_of, tool)} for page, tool in COMING_FROM.items()},
+    "docs/compatibility.md": {
+        "architectures": works_on_architectures,
+        "servers": partial(works_with, "servers"),
+        "quantization": partial(works_with, "quantization"),
+        "source": compatibility_source,
+    },
     "docs/verify.md": {"faults": verify_faults, "trials": verify_trials},
     "docs/architectures.md": {"architectures": architectures, "untried": untried},
     **tutorials(),

@@ -116,6 +116,7 @@ class PaddedEngine(Engine):
             "generation_config": GenerationConfig(
                 do_sample=False,
                 pad_token_id=0,
+                eos_token_id=[],  # RowsFinished ends rows; the base's own would end those that go on behind it, too
                 max_new_tokens=max(running.request.params.max_tokens for running in requests),
             ),
             "logits_processor": [RowSampler(requests, self.eos_token_ids)],

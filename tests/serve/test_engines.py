@@ -163,6 +163,23 @@ def test_a_sliding_window(key_heads: int) -> None:
     assert base.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("kind", ENGINES)
+def test_ignore_eos_also_ignores_the_end_that_the_base_names_itself(kind: str) -> None:
+    prompt = [9, 10, 11]
+    expected = alone("large", prompt)
+    base = base_model()
+    base.generation_config.eos_token_id = expected[2]
+    engine = ENGINES[kind](AdapterSet(base, {"large": adapter(base, "large")}), [], max_positions=200, max_requests=16)
+    engine.start()
+    try:
+        answers = Answers(engine)
+        answers.submit("a", prompt, "large", ignore_eos=True)
+        assert answers.ended["a"].wait(20), "it never ends"
+        assert answers.wait() == {"a": expected}
+    finally:
+        engine.stop(10)
+
+
 def test_what_is_computed_for_an_adapter_is_kept_while_others_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_model()
     with running(AdapterSet(base, {"large": adapter(base, "large")}), 200) as engine:

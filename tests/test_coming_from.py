@@ -1,0 +1,87 @@
+"""docs/coming_from: the names there are those of the tools' own source (benchmarks/results/peers.json)."""
+
+import ast
+import dataclasses
+import json
+import re
+import shlex
+from importlib.metadata import version
+from pathlib import Path
+
+import peft
+import pytest
+from ruamel.yaml import YAML
+
+from tailora.cli.main import app
+from tailora.train.config import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+PEERS = json.loads((ROOT / "benchmarks" / "results" / "peers.json").read_text())
+TOOLS = {
+    "peft": "PEFT",
+    "trl": "TRL",
+    "unsloth": "Unsloth",
+    "axolotl": "Axolotl",
+    "llama_factory": "LLaMA-Factory",
+    "mlx_lm": "mlx-lm",
+}
+BLOCK = re.compile(r"(<!-- not run: .*?-->\n)?^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def text(page: str) -> str:
+    return (ROOT / "docs" / "coming_from" / f"{page}.md").read_text()
+
+
+def not_run(page: str, language: str) -> list[str]:
+    """The blocks that no test runs."""
+    return [code for mark, found, code in BLOCK.findall(text(page)) if mark and found == language]
+
+
+def test_every_tool_has_its_page_which_says_the_version() -> None:
+    assert {path.stem for path in (ROOT / "docs" / "coming_from").glob("*.md")} == TOOLS.keys()
+    for page, tool in TOOLS.items():
+        assert f"{tool} {PEERS['tools'][tool]['version']}" in text(page).partition("\n## ")[0]
+
+
+@pytest.mark.parametrize("page", ["axolotl", "llama_factory"])
+def test_their_files_have_only_settings_that_their_tool_has(page: str) -> None:
+    files = [YAML(typ="safe").load(block) for block in not_run(page, "yaml")]
+    assert files
+    for file in files:
+        assert not file.keys() - set(PEERS["tools"][TOOLS[page]]["names"])
+
+
+def test_the_lines_of_unsloth_have_only_parameters_that_it_has() -> None:
+    names = set(PEERS["tools"]["Unsloth"]["names"])
+    calls = [
+        node
+        for block in not_run("unsloth", "python")
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("FastLanguageModel")
+    ]
+    assert len(calls) == 3
+    assert not {keyword.arg for call in calls for keyword in call.keywords} - names
+
+
+def test_the_flags_of_mlx_lm_are_its_settings() -> None:
+    (line,) = (block for block in not_run("mlx_lm", "bash") if block.startswith("mlx_lm.lora"))
+    flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z-]+)", line)}
+    assert not flags - set(PEERS["tools"]["mlx-lm"]["names"])
+
+
+@pytest.mark.parametrize("page", TOOLS)
+def test_our_lines_that_no_test_runs_are_commands_of_tailora(page: str) -> None:
+    for block in not_run(page, "bash"):
+        for _, *tokens in (
+            words for words in map(shlex.split, block.replace("\\\n", "").splitlines()) if words[0] == "tailora"
+        ):
+            assert not app(tokens).parse_known_args(tokens)[2], tokens
+
+
+def test_the_defaults_in_the_tables_are_those_of_today() -> None:
+    ours = {name: str(field.default) for name, field in TrainConfig.model_fields.items()}
+    assert PEERS["tailora"] == ours, "run benchmarks/peers.py and benchmarks/update_docs.py"
+    if PEERS["tools"]["PEFT"]["version"] == version("peft"):
+        theirs = {field.name: str(field.default) for field in dataclasses.fields(peft.LoraConfig)}
+        for name, setting in PEERS["tools"]["PEFT"]["settings"].items():
+            assert setting["default"] == theirs[name] or "MISSING" in theirs[name] or "factory" in theirs[name], name
