@@ -124,7 +124,7 @@ def _steps_that_fit(train: TrainConfig, session: StudySession) -> int:
     """At most --max-steps, by default STEPS. Raises ConfigError for too few."""
     most = STEPS if train.max_steps is None else train.max_steps
     if most < FEWEST_STEPS:
-        raise ConfigError(f"a range of learning rates needs {FEWEST_STEPS} steps; --max-steps is {most}")
+        raise ConfigError(f"a range of learning rates needs {FEWEST_STEPS} steps, and --max-steps is {most}: give more")
     if session.minutes is None:
         return most
 
