@@ -18,7 +18,7 @@ from pydantic import BaseModel
 ROOT = Path(__file__).parent.parent
 DEPTH = 6  # of variables and functions between a raise and its text
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-FLAG = re.compile(r"--[a-z][a-z-]+")
+FLAG = re.compile(r"--[a-z][a-z-]*")
 VALUE = r"(?= = | [A-Z][A-Z_]+\b)"  # what follows a setting whose name is also a plain word: its value
 # A remedy is a clause that begins with one of these verbs, or else one that lists what there is.
 DO = (
@@ -441,7 +441,7 @@ def accepted(schema: dict[str, Any]) -> str:
 
 
 def escaped(text: str) -> str:
-    """Returns text for a cell of a table in Markdown; what is in backticks stays code."""
-    parts = re.split(r"(`[^`]*`)", text)
+    """Returns text for a cell of a table in Markdown; flags become code, and what is in backticks stays it."""
+    parts = re.split(r"(`[^`]*`)", re.sub(rf"(`[^`]*`)|({FLAG.pattern})", r"\1`\2`", text).replace("``", ""))
     cells = [part if part.startswith("`") else re.sub(r"([\\`*_\[\]<>#])", r"\\\1", part) for part in parts]
     return "".join(cells).replace("|", "\\|").replace("\n", "<br>")

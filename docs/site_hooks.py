@@ -161,7 +161,10 @@ def names_page() -> str:
     return (
         "# Names of settings in other tools\n\n"
         "Flags and the keys of YAML files have the names of transformers and PEFT. If you write the name that TRL, "
-        "Axolotl, LLaMA-Factory or another tool has for a setting, the message says which one it is here. "
+        "Axolotl, LLaMA-Factory or another tool has for a setting, the message says which one it is here. The pages "
+        "for those who come from [PEFT](coming_from/peft.md), [TRL](coming_from/trl.md), "
+        "[Unsloth](coming_from/unsloth.md), [Axolotl](coming_from/axolotl.md), "
+        "[LLaMA-Factory](coming_from/llama_factory.md) and [mlx-lm](coming_from/mlx_lm.md) have the defaults, too. "
         f"Some are read: {read}.\n\n"
         "| tailora | other tools |\n|---|---|\n" + "\n".join(rows) + "\n"
     )
