@@ -32,6 +32,10 @@ BLOCK = re.compile(  # with the measured part before the next block, if there is
     r"(?=((?:(?!^```).)*?<!-- measured:(?P<name>[\w-]+) -->)?)",
     re.DOTALL | re.MULTILINE,
 )
+SERVE = re.compile(r"(?m)^(tailora serve .+)$")  # in a terminal of its own; here in the background
+IN_BACKGROUND = (
+    r"\1 > serve.log 2>&1 &\nuntil curl --silent --fail http://127.0.0.1:8000/ready; do sleep 1; done > ready.txt"
+)
 TERMINAL = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 Output = dict[str, Any]  # code, output, seconds
 
@@ -62,7 +66,7 @@ def run_page(page: str, folder: Path) -> dict[str, Output]:
                 del done[number:]
             if language == "python":  # also if it is done: later blocks use its names
                 result = run_python(code, names, folder)
-            elif is_done and "&\n" not in code:
+            elif is_done and not SERVE.search(code):
                 result = done[number]
             else:
                 result = run_bash(code, folder, sessions)
@@ -90,7 +94,7 @@ def run_bash(code: str, folder: Path, sessions: list[int]) -> Output:
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with (folder / "stdout.txt").open("w+") as stdout:  # a pipe would stay open as long as a server runs
         process = subprocess.Popen(
-            ["bash", "-eo", "pipefail", "-c", code],
+            ["bash", "-eo", "pipefail", "-c", SERVE.sub(IN_BACKGROUND, code)],
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=stdout,
@@ -101,7 +105,8 @@ def run_bash(code: str, folder: Path, sessions: list[int]) -> Output:
         if process.wait() != 0:
             raise SystemExit(f"{folder}: exit code {process.returncode}\n{code}\n{stdout.seek(0) or stdout.read()}")
         stdout.seek(0)
-        return {"code": code, "output": stdout.read(), "seconds": time.perf_counter() - started}
+        printed = stdout.read().replace(str(Path.home()), "~")
+        return {"code": code, "output": printed, "seconds": time.perf_counter() - started}
 
 
 def main() -> None:
