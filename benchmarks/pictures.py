@@ -131,7 +131,7 @@ def compare_page(page: "Page", _: Path | None) -> None:
 
 def playground(page: "Page", run: Path | None) -> None:
     """The page of `tailora serve` after one question to the base and to the adapter of the run."""
-    page.set_viewport_size({"width": 1000, "height": 740})
+    page.set_viewport_size({"width": 1000, "height": 760})
     with server(checked(run)) as address:
         page.goto(address)
         left, right = page.locator("#sides select").all()

@@ -1,8 +1,9 @@
 """Hooks of mkdocs.yml: the pages that are in no file of docs/, the links between the two, and llms.txt.
 
-README.md is the home page; CONTRIBUTING.md, CHANGELOG.md and benchmarks/README.md are pages, too. A page per command
-comes from the command itself, the Python page from the docstrings, the table of names from `core/config.py`. Scripts
-and folders that a page links to are shown under `source/`, so that the site needs no other place.
+README.md is the home page; CONTRIBUTING.md, CHANGELOG.md, benchmarks/README.md and the notebooks are pages, too. A page
+per command comes from the command itself, the Python page from the docstrings, the table of names from
+`core/config.py`. Scripts and folders that a page links to are shown under `source/`, so that the site needs no other
+place.
 """
 
 import ast
@@ -17,7 +18,9 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from nbconvert import MarkdownExporter
 from site_errors import accepted_values, catalogue
+from traitlets.config import Config
 
 import tailora
 from tailora import errors
@@ -31,6 +34,7 @@ PAGES = {  # file of the repository -> page of the site
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "benchmarks/README.md": "benchmarks.md",
+    **{f"notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")},
 }
 FILES = {page: file for file, page in PAGES.items()}
 HISTORY = ("LOG.md", "changelog.md")  # the search shows what is true today above them
@@ -48,7 +52,11 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    pages = {page: (ROOT / file).read_text() for file, page in PAGES.items()}
+    pages = {page: (ROOT / file).read_text() for file, page in PAGES.items() if file.endswith(".md")}
+    for file in (file for file in PAGES if file.endswith(".ipynb")):
+        pages[PAGES[file]], outputs = notebook_page(ROOT / file)
+        for name, content in outputs.items():
+            files.append(File.generated(config, f"notebooks/{name}", content=content))
     pages |= {"api.md": python_page(), "errors.md": errors_page(), "names.md": names_page()}
     pages |= {f"commands/{name}.md": command_page(name) for name in COMMANDS}
     texts = [*pages.items(), *((file.src_uri, file.content_string) for file in files.documentation_pages())]
@@ -197,6 +205,15 @@ def python_page() -> str:
     names = [name for name in tailora.__all__ if not name.startswith("_")]
     intro = "# Python\n\nThe public names: `from tailora import LoRAConfig, LoRAModel`.\n\n"
     return intro + "\n".join(f"::: tailora.{name}\n" for name in names)
+
+
+def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
+    """Returns a notebook with its outputs in Markdown, and the files beside it: its pictures, and itself."""
+    exporter = MarkdownExporter(config=Config({"HighlightMagicsPreprocessor": {"enabled": True}}))
+    text, resources = exporter.from_filename(str(path), {"output_files_dir": path.stem, "unique_key": path.stem})
+    text = text.replace("![png](", "![What the code above draws](")
+    link = f'<a href="{path.name}" download>This page as a notebook</a>, to run and change.'
+    return f"{text}\n\n{link}\n", {**resources["outputs"], path.name: path.read_bytes()}
 
 
 def source_page(path: Path) -> str:
