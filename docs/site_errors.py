@@ -5,6 +5,7 @@ variables, lists of problems, and functions that return them. No message is repe
 """
 
 import ast
+import gc
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -361,7 +362,13 @@ def named_settings(text: str, settings: Iterable[str]) -> tuple[str, ...]:
 @cache
 def messages() -> list[Message]:
     """Returns every message of an error that names a setting, sorted by the first of them."""
-    source = Source(ROOT / "tailora")
+    was_enabled = gc.isenabled()
+    gc.disable()  # it would look through all nodes that are there again and again, which takes longer than reading
+    try:
+        source = Source(ROOT / "tailora")
+    finally:
+        if was_enabled:
+            gc.enable()
     settings = settings_of(source)
     checks = source.subclasses("StrictModel")  # their ValueErrors become ConfigErrors
     kinds = source.subclasses("TailoraError")
