@@ -12,6 +12,7 @@ The python blocks of a page share their names, as in one session. A `tailora ser
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,10 @@ from ruamel.yaml import YAML
 from tiny import chat_model, chat_tokenizer
 from tiny_run import WORDS
 
+from tailora.cli.main import COMMANDS, app
+
 ROOT = Path(__file__).parent.parent
+MARKDOWN = MarkdownIt().enable("table")
 HISTORY = ("LOG.md",)
 PAGES = [ROOT / "README.md", *(path for path in sorted((ROOT / "docs").rglob("*.md")) if path.name not in HISTORY)]
 RUN_ELSEWHERE = ("docs/from_scratch",)  # test_from_scratch.py: with what they print
@@ -112,7 +117,7 @@ class Reader:
 def blocks(page: Path) -> list[Block]:
     """Returns the code blocks of a page in their order, with the marks above them."""
     found, above, is_measured = [], "", False
-    for token in MarkdownIt().enable("table").parse(page.read_text()):
+    for token in MARKDOWN.parse(page.read_text()):
         if token.type in ("fence", "code_block"):
             mark = MARK.search(above)
             language = token.info.strip() if token.type == "fence" else "indented"
@@ -167,6 +172,22 @@ def name(page: Path) -> str:
 def test_every_block_is_run_or_output_or_says_why_not(page: Path) -> None:
     problems = [f"line {block.line}: {wrong}" for block in blocks(page) if (wrong := problem(block))]
     assert not problems, f"{page.relative_to(ROOT)}:\n" + "\n".join(problems)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_within_the_text_have_these_flags(page: Path) -> None:
+    inline = [child for token in MARKDOWN.parse(page.read_text()) for child in token.children or []]
+    for code in (child.content for child in inline if child.type == "code_inline"):
+        if code.startswith("tailora "):
+            command, *words = shlex.split(code)[1:]
+            assert command in COMMANDS, code
+            flags = {word.partition("=")[0] for word in words if word.startswith("--")} - {"--help"}
+            assert flags <= flags_of(command), f"{code}: {flags - flags_of(command)}"
+
+
+@cache
+def flags_of(command: str) -> set[str]:
+    return {name for argument in app([command])[command].assemble_argument_collection() for name in argument.names}
 
 
 @pytest.fixture(scope="session")
