@@ -45,13 +45,14 @@ SECONDS = 300  # for a block, on a busy machine
 
 SERVER = """\
 [ -e server.pid ] && kill "$(cat server.pid)" && sleep 1
-{command} --port {port} > server.log 2>&1 & echo $! > server.pid
+{command} > server.log 2>&1 & echo $! > server.pid
 until curl -so /dev/null http://127.0.0.1:{port}/ready; do kill -0 $! || {{ cat server.log; exit 1; }}; sleep 0.1; done
 """
 SUBSTITUTIONS = {  # pattern -> what a page's blocks have in its place; {model} and {port} are those of the test
     rf"(?<![\w/]){HUB_ID}": "{model}",
     r"(?m)^ *pip install [^&\n]*(&& )?": "",  # CI's first step does it
     r"(?<=127\.0\.0\.1:)\d+|(?<=localhost:)\d+|(?<=--port )\d+": "{port}",
+    r"(?m)^tailora serve (?!.*--port)": "tailora serve --port {port} ",
     r"(?m)^(tailora serve [^#&\n]*[^#&\s])( +#.*)?$": SERVER.format(command=r"\1", port="{port}"),
 }
 
