@@ -110,6 +110,7 @@ def arms(content: Content) -> str:
                     setting,
                     f"`{study}.yaml`",
                     ARMS[arm["name"]],
+                    f"{report['steps']} x {len(report['seeds'])}",
                     f"{arm['trainable_parameters']:,}" if low is not None else "",
                     best,
                     tried,
@@ -117,24 +118,34 @@ def arms(content: Content) -> str:
                     f"{forgotten['kl']:.3f}" if forgotten else "",
                 ]
             )
-    head = ["data", "study", "arm", "trained", "best rate", "rates tried", "loss (95%)", "KL from the base"]
+    head = [
+        "data",
+        "study",
+        "arm",
+        "steps x seeds",
+        "trained",
+        "best rate",
+        "rates tried",
+        "loss (95%)",
+        "KL from the base",
+    ]
     return f"{table(head, rows)}\n\n{source(content)}"
 
 
 def source(content: Content) -> str:
-    """How long the runs were, and on which machine."""
+    """On how many examples, and on which machine."""
     machine = content["machine"]
-    lengths = {}
+    judged = {}
     for cell in content["cells"]:
         if cell["cell"]["study"] != "intruders":
             report = cell["result"]["report"]
-            lengths[cell["cell"]["setting"]] = (
-                f"{cell['cell']['setting']}: {report['steps']} steps, {len(report['seeds'])} seeds, "
-                f"{report['judged_examples']} held-out examples that judge, loss of the base {report['base_loss']:.3f}"
+            judged[cell["cell"]["setting"]] = (
+                f"{cell['cell']['setting']} is judged on {report['judged_examples']} held-out examples, on which the "
+                f"base has {report['base_loss']:.3f}"
             )
     minutes = sum(cell["seconds"] for cell in content["cells"]) / 60
     return (
-        f"{'; '.join(lengths.values())}. One thread of an {machine['cpu']}, which also did other work, for "
+        f"{'; '.join(judged.values())}. One thread of an {machine['cpu']}, which also did other work, for "
         f"{minutes:.0f} minutes; torch {machine['packages']['torch']}."
     )
 
