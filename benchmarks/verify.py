@@ -219,18 +219,21 @@ def fault_table(files: Files, passport: Passport) -> list[dict[str, Any]]:
     return rows
 
 
-def false_alarms(files: Files, passports: dict[str, list[Passport]]) -> list[dict[str, Any]]:
-    """Asks servers that do all right; passports: of each fault that is a right adapter of its own."""
+def false_alarms(files: Files, passports: dict[str, list[Passport]]) -> Iterator[list[dict[str, Any]]]:
+    """Asks servers that do all right, and yields what it has so far after each of them.
+
+    passports: of each fault that is a right adapter of its own.
+    """
     rows = []
     for fault, of_adapter in passports.items():
         for quantization in QUANTIZED | MORE_QUANTIZED:
             with started(llama_server(files, quantization, fault)) as url:
-                results = [ask(url, None, passport) for passport in of_adapter]
-            rows += [row("llama.cpp", quantization, "none", result) for result in results]
+                rows += [row("llama.cpp", quantization, "none", ask(url, None, passport)) for passport in of_adapter]
+            yield rows
     with started(own_server(files)) as url:
         for fault, of_adapter in passports.items():
             rows += [row("tailora serve", "bf16", "none", ask(url, fault, passport)) for passport in of_adapter]
-    return rows
+            yield rows
 
 
 def main() -> None:
@@ -257,8 +260,9 @@ def main() -> None:
                 passports[fault].append(make_passport(loaded.model, loaded.tokenizer, seed=seed))
                 measure.log(f"passport {seed} of {name}: {time.perf_counter() - began:.1f} s")
         faults = fault_table(files, passports["none"][0])
-        alarms = json.loads(path.read_text())["trials"] if arguments.faults else false_alarms(files, passports)
-        measure.log(str(measure.write(path, {"steps": STEPS, "faults": faults, "trials": alarms})))
+        alarms = [json.loads(path.read_text())["trials"]] if arguments.faults else false_alarms(files, passports)
+        for trials in alarms:
+            measure.log(str(measure.write(path, {"steps": STEPS, "faults": faults, "trials": trials})))
 
 
 if __name__ == "__main__":

@@ -20,12 +20,14 @@ from tailora.formats.io import read_own_json, wrap_os_error, write_file
 from tailora.formats.metadata import LayerFingerprint
 from tailora.formats.run_folder import PASSPORT
 
-VERSION = 1
-ADAPTER, BASE, ROUNDED = "adapter", "base", "4-bit base"  # names of variants
+VERSION = 2
+ADAPTER, BASE = "adapter", "base"  # names of variants
+ROUNDED_ADAPTER, ROUNDED_BASE = "adapter on a Q4_0 base", "Q4_0 base"
 WEIGHTS = re.compile(r".*\.(safetensors|gguf)")
 LARGEST_SCALE = 1000.0
 
 VariantKind = Literal["scale", "part", "prompt", "rounding"]
+REQUIRED = (ADAPTER, BASE, ROUNDED_ADAPTER, ROUNDED_BASE)
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Variant:
     """One way to compute.
 
     kind: "scale": the adapter at another scale; "part": with some layers missing; "prompt": the adapter with another
-        prompt; "rounding": the adapter on a base whose weights are rounded.
+        prompt; "rounding": the adapter or the base, with weights rounded as in llama.cpp's Q4_0.
     scale: times the scale of training; 0 is the base.
     """
 
@@ -109,7 +111,7 @@ def read_passport(folder: Path) -> Passport:
 
 
 def _problems(passport: Passport) -> Iterable[str]:
-    for name in (ADAPTER, BASE, ROUNDED):
+    for name in REQUIRED:
         if name not in passport.variants:
             yield f"variant {name!r} is missing"
     for name, variant in passport.variants.items():

@@ -32,7 +32,7 @@ from tailora.evaluation.forgetting import sample_texts
 from tailora.evaluation.generate import free_positions
 from tailora.formats.export import with_only_adapter
 from tailora.formats.fingerprint import fingerprint
-from tailora.formats.passport import ADAPTER, BASE, ROUNDED, Passport, Probe, Variant
+from tailora.formats.passport import ADAPTER, BASE, ROUNDED_ADAPTER, ROUNDED_BASE, Passport, Probe, Variant
 from tailora.formats.peft_config import base_model_name
 from tailora.study.model_layout import block_of, layer_count
 from tailora.train.parallel import is_sharded
@@ -45,7 +45,7 @@ SHORTEST_PROMPT = 4  # tokens; the first words of a plain text tell little
 TEXT_PROBES, CONTROLS, MOST_PER_TEXT = 36, 12, 6
 LIKELY = 8  # tokens of a probe that are kept for each of the variants in TOKENS_OF
 SCALES = (0.25, 0.5, 0.75, 1.25, 1.5, 2.0, 4.0)
-GROUP, LEVELS = 32, 7  # weights that share a scale, and steps on each side of 0, as in llama.cpp's Q4_0
+GROUP = 32  # weights that share a scale in llama.cpp's Q4_0
 CHUNK = 2**26  # logits computed at a time
 FINGERPRINTS = 4  # layers of the base
 MOST_SPECIAL = 0.1  # probability of special tokens at a probe: servers hide them, each in its own way
@@ -250,7 +250,7 @@ def _computations(adapter: Adapter, base_model: nn.Module) -> dict[str, Computat
         return partial(with_only_adapter, base_model, adapter)
 
     @contextmanager
-    def on_rounded_base() -> Iterator[nn.Module]:
+    def on_rounded_base(adapter: Adapter | None) -> Iterator[nn.Module]:
         with only(adapter)(), rounded_to_4_bits(base_model):
             yield base_model
 
@@ -262,7 +262,8 @@ def _computations(adapter: Adapter, base_model: nn.Module) -> dict[str, Computat
             for scale in scales
         },
         **{name: Computation(Variant("part"), only(part)) for name, part in _parts(adapter).items()},
-        ROUNDED: Computation(Variant("rounding"), on_rounded_base),
+        ROUNDED_ADAPTER: Computation(Variant("rounding"), partial(on_rounded_base, adapter)),
+        ROUNDED_BASE: Computation(Variant("rounding", 0.0), partial(on_rounded_base, None)),
     }
 
 
@@ -297,12 +298,12 @@ def _parts(adapter: Adapter) -> dict[str, Adapter]:
 
 @contextmanager
 def rounded_to_4_bits(base_model: nn.Module) -> Iterator[None]:
-    """Within the block the base's linear layers compute as with weights rounded to 4 bits; nothing of it changes."""
+    """Within the block the base's linear layers compute as with weights in Q4_0; nothing of it changes."""
 
     def add_rounding(layer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
         weight = dense_weight(layer)
         weight = weight.T if layer_type_of(layer) is CONV1D else weight  # (out, in)
-        return output + F.linear(args[0], (_rounded(weight) - weight).to(args[0].dtype))
+        return output + F.linear(args[0], (q4_0(weight) - weight).to(args[0].dtype))
 
     head = getattr(base_model, "get_output_embeddings", lambda: None)()  # servers keep it in more bits
     with ExitStack() as stack:
@@ -312,11 +313,13 @@ def rounded_to_4_bits(base_model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _rounded(weight: Tensor) -> Tensor:
-    """(out, in) -> the same with GROUP neighbours rounded to multiples of the largest of them / LEVELS."""
+def q4_0(weight: Tensor) -> Tensor:
+    """(out, in) -> the same as llama.cpp stores it in Q4_0: GROUP neighbours share a scale, which has 16 bits."""
     padded = F.pad(weight.detach().float(), (0, -weight.shape[1] % GROUP)).view(len(weight), -1, GROUP)
-    step = padded.abs().amax(-1, keepdim=True).clamp_min(1e-12) / LEVELS
-    rounded: Tensor = ((padded / step).round() * step).flatten(1)[:, : weight.shape[1]].to(weight.dtype)
+    largest = padded.gather(-1, padded.abs().argmax(-1, keepdim=True))  # with its sign; it becomes -8
+    scale = largest / -8
+    levels = (padded * torch.where(scale == 0, 0, 1 / scale) + 8.5).floor().clamp(0, 15) - 8
+    rounded: Tensor = (levels * scale.half().float()).flatten(1)[:, : weight.shape[1]].to(weight.dtype)
     return rounded
 
 
@@ -394,7 +397,9 @@ def _spots(
     for chunk in _chunks(texts, len(tokenizer.tokenizer)):
         rows = [text.ids for text in chunk]
         positions: list[Sequence[int]] = [range(text.first, len(text.ids)) for text in chunk]
-        base, adapter, rounded = (_computed(computations[name], rows, positions) for name in (BASE, ADAPTER, ROUNDED))
+        base, adapter, rounded = (
+            _computed(computations[name], rows, positions) for name in (BASE, ADAPTER, ROUNDED_ADAPTER)
+        )
         special = [token for token in tokenizer.special_ids if token < base.shape[1]]  # the model may lack some
         ends = torch.maximum(*(logprobs[:, special].exp().sum(-1) for logprobs in (base, adapter)))
         of_chunk = [(text, position) for text, where in zip(chunk, positions, strict=True) for position in where]

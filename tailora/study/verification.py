@@ -3,6 +3,9 @@
 A server answers a probe with log-probabilities of the likeliest next tokens, or only with the likeliest token. The
 error of a variant is how far its log-probabilities are from those, in nats. Scales between those of the passport are
 interpolated. Whether two variants can be told apart follows from resampling the probes.
+
+A server whose base is quantised answers otherwise. Prompts where the adapter changes little, the controls, tell how
+much, and whether it is what Q4_0 changes, which the passport knows: then all variants are compared with it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tailora.formats.passport import ADAPTER, BASE, ROUNDED, Passport, Probe
+from tailora.formats.passport import ADAPTER, BASE, ROUNDED_ADAPTER, ROUNDED_BASE, Passport, Probe
 
 Floats = NDArray[np.float64]
 Verdict = Literal["adapter", "base", "scaled", "partial", "template", "other-base", "other-adapter", "unknown"]
@@ -20,13 +23,14 @@ Verdict = Literal["adapter", "base", "scaled", "partial", "template", "other-bas
 LARGEST = 6.0  # nats; errors above it are wrong in the same way, and one token must not outweigh all others
 STEP = 0.05  # between the scales that are tried
 RESAMPLES, CONFIDENCE = 400, 0.95
-SAME_SCALE = 0.1  # scales nearer to 1 are not called wrong
+SAME_SCALE = 0.1  # an interval that comes so near to 1, or to 0, includes it: rounding moves all probes together
 SHARE = 0.5  # of the adapter's effect: a variant with a larger error does not explain the answers (measured)
 CONTROL_BIAS = 2.5  # controls are where 4 bits change much, the others where they change little (measured)
 LEAST_SHARE, NOISE = 0.2, 2.0  # the same where the server's rounding is known, of the effect and of the rounding
+SHARES_OF_Q4_0 = (0.0, 0.5, 1.0)
 ROUNDING = 1.5  # times what rounding to 4 bits changes: smaller errors may come from it (measured)
 CHAT_ERROR, CHAT_SHARE = 3.0, 0.15  # of the error that plain texts lead to expect, and of the effect: a right template
-WIDEST = 1.0  # interval of a scale that is told
+WIDEST = 1.0  # interval of a scale that says anything
 FOREIGN = 2.0  # times the adapter's effect: errors of another base are larger (measured)
 FEWEST = 6  # probes
 
@@ -58,7 +62,7 @@ class Fit:
     effect: how far the adapter is from the base at these probes.
     rounding: how far 4-bit rounding moves the adapter.
     limit: a variant with a larger error does not explain the answers.
-    noise: what the server's own rounding changes; None if it is unknown.
+    noise: what the server's own rounding changes beyond what is taken into account; None if it is unknown.
     is_certain: the others of another meaning were worse in 95% of the resamples.
     probes: their number.    has_logprobs: the server told log-probabilities.
     """
@@ -77,12 +81,6 @@ class Fit:
     is_certain: bool
     probes: int
     has_logprobs: bool
-
-    @property
-    def scale_tolerance(self) -> float:
-        """How far rounding may move the best scale: an error along the adapter's effect looks like another scale."""
-        noise = self.error if self.noise is None else self.noise
-        return max(SAME_SCALE, noise / max(self.effect, 1e-12))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -106,15 +104,26 @@ class Candidates:
         return mean
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """How a server's base is rounded, from the controls.
+
+    share: of what Q4_0 changes, which all variants get.    ratio: of what is left of the error to what Q4_0 changes.
+    """
+
+    share: float
+    ratio: float
+
+
 def fit_variants(
     probes: Sequence[Probe],
     observations: Sequence[Observation],
     passport: Passport,
-    rounding_ratio: float | None = None,
+    server_rounding: Rounding | None = None,
 ) -> Fit | None:
     """Returns which variant explains the observations of these probes best; None for too few probes.
 
-    rounding_ratio: of the server's rounding to that of 4 bits, if it is known.
+    server_rounding: None if it is unknown.
     If the server tells log-probabilities at all, probes without them are left out.
     """
     if any(observation.logprobs for observation in observations):
@@ -122,10 +131,11 @@ def fit_variants(
         probes, observations = [probe for probe, _ in pairs], [observation for _, observation in pairs]
     if len(probes) < FEWEST:
         return None
-    candidates = _candidates(probes, observations, passport)
+    share = 0.0 if server_rounding is None else server_rounding.share
+    candidates = _candidates(probes, observations, passport, share)
     errors = candidates.errors()
-    effect, rounding = (_distance(probes, observations, name) for name in (BASE, ROUNDED))
-    noise = None if rounding_ratio is None else CONTROL_BIAS * rounding_ratio * rounding
+    effect, rounding = (_distance(probes, observations, name) for name in (BASE, ROUNDED_ADAPTER))
+    noise = None if server_rounding is None else CONTROL_BIAS * server_rounding.ratio * rounding
     is_scale = np.array([kind == "scale" for kind in candidates.kinds])
     scales = candidates.scales[is_scale]
     counts = np.random.default_rng(0).multinomial(len(probes), [1 / len(probes)] * len(probes), RESAMPLES)
@@ -169,8 +179,13 @@ def _of_other_meaning(candidates: Candidates, best: int) -> NDArray[np.bool_]:
     return np.array([name == BASE for name in names])
 
 
-def _candidates(probes: Sequence[Probe], observations: Sequence[Observation], passport: Passport) -> Candidates:
-    """Returns the variants that all probes have, with scales between those of the passport."""
+def _candidates(
+    probes: Sequence[Probe], observations: Sequence[Observation], passport: Passport, share: float
+) -> Candidates:
+    """Returns the variants that all probes have, with scales between those of the passport.
+
+    share: of what Q4_0 changes, which is added to each variant.
+    """
     variants = {
         name: variant
         for name, variant in passport.variants.items()
@@ -182,11 +197,18 @@ def _candidates(probes: Sequence[Probe], observations: Sequence[Observation], pa
     names = [*variants, *(f"scale {scale:g}" for scale in between)]
     kinds = [*(variant.kind for variant in variants.values()), *["scale"] * len(between)]
     scales = np.array([*(variant.scale for variant in variants.values()), *between])
+    like_adapter = scales.clip(0, 1)[:, None]  # (candidates, 1): Q4_0 changes the adapter and the base differently
     squares, weights = np.zeros((len(names), len(probes))), np.zeros(len(probes))
     for number, (probe, observation) in enumerate(zip(probes, observations, strict=True)):
         at_nodes = np.array([probe.logprobs[name] for _, name in nodes])  # (nodes, tokens)
         interpolated = [np.interp(between, known, column) for column in at_nodes.T]
         predicted = np.concatenate([[probe.logprobs[name] for name in variants], np.array(interpolated).T])
+        if share:
+            of_adapter, of_base = (
+                np.subtract(probe.logprobs[rounded], probe.logprobs[exact])
+                for rounded, exact in ((ROUNDED_ADAPTER, ADAPTER), (ROUNDED_BASE, BASE))
+            )
+            predicted += share * (like_adapter * of_adapter + (1 - like_adapter) * of_base)
         squares[:, number], weights[number] = _squared_errors(probe, observation, predicted)
     return Candidates(names, list(kinds), scales, squares, weights)
 
@@ -261,20 +283,21 @@ def verify(
 
     of_base: its answers under the name of its base; None if it offers no base.
     """
-    ratio = _rounding_ratio(passport, observations)
+    rounding = _server_rounding(passport, observations)
     fits: dict[str, Fit] = {}
     for name, is_kind in KINDS.items():
         for key, answers in ((name, observations), (f"base {name}", of_base or [None] * len(observations))):
-            if (fit := fit_variants(*_answered(passport, answers, is_kind), passport, ratio)) is not None:
+            if (fit := fit_variants(*_answered(passport, answers, is_kind), passport, rounding)) is not None:
                 fits[key] = fit
     text, chat, base = fits.get("text"), fits.get("chat"), fits.get("base text") or fits.get("base chat")
-    verdict = _combined(text, chat)
-    if text is not None and chat is not None and verdict in ("adapter", "scaled") and chat.kind == "part":
-        without_controls = _answered(passport, observations, lambda probe: not probe.is_control)
-        together = fit_variants(*without_controls, passport, ratio)
-        if together is not None and _meaning(together) == "partial":
-            verdict, fits["all"] = "partial", together
-        elif verdict == "adapter":
+    verdict = _combined(text, chat, rounding)
+    if text is not None and chat is not None and verdict in ("adapter", "scaled"):
+        together = fit_variants(*_answered(passport, observations, lambda _: True), passport, rounding)
+        meaning = _meaning(together)
+        is_part, is_scaled = meaning == "partial" and chat.kind == "part", meaning == "scaled" and verdict == "adapter"
+        if together is not None and meaning is not None and (is_part or is_scaled):
+            verdict, fits["all"] = meaning, together
+        elif verdict == "adapter" and chat.kind == "part":
             verdict = "unknown"
     if verdict in ("other-base", "other-adapter", "unknown") and base is not None:
         if base.base_error > base.limit:
@@ -284,7 +307,7 @@ def verify(
     longer = _prompt_differences("chat", passport, observations)
     if verdict == "adapter" and longer and min(longer) > 0:  # a server that counts cached tokens apart counts fewer
         verdict = "template"
-    leading = chat if text is None or (chat and _meaning(text) == "unknown") else text
+    leading = fits.get("all") or (chat if text is None or (chat and _meaning(text) == "unknown") else text)
     has_scale = leading is not None and leading.kind == "scale" and verdict in ("adapter", "base", "scaled", "template")
     scale = leading.scale if leading and has_scale else None
     return Verification(verdict, scale, _evidence(passport, observations, fits), fits)
@@ -308,20 +331,20 @@ def _answered(
     return probes, answers
 
 
-def _rounding_ratio(passport: Passport, observations: Sequence[Observation | None]) -> float | None:
-    """Returns how much the server rounds, at the probes that the adapter does not change, over rounding to 4 bits.
-
-    None if too few of them have log-probabilities.
-    """
+def _server_rounding(passport: Passport, observations: Sequence[Observation | None]) -> Rounding | None:
+    """Returns how the server's base is rounded, from the controls; None if too few of them have log-probabilities."""
     probes, answers = _answered(passport, observations, lambda probe: probe.is_control)
     pairs = [pair for pair in zip(probes, answers, strict=True) if pair[1].logprobs]
     if len(pairs) < FEWEST:
         return None
     probes, answers = [probe for probe, _ in pairs], [answer for _, answer in pairs]
-    candidates = _candidates(probes, answers, passport)
-    errors = dict(zip(candidates.names, candidates.errors().tolist(), strict=True))
-    ratio: float = min(errors[ADAPTER], errors[BASE]) / max(_distance(probes, answers, ROUNDED), 1e-12)
-    return ratio
+    errors: dict[float, float] = {}
+    for share in SHARES_OF_Q4_0:
+        candidates = _candidates(probes, answers, passport, share)
+        is_scale = np.array([kind == "scale" for kind in candidates.kinds])
+        errors[share] = float(candidates.errors()[is_scale].min())
+    best = min(errors, key=errors.__getitem__)
+    return Rounding(best, errors[best] / max(_distance(probes, answers, ROUNDED_ADAPTER), 1e-12))
 
 
 def _meaning(fit: Fit | None) -> Verdict | None:
@@ -337,14 +360,14 @@ def _meaning(fit: Fit | None) -> Verdict | None:
         return "partial"
     if fit.kind == "prompt":
         return "template"
-    if abs(fit.scale - 1) <= fit.scale_tolerance:
-        return "adapter" if fit.adapter_error <= fit.limit else _unexplained(fit)
-    if fit.scale <= fit.scale_tolerance:
-        return "base" if fit.base_error <= fit.limit else _unexplained(fit)
-    if low <= 1 <= high:
-        is_narrow = high - low <= WIDEST and not fit.has_logprobs  # chosen tokens tell scales less exactly
-        return "adapter" if is_narrow else "unknown"
-    return "unknown" if low <= 0 else "scaled"
+    may_be_right = low - SAME_SCALE <= 1 <= high + SAME_SCALE
+    if may_be_right and high - low > WIDEST:
+        return "unknown" if min(fit.adapter_error, fit.base_error) <= fit.limit else _unexplained(fit)
+    if may_be_right and fit.adapter_error <= fit.limit:
+        return "adapter"
+    if low <= SAME_SCALE and fit.base_error <= fit.limit:
+        return "base"
+    return "scaled"
 
 
 def _unexplained(fit: Fit) -> Verdict:
@@ -355,14 +378,15 @@ def _unexplained(fit: Fit) -> Verdict:
     return "other-base" if far else "other-adapter"
 
 
-def _combined(text: Fit | None, chat: Fit | None) -> Verdict:
+def _combined(text: Fit | None, chat: Fit | None, rounding: Rounding | None) -> Verdict:
     """Plain completions tell which weights compute; then chats tell whether the template is right."""
     of_text, of_chat = _meaning(text), _meaning(chat)
     if of_text is None or of_text == "unknown":
         return of_chat or "unknown"
     if text is not None and chat is not None and of_text == "adapter":
-        # The error at plain texts tells how much this server rounds
-        expected = text.adapter_error * chat.rounding / max(text.rounding, 1e-12)
+        # The errors at plain texts and at the controls tell how much this server rounds
+        ratio = max(text.adapter_error / max(text.rounding, 1e-12), 0.0 if rounding is None else rounding.ratio)
+        expected = ratio * chat.rounding
         fits = chat.kind != "prompt" and chat.adapter_error <= max(CHAT_ERROR * expected, CHAT_SHARE * chat.effect)
         return "adapter" if fits else "template"
     if of_chat == "adapter" and of_text in ("other-base", "other-adapter"):

@@ -253,7 +253,7 @@ def test_the_passport_goes_with_the_weights_that_it_is_of(
     hub: Server, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     passport = run / ADAPTER / PASSPORT
-    variants = {name: Variant("scale") for name in (passports.ADAPTER, passports.BASE, passports.ROUNDED)}
+    variants = {name: Variant("scale") for name in passports.REQUIRED}
     probe = Probe(3, ["é"], {name: [-1.0] for name in variants}, text="the cat is")
     write_passport(run / ADAPTER, Passport("models/tiny", "base", variants, [probe]))
     content = json.loads(passport.read_text())

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
 from tiny import GROUPED, chat_tokenizer, stir
 from tiny_server import on_loopback
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -23,14 +25,22 @@ from tailora.cli.main import main
 from tailora.core.adapter_set import AdapterSet
 from tailora.data.schemas import Choices, Conversation, Feedback, Preference
 from tailora.errors import ConfigError, DataError, FormatError, ServerError
-from tailora.formats.passport import ADAPTER, BASE, ROUNDED, Passport, Probe, read_passport, write_passport
+from tailora.formats.passport import (
+    ADAPTER,
+    BASE,
+    REQUIRED,
+    Passport,
+    Probe,
+    read_passport,
+    write_passport,
+)
 from tailora.formats.run_folder import ADAPTER_WEIGHTS, PASSPORT
 from tailora.serve import client
 from tailora.serve.app import ServerSettings, create_app
 from tailora.serve.client import MOST_BYTES, ServerClient, choose_model
 from tailora.serve.engine import make_engine
 from tailora.serve.registry import AdapterRegistry
-from tailora.study.probes import QUESTIONS, make_passport
+from tailora.study.probes import QUESTIONS, make_passport, next_logprobs, q4_0, rounded_to_4_bits
 from tailora.study.verification import Observation, Verification, verify
 
 TOKENIZER = chat_tokenizer(
@@ -177,6 +187,44 @@ def test_without_log_probabilities_the_chosen_tokens_decide(url: str, root: Path
             assert not result.fits["text"].has_logprobs
 
 
+# ---- A base in 4 bits
+
+
+def test_q4_0_is_that_of_llama_cpp() -> None:
+    weight = torch.randn(8, 96)
+    weight[2] = 0
+    expected = dequantize(quantize(weight.numpy(), GGMLQuantizationType.Q4_0), GGMLQuantizationType.Q4_0)
+    assert torch.equal(q4_0(weight), torch.from_numpy(expected))
+
+
+def answers_in_q4_0(model: LoRAModel, passport: Passport) -> list[Observation | None]:
+    observations: list[Observation | None] = []
+    with rounded_to_4_bits(model.base_model), torch.no_grad():
+        for probe in passport.probes:
+            ids = TOKENIZER(probe.text or probe.rendered)["input_ids"]
+            (logprobs,) = next_logprobs(model.eval(), [ids], [[len(ids) - 1]])
+            top = logprobs.topk(20)
+            tokens, values = top.indices.tolist(), top.values.tolist()
+            words = {TOKENIZER.decode([token]): value for token, value in zip(tokens, values, strict=True)}
+            listed = {number: words[text] for number, text in enumerate(probe.tokens) if text in words}
+            chosen = max(listed, key=listed.__getitem__, default=None)
+            observations.append(Observation(chosen, listed, float(top.values[-1]), len(ids)))
+    return observations
+
+
+@pytest.mark.parametrize(("strength", "verdict"), [(1.0, "adapter"), (0.0, "base"), (0.7, "scaled")])
+def test_a_base_in_q4_0_is_taken_into_account(root: Path, strength: float, verdict: str) -> None:
+    passport, model = read_passport(root / "legal"), adapted(0)
+    probes = [replace(probe, is_control=number < 10) for number, probe in enumerate(passport.probes)]  # it has only 2
+    passport = replace(passport, probes=probes)
+    model.set_scale("default", strength)
+    result = verify(passport, answers_in_q4_0(model, passport))
+    assert result.verdict == verdict, "\n".join(result.evidence)
+    assert result.scale == pytest.approx(strength, abs=0.05)
+    if strength in (0, 1):  # between them Q4_0 changes something in between, more or less
+        assert all(fit.error < fit.rounding / 4 for fit in result.fits.values())
+
+
 # ---- The passport
 
 
@@ -196,21 +244,18 @@ def test_a_passport_belongs_to_its_weights(root: Path, tmp_path: Path) -> None:
         read_passport(folder)
 
 
-VARIANTS = (ADAPTER, BASE, ROUNDED)
-
-
 def probe_of(tokens: list[str], values: list[float]) -> dict[str, Any]:
-    return {"prompt_tokens": 4, "tokens": tokens, "logprobs": dict.fromkeys(VARIANTS, values), "text": "a b c d"}
+    return {"prompt_tokens": 4, "tokens": tokens, "logprobs": dict.fromkeys(REQUIRED, values), "text": "a b c d"}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version 2"),
+        ({"version": 1}, "version 1"),
         ({"probes": []}, "it has no probes"),
         ({"variants": {}}, "variant 'adapter' is missing"),
         ({"texts": "mine"}, "texts: "),
-        ({"variants": {name: {"kind": "scale", "scale": 1e9} for name in VARIANTS}}, "has scale 1e"),
+        ({"variants": {name: {"kind": "scale", "scale": 1e9} for name in REQUIRED}}, "has scale 1e"),
         ({"probes": [probe_of([], [])]}, "probe 0 lacks log-probabilities"),
         ({"probes": [probe_of(["a"], [float("nan")])]}, "probe 0 has log-probabilities that are not finite"),
     ],
