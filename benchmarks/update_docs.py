@@ -421,10 +421,12 @@ EXCERPTS = {  # page and name of an output -> beginnings of its first line, and 
     ("tutorials/classify", "train"): ("demo, fine-tuned", "Metrics"),
     ("tutorials/classify", "eval"): ("Labels", ""),
     ("tutorials/adapters", "pair"): ("Beside the other", "Advice"),
+    ("questions/merge", "export"): ("Read back", "To use it"),
     ("tutorials/preferences", "train"): ("demo, fine-tuned", "Answers before"),
     ("tutorials/preferences", "better"): ("demo, fine-tuned", "Written to"),
     ("tutorials/pretraining", "train"): ("demo, fine-tuned", "Answers before"),
-    ("tutorials/pretraining", "mixed"): ("What was measured", "Written to"),
+    ("tutorials/pretraining", "eval"): ("What was measured", "outputs/"),
+    ("tutorials/pretraining", "mixed"): ("What was measured", "outputs/"),
 }
 
 
