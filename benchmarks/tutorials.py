@@ -4,8 +4,8 @@
     python benchmarks/tutorials.py tutorials/chats  some of them
 
 The blocks of a page run one after the other in a folder of their own, `--work FOLDER/PAGE`. A block of commands that
-ran there before, after the same blocks, is not run again. What a block prints is kept if a measured part of its name
-follows the block; update_docs.py puts it there.
+ran there before, after the same blocks, is not run again; to run all of a page again, delete its folder. What a block
+prints is kept if a measured part of its name follows the block; update_docs.py puts it there.
 """
 
 import argparse
