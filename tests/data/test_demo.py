@@ -278,7 +278,7 @@ def test_an_index_that_does_not_answer_is_named_as_the_cause(tmp_path: Path, mon
     [
         ("/usr/bin/python: No module named pip", "ensurepip"),
         ("ERROR: Could not install: [Errno 28] No space left on device", "TAILORA_HOME"),
-        ("WARNING: one\nERROR: something new\nmore", "pip says: something new; or go without"),
+        ("WARNING: one\nERROR: something new\nmore", "pip says: something new; or leave the demo out"),
     ],
 )
 def test_the_output_of_pip_becomes_a_cause_and_a_remedy(output: str, words: str) -> None:
