@@ -1,4 +1,4 @@
-"""What is true about LoRA: widely repeated statements, checked by `tailora compare` on two models and four data sets.
+"""What is true about LoRA: widely repeated statements, checked by `tailora compare` on two models and three data sets.
 
     python benchmarks/evidence.py                  writes benchmarks/results/evidence.json, cell by cell
     python benchmarks/evidence.py --only setting=reviews study=full

@@ -1,7 +1,6 @@
-"""The settings of evidence.py: two models and four data sets, and the studies that are made of each.
+"""The settings of evidence.py: two models and three data sets, and the studies that are made of each.
 
     markov    the tiny model of markov.py; a quarter of its language's contexts are new
-    delayed   the tiny model; the same language one word later: the next word depends on the two before the last one
     reviews   the demo's model; film reviews as plain texts (snippets.py)
     chats     the demo's model; the demo's chats
 
@@ -28,13 +27,12 @@ TEXTS, FEW_TEXTS, HELD_OUT_TEXTS = 1280, 64, 240  # of the tiny model
 REVIEWS, HELD_OUT_REVIEWS = 96, 120
 CHAT_STEPS, HELD_OUT_CHATS = 16, 60
 OTHER_CHATS = 4  # on which it is measured what learning from the reviews has changed
-TINY, DEMO = ("markov", "delayed"), ("reviews", "chats")
+TINY, DEMO = ("markov",), ("reviews", "chats")
 EARLIER = {"tiny_lm": "tiny model", "compare": "SmolLM2-135M-Instruct", "labels": "SmolLM2-135M-Instruct"}
 MODEL_OF = {**dict.fromkeys(TINY, "tiny model"), **dict.fromkeys(DEMO, "SmolLM2-135M-Instruct"), **EARLIER}
 STUDIES = {  # setting -> its studies, the most important first
     "markov": ("full", "few", "loraplus", "alpha", "batch", "rslora", "layers", "dora", "pissa"),
     "reviews": ("rank", "dora", "layers", "loraplus", "pissa", "alpha", "rslora", "full", "batch"),
-    "delayed": ("layers", "full", "dora", "pissa", "loraplus"),
     "chats": ("rank", "layers", "dora", "pissa", "loraplus", "full"),
 }
 COMMON: dict[str, Study] = {
@@ -108,7 +106,7 @@ def write_setting(setting: str, folder: Path, *, base_steps: int) -> None:
     """Writes the data of a setting, and the tiny model, into a folder, where the commands are typed."""
     folder.mkdir(parents=True)
     if setting in TINY:
-        write_tiny(setting, folder, base_steps)
+        write_tiny(folder, base_steps)
     elif setting == "reviews":
         for name, count in (("train", REVIEWS), ("eval", HELD_OUT_REVIEWS)):
             lines = (labelled_folder() / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
@@ -119,7 +117,7 @@ def write_setting(setting: str, folder: Path, *, base_steps: int) -> None:
         (folder / f"{file}.jsonl").write_text("\n".join(chats) + "\n", encoding="utf-8")
 
 
-def write_tiny(setting: str, folder: Path, base_steps: int) -> None:
+def write_tiny(folder: Path, base_steps: int) -> None:
     from tiny_lm import base_model
 
     base_model(base_steps).save_pretrained(folder / "model")
@@ -127,23 +125,8 @@ def write_tiny(setting: str, folder: Path, base_steps: int) -> None:
     counts = {"train": TEXTS, "few": FEW_TEXTS, "eval": HELD_OUT_TEXTS, "old": 64}
     for seed, (name, count) in enumerate(counts.items(), start=20):
         generator = torch.Generator().manual_seed(seed)
-        if name == "old" or setting == "markov":
-            ids = markov.texts(markov.table() if name == "old" else markov.new_table(), count, generator)
-        else:
-            ids = delayed_texts(count, generator)
+        ids = markov.texts(markov.table() if name == "old" else markov.new_table(), count, generator)
         write_texts(folder / f"{name}.jsonl", [" ".join(f"w{word}" for word in row[:-1]) for row in ids.tolist()])
-
-
-def delayed_texts(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Returns (count, LENGTH) ids: three random words, then each by the table from the third and second before it."""
-    cumulative = markov.table().flatten(0, 1).cumsum(-1)  # (contexts, words)
-    ids = torch.full((count, markov.LENGTH), markov.END)
-    ids[:, :3] = torch.randint(markov.WORDS, (count, 3), generator=generator)
-    for i in range(3, markov.LENGTH - 1):
-        rows = cumulative[ids[:, i - 3] * markov.WORDS + ids[:, i - 2]]
-        uniform = torch.rand(count, 1, generator=generator)
-        ids[:, i] = torch.searchsorted(rows, uniform)[:, 0].clamp(max=markov.WORDS - 1)
-    return ids
 
 
 def write_texts(path: Path, texts: list[str]) -> None:

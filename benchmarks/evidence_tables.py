@@ -12,7 +12,6 @@ Content = Mapping[str, Any]  # of evidence.json
 MISSING, ORDER = "not measured", (HOLDS, FAILS, UNCLEAR)
 SETTINGS = {
     "markov": "tiny model, changed language",
-    "delayed": "tiny model, delayed language",
     "reviews": "SmolLM2-135M, film reviews",
     "chats": "SmolLM2-135M, chats",
     "tiny_lm": "tiny model, [experiment 6](#experiment-6-a-tiny-language-model)",

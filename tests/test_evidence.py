@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from tailora.study.config import CompareConfig, arm_settings
 from tailora.train.config import TrainConfig
@@ -75,7 +74,7 @@ def test_a_range_holds_inside_and_fails_outside(rules: Any) -> None:
     ("verdicts", "expected"),
     [
         ({"markov": "holds", "reviews": "holds", "chats": "cannot tell"}, "holds"),
-        ({"markov": "holds", "delayed": "holds"}, "cannot tell"),
+        ({"markov": "holds", "tiny_lm": "holds"}, "cannot tell"),
         ({"markov": "does not hold", "reviews": "cannot tell"}, "does not hold"),
         ({"markov": "holds", "reviews": "does not hold"}, "depends"),
         ({}, "cannot tell"),
@@ -193,17 +192,6 @@ def test_attention_and_mlp_train_about_as_many_parameters_as_all_layers(data: An
     assert min(counts) > 0.97 * max(counts)
 
 
-def test_the_delayed_language_follows_the_table_from_the_third_and_second_word_before(data: Any) -> None:
-    markov = importlib.import_module("markov")
-    ids = data.delayed_texts(3000, torch.Generator().manual_seed(0))
-    table = markov.table()
-    first, second, third = ids[:, :-4], ids[:, 1:-3], ids[:, 3:-1]
-    likelihood = table[first, second, third].log().mean()
-    expected = (table * table.log()).sum(-1)[first, second].mean()
-    assert float(likelihood) == pytest.approx(float(expected), abs=0.01)
-    assert (ids[:, -1] == markov.END).all()
-
-
 def test_the_grid_of_experiment_6_has_intervals_over_its_seeds(rules: Any) -> None:
     best = {"r4": (2.1, -7), "r8": (2.0, -7), "dora": (1.9, -7), "pissa": (2.0, -5), "full": (2.0, -10)}
     best |= {"attention": (2.3, -7), "mlp": (2.1, -7)}
@@ -252,4 +240,4 @@ def test_the_page_says_what_was_not_measured_and_why_there_is_no_verdict(rules: 
     rows = tables.statement(content, "dora").splitlines()
     assert "-0.001 (-0.004 to +0.002) | does not hold |" in rows[2]
     assert "-0.100 | cannot tell: no interval |" in rows[3]
-    assert [row.endswith("| not measured |") for row in rows[4:]] == [True] * 3
+    assert [row.endswith("| not measured |") for row in rows[4:]] == [True] * 2
