@@ -150,7 +150,7 @@ def test_the_best_rates_are_compared_between_those_that_were_tried(rules: Any) -
     assert low < value < high
     assert value == pytest.approx(2**3.2, rel=0.05)
     assert (low, high) == pytest.approx((value, value), rel=0.2)
-    assert rules.vertex({0.25: 2.1, 0.5: 2.0}) == -1  # too few for a parabola
+    assert rules.vertex({0.25: 2.0, 0.5: 2.1}) == -2  # too few for a parabola
     found = {
         f.statement: f
         for f in rules.findings({"markov": {"full": {**result({"full": 2.0, "lora": 2.0}), **of_full()}}})
