@@ -33,7 +33,7 @@ from tailora.core.quantization import is_quantized, stored_tensors
 from tailora.formats.serving_targets import TARGETS, ServingSettings
 from tailora.kernels.compiled_layers import obstacle_to_compiling
 from tailora.kernels.llama import obstacle_to_layers
-from tailora.serve.engine import EngineName, Finish, Request, SamplingParams, Token, make_engine
+from tailora.serve.engine import Finish, Request, SamplingParams, Token, make_engine
 from tailora.train.kernel_choice import checkpointed_layers
 from tailora.train.model_loading import METHODS, check_can_be_sharded, load_base
 from tailora.train.packing import choose_packing
@@ -96,15 +96,12 @@ def exported(class_name: str, target: str) -> str:
 
 
 def served(class_name: str) -> str:
-    """The engine that `tailora serve` chooses answers as the model does alone, or else the padded one does."""
+    """The engine that `tailora serve` chooses answers as the model does alone."""
     try:
         small_model(class_name).generate(torch.tensor([[3, 9, 11, 5]]), max_new_tokens=2, pad_token_id=0)
     except ERRORS as error:
         return f"not tried: transformers does not generate with the small base: {reason(error)}"
-    result = outcome(answers, adapted(small_model(class_name)))
-    if result.startswith("yes") or outcome(answers, adapted(small_model(class_name)), "padded") != "yes, padded":
-        return result
-    return f"with --engine padded; by itself: {result}"
+    return outcome(answers, adapted(small_model(class_name)))
 
 
 ARCHITECTURE_CHECKS: dict[str, Callable[[str], str]] = {
@@ -175,12 +172,12 @@ def export(model: LoRAModel, target: str) -> str:
 
 
 @torch.no_grad()
-def answers(model: LoRAModel, engine_name: EngineName = "auto", tokens: int = 6) -> str:
+def answers(model: LoRAModel, tokens: int = 6) -> str:
     prompt = [3, 9, 11, 5]
     model.lora_layers.requires_grad_(False)  # as the server has them
     settings = {"do_sample": False, "max_new_tokens": tokens, "eos_token_id": [], "pad_token_id": 0}
     alone = model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
-    engine = make_engine(model._adapter_set, [], engine_name, max_positions=32)
+    engine = make_engine(model._adapter_set, [], max_positions=32)
     received: list[int] = []
     ended, finish = threading.Event(), list[Finish]()
 

@@ -254,7 +254,7 @@ def one_word(text: str) -> str:
 
 WORDS = (  # what a result has in it -> what the table says
     ("does not work here", "not on a CPU"),
-    ("with --engine padded", "padded"),
+    ("yes, padded", "padded"),
     ("not tried: ", "not tried"),
     ("merged: ", "merged"),
     ("yes, ", "yes"),

@@ -10,7 +10,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, Port, PositiveFloat, PositiveInt
 
-from tailora.cli.main import log
+from tailora.cli.main import log, note
 from tailora.cli.models import Adapters, Device, Model, Quantize, base_model_name, load_model, parse_adapters
 from tailora.errors import ConfigError, nearest_path, require_packages
 from tailora.formats.run_folder import ADAPTER_CONFIG, adapter_folder
@@ -79,6 +79,7 @@ def serve(
             engine,  # type: ignore[arg-type]
             max_positions=positions,
             max_requests=max_requests,
+            note=note,
         )
         budget = None if adapter_memory is None else int(adapter_memory * 1e9)
         base_name = name or (Path(model).resolve().name if Path(model).is_dir() else model)  # clients see no paths

@@ -4,10 +4,12 @@ The server gives an engine requests, each with the adapter that it is for, and g
 two: `ContinuousEngine` (serve/continuous.py) and `PaddedEngine` (serve/padded.py). `make_engine` chooses one.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from threading import Event
 from typing import Literal
 
 from tailora.core.adapter_set import AdapterSet
@@ -124,11 +126,42 @@ def make_engine(
     *,
     max_positions: int,
     max_requests: int = 64,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Engine:
-    """Returns the engine of this name, not started; "auto" is the continuous one where the model allows it."""
+    """Returns the engine of this name, not started; "auto" is the continuous one if it answers with this model.
+
+    note: is called with the reason why it was not chosen.
+    """
     from tailora.serve.continuous import ContinuousEngine, obstacle  # here, since both import this file
     from tailora.serve.padded import PaddedEngine
 
-    is_continuous = kind == "continuous" or (kind == "auto" and not obstacle(adapter_set.base_model))
-    engine = ContinuousEngine if is_continuous else PaddedEngine
-    return engine(adapter_set, eos_token_ids, max_positions=max_positions, max_requests=max_requests)
+    def new(engine: type[ContinuousEngine | PaddedEngine]) -> Engine:
+        return engine(adapter_set, eos_token_ids, max_positions=max_positions, max_requests=max_requests)
+
+    if kind == "auto":  # what a model says of itself is not always true, so the engine has to show it
+        problem = obstacle(adapter_set.base_model) or trial_error(new(ContinuousEngine))
+        if problem:
+            note(f"no continuous batching: {problem}")
+        kind = "padded" if problem else "continuous"
+    return new(ContinuousEngine if kind == "continuous" else PaddedEngine)
+
+
+def trial_error(engine: Engine) -> str:
+    """Returns why a short answer of the base fails; "" if it does not. The engine is stopped afterwards."""
+    finish, ended = list[Finish](), Event()
+
+    def handle(event: Token | Finish) -> None:
+        if isinstance(event, Finish):
+            finish.append(event)
+            ended.set()
+
+    logger = logging.getLogger("ContinuousBatchingLogger")  # of transformers, which prints a traceback
+    logger.disabled = True
+    engine.start()
+    try:
+        engine.submit(Request("trial", (1, 2, 3), None, SamplingParams(2, temperature=0.0, ignore_eos=True)), handle)
+        ended.wait()
+    finally:
+        engine.stop(0)
+        logger.disabled = False
+    return finish[0].message if finish[0].reason == "error" else ""

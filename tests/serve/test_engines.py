@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 from tiny import GROUPED
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from tailora import LoRAConfig
 from tailora.core import packed_batch
@@ -315,3 +324,21 @@ def test_the_engine_is_chosen_by_the_model() -> None:
     assert isinstance(make_engine(AdapterSet(mamba, {}), [EOS], max_positions=64), PaddedEngine)
     with pytest.raises(ConfigError, match="padded"):
         make_engine(AdapterSet(mamba, {}), [EOS], "continuous", max_positions=64)
+
+
+def test_an_engine_that_fails_with_the_model_is_not_chosen(capfd: pytest.CaptureFixture[str]) -> None:
+    sizes = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, intermediate_size=16)).eval()  # transformers' batching fails here
+    notes: list[str] = []
+    engine = make_engine(AdapterSet(model, {}), [EOS], max_positions=64, note=notes.append)
+    assert isinstance(engine, PaddedEngine)
+    assert "no continuous batching: PagedAttentionCache" in notes[0]
+    assert capfd.readouterr().err == ""
+    engine.start()
+    answers = Answers(engine)
+    answers.submit("x", [9, 10, 11], None)
+    tokens = answers.wait()["x"]
+    engine.stop(10)
+    ids = torch.tensor([[9, 10, 11]])
+    expected = model.generate(ids, do_sample=False, max_new_tokens=12, eos_token_id=EOS, pad_token_id=0)[0, 3:]
+    assert tokens == expected.tolist()
