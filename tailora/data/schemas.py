@@ -684,6 +684,7 @@ def detect_schema(
     field = dict(field or {})
     schemas = [schema for schema in SCHEMAS if schema.task in (FOUND_FROM_ROWS if task == AUTO else (task,))]
     if not has_labels:
+        field = {key: column for key, column in field.items() if key not in LABEL_KEYS}
         schemas = [schema.without_labels() for schema in schemas]
     not_fitting = Counter[tuple[frozenset[str], Schema]]()
     key_sets = Counter[frozenset[str]]()

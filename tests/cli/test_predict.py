@@ -110,6 +110,12 @@ def test_predict_writes_labels_and_probabilities(folder: Path, tmp_path: Path) -
         assert row["probabilities"].keys() == set(WORDS)
         assert sum(row["probabilities"].values()) == pytest.approx(1)
         assert row["label"] == max(row["probabilities"], key=row["probabilities"].get)
+    renamed = write(tmp_path / "renamed.jsonl", [{"body": row["text"]} for row in ROWS])
+    fields = ("--field", "text=body", "--field", "label=queue")  # of the training; there is no label here
+    code, out, _ = call("predict", folder / "run", "--data", renamed, *fields, "--json")
+    assert code == 0
+    labels = [row["label"] for row in json.loads(out.splitlines()[-1])["predictions"]]
+    assert labels == [row["label"] for row in predictions]
     output = tmp_path / "predictions.jsonl"
     code, out, _ = call("predict", folder / "run", "--data", rows, "--output", output, "--limit", 3)
     assert (code, out) == (0, "")
