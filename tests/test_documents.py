@@ -29,8 +29,8 @@ def page(name: str) -> str:
 
 
 def test_the_exports_of_the_page_are_all_formats() -> None:
-    formats = set(re.findall(r"^tailora export .* --to (\S+)", page("export"), re.MULTILINE))
-    assert formats == FORMATS.keys() - {"diffusers"} | {"vllm"}
+    exported = set(re.findall(r"^tailora export .* --to (\S+)", page("export"), re.MULTILINE))
+    assert exported == FORMATS.keys() - {"diffusers"} | {"vllm", "llama-server"}
 
 
 def test_the_servers_and_limits_of_the_page_are_those_of_the_table() -> None:
