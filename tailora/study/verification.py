@@ -304,8 +304,9 @@ def verify(
             verdict = "other-base"
         elif verdict == "other-base":
             verdict = "other-adapter"
-    longer = _prompt_differences("chat", passport, observations)
-    if verdict == "adapter" and longer and min(longer) > 0:  # a server that counts cached tokens apart counts fewer
+    longer = [_prompt_differences(kind, passport, observations) for kind in KINDS]
+    # a server that counts cached tokens apart counts fewer
+    if verdict == "adapter" and any(differences and min(differences) > 0 for differences in longer):
         verdict = "template"
     leading = fits.get("all") or (chat if text is None or (chat and _meaning(text) == "unknown") else text)
     has_scale = leading is not None and leading.kind == "scale" and verdict in ("adapter", "base", "scaled", "template")

@@ -161,14 +161,17 @@ def test_a_wrong_template_is_told(root: Path, wrong: str) -> None:
     assert any("the server counts" in sentence for sentence in result.evidence)
 
 
+@pytest.mark.parametrize("of_chats", [True, False])
 @pytest.mark.parametrize(("more", "verdict"), [(1, "template"), (0, "adapter"), (-3, "adapter")])
-def test_longer_prompts_of_chats_are_another_template(url: str, root: Path, more: int, verdict: str) -> None:
+def test_longer_prompts_are_written_in_another_way(
+    url: str, root: Path, more: int, verdict: str, of_chats: bool
+) -> None:
     """Also where a second BOS changes no more than rounding does. Some servers do not count cached tokens."""
     passport = read_passport(root / "legal")
     with ServerClient(url) as server:
         answers = server.ask(passport.probes, "legal")
     counted = [
-        answer and replace(answer, prompt_tokens=probe.prompt_tokens + more * (probe.text is None))
+        answer and replace(answer, prompt_tokens=probe.prompt_tokens + more * ((probe.text is None) is of_chats))
         for probe, answer in zip(passport.probes, answers, strict=True)
     ]
     assert verify(passport, counted).verdict == verdict
