@@ -101,7 +101,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Takes the modules and the tests out of the garbage collector's sight: with them a collection takes a second."""
+    """Takes the modules and the tests out of the garbage collector's sight: else each collection takes a second."""
     gc.collect()
     gc.freeze()
 

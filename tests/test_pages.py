@@ -27,6 +27,7 @@ import pytest
 import torch
 from markdown_it import MarkdownIt
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 from tiny import chat_model, chat_tokenizer
 from tiny_run import WORDS
 
@@ -160,7 +161,7 @@ def is_data(block: Block) -> bool:
             json.loads(block.text)
         except ValueError:
             [json.loads(line) for line in block.text.splitlines()]
-    except ValueError:
+    except (ValueError, YAMLError):
         return False
     return True
 

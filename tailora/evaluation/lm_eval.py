@@ -58,7 +58,7 @@ def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
             cause = str(error).strip().partition("\n")[0]
             raise DataError(
                 f"--tasks {','.join(names)}: the tasks' data cannot be read: {cause}. "
-                "start once with a network: lm_eval then reads it from its cache"
+                "Start once with a network: lm_eval then reads it from its cache"
             ) from None
     metrics = [
         f"{name}/{_metric_name(metric, task_filter['name'])}"

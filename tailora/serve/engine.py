@@ -68,6 +68,7 @@ class Finish:
     message: str = ""  # of an error
 
 
+TRIAL_SECONDS = 120  # for the two tokens of a large model on a CPU
 EngineName = Literal["auto", "continuous", "padded"]
 EventHandler = Callable[[Token | Finish], None]
 
@@ -156,12 +157,13 @@ def trial_error(engine: Engine) -> str:
             ended.set()
 
     logger = logging.getLogger("ContinuousBatchingLogger")  # of transformers, which prints a traceback
-    logger.disabled = True
+    was_disabled, logger.disabled = logger.disabled, True
     engine.start()
     try:
         engine.submit(Request("trial", (1, 2, 3), None, SamplingParams(2, temperature=0.0, ignore_eos=True)), handle)
-        ended.wait()
+        if not ended.wait(TRIAL_SECONDS):
+            return f"no answer in {TRIAL_SECONDS} seconds"
     finally:
         engine.stop(0)
-        logger.disabled = False
+        logger.disabled = was_disabled
     return finish[0].message if finish[0].reason == "error" else ""

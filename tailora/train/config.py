@@ -272,7 +272,7 @@ class TrainConfig(StrictModel):
             (full and (changed or self.adapter), f"--method full has no adapter: leave out {names}"),
             (
                 full and "learning_rate" not in self.model_fields_set,
-                "--method full needs its own --learning-rate: give about a tenth of LoRA's, such as 5e-5",
+                "--method full needs its own --learning-rate: give a lower one than LoRA's, such as 5e-5",
             ),
             (
                 full and self.loraplus_lr_ratio != 1,

@@ -301,7 +301,7 @@ def preference_task(config: TrainConfig, shape: str, source: str) -> Pairs | KTO
     loss = config.loss or ("kto" if single else "dpo")
     if single != (loss == "kto"):
         needed = "rows with prompt, completion and label" if loss == "kto" else "rows with chosen and rejected"
-        raise ConfigError(f"--loss {loss} needs {needed}, and those of data {source} are {shape}: leave it out")
+        raise ConfigError(f"--loss {loss} needs {needed}, and those of data {source} are {shape}: leave --loss out")
     beta = config.beta or DEFAULT_BETA[loss]
     if loss == "kto":
         if wrong := [name for name in ("label_smoothing", "sft_weight") if getattr(config, name)]:

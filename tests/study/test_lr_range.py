@@ -115,7 +115,7 @@ def test_max_steps_is_the_length_of_the_run(small_run: TrainConfig, tmp_path: Pa
         asked.append(spec.settings["max_steps"])
         raise ConfigError("no such data")
 
-    for steps, told in ((40, "no such data"), (29, "needs 30 steps; --max-steps is 29")):
+    for steps, told in ((40, "no such data"), (29, "needs 30 steps, and --max-steps is 29: give more")):
         train = small_run.replaced(max_steps=steps, output_dir=str(tmp_path / str(steps)))
         with pytest.raises(ConfigError, match=told):
             find_range(train, SearchConfig(lr_only=True), run_trial=stop)
