@@ -29,11 +29,11 @@ CODE = "code_sha256"  # key of the notebook's metadata
 def execute(notebook: NotebookNode, folder: Path) -> NotebookNode:
     """Runs all cells in a new kernel with `folder` as its current folder. Raises CellExecutionError for a cell."""
     programs = Path(sys.executable).parent  # where `tailora` is, which cells of %%bash call
-    os.environ["PATH"] = f"{programs}{os.pathsep}{os.environ['PATH']}"
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": python_path}
     resources = {"metadata": {"path": str(folder)}}
     client = NotebookClient(notebook, timeout=None, kernel_name="python3", coalesce_streams=True, resources=resources)
-    return asyncio.run(client.async_execute())
+    return asyncio.run(client.async_execute(env=environment))
 
 
 def code_hash(notebook: NotebookNode) -> str:

@@ -14,13 +14,10 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -29,6 +26,7 @@ from measure import RESULTS, log
 from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
+from server_process import started
 
 from tailora.report.files import page_of
 from tailora.report.html import html
@@ -154,27 +152,9 @@ def screenshots(page: "Page", name: str) -> None:
         page.screenshot(path=FOLDER / f"{name}-{scheme}.png")
 
 
-@contextmanager
-def server(run: Path) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = ["serve", "--model", "demo", "--adapter", f"chats={run}", "--port", str(port)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tailora.cli", *words], env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"{address}/v1/models").close()
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield address
-    finally:
-        process.terminate()
-        process.wait()
+def server(run: Path) -> AbstractContextManager[str]:
+    words = ["serve", "--model", "demo", "--adapter", f"chats={run}"]
+    return started([sys.executable, "-m", "tailora.cli", *words], env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 @contextmanager

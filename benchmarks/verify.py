@@ -14,13 +14,10 @@ import ctypes
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +25,7 @@ from typing import Any
 import measure
 import snippets
 import torch
+from server_process import started
 
 from tailora import LoRAModel
 from tailora.cli.models import load_model
@@ -54,7 +52,6 @@ EXPECTED = {
     "a second BOS": ["template"],
 }
 IN_FILES = [*list(EXPECTED)[:1], *list(EXPECTED)[2:7]]  # faults that are in the file of the adapter
-SECONDS_TO_START = 120.0
 
 
 # ---- Adapters, with faults in their files
@@ -128,30 +125,6 @@ def quantize(source: Path, target: Path, file_type: int) -> None:
 
 
 # ---- Servers
-
-
-@contextmanager
-def started(command: list[str]) -> Iterator[str]:
-    """Starts a server with --port and yields its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        end = time.monotonic() + SECONDS_TO_START
-        while True:
-            try:
-                urllib.request.urlopen(f"{url}/v1/models", timeout=5).close()
-                break
-            except OSError:
-                if time.monotonic() > end or process.poll() is not None:
-                    raise RuntimeError(f"{' '.join(command)} does not answer") from None
-                time.sleep(0.2)
-        yield url
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def llama_server(files: Files, quantization: str, fault: str) -> list[str]:

@@ -16,7 +16,6 @@ from tailora.cli.main import note, print_json, stdout
 from tailora.cli.models import check_sources, fetch_demo
 from tailora.data.dataset import Example, held_out_of, sources_of, warnings_of
 from tailora.data.readers import parse_sources, source_names
-from tailora.errors import ConfigError
 from tailora.report.blocks import Code, Section
 from tailora.report.format import printable
 from tailora.report.terminal import print_rich_table, print_section
@@ -52,17 +51,12 @@ def data(
 
     from tailora.data.tokenize import preview
     from tailora.train.dataloader import read_whole
-    from tailora.train.model_loading import load_tokenizer, model_class, read_config
+    from tailora.train.model_loading import load_tokenizer, new_model, read_config
     from tailora.train.setup import find_labels
 
     tokenizer, model_config = load_tokenizer(settings.model), read_config(settings.model)
-    try:
-        with torch.device("meta"):
-            empty = model_class(settings.task).from_config(model_config)
-    except ValueError as error:
-        raise ConfigError(
-            f"model {settings.model!r} is not for this task ({error}): give another --model or --task"
-        ) from error
+    with torch.device("meta"):
+        empty = new_model(model_config, settings.model, settings.task)
     embedding_rows = empty.get_input_embeddings().weight.shape[0]
     labels, _ = find_labels(settings)
     prepared = read_whole(settings, tokenizer, embedding_rows, labels)

@@ -62,7 +62,7 @@ from tailora.train.kernel_choice import (
 )
 from tailora.train.loss import CAUSAL_LM, BatchLayout, Task, make_batch
 from tailora.train.memory import MMAP_BYTES
-from tailora.train.model_loading import METHODS, Stored, check_unquantized, model_class, precision_of
+from tailora.train.model_loading import METHODS, Stored, check_unquantized, new_model, precision_of
 from tailora.train.seq2seq import SEQ2SEQ_TASK
 from tailora.train.setup import choose_layout
 from tailora.train.trainable import FullModel, Trainable, trained_module
@@ -354,13 +354,8 @@ def fake_trainable(
         place, dtype = torch.device("meta"), cast(torch.dtype | str, device.precision)
     else:
         place, dtype = device, precision_of(config.dtype, device)
-    try:
-        with place:
-            base: PreTrainedModel = model_class(config.task).from_config(shape, dtype=dtype).eval()
-    except ValueError as error:
-        raise ConfigError(
-            f"model {config.model!r} is not for this task ({error}): give another --model or --task"
-        ) from error
+    with place:
+        base = new_model(shape, config.model, config.task, dtype=dtype).eval()
     stored = getattr(shape, "dtype", None) or torch.float32  # according to config.json
     files: torch.dtype = getattr(torch, stored) if isinstance(stored, str) else stored
     storage = None if config.quantize is None else METHODS[config.quantize].stored

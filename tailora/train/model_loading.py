@@ -355,6 +355,18 @@ def model_class(task: str) -> Any:
     return HEADS.get(task, AutoModelForCausalLM)
 
 
+def new_model(config: PretrainedConfig, name: str, task: str, **options: Any) -> PreTrainedModel:
+    """Returns a model of this shape with new weights, on the default device. name: of the model, for the message.
+
+    Raises ConfigError if the architecture has no head for the task.
+    """
+    try:
+        model: PreTrainedModel = model_class(task).from_config(config, **options)
+    except ValueError as error:
+        raise ConfigError(f"model {name!r} is not for this task ({error}): give another --model or --task") from error
+    return model
+
+
 def set_labels(config: PretrainedConfig, labels: Labels, tokenizer: PreTrainedTokenizerBase) -> None:
     """Makes the config that of a model with these labels, and with the token that pads its batches.
 
