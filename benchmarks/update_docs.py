@@ -192,14 +192,9 @@ def untried() -> str:
 # ---- docs/coming_from
 
 
-COMING_FROM = {  # page -> tool
-    "peft": "PEFT",
-    "trl": "TRL",
-    "unsloth": "Unsloth",
-    "axolotl": "Axolotl",
-    "llama_factory": "LLaMA-Factory",
-    "mlx_lm": "mlx-lm",
-}
+def pages_of_tools() -> dict[str, str]:
+    """Returns the page of each tool in docs/coming_from -> the tool."""
+    return {tool.lower().replace("-", "_"): tool for tool in read("peers")["tools"]}
 
 
 def settings_of(tool: str) -> str:
@@ -478,7 +473,10 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
         "experts": lambda: scaling_tables.experts_in_nf4(read("scaling")),
     },
     "docs/serving.md": {"serving": serving, "soak": soak},
-    **{f"docs/coming_from/{page}.md": {"settings": partial(settings_of, tool)} for page, tool in COMING_FROM.items()},
+    **{
+        f"docs/coming_from/{page}.md": {"settings": partial(settings_of, tool)}
+        for page, tool in pages_of_tools().items()
+    },
     "docs/compatibility.md": {
         "architectures": works_on_architectures,
         "servers": partial(works_with, "servers"),

@@ -176,7 +176,14 @@ def merge(class_name: str) -> str:
 
 
 def rows(class_name: str) -> str:
-    model = stirred(class_name, "a")
+    return compare(*outputs_of_rows(stirred(class_name, "a")))
+
+
+def outputs_of_rows(model: LoRAModel) -> tuple[Tensor, Tensor]:
+    """Returns the outputs of a batch with another adapter for each row, and those of each adapter by itself.
+
+    model: has one adapter, "a"; it gets a second one.
+    """
     model.add_adapter("b", model.adapters["a"])
     model.set_adapter("b")
     stir(model, seed=5)
@@ -188,7 +195,7 @@ def rows(class_name: str) -> str:
         expected.append(output_of(model, batch)[row])
     with model.adapter_rows(names):
         found = output_of(model, batch)
-    return compare(found, torch.stack(expected))
+    return found, torch.stack(expected)
 
 
 def compiled(class_name: str) -> str:

@@ -17,14 +17,7 @@ from tailora.train.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 PEERS = json.loads((ROOT / "benchmarks" / "results" / "peers.json").read_text())
-TOOLS = {
-    "peft": "PEFT",
-    "trl": "TRL",
-    "unsloth": "Unsloth",
-    "axolotl": "Axolotl",
-    "llama_factory": "LLaMA-Factory",
-    "mlx_lm": "mlx-lm",
-}
+TOOLS = {tool.lower().replace("-", "_"): tool for tool in PEERS["tools"]}  # page -> tool
 BLOCK = re.compile(r"(<!-- not run: .*?-->\n)?^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
