@@ -43,6 +43,7 @@ def die(study: optuna.Study) -> FrozenTrial:
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_the_trial_of_a_dead_worker_is_run_again_and_given_up_after_a_few_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -66,6 +67,7 @@ def test_the_trial_of_a_dead_worker_is_run_again_and_given_up_after_a_few_times(
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 def test_a_worker_that_lives_keeps_its_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optuna_study, "HEARTBEAT", 1)
     monkeypatch.setattr(optuna_study, "GRACE", 3)

@@ -71,6 +71,7 @@ def shared(small_run: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 def test_workers_share_trials_and_that_of_a_killed_one_is_run_again(shared: Shared) -> None:
     folder, results, log = shared
     for result in results:
@@ -87,6 +88,7 @@ def test_workers_share_trials_and_that_of_a_killed_one_is_run_again(shared: Shar
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 def test_a_finished_search_is_read_and_its_yaml_trains(
     shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,6 +72,7 @@ def most_at_a_time(facts: list[dict[str, Any]]) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 def test_workers_share_a_search_and_what_one_leaves_is_run_by_another(
     train: TrainConfig, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, progress: Any
 ) -> None:
@@ -114,6 +115,7 @@ def test_a_search_whose_workers_all_fail_says_why(
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 def test_an_interrupt_ends_all_workers_and_the_search_goes_on(
     train: TrainConfig, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +180,7 @@ def test_minutes_need_a_device_for_each_worker(run: Any, train: TrainConfig) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.ranks
 @pytest.mark.usefixtures("four_cards")
 def test_workers_with_a_device_each_share_a_comparison_of_some_minutes(
     train: TrainConfig, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
