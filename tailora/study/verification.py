@@ -292,7 +292,7 @@ def verify(
     text, chat, base = fits.get("text"), fits.get("chat"), fits.get("base text") or fits.get("base chat")
     verdict = _combined(text, chat, rounding)
     if text is not None and chat is not None and verdict in ("adapter", "scaled"):
-        together = fit_variants(*_answered(passport, observations, lambda _: True), passport, rounding)
+        together = fit_variants(*_answered(passport, observations, _is_any), passport, rounding)
         meaning = _meaning(together)
         is_part, is_scaled = meaning == "partial" and chat.kind == "part", meaning == "scaled" and verdict == "adapter"
         if together is not None and meaning is not None and (is_part or is_scaled):
@@ -318,6 +318,10 @@ KINDS: dict[str, Callable[[Probe], bool]] = {
     "text": lambda probe: probe.text is not None and not probe.is_control,
     "chat": lambda probe: probe.text is None,
 }
+
+
+def _is_any(probe: Probe) -> bool:
+    return any(is_kind(probe) for is_kind in KINDS.values())
 
 
 def _answered(
@@ -390,8 +394,9 @@ def _combined(text: Fit | None, chat: Fit | None, rounding: Rounding | None) -> 
         expected = ratio * chat.rounding
         fits = chat.kind != "prompt" and chat.adapter_error <= max(CHAT_ERROR * expected, CHAT_SHARE * chat.effect)
         return "adapter" if fits else "template"
-    if of_chat == "adapter" and of_text in ("other-base", "other-adapter"):
-        return "template"  # the plain prompts are read in another way
+    if chat is not None and of_chat == "adapter" and of_text in ("other-base", "other-adapter"):
+        # The plain prompts are read in another way; the few tokens that a server chooses after chats do not show it
+        return "template" if chat.has_logprobs else of_text
     return of_text
 
 

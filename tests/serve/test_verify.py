@@ -177,6 +177,42 @@ def test_longer_prompts_are_written_in_another_way(
     assert verify(passport, counted).verdict == verdict
 
 
+def answers_of(passport: Passport, variant: Callable[[Probe], str], *, has_logprobs: bool = True) -> list[Observation]:
+    """Returns what a server answers that computes this variant of each probe."""
+    answers = []
+    for probe in passport.probes:
+        logprobs = probe.logprobs[variant(probe)]
+        chosen = max(range(len(logprobs)), key=logprobs.__getitem__)
+        answers.append(Observation(chosen, dict(enumerate(logprobs)) if has_logprobs else {}))
+    return answers
+
+
+def with_controls(passport: Passport, count: int) -> Passport:
+    """Makes the first probes controls; of tiny models there are only two."""
+    probes = [replace(probe, is_control=number < count) for number, probe in enumerate(passport.probes)]
+    return replace(passport, probes=probes)
+
+
+def test_what_a_server_changes_at_the_controls_is_no_scale(root: Path) -> None:
+    passport = with_controls(read_passport(root / "legal"), 20)
+    answers = answers_of(passport, lambda probe: "scale 1.25" if probe.is_control else ADAPTER)
+    assert verify(passport, answers).verdict == "adapter"
+
+
+@pytest.mark.parametrize(("has_logprobs", "verdict"), [(True, "template"), (False, "other-adapter")])
+def test_the_chosen_tokens_of_chats_do_not_tell_that_other_prompts_are_read_in_another_way(
+    root: Path, has_logprobs: bool, verdict: str
+) -> None:
+    passport = read_passport(root / "legal")
+    answers = answers_of(passport, lambda _: ADAPTER, has_logprobs=has_logprobs)
+    for number, probe in enumerate(passport.probes):
+        if probe.text is not None:
+            likeliest_last = sorted(range(len(probe.tokens)), key=probe.logprobs[ADAPTER].__getitem__)
+            listed = {token: -0.5 * place for place, token in enumerate(likeliest_last)}
+            answers[number] = Observation(likeliest_last[0], listed if has_logprobs else {})
+    assert verify(passport, answers).verdict == verdict
+
+
 def test_without_log_probabilities_the_chosen_tokens_decide(url: str, root: Path) -> None:
     passport = read_passport(root / "legal")
 
@@ -217,9 +253,7 @@ def answers_in_q4_0(model: LoRAModel, passport: Passport) -> list[Observation | 
 
 @pytest.mark.parametrize(("strength", "verdict"), [(1.0, "adapter"), (0.0, "base"), (0.7, "scaled")])
 def test_a_base_in_q4_0_is_taken_into_account(root: Path, strength: float, verdict: str) -> None:
-    passport, model = read_passport(root / "legal"), adapted(0)
-    probes = [replace(probe, is_control=number < 10) for number, probe in enumerate(passport.probes)]  # it has only 2
-    passport = replace(passport, probes=probes)
+    passport, model = with_controls(read_passport(root / "legal"), 10), adapted(0)
     model.set_scale("default", strength)
     result = verify(passport, answers_in_q4_0(model, passport))
     assert result.verdict == verdict, "\n".join(result.evidence)
