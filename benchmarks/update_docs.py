@@ -347,17 +347,17 @@ def evidence(name: str) -> str:
 
 
 def verify_faults() -> str:
-    """One row per fault, one column per server: the verdict, in bold where it is not the one to expect."""
+    """One row per server, one column per fault: the verdict, in bold where it is not the one to expect."""
     if reason := not_measured("verify"):
         return reason
     rows = read("verify")["faults"]
     servers = list(dict.fromkeys((row["server"], row["base"]) for row in rows))
     verdicts = {(row["fault"], row["server"], row["base"]): _verdict(row) for row in rows}
     faults = dict.fromkeys(row["fault"] for row in rows)
-    cells = [[fault, *(verdicts.get((fault, *server), "") for server in servers)] for fault in faults]
+    cells = [[", ".join(server), *(verdicts.get((fault, *server), "") for fault in faults)] for server in servers]
     missed = sum(not row["is_right"] for row in rows)
     text = f"{len(rows)} servers, {missed} wrong answers to the question whether the adapter is in use as trained."
-    return f"{tables.table(['fault', *map(', '.join, servers)], cells)}\n\n{text}"
+    return f"{tables.table(['server', *faults], cells)}\n\n{text}"
 
 
 def _verdict(row: Content) -> str:

@@ -1,12 +1,16 @@
 """The fault table of `tailora verify`, and its false alarms: real servers, with faults that are seeded.
 
-    python benchmarks/verify.py --llama-cpp FOLDER [--trials 200] [--quick]
+    python benchmarks/verify.py --llama-cpp FOLDER --llama-server FILE [--trials 200] [--quick]
 
-FOLDER is llama.cpp's source, for its converter. The servers are ours, the one of llama-cpp-python and `transformers
-serve`; `pip install llama-cpp-python[server] sentencepiece` builds the second one. Three adapters of the demo's model
-are trained for a few steps: on chats, on fewer steps of the same chats (a stale file), and on film reviews (another
-adapter). Each fault is put into the files or the flags of a server, never into verify. A trial of false alarms is a new
-passport, with other texts of the base, and a server that does all right. Writes benchmarks/results/verify.json.
+FOLDER is llama.cpp's source, for its converter; FILE is its server, built from it:
+
+    cmake -B BUILD -DLLAMA_CURL=OFF FOLDER && cmake --build BUILD --target llama-server
+
+The other servers are ours, the one of llama-cpp-python (`pip install llama-cpp-python[server] sentencepiece` builds it)
+and `transformers serve`. Three adapters of the demo's model are trained for a few steps: on chats, on fewer steps of
+the same chats (a stale file), and on film reviews (another adapter). Each fault is put into the files or the flags of a
+server, never into verify. A trial of false alarms is a new passport, with other texts of the base, and a server that
+does all right. Writes benchmarks/results/verify.json.
 """
 
 import argparse
@@ -127,7 +131,19 @@ def quantize(source: Path, target: Path, file_type: int) -> None:
 # ---- Servers
 
 
-def llama_server(files: Files, quantization: str, fault: str) -> list[str]:
+def llama_server(program: Path, files: Files, quantization: str, fault: str) -> list[str]:
+    adapter = files.of(fault if fault in IN_FILES else "none", "gguf") / "adapter.gguf"
+    command = [str(program), "--model", str(files.gguf(quantization)), "--lora", str(adapter), "--threads", "1"]
+    command += ["--ctx-size", "1024", "--no-ui"]
+    flags = {
+        "the bare base": ["--lora-init-without-apply"],
+        "another template": ["--chat-template", "llama2"],
+        "a second BOS": ["--override-kv", "tokenizer.ggml.add_bos_token=bool:true"],
+    }
+    return command + flags.get(fault, [])
+
+
+def llama_cpp_python(files: Files, quantization: str, fault: str) -> list[str]:
     command = [sys.executable, "-m", "llama_cpp.server", "--model", str(files.gguf(quantization)), "--n_threads", "1"]
     command += ["--n_ctx", "1024", "--logits_all", "true"]
     if fault != "the bare base":
@@ -171,12 +187,17 @@ def row(server: str, quantization: str, fault: str, result: Verification) -> dic
     }
 
 
-def fault_table(files: Files, passport: Passport) -> list[dict[str, Any]]:
+def fault_table(files: Files, program: Path, passport: Passport) -> list[dict[str, Any]]:
+    """program: llama-server."""
     rows = []
     for quantization in QUANTIZED:
         for fault in EXPECTED:
-            with started(llama_server(files, quantization, fault)) as url:
-                rows.append(row("llama.cpp", quantization, fault, ask(url, None, passport)))
+            with started(llama_server(program, files, quantization, fault)) as url:
+                rows.append(row("llama-server", quantization, fault, ask(url, None, passport)))
+    for quantization in QUANTIZED:
+        for fault in EXPECTED:
+            with started(llama_cpp_python(files, quantization, fault)) as url:
+                rows.append(row("llama-cpp-python", quantization, fault, ask(url, None, passport)))
     with started(own_server(files)) as url:
         rows += [row("tailora serve", "bf16", fault, ask(url, fault, passport, "base")) for fault in IN_FILES]
         rows.append(row("tailora serve", "bf16", "the bare base", ask(url, "base", passport)))
@@ -192,16 +213,16 @@ def fault_table(files: Files, passport: Passport) -> list[dict[str, Any]]:
     return rows
 
 
-def false_alarms(files: Files, passports: dict[str, list[Passport]]) -> Iterator[list[dict[str, Any]]]:
+def false_alarms(files: Files, program: Path, passports: dict[str, list[Passport]]) -> Iterator[list[dict[str, Any]]]:
     """Asks servers that do all right, and yields what it has so far after each of them.
 
-    passports: of each fault that is a right adapter of its own.
+    program: llama-server.    passports: of each fault that is a right adapter of its own.
     """
     rows = []
     for fault, of_adapter in passports.items():
         for quantization in QUANTIZED | MORE_QUANTIZED:
-            with started(llama_server(files, quantization, fault)) as url:
-                rows += [row("llama.cpp", quantization, "none", ask(url, None, passport)) for passport in of_adapter]
+            with started(llama_server(program, files, quantization, fault)) as url:
+                rows += [row("llama-server", quantization, "none", ask(url, None, passport)) for passport in of_adapter]
             yield rows
     with started(own_server(files)) as url:
         for fault, of_adapter in passports.items():
@@ -212,6 +233,7 @@ def false_alarms(files: Files, passports: dict[str, list[Passport]]) -> Iterator
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-cpp", type=Path, required=True)
+    parser.add_argument("--llama-server", type=Path, required=True)
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--folder", type=Path, help="keep the adapters here, and use those that are there")
     parser.add_argument("--faults", action="store_true", help="measure the faults again, and keep the trials")
@@ -232,8 +254,10 @@ def main() -> None:
                 began = time.perf_counter()
                 passports[fault].append(make_passport(loaded.model, loaded.tokenizer, seed=seed))
                 measure.log(f"passport {seed} of {name}: {time.perf_counter() - began:.1f} s")
-        faults = fault_table(files, passports["none"][0])
-        alarms = [json.loads(path.read_text())["trials"]] if arguments.faults else false_alarms(files, passports)
+        program = arguments.llama_server
+        faults = fault_table(files, program, passports["none"][0])
+        earlier = [json.loads(path.read_text())["trials"]] if arguments.faults else None
+        alarms = earlier or false_alarms(files, program, passports)
         for trials in alarms:
             measure.log(str(measure.write(path, {"steps": STEPS, "faults": faults, "trials": trials})))
 
