@@ -107,18 +107,22 @@ def export(
         if to in FORMATS:
             report = adapted.export(output, to, tokenizer=tokenizer, overwrite=overwrite)
             result: ExportReport | ServingExport = report
-            code = commands_of_format(report, base, labels)
+            code, port = commands_of_format(report, base, labels), None
         else:
             settings = serving_settings(path, base, loaded, tokenizer, trained_on if method is None else None)
             result = adapted.export_for(output, to, settings=settings, tokenizer=tokenizer, overwrite=overwrite)
-            report, code = result.report, commands_of_target(result.serving, result.report.folder)
+            from tailora.formats.serving_targets import TARGETS
+
+            report, port = result.report, TARGETS[to].port
+            code = commands_of_target(result.serving, report.folder)
     if passport == "base" and labels is None and task == CAUSAL_LM:
         report.files.update(add_passport(report.folder, path, adapted, tokenizer))
     seconds = time.perf_counter() - started
     if json:
         print_json({**result.to_dict(), "model": base, "seconds": seconds})
     else:
-        show(stdout(), report, code, seconds)
+        url = "URL" if port is None else f"http://127.0.0.1:{port}"
+        show(stdout(), report, code, url, seconds)
     return 0
 
 
@@ -176,7 +180,8 @@ def serving_settings(adapter: Path, base: str, model: Any, tokenizer: Any, train
     )
 
 
-def show(console: Console, result: "ExportReport", code: list[Block], seconds: float) -> None:
+def show(console: Console, result: "ExportReport", code: list[Block], url: str, seconds: float) -> None:
+    """code: the commands that use the files.    url: of the server, when those commands have started it."""
     from tailora.train.memory import format_bytes
 
     files = [(str(result.folder / name), format_bytes(size)) for name, size in result.files.items()]
@@ -194,7 +199,7 @@ def show(console: Console, result: "ExportReport", code: list[Block], seconds: f
         *code,
     ]
     if PASSPORT in result.files:
-        ask = shlex.join(["tailora", "verify", "URL", "--adapter", str(result.folder)])
+        ask = shlex.join(["tailora", "verify", url, "--adapter", str(result.folder)])
         contents.append(Code(ask, title="To see that the server uses it:"))
     print_section(console, Section(f"Written in {seconds:.1f} s", "", contents))
 

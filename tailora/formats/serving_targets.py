@@ -131,7 +131,8 @@ def llama_server(serving: Serving, folder: str) -> list[list[str]]:
         template = ["--jinja", "--chat-template-file", f"{folder}/{CHAT_TEMPLATE}"] if serving.chat_template else []
     context = flag("--ctx-size", serving.context_length)
     model = ["-m", f"{folder}/{model_file(serving)}"]
-    return [["llama-server", *model, *adapter, "--alias", serving.name, *template, *context]]
+    port = ["--port", str(TARGETS["llama-server"].port)]  # versions have other defaults
+    return [["llama-server", *model, *adapter, "--alias", serving.name, *template, *context, *port]]
 
 
 def ollama(serving: Serving, folder: str) -> list[list[str]]:
@@ -299,6 +300,7 @@ class Target:
     problems: what of an adapter it does not take, besides what the format cannot hold.
     separators: characters that it reads as such in the path of an adapter.
     converts: it reads a base or merged model in GGUF.
+    port: where a server listens if it is told no other; None for a service.
     limits: of a hosted service.    files: what it reads beside the weights, name -> text.
     """
 
@@ -309,6 +311,7 @@ class Target:
     problems: Callable[[ExportSource], list[str]] = lambda _: []
     separators: str = ""
     converts: bool = False
+    port: int | None = None
     limits: Limits | None = None
     files: Callable[[Serving, ExportSource], dict[str, str]] = no_files
 
@@ -322,6 +325,7 @@ TARGETS = {
         ("https://docs.vllm.ai/en/latest/features/lora/", "https://docs.vllm.ai/en/latest/cli/serve/"),
         vllm_problems,
         separators=",=",
+        port=8000,
         files=template_file,
     ),
     "tgi": Target(
@@ -334,6 +338,7 @@ TARGETS = {
         ),
         tgi_problems,
         separators=",=@",
+        port=3000,
         files=tgi_files,
     ),
     "llama-server": Target(
@@ -343,6 +348,7 @@ TARGETS = {
         (f"{LLAMA_CPP}tools/server/README.md", f"{LLAMA_CPP}{CONVERTER}"),
         separators=",",
         converts=True,
+        port=8080,
         files=template_file,
     ),
     "ollama": Target(
@@ -351,6 +357,7 @@ TARGETS = {
         ollama,
         ("https://github.com/ollama/ollama/blob/main/docs/modelfile.mdx",),
         converts=True,
+        port=11434,
         files=ollama_files,
     ),
     "lm-studio": Target(
@@ -363,8 +370,15 @@ TARGETS = {
             "https://github.com/lmstudio-ai/lms/issues/110",  # LoRA is not supported
         ),
         converts=True,
+        port=1234,
     ),
-    "mlx": Target("mlx-lm", "mlx", mlx, ("https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/server.py",)),
+    "mlx": Target(
+        "mlx-lm",
+        "mlx",
+        mlx,
+        ("https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/server.py",),
+        port=8080,
+    ),
     "fireworks": Target(
         "Fireworks",
         "portable",

@@ -77,6 +77,7 @@ def test_every_server_with_its_command(to: str, run: Path, tmp_path: Path, capsy
         renamed = [re.sub(r"(^|/)a(=|$)", r"\1b\2", word) for word in words]
         assert shlex.join(renamed) in shown
     assert ("convert_hf_to_gguf.py" in shown) == (to in ("llama-server", "ollama", "lm-studio"))
+    assert ("tailora verify http://127.0.0.1:" in shown) == (to in get_args(Server))
 
 
 def test_the_servers_of_the_flag_are_those_of_the_table() -> None:

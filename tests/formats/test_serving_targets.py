@@ -123,7 +123,7 @@ def test_llama_server_gets_the_file_and_the_context(tmp_path: Path) -> None:
     (command,) = serving.commands
     found_flags, folder = flags(command), tmp_path / "out"
     assert (found_flags["-m"], found_flags["--lora"]) == (f"{folder}/base.gguf", f"{folder}/adapter.gguf")
-    assert (found_flags["--ctx-size"], found_flags["--alias"]) == ("512", "out")
+    assert (found_flags["--ctx-size"], found_flags["--alias"], found_flags["--port"]) == ("512", "out", "8080")
     assert serving.prepare is not None
     assert serving.prepare[0] == [
         *("python", "convert_hf_to_gguf.py", "owner/base", "--outfile", f"{folder}/base.gguf", "--remote")
