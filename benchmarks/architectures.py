@@ -3,7 +3,7 @@
     python benchmarks/architectures.py --minutes 30     writes results/architectures.json; the same command continues
     python benchmarks/architectures.py --only LlamaForCausalLM BertForMaskedLM
 
-The checks are those of tests/architectures.py. `update_docs.py` makes docs/architectures.md of the result.
+The checks are those of tests/architecture_checks.py. `update_docs.py` makes docs/architectures.md of the result.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def examine(class_name: str) -> dict[str, Any]:
     """Returns what each check says; {"base": reason} if the small base model itself does not run."""
     import torch
     import transformers
-    from architectures import CHECKS, ERRORS, batch_of, outcome, output_of, reason, small_model
+    from architecture_checks import CHECKS, ERRORS, batch_of, outcome, output_of, reason, small_model
 
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
@@ -46,7 +46,7 @@ def examine(class_name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    from architectures import class_names
+    from architecture_checks import class_names
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0, help="starts no architecture after this time")

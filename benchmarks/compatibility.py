@@ -23,7 +23,7 @@ import measure
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import torch
 import transformers
-from architectures import ERRORS, batch_of, compare, output_of, outputs_of_rows, reason, small_model
+from architecture_checks import ERRORS, batch_of, compare, output_of, outputs_of_rows, reason, small_model
 from tiny import chat_model, chat_tokenizer, stir
 from torch import Tensor
 from transformers.models.auto import modeling_auto as auto

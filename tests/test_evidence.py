@@ -1,31 +1,16 @@
 """benchmarks/evidence.py: the rules of the verdicts on made-up numbers, and studies that `tailora compare` accepts."""
 
-import importlib
-from pathlib import Path
 from typing import Any
 
+import evidence_data as data
+import evidence_rules as rules
+import evidence_tables as tables
+import markov
 import numpy as np
 import pytest
 
 from tailora.study.config import CompareConfig, arm_settings
 from tailora.train.config import TrainConfig
-
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-
-
-@pytest.fixture
-def data() -> Any:
-    return importlib.import_module("evidence_data")
-
-
-@pytest.fixture
-def rules(data: Any) -> Any:  # noqa: ARG001  # makes the import possible
-    return importlib.import_module("evidence_rules")
 
 
 def arm(name: str, best: float = 0.01, tried: tuple[float, ...] = (0.005, 0.01, 0.02)) -> dict[str, Any]:
@@ -58,13 +43,13 @@ def result(losses: dict[str, float], spread: float = 0.001, **arms: dict[str, An
     ],
 )
 def test_a_verdict_is_made_of_the_interval_and_the_margin(
-    rules: Any, numbers: tuple[float, float, float], better: str, equal: str
+    numbers: tuple[float, float, float], better: str, equal: str
 ) -> None:
     assert rules.better(*numbers) == better
     assert rules.equal(*numbers) == equal
 
 
-def test_a_range_holds_inside_and_fails_outside(rules: Any) -> None:
+def test_a_range_holds_inside_and_fails_outside() -> None:
     assert rules.inside(6.0, 19.0, 5.0, 20.0) == "holds"
     assert rules.inside(2.0, 4.0, 5.0, 20.0) == rules.inside(21.0, 30.0, 5.0, 20.0) == "does not hold"
     assert rules.inside(4.0, 6.0, 5.0, 20.0) == "cannot tell"
@@ -80,14 +65,12 @@ def test_a_range_holds_inside_and_fails_outside(rules: Any) -> None:
         ({}, "cannot tell"),
     ],
 )
-def test_a_statement_needs_both_models_to_hold_and_one_place_to_fail(
-    rules: Any, verdicts: dict[str, str], expected: str
-) -> None:
+def test_a_statement_needs_both_models_to_hold_and_one_place_to_fail(verdicts: dict[str, str], expected: str) -> None:
     found = [rules.Finding("dora", setting, "", 0, 0, 0, verdict) for setting, verdict in verdicts.items()]
     assert rules.overall(found) == expected
 
 
-def test_differences_are_first_minus_second_and_need_tuned_arms(rules: Any) -> None:
+def test_differences_are_first_minus_second_and_need_tuned_arms() -> None:
     losses = {"dora": 1.9, "pissa": 2.0, "loraplus": 2.1}
     results = {"markov": {name: result({"lora": 2.0, name: loss}) for name, loss in losses.items()}}
     found = {finding.statement: finding for finding in rules.findings(results)}
@@ -102,7 +85,7 @@ def test_differences_are_first_minus_second_and_need_tuned_arms(rules: Any) -> N
     assert (untuned.verdict, untuned.remark) == ("cannot tell", "the rate of dora is not tuned")
 
 
-def test_alpha_fails_if_one_other_alpha_is_as_good(rules: Any) -> None:
+def test_alpha_fails_if_one_other_alpha_is_as_good() -> None:
     def verdicts(**others: float) -> set[str]:
         found = rules.findings({"markov": {"alpha": result({"lora": 2.0, **others})}})
         assert len(found) == 2
@@ -112,7 +95,7 @@ def test_alpha_fails_if_one_other_alpha_is_as_good(rules: Any) -> None:
     assert verdicts(**{"alpha-r": 2.0, "alpha-16r": 2.1}) == {"does not hold"}
 
 
-def test_the_gap_of_batches_is_a_difference_of_differences(rules: Any) -> None:
+def test_the_gap_of_batches_is_a_difference_of_differences() -> None:
     small, large = result({"full": 2.0, "lora": 2.1}), result({"full": 2.5, "lora": 2.9})
     assert rules.gap_of_batches(small, large)[0] == pytest.approx(0.3, abs=1e-3)
     (found,) = [
@@ -145,7 +128,7 @@ def of_full(best: dict[str, float] | None = None) -> dict[str, Any]:
     }
 
 
-def test_the_best_rates_are_compared_between_those_that_were_tried(rules: Any) -> None:
+def test_the_best_rates_are_compared_between_those_that_were_tried() -> None:
     value, low, high = rules.rate_ratio(of_full({"lora": -8.4, "full": -11.6}))
     assert low < value < high
     assert value == pytest.approx(2**3.2, rel=0.05)
@@ -159,7 +142,7 @@ def test_the_best_rates_are_compared_between_those_that_were_tried(rules: Any) -
     assert found["forgetting"].value == pytest.approx(0.506, abs=0.01)
 
 
-def test_intruders_are_compared_matrix_by_matrix(rules: Any) -> None:
+def test_intruders_are_compared_matrix_by_matrix() -> None:
     matrices = {f"m{i}": {"lora": 2 + i % 2, "full": 0} for i in range(20)}
     (found,) = rules.findings({"markov": {"intruders": {"matrices": matrices}}})
     assert (found.value, found.verdict) == (2.5, "holds")
@@ -168,7 +151,7 @@ def test_intruders_are_compared_matrix_by_matrix(rules: Any) -> None:
     assert found.verdict == "does not hold"
 
 
-def test_every_study_is_one_that_compare_accepts(data: Any) -> None:
+def test_every_study_is_one_that_compare_accepts() -> None:
     for setting, names in data.STUDIES.items():
         for name in names:
             settings = data.study(setting, name)
@@ -179,8 +162,7 @@ def test_every_study_is_one_that_compare_accepts(data: Any) -> None:
             assert comparison.rate_tries >= 5  # as many as an arm needs whose first rate is near its best
 
 
-def test_attention_and_mlp_train_about_as_many_parameters_as_all_layers(data: Any) -> None:
-    markov = importlib.import_module("markov")
+def test_attention_and_mlp_train_about_as_many_parameters_as_all_layers() -> None:
     base = markov.LlamaForCausalLM(markov.model_config())
     arms = data.arms("layers", "tiny model")
     counts = [
@@ -192,7 +174,7 @@ def test_attention_and_mlp_train_about_as_many_parameters_as_all_layers(data: An
     assert min(counts) > 0.97 * max(counts)
 
 
-def test_the_grid_of_experiment_6_has_intervals_over_its_seeds(rules: Any) -> None:
+def test_the_grid_of_experiment_6_has_intervals_over_its_seeds() -> None:
     best = {"r4": (2.1, -7), "r8": (2.0, -7), "dora": (1.9, -7), "pissa": (2.0, -5), "full": (2.0, -10)}
     best |= {"attention": (2.3, -7), "mlp": (2.1, -7)}
     cells = [
@@ -211,7 +193,7 @@ def test_the_grid_of_experiment_6_has_intervals_over_its_seeds(rules: Any) -> No
     assert found["rate"].value == pytest.approx(8)
 
 
-def test_an_earlier_comparison_has_numbers_and_no_verdict(rules: Any) -> None:
+def test_an_earlier_comparison_has_numbers_and_no_verdict() -> None:
     arms = [
         {
             "name": name,
@@ -225,8 +207,7 @@ def test_an_earlier_comparison_has_numbers_and_no_verdict(rules: Any) -> None:
     assert {rate.verdict, forgetting.verdict} == {"cannot tell"}
 
 
-def test_the_page_says_what_was_not_measured_and_why_there_is_no_verdict(rules: Any) -> None:
-    tables = importlib.import_module("evidence_tables")
+def test_the_page_says_what_was_not_measured_and_why_there_is_no_verdict() -> None:
     found = [
         rules.Finding("dora", "markov", "dora - lora, nats per token", -0.001, -0.004, 0.002, "does not hold"),
         rules.Finding("dora", "compare", "dora - r8, nats per token", -0.1, None, None, "cannot tell", "no interval"),

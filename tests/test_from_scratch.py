@@ -3,11 +3,11 @@
 import copy
 import pkgutil
 import re
-import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import from_scratch
 import pytest
 import torch
 from tiny import stir
@@ -23,9 +23,8 @@ Run = tuple[dict[str, str], dict[str, Any]]  # what the blocks print, and the na
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
         patch.chdir(tmp_path_factory.mktemp("page"))
-        yield runpy.run_path(str(ROOT / "benchmarks" / "from_scratch.py"))["run_page"]()
+        yield from_scratch.run_page()
 
 
 @pytest.mark.slow

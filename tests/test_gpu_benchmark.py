@@ -1,38 +1,27 @@
 """benchmarks/gpu.py with tiny shapes: every cell gives figures, one that fails leaves its reason, tables are made."""
 
-import importlib
 import json
 import time
 from pathlib import Path
 from typing import Any
 
+import device_tables
+import gpu
+import gpu_cells as cells
 import pytest
 import torch
 
 # of PEFT, with transformers 5.24
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture
-def cells(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("gpu_cells")
-
-
-@pytest.fixture
-def gpu(cells: Any) -> Any:  # noqa: ARG001  # makes the import possible
-    return importlib.import_module("gpu")
-
-
-@pytest.fixture
-def folder(cells: Any, tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
     cells.model(torch.device("cpu"), tmp_path, "tiny")
     return tmp_path
 
 
 def reported(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    gpu: Any = importlib.import_module("gpu")
     result: dict[str, Any] = {}
     for line in capsys.readouterr().out.splitlines():
         if line.startswith("{"):
@@ -43,12 +32,11 @@ def reported(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def as_text(cell: dict[str, Any], result: dict[str, Any]) -> str:
     device = {"type": "cpu", "name": "a card", "memory_bytes": 2**34, "cuda": "12.8", "hip": None, "dtype": "bfloat16"}
     contents = {"machine": {"packages": {"torch": "2.13"}}, "device": device, "shape": "tiny"}
-    tables = importlib.import_module("device_tables")
-    return str(tables.devices([{**contents, "cells": [{"cell": cell, "result": result}]}]))
+    return str(device_tables.devices([{**contents, "cells": [{"cell": cell, "result": result}]}]))
 
 
 @pytest.mark.slow
-def test_ceilings(cells: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ceilings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cells.ceilings(torch.device("cpu"), folder, 64)
     result = reported(capsys)
     assert {*result["flops"]} == {"bfloat16", "float16", "float32"}
@@ -57,7 +45,7 @@ def test_ceilings(cells: Any, folder: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.slow
-def test_decoding(cells: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_decoding(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cells.decode(torch.device("cpu"), folder, "tiny", rows=2, new_tokens=3)
     result = reported(capsys)
     arms = ["base", "tailora", "tailora, DoRA", "tailora, merged", "PEFT", "PEFT, DoRA"]
@@ -67,7 +55,7 @@ def test_decoding(cells: Any, folder: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.slow
-def test_mixed_batches(cells: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mixed_batches(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cells.rows(torch.device("cpu"), folder, "tiny", rows=4, adapters=[1, 2])
     result = reported(capsys)
     assert [*result["1"]] == [*result["2"]] == ["base", "tailora", "tailora, in order", "PEFT"]
@@ -75,9 +63,7 @@ def test_mixed_batches(cells: Any, folder: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.slow
-def test_training_in_turn(
-    cells: Any, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_in_turn(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     arms = {"PEFT + Trainer": ("trainer", {}), "wrong": ("tailora", {"lora_alpha": -1})}
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     task = cells.task_of(folder, "tiny", 64, 16)
@@ -93,7 +79,7 @@ def test_training_in_turn(
 
 
 @pytest.mark.slow
-def test_a_cell_that_fails_or_takes_too_long_leaves_its_reason(gpu: Any, tmp_path: Path) -> None:
+def test_a_cell_that_fails_or_takes_too_long_leaves_its_reason(tmp_path: Path) -> None:
     decode = {"what": "decode", "model": "tiny", "rows": 1, "new_tokens": 2}
     failed = gpu.run_cell(decode, tmp_path, "cpu", 100)
     assert failed["failed"] == "exit code 1"
@@ -108,23 +94,21 @@ def test_a_cell_that_fails_or_takes_too_long_leaves_its_reason(gpu: Any, tmp_pat
 
 
 @pytest.mark.exhaustive
-def test_the_tests_of_a_card_need_no_plugin_of_pytest(
-    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_tests_of_a_card_need_no_plugin_of_pytest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     result = gpu.run_cell({"what": "tests"}, tmp_path, "cpu", 100)
     assert result["code"] == 0, result["said"]
     assert "skipped" in result["said"][-1]
 
 
-def test_without_results_the_page_says_so(cells: Any) -> None:
-    assert "never run on a card" in importlib.import_module("device_tables").devices([])
+def test_without_results_the_page_says_so() -> None:
+    assert "never run on a card" in device_tables.devices([])
     assert cells.SHAPES["8B"].hidden == 4096
 
 
 @pytest.mark.device
 def test_kernels_and_waits_are_counted_on_the_pretend_accelerator(
-    cells: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cells.decode(cells.use_device("pretend"), folder, "tiny", rows=1, new_tokens=3)
     result = reported(capsys)

@@ -2,25 +2,18 @@
 
 import json
 import os
-import runpy
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import pytest
 from tiny import chat_model, chat_tokenizer
 from tiny_run import WORDS
 
+import notebooks
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 by_name = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-
-
-@pytest.fixture(scope="module")
-def script() -> dict[str, Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        return runpy.run_path(str(ROOT / "benchmarks" / "notebooks.py"))
 
 
 @pytest.fixture(scope="module")
@@ -46,24 +39,22 @@ def tiny_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.notebooks
 @by_name
-def test_all_cells_run(
-    path: Path, script: dict[str, Any], tiny_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_cells_run(path: Path, tiny_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"TAILORA_HOME": str(tiny_demo), "STEPS": "2", "OMP_NUM_THREADS": "1"}
     for name, value in {**settings, "PATH": os.environ["PATH"], "PYTHONPATH": ""}.items():
         monkeypatch.setenv(name, value)
-    notebook = script["execute"](nbformat.read(path, as_version=4), tmp_path)
+    notebook = notebooks.execute(nbformat.read(path, as_version=4), tmp_path)
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
 
 
 @by_name
-def test_the_stored_notebook_is_one_whole_run_of_its_code(path: Path, script: dict[str, Any]) -> None:
+def test_the_stored_notebook_is_one_whole_run_of_its_code(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
     again = f"run benchmarks/notebooks.py {path.stem}: its code was changed since its outputs were made"
-    assert notebook.metadata[script["CODE"]] == script["code_hash"](notebook), again
+    assert notebook.metadata[notebooks.CODE] == notebooks.code_hash(notebook), again
     outputs = [output for cell in code for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
     assert len([output for output in outputs if "image/png" in output.get("data", {})]) >= 2

@@ -1,11 +1,10 @@
 """The pictures of README.md and docs/: small, whole without a network, and what the stored results give."""
 
 import re
-import runpy
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
+import pictures
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -14,27 +13,20 @@ DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
 LARGEST, ALL = 300_000, 3_000_000  # bytes
 
 
-@pytest.fixture(scope="module")
-def script() -> dict[str, Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "benchmarks")
-        return runpy.run_path(str(ROOT / "benchmarks" / "pictures.py"))
-
-
 def test_they_are_small() -> None:
     sizes = {path.name: path.stat().st_size for path in PICTURES}
     assert {name: size for name, size in sizes.items() if size >= LARGEST} == {}
     assert sum(sizes.values()) < ALL
 
 
-def test_each_is_shown_light_and_dark(script: dict[str, Any]) -> None:
+def test_each_is_shown_light_and_dark() -> None:
     shown = set()
     for document in DOCUMENTS:
         for light, dark in re.findall(r'srcset="(\S+)">\s*<img src="(\S+)"', document.read_text()):
             shown |= {(document.parent / light).resolve(), (document.parent / dark).resolve()}
             assert light.replace("-dark.", "-light.") == dark
     assert shown == set(PICTURES)
-    assert {path.stem.rpartition("-")[0] for path in PICTURES} == {*script["TERMINALS"], *script["PAGES"]}
+    assert {path.stem.rpartition("-")[0] for path in PICTURES} == {*pictures.TERMINALS, *pictures.PAGES}
 
 
 @pytest.mark.parametrize("path", [path for path in PICTURES if path.suffix == ".svg"], ids=lambda path: path.name)
@@ -47,9 +39,9 @@ def test_a_terminal_loads_nothing(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["train", "compare"])
-def test_a_terminal_shows_the_stored_results(name: str, script: dict[str, Any]) -> None:
-    line, printed = script["TERMINALS"][name](None)
-    for scheme in script["SCHEMES"]:
-        stored = (script["FOLDER"] / f"{name}-{scheme}.svg").read_text()
+def test_a_terminal_shows_the_stored_results(name: str) -> None:
+    line, printed = pictures.TERMINALS[name](None)
+    for scheme in pictures.SCHEMES:
+        stored = (pictures.FOLDER / f"{name}-{scheme}.svg").read_text()
         again = f"run benchmarks/pictures.py {name}"
-        assert stored == script["terminal_svg"](line, printed, scheme, name), again
+        assert stored == pictures.terminal_svg(line, printed, scheme, name), again

@@ -1,6 +1,8 @@
 """The layout of the code base (CONTRIBUTING.md, "Where things live"): rooms, cycles, number of files, vocabulary."""
 
 import ast
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -105,6 +107,13 @@ def test_no_import_cycle_also_under_type_checking() -> None:
 
 def test_few_files() -> None:
     assert len(FILES) <= MOST_FILES
+
+
+def test_scripts_and_what_tests_share_have_names_of_their_own() -> None:
+    """Tests import all of them by these names (`pythonpath` in pyproject.toml)."""
+    folders = (PACKAGE.parent / name for name in ("tests", "benchmarks", "docs"))
+    files = Counter(path.stem for folder in folders for path in folder.glob("*.py"))
+    assert not [name for name, count in files.items() if count > 1 or name in sys.stdlib_module_names]
 
 
 def names(tree: ast.Module) -> Iterator[tuple[int, str]]:

@@ -1,15 +1,10 @@
 """The catalogue of messages (docs/site_errors.py): every message that names a setting says its cause and its remedy."""
 
-import sys
-from pathlib import Path
-
 import pytest
+from site_errors import Message, accepted_values, messages, named_settings
 
 from tailora.errors import ConfigError
 from tailora.train.config import TrainConfig
-
-sys.path.append(str(Path(__file__).parent.parent / "docs"))
-from site_errors import Message, accepted_values, messages, named_settings
 
 pytestmark = pytest.mark.slow  # reads the whole source
 

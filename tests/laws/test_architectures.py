@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from architectures import CHECKS, outcome
+from architecture_checks import CHECKS, outcome
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of transformers, PEFT and the compiler
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "architectures.json"

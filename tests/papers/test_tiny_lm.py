@@ -1,16 +1,13 @@
 """Experiment 6 in small: fewer learning rates, steps and ranks than benchmarks/tiny_lm.py, which has the whole grid."""
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import claims
+import markov
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 BASE_STEPS, STEPS = 300, 80
 OCTAVES = {  # of the learning rates that an arm tries
     "r1": (-9, -7, -5),
@@ -42,19 +39,6 @@ UNLIKE: dict[str, dict[str, dict[int, float]]] = {  # claim -> what contradicts 
     "pissa_is_not_ahead_when_tuned": {"pissa": {-10: 2.01, -8: 1.96}},
     "rate_of_lora_over_full": {"full": {-11: 2.03, -9: 2.0, -7: 1.956}},
 }
-
-
-def benchmark(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-claims, markov = benchmark("claims"), benchmark("markov")
 
 
 @pytest.fixture(scope="module")
