@@ -1,7 +1,10 @@
 """`tailora data FILE --model M`: shows what training would learn from the file."""
 
+import math
+import re
 import shlex
 from collections.abc import Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +28,7 @@ SETTINGS = ["model", "task", "eval_data", "field", "max_length", "validation_spl
 SETTINGS += ["system", "assistant_only_loss", "completion_only_loss", "documents"]
 Flags: Any = flags_of(TrainConfig, only=SETTINGS)
 BAR = 40  # characters of the longest bar
+MOST_HELD_OUT = 0.2  # of the rows, in the command to type next
 
 Pieces = list[tuple[str, bool]]  # text, learned
 
@@ -76,23 +80,41 @@ def data(
         print_json({**report, "examples": shown})
     else:
         show(stdout(), report, examples)
-        command = train_command(list(map(str, parse_sources(settings.data))), config, flags or {})
+        command = train_command(settings, prepared.report.rows, config, flags or {})
         print_section(stdout(), Section("Next", "", [Code(shlex.join(command))]))
     return 0
 
 
 def train_command(
-    sources: Sequence[str], config: Path | None, flags: Mapping[str, str | bool | list[str]]
+    settings: TrainConfig, rows: int, config: Path | None, flags: Mapping[str, str | bool | list[str]]
 ) -> list[str]:
-    """Returns the command that trains on what was shown, with the flags that were typed."""
-    command = ["tailora", "train", *(word for source in sources for word in ("--data", source))]
+    """Returns the command that trains on what was shown, with the flags that were typed.
+
+    Without a held-out file it holds out enough rows for an interval, but at most a fifth. Its folder is a new one.
+    """
+    from tailora.report.pages.train import FEW_EXAMPLES
+
+    sources = parse_sources(settings.data)
+    command = ["tailora", "train", *(word for source in sources for word in ("--data", str(source)))]
     command += ["--config", str(config)] if config else []
     for name, value in flags.items():
         if isinstance(value, bool):
             command.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
             continue
         command += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else ",".join(value)]
+    if not settings.model_fields_set & {"eval_data", "validation_split"}:
+        share = max(settings.validation_split, min(MOST_HELD_OUT, math.ceil(100 * FEW_EXAMPLES / rows) / 100))
+        command += ["--validation-split", f"{share:g}"]
+    if "output_dir" not in settings.model_fields_set:
+        name = re.sub(r"[^\w.-]+", "-", Path(sources[0].name).stem).strip("-.") or "run"
+        command += ["--output-dir", str(new_folder(Path("outputs", name)))]
     return command
+
+
+def new_folder(folder: Path) -> Path:
+    """Returns the first of folder, folder-2, ... that is not there."""
+    names = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    return next(path for path in chain([folder], names) if not path.exists())
 
 
 def named_sequences(example: Example) -> list[tuple[str, Example]]:

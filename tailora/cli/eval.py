@@ -5,7 +5,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,8 +163,7 @@ def eval(
     of_classes = [name for name in named if OF_CLASS.fullmatch(name)]
     check_gates(data_gates, [*METRICS, *LABEL_METRICS, *of_classes], base=base)
     _check_output_dir(output_dir)
-    defaults = {name: target.settings.get(name) for name in ("max_length", "system")}
-    config = merge_settings(flags, None, defaults=defaults, arguments={"model": target.model})
+    config = merge_with_run(flags, target, "max_length", "system", "field")
 
     if nproc_per_node is not None and not is_launched_by_tailora():
         processes = count_processes(nproc_per_node, device)
@@ -319,6 +318,19 @@ def find_target(adapter: str | None, model: str | None) -> EvalTarget:
         return EvalTarget(str(model_folder), None, None)
     folder = find_adapter(adapter)
     return EvalTarget(base_model_name(model, [folder]), adapter, folder)
+
+
+def merge_with_run(flags: Mapping[str, Any] | None, target: EvalTarget, *names: str) -> TrainConfig:
+    """Returns the settings of an evaluation. Those of the run in `names` hold unless `flags` has others.
+
+    Says which columns are read as in training. Raises ConfigError.
+    """
+    defaults = {name: value for name in names if (value := target.settings.get(name))}
+    config = merge_settings(flags, None, defaults=defaults, arguments={"model": target.model})
+    if config.field and "field" not in (flags or {}):
+        columns = ",".join(f"{ours}={theirs}" for ours, theirs in config.field.items())
+        log(f"columns as in training: --field {columns}")
+    return config
 
 
 def _check_output_dir(folder: Path | None) -> None:

@@ -12,8 +12,8 @@ from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
 from tailora.cli.chat import explained_memory_errors, partial_answers
-from tailora.cli.eval import find_target
-from tailora.cli.flags import Json, Overwrite, flags_of, merge_settings
+from tailora.cli.eval import find_target, merge_with_run
+from tailora.cli.flags import Json, Overwrite, flags_of
 from tailora.cli.main import log, print_json, stderr
 from tailora.cli.models import BaseModel, Device, MaxNewTokens, Quantize, check_sources, labels_of, load_model
 from tailora.data.demo import resolve_demo
@@ -34,6 +34,7 @@ CHUNK = 1000  # rows predicted at a time
 
 Prediction = dict[str, Any]
 Write = Callable[[Prediction], None]
+DIGITS = 6  # of a number that is predicted; float32 has about 7
 
 
 def predict(
@@ -60,8 +61,7 @@ def predict(
     for path in (output, partial_file(output)) if output is not None else ():
         check_new_file(path, overwrite=overwrite)
     target = find_target(adapter, model)
-    defaults = {name: value for name in ("max_length", "field") if (value := target.settings.get(name))}
-    config = merge_settings(flags, None, defaults=defaults, arguments={"model": target.model})
+    config = merge_with_run(flags, target, "max_length", "field")
     rows = read_all(resolve_demo(data, "eval_data"), limit)
     log("reading the model")
     folders = {} if target.folder is None else {"default": target.folder}
@@ -138,7 +138,16 @@ def labelled(
         for row, result in zip(rows[part], results, strict=True):
             if isinstance(result, DataError):
                 raise data_error([RowProblem(row.file, row.number, str(result))])
-            yield columns_of(row) | result
+            yield columns_of(row) | rounded(result)
+
+
+def rounded(value: Any) -> Any:
+    """Returns the prediction with its numbers rounded to DIGITS."""
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
 # ---- Answers

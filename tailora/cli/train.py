@@ -150,13 +150,14 @@ def next_commands(config: TrainConfig, folder: Path) -> list[list[str]]:
     is_lora = config.method == "lora"
     tuned = ["--adapter", str(folder)] if is_lora else ["--model", str(folder / "model")]
     system = ["--system", config.system] if config.system else []
-    columns = [f"{ours}={theirs}" for ours, theirs in config.field.items()]
-    held_out = ["--data", config.eval_data or "HELD_OUT.jsonl", *(["--field", ",".join(columns)] if columns else [])]
+    pairs = ",".join(f"{ours}={theirs}" for ours, theirs in config.field.items())
+    columns = ["--field", pairs] if pairs and not is_lora else []  # of an adapter eval and predict know both
     evaluated = [str(folder)] if is_lora else tuned
     generate = ["tailora", "generate", *tuned, *system, "--prompt", first_prompt(folder)]
-    evaluate = ["tailora", "eval", *evaluated, *([] if is_lora else system), *held_out]  # of an adapter eval knows it
+    held_out = ["--data", config.eval_data or "HELD_OUT.jsonl", *columns]
+    evaluate = ["tailora", "eval", *evaluated, *([] if is_lora else system), *held_out]
     if config.task in (*TASK_TYPES, "seq2seq"):
-        predict = ["tailora", "predict", *evaluated, "--data", "ROWS.jsonl", "--output", "PREDICTIONS.jsonl"]
+        predict = ["tailora", "predict", *evaluated, "--data", "ROWS.jsonl", *columns, "--output", "PREDICTIONS.jsonl"]
         return [*([] if config.task in TASK_TYPES else [generate]), evaluate, predict]
     commands = [["tailora", "chat", *tuned, *system], generate, evaluate]
     if is_lora:

@@ -16,6 +16,7 @@ import numpy as np
 from tailora.data import dataset
 from tailora.data.chat_template import ChatTokenizer, SampleOptions, with_system
 from tailora.data.dataset import IGNORED, DataReport, Example, Examples, Mixture, SourceReport, with_other_replies
+from tailora.data.demo import resolve_demo
 from tailora.data.labels import Labels, encode_labelled, most_tokens
 from tailora.data.readers import Row, RowProblem, Rows, Source, data_error, read_rows
 from tailora.data.schemas import (
@@ -603,7 +604,9 @@ class EvalDataReport:
 
 @dataclass(frozen=True, slots=True)
 class EvalSource:
-    """How the rows are read. limit: read at most so many rows.    labels: of a model that predicts some."""
+    """How the rows are read. name: of the data, or "demo".    limit: read at most so many rows.
+    labels: of a model that predicts some.
+    """
 
     name: str
     tokenizer: Any
@@ -620,7 +623,7 @@ class EvalSource:
 
     def read(self) -> tuple[ColumnMapping, Iterator[EncodedRow | RowProblem]]:
         """Raises DataError if there is no row of a known schema."""
-        items = islice(read_rows(self.name, split="validation"), self.limit)
+        items = islice(read_rows(resolve_demo(self.name, "eval_data"), split="validation"), self.limit)
         return encode_source(
             self.name,
             items,

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 from tailora.data.chat_template import ChatTokenizer
 from tailora.data.dataset import IGNORED, Examples
-from tailora.data.demo import resolve_demo
 from tailora.data.labels import Labels, encode_labelled, first_tokens, most_tokens
 from tailora.data.prepare import EvalSource, check_eval_source, read_eval_chunks
 from tailora.data.schemas import REGRESSION, TOKEN_CLASSIFICATION, Labelled, Tagged
@@ -491,7 +490,7 @@ def evaluate_labels(
     """
     check_packages()
     length = most_tokens(tokenizer, max_length)
-    source = EvalSource(resolve_demo(data, "eval_data"), tokenizer, field or {}, length, limit, labels=labels)
+    source = EvalSource(data, tokenizer, field or {}, length, limit, labels=labels)
     facts = check_eval_source(source, model.get_input_embeddings().weight.shape[0])
     examples = Examples.of(row.encoded.example for chunk in read_eval_chunks(source, CHUNK) for row in chunk)
     models = models_to_score(model, base)

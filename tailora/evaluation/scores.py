@@ -24,7 +24,6 @@ from tailora.core.attach import evaluating
 from tailora.core.config import LoRAConfig
 from tailora.data.chat_template import SampleOptions
 from tailora.data.dataset import Examples, distinct_of
-from tailora.data.demo import resolve_demo
 from tailora.data.prepare import EncodedRow, EvalDataReport, EvalSource, check_eval_source, prepare, read_eval_chunks
 from tailora.data.schemas import AUTO, PREFERENCE, SEQ2SEQ, Conversation, Pair
 from tailora.data.tokenize import reply_text
@@ -179,7 +178,7 @@ def score(
     options = options or EvalOptions()
     max_length = min(options.max_length, getattr(model.config, "max_position_embeddings", None) or options.max_length)
     source = EvalSource(
-        resolve_demo(data, "eval_data"),
+        data,
         tokenizer,
         field or {},
         max_length,

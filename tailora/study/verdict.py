@@ -36,13 +36,20 @@ def compare_verdict(
     else:
         arm, difference = min(compared, key=lambda pair: pair[1].value)
     sentences.append(_compare_finding(arm, difference, done[reference], p_values[arm.name], margin, unit))
-    edge = [arm.name for arm in done.values() if not arm.bracketed]
-    if edge:
-        sentences.append(
-            f"The best learning rate of {', '.join(edge)} is the lowest or the highest that was tried, so there may be "
-            "a better one beyond it: try more with --rate-tries."
-        )
+    sentences += [_rate_at_edge(arm) for arm in done.values() if not arm.bracketed]
     return " ".join(sentences), arm.name
+
+
+def _rate_at_edge(arm: ArmResult) -> str:
+    """Returns the sentence on an arm whose best rate has nothing worse on one side."""
+    rate = f"{arm.learning_rate or 0.0:.2g}"
+    if len(arm.rates) < 2:
+        return f"Only one learning rate of {arm.name} was tried, {rate}: try more with --rate-tries."
+    end, beyond = ("highest", "higher") if arm.learning_rate == max(arm.rates) else ("lowest", "lower")
+    return (
+        f"The best learning rate of {arm.name}, {rate}, is the {end} that was tried, and a {beyond} one may be better: "
+        "try more with --rate-tries."
+    )
 
 
 def _parameters(arm: ArmResult) -> int:

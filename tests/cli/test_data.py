@@ -110,7 +110,21 @@ def test_the_next_command_repeats_the_flags(
     *_, command = capsys.readouterr().out.strip().splitlines()
     words = shlex.split(command)
     assert words[:6] == ["tailora", "train", "--data", "my rows.jsonl", "--config", "run.yaml"]
-    assert words[6:] == ["--model", str(tiny_model), "--field", "prompt=q,completion=a", "--validation-split", "0.3"]
+    expected = ["--model", str(tiny_model), "--field", "prompt=q,completion=a", "--validation-split", "0.3"]
+    assert words[6:] == [*expected, "--output-dir", "outputs/my-rows"]
+
+
+@pytest.mark.slow
+def test_the_next_command_runs_as_it_stands(
+    chats: Path, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("outputs/chats", "outputs/chats-2"):  # the second would be that of an earlier run
+        assert main(["data", chats.name, "--model", str(tiny_model)]) == 0
+        words = shlex.split(capsys.readouterr().out.strip().splitlines()[-1])
+        assert words[-4:] == ["--validation-split", "0.2", "--output-dir", folder]
+        assert main([*words[1:], "--max-steps", "1", "--passport", "none"]) == 0
+        assert "held-out loss after" in capsys.readouterr().out
 
 
 def test_the_settings_of_what_is_learned_are_shown_and_repeated(
@@ -120,7 +134,7 @@ def test_the_settings_of_what_is_learned_are_shown_and_repeated(
     assert main(["data", str(chats), "--model", str(tiny_model), "--rows", "1", *flags]) == 0
     shown = capsys.readouterr().out
     assert "<|im_start|>[[system\nbe brief<|im_end|>\n<|im_start|>user" in shown
-    assert shlex.split(shown.strip().splitlines()[-1])[-3:] == flags
+    assert shlex.split(shown.strip().splitlines()[-1])[-7:-4] == flags
     assert main(["data", str(chats), "--model", str(tiny_model), "--completion-only-loss"]) == 2
     assert "--completion-only-loss needs completions, and the rows are read as messages" in capsys.readouterr().err
 

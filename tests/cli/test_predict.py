@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
@@ -109,6 +110,7 @@ def test_predict_writes_labels_and_probabilities(folder: Path, tmp_path: Path) -
         assert (row["number"], row["share"]) == (1, None)
         assert row["probabilities"].keys() == set(WORDS)
         assert sum(row["probabilities"].values()) == pytest.approx(1)
+        assert all(value == float(f"{value:.6g}") for value in row["probabilities"].values())
         assert row["label"] == max(row["probabilities"], key=row["probabilities"].get)
     renamed = write(tmp_path / "renamed.jsonl", [{"body": row["text"]} for row in ROWS])
     fields = ("--field", "text=body", "--field", "label=queue")  # of the training; there is no label here
@@ -122,6 +124,22 @@ def test_predict_writes_labels_and_probabilities(folder: Path, tmp_path: Path) -
     assert [json.loads(line)["label"] for line in output.read_text().splitlines()] == [
         row["label"] for row in predictions[:3]
     ]
+
+
+def test_eval_reads_the_columns_of_the_training(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    record = json.loads((run / "run.json").read_text())
+    record["settings"]["field"] = {"text": "body", "label": "queue"}
+    (run / "run.json").write_text(json.dumps(record))
+    renamed = write(tmp_path / "renamed.jsonl", [{"body": row["text"], "queue": row["label"]} for row in ROWS])
+    code, out, err = call("eval", run, "--data", renamed, "--json")
+    assert code == 0, err
+    assert json.loads(out.splitlines()[-1])["data"]["mapping"] == {"text": "body", "label": "queue"}
+    assert "columns as in training: --field text=body,label=queue" in err
+    code, out, err = call("eval", run, "--data", folder / "rows.jsonl", "--field", "text=text", "--json")
+    assert code == 0, err
+    assert "as in training" not in err
 
 
 @pytest.mark.parametrize(

@@ -376,9 +376,12 @@ def test_a_long_prompt_is_shortened_to_one_line(tmp_path: Path) -> None:
 
 
 def test_next_commands_name_the_held_out_data_and_its_columns(tmp_path: Path) -> None:
-    config = TrainConfig(data="a.jsonl", eval_data="b.jsonl", field={"prompt": "my question", "completion": "answer"})
-    commands = next_commands(config, tmp_path)
-    assert commands[2][3:] == ["--data", "b.jsonl", "--field", "prompt=my question,completion=answer"]
+    columns = {"prompt": "my question", "completion": "answer"}
+    settings = {"data": "a.jsonl", "eval_data": "b.jsonl", "field": columns, "learning_rate": 1e-4}
+    commands = next_commands(TrainConfig(**settings), tmp_path)
+    assert commands[2][3:] == ["--data", "b.jsonl"]  # eval finds the columns in the run
+    commands = next_commands(TrainConfig(**settings, method="full"), tmp_path)
+    assert commands[2][-3:] == ["b.jsonl", "--field", "prompt=my question,completion=answer"]
     full = next_commands(TrainConfig(method="full", learning_rate=1e-4), tmp_path)
     assert full[0] == ["tailora", "chat", "--model", str(tmp_path / "model")]
     assert full[2] == ["tailora", "eval", "--model", str(tmp_path / "model"), "--data", "HELD_OUT.jsonl"]

@@ -67,9 +67,19 @@ def test_the_cheapest_arm_that_is_good_enough_is_taken() -> None:
 
 
 def test_a_rate_at_the_edge_is_mentioned() -> None:
-    verdict, _ = verdict_of(FULL, arm(-0.05, -0.03, bracketed=False))
+    lora = replace(arm(-0.05, -0.03, bracketed=False), rates={1e-3: 0.9}, learning_rate=1e-3)
+    verdict, _ = verdict_of(FULL, lora)
     assert verdict.startswith("lora is better than full")  # it may be better still
-    assert "best learning rate of lora is the lowest or the highest that was tried" in verdict
+    assert "Only one learning rate of lora was tried, 0.001: try more" in verdict
+
+
+@pytest.mark.parametrize(("best", "words"), [(8e-3, "the highest that was tried, and a higher"), (5e-4, "the lowest")])
+def test_each_arm_with_its_best_rate_at_the_edge_has_a_sentence(best: float, words: str) -> None:
+    rates: dict[float, float | None] = {5e-4: 1.0, 2e-3: 0.9, 8e-3: 0.8}
+    lora, full = (replace(it, bracketed=False, rates=rates, learning_rate=best) for it in (arm(-0.05, -0.03), FULL))
+    verdict, _ = verdict_of(full, lora)
+    for name in ("lora", "full"):
+        assert f"The best learning rate of {name}, {best:g}, is {words}" in verdict
 
 
 @pytest.mark.parametrize(
