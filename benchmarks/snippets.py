@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tailora.data.demo import build_once, check_hash, explain_pip_error, write_jsonl
-from tailora.data.schemas import Messages
+from tailora.data.messages import Messages
 from tailora.errors import FetchError
 from tailora.formats.io import cache_folder
 

@@ -170,7 +170,7 @@ def answers(
 
 def question(row: Row, field: Mapping[str, str]) -> list[dict[str, Any]] | RowProblem:
     """Returns the messages to answer: `messages` without a reply at the end, or `prompt`, a text or messages."""
-    from tailora.data.schemas import read_messages
+    from tailora.data.messages import read_messages
 
     keys = {key: field.get(key, key) for key in ("messages", "prompt")}
     key = next((key for key, column in keys.items() if column in row.fields), None)

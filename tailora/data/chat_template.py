@@ -21,7 +21,8 @@ from jinja2.exceptions import TemplateError
 from tokenizers.models import BPE, WordLevel, WordPiece
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tailora.data.schemas import REASONING, SURROGATE, Conversation, Messages, Pair, Sample, Text, Tools
+from tailora.data.messages import REASONING, SURROGATE, Messages, Tools
+from tailora.data.schemas import Conversation, Pair, Sample, Text
 from tailora.errors import DataError
 
 # ---- A tokenizer and its chat template

@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 
 from filelock import FileLock
 
-from tailora.data.schemas import Messages
+from tailora.data.messages import Messages
 from tailora.errors import FetchError, WriteError
 from tailora.formats.io import cache_folder, replace_folder, wrap_os_error
 from tailora.quiet import quiet_transformers

@@ -18,14 +18,11 @@ Every row may have a weight, by which its losses are multiplied in training.
 In choices, prompt may be called question, and answer label. Rows are read as feedback if at least half of their labels
 are true or false, or for --task preference.
 
-Messages have OpenAI's form: role, content, tool_calls, tool_call_id, name. Reasoning is reasoning_content here,
-whatever name the row has for it. `train: false` or `weight: 0` marks a reply that is read but not trained.
+Messages have the form that messages.py returns.
 """
 
-import json
 import math
 import re
-import reprlib
 import string
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -33,13 +30,23 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeAlias
 
+from tailora.data.messages import (
+    REASONING,
+    MarkedMessage,
+    Messages,
+    Tools,
+    as_messages,
+    marked_messages,
+    read_messages,
+    read_tools,
+    sharegpt_messages,
+    short_repr,
+    text_value,
+)
 from tailora.data.readers import Row, RowProblem
 from tailora.errors import DataError, listing, nearest
 
 # ---- Samples: what a row becomes
-
-Messages: TypeAlias = list[dict[str, Any]]  # role and content, and what else the chat template may read
-Tools: TypeAlias = list[dict[str, Any]]  # functions in OpenAI's form: type, and function with name and parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,26 +158,13 @@ AnySample: TypeAlias = Sample | Choices | Preference | Feedback | Labelled | Tag
 
 # ---- From a row to a sample: one function per schema. Each raises DataError with the cause; callers add file and row.
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    **{role: role for role in ROLES},
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "function": "tool",
-    "function_call": "assistant",
-    "observation": "tool",
-}
-
 
 def from_messages(values: dict[str, Any]) -> Conversation:
-    return _conversation(_messages(values["messages"], "messages"), values)
+    return _conversation(marked_messages(values["messages"], "messages"), values)
 
 
 def from_sharegpt(values: dict[str, Any]) -> Conversation:
-    messages = _messages(values["conversations"], "conversations", _sharegpt_message)
+    messages = sharegpt_messages(values["conversations"], "conversations")
     if system := _optional_text(values, "system"):
         messages.insert(0, ({"role": "system", "content": system}, None))
     return _conversation(messages, values)
@@ -178,22 +172,22 @@ def from_sharegpt(values: dict[str, Any]) -> Conversation:
 
 def from_prompt(values: dict[str, Any]) -> Sample:
     prompt, completion = values["prompt"], values["completion"]
-    if not isinstance(prompt, list) and not isinstance(completion, list) and not _tools(values):
-        return _pair(_text(prompt, "prompt"), _text(completion, "completion"))
-    before = _as_messages(prompt, "prompt", "user")
-    after = _as_messages(completion, "completion", "assistant")
+    if not isinstance(prompt, list) and not isinstance(completion, list) and not read_tools(values):
+        return _pair(text_value(prompt, "prompt"), text_value(completion, "completion"))
+    before = as_messages(prompt, "prompt", "user")
+    after = as_messages(completion, "completion", "assistant")
     return _conversation(before + after, values, first=len(before))
 
 
 def from_alpaca(values: dict[str, Any]) -> Pair:
-    parts = [_text(values["instruction"], "instruction"), _optional_text(values, "input")]
+    parts = [text_value(values["instruction"], "instruction"), _optional_text(values, "input")]
     # Base models see prompt and answer as one text, so the prompt brings the blank line between them.
     prompt = "".join(f"{part}\n\n" for part in parts if part.strip())
-    return _pair(prompt, _text(values["output"], "output"))
+    return _pair(prompt, text_value(values["output"], "output"))
 
 
 def from_text(values: dict[str, Any]) -> Text:
-    text = _text(values["text"], "text")
+    text = text_value(values["text"], "text")
     if not text.strip():
         raise DataError("nothing to learn: the text is empty")
     return Text(text)
@@ -237,7 +231,7 @@ def from_feedback(values: dict[str, Any]) -> Feedback:
     key = label.strip().lower() if isinstance(label, str) else label
     if isinstance(label, list | dict) or key not in DESIRABLE:
         raise DataError(
-            f"label is {_short_repr(label)} where true (a wanted completion) or false is needed; take --task causal-lm "
+            f"label is {short_repr(label)} where true (a wanted completion) or false is needed; take --task causal-lm "
             "to train on all completions, without labels"
         )
     return Feedback(_as_reply(values["prompt"], values["completion"], values), DESIRABLE[key])
@@ -249,7 +243,7 @@ def from_labelled(values: dict[str, Any]) -> Labelled:
         raise DataError("label is empty")
     if "messages" in values:
         return Labelled(messages=read_messages(values["messages"], "messages"), label=label)
-    texts = {key: _text(values[key], key) for key in ("text", "text_a", "text_b") if key in values}
+    texts = {key: text_value(values[key], key) for key in ("text", "text_a", "text_b") if key in values}
     if empty := [key for key, text in texts.items() if not text.strip()]:
         raise DataError(f"{' and '.join(empty)} is empty")
     first, second = [*texts.values(), None][:2]
@@ -257,22 +251,22 @@ def from_labelled(values: dict[str, Any]) -> Labelled:
 
 
 def from_texts(values: dict[str, Any]) -> Pair:
-    return _pair(_text(values["prompt"], "prompt"), _text(values["completion"], "completion"))
+    return _pair(text_value(values["prompt"], "prompt"), text_value(values["completion"], "completion"))
 
 
 def from_tagged(values: dict[str, Any]) -> Tagged:
     tokens, tags = values["tokens"], values.get("tags")
     if not isinstance(tokens, list) or not tokens:
-        raise DataError(f"tokens is {_short_repr(tokens)} where a list of words is needed")
-    words = [_text(token, f"tokens[{index}]") for index, token in enumerate(tokens)]
+        raise DataError(f"tokens is {short_repr(tokens)} where a list of words is needed")
+    words = [text_value(token, f"tokens[{index}]") for index, token in enumerate(tokens)]
     if "tags" not in values:
         return Tagged(words)
     if not isinstance(tags, list) or not tags:
-        raise DataError(f"tags is {_short_repr(tags)} where a list with a tag for each of the tokens is needed")
+        raise DataError(f"tags is {short_repr(tags)} where a list with a tag for each of the tokens is needed")
     if len(tags) != len(words):
         raise DataError(f"there are {len(words)} tokens and {len(tags)} tags; each token needs one")
     if wrong := [tag for tag in tags if type(tag) not in (str, int) or tag == ""]:
-        raise DataError(f"tags holds {_short_repr(wrong[0])} where text or a whole number is needed")
+        raise DataError(f"tags holds {short_repr(wrong[0])} where text or a whole number is needed")
     return Tagged(words, tags)
 
 
@@ -291,7 +285,7 @@ def _shared_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     """
     if not (isinstance(chosen, str | list) and type(chosen) is type(rejected)):
         raise DataError(
-            f"chosen is {_short_repr(chosen)} and rejected {_short_repr(rejected)} where two texts or two lists of "
+            f"chosen is {short_repr(chosen)} and rejected {short_repr(rejected)} where two texts or two lists of "
             "messages are needed"
         )
     pairs, shortest = zip(chosen, rejected, strict=False), min(len(chosen), len(rejected))
@@ -310,10 +304,7 @@ def _shared_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
 
 # ---- Values of a row: checked, or DataError
 
-ReadMessage: TypeAlias = tuple[dict[str, Any], bool | None]  # a message, and whether the row says to train it
-
 BETWEEN_WORDS = re.compile(r"\s+")
-SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _pair(prompt: str, completion: str) -> Pair:
@@ -322,11 +313,11 @@ def _pair(prompt: str, completion: str) -> Pair:
     return Pair(prompt, completion)
 
 
-def _conversation(read: list[ReadMessage], values: dict[str, Any], first: int = 0) -> Conversation:
+def _conversation(read: list[MarkedMessage], values: dict[str, Any], first: int = 0) -> Conversation:
     """values: those of the row, for its tools."""
     messages = [message for message, _ in read]
     untrained = frozenset(index for index, (_, is_trained) in enumerate(read) if is_trained is False)
-    conversation = Conversation(messages, first, untrained, _tools(values))
+    conversation = Conversation(messages, first, untrained, read_tools(values))
     trained = [messages[index] for index in conversation.trained_replies]
     if not any(message["content"].strip() or message.keys() & {"tool_calls", REASONING} for message in trained):
         marked = " that is to be trained" if untrained else ""
@@ -342,12 +333,14 @@ def _choices(value: Any) -> tuple[list[str], list[str]]:
         if not isinstance(labels, list) or not isinstance(value, list) or len(labels) != len(value):
             raise DataError("choices has not one label for every text")
     if not isinstance(value, list) or len(value) < 2:
-        raise DataError(f"choices is {_short_repr(value)} where a list of two or more texts is needed")
-    texts = [_text(str(text) if type(text) in (int, float) else text, f"choices[{n}]") for n, text in enumerate(value)]
+        raise DataError(f"choices is {short_repr(value)} where a list of two or more texts is needed")
+    texts = [
+        text_value(str(text) if type(text) in (int, float) else text, f"choices[{n}]") for n, text in enumerate(value)
+    ]
     if empty := [f"choices[{index}]" for index, text in enumerate(texts) if not text.strip()]:
         raise DataError(f"{', '.join(empty)} is empty")
     if wrong := [label for label in labels if type(label) not in (int, str)]:
-        raise DataError(f"choices has the label {_short_repr(wrong[0])} where text or a whole number is needed")
+        raise DataError(f"choices has the label {short_repr(wrong[0])} where text or a whole number is needed")
     return [text.strip() for text in texts], [str(label) for label in labels]
 
 
@@ -368,168 +361,16 @@ def _answer_index(value: Any, texts: list[str], labels: list[str]) -> int:
         return next(iter(meanings.values()))
     if meanings:
         raise DataError(
-            f"answer {_short_repr(value)} is {' and '.join(meanings)} of different choices; "
+            f"answer {short_repr(value)} is {' and '.join(meanings)} of different choices; "
             "write the index, from 0, as a number"
         )
     possible = f"a label ({', '.join(labels)})" if labels else f"an index from 0 to {indices[-1]}, a letter"
-    raise DataError(f"answer {_short_repr(value)} is none of the choices; write {possible} or the text of a choice")
-
-
-def _as_messages(value: Any, name: str, role: str) -> list[ReadMessage]:
-    return (
-        _messages(value, name) if isinstance(value, list) else [({"role": role, "content": _text(value, name)}, None)]
-    )
-
-
-REASONING = "reasoning_content"
-REASONING_KEYS = (REASONING, "thinking", "reasoning")  # of vLLM and most templates; of gpt-oss; of OpenRouter
-
-
-def _message(message: Any, name: str) -> ReadMessage:
-    """Returns the message, and whether it is to be trained; None if it does not say."""
-    if not isinstance(message, dict):
-        raise DataError(f"{name} is {_short_repr(message)} where an object with role and content is needed")
-    message = {key: value for key, value in message.items() if value is not None}
-    role = "tool" if message.get("role") == "function" else message.get("role")
-    if role not in ROLES:
-        hint = nearest(role, ROLES) if isinstance(role, str) else ""
-        raise DataError(f"{name}: role {_short_repr(role)} is unknown{hint}; roles are {', '.join(ROLES)}")
-    is_trained = _train_flag(message, role, name)
-    special: dict[str, Any] = {"role": role}
-    if calls := _tool_calls(message, name):
-        if role != "assistant":
-            raise DataError(f"{name}: only the assistant calls tools, and the role is {role}")
-        special["tool_calls"] = calls
-    special["content"] = "" if calls and message.get("content") is None else _content(message, name)
-    if reasoning := [message[key] for key in REASONING_KEYS if message.get(key)]:
-        special[REASONING] = _text(reasoning[0], f"{name}.{REASONING}")
-    used = {"tool_calls", "function_call", "train", "weight", *special, *REASONING_KEYS}
-    # What else there is, such as name and tool_call_id, is left to the chat template.
-    other = {
-        key: _text(value, f"{name}.{key}") if isinstance(value, str) else value
-        for key, value in message.items()
-        if key not in used
-    }
-    return {**other, **special}, is_trained
-
-
-def _content(message: dict[str, Any], name: str) -> str:
-    content = message.get("content")
-    if not isinstance(content, list):
-        return _text(content, f"{name}.content")
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise DataError(f"{name}.content holds {_short_repr(part)}; only text parts can be learned from")
-    return "".join(_text(part.get("text"), f"{name}.content") for part in content)
-
-
-def _train_flag(message: dict[str, Any], role: str, name: str) -> bool | None:
-    """Returns what `train`, or OpenAI's `weight`, says about the message."""
-    flags = []
-    for key, possible in (("train", (True, False)), ("weight", (1, 0))):
-        value = message.get(key)
-        if value is None:
-            continue
-        if value not in possible or (key == "train" and type(value) is not bool):
-            what = "true or false" if key == "train" else "0 or 1; the weight of a whole row is a key beside messages"
-            raise DataError(f"{name}: {key} is {_short_repr(value)} where a message has {what}")
-        flags.append(bool(value))
-    if len(set(flags)) > 1:
-        raise DataError(f"{name}: train and weight contradict each other; give one")
-    if True in flags and role != "assistant":
-        raise DataError(f"{name}: only replies of the assistant are trained, and the role is {role}; leave out train")
-    return flags[0] if flags else None
-
-
-def _tool_calls(message: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """Returns the calls in OpenAI's form; [] if there are none."""
-    calls = message.get("tool_calls") or []
-    if not isinstance(calls, list):
-        raise DataError(f"{name}.tool_calls is {_short_repr(calls)} where a list of calls is needed")
-    if message.get("function_call"):  # OpenAI's older form, with one call
-        calls = [*calls, message["function_call"]]
-    return [_tool_call(call, f"{name}.tool_calls[{index}]") for index, call in enumerate(calls)]
-
-
-def _tool_call(call: Any, name: str) -> dict[str, Any]:
-    """Accepts a call with or without the object `function` around its name and arguments."""
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-        raise DataError(f"{name} is {_short_repr(call)} where a function with name and arguments is needed")
-    arguments = function.get("arguments")
-    arguments = {} if arguments in (None, "") else arguments
-    parsed = _parsed(arguments, f"{name}.arguments") if isinstance(arguments, str) else arguments
-    if not isinstance(parsed, dict):
-        raise DataError(f"{name}.arguments is {_short_repr(arguments)} where an object, or its JSON text, is needed")
-    outer = {key: value for key, value in call.items() if value is not None} if function is not call else {}
-    return {**outer, "type": "function", "function": {**function, "arguments": arguments}}
-
-
-def _parsed(text: str, name: str) -> Any:
-    """Reads JSON text within a row."""
-    try:
-        return json.loads(_text(text, name))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{name} is no JSON text: {error}") from None
-
-
-def _tools(values: dict[str, Any]) -> Tools | None:
-    """Returns the functions that the row offers the assistant, in OpenAI's form; None if there are none."""
-    tools = values.get("tools")
-    tools = _parsed(tools, "tools") if isinstance(tools, str) and tools.strip() else tools
-    if not tools:
-        return None
-    if not isinstance(tools, list):
-        raise DataError(f"tools is {_short_repr(tools)} where a list of functions, or its JSON text, is needed")
-    for index, tool in enumerate(tools):
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise DataError(
-                f"tools[{index}] is {_short_repr(tool)} where a function with name and parameters is needed"
-            )
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-
-
-def _sharegpt_message(turn: Any, name: str) -> ReadMessage:
-    if isinstance(turn, dict) and "role" in turn:
-        return _message(turn, name)
-    if not isinstance(turn, dict) or "from" not in turn:
-        raise DataError(f"{name} is {_short_repr(turn)} where an object with from and value is needed")
-    sender, value = turn["from"], turn.get("value")
-    if not isinstance(sender, str) or sender not in SHAREGPT_ROLES:
-        raise DataError(f"{name}: from {_short_repr(sender)} is unknown; values are {', '.join(SHAREGPT_ROLES)}")
-    message = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    message["role"] = SHAREGPT_ROLES[sender]
-    if sender == "function_call":
-        calls = _parsed(_text(value, f"{name}.value"), f"{name}.value")
-        message["tool_calls"] = calls if isinstance(calls, list) else [calls]
-    else:
-        message["content"] = _text(value, f"{name}.value")
-    return _message(message, name)
-
-
-def read_messages(value: Any, name: str) -> Messages:
-    """Returns checked messages. Raises DataError."""
-    return [message for message, _ in _messages(value, name)]
-
-
-def _messages(value: Any, name: str, read: Callable[[Any, str], ReadMessage] = _message) -> list[ReadMessage]:
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{name} is {_short_repr(value)} where a list of messages is needed")
-    return [read(message, f"{name}[{index}]") for index, message in enumerate(value)]
+    raise DataError(f"answer {short_repr(value)} is none of the choices; write {possible} or the text of a choice")
 
 
 def _optional_text(values: dict[str, Any], key: str) -> str:
     value = values.get(key)
-    return "" if value is None else _text(value, key)
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{name} is {_short_repr(value)} where text is needed")
-    if not value.isascii() and SURROGATE.search(value):
-        raise DataError(f"{name} holds half of a surrogate pair (a broken \\ud... escape), which no tokenizer reads")
-    return value
+    return "" if value is None else text_value(value, key)
 
 
 def _names(keys: Collection[str]) -> str:
@@ -538,15 +379,6 @@ def _names(keys: Collection[str]) -> str:
 
 
 MOST_NAMES = 50  # keys of a row that a message lists
-SHORT = reprlib.Repr()  # neither long values nor deep ones are written out
-SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 200
-
-
-def _short_repr(value: Any) -> str:
-    text = SHORT.repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 # ---- The schema of a source
 
 
@@ -759,7 +591,7 @@ def weight_of(row: Row, mapping: ColumnMapping) -> float:
         weight = math.nan
     if not 0 <= weight < math.inf:
         raise DataError(
-            f"weight is {_short_repr(value)} where a number of at least 0 is needed, by which the row's loss is "
+            f"weight is {short_repr(value)} where a number of at least 0 is needed, by which the row's loss is "
             "multiplied; rename the column if it means something else"
         )
     return weight

@@ -20,7 +20,8 @@ from transformers import GenerationConfig, TextIteratorStreamer
 from tailora.core.attach import evaluating
 from tailora.data.chat_template import ChatTokenizer
 from tailora.data.dataset import IGNORED
-from tailora.data.schemas import Conversation, Messages, Pair, Sample, Text
+from tailora.data.messages import Messages
+from tailora.data.schemas import Conversation, Pair, Sample, Text
 from tailora.data.tokenize import encode_sample, last_reply, prompt_ids
 from tailora.errors import DataError
 from tailora.train.parallel import is_sharded

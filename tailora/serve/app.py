@@ -25,7 +25,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tailora import __version__
 from tailora.data.chat_template import ChatTokenizer, fit_to_template
-from tailora.data.schemas import Conversation, read_messages
+from tailora.data.messages import read_messages
+from tailora.data.schemas import Conversation
 from tailora.errors import DataError
 from tailora.serve.answers import CancelledError, EngineError, Generation, Piece, make_answers, new_id
 from tailora.serve.api_errors import ERRORS, ERRORS_OF_TEXT, TYPES, RequestError, add_error_handlers, error_body

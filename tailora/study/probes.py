@@ -25,7 +25,8 @@ from tailora.core.layer_types import CONV1D, LINEAR, layer_type_of
 from tailora.core.patterns import layer_index
 from tailora.core.quantization import dense_weight
 from tailora.data.chat_template import ChatTokenizer, to_conversation
-from tailora.data.schemas import Choices, Conversation, Feedback, Messages, Preference, Sample, Text
+from tailora.data.messages import Messages
+from tailora.data.schemas import Choices, Conversation, Feedback, Preference, Sample, Text
 from tailora.data.tokenize import last_reply
 from tailora.errors import DataError
 from tailora.evaluation.forgetting import sample_texts

@@ -19,8 +19,9 @@ from limits import limited
 from tiny import CHATML, chat_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from tailora.data.messages import SHAREGPT_ROLES
 from tailora.data.prepare import prepare
-from tailora.data.schemas import KNOWN_KEYS, SHAREGPT_ROLES
+from tailora.data.schemas import KNOWN_KEYS
 from tailora.errors import DataError, TailoraError
 
 # ---- JSON values, and right rows of every schema
