@@ -109,6 +109,16 @@ def test_every_page_is_in_the_navigation_of_the_site() -> None:
     assert not pages - set(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE)), "add it to nav in mkdocs.yml"
 
 
+def test_messages_name_pages_by_their_titles_on_the_site() -> None:
+    """Who has installed the package has no folder docs/."""
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    source = "\n".join(path.read_text() for path in (ROOT / "tailora").rglob("*.py"))
+    titles = set(re.findall(r'"([^"\n]+)" in the docs', source))
+    assert len(titles) > 3
+    assert not titles - set(re.findall(r"- (.+): \S+\.md$", navigation, re.MULTILINE))
+    assert not re.findall(r"(?<!/)docs/\w+\.md", source)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_and_files_named_in_documents_exist(document: Path) -> None:
     text = document.read_text()

@@ -45,6 +45,7 @@ class Table:
     """title: above the table; on a page with `folded` it is what a reader clicks to see the table.
 
     rest: name of the last column, where a narrow terminal shows the columns that do not fit.
+    first: a terminal shows so many rows, unless it is to show everything; None: all.
     """
 
     columns: Sequence[Column]
@@ -52,6 +53,7 @@ class Table:
     title: str = ""
     note: str = ""
     rest: str = "more"
+    first: int | None = None
     folded: bool = False
     detail: Detail = "always"
 

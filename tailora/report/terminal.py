@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tailora.report import blocks
-from tailora.report.format import NONE, printable
+from tailora.report.format import NONE, plural, printable
 
 ASCII_HEAD = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 ASCII = {"−": "-", "–": "-", "×": "x", "‖": "||", "Δ": "d", "→": "->", "✓": "+", "✗": "-", "…": "..."}
@@ -38,12 +38,21 @@ def print_page(console: Console, page: blocks.Page, *, everything: bool = False)
     for section in [*page.sections, *([page.conclusion] if page.conclusion else [])]:
         shown = [block for block in section.blocks if block is not None and block.detail in details]
         if shown:
-            print_section(console, replace(section, blocks=shown))
+            blocks_shown = shown if everything else [_with_first_rows(block) for block in shown]
+            print_section(console, replace(section, blocks=blocks_shown))
     if page.lead:
         console.print()
         _print(console, page.lead, style="bold")
     for note in page.notes:
         _print(console, f"Note: {note}")
+
+
+def _with_first_rows(block: blocks.Block) -> blocks.Block:
+    """Returns the block; of a table with many rows the first ones, and how to see the others."""
+    if not isinstance(block, blocks.Table) or block.first is None or len(block.rows) <= block.first:
+        return block
+    more = f"--all shows {plural(len(block.rows) - block.first, 'more row')}."
+    return replace(block, rows=block.rows[: block.first], note=f"{more} {block.note}".rstrip())
 
 
 def print_section(console: Console, section: blocks.Section) -> None:

@@ -2,8 +2,8 @@
 
     Inspection -> each of RULES -> Advice, or nothing
 
-A rule is a function. Its docstring states when it gives advice, and why its threshold is what it is; docs/inspect.md
-has the same as a table. No other code gives advice.
+A rule is a function. Its docstring states when it gives advice, and why its threshold is what it is;
+"Looking into an adapter" in the docs has the same as a table. No other code gives advice.
 """
 
 import shlex
@@ -114,7 +114,8 @@ def saturated(inspection: Inspection) -> Iterator[Advice]:
     """Where the lower half of the singular values is worth more than SATURATED_COST of the improvement, with an
     interval above 0, and effective rank / r is above SATURATED_USE; if so, the same for each group.
 
-    Calibrated (docs/inspect.md): doubling r gained where the rule applies, and next to nothing elsewhere.
+    Calibrated ("Looking into an adapter" in the docs): doubling r gained where the rule applies, and next to nothing
+    elsewhere.
     """
     losses, modules = inspection.held_out, _nonzero(inspection)
     if losses is None or not modules or not has_gain(losses):

@@ -160,7 +160,7 @@ def find_cards(name: str) -> list[Card]:
     similar = nearest(" ".join(_words(name[:LONGEST_NAME])), names)
     raise ConfigError(
         f"no card {name[:LONGEST_NAME]!r} is known{similar or '; known are H100, RTX 4090, MI300X, M2 Max and others'} "
-        "(docs/plan.md lists all)"
+        '("Will it fit?" in the docs lists all)'
     )
 
 

@@ -110,7 +110,9 @@ class SearchConfig(StrictModel):
     trials: int | None = Field(None, ge=2, le=10**6, description="number of trials; 20 without --minutes")
     minutes: float | None = Field(None, gt=0, allow_inf_nan=False, description="time limit for the whole study")
     space: dict[str, Any] = Field(
-        {}, description="values of a setting to search: 4,8,16 or 1e-4..1e-2, or one; see docs/studies.md"
+        {},
+        description="values of a setting to search: 4,8,16 or 1e-4..1e-2, or one; "
+        'see "Comparing and searching" in the docs',
     )
     seeds: int = Field(3, ge=1, le=100, description="runs of each finalist")
     finalists: int = Field(3, ge=1, le=20, description="trials compared at the end: the best, and cheaper ones")

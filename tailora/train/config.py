@@ -67,7 +67,8 @@ class TrainConfig(StrictModel):
     beta: float | None = Field(
         None,
         gt=0,
-        description="weight of the reward in the loss of preferences; default 0.1, of simpo 2; see docs/preferences.md",
+        description="weight of the reward in the loss of preferences; default 0.1, of simpo 2; "
+        'see "Preferences" in the docs',
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="dpo and simpo: assumed share of pairs whose replies are interchanged"
@@ -103,7 +104,9 @@ class TrainConfig(StrictModel):
         None, description="token ids whose embeddings to train, such as new tokens"
     )
     learn_scaling: bool = Field(False, description="train the scale of every layer")
-    init_lora_weights: Init = Field("kaiming", description="initialisation of A and B; see docs/lora.md")
+    init_lora_weights: Init = Field(
+        "kaiming", description='initialisation of A and B; see "Settings of an adapter" in the docs'
+    )
     target_r: int | None = Field(
         None, ge=1, lt=COUNT, description="AdaLoRA: average rank at the end of training; ranks start at --r"
     )

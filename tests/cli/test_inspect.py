@@ -39,14 +39,22 @@ def test_the_table_fits_80_columns_and_says_what_more_there_is(
     assert code == 0
     assert told == "reading the adapter\n"
     assert f"{adapter}: 14 updates of rank 4, scale 8, made for {tiny_model}" in said
-    assert "No rule of docs/inspect.md advises a change." in said
-    assert f"--model {tiny_model}" in said
+    assert "No rule that needs the adapter alone advises a change." in said
+    assert f"The base model was not read, so that this takes a second. --model {tiny_model} adds" in said
     table = [line for line in said.splitlines() if "_proj" in line]
-    assert len(table) == 14  # two layers in two thirds, seven names
+    assert len(table) == 8  # of 14: two layers in two thirds, seven names
     assert all(len(line) <= 80 for line in table)
+    energy = [float(line.split()[3].rstrip("%")) for line in table]
+    assert energy == sorted(energy, reverse=True)
+    assert "\n--all shows 6 more rows.\n" in said
+    names = said.partition("layers  module")[2].partition("\n")[0].split()
+    legend = said.partition("more rows.\n\n")[2].partition("\n\n")[0]
+    assert [line.split()[0] for line in legend.splitlines()] == names  # what each column means
     code, said, _ = run(capsys, adapter, "--all", "--model", tiny_model, "--no-intruders")
     assert code == 0
     assert "0.self_attn.q_proj" in said
+    assert "more rows" not in said
+    assert "No rule that needs no held-out data advises a change." in said or "Rules that advise" in said
     assert "module (after model.layers.)" in said
     assert "‖ΔW‖/‖W‖" in said
 
@@ -81,8 +89,8 @@ def test_a_run_s_folder_and_other_formats_are_taken(
     capsys.readouterr()
     code, other, _ = run(capsys, tmp_path / "mlx")
     assert code == 0
-    energy = [line.split()[-1] for line in said.splitlines() if "%" in line and "_proj" in line]
-    assert energy == [line.split()[-1] for line in other.splitlines() if "%" in line and "_proj" in line]
+    energy = [line.split()[3] for line in said.splitlines() if "%" in line and "_proj" in line]
+    assert energy == [line.split()[3] for line in other.splitlines() if "%" in line and "_proj" in line]
 
 
 MISTAKES = {

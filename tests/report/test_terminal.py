@@ -64,7 +64,9 @@ def always_shown(page: Page) -> str:
             if block is None or block.detail != "always":
                 continue
             match block:
-                case Table() | Answers():
+                case Table():
+                    texts += [cell for row in block.rows[: block.first] for cell in row]
+                case Answers():
                     texts += [cell for row in block.rows for cell in row]
                 case Finding():
                     texts += [block.text, block.code]

@@ -31,22 +31,33 @@ from tailora.study.advice import cost_limit, first_few
 from tailora.study.inspection import AdapterOverlap, CombinedLosses, HeldOutLosses, Inspection, ModuleOverlap
 
 MOST_PANELS = 12  # of spectra
+FIRST_ROWS = 8  # of the table by depth, in a terminal
 MEASURES = [  # of a module: column, attribute, how its mean over modules is written, priority of the column
+    ("energy", "energy", ".1%", 0),  # the sum, not the mean
     ("effective", "effective_rank", ".1f", 0),
     ("stable", "stable_rank", ".1f", 0),
-    ("energy", "energy", ".1%", 0),  # the sum, not the mean
     ("‖ΔW‖/‖W‖", "relative_norm", ".2%", 0),
     ("intruders", "intruders", ".1f", 1),
     ("random", "intruders_random", ".1f", 2),
     ("scale", "scaling", ".3g", 2),  # where scales are learned
 ]
+LEGEND = {  # column -> what it means
+    "r": "rank: the directions that the adapter may use in a layer",
+    "energy": "share of the adapter's squared norm: where most has changed",
+    "effective": "directions that are used: r if all are used alike, 1 if only one is",
+    "stable": "the same, but weak directions hardly count",
+    "‖ΔW‖/‖W‖": "size of the update, relative to the weights that it changes",
+    "intruders": "how many of the 10 strongest directions of W + ΔW are unlike all of W",
+    "random": "intruders of a random update of the same size, for comparison",
+    "scale": "factor of the update, which was learned",
+}
 # Overlaps of two modules: attribute -> column
 OVERLAPS = {"writes": "writes", "writes_by_chance": "by chance", "reads": "reads", "reads_by_chance": "by chance"}
 
 
 def inspect_page(inspection: Inspection) -> Page:
     losses, training = inspection.held_out, inspection.training
-    by_depth_table, every_module = _module_tables(inspection)
+    by_depth_table, legend, every_module = _module_tables(inspection)
     left_out = Table(
         [Column("left out"), Column("why")], list(inspection.left_out.items()), "Left out", folded=True, detail="page"
     )
@@ -54,8 +65,8 @@ def inspect_page(inspection: Inspection) -> Page:
     sections = [
         Section(
             "Where the update is",
-            "Energy is the share of the adapter's squared norm.",
-            [by_depth_table, *_heat_maps(inspection.modules), *_remarks(inspection), every_module],
+            "By thirds of the layers, the most energy first. Means; of energy the sum.",
+            [by_depth_table, legend, *_heat_maps(inspection.modules), *_remarks(inspection), every_module],
         ),
         Section(
             "Spectra",
@@ -78,22 +89,27 @@ def inspect_page(inspection: Inspection) -> Page:
     for advice in inspection.advice:
         settings = [f"{name}: {json.dumps(value)}" for name, value in advice.setting.items()]  # JSON is YAML, too
         findings.append(Finding(advice.rule, advice.says, "\n".join(filter(None, [*settings, advice.command]))))
-    conclusion = Section(
-        "Advice",
-        "From rules with stated thresholds, each with its numbers (docs/inspect.md).",
-        findings or [Paragraph("No rule of docs/inspect.md advises a change.")],
-    )
-    rules = [advice.rule for advice in inspection.advice]
-    summary = f"Rules that advise a change: {', '.join(rules)}." if rules else "No rule advises a change."
     notes = []  # flags that would show more
-    task = inspection.config.get("task_type")
+    task, tried = inspection.config.get("task_type"), "No rule"
     takes_data = task not in ("SEQ_CLS", "TOKEN_CLS")
     if inspection.model is None:
-        with_data = "; with --data, too, what the ranks are worth" if takes_data else ""
-        notes = [f"--model {inspection.named_base or 'BASE'} adds ‖ΔW‖/‖W‖ and intruder dimensions{with_data}."]
+        tried = "No rule that needs the adapter alone"
+        with_data = "; with --data HELD_OUT also what the ranks are worth" if takes_data else ""
+        notes = [
+            "The base model was not read, so that this takes a second. "
+            f"--model {inspection.named_base or 'BASE'} adds ‖ΔW‖/‖W‖, intruder dimensions and their rules{with_data}."
+        ]
     elif losses is None and takes_data:
+        tried = "No rule that needs no held-out data"
         forgotten = "" if task == "SEQ_2_SEQ_LM" else ", and what was forgotten"
         notes = [f"--data HELD_OUT adds what the smaller singular values are worth{forgotten}."]
+    conclusion = Section(
+        "Advice",
+        'From rules with stated thresholds, each with its numbers: "Looking into an adapter" in the docs.',
+        findings or [Paragraph(f"{tried} advises a change.")],
+    )
+    rules = [advice.rule for advice in inspection.advice]
+    summary = f"Rules that advise a change: {', '.join(rules)}." if rules else f"{tried} advises a change."
     lead = f"{_described(inspection)}. {summary}"
     *_, outer, title = ("", *inspection.adapter.replace("\\", "/").rstrip("/").split("/"))
     if title == ADAPTER and outer:  # the folder of a run holds the adapter
@@ -144,11 +160,11 @@ def _numbers(inspection: Inspection) -> list[Number]:
 # ---- Where the update is
 
 
-def _module_tables(inspection: Inspection) -> tuple[Table | None, Table | None]:
-    """Returns a table by thirds of the layers and names of matrices, and a table of all modules."""
+def _module_tables(inspection: Inspection) -> tuple[Table | None, Table | None, Table | None]:
+    """Returns a table by thirds of the layers and names of matrices, what its columns mean, and all modules."""
     modules = inspection.modules
     if not modules:
-        return None, None
+        return None, None, None
     measures = [measure for measure in MEASURES if any(getattr(module, measure[1]) is not None for module in modules)]
     if not any(module.learned_scaling for module in modules):
         measures = [measure for measure in measures if measure[1] != "scaling"]
@@ -164,14 +180,16 @@ def _module_tables(inspection: Inspection) -> tuple[Table | None, Table | None]:
         return texts
 
     columns = [*numeric("r"), *(Column(name, numeric=True, priority=priority) for name, _, _, priority in measures)]
-    rows = [[layers, name, *cells(own)] for layers, name, own in by_depth(modules, inspection.layers)]
-    note = "Means of the modules; of energy, sums."
-    by_depth_table = Table([Column("layers"), Column("module"), *columns], rows, note=note)
+    groups = by_depth(modules, inspection.layers)
+    groups.sort(key=lambda group: -sum(module.energy for module in group[2]))
+    rows = [[layers, name, *cells(own)] for layers, name, own in groups]
+    by_depth_table = Table([Column("layers"), Column("module"), *columns], rows, first=FIRST_ROWS)
+    legend = Table([Column(""), Column("")], [(column.name, LEGEND[column.name]) for column in columns])
     prefix = shared_prefix(module.path for module in modules)
     first = Column(f"module (after {prefix})" if prefix else "module")
     rows = [[module.path.removeprefix(prefix), *cells([module])] for module in modules]
     title = f"Every module ({len(rows):,})"
-    return by_depth_table, Table([first, *columns], rows, title, folded=True, detail="all")
+    return by_depth_table, legend, Table([first, *columns], rows, title, folded=True, detail="all")
 
 
 def _remarks(inspection: Inspection) -> list[Paragraph]:
