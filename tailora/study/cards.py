@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from tailora.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from tailora.train.estimate import Operator  # which loads torch
+    from tailora.train.memory_tracker import Operator  # which loads torch
 
 PRODUCTS_REACHED = 0.6  # of the peak, by large products: 600 of 989 TFLOP/s on an H100
 BANDWIDTH_REACHED = 0.9  # of the data sheet's, by large copies: 3 of 3.35 TB/s on an H100

@@ -13,7 +13,8 @@ from tailora.data.dataset import Example
 from tailora.errors import ConfigError
 from tailora.study.cards import BANDWIDTH_REACHED, CARDS, LAUNCH, Card, find_cards, step_time
 from tailora.train.config import TrainConfig
-from tailora.train.estimate import AbsentDevice, Operator, fake_model, simulate_step
+from tailora.train.estimate import AbsentDevice, fake_model, simulate_step
+from tailora.train.memory_tracker import Operator
 
 CARD = Card("of the test", memory=10, bandwidth=1000, peak_16=100, peak_32=10)
 

@@ -34,7 +34,6 @@ from tailora.train.estimate import (
     StepCost,
     estimate_memory,
     fake_model,
-    fake_tensors,
     fake_trainable,
     memory_of_loading,
     sent_bytes,
@@ -43,6 +42,7 @@ from tailora.train.estimate import (
 from tailora.train.kernel_choice import LLAMA, PLAIN, Kernels, use_kernels
 from tailora.train.loss import BatchLayout, token_losses
 from tailora.train.memory import ForwardSize
+from tailora.train.memory_tracker import fake_tensors
 from tailora.train.model_loading import load_base, read_config
 from tailora.train.parallel import Sharding
 from tailora.train.setup import memory_cost
