@@ -9,15 +9,14 @@ import argparse
 import contextlib
 import io
 import os
-import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from measure import write
+from page_blocks import blocks
 
 PAGE = Path(__file__).parent.parent / "docs" / "from_scratch.md"
-BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n<!-- measured:([\w-]+) -->)?", re.DOTALL)
 
 
 def run_page() -> tuple[dict[str, str], dict[str, Any]]:
@@ -27,13 +26,15 @@ def run_page() -> tuple[dict[str, str], dict[str, Any]]:
     """
     outputs: dict[str, str] = {}
     names: dict[str, Any] = {"__name__": "from_scratch_page"}
-    for code, part in BLOCK.findall(PAGE.read_text()):
+    for block in blocks(PAGE):
+        if not block.is_run:
+            continue
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(code, names)
-        if bool(printed.getvalue()) != bool(part):
-            raise SystemExit(f"a block that prints, and no other, has a measured part; see {code.splitlines()[0]!r}")
-        if part:
-            outputs[part] = printed.getvalue().strip()
+            exec(block.text, names)
+        if bool(printed.getvalue()) != bool(block.output):
+            raise SystemExit(f"line {block.line}: a block that prints, and no other, has a measured part")
+        if block.output:
+            outputs[block.output] = printed.getvalue().strip()
     return outputs, names
 
 

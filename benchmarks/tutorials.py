@@ -14,24 +14,17 @@ import io
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from measure import RESULTS, log, write
+from page_blocks import Block, Shell, blocks
 
 DOCS = Path(__file__).parent.parent / "docs"
 FOLDERS = ("tutorials", "questions")
-BLOCK = re.compile(  # with the measured part before the next block, if there is one
-    r"(?P<mark><!-- not run: [^\n]* -->\n)?^```(?P<language>bash|python)\n(?P<code>.*?)^```$"
-    r"(?=((?:(?!^```).)*?<!-- measured:(?P<name>[\w-]+) -->)?)",
-    re.DOTALL | re.MULTILINE,
-)
 SERVE = re.compile(r"(?m)^(tailora serve .+)$")  # in a terminal of its own; here in the background
 IN_BACKGROUND = (
     r"\1 > serve.log 2>&1 &\nuntil curl --silent --fail http://127.0.0.1:8000/ready; do sleep 1; done > ready.txt"
@@ -44,11 +37,9 @@ def pages() -> list[str]:
     return [f"{folder}/{path.stem}" for folder in FOLDERS for path in sorted((DOCS / folder).glob("*.md"))]
 
 
-def blocks(page: str) -> Iterator[tuple[str, str, str | None]]:
-    """Language, code and the name of the output of each block of a page that can be run."""
-    for match in BLOCK.finditer((DOCS / f"{page}.md").read_text()):
-        if not match["mark"] and not match["code"].startswith("pip install"):
-            yield match["language"], match["code"], match["name"]
+def blocks_of(page: str) -> list[Block]:
+    """Returns those that can be run here."""
+    return [block for block in blocks(DOCS / f"{page}.md") if block.is_run and not block.text.startswith("pip install")]
 
 
 def run_page(page: str, folder: Path) -> dict[str, Output]:
@@ -58,26 +49,22 @@ def run_page(page: str, folder: Path) -> dict[str, Output]:
     done: list[Output] = json.loads(memory.read_text()) if memory.exists() else []
     outputs: dict[str, Output] = {}
     names: dict[str, Any] = {"__name__": "tutorial"}
-    sessions: list[int] = []  # of bash, and of the servers that it started
-    try:
-        for number, (language, code, name) in enumerate(blocks(page)):
-            is_done = len(done) > number and done[number]["code"] == code
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with contextlib.closing(Shell(folder, {**os.environ, **TERMINAL, "PATH": programs})) as shell:
+        for number, block in enumerate(blocks_of(page)):
+            is_done = len(done) > number and done[number]["code"] == block.text
             if not is_done:
                 del done[number:]
-            if language == "python":  # also if it is done: later blocks use its names
-                result = run_python(code, names, folder)
-            elif is_done and not SERVE.search(code):
+            if block.language == "python":  # also if it is done: later blocks use its names
+                result = run_python(block.text, names, folder)
+            elif is_done and not SERVE.search(block.text):
                 result = done[number]
             else:
-                result = run_bash(code, folder, sessions)
+                result = run_bash(block.text, shell)
             done[number : number + 1] = [result]
             memory.write_text(json.dumps(done))
-            if name:
-                outputs[name] = result
-    finally:
-        for session in sessions:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(session, signal.SIGTERM)
+            if block.output:
+                outputs[block.output] = result
     return outputs
 
 
@@ -88,25 +75,11 @@ def run_python(code: str, names: dict[str, Any], folder: Path) -> Output:
     return {"code": code, "output": printed.getvalue(), "seconds": time.perf_counter() - started}
 
 
-def run_bash(code: str, folder: Path, sessions: list[int]) -> Output:
+def run_bash(code: str, shell: Shell) -> Output:
     log(code.strip())
     started = time.perf_counter()
-    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with (folder / "stdout.txt").open("w+") as stdout:  # a pipe would stay open as long as a server runs
-        process = subprocess.Popen(
-            ["bash", "-eo", "pipefail", "-c", SERVE.sub(IN_BACKGROUND, code)],
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            start_new_session=True,
-            env={**os.environ, **TERMINAL, "PATH": programs},
-        )
-        sessions.append(process.pid)
-        if process.wait() != 0:
-            raise SystemExit(f"{folder}: exit code {process.returncode}\n{code}\n{stdout.seek(0) or stdout.read()}")
-        stdout.seek(0)
-        printed = stdout.read().replace(str(Path.home()), "~")
-        return {"code": code, "output": printed, "seconds": time.perf_counter() - started}
+    printed = shell.run(SERVE.sub(IN_BACKGROUND, code)).replace(str(Path.home()), "~")
+    return {"code": code, "output": printed, "seconds": time.perf_counter() - started}
 
 
 def main() -> None:

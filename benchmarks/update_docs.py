@@ -19,6 +19,7 @@ import evidence_tables
 import scaling_tables
 import tables
 import tiny_lm_tables
+from page_blocks import blocks
 from tables import ranged
 
 from tailora.core.config import OTHER_UNITS
@@ -399,7 +400,7 @@ def tutorial(page: str, name: str) -> str:
     block = results.get(page, {}).get(name)
     if block is None:
         return f"Not run yet: `python benchmarks/tutorials.py {page}`."
-    if f"\n{block['code']}```\n" not in (ROOT / "docs" / f"{page}.md").read_text():
+    if block["code"] not in {each.text for each in blocks(ROOT / "docs" / f"{page}.md") if each.output == name}:
         raise SystemExit(f"run benchmarks/tutorials.py {page}: the code above {name} is another one")
     lines = [line.rstrip() for line in block["output"].strip().splitlines()]
     first, end = EXCERPTS.get((page, name), ("", ""))

@@ -10,30 +10,29 @@ from pathlib import Path
 
 import peft
 import pytest
+from page_blocks import blocks
 from ruamel.yaml import YAML
 
 from tailora.cli.main import app
 from tailora.train.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
+PAGES = ROOT / "docs" / "coming_from"
 PEERS = json.loads((ROOT / "benchmarks" / "results" / "peers.json").read_text())
 TOOLS = {tool.lower().replace("-", "_"): tool for tool in PEERS["tools"]}  # page -> tool
-BLOCK = re.compile(r"(<!-- not run: .*?-->\n)?^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-
-
-def text(page: str) -> str:
-    return (ROOT / "docs" / "coming_from" / f"{page}.md").read_text()
 
 
 def not_run(page: str, language: str) -> list[str]:
     """The blocks that no test runs."""
-    return [code for mark, found, code in BLOCK.findall(text(page)) if mark and found == language]
+    return [
+        block.text for block in blocks(PAGES / f"{page}.md") if (block.mark, block.language) == ("not run", language)
+    ]
 
 
 def test_every_tool_has_its_page_which_says_the_version() -> None:
-    assert {path.stem for path in (ROOT / "docs" / "coming_from").glob("*.md")} == TOOLS.keys()
+    assert {path.stem for path in PAGES.glob("*.md")} == TOOLS.keys()
     for page, tool in TOOLS.items():
-        assert f"{tool} {PEERS['tools'][tool]['version']}" in text(page).partition("\n## ")[0]
+        assert f"{tool} {PEERS['tools'][tool]['version']}" in (PAGES / f"{page}.md").read_text().partition("\n## ")[0]
 
 
 @pytest.mark.parametrize("page", ["axolotl", "llama_factory"])

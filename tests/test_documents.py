@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
+from page_blocks import blocks
 from tiny import chat_model
 from torch.distributed.run import get_args_parser
 from update_docs import PARTS
@@ -26,6 +27,10 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT /
 
 def page(name: str) -> str:
     return (ROOT / "docs" / f"{name}.md").read_text()
+
+
+def code_blocks(name: str, language: str) -> list[str]:
+    return [block.text for block in blocks(ROOT / "docs" / f"{name}.md") if block.language == language]
 
 
 def test_the_exports_of_the_page_are_all_formats() -> None:
@@ -49,7 +54,7 @@ def test_the_servers_and_limits_of_the_page_are_those_of_the_table() -> None:
         assert re.findall(r"`(.*?)`", models) == list(limits.model_types)
         assert size == ("" if limits.bytes is None else f"less than {limits.bytes / 1e6:.0f} MB")
         assert TARGETS[name].sources[0] in source
-    (text,) = re.findall(r"```text\n(.*?)```", page("export"), re.DOTALL)
+    (text,) = code_blocks("export", "text")
     base, stops = "HuggingFaceTB/SmolLM2-135M-Instruct", {2: "<|im_end|>"}
     serving = Serving("vllm", "portable", "demo-vllm", base, 16, 8192, stops, {}, None)
     assert text == script(with_commands(serving, "."))
@@ -83,8 +88,8 @@ def test_the_lines_for_adapters_in_memory_run() -> None:
 
 
 def test_the_lines_that_start_several_processes_are_those_of_their_launchers() -> None:
-    blocks = re.findall(r"```bash\n(.*?)```", page("distributed"), re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", "").splitlines() if " train " in line]
+    text = "".join(code_blocks("distributed", "bash")).replace("\\\n", "")
+    lines = [line for line in text.splitlines() if " train " in line]
     starts = []
     for words in map(shlex.split, lines):
         ours = words[words.index("train") :]

@@ -4,18 +4,17 @@ import copy
 import pkgutil
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import from_scratch
 import pytest
 import torch
+from page_blocks import blocks
 from tiny import stir
 
 from tailora import LoRAConfig, LoRAModel
 
-ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "from_scratch.md").read_text()
+BLOCKS = blocks(from_scratch.PAGE)
 NUMBER = re.compile(r"\d+\.\d+")  # trained: other processors give other last digits
 Run = tuple[dict[str, str], dict[str, Any]]  # what the blocks print, and the names that they define
 
@@ -29,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 @pytest.mark.slow
 def test_the_page_shows_what_its_code_prints(run: Run) -> None:
-    shown = dict(re.findall(r"<!-- measured:([\w-]+) -->\n```\n(.*?)\n```", PAGE, re.DOTALL))
+    shown = {block.part: block.text.strip() for block in BLOCKS if block.part}
     assert shown.keys() == run[0].keys()
     for part, printed in run[0].items():
         assert NUMBER.sub("N", printed) == NUMBER.sub("N", shown[part]), f"run benchmarks/from_scratch.py: {part}"
@@ -38,9 +37,9 @@ def test_the_page_shows_what_its_code_prints(run: Run) -> None:
 
 
 def test_the_numbered_blocks_have_60_lines() -> None:
-    blocks = re.findall(r"```python\n# (\d)\. .*?\n(.*?)```", PAGE, re.DOTALL)
-    assert [number for number, _ in blocks] == list("12345")
-    assert sum(bool(line.strip()) for _, code in blocks for line in code.splitlines()) == 60
+    numbered = [block.text.splitlines() for block in BLOCKS if re.match(r"# \d\. ", block.text)]
+    assert [first[2] for first, *_ in numbered] == list("12345")
+    assert sum(bool(line.strip()) for _, *lines in numbered for line in lines) == 60
 
 
 @pytest.mark.slow
@@ -104,7 +103,7 @@ def test_an_adapter_of_a_model_in_evaluation_mode_has_no_dropout(run: Run) -> No
 
 
 def test_the_names_of_tailora_exist() -> None:
-    names = re.findall(r"`(tailora\.[\w.]+)`", PAGE)
+    names = re.findall(r"`(tailora\.[\w.]+)`", from_scratch.PAGE.read_text())
     assert len(names) == 10
     for name in names:
         pkgutil.resolve_name(name)

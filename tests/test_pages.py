@@ -13,19 +13,18 @@ import json
 import os
 import re
 import shlex
-import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from markdown_it import MarkdownIt
+from page_blocks import MARKDOWN, Block, Shell, blocks
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from tiny import chat_model, chat_tokenizer
@@ -34,13 +33,10 @@ from tiny_run import WORDS
 from tailora.cli.main import COMMANDS, app
 
 ROOT = Path(__file__).parent.parent
-MARKDOWN = MarkdownIt().enable("table")
 HISTORY = ("LOG.md",)
 PAGES = [ROOT / "README.md", *(path for path in sorted((ROOT / "docs").rglob("*.md")) if path.name not in HISTORY)]
 RUN_ELSEWHERE = ("docs/from_scratch",)  # test_from_scratch.py: with what they print
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of the demo's model
-MARK = re.compile(r"<!-- (not run|made by|file): (.+) -->\s*\Z")
-MEASURED = re.compile(r"<!-- (/?)measured:[\w-]+ -->")
 FIGURE = re.compile(r"(?<![\w.])\d")
 SECONDS = 300  # for a block, on a busy machine
 
@@ -59,31 +55,19 @@ SUBSTITUTIONS = {  # pattern -> what a page's blocks have in its place; {model} 
 
 
 @dataclass
-class Block:
-    language: str
-    text: str
-    line: int
-    is_measured: bool
-    mark: str = ""  # not run, made by, or file
-    value: str = ""  # of the mark
-
-
-@dataclass
 class Reader:
     """Types the blocks of one page."""
 
-    folder: Path
-    environment: dict[str, str]
+    shell: Shell
     values: dict[str, str]
     names: dict[str, object] = field(default_factory=lambda: {"__name__": "__main__"})
-    sessions: list[int] = field(default_factory=list)  # of the shells, and of what they started in the background
 
     def type(self, block: Block) -> None:
         text = self.substituted(block.text)
         if block.mark == "file":
-            (self.folder / block.value).write_text(text)
+            (self.shell.folder / block.value).write_text(text)
         elif block.language == "bash":
-            self.run(text)
+            self.shell.run(text)
         elif block.language == "python":
             exec(compile(text, f"line {block.line}", "exec"), self.names)
 
@@ -94,49 +78,10 @@ class Reader:
             text = re.sub(pattern, replacement, text)
         return text
 
-    def run(self, text: str) -> None:
-        output = self.folder / "output.txt"  # not a pipe, which a server in the background would keep open
-        with output.open("w") as file:
-            shell = subprocess.Popen(
-                ["bash", "-euo", "pipefail", "-c", text],
-                cwd=self.folder,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self.sessions.append(shell.pid)
-        code = shell.wait(SECONDS)
-        assert code == 0, f"exit code {code} of\n{text}\n{output.read_text()[-4000:]}"
-
-    def leave(self) -> None:
-        for session in self.sessions:
-            with suppress(ProcessLookupError):
-                os.killpg(session, signal.SIGTERM)
-
-
-def blocks(page: Path) -> list[Block]:
-    """Returns the code blocks of a page in their order, with the marks above them."""
-    found, above, is_measured = [], "", False
-    for token in MARKDOWN.parse(page.read_text()):
-        if token.type in ("fence", "code_block"):
-            mark = MARK.search(above)
-            language = token.info.strip() if token.type == "fence" else "indented"
-            line = (token.map or [0])[0] + 1
-            found.append(Block(language, token.content, line, is_measured, *(mark.groups() if mark else ())))
-        if token.type != "html_block":
-            above = ""
-            continue
-        above = token.content
-        for closing in MEASURED.findall(token.content):
-            is_measured = not closing
-    return found
-
 
 def problem(block: Block) -> str | None:
     """Returns what is wrong with a block that is neither run, nor output, nor marked."""
-    if block.mark == "not run" or block.is_measured:
+    if block.mark == "not run" or block.part:
         return None
     if block.mark == "made by":
         return None if (ROOT / block.value).exists() else f"made by {block.value}, which does not exist"
@@ -164,6 +109,28 @@ def is_data(block: Block) -> bool:
     except (ValueError, YAMLError):
         return False
     return True
+
+
+def test_a_block_knows_its_mark_its_measured_part_and_the_one_that_follows(tmp_path: Path) -> None:
+    parts = (
+        "<!-- not run: it needs a card -->\n```bash\na\n```\ntext\n\n    b\n",
+        "1. item\n\n    <!-- file: x.py -->\n    ```python\n    c\n    ```\n\n```python\nd\n```\n",
+        "<!-- measured:one -->\n```\n1\n```\n<!-- /measured:one -->\n",
+        "<!-- measured:two -->\n```bash\n2\n```\n<!-- /measured:two -->\n\n```bash\ne\n```\n",
+        "<!-- measured:three -->\n3\n<!-- /measured:three -->\n\n<!-- measured:four -->\n<!-- /measured:four -->\n",
+    )
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(parts))
+    assert blocks(page) == [
+        Block("bash", "a\n", 2, "", "not run", "it needs a card"),
+        Block("indented", "b\n", 7, ""),
+        Block("python", "c\n", 12, "", "file", "x.py"),
+        Block("python", "d\n", 16, "", output="one"),
+        Block("", "1\n", 21, "one"),
+        Block("bash", "2\n", 27, "two"),
+        Block("bash", "e\n", 32, "", output="three"),
+    ]
+    assert [block.text for block in blocks(page) if block.is_run] == ["d\n", "e\n"]
 
 
 def name(page: Path) -> str:
@@ -241,10 +208,9 @@ def reader(home: Path, programs: Path, tmp_path: Path, monkeypatch: pytest.Monke
     values = {"model": str(home / "demo-1" / "SmolLM2-135M-Instruct"), "port": str(port)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    reader = Reader(tmp_path, dict(os.environ), values)
-    yield reader
+    with closing(Shell(tmp_path, dict(os.environ), subprocess.STDOUT, SECONDS)) as shell:
+        yield Reader(shell, values)
     torch.set_num_threads(threads)
-    reader.leave()
 
 
 @pytest.mark.pages
@@ -252,5 +218,5 @@ def reader(home: Path, programs: Path, tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("page", [page for page in PAGES if name(page) not in RUN_ELSEWHERE], ids=name)
 def test_the_blocks_of_a_page_run(page: Path, reader: Reader) -> None:
     for block in blocks(page):
-        if block.mark != "not run" and not block.is_measured:
+        if block.is_run or block.mark == "file":
             reader.type(block)

@@ -2,13 +2,13 @@
 
 import copy
 import pickle
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from page_blocks import blocks
 from tiny import stir
 from torch import nn
 
@@ -17,9 +17,7 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.core.layer_types import LAYER_TYPES
 from tailora.errors import ConfigError
 
-BLOCKS = re.findall(
-    r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "layer_types.md").read_text(), re.DOTALL
-)
+PAGE = Path(__file__).parents[2] / "docs" / "layer_types.md"
 
 
 @pytest.fixture
@@ -27,8 +25,9 @@ def documented() -> Iterator[dict[str, Any]]:
     """The names that the page's code makes; its registrations end with the test."""
     names: dict[str, Any] = {"__name__": __name__}
     before = dict(LAYER_TYPES)
-    for block in BLOCKS:
-        exec(block, names)
+    for block in blocks(PAGE):
+        if block.is_run:
+            exec(block.text, names)
     globals().update(Scaled=names["Scaled"], Pair=names["Pair"])  # where pickles look for them
     yield names
     for name in LAYER_TYPES.keys() - before.keys():
