@@ -23,60 +23,12 @@ FLAG = re.compile(r"--[a-z][a-z-]*")
 VALUE = r"(?= = | [A-Z][A-Z_]+\b)"  # what follows a setting whose name is also a plain word: its value
 # A remedy is a clause that begins with one of these verbs, or else one that lists what there is.
 DO = (
-    *(
-        "adapt it",
-        "add",
-        "ask",
-        "call",
-        "change",
-        "check",
-        "choose",
-        "compare",
-        "convert",
-        "correct",
-        "delete",
-        "download",
-        "exclude",
-    ),
-    *(
-        "give",
-        "hold out",
-        "install",
-        "join",
-        "keep",
-        "launch",
-        "leave",
-        "load",
-        "look",
-        "lower",
-        "make",
-        "merge",
-        "move",
-    ),
-    *(
-        "name the",
-        "pass",
-        "pip install",
-        "put",
-        "quantise",
-        "raise",
-        "remove",
-        "rename",
-        "resume",
-        "save",
-        "select",
-        "set",
-        "shorten",
-    ),
-    *("start", "take", "train", "unload", "unmerge", "unset", "upgrade", "use", "wait", "write"),
+    "adapt it|add|call|change|check|choose|convert|correct|exclude|give|hold out|install|join|keep|launch|leave|load|look"
+    "|lower|make|merge|name the|pass|pip install|quantise|raise|remove|resume|save|set|start|take|write|`tailora"
 )
-THERE_IS = (
-    *("allowed are", "did you mean", "expected", "known are", "methods that work", "needed are", "readable are"),
-    *("registered are", "that fits is", "there are"),
-)
-VERBS = "|".join((*DO, *map(str.capitalize, DO), "`tailora"))
-ACTION = re.compile(rf"(?:^|[;:.,] |\n *)((?:{VERBS})\b.*)|\n((?:a smaller )?--.*)", re.DOTALL)
-CHOICE = re.compile(rf"[;:.,] ([^;:.,]*\b(?:{'|'.join(THERE_IS)})\b.*)", re.DOTALL)
+THERE_IS = "expected|methods that work|needed are|readable are|that fits is|there are"
+ACTION = re.compile(rf"(?:^|[;:.,] |\n *)((?i:{DO})\b.*)|\n((?:a smaller )?--.*)", re.DOTALL)
+CHOICE = re.compile(rf"[;:.,] ([^;:.,]*\b(?:{THERE_IS})\b.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
