@@ -86,7 +86,12 @@ def checkpointing(class_name: str) -> str:
 
 
 def dora(class_name: str) -> str:
-    return changes_output(adapted(small_model(class_name), use_dora=True), small_model(class_name))
+    """The adapter changes the output, and merging keeps it."""
+    base = small_model(class_name)
+    merged, expected = merged_outputs(adapted(small_model(class_name), use_dora=True))
+    if torch.equal(expected, output_of(base, batch_of(base)).float()):
+        return "the adapter changes nothing"
+    return compare(merged, expected)
 
 
 def exported(class_name: str, target: str) -> str:
@@ -128,19 +133,17 @@ def architecture_cells() -> dict[str, dict[str, str]]:
 # ---- What several checks compute
 
 
-def changes_output(model: LoRAModel, base: Any) -> str:
-    """The adapter changes the output, merging keeps it, and unmerging gives back the bits of the base."""
+def merged_outputs(model: LoRAModel) -> tuple[Tensor, Tensor]:
+    """Returns the outputs with the adapter merged, and unmerged. Raises AssertionError if that changes the base."""
     batch = batch_of(model.base_model)
     before = [tensor.clone() for tensor in stored_tensors(model.base_model)]
     expected = output_of(model, batch)
-    if torch.equal(expected, output_of(base.eval(), batch)):
-        return "the adapter changes nothing"
     model.merge()
     merged = output_of(model, batch)
     model.unmerge()
     if not all(map(torch.equal, stored_tensors(model.base_model), before)):
-        return "unmerge does not restore the base"
-    return compare(merged.float(), expected.float())
+        raise AssertionError("unmerge does not restore the base")
+    return merged.float(), expected.float()
 
 
 def same_gradients(model: LoRAModel) -> str:
@@ -281,19 +284,7 @@ class Quantized:
         return "yes" if losses[-1] < losses[0] else f"loss {losses[0]:.3g} -> {losses[-1]:.3g}"
 
     def merge(self, **settings: Any) -> str:
-        return nearly(*self.merged_outputs(**settings))
-
-    def merged_outputs(self, **settings: Any) -> tuple[Tensor, Tensor]:
-        model = adapted(self.base(), **settings)
-        batch = batch_of(model.base_model)
-        before = [tensor.clone() for tensor in stored_tensors(model.base_model)]
-        expected = output_of(model, batch)
-        model.merge()
-        merged = output_of(model, batch)
-        model.unmerge()
-        if not all(map(torch.equal, stored_tensors(model.base_model), before)):
-            raise AssertionError("unmerge does not restore the base")
-        return merged.float(), expected.float()
+        return nearly(*merged_outputs(adapted(self.base(), **settings)))
 
     def plain_model(self) -> str:
         """merge_and_unload gives a model of plain layers that computes the same."""

@@ -23,8 +23,8 @@ FLAG = re.compile(r"--[a-z][a-z-]*")
 VALUE = r"(?= = | [A-Z][A-Z_]+\b)"  # what follows a setting whose name is also a plain word: its value
 # A remedy is a clause that begins with one of these verbs, or else one that lists what there is.
 DO = (
-    "adapt it|add|call|change|check|choose|convert|correct|exclude|give|hold out|install|join|keep|launch|leave|load|look"
-    "|lower|make|merge|name the|pass|pip install|quantise|raise|remove|resume|save|set|start|take|write|`tailora"
+    "adapt it|add|call|change|check|choose|convert|correct|exclude|give|hold out|install|join|keep|launch|leave|load"
+    "|look|lower|make|merge|name the|pass|pip install|quantise|raise|remove|resume|save|set|start|take|write|`tailora"
 )
 THERE_IS = "expected|methods that work|needed are|readable are|that fits is|there are"
 ACTION = re.compile(rf"(?:^|[;:.,] |\n *)((?i:{DO})\b.*)|\n((?:a smaller )?--.*)", re.DOTALL)
