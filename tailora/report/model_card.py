@@ -10,10 +10,18 @@ from huggingface_hub import ModelCard, ModelCardData
 from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from tailora.data.demo import DEMO, MODEL_NAME
+from tailora.data.demo import DEMO
 from tailora.errors import FormatError
 from tailora.formats.export import VLLM_RANKS
-from tailora.formats.hub import PIPELINE_TAGS, could_be_repository, is_written_by_tailora, setting_rows, signed
+from tailora.formats.hub import (
+    DEMO_MODEL,
+    OF_DEMO,
+    PIPELINE_TAGS,
+    could_be_repository,
+    is_written_by_tailora,
+    setting_rows,
+    signed,
+)
 from tailora.formats.offline import OfflineAdapter
 from tailora.formats.run_folder import ADAPTER, REPORT
 from tailora.quiet import quiet_loggers
@@ -97,7 +105,7 @@ def completed_card(
 
 def card_data(settings: Mapping[str, Any], license_name: str | None) -> dict[str, Any]:
     """Returns the YAML. The Hub refuses a base model that is no repository, so such a base is only in the words."""
-    base = settings.get("base_model_name_or_path")
+    base = _base_name(settings)
     on_hub = isinstance(base, str) and could_be_repository(base)
     data = {
         "base_model": base if on_hub else None,
@@ -108,6 +116,12 @@ def card_data(settings: Mapping[str, Any], license_name: str | None) -> dict[str
         "tags": list(TAGS),
     }
     return {name: value for name, value in data.items() if value is not None}
+
+
+def _base_name(settings: Mapping[str, Any]) -> Any:
+    """Returns the base model's name. adapter_config.json keeps "demo", by which tailora finds the trained weights."""
+    base = settings.get("base_model_name_or_path")
+    return DEMO_MODEL if base == DEMO else base
 
 
 def _listed(tags: Any) -> list[str]:
@@ -131,9 +145,9 @@ def card_body(
 ) -> str:
     """Returns the words of a card. samples: show the answers before and after training to held-out prompts."""
     ranks = value_range([float(update.r) for update in updates.updates.values()])
-    base = settings.get("base_model_name_or_path")
+    base = _base_name(settings)
     made = "" if report is None else ", trained with tailora"
-    demo = f" (the model of `tailora demo`, {MODEL_NAME} from a 4-bit file)" if base == DEMO else ""
+    demo = f" ({OF_DEMO})" if settings.get("base_model_name_or_path") == DEMO else ""
     parts = [
         f"# {repo_id.rpartition('/')[2]}",
         f"LoRA adapter{f' for `{base}`' if base else ''}{demo}: {len(updates.updates)} layers of rank {ranks}{made}.",
@@ -210,7 +224,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _use(repo_id: str, settings: Mapping[str, Any], updates: OfflineAdapter) -> list[str]:
     """How PEFT, tailora and vLLM load it. A base model that is no repository of the Hub is BASE."""
     base, name = str(settings.get("base_model_name_or_path")), repo_id.rpartition("/")[2]
-    public = base if could_be_repository(base) else "BASE"
+    public_base = str(_base_name(settings))
+    public = public_base if could_be_repository(public_base) else "BASE"
     ours = base if base == DEMO else public
     uses_text = settings.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS")
     words = ["chat", "--adapter", repo_id] if uses_text else ["predict", repo_id]

@@ -21,11 +21,13 @@ from transformers import LlamaForCausalLM
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.hub import public_base_name
 from tailora.cli.main import main
-from tailora.data.demo import MODEL_NAME, VERSION
 from tailora.formats import passport as passports
+from tailora.formats.hub import DEMO_MODEL, OF_DEMO
 from tailora.formats.metadata import METADATA_KEY
+from tailora.formats.offline import OfflineAdapter
 from tailora.formats.passport import Passport, Probe, Variant, write_passport
 from tailora.formats.run_folder import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, PASSPORT, REPORT
+from tailora.report.model_card import card_body, completed_card
 
 FILES = [CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS]
 
@@ -520,10 +522,20 @@ def test_what_others_call_the_base_model(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TAILORA_HOME", "/srv/tailora")
     Path("models", "here").mkdir(parents=True)
-    base = base.replace("DEMO", f"/srv/tailora/{VERSION}/{MODEL_NAME}")
+    base = base.replace("DEMO", "/srv/tailora/demo-1/SmolLM2-135M-Instruct")
     Path(ADAPTER_CONFIG).write_text(json.dumps({"base_model_name_or_path": base}))
     assert public_base_name(tmp_path, None) == public
     assert public_base_name(tmp_path, "owner/other") == "owner/other"
+
+
+def test_the_card_gives_the_demo_s_model_its_hub_id() -> None:
+    settings = {"base_model_name_or_path": "demo", "task_type": "CAUSAL_LM"}
+    body = card_body("user/chats", settings, OfflineAdapter(LoRAConfig(), {}, {}, None), None)
+    text, _ = completed_card(None, settings, body, None)
+    assert ModelCard(text).data.base_model == DEMO_MODEL
+    assert f"LoRA adapter for `{DEMO_MODEL}` ({OF_DEMO})" in text
+    assert "tailora serve --model demo --adapter chats=user/chats" in text  # with the weights of its training
+    assert f"vllm serve {DEMO_MODEL} --enable-lora" in text
 
 
 # ---- pull

@@ -17,7 +17,7 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.cli.models import parse_adapters
 from tailora.errors import ConfigError, FetchError, FormatError, MergeError, WriteError
 from tailora.formats import gguf, load, mlx
-from tailora.formats.hub import WEIGHTS_OF_FORMATS
+from tailora.formats.hub import DEMO_MODEL, OF_DEMO, WEIGHTS_OF_FORMATS
 from tailora.formats.run_folder import ADAPTER_WEIGHTS
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
@@ -183,14 +183,28 @@ def test_save_pretrained_refuses_what_it_would_not_do(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize(("base", "in_metadata"), [("owner/base", "owner/base"), ("/home/me/base", None)])
-def test_the_card_names_the_base_and_the_settings(base: str, in_metadata: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("base", "in_metadata", "words"),
+    [
+        ("owner/base", "owner/base", "owner/base"),
+        ("/home/me/models/base", None, "base, a folder where the adapter was made"),
+        ("/home/me/demo-1/SmolLM2-135M-Instruct", DEMO_MODEL, f"{DEMO_MODEL} ({OF_DEMO})"),
+        (DEMO_MODEL, DEMO_MODEL, DEMO_MODEL),
+    ],
+)
+def test_the_card_names_the_base_and_the_settings(
+    base: str, in_metadata: str | None, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TAILORA_HOME", "/home/me")
     model = adapted({"r": 4, "use_rslora": True})
     model.base_model.config._name_or_path = base
     model.save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == in_metadata  # the Hub refuses a commit whose base is no repository
     assert (card.data.library_name, card.data.pipeline_tag) == ("peft", "text-generation")
-    assert f"Base model: {base}\n" in card.text
+    assert f"Base model: {words}\n" in card.text
+    assert "/home" not in card.content
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == base  # by which PEFT loads it here, without network
     assert "| r | 4 |" in card.text
     assert "| use_rslora | True |" in card.text
