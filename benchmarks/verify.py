@@ -133,11 +133,12 @@ def quantize(source: Path, target: Path, file_type: int) -> None:
 
 def llama_server(program: Path, files: Files, quantization: str, fault: str) -> list[str]:
     adapter = files.of(fault if fault in IN_FILES else "none", "gguf") / "adapter.gguf"
-    command = [str(program), "--model", str(files.gguf(quantization)), "--lora", str(adapter), "--threads", "1"]
-    command += ["--ctx-size", "1024", "--no-ui"]
+    command = [str(program), "--model", str(files.gguf(quantization)), "--threads", "1", "--ctx-size", "1024"]
+    command += ["--no-ui"]
+    if fault != "the bare base":
+        command += ["--lora", str(adapter)]
     flags = {
-        "the bare base": ["--lora-init-without-apply"],
-        "another template": ["--chat-template", "llama2"],
+        "another template": ["--no-jinja", "--chat-template", "llama2"],
         "a second BOS": ["--override-kv", "tokenizer.ggml.add_bos_token=bool:true"],
     }
     return command + flags.get(fault, [])

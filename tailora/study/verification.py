@@ -40,7 +40,7 @@ class Observation:
     """What a server answered to a probe.
 
     chosen: index of the likeliest token in the probe's tokens; None if it is none of them.
-    logprobs: index of token -> log-probability; empty if the server tells none.
+    logprobs: index of token -> log-probability, of those of the probe's tokens that the server lists.
     bound: tokens that are not in `logprobs` have at most this log-probability; None if unknown.
     prompt_tokens: as the server counts them; None if it does not.
     """
@@ -49,6 +49,11 @@ class Observation:
     logprobs: Mapping[int, float] = field(default_factory=dict)
     bound: float | None = None
     prompt_tokens: int | None = None
+
+    @property
+    def has_logprobs(self) -> bool:
+        """True if the server tells log-probabilities, also if they are of other tokens than the probe's."""
+        return bool(self.logprobs) or self.bound is not None
 
 
 @dataclass(frozen=True)
@@ -126,8 +131,8 @@ def fit_variants(
     server_rounding: None if it is unknown.
     If the server tells log-probabilities at all, probes without them are left out.
     """
-    if any(observation.logprobs for observation in observations):
-        pairs = [pair for pair in zip(probes, observations, strict=True) if pair[1].logprobs]
+    if any(observation.has_logprobs for observation in observations):
+        pairs = [pair for pair in zip(probes, observations, strict=True) if pair[1].has_logprobs]
         probes, observations = [probe for probe, _ in pairs], [observation for _, observation in pairs]
     if len(probes) < FEWEST:
         return None
@@ -167,7 +172,7 @@ def fit_variants(
         noise=noise,
         is_certain=wins >= CONFIDENCE,
         probes=len(probes),
-        has_logprobs=any(observation.logprobs for observation in observations),
+        has_logprobs=any(observation.has_logprobs for observation in observations),
     )
 
 
@@ -215,7 +220,7 @@ def _candidates(
 
 def _squared_errors(probe: Probe, observation: Observation, predicted: Floats) -> tuple[Floats, float]:
     """Returns the mean squared errors of predictions (n, tokens) at a probe, (n,), and the weight of the probe."""
-    if not observation.logprobs:
+    if not observation.has_logprobs:
         return _regret(observation, predicted) ** 2, 1.0
     weights = np.exp(np.array([probe.logprobs[ADAPTER], probe.logprobs[BASE]])).mean(0)  # (tokens,)
     differences = np.zeros_like(predicted)
@@ -244,8 +249,8 @@ def _distance(probes: Sequence[Probe], observations: Sequence[Observation], name
     squares, weights = [], []
     for probe, observation in zip(probes, observations, strict=True):
         other = np.array(probe.logprobs[name])
-        likely = np.argsort(-other)[: len(observation.logprobs)]
-        listed = {int(token): float(other[token]) for token in likely}
+        count = max(len(observation.logprobs), 1) if observation.has_logprobs else 0
+        listed = {int(token): float(other[token]) for token in np.argsort(-other)[:count]}
         seen = Observation(int(other.argmax()), listed, min(listed.values(), default=None))
         square, weight = _squared_errors(probe, seen, np.array([probe.logprobs[ADAPTER]]))
         squares.append(float(square[0]))
@@ -293,10 +298,9 @@ def verify(
     verdict = _combined(text, chat, rounding)
     if text is not None and chat is not None and verdict in ("adapter", "scaled"):
         together = fit_variants(*_answered(passport, observations, _is_any), passport, rounding)
-        meaning = _meaning(together)
-        is_part, is_scaled = meaning == "partial" and chat.kind == "part", meaning == "scaled" and verdict == "adapter"
-        if together is not None and meaning is not None and (is_part or is_scaled):
-            verdict, fits["all"] = meaning, together
+        is_part = _meaning(together) == "partial" and chat.kind == "part"
+        if together is not None and (is_part or (verdict == "adapter" and _agree_on_scale(text, chat))):
+            verdict, fits["all"] = "partial" if is_part else "scaled", together
         elif verdict == "adapter" and chat.kind == "part":
             verdict = "unknown"
     if verdict in ("other-base", "other-adapter", "unknown") and base is not None:
@@ -339,7 +343,7 @@ def _answered(
 def _server_rounding(passport: Passport, observations: Sequence[Observation | None]) -> Rounding | None:
     """Returns how the server's base is rounded, from the controls; None if too few of them have log-probabilities."""
     probes, answers = _answered(passport, observations, lambda probe: probe.is_control)
-    pairs = [pair for pair in zip(probes, answers, strict=True) if pair[1].logprobs]
+    pairs = [pair for pair in zip(probes, answers, strict=True) if pair[1].has_logprobs]
     if len(pairs) < FEWEST:
         return None
     probes, answers = [probe for probe, _ in pairs], [answer for _, answer in pairs]
@@ -373,6 +377,13 @@ def _meaning(fit: Fit | None) -> Verdict | None:
     if low <= SAME_SCALE and fit.base_error <= fit.limit:
         return "base"
     return "scaled"
+
+
+def _agree_on_scale(text: Fit, chat: Fit) -> bool:
+    """Returns True if chats tell another scale than 1, and plain texts one on the same side of 1."""
+    (text_low, text_high), (low, high) = text.interval, chat.interval
+    is_same_side = max(text_high, high) < 1 or min(text_low, low) > 1
+    return is_same_side and _meaning(chat) == "scaled"
 
 
 def _unexplained(fit: Fit) -> Verdict:

@@ -213,6 +213,18 @@ def test_the_chosen_tokens_of_chats_do_not_tell_that_other_prompts_are_read_in_a
     assert verify(passport, answers).verdict == verdict
 
 
+def test_a_server_that_lists_other_tokens_than_the_passport_differs_from_it(root: Path) -> None:
+    """llama-server with a template that ignores the messages: its likeliest tokens are none of the chats' tokens."""
+    passport = read_passport(root / "legal")
+    answers = answers_of(passport, lambda _: ADAPTER)
+    for number, probe in enumerate(passport.probes):
+        if probe.text is None:
+            answers[number] = Observation(None, {}, bound=-9.0)
+    result = verify(passport, answers)
+    assert result.verdict == "template", "\n".join(result.evidence)
+    assert result.fits["chat"].has_logprobs
+
+
 def test_without_log_probabilities_the_chosen_tokens_decide(url: str, root: Path) -> None:
     passport = read_passport(root / "legal")
 
