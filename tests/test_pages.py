@@ -27,8 +27,7 @@ import torch
 from page_blocks import MARKDOWN, Block, Shell, blocks
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from tiny import chat_model, chat_tokenizer
-from tiny_run import WORDS
+from tiny_run import write_demo
 
 from tailora.cli.main import COMMANDS, app
 
@@ -161,25 +160,7 @@ def flags_of(command: str) -> set[str]:
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache folder whose demo is small: a model of random weights, and chats of a few words."""
-    home = tmp_path_factory.mktemp("home")
-    model, data = home / "demo-1" / "SmolLM2-135M-Instruct", home / "demo-1" / "chitchat"
-    ends = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    tokenizer = chat_tokenizer([" ".join(WORDS), "user assistant"] * 3, **ends)
-    tokenizer.save_pretrained(model)
-    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in ends.items()}
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4}  # ranks up to 128 fit
-    chat_model(max_position_embeddings=2048, initializer_range=0.2, **sizes, **ids).save_pretrained(model)
-    data.mkdir()
-    for file, numbers in {"train": range(40), "eval": range(40, 60)}.items():
-        (data / f"{file}.jsonl").write_text("".join(f"{json.dumps({'messages': chat(i)})}\n" for i in numbers))
-    return home
-
-
-def chat(i: int) -> list[dict[str, str]]:
-    asked = [WORDS[(i + k) % len(WORDS)] for k in range(1 + i % 7)]
-    texts = [f"{i}: {' '.join(asked)}", " ".join(reversed(asked)), "again", " ".join(asked)]
-    return [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]
+    return write_demo(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="session")

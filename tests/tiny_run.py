@@ -1,7 +1,7 @@
 """Fixtures: a tiny chat model with its tokenizer in a folder, a file of conversations, and settings that use them."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,47 +29,62 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """30 conversations of different lengths that a model can learn something from."""
-    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
-    rows = []
-    for i in range(30):
-        asked = [WORDS[(i + k) % len(WORDS)] for k in range(1 + i % 7)]
-        messages = [
-            {"role": "user", "content": f"{i}: {' '.join(asked)}"},
-            {"role": "assistant", "content": " ".join(reversed(asked))},
-        ]
-        rows.append(json.dumps({"messages": messages}))
-    path.write_text("\n".join(rows) + "\n")
-    return path
+    return write_rows(tmp_path_factory.mktemp("data") / "chats.jsonl", map(chat, range(30)))
 
 
 @pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """30 pairs of replies: the words in the opposite order are better than a repeated word."""
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    path.write_text("".join(f"{json.dumps(pair(i))}\n" for i in range(30)))
-    return path
+    return write_rows(tmp_path_factory.mktemp("data") / "pairs.jsonl", map(pair, range(30)))
 
 
 @pytest.fixture(scope="session")
 def feedback_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The replies of the pairs in single rows."""
-    path = tmp_path_factory.mktemp("data") / "feedback.jsonl"
     rows = []
     for i in range(30):
         row = pair(i)
         completion = row["rejected" if i % 3 == 0 else "chosen"]
         rows.append({"prompt": row["prompt"], "completion": completion, "label": i % 3 != 0})
+    return write_rows(tmp_path_factory.mktemp("data") / "feedback.jsonl", rows)
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return path
 
 
+def words(i: int) -> list[str]:
+    return [WORDS[(i + k) % len(WORDS)] for k in range(1 + i % 7)]
+
+
+def chat(i: int, turns: int = 1) -> dict[str, Any]:
+    """One turn or two; each answer has the words of the question before it in the opposite order."""
+    texts = [f"{i}: {' '.join(words(i))}", " ".join(reversed(words(i))), "again", " ".join(words(i))][: 2 * turns]
+    return {"messages": [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]}
+
+
 def pair(i: int) -> dict[str, str]:
-    asked = [WORDS[(i + k) % len(WORDS)] for k in range(1 + i % 7)]
     return {
-        "prompt": f"{i}: {' '.join(asked)}",
-        "chosen": " ".join(reversed(asked)),
-        "rejected": " ".join([asked[0]] * (2 + i % 4)),
+        "prompt": f"{i}: {' '.join(words(i))}",
+        "chosen": " ".join(reversed(words(i))),
+        "rejected": " ".join([words(i)[0]] * (2 + i % 4)),
     }
+
+
+def write_demo(home: Path) -> Path:
+    """Makes a folder for TAILORA_HOME whose demo is small: a model of random weights, and chats of a few words."""
+    model, data = home / "demo-1" / "SmolLM2-135M-Instruct", home / "demo-1" / "chitchat"
+    ends = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    tokenizer = chat_tokenizer([" ".join(WORDS), "user assistant"] * 3, **ends)
+    tokenizer.save_pretrained(model)
+    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in ends.items()}
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4}  # ranks up to 128 fit
+    chat_model(max_position_embeddings=2048, initializer_range=0.2, **sizes, **ids).save_pretrained(model)
+    data.mkdir()
+    write_rows(data / "train.jsonl", [chat(i, turns=2) for i in range(200)])
+    write_rows(data / "eval.jsonl", [chat(i, turns=2) for i in range(200, 220)])
+    return home
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,10 @@
 """A tiny chat model in a folder, and conversations that it can learn something from."""
 
-import json
 from pathlib import Path
 
 import pytest
 from tiny import chat_model, chat_tokenizer, tiny_model, word_tokenizer
-from tiny_run import WORDS, pair
+from tiny_run import WORDS, chat, pair, write_rows
 
 from tailora.train.config import TrainConfig
 
@@ -15,15 +14,7 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     folder = tmp_path_factory.mktemp("tiny")
     chat_model(intermediate_size=48, initializer_range=0.2).save_pretrained(folder / "model")
     chat_tokenizer([" ".join(WORDS), "user assistant"] * 3, eos_token="<|im_end|>").save_pretrained(folder / "model")
-    lines = []
-    for number in range(60):
-        words = [WORDS[(number + place) % len(WORDS)] for place in range(1 + number % 7)]
-        messages = [
-            {"role": "user", "content": f"{number}: {' '.join(words)}"},
-            {"role": "assistant", "content": " ".join(reversed(words))},
-        ]
-        lines.append(json.dumps({"messages": messages}))
-    (folder / "chats.jsonl").write_text("\n".join(lines) + "\n")
+    write_rows(folder / "chats.jsonl", map(chat, range(60)))
     return TrainConfig(
         model=str(folder / "model"),
         data=str(folder / "chats.jsonl"),
@@ -42,7 +33,7 @@ def labels_run(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     tiny_model("BertModel", vocab_size=300).save_pretrained(folder / "model")
     rows = [{"text": f"a {word} film {number}", "label": word} for number in range(10) for word in ("fine", "dull")]
     word_tokenizer(row["text"] for row in rows).save_pretrained(folder / "model")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "rows.jsonl", rows)
     return TrainConfig(
         task="sequence-classification",
         model=str(folder / "model"),
@@ -63,7 +54,7 @@ def seq2seq_run(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     ids = {"pad_token_id": 0, "decoder_start_token_id": 2, "eos_token_id": 3, "bos_token_id": 2}
     model = tiny_model("BartForConditionalGeneration", vocab_size=300, forced_eos_token_id=None, **ids)
     model.save_pretrained(folder / "model")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "rows.jsonl", rows)
     return TrainConfig(
         task="seq2seq",
         model=str(folder / "model"),
@@ -77,9 +68,7 @@ def seq2seq_run(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs of replies: the words in the opposite order are better than a repeated word."""
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    path.write_text("".join(f"{json.dumps(pair(i))}\n" for i in range(40)))
-    return path
+    return write_rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", map(pair, range(40)))
 
 
 class Steps:
