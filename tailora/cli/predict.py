@@ -23,9 +23,10 @@ from tailora.formats.io import check_new_file, partial_file
 from tailora.train.config import TrainConfig
 
 if TYPE_CHECKING:
+    from tailora.data.chat_template import ChatTokenizer
     from tailora.data.labels import Labels
 
-Flags: Any = flags_of(TrainConfig, only=["field", "max_length", "dtype"])
+Flags: Any = flags_of(TrainConfig, only=["field", "system", "max_length", "dtype"])
 Adapter = Annotated[str | None, Parameter(help="folder of an adapter, or of the run that made it")]
 Data = Annotated[str, Parameter(help="rows: JSONL, JSON, CSV, Parquet, folder or Hub id; their labels are not read")]
 Output = Annotated[Path | None, Parameter(help="JSONL file for rows and predictions, instead of stdout")]
@@ -61,7 +62,7 @@ def predict(
     for path in (output, partial_file(output)) if output is not None else ():
         check_new_file(path, overwrite=overwrite)
     target = find_target(adapter, model)
-    config = merge_with_run(flags, target, "max_length", "field")
+    config = merge_with_run(flags, target, "max_length", "system", "field")
     rows = read_all(resolve_demo(data, "eval_data"), limit)
     log("reading the model")
     folders = {} if target.folder is None else {"default": target.folder}
@@ -72,7 +73,7 @@ def predict(
     predictions: list[Prediction] = []
     with explained_memory_errors(), counter(stderr(), "rows") as progress, lines(output, is_shown=not json) as write:
         results = (
-            answers(loaded.model, loaded.tokenizer, rows, config.field, max_new_tokens)
+            answers(loaded.model, loaded.tokenizer, rows, config, max_new_tokens)
             if labels is None
             else labelled(loaded.model, loaded.tokenizer, labels, rows, config)
         )
@@ -154,12 +155,14 @@ def rounded(value: Any) -> Any:
 
 
 def answers(
-    model: Any, tokenizer: Any, rows: Sequence[Row], field: Mapping[str, str], max_new_tokens: int
+    model: Any, tokenizer: Any, rows: Sequence[Row], config: TrainConfig, max_new_tokens: int
 ) -> Iterator[Prediction]:
     """Yields the greedy answers of a language model. Raises DataError with every row that asks nothing, before any."""
+    from tailora.data.chat_template import ChatTokenizer, SampleOptions
     from tailora.evaluation.generate import stream_reply
 
-    questions = [question(row, field) for row in rows]
+    chat_tokenizer = ChatTokenizer.of(tokenizer, SampleOptions(system=config.system))
+    questions = [question(row, config.field, chat_tokenizer) for row in rows]
     if problems := [item for item in questions if isinstance(item, RowProblem)]:
         raise data_error(problems)
     for row, messages in zip(rows, questions, strict=True):
@@ -168,9 +171,14 @@ def answers(
         yield columns_of(row) | {"messages": messages, "answer": "".join(pieces)}
 
 
-def question(row: Row, field: Mapping[str, str]) -> list[dict[str, Any]] | RowProblem:
-    """Returns the messages to answer: `messages` without a reply at the end, or `prompt`, a text or messages."""
+def question(row: Row, field: Mapping[str, str], tokenizer: "ChatTokenizer") -> list[dict[str, Any]] | RowProblem:
+    """Returns the messages to answer: `messages` without a reply at the end, or `prompt`, a text or messages.
+
+    The system message of the tokenizer's options comes before them, unless the row has one of its own.
+    """
+    from tailora.data.chat_template import with_system
     from tailora.data.messages import read_messages
+    from tailora.data.schemas import Conversation
 
     keys = {key: field.get(key, key) for key in ("messages", "prompt")}
     key = next((key for key, column in keys.items() if column in row.fields), None)
@@ -185,6 +193,8 @@ def question(row: Row, field: Mapping[str, str]) -> list[dict[str, Any]] | RowPr
             messages = messages[:-1]
         if not messages or not str(messages[-1]["content"] or "").strip():
             raise DataError(f"{key} asks nothing")
+        chat = with_system(Conversation(messages), tokenizer)
     except DataError as error:
         return RowProblem(row.file, row.number, str(error))
-    return messages
+    assert isinstance(chat, Conversation)
+    return chat.messages

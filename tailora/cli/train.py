@@ -151,7 +151,7 @@ def next_commands(config: TrainConfig, folder: Path) -> list[list[str]]:
     tuned = ["--adapter", str(folder)] if is_lora else ["--model", str(folder / "model")]
     system = ["--system", config.system] if config.system else []
     pairs = ",".join(f"{ours}={theirs}" for ours, theirs in config.field.items())
-    columns = ["--field", pairs] if pairs and not is_lora else []  # of an adapter eval and predict know both
+    columns = ["--field", pairs] if pairs and not is_lora else []  # the run of an adapter has them
     evaluated = [str(folder)] if is_lora else tuned
     generate = ["tailora", "generate", *tuned, *system, "--prompt", first_prompt(folder)]
     held_out = ["--data", config.eval_data or "HELD_OUT.jsonl", *columns]

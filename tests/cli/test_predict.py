@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from tiny import tiny_model as random_model
 from tiny import word_tokenizer
+from transformers import LlamaForCausalLM
 
+from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import main
 
 WORDS = {"positive": ["great", "lovely", "fine"], "negative": ["awful", "dull", "poor"]}
@@ -232,6 +234,24 @@ def test_a_language_model_answers_rows(tiny_model: Path, chats: Path, tmp_path: 
     assert code == 2
     assert "rows.jsonl" in err
     assert "no messages and no prompt" in err
+
+
+def test_answers_get_the_system_message_that_the_run_trained_with(tiny_model: Path, tmp_path: Path) -> None:
+    model = LoRAModel(LlamaForCausalLM.from_pretrained(tiny_model), LoRAConfig(r=2))
+    model.save_adapter(tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": {"system": "be brief"}}))
+    own = {"role": "system", "content": "be loud"}
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": "Hi"}, {"messages": [own, {"role": "user", "content": "Hi"}]}])
+
+    def first_messages(*words: object) -> list[dict[str, str]]:
+        code, out, err = call("predict", *words, "--data", rows, "--max-new-tokens", 1)
+        assert code == 0, err
+        return [json.loads(line)["messages"][0] for line in out.splitlines()]
+
+    brief = {"role": "system", "content": "be brief"}
+    assert first_messages(tmp_path / "run") == first_messages("--model", tiny_model, "--system", "be brief")
+    assert first_messages(tmp_path / "run") == [brief, own]
+    assert first_messages(tmp_path / "run" / "adapter", "--system", "x") == [brief | {"content": "x"}, own]
 
 
 @pytest.mark.slow
