@@ -116,7 +116,7 @@ def verify(
 
 
 def show(console: Console, result: "Verification", passport: Passport) -> None:
-    headline = HEADLINES[result.verdict].format(scale=result.scale or 0.0)
+    headline = HEADLINES[result.verdict].format(scale=result.scale)
     hashes = ", ".join(f"{name} {digest}" for name, digest in passport.weights.items())
     advice = ADVICE.get(result.verdict, "").format(base_model=passport.base_model, hashes=hashes)
     sentences = [*result.evidence, *([advice] if advice else [])]

@@ -124,8 +124,8 @@ def _problems(passport: Passport) -> Iterable[str]:
             yield f"probe {number} needs a text or messages"
         if unknown := probe.logprobs.keys() - passport.variants.keys():
             yield f"probe {number} has unknown variants: {', '.join(sorted(unknown))}"
-        if not {ADAPTER, BASE} <= probe.logprobs.keys():
-            yield f"probe {number} lacks adapter or base"
+        if missing := set(REQUIRED) - probe.logprobs.keys():
+            yield f"probe {number} lacks the variants {', '.join(sorted(missing))}"
         if not probe.tokens or any(len(values) != len(probe.tokens) for values in probe.logprobs.values()):
             yield f"probe {number} lacks log-probabilities"
         if not all(map(math.isfinite, chain.from_iterable(probe.logprobs.values()))):

@@ -5,7 +5,7 @@ error of a variant is how far its log-probabilities are from those, in nats. Sca
 interpolated. Whether two variants can be told apart follows from resampling the probes.
 
 A server whose base is quantised answers otherwise. Prompts where the adapter changes little, the controls, tell how
-much, and whether it is what Q4_0 changes, which the passport knows: then all variants are compared with it.
+much, and whether it is what Q4_0 changes. The passport knows that: then it is added to every variant.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ SAME_SCALE = 0.1  # an interval that comes so near to 1, or to 0, includes it: r
 SHARE = 0.5  # of the adapter's effect: a variant with a larger error does not explain the answers (measured)
 CONTROL_BIAS = 2.5  # controls are where 4 bits change much, the others where they change little (measured)
 LEAST_SHARE, NOISE = 0.2, 2.0  # the same where the server's rounding is known, of the effect and of the rounding
-SHARES_OF_Q4_0 = (0.0, 0.5, 1.0)
+SHARES_OF_Q4_0 = (0.0, 0.5, 1.0)  # that are tried: how much of Q4_0's change is added to every variant
 ROUNDING = 1.5  # times what rounding to 4 bits changes: smaller errors may come from it (measured)
 CHAT_ERROR, CHAT_SHARE = 3.0, 0.15  # of the error that plain texts lead to expect, and of the effect: a right template
 WIDEST = 1.0  # interval of a scale that says anything
@@ -67,7 +67,7 @@ class Fit:
     effect: how far the adapter is from the base at these probes.
     rounding: how far 4-bit rounding moves the adapter.
     limit: a variant with a larger error does not explain the answers.
-    noise: what the server's own rounding changes beyond what is taken into account; None if it is unknown.
+    noise: the error that the server's own rounding leaves in a right variant; None if it is unknown.
     is_certain: the others of another meaning were worse in 95% of the resamples.
     probes: their number.    has_logprobs: the server told log-probabilities.
     """
@@ -110,10 +110,11 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class Rounding:
+class ServerRounding:
     """How a server's base is rounded, from the controls.
 
-    share: of what Q4_0 changes, which all variants get.    ratio: of what is left of the error to what Q4_0 changes.
+    share: how much of Q4_0's change is added to every variant: none, half or all.
+    ratio: the error that is left then, relative to Q4_0's change.
     """
 
     share: float
@@ -124,7 +125,7 @@ def fit_variants(
     probes: Sequence[Probe],
     observations: Sequence[Observation],
     passport: Passport,
-    server_rounding: Rounding | None = None,
+    server_rounding: ServerRounding | None = None,
 ) -> Fit | None:
     """Returns which variant explains the observations of these probes best; None for too few probes.
 
@@ -132,8 +133,7 @@ def fit_variants(
     If the server tells log-probabilities at all, probes without them are left out.
     """
     if any(observation.has_logprobs for observation in observations):
-        pairs = [pair for pair in zip(probes, observations, strict=True) if pair[1].has_logprobs]
-        probes, observations = [probe for probe, _ in pairs], [observation for _, observation in pairs]
+        probes, observations = _with_logprobs(probes, observations)
     if len(probes) < FEWEST:
         return None
     share = 0.0 if server_rounding is None else server_rounding.share
@@ -288,21 +288,25 @@ def verify(
 
     of_base: its answers under the name of its base; None if it offers no base.
     """
-    rounding = _server_rounding(passport, observations)
+    server_rounding = _server_rounding(passport, observations)
     fits: dict[str, Fit] = {}
     for name, is_kind in KINDS.items():
         for key, answers in ((name, observations), (f"base {name}", of_base or [None] * len(observations))):
-            if (fit := fit_variants(*_answered(passport, answers, is_kind), passport, rounding)) is not None:
+            if (fit := fit_variants(*_answered(passport, answers, is_kind), passport, server_rounding)) is not None:
                 fits[key] = fit
     text, chat, base = fits.get("text"), fits.get("chat"), fits.get("base text") or fits.get("base chat")
-    verdict = _combined(text, chat, rounding)
+    verdict = _combined(text, chat, server_rounding)
+    leading = chat if text is None or (chat is not None and _meaning(text) == "unknown") else text
     if text is not None and chat is not None and verdict in ("adapter", "scaled"):
-        together = fit_variants(*_answered(passport, observations, _is_any), passport, rounding)
-        is_part = _meaning(together) == "partial" and chat.kind == "part"
-        if together is not None and (is_part or (verdict == "adapter" and _agree_on_scale(text, chat))):
-            verdict, fits["all"] = "partial" if is_part else "scaled", together
-        elif verdict == "adapter" and chat.kind == "part":
-            verdict = "unknown"
+        if chat.kind == "part":
+            answered = _answered(passport, observations, lambda probe: not probe.is_control)
+            together = fit_variants(*answered, passport, server_rounding)
+            if together is not None and _meaning(together) == "partial":
+                verdict, leading, fits["all"] = "partial", together, together
+            elif verdict == "adapter":
+                verdict = "unknown"
+        elif verdict == "adapter" and _agree_on_scale(text, chat):
+            verdict, leading = "scaled", chat
     if verdict in ("other-base", "other-adapter", "unknown") and base is not None:
         if base.base_error > base.limit:
             verdict = "other-base"
@@ -312,7 +316,6 @@ def verify(
     # a server that counts cached tokens apart counts fewer
     if verdict == "adapter" and any(differences and min(differences) > 0 for differences in longer):
         verdict = "template"
-    leading = fits.get("all") or (chat if text is None or (chat and _meaning(text) == "unknown") else text)
     has_scale = leading is not None and leading.kind == "scale" and verdict in ("adapter", "base", "scaled", "template")
     scale = leading.scale if leading and has_scale else None
     return Verification(verdict, scale, _evidence(passport, observations, fits), fits)
@@ -322,10 +325,6 @@ KINDS: dict[str, Callable[[Probe], bool]] = {
     "text": lambda probe: probe.text is not None and not probe.is_control,
     "chat": lambda probe: probe.text is None,
 }
-
-
-def _is_any(probe: Probe) -> bool:
-    return any(is_kind(probe) for is_kind in KINDS.values())
 
 
 def _answered(
@@ -340,20 +339,25 @@ def _answered(
     return probes, answers
 
 
-def _server_rounding(passport: Passport, observations: Sequence[Observation | None]) -> Rounding | None:
+def _with_logprobs(
+    probes: Sequence[Probe], observations: Sequence[Observation]
+) -> tuple[list[Probe], list[Observation]]:
+    pairs = [pair for pair in zip(probes, observations, strict=True) if pair[1].has_logprobs]
+    return [probe for probe, _ in pairs], [observation for _, observation in pairs]
+
+
+def _server_rounding(passport: Passport, observations: Sequence[Observation | None]) -> ServerRounding | None:
     """Returns how the server's base is rounded, from the controls; None if too few of them have log-probabilities."""
-    probes, answers = _answered(passport, observations, lambda probe: probe.is_control)
-    pairs = [pair for pair in zip(probes, answers, strict=True) if pair[1].has_logprobs]
-    if len(pairs) < FEWEST:
+    probes, answers = _with_logprobs(*_answered(passport, observations, lambda probe: probe.is_control))
+    if len(probes) < FEWEST:
         return None
-    probes, answers = [probe for probe, _ in pairs], [answer for _, answer in pairs]
     errors: dict[float, float] = {}
     for share in SHARES_OF_Q4_0:
         candidates = _candidates(probes, answers, passport, share)
         is_scale = np.array([kind == "scale" for kind in candidates.kinds])
         errors[share] = float(candidates.errors()[is_scale].min())
     best = min(errors, key=errors.__getitem__)
-    return Rounding(best, errors[best] / max(_distance(probes, answers, ROUNDED_ADAPTER), 1e-12))
+    return ServerRounding(best, errors[best] / max(_distance(probes, answers, ROUNDED_ADAPTER), 1e-12))
 
 
 def _meaning(fit: Fit | None) -> Verdict | None:
@@ -376,6 +380,8 @@ def _meaning(fit: Fit | None) -> Verdict | None:
         return "adapter"
     if low <= SAME_SCALE and fit.base_error <= fit.limit:
         return "base"
+    if low <= 1 <= high or low == 0:  # a scale that explains the answers only together with what the limit excludes
+        return _unexplained(fit)
     return "scaled"
 
 
@@ -394,14 +400,15 @@ def _unexplained(fit: Fit) -> Verdict:
     return "other-base" if far else "other-adapter"
 
 
-def _combined(text: Fit | None, chat: Fit | None, rounding: Rounding | None) -> Verdict:
+def _combined(text: Fit | None, chat: Fit | None, server_rounding: ServerRounding | None) -> Verdict:
     """Plain completions tell which weights compute; then chats tell whether the template is right."""
     of_text, of_chat = _meaning(text), _meaning(chat)
     if of_text is None or of_text == "unknown":
         return of_chat or "unknown"
     if text is not None and chat is not None and of_text == "adapter":
         # The errors at plain texts and at the controls tell how much this server rounds
-        ratio = max(text.adapter_error / max(text.rounding, 1e-12), 0.0 if rounding is None else rounding.ratio)
+        at_controls = 0.0 if server_rounding is None else server_rounding.ratio
+        ratio = max(text.adapter_error / max(text.rounding, 1e-12), at_controls)
         expected = ratio * chat.rounding
         fits = chat.kind != "prompt" and chat.adapter_error <= max(CHAT_ERROR * expected, CHAT_SHARE * chat.effect)
         return "adapter" if fits else "template"

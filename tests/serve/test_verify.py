@@ -307,6 +307,7 @@ def probe_of(tokens: list[str], values: list[float]) -> dict[str, Any]:
         ({"variants": {name: {"kind": "scale", "scale": 1e9} for name in REQUIRED}}, "has scale 1e"),
         ({"probes": [probe_of([], [])]}, "probe 0 lacks log-probabilities"),
         ({"probes": [probe_of(["a"], [float("nan")])]}, "probe 0 has log-probabilities that are not finite"),
+        ({"probes": [{**probe_of(["a"], [-1.0]), "logprobs": {ADAPTER: [-1.0], BASE: [-1.0]}}]}, "lacks the variants"),
     ],
 )
 def test_a_damaged_passport_is_refused(root: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
