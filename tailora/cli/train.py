@@ -3,6 +3,7 @@
 import json
 import shlex
 import textwrap
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -193,6 +194,7 @@ def fit(
     nproc_per_node: starts as many processes of this command, each of which does all this.
     Raises what `run` raises. The message of KeyboardInterrupt has the command that resumes the run.
     """
+    started = time.monotonic()
     run_log.check_before_loading(config, overwrite=overwrite)
     check_sources_of_run(config)
     fetch_demo(config.model, *source_names(config.data), config.eval_data)
@@ -238,6 +240,7 @@ def fit(
             run_log.add_result(folder, "eval_kl", kl)
         if config.task not in TASK_TYPES:
             write_samples(folder, answers)
+        run_log.add_result(folder, "total_seconds", time.monotonic() - started)
         report = write_train_report(folder)
         page = write_page_if_possible(folder)
     except WriteError as error:  # what was trained is whole, so the run has not failed
@@ -327,8 +330,12 @@ def kl_texts(held_out: "Examples") -> list[list[int]]:
 
 
 def write_samples(folder: Path, answers: Sequence["Answer"]) -> None:
-    """Writes samples.json. Raises WriteError."""
-    from tailora.formats.io import write_file
+    """Writes samples.json; without answers there is none. Raises WriteError."""
+    from tailora.formats.io import wrap_os_error, write_file
 
+    if not answers:
+        with wrap_os_error(folder / SAMPLES):
+            (folder / SAMPLES).unlink(missing_ok=True)  # of the run that was resumed
+        return
     content = json.dumps([asdict(answer) for answer in answers], ensure_ascii=False, indent=2)
     write_file(folder / SAMPLES, content.encode())

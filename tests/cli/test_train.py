@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from tailora.cli.train import (
 from tailora.data.dataset import Example, Examples
 from tailora.errors import CheckpointError, ConfigError, WriteError
 from tailora.formats import run_folder
+from tailora.report.format import duration
 from tailora.train import run_log
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
@@ -366,6 +368,23 @@ def test_what_comes_next_fits_the_run(finished: FinishedRun) -> None:
         ["tailora", "eval", folder, "--data", "HELD_OUT.jsonl"],
         ["tailora", "export", folder, "--to", "gguf", "--output", f"{folder}-gguf"],
     ]
+
+
+@pytest.mark.slow
+def test_without_samples_nothing_is_said_of_answers(
+    flags: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = time.monotonic()
+    assert main(line(flags)) == 0  # with --samples 0
+    waited = time.monotonic() - started
+    shown = capsys.readouterr().out
+    assert "nswers" not in shown
+    assert "samples.json" not in shown
+    assert "Answers before and after" not in (tmp_path / "run" / "report.html").read_text()
+    assert not (tmp_path / "run" / "samples.json").exists()
+    result = json.loads((tmp_path / "run" / "report.json").read_text())["result"]
+    assert result["seconds"] < result["total_seconds"] < waited  # the second is the wait of the user, but for the page
+    assert re.search(rf"^time +{duration(result['total_seconds'])} +.* in training steps", shown, re.MULTILINE)
 
 
 def test_a_long_prompt_is_shortened_to_one_line(tmp_path: Path) -> None:

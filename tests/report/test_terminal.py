@@ -182,6 +182,17 @@ def test_reports_of_earlier_versions_have_pages(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("steps", "after", "has_hint"), [(8, 4.2, True), (8, 3.9, False), (60, 4.2, False), (8, 4.6, False)]
+)
+def test_a_short_run_that_changed_little_has_a_hint(steps: int, after: float, has_hint: bool) -> None:
+    content = CONTENTS["train"]()
+    content["result"] |= {"steps": steps, "eval_loss_after": after}
+    content["settings"]["learning_rate"] = 5e-4
+    text = shown(page_of(content, "x"), 300)
+    assert ("--learning-rate 2e-3 (it was 5e-4)" in text) == has_hint
+
+
+@pytest.mark.parametrize(
     ("task_type", "proposes_data", "proposes_forgetting"),
     [(None, True, True), ("SEQ_2_SEQ_LM", True, False), ("SEQ_CLS", False, False)],
 )

@@ -27,7 +27,7 @@ from tailora.evaluation.statistics import Interval, before_and_after, describe_c
 from tailora.formats.run_folder import RUN, SAMPLES, write_report
 from tailora.report.blocks import Answers, Block, Column, Figure, Number, Page, Paragraph, Section, Table
 from tailora.report.charts import DASHED, INK, SERIES, SOFT, Canvas
-from tailora.report.format import NONE, count, decimals, duration, interval, plural, share
+from tailora.report.format import NONE, count, decimals, duration, interval, learning_rate, plural, share
 from tailora.report.pages.labels import labels_section
 from tailora.report.pages.shared import settings_table
 from tailora.train.config import NATS_PER_TOKEN
@@ -37,6 +37,7 @@ from tailora.train.run_log import EXAMPLES, METRICS
 FEW_EXAMPLES = 20  # held-out examples; with fewer, an interval says little about others
 MOST_MARKS = 1000  # of a scatter plot
 ALIKE = 1e-6  # losses that differ by less
+FEW_STEPS, LITTLE = 25, 0.1  # a run that is so short, and lowers the loss by less than this share, gets a hint
 WHEN = ("before", "after")
 COLUMNS = [  # of metrics.jsonl -> unit, caption
     ("learning_rate", "learning rate", "Learning rate of each step."),
@@ -100,7 +101,8 @@ class Result:
     trainable_parameters: int
     total_parameters: int
     peak_memory_bytes: int
-    seconds: float
+    seconds: float  # from loading to the last evaluation
+    total_seconds: float | None = None  # of the command, with answers and passport; None if a program called `run`
     eval_kl: float | None = None  # KL(base || tuned) in nats per token of held-out conversations, for preferences
     eval_loss_before_95: tuple[float, float] | None = None
     eval_loss_after_95: tuple[float, float] | None = None
@@ -225,8 +227,8 @@ def train_page(report: TrainReport) -> Page:
         numbers = [*_metric_numbers(report.metrics), *_numbers(result, unit)]
         if report.evaluations:
             loss_text += f" The weights of step {result.best_step} are kept."
-        if not run.get("labels"):
-            answers = Paragraph("No answers were compared: there was no held-out prompt, or --samples is 0.")
+        if not run.get("labels") and report.settings.get("samples") != 0:
+            answers = Paragraph("No answers were compared: there was no held-out prompt.")
     if report.samples:
         answers = Answers(("base", "tuned"), [(answer.prompt, answer.base, answer.tuned) for answer in report.samples])
     decided = {name: value for name, value in run.items() if not isinstance(value, dict | list)}
@@ -252,7 +254,23 @@ def train_page(report: TrainReport) -> Page:
         Section("The course of the run", "Schedule, gradients, speed and memory of every step.", _course(report.steps)),
         Section("Settings and machine", "", [settings_table(title, ("", values)) for title, values in tables.items()]),
     ]
-    return Page("train", f"{model}, fine-tuned", report.verdict, numbers, sections)
+    notes = [hint] if result is not None and (hint := _hint(result, report.settings)) else []
+    return Page("train", f"{model}, fine-tuned", report.verdict, numbers, sections, notes)
+
+
+def _hint(result: Result, settings: Mapping[str, Any]) -> str:
+    """Returns what to try if a short run changed the held-out loss little; "" for others."""
+    before, after, rate = result.eval_loss_before, result.eval_loss_after, settings.get("learning_rate")
+    is_new_adapter = settings.get("method", "lora") == "lora" and settings.get("adapter") is None
+    if before is None or after is None or rate is None or result.steps > FEW_STEPS or not is_new_adapter:
+        return ""
+    if not (1 - LITTLE) * before < after <= before:  # if it rose, the rate was not too low
+        return ""
+    return (
+        f"The held-out loss changed little in {plural(result.steps, 'step')}. Such short runs need a higher learning "
+        f"rate, such as --learning-rate {learning_rate(4 * rate)} (it was {learning_rate(rate)}), or more steps: a "
+        "higher --num-train-epochs or --max-steps."
+    )
 
 
 def _numbers(result: Result, unit: str) -> list[Number]:
@@ -267,12 +285,15 @@ def _numbers(result: Result, unit: str) -> list[Number]:
             numbers.append(Number(f"held-out loss {when}", f"{loss:.3f}", note))
     of_all = f"{share(result.trainable_parameters, result.total_parameters)} of {count(result.total_parameters)}"
     kept = f"{count(result.train_tokens)} tokens; step {result.best_step:,} is kept"
+    wait = result.seconds if result.total_seconds is None else result.total_seconds
+    speed = f"{result.tokens_per_second:,.0f} tokens/s"
+    steps = duration(result.train_tokens / result.tokens_per_second) if result.tokens_per_second else NONE
     if result.eval_kl is not None:
         numbers.append(Number("KL from the base", f"{result.eval_kl:.3f}", "nats per token of held-out conversations"))
     return [
         *numbers,
         Number("trained parameters", count(result.trainable_parameters), of_all),
-        Number("time", duration(result.seconds), f"{result.tokens_per_second:,.0f} tokens/s of training"),
+        Number("time", duration(wait), f"{steps} of it in training steps, {speed}"),
         Number("peak memory", format_bytes(result.peak_memory_bytes)),
         Number("steps", f"{result.steps:,}", kept),
     ]
