@@ -7,13 +7,16 @@ from functools import cached_property
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from tailora.data.dataset import Example, Int64
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RANK = 16
@@ -62,6 +65,23 @@ class Shape:
             "up": (self.hidden, self.intermediate),
             "down": (self.intermediate, self.hidden),
         }
+
+    def config(self) -> "LlamaConfig":
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.key_heads,
+            vocab_size=self.vocabulary,
+            tie_word_embeddings=self.tied,
+            max_position_embeddings=4096,
+            bos_token_id=None,
+            eos_token_id=0,
+            dtype=torch.bfloat16,
+        )
 
 
 SHAPES = {
@@ -122,24 +142,11 @@ def write_model(shape: Shape, folder: Path, device: torch.device | None = None) 
     device: where the weights are made.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-    config = LlamaConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_heads,
-        vocab_size=shape.vocabulary,
-        tie_word_embeddings=shape.tied,
-        max_position_embeddings=4096,
-        bos_token_id=None,
-        eos_token_id=0,
-        dtype=torch.bfloat16,
-    )
     torch.manual_seed(0)
     with torch.device(device or "cpu"):
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(shape.config())
     model.to(torch.bfloat16).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(shape.vocabulary)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,5 +1,6 @@
 """benchmarks/evidence.py: the rules of the verdicts on made-up numbers, and studies that `tailora compare` accepts."""
 
+from dataclasses import replace
 from typing import Any
 
 import evidence_data as data
@@ -8,6 +9,8 @@ import evidence_tables as tables
 import markov
 import numpy as np
 import pytest
+from shapes import SHAPES
+from transformers import LlamaForCausalLM
 
 from tailora.study.config import CompareConfig, arm_settings
 from tailora.train.config import TrainConfig
@@ -162,14 +165,15 @@ def test_every_study_is_one_that_compare_accepts() -> None:
             assert comparison.rate_tries >= 5  # as many as an arm needs whose first rate is near its best
 
 
-def test_attention_and_mlp_train_about_as_many_parameters_as_all_layers() -> None:
-    base = markov.LlamaForCausalLM(markov.model_config())
-    arms = data.arms("layers", "tiny model")
+@pytest.mark.parametrize("model", data.ATTENTION_RANKS)
+def test_attention_and_mlp_train_about_as_many_parameters_as_all_layers(model: str) -> None:
+    small = replace(SHAPES["S"], layers=1, vocabulary=8).config()
+    base = LlamaForCausalLM(markov.model_config() if model == "tiny model" else small)
     counts = [
         markov.trainable_parameters(
             base, {"r": 8, **{key: value for key, value in arm.items() if key != "learning_rate"}}
         )
-        for arm in arms.values()
+        for arm in data.arms("layers", model).values()
     ]
     assert min(counts) > 0.97 * max(counts)
 
