@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from threading import Lock
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,16 +167,16 @@ class ContinuousEngine(Engine):
 
     def stop(self, timeout: float) -> None:
         self._is_stopped = True
-        if self._manager is None:
-            return
-        if self._manager.is_running():
-            self._manager.stop(block=True, timeout=timeout, keep_for_next_session=True)
-        if self._manager.is_running():
-            self._manager.stop(block=True, timeout=None, keep_for_next_session=True, hard_stop=True)
-        # stop() left it on the model, where the next engine would find it
-        cast(Any, self.adapter_set.base_model).destroy_cached_continuous_batching_manager()
-        self._manager = None
-        cast(Any, self.adapter_set.base_model).set_attn_implementation(self._attention)
+        model: Any = self.adapter_set.base_model
+        if self._manager is not None:
+            if self._manager.is_running():
+                self._manager.stop(block=True, timeout=timeout, keep_for_next_session=True)
+            if self._manager.is_running():
+                self._manager.stop(block=True, timeout=None, keep_for_next_session=True, hard_stop=True)
+            self._manager = None
+        # stop() left it on the model, where the next engine would find it; so does a start that fails
+        model.destroy_cached_continuous_batching_manager()
+        model.set_attn_implementation(self._attention)
         self.adapter_set.attach_by_token(None)
         for running in list(self._requests.values()):
             running.finish(Finish("cancelled"))

@@ -4,7 +4,6 @@ The server gives an engine requests, each with the adapter that it is for, and g
 two: `ContinuousEngine` (serve/continuous.py) and `PaddedEngine` (serve/padded.py). `make_engine` chooses one.
 """
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
@@ -13,6 +12,7 @@ from threading import Event
 from typing import Literal
 
 from tailora.core.adapter_set import AdapterSet
+from tailora.quiet import silent_loggers
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,14 +156,15 @@ def trial_error(engine: Engine) -> str:
             finish.append(event)
             ended.set()
 
-    logger = logging.getLogger("ContinuousBatchingLogger")  # of transformers, which prints a traceback
-    was_disabled, logger.disabled = logger.disabled, True
-    engine.start()
-    try:
-        engine.submit(Request("trial", (1, 2, 3), None, SamplingParams(2, temperature=0.0, ignore_eos=True)), handle)
-        if not ended.wait(TRIAL_SECONDS):
-            return f"no answer in {TRIAL_SECONDS} seconds"
-    finally:
-        engine.stop(0)
-        logger.disabled = was_disabled
+    with silent_loggers("ContinuousBatchingLogger"):  # of transformers, which prints a traceback
+        try:
+            engine.start()
+            request = Request("trial", (1, 2, 3), None, SamplingParams(2, temperature=0.0, ignore_eos=True))
+            engine.submit(request, handle)
+            if not ended.wait(TRIAL_SECONDS):
+                return f"no answer in {TRIAL_SECONDS} seconds"
+        except (RuntimeError, ValueError, MemoryError) as error:  # of the cache, which is made for the model's shapes
+            return str(error) or type(error).__name__
+        finally:
+            engine.stop(0)
     return finish[0].message if finish[0].reason == "error" else ""

@@ -18,6 +18,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from tailora import LoRAConfig
 from tailora.core import packed_batch
@@ -342,3 +343,17 @@ def test_an_engine_that_fails_with_the_model_is_not_chosen(capfd: pytest.Capture
     ids = torch.tensor([[9, 10, 11]])
     expected = model.generate(ids, do_sample=False, max_new_tokens=12, eos_token_id=EOS, pad_token_id=0)[0, 3:]
     assert tokens == expected.tolist()
+
+
+def test_an_engine_that_cannot_make_its_cache_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no room for the cache")
+
+    model = base_model()
+    attention = model.config._attn_implementation
+    monkeypatch.setattr(PagedAttentionCache, "__init__", fail)
+    notes: list[str] = []
+    engine = make_engine(AdapterSet(model, {}), [EOS], max_positions=64, note=notes.append)
+    assert isinstance(engine, PaddedEngine)
+    assert notes == ["no continuous batching: no room for the cache"]
+    assert model.config._attn_implementation == attention
