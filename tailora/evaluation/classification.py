@@ -434,7 +434,8 @@ def label_details(data: LabelOutputs) -> dict[str, Any]:
 
     calibration: for rows, or words, of about the same confidence: their number, mean confidence and accuracy; ece is
         the mean distance between the two (expected calibration error, arXiv:1706.04599).
-    majority: the most frequent label and its share, which is the accuracy of always predicting it.
+    majority: the most frequent label and its share, which is the accuracy of always predicting it; is_tied: another
+        label is as frequent.
     """
     if data.labels.task == REGRESSION:
         return {}
@@ -448,7 +449,11 @@ def label_details(data: LabelOutputs) -> dict[str, Any]:
     if len(names) <= MOST_CLASSES:
         details["confusion"] = confusion_matrix(data.truth, data.predicted, labels=range(len(names))).tolist()
     counts = np.bincount(data.truth, minlength=len(names))
-    details["majority"] = {"label": names[counts.argmax()], "share": float(counts.max() / counts.sum())}
+    details["majority"] = {
+        "label": names[counts.argmax()],
+        "share": float(counts.max() / counts.sum()),
+        "is_tied": bool((counts == counts.max()).sum() > 1),
+    }
     details["calibration"] = _calibration(data.probabilities.max(1), data.predicted == data.truth)
     return details
 

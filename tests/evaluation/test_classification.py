@@ -159,7 +159,10 @@ def test_confusions_calibration_and_the_most_frequent_label() -> None:
     details = label_details(data)
     np.testing.assert_array_equal(details["confusion"], metrics.confusion_matrix(data.truth, data.predicted))
     counts = np.bincount(data.truth)
-    assert details["majority"] == {"label": CLASSES.names[counts.argmax()], "share": counts.max() / ROWS}
+    share = counts.max() / ROWS
+    assert details["majority"] == {"label": CLASSES.names[counts.argmax()], "share": share, "is_tied": False}
+    tied = LabelOutputs(CLASSES, data.outputs[:3], np.arange(3.0)[:, None], data.counts[:3])
+    assert label_details(tied)["majority"] == {"label": CLASSES.names[0], "share": 1 / 3, "is_tied": True}
     bins = details["calibration"]["bins"]
     assert sum(row["n"] for row in bins) == ROWS
     mean = sum(row["n"] * row["accuracy"] for row in bins) / ROWS

@@ -21,7 +21,8 @@ def _sentences(details: Mapping[str, Any]) -> list[str]:
     texts = []
     if majority := details.get("majority"):
         rate = share(majority["share"], 1)
-        texts.append(f"Always answering {majority['label']!r}, the most frequent label, gets {rate} right.")
+        frequent = "one of the most frequent labels" if majority.get("is_tied") else "the most frequent label"
+        texts.append(f"Always answering {majority['label']!r}, {frequent}, gets {rate} right.")
     ece = decimals(details["calibration"]["ece"])
     texts.append(f"Expected calibration error: {ece}, the mean distance between confidence and accuracy.")
     return texts
