@@ -146,10 +146,7 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
         *extra_problems,
     ]
     if not selected and not problems:
-        classes = ", ".join(sorted({type(module).__name__ for module in modules.values()}))
-        problems.append(
-            f"target_modules={config.target_modules!r} leaves no layer to adapt; give some of these classes: {classes}"
-        )
+        problems.append(_nothing_selected(model, candidates, modules, config))
     if problems:
         raise TargetError(listing(problems))
     return Selection(targets, to_save, extras, modules)
@@ -590,8 +587,10 @@ def _unmatched_name(setting: str, name: str, candidates: Mapping[str, TargetCand
     """Why this name selects no candidate."""
     module = next((module for path, module in modules.items() if path and patterns.named(name, path)), None)
     if module is not None and layer_type_of(module) is None and setting != "target_parameters":
-        types = ", ".join([*(cls.rpartition(".")[2] for cls in LAYER_TYPES), "MultiheadAttention"])
-        return f"{setting}: {name!r} is a {type(module).__name__}, which has no low-rank form; layer types: {types}"
+        return (
+            f"{setting}: {name!r} is a {type(module).__name__}, which has no low-rank form; "
+            f"layer types: {_layer_type_names()}"
+        )
     layer_name, _, part = name.rpartition(".")
     fused = {candidate.layer_path for candidate in candidates.values() if candidate.output_slice}
     layers = [
@@ -603,6 +602,25 @@ def _unmatched_name(setting: str, name: str, candidates: Mapping[str, TargetCand
         sizes = f'{{"{layer_name}": {{"{part}": its number of rows, ...}}}}'
         return f"{setting}: {name!r}: which rows of {layer_name} are {part} is not known; set fused_parts={sizes}"
     return _no_layer(setting, name, candidates)
+
+
+def _nothing_selected(
+    model: nn.Module, candidates: Mapping[str, TargetCandidate], modules: Modules, config: LoRAConfig
+) -> str:
+    """Why no candidate is selected, although each setting matches something."""
+    problem = f"target_modules={config.target_modules!r} leaves no layer to adapt"
+    names = ("exclude_modules", "layers_to_transform", "modules_to_save")
+    if limits := [f"{name}={value!r}" for name in names if (value := getattr(config, name)) is not None]:
+        without = config.replaced(**dict.fromkeys((*names, "layers_pattern")))
+        if selected_candidates(model, modules, without):
+            return f"{problem} with {' and '.join(limits)}; change {'one of them' if limits[1:] else 'it'}"
+    if not candidates:
+        return f"{problem}: no module has one of the layer types {_layer_type_names()}; take another model"
+    return f"{problem}; give names of layers{_hint('', (), {candidate.last_name for candidate in candidates.values()})}"
+
+
+def _layer_type_names() -> str:
+    return ", ".join([*(cls.rpartition(".")[2] for cls in LAYER_TYPES), "MultiheadAttention"])
 
 
 def _no_layer(setting: str, name: str, paths: Iterable[str]) -> str:

@@ -60,7 +60,11 @@ def test_selectors_select_as_many_layers_as_they_name(settings: dict[str, Any], 
         ({"target_modules": "q_proj"}, "matches no whole path of a layer; did you mean q_proj"),
         ({"target_modules": []}, "names nothing"),
         ({"exclude_modules": ["nothing_like_it"]}, "exclude_modules: 'nothing_like_it' matches no layer; there are"),
-        ({"exclude_modules": r".*"}, "leaves no layer to adapt"),
+        ({"exclude_modules": r".*"}, r"leaves no layer to adapt with exclude_modules='\.\*'; change it"),
+        (
+            {"target_modules": ["q_proj"], "exclude_modules": ["0.self_attn.q_proj"], "layers_to_transform": 0},
+            r"with exclude_modules=\['0.self_attn.q_proj'\] and layers_to_transform=0; change one of them",
+        ),
         ({"layers_to_transform": [1, 7]}, r"layers_to_transform=\[7\]: no layer has this index; there are: 0..1"),
         ({"rank_pattern": {"qproj": 3}}, "rank_pattern: 'qproj' matches no adapted layer; did you mean q_proj"),
         ({"alpha_pattern": {"lm_head": 3}}, "alpha_pattern: 'lm_head' matches no adapted layer"),
@@ -75,6 +79,18 @@ def test_what_matches_nothing_is_an_error_that_names_the_nearest(settings: dict[
         LoRAModel(model, LoRAConfig(r=2, **settings))
     assert type(model.lm_head) is nn.Linear
     assert model.lm_head.weight.requires_grad  # nothing was changed
+
+
+@pytest.mark.parametrize(
+    ("model", "remedy"),
+    [
+        (nn.Sequential(nn.Embedding(3, 4), nn.ReLU()), "leaves no layer to adapt; give names of layers; there are: 0"),
+        (nn.Sequential(nn.ReLU(), nn.LayerNorm(4)), "no module has one of the layer types Linear, .*take another"),
+    ],
+)
+def test_a_model_without_linear_layers_is_refused_with_what_can_be_named(model: nn.Module, remedy: str) -> None:
+    with pytest.raises(TargetError, match=remedy):
+        LoRAModel(model, LoRAConfig(r=2))
 
 
 def test_all_problems_are_raised_at_once() -> None:
