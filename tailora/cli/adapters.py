@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, PositiveInt
 
-from tailora.cli.flags import Json, Overwrite, flags_of, merge_settings
+from tailora.cli.flags import Json, Overwrite, flags_of, log_columns, merge_settings, merge_with_run
 from tailora.cli.main import log, note, print_json, stdout
 from tailora.cli.models import (
     ADAPTER_FLAG,
@@ -163,7 +163,8 @@ def shrink(
     check(
         r, energy, loss=None if data is None else len, budget=max_loss_increase
     )  # len stands for the loss, which needs the model
-    config = merge_settings(flags, None, arguments={"model": base, "data": data})
+    arguments = {"model": base, "data": data}
+    config = merge_with_run(flags, folder, "max_length", "system", "field", arguments=arguments)
     device = device or ("cpu" if data is None else "auto")
     labels = labels_of(base, [folder])
     if labels is not None and data is not None:
@@ -180,6 +181,7 @@ def shrink(
     else:
         from tailora.evaluation.scores import loss_on_data
 
+        log_columns(flags, config)
         evaluate = loss_on_data(config, adapted, loaded.tokenizer, note)
 
         def loss(_: "LoRAModel") -> float:  # nats per supervised token

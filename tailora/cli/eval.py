@@ -5,7 +5,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from cyclopts import Group, Parameter
 from cyclopts.types import NonNegativeInt, PositiveInt
 from pydantic import TypeAdapter
 
-from tailora.cli.flags import Json, NprocPerNode, flags_of, merge_settings
+from tailora.cli.flags import Json, NprocPerNode, flags_of, log_columns, merge_with_run
 from tailora.cli.main import ARGUMENTS, GATE_NOT_MET, log, note, print_json, print_text, stderr, stdout
 from tailora.cli.models import (
     BaseModel,
@@ -163,7 +163,7 @@ def eval(
     of_classes = [name for name in named if OF_CLASS.fullmatch(name)]
     check_gates(data_gates, [*METRICS, *LABEL_METRICS, *of_classes], base=base)
     _check_output_dir(output_dir)
-    config = merge_with_run(flags, target, "max_length", "system", "field")
+    config = merge_with_run(flags, target.folder, "max_length", "system", "field", arguments={"model": target.model})
 
     if nproc_per_node is not None and not is_launched_by_tailora():
         processes = count_processes(nproc_per_node, device)
@@ -181,6 +181,7 @@ def eval(
             raise ConfigError(f"a model for {labels.task} is evaluated on rows with labels: give --data, not --tasks")
         if nproc_per_node is not None or world_size() > 1:
             raise ConfigError("a model that predicts labels is evaluated in one process: leave the others out")
+        log_columns(flags, config)
         loaded = load_model(target.model, folders, quantize=quantize, dtype=config.dtype, device=device, labels=labels)
         scores = _label_scores(target, loaded, labels, data, config, limit, base, metric_names, data_gates)
         return _finish(target, scores, gates, time.monotonic() - started, output_dir, json)
@@ -219,6 +220,7 @@ def eval(
         loaded = load_model(target.model, folders, quantize=quantize, dtype=config.dtype, device=chosen)
         adapted = loaded.model if loaded.adapters else without_adapter(loaded.model)
         if data is not None:
+            log_columns(flags, config)
             _warn_of_training_data(target, data)
             shown = ranks is None or ranks.is_main_process
             with counter(stderr(), "rows") if shown else nullcontext(lambda *_: None) as progress:
@@ -318,19 +320,6 @@ def find_target(adapter: str | None, model: str | None) -> EvalTarget:
         return EvalTarget(str(model_folder), None, None)
     folder = find_adapter(adapter)
     return EvalTarget(base_model_name(model, [folder]), adapter, folder)
-
-
-def merge_with_run(flags: Mapping[str, Any] | None, target: EvalTarget, *names: str) -> TrainConfig:
-    """Returns the settings of an evaluation. Those of the run in `names` hold unless `flags` has others.
-
-    Says which columns are read as in training. Raises ConfigError.
-    """
-    defaults = {name: value for name in names if (value := target.settings.get(name))}
-    config = merge_settings(flags, None, defaults=defaults, arguments={"model": target.model})
-    if config.field and "field" not in (flags or {}):
-        columns = ",".join(f"{ours}={theirs}" for ours, theirs in config.field.items())
-        log(f"columns as in training: --field {columns}")
-    return config
 
 
 def _check_output_dir(folder: Path | None) -> None:

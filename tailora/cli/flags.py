@@ -22,10 +22,11 @@ from typing import Annotated, Any, Literal, TypedDict, Union, get_args, get_orig
 from cyclopts import Group, Parameter
 from pydantic.fields import FieldInfo
 
-from tailora.cli.main import note
+from tailora.cli.main import log, note
 from tailora.cli.models import base_model_name, find_adapter
 from tailora.core.config import ALIASES, StrictModel, suggestion
 from tailora.errors import ConfigError, listing
+from tailora.formats.run_folder import recorded_settings
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
 
@@ -152,6 +153,28 @@ def merge_settings(
     except ConfigError as error:
         origin = _origin(str(error), {**command_defaults, **typed}, config_file)
         raise ConfigError(origin + with_flags(str(error), typed)) from None
+
+
+def merge_with_run(
+    flags: Mapping[str, Any] | None,
+    adapter: Path | None,
+    *names: str,
+    arguments: Mapping[str, Any] | None = None,
+) -> TrainConfig:
+    """Returns the settings with those in `names` of the run that made the adapter, unless `flags` has others.
+
+    adapter: its folder; None for a model without one. Raises ConfigError.
+    """
+    run = {} if adapter is None else recorded_settings(adapter)
+    return merge_settings(flags, None, defaults={name: run.get(name) or None for name in names}, arguments=arguments)
+
+
+def log_columns(flags: Mapping[str, Any] | None, config: TrainConfig) -> None:
+    """Says which columns of data are read because the run of the adapter did, and how to read the usual ones."""
+    if config.field and "field" not in (flags or {}):
+        columns = ",".join(f"{ours}={theirs}" for ours, theirs in config.field.items())
+        usual = ",".join(f"{ours}={ours}" for ours in config.field)
+        log(f"columns as in training: --field {columns}; if this data has the usual ones, give --field {usual}")
 
 
 def with_flags(message: str, typed: Mapping[str, Any]) -> str:

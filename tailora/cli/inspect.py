@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeInt
 
-from tailora.cli.flags import Json, Overwrite, flags_of, merge_settings
+from tailora.cli.flags import Json, Overwrite, flags_of, log_columns, merge_with_run
 from tailora.cli.main import log, print_json, stderr, stdout
 from tailora.cli.models import (
     AdapterPath,
@@ -18,7 +18,7 @@ from tailora.cli.models import (
     find_adapter,
     quantize_method,
 )
-from tailora.formats.run_folder import REPORT_FILES, check_result_folder, recorded_settings, write_report
+from tailora.formats.run_folder import REPORT_FILES, check_result_folder, write_report
 from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
 from tailora.train.config import TrainConfig
@@ -79,8 +79,9 @@ def inspect(
     from tailora.study.inspect import InspectOptions
     from tailora.study.inspect import inspect as run
 
-    defaults = {"max_length": recorded_settings(folder).get("max_length")}
-    settings = merge_settings(flags, None, defaults=defaults, arguments={"data": data})
+    settings = merge_with_run(flags, folder, "max_length", "system", "field", arguments={"data": data})
+    if data is not None:
+        log_columns(flags, settings)
     options = InspectOptions(
         data, settings.field, settings.max_length, forgetting_data, intruders, seed, settings.system
     )

@@ -12,8 +12,8 @@ from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
 from tailora.cli.chat import explained_memory_errors, partial_answers
-from tailora.cli.eval import find_target, merge_with_run
-from tailora.cli.flags import Json, Overwrite, flags_of
+from tailora.cli.eval import find_target
+from tailora.cli.flags import Json, Overwrite, flags_of, log_columns, merge_with_run
 from tailora.cli.main import log, print_json, stderr
 from tailora.cli.models import BaseModel, Device, MaxNewTokens, Quantize, check_sources, labels_of, load_model
 from tailora.data.demo import resolve_demo
@@ -62,7 +62,8 @@ def predict(
     for path in (output, partial_file(output)) if output is not None else ():
         check_new_file(path, overwrite=overwrite)
     target = find_target(adapter, model)
-    config = merge_with_run(flags, target, "max_length", "system", "field")
+    config = merge_with_run(flags, target.folder, "max_length", "system", "field", arguments={"model": target.model})
+    log_columns(flags, config)
     rows = read_all(resolve_demo(data, "eval_data"), limit)
     log("reading the model")
     folders = {} if target.folder is None else {"default": target.folder}

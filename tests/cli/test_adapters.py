@@ -109,6 +109,27 @@ def test_shrinking_within_a_loss_budget(adapters: Path, chats: Path, capsys: pyt
     ).stat().st_size
 
 
+@pytest.mark.slow
+def test_shrinking_reads_data_with_the_columns_of_the_run(
+    adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(adapters / "one", tmp_path / "run" / "adapter")
+    settings = {"field": {"prompt": "question", "completion": "reply"}, "system": "be brief"}
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": settings}))
+    (tmp_path / "rows.jsonl").write_text('{"question": "What colour is thing 1?", "reply": "It is red."}\n' * 2)
+    flags = ["--field", "prompt=question,completion=reply", "--system", "be brief"]
+
+    def loss(adapter: Path, *words: str) -> float:
+        data = ["--max-loss-increase", 0.01, "--data", tmp_path / "rows.jsonl", "--overwrite"]
+        line = ["shrink", "--adapter", adapter, *words, *data, "--output-dir", tmp_path / "small", "--json"]
+        code, said, told = run(capsys, *line)
+        assert code == 0, told
+        assert ("columns as in training" in told) == (not words)
+        return float(json.loads(said)["loss_before"])
+
+    assert loss(tmp_path / "run") == loss(adapters / "one", *flags) != loss(adapters / "one", *flags[:2])
+
+
 def test_a_poor_fit_comes_with_what_to_do() -> None:
     assert poor_fit_advice({"a": 0.9, "b": 0.2, "c": 0.6}) == [
         "Most of the difference has a higher rank than the adapter: raise --r, or give --energy .9"

@@ -102,6 +102,20 @@ def test_rows_get_the_system_message_that_the_run_trained_with(
     assert tokens(tmp_path / "run") == tokens(adapter, "--system", "be brief") > tokens(adapter)
 
 
+def test_the_columns_of_the_run_are_named_once_where_data_is_read(
+    adapter: Path, quiz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(adapter, tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": {"field": {"prompt": "question"}}}))
+    command = ["eval", tmp_path / "run", "--no-base", "--limit", "2"]
+    code, _, told = run(capsys, *command, "--data", quiz)
+    assert code == 0, told
+    assert told.count("columns as in training: --field prompt=question; ") == 1
+    assert "as in training" not in run(capsys, *command, "--tasks", "no-such-task")[2]
+    monkeypatch.setattr("tailora.cli.eval.launch", lambda *_, **__: 0)  # the processes that it starts say it
+    assert "as in training" not in run(capsys, *command, "--data", quiz, "--nproc-per-node", "2", "--device", "cpu")[2]
+
+
 @pytest.mark.slow
 def test_choices_bring_accuracy(adapter: Path, quiz: Path, capsys: pytest.CaptureFixture[str]) -> None:
     both = found(capsys, "eval", adapter, "--data", quiz)

@@ -77,6 +77,29 @@ def test_json_is_one_object_and_the_report_has_the_same(
     assert report == found
 
 
+@pytest.mark.slow
+def test_data_is_read_with_the_columns_and_the_system_message_of_the_run(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(adapter, tmp_path / "run" / "adapter")
+    settings = {"field": {"prompt": "question", "completion": "reply"}, "system": "be brief"}
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": settings}))
+    (tmp_path / "rows.jsonl").write_text('{"question": "What colour is thing 1?", "reply": "It is red."}\n' * 2)
+    flags = ["--field", "prompt=question,completion=reply", "--system", "be brief"]
+
+    def losses(*words: object) -> tuple[dict[str, float], str]:
+        code, said, told = run(capsys, *words, "--data", tmp_path / "rows.jsonl", "--no-intruders", "--json")
+        assert code == 0, told
+        return json.loads(said.splitlines()[-1])["held_out"], told
+
+    of_run, told = losses(tmp_path / "run")
+    assert "columns as in training: --field prompt=question,completion=reply; " in told
+    assert of_run == losses(adapter, *flags)[0] != losses(adapter, *flags[:2])[0]
+    code, _, told = run(capsys, tmp_path / "run")
+    assert code == 0
+    assert "as in training" not in told  # no data is read
+
+
 def test_a_run_s_folder_and_other_formats_are_taken(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -138,8 +138,10 @@ def test_eval_reads_the_columns_of_the_training(folder: Path, tmp_path: Path) ->
     code, out, err = call("eval", run, "--data", renamed, "--json")
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["data"]["mapping"] == {"text": "body", "label": "queue"}
-    assert "columns as in training: --field text=body,label=queue" in err
-    code, out, err = call("eval", run, "--data", folder / "rows.jsonl", "--field", "text=text", "--json")
+    usual = "text=text,label=label"
+    assert "columns as in training: --field text=body,label=queue; " in err
+    assert f"; if this data has the usual ones, give --field {usual}\n" in err
+    code, out, err = call("eval", run, "--data", folder / "rows.jsonl", "--field", usual, "--json")
     assert code == 0, err
     assert "as in training" not in err
 
