@@ -62,7 +62,7 @@ def test_mixed_batches(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "| PEFT | " in as_text({"what": "rows", "model": "tiny", "rows": 4}, result)
 
 
-@pytest.mark.slow
+@pytest.mark.trainers
 def test_training_in_turn(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     arms = {"PEFT + Trainer": ("trainer", {}), "wrong": ("tailora", {"lora_alpha": -1})}
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
