@@ -53,11 +53,7 @@ Rows = Iterator[Row | RowProblem]
 
 def data_error(problems: Sequence[RowProblem]) -> DataError:
     """Returns one error for all problems: the first 20 in full, the others counted."""
-    lines = [str(problem) for problem in problems[:MAX_SHOWN]]
-    if len(problems) <= MAX_SHOWN:
-        return DataError(listing(lines))
-    listed = "\n".join(f"  - {line}" for line in lines)
-    return DataError(f"{len(problems)} problems:\n{listed}\n  and {len(problems) - MAX_SHOWN} more")
+    return DataError(listing([str(problem) for problem in problems], most=MAX_SHOWN))
 
 
 class Source(NamedTuple):

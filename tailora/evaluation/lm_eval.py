@@ -54,11 +54,15 @@ def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
             raise ConfigError(listing(problems))
         try:
             loaded = manager.load(list(names))
-        except (DatasetsError, OSError, ImportError, ValueError) as error:
-            cause = str(error).strip().partition("\n")[0]
+        except (DatasetsError, OSError) as error:
             raise DataError(
-                f"--tasks {','.join(names)}: the tasks' data cannot be read: {cause}. "
+                f"--tasks {','.join(names)}: the tasks' data cannot be read: {_first_line(error)}. "
                 "Start once with a network: lm_eval then reads it from its cache"
+            ) from None
+        except (ImportError, ValueError) as error:
+            raise DataError(
+                f"--tasks {','.join(names)}: the tasks cannot be loaded: {_first_line(error)}. "
+                "Install the package if one is missing, else correct the task's YAML file"
             ) from None
     metrics = [
         f"{name}/{_metric_name(metric, task_filter['name'])}"
@@ -68,6 +72,10 @@ def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
     ]
     groups = [f"{group}/{metric.partition('/')[2]}" for group in loaded["groups"] for metric in metrics]
     return Tasks(tuple(names), manager, tuple(dict.fromkeys([*metrics, *groups])))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _task_manager(names: Sequence[str], include_path: Path | None) -> Any:

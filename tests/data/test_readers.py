@@ -211,7 +211,7 @@ def test_a_file_that_cannot_be_opened_is_a_problem(tmp_path: Path) -> None:
 def test_an_error_shows_twenty_problems_and_counts_the_rest() -> None:
     text = str(data_error([RowProblem("a.jsonl", number, "bad") for number in range(1, 26)]))
     assert text.startswith("25 problems:\n  - a.jsonl:1: bad\n")
-    assert text.endswith("  - a.jsonl:20: bad\n  and 5 more")
+    assert text.endswith("  - a.jsonl:20: bad\n  - and 5 more")
 
 
 # ---- Folders and Hugging Face data sets

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import main
+from tailora.errors import DataError
+from tailora.evaluation.lm_eval import find_tasks
 
 MISSING = importlib.util.find_spec("lm_eval") is None
 COLOURS = ["red", "green", "blue"]
@@ -83,6 +86,27 @@ def test_the_harness_and_our_own_choices_agree(folder: Path, capsys: pytest.Capt
     ):
         assert main([str(token) for token in (*tokens, "--include-path", folder / "tasks", *bad)]) == 2
         assert hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ConnectionError("no route\nto host"), "data cannot be read: no route. Start once with a network"),
+        (ImportError("No module named 'sympy'"), "loaded: No module named 'sympy'. Install the package"),
+        (ValueError("Include cycle at a.yaml"), "loaded: Include cycle at a.yaml. .*correct the task's YAML file"),
+    ],
+)
+def test_tasks_that_cannot_be_loaded_come_with_what_to_do(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(_: list[str]) -> None:
+        raise error
+
+    manager = SimpleNamespace(all_tasks=["quiz"], load=load)
+    monkeypatch.setattr("tailora.evaluation.lm_eval.require_packages", lambda *_, **__: None)
+    monkeypatch.setattr("tailora.evaluation.lm_eval._task_manager", lambda *_: manager)
+    with pytest.raises(DataError, match=f"--tasks quiz: .*{message}"):
+        find_tasks(["quiz"])
 
 
 @pytest.mark.skipif(not MISSING, reason="lm-eval is installed")

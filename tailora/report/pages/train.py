@@ -254,11 +254,11 @@ def train_page(report: TrainReport) -> Page:
         Section("The course of the run", "Schedule, gradients, speed and memory of every step.", _course(report.steps)),
         Section("Settings and machine", "", [settings_table(title, ("", values)) for title, values in tables.items()]),
     ]
-    notes = [hint] if result is not None and (hint := _hint(result, report.settings)) else []
+    notes = [hint] if result is not None and (hint := _few_steps_hint(result, report.settings)) else []
     return Page("train", f"{model}, fine-tuned", report.verdict, numbers, sections, notes)
 
 
-def _hint(result: Result, settings: Mapping[str, Any]) -> str:
+def _few_steps_hint(result: Result, settings: Mapping[str, Any]) -> str:
     """Returns what to try if a short run changed the held-out loss little; "" for others."""
     before, after, rate = result.eval_loss_before, result.eval_loss_after, settings.get("learning_rate")
     is_new_adapter = settings.get("method", "lora") == "lora" and settings.get("adapter") is None
