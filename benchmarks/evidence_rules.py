@@ -17,6 +17,7 @@ somewhere and holds nowhere; it depends if it holds in one place and fails in an
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean, stdev
 from typing import Any
 
@@ -197,37 +198,29 @@ def mean_over_matrices(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def compared(
-    statement: str, setting: str, result: Result | None, first: str, second: str, rule: Callable[..., str] = better
+    statement: str,
+    studies: Sequence[str],
+    first: str,
+    second: str,
+    setting: str,
+    results: Mapping[str, Result],
+    rule: Callable[..., str] = better,
 ) -> list[Finding]:
+    """Compares two arms of the first of the studies that is there."""
+    result = next((results[study] for study in studies if study in results), None)
     if result is None or not {first, second} <= result["sums"].keys():  # an arm failed at every rate
         return []
     remark, numbers = untuned((result, first), (result, second)), difference(result, first, second)
-    return [
-        Finding(
-            statement,
-            setting,
-            f"{first} - {second}, nats per token",
-            *numbers,
-            UNCLEAR if remark else rule(*numbers),
-            remark,
-        )
-    ]
+    verdict = UNCLEAR if remark else rule(*numbers)
+    return [Finding(statement, setting, f"{first} - {second}, nats per token", *numbers, verdict, remark)]
 
 
 def alpha(setting: str, results: Mapping[str, Result]) -> list[Finding]:
     """The parts are the comparisons with each other alpha; all have the verdict on both."""
-    result = results.get("alpha")
-    parts = [found for other in ("alpha-r", "alpha-16r") for found in compared("alpha", setting, result, PLAIN, other)]
+    others = ("alpha-r", "alpha-16r")
+    parts = [found for other in others for found in compared("alpha", ["alpha"], PLAIN, other, setting, results)]
     verdict = all_of(part.verdict for part in parts)
     return [Finding(**{**vars(part), "verdict": verdict}) for part in parts]
-
-
-def layers(setting: str, results: Mapping[str, Result]) -> list[Finding]:
-    return compared("layers", setting, results.get("layers"), PLAIN, "attention")
-
-
-def mlp(setting: str, results: Mapping[str, Result]) -> list[Finding]:
-    return compared("mlp", setting, results.get("layers"), "mlp", "attention")
 
 
 def ten_times(setting: str, results: Mapping[str, Result]) -> list[Finding]:
@@ -237,26 +230,6 @@ def ten_times(setting: str, results: Mapping[str, Result]) -> list[Finding]:
     remark, numbers = untuned((result, PLAIN), (result, FULL)), rate_ratio(result)
     verdict = UNCLEAR if remark else inside(*numbers[1:], *TEN_TIMES)
     return [Finding("rate", setting, "best rate of LoRA / of full", *numbers, verdict, remark)]
-
-
-def rank(setting: str, results: Mapping[str, Result]) -> list[Finding]:
-    return compared("rank", setting, results.get("rank") or results.get("few"), "r1", "r64", equal)
-
-
-def dora(setting: str, results: Mapping[str, Result]) -> list[Finding]:
-    return compared("dora", setting, results.get("dora"), "dora", PLAIN)
-
-
-def pissa(setting: str, results: Mapping[str, Result]) -> list[Finding]:
-    return compared("pissa", setting, results.get("pissa"), "pissa", PLAIN)
-
-
-def loraplus(setting: str, results: Mapping[str, Result]) -> list[Finding]:
-    return compared("loraplus", setting, results.get("loraplus"), "loraplus", PLAIN)
-
-
-def rslora(setting: str, results: Mapping[str, Result]) -> list[Finding]:
-    return compared("rslora", setting, results.get("rslora"), "rslora", "r64")
 
 
 def batch(setting: str, results: Mapping[str, Result]) -> list[Finding]:
@@ -351,14 +324,29 @@ def vertex(losses: Mapping[float, float]) -> float:
 
 STATEMENTS: dict[str, tuple[str, Callable[[str, Mapping[str, Result]], list[Finding]]]] = {
     "alpha": ("alpha = 2r is the best choice: alpha = r and alpha = 16r are worse", alpha),
-    "layers": ("All linear layers: attention alone, with as many parameters, is worse", layers),
-    "mlp": ("The MLP matters more than attention, with as many parameters", mlp),
+    "layers": (
+        "All linear layers: attention alone, with as many parameters, is worse",
+        partial(compared, "layers", ["layers"], PLAIN, "attention"),
+    ),
+    "mlp": (
+        "The MLP matters more than attention, with as many parameters",
+        partial(compared, "mlp", ["layers"], "mlp", "attention"),
+    ),
     "rate": ("LoRA needs about 10 times the learning rate of full fine-tuning (5 to 20 times)", ten_times),
-    "rank": ("The rank does not matter for small data: r = 1 is as good as r = 64", rank),
-    "dora": ("DoRA is better than LoRA", dora),
-    "pissa": ("PiSSA is better than LoRA", pissa),
-    "loraplus": ("LoRA+ (ratio 16) is better than LoRA", loraplus),
-    "rslora": ("rsLoRA is better than LoRA at a high rank (64)", rslora),
+    "rank": (
+        "The rank does not matter for small data: r = 1 is as good as r = 64",
+        partial(compared, "rank", ["rank", "few"], "r1", "r64", rule=equal),
+    ),
+    "dora": ("DoRA is better than LoRA", partial(compared, "dora", ["dora"], "dora", PLAIN)),
+    "pissa": ("PiSSA is better than LoRA", partial(compared, "pissa", ["pissa"], "pissa", PLAIN)),
+    "loraplus": (
+        "LoRA+ (ratio 16) is better than LoRA",
+        partial(compared, "loraplus", ["loraplus"], "loraplus", PLAIN),
+    ),
+    "rslora": (
+        "rsLoRA is better than LoRA at a high rank (64)",
+        partial(compared, "rslora", ["rslora"], "rslora", "r64"),
+    ),
     "batch": ("A large batch hurts LoRA more than full fine-tuning", batch),
     "forgetting": ("LoRA forgets less than full fine-tuning", forgetting),
     "intruders": ("LoRA makes intruder dimensions that full fine-tuning does not make", intruders),
