@@ -10,12 +10,16 @@ from contextlib import contextmanager
 SECONDS_TO_START = 120.0
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextmanager
 def started(command: list[str], env: dict[str, str] | None = None) -> Iterator[str]:
     """Starts a server with --port and yields its address. Raises RuntimeError if it does not answer."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env
     )

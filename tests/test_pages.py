@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ import torch
 from page_blocks import MARKDOWN, Block, Shell, blocks
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from server_process import free_port
 from tiny_run import write_demo
 
 from tailora.cli.main import COMMANDS, app
@@ -183,10 +183,7 @@ def reader(home: Path, programs: Path, tmp_path: Path, monkeypatch: pytest.Monke
     for variable, value in here.items():
         monkeypatch.setenv(variable, value)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    values = {"model": str(home / "demo-1" / "SmolLM2-135M-Instruct"), "port": str(port)}
+    values = {"model": str(home / "demo-1" / "SmolLM2-135M-Instruct"), "port": str(free_port())}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with closing(Shell(tmp_path, dict(os.environ), subprocess.STDOUT, SECONDS)) as shell:

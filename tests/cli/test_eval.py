@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from server_process import free_port
 from tiny import chat_model
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -289,10 +289,7 @@ def test_two_processes_share_the_examples_and_print_one_result(
 @pytest.mark.ranks
 @pytest.mark.slow
 def test_all_processes_end_with_the_exit_code_of_an_unmet_gate(adapter: Path, chats: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tailora", "eval", adapter, "--data", chats, "--gate", "loss<0.001", "--no-base"]
     processes = [
         subprocess.Popen(

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import stir
 from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
@@ -11,10 +12,7 @@ from tailora import LoRAConfig, LoRAModel
 
 def stirred(base: nn.Module, **settings: Any) -> LoRAModel:
     model = LoRAModel(base, LoRAConfig(**{"r": 2, "lora_alpha": 6, **settings}))
-    generator = torch.Generator(torch.get_default_device()).manual_seed(3)
-    for layer in model.lora_layers.values():
-        for parameter in layer.parameters():
-            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * 0.3
+    stir(model)
     return model
 
 

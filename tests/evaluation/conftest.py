@@ -3,8 +3,11 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 from tiny import chat_model, chat_tokenizer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tailora import LoRAConfig, LoRAModel
 
 
 @pytest.fixture
@@ -32,3 +35,12 @@ def tiny(tokenizer: PreTrainedTokenizerFast) -> Callable[..., LlamaForCausalLM]:
 @pytest.fixture
 def model(tiny: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
     return tiny()
+
+
+@pytest.fixture
+def tuned(model: LlamaForCausalLM) -> LoRAModel:
+    tuned = LoRAModel(model, LoRAConfig(r=4, lora_dropout=0.5))
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
+    for layer in tuned.lora_layers.values():
+        torch.nn.init.normal_(layer.lora_B, std=0.3, generator=generator)
+    return tuned

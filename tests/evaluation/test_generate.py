@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import GROUPED
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -165,15 +166,6 @@ def asked(question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}]
 
 
-@pytest.fixture
-def tuned(model: LlamaForCausalLM) -> LoRAModel:
-    tuned = LoRAModel(model, LoRAConfig(r=4, lora_dropout=0.5))
-    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
-    for layer in tuned.lora_layers.values():
-        torch.nn.init.normal_(layer.lora_B, std=0.3, generator=generator)
-    return tuned
-
-
 def test_base_and_tuned_each_say_their_own(tuned: LoRAModel, tiny: Make, tokenizer: PreTrainedTokenizerFast) -> None:
     questions = ["hello", "how are you today"]
     found = compare_answers(tuned, tokenizer, questions, max_new_tokens=12)
@@ -250,15 +242,7 @@ def test_a_prompt_without_room_for_an_answer_is_left_out(tiny: Make, tokenizer: 
     assert [answer.prompt for answer in found] == ["hello"]
 
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-}
+SIZES = {**GROUPED, "initializer_range": 0.3}
 MODELS = {
     "Mistral, window": MistralConfig(**SIZES, sliding_window=6),
     "Qwen3": Qwen3Config(**SIZES, head_dim=8),

@@ -22,12 +22,8 @@ QUIZ = [{"prompt": f"hello {n}", "choices": ["how are", "you today", "user"], "a
 
 
 @pytest.fixture
-def tuned(model: LlamaForCausalLM) -> LoRAModel:
+def tuned(tuned: LoRAModel) -> LoRAModel:
     """In training mode, with much dropout in the adapter and in the base's attention."""
-    tuned = LoRAModel(model, LoRAConfig(r=4, lora_dropout=0.5))
-    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
-    for layer in tuned.lora_layers.values():
-        torch.nn.init.normal_(layer.lora_B, std=0.3, generator=generator)
     return tuned.train()
 
 

@@ -1,7 +1,5 @@
 """A PEFT model in memory becomes a LoRAModel with equal outputs, or is refused and not changed."""
 
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import peft
@@ -17,6 +15,8 @@ import tailora
 from tailora import LoRAModel
 from tailora.errors import FormatError, TargetError
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of PEFT
+
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 
 
@@ -30,13 +30,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "head trained in full": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "rows of new tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1, 2]}},
 }
-
-
-@pytest.fixture(autouse=True)
-def _ignore_warnings_of_peft() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def stir(model: nn.Module) -> None:

@@ -21,7 +21,6 @@ from tailora.formats.serving_targets import CLOUDFLARE_LIMITS, TARGETS, ServingE
 ENDS = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
 SERVERS = [name for name, target in TARGETS.items() if target.limits is None]
-SERVICES = [name for name, target in TARGETS.items() if target.limits is not None]
 MERGED_FOR = [name for name in SERVERS if TARGETS[name].format != "merged"]
 PATTERNS = {"use_rslora": True, "rank_pattern": {"q_proj": 9}, "alpha_pattern": {"v_proj": 5}}
 SETTINGS = ServingSettings(base="owner/base", stop_tokens={2: "<|im_end|>"})

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import GROUPED, VOCABULARY
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -23,23 +24,14 @@ from tailora.data.dataset import IGNORED
 from tailora.kernels.loss import FORMS, FROZEN, OWN, RECOMPUTED, WHOLE, Batch, choose_form
 from tailora.model import LoRAModel
 
-VOCABULARY = 300
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "gpt2": GPT2Config(**GPT2, tie_word_embeddings=False),
     "gpt2, tied": GPT2Config(**GPT2),
-    "llama": LlamaConfig(**SIZES),
-    "gemma2, soft cap": Gemma2Config(**SIZES, head_dim=8),
-    "cohere, logit scale": CohereConfig(**SIZES),
-    "granite, logit scale": GraniteConfig(**SIZES, logits_scaling=8.0),
+    "llama": LlamaConfig(**GROUPED),
+    "gemma2, soft cap": Gemma2Config(**GROUPED, head_dim=8),
+    "cohere, logit scale": CohereConfig(**GROUPED),
+    "granite, logit scale": GraniteConfig(**GROUPED, logits_scaling=8.0),
 }
 ADAPTERS = {
     "layers": LoRAConfig(r=4, target_modules="all-linear"),
@@ -165,7 +157,7 @@ class OtherInputs(LlamaForCausalLM):
 )
 def test_what_a_model_does_outside_its_decoder_and_head_is_noticed(kind: type[LlamaForCausalLM], why: str) -> None:
     torch.manual_seed(0)
-    model = adapted(kind(LlamaConfig(**SIZES)))
+    model = adapted(kind(LlamaConfig(**GROUPED)))
     form, reason = form_of(model)
     assert form == WHOLE
     assert reason is not None

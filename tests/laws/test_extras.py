@@ -2,8 +2,7 @@
 
 import copy
 import pickle
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,9 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.core.attach import Swapped
 from tailora.errors import AdapterError, BaseMismatchError, FormatError, MergeError, TargetError
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of PEFT
+
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
-
-
-@pytest.fixture(autouse=True)
-def _peft_warns_as_it_likes() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 class Mixed(nn.Module):

@@ -1,8 +1,6 @@
 """PEFT is the oracle for files, both ways, wherever it is right; the dense identity (test_laws) where it is not."""
 
 import json
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +16,13 @@ from transformers import LlamaForCausalLM
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import MergeError
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of PEFT
+
 RIGHT = [case for case in LAYERS if not case.peft_is_wrong]
 layer_cases = all_of(RIGHT)
 PEFT_PAIRS = [(case, slot) for case, slot in PAIRS if case in RIGHT and (case.name, slot) not in PEFT_FAILS]
 pairs = pairs_of(PEFT_PAIRS)
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
-
-
-@pytest.fixture(autouse=True)
-def _peft_warns_as_it_likes() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def peft_settings(case: LayerCase, slot: str) -> dict[str, Any]:

@@ -1,9 +1,8 @@
 """Every field of PEFT's LoraConfig: adapters that PEFT wrote compute the same here, or are refused with the reason."""
 
 import json
-import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,10 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.errors import ConfigError, FormatError
 from tailora.formats.peft_config import SETTINGS_TAKEN, SETTINGS_WITHOUT_EFFECT, UNSUPPORTED_SETTINGS
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of PEFT
+
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 IDS = torch.arange(24).view(2, 12)
-
-
-@pytest.fixture(autouse=True)
-def _peft_warns_as_it_likes() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 class Convolutions(nn.Module):

@@ -4,8 +4,6 @@ PEFT takes dense layers of these models for projections of their experts, becaus
 """
 
 import json
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,8 @@ from torch import Tensor, nn
 import tailora
 from tailora import LoRAConfig, LoRAModel
 from tailora.formats.offline import read_offline
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of PEFT and transformers
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 SIZES = {
@@ -124,13 +124,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 EXCLUDED = ["router", "shared_expert_gate"]  # linear layers that give a tuple, or one number
 IDS = torch.arange(24).view(2, 12) + 3
-
-
-@pytest.fixture(autouse=True)
-def _others_warn_as_they_like() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def fresh(name: str) -> nn.Module:

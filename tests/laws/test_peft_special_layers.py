@@ -2,8 +2,7 @@
 
 import copy
 import json
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,17 +29,12 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.errors import FormatError
 from tailora.formats.offline import read_offline
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of PEFT
+
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 RIGHT = [(case, slot) for case, slot in SPECIAL_PAIRS if not case.peft_is_wrong]
 TWICE = 2.0  # PEFT 0.21.2 adds the update of attention's out_proj to the weight, and then merges it once more
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
-@pytest.fixture(autouse=True)
-def _peft_warns_as_it_likes() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @pairs_of(RIGHT)

@@ -19,6 +19,7 @@ import schemathesis
 import torch
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
+from server_process import free_port
 from tiny import CHATML
 from tiny_server import TOKENIZER, Running, base_model, running, write_adapters
 
@@ -40,12 +41,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(root: Path) -> Iterator[Running]:
     with running(root) as server:
         yield server
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def chat(server: Running, model: str, **options: Any) -> Any:

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import warnings
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from runs import changed
 from safetensors.torch import load_file
+from server_process import free_port
 from tiny import tiny_model
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -633,10 +633,7 @@ run()
 def ended_by(case: str, config: TrainConfig, folder: Path) -> tuple[list[int], str]:
     """Starts two processes; returns their exit codes, and what they wrote to stderr."""
     write_settings(folder, config)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-c", FAILING, "train", "--config", str(folder / "config.yaml"), case]
     processes = [
         subprocess.Popen(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import chat_model
+from tiny import GROUPED, chat_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config
@@ -24,16 +24,9 @@ from tailora.train.setup import choose_layout
 from tailora.train.trainer import accumulate_gradients
 
 CPU = torch.device("cpu")
-GROUPED = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 CONFIGS = {
-    "llama": LlamaConfig(vocab_size=300, **GROUPED),
-    "qwen2": Qwen2Config(vocab_size=300, **GROUPED),
+    "llama": LlamaConfig(**GROUPED),
+    "qwen2": Qwen2Config(**GROUPED),
     "gpt2": GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0),
 }
 PACKED, PADDED = (BatchLayout(packed, FROZEN, pad_id=0) for packed in (True, False))
