@@ -1,6 +1,7 @@
 """`tailora verify URL --adapter FOLDER`: does that server really use this adapter?"""
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -56,7 +57,8 @@ ADVICE = {  # what to do next
     "template": "Give the server the chat template of training: `tailora export --to SERVER` writes it, with the "
     "command that uses it.",
     "other-base": "The adapter was trained on {base_model}: give the server that model, in the same version.",
-    "other-adapter": "Compare the SHA-256 of the server's file with that of training: {hashes}.",
+    "other-adapter": "Compare the server's file with that in {folder}, whose SHA-256 is: {hashes}. `tailora push` "
+    "takes paths out of the file, so that a copy from the Hub can have another SHA-256 with the same weights.",
     "unknown": "It would help if the server told log-probabilities, kept the base in more bits, or offered the base "
     "beside the adapter (--base).",
 }
@@ -111,13 +113,13 @@ def verify(
     if json:
         print_json({**result.to_dict(), "url": server.url, "model": model, "adapter": str(folder)})
     else:
-        show(stdout(), result, passport)
+        show(stdout(), result, passport, folder)
     return 0 if result.verdict == "adapter" else GATE_NOT_MET
 
 
-def show(console: Console, result: "Verification", passport: Passport) -> None:
+def show(console: Console, result: "Verification", passport: Passport, folder: Path) -> None:
     headline = HEADLINES[result.verdict].format(scale=result.scale)
     hashes = ", ".join(f"{name} {digest}" for name, digest in passport.weights.items())
-    advice = ADVICE.get(result.verdict, "").format(base_model=passport.base_model, hashes=hashes)
+    advice = ADVICE.get(result.verdict, "").format(base_model=passport.base_model, folder=folder, hashes=hashes)
     sentences = [*result.evidence, *([advice] if advice else [])]
     print_section(console, Section(headline, "", [Paragraph(sentence) for sentence in sentences]))

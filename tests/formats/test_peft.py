@@ -79,6 +79,15 @@ def test_the_same_bytes_in_every_process(tmp_path: Path) -> None:
     assert len(contents) == 1
 
 
+@pytest.mark.parametrize("settings", [{}, {"rank_pattern": {"q_proj": 3}, "use_rslora": True}, {"use_dora": True}])
+def test_an_adapter_that_was_read_is_saved_with_the_same_bytes(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """So that the SHA-256 of a run's adapter is that of its export."""
+    folder = adapted(settings).save_adapter(tmp_path / "first")
+    LoRAModel.from_pretrained(chat_model(), folder).save_adapter(tmp_path / "again")
+    first, again = ([path.read_bytes() for path in sorted((tmp_path / name).iterdir())] for name in ("first", "again"))
+    assert first == again
+
+
 def test_saving_again_replaces_the_files_and_leaves_others(tmp_path: Path) -> None:
     folder = adapted({"target_modules": ["q_proj", "down_proj"]}).save_adapter(tmp_path / "adapter")
     model = LoRAModel(chat_model(), LoRAConfig(r=2, target_modules=["q_proj"]))
