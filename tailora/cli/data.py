@@ -92,7 +92,7 @@ def train_command(
 
     Without a held-out file it holds out enough rows for an interval, but at most a fifth. Its folder is a new one.
     """
-    from tailora.report.pages.train import FEW_EXAMPLES
+    from tailora.evaluation.statistics import FEW_EXAMPLES
 
     sources = parse_sources(settings.data)
     command = ["tailora", "train", *(word for source in sources for word in ("--data", str(source)))]

@@ -34,8 +34,13 @@ def choose_device(name: str | None = None) -> torch.device:
         asked = _with_index(asked)
     if asked in there:
         return asked
+    raise absent_device(name, there)
+
+
+def absent_device(name: str | None, there: Sequence[torch.device]) -> ConfigError:
+    """Returns the error for a device that is not one of those that are `there`."""
     names = ", ".join(map(str, there))
-    raise ConfigError(
+    return ConfigError(
         f"device {name!r} is not here: torch {torch.__version__} finds {names}; give one of them, or {AUTO}"
     )
 

@@ -3,6 +3,8 @@
 A message has role and content, and may have tool_calls, tool_call_id and name. Reasoning is reasoning_content here,
 whatever name the row has for it. `train: false` or `weight: 0` marks a reply that is read but not trained.
 ShareGPT's messages have from and value.
+
+`text_value`, `short_repr` and SURROGATE are for the values of any column.
 """
 
 import json
@@ -183,7 +185,7 @@ def read_tools(values: dict[str, Any]) -> Tools | None:
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
-# ---- Values, also of other columns
+# ---- Values of any column
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 SHORT = reprlib.Repr()  # neither long values nor deep ones are written out

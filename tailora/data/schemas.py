@@ -373,12 +373,14 @@ def _optional_text(values: dict[str, Any], key: str) -> str:
     return "" if value is None else text_value(value, key)
 
 
+MOST_NAMES = 50  # keys of a row that a message lists
+
+
 def _names(keys: Collection[str]) -> str:
     names = [key if len(key) <= 60 else f"{key[:57]}..." for key in islice(keys, MOST_NAMES)]
     return ", ".join(names) + (f" and {len(keys) - MOST_NAMES:,} more" if len(keys) > MOST_NAMES else "")
 
 
-MOST_NAMES = 50  # keys of a row that a message lists
 # ---- The schema of a source
 
 
@@ -526,14 +528,14 @@ def detect_schema(
         not_fitting.update((frozenset(row), s) for s in schemas if task == AUTO and not s.fits(renamed_row))
     columns = sorted({column for keys in key_sets for column in keys})  # sorted: sets change their order between runs
     problems = [
-        f"--field {key}={column}: no schema has the key {key!r}{nearest(key, KNOWN_KEYS)}; there are "
-        f"{_names(sorted(KNOWN_KEYS))}"
+        f"--field {key}={column}: no schema has the key {key!r}"
+        f"{nearest(key, KNOWN_KEYS) or f'; there are {_names(sorted(KNOWN_KEYS))}'}"
         for key, column in field.items()
         if key not in KNOWN_KEYS
     ]
     problems += [
-        f"--field {key}={column}: the data has no column {column!r}{nearest(column, columns)}; "
-        f"there are {_names(columns)}"
+        f"--field {key}={column}: the data has no column {column!r}"
+        f"{nearest(column, columns) or f'; there are {_names(columns)}'}"
         for key, column in field.items()
         if column not in columns
     ]

@@ -22,6 +22,7 @@ from tailora.train.random_state import seeded
 
 NO_FILTER = "none"
 STDERR = "_stderr"
+TASK_NAMES = "; give the name of a task of lm-evaluation-harness, or the folder of its YAML file as --include-path"
 LOGGERS = ("lm_eval", "lm_eval.evaluator", "lm_eval.models.huggingface", "lm_eval.api.task", "lm_eval.tasks")
 
 
@@ -47,8 +48,7 @@ def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
         manager = _task_manager(names, include_path)
         if unknown := [name for name in names if name not in manager.all_tasks]:
             problems = [
-                f"--tasks: lm_eval has no task {name!r}{nearest(name, manager.all_tasks)}; give "
-                "the name of a task of lm-evaluation-harness, or the folder of its YAML file as --include-path"
+                f"--tasks: lm_eval has no task {name!r}{nearest(name, manager.all_tasks) or TASK_NAMES}"
                 for name in unknown
             ]
             raise ConfigError(listing(problems))

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats: TypeAlias = NDArray[np.float64]
+FEW_EXAMPLES = 20  # held-out examples; with fewer, an interval says little about others
 Z = NormalDist().inv_cdf(0.975)  # half the width of a 95% interval, in standard errors
 
 

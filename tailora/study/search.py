@@ -27,6 +27,7 @@ from optuna.exceptions import TrialPruned, UpdateFinishedTrialError
 from optuna.pruners import SuccessiveHalvingPruner
 
 from tailora.errors import ConfigError
+from tailora.evaluation.statistics import FEW_EXAMPLES
 from tailora.formats.io import read_own_json, write_file
 from tailora.formats.run_folder import write_report
 from tailora.study import optuna_study, search_space
@@ -82,7 +83,6 @@ RUN_LOCK = "run.lock"
 POLL_SECONDS = 1.0
 MOST_TRIALS, FEWEST_TRIALS = 16, 6  # if the time limit decides
 RESERVED = 2  # finalists that time is kept for: the best, and a cheaper one
-FEW_EXAMPLES = 20
 ONE_EVALUATION = {"save_steps": 0, "eval_steps": 0, "early_stopping_patience": 0}  # settings of a judging run
 
 

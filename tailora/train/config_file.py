@@ -17,12 +17,12 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
 from ruamel.yaml.reader import ReaderError
 
+from tailora.data.messages import SURROGATE
 from tailora.errors import ConfigError
 
 MAX_BYTES, MAX_DEPTH, MAX_ALIASES, MAX_SCALAR, MAX_VALUES = 100_000, 20, 20, 3_000, 5_000
 
 REMEDY = "write lines such as `max_steps: 100`"
-SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class _Constructor(SafeConstructor):

@@ -217,14 +217,13 @@ def count_processes(asked: str, device: str) -> int:
         )
     if asked not in ("gpu", "auto") and not (asked.isdecimal() and int(asked) > 0):
         raise ConfigError(f"--nproc-per-node {asked}: give a number of processes, or gpu or auto for one per device")
-    from tailora.core.device import AUTO, devices
+    from tailora.core.device import AUTO, absent_device, devices
 
     candidates, device = devices(), device_asked_for(device)
     device_type, _, index = (candidates[0].type if device == AUTO else device).partition(":")
     count = [candidate.type for candidate in candidates].count(device_type)
     if not count:
-        names = ", ".join(map(str, candidates))
-        raise ConfigError(f"--device {device} is not here: torch finds {names}; give one of them, or {AUTO}")
+        raise absent_device(device, candidates)
     if device_type == "cpu":
         if asked == "gpu":
             raise ConfigError("--nproc-per-node gpu: the device is the CPU; give a number of processes")

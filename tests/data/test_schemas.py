@@ -115,7 +115,9 @@ def test_keys_that_resemble_nothing_get_the_general_hint() -> None:
     ("field", "message"),
     [
         ({"promt": "question"}, r"no schema has the key 'promt'; did you mean prompt"),
-        ({"prompt": "qestion"}, r"no column 'qestion'; did you mean question\?; there are answer, question"),
+        ({"prompt": "qestion"}, r"no column 'qestion'; did you mean question\?$"),
+        ({"prompt": "text"}, "no column 'text'; there are answer, question$"),
+        ({"zzz": "question"}, "no schema has the key 'zzz'; there are answer, "),
         ({"promt": "qestion"}, "2 problems"),
         ({"prompt": "question"}, r"which fit no known schema with --field prompt=question"),
     ],

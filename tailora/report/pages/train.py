@@ -23,7 +23,7 @@ from tailora.evaluation.classification import (
 from tailora.evaluation.generate import Answer
 from tailora.evaluation.metrics import LABEL_METRICS, PREFERENCE_METRICS
 from tailora.evaluation.preferences import describe_preferences, preference_metrics
-from tailora.evaluation.statistics import Interval, before_and_after, describe_change
+from tailora.evaluation.statistics import FEW_EXAMPLES, Interval, before_and_after, describe_change
 from tailora.formats.run_folder import RUN, SAMPLES, write_report
 from tailora.report.blocks import Answers, Block, Column, Figure, Number, Page, Paragraph, Section, Table
 from tailora.report.charts import DASHED, INK, SERIES, SOFT, Canvas
@@ -34,7 +34,6 @@ from tailora.train.config import NATS_PER_TOKEN
 from tailora.train.memory import format_bytes
 from tailora.train.run_log import EXAMPLES, METRICS
 
-FEW_EXAMPLES = 20  # held-out examples; with fewer, an interval says little about others
 MOST_MARKS = 1000  # of a scatter plot
 ALIKE = 1e-6  # losses that differ by less
 FEW_STEPS, LITTLE = 25, 0.1  # a run that is so short, and lowers the loss by less than this share, gets a hint
