@@ -1,6 +1,7 @@
 """Tables of docs/experiments.md, from what evidence.py wrote. What was not measured says so."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from evidence_data import FULL, MODEL_OF, PLAIN, STUDIES
@@ -166,15 +167,9 @@ def intruders(content: Content) -> str:
     return table(head, rows)
 
 
-def parts(content: Content) -> dict[str, str]:
-    """Returns the name of every part of the page, and its table."""
-    by_statement = {f"evidence-{name}": statement(content, name) for name in STATEMENTS}
-    return {
-        "evidence-verdicts": verdicts(content),
-        **by_statement,
-        "evidence-matrices": intruders(content),
-        "evidence-arms": arms(content),
-    }
-
-
-PARTS = ("evidence-verdicts", *(f"evidence-{name}" for name in STATEMENTS), "evidence-matrices", "evidence-arms")
+PARTS: dict[str, Callable[[Content], str]] = {  # name of a part of the page -> what makes it
+    "evidence-verdicts": verdicts,
+    **{f"evidence-{name}": partial(statement, name=name) for name in STATEMENTS},
+    "evidence-matrices": intruders,
+    "evidence-arms": arms,
+}

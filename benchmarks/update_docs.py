@@ -19,18 +19,16 @@ import evidence_tables
 import scaling_tables
 import tables
 import tiny_lm_tables
+from measure import RESULTS
 from page_blocks import blocks
 from tables import ranged
 
 from tailora.core.config import OTHER_UNITS
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 MACHINES = {"With AMX": ".", "Without AMX, Zen 4": "zen4", "Without AMX, Zen 5": "zen5"}  # title -> folder of results
 TRAINER = "PEFT + Trainer, grouped by length"
 SPEED = ("real", "steps", "memory", "curves", "growth", "inference", "adapters", "startup")  # docs/performance.md
-
-MARK = re.compile(r"<!-- measured:([\w-]+) -->")
 
 Content = dict[str, Any]  # of one JSON file
 
@@ -341,7 +339,7 @@ def soak() -> str:
 
 
 def evidence(name: str) -> str:
-    return not_measured("evidence") or evidence_tables.parts(read("evidence"))[name]
+    return not_measured("evidence") or evidence_tables.PARTS[name](read("evidence"))
 
 
 # ---- docs/verify.md
@@ -430,7 +428,9 @@ EXCERPTS = {  # page and name of an output -> beginnings of its first line, and 
 def tutorials() -> dict[str, dict[str, Callable[[], str]]]:
     """The parts of all these pages, by the marks in them."""
     return {
-        f"docs/{page}.md": {name: partial(tutorial, page, name) for name in MARK.findall(path.read_text())}
+        f"docs/{page}.md": {
+            block.output: partial(tutorial, page, block.output) for block in blocks(path) if block.output
+        }
         for folder in ("tutorials", "questions")
         for path in sorted((ROOT / "docs" / folder).glob("*.md"))
         for page in [f"{folder}/{path.stem}"]
