@@ -585,8 +585,15 @@ def _unmatched(
 
 def _unmatched_name(setting: str, name: str, candidates: Mapping[str, TargetCandidate], modules: Modules) -> str:
     """Why this name selects no candidate."""
-    module = next((module for path, module in modules.items() if path and patterns.named(name, path)), None)
+    named = [path for path in modules if path and patterns.named(name, path)]
+    module = modules[named[0]] if named else None
     if module is not None and layer_type_of(module) is None and setting != "target_parameters":
+        blocks = tuple(f"{path}." for path in named)
+        inner = sorted({candidate.last_name for candidate in candidates.values() if candidate.path.startswith(blocks)})
+        if inner:
+            return (
+                f"{setting}: {name!r} is a {type(module).__name__}, a block of layers; name those: {', '.join(inner)}"
+            )
         return (
             f"{setting}: {name!r} is a {type(module).__name__}, which has no low-rank form; "
             f"layer types: {_layer_type_names()}"

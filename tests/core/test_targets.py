@@ -57,6 +57,10 @@ def test_selectors_select_as_many_layers_as_they_name(settings: dict[str, Any], 
     [
         ({"target_modules": ["q_proj", "kproj"]}, "'kproj' matches no layer; did you mean k_proj"),
         ({"target_modules": ["norm"]}, "'norm' is a LlamaRMSNorm, which has no low-rank form"),
+        (
+            {"target_modules": ["mlp"]},
+            "'mlp' is a LlamaMLP, a block of layers; name those: down_proj, gate_proj, up_proj",
+        ),
         ({"target_modules": "q_proj"}, "matches no whole path of a layer; did you mean q_proj"),
         ({"target_modules": []}, "names nothing"),
         ({"exclude_modules": ["nothing_like_it"]}, "exclude_modules: 'nothing_like_it' matches no layer; there are"),
