@@ -103,26 +103,23 @@ def export(
     loaded, tokenizer = load_base(base, dtype, device_of_flag(device), method, task=task, labels=labels)
     adapted = LoRAModel.from_pretrained(loaded, path)
     started = time.perf_counter()
+    serving = None
     with quiet_transformers():
         if to in FORMATS:
             report = adapted.export(output, to, tokenizer=tokenizer, overwrite=overwrite)
             result: ExportReport | ServingExport = report
-            code, port = commands_of_format(report, base, labels), None
         else:
             settings = serving_settings(path, base, loaded, tokenizer, trained_on if method is None else None)
             result = adapted.export_for(output, to, settings=settings, tokenizer=tokenizer, overwrite=overwrite)
-            from tailora.formats.serving_targets import TARGETS
-
-            report, port = result.report, TARGETS[to].port
-            code = commands_of_target(result.serving, report.folder)
+            report, serving = result.report, result.serving
     if passport == "base" and labels is None and task == CAUSAL_LM:
         report.files.update(add_passport(report.folder, path, adapted, tokenizer))
     seconds = time.perf_counter() - started
     if json:
         print_json({**result.to_dict(), "model": base, "seconds": seconds})
     else:
-        url = "URL" if port is None else f"http://127.0.0.1:{port}"
-        show(stdout(), report, code, url, seconds)
+        code = commands_of_format(report, base, labels) if serving is None else commands_of_target(report, serving)
+        show(stdout(), report, code, seconds)
     return 0
 
 
@@ -180,8 +177,8 @@ def serving_settings(adapter: Path, base: str, model: Any, tokenizer: Any, train
     )
 
 
-def show(console: Console, result: "ExportReport", code: list[Block], url: str, seconds: float) -> None:
-    """code: the commands that use the files.    url: of the server, when those commands have started it."""
+def show(console: Console, result: "ExportReport", code: list[Block], seconds: float) -> None:
+    """code: the commands that use the files."""
     from tailora.train.memory import format_bytes
 
     files = [(str(result.folder / name), format_bytes(size)) for name, size in result.files.items()]
@@ -198,29 +195,38 @@ def show(console: Console, result: "ExportReport", code: list[Block], url: str, 
         Paragraph(f"{changes[:1].upper()}{changes[1:]}."),  # of mlx-lm it says what to do before the command below
         *code,
     ]
-    if PASSPORT in result.files:
-        ask = shlex.join(["tailora", "verify", url, "--adapter", str(result.folder)])
-        contents.append(Code(ask, title="To see that the server uses it:"))
     print_section(console, Section(f"Written in {seconds:.1f} s", "", contents))
 
 
-def commands_of_target(serving: "Serving", folder: Path) -> list[Block]:
+def commands_of_target(result: "ExportReport", serving: "Serving") -> list[Block]:
     from tailora.formats.serving_targets import TARGETS, notes
 
     blocks: list[Block] = []
     if serving.prepare is not None:
         blocks.append(Code(shlex.join(serving.prepare[0]), title="Once, with llama.cpp's converter:"))
-    title = f"To {'upload' if TARGETS[serving.target].limits else 'serve'} it, as {folder / SERVE_SCRIPT} does:"
+    title = f"To {'upload' if TARGETS[serving.target].limits else 'serve'} it, as {result.folder / SERVE_SCRIPT} does:"
     blocks.append(Code("\n".join(map(shlex.join, serving.commands)), title=title))
     blocks += [Paragraph(note) for note in notes(serving)]
-    return blocks
+    return [*blocks, *commands_to_verify(result, TARGETS[serving.target].port)]
 
 
 def commands_of_format(result: "ExportReport", base: str, labels: "Labels | None") -> list[Block]:
+    from tailora.formats.serving_targets import TARGETS
+
     blocks: list[Block] = [Code(next_command(result, base, labels), title="To use it:")]
     if result.format == "gguf":
         blocks.append(Code(llama_cpp_commands(result, base), title="Or with llama.cpp, which has both programs:"))
-    return blocks
+    port = TARGETS["vllm"].port if result.format == "portable" else None
+    return [*blocks, *commands_to_verify(result, port)]
+
+
+def commands_to_verify(result: "ExportReport", port: int | None) -> list[Block]:
+    """port: where the server listens that the commands above start; None if they start none."""
+    if PASSPORT not in result.files:
+        return []
+    url = "URL" if port is None else f"http://127.0.0.1:{port}"
+    ask = shlex.join(["tailora", "verify", url, "--adapter", str(result.folder)])
+    return [Code(ask, title="To see that the server uses it:")]
 
 
 def llama_cpp_commands(result: "ExportReport", base: str) -> str:

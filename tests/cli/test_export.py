@@ -80,6 +80,14 @@ def test_every_server_with_its_command(to: str, run: Path, tmp_path: Path, capsy
     assert ("tailora verify http://127.0.0.1:" in shown) == (to in get_args(Server))
 
 
+def test_verify_asks_the_server_that_the_command_of_the_portable_format_starts(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for to, url in (("portable", "http://127.0.0.1:8000"), ("peft", "URL")):
+        assert main(["export", str(run), "--to", to, "--output", str(tmp_path / to)]) == 0
+        assert f"tailora verify {url} --adapter {tmp_path / to}" in capsys.readouterr().out
+
+
 def test_the_servers_of_the_flag_are_those_of_the_table() -> None:
     assert [*get_args(Server), *get_args(Service)] == [
         *("vllm", "llama-server", "ollama", "lm-studio", "mlx", "tgi", "fireworks", "cloudflare")
