@@ -16,12 +16,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+import chromium
 from measure import RESULTS, log
 from rich.console import Console
 from rich.terminal_theme import TerminalTheme
@@ -157,20 +158,6 @@ def server(run: Path) -> AbstractContextManager[str]:
     return started([sys.executable, "-m", "tailora.cli", *words], env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
-@contextmanager
-def chromium() -> Iterator["Page"]:
-    from playwright.sync_api import sync_playwright
-
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        raise SystemExit("pages need Chromium: apt-get install chromium")
-    with sync_playwright() as playwright:
-        sandbox = [] if os.geteuid() else ["--no-sandbox"]  # Chromium refuses root with one
-        browser = playwright.chromium.launch(executable_path=program, args=sandbox)
-        yield browser.new_page()
-        browser.close()
-
-
 TERMINALS: dict[str, Callable[[Path | None], tuple[str, str]]] = {
     "train": train,
     "plan": plan,
@@ -187,8 +174,8 @@ def make(name: str, run: Path | None) -> None:
         for scheme in SCHEMES:
             (FOLDER / f"{name}-{scheme}.svg").write_text(terminal_svg(line, printed, scheme, name))
     else:
-        with chromium() as page:
-            PAGES[name](page, run)
+        with chromium.launched() as browser:
+            PAGES[name](browser.new_page(), run)
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ import gc
 import logging
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import chromium
 import limits
 import on_device
 import pretend_accelerator
@@ -109,13 +109,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="module")
 def browser() -> Iterator["Browser"]:
     """Chromium, without a window. The tests that use it have the marker `browser`."""
-    from playwright.sync_api import sync_playwright
-
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
+    if chromium.program() is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
-    with sync_playwright() as playwright:
-        sandbox = [] if os.geteuid() else ["--no-sandbox"]  # Chromium refuses root with one
-        launched = playwright.chromium.launch(executable_path=chromium, args=sandbox)
-        yield launched
-        launched.close()
+    with chromium.launched() as browser:
+        yield browser
