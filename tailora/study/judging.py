@@ -147,7 +147,10 @@ def judge_arms(
                 **judgement.accuracies.get(arm, {}),
             )
         )
-    verdict, compared = compare_verdict(arms, judgement.p_values, reference, study.margin, judgement.unit)
+    cut_short = [arm for arm, search in rates.items() if search.next_rate() is not None]
+    verdict, compared = compare_verdict(
+        arms, judgement.p_values, reference, study.margin, judgement.unit, cut_short=cut_short
+    )
     return Comparison(
         arms=arms,
         reference=reference,

@@ -9,7 +9,7 @@ tell". `margin` is the difference that does not matter, `unit` that of the losse
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from tailora.evaluation.statistics import Difference
 from tailora.study.results import ArmResult, Finalist
@@ -19,11 +19,18 @@ from tailora.study.trial import DONE
 
 
 def compare_verdict(
-    arms: Sequence[ArmResult], p_values: Mapping[str, float], reference: str, margin: float, unit: str
+    arms: Sequence[ArmResult],
+    p_values: Mapping[str, float],
+    reference: str,
+    margin: float,
+    unit: str,
+    *,
+    cut_short: Collection[str] = (),
 ) -> tuple[str, str | None]:
     """Returns the text, and the name of the arm that it is about; None where there is nothing to compare.
 
     p_values: arm -> p of no difference from the reference, adjusted for the number of arms.
+    cut_short: arms whose search for the learning rate --minutes ended.
     """
     done = {arm.name: arm for arm in arms if arm.outcome == DONE}
     sentences = [f"{arm.name} {arm.outcome}." for arm in arms if arm.name not in done]
@@ -36,19 +43,21 @@ def compare_verdict(
     else:
         arm, difference = min(compared, key=lambda pair: pair[1].value)
     sentences.append(_compare_finding(arm, difference, done[reference], p_values[arm.name], margin, unit))
-    sentences += [_rate_at_edge(arm) for arm in done.values() if not arm.bracketed]
+    sentences += [_rate_at_edge(arm, arm.name in cut_short) for arm in done.values() if not arm.bracketed]
     return " ".join(sentences), arm.name
 
 
-def _rate_at_edge(arm: ArmResult) -> str:
+def _rate_at_edge(arm: ArmResult, is_cut_short: bool) -> str:
     """Returns the sentence on an arm whose best rate has nothing worse on one side."""
-    rate = f"{arm.learning_rate or 0.0:.2g}"
+    assert arm.learning_rate is not None  # an arm that is done has one
+    rate = f"{arm.learning_rate:.2g}"
+    remedy = "try more with a higher --minutes" if is_cut_short else "try more with --rate-tries"
     if len(arm.rates) < 2:
-        return f"Only one learning rate of {arm.name} was tried, {rate}: try more with --rate-tries."
+        return f"Only one learning rate of {arm.name} was tried, {rate}: {remedy}."
     end, beyond = ("highest", "higher") if arm.learning_rate == max(arm.rates) else ("lowest", "lower")
     return (
         f"The best learning rate of {arm.name}, {rate}, is the {end} that was tried, and a {beyond} one may be better: "
-        "try more with --rate-tries."
+        f"{remedy}."
     )
 
 

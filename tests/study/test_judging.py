@@ -68,6 +68,17 @@ def test_arms_have_the_unit_of_their_runs() -> None:
     assert "loss, per example" in html(page_of({"kind": "compare", **json.loads(json.dumps(found.to_dict()))}, "file"))
 
 
+@pytest.mark.parametrize(("tries", "remedy"), [(1, "--rate-tries"), (2, "a higher --minutes")])
+def test_tries_that_ended_early_were_cut_short_by_the_minutes(tries: int, remedy: str) -> None:
+    search = LearningRateSearch(1e-3, tries)
+    search.record(1e-3, 2.0)
+    counts = np.full(10, 5)
+    runs = {arm: [trial(np.linspace(1, 2, 10), counts, seed, 10) for seed in (1, 2)] for arm in ("a", "b")}
+    study = CompareConfig(arms={"a": {}, "b": {"r": 2}}, rate_tries=tries)
+    found = judge_arms(study, {"a": rates(1e-3), "b": search}, runs, notes=[], settings={}, seconds=1.0)
+    assert f"Only one learning rate of b was tried, 0.001: try more with {remedy}." in found.verdict
+
+
 def test_an_arm_that_failed_keeps_its_reason() -> None:
     counts = np.full(10, 5)
     failed = LearningRateSearch(1e-3, 1)

@@ -8,14 +8,15 @@ from tailora.evaluation.statistics import Difference
 from tailora.study.results import ArmResult
 from tailora.study.verdict import compare_verdict, what_would_tell
 
-FULL = ArmResult("full", {}, "done", trainable_parameters=1_000_000, bracketed=True)
+FULL = ArmResult("full", {}, "done", learning_rate=1e-4, trainable_parameters=1_000_000, bracketed=True)
 
 
 def arm(
     low: float, high: float, *, seeds: int = 3, name: str = "lora", parameters: int = 10_000, bracketed: bool = True
 ) -> ArmResult:
     difference = Difference((low + high) / 2, low, high, 0.04, 60, seeds, 0.9)
-    return ArmResult(name, {}, "done", trainable_parameters=parameters, difference=difference, bracketed=bracketed)
+    result = ArmResult(name, {}, "done", trainable_parameters=parameters, difference=difference, bracketed=bracketed)
+    return replace(result, learning_rate=1e-3)
 
 
 def verdict_of(*arms: ArmResult) -> tuple[str, str | None]:
@@ -70,7 +71,9 @@ def test_a_rate_at_the_edge_is_mentioned() -> None:
     lora = replace(arm(-0.05, -0.03, bracketed=False), rates={1e-3: 0.9}, learning_rate=1e-3)
     verdict, _ = verdict_of(FULL, lora)
     assert verdict.startswith("lora is better than full")  # it may be better still
-    assert "Only one learning rate of lora was tried, 0.001: try more" in verdict
+    assert "Only one learning rate of lora was tried, 0.001: try more with --rate-tries." in verdict
+    verdict, _ = compare_verdict([FULL, lora], {"lora": 0.04}, "full", 0.02, "", cut_short=["lora"])
+    assert "Only one learning rate of lora was tried, 0.001: try more with a higher --minutes." in verdict
 
 
 @pytest.mark.parametrize(("best", "words"), [(8e-3, "the highest that was tried, and a higher"), (5e-4, "the lowest")])
