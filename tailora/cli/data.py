@@ -80,20 +80,30 @@ def data(
         print_json({**report, "examples": shown})
     else:
         show(stdout(), report, examples)
-        command = train_command(settings, prepared.report.rows, config, flags or {})
-        print_section(stdout(), Section("Next", "", [Code(shlex.join(command))]))
+        share = share_to_hold_out(settings, prepared.report.rows)
+        why = "" if share is None else f"It holds out {share:.0%} of the rows, so that there are enough to judge by."
+        command = train_command(settings, share, config, flags or {})
+        print_section(stdout(), Section("Next", why, [Code(shlex.join(command))]))
     return 0
 
 
-def train_command(
-    settings: TrainConfig, rows: int, config: Path | None, flags: Mapping[str, str | bool | list[str]]
-) -> list[str]:
-    """Returns the command that trains on what was shown, with the flags that were typed.
-
-    Without a held-out file it holds out enough rows for an interval, but at most a fifth. Its folder is a new one.
-    """
+def share_to_hold_out(settings: TrainConfig, rows: int) -> float | None:
+    """Returns the share that gives enough rows for an interval, but at most a fifth; None if it is known already."""
     from tailora.evaluation.statistics import FEW_EXAMPLES
 
+    if settings.model_fields_set & {"eval_data", "validation_split"}:
+        return None
+    share = min(MOST_HELD_OUT, math.ceil(100 * FEW_EXAMPLES / rows) / 100)
+    return share if share > settings.validation_split else None
+
+
+def train_command(
+    settings: TrainConfig, share: float | None, config: Path | None, flags: Mapping[str, str | bool | list[str]]
+) -> list[str]:
+    """Returns the command that trains on what was shown, with the flags that were typed, in a new folder.
+
+    share: `share_to_hold_out`.
+    """
     sources = parse_sources(settings.data)
     command = ["tailora", "train", *(word for source in sources for word in ("--data", str(source)))]
     command += ["--config", str(config)] if config else []
@@ -102,8 +112,7 @@ def train_command(
             command.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
             continue
         command += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else ",".join(value)]
-    if not settings.model_fields_set & {"eval_data", "validation_split"}:
-        share = max(settings.validation_split, min(MOST_HELD_OUT, math.ceil(100 * FEW_EXAMPLES / rows) / 100))
+    if share is not None:
         command += ["--validation-split", f"{share:g}"]
     if "output_dir" not in settings.model_fields_set:
         name = re.sub(r"[^\w.-]+", "-", Path(sources[0].name).stem).strip("-.") or "run"
@@ -152,7 +161,7 @@ def facts(report: dict[str, Any]) -> Table:
         "tokens": f"{report['tokens']:,}{learned if report['supervised_tokens'] else ''}",
         "longest": f"{'at least ' * (report['read_in_part'] > 0)}{report['longest']:,} tokens",
         **warnings_of(report),
-        "sha256": report["sha256"],
+        "data hash": report["sha256"],
     }
     table = Table.grid(padding=(0, 2))
     for name, value in values.items():
