@@ -49,7 +49,7 @@ def test_a_comparison_runs_resumes_and_judges(small_run: TrainConfig, tmp_path: 
     assert lora.difference is not None
     assert lora.difference.value == pytest.approx(lora.eval_loss - full.eval_loss)
     assert found.verdict
-    assert "Only one learning rate of lora was tried" in found.verdict
+    assert "Only one learning rate of r4 was tried" in found.verdict
     assert found.judged_examples == 9
     assert json.loads((tmp_path / "study" / "report.json").read_text())["verdict"] == found.verdict
     assert found.verdict in unescape(write_page(tmp_path / "study").read_text())
