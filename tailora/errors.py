@@ -10,7 +10,6 @@
     ├── FormatError(ValueError)      a file that is not what it should be
     │   └── BaseMismatchError        an adapter made for another base model
     ├── MergeError(RuntimeError)     weights that cannot be merged or unmerged
-    ├── ShapeError(RuntimeError)     inputs of a layer that do not fit each other
     ├── DataError(ValueError)        training data that cannot be learned from
     ├── CheckpointError(RuntimeError) a checkpoint that is missing, damaged or of another run
     ├── DivergedError(ArithmeticError) a loss or gradient that is not finite
@@ -81,10 +80,6 @@ class BaseMismatchError(FormatError):
 
 class MergeError(TailoraError, RuntimeError):
     pass
-
-
-class ShapeError(TailoraError, RuntimeError):
-    """Inputs of a layer that do not fit each other; torch raises RuntimeError for them, too."""
 
 
 class DataError(TailoraError, ValueError):

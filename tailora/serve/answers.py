@@ -91,7 +91,6 @@ class Generation:
         self, engine: Engine, answers: Sequence[Answer], handle: Handle, on_end: Callable[[], None], model: str
     ) -> None:
         self.answers, self.model = answers, model
-        self.is_cancelled = False
         self._engine, self._handle, self._on_end = engine, handle, on_end
         self._events: asyncio.Queue[tuple[Answer, Token | Finish]] = asyncio.Queue()
         self._in_engine = len(answers)
@@ -125,7 +124,6 @@ class Generation:
 
     def cancel(self) -> None:
         """Ends what the engine still computes. Can be called again."""
-        self.is_cancelled = True
         for answer in self.answers:
             self._engine.cancel(answer.request.id)
 

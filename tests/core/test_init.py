@@ -16,7 +16,6 @@ from tailora import LoRAConfig, LoRALayer, LoRAModel
 from tailora.core.low_rank import EXACT, leading_triplets
 from tailora.errors import AdapterError, ConfigError, DataError, TargetError
 
-layer_cases = all_of(LAYERS)
 every_layer = all_of(ALL_LAYERS)
 
 

@@ -1,6 +1,5 @@
 """The adapters that a server knows: names, paths, contents, scales and mixtures, memory, and many threads at once."""
 
-import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -41,7 +40,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "head": {"r": 2, "modules_to_save": ["lm_head"]},
     "norm": {"r": 2, "modules_to_save": ["norm"]},
 }
-SEEDS = itertools.count(1)
 
 
 class Pauses:
