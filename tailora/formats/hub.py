@@ -1,6 +1,6 @@
 """Adapters on the Hugging Face Hub: which folder a name means, how files are uploaded and fetched, and the model card.
 
-public_name             a base model -> what others call it
+public_name             a base model -> what others call it, of which repository_of gives the Hub id
 local_folder            a name -> the folder here, or the files of a repository, downloaded once; for all that load
 upload                  a folder -> a repository; for `LoRAModel.push_to_hub`
 look_up, commit_files   a repository as it is, and a commit to it; for `tailora push`
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tailora.errors import ConfigError, FetchError, TailoraWarning, WriteError, listing, nearest
-from tailora.formats.io import cache_folder
+from tailora.formats.io import demo_folder
 from tailora.formats.run_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -50,13 +50,14 @@ FILES_OF_MODELS = ("config.json", "model_index.json")  # beside them, a file of 
 OF_HUB = "HF_TOKEN opens private and gated repositories"
 TO_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 PIPELINE_TAGS = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
-# At the end of a card that tailora wrote: while its text has this hash, nobody has edited it, and it may be replaced.
-SIGNATURE = re.compile(r"<!-- written by tailora: (?P<digest>[0-9a-f]{16}) -->\s*\Z")
-
 SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/")  # in the path of the Hub's cache
-DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEMO = "demo"  # the name of the demo's model and data, where a folder or a file is expected
+MODEL_NAME = "SmolLM2-135M-Instruct"
+DEMO_MODEL = f"HuggingFaceTB/{MODEL_NAME}"
 OF_DEMO = "`demo` in tailora, whose weights are from a 4-bit file"  # so they differ a little from the Hub's
 
+# At the end of a card that tailora wrote: while its text has this hash, nobody has edited it, and it may be replaced.
+SIGNATURE = re.compile(r"<!-- written by tailora: (?P<digest>[0-9a-f]{16}) -->\s*\Z")
 # What an earlier version wrote, without that comment
 UNSIGNED = re.compile(
     r"\s*LoRA adapter of [^\n]* Loads with tailora[^\n]*\n\n(Base model: [^\n]*\n\n)?"
@@ -64,24 +65,30 @@ UNSIGNED = re.compile(
 )
 
 
-def demo_model_folder() -> Path:
-    """Returns the folder of the demo's model, which `data.demo` makes."""
-    # the number is raised when what data.demo makes changes
-    return cache_folder() / "demo-1" / DEMO_MODEL.rpartition("/")[2]
+def name_of_model(name: str) -> str:
+    """Returns "demo" for the folder of the demo's model; any other name as it is."""
+    return DEMO if Path(name) == demo_folder() / MODEL_NAME else name
 
 
 def public_name(base: str) -> str:
-    """Returns what others call a base model: its Hub id, or else the last name of its folder here.
+    """Returns what others call a base model: "demo", its Hub id, or else the last name of its folder here.
 
-    The demo's model and the folders of the Hub's cache have a Hub id, too.
+    The folders of the Hub's cache have a Hub id, too.
     """
-    if Path(base) == demo_model_folder():
-        return DEMO_MODEL
+    if name_of_model(base) == DEMO:
+        return DEMO
     if snapshot := SNAPSHOT.search(base):
         return f"{snapshot['owner']}/{snapshot['name']}"
     if could_be_repository(base) and not Path(base).exists():
         return base
     return re.split(r"[/\\]", base.rstrip("/\\"))[-1]
+
+
+def repository_of(name: str) -> str | None:
+    """Returns the Hub id of what others call a base model; None for a folder."""
+    if name == DEMO:
+        return DEMO_MODEL
+    return name if could_be_repository(name) else None
 
 
 def local_folder(
@@ -362,24 +369,26 @@ def fetch(repo_id: str, *, revision: str | None = None, subfolder: str | None = 
 def model_card(settings: Mapping[str, Any], about: str) -> str:
     """Returns README.md: what the Hub reads at its top, `about`, and the settings of adapter_config.json.
 
-    The Hub refuses a commit whose base model is no repository, so a base that is a folder is named in the text alone,
-    by its last name.
+    The Hub refuses a commit whose base model is no repository, so another base is named in the text alone: a folder by
+    its last name.
     """
     from huggingface_hub import ModelCardData
 
     base = settings["base_model_name_or_path"]
-    name = public_name(base) if base else None
-    on_hub = could_be_repository(name or "")
+    name = public_name(base) if base else ""
+    repository = repository_of(name)
     data = ModelCardData(
-        base_model=name if on_hub else None,
+        base_model=repository,
         library_name="peft",
         pipeline_tag=PIPELINE_TAGS.get(settings["task_type"]),
         tags=["lora", "tailora"],
     )
     rows = [f"| {name} | {value} |" for name, value in setting_rows(settings).items()]
     table = "\n".join(["| setting | value |", "|---|---|", *rows])
-    where = "" if on_hub else ", a folder where the adapter was made"
-    base_line = f"Base model: {name}{where}{f' ({OF_DEMO})' if name == DEMO_MODEL != base else ''}\n\n" if name else ""
+    remark = f" ({OF_DEMO})" if name == DEMO else ""
+    if repository is None and name and (name != base or Path(name).exists()):  # else an old id of the Hub, as gpt2
+        remark = ", a folder where the adapter was made"
+    base_line = f"Base model: {repository or name}{remark}\n\n" if name else ""
     text = signed(f"{about}\n\n{base_line}{table}\n")
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
 

@@ -41,6 +41,11 @@ def cache_folder() -> Path:
     return Path(home).expanduser() if home else Path(user_cache) / "tailora"
 
 
+def demo_folder() -> Path:
+    """Returns the folder of the demo's model and data, which `data.demo` makes."""
+    return cache_folder() / "demo-1"  # the number is raised when what data.demo makes changes
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Writes `content` to `path`. Readers see the old file or the new one, never a part.
 

@@ -10,15 +10,14 @@ from huggingface_hub import ModelCard, ModelCardData
 from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from tailora.data.demo import DEMO
 from tailora.errors import FormatError
 from tailora.formats.export import VLLM_RANKS
 from tailora.formats.hub import (
-    DEMO_MODEL,
+    DEMO,
     OF_DEMO,
     PIPELINE_TAGS,
-    could_be_repository,
     is_written_by_tailora,
+    repository_of,
     setting_rows,
     signed,
 )
@@ -105,11 +104,10 @@ def completed_card(
 
 def card_data(settings: Mapping[str, Any], license_name: str | None) -> dict[str, Any]:
     """Returns the YAML. The Hub refuses a base model that is no repository, so such a base is only in the words."""
-    base = _base_name(settings)
-    on_hub = isinstance(base, str) and could_be_repository(base)
+    repository = repository_of(_base_name(settings))
     data = {
-        "base_model": base if on_hub else None,
-        "base_model_relation": "adapter" if on_hub else None,
+        "base_model": repository,
+        "base_model_relation": None if repository is None else "adapter",
         "library_name": "peft",
         "license": license_name,
         "pipeline_tag": PIPELINE_TAGS.get(str(settings.get("task_type"))),
@@ -118,10 +116,9 @@ def card_data(settings: Mapping[str, Any], license_name: str | None) -> dict[str
     return {name: value for name, value in data.items() if value is not None}
 
 
-def _base_name(settings: Mapping[str, Any]) -> Any:
-    """Returns the base model's name. adapter_config.json keeps "demo", by which tailora finds the trained weights."""
-    base = settings.get("base_model_name_or_path")
-    return DEMO_MODEL if base == DEMO else base
+def _base_name(settings: Mapping[str, Any]) -> str:
+    """Returns what others call the base model; "" if the settings name none."""
+    return str(settings.get("base_model_name_or_path") or "")
 
 
 def _listed(tags: Any) -> list[str]:
@@ -147,10 +144,10 @@ def card_body(
     ranks = value_range([float(update.r) for update in updates.updates.values()])
     base = _base_name(settings)
     made = "" if report is None else ", trained with tailora"
-    demo = f" ({OF_DEMO})" if settings.get("base_model_name_or_path") == DEMO else ""
+    of_base = f" for `{repository_of(base) or base}`{f' ({OF_DEMO})' if base == DEMO else ''}" if base else ""
     parts = [
         f"# {repo_id.rpartition('/')[2]}",
-        f"LoRA adapter{f' for `{base}`' if base else ''}{demo}: {len(updates.updates)} layers of rank {ranks}{made}.",
+        f"LoRA adapter{of_base}: {len(updates.updates)} layers of rank {ranks}{made}.",
     ]
     if report is not None:
         parts += [report.verdict, *_results(report), *_data(report)]
@@ -223,10 +220,9 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _use(repo_id: str, settings: Mapping[str, Any], updates: OfflineAdapter) -> list[str]:
     """How PEFT, tailora and vLLM load it. A base model that is no repository of the Hub is BASE."""
-    base, name = str(settings.get("base_model_name_or_path")), repo_id.rpartition("/")[2]
-    public_base = str(_base_name(settings))
-    public = public_base if could_be_repository(public_base) else "BASE"
-    ours = base if base == DEMO else public
+    base, name = _base_name(settings), repo_id.rpartition("/")[2]
+    public = repository_of(base) or "BASE"
+    ours = DEMO if base == DEMO else public  # tailora has the weights of the training, which the Hub has not
     uses_text = settings.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS")
     words = ["chat", "--adapter", repo_id] if uses_text else ["predict", repo_id]
     words += ["--model", "BASE"] if ours == "BASE" else []

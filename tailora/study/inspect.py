@@ -21,7 +21,6 @@ import torch
 from tailora.core.compress import leading_only, spectra_of
 from tailora.core.device import choose_device
 from tailora.core.low_rank import Update, product_spectrum
-from tailora.data.demo import name_of_model
 from tailora.errors import ConfigError, listing
 from tailora.evaluation import spectral
 from tailora.evaluation.forgetting import forgetting, read_texts, sample_texts
@@ -29,6 +28,7 @@ from tailora.evaluation.generate import is_seq2seq
 from tailora.evaluation.scores import loss_on_data
 from tailora.evaluation.spectral import ModuleReport
 from tailora.evaluation.statistics import Interval, paired_difference
+from tailora.formats.hub import name_of_model
 from tailora.formats.offline import read_offline
 from tailora.formats.run_folder import adapter_folder, recorded_settings
 from tailora.model import LoRAModel

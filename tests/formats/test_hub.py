@@ -188,6 +188,9 @@ def test_save_pretrained_refuses_what_it_would_not_do(tmp_path: Path) -> None:
     [
         ("owner/base", "owner/base", "owner/base"),
         ("/home/me/models/base", None, "base, a folder where the adapter was made"),
+        ("here", None, "here, a folder where the adapter was made"),
+        ("gpt2", None, "gpt2"),  # an id of the Hub from before there were owners
+        ("demo", DEMO_MODEL, f"{DEMO_MODEL} ({OF_DEMO})"),
         ("/home/me/demo-1/SmolLM2-135M-Instruct", DEMO_MODEL, f"{DEMO_MODEL} ({OF_DEMO})"),
         (DEMO_MODEL, DEMO_MODEL, DEMO_MODEL),
     ],
@@ -196,6 +199,8 @@ def test_the_card_names_the_base_and_the_settings(
     base: str, in_metadata: str | None, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TAILORA_HOME", "/home/me")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
     model = adapted({"r": 4, "use_rslora": True})
     model.base_model.config._name_or_path = base
     model.save_pretrained(tmp_path)
