@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tailora.errors import FormatError
 from tailora.formats.io import read_own_json, wrap_os_error, write_file
@@ -95,7 +95,7 @@ def passport_bytes(passport: Passport) -> bytes:
 
 def read_passport(folder: Path) -> Passport:
     """Raises FormatError if there is none, or if it is damaged or belongs to other weights than those in `folder`."""
-    remedy = f"`tailora export {folder} --to peft --output NEW_FOLDER` writes one"
+    remedy = _remedy(folder)
     if not (folder / PASSPORT).exists():
         raise FormatError(f"{folder} holds no {PASSPORT}: {remedy}")
     passport = read_own_json(folder / PASSPORT, Passport, remedy)
@@ -108,6 +108,16 @@ def read_passport(folder: Path) -> Passport:
     if not passport.weights or any(hashes.get(name) != digest for name, digest in passport.weights.items()):
         raise FormatError(f"{folder / PASSPORT} belongs to other weights than those beside it: {remedy}")
     return passport
+
+
+def has_held_out_texts(folder: Path) -> bool:
+    """True for a passport, of any version, whose probes are held-out data. Raises FormatError if it is not JSON."""
+    content: dict[str, Any] = read_own_json(folder / PASSPORT, dict, _remedy(folder))
+    return content.get("texts") == "held-out"
+
+
+def _remedy(folder: Path) -> str:
+    return f"`tailora export {folder} --to peft --output NEW_FOLDER` writes one"
 
 
 def _problems(passport: Passport) -> Iterable[str]:

@@ -17,7 +17,7 @@ from tailora.errors import FormatError, listing
 from tailora.formats.io import check_is_file, with_metadata, wrap_os_error
 from tailora.formats.metadata import METADATA_KEY
 from tailora.formats.offline import OfflineAdapter, read_stored, updates_of
-from tailora.formats.passport import passport_bytes, read_passport
+from tailora.formats.passport import has_held_out_texts, passport_bytes, read_passport
 from tailora.formats.peft import StoredAdapter
 from tailora.formats.run_folder import (
     ADAPTER_CONFIG,
@@ -157,11 +157,12 @@ def _without_base_folder(raw: bytes, stored: StoredAdapter) -> bytes:
 def _shared_passport(folder: Path, weights: bytes, base_name: str | None, *, samples: bool) -> bytes | None:
     """Returns the passport for these weights, which differ from those in the folder in their metadata alone.
 
-    None if its probes are held-out data, and `samples` are not shared. Raises FormatError if it is of other weights.
+    None if its probes are held-out data, and `samples` are not shared. Raises FormatError for one to share that is
+    damaged, of another version or of other weights, and for one that is not JSON.
     """
-    passport = read_passport(folder)
-    if passport.texts == "held-out" and not samples:
+    if not samples and has_held_out_texts(folder):
         return None
+    passport = read_passport(folder)
     digest = sha256(weights).hexdigest()
     shared = replace(passport, base_model=base_name or passport.base_model, weights={ADAPTER_WEIGHTS: digest})
     return passport_bytes(shared)

@@ -274,6 +274,11 @@ def test_the_passport_goes_with_the_weights_that_it_is_of(
     assert "not uploaded: passport.json" in err
     assert PASSPORT not in hub.files  # the one that was there is of other weights
     assert PASSPORT in pushed(capsys, run, "user/adapter", "--samples")["files"]
+    passport.write_text(json.dumps({**content, "texts": "held-out", "version": 1}))
+    assert PASSPORT not in pushed(capsys, run, "user/adapter")["files"]  # whatever its version, it stays here
+    code, _, err = call(capsys, "push", run, "user/adapter", "--samples")
+    assert code == 2
+    assert "passport.json has version 1, this program reads 2" in err
     passport.write_text(json.dumps({**content, "weights": {ADAPTER_WEIGHTS: "0" * 64}}))
     code, _, err = call(capsys, "push", run, "user/adapter")
     assert code == 2
