@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from itertools import combinations
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -44,7 +44,12 @@ def trial_settings(
     return values
 
 
+# Of a comparison and of a search
+Minutes = Annotated[float | None, Field(gt=0, allow_inf_nan=False, description="time limit for the whole study")]
+MARGIN = "differences of the loss below this do not matter; nats per token, or the unit of the task"
+Margin = Annotated[float, Field(gt=0, allow_inf_nan=False, description=MARGIN)]
 WORKERS = "runs at a time: each has a device of its own, or on a CPU its share of the cores"
+Workers = Annotated[int, Field(ge=1, le=1000, description=WORKERS)]
 
 
 class CompareConfig(StrictModel):
@@ -55,17 +60,12 @@ class CompareConfig(StrictModel):
     )
     seeds: int = Field(3, ge=1, le=100, description="runs of each arm at its best learning rate")
     rate_tries: int = Field(5, ge=1, le=50, description="runs of each arm to find its best learning rate")
-    minutes: float | None = Field(None, gt=0, allow_inf_nan=False, description="time limit for the whole study")
-    margin: float = Field(
-        0.02,
-        gt=0,
-        allow_inf_nan=False,
-        description="differences of the loss below this do not matter; nats per token, or the unit of the task",
-    )
+    minutes: Minutes = None
+    margin: Margin = 0.02
     forgetting_data: str | None = Field(
         None, description="texts that are not about the task; default: texts that the base model writes"
     )
-    workers: int = Field(1, ge=1, le=1000, description=WORKERS)
+    workers: Workers = 1
 
     @model_validator(mode="after")
     def _arms_differ(self) -> Self:
@@ -108,7 +108,7 @@ class SearchConfig(StrictModel):
     """A search. Without trials and minutes there are 20 trials."""
 
     trials: int | None = Field(None, ge=2, le=10**6, description="number of trials; 20 without --minutes")
-    minutes: float | None = Field(None, gt=0, allow_inf_nan=False, description="time limit for the whole study")
+    minutes: Minutes = None
     space: dict[str, Any] = Field(
         {},
         description="values of a setting to search: 4,8,16 or 1e-4..1e-2, or one; "
@@ -116,16 +116,11 @@ class SearchConfig(StrictModel):
     )
     seeds: int = Field(3, ge=1, le=100, description="runs of each finalist")
     finalists: int = Field(3, ge=1, le=20, description="trials compared at the end: the best, and cheaper ones")
-    margin: float = Field(
-        0.02,
-        gt=0,
-        allow_inf_nan=False,
-        description="differences of the loss below this do not matter; nats per token, or the unit of the task",
-    )
+    margin: Margin = 0.02
     storage: str | None = Field(
         None, description="database of the search, to share it between machines: postgresql://... or sqlite:///..."
     )
-    workers: int = Field(1, ge=1, le=1000, description=WORKERS)
+    workers: Workers = 1
     lr_only: bool = Field(False, description="only find the useful range of learning rates, in one run")
 
     @model_validator(mode="after")
