@@ -4,6 +4,8 @@
 every slot meets a few layer types; the rest of the product has the marker `exhaustive` (see conftest.py).
 """
 
+import copy
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -351,3 +353,14 @@ def trained(case: LayerCase, slot: str = "plain", dtype: torch.dtype = torch.flo
     model = LoRAModel(case.net(dtype), config(case, slot))
     stir(model)
     return model.eval()
+
+
+def check_copies(model: LoRAModel, x: Any) -> None:
+    """A copy and a pickle compute the same, with tensors of their own."""
+    expected = model(x).detach()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), expected)
+        for parameter in twin.lora_layers.parameters():
+            parameter.data.zero_()
+        assert not torch.equal(twin(x), expected)
+        assert torch.equal(model(x), expected)

@@ -11,7 +11,7 @@ from rich.console import Console
 from tailora.cli.flags import Json
 from tailora.cli.main import GATE_NOT_MET, log, note, print_json, stderr, stdout
 from tailora.cli.models import find_adapter
-from tailora.cli.serve import API_KEY
+from tailora.cli.serve import API_KEY, Url
 from tailora.errors import require_packages
 from tailora.formats.passport import Passport, read_passport
 from tailora.formats.run_folder import ADAPTER
@@ -21,7 +21,6 @@ from tailora.report.terminal import print_section
 if TYPE_CHECKING:
     from tailora.study.verification import Verification
 
-Url = Annotated[str, Parameter(help="address of an OpenAI-compatible server, such as http://127.0.0.1:8000")]
 Adapter = Annotated[
     str, Parameter(name="--adapter", help="adapter, run or export with a passport.json: folder or Hub id")
 ]

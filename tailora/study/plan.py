@@ -41,6 +41,7 @@ from tailora.train import estimate
 from tailora.train.config import TASK_TYPES, TrainConfig
 from tailora.train.dataloader import epoch_steps, largest_forward, read_data, split_by_tokens, step_shape, token_limit
 from tailora.train.estimate import Memory
+from tailora.train.kernel_choice import asks_for_compiled_layers
 from tailora.train.loss import CAUSAL_LM, Task
 from tailora.train.memory import ACTIVATION_MEMORY, available_bytes, format_bytes, used_bytes
 from tailora.train.model_loading import check_can_be_sharded, load_tokenizer, read_config, set_labels
@@ -556,10 +557,6 @@ WITHOUT_FSDP = {"fsdp": False, "fsdp_reshard_after_forward": True, "fsdp_offload
 AS_SET = "as set"
 ACTIVATIONS = f"--activation-memory {ACTIVATION_MEMORY}"
 CHECKPOINTING, QUANTIZATION = "--gradient-checkpointing", "--quantize nf4"
-
-
-def asks_for_compiled_layers(config: TrainConfig) -> bool:
-    return config.fast == "compile" or config.activation_memory < 1
 
 
 def compiled_layers(

@@ -10,7 +10,6 @@ alone. Evaluations keep the head's outputs of every row or word (`Outputs.scores
 """
 
 import inspect
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -98,9 +97,9 @@ class LabelTask(Task):
         logits = self.call(model, batch).logits
         return cast(Tensor, logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
-    @abstractmethod
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
         """Returns (losses,)."""
+        return F.cross_entropy(logits, batch.targets, reduction="none")
 
     def outputs(self, model: nn.Module, batch: Batch, layout: BatchLayout) -> Outputs:  # noqa: ARG002
         logits = self.logits(model, batch)
@@ -140,9 +139,6 @@ class LabelTask(Task):
 
 class SequenceClassification(LabelTask):
     """The class of a text."""
-
-    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        return F.cross_entropy(logits, batch.targets, reduction="none")
 
 
 class SeveralLabels(LabelTask):
@@ -185,9 +181,6 @@ class TokenClassification(LabelTask):
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         logits = self.call(model, batch).logits.flatten(0, 1).index_select(0, batch.supervised)
         return cast(Tensor, logits.to(torch.promote_types(logits.dtype, torch.float32)))
-
-    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        return F.cross_entropy(logits, batch.targets, reduction="none")
 
     def counts(self, examples: Examples) -> npt.NDArray[np.int64]:
         ends = np.cumsum(np.concatenate([[0], examples.labels != IGNORED]), dtype=np.int64)

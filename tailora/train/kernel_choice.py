@@ -87,14 +87,14 @@ def choose_kernels(
     """
     base, reasons = cast(PreTrainedModel, model.base_model), []
     if layout.task.is_plain:
-        if _asks_for_compiled(config):
+        if asks_for_compiled_layers(config):
             raise ConfigError("--fast compile and --activation-memory are for language models: leave them out")
         return Kernels(PLAIN, f"layers: plain; attention: {base.config._attn_implementation}; loss: {layout.loss}")
     if config.fast != "off":
         kernels, obstacle = _try_compiled(config, model, layout, work, recorded)
         if kernels is not None:
             return kernels
-        if _asks_for_compiled(config):
+        if asks_for_compiled_layers(config):
             name = "--fast compile" if config.fast == "compile" else "--activation-memory"
             raise ConfigError(f"{name} needs compiled layers, which this run cannot have: {obstacle}; leave it out")
         if isinstance(recorded, str):
@@ -113,7 +113,7 @@ def choose_kernels(
     return llama_or_plain_kernels(base, layout, obstacle, check, reasons)
 
 
-def _asks_for_compiled(config: TrainConfig) -> bool:
+def asks_for_compiled_layers(config: TrainConfig) -> bool:
     return config.fast == "compile" or config.activation_memory < 1
 
 
@@ -121,7 +121,8 @@ def _try_compiled(
     config: TrainConfig, model: Trainable, layout: BatchLayout, work: Work, recorded: bool | str | None
 ) -> tuple[Kernels | None, str | None]:
     """Returns kernels with compiled layers, or why there are none."""
-    base, budget, asked = cast(PreTrainedModel, model.base_model), config.activation_memory, _asks_for_compiled(config)
+    base, budget = cast(PreTrainedModel, model.base_model), config.activation_memory
+    asked = asks_for_compiled_layers(config)
     if config.gradient_checkpointing:
         return None, "--gradient-checkpointing computes each layer again"
     if obstacle := first_of_ranks(obstacle_to_compiling(base, base.device)):

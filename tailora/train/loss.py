@@ -79,13 +79,13 @@ class Task(ABC):
     def outputs(self, model: nn.Module, batch: Batch, layout: "BatchLayout") -> Outputs:
         """Returns the losses of a batch, in the order of its `owners`."""
 
-    @abstractmethod
     def counts(self, examples: Examples) -> npt.NDArray[np.int64]:
-        """Returns how many losses each example has, (examples,)."""
+        """Returns how many losses each example has, (examples,); by default one for each supervised token."""
+        return examples.supervised.astype(np.int64)
 
-    @abstractmethod
     def divisor(self, example: Example) -> float:
-        """Returns what an example adds to the number that the loss of its step is divided by."""
+        """Returns what an example adds to the number that the loss of its step is divided by; by default its losses."""
+        return example.supervised
 
     def trained_sequences(self, example: Example) -> Sequence[Example]:
         """Returns what of an example gets a gradient; by default all of it, as one sequence."""
@@ -191,12 +191,6 @@ class CausalLM(Task):
 
     def outputs(self, model: nn.Module, batch: Batch, layout: "BatchLayout") -> Outputs:
         return Outputs(FORMS[layout.loss](model, batch))
-
-    def counts(self, examples: Examples) -> npt.NDArray[np.int64]:
-        return examples.supervised.astype(np.int64)
-
-    def divisor(self, example: Example) -> float:
-        return example.supervised
 
 
 CAUSAL_LM = CausalLM()

@@ -8,13 +8,12 @@ from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tailora.data.collate import collate_padded
-from tailora.data.dataset import Example, Examples
+from tailora.data.dataset import Example
 from tailora.kernels.loss import Batch
 from tailora.model import LoRAModel
 from tailora.train.loss import BatchLayout, Outputs, Task
@@ -49,12 +48,6 @@ class Seq2Seq(Task):
     def start_of(self, example: Example, tokens: int, *, supervised: bool = True) -> Example:  # noqa: ARG002
         first, second = (Example(part.input_ids[:tokens], part.labels[:tokens]) for part in example.sequences)
         return Example.of_two(first, second)
-
-    def counts(self, examples: Examples) -> npt.NDArray[np.int64]:
-        return examples.supervised.astype(np.int64)
-
-    def divisor(self, example: Example) -> float:
-        return example.supervised
 
 
 SEQ2SEQ_TASK = Seq2Seq()

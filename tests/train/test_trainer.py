@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import adapter
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -14,10 +15,6 @@ from tailora.train import events
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
 from tailora.train.trainer import run
-
-
-def adapter_bytes(config: TrainConfig) -> bytes:
-    return (Path(config.output_dir) / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 def test_a_run_lowers_the_held_out_loss_and_leaves_an_adapter_that_gives_it_again(settings: Any) -> None:
@@ -46,7 +43,7 @@ def test_a_run_leaves_what_is_needed_to_repeat_it(settings: Any) -> None:
     assert {"torch", "transformers", "tailora"} <= record["versions"].keys()
     again = TrainConfig(**{**read_config_file(folder / "config.yaml"), "output_dir": f"{folder}-again"})
     run(again)
-    assert adapter_bytes(again) == adapter_bytes(config)
+    assert adapter(again) == adapter(config)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3]
@@ -111,7 +108,7 @@ def test_the_same_weight_for_all_rows_changes_nothing_and_other_weights_do(
         (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in weighted))
         config = settings(data=str(tmp_path / f"{name}.jsonl"), output_dir=str(tmp_path / name), max_steps=2, samples=0)
         run(config)
-        adapters[name] = adapter_bytes(config)
+        adapters[name] = adapter(config)
     assert adapters["two"] == adapters["none"] != adapters["some"]
 
 
@@ -137,7 +134,7 @@ def test_gradient_checkpointing_changes_no_bit(settings: Any, tmp_path: Path) ->
     for on in (False, True):
         config = settings(gradient_checkpointing=on, lora_dropout=0.1, max_steps=3, output_dir=str(tmp_path / str(on)))
         run(config)
-        written.append(adapter_bytes(config))
+        written.append(adapter(config))
     assert written[0] == written[1]
 
 
@@ -193,10 +190,10 @@ def test_a_diverged_run_says_where_and_keeps_the_last_good_adapter(settings: Any
 def test_an_earlier_run_is_not_overwritten(settings: Any, earlier: str) -> None:
     config = settings(max_steps=2, save_steps=2 if earlier == "checkpoint" else 0)
     run(config)
-    before = adapter_bytes(config)
+    before = adapter(config)
     with pytest.raises(ConfigError, match="another --output-dir"):
         run(config)
-    assert adapter_bytes(config) == before
+    assert adapter(config) == before
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused_before_loading(settings: Any, tmp_path: Path) -> None:
