@@ -209,3 +209,6 @@ def test_an_inspection_proposes_only_data_that_it_can_read(
     notes = " ".join(page_of(content, "x").notes)
     assert ("--data HELD_OUT" in notes, "forgotten" in notes) == (proposes_data, proposes_forgetting)
     assert ("--data" in " ".join(page_of(content | {"model": None}, "x").notes)) == proposes_data
+    text = shown(page_of(content | {"advice": []}, "x"), 300)
+    of_which = "None of the rules that work without held-out data" if proposes_data else "No rule"
+    assert text.count(f"{of_which} advises a change.") == 2  # on top, and as the advice

@@ -4,9 +4,10 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from tailora.core.patterns import layer_index
-from tailora.evaluation.spectral import ModuleReport
+from tailora.evaluation.spectral import LEADING, ModuleReport
 from tailora.formats.run_folder import ADAPTER
 from tailora.report.blocks import (
     FEWEST_LAYERS,
@@ -32,25 +33,34 @@ from tailora.study.inspection import AdapterOverlap, CombinedLosses, HeldOutLoss
 
 MOST_PANELS = 12  # of spectra
 FIRST_ROWS = 8  # of the table by depth, in a terminal
-MEASURES = [  # of a module: column, attribute, how its mean over modules is written, priority of the column
-    ("energy", "energy", ".1%", 0),  # the sum, not the mean
-    ("effective", "effective_rank", ".1f", 0),
-    ("stable", "stable_rank", ".1f", 0),
-    ("‖ΔW‖/‖W‖", "relative_norm", ".2%", 0),
-    ("intruders", "intruders", ".1f", 1),
-    ("random", "intruders_random", ".1f", 2),
-    ("scale", "scaling", ".3g", 2),  # where scales are learned
+
+
+class Measure(NamedTuple):
+    """A column of the tables of modules.
+
+    attribute: of the module.    form: how its mean over modules is written, of energy its sum.
+    """
+
+    column: str
+    attribute: str
+    form: str
+    priority: int
+    meaning: str
+
+
+LEADING_INTRUDERS = f"how many of the {LEADING} strongest directions of W + ΔW are unlike all of W"
+MEASURES = [
+    Measure("energy", "energy", ".1%", 0, "share of the adapter's squared norm: where most has changed"),
+    Measure(
+        "effective", "effective_rank", ".1f", 0, "directions that are used: r if all are used alike, 1 if only one is"
+    ),
+    Measure("stable", "stable_rank", ".1f", 0, "the same, but weak directions hardly count"),
+    Measure("‖ΔW‖/‖W‖", "relative_norm", ".2%", 0, "size of the update, relative to the weights that it changes"),
+    Measure("intruders", "intruders", ".1f", 1, LEADING_INTRUDERS),
+    Measure("random", "intruders_random", ".1f", 2, "intruders of a random update of the same size, for comparison"),
+    Measure("scale", "scaling", ".3g", 2, "factor of the update, which was learned"),
 ]
-LEGEND = {  # column -> what it means
-    "r": "rank: the directions that the adapter may use in a layer",
-    "energy": "share of the adapter's squared norm: where most has changed",
-    "effective": "directions that are used: r if all are used alike, 1 if only one is",
-    "stable": "the same, but weak directions hardly count",
-    "‖ΔW‖/‖W‖": "size of the update, relative to the weights that it changes",
-    "intruders": "how many of the 10 strongest directions of W + ΔW are unlike all of W",
-    "random": "intruders of a random update of the same size, for comparison",
-    "scale": "factor of the update, which was learned",
-}
+MEANING_OF_R = "rank: the directions that the adapter may use in a layer"
 # Overlaps of two modules: attribute -> column
 OVERLAPS = {"writes": "writes", "writes_by_chance": "by chance", "reads": "reads", "reads_by_chance": "by chance"}
 
@@ -90,26 +100,26 @@ def inspect_page(inspection: Inspection) -> Page:
         settings = [f"{name}: {json.dumps(value)}" for name, value in advice.setting.items()]  # JSON is YAML, too
         findings.append(Finding(advice.rule, advice.says, "\n".join(filter(None, [*settings, advice.command]))))
     notes = []  # flags that would show more
-    task, tried = inspection.config.get("task_type"), "No rule"
+    task, no_advice = inspection.config.get("task_type"), "No rule advises a change."
     takes_data = task not in ("SEQ_CLS", "TOKEN_CLS")
     if inspection.model is None:
-        tried = "No rule that needs the adapter alone"
+        no_advice = "No rule that needs the adapter alone advises a change."
         with_data = "; with --data HELD_OUT also what the ranks are worth" if takes_data else ""
         notes = [
             "The base model was not read, so that this takes a second. "
             f"--model {inspection.named_base or 'BASE'} adds ‖ΔW‖/‖W‖, intruder dimensions and their rules{with_data}."
         ]
     elif losses is None and takes_data:
-        tried = "No rule that needs no held-out data"
+        no_advice = "None of the rules that work without held-out data advises a change."
         forgotten = "" if task == "SEQ_2_SEQ_LM" else ", and what was forgotten"
         notes = [f"--data HELD_OUT adds what the smaller singular values are worth{forgotten}."]
     conclusion = Section(
         "Advice",
         'From rules with stated thresholds, each with its numbers: "Looking into an adapter" in the docs.',
-        findings or [Paragraph(f"{tried} advises a change.")],
+        findings or [Paragraph(no_advice)],
     )
     rules = [advice.rule for advice in inspection.advice]
-    summary = f"Rules that advise a change: {', '.join(rules)}." if rules else f"{tried} advises a change."
+    summary = f"Rules that advise a change: {', '.join(rules)}." if rules else no_advice
     lead = f"{_described(inspection)}. {summary}"
     *_, outer, title = ("", *inspection.adapter.replace("\\", "/").rstrip("/").split("/"))
     if title == ADAPTER and outer:  # the folder of a run holds the adapter
@@ -148,7 +158,7 @@ def _numbers(inspection: Inspection) -> list[Number]:
     by_chance = [module.intruders_random for module in modules if module.intruders_random is not None]
     if intruders and by_chance:
         note = f"{statistics.fmean(by_chance):.1f} in a random update"
-        numbers.append(Number("intruders of 10", f"{statistics.fmean(intruders):.1f}", note, "page"))
+        numbers.append(Number(f"intruders of {LEADING}", f"{statistics.fmean(intruders):.1f}", note, "page"))
     if losses:
         ends = interval((losses.improvement_low, losses.improvement_high))
         numbers.append(Number("better by, nats per token", f"{losses.improvement:.3f}", ends, "page"))
@@ -165,13 +175,17 @@ def _module_tables(inspection: Inspection) -> tuple[Table | None, Table | None, 
     modules = inspection.modules
     if not modules:
         return None, None, None
-    measures = [measure for measure in MEASURES if any(getattr(module, measure[1]) is not None for module in modules)]
-    if not any(module.learned_scaling for module in modules):
-        measures = [measure for measure in measures if measure[1] != "scaling"]
+    has_learned_scaling = any(module.learned_scaling for module in modules)
+    measures = [
+        measure
+        for measure in MEASURES
+        if any(getattr(module, measure.attribute) is not None for module in modules)
+        and (has_learned_scaling or measure.attribute != "scaling")
+    ]
 
     def cells(own: Sequence[ModuleReport]) -> list[str]:
         texts = [value_range([module.r for module in own])]
-        for _, name, form, _ in measures:
+        for _, name, form, _, _ in measures:
             values = [value for module in own if (value := getattr(module, name)) is not None]
             if len(own) == 1 and name in ("intruders", "intruders_random"):
                 form = ".0f"
@@ -179,12 +193,16 @@ def _module_tables(inspection: Inspection) -> tuple[Table | None, Table | None, 
             texts.append(NONE if value is None else format(value, form))
         return texts
 
-    columns = [*numeric("r"), *(Column(name, numeric=True, priority=priority) for name, _, _, priority in measures)]
+    columns = [
+        *numeric("r"),
+        *(Column(measure.column, numeric=True, priority=measure.priority) for measure in measures),
+    ]
     groups = by_depth(modules, inspection.layers)
     groups.sort(key=lambda group: -sum(module.energy for module in group[2]))
     rows = [[layers, name, *cells(own)] for layers, name, own in groups]
     by_depth_table = Table([Column("layers"), Column("module"), *columns], rows, first=FIRST_ROWS)
-    legend = Table([Column(""), Column("")], [(column.name, LEGEND[column.name]) for column in columns])
+    meanings = [("r", MEANING_OF_R), *((measure.column, measure.meaning) for measure in measures)]
+    legend = Table([Column(""), Column("")], meanings)
     prefix = shared_prefix(module.path for module in modules)
     first = Column(f"module (after {prefix})" if prefix else "module")
     rows = [[module.path.removeprefix(prefix), *cells([module])] for module in modules]
@@ -219,8 +237,8 @@ def _heat_maps(modules: Sequence[ModuleReport]) -> list[HeatMap]:
     use = heat_map("use", "use", "effective rank / rank", "{:.2f}", 1.0, caption, "always")
     caption = "‖ΔW‖/‖W‖: the size of the update relative to the weight that it changes."
     norm = heat_map("norm", "relative_norm", "relative norm", "{:.1%}", None, caption)
-    caption = "How many of the 10 leading directions of the changed weight are unlike all of the base's."
-    intruders = heat_map("intruders", "intruders", "intruder dimensions", "{:.0f}", 10.0, caption)
+    caption = f"How many of the {LEADING} leading directions of the changed weight are unlike all of the base's."
+    intruders = heat_map("intruders", "intruders", "intruder dimensions", "{:.0f}", float(LEADING), caption)
     return [heat for heat in (energy, use, norm, intruders) if any(heat.cells.values())]
 
 
