@@ -20,7 +20,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from tailora.data.schemas import SEQ2SEQ
-from tailora.errors import ConfigError
+from tailora.errors import ConfigError, TargetError
 from tailora.formats.io import read_own_json, write_file
 from tailora.formats.run_folder import write_report
 from tailora.study.budget import (
@@ -231,7 +231,10 @@ class _Comparison:
         )
         path = self._path(arm, name)
         is_new = not self.session.has_trial(path)
-        trial = (session or self.session).trial(spec, path, stop)
+        try:
+            trial = (session or self.session).trial(spec, path, stop)
+        except TargetError as error:  # only the run has the model's layers
+            raise TargetError(f"arm {arm}: {error}") from None
         if is_new:
             seconds = self.earlier_seconds + self.session.seconds
             write_file(self.folder / CLOCK, json.dumps(seconds).encode())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tailora.cli.main import main
-from tailora.errors import ConfigError
+from tailora.errors import ConfigError, TargetError
 from tailora.report.files import write_page
 from tailora.report.pages.train import write_train_report
 from tailora.study.budget import Costs, Extent
@@ -24,6 +24,13 @@ SMALL = CompareConfig(seeds=2, rate_tries=1, arms={"r4": {"learning_rate": 1e-2}
 
 def not_run(*_: Any) -> Trial:
     raise AssertionError("every trial is there")
+
+
+def test_an_arm_with_targets_that_the_model_lacks_is_named(small_run: TrainConfig, tmp_path: Path) -> None:
+    arms = {"mlp": {"target_modules": ["mlp"]}, "full": {"method": "full"}}
+    train = small_run.replaced(output_dir=str(tmp_path / "study"))
+    with pytest.raises(TargetError, match=r"^arm mlp: target_modules: 'mlp' is a LlamaMLP, a block of layers"):
+        compare(train, CompareConfig(seeds=1, rate_tries=1, arms=arms), run_trial=run_here)
 
 
 @pytest.mark.slow
