@@ -381,6 +381,27 @@ def verify_trials() -> str:
     return f"{tables.table(['server', 'base', 'trials', 'false alarms', 'their verdicts'], cells)}\n\n{text}"
 
 
+# ---- docs/how_it_works.md
+
+
+def attachment() -> str:
+    """One row per way to attach an update: what a call costs, and what stays as it was."""
+    content = read("attachment")
+    ways = {name: way for name, way in content["ways"].items() if "is a Linear" in way}
+    checks, tokens = (
+        [key for key, value in next(iter(ways.values())).items() if isinstance(value, dict) is is_ratio]
+        for is_ratio in (False, True)
+    )
+    rows = []
+    for name, way in ways.items():
+        times = [f"{way[count]['median']:.2f}" for count in tokens]
+        rows.append([name, *times, *("yes" if way[check] else "no" for check in checks)])
+    head = ["", *(f"{count} token{'' if count == '1' else 's'}" for count in tokens), *checks]
+    width, rank = content["width"], content["rank"]
+    text = f"Medians; a {width} x {width} layer in float32, r = {rank}, one thread of {tables.machine(content)}."
+    return f"{tables.table(head, rows)}\n\n{text}"
+
+
 # ---- docs/from_scratch.md
 
 
@@ -464,6 +485,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
         "labels": partial(study, "labels"),
     },
     "docs/plan.md": {"memory": plan},
+    "docs/how_it_works.md": {"attachment": attachment},
     "docs/from_scratch.md": {name: partial(page_output, name) for name in read("from_scratch")["outputs"]},
     "docs/preferences.md": {"preferences": preferences, "dpo": partial(trained, "dpo")},
     "docs/devices.md": {"devices": devices},
