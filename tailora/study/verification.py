@@ -377,7 +377,8 @@ def _meaning(fit: Fit | None) -> Verdict | None:
     if may_be_right and high - low > WIDEST:
         return "unknown" if min(fit.adapter_error, fit.base_error) <= fit.limit else _unexplained(fit)
     if may_be_right and fit.adapter_error <= fit.limit:
-        return "adapter"
+        # The choice of a token moves with the scale only here and there, so a wide interval alone tells little
+        return "adapter" if fit.has_logprobs or abs(fit.scale - 1) <= SAME_SCALE + STEP / 2 else "unknown"
     if low <= SAME_SCALE and fit.base_error <= fit.limit:
         return "base"
     if low <= 1 <= high or low == 0:  # a scale that explains the answers only together with what the limit excludes

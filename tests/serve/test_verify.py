@@ -238,6 +238,18 @@ def test_without_log_probabilities_the_chosen_tokens_decide(url: str, root: Path
             assert not result.fits["text"].has_logprobs
 
 
+def test_without_log_probabilities_a_scale_that_may_be_right_cannot_be_told(root: Path) -> None:
+    """An older file of the run in `transformers serve`: the best scale is off, and its wide interval includes 1."""
+    passport = read_passport(root / "legal")
+
+    def variant(probe: Probe) -> str:
+        return "scale 0.75" if probe.text is not None and probe.prompt_tokens % 3 else ADAPTER
+
+    result = verify(passport, answers_of(passport, variant, has_logprobs=False))
+    assert result.fits["text"].scale < 0.9 <= result.fits["text"].interval[1]
+    assert result.verdict == "unknown"
+
+
 # ---- A base in 4 bits
 
 
