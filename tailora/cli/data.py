@@ -81,7 +81,7 @@ def data(
     else:
         show(stdout(), report, examples)
         share = share_to_hold_out(settings, prepared.report.rows)
-        why = "" if share is None else f"It holds out {share:.0%} of the rows, so that there are enough to judge by."
+        why = "" if share is None else f"The next command holds out {share:.0%} of the rows, so that there are enough to judge by."
         command = train_command(settings, share, config, flags or {})
         print_section(stdout(), Section("Next", why, [Code(shlex.join(command))]))
     return 0

@@ -27,6 +27,7 @@ from tailora.cli.models import (
     find_adapter,
     labels_of,
     load_model,
+    refuse_system,
 )
 from tailora.data.readers import source_names
 from tailora.errors import ConfigError
@@ -176,6 +177,7 @@ def eval(
     log("reading model and data")
     folders = {} if target.folder is None else {"default": target.folder}
     labels = labels_of(target.model, list(folders.values()))
+    refuse_system(labels, flags)
     if labels is not None:
         if data is None or harness.names:
             raise ConfigError(f"a model for {labels.task} is evaluated on rows with labels: give --data, not --tasks")

@@ -288,6 +288,12 @@ def labels_of(model: str, folders: Sequence[Path]) -> "Labels | None":
     return labels_of_config(read_config(model))
 
 
+def refuse_system(labels: "Labels | None", flags: Mapping[str, Any] | None) -> None:
+    """Raises ConfigError for a --system that was typed for a model that predicts labels."""
+    if labels is not None and "system" in (flags or {}):
+        raise ConfigError(f"--system is for language models, and this model is for {labels.task}: leave it out")
+
+
 def task_of(model: str, folders: Sequence[Path]) -> str:
     """Returns the task of an adapter, or of a model alone, of those without labels."""
     from tailora.train.model_loading import read_config, task_of_adapter, task_of_config

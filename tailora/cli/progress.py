@@ -13,7 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 
 from tailora.cli.main import on_terminal, print_text
 from tailora.data.dataset import held_out_of, sources_of, warnings_of
-from tailora.report.format import count
+from tailora.report.format import count, plural
 
 if TYPE_CHECKING:
     from tailora.train.events import Event, Listener, Stepped
@@ -224,7 +224,7 @@ def format_header(header: Mapping[str, Any], width: int = WIDTH) -> str:
         lines |= warnings_of(data)
     batches = "packed into one row, attention inside each" if header["packed"] else "padded to the longest"
     examples = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * header["processes"]
-    lines["steps"] = f"{header['max_steps']:,} of {examples} examples, {batches}"
+    lines["steps"] = f"{plural(header['max_steps'], 'step')}, {plural(examples, 'example')} each, {batches}"
     lines |= dict(part.split(": ", 1) for part in re.split("; (?=attention: |loss: )", header["kernels"]))
     indent = max(map(len, lines)) + 2
     return "\n".join(_wrap(f"{name:<{indent}}", text, width) for name, text in lines.items())

@@ -338,7 +338,7 @@ def prepare(
         shape=", ".join(dict.fromkeys(mapping.schema.name for mapping in mappings)),
         mapping={key: column for mapping in mappings for key, column in mapping.columns.items()},
         ignored=list(dict.fromkeys(column for mapping in mappings for column in mapping.ignored)),
-        chat_template=chat_tokenizer.template is not None,
+        chat_template=chat_tokenizer.template is not None and any(m.schema.uses_chat_template for m in mappings),
         messages=count_messages(chain.from_iterable(part.samples for part in everything)),
         rows=sum(part.rows for part in counts),
         train=len(train),
@@ -654,7 +654,7 @@ def check_eval_source(source: EvalSource, embedding_rows: int) -> EvalDataReport
     numbers = {**asdict(counts), "supervised_tokens": judged}
     for name in ("without_weight", "replies_not_learned", "duplicates", "held_out"):
         del numbers[name]
-    has_template = tokenizer.template is not None
+    has_template = tokenizer.template is not None and mapping.schema.uses_chat_template
     copies = counts.rows - counts.cut_away - len(seen)
     return EvalDataReport(source.name, mapping.schema.name, mapping.columns, has_template, **numbers, copies=copies)
 

@@ -407,6 +407,11 @@ class Schema:
     fits: Callable[[Mapping[str, Any]], bool] = lambda _: True
 
     @property
+    def uses_chat_template(self) -> bool:
+        """Whether a chat template renders the rows; those of other schemas are tokenised as they are."""
+        return "messages" in self.required or (self.task in FOUND_FROM_ROWS and self.name != TEXT)
+
+    @property
     def keys(self) -> tuple[str, ...]:
         return (*self.required, *self.optional, WEIGHT)
 

@@ -105,7 +105,7 @@ def fold_changes(source: ExportSource) -> list[str]:
         "the strength dial": any(layer.strength != 1 for layer in layers),
     }
     names = ", ".join(name for name, is_used in folded.items() if is_used)
-    changes = ["the scale is multiplied into B" + (f" ({names})" if names else "")]
+    changes = [f"the scale ({names or 'alpha / r'}) is already in the file; leave it at 1 where the file is loaded"]
     if starts := sum(layer.has_start for layer in layers):
         changes.append(f"{starts} layers' frozen starts are part of their factors, at twice the rank")
     if parts := sum(layer.output_slice is not None for layer in layers):

@@ -122,7 +122,7 @@ def test_the_next_command_runs_as_it_stands(
     for folder in ("outputs/chats", "outputs/chats-2"):  # the second would be that of an earlier run
         assert main(["data", chats.name, "--model", str(tiny_model)]) == 0
         shown = capsys.readouterr().out
-        assert "It holds out 20% of the rows" in shown
+        assert "The next command holds out 20% of the rows" in shown
         words = shlex.split(shown.strip().splitlines()[-1])
         assert words[-4:] == ["--validation-split", "0.2", "--output-dir", folder]
         assert main([*words[1:], "--max-steps", "1", "--passport", "none"]) == 0

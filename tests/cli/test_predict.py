@@ -93,6 +93,13 @@ def test_a_gate_on_a_change_is_refused_where_the_base_has_no_head(folder: Path) 
     assert "no score of it to compare with" in err
 
 
+@pytest.mark.parametrize("command", ["eval", "predict"])
+def test_a_system_message_is_refused_for_labels(command: str, folder: Path) -> None:
+    code, _, err = call(command, folder / "run", "--data", folder / "rows.jsonl", "--system", "be brief")
+    assert code == 2
+    assert "--system is for language models, and this model is for sequence-classification: leave it out" in err
+
+
 def test_eval_names_a_score_that_there_is_not(folder: Path) -> None:
     code, _, err = call("eval", folder / "run", "--data", folder / "rows.jsonl", "--metrics", "pearson")
     assert code == 2

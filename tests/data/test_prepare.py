@@ -2,15 +2,17 @@ import json
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tailora.data.chat_template import SampleOptions
 from tailora.data.dataset import IGNORED, Examples, Mixture, warnings_of
+from tailora.data.labels import Labels
 from tailora.data.prepare import RowCounts, prepare, stream_examples
 from tailora.data.readers import Source
-from tailora.data.schemas import Conversation, Pair, Text
+from tailora.data.schemas import SEQUENCE_CLASSIFICATION, Conversation, Pair, Text
 from tailora.errors import DataError
 
 PAIRS = [{"prompt": f"hello {number}", "completion": f" {number} you"} for number in range(40)]
@@ -120,6 +122,28 @@ def test_replies_that_the_template_rewrites_are_reported(bytes_tokenizer, jsonl)
     prepared = prepare(jsonl([chat_row("A", "b", "C", "d")]), bytes_tokenizer(template), validation_split=0)
     assert prepared.report.replies_not_learned == 1
     assert prepared.report.chat_template
+
+
+LABELS = Labels(SEQUENCE_CLASSIFICATION, ("x", "y"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "labels", "is_rendered"),
+    [
+        ({"text": "a{} text of words"}, None, False),
+        ({"text": "a{} text of words"}, LABELS, False),
+        ({"messages": [{"role": "user", "content": "a{}"}]}, LABELS, True),
+        ({"prompt": "a{}", "completion": "b"}, None, True),
+    ],
+    ids=["texts", "labels of texts", "labels of chats", "pairs"],
+)
+def test_the_report_says_whether_a_chat_template_renders_the_rows(
+    keys: dict[str, Any], labels: Labels | None, is_rendered: bool, bytes_tokenizer, jsonl
+) -> None:
+    rows = [json.loads(json.dumps({**keys, "label": name}).replace("{}", name)) for name in "xy"]
+    tokenizer = bytes_tokenizer("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
+    task = {} if labels is None else {"task": labels.task, "labels": labels}
+    assert prepare(jsonl(rows), tokenizer, validation_split=0, **task).report.chat_template == is_rendered
 
 
 @pytest.mark.parametrize(
