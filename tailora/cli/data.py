@@ -81,7 +81,8 @@ def data(
     else:
         show(stdout(), report, examples)
         share = share_to_hold_out(settings, prepared.report.rows)
-        why = "" if share is None else f"The next command holds out {share:.0%} of the rows, so that there are enough to judge by."
+        held_out = "The next command holds out {:.0%} of the rows, so that there are enough to judge by."
+        why = "" if share is None else held_out.format(share)
         command = train_command(settings, share, config, flags or {})
         print_section(stdout(), Section("Next", why, [Code(shlex.join(command))]))
     return 0

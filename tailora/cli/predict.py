@@ -15,7 +15,16 @@ from tailora.cli.chat import explained_memory_errors, partial_answers
 from tailora.cli.eval import find_target
 from tailora.cli.flags import Json, Overwrite, flags_of, log_columns, merge_with_run
 from tailora.cli.main import log, print_json, stderr
-from tailora.cli.models import BaseModel, Device, MaxNewTokens, Quantize, check_sources, labels_of, load_model, refuse_system
+from tailora.cli.models import (
+    BaseModel,
+    Device,
+    MaxNewTokens,
+    Quantize,
+    check_sources,
+    labels_of,
+    load_model,
+    refuse_system,
+)
 from tailora.data.demo import resolve_demo
 from tailora.data.readers import Row, RowProblem, data_error, read_rows
 from tailora.errors import DataError

@@ -158,7 +158,7 @@ def test_all_formats_but_peft_hold_the_strength_dial(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"strength dial .* set_scale\(name, 1\), or export to 'portable'"):
         model.export(tmp_path / "peft", "peft")
     report = model.export(tmp_path / "out", "portable")
-    assert report.changes[0] == "the scale (the strength dial) is already in the file; leave it at 1 where the file is loaded"
+    assert report.changes[0].startswith("the scale (the strength dial) is already in the file; leave it at 1")
     again = LoRAModel.from_pretrained(chat_model(), tmp_path / "out").eval()
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
 
