@@ -243,7 +243,7 @@ def test_without_log_probabilities_a_scale_that_may_be_right_cannot_be_told(root
     passport = read_passport(root / "legal")
 
     def variant(probe: Probe) -> str:
-        return "scale 0.75" if probe.text is not None and probe.prompt_tokens % 3 else ADAPTER
+        return "scale 0.75" if probe.prompt_tokens % 3 else ADAPTER
 
     result = verify(passport, answers_of(passport, variant, has_logprobs=False))
     assert result.fits["text"].scale < 0.9 <= result.fits["text"].interval[1]
