@@ -30,6 +30,8 @@ from server_process import free_port
 from tiny_run import write_demo
 
 from tailora.cli.main import COMMANDS, app
+from tailora.data.readers import Row, read_rows
+from tailora.data.schemas import Conversation, convert_row, detect_schema
 
 ROOT = Path(__file__).parent.parent
 HISTORY = ("LOG.md",)
@@ -198,3 +200,21 @@ def test_the_blocks_of_a_page_run(page: Path, reader: Reader) -> None:
     for block in blocks(page):
         if block.is_run or block.mark == "file":
             reader.type(block)
+
+
+def test_the_rows_of_an_exported_chat_have_a_reply_and_no_notices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (block,) = (block for block in blocks(ROOT / "docs/tutorials/chats.md") if "EXPORT" in block.text)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block.text, "chats.md", "exec"), {})
+    items = list(read_rows("exported.jsonl"))
+    mapping = detect_schema([item.fields for item in items if isinstance(item, Row)])
+    samples = [convert_row(item, mapping) for item in items if isinstance(item, Row)]
+    chats = [[(m["role"], m["content"]) for m in chat.messages] for chat in samples if isinstance(chat, Conversation)]
+    reply = "Dry air!\nRemember: mist it twice a week.\nNot at noon."
+    assert len(chats) == len(items)  # none was refused
+    assert chats == [
+        [("user", "My fern has brown tips."), ("assistant", reply), ("user", "And in winter?")],
+        [("user", "Do you sell pots?"), ("assistant", "We do, in every size.")],
+    ]

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeInt
@@ -22,7 +22,10 @@ from tailora.data.readers import parse_sources, source_names
 from tailora.report.blocks import Code, Section
 from tailora.report.format import printable
 from tailora.report.terminal import print_rich_table, print_section
-from tailora.train.config import TrainConfig
+from tailora.train.config import FEW_STEPS, TrainConfig
+
+if TYPE_CHECKING:
+    from tailora.data.prepare import PreparedData
 
 SETTINGS = ["model", "task", "eval_data", "field", "max_length", "validation_split", "seed"]
 SETTINGS += ["system", "assistant_only_loss", "completion_only_loss", "documents"]
@@ -81,10 +84,16 @@ def data(
     else:
         show(stdout(), report, examples)
         share = share_to_hold_out(settings, prepared.report.rows)
-        held_out = "The next command holds out {:.0%} of the rows, so that there are enough to judge by."
-        why = "" if share is None else held_out.format(share)
-        command = train_command(settings, share, config, flags or {})
-        print_section(stdout(), Section("Next", why, [Code(shlex.join(command))]))
+        epochs = epochs_to_train(settings, prepared, share)
+        why = []
+        if share is not None:
+            why.append(f"holds out {share:.0%} of the rows, so that there are enough to judge by")
+        if epochs is not None:
+            why.append(f"makes {epochs} passes over the data, since fewer than {FEW_STEPS} steps change little")
+        proposed = {"validation_split": share, "num_train_epochs": epochs}
+        command = train_command(settings, proposed, config, flags or {})
+        reasons = f"The next command {', and '.join(why)}." if why else ""
+        print_section(stdout(), Section("Next", reasons, [Code(shlex.join(command))]))
     return 0
 
 
@@ -98,12 +107,30 @@ def share_to_hold_out(settings: TrainConfig, rows: int) -> float | None:
     return share if share > settings.validation_split else None
 
 
+def epochs_to_train(settings: TrainConfig, data: "PreparedData", share: float | None) -> int | None:
+    """Returns the passes that make FEW_STEPS; None if one is enough, or the length is known already.
+
+    share: what the run will hold out; None: as much as `data` does.
+    """
+    from tailora.train.dataloader import epoch_steps
+
+    if settings.model_fields_set & {"max_steps", "num_train_epochs"}:
+        return None
+    report = data.report
+    kept = 1.0 if share is None else (1 - share) * (report.train + report.eval) / report.train
+    steps = epoch_steps(settings, max(1, round(data.train.epoch_size * kept)))
+    return math.ceil(FEW_STEPS / steps) if steps < FEW_STEPS else None
+
+
 def train_command(
-    settings: TrainConfig, share: float | None, config: Path | None, flags: Mapping[str, str | bool | list[str]]
+    settings: TrainConfig,
+    proposed: Mapping[str, float | None],
+    config: Path | None,
+    flags: Mapping[str, str | bool | list[str]],
 ) -> list[str]:
     """Returns the command that trains on what was shown, with the flags that were typed, in a new folder.
 
-    share: `share_to_hold_out`.
+    proposed: more settings, of which those that are None are left out.
     """
     sources = parse_sources(settings.data)
     command = ["tailora", "train", *(word for source in sources for word in ("--data", str(source)))]
@@ -113,8 +140,8 @@ def train_command(
             command.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
             continue
         command += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else ",".join(value)]
-    if share is not None:
-        command += ["--validation-split", f"{share:g}"]
+    for name, number in proposed.items():
+        command += [] if number is None else [f"--{name.replace('_', '-')}", f"{number:g}"]
     if "output_dir" not in settings.model_fields_set:
         name = re.sub(r"[^\w.-]+", "-", Path(sources[0].name).stem).strip("-.") or "run"
         command += ["--output-dir", str(new_folder(Path("outputs", name)))]

@@ -17,6 +17,7 @@ COUNT = 2**31  # above any count that makes sense, and well below what numpy and
 PositiveInt = Annotated[int, Field(ge=1, lt=COUNT)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=COUNT)]
 PREFERENCE_FIELDS = ("loss", "beta", "label_smoothing", "simpo_gamma", "sft_weight")
+FEW_STEPS = 24  # a run with fewer is short: at the usual learning rates it changes little
 ACCUMULATION = "gradient_accumulation_steps"
 TEXT_FIELDS = ("system", "assistant_only_loss", "completion_only_loss")
 TASK_TYPES: dict[str, TaskType] = {  # of tasks with a head for labels

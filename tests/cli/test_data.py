@@ -111,6 +111,7 @@ def test_the_next_command_repeats_the_flags(
     words = shlex.split(command)
     assert words[:6] == ["tailora", "train", "--data", "my rows.jsonl", "--config", "run.yaml"]
     expected = ["--model", str(tiny_model), "--field", "prompt=q,completion=a", "--validation-split", "0.3"]
+    expected += ["--num-train-epochs", "24"]
     assert words[6:] == [*expected, "--output-dir", "outputs/my-rows"]
 
 
@@ -124,9 +125,39 @@ def test_the_next_command_runs_as_it_stands(
         shown = capsys.readouterr().out
         assert "The next command holds out 20% of the rows" in shown
         words = shlex.split(shown.strip().splitlines()[-1])
-        assert words[-4:] == ["--validation-split", "0.2", "--output-dir", folder]
+        assert words[-6:] == ["--validation-split", "0.2", "--num-train-epochs", "8", "--output-dir", folder]
         assert main([*words[1:], "--max-steps", "1", "--passport", "none"]) == 0
         assert "held-out loss after" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "config", "epochs"),
+    [
+        (["--validation-split", "0"], "", "8"),  # 24 rows are 3 steps of 8
+        ([], "", "8"),  # 19 of them are, too
+        (["--validation-split", "0.5"], "", "12"),
+        (["--validation-split", "0"], "per_device_train_batch_size: 1\n", None),
+        (["--validation-split", "0"], "per_device_train_batch_size: 3\n", "3"),
+        ([], "num_train_epochs: 2\n", None),
+        ([], "max_steps: 5\n", None),
+    ],
+)
+def test_the_next_command_makes_enough_steps(
+    flags: list[str],
+    config: str,
+    epochs: str | None,
+    chats: Path,
+    tmp_path: Path,
+    tiny_model: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "run.yaml").write_text(f"lora_dropout: 0\n{config}")
+    command = ["data", str(chats), "--model", str(tiny_model), "--config", str(tmp_path / "run.yaml"), "--rows", "0"]
+    assert main([*command, *flags]) == 0
+    shown = capsys.readouterr().out.strip()
+    words = shlex.split(shown.splitlines()[-1])
+    assert ("--num-train-epochs" in words) == (epochs is not None) == ("since fewer than 24 steps" in shown)
+    assert epochs is None or words[words.index("--num-train-epochs") + 1] == epochs
 
 
 def test_the_settings_of_what_is_learned_are_shown_and_repeated(
@@ -136,7 +167,7 @@ def test_the_settings_of_what_is_learned_are_shown_and_repeated(
     assert main(["data", str(chats), "--model", str(tiny_model), "--rows", "1", *flags]) == 0
     shown = capsys.readouterr().out
     assert "<|im_start|>[[system\nbe brief<|im_end|>\n<|im_start|>user" in shown
-    assert shlex.split(shown.strip().splitlines()[-1])[-7:-4] == flags
+    assert shlex.split(shown.strip().splitlines()[-1])[-9:-6] == flags
     assert main(["data", str(chats), "--model", str(tiny_model), "--completion-only-loss"]) == 2
     assert "--completion-only-loss needs completions, and the rows are read as messages" in capsys.readouterr().err
 

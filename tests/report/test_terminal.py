@@ -182,7 +182,7 @@ def test_reports_of_earlier_versions_have_pages(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "after", "has_hint"), [(8, 4.2, True), (8, 3.9, False), (60, 4.2, False), (8, 4.6, False)]
+    ("steps", "after", "has_hint"), [(23, 4.2, True), (23, 3.9, False), (24, 4.2, False), (23, 4.6, False)]
 )
 def test_a_short_run_that_changed_little_has_a_hint(steps: int, after: float, has_hint: bool) -> None:
     content = CONTENTS["train"]()

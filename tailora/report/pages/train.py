@@ -30,13 +30,13 @@ from tailora.report.charts import DASHED, INK, SERIES, SOFT, Canvas
 from tailora.report.format import NONE, count, decimals, duration, interval, learning_rate, plural, share
 from tailora.report.pages.labels import labels_section
 from tailora.report.pages.shared import settings_table
-from tailora.train.config import NATS_PER_TOKEN
+from tailora.train.config import FEW_STEPS, NATS_PER_TOKEN
 from tailora.train.memory import format_bytes
 from tailora.train.run_log import EXAMPLES, METRICS
 
 MOST_MARKS = 1000  # of a scatter plot
 ALIKE = 1e-6  # losses that differ by less
-FEW_STEPS, LITTLE = 25, 0.1  # a run that is so short, and lowers the loss by less than this share, gets a hint
+LITTLE = 0.1  # a short run (FEW_STEPS) that lowers the loss by less than this share gets a hint
 WHEN = ("before", "after")
 COLUMNS = [  # of metrics.jsonl -> unit, caption
     ("learning_rate", "learning rate", "Learning rate of each step."),
@@ -261,7 +261,7 @@ def _few_steps_hint(result: Result, settings: Mapping[str, Any]) -> str:
     """Returns what to try if a short run changed the held-out loss little; "" for others."""
     before, after, rate = result.eval_loss_before, result.eval_loss_after, settings.get("learning_rate")
     is_new_adapter = settings.get("method", "lora") == "lora" and settings.get("adapter") is None
-    if before is None or after is None or rate is None or result.steps > FEW_STEPS or not is_new_adapter:
+    if before is None or after is None or rate is None or result.steps >= FEW_STEPS or not is_new_adapter:
         return ""
     if not (1 - LITTLE) * before < after <= before:  # if it rose, the rate was not too low
         return ""
