@@ -203,7 +203,8 @@ def commands_of_target(result: "ExportReport", serving: "Serving") -> list[Block
 
     blocks: list[Block] = []
     if serving.prepare is not None:
-        blocks.append(Code(shlex.join(serving.prepare[0]), title="Once, with llama.cpp's converter:"))
+        once = "Once, with llama.cpp's converter, which needs `pip install sentencepiece`:"
+        blocks.append(Code(shlex.join(serving.prepare[0]), title=once))
     title = f"To {'upload' if TARGETS[serving.target].limits else 'serve'} it, as {result.folder / SERVE_SCRIPT} does:"
     blocks.append(Code("\n".join(map(shlex.join, serving.commands)), title=title))
     blocks += [Paragraph(note) for note in notes(serving)]
@@ -215,7 +216,8 @@ def commands_of_format(result: "ExportReport", base: str, labels: "Labels | None
 
     blocks: list[Block] = [Code(next_command(result, base, labels), title="To use it:")]
     if result.format == "gguf":
-        blocks.append(Code(llama_cpp_commands(result, base), title="Or with llama.cpp, which has both programs:"))
+        instead = "Or with llama.cpp: its converter, which needs `pip install sentencepiece`, and llama-cli:"
+        blocks.append(Code(llama_cpp_commands(result, base), title=instead))
     port = TARGETS["vllm"].port if result.format == "portable" else None
     return [*blocks, *commands_to_verify(result, port)]
 

@@ -96,6 +96,7 @@ ARGUMENTS: ContextVar[list[str]] = ContextVar("arguments")  # of the command lin
 SECONDS_FOR_RANK_0 = 5.0  # in which it says what went wrong in all processes, before another one does
 MAX_LINES = 21  # of a message; --json prints all of it
 NUMBERS: dict[Any, str] = {int: "a valid integer", float: "a valid number"}  # type -> pydantic's words for it
+ALSO_CALLED = dict.fromkeys(("llama.cpp", "llama-cpp", "llamacpp"), "llama-server")  # too far from it for `nearest`
 COMPARISONS = {">=": "greater than or equal to", "<=": "less than or equal to", ">": "greater than", "<": "less than"}
 BUG = "This is a bug in tailora: please report it with the lines below."
 MEMORY_ADVICE = "what helps: a smaller --model, a smaller --max-length or --max-new-tokens, closing other programs"
@@ -256,7 +257,9 @@ def _wrong_value(error: CoercionError | ValidationError) -> str:
         return start + needed
     if get_origin(error.target_type) is Literal:
         known = list(map(str, get_args(error.target_type)))
-        return f"{start}give one of {', '.join(known)}{nearest(token.value, known)}"
+        meant = ALSO_CALLED.get(token.value)
+        hint = f"; did you mean {meant}?" if meant in known else nearest(token.value, known)
+        return f"{start}give one of {', '.join(known)}{hint}"
     needed = NUMBERS.get(error.target_type, "") if error.target_type else ""
     return f"{start}input should be {needed}" if needed else str(error)
 

@@ -162,7 +162,7 @@ def next_commands(config: TrainConfig, folder: Path) -> list[list[str]]:
         return [*([] if config.task in TASK_TYPES else [generate]), evaluate, predict]
     commands = [["tailora", "chat", *tuned, *system], generate, evaluate]
     if is_lora:
-        commands.append(["tailora", "export", str(folder), "--to", "gguf", "--output", f"{folder}-gguf"])
+        commands.append(["tailora", "export", str(folder), "--to", "llama-server", "--output", f"{folder}-llama"])
     if config.data == "demo":
         commands.append(["tailora", "data", "YOUR_DATA.jsonl", "--model", config.model])
     return commands

@@ -501,6 +501,7 @@ def script(serving: Serving) -> str:
         f"# Context: {serving.context_length or 'not known'} tokens. Stop tokens: {stops or 'not known'}.",
         *(f"# {note}" for note in notes(serving)),
         "set -e",
+        *([] if serving.prepare is None else [ABSOLUTE_LLAMA_CPP]),
         'cd "$(dirname "$0")"',
     ]
     if serving.prepare is not None:
@@ -511,10 +512,33 @@ def script(serving: Serving) -> str:
         lines += [f"if [ ! -f {shlex.quote(file)} ]; then", f"  {converter}"]
         lines += [f'  {python} "$LLAMA_CPP/{CONVERTER}" {" ".join(arguments)}']
         lines += [f"  mv {shlex.quote(part)} {shlex.quote(file)}", "fi"]
+    lines += missing_program(serving)
     commands = [shlex.join(command).replace(BASE_ID, f'"${BASE_ID}"') for command in serving.commands]
     if TARGETS[serving.target].limits:
         lines.append(f': "${{{BASE_ID}:?set it to the name that {title} has for the base model}}"')
     return "\n".join([*lines, *commands]) + "\n"
+
+
+# A path from where the user is, before the script goes to its own folder
+ABSOLUTE_LLAMA_CPP = 'case "$LLAMA_CPP" in "" | /*) ;; *) LLAMA_CPP=$PWD/$LLAMA_CPP ;; esac'
+
+
+def missing_program(serving: Serving) -> list[str]:
+    """Returns the lines that end serve.sh if the program of its commands is missing, with what there is and what to do.
+
+    The exit code is that of the shell for a command that is not found: nothing is served.
+    """
+    program = serving.commands[0][0]
+    ready = "" if serving.prepare is None else f"{model_file(serving)} is ready. "
+    lines = [f"{ready}There is no {program} in PATH: install it, or activate the environment that has it."]
+    has_template_beside = bool(serving.chat_template) and not serving.is_merged  # llama-cpp-python takes no such file
+    if serving.target == "llama-server" and not has_template_beside:
+        adapter = "" if serving.is_merged else f" --lora_path '$PWD/{GGUF_WEIGHTS}'"
+        files = f"--model '$PWD/{model_file(serving)}'{adapter}"
+        name = f"--model_alias {serving.name} --port {TARGETS[serving.target].port}"
+        lines.append(f"Or with llama-cpp-python: python -m llama_cpp.server {files} {name}")
+    shown = [f'  echo "{line}" >&2' for line in lines]
+    return [f"command -v {program} > /dev/null || {{", *shown, "  exit 127", "}"]
 
 
 def notes(serving: Serving) -> list[str]:

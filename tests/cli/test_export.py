@@ -50,7 +50,8 @@ def test_every_format_with_its_figures_and_the_next_command(
     programs = {"peft": "tailora", "portable": "vllm", "gguf": "ollama", "mlx": "mlx_lm.server", "merged": "tailora"}
     assert re.search(rf"^{programs[to]} .*{re.escape(str(tmp_path / 'b'))}", shown.out, re.MULTILINE)
     assert ("llama-cli -m BASE.gguf --lora" in shown.out) == (to == "gguf")
-    assert ("convert_hf_to_gguf.py" in shown.out) == (to == "gguf")
+    for words in ("convert_hf_to_gguf.py", "pip install sentencepiece"):
+        assert (words in shown.out) == (to == "gguf")
     assert ('"rope_theta"' in shown.out) == (to == "mlx")
     command = shown.out.index("To serve it, as" if to == "mlx" else "To use it:")
     what_to_do = shown.out.index("before mlx-lm is used") if to == "mlx" else command
@@ -76,7 +77,8 @@ def test_every_server_with_its_command(to: str, run: Path, tmp_path: Path, capsy
         words = [word.replace(str(tmp_path / "a"), str(tmp_path / "b")) for word in command]
         renamed = [re.sub(r"(^|/)a(=|$)", r"\1b\2", word) for word in words]
         assert shlex.join(renamed) in shown
-    assert ("convert_hf_to_gguf.py" in shown) == (to in ("llama-server", "ollama", "lm-studio"))
+    for words in ("convert_hf_to_gguf.py", "pip install sentencepiece"):
+        assert (words in shown) == (to in ("llama-server", "ollama", "lm-studio"))
     assert ("tailora verify http://127.0.0.1:" in shown) == (to in get_args(Server))
 
 
@@ -161,6 +163,7 @@ def test_a_merged_model_answers_without_tailora(run: Path, tmp_path: Path, tiny_
     ("tokens", "code", "hint"),
     [
         (["RUN", "--to", "ggml"], 2, "--to ggml: give one of peft, portable, gguf, merged, vllm, llama-server, "),
+        (["RUN", "--to", "llama.cpp"], 2, "cloudflare; did you mean llama-server?"),
         (["RUN", "--to", "vllm", "--output", "A=B"], 2, "vLLM reads = in a path as a separator; rename it"),
         (["RUN", "--to", "gguf", "--output", "OUT"], 2, "exists already and holds mine.txt; replaced are only"),
         (["RUN", "--to", "gguf", "--output", "RUN"], 2, "exists already and holds adapter; replaced are only"),

@@ -366,7 +366,7 @@ def test_what_comes_next_fits_the_run(finished: FinishedRun) -> None:
         ["tailora", "chat", "--adapter", folder],
         ["tailora", "generate", "--adapter", folder, "--prompt", prompt],
         ["tailora", "eval", folder, "--data", "HELD_OUT.jsonl"],
-        ["tailora", "export", folder, "--to", "gguf", "--output", f"{folder}-gguf"],
+        ["tailora", "export", folder, "--to", "llama-server", "--output", f"{folder}-llama"],
     ]
 
 
@@ -413,7 +413,7 @@ def test_next_commands_name_the_held_out_data_and_its_columns(tmp_path: Path) ->
         assert ["be brief" in command for command in commands[:3]] == knows
 
 
-def test_after_sequence_to_sequence_no_chat_and_no_gguf_is_proposed(tmp_path: Path) -> None:
+def test_after_sequence_to_sequence_no_chat_and_no_export_is_proposed(tmp_path: Path) -> None:
     config = TrainConfig(task="seq2seq", data="a.jsonl")
     assert [command[1] for command in next_commands(config, tmp_path)] == ["generate", "eval", "predict"]
 

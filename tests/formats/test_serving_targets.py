@@ -1,9 +1,9 @@
 """The commands that serve an export name what it holds; what a server does not take is merged, or refused."""
 
 import json
-import os
 import re
 import shlex
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -53,22 +53,39 @@ def export_for(
 
 
 def written_commands(folder: Path, tmp_path: Path, **environment: str) -> list[list[str]]:
-    """Runs serve.sh, from another folder, with programs that only say how they were called, and in which folder."""
+    """Returns the commands that serve.sh runs; it is in their folder."""
+    done, calls = run_script(folder, tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert {line[0] for line in calls} == {str(folder)}
+    return [line[1:] for line in calls]
+
+
+def run_script(
+    folder: Path, tmp_path: Path, *, missing: str = "", **environment: str
+) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+    """Runs serve.sh, from tmp_path, with programs that only say in which folder and how they were called.
+
+    missing: the program that is not there. Returns what came of it, and the calls.
+    """
     programs, calls = tmp_path / "programs", tmp_path / "calls.jsonl"
-    programs.mkdir(exist_ok=True)
-    calls.unlink(missing_ok=True)
-    for name in PROGRAMS:
+    shutil.rmtree(programs, ignore_errors=True)
+    programs.mkdir()
+    calls.write_text("")
+    for name in ("dirname", "mv"):  # what else the scripts need
+        (programs / name).symlink_to(str(shutil.which(name)))
+    for name in {*PROGRAMS} - {missing}:
         record = f'#!/bin/sh\n{{ printf "%s\\0" "$PWD" {name} "$@"; echo; }} >> {shlex.quote(str(calls))}\n'
         (programs / name).write_text(record + (': > "$4"\n' if name == "python" else ""))  # the converter's --outfile
         (programs / name).chmod(0o755)
-    path = {"PATH": f"{programs}:{os.environ['PATH']}"}
     done = subprocess.run(
-        ["sh", str(folder / "serve.sh")], env={**path, **environment}, capture_output=True, text=True, check=False
+        ["/bin/sh", str(folder / "serve.sh")],
+        env={"PATH": str(programs), **environment},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert done.returncode == 0, done.stderr
-    lines = [line.split("\0")[:-1] for line in calls.read_text().splitlines() if line]
-    assert {line[0] for line in lines} == {str(folder)}
-    return [line[1:] for line in lines]
+    return done, [line.split("\0")[:-1] for line in calls.read_text().splitlines() if line]
 
 
 def flags(command: list[str]) -> dict[str, str]:
@@ -92,8 +109,56 @@ def test_the_script_runs_the_commands_that_are_printed(target: str, tmp_path: Pa
         assert Path(serving.prepare[1]).exists()
         assert not list(folder.glob("*.part"))
         assert written_commands(folder, tmp_path, **named) == commands[1:], "converted once"
-    missing = subprocess.run(["sh", str(folder / "serve.sh")], env={"PATH": "/bin"}, capture_output=True, check=False)
-    assert missing.returncode
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_program_that_is_missing_is_named_after_what_needs_none(target: str, tmp_path: Path) -> None:
+    folder = tmp_path / "my adapter"
+    serving = export_for(folder, target, PATTERNS).serving
+    program = serving.commands[0][0]
+    done, calls = run_script(folder, tmp_path, missing=program, LLAMA_CPP="/llama.cpp", BASE_MODEL_ID="their-base")
+    assert done.returncode == 127
+    converted = [] if serving.prepare is None else ["python"]
+    assert [line[1] for line in calls] == converted
+    first, *others = done.stderr.splitlines()
+    ready = f"{Path(serving.prepare[1]).name} is ready. " if serving.prepare is not None else ""
+    assert first == f"{ready}There is no {program} in PATH: install it, or activate the environment that has it."
+    if target != "llama-server":
+        assert not others
+        return
+    (line,) = others
+    assert shlex.split(line.removeprefix("Or with llama-cpp-python: ")) == [
+        *(
+            "python",
+            "-m",
+            "llama_cpp.server",
+            "--model",
+            f"{folder}/base.gguf",
+            "--lora_path",
+            f"{folder}/adapter.gguf",
+        ),
+        *("--model_alias", "my-adapter", "--port", "8080"),
+    ]
+
+
+def test_the_line_for_llama_cpp_python_is_only_for_what_it_can_be_given(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, chat_template=OTHER)
+    for lora, has_line in (({}, False), ({"use_dora": True}, True)):  # a merged model has the template in its file
+        folder = tmp_path / str(has_line)
+        export_for(folder, "llama-server", lora, settings)
+        done, _ = run_script(folder, tmp_path, missing="llama-server", LLAMA_CPP="/llama.cpp")
+        assert (f"llama_cpp.server --model '{folder}/model.gguf' --model_alias" in done.stderr) == has_line
+        assert ("llama-cpp-python" in done.stderr) == has_line
+
+
+def test_the_folder_of_llama_cpp_may_be_a_path_from_where_the_user_is(tmp_path: Path) -> None:
+    export_for(tmp_path / "out", "llama-server", {})
+    commands = written_commands(tmp_path / "out", tmp_path, LLAMA_CPP="my programs/llama.cpp")
+    assert commands[0][:2] == ["python", f"{tmp_path}/my programs/llama.cpp/convert_hf_to_gguf.py"]
+    (tmp_path / "out" / "base.gguf").unlink()
+    done, calls = run_script(tmp_path / "out", tmp_path)
+    assert not calls
+    assert "LLAMA_CPP: set it to the folder of llama.cpp, which has convert_hf_to_gguf.py" in done.stderr
 
 
 def test_vllm_gets_the_rank_of_the_widest_layer(tmp_path: Path) -> None:
