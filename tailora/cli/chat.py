@@ -30,7 +30,7 @@ from tailora.cli.models import (
     load_model,
     parse_adapters,
 )
-from tailora.data.readers import READERS, TXT, Row, RowProblem, data_error, read_file
+from tailora.data.readers import JSON_LINES, READERS, TXT, Row, RowProblem, data_error, read_file
 from tailora.errors import AdapterError, ConfigError, DataError, MemoryLimitError, nearest
 from tailora.formats.io import check_new_file, partial_file, write_lines
 
@@ -195,8 +195,8 @@ def generate(
     if prompt and prompts is not None:
         raise ConfigError("--prompt and --prompts both say what to answer: give one")
     questions = (prompt or [piped_text()]) if prompts is None else read_prompts(prompts)
-    for path in (output, partial_file(output)) if output is not None else ():
-        check_new_file(path, overwrite=overwrite)
+    if output is not None:
+        check_answers_file(output, overwrite=overwrite)
     folders = parse_adapters(adapter or [])
     model = base_model_name(model, list(folders.values()))
     log("reading the model")
@@ -229,6 +229,16 @@ def generate(
     if json:
         print_json({"model": model, "adapters": loaded.adapters, "answers": answers})
     return 0
+
+
+def check_answers_file(output: Path, *, overwrite: bool) -> None:
+    """Raises as `check_new_file`, and ConfigError for the name of another format than JSON lines."""
+    if (suffix := output.suffix.lower()) in READERS.keys() - {*JSON_LINES, TXT}:
+        raise ConfigError(
+            f"--output {output}: JSON lines are written, not {suffix[1:].upper()}; give {output.with_suffix('.jsonl')}"
+        )
+    for path in (output, partial_file(output)):
+        check_new_file(path, overwrite=overwrite)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
-from tailora.cli.chat import explained_memory_errors, partial_answers
+from tailora.cli.chat import check_answers_file, explained_memory_errors, partial_answers
 from tailora.cli.eval import find_target
 from tailora.cli.flags import Json, Overwrite, flags_of, log_columns, merge_with_run
 from tailora.cli.main import log, print_json, stderr
@@ -28,7 +28,6 @@ from tailora.cli.models import (
 from tailora.data.demo import resolve_demo
 from tailora.data.readers import Row, RowProblem, data_error, read_rows
 from tailora.errors import DataError
-from tailora.formats.io import check_new_file, partial_file
 from tailora.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -68,8 +67,8 @@ def predict(
     probabilities, or answer. These replace columns of the same names.
     """
     check_sources(data=[data])
-    for path in (output, partial_file(output)) if output is not None else ():
-        check_new_file(path, overwrite=overwrite)
+    if output is not None:
+        check_answers_file(output, overwrite=overwrite)
     target = find_target(adapter, model)
     config = merge_with_run(flags, target.folder, "max_length", "system", "field", arguments={"model": target.model})
     log_columns(flags, config)

@@ -367,9 +367,9 @@ def read_text(path: Path) -> Rows:
 
 
 TXT = ".txt"
+JSON_LINES = (".jsonl", ".ndjson")
 READERS: dict[str, Callable[[Path], Rows]] = {
-    ".jsonl": read_jsonl,
-    ".ndjson": read_jsonl,
+    **dict.fromkeys(JSON_LINES, read_jsonl),
     ".json": read_json,
     ".csv": read_csv,
     ".tsv": partial(read_csv, delimiter="\t"),

@@ -100,6 +100,16 @@ def test_a_system_message_is_refused_for_labels(command: str, folder: Path) -> N
     assert "--system is for language models, and this model is for sequence-classification: leave it out" in err
 
 
+@pytest.mark.parametrize("command", ["generate", "predict"])
+@pytest.mark.parametrize("suffix", [".csv", ".JSON", ".parquet"])
+def test_a_file_of_another_format_is_not_filled_with_json_lines(command: str, suffix: str, tmp_path: Path) -> None:
+    output, rows = tmp_path / f"sorted{suffix}", write(tmp_path / "rows.jsonl", [{"prompt": "Hi"}])
+    asked = ("--data" if command == "predict" else "--prompts", rows)
+    code, _, err = call(command, "--model", "absent", *asked, "--output", output)
+    assert code == 2
+    assert f"--output {output}: JSON lines are written, not {suffix[1:].upper()}; give {tmp_path}/sorted.jsonl" in err
+
+
 def test_eval_names_a_score_that_there_is_not(folder: Path) -> None:
     code, _, err = call("eval", folder / "run", "--data", folder / "rows.jsonl", "--metrics", "pearson")
     assert code == 2
