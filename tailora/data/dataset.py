@@ -1,6 +1,7 @@
 """Tokenised examples, stored end to end in two flat arrays; the split into train and held-out; the report."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, Self
@@ -249,11 +250,14 @@ class Split(NamedTuple):
     held_out: list[int]
 
 
-def split_examples(hashes: Sequence[bytes], share: float, seed: int, left_out: int = 0) -> Split:
+def split_examples(
+    hashes: Sequence[bytes], share: float, seed: int, left_out: int = 0, classes: Sequence[int] = ()
+) -> Split:
     """Returns the indices of the examples on either side. Equal examples go to the same side.
 
     share: of the examples to hold out, at least one; 0 holds out none. The same arguments give the same split.
     left_out: how many rows were left out because of --max-length, for the message.
+    classes: of all examples, or none; of each about the same share is held out.
     Raises DataError if there are not two different examples.
     """
     if not share:
@@ -267,12 +271,23 @@ def split_examples(hashes: Sequence[bytes], share: float, seed: int, left_out: i
         )
     target = max(1, round(len(hashes) * share))
     held_out: list[int] = []
-    order = np.random.default_rng(seed).permutation(len(groups))
+    order = np.random.default_rng(seed).permutation(len(groups)).tolist()
+    if classes:
+        order = _in_turns(order, [classes[group[0]] for group in groups])
     for group in order[:-1]:  # the last one stays, so that something is left to train on
         if len(held_out) + len(groups[group]) <= target:
             held_out += groups[group]
     held_out = held_out or min(groups, key=len)
     return Split(sorted(set(range(len(hashes))) - set(held_out)), sorted(held_out))
+
+
+def _in_turns(order: list[int], classes: Sequence[int]) -> list[int]:
+    """Returns the order changed so that the first part of any length has about the same share of each class."""
+    sizes, seen, positions = Counter(classes[index] for index in order), Counter[int](), dict[int, float]()
+    for index in order:
+        positions[index] = (seen[classes[index]] + 0.5) / sizes[classes[index]]
+        seen[classes[index]] += 1
+    return sorted(order, key=lambda index: positions[index])
 
 
 def group_equal(hashes: Sequence[bytes]) -> list[list[int]]:

@@ -108,6 +108,12 @@ class Labels:
             label = ", ".join(self.names[index] for index in indices)
         return [(tokenizer.decode(example.input_ids.tolist()), False), (f" -> {label}", True)]
 
+    def classes(self, examples: Examples) -> list[int]:
+        """Returns the index of each example's class; [] where an example does not have just one."""
+        if self.problem_type != SINGLE or examples.targets is None:
+            return []
+        return [int(index) for index in examples.targets[:, 0]]
+
     def counts(self, examples: Examples) -> dict[str, int]:
         """Returns how many examples, or words, have each label; {} for regression."""
         if self.task == REGRESSION:

@@ -302,7 +302,7 @@ def prepare(
     loaded = read(sources, "train", task=task)
     if eval_source is None:
         everything = loaded
-        trained, held_out = _split(loaded, validation_split, seed, max_length)
+        trained, held_out = _split(loaded, validation_split, seed, max_length, labels)
     else:
         trained = loaded
         held_out = read([Source(eval_source)], "validation", task=loaded[0].mapping.schema.task)
@@ -514,15 +514,19 @@ def _load_source(
 
 
 def _split(
-    loaded: list[LoadedSource], share: float, seed: int, max_length: int
+    loaded: list[LoadedSource], share: float, seed: int, max_length: int, labels: Labels | None
 ) -> tuple[list[LoadedSource], list[LoadedSource]]:
-    """Returns what is trained and what is held out of each source. Texts stay whole, unless there is only one."""
+    """Returns what is trained and what is held out of each source. Texts stay whole, unless there is only one.
+
+    labels: if an example has one of several classes, about the same share of each class is held out.
+    """
     hashes = [part.examples.hashes() for part in loaded]
     if share and len(set(chain.from_iterable(hashes))) < 2:
         loaded = [part.in_blocks(max_length) for part in loaded]
         hashes = [part.examples.hashes() for part in loaded]
     left_out = sum(part.counts.cut_away for part in loaded)
-    split = dataset.split_examples(list(chain.from_iterable(hashes)), share, seed, left_out)
+    classes = [] if labels is None else [index for part in loaded for index in labels.classes(part.examples)]
+    split = dataset.split_examples(list(chain.from_iterable(hashes)), share, seed, left_out, classes)
     sides: tuple[list[LoadedSource], list[LoadedSource]] = ([], [])
     first = 0
     for part in loaded:

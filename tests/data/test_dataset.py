@@ -166,6 +166,18 @@ def test_the_smallest_group_is_held_out_when_all_are_larger_than_the_share(seed:
     assert split_examples([b"a"] * 9 + [b"b"] * 3, 0.05, seed).held_out == [9, 10, 11]
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("share", "held"), [(0.2, [20, 8, 2, 0]), (0.5, [50, 20, 5, 1]), (0.1, [10, 4, 1, 0])])
+def test_of_each_class_the_same_share_is_held_out(share: float, held: list[int], seed: int) -> None:
+    classes = np.repeat([0, 1, 2, 3], [100, 40, 10, 1]).tolist()
+    sides = split_examples(DIFFERENT[:151], share, seed, classes=classes)
+    counts = np.bincount([classes[index] for index in sides.held_out], minlength=4)
+    assert np.abs(counts - held).max() <= 1
+    assert counts.sum() == round(151 * share)
+    other = split_examples(DIFFERENT[:151], share, seed + 1, classes=classes)
+    assert sides.held_out != other.held_out
+
+
 def test_a_share_of_nothing_holds_out_nothing() -> None:
     assert split_examples([b"a", b"a"], 0, 0) == ([0, 1], [])
 

@@ -127,6 +127,13 @@ def test_replies_that_the_template_rewrites_are_reported(bytes_tokenizer, jsonl)
 LABELS = Labels(SEQUENCE_CLASSIFICATION, ("x", "y"))
 
 
+@pytest.mark.parametrize("seed", range(5, 10))
+def test_a_part_of_every_class_is_held_out(seed: int, bytes_tokenizer, jsonl) -> None:
+    path = jsonl([{"text": f"text {number}", "label": "y" if number % 4 else "x"} for number in range(40)])
+    report = prepare(path, bytes_tokenizer(), validation_split=0.2, seed=seed, task=LABELS.task, labels=LABELS).report
+    assert (report.labels, report.eval_labels) == ({"x": 8, "y": 24}, {"x": 2, "y": 6})
+
+
 @pytest.mark.parametrize(
     ("keys", "labels", "is_rendered"),
     [
