@@ -134,9 +134,9 @@ def add_passport(folder: Path, source: Path, model: Any, tokenizer: Any) -> dict
     if passport_obstacle(model) is not None:
         return {}
     try:
-        passport = read_passport(source) if (source / PASSPORT).exists() else None
+        passport = read_passport(source, "the result gets a new one") if (source / PASSPORT).exists() else None
     except FormatError as error:
-        note(f"a new passport.json is written: {error}")
+        note(str(error))
         passport = None
     try:
         if passport is None:

@@ -93,9 +93,12 @@ def passport_bytes(passport: Passport) -> bytes:
     return json.dumps({**asdict(passport), "base": base}, ensure_ascii=False).encode()
 
 
-def read_passport(folder: Path) -> Passport:
-    """Raises FormatError if there is none, or if it is damaged or belongs to other weights than those in `folder`."""
-    remedy = _remedy(folder)
+def read_passport(folder: Path, remedy: str | None = None) -> Passport:
+    """Raises FormatError if there is none, or if it is damaged or belongs to other weights than those in `folder`.
+
+    remedy: what the error says to do; by default, to export the adapter.
+    """
+    remedy = remedy or _remedy(folder)
     if not (folder / PASSPORT).exists():
         raise FormatError(f"{folder} holds no {PASSPORT}: {remedy}")
     passport = read_own_json(folder / PASSPORT, Passport, remedy)
