@@ -33,6 +33,7 @@ from tailora.formats.load import LoadOptions, check_load_options, load
 from tailora.formats.metadata import LayerFingerprint
 from tailora.formats.peft import write_peft_folder
 from tailora.formats.peft_model import PEFT_NAMES, check_no_adapter_names, read_peft_model, release_base
+from tailora.formats.run_folder import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from tailora.formats.export import ExportReport
@@ -272,15 +273,19 @@ class LoRAModel(nn.Module):
     def push_to_hub(self, repo_id: str, *, tags: Sequence[str] = (), **options: Any) -> str:
         """Uploads what `save_pretrained` writes to a repository of the Hub; returns the address of the commit.
 
-        options: private, token, revision, create_pr, commit_message, commit_description, as in transformers, and
-        those of `save_pretrained`. Does nothing and returns "" unless `is_main_process`. Raises WriteError if the Hub
-        does not take the files.
+        A base model in a folder of this machine is called by the last name of the folder. options: private, token,
+        revision, create_pr, commit_message, commit_description, as in transformers, and those of `save_pretrained`.
+        Does nothing and returns "" unless `is_main_process`. Raises WriteError if the Hub does not take the files.
         """
+        from tailora.formats.shared_files import make_public
+
         of_upload = {name: options.pop(name) for name in UPLOAD_OPTIONS & options.keys()}
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, **options)
             if not options.get("is_main_process", True):
                 return ""
+            for config in Path(folder).rglob(ADAPTER_CONFIG):
+                make_public(config.parent)
             return upload(Path(folder), repo_id, tags=tags, **of_upload)
 
     def export(

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from tailora.errors import FormatError, listing
+from tailora.formats.hub import public_name
 from tailora.formats.io import check_is_file, with_metadata, wrap_os_error
 from tailora.formats.metadata import METADATA_KEY
 from tailora.formats.offline import OfflineAdapter, read_stored, updates_of
@@ -92,6 +93,14 @@ def shared_files(folder: Path, base_name: str | None, *, samples: bool = False) 
     left_behind = sorted(path.name for path in folder.iterdir() if path.name not in (*files, CARD))
     card = _card(folder / CARD) if (folder / CARD).exists() else None
     return SharedAdapter(settings, updates, files, card, left_behind, secrets)
+
+
+def make_public(folder: Path) -> None:
+    """Replaces the files of a PEFT folder by those that others may have. Raises as `shared_files`."""
+    stored = read_stored(folder)
+    base = stored.metadata.base_folder or (stored.settings or {}).get("base_model_name_or_path")
+    for name, content in shared_files(folder, public_name(base) if base else None).files.items():
+        (folder / name).write_bytes(content)
 
 
 def check_adapter(folder: Path) -> tuple[StoredAdapter, OfflineAdapter]:

@@ -47,6 +47,26 @@ def test_an_adapter_is_pushed_and_comes_back(hub: Any) -> None:
     assert hub.files["README.md"] == b"my own words"
 
 
+@pytest.mark.parametrize("is_relative", [False, True])
+def test_what_is_pushed_names_no_path_of_this_machine(
+    is_relative: bool, hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bases" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    base = chat_model()
+    base.config._name_or_path = "bases/mine" if is_relative else f"{tmp_path}/bases/mine"
+    model = adapted(base=base)
+    model.add_adapter("b", LoRAConfig(r=2))
+    model.push_to_hub("user/adapter", token=TOKEN)
+    assert sorted(hub.files) == sorted([*FILES, *(f"b/{name}" for name in FILES)])
+    for name, content in hub.files.items():
+        assert str(tmp_path).encode() not in content
+        if name.endswith("adapter_config.json"):
+            assert json.loads(content)["base_model_name_or_path"] == "mine"
+    loaded = LoRAModel.from_pretrained(chat_model(), "user/adapter", token=TOKEN)
+    assert torch.equal(logits(loaded), logits(model))
+
+
 @pytest.mark.usefixtures("hub")
 def test_commands_take_an_adapter_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     adapted().push_to_hub("user/adapter", token=TOKEN)
