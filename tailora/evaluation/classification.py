@@ -38,6 +38,7 @@ from tailora.train.setup import choose_layout
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 DRAWS, DRAWS_AT_ONCE = 2000, 50  # of a bootstrap
+SAME = 1e-9  # shares that differ by less
 BINS = 10  # of a calibration curve
 MOST_CLASSES = 40  # that a confusion matrix and F1 of each class are kept for
 TAG = re.compile(r"[BIESLU]-.+")  # of a word in an entity; O is outside
@@ -420,10 +421,21 @@ def describe_labels(
         text, start = f"{text} ", "before training"
     accuracy = after["accuracy"]
     ends = "" if math.isnan(accuracy.low) else f" (95% interval {accuracy.low:.1%} to {accuracy.high:.1%})"
-    text += f"Accuracy is {accuracy.value:.1%}{ends}; {start} {before['accuracy'].value:.1%}"
-    if (majority := details.get("majority")) is not None:
-        text += f", and {majority['share']:.1%} for always answering {majority['label']!r}"
-    return f"{text}."
+    text += f"Accuracy is {accuracy.value:.1%}{ends}"
+    earlier, majority = f"; {start} {before['accuracy'].value:.1%}", details.get("majority")
+    if majority is None:
+        return f"{text}{earlier}."
+    of_majority = f"{majority['share']:.1%} for always answering {majority['label']!r}"
+    if beats_majority(accuracy.value, details):
+        return f"{text}{earlier}, and {of_majority}."
+    is_below = accuracy.value < majority["share"] - SAME
+    return f"{text}, {'below' if is_below else 'no better than'} the {of_majority}{earlier}."
+
+
+def beats_majority(accuracy: float, details: Mapping[str, Any]) -> bool:
+    """Returns False if always answering the most frequent label gets as many right. details: `label_details`."""
+    majority = details.get("majority")
+    return majority is None or accuracy > majority["share"] + SAME
 
 
 # ---- Confusions, calibration, and the most frequent label

@@ -74,6 +74,18 @@ def test_train_says_the_accuracy_before_and_after(folder: Path) -> None:
     assert "calibration" in page
 
 
+def test_a_verdict_opens_with_the_most_frequent_label_if_training_does_not_beat_it(
+    folder: Path, tmp_path: Path
+) -> None:
+    line = [*training(folder)[:-1], 1e-9, "--max-steps", 1, "--output-dir", tmp_path / "run"]
+    assert call(*line)[0] == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    share = report["labels"]["majority"]["share"]
+    assert report["result"]["eval_accuracy_after"] <= share
+    assert re.match(rf"Accuracy is .*(below|no better than) the {share:.1%} for always answering ", report["verdict"])
+    assert "held-out examples" in report["verdict"]
+
+
 @pytest.mark.slow
 def test_eval_gives_scores_with_intervals_and_gates(folder: Path) -> None:
     code, out, err = call("eval", folder / "run", "--data", folder / "rows.jsonl", "--json", "--gate", "f1[positive]>2")

@@ -13,11 +13,13 @@ from tailora.evaluation.classification import (
     LabelOutputs,
     _statistic,
     as_intervals,
+    beats_majority,
     describe_labels,
     label_changes,
     label_details,
     label_scores,
 )
+from tailora.evaluation.statistics import Interval
 
 CLASSES = Labels("sequence-classification", ("a", "b", "c"))
 BINARY = Labels("sequence-classification", ("no", "yes"))
@@ -167,6 +169,22 @@ def test_confusions_calibration_and_the_most_frequent_label() -> None:
     assert sum(row["n"] for row in bins) == ROWS
     mean = sum(row["n"] * row["accuracy"] for row in bins) / ROWS
     assert mean == pytest.approx(value(data, "accuracy"))
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "beats", "text"),
+    [
+        (0.25, False, "Accuracy is 25.0%, below the 50.0% for always answering 'x'; before training 20.0%."),
+        (0.5, False, "Accuracy is 50.0%, no better than the 50.0% for always answering 'x'; before training 20.0%."),
+        (0.75, True, "Accuracy is 75.0%; before training 20.0%, and 50.0% for always answering 'x'."),
+    ],
+)
+def test_the_accuracy_is_compared_with_that_of_the_most_frequent_label(accuracy: float, beats: bool, text: str) -> None:
+    before, after = ({"accuracy": Interval(value, math.nan, math.nan)} for value in (0.2, accuracy))
+    details = {"majority": {"label": "x", "share": 0.5, "is_tied": False}}
+    assert describe_labels(before, after, details, new_head=False) == text
+    assert beats_majority(accuracy, details) == beats
+    assert beats_majority(accuracy, {})
 
 
 def test_a_model_as_sure_as_it_is_right_is_calibrated() -> None:

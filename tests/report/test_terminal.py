@@ -192,6 +192,18 @@ def test_a_short_run_that_changed_little_has_a_hint(steps: int, after: float, ha
     assert ("--learning-rate 2e-3 (it was 5e-4)" in text) == has_hint
 
 
+@pytest.mark.parametrize(("accuracy", "has_hint"), [(0.4, True), (0.6, False)])
+def test_a_short_run_that_learned_no_labels_has_a_hint(accuracy: float, has_hint: bool) -> None:
+    content = CONTENTS["train"]()
+    content["result"] |= {"steps": 4, "eval_loss_after": 2.0}
+    content["settings"]["learning_rate"] = 5e-4
+    content["metrics"] = [{"name": "accuracy", "before": 0.2, "before_95": None, "after": accuracy, "after_95": None}]
+    content["labels"] = {"names": ["x", "y"], "majority": {"label": "x", "share": 0.5, "is_tied": False}}
+    content["labels"]["calibration"] = {"ece": 0.1, "bins": []}
+    hint = "No better than one answer to all in 4 steps. Such short runs need"
+    assert (hint in shown(page_of(content, "x"), 300)) == has_hint
+
+
 @pytest.mark.parametrize(
     ("task_type", "proposes_data", "proposes_forgetting"),
     [(None, True, True), ("SEQ_2_SEQ_LM", True, False), ("SEQ_CLS", False, False)],

@@ -16,6 +16,7 @@ from tailora.errors import FormatError
 from tailora.evaluation.classification import (
     LabelOutputs,
     as_intervals,
+    beats_majority,
     describe_labels,
     label_details,
     label_scores,
@@ -156,8 +157,8 @@ def write_train_report(folder: Path) -> dict[str, Any]:
         verdict = describe_change(losses["change"], distinct_of(rows, len(examples), "held-out example"), unit)
         if len(examples) < FEW_EXAMPLES:
             verdict += f" That is too few to tell how others fare: hold out at least {FEW_EXAMPLES} examples."
-        if change_of_metrics:
-            verdict += f" {change_of_metrics}"
+        is_better = not labels or beats_majority(after["accuracy"].value, labels)
+        verdict = " ".join(filter(None, [verdict, change_of_metrics] if is_better else [change_of_metrics, verdict]))
     elif result["eval_loss_after"] is None:
         verdict = "There was no held-out data, so nothing can be said about whether it worked: give --eval-data FILE."
     else:
@@ -253,20 +254,27 @@ def train_page(report: TrainReport) -> Page:
         Section("The course of the run", "Schedule, gradients, speed and memory of every step.", _course(report.steps)),
         Section("Settings and machine", "", [settings_table(title, ("", values)) for title, values in tables.items()]),
     ]
-    notes = [hint] if result is not None and (hint := _few_steps_hint(result, report.settings)) else []
+    notes = [hint] if result is not None and (hint := _few_steps_hint(result, report)) else []
     return Page("train", f"{model}, fine-tuned", report.verdict, numbers, sections, notes)
 
 
-def _few_steps_hint(result: Result, settings: Mapping[str, Any]) -> str:
-    """Returns what to try if a short run changed the held-out loss little; "" for others."""
-    before, after, rate = result.eval_loss_before, result.eval_loss_after, settings.get("learning_rate")
+def _few_steps_hint(result: Result, report: TrainReport) -> str:
+    """Returns what to try if a short run changed the held-out loss little, or learned no labels; "" for others."""
+    before, after, settings = result.eval_loss_before, result.eval_loss_after, report.settings
+    rate, accuracy = settings.get("learning_rate"), {m.name: m.after for m in report.metrics}.get("accuracy")
     is_new_adapter = settings.get("method", "lora") == "lora" and settings.get("adapter") is None
     if before is None or after is None or rate is None or result.steps >= FEW_STEPS or not is_new_adapter:
         return ""
-    if not (1 - LITTLE) * before < after <= before:  # if it rose, the rate was not too low
+    if after > before:  # the rate was not too low
+        return ""
+    if accuracy is not None and not beats_majority(accuracy, report.labels):
+        finding = "No better than one answer to all"
+    elif after > (1 - LITTLE) * before:
+        finding = "The held-out loss changed little"
+    else:
         return ""
     return (
-        f"The held-out loss changed little in {plural(result.steps, 'step')}. Such short runs need a higher learning "
+        f"{finding} in {plural(result.steps, 'step')}. Such short runs need a higher learning "
         f"rate, such as --learning-rate {learning_rate(4 * rate)} (it was {learning_rate(rate)}), or more steps: a "
         "higher --num-train-epochs or --max-steps."
     )
