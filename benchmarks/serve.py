@@ -12,6 +12,7 @@ One by one runs in two rounds alone, because it takes longest. All takes about a
 
 import argparse
 import gc
+import json
 import os
 import random
 import statistics
@@ -182,6 +183,7 @@ def measure_loaded(folder: Path, rounds: int) -> dict[str, list[Result]]:
 
 def measure_loading(folder: Path, rounds: int) -> dict[str, Any]:
     """Seconds from the files of an adapter to a name that requests can use; within a run 8 requests are answered."""
+    load_before = os.getloadavg()[0]
     model = LoRAModel(load_base_model(folder, DTYPE), LoRAConfig(r=LOADED_RANK))
     randomize_factors(model)
     seconds: dict[str, list[float]] = {"idle": [], "beside 8 requests": []}
@@ -204,7 +206,11 @@ def measure_loading(folder: Path, rounds: int) -> dict[str, Any]:
                 engine.cancel(name)
         gc.unfreeze()
         engine.stop(10)
-    return {"bytes": size, "seconds": {name: measure.spread(values[LOADS:]) for name, values in seconds.items()}}
+    return {
+        "bytes": size,
+        "load_before": load_before,
+        "seconds": {name: measure.spread(values[LOADS:]) for name, values in seconds.items()},
+    }
 
 
 def load(registry: AdapterRegistry) -> float:
@@ -243,12 +249,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help=f"one round, written to {measure.QUICK}")
+    parser.add_argument("--loading", action="store_true", help="measure loading again, and keep the rest")
     arguments = parser.parse_args()
     rounds = 1 if arguments.quick else arguments.rounds
     load_before, began = os.getloadavg()[0], time.perf_counter()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory(torch.device("cpu"))  # as `tailora serve` does; all arms gain
+    path = measure.QUICK / "serve.json" if arguments.quick else measure.RESULTS / "serve.json"
     with synthetic_task(SHAPE) as (_, folder, _rows):
+        if arguments.loading:
+            earlier = json.loads(path.read_text())
+            if earlier.pop("machine") != measure.machine() or earlier["threads"] != arguments.threads:
+                raise SystemExit("the rest was measured on another machine, or with other threads: measure all again")
+            measure.write(path, {**earlier, "loading": measure_loading(folder, rounds)})
+            return
         arms = {**measure_arms(folder, rounds), **measure_loaded(folder, rounds)}
         loading = measure_loading(folder, rounds)
     speed = {name: [run["tokens_per_second"] for run in runs] for name, runs in arms.items()}
@@ -267,7 +281,6 @@ def main() -> None:
         },
         "loading": loading,
     }
-    path = measure.QUICK / "serve.json" if arguments.quick else "serve"
     measure.log(str(measure.write(path, results)))
 
 

@@ -315,7 +315,10 @@ def serving() -> str:
         f"{content['threads']} thread{'s' if content['threads'] > 1 else ''}; load of the machine before: "
         f"{content['load_before']:.1f}. {tables.packages(content)}."
     )
-    load = f"From the files of an adapter of {loading['bytes'] / 1e6:.0f} MB to a name that answers: {seconds}."
+    load = (
+        f"From the files of an adapter of {loading['bytes'] / 1e6:.0f} MB to a name that answers: {seconds}; "
+        f"load of the machine before: {loading.get('load_before', content['load_before']):.1f}."
+    )
     return "\n\n".join([arms, ratios, load, source])
 
 
