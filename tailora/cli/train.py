@@ -169,12 +169,13 @@ def next_commands(config: TrainConfig, folder: Path) -> list[list[str]]:
 
 
 def first_prompt(folder: Path) -> str:
-    """Returns the first prompt that the run answered, in one line and shortened."""
+    """Returns the first prompt that the run answered and that is short; else the first, shortened; in one line."""
     try:
         samples = json.loads((folder / SAMPLES).read_text(encoding="utf-8"))
     except OSError:  # none was asked for, or the file could not be written
         samples = []
-    words = " ".join(samples[0]["prompt"].split()) if samples else ""
+    prompts = [" ".join(sample["prompt"].split()) for sample in samples] or [""]
+    words = next((prompt for prompt in prompts if 0 < len(prompt) <= PROMPT_LENGTH), prompts[0])
     return textwrap.shorten(words, PROMPT_LENGTH, placeholder="") or words[:PROMPT_LENGTH] or "Hello!"
 
 

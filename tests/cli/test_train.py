@@ -392,6 +392,9 @@ def test_a_long_prompt_is_shortened_to_one_line(tmp_path: Path) -> None:
     for prompt, shown in {"it's\n two": "it's two", "word " * 40: "word " * 11 + "word", "x" * 90: "x" * 60}.items():
         (tmp_path / "samples.json").write_text(json.dumps([{"prompt": prompt, "base": "", "tuned": ""}]))
         assert first_prompt(tmp_path) == shown
+    samples = [{"prompt": prompt, "base": "", "tuned": ""} for prompt in ("word " * 40, "short")]
+    (tmp_path / "samples.json").write_text(json.dumps(samples))
+    assert first_prompt(tmp_path) == "short"
 
 
 def test_next_commands_name_the_held_out_data_and_its_columns(tmp_path: Path) -> None:
