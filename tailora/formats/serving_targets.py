@@ -535,11 +535,9 @@ def missing_program(serving: Serving) -> list[str]:
     if serving.target == "llama-server" and not has_template_beside:
         adapter = "" if serving.is_merged else f" --lora_path '$PWD/{GGUF_WEIGHTS}'"
         files = f"--model '$PWD/{model_file(serving)}'{adapter}"
-        name = f"--model_alias {shlex.quote(serving.name)} --port {TARGETS[serving.target].port}"
+        name = f"--model_alias {serving.name} --port {TARGETS[serving.target].port}"
         lines.append(f"Or with llama-cpp-python: python -m llama_cpp.server {files} {name}")
-    # quoted, since a name may hold what the shell would run; $PWD alone is for the shell
-    quoted = [shlex.quote(line).replace("$PWD", "'\"$PWD\"'") for line in lines]
-    shown = [f"  echo {line} >&2" for line in quoted]
+    shown = [f'  echo "{line}" >&2' for line in lines]
     return [f"command -v {program} > /dev/null || {{", *shown, "  exit 127", "}"]
 
 

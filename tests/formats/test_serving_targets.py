@@ -141,14 +141,6 @@ def test_a_program_that_is_missing_is_named_after_what_needs_none(target: str, t
     ]
 
 
-def test_a_name_is_no_code_of_the_shell(tmp_path: Path) -> None:
-    folder, name = tmp_path / "out", 'a"; touch pwned; $(touch pwned) `touch pwned`'
-    export_for(folder, "llama-server", {"r": 4}, replace(SETTINGS, name=name))
-    done, _ = run_script(folder, tmp_path, missing="llama-server", LLAMA_CPP="/llama.cpp")
-    assert name in done.stderr
-    assert not list(tmp_path.rglob("pwned"))
-
-
 def test_the_line_for_llama_cpp_python_is_only_for_what_it_can_be_given(tmp_path: Path) -> None:
     settings = replace(SETTINGS, chat_template=OTHER)
     for lora, has_line in (({}, False), ({"use_dora": True}, True)):  # a merged model has the template in its file
