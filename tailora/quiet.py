@@ -26,18 +26,16 @@ def quiet_transformers(*, warnings: bool = True) -> Iterator[None]:
 
 @contextmanager
 def silent_loggers(*names: str) -> Iterator[None]:
-    """In the block, the loggers of these names and those below them pass on nothing, whatever level they have."""
-    loggers, handler = [logging.getLogger(name) for name in names], logging.NullHandler()
-    propagate = [logger.propagate for logger in loggers]
+    """In the block, the loggers of these names and those below them print nothing, whatever level they have."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [(logger.handlers, logger.propagate) for logger in loggers]
     for logger in loggers:
-        logger.addHandler(handler)  # without one, Python's last resort would print
-        logger.propagate = False
+        logger.handlers, logger.propagate = [logging.NullHandler()], False  # without any, Python's last resort prints
     try:
         yield
     finally:
-        for logger, value in zip(loggers, propagate, strict=True):
-            logger.removeHandler(handler)
-            logger.propagate = value
+        for logger, (handlers, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
 
 
 @contextmanager
