@@ -41,7 +41,7 @@ from tailora.serve.client import MOST_BYTES, ServerClient, choose_model
 from tailora.serve.engine import make_engine
 from tailora.serve.registry import AdapterRegistry
 from tailora.study.probes import QUESTIONS, make_passport, next_logprobs, q4_0, rounded_to_4_bits
-from tailora.study.verification import Observation, Verification, verify
+from tailora.study.verification import Fit, Observation, Verification, _meaning, verify
 
 TOKENIZER = chat_tokenizer(
     [*QUESTIONS, "a good morning to you and to the cat"], eos_token="<|im_end|>", bos_token="<|im_start|>"
@@ -248,6 +248,14 @@ def test_without_log_probabilities_a_scale_that_may_be_right_cannot_be_told(root
     result = verify(passport, answers_of(passport, variant, has_logprobs=False))
     assert result.fits["text"].scale < 0.9 <= result.fits["text"].interval[1]
     assert result.verdict == "unknown"
+
+
+def test_a_scale_that_includes_1_without_the_adapter_is_no_other_scale() -> None:
+    """The best scale is just within the limit, and the adapter as trained just above it."""
+    numbers = {"error": 0.5, "adapter_error": 0.52, "base_error": 1.5, "effect": 1.4, "rounding": 0.2, "limit": 0.51}
+    fit = Fit("scale", "", 1.02, (0.97, 1.08), **numbers, noise=0.1, is_certain=True, probes=30, has_logprobs=True)
+    assert _meaning(fit) == "other-adapter"
+    assert _meaning(replace(fit, scale=1.3, interval=(1.2, 1.4))) == "scaled"
 
 
 # ---- A base in 4 bits
