@@ -76,6 +76,7 @@ def _init_from_inputs(adapter: Adapter, targets: Mapping[str, Target], run: Pass
         old, r = adapter.low_rank[path], ranks[path]
         layer = low_rank_layer(replace(target, r=r, lora_alpha=alpha_at_same_scale(old, r)), config, fresh=False)
         layer.lora_A.data.copy_(variances[path].directions[:r].reshape(layer.lora_A.shape))
+        layer.lora_B.data.zero_()
         layers[path] = layer.train(old.training)
     return Adapter(config, layers, adapter.saved, adapter.extras)
 

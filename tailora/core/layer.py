@@ -65,8 +65,8 @@ class LoRALayer(nn.Module):
     bias: Parameter (out,), replaces the layer's bias (`add_trained_bias`).
 
     lora_alpha=None means 2 r, the ratio of `LoRAConfig`'s defaults.
-    Raises ConfigError for a rank outside 1..min(in, out). For factors that exist (init_lora_weights=None) it may be
-    higher, since PEFT allows it.
+    init_lora_weights=None leaves A and B uninitialised, as `torch.empty` does, for factors that exist.
+    Raises ConfigError for a rank outside 1..min(in, out); for factors that exist it may be higher, as in PEFT.
     """
 
     in_features: int
@@ -128,9 +128,9 @@ class LoRALayer(nn.Module):
             strength=1.0,  # a number of the host: at 1 it takes no kernel
         )
         shape_A, shape_B = shapes or ((rank, in_features), (out_features, rank))
-        self.lora_A = nn.Parameter(torch.zeros(shape_A, device=device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.zeros(shape_B, device=device, dtype=dtype))
+        A, B = (torch.empty(shape, device=device, dtype=dtype) for shape in (shape_A, shape_B))
         self._buffers.update(start_A=None, start_B=None)
+        self._parameters.update(lora_A=nn.Parameter(A), lora_B=nn.Parameter(B))
         self._parameters.update(lora_E=None, lora_magnitude_vector=None, lora_bias=None, bias=None)
         if lora_bias:
             self.lora_bias = nn.Parameter(torch.zeros(len(self.lora_B), device=device, dtype=dtype))

@@ -180,6 +180,7 @@ def restore(
 ) -> Adapter:
     """Builds the adapter for `base_model` without changing the model.
 
+    The adapter may take over tensors of `stored`, so that training it changes them.
     known_base: what is known of the fingerprint of a base that does not change; what is missing is added.
     Raises FormatError with all missing, unexpected, misshapen and non-finite tensors, or for a pattern that takes too
     long, and BaseMismatchError if the adapter was made for other weights and `allow_base_mismatch` is not set.
@@ -261,12 +262,16 @@ def _restore(
     _restore_learned_scales(stored, low_rank)
     share_parameters({path: modules[path] for path in copies}, copies)
     adapter = Adapter(config, low_rank, copies, extras)
-    if not all_finite(tensor for part in adapter.parts.values() for _, tensor in named_tensors(part)) and (
+    addresses = {tensor.data_ptr() for tensor in stored.tensors.values()}
+    computed = {
+        f"{name} of {path}": tensor
+        for path, part in adapter.parts.items()
+        for name, tensor in named_tensors(part)
+        if tensor.data_ptr() not in addresses  # those of the file have been looked at
+    }
+    if not all_finite(computed.values()) and (
         overflown := [
-            f"not finite in {tensor.dtype}: {name} of {path}"
-            for path, part in adapter.parts.items()
-            for name, tensor in named_tensors(part)
-            if not tensor.isfinite().all()
+            f"not finite in {tensor.dtype}: {name}" for name, tensor in computed.items() if not tensor.isfinite().all()
         ]
     ):
         raise FormatError(f"{stored.folder} does not fit this model: {listing(overflown)}")
@@ -578,7 +583,7 @@ def _restore_learned_scales(stored: peft.StoredAdapter, layers: Mapping[str, LoR
     for path, value in stored.metadata.scaling.items():
         layer = layers[path]
         scale = value or layer.configured_scaling  # a scale of 0 has erased B: use the configured one
-        layer.lora_B.data.mul_(layer.configured_scaling / scale)
+        layer.lora_B.data = layer.lora_B.data * (layer.configured_scaling / scale)  # not in place: it may be the file's
         if layer.start_B is not None:
             layer.start_B.mul_(layer.configured_scaling / scale)
         layer.scaling = nn.Parameter(torch.full_like(layer.scaling, scale))

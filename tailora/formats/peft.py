@@ -60,7 +60,7 @@ class StoredAdapter:
     """The content of an adapter folder, checked for form but not yet against a base model.
 
     settings: of adapter_config.json; None if it is missing and the metadata describes the weights.
-    tensors: by key, without KEY_PREFIX.
+    tensors: by key, without KEY_PREFIX. Each has memory of its own, which an adapter may take over.
     """
 
     folder: Path
@@ -285,8 +285,9 @@ def slot_shapes(layer: LoRALayer, with_start: bool) -> dict[str, Shape]:
 
 @torch.no_grad()
 def load_layer(layer: LoRALayer, tensors: Mapping[str, Tensor], with_start: bool) -> None:
-    """Copies the file's tensors, slot -> tensor of the right shape, into the layer.
+    """Gives the layer the file's tensors, slot -> tensor of the right shape.
 
+    It takes over A and B without a copy where they need no conversion.
     Raises FormatError if no weight can hold them.
     """
     A, B = tensors["A"].to(layer.lora_A), tensors["B"].to(layer.lora_B).view(tensors["B"].shape[:2])
@@ -303,14 +304,17 @@ def load_layer(layer: LoRALayer, tensors: Mapping[str, Tensor], with_start: bool
         by_group = grouped_A.view(layer.groups, -1, *grouped_A.shape[1:])  # (groups, 2r/groups, ...)
         (A, A0), (B, B0) = (part.flatten(0, 1) for part in by_group.chunk(2, 1)), B.chunk(2, 1)
         layer.start_from(A0, -B0)
-        layer.lora_A.copy_(A)
-    else:
-        layer.lora_A = nn.Parameter(grouped_A) if grouped_A.shape != layer.lora_A.shape else layer.lora_A
-        layer.lora_A.copy_(grouped_A)
-    layer.lora_B.copy_(B)
+        grouped_A = A
+    layer.lora_A.data, layer.lora_B.data = _own(grouped_A), _own(B)
     for slot, name in (("magnitude", "lora_magnitude_vector"), ("lora_bias", "lora_bias"), ("bias", "bias")):
         if slot in tensors:
             getattr(layer, name).copy_(tensors[slot].flatten())
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Returns the tensor if it is all that its memory holds, in order; a copy otherwise, as of a view."""
+    is_alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if is_alone else tensor.clone(memory_format=torch.contiguous_format)
 
 
 # ---- A of a grouped convolution

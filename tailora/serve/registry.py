@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +23,6 @@ from types import TracebackType
 from typing import Self
 
 import torch
-from torch import nn
 from xxhash import xxh3_128
 
 from tailora.core.adapter import Adapter, check_compatible, with_strength
@@ -40,7 +39,7 @@ from tailora.errors import (
     listing,
     nearest,
 )
-from tailora.formats.load import read_any_format, restore
+from tailora.formats.load import named_tensors, read_any_format, restore
 from tailora.formats.metadata import LayerFingerprint
 from tailora.formats.peft import StoredAdapter
 from tailora.formats.run_folder import ADAPTER_WEIGHTS, GGUF_WEIGHTS, MLX_WEIGHTS, adapter_folder
@@ -527,13 +526,8 @@ def tensor_bytes(file: Path) -> int:
 
 def size_of(adapter: Adapter) -> int:
     """Returns the bytes of its tensors; those that parts share count once."""
-    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in _tensors(adapter.parts.values())}.values())
-
-
-def _tensors(parts: Iterable[nn.Module]) -> Iterable[torch.Tensor]:
-    for part in parts:
-        yield from part.parameters()
-        yield from part.buffers()
+    tensors = {id(tensor): tensor for part in adapter.parts.values() for _, tensor in named_tensors(part)}
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _for_inference(adapter: Adapter) -> Adapter:

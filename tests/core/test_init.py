@@ -215,6 +215,14 @@ def test_peft_loads_every_initialisation_on_the_unmodified_base_and_writes_it_ba
             assert torch.equal(value, model.lora_layers.state_dict()[key])
 
 
+@pytest.mark.parametrize("name", ["lora_ga", "eva"])
+def test_uninitialised_memory_never_remains_in_a_start_from_data(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty, ids = torch.empty, batches()[0]["input_ids"]
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(7))
+    model = language_model(name).eval()
+    torch.testing.assert_close(model(ids).logits, chat_model().eval()(ids).logits)
+
+
 def test_an_adapter_that_waits_for_data_says_so_and_computes_the_base_until_then(tmp_path: Path) -> None:
     model, batch = LoRAModel(chat_model(), LoRAConfig(r=4, init_lora_weights="lora_ga")), batches()[0]
     with pytest.raises(AdapterError, match=r"start_from_data\(batches\) first"):

@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from permissions import modes_obeyed
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,9 @@ from torch import nn
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import BaseMismatchError, FormatError
+from tailora.formats.load import restore
 from tailora.formats.offline import read_offline
+from tailora.formats.peft import read_peft_folder
 
 
 @pytest.fixture
@@ -135,6 +138,45 @@ def test_no_random_numbers_are_drawn_for_tensors_that_the_file_has(tmp_path: Pat
     state = torch.get_rng_state()
     LoRAModel.from_pretrained(base, folder)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("settings", [{}, {"init_lora_weights": "pissa"}, {"use_dora": True}], ids=str)
+def test_uninitialised_memory_never_remains_in_a_loaded_adapter(
+    tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(settings)
+    folder, empty = model.save_adapter(tmp_path), torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(7))
+    torch.testing.assert_close(logits(LoRAModel.from_pretrained(chat_model(), folder)), logits(model))
+
+
+def test_factors_are_taken_over_from_the_file_and_its_tensors_stay_as_they_were_read(tmp_path: Path) -> None:
+    stored = read_peft_folder(adapted({"learn_scaling": True}).save_adapter(tmp_path))
+    before = {key: tensor.clone() for key, tensor in stored.tensors.items()}
+    layers = restore(stored, chat_model()).low_rank
+    for path, layer in layers.items():
+        assert layer.lora_A.data_ptr() == stored.tensors[f"{path}.lora_A.weight"].data_ptr()
+    assert before.keys() == stored.tensors.keys()
+    assert all(torch.equal(tensor, stored.tensors[key]) for key, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"init_lora_weights": "pissa"}, {"target_modules": ["c_attn.q", "c_attn.v", "c_fc"]}], ids=str
+)
+def test_every_factor_has_memory_of_its_own(tmp_path: Path, settings: dict[str, Any]) -> None:
+    def base() -> nn.Module:
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64))
+
+    torch.manual_seed(0)
+    state = base().state_dict()
+    (model := base()).load_state_dict(state)
+    folder = adapted(settings, model).save_adapter(tmp_path)
+    (model := base()).load_state_dict(state)
+    layers = LoRAModel.from_pretrained(model, folder).lora_layers.values()
+    factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
+    assert all(factor.is_contiguous() for factor in factors)
+    assert all(factor.untyped_storage().nbytes() == factor.nbytes for factor in factors)
+    assert len({factor.untyped_storage().data_ptr() for factor in factors}) == len(factors)
 
 
 def test_a_learned_scale_that_makes_a_factor_infinite_is_refused(tmp_path: Path) -> None:
