@@ -83,7 +83,9 @@ def test_beside_the_base_and_on_data(tuned: TrainConfig) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["BartForConditionalGeneration", "T5ForConditionalGeneration"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("BartForConditionalGeneration", marks=pytest.mark.exhaustive), "T5ForConditionalGeneration"]
+)
 def test_an_adapter_of_an_encoder_and_decoder_on_data(name: str, seq2seq_run: TrainConfig, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(seq2seq_run.model, model)

@@ -123,7 +123,6 @@ def test_a_report_is_written_when_asked_for(small_run: TrainConfig, tmp_path: Pa
 @pytest.mark.parametrize(
     "changes",
     [
-        {"lora_dropout": 0.1},
         {"lora_dropout": 0.1, "gradient_checkpointing": True},
         {"packing": "off", "lora_dropout": 0.1, "fast": "off"},
         {"init_lora_weights": "eva"},
@@ -133,6 +132,7 @@ def test_a_report_is_written_when_asked_for(small_run: TrainConfig, tmp_path: Pa
         *(
             pytest.param(changes, marks=pytest.mark.exhaustive)
             for changes in (
+                {"lora_dropout": 0.1},
                 {"lora_dropout": 0.1, "fast": "off"},
                 {"packing": "off"},
                 {"init_lora_weights": "pissa"},
@@ -271,7 +271,7 @@ def test_replies_take_what_as_many_tokens_of_single_rows_take(small_run: TrainCo
     assert kto.memory.activations < 0.7 * pairs.memory.activations  # the other reply has no gradient
 
 
-@pytest.mark.parametrize("loss", ["ipo", "simpo", "orpo"])
+@pytest.mark.parametrize("loss", ["ipo", pytest.param("simpo", marks=pytest.mark.exhaustive), "orpo"])
 def test_pairs_are_planned_as_they_are_trained(loss: str, small_run: TrainConfig, pairs: Path, tmp_path: Path) -> None:
     config = small_run.replaced(data=str(pairs), loss=loss, max_steps=1, output_dir=str(tmp_path))
     planned = plan(config)

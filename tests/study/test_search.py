@@ -132,7 +132,7 @@ def test_an_interrupted_trial_is_tried_again_when_the_search_goes_on(small_run: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["labels", "seq2seq"])
+@pytest.mark.parametrize("task", ["labels", pytest.param("seq2seq", marks=pytest.mark.exhaustive)])
 def test_labels_and_sequence_to_sequence_are_searched(
     task: str, labels_run: TrainConfig, seq2seq_run: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

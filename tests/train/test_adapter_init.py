@@ -20,7 +20,13 @@ from tailora.train.trainer import run
 SHORT = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "init_batches": 2, "lora_dropout": 0.1}
 
 
-@pytest.mark.parametrize("name", [*WEIGHT_INITS, *DATA_INITS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.exhaustive if name in ("olora", "lora_one") else ())
+        for name in (*WEIGHT_INITS, *DATA_INITS)
+    ],
+)
 @pytest.mark.slow
 def test_a_run_starts_so_says_so_and_goes_on_to_the_same_bytes(settings: Any, tmp_path: Path, name: str) -> None:
     whole, stopped = (

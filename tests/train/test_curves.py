@@ -103,7 +103,14 @@ def saved(family: str, text: Path, folder: Path) -> Path:
     return folder
 
 
-CASES = [(way, "Llama") for way in WAYS] + [("--fast off", family) for family in FAMILIES if family != "Llama"]
+CASES = [
+    *((way, "Llama") for way in WAYS),
+    *(
+        pytest.param("--fast off", family, marks=() if family == "Qwen3" else pytest.mark.exhaustive)
+        for family in FAMILIES
+        if family != "Llama"
+    ),
+]
 
 
 @pytest.mark.slow
