@@ -82,7 +82,7 @@ class Adapter:
 def create(selection: Selection, config: LoRAConfig, *, fresh: bool = True) -> Adapter:
     """Returns a fresh adapter for the selected layers, on their devices. It does not change their outputs yet.
 
-    fresh=False: factors are uninitialised and frozen starts zero, for a state dict to fill.
+    fresh=False: factors and frozen starts are zero, for a state dict to fill.
     Raises TargetError where a layer cannot start as the config says.
     """
     init = config.init_lora_weights
@@ -98,8 +98,11 @@ def create(selection: Selection, config: LoRAConfig, *, fresh: bool = True) -> A
     extras = extra_parts(selection.extras, selection.modules)
     low_rank = {target.path: low_rank_layer(target, config, fresh=fresh) for target in selection.targets}
     if not fresh:
-        for layer in low_rank.values() if init in WITH_FROZEN_START else ():
-            layer.start_from(torch.zeros_like(layer.lora_A), torch.zeros_like(layer.lora_B))
+        for layer in low_rank.values():
+            for factor in (layer.lora_A, layer.lora_B):
+                nn.init.zeros_(factor)
+            if init in WITH_FROZEN_START:
+                layer.start_from(layer.lora_A, layer.lora_B)
         return Adapter(config, low_rank, saved, extras)
     if init in WEIGHT_INITS:
         for target in selection.targets:

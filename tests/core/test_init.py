@@ -223,6 +223,16 @@ def test_uninitialised_memory_never_remains_in_a_start_from_data(name: str, monk
     torch.testing.assert_close(model(ids).logits, chat_model().eval()(ids).logits)
 
 
+@pytest.mark.parametrize("settings", [{}, {"init_lora_weights": "pissa"}, {"use_dora": True}], ids=str)
+def test_a_model_that_waits_for_a_state_dict_computes_its_base(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty, ids = torch.empty, batches()[0]["input_ids"]
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(7))
+    model = LoRAModel(chat_model(), LoRAConfig(r=4, **settings), fresh=False).eval()
+    torch.testing.assert_close(model(ids).logits, chat_model().eval()(ids).logits)
+
+
 def test_an_adapter_that_waits_for_data_says_so_and_computes_the_base_until_then(tmp_path: Path) -> None:
     model, batch = LoRAModel(chat_model(), LoRAConfig(r=4, init_lora_weights="lora_ga")), batches()[0]
     with pytest.raises(AdapterError, match=r"start_from_data\(batches\) first"):
