@@ -32,7 +32,7 @@ for name in TORCHAO_LOGGERS:  # processes of xdist print at their start
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-LEFT_OUT = ("exhaustive", "ranks", "trainers", "pages", "notebooks", "device", "gpu")
+LEFT_OUT = ("exhaustive", "ranks", "trainers", "pages", "notebooks", "network", "device", "gpu")
 COMMON = {
     "deadline": 20_000,
     "database": None,

@@ -76,7 +76,6 @@ def by_us(model: Any, prompts: list[list[int]]) -> list[list[int]]:
 
 @pytest.mark.llamacpp
 @pytest.mark.slow
-@pytest.mark.network
 @pytest.mark.skipif(MODULES is None, reason="set TAILORA_NODE_MODULES to a node_modules that has node-llama-cpp")
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_llama_cpp_generates_what_the_live_model_does(

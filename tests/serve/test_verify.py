@@ -150,7 +150,15 @@ TEMPLATES = {
 }
 
 
-@pytest.mark.parametrize("wrong", [*TEMPLATES, "something else"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("no start of the reply", "Alpaca")),
+        "a second BOS",
+        "a system message",
+        "something else",
+    ],
+)
 def test_a_wrong_template_is_told(root: Path, wrong: str) -> None:
     template = TEMPLATES.get(wrong, "Human: {{ messages[0]['content'] }} Bot:")
     with running(root, template=template) as url:

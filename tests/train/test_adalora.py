@@ -15,7 +15,7 @@ from tailora.train.trainer import run
 SHORT = {"max_steps": 10, "r": 6, "target_r": 2, "lora_dropout": 0.1, "eval_steps": 2, "save_steps": 3}
 
 
-@pytest.mark.parametrize("stop", [3, 8])
+@pytest.mark.parametrize("stop", [pytest.param(3, marks=pytest.mark.exhaustive), 8])
 @pytest.mark.slow
 def test_a_run_moves_ranks_and_goes_on_to_the_same_bytes(settings: Any, tmp_path: Path, stop: int) -> None:
     whole, stopped = (settings(output_dir=str(tmp_path / name), **SHORT) for name in ("whole", "stopped"))

@@ -284,7 +284,7 @@ def test_runs_with_the_other_losses_learn_the_order(
     assert (Path(config.output_dir) / "reference.npz").exists() == (loss in ("ipo", "kto"))
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
+@pytest.mark.parametrize("loss", ["dpo", pytest.param("kto", marks=pytest.mark.exhaustive)])
 def test_a_run_that_goes_on_gives_the_same_bytes(
     loss: str, settings: Any, tmp_path: Path, pairs_file: Path, feedback_file: Path
 ) -> None:

@@ -398,7 +398,7 @@ def in_buffers(
         return {name: tensor.clone() for name, tensor in moments(optimizer, buffers).items()}
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.exhaustive)])
 def test_moments_of_8_bits_learn_the_same_and_go_on_to_the_same_bytes(
     method: str, settings: Any, tmp_path: Path
 ) -> None:
