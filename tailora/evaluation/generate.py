@@ -38,6 +38,7 @@ TEXT_PROMPT_WORDS = 12  # the first words of a plain text are its prompt
 class Prompt:
     text: str  # what is shown to the user: the last message before the answer
     ids: list[int]
+    earlier_messages: int = 0  # of the conversation, which the ids hold, too; without its system message
 
 
 def make_prompt(question: str | Sample, tokenizer: Any) -> Prompt:
@@ -50,8 +51,9 @@ def make_prompt(question: str | Sample, tokenizer: Any) -> Prompt:
     if isinstance(question, Pair):
         return Prompt(question.prompt, prompt_ids(question, tokenizer))
     reply = last_reply(question)
-    asked = question.messages[-1 if reply is None else reply - 1]
-    return Prompt(asked["content"], prompt_ids(question, tokenizer))
+    *earlier, asked = question.messages if reply is None else question.messages[:reply]
+    count = sum(message["role"] != "system" for message in earlier)
+    return Prompt(asked["content"], prompt_ids(question, tokenizer), count)
 
 
 def prompt_of(model: Any, question: str | Sample, tokenizer: Any) -> Prompt:
@@ -216,6 +218,7 @@ class Answer:
     prompt: str
     base: str
     tuned: str
+    earlier_messages: int = 0  # before the prompt
 
 
 def compare_answers(
@@ -243,7 +246,10 @@ def compare_answers(
                 for prompt in prompts:
                     texts[-1].append(_greedy_answer(model, tokenizer, prompt.ids, max_new_tokens, synced_gpus))
                     progress(sum(map(len, texts)), 2 * len(prompts))
-    return [Answer(prompt.text, base, tuned) for prompt, tuned, base in zip(prompts, *texts, strict=True)]
+    return [
+        Answer(prompt.text, base, tuned, prompt.earlier_messages)
+        for prompt, tuned, base in zip(prompts, *texts, strict=True)
+    ]
 
 
 def _greedy_answer(model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int, synced_gpus: bool) -> str:

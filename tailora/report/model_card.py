@@ -153,7 +153,7 @@ def card_body(
         parts += [report.verdict, *_results(report), *_data(report)]
     parts += ["## Settings", _table(("setting", "value"), [*setting_rows(settings).items(), *_training(report)])]
     if samples and report is not None and report.samples:
-        parts += ["## Answers before and after", *(_answer(a.prompt, a.base, a.tuned) for a in report.samples)]
+        parts += ["## Answers before and after", *(_answer(*row) for row in report.answers)]
     parts += ["## Use", *_use(repo_id, settings, updates)]
     if report is not None and (versions := report.run.get("versions")):
         parts += ["## Versions", ", ".join(f"{name} {version}" for name, version in versions.items())]

@@ -26,6 +26,7 @@ from tailora.evaluation.generate import (
     chat_ids,
     compare_answers,
     generation_arguments,
+    make_prompt,
     stop_ids,
     stream_reply,
 )
@@ -199,7 +200,7 @@ def test_a_sample_is_asked_for_its_last_reply(tuned: LoRAModel, tokenizer: PreTr
     turns = [*asked("hello"), {"role": "assistant", "content": "how"}, *asked("are you")]
     sample = Conversation([*turns, {"role": "assistant", "content": "never seen"}])
     (answer,) = compare_answers(tuned, tokenizer, [sample], max_new_tokens=12)
-    assert answer.prompt == "are you"
+    assert (answer.prompt, answer.earlier_messages) == ("are you", 2)
     assert answer.tuned.removesuffix("…") == "".join(stream_reply(tuned, tokenizer, turns, max_new_tokens=12)).strip()
 
 
@@ -219,6 +220,18 @@ def test_only_an_answer_that_is_cut_ends_in_dots(
     monkeypatch.setattr(LlamaForCausalLM, "generate", with_end)
     (whole,) = compare_answers(adapted, tokenizer, ["hello"], max_new_tokens=5)
     assert not whole.base.endswith("…")
+
+
+def test_messages_before_the_prompt_are_counted_without_the_system_message(tokenizer: PreTrainedTokenizerFast) -> None:
+    reply = {"role": "assistant", "content": "how"}
+    system = {"role": "system", "content": "be kind"}
+    for messages, expected in (
+        ([*asked("hello"), reply], ("hello", 0)),
+        ([system, *asked("hello"), reply], ("hello", 0)),
+        ([system, *asked("hello"), reply, *asked("you"), reply], ("you", 2)),
+    ):
+        prompt = make_prompt(Conversation(messages), tokenizer)
+        assert (prompt.text, prompt.earlier_messages) == expected
 
 
 @pytest.mark.parametrize("template", [True, False])

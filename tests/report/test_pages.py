@@ -152,6 +152,12 @@ def test_an_unfinished_run_has_a_page(tmp_path: Path) -> None:
     assert EVIL not in text
 
 
+def test_the_answer_within_a_longer_conversation_says_how_much_precedes_its_prompt(tmp_path: Path) -> None:
+    text = Outline(made(CONTENTS["train"](), tmp_path)).text
+    assert "[after 2 earlier messages] Hi!" in text
+    assert text.count("earlier message") == 1  # the other prompt has none before it
+
+
 def test_only_reports_of_runs_that_may_diverge_hold_nan(tmp_path: Path) -> None:
     write_report(tmp_path, "train", {"steps": [{"loss": float("nan")}]})
     with pytest.raises(ValueError, match="not JSON compliant"):

@@ -123,6 +123,16 @@ class TrainReport:
     metrics: list[Metric] = field(default_factory=list)  # of the task, besides the loss
     labels: dict[str, Any] = field(default_factory=dict)  # `evaluation.classification.label_details` after training
 
+    @property
+    def answers(self) -> list[tuple[str, str, str]]:
+        """Prompt, answer of the base, answer after training. Of a longer conversation, how much precedes the prompt."""
+        rows = []
+        for answer in self.samples:
+            earlier = plural(answer.earlier_messages, "earlier message")
+            after = f"[after {earlier}] " if answer.earlier_messages else ""
+            rows.append((after + answer.prompt, answer.base, answer.tuned))
+        return rows
+
 
 def write_train_report(folder: Path) -> dict[str, Any]:
     """Writes report.json and returns its content. Raises FormatError where a file of the run cannot be read."""
@@ -230,7 +240,7 @@ def train_page(report: TrainReport) -> Page:
         if not run.get("labels") and report.settings.get("samples") != 0:
             answers = Paragraph("No answers were compared: there was no held-out prompt.")
     if report.samples:
-        answers = Answers(("base", "tuned"), [(answer.prompt, answer.base, answer.tuned) for answer in report.samples])
+        answers = Answers(("base", "tuned"), report.answers)
     decided = {name: value for name, value in run.items() if not isinstance(value, dict | list)}
     facts = run.get("data") or {}
     data = {name: value for name, value in facts.items() if name not in ("lengths", "sources")} | sources_of(facts)
