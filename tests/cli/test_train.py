@@ -124,7 +124,7 @@ def test_samples_are_held_out_prompts_answered_by_both(finished: FinishedRun) ->
     samples = json.loads((finished.folder / "samples.json").read_text())
     assert len(samples) == 2
     assert all(sample["prompt"].startswith("What colour is thing") for sample in samples)
-    assert all(sample.keys() == {"prompt", "base", "tuned"} for sample in samples)
+    assert all(sample.keys() == {"prompt", "base", "tuned", "earlier_messages"} for sample in samples)
 
 
 @pytest.mark.slow
