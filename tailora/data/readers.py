@@ -398,7 +398,7 @@ def read_saved(folder: Path, split: str) -> Iterator[Row]:
     with _datasets_errors(str(folder), str(folder)):
         saved = datasets.load_from_disk(str(folder))
         if isinstance(saved, dict) and split not in saved:
-            raise DataError(f"data {folder}: no split {split!r}{nearest(split, saved)}; there are {', '.join(saved)}")
+            raise DataError(f"data {folder}: no split {split!r}; there are {', '.join(saved)}{nearest(split, saved)}")
         rows = saved[split] if isinstance(saved, dict) else saved
         for number, fields in enumerate(rows, 1):
             yield _arrow_row(str(folder), number, fields)

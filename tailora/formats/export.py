@@ -80,7 +80,7 @@ def export(
     hold and for a difference above the tolerance, MergeError, WriteError.
     """
     if to not in FORMATS:
-        raise ConfigError(f"no format is called {to!r}{nearest(to, FORMATS)}; there are: {', '.join(FORMATS)}")
+        raise ConfigError(f"no format is called {to!r}; there are: {', '.join(FORMATS)}{nearest(to, FORMATS)}")
     check_result_folder(folder, EXPORTED_FILES, overwrite=overwrite)
     export_format = FORMATS[to]
     low_rank_export.raise_problems(f"{to} cannot hold this adapter", export_format.problems(source))

@@ -218,7 +218,7 @@ def class_weights(chosen: str | dict[str, float] | None, labels: Labels, counts:
     assert isinstance(chosen, dict)
     if unknown := [name for name in chosen if name not in labels.names]:
         raise ConfigError(
-            f"class_weights: {', '.join(unknown)} is no label of the data{nearest(unknown[0], labels.names)}; "
-            f"there are {', '.join(labels.names)}"
+            f"class_weights: {', '.join(unknown)} is no label of the data; there are {', '.join(labels.names)}"
+            f"{nearest(unknown[0], labels.names)}"
         )
     return np.array([chosen.get(name, 1.0) for name in labels.names])

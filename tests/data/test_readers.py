@@ -256,7 +256,7 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path: Path) -> None:
     datasets.DatasetDict(train=rows, test=rows.select([1])).save_to_disk(tmp_path / "two")
     assert texts(str(tmp_path / "one")) == ["a", "b"]
     assert texts(str(tmp_path / "two[test]")) == ["b"]
-    with pytest.raises(DataError, match=r"no split 'tests'; did you mean test\?; there are train, test"):
+    with pytest.raises(DataError, match=r"no split 'tests'; there are train, test; did you mean test\?"):
         texts(str(tmp_path / "two"), split="tests")
 
 
