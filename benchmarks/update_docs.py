@@ -80,7 +80,7 @@ def trainer_ratio(real: Content) -> float:
 
 def compare_verdict() -> str:
     """What was typed, how long it took, and the verdict."""
-    return f"{typed('compare')}, and ended with\n\n> {read('compare')['report']['verdict']}"
+    return f"{typed('compare')}. Its verdict:\n\n> {read('compare')['report']['verdict']}"
 
 
 # ---- docs/performance.md
@@ -139,7 +139,7 @@ def study(name: str) -> str:
 
 def compared() -> str:
     """What comes before the picture of `tailora compare` (benchmarks/pictures.py)."""
-    return f"{typed('compare')}, and ended with"
+    return f"{typed('compare')}. Its result:"
 
 
 def trained(name: str) -> str:
