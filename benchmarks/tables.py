@@ -248,8 +248,7 @@ def curves(cells: Cells) -> list[str]:
     ]
     head = ["setting", "largest difference of a step's loss", "of the held-out loss"]
     title = f"{len(plain['losses'])} steps in float32 against `--fast off`, nats per token"
-    chosen = "\n".join(f"- {setting}: {result['kernels']}" for setting, result in by_setting.items())
-    return [table(head, rows, title), f"What the run's header said about its kernels:\n\n{chosen}"]
+    return [table(head, rows, title)]
 
 
 def largest_difference(values: list[float], others: list[float]) -> float:
