@@ -139,7 +139,7 @@ def study(name: str) -> str:
 
 def compared() -> str:
     """What comes before the picture of `tailora compare` (benchmarks/pictures.py)."""
-    return f"{typed('compare')}. Its result:"
+    return f"{typed('compare')}. Its result, with the verdict in today's words, made from the same numbers:"
 
 
 def trained(name: str) -> str:
