@@ -1,6 +1,5 @@
 """A server of a tiny model and two adapters, on loopback, and its clients."""
 
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from tiny import GROUPED, chat_tokenizer, stir
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
+from tailora.cli.serve import listen
 from tailora.core.adapter_set import AdapterSet
 from tailora.serve.app import ServerSettings, create_app
 from tailora.serve.engine import make_engine
@@ -52,7 +52,7 @@ class Running:
 @contextmanager
 def on_loopback(app: FastAPI) -> Iterator[str]:
     """The address of a server that runs this app."""
-    listening = socket.create_server(("127.0.0.1", 0))
+    listening = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()

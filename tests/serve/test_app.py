@@ -25,7 +25,7 @@ from tiny_server import TOKENIZER, Running, base_model, running, write_adapters
 
 from tailora import LoRAModel
 from tailora.cli.main import main
-from tailora.cli.serve import adapters_in
+from tailora.cli.serve import adapters_in, listen
 from tailora.data.chat_template import ChatTokenizer
 from tailora.serve.schemas import ChatRequest
 
@@ -389,6 +389,14 @@ def test_a_folder_of_adapters_may_hold_runs(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "poet", tmp_path / "poet")
     (tmp_path / "notes").mkdir()
     assert adapters_in(tmp_path) == {"poet": tmp_path / "poet", "run": tmp_path / "run"}
+
+
+def test_no_answer_waits_for_the_clients_acknowledgement() -> None:
+    """With Nagle's algorithm every answer after the first on a connection comes 40 ms later."""
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_port_in_use_is_an_error_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
