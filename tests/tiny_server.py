@@ -1,11 +1,11 @@
 """A server of a tiny model and two adapters, on loopback, and its clients."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import openai
@@ -13,17 +13,18 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 from tiny import GROUPED, chat_tokenizer, stir
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.serve import listen
 from tailora.core.adapter_set import AdapterSet
 from tailora.serve.app import ServerSettings, create_app
-from tailora.serve.engine import make_engine
+from tailora.serve.engine import Engine, make_engine
 from tailora.serve.registry import AdapterRegistry
 
 TEXTS = ["the cat sat on the mat", "a dog ran away", "what is that", "good morning to you"]
 TOKENIZER = chat_tokenizer(TEXTS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+AnyEngine = TypeVar("AnyEngine", bound=Engine)
 
 
 def base_model() -> LlamaForCausalLM:
@@ -65,17 +66,38 @@ def on_loopback(app: FastAPI) -> Iterator[str]:
 
 
 @contextmanager
-def running(root: Path, **options: Any) -> Iterator[Running]:
-    """A server with the adapter legal of this folder. options: those of ServerSettings."""
-    engine = make_engine(AdapterSet(base_model(), {}), [2], max_positions=200, max_requests=8)
-    registry = AdapterRegistry(engine.adapter_set, engine.paused, "tiny", root)
-    engine.start()
-    registry.load("legal", "legal")
-    app = create_app(engine, registry, TOKENIZER, ServerSettings(**{"drain_seconds": 5, **options}))
-    key = options.get("api_key") or "none"
-    with (
-        on_loopback(app) as url,
-        openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as client,
-        httpx.Client(base_url=url, timeout=30) as http,
-    ):
-        yield Running(url, app, client, http)
+def started(engine: AnyEngine) -> Iterator[AnyEngine]:
+    """Starts an engine and stops it, also when a test fails: Python waits for its thread at the end."""
+    try:
+        engine.start()
+        yield engine
+    finally:
+        engine.stop(10)
+
+
+@contextmanager
+def running(
+    root: Path,
+    *,
+    base: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase = TOKENIZER,
+    adapters: Sequence[str] = ("legal",),
+    **options: Any,
+) -> Iterator[Running]:
+    """A server of the base, by default `base_model`, with these adapters of the folder.
+
+    options: those of ServerSettings.
+    """
+    adapter_set = AdapterSet(base or base_model(), {})
+    with started(make_engine(adapter_set, [2], max_positions=200, max_requests=8)) as engine:
+        registry = AdapterRegistry(adapter_set, engine.paused, "tiny", root)
+        for name in adapters:
+            registry.load(name, name)
+        app = create_app(engine, registry, tokenizer, ServerSettings(**{"drain_seconds": 5, **options}))
+        key = options.get("api_key") or "none"
+        with (
+            on_loopback(app) as url,
+            openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as client,
+            httpx.Client(base_url=url, timeout=30) as http,
+        ):
+            yield Running(url, app, client, http)

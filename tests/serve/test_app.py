@@ -1,14 +1,17 @@
 """The server: what clients of OpenAI's API and of vLLM's adapter calls get from a real one on loopback."""
 
 import copy
+import http.client
 import json
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ import schemathesis
 import torch
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from server_process import free_port
+from server_process import SECONDS_TO_START, free_port
 from tiny import CHATML
 from tiny_server import TOKENIZER, Running, base_model, running, write_adapters
 
@@ -167,20 +170,45 @@ def test_a_prompt_that_is_too_long_is_named(server: Running) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_frees_its_place(server: Running, stream: bool) -> None:
-    core, before = server.app.state.server, tokens_generated(server)
+    core = server.app.state.server
     body = {"model": "legal", "messages": CHAT, "max_tokens": 170, "ignore_eos": True, "n": 8, "stream": stream}
-    if stream:
-        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
-            next(response.iter_lines())
-    else:
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=0.05)
-    deadline = time.monotonic() + 10
-    while core.answers and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert core.answers == 0
-    assert tokens_generated(server) - before < 8 * 170
-    assert server.http.get("/health").status_code == 200
+    with held_forwards(server) as forwards:
+        with closing(http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)) as connection:
+            connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+            if stream:
+                assert connection.getresponse().readline()
+            assert forwards.is_held.wait(60)
+            assert core.answers == 8
+        deadline = time.monotonic() + 10
+        while core.answers and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert core.answers == 0
+        forwards.go_on.set()
+        assert chat(server, "legal", max_tokens=1).choices  # the 8 had all places
+        assert forwards.count < 20
+
+
+class Forwards:
+    """The forwards of a base: `count` have begun, and the first of them waits for `go_on`."""
+
+    def __init__(self) -> None:
+        self.count, self.is_held, self.go_on = 0, threading.Event(), threading.Event()
+
+    def begin(self, *_: object) -> None:
+        self.count += 1
+        self.is_held.set()
+        assert self.go_on.wait(60)
+
+
+@contextmanager
+def held_forwards(server: Running) -> Iterator[Forwards]:
+    forwards = Forwards()
+    hook = server.app.state.server.engine.adapter_set.base_model.register_forward_pre_hook(forwards.begin)
+    try:
+        yield forwards
+    finally:
+        forwards.go_on.set()
+        hook.remove()
 
 
 def test_a_forward_that_fails_is_an_error_of_its_requests_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,10 +236,11 @@ def test_a_full_queue_refuses(root: Path) -> None:
     with running(root, max_queue=2) as server:
         with pytest.raises(openai.BadRequestError, match="at most 2"):  # waiting would not help
             chat(server, "legal", n=3)
-        long = chat(server, "legal", max_tokens=170, stream=True)
-        next(iter(long))
-        with pytest.raises(openai.RateLimitError) as raised:
-            chat(server, "legal", n=2)
+        with held_forwards(server) as forwards:
+            long = chat(server, "legal", stream=True)
+            assert forwards.is_held.wait(60)
+            with pytest.raises(openai.RateLimitError) as raised:
+                chat(server, "legal", n=2)
         assert raised.value.response.headers["Retry-After"] == "1"
         list(long)
         assert len(chat(server, "legal", n=2).choices) == 2
@@ -319,7 +348,7 @@ def test_a_template_gets_the_arguments_of_calls_as_an_object(server: Running, mo
 
 def test_metrics_count(server: Running) -> None:
     requests = 'tailora_requests_total{model="legal",status="200"}'
-    before = tokens_generated(server), metrics(server)[requests]
+    before = tokens_generated(server), metrics(server).get(requests, 0)
     chat(server, "legal", max_tokens=12)
     assert (tokens_generated(server) - before[0], metrics(server)[requests] - before[1]) == (12, 1)
     times = 'tailora_time_to_first_token_seconds_count{model="%s"}'
@@ -359,26 +388,32 @@ def test_the_command_serves_a_folder_and_ends_with_sigterm(root: Path, tmp_path:
     port = free_port()
     arguments = ["--model", str(tmp_path / "base"), "--name", "tiny", "--adapters", str(root), "--port", str(port)]
     command = [sys.executable, "-m", "tailora.cli", "serve", *arguments, "--device", "cpu"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "stderr"
+    with log.open("w") as stderr:
+        process = subprocess.Popen(command, stderr=stderr)
+    end = time.monotonic() + SECONDS_TO_START
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
-            while process.poll() is None:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            while True:
                 try:
-                    http.get("/ready").raise_for_status()
+                    client.get("/ready").raise_for_status()
                     break
                 except httpx.TransportError:
+                    assert process.poll() is None, log.read_text()
+                    assert time.monotonic() < end, log.read_text()
                     time.sleep(0.1)
-            assert {model["id"] for model in http.get("/v1/models").json()["data"]} == {"tiny", "legal", "poet"}
+            assert {model["id"] for model in client.get("/v1/models").json()["data"]} == {"tiny", "legal", "poet"}
             body = {"model": "poet", "messages": CHAT, "max_tokens": 150, "ignore_eos": True}
-            with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
+            with client.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
                 lines = response.iter_lines()
                 first = next(lines)
                 process.send_signal(signal.SIGTERM)
                 assert [first, *lines][-2:] == ["data: [DONE]", ""]  # the answer ends before the server does
-        _, told = process.communicate(timeout=30)
+        assert process.wait(30) == 0
     finally:
         process.kill()
-    assert process.returncode == 0
+        process.wait()
+    told = log.read_text()
     assert "engine: continuous batching" in told
     assert "models: tiny, legal, poet" in told
     assert "what is that" not in told
