@@ -8,7 +8,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -294,7 +294,7 @@ def event(body: BaseModel) -> str:
     return f"data: {body.model_dump_json(exclude_unset=True)}\n\n"
 
 
-async def with_end(events: AsyncIterator[BaseModel], count: Callable[[int], None]) -> AsyncIterator[str]:
+async def with_end(events: AsyncIterator[BaseModel], count: Callable[[int], None]) -> AsyncGenerator[str]:
     """Yields the events of a stream as text; an error in it is an event too.
 
     count: called once with the status that an answer which is not streamed would have had.
@@ -310,6 +310,21 @@ async def with_end(events: AsyncIterator[BaseModel], count: Callable[[int], None
     finally:
         count(status)
     yield "data: [DONE]\n\n"
+
+
+class EventStream(StreamingResponse):
+    """Cancels the answers when the client is gone, also before `events` has begun or while an event is sent."""
+
+    def __init__(self, events: AsyncGenerator[str], cancel: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self.events, self.cancel = events, cancel
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.cancel()
+            await self.events.aclose()
 
 
 class ChatAnswer:
@@ -494,7 +509,7 @@ def add_generation(app: FastAPI, server: Server) -> None:
 
         request.state.is_streamed = bool(body.stream)
         if body.stream:
-            return StreamingResponse(with_end(answer.stream(), count), media_type="text/event-stream")
+            return EventStream(with_end(answer.stream(), count), answer.generation.cancel)
         return await unless_disconnected(request, answer.whole())
 
     def check_request(body: GenerationRequest) -> None:

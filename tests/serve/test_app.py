@@ -1,5 +1,6 @@
 """The server: what clients of OpenAI's API and of vLLM's adapter calls get from a real one on loopback."""
 
+import asyncio
 import copy
 import http.client
 import json
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from tailora import LoRAModel
 from tailora.cli.main import main
 from tailora.cli.serve import adapters_in, listen
 from tailora.data.chat_template import ChatTokenizer
+from tailora.serve.app import EventStream
 from tailora.serve.schemas import ChatRequest
 
 CHAT = [{"role": "user", "content": "what is that"}]
@@ -186,6 +188,35 @@ def test_a_client_that_goes_away_frees_its_place(server: Running, stream: bool) 
         forwards.go_on.set()
         assert chat(server, "legal", max_tokens=1).choices  # the 8 had all places
         assert forwards.count < 20
+
+
+@pytest.mark.parametrize(("last", "expected"), [("start", ["answers"]), ("body", ["answers", "events"])])
+def test_a_stream_is_cancelled_wherever_its_client_goes_away(last: str, expected: list[str]) -> None:
+    ended: list[str] = []
+
+    async def events() -> AsyncGenerator[str]:
+        try:
+            while True:
+                yield "data"
+        finally:
+            ended.append("events")
+
+    async def respond() -> None:
+        is_gone = asyncio.Event()
+
+        async def receive() -> dict[str, str]:
+            await is_gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if message["type"] == f"http.response.{last}":
+                is_gone.set()
+                await asyncio.Event().wait()  # as a connection that takes no more
+
+        await EventStream(events(), lambda: ended.append("answers"))({"type": "http"}, receive, send)
+        assert ended == expected
+
+    asyncio.run(respond())
 
 
 class Forwards:
