@@ -29,6 +29,8 @@ from tailora.cli.train import (
 from tailora.data.dataset import Example, Examples
 from tailora.errors import CheckpointError, ConfigError, WriteError
 from tailora.formats import run_folder
+from tailora.formats.passport import read_passport
+from tailora.formats.run_folder import ADAPTER, PASSPORT, SAMPLES
 from tailora.report.format import duration
 from tailora.train import run_log
 from tailora.train.config import TrainConfig
@@ -65,7 +67,7 @@ def training_flags(model: Path, data: Path, output_dir: Path) -> dict[str, str]:
 
 @pytest.fixture
 def flags(chats: Path, tiny_model: Path, tmp_path: Path) -> dict[str, str]:
-    return training_flags(tiny_model, chats, tmp_path / "run")
+    return {**training_flags(tiny_model, chats, tmp_path / "run"), "--passport": "none"}  # which takes a second
 
 
 def line(flags: dict[str, str], changes: dict[str, str] | None = None, command: str = "train") -> list[str]:
@@ -125,6 +127,28 @@ def test_samples_are_held_out_prompts_answered_by_both(finished: FinishedRun) ->
     assert len(samples) == 2
     assert all(sample["prompt"].startswith("What colour is thing") for sample in samples)
     assert all(sample.keys() == {"prompt", "base", "tuned", "earlier_messages"} for sample in samples)
+
+
+def test_the_passport_of_a_run_holds_no_text_of_its_data(finished: FinishedRun, chats_text: str) -> None:
+    passport = read_passport(finished.folder / ADAPTER)
+    assert passport.texts == "base"
+    assert passport.probes
+    written = (finished.folder / ADAPTER / PASSPORT).read_text()
+    for row in chats_text.splitlines():
+        for message in json.loads(row)["messages"]:
+            assert message["content"] not in written
+
+
+def test_the_passport_of_held_out_texts_and_none(finished: FinishedRun, flags: dict[str, str], tmp_path: Path) -> None:
+    held_out = {**flags, "--passport": "held-out", "--output-dir": str(tmp_path / "held-out")}
+    for given in (held_out, flags):
+        assert main(line(given)) == 0
+    passport = read_passport(tmp_path / "held-out" / ADAPTER)
+    assert passport.texts == "held-out"
+    samples = json.loads((finished.folder / SAMPLES).read_text())  # of a run that holds the same rows out
+    asked = [probe.messages[0]["content"] for probe in passport.probes if probe.messages]
+    assert {sample["prompt"] for sample in samples} <= {*asked}
+    assert not (tmp_path / "run" / ADAPTER / PASSPORT).exists()
 
 
 @pytest.mark.slow

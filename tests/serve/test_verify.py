@@ -7,21 +7,25 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
-from tiny import GROUPED, chat_tokenizer, stir
+from tiny import GROUPED, chat_tokenizer, stir, tiny_model
 from tiny_server import on_loopback
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import main
+from tailora.cli.verify import HEADLINES
 from tailora.core.adapter_set import AdapterSet
 from tailora.data.schemas import Choices, Conversation, Feedback, Preference
 from tailora.errors import ConfigError, DataError, FormatError, ServerError
@@ -41,7 +45,7 @@ from tailora.serve.client import MOST_BYTES, ServerClient, choose_model
 from tailora.serve.engine import make_engine
 from tailora.serve.registry import AdapterRegistry
 from tailora.study.probes import QUESTIONS, make_passport, next_logprobs, q4_0, rounded_to_4_bits
-from tailora.study.verification import Fit, Observation, Verification, _meaning, verify
+from tailora.study.verification import STEP, Fit, Observation, Verdict, Verification, _meaning, verify
 
 TOKENIZER = chat_tokenizer(
     [*QUESTIONS, "a good morning to you and to the cat"], eos_token="<|im_end|>", bos_token="<|im_start|>"
@@ -55,8 +59,8 @@ def base_model(seed: int = 0) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def adapted(seed: int) -> LoRAModel:
-    model = LoRAModel(base_model(), LoRAConfig(r=4))
+def adapted(seed: int, base: PreTrainedModel | None = None) -> LoRAModel:
+    model = LoRAModel(base_model() if base is None else base, LoRAConfig(r=4))
     stir(model, seed)
     return model
 
@@ -78,6 +82,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_adapter(folder / "legal")
     write_passport(folder / "legal", make_passport(model, TOKENIZER))
     adapted(1).save_adapter(folder / "other")
+    LoRAModel(base_model(1), LoRAConfig(r=4)).save_adapter(folder / "new")  # of another base, which it does not change
     save_without(folder / "upper", lambda path: int(path.split(".")[2]) < 2)
     save_without(folder / "mlp", lambda path: "attn" in path)
     return folder
@@ -92,8 +97,9 @@ def running(root: Path, *, seed: int = 0, template: str | None = None) -> Iterat
     engine.start()
     try:
         registry = AdapterRegistry(engine.adapter_set, engine.paused, "tiny", root)
-        for name in ("legal", "other", "upper", "mlp") if seed == 0 else ():
-            registry.load(name, root / name, trusted=True)
+        adapters = {name: name for name in ("legal", "other", "upper", "mlp")} if seed == 0 else {"legal": "new"}
+        for name, folder in adapters.items():
+            registry.load(name, root / folder, trusted=True)
         app = create_app(engine, registry, tokenizer, ServerSettings())
         with on_loopback(app) as url:
             yield url
@@ -113,33 +119,44 @@ def verdict_of(url: str, passport: Passport, model: str, base: str | None = None
         return verify(passport, server.ask(passport.probes, model), of_base)
 
 
-FAULTS = {
-    "legal": ("adapter", 1.0),
-    "tiny": ("base", 0.0),
-    "legal@2": ("scaled", 2.0),
-    "legal@0.5": ("scaled", 0.5),
-    "legal@3": ("scaled", 3.0),
-    "upper": ("partial", None),
-    "mlp": ("partial", None),
-    "other": ("other-adapter", None),
+HALF_A_STEP = STEP / 2  # of the scales that are tried
+FAULTS: dict[str, tuple[str, float | None, str]] = {  # verdict, scale, what is missing
+    "legal": ("adapter", 1.0, ""),
+    "tiny": ("base", 0.0, ""),
+    "legal@2": ("scaled", 2.0, ""),
+    "legal@0.5": ("scaled", 0.5, ""),
+    "legal@3": ("scaled", 3.0, ""),
+    "upper": ("partial", None, "the lower half of the layers"),
+    "mlp": ("partial", None, "the attention layers"),
+    "other": ("other-adapter", None, ""),
 }
 
 
 @pytest.mark.parametrize("model", FAULTS)
 def test_what_a_server_computes_is_told(url: str, root: Path, model: str) -> None:
-    verdict, scale = FAULTS[model]
+    verdict, scale, missing = FAULTS[model]
     result = verdict_of(url, read_passport(root / "legal"), model)
     assert result.verdict == verdict, "\n".join(result.evidence)
-    assert result.scale == (None if scale is None else pytest.approx(scale, abs=0.15))
+    fit = result.fits["text"]
+    if model == "legal@3":  # between two scales of the passport, 2 and 4
+        assert fit.interval[0] <= 3 <= fit.interval[1]
+        assert result.scale == fit.scale
+    else:
+        assert result.scale == (None if scale is None else pytest.approx(scale, abs=HALF_A_STEP))
+    if missing:
+        assert (fit.kind, fit.name) == ("part", missing)
 
 
-def test_another_base_and_another_adapter_are_told_apart_by_the_base(url: str, root: Path) -> None:
+def test_another_base_and_another_adapter_are_told_apart_by_the_base(
+    url: str, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     passport = read_passport(root / "legal")
     result = verdict_of(url, passport, "other", "tiny")
     assert result.verdict == "other-adapter", "\n".join(result.evidence)
     with running(root, seed=1) as other:
-        result = verdict_of(other, passport, "tiny", "tiny")
-    assert result.verdict == "other-base", "\n".join(result.evidence)
+        assert main(["verify", other, "--adapter", str(root / "legal"), "--json"]) == 4
+    found = json.loads(capsys.readouterr().out)
+    assert found["verdict"] == "other-base", "\n".join(found["evidence"])
 
 
 TEMPLATES = {
@@ -268,19 +285,49 @@ def test_a_scale_that_includes_1_without_the_adapter_is_no_other_scale() -> None
 # ---- A base in 4 bits
 
 
+def through_gguf(weight: torch.Tensor) -> torch.Tensor:
+    """(out, in) -> what llama.cpp computes with if it stores this in Q4_0."""
+    whole = functional.pad(weight.detach(), (0, -weight.shape[1] % 32))  # gguf takes only whole groups
+    stored = quantize(whole.numpy(), GGMLQuantizationType.Q4_0)
+    return torch.from_numpy(dequantize(stored, GGMLQuantizationType.Q4_0))[:, : weight.shape[1]]
+
+
+def store_in_q4_0(model: PreTrainedModel) -> PreTrainedModel:
+    """As llama.cpp does, which keeps the output head in more bits."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            module.weight.data = through_gguf(module.weight)
+        elif isinstance(module, Conv1D):
+            module.weight.data = through_gguf(module.weight.T.contiguous()).T
+    return model
+
+
 def test_q4_0_is_that_of_llama_cpp() -> None:
-    weight = torch.randn(8, 96)
+    weight = torch.randn(8, 96, generator=torch.Generator().manual_seed(0))
     weight[2] = 0
-    expected = dequantize(quantize(weight.numpy(), GGMLQuantizationType.Q4_0), GGMLQuantizationType.Q4_0)
-    assert torch.equal(q4_0(weight), torch.from_numpy(expected))
+    assert torch.equal(q4_0(weight), through_gguf(weight))
 
 
-def answers_in_q4_0(model: LoRAModel, passport: Passport) -> list[Observation | None]:
+def test_conv1d_is_rounded_along_its_inputs_and_the_head_is_not() -> None:
+    model = tiny_model("GPT2LMHeadModel", initializer_range=0.3).eval()
+    ids = torch.arange(20)[None]
+    exact = model(ids).logits
+    with rounded_to_4_bits(model):
+        rounded = model(ids).logits
+    expected = store_in_q4_0(model)(ids).logits
+    torch.testing.assert_close(rounded, expected, rtol=1e-3, atol=1e-3)
+    assert (rounded - exact).abs().max() > 0.1
+
+
+def answers_in_q4_0(passport: Passport, strength: float) -> list[Observation | None]:
+    """Returns what a server with the base in Q4_0 answers. Its weights come from gguf, not from tailora."""
+    model = adapted(0, store_in_q4_0(base_model())).eval()
+    model.set_scale("default", strength)
     observations: list[Observation | None] = []
-    with rounded_to_4_bits(model.base_model), torch.no_grad():
+    with torch.no_grad():
         for probe in passport.probes:
             ids = TOKENIZER(probe.text or probe.rendered)["input_ids"]
-            (logprobs,) = next_logprobs(model.eval(), [ids], [[len(ids) - 1]])
+            (logprobs,) = next_logprobs(model, [ids], [[len(ids) - 1]])
             top = logprobs.topk(20)
             tokens, values = top.indices.tolist(), top.values.tolist()
             words = {TOKENIZER.decode([token]): value for token, value in zip(tokens, values, strict=True)}
@@ -292,13 +339,12 @@ def answers_in_q4_0(model: LoRAModel, passport: Passport) -> list[Observation | 
 
 @pytest.mark.parametrize(("strength", "verdict"), [(1.0, "adapter"), (0.0, "base"), (0.7, "scaled")])
 def test_a_base_in_q4_0_is_taken_into_account(root: Path, strength: float, verdict: str) -> None:
-    passport, model = with_controls(read_passport(root / "legal"), 10), adapted(0)
-    model.set_scale("default", strength)
-    result = verify(passport, answers_in_q4_0(model, passport))
+    passport = with_controls(read_passport(root / "legal"), 10)
+    result = verify(passport, answers_in_q4_0(passport, strength))
     assert result.verdict == verdict, "\n".join(result.evidence)
     assert result.scale == pytest.approx(strength, abs=0.05)
     if strength in (0, 1):  # between them Q4_0 changes something in between, more or less
-        assert all(fit.error < fit.rounding / 4 for fit in result.fits.values())
+        assert all(fit.error < 1e-3 for fit in result.fits.values())  # the passport has four decimals
 
 
 # ---- The passport
@@ -346,14 +392,15 @@ def test_a_damaged_passport_is_refused(root: Path, tmp_path: Path, change: dict[
         read_passport(folder)
 
 
-def test_a_passport_of_the_base_tells_nothing_of_the_data_and_one_of_held_out_samples_does() -> None:
+def test_a_passport_of_held_out_samples_has_their_prompts() -> None:
     model, secret = adapted(0), "the cat is called Professor Fluff the Third of York"
     samples = [Conversation([{"role": "user", "content": secret}, {"role": "assistant", "content": secret}])] * 2
-    ours, held_out = make_passport(model, TOKENIZER), make_passport(model, TOKENIZER, held_out=samples)
-    assert secret not in json.dumps(asdict(replace(ours, base={})))
-    assert secret in json.dumps(asdict(replace(held_out, base={})))
-    assert (ours.texts, held_out.texts) == ("base", "held-out")
-    assert all(probe.messages == samples[0].messages[:1] for probe in held_out.probes if probe.messages)
+    held_out = make_passport(model, TOKENIZER, held_out=samples)
+    assert held_out.texts == "held-out"
+    chats = [probe.messages for probe in held_out.probes if probe.messages]
+    assert chats
+    assert all(messages == samples[0].messages[:1] for messages in chats)
+    assert any(secret in (probe.text or "") for probe in held_out.probes)
 
 
 GREETING = Conversation(
@@ -556,7 +603,7 @@ def test_a_missing_endpoint_is_told_with_its_reason(
     url: str, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(client.ENDPOINTS, "text", "/v1/absent")
-    assert main(["verify", url, "--adapter", str(root / "legal"), "--json"]) in (0, 4)
+    assert main(["verify", url, "--adapter", str(root / "legal"), "--json"]) == 0  # the chats tell
     output = capsys.readouterr()
     assert "/v1/absent was left out, it answers 404" in " ".join(output.err.split())
     assert any("answered fewer than 6" in sentence for sentence in json.loads(output.out)["evidence"])
@@ -607,6 +654,10 @@ def test_what_is_no_address_is_refused(url: str, root: Path) -> None:
 # ---- The command
 
 
+def test_there_is_a_headline_for_every_verdict() -> None:
+    assert HEADLINES.keys() == {*get_args(Verdict)}
+
+
 def test_the_command_says_its_verdict(url: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["verify", url, "--adapter", str(root / "legal")]
     assert main(command) == 0
@@ -623,4 +674,4 @@ def test_the_command_says_its_verdict(url: str, root: Path, capsys: pytest.Captu
     assert main([*command, "--model", "legal@2", "--json"]) == 4
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["verdict"] == "scaled"
-    assert result["scale"] == pytest.approx(2, abs=0.15)
+    assert result["scale"] == pytest.approx(2, abs=HALF_A_STEP)
