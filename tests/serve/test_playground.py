@@ -74,9 +74,9 @@ async def events(body: dict[str, Any]) -> AsyncIterator[str]:
         yield event({"content": ""}, logprobs={"content": [part]})
         yield event({"content": own_tokens[0]}, logprobs={"content": [part]})
         own_tokens = own_tokens[1:]
-    for token in own_tokens:
-        if prompt == "slow":
-            await asyncio.sleep(0.5)
+    for number, token in enumerate(own_tokens):
+        if prompt == "endless" and number:
+            await asyncio.Event().wait()  # until the client goes away
         own = {"token": token, "logprob": -0.5, "bytes": None}
         top = [{"token": tokens[1], "logprob": -2.5, "bytes": None} for tokens in ANSWERS.values()]
         yield event({"content": token}, logprobs={"content": [{**own, "top_logprobs": top}]})
@@ -358,7 +358,7 @@ class TestInBrowser:
         ask(opened, "fail")
         assert all("the queue is full" in answer for answer in answers(opened))
         assert opened.is_disabled("[data-vote='0']")
-        opened.fill("#prompt", "slow")
+        opened.fill("#prompt", "endless")
         opened.click("#send")
         expect(opened.locator(".answer")).to_have_text(["I", "I"])
         opened.keyboard.press("Escape")

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -555,22 +556,31 @@ def test_many_threads_always_get_an_adapter_that_is_there(make: Callable[..., Ad
     save(root / "new", seed=1, r=2)
     registry.load("b", "legal")
 
-    def ask(number: int) -> None:
-        models = ("legal", "b", "legal@0.5", "legal+b", "base")
+    models = ("legal", "b", "legal@0.5", "legal+b", "base")
+
+    def ask(number: int) -> Counter[str]:
+        answered = Counter[str]()
         for i in range(12):
-            with registry.acquire(models[(number + i) % 5]) as handle:
+            model = models[(number + i) % 5]
+            with suppress(MemoryInUseError), registry.acquire(model) as handle:  # legal twice, b, and their sum
                 time.sleep(0.001)
                 assert handle.key is None or handle.key in registry._adapter_set.adapters
+                answered[model] += 1
+        return answered
 
-    def change() -> None:
+    def change() -> Counter[str]:
+        loaded = Counter[str]()
         for i in range(12):
-            registry.load("legal", ("new", "legal")[i % 2], replace=True)
+            with suppress(MemoryInUseError):
+                registry.load("legal", path := ("new", "legal")[i % 2], replace=True)
+                loaded[f"load {path}"] += 1
             registry.list()
+        return loaded
 
-    with ThreadPoolExecutor() as pool:
-        for future in [*(pool.submit(ask, number) for number in range(5)), pool.submit(change)]:
-            with suppress(MemoryInUseError):  # legal twice, b, and their sum
-                future.result(timeout=60)
+    with ThreadPoolExecutor(6) as pool:
+        futures = [*(pool.submit(ask, number) for number in range(5)), pool.submit(change)]
+        done = sum((future.result(timeout=60) for future in futures), Counter[str]())
+    assert done.keys() == {*models, "load new", "load legal"}
     wait_until(lambda: sorted(keys(registry)) == sorted(registry._residents))
     assert not any(info.requests for info in registry.list())
     current = {info.digest[:16] for info in registry.list()}
