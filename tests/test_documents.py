@@ -61,8 +61,9 @@ def test_the_servers_and_limits_of_the_page_are_those_of_the_table() -> None:
 
 
 def test_measured_parts_are_what_the_results_give() -> None:
-    for document in DOCUMENTS:
-        file = document.relative_to(ROOT).as_posix()
+    documents = {document.relative_to(ROOT).as_posix(): document for document in DOCUMENTS}
+    assert documents.keys() >= PARTS.keys()
+    for file, document in documents.items():
         marked = re.findall(r"<!-- measured:([\w-]+) -->(.*?)<!-- /measured:\1 -->", document.read_text(), re.DOTALL)
         assert sorted(name for name, _ in marked) == sorted(PARTS.get(file, {})), file
         for name, content in marked:
@@ -72,7 +73,7 @@ def test_measured_parts_are_what_the_results_give() -> None:
 
 def test_every_setting_and_every_quantization_method_has_its_description() -> None:
     for name in (*LoRAConfig.model_fields, *METHODS.keys() - {"torchao-int4"}):  # no CPU runs that one
-        assert re.search(rf"\b{name}\b", page("lora")), name
+        assert re.search(rf"`(--quantize )?{name}\b", page("lora")), name
 
 
 def test_the_lines_for_adapters_in_memory_run() -> None:

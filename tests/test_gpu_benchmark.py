@@ -83,7 +83,8 @@ def test_a_cell_that_fails_or_takes_too_long_leaves_its_reason(tmp_path: Path) -
     decode = {"what": "decode", "model": "tiny", "rows": 1, "new_tokens": 2}
     failed = gpu.run_cell(decode, tmp_path, "cpu", 100)
     assert failed["failed"] == "exit code 1"
-    assert any("tiny" in line for line in failed["said"])
+    assert failed["said"][-1].startswith("OSError: ")
+    assert str(tmp_path / "tiny") in failed["said"][-1]
     started = time.monotonic()
     late = gpu.run_cell({"what": "ceilings", "square": 64}, tmp_path, "cpu", 0.2)
     assert late["failed"] == "took longer than 0 s"

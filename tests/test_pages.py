@@ -101,8 +101,7 @@ def is_data(block: Block) -> bool:
     """True if the block can be read: as YAML, or as one JSON value or a value in each line."""
     try:
         if block.language == "yaml":
-            YAML(typ="safe").load(block.text)
-            return True
+            return isinstance(YAML(typ="safe").load(block.text), dict | list)  # any sentence is a YAML string
         try:
             json.loads(block.text)
         except ValueError:
@@ -132,6 +131,28 @@ def test_a_block_knows_its_mark_its_measured_part_and_the_one_that_follows(tmp_p
         Block("bash", "e\n", 32, "", output="three"),
     ]
     assert [block.text for block in blocks(page) if block.is_run] == ["d\n", "e\n"]
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "mark", "value", "expected"),
+    [
+        ("bash", "ls", "made by", "benchmarks/absent.py", "made by benchmarks/absent.py, which does not exist"),
+        ("json", "{]", "", "", "is no json"),
+        ("json", "{}\n{]", "", "", "is no json"),
+        ("yaml", "a: [", "", "", "is no yaml"),
+        ("yaml", "a sentence", "", "", "is no yaml"),
+        ("text", "loss 2.5", "", "", "figures that no script made: .*"),
+        ("sh", "ls", "", "", "```sh is none of .*"),
+        ("", "ls", "", "", "``` is none of .*"),
+        ("indented", "ls", "", "", "```indented is none of .*"),
+    ],
+)
+def test_a_block_that_is_nothing_of_these_is_seen(
+    language: str, text: str, mark: str, value: str, expected: str
+) -> None:
+    assert re.fullmatch(expected, problem(Block(language, text, 1, "", mark, value)) or "")
+    assert problem(Block(language, text, 1, "", "not run", "it needs a card")) is None
+    assert problem(Block(language, text, 1, "measured")) is None
 
 
 def name(page: Path) -> str:

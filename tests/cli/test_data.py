@@ -229,8 +229,8 @@ def test_a_mixture_is_shown_by_source(
     ("content", "cause"),
     [
         ("", "no rows"),
-        ("{]\n", "chats.jsonl"),
-        ('{"messages": []}\n', "messages"),
+        ("{]\n", "chats.jsonl:1: not JSON"),
+        ('{"messages": []}\n', "chats.jsonl:1: messages is []"),
         ('{"a": 1}\n', "fit no known schema"),
     ],
 )
