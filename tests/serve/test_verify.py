@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, get_args
@@ -472,13 +472,22 @@ def test_probes_leave_the_model_and_random_numbers_as_they_are() -> None:
 
 
 class StandIn(BaseHTTPRequestHandler):
-    """A server that answers as `answers` says: path -> status and body; of status 307 the address that it leads to."""
+    """A server that answers as `answers` says: path -> status and body; of status 307 the address that it leads to.
+
+    most: log-probabilities that it tells; it refuses requests for more.    requests: what it is asked.
+    """
 
     answers: dict[str, tuple[int, Any]]
+    most = 20
+    requests: list["Request"]
 
     def reply(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        asked = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
+        request = Request(self.path, self.headers.get("Authorization"), asked)
+        self.requests.append(request)
         status, body = self.answers.get(self.path, (404, {"error": "not found"}))
+        if (request.top or 0) > self.most:
+            status, body = 400, {"error": "too many log-probabilities"}
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         if status == 307:
@@ -493,8 +502,24 @@ class StandIn(BaseHTTPRequestHandler):
         pass
 
 
-def stand_in(answers: dict[str, tuple[int, Any]]) -> AbstractContextManager[str]:
-    return serving(type("Handler", (StandIn,), {"answers": answers}))
+@dataclass(frozen=True)
+class Request:
+    path: str
+    key: str | None
+    body: dict[str, Any]
+
+    @property
+    def top(self) -> int | None:
+        """The number of log-probabilities that it asks for."""
+        top: int | None = self.body.get("logprobs" if "prompt" in self.body else "top_logprobs")
+        return top
+
+
+def stand_in(
+    answers: dict[str, tuple[int, Any]], *, most: int = 20, requests: list[Request] | None = None
+) -> AbstractContextManager[str]:
+    kept = [] if requests is None else requests
+    return serving(type("Handler", (StandIn,), {"answers": answers, "most": most, "requests": kept}))
 
 
 @contextmanager
@@ -502,9 +527,11 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 MODELS = {"/v1/models": (200, {"data": [{"id": "legal"}]})}
@@ -534,6 +561,32 @@ def test_log_probabilities_are_read_in_both_forms(form: str) -> None:
     with stand_in({**MODELS, "/v1/completions": (200, body)}) as url, ServerClient(url) as server:
         (answer,) = server.ask([probe], "legal")
     assert answer == Observation(2, {2: -0.5, 0: -1.5}, -3.0, 4)
+
+
+@pytest.mark.parametrize(("most", "asked"), [(20, [20, 20, 20]), (5, [20, 5, 5, 5]), (0, [20, 5, None, None, None])])
+def test_a_server_is_asked_for_fewer_log_probabilities_until_it_answers(most: int, asked: list[int | None]) -> None:
+    logprobs, requests = {ADAPTER: [-1.0], BASE: [-1.0]}, list[Request]()
+    probes = [Probe(3, ["a"], logprobs, text="hello")] * 3 + [Probe(3, ["a"], logprobs, messages=[])] * 3
+    choice = {"text": "a", "message": {"content": "a"}}
+    answers = dict.fromkeys(("/v1/completions", "/v1/chat/completions"), (200, {"choices": [choice]}))
+    with stand_in(answers, most=most, requests=requests) as url, ServerClient(url) as server:
+        assert server.ask(probes, "legal") == [Observation(0)] * 6
+    for path in answers:
+        assert [request.top for request in requests if request.path == path] == asked
+    for request in requests:
+        assert (request.body["model"], request.body["max_tokens"], request.body["temperature"]) == ("legal", 1, 0)
+
+
+def test_the_key_of_the_environment_is_sent(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, sent in (("k", "Bearer k"), (None, None)):
+        requests: list[Request] = []
+        monkeypatch.delenv("TAILORA_API_KEY", raising=False)
+        if key is not None:
+            monkeypatch.setenv("TAILORA_API_KEY", key)
+        with stand_in(MODELS, requests=requests) as url:
+            assert main(["verify", url, "--adapter", str(root / "legal")]) == 1  # it answers no prompt
+        assert {request.path for request in requests} >= {"/v1/models", "/v1/completions"}
+        assert {request.key for request in requests} == {sent}
 
 
 @pytest.mark.parametrize(
