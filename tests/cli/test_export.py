@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import CHATML, stir
+from tiny import tiny_model as tiny_model_of
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
@@ -18,8 +21,9 @@ from tailora.cli.export import Format, Server, Service
 from tailora.cli.main import main
 from tailora.errors import FormatError
 from tailora.formats.export import FORMATS
-from tailora.formats.passport import read_passport
+from tailora.formats.passport import read_passport, write_passport
 from tailora.formats.serving_targets import TARGETS
+from tailora.study.probes import passport_obstacle
 
 IDS = torch.arange(20).view(2, 10)
 
@@ -235,7 +239,7 @@ def test_overwrite_never_deletes_what_is_no_exported_adapter(
         assert sorted(folder.rglob("*")) == before
 
 
-def test_a_lora_file_of_another_tool_becomes_a_peft_folder_and_answers(
+def test_a_lora_file_of_another_tool_becomes_a_peft_folder_that_computes_the_same(
     run: Path, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = load_file(run / "adapter" / "adapter_model.safetensors")
@@ -246,15 +250,19 @@ def test_a_lora_file_of_another_tool_becomes_a_peft_folder_and_answers(
     }
     file = tmp_path / "style.safetensors"
     save_file(flat, file)
-    said = []
     assert main(["export", str(file), "--model", str(tiny_model), "--to", "peft", "--output", str(tmp_path / "p")]) == 0
     capsys.readouterr()
+    base = LlamaForCausalLM.from_pretrained(tiny_model).eval()
+    with torch.no_grad():
+        before = base(IDS).logits
+        of_file = LoRAModel.from_pretrained(base, file).eval()(IDS).logits
+        of_folder = LoRAModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model), tmp_path / "p").eval()(IDS)
+    torch.testing.assert_close(of_folder.logits, of_file)
+    assert (of_file - before).abs().max() > 0.1
     for adapter in (file, tmp_path / "p"):
         tokens = ["--model", str(tiny_model), "--adapter", str(adapter), "--prompt", "a", "--max-new-tokens", "4"]
         assert main(["generate", *tokens, "--json"]) == 0
-        said.append(json.loads(capsys.readouterr().out))
-    assert [each["adapters"] for each in said] == [["style"], ["p"]]
-    assert [each["text"] for each in said[0]["answers"]] == [each["text"] for each in said[1]["answers"]]
+        assert json.loads(capsys.readouterr().out)["adapters"] == [adapter.stem]
 
 
 def test_what_a_format_cannot_hold_exits_with_2(
@@ -289,6 +297,27 @@ def test_a_passport_of_other_weights_is_written_anew(
     )
     assert "tailora export" not in said  # which is what this command does
     assert read_passport(second).probes
+
+
+def test_the_passport_of_the_adapter_is_kept_and_none_writes_none(run: Path, tmp_path: Path) -> None:
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    assert main(["export", str(run), "--to", "peft", "--output", str(first)]) == 0
+    passport = read_passport(first)
+    write_passport(first, replace(passport, probes=passport.probes[:3]))  # as no new one is
+    assert main(["export", str(first), "--to", "gguf", "--output", str(second)]) == 0
+    kept = read_passport(second)
+    assert kept.probes == passport.probes[:3]
+    assert kept.weights.keys() == {"adapter.gguf"}
+    assert main(["export", str(first), "--to", "peft", "--output", str(third), "--passport", "none"]) == 0
+    assert not (third / "passport.json").exists()
+
+
+def test_only_language_models_of_one_decoder_have_a_passport() -> None:
+    encoder_decoder = LoRAModel(tiny_model_of("BartForConditionalGeneration"), LoRAConfig(r=1))
+    other = LoRAModel(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=1, target_modules=["0"]))
+    for model in (encoder_decoder, other):
+        assert passport_obstacle(model) == "only language models of one decoder have a passport"
+    assert passport_obstacle(LoRAModel(tiny_model_of("LlamaForCausalLM"), LoRAConfig(r=1))) is None
 
 
 def test_an_adapter_that_changes_nothing_is_exported_without_passport(
