@@ -13,7 +13,6 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,6 +23,7 @@ import pytest
 from huggingface_hub import constants
 
 TOKEN, READ_TOKEN = "hf_secret", "hf_read"
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]  # of a repository with one adapter
 TYPES = {"models": "model", "datasets": "dataset", "spaces": "space"}
 
 
@@ -193,15 +193,15 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-@contextmanager
-def running_hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Server]:
-    """Starts a stand-in, and lets huggingface_hub's client talk to it, with files in `cache`."""
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
+    """Starts a stand-in, and lets huggingface_hub's client talk to it, with downloaded files in tmp_path / "cache"."""
     server = Server()
     template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "ENDPOINT", server.address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # large files over HTTP, which this server speaks
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()

@@ -1,4 +1,7 @@
-"""benchmarks/evidence.py: the rules of the verdicts on made-up numbers, and studies that `tailora compare` accepts."""
+"""What benchmarks/evidence.py uses: rules of verdicts on made-up numbers, and studies that `tailora compare` accepts.
+
+The script itself, which runs the studies, has no test; `python benchmarks/evidence.py --quick` runs a small one.
+"""
 
 from dataclasses import replace
 from typing import Any

@@ -5,18 +5,14 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from tiny_run import write_demo
+import tiny_run
 
 import notebooks
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+home = tiny_run.home  # the fixture
 by_name = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_demo(tmp_path_factory.mktemp("home"))
 
 
 @pytest.mark.notebooks

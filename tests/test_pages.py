@@ -22,12 +22,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import tiny_run
 import torch
 from page_blocks import MARKDOWN, Block, Shell, blocks
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from server_process import free_port
-from tiny_run import write_demo
 
 from tailora.cli.main import COMMANDS, app
 from tailora.data.readers import Row, read_rows
@@ -40,6 +40,7 @@ RUN_ELSEWHERE = ("docs/from_scratch",)  # test_from_scratch.py: with what they p
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of the demo's model
 FIGURE = re.compile(r"(?<![\w.])\d")
 SECONDS = 300  # for a block, on a busy machine
+home = tiny_run.home  # the fixture
 
 SERVER = """\
 [ -e server.pid ] && kill "$(cat server.pid)" && sleep 1
@@ -179,11 +180,6 @@ def test_commands_within_the_text_have_these_flags(page: Path) -> None:
 @cache
 def flags_of(command: str) -> set[str]:
     return {name for argument in app([command])[command].assemble_argument_collection() for name in argument.names}
-
-
-@pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_demo(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="session")

@@ -87,6 +87,12 @@ def write_demo(home: Path) -> Path:
     return home
 
 
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """TAILORA_HOME with what `write_demo` writes."""
+    return write_demo(tmp_path_factory.mktemp("home"))
+
+
 @pytest.fixture(scope="module")
 def make_settings(model_folder: Path, data_file: Path) -> Settings:
     """Makes settings of a run on the tiny model; `output_dir` must be given."""

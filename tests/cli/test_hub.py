@@ -3,14 +3,14 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import hub_server
 import pytest
 import torch
-from hub_server import READ_TOKEN, TOKEN, Repository, Server, running_hub
+from hub_server import FILES, READ_TOKEN, TOKEN, Repository, Server
 from huggingface_hub import ModelCard, constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -29,14 +29,12 @@ from tailora.formats.passport import Passport, Probe, Variant, write_passport
 from tailora.formats.run_folder import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, PASSPORT, REPORT
 from tailora.report.model_card import card_body, completed_card
 
-FILES = [CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS]
+hub = hub_server.hub  # the fixture
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
+@pytest.fixture(autouse=True)
+def token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with running_hub(monkeypatch, tmp_path / "cache") as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,14 @@
 """Adapters on the Hub: uploaded to and downloaded from a stand-in for its server, by huggingface_hub's own client."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hub_server
 import peft
 import pytest
 import torch
-from hub_server import TOKEN, Server, running_hub
+from hub_server import FILES, TOKEN
 from huggingface_hub import ModelCard, constants
 from tiny import chat_model
 from tiny_adapters import adapted, logits, token_ids
@@ -20,13 +20,7 @@ from tailora.formats import gguf, load, mlx
 from tailora.formats.hub import DEMO_MODEL, OF_DEMO, WEIGHTS_OF_FORMATS
 from tailora.formats.run_folder import ADAPTER_WEIGHTS
 
-FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
-    with running_hub(monkeypatch, tmp_path / "cache") as server:
-        yield server
+hub = hub_server.hub  # the fixture
 
 
 def test_an_adapter_is_pushed_and_comes_back(hub: Any) -> None:
