@@ -1,0 +1,132 @@
+"""`tailora verify`."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from verified_server import MODELS, Request, running, stand_in, write_adapters
+
+from tailora.cli.main import main
+from tailora.cli.verify import HEADLINES
+from tailora.formats.passport import read_passport
+from tailora.formats.run_folder import ADAPTER_WEIGHTS
+from tailora.serve import client
+from tailora.serve.client import MOST_BYTES
+from tailora.study.verification import STEP, Verdict
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_adapters(tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="module")
+def url(root: Path) -> Iterator[str]:
+    with running(root) as url:
+        yield url
+
+
+def test_the_command_says_its_verdict(url: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["verify", url, "--adapter", str(root / "legal")]
+    assert main(command) == 0
+    output = capsys.readouterr()
+    assert "The server uses this adapter as it was trained." in output.out
+    assert "as legal" in output.err
+    assert "as tiny, its base" in output.err
+    weights = ["verify", url, "--adapter", str(root / "legal" / ADAPTER_WEIGHTS)]
+    assert main([*weights, "--base", "tinny"]) == 2
+    assert "--base tinny: the server has tiny, legal" in " ".join(capsys.readouterr().err.split())
+    assert main([*command, "--model", "other"]) == 4
+    output = capsys.readouterr()
+    assert read_passport(root / "legal").weights[ADAPTER_WEIGHTS] in "".join(output.out.split())
+    assert main([*command, "--model", "legal@2", "--json"]) == 4
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["verdict"] == "scaled"
+    assert result["scale"] == pytest.approx(2, abs=STEP / 2)
+
+
+def test_another_base_is_told_by_the_base(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The answers of the adapter alone leave it open."""
+    with running(root, seed=1) as url:
+        assert main(["verify", url, "--adapter", str(root / "legal"), "--json"]) == 4
+    found = json.loads(capsys.readouterr().out)
+    assert found["verdict"] == "other-base", "\n".join(found["evidence"])
+
+
+def test_there_is_a_headline_for_every_verdict() -> None:
+    assert HEADLINES.keys() == {*get_args(Verdict)}
+
+
+def test_the_key_of_the_environment_is_sent(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, sent in (("k", "Bearer k"), (None, None)):
+        requests: list[Request] = []
+        monkeypatch.delenv("TAILORA_API_KEY", raising=False)
+        if key is not None:
+            monkeypatch.setenv("TAILORA_API_KEY", key)
+        with stand_in(MODELS, requests=requests) as url:
+            assert main(["verify", url, "--adapter", str(root / "legal")]) == 1  # it answers no prompt
+        assert {request.path for request in requests} >= {"/v1/models", "/v1/completions"}
+        assert {request.key for request in requests} == {sent}
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ({"/v1/models": (200, b"<html>")}, "which is not OpenAI's API"),
+        ({"/v1/models": (200, {"hello": 1})}, "has no list of models"),
+        ({"/v1/models": (401, {"error": "key"})}, "set TAILORA_API_KEY"),
+        ({"/v1/models": (503, {"error": "loading"})}, "503"),
+        ({**MODELS, "/v1/completions": (200, {"choices": []})}, "has no choices"),
+        ({"/v1/models": (307, "https://example.org/v1/models")}, "leads to https://example.org/v1/models: give"),
+        ({"/v1/models": (200, b"[" * 200_000)}, "which is not OpenAI's API"),
+        ({"/v1/models": (200, b" " * (MOST_BYTES + 1))}, "answers with more than 16 MB"),
+        ({"/v1/models": (500, {"error": {"message": "no\x1b[31m memory", "code": 1}})}, "answers 500 no [31m memory, "),
+        (MODELS, "answers no prompt: /v1/completions answers 404 not found; /v1/chat/completions answers 404"),
+    ],
+)
+def test_a_server_that_cannot_be_asked_ends_with_1(
+    root: Path, answers: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with stand_in(answers) as url:
+        assert main(["verify", url, "--adapter", str(root / "legal")]) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_nobody_listens(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "http://127.0.0.1:9", "--adapter", str(root / "legal")]) == 1
+    assert "cannot be asked" in capsys.readouterr().err
+
+
+def test_a_missing_endpoint_is_told_with_its_reason(
+    url: str, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(client.ENDPOINTS, "text", "/v1/absent")
+    assert main(["verify", url, "--adapter", str(root / "legal"), "--json"]) == 0  # the chats tell
+    output = capsys.readouterr()
+    assert "/v1/absent was left out, it answers 404" in " ".join(output.err.split())
+    assert any("answered fewer than 6" in sentence for sentence in json.loads(output.out)["evidence"])
+
+
+@pytest.mark.parametrize("key", ["secret\nline", "schlüssel"])
+def test_what_is_no_key_is_refused_and_not_shown(
+    key: str, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TAILORA_API_KEY", key)
+    assert main(["verify", "http://127.0.0.1:9", "--adapter", str(root / "legal")]) == 2
+    error = capsys.readouterr().err
+    assert "TAILORA_API_KEY has" in error
+    assert key[:6] not in error
+
+
+def test_a_password_in_the_address_is_not_shown(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "http://me:secret@127.0.0.1:9", "--adapter", str(root / "legal")]) == 1
+    assert "secret" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "http://", "", "http://[::1", "http://x:99999", "x:y"])
+def test_what_is_no_address_is_refused(url: str, root: Path) -> None:
+    assert main(["verify", url, "--adapter", str(root / "legal")]) == 2

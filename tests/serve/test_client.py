@@ -1,0 +1,108 @@
+"""The client of `tailora verify`: what it asks a server, and what it makes of the answers."""
+
+import time
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from verified_server import MODELS, Request, StandIn, serving, stand_in
+
+from tailora.errors import ConfigError, ServerError
+from tailora.formats.passport import ADAPTER, BASE, Probe
+from tailora.serve.client import ServerClient, choose_model
+from tailora.study.verification import Observation
+
+FORMS = {  # of log-probabilities in completions
+    "OpenAI": {"tokens": ["a"], "token_logprobs": [-0.5], "top_logprobs": [{"a": -0.5, " b": -1.5, "c": -3}]},
+    "llama-server": {
+        "content": [
+            {
+                "token": "a",
+                "logprob": -0.5,
+                "top_logprobs": [
+                    {"token": "a", "logprob": -0.5},
+                    {"token": " b", "logprob": -1.5},
+                    {"token": "c", "logprob": -3},
+                ],
+            }
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_log_probabilities_are_read_in_both_forms(form: str) -> None:
+    probe = Probe(3, ["b", "x", "a"], {ADAPTER: [-1.0] * 3, BASE: [-1.0] * 3}, text="hello")
+    choice = {"text": "a", "logprobs": FORMS[form]}
+    body = {"choices": [choice], "usage": {"prompt_tokens": 4}}
+    with stand_in({**MODELS, "/v1/completions": (200, body)}) as url, ServerClient(url) as server:
+        (answer,) = server.ask([probe], "legal")
+    assert answer == Observation(2, {2: -0.5, 0: -1.5}, -3.0, 4)
+
+
+@pytest.mark.parametrize(("most", "asked"), [(20, [20, 20, 20]), (5, [20, 5, 5, 5]), (0, [20, 5, None, None, None])])
+def test_a_server_is_asked_for_fewer_log_probabilities_until_it_answers(most: int, asked: list[int | None]) -> None:
+    logprobs, requests = {ADAPTER: [-1.0], BASE: [-1.0]}, list[Request]()
+    probes = [Probe(3, ["a"], logprobs, text="hello")] * 3 + [Probe(3, ["a"], logprobs, messages=[])] * 3
+    choice = {"text": "a", "message": {"content": "a"}}
+    answers = dict.fromkeys(("/v1/completions", "/v1/chat/completions"), (200, {"choices": [choice]}))
+    with stand_in(answers, most=most, requests=requests) as url, ServerClient(url) as server:
+        assert server.ask(probes, "legal") == [Observation(0)] * 6
+    for path in answers:
+        assert [request.top for request in requests if request.path == path] == asked
+    for request in requests:
+        assert (request.body["model"], request.body["max_tokens"], request.body["temperature"]) == ("legal", 1, 0)
+
+
+def test_an_answer_that_never_ends_is_given_up() -> None:
+    class Slow(StandIn):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):  # the client has gone
+                for _ in range(200):
+                    self.wfile.write(b" ")
+                    time.sleep(0.02)
+
+    does_not_end = pytest.raises(ServerError, match="does not end its answer within 1 s")
+    with serving(Slow) as url, ServerClient(url, timeout=1) as server, does_not_end:
+        server.models()
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"text": None, "message": None, "logprobs": None},
+        {"text": 3, "message": [], "logprobs": []},
+        {"message": {"content": None}, "logprobs": {"content": [None], "top_logprobs": [None]}},
+        {"message": {"content": []}, "logprobs": {"content": [{"top_logprobs": [None, {"token": 1}]}]}},
+        {"logprobs": {"content": [{"top_logprobs": 3}], "top_logprobs": [{"a": 10**400, "b": None}]}},
+    ],
+)
+def test_nonsense_in_a_choice_is_no_observation(choice: dict[str, Any]) -> None:
+    logprobs = {ADAPTER: [-1.0], BASE: [-1.0]}
+    probes = [Probe(3, ["a"], logprobs, text="hello"), Probe(3, ["a"], logprobs, messages=[])]
+    answer = (200, {"choices": [choice], "usage": []})
+    with stand_in({"/v1/completions": answer, "/v1/chat/completions": answer}) as url, ServerClient(url) as server:
+        assert server.ask(probes, None) == [Observation(None)] * 2
+
+
+def test_a_proxy_is_not_asked_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with stand_in(MODELS) as url, ServerClient(url) as server:
+        assert server.models() == {"legal": None}
+
+
+def test_the_model_to_ask_is_found() -> None:
+    assert choose_model({}, None, "x") is None
+    assert choose_model({"base": None}, None, "x") == "base"
+    assert choose_model({"base": None, "a": "base"}, None, "x") == "a"
+    assert choose_model({"base": None, "a": "base", "x": "base"}, None, "x") == "x"
+    assert choose_model({"base": None, "a": "base"}, "a@0.5", "x") == "a@0.5"
+    with pytest.raises(ConfigError, match="several models, give one by --model: base, a, b"):
+        choose_model({"base": None, "a": "base", "b": "base"}, None, "x")
+    with pytest.raises(ConfigError, match="--model aa: the server has base, a; did you mean a"):
+        choose_model({"base": None, "a": "base"}, "aa", "x")

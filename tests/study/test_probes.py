@@ -1,0 +1,107 @@
+"""The probes of a passport, and the base in 4 bits."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model
+from verified_server import TOKENIZER, adapted, base_model, store_in_q4_0, through_gguf
+
+from tailora import LoRAConfig, LoRAModel
+from tailora.data.schemas import Choices, Conversation, Feedback, Preference
+from tailora.errors import DataError
+from tailora.study.probes import make_passport, q4_0, rounded_to_4_bits
+
+
+def test_q4_0_is_that_of_llama_cpp() -> None:
+    weight = torch.randn(8, 96, generator=torch.Generator().manual_seed(0))
+    weight[2] = 0
+    assert torch.equal(q4_0(weight), through_gguf(weight))
+
+
+def test_conv1d_is_rounded_along_its_inputs_and_the_head_is_not() -> None:
+    model = tiny_model("GPT2LMHeadModel", initializer_range=0.3).eval()
+    ids = torch.arange(20)[None]
+    exact = model(ids).logits
+    with rounded_to_4_bits(model):
+        rounded = model(ids).logits
+    expected = store_in_q4_0(model)(ids).logits
+    torch.testing.assert_close(rounded, expected, rtol=1e-3, atol=1e-3)
+    assert (rounded - exact).abs().max() > 0.1
+
+
+def test_a_passport_of_held_out_samples_has_their_prompts() -> None:
+    model, secret = adapted(0), "the cat is called Professor Fluff the Third of York"
+    samples = [Conversation([{"role": "user", "content": secret}, {"role": "assistant", "content": secret}])] * 2
+    held_out = make_passport(model, TOKENIZER, held_out=samples)
+    assert held_out.texts == "held-out"
+    chats = [probe.messages for probe in held_out.probes if probe.messages]
+    assert chats
+    assert all(messages == samples[0].messages[:1] for messages in chats)
+    assert any(secret in (probe.text or "") for probe in held_out.probes)
+
+
+GREETING = Conversation(
+    [{"role": "user", "content": "a good morning"}, {"role": "assistant", "content": "to you and to the cat"}]
+)
+
+
+@pytest.mark.parametrize(
+    "sample", [Preference(GREETING, GREETING), Feedback(GREETING, True), Choices((GREETING, GREETING), 1)]
+)
+def test_held_out_samples_of_any_task_make_probes(sample: Any) -> None:
+    probes = make_passport(adapted(0), TOKENIZER, held_out=[sample]).probes
+    assert [probe.messages for probe in probes if probe.messages] == [GREETING.messages[:1]]
+
+
+def test_a_conversation_needs_a_template() -> None:
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="no text is fit for a probe"):
+        make_passport(adapted(0), tokenizer, held_out=[GREETING])
+
+
+def test_an_adapter_that_changes_nothing_or_diverged_has_no_passport() -> None:
+    """A server could only be told from it wrongly."""
+    model = LoRAModel(base_model(), LoRAConfig(r=4))
+    with pytest.raises(DataError, match="the adapter changes no log-probability"):
+        make_passport(model, TOKENIZER)
+    for layer in model.adapter().low_rank.values():
+        torch.nn.init.constant_(layer.lora_B, torch.nan)
+    with pytest.raises(DataError, match=r"not finite: the adapter diverged"):
+        make_passport(model, TOKENIZER)
+
+
+def test_a_model_without_chat_template_gets_probes_of_plain_texts() -> None:
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = None
+    passport = make_passport(adapted(0), tokenizer)
+    assert passport.probes
+    assert all(probe.messages is None for probe in passport.probes)
+    for probe in passport.probes:
+        assert len(tokenizer(probe.text)["input_ids"]) == probe.prompt_tokens
+
+
+def test_a_model_with_few_positions_gets_none() -> None:
+    model = adapted(0)
+    model.config.max_position_embeddings = 64
+    with pytest.raises(DataError, match="the model has 64 positions; a passport needs 200"):
+        make_passport(model, TOKENIZER)
+
+
+def test_a_special_token_that_the_model_lacks_is_no_obstacle() -> None:
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    assert len(tokenizer) > base_model().config.vocab_size
+    assert make_passport(adapted(0), tokenizer).probes
+
+
+def test_probes_leave_the_model_and_random_numbers_as_they_are() -> None:
+    model = adapted(0)
+    ids, before = torch.arange(12)[None], torch.get_rng_state()
+    expected = model(input_ids=ids).logits
+    make_passport(model, TOKENIZER)
+    assert torch.equal(model(input_ids=ids).logits, expected)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(module._forward_hooks for module in model.modules())

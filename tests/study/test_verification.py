@@ -1,0 +1,211 @@
+"""The verdict on a server: every fault is found, through a real server of ours on loopback."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from verified_server import (
+    TOKENIZER,
+    adapted,
+    base_model,
+    running,
+    store_in_q4_0,
+    verdict_of,
+    with_controls,
+    write_adapters,
+)
+
+from tailora.formats.passport import ADAPTER, Passport, Probe, read_passport
+from tailora.serve.client import ServerClient
+from tailora.study.probes import next_logprobs
+from tailora.study.verification import STEP, Fit, Observation, _meaning, verify
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_adapters(tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="module")
+def url(root: Path) -> Iterator[str]:
+    with running(root) as url:
+        yield url
+
+
+FAULTS: dict[str, tuple[str, float | None, str]] = {  # verdict, scale, what is missing
+    "legal": ("adapter", 1.0, ""),
+    "tiny": ("base", 0.0, ""),
+    "legal@2": ("scaled", 2.0, ""),
+    "legal@0.5": ("scaled", 0.5, ""),
+    "legal@3": ("scaled", 3.0, ""),
+    "upper": ("partial", None, "the lower half of the layers"),
+    "mlp": ("partial", None, "the attention layers"),
+    "other": ("other-adapter", None, ""),
+}
+
+
+@pytest.mark.parametrize("model", FAULTS)
+def test_what_a_server_computes_is_told(url: str, root: Path, model: str) -> None:
+    verdict, scale, missing = FAULTS[model]
+    result = verdict_of(url, read_passport(root / "legal"), model)
+    assert result.verdict == verdict, "\n".join(result.evidence)
+    fit = result.fits["text"]
+    if model == "legal@3":  # between two scales of the passport, 2 and 4
+        assert fit.interval[0] <= 3 <= fit.interval[1]
+        assert result.scale == fit.scale
+    else:
+        assert result.scale == (None if scale is None else pytest.approx(scale, abs=STEP / 2))
+    if missing:
+        assert (fit.kind, fit.name) == ("part", missing)
+
+
+def test_another_adapter_is_told_by_the_base(url: str, root: Path) -> None:
+    result = verdict_of(url, read_passport(root / "legal"), "other", "tiny")
+    assert result.verdict == "other-adapter", "\n".join(result.evidence)
+
+
+TEMPLATES = {
+    "no start of the reply": TOKENIZER.chat_template.replace("{% if add_generation_prompt %}", "{% if false %}"),
+    "Alpaca": "### Instruction:\n{{ messages[0]['content'] }}\n\n### Response:\n",
+    "a second BOS": "<|im_start|>" + TOKENIZER.chat_template,
+    "a system message": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + TOKENIZER.chat_template,
+}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("no start of the reply", "Alpaca")),
+        "a second BOS",
+        "a system message",
+        "something else",
+    ],
+)
+def test_a_wrong_template_is_told(root: Path, wrong: str) -> None:
+    template = TEMPLATES.get(wrong, "Human: {{ messages[0]['content'] }} Bot:")
+    with running(root, template=template) as url:
+        result = verdict_of(url, read_passport(root / "legal"), "legal")
+    assert result.verdict == "template", "\n".join(result.evidence)
+    if wrong in TEMPLATES:
+        assert result.fits["chat"].name == wrong
+    assert any("the server counts" in sentence for sentence in result.evidence)
+
+
+def test_longer_prompts_are_written_in_another_way(url: str, root: Path) -> None:
+    """Also where a second BOS changes no more than rounding does. Some servers do not count cached tokens."""
+    passport = read_passport(root / "legal")
+    with ServerClient(url) as server:
+        answers = server.ask(passport.probes, "legal")
+    for more, verdict in ((1, "template"), (0, "adapter"), (-3, "adapter")):
+        for of_chats in (True, False):
+            counted = [
+                answer
+                and replace(answer, prompt_tokens=probe.prompt_tokens + more * ((probe.text is None) is of_chats))
+                for probe, answer in zip(passport.probes, answers, strict=True)
+            ]
+            assert verify(passport, counted).verdict == verdict, (more, of_chats)
+
+
+def answers_of(passport: Passport, variant: Callable[[Probe], str], *, has_logprobs: bool = True) -> list[Observation]:
+    """Returns what a server answers that computes this variant of each probe."""
+    answers = []
+    for probe in passport.probes:
+        logprobs = probe.logprobs[variant(probe)]
+        chosen = max(range(len(logprobs)), key=logprobs.__getitem__)
+        answers.append(Observation(chosen, dict(enumerate(logprobs)) if has_logprobs else {}))
+    return answers
+
+
+def test_what_a_server_changes_at_the_controls_is_no_scale(root: Path) -> None:
+    passport = with_controls(read_passport(root / "legal"), 20)
+    answers = answers_of(passport, lambda probe: "scale 1.25" if probe.is_control else ADAPTER)
+    assert verify(passport, answers).verdict == "adapter"
+
+
+@pytest.mark.parametrize(("has_logprobs", "verdict"), [(True, "template"), (False, "other-adapter")])
+def test_the_chosen_tokens_of_chats_do_not_tell_that_other_prompts_are_read_in_another_way(
+    root: Path, has_logprobs: bool, verdict: str
+) -> None:
+    passport = read_passport(root / "legal")
+    answers = answers_of(passport, lambda _: ADAPTER, has_logprobs=has_logprobs)
+    for number, probe in enumerate(passport.probes):
+        if probe.text is not None:
+            likeliest_last = sorted(range(len(probe.tokens)), key=probe.logprobs[ADAPTER].__getitem__)
+            listed = {token: -0.5 * place for place, token in enumerate(likeliest_last)}
+            answers[number] = Observation(likeliest_last[0], listed if has_logprobs else {})
+    assert verify(passport, answers).verdict == verdict
+
+
+def test_a_server_that_lists_other_tokens_than_the_passport_differs_from_it(root: Path) -> None:
+    """llama-server with a template that ignores the messages: its likeliest tokens are none of the chats' tokens."""
+    passport = read_passport(root / "legal")
+    answers = answers_of(passport, lambda _: ADAPTER)
+    for number, probe in enumerate(passport.probes):
+        if probe.text is None:
+            answers[number] = Observation(None, {}, bound=-9.0)
+    result = verify(passport, answers)
+    assert result.verdict == "template", "\n".join(result.evidence)
+    assert result.fits["chat"].has_logprobs
+
+
+def test_without_log_probabilities_the_chosen_tokens_decide(url: str, root: Path) -> None:
+    passport = read_passport(root / "legal")
+
+    def silent(observations: list[Observation | None]) -> list[Observation]:
+        return [Observation(answer.chosen) for answer in observations if answer is not None]
+
+    with ServerClient(url) as server:
+        for name, verdict in {"legal": "adapter", "tiny": "base"}.items():
+            result = verify(passport, silent(server.ask(passport.probes, name)))
+            assert result.verdict == verdict, "\n".join(result.evidence)
+            assert not result.fits["text"].has_logprobs
+
+
+def test_without_log_probabilities_a_scale_that_may_be_right_cannot_be_told(root: Path) -> None:
+    """An older file of the run in `transformers serve`: the best scale is off, and its wide interval includes 1."""
+    passport = read_passport(root / "legal")
+
+    def variant(probe: Probe) -> str:
+        return "scale 0.75" if probe.prompt_tokens % 3 else ADAPTER
+
+    result = verify(passport, answers_of(passport, variant, has_logprobs=False))
+    assert result.fits["text"].scale < 0.9 <= result.fits["text"].interval[1]
+    assert result.verdict == "unknown"
+
+
+def test_a_scale_that_includes_1_without_the_adapter_is_no_other_scale() -> None:
+    """The best scale is just within the limit, and the adapter as trained just above it."""
+    numbers = {"error": 0.5, "adapter_error": 0.52, "base_error": 1.5, "effect": 1.4, "rounding": 0.2, "limit": 0.51}
+    fit = Fit("scale", "", 1.02, (0.97, 1.08), **numbers, noise=0.1, is_certain=True, probes=30, has_logprobs=True)
+    assert _meaning(fit) == "other-adapter"
+    assert _meaning(replace(fit, scale=1.3, interval=(1.2, 1.4))) == "scaled"
+
+
+def answers_in_q4_0(passport: Passport, strength: float) -> list[Observation | None]:
+    """Returns what a server with the base in Q4_0 answers. Its weights come from gguf, not from tailora."""
+    model = adapted(0, store_in_q4_0(base_model())).eval()
+    model.set_scale("default", strength)
+    observations: list[Observation | None] = []
+    with torch.no_grad():
+        for probe in passport.probes:
+            ids = TOKENIZER(probe.text or probe.rendered)["input_ids"]
+            (logprobs,) = next_logprobs(model, [ids], [[len(ids) - 1]])
+            top = logprobs.topk(20)
+            tokens, values = top.indices.tolist(), top.values.tolist()
+            words = {TOKENIZER.decode([token]): value for token, value in zip(tokens, values, strict=True)}
+            listed = {number: words[text] for number, text in enumerate(probe.tokens) if text in words}
+            chosen = max(listed, key=listed.__getitem__, default=None)
+            observations.append(Observation(chosen, listed, float(top.values[-1]), len(ids)))
+    return observations
+
+
+@pytest.mark.parametrize(("strength", "verdict"), [(1.0, "adapter"), (0.0, "base"), (0.7, "scaled")])
+def test_a_base_in_q4_0_is_taken_into_account(root: Path, strength: float, verdict: str) -> None:
+    passport = with_controls(read_passport(root / "legal"), 10)
+    result = verify(passport, answers_in_q4_0(passport, strength))
+    assert result.verdict == verdict, "\n".join(result.evidence)
+    assert result.scale == pytest.approx(strength, abs=0.05)
+    if strength in (0, 1):  # between them Q4_0 changes something in between, more or less
+        assert all(fit.error < 1e-3 for fit in result.fits.values())  # the passport has four decimals
