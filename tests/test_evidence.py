@@ -1,17 +1,22 @@
 """What benchmarks/evidence.py uses: rules of verdicts on made-up numbers, and studies that `tailora compare` accepts.
 
-The script itself, which runs the studies, has no test; `python benchmarks/evidence.py --quick` runs a small one.
+With -m exhaustive the script itself runs one small study.
 """
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import evidence
 import evidence_data as data
 import evidence_rules as rules
 import evidence_tables as tables
 import markov
+import measure
 import numpy as np
 import pytest
+import torch
 from shapes import SHAPES
 from transformers import LlamaForCausalLM
 
@@ -229,3 +234,21 @@ def test_the_page_says_what_was_not_measured_and_why_there_is_no_verdict() -> No
     assert "-0.001 (-0.004 to +0.002) | does not hold |" in rows[2]
     assert "-0.100 | cannot tell: no interval |" in rows[3]
     assert [row.endswith("| not measured |") for row in rows[4:]] == [True] * 2
+
+
+@pytest.mark.exhaustive
+def test_a_study_of_the_script_has_the_loss_of_every_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "QUICK", tmp_path)
+    monkeypatch.chdir(tmp_path)  # the script goes elsewhere
+    of_cell = {"setting": "markov", "study": "full", "quick": True, "threads": torch.get_num_threads()}
+    result = evidence.run_cell(**of_cell)
+    arms = {arm["name"]: arm for arm in result["report"]["arms"]}
+    assert arms.keys() == {"full", "lora"} == result["sums"].keys()
+    for name, of_seeds in result["sums"].items():
+        losses = [sum(sums) / sum(result["counts"]) for sums in of_seeds]
+        assert losses == pytest.approx(arms[name]["seed_losses"], abs=1e-4)
+    path = tmp_path / "evidence.json"
+    path.write_text(json.dumps({"machine": {}, "cells": [{"cell": of_cell, "result": result}]}))
+    evidence.write_findings(path)
+    found = json.loads(path.read_text())["findings"]
+    assert {finding["statement"] for finding in found if finding["setting"] == "markov"} == {"rate", "forgetting"}
