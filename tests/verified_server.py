@@ -10,29 +10,27 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import tiny_server
 import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from tiny import GROUPED, chat_tokenizer, stir
-from tiny_server import on_loopback
 from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.adapter_set import AdapterSet
 from tailora.formats.passport import Passport, write_passport
-from tailora.serve.app import ServerSettings, create_app
 from tailora.serve.client import ServerClient
-from tailora.serve.engine import make_engine
-from tailora.serve.registry import AdapterRegistry
 from tailora.study.probes import QUESTIONS, make_passport
 from tailora.study.verification import Verification, verify
 
 TOKENIZER = chat_tokenizer(
     [*QUESTIONS, "a good morning to you and to the cat"], eos_token="<|im_end|>", bos_token="<|im_start|>"
 )
+
+OTHER_BASE = "other_base"  # folder of an adapter of another base
 
 
 def base_model(seed: int = 0) -> LlamaForCausalLM:
@@ -63,7 +61,7 @@ def write_adapters(folder: Path) -> Path:
     model.save_adapter(folder / "legal")
     write_passport(folder / "legal", make_passport(model, TOKENIZER))
     adapted(1).save_adapter(folder / "other")
-    LoRAModel(base_model(1), LoRAConfig(r=4)).save_adapter(folder / "new")  # of another base, which it does not change
+    LoRAModel(base_model(1), LoRAConfig(r=4)).save_adapter(folder / OTHER_BASE / "legal")  # it changes nothing
     save_without(folder / "upper", lambda path: int(path.split(".")[2]) < 2)
     save_without(folder / "mlp", lambda path: "attn" in path)
     return folder
@@ -74,18 +72,10 @@ def running(root: Path, *, seed: int = 0, template: str | None = None) -> Iterat
     """Yields the address of a server. seed: of its base's weights.    template: of its chats."""
     tokenizer = TOKENIZER if template is None else copy.deepcopy(TOKENIZER)
     tokenizer.chat_template = template or TOKENIZER.chat_template
-    engine = make_engine(AdapterSet(base_model(seed), {}), [2], max_positions=200, max_requests=8)
-    engine.start()
-    try:
-        registry = AdapterRegistry(engine.adapter_set, engine.paused, "tiny", root)
-        adapters = {name: name for name in ("legal", "other", "upper", "mlp")} if seed == 0 else {"legal": "new"}
-        for name, folder in adapters.items():
-            registry.load(name, root / folder, trusted=True)
-        app = create_app(engine, registry, tokenizer, ServerSettings())
-        with on_loopback(app) as url:
-            yield url
-    finally:
-        engine.stop(0)
+    adapters = ("legal", "other", "upper", "mlp") if seed == 0 else ("legal",)
+    folder = root if seed == 0 else root / OTHER_BASE
+    with tiny_server.running(folder, base=base_model(seed), tokenizer=tokenizer, adapters=adapters) as server:
+        yield server.url
 
 
 def verdict_of(url: str, passport: Passport, model: str, base: str | None = None) -> Verification:
