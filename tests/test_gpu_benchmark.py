@@ -78,7 +78,7 @@ def test_training_in_turn(folder: Path, capsys: pytest.CaptureFixture[str], monk
     assert "lora_alpha" in text
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_cell_that_fails_or_takes_too_long_leaves_its_reason(tmp_path: Path) -> None:
     decode = {"what": "decode", "model": "tiny", "rows": 1, "new_tokens": 2}
     failed = gpu.run_cell(decode, tmp_path, "cpu", 100)

@@ -328,7 +328,7 @@ def only_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.ranks
 @pytest.mark.usefixtures("only_rank")
 def test_sharded_layers_are_compiled_once_for_all() -> None:
     """FSDP2 frees the weights after the forward and gathers them for the backward, around the compiled code."""

@@ -150,6 +150,7 @@ def test_every_way_of_training_can_be_planned(small_run: TrainConfig, changes: d
     assert found.trainable_parameters > 0
 
 
+@pytest.mark.ranks
 def test_a_rank_has_a_share_of_what_fsdp2_shards(small_run: TrainConfig) -> None:
     settings = small_run.model_dump(exclude_unset=True, exclude={"data", "eval_data"})
     config = TrainConfig(**{**settings, "max_steps": 5, "per_device_train_batch_size": 1})  # one forward a step
@@ -285,7 +286,7 @@ def test_pairs_are_planned_as_they_are_trained(loss: str, small_run: TrainConfig
     )  # has a reference
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_few_real_steps_on_pairs_need_no_reference(small_run: TrainConfig, pairs: Path) -> None:
     planned = plan(small_run.replaced(data=str(pairs), per_device_train_batch_size=4), measure=True)
     assert planned.measured is not None

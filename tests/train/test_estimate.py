@@ -178,6 +178,7 @@ def test_the_bytes_of_the_base_are_those_of_the_loaded_one(tmp_path: Path, quant
     assert weights.stored == pytest.approx(stored_bytes(base), rel=0.02)
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 def test_the_bytes_of_a_rank_are_those_of_the_sharded_base(tmp_path: Path, quantize: str | None) -> None:
     """Scales stay whole, and a base is whole until it is quantized; of a plain one a rank reads its own rows."""
@@ -211,6 +212,7 @@ def test_the_bytes_of_a_rank_are_those_of_the_sharded_base(tmp_path: Path, quant
     assert sent == pytest.approx(2 * sharded * 2 / 3, rel=0.02)  # for the forward, and again for the backward
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_layers_that_are_gathered_are_counted_while_they_are_there(checkpointed: bool) -> None:
     """On a few tokens they are most of a step: two buffers and that of gloo, or two buffers and the whole weights."""
