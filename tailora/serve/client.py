@@ -164,6 +164,7 @@ def check_model(models: Mapping[str, str | None], name: str, flag: str) -> None:
 def choose_model(models: Mapping[str, str | None], name: str | None, folder_name: str) -> str | None:
     """Returns the model to ask: `name`; else the one with the folder's name, or the only adapter or model.
 
+    A base of adapters that has the folder's name is not meant, as in `serve --model demo --adapter chats=outputs/demo`.
     Raises ConfigError if that leaves several, or `name` is none of them. None if the server lists none.
     """
     if name is not None:
@@ -171,7 +172,8 @@ def choose_model(models: Mapping[str, str | None], name: str | None, folder_name
     if not models or name is not None:
         return name
     adapters = [model for model, parent in models.items() if parent is not None]
-    for choices in ([folder_name] if folder_name in models else [], adapters, list(models)):
+    named = [model for model in models if model == folder_name and model not in models.values()]
+    for choices in (named, adapters, list(models)):
         if len(choices) == 1:
             return choices[0]
     raise ConfigError(f"the server has several models, give one by --model: {_shown(models)}")

@@ -169,7 +169,7 @@ class ContinuousEngine(Engine):
         self._is_stopped = True
         model: Any = self.adapter_set.base_model
         if self._manager is not None:
-            if self._manager.is_running():
+            if timeout and self._manager.is_running():  # with 0, transformers warns that it has not waited
                 self._manager.stop(block=True, timeout=timeout, keep_for_next_session=True)
             if self._manager.is_running():
                 self._manager.stop(block=True, timeout=None, keep_for_next_session=True, hard_stop=True)

@@ -101,6 +101,7 @@ def test_the_model_to_ask_is_found() -> None:
     assert choose_model({"base": None}, None, "x") == "base"
     assert choose_model({"base": None, "a": "base"}, None, "x") == "a"
     assert choose_model({"base": None, "a": "base", "x": "base"}, None, "x") == "x"
+    assert choose_model({"x": None, "a": "x"}, None, "x") == "a"  # x is the base, not the adapter
     assert choose_model({"base": None, "a": "base"}, "a@0.5", "x") == "a@0.5"
     with pytest.raises(ConfigError, match="several models, give one by --model: base, a, b"):
         choose_model({"base": None, "a": "base", "b": "base"}, None, "x")
