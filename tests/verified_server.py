@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny_server
 import torch
 from gguf import GGMLQuantizationType
@@ -76,6 +77,17 @@ def running(root: Path, *, seed: int = 0, template: str | None = None) -> Iterat
     folder = root if seed == 0 else root / OTHER_BASE
     with tiny_server.running(folder, base=base_model(seed), tokenizer=tokenizer, adapters=adapters) as server:
         yield server.url
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_adapters(tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="module")
+def url(root: Path) -> Iterator[str]:
+    with running(root) as url:
+        yield url
 
 
 def verdict_of(url: str, passport: Passport, model: str, base: str | None = None) -> Verification:

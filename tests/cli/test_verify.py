@@ -1,12 +1,12 @@
 """`tailora verify`."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from verified_server import MODELS, Request, running, stand_in, write_adapters
+import verified_server
+from verified_server import MODELS, Request, running, stand_in
 
 from tailora.cli.main import main
 from tailora.cli.verify import HEADLINES
@@ -16,16 +16,7 @@ from tailora.serve import client
 from tailora.serve.client import MOST_BYTES
 from tailora.study.verification import STEP, Verdict
 
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_adapters(tmp_path_factory.mktemp("adapters"))
-
-
-@pytest.fixture(scope="module")
-def url(root: Path) -> Iterator[str]:
-    with running(root) as url:
-        yield url
+root, url = verified_server.root, verified_server.url  # the fixtures
 
 
 def test_the_command_says_its_verdict(url: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:

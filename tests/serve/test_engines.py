@@ -1,6 +1,8 @@
 """Engines: the tokens of a request are those that it gets alone, whatever runs beside it."""
 
+import logging
 from collections.abc import Iterator
+from logging.handlers import BufferingHandler
 from threading import Event
 from typing import Any
 
@@ -117,6 +119,18 @@ def test_greedy_tokens_are_those_of_the_request_alone(engine: Engine) -> None:
     assert together == expected
     shared = [tuple(tokens) for name, tokens in expected.items() if name.endswith("shared")]
     assert len(set(shared)) == len(shared)  # so that a mixture of adapters would be seen
+
+
+def test_an_engine_that_is_stopped_at_once_logs_nothing() -> None:
+    """So that a server that cannot start says its reason alone."""
+    logger, handler = logging.getLogger("ContinuousBatchingLogger"), BufferingHandler(100)
+    logger.addHandler(handler)
+    try:
+        with started(ContinuousEngine(AdapterSet(base_model(), {}), [EOS], max_positions=200)) as engine:
+            engine.stop(0)
+    finally:
+        logger.removeHandler(handler)
+    assert [record.getMessage() for record in handler.buffer if record.levelno >= logging.WARNING] == []
 
 
 def test_prompts_that_do_not_fit_into_one_forward(engine: Engine) -> None:

@@ -1,11 +1,12 @@
 """The verdict on a server: every fault is found, through a real server of ours on loopback."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import verified_server
 from verified_server import (
     TOKENIZER,
     adapted,
@@ -14,7 +15,6 @@ from verified_server import (
     store_in_q4_0,
     verdict_of,
     with_controls,
-    write_adapters,
 )
 
 from tailora.formats.passport import ADAPTER, Passport, Probe, read_passport
@@ -22,17 +22,7 @@ from tailora.serve.client import ServerClient
 from tailora.study.probes import next_logprobs
 from tailora.study.verification import STEP, Fit, Observation, _meaning, verify
 
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_adapters(tmp_path_factory.mktemp("adapters"))
-
-
-@pytest.fixture(scope="module")
-def url(root: Path) -> Iterator[str]:
-    with running(root) as url:
-        yield url
-
+root, url = verified_server.root, verified_server.url  # the fixtures
 
 FAULTS: dict[str, tuple[str, float | None, str]] = {  # verdict, scale, what is missing
     "legal": ("adapter", 1.0, ""),
