@@ -34,9 +34,10 @@ TOKENIZER = chat_tokenizer(
 OTHER_BASE = "other_base"  # folder of an adapter of another base
 
 
-def base_model(seed: int = 0) -> LlamaForCausalLM:
+def base_model(seed: int = 0, **more: int) -> LlamaForCausalLM:
+    """more: of its configuration."""
     torch.manual_seed(seed)
-    sizes = {**GROUPED, "num_hidden_layers": 4, "vocab_size": len(TOKENIZER)}
+    sizes = {**GROUPED, "num_hidden_layers": 4, "vocab_size": len(TOKENIZER), **more}
     config = LlamaConfig(**sizes, initializer_range=0.3, max_position_embeddings=256, eos_token_id=2)
     return LlamaForCausalLM(config).eval()
 

@@ -5,7 +5,8 @@ error of a variant is how far its log-probabilities are from those, in nats. Sca
 interpolated. Whether two variants can be told apart follows from resampling the probes.
 
 A server whose base is quantised answers otherwise. Prompts where the adapter changes little, the controls, tell how
-much, and whether it is what Q4_0 changes. The passport knows that: then it is added to every variant.
+much, and whether it is what Q4_0 changes; where there are too few, the server's base tells it under its own name. The
+passport knows what Q4_0 changes: then that is added to every variant.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -66,7 +67,7 @@ class Fit:
     error: of the best variant, in nats.    adapter_error, base_error: of the adapter as trained and of the base.
     effect: how far the adapter is from the base at these probes.
     rounding: how far 4-bit rounding moves the adapter.
-    limit: a variant with a larger error does not explain the answers.
+    limit: the adapter or the base with a larger error does not explain the answers.
     noise: the error that the server's own rounding leaves in a right variant; None if it is unknown.
     is_certain: the others of another meaning were worse in 95% of the resamples.
     probes: their number.    has_logprobs: the server told log-probabilities.
@@ -111,14 +112,16 @@ class Candidates:
 
 @dataclass(frozen=True)
 class ServerRounding:
-    """How a server's base is rounded, from the controls.
+    """How a server's base is rounded.
 
     share: how much of Q4_0's change is added to every variant: none, half or all.
     ratio: the error that is left then, relative to Q4_0's change.
+    bias: what `ratio` is multiplied by at other prompts.
     """
 
     share: float
     ratio: float
+    bias: float
 
 
 def fit_variants(
@@ -139,8 +142,8 @@ def fit_variants(
     share = 0.0 if server_rounding is None else server_rounding.share
     candidates = _candidates(probes, observations, passport, share)
     errors = candidates.errors()
-    effect, rounding = (_distance(probes, observations, name) for name in (BASE, ROUNDED_ADAPTER))
-    noise = None if server_rounding is None else CONTROL_BIAS * server_rounding.ratio * rounding
+    effect, rounding = (_distance(probes, observations, ADAPTER, name) for name in (BASE, ROUNDED_ADAPTER))
+    noise = None if server_rounding is None else server_rounding.bias * server_rounding.ratio * rounding
     is_scale = np.array([kind == "scale" for kind in candidates.kinds])
     scales = candidates.scales[is_scale]
     counts = np.random.default_rng(0).multinomial(len(probes), [1 / len(probes)] * len(probes), RESAMPLES)
@@ -156,10 +159,14 @@ def fit_variants(
             best = best_scale
     others = _of_other_meaning(candidates, best)
     wins = float((resampled[:, best] < resampled[:, others].min(1)).mean()) if others.any() else 1.0
-    limit = SHARE * effect if noise is None else min(SHARE * effect, max(LEAST_SHARE * effect, NOISE * noise))
     names = candidates.names
+
+    limit = _limit(effect, noise)
+    limit_of_best = limit
+    if noise is not None and names[best] not in (ADAPTER, BASE):  # of which alone it is known what Q4_0 changes
+        limit_of_best = _limit(effect, noise + share * rounding)
     return Fit(
-        kind=candidates.kinds[best] if errors[best] <= limit else "none",  # type: ignore[arg-type]
+        kind=candidates.kinds[best] if errors[best] <= limit_of_best else "none",  # type: ignore[arg-type]
         name="" if candidates.kinds[best] == "scale" else names[best],
         scale=float(candidates.scales[best_scale]),
         interval=(float(low), float(high)),
@@ -174,6 +181,11 @@ def fit_variants(
         probes=len(probes),
         has_logprobs=any(observation.has_logprobs for observation in observations),
     )
+
+
+def _limit(effect: float, noise: float | None) -> float:
+    """Returns the largest error of a variant that explains the answers."""
+    return SHARE * effect if noise is None else min(SHARE * effect, max(LEAST_SHARE * effect, NOISE * noise))
 
 
 def _of_other_meaning(candidates: Candidates, best: int) -> NDArray[np.bool_]:
@@ -244,15 +256,15 @@ def _regret(observation: Observation, predicted: Floats) -> Floats:
     return regret
 
 
-def _distance(probes: Sequence[Probe], observations: Sequence[Observation], name: str) -> float:
-    """Returns the error that the adapter has if a server computes this variant, and tells as much as this one."""
+def _distance(probes: Sequence[Probe], observations: Sequence[Observation], expected: str, computed: str) -> float:
+    """Returns the error of the expected variant if a server computes another one, and tells as much as this one."""
     squares, weights = [], []
     for probe, observation in zip(probes, observations, strict=True):
-        other = np.array(probe.logprobs[name])
+        other = np.array(probe.logprobs[computed])
         count = max(len(observation.logprobs), 1) if observation.has_logprobs else 0
         listed = {int(token): float(other[token]) for token in np.argsort(-other)[:count]}
         seen = Observation(int(other.argmax()), listed, min(listed.values(), default=None))
-        square, weight = _squared_errors(probe, seen, np.array([probe.logprobs[ADAPTER]]))
+        square, weight = _squared_errors(probe, seen, np.array([probe.logprobs[expected]]))
         squares.append(float(square[0]))
         weights.append(weight)
     return float(np.sqrt(np.dot(squares, weights) / max(sum(weights), 1e-12)))
@@ -288,10 +300,11 @@ def verify(
 
     of_base: its answers under the name of its base; None if it offers no base.
     """
-    server_rounding = _server_rounding(passport, observations)
+    of_base = of_base or [None] * len(observations)
+    server_rounding = _server_rounding(passport, observations, of_base)
     fits: dict[str, Fit] = {}
     for name, is_kind in KINDS.items():
-        for key, answers in ((name, observations), (f"base {name}", of_base or [None] * len(observations))):
+        for key, answers in ((name, observations), (f"base {name}", of_base)):
             if (fit := fit_variants(*_answered(passport, answers, is_kind), passport, server_rounding)) is not None:
                 fits[key] = fit
     text, chat, base = fits.get("text"), fits.get("chat"), fits.get("base text") or fits.get("base chat")
@@ -307,8 +320,8 @@ def verify(
                 verdict = "unknown"
         elif verdict == "adapter" and _agree_on_scale(text, chat):
             verdict, leading = "scaled", chat
-    if verdict in ("other-base", "other-adapter", "unknown") and base is not None:
-        if base.base_error > base.limit:
+    if verdict not in ("adapter", "template") and base is not None:
+        if not _is_base(base):
             verdict = "other-base"
         elif verdict == "other-base":
             verdict = "other-adapter"
@@ -346,18 +359,37 @@ def _with_logprobs(
     return [probe for probe, _ in pairs], [observation for _, observation in pairs]
 
 
-def _server_rounding(passport: Passport, observations: Sequence[Observation | None]) -> ServerRounding | None:
-    """Returns how the server's base is rounded, from the controls; None if too few of them have log-probabilities."""
-    probes, answers = _with_logprobs(*_answered(passport, observations, lambda probe: probe.is_control))
-    if len(probes) < FEWEST:
-        return None
+def _server_rounding(
+    passport: Passport, observations: Sequence[Observation | None], of_base: Sequence[Observation | None]
+) -> ServerRounding | None:
+    """Returns how the server's base is rounded, from the controls, else from its answers as the base.
+
+    None if too few of them have log-probabilities.
+    """
+    controls = _with_logprobs(*_answered(passport, observations, lambda probe: probe.is_control))
+    if len(controls[0]) >= FEWEST:
+        return _rounding_at(*controls, passport, ADAPTER)
+    texts = _with_logprobs(*_answered(passport, of_base, lambda probe: probe.text is not None))
+    return _rounding_at(*texts, passport, BASE) if len(texts[0]) >= FEWEST else None
+
+
+def _rounding_at(
+    probes: Sequence[Probe], observations: Sequence[Observation], passport: Passport, name: str
+) -> ServerRounding:
+    """Returns the rounding that explains these answers best.
+
+    name: BASE if the base answered; ADAPTER if it was the adapter, whose scale is unknown.
+    """
     errors: dict[float, float] = {}
     for share in SHARES_OF_Q4_0:
-        candidates = _candidates(probes, answers, passport, share)
-        is_scale = np.array([kind == "scale" for kind in candidates.kinds])
-        errors[share] = float(candidates.errors()[is_scale].min())
+        candidates = _candidates(probes, observations, passport, share)
+        is_possible = np.array([name in (ADAPTER, other) for other in candidates.names])
+        is_possible &= np.array([kind == "scale" for kind in candidates.kinds])
+        errors[share] = float(candidates.errors()[is_possible].min())
     best = min(errors, key=errors.__getitem__)
-    return ServerRounding(best, errors[best] / max(_distance(probes, answers, ROUNDED_ADAPTER), 1e-12))
+    rounded, bias = (ROUNDED_BASE, 1.0) if name == BASE else (ROUNDED_ADAPTER, CONTROL_BIAS)
+    change = _distance(probes, observations, name, rounded)
+    return ServerRounding(best, errors[best] / max(change, 1e-12), bias)
 
 
 def _meaning(fit: Fit | None) -> Verdict | None:
@@ -384,6 +416,12 @@ def _meaning(fit: Fit | None) -> Verdict | None:
     if low <= 1 <= high or low == 0:  # a scale that explains the answers only together with what the limit excludes
         return _unexplained(fit)
     return "scaled"
+
+
+def _is_base(fit: Fit) -> bool:
+    """Returns True if these answers are those of the base."""
+    # Without log-probabilities, a right base has a wide interval
+    return fit.base_error <= fit.limit and (not fit.has_logprobs or _meaning(fit) == "base")
 
 
 def _agree_on_scale(text: Fit, chat: Fit) -> bool:

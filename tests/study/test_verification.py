@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import verified_server
+from transformers import LlamaForCausalLM
 from verified_server import (
     TOKENIZER,
     adapted,
@@ -17,9 +18,10 @@ from verified_server import (
     with_controls,
 )
 
+from tailora import LoRAModel
 from tailora.formats.passport import ADAPTER, Passport, Probe, read_passport
 from tailora.serve.client import ServerClient
-from tailora.study.probes import next_logprobs
+from tailora.study.probes import make_passport, next_logprobs
 from tailora.study.verification import STEP, Fit, Observation, _meaning, verify
 
 root, url = verified_server.root, verified_server.url  # the fixtures
@@ -173,10 +175,9 @@ def test_a_scale_that_includes_1_without_the_adapter_is_no_other_scale() -> None
     assert _meaning(replace(fit, scale=1.3, interval=(1.2, 1.4))) == "scaled"
 
 
-def answers_in_q4_0(passport: Passport, strength: float) -> list[Observation | None]:
-    """Returns what a server with the base in Q4_0 answers. Its weights come from gguf, not from tailora."""
-    model = adapted(0, store_in_q4_0(base_model())).eval()
-    model.set_scale("default", strength)
+def answers_of_model(passport: Passport, model: LoRAModel, strength: float = 1.0) -> list[Observation | None]:
+    """Returns what a server answers that computes with this model."""
+    model.eval().set_scale("default", strength)
     observations: list[Observation | None] = []
     with torch.no_grad():
         for probe in passport.probes:
@@ -193,9 +194,38 @@ def answers_in_q4_0(passport: Passport, strength: float) -> list[Observation | N
 
 @pytest.mark.parametrize(("strength", "verdict"), [(1.0, "adapter"), (0.0, "base"), (0.7, "scaled")])
 def test_a_base_in_q4_0_is_taken_into_account(root: Path, strength: float, verdict: str) -> None:
+    """The weights in Q4_0 come from gguf, not from tailora."""
+    model = adapted(0, store_in_q4_0(base_model()))
     passport = with_controls(read_passport(root / "legal"), 10)
-    result = verify(passport, answers_in_q4_0(passport, strength))
-    assert result.verdict == verdict, "\n".join(result.evidence)
+    answers, of_base = (answers_of_model(passport, model, scale) for scale in (strength, 0.0))
+    result = verify(passport, answers)
+    without_controls = verify(with_controls(passport, 0), answers, of_base)
+    assert result.verdict == without_controls.verdict == verdict, "\n".join(result.evidence)
     assert result.scale == pytest.approx(strength, abs=0.05)
     if strength in (0, 1):  # between them Q4_0 changes something in between, more or less
-        assert all(fit.error < 1e-3 for fit in result.fits.values())  # the passport has four decimals
+        fits = [*result.fits.values(), *without_controls.fits.values()]
+        assert all(fit.error < 1e-3 for fit in fits)  # the passport has four decimals
+
+
+@pytest.mark.parametrize(
+    ("computes", "verdict"),
+    [
+        (lambda base: adapted(102, base(2)), "other-adapter"),  # alone, "adapter"
+        (lambda base: adapted(2, base(52)), "other-base"),  # alone, "scaled"
+        (lambda base: adapted(2, base(2)), "adapter"),
+    ],
+    ids=["another adapter", "another base", "the same"],
+)
+def test_the_answers_of_the_base_tell_what_the_answers_alone_do_not(
+    computes: Callable[[Callable[[int], LlamaForCausalLM]], LoRAModel], verdict: str
+) -> None:
+    """The passport has only two controls, as those of tiny models have."""
+
+    def base(seed: int) -> LlamaForCausalLM:
+        return base_model(seed, intermediate_size=64)
+
+    passport = make_passport(adapted(2, base(2)), TOKENIZER)
+    server = computes(base)
+    answers, of_base = (answers_of_model(passport, server, scale) for scale in (1.0, 0.0))
+    result = verify(passport, answers, of_base)
+    assert result.verdict == verdict, "\n".join(result.evidence)
