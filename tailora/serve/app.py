@@ -294,37 +294,45 @@ def event(body: BaseModel) -> str:
     return f"data: {body.model_dump_json(exclude_unset=True)}\n\n"
 
 
-async def with_end(events: AsyncIterator[BaseModel], count: Callable[[int], None]) -> AsyncGenerator[str]:
-    """Yields the events of a stream as text; an error in it is an event too.
-
-    count: called once with the status that an answer which is not streamed would have had.
-    """
-    status = GONE  # unless the client reads to the end
-    try:
-        async for body in events:
-            yield event(body)
-        status = 200
-    except RequestError as error:
-        status = error.status
-        yield f"data: {json.dumps(error_body(error.status, error.message, error.param))}\n\n"
-    finally:
-        count(status)
-    yield "data: [DONE]\n\n"
-
-
 class EventStream(StreamingResponse):
-    """Cancels the answers when the client is gone, also before `events` has begun or while an event is sent."""
+    """The events of an answer as text; an error in it is an event, too.
 
-    def __init__(self, events: AsyncGenerator[str], cancel: Callable[[], None]) -> None:
-        super().__init__(events, media_type="text/event-stream")
-        self.events, self.cancel = events, cancel
+    Cancels the answers when the client is gone, also before `events` has begun or while an event is sent.
+
+    end: called once with the status that an answer which is not streamed would have had.
+    """
+
+    def __init__(
+        self, events: AsyncGenerator[BaseModel], cancel: Callable[[], None], end: Callable[[int], None]
+    ) -> None:
+        self.texts = self._texts(events)
+        super().__init__(self.texts, media_type="text/event-stream")
+        self.events, self.cancel, self.end = events, cancel, end
+        self.has_ended = False
+
+    async def _texts(self, events: AsyncGenerator[BaseModel]) -> AsyncGenerator[str]:
+        try:
+            async for body in events:
+                yield event(body)
+            self._end(200)
+        except RequestError as error:
+            self._end(error.status)
+            yield f"data: {json.dumps(error_body(error.status, error.message, error.param))}\n\n"
+        yield "data: [DONE]\n\n"
+
+    def _end(self, status: int) -> None:
+        if not self.has_ended:
+            self.has_ended = True
+            self.end(status)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             self.cancel()
+            await self.texts.aclose()
             await self.events.aclose()
+            self._end(GONE)
 
 
 class ChatAnswer:
@@ -365,7 +373,7 @@ class ChatAnswer:
         choice = ChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=reason)
         return ChatCompletionChunk(**self.head, object="chat.completion.chunk", choices=[choice])
 
-    async def stream(self) -> AsyncIterator[BaseModel]:
+    async def stream(self) -> AsyncGenerator[BaseModel]:
         for index in range(len(self.generation.answers)):
             yield self.chunk(index, Delta(role="assistant", content=""))
         if self.has_calls:
@@ -414,7 +422,7 @@ class CompletionAnswer:
         ]
         return Completion(**self.head, choices=choices, usage=self.server.usage(self.generation, self.ids))
 
-    async def stream(self) -> AsyncIterator[BaseModel]:
+    async def stream(self) -> AsyncGenerator[BaseModel]:
         offsets = [0] * len(self.generation.answers)
         async for piece in self.server.pieces(self.generation):
             choice = self.choice(piece.index, piece.text, piece.tokens, piece.finish_reason, offsets[piece.index])
@@ -509,7 +517,7 @@ def add_generation(app: FastAPI, server: Server) -> None:
 
         request.state.is_streamed = bool(body.stream)
         if body.stream:
-            return EventStream(with_end(answer.stream(), count), answer.generation.cancel)
+            return EventStream(answer.stream(), answer.generation.cancel, count)
         return await unless_disconnected(request, answer.whole())
 
     def check_request(body: GenerationRequest) -> None:

@@ -22,6 +22,7 @@ import pytest
 import schemathesis
 import torch
 from hypothesis import HealthCheck, given, settings
+from pydantic import BaseModel
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from server_process import SECONDS_TO_START, free_port
 from tiny import CHATML
@@ -32,7 +33,7 @@ from tailora.cli.main import main
 from tailora.cli.serve import adapters_in, listen
 from tailora.data.chat_template import ChatTokenizer
 from tailora.serve.app import EventStream
-from tailora.serve.schemas import ChatRequest
+from tailora.serve.schemas import ChatRequest, Health
 
 CHAT = [{"role": "user", "content": "what is that"}]
 
@@ -190,14 +191,15 @@ def test_a_client_that_goes_away_frees_its_place(server: Running, stream: bool) 
         assert forwards.count < 20
 
 
-@pytest.mark.parametrize(("last", "expected"), [("start", ["answers"]), ("body", ["answers", "events"])])
-def test_a_stream_is_cancelled_wherever_its_client_goes_away(last: str, expected: list[str]) -> None:
-    ended: list[str] = []
+@pytest.mark.parametrize(("last", "expected"), [("start", ["answers", 499]), ("body", ["answers", "events", 499])])
+def test_a_stream_is_cancelled_wherever_its_client_goes_away(last: str, expected: list[str | int]) -> None:
+    """And counted in the metrics as a client that went away."""
+    ended: list[str | int] = []
 
-    async def events() -> AsyncGenerator[str]:
+    async def events() -> AsyncGenerator[BaseModel]:
         try:
             while True:
-                yield "data"
+                yield Health(status="ok")
         finally:
             ended.append("events")
 
@@ -213,7 +215,8 @@ def test_a_stream_is_cancelled_wherever_its_client_goes_away(last: str, expected
                 is_gone.set()
                 await asyncio.Event().wait()  # as a connection that takes no more
 
-        await EventStream(events(), lambda: ended.append("answers"))({"type": "http"}, receive, send)
+        response = EventStream(events(), lambda: ended.append("answers"), ended.append)
+        await response({"type": "http"}, receive, send)
         assert ended == expected
 
     asyncio.run(respond())
