@@ -34,6 +34,12 @@ from tailora.data.readers import JSON_LINES, READERS, TXT, Row, RowProblem, data
 from tailora.errors import AdapterError, ConfigError, DataError, MemoryLimitError, nearest
 from tailora.formats.io import check_new_file, partial_file, write_lines
 
+IgnoreChatTemplate = Annotated[
+    bool,
+    Parameter(
+        negative=(), show_default=False, help="continue the prompt as it stands, as after training on plain texts"
+    ),
+]
 System = Annotated[str | None, Parameter(help="system message, before the conversation")]
 MEMORY_ADVICE = "what helps: a shorter prompt, a smaller --max-new-tokens, a smaller --model, closing other programs"
 
@@ -178,6 +184,7 @@ def generate(
     prompt: Prompts = None,
     prompts: PromptsFile = None,
     system: System = None,
+    ignore_chat_template: IgnoreChatTemplate = False,
     quantize: Quantize = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
@@ -194,6 +201,11 @@ def generate(
     """
     if prompt and prompts is not None:
         raise ConfigError("--prompt and --prompts both say what to answer: give one")
+    if ignore_chat_template and system is not None:
+        raise ConfigError(
+            "--system needs the chat template, which --ignore-chat-template leaves out: give one, or write both texts "
+            "into --prompt"
+        )
     questions = (prompt or [piped_text()]) if prompts is None else read_prompts(prompts)
     if output is not None:
         check_answers_file(output, overwrite=overwrite)
@@ -213,9 +225,10 @@ def generate(
     ):
         for number, text in enumerate(questions, 1):
             messages = [*system_messages(system), {"role": "user", "content": text}]
+            asked = text if ignore_chat_template else messages
             reply = ""
             with explained_memory_errors():
-                for piece in stream_reply(loaded.model, loaded.tokenizer, messages, **sampling):
+                for piece in stream_reply(loaded.model, loaded.tokenizer, asked, **sampling):
                     reply += piece
                     if is_shown:
                         print(piece, end="", flush=True)

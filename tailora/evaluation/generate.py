@@ -167,23 +167,24 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
 def stream_reply(
     model: Any,
     tokenizer: Any,
-    messages: Messages,
+    prompt: Messages | str,
     *,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Iterator[str]:
-    """Yields pieces of the active adapters' answer to `messages`, up to the end of the turn.
+    """Yields pieces of the active adapters' answer to a chat, up to the end of the turn, or of how a text goes on.
 
     However it ends (the caller stops reading, Ctrl-C, an error in the model, which is raised here), the model keeps
     the mode, and torch the random state, that they had before.
     Raises DataError if the chat template refuses the messages, or they fill the model's positions.
     """
     if is_seq2seq(model):
-        ids = encoder_ids("\n".join(message["content"] for message in messages), tokenizer)
+        text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+        ids = encoder_ids(text, tokenizer)
     else:
-        ids = chat_ids(messages, tokenizer)
+        ids = plain_ids(prompt, tokenizer) if isinstance(prompt, str) else chat_ids(prompt, tokenizer)
     arguments = generation_arguments(
         model, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
     )

@@ -11,8 +11,9 @@ from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import main
-from tailora.cli.models import parse_adapters
+from tailora.cli.models import load_model, parse_adapters
 from tailora.errors import ConfigError
+from tailora.evaluation.generate import stream_reply
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +190,7 @@ def test_generate_reads_a_prompt_from_a_pipe(
         (["--top-p", "0"], "top-p"),
         (["--max-new-tokens", "0"], "max-new-tokens"),
         (["--seed", str(2**70)], "seed"),
+        (["--system", "be brief", "--ignore-chat-template"], "--system needs the chat template"),
     ],
 )
 def test_mistakes_of_generate_exit_with_2(
@@ -228,6 +230,18 @@ def test_a_system_message_changes_the_answer_and_stays_after_a_reset(
     assert answer.splitlines() == [first] if command == "chat" else answer
     assert main(tokens) == 0
     assert capsys.readouterr().out != answer
+
+
+def test_generate_continues_a_text_without_the_chat_template(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = ["generate", "--model", str(tiny_model), "--max-new-tokens", "6", "--prompt", "hello"]
+    assert main([*tokens, "--ignore-chat-template"]) == 0
+    answer = capsys.readouterr().out.rstrip("\n")
+    loaded = load_model(str(tiny_model), {})
+    assert answer == "".join(stream_reply(loaded.model, loaded.tokenizer, "hello", max_new_tokens=6))
+    assert main(tokens) == 0
+    assert capsys.readouterr().out.rstrip("\n") != answer
 
 
 @pytest.mark.parametrize(

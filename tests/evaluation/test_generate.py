@@ -68,6 +68,12 @@ def test_without_a_chat_template_the_words_are_continued(
     assert "".join(stream_reply(model, tokenizer, HELLO, max_new_tokens=10)) == tokenizer.decode(expected)
 
 
+def test_a_text_is_continued_as_it_stands(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    expected = likeliest(model, tokenizer("hello")["input_ids"], 10)
+    assert "".join(stream_reply(model, tokenizer, "hello", max_new_tokens=10)) == tokenizer.decode(expected)
+    assert expected != likeliest(model, chat_ids(HELLO, tokenizer), 10)
+
+
 def test_the_token_that_ends_a_turn_stops_it_though_it_is_not_eos(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
