@@ -18,6 +18,8 @@ from tailora.study.verification import Observation
 TOP = (20, 5, None)  # log-probabilities to ask for; servers allow 20 (vLLM) or 5 (OpenAI), or tell none
 ENDPOINTS = {"text": "/v1/completions", "chat": "/v1/chat/completions"}
 REFUSED = (400, 404, 405, 422, 500, 501)  # of a request that the server does not know
+BUSY = (429, 503)  # asked again, after the seconds that the server says, or after more and more of them
+FIRST_WAIT = 0.5
 MODELS_SHOWN = 10
 MOST_BYTES = 16 * 10**6  # of an answer; that to a probe has a few thousand
 FARTHEST = 1e6  # nats; what is farther from 0 is no log-probability
@@ -25,17 +27,19 @@ FARTHEST = 1e6  # nats; what is farther from 0 is no log-probability
 
 @dataclass(frozen=True)
 class Answer:
-    """Of a server. location: where a redirect leads."""
+    """Of a server. location: where a redirect leads. wait: seconds after which the server wants to be asked again."""
 
     status: int
     content: bytes
     location: str | None
+    wait: float | None
 
 
 class ServerClient:
     """One OpenAI-compatible server. It is asked one probe at a time, so that no batch changes its rounding.
 
-    url: with or without "/v1".    key: of the Authorization header.    timeout: seconds for an answer.
+    url: with or without "/v1".    key: of the Authorization header.
+    timeout: seconds for an answer. A server that is busy is asked again for as long.
     A proxy of the environment is used as other programs do, but never for this machine itself.
     Raises ConfigError for what is no address or no key.
     """
@@ -115,8 +119,13 @@ class ServerClient:
         return None
 
     def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Answer:
+        end, wait = time.monotonic() + self._timeout, FIRST_WAIT
         try:
             answer = self._read(method, path, body)
+            while answer.status in BUSY and time.monotonic() + (seconds := answer.wait or wait) < end:
+                time.sleep(seconds)
+                wait *= 2
+                answer = self._read(method, path, body)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ServerError(f"{self.url} cannot be asked: {error or type(error).__name__}") from None
         if answer.location is not None:
@@ -138,7 +147,8 @@ class ServerClient:
                 if time.monotonic() > end:
                     raise ServerError(f"{self.url}{path} does not end its answer within {self._timeout:g} s")
             location = response.headers.get("Location") if response.is_redirect else None
-        return Answer(response.status_code, bytes(content), location)
+            wait = response.headers.get("Retry-After", "")  # a date, the other form, is rare
+        return Answer(response.status_code, bytes(content), location, float(wait) if wait.isdecimal() else None)
 
     def _body(self, answer: Answer, path: str) -> dict[str, Any]:
         body = _parsed(answer.content)

@@ -370,7 +370,11 @@ def _server_rounding(
     if len(controls[0]) >= FEWEST:
         return _rounding_at(*controls, passport, ADAPTER)
     texts = _with_logprobs(*_answered(passport, of_base, lambda probe: probe.text is not None))
-    return _rounding_at(*texts, passport, BASE) if len(texts[0]) >= FEWEST else None
+    if len(texts[0]) < FEWEST:
+        return None
+    rounding = _rounding_at(*texts, passport, BASE)
+    fit = fit_variants(*texts, passport, rounding)
+    return rounding if fit is not None and _is_base(fit) else None  # else it is another base
 
 
 def _rounding_at(

@@ -54,6 +54,41 @@ def test_a_server_is_asked_for_fewer_log_probabilities_until_it_answers(most: in
         assert (request.body["model"], request.body["max_tokens"], request.body["temperature"]) == ("legal", 1, 0)
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_server_is_asked_again(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    probe = Probe(3, ["a"], {ADAPTER: [-1.0], BASE: [-1.0]}, text="hello")
+    answered = {"choices": [{"text": "a"}]}
+
+    class Busy(StandIn):
+        requests: list[Request] = []
+        answers = {"/v1/completions": (200, answered)}
+
+        def do_POST(self) -> None:
+            if len(waits) == 3:
+                self.reply()
+                return
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            if len(waits) == 1:
+                self.send_header("Retry-After", "7")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    with serving(Busy) as url, ServerClient(url) as server:
+        assert server.ask([probe], "legal") == [Observation(0)]
+    assert waits == [0.5, 7, 2]
+
+
+def test_a_server_that_stays_busy_is_given_up() -> None:
+    probe = Probe(3, ["a"], {ADAPTER: [-1.0], BASE: [-1.0]}, text="hello")
+    busy = {"/v1/completions": (429, {"error": {"message": "try again later"}})}
+    refused = pytest.raises(ServerError, match="answers 429 try again later")
+    with stand_in(busy) as url, ServerClient(url, timeout=1) as server, refused:
+        server.ask([probe], "legal")
+
+
 def test_an_answer_that_never_ends_is_given_up() -> None:
     class Slow(StandIn):
         def do_GET(self) -> None:
