@@ -160,9 +160,7 @@ def fit_variants(
     others = _of_other_meaning(candidates, best)
     wins = float((resampled[:, best] < resampled[:, others].min(1)).mean()) if others.any() else 1.0
     names = candidates.names
-
-    limit = _limit(effect, noise)
-    limit_of_best = limit
+    limit = limit_of_best = _limit(effect, noise)
     if noise is not None and names[best] not in (ADAPTER, BASE):  # of which alone it is known what Q4_0 changes
         limit_of_best = _limit(effect, noise + share * rounding)
     return Fit(
@@ -387,8 +385,8 @@ def _rounding_at(
     errors: dict[float, float] = {}
     for share in SHARES_OF_Q4_0:
         candidates = _candidates(probes, observations, passport, share)
-        is_possible = np.array([name in (ADAPTER, other) for other in candidates.names])
-        is_possible &= np.array([kind == "scale" for kind in candidates.kinds])
+        pairs = zip(candidates.names, candidates.kinds, strict=True)
+        is_possible = np.array([kind == "scale" and name in (ADAPTER, other) for other, kind in pairs])
         errors[share] = float(candidates.errors()[is_possible].min())
     best = min(errors, key=errors.__getitem__)
     rounded, bias = (ROUNDED_BASE, 1.0) if name == BASE else (ROUNDED_ADAPTER, CONTROL_BIAS)
