@@ -489,6 +489,13 @@ SYNONYMS = {  # only for the hint in an error: no column is renamed without --fi
     "tokens": ("words",),
     "tags": ("ner_tags", "pos_tags", "labels", "ner"),
 }
+PAIR = ("prompt", "completion")
+EXAMPLE_KEYS = {  # task -> what the example in an error names, where no synonym fits; PAIR for the others
+    PREFERENCE: ("chosen", "rejected"),
+    SEQUENCE_CLASSIFICATION: ("text", "label"),
+    REGRESSION: ("text", "label"),
+    TOKEN_CLASSIFICATION: ("tokens", "tags"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -571,16 +578,27 @@ def _unknown_schema(columns: list[str], field: Mapping[str, str], schemas: Seque
         required.setdefault(schema.name, ", ".join(schema.required))
     known = "; ".join(f"{name} ({keys})" for name, keys in required.items())
     flags = "".join(f" --field {key}={column}" for key, column in field.items())
-    hint = "Name the columns, for instance: --field prompt=question --field completion=answer"
     lower = {column.lower(): column for column in columns}
-    for schema in schemas:
-        guess = {
-            key: field.get(key) or next((lower[name] for name in (key, *SYNONYMS.get(key, ())) if name in lower), None)
-            for key in schema.required
+
+    def guess(keys: Sequence[str]) -> dict[str, str | None]:
+        names = {key: (key, *SYNONYMS.get(key, ())) for key in keys}
+        return {
+            key: field.get(key) or next((lower[name] for name in names[key] if name in lower), None) for key in keys
         }
-        if all(guess.values()) and len(set(guess.values())) == len(guess):
-            hint = "Perhaps: " + " ".join(f"--field {key}={column}" for key, column in guess.items() if key != column)
+
+    for schema in schemas:
+        guessed = guess(schema.required)
+        if all(guessed.values()) and len(set(guessed.values())) == len(guessed):
+            hint = "Perhaps:"
             break
+    else:
+        hint = "Name the columns, for instance:"
+        known_keys = {key for schema in schemas for key in schema.required}
+        guessed = guess([key for key in EXAMPLE_KEYS.get(task, PAIR) if key in known_keys])
+        missing = [key for key, column in guessed.items() if column is None]
+        left = [column for column in columns if column not in guessed.values()]
+        guessed |= dict.fromkeys(missing, left[0] if len(missing) == len(left) == 1 else "COLUMN")
+    hint += "".join(f" --field {key}={column}" for key, column in guessed.items() if key != column)
     return (
         f"the rows have the keys {_names(columns) or '(none)'}, which fit no known schema"
         f"{'' if task == AUTO else f' of --task {task}'}{flags and f' with{flags}'}.\nKnown: {known}.\n{hint}"

@@ -106,9 +106,27 @@ def test_unknown_keys_are_listed_with_the_known_schemas_and_a_hint() -> None:
         detect_schema([row("first", "answer")], {"prompt": "first"})
 
 
-def test_keys_that_resemble_nothing_get_the_general_hint() -> None:
-    with pytest.raises(DataError, match="for instance: --field prompt=question"):
-        detect_schema([row("x1", "x2")])
+@pytest.mark.parametrize(
+    ("task", "columns", "example"),
+    [
+        ("auto", ["x1", "x2"], "prompt=COLUMN --field completion=COLUMN"),
+        ("seq2seq", ["x1", "answer"], "prompt=x1 --field completion=answer"),
+        ("preference", ["better", "x"], "chosen=better --field rejected=x"),
+        ("sequence-classification", ["body", "queue"], "text=body --field label=queue"),
+        ("sequence-classification", ["text", "queue"], "label=queue"),
+        ("sequence-classification", ["body", "id", "queue"], "text=body --field label=COLUMN"),
+        ("regression", ["x1", "score"], "text=x1 --field label=score"),
+        ("token-classification", ["words", "x"], "tokens=words --field tags=x"),
+    ],
+)
+def test_keys_that_resemble_nothing_get_an_example_of_the_task(task: str, columns: list[str], example: str) -> None:
+    with pytest.raises(DataError, match=f"Name the columns, for instance: --field {example}$"):
+        detect_schema([row(*columns)], task=task)
+
+
+def test_rows_to_predict_get_an_example_without_the_label() -> None:
+    with pytest.raises(DataError, match=r"Name the columns, for instance: --field text=x1$"):
+        detect_schema([row("x1")], task="sequence-classification", has_labels=False)
 
 
 @pytest.mark.parametrize(
