@@ -15,6 +15,8 @@ from tailora.evaluation.statistics import Difference
 from tailora.study.results import ArmResult, Finalist
 from tailora.study.trial import DONE
 
+MOST_SEEDS, MOST_EXAMPLES = 50, 50_000  # that a verdict asks for; to run or collect more is not practical
+
 # ---- compare
 
 
@@ -156,10 +158,15 @@ def what_would_tell(difference: Difference, margin: float) -> str:
     half_width = (difference.high - difference.low) / 2
     times = (half_width / (margin / 2)) ** 2
     if difference.from_examples > 0.5:
-        count = math.ceil(difference.examples * times)
-        return f"Most of the uncertainty comes from the examples: about {count:,} judging examples would be enough."
-    count = max(math.ceil(difference.seeds * times), difference.seeds + 1)
-    return f"Most of the uncertainty comes from the seeds: about {count:,} seeds would be enough."
+        source, unit, count = "examples", "judging examples", math.ceil(difference.examples * times)
+        most, remedy = MOST_EXAMPLES, "longer runs may help, or a larger --margin"
+    else:
+        source, unit, count = "seeds", "seeds", max(math.ceil(difference.seeds * times), difference.seeds + 1)
+        most, remedy = MOST_SEEDS, "longer runs help, and more held-out examples (--eval-data or --validation-split)"
+    begin = f"Most of the uncertainty comes from the {source}"
+    if count > most:
+        return f"{begin}, and no practical number of {unit} would be enough: {remedy}."
+    return f"{begin}: about {count:,} {unit} would be enough."
 
 
 def difference_in_words(difference: Difference, p_value: float | None, unit: str) -> str:

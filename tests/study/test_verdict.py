@@ -121,6 +121,24 @@ def test_what_it_would_take_is_of_the_larger_source() -> None:
     assert "about 12 seeds would be enough" in what_would_tell(of_seeds, 0.02)
 
 
+def test_no_number_is_advised_that_nobody_can_run() -> None:
+    """Two seeds with 5 examples asked for 118,638 seeds."""
+    of_seeds = Difference(0, -0.049, 0.049, 0.5, 5, 2, 0.1)
+    assert "about 49 seeds would be enough" in what_would_tell(of_seeds, 0.02)
+    assert what_would_tell(replace(of_seeds, low=-2.4, high=2.4), 0.02) == (
+        "Most of the uncertainty comes from the seeds, and no practical number of seeds would be enough: longer runs "
+        "help, and more held-out examples (--eval-data or --validation-split)."
+    )
+    of_examples = Difference(0, -2, 2, 0.5, 5, 2, 0.9)
+    assert what_would_tell(of_examples, 0.02) == (
+        "Most of the uncertainty comes from the examples, and no practical number of judging examples would be "
+        "enough: longer runs may help, or a larger --margin."
+    )
+    assert "about 45,000 judging examples" in what_would_tell(
+        replace(of_examples, low=-0.3, high=0.3, examples=50), 0.02
+    )
+
+
 def test_of_two_that_do_as_well_the_one_that_trains_less_is_taken() -> None:
     large = arm(-0.01, 0.01, name="r64", parameters=2_000_000)
     verdict, _ = verdict_of(FULL, large)
