@@ -54,7 +54,7 @@ from tailora.data.schemas import CAUSAL_LM, REGRESSION, SEQ2SEQ, SEQUENCE_CLASSI
 from tailora.errors import ConfigError, FormatError, listing, nearest
 from tailora.formats.io import read_json_object
 from tailora.formats.metadata import METADATA_KEY, parse_metadata
-from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder
+from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES, adapter_folder
 from tailora.quiet import quiet_loggers, quiet_transformers
 from tailora.train.config import SHARDED_QUANTIZE
 from tailora.train.parallel import Sharding
@@ -490,7 +490,13 @@ def _unreadable(name: str, source: str, error: Exception) -> str:
     if (folder / "model" / "config.json").is_file():
         return f"model {name!r} is the folder of a run, not of a model: give {folder / 'model'}"
     if folder.is_dir():
-        contents = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+        names = {entry.name for entry in folder.iterdir()}
+        if "config.json" in names and names.isdisjoint(TOKENIZER_FILES):
+            return (
+                f"model {name!r} holds no tokenizer: save that of its base there, with "
+                f"tokenizer.save_pretrained({name!r}). transformers says: {error}"
+            )
+        contents = ", ".join(sorted(names)) or "nothing"
         return (
             f"model {name!r}: transformers cannot read this folder as a causal language model: {error}. "
             f"It holds {contents}; needed are config.json, a tokenizer and weights as .safetensors"

@@ -34,3 +34,14 @@ def test_the_folder_of_a_run_is_not_its_model(tmp_path: Path) -> None:
     (tmp_path / "run" / "model" / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"is the folder of a run, not of a model: give .*run/model"):
         load_base(str(tmp_path / "run"))
+
+
+def test_a_model_without_a_tokenizer_says_how_to_add_it(model_folder: Path, tmp_path: Path) -> None:
+    model, _ = load_base(str(model_folder), "float32")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load_base(str(tmp_path))
+    path = repr(str(tmp_path))
+    assert str(caught.value).startswith(
+        f"model {path} holds no tokenizer: save that of its base there, with tokenizer.save_pretrained({path})."
+    )
