@@ -53,7 +53,7 @@ from tailora.train import launch
 
 COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "demo": ("train", "Fine-tune a small model on real chats, and see what it changed."),
-    "plan": ("plan", "Show what a run would train, whether it fits, and how long it takes."),
+    "plan": ("plan", "Show what a run would train, whether it fits, and how long its steps take."),
     "train": ("train", "Fine-tune a model on your data."),
     "compare": ("study", "Compare LoRA with full fine-tuning on your model and data."),
     "eval": ("eval", "Evaluate an adapter on held-out data, next to its base model."),

@@ -1,4 +1,4 @@
-"""`tailora plan`: shows what a run would train, how much memory it needs and how long it takes."""
+"""`tailora plan`: shows what a run would train, how much memory it needs and how long its steps take."""
 
 import re
 from pathlib import Path
@@ -43,7 +43,7 @@ def plan(
     json: Json = False,
     flags: Flags = None,
 ) -> int:
-    """Show what a run would train, whether it fits, and how long it takes.
+    """Show what a run would train, whether it fits, and how long its steps take.
 
     The flags are those of tailora train. Weights are read only with --measure. Without --data all examples are
     assumed to have --max-length tokens. The exit code is 4 if the run does not fit. --device may also name a

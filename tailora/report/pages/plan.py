@@ -1,11 +1,13 @@
 """The page of a plan."""
 
+from tailora.data.schemas import SEQ2SEQ
 from tailora.report.blocks import Block, Column, Figure, HeatMap, Number, Page, Paragraph, Section, Table
 from tailora.report.charts import DASHED, INK, SERIES, Canvas
 from tailora.report.format import NONE, count, duration, plural, share
 from tailora.report.pages.shared import bar_figure, numeric, settings_table
 from tailora.report.paths import by_layer, short_names
 from tailora.study.plan import Plan
+from tailora.train.config import TASK_TYPES
 from tailora.train.memory import format_bytes
 
 NEAR = 2.0  # times the longest bar: a limit further away is not drawn
@@ -57,7 +59,7 @@ def plan_page(plan: Plan) -> Page:
         numbers.append(Number("steps", f"{plan.steps:,}", detail="page"))
     if plan.seconds is not None:
         note = "reckoned from a data sheet" if plan.card else "estimated"
-        numbers.append(Number("time", duration(plan.seconds), note, "page"))
+        numbers.append(Number("time of the steps", duration(plan.seconds), note, "page"))
     name = plan.model.rstrip("/").rpartition("/")[2]
     return Page("plan", f"{name}, before any training", lead, numbers, sections, plan.notes)
 
@@ -177,7 +179,16 @@ def _steps(plan: Plan) -> str:
     if plan.steps is None:
         return f"{per_step} ({plan.basis['time']}); give --data or --max-steps for the number of steps."
     together = "" if plan.seconds is None else f", {duration(plan.seconds)} together"
-    return f"{plural(plan.steps, 'step')}, {per_step}{together} ({plan.basis['time']})."
+    return f"{plural(plan.steps, 'step')}, {per_step}{together} ({plan.basis['time']}). {_on_top(plan)}"
+
+
+def _on_top(plan: Plan) -> str:
+    """What takes time beside the steps."""
+    task = plan.settings.get("task")
+    answers = " and answers" if task not in TASK_TYPES else ""
+    if answers and task != SEQ2SEQ and plan.method == "lora":
+        answers = ", answers and the passport"
+    return f"Evaluations{answers} come on top."
 
 
 def _parameters(plan: Plan) -> list[Block | None]:
