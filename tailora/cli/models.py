@@ -333,16 +333,15 @@ def load_model(
     Raises ConfigError, FormatError, BaseMismatchError.
     """
     from tailora.model import LoRAModel
-    from tailora.train.model_loading import load_base
+    from tailora.train.model_loading import check_writes_text, label_task_of_adapter, load_base
 
     fetch_demo(model)
     chosen = device_of_flag(device)
-    if labels is None and (theirs := labels_of(model, list(folders.values()))) is not None:
-        what = next(map(str, folders.values()), model)
-        raise ConfigError(
-            f"{what} was trained for {theirs.task}: it predicts labels and writes no text. `tailora predict` and "
-            "`tailora eval` use it"
-        )
+    if labels is None:
+        for path in folders.values():
+            check_writes_text(str(path), label_task_of_adapter(path))
+        if not folders and (theirs := labels_of(model, [])) is not None:
+            check_writes_text(model, theirs.task)
     task, method = task_of(model, list(folders.values())), quantize_method(list(folders.values()), quantize)
     base, tokenizer = load_base(model, dtype, chosen, method, task=task, labels=labels)
     if not folders:

@@ -53,12 +53,22 @@ def serve(
         raise ConfigError(f"--engine {engine}; there are: {', '.join(ENGINES)}")
     api_key, admin_key = key_from(API_KEY), key_from(ADMIN_KEY)
     folders = parse_adapters(adapter or [])
-    if adapters is not None:
-        folders |= adapters_in(adapters)
+    in_folder = {} if adapters is None else adapters_in(adapters)
+    from tailora.data.schemas import SEQ2SEQ
+    from tailora.train.model_loading import check_writes_text, label_task_of_adapter, task_of_adapter
+
+    for path in folders.values():
+        check_writes_text(str(path), label_task_of_adapter(path))
+    tasks = {name: task for name, path in in_folder.items() if (task := label_task_of_adapter(path)) is not None}
+    in_folder = leave_out(in_folder, tasks, "they predict labels and write no text")
+    folders |= in_folder
     model = base_model_name(model, list(folders.values()))
     with listen(host, port) as listener:  # before the model is read, which takes long
         log("reading the model")
         loaded = load_model(model, {}, quantize=quantize, device=device)
+        if not loaded.model.config.is_encoder_decoder:
+            tasks = {name: SEQ2SEQ for name, path in in_folder.items() if task_of_adapter(path) == SEQ2SEQ}
+            folders = leave_out(folders, tasks, "the base is no model for it")
         import uvicorn
 
         from tailora.core.adapter_set import AdapterSet
@@ -148,6 +158,13 @@ def adapters_in(folder: Path) -> dict[str, Path]:
         hint = nearest_path(folder, folders_only=True) or "; give one that holds adapters or runs"
         raise ConfigError(f"--adapters {folder} is not a folder{hint}")
     return {path.name: path for path in sorted(folder.iterdir()) if (adapter_folder(path) / ADAPTER_CONFIG).is_file()}
+
+
+def leave_out(folders: dict[str, Path], tasks: dict[str, str], why: str) -> dict[str, Path]:
+    """Returns the adapters without those that have a task here, which a note names."""
+    if tasks:
+        note(f"left out, since {why}: {', '.join(f'{name} ({task})' for name, task in tasks.items())}")
+    return {name: path for name, path in folders.items() if name not in tasks}
 
 
 Url = Annotated[str, Parameter(help="address of an OpenAI-compatible server, such as http://127.0.0.1:8000")]

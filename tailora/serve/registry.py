@@ -43,6 +43,7 @@ from tailora.formats.load import named_tensors, read_any_format, restore
 from tailora.formats.metadata import LayerFingerprint
 from tailora.formats.peft import StoredAdapter
 from tailora.formats.run_folder import ADAPTER_WEIGHTS, GGUF_WEIGHTS, MLX_WEIGHTS, adapter_folder
+from tailora.train.model_loading import check_writes_text, label_task_of_adapter
 
 LOGGER = logging.getLogger(__name__)
 LONGEST_NAME = 200
@@ -173,8 +174,9 @@ class AdapterRegistry:
         replace: the name may exist, and means the new adapter from now on.
         trusted: the path comes from the command line, and may lie anywhere.
         Raises AdapterNotFoundError for a path that does not exist, AdapterError for a name that is taken or cannot be
-        one, ConfigError for a path outside of the root, FormatError, BaseMismatchError, RowsError and TargetError for
-        an adapter that does not fit, MemoryLimitError for one that is too large.
+        one, ConfigError for a path outside of the root or an adapter that predicts labels, FormatError,
+        BaseMismatchError, RowsError and TargetError for an adapter that does not fit, MemoryLimitError for one that is
+        too large.
         """
         with self._changes:
             self._check_new_name(name, replace=replace)
@@ -229,7 +231,10 @@ class AdapterRegistry:
         if reserved := [character for character in RESERVED if character in name]:
             problems.append(f"{' and '.join(reserved)} stand for mixtures and scales, as in legal+chat@0.5")
         if name == self.base_name:
-            problems.append("this is the name of the base model")
+            problems.append(
+                "this is the name of the base model; give the base another one, --name NAME, or the adapter, "
+                "--adapter NAME=PATH"
+            )
         if name in self._sources and not replace:
             problems.append("an adapter has this name already: unload it, or replace it (load_inplace)")
         if problems:
@@ -458,6 +463,7 @@ class AdapterRegistry:
     def _read(self, name: str, path: Path, *, trusted: bool) -> tuple[_Source, Adapter]:
         """Reads and checks the files of an adapter, without changing anything."""
         folder = self._checked_folder(name, path, trusted=trusted)
+        check_writes_text(str(folder), label_task_of_adapter(folder))
         base_model = self._adapter_set.base_model
         stored = read_any_format(folder, base_model)
         adapter = _for_inference(restore(stored, base_model, known_base=self._base_fingerprint))

@@ -419,29 +419,54 @@ def labels_of_config(config: PretrainedConfig) -> Labels | None:
     return Labels.of_config(task, names, config.problem_type)
 
 
+LABEL_TASKS_OF_PEFT: dict[str | None, str] = {
+    "SEQ_CLS": SEQUENCE_CLASSIFICATION,
+    "TOKEN_CLS": TOKEN_CLASSIFICATION,
+}
+
+
 def task_of_adapter(path: Path) -> str:
     """Returns the task of an adapter, of those without labels."""
+    return SEQ2SEQ if _task_type(path) == "SEQ_2_SEQ_LM" else CAUSAL_LM
+
+
+def _task_type(path: Path) -> str | None:
+    """Returns what PEFT calls the task of an adapter; None if its files do not say it."""
     try:
         task_type = read_json_object(adapter_folder(path) / ADAPTER_CONFIG).get("task_type")
     except FormatError:  # what is wrong is said where it is loaded
-        task_type = None
-    return SEQ2SEQ if task_type == "SEQ_2_SEQ_LM" else CAUSAL_LM
+        return None
+    return None if task_type is None else str(task_type)
 
 
 def labels_of_adapter(path: Path) -> Labels | None:
     """Returns the labels of an adapter for a head, from its files or those of its run; None for other adapters."""
     folder = adapter_folder(path)
     try:
-        task_type = read_json_object(folder / ADAPTER_CONFIG).get("task_type")
         with safe_open(folder / ADAPTER_WEIGHTS, framework="numpy") as file:
             text = (file.metadata() or {}).get(METADATA_KEY)
         metadata = parse_metadata(text, folder)
     except (OSError, SafetensorError, FormatError):  # what is wrong is said where it is loaded
         return None
-    task = {"SEQ_CLS": SEQUENCE_CLASSIFICATION, "TOKEN_CLS": TOKEN_CLASSIFICATION}.get(str(task_type))
+    task = LABEL_TASKS_OF_PEFT.get(_task_type(path))
     if task is None or metadata.label_names is None:
         return None
     return Labels.of_config(task, metadata.label_names, metadata.problem_type)
+
+
+def label_task_of_adapter(path: Path) -> str | None:
+    """Returns the task of an adapter that predicts labels, also where its files do not name these; else None."""
+    labels = labels_of_adapter(path)
+    return LABEL_TASKS_OF_PEFT.get(_task_type(path)) if labels is None else labels.task
+
+
+def check_writes_text(name: str, task: str | None) -> None:
+    """Raises ConfigError for a model or an adapter whose task has labels. task: None for a language model."""
+    if task is not None:
+        raise ConfigError(
+            f"{name} was trained for {task}: it predicts labels and writes no text. `tailora predict` and "
+            "`tailora eval` use it"
+        )
 
 
 def fitted_labels(labels: Labels, config: PretrainedConfig) -> Labels:

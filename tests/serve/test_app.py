@@ -49,6 +49,13 @@ def server(root: Path) -> Iterator[Running]:
         yield server
 
 
+def write_of_task(root: Path, name: str, task_type: str) -> None:
+    """Writes an adapter whose settings say this task into the folder."""
+    shutil.copytree(root / "legal", root / name)
+    config = root / name / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "task_type": task_type}))
+
+
 def chat(server: Running, model: str, **options: Any) -> Any:
     settings = {"messages": CHAT, "max_tokens": 12, "temperature": 0, "extra_body": {"ignore_eos": True}, **options}
     return server.client.chat.completions.create(model=model, **settings)
@@ -137,6 +144,17 @@ def test_adapters_are_loaded_and_unloaded(server: Running, root: Path) -> None:
     with pytest.raises(openai.NotFoundError) as raised:
         chat(server, "rhyme")
     assert raised.value.param == "model"
+
+
+def test_an_adapter_for_labels_is_not_loaded(server: Running, root: Path) -> None:
+    write_of_task(root, "tickets", "SEQ_CLS")
+    try:
+        response = server.http.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "tickets"})
+    finally:
+        shutil.rmtree(root / "tickets")
+    assert response.status_code == 400
+    start = "tickets was trained for sequence-classification: it predicts labels and writes no text. "
+    assert response.json()["error"]["message"].startswith(start)
 
 
 @pytest.mark.parametrize(
@@ -419,8 +437,11 @@ def test_schemathesis_finds_no_fault(server: Running) -> None:
 def test_the_command_serves_a_folder_and_ends_with_sigterm(root: Path, tmp_path: Path) -> None:
     base_model().save_pretrained(tmp_path / "base")
     TOKENIZER.save_pretrained(tmp_path / "base")
+    folder = shutil.copytree(root, tmp_path / "outputs")
+    write_of_task(folder, "tickets", "SEQ_CLS")
+    write_of_task(folder, "t5", "SEQ_2_SEQ_LM")
     port = free_port()
-    arguments = ["--model", str(tmp_path / "base"), "--name", "tiny", "--adapters", str(root), "--port", str(port)]
+    arguments = ["--model", str(tmp_path / "base"), "--name", "tiny", "--adapters", str(folder), "--port", str(port)]
     command = [sys.executable, "-m", "tailora.cli", "serve", *arguments, "--device", "cpu"]
     log = tmp_path / "stderr"
     with log.open("w") as stderr:
@@ -449,7 +470,9 @@ def test_the_command_serves_a_folder_and_ends_with_sigterm(root: Path, tmp_path:
         process.wait()
     told = log.read_text()
     assert "engine: continuous batching" in told
-    assert "models: tiny, legal, poet" in told
+    assert "models: tiny, legal, poet\n" in told
+    assert "left out, since they predict labels and write no text: tickets (sequence-classification)" in told
+    assert "t5 (seq2seq)" in told
     assert "what is that" not in told
 
 

@@ -249,6 +249,11 @@ def test_a_name_that_is_taken_or_cannot_be_one_is_refused(make: Callable[..., Ad
     assert [info.name for info in registry.list()] == ["legal"]
 
 
+def test_a_name_that_the_base_has_is_told_how_to_change_either(make: Callable[..., AdapterRegistry]) -> None:
+    with pytest.raises(AdapterError, match=r"name of the base model; .*--name NAME, .*--adapter NAME=PATH$"):
+        make().load("base", "chat")
+
+
 def test_names_that_do_not_exist_are_not_found(make: Callable[..., AdapterRegistry]) -> None:
     registry = make("legal")
     for call in (registry.unload, registry.pin, registry.unpin, registry.acquire):
