@@ -204,16 +204,25 @@ def fewest_part(held_out: int) -> float:
     return min(1.0, FEWEST_HELD_OUT / held_out)
 
 
-def too_short(session: StudySession, seconds: float, what: str, given: Sequence[str]) -> ConfigError:
+def too_short(
+    session: StudySession, seconds: float, what: str, given: Sequence[str], untimed: Sequence[str] = ()
+) -> ConfigError:
     """seconds: that the least takes from now on.    what: the least, in the plural.
-    given: flags of which less would do.
+    given: flags of which less would do.    untimed: what may take longer than that, since it was not timed yet.
     """
     needed = (session.seconds + seconds / SAFETY) / 60
     minutes, enough = math.ceil(needed), math.ceil(MARGIN * needed)
+    least, busy = f"{minutes} minute{'s' * (minutes > 1)}", f" ({BUSY})" * is_busy()
+    if untimed:
+        verb = "were" if len(untimed) > 1 else "was"
+        needs = f"at least {least}{busy}; {' and '.join(untimed)} {verb} not timed yet and may take longer"
+        use = f"Use clearly more than --minutes {minutes}"
+    else:
+        needs = f"about {least} or more{busy}"
+        use = f"Use --minutes {enough}, since the next start measures anew"
     return ConfigError(
-        f"--minutes {session.minutes:g} is too short: {what} take about {minutes} "
-        f"minute{'s' * (minutes > 1)} or more{f' ({BUSY})' * is_busy()}. Use --minutes {enough}, since "
-        f"the next start measures anew, {''.join(f'fewer {flag}, ' for flag in given)}or a smaller --max-length"
+        f"--minutes {session.minutes:g} is too short: {what} take {needs}. {use}, "
+        f"{''.join(f'fewer {flag}, ' for flag in given)}or a smaller --max-length"
     )
 
 
@@ -248,15 +257,15 @@ class TimeLimit:
             part,
         )
 
-    def check(self, needed: Callable[[Extent, int], float], longest: int | None) -> None:
+    def check(self, needed: Callable[[Extent, int], float], longest: int | None, untimed: Sequence[str] = ()) -> None:
         """Raises ConfigError if the time left is too short for the least.
 
         needed: extent, steps -> seconds, not too many, on the fewest held-out examples.
-        longest: steps that the settings ask for, if known.
+        longest: steps that the settings ask for, if known.    untimed: what was not timed yet, and may take longer.
         """
         steps = min(FEWEST_STEPS, longest or FEWEST_STEPS)
         if needed(self.fewest(), steps) > self.session.seconds_left:
-            raise self._too_short(needed(self.fewest(), steps), steps)
+            raise self._too_short(needed(self.fewest(), steps), steps, untimed)
 
     def choose(self, needed: Callable[[Extent, int], float], longest: int, held_out: int) -> tuple[Extent, int]:
         """Returns the extent and the steps that fit, as `fit` does. Raises ConfigError if not even the least fits.
@@ -270,9 +279,9 @@ class TimeLimit:
             raise self._too_short(needed(fewest, steps), steps)
         return choice
 
-    def _too_short(self, seconds: float, steps: int) -> ConfigError:
+    def _too_short(self, seconds: float, steps: int, untimed: Sequence[str] = ()) -> ConfigError:
         given = [*self.given, f"--max-steps than {steps}"]
-        return too_short(self.session, seconds, self.describe(self.fewest(), steps), given)
+        return too_short(self.session, seconds, self.describe(self.fewest(), steps), given, untimed)
 
 
 def held_out_in_use(extent: Extent, held_out: int) -> int | None:

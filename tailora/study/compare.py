@@ -352,10 +352,16 @@ class _Comparison:
         timed: costs of the arms that have been timed.    costs: not too high, of the arm that is timed now. Both on the
         fewest held-out examples.
         """
-        missing = len(self.study.arms) - len(timed)
-        of_arms, timing = [*timed.values(), *[costs] * missing], (missing - 1) * costs.judging_run(TIMING_STEPS)
+        missing = [arm for arm in self.study.arms if arm not in timed]  # the first of them is timed now
+        untimed = missing[1:] if costs.step else missing  # a run begins with an evaluation
+        of_arms = [*timed.values(), *[costs] * len(missing)]
+        timing = (len(missing) - 1) * costs.judging_run(TIMING_STEPS)
         workers = self._runs_at_a_time
-        self.limit.check(lambda extent, steps: _needed(of_arms, extent, steps, workers) + timing, self.train.max_steps)
+
+        def needed(extent: Extent, steps: int) -> float:
+            return _needed(of_arms, extent, steps, workers) + timing
+
+        self.limit.check(needed, self.train.max_steps, untimed)
 
     # ---- Which learning rate
 

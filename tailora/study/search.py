@@ -289,7 +289,8 @@ class _Search:
 
     def _check_time(self, costs: Costs) -> None:
         """Raises ConfigError if the time left is too short. costs: not too high, on the fewest held-out examples."""
-        self.limit.check(partial(self._needed, costs), self.train.max_steps)
+        untimed = [] if costs.step else ["a trial"]  # a run begins with an evaluation
+        self.limit.check(partial(self._needed, costs), self.train.max_steps, untimed)
 
     # ---- Trials
 

@@ -88,6 +88,19 @@ def test_too_little_time_is_refused_with_what_it_needs(
     )
 
 
+@pytest.mark.parametrize(
+    ("untimed", "words"), [(["full"], "full was"), (["lora", "full"], "lora and full were")], ids=["one", "two"]
+)
+def test_no_number_is_advised_before_all_is_timed(
+    untimed: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.getloadavg", lambda: (0, 0, 0))
+    assert str(too_short(session(tmp_path, 2), 130, "2 arms", ["--seeds"], untimed)) == (
+        f"--minutes 2 is too short: 2 arms take at least 3 minutes; {words} not timed yet and may take longer. "
+        "Use clearly more than --minutes 3, fewer --seeds, or a smaller --max-length"
+    )
+
+
 def test_timing_ends_with_the_first_event_that_shows_that_the_time_is_too_short(tmp_path: Path) -> None:
     seen: list[Costs] = []
 

@@ -161,7 +161,11 @@ def test_too_little_time_for_a_search_is_refused_with_what_it_needs(small_run: T
             listen(TrialEvent(step, 4, 2.0, held_out=step == 0, parameters=1, seconds=60.0))
         raise AssertionError("it is clear after the second step")
 
-    with pytest.raises(ConfigError, match=r"--minutes 0\.1 is too short: 6 trials of 9 steps and 4 runs that judge"):
+    with pytest.raises(
+        ConfigError,
+        match=r"--minutes 0\.1 is too short: 6 trials of 9 steps and 4 runs that judge take at least 1 minute.*; a "
+        r"trial was not timed yet and may take longer\. Use clearly more than --minutes 1",
+    ):
         search(train, SearchConfig(minutes=0.1), run_trial=not_run)
     with pytest.raises(
         ConfigError, match=r"9 trials .* and 3 runs .* Use --minutes \d+, .*, fewer --trials, fewer --seeds"
