@@ -1,12 +1,21 @@
 """The bodies of OpenAI's API that the server reads and writes, and those of vLLM's calls that load adapters.
 
-A field that would change the answer and is not supported accepts its neutral value alone; fields that change nothing
-here, such as `user`, are accepted. Other fields are refused, so that a misspelt one is not silently ignored.
+A field that would change the answer and is not supported accepts its neutral value alone, `only`; fields that change
+nothing here, such as `user`, are accepted. Other fields are refused, so that a misspelt one is not silently ignored.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+from pydantic_core import PydanticCustomError
 
 MOST_LOGPROBS = 20
 LONGEST_STOP = 1000  # characters of a stop string
@@ -22,6 +31,20 @@ class RequestBody(BaseModel):
 
 class ResponseBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+def only(accepted: str) -> WrapValidator:
+    """Returns what says of every other value of a field than those accepted that it is not supported."""
+
+    def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise PydanticCustomError(
+                "not_supported", "not supported: leave it out; only {accepted} is taken", {"accepted": accepted}
+            ) from None
+
+    return WrapValidator(validate)
 
 
 ModelName = Annotated[
@@ -61,11 +84,11 @@ class GenerationRequest(RequestBody):
         None, description="multiplies what the adapter adds; 1 is as trained"
     )
     # Changes the answer, and is not supported
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=1, le=1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=0)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    frequency_penalty: Annotated[Annotated[float, Field(ge=0, le=0)] | None, only("0")] = None
+    presence_penalty: Annotated[Annotated[float, Field(ge=0, le=0)] | None, only("0")] = None
+    repetition_penalty: Annotated[Annotated[float, Field(ge=1, le=1)] | None, only("1")] = None
+    min_p: Annotated[Annotated[float, Field(ge=0, le=0)] | None, only("0")] = None
+    logit_bias: Annotated[Annotated[dict[str, float], Field(max_length=0)] | None, only("{}")] = None
     # Changes nothing
     user: Ignored = None
     metadata: Ignored = None
@@ -96,7 +119,7 @@ class Function(RequestBody):
     name: Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: Annotated[Literal[False] | None, only("false")] = None
 
 
 class Tool(RequestBody):
@@ -116,9 +139,9 @@ class ChatRequest(GenerationRequest):
         None, description="only with logprobs = true"
     )
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
-    parallel_tool_calls: Literal[True] | None = None
-    response_format: TextFormat | None = None
+    tool_choice: Annotated[Literal["auto", "none"] | None, only('"auto" or "none"')] = None
+    parallel_tool_calls: Annotated[Literal[True] | None, only("true")] = None
+    response_format: Annotated[TextFormat | None, only('{"type": "text"}')] = None
 
 
 class CompletionRequest(GenerationRequest):
@@ -133,9 +156,9 @@ class CompletionRequest(GenerationRequest):
         None, description="name tokens token_id:ID in logprobs, since several tokens can have one text"
     )
     # Changes the answer, and is not supported
-    echo: Literal[False] | None = None
-    suffix: Annotated[str, StringConstraints(max_length=0)] | None = None
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    echo: Annotated[Literal[False] | None, only("false")] = None
+    suffix: Annotated[Annotated[str, StringConstraints(max_length=0)] | None, only('""')] = None
+    best_of: Annotated[Annotated[int, Field(ge=1, le=1)] | None, only("1")] = None
 
 
 AdapterName = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_NAME)]

@@ -174,6 +174,30 @@ def test_a_wrong_request_is_told_what_is_wrong(server: Running, options: dict[st
     assert raised.value.param == param
 
 
+@pytest.mark.parametrize(
+    ("path", "name", "value", "accepted"),
+    [
+        ("completions", "frequency_penalty", 0.5, "0"),
+        ("completions", "logit_bias", {"5": 1}, "{}"),
+        ("completions", "echo", True, "false"),
+        ("completions", "best_of", 2, "1"),
+        ("chat/completions", "tool_choice", "required", '"auto" or "none"'),
+        ("chat/completions", "response_format", {"type": "json_object"}, '{"type": "text"}'),
+    ],
+)
+def test_what_is_not_supported_is_called_so(server: Running, path: str, name: str, value: Any, accepted: str) -> None:
+    prompt: dict[str, Any] = {"messages": CHAT} if "chat" in path else {"prompt": "what"}
+    response = server.http.post(f"/v1/{path}", json={"model": "legal", **prompt, name: value})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["message"] == f"{name}: not supported: leave it out; only {accepted} is taken"
+    assert error["param"] == name
+    neutral = {"0": 0, "{}": {}, "false": False, "1": 1}.get(accepted)
+    for taken in (None, neutral):
+        request = {"model": "legal", **prompt, "max_tokens": 1, name: taken}
+        assert server.http.post(f"/v1/{path}", json=request).status_code == 200
+
+
 def tokens_generated(server: Running, model: str = "legal") -> float:
     return metrics(server).get(f'tailora_generation_tokens_total{{model="{model}"}}', 0)
 
