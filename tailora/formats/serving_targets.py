@@ -510,6 +510,8 @@ def script(serving: Serving) -> str:
         part = f"{file}.part"  # so that a conversion that is killed leaves no file that looks whole
         python, _, *arguments = (shlex.quote(part if word == file else word) for word in command)
         lines += [f"if [ ! -f {shlex.quote(file)} ]; then", f"  {converter}"]
+        no_python = f"There is no {python} in PATH: activate the environment that has tailora."
+        lines += [f"  {line}" for line in unless_program(python, [no_python])]
         lines += [f'  {python} "$LLAMA_CPP/{CONVERTER}" {" ".join(arguments)}']
         lines += [f"  mv {shlex.quote(part)} {shlex.quote(file)}", "fi"]
     lines += missing_program(serving)
@@ -537,7 +539,12 @@ def missing_program(serving: Serving) -> list[str]:
         files = f"--model '$PWD/{model_file(serving)}'{adapter}"
         name = f"--model_alias {serving.name} --port {TARGETS[serving.target].port}"
         lines.append(f"Or with llama-cpp-python: python -m llama_cpp.server {files} {name}")
-    shown = [f'  echo "{line}" >&2' for line in lines]
+    return unless_program(program, lines)
+
+
+def unless_program(program: str, messages: Sequence[str]) -> list[str]:
+    """Returns the lines that show these messages and end serve.sh if the program is missing."""
+    shown = [f'  echo "{message}" >&2' for message in messages]
     return [f"command -v {program} > /dev/null || {{", *shown, "  exit 127", "}"]
 
 

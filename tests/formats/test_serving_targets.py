@@ -141,6 +141,18 @@ def test_a_program_that_is_missing_is_named_after_what_needs_none(target: str, t
     ]
 
 
+@pytest.mark.parametrize("target", [name for name, target in TARGETS.items() if target.converts])
+def test_a_missing_python_is_named_before_the_conversion(target: str, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    serving = export_for(folder, target, {}).serving
+    done, calls = run_script(folder, tmp_path, missing="python", LLAMA_CPP="/llama.cpp")
+    assert (done.returncode, calls) == (127, [])
+    assert done.stderr == "There is no python in PATH: activate the environment that has tailora.\n"
+    assert serving.prepare is not None
+    Path(serving.prepare[1]).touch()
+    assert run_script(folder, tmp_path, missing="python")[0].returncode == 0, "what is made needs none"
+
+
 def test_the_line_for_llama_cpp_python_is_only_for_what_it_can_be_given(tmp_path: Path) -> None:
     settings = replace(SETTINGS, chat_template=OTHER)
     for lora, has_line in (({}, False), ({"use_dora": True}, True)):  # a merged model has the template in its file
