@@ -467,7 +467,7 @@ KIND_NAMES = {"text": "Plain completions", "chat": "Chats", "all": "All of them 
 def _evidence(passport: Passport, observations: Sequence[Observation | None], fits: Mapping[str, Fit]) -> list[str]:
     evidence = [_comparison(name, fits[key]) for key, name in KIND_NAMES.items() if key in fits]
     if (base := fits.get("base text") or fits.get("base chat")) is not None:
-        evidence.append(f"The base, asked under its own name, answers {_explanation(base)}.")
+        evidence.append(f"The base, asked under its own name, {_explanation(base)}.")
     for name in KINDS:
         evidence += _prompt_tokens(name, passport, observations)
     if "text" not in fits:
@@ -486,7 +486,7 @@ def _evidence(passport: Passport, observations: Sequence[Observation | None], fi
 def _comparison(name: str, fit: Fit) -> str:
     certain = "" if fit.is_certain else " That is not certain."
     return (
-        f"{name}, {fit.probes} prompts: the server answers {_explanation(fit)}.{certain} "
+        f"{name}, {fit.probes} prompts: the server {_explanation(fit)}.{certain} "
         f"It differs from the adapter by {fit.adapter_error:.2f} nats, and from the base by {fit.base_error:.2f}. "
         f"For comparison: adapter and base differ by {fit.effect:.2f}, "
         f"and 4-bit weights change the adapter's answers by {fit.rounding:.2f}."
@@ -494,17 +494,18 @@ def _comparison(name: str, fit: Fit) -> str:
 
 
 def _explanation(fit: Fit) -> str:
-    """Returns what the answers are like, in words."""
+    """Returns what the answers are like, or only nearest to, in words."""
     low, high = fit.interval
+    like = "is nearest to" if _meaning(fit) in ("other-base", "other-adapter", "unknown") else "answers like"
     match fit.kind:
         case "none":
-            return f"like none of the variants in the passport; the nearest differs by {fit.error:.2f} nats"
+            return f"answers like none of the variants in the passport; the nearest differs by {fit.error:.2f} nats"
         case "part":
-            return f"like the adapter without {fit.name}"
+            return f"{like} the adapter without {fit.name}"
         case "prompt":
-            return f"like the adapter after another prompt: {fit.name}"
+            return f"{like} the adapter after another prompt: {fit.name}"
     variant = "the bare base" if fit.scale == 0 else "the adapter"
-    return f"like {variant} (scale {fit.scale:.2f}, 95% interval {low:.2f} to {high:.2f})"
+    return f"{like} {variant} (scale {fit.scale:.2f}, 95% interval {low:.2f} to {high:.2f})"
 
 
 def _prompt_differences(name: str, passport: Passport, observations: Sequence[Observation | None]) -> list[int]:

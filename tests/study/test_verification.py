@@ -22,7 +22,7 @@ from tailora import LoRAModel
 from tailora.formats.passport import ADAPTER, Passport, Probe, read_passport
 from tailora.serve.client import ServerClient
 from tailora.study.probes import make_passport, next_logprobs
-from tailora.study.verification import STEP, Fit, Observation, _meaning, verify
+from tailora.study.verification import STEP, Fit, Observation, _comparison, _meaning, verify
 
 root, url = verified_server.root, verified_server.url  # the fixtures
 
@@ -173,6 +173,17 @@ def test_a_scale_that_includes_1_without_the_adapter_is_no_other_scale() -> None
     fit = Fit("scale", "", 1.02, (0.97, 1.08), **numbers, noise=0.1, is_certain=True, probes=30, has_logprobs=True)
     assert _meaning(fit) == "other-adapter"
     assert _meaning(replace(fit, scale=1.3, interval=(1.2, 1.4))) == "scaled"
+
+
+def test_only_answers_that_a_variant_explains_are_called_like_it() -> None:
+    """Two fits of the same best scale, of which one leaves too large an error for the adapter and for the base."""
+    numbers = {"error": 0.7, "adapter_error": 3.88, "effect": 1.58, "rounding": 0.5, "limit": 0.79, "noise": 0.1}
+    fit = Fit("scale", "", 0.15, (0.0, 0.3), base_error=1.77, **numbers, is_certain=True, probes=8, has_logprobs=True)
+    assert _meaning(fit) == "other-adapter"
+    assert "the server is nearest to the adapter (scale 0.15, 95% interval 0.00 to 0.30). " in _comparison("Chats", fit)
+    right = replace(fit, base_error=0.75)
+    assert _meaning(right) == "base"
+    assert "the server answers like the adapter (scale 0.15, " in _comparison("Chats", right)
 
 
 def answers_of_model(passport: Passport, model: LoRAModel, strength: float = 1.0) -> list[Observation | None]:
