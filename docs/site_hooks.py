@@ -25,7 +25,7 @@ from traitlets.config import Config
 import tailora
 from tailora import errors
 from tailora.cli.main import COMMANDS, app
-from tailora.core.config import ALIASES, NAMES_OF_OTHER_TOOLS
+from tailora.core.config import ALIASES, NAMES_OF_OTHER_TOOLS, NOT_NEEDED
 from tailora.train.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -165,6 +165,7 @@ def names_page() -> str:
         f"| `{ours}` | {' '.join(f'`{name}`' for name in theirs.split())} |"
         for ours, theirs in NAMES_OF_OTHER_TOOLS.items()
     ]
+    not_needed = [f"| {' '.join(f'`{name}`' for name in names.split())} | {why} |" for why, names in NOT_NEEDED.items()]
     read = ", ".join(f"`{theirs}` as `{ours}`" for theirs, ours in ALIASES.items())
     return (
         "# Names of settings in other tools\n\n"
@@ -174,7 +175,8 @@ def names_page() -> str:
         "[Unsloth](coming_from/unsloth.md), [Axolotl](coming_from/axolotl.md), "
         "[LLaMA-Factory](coming_from/llama_factory.md) and [mlx-lm](coming_from/mlx_lm.md) have the defaults, too. "
         f"Some are read: {read}.\n\n"
-        "| tailora | other tools |\n|---|---|\n" + "\n".join(rows) + "\n"
+        "| tailora | other tools |\n|---|---|\n" + "\n".join(rows) + "\n\n"
+        "Not needed here:\n\n| other tools | what tailora does |\n|---|---|\n" + "\n".join(not_needed) + "\n"
     )
 
 

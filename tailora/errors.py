@@ -30,7 +30,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM
-MUCH_LESS = 0.15  # of difflib's ratio
+CLOSE, MUCH_LESS = 0.6, 0.15  # of difflib's ratio; below CLOSE is 'streaming' for 'do_train'
 
 
 class TailoraError(Exception):
@@ -139,9 +139,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return says_so and any(sign in str(error).lower() for sign in OUT_OF_MEMORY)
 
 
-def nearest(name: str, known: Iterable[str], limit: int = 3) -> str:
-    """Returns '; did you mean x, y?' with the known names closest to `name`, or '' when none is close."""
-    return _question(_close_names(name, known, limit))
+def nearest(name: str, known: Iterable[str], limit: int = 3, *, cutoff: float = CLOSE) -> str:
+    """Returns '; did you mean x, y?' with the known names closest to `name`, or '' if none is as close as `cutoff`."""
+    return _question(_close_names(name, known, limit, cutoff))
 
 
 def nearest_path(path: Path, *, folders_only: bool = False) -> str:
@@ -157,9 +157,9 @@ def nearest_path(path: Path, *, folders_only: bool = False) -> str:
     return _question(alike or _close_names(path.name, [entry.name for entry in entries if entry.suffix != path.suffix]))
 
 
-def _close_names(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
+def _close_names(name: str, known: Iterable[str], limit: int = 3, cutoff: float = CLOSE) -> list[str]:
     """Returns the known names that are close to `name`, the closest first, without those that are much less close."""
-    matches = get_close_matches(name, list(known), n=limit, cutoff=0.5)
+    matches = get_close_matches(name, list(known), n=limit, cutoff=cutoff)
     ratios = {match: SequenceMatcher(None, match, name).ratio() for match in matches}
     return [match for match in matches if ratios[match] > max(ratios.values()) - MUCH_LESS]
 

@@ -13,7 +13,10 @@ import pytest
 from page_blocks import blocks
 from ruamel.yaml import YAML
 
+from tailora.cli.flags import merge_settings
 from tailora.cli.main import app
+from tailora.core.config import ALIASES
+from tailora.errors import ConfigError
 from tailora.train.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +44,21 @@ def test_their_files_have_only_settings_that_their_tool_has(page: str) -> None:
     assert files
     for file in files:
         assert not file.keys() - set(PEERS["tools"][TOOLS[page]]["names"])
+
+
+@pytest.mark.parametrize("page", ["axolotl", "llama_factory"])
+def test_their_file_is_answered_with_all_its_keys(page: str, tmp_path: Path) -> None:
+    path = tmp_path / "theirs.yaml"
+    path.write_text(not_run(page, "yaml")[0])
+    with pytest.raises(ConfigError) as caught:
+        merge_settings(None, path)
+    lines = str(caught.value).splitlines()[1:]
+    keys = YAML(typ="safe").load(path).keys()
+    told = {line.partition("'")[2].partition("'")[0] for line in lines if "unknown setting" in line}
+    assert told == keys - {*TrainConfig.model_fields, *ALIASES}
+    assert {"base_model", "micro_batch_size"} <= told or {"stage", "do_train", "template", "dataset"} <= told
+    assert all("; it is " in line or "; leave it out: " in line for line in lines if "unknown setting" in line)
+    assert ("  - adapter = 'lora': it is Axolotl's name of the method" in str(caught.value)) is (page == "axolotl")
 
 
 def test_the_lines_of_unsloth_have_only_parameters_that_it_has() -> None:

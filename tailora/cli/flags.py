@@ -145,14 +145,14 @@ def merge_settings(
     typed |= _without_none(arguments)
     in_file = _without_aliases(in_file, f"--config {config_file}: ")
     command_defaults = _without_none(defaults)
-    given = {**command_defaults, **in_file, **typed}
-    if isinstance(adapter := given.get("adapter"), str) and "model" not in given:  # it is trained further on its base
-        command_defaults["model"] = base_model_name(None, [find_adapter(adapter)])
     try:
-        return _checked_config({**command_defaults, **in_file, **typed})
+        config = _checked_config({**command_defaults, **in_file, **typed})
     except ConfigError as error:
         origin = _origin(str(error), {**command_defaults, **typed}, config_file)
         raise ConfigError(origin + with_flags(str(error), typed)) from None
+    if config.adapter is None or "model" in config.model_fields_set:
+        return config
+    return config.replaced(model=base_model_name(None, [find_adapter(config.adapter)]))  # it is trained further on it
 
 
 def merge_with_run(

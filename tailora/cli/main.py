@@ -285,7 +285,7 @@ def _unknown_option(error: UnknownOptionError, flag: str) -> str:
 
     known = {name.lstrip("-").replace("-", "_") for item in error.argument_collection for name in item.names}
     if ours := our_name(flag.lstrip("-").replace("-", "_"), known, is_flag=True):
-        return f"Unknown option: {flag}. I{ours[1:]}."
+        return f"Unknown option: {flag}. {ours[:1].upper()}{ours[1:]}."
     error.token = error.token.evolve(keyword=flag)
     return str(error)
 

@@ -73,8 +73,28 @@ NAMES_OF_OTHER_TOOLS = {  # our name, with a value if theirs is a switch -> name
     "trials": "n_trials num_trials",
     "to": "format export_format outtype",
 }
+NOT_NEEDED = {  # why tailora has no such setting -> names in other tools
+    "the rows of the data say what is learned; see task and loss": "stage rl",
+    "`tailora train` trains, and evaluates before and after": "do_train do_eval",
+    "`tailora predict` does it": "do_predict",
+    "the tokenizer's own chat template is taken": "template chat_template",
+    "data is a file, a folder or a Hub id": "dataset_dir",
+    "only replies are learned, all with assistant_only_loss: false": "train_on_inputs",
+    "every step is in metrics.jsonl, and the curves in report.html": "logging_steps steps_per_report plot_loss",
+    "eval_steps alone says when": "eval_strategy evaluation_strategy evals_per_epoch",
+    "save_steps alone says when": "save_strategy saves_per_epoch",
+    "--overwrite of `tailora train` replaces an earlier run": "overwrite_output_dir",
+    "the fastest attention that fits is chosen, see fast": "flash_attn flash_attention attn_implementation",
+}
+VALUES_OF_OTHER_TOOLS = {  # of settings that have another meaning there -> what is done here
+    "adapter: lora": "it is Axolotl's name of the method, which is the default here: leave it out; adapter is the "
+    "folder of an adapter to train further",
+    "adapter: qlora": "it is Axolotl's name of LoRA on a base in 4 bits: give quantize: nf4 in its place; adapter is "
+    "the folder of an adapter to train further",
+}
 MAX_SHOWN = 200  # characters of a wrong value in a message
 OUR_NAMES = {theirs: ours for ours, names in NAMES_OF_OTHER_TOOLS.items() for theirs in names.split()}
+WHY_NOT_NEEDED = {theirs: why for why, names in NOT_NEEDED.items() for theirs in names.split()}
 OTHER_UNITS = dict.fromkeys(("warmup_steps", "lr_warmup_steps"), ", a share of all steps")  # ours, if theirs differs
 
 TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
@@ -84,8 +104,11 @@ Init = Literal["kaiming", "gaussian", "pissa", "olora", "lora_ga", "lora_one", "
 def our_name(theirs: str, known: Collection[str], *, is_flag: bool = False) -> str:
     """Returns 'it is NAME here' if another tool, or another part of tailora, has a setting `theirs`; '' for others.
 
+    Returns 'leave it out: REASON' if tailora needs no such setting.
     is_flag: write --our-name in place of our_name.
     """
+    if theirs in WHY_NOT_NEEDED:
+        return f"leave it out: {WHY_NOT_NEEDED[theirs]}"
     if theirs in NAMES_OF_OTHER_TOOLS:
         name, value = theirs, ""
     else:
@@ -101,7 +124,8 @@ def our_name(theirs: str, known: Collection[str], *, is_flag: bool = False) -> s
 def suggestion(name: str, known: Collection[str]) -> str:
     """Returns '; ' and what `our_name` returns for a name that it knows, else what `nearest` returns."""
     ours = our_name(name, known)
-    return f"; {ours}" if ours else nearest(name, known)
+    also_read = (alias for alias, read_as in ALIASES.items() if read_as in known)
+    return f"; {ours}" if ours else nearest(name, {*known, *also_read})
 
 
 class StrictModel(BaseModel):

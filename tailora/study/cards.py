@@ -157,7 +157,7 @@ def find_cards(name: str) -> list[Card]:
     if matches:
         return matches
     names = dict.fromkeys(re.sub(r" \d+GB$", "", card.name).lower() for card in CARDS)
-    similar = nearest(" ".join(_words(name[:LONGEST_NAME])), names)
+    similar = nearest(" ".join(_words(name[:LONGEST_NAME])), names, cutoff=0.5)  # the memory is a part of some names
     raise ConfigError(
         f"no card {name[:LONGEST_NAME]!r} is known{similar or '; known are H100, RTX 4090, MI300X, M2 Max and others'} "
         '("Will it fit?" in the docs lists all)'

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from tailora.core.config import AdaLoRA, Init, LoRAConfig, StrictModel, TaskType
+from tailora.core.config import VALUES_OF_OTHER_TOOLS, AdaLoRA, Init, LoRAConfig, StrictModel, TaskType
 from tailora.errors import ConfigError, listing
 
 PreferenceLoss = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
@@ -203,6 +204,14 @@ class TrainConfig(StrictModel):
     @classmethod
     def _drop_removed(cls, values: Any) -> Any:
         return without_removed(values) if isinstance(values, dict) else values
+
+    @field_validator("adapter")
+    @classmethod
+    def _is_no_method(cls, adapter: str | None) -> str | None:
+        meaning = VALUES_OF_OTHER_TOOLS.get(f"adapter: {adapter}")
+        if adapter is not None and meaning and not Path(adapter).exists():
+            raise ValueError(meaning)
+        return adapter
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:

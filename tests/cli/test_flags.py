@@ -11,7 +11,7 @@ from tailora.cli.flags import FIELDS, merge_settings
 from tailora.cli.main import main
 from tailora.cli.train import Flags
 from tailora.cli.train import train as command
-from tailora.core.config import ALIASES, NAMES_OF_OTHER_TOOLS, OUR_NAMES, LoRAConfig
+from tailora.core.config import ALIASES, NAMES_OF_OTHER_TOOLS, OUR_NAMES, WHY_NOT_NEEDED, LoRAConfig
 from tailora.errors import ConfigError
 from tailora.train.config import TrainConfig
 
@@ -266,6 +266,35 @@ def test_lora_config_in_python_names_the_setting_too() -> None:
         assert "did you mean" not in str(caught.value)
 
 
+def test_a_flag_that_is_not_needed_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--stage", "sft"]) == 2
+    assert "Unknown option: --stage. Leave it out: the rows of the data say what is learned" in capsys.readouterr().err
+
+
+def test_a_name_that_is_not_close_is_not_suggested(tmp_path: Path) -> None:
+    for name in ("dataset_format", "plot_lines", "nonsense"):
+        with pytest.raises(ConfigError) as caught:
+            parsed(yaml=f"{name}: 1", folder=tmp_path)
+        assert str(caught.value).endswith(f"unknown setting '{name}'")
+
+
+@pytest.mark.parametrize(("method", "remedy"), [("lora", "leave it out"), ("qlora", "give quantize: nf4")])
+def test_axolotls_name_of_the_method_is_no_adapter(
+    method: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for tokens, yaml in (([], f"adapter: {method}\nmodel: demo"), (["--adapter", method], "model: demo")):
+        with pytest.raises(ConfigError, match=f"it is Axolotl's name of .*{remedy}.* adapter is the folder"):
+            parsed(*tokens, yaml=yaml, folder=tmp_path)
+    Path(method).mkdir()
+    assert parsed(yaml=f"adapter: {method}\nmodel: demo", folder=tmp_path).adapter == method
+
+
+def test_unknown_settings_are_told_before_an_adapter_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown setting 'base_model'; it is model here"):
+        parsed(yaml="adapter: nowhere\nbase_model: demo", folder=tmp_path)
+
+
 def test_steps_of_warmup_are_answered_with_the_unit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="it is warmup_ratio here, a share of all steps"):
         parsed(yaml="warmup_steps: 100", folder=tmp_path)
@@ -285,5 +314,6 @@ def test_all_unknown_flags_are_reported_at_once(capsys: pytest.CaptureFixture[st
 
 
 def test_a_setting_is_no_name_of_another_tool() -> None:
-    assert not OUR_NAMES.keys() & {*FIELDS, *ALIASES}
+    assert not (OUR_NAMES.keys() | WHY_NOT_NEEDED.keys()) & {*FIELDS, *ALIASES}
+    assert not OUR_NAMES.keys() & WHY_NOT_NEEDED.keys()
     assert sum(len(names.split()) for names in NAMES_OF_OTHER_TOOLS.values()) == len(OUR_NAMES)
