@@ -7,7 +7,8 @@
 
 A trial of S steps takes  fixed + S step + evaluations;  a judging run takes  fixed + S step + one evaluation of twice
 as many examples. The base's losses are known from the first steps. Successive halving ends half of the trials of a
-search at a third of their steps, and half of the rest at two thirds, so a trial takes about 7/12 of its steps.
+search at a third of their steps, and half of the rest at two thirds, so a trial takes about 7/12 of its steps; the
+first and the last are planned whole.
 """
 
 import math

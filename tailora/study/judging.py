@@ -205,10 +205,17 @@ def choose_finalists(candidates: Sequence[Candidate], margin: float, most: int) 
 
 
 def judge_finalists(
-    chosen: Sequence[Candidate], runs: Mapping[int, Sequence[Trial]], margin: float, **fields: Any
+    chosen: Sequence[Candidate],
+    runs: Mapping[int, Sequence[Trial]],
+    margin: float,
+    *,
+    trials: list[Candidate],
+    steps: int,
+    **fields: Any,
 ) -> SearchResult:
     """chosen: the best first.    runs: number -> runs, one for each seed, all done and equally many.
-    fields: fields of SearchResult that are known without judging.
+    trials: all of the search.    steps: of a whole trial.    fields: other fields of SearchResult
+    that are known without judging.
     """
     judgement = _judge({candidate.number: runs[candidate.number] for candidate in chosen}, chosen[0].number)
     finalists = [
@@ -233,7 +240,9 @@ def judge_finalists(
         best=finalists[0],
         cheapest=cheapest,
         finalists=finalists,
-        verdict=search_verdict(finalists, cheapest, margin, judgement.unit),
+        trials=trials,
+        steps=steps,
+        verdict=search_verdict(finalists, cheapest, margin, judgement.unit, trials, steps),
         loss_unit=judgement.unit,
         base_loss=judgement.base_loss,
         seeds=judgement.seeds,

@@ -283,9 +283,15 @@ class _Search:
         )
 
     def _needed(self, costs: Costs, extent: Extent, steps: int) -> float:
-        """Seconds of all trials and judging runs."""
+        """Seconds of all trials and judging runs.
+
+        The first trial has none that could end it, and the last begins only if there is time for all of its steps.
+        """
         costs, judging = costs.on_part(extent.part), self._rounds(self._reserved * extent.seeds)
-        return self._rounds(extent.tries) * costs.trial(steps, SHARE) + judging * costs.judging_run(steps)
+        rounds = self._rounds(extent.tries)
+        whole = min(rounds, 2)
+        trials = whole * costs.trial(steps) + (rounds - whole) * costs.trial(steps, SHARE)
+        return trials + judging * costs.judging_run(steps)
 
     def _check_time(self, costs: Costs) -> None:
         """Raises ConfigError if the time left is too short. costs: not too high, on the fewest held-out examples."""
@@ -310,8 +316,9 @@ class _Search:
                 break
             time.sleep(POLL_SECONDS)  # another worker's trial may fail, and then has to be run again
             self.session.check_stopped()
-        if missing and wanted is not None:
-            self.session.note(f"--minutes left time for {finished} of {wanted} trials")
+        planned = FEWEST_TRIALS if wanted is None else wanted
+        if missing and running + finished < planned:
+            self.session.note(f"--minutes left time for {finished} of {planned} trials")
 
     def _run_next(self, lock: Any) -> None:
         """Begins a trial, releases the lock so that other workers begin theirs, and runs it."""

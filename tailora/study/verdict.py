@@ -12,8 +12,8 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 
 from tailora.evaluation.statistics import Difference
-from tailora.study.results import ArmResult, Finalist
-from tailora.study.trial import DONE
+from tailora.study.results import ArmResult, Candidate, Finalist
+from tailora.study.trial import DONE, PRUNED
 
 MOST_SEEDS, MOST_EXAMPLES = 50, 50_000  # that a verdict asks for; to run or collect more is not practical
 
@@ -105,13 +105,20 @@ def _compare_finding(
 # ---- search
 
 
-def search_verdict(finalists: Sequence[Finalist], cheapest: Finalist, margin: float, unit: str) -> str:
-    """Returns the text. finalists: the best first."""
+def search_verdict(
+    finalists: Sequence[Finalist],
+    cheapest: Finalist,
+    margin: float,
+    unit: str,
+    trials: Sequence[Candidate],
+    steps: int,
+) -> str:
+    """Returns the text. finalists: the best first.    trials: all.    steps: of a whole trial."""
     best = finalists[0]
     low, high = best.interval
     take_best = f"Take trial {best.number}: held-out loss {best.eval_loss:.3f} (95% interval {low:.3f} to {high:.3f})."
     if len(finalists) == 1:
-        return f"{take_best} No trial with fewer trained parameters came close, so it is also the cheapest."
+        return f"{take_best} {_no_smaller_finalist(best, trials, steps)}"
     compared = min(finalists[1:], key=lambda finalist: finalist.eval_loss) if cheapest is best else cheapest
     difference = compared.difference
     assert difference is not None  # only the best has none
@@ -133,6 +140,27 @@ def search_verdict(finalists: Sequence[Finalist], cheapest: Finalist, margin: fl
     if difference.high < margin:
         return f"{take} and is worse by at most {difference.high:.3f} {unit} ({numbers})."
     return f"{unclear(both, difference, numbers, margin, unit)} Trial {cheapest.number} has {fewer}."
+
+
+def _no_smaller_finalist(best: Finalist, trials: Sequence[Candidate], steps: int) -> str:
+    """Returns why the best is the only finalist. A trial that ended early was not compared at full length."""
+    smaller = [trial for trial in trials if 0 < (trial.trainable_parameters or 0) < best.trainable_parameters]
+    if not smaller:
+        return "No trial had fewer trained parameters, so it is also the cheapest."
+    early = [trial for trial in smaller if trial.state != DONE]
+    if len(early) < len(smaller):
+        some = f" ({len(early)} of {len(smaller)} ended early)" if early else ""
+        return f"No trial with fewer trained parameters came close{some}, so it is also the cheapest."
+    if len(early) > 1:
+        return (
+            f"The {len(early)} trials with fewer trained parameters ended early, so none was compared at full length."
+        )
+    (only,) = early
+    reason = only.message if only.state == PRUNED else only.state
+    return (
+        f"The only trial with fewer trained parameters, trial {only.number}, ended early ({reason}; a whole trial has "
+        f"{steps} steps), so it was not compared at full length."
+    )
 
 
 # ---- both

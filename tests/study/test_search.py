@@ -8,8 +8,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import optuna
 import pytest
 from optuna.exceptions import StorageInternalError
+from optuna.pruners import SuccessiveHalvingPruner
+from optuna.trial import TrialState
 from search_worker import GRACE, HEARTBEAT, work
 from sqlalchemy.exc import OperationalError
 
@@ -17,9 +21,11 @@ from tailora.cli.main import main
 from tailora.errors import ConfigError
 from tailora.report.files import write_page
 from tailora.study import optuna_study
+from tailora.study.budget import RUNGS, SAFETY, Costs, Extent
 from tailora.study.config import SearchConfig
 from tailora.study.lr_range import find_range
-from tailora.study.search import search
+from tailora.study.search import _Search, search
+from tailora.study.study_store import StudySession
 from tailora.study.trial import Listen, Trial, TrialEvent, TrialSpec, run_here
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
@@ -173,6 +179,45 @@ def test_too_little_time_for_a_search_is_refused_with_what_it_needs(small_run: T
         search(train, SearchConfig(minutes=9, trials=9, seeds=3, finalists=1), run_trial=slow)
     with pytest.raises(ConfigError, match=r"--minutes 9 is too short: 30 steps, which a range of learning rates needs"):
         find_range(train.replaced(output_dir=str(tmp_path / "range")), SearchConfig(minutes=9), run_trial=slow)
+
+
+def test_six_trials_fit_into_the_time_that_is_planned_for_them(small_run: TrainConfig, tmp_path: Path) -> None:
+    """If each takes what the first steps showed. Which trials successive halving ends is chance."""
+    costs, steps, generator = Costs(fixed=5, step=3, evaluation=5), 9, np.random.default_rng(0)
+    session = StudySession(tmp_path, 9.0, lambda _: None, None, not_run)
+    planner = _Search(small_run, SearchConfig(minutes=9.0), {}, session)
+    begun = []
+    for _ in range(60):
+        study = optuna.create_study(pruner=SuccessiveHalvingPruner(min_resource=steps // RUNGS, reduction_factor=2))
+        left = planner._needed(costs, Extent(tries=6, seeds=2), steps) / SAFETY - 4 * costs.judging_run(steps)
+        while left >= costs.trial(steps):
+            trial, loss = study.ask(), generator.random()
+            for rung in range(1, RUNGS):
+                trial.report(loss + 0.1 * generator.random(), rung * steps // RUNGS)
+                if trial.should_prune():
+                    left -= costs.trial(steps, rung / RUNGS)
+                    study.tell(trial, state=TrialState.PRUNED)
+                    break
+            else:
+                left -= costs.trial(steps)
+                study.tell(trial, loss)
+        begun.append(len(study.trials))
+    assert np.mean(np.array(begun) >= 6) >= 0.9
+
+
+@pytest.mark.slow
+def test_a_search_with_fewer_trials_than_planned_says_so(
+    small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def left(session: StudySession) -> float:
+        return 3600.0 * (len(list((session.folder / "trials").glob("*"))) < 2)
+
+    monkeypatch.setattr(StudySession, "seconds_left", property(left))
+    train = small_run.replaced(output_dir=str(tmp_path / "study"), max_steps=3)
+    study = SearchConfig(minutes=60.0, seeds=1, finalists=1, space={"learning_rate": "1e-3..3e-2"})
+    result = search(train, study, run_trial=run_here)
+    assert len(result.trials) == 2
+    assert "--minutes left time for 2 of 6 trials" in result.notes
 
 
 def not_run(*_: Any) -> Trial:

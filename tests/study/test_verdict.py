@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from tailora.evaluation.statistics import Difference
-from tailora.study.results import ArmResult
-from tailora.study.verdict import compare_verdict, what_would_tell
+from tailora.study.results import ArmResult, Candidate, Finalist
+from tailora.study.verdict import compare_verdict, search_verdict, what_would_tell
 
 FULL = ArmResult("full", {}, "done", learning_rate=1e-4, trainable_parameters=1_000_000, bracketed=True)
 
@@ -152,3 +152,37 @@ def test_differences_are_in_the_unit_of_the_losses(low: float, high: float) -> N
     verdict, _ = compare_verdict([FULL, arm(low, high)], {"lora": 0.04}, "full", 0.02, "per example")
     assert "per example" in verdict
     assert "token" not in verdict
+
+
+STOPPED, WHOLE = "in the worse half at step 4", "so it is also the cheapest."
+
+
+@pytest.mark.parametrize(
+    ("smaller", "words"),
+    [
+        ({}, f"No trial had fewer trained parameters, {WHOLE}"),
+        ({0: "done"}, f"No trial with fewer trained parameters came close, {WHOLE}"),
+        ({0: "done", 3: "pruned"}, f"No trial with fewer trained parameters came close (1 of 2 ended early), {WHOLE}"),
+        (
+            {1: "pruned"},
+            f"The only trial with fewer trained parameters, trial 1, ended early ({STOPPED}; a whole trial has 11 "
+            "steps), so it was not compared at full length.",
+        ),
+        (
+            {3: "out of memory"},
+            "The only trial with fewer trained parameters, trial 3, ended early (out of memory; a whole trial has 11 "
+            "steps), so it was not compared at full length.",
+        ),
+        (
+            {1: "pruned", 3: "diverged"},
+            "The 2 trials with fewer trained parameters ended early, so none was compared at full length.",
+        ),
+    ],
+    ids=str,
+)
+def test_a_smaller_trial_that_ended_early_is_not_called_worse(smaller: dict[int, str], words: str) -> None:
+    best = Finalist(2, {}, 1000, 2.0, 2.0, (1.9, 2.1), None, None, 1.0, 1, [])
+    trials = [Candidate(2, "done", {}, 2.0, 1000), Candidate(4, "pruned", {}, 2.5, 1000), Candidate(5, "diverged", {})]
+    trials += [Candidate(number, state, {}, 2.4, 100, message=STOPPED) for number, state in smaller.items()]
+    verdict = search_verdict([best], best, 0.02, "nats per token", trials, 11)
+    assert verdict == f"Take trial 2: held-out loss 2.000 (95% interval 1.900 to 2.100). {words}"
