@@ -23,6 +23,7 @@ from tailora.formats.run_folder import PASSPORT
 VERSION = 2
 ADAPTER, BASE = "adapter", "base"  # names of variants
 ROUNDED_ADAPTER, ROUNDED_BASE = "adapter on a Q4_0 base", "Q4_0 base"
+NOISE_FLOOR = 0.05  # nats; what 16-bit arithmetic changes anywhere
 WEIGHTS = re.compile(r".*\.(safetensors|gguf)")
 LARGEST_SCALE = 1000.0
 

@@ -33,7 +33,7 @@ from tailora.evaluation.forgetting import sample_texts
 from tailora.evaluation.generate import free_positions
 from tailora.formats.export import with_only_adapter
 from tailora.formats.fingerprint import fingerprint
-from tailora.formats.passport import ADAPTER, BASE, ROUNDED_ADAPTER, ROUNDED_BASE, Passport, Probe, Variant
+from tailora.formats.passport import ADAPTER, BASE, NOISE_FLOOR, ROUNDED_ADAPTER, ROUNDED_BASE, Passport, Probe, Variant
 from tailora.formats.peft_config import base_model_name
 from tailora.study.model_layout import block_of, layer_count
 from tailora.train.parallel import is_sharded
@@ -50,7 +50,6 @@ GROUP = 32  # weights that share a scale in llama.cpp's Q4_0
 CHUNK = 2**26  # logits computed at a time
 FINGERPRINTS = 4  # layers of the base
 MOST_SPECIAL = 0.1  # probability of special tokens at a probe: servers hide them, each in its own way
-NOISE_FLOOR = 0.05  # nats; what 16-bit arithmetic changes anywhere
 
 QUESTIONS = (
     "What would you do on a rainy Sunday?",

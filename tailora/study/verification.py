@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tailora.formats.passport import ADAPTER, BASE, ROUNDED_ADAPTER, ROUNDED_BASE, Passport, Probe
+from tailora.formats.passport import ADAPTER, BASE, NOISE_FLOOR, ROUNDED_ADAPTER, ROUNDED_BASE, Passport, Probe
 
 Floats = NDArray[np.float64]
 Verdict = Literal["adapter", "base", "scaled", "partial", "template", "other-base", "other-adapter", "unknown"]
@@ -183,7 +183,9 @@ def fit_variants(
 
 def _limit(effect: float, noise: float | None) -> float:
     """Returns the largest error of a variant that explains the answers."""
-    return SHARE * effect if noise is None else min(SHARE * effect, max(LEAST_SHARE * effect, NOISE * noise))
+    if noise is None:
+        return SHARE * effect
+    return min(SHARE * effect, max(LEAST_SHARE * effect, NOISE * noise, NOISE_FLOOR))
 
 
 def _of_other_meaning(candidates: Candidates, best: int) -> NDArray[np.bool_]:

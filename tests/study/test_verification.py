@@ -19,7 +19,7 @@ from verified_server import (
 )
 
 from tailora import LoRAModel
-from tailora.formats.passport import ADAPTER, Passport, Probe, read_passport
+from tailora.formats.passport import ADAPTER, BASE, NOISE_FLOOR, Passport, Probe, read_passport
 from tailora.serve.client import ServerClient
 from tailora.study.probes import make_passport, next_logprobs
 from tailora.study.verification import STEP, Fit, Observation, _comparison, _meaning, verify
@@ -56,6 +56,27 @@ def test_what_a_server_computes_is_told(url: str, root: Path, model: str) -> Non
 def test_another_adapter_is_told_by_the_base(url: str, root: Path) -> None:
     result = verdict_of(url, read_passport(root / "legal"), "other", "tiny")
     assert result.verdict == "other-adapter", "\n".join(result.evidence)
+
+
+def test_an_adapter_that_changes_little_may_differ_by_what_16_bits_change(root: Path) -> None:
+    passport = read_passport(root / "legal")
+
+    def smaller(probe: Probe) -> Probe:
+        logprobs = {
+            name: [base + 0.02 * (value - base) for value, base in zip(values, probe.logprobs[BASE], strict=True)]
+            for name, values in probe.logprobs.items()
+        }
+        return replace(probe, logprobs=logprobs)
+
+    passport = replace(passport, probes=[smaller(probe) for probe in passport.probes])
+    answers = answers_of(passport, lambda _: ADAPTER)
+    rounded = [
+        replace(answer, logprobs={token: value + 0.02 * (-1) ** token for token, value in answer.logprobs.items()})
+        for answer in answers
+    ]
+    result = verify(passport, rounded, answers_of(passport, lambda _: BASE))
+    assert result.verdict == "adapter", "\n".join(result.evidence)
+    assert 0.2 * result.fits["text"].effect < result.fits["text"].error < NOISE_FLOOR
 
 
 TEMPLATES = {
