@@ -9,6 +9,7 @@ parts, and what makes them. tests/test_documents.py fails if a part is not what 
 import argparse
 import json
 import re
+import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -328,11 +329,14 @@ def soak() -> str:
     content = read("soak")
     memory = content["memory"]
     rows = [[name, f"{count:,}"] for name, count in content["outcomes"].items()]
+    last = [sample for sample in memory["samples"] if sample[0] > memory["samples"][-1][0] - 15 * 60]
+    slope = 3600 * statistics.linear_regression(*zip(*last, strict=True)).slope
     text = (
         f"{content['minutes']:.0f} minutes of mixed load by {content['clients']} clients on {tables.machine(content)}, "
         f"with loads and unloads. Errors that were not asked for: {len(content['unexpected'])}. Resident memory "
         f"after the warm-up: {memory['first_mb']:.0f} MB at first, {memory['last_mb']:.0f} MB at last; it grew by "
-        f"{memory['slope_mb_per_hour']:.0f} MB an hour, with a standard error of {memory['standard_error']:.1f}. "
+        f"{memory['slope_mb_per_hour']:.0f} MB an hour, with a standard error of {memory['standard_error']:.1f}, "
+        f"and by {slope:.0f} MB an hour in the last 15 minutes. "
         "503 says that all of the memory for adapters was in use, which is too small here on purpose."
     )
     return f"{text}\n\n{tables.table(['request, and its outcome', 'count'], rows)}"
