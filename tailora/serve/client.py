@@ -18,7 +18,7 @@ from tailora.study.verification import Observation
 TOP = (20, 5, None)  # log-probabilities to ask for; servers allow 20 (vLLM) or 5 (OpenAI), or tell none
 ENDPOINTS = {"text": "/v1/completions", "chat": "/v1/chat/completions"}
 REFUSED = (400, 404, 405, 422, 500, 501)  # of a request that the server does not know
-BUSY = (429, 503)  # asked again, after the seconds that the server says, or after more and more of them
+BUSY = (429, 503)  # a prompt is asked again, after the seconds that the server says, or after more and more of them
 FIRST_WAIT = 0.5
 MODELS_SHOWN = 10
 MOST_BYTES = 16 * 10**6  # of an answer; that to a probe has a few thousand
@@ -39,7 +39,7 @@ class ServerClient:
     """One OpenAI-compatible server. It is asked one probe at a time, so that no batch changes its rounding.
 
     url: with or without "/v1".    key: of the Authorization header.
-    timeout: seconds for an answer. A server that is busy is asked again for as long.
+    timeout: seconds for an answer. A prompt for which the server is too busy is asked again for as long.
     A proxy of the environment is used as other programs do, but never for this machine itself.
     Raises ConfigError for what is no address or no key.
     """
@@ -122,7 +122,7 @@ class ServerClient:
         end, wait = time.monotonic() + self._timeout, FIRST_WAIT
         try:
             answer = self._read(method, path, body)
-            while answer.status in BUSY and time.monotonic() + (seconds := answer.wait or wait) < end:
+            while body and answer.status in BUSY and time.monotonic() + (seconds := answer.wait or wait) < end:
                 time.sleep(seconds)
                 wait *= 2
                 answer = self._read(method, path, body)
