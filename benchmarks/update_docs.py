@@ -17,7 +17,6 @@ from typing import Any
 
 import device_tables
 import evidence_tables
-import scaling_tables
 import tables
 import tiny_lm_tables
 from measure import RESULTS
@@ -496,12 +495,6 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
     "docs/from_scratch.md": {name: partial(page_output, name) for name in read("from_scratch")["outputs"]},
     "docs/preferences.md": {"preferences": preferences, "dpo": partial(trained, "dpo")},
     "docs/devices.md": {"devices": devices},
-    "docs/scaling.md": {
-        "models": lambda: scaling_tables.models(read("scaling")),
-        "memory": lambda: scaling_tables.memory(read("scaling")),
-        "time": lambda: scaling_tables.time(read("scaling")),
-        "experts": lambda: scaling_tables.experts_in_nf4(read("scaling")),
-    },
     "docs/serving.md": {"serving": serving, "soak": soak},
     **{
         f"docs/coming_from/{page}.md": {"settings": partial(settings_of, tool)}
