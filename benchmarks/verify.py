@@ -34,12 +34,12 @@ from server_process import started
 from tailora import LoRAModel
 from tailora.cli.models import load_model
 from tailora.data.demo import model_folder
-from tailora.formats.passport import Passport
-from tailora.serve.client import ServerClient
-from tailora.study.probes import make_passport
-from tailora.study.verification import Verification, verify
 from tailora.train.config import TrainConfig
 from tailora.train.trainer import run
+from tailora.verify.passport import Passport
+from tailora.verify.probes import make_passport
+from tailora.verify.server_client import ServerClient
+from tailora.verify.server_verdict import Verification, verify
 
 STEPS, STALE_STEPS = 40, 12
 QUANTIZED = {"bf16": None, "Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15}  # name -> llama.cpp's number of the file type

@@ -22,10 +22,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.formats.passport import Passport, write_passport
-from tailora.serve.client import ServerClient
-from tailora.study.probes import QUESTIONS, make_passport
-from tailora.study.verification import Verification, verify
+from tailora.verify.passport import Passport, write_passport
+from tailora.verify.probes import QUESTIONS, make_passport
+from tailora.verify.server_client import ServerClient
+from tailora.verify.server_verdict import Verification, verify
 
 TOKENIZER = chat_tokenizer(
     [*QUESTIONS, "a good morning to you and to the cat"], eos_token="<|im_end|>", bos_token="<|im_start|>"

@@ -128,8 +128,8 @@ def add_passport(folder: Path, source: Path, model: Any, tokenizer: Any) -> dict
 
     Returns the name of the file -> its bytes; {} for a model or an adapter that can have none.
     """
-    from tailora.formats.passport import read_passport, write_passport
-    from tailora.study.probes import make_passport, passport_obstacle
+    from tailora.verify.passport import read_passport, write_passport
+    from tailora.verify.probes import make_passport, passport_obstacle
 
     if passport_obstacle(model) is not None:
         return {}

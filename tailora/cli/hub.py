@@ -2,6 +2,8 @@
 
 import shlex
 import shutil
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,7 +98,9 @@ def push(
     from tailora.report.model_card import card_body, completed_card, read_report
     from tailora.train.memory import format_bytes
 
-    shared = shared_files(path, base_name, samples=samples)
+    shared = shared_files(path, base_name)
+    passport = _shared_passport(path, shared.files[ADAPTER_WEIGHTS], base_name, samples=samples)
+    check_nothing_private(path, passport, shared.secrets)
     report = read_report(path)
     if base_name is None:
         note("the files name no base model; give its Hub id with --model")
@@ -107,13 +111,13 @@ def push(
     card = there.card if there is not None and there.card is not None else shared.card
     body = card_body(repository, shared.settings, shared.updates, report, samples=samples)
     text, is_kept = completed_card(card, shared.settings, body, license, replace=replace_card)
-    files = {**shared.files, CARD: text.encode()}
+    files = {**shared.files, **passport, CARD: text.encode()}
     check_nothing_private(path, {CARD: files[CARD]}, shared.secrets)
     if is_kept:
         where = path / CARD if card is shared.card else f"the {CARD} of {repository}"
         note(f"the words of {where} stay, since someone wrote or edited them; --replace-card writes a new card")
-    if shared.left_behind:
-        note(f"not uploaded: {', '.join(shared.left_behind)}")
+    if left_behind := [name for name in shared.left_behind if name not in files]:
+        note(f"not uploaded: {', '.join(left_behind)}")
     if there is None and (kinds := other_types(repository)):
         note(f"the Hub has a {' and a '.join(kinds)} of this name, too; the adapter becomes a model beside it")
     stale = [name for name in (PASSPORT,) if there is not None and name in there.files and name not in files]
@@ -157,6 +161,21 @@ def public_base_name(adapter: Path, model: str | None) -> str | None:
         return model
     base = base_of(adapter)
     return None if base is None else public_name(str(base.folder or base.name))
+
+
+def _shared_passport(folder: Path, weights: bytes, base_name: str | None, *, samples: bool) -> dict[str, bytes]:
+    """Returns file name -> the passport for these weights, which differ from the folder's in their metadata alone.
+
+    Empty if the folder has none, or if its probes are held-out data and `samples` are not shared. Raises FormatError
+    for one to share that is damaged, of another version or of other weights, and for one that is not JSON.
+    """
+    from tailora.verify.passport import has_held_out_texts, passport_bytes, read_passport
+
+    if not (folder / PASSPORT).exists() or (has_held_out_texts(folder) and not samples):
+        return {}
+    passport = read_passport(folder)
+    hashes = {ADAPTER_WEIGHTS: sha256(weights).hexdigest()}
+    return {PASSPORT: passport_bytes(replace(passport, base_model=base_name or passport.base_model, weights=hashes))}
 
 
 def _check_visibility(repository: str, is_private: bool | None, *, public: bool) -> None:

@@ -293,9 +293,9 @@ def kl_of_preferences(result: "TrainResult", config: TrainConfig) -> float | Non
 
 def add_passport(result: "TrainResult", config: TrainConfig) -> None:
     """Writes the passport of a trained adapter of a language model, from which `tailora verify` knows it."""
-    from tailora.formats.passport import write_passport
-    from tailora.study.probes import make_passport, passport_obstacle
     from tailora.train.memory import explain_out_of_memory
+    from tailora.verify.passport import write_passport
+    from tailora.verify.probes import make_passport, passport_obstacle
 
     is_text = result.data is not None and result.data.report.task not in (*TASK_TYPES, SEQ2SEQ)
     if config.passport == "none" or config.method != "lora" or not is_text:

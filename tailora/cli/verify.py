@@ -13,13 +13,13 @@ from tailora.cli.main import GATE_NOT_MET, log, note, print_json, stderr, stdout
 from tailora.cli.models import find_adapter
 from tailora.cli.serve import API_KEY, Url
 from tailora.errors import require_packages
-from tailora.formats.passport import Passport, read_passport
 from tailora.formats.run_folder import ADAPTER
 from tailora.report.blocks import Paragraph, Section
 from tailora.report.terminal import print_section
+from tailora.verify.passport import Passport, read_passport
 
 if TYPE_CHECKING:
-    from tailora.study.verification import Verification
+    from tailora.verify.server_verdict import Verification
 
 Adapter = Annotated[
     str, Parameter(name="--adapter", help="adapter, run or export with a passport.json: folder or Hub id")
@@ -82,8 +82,8 @@ def verify(
     """
     require_packages("httpx", extra="serve")
     from tailora.cli.progress import counter
-    from tailora.serve.client import ServerClient, check_model, choose_model
-    from tailora.study import verification
+    from tailora.verify import server_verdict
+    from tailora.verify.server_client import ServerClient, check_model, choose_model
 
     with ServerClient(url, os.environ.get(API_KEY), timeout=timeout) as server:
         folder = find_adapter(adapter)
@@ -108,7 +108,7 @@ def verify(
                 of_base = server.ask(passport.probes, base, progress)
         for endpoint, reason in server.refusals.items():
             note(f"{endpoint} was left out, it answers {reason}")
-    result = verification.verify(passport, observations, of_base)
+    result = server_verdict.verify(passport, observations, of_base)
     if json:
         print_json({**result.to_dict(), "url": server.url, "model": model, "adapter": str(folder)})
     else:

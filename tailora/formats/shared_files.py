@@ -6,8 +6,7 @@ Whoever gets the files needs neither the folder that the base was in here, nor t
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from hashlib import sha256
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from tailora.formats.hub import public_name
 from tailora.formats.io import check_is_file, with_metadata, wrap_os_error
 from tailora.formats.metadata import METADATA_KEY
 from tailora.formats.offline import OfflineAdapter, read_stored, updates_of
-from tailora.formats.passport import has_held_out_texts, passport_bytes, read_passport
 from tailora.formats.peft import StoredAdapter
 from tailora.formats.run_folder import (
     ADAPTER_CONFIG,
@@ -28,11 +26,10 @@ from tailora.formats.run_folder import (
     GGUF_WEIGHTS,
     MLX_WEIGHTS,
     MODEL,
-    PASSPORT,
     TOKENIZER_FILES,
 )
 
-SHARED = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, PASSPORT, *TOKENIZER_FILES)  # and the card
+SHARED = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, *TOKENIZER_FILES)  # and the card
 NOT_SEARCHED = (ADAPTER_WEIGHTS, "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 BEGIN, END = r"(?<![\w.~-])(?<![\w:.]/)", r"(?![\w-])[\w./@-]*"  # of a path; not within another one, or an address
 HOME = BEGIN + r"(?:/home/|/Users/|/root/|[A-Za-z]:\\+Users\\+)[\w.@-]+[\w./\\@-]*"  # a home directory of any system
@@ -56,11 +53,10 @@ class SharedAdapter:
     secrets: list[str]
 
 
-def shared_files(folder: Path, base_name: str | None, *, samples: bool = False) -> SharedAdapter:
+def shared_files(folder: Path, base_name: str | None) -> SharedAdapter:
     """Returns the files of a PEFT folder that others may have. The folder stays as it is.
 
     base_name: what the files call the base model, instead of a path.
-    samples: share a passport whose probes are held-out data.
     Raises FormatError for a folder that is not an adapter, is damaged, or whose files name paths of a machine.
     """
     if (folder / MODEL).is_dir() and not (folder / ADAPTER_CONFIG).exists():
@@ -81,10 +77,6 @@ def shared_files(folder: Path, base_name: str | None, *, samples: bool = False) 
         files[ADAPTER_CONFIG] = (json.dumps(settings, indent=2) + "\n").encode()
     if stored.metadata.base_folder is not None:
         files[ADAPTER_WEIGHTS] = _without_base_folder(files[ADAPTER_WEIGHTS], stored)
-    if PASSPORT in files:
-        passport = _shared_passport(folder, files[ADAPTER_WEIGHTS], base_name, samples=samples)
-        files = {name: content for name, content in files.items() if name != PASSPORT}
-        files |= {} if passport is None else {PASSPORT: passport}
     bases = (stored.settings.get("base_model_name_or_path"), stored.metadata.base_folder)
     secrets = [base for base in bases if isinstance(base, str) and Path(base).is_absolute()]
     searched = {name: content for name, content in files.items() if name not in NOT_SEARCHED}
@@ -161,17 +153,3 @@ def _metadata(raw: bytes) -> dict[str, str]:
 def _without_base_folder(raw: bytes, stored: StoredAdapter) -> bytes:
     public = stored.metadata.model_copy(update={"base_folder": None})
     return with_metadata(raw, {**_metadata(raw), METADATA_KEY: public.to_json()})
-
-
-def _shared_passport(folder: Path, weights: bytes, base_name: str | None, *, samples: bool) -> bytes | None:
-    """Returns the passport for these weights, which differ from those in the folder in their metadata alone.
-
-    None if its probes are held-out data, and `samples` are not shared. Raises FormatError for one to share that is
-    damaged, of another version or of other weights, and for one that is not JSON.
-    """
-    if not samples and has_held_out_texts(folder):
-        return None
-    passport = read_passport(folder)
-    digest = sha256(weights).hexdigest()
-    shared = replace(passport, base_model=base_name or passport.base_model, weights={ADAPTER_WEIGHTS: digest})
-    return passport_bytes(shared)

@@ -21,9 +21,9 @@ from tailora.cli.export import Format, Server, Service
 from tailora.cli.main import main
 from tailora.errors import FormatError
 from tailora.formats.export import FORMATS
-from tailora.formats.passport import read_passport, write_passport
 from tailora.formats.serving_targets import TARGETS
-from tailora.study.probes import passport_obstacle
+from tailora.verify.passport import read_passport, write_passport
+from tailora.verify.probes import passport_obstacle
 
 IDS = torch.arange(20).view(2, 10)
 

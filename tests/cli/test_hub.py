@@ -21,13 +21,13 @@ from transformers import LlamaForCausalLM
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.hub import public_base_name
 from tailora.cli.main import main
-from tailora.formats import passport as passports
 from tailora.formats.hub import DEMO_MODEL, OF_DEMO
 from tailora.formats.metadata import METADATA_KEY
 from tailora.formats.offline import OfflineAdapter
-from tailora.formats.passport import Passport, Probe, Variant, write_passport
 from tailora.formats.run_folder import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, PASSPORT, REPORT
 from tailora.report.model_card import card_body, completed_card
+from tailora.verify import passport as passports
+from tailora.verify.passport import Passport, Probe, Variant, write_passport
 
 hub = hub_server.hub  # the fixture
 

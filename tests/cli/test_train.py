@@ -29,12 +29,12 @@ from tailora.cli.train import (
 from tailora.data.dataset import Example, Examples
 from tailora.errors import CheckpointError, ConfigError, WriteError
 from tailora.formats import run_folder
-from tailora.formats.passport import read_passport
 from tailora.formats.run_folder import ADAPTER, PASSPORT, SAMPLES
 from tailora.report.format import duration
 from tailora.train import run_log
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
+from tailora.verify.passport import read_passport
 
 PROMISED = {
     "output_dir",

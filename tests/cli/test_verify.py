@@ -10,11 +10,11 @@ from verified_server import MODELS, Request, running, stand_in
 
 from tailora.cli.main import main
 from tailora.cli.verify import HEADLINES
-from tailora.formats.passport import read_passport
 from tailora.formats.run_folder import ADAPTER_WEIGHTS
-from tailora.serve import client
-from tailora.serve.client import MOST_BYTES
-from tailora.study.verification import STEP, Verdict
+from tailora.verify import server_client
+from tailora.verify.passport import read_passport
+from tailora.verify.server_client import MOST_BYTES
+from tailora.verify.server_verdict import STEP, Verdict
 
 root, url = verified_server.root, verified_server.url  # the fixtures
 
@@ -95,7 +95,7 @@ def test_nobody_listens(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_missing_endpoint_is_told_with_its_reason(
     url: str, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(client.ENDPOINTS, "text", "/v1/absent")
+    monkeypatch.setitem(server_client.ENDPOINTS, "text", "/v1/absent")
     assert main(["verify", url, "--adapter", str(root / "legal"), "--json"]) == 0  # the chats tell
     output = capsys.readouterr()
     assert "/v1/absent was left out, it answers 404" in " ".join(output.err.split())

@@ -11,7 +11,7 @@ from verified_server import TOKENIZER, adapted, base_model, store_in_q4_0, throu
 from tailora import LoRAConfig, LoRAModel
 from tailora.data.schemas import Choices, Conversation, Feedback, Preference
 from tailora.errors import DataError
-from tailora.study.probes import make_passport, q4_0, rounded_to_4_bits
+from tailora.verify.probes import make_passport, q4_0, rounded_to_4_bits
 
 
 def test_q4_0_is_that_of_llama_cpp() -> None:

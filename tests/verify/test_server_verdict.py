@@ -19,10 +19,10 @@ from verified_server import (
 )
 
 from tailora import LoRAModel
-from tailora.formats.passport import ADAPTER, BASE, NOISE_FLOOR, Passport, Probe, read_passport
-from tailora.serve.client import ServerClient
-from tailora.study.probes import make_passport, next_logprobs
-from tailora.study.verification import STEP, Fit, Observation, _comparison, _meaning, verify
+from tailora.verify.passport import ADAPTER, BASE, NOISE_FLOOR, Passport, Probe, read_passport
+from tailora.verify.probes import make_passport, next_logprobs
+from tailora.verify.server_client import ServerClient
+from tailora.verify.server_verdict import STEP, Fit, Observation, _comparison, _meaning, verify
 
 root, url = verified_server.root, verified_server.url  # the fixtures
 

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 import httpx
 
 from tailora.errors import ConfigError, ServerError, nearest
-from tailora.formats.passport import Probe
-from tailora.study.verification import Observation
+from tailora.verify.passport import Probe
+from tailora.verify.server_verdict import Observation
 
 TOP = (20, 5, None)  # log-probabilities to ask for; servers allow 20 (vLLM) or 5 (OpenAI), or tell none
 ENDPOINTS = {"text": "/v1/completions", "chat": "/v1/chat/completions"}

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tailora.errors import FormatError
-from tailora.formats.passport import (
+from tailora.formats.run_folder import ADAPTER_WEIGHTS, PASSPORT
+from tailora.verify.passport import (
     ADAPTER,
     BASE,
     REQUIRED,
@@ -18,7 +19,6 @@ from tailora.formats.passport import (
     read_passport,
     write_passport,
 )
-from tailora.formats.run_folder import ADAPTER_WEIGHTS, PASSPORT
 
 
 def probe_of(tokens: list[str], values: list[float]) -> dict[str, Any]:

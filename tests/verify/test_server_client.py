@@ -8,9 +8,9 @@ import pytest
 from verified_server import MODELS, Request, StandIn, serving, stand_in
 
 from tailora.errors import ConfigError, ServerError
-from tailora.formats.passport import ADAPTER, BASE, Probe
-from tailora.serve.client import ServerClient, choose_model
-from tailora.study.verification import Observation
+from tailora.verify.passport import ADAPTER, BASE, Probe
+from tailora.verify.server_client import ServerClient, choose_model
+from tailora.verify.server_verdict import Observation
 
 FORMS = {  # of log-probabilities in completions
     "OpenAI": {"tokens": ["a"], "token_logprobs": [-0.5], "top_logprobs": [{"a": -0.5, " b": -1.5, "c": -3}]},
