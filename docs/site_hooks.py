@@ -37,7 +37,7 @@ PAGES = {  # file of the repository -> page of the site
     **{f"notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")},
 }
 FILES = {page: file for file, page in PAGES.items()}
-HISTORY = ("LOG.md", "changelog.md")  # the search shows what is true today above them
+HISTORY = ("decisions.md", "changelog.md")  # the search shows what is true today above them
 LINK = re.compile(r'(\]\(|<img src=")(?![a-z]+:|#)([^)"#\s]+)')
 PICTURE = re.compile(r'<picture>\s*<source [^>]*srcset="([^"]+)">\s*<img src="([^"]+)"([^>]*)>\s*</picture>')
 UNMADE = re.compile(r"<p>(?:(?!</p>).)*?\n(?:[-*] |\| )", re.DOTALL)  # Markdown that stayed text
