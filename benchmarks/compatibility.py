@@ -171,7 +171,7 @@ def export(model: LoRAModel, target: str) -> str:
         result = model.export_for(Path(folder) / "out", target, settings=settings, tokenizer=tokenizer)
     if not result.serving.is_merged:
         return "adapter"
-    return f"merged: {result.report.changes[0].removeprefix('the whole model is merged, since ')}"
+    return f"merged: {result.report.changes[0].removeprefix('the whole model is merged, because ')}"
 
 
 @torch.no_grad()

@@ -315,11 +315,10 @@ class LoRAModel(nn.Module):
         tokenizer: Any = None,
         overwrite: bool = False,
     ) -> "ServingExport":
-        """Exports an adapter for a server or a hosted service: "vllm", "llama-server", "ollama", "lm-studio", "mlx",
-        "tgi", "fireworks" or "cloudflare", with a script that serves or uploads it.
+        """Exports an adapter for a server: "vllm", "llama-server", "ollama" or "mlx", with a script that starts it.
 
-        What a server takes no adapter for is merged into the whole model; a service's limits are checked. Otherwise as
-        `export`. Raises as `formats.serving_targets.export_for`.
+        An adapter that the server cannot load is merged into the whole model. Otherwise as `export`. Raises as
+        `formats.serving_targets.export_for`.
         """
         from tailora.formats.low_rank_export import ExportSource
         from tailora.formats.serving_targets import ServingSettings, export_for

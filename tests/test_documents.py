@@ -38,22 +38,11 @@ def test_the_exports_of_the_page_are_all_formats() -> None:
     assert exported == FORMATS.keys() - {"diffusers"} | {"vllm", "llama-server"}
 
 
-def test_the_servers_and_limits_of_the_page_are_those_of_the_table() -> None:
-    servers, services = (
-        {row.split("|")[1].strip(" `"): row for row in table.splitlines()[2:]}
-        for table in re.findall(r"(\| `--to` .*?)\n\n", page("export"), re.DOTALL)
-    )
-    assert {**servers, **services}.keys() == TARGETS.keys()
+def test_the_servers_of_the_page_are_those_of_the_table() -> None:
+    (table,) = re.findall(r"(\| `--to` .*?)\n\n", page("export"), re.DOTALL)
+    servers = {row.split("|")[1].strip(" `"): row for row in table.splitlines()[2:]}
+    assert servers.keys() == TARGETS.keys()
     assert all(f"| `{TARGETS[name].format}` |" in row for name, row in servers.items())
-    for name, row in services.items():
-        limits = TARGETS[name].limits
-        assert limits is not None
-        _, rank, layers, size, models, source = (cell.strip() for cell in row.strip("|").split("|"))
-        assert rank == f"{limits.lowest_rank} to {limits.highest_rank}"
-        assert re.findall(r"`(.*?)`", layers) == list(limits.targets)
-        assert re.findall(r"`(.*?)`", models) == list(limits.model_types)
-        assert size == ("" if limits.bytes is None else f"less than {limits.bytes / 1e6:.0f} MB")
-        assert TARGETS[name].sources[0] in source
     (text,) = code_blocks("export", "text")
     base, stops = "HuggingFaceTB/SmolLM2-135M-Instruct", {2: "<|im_end|>"}
     serving = Serving("vllm", "portable", "demo-vllm", base, 16, 8192, stops, {}, None)

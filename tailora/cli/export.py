@@ -44,21 +44,19 @@ if TYPE_CHECKING:
     from tailora.formats.serving_targets import Serving, ServingExport, ServingSettings
 
 Format = Literal["peft", "portable", "gguf", "merged"]
-Server = Literal["vllm", "llama-server", "ollama", "lm-studio", "mlx", "tgi"]
-Service = Literal["fireworks", "cloudflare"]
-MERGED = ("merged", "lm-studio")
+Server = Literal["vllm", "llama-server", "ollama", "mlx"]
 FORMATS: tuple[str, ...] = get_args(Format)
 To = Annotated[
-    Literal[Format, Server, Service],
+    Literal[Format, Server],
     Parameter(
-        help="a format: peft, portable (PEFT that servers read), gguf or merged (a whole model); or a server or a "
-        "hosted service, with the command that serves it"
+        help="a format: peft, portable (PEFT that servers read), gguf or merged (a whole model); or a server, with "
+        "the command that starts it"
     ),
 ]
 Output = Annotated[Path, Parameter(name=["--output", "--output-dir"], help="new folder for the result")]
 Quantize = Annotated[
     str | None,
-    Parameter(help=f"quantization of the base model: {METHODS}; default: merged, lm-studio: as in the adapter's run"),
+    Parameter(help=f"quantization of the base model: {METHODS}; default for merged: as in the adapter's run"),
 ]
 Dtype = Annotated[
     Literal["stored", "float32", "bfloat16", "float16"], Parameter(help="precision of the base, and of a merged model")
@@ -84,7 +82,7 @@ def export(
     """Export an adapter to llama.cpp, Ollama, vLLM, mlx-lm or PEFT, or merge it.
 
     The result is read back and must compute the same as the model with its adapter. For a server, the folder has a
-    script that starts it; what it takes no adapter for is merged. The limits of a hosted service are checked first.
+    script that starts it. An adapter that the server cannot load is merged into the whole model.
     """
     path = find_adapter(adapter)
     check_result_folder(output, EXPORTED_FILES, overwrite=overwrite, sources=[path])
@@ -95,7 +93,7 @@ def export(
     from tailora.train.model_loading import load_base
 
     trained_on = quantize_method([path], quantize)
-    method = None if quantize is None and to not in MERGED else trained_on  # the base's weights are not in the result
+    method = None if quantize is None and to != "merged" else trained_on  # the base's weights are not in the result
     labels = labels_of(base, [path])
     task = task_of(base, [path])
     if to not in FORMATS:
@@ -205,7 +203,7 @@ def commands_of_target(result: "ExportReport", serving: "Serving") -> list[Block
     if serving.prepare is not None:
         once = "Once, with llama.cpp's converter, which needs `pip install sentencepiece`:"
         blocks.append(Code(shlex.join(serving.prepare[0]), title=once))
-    title = f"To {'upload' if TARGETS[serving.target].limits else 'serve'} it, as {result.folder / SERVE_SCRIPT} does:"
+    title = f"To serve it, as {result.folder / SERVE_SCRIPT} does:"
     blocks.append(Code("\n".join(map(shlex.join, serving.commands)), title=title))
     blocks += [Paragraph(note) for note in notes(serving)]
     return [*blocks, *commands_to_verify(result, TARGETS[serving.target].port)]

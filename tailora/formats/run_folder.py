@@ -20,7 +20,6 @@ REFERENCE = "reference.npz"  # what the model gave examples before training, for
 CARD = "README.md"
 # What a server reads beside an exported adapter, and the script that starts the server
 SERVE_SCRIPT, CHAT_TEMPLATE, TOKENIZER_CONFIG = "serve.sh", "chat_template.jinja", "tokenizer_config.json"
-FIREWORKS = "fireworks.json"
 PASSPORT = "passport.json"  # what `tailora verify` asks a server
 TOKENIZER_FILES = (
     *("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE),
@@ -35,8 +34,6 @@ EXPORTED_FILES = (
     DIFFUSERS_WEIGHTS,
     SERVE_SCRIPT,
     CHAT_TEMPLATE,
-    TOKENIZER_CONFIG,
-    FIREWORKS,
 )  # a merged model looks like any other
 REPORT_FILES = (REPORT, PAGE)
 

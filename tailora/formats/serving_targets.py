@@ -1,18 +1,22 @@
-"""The servers and hosted services that `export --to NAME` writes for: the format of each, its limits, its command.
+"""The servers that `export --to NAME` writes for: the adapter's format, the limits, and the command that starts it.
 
-    server        adapter as       what it does not take (then the whole model is merged)
+    server        adapter as       merged into the whole model instead, since the server cannot load it
     vllm          portable         embeddings, Conv1D, a rank above 512
-    tgi           portable         other layers than the projections; a projection that some blocks lack is ignored
     llama-server  gguf             what GGUF cannot hold
     ollama        gguf             the same
     mlx           mlx              what mlx-lm cannot hold
-    lm-studio     a merged model   adapters at all
 
-DoRA, modules_to_save and trained biases are for none of them. The scale is always 1: the adapter's own is in its
-weights.
-A hosted service takes no whole model here, so what is beyond its limits is refused, all of it at once.
+DoRA, modules_to_save and trained biases are always merged. The scale is 1 in every command, because the adapter's own
+scale is already in its weights.
 
-The flags and the limits are from the sources that `Target.sources` names, read on 2026-11-27.
+Flags and limits are from these pages, read on 2026-11-27:
+
+    https://docs.vllm.ai/en/latest/features/lora/ and https://docs.vllm.ai/en/latest/cli/serve/
+    https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md and its convert_hf_to_gguf.py
+    https://github.com/ollama/ollama/blob/main/docs/modelfile.mdx
+    https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/server.py
+
+Ollama's TEMPLATE is written by `ollama_template`, at the end of this file.
 """
 
 import json
@@ -24,34 +28,32 @@ from pathlib import Path
 from typing import Any
 
 from tailora.core.layer_types import LINEAR
-from tailora.errors import ConfigError, FormatError
+from tailora.errors import ConfigError, FormatError, nearest
 from tailora.formats import low_rank_export
 from tailora.formats.export import FORMATS, ExportReport, export, portable_rank
 from tailora.formats.io import read_json_object
 from tailora.formats.low_rank_export import MERGED, ExportSource
 from tailora.formats.ollama_template import ollama_template
 from tailora.formats.run_folder import (
-    ADAPTER_CONFIG,
     CHAT_TEMPLATE,
-    FIREWORKS,
     GGUF_WEIGHTS,
     MODELFILE,
     SERVE_SCRIPT,
     TOKENIZER_CONFIG,
 )
 
-# ---- What a server has to be told
+# ---- The settings of a server
 
 
 @dataclass(frozen=True)
 class ServingSettings:
-    """What neither the adapter nor its base model says.
+    """What is known of neither the adapter nor its base model.
 
-    name: what clients call the adapter; None: the name of the folder.
-    base: name or folder of the base model; None: as its config has it.
+    name: the adapter's name for clients; None: the name of the folder.
+    base: name or folder of the base model; None: the name in its config.
     stop_tokens: id -> text of the tokens that end an answer.
-    chat_template: of the adapter's training, if the base's tokenizer has another one.
-    trained_on: quantization of the base in the adapter's training, if this base has none: then merging is refused.
+    chat_template: the template of the adapter's training, if the base's tokenizer has a different one.
+    trained_on: quantization of the base during training, if this base is not quantized; merging is then refused.
     """
 
     name: str | None = None
@@ -65,10 +67,10 @@ class ServingSettings:
 class Serving:
     """How an exported folder is served.
 
-    rank: of the adapter in the folder; None if it is merged.
-    more_stop_tokens: those of stop_tokens at which a server does not stop by itself, since the base's generation config
-        and its tokenizer do not name them.
-    prepare: a command that is needed once, and the file that it makes.
+    rank: the adapter's rank in the folder; None if it is merged.
+    more_stop_tokens: stop tokens that neither the base's generation config nor its tokenizer names, so that a server
+        does not stop there by itself.
+    prepare: a command that is needed once, and the file that it creates.
     """
 
     target: str
@@ -97,7 +99,7 @@ class ServingExport:
         return {**self.report.to_dict(), "serving": asdict(self.serving)}
 
 
-# ---- The command of each server. folder: the exported one, as it is to be written in the command
+# ---- The command of each server. folder: path of the exported folder, as the command shows it
 
 
 def flag(name: str, value: object) -> list[str]:
@@ -115,15 +117,6 @@ def vllm(serving: Serving, folder: str) -> list[list[str]]:
     return [["vllm", "serve", serving.base, *adapters, *template, *context]]
 
 
-def tgi(serving: Serving, folder: str) -> list[list[str]]:
-    context = flag("--max-total-tokens", serving.context_length)
-    if serving.rank is None:
-        return [["text-generation-launcher", "--model-id", folder, *context]]
-    template = ["--tokenizer-config-path", f"{folder}/{TOKENIZER_CONFIG}"] if serving.chat_template else []
-    adapter = ["--lora-adapters", f"{serving.name}={folder}"]
-    return [["text-generation-launcher", "--model-id", serving.base, *adapter, *template, *context]]
-
-
 def llama_server(serving: Serving, folder: str) -> list[list[str]]:
     adapter, template = [], []
     if serving.rank is not None:
@@ -139,29 +132,11 @@ def ollama(serving: Serving, folder: str) -> list[list[str]]:
     return [["ollama", "create", serving.name, "-f", f"{folder}/{MODELFILE}"], ["ollama", "run", serving.name]]
 
 
-def lm_studio(serving: Serving, folder: str) -> list[list[str]]:
-    file, context = f"{folder}/{model_file(serving)}", flag("--context-length", serving.context_length)
-    return [
-        ["lms", "import", file, "--user-repo", f"tailora/{serving.name}", "--copy"],
-        ["lms", "load", "--identifier", serving.name, *context],  # it asks which model
-        ["lms", "server", "start"],
-    ]
-
-
 def mlx(serving: Serving, folder: str) -> list[list[str]]:
     if serving.rank is None:
         return [["mlx_lm.server", "--model", folder]]
     template = flag("--chat-template", serving.chat_template)
     return [["mlx_lm.server", "--model", serving.base, "--adapter-path", folder, *template]]
-
-
-def fireworks(serving: Serving, folder: str) -> list[list[str]]:
-    base = f"accounts/fireworks/models/{BASE_ID}"
-    return [["firectl", "model", "create", serving.name, folder, "--base-model", base]]
-
-
-def cloudflare(serving: Serving, folder: str) -> list[list[str]]:
-    return [["npx", "wrangler", "ai", "finetune", "create", BASE_ID, serving.name, folder]]
 
 
 def model_file(serving: Serving) -> str:
@@ -177,26 +152,14 @@ def conversion(serving: Serving, folder: str) -> tuple[list[str], str]:
 
 
 CONVERTER = "convert_hf_to_gguf.py"
-BASE_ID = "BASE_MODEL_ID"  # what a hosted service calls the base model
 
-# ---- Other files that a target reads: name -> text
-
-
-def no_files(_: Serving, __: ExportSource) -> dict[str, str]:
-    return {}
+# ---- Other files that a server reads: name -> text
 
 
 def template_file(serving: Serving, _: ExportSource) -> dict[str, str]:
     """A merged model's tokenizer has the template already."""
     template = None if serving.is_merged else serving.chat_template
     return {CHAT_TEMPLATE: template} if template else {}
-
-
-def tgi_files(serving: Serving, source: ExportSource) -> dict[str, str]:
-    if serving.is_merged or not serving.chat_template:
-        return {}
-    tokens = {name: getattr(source.tokenizer, name, None) for name in ("bos_token", "eos_token")}
-    return {TOKENIZER_CONFIG: to_json({**tokens, "chat_template": serving.chat_template})}
 
 
 def ollama_files(serving: Serving, source: ExportSource) -> dict[str, str]:
@@ -215,14 +178,7 @@ NO_TEMPLATE = (
 )
 
 
-def fireworks_files(serving: Serving, _: ExportSource) -> dict[str, str]:
-    template, stop = serving.chat_template, list(serving.more_stop_tokens.values())
-    chat = {"conversation_config": {"style": "jinja", "args": {"template": template}}} if template else {}
-    settings: dict[str, Any] = {**chat, **({"defaults": {"stop": stop}} if stop else {})}
-    return {FIREWORKS: to_json(settings)} if settings else {}
-
-
-# ---- What a target does not take
+# ---- What a server cannot load
 
 
 def vllm_problems(source: ExportSource) -> list[str]:
@@ -231,176 +187,47 @@ def vllm_problems(source: ExportSource) -> list[str]:
     return [f"{', '.join(others)}: not every model of vLLM takes an adapter there"] if others else []
 
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def tgi_problems(source: ExportSource) -> list[str]:
-    names = [path.rpartition(".")[2] for path in low_rank_export.exported_layer_types(source)]
-    blocks = getattr(source.base_model.config, "num_hidden_layers", None)
-    problems = []
-    if others := sorted(set(names) - set(PROJECTIONS)):
-        problems.append(f"{', '.join(others)}: TGI adapts only {', '.join(PROJECTIONS)}")
-    if partial := [name for name in PROJECTIONS if name in names and names.count(name) != blocks]:
-        problems.append(
-            f"{', '.join(partial)}: TGI ignores the adapter of a projection that not all {blocks} blocks have"
-        )
-    return problems
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of a hosted service.
-
-    targets: last parts of the paths of layers; (): any.    bytes: the file of the weights must be smaller.
-    model_types: transformers' model_type -> what the service calls it; {}: any.
-    """
-
-    lowest_rank: int
-    highest_rank: int
-    targets: Sequence[str] = ()
-    bytes: int | None = None
-    model_types: Mapping[str, str] = field(default_factory=dict)
-
-
-FIREWORKS_LIMITS = Limits(4, 64, (*PROJECTIONS, "w1", "w2", "w3", "block_sparse_moe.gate"))
-GEMMA = dict.fromkeys(("gemma", "gemma2", "gemma3_text"), "gemma")
-CLOUDFLARE_LIMITS = Limits(1, 32, bytes=300_000_000, model_types={"llama": "llama", "mistral": "mistral", **GEMMA})
-
-
-def service_problems(limits: Limits, source: ExportSource) -> list[str]:
-    """Returns every limit of a hosted service that the adapter would break."""
-    factors = low_rank_export.fold_scale(source)
-    if not factors:
-        return []
-    rank = portable_rank(max(len(A) for A, _ in factors.values()))
-    size = 4 * rank * sum(A.shape[1] + len(B) for A, B in factors.values())
-    targets = sorted({path.rpartition(".")[2] for path in factors} - set(limits.targets))
-    model_type = getattr(source.base_model.config, "model_type", None)
-    problems = []
-    if not limits.lowest_rank <= rank <= limits.highest_rank:
-        shrink = f"; `tailora shrink --r {limits.highest_rank}` lowers it" if rank > limits.highest_rank else ""
-        problems.append(f"its rank is {rank}; allowed are {limits.lowest_rank} to {limits.highest_rank}{shrink}")
-    if limits.targets and targets:
-        problems.append(f"it adapts {', '.join(targets)}; allowed are {', '.join(limits.targets)}")
-    if limits.bytes is not None and size >= limits.bytes:
-        problems.append(f"its file has {size / 1e6:,.0f} MB; allowed are less than {limits.bytes / 1e6:,.0f} MB")
-    if limits.model_types and model_type not in limits.model_types:
-        problems.append(f"its base is a {model_type}; allowed are {', '.join(limits.model_types)}")
-    return problems
-
-
 # ---- All targets
 
 
 @dataclass(frozen=True)
 class Target:
-    """A server or a hosted service.
+    """A server.
 
     title: its name in messages.    commands: those that serve the exported folder.
-    problems: what of an adapter it does not take, besides what the format cannot hold.
-    separators: characters that it reads as such in the path of an adapter.
-    converts: it reads a base or merged model in GGUF.
-    port: where a server listens if it is told no other; None for a service.
-    limits: of a hosted service.    files: what it reads beside the weights, name -> text.
+    port: where the server listens by default.
+    problems: what the server cannot load of an adapter, in addition to what the format cannot hold.
+    separators: characters that have a meaning of their own in the path of an adapter.
+    converts: whether it reads the base or merged model as GGUF.
+    files: what it reads next to the weights, name -> text.
     """
 
     title: str
     format: str
     commands: Callable[[Serving, str], list[list[str]]]
-    sources: tuple[str, ...]
+    port: int
     problems: Callable[[ExportSource], list[str]] = lambda _: []
     separators: str = ""
     converts: bool = False
-    port: int | None = None
-    limits: Limits | None = None
-    files: Callable[[Serving, ExportSource], dict[str, str]] = no_files
+    files: Callable[[Serving, ExportSource], dict[str, str]] = lambda *_: {}
 
 
-LLAMA_CPP = "https://github.com/ggml-org/llama.cpp/blob/master/"
 TARGETS = {
-    "vllm": Target(
-        "vLLM",
-        "portable",
-        vllm,
-        ("https://docs.vllm.ai/en/latest/features/lora/", "https://docs.vllm.ai/en/latest/cli/serve/"),
-        vllm_problems,
-        separators=",=",
-        port=8000,
-        files=template_file,
-    ),
-    "tgi": Target(
-        "TGI",
-        "portable",
-        tgi,
-        (
-            "https://huggingface.co/docs/text-generation-inference/conceptual/lora",
-            "https://huggingface.co/docs/text-generation-inference/reference/launcher",
-        ),
-        tgi_problems,
-        separators=",=@",
-        port=3000,
-        files=tgi_files,
-    ),
+    "vllm": Target("vLLM", "portable", vllm, 8000, vllm_problems, separators=",=", files=template_file),
     "llama-server": Target(
-        "llama-server",
-        "gguf",
-        llama_server,
-        (f"{LLAMA_CPP}tools/server/README.md", f"{LLAMA_CPP}{CONVERTER}"),
-        separators=",",
-        converts=True,
-        port=8080,
-        files=template_file,
+        "llama-server", "gguf", llama_server, 8080, separators=",", converts=True, files=template_file
     ),
-    "ollama": Target(
-        "Ollama",
-        "gguf",
-        ollama,
-        ("https://github.com/ollama/ollama/blob/main/docs/modelfile.mdx",),
-        converts=True,
-        port=11434,
-        files=ollama_files,
-    ),
-    "lm-studio": Target(
-        "LM Studio",
-        "merged",
-        lm_studio,
-        (
-            "https://lmstudio.ai/docs/cli/local-models/import",
-            "https://lmstudio.ai/docs/cli/load",
-            "https://github.com/lmstudio-ai/lms/issues/110",  # LoRA is not supported
-        ),
-        converts=True,
-        port=1234,
-    ),
-    "mlx": Target(
-        "mlx-lm",
-        "mlx",
-        mlx,
-        ("https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/server.py",),
-        port=8080,
-    ),
-    "fireworks": Target(
-        "Fireworks",
-        "portable",
-        fireworks,
-        ("https://docs.fireworks.ai/models/uploading-custom-models",),
-        limits=FIREWORKS_LIMITS,
-        files=fireworks_files,
-    ),
-    "cloudflare": Target(
-        "Cloudflare Workers AI",
-        "portable",
-        cloudflare,
-        ("https://developers.cloudflare.com/workers-ai/features/fine-tunes/loras/",),
-        limits=CLOUDFLARE_LIMITS,
-    ),
+    "ollama": Target("Ollama", "gguf", ollama, 11434, converts=True, files=ollama_files),
+    "mlx": Target("mlx-lm", "mlx", mlx, 8080),
 }
 
 # ---- Writing
 
 
 def check_target_path(target: str, folder: Path) -> None:
-    """Raises ConfigError if the target would read the folder's path as something else."""
+    """Raises ConfigError for an unknown target, and for a path that the server would read as something else."""
+    if target not in TARGETS:
+        raise ConfigError(f"no server is called {target!r}; there are: {', '.join(TARGETS)}{nearest(target, TARGETS)}")
     if separators := sorted(set(str(folder)) & set(TARGETS[target].separators)):
         raise ConfigError(
             f"{folder}: {TARGETS[target].title} reads {' '.join(separators)} in a path as a separator; rename it"
@@ -410,30 +237,25 @@ def check_target_path(target: str, folder: Path) -> None:
 def export_for(
     source: ExportSource, folder: Path, target: str, settings: ServingSettings, *, overwrite: bool = False
 ) -> ServingExport:
-    """Exports an adapter in the target's format, with a script that serves or uploads it, or merges it if it has to.
+    """Exports an adapter in the server's format, or merged if the server cannot load it, with a script that serves it.
 
-    Raises as `export` does, FormatError with all limits of a hosted service that the adapter breaks, and ConfigError
-    for a path that the target cannot read, or a merge into a base that the adapter was not trained on.
+    Raises as `export` does, and ConfigError for an unknown target, for a path that the server cannot read, and for a
+    merge into a base that the adapter was not trained on.
     """
     check_target_path(target, folder)
     details = TARGETS[target]
     problems = [*FORMATS[details.format].problems(source), *details.problems(source)]
     to, changes = details.format, []
-    if details.limits is not None:
-        problems += service_problems(details.limits, source)
-        low_rank_export.raise_problems(f"{details.title} does not take this adapter ({details.sources[0]})", problems)
-    elif problems:
+    if problems:
         to = "merged"
         reasons = "; ".join(problem.removesuffix(f"; {MERGED}") for problem in problems)
-        cause = f"{details.title} cannot take this adapter beside its base: {reasons}"
-        changes = [f"the whole model is merged, since {cause}"]
+        cause = f"{details.title} cannot load this adapter next to its base: {reasons}"
+        changes = [f"the whole model is merged, because {cause}"]
         if settings.trained_on is not None:
             raise ConfigError(
                 f"{cause}. It was trained on a base in {settings.trained_on}: give --quantize "
                 f"{settings.trained_on} to merge it into that, or --quantize none to merge it into the original weights"
             )
-    elif to == "merged":
-        changes = [f"the whole model is merged, since {details.title} takes no adapters"]
     serving = describe(source, folder, target, to, settings)
     if serving.chat_template and source.tokenizer is not None and to != "merged":
         changes.append("the chat template is that of the adapter's training; the base's tokenizer has another one")
@@ -473,31 +295,21 @@ def with_commands(serving: Serving, folder: str) -> Serving:
 
 
 def write_serving_files(folder: Path, source: ExportSource, serving: Serving) -> None:
-    """Writes the script, and what else the target reads beside the weights."""
+    """Writes the script, and the other files that the server reads."""
     files = {SERVE_SCRIPT: script(with_commands(serving, "."))} | TARGETS[serving.target].files(serving, source)
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     if serving.target != "ollama":
-        (folder / MODELFILE).unlink(missing_ok=True)  # of the format gguf
-    if serving.target == "cloudflare":
-        base_model: Any = source.base_model
-        model_type = CLOUDFLARE_LIMITS.model_types[base_model.config.model_type]
-        config = {**read_json_object(folder / ADAPTER_CONFIG), "model_type": model_type}
-        (folder / ADAPTER_CONFIG).write_text(to_json(config), encoding="utf-8")
-
-
-def to_json(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=2) + "\n"
+        (folder / MODELFILE).unlink(missing_ok=True)  # which the format gguf writes
 
 
 def script(serving: Serving) -> str:
     """Returns serve.sh. serving: with commands that name the folder as `.`."""
-    title, verb = TARGETS[serving.target].title, "Uploads" if TARGETS[serving.target].limits else "Serves"
     what = "the merged model" if serving.is_merged else f"the adapter, rank {serving.rank}, scale 1,"
     stops = ", ".join(f"{text} ({number})" for number, text in serving.stop_tokens.items())
     lines = [
         "#!/bin/sh",
-        f"# {verb} {what} of {serving.base} with {title} as {serving.name}.",
+        f"# Serves {what} of {serving.base} with {TARGETS[serving.target].title} as {serving.name}.",
         f"# Context: {serving.context_length or 'not known'} tokens. Stop tokens: {stops or 'not known'}.",
         *(f"# {note}" for note in notes(serving)),
         "set -e",
@@ -515,10 +327,7 @@ def script(serving: Serving) -> str:
         lines += [f'  {python} "$LLAMA_CPP/{CONVERTER}" {" ".join(arguments)}']
         lines += [f"  mv {shlex.quote(part)} {shlex.quote(file)}", "fi"]
     lines += missing_program(serving)
-    commands = [shlex.join(command).replace(BASE_ID, f'"${BASE_ID}"') for command in serving.commands]
-    if TARGETS[serving.target].limits:
-        lines.append(f': "${{{BASE_ID}:?set it to the name that {title} has for the base model}}"')
-    return "\n".join([*lines, *commands]) + "\n"
+    return "\n".join([*lines, *map(shlex.join, serving.commands)]) + "\n"
 
 
 # A path from where the user is, before the script goes to its own folder
@@ -549,7 +358,7 @@ def unless_program(program: str, messages: Sequence[str]) -> list[str]:
 
 
 def notes(serving: Serving) -> list[str]:
-    """Returns what a client or a person has to know beside the commands."""
+    """Returns what users and clients need to know in addition to the commands."""
     more = serving.more_stop_tokens
     result = []
     if serving.target == "mlx":
@@ -559,10 +368,6 @@ def notes(serving: Serving) -> list[str]:
     elif more and serving.target == "mlx":
         texts = json.dumps(list(more.values()), ensure_ascii=False)
         result.append(f'Requests need "stop": {texts}, which the base model does not name.')
-    if serving.target == "lm-studio":
-        result.append(f"`lms load` asks which model: choose tailora/{serving.name}.")
-    if TARGETS[serving.target].limits:
-        result.append(f"{BASE_ID} is the service's name of the base model; the script takes it from the environment.")
     return result
 
 
@@ -570,7 +375,7 @@ def notes(serving: Serving) -> list[str]:
 
 
 def adapter_chat_template(folder: Path) -> str | None:
-    """Returns the chat template that other trainers save beside an adapter; None if there is none."""
+    """Returns the chat template that other trainers save next to an adapter; None if there is none."""
     file, config = folder / CHAT_TEMPLATE, folder / TOKENIZER_CONFIG
     if file.is_file():
         return file.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The commands that serve an export name what it holds; what a server does not take is merged, or refused."""
+"""The commands that serve an export match its files; an adapter that a server cannot load is merged."""
 
 import json
 import re
@@ -15,30 +15,18 @@ from safetensors.torch import load_file
 from tiny import chat_model, chat_tokenizer
 from tiny_adapters import adapted
 
-from tailora.errors import ConfigError, FormatError
-from tailora.formats.serving_targets import CLOUDFLARE_LIMITS, TARGETS, ServingExport, ServingSettings
+from tailora.errors import ConfigError
+from tailora.formats.serving_targets import TARGETS, ServingExport, ServingSettings
 
 ENDS = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
-SERVERS = [name for name, target in TARGETS.items() if target.limits is None]
-MERGED_FOR = [name for name in SERVERS if TARGETS[name].format != "merged"]
 PATTERNS = {"use_rslora": True, "rank_pattern": {"q_proj": 9}, "alpha_pattern": {"v_proj": 5}}
 SETTINGS = ServingSettings(base="owner/base", stop_tokens={2: "<|im_end|>"})
 OTHER = (
     "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
-PROGRAMS = (
-    "vllm",
-    "text-generation-launcher",
-    "llama-server",
-    "ollama",
-    "lms",
-    "mlx_lm.server",
-    "firectl",
-    "npx",
-    "python",
-)
+PROGRAMS = ("vllm", "llama-server", "ollama", "mlx_lm.server", "python")
 
 
 def base(**settings: Any) -> Any:
@@ -97,18 +85,16 @@ def test_the_script_runs_the_commands_that_are_printed(target: str, tmp_path: Pa
     folder = tmp_path / "my adapter"
     serving = export_for(folder, target, PATTERNS).serving
     assert serving.name == "my-adapter"
-    named = {"LLAMA_CPP": "/llama.cpp", "BASE_MODEL_ID": "their-base"}
-    commands = written_commands(folder, tmp_path, **named)
+    commands = written_commands(folder, tmp_path, LLAMA_CPP="/llama.cpp")
     prepare = [] if serving.prepare is None else [serving.prepare[0]]
     printed = shlex.split(shlex.join(map(shlex.join, [*prepare, *serving.commands])))
     expected = [[word.replace(str(folder), ".") for word in shlex.split(command)] for command in printed]
-    expected = [[word.replace("BASE_MODEL_ID", "their-base") for word in command] for command in expected]
     written = [[word.replace("/llama.cpp/", "").removesuffix(".part") for word in command] for command in commands]
     assert written == expected
     if serving.prepare is not None:
         assert Path(serving.prepare[1]).exists()
         assert not list(folder.glob("*.part"))
-        assert written_commands(folder, tmp_path, **named) == commands[1:], "converted once"
+        assert written_commands(folder, tmp_path, LLAMA_CPP="/llama.cpp") == commands[1:], "converted once"
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -116,7 +102,7 @@ def test_a_program_that_is_missing_is_named_after_what_needs_none(target: str, t
     folder = tmp_path / "my adapter"
     serving = export_for(folder, target, PATTERNS).serving
     program = serving.commands[0][0]
-    done, calls = run_script(folder, tmp_path, missing=program, LLAMA_CPP="/llama.cpp", BASE_MODEL_ID="their-base")
+    done, calls = run_script(folder, tmp_path, missing=program, LLAMA_CPP="/llama.cpp")
     assert done.returncode == 127
     converted = [] if serving.prepare is None else ["python"]
     assert [line[1] for line in calls] == converted
@@ -213,7 +199,7 @@ def test_a_base_in_a_folder_is_named_by_its_whole_path(tmp_path: Path, monkeypat
     (tmp_path / "base").mkdir()
     monkeypatch.chdir(tmp_path)
     settings = ServingSettings(base="base", stop_tokens={2: "<|im_end|>"})
-    for target in ("vllm", "tgi", "mlx"):
+    for target in ("vllm", "mlx"):
         (command,) = export_for(tmp_path / target, target, {}, settings).serving.commands
         assert str(tmp_path / "base") in command
     serving = export_for(tmp_path / "llama", "llama-server", {}, settings).serving
@@ -237,15 +223,11 @@ def test_ollama_gets_a_modelfile(tmp_path: Path) -> None:
     ]
 
 
-def test_mlx_and_tgi_get_their_adapter_and_context(tmp_path: Path) -> None:
+def test_mlx_gets_its_adapter(tmp_path: Path) -> None:
     (mlx,) = export_for(tmp_path / "mlx", "mlx", PATTERNS).serving.commands
     assert mlx == ["mlx_lm.server", "--model", "owner/base", "--adapter-path", str(tmp_path / "mlx")]
     parameters = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())["lora_parameters"]
     assert (parameters["rank"], parameters["scale"]) == (9, 1.0)
-    (tgi,) = export_for(tmp_path / "tgi", "tgi", PATTERNS).serving.commands
-    assert tgi[:3] == ["text-generation-launcher", "--model-id", "owner/base"]
-    assert flags(tgi)["--lora-adapters"] == f"tgi={tmp_path / 'tgi'}"
-    assert flags(tgi)["--max-total-tokens"] == "512"
 
 
 def test_another_chat_template_goes_to_every_server(tmp_path: Path) -> None:
@@ -253,41 +235,32 @@ def test_another_chat_template_goes_to_every_server(tmp_path: Path) -> None:
     model = adapted(base=base())
     tokenizer = chat_tokenizer(["hello"], **ENDS)
     tokenizer.chat_template = OTHER
-    for target in TARGETS.keys() - {"cloudflare"}:
+    for target in TARGETS:
         model.export_for(tmp_path / target, target, settings=settings, tokenizer=tokenizer)
     for target, flag in (("vllm", "--chat-template"), ("llama-server", "--chat-template-file")):
         (command,) = written_commands(tmp_path / target, tmp_path, LLAMA_CPP="/l")[-1:]
         assert (tmp_path / target / flags(command)[flag]).read_text() == OTHER
-    (command,) = written_commands(tmp_path / "tgi", tmp_path)
-    config = json.loads((tmp_path / "tgi" / flags(command)["--tokenizer-config-path"]).read_text())
-    assert config == {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "chat_template": OTHER}
     (command,) = written_commands(tmp_path / "mlx", tmp_path)
     assert flags(command)["--chat-template"] == OTHER
     assert "[user] {{ .Content }}" in (tmp_path / "ollama" / "Modelfile").read_text()
-    assert (tmp_path / "lm-studio" / "chat_template.jinja").read_text() == OTHER
-    fireworks = json.loads((tmp_path / "fireworks" / "fireworks.json").read_text())
-    assert fireworks == {"conversation_config": {"style": "jinja", "args": {"template": OTHER}}}
 
 
-def test_stop_tokens_that_the_base_does_not_name_are_told(tmp_path: Path) -> None:
+def test_stop_tokens_that_the_base_does_not_name_are_in_the_script(tmp_path: Path) -> None:
     settings = ServingSettings(base="owner/base", stop_tokens={1: "<|im_start|>", 2: "<|im_end|>"})
-    for target in ("vllm", "mlx", "fireworks"):
+    for target in ("vllm", "mlx"):
         assert export_for(tmp_path / target, target, {}, settings).serving.more_stop_tokens == {1: "<|im_start|>"}
     scripts = {target: (tmp_path / target / "serve.sh").read_text() for target in ("vllm", "mlx")}
     assert '"stop_token_ids": [1]' in scripts["vllm"]
     assert '"stop": ["<|im_start|>"]' in scripts["mlx"]
     assert all("Stop tokens: <|im_start|> (1), <|im_end|> (2)." in text for text in scripts.values())
-    assert json.loads((tmp_path / "fireworks" / "fireworks.json").read_text()) == {
-        "defaults": {"stop": ["<|im_start|>"]}
-    }
 
 
-@pytest.mark.parametrize("target", MERGED_FOR)
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
 def test_what_is_no_low_rank_adapter_is_merged(target: str, lora: dict[str, Any], tmp_path: Path) -> None:
     exported = export_for(tmp_path / "out", target, lora)
     assert exported.serving.format == exported.report.format == "merged"
-    assert "cannot take this adapter beside its base: " in exported.report.changes[0]
+    assert "cannot load this adapter next to its base: " in exported.report.changes[0]
     assert exported.serving.rank is None
     commands = written_commands(tmp_path / "out", tmp_path, LLAMA_CPP="/llama.cpp")
     assert not any("owner/base" in word or "lora" in word for command in commands for word in command)
@@ -308,8 +281,6 @@ def test_what_is_no_low_rank_adapter_is_merged(target: str, lora: dict[str, Any]
             {"hidden_size": 520, "head_dim": 130},
             "rank 513 is above 512",
         ),
-        ("tgi", {"target_modules": ["lm_head", "q_proj"]}, {}, "lm_head: TGI adapts only q_proj, k_proj"),
-        ("tgi", {"layers_to_transform": [1], "target_modules": ["q_proj"]}, {}, "q_proj: TGI ignores the adapter of a"),
         ("mlx", {"target_modules": ["lm_head"]}, {"tie_word_embeddings": True}, "lm_head: tied, and mlx-lm"),
         ("ollama", {"target_modules": ["lm_head"]}, {"tie_word_embeddings": True}, "lm_head: tied, and llama.cpp"),
     ],
@@ -331,43 +302,12 @@ def test_a_merge_after_training_on_a_quantised_base_is_a_choice(tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_service_refuses_all_that_is_beyond_its_limits_at_once(tmp_path: Path) -> None:
-    wide = {"hidden_size": 72, "head_dim": 18}
-    with pytest.raises(FormatError) as refused:
-        export_for(tmp_path / "out", "fireworks", {"r": 65, "target_modules": ["lm_head", "q_proj"]}, **wide)
-    message = str(refused.value)
-    assert message.startswith("Fireworks does not take this adapter (https://docs.fireworks.ai/models/")
-    assert "its rank is 128; allowed are 4 to 64; `tailora shrink --r 64` lowers it" in message
-    assert "it adapts lm_head; allowed are q_proj, k_proj" in message
-    with pytest.raises(FormatError, match="its rank is 1; allowed are 4 to 64"):
-        export_for(tmp_path / "out", "fireworks", {"r": 1})
-    with pytest.raises(FormatError, match=r'use_dora: .*export to "merged"'):
-        export_for(tmp_path / "out", "fireworks", {"use_dora": True})
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_limits_of_cloudflare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wide, lora = {"hidden_size": 72, "head_dim": 18}, {"r": 32, "target_modules": ["q_proj"]}
-    with pytest.raises(FormatError, match="its rank is 64; allowed are 1 to 32"):
-        export_for(tmp_path / "out", "cloudflare", {**lora, "r": 33}, **wide)
-    export_for(tmp_path / "out", "cloudflare", lora, **wide)
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert (config["model_type"], config["r"]) == ("llama", 32)
-    size, counted = (tmp_path / "out" / "adapter_model.safetensors").stat().st_size, 2 * 32 * (72 + 72) * 4
-    assert counted < size < 1.2 * counted
-    limits = replace(CLOUDFLARE_LIMITS, bytes=counted, model_types={"gemma": "gemma"})
-    monkeypatch.setitem(TARGETS, "cloudflare", replace(TARGETS["cloudflare"], limits=limits))
-    with pytest.raises(FormatError) as refused:
-        export_for(tmp_path / "too-large", "cloudflare", lora, **wide)
-    assert "its file has 0 MB; allowed are less than 0 MB" in str(refused.value)
-    assert "its base is a llama; allowed are gemma" in str(refused.value)
-    assert not (tmp_path / "too-large").exists()
-
-
 def test_a_path_that_a_server_reads_as_several_is_refused(tmp_path: Path) -> None:
-    for target, name in (("vllm", "a=b"), ("tgi", "a@b"), ("llama-server", "a,b")):
+    for target, name in (("vllm", "a=b"), ("llama-server", "a,b")):
         with pytest.raises(ConfigError, match=f"{name}: .* reads . in a path as a separator"):
             export_for(tmp_path / name, target, {})
+    with pytest.raises(ConfigError, match="no server is called 'tgi'; there are: vllm, llama-server"):
+        export_for(tmp_path / "out", "tgi", {})
     assert not list(tmp_path.iterdir())
 
 
@@ -378,8 +318,3 @@ def test_nothing_is_left_when_a_file_beside_the_weights_cannot_be_made(
     with pytest.raises(ZeroDivisionError):
         export_for(tmp_path / "out", "vllm", {})
     assert not list(tmp_path.iterdir())
-
-
-def test_every_target_names_where_its_flags_and_limits_are_from() -> None:
-    assert all(source.startswith("https://") for target in TARGETS.values() for source in target.sources)
-    assert all(target.sources for target in TARGETS.values())
