@@ -161,4 +161,4 @@ def write_rows(shape: Shape, path: Path) -> list[Example]:
         row[-1] = 0
     rows: list[dict[str, Any]] = [{"text": " ".join(f"w{i}" for i in row[:-1])} for row in ids]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [Example(row, row) for row in ids]
+    return [Example.of_text(row) for row in ids]

@@ -35,8 +35,8 @@ def plan_batches(
 def collate_packed(examples: Sequence[Example]) -> dict[str, Any]:
     """Puts all examples in one row, each a document of its own.
 
-    input_ids, labels, position_ids: (1, total) int64. Positions restart with every document, and every document's first
-    label is -100, so that shifting never predicts one document from another.
+    input_ids, labels, position_ids: (1, total) int64. Positions restart with every document. Since `Example.of_text`
+    trains no first token, shifted labels never predict one document from another.
     cu_seq_lens_q, cu_seq_lens_k: (documents + 1,) int32, where documents begin and the last ends.
     max_length_q, max_length_k: tokens of the longest document, a Python int.
     """
@@ -44,7 +44,7 @@ def collate_packed(examples: Sequence[Example]) -> dict[str, Any]:
     input_ids = np.concatenate([example.input_ids for example in examples])  # (total,)
     labels = np.concatenate([example.labels for example in examples])
     ends = np.cumsum([0, *lengths])
-    labels[ends[:-1]] = IGNORED
+    assert (labels[ends[:-1]] == IGNORED).all(), "documents must be made by Example.of_text"
     positions = np.concatenate([np.arange(length) for length in lengths])
     return {
         "input_ids": torch.from_numpy(input_ids.astype(np.int64))[None],

@@ -20,8 +20,9 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """labels[i] is input_ids[i], or -100 if it is not trained; not shifted, and labels[0] is always -100.
+    """labels[i] is input_ids[i], or -100 if it is not trained; not shifted. `of_text` makes those of a language model.
 
+    Other tasks have their own labels: tags of words, and the text that a decoder writes from its first token on.
     source_index: its index among the usable rows of its source.
     second_start: where its second sequence begins, such as the rejected reply after the chosen one; 0: it has one.
     target: what is learned about it as a whole, for tasks that learn more than its tokens.
@@ -38,7 +39,7 @@ class Example:
     @property
     def supervised(self) -> int:
         """The number of trained tokens."""
-        return int(np.count_nonzero(self.labels[1:] != IGNORED))
+        return int(np.count_nonzero(self.labels != IGNORED))
 
     @property
     def hash(self) -> bytes:
@@ -57,6 +58,25 @@ class Example:
             return (self,)
         parts = slice(self.second_start), slice(self.second_start, None)
         return tuple(Example(self.input_ids[part], self.labels[part], self.source_index) for part in parts)
+
+    def beginning(self, tokens: int) -> "Example":
+        """Returns its first tokens."""
+        return replace(
+            self,
+            input_ids=self.input_ids[:tokens],
+            labels=self.labels[:tokens],
+            second_start=self.second_start if self.second_start < tokens else 0,
+        )
+
+    @classmethod
+    def of_text(cls, input_ids: Int32, is_trained: NDArray[np.bool_] | bool = True) -> Self:
+        """Returns a text to predict token by token. The first token is never trained, since nothing predicts it.
+
+        is_trained: (length,), or one value for all tokens.
+        """
+        labels = np.where(is_trained, input_ids, IGNORED).astype(np.int32)
+        labels[:1] = IGNORED
+        return cls(input_ids, labels)
 
     @classmethod
     def of_two(cls, first: "Example", second: "Example", target: Float64 | None = None) -> "Example":
@@ -154,10 +174,8 @@ class Examples:
 
     @property
     def supervised(self) -> Int64:
-        """The number of trained tokens of each example (labels[1:] that are not -100)."""  # (examples,)
-        trained = self.labels != IGNORED
-        trained[self.starts[:-1][self.lengths > 0]] = False
-        return np.diff(np.concatenate([[0], np.cumsum(trained, dtype=np.int64)])[self.starts])
+        """The number of trained tokens of each example, (examples,)."""
+        return np.diff(np.concatenate([[0], np.cumsum(self.labels != IGNORED, dtype=np.int64)])[self.starts])
 
     @property
     def epoch_size(self) -> int:
@@ -237,9 +255,7 @@ def cut_into_blocks(documents: Iterable[Example], length: int, *, concatenated: 
 
 
 def _block(ids: Int32, document: Example) -> Example:
-    labels = ids.copy()
-    labels[:1] = IGNORED
-    return replace(document, input_ids=ids, labels=labels)
+    return replace(document, input_ids=ids, labels=Example.of_text(ids).labels)
 
 
 # ---- The split

@@ -98,9 +98,8 @@ def _encode_long_text(rendered: RenderedSample, tokenizer: ChatTokenizer) -> Enc
     has_eos = not rendered.add_eos or tokenizer.eos_id in (None, ids[-1])
     eos = np.array([] if has_eos else [tokenizer.eos_id], dtype=np.int32)
     input_ids = np.concatenate([bos, ids, eos])
-    labels = input_ids.copy()
-    labels[: max(1, len(bos))] = IGNORED
-    return EncodedSample(Example(input_ids, labels), len(input_ids), is_whole=True, untrained_replies=0)
+    example = Example.of_text(input_ids, np.arange(len(input_ids)) >= len(bos))
+    return EncodedSample(example, len(input_ids), is_whole=True, untrained_replies=0)
 
 
 def ids_by_windows(text: str, tokenizer: ChatTokenizer) -> Int32:
@@ -150,13 +149,11 @@ def _encode(
         (tokens,) = tokenizer.tokenize([rendered.beginning(size).text])
         ids, mask = loss_mask(rendered.beginning(size), tokens, tokenizer, max_length)
     is_whole = len(rendered.text) <= size
-    input_ids = np.array(ids[:max_length], dtype=np.int32)
-    labels = np.where(mask[:max_length], input_ids, IGNORED).astype(np.int32)
-    labels[:1] = IGNORED  # nothing predicts the first token
-    if is_whole and not any(mask[1:]):
+    example = Example.of_text(np.array(ids, dtype=np.int32), np.array(mask, dtype=bool))
+    if is_whole and not example.supervised:
         return DataError("all labels masked: no token of this row would be learned")
     length = len(ids) if is_whole else len(ids) - MARGIN
-    return EncodedSample(Example(input_ids, labels), length, is_whole, rendered.untrained_replies)
+    return EncodedSample(example.beginning(max_length), length, is_whole, rendered.untrained_replies)
 
 
 def encode_seq2seq(

@@ -74,7 +74,7 @@ def _without_end_of_turn(example: Example, chat_tokenizer: ChatTokenizer) -> Exa
     last = int(np.flatnonzero(example.labels != IGNORED)[-1])
     while last and int(example.labels[last]) in chat_tokenizer.special_ids:
         last -= 1
-    return Example(example.input_ids[: last + 1], example.labels[: last + 1])
+    return example.beginning(last + 1)
 
 
 def log_likelihoods(

@@ -436,7 +436,7 @@ def read_batches(
     vocabulary = shape.get_text_config().vocab_size
     if "data" not in config.model_fields_set:
         ids = np.arange(config.max_length, dtype=np.int32) % vocabulary
-        example, what = Example(ids, ids), "example"
+        example, what = Example.of_text(ids), "example"
         task: Task = CAUSAL_LM
         if learns_preferences(config):
             task = preference_task(config, FEEDBACK if config.loss == "kto" else PREFERENCE, config.model)

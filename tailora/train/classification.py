@@ -86,11 +86,7 @@ class LabelTask(Task):
         return model(**inputs, **({"use_cache": False} if "use_cache" in accepted else {}))
 
     def start_of(self, example: Example, tokens: int, *, supervised: bool = True) -> Example:  # noqa: ARG002
-        second_start = example.second_start if example.second_start < tokens else 0
-        part = slice(tokens)
-        return replace(
-            example, input_ids=example.input_ids[part], labels=example.labels[part], second_start=second_start
-        )
+        return example.beginning(tokens)
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns what the head says of every loss of the batch, (losses, outputs of the head), at least float32."""
@@ -183,8 +179,7 @@ class TokenClassification(LabelTask):
         return cast(Tensor, logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
     def counts(self, examples: Examples) -> npt.NDArray[np.int64]:
-        ends = np.cumsum(np.concatenate([[0], examples.labels != IGNORED]), dtype=np.int64)
-        return np.diff(ends[examples.starts])
+        return examples.supervised
 
     def targets(self, examples: Examples) -> list[Any] | None:
         return [example.labels[example.labels != IGNORED].tolist() for example in examples]

@@ -249,7 +249,7 @@ def random_data(
     shape = step_shape(config, accelerator)
     random = np.random.default_rng(config.seed)
     ids = random.integers(embedding_rows, size=(2 * shape.examples_per_step, config.max_length)).astype(np.int32)
-    examples = Examples.of(Example(row, row) for row in ids)
+    examples = Examples.of(map(Example.of_text, ids))
     steps = partial(dataset_steps, examples, shape)
     return TrainingData(None, None, steps, config.max_steps or 2, examples, shape)
 

@@ -174,7 +174,7 @@ def _costs_more_than_it_saves(model: Trainable, work: Work, layout: BatchLayout)
 
 def _timed_examples(work: Work) -> list[Example]:
     ids = np.resize(work.sample.input_ids, TIMED_TOKENS)
-    return [Example(part, part.copy()) for part in np.split(ids, [TIMED_TOKENS // 2 - 8])]  # of different lengths
+    return [Example.of_text(part) for part in np.split(ids, [TIMED_TOKENS // 2 - 8])]  # of different lengths
 
 
 def _seconds(layer: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> float:
@@ -288,7 +288,7 @@ def _parts(sample: Example, base: PreTrainedModel) -> list[Example]:
     """Returns two documents from the start of the sample, longer than a sliding window unless that is long."""
     lengths = [len(document.input_ids) for document in random_documents(base.config)]
     parts = np.split(sample.input_ids[: sum(lengths)], [min(lengths[0], len(sample.input_ids) // 2)])
-    return [Example(ids, ids.copy()) for ids in parts]
+    return [Example.of_text(ids) for ids in parts]
 
 
 def obstacle_to_llama_kernels(fast: str, base: PreTrainedModel, layout: BatchLayout) -> str | None:

@@ -5,7 +5,7 @@
              -> `evaluate`: the loss of every held-out example
 
 A `Task` says what an example's tensors and losses are. `CausalLM`, the usual one, has a loss in nats for each
-supervised token: position i predicts token i + 1. The first label of each document is -100, so no prediction crosses a
+supervised token: position i predicts token i + 1. No example trains its first token, so no prediction crosses a
 boundary. Other tasks are in train/preference.py.
 """
 
@@ -81,7 +81,7 @@ class Task(ABC):
 
     def counts(self, examples: Examples) -> npt.NDArray[np.int64]:
         """Returns how many losses each example has, (examples,); by default one for each supervised token."""
-        return examples.supervised.astype(np.int64)
+        return examples.supervised
 
     def divisor(self, example: Example) -> float:
         """Returns what an example adds to the number that the loss of its step is divided by; by default its losses."""
@@ -97,8 +97,7 @@ class Task(ABC):
 
     def start_of(self, example: Example, tokens: int, *, supervised: bool = True) -> Example:
         """Returns the first tokens of an example, to try or measure the model on; by default all are trained."""
-        ids = example.input_ids[:tokens]
-        return Example(ids, ids if supervised else np.full_like(ids, IGNORED))
+        return Example.of_text(example.input_ids[:tokens], supervised)
 
     def targets(self, examples: Examples) -> list[Any] | None:
         """Returns what is right for each example, to be kept beside what the model says; None if nothing is."""

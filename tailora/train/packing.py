@@ -125,8 +125,7 @@ def random_documents(config: Any, further: tuple[int, ...] = ()) -> list[Example
         *(max(length, window + 2 if window <= LONGEST else 0) for length in LENGTHS),
     ]
     random = np.random.default_rng(0)
-    ids = [random.integers(config.vocab_size, size=length).astype(np.int32) for length in lengths]
-    return [Example(input_ids, input_ids.copy()) for input_ids in ids]
+    return [Example.of_text(random.integers(config.vocab_size, size=length).astype(np.int32)) for length in lengths]
 
 
 def _results(model: PreTrainedModel, documents: list[Example], packed: bool, gradient: bool) -> tuple[Tensor, ...]:

@@ -46,7 +46,7 @@ class Seq2Seq(Task):
         return Outputs(F.cross_entropy(wide, batch.targets, reduction="none"))
 
     def start_of(self, example: Example, tokens: int, *, supervised: bool = True) -> Example:  # noqa: ARG002
-        first, second = (Example(part.input_ids[:tokens], part.labels[:tokens]) for part in example.sequences)
+        first, second = (part.beginning(tokens) for part in example.sequences)
         return Example.of_two(first, second)
 
 

@@ -21,7 +21,7 @@ from tailora.core.config import LoRAConfig
 from tailora.core.device import choose_device
 from tailora.core.init import DATA_INITS, GRADIENT_INITS
 from tailora.core.layer_calls import last_names, not_called_message
-from tailora.data.dataset import IGNORED, Example
+from tailora.data.dataset import Example
 from tailora.data.labels import LABEL_TASKS, Labels, read_labels
 from tailora.errors import ConfigError, TargetError, listing, nearest
 from tailora.kernels.loss import choose_form, own_form
@@ -315,8 +315,7 @@ def choose_layout(
 def short_examples(base: PreTrainedModel) -> list[Example]:
     """Returns two short examples of random tokens, of different lengths, partly supervised."""
     ids = np.random.default_rng(0).integers(base.config.get_text_config().vocab_size, size=24).astype(np.int32)
-    labels = np.where(np.arange(24) % 3 == 0, IGNORED, ids).astype(np.int32)
-    return [Example(ids[part], labels[part]) for part in (slice(0, 10), slice(10, 24))]
+    return [Example.of_text(part, np.arange(len(part)) % 3 > 0) for part in (ids[:10], ids[10:])]
 
 
 def memory_cost(model: Trainable, layout: BatchLayout, kernels: Kernels, example: Example) -> Cost:

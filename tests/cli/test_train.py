@@ -452,6 +452,6 @@ def test_after_sequence_to_sequence_no_chat_and_no_export_is_proposed(tmp_path: 
 def test_kl_is_measured_on_few_tokens(length: int) -> None:
     """Their log-probabilities of a vocabulary of 150,000 would take 10 GB with 16 conversations of 1,024 tokens."""
     ids = np.arange(length, dtype=np.int32)
-    texts = kl_texts(Examples.of([Example(ids, ids)] * 20))
+    texts = kl_texts(Examples.of([Example.of_text(ids)] * 20))
     assert sum(map(len, texts)) == min(KL_TOKENS, 16 * length)
     assert texts[0] == ids[:KL_TOKENS].tolist()

@@ -23,7 +23,7 @@ from tailora.errors import DataError
 
 # ---- Examples
 
-THREE = [([1, 2, 3], [IGNORED, 2, 3]), ([4], [4]), ([5, 6], [5, IGNORED])]
+THREE = [([1, 2, 3], [IGNORED, 2, 3]), ([4], [IGNORED]), ([5, 6], [IGNORED, IGNORED])]
 
 
 @pytest.fixture
@@ -39,7 +39,16 @@ def test_examples_are_returned_as_they_were_stored(examples: Examples) -> None:
     assert examples.input_ids.dtype == examples.labels.dtype == np.int32
 
 
-def test_trained_tokens_are_counted_after_the_shift(examples: Examples) -> None:
+def test_the_first_token_of_a_text_is_never_trained_since_nothing_predicts_it() -> None:
+    ids = np.array([4, 5, 6], np.int32)
+    for is_trained in (True, np.array([True, True, True])):
+        assert Example.of_text(ids, is_trained).labels.tolist() == [IGNORED, 5, 6]
+    assert ids.tolist() == [4, 5, 6]
+    assert Example.of_text(ids, np.array([True, False, True])).labels.tolist() == [IGNORED, IGNORED, 6]
+    assert Example.of_text(ids[:0]).labels.dtype == np.int32
+
+
+def test_trained_tokens_are_counted(examples: Examples) -> None:
     assert examples.lengths.tolist() == [3, 1, 2]
     assert examples.supervised.tolist() == [2, 0, 0] == [example.supervised for example in examples]
 
@@ -63,7 +72,7 @@ def test_an_index_out_of_range_is_an_error(examples: Examples) -> None:
 def test_hashes_are_equal_if_ids_and_labels_are(examples: Examples) -> None:
     first, other, last = examples.select([0, 0, 1]).hashes()
     assert first == other != last
-    relabelled = Example(examples[0].input_ids, examples[0].input_ids)
+    relabelled = Example.of_text(examples[0].input_ids, False)
     assert Examples.of([relabelled]).hashes() != [first]
 
 
@@ -113,7 +122,7 @@ def test_the_mean_length_is_that_of_an_epoch(examples: Examples) -> None:
 
 
 def document(*ids: int, row: int = 0) -> Example:
-    return Example(np.array(ids, np.int32), np.array([IGNORED, *ids[1:]], np.int32), row)
+    return replace(Example.of_text(np.array(ids, np.int32)), source_index=row)
 
 
 @pytest.mark.parametrize("concatenated", [False, True])
@@ -209,7 +218,7 @@ def test_the_bins_cover_all_lengths_without_gap(lengths: list[int]) -> None:
 
 def test_the_hash_is_of_the_content_and_its_parts() -> None:
     def store(*documents: list[int]) -> Examples:
-        return Examples.of(Example(np.array(ids, np.int32), np.array(ids, np.int32)) for ids in documents)
+        return Examples.of(Example.of_text(np.array(ids, np.int32)) for ids in documents)
 
     known = dataset_hash(store([1, 2], [3]), store([4]))
     assert known == dataset_hash(store([1, 2], [3]), store([4]))

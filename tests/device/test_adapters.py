@@ -14,7 +14,7 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.core import inference
 from tailora.core.attach import Adapted
 from tailora.core.layer import LoRALayer
-from tailora.data.dataset import IGNORED, Example, Examples
+from tailora.data.dataset import Example, Examples
 from tailora.evaluation.forgetting import forgetting
 from tailora.evaluation.multiple_choice import shared_prompt_losses
 from tailora.kernels.loss import FROZEN
@@ -85,7 +85,7 @@ LAYOUT = BatchLayout(packed=True, loss=FROZEN, pad_id=0, attention="sdpa")
 
 def example(length: int) -> Example:
     ids = np.arange(1, length + 1, dtype=np.int32)
-    return Example(ids, np.where(ids > length - 4, ids, IGNORED))
+    return Example.of_text(ids, ids > length - 4)
 
 
 def held_out(model: LoRAModel, count: int) -> Any:

@@ -37,7 +37,7 @@ GPT2 = GPT2Config(vocab_size=1000, n_embd=64, n_layer=3, n_head=4, resid_pdrop=0
 
 def examples_of(lengths: list[int]) -> list[Example]:
     ids = [(np.arange(length) % 300).astype(np.int32) for length in lengths]
-    return [Example(row, row) for row in ids]
+    return [Example.of_text(row) for row in ids]
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from runs import adapter, changed, losses, stopping_at
 from tiny import chat_model, chat_tokenizer
 
 from tailora.core.config import LoRAConfig
-from tailora.data.dataset import IGNORED, Example, Examples
+from tailora.data.dataset import Example, Examples
 from tailora.errors import DataError, DivergedError
 from tailora.formats.run_folder import checkpoints_in
 from tailora.kernels.attention import packed_rows, padded_rows
@@ -118,7 +118,7 @@ def test_the_host_waits_once_a_step(settings: Any, case: str) -> None:
 def test_no_form_of_the_loss_waits(device: torch.device, form: str, packed: bool) -> None:
     model = LoRAModel(chat_model().to(device), LoRAConfig(r=4))
     ids = np.arange(20, dtype=np.int32)
-    examples = [Example(part, np.where(part % 3, part, IGNORED)) for part in (ids[:5], ids[5:])]
+    examples = [Example.of_text(part, part % 3 > 0) for part in (ids[:5], ids[5:])]
     layout = BatchLayout(packed, form, 0)
     batch = make_batch(examples, layout, device)
     forward = ModelWithLoss(model, layout)
@@ -129,7 +129,7 @@ def test_no_form_of_the_loss_waits(device: torch.device, form: str, packed: bool
 def test_an_evaluation_waits_once_for_many_batches(device: torch.device) -> None:
     model = LoRAModel(chat_model().to(device), LoRAConfig(r=4))
     ids = np.arange(20, dtype=np.int32)
-    held_out = Examples.of([Example(ids, ids)] * 8)
+    held_out = Examples.of([Example.of_text(ids)] * 8)
     for packed in (True, False):
         with counted() as counts:
             evaluate(model, held_out, layout=BatchLayout(packed, FROZEN, 0), token_budget=40)

@@ -115,9 +115,7 @@ RANDOM = np.random.default_rng(0)
 
 def reply(prompt: Sequence[int], *ids: int) -> Example:
     whole = np.array([*prompt, *ids], dtype=np.int32)
-    labels = whole.copy()
-    labels[: len(prompt)] = IGNORED
-    return Example(whole, labels)
+    return Example.of_text(whole, np.arange(len(whole)) >= len(prompt))
 
 
 def question(prompt: int, *replies: int) -> list[Example]:

@@ -35,7 +35,7 @@ def adapted(device: torch.device, dtype: torch.dtype, **settings: Any) -> LoRAMo
 
 def gradients(model: LoRAModel, lengths: tuple[int, ...]) -> Tensor:
     ids = np.random.default_rng(len(lengths)).integers(300, size=sum(lengths)).astype(np.int32)
-    row = collate_packed([Example(part, part) for part in np.split(ids, np.cumsum(lengths)[:-1])])
+    row = collate_packed([Example.of_text(part) for part in np.split(ids, np.cumsum(lengths)[:-1])])
     row.pop("labels")
     inputs = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in row.items()}
     model.zero_grad()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.data.collate import collate_packed
-from tailora.data.dataset import IGNORED, Example, Examples
+from tailora.data.dataset import Example, Examples
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.loss import FROZEN
 from tailora.train.loss import BatchLayout, ModelWithLoss, evaluate, make_batch
@@ -37,7 +37,7 @@ def examples() -> list[Example]:
     made = []
     for length in LENGTHS:
         ids = random.integers(VOCABULARY, size=length).astype(np.int32)
-        made.append(Example(ids, np.where(np.arange(length) < length // 3, IGNORED, ids).astype(np.int32)))
+        made.append(Example.of_text(ids, np.arange(length) >= length // 3))
     return made
 
 

@@ -131,7 +131,7 @@ def test_the_products_of_llama_8b_are_those_of_a_calculation_by_hand() -> None:
     for layers in (1, 2):
         shape = LlamaConfig(**LLAMA_3_8B, num_hidden_layers=layers)
         with fake_model(TrainConfig(), shape, AbsentDevice("cuda", torch.bfloat16)) as fake:
-            step = simulate_step(fake, [Example(ids, ids)] * 4, checkpointed=False)
+            step = simulate_step(fake, [Example.of_text(ids)] * 4, checkpointed=False)
         times.append(step_time(find_cards("h100")[0], step.operators))
     layer, rest = times[1].products - times[0].products, 2 * times[0].products - times[1].products
     weights = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336

@@ -25,7 +25,7 @@ from tailora.train.preference import KTO, Pairs
 
 def example(number: int) -> Example:
     ids = np.full(2 + number % 5, number, dtype=np.int32)
-    return Example(ids, ids, number)
+    return replace(Example.of_text(ids), source_index=number)
 
 
 DATA = Examples.of(example(number) for number in range(23))
@@ -144,7 +144,7 @@ def test_a_step_in_parts_holds_the_same_examples(world: int) -> None:
 def test_batches_of_labels_do_not_hold_one_length_alone(task: Task, is_mixed: bool) -> None:
     """Where the length tells of the label, a step would see one class alone."""
     ids = [np.zeros(length, np.int32) for length in (4, 40) for _ in range(64)]
-    examples = Examples.of(Example(row, row) for row in ids)
+    examples = Examples.of(Example.of_text(row) for row in ids)
     batches = epoch_batches(examples, StepShape(batch_size=8, accumulation=1, task=task), epoch=0)
     lengths = [{len(examples[int(i)].input_ids) for i in batch} for batch in batches]
     assert any(len(of_batch) == 2 for of_batch in lengths) == is_mixed

@@ -106,7 +106,7 @@ def test_counts_are_the_known_ones(shape: PretrainedConfig, settings: dict[str, 
 
 def example(length: int, start: int = 0) -> Example:
     ids = (np.arange(start, start + length) % 300).astype(np.int32)
-    return Example(ids, ids)
+    return Example.of_text(ids)
 
 
 @pytest.mark.parametrize("fast", ["auto", "off"])

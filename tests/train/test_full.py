@@ -41,7 +41,7 @@ def test_the_gradients_are_those_of_the_plain_model(model_folder: Path, dtype: s
     model = loaded(model_folder, dtype)
     plain = load_base(str(model_folder), dtype)[0]
     ids = np.arange(20, dtype=np.int32)
-    losses, _ = token_losses(model, [Example(ids, ids)], BatchLayout(False, "from the model's own logits", 0))
+    losses, _ = token_losses(model, [Example.of_text(ids)], BatchLayout(False, "from the model's own logits", 0))
     losses.sum().backward()
     tokens = torch.arange(20)[None]
     (plain(input_ids=tokens, labels=tokens).loss * 19).backward()

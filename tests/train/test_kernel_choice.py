@@ -99,7 +99,7 @@ def chosen(config: TrainConfig, tokens: float, base: Any = None) -> Kernels:
     """Returns the kernels of a model of two layers."""
     model = LoRAModel(base or chat_model(), LoRAConfig(r=2, target_modules=["q_proj"])).train()
     ids = np.arange(40, dtype=np.int32)
-    return choose_kernels(config, model, BatchLayout(True, FROZEN, 0), Work(tokens, Example(ids, ids)))
+    return choose_kernels(config, model, BatchLayout(True, FROZEN, 0), Work(tokens, Example.of_text(ids)))
 
 
 PAYING = 2**32  # tokens

@@ -37,8 +37,7 @@ def examples(lengths: tuple[int, ...] = (3, 5, 40, 60)) -> list[Example]:
     made = []
     for length in lengths:
         ids = random.integers(300, size=length).astype(np.int32)
-        labels = np.where(np.arange(length) < length // 3, -100, ids).astype(np.int32)
-        made.append(Example(ids, labels))
+        made.append(Example.of_text(ids, np.arange(length) >= length // 3))
     return made
 
 

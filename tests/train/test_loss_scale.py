@@ -47,7 +47,7 @@ def gradient(model: LoRAModel, layout: BatchLayout, supervised: int, scale: Tens
     """The gradient of a step of so many supervised tokens, of which one batch is computed here."""
     model.zero_grad()
     ids = torch.randint(300, (200,), generator=torch.Generator().manual_seed(0)).numpy()
-    batch = make_batch([Example(part, part) for part in (ids[:60], ids[60:])], layout, CPU)
+    batch = make_batch([Example.of_text(part) for part in (ids[:60], ids[60:])], layout, CPU)
     accumulate_gradients(ModelWithLoss(model, layout), [batch], supervised, scale)
     flat = torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])
     return flat if scale is None else flat / scale

@@ -105,7 +105,7 @@ def test_the_estimate_is_what_the_forward_keeps(model_folder: Path, form: str, k
     torch.manual_seed(0)
     model = LoRAModel(AutoModelForCausalLM.from_pretrained(model_folder), LoRAConfig(r=4)).train()
     ids = torch.arange(100).numpy().astype("int32")
-    cost = memory_cost(model, BatchLayout(False, form, 0), Kernels(PLAIN, ""), Example(ids, ids))
+    cost = memory_cost(model, BatchLayout(False, form, 0), Kernels(PLAIN, ""), Example.of_text(ids))
     layers, hidden, inner, keys = 2, 32, 48, 16
     least = (
         4 * layers * (4 * hidden + 2 * keys + 3 * inner)

@@ -40,7 +40,7 @@ STEPS, BATCH = 10, 3
 def sequence(random: np.random.Generator, prompt: Sequence[int]) -> Example:
     reply = random.integers(300, size=random.integers(2, 9))
     ids = np.array([*prompt, *reply], dtype=np.int32)
-    return Example(ids, np.where(np.arange(len(ids)) < len(prompt), -100, ids).astype(np.int32))
+    return Example.of_text(ids, np.arange(len(ids)) >= len(prompt))
 
 
 def pairs(count: int = STEPS * BATCH) -> Examples:
@@ -57,7 +57,7 @@ def feedback(count: int = STEPS * BATCH) -> Examples:
         own = [sequence(random, prompt) for prompt in prompts]
         for i, prompt in enumerate(prompts):
             ids = np.array([*prompt, *own[i - 1].input_ids[len(prompts[i - 1]) :]], dtype=np.int32)
-            other = Example(ids, np.where(np.arange(len(ids)) < len(prompt), -100, ids).astype(np.int32))
+            other = Example.of_text(ids, np.arange(len(ids)) >= len(prompt))
             examples.append(Example.of_two(own[i], other, np.array([float(i % 2 == 0)])))
     return Examples.of(examples)
 

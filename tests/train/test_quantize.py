@@ -135,7 +135,7 @@ def test_the_estimate_counts_what_a_quantised_base_keeps(model_folder: Path, met
         base, _ = load_base(str(model_folder), "float32", "cpu", how)
         assert any(map(is_quantized, base.modules())) == (how is not None)
         model = LoRAModel(base, LoRAConfig(r=4)).train()
-        costs.append(memory_cost(model, BatchLayout(False, FROZEN, 0), Kernels(PLAIN, ""), Example(ids, ids)))
+        costs.append(memory_cost(model, BatchLayout(False, FROZEN, 0), Kernels(PLAIN, ""), Example.of_text(ids)))
     plain, quantised = costs
     dense = 4 * 2 * HIDDEN * (2 * HIDDEN + 2 * KEYS + 3 * INNER)  # all linear layers in float32
     largest = 4 * HIDDEN * INNER
