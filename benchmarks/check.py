@@ -18,10 +18,10 @@ from typing import Any
 
 os.environ.update({"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_DISABLE_PROGRESS_BARS": "1"})
 
-import measure
-from arms import FAST_OFF, Step, load_base_model, padded_batches, synthetic_task, tailora
-from shapes import DTYPES, Shape
-
+sys.path.insert(0, str(Path(__file__).parent.parent))  # this file can be run by its path
+from benchmarks import measure
+from benchmarks.speed.arms import FAST_OFF, Step, load_base_model, padded_batches, synthetic_task, tailora
+from benchmarks.speed.shapes import DTYPES, Shape
 from tailora.core.device import has_bfloat16
 from tailora.data.dataset import Example
 

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gpu_cells
-import measure
+sys.path.insert(0, str(Path(__file__).parent.parent))  # this file can be run by its path
+from benchmarks import measure
+from benchmarks.speed import gpu_cells
 
 ROOT = Path(__file__).parent.parent
 LAST_LINES = 20  # of what a failed cell printed

@@ -26,7 +26,9 @@ from typing import Any
 import tailora
 from tailora.cli.main import ENVIRONMENT
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tests"))  # some benchmarks use what tests share
+RESULTS = ROOT / "benchmarks" / "results"
 QUICK = Path(tempfile.gettempdir()) / "tailora-benchmarks"  # so that --quick never overwrites results
 PACKAGES = ("tailora", "torch", "transformers", "peft", "accelerate", "trl", "bitsandbytes", "torchao")
 MALLOC = {  # glibc reads these when a process starts; one arena, because arms run in threads of one process
@@ -76,7 +78,7 @@ def measure_cell(cell: Cell) -> dict[str, Any]:
     load, started = os.getloadavg()[0], time.perf_counter()
     variables = {**ENVIRONMENT, "OMP_NUM_THREADS": str(cell["threads"]), **MALLOC[cell["malloc"]]}
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "OMP_", "GOMP_"))}
-    command = [sys.executable, sys.argv[0], "--cell", json.dumps(cell)]
+    command = [sys.executable, "-m", sys.modules["__main__"].__spec__.name, "--cell", json.dumps(cell)]
     process = subprocess.run(
         command, stdout=subprocess.PIPE, text=True, check=True, env={**inherited, **QUIET, **variables}
     )
@@ -157,12 +159,12 @@ def ratios(times: dict[str, list[float]], over: str) -> dict[str, dict[str, floa
 # ---- Arms in processes of their own
 
 
-def run_arms(script: str, arms: list[str], repeats: int) -> dict[str, list[dict[str, Any]]]:
-    """Runs `script arm NAME` for every arm in turn, `repeats` times; each prints one JSON object as its last line."""
+def run_arms(module: str, arms: list[str], repeats: int) -> dict[str, list[dict[str, Any]]]:
+    """Runs `python -m module arm NAME` for every arm in turn, `repeats` times. Each prints a JSON object last."""
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     for repeat in range(repeats):
         for arm in arms:
-            command = [sys.executable, script, "arm", arm]
+            command = [sys.executable, "-m", module, "arm", arm]
             process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             runs[arm].append(json.loads(process.stdout.splitlines()[-1]))
             log(f"{repeat + 1}/{repeats} {arm}: {runs[arm][-1]}")

@@ -13,17 +13,17 @@ import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).parent
-SHARES: list[tuple[list[str], float]] = [  # script with its options, and its share of the minutes
-    (["real.py", "--only", "repeat=0"], 18),
-    (["steps.py", "--only", "threads=1", "malloc=default"], 10),
-    (["inference.py", "--only", "threads=1"], 4),
-    (["memory.py", "--only", "malloc=default"], 5),
-    (["adapters.py"], 3),
-    (["startup.py"], 1),
-    (["curves.py"], 5),
-    (["growth.py"], 4),
-    (["steps.py"], 2),
+ROOT = Path(__file__).parent.parent
+SHARES: list[tuple[list[str], float]] = [  # module with its options, and its share of the minutes
+    (["benchmarks.speed.real", "--only", "repeat=0"], 18),
+    (["benchmarks.speed.steps", "--only", "threads=1", "malloc=default"], 10),
+    (["benchmarks.speed.inference", "--only", "threads=1"], 4),
+    (["benchmarks.memory.memory", "--only", "malloc=default"], 5),
+    (["benchmarks.speed.adapters"], 3),
+    (["benchmarks.speed.startup"], 1),
+    (["benchmarks.speed.curves"], 5),
+    (["benchmarks.speed.growth"], 4),
+    (["benchmarks.speed.steps"], 2),
 ]
 
 
@@ -42,7 +42,7 @@ def main() -> int:
         minutes = left * share / sum(share for _, share in SHARES[position:])
         call = [command[0], "--quick"] if options.quick else [*command, "--minutes", f"{minutes:.1f}"]
         print(f"-- {' '.join(call)}", file=sys.stderr, flush=True)
-        process = subprocess.run([sys.executable, *call], cwd=HERE, check=False)
+        process = subprocess.run([sys.executable, "-m", *call], cwd=ROOT, check=False)
         failed += [command[0]] if process.returncode else []
     for name in failed:
         print(f"failed: {name}", file=sys.stderr)

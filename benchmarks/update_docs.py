@@ -10,22 +10,19 @@ import argparse
 import json
 import re
 import statistics
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import device_tables
-import evidence_tables
-import tables
-import tiny_lm_tables
-from measure import RESULTS
-from page_blocks import blocks
-from tables import ranged
-
+sys.path.insert(0, str(Path(__file__).parent.parent))  # this file can be run by its path
+from benchmarks.measure import RESULTS, ROOT
+from benchmarks.site import device_tables, evidence_tables, tables, tiny_lm_tables
+from benchmarks.site.page_blocks import blocks
+from benchmarks.site.tables import ranged
 from tailora.core.config import OTHER_UNITS
 
-ROOT = Path(__file__).parent.parent
 MACHINES = {"With AMX": ".", "Without AMX, Zen 4": "zen4", "Without AMX, Zen 5": "zen5"}  # title -> folder of results
 TRAINER = "PEFT + Trainer, grouped by length"
 SPEED = ("real", "steps", "memory", "curves", "growth", "inference", "adapters", "startup")  # docs/performance.md
@@ -133,17 +130,17 @@ def typed(name: str) -> str:
 
 
 def study(name: str) -> str:
-    """What the command of benchmarks/studies.py printed."""
+    """What the command of benchmarks/studies/studies.py printed."""
     return f"{typed(name)}, and ended with\n\n{fenced(printed(name))}"
 
 
 def compared() -> str:
-    """What comes before the picture of `tailora compare` (benchmarks/pictures.py)."""
+    """What comes before the picture of `tailora compare` (benchmarks/site/pictures.py)."""
     return f"{typed('compare')}. Its result, with the verdict in today's words, made from the same numbers:"
 
 
 def trained(name: str) -> str:
-    """What a training command of benchmarks/studies.py printed, up to what comes next."""
+    """What a training command of benchmarks/studies/studies.py printed, up to what comes next."""
     return f"{typed(name)}, and printed\n\n{fenced(printed(name).split('Written to')[0].strip())}"
 
 
@@ -424,9 +421,9 @@ def tutorial(page: str, name: str) -> str:
     results = read("tutorials")["pages"] if (RESULTS / "tutorials.json").exists() else {}
     block = results.get(page, {}).get(name)
     if block is None:
-        return f"Not run yet: `python benchmarks/tutorials.py {page}`."
+        return f"Not run yet: `python -m benchmarks.site.tutorials {page}`."
     if block["code"] not in {each.text for each in blocks(ROOT / "docs" / f"{page}.md") if each.output == name}:
-        raise SystemExit(f"run benchmarks/tutorials.py {page}: the code above {name} is another one")
+        raise SystemExit(f"run benchmarks/site/tutorials.py {page}: the code above {name} is another one")
     lines = [line.rstrip() for line in block["output"].strip().splitlines()]
     first, end = EXCERPTS.get((page, name), ("", ""))
     start = next(number for number, line in enumerate(lines) if line.startswith(first))

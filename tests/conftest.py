@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import chromium
 import limits
 import on_device
 import pretend_accelerator
@@ -24,6 +23,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from benchmarks.site import chromium
 from tailora.quiet import TORCHAO_LOGGERS
 
 for name in TORCHAO_LOGGERS:  # processes of xdist print at their start

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import peft
 import pytest
-from page_blocks import blocks
 from ruamel.yaml import YAML
 
+from benchmarks.site.page_blocks import blocks
 from tailora.cli.flags import merge_settings
 from tailora.cli.main import app
 from tailora.core.config import ALIASES
@@ -90,7 +90,7 @@ def test_our_lines_that_no_test_runs_are_commands_of_tailora(page: str) -> None:
 
 def test_the_defaults_in_the_tables_are_those_of_today() -> None:
     ours = {name: str(field.default) for name, field in TrainConfig.model_fields.items()}
-    assert PEERS["tailora"] == ours, "run benchmarks/peers.py and benchmarks/update_docs.py"
+    assert PEERS["tailora"] == ours, "run benchmarks/site/peers.py and benchmarks/update_docs.py"
     if PEERS["tools"]["PEFT"]["version"] == version("peft"):
         theirs = {field.name: str(field.default) for field in dataclasses.fields(peft.LoraConfig)}
         for name, setting in PEERS["tools"]["PEFT"]["settings"].items():

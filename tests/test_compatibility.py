@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-import compatibility
 import pytest
 
+from benchmarks.serving import compatibility
 from tailora.formats.serving_targets import TARGETS
 from tailora.train.model_loading import METHODS
 

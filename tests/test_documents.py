@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
-from page_blocks import blocks
 from tiny import chat_model
 from torch.distributed.run import get_args_parser
-from update_docs import PARTS
 
+from benchmarks.site.page_blocks import blocks
+from benchmarks.update_docs import PARTS
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import COMMANDS, app
 from tailora.formats.export import FORMATS

@@ -1,4 +1,4 @@
-"""What benchmarks/evidence.py uses: rules of verdicts on made-up numbers, and studies that `tailora compare` accepts.
+"""benchmarks/studies/evidence.py: rules of verdicts on made-up numbers, and studies that `tailora compare` accepts.
 
 With -m exhaustive the script itself runs one small study.
 """
@@ -8,18 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import evidence
-import evidence_data as data
-import evidence_rules as rules
-import evidence_tables as tables
-import markov
-import measure
 import numpy as np
 import pytest
 import torch
-from shapes import SHAPES
 from transformers import LlamaForCausalLM
 
+from benchmarks import measure
+from benchmarks.site import evidence_tables as tables
+from benchmarks.speed.shapes import SHAPES
+from benchmarks.studies import evidence, markov
+from benchmarks.studies import evidence_data as data
+from benchmarks.studies import evidence_rules as rules
 from tailora.study.config import CompareConfig, arm_settings
 from tailora.train.config import TrainConfig
 

@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import from_scratch
 import pytest
 import torch
-from page_blocks import blocks
 from tiny import stir
 
+from benchmarks.site import from_scratch
+from benchmarks.site.page_blocks import blocks
 from tailora import LoRAConfig, LoRAModel
 
 BLOCKS = blocks(from_scratch.PAGE)
@@ -31,7 +31,7 @@ def test_the_page_shows_what_its_code_prints(run: Run) -> None:
     shown = {block.part: block.text.strip() for block in BLOCKS if block.part}
     assert shown.keys() == run[0].keys()
     for part, printed in run[0].items():
-        assert NUMBER.sub("N", printed) == NUMBER.sub("N", shown[part]), f"run benchmarks/from_scratch.py: {part}"
+        assert NUMBER.sub("N", printed) == NUMBER.sub("N", shown[part]), f"run benchmarks/site/from_scratch.py: {part}"
         here, there = (list(map(float, NUMBER.findall(text))) for text in (printed, shown[part]))
         assert here == pytest.approx(there, rel=0.05, abs=0.002), part
 

@@ -5,11 +5,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import device_tables
-import gpu
-import gpu_cells as cells
 import pytest
 import torch
+
+from benchmarks import gpu
+from benchmarks.site import device_tables
+from benchmarks.speed import gpu_cells as cells
 
 # of PEFT, with transformers 5.24
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 import tiny_run
 
-import notebooks
+from benchmarks.site import notebooks
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -31,7 +31,7 @@ def test_the_stored_notebook_is_one_whole_run_of_its_code(path: Path) -> None:
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
-    again = f"run benchmarks/notebooks.py {path.stem}: its code was changed since its outputs were made"
+    again = f"run benchmarks/site/notebooks.py {path.stem}: its code was changed since its outputs were made"
     assert notebook.metadata[notebooks.CODE] == notebooks.code_hash(notebook), again
     outputs = [output for cell in code for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]

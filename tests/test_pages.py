@@ -24,11 +24,11 @@ from pathlib import Path
 import pytest
 import tiny_run
 import torch
-from page_blocks import MARKDOWN, Block, Shell, blocks
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from server_process import free_port
 
+from benchmarks.serving.server_process import free_port
+from benchmarks.site.page_blocks import MARKDOWN, Block, Shell, blocks
 from tailora.cli.main import COMMANDS, app
 from tailora.data.readers import Row, read_rows
 from tailora.data.schemas import Conversation, convert_row, detect_schema

@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
-import pictures
 import pytest
+
+from benchmarks.site import pictures
 
 ROOT = Path(__file__).parent.parent
 PICTURES = sorted((ROOT / "docs" / "pictures").iterdir())
@@ -43,5 +44,5 @@ def test_a_terminal_shows_the_stored_results(name: str) -> None:
     line, printed = pictures.TERMINALS[name](None)
     for scheme in pictures.SCHEMES:
         stored = (pictures.FOLDER / f"{name}-{scheme}.svg").read_text()
-        again = f"run benchmarks/pictures.py {name}"
+        again = f"run benchmarks/site/pictures.py {name}"
         assert stored == pictures.terminal_svg(line, printed, scheme, name), again

@@ -109,9 +109,9 @@ def test_few_files() -> None:
     assert len(FILES) <= MOST_FILES
 
 
-def test_scripts_and_what_tests_share_have_names_of_their_own() -> None:
+def test_what_tests_share_has_names_of_its_own() -> None:
     """Tests import all of them by these names (`pythonpath` in pyproject.toml)."""
-    folders = (PACKAGE.parent / name for name in ("tests", "benchmarks", "docs"))
+    folders = (PACKAGE.parent / name for name in ("tests", "docs"))
     files = Counter(path.stem for folder in folders for path in folder.glob("*.py"))
     assert not [name for name, count in files.items() if count > 1 or name in sys.stdlib_module_names]
 

@@ -339,7 +339,7 @@ MOMENTS = {  # optimizer -> float32 numbers for each parameter; 8 bits have a sc
     "adamw": 2.0,
     "adamw_8bit": 2 * (1 + 4 / 256) / 4,
 }
-# Of a process on a CPU, in addition to what torch allocates; benchmarks/plan.py compares the sums with whole runs:
+# Of a process on a CPU, on top of what torch allocates; benchmarks/memory/plan.py compares the sums with whole runs:
 LIBRARIES = 130 * 10**6  # code that is loaded when it is first called, threads, caches; holes left by loading
 LIBRARIES_16_BIT = 40 * 10**6  # code that oneDNN compiles for 16-bit products, at most 64 of them
 FRAGMENTATION = 0.1  # share of a step's memory that the allocator keeps in addition; on a device never measured
@@ -585,7 +585,7 @@ def sent_bytes(fake: FakeModel, ranks: int, forwards: float, *, sharded: bool, g
     return int(share * (forwards * gathers * layers + 2 * trained))
 
 
-SHARE = 0.6  # of the speed of products that a whole step reaches; see benchmarks/plan.py
+SHARE = 0.6  # of the speed of products that a whole step reaches; see benchmarks/memory/plan.py
 REPEATS = 5
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from server_process import free_port
 from tiny import chat_model
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from benchmarks.serving.server_process import free_port
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import main
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from page_blocks import blocks
 from tiny import stir
 from torch import nn
 
 import tailora
+from benchmarks.site.page_blocks import blocks
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.layer_types import LAYER_TYPES
 from tailora.errors import ConfigError

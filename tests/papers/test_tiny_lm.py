@@ -1,12 +1,12 @@
-"""Experiment 6 in small: fewer learning rates, steps and ranks than benchmarks/tiny_lm.py, which has the whole grid."""
+"""Experiment 6 in small: fewer learning rates, steps and ranks than benchmarks/studies/tiny_lm.py."""
 
 from collections.abc import Callable
 from typing import Any
 
-import claims
-import markov
 import pytest
 import torch
+
+from benchmarks.studies import claims, markov
 
 BASE_STEPS, STEPS = 300, 80
 OCTAVES = {  # of the learning rates that an arm tries

@@ -24,10 +24,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from pydantic import BaseModel
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from server_process import SECONDS_TO_START, free_port
 from tiny import CHATML
 from tiny_server import TOKENIZER, Running, base_model, running, write_adapters
 
+from benchmarks.serving.server_process import SECONDS_TO_START, free_port
 from tailora import LoRAModel
 from tailora.cli.main import main
 from tailora.cli.serve import adapters_in, listen

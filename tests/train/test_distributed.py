@@ -20,12 +20,12 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from runs import changed
 from safetensors.torch import load_file
-from server_process import free_port
 from tiny import tiny_model
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
 
+from benchmarks.serving.server_process import free_port
 from tailora.cli.train import sample_answers
 from tailora.errors import CheckpointError, ConfigError, DataError
 from tailora.formats.run_folder import checkpoints_in

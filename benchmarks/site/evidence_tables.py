@@ -1,0 +1,175 @@
+"""Tables of docs/experiments.md, from what evidence.py wrote. What was not measured says so."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from benchmarks.studies.evidence_data import FULL, MODEL_OF, PLAIN, STUDIES
+from benchmarks.studies.evidence_rules import FAILS, HOLDS, STATEMENTS, UNCLEAR, Finding, overall
+from benchmarks.site.tables import table
+from benchmarks.site.tiny_lm_tables import shown
+
+Content = Mapping[str, Any]  # of evidence.json
+MISSING, ORDER = "not measured", (HOLDS, FAILS, UNCLEAR)
+SETTINGS = {
+    "markov": "tiny model, changed language",
+    "reviews": "SmolLM2-135M, film reviews",
+    "chats": "SmolLM2-135M, chats",
+    "tiny_lm": "tiny model, [experiment 6](#experiment-6-a-tiny-language-model)",
+    "compare": "SmolLM2-135M, chats, an [earlier comparison](studies.md)",
+    "labels": "SmolLM2-135M, film reviews with labels, an [earlier comparison](labels.md)",
+}
+NEEDED = {"rate": ["full"], "forgetting": ["full"], "intruders": ["full"], "batch": ["batch"], "rank": ["rank", "few"]}
+NEEDED |= {"mlp": ["layers"]} | {name: [name] for name in ("alpha", "layers", "dora", "pissa", "loraplus", "rslora")}
+ARMS = {
+    PLAIN: "LoRA, r = 8",
+    FULL: "full fine-tuning",
+    "dora": "DoRA",
+    "pissa": "PiSSA",
+    "loraplus": "LoRA+",
+    "rslora": "rsLoRA, r = 64",
+    "attention": "attention only",
+    "mlp": "MLP only",
+    "alpha-r": "alpha = r",
+    "alpha-16r": "alpha = 16r",
+    "r64": "r = 64",
+    "r8": "LoRA, r = 8",
+    "r4": "LoRA, r = 4",
+    "r1": "r = 1",
+}
+
+
+def findings_of(content: Content, statement: str) -> list[Finding]:
+    return [Finding(**entry) for entry in content["findings"] if entry["statement"] == statement]
+
+
+def verdicts(content: Content) -> str:
+    """One row for each statement: the verdict, and what the settings of each model say."""
+    models = list(dict.fromkeys(MODEL_OF.values()))
+    rows = []
+    for name, (text, _) in STATEMENTS.items():
+        found = findings_of(content, name)
+        of_models = [counted([each for each in found if MODEL_OF[each.setting] == model]) for model in models]
+        rows.append([text, f"**{overall(found)}**" if found else MISSING, *of_models])
+    return table(["statement", "verdict", *models], rows)
+
+
+def counted(found: Sequence[Finding]) -> str:
+    """Returns what the settings say, and how many of them: "holds (2), cannot tell (1)"."""
+    given = list({finding.setting: finding.verdict for finding in found}.values())
+    return ", ".join(f"{verdict} ({given.count(verdict)})" for verdict in ORDER if verdict in given) or MISSING
+
+
+def statement(content: Content, name: str) -> str:
+    """What every setting shows of a statement. Settings that were planned and are missing are named."""
+    found = findings_of(content, name)
+    rows = [
+        [SETTINGS[each.setting], named(each.quantity), number(each), f"{each.verdict}{remark(each)}"] for each in found
+    ]
+    planned = [setting for setting, studies in STUDIES.items() if set(NEEDED[name]) & set(studies)]
+    missing = [setting for setting in planned if setting not in {each.setting for each in found}]
+    rows += [[SETTINGS[setting], "", "", MISSING] for setting in missing]
+    return table(["where", "what", "value (95% interval)", "verdict"], rows)
+
+
+def named(quantity: str) -> str:
+    """Returns "dora - lora, nats per token" with the arms in words."""
+    arms, comma, unit = quantity.partition(",")
+    words = " - ".join(ARMS.get(arm, arm) for arm in arms.split(" - "))
+    return f"{words}{comma}{unit}"
+
+
+def number(finding: Finding) -> str:
+    form = "{:.1f}" if finding.statement == "rate" else "{:.2f}" if finding.statement == "forgetting" else "{:+.3f}"
+    if finding.low is None:
+        return form.format(finding.value)
+    value, low, high = (form.format(end) for end in (finding.value, finding.low, finding.high))
+    return f"{value} ({low} to {high})"
+
+
+def remark(finding: Finding) -> str:
+    return f": {finding.remark}" if finding.remark else ""
+
+
+def arms(content: Content) -> str:
+    """Every arm of every study that was run: its own best rate, and its loss."""
+    rows = []
+    for cell in content["cells"]:
+        setting, study = cell["cell"]["setting"], cell["cell"]["study"]
+        if study == "intruders":
+            continue
+        report = cell["result"]["report"]
+        for arm in report["arms"]:
+            low, high = arm["interval"] or (None, None)
+            loss = arm["outcome"] if low is None else f"{arm['eval_loss']:.3f} ({low:.3f} to {high:.3f})"
+            tried = ", ".join(shown(float(rate)) for rate in sorted(arm["rates"], key=float))
+            best = "" if arm["learning_rate"] is None else shown(arm["learning_rate"])
+            forgotten = arm["forgetting"]
+            rows.append(
+                [
+                    setting,
+                    f"`{study}.yaml`",
+                    ARMS[arm["name"]],
+                    f"{report['steps']} x {len(report['seeds'])}",
+                    f"{arm['trainable_parameters']:,}" if low is not None else "",
+                    best,
+                    tried,
+                    loss,
+                    f"{forgotten['kl']:.3f}" if forgotten else "",
+                ]
+            )
+    head = [
+        "data",
+        "study",
+        "arm",
+        "steps x seeds",
+        "trained",
+        "best rate",
+        "rates tried",
+        "loss (95%)",
+        "KL from the base",
+    ]
+    return f"{table(head, rows)}\n\n{source(content)}"
+
+
+def source(content: Content) -> str:
+    """On how many examples, and on which machine."""
+    machine = content["machine"]
+    judged = {}
+    for cell in content["cells"]:
+        if cell["cell"]["study"] != "intruders":
+            report = cell["result"]["report"]
+            judged[cell["cell"]["setting"]] = (
+                f"{cell['cell']['setting']} is judged on {report['judged_examples']} held-out examples, on which the "
+                f"base has {report['base_loss']:.3f}"
+            )
+    minutes = sum(cell["seconds"] for cell in content["cells"]) / 60
+    return (
+        f"{'; '.join(judged.values())}. One thread of an {machine['cpu']}, which also did other work, for "
+        f"{minutes:.0f} minutes; torch {machine['packages']['torch']}."
+    )
+
+
+def intruders(content: Content) -> str:
+    """The means over the matrices, also of a random update of the same norm."""
+    rows = []
+    for cell in content["cells"]:
+        if cell["cell"]["study"] == "intruders":
+            matrices = list(cell["result"]["matrices"].values())
+            names = ("lora", "full", "random", "relative_norm_lora", "relative_norm_full")
+            means = {name: sum(entry[name] for entry in matrices) / len(matrices) for name in names}
+            counts = [f"{means[name]:.2f}" for name in names[:3]]
+            norms = [f"{means[name]:.3f}" for name in names[3:]]
+            rows.append([SETTINGS[cell["cell"]["setting"]], str(len(matrices)), *counts, *norms])
+    if not rows:
+        return "Not measured."
+    head = ["where", "matrices", "LoRA, of 10", "full, of 10", "random, of 10", "LoRA, dW/W", "full, dW/W"]
+    return table(head, rows)
+
+
+PARTS: dict[str, Callable[[Content], str]] = {  # name of a part of the page -> what makes it
+    "evidence-verdicts": verdicts,
+    **{f"evidence-{name}": partial(statement, name=name) for name in STATEMENTS},
+    "evidence-matrices": intruders,
+    "evidence-arms": arms,
+}

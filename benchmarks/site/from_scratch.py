@@ -1,0 +1,49 @@
+"""Runs the code of docs/from_scratch.md, in the order of the page, and writes down what it prints.
+
+    python -m benchmarks.site.from_scratch
+
+A block that prints is followed by a measured part; update_docs.py puts the output there.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.measure import ROOT, write
+from benchmarks.site.page_blocks import blocks
+
+PAGE = ROOT / "docs" / "from_scratch.md"
+
+
+def run_page() -> tuple[dict[str, str], dict[str, Any]]:
+    """Returns the output of each block that prints, by the name of its part, and the names that the blocks defined.
+
+    The blocks write files into the current folder. Raises SystemExit for a block that prints and has no part.
+    """
+    outputs: dict[str, str] = {}
+    names: dict[str, Any] = {"__name__": "from_scratch_page"}
+    for block in blocks(PAGE):
+        if not block.is_run:
+            continue
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(block.text, names)
+        if bool(printed.getvalue()) != bool(block.output):
+            raise SystemExit(f"line {block.line}: a block that prints, and no other, has a measured part")
+        if block.output:
+            outputs[block.output] = printed.getvalue().strip()
+    return outputs, names
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    with TemporaryDirectory() as folder, contextlib.chdir(folder):
+        outputs, _ = run_page()
+    print(f"wrote {os.path.relpath(write('from_scratch', {'outputs': outputs}))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Tables of docs/experiments.md and docs/studies.md, from what tiny_lm.py and studies.py wrote."""
+
+from statistics import mean
+from typing import Any
+
+from benchmarks.site.tables import table
+
+Content = dict[str, Any]  # of one JSON file
+LABELS = {
+    "attention": "attention only, r = 15",
+    "mlp": "MLP only, r = 8",
+    "dora": "DoRA, r = 8",
+    "pissa": "PiSSA, r = 8",
+    "full": "full fine-tuning",
+}
+
+
+def label_of(arm: str) -> str:
+    return LABELS.get(arm, f"r = {arm[1:]}")
+
+
+def stated(content: Content) -> str:
+    """Each statement beside what was measured."""
+    head = ["statement", "measured", "holds"]
+    claims = content["claims"]
+    rows = [[claim["statement"], claim["found"], "yes" if claim["holds"] else "no"] for claim in claims]
+    if "seeds" in claims[0]:
+        head.append("with one seed")
+        for row, claim in zip(rows, claims, strict=True):
+            row.append(f"{claim['seeds_alone']} of {claim['seeds']}")
+    return table(head, rows)
+
+
+def losses(content: Content) -> str:
+    """Mean over the seeds by arm and learning rate, the best in bold; and the range over the seeds at the best."""
+    cells = content["cells"]
+    octaves = cells[0]["cell"]["octaves"]
+    rows = []
+    for arm in dict.fromkeys(cell["cell"]["arm"] for cell in cells):
+        runs = [cell["result"] for cell in cells if cell["cell"]["arm"] == arm]
+        by_octave = {octave: [run["losses"][str(octave)] for run in runs] for octave in octaves}
+        best = min(octaves, key=lambda octave, values=by_octave: mean(values[octave]))
+        shown = [f"{mean(by_octave[octave]):.3f}" for octave in octaves]
+        marked = [f"**{text}**" if octave == best else text for octave, text in zip(octaves, shown, strict=True)]
+        spread = max(by_octave[best]) - min(by_octave[best])
+        rows.append([label_of(arm), f"{runs[0]['trainable_parameters']:,}", *marked, f"{spread:.3f}"])
+    head = ["arm", "trained", *(f"2^{octave}" for octave in octaves), "seeds"]
+    result, machine = cells[0]["result"], content["machine"]
+    note = (
+        f"The base has {result['base_loss']:.3f}; a model that knew the table would have {result['floor']:.3f}. "
+        f"One core of an {machine['cpu']}, torch {machine['packages']['torch']}."
+    )
+    return f"{table(head, rows)}\n\n{note}"
+
+
+# ---- From the commands' reports
+
+
+def compared(content: Content) -> str:
+    """The arms of a comparison, the rates that each tried, the verdict and the statements."""
+    report = content["report"]
+    arms = [arm for arm in report["arms"] if arm["outcome"] == "done"]
+    results = [
+        [
+            label_of(arm["name"]),
+            f"{arm['trainable_parameters']:,}",
+            f"{arm['eval_loss']:.3f} ({arm['interval'][0]:.3f} to {arm['interval'][1]:.3f})",
+            "" if arm["difference"] is None else f"{arm['difference']['value']:+.3f}",
+            f"{arm['forgetting']['kl']:.2f}",
+        ]
+        for arm in arms
+    ]
+    rates = [
+        [label_of(arm["name"]), f"{arm['learning_rate']:.2g}", ", ".join(map(shown, sorted(map(float, arm["rates"]))))]
+        for arm in arms
+    ]
+    head = ["arm", "trained", "loss (95%)", f"- {report['reference']}'s", "KL from the base"]
+    tables = [table(head, results), table(["arm", "best rate", "rates that were tried"], rates)]
+    return with_verdict(content, "\n\n".join(tables))
+
+
+def searched(content: Content) -> str:
+    """The finalists of a search, the verdict and the statements."""
+    report = content["report"]
+    rows = [
+        [
+            f"{finalist['number']}",
+            ", ".join(f"{name} {shown(value)}" for name, value in finalist["settings"].items()),
+            f"{finalist['trainable_parameters']:,}",
+            f"{finalist['eval_loss']:.3f}",
+        ]
+        for finalist in report["finalists"]
+    ]
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in (report["importances"] or {}).items())
+    note = f"{len(report['trials'])} trials." + (f" Importance: {shares}." if shares else "")
+    return with_verdict(content, f"{table(['finalist', 'settings', 'trained', 'loss'], rows)}\n\n{note}")
+
+
+def with_verdict(content: Content, results: str) -> str:
+    machine = content["machine"]
+    source = (
+        f"{content['seconds'] / 60:.0f} minutes on {machine['cores']} cores of an {machine['cpu']}, which also did "
+        f"other work; torch {machine['packages']['torch']}."
+    )
+    return f"{results}\n\n> {content['report']['verdict']}\n\n{stated(content)}\n\n{source}"
+
+
+def rates(content: Content) -> str:
+    """Held-out loss of every arm at every rate that it tried, on the half that chooses."""
+    rows = [
+        [arm["name"], shown(float(rate)), "failed" if loss is None else f"{loss:.3f}"]
+        for arm in content["report"]["arms"]
+        for rate, loss in sorted(arm["rates"].items(), key=lambda pair: float(pair[0]))
+    ]
+    return table(["arm", "learning rate", "loss on the half that chooses"], rows)
+
+
+def shown(value: Any) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else str(value)

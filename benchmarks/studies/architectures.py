@@ -1,0 +1,71 @@
+"""What tailora does on the architectures of transformers, beside PEFT: small models with random weights.
+
+    python -m benchmarks.studies.architectures --minutes 30     writes results/architectures.json, or continues
+    python -m benchmarks.studies.architectures --only LlamaForCausalLM BertForMaskedLM
+
+The checks are those of tests/architecture_checks.py. `update_docs.py` makes docs/architectures.md of the result.
+"""
+
+import argparse
+import json
+import time
+import warnings
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any
+
+from benchmarks import measure
+
+ALL = measure.RESULTS / "architectures.json"
+
+
+def examine(class_name: str) -> dict[str, Any]:
+    """Returns what each check says; {"base": reason} if the small base model itself does not run."""
+    import torch
+    import transformers
+    from architecture_checks import CHECKS, ERRORS, batch_of, outcome, output_of, reason, small_model
+
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    try:
+        base = small_model(class_name)
+        with torch.no_grad():
+            output = output_of(base, batch_of(base))
+    except ERRORS as error:
+        return {"base": reason(error)}
+    if not output.isfinite().all():
+        return {"base": "its output is not finite"}
+    cells = {name: outcome(name, class_name) for name in CHECKS}
+    return {"model_type": base.config.model_type, **cells, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def main() -> None:
+    from architecture_checks import class_names
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60.0, help="starts no architecture after this time")
+    parser.add_argument("--only", nargs="+", default=[], metavar="CLASS", help="these, again")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    found = json.loads(ALL.read_text())["architectures"] if ALL.exists() else {}
+    waiting = options.only or [name for name in class_names() if name not in found]
+    end = time.monotonic() + 60 * options.minutes
+    while waiting and time.monotonic() < end:
+        batch, waiting = waiting[:8], waiting[8:]
+        with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
+            running: dict[Future[dict[str, Any]], str] = {pool.submit(examine, name): name for name in batch}
+            for future in as_completed(running):
+                try:
+                    found[running[future]] = future.result()
+                except BrokenProcessPool:
+                    found[running[future]] = {"base": "its process ended"}
+                measure.log(f"{running[future]} {found[running[future]]}")
+        measure.write(ALL, {"architectures": {name: found[name] for name in sorted(found)}})
+    print(ALL)
+
+
+if __name__ == "__main__":
+    main()
