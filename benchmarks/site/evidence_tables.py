@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from benchmarks.studies.evidence_data import FULL, MODEL_OF, PLAIN, STUDIES
-from benchmarks.studies.evidence_rules import FAILS, HOLDS, STATEMENTS, UNCLEAR, Finding, overall
 from benchmarks.site.tables import table
 from benchmarks.site.tiny_lm_tables import shown
+from benchmarks.studies.evidence_data import FULL, MODEL_OF, PLAIN, STUDIES
+from benchmarks.studies.evidence_rules import FAILS, HOLDS, STATEMENTS, UNCLEAR, Finding, overall
 
 Content = Mapping[str, Any]  # of evidence.json
 MISSING, ORDER = "not measured", (HOLDS, FAILS, UNCLEAR)

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import io
 import os
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 

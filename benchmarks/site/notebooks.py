@@ -16,10 +16,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import nbformat
-from benchmarks.measure import ROOT, log
 from nbclient import NotebookClient
 from nbconvert.filters import strip_ansi
 from nbformat import NotebookNode
+
+from benchmarks.measure import ROOT, log
 
 FOLDER = ROOT / "notebooks"
 CODE = "code_sha256"  # key of the notebook's metadata

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
-
 from tailora.core.config import ALIASES, OUR_NAMES
 from tailora.train.config import TrainConfig
 

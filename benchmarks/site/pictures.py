@@ -22,13 +22,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from benchmarks.site import chromium
-from benchmarks.measure import ROOT, RESULTS, log
 from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
-from benchmarks.serving.server_process import started
 
+from benchmarks.measure import RESULTS, ROOT, log
+from benchmarks.serving.server_process import started
+from benchmarks.site import chromium
 from tailora.report.files import page_of
 from tailora.report.html import html
 from tailora.report.terminal import print_page

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import ROOT, RESULTS, log, write
+from benchmarks.measure import RESULTS, ROOT, log, write
 from benchmarks.site.page_blocks import Block, Shell, blocks
 
 DOCS = ROOT / "docs"
