@@ -1,6 +1,6 @@
 """Rendered samples as text, with the trained spans in [[ ]]."""
 
-from tailora.data.chat_template import RenderedSample
+from tailora.data.loss_mask import RenderedSample
 
 
 def with_brackets(rendered: RenderedSample) -> str:

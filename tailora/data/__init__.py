@@ -2,8 +2,8 @@
 
     readers         files, folders, data sets of the Hub -> rows
     schemas         a row's keys -> a sample: chat messages, prompt and completion, or text
-    chat_template   a sample -> its text, rendered by the chat template, and the spans of it that are trained
-    loss_mask       spans of text -> which tokens are trained
+    chat_template   messages -> text, as the model's chat template writes it
+    loss_mask       a sample -> its text, and which tokens of it are trained
     tokenize        text and loss mask -> token ids and labels
     dataset         examples in flat arrays, the split, the report
     collate         examples -> batches of tensors

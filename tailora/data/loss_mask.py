@@ -1,12 +1,228 @@
 """The loss mask: which tokens of a sample are trained.
 
-The chat template says which spans of the text are trained; here these spans become tokens. Tokens are trained only if
-the model sees the same tokens before them when it generates.
+`render_sample` writes the sample as text and finds the spans that are trained; `loss_mask` maps them to tokens.
+
+The replies of the assistant, which may be tool calls, are found from the chat template itself:
+  - a template with {% generation %} marks them;
+  - any other is rendered twice per reply: up to the reply (as `generate` would begin) and up to its end. Both must be
+    prefixes of the whole text. Where a template rewrites earlier turns they are not, and that reply is read but not
+    trained.
+A reply's span ends with its end-of-turn token; the model never generates what the template writes after it. Tokens are
+trained only if the model sees the same tokens before them when it generates.
 """
 
 from bisect import bisect_right
+from dataclasses import dataclass, replace
+from typing import Any
 
-from tailora.data.chat_template import ChatTokenizer, RenderedSample, Tokens
+from tailora.data.chat_template import ChatTokenizer, Span, Tokens, fit_to_template, to_conversation
+from tailora.data.messages import REASONING
+from tailora.data.schemas import Conversation, Sample, Text
+from tailora.errors import DataError
+
+# ---- A sample -> its text and the trained spans
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedSample:
+    """text, and the spans of it that are trained.
+
+    add_bos: the tokenizer's BOS goes before the text, since no template has written it.
+    add_eos: EOS goes after the text, since it does not end with one.
+    untrained_replies: how many replies are not trained, because the template rewrites them or nothing comes before.
+    """
+
+    text: str
+    trained_spans: list[Span]
+    add_bos: bool = False
+    add_eos: bool = False
+    untrained_replies: int = 0
+
+    def beginning(self, size: int) -> "RenderedSample":
+        """Returns the first `size` characters, and the spans in them."""
+        if len(self.text) <= size:
+            return self
+        spans = [(start, min(end, size)) for start, end in self.trained_spans if start < size]
+        return replace(self, text=self.text[:size], trained_spans=spans, add_eos=False)
+
+
+def render_sample(sample: Sample, tokenizer: ChatTokenizer) -> RenderedSample:
+    """Raises DataError with the cause if the sample cannot be rendered or nothing of it can be trained."""
+    if isinstance(sample, Text):
+        return RenderedSample(sample.text, [(0, len(sample.text))], add_bos=True, add_eos=tokenizer.eos is not None)
+    if tokenizer.template is not None:
+        return _render_chat(to_conversation(sample), tokenizer)
+    if isinstance(sample, Conversation):
+        raise DataError(
+            "the tokenizer has no chat template to write messages with: take the instruct version of the model, "
+            "set tokenizer.chat_template, or give the data as prompt and completion"
+        )
+    if tokenizer.options.assistant_only_loss:
+        raise DataError(
+            "--assistant-only-loss needs messages, and the row is prompt and completion, for which there is no chat "
+            "template: leave it out"
+        )
+    _check_eos(tokenizer)
+    text = sample.prompt + sample.completion
+    start = 0 if tokenizer.options.completion_only_loss is False else len(sample.prompt)
+    return RenderedSample(text, [(start, len(text))], add_bos=True, add_eos=True)
+
+
+def _check_eos(tokenizer: ChatTokenizer) -> None:
+    if tokenizer.eos_id is None:
+        raise DataError("the tokenizer has no EOS token, so the model could not learn to stop: set tokenizer.eos_token")
+
+
+def _render_chat(chat: Conversation, tokenizer: ChatTokenizer) -> RenderedSample:
+    chat = fit_to_template(chat, tokenizer)
+    if tokenizer.options.completion_only_loss is False:
+        chat = replace(chat, first=0)
+    if not tokenizer.options.trains_replies_alone:
+        return _render_all(chat, tokenizer)
+    if tokenizer.marks_replies:
+        text, marked = tokenizer.render_generation_spans(chat)
+        spans = _marked_reply_spans(chat, text, marked, tokenizer)
+    else:
+        text = tokenizer.render(chat.messages, tools=chat.tools)
+        spans = [
+            span for index in chat.trained_replies if (span := _reply_span(chat, index, text, tokenizer)) is not None
+        ]
+    all_turns = (_end_turn(text, span, tokenizer) for span in spans)
+    turns = [(start, end, has_end) for start, end, has_end in all_turns if start < end]
+    if not turns and any(chat.replies):
+        raise DataError(
+            "no reply can be located: with the reply in place, the chat template no longer begins with the prompt that "
+            "generation begins with (some drop the system message then, the reasoning of calls before it, or a thought "
+            "that they have opened); leave out what is dropped, or put {% generation %} ... {% endgeneration %} around "
+            "the reply in the template"
+        )
+    if not turns:
+        raise DataError("nothing to learn: the conversation has no reply, or only one that it begins with")
+    _, last_end, has_end = turns[-1]
+    if not has_end:
+        _check_eos(tokenizer)
+    return RenderedSample(
+        text=text[:last_end],  # nothing is trained after it
+        trained_spans=[(start, end) for start, end, _ in turns],
+        add_eos=not has_end,
+        untrained_replies=max(0, len(chat.trained_replies) - len(turns)),
+    )
+
+
+def _render_all(chat: Conversation, tokenizer: ChatTokenizer) -> RenderedSample:
+    """Returns a conversation of which everything is trained, from its completion on if it has one."""
+    if chat.untrained:
+        raise DataError(
+            f"message {min(chat.untrained)} is not to be trained, which is possible only where replies alone are: "
+            "leave out --no-assistant-only-loss, or train and weight"
+        )
+    text = tokenizer.render(chat.messages, tools=chat.tools)
+    last = chat.messages[-1]
+    if last["role"] == "assistant" and (part := _left_out(last, text)) is not None:
+        raise _not_written_error(part, len(chat.messages) - 1)
+    begins_with_reply = chat.messages[chat.first]["role"] == "assistant"
+    before = chat.messages[: chat.first]
+    prompt = tokenizer.render(before, tools=chat.tools, add_generation_prompt=begins_with_reply) if before else ""
+    if not text.startswith(prompt):
+        raise DataError("the chat template rewrites the prompt once the completion is there: it cannot be told apart")
+    start, end, has_end = _end_turn(text, (len(prompt), len(text)), tokenizer)
+    if not has_end:
+        _check_eos(tokenizer)
+    return RenderedSample(text=text[:end], trained_spans=[(start, end)], add_eos=not has_end)
+
+
+def _marked_reply_spans(chat: Conversation, text: str, spans: list[Span], tokenizer: ChatTokenizer) -> list[Span]:
+    """Returns the spans of the replies that are trained, of those that the template marks."""
+    if len(spans) != len(chat.replies):
+        if len(chat.trained_replies) < len(chat.replies):
+            raise DataError(
+                f"the chat template marks {len(spans)} replies where the conversation has {len(chat.replies)}"
+            )
+        return [_with_next_special(text, span, tokenizer) for span in spans]
+    by_reply = dict(zip(chat.replies, spans, strict=True))
+    trained = []
+    for index in chat.trained_replies:
+        start, end = by_reply[index]
+        part = _left_out(chat.messages[index], text[start:end])
+        if part is None:
+            trained.append(_with_next_special(text, (start, end), tokenizer))
+        elif index == len(chat.messages) - 1:
+            raise _not_written_error(part, index)
+    return trained
+
+
+def _reply_span(chat: Conversation, index: int, text: str, tokenizer: ChatTokenizer) -> Span | None:
+    """Returns the span of message `index` in the text, found by rendering the messages before it and up to its end.
+
+    None if the template rewrites it when the chat goes on. Raises DataError if the template leaves a part of it out.
+    """
+    messages = chat.messages
+    if index == 0:
+        return None  # no model is ever asked to speak first
+    before = tokenizer.render(messages[:index], tools=chat.tools, add_generation_prompt=True)
+    if not text.startswith(before):
+        return None
+    is_last = index == len(messages) - 1
+    up_to_end = text if is_last else tokenizer.render(messages[: index + 1], tools=chat.tools)
+    # Some templates close the whole chat, not the turn, with EOS.
+    for prefix in (up_to_end, up_to_end.removesuffix(tokenizer.eos or "")):
+        if text.startswith(prefix) and len(prefix) >= len(before):
+            if (part := _left_out(messages[index], prefix[len(before) :])) is not None:
+                raise _not_written_error(part, index)
+            span = len(before), len(prefix)
+            return _with_next_special(text, span, tokenizer) if prefix == up_to_end else span
+    return None
+
+
+def _left_out(message: dict[str, Any], reply: str) -> str | None:
+    """Returns which part of a message is not in the text that the template writes for it; None if all is."""
+    if str(message.get(REASONING, "")).strip() not in reply:
+        return REASONING
+    if "tool_calls" in message and message["content"].strip() not in reply:
+        return "content beside the tool calls"
+    return None
+
+
+def _not_written_error(part: str, index: int) -> DataError:
+    return DataError(
+        f"the chat template does not write the {part} of message {index}, so it could not be learned: remove it, or "
+        "write it into the content, in the form in which the model is to write it"
+    )
+
+
+def _with_next_special(text: str, span: Span, tokenizer: ChatTokenizer) -> Span:
+    """Returns a span that has no special token at its end up to the end of the one that follows, if any.
+
+    It may stand outside of {% generation %}, or begin the next turn: GLM's replies end with the <|user|> after them.
+    """
+    start, end = span
+    if text[start:end].rstrip().endswith(tokenizer.special_tokens):
+        return span
+    candidates = (token for token in tokenizer.special_tokens if token != tokenizer.tokenizer.bos_token)
+    following = max((token for token in candidates if text.startswith(token, end)), key=len, default="")
+    return start, end + len(following)
+
+
+def _end_turn(text: str, span: Span, tokenizer: ChatTokenizer) -> tuple[int, int, bool]:
+    """Ends the reply at EOS, or else at the first of the special tokens that close the span.
+
+    Returns its start and end, and whether its last token tells generation to stop.
+    """
+    start, end = span
+    # The special tokens at the end of the reply, with white space between them or not, and where each ends
+    closing = []
+    rest = text[start:end].rstrip()
+    while rest.endswith(tokenizer.special_tokens):
+        token = max((token for token in tokenizer.special_tokens if rest.endswith(token)), key=len)
+        closing.append((token, start + len(rest)))
+        rest = rest[: -len(token)].rstrip()
+    if closing:
+        eos_ends = [token_end for token, token_end in closing if token == tokenizer.eos]
+        return start, min(eos_ends or [token_end for _, token_end in closing]), True
+    return start, end, False
+
+
+# ---- Spans -> tokens
 
 
 def loss_mask(

@@ -10,14 +10,12 @@ import numpy as np
 
 from tailora.data.chat_template import (
     ChatTokenizer,
-    RenderedSample,
     Tokens,
     fit_to_template,
-    render_sample,
     to_conversation,
 )
 from tailora.data.dataset import IGNORED, Example, Int32, Int64
-from tailora.data.loss_mask import loss_mask
+from tailora.data.loss_mask import RenderedSample, loss_mask, render_sample
 from tailora.data.schemas import Conversation, Pair, Sample, Text
 from tailora.errors import DataError
 

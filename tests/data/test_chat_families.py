@@ -15,8 +15,9 @@ from brackets import with_brackets
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from tailora.data.chat_template import ChatTokenizer, fit_to_template, render_sample
+from tailora.data.chat_template import ChatTokenizer, fit_to_template
 from tailora.data.dataset import IGNORED
+from tailora.data.loss_mask import render_sample
 from tailora.data.schemas import Conversation, from_messages
 from tailora.data.tokenize import encode_sample, prompt_ids, reply_text
 from tailora.errors import DataError

@@ -3,7 +3,8 @@
 import pytest
 from brackets import with_brackets
 
-from tailora.data.chat_template import ChatTokenizer, SampleOptions, render_sample, with_system
+from tailora.data.chat_template import ChatTokenizer, SampleOptions, with_system
+from tailora.data.loss_mask import render_sample
 from tailora.data.schemas import Conversation, Pair, Text
 from tailora.errors import DataError
 
