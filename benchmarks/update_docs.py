@@ -8,7 +8,6 @@ parts, and what makes them. tests/test_documents.py fails if a part is not what 
 
 import argparse
 import json
-import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -19,9 +18,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this file can be run by its path
 from benchmarks.measure import RESULTS, ROOT
 from benchmarks.site import device_tables, evidence_tables, tables, tiny_lm_tables
-from benchmarks.site.page_blocks import blocks
+from benchmarks.site.page_blocks import blocks, with_parts
 from benchmarks.site.tables import ranged
 from tailora.core.config import OTHER_UNITS
+from tailora.train.config import TrainConfig
 
 MACHINES = {"With AMX": ".", "Without AMX, Zen 4": "zen4", "Without AMX, Zen 5": "zen5"}  # title -> folder of results
 TRAINER = "PEFT + Trainer, grouped by length"
@@ -194,9 +194,9 @@ def pages_of_tools() -> dict[str, str]:
 
 
 def settings_of(tool: str) -> str:
-    """The settings of another tool that tailora has too, with both defaults."""
-    content = read("peers")
-    there, here = content["tools"][tool], content["tailora"]
+    """The settings of another tool that tailora has too, with both defaults; those there are in results/peers.json."""
+    there = read("peers")["tools"][tool]
+    here = {name: str(field.default) for name, field in TrainConfig.model_fields.items()}
     rows = []
     order = list(here)
     for name, setting in sorted(there["settings"].items(), key=lambda item: order.index(item[1]["ours"].split()[0])):
@@ -283,14 +283,7 @@ def preferences() -> str:
 # ---- docs/serving.md
 
 
-def not_measured(name: str) -> str:
-    """Returns what stands in the place of a result that nobody has measured yet; "" if there is one."""
-    return "" if (RESULTS / f"{name}.json").exists() else f"Not measured yet: `python benchmarks/{name}.py`."
-
-
 def serving() -> str:
-    if reason := not_measured("serve"):
-        return reason
     content = read("serve")
     rows = [
         [
@@ -320,8 +313,6 @@ def serving() -> str:
 
 
 def soak() -> str:
-    if reason := not_measured("soak"):
-        return reason
     content = read("soak")
     memory = content["memory"]
     rows = [[name, f"{count:,}"] for name, count in content["outcomes"].items()]
@@ -342,7 +333,7 @@ def soak() -> str:
 
 
 def evidence(name: str) -> str:
-    return not_measured("evidence") or evidence_tables.PARTS[name](read("evidence"))
+    return evidence_tables.PARTS[name](read("evidence"))
 
 
 # ---- docs/verify.md
@@ -350,8 +341,6 @@ def evidence(name: str) -> str:
 
 def verify_faults() -> str:
     """One row per server, one column per fault: the verdict, in bold where it is not the one to expect."""
-    if reason := not_measured("verify"):
-        return reason
     rows = read("verify")["faults"]
     servers = list(dict.fromkeys((row["server"], row["base"]) for row in rows))
     verdicts = {(row["fault"], row["server"], row["base"]): _verdict(row) for row in rows}
@@ -368,8 +357,6 @@ def _verdict(row: Content) -> str:
 
 
 def verify_trials() -> str:
-    if reason := not_measured("verify"):
-        return reason
     content = read("verify")
     servers = dict.fromkeys((row["server"], row["base"]) for row in content["trials"])
     cells = []
@@ -509,23 +496,11 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
 }
 
 
-def replace_part(document: str, name: str, content: str) -> str:
-    """Returns the document with this content between the part's marks. Raises SystemExit without one pair of marks."""
-    start, end = f"<!-- measured:{name} -->", f"<!-- /measured:{name} -->"
-    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-    if len(pattern.findall(document)) != 1:
-        raise SystemExit(f"one pair of marks {start} {end} is needed")
-    return pattern.sub(lambda _: f"{start}\n{content.strip()}\n{end}", document)
-
-
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for file, parts in PARTS.items():
         path = ROOT / file
-        document = path.read_text()
-        for name, make in parts.items():
-            document = replace_part(document, name, make())
-        path.write_text(document)
+        path.write_text(with_parts(path.read_text(), {name: make() for name, make in parts.items()}))
 
 
 if __name__ == "__main__":

@@ -19,14 +19,12 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from nbconvert import MarkdownExporter
-from site_errors import accepted_values, catalogue
 from traitlets.config import Config
 
 import tailora
 from tailora import errors
 from tailora.cli.main import COMMANDS, app
 from tailora.core.config import ALIASES, NAMES_OF_OTHER_TOOLS, NOT_NEEDED
-from tailora.train.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = {  # file of the repository -> page of the site
@@ -181,24 +179,17 @@ def names_page() -> str:
 
 
 def errors_page() -> str:
-    """Returns the errors that the docstring of `tailora.errors` lists, and their messages about settings."""
+    """Returns a table of the errors that the docstring of `tailora.errors` lists, with their exit codes."""
     rows = []
     for name, meaning in re.findall(r"── (\w+)\S* +(.+)", str(errors.__doc__)):
         error = getattr(errors, name)
         parents = ", ".join(f"`{parent.__name__}`" for parent in error.__bases__ if parent is not errors.TailoraError)
         rows.append(f"| `{name}` | {parents} | {error.exit_code} | {meaning} |")
     return (
-        "# Errors\n\nA message says what was asked, what there is, and what to do, with all problems at once. "
-        "On the command line it goes to stderr, without a traceback. Look up the setting that your message names: "
-        "[the messages](#messages) have their remedies beside them.\n\n"
-        "## Types and exit codes\n\nAll are `TailoraError`s, in `tailora.errors`.\n\n"
-        "| error | is also a | exit code | raised for |\n|---|---|---|---|\n" + "\n".join(rows) + "\n\n"
-        "## Messages\n\nEvery message of an error that names a setting or a flag, by the first one that it names. "
-        "Words in capitals stand for values. The list is read from the source of tailora.\n\n"
-        f"{catalogue()}\n"
-        "## Values\n\nA value that a setting does not take is refused with `SETTING = VALUE: input should be ...`, an "
-        "unknown setting with the name nearest to it. These are the settings of a run, with what they take.\n\n"
-        f"{accepted_values(TrainConfig)}"
+        "# Errors\n\nA message lists all problems at once: what is wrong, what is expected, and what to do. "
+        "On the command line it goes to stderr, without a traceback. All errors are `TailoraError`s, in "
+        "`tailora.errors`.\n\n"
+        "| error | is also a | exit code | raised for |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
     )
 
 

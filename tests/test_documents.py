@@ -13,7 +13,7 @@ from accelerate.commands.launch import launch_command_parser
 from tiny import chat_model
 from torch.distributed.run import get_args_parser
 
-from benchmarks.site.page_blocks import blocks
+from benchmarks.site.page_blocks import blocks, inline, measured_parts
 from benchmarks.update_docs import PARTS
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import COMMANDS, app
@@ -53,11 +53,10 @@ def test_measured_parts_are_what_the_results_give() -> None:
     documents = {document.relative_to(ROOT).as_posix(): document for document in DOCUMENTS}
     assert documents.keys() >= PARTS.keys()
     for file, document in documents.items():
-        marked = re.findall(r"<!-- measured:([\w-]+) -->(.*?)<!-- /measured:\1 -->", document.read_text(), re.DOTALL)
+        marked = measured_parts(document)
         assert sorted(name for name, _ in marked) == sorted(PARTS.get(file, {})), file
         for name, content in marked:
-            made = PARTS[file][name]().strip()
-            assert content.strip() == made, f"run benchmarks/update_docs.py: {name} of {file} is old"
+            assert content == PARTS[file][name]().strip(), f"run benchmarks/update_docs.py: {name} of {file} is old"
 
 
 def test_every_setting_and_every_quantization_method_has_its_description() -> None:
@@ -118,11 +117,10 @@ def test_messages_name_pages_by_their_titles_on_the_site() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_and_files_named_in_documents_exist(document: Path) -> None:
-    text = document.read_text()
-    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)  # in code, x[i](y) is a call
-    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", prose) if "://" not in link]
+    targets = [str(token.attrGet("href") or token.attrGet("src") or "") for token in inline(document)]
+    links = [target.partition("#")[0] for target in targets if "://" not in target]
     missing = [link for link in links if link and not (document.parent / link).exists()]
     folders = (ROOT, ROOT / "tailora", ROOT / "benchmarks")
-    named = re.findall(r"`([\w/]+\.py)", text)
+    named = re.findall(r"`([\w/]+\.py)", document.read_text())
     missing += [name for name in named if not any((folder / name).exists() for folder in folders)]
     assert not missing, f"{document.name} names what is not there: {missing}"

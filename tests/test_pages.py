@@ -20,6 +20,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_run
@@ -28,7 +29,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from benchmarks.serving.server_process import free_port
-from benchmarks.site.page_blocks import MARKDOWN, Block, Shell, blocks
+from benchmarks.site.page_blocks import Block, Shell, blocks, inline, run_python
 from tailora.cli.main import COMMANDS, app
 from tailora.data.readers import Row, read_rows
 from tailora.data.schemas import Conversation, convert_row, detect_schema
@@ -62,7 +63,7 @@ class Reader:
 
     shell: Shell
     values: dict[str, str]
-    names: dict[str, object] = field(default_factory=lambda: {"__name__": "__main__"})
+    names: dict[str, Any] = field(default_factory=lambda: {"__name__": "__main__"})
 
     def type(self, block: Block) -> None:
         text = self.substituted(block.text)
@@ -71,7 +72,7 @@ class Reader:
         elif block.language == "bash":
             self.shell.run(text)
         elif block.language == "python":
-            exec(compile(text, f"line {block.line}", "exec"), self.names)
+            run_python(text, self.names)
 
     def substituted(self, text: str) -> str:
         for pattern, replacement in SUBSTITUTIONS.items():
@@ -168,8 +169,7 @@ def test_every_block_is_run_or_output_or_says_why_not(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_commands_within_the_text_have_these_flags(page: Path) -> None:
-    inline = [child for token in MARKDOWN.parse(page.read_text()) for child in token.children or []]
-    for code in (child.content for child in inline if child.type == "code_inline"):
+    for code in (token.content for token in inline(page) if token.type == "code_inline"):
         if code.startswith("tailora "):
             command, *words = shlex.split(code)[1:]
             assert command in COMMANDS, code
@@ -224,7 +224,7 @@ def test_the_rows_of_an_exported_chat_have_a_reply_and_no_notices(
 ) -> None:
     (block,) = (block for block in blocks(ROOT / "docs/tutorials/chats.md") if "EXPORT" in block.text)
     monkeypatch.chdir(tmp_path)
-    exec(compile(block.text, "chats.md", "exec"), {})
+    run_python(block.text, {})
     items = list(read_rows("exported.jsonl"))
     mapping = detect_schema([item.fields for item in items if isinstance(item, Row)])
     samples = [convert_row(item, mapping) for item in items if isinstance(item, Row)]

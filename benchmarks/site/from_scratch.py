@@ -7,13 +7,12 @@ A block that prints is followed by a measured part; update_docs.py puts the outp
 
 import argparse
 import contextlib
-import io
 import os
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.measure import ROOT, write
-from benchmarks.site.page_blocks import blocks
+from benchmarks.site.page_blocks import blocks, run_python
 
 PAGE = ROOT / "docs" / "from_scratch.md"
 
@@ -28,12 +27,11 @@ def run_page() -> tuple[dict[str, str], dict[str, Any]]:
     for block in blocks(PAGE):
         if not block.is_run:
             continue
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(block.text, names)
-        if bool(printed.getvalue()) != bool(block.output):
+        printed = run_python(block.text, names)
+        if bool(printed) != bool(block.output):
             raise SystemExit(f"line {block.line}: a block that prints, and no other, has a measured part")
         if block.output:
-            outputs[block.output] = printed.getvalue().strip()
+            outputs[block.output] = printed.strip()
     return outputs, names
 
 

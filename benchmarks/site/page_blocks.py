@@ -1,4 +1,4 @@
-"""The code blocks of a page in Markdown: what the comments around them say, and a shell that runs their commands.
+"""Pages in Markdown: their code blocks, measured parts and links, and a shell that runs their commands.
 
 <!-- not run: REASON -->    above a block that cannot run as it stands
 <!-- made by: SCRIPT -->    above figures that a script made
@@ -6,17 +6,21 @@
 <!-- measured:NAME -->      after a block, above what it printed, which <!-- /measured:NAME --> ends
 """
 
+import io
 import os
 import re
 import signal
 import subprocess
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 
 MARKDOWN = MarkdownIt().enable("table")
+PART = re.compile(r"<!-- measured:([\w-]+) -->(.*?)<!-- /measured:\1 -->", re.DOTALL)
 MARK = re.compile(r"<!-- (not run|made by|file): (.+) -->\s*\Z")
 MEASURED = re.compile(r"<!-- (/?)measured:([\w-]+) -->")
 
@@ -53,6 +57,33 @@ def blocks(page: Path) -> list[Block]:
             if part and found and not found[-1].part:
                 found[-1].output = found[-1].output or part
     return found
+
+
+def inline(page: Path) -> list[Token]:
+    """Returns what is within the text of a page: links, code, emphasis."""
+    return [child for token in MARKDOWN.parse(page.read_text(encoding="utf-8")) for child in token.children or []]
+
+
+def measured_parts(page: Path) -> list[tuple[str, str]]:
+    """Returns name and content of the measured parts of a page in their order."""
+    return [(name, content.strip()) for name, content in PART.findall(page.read_text(encoding="utf-8"))]
+
+
+def with_parts(document: str, contents: dict[str, str]) -> str:
+    """Returns the document with new contents of its measured parts. Raises SystemExit if it has other parts."""
+    found = [name for name, _ in PART.findall(document)]
+    if sorted(found) != sorted(contents):
+        raise SystemExit(f"the page has the measured parts {sorted(found)}, expected {sorted(contents)}")
+    return PART.sub(
+        lambda part: f"<!-- measured:{part[1]} -->\n{contents[part[1]].strip()}\n<!-- /measured:{part[1]} -->", document
+    )
+
+
+def run_python(code: str, names: dict[str, Any]) -> str:
+    """Returns what the code prints; its names are kept in `names`."""
+    with redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, "page", "exec"), names)
+    return printed.getvalue()
 
 
 @dataclass

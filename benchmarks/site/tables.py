@@ -192,31 +192,6 @@ def megabytes(result: dict[str, Any]) -> str:
     return f"{result['above_bytes'] / 1e6:.0f} ({result['steady_bytes'] / 1e6:.0f})"
 
 
-def quantized(cells: Cells) -> list[str]:
-    """The demo's model with its base stored in several formats."""
-    ratios = next((cell["result"]["x_bf16"] for cell in cells if cell["cell"]["what"] == "speed"), {})
-    sizes, losses = [], []
-    for cell in cells:
-        if cell["cell"]["what"] != "run":
-            continue
-        arm, result = cell["cell"]["arm"], cell["result"]
-        sizes.append(
-            [
-                arm,
-                f"{result['base_bytes'] / 1e6:.0f}",
-                f"{result['kept_bytes'] / 1e6:.0f}",
-                f"{result['peak_bytes'] / 1e9:.2f}",
-                ranged(ratios[arm]) if arm in ratios else "",
-            ]
-        )
-        losses.append([arm, *(f"{result[key]:.3f}" for key in ("loss_before", "loss_after"))])
-    head = ["base", "weights, MB", "kept for the backward, MB", "peak, GB", "step time / bf16's"]
-    return [
-        table(head, sizes, "The demo's model on quantised bases"),
-        table(["base", "held-out loss before", "after"], losses, "Held-out loss on quantised bases"),
-    ]
-
-
 def growth(cells: Cells) -> list[str]:
     """Time of a step along one axis at a time."""
     tables = []
@@ -448,7 +423,6 @@ TABLES: dict[str, Callable[[Cells], list[str]]] = {
     "real": real,
     "steps": steps,
     "memory": memory,
-    "quantized": quantized,
     "curves": curves,
     "growth": growth,
     "inference": inference,

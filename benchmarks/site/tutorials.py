@@ -10,18 +10,18 @@ prints is kept if a measured part of its name follows the block; update_docs.py 
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import RESULTS, ROOT, log, write
-from benchmarks.site.page_blocks import Block, Shell, blocks
+from benchmarks.site.page_blocks import Block, Shell, blocks, run_python
 
 DOCS = ROOT / "docs"
 FOLDERS = ("tutorials", "questions")
@@ -56,11 +56,13 @@ def run_page(page: str, folder: Path) -> dict[str, Output]:
             if not is_done:
                 del done[number:]
             if block.language == "python":  # also if it is done: later blocks use its names
-                result = run_python(block.text, names, folder)
+                with contextlib.chdir(folder):
+                    result = timed(block.text, lambda code: run_python(code, names))
             elif is_done and not SERVE.search(block.text):
                 result = done[number]
             else:
-                result = run_bash(block.text, shell)
+                log(block.text.strip())
+                result = timed(block.text, lambda code: shell.run(SERVE.sub(IN_BACKGROUND, code)))
             done[number : number + 1] = [result]
             memory.write_text(json.dumps(done))
             if block.output:
@@ -68,17 +70,9 @@ def run_page(page: str, folder: Path) -> dict[str, Output]:
     return outputs
 
 
-def run_python(code: str, names: dict[str, Any], folder: Path) -> Output:
+def timed(code: str, run: Callable[[str], str]) -> Output:
     started = time.perf_counter()
-    with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(code, names)
-    return {"code": code, "output": printed.getvalue(), "seconds": time.perf_counter() - started}
-
-
-def run_bash(code: str, shell: Shell) -> Output:
-    log(code.strip())
-    started = time.perf_counter()
-    printed = shell.run(SERVE.sub(IN_BACKGROUND, code)).replace(str(Path.home()), "~")
+    printed = run(code).replace(str(Path.home()), "~")
     return {"code": code, "output": printed, "seconds": time.perf_counter() - started}
 
 

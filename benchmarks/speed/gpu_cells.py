@@ -389,8 +389,8 @@ ARM_FUNCTIONS: dict[str, Callable[[Task, Turns, list[str], dict[str, Any]], None
 }
 ARM_MODULES = {
     "tailora": ["tailora.train.trainer"],
-    "trainer": ["trainers", "peft", "transformers.trainer"],
-    "trl": ["trainers", "peft", "trl", "trl.trainer.sft_trainer"],
+    "trainer": ["benchmarks.speed.trainers", "peft", "transformers.trainer"],
+    "trl": ["benchmarks.speed.trainers", "peft", "trl", "trl.trainer.sft_trainer"],
 }
 
 

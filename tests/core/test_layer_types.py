@@ -12,7 +12,7 @@ from tiny import stir
 from torch import nn
 
 import tailora
-from benchmarks.site.page_blocks import blocks
+from benchmarks.site.page_blocks import blocks, run_python
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.layer_types import LAYER_TYPES
 from tailora.errors import ConfigError
@@ -27,7 +27,7 @@ def documented() -> Iterator[dict[str, Any]]:
     before = dict(LAYER_TYPES)
     for block in blocks(PAGE):
         if block.is_run:
-            exec(block.text, names)
+            run_python(block.text, names)
     globals().update(Scaled=names["Scaled"], Pair=names["Pair"])  # where pickles look for them
     yield names
     for name in LAYER_TYPES.keys() - before.keys():
