@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from tailora.errors import AdapterError
-from tailora.serve.engine import Engine, EventHandler, Finish, Request, SamplingParams, Token
+from tailora.serve.engine_interface import Engine, EventHandler, Finish, Request, SamplingParams, Token
 from tailora.serve.text import Detokenizer, StopStrings
 
 

@@ -30,7 +30,7 @@ from tailora.data.schemas import Conversation
 from tailora.errors import DataError
 from tailora.serve.answers import CancelledError, EngineError, Generation, Piece, make_answers, new_id
 from tailora.serve.api_errors import ERRORS, ERRORS_OF_TEXT, TYPES, RequestError, add_error_handlers, error_body
-from tailora.serve.engine import Engine, SamplingParams, Token
+from tailora.serve.engine_interface import Engine, SamplingParams, Token
 from tailora.serve.playground import add_page
 from tailora.serve.registry import AdapterRegistry
 from tailora.serve.schemas import (

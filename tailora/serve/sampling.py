@@ -7,7 +7,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from tailora.serve.engine import EventHandler, Finish, Request, SamplingParams, Token
+from tailora.serve.engine_interface import EventHandler, Finish, Request, SamplingParams, Token
 
 LIKELIEST = 1024  # of the vocabulary; top_p seldom needs more, and sorting all takes 20 times as long
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from tailora.serve.engine import Token
+from tailora.serve.engine_interface import Token
 from tailora.serve.schemas import (
     ChatLogprobs,
     CompletionLogprobs,

@@ -1,7 +1,8 @@
 """Engine: the interface between the server and what runs the model.
 
 The server gives an engine requests, each with the adapter that it is for, and gets the tokens one by one. There are
-two: `ContinuousEngine` (serve/continuous.py) and `PaddedEngine` (serve/padded.py). `make_engine` chooses one.
+two: `ContinuousEngine` (serve/continuous_batching.py) and `PaddedEngine` (serve/padded_batching.py). `make_engine`
+chooses one.
 """
 
 from abc import ABC, abstractmethod
@@ -133,8 +134,8 @@ def make_engine(
 
     note: is called with the reason why it was not chosen.
     """
-    from tailora.serve.continuous import ContinuousEngine, obstacle  # here, since both import this file
-    from tailora.serve.padded import PaddedEngine
+    from tailora.serve.continuous_batching import ContinuousEngine, obstacle  # here, since both import this file
+    from tailora.serve.padded_batching import PaddedEngine
 
     def new(engine: type[ContinuousEngine | PaddedEngine]) -> Engine:
         return engine(adapter_set, eos_token_ids, max_positions=max_positions, max_requests=max_requests)

@@ -31,7 +31,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from tailora.core.adapter_set import AdapterSet
 from tailora.core.packed_batch import PackedBatch, segments_of
 from tailora.errors import AdapterError, ConfigError
-from tailora.serve.engine import Engine, EventHandler, Finish, Request
+from tailora.serve.engine_interface import Engine, EventHandler, Finish, Request
 from tailora.serve.sampling import RunningRequest, sample
 
 PAGE_SIZE = 32  # tokens of a block of the cache

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from tailora.core.adapter_set import AdapterSet
 from tailora.errors import AdapterError, RowsError, is_out_of_memory
-from tailora.serve.engine import Engine, EventHandler, Finish, Request
+from tailora.serve.engine_interface import Engine, EventHandler, Finish, Request
 from tailora.serve.sampling import RunningRequest, sample
 
 
