@@ -19,7 +19,8 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.cli.serve import listen
 from tailora.core.adapter_set import AdapterSet
 from tailora.serve.app import ServerSettings, create_app
-from tailora.serve.engine_interface import Engine, make_engine
+from tailora.serve.choose_engine import make_engine
+from tailora.serve.engine_interface import Engine
 from tailora.serve.registry import AdapterRegistry
 
 TEXTS = ["the cat sat on the mat", "a dog ran away", "what is that", "good morning to you"]

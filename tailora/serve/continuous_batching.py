@@ -1,15 +1,16 @@
-"""ContinuousEngine: requests join and leave the batch at every step, each token with its own adapter.
+"""ContinuousEngine: requests join and leave the batch at every step, and each token has its own adapter.
 
 transformers' continuous batching packs the tokens of all requests into one row and keeps their keys and values in a
-paged cache. It knows nothing of adapters and has one seed for all requests. Three of its parts are ours:
+paged cache. It does not know about adapters, and has a single seed for all requests. So we change three things in its
+manager (`_new_manager`):
 
-    AdapterScheduler   tells which requests are in the next batch, sorted by adapter
-    RequestSampler     is its only logits processor: chooses every token, and hands it on
-    ErrorRouter        gets what it says about failed requests
+    the scheduler's batches   are sorted by adapter, so that each adapter has one segment of the row (`_set_batch`)
+    the logits processor      chooses the token of every request and passes it on (`_next_tokens`)
+    the output router         only reports failed requests (`_end_failed`)
 
-Its cache must not share blocks between requests: equal prompts have other keys under another adapter.
+The cache must not share blocks between requests: equal prompts have different keys under different adapters.
 
-On a CPU the attention is ours, too (`attention_by_request`).
+On a CPU, attention is computed by `attention_by_request`.
 """
 
 import time
@@ -22,64 +23,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, GenerationConfig, LogitsProcessor
+from transformers import AttentionInterface, GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.continuous_api import OutputRouter
-from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tailora.core.adapter_set import AdapterSet
 from tailora.core.packed_batch import PackedBatch, segments_of
 from tailora.errors import AdapterError, ConfigError
 from tailora.serve.engine_interface import Engine, EventHandler, Finish, Request
-from tailora.serve.sampling import RunningRequest, sample
+from tailora.serve.sampling import ChosenTokens, RunningRequest, next_tokens
 
-PAGE_SIZE = 32  # tokens of a block of the cache
-BATCH_TOKENS = 512  # of one forward; longer prompts take several
+PAGE_SIZE = 32  # tokens in a block of the cache
+BATCH_TOKENS = 512  # in one forward; longer prompts take several
 CACHE_TOKENS = 32_768  # of all running requests together
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
-
-
-class AdapterScheduler(FIFOScheduler):  # type: ignore[misc]
-    """First in, first out; the requests of a batch are sorted by adapter, so that each is one slice of the tokens."""
-
-    engine: "ContinuousEngine"
-
-    def schedule_batch(self, token_budget: int, cache_budget: int) -> Any:
-        states, *rest = super().schedule_batch(token_budget, cache_budget)
-        if states:
-            states.sort(key=lambda future: self.engine.adapter_of(future.state.request_id) or "")
-            self.engine.set_batch(states)
-        return states, *rest
-
-
-class RequestSampler(LogitsProcessor):  # type: ignore[misc]
-    """Chooses the token of every request, and leaves the likeliest of the scores to be the one that it chose."""
-
-    supports_continuous_batching = True
-
-    def __init__(self, engine: "ContinuousEngine") -> None:
-        self.engine = engine
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
-        chosen = torch.tensor([self.engine.next_tokens(scores)], device=scores.device)  # (1, requests)
-        return torch.zeros_like(scores).scatter_(1, chosen.mT, 1)
-
-
-class ErrorRouter(OutputRouter):  # type: ignore[misc]
-    """Ends the requests that failed. Tokens do not come this way."""
-
-    def __init__(self, engine: "ContinuousEngine") -> None:
-        super().__init__()
-        self.engine = engine
-
-    def deliver(self, output: Any) -> None:
-        if output.error is not None:
-            self.engine.fail(output.request_id, output.error)
-
-    def deliver_batch(self, outputs: list[Any]) -> None:
-        for output in outputs:
-            self.deliver(output)
 
 
 def attention_by_request(
@@ -124,8 +81,7 @@ def attention_by_request(
     return torch.cat(outputs, 1), None
 
 
-SCHEDULER_MAPPING["adapter"] = AdapterScheduler  # where transformers looks up `scheduler_type`
-BY_REQUEST = "tailora_by_request"  # name of our attention
+BY_REQUEST = "tailora_by_request"  # name of our attention in transformers
 AttentionInterface.register(BY_REQUEST, attention_by_request)
 
 
@@ -133,7 +89,7 @@ class ContinuousEngine(Engine):
     """Continuous batching with an adapter for every token. See `Engine`.
 
     max_requests: that run at once; others wait.    cache_tokens: tokens of all running requests together.
-    Raises ConfigError for a model that `obstacle` names.
+    Raises ConfigError for a model that `obstacle` rejects.
     """
 
     def __init__(
@@ -146,7 +102,7 @@ class ContinuousEngine(Engine):
         cache_tokens: int = CACHE_TOKENS,
     ) -> None:
         if reason := obstacle(adapter_set.base_model):
-            raise ConfigError(f"no continuous batching: {reason}; take the engine 'padded'")
+            raise ConfigError(f"continuous batching is not possible: {reason}; use --engine padded")
         self.adapter_set, self.eos_token_ids = adapter_set, frozenset(eos_token_ids)
         self.max_positions = min(max_positions, cache_tokens)
         self.max_requests, self.cache_tokens = max_requests, cache_tokens
@@ -155,11 +111,11 @@ class ContinuousEngine(Engine):
         model: Any = adapter_set.base_model
         self._attention: str = model.config._attn_implementation
         self._batch = PackedBatch(model.get_output_embeddings() if model._supports_logits_to_keep() else None)
-        self._new_tokens_of: list[RunningRequest | None] = []  # of the batch that runs, in the order of its logits
+        self._new_tokens_of: list[RunningRequest | None] = []  # of the running batch, in the order of its logits
         self._manager: Any = None
         self._is_stopped = False
 
-    # ---- What the server calls
+    # ---- Called by the server
 
     def start(self) -> None:
         self.adapter_set.attach_by_token(self._batch)
@@ -185,16 +141,15 @@ class ContinuousEngine(Engine):
     def submit(self, request: Request, handle: EventHandler) -> None:
         if request.adapter is not None and request.adapter not in self.adapter_set.adapters:
             raise AdapterError(f"no adapter is called {request.adapter!r}")
-        running = RunningRequest(request, handle)
         with self._lock:
             manager = self._running_manager()
-            self._requests[request.id] = running
+            self._requests[request.id] = RunningRequest(request, handle)
             eos = -1 if request.params.ignore_eos else sorted(self.eos_token_ids) or -1
             accepted = manager.add_request(
                 list(request.prompt_ids), request.id, max_new_tokens=request.params.max_tokens, eos_token_id=eos
             )
         if accepted is None:
-            self.fail(request.id, "the engine has stopped")
+            self._end_failed(request.id, "the engine has stopped")
 
     def cancel(self, request_id: str) -> None:
         running = self._requests.pop(request_id, None)
@@ -214,7 +169,7 @@ class ContinuousEngine(Engine):
 
     @property
     def is_alive(self) -> bool:
-        return self._manager is not None and not self._is_stopped  # a manager that an error ended is replaced
+        return self._manager is not None and not self._is_stopped  # a manager that ended with an error is replaced
 
     @property
     def load(self) -> tuple[int, int]:
@@ -223,40 +178,32 @@ class ContinuousEngine(Engine):
         active = 0 if processor is None else min(len(processor.scheduler.active_requests), requests)
         return active, requests - active
 
-    # ---- What the manager's parts call, in its thread
+    # ---- Called by transformers' manager, in its thread
 
-    def adapter_of(self, request_id: str) -> str | None:
-        """Returns the adapter; None for the base, and for a request that was cancelled."""
-        running = self._requests.get(request_id)
-        return None if running is None else running.request.adapter
-
-    def set_batch(self, states: list[Any]) -> None:
-        """Before a forward: which adapter each token has, and which requests get a token."""
-        requests = [(self._requests.get(future.state.request_id), future) for future in states]
-        self._new_tokens_of = [running for running, future in requests if future.has_new_token]
-        adapters = [None if running is None else running.request.adapter for running, _ in requests]
-        lengths = [future.query_length for future in states]
-        tokens = segments_of(zip(adapters, lengths, strict=True))
+    def _set_batch(self, states: list[Any]) -> None:
+        """Sorts the requests of the next forward by adapter, and sets the adapter of each of their tokens."""
+        pairs = [(self._requests.get(state.state.request_id), state) for state in states]  # None: has been cancelled
+        pairs.sort(key=lambda pair: adapter_of(pair[0]) or "")
+        states[:] = [state for _, state in pairs]
+        self._new_tokens_of = [running for running, state in pairs if state.has_new_token]
         # The head has a row for every request: first those that get a token, then rows without meaning
-        with_tokens = [adapter for adapter, future in zip(adapters, states, strict=True) if future.has_new_token]
-        without = [None] * (len(states) - len(with_tokens))
-        self._batch.set_tokens(tokens, segments_of((adapter, 1) for adapter in (*with_tokens, *without)))
+        head = [adapter_of(running) for running in self._new_tokens_of]
+        head += [None] * (len(states) - len(head))
+        self._batch.set_tokens(
+            segments_of((adapter_of(running), state.query_length) for running, state in pairs),
+            segments_of((adapter, 1) for adapter in head),
+        )
 
-    def next_tokens(self, logits: Tensor) -> list[int]:
-        """Chooses a token for each request from its logits, (rows, vocabulary), and hands it on.
-
-        Requests whose prompts are not read to their end have rows, too: the last ones, which mean nothing.
-        """
+    def _next_tokens(self, logits: Tensor) -> list[int]:
+        """Returns the next token of each request, and 0 for the rows without meaning. logits: (rows, vocabulary)."""
         requests = self._new_tokens_of
-        tokens = sample(logits[: len(requests)], requests)
-        for running, token in zip(requests, tokens, strict=True):
-            if running is not None:
-                running.add(token, self.eos_token_ids)
-                if running.is_finished:
-                    self._requests.pop(running.request.id, None)
-        return [token.id for token in tokens] + [0] * (len(logits) - len(requests))
+        tokens = next_tokens(logits[: len(requests)], requests, self.eos_token_ids)
+        for running in requests:
+            if running is not None and running.is_finished:
+                self._requests.pop(running.request.id, None)
+        return tokens + [0] * (len(logits) - len(requests))
 
-    def fail(self, request_id: str, message: str) -> None:
+    def _end_failed(self, request_id: str, message: str) -> None:
         running = self._requests.pop(request_id, None)
         if running is not None:
             running.finish(Finish("cancelled") if self._is_stopped else Finish("error", message))
@@ -264,7 +211,7 @@ class ContinuousEngine(Engine):
     # ---- transformers' manager
 
     def _running_manager(self) -> Any:
-        """Returns the manager; a new one if an error in a forward, such as too little memory, has ended its thread."""
+        """Returns the manager, or a new one if an error in a forward, such as too little memory, ended its thread."""
         if self._is_stopped or self._manager is None:
             raise RuntimeError("the engine is not running")
         if self._manager.background_thread_status.can_accept_new_requests() is not None:
@@ -275,7 +222,7 @@ class ContinuousEngine(Engine):
 
     def _new_manager(self) -> Any:
         model: Any = self.adapter_set.base_model
-        model.set_attn_implementation(self._attention)  # a manager takes only those that it knows
+        model.set_attn_implementation(self._attention)  # a manager only accepts transformers' own
         manager = model.init_continuous_batching(
             GenerationConfig(do_sample=False, eos_token_id=-1),
             ContinuousBatchingConfig(
@@ -284,29 +231,48 @@ class ContinuousEngine(Engine):
                 max_batch_tokens=BATCH_TOKENS,
                 max_requests_per_batch=self.max_requests,
                 allow_block_sharing=False,
-                scheduler_type="adapter",
                 auto_switch_to_flash=False,
                 use_async_batching=False,
                 use_cuda_graph=False,
             ),
         )
-        manager.output_router = ErrorRouter(self)
-        manager.logit_processor.logits_processor.append(RequestSampler(self))
+
+        def deliver(*outputs: Any) -> None:
+            for output in outputs:
+                if output.error is not None:
+                    self._end_failed(output.request_id, output.error)
+
+        manager.output_router.deliver = deliver
+        manager.output_router.deliver_batch = lambda outputs: deliver(*outputs)
+        manager.logit_processor.logits_processor.append(ChosenTokens(self._next_tokens))
         manager.logit_processor.do_processing = True
         if self._attention == "sdpa" and model.device.type == "cpu":  # before the manager asks which masks are needed
             model.set_attn_implementation(BY_REQUEST)
-        manager.warmup()  # makes the batch processor; with padding off it runs nothing
-        manager.batch_processor.scheduler.engine = self
-        with torch.inference_mode():  # the thread takes it over
+        manager.warmup()  # creates the batch processor; without padding it runs nothing
+        scheduler = manager.batch_processor.scheduler
+        schedule_batch = scheduler.schedule_batch
+
+        def schedule_by_adapter(*budgets: int) -> Any:
+            states, *rest = schedule_batch(*budgets)
+            if states:
+                self._set_batch(states)
+            return states, *rest
+
+        scheduler.schedule_batch = schedule_by_adapter
+        with torch.inference_mode():  # the thread inherits it
             manager.start()
         return manager
 
 
+def adapter_of(running: RunningRequest | None) -> str | None:
+    return None if running is None else running.request.adapter
+
+
 def obstacle(model: Any) -> str:
-    """Returns why this model cannot run with continuous batching; "" if it can."""
+    """Returns why this model does not support continuous batching; "" if it does."""
     name = type(model).__name__
     if not hasattr(model, "init_continuous_batching") or not model.can_generate():
-        return f"{name} is no generating model of transformers"
+        return f"{name} is not a generative transformers model"
     if model.config.is_encoder_decoder:
         return f"{name} has an encoder"
     config = model.config.get_text_config()
@@ -314,5 +280,5 @@ def obstacle(model: Any) -> str:
     if others or getattr(model, "_is_stateful", False):
         return f"{name} has layers without keys and values{': ' if others else ''}{', '.join(sorted(others))}"
     if not getattr(model, "_supports_attention_backend", False):
-        return f"{name} does not let transformers choose its attention"
+        return f"{name} does not support transformers' choice of attention"
     return ""

@@ -1,6 +1,6 @@
-"""PaddedEngine: one batch of padded rows after another, each row with its own adapter, for any model that generates.
+"""PaddedEngine: one padded batch after another, a row for each request with its own adapter, for any generative model.
 
-Requests that come while a batch runs wait for its end.
+Requests that arrive while a batch runs wait until it ends.
 """
 
 from collections import deque
@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import GenerationConfig
 
 from tailora.core.adapter_set import AdapterSet
 from tailora.errors import AdapterError, RowsError, is_out_of_memory
 from tailora.serve.engine_interface import Engine, EventHandler, Finish, Request
-from tailora.serve.sampling import RunningRequest, sample
+from tailora.serve.sampling import ChosenTokens, RunningRequest, next_tokens
 
 
 class PaddedEngine(Engine):
@@ -92,8 +92,8 @@ class PaddedEngine(Engine):
             try:
                 with self._model_lock, torch.inference_mode():
                     self._generate(requests)
-            except (RowsError, RuntimeError, MemoryError) as error:  # of this batch; the next one may fit
-                cause = "the memory is too small for this batch" if is_out_of_memory(error) else str(error)
+            except (RowsError, RuntimeError, MemoryError) as error:  # only of this batch; the next one may fit
+                cause = "out of memory in this batch" if is_out_of_memory(error) else str(error)
                 for running in requests:
                     running.finish(Finish("error", cause))
             with self._changed:
@@ -103,47 +103,34 @@ class PaddedEngine(Engine):
         if not requests:
             return
         model: Any = self.adapter_set.base_model
-        prompts = [running.request.prompt_ids for running in requests]
-        longest = max(map(len, prompts))
-        ids = torch.zeros(len(prompts), longest, dtype=torch.long)  # (rows, longest), padded on the left
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
+        ids, mask = padded_prompts([running.request.prompt_ids for running in requests])
+
+        def are_finished(*_: Any, **__: Any) -> Tensor:
+            return torch.tensor([running.is_finished for running in requests], device=model.device)
+
         arguments: dict[str, Any] = {
             "inputs": ids.to(model.device),
             "attention_mask": mask.to(model.device),
             "generation_config": GenerationConfig(
                 do_sample=False,
                 pad_token_id=0,
-                eos_token_id=[],  # RowsFinished ends rows; the base's own would end those that go on behind it, too
+                eos_token_id=[],  # not the model's own, which would also end rows with ignore_eos
                 max_new_tokens=max(running.request.params.max_tokens for running in requests),
             ),
-            "logits_processor": [RowSampler(requests, self.eos_token_ids)],
-            "stopping_criteria": [RowsFinished(requests)],
+            "logits_processor": [ChosenTokens(lambda logits: next_tokens(logits, requests, self.eos_token_ids))],
+            "stopping_criteria": [are_finished],
         }
         names = [running.request.adapter for running in requests]
         with self.adapter_set.activated_by_row(names), self.adapter_set.generation((), arguments):
             model.generate(**arguments)
 
 
-class RowSampler(LogitsProcessor):  # type: ignore[misc]
-    """Chooses the token of every row, hands it on, and leaves the likeliest of the scores to be the one it chose."""
-
-    def __init__(self, requests: list[RunningRequest], eos_token_ids: Collection[int]) -> None:
-        self.requests, self.eos_token_ids = requests, eos_token_ids
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
-        tokens = sample(scores, [None if running.is_finished else running for running in self.requests])
-        for running, token in zip(self.requests, tokens, strict=True):
-            running.add(token, self.eos_token_ids)
-        chosen = torch.tensor([[token.id] for token in tokens], device=scores.device)  # (rows, 1)
-        return torch.zeros_like(scores).scatter_(1, chosen, 1)
-
-
-class RowsFinished(StoppingCriteria):  # type: ignore[misc]
-    def __init__(self, requests: list[RunningRequest]) -> None:
-        self.requests = requests
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # noqa: ARG002
-        return torch.tensor([running.is_finished for running in self.requests], device=input_ids.device)
+def padded_prompts(prompts: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    """Returns the ids and the attention mask, both (prompts, longest) and padded on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask

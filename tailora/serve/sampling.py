@@ -1,6 +1,6 @@
-"""How an engine chooses tokens: each request by its own settings and seed, whatever runs beside it."""
+"""How an engine chooses tokens: each request with its own settings and seed, independent of the rest of the batch."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 
@@ -14,7 +14,7 @@ LIKELIEST = 1024  # of the vocabulary; top_p seldom needs more, and sorting all 
 
 @dataclass(eq=False)
 class RunningRequest:
-    """A request that an engine has, and how far it is. `handle` is called under `lock`, and not after Finish."""
+    """A request in an engine and its progress. `handle` is called under `lock`, and never after Finish."""
 
     request: Request
     handle: EventHandler
@@ -27,7 +27,7 @@ class RunningRequest:
         self.generator = torch.Generator().manual_seed(self.request.params.seed)
 
     def add(self, token: Token, eos_token_ids: Collection[int]) -> None:
-        """Hands on a token, and the end of the answer after the last one."""
+        """Passes a token to `handle`, and Finish after the last one."""
         params = self.request.params
         with self.lock:
             if self.is_finished:
@@ -49,22 +49,42 @@ class RunningRequest:
         self.handle(finish)
 
 
-def sample(logits: Tensor, requests: Sequence[RunningRequest | None]) -> list[Token]:
-    """Returns the next token of each request from its logits, (requests, vocabulary); None stands for an ended one."""
-    likeliest = logits.argmax(-1).tolist()
-    tokens = []
-    for row, running, first in zip(logits, requests, likeliest, strict=True):
-        if running is None:
-            tokens.append(Token(first))
+class ChosenTokens:
+    """A logits processor of transformers that makes the tokens that `choose` returns for the scores the likeliest.
+
+    choose: (rows, vocabulary) -> the token of each row.
+    """
+
+    supports_continuous_batching = True
+
+    def __init__(self, choose: Callable[[Tensor], list[int]]) -> None:
+        self.choose = choose
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
+        chosen = torch.tensor(self.choose(scores), device=scores.device)
+        return torch.zeros_like(scores).scatter_(1, chosen[:, None], 1)
+
+
+def next_tokens(logits: Tensor, requests: Sequence[RunningRequest | None], eos_token_ids: Collection[int]) -> list[int]:
+    """Chooses the next token of each request, passes it to the request, and returns the ids.
+
+    logits: (requests, vocabulary). None is a request that has ended; those get any token.
+    """
+    ids: list[int] = logits.argmax(-1).tolist()
+    for row, running in enumerate(requests):
+        if running is None or running.is_finished:
             continue
         params = running.request.params
-        chosen = first if params.temperature == 0 else sample_token(row, params, running.generator)
-        tokens.append(Token(chosen) if params.logprobs is None else with_logprobs(row, chosen, params.logprobs))
-    return tokens
+        if params.temperature:
+            ids[row] = sample_token(logits[row], params, running.generator)
+        count = params.logprobs
+        token = Token(ids[row]) if count is None else with_logprobs(logits[row], ids[row], count)
+        running.add(token, eos_token_ids)
+    return ids
 
 
 def sample_token(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
-    """Returns a token by the inverse of the distribution function. logits: (vocabulary,)."""
+    """Returns a token by inverting the cumulative distribution. logits: (vocabulary,)."""
     distribution = (logits.double() / params.temperature).softmax(-1)
     probabilities, ids = distribution, None
     if params.top_k or params.top_p < 1:
