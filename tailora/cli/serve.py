@@ -48,7 +48,7 @@ def serve(
     or a mixture such as legal+chat@0.5. TAILORA_API_KEY and TAILORA_ADMIN_KEY in the environment are keys that
     clients must send; the second one is for loading and unloading adapters.
     """
-    require_packages("fastapi", "uvicorn", "prometheus_client", extra="serve")
+    require_packages("fastapi", "uvicorn", "prometheus_client", "httpx", extra="serve")
     if engine not in ENGINES:
         raise ConfigError(f"--engine {engine}; there are: {', '.join(ENGINES)}")
     api_key, admin_key = key_from(API_KEY), key_from(ADMIN_KEY)

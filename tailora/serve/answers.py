@@ -1,31 +1,37 @@
-"""The answers to a request: prompts go to the engine, and its tokens come back as pieces of text.
+"""The answers to a request: from the engine's tokens to text, log-probabilities and tool calls.
 
-A `Generation` is what one client asked for: every answer to every prompt. The engine calls back in its own thread;
-all else here runs in the thread of the event loop.
+A `Generation` is all that one client asked for: every answer to every prompt. The engine calls back in its own thread;
+everything else here runs in the thread of the event loop.
 """
 
 import asyncio
-import secrets
+import json
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 from tailora.errors import AdapterError
-from tailora.serve.engine_interface import Engine, EventHandler, Finish, Request, SamplingParams, Token
-from tailora.serve.text import Detokenizer, StopStrings
+from tailora.serve.engine_interface import Engine, EventHandler, Finish, Request, Token
+from tailora.serve.registry import AdapterHandle
+from tailora.serve.schemas import (
+    AssistantMessage,
+    ChatLogprobs,
+    CompletionLogprobs,
+    FinishReason,
+    FunctionCall,
+    TokenLogprob,
+    ToolCall,
+    TopLogprob,
+    Usage,
+    new_id,
+)
 
-
-class Handle(Protocol):
-    """Keeps an adapter in memory: AdapterHandle of serve/registry.py."""
-
-    @property
-    def key(self) -> str | None: ...
-
-    def release(self) -> None: ...
+PROMPT_TOKENS = 6  # of the prompt, decoded along with an answer: some tokenizers drop the space of the first token
+UNFINISHED = "\ufffd"  # an incomplete character decodes to this
 
 
 class CancelledError(Exception):
-    """The answers end early: the client is gone, or the server stops."""
+    """The answers end early: the client disconnected, or the server is stopping."""
 
 
 class EngineError(Exception):
@@ -34,20 +40,20 @@ class EngineError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What is new of one answer.
+    """The new part of one answer.
 
-    index: of the answer.    tokens: with their log-probabilities; the text of some may come in a later piece.
+    index: of the answer.    tokens: with their log-probabilities; some of their text may follow in a later piece.
     finish_reason: None until the last piece.
     """
 
     index: int
     text: str
     tokens: tuple[Token, ...]
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
 
 
 class Answer:
-    """One answer while it is written."""
+    """One answer while it is generated."""
 
     def __init__(
         self, index: int, tokenizer: Any, request: Request, stop_strings: Sequence[str], end_ids: frozenset[int]
@@ -60,7 +66,7 @@ class Answer:
         self._stop_strings = StopStrings(stop_strings)
 
     def add(self, token: Token) -> Piece:
-        """Ends the answer if a stop string is in it now."""
+        """Ends the answer if it now contains a stop string."""
         self.token_ids.append(token.id)
         if token.id in self._end_ids and not self.request.params.ignore_eos:
             return Piece(self._index, "", (token,))
@@ -68,7 +74,7 @@ class Answer:
         return Piece(self._index, text, (token,), "stop" if self.has_ended else None)
 
     def finish(self, finish: Finish) -> Piece:
-        """Raises CancelledError or EngineError for an answer that is not whole."""
+        """Raises CancelledError or EngineError for an incomplete answer."""
         if finish.reason == "cancelled":
             raise CancelledError
         if finish.reason == "error":
@@ -83,20 +89,27 @@ class Answer:
 class Generation:
     """All answers to one request, in the order of the prompts.
 
-    handle: of the adapter; it is released when the engine has ended the last answer.
-    on_end: called once for each answer that the engine has ended.    model: its name in the metrics.
+    model: its name in the metrics.    prompt_tokens: of all prompts.
+    handle: of the adapter; released when the engine has ended the last answer.
+    on_end: called once for each answer that the engine has ended.
     """
 
     def __init__(
-        self, engine: Engine, answers: Sequence[Answer], handle: Handle, on_end: Callable[[], None], model: str
+        self,
+        engine: Engine,
+        answers: Sequence[Answer],
+        model: str,
+        prompt_tokens: int,
+        handle: AdapterHandle,
+        on_end: Callable[[], None],
     ) -> None:
-        self.answers, self.model = answers, model
+        self.answers, self.model, self.prompt_tokens = answers, model, prompt_tokens
         self._engine, self._handle, self._on_end = engine, handle, on_end
         self._events: asyncio.Queue[tuple[Answer, Token | Finish]] = asyncio.Queue()
         self._in_engine = len(answers)
 
     def start(self) -> None:
-        """Gives the engine all answers. Raises EngineError if it takes no more."""
+        """Submits all answers to the engine. Raises EngineError if it does not accept them."""
         loop = asyncio.get_running_loop()
 
         def handler(answer: Answer) -> EventHandler:
@@ -123,7 +136,7 @@ class Generation:
                 self._handle.release()
 
     def cancel(self) -> None:
-        """Ends what the engine still computes. Can be called again."""
+        """Ends the answers that the engine still computes. May be called repeatedly."""
         for answer in self.answers:
             self._engine.cancel(answer.request.id)
 
@@ -132,35 +145,171 @@ class Generation:
         while not all(answer.has_ended for answer in self.answers):
             answer, event = await self._events.get()
             if answer.has_ended:
-                continue  # what the engine computed before it knew of a stop string
+                continue  # the engine computed this before it was cancelled after a stop string
             yield answer.add(event) if isinstance(event, Token) else answer.finish(event)
 
-    @property
-    def completion_tokens(self) -> int:
-        return sum(len(answer.token_ids) for answer in self.answers)
+    def usage(self) -> Usage:
+        tokens = sum(len(answer.token_ids) for answer in self.answers)
+        return Usage(
+            prompt_tokens=self.prompt_tokens, completion_tokens=tokens, total_tokens=self.prompt_tokens + tokens
+        )
 
 
-def make_answers(
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    adapter: str | None,
-    params: SamplingParams,
-    *,
-    n: int,
-    stop_strings: Sequence[str],
-    end_ids: frozenset[int],
-) -> list[Answer]:
-    """Returns n answers for each prompt, with consecutive seeds."""
-    name = new_id("request")
-    answers = []
-    for number, prompt_ids in enumerate(prompts):
-        for sample in range(n):
-            index = number * n + sample
-            seed = (params.seed + sample) % 2**63
-            request = Request(f"{name}-{index}", tuple(prompt_ids), adapter, replace(params, seed=seed))
-            answers.append(Answer(index, tokenizer, request, stop_strings, end_ids))
-    return answers
+# ---- Text, up to a stop string
 
 
-def new_id(kind: str) -> str:
-    return f"{kind}-{secrets.token_hex(12)}"
+class Detokenizer:
+    """Turns tokens into text as they arrive. A character of several tokens appears with its last one."""
+
+    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(prompt_ids[-PROMPT_TOKENS:])  # decoded together, since a token's text depends on those before
+        self._start, self._shown = 0, len(self._ids)  # tokens from _start on are decoded, those before _shown are shown
+
+    def add(self, token_id: int) -> str:
+        """Returns the new text that later tokens cannot change."""
+        self._ids.append(token_id)
+        text = self._new_text()
+        if not text or text.endswith(UNFINISHED):
+            return ""
+        self._start, self._shown = self._shown, len(self._ids)
+        return text
+
+    def rest(self) -> str:
+        """Returns the text of the last tokens, which may be parts of a character."""
+        return self._new_text()
+
+    def _new_text(self) -> str:
+        before = self._decode(self._ids[self._start : self._shown])
+        return self._decode(self._ids[self._start :])[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+
+class StopStrings:
+    """Passes text on up to the first stop string. The possible beginning of one waits for the text that follows."""
+
+    def __init__(self, stop_strings: Sequence[str]) -> None:
+        self._stop_strings = stop_strings
+        self._waiting = ""
+
+    def add(self, text: str) -> tuple[str, bool]:
+        """Returns the text to show, and whether a stop string follows it."""
+        text = self._waiting + text
+        ends = [end for stop_string in self._stop_strings if (end := text.find(stop_string)) >= 0]
+        if ends:
+            self._waiting = ""
+            return text[: min(ends)], True
+        length = max((_overlap(text, stop_string) for stop_string in self._stop_strings), default=0)
+        shown, self._waiting = text[: len(text) - length], text[len(text) - length :]
+        return shown, False
+
+    def rest(self) -> str:
+        return self._waiting
+
+
+def _overlap(text: str, stop_string: str) -> int:
+    """Returns the length of the longest end of the text that the stop string begins with."""
+    longest = min(len(text), len(stop_string) - 1)
+    return next((length for length in range(longest, 0, -1) if stop_string.startswith(text[-length:])), 0)
+
+
+# ---- Log-probabilities
+
+
+def token_text(tokenizer: Any, token_id: int) -> str:
+    return str(tokenizer.decode([token_id]))
+
+
+def chat_logprobs(tokenizer: Any, tokens: Sequence[Token], top: int) -> ChatLogprobs:
+    """top: number of likeliest tokens in each entry."""
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        text = token_text(tokenizer, token_id)  # the bytes of an incomplete character are unknown
+        return {"token": text, "logprob": logprob, "bytes": None if UNFINISHED in text else [*text.encode("utf-8")]}
+
+    return ChatLogprobs(
+        content=[
+            TokenLogprob(
+                **entry(token.id, token.logprob), top_logprobs=[TopLogprob(**entry(*pair)) for pair in token.top[:top]]
+            )
+            for token in tokens
+        ]
+    )
+
+
+def completion_logprobs(
+    tokenizer: Any, tokens: Sequence[Token], top: int, *, offset: int, as_ids: bool
+) -> CompletionLogprobs:
+    """offset: where the text of these tokens begins in the answer.    as_ids: name tokens token_id:ID."""
+
+    def name(token_id: int) -> str:
+        return f"token_id:{token_id}" if as_ids else token_text(tokenizer, token_id)
+
+    def by_name(token: Token) -> dict[str, float]:
+        logprobs: dict[str, float] = {}
+        for token_id, logprob in token.top[:top]:
+            logprobs.setdefault(name(token_id), logprob)  # the likeliest of those with the same text
+        return logprobs
+
+    offsets = []
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(token_text(tokenizer, token.id))
+    return CompletionLogprobs(
+        tokens=[name(token.id) for token in tokens],
+        token_logprobs=[token.logprob for token in tokens],
+        top_logprobs=[by_name(token) for token in tokens],
+        text_offset=offsets,
+    )
+
+
+# ---- Tool calls
+
+HERMES = {  # of Qwen and SmolLM, for tokenizers whose files lack a response template
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|im_start|>assistant\n",
+    "fields": {
+        "tool_calls": {
+            "open_pattern": r"\s*<tool_call>",
+            "close": "</tool_call>",
+            "repeats": True,
+            "content": "json",
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {"content": "text"},
+    },
+}
+
+
+def response_template(tokenizer: Any) -> dict[str, Any] | None:
+    """Returns how the model writes tool calls, in transformers' format; None if unknown."""
+    template: dict[str, Any] | None = getattr(tokenizer, "response_template", None)
+    if template is not None:
+        return template
+    text = str(tokenizer.chat_template or "")
+    is_hermes = "<tool_call>" in text and "<|im_start|>" in text and "<function=" not in text
+    return HERMES if is_hermes else None
+
+
+def parse_tool_calls(tokenizer: Any, text: str, prompt: str, tools: list[dict[str, Any]]) -> AssistantMessage:
+    """Returns the message that an answer stands for, with reasoning and calls separated from its content.
+
+    An answer without calls, or with calls that the model's template cannot parse, is all content.
+    """
+    try:
+        parsed = tokenizer.parse_response(text, response_template(tokenizer), prefix=prompt, tools=tools)
+        calls = [_tool_call(call["function"]) for call in parsed.get("tool_calls") or []]
+    except (ValueError, LookupError, TypeError):
+        calls = []
+    if not calls:
+        return AssistantMessage(content=text)
+    reasoning = parsed.get("reasoning_content") or parsed.get("thinking")
+    return AssistantMessage(content=parsed.get("content") or None, reasoning_content=reasoning, tool_calls=calls)
+
+
+def _tool_call(function: dict[str, Any]) -> ToolCall:
+    arguments = function["arguments"]
+    arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return ToolCall(id=new_id("call"), function=FunctionCall(name=function["name"], arguments=arguments))

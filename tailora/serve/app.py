@@ -1,23 +1,23 @@
-"""The HTTP server: OpenAI's API, and vLLM's calls that load and unload adapters.
+"""The HTTP server: OpenAI's API, and vLLM's calls for loading and unloading adapters.
 
-Errors have OpenAI's shape. Prompts and answers are never logged. What a client may ask for is bounded by
-`ServerSettings`, so that no request disturbs the others.
+Errors have OpenAI's shape. Prompts and answers are never logged. `ServerSettings` and the constants below limit what a
+client may request, so no request can starve the others.
 """
 
 import asyncio
+import itertools
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -28,55 +28,62 @@ from tailora.data.chat_template import ChatTokenizer, fit_to_template
 from tailora.data.messages import read_messages
 from tailora.data.schemas import Conversation
 from tailora.errors import DataError
-from tailora.serve.answers import CancelledError, EngineError, Generation, Piece, make_answers, new_id
+from tailora.serve.answers import (
+    Answer,
+    CancelledError,
+    EngineError,
+    Generation,
+    Piece,
+    chat_logprobs,
+    completion_logprobs,
+    parse_tool_calls,
+    response_template,
+)
 from tailora.serve.api_errors import ERRORS, ERRORS_OF_TEXT, TYPES, RequestError, add_error_handlers, error_body
 from tailora.serve.engine_interface import Engine, SamplingParams, Token
+from tailora.serve.engine_interface import Request as EngineRequest
 from tailora.serve.playground import add_page
 from tailora.serve.registry import AdapterRegistry
 from tailora.serve.schemas import (
     AssistantMessage,
     ChatChoice,
     ChatCompletion,
-    ChatCompletionChunk,
+    ChatLogprobs,
     ChatRequest,
-    ChunkChoice,
     Completion,
     CompletionChoice,
     CompletionRequest,
-    Delta,
+    FinishReason,
     GenerationRequest,
     Health,
     LoadAdapterRequest,
     Model,
     ModelList,
-    ToolCall,
-    ToolCallDelta,
     UnloadAdapterRequest,
-    Usage,
+    new_id,
 )
-from tailora.serve.text import chat_logprobs, completion_logprobs, parse_tool_calls, response_template
 
-COMPLETION_TOKENS = 16  # of /v1/completions without max_tokens, as OpenAI's
-GONE = 499  # status in the metrics of a request whose client went away, as nginx counts it
-EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+COMPLETION_TOKENS = 16  # for /v1/completions without max_tokens, as in OpenAI's API
+MOST_ANSWERS = 16  # to one prompt
+MOST_PROMPTS = 64  # in one request
+LARGEST_BODY = 16 * 2**20  # bytes of a request
+GONE = 499  # status in the metrics of a request whose client disconnected, as in nginx
+CHUNK = "chat.completion.chunk"  # object of the events of a chat
+Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
     """Limits and keys.
 
-    max_queue: answers that run or wait; more are refused with 429.    max_n: answers to one prompt.
-    max_prompts: in one request.    max_body: bytes of a request; more are refused with 413.
-    max_tokens: longest answer; None for what the model has positions for.
-    drain_seconds: that a stopping server gives its requests.
-    allowed_hosts: names under which the server may be asked; "*" for any.
-    api_key, admin_key: of all requests, and of loading and unloading; None asks for none.
+    max_queue: running and waiting answers; more are refused with 429.
+    max_tokens: longest answer; None for as long as the model's positions allow.
+    drain_seconds: seconds that running requests get to finish at shutdown.
+    allowed_hosts: host names that requests may use; "*" for any.
+    api_key, admin_key: for all requests, and for loading and unloading; None needs no key.
     """
 
     max_queue: int = 256
-    max_n: int = 16
-    max_prompts: int = 64
-    max_body: int = 16 * 2**20
     max_tokens: int | None = None
     drain_seconds: float = 30.0
     allowed_hosts: tuple[str, ...] = ("*",)
@@ -85,7 +92,7 @@ class ServerSettings:
 
 
 class Metrics:
-    """What GET /metrics tells."""
+    """The numbers of GET /metrics."""
 
     def __init__(self, engine: Engine, registry: AdapterRegistry) -> None:
         self.collector = CollectorRegistry()
@@ -103,7 +110,7 @@ class Metrics:
         )
 
     def forget(self, model: str) -> None:
-        """Drops the counts of a model, so that names that come and go do not fill the memory."""
+        """Drops the counts of a model: names that come and go must not fill the memory."""
         for metric in (self.prompt_tokens, self.tokens, self.first_token):
             with suppress(KeyError):
                 metric.remove(model)
@@ -113,20 +120,20 @@ class Metrics:
 
 
 class Server:
-    """What the routes share. max_tokens and the queue are checked here, before the engine gets a request."""
+    """Shared by the routes. Checks requests before the engine gets them."""
 
     def __init__(self, engine: Engine, registry: AdapterRegistry, tokenizer: Any, settings: ServerSettings) -> None:
         self.engine, self.registry, self.tokenizer, self.settings = engine, registry, tokenizer, settings
         self.chat_tokenizer = ChatTokenizer.of(tokenizer)
         self.metrics = Metrics(engine, registry)
-        self.answers = 0  # that the engine has
+        self.answers = 0  # in the engine
         self.is_draining = False
 
     def check_ready(self) -> None:
         if self.is_draining:
             raise RequestError(503, "the server is stopping")
         if not self.engine.is_alive:
-            raise RequestError(503, "the engine does not run")
+            raise RequestError(503, "the engine is not running")
 
     def chat_prompt(self, body: ChatRequest) -> str:
         if self.chat_tokenizer.template is None:
@@ -136,14 +143,14 @@ class Server:
         try:
             messages = read_messages([message.model_dump() for message in body.messages], "messages")
             param = "tools" if tools else param
-            chat = Conversation(messages, first=len(messages), tools=tools or None)  # no message is trained
+            chat = Conversation(messages, first=len(messages), tools=tools or None)
             chat = fit_to_template(chat, self.chat_tokenizer)
             return self.chat_tokenizer.render(chat.messages, tools=chat.tools, add_generation_prompt=True)
         except DataError as error:
             raise RequestError(400, str(error), param) from error
 
     def prompt_ids(self, prompt: Any) -> list[list[int]]:
-        """Returns the ids of each prompt of a completion, which may be one or several, as text or as ids."""
+        """Returns the ids of each prompt of a completion: one or several, as text or as ids."""
         prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
         size = len(self.tokenizer)
         result = []
@@ -185,60 +192,50 @@ class Server:
             ignore_eos=bool(body.ignore_eos),
         )
 
-    async def start(self, body: GenerationRequest, prompts: Sequence[list[int]], params: SamplingParams) -> Generation:
-        """Gives the engine a request. Raises RequestError if there are too many, or the model is unknown."""
-        n = body.n or 1
-        if n > self.settings.max_n:
-            raise RequestError(400, f"n = {n}; at most {self.settings.max_n} are allowed", "n")
-        if len(prompts) > self.settings.max_prompts:
-            raise RequestError(
-                400, f"{len(prompts)} prompts; at most {self.settings.max_prompts} are allowed", "prompt"
-            )
-        count = n * len(prompts)
-        if count > self.settings.max_queue:
-            raise RequestError(400, f"{count} answers; at most {self.settings.max_queue} can run or wait", "n")
-        if self.answers + count > self.settings.max_queue:
+    def check_count(self, prompts: int, n: int) -> None:
+        """Raises RequestError for too many answers."""
+        if n > MOST_ANSWERS:
+            raise RequestError(400, f"n = {n}; at most {MOST_ANSWERS} are allowed", "n")
+        if prompts > MOST_PROMPTS:
+            raise RequestError(400, f"{prompts} prompts; at most {MOST_PROMPTS} are allowed", "prompt")
+        if prompts * n > self.settings.max_queue:
+            raise RequestError(400, f"{prompts * n} answers; at most {self.settings.max_queue} can run or wait", "n")
+        if self.answers + prompts * n > self.settings.max_queue:
             raise RequestError(429, f"{self.answers} answers are running or waiting: try again later")
-        self.answers += count  # before the wait for files, so that others see them
+
+    async def start(self, body: GenerationRequest, prompts: Sequence[list[int]], params: SamplingParams) -> Generation:
+        """Submits a request to the engine. Raises RequestError if there are too many, or the model is unknown."""
+        n = body.n or 1
+        self.check_count(len(prompts), n)
+        self.answers += (count := n * len(prompts))  # before waiting for files
         started = 0
         try:
             handle = await run_in_threadpool(self.registry.acquire, body.model, body.lora_scale)
             stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-            answers = make_answers(
-                self.tokenizer,
-                prompts,
-                handle.key,
-                params,
-                n=n,
-                stop_strings=stop,
-                end_ids=frozenset(self.engine.eos_token_ids),
-            )
-            generation = Generation(self.engine, answers, handle, self._end_answer, self.model_label(body.model))
+            name, answers = new_id("request"), []
+            for index, (prompt, sample) in enumerate(itertools.product(prompts, range(n))):
+                of_sample = replace(params, seed=(params.seed + sample) % 2**63)
+                request = EngineRequest(f"{name}-{index}", tuple(prompt), handle.key, of_sample)
+                answers.append(Answer(index, self.tokenizer, request, stop, self.engine.eos_token_ids))
+            model, tokens = self.model_label(body.model), sum(map(len, prompts))
+            generation = Generation(self.engine, answers, model, tokens, handle, self._end_answer)
             started = count
             generation.start()
         finally:
             self.answers -= count - started
-        self.metrics.prompt_tokens.labels(generation.model).inc(sum(map(len, prompts)))
+        self.metrics.prompt_tokens.labels(model).inc(tokens)
         return generation
 
     def model_label(self, model: str) -> str:
-        """Returns the name of a model in the metrics. Mixtures have one name, so that clients cannot make new ones."""
+        """Returns the name of a model in the metrics. All mixtures share one, since clients can invent new ones."""
         names = {self.registry.base_name, *(adapter.name for adapter in self.registry.list())}
         return model if model in names else "mixture"
 
     def _end_answer(self) -> None:
         self.answers -= 1
 
-    def usage(self, generation: Generation, prompts: Sequence[list[int]]) -> Usage:
-        prompt_tokens, completion_tokens = sum(map(len, prompts)), generation.completion_tokens
-        return Usage(
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=prompt_tokens + completion_tokens,
-        )
-
     async def pieces(self, generation: Generation) -> AsyncIterator[Piece]:
-        """Yields the pieces of all answers; cancels them if the reader stops. Raises RequestError."""
+        """Yields the pieces of all answers, and cancels them if the reader stops. Raises RequestError."""
         began, is_first = time.perf_counter(), True
         try:
             async for piece in generation.pieces():
@@ -257,14 +254,14 @@ class Server:
             generation.cancel()
 
 
-# ---- Answers of both kinds, whole and streamed
+# ---- Answers to chats and to plain prompts, complete or streamed
 
 
 @dataclass
 class WholeAnswer:
     text: str = ""
     tokens: tuple[Token, ...] = ()
-    finish_reason: str = "stop"
+    finish_reason: FinishReason = "stop"
 
 
 async def whole_answers(server: Server, generation: Generation) -> list[WholeAnswer]:
@@ -277,10 +274,14 @@ async def whole_answers(server: Server, generation: Generation) -> list[WholeAns
     return answers
 
 
+def wants_usage(body: GenerationRequest) -> bool:
+    return body.stream_options is not None and bool(body.stream_options.include_usage)
+
+
 async def unless_disconnected(request: Request, task: Awaitable[Any]) -> Any:
-    """Returns what the task returns, and cancels it when the client is gone."""
+    """Returns the task's result; cancels the task if the client disconnects."""
     work = asyncio.ensure_future(task)
-    gone = asyncio.ensure_future(request.receive())  # the body is read: what comes next is the end of the connection
+    gone = asyncio.ensure_future(request.receive())  # the body has been read, so the next message is the disconnect
     done, _ = await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
     gone.cancel()
     if work not in done:
@@ -290,34 +291,29 @@ async def unless_disconnected(request: Request, task: Awaitable[Any]) -> Any:
     return work.result()
 
 
-def event(body: BaseModel) -> str:
-    return f"data: {body.model_dump_json(exclude_unset=True)}\n\n"
-
-
 class EventStream(StreamingResponse):
-    """The events of an answer as text; an error in it is an event, too.
+    """The events of an answer as text; an error in it becomes an event, too.
 
-    Cancels the answers when the client is gone, also before `events` has begun or while an event is sent.
+    Cancels the answers when the client disconnects, even before `events` has begun or while an event is being sent.
 
-    end: called once with the status that an answer which is not streamed would have had.
+    end: called once with the status that an answer without streaming would have had.
     """
 
-    def __init__(
-        self, events: AsyncGenerator[BaseModel], cancel: Callable[[], None], end: Callable[[int], None]
-    ) -> None:
+    def __init__(self, events: AsyncGenerator[Json], cancel: Callable[[], None], end: Callable[[int], None]) -> None:
         self.texts = self._texts(events)
         super().__init__(self.texts, media_type="text/event-stream")
-        self.events, self.cancel, self.end = events, cancel, end
+        self.cancel, self.end = cancel, end
         self.has_ended = False
 
-    async def _texts(self, events: AsyncGenerator[BaseModel]) -> AsyncGenerator[str]:
-        try:
-            async for body in events:
-                yield event(body)
-            self._end(200)
-        except RequestError as error:
-            self._end(error.status)
-            yield f"data: {json.dumps(error_body(error.status, error.message, error.param))}\n\n"
+    async def _texts(self, events: AsyncGenerator[Json]) -> AsyncGenerator[str]:
+        async with aclosing(events):
+            try:
+                async for event in events:
+                    yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+                self._end(200)
+            except RequestError as error:
+                self._end(error.status)
+                yield f"data: {json.dumps(error_body(error.status, error.message, error.param))}\n\n"
         yield "data: [DONE]\n\n"
 
     def _end(self, status: int) -> None:
@@ -331,117 +327,99 @@ class EventStream(StreamingResponse):
         finally:
             self.cancel()
             await self.texts.aclose()
-            await self.events.aclose()
             self._end(GONE)
 
 
 class ChatAnswer:
-    """Writes the answers to a chat. With tools, an answer is read as a whole before anything of it is sent."""
+    """Writes the answers to a chat. With tools, an answer is only sent once it is complete."""
 
-    def __init__(self, server: Server, body: ChatRequest, prompt: str, ids: list[int], generation: Generation) -> None:
-        self.server, self.body, self.prompt, self.ids, self.generation = server, body, prompt, ids, generation
-        self.head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": body.model}
-        calls_are_possible = bool(body.tools) and body.tool_choice != "none"
-        self.has_calls = calls_are_possible and response_template(server.tokenizer) is not None
+    def __init__(self, server: Server, body: ChatRequest, prompt: str, generation: Generation) -> None:
+        self.server, self.body, self.prompt, self.generation = server, body, prompt, generation
+        self.head: Json = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": body.model}
+        may_call = bool(body.tools) and body.tool_choice != "none"
+        self.has_calls = may_call and response_template(server.tokenizer) is not None
 
-    def message(self, answer: WholeAnswer) -> tuple[AssistantMessage, str]:
-        """Returns the message and its finish reason."""
-        if not self.has_calls:
-            return AssistantMessage(content=answer.text), answer.finish_reason
-        tools = [tool.model_dump(exclude_none=True) for tool in self.body.tools or ()]
-        content, reasoning, calls = parse_tool_calls(self.server.tokenizer, answer.text, self.prompt, tools)
-        tool_calls = [ToolCall(id=new_id("call"), function=call) for call in calls] or None
-        message = AssistantMessage(content=content, reasoning_content=reasoning, tool_calls=tool_calls)
-        return message, "tool_calls" if calls else answer.finish_reason
+    def choice(self, index: int, answer: WholeAnswer) -> ChatChoice:
+        message, reason = AssistantMessage(content=answer.text), answer.finish_reason
+        if self.has_calls:
+            tools = [tool.model_dump(exclude_none=True) for tool in self.body.tools or ()]
+            message = parse_tool_calls(self.server.tokenizer, answer.text, self.prompt, tools)
+            reason = "tool_calls" if message.tool_calls else reason
+        return ChatChoice(index=index, message=message, logprobs=self.logprobs(answer.tokens), finish_reason=reason)
 
-    def logprobs(self, tokens: Sequence[Token]) -> Any:
+    def logprobs(self, tokens: Sequence[Token]) -> ChatLogprobs | None:
         if not self.body.logprobs:
             return None
         return chat_logprobs(self.server.tokenizer, tokens, self.body.top_logprobs or 0)
 
     async def whole(self) -> ChatCompletion:
-        choices = []
-        for index, answer in enumerate(await whole_answers(self.server, self.generation)):
-            message, reason = self.message(answer)
-            choices.append(
-                ChatChoice(index=index, message=message, logprobs=self.logprobs(answer.tokens), finish_reason=reason)
-            )
-        return ChatCompletion(**self.head, choices=choices, usage=self.server.usage(self.generation, [self.ids]))
+        answers = await whole_answers(self.server, self.generation)
+        choices = [self.choice(index, answer) for index, answer in enumerate(answers)]
+        return ChatCompletion(**self.head, choices=choices, usage=self.generation.usage())
 
-    def chunk(self, index: int, delta: Delta, reason: str | None = None, tokens: Sequence[Token] = ()) -> BaseModel:
+    def event(self, index: int, delta: Json, reason: str | None = None, tokens: Sequence[Token] = ()) -> Json:
         logprobs = self.logprobs(tokens) if tokens else None
-        choice = ChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=reason)
-        return ChatCompletionChunk(**self.head, object="chat.completion.chunk", choices=[choice])
+        choice = {"index": index, "delta": delta, "logprobs": logprobs and logprobs.model_dump()}
+        return {**self.head, "object": CHUNK, "choices": [{**choice, "finish_reason": reason}]}
 
-    async def stream(self) -> AsyncGenerator[BaseModel]:
+    async def stream(self) -> AsyncGenerator[Json]:
         for index in range(len(self.generation.answers)):
-            yield self.chunk(index, Delta(role="assistant", content=""))
+            yield self.event(index, {"role": "assistant", "content": ""})
         if self.has_calls:
             for index, answer in enumerate(await whole_answers(self.server, self.generation)):
-                message, reason = self.message(answer)
-                calls = [
-                    ToolCallDelta(**call.model_dump(), index=number)
-                    for number, call in enumerate(message.tool_calls or ())
-                ]
-                delta = Delta(**{"tool_calls": calls} if calls else {}, content=message.content)
-                yield self.chunk(index, delta, None, answer.tokens)
-                yield self.chunk(index, Delta(), reason)
+                choice = self.choice(index, answer)
+                delta: Json = {"content": choice.message.content}
+                if calls := choice.message.tool_calls:
+                    delta["tool_calls"] = [{**call.model_dump(), "index": number} for number, call in enumerate(calls)]
+                yield self.event(index, delta, None, answer.tokens)
+                yield self.event(index, {}, choice.finish_reason)
         else:
             async for piece in self.server.pieces(self.generation):
                 if piece.text or (piece.tokens and self.body.logprobs):
-                    yield self.chunk(piece.index, Delta(content=piece.text), None, piece.tokens)
+                    yield self.event(piece.index, {"content": piece.text}, None, piece.tokens)
                 if piece.finish_reason is not None:
-                    yield self.chunk(piece.index, Delta(), piece.finish_reason)
-        if self.body.stream_options is not None and self.body.stream_options.include_usage:
-            usage = self.server.usage(self.generation, [self.ids])
-            yield ChatCompletionChunk(**self.head, object="chat.completion.chunk", choices=[], usage=usage)
+                    yield self.event(piece.index, {}, piece.finish_reason)
+        if wants_usage(self.body):
+            yield {**self.head, "object": CHUNK, "choices": [], "usage": self.generation.usage().model_dump()}
 
 
 class CompletionAnswer:
     """Writes the answers to plain prompts."""
 
-    def __init__(self, server: Server, body: CompletionRequest, ids: list[list[int]], generation: Generation) -> None:
-        self.server, self.body, self.ids, self.generation = server, body, ids, generation
-        self.head = {"id": new_id("cmpl"), "created": int(time.time()), "model": body.model}
+    def __init__(self, server: Server, body: CompletionRequest, generation: Generation) -> None:
+        self.server, self.body, self.generation = server, body, generation
+        self.head: Json = {"id": new_id("cmpl"), "created": int(time.time()), "model": body.model}
 
-    def choice(
-        self, index: int, text: str, tokens: Sequence[Token], reason: str | None, offset: int = 0
-    ) -> CompletionChoice:
+    def choice(self, index: int, answer: WholeAnswer | Piece, offset: int = 0) -> CompletionChoice:
         logprobs = None
         if self.body.logprobs is not None:
             as_ids = bool(self.body.return_tokens_as_token_ids)
             logprobs = completion_logprobs(
-                self.server.tokenizer, tokens, self.body.logprobs, offset=offset, as_ids=as_ids
+                self.server.tokenizer, answer.tokens, self.body.logprobs, offset=offset, as_ids=as_ids
             )
-        return CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=reason)
+        return CompletionChoice(index=index, text=answer.text, logprobs=logprobs, finish_reason=answer.finish_reason)
 
     async def whole(self) -> Completion:
         answers = await whole_answers(self.server, self.generation)
-        choices = [
-            self.choice(index, answer.text, answer.tokens, answer.finish_reason) for index, answer in enumerate(answers)
-        ]
-        return Completion(**self.head, choices=choices, usage=self.server.usage(self.generation, self.ids))
+        choices = [self.choice(index, answer) for index, answer in enumerate(answers)]
+        return Completion(**self.head, choices=choices, usage=self.generation.usage())
 
-    async def stream(self) -> AsyncGenerator[BaseModel]:
+    async def stream(self) -> AsyncGenerator[Json]:
+        head = {**self.head, "object": "text_completion"}
         offsets = [0] * len(self.generation.answers)
         async for piece in self.server.pieces(self.generation):
-            choice = self.choice(piece.index, piece.text, piece.tokens, piece.finish_reason, offsets[piece.index])
+            choice = self.choice(piece.index, piece, offsets[piece.index])
             offsets[piece.index] += len(piece.text)
-            yield Completion(**self.head, object="text_completion", choices=[choice])
-        if self.body.stream_options is not None and self.body.stream_options.include_usage:
-            usage = self.server.usage(self.generation, self.ids)
-            yield Completion(**self.head, object="text_completion", choices=[], usage=usage)
+            yield {**head, "choices": [choice.model_dump()]}
+        if wants_usage(self.body):
+            yield {**head, "choices": [], "usage": self.generation.usage().model_dump()}
 
 
 # ---- Keys, and the size of a request
 
 
-def key_checks(keys: Mapping[str, str | None]) -> list[Any]:
-    """Returns the dependency of routes that ask for the first of these keys that is set; none if none is.
-
-    keys: by the name that the OpenAPI description gives them.
-    """
-    name, key = next(((name, key) for name, key in keys.items() if key), ("", None))
+def key_check(name: str, key: str | None) -> list[Any]:
+    """Returns the dependency of routes that require this key; none if it is not set. name: in the OpenAPI schema."""
     if key is None:
         return []
     scheme = HTTPBearer(scheme_name=name, auto_error=False)
@@ -454,10 +432,10 @@ def key_checks(keys: Mapping[str, str | None]) -> list[Any]:
 
 
 class BodyLimit:
-    """Middleware that refuses a request with a larger body, and keeps no more of it than that in memory."""
+    """Middleware that refuses a request with a body over LARGEST_BODY, without reading all of it."""
 
-    def __init__(self, app: ASGIApp, max_body: int) -> None:
-        self.app, self.max_body = app, max_body
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         size = 0
@@ -466,8 +444,8 @@ class BodyLimit:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > self.max_body:
-                raise HTTPException(413, f"the request is too large: at most {self.max_body:,} bytes are read")
+            if size > LARGEST_BODY:
+                raise HTTPException(413, f"the request is too large: the limit is {LARGEST_BODY:,} bytes")
             return message
 
         await self.app(scope, receive_limited, send)
@@ -477,7 +455,7 @@ class BodyLimit:
 
 
 def create_app(engine: Engine, registry: AdapterRegistry, tokenizer: Any, settings: ServerSettings) -> FastAPI:
-    """Returns the app of an engine that runs; its end stops the engine."""
+    """Returns the app of a running engine. Its shutdown stops the engine."""
     server = Server(engine, registry, tokenizer, settings)
 
     @asynccontextmanager
@@ -488,7 +466,7 @@ def create_app(engine: Engine, registry: AdapterRegistry, tokenizer: Any, settin
 
     app = FastAPI(title="tailora", version=__version__, lifespan=stop_engine, docs_url=None, redoc_url=None)
     app.state.server = server
-    app.add_middleware(BodyLimit, max_body=settings.max_body)
+    app.add_middleware(BodyLimit)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*settings.allowed_hosts])
     add_error_handlers(app)
     add_page(app)
@@ -499,7 +477,9 @@ def create_app(engine: Engine, registry: AdapterRegistry, tokenizer: Any, settin
     @app.middleware("http")
     async def count_requests(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         response = await call_next(request)
-        if request.method == "POST" and not getattr(request.state, "is_streamed", False):  # those count at their end
+        if request.method == "POST" and not getattr(
+            request.state, "is_streamed", False
+        ):  # streams are counted at their end
             server.metrics.requests.labels(getattr(request.state, "model", ""), str(response.status_code)).inc()
         return response
 
@@ -507,55 +487,47 @@ def create_app(engine: Engine, registry: AdapterRegistry, tokenizer: Any, settin
 
 
 def add_generation(app: FastAPI, server: Server) -> None:
-    check = key_checks({"apiKey": server.settings.api_key})
+    check = key_check("apiKey", server.settings.api_key)
+    responses: dict[int | str, Any] = {
+        **ERRORS,
+        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    }
 
     async def respond(request: Request, body: GenerationRequest, answer: ChatAnswer | CompletionAnswer) -> Any:
         model = request.state.model = answer.generation.model
-
-        def count(status: int) -> None:
-            server.metrics.requests.labels(model, str(status)).inc()
-
         request.state.is_streamed = bool(body.stream)
-        if body.stream:
-            return EventStream(answer.stream(), answer.generation.cancel, count)
-        return await unless_disconnected(request, answer.whole())
+        if not body.stream:
+            return await unless_disconnected(request, answer.whole())
+        return EventStream(
+            answer.stream(),
+            answer.generation.cancel,
+            lambda status: server.metrics.requests.labels(model, str(status)).inc(),
+        )
 
     def check_request(body: GenerationRequest) -> None:
         server.check_ready()
         if body.stream_options is not None and not body.stream:
-            raise RequestError(400, "stream_options are only for stream = true", "stream_options")
+            raise RequestError(400, "stream_options require stream = true", "stream_options")
 
-    @app.post(
-        "/v1/chat/completions",
-        response_model=ChatCompletion,
-        responses={**ERRORS, 200: {"content": EVENTS}},
-        dependencies=check,
-    )
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=responses, dependencies=check)
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
         check_request(body)
         if body.top_logprobs is not None and not body.logprobs:
-            raise RequestError(400, "top_logprobs are only for logprobs = true", "top_logprobs")
+            raise RequestError(400, "top_logprobs require logprobs = true", "top_logprobs")
         prompt = await run_in_threadpool(server.chat_prompt, body)
         ids = await run_in_threadpool(server.chat_tokenizer.token_ids, prompt)
         count = (body.top_logprobs or 0) if body.logprobs else None
         params = server.params(body, body.max_completion_tokens or body.max_tokens, len(ids), count)
-        answer = ChatAnswer(server, body, prompt, ids, await server.start(body, [ids], params))
-        return await respond(request, body, answer)
+        return await respond(request, body, ChatAnswer(server, body, prompt, await server.start(body, [ids], params)))
 
-    @app.post(
-        "/v1/completions",
-        response_model=Completion,
-        responses={**ERRORS, 200: {"content": EVENTS}},
-        dependencies=check,
-    )
+    @app.post("/v1/completions", response_model=Completion, responses=responses, dependencies=check)
     async def completions(body: CompletionRequest, request: Request) -> Any:
         check_request(body)
         ids = await run_in_threadpool(server.prompt_ids, body.prompt)
         longest = max(map(len, ids))
         room = max(server.engine.max_positions - longest, 1)
         params = server.params(body, body.max_tokens or min(COMPLETION_TOKENS, room), longest, body.logprobs)
-        answer = CompletionAnswer(server, body, ids, await server.start(body, ids, params))
-        return await respond(request, body, answer)
+        return await respond(request, body, CompletionAnswer(server, body, await server.start(body, ids, params)))
 
     @app.get("/v1/models", responses=ERRORS, dependencies=check)
     async def models() -> ModelList:
@@ -569,7 +541,7 @@ def add_generation(app: FastAPI, server: Server) -> None:
 
 
 def add_adapter_routes(app: FastAPI, server: Server) -> None:
-    check = key_checks({"adminKey": server.settings.admin_key, "apiKey": server.settings.api_key})
+    check = key_check("adminKey", server.settings.admin_key) or key_check("apiKey", server.settings.api_key)
     text: dict[str, Any] = {"response_class": PlainTextResponse, "responses": ERRORS_OF_TEXT, "dependencies": check}
 
     @app.post("/v1/load_lora_adapter", **text)
@@ -588,9 +560,9 @@ def add_adapter_routes(app: FastAPI, server: Server) -> None:
 def add_health(app: FastAPI, server: Server) -> None:
     @app.get("/health", responses={503: ERRORS[503]})
     async def health() -> Health:
-        """Alive: the process answers, and its engine runs."""
+        """The process answers, and its engine is running."""
         if not server.engine.is_alive and not server.is_draining:
-            raise RequestError(503, "the engine does not run")
+            raise RequestError(503, "the engine is not running")
         return Health(status="ok")
 
     @app.get("/ready", responses={503: ERRORS[503]})
@@ -598,7 +570,7 @@ def add_health(app: FastAPI, server: Server) -> None:
         server.check_ready()
         return Health(status="ready")
 
-    check = key_checks({"apiKey": server.settings.api_key})
+    check = key_check("apiKey", server.settings.api_key)
 
     @app.get("/metrics", response_class=PlainTextResponse, responses={401: ERRORS_OF_TEXT[401]}, dependencies=check)
     async def metrics() -> Response:

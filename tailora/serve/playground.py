@@ -10,16 +10,16 @@ import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from importlib.resources import files
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from tailora.errors import ConfigError
+import httpx
+from fastapi import FastAPI
+from starlette.background import BackgroundTask
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-    from httpx import AsyncClient
-    from starlette.requests import Request
-    from starlette.responses import Response
+from tailora.errors import ConfigError
 
 PASSED_ON = {  # what the page asks for
     "GET": ("/v1/models",),
@@ -59,29 +59,25 @@ def _hashes(html: str, tag: str) -> str:
     return " ".join(f"'sha256-{digest}'" for digest in digests)
 
 
-def add_page(app: "FastAPI") -> None:
+def add_page(app: FastAPI) -> None:
     """Serves the page at `/`."""
-    from fastapi.responses import HTMLResponse
-
     html = page()
-    headers = page_headers(html)
 
     async def playground() -> HTMLResponse:
-        return HTMLResponse(html, headers=dict(headers))
+        return HTMLResponse(html, headers=page_headers(html))
 
     app.add_api_route("/", playground, methods=["GET"], include_in_schema=False)
 
 
-def playground_app(url: str) -> "FastAPI":
+def playground_app(url: str) -> FastAPI:
     """Returns an app with the page, which passes its requests on to the server at `url`, with or without "/v1".
 
     Keys are those that the user types into the page. Raises ConfigError for what is no address of a server.
     """
-    import httpx
-    from fastapi import FastAPI
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-
-    server = _server_address(url)
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"--url {url}: not the address of a server; use one such as http://127.0.0.1:8000")
+    server = url.rstrip("/").removesuffix("/v1")
 
     @asynccontextmanager
     async def client_of_app(app: FastAPI) -> AsyncIterator[None]:
@@ -90,31 +86,18 @@ def playground_app(url: str) -> "FastAPI":
             app.state.client = client
             yield
 
-    async def pass_on(request: "Request") -> "Response":
-        return await _pass_on(request, request.app.state.client)
-
     app = FastAPI(lifespan=client_of_app, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_HOSTS])  # no other site by a name of its own
     add_page(app)
     for method, paths in PASSED_ON.items():
         for path in paths:
-            app.add_route(path, pass_on, methods=[method])
+            app.add_route(path, _pass_on, methods=[method])
     return app
 
 
-def _server_address(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"--url {url}: not the address of a server; give one such as http://127.0.0.1:8000")
-    return url.rstrip("/").removesuffix("/v1")
-
-
-async def _pass_on(request: "Request", client: "AsyncClient") -> "Response":
+async def _pass_on(request: Request) -> Response:
     """Sends the request to the server, and streams its answer back."""
-    import httpx
-    from starlette.background import BackgroundTask
-    from starlette.responses import JSONResponse, StreamingResponse
-
+    client: httpx.AsyncClient = request.app.state.client
     is_json = request.headers.get("content-type", "").partition(";")[0] == "application/json"
     if request.method == "POST" and not is_json:  # another site could send any other type without asking
         return JSONResponse({"error": {"message": "send application/json"}}, 415)

@@ -10,6 +10,7 @@ from torch import Tensor
 from tailora.serve.engine_interface import EventHandler, Finish, Request, SamplingParams, Token
 
 LIKELIEST = 1024  # of the vocabulary; top_p seldom needs more, and sorting all takes 20 times as long
+LOWEST_LOGPROB = -9999.0  # instead of minus infinity, which JSON lacks; OpenAI's number
 
 
 @dataclass(eq=False)
@@ -101,6 +102,6 @@ def sample_token(logits: Tensor, params: SamplingParams, generator: torch.Genera
 
 
 def with_logprobs(logits: Tensor, chosen: int, count: int) -> Token:
-    logprobs = logits.float().log_softmax(-1)
+    logprobs = logits.float().log_softmax(-1).clamp(min=LOWEST_LOGPROB)
     values, ids = logprobs.topk(min(count, len(logprobs)))
     return Token(chosen, float(logprobs[chosen]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))

@@ -1,9 +1,10 @@
 """The bodies of OpenAI's API that the server reads and writes, and those of vLLM's calls that load adapters.
 
-A field that would change the answer and is not supported accepts its neutral value alone, `only`; fields that change
-nothing here, such as `user`, are accepted. Other fields are refused, so that a misspelt one is not silently ignored.
+An unsupported field that would change the answer only accepts its neutral value (`only`). Fields without effect here,
+such as `user`, are accepted and ignored. Unknown fields are refused, so misspellings are not silently ignored.
 """
 
+import secrets
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -24,9 +25,13 @@ INT64 = 2**63
 
 
 class RequestBody(BaseModel):
-    """Types as in JSON: "1" is no number. NaN and infinity, which Python reads in JSON, are no numbers either."""
+    """Types as in JSON: "1" is not a number, nor are NaN and infinity, which Python's JSON parser accepts."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def new_id(kind: str) -> str:
+    return f"{kind}-{secrets.token_hex(12)}"
 
 
 class ResponseBody(BaseModel):
@@ -34,14 +39,14 @@ class ResponseBody(BaseModel):
 
 
 def only(accepted: str) -> WrapValidator:
-    """Returns what says of every other value of a field than those accepted that it is not supported."""
+    """Returns a validator that reports every value other than those accepted as not supported."""
 
     def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         try:
             return handler(value)
         except ValidationError:
             raise PydanticCustomError(
-                "not_supported", "not supported: leave it out; only {accepted} is taken", {"accepted": accepted}
+                "not_supported", "not supported: remove it; only {accepted} is accepted", {"accepted": accepted}
             ) from None
 
     return WrapValidator(validate)
@@ -54,7 +59,7 @@ ModelName = Annotated[
 ]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
 TokenId = Annotated[int, Field(ge=0, lt=INT64)]
-Ignored = Annotated[Any, Field(description="accepted, and changes nothing")]
+Ignored = Annotated[Any, Field(description="accepted and ignored")]
 
 # ---- Requests
 
@@ -65,7 +70,7 @@ class StreamOptions(RequestBody):
 
 
 class GenerationRequest(RequestBody):
-    """What chat and plain completions have in common."""
+    """Common to chat and plain completions."""
 
     model: ModelName
     max_tokens: Annotated[int, Field(ge=1, lt=INT64)] | None = None
@@ -83,13 +88,13 @@ class GenerationRequest(RequestBody):
     lora_scale: Annotated[float, Field(ge=-100, le=100)] | None = Field(
         None, description="multiplies what the adapter adds; 1 is as trained"
     )
-    # Changes the answer, and is not supported
+    # Would change the answer, but not supported
     frequency_penalty: Annotated[Annotated[float, Field(ge=0, le=0)] | None, only("0")] = None
     presence_penalty: Annotated[Annotated[float, Field(ge=0, le=0)] | None, only("0")] = None
     repetition_penalty: Annotated[Annotated[float, Field(ge=1, le=1)] | None, only("1")] = None
     min_p: Annotated[Annotated[float, Field(ge=0, le=0)] | None, only("0")] = None
     logit_bias: Annotated[Annotated[dict[str, float], Field(max_length=0)] | None, only("{}")] = None
-    # Changes nothing
+    # Ignored
     user: Ignored = None
     metadata: Ignored = None
     store: Ignored = None
@@ -105,7 +110,7 @@ class TextPart(RequestBody):
 
 
 class Message(BaseModel):
-    """A message of a chat. What else it has, such as name or tool_call_id, is left to the chat template."""
+    """A message of a chat. Other fields, such as name or tool_call_id, are passed to the chat template."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
@@ -155,7 +160,7 @@ class CompletionRequest(GenerationRequest):
     return_tokens_as_token_ids: bool | None = Field(
         None, description="name tokens token_id:ID in logprobs, since several tokens can have one text"
     )
-    # Changes the answer, and is not supported
+    # Would change the answer, but not supported
     echo: Annotated[Literal[False] | None, only("false")] = None
     suffix: Annotated[Annotated[str, StringConstraints(max_length=0)] | None, only('""')] = None
     best_of: Annotated[Annotated[int, Field(ge=1, le=1)] | None, only("1")] = None
@@ -180,6 +185,9 @@ class UnloadAdapterRequest(RequestBody):
 
 
 # ---- Answers
+
+
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class Usage(ResponseBody):
@@ -221,9 +229,6 @@ class CompletionLogprobs(ResponseBody):
     text_offset: list[int]
 
 
-FinishReason = Literal["stop", "length", "tool_calls"]
-
-
 class AssistantMessage(ResponseBody):
     role: Literal["assistant"] = "assistant"
     content: str | None
@@ -256,40 +261,11 @@ class CompletionChoice(ResponseBody):
 
 
 class Completion(ResponseBody):
-    """Also each event of a stream."""
-
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: Usage | None = None
-
-
-class ToolCallDelta(ToolCall):
-    index: int
-
-
-class Delta(ResponseBody):
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[ToolCallDelta] | None = None
-
-
-class ChunkChoice(ResponseBody):
-    index: int
-    delta: Delta
-    logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
-
-
-class ChatCompletionChunk(ResponseBody):
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChunkChoice]
     usage: Usage | None = None
 
 
