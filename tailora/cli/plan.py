@@ -47,7 +47,7 @@ def plan(
 
     The flags are those of tailora train. Weights are read only with --measure. Without --data all examples are
     assumed to have --max-length tokens. The exit code is 4 if the run does not fit. --device may also name a
-    card that is not here, such as "H100 80GB": then memory and time are reckoned from its data sheet.
+    card that is not here, such as "H100 80GB": then memory is estimated for it, and time is not.
     """
     available = None if memory is None else bytes_of(memory)
     settings = merge_settings(flags, config)

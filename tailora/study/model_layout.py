@@ -7,13 +7,19 @@ and "MLP". Only `target_groups` looks at a model.
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, cast
 
 from torch import nn
 
+from tailora.core.adapter import layer_key
 from tailora.core.config import LoRAConfig
+from tailora.core.layer import LoRALayer
+from tailora.core.layer_types import layer_path_of, layer_type_of
 from tailora.core.patterns import exactly, layer_index, pattern_matches
 from tailora.core.targets import selected_candidates, task_heads
+from tailora.model import LoRAModel
 
 DEPTHS = ("early", "middle", "late")
 ATTENTION, MLP, OTHER = "attention", "MLP", "other"
@@ -155,3 +161,132 @@ def _ends(path: str) -> list[str]:
     """c, b.c and a.b.c of a.b.c"""
     names = path.split(".")
     return [".".join(names[start:]) for start in range(len(names) - 1, -1, -1)]
+
+
+# ---- What is trained, and what is not
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    """A layer with a low-rank update. kind: its layer type."""
+
+    path: str
+    kind: str
+    in_features: int
+    out_features: int
+    r: int
+    alpha: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class TrainedGroup:
+    """Like layers: in `path` a range stands for the number that tells them apart, layers.{0-29}.
+
+    shape: (in, out); the parameter's shape if it is trained in full; then r and alpha are None.
+    """
+
+    path: str
+    kind: str
+    shape: tuple[int, ...]
+    r: int | None
+    alpha: float | None
+    count: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class UnadaptedGroup:
+    """Like layers that stay as they are. parameters: of all of them; 0 for those tied to another weight."""
+
+    path: str
+    kind: str
+    count: int
+    parameters: int
+    reason: str
+
+
+def adapted_modules(model: LoRAModel) -> list[AdaptedModule]:
+    """In the model's order."""
+    modules = []
+    for row in model.summary().rows:
+        if row.r is not None:
+            layer = cast(LoRALayer, model.lora_layers[layer_key(row.path)])
+            sizes = layer.in_features, layer.out_features
+            modules.append(AdaptedModule(row.path, row.layer_type, *sizes, layer.r, layer.lora_alpha, row.parameters))
+    return modules
+
+
+def trained_groups(model: LoRAModel) -> list[TrainedGroup]:
+    groups: dict[tuple[Any, ...], list[tuple[str, int]]] = defaultdict(list)
+    shapes = {module.path: (module.in_features, module.out_features) for module in adapted_modules(model)}
+    for row in model.summary().rows:
+        shape = row.shape if row.r is None else shapes[row.path]
+        key = (without_layer(row.path), row.layer_type, shape, row.r, row.lora_alpha)
+        groups[key].append((row.path, row.parameters))
+    return [
+        TrainedGroup(with_layer_range(paths), kind, shape, r, alpha, len(paths), sum(counts))
+        for (_, kind, shape, r, alpha), members in groups.items()
+        for paths, counts in [zip(*members, strict=True)]
+    ]
+
+
+def unadapted_groups(model: LoRAModel) -> list[UnadaptedGroup]:
+    """Groups the modules with weights that the active adapter neither adapts nor trains."""
+    base, config = model.base_model, model.adapters[model.active_adapters[0]]
+    modules = dict(base.named_modules())
+    paths = [row.path for row in model.summary().rows]
+    trained = {*paths, *(layer_path_of(base, path) for path in paths)}
+    get_head = getattr(base, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    excluded = set(selected_candidates(base, modules, config.replaced(exclude_modules=None)))
+    in_other_layers = set(
+        selected_candidates(base, modules, config.replaced(layers_to_transform=None, layers_pattern=None))
+    )
+    groups: dict[tuple[str, str, str], list[tuple[str, int]]] = defaultdict(list)
+    seen: set[int] = set()
+    for path, module in modules.items():
+        parameters = list(module.parameters(recurse=False))
+        if not parameters or any(path == other or path.startswith(f"{other}.") for other in trained):
+            continue
+        layer_type = layer_type_of(module)
+        if layer_type is None:
+            reason = "no low-rank form: not a matrix"
+        elif path in excluded:
+            reason = "exclude_modules leaves it out"
+        elif path in in_other_layers:
+            reason = "its layer is not in layers_to_transform"
+        elif config.target_modules != "all-linear":
+            reason = "not among target_modules"
+        elif module is head:
+            reason = "the output head, which all-linear leaves out: name it to adapt it"
+        else:
+            reason = "not among target_modules" if layer_type.is_linear else "not linear: name it to adapt it"
+        count = sum(parameter.numel() for parameter in parameters if id(parameter) not in seen)
+        seen |= {id(parameter) for parameter in parameters}
+        name = type(module).__name__.removeprefix("Thawing")
+        groups[without_layer(path), name, reason + ("" if count else "; tied to another weight")].append((path, count))
+    return [
+        UnadaptedGroup(with_layer_range(paths), name, len(paths), sum(counts), reason)
+        for (_, name, reason), members in groups.items()
+        for paths, counts in [zip(*members, strict=True)]
+    ]
+
+
+def without_layer(path: str) -> str:
+    """The path with * for its first number, so that like layers have the same."""
+    names = path.split(".")
+    index = next((index for index, name in enumerate(names) if name.isdecimal()), None)
+    return path if index is None else ".".join([*names[:index], "*", *names[index + 1 :]])
+
+
+def with_layer_range(paths: Sequence[str]) -> str:
+    """Like paths as one: model.layers.{0-29}.self_attn.q_proj."""
+    numbers = sorted({index for path in paths if (index := layer_index(path)) is not None})
+    if len(paths) == 1 or not numbers:
+        return paths[0]
+    ranges = []
+    for _, pairs in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):  # consecutive numbers
+        run = [number for _, number in pairs]
+        ranges.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}")
+    return without_layer(paths[0]).replace("*", f"{{{','.join(ranges)}}}", 1)

@@ -1,33 +1,25 @@
 """Plans a run before any training: what would be trained, whether it fits into memory, how long it takes.
 
-plan
+plan -> Plan          (study/plan_result.py)
+  place_of            the device: one of this machine, or a card that is not here
   read_batches        what the steps read: the data, or examples of max_length tokens
-  fake_model          the run's own adapter and kernels on the model without weights -> memory, operations
-  trained_groups      what is trained, in groups of like layers; unadapted_groups: what is not, and why
+  estimate            the run's own adapter and kernels on the model without weights -> memory, operations
+  alternatives        settings that take less memory, and what they leave room for
   full_fine_tuning    the same for full fine-tuning of this model
-  options             settings that take less memory, and what they leave room for
-  study.cards         the time of a step on a card that is not here
   measure_steps       with `measure`: a few real steps in a separate process -> measured memory and time
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers import PretrainedConfig
 
-from tailora.core.adapter import layer_key
 from tailora.core.device import choose_device
-from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import layer_path_of, layer_type_of
-from tailora.core.patterns import layer_index
-from tailora.core.targets import selected_candidates
 from tailora.data.dataset import Example, warnings_of
 from tailora.data.labels import Labels
 from tailora.data.schemas import FEEDBACK, PREFERENCE
@@ -35,8 +27,10 @@ from tailora.errors import ConfigError
 from tailora.formats.run_folder import write_report
 from tailora.kernels.compiled_layers import obstacle_to_compiling
 from tailora.model import LoRAModel
-from tailora.study.cards import CONTEXT, LONGEST_NAME, Card, StepTime, find_cards, step_time
+from tailora.study.cards import CONTEXT, LONGEST_NAME, Card, find_cards
 from tailora.study.config import FIRST_RATES, FULL, OF_ADAPTERS
+from tailora.study.model_layout import adapted_modules, trained_groups, unadapted_groups
+from tailora.study.plan_result import FullFineTuning, Option, Plan, Ranks, Room, Schedule, Trained
 from tailora.train import estimate
 from tailora.train.config import TASK_TYPES, TrainConfig
 from tailora.train.dataloader import epoch_steps, largest_forward, read_data, split_by_tokens, step_shape, token_limit
@@ -47,136 +41,7 @@ from tailora.train.memory import ACTIVATION_MEMORY, available_bytes, format_byte
 from tailora.train.model_loading import check_can_be_sharded, load_tokenizer, read_config, set_labels
 from tailora.train.preference import preference_task
 from tailora.train.setup import check_can_be_offloaded, find_labels, start_accelerator
-from tailora.train.subprocess_worker import StepsMeasured, measure_steps
-
-# ---- The plan
-
-
-@dataclass(frozen=True)
-class AdaptedModule:
-    """A layer with a low-rank update. kind: its layer type."""
-
-    path: str
-    kind: str
-    in_features: int
-    out_features: int
-    r: int
-    alpha: float
-    parameters: int
-
-
-@dataclass(frozen=True)
-class TrainedGroup:
-    """Like layers: in `path` a range stands for the number that tells them apart, layers.{0-29}.
-
-    shape: (in, out); the parameter's shape if it is trained in full; then r and alpha are None.
-    """
-
-    path: str
-    kind: str
-    shape: tuple[int, ...]
-    r: int | None
-    alpha: float | None
-    count: int
-    parameters: int
-
-
-@dataclass(frozen=True)
-class UnadaptedGroup:
-    """Like layers that stay as they are. parameters: of all of them; 0 for those tied to another weight."""
-
-    path: str
-    kind: str
-    count: int
-    parameters: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class FullFineTuning:
-    """Full fine-tuning of the same model on the same batches, unquantised. Always estimated."""
-
-    trainable_parameters: int
-    memory: Memory
-    batch_size_that_fits: int
-
-
-@dataclass(frozen=True)
-class Option:
-    """What other settings would take, reckoned from the step of the plan.
-
-    batch_size, tokens: the largest batch that fits, and the longest example in a batch of its own; 0 for none.
-    """
-
-    settings: str
-    memory: int
-    batch_size: int
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Several processes that train together, a device each.
-
-    fsdp: whether FSDP2 shards the base over them.    sent_bytes: that each sends in a step, and about as many it gets.
-    """
-
-    count: int
-    fsdp: bool
-    sent_bytes: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run with these settings would be. Memory in bytes, time in seconds.
-
-    full: None where the run itself is full fine-tuning.    available_bytes: what it may take.
-    batch_size_that_fits: 0 where not even one example does.    largest_forward: examples, tokens.
-    tokens, seconds: of all steps, None where their number is not known.    basis: how memory and time were found.
-    remedies: settings that take less memory, if the run does not fit.    examples: to train on, if they are known.
-    card, step_time: of a card that is not here; the time is that of the largest forward and its backward.
-    ranks: None for one process; of several, memory and time are those of one of them.
-    """
-
-    model: str
-    method: str
-    dtype: str
-    device: str
-    trainable_parameters: int
-    total_parameters: int
-    modules: list[AdaptedModule]
-    groups: list[TrainedGroup]
-    left: list[UnadaptedGroup]
-    memory: Memory
-    full: FullFineTuning | None
-    available_bytes: int
-    batch_size: int
-    batch_size_that_fits: int
-    largest_forward: dict[str, int]
-    kernels: str
-    tokens: int | None
-    steps: int | None
-    seconds_per_step: float
-    seconds: float | None
-    measured: StepsMeasured | None
-    basis: dict[str, str]
-    notes: list[str] = field(default_factory=list)
-    remedies: list[str] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
-    examples: int | None = None
-    options: list[Option] = field(default_factory=list)
-    card: Card | None = None
-    step_time: StepTime | None = None
-    ranks: Ranks | None = None
-
-    @property
-    def fits(self) -> bool:
-        return self.memory.total <= self.available_bytes
-
-    def to_dict(self) -> dict[str, Any]:
-        full = None if self.full is None else {**asdict(self.full), "memory": self.full.memory.to_dict()}
-        reasons = {group.path: group.reason for group in self.left}
-        return {**asdict(self), "memory": self.memory.to_dict(), "full": full, "left_alone": reasons, "fits": self.fits}
+from tailora.train.subprocess_worker import measure_steps
 
 
 def plan(
@@ -199,13 +64,13 @@ def plan(
     """
     place = replace(place_of(config), shards=nproc if config.fsdp else 1)
     check_can_be_offloaded(config, place.device.type)
-    in_one = {**WITHOUT_FSDP, "report_to": [], **({"device": "cpu"} if place.card else {})}
+    in_one = {**WITHOUT_FSDP, "report_to": [], **({"device": "cpu"} if place.is_absent else {})}
     accelerator = start_accelerator(config.replaced(**in_one))
     if measure:
         check_can_be_measured(config, place, nproc)
-    available = place.available if memory is None else memory
     if config.fsdp and nproc == 1:
         raise ConfigError("--fsdp shards the base model over several processes: give their number, --nproc")
+    available = place.available if memory is None else memory
     if is_shared := nproc > 1 and place.device == torch.device("cpu"):
         available //= nproc
     shape, labels = read_config(config.model), None
@@ -218,18 +83,13 @@ def plan(
         check_can_be_sharded(shape, config.model, config.quantize)
     batches = read_batches(config, shape, accelerator, token_limit(place.device.type), nproc, labels)
     with estimate.fake_model(config, shape, place.device) as fake:
-        summary, dtype, kernels = fake.model.summary(), fake.base.dtype, fake.kernels.description
-        lora = fake.model if isinstance(fake.model, LoRAModel) else None
-        modules = adapted_modules(lora) if lora else []
-        groups = trained_groups(lora) if lora else []
-        left = unadapted_groups(lora) if lora else []
-        step = largest_step(config, fake, batches, place)
+        trained, dtype, kernels = trained_of(fake), fake.base.dtype, fake.kernels.description
+        step = largest_step(config, fake, batches)
         notes = [*place.notes, *batches.notes, *fake.notes]
         if asks_for_compiled_layers(config):
             step = estimate.with_compiled_layers(step, fake, config.activation_memory)
-            notes.append("what compiled layers keep is reckoned from one measurement, not simulated")
+            notes.append("what compiled layers keep is estimated from one measurement, not simulated")
         needed = estimate.estimate_memory(config, fake, step, place.process, place.shards)
-        ranks = ranks_of(config, fake, batches, nproc)
         if is_shared:
             notes.append(f"each of the {nproc} processes may take an equal share of the memory that is free here")
         alternatives = {
@@ -240,13 +100,8 @@ def plan(
     alternatives |= quantization(config, shape, step, batches, place)
     full = None if config.method == FULL else full_fine_tuning(config, shape, batches, place, available)
 
-    time = None
-    if isinstance(place.device, torch.device):
-        seconds_per_step, time_basis = time_here(shape, batches, step, dtype, place.device)
-    elif place.card:
-        time = step_time(place.card, step.operators)
-        seconds_per_step, time_basis = time_on_card(time, config, batches)
-    basis = {"memory": f"estimated from the shapes, and {place.process_basis}", "time": time_basis}
+    basis = {"memory": f"estimated from the shapes, and {place.process_basis}", "time": NO_TIME}
+    seconds_per_step: float | None = None
     measured = None
     if measure:
         log("a few real steps are measured")
@@ -254,6 +109,8 @@ def plan(
         needed, kernels = needed.with_total(measured.peak_bytes), measured.kernels
         seconds_per_step = measured.seconds_per_token * batches.tokens_per_step
         basis = dict.fromkeys(basis, f"measured in {measured.steps} steps")
+    elif isinstance(place.device, torch.device):
+        seconds_per_step, basis["time"] = time_here(shape, batches, step, dtype, place.device)
 
     largest = batches.at(batches.most)
     if len(largest) < batches.most:
@@ -262,39 +119,37 @@ def plan(
             "at once, so it needs little more memory than this one"
         )
     batch_size = batch_size_that_fits(available, needed, batches)
+    can_shard = nproc > 1 and not config.fsdp
+    helps = remedies(config, batch_size, ACTIVATIONS in alternatives, can_shard=can_shard)
     result = Plan(
         model=config.model,
         method=config.method,
         dtype=str(dtype).removeprefix("torch."),
         device=place.name,
-        trainable_parameters=summary.trainable_parameters,
-        total_parameters=summary.total_parameters,
-        modules=modules,
-        groups=groups,
-        left=left,
-        memory=needed,
-        full=full,
-        available_bytes=available,
-        batch_size=config.per_device_train_batch_size,
-        batch_size_that_fits=batch_size,
-        largest_forward={"examples": len(batches.largest), "tokens": tokens_of(batches.largest)},
         kernels=kernels,
-        tokens=batches.tokens,
-        steps=batches.steps,
-        seconds_per_step=seconds_per_step,
-        seconds=None if batches.steps is None else seconds_per_step * batches.steps,
-        measured=measured,
+        trained=trained,
+        memory=needed,
+        room=Room(
+            available_bytes=available,
+            batch_size=config.per_device_train_batch_size,
+            batch_size_that_fits=batch_size,
+            options=[option(settings, memory, batches, shape, available) for settings, memory in alternatives.items()],
+            remedies=helps if needed.total > available else [],
+        ),
+        schedule=Schedule(
+            largest_forward={"examples": len(batches.largest), "tokens": tokens_of(batches.largest)},
+            examples=batches.examples,
+            tokens=batches.tokens,
+            steps=batches.steps,
+            seconds_per_step=seconds_per_step,
+            seconds=None if batches.steps is None or seconds_per_step is None else seconds_per_step * batches.steps,
+        ),
         basis=basis,
+        full=full,
+        measured=measured,
+        ranks=Ranks(nproc, config.fsdp) if nproc > 1 else None,
         notes=notes,
-        remedies=remedies(config, batch_size, ACTIVATIONS in alternatives, can_shard=nproc > 1 and not config.fsdp)
-        if needed.total > available
-        else [],
         settings=config.model_dump(mode="json", exclude_unset=True),
-        examples=batches.examples,
-        options=[option(settings, memory, batches, shape, available) for settings, memory in alternatives.items()],
-        card=place.card,
-        step_time=time,
-        ranks=ranks,
     )
     if output_dir is not None:
         write_report(output_dir, "plan", result.to_dict())
@@ -303,7 +158,7 @@ def plan(
 
 def check_can_be_measured(config: TrainConfig, place: "Place", nproc: int) -> None:
     """Raises ConfigError if no real steps of the run can be taken here."""
-    if place.card:
+    if place.is_absent:
         raise ConfigError(f"--measure takes real steps, and there is no {place.name} here: leave one of the two out")
     if learns_preferences(config) and "data" not in config.model_fields_set:
         raise ConfigError("--measure takes real steps, which for preferences need rows: give --data")
@@ -330,9 +185,12 @@ class Place:
     process: int
     process_basis: str
     available: int
-    card: Card | None = None
     notes: list[str] = field(default_factory=list)
     shards: int = 1
+
+    @property
+    def is_absent(self) -> bool:
+        return isinstance(self.device, estimate.AbsentDevice)
 
 
 def place_of(config: TrainConfig) -> Place:
@@ -353,10 +211,7 @@ def place_of(config: TrainConfig) -> Place:
 def place_of_card(config: TrainConfig, cards: list[Card]) -> Place:
     """Returns the first of the cards as a place, with a note on the others."""
     card, others = cards[0], [card.name for card in cards[1:]]
-    notes = [
-        f"reckoned from the data sheet of {card}, never measured on a card: real memory may be some percent more, real "
-        "time a multiple"
-    ]
+    notes = [f"never measured on a {card.name}: real memory may be some percent more"]
     if others:
         more = f" and {len(others) - 4} more" if len(others) > 5 else ""
         notes.append(f"{card.name} is meant; of similar names there are {', '.join(others[: 4 if more else 5])}{more}")
@@ -364,10 +219,12 @@ def place_of_card(config: TrainConfig, cards: list[Card]) -> Place:
     precision = auto if config.dtype == "auto" else getattr(torch, config.dtype)
     basis = f"{format_bytes(CONTEXT)} for the card's context"
     absent = estimate.AbsentDevice(card.device, precision)
-    return Place(card.name, absent, CONTEXT, basis, card.available_bytes, card, notes)
+    return Place(card.name, absent, CONTEXT, basis, card.available_bytes, notes)
 
 
 # ---- Time
+
+NO_TIME = "not estimated for a device that is not here"
 
 
 def time_here(
@@ -379,16 +236,6 @@ def time_here(
     speed = estimate.SHARE * estimate.products_per_second(tokens, width, inner, dtype, device)  # operations a second
     rule = f"a rough rule: {step.flops / tokens / 1e9:.2g} GFLOP a token at {speed / 1e9:,.0f} GFLOP/s"
     return step.flops / tokens / speed * batches.tokens_per_step, rule
-
-
-def time_on_card(time: StepTime, config: TrainConfig, batches: "Batches") -> tuple[float, str]:
-    """Returns seconds of a step from the roofline time of the largest forward, and how they were found."""
-    share = batches.tokens_per_step / tokens_of(batches.largest)  # of the largest forward's work
-    forwards = max(config.gradient_accumulation_steps, share)
-    # the host starts kernels while the card computes, so the longer one counts
-    work, launches = (time.products + time.memory) * share, time.launches * forwards
-    bound = "starting kernels, one by one from Python" if launches > work else "the card's work"
-    return max(work, launches), f"reckoned from the data sheet, never measured on a card; bound by {bound}"
 
 
 # ---- What the steps read
@@ -515,25 +362,18 @@ def tokens_of(examples: list[Example]) -> int:
 # ---- Memory
 
 
-def ranks_of(config: TrainConfig, fake: estimate.FakeModel, batches: Batches, nproc: int) -> Ranks | None:
-    """Returns None for one process. A step has as many forwards as its tokens make of the largest one."""
-    if nproc == 1:
-        return None
-    forwards = max(batches.tokens_per_step / tokens_of(batches.largest), 1.0)
-    gathers = 2 if config.fsdp_reshard_after_forward else 1
-    sent = estimate.sent_bytes(fake, nproc, forwards, sharded=config.fsdp, gathers=gathers)
-    return Ranks(nproc, config.fsdp, sent)
+def trained_of(fake: estimate.FakeModel) -> Trained:
+    summary, model = fake.model.summary(), fake.model
+    counts = summary.trainable_parameters, summary.total_parameters
+    if not isinstance(model, LoRAModel):
+        return Trained(*counts, [], [], [])
+    return Trained(*counts, adapted_modules(model), trained_groups(model), unadapted_groups(model))
 
 
-def largest_step(config: TrainConfig, fake: estimate.FakeModel, batches: Batches, place: Place) -> estimate.StepCost:
+def largest_step(config: TrainConfig, fake: estimate.FakeModel, batches: Batches) -> estimate.StepCost:
     """Returns what the largest forward of the run costs, simulated."""
-    return estimate.simulate_step(
-        replace(fake, layout=replace(fake.layout, task=batches.task)),
-        batches.largest,
-        checkpointed=config.gradient_checkpointing,
-        sharded=place.shards > 1,
-        reshard=config.fsdp_reshard_after_forward,
-    )
+    fake = replace(fake, layout=replace(fake.layout, task=batches.task))
+    return estimate.simulate_step(fake, batches.largest, checkpointed=config.gradient_checkpointing)
 
 
 def full_fine_tuning(
@@ -547,7 +387,7 @@ def full_fine_tuning(
     settings = config.model_dump(exclude_unset=True, exclude={*OF_ADAPTERS, "fsdp_offload_params"})
     full = TrainConfig(**{**settings, "method": FULL, "learning_rate": FIRST_RATES[FULL]})
     with estimate.fake_model(full, shape, place.device) as fake:
-        step = largest_step(full, fake, batches, place)
+        step = largest_step(full, fake, batches)
         memory = estimate.estimate_memory(full, fake, step, place.process, place.shards)
         parameters = fake.model.summary().trainable_parameters
     return FullFineTuning(parameters, memory, batch_size_that_fits(available, memory, batches))
@@ -638,92 +478,3 @@ def remedies(config: TrainConfig, batch_size: int, can_compile: bool, *, can_sha
         (config.max_length > 128, f"--max-length {config.max_length // 2}"),
     ]
     return [*(text for helps, text in options if helps), "a smaller --model"]
-
-
-# ---- What is trained, and what is not
-
-
-def adapted_modules(model: LoRAModel) -> list[AdaptedModule]:
-    """In the model's order."""
-    modules = []
-    for row in model.summary().rows:
-        if row.r is not None:
-            layer = cast(LoRALayer, model.lora_layers[layer_key(row.path)])
-            sizes = layer.in_features, layer.out_features
-            modules.append(AdaptedModule(row.path, row.layer_type, *sizes, layer.r, layer.lora_alpha, row.parameters))
-    return modules
-
-
-def trained_groups(model: LoRAModel) -> list[TrainedGroup]:
-    groups: dict[tuple[Any, ...], list[tuple[str, int]]] = defaultdict(list)
-    shapes = {module.path: (module.in_features, module.out_features) for module in adapted_modules(model)}
-    for row in model.summary().rows:
-        shape = row.shape if row.r is None else shapes[row.path]
-        key = (without_layer(row.path), row.layer_type, shape, row.r, row.lora_alpha)
-        groups[key].append((row.path, row.parameters))
-    return [
-        TrainedGroup(with_layer_range(paths), kind, shape, r, alpha, len(paths), sum(counts))
-        for (_, kind, shape, r, alpha), members in groups.items()
-        for paths, counts in [zip(*members, strict=True)]
-    ]
-
-
-def unadapted_groups(model: LoRAModel) -> list[UnadaptedGroup]:
-    """Groups the modules with weights that the active adapter neither adapts nor trains."""
-    base, config = model.base_model, model.adapters[model.active_adapters[0]]
-    modules = dict(base.named_modules())
-    paths = [row.path for row in model.summary().rows]
-    trained = {*paths, *(layer_path_of(base, path) for path in paths)}
-    get_head = getattr(base, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    excluded = set(selected_candidates(base, modules, config.replaced(exclude_modules=None)))
-    in_other_layers = set(
-        selected_candidates(base, modules, config.replaced(layers_to_transform=None, layers_pattern=None))
-    )
-    groups: dict[tuple[str, str, str], list[tuple[str, int]]] = defaultdict(list)
-    seen: set[int] = set()
-    for path, module in modules.items():
-        parameters = list(module.parameters(recurse=False))
-        if not parameters or any(path == other or path.startswith(f"{other}.") for other in trained):
-            continue
-        layer_type = layer_type_of(module)
-        if layer_type is None:
-            reason = "no low-rank form: not a matrix"
-        elif path in excluded:
-            reason = "exclude_modules leaves it out"
-        elif path in in_other_layers:
-            reason = "its layer is not in layers_to_transform"
-        elif config.target_modules != "all-linear":
-            reason = "not among target_modules"
-        elif module is head:
-            reason = "the output head, which all-linear leaves out: name it to adapt it"
-        else:
-            reason = "not among target_modules" if layer_type.is_linear else "not linear: name it to adapt it"
-        count = sum(parameter.numel() for parameter in parameters if id(parameter) not in seen)
-        seen |= {id(parameter) for parameter in parameters}
-        name = type(module).__name__.removeprefix("Thawing")
-        groups[without_layer(path), name, reason + ("" if count else "; tied to another weight")].append((path, count))
-    return [
-        UnadaptedGroup(with_layer_range(paths), name, len(paths), sum(counts), reason)
-        for (_, name, reason), members in groups.items()
-        for paths, counts in [zip(*members, strict=True)]
-    ]
-
-
-def without_layer(path: str) -> str:
-    """The path with * for its first number, so that like layers have the same."""
-    names = path.split(".")
-    index = next((index for index, name in enumerate(names) if name.isdecimal()), None)
-    return path if index is None else ".".join([*names[:index], "*", *names[index + 1 :]])
-
-
-def with_layer_range(paths: Sequence[str]) -> str:
-    """Like paths as one: model.layers.{0-29}.self_attn.q_proj."""
-    numbers = sorted({index for path in paths if (index := layer_index(path)) is not None})
-    if len(paths) == 1 or not numbers:
-        return paths[0]
-    ranges = []
-    for _, pairs in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):  # consecutive numbers
-        run = [number for _, number in pairs]
-        ranges.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}")
-    return without_layer(paths[0]).replace("*", f"{{{','.join(ranges)}}}", 1)

@@ -15,10 +15,10 @@ A process needs most memory either while it reads the weights, in a step, or whi
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache
 from statistics import median
 from typing import Any, cast
 
@@ -52,7 +52,7 @@ from tailora.train.kernel_choice import (
     use_kernels,
 )
 from tailora.train.loss import CAUSAL_LM, BatchLayout, Task, make_batch
-from tailora.train.memory_tracker import MemoryTracker, Operator, fake_tensors, tensors_of
+from tailora.train.memory_tracker import MemoryTracker, fake_tensors
 from tailora.train.model_loading import METHODS, Stored, check_unquantized, new_model, precision_of
 from tailora.train.seq2seq import SEQ2SEQ_TASK
 from tailora.train.setup import choose_layout
@@ -77,11 +77,11 @@ class Weights:
     left_mapped: int  # in addition, afterwards: of a quantized base the files' weights that were quantized
     dense: int  # in addition, while a quantized layer computes: the largest dense weight
     is_quantized: bool
-    layers: tuple[tuple[int, ...], ...]  # of `stored`, the parameters of each decoder layer, which FSDP2 shards
+    layers: tuple[int, ...]  # of `stored`, each decoder layer, which FSDP2 shards
 
     @property
     def sharded(self) -> int:
-        return sum(map(sum, self.layers))
+        return sum(self.layers)
 
     @property
     def outside(self) -> int:
@@ -90,7 +90,7 @@ class Weights:
 
     @property
     def largest_layer(self) -> int:
-        return max(map(sum, self.layers), default=0)
+        return max(self.layers, default=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +209,7 @@ def _weights(base: PreTrainedModel, files: torch.dtype, stored: Stored | None) -
     total = sum(quantized.get(id(tensor), tensor.nbytes) for tensor in tensors)
     dense = max((tensor.nbytes for tensor in tensors if id(tensor) in quantized), default=0)
     layers = tuple(
-        tuple(codes.get(id(tensor), tensor.nbytes) for tensor in layer.parameters()) for layer in decoder_layers(base)
+        sum(codes.get(id(tensor), tensor.nbytes) for tensor in layer.parameters()) for layer in decoder_layers(base)
     )
     parts: dict[str, Any] = {"is_quantized": bool(quantized), "layers": layers}
     if base.dtype != files:  # converted, and the files are closed
@@ -253,88 +253,6 @@ def _quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(f"Quantized{cls.__name__}", (_QuantizedLinear, cls), {"__module__": __name__})
 
 
-class _GatheredLayers:
-    """Within the block, a step on tensors without contents gathers decoder layers from shards, as FSDP2 does.
-
-    The rows of all ranks arrive in a buffer, from which the whole weights are copied. In a forward the buffer stays
-    until the rows of the next layer have arrived, and the whole weights until the layer has computed. In a backward a
-    layer's rows arrive while the layer after it computes. gloo, on a CPU, receives into a buffer of its own.
-
-    sizes: of each layer's parameters.    reshard_after_forward: False keeps whole weights from forward to backward.
-    """
-
-    def __init__(
-        self, layers: Sequence[nn.Module], sizes: Sequence[Sequence[int]], device: torch.device, reshard: bool
-    ) -> None:
-        self._layers, self._sizes, self._device, self._reshard = layers, sizes, device, reshard
-        self._buffers: dict[int, Tensor] = {}  # number of a layer -> its rows of all ranks
-        self._whole: dict[int, list[Tensor]] = {}
-        self._in_backward = False
-        self.allocates = False  # True while tensors for gathered layers are made
-
-    def __enter__(self) -> "_GatheredLayers":
-        self._hooks = [
-            handle
-            for number, layer in enumerate(self._layers)
-            for handle in (
-                layer.register_forward_pre_hook(partial(self._before_forward, number)),
-                layer.register_forward_hook(partial(self._after_forward, number)),
-            )
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._buffers.clear()
-        self._whole.clear()
-
-    def _before_forward(self, number: int, *_: Any) -> None:
-        if self._in_backward:  # checkpointing computes the layer again, which is whole now
-            return
-        self._receive(number)
-        self._buffers = {number: self._buffers[number]}
-        self._copy_out(number)
-
-    def _after_forward(self, number: int, _layer: nn.Module, _inputs: Any, output: Any) -> None:
-        if self._in_backward:
-            return
-        if self._reshard:
-            del self._whole[number]
-        if number == len(self._layers) - 1:
-            self._buffers.clear()
-        for tensor in tensors_of((output,)):
-            if tensor.requires_grad:
-                tensor.register_hook(partial(self._before_backward, number))  # type: ignore[no-untyped-call]
-
-    def _before_backward(self, number: int, _gradient: Tensor) -> None:
-        self._in_backward = True
-        self._whole = {other: whole for other, whole in self._whole.items() if other <= number}
-        if number not in self._whole:
-            self._receive(number)
-            self._copy_out(number)
-        self._buffers.clear()
-        if number > 0 and number - 1 not in self._whole:
-            self._receive(number - 1)
-
-    def _receive(self, number: int) -> None:
-        if number not in self._buffers:
-            size = sum(self._sizes[number])
-            self._buffers[number] = self._empty(size)
-            if self._device.type == "cpu":
-                self._empty(size)  # of gloo; freed at once
-
-    def _copy_out(self, number: int) -> None:
-        self._whole[number] = [self._empty(size) for size in self._sizes[number]]
-
-    def _empty(self, size: int) -> Tensor:
-        self.allocates = True
-        try:
-            return torch.empty(size, dtype=torch.uint8, device=self._device)
-        finally:
-            self.allocates = False
-
-
 MOMENTS = {  # optimizer -> float32 numbers for each parameter; 8 bits have a scale for 256 of them
     "adamw": 2.0,
     "adamw_8bit": 2 * (1 + 4 / 256) / 4,
@@ -346,7 +264,7 @@ FRAGMENTATION = 0.1  # share of a step's memory that the allocator keeps in addi
 # The same with sharded layers: buffers come and go between activations that stay, and leave holes of other sizes
 FRAGMENTATION_SHARDED = 0.2
 WORKSPACE = 32 * 2**20  # of a device, for products: what torch gives cuBLAS on an H100; others take less
-LOGITS, ACTIVATIONS, GRADIENTS, GATHERED = "logits", "activations", "gradients", "gathered"
+LOGITS, ACTIVATIONS, GRADIENTS = "logits", "activations", "gradients"
 
 
 @dataclass(frozen=True)
@@ -383,35 +301,21 @@ class StepCost:
     logits: int
     gradients: int  # of 16-bit weights, on their way to the float32 masters
     kept: int  # from the forward for the backward
-    operators: Mapping[Operator, int]  # how often each runs
-    gathered: int = 0  # of sharded weights, what a rank has whole
+    flops: float  # operations of products
     malloc_overhead: int = 0  # because its small and its large blocks are not largest at the same moment
 
     @property
-    def flops(self) -> float:
-        return sum(count * operator.flops for operator, count in self.operators.items())
-
-    @property
     def bytes(self) -> int:
-        return self.activations + self.logits + self.gradients + self.gathered
+        return self.activations + self.logits + self.gradients
 
 
-def simulate_step(
-    fake: FakeModel, examples: Sequence[Example], *, checkpointed: bool, sharded: bool = False, reshard: bool = True
-) -> StepCost:
-    """Runs the forward and backward of these examples in one batch, within `fake_model`'s block.
-
-    sharded: the decoder layers, by FSDP2.    reshard: frees gathered layers after the forward.
-    """
-    layers = decoder_layers(fake.base) if sharded else []
-    gathered = _GatheredLayers(layers, fake.weights.layers, fake.base.device, reshard)
+def simulate_step(fake: FakeModel, examples: Sequence[Example], *, checkpointed: bool) -> StepCost:
+    """Runs the forward and backward of these examples in one batch, within `fake_model`'s block."""
     model, base, trained = fake.model, fake.base, trained_module(fake.model)
     vocabulary = base.config.get_text_config().vocab_size
     trained_shapes = {parameter.shape for parameter in base.parameters() if parameter.requires_grad}
 
     def part_of(tensor: Tensor) -> str:
-        if gathered.allocates:
-            return GATHERED
         if tensor.ndim > 1 and tensor.shape[-1] == vocabulary:
             return LOGITS
         return GRADIENTS if tensor.shape in trained_shapes else ACTIVATIONS
@@ -425,7 +329,7 @@ def simulate_step(
     tracker = MemoryTracker([*weights, *gradients], part_of, lengths)
     try:
         kernels = use_kernels(base, fake.layout, fake.kernels, checkpointed=checkpointed)
-        with kernels, torch.enable_grad(), gathered, tracker:
+        with kernels, torch.enable_grad(), tracker:
             (batch,) = task.complete_step(model, [batch], fake.layout, lambda sums: sums)
             loss = task.outputs(model, batch, fake.layout).losses.sum()
             kept = tracker.now.total()
@@ -438,8 +342,7 @@ def simulate_step(
         logits=peak[LOGITS],
         gradients=peak[GRADIENTS],
         kept=kept,
-        operators=tracker.operators,
-        gathered=peak[GATHERED],
+        flops=tracker.flops,
         malloc_overhead=tracker.sum_of_peaks - peak.total() if base.device.type == "cpu" else 0,
     )
 
@@ -459,9 +362,7 @@ def with_less_memory(step: StepCost, fake: FakeModel, tokens: int, *, checkpoint
     if checkpointed:
         layers = text.num_hidden_layers
         activations = activations // layers + layers * text.hidden_size * fake.base.dtype.itemsize * tokens
-    plain = max((sum(p.nbytes for p in layer.parameters()) for layer in decoder_layers(fake.base)), default=0)
-    gathered = step.gathered * fake.weights.largest_layer // max(plain, 1)
-    return replace(step, activations=activations + fake.weights.dense, gathered=gathered)
+    return replace(step, activations=activations + fake.weights.dense)
 
 
 def estimate_memory(config: TrainConfig, fake: FakeModel, step: StepCost, process: int, shards: int = 1) -> Memory:
@@ -483,13 +384,17 @@ def estimate_memory(config: TrainConfig, fake: FakeModel, step: StepCost, proces
 def memory_of_step(config: TrainConfig, fake: FakeModel, step: StepCost, process: int, shards: int = 1) -> Memory:
     """Returns the memory of a run in its largest step; arguments as of `estimate_memory`."""
     memory = _of_one_process(config, fake, step, process)
+    is_on_cpu, fragmentation = fake.base.device.type == "cpu", FRAGMENTATION
     if shards > 1:
-        memory = _on_one_rank(memory, fake, step, shards)
+        memory = replace(
+            _on_one_rank(memory, fake, shards),
+            gathered=gathered_bytes(fake.weights, is_on_cpu, reshard=config.fsdp_reshard_after_forward),
+        )
         if config.fsdp_offload_params:
             memory = replace(memory, weights=fake.weights.outside)
-    is_on_cpu = fake.base.device.type == "cpu"
-    fragmentation = FRAGMENTATION_SHARDED if is_on_cpu and shards > 1 else FRAGMENTATION
-    kept_by_allocator = step.malloc_overhead + int(fragmentation * step.bytes)
+        if is_on_cpu:
+            fragmentation = FRAGMENTATION_SHARDED
+    kept_by_allocator = step.malloc_overhead + int(fragmentation * (step.bytes + memory.gathered))
     if not is_on_cpu:
         return replace(memory, process=process + WORKSPACE + kept_by_allocator)
     libraries = LIBRARIES + (LIBRARIES_16_BIT if fake.base.dtype == torch.bfloat16 else 0)
@@ -508,6 +413,17 @@ def memory_of_loading(fake: FakeModel, process: int, shards: int = 1) -> int:
         stored = _stored_on_rank(fake, shards)
         while_read = while_read * stored // weights.stored
     return process + stored + (while_read if fake.base.device.type == "cpu" else weights.dense)
+
+
+def gathered_bytes(weights: Weights, is_on_cpu: bool, *, reshard: bool) -> int:
+    """Returns the most bytes of whole layers that a rank has while FSDP2 gathers them.
+
+    The rows of all ranks arrive in a buffer, from which the whole weights are copied; in a backward the next layer's
+    rows arrive while a layer computes. gloo, on a CPU, receives into a buffer of its own.
+    reshard: False keeps all whole layers from the forward to the backward.
+    """
+    buffers = 2 if is_on_cpu else 1
+    return (weights.largest_layer if reshard else weights.sharded) + buffers * weights.largest_layer
 
 
 def trained_bytes(fake: FakeModel) -> int:
@@ -529,7 +445,7 @@ def _of_one_process(config: TrainConfig, fake: FakeModel, step: StepCost, proces
     )
 
 
-def _on_one_rank(memory: Memory, fake: FakeModel, step: StepCost, shards: int) -> Memory:
+def _on_one_rank(memory: Memory, fake: FakeModel, shards: int) -> Memory:
     """Returns what one of `shards` ranks has of the memory of one process.
 
     FSDP2 shards the decoder layers (`train.parallel`). What is outside of them, adapters, their gradients and their
@@ -547,7 +463,7 @@ def _on_one_rank(memory: Memory, fake: FakeModel, step: StepCost, shards: int) -
             gradients=on_rank + outside + weights.largest_layer + _in_float32(weights.largest_layer, fake),
             optimizer=memory.optimizer // trained * (on_rank + outside),
         )
-    return replace(memory, weights=_stored_on_rank(fake, shards), gathered=step.gathered)
+    return replace(memory, weights=_stored_on_rank(fake, shards))
 
 
 def _in_float32(size: int, fake: FakeModel) -> int:
@@ -564,25 +480,6 @@ def _stored_on_rank(fake: FakeModel, shards: int) -> int:
 
 def _share(size: int, shards: int) -> int:
     return -(-size // shards)
-
-
-def sent_bytes(fake: FakeModel, ranks: int, forwards: float, *, sharded: bool, gathers: int = 2) -> int:
-    """Returns the bytes that a rank sends in a step, by the least that its collectives need; it receives as many.
-
-    forwards: of a step, each with its backward.    sharded: by FSDP2; or else every rank has the whole base.
-    Sums take twice what is summed. A layer is gathered for the forward and again for the backward, or once if it is not
-    freed between them (gathers = 1). The gradients of what is whole are summed once a step; those of fully trained
-    layers after every backward, in float32, to shards.
-    """
-    share, weights = (ranks - 1) / ranks, fake.weights
-    trained = trained_bytes(fake)
-    if not sharded:
-        return int(share * 2 * trained)
-    layers = weights.sharded
-    if isinstance(fake.model, FullModel):
-        of_layers = _in_float32(layers, fake)
-        return int(share * (forwards * (gathers * layers + of_layers) + 2 * (trained - of_layers)))
-    return int(share * (forwards * gathers * layers + 2 * trained))
 
 
 SHARE = 0.6  # of the speed of products that a whole step reaches; see benchmarks/memory/plan.py

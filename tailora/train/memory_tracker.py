@@ -11,7 +11,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,22 +26,7 @@ from tailora.train.memory import MMAP_BYTES
 
 aten = torch.ops.aten
 EQUAL, ITEM, DEVICE = aten.equal.default, aten._local_scalar_dense.default, torch.ops.prim.device.default
-GATHERS = {aten.embedding, aten.index, aten.index_select, aten.gather}  # read as much as they return, not all
-WRITES = {aten.copy_, aten.zero_, aten.fill_}  # do not read the tensor that they change
-NO_KERNELS = {  # beside views
-    *(aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten._unsafe_view),
-    *(aten.detach, aten.alias, aten.lift_fresh),
-}
 ROUNDING = 512  # bytes: sizes that torch's allocators for devices give out are multiples
-
-
-@dataclass(frozen=True)
-class Operator:
-    """The work of one operator, which is one kernel on a device or few. dtype: of what it returns."""
-
-    flops: float  # of products
-    bytes: int  # read and written
-    dtype: torch.dtype
 
 
 def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -58,7 +42,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within this mode, storages that operators allocate are counted under the part that `part_of` names.
 
     known: tensors whose storages are counted elsewhere.    lengths: of the documents of a packed row.
-    now, peak: bytes of each part, at present and at the moment of the largest sum.    operators: how often each ran.
+    now, peak: bytes of each part, at present and at the moment of the largest sum.    flops: of products.
     sum_of_peaks: the most bytes that malloc has from the system. It gives large blocks (MMAP_BYTES or more) back when
     they are freed, and keeps the memory of all others. So this is the largest sum of the large blocks, plus the largest
     sum of the others, also if these were at different moments.
@@ -68,7 +52,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
-        self.operators: Counter[Operator] = Counter()
+        self.flops = 0.0
         self._part_of, self._lengths = part_of, lengths
         self._alive = {id(tensor.untyped_storage()): ("", 0) for tensor in known}
         self._largest = 0
@@ -86,12 +70,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         if func is DEVICE:
             return out
-        packet = getattr(func, "_overloadpacket", None)
+        self.flops += self._flops(func, args, kwargs, out)
         inputs, outputs = list(tensors_of(args)), list(tensors_of((out,)))
-        if outputs and not func.is_view and packet not in NO_KERNELS:
-            read = outputs if packet in GATHERS else inputs[1:] if packet in WRITES else inputs
-            moved = sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in (*read, *outputs))
-            self.operators[Operator(self._flops(func, args, kwargs, out), moved, outputs[0].dtype)] += 1
         for output in outputs:
             self._add(output)
         if torch.Tag.pointwise in func.tags:

@@ -60,25 +60,19 @@ def test_a_card_that_is_not_here_is_planned_from_its_data_sheet(
         max(len(line) for line in table.splitlines() if not re.search(r"[.;:] ", line)) <= columns
     )  # not of sentences
     assert "bfloat16 on H100 SXM 80GB" in table
-    assert "starting kernels, meanwhile" in table
+    assert "10 steps. The time of a step is not estimated for a device that is not here." in " ".join(table.split())
     assert "--quantize nf4" in table
-    assert re.search(r"never measured on a card; bound by starting\s+kernels", table)  # a tiny model
     assert "of 80 GB" in words
     assert "H100 PCIe 80GB, H100 NVL 94GB" in words
 
 
-def test_the_json_of_a_card_has_its_figures_and_the_parts_of_the_time(
-    tiny_model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_json_of_a_card_has_its_memory_and_no_time(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokens = ["plan", "--model", str(tiny_model), "--max-steps", "10", "--json", "--device"]
     assert main([*tokens, "T4"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["device"], found["dtype"]) == ("T4 16GB", "float16")  # it has no bfloat16
     assert found["available_bytes"] == 16e9
-    assert found["card"]["bandwidth"] == 320
-    assert found["step_time"].keys() == {"products", "memory", "launches"}
-    assert found["seconds"] == pytest.approx(10 * found["seconds_per_step"])
-    assert "never measured on a card" in found["basis"]["time"]
+    assert found["seconds_per_step"] is found["seconds"] is None
     assert found["memory"]["process"] > 5e8  # the card's context, and what products need
     settings = {option["settings"]: option for option in found["options"]}
     assert settings["as set"]["memory"] == found["memory"]["total"]

@@ -6,7 +6,7 @@ from tailora.report.charts import DASHED, INK, SERIES, Canvas
 from tailora.report.format import NONE, count, duration, plural, share
 from tailora.report.pages.shared import bar_figure, numeric, settings_table
 from tailora.report.paths import by_layer, short_names
-from tailora.study.plan import Plan
+from tailora.study.plan_result import Plan
 from tailora.train.config import TASK_TYPES
 from tailora.train.memory import format_bytes
 
@@ -14,54 +14,60 @@ NEAR = 2.0  # times the longest bar: a limit further away is not drawn
 
 
 def plan_page(plan: Plan) -> Page:
+    room, memory = plan.room, format_bytes(plan.memory.total)
+    available = format_bytes(room.available_bytes)
+    of_each = "" if plan.ranks is None else f", in each of {plan.ranks.count} processes"
     sections = [
         Section("What is trained", "", _trained(plan)),
         Section(
             "Memory",
-            f"At the moment of highest use, {plan.dtype} on {plan.device}{_of_each(plan)}; {plan.basis['memory']}.",
+            f"At the moment of highest use, {plan.dtype} on {plan.device}{of_each}; {plan.basis['memory']}.",
             _memory(plan),
         ),
-        Section(
-            "What fits",
-            f"Into {format_bytes(plan.available_bytes)}; the rest of the settings as set.",
-            [_options(plan)],
-        ),
-        Section(
-            "Steps and time", "", [*_ranks(plan), Paragraph(_steps(plan)), _step_time(plan), Paragraph(plan.kernels)]
-        ),
+        Section("What fits", f"Into {available}; the rest of the settings as set.", [_options(plan)]),
+        Section("Steps and time", "", [*_ranks(plan), Paragraph(_steps(plan)), Paragraph(plan.kernels)]),
         Section(
             "Parameters by matrix",
-            f"{plural(len(plan.modules), 'matrix', 'matrices')} with a low-rank update.",
+            f"{plural(len(plan.trained.modules), 'matrix', 'matrices')} with a low-rank update.",
             _parameters(plan),
         ),
         Section("Settings", "", [settings_table("Settings", ("", plan.settings))]),
     ]
-    forward, memory, full = plan.largest_forward, format_bytes(plan.memory.total), plan.full
+    name = plan.model.rstrip("/").rpartition("/")[2]
+    forward, full = plan.schedule.largest_forward, plan.full
     lead = (
-        f"{'It fits' if plan.fits else 'It does not fit'}: {memory} of {format_bytes(plan.available_bytes)}. The "
+        f"{'It fits' if plan.fits else 'It does not fit'}: {memory} of {available}. The "
         f"largest batch puts {plural(forward['examples'], 'example')}, {forward['tokens']:,} tokens in all, through "
         "the model at once."
     )
-    trained = f"{share(plan.trainable_parameters, plan.total_parameters)} of {count(plan.total_parameters)}"
-    numbers = [
-        Number("trained parameters", count(plan.trainable_parameters), trained),
-        Number("memory", memory, f"of {format_bytes(plan.available_bytes)}", "page"),
-    ]
     if full is not None:
         lead += f" Full fine-tuning needs {format_bytes(full.memory.total)}."
+    if room.remedies:
+        lead += f" What helps: {'; '.join(room.remedies)}."
+    return Page("plan", f"{name}, before any training", lead, _numbers(plan), sections, plan.notes)
+
+
+def _numbers(plan: Plan) -> list[Number]:
+    trained, room, schedule, full = plan.trained, plan.room, plan.schedule, plan.full
+    trainable, available = trained.trainable_parameters, format_bytes(room.available_bytes)
+    numbers = [
+        Number(
+            "trained parameters",
+            count(trainable),
+            f"{share(trainable, trained.total_parameters)} of {count(trained.total_parameters)}",
+        ),
+        Number("memory", format_bytes(plan.memory.total), f"of {available}", "page"),
+    ]
+    if full is not None:
         note = f"batches of {full.batch_size_that_fits} fit" if full.batch_size_that_fits else "does not fit"
         numbers.append(Number("memory, full fine-tuning", format_bytes(full.memory.total), note, "page"))
-    if plan.remedies:
-        lead += f" What helps: {'; '.join(plan.remedies)}."
-    note = f"asked for: {plan.batch_size}"
-    numbers.append(Number("batch size that fits", _batch_size(plan, plan.batch_size_that_fits), note, "page"))
-    if plan.steps is not None:
-        numbers.append(Number("steps", f"{plan.steps:,}", detail="page"))
-    if plan.seconds is not None:
-        note = "reckoned from a data sheet" if plan.card else "estimated"
-        numbers.append(Number("time of the steps", duration(plan.seconds), note, "page"))
-    name = plan.model.rstrip("/").rpartition("/")[2]
-    return Page("plan", f"{name}, before any training", lead, numbers, sections, plan.notes)
+    fitting = _batch_size(plan, room.batch_size_that_fits)
+    numbers.append(Number("batch size that fits", fitting, f"asked for: {room.batch_size}", "page"))
+    if schedule.steps is not None:
+        numbers.append(Number("steps", f"{schedule.steps:,}", detail="page"))
+    if schedule.seconds is not None:
+        numbers.append(Number("time of the steps", duration(schedule.seconds), "estimated", "page"))
+    return numbers
 
 
 def _trained(plan: Plan) -> list[Block | None]:
@@ -81,9 +87,9 @@ def _trained(plan: Plan) -> list[Block | None]:
             *(NONE if value is None else f"{value:g}" for value in (group.r, group.alpha)),
             f"{group.parameters:,}",
         ]
-        for group in plan.groups
+        for group in plan.trained.groups
     ]
-    left = [[group.path, f"{group.parameters:,}", group.reason] for group in plan.left]
+    left = [[group.path, f"{group.parameters:,}", group.reason] for group in plan.trained.left]
     left_columns = [Column("path"), *numeric("parameters"), Column("why")]
     return [Table(columns, rows) if rows else None, Table(left_columns, left, "Left as they are") if left else None]
 
@@ -93,7 +99,7 @@ def _memory(plan: Plan) -> list[Block | None]:
     memories = {"full fine-tuning": plan.memory.to_dict()}  # method of training -> bytes by part, with their total
     if plan.full is not None:
         memories = {"LoRA": plan.memory.to_dict(), "full fine-tuning": plan.full.memory.to_dict()}
-    limit_is_near = plan.available_bytes < NEAR * max(memory["total"] for memory in memories.values())
+    limit_is_near = plan.room.available_bytes < NEAR * max(memory["total"] for memory in memories.values())
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.new_axes(128 + 46 * len(memories), "GB")
@@ -107,7 +113,7 @@ def _memory(plan: Plan) -> list[Block | None]:
         for y, (end, memory) in enumerate(zip(starts, memories.values(), strict=True)):
             axes.annotate(format_bytes(memory["total"]), (end, y), (6, 0), textcoords="offset points", va="center")
         if limit_is_near:
-            axes.axvline(plan.available_bytes / 1e9, color=INK, linewidth=1.3, linestyle=DASHED)
+            axes.axvline(plan.room.available_bytes / 1e9, color=INK, linewidth=1.3, linestyle=DASHED)
         axes.set_yticks(range(len(memories)), list(memories))
         axes.set_ylim(len(memories) - 0.45, -0.55)
         axes.margins(x=0.18)
@@ -120,14 +126,14 @@ def _memory(plan: Plan) -> list[Block | None]:
         + ", ".join(f"{part} {format_bytes(memory[part])}" for part in parts if memory[part])
         for name, memory in memories.items()
     )
-    limit = f" Dashed line: the {format_bytes(plan.available_bytes)} that are available." if limit_is_near else ""
+    limit = f" Dashed line: the {format_bytes(plan.room.available_bytes)} that are available." if limit_is_near else ""
     alt = f"Stacked bars of memory. {listed}."
     rows = [
         [part, *(format_bytes(memory[part]) if memory[part] else NONE for memory in memories.values())]
         for part in plan.memory.to_dict()
         if any(memory[part] for memory in memories.values())
     ]
-    fitting = [plan.batch_size_that_fits, *([plan.full.batch_size_that_fits] if plan.full else [])]
+    fitting = [plan.room.batch_size_that_fits, *([plan.full.batch_size_that_fits] if plan.full else [])]
     rows.append(["batch size that fits", *(_batch_size(plan, number) for number in fitting)])
     return [
         Figure("memory", draw, alt, f"Memory by part.{limit}", wide=True),
@@ -136,50 +142,37 @@ def _memory(plan: Plan) -> list[Block | None]:
 
 
 def _batch_size(plan: Plan, fitting: int) -> str:
-    return f"{fitting:,}{' (all examples)' if fitting == plan.examples else ''}" if fitting else "none"
+    return f"{fitting:,}{' (all examples)' if fitting == plan.schedule.examples else ''}" if fitting else "none"
 
 
 def _options(plan: Plan) -> Table:
     rows = [
         [option.settings, format_bytes(option.memory), _batch_size(plan, option.batch_size), f"{option.tokens:,}"]
-        for option in plan.options
+        for option in plan.room.options
     ]
     columns = [Column("settings"), *numeric("memory", "largest batch", "tokens, if alone in it")]
     return Table(columns, rows)
-
-
-def _step_time(plan: Plan) -> Table | None:
-    if plan.step_time is None:
-        return None
-    time = plan.step_time
-    rows = [
-        ["products", duration(time.products)],
-        ["reading and writing memory", duration(time.memory)],
-        ["starting kernels, meanwhile", duration(time.launches)],
-    ]
-    return Table([Column("of the largest forward and its backward"), *numeric("time")], rows)
-
-
-def _of_each(plan: Plan) -> str:
-    return "" if plan.ranks is None else f", in each of {plan.ranks.count} processes"
 
 
 def _ranks(plan: Plan) -> list[Block | None]:
     """What several processes do together."""
     if plan.ranks is None:
         return []
-    ranks = plan.ranks
-    how = "FSDP2 shards the base over them" if ranks.fsdp else "each has the whole base"
-    sent = f"{format_bytes(ranks.sent_bytes)} in a step, and gets as many; the time that this takes is not counted"
-    return [Paragraph(f"{ranks.count} processes train together; {how}. Each sends {sent}.")]
+    how = "FSDP2 shards the base over them" if plan.ranks.fsdp else "each has the whole base"
+    return [Paragraph(f"{plan.ranks.count} processes train together; {how}.")]
 
 
 def _steps(plan: Plan) -> str:
-    per_step = f"{duration(plan.seconds_per_step)} per step"
-    if plan.steps is None:
-        return f"{per_step} ({plan.basis['time']}); give --data or --max-steps for the number of steps."
-    together = "" if plan.seconds is None else f", {duration(plan.seconds)} together"
-    return f"{plural(plan.steps, 'step')}, {per_step}{together} ({plan.basis['time']}). {_on_top(plan)}"
+    schedule, basis = plan.schedule, plan.basis["time"]
+    steps = None if schedule.steps is None else plural(schedule.steps, "step")
+    more = "Give --data or --max-steps for the number of steps."
+    if schedule.seconds_per_step is None:
+        return f"{more if steps is None else f'{steps}.'} The time of a step is {basis}."
+    per_step = f"{duration(schedule.seconds_per_step)} per step"
+    if steps is None:
+        return f"{per_step} ({basis}). {more}"
+    together = "" if schedule.seconds is None else f", {duration(schedule.seconds)} together"
+    return f"{steps}, {per_step}{together} ({basis}). {_on_top(plan)}"
 
 
 def _on_top(plan: Plan) -> str:
@@ -192,7 +185,7 @@ def _on_top(plan: Plan) -> str:
 
 
 def _parameters(plan: Plan) -> list[Block | None]:
-    modules = plan.modules
+    modules = plan.trained.modules
     names = short_names(module.path for module in modules)
     sums = dict.fromkeys(names.values(), 0.0)
     for module in modules:
