@@ -37,8 +37,7 @@ from tailora.study.budget import (
     seconds_of_workers,
 )
 from tailora.study.config import FULL, STEP_CHOICE, CompareConfig, arm_settings
-from tailora.study.judging import judge_arms
-from tailora.study.lr_search import LearningRateSearch
+from tailora.study.lr_range import LearningRateSearch
 from tailora.study.results import Comparison
 from tailora.study.study_store import (
     DAMAGED,
@@ -67,6 +66,7 @@ from tailora.study.trial import (
     on_choosing_half,
     run_in_subprocess,
 )
+from tailora.study.verdict import judge_arms
 from tailora.train.config import TASK_TYPES, TrainConfig
 
 STUDY, CLOCK, RUNS = "compare.json", "seconds.json", "runs"

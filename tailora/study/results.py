@@ -1,6 +1,6 @@
 """What `compare` and `search` find: the data classes. Field names are the keys of report.json.
 
-`study/judging.py` fills them in from the runs, `study/verdict.py` says in words what the numbers show, and
+`study/verdict.py` fills them in from the runs and says in words what the numbers show, and
 `tailora/report` shows both. Losses are those of held-out examples; half of these choose settings, the other half judge
 what was chosen (`study/trial.py`). `loss_unit`: what they are measured in; earlier versions had language models alone.
 Needs no torch.

@@ -46,7 +46,6 @@ from tailora.study.budget import (
     measure_costs,
 )
 from tailora.study.config import SearchConfig, trial_settings
-from tailora.study.judging import by_loss, choose_finalists, judge_finalists
 from tailora.study.results import Candidate, Finalist, SearchResult
 from tailora.study.search_space import Axis
 from tailora.study.study_store import (
@@ -75,6 +74,7 @@ from tailora.study.trial import (
     on_choosing_half,
     run_in_subprocess,
 )
+from tailora.study.verdict import by_loss, choose_finalists, judge_finalists
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import config_text
 
