@@ -464,8 +464,6 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
         **{name: partial(evidence, name) for name in evidence_tables.PARTS},
         "tiny-lm-stated": lambda: tiny_lm_tables.stated(read("tiny_lm")),
         "tiny-lm-losses": lambda: tiny_lm_tables.losses(read("tiny_lm")),
-        "tiny-lm-compare": lambda: tiny_lm_tables.compared(read("tiny_lm_compare")),
-        "tiny-lm-search": lambda: tiny_lm_tables.searched(read("tiny_lm_search")),
     },
     "docs/labels.md": {
         "classification": partial(trained, "classification"),

@@ -12,7 +12,6 @@ One by one runs in two rounds alone, because it takes longest. All takes about a
 
 import argparse
 import gc
-import json
 import os
 import random
 import statistics
@@ -80,7 +79,7 @@ def run_one_by_one(model: LoRAModel, requests: Workload) -> Result:
             model.set_adapter(name)
             model.generate(
                 input_ids=torch.tensor([prompt]),
-                streamer=FirstToken(first, began),
+                stopping_criteria=[NotesFirst(first, began)],
                 **settings(tokens),
             )
     return figures(requests, time.perf_counter() - began, first)
@@ -107,30 +106,16 @@ def settings(tokens: int) -> dict[str, Any]:
     return {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
 
 
-class FirstToken:
-    """A streamer that notes when the first token comes."""
-
-    def __init__(self, first: list[float], began: float) -> None:
-        self.first, self.began, self.calls = first, began, 0
-
-    def put(self, _: Any) -> None:
-        self.calls += 1
-        if self.calls == 2:  # after the prompt
-            self.first.append(time.perf_counter() - self.began)
-
-    def end(self) -> None:
-        pass
-
-
 class NotesFirst:
     """A stopping criterion that notes when the first token comes, and stops nothing."""
 
     def __init__(self, first: list[float], began: float) -> None:
-        self.first, self.began = first, began
+        self.first, self.began, self.is_noted = first, began, False
 
     def __call__(self, ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
-        if not self.first:
+        if not self.is_noted:
             self.first.append(time.perf_counter() - self.began)
+            self.is_noted = True
         return torch.zeros(len(ids), dtype=torch.bool)
 
 
@@ -240,16 +225,11 @@ def say(number: int, results: dict[str, list[Result]]) -> None:
     measure.log(f"round {number}, tokens/s: {rates}")
 
 
-def medians(runs: list[Result]) -> dict[str, Any]:
-    return {key: measure.spread([run[key] for run in runs]) for key in runs[0]}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help=f"one round, written to {measure.QUICK}")
-    parser.add_argument("--loading", action="store_true", help="measure loading again, and keep the rest")
     arguments = parser.parse_args()
     rounds = 1 if arguments.quick else arguments.rounds
     load_before, began = os.getloadavg()[0], time.perf_counter()
@@ -257,12 +237,6 @@ def main() -> None:
     keep_freed_memory(torch.device("cpu"))  # as `tailora serve` does; all arms gain
     path = measure.QUICK / "serve.json" if arguments.quick else measure.RESULTS / "serve.json"
     with synthetic_task(SHAPE) as (_, folder, _rows):
-        if arguments.loading:
-            earlier = json.loads(path.read_text())
-            if earlier.pop("machine") != measure.machine() or earlier["threads"] != arguments.threads:
-                raise SystemExit("the rest was measured on another machine, or with other threads: measure all again")
-            measure.write(path, {**earlier, "loading": measure_loading(folder, rounds)})
-            return
         arms = {**measure_arms(folder, rounds), **measure_loaded(folder, rounds)}
         loading = measure_loading(folder, rounds)
     speed = {name: [run["tokens_per_second"] for run in runs] for name, runs in arms.items()}
@@ -272,7 +246,7 @@ def main() -> None:
         "dtype": DTYPE,
         "load_before": load_before,
         "seconds": time.perf_counter() - began,
-        "arms": {name: medians(runs) for name, runs in arms.items()},
+        "arms": {name: measure.summary(runs) for name, runs in arms.items()},
         "ratios": {
             "tailora over PEFT": ratio(speed["tailora"], speed["PEFT"]),
             "tailora over one by one": ratio(speed["tailora"], speed["one by one"]),

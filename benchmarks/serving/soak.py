@@ -14,7 +14,6 @@ import json
 import random
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,12 +22,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import torch
+from scipy import stats
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -137,29 +138,29 @@ def sampled(client: httpx.Client, chance: random.Random, record: Record) -> None
     record.check("completion with settings", client.post("/v1/completions", json=body), 200, BUSY)
 
 
-def streamed(client: httpx.Client, chance: random.Random, record: Record) -> None:
-    body = {"model": chance.choice(MODELS), "messages": [{"role": "user", "content": "w5 w6"}], "stream": True}
-    body |= {"max_tokens": chance.randint(1, 60), "stream_options": {"include_usage": True}}
-    with client.stream("POST", "/v1/chat/completions", json=body) as response:
+def stream(client: httpx.Client, path: str, body: dict[str, Any], record: Record, what: str, most: int) -> list[str]:
+    """Returns at most so many lines of a streamed answer; none, and a record of it, if the request is refused."""
+    with client.stream("POST", path, json={**body, "stream": True}) as response:
         if response.status_code != 200:
             response.read()
-            record.check("stream", response, 200, BUSY)
-            return
-        lines = [line for line in response.iter_lines() if line]
-    is_whole = lines[-1] == "data: [DONE]" and not any('"error"' in line for line in lines)
-    record.add("stream", "200" if is_whole else "cut off", "" if is_whole else lines[-2])
+            record.check(what, response, 200, BUSY)
+            return []
+        return [line for line in islice(response.iter_lines(), most) if line]
+
+
+def streamed(client: httpx.Client, chance: random.Random, record: Record) -> None:
+    body = {"model": chance.choice(MODELS), "messages": [{"role": "user", "content": "w5 w6"}]}
+    body |= {"max_tokens": chance.randint(1, 60), "stream_options": {"include_usage": True}}
+    if lines := stream(client, "/v1/chat/completions", body, record, "stream", sys.maxsize):
+        is_whole = lines[-1] == "data: [DONE]" and not any('"error"' in line for line in lines)
+        record.add("stream", "200" if is_whole else "cut off", "" if is_whole else lines[-2])
 
 
 def leaves_a_stream(client: httpx.Client, chance: random.Random, record: Record) -> None:
-    body = {"model": chance.choice(MODELS), "prompt": "w5", "max_tokens": 1000, "stream": True, "ignore_eos": True}
-    with client.stream("POST", "/v1/completions", json=body) as response:
-        if response.status_code != 200:
-            response.read()
-            record.check("stream that the client leaves", response, 200, BUSY)
-            return
-        for _ in zip(range(chance.randint(1, 20)), response.iter_lines(), strict=False):
-            pass
-    record.add("stream that the client leaves", "left")
+    body = {"model": chance.choice(MODELS), "prompt": "w5", "max_tokens": 1000, "ignore_eos": True}
+    what = "stream that the client leaves"
+    if stream(client, "/v1/completions", body, record, what, chance.randint(1, 20)):
+        record.add(what, "left")
 
 
 def leaves_an_answer(client: httpx.Client, chance: random.Random, record: Record) -> None:
@@ -264,19 +265,9 @@ def guarded(action: Action, client: httpx.Client, chance: random.Random, record:
 
 def start_server(folder: Path, log: Path) -> tuple[subprocess.Popen[bytes], str]:
     """Returns the process and its address, when it listens."""
-    command = [
-        sys.executable,
-        "-m",
-        "tailora",
-        "serve",
-        "--model",
-        str(folder / "base"),
-        "--name",
-        "base",
-        "--port",
-        "0",
-    ]
-    command += ["--adapters", str(folder / "adapters"), "--adapter-memory", str(ADAPTER_MEMORY), "--device", "cpu"]
+    command = [sys.executable, "-m", "tailora", "serve", "--model", str(folder / "base"), "--name", "base"]
+    command += ["--adapters", str(folder / "adapters"), "--adapter-memory", str(ADAPTER_MEMORY)]
+    command += ["--device", "cpu", "--port", "0"]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
     for _ in range(600):
@@ -312,19 +303,14 @@ def watch_memory(process: subprocess.Popen[bytes], end: float) -> list[tuple[flo
 
 
 def memory_over_time(samples: list[tuple[float, float]]) -> dict[str, Any]:
-    """The straight line through the samples after the warm-up, and what of it may be noise."""
+    """The straight line through the samples after the warm-up."""
     counted = [sample for sample in samples if sample[0] >= WARM_UP * samples[-1][0]]
-    times, sizes = ([sample[i] for sample in counted] for i in (0, 1))
-    slope, start = statistics.linear_regression(times, sizes)
-    middle = statistics.fmean(times)
-    errors = [size - start - slope * when for when, size in zip(times, sizes, strict=True)]
-    variance = sum(error**2 for error in errors) / max(len(counted) - 2, 1)
-    standard_error = (variance / sum((when - middle) ** 2 for when in times)) ** 0.5
+    line = stats.linregress(counted)
     return {
-        "first_mb": sizes[0],
-        "last_mb": sizes[-1],
-        "slope_mb_per_hour": 3600 * slope,
-        "standard_error": 3600 * standard_error,
+        "first_mb": counted[0][1],
+        "last_mb": counted[-1][1],
+        "slope_mb_per_hour": 3600 * line.slope,
+        "standard_error": 3600 * line.stderr,
         "samples": [(round(when), round(size, 1)) for when, size in samples],
     }
 

@@ -44,69 +44,51 @@ def ceilings(_: dict[str, Any], result: dict[str, Any]) -> list[str]:
     return [f"At best: {', '.join([*products, *copies, *launches])}."] if products else []
 
 
+COLUMNS = {  # what an arm reports -> head of its column, factor, form
+    "seconds": ("ms", 1e3, "{:.1f}"),
+    "first": ("first token, ms", 1e3, "{:.1f}"),
+    "next": ("each later one, ms", 1e3, "{:.1f}"),
+    "tokens_per_second": ("tokens/s", 1, "{:,.0f}"),
+    "allocated": ("allocated, GB", 1e-9, "{:.2f}"),
+    "reserved": ("reserved, GB", 1e-9, "{:.2f}"),
+    "kernels": ("kernels", 1, "{:,.0f}"),
+    "waits": ("waits", 1, "{:,.0f}"),
+}
+
+
+def arms(title: str, result: dict[str, Any]) -> list[str]:
+    """A row for each arm with what it reports, medians of repeats; a last column says why an arm ended early."""
+    measured = {name: arm for name, arm in result.items() if isinstance(arm, dict)}
+    keys = [key for key in COLUMNS if any(key in arm for arm in measured.values())]
+    lines = [
+        [name, *(number(key, arm.get(key)) for key in keys), str(arm.get("failed", ""))[:60]]
+        for name, arm in measured.items()
+    ]
+    return [table(["arm", *(COLUMNS[key][0] for key in keys), ""], lines, title)] if lines else []
+
+
+def number(key: str, value: Any) -> str:
+    _, factor, form = COLUMNS[key]
+    return form.format(factor * (median(value) if isinstance(value, list) else value)) if value else ""
+
+
 def train(cell: dict[str, Any], result: dict[str, Any]) -> list[str]:
     """A table for each length of the documents."""
-    parts = []
-    for length, arms in result.items():
-        if not length.isdigit():
-            continue
-        base = arms.get("PEFT + Trainer", {}).get("tokens_per_second")
-        rows = [[name, *step_of(arm, base)] for name, arm in arms.items()]
-        head = ["arm", "ms a step", "tokens/s", "x PEFT + Trainer", "allocated", "reserved", "kernels", "waits"]
-        title = f"{cell['model']}, {cell['tokens']:,} tokens a step in documents of {int(length):,}"
-        parts.append(table(head, rows, title))
-    return parts
-
-
-def step_of(arm: dict[str, Any], base: float | None) -> list[str]:
-    if not arm["seconds"]:
-        return [arm.get("failed", "no time was left")[:60], *[""] * 6]
-    return [
-        f"{1000 * median(arm['seconds']):.1f}",
-        f"{arm['tokens_per_second']:,.0f}",
-        f"{arm['tokens_per_second'] / base:.2f}" if base else "",
-        *(f"{arm[key] / 1e9:.2f} GB" if key in arm else "" for key in ("allocated", "reserved")),
-        *counts_of(arm),
-    ]
-
-
-def counts_of(arm: dict[str, Any]) -> list[str]:
-    return [f"{arm[key]:,.0f}" if key in arm else "" for key in ("kernels", "waits")]
-
-
-def nf4(cell: dict[str, Any], result: dict[str, Any]) -> list[str]:
-    parts = train(cell, result)
+    about = f"{cell['model']}, {cell['tokens']:,} tokens a step in documents of"
+    parts = [part for length in result if length.isdigit() for part in arms(f"{about} {int(length):,}", result[length])]
     if "gradient_error" in result:
-        parts.append(
-            f"The gradient on the NF4 base is {result['gradient_error']:.1%} from that on its dequantised base."
-        )
+        parts.append(f"Relative error of the gradient on the NF4 base: {result['gradient_error']:.1%}.")
     return parts
 
 
 def decode(cell: dict[str, Any], result: dict[str, Any]) -> list[str]:
-    arms = {name: arm for name, arm in result.items() if isinstance(arm, dict)}
-    rows = [
-        [name, *(f"{1000 * median(arm[key]):.1f}" for key in ("first", "next")), *counts_of(arm)[:1]]
-        for name, arm in arms.items()
-    ]
-    title = f"{cell['model']}, {cell['rows']} prompts of 64 tokens"
-    return [table(["arm", "first token, ms", "each later one, ms", "its kernels"], rows, title)] if rows else []
+    return arms(f"{cell['model']}, {cell['rows']} prompts of 64 tokens", result)
 
 
 def rows(cell: dict[str, Any], result: dict[str, Any]) -> list[str]:
-    counts = [count for count in result if count.isdigit()]
-    arms = list(dict.fromkeys(arm for count in counts for arm in result[count]))
-    lines = [
-        [arm, *(milliseconds_and_kernels(result[count][arm]) if arm in result[count] else "" for count in counts)]
-        for arm in arms
-    ]
-    title = f"{cell['model']}, {cell['rows']} rows of one token: ms and kernels by the number of adapters"
-    return [table(["arm", *counts], lines, title)] if lines else []
-
-
-def milliseconds_and_kernels(arm: dict[str, Any]) -> str:
-    kernels = f", {arm['kernels']:,}" if "kernels" in arm else ""
-    return f"{1000 * median(arm['seconds']):.1f}{kernels}"
+    """A table for each number of adapters."""
+    about = f"{cell['model']}, {cell['rows']} rows of one token, adapters:"
+    return [part for count in result if count.isdigit() for part in arms(f"{about} {count}", result[count])]
 
 
 def curves(cell: dict[str, Any], result: dict[str, Any]) -> list[str]:
@@ -125,7 +107,7 @@ def tests(_: dict[str, Any], result: dict[str, Any]) -> list[str]:
 PARTS = {
     "ceilings": ceilings,
     "train": train,
-    "nf4": nf4,
+    "nf4": train,
     "decode": decode,
     "rows": rows,
     "curves": curves,

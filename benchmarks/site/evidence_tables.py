@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 from benchmarks.site.tables import table
-from benchmarks.site.tiny_lm_tables import shown
 from benchmarks.studies.evidence_data import FULL, MODEL_OF, PLAIN, STUDIES
 from benchmarks.studies.evidence_rules import FAILS, HOLDS, STATEMENTS, UNCLEAR, Finding, overall
 
@@ -91,47 +90,6 @@ def remark(finding: Finding) -> str:
     return f": {finding.remark}" if finding.remark else ""
 
 
-def arms(content: Content) -> str:
-    """Every arm of every study that was run: its own best rate, and its loss."""
-    rows = []
-    for cell in content["cells"]:
-        setting, study = cell["cell"]["setting"], cell["cell"]["study"]
-        if study == "intruders":
-            continue
-        report = cell["result"]["report"]
-        for arm in report["arms"]:
-            low, high = arm["interval"] or (None, None)
-            loss = arm["outcome"] if low is None else f"{arm['eval_loss']:.3f} ({low:.3f} to {high:.3f})"
-            tried = ", ".join(shown(float(rate)) for rate in sorted(arm["rates"], key=float))
-            best = "" if arm["learning_rate"] is None else shown(arm["learning_rate"])
-            forgotten = arm["forgetting"]
-            rows.append(
-                [
-                    setting,
-                    f"`{study}.yaml`",
-                    ARMS[arm["name"]],
-                    f"{report['steps']} x {len(report['seeds'])}",
-                    f"{arm['trainable_parameters']:,}" if low is not None else "",
-                    best,
-                    tried,
-                    loss,
-                    f"{forgotten['kl']:.3f}" if forgotten else "",
-                ]
-            )
-    head = [
-        "data",
-        "study",
-        "arm",
-        "steps x seeds",
-        "trained",
-        "best rate",
-        "rates tried",
-        "loss (95%)",
-        "KL from the base",
-    ]
-    return f"{table(head, rows)}\n\n{source(content)}"
-
-
 def source(content: Content) -> str:
     """On how many examples, and on which machine."""
     machine = content["machine"]
@@ -171,5 +129,5 @@ PARTS: dict[str, Callable[[Content], str]] = {  # name of a part of the page -> 
     "evidence-verdicts": verdicts,
     **{f"evidence-{name}": partial(statement, name=name) for name in STATEMENTS},
     "evidence-matrices": intruders,
-    "evidence-arms": arms,
+    "evidence-source": source,
 }

@@ -1,20 +1,14 @@
 """Markdown tables from the JSON files in benchmarks/results.
 
-    python -m benchmarks.site.tables                  all tables
-    python -m benchmarks.site.tables steps memory     those of these benchmarks
-    python -m benchmarks.site.tables --quick          those of `--quick` runs
-
 A number is the median of the repeats, and the range in brackets goes from the lowest to the highest. No table is wider
 than about 100 characters: results with more columns are split into several tables.
 """
 
-import argparse
-import json
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from benchmarks.measure import QUICK, RESULTS, spread
+from benchmarks.measure import spread
 
 Cells = list[dict[str, Any]]  # what measure.py wrote: {"cell": settings, "result": numbers, ...} each
 Spread = dict[str, float]  # median, low and high
@@ -230,41 +224,14 @@ def largest_difference(values: list[float], others: list[float]) -> float:
     return max(abs(value - other) for value, other in zip(values, others, strict=True))
 
 
-STARTUP_PARTS = {  # functions of a profile whose name does not say what they do
-    "loop.step": "the first step",
-    "load.load_base": "loading the model and its tokenizer",
-    "setup.choose_rows": "choosing packed or padded batches",
-    "kernels.choose_kernels": "checking the kernels on the model",
-    "setup.memory_cost": "estimating the memory of a forward",
-    "run._save": "writing the adapter",
-    "feed.feed": "reading and tokenising the data",
-    "setup.subject": "attaching the adapter",
-    "trainer.step": "the first step",
-    "model_loading.load_base": "loading the model and its tokenizer",
-    "setup.choose_layout": "choosing packed or padded batches",
-    "kernel_choice.choose_kernels": "checking the kernels on the model",
-    "trainer.save_trained": "writing the adapter",
-    "dataloader.read_data": "reading and tokenising the data",
-    "setup.attach": "attaching the adapter",
-}
-SHORT = 0.1  # seconds: shorter parts are added up
-
-
 def startup(cells: Cells) -> list[str]:
-    """CPU seconds of `tailora train` until its first step, and the parts of it."""
+    """CPU seconds of `tailora train` until its first step."""
     watched = [cell["result"] for cell in cells if cell["cell"]["what"] == "watched"]
     milestones = [
         [label, ranged(spread([run[key] for run in watched]))]
         for label, key in [("everything is loaded and checked", "ready"), ("the first step is done", "first_step_done")]
     ]
-    tables = [table(["until", "CPU s"], milestones, "`tailora train` on the cached demo model")]
-    for cell in cells:
-        if cell["cell"]["what"] == "profiled":
-            profile = {"imports": cell["result"]["imports"], **cell["result"]["parts"]}
-            rows = [[STARTUP_PARTS.get(name, name), f"{s:.2f}"] for name, s in profile.items() if s >= SHORT]
-            rest = sum(s for s in profile.values() if s < SHORT)
-            tables.append(table(["part", "CPU s"], [*rows, ["all other parts", f"{rest:.2f}"]], "Under a profiler"))
-    return tables
+    return [table(["until", "CPU s"], milestones, "`tailora train` on the cached demo model")]
 
 
 # ---- Adapters in use
@@ -352,7 +319,7 @@ def ratio(cell: dict[str, Any], arm: str, over: str) -> str:
     return f"{seconds[arm]['median'] / seconds[over]['median']:.2f}"
 
 
-# ---- Plans and advice
+# ---- Plans
 
 
 def plan(cells: Cells) -> list[str]:
@@ -369,32 +336,6 @@ def plan(cells: Cells) -> list[str]:
     ]
     head = ["configuration", "tokens of the largest forward", "peak, GB", "plan / peak", "plan --measure / peak"]
     return [table(head, rows, "Memory, estimated and measured")]
-
-
-def advice(cells: Cells) -> list[str]:
-    """What advice.py measured, a row for each adapter, and the rules that fired."""
-    rate = cells[0]["cell"]["octave"]
-    loss_at_rate = {cell["cell"]["r"]: cell["result"]["loss"] for cell in cells if cell["cell"]["octave"] == rate}
-    rows, rules = [], []
-    for cell in cells:
-        r, octave, result = cell["cell"]["r"], cell["cell"]["octave"], cell["result"]
-        doubled = loss_at_rate.get(2 * r) if octave == rate else None
-        rows.append(
-            [
-                str(r),
-                f"2^{octave}",
-                f"{result['loss']:.3f}",
-                "" if doubled is None else f"{result['loss'] - doubled:.3f}",
-                "-" if result["cost"] is None or r == 1 else f"{result['cost']:.1%}",
-                f"{result['use']:.2f}",
-                f"{result['relative_norm']:.2f}",
-                f"{result['intruders']:.1f} ({result['intruders_random']:.1f})",
-                f"{result['forgetting']:.3f}",
-            ]
-        )
-        rules.append([str(r), f"2^{octave}", ", ".join(result["rules"])])
-    head = ["r", "rate", "loss", "2r gains", "lower half costs", "eff. / r", "dW/W", "new (random)", "forgets"]
-    return [table(head, rows, "Adapters whose cure is known"), table(["r", "rate", "rules"], rules, "Rules that fired")]
 
 
 # ---- All of them
@@ -429,7 +370,6 @@ TABLES: dict[str, Callable[[Cells], list[str]]] = {
     "adapters": adapters,
     "startup": startup,
     "plan": plan,
-    "advice": advice,
     "preferences": preferences,
 }
 
@@ -448,21 +388,3 @@ def load(content: dict[str, Any]) -> str:
     """Returns how busy the machine was before each cell: its load average, lowest and highest."""
     loads = [cell["load_before"] for cell in content["cells"]]
     return f"Load of the machine before the cells: {min(loads):.1f} to {max(loads):.1f}."
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(TABLES))
-    parser.add_argument("--quick", action="store_true", help="results of --quick runs")
-    options = parser.parse_args()
-    if unknown := [name for name in options.names if name not in TABLES]:
-        parser.error(f"no tables of {', '.join(unknown)}; there are {', '.join(TABLES)}")
-    folder = QUICK if options.quick else RESULTS
-    for name in options.names or [name for name in TABLES if (folder / f"{name}.json").exists()]:
-        content = json.loads((folder / f"{name}.json").read_text())
-        source = f"{machine(content)}; {packages(content)}. {load(content)}"
-        print("\n\n".join([f"## {name}", *TABLES[name](content["cells"]), source]) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -53,58 +53,6 @@ def losses(content: Content) -> str:
     return f"{table(head, rows)}\n\n{note}"
 
 
-# ---- From the commands' reports
-
-
-def compared(content: Content) -> str:
-    """The arms of a comparison, the rates that each tried, the verdict and the statements."""
-    report = content["report"]
-    arms = [arm for arm in report["arms"] if arm["outcome"] == "done"]
-    results = [
-        [
-            label_of(arm["name"]),
-            f"{arm['trainable_parameters']:,}",
-            f"{arm['eval_loss']:.3f} ({arm['interval'][0]:.3f} to {arm['interval'][1]:.3f})",
-            "" if arm["difference"] is None else f"{arm['difference']['value']:+.3f}",
-            f"{arm['forgetting']['kl']:.2f}",
-        ]
-        for arm in arms
-    ]
-    rates = [
-        [label_of(arm["name"]), f"{arm['learning_rate']:.2g}", ", ".join(map(shown, sorted(map(float, arm["rates"]))))]
-        for arm in arms
-    ]
-    head = ["arm", "trained", "loss (95%)", f"- {report['reference']}'s", "KL from the base"]
-    tables = [table(head, results), table(["arm", "best rate", "rates that were tried"], rates)]
-    return with_verdict(content, "\n\n".join(tables))
-
-
-def searched(content: Content) -> str:
-    """The finalists of a search, the verdict and the statements."""
-    report = content["report"]
-    rows = [
-        [
-            f"{finalist['number']}",
-            ", ".join(f"{name} {shown(value)}" for name, value in finalist["settings"].items()),
-            f"{finalist['trainable_parameters']:,}",
-            f"{finalist['eval_loss']:.3f}",
-        ]
-        for finalist in report["finalists"]
-    ]
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in (report["importances"] or {}).items())
-    note = f"{len(report['trials'])} trials." + (f" Importance: {shares}." if shares else "")
-    return with_verdict(content, f"{table(['finalist', 'settings', 'trained', 'loss'], rows)}\n\n{note}")
-
-
-def with_verdict(content: Content, results: str) -> str:
-    machine = content["machine"]
-    source = (
-        f"{content['seconds'] / 60:.0f} minutes on {machine['cores']} cores of an {machine['cpu']}, which also did "
-        f"other work; torch {machine['packages']['torch']}."
-    )
-    return f"{results}\n\n> {content['report']['verdict']}\n\n{stated(content)}\n\n{source}"
-
-
 def rates(content: Content) -> str:
     """Held-out loss of every arm at every rate that it tried, on the half that chooses."""
     rows = [

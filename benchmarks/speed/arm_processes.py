@@ -20,7 +20,7 @@ from tailora.train.trainer import run
 
 # An arm's process sends True when everything is loaded. Then it waits: True asks for the next step, False ends it.
 # After each step it sends the loss; before that, tailora also sends texts about its choices.
-Arm = Callable[[Connection, Shape, Path, list[Example], str], None]
+ARMS = ("tailora", "fast off", "PEFT", "full", "products")
 
 
 @contextmanager
@@ -31,9 +31,9 @@ def arms_in_processes(
     context, notes = get_context("spawn"), list[str]()
     with ExitStack() as stack:
         steps = {}
-        for name, arm in ARMS.items():
+        for name in ARMS:
             parent, child = context.Pipe()
-            process = context.Process(target=arm, args=(child, shape, folder, rows, dtype), daemon=True)
+            process = context.Process(target=serve, args=(child, name, shape, folder, rows, dtype), daemon=True)
             process.start()
             stack.callback(process.join)
             stack.callback(parent.send, False)
@@ -80,30 +80,15 @@ def serve_steps(connection: Connection, step: Callable[[], Any]) -> None:
         connection.send(0.0)
 
 
-def _tailora(connection: Connection, shape: Shape, folder: Path, _rows: list[Example], dtype: str) -> None:
-    serve_run(connection, shape, folder, dtype, {})
-
-
-def _fast_off(connection: Connection, shape: Shape, folder: Path, _rows: list[Example], dtype: str) -> None:
-    serve_run(connection, shape, folder, dtype, FAST_OFF)
-
-
-def _peft(connection: Connection, shape: Shape, folder: Path, rows: list[Example], dtype: str) -> None:
-    serve_steps(connection, peft(folder, rows, shape, dtype))
-
-
-def _full(connection: Connection, shape: Shape, folder: Path, rows: list[Example], dtype: str) -> None:
-    serve_steps(connection, full(folder, rows, shape, dtype))
-
-
-def _products(connection: Connection, shape: Shape, _folder: Path, _rows: list[Example], dtype: str) -> None:
-    serve_steps(connection, products(shape, DTYPES[dtype]))
-
-
-ARMS: dict[str, Arm] = {
-    "tailora": _tailora,
-    "fast off": _fast_off,
-    "PEFT": _peft,
-    "full": _full,
-    "products": _products,
-}
+def serve(connection: Connection, name: str, shape: Shape, folder: Path, rows: list[Example], dtype: str) -> None:
+    match name:
+        case "tailora":
+            serve_run(connection, shape, folder, dtype, {})
+        case "fast off":
+            serve_run(connection, shape, folder, dtype, FAST_OFF)
+        case "PEFT":
+            serve_steps(connection, peft(folder, rows, shape, dtype))
+        case "full":
+            serve_steps(connection, full(folder, rows, shape, dtype))
+        case _:
+            serve_steps(connection, products(shape, DTYPES[dtype]))

@@ -1,15 +1,12 @@
-"""CPU seconds of `tailora train` on the cached demo model until its first step, and where they go.
+"""CPU seconds of `tailora train` on the cached demo model until its first step.
 
     python -m benchmarks.speed.startup          writes benchmarks/results/startup.json
 
 The command runs in a process of its own and is watched from outside: run.json exists as soon as everything is loaded
-and checked, and metrics.jsonl has a line as soon as the first step is done. The parts come from a second run under
-Python's profiler (in CPU time). It slows Python code down, so read them as shares.
+and checked, and metrics.jsonl has a line as soon as the first step is done.
 """
 
-import cProfile
 import os
-import pstats
 import subprocess
 import sys
 import tempfile
@@ -22,24 +19,20 @@ from benchmarks import measure
 
 FLAGS = ["--model", "demo", "--data", "demo", "--validation-split", "0", "--samples", "0", "--max-steps", "1"]
 TICKS = os.sysconf("SC_CLK_TCK")  # of the clock in /proc, per second
-PARENTS = {("trainer.py", "train"), ("trainer.py", "setup")}  # of class Trainer; the parts are what they call
 
 
 def cells(quick: bool) -> list[measure.Cell]:
     repeats = range(1 if quick else 3)
     common = {"threads": 1, "malloc": "default"}
-    watched = [{"what": "watched", "repeat": repeat, **common} for repeat in repeats]
-    return [*watched, {"what": "profiled", "repeat": 0, **common}]
+    return [{"what": "watched", "repeat": repeat, **common} for repeat in repeats]
 
 
 def run_cell(what: str, repeat: int, threads: int) -> dict[str, Any]:
+    del what
     with tempfile.TemporaryDirectory() as folder:
         flags = ["train", *FLAGS, "--output-dir", f"{folder}/run"]
-        result = watch(flags, Path(folder) / "run") if what == "watched" else profile(flags)
+        result = watch(flags, Path(folder) / "run")
     return {"repeat": repeat, "threads": threads, **result}
-
-
-# ---- Watched from outside
 
 
 def watch(flags: list[str], output: Path) -> dict[str, float]:
@@ -68,35 +61,6 @@ def cpu_seconds_until(condition: Callable[[], bool], process: "subprocess.Popen[
 
 def has_line(path: Path) -> bool:
     return path.exists() and "\n" in path.read_text()
-
-
-# ---- Under the profiler
-
-
-def profile(flags: list[str]) -> dict[str, Any]:
-    """Returns the CPU seconds of the imports and of the parts of a run."""
-    started = time.process_time()
-    import tailora.cli.train  # noqa: F401 imports torch, transformers and the rest, as the command does
-    from tailora.cli.main import main
-
-    imports = time.process_time() - started
-    profiler = cProfile.Profile(time.process_time)
-    if (code := profiler.runcall(main, flags)) != 0:
-        raise RuntimeError(f"tailora {' '.join(flags)} ended with {code}")
-    return {"imports": imports, "parts": parts(pstats.Stats(profiler))}
-
-
-def parts(stats: pstats.Stats) -> dict[str, float]:
-    """Returns the seconds of what the functions in PARENTS call, by "file.function", PARENTS themselves left out."""
-    seconds: dict[str, float] = {}
-    for (file, _line, name), (*_numbers, callers) in stats.stats.items():  # type: ignore[attr-defined]
-        if (Path(file).name, name) in PARENTS:
-            continue
-        for (calling_file, _, calling_name), (*_counts, cumulative) in callers.items():
-            if (Path(calling_file).name, calling_name) in PARENTS and cumulative > 0.01:
-                key = f"{Path(file).stem}.{name}"
-                seconds[key] = seconds.get(key, 0.0) + cumulative
-    return dict(sorted(seconds.items(), key=lambda part: -part[1]))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,11 @@ def trainer(
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     arguments = TrainingArguments(
-        **{**common_settings(config, watch), "train_sampling_strategy": "group_by_length", **settings}
+        **{
+            **common_settings(config, watch.folder),
+            "train_sampling_strategy": "group_by_length",
+            **settings,
+        }
     )
     Trainer(
         model=get_peft_model(base, lora_config(config)),
@@ -88,7 +92,7 @@ def trl(
     """TRL's SFTTrainer, which computes logits only where there is a label; prompts are masked."""
     from trl import SFTConfig, SFTTrainer
 
-    arguments = SFTConfig(**{**common_settings(config, watch), "gradient_checkpointing": False, **settings})
+    arguments = SFTConfig(**{**common_settings(config, watch.folder), "gradient_checkpointing": False, **settings})
     SFTTrainer(
         model=base,
         args=arguments,
@@ -108,9 +112,9 @@ def packing_settings(examples: Examples) -> dict[str, Any]:
     return {"packing": True, "max_length": length, "per_device_train_batch_size": 1}
 
 
-def common_settings(config: TrainConfig, watch: Stopwatch) -> dict[str, Any]:
+def common_settings(config: TrainConfig, folder: Path) -> dict[str, Any]:
     return {
-        "output_dir": str(watch.folder / "trainer"),
+        "output_dir": str(folder),
         "per_device_train_batch_size": config.per_device_train_batch_size,
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": config.lr_scheduler_type,

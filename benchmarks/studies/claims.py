@@ -3,10 +3,8 @@
 A learning rate is 2^octave.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 Losses = Mapping[str, Mapping[int, float]]
 PLAIN = "r8"  # the LoRA arm with the rank of the DoRA and PiSSA arms
@@ -96,43 +94,3 @@ def check_claims(losses: Losses) -> list[Claim]:
 def best_at_the_edge(losses: Losses) -> list[str]:
     """Returns the arms whose best learning rate is the lowest or highest tried: another may be still better."""
     return [arm for arm, by_octave in losses.items() if best(losses, arm) in (min(by_octave), max(by_octave))]
-
-
-# ---- From the commands' reports
-
-
-def of_comparison(report: Mapping[str, Any]) -> list[Claim]:
-    """Checks the arms at the rates that the comparison chose, and PiSSA at a low rate by its search for rates."""
-    chosen = {arm["name"]: {octave(arm["learning_rate"]): arm["eval_loss"]} for arm in report["arms"]}
-    tried = {arm["name"]: {octave(float(rate)): loss for rate, loss in arm["rates"].items()} for arm in report["arms"]}
-    return [claim(tried if claim is pissa_is_ahead_at_a_low_rate else chosen) for claim in CLAIMS]
-
-
-def of_search(report: Mapping[str, Any], losses: Losses) -> list[Claim]:
-    """Compares the search with the grid. losses: those of the grid of tiny_lm.py."""
-    best_settings = report["best"]["settings"]
-    distance = abs(math.log2(best_settings["learning_rate"]) - best(losses, "r64"))
-    found = f"{best_settings['learning_rate']:.2g}, which is {distance:.1f} octaves from 2^{best(losses, 'r64')}"
-    cheapest_settings = report["cheapest"]["settings"]
-    difference = report["cheapest"]["eval_loss"] - report["best"]["eval_loss"]
-    return [
-        Claim("learning rate of the best within one octave of the grid's", found, distance <= 1),
-        Claim("the best is of high rank on all layers or the MLP", _config(best_settings), _is_good(best_settings)),
-        Claim(
-            "the cheapest is within the margin of the best",
-            f"{_config(cheapest_settings)}, {difference:+.4f}",
-            difference < 0.02,
-        ),
-    ]
-
-
-def octave(rate: float) -> int:
-    return round(math.log2(rate))
-
-
-def _config(settings: Mapping[str, Any]) -> str:
-    return f"r = {settings['r']} on {settings['target_modules']}"
-
-
-def _is_good(settings: Mapping[str, Any]) -> bool:
-    return settings["r"] >= 16 and settings["target_modules"] != "attention"

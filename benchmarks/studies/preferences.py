@@ -21,6 +21,7 @@ from benchmarks import measure
 
 if TYPE_CHECKING:
     from tailora.data.dataset import Example
+    from tailora.train.config import TrainConfig
 
 STEPS, BATCH, HELD_OUT = 6, 8, 24
 BETA, RATE, MAX_LENGTH = 0.1, 1e-4, 256
@@ -76,7 +77,6 @@ def since(start: tuple[float, float]) -> dict[str, float]:
 
 
 def tailora(folder: Path) -> tuple[dict[str, float], Path]:
-    from tailora.train.config import TrainConfig
     from tailora.train.events import Event, Prepared, Stepped
     from tailora.train.trainer import run
 
@@ -89,50 +89,36 @@ def tailora(folder: Path) -> tuple[dict[str, float], Path]:
             case Stepped():
                 clock["end"] = since(clock["start"])
 
-    output = folder / "run"
-    config = TrainConfig(
+    run(train_config(folder), on_event=on_event)
+    return clock["end"], folder / "run" / "adapter"
+
+
+def train_config(folder: Path) -> "TrainConfig":
+    from tailora.train.config import TrainConfig
+
+    return TrainConfig(
         data=str(folder / "train.jsonl"),
-        output_dir=str(output),
+        output_dir=str(folder / "run"),
         validation_split=0,
         max_length=MAX_LENGTH,
         learning_rate=RATE,
         beta=BETA,
         per_device_train_batch_size=BATCH,
     )
-    run(config, on_event=on_event)
-    return clock["end"], output / "adapter"
 
 
 def trl(folder: Path, **settings: Any) -> tuple[dict[str, float], Path]:
     from datasets import load_dataset
-    from peft import LoraConfig
     from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    from tailora.core.device import has_bfloat16
+    from benchmarks.speed.trainers import common_settings, lora_config
     from tailora.train.model_loading import load_base
 
     base, tokenizer = load_base("demo")
-    arguments = {
-        "output_dir": str(folder / "trainer"),
-        "beta": BETA,
-        "max_length": MAX_LENGTH,
-        "per_device_train_batch_size": BATCH,
-        "learning_rate": RATE,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.05,
-        "max_grad_norm": 1.0,
-        "num_train_epochs": 1,
-        "optim": "adamw_torch_fused",
-        "gradient_checkpointing": False,
-        "use_cpu": True,
-        "bf16": has_bfloat16(),
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_strategy": "no",
-        "dataloader_pin_memory": False,
-    }
+    config = train_config(folder)
+    common = common_settings(config, folder / "trainer")
+    arguments = {**common, "beta": BETA, "max_length": MAX_LENGTH, "gradient_checkpointing": False, **settings}
     ends: list[dict[str, float]] = []
 
     class Clock(TrainerCallback):
@@ -140,15 +126,13 @@ def trl(folder: Path, **settings: Any) -> tuple[dict[str, float], Path]:
             ends.append(since(start))
 
     data = load_dataset("json", data_files=str(folder / "train.jsonl"), split="train")
-    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    before = DPOConfig(**{**arguments, **settings})
     start = stopwatch()  # the reference that is computed once is computed while the trainer is made
     trainer = DPOTrainer(
         model=base,
-        args=before,
+        args=DPOConfig(**arguments),
         train_dataset=data,
         processing_class=tokenizer,
-        peft_config=config,
+        peft_config=lora_config(config),
         callbacks=[Clock()],
     )
     trainer.train()

@@ -1,9 +1,7 @@
 """Experiment 6: LoRA's ranks, target layers and variants beside full fine-tuning, each at several learning rates.
 
     python -m benchmarks.studies.tiny_lm                 writes benchmarks/results/tiny_lm.json: the grid and the claims
-    python -m benchmarks.studies.tiny_lm --compare       writes tiny_lm_compare.json: the same by `tailora compare`
-    python -m benchmarks.studies.tiny_lm --search        writes tiny_lm_search.json: `tailora search`, beside the grid
-    python -m benchmarks.studies.tiny_lm --make FOLDER   writes model, tokenizer and data, as the two commands get them
+    python -m benchmarks.studies.tiny_lm --make FOLDER   writes model, tokenizer and data, for `tailora compare`
 
 The language and the arms are those of markov.py, the statements that are checked those of claims.py. A cell is one arm
 and seed at all learning rates, 2^-10 to 2^-5. Losses are nats per predicted token of 512 held-out texts.
@@ -12,11 +10,10 @@ and seed at all learning rates, 2^-10 to 2^-5. Losses are nats per predicted tok
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
@@ -98,50 +95,8 @@ def write_claims(path: Path) -> None:
     log_claims(together)
 
 
-# ---- The same by the commands
-
-
 def make(folder: str) -> None:
     markov.write_folder(base_model(BASE_STEPS), Path(folder), TRAIN_TEXTS, EVAL_TEXTS)
-
-
-def run_study(name: str, settings: dict[str, Any], check: Callable[[dict[str, Any]], list[claims.Claim]]) -> None:
-    """Runs the command as a user does, and writes its report, what it printed, and the claims."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder, output = Path(temporary), Path(temporary) / "study"
-        make(temporary)
-        common = {"model": "model", "data": "train.jsonl", "eval_data": "eval.jsonl", "num_train_epochs": 1}
-        common |= {"per_device_train_batch_size": markov.BATCH, "dtype": "float32", "lora_alpha": markov.ALPHA}
-        (folder / "study.yaml").write_text(json.dumps({**common, **settings}))
-        command = [sys.executable, "-m", "tailora.cli", name, "--config", "study.yaml", "--output-dir", str(output)]
-        started = time.perf_counter()
-        terminal = {"COLUMNS": "130", "NO_COLOR": "1", "TERM": "dumb"}
-        process = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **terminal}, cwd=folder
-        )
-        seconds = time.perf_counter() - started
-        report = json.loads((output / "report.json").read_text().replace(temporary, "outputs"))
-        shown = process.stdout.replace(temporary, "outputs").strip()
-    checked = check(report)
-    content = {"settings": settings, "seconds": seconds, "claims": [asdict(claim) for claim in checked]}
-    measure.write(f"tiny_lm_{name}", {**content, "shown": shown, "report": report})
-    measure.log(shown)
-    log_claims(checked)
-
-
-def compare() -> None:
-    arms: dict[str, dict[str, Any]] = {"full": {"method": "full", "learning_rate": 2.0**-9}}
-    for name in ("r1", "r8", "r64", "attention", "mlp", "dora", "pissa"):
-        arms[name] = {**(markov.ARMS[name] or {}), "learning_rate": 2.0**-7}
-    settings = {"arms": arms, "rate_tries": 4, "seeds": 3, "forgetting_data": "old.jsonl"}
-    run_study("compare", settings, claims.of_comparison)
-
-
-def search() -> None:
-    space = {"learning_rate": "2e-4..6e-2", "r": "1..64", "target_modules": "all-linear,attention,mlp"}
-    settings = {"space": space, "trials": 24, "seeds": 3, "lora_dropout": 0.0, "loraplus_lr_ratio": 1.0}
-    grid = mean_losses(json.loads((measure.RESULTS / "tiny_lm.json").read_text())["cells"])
-    run_study("search", settings, lambda report: claims.of_search(report, grid))
 
 
 def log_claims(checked: list[claims.Claim]) -> None:
@@ -149,12 +104,9 @@ def log_claims(checked: list[claims.Claim]) -> None:
         measure.log(f"{'yes' if claim.holds else 'NO '} {claim.statement}: {claim.found}")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"--make": make, "--compare": compare, "--search": search}
-
-
 if __name__ == "__main__":
-    if sys.argv[1:] and sys.argv[1] in COMMANDS:
-        COMMANDS[sys.argv[1]](*sys.argv[2:])
+    if sys.argv[1:2] == ["--make"]:
+        make(sys.argv[2])
     else:
         measure.main("tiny_lm", str(__doc__), cells, run_cell)
         if "--cell" not in sys.argv:
