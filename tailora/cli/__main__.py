@@ -2,43 +2,34 @@
 
 The first signal raises KeyboardInterrupt, so that files are cleaned up; a second of the same kind ends the process at
 once. One of the other kind changes nothing: launchers such as torchrun send SIGTERM after a Ctrl-C. While it trains,
-a run handles the first signal itself (`train.events.StopSignals`). A process that is ending for another reason is not
-interrupted any more: the launcher that ends it must not keep it from saying why. Nor does a second signal within a
-few seconds end one of several processes then: it may be the same one, from Slurm and from the launcher.
+a run handles the first signal itself (`train.failures.StopSignals`).
 """
 
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
 from tailora.errors import INTERRUPTED
-from tailora.train.launch import SECONDS_FOR_ONE_SIGNAL, end_process, is_launched_by_tailora, rank, world_size
+from tailora.train.launch import end_process, is_launched_by_tailora, rank, world_size
 
 
 class InterruptSignals:
     """Handles SIGINT and SIGTERM, unless they are ignored, as SIGINT is in the background of a shell script."""
 
     def __init__(self) -> None:
-        self.received: dict[int, float] = {}  # number of a signal -> when it came first
+        self.received: set[int] = set()
         self.has_interrupted = False  # True if a signal has raised KeyboardInterrupt
-        self.is_ending = False  # set when a run has stopped or failed and is about to say why
         sys.unraisablehook = self._on_unraisable
         self.handle_with(self)
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
-        now = time.monotonic()
         if number in self.received:
-            is_same = world_size() > 1 and now - self.received[number] < SECONDS_FOR_ONE_SIGNAL
-            if self.is_ending and is_same:
-                return
             end_now()
-        interrupts = not self.received and not self.is_ending
-        self.received[number] = now
-        if interrupts:
+        self.received.add(number)
+        if not self.has_interrupted:
             self.has_interrupted = True
             raise KeyboardInterrupt
 

@@ -2,7 +2,6 @@
 
 import json as jsonlib
 import math
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -196,7 +195,7 @@ def eval(
     from tailora.cli.progress import counter
     from tailora.evaluation.lm_eval import evaluate_tasks, find_tasks
     from tailora.evaluation.scores import EvalOptions, Scores, normalizer, score, without_adapter
-    from tailora.train.events import SIGNALS, announce_end
+    from tailora.train.failures import ignore_signals
     from tailora.train.memory import explain_out_of_memory
     from tailora.train.parallel import first_of_ranks
     from tailora.train.setup import launched_ranks
@@ -252,7 +251,7 @@ def eval(
             code = _finish(target, scores, gates, time.monotonic() - started, output_dir, json)
             sys.stdout.flush()
         if ranks is not None:  # launchers send SIGTERM as soon as another process has ended with this code
-            announce_end(map(signal.getsignal, SIGNALS))
+            ignore_signals()
         return first_of_ranks(code) or 0
 
 

@@ -14,7 +14,6 @@ import os
 import re
 import shlex
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -49,7 +48,7 @@ from tailora.errors import (
     nearest,
 )
 from tailora.quiet import TORCHAO_LOGGERS, quiet_loggers
-from tailora.train import launch
+from tailora.train import failures, launch
 
 COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "demo": ("train", "Fine-tune a small model on real chats, and see what it changed."),
@@ -93,7 +92,6 @@ NOISY_LOGGERS = (*TORCHAO_LOGGERS, "bitsandbytes")
 PROGRAMS = ("tailora ", "torchrun ", "accelerate ", "python ")  # with which a command to copy begins
 GATE_NOT_MET = 4  # exit code
 ARGUMENTS: ContextVar[list[str]] = ContextVar("arguments")  # of the command line that `main` runs
-SECONDS_FOR_RANK_0 = 5.0  # in which it says what went wrong in all processes, before another one does
 MAX_LINES = 21  # of a message; --json prints all of it
 NUMBERS: dict[Any, str] = {int: "a valid integer", float: "a valid number"}  # type -> pydantic's words for it
 ALSO_CALLED = dict.fromkeys(("llama.cpp", "llama-cpp", "llamacpp"), "llama-server")  # too far from it for `nearest`
@@ -164,8 +162,8 @@ def _explained(error: BaseException, is_interrupted: bool) -> BaseException:
 
     Its cause knows the rank that shows it. What another rank shows stays as it is.
     """
-    explained = error
-    if is_interrupted and not isinstance(error, KeyboardInterrupt) and launch.shown_by(error) in (None, launch.rank()):
+    explained, is_shown_here = error, failures.shown_by(error) in (None, launch.rank())
+    if is_interrupted and is_shown_here and not isinstance(error, KeyboardInterrupt):
         explained = KeyboardInterrupt()
     elif is_out_of_memory(error):
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -179,8 +177,7 @@ def fail(error: BaseException, as_json: bool) -> int:
     """Prints what went wrong, and returns the exit code for it.
 
     Where `tailora.train.launch` has started this process, it prints nothing: the process that started it does. Where
-    torchrun has, the rank prints it on which the processes have agreed (`train.events.fail_together`). Before they know
-    of each other that is rank 0, unless it fails in another one alone.
+    torchrun has, one rank prints it: see `_another_rank_shows`.
     """
     code, message = exit_code(error), message_of(error)
     if _launcher_shows(error) or _another_rank_shows(error):
@@ -195,8 +192,6 @@ def fail(error: BaseException, as_json: bool) -> int:
     print_text(stderr(), f"{label}: {message}" if message else label, "red")
     if as_json:
         print_json_error(error)
-    if launch.has_lost_launcher():
-        launch.remove_launcher_folder()
     return code
 
 
@@ -205,23 +200,18 @@ def _launcher_shows(error: BaseException, bug: str = "") -> bool:
 
     bug: the traceback, if the error is a bug of tailora.
     """
-    is_recorded = launch.leave_failure(error, message_of(error), exit_code(error), bug)
-    return is_recorded and launch.is_launched_by_tailora() and not launch.has_lost_launcher()
+    known = {"message": message_of(error), "exit_code": exit_code(error), "traceback": bug}
+    return failures.leave_failure(error, **known) and launch.is_launched_by_tailora()
 
 
 def _another_rank_shows(error: BaseException) -> bool:
-    """True if another rank prints this error."""
-    if (number := launch.shown_by(error)) is not None:
+    """True if another rank prints this error: the one on which the processes have agreed (`failures.fail_together`).
+
+    Before they know of each other that is rank 0, unless torch's launcher does not show the errors of the others.
+    """
+    if (number := failures.shown_by(error)) is not None:
         return number != launch.rank()
-    if is_rank_0():
-        return False
-    if isinstance(error, KeyboardInterrupt):
-        return True
-    try:
-        time.sleep(SECONDS_FOR_RANK_0)  # if rank 0 prints it, too, the launcher ends this process meanwhile
-    except KeyboardInterrupt:
-        return True
-    return False
+    return not is_rank_0() and (isinstance(error, KeyboardInterrupt) or failures.ERROR_FILE in os.environ)
 
 
 def message_of(error: BaseException) -> str:

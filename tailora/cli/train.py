@@ -211,7 +211,7 @@ def fit(
 
             from tailora.evaluation.classification import check_packages
             from tailora.report.pages.train import write_train_report
-            from tailora.train.events import Interrupted, fail_together
+            from tailora.train.failures import Interrupted, fail_together
             from tailora.train.parallel import own_process_group
             from tailora.train.trainer import run
 
@@ -228,7 +228,7 @@ def fit(
         folder, numbers, report, page = Path(result.output_dir), result.to_dict(), None, ""
         is_main, answers, kl = PartialState().is_main_process, list["Answer"](), None
         if config.fsdp:  # all processes compute an answer together
-            stack.enter_context(fail_together(PartialState(), folder))
+            stack.enter_context(fail_together(PartialState()))
         if config.fsdp or is_main:
             answers = answer_samples(result, config.samples, questions)
             kl = kl_of_preferences(result, config)

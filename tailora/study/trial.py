@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -42,7 +43,8 @@ from tailora.train.config import (
     batches_per_step,
     without_removed,
 )
-from tailora.train.launch import end_process, failure_left_for_launcher, is_launched_by_tailora, launch, rank
+from tailora.train.failures import Failure, leave_failure
+from tailora.train.launch import end_process, is_launched_by_tailora, launch, rank
 
 DONE, PRUNED, DIVERGED, OUT_OF_MEMORY = "done", "pruned", "diverged", "out of memory"
 SPEC, RESULT, RUN = "spec.json", "trial.json", "run"  # in the folder of a trial
@@ -455,14 +457,18 @@ def main(folder: Path, device: str | None = None) -> int:
             temporary.mkdir()
             launch([str(folder)], spec.processes, module=MODULE, temporary=temporary)
             return 0
-        with failure_left_for_launcher():
-            trial = _train(spec, folder, write)
+        trial = _train(spec, folder, write)
     except TailoraError as error:
         if isinstance(error, ProcessFailedError) and error.traceback:  # of a bug in a rank
             sys.stderr.write(error.traceback)
-        elif not is_launched_by_tailora():
-            subprocess_worker.leave_error(folder, error)
+        elif is_launched_by_tailora():
+            leave_failure(error)
+        else:
+            Failure.of(error).write(folder / subprocess_worker.ERROR)
         return 1
+    except Exception as error:
+        leave_failure(error, traceback=traceback.format_exc())
+        raise
     if rank() == 0 or not is_launched_by_tailora():
         print(json.dumps(asdict(trial)), flush=True)
     return 0
@@ -472,19 +478,6 @@ def _exit_with_parent() -> None:
     """Ends this process when the study is killed: until then stdin, a pipe from it, has no end."""
     os.read(sys.stdin.fileno(), 1)
     os._exit(1)
-
-
-class EndAtOnce:
-    """Handles the SIGTERM that torch's launcher sends to a rank when another one has ended.
-
-    is_ending: set by `train.events` when this rank has failed, too, and is about to say why.
-    """
-
-    is_ending = False
-
-    def __call__(self, *_: object) -> None:
-        if not self.is_ending:
-            os._exit(1)
 
 
 # ---- The training itself
@@ -497,7 +490,8 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
     from tailora.data.dataset import warnings_of
     from tailora.study.model_layout import target_groups  # torch from here on
     from tailora.train.dataloader import epoch_steps
-    from tailora.train.events import Evaluated, Event, Prepared, Stepped, fail_together
+    from tailora.train.events import Evaluated, Event, Prepared, Stepped
+    from tailora.train.failures import fail_together
     from tailora.train.loss import Evaluation
     from tailora.train.memory import explain_out_of_memory
     from tailora.train.optimizer import lr_range_test
@@ -619,7 +613,7 @@ def _shared_texts(result: Any, file: Path, *, together: bool) -> list[list[int]]
 if __name__ == "__main__":
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     if is_launched_by_tailora():
-        signal.signal(signal.SIGTERM, EndAtOnce())
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(1))  # torch's launcher sends it when another rank has ended
     with quiet_loggers(*TORCHAO_LOGGERS):
         code = main(Path(sys.argv[1]), *sys.argv[2:])
     if is_launched_by_tailora():

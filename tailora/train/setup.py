@@ -26,12 +26,12 @@ from tailora.data.labels import LABEL_TASKS, Labels, read_labels
 from tailora.errors import ConfigError, TargetError, listing, nearest
 from tailora.kernels.loss import choose_form, own_form
 from tailora.model import LoRAModel
-from tailora.train import events
 from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import TrainingData, resolved_sources
+from tailora.train.failures import fail_together
 from tailora.train.kernel_choice import PLAIN, Kernels, use_kernels
-from tailora.train.launch import check_all_started, device_asked_for, end_with_launcher, world_size
+from tailora.train.launch import check_all_started, device_asked_for, world_size
 from tailora.train.loss import CAUSAL_LM, BatchLayout, Task, make_batch
 from tailora.train.memory import Cost, measure_cost
 from tailora.train.model_loading import (
@@ -117,8 +117,7 @@ def start_on_device(name: str) -> torch.device:
     """
     name = device_asked_for(name)
     device = choose_device(name)
-    with end_with_launcher():
-        state = PartialState(cpu=device.type == "cpu")
+    state = PartialState(cpu=device.type == "cpu")
     if state.num_processes == 1:
         state.device = device  # it would keep that of an earlier run in this process
     elif ":" in name or state.device.type != device.type:
@@ -141,7 +140,7 @@ def launched_ranks(device: str) -> Iterator[PartialState | None]:
     with own_process_group():
         start_on_device(device)
         state = PartialState()
-        with events.fail_together(state):
+        with fail_together(state):
             yield state
 
 

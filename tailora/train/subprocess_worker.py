@@ -1,7 +1,7 @@
-"""A few real steps of a run in a separate process, to measure their memory and time; errors of such processes.
+"""A few real steps of a run in a separate process, to measure their memory and time.
 
     measure_steps     settings -> `python -m tailora.train.subprocess_worker FOLDER` -> StepsMeasured
-    leave_error, error_of   pass an error to the process that started this one; used by study.trial, too
+    error_of          the error of a process that has failed; also of those of study.trial
 
 The largest forward comes first and again at the end; between them are the first steps of the run. So the peak is that
 of the run, except for what its many other lengths add. Nothing is written outside of the temporary folder.
@@ -17,32 +17,26 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from tailora import errors
 from tailora.errors import MemoryLimitError, TailoraError
 from tailora.formats.io import write_file
 from tailora.quiet import TORCHAO_LOGGERS, quiet_loggers
 from tailora.train.config import TrainConfig
+from tailora.train.failures import Failure
 
 ERROR = "error.json"
 KILLED = -9  # exit code of a process that the system ended, usually because memory ran out
 
 
-def leave_error(folder: Path, error: TailoraError) -> None:
-    """Writes the error to a file for `error_of`; called in the process that fails."""
-    write_file(folder / ERROR, json.dumps({"type": type(error).__name__, "message": str(error)}).encode())
-
-
 def error_of(folder: Path, code: int, stderr: str, task: str) -> Exception:
-    """Returns the error that ended a process: the one that it left, or else one made from its exit code.
+    """Returns the error that ended a process: the `Failure` in its folder, or else one made from its exit code.
 
     task: what the process was doing, for the message.
     """
     written = folder / ERROR
     if written.exists():
-        content = json.loads(written.read_text())
+        failure = Failure.read(written)
         written.unlink()
-        error: Exception = getattr(errors, content["type"])(content["message"])
-        return error
+        return failure.as_error()
     if code == KILLED:
         return MemoryLimitError(f"{task} was killed by the system, most likely for memory: take a smaller batch size")
     return RuntimeError(f"{task} ended with code {code}: {stderr.strip()[-2000:]}")
@@ -86,7 +80,7 @@ def main(folder: Path) -> int:
     try:
         measured = take_steps(TrainConfig(**spec["settings"]), folder, with_data=spec["with_data"])
     except TailoraError as error:
-        leave_error(folder, error)
+        Failure.of(error).write(folder / ERROR)
         return 1
     write_file(folder / RESULT, json.dumps(asdict(measured)).encode())
     return 0

@@ -58,6 +58,7 @@ from tailora.train.dataloader import (
     stream_notes,
 )
 from tailora.train.divergence import REMEDIES, broken_gradients, broken_loss
+from tailora.train.failures import Interrupted, StopSignals, fail_together
 from tailora.train.kernel_choice import Work, choose_kernels, has_dropout, share_kept_instead, use_kernels
 from tailora.train.loss import (
     BatchLayout,
@@ -166,7 +167,7 @@ class Trainer:
         DivergedError if a loss or gradient is not finite, MemoryLimitError, and Interrupted after Ctrl-C or SIGTERM.
         """
         started = time.perf_counter()
-        with events.StopSignals() as signals, ExitStack() as stack:
+        with StopSignals(launch.world_size()) as signals, ExitStack() as stack:
             self.setup(stack)
             config, state, max_steps = self.config, self.state, self.data.max_steps
             self.header = self.write_header()
@@ -181,7 +182,7 @@ class Trainer:
                 while self.queued_steps < max_steps and not self.is_out_of_patience():
                     step = next(steps)
                     if self.stops if self.accelerator.num_processes > 1 else signals.stop.is_set():
-                        raise events.Interrupted(self.save_checkpoint())
+                        raise Interrupted(self.save_checkpoint())
                     self.step(step, signals.stop.is_set())
                     done = self.queued_steps
                     if config.eval_steps and (done % config.eval_steps == 0 or done == max_steps):
@@ -221,7 +222,7 @@ class Trainer:
         stack.enter_context(own_process_group(until_exit=True))
         self.accelerator = accelerator = setup.start_accelerator(config)
         stack.callback(self.end_trackers)
-        stack.enter_context(events.fail_together(accelerator, self.output_dir))
+        stack.enter_context(fail_together(accelerator, partial(launch.how_to_go_on, self.output_dir)))
         device, rank = accelerator.device, accelerator.process_index
         stack.enter_context(as_current(device))
         reset_peak(device)

@@ -23,7 +23,8 @@ from tailora.kernels.loss import FORMS, FROZEN
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import CollatedStep, one_ahead
-from tailora.train.events import Evaluated, Event, Interrupted, Stepped
+from tailora.train.events import Evaluated, Event, Stepped
+from tailora.train.failures import Interrupted
 from tailora.train.loss import BatchLayout, ModelWithLoss, evaluate, make_batch
 from tailora.train.trainer import Trainer, accumulate_gradients, run
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from tailora import LoRAModel
 from tailora.core.init import DATA_INITS, WEIGHT_INITS
 from tailora.errors import ConfigError
-from tailora.train import events
+from tailora.train import events, failures
 from tailora.train.trainer import run
 
 SHORT = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "init_batches": 2, "lora_dropout": 0.1}
@@ -40,7 +40,7 @@ def test_a_run_starts_so_says_so_and_goes_on_to_the_same_bytes(settings: Any, tm
     assert ("over up to 8 examples" in header["start"]) == (name in DATA_INITS)
     assert result.eval_loss_after < result.eval_loss_before
 
-    with pytest.raises(events.Interrupted):
+    with pytest.raises(failures.Interrupted):
         run(stopped, on_event=stopping_at(2, signal.SIGINT))
     run(changed(stopped, resume_from_checkpoint="latest"))
     assert adapter(stopped) == adapter(whole)

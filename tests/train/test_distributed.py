@@ -31,7 +31,7 @@ from tailora.errors import CheckpointError, ConfigError, DataError
 from tailora.formats.run_folder import checkpoints_in
 from tailora.study.plan import plan
 from tailora.train.config import TrainConfig
-from tailora.train.events import FailureWatch
+from tailora.train.failures import FailureWatch
 from tailora.train.model_loading import load_base
 from tailora.train.parallel import Sharding, own_process_group
 from tailora.train.run_log import write_settings
@@ -665,11 +665,11 @@ def test_a_failure_is_not_that_of_the_next_run_in_the_same_group(monkeypatch: py
     monkeypatch.setattr("time.sleep", lambda _: None)
     store = dist.HashStore()
     first = [FailureWatch(store, rank) for rank in range(2)]
-    assert first[1].report(DataError("row 7 is broken"))["rank"] == 1
-    assert first[0].report(ConfigError("another"))["message"] == "row 7 is broken"
+    assert first[1].report(DataError("row 7 is broken")).rank == 1
+    assert first[0].report(ConfigError("another")).message == "row 7 is broken"
     second = [FailureWatch(store, rank) for rank in range(2)]
-    assert second[0].report(ConfigError("another"))["message"] == "another"
-    assert second[1].report(DataError("row 8 is broken"))["message"] == "another"
+    assert second[0].report(ConfigError("another")).message == "another"
+    assert second[1].report(DataError("row 8 is broken")).message == "another"
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ from tailora.formats.run_folder import checkpoints_in
 from tailora.kernels.loss import FORMS
 from tailora.train import divergence
 from tailora.train.divergence import broken_gradients, broken_loss
-from tailora.train.events import Event, Interrupted, Note, Stepped
+from tailora.train.events import Event, Note, Stepped
+from tailora.train.failures import Interrupted
 from tailora.train.loss import BatchLayout
 from tailora.train.run_log import has_diverged, lock
 from tailora.train.trainer import Trainer, run

@@ -21,7 +21,7 @@ from tailora.errors import ConfigError
 from tailora.formats.io import read_safetensors
 from tailora.kernels.compiled_layers import CompiledLayers, decoder_layers, expected_seconds
 from tailora.kernels.loss import FROZEN
-from tailora.train import events, kernel_choice
+from tailora.train import events, failures, kernel_choice
 from tailora.train.config import TrainConfig
 from tailora.train.kernel_choice import COMPILED, LLAMA, Kernels, Work, choose_kernels
 from tailora.train.loss import BatchLayout
@@ -41,7 +41,7 @@ def kernels(config: TrainConfig, stop_at: int | None = None) -> str:
     if stop_at is None:
         run(config, on_event=listen)
     else:
-        with pytest.raises(events.Interrupted):
+        with pytest.raises(failures.Interrupted):
             run(config, on_event=listen)
     return found[0]
 

@@ -21,25 +21,31 @@ import psutil
 import pytest
 from torch.distributed import HashStore
 
-from tailora.cli import __main__ as program
 from tailora.cli.main import ARGUMENTS, BUG, MAX_LINES, fail, log, main
 from tailora.core import device
-from tailora.errors import ConfigError, DataError, ProcessFailedError
+from tailora.errors import ConfigError, DataError, MemoryLimitError, ProcessFailedError
 from tailora.quiet import silent_loggers
 from tailora.train import launch
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import config_text
-from tailora.train.events import Interrupted, StopSignals, fail_together
-from tailora.train.launch import (
+from tailora.train.failures import (
     ERROR_FILE,
-    LAUNCHED_BY_TAILORA,
     SECONDS_FOR_ONE_SIGNAL,
+    SIGNALS,
+    Interrupted,
+    StopSignals,
+    cause_of,
+    fail_together,
+    leave_failure,
+    show_by,
+    shown_by,
+)
+from tailora.train.launch import (
+    LAUNCHED_BY_TAILORA,
     SignalForwarder,
     check_all_started,
     count_processes,
     how_to_go_on,
-    leave_failure,
-    show_by,
 )
 
 LONGEST = 300  # s; some 10 on an idle machine
@@ -120,8 +126,8 @@ def flags(config: TrainConfig) -> list[str]:
 def resumed(text: str, *more: str) -> list[str]:
     """Returns the command in the last line of a message, as this Python runs it."""
     words = shlex.split(text.splitlines()[-1])
-    program = ["-m", "tailora"] if words[0] == "tailora" else []
-    return [sys.executable, *program, *words[1:], *more]
+    module = {"tailora": ["tailora"], "torchrun": ["torch.distributed.run", "--standalone"]}[words[0]]
+    return [sys.executable, "-m", *module, *words[1:], *more]
 
 
 def errors_in(text: str) -> list[str]:
@@ -157,7 +163,7 @@ def test_a_run_of_two_processes_is_interrupted_resumed_and_killed(settings: Any,
     code, text = run.end(SECONDS_TO_END)
     assert code == 1
     (message,) = errors_in(text)
-    cause = "error: process 1 of 2 was ended by SIGKILL, most likely for memory; the last checkpoint is "
+    cause = "error: process 1 was ended by SIGKILL, most likely for memory; the last checkpoint is "
     assert message == f"{cause}{out}/checkpoint-{checkpoints(out)[-1]}; to resume it:"
 
 
@@ -174,7 +180,7 @@ def test_a_signal_to_the_launcher_stops_all_and_the_printed_command_goes_on(
     code, text = run.end()
     assert code == (130 if way == "tailora" else 1)  # torchrun and accelerate have no other
     assert text.count("interrupted") == 1
-    (command,) = re.findall(r"; to resume it:\n(.*)", text)
+    (command,) = re.findall(r"; to resume it.*:\n(.*)", text)
     steps = checkpoints(out)[-1] + 4
     code, text = Start(resumed(command, "--max-steps", str(steps)), tmp_path).end()
     assert code == 0, text
@@ -265,13 +271,13 @@ def test_a_killed_process_ends_all_with_one_message_and_the_run_resumes(
         assert not checkpoints(out)
         none = "; no checkpoint was saved yet: --save-steps N saves one every N steps"
         if way == "tailora":
-            assert message == f"error: process {rank} of 2 was ended by SIGKILL, most likely for memory{none}"
+            assert message == f"error: process {rank} was ended by SIGKILL, most likely for memory{none}"
         else:  # the other process notices it, unless the signal of torchrun is earlier
             assert message == "interrupted" or message.endswith(none)
             assert re.search(rf"rank +: {rank} .*\n +exitcode +: -9 .*SIGKILL", text)
         return
-    assert "killed for memory" in message or f"process {rank} of 2 was ended by SIGKILL" in message
-    (command,) = {line.strip() for line in re.findall(r"; to resume it:\n(.*)", text)}  # torchrun repeats it
+    assert "killed for memory" in message or f"process {rank} was ended by SIGKILL" in message
+    (command,) = {line.strip() for line in re.findall(r"; to resume it.*:\n(.*)", text)}  # torchrun repeats it
     steps = checkpoints(out)[-1] + 4
     code, text = Start(resumed(command, "--max-steps", str(steps)), tmp_path).end()
     assert code == 0, text
@@ -302,7 +308,7 @@ def test_a_bug_in_one_process_is_shown_once_with_its_traceback(
     if way == "tailora":
         assert errors_in(text) == [
             "Traceback (most recent call last):",
-            f"error: process {rank} of 2 failed: ZeroDivisionError: a bug",
+            f"error: process {rank} failed: ZeroDivisionError: a bug",
         ]
 
 
@@ -315,108 +321,45 @@ def test_a_bug_in_one_process_is_shown_once_with_its_traceback(
     ],
 )
 def test_a_run_whose_launcher_was_killed_saves_a_checkpoint_and_ends(way: str, settings: Any, tmp_path: Path) -> None:
-    out, temporary = tmp_path / "out", tmp_path / "temporary"
-    temporary.mkdir()
-    run = Start(launcher(way, flags(settings(**LONG))), tmp_path, TMPDIR=str(temporary))
+    out = tmp_path / "out"
+    run = Start(launcher(way, flags(settings(**LONG))), tmp_path)
     run.wait_for(lambda: bool(checkpoints(out)))
+    before = checkpoints(out)[-1]
     ranks = [psutil.Process(run.pid(rank)) for rank in range(2)]
     run.process.kill()
     psutil.wait_procs(ranks, SECONDS_TO_END)
     _, text = run.end()
     saved = checkpoints(out)[-1]
-    (message,) = errors_in(text)
-    assert message == f"interrupted: the run so far is saved in {out}/checkpoint-{saved}; to resume it:"
-    assert f" --resume-from-checkpoint {out}/checkpoint-{saved}" in text
-    assert not list(temporary.glob("tailora-*"))
-
-
-@pytest.mark.exhaustive
-def test_processes_whose_launcher_is_killed_before_they_have_found_each_other_end(
-    settings: Any, tmp_path: Path
-) -> None:
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    run = Start(launcher("tailora", flags(settings(**LONG))), tmp_path, TMPDIR=str(temporary))
-    run.wait_for(lambda: "reading model" in run.log.read_text())
-    ranks = [psutil.Process(run.pid(rank)) for rank in range(2)]
-    run.process.kill()
-    psutil.wait_procs(ranks, SECONDS_TO_END)
-    _, text = run.end()
-    assert errors_in(text) == ["interrupted"]
-    assert not list(temporary.glob("tailora-*"))
+    assert saved >= before
+    if way == "tailora":  # the launcher would have printed it
+        assert errors_in(text) == []
+    else:
+        (message,) = errors_in(text)
+        assert message.startswith(f"interrupted: the run so far is saved in {out}/checkpoint-{saved}; to resume it")
 
 
 # ---- How a process was started
 
 
-TORCHRUN = ["/usr/bin/python3", "/usr/bin/torchrun", "--nnodes", "2", "--rdzv-endpoint", "a:1", "-m", "tailora"]
-ACCELERATE = ["/usr/bin/python3", "/bin/accelerate", "launch", "--config_file", "two.yaml", "-m", "tailora"]
-
-
 @pytest.mark.parametrize(
-    ("parent", "argv", "expected"),
+    ("variables", "start"),
     [
-        ([*TORCHRUN, "--", "train"], ["train"], "torchrun --nnodes 2 --rdzv-endpoint a:1 -m tailora -- plan --r 4"),
-        ([*TORCHRUN, "train"], ["train"], "torchrun --nnodes 2 --rdzv-endpoint a:1 -m tailora -- plan --r 4"),
-        ([*ACCELERATE, "train"], ["train"], "accelerate launch --config_file two.yaml -m tailora -- plan --r 4"),
+        ({}, "to go on:\ntailora train"),
+        ({"WORLD_SIZE": "2", LAUNCHED_BY_TAILORA: "2"}, "to go on:\ntailora train --nproc-per-node 2"),
         (
-            ["python", "-m", "torch.distributed.run", "--nproc-per-node", "4", "bin/tailora", "--", "train"],
-            ["--", "train"],
-            "python -m torch.distributed.run --nproc-per-node 4 bin/tailora -- plan --r 4",
+            {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
+            "to go on, with your launcher's other options:\ntorchrun --nproc-per-node 2 -m tailora -- train",
         ),
-        (["python", "/bin/torchrun", "mine.py"], [], "torchrun --nproc-per-node 2 -m tailora -- plan --r 4"),
-        ([], ["train"], "torchrun --nproc-per-node 2 -m tailora -- plan --r 4"),
     ],
+    ids=["alone", "tailora", "torchrun"],
 )
-def test_a_command_is_started_as_this_process_was(
-    parent: list[str], argv: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+def test_a_run_resumes_in_as_many_processes(
+    variables: dict[str, str], start: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(sys, "argv", ["tailora", *argv])
-    process = SimpleNamespace(parent=lambda: SimpleNamespace(cmdline=lambda: parent) if parent else None)
-    monkeypatch.setattr(psutil, "Process", lambda: process)
-    assert launch.command_line("plan", "--r", "4") == expected
-
-
-def test_a_command_of_one_process_and_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launch.command_line("plan", "--r", "4") == "tailora plan --r 4"
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv(LAUNCHED_BY_TAILORA, "2")
-    assert launch.command_line("plan", "--r", "4") == "tailora plan --nproc-per-node 2 --r 4"
-
-
-@pytest.mark.parametrize(
-    ("more", "where", "expected"),
-    [
-        (["--node-rank", "0", "--max-restarts", "1"], " with its own --node-rank before -m", ["--max-restarts", "1"]),
-        (["--node_rank=0"], " with its own --node_rank before -m", []),
-        (["--rdzv-backend", "c10d"], "", ["--rdzv-backend", "c10d"]),
-    ],
-)
-def test_two_machines_resume_on_each(
-    more: list[str], where: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    start = ["python", "/bin/torchrun", "--nnodes", "2", *more, "-m", "tailora", "--", "train"]
-    process = SimpleNamespace(parent=lambda: SimpleNamespace(cmdline=lambda: start))
-    monkeypatch.setattr(psutil, "Process", lambda: process)
-    monkeypatch.setattr(sys, "argv", ["tailora", "train"])
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    purpose, line = launch.how_to_resume(Path("out/checkpoint-3"), "--r", "1", purpose="to go on").splitlines()
-    assert purpose == f"to go on, on each machine{where}:"
-    resume = ["--config", "out/config.yaml", "--resume-from-checkpoint", "out/checkpoint-3", "--r", "1"]
-    assert shlex.split(line) == ["torchrun", "--nnodes", "2", *expected, "-m", "tailora", "--", "train", *resume]
-
-
-def test_a_launcher_of_another_user_does_not_tell_its_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> None:
-        raise psutil.AccessDenied
-
-    process = SimpleNamespace(parent=lambda: SimpleNamespace(cmdline=refuse))
-    monkeypatch.setattr(psutil, "Process", lambda: process)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert launch.command_line("plan") == "torchrun --nproc-per-node 2 -m tailora -- plan"
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    text = launch.how_to_resume(Path("out/checkpoint-3"), "--r", "1", purpose="to go on")
+    assert text == f"{start} --config out/config.yaml --resume-from-checkpoint out/checkpoint-3 --r 1"
 
 
 def test_one_process_of_accelerate_that_should_be_several_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -546,43 +489,72 @@ def test_the_processes_get_the_arguments_and_the_new_folder_of_a_demo(
 # ---- Which message is shown
 
 
-def ended(*codes: tuple[int, int]) -> dict[int, Any]:
-    return {rank: SimpleNamespace(exitcode=code) for rank, code in codes}
-
-
 @pytest.fixture
 def leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    def leave_for(rank: int, error: BaseException, code: int, traceback: str = "") -> None:
+    def leave_for(rank: int, error: BaseException, **known: Any) -> None:
         (tmp_path / str(rank)).mkdir(exist_ok=True)
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv(ERROR_FILE, str(tmp_path / str(rank) / "error.json"))
-        assert leave_failure(error, str(error), code, traceback)
+        assert leave_failure(error, **known)
 
     return leave_for
 
 
-def test_the_first_error_of_its_own_is_shown(leave: Any, tmp_path: Path) -> None:
-    leave(0, ProcessFailedError("another process ended"), 1)
-    leave(2, DataError("row 7"), 2)
-    leave(1, DataError("row 8"), 2)
-    cause = launch._cause(ended((0, 1), (1, 2), (2, 2)), tmp_path, tmp_path, 3, False)
-    assert (type(cause), str(cause)) == (DataError, "row 7")
+BUG_IN_1 = {"traceback": "Traceback ..."}
 
 
-def test_an_error_of_another_type_keeps_its_exit_code(leave: Any, tmp_path: Path) -> None:
-    leave(1, FileNotFoundError("no such file"), 2)
-    cause = launch._cause(ended((1, 2)), tmp_path, tmp_path, 3, False)
-    assert isinstance(cause, ProcessFailedError)
-    assert (str(cause), cause.exit_code) == ("no such file", 2)
-
-
-def test_a_bug_is_shown_with_its_traceback_also_if_another_process_ends_first(leave: Any, tmp_path: Path) -> None:
-    leave(0, ProcessFailedError("process 1 of this run failed: division by zero"), 1)
-    leave(1, ZeroDivisionError("division by zero"), 1, "Traceback ...")
-    cause = launch._cause(ended((0, 1), (1, 1)), tmp_path, tmp_path, 2, False)
-    assert isinstance(cause, ProcessFailedError)
-    assert str(cause) == "process 1 of 2 failed: ZeroDivisionError: division by zero"
-    assert cause.traceback == "Traceback ..."
+@pytest.mark.parametrize(
+    ("left", "exit_codes", "expected"),
+    [
+        pytest.param(
+            [
+                (0, ProcessFailedError("another process ended"), {}),
+                (2, DataError("row 7"), {}),
+                (1, DataError("8"), {}),
+            ],
+            {0: 1, 1: 2, 2: 2},
+            DataError("row 7"),
+            id="first of its own",
+        ),
+        pytest.param(
+            [(1, FileNotFoundError("no such file"), {"exit_code": 2})],
+            {1: 2},
+            ProcessFailedError("no such file", 2),
+            id="of another type",
+        ),
+        pytest.param(
+            [(0, ProcessFailedError("process 1 of this run failed"), {}), (1, ZeroDivisionError("by zero"), BUG_IN_1)],
+            {0: 1, 1: 1},
+            ProcessFailedError("process 1 failed: ZeroDivisionError: by zero", traceback="Traceback ..."),
+            id="bug, though another ends first",
+        ),
+        pytest.param(
+            [(0, ProcessFailedError("another process ended"), {}), (1, KeyboardInterrupt(), {})],
+            {2: -9, 0: 1, 1: 130},
+            MemoryLimitError("process 2 was ended by SIGKILL, most likely for memory; ADVICE"),
+            id="killed",
+        ),
+        pytest.param([], {2: -11, 0: 1}, ProcessFailedError("process 2 was ended by SIGSEGV; ADVICE"), id="crashed"),
+        pytest.param(
+            [(1, KeyboardInterrupt(), {}), (0, KeyboardInterrupt("the run is saved"), {})],
+            {1: 130, 0: 130},
+            KeyboardInterrupt("the run is saved"),
+            id="interrupted",
+        ),
+        pytest.param([(0, KeyboardInterrupt(), {})], {1: 130, 0: 1}, KeyboardInterrupt("ADVICE"), id="second signal"),
+    ],
+)
+def test_one_error_is_shown_for_all_processes(
+    left: Any, exit_codes: dict[int, int], expected: BaseException, leave: Any, tmp_path: Path
+) -> None:
+    for rank, error, known in left:
+        leave(rank, error, **known)
+    cause = cause_of(exit_codes, tmp_path, "ADVICE", interrupted=False)
+    assert (type(cause), str(cause)) == (type(expected), str(expected))
+    for attribute in ("exit_code", "traceback"):
+        assert getattr(cause, attribute, None) == getattr(expected, attribute, None)
+    if not left:
+        assert isinstance(cause_of(exit_codes, tmp_path, "", interrupted=True), KeyboardInterrupt)
 
 
 def test_the_traceback_of_a_bug_goes_to_the_launcher(
@@ -596,7 +568,7 @@ def test_the_traceback_of_a_bug_goes_to_the_launcher(
     monkeypatch.setenv(LAUNCHED_BY_TAILORA, "2")
     assert main([]) == 1
     assert capsys.readouterr().err == ""
-    cause = launch._cause(ended((0, 1)), tmp_path, tmp_path, 2, False)
+    cause = cause_of({0: 1}, tmp_path, "", interrupted=False)
     assert isinstance(cause, ProcessFailedError)
     assert "in fail_to_divide" in cause.traceback
     monkeypatch.delenv(LAUNCHED_BY_TAILORA)
@@ -609,54 +581,30 @@ def test_the_launcher_prints_all_of_a_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def lead_to_a_bug(*_: object, **__: object) -> None:
-        raise ProcessFailedError("process 0 of 2 failed: row 7", traceback=lines)
+        raise ProcessFailedError("process 0 failed: row 7", traceback=lines)
 
     lines = "".join(f"line {number}\n" for number in range(3 * MAX_LINES))
     monkeypatch.setattr("tailora.cli.main.app", lambda _: lead_to_a_bug)
     assert main([]) == 1
-    assert capsys.readouterr().err == f"{BUG}\n{lines}error: process 0 of 2 failed: row 7\n"
-
-
-def test_a_killed_process_is_the_cause_and_not_what_the_others_say(leave: Any, tmp_path: Path) -> None:
-    leave(0, ProcessFailedError("another process ended"), 1)
-    leave(1, KeyboardInterrupt(), 130)  # torch's launcher ended it
-    cause = launch._cause(ended((2, -9), (0, 1), (1, 130)), tmp_path, tmp_path, 3, False)
-    assert str(cause).startswith("process 2 of 3 was ended by SIGKILL, most likely for memory; no checkpoint")
-    (tmp_path / "checkpoint-4").mkdir()
-    cause = launch._cause(ended((2, -11), (0, 1)), tmp_path, tmp_path, 3, False)
-    assert "ended by SIGSEGV; the last checkpoint" in str(cause)
-    assert str(cause).endswith(f"--resume-from-checkpoint {tmp_path}/checkpoint-4")
-
-
-def test_an_interrupted_run_says_how_to_resume_it(leave: Any, tmp_path: Path) -> None:
-    leave(1, KeyboardInterrupt(), 130)
-    leave(0, KeyboardInterrupt("the run so far is saved"), 130)
-    cause = launch._cause(ended((1, 130), (0, 130)), tmp_path, tmp_path, 3, True)
-    assert (type(cause), str(cause)) == (KeyboardInterrupt, "the run so far is saved")
-    cause = launch._cause(ended((1, -2), (0, -2)), tmp_path / "none", tmp_path, 3, True)
-    assert (type(cause), cause.args) == (KeyboardInterrupt, ())
-    (tmp_path / "checkpoint-4").mkdir()
-    leave(0, KeyboardInterrupt(), 130)  # by a second signal
-    for failures, has_signal in (((1, -9), (0, -9)), True), (((1, 130), (0, 1)), False):
-        cause = launch._cause(ended(*failures), tmp_path, tmp_path, 3, has_signal)
-        assert isinstance(cause, KeyboardInterrupt)
-        assert str(cause).startswith(f"the last checkpoint is {tmp_path}/checkpoint-4; to resume it:\n")
+    assert capsys.readouterr().err == f"{BUG}\n{lines}error: process 0 failed: row 7\n"
 
 
 def test_a_process_without_a_message_shows_the_end_of_what_it_printed(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "stderr.log").write_text("".join(f"line {number}\n" for number in range(50)))
-    cause = str(launch._cause(ended((1, 1)), tmp_path, tmp_path, 3, False))
-    assert cause.startswith("process 1 of 3 ended with exit code 1:\nline 30\n")
+    cause = str(cause_of({1: 1}, tmp_path, "", interrupted=False))
+    assert cause.startswith("process 1 ended with exit code 1:\nline 30\n")
     assert cause.endswith("line 49")
 
 
 def test_without_a_launcher_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ERROR_FILE, raising=False)
-    assert not leave_failure(DataError("row 7"), "row 7", 2)
+    assert not leave_failure(DataError("row 7"))
     monkeypatch.setenv(ERROR_FILE, str(tmp_path / "absent" / "error.json"))
-    assert not leave_failure(DataError("row 7"), "row 7", 2)
+    assert not leave_failure(DataError("row 7"))
     assert how_to_go_on(tmp_path) == "no checkpoint was saved yet: --save-steps N saves one every N steps"
+    (tmp_path / "checkpoint-4").mkdir()
+    assert how_to_go_on(tmp_path).endswith(f"--resume-from-checkpoint {tmp_path}/checkpoint-4")
 
 
 def test_a_failure_is_recorded_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -665,26 +613,26 @@ def test_a_failure_is_recorded_whole_or_not_at_all(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setenv(ERROR_FILE, str(tmp_path / "error.json"))
     monkeypatch.setattr(os, "fsync", disk_is_full)
-    assert not leave_failure(DataError("row 7"), "row 7", 2)
+    assert not leave_failure(DataError("row 7"))
     assert not list(tmp_path.iterdir())
 
 
 def test_rank_0_alone_speaks_unless_the_processes_agreed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.delenv(ERROR_FILE, raising=False)
-    monkeypatch.setattr("tailora.cli.main.SECONDS_FOR_RANK_0", 0)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     log("a note")
     assert fail(KeyboardInterrupt(), False) == 130
     assert capsys.readouterr().err == ""
-    assert fail(ConfigError("rank 0 has not ended this process"), False) == 2
+    assert fail(ConfigError("no launcher shows it"), False) == 2
+    monkeypatch.setenv(ERROR_FILE, str(tmp_path / "error.json"))
+    assert fail(ConfigError("torchrun shows it"), False) == 2
     first = DataError("row 7")
     show_by(first, 1)
-    monkeypatch.setattr("tailora.cli.main.SECONDS_FOR_RANK_0", 1000)
     assert fail(first, False) == 2
-    assert capsys.readouterr().err == "error: rank 0 has not ended this process\nerror: row 7\n"
+    assert capsys.readouterr().err == "error: no launcher shows it\nerror: row 7\n"
     monkeypatch.setenv("RANK", "0")
     log("a note")
     assert fail(KeyboardInterrupt(), False) == 130
@@ -712,7 +660,7 @@ def test_torch_and_tailora_read_the_same_file(tmp_path: Path, monkeypatch: pytes
 
     file = tmp_path / "error.json"
     monkeypatch.setenv(ERROR_FILE, str(file))
-    leave_failure(DataError("row 7"), "row 7", 2)
+    leave_failure(DataError("row 7"))
     failure = ProcessFailure(local_rank=1, pid=1, exitcode=2, error_file=str(file))
     assert abs(failure.timestamp - time.time()) < 60
     assert "row 7" in str(ChildFailedError("tailora", {1: failure}))
@@ -726,122 +674,54 @@ def processes(count: int) -> Any:
     return SimpleNamespace(num_processes=count, process_index=0)
 
 
-class Handler:
-    is_ending = False
-
-    def __init__(self) -> None:
-        self.received: list[int] = []
-
-    def __call__(self, number: int, _frame: object) -> None:
-        self.received.append(number)
-
-
-def test_one_of_several_processes_takes_a_signal_that_comes_twice_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    handler = Handler()
-    before = signal.signal(signal.SIGTERM, handler)
-    try:
-        with suppress(Interrupted), StopSignals() as signals:
-            signals.handle()
-            signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGTERM)
-            assert signals.stop.is_set()
-            assert handler.received == []
-            first = time.monotonic()
-            monkeypatch.setattr(time, "monotonic", lambda: first + SECONDS_FOR_ONE_SIGNAL + 1)
-            signal.raise_signal(signal.SIGTERM)
-            assert handler.received == [signal.SIGTERM]
-            raise Interrupted(Path("checkpoint-1"))
-        assert handler.is_ending
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 @pytest.fixture
-def run_program(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], None]], Any]]:
-    """A function that runs the program with another command, and returns its exit code."""
-
-    def run(command: Callable[[], None]) -> Any:
-        monkeypatch.setattr("tailora.cli.main.app", lambda _: lambda *_, **__: command())
-        with pytest.raises(SystemExit) as end:
-            program.run()
-        return end.value.code
-
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    monkeypatch.setattr(os, "_exit", sys.exit)
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield run
+def received() -> Iterator[list[int]]:
+    """The numbers of the signals that reach the handlers of this process."""
+    numbers: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: numbers.append(number)) for number in SIGNALS}
+    yield numbers
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize(
-    ("size", "is_training", "code", "message"),
-    [
-        ("1", True, 130, "interrupted\n"),
-        ("2", True, 2, "error: row 7\n"),
-        ("2", False, 2, "error: row 7\n"),
-    ],
-    ids=["alone", "training", "loading"],
-)
-def test_a_launchers_signal_does_not_keep_a_process_from_saying_why_it_failed(
-    size: str,
-    is_training: bool,
-    code: int,
-    message: str,
-    run_program: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_one_of_several_processes_takes_a_signal_that_comes_twice_for_one(
+    received: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def command() -> None:
-        try:
-            with StopSignals() as signals, fail_together(processes(int(size))):
-                if is_training:
-                    signals.handle()
-                raise DataError("row 7")
-        finally:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setenv("WORLD_SIZE", size)
-    monkeypatch.setattr("tailora.train.events.distributed_c10d._get_default_store", HashStore)
-    assert run_program(command) == code
-    assert capsys.readouterr().err == message
+    with StopSignals(2) as signals:
+        signals.handle()
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.stop.is_set()
+        assert received == []
+        first = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: first + SECONDS_FOR_ONE_SIGNAL + 1)
+        signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGTERM]
 
 
-@pytest.mark.parametrize(("seconds", "code"), [(1, 2), (SECONDS_FOR_ONE_SIGNAL + 1, 130)])
-def test_a_signal_that_comes_twice_at_once_does_not_keep_a_process_from_saying_why_it_failed(
-    seconds: float, code: int, run_program: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [DataError("row 7"), Interrupted(Path("checkpoint-1"))])
+@pytest.mark.parametrize("is_training", [True, False], ids=["training", "loading"])
+def test_a_launchers_signal_does_not_keep_a_process_from_saying_why_it_ended(
+    error: BaseException, is_training: bool, received: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As from Slurm and from the launcher. Later it ends a process that takes too long."""
-
-    def command() -> None:
-        try:
-            with fail_together(processes(2)):
-                raise DataError("row 7")
-        finally:
-            first = time.monotonic()
-            signal.raise_signal(signal.SIGTERM)
-            monkeypatch.setattr(time, "monotonic", lambda: first + seconds)
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("tailora.train.events.distributed_c10d._get_default_store", HashStore)
-    assert run_program(command) == code
+    monkeypatch.setattr("torch.distributed.distributed_c10d._get_default_store", HashStore)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with suppress(DataError, Interrupted), StopSignals(2) as signals, fail_together(processes(2)):
+        if is_training:
+            signals.handle()
+        raise error
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGINT)
+    assert received == []
+    assert shown_by(error) == (0 if isinstance(error, DataError) else None)
 
 
-def test_a_launchers_signal_ends_a_process_that_waits_for_rank_0_to_say_the_same(
-    run_program: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def command() -> None:
-        with StopSignals():
-            raise ConfigError("before the processes know of each other")
-
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.delenv(ERROR_FILE, raising=False)
-    monkeypatch.setattr("tailora.cli.main.time.sleep", lambda _: signal.raise_signal(signal.SIGTERM))
-    assert run_program(command) == 2
-    assert capsys.readouterr().err == ""
+def test_a_process_alone_is_interrupted_also_after_an_error(received: list[int]) -> None:
+    with suppress(DataError), StopSignals(1) as signals, fail_together(processes(1)):
+        signals.handle()
+        raise DataError("row 7")
+    signal.raise_signal(signal.SIGTERM)
+    assert received == [signal.SIGTERM]
 
 
 DEAF = """
@@ -866,7 +746,7 @@ def test_the_third_signal_kills_the_processes() -> None:
         ended = executor.submit(child.wait)
         lines = executor.submit(send_signals, child)
         signals.forward_until_done(ended)
-        assert signals.has_received
+        assert signals.counts
         assert lines.result() == ["one\n", "one\n", ""]
     assert child.returncode == -signal.SIGKILL
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from tailora.errors import CheckpointError
 from tailora.formats.run_folder import checkpoints_in
 from tailora.kernels.flat_parameters import Group, flattened
-from tailora.train import checkpoint, events
+from tailora.train import checkpoint, events, failures
 from tailora.train.checkpoint import moments, set_moments
 from tailora.train.config import TrainConfig
 from tailora.train.optimizer import adamw, optimizer_step
@@ -68,7 +68,7 @@ def test_an_interrupted_run_saves_says_where_and_continues_to_the_same_bytes(
     )
     run(whole)
     handlers = [signal.getsignal(signal_number) for signal_number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(events.Interrupted) as caught:
+    with pytest.raises(failures.Interrupted) as caught:
         run(stopped, on_event=stopping_at(3, number))
     assert caught.value.folder == Path(stopped.output_dir) / "checkpoint-3"
     assert [signal.getsignal(signal_number) for signal_number in (signal.SIGINT, signal.SIGTERM)] == handlers
@@ -85,7 +85,7 @@ def test_another_signal_while_an_interrupted_run_saves_and_ends_changes_nothing(
         if isinstance(event, events.Saved):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(events.Interrupted) as caught:
+    with pytest.raises(failures.Interrupted) as caught:
         run(settings(max_steps=2), on_event=stop)
     assert caught.value.folder == tmp_path / "out" / "checkpoint-1"
 
@@ -98,7 +98,7 @@ def test_a_run_interrupted_before_its_first_step_goes_on(settings: Any, tmp_path
         if isinstance(event, events.Evaluated) and event.step == 0:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(events.Interrupted) as caught:
+    with pytest.raises(failures.Interrupted) as caught:
         run(stopped, on_event=stop)
     assert caught.value.folder.name == "checkpoint-0"
     run(changed(stopped, resume_from_checkpoint="latest"))
@@ -111,7 +111,7 @@ def test_a_mixture_continues_where_it_was(settings: Any, data_file: Path, tmp_pa
     mixture = {"data": [f"{data_file}=0.4", f"{texts}=1.5"], "max_length": 64, "max_steps": 9}  # more than two epochs
     whole, stopped = (settings(output_dir=str(tmp_path / name), **mixture) for name in ("whole", "stopped"))
     run(whole)
-    with pytest.raises(events.Interrupted):
+    with pytest.raises(failures.Interrupted):
         run(stopped, on_event=stopping_at(5, signal.SIGINT))
     other = changed(stopped, resume_from_checkpoint="latest", data=[f"{data_file}=0.4", f"{texts}=2"])
     with pytest.raises(CheckpointError, match=r"data was \[.*=1.5'\], now is \[.*=2'\]"):
@@ -124,7 +124,7 @@ def test_a_stream_continues_where_it_was(settings: Any, tmp_path: Path) -> None:
     stream = {"streaming": True, "max_steps": 9, "save_steps": 8, "per_device_train_batch_size": 4}
     whole, stopped = (settings(output_dir=str(tmp_path / name), **stream) for name in ("whole", "stopped"))
     run(whole)
-    with pytest.raises(events.Interrupted):
+    with pytest.raises(failures.Interrupted):
         run(stopped, on_event=stopping_at(8, signal.SIGINT))  # in the second pass over 30 rows
     run(changed(stopped, resume_from_checkpoint="latest"))
     assert adapter(stopped) == adapter(whole)
@@ -135,7 +135,7 @@ def test_a_resumed_run_keeps_the_kernels_that_it_was_started_with(
 ) -> None:
     whole, stopped = settings(output_dir=str(tmp_path / "whole"), **LONG), settings(**LONG)
     run(whole)
-    with pytest.raises(events.Interrupted):
+    with pytest.raises(failures.Interrupted):
         run(stopped, on_event=stopping_at(3, signal.SIGINT))
     headers: list[dict[str, Any]] = []
     monkeypatch.setattr("tailora.train.kernel_choice.TOLERANCE", {torch.float32: -1.0})  # would refuse the kernels
@@ -349,7 +349,7 @@ VARIANTS = {
 def test_every_adapter_variant_continues_to_the_same_bytes(settings: Any, tmp_path: Path, more: dict[str, Any]) -> None:
     whole, stopped = (settings(output_dir=str(tmp_path / name), max_steps=4, **more) for name in ("whole", "stopped"))
     run(whole)
-    with pytest.raises(events.Interrupted):
+    with pytest.raises(failures.Interrupted):
         run(stopped, on_event=stopping_at(2, signal.SIGINT))
     run(changed(stopped, resume_from_checkpoint="latest"))
     assert adapter(stopped) == adapter(whole)

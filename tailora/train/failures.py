@@ -1,0 +1,315 @@
+"""What ends a run before its last step: a failure of one of its processes, which reaches all others, or a signal.
+
+    Failure         why a process failed, as its launcher and the other processes read it
+    leave_failure   writes it for the launcher of this process
+    fail_together   lets an error of one process end all of them, and one of them show it
+    cause_of        the one error that a launcher shows for all its processes
+    StopSignals     stops a run after the current step at the first Ctrl-C or SIGTERM
+
+Importing this needs no torch.
+"""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Self
+
+from tailora import errors
+from tailora.errors import INTERRUPTED, MemoryLimitError, ProcessFailedError, TailoraError, WriteError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator, PartialState
+    from torch.distributed.distributed_c10d import Store
+
+TORCH_LAUNCHER = "TORCHELASTIC_RUN_ID"  # set by torch's launcher, and so by torchrun and accelerate
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torch's launcher reads why a process failed
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SECONDS_FOR_ONE_SIGNAL = 5.0  # in which one of several processes may get it twice
+SECONDS_TO_END = 45.0  # for a process that waits in a collective with one that has failed
+TAIL = 20  # lines of a process that failed without a message
+SHOWN_BY = "shown_by_rank"  # attribute of an error
+
+
+# ---- The record of a failure
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a process failed. torch's launcher reads `message` and `timestamp` of the JSON."""
+
+    type: str  # name of the error's class
+    message: str
+    exit_code: int
+    rank: int
+    timestamp: float  # seconds since 1970
+    traceback: str = ""  # of a bug in tailora
+
+    @classmethod
+    def of(cls, error: BaseException, **known: Any) -> Self:
+        """known: what differs from the error's own message and exit code, and from rank 0."""
+        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+        values = {"message": str(error), "exit_code": code, "rank": 0, "timestamp": time.time(), **known}
+        return cls(type(error).__name__, **values)
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        return cls(**json.loads(file.read_text(encoding="utf-8")))
+
+    def write(self, file: Path) -> None:
+        """Raises WriteError."""
+        from tailora.formats.io import write_file
+
+        write_file(file, json.dumps(asdict(self)).encode())
+
+    def as_error(self) -> Exception:
+        """Returns the error, of its own type if that is one of tailora's."""
+        if self.traceback:
+            text = f"process {self.rank} failed: {self.type}: {self.message}"
+            return ProcessFailedError(text, self.exit_code, traceback=self.traceback)
+        error_type = getattr(errors, self.type, ProcessFailedError)
+        if issubclass(error_type, ProcessFailedError) or not issubclass(error_type, TailoraError):
+            return ProcessFailedError(self.message, self.exit_code)
+        error: Exception = error_type(self.message)
+        return error
+
+
+def leave_failure(error: BaseException, **known: Any) -> bool:
+    """Writes why this process fails to the file that torch's launcher reads; False if there is no launcher.
+
+    known: see `Failure.of`.
+    """
+    file = Path(os.environ.get(ERROR_FILE, ""))
+    if ERROR_FILE not in os.environ or not file.parent.is_dir():  # the launcher has removed it
+        return False
+    try:
+        Failure.of(error, **{"rank": int(os.environ.get("RANK", "0")), **known}).write(file)
+    except WriteError:
+        return False
+    return True
+
+
+def show_by(error: BaseException, number: int) -> None:
+    """Sets the rank that shows the error, as the processes have agreed; the others stay silent."""
+    vars(error)[SHOWN_BY] = number
+
+
+def shown_by(error: BaseException) -> int | None:
+    """Returns the rank that shows this error, or its cause; None if the processes have agreed on none."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if SHOWN_BY in vars(cause):
+            return int(vars(cause)[SHOWN_BY])
+        cause = cause.__cause__
+    return None
+
+
+# ---- Among the processes
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM arrived; `folder` is the checkpoint to resume from."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"interrupted; resume with --resume-from-checkpoint {folder}")
+        self.folder = folder
+
+
+@contextmanager
+def fail_together(
+    accelerator: "Accelerator | PartialState", how_to_go_on: Callable[[], str] | None = None
+) -> Iterator[None]:
+    """An error within the block on one process ends all of them; only the first that fails raises its own error.
+
+    The others raise ProcessFailedError as soon as their collective breaks, or end after SECONDS_TO_END if it does not.
+    If a process ends without an error, as one that is killed does, the first of the others to notice says so. Each
+    error knows which rank shows it (`shown_by`). From then on signals are ignored: launchers send SIGTERM to all
+    processes as soon as one has ended, which must not replace the message of another.
+
+    how_to_go_on: returns what to do about a run that has lost a process.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+    from torch.distributed import distributed_c10d
+
+    watch = FailureWatch(distributed_c10d._get_default_store(), accelerator.process_index)
+    watch.start()
+    try:
+        yield
+    except BaseException as error:
+        ignore_signals()
+        if isinstance(error, Interrupted):  # by agreement of all
+            raise
+        cause, failure = error, None
+        if is_broken_collective(error):
+            cause, failure = _lost_process(error, how_to_go_on), watch.failure_of_another()
+        failure = failure or watch.report(cause)
+        if failure.rank != watch.rank:
+            text = f"process {failure.rank} of this run failed: {failure.message}"
+            cause = ProcessFailedError(text, failure.exit_code)
+        show_by(cause, failure.rank)
+        if cause is error:
+            raise
+        raise cause from error
+    finally:
+        watch.ended.set()
+
+
+def ignore_signals() -> None:
+    """Ignores Ctrl-C and SIGTERM from here on: this process ends by itself."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def is_broken_collective(error: BaseException) -> bool:
+    """True if the error says that another process has left a collective."""
+    return isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
+
+
+def _lost_process(error: BaseException, how_to_go_on: Callable[[], str] | None) -> ProcessFailedError:
+    """Returns the error for a collective that broke because a process ended without an error."""
+    advice = "" if how_to_go_on is None else f"; {how_to_go_on()}"
+    return ProcessFailedError(
+        "another process of this run ended without a message, most likely killed for memory "
+        f"({str(error).splitlines()[0]}){advice}"
+    )
+
+
+class FailureWatch(threading.Thread):
+    """Checks every second whether another process has failed. If so, it ends this one unless that ends soon.
+
+    A process that waits in NCCL does not notice. The first failure is kept here, because the store may end with the
+    process that hosts it. If the launcher was killed, this process gets a SIGTERM, so that it saves a checkpoint.
+    """
+
+    def __init__(self, store: "Store", rank: int) -> None:
+        super().__init__(daemon=True)
+        self.store, self.rank, self.ended, self.seen = store, rank, threading.Event(), threading.Event()
+        self.failure: Failure | None = None
+        # where the first process that fails leaves its message; another one for each block of a group's processes
+        self.key = f"tailora.failure.{store.add(f'tailora.blocks.{rank}', 1)}"
+        self.has_store = True
+        self.launcher = os.getppid() if TORCH_LAUNCHER in os.environ else None  # else the parent may end before the run
+
+    def run(self) -> None:
+        while not self.ended.wait(1):
+            if self.launcher not in (None, os.getppid()):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            self._look()
+            if self.failure is not None:
+                self.seen.set()
+                if self.failure.rank != self.rank and not self.ended.wait(SECONDS_TO_END):
+                    os._exit(self.failure.exit_code)
+                return
+
+    def _look(self) -> None:
+        try:
+            if self.has_store and self.store.check([self.key]):
+                self.failure = Failure(**json.loads(self.store.get(self.key)))
+        except RuntimeError:  # the process that hosted it has ended
+            self.has_store = False
+
+    def report(self, error: BaseException) -> Failure:
+        """Leaves the error for the other processes. Returns the first failure: this one, or that of another process."""
+        failure = Failure.of(error, rank=self.rank)
+        try:
+            first = Failure(**json.loads(self.store.compare_set(self.key, "", json.dumps(asdict(failure)))))
+        except RuntimeError:
+            return self.failure or failure
+        if first == failure:
+            time.sleep(2)  # until the others have looked
+        return first
+
+    def failure_of_another(self) -> Failure | None:
+        """Returns the failure of another process, which may be about to leave it; None if it left none."""
+        return self.failure if self.seen.wait(5) else None
+
+
+# ---- For the launcher
+
+
+def cause_of(exit_codes: Mapping[int, int], folder: Path, advice: str, *, interrupted: bool) -> BaseException:
+    """Returns the one error to show for all processes: the first that has a cause of its own.
+
+    exit_codes: of the processes that failed, by rank, in the order in which they ended.
+    folder: contains what the processes have left (`leave_failure`) and printed.
+    advice: how to go on; "" if the processes are no run.    interrupted: whether the launcher got a signal.
+    """
+    recorded = sorted(map(Failure.read, folder.glob("**/error.json")), key=lambda failure: failure.timestamp)
+    for failure in recorded:
+        if failure.type not in (KeyboardInterrupt.__name__, ProcessFailedError.__name__):
+            return failure.as_error()
+    for failure in recorded:
+        if failure.type == KeyboardInterrupt.__name__ and failure.message:  # the run has saved a checkpoint
+            return KeyboardInterrupt(failure.message)
+    rank, code = next(iter(exit_codes.items()))
+    if interrupted or code == INTERRUPTED:
+        return KeyboardInterrupt(advice)
+    if code < 0:
+        name = signal.Signals(-code).name
+        how_to_go_on = advice and f"; {advice}"
+        if name == "SIGKILL":
+            return MemoryLimitError(f"process {rank} was ended by SIGKILL, most likely for memory{how_to_go_on}")
+        return ProcessFailedError(f"process {rank} was ended by {name}{how_to_go_on}")
+    for failure in recorded:
+        if failure.rank == rank:
+            return failure.as_error()
+    printed = "".join(file.read_text(errors="replace") for file in folder.glob(f"**/{rank}/stderr.log"))
+    lines = "\n".join(printed.splitlines()[-TAIL:])
+    return ProcessFailedError(f"process {rank} ended with exit code {code}" + (f":\n{lines}" if lines else ""))
+
+
+# ---- Signals
+
+
+class StopSignals:
+    """Stops the run between two steps at the first SIGINT or SIGTERM, from `handle` to `restore`.
+
+    A second signal of the same kind has its usual effect. One of the other kind changes nothing, because launchers send
+    SIGTERM after a Ctrl-C. Nor does a second one that one of several processes gets soon after the first: Slurm sends
+    signals to all processes, and the launcher among them passes them on. Only the main thread receives signals.
+    """
+
+    def __init__(self, processes: int = 1) -> None:
+        self.stop = threading.Event()
+        self._is_alone = processes == 1
+        self._earlier: dict[int, Any] = {}  # number of a signal -> its handler before
+        self._times: dict[int, float] = {}  # number of a signal -> when it came first
+
+    def handle(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._earlier = {number: signal.signal(number, self._request_stop) for number in SIGNALS}
+
+    def restore(self) -> None:
+        for number in list(self._earlier):
+            self._restore(number)
+
+    def _request_stop(self, number: int, _frame: FrameType | None) -> None:
+        self.stop.set()
+        now = time.monotonic()
+        first = self._times.setdefault(number, now)
+        if self._is_alone:
+            self._restore(number)
+        elif now - first > SECONDS_FOR_ONE_SIGNAL:
+            self._restore(number)
+            signal.raise_signal(number)
+
+    def _restore(self, number: int) -> None:
+        handler = self._earlier.pop(number, None)
+        if signal.getsignal(number) == self._request_stop:  # not ignored by now
+            signal.signal(number, handler)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
