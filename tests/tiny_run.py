@@ -118,7 +118,7 @@ def settings(make_settings: Settings, model_folder: Path, tmp_path: Path) -> Set
     return partial(make_settings, output_dir=str(tmp_path / "out"), model=str(model_folder))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Sums in the same order everywhere, and no fight over the cores. For the folders whose conftest imports it."""
     before = torch.get_num_threads()

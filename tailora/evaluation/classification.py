@@ -32,8 +32,8 @@ from tailora.evaluation.statistics import Interval, mean_interval, paired_differ
 from tailora.model import LoRAModel
 from tailora.train.classification import label_task
 from tailora.train.config import TrainConfig
+from tailora.train.kernel_choice import choose_layout
 from tailora.train.loss import Evaluation, evaluate
-from tailora.train.setup import choose_layout
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -530,8 +530,9 @@ def _loss(evaluation: Evaluation) -> Score:
 
 
 def _evaluate(model: LoRAModel, tokenizer: Any, labels: Labels, examples: Examples, progress: Progress) -> Evaluation:
-    layout = choose_layout(TrainConfig(), model, tokenizer, lambda _: None, task=label_task(labels))
-    return evaluate(model, examples, layout=layout, token_budget=token_budget(model), progress=progress)
+    task = label_task(labels)
+    layout = choose_layout(TrainConfig(), model, tokenizer, lambda _: None, task=task)
+    return evaluate(model, examples, layout=layout, token_budget=token_budget(model), task=task, progress=progress)
 
 
 # ---- Labels for rows that have none

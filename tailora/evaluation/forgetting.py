@@ -18,7 +18,7 @@ from tailora.core.inference import constant_adapters
 from tailora.data.demo import resolve_demo
 from tailora.data.prepare import prepare
 from tailora.errors import DataError
-from tailora.train.random_state import seeded
+from tailora.train.state import seeded
 
 SAMPLES, SAMPLE_LENGTH = 16, 64  # texts written by the base, and their tokens
 MANY_TEXTS = 64  # above this number the base's log-probabilities are kept in bfloat16

@@ -25,7 +25,7 @@ from tailora.data.schemas import Conversation, Pair, Sample, Text
 from tailora.data.tokenize import encode_sample, last_reply, prompt_ids
 from tailora.errors import DataError
 from tailora.train.parallel import is_sharded
-from tailora.train.random_state import seeded
+from tailora.train.state import seeded
 from tailora.train.trainable import Trainable
 
 # ---- Prompts as token ids

@@ -18,7 +18,7 @@ from tailora.evaluation.scores import BASE, TUNED, Score, Scores, models_to_scor
 from tailora.evaluation.statistics import Z, paired_difference, share_difference, wilson_interval
 from tailora.model import LoRAModel
 from tailora.quiet import quiet_loggers
-from tailora.train.random_state import seeded
+from tailora.train.state import seeded
 
 NO_FILTER = "none"
 STDERR = "_stderr"

@@ -40,9 +40,8 @@ from tailora.evaluation.statistics import Interval, mean_interval, paired_differ
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import CPU_TOKENS, resolved_sources, sample_options
-from tailora.train.loss import CAUSAL_LM, Evaluation, Task, evaluate
-from tailora.train.seq2seq import SEQ2SEQ_TASK
-from tailora.train.setup import choose_layout
+from tailora.train.kernel_choice import choose_layout
+from tailora.train.loss import CAUSAL_LM, SEQ2SEQ_TASK, Evaluation, Task, evaluate
 from tailora.train.trainable import Trainable
 
 TUNED, BASE = "tuned", "base"
@@ -289,7 +288,8 @@ class _Evaluator:
         self, model: LoRAModel, tokenizer: Any, options: EvalOptions, metrics: Sequence[str], log: Log
     ) -> None:
         self.model, self.tokenizer, self.options, self.log = model, tokenizer, options, log
-        self.layout = choose_layout(TrainConfig(), model, tokenizer, log, task=_task_of(model))
+        self.task = _task_of(model)
+        self.layout = choose_layout(TrainConfig(), model, tokenizer, log, task=self.task)
         self.token_budget = token_budget(model)
         self.normalize = normalizer(options.normalize)
         self.share_prompts: bool | None = None  # None until it was tried on a question
@@ -299,7 +299,7 @@ class _Evaluator:
 
     def _loss(self, chunk: Mapping[int, EncodedRow], totals: _Totals) -> None:
         examples = Examples.of(item.encoded.example for item in chunk.values())
-        evaluation = evaluate(self.model, examples, layout=self.layout, token_budget=self.token_budget)
+        evaluation = evaluate(self.model, examples, layout=self.layout, token_budget=self.token_budget, task=self.task)
         totals.sums.append(evaluation.sums)
         totals.counts.append(evaluation.counts)
 
@@ -464,8 +464,9 @@ def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log
     examples = prepared.train.distinct()
     if len(examples) < len(prepared.train):
         log(f"{distinct_of(len(prepared.train), len(examples), 'held-out example')}: copies are evaluated once")
-    layout = choose_layout(config, model, tokenizer, log, task=_task_of(model))
-    return lambda: evaluate(model, examples, layout=layout, token_budget=token_budget(model))
+    task = _task_of(model)
+    layout = choose_layout(config, model, tokenizer, log, task=task)
+    return lambda: evaluate(model, examples, layout=layout, token_budget=token_budget(model), task=task)
 
 
 def token_budget(model: LoRAModel) -> int:

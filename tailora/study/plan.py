@@ -372,8 +372,9 @@ def trained_of(fake: estimate.FakeModel) -> Trained:
 
 def largest_step(config: TrainConfig, fake: estimate.FakeModel, batches: Batches) -> estimate.StepCost:
     """Returns what the largest forward of the run costs, simulated."""
-    fake = replace(fake, layout=replace(fake.layout, task=batches.task))
-    return estimate.simulate_step(fake, batches.largest, checkpointed=config.gradient_checkpointing)
+    return estimate.simulate_step(
+        replace(fake, task=batches.task), batches.largest, checkpointed=config.gradient_checkpointing
+    )
 
 
 def full_fine_tuning(

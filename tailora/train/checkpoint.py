@@ -9,14 +9,14 @@ checkpoint-N/
   allocation.safetensors   AdaLoRA's state
   state.json               progress, what the run is, SHA-256 of the files above and of itself
 
-This file has, in this order: the folder; the progress of a run; the check that a checkpoint belongs to a run; saving
-and restoring the parameters and the optimizer's moments.
+This file has, in this order: the folder; the check that a checkpoint belongs to a run; saving and restoring the
+parameters and the optimizer's moments.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,7 @@ from tailora.formats.metadata import LayerFingerprint
 from tailora.formats.run_folder import checkpoints_in
 from tailora.kernels.flat_parameters import FlatBuffer
 from tailora.train.config import ACCUMULATION, TrainConfig, batches_per_step
-from tailora.train.loss import Evaluation
-from tailora.train.random_state import set_random_state
+from tailora.train.state import TrainState, set_random_state
 from tailora.train.trainable import Trainable, local_tensors, sync_parameters, trained_module
 
 # ---- The folder
@@ -158,69 +157,6 @@ def _digest(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-# ---- The progress of a run
-
-
-COUNTERS = ("step", "tokens", "supervised_tokens", "seconds", "since_best", "history")
-
-
-@dataclass(frozen=True, eq=False)
-class Best:
-    step: int
-    evaluation: Evaluation
-    tensors: dict[str, Tensor]  # of the adapter, on the CPU
-
-
-@dataclass(eq=False)
-class TrainState:
-    """Everything that changes while a run trains, beside its tensors."""
-
-    step: int = 0  # optimizer steps done
-    tokens: int = 0
-    supervised_tokens: int = 0
-    seconds: float = 0.0  # of training, without evaluations and saving
-    since_best: int = 0  # evaluations since the best one
-    history: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out loss)
-    before: Evaluation | None = None  # held-out losses before training
-    best: Best | None = None
-
-    def counters(self) -> dict[str, Any]:
-        """Returns what state.json holds under `progress`."""
-        best_step = self.best.step if self.best else None
-        return {**{name: getattr(self, name) for name in COUNTERS}, "best_step": best_step}
-
-    def evaluations(self) -> dict[str, Tensor]:
-        """Returns what evaluations.safetensors holds."""
-        evaluations = {"before": self.before, "best": self.best.evaluation if self.best else None}
-        return {
-            f"{name}.{part}": torch.from_numpy(getattr(evaluation, part))
-            for name, evaluation in evaluations.items()
-            if evaluation is not None
-            for part in ("sums", "counts", "scores")
-            if getattr(evaluation, part) is not None
-        }
-
-    @classmethod
-    def of(cls, saved: Checkpoint) -> "TrainState":
-        """Returns the state that the checkpoint was made from."""
-        counters, tensors = saved.state["progress"], saved.tensors.get("evaluations", {})
-        state = cls(**{name: counters[name] for name in COUNTERS})
-        state.history = [(step, loss) for step, loss in counters["history"]]
-        evaluations = {
-            name: Evaluation(
-                tensors[f"{name}.sums"].numpy(),
-                tensors[f"{name}.counts"].numpy(),
-                tensors[f"{name}.scores"].numpy() if f"{name}.scores" in tensors else None,
-            )
-            for name in ("before", "best")
-            if f"{name}.sums" in tensors
-        }
-        state.before = evaluations.get("before")
-        if "best" in evaluations and "best" in saved.tensors:
-            state.best = Best(counters["best_step"], evaluations["best"], dict(saved.tensors["best"]))
-        return state
-
-
 # ---- Whether a checkpoint belongs to a run
 
 
@@ -335,7 +271,7 @@ def restore(
         allocator.load_state_dict(tensors["allocation"])
     if rank is not None:
         set_random_state(tensors[f"random-{rank}"])
-    return TrainState.of(Checkpoint(saved.state, tensors))
+    return TrainState.of(saved.state["progress"], tensors)
 
 
 def set_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -39,10 +39,9 @@ from tailora.errors import ConfigError, DataError
 from tailora.kernels.loss import Batch
 from tailora.train.classification import class_weights, label_task
 from tailora.train.config import TrainConfig
-from tailora.train.loss import CAUSAL_LM, Task
+from tailora.train.loss import CAUSAL_LM, SEQ2SEQ_TASK, Task
 from tailora.train.memory import ForwardSize
 from tailora.train.preference import preference_task
-from tailora.train.seq2seq import SEQ2SEQ_TASK
 
 # Of one forward on a CPU: 430 tokens/s at 380, 480 at 730, and no more at 1500, which takes twice the memory.
 CPU_TOKENS = 768

@@ -1,22 +1,73 @@
-"""The messages for a loss or gradient that is not finite: where it began, and what helps."""
+"""Divergence: updates only while loss and gradients are finite, and the message for one that is not.
+
+FiniteUpdates      takes the optimizer's steps, and keeps the last parameters with a finite loss
+broken_loss, broken_gradients   where it began
+"""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tailora.core.attach import evaluating
+from tailora.kernels.flat_parameters import FlatBuffer
 from tailora.kernels.loss import Batch
-from tailora.train.loss import BatchLayout
+from tailora.train.loss import BatchLayout, Task
+from tailora.train.optimizer import LossScale, optimizer_step
 from tailora.train.parallel import first_of_ranks, is_sharded
 
 REMEDIES = (
     "what helps: a tenth of the --learning-rate, a longer --warmup-ratio, a smaller --max-grad-norm, --dtype float32; "
     "and look at the data of this step for broken rows"
 )
+
+
+class FiniteUpdates:
+    """Takes optimizer steps whose loss and gradients are finite; decides it on the device, without the host.
+
+    diverged: 0-dimensional, True from the first step on that was not finite. Nothing changes any more after it.
+    last_good: the last parameters with a finite loss, by buffer.
+    A gradient that is not finite only because of the loss scale is no divergence: the step is left out and the scale is
+    halved, down to LossScale.LEAST.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, buffers: Sequence[FlatBuffer], loss_scale: LossScale | None
+    ) -> None:
+        self.optimizer, self.buffers, self.loss_scale = optimizer, buffers, loss_scale
+        device = buffers[0].parameter.device
+        self.last_good = [buffer.parameter.detach().clone() for buffer in buffers]
+        self.diverged = torch.zeros((), dtype=torch.bool, device=device)
+        self.skipped = torch.zeros((), device=device)  # 1.0 if the last step changed nothing
+        cast(Any, optimizer).found_inf = self.skipped  # which fused optimizers look at
+
+    def step(self, loss: Tensor, norm: Tensor, rate: float) -> None:
+        """loss, norm: of the step and of its gradients, 0-dimensional."""
+        loss_is_finite, overflow = loss.isfinite().to(norm.device), ~norm.isfinite()
+        good_parameters = loss_is_finite & ~self.diverged
+        for copy, buffer in zip(self.last_good, self.buffers, strict=True):
+            copy_if(good_parameters.to(copy.device), buffer.parameter.detach(), copy)
+        fatal = overflow if self.loss_scale is None else overflow & (self.loss_scale.value <= LossScale.LEAST)
+        self.diverged |= fatal | ~loss_is_finite
+        self.skipped.copy_(self.diverged | overflow)
+        if self.loss_scale is not None:
+            self.loss_scale.update(overflow)
+        optimizer_step(self.optimizer, rate)
+
+    def restore_last_good(self) -> None:
+        for copy, buffer in zip(self.last_good, self.buffers, strict=True):
+            buffer.parameter.detach().copy_(copy)
+
+
+def copy_if(condition: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copies if the condition, 0-dimensional, is True."""
+    if condition.device.type != "cpu":
+        torch.where(condition, source, target, out=target)
+    elif condition:  # there reading it costs nothing, and copying is faster
+        target.copy_(source)
 
 
 def broken_gradients(parameters: Mapping[str, nn.Parameter]) -> str:
@@ -36,18 +87,18 @@ def _not_finite(parameters: Mapping[str, nn.Parameter]) -> list[str] | None:
     return names or None
 
 
-def broken_loss(model: nn.Module, batches: Sequence[Batch], layout: BatchLayout) -> str:
+def broken_loss(model: nn.Module, batches: Sequence[Batch], task: Task, layout: BatchLayout) -> str:
     """Computes the step's losses again and returns which module's output is not finite, for a message.
 
     All ranks call it with their batches, and all get the module of the first rank that has one.
     """
-    module = first_of_ranks(_broken_module(model, batches, layout))
+    module = first_of_ranks(_broken_module(model, batches, task, layout))
     if module is None:
         return "the loss is not finite, though the output of every module that ran is: the logits are too large"
     return f"the loss is not finite; the first module with such an output is {module}"
 
 
-def _broken_module(model: nn.Module, batches: Sequence[Batch], layout: BatchLayout) -> str | None:
+def _broken_module(model: nn.Module, batches: Sequence[Batch], task: Task, layout: BatchLayout) -> str | None:
     modules: list[str] = []
 
     def check(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -59,7 +110,7 @@ def _broken_module(model: nn.Module, batches: Sequence[Batch], layout: BatchLayo
             if name:
                 hooks.enter_context(module.register_forward_hook(partial(check, name)))
         for batch in batches:
-            layout.task.outputs(model, batch, layout)
+            task.outputs(model, batch, layout)
             if modules and not is_sharded(model):  # ranks with a sharded base run the same forwards
                 break
     return next(iter(modules), None)

@@ -46,16 +46,15 @@ from tailora.train.config import TASK_TYPES, TrainConfig
 from tailora.train.kernel_choice import (
     PLAIN,
     Kernels,
+    choose_layout,
     llama_or_plain_kernels,
     obstacle_to_llama_kernels,
     share_kept,
     use_kernels,
 )
-from tailora.train.loss import CAUSAL_LM, BatchLayout, Task, make_batch
+from tailora.train.loss import CAUSAL_LM, SEQ2SEQ_TASK, BatchLayout, Task, make_batch
 from tailora.train.memory_tracker import MemoryTracker, fake_tensors
 from tailora.train.model_loading import METHODS, Stored, check_unquantized, new_model, precision_of
-from tailora.train.seq2seq import SEQ2SEQ_TASK
-from tailora.train.setup import choose_layout
 from tailora.train.trainable import FullModel, Trainable, trained_module
 
 # ---- The model without its weights
@@ -98,6 +97,7 @@ class FakeModel:
     """What a run would train, without contents.    notes: what was predicted about how."""
 
     model: Trainable
+    task: Task
     layout: BatchLayout
     kernels: Kernels
     weights: Weights
@@ -145,8 +145,9 @@ def fake_model(
         base, notes = cast(PreTrainedModel, model.base_model), list[str]()
         without_adapter = model.disable_adapter() if isinstance(model, LoRAModel) else nullcontext()  # changes neither
         with torch.no_grad(), without_adapter:
-            layout = choose_layout(config, model, None, notes.append, compare=False, task=task_of_shape(config, shape))
-        if layout.task.is_plain:
+            task = task_of_shape(config, shape)
+            layout = choose_layout(config, model, None, notes.append, compare=False, task=task)
+        if task.is_plain:
             kernels = Kernels(PLAIN, "layers: plain")
         elif isinstance(device, AbsentDevice):
             if layout.packed and not device.keeps_scores:
@@ -156,7 +157,7 @@ def fake_model(
             obstacle = obstacle_to_llama_kernels(config.fast, base, layout)
             check = "to be checked against the layers of transformers when the run starts"
             kernels = llama_or_plain_kernels(base, layout, obstacle, check)
-        yield FakeModel(model, layout, kernels, weights, notes)
+        yield FakeModel(model, task, layout, kernels, weights, notes)
 
 
 def task_of_shape(config: TrainConfig, shape: PretrainedConfig) -> Task:
@@ -320,7 +321,7 @@ def simulate_step(fake: FakeModel, examples: Sequence[Example], *, checkpointed:
             return LOGITS
         return GRADIENTS if tensor.shape in trained_shapes else ACTIVATIONS
 
-    task, batch = fake.layout.task, make_batch(examples, fake.layout, base.device)
+    task, batch = fake.task, make_batch(examples, fake.layout, base.device, fake.task)
     for parameter in trained.parameters():  # as in a run, where gradients are views of a flat buffer
         parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in trained.parameters() if parameter.grad is not None]

@@ -29,8 +29,8 @@ from tailora.errors import ConfigError, FormatError, TailoraWarning
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.loss import FORMS, FROZEN, HALF_TOLERANCE, OWN, RECOMPUTED, TOLERANCE, Batch, choose_form
 from tailora.model import LoRAModel
+from tailora.train.kernel_choice import short_examples
 from tailora.train.packing import choose_packing
-from tailora.train.setup import short_examples
 
 if TYPE_CHECKING:
     from transformers import Trainer

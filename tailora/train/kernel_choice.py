@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tailora.core.attach import Adapted, evaluating
 from tailora.core.device import synchronize
@@ -36,10 +36,12 @@ from tailora.kernels.compiled_layers import (
 from tailora.kernels.cpu_attention import BLOCK, BLOCKS_ONLY, FLASH_ONLY, flash_thresholds
 from tailora.kernels.device_attention import PROVIDERS
 from tailora.kernels.llama import eligible, fast_layers, obstacle_to_layers
+from tailora.kernels.loss import choose_form, own_form
 from tailora.train.config import TrainConfig
-from tailora.train.loss import BatchLayout, token_losses
+from tailora.train.loss import CAUSAL_LM, HEAD, BatchLayout, Task, make_batch, token_losses
 from tailora.train.memory import ACTIVATION_MEMORY
-from tailora.train.packing import random_documents
+from tailora.train.model_loading import pad_id
+from tailora.train.packing import choose_packing, random_documents
 from tailora.train.parallel import first_of_ranks
 from tailora.train.trainable import Trainable, trained_module
 
@@ -76,6 +78,51 @@ class Work:
     sample: Example  # of the run's data, because half precision computes random tokens with large errors in any order
 
 
+def choose_layout(
+    config: TrainConfig,
+    model: Trainable,
+    tokenizer: PreTrainedTokenizerBase | None,
+    note: Callable[[str], None],
+    *,
+    compare: bool = True,
+    task: Task = CAUSAL_LM,
+) -> BatchLayout:
+    """Returns packed or padded batches, and how the loss is computed; both are tried on the model itself.
+
+    All ranks of a run choose the same.
+    note: called with the reason if the model cannot do what is fastest.
+    compare: False for a model without contents, whose structure alone decides.
+    task: for one that `is_plain` nothing is tried.
+    Raises ConfigError for packing = 'on' if it would change results.
+    """
+    base = cast(PreTrainedModel, model.base_model)
+    if task.is_plain:
+        if config.packing == "on":
+            raise ConfigError(f"--packing on: rows are padded, each for itself, for {task.description}; leave it out")
+        return BatchLayout(packed=False, loss=HEAD, pad_id=pad_id(tokenizer))
+    with evaluating(model):
+        attention, packing_note = choose_packing(base, config.packing, compare=compare)
+        packed, own = attention is not None, own_form(base)
+        layout = BatchLayout(packed, own, pad_id(tokenizer), attention)
+        with layout.used_by(base):
+            batch = make_batch(short_examples(base), layout, base.device)
+            loss, obstacle = own, None
+            if config.fast != "off":
+                agree = {"agree": first_of_ranks} if compare else {}  # the structure is the same on every rank
+                loss, obstacle = choose_form(base, batch, compare, **agree)
+    if packing_note:
+        note(packing_note)
+    if obstacle:
+        note(f"the loss is computed {loss}, which takes more memory: {obstacle}")
+    return replace(layout, loss=loss)
+
+
+def short_examples(base: PreTrainedModel) -> list[Example]:
+    """Returns two short examples of random tokens, of different lengths, partly supervised."""
+    ids = np.random.default_rng(0).integers(base.config.get_text_config().vocab_size, size=24).astype(np.int32)
+    return [Example.of_text(part, np.arange(len(part)) % 3 > 0) for part in (ids[:10], ids[10:])]
+
+
 def choose_kernels(
     config: TrainConfig, model: Trainable, layout: BatchLayout, work: Work, recorded: bool | str | None = None
 ) -> Kernels:
@@ -86,7 +133,7 @@ def choose_kernels(
     Raises ConfigError if compiled layers are asked for and there is an obstacle.
     """
     base, reasons = cast(PreTrainedModel, model.base_model), []
-    if layout.task.is_plain:
+    if layout.loss == HEAD:
         if asks_for_compiled_layers(config):
             raise ConfigError("--fast compile and --activation-memory are for language models: leave them out")
         return Kernels(PLAIN, f"layers: plain; attention: {base.config._attn_implementation}; loss: {layout.loss}")

@@ -6,12 +6,12 @@
 
 A `Task` says what an example's tensors and losses are. `CausalLM`, the usual one, has a loss in nats for each
 supervised token: position i predicts token i + 1. No example trains its first token, so no prediction crosses a
-boundary. Other tasks are in train/preference.py.
+boundary. Other tasks are in train/preference.py and train/classification.py.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from tailora.core.attach import evaluating
@@ -33,8 +34,9 @@ from tailora.formats.io import write_file
 from tailora.formats.run_folder import REFERENCE
 from tailora.kernels.attention import packed_rows, padded_rows
 from tailora.kernels.loss import FORMS, Batch
+from tailora.model import LoRAModel
 from tailora.train.config import NATS_PER_TOKEN
-from tailora.train.trainable import Trainable
+from tailora.train.trainable import FullModel, Trainable
 
 Sums = npt.NDArray[np.float64]  # (examples,), of the losses of each example
 Scores = npt.NDArray[np.float64]  # (losses, numbers)
@@ -195,15 +197,53 @@ class CausalLM(Task):
 CAUSAL_LM = CausalLM()
 
 
+class Seq2Seq(Task):
+    """Sequence to sequence (T5, BART): a loss for each token of the completion, given the prompt and the tokens before.
+
+    The encoder reads the first sequence of an example, and the decoder predicts the second: see `data.tokenize`.
+    """
+
+    description = "sequence to sequence"
+    loss_unit = "nats per token"
+    is_plain = True
+
+    def make_batch(self, examples: Sequence[Example], layout: "BatchLayout") -> Batch:
+        sources, targets = zip(*(example.sequences for example in examples), strict=True)
+        inputs: dict[str, Any] = dict(collate_padded(sources, layout.pad_id))
+        del inputs["labels"]
+        labels = collate_padded(targets, layout.pad_id)["labels"]
+        owners = np.broadcast_to(np.arange(len(examples))[:, None], labels.shape)
+        return replace(Batch.of(inputs, labels.numpy(), owners), extras={"labels": labels})
+
+    def call(self, model: nn.Module, batch: Batch) -> Any:
+        base: Any = model.base_model if isinstance(model, LoRAModel | FullModel) else model
+        shifted = base.prepare_decoder_input_ids_from_labels(labels=batch.extras["labels"])
+        return model(**batch.inputs, decoder_input_ids=shifted, use_cache=False)
+
+    def outputs(self, model: nn.Module, batch: Batch, layout: "BatchLayout") -> Outputs:  # noqa: ARG002
+        logits = self.call(model, batch).logits.flatten(0, 1).index_select(0, batch.supervised)
+        wide = cast(Tensor, logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        return Outputs(F.cross_entropy(wide, batch.targets, reduction="none"))
+
+    def start_of(self, example: Example, tokens: int, *, supervised: bool = True) -> Example:  # noqa: ARG002
+        first, second = (part.beginning(tokens) for part in example.sequences)
+        return Example.of_two(first, second)
+
+
+SEQ2SEQ_TASK = Seq2Seq()
+
+
+HEAD = "from the model's own outputs"  # the loss of tasks whose batches are padded (`Task.is_plain`)
+
+
 @dataclass(frozen=True)
 class BatchLayout:
     """How examples become the model's input, and how losses are computed from its output."""
 
     packed: bool
-    loss: str  # a key of kernels.loss.FORMS
+    loss: str  # a key of kernels.loss.FORMS, or HEAD
     pad_id: int
     attention: str | None = None  # what computes it for packed rows: see `kernels.attention.packed_rows`
-    task: Task = CAUSAL_LM
 
     def used_by(self, base: PreTrainedModel) -> AbstractContextManager[None]:
         """Within the block the model's attention reads batches of this layout; afterwards it is restored."""
@@ -213,12 +253,12 @@ class BatchLayout:
 class ModelWithLoss(nn.Module):
     """Calls a model with a batch and returns losses, so that a wrapper of modules (DDP) sees one forward."""
 
-    def __init__(self, model: nn.Module, layout: BatchLayout) -> None:
+    def __init__(self, model: nn.Module, layout: BatchLayout, task: Task = CAUSAL_LM) -> None:
         super().__init__()
-        self.model, self.layout = model, layout
+        self.model, self.layout, self.task = model, layout, task
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.layout.task.outputs(self.model, batch, self.layout).losses
+        return self.task.outputs(self.model, batch, self.layout).losses
 
 
 def token_losses(
@@ -229,9 +269,9 @@ def token_losses(
     return FORMS[layout.loss](model, batch), batch.owners
 
 
-def make_batch(examples: Sequence[Example], layout: BatchLayout, device: torch.device) -> Batch:
+def make_batch(examples: Sequence[Example], layout: BatchLayout, device: torch.device, task: Task = CAUSAL_LM) -> Batch:
     """Returns the model's input and what its losses need. All that depends on them is computed on the host."""
-    batch = layout.task.make_batch(examples, layout)
+    batch = task.make_batch(examples, layout)
     weights = np.array([example.weight for example in examples], dtype=np.float32)
     if (weights != 1).any():
         of_losses = torch.from_numpy(weights[batch.owners])
@@ -263,25 +303,23 @@ def evaluate(
     *,
     layout: BatchLayout,
     token_budget: int,
-    forwards: int = 0,
+    task: Task = CAUSAL_LM,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Evaluation:
     """Returns the loss of every example without dropout or gradients; bitwise the same each time.
 
     token_budget: most tokens in one forward, padding included; a longer example is computed alone. With the budget of
     training, evaluation needs no more memory than training.
-    forwards: the least number of them, for ranks with a sharded base; one without examples left repeats one.
     progress: called with the number of examples done and their total.
     """
-    done, task, device = 0, layout.task, next(model.parameters()).device
+    done, device = 0, next(model.parameters()).device
     sums = np.zeros(len(examples))
     unread: list[tuple[npt.NDArray[np.int64], Outputs]] = []  # index of the example of each loss; the losses
     owners: list[npt.NDArray[np.int64]] = []
     scores: list[Scores] = []
-    base = cast(PreTrainedModel, model.base_model)
-    with torch.no_grad(), evaluating(model), constant_adapters(base), layout.used_by(base):
+    with _without_gradients(model, layout):
         for indices in batches_within(token_budget, examples.lengths, layout.packed):
-            batch = make_batch([examples[i] for i in indices], layout, device)
+            batch = make_batch([examples[i] for i in indices], layout, device, task)
             unread.append((indices[batch.owners], task.outputs(model, batch, layout)))
             done += len(indices)
             if len(unread) == READ_EVERY or done == len(examples):
@@ -292,13 +330,24 @@ def evaluate(
                     scores.append(_numbers([cast(Tensor, outputs.scores) for _, outputs in unread]))
                 unread.clear()
             progress(done, len(examples))
-            forwards -= 1
-        for _ in range(forwards):
-            task.outputs(model, make_batch([examples[0]], layout, device), layout)
     if not scores:
         return task.evaluation(examples, sums, None)
     order = np.argsort(np.concatenate(owners), kind="stable")
     return task.evaluation(examples, sums, np.concatenate(scores)[order])
+
+
+@contextmanager
+def _without_gradients(model: Trainable, layout: BatchLayout) -> Iterator[None]:
+    base = cast(PreTrainedModel, model.base_model)
+    with torch.no_grad(), evaluating(model), constant_adapters(base), layout.used_by(base):
+        yield
+
+
+def repeat_forward(model: Trainable, example: Example, layout: BatchLayout, task: Task, times: int) -> None:
+    """Takes part in forwards of `evaluate` on other ranks, each of which needs all ranks if the base is sharded."""
+    with _without_gradients(model, layout):
+        for _ in range(times):
+            task.outputs(model, make_batch([example], layout, next(model.parameters()).device, task), layout)
 
 
 def _numbers(tensors: Sequence[Tensor]) -> npt.NDArray[np.float64]:

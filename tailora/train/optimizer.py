@@ -1,4 +1,4 @@
-"""AdamW over flat buffers: parameter groups, learning rate, clipping, loss scaling, and steps only where all is finite.
+"""AdamW over flat buffers: parameter groups, LoRA+, learning rate, clipping, loss scaling.
 
 Nothing here makes the host wait for the device. Learning rates are functions of the step alone, so that a continued run
 needs no scheduler state.
@@ -6,7 +6,7 @@ needs no scheduler state.
 
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,17 +35,20 @@ def parameter_groups(module: nn.Module, config: TrainConfig, sharded: Container[
     ]
 
 
+def _buffer_groups(buffers: Sequence[FlatBuffer]) -> list[dict[str, Any]]:
+    return [
+        {"params": [buffer.parameter], "rate_factor": buffer.rate_factor, "weight_decay": buffer.weight_decay}
+        for buffer in buffers
+    ]
+
+
 def adamw(buffers: Sequence[FlatBuffer]) -> torch.optim.AdamW:
     """Returns AdamW (arXiv:1711.05101, alg. 2) with one fused pass per buffer; `optimizer_step` sets its learning rate.
 
     A parameter that a step does not use has a zero gradient there: its moments fade and still move it, and weight
     decay reaches it. A parameter that was never used changes by weight decay alone.
     """
-    groups = [
-        {"params": [buffer.parameter], "rate_factor": buffer.rate_factor, "weight_decay": buffer.weight_decay}
-        for buffer in buffers
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, fused=True)
+    return torch.optim.AdamW(_buffer_groups(buffers), lr=0.0, fused=True)
 
 
 def adamw_8bit(buffers: Sequence[FlatBuffer]) -> torch.optim.Optimizer:
@@ -60,11 +63,7 @@ def adamw_8bit(buffers: Sequence[FlatBuffer]) -> torch.optim.Optimizer:
         raise ConfigError(
             f"--optim adamw_8bit needs bitsandbytes ({error}): pip install 'tailora[quantize]'"
         ) from error
-    groups = [
-        {"params": [buffer.parameter], "rate_factor": buffer.rate_factor, "weight_decay": buffer.weight_decay}
-        for buffer in buffers
-    ]
-    optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=0.0)
+    optimizer: torch.optim.Optimizer = AdamW8bit(_buffer_groups(buffers), lr=0.0)
     return optimizer
 
 
@@ -131,51 +130,6 @@ class LossScale:
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         self.value.copy_(tensors["value"])
         self.good_steps.copy_(tensors["good_steps"])
-
-
-class FiniteUpdates:
-    """Takes optimizer steps whose loss and gradients are finite; decides it on the device, without the host.
-
-    diverged: 0-dimensional, True from the first step on that was not finite. Nothing changes any more after it.
-    last_good: the last parameters with a finite loss, by buffer.
-    A gradient that is not finite only because of the loss scale is no divergence: the step is left out and the scale is
-    halved, down to LossScale.LEAST.
-    """
-
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, buffers: Sequence[FlatBuffer], loss_scale: LossScale | None
-    ) -> None:
-        self.optimizer, self.buffers, self.loss_scale = optimizer, buffers, loss_scale
-        device = buffers[0].parameter.device
-        self.last_good = [buffer.parameter.detach().clone() for buffer in buffers]
-        self.diverged = torch.zeros((), dtype=torch.bool, device=device)
-        self.skipped = torch.zeros((), device=device)  # 1.0 if the last step changed nothing
-        cast(Any, optimizer).found_inf = self.skipped  # which fused optimizers look at
-
-    def step(self, loss: Tensor, norm: Tensor, rate: float) -> None:
-        """loss, norm: of the step and of its gradients, 0-dimensional."""
-        loss_is_finite, overflow = loss.isfinite().to(norm.device), ~norm.isfinite()
-        good_parameters = loss_is_finite & ~self.diverged
-        for copy, buffer in zip(self.last_good, self.buffers, strict=True):
-            copy_if(good_parameters.to(copy.device), buffer.parameter.detach(), copy)
-        fatal = overflow if self.loss_scale is None else overflow & (self.loss_scale.value <= LossScale.LEAST)
-        self.diverged |= fatal | ~loss_is_finite
-        self.skipped.copy_(self.diverged | overflow)
-        if self.loss_scale is not None:
-            self.loss_scale.update(overflow)
-        optimizer_step(self.optimizer, rate)
-
-    def restore_last_good(self) -> None:
-        for copy, buffer in zip(self.last_good, self.buffers, strict=True):
-            buffer.parameter.detach().copy_(copy)
-
-
-def copy_if(condition: Tensor, source: Tensor, target: Tensor) -> None:
-    """Copies if the condition, 0-dimensional, is True."""
-    if condition.device.type != "cpu":
-        torch.where(condition, source, target, out=target)
-    elif condition:  # there reading it costs nothing, and copying is faster
-        target.copy_(source)
 
 
 # ---- Learning rate

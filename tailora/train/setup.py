@@ -1,61 +1,334 @@
-"""The functions that `Trainer.setup` calls, in the order in which it calls them."""
+"""What a run trains with: `set_up` makes it from the settings.
+
+data -> model -> adapter -> batch layout -> kernels -> memory -> optimizer -> state of the checkpoint
+"""
 
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tailora.core.adalora import RankAllocator
 from tailora.core.adapter_set import layer_calls
 from tailora.core.attach import evaluating
 from tailora.core.config import LoRAConfig
-from tailora.core.device import choose_device
+from tailora.core.device import as_current, choose_device, device_name
 from tailora.core.init import DATA_INITS, GRADIENT_INITS
 from tailora.core.layer_calls import last_names, not_called_message
+from tailora.core.quantization import stored_bytes
 from tailora.data.dataset import Example
 from tailora.data.labels import LABEL_TASKS, Labels, read_labels
 from tailora.errors import ConfigError, TargetError, listing, nearest
-from tailora.kernels.loss import choose_form, own_form
+from tailora.formats.fingerprint import model_fingerprint
+from tailora.formats.metadata import LayerFingerprint
+from tailora.kernels.flat_parameters import FlatBuffer, flattened
 from tailora.model import LoRAModel
+from tailora.train import checkpoint, events, launch, run_log, trainable
 from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
-from tailora.train.dataloader import TrainingData, resolved_sources
+from tailora.train.dataloader import ChooseHeldOut, ReadData, TrainingData, read_data, resolved_sources
+from tailora.train.divergence import FiniteUpdates
 from tailora.train.failures import fail_together
-from tailora.train.kernel_choice import PLAIN, Kernels, use_kernels
-from tailora.train.launch import check_all_started, device_asked_for, world_size
-from tailora.train.loss import CAUSAL_LM, BatchLayout, Task, make_batch
-from tailora.train.memory import Cost, measure_cost
-from tailora.train.model_loading import (
-    fitted_labels,
-    labels_of_adapter,
-    labels_of_config,
-    load_base,
-    pad_id,
-    read_config,
+from tailora.train.kernel_choice import (
+    PLAIN,
+    Kernels,
+    Work,
+    choose_kernels,
+    choose_layout,
+    has_dropout,
+    share_kept_instead,
+    use_kernels,
 )
-from tailora.train.packing import choose_packing
-from tailora.train.parallel import Sharding, first_of_ranks, forget_forward, own_process_group
-from tailora.train.random_state import seed_all
-from tailora.train.trainable import FullModel, Trainable
+from tailora.train.loss import CAUSAL_LM, BatchLayout, ModelWithLoss, Task, make_batch
+from tailora.train.memory import (
+    Cost,
+    check_fits,
+    explain_out_of_memory,
+    keep_freed_memory,
+    measure_cost,
+    reset_peak,
+)
+from tailora.train.model_loading import fitted_labels, labels_of_adapter, labels_of_config, load_base, read_config
+from tailora.train.optimizer import OPTIMIZERS, LossScale, parameter_groups
+from tailora.train.parallel import Sharding, forget_forward, own_process_group, send_from_first_rank
+from tailora.train.state import TrainState, seed_all, seeded
+from tailora.train.trainable import FullModel, Trainable, trained_module
+
+PROBE_TOKENS = 128  # memory is measured on at most so many tokens of the longest example
+LOADING_REMEDIES = (
+    "what helps: --quantize nf4 (a quarter of bfloat16's bytes), --dtype bfloat16 (half the bytes of float32), "
+    "a smaller --model, closing other programs"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a run trains with. What changes while it trains is in `TrainState`."""
+
+    config: TrainConfig
+    output_dir: Path
+    accelerator: Accelerator
+    report: events.Listener  # does nothing in all processes but the first
+    labels: Labels | None  # what the head of the model predicts
+    has_new_head: bool
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    data: TrainingData
+    task: Task
+    model: Trainable  # the adapter around the base, or the base trained in full
+    layout: BatchLayout  # packed or padded batches
+    kernels: Kernels
+    cost: Cost  # memory of a forward
+    compiled_share: float | None  # of it, what compiled layers could keep
+    base_fingerprint: dict[str, LayerFingerprint]  # of the adapted weights
+    buffers: list[FlatBuffer]  # all trained parameters
+    optimizer: torch.optim.Optimizer
+    updates: FiniteUpdates  # the optimizer's steps, and the last good parameters
+    allocator: RankAllocator | None  # of AdaLoRA
+    forward: nn.Module  # the model with its loss, as accelerate prepared it
+    identity: dict[str, Any]  # what a checkpoint of this run must agree with
+    metrics: run_log.Metrics | None  # in the first process
+
+    @property
+    def is_main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    def note(self, text: str) -> None:
+        self.report(events.Note(text))
+
+    @cached_property
+    def header(self) -> dict[str, Any]:
+        """What run.json holds besides the result and whether the run diverged."""
+        config, data, summary = self.config, self.data, self.model.summary()
+        return {
+            "settings": config.model_dump(mode="json"),
+            "model": self.base.config.name_or_path,
+            "device": str(self.accelerator.device),
+            "device_name": device_name(self.accelerator.device),
+            "processes": self.accelerator.num_processes,
+            "dtype": str(self.base.dtype).removeprefix("torch."),
+            "base_bytes": stored_bytes(self.base),
+            "packed": self.layout.packed,
+            "kernels": self.kernels.description,
+            "task": self.task.description,
+            "loss_unit": self.task.loss_unit,
+            "labels": None if self.labels is None else {**self.labels.to_dict(), "new_head": self.has_new_head},
+            "start": describe_init(config),
+            "adapted_layers": len(summary.rows),
+            "trainable_parameters": summary.trainable_parameters,
+            "total_parameters": summary.total_parameters,
+            "max_steps": data.max_steps,
+            "largest_forward_tokens": data.largest_size.tokens,
+            "data": None if data.prepared is None else data.prepared.report.to_dict(),
+            **run_log.environment(),
+            "estimated_activation_bytes": self.cost.of(data.largest_size),
+        }
+
+
+def set_up(
+    config: TrainConfig,
+    stack: ExitStack,
+    on_event: events.Listener | None = None,
+    *,
+    read: ReadData = read_data,
+    held_out: ChooseHeldOut | None = None,
+    overwrite: bool = False,
+) -> tuple[Run, TrainState]:
+    """Makes everything ready for the first step. Leaving `stack` restores the caller's state and the model.
+
+    on_event, read, held_out, overwrite: see `Trainer`.
+    """
+    output_dir, resumed = Path(config.output_dir), config.resume_from_checkpoint
+    accelerator = start_processes(config, stack)
+    device, is_main = accelerator.device, accelerator.is_main_process
+    report: events.Listener = on_event if on_event is not None and is_main else lambda _event: None
+
+    def note(text: str) -> None:
+        report(events.Note(text))
+
+    if is_main:
+        stack.enter_context(run_log.lock(output_dir))
+        run_log.remove_run_leftovers(output_dir)
+        run_log.check_run_folder(config, overwrite=overwrite)
+    saved = None if resumed is None else checkpoint.load(resumed, output_dir, note)
+    diverged = resumed is not None and run_log.has_diverged(resumed_folder(config))
+    stack.enter_context(seeded(config.seed))
+
+    with explain_out_of_memory("loading", lambda: LOADING_REMEDIES):
+        sharding = sharding_of(config, device)
+        labels, has_new_head = find_labels(config)
+        load = partial(
+            load_base,
+            config.model,
+            config.dtype,
+            device,
+            config.quantize,
+            sharding=sharding,
+            task=config.task,
+            labels=labels,
+            seed=config.seed,
+        )
+        base, tokenizer = load()
+        weights = model_fingerprint(base)
+        data = read(config, base.get_input_embeddings().weight.shape[0], tokenizer, accelerator, labels)
+        if held_out is not None and data.held_out is not None:
+            data = replace(data, held_out=data.held_out.select(held_out(len(data.held_out))))
+        task = data.task if data.task.is_plain else CAUSAL_LM  # that the model is tried on
+        model = attach(config, base, tokenizer, saved, load)
+        layout = choose_layout(config, model, tokenizer, note, task=task)
+        check_layers_are_called(model, data.longest, task, layout, note)
+        init_from_data(model, data, task, layout, config.init_batches)
+        base_fingerprint = trainable.base_fingerprint(model)
+        recorded = None if saved is None else saved.state["run"].get("layer_kernels")
+        work = Work(data.tokens(0 if saved is None else saved.state["progress"]["step"]), data.longest)
+        kernels = choose_kernels(config, model, layout, work, recorded)
+        cost = memory_cost(model, layout, kernels, data.longest, task)
+    compiled_share = share_kept_instead(config, base, kernels)
+    check_fits(cost, data.largest_size, len(data.longest.input_ids), device, compiled_share)
+
+    groups = parameter_groups(trained_module(model), config, trainable.sharded_names(model))
+    buffers = stack.enter_context(flattened(groups))
+    send_from_first_rank(buffers, trained_module(model))
+    prepared = None if config.streaming else data.prepared
+    identity: dict[str, Any] = {
+        "settings": config.model_dump(mode="json", exclude=checkpoint.FREE),
+        "data": None if prepared is None else prepared.report.sha256,
+        "packed": layout.packed,
+        "dtype": str(base.dtype),
+        "processes": accelerator.num_processes,
+        "device": device.type,
+        "layer_kernels": kernels.record,
+        "base": {name: layer.model_dump(by_alias=True, exclude_defaults=True) for name, layer in weights.items()},
+    }
+    if saved is not None:
+        checkpoint.check_same_run(saved.state["run"], identity, diverged=diverged)
+    optimizer = OPTIMIZERS[config.optim](buffers)
+    seed_all(config.seed + accelerator.process_index)  # each rank draws its own dropout masks
+    allocator = trainable.rank_allocator(model, optimizer, data.max_steps)
+    loss_scale = LossScale(device) if base.dtype == torch.float16 else None
+    state = TrainState()
+    if saved is not None:
+        drawn_by = resumed_rank(saved, config, accelerator, has_dropout=has_dropout(base), note=note)
+        state = checkpoint.restore(saved, model, optimizer, buffers, drawn_by, allocator)
+        if loss_scale is not None and "loss_scale" in saved.tensors:
+            loss_scale.load_state_dict(saved.tensors["loss_scale"])
+    state.diverged = diverged
+    # device_placement would move buffers that are on the device already, and leave copies behind; evaluation_mode
+    # leaves out DDP, and autocast stays as `accelerate launch --mixed_precision` asks for it
+    forward = accelerator.prepare_model(
+        ModelWithLoss(model, layout, data.task), device_placement=False, evaluation_mode=True
+    )
+    accelerator.init_trackers("tailora", config={name: str(value) for name, value in config.model_dump().items()})
+    metrics = None
+    if is_main:
+        if overwrite and (aside := run_log.set_aside(output_dir)):
+            note(f"the earlier run is in {aside} until this one has finished")
+        metrics = run_log.Metrics(output_dir, resumed_at=None if saved is None else state.step)
+        stack.callback(metrics.close)
+    run = Run(
+        config=config,
+        output_dir=output_dir,
+        accelerator=accelerator,
+        report=report,
+        labels=labels,
+        has_new_head=has_new_head,
+        base=base,
+        tokenizer=tokenizer,
+        data=data,
+        task=data.task,
+        model=model,
+        layout=layout,
+        kernels=kernels,
+        cost=cost,
+        compiled_share=compiled_share,
+        base_fingerprint=base_fingerprint,
+        buffers=buffers,
+        optimizer=optimizer,
+        updates=FiniteUpdates(optimizer, buffers, loss_scale),
+        allocator=allocator,
+        forward=forward,
+        identity=identity,
+        metrics=metrics,
+    )
+    return run, state
+
+
+def resumed_folder(config: TrainConfig) -> Path:
+    """Returns the folder of the run whose checkpoint `config` names."""
+    resumed = config.resume_from_checkpoint
+    return Path(config.output_dir) if resumed in (None, "latest") else Path(str(resumed)).parent
+
+
+def resumed_rank(
+    saved: Checkpoint,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    *,
+    has_dropout: bool,
+    note: Callable[[str], None],
+) -> int | None:
+    """Returns the rank whose random states this process restores; None if the number of processes has changed.
+
+    Then it draws other dropout masks than at the start. note: called with what changes from here on.
+    """
+    earlier, rank = saved.state["run"], accelerator.process_index
+    if config.learning_rate < (earlier_rate := earlier["settings"]["learning_rate"]):
+        note(f"the learning rate is {config.learning_rate:g} from here on; it was {earlier_rate:g}")
+    before, now = earlier.get("processes", 1), accelerator.num_processes
+    if before == now:
+        return int(rank)
+    seed_all(config.seed + rank + 1000 * saved.state["progress"]["step"])
+    masks = ", masks of dropout are not" if has_dropout else ""
+    note(f"{now} processes go on instead of {before}: the steps are the same{masks}")
+    return None
+
+
+def sharding_of(config: TrainConfig, device: torch.device) -> Sharding | None:
+    if not config.fsdp:
+        return None
+    return Sharding(
+        device,
+        reshard_after_forward=config.fsdp_reshard_after_forward,
+        offload_params=config.fsdp_offload_params,
+    )
+
+
+# ---- Processes and devices
+
+
+def start_processes(config: TrainConfig, stack: ExitStack) -> Accelerator:
+    """Returns accelerate on this process's device. Within `stack` an error of one process ends all of the run."""
+    stack.enter_context(own_process_group(until_exit=True))
+    accelerator = start_accelerator(config)
+
+    def end_trackers() -> None:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+    stack.callback(end_trackers)
+    stack.enter_context(fail_together(accelerator, partial(launch.how_to_go_on, Path(config.output_dir))))
+    stack.enter_context(as_current(accelerator.device))
+    reset_peak(accelerator.device)
+    keep_freed_memory(accelerator.device)
+    return accelerator
+
 
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
-HEAD = "from the model's own outputs"
-PROBE_TOKENS = 128  # memory is measured on at most so many tokens of the longest example
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
     """Returns accelerate on the device and with the trackers asked for. Raises ConfigError if one is not here."""
     check_launch()
-    check_all_started()
+    launch.check_all_started()
     problems = []
     for name in config.report_to:
         if name not in TRACKERS:
@@ -115,7 +388,7 @@ def start_on_device(name: str) -> torch.device:
 
     Raises ConfigError.
     """
-    name = device_asked_for(name)
+    name = launch.device_asked_for(name)
     device = choose_device(name)
     state = PartialState(cpu=device.type == "cpu")
     if state.num_processes == 1:
@@ -134,7 +407,7 @@ def launched_ranks(device: str) -> Iterator[PartialState | None]:
 
     The ranks get a device each, and if one fails all do.
     """
-    if world_size() == 1:
+    if launch.world_size() == 1:
         yield None
         return
     with own_process_group():
@@ -142,6 +415,9 @@ def launched_ranks(device: str) -> Iterator[PartialState | None]:
         state = PartialState()
         with fail_together(state):
             yield state
+
+
+# ---- Model and adapter
 
 
 def find_labels(config: TrainConfig) -> tuple[Labels | None, bool]:
@@ -169,28 +445,17 @@ def attach(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     saved: Checkpoint | None = None,
-    sharding: Sharding | None = None,
-    labels: Labels | None = None,
+    load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None = None,
 ) -> Trainable:
     """Returns the base with its adapter, or wrapped for full fine-tuning, in training mode.
 
     saved: the checkpoint to continue from; its adapter's settings are used, its tensors are restored later.
-    sharding, labels: of the base, for the original weights that full fine-tuning is compared with.
+    load: loads the base again, for the original weights that full fine-tuning is compared with.
     Raises TargetError.
     """
     seed_all(config.seed)
     if config.method == "full":
-        device = base.device
-        load = partial(
-            load_base,
-            config.model,
-            config.dtype,
-            device,
-            sharding=sharding,
-            task=config.task,
-            labels=labels,
-            seed=config.seed,
-        )
+        assert load is not None
         return FullModel(base, tokenizer, lambda: load()[0]).train()
     if config.adapter:
         model = LoRAModel.from_pretrained(base, config.adapter)
@@ -214,15 +479,15 @@ def adapter_of_checkpoint(config: TrainConfig, saved: Checkpoint | None) -> LoRA
     return LoRAConfig(**saved.state["adapter"])
 
 
-def init_from_data(model: Trainable, data: TrainingData, layout: BatchLayout, batches: int) -> None:
+def init_from_data(model: Trainable, data: TrainingData, task: Task, layout: BatchLayout, batches: int) -> None:
     """Initializes an adapter that waits for data from the first batches of the run, the same on every rank."""
     if not isinstance(model, LoRAModel) or not model.waits_for_data:
         return
     first = data.first_batches(batches)
-    task, divisor = layout.task, sum(layout.task.divisor(example) for batch in first for example in batch)
+    divisor = sum(task.divisor(example) for batch in first for example in batch)
 
     def loss(model: Any, examples: Sequence[Example]) -> Tensor:
-        batch = make_batch(examples, layout, next(model.parameters()).device)
+        batch = make_batch(examples, layout, next(model.parameters()).device, task)
         return task.outputs(model, batch, layout).losses.sum() / divisor
 
     with use_kernels(cast(PreTrainedModel, model.base_model), layout, Kernels(PLAIN, "")):
@@ -230,7 +495,7 @@ def init_from_data(model: Trainable, data: TrainingData, layout: BatchLayout, ba
 
 
 def check_layers_are_called(
-    model: Trainable, layout: BatchLayout, example: Example, note: Callable[[str], None]
+    model: Trainable, example: Example, task: Task, layout: BatchLayout, note: Callable[[str], None]
 ) -> None:
     """Runs the start of one example through the model, and looks which adapted layers are called.
 
@@ -239,8 +504,8 @@ def check_layers_are_called(
     """
     if not isinstance(model, LoRAModel):
         return
-    device, task = next(model.parameters()).device, layout.task
-    batch = make_batch([task.start_of(example, PROBE_TOKENS)], replace(layout, packed=False), device)
+    device = next(model.parameters()).device
+    batch = make_batch([task.start_of(example, PROBE_TOKENS)], replace(layout, packed=False), device, task)
     calls = layer_calls(model)
     with torch.no_grad(), evaluating(model), calls.reads():
         calls.start()
@@ -272,59 +537,15 @@ def describe_init(config: TrainConfig) -> str:
     return f"{name}: {source} over {examples}"
 
 
-def choose_layout(
-    config: TrainConfig,
-    model: Trainable,
-    tokenizer: PreTrainedTokenizerBase | None,
-    note: Callable[[str], None],
-    *,
-    compare: bool = True,
-    task: Task = CAUSAL_LM,
-) -> BatchLayout:
-    """Returns packed or padded batches, and how the loss is computed; both are tried on the model itself.
-
-    All ranks of a run choose the same.
-    note: called with the reason if the model cannot do what is fastest.
-    compare: False for a model without contents, whose structure alone decides.
-    task: for one that `is_plain` nothing is tried.
-    Raises ConfigError for packing = 'on' if it would change results.
-    """
-    base = cast(PreTrainedModel, model.base_model)
-    if task.is_plain:
-        if config.packing == "on":
-            raise ConfigError(f"--packing on: rows are padded, each for itself, for {task.description}; leave it out")
-        return BatchLayout(packed=False, loss=HEAD, pad_id=pad_id(tokenizer), task=task)
-    with evaluating(model):
-        attention, packing_note = choose_packing(base, config.packing, compare=compare)
-        packed, own = attention is not None, own_form(base)
-        layout = BatchLayout(packed, own, pad_id(tokenizer), attention)
-        with layout.used_by(base):
-            batch = make_batch(short_examples(base), layout, base.device)
-            loss, obstacle = own, None
-            if config.fast != "off":
-                agree = {"agree": first_of_ranks} if compare else {}  # the structure is the same on every rank
-                loss, obstacle = choose_form(base, batch, compare, **agree)
-    if packing_note:
-        note(packing_note)
-    if obstacle:
-        note(f"the loss is computed {loss}, which takes more memory: {obstacle}")
-    return replace(layout, loss=loss)
-
-
-def short_examples(base: PreTrainedModel) -> list[Example]:
-    """Returns two short examples of random tokens, of different lengths, partly supervised."""
-    ids = np.random.default_rng(0).integers(base.config.get_text_config().vocab_size, size=24).astype(np.int32)
-    return [Example.of_text(part, np.arange(len(part)) % 3 > 0) for part in (ids[:10], ids[10:])]
-
-
-def memory_cost(model: Trainable, layout: BatchLayout, kernels: Kernels, example: Example) -> Cost:
+def memory_cost(
+    model: Trainable, layout: BatchLayout, kernels: Kernels, example: Example, task: Task = CAUSAL_LM
+) -> Cost:
     """Returns the bytes that a forward keeps for its backward, measured on the start of one example."""
     base = cast(PreTrainedModel, model.base_model)
 
     def forward(tokens: int, supervised: bool) -> Tensor:
-        part = layout.task.start_of(example, tokens, supervised=supervised)
-        batch = make_batch([part], layout, base.device)
-        return layout.task.outputs(model, batch, layout).losses.sum()
+        part = task.start_of(example, tokens, supervised=supervised)
+        return task.outputs(model, make_batch([part], layout, base.device, task), layout).losses.sum()
 
     with use_kernels(base, layout, kernels):
         cost = measure_cost(forward, min(len(example.input_ids), PROBE_TOKENS), base)

@@ -97,24 +97,26 @@ def take_steps(config: TrainConfig, folder: Path, *, with_data: bool) -> StepsMe
     trainer = Trainer(config, read=read_data if with_data else random_data)
     with ExitStack() as stack:
         trainer.setup(stack)
-        trainer.layout = replace(trainer.layout, task=trainer.layout.task.without_reference())  # which is not computed
+        task = trainer.run.task.without_reference()  # which is not computed
+        trainer.run = replace(trainer.run, task=task)
+        data = trainer.run.data
         stack.enter_context(explain_out_of_memory("measuring steps", trainer.memory_remedies))
         stack.enter_context(trainer.use_kernels())
-        largest = Step.of([MicroBatch(trainer.data.largest)], trainer.data.largest, trainer.layout.task)
+        largest = Step.of([MicroBatch(data.largest)], data.largest, task)
         start_seconds = time.perf_counter() - started
         seconds, tokens = [], []
-        for step in [largest, *islice(trainer.data.steps(0), STEPS), largest]:
+        for step in [largest, *islice(data.steps(0), STEPS), largest]:
             began = time.perf_counter()
             trainer.step(trainer.collated(step))
             trainer.read_steps()
             tokens.append(step.tokens)
             seconds.append(time.perf_counter() - began)
         return StepsMeasured(
-            peak_bytes=peak_bytes(trainer.accelerator.device),
+            peak_bytes=peak_bytes(trainer.run.accelerator.device),
             start_seconds=start_seconds,
             seconds_per_token=sum(seconds[1:]) / sum(tokens[1:]),
             steps=len(seconds),
-            kernels=trainer.kernels.description,
+            kernels=trainer.run.kernels.description,
         )
 
 

@@ -36,7 +36,7 @@ from tailora.formats.fingerprint import fingerprint
 from tailora.formats.peft_config import base_model_name
 from tailora.study.model_layout import block_of, layer_count
 from tailora.train.parallel import is_sharded
-from tailora.train.random_state import seeded
+from tailora.train.state import seeded
 from tailora.verify.passport import ADAPTER, BASE, NOISE_FLOOR, ROUNDED_ADAPTER, ROUNDED_BASE, Passport, Probe, Variant
 
 PROMPT_LENGTH, REPLY_LENGTH = 256, 40  # tokens of a chat that are used; longer prompts are left out

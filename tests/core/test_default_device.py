@@ -9,7 +9,7 @@ import pytest
 import torch
 from adapter_actions import ACTIONS
 
-from tailora.train.random_state import random_state, seeded, set_random_state
+from tailora.train.state import random_state, seeded, set_random_state
 
 CPU = torch.device("cpu")
 

@@ -5,8 +5,8 @@ import torch
 
 from tailora.core.device import choose_device, device_name, devices, fast_dtype, has_bfloat16, synchronize, wide_dtype
 from tailora.errors import ConfigError
-from tailora.train.random_state import random_state
 from tailora.train.run_log import environment
+from tailora.train.state import random_state
 
 CPU = torch.device("cpu")
 

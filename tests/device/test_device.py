@@ -26,8 +26,8 @@ from tailora.evaluation.forgetting import sample_texts
 from tailora.train.memory import available_bytes, peak_bytes, reset_peak, used_bytes
 from tailora.train.model_loading import load_base
 from tailora.train.parallel import Sharding
-from tailora.train.random_state import random_state, seeded, set_random_state
 from tailora.train.setup import start_on_device
+from tailora.train.state import random_state, seeded, set_random_state
 
 pytestmark = pytest.mark.device
 

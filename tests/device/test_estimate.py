@@ -22,10 +22,9 @@ from tailora.kernels.loss import FORMS
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
 from tailora.train.estimate import AbsentDevice, fake_model, simulate_step
-from tailora.train.kernel_choice import PLAIN, Kernels, use_kernels
+from tailora.train.kernel_choice import PLAIN, Kernels, choose_layout, use_kernels
 from tailora.train.loss import make_batch
 from tailora.train.memory import Cost, ForwardSize, check_fits, peak_bytes, reset_peak, used_bytes
-from tailora.train.setup import choose_layout
 
 pytestmark = pytest.mark.device
 

@@ -198,8 +198,8 @@ class BreakingTrainer(Trainer):
     def step(self, step: CollatedStep, stop: bool = False) -> None:
         self.queued += 1
         if self.queued == self.broken:  # and from then on
-            layer = self.base.model.layers[0].mlp.down_proj
-            parameter = next(p for name, p in self.buffers[0].parameters.items() if "down_proj.lora_B" in name)
+            layer = self.run.base.model.layers[0].mlp.down_proj
+            parameter = next(p for name, p in self.run.buffers[0].parameters.items() if "down_proj.lora_B" in name)
             nan = float("nan")
             if self.part == "loss":
                 layer.register_forward_hook(lambda _module, _inputs, output: output * nan)

@@ -19,11 +19,10 @@ from tailora.core.targets import missing_pooler
 from tailora.data.dataset import IGNORED, Example, Examples
 from tailora.data.labels import Labels
 from tailora.errors import ConfigError, FormatError
-from tailora.train.classification import LabelTask, class_weights, label_task
+from tailora.train.classification import class_weights, label_task
 from tailora.train.config import TrainConfig
-from tailora.train.loss import BatchLayout, evaluate, make_batch
+from tailora.train.loss import HEAD, BatchLayout, evaluate, make_batch
 from tailora.train.model_loading import fitted_labels, labels_of_adapter, load_base, read_config
-from tailora.train.setup import HEAD
 from tailora.train.trainer import run
 
 SINGLE = Labels("sequence-classification", ("a", "b", "c"))
@@ -43,6 +42,9 @@ OTHERS = {
 ALL = {**MODELS, **OTHERS}
 
 
+LAYOUT = BatchLayout(packed=False, loss=HEAD, pad_id=0)
+
+
 def examples_of(labels: Labels) -> Examples:
     random = np.random.default_rng(0)
     examples = []
@@ -58,10 +60,6 @@ def examples_of(labels: Labels) -> Examples:
             target = np.array([float(random.integers(0, 3))])
         examples.append(Example(ids, tags, target=target))
     return Examples.of(examples)
-
-
-def layout_of(task: LabelTask) -> BatchLayout:
-    return BatchLayout(packed=False, loss=HEAD, pad_id=0, task=task)
 
 
 def model_of(names: tuple[str, str], labels: Labels) -> Any:
@@ -85,8 +83,8 @@ def own_loss(model: Any, labels: Labels, example: Example) -> float:
 def test_padded_losses_are_those_of_transformers(name: str, labels: Labels) -> None:
     model, examples, task = model_of(ALL[name], labels), examples_of(labels), label_task(labels)
     with torch.no_grad():
-        batch = task.make_batch([*examples], layout_of(task))
-        losses = task.outputs(model, batch, layout_of(task)).losses.numpy()
+        batch = task.make_batch([*examples], LAYOUT)
+        losses = task.outputs(model, batch, LAYOUT).losses.numpy()
         by_row = np.bincount(batch.owners, weights=losses) / task.counts(examples)
         expected = [own_loss(model, labels, example) for example in examples]
     np.testing.assert_allclose(by_row, expected, rtol=1e-4)
@@ -98,11 +96,11 @@ def test_class_weights_divide_as_in_torch(labels: Labels) -> None:
     model, examples = model_of(MODELS[ENCODER], labels), examples_of(labels)
     task, plain = label_task(labels, weights), label_task(labels)
     with torch.no_grad():
-        batch = task.make_batch([*examples], layout_of(task))
-        outputs = task.outputs(model, batch, layout_of(task))
+        batch = task.make_batch([*examples], LAYOUT)
+        outputs = task.outputs(model, batch, LAYOUT)
         assert outputs.scores is not None
         expected = F.cross_entropy(outputs.scores, batch.targets, weight=torch.tensor(weights, dtype=torch.float32))
-        before = plain.outputs(model, batch, layout_of(plain)).losses
+        before = plain.outputs(model, batch, LAYOUT).losses
     divisor = sum(task.divisor(example) for example in examples)
     assert batch.loss_weights is not None
     torch.testing.assert_close((outputs.losses * batch.loss_weights).sum() / divisor, expected)
@@ -112,7 +110,7 @@ def test_class_weights_divide_as_in_torch(labels: Labels) -> None:
 def test_weights_of_rows_and_classes_are_multiplied() -> None:
     task = label_task(SINGLE, np.array([0.5, 3.0, 2.0]))
     rows = [replace(example, weight=weight) for example, weight in zip(examples_of(SINGLE), (1, 2, 3), strict=True)]
-    batch = make_batch(rows, layout_of(task), torch.device("cpu"))
+    batch = make_batch(rows, LAYOUT, torch.device("cpu"), task)
     classes = [int(row.target[0]) for row in rows if row.target is not None]
     expected = [row.weight * task.weights_of(np.array([i]))[0] for row, i in zip(rows, classes, strict=True)]
     assert batch.loss_weights is not None
@@ -146,16 +144,16 @@ def test_segments_of_two_texts_are_told_apart() -> None:
     ids = np.arange(3, 9, dtype=np.int32)
     pair = Example(ids, np.full(6, IGNORED, np.int32), second_start=4, target=np.zeros(1))
     single = Example(ids[:3], np.full(3, IGNORED, np.int32), target=np.zeros(1))
-    batch = task.make_batch([pair, single], layout_of(task))
+    batch = task.make_batch([pair, single], LAYOUT)
     assert batch.inputs["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1], [0] * 6]
-    assert "token_type_ids" not in task.make_batch([single], layout_of(task)).inputs
+    assert "token_type_ids" not in task.make_batch([single], LAYOUT).inputs
 
 
 def test_evaluations_keep_the_outputs_in_the_order_of_the_examples() -> None:
     model, examples, task = model_of(MODELS[ENCODER], TAGS), examples_of(TAGS), label_task(TAGS)
     wrapped = LoRAModel(model)
-    whole = evaluate(wrapped, examples, layout=layout_of(task), token_budget=1000)
-    apart = evaluate(wrapped, examples, layout=layout_of(task), token_budget=1)
+    whole = evaluate(wrapped, examples, layout=LAYOUT, token_budget=1000, task=task)
+    apart = evaluate(wrapped, examples, layout=LAYOUT, token_budget=1, task=task)
     assert whole.scores is not None
     assert apart.scores is not None
     assert whole.scores.shape == (task.counts(examples).sum(), 3)

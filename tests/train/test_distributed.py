@@ -105,8 +105,8 @@ for name, settings in json.loads(sys.argv[1]).items():
         with LACKING.get(name, nullcontext()) if rank else nullcontext():
             Trainer(config).train()
     trainer = trainers.pop()
-    tell(f"{name} on rank {rank}: {sum(map(held_bytes, trainer.base.parameters()))} bytes of the base")
-    for buffer in (buffer for buffer in trainer.buffers if not buffer.sharded):
+    tell(f"{name} on rank {rank}: {sum(map(held_bytes, trainer.run.base.parameters()))} bytes of the base")
+    for buffer in (buffer for buffer in trainer.run.buffers if not buffer.sharded):
         of_first = buffer.parameter.detach().clone()
         torch.distributed.broadcast(of_first, src=0)
         assert torch.equal(of_first, buffer.parameter)
@@ -606,7 +606,7 @@ step = trainer.Trainer.step
 case = sys.argv.pop()
 
 def failing_step(self, *arguments):
-    if self.accelerator.process_index == 1:
+    if self.run.accelerator.process_index == 1:
         if case == "a step":
             raise DataError("row 7 is broken")
         if case == "a signal" and self.state.step == 0:

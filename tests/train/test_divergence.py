@@ -19,7 +19,7 @@ from tailora.train import divergence
 from tailora.train.divergence import broken_gradients, broken_loss
 from tailora.train.events import Event, Note, Stepped
 from tailora.train.failures import Interrupted
-from tailora.train.loss import BatchLayout
+from tailora.train.loss import CAUSAL_LM, BatchLayout
 from tailora.train.run_log import has_diverged, lock
 from tailora.train.trainer import Trainer, run
 
@@ -79,7 +79,8 @@ def test_the_first_broken_batch_is_enough_to_name_the_module(monkeypatch: pytest
     monkeypatch.setitem(FORMS, "of a test", losses)
     batches: list[Any] = ["first", "second"]
     layout = BatchLayout(True, "of a test", 0)
-    assert broken_loss(model, batches, layout) == "the loss is not finite; the first module with such an output is 0"
+    cause = broken_loss(model, batches, CAUSAL_LM, layout)
+    assert cause == "the loss is not finite; the first module with such an output is 0"
     assert computed == ["first"]
 
 
@@ -100,7 +101,7 @@ def test_no_checkpoint_holds_values_that_are_not_finite(settings: Any) -> None:
 
     def break_moments(event: Event) -> None:
         if isinstance(event, Stepped) and event.step == 2:
-            (moment, *_) = (state["exp_avg_sq"] for state in trainer.optimizer.state.values())
+            (moment, *_) = (state["exp_avg_sq"] for state in trainer.run.optimizer.state.values())
             moment[0] = float("inf")
 
     trainer = Trainer(config, break_moments)

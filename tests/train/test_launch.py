@@ -223,7 +223,7 @@ def patch(case):
         time.sleep(.01)
     trainer = sys.modules["tailora.train.trainer"]
     owner, name = {
-        "loading": (trainer.setup, "attach"),
+        "loading": (sys.modules["tailora.train.setup"], "attach"),
         "step": (trainer, "clip_gradients"),
         "save": (trainer.checkpoint, "damage" if os.environ["RANK"] == "0" else "not_finite"),
         "evaluation": (trainer, "evaluate"),

@@ -22,10 +22,11 @@ from tailora.model import LoRAModel
 from tailora.report.files import write_page
 from tailora.report.pages.train import write_train_report
 from tailora.train import optimizer
+from tailora.train.divergence import FiniteUpdates
 from tailora.train.events import Event, Note, Stepped
 from tailora.train.failures import Interrupted
 from tailora.train.loss import BatchLayout, ModelWithLoss, make_batch
-from tailora.train.optimizer import FiniteUpdates, LossScale, adamw, clip_gradients
+from tailora.train.optimizer import LossScale, adamw, clip_gradients
 from tailora.train.trainer import accumulate_gradients, run
 
 CPU = torch.device("cpu")

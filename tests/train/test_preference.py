@@ -73,7 +73,7 @@ def lora_model() -> LoRAModel:
 def with_reference(task: Any, model: LoRAModel, examples: Examples, layout: BatchLayout) -> Any:
     """Returns the task with the log-probabilities of the model as it is."""
     reference = Reference()
-    scores = evaluate(model, examples, layout=replace(layout, task=task), token_budget=64).scores
+    scores = evaluate(model, examples, layout=layout, token_budget=64, task=task).scores
     assert scores is not None
     reference.add(examples, scores[:, :2])
     return replace(task, reference=reference)
@@ -132,8 +132,8 @@ def test_ten_steps_equal_those_of_trl(case: str, tmp_path: Path) -> None:
     model, layout, examples = lora_model(), BatchLayout(True, FROZEN, 0), make_examples()
     model.save_adapter(tmp_path / "adapter")
     trainer = trl_trainer(kind, tmp_path / "trl", tmp_path / "adapter", **settings)
-    layout = replace(layout, task=with_reference(task, model, examples, layout))
-    forward, theirs = ModelWithLoss(model.train(), layout), trainer.model.train()
+    task = with_reference(task, model, examples, layout)
+    forward, theirs = ModelWithLoss(model.train(), layout, task), trainer.model.train()
     names = {"base_model.model." + path.replace("/", "."): layer for path, layer in model.lora_layers.items()}
     optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (model, theirs)]
     for step in range(STEPS):
@@ -142,7 +142,7 @@ def test_ten_steps_equal_those_of_trl(case: str, tmp_path: Path) -> None:
             optimizer.zero_grad()
         loss = trainer.compute_loss(theirs, trainer.data_collator([ids_of(example) for example in batch]))
         loss.backward()
-        made = layout.task.complete_step(model, [make_batch(batch, layout, CPU)], layout, lambda sums: sums)
+        made = task.complete_step(model, [make_batch(batch, layout, CPU, task)], layout, lambda sums: sums)
         own = accumulate_gradients(forward, made, len(batch))
         assert float(own) == pytest.approx(float(loss), rel=1e-5, abs=1e-6)
         gradients: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -165,16 +165,16 @@ def test_packed_and_padded_batches_and_parts_give_one_gradient(loss: str) -> Non
     examples = feedback(6) if loss == "kto" else pairs(6)
     task: Any = KTO(BETA) if loss == "kto" else Pairs(loss, BETA, sft_weight=0.3)
     model, gradients = lora_model(), []
-    plain = with_reference(task, model, examples, BatchLayout(False, WHOLE, 0))
+    task = with_reference(task, model, examples, BatchLayout(False, WHOLE, 0))
     for layer in model.lora_layers.values():
         torch.nn.init.normal_(layer.lora_B, std=0.3)
     for packed, form, parts in ((True, FROZEN, [6]), (False, WHOLE, [6]), (True, FROZEN, [1, 3, 2])):
-        layout = BatchLayout(packed, form, 0, task=plain)
-        starts = np.cumsum([0, *parts])
-        batches = [make_batch([examples[i] for i in range(start, end)], layout, CPU) for start, end in pairwise(starts)]
+        layout = BatchLayout(packed, form, 0)
+        bounds = pairwise(np.cumsum([0, *parts]))
+        batches = [make_batch([examples[i] for i in range(*ends)], layout, CPU, task) for ends in bounds]
         model.zero_grad()
-        made = layout.task.complete_step(model, batches, layout, lambda sums: sums)
-        accumulate_gradients(ModelWithLoss(model, layout), made, 6)
+        made = task.complete_step(model, batches, layout, lambda sums: sums)
+        accumulate_gradients(ModelWithLoss(model, layout, task), made, 6)
         gradients.append(torch.cat([p.grad.flatten() for p in model.lora_layers.parameters() if p.grad is not None]))
     for other in gradients[1:]:
         assert float((other - gradients[0]).norm() / gradients[0].norm()) < 1e-4
@@ -210,7 +210,7 @@ def test_batches_hold_no_float64_which_mps_lacks(loss: str) -> None:
     examples, reference = feedback(3) if loss == "kto" else pairs(3), Reference()
     reference.add(examples, np.ones((3, 2)))
     task: Any = KTO(BETA, reference) if loss == "kto" else Pairs(loss, BETA, reference=reference)
-    batch = make_batch([*examples], BatchLayout(True, FROZEN, 0, task=task), CPU)
+    batch = make_batch([*examples], BatchLayout(True, FROZEN, 0), CPU, task)
     parts = [batch, *([batch.other] if batch.other else [])]
     tensors = [tensor for part in parts for tensor in part.extras.values()]
     assert not [tensor for tensor in tensors if tensor.dtype == torch.float64]

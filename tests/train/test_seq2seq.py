@@ -16,9 +16,7 @@ from tailora.data.dataset import IGNORED
 from tailora.data.schemas import Pair
 from tailora.data.tokenize import EncodedSample, encode_seq2seq
 from tailora.train.dataloader import Step
-from tailora.train.loss import BatchLayout
-from tailora.train.seq2seq import SEQ2SEQ_TASK
-from tailora.train.setup import HEAD
+from tailora.train.loss import HEAD, SEQ2SEQ_TASK, BatchLayout
 
 WORDS = ["red", "green", "blue", "white"]
 ROWS = [{"prompt": f"say {a} then {b}", "completion": f"{b} {a}"} for a in WORDS for b in WORDS]
@@ -37,7 +35,7 @@ def samples() -> list[EncodedSample]:
 def test_padded_losses_are_those_of_transformers(name: str) -> None:
     model = tiny_model(name, vocab_size=300, **IDS).eval()
     examples = [sample.example for sample in samples()]
-    layout = BatchLayout(packed=False, loss=HEAD, pad_id=0, task=SEQ2SEQ_TASK)
+    layout = BatchLayout(packed=False, loss=HEAD, pad_id=0)
     with torch.no_grad():
         batch = SEQ2SEQ_TASK.make_batch(examples, layout)
         losses = SEQ2SEQ_TASK.outputs(model, batch, layout).losses

@@ -1,0 +1,151 @@
+"""Everything that changes while a run trains, besides its tensors: progress, queued steps, and random generators.
+
+A checkpoint keeps the counters, the evaluations and the random states (`train.checkpoint`).
+"""
+
+import random
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tailora.core.device import AsyncCopy, accelerators
+from tailora.train.dataloader import CollatedStep
+from tailora.train.loss import Evaluation
+
+COUNTERS = ("step", "tokens", "supervised_tokens", "seconds", "since_best", "history")
+
+
+class StepResults(NamedTuple):
+    """The numbers of a step that the host reads from the device."""
+
+    loss: float
+    grad_norm: float  # before clipping
+    loss_scale: float
+    skipped: float  # 1: the step changed nothing
+    diverged: float  # 1: the loss or a gradient was not finite
+    stop_requests: float  # number of ranks that were asked to stop
+
+
+@dataclass(frozen=True, eq=False)
+class QueuedStep:
+    """A step whose results have not been read yet."""
+
+    step: CollatedStep
+    rate: float
+    started: float  # time.perf_counter
+    results: AsyncCopy  # in the order of StepResults
+
+
+@dataclass(frozen=True, eq=False)
+class Best:
+    step: int
+    evaluation: Evaluation
+    tensors: dict[str, Tensor]  # of the adapter, on the CPU
+
+
+@dataclass(eq=False)
+class TrainState:
+    # what a checkpoint keeps
+    step: int = 0  # optimizer steps done
+    tokens: int = 0
+    supervised_tokens: int = 0
+    seconds: float = 0.0  # of training, without evaluations and saving
+    since_best: int = 0  # evaluations since the best one
+    history: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out loss)
+    before: Evaluation | None = None  # held-out losses before training
+    best: Best | None = None
+    # what it does not
+    queue: deque[QueuedStep] = field(default_factory=deque)
+    last_read: float = 0.0  # time.perf_counter when the results of a step were last read
+    stop_requested: bool = False  # by a signal to any rank
+    diverged: bool = False  # the run, or the one that it resumes
+    unproven: Path | None = None  # the checkpoint of the last step: no loss was computed with its weights yet
+
+    def counters(self) -> dict[str, Any]:
+        """Returns what state.json holds under `progress`."""
+        best_step = self.best.step if self.best else None
+        return {**{name: getattr(self, name) for name in COUNTERS}, "best_step": best_step}
+
+    def evaluations(self) -> dict[str, Tensor]:
+        """Returns what evaluations.safetensors holds."""
+        evaluations = {"before": self.before, "best": self.best.evaluation if self.best else None}
+        return {
+            f"{name}.{part}": torch.from_numpy(getattr(evaluation, part))
+            for name, evaluation in evaluations.items()
+            if evaluation is not None
+            for part in ("sums", "counts", "scores")
+            if getattr(evaluation, part) is not None
+        }
+
+    @classmethod
+    def of(cls, counters: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> "TrainState":
+        """Returns the state that a checkpoint was made from. tensors: of its files."""
+        state = cls(**{name: counters[name] for name in COUNTERS})
+        state.history = [(step, loss) for step, loss in counters["history"]]
+        saved = {name: tensor.numpy() for name, tensor in tensors.get("evaluations", {}).items()}
+        evaluations = {
+            name: Evaluation(saved[f"{name}.sums"], saved[f"{name}.counts"], saved.get(f"{name}.scores"))
+            for name in ("before", "best")
+            if f"{name}.sums" in saved
+        }
+        state.before = evaluations.get("before")
+        if "best" in evaluations and "best" in tensors:
+            state.best = Best(counters["best_step"], evaluations["best"], dict(tensors["best"]))
+        return state
+
+
+# ---- Random generators of Python, numpy and torch, as tensors for checkpoints, without pickle
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)  # of every device too
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within the block everything random follows `seed`; afterwards the caller's states are restored."""
+    before = random_state()
+    seed_all(seed)
+    try:
+        yield
+    finally:
+        set_random_state(before)
+
+
+def random_state() -> dict[str, Tensor]:
+    """Returns the states of all generators as tensors, those of devices as `cuda.0`, `cuda.1`, `mps.0`, ..."""
+    version, words, gauss_next = random.getstate()
+    _algorithm, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "python": torch.tensor([version, *words], dtype=torch.int64, device="cpu"),
+        "python.spare": torch.tensor([] if gauss_next is None else [gauss_next], dtype=torch.float64, device="cpu"),
+        "numpy": torch.tensor([*np.asarray(keys).tolist(), position, has_gauss], dtype=torch.int64, device="cpu"),
+        "numpy.spare": torch.tensor([gauss], dtype=torch.float64, device="cpu"),
+        "torch": torch.get_rng_state(),
+        **{_name(device): torch.get_device_module(device).get_rng_state(device) for device in accelerators()},
+    }
+
+
+def set_random_state(states: Mapping[str, Tensor]) -> None:
+    """Restores to the bit what `random_state` returned."""
+    version, *words = states["python"].tolist()
+    random.setstate((version, tuple(words), states["python.spare"].item() if len(states["python.spare"]) else None))
+    *keys, position, has_gauss = states["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, states["numpy.spare"].item()))
+    torch.set_rng_state(states["torch"])
+    for device in accelerators():
+        if _name(device) in states:  # else the checkpoint was made without it, and no process of the run uses it
+            torch.get_device_module(device).set_rng_state(states[_name(device)], device)
+
+
+def _name(device: torch.device) -> str:
+    return f"{device.type}.{device.index}"
