@@ -44,12 +44,11 @@ class Sizes:
     adapters: tuple[int, ...]  # in a mixed batch
     new_tokens: int
     steps: int  # of a block of a training arm
-    curve_steps: int
 
 
 SIZES = {
-    "real": Sizes("135M", "8B", (2048, 16384), (128, 512, 2048), 8192, 64, (1, 4, 16, 64), 32, 4, 30),
-    "tiny": Sizes("tiny", "tiny", (128,), (16, 64), 256, 8, (1, 4), 4, 1, 4),
+    "real": Sizes("135M", "8B", (2048, 16384), (128, 512, 2048), 8192, 64, (1, 4, 16, 64), 32, 4),
+    "tiny": Sizes("tiny", "tiny", (128,), (16, 64), 256, 8, (1, 4), 4, 1),
 }
 
 
@@ -79,7 +78,6 @@ def cells(sizes: Sizes) -> list[tuple[float, dict[str, Any]]]:
         *decoding,
         (60.0, mixed),
         (60.0, quantized),
-        (60.0, {"what": "curves", "model": sizes.small, "steps": sizes.curve_steps}),
         *(cell for cells_of_tokens in training[1:] for cell in cells_of_tokens),
     ]
 

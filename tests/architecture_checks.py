@@ -19,6 +19,7 @@ from torch._dynamo.exc import TorchDynamoException
 from transformers.models.auto import modeling_auto as auto
 
 from tailora import LoRAModel
+from tailora.core.quantization import stored_tensors
 from tailora.core.targets import task_heads
 from tailora.errors import TailoraError
 
@@ -140,39 +141,46 @@ def attach(class_name: str) -> str:
 
 
 def train(class_name: str) -> str:
-    """Eight steps towards a random output."""
-    base = small_model(class_name)
+    return trains(small_model(class_name))
+
+
+def trains(base: nn.Module) -> str:
+    """Eight steps of a new adapter towards a random output."""
     batch = batch_of(base)
-    before = {name: value.clone() for name, value in base.state_dict().items()}
+    before = [tensor.clone() for tensor in stored_tensors(base)]
     model = LoRAModel(base)
     with torch.no_grad():
-        output = output_of(model.eval(), batch)
+        output = output_of(model.eval(), batch).float()
         target = output + torch.randn_like(output)
     optimizer = torch.optim.AdamW(model.lora_layers.parameters(), lr=2e-3)
-    first = loss = (output - target).square().mean()
+    first = (output - target).square().mean()
     for _ in range(8):
         model.train()
-        (output_of(model, batch) - target).square().mean().backward()
+        (output_of(model, batch).float() - target).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        loss = (output_of(model.eval(), batch) - target).square().mean()
+        loss = (output_of(model.eval(), batch).float() - target).square().mean()
     model.unload()
-    if changed := [name for name, value in base.state_dict().items() if not torch.equal(value, before[name])]:
-        return f"changes {changed[0]} of the base"
+    if not all(map(torch.equal, stored_tensors(base), before)):
+        return "changes the base"
     return "yes" if loss < first else f"loss {first:.2g} -> {loss:.2g}"
 
 
 def merge(class_name: str) -> str:
-    model = stirred(class_name)
+    return compare(*merged_outputs(stirred(class_name)))
+
+
+def merged_outputs(model: LoRAModel) -> tuple[Tensor, Tensor]:
+    """Returns the outputs with the adapter merged, and unmerged. Raises AssertionError if that changes the base."""
     batch = batch_of(model.base_model)
-    before = {name: value.clone() for name, value in model.base_model.state_dict().items()}
+    before = [tensor.clone() for tensor in stored_tensors(model.base_model)]
     expected = output_of(model, batch)
     model.merge()
-    difference = compare(output_of(model, batch), expected)
+    merged = output_of(model, batch)
     model.unmerge()
-    after = model.base_model.state_dict()
-    return difference if all(torch.equal(after[name], value) for name, value in before.items()) else "unmerge fails"
+    assert all(map(torch.equal, stored_tensors(model.base_model), before)), "unmerge does not restore the base"
+    return merged.float(), expected.float()
 
 
 def rows(class_name: str) -> str:

@@ -204,24 +204,10 @@ def test_the_grid_of_experiment_6_has_intervals_over_its_seeds() -> None:
     assert found["rate"].value == pytest.approx(8)
 
 
-def test_an_earlier_comparison_has_numbers_and_no_verdict() -> None:
-    arms = [
-        {
-            "name": name,
-            "rates": {repr(2.0**o): 2 + 0.1 * (o - octave) ** 2 for o in range(-13, -4)},
-            "forgetting": forgot,
-        }
-        for name, octave, forgot in (("lora", -8.5, {"kl": 0.1}), ("full", -11.5, {"kl": 0.4}))
-    ]
-    rate, forgetting = rules.of_comparison("compare", {"arms": arms})
-    assert (rate.value, forgetting.value) == (pytest.approx(8), pytest.approx(0.25))
-    assert {rate.verdict, forgetting.verdict} == {"cannot tell"}
-
-
 def test_the_page_says_what_was_not_measured_and_why_there_is_no_verdict() -> None:
     found = [
         rules.Finding("dora", "markov", "dora - lora, nats per token", -0.001, -0.004, 0.002, "does not hold"),
-        rules.Finding("dora", "compare", "dora - r8, nats per token", -0.1, None, None, "cannot tell", "no interval"),
+        rules.Finding("dora", "reviews", "dora - r8, nats per token", -0.1, -0.2, 0.0, "cannot tell", "not tuned"),
     ]
     content = {"findings": [vars(finding) for finding in found], "cells": []}
     overall = tables.verdicts(content).splitlines()
@@ -231,8 +217,8 @@ def test_the_page_says_what_was_not_measured_and_why_there_is_no_verdict() -> No
     )
     rows = tables.statement(content, "dora").splitlines()
     assert "-0.001 (-0.004 to +0.002) | does not hold |" in rows[2]
-    assert "-0.100 | cannot tell: no interval |" in rows[3]
-    assert [row.endswith("| not measured |") for row in rows[4:]] == [True] * 2
+    assert "-0.100 (-0.200 to +0.000) | cannot tell: not tuned |" in rows[3]
+    assert [row.endswith("| not measured |") for row in rows[4:]] == [True]
 
 
 @pytest.mark.exhaustive

@@ -19,14 +19,24 @@ from typing import Any
 
 import torch
 import transformers
-from architecture_checks import ERRORS, batch_of, compare, output_of, outputs_of_rows, reason, small_model
+from architecture_checks import (
+    ERRORS,
+    batch_of,
+    compare,
+    merged_outputs,
+    output_of,
+    outputs_of_rows,
+    reason,
+    small_model,
+    trains,
+)
 from tiny import chat_model, chat_tokenizer, stir
 from torch import Tensor
 from transformers.models.auto import modeling_auto as auto
 
 from benchmarks import measure
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.quantization import is_quantized, stored_tensors
+from tailora.core.quantization import is_quantized
 from tailora.formats.serving_targets import TARGETS, ServingSettings
 from tailora.kernels.compiled_layers import obstacle_to_compiling
 from tailora.kernels.llama import obstacle_to_layers
@@ -129,19 +139,6 @@ def architecture_cells() -> dict[str, dict[str, str]]:
 
 
 # ---- What several checks compute
-
-
-def merged_outputs(model: LoRAModel) -> tuple[Tensor, Tensor]:
-    """Returns the outputs with the adapter merged, and unmerged. Raises AssertionError if that changes the base."""
-    batch = batch_of(model.base_model)
-    before = [tensor.clone() for tensor in stored_tensors(model.base_model)]
-    expected = output_of(model, batch)
-    model.merge()
-    merged = output_of(model, batch)
-    model.unmerge()
-    if not all(map(torch.equal, stored_tensors(model.base_model), before)):
-        raise AssertionError("unmerge does not restore the base")
-    return merged.float(), expected.float()
 
 
 def same_gradients(model: LoRAModel) -> str:
@@ -263,23 +260,7 @@ class Quantized:
         return "yes" if self.quantize is None or any(map(is_quantized, base.modules())) else "nothing is quantised"
 
     def train(self) -> str:
-        base = self.base()
-        before = [tensor.clone() for tensor in stored_tensors(base)]
-        batch, model = batch_of(base), LoRAModel(base, LoRAConfig(r=4))
-        optimizer = torch.optim.AdamW(model.lora_layers.parameters(), lr=2e-3)
-        losses = []
-        with torch.no_grad():
-            output = output_of(model.eval(), batch).float()
-            target = output + torch.randn_like(output)
-        for _ in range(8):
-            loss = (output_of(model.train(), batch).float() - target).square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(float(loss))
-        if not all(map(torch.equal, stored_tensors(base), before)):
-            return "training changes the base"
-        return "yes" if losses[-1] < losses[0] else f"loss {losses[0]:.3g} -> {losses[-1]:.3g}"
+        return trains(self.base())
 
     def merge(self, **settings: Any) -> str:
         return nearly(*merged_outputs(adapted(self.base(), **settings)))

@@ -305,7 +305,7 @@ def watch_memory(process: subprocess.Popen[bytes], end: float) -> list[tuple[flo
 def memory_over_time(samples: list[tuple[float, float]]) -> dict[str, Any]:
     """The straight line through the samples after the warm-up."""
     counted = [sample for sample in samples if sample[0] >= WARM_UP * samples[-1][0]]
-    line = stats.linregress(counted)
+    line = stats.linregress(*zip(*counted, strict=True))
     return {
         "first_mb": counted[0][1],
         "last_mb": counted[-1][1],

@@ -75,10 +75,7 @@ def number(key: str, value: Any) -> str:
 def train(cell: dict[str, Any], result: dict[str, Any]) -> list[str]:
     """A table for each length of the documents."""
     about = f"{cell['model']}, {cell['tokens']:,} tokens a step in documents of"
-    parts = [part for length in result if length.isdigit() for part in arms(f"{about} {int(length):,}", result[length])]
-    if "gradient_error" in result:
-        parts.append(f"Relative error of the gradient on the NF4 base: {result['gradient_error']:.1%}.")
-    return parts
+    return [part for length in result if length.isdigit() for part in arms(f"{about} {int(length):,}", result[length])]
 
 
 def decode(cell: dict[str, Any], result: dict[str, Any]) -> list[str]:
@@ -91,15 +88,6 @@ def rows(cell: dict[str, Any], result: dict[str, Any]) -> list[str]:
     return [part for count in result if count.isdigit() for part in arms(f"{about} {count}", result[count])]
 
 
-def curves(cell: dict[str, Any], result: dict[str, Any]) -> list[str]:
-    losses = result.get("losses", {})
-    if len(losses) < 2:
-        return []
-    apart = max(abs(here - there) for here, there in zip(losses["device"], losses["cpu"], strict=True))
-    last = f"{losses['device'][-1]:.4f} and {losses['cpu'][-1]:.4f}"
-    return [f"{cell['steps']} steps here and on the CPU end at a loss of {last}; at most {apart:.4f} apart on the way."]
-
-
 def tests(_: dict[str, Any], result: dict[str, Any]) -> list[str]:
     return [f"`pytest -m gpu`: {result['said'][-1].strip()}."] if result.get("said") else []
 
@@ -110,6 +98,5 @@ PARTS = {
     "nf4": train,
     "decode": decode,
     "rows": rows,
-    "curves": curves,
     "tests": tests,
 }

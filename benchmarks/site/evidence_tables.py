@@ -15,8 +15,6 @@ SETTINGS = {
     "reviews": "SmolLM2-135M, film reviews",
     "chats": "SmolLM2-135M, chats",
     "tiny_lm": "tiny model, [experiment 6](#experiment-6-a-tiny-language-model)",
-    "compare": "SmolLM2-135M, chats, an [earlier comparison](studies.md)",
-    "labels": "SmolLM2-135M, film reviews with labels, an [earlier comparison](labels.md)",
 }
 NEEDED = {"rate": ["full"], "forgetting": ["full"], "intruders": ["full"], "batch": ["batch"], "rank": ["rank", "few"]}
 NEEDED |= {"mlp": ["layers"]} | {name: [name] for name in ("alpha", "layers", "dora", "pissa", "loraplus", "rslora")}
@@ -80,8 +78,6 @@ def named(quantity: str) -> str:
 
 def number(finding: Finding) -> str:
     form = "{:.1f}" if finding.statement == "rate" else "{:.2f}" if finding.statement == "forgetting" else "{:+.3f}"
-    if finding.low is None:
-        return form.format(finding.value)
     value, low, high = (form.format(end) for end in (finding.value, finding.low, finding.high))
     return f"{value} ({low} to {high})"
 

@@ -400,27 +400,10 @@ ARM_MODULES = {
 def nf4(
     device: torch.device, folder: Path, model: str, tokens: int, documents: list[int], steps: int, rounds: int
 ) -> None:
-    """Reports a step on an NF4 base beside a bf16 one, and how far its gradient is from the dequantised base's."""
+    """Reports a step on an NF4 base beside a bf16 one."""
     arms = {"bf16": ("tailora", {}), "nf4": ("tailora", {"quantize": "nf4"})}
     tasks = [task_of(folder, model, tokens, length) for length in documents]
     train_in_turn(device, folder, tasks, arms, steps, rounds)
-    from tailora.core.quantization import dense_weight, is_quantized
-    from tailora.train.model_loading import load_base
-
-    gradients = []
-    ids = random_ids(model, (1, 64), device)
-    quantized, _ = load_base(str(folder / model), "auto", device, "nf4")
-    dense, _ = load_base(str(folder / model), "auto", device)
-    with torch.no_grad():
-        for name, layer in quantized.named_modules():
-            if is_quantized(layer):
-                dense.get_submodule(name).weight.copy_(dense_weight(layer))
-    for base in (quantized, dense):
-        adapted = LoRAModel(base, LoRAConfig(r=R))
-        randomize(adapted)
-        adapted(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in adapted.lora_layers.parameters() if p.grad is not None]))
-    report({"gradient_error": float((gradients[0] - gradients[1]).norm() / gradients[1].norm())})
 
 
 # ---- Decoding
@@ -533,27 +516,6 @@ def randomize(model: LoRAModel) -> None:
                 factor.data.copy_(torch.randn(factor.shape, generator=generator) * 0.02)
 
 
-# ---- Loss curves
-
-
-def curves(device: torch.device, folder: Path, model: str, steps: int) -> None:
-    """Reports the losses of the same run on the device and on the CPU."""
-    from tailora.train.events import Event, Stepped
-    from tailora.train.trainer import run
-
-    task = task_of(folder, model, 512 if model != "tiny" else 128, 64)
-    for name, place in (("device", device), ("cpu", torch.device("cpu"))):
-        losses: list[float] = []
-
-        def on_event(event: Event, losses: list[float] = losses) -> None:
-            if isinstance(event, Stepped):
-                losses.append(event.loss)
-
-        settings = {"max_steps": steps, "learning_rate": 1e-3}
-        run(run_config(task, folder / f"curve-{name}", place, settings), on_event=on_event)
-        report({"losses": {name: losses}})
-
-
 CELLS: dict[str, Callable[..., None]] = {
     "model": model,
     "ceilings": ceilings,
@@ -561,5 +523,4 @@ CELLS: dict[str, Callable[..., None]] = {
     "nf4": nf4,
     "decode": decode,
     "rows": rows,
-    "curves": curves,
 }

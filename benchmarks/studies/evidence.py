@@ -12,7 +12,6 @@ that they have in common, which are kept in the folder for temporary files: a ru
 
 import hashlib
 import json
-import math
 import os
 import sys
 import time
@@ -24,8 +23,8 @@ import numpy as np
 import torch
 
 from benchmarks import measure
-from benchmarks.studies.evidence_data import EARLIER, FULL, PLAIN, STUDIES, study, write_setting
-from benchmarks.studies.evidence_rules import Finding, findings, of_comparison, of_grid
+from benchmarks.studies.evidence_data import FULL, PLAIN, STUDIES, study, write_setting
+from benchmarks.studies.evidence_rules import findings, of_grid
 from benchmarks.studies.tiny_lm import BASE_STEPS, QUICK_STEPS
 from tailora.evaluation.spectral import intruder_counter, module_report, updates_of
 from tailora.study.compare import compare
@@ -201,23 +200,14 @@ def write_findings(path: Path) -> None:
     for cell in measured:
         results[cell["cell"]["setting"]][cell["cell"]["study"]] = cell["result"]
     found = findings(results)
-    for name in EARLIER:
-        other = json.loads((measure.RESULTS / f"{name}.json").read_text())
-        found += of_grid(name, other["cells"]) if "cells" in other else of_comparison(name, other["report"])
+    found += of_grid("tiny_lm", json.loads((measure.RESULTS / "tiny_lm.json").read_text())["cells"])
     results_of_runs = {"machine": content["machine"], "cells": measured}
-    measure.write(path, {**results_of_runs, "findings": [as_json(finding) for finding in found]})
+    measure.write(path, {**results_of_runs, "findings": [asdict(finding) for finding in found]})
     for finding in found:
         measure.log(
             f"{finding.verdict:14} {finding.statement:10} {finding.setting:8} {finding.quantity}: "
             f"{finding.value:+.3f} ({finding.low:+.3f} to {finding.high:+.3f}) {finding.remark}"
         )
-
-
-def as_json(finding: Finding) -> dict[str, Any]:
-    """JSON has no NaN: an end of an interval that is not known is null."""
-    return {
-        key: None if isinstance(value, float) and math.isnan(value) else value for key, value in asdict(finding).items()
-    }
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@
 
 A study is what `tailora compare --config STUDY.yaml` gets. All studies of a setting share their plain arm, LoRA with
 r = 8 and alpha = 16 on every linear layer, and "attention" and "mlp" train about as many parameters as that arm.
-Learning rates are where an arm's search begins. EARLIER are results of other scripts that keep no losses of single
-examples: experiment 6, and LoRA beside full fine-tuning on the demo's chats and on film reviews with labels.
+Learning rates are where an arm's search begins.
 """
 
 import json
@@ -28,8 +27,11 @@ REVIEWS, HELD_OUT_REVIEWS = 96, 120
 CHAT_STEPS, HELD_OUT_CHATS = 16, 60
 OTHER_CHATS = 4  # on which it is measured what learning from the reviews has changed
 TINY, DEMO = ("markov",), ("reviews", "chats")
-EARLIER = {"tiny_lm": "tiny model", "compare": "SmolLM2-135M-Instruct", "labels": "SmolLM2-135M-Instruct"}
-MODEL_OF = {**dict.fromkeys(TINY, "tiny model"), **dict.fromkeys(DEMO, "SmolLM2-135M-Instruct"), **EARLIER}
+MODEL_OF = {
+    **dict.fromkeys(TINY, "tiny model"),
+    **dict.fromkeys(DEMO, "SmolLM2-135M-Instruct"),
+    "tiny_lm": "tiny model",
+}
 STUDIES = {  # setting -> its studies, the most important first
     "markov": ("full", "few", "loraplus", "alpha", "batch", "rslora", "layers", "dora", "pissa"),
     "reviews": ("rank", "dora", "layers", "loraplus", "pissa", "alpha", "rslora", "full", "batch"),

@@ -263,7 +263,7 @@ def intruders(setting: str, results: Mapping[str, Result]) -> list[Finding]:
     return [Finding("intruders", setting, "of 10 directions, LoRA - full", value, low, high, verdict)]
 
 
-# ---- Earlier results, which were there before the rules
+# ---- Experiment 6, which was there before the rules
 
 
 def of_grid(setting: str, cells: Sequence[Mapping[str, Any]]) -> list[Finding]:
@@ -294,26 +294,6 @@ def of_grid(setting: str, cells: Sequence[Mapping[str, Any]]) -> list[Finding]:
         found("dora", "dora", "r8"),
         found("pissa", "pissa", "r8"),
     ]
-
-
-def of_comparison(setting: str, report: Mapping[str, Any]) -> list[Finding]:
-    """Returns what an earlier comparison of LoRA with full fine-tuning shows. Its numbers have no intervals."""
-    arms = {entry["name"]: entry for entry in report["arms"]}
-    octaves = {
-        name: vertex({float(rate): loss for rate, loss in arms[name]["rates"].items()}) for name in (PLAIN, FULL)
-    }
-    ratio, remark = 2 ** (octaves[PLAIN] - octaves[FULL]), "no interval, as the losses of single examples are not kept"
-    found = [Finding("rate", setting, "best rate of LoRA / of full", ratio, math.nan, math.nan, UNCLEAR, remark)]
-    forgotten = {name: arms[name].get("forgetting") for name in (PLAIN, FULL)}
-    if all(forgotten.values()):
-        kl, remark = (
-            forgotten[PLAIN]["kl"] / forgotten[FULL]["kl"],
-            "no interval, as only means over the seeds are kept",
-        )
-        found.append(
-            Finding("forgetting", setting, "KL from the base, LoRA / full", kl, math.nan, math.nan, UNCLEAR, remark)
-        )
-    return found
 
 
 def vertex(losses: Mapping[float, float]) -> float:

@@ -545,7 +545,8 @@ def test_the_trained_tokens_are_those_that_generation_would_produce(tokenizer_of
 
 
 def trl_template(name: str) -> str:
-    trl = pytest.importorskip("trl")
+    import trl
+
     path = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
     if not path.exists():
         pytest.skip(f"this version of TRL has no {path.name}")

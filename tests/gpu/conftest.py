@@ -9,11 +9,11 @@ CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 PRETEND = pytest.param("pretend", marks=pytest.mark.device)
 
 
-def found(name: str) -> torch.device:
+def found(name: str, cards: int = 1) -> torch.device:
     if name == "pretend":
         return pretend_accelerator.install_or_skip()
-    if name == "cuda" and not torch.cuda.is_available():
-        pytest.skip("there is no GPU")
+    if name == "cuda" and torch.cuda.device_count() < cards:
+        pytest.skip(f"needs {cards} GPUs, found {torch.cuda.device_count()}")
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
@@ -30,6 +30,4 @@ def cuda_or_cpu(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(params=[CUDA, pytest.param("cpu", marks=pytest.mark.exhaustive)])
 def two_cards(request: pytest.FixtureRequest) -> torch.device:
-    if request.param == "cuda" and torch.cuda.device_count() < 2:
-        pytest.skip("there are not two GPUs")
-    return found(request.param)
+    return found(request.param, cards=2)

@@ -31,14 +31,18 @@ def made(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel
     return AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager").eval().to(device, dtype)
 
 
+def skip_if_missing(provider: str, device: torch.device, dtype: torch.dtype) -> None:
+    if missing := PROVIDERS[provider].obstacle(device, dtype):
+        pytest.skip(f"{provider}: {missing}")
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_documents_have_the_logits_and_gradients_that_they_have_alone(
     device: torch.device, provider: str, dtype: torch.dtype, name: str
 ) -> None:
-    if missing := PROVIDERS[provider].obstacle(device, dtype):
-        pytest.skip(f"{provider}: {missing}")
+    skip_if_missing(provider, device, dtype)
     obstacle = obstacle_to_provider(made(name, dtype, device), provider, compare=True)
     if name == "gemma 2" and provider in SOFT_CAP:
         assert "softcap" in str(obstacle)
@@ -65,8 +69,7 @@ def waiting_is_an_error(device: torch.device) -> Iterator[None]:
 @pytest.mark.parametrize("name", ["llama", "mistral", "long window"])
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_the_host_does_not_wait_in_a_step(device: torch.device, provider: str, name: str) -> None:
-    if missing := PROVIDERS[provider].obstacle(device, torch.bfloat16):
-        pytest.skip(f"{provider}: {missing}")
+    skip_if_missing(provider, device, torch.bfloat16)
     model, row = made(name, torch.bfloat16, device), packed_row([700, 9, 14, 1300], device)
     with packed_rows(model, provider):
         model(**row).logits.sum().backward()  # compiles

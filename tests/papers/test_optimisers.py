@@ -1,6 +1,5 @@
 """The optimiser and its precision, step by step as their papers write them."""
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -63,7 +62,6 @@ def test_a_master_in_float32_adds_up_steps_that_16_bits_would_lose() -> None:
 
 def test_moments_of_8_bits_are_those_of_adamw_but_for_their_rounding() -> None:
     """arXiv:2110.02861, sec. 2: each moment is one byte a parameter, and a scale for every block of 256."""
-    pytest.importorskip("bitsandbytes", exc_type=ImportError)
     torch.manual_seed(0)
     start, gradients = torch.randn(64, 128), torch.randn(10, 64, 128)
     results = []

@@ -98,7 +98,6 @@ def test_the_example_of_transformers_runs(run_example: Callable[..., str], model
 def test_the_example_of_trl_runs(
     run_example: Callable[..., str], model_folder: Path, data_file: Path, tmp_path: Path
 ) -> None:
-    pytest.importorskip("trl", exc_type=ImportError)
     given = ["--model", model_folder, "--data", data_file, "--output-dir", tmp_path / "out", "--max-steps", 3]
     assert "\nloss " in run_example("trl_sft.py", *given)
     ids = torch.arange(12).view(2, 6)

@@ -100,8 +100,8 @@ def ids_of(example: Example) -> dict[str, Any]:
 
 def trl_trainer(kind: str, folder: Path, adapter_folder: Path, **settings: Any) -> Any:
     """A trainer of TRL around PEFT's model with the adapter in this folder."""
-    trl = pytest.importorskip("trl", exc_type=ImportError)
     import peft
+    import trl
     from datasets import Dataset
     from tiny import chat_tokenizer
 

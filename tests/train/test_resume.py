@@ -402,7 +402,6 @@ def in_buffers(
 def test_moments_of_8_bits_learn_the_same_and_go_on_to_the_same_bytes(
     method: str, settings: Any, tmp_path: Path
 ) -> None:
-    pytest.importorskip("bitsandbytes", exc_type=ImportError)
     common = {"method": method, **({"r": 16, "learning_rate": 1e-3} if method == "full" else {}), **LONG}
     common |= {"lora_dropout": 0} if method == "full" else {}
     whole, parts = (

@@ -63,7 +63,8 @@ def lora_model(name: str, *, trained: bool = False, **settings: Any) -> LoRAMode
 
 def trainer(make: Callable[[type[Any]], type[Any]], name: str, model: Any, folder: Path, **settings: Any) -> Any:
     rows, own, arguments = TRAINERS[name]
-    trl = pytest.importorskip("trl", exc_type=ImportError)  # which takes seconds
+    import trl  # which takes seconds
+
     common = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-2, "logging_steps": 1, "bf16": False}
     common |= {"per_device_train_batch_size": 4, "report_to": [], "disable_tqdm": True, "use_cpu": True}
     torch.manual_seed(0)
@@ -109,7 +110,8 @@ def test_what_is_logged_is_what_trl_logs_for_peft_and_a_resumed_run_goes_on(name
     tuner = trainer(adapting, name, model, tmp_path / "ours")
     tuner.train()
     assert len(logged(tuner)) == 4
-    peft = pytest.importorskip("peft")
+    import peft
+
     theirs = peft.PeftModel.from_pretrained(base(name), str(tmp_path / "start"), is_trainable=True)
     with_peft = trainer(lambda trainer: trainer, name, theirs, tmp_path / "peft")
     with_peft.train()
@@ -140,7 +142,7 @@ def test_a_fresh_adapter_is_compared_with_the_base(name: str, tmp_path: Path) ->
 
 
 def test_a_trainer_of_ones_own_gets_the_reference_too(tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl", exc_type=ImportError)
+    import trl
 
     class OwnTrainer(trl.DPOTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
