@@ -13,8 +13,10 @@ lint:  ## style and types
 	ruff format --check .
 	mypy
 
-bench:  ## run the benchmarks in order of importance, and stop after MINUTES
-	python benchmarks/run_all.py --minutes $(or $(MINUTES),50)
+BENCHMARKS = speed.real speed.steps speed.inference memory.memory speed.adapters speed.startup speed.curves speed.growth
+
+bench:  ## run the benchmarks in order of importance, each for at most MINUTES; the same command continues
+	for name in $(BENCHMARKS); do python -m benchmarks.$$name --minutes $(or $(MINUTES),6) || exit 1; done
 
 docs:  ## write the measured tables of README.md and docs/ again, from the JSON files in benchmarks/results
 	python benchmarks/update_docs.py

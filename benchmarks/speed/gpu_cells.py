@@ -418,26 +418,26 @@ def decode(device: torch.device, folder: Path, model: str, rows: int, new_tokens
     ours.add_adapter("DoRA", LoRAConfig(r=R, use_dora=True))
     randomize(ours)
 
-    def answer(name: str | None) -> dict[str, Any]:
+    def answer(name: str | None, is_counted: bool) -> dict[str, Any]:
         ours.set_adapter(name)
-        return decoding_times(ours, prompt, new_tokens, device)
+        return decoding_times(ours, prompt, new_tokens, device, is_counted)
 
-    def merged() -> dict[str, Any]:
+    def merged(is_counted: bool) -> dict[str, Any]:
         ours.set_adapter("LoRA")
         with ours.merged():
-            return decoding_times(ours, prompt, new_tokens, device)
+            return decoding_times(ours, prompt, new_tokens, device, is_counted)
 
-    arms: dict[str, Callable[[], dict[str, Any]]] = {
-        "base": lambda: answer(None),
-        "tailora": lambda: answer("LoRA"),
-        "tailora, DoRA": lambda: answer("DoRA"),
+    arms: dict[str, Callable[[bool], dict[str, Any]]] = {
+        "base": partial(answer, None),
+        "tailora": partial(answer, "LoRA"),
+        "tailora, DoRA": partial(answer, "DoRA"),
         "tailora, merged": merged,
     }
     for name, is_dora in (("PEFT", False), ("PEFT, DoRA", True)):
         settings = LoraConfig(r=R, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=is_dora)
         theirs = get_peft_model(load(folder / model, device), settings).eval()
         arms[name] = partial(decoding_times, theirs, prompt, new_tokens, device)
-    times = [{name: arm() for name, arm in arms.items()} for _ in range(4)][1:]
+    times = [{name: arm(turn == 3) for name, arm in arms.items()} for turn in range(4)][1:]
     for name in arms:
         of_arm = [turn[name] for turn in times]
         report(
@@ -445,18 +445,20 @@ def decode(device: torch.device, folder: Path, model: str, rows: int, new_tokens
         )
 
 
-def decoding_times(model: Any, prompt: Tensor, new_tokens: int, device: torch.device) -> dict[str, Any]:
+def decoding_times(
+    model: Any, prompt: Tensor, new_tokens: int, device: torch.device, is_counted: bool
+) -> dict[str, Any]:
     def generate(count: int) -> None:
         settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
         model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)
 
     one, many = (seconds_of(partial(generate, count), device, repeats=1)[0] for count in (1, new_tokens))
-    totals = []
-    for count in (2, 3):
+    totals: list[dict[str, int]] = []
+    for count in (2, 3) if is_counted else ():
         with counted(device) as counts:
             generate(count)
         totals.append(counts)
-    of_a_token = {name: totals[1][name] - totals[0][name] for name in totals[0]}
+    of_a_token = {name: totals[1][name] - totals[0][name] for name in totals[0]} if is_counted else {}
     return {"first": one, "next": (many - one) / (new_tokens - 1), "counts": of_a_token}
 
 
