@@ -23,9 +23,8 @@ from benchmarks.site.tables import ranged
 from tailora.core.config import OTHER_UNITS
 from tailora.train.config import TrainConfig
 
-MACHINES = {"With AMX": ".", "Without AMX, Zen 4": "zen4", "Without AMX, Zen 5": "zen5"}  # title -> folder of results
+MACHINES = {"AMX": ".", "Zen 4": "zen4", "Zen 5": "zen5"}  # name -> folder of results
 TRAINER = "PEFT + Trainer, grouped by length"
-SPEED = ("real", "steps", "memory", "curves", "growth", "inference", "adapters", "startup")  # docs/performance.md
 
 Content = dict[str, Any]  # of one JSON file
 
@@ -93,30 +92,28 @@ def machines() -> str:
     packages = tables.packages(read("demo"))
     for folder in MACHINES.values():
         for path in sorted((RESULTS / folder).glob("*.json")):
-            if path.stem in ("demo", *SPEED) and tables.packages(read(path.stem, folder)) != packages:
+            if path.stem in ("demo", *tables.SPEED) and tables.packages(read(path.stem, folder)) != packages:
                 raise SystemExit(f"{path} was measured with {tables.packages(read(path.stem, folder))}, not {packages}")
     return f"{tables.table(['', 'cores', 'CPU', 'bf16'], rows)}\n\nPackages: {packages}."
 
 
 def demo() -> str:
-    parts = []
-    for title, folder in MACHINES.items():
-        content = read("demo", folder)
-        count = len(content["runs"]["tailora"])
-        several = f"Median and range of {count} runs, in turn, each in a process of its own."
-        repeats = several if count > 1 else "One run of each, in a process of its own."
-        parts += [f"### {title}", tables.demo(content["summary"]), repeats]
-    return "\n\n".join(parts)
+    contents = {name: read("demo", folder) for name, folder in MACHINES.items()}
+    runs = ", ".join(f"{len(content['runs']['tailora'])} on {name}" for name, content in contents.items())
+    before = contents["AMX"]["summary"]["tailora"]["loss_before"]["median"]
+    rows = tables.demo({name: content["summary"] for name, content in contents.items()})
+    return f"{rows}\n\nEach cell is tailora / PEFT. The loss before is {before:.3f}. Runs of each arm: {runs}."
 
 
-def on_all_machines(name: str) -> str:
-    """The tables of a benchmark, of every machine on which it was run."""
-    parts = []
+def on_all_machines(name: str, make: Callable[[tables.Cells], str]) -> str:
+    """The table of a benchmark, over all machines on which it was run."""
+    cells, loads = [], []
     for title, folder in MACHINES.items():
         if (RESULTS / folder / f"{name}.json").exists():
             content = read(name, folder)
-            parts += [f"### {title}", *tables.TABLES[name](content["cells"]), tables.load(content)]
-    return "\n\n".join(parts)
+            cells += [{**cell, "cell": {**cell["cell"], "machine": title}} for cell in content["cells"]]
+            loads += [cell["load_before"] for cell in content["cells"]]
+    return f"{make(cells)}\n\nLoad of the machines before the cells: {min(loads):.1f} to {max(loads):.1f}."
 
 
 # ---- docs/studies.md and docs/plan.md
@@ -147,7 +144,7 @@ def trained(name: str) -> str:
 def plan() -> str:
     content = read("plan")
     source = f"{tables.machine(content)}; {tables.packages(content)}. {tables.load(content)}"
-    return "\n\n".join([*tables.plan(content["cells"]), source])
+    return f"{tables.plan(content['cells'])}\n\n{source}"
 
 
 # ---- docs/architectures.md
@@ -270,7 +267,7 @@ def devices() -> str:
 
 def preferences() -> str:
     content = read("preferences")
-    (rows,) = tables.preferences(content["cells"])
+    rows = tables.preferences(content["cells"])
     repeats = len({cell["cell"]["repeat"] for cell in content["cells"]})
     text = (
         f"Medians of {repeats} runs of six steps of 8 pairs on {tables.machine(content)}, one thread, in turn: "
@@ -453,7 +450,8 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
     "docs/performance.md": {
         "machines": machines,
         "demo": demo,
-        **{name: partial(on_all_machines, name) for name in SPEED},
+        **{name: partial(on_all_machines, name, make) for name, make in tables.SPEED.items()},
+        "switches": partial(on_all_machines, "adapters", tables.adapter_switches),
     },
     "docs/studies.md": {
         "compare": compared,

@@ -1,7 +1,7 @@
 """Markdown tables from the JSON files in benchmarks/results.
 
-A number is the median of the repeats, and the range in brackets goes from the lowest to the highest. No table is wider
-than about 100 characters: results with more columns are split into several tables.
+A number is the median of the repeats, and the range in brackets goes from the lowest to the highest. Each question of a
+page has one table; benchmarks/results has all numbers.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -43,40 +43,26 @@ def milliseconds(value: Spread, form: str = "{:.0f}") -> str:
     return ranged(value, form, unit=1000)
 
 
-def threads_of(count: int) -> str:
-    return "1 thread" if count == 1 else f"{count} threads"
+def medians(seconds: dict[str, Spread], arms: Sequence[str], form: str = "{:.0f}") -> list[str]:
+    return [form.format(1000 * seconds[arm]["median"]) for arm in arms]
 
 
 # ---- Training
 
 
-def demo(summary: dict[str, Any]) -> str:
-    """The demo's run by tailora and by a hand-written loop around PEFT."""
-    ours, peft, startup = (summary[arm] for arm in ("tailora", "peft", "startup"))
-    before = f"{ours['loss_before']['median']:.3f}"
-    rows = [
-        demo_row(label, ours[key], peft[key], form)
-        for label, key, form in (
-            ("training speed, tokens/s", "tokens_per_second", "{:.0f}"),
-            ("training time, s", "train_seconds", "{:.0f}"),
-            ("peak memory, GB", "peak_gigabytes", "{:.2f}"),
-            (f"held-out loss after training (before: {before})", "loss_after", "{:.3f}"),
-        )
-    ]
-    return table(["", OURS, "PEFT, hand-written loop", f"{OURS} / PEFT"], [*rows, import_row(startup)])
-
-
-def demo_row(label: str, ours: Spread, peft: Spread, form: str) -> list[str]:
-    return [label, ranged(ours, form), ranged(peft, form), f"{ours['median'] / peft['median']:.2f}"]
-
-
-def import_row(startup: dict[str, Spread]) -> list[str]:
-    ours, peft = startup["import_tailora_over_torch"], startup["import_peft_over_torch"]
-    return demo_row("CPU time of the import, relative to `import torch`", ours, peft, "{:.2f}")
+def demo(summaries: dict[str, dict[str, Any]]) -> str:
+    """The demo's run by tailora and by a hand-written loop around PEFT, on each machine."""
+    keys = (("tokens_per_second", "{:.0f}"), ("peak_gigabytes", "{:.2f}"), ("loss_after", "{:.3f}"))
+    rows = []
+    for name, summary in summaries.items():
+        pairs = [[form.format(summary[arm][key]["median"]) for arm in ("tailora", "peft")] for key, form in keys]
+        speed = summary["tailora"]["tokens_per_second"]["median"] / summary["peft"]["tokens_per_second"]["median"]
+        rows.append([name, *(f"{ours} / {peft}" for ours, peft in pairs), f"{speed:.2f}"])
+    return table(["machine", "tokens/s", "peak memory, GB", "held-out loss after", "speed ratio"], rows)
 
 
 def demo_in_brief(summary: dict[str, Any]) -> str:
-    """The same in four lines without ranges, for README.md."""
+    """The same on one machine, for README.md."""
     ours, peft, startup = (summary[arm] for arm in ("tailora", "peft", "startup"))
     lines = (
         ("training speed, tokens/s", ours["tokens_per_second"], peft["tokens_per_second"], "{:.0f}"),
@@ -93,39 +79,30 @@ def demo_in_brief(summary: dict[str, Any]) -> str:
     return table(["", OURS, "PEFT, hand-written loop"], rows)
 
 
-def real(cells: Cells) -> list[str]:
+def real(cells: Cells) -> str:
     """Time of one pass over real data, and time to the loss that every arm reaches."""
-    tables = []
-    for (data,), group in grouped(cells, "data").items():
+    rows = []
+    for (data, name), group in grouped(cells, "data", "machine").items():
         by_arm = {arm: runs for (arm,), runs in grouped(group, "arm").items()}
-        if OURS not in by_arm:  # a run that was stopped
-            continue
         arms = sorted(by_arm, key=lambda arm: arm != OURS)
-        times = {arm: spread([run["result"]["wall"] for run in by_arm[arm]]) for arm in arms}
+        times = {arm: spread([run["result"]["wall"] for run in by_arm[arm]])["median"] for arm in arms}
         curves = {arm: by_arm[arm][0]["result"]["curve"] for arm in arms}
         target = max(curve[-1]["loss"] for curve in curves.values())
         reached = {arm: seconds_to(curves[arm], target) for arm in arms}
-        passes = [
+        rows += [
             [
+                f"{data}, {name}",
                 arm,
-                ranged(times[arm], "{:.0f}"),
-                f"{times[arm]['median'] / times[OURS]['median']:.2f}",
-                ranged(spread([run["result"]["whole_wall"] for run in by_arm[arm]]), "{:.0f}"),
-                f"{by_arm[arm][0]['result']['tokens'] / times[arm]['median']:.0f}",
+                f"{times[arm]:.0f}",
+                f"{times[arm] / times[OURS]:.2f}",
                 f"{max(run['result']['peak_bytes'] for run in by_arm[arm]) / 1e9:.2f}",
+                f"{curves[arm][-1]['loss']:.3f}",
+                f"{reached[arm] / reached[OURS]:.2f}",
             ]
             for arm in arms
         ]
-        losses = [
-            [arm, f"{curves[arm][-1]['loss']:.3f}", f"{reached[arm]:.0f}", f"{reached[arm] / reached[OURS]:.2f}"]
-            for arm in arms
-        ]
-        learned = group[0]["result"]["supervised_tokens"]
-        head = ["", "training, s", f"/ {OURS}", "with start-up, s", "tokens/s", "peak, GB"]
-        tables.append(table(head, passes, f"{data}: one pass, {learned:,} supervised tokens"))
-        head = ["", "loss after the pass", f"s to a loss of {target:.3f}", f"/ {OURS}"]
-        tables.append(table(head, losses, f"{data}: held-out loss"))
-    return tables
+    over = f"/ {OURS}"
+    return table(["data, machine", "arm", "training, s", over, "peak, GB", "loss after", f"time to loss {over}"], rows)
 
 
 def seconds_to(curve: Cells, target: float) -> float:
@@ -139,72 +116,53 @@ def seconds_to(curve: Cells, target: float) -> float:
     raise ValueError(f"the curve ends at {curve[-1]['loss']}, above {target}")
 
 
-def steps(cells: Cells) -> list[str]:
-    """Time of a step beside the machine's bound, then the other arms' time relative to tailora's."""
-    tables = []
-    for (threads, malloc), group in grouped(cells, "threads", "malloc").items():
-        title = f"{threads_of(threads)}, {group[0]['result']['clock']} time, malloc {malloc}"
-        bounds, ratios = [], []
-        for cell in group:
-            shape, result = f"{cell['cell']['shape']} {cell['cell']['dtype']}", cell["result"]
-            bounds.append(
+def steps(cells: Cells) -> str:
+    """Time of a step, relative to the machine's bound and to the other arms, with malloc's defaults."""
+    rows = []
+    for cell in cells:
+        setting, result = cell["cell"], cell["result"]
+        if setting["malloc"] == "default":
+            rows.append(
                 [
-                    shape,
-                    f"{1000 * result['bound_seconds']:.0f} ({result['peak_gflops']:.0f})",
-                    milliseconds(result["seconds"]["products"]),
-                    milliseconds(result["seconds"][OURS]),
+                    f"{setting['machine']}, {setting['threads']}",
+                    f"{setting['shape']} {setting['dtype']}",
+                    *medians(result["seconds"], [OURS]),
                     ranged(result["x_bound"][OURS]),
+                    *(ranged(result["x_tailora"][arm]) for arm in ("PEFT", "full")),
                 ]
             )
-            ratios.append([shape, *(ranged(result["x_tailora"][arm]) for arm in ("fast off", "PEFT", "full"))])
-        head = ["shape", "bound (GFLOP/s)", "frozen products", OURS, f"{OURS} / bound"]
-        tables.append(table(head, bounds, f"A step, ms: {title}"))
-        head = ["shape", "fast off", "PEFT", "full fine-tuning"]
-        tables.append(table(head, ratios, f"Time of a step / {OURS}'s: {title}"))
-    return tables
+    return table(["machine, threads", "shape", "ms", "/ bound", "PEFT", "full fine-tuning"], rows)
 
 
-def memory(cells: Cells) -> list[str]:
-    """MB above the steady state; the steady state in brackets."""
-    arms = list(dict.fromkeys(cell["cell"]["arm"] for cell in cells))
-    tables = []
-    for (malloc,), group in grouped(cells, "malloc").items():
-        rows = []
-        for (shape, dtype, checkpointing), points in grouped(group, "shape", "dtype", "checkpointing").items():
-            by_arm = {point["cell"]["arm"]: point["result"] for point in points}
-            if not {OURS, "PEFT"} <= by_arm.keys():  # a run that was stopped
-                continue
-            ratio = by_arm[OURS]["above_bytes"] / by_arm["PEFT"]["above_bytes"]
-            label = f"{shape} {dtype}{', checkpointed' if checkpointing else ''}"
-            rows.append([label, *(megabytes(by_arm[arm]) if arm in by_arm else "" for arm in arms), f"{ratio:.2f}"])
-        title = f"Peak memory of a step above the steady state, MB (steady state): malloc {malloc}"
-        tables.append(table(["", *arms, f"{OURS} / PEFT"], rows, title))
-    return tables
+def memory(cells: Cells) -> str:
+    """MB above the steady state."""
+    arms = (OURS, "fast off", "PEFT", "full")
+    rows = []
+    for (name, shape, dtype, checkpointing), points in grouped(
+        cells, "machine", "shape", "dtype", "checkpointing"
+    ).items():
+        above = {point["cell"]["arm"]: point["result"]["above_bytes"] for point in points}
+        if above.keys() >= set(arms):  # a run that was stopped lacks some
+            label = f"{name}, {shape} {dtype}{', checkpointed' if checkpointing else ''}"
+            rows.append([label, *(f"{above[arm] / 1e6:.0f}" for arm in arms), f"{above[OURS] / above['PEFT']:.2f}"])
+    return table(["machine, shape", *arms, f"{OURS} / PEFT"], rows)
 
 
-def megabytes(result: dict[str, Any]) -> str:
-    return f"{result['above_bytes'] / 1e6:.0f} ({result['steady_bytes'] / 1e6:.0f})"
-
-
-def growth(cells: Cells) -> list[str]:
+def growth(cells: Cells) -> str:
     """Time of a step along one axis at a time."""
-    tables = []
-    for (axis,), group in grouped(cells, "axis").items():
-        rows = [
-            [
-                str(cell["cell"]["value"]),
-                milliseconds(cell["result"]["seconds"][OURS]),
-                milliseconds(cell["result"]["seconds"]["PEFT"]),
-                ranged(cell["result"]["x_tailora"]["PEFT"]),
-            ]
-            for cell in group
+    rows = [
+        [
+            f"{cell['cell']['axis']} {cell['cell']['value']}",
+            *medians(cell["result"]["seconds"], [OURS, "PEFT"]),
+            ranged(cell["result"]["x_tailora"]["PEFT"]),
         ]
-        tables.append(table([axis, OURS, "PEFT", f"PEFT / {OURS}"], rows, f"Time of a step by {axis}, ms"))
-    return tables
+        for cell in cells
+    ]
+    return table(["", f"{OURS}, ms", "PEFT, ms", f"PEFT / {OURS}"], rows)
 
 
-def curves(cells: Cells) -> list[str]:
-    """How far the losses of each setting are from those of `--fast off`."""
+def curves(cells: Cells) -> str:
+    """How far the losses of each setting are from those of `--fast off`, in nats per token."""
     by_setting = {cell["cell"]["way"]: cell["result"] for cell in cells}
     plain = by_setting.pop("fast off")
     rows = [
@@ -215,103 +173,83 @@ def curves(cells: Cells) -> list[str]:
         ]
         for setting, result in by_setting.items()
     ]
-    head = ["setting", "largest difference of a step's loss", "of the held-out loss"]
-    title = f"{len(plain['losses'])} steps in float32 against `--fast off`, nats per token"
-    return [table(head, rows, title)]
+    return table(["setting", "largest difference of a step's loss", "of the held-out loss"], rows)
 
 
 def largest_difference(values: list[float], others: list[float]) -> float:
     return max(abs(value - other) for value, other in zip(values, others, strict=True))
 
 
-def startup(cells: Cells) -> list[str]:
+def startup(cells: Cells) -> str:
     """CPU seconds of `tailora train` until its first step."""
-    watched = [cell["result"] for cell in cells if cell["cell"]["what"] == "watched"]
-    milestones = [
-        [label, ranged(spread([run[key] for run in watched]))]
-        for label, key in [("everything is loaded and checked", "ready"), ("the first step is done", "first_step_done")]
-    ]
-    return [table(["until", "CPU s"], milestones, "`tailora train` on the cached demo model")]
+    rows = []
+    for (name,), group in grouped(cells, "machine").items():
+        watched = [cell["result"] for cell in group if cell["cell"]["what"] == "watched"]
+        rows.append([name, *(ranged(spread([run[key] for run in watched])) for key in ("ready", "first_step_done"))])
+    return table(["machine", "everything is loaded and checked, s", "the first step is done, s"], rows)
 
 
 # ---- Adapters in use
 
 
-def inference(cells: Cells) -> list[str]:
-    """Time of the first token of an answer and of each later one; then switching among adapters."""
-    tables = []
-    answers = [cell for cell in cells if cell["cell"]["what"] == "decode"]
-    for (threads,), group in grouped(answers, "threads").items():
-        for key, name, form in (
-            ("next", "One more token", "{:.1f}"),
-            ("first", "The first token, prompt of 64", "{:.0f}"),
-        ):
-            separate, merged = [], []
-            for cell in group:
-                runs, label = cell["result"]["runs"], f"{cell['cell']['dtype']}, {cell['cell']['value']}"
-                times = {arm.removesuffix(f": {key}"): runs[arm] for arm in runs if arm.endswith(f": {key}")}
-                shown = {arm: milliseconds(spread(values), form) for arm, values in times.items()}
-                beside = [shown[arm] for arm in ("base", OURS, "PEFT")]
-                separate.append([label, *beside, round_ratio(times, "PEFT", OURS)])
-                inside = [shown[f"{arm}, merged"] for arm in (OURS, "PEFT")]
-                over = [round_ratio(times, arm, f"{arm}, merged") for arm in (OURS, "PEFT")]
-                merged.append([label, *inside, *over])
-            head = ["cache", "base", OURS, "PEFT", f"PEFT / {OURS}"]
-            tables.append(table(head, separate, f"{name}, ms, {threads_of(threads)}"))
-            head = ["cache", f"{OURS}, merged", "PEFT, merged", f"{OURS} / merged", "PEFT / merged"]
-            tables.append(table(head, merged, f"{name}, adapter merged, ms, {threads_of(threads)}"))
-    switches = [
+def inference(cells: Cells) -> str:
+    """Time of one more token of an answer on one thread, in milliseconds."""
+    rows = []
+    for cell in cells:
+        setting = cell["cell"]
+        if setting["what"] == "decode":
+            runs = cell["result"]["runs"]
+            times = {arm.removesuffix(": next"): values for arm, values in runs.items() if arm.endswith(": next")}
+            shown = [
+                f"{1000 * spread(times[arm])['median']:.1f}"
+                for arm in ("base", OURS, f"{OURS}, merged", "PEFT", "PEFT, merged")
+            ]
+            slower = ranged(spread([peft / ours for peft, ours in zip(times["PEFT"], times[OURS], strict=True)]))
+            rows.append([f"{setting['machine']}, {setting['dtype']}, {setting['value']}", *shown, slower])
+    head = ["machine, precision, cache", "base", OURS, "merged", "PEFT", "PEFT, merged", f"PEFT / {OURS}"]
+    return table(head, rows)
+
+
+def adapter_rows(cells: Cells) -> str:
+    """1, 8 and 64 adapters in a batch of 64 rows, 6 layers."""
+    tokens = {"decode": 1, "prefill": 16}
+    rows = [
         [
-            str(cell["cell"]["value"]),
-            *(milliseconds(cell["result"]["seconds"][arm], "{:.2f}") for arm in (OURS, "PEFT")),
+            f"{setting['machine']}, {setting['dtype']}, {tokens[setting['what']]}",
+            str(setting["value"]),
+            *medians(cell["result"]["seconds"], [OURS], "{:.1f}"),
+            ratio(cell, OURS, "base"),
+            ratio(cell, "PEFT", OURS),
         ]
         for cell in cells
-        if cell["cell"]["what"] == "switch"
+        if (setting := cell["cell"])["what"] in tokens and setting["value"] in (1, 8, 64)
     ]
-    if switches:
-        tables.append(table(["loaded", OURS, "PEFT"], switches, "Switching adapters on 210 linear layers, ms"))
-    return tables
+    head = ["machine, precision, tokens", "adapters", f"{OURS}, ms", f"{OURS} / base", f"PEFT / {OURS}"]
+    return table(head, rows)
 
 
-def round_ratio(times: dict[str, list[float]], arm: str, over: str) -> str:
-    """Returns the ratio of two arms' times, round by round."""
-    return ranged(spread([time / other for time, other in zip(times[arm], times[over], strict=True)]))
-
-
-def adapters(cells: Cells) -> list[str]:
-    """One adapter per batch row, switching, merging and loading."""
-    by_what = {what: group for (what,), group in grouped(cells, "what").items()}
-    tables = []
-    for what, name, form in (("decode", "one token", "{:.1f}"), ("prefill", "16 tokens", "{:.0f}")):
-        for (dtype,), group in grouped(by_what.get(what, []), "dtype").items():
-            title = f"A forward of 64 batch rows of {name}, 6 layers, {dtype}, ms"
-            arms, first = ["base", OURS, "PEFT"], "tailora, first call"
-            rows = [time_row(cell, [*arms, first], form, "PEFT", OURS) for cell in group]
-            tables.append(table(["adapters", *arms, "first call", f"PEFT / {OURS}"], rows, title))
-    if group := by_what.get("switch"):
-        arms = [OURS, f"{OURS}, between two", "PEFT"]
-        rows = [time_row(cell, arms, "{:.3f}", "PEFT", OURS) for cell in group]
-        tables.append(table(["loaded", *arms, f"PEFT / {OURS}"], rows, "Switching adapters, bfloat16, ms"))
-    for (dtype,), group in grouped(by_what.get("merge", []), "dtype").items():
-        rows = [
-            [*time_row(cell, [OURS, IN_PLACE, "PEFT"], "{:.3f}", "PEFT", OURS), ratio(cell, "PEFT", IN_PLACE)]
-            for cell in group
+def adapter_switches(cells: Cells) -> str:
+    """Switching among the fewest and most adapters, merging the deeper model, and loading, in milliseconds."""
+    operations = {  # what was measured: name, tailora's arm, PEFT's arm
+        "switch": [("switch among {} adapters", OURS, "PEFT")],
+        "merge": [
+            ("merge, per linear layer of {} layers", OURS, "PEFT"),
+            ("merge in place, per linear layer of {} layers", IN_PLACE, "PEFT"),
+            ("unmerge, per linear layer of {} layers", f"{OURS}, unmerge", "PEFT, unmerge"),
+        ],
+        "load": [("attach and load on {} linear layers", OURS, "PEFT")],
+    }
+    rows = [
+        [
+            f"{name.format(cell['cell']['value'])}, {cell['cell']['dtype']}",
+            *medians(cell["result"]["seconds"], [ours, peft], "{:.3f}"),
+            ratio(cell, peft, ours),
         ]
-        head = ["layers", OURS, "in place", "PEFT", f"PEFT / {OURS}", "PEFT / in place"]
-        tables.append(table(head, rows, f"Merging, {dtype}, ms per linear layer"))
-        arms = [f"{OURS}, unmerge", "PEFT, unmerge"]
-        rows = [time_row(cell, arms, "{:.3f}", "PEFT, unmerge", f"{OURS}, unmerge") for cell in group]
-        tables.append(table(["layers", OURS, "PEFT", f"PEFT / {OURS}"], rows, f"Unmerging, {dtype}, ms per layer"))
-    if group := by_what.get("load"):
-        rows = [time_row(cell, [OURS, "PEFT"], "{:.0f}", "PEFT", OURS) for cell in group]
-        title = "Attaching and loading an adapter, float32, CPU ms"
-        tables.append(table(["linear layers", OURS, "PEFT", f"PEFT / {OURS}"], rows, title))
-    return tables
-
-
-def time_row(cell: dict[str, Any], arms: list[str], form: str, arm: str, over: str) -> list[str]:
-    seconds = cell["result"]["seconds"]
-    return [str(cell["cell"]["value"]), *(milliseconds(seconds[name], form) for name in arms), ratio(cell, arm, over)]
+        for cell in cells
+        if cell["cell"]["value"] in (2, 64, 30, 1000)
+        for name, ours, peft in operations.get(cell["cell"]["what"], [])
+    ]
+    return table(["operation", OURS, "PEFT", f"PEFT / {OURS}"], rows)
 
 
 def ratio(cell: dict[str, Any], arm: str, over: str) -> str:
@@ -322,7 +260,7 @@ def ratio(cell: dict[str, Any], arm: str, over: str) -> str:
 # ---- Plans
 
 
-def plan(cells: Cells) -> list[str]:
+def plan(cells: Cells) -> str:
     """What `tailora plan` estimated of memory, relative to the peak of the run's process."""
     rows = [
         [
@@ -335,13 +273,10 @@ def plan(cells: Cells) -> list[str]:
         for cell in cells
     ]
     head = ["configuration", "tokens of the largest forward", "peak, GB", "plan / peak", "plan --measure / peak"]
-    return [table(head, rows, "Memory, estimated and measured")]
+    return table(head, rows, "Memory, estimated and measured")
 
 
-# ---- All of them
-
-
-def preferences(cells: Cells) -> list[str]:
+def preferences(cells: Cells) -> str:
     """Six steps on pairs of replies beside TRL."""
     by_arm = {arm: [run["result"] for run in runs] for (arm,), runs in grouped(cells, "arm").items()}
     ours = spread([run["cpu"] for run in by_arm[OURS]])["median"]
@@ -357,20 +292,18 @@ def preferences(cells: Cells) -> list[str]:
             ]
         )
     head = ["arm", "CPU seconds", "relative", "peak GB"]
-    return [table(head, rows)]
+    return table(head, rows)
 
 
-TABLES: dict[str, Callable[[Cells], list[str]]] = {
+SPEED: dict[str, Callable[[Cells], str]] = {  # name of a result -> its table in docs/performance.md
     "real": real,
     "steps": steps,
     "memory": memory,
     "curves": curves,
     "growth": growth,
     "inference": inference,
-    "adapters": adapters,
+    "adapters": adapter_rows,
     "startup": startup,
-    "plan": plan,
-    "preferences": preferences,
 }
 
 
