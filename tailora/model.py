@@ -28,11 +28,17 @@ from tailora.core.config import LoRAConfig
 from tailora.core.merge import MergeReport, MergeState
 from tailora.core.targets import fitted_config, select
 from tailora.errors import AdapterError, ConfigError
-from tailora.formats.hub import UPLOAD_OPTIONS, check_save_arguments, upload
+from tailora.formats.hub import UPLOAD_OPTIONS, make_public, upload
 from tailora.formats.load import LoadOptions, check_load_options, load
 from tailora.formats.metadata import LayerFingerprint
 from tailora.formats.peft import write_peft_folder
-from tailora.formats.peft_model import PEFT_NAMES, check_no_adapter_names, read_peft_model, release_base
+from tailora.formats.peft_model import (
+    PEFT_NAMES,
+    check_no_adapter_names,
+    check_save_arguments,
+    read_peft_model,
+    release_base,
+)
 from tailora.formats.run_folder import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
@@ -277,8 +283,6 @@ class LoRAModel(nn.Module):
         revision, create_pr, commit_message, commit_description, as in transformers, and those of `save_pretrained`.
         Does nothing and returns "" unless `is_main_process`. Raises WriteError if the Hub does not take the files.
         """
-        from tailora.formats.shared_files import make_public
-
         of_upload = {name: options.pop(name) for name in UPLOAD_OPTIONS & options.keys()}
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, **options)
@@ -286,7 +290,7 @@ class LoRAModel(nn.Module):
                 return ""
             for config in Path(folder).rglob(ADAPTER_CONFIG):
                 make_public(config.parent)
-            return upload(Path(folder), repo_id, tags=tags, **of_upload)
+            return str(upload(Path(folder), repo_id, tags=tags, **of_upload))
 
     def export(
         self, folder: str | Path, to: str, name: str = "default", *, tokenizer: Any = None, overwrite: bool = False
@@ -299,7 +303,7 @@ class LoRAModel(nn.Module):
         exported adapter. Raises as `formats.export.export`.
         """
         from tailora.formats.export import export  # with the formats that only this needs
-        from tailora.formats.low_rank_export import ExportSource
+        from tailora.formats.fold_scale import ExportSource
 
         self._merge_state.check_unmerged("export an adapter")
         source = ExportSource(as_plain_lora(self.adapter(name)), self.base_model, tokenizer)
@@ -320,7 +324,7 @@ class LoRAModel(nn.Module):
         An adapter that the server cannot load is merged into the whole model. Otherwise as `export`. Raises as
         `formats.serving_targets.export_for`.
         """
-        from tailora.formats.low_rank_export import ExportSource
+        from tailora.formats.fold_scale import ExportSource
         from tailora.formats.serving_targets import ServingSettings, export_for
 
         self._merge_state.check_unmerged("export an adapter")

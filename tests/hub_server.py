@@ -12,10 +12,12 @@ import base64
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote
 
@@ -24,7 +26,6 @@ from huggingface_hub import constants
 
 TOKEN, READ_TOKEN = "hf_secret", "hf_read"
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]  # of a repository with one adapter
-TYPES = {"models": "model", "datasets": "dataset", "spaces": "space"}
 
 
 @dataclass
@@ -32,7 +33,6 @@ class Repository:
     """branches: name -> path -> content."""
 
     private: bool = True
-    type: str = "model"
     branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {}})
 
     def commit_id(self, branch: str = "main") -> str:
@@ -49,20 +49,17 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repositories: dict[tuple[str, str], Repository] = {}  # type and id
+        self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str, bytes]] = []
         self.fail: dict[tuple[str, str], tuple[int, str, str] | None] = {}
-        self.large_files: dict[str, bytes] = {}  # by SHA-256
-        self.uses_large_files = False  # for safetensors, as the Hub does
 
     @property
     def files(self) -> dict[str, bytes]:
-        repository = self.repositories.setdefault(("model", "user/adapter"), Repository())
-        return repository.branches["main"]
+        return self.repositories.setdefault("user/adapter", Repository()).branches["main"]
 
     @property
     def commit(self) -> str:
-        return self.repositories["model", "user/adapter"].commit_id()
+        return self.repositories["user/adapter"].commit_id()
 
     @property
     def address(self) -> str:
@@ -100,10 +97,7 @@ class Handler(BaseHTTPRequestHandler):
                     self.refuse(*failure)
                 return
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-        if path.startswith("/large/"):
-            self.server.large_files[path.removeprefix("/large/")] = body
-            self.answer(200)
-        elif token not in (TOKEN, READ_TOKEN):
+        if token not in (TOKEN, READ_TOKEN):
             self.refuse(401, "", "Invalid credentials in Authorization header")
         elif path == "/api/validate-yaml":
             self.json({"errors": [], "warnings": []})
@@ -114,59 +108,48 @@ class Handler(BaseHTTPRequestHandler):
 
     def create(self, token: str, asked: dict[str, Any]) -> None:
         name = f"{asked['organization']}/{asked['name']}"
-        key = (asked.get("type", "model"), name)
-        if token == READ_TOKEN or asked["organization"] != "user":
-            self.refuse(403, "", f"You don't have the rights to create a model under the namespace {key[1]!r}")
-        elif key in self.server.repositories:
-            self.json({"error": "You already created this model repo", "url": f"{self.server.address}/{name}"}, 409)
+        if name in self.server.repositories:
+            self.json({"url": f"{self.server.address}/{name}"}, 409)
+        elif token == READ_TOKEN or asked["organization"] != "user":
+            self.refuse(403, "", "You don't have the rights to create a model under this namespace")
         else:
-            self.server.repositories[key] = Repository(asked.get("visibility") != "public", key[0])
+            self.server.repositories[name] = Repository(asked.get("visibility") != "public")
             self.json({"url": f"{self.server.address}/{name}", "name": name})
 
     def of_repository(self, token: str, path: str, body: bytes) -> None:
-        parts = path.strip("/").split("/")
-        if parts[0] == "api":
-            kind, name, rest = TYPES[parts[1]], "/".join(parts[2:4]), parts[4:]
-        else:
-            kind, name, rest = "model", "/".join(parts[:2]).removesuffix(".git"), parts[2:]
-        repository = self.server.repositories.get((kind, name))
+        parts = path.strip("/").removeprefix("api/models/").split("/")
+        name, (action, argument, *rest) = "/".join(parts[:2]), [*parts[2:], "", "main"][: max(2, len(parts) - 2)]
+        repository = self.server.repositories.get(name)
         if repository is None:
             return self.refuse(404, "RepoNotFound", "Repository not found")
-        action, argument = rest[0] if rest else "", rest[1] if len(rest) > 1 else "main"
-        writes = action in ("branch", "preupload", "commit", "info")
-        if writes and token == READ_TOKEN:
+        if action in ("branch", "preupload", "commit") and token == READ_TOKEN:
             return self.refuse(403, "", "You need write access")
         if action == "branch":
             if argument in repository.branches:
                 return self.refuse(409, "", "Reference already exists")
             repository.branches[argument] = dict(repository.branches["main"])
             return self.json({})
-        if action == "info":
-            objects = json.loads(body)["objects"]
-            uploads = [
-                {**o, "actions": {"upload": {"href": f"{self.server.address}/large/{o['oid']}"}}} for o in objects
-            ]
-            return self.json({"transfer": "basic", "objects": uploads})
-        branch = repository.branch_of(argument)
+        branch = repository.branch_of(argument or "main")
         files = repository.branches.get(branch)
-        if action in ("", "tree", "revision", "preupload", "commit", "resolve") and files is None:
+        if files is None:
             return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {branch}")
-        assert files is not None
         commit = repository.commit_id(branch)
         if action == "preupload":
-            asked = json.loads(body)["files"]
-            large = [self.server.uses_large_files and file["path"].endswith(".safetensors") for file in asked]
-            answers = [
-                {"path": file["path"], "uploadMode": "lfs" if is_large else "regular", "shouldIgnore": False}
-                for file, is_large in zip(asked, large, strict=True)
-            ]
-            return self.json({"files": answers})
+            names = [file["path"] for file in json.loads(body)["files"]]
+            return self.json(
+                {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
+            )
         if action == "commit":
-            self.commit(files, body)
+            for line in map(json.loads, body.splitlines()):
+                match line:
+                    case {"key": "file", "value": value}:
+                        files[value["path"]] = base64.b64decode(value["content"])
+                    case {"key": "deletedFile", "value": value}:
+                        del files[value["path"]]
             new = repository.commit_id(branch)
             return self.json({"commitUrl": f"{self.server.address}/{name}/commit/{new}", "commitOid": new})
         if action == "resolve":
-            content = files.get("/".join(rest[2:]))
+            content = files.get("/".join(rest))
             if content is None:
                 return self.refuse(404, "EntryNotFound")
             return self.answer(200, content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit=commit)
@@ -176,18 +159,7 @@ class Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": name, "size": len(files[name])} for name in files]
         return self.json({"id": name, "sha": commit, "private": repository.private, "siblings": siblings})
 
-    def commit(self, files: dict[str, bytes], body: bytes) -> None:
-        for line in map(json.loads, body.splitlines()):
-            value = line["value"]
-            match line["key"]:
-                case "file":
-                    files[value["path"]] = base64.b64decode(value["content"])
-                case "lfsFile":
-                    files[value["path"]] = self.server.large_files[value["oid"]]
-                case "deletedFile":
-                    del files[value["path"]]
-
-    do_GET = do_POST = do_HEAD = do_PUT = handle_request
+    do_GET = do_POST = do_HEAD = handle_request
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -202,7 +174,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # large files over HTTP, which this server speaks
+    without_waiting = SimpleNamespace(**{**vars(time), "sleep": lambda _: None})  # before the client tries again
+    monkeypatch.setattr("huggingface_hub.utils._http.time", without_waiting)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     yield server

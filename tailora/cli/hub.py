@@ -1,10 +1,11 @@
-"""`tailora push` and `tailora pull`: an adapter to the Hugging Face Hub, and from it."""
+"""`tailora push` and `tailora pull`: upload an adapter to the Hugging Face Hub, and download one."""
 
 import shlex
 import shutil
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -12,18 +13,8 @@ from cyclopts import Parameter
 from tailora.cli.flags import Json, Overwrite
 from tailora.cli.main import log, note, print_json, stdout
 from tailora.cli.models import base_of, command_to_use
-from tailora.errors import ConfigError, FormatError, nearest_path
-from tailora.formats.hub import (
-    Fetched,
-    check_repository_name,
-    check_token,
-    commit_files,
-    fetch,
-    look_up,
-    other_types,
-    public_name,
-    repository_of,
-)
+from tailora.errors import ConfigError, FetchError, FormatError, WriteError, nearest_path
+from tailora.formats import hub
 from tailora.formats.io import read_safetensors, replace_folder
 from tailora.formats.run_folder import (
     ADAPTER_WEIGHTS,
@@ -45,7 +36,6 @@ if TYPE_CHECKING:
 
 PULLED_FILES = (*EXPORTED_FILES, *TOKENIZER_FILES)
 MESSAGE = "Upload a LoRA adapter with tailora"
-LOSS_CELLS = ("name", "before", "before_95", "after", "after_95")  # of the card's line on the held-out loss
 
 Repository = Annotated[str, Parameter(name="repository", help="repository of the Hub, owner/name")]
 
@@ -71,12 +61,7 @@ def push(
         Parameter(negative=(), show_default=False, help="show the run's answers to held-out prompts in the card"),
     ] = False,
     replace_card: Annotated[
-        bool,
-        Parameter(
-            negative=(),
-            show_default=False,
-            help="also replace a card that someone wrote or edited",
-        ),
+        bool, Parameter(negative=(), show_default=False, help="also replace a card that someone wrote or edited")
     ] = False,
     json: Json = False,
 ) -> int:
@@ -92,62 +77,75 @@ def push(
     if not message.strip():
         raise ConfigError("--message is empty, and the Hub takes no commit without a message: give one")
     base_name = public_base_name(path, model)
-    check_token()
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise ConfigError(f"the Hub takes files from users that it knows, and there is no token here: {hub.TO_LOG_IN}")
     log("checking the adapter")
-    from tailora.formats.shared_files import check_nothing_private, shared_files
-    from tailora.report.model_card import card_body, completed_card, read_report
+    from tailora.report.model_card import run_card
     from tailora.train.memory import format_bytes
 
-    shared = shared_files(path, base_name)
-    passport = _shared_passport(path, shared.files[ADAPTER_WEIGHTS], base_name, samples=samples)
-    check_nothing_private(path, passport, shared.secrets)
-    report = read_report(path)
+    shared = hub.shared_files(path, base_name)
+    passport = shared_passport(path, shared.contents[ADAPTER_WEIGHTS], base_name, samples=samples)
+    own_card = hub.shared_content(path / CARD).decode() if (path / CARD).exists() else None
+    new_card = run_card(repository, path, shared.settings, license, samples=samples)
     if base_name is None:
         note("the files name no base model; give its Hub id with --model")
-    elif repository_of(base_name) is None:
+    elif hub.repository_of(base_name) is None:
         note(f"the files call the base model {base_name}, which others cannot fetch; give its Hub id with --model")
-    there = look_up(repository, revision)
-    _check_visibility(repository, None if there is None else there.private, public=public)
-    card = there.card if there is not None and there.card is not None else shared.card
-    body = card_body(repository, shared.settings, shared.updates, report, samples=samples)
-    text, is_kept = completed_card(card, shared.settings, body, license, replace=replace_card)
-    files = {**shared.files, **passport, CARD: text.encode()}
-    check_nothing_private(path, {CARD: files[CARD]}, shared.secrets)
-    if is_kept:
-        where = path / CARD if card is shared.card else f"the {CARD} of {repository}"
-        note(f"the words of {where} stay, since someone wrote or edited them; --replace-card writes a new card")
-    if left_behind := [name for name in shared.left_behind if name not in files]:
+    hub.check_nothing_private(path, passport, shared.secrets)
+    is_private, hub_card = look_up(repository, revision)
+    if is_private is False and not public:
+        raise ConfigError(f"{repository} is public: everyone would see the adapter. Give --public to upload it there")
+    if is_private and public:
+        note(f"{repository} stays private; its settings on the Hub make it public")
+    card = hub_card or own_card
+    if card is None or replace_card or hub.is_written_by_tailora(card):
+        card = new_card
+    else:
+        where = f"the {CARD} of {repository}" if hub_card else path / CARD
+        note(f"{where} stays, because someone wrote or edited it; --replace-card writes a new card")
+    files = {**shared.contents, **passport, CARD: card.encode()}
+    hub.check_nothing_private(path, {CARD: files[CARD]}, shared.secrets)
+    if left_behind := sorted({file.name for file in path.iterdir()} - files.keys()):
         note(f"not uploaded: {', '.join(left_behind)}")
-    if there is None and (kinds := other_types(repository)):
-        note(f"the Hub has a {' and a '.join(kinds)} of this name, too; the adapter becomes a model beside it")
-    stale = [name for name in (PASSPORT,) if there is not None and name in there.files and name not in files]
     log(f"uploading {len(files)} files to {repository}")
+    visibility = None if is_private is not None else not public
     try:
-        commit = commit_files(
-            repository,
-            files,
-            new=there is None,
-            private=not public,
-            message=message,
-            revision=revision,
-            deleted=stale,
-        )
+        with TemporaryDirectory() as temporary:
+            for name, content in files.items():
+                Path(temporary, name).write_bytes(content)
+            commit = hub.upload(
+                Path(temporary),
+                repository,
+                private=visibility,
+                revision=revision,
+                keep_card=False,
+                commit_message=message,
+                delete_patterns=[] if PASSPORT in files else [PASSPORT],  # one of earlier weights
+            )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{repository} has all files or none; the same command uploads them again") from None
-    names = sorted(files)
     if json:
-        print_json({"repo": repository, "url": commit.url, "commit": commit.id, "files": names})
+        print_json({"repo": repository, "url": commit.commit_url, "commit": commit.oid, "files": sorted(files)})
         return 0
-    is_private = not public if there is None else there.private
+    sizes = [(name, format_bytes(len(files[name]))) for name in sorted(files)]
     lines: list[Block] = [
-        Table(
-            [Column(""), Column("", numeric=True)], [(name, format_bytes(len(files[name]))) for name in sorted(files)]
-        ),
-        Paragraph(f"The repository is {'private' if is_private else 'public'}: {commit.url}"),
+        Table([Column(""), Column("", numeric=True)], sizes),
+        Paragraph(f"The repository is {'private' if is_private or visibility else 'public'}: {commit.commit_url}"),
         Code(shlex.join(["tailora", "pull", repository]), title="To fetch it elsewhere:"),
     ]
     print_section(stdout(), Section(f"Uploaded to {repository}", "", lines))
     return 0
+
+
+def check_repository_name(repo_id: str) -> None:
+    """Raises ConfigError unless it is `owner/name` in the Hub's characters."""
+    if not hub.could_be_repository(repo_id):
+        raise ConfigError(
+            f"{repo_id!r} cannot be a repository: write owner/name, of letters, digits, '-', '_' and '.', with a name "
+            "of at most 96 characters"
+        )
 
 
 def public_base_name(adapter: Path, model: str | None) -> str | None:
@@ -156,14 +154,14 @@ def public_base_name(adapter: Path, model: str | None) -> str | None:
     None if the adapter names none. Raises ConfigError if `model` is no Hub id.
     """
     if model is not None:
-        if repository_of(model) is None:
+        if hub.repository_of(model) is None:
             raise ConfigError(f"--model {model}: give the base model's Hub id, owner/name")
         return model
     base = base_of(adapter)
-    return None if base is None else public_name(str(base.folder or base.name))
+    return None if base is None else hub.public_name(str(base.folder or base.name))
 
 
-def _shared_passport(folder: Path, weights: bytes, base_name: str | None, *, samples: bool) -> dict[str, bytes]:
+def shared_passport(folder: Path, weights: bytes, base_name: str | None, *, samples: bool) -> dict[str, bytes]:
     """Returns file name -> the passport for these weights, which differ from the folder's in their metadata alone.
 
     Empty if the folder has none, or if its probes are held-out data and `samples` are not shared. Raises FormatError
@@ -178,12 +176,23 @@ def _shared_passport(folder: Path, weights: bytes, base_name: str | None, *, sam
     return {PASSPORT: passport_bytes(replace(passport, base_model=base_name or passport.base_model, weights=hashes))}
 
 
-def _check_visibility(repository: str, is_private: bool | None, *, public: bool) -> None:
-    """is_private: None for a repository that is new. Raises ConfigError rather than show everyone an adapter."""
-    if is_private is False and not public:
-        raise ConfigError(f"{repository} is public: everyone would see the adapter. Give --public to upload it there")
-    if is_private and public:
-        note(f"{repository} stays private; its settings on the Hub make it public")
+def look_up(repository: str, revision: str | None) -> tuple[bool | None, str | None]:
+    """Returns whether the repository is private, and its card in the branch, which starts at main if it is new.
+
+    None instead of what does not exist. A private repository of others looks as if it did not exist.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with hub.hub_errors(WriteError, hub.not_uploaded(repository)):
+        if not api.repo_exists(repository):
+            return None, None
+        if revision is not None and not api.revision_exists(repository, revision):
+            revision = None
+        is_private = bool(api.model_info(repository).private)
+        if not api.file_exists(repository, CARD, revision=revision):
+            return is_private, None
+        return is_private, Path(api.hf_hub_download(repository, CARD, revision=revision)).read_text(encoding="utf-8")
 
 
 # ---- `tailora pull`
@@ -209,37 +218,29 @@ def pull(
     output = Path(repository.rpartition("/")[2]) if output_dir is None else output_dir
     check_result_folder(output, PULLED_FILES, overwrite=overwrite)
     log(f"fetching {repository}")
-    fetched = fetch(repository, revision=revision, subfolder=subfolder)
+    with hub.hub_errors(FetchError, f"{repository!r} is not fetched:"):
+        others = (CARD, PASSPORT, *TOKENIZER_FILES)
+        fetched = hub.download(repository, revision=revision, subfolder=subfolder, others=others)
     updates = check_fetched(repository, fetched)
     with replace_folder(output) as temporary:
         for name in fetched.files:
             shutil.copyfile(fetched.folder / name, temporary / name)
-    from tailora.report.model_card import loss_in_card
     from tailora.train.model_loading import labels_of_adapter
 
     base, labels = base_of(output), labels_of_adapter(output)
     ranks = sorted({update.r for update in updates.updates.values()}) if updates else []
-    card = (output / CARD).read_text(encoding="utf-8", errors="replace") if CARD in fetched.files else ""
-    loss = loss_in_card(card)
     targets = sorted({path.rpartition(".")[2] for path in updates.updates} if updates else ())
-    facts = {
-        "base": None if base is None else base.name,
-        "ranks": ranks,
-        "targets": targets,
-        "loss": dict(zip(LOSS_CELLS, loss, strict=True)) if loss else None,
-    }
     if json:
-        print_json(
-            {"output_dir": str(output), "repo": repository, "commit": fetched.commit, "files": fetched.files, **facts}
-        )
+        facts = {"base": None if base is None else base.name, "ranks": ranks, "targets": targets}
+        where = {"output_dir": str(output), "repo": repository, "commit": fetched.commit, "files": fetched.files}
+        print_json({**where, **facts})
         return 0
-    is_public = base is not None and repository_of(base.name) is not None
+    is_public = base is not None and hub.repository_of(base.name) is not None
     base_name = base.name if base is not None and is_public else "BASE"
     rows = [
         ("base model", f"{'not named' if base is None else base.name}{'' if is_public else ': give it with --model'}"),
         ("rank", value_range(list(map(float, ranks)))),
         ("adapted layers", ", ".join(targets) or NONE),
-        *([(loss[0], f"{loss[1]} before, {loss[3]} after, says its card")] if loss else []),
         ("files", ", ".join(fetched.files)),
     ]
     commands = [command_to_use(base_name, str(output), labels)]
@@ -253,20 +254,21 @@ def pull(
     return 0
 
 
-def check_fetched(repository: str, fetched: Fetched) -> "OfflineAdapter | None":
-    """Returns the updates of what was fetched, if they can be read without the base model.
+def check_fetched(repository: str, fetched: hub.Download) -> "OfflineAdapter | None":
+    """Returns the updates of what was fetched; None for formats that cannot be read without the base model.
 
     Raises FormatError if a tensor is missing or not finite, or does not fit the settings.
     """
-    from tailora.formats.shared_files import check_adapter, check_finite
+    from tailora.formats.offline import read_stored, updates_of
 
+    weights = fetched.files[0]
     try:
-        if fetched.files[0] in (ADAPTER_WEIGHTS, MLX_WEIGHTS):
-            return check_adapter(fetched.folder)[1]
-        if fetched.files[0] == GGUF_WEIGHTS:
-            note(f"{GGUF_WEIGHTS} is checked when it is loaded, which needs the base model")
-        else:
-            check_finite(fetched.folder / fetched.files[0], read_safetensors(fetched.folder / fetched.files[0])[0])
+        if weights in (ADAPTER_WEIGHTS, MLX_WEIGHTS):
+            stored = read_stored(fetched.folder)
+            hub.check_finite(fetched.folder, stored.tensors)
+            return updates_of(stored)
+        if weights != GGUF_WEIGHTS:
+            hub.check_finite(fetched.folder / weights, read_safetensors(fetched.folder / weights)[0])
     except FormatError as error:  # the folder is one of the Hub's cache
         message = str(error).replace(str(fetched.folder), repository)
         raise FormatError(f"{message}\nNothing is written. Whoever made the adapter has to upload it again.") from None

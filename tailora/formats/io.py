@@ -320,10 +320,15 @@ def safetensors_bytes(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, st
     return with_metadata(raw, metadata)
 
 
+def safetensors_header(raw: bytes) -> dict[str, Any]:
+    """Returns tensor name -> dtype, shape and offsets; the metadata of the file are under "__metadata__"."""
+    header: dict[str, Any] = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    return header
+
+
 def with_metadata(raw: bytes, metadata: Mapping[str, str]) -> bytes:
     """Returns the safetensors file with this metadata instead of its own, and a sorted header."""
-    size = int.from_bytes(raw[:8], "little")
-    entries = json.loads(raw[8 : 8 + size])
+    size, entries = int.from_bytes(raw[:8], "little"), safetensors_header(raw)
     entries.pop("__metadata__", None)
     header = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     header |= dict(sorted(entries.items(), key=lambda entry: (entry[1]["data_offsets"], entry[0])))
@@ -345,7 +350,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
         # numbers of every tensor that it reads, which adds up in a server
         content = path.read_bytes()
         tensors = load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata: dict[str, str] = safetensors_header(content).get("__metadata__", {})
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path} is not a complete safetensors file: {error}; save or copy it again") from None
     except (KeyError, RuntimeError) as error:
@@ -354,4 +359,4 @@ def read_safetensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
         tensor = tensors.pop(name)
         is_8_bit_float = tensor.is_floating_point() and tensor.dtype.itemsize == 1
         tensors[name] = tensor.float() if is_8_bit_float else tensor
-    return tensors, header.get("__metadata__", {})
+    return tensors, metadata
