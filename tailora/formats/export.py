@@ -5,45 +5,43 @@
     gguf       llama.cpp and Ollama: gguf.py
     mlx        mlx-lm: mlx.py
     diffusers  pipelines of diffusers: kohya_diffusers.py
-    merged     a Hugging Face folder without an adapter: merged.py
+    merged     a Hugging Face folder of the whole model, without an adapter
 
-`low_rank_export.fold_scale` puts the whole scale into B for portable, gguf, mlx and diffusers.
+fold_scale.py puts the scale into B.
 
-Below: `export`, the comparison, the formats peft and portable, and the table of all formats.
+Below: `export`, the comparison, the formats peft, portable and merged, and the table of all formats.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, group_by_path
 from tailora.core.attach import Swapped, attached, evaluating
-from tailora.core.dequantize import Change, common_dtype, dequantize_to_linear
+from tailora.core.dequantize import Change, TensorChange, common_dtype, dequantize_to_linear
 from tailora.core.device import wide_dtype
 from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, layer_path_of
+from tailora.core.merge import MergeReport, check_ties, merge_changes, replace_by_copy
 from tailora.core.quantization import quantized_layers
-from tailora.errors import ConfigError, FormatError, nearest
-from tailora.formats import gguf, kohya_diffusers, low_rank_export, merged, mlx, peft
+from tailora.errors import ConfigError, FormatError, MergeError, nearest
+from tailora.formats import fold_scale, gguf, kohya_diffusers, mlx, peft
 from tailora.formats.fingerprint import fingerprint, vocabulary_size
-from tailora.formats.hub import model_card
-from tailora.formats.io import replace_folder, safetensors_bytes
+from tailora.formats.fold_scale import ExportSource
+from tailora.formats.io import replace_folder
 from tailora.formats.load import restore
-from tailora.formats.low_rank_export import ExportSource
-from tailora.formats.metadata import METADATA_KEY, AdapterMetadata
+from tailora.formats.metadata import AdapterMetadata
 from tailora.formats.peft_config import to_peft_config
-from tailora.formats.peft_paths import peft_layers
+from tailora.formats.peft_keys import EMBEDDING_SUFFIXES, SUFFIXES, peft_layers
 from tailora.formats.run_folder import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    CARD,
     DIFFUSERS_WEIGHTS,
     EXPORTED_FILES,
     check_result_folder,
@@ -83,7 +81,7 @@ def export(
         raise ConfigError(f"no format is called {to!r}; there are: {', '.join(FORMATS)}{nearest(to, FORMATS)}")
     check_result_folder(folder, EXPORTED_FILES, overwrite=overwrite)
     export_format = FORMATS[to]
-    low_rank_export.raise_problems(f"{to} cannot hold this adapter", export_format.problems(source))
+    fold_scale.raise_problems(f"{to} cannot hold this adapter", export_format.problems(source))
     compare = _updates_compared(source) if to == "diffusers" else _logits_compared(source, to)
     with replace_folder(folder) as temporary:
         changes = export_format.write(temporary, source)
@@ -123,9 +121,9 @@ def _updates_compared(source: ExportSource) -> Compare:
     """Returns what compares the updates of all layers, B A, with those of the live model."""
 
     def compare(content: peft.StoredAdapter, exported: str) -> LogitComparison:
-        reloaded = low_rank_export.fold_scale(ExportSource(restore(content, source.base_model), source.base_model))
+        reloaded = fold_scale.fold_scale(ExportSource(restore(content, source.base_model), source.base_model))
         squares, difference = 0.0, 0.0
-        for path, (A, B) in low_rank_export.fold_scale(source).items():
+        for path, (A, B) in fold_scale.fold_scale(source).items():
             update, read_back = B @ A.flatten(1), reloaded[path][1] @ reloaded[path][0].flatten(1)
             squares += float(update.square().sum())
             difference += float((read_back - update).square().sum())
@@ -174,7 +172,7 @@ def compare_logits(live: Tensor, base: Tensor, reloaded: Tensor, exported: str, 
         raise FormatError(
             f"{exported}: read back, its logits differ from the live model's by {difference:.2g} of their size; "
             f"allowed is {tolerance:.2g}, and the adapter's own effect is {effect:.2g}. Nothing was written; "
-            f"{merged.ROUNDING_REMEDY if rounded else 'please report it'}"
+            f"{ROUNDING_REMEDY if rounded else 'please report it'}"
         )
     return LogitComparison(difference, effect, tolerance)
 
@@ -286,9 +284,9 @@ def portable_rank(highest: int) -> int:
 
 
 def portable_problems(source: ExportSource) -> list[str]:
-    if problems := low_rank_export.low_rank_problems(source, (LINEAR, CONV1D, EMBEDDING)):
+    if problems := fold_scale.low_rank_problems(source, (LINEAR, CONV1D, EMBEDDING)):
         return problems
-    factors = low_rank_export.fold_scale(source)
+    factors = fold_scale.fold_scale(source)
     highest = max(len(A) for A, _ in factors.values())
     if highest > VLLM_RANKS[-1]:
         return [f"rank {highest} is above {VLLM_RANKS[-1]}, the highest that vLLM takes; export to 'gguf' or 'merged'"]
@@ -297,19 +295,17 @@ def portable_problems(source: ExportSource) -> list[str]:
 
 def write_portable(folder: Path, source: ExportSource) -> list[str]:
     """Writes the files into `folder`. Returns what differs from the adapter as trained, in words."""
-    factors, layer_types = low_rank_export.fold_scale(source), low_rank_export.exported_layer_types(source)
+    factors, layer_types = fold_scale.fold_scale(source), fold_scale.exported_layer_types(source)
     r = portable_rank(max(len(A) for A, _ in factors.values()))
-    factors, padding = low_rank_export.pad_ranks(factors, r)
+    factors, padding = fold_scale.pad_ranks(factors, r)
     tensors: dict[str, Tensor] = {}
     for path, (A, B) in factors.items():
-        suffixes = peft.EMBEDDING_SUFFIXES if layer_types[path] is EMBEDDING else peft.SUFFIXES
-        tensors[f"{peft.KEY_PREFIX}{path}{suffixes['A']}"] = A
-        tensors[f"{peft.KEY_PREFIX}{path}{suffixes['B']}"] = B
-    base_folder = peft.relative_base_folder(source.base_model)
+        suffixes = EMBEDDING_SUFFIXES if layer_types[path] is EMBEDDING else SUFFIXES
+        tensors |= {path + suffixes["A"]: A, path + suffixes["B"]: B}
     metadata = AdapterMetadata(
         base=fingerprint(source.base_model, layer_types),
         vocabulary=vocabulary_size(source.base_model),
-        base_folder=base_folder,
+        base_folder=peft.relative_base_folder(source.base_model),
     )
     config = source.adapter.config.replaced(
         r=r,
@@ -322,13 +318,127 @@ def write_portable(folder: Path, source: ExportSource) -> list[str]:
     )
     layers = peft_layers(source.base_model, source.adapter.low_rank).values()
     settings = to_peft_config(config, layers, source.base_model)
-    card = model_card(settings, PORTABLE_CARD.format(layers=len(factors), r=r))
-    (folder / ADAPTER_WEIGHTS).write_bytes(
-        safetensors_bytes(tensors, {"format": "pt", METADATA_KEY: metadata.to_json()})
-    )
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (folder / CARD).write_text(card, encoding="utf-8")
-    return [*low_rank_export.fold_changes(source), *padding]
+    peft.write_files(folder, tensors, metadata, settings, PORTABLE_CARD.format(layers=len(factors), r=r))
+    return [*fold_scale.fold_changes(source), *padding]
+
+
+# ---- Format merged: config, generation config, safetensors, tokenizer and chat template of a Hugging Face model
+#
+# The base stays as it is. Merged weights are written to a temporary file as they are computed, and transformers reads
+# them from there, so a second copy of the model is never in memory.
+
+SHARD = "2GB"  # largest safetensors file
+SPILL = ".merged"
+LARGE_ERROR = 0.1  # of an update, by rounding: more is worth a remedy
+ROUNDING_REMEDY = "leave the adapter unmerged, or merge it into a base in float32 (--dtype float32)"
+KEY_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+
+
+def merged_problems(source: ExportSource) -> list[str]:
+    """Returns a message for each part of the adapter that the format cannot hold."""
+    base: Any = source.base_model
+    if hasattr(base, "save_pretrained"):
+        return []
+    return [f"a {type(base).__name__} is no transformers model; merge_and_unload() it and save its state dict"]
+
+
+def write_merged(folder: Path, source: ExportSource) -> list[str]:
+    """Writes the model into `folder`. Returns what differs from the base with the adapter, in words.
+
+    Raises FormatError with all layers that cannot be merged.
+    """
+    base: Any = source.base_model
+    spill = folder / SPILL
+    parts = {**source.adapter.low_rank, **source.adapter.extras}
+    parts_of_layers = group_by_path((layer_path_of(base, path), part) for path, part in parts.items())
+    layers = {path: (base.get_submodule(path), layer_parts) for path, layer_parts in parts_of_layers.items()}
+    report = MergeReport({})
+    try:
+        changes = list(_on_disk(merge_changes(base, layers, report), spill))
+    except MergeError as error:
+        raise FormatError(f"merging: {error}") from None
+    parameters: dict[int, nn.Parameter] = {}
+    for path, trained in source.adapter.saved.items():
+        changes += replace_by_copy(base.get_submodule(path), trained, parameters)
+    untied = check_ties(base, changes, untie_weights=True)
+    with _merged_base(changes, base.config, untied):
+        base.save_pretrained(folder, max_shard_size=SHARD)
+    # rope_theta where transformers 4 and mlx-lm look for it; without it they silently take 10,000
+    config_file = folder / "config.json"
+    settings = json.loads(config_file.read_text(encoding="utf-8"))
+    theta = (settings.get("rope_parameters") or {}).get("rope_theta")
+    if theta is not None and "rope_theta" not in settings:
+        config_file.write_text(json.dumps({**settings, "rope_theta": theta}, indent=2) + "\n", encoding="utf-8")
+    del changes
+    spill.unlink(missing_ok=True)
+    dtype = str(common_dtype(base)).removeprefix("torch.")
+    notes = [f"rounding to {dtype} changes the update by at most {report.worst:.2g} of its size in the worst layer"]
+    if report.worst > LARGE_ERROR:
+        notes[0] += f". To keep all of it, {ROUNDING_REMEDY}"
+    if errors := sorted(report.quantization_error.values()):
+        notes.append(
+            f"the whole base is dequantised, to {dtype}: what quantising had rounded off stays lost. Quantising "
+            f"the merged weights again would err by {errors[0]:.2g} to {errors[-1]:.2g} times the update"
+        )
+    if source.tokenizer is None:
+        notes.append("no tokenizer was given, so none is in the folder")
+    else:
+        source.tokenizer.save_pretrained(folder)
+    return notes + (["tied weights are untied: tie_word_embeddings is false"] if untied else [])
+
+
+def _on_disk(changes: Iterable[Change], file: Path) -> Iterator[Change]:
+    """The same changes, with their new tensors at the end of `file`, in pages that the system can drop from memory."""
+    for change in changes:
+        if not isinstance(change, TensorChange):
+            yield change
+            continue
+        tensor = change.tensor
+        raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        start = file.stat().st_size if file.exists() else 0
+        with file.open("ab") as out:
+            out.write(raw.numpy().data)
+        mapped = torch.from_numpy(np.memmap(file, np.uint8, "c", start, raw.shape))
+        parameter = nn.Parameter(mapped.view(tensor.dtype).view(tensor.shape), requires_grad=False)
+        yield TensorChange(change.module, change.name, parameter)
+
+
+@contextmanager
+def _merged_base(changes: Iterable[Change], config: Any, untied: bool) -> Iterator[None]:
+    """In the block, the base is the merged model, and its config says so if weights are `untied`."""
+    undo: list[Change] = []
+    tied_before = getattr(config, "tie_word_embeddings", False)
+    try:
+        undo += (change.make() for change in changes)
+        if untied:
+            config.tie_word_embeddings = False
+        yield
+    finally:
+        for change in reversed(undo):
+            change.make()
+        if untied:
+            config.tie_word_embeddings = tied_before
+
+
+def load_merged(folder: Path, source: ExportSource) -> nn.Module:
+    """Loads the folder with transformers. Raises FormatError if weights or the chat template are missing."""
+    from transformers import AutoTokenizer
+
+    base: Any = source.base_model
+    settings = {
+        "dtype": base.dtype,
+        "device_map": {"": base.device},
+        "attn_implementation": base.config._attn_implementation,
+    }
+    model, report = type(base).from_pretrained(folder, output_loading_info=True, use_safetensors=True, **settings)
+    problems = [f"{name}: {', '.join(sorted(report[name])[:3])}" for name in KEY_PROBLEMS if report[name]]
+    if source.tokenizer is not None:
+        template = AutoTokenizer.from_pretrained(folder).chat_template
+        problems += ["the chat template did not survive"] if template != source.tokenizer.chat_template else []
+    if problems:
+        raise FormatError(f"the merged model does not load as it was saved: {'; '.join(problems)}")
+    loaded: nn.Module = model
+    return loaded
 
 
 # ---- All formats
@@ -351,7 +461,7 @@ FORMATS = {
     "portable": Format(portable_problems, write_portable, lambda folder, _: peft.read_peft_folder(folder)),
     "gguf": Format(gguf.problems, gguf.write, lambda folder, source: gguf.read(folder, source.base_model)),
     "mlx": Format(mlx.problems, mlx.write, lambda folder, _: mlx.read(folder)),
-    "merged": Format(merged.problems, merged.write, merged.load),
+    "merged": Format(merged_problems, write_merged, load_merged),
     "diffusers": Format(
         kohya_diffusers.problems,
         kohya_diffusers.write,

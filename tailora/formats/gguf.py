@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, layer_type_of
 from tailora.errors import FormatError
-from tailora.formats import low_rank_export
+from tailora.formats import fold_scale
+from tailora.formats.fold_scale import MERGED, ExportSource
 from tailora.formats.io import check_is_file
-from tailora.formats.low_rank_export import MERGED, ExportSource
-from tailora.formats.peft import StoredAdapter
+from tailora.formats.peft import StoredAdapter, as_stored_adapter
 from tailora.formats.run_folder import GGUF_WEIGHTS, MODELFILE
 
 WEIGHTS = GGUF_WEIGHTS
@@ -46,13 +46,13 @@ QUERY, KEY = "attn_q.weight", "attn_k.weight"
 
 def problems(source: ExportSource) -> list[str]:
     """Returns a message for each part of the adapter that the format cannot hold."""
-    result = low_rank_export.low_rank_problems(source, (LINEAR, CONV1D, EMBEDDING))
+    result = fold_scale.low_rank_problems(source, (LINEAR, CONV1D, EMBEDDING))
     try:
         names = tensor_names(source.base_model)
     except FormatError as error:
         return [*result, f"{error}; {MERGED}"]
     is_tied = getattr(source.base_model.config, "tie_word_embeddings", False)
-    for path, layer_type in low_rank_export.exported_layer_types(source).items():
+    for path, layer_type in fold_scale.exported_layer_types(source).items():
         if path not in names:
             result.append(f"{path}: GGUF has no tensor for it; {MERGED}")
         elif layer_type is EMBEDDING and names[path] != TOKEN_EMBEDDING:
@@ -66,7 +66,7 @@ def write(folder: Path, source: ExportSource) -> list[str]:
     """Writes adapter.gguf and a Modelfile into `folder`. Returns what differs from the adapter as trained, in words."""
     from gguf import GGUFType, GGUFWriter, Keys
 
-    names, factors = tensor_names(source.base_model), low_rank_export.fold_scale(source)
+    names, factors = tensor_names(source.base_model), fold_scale.fold_scale(source)
     alpha = max(len(A) for A, _ in factors.values())
     writer = GGUFWriter(folder / WEIGHTS, _architecture(source.base_model))
     writer.add_type(GGUFType.ADAPTER)
@@ -82,7 +82,7 @@ def write(folder: Path, source: ExportSource) -> list[str]:
     writer.write_tensors_to_file()
     writer.close()
     (folder / MODELFILE).write_text(modelfile(source.base_model), encoding="utf-8")
-    return low_rank_export.fold_changes(source)
+    return fold_scale.fold_changes(source)
 
 
 def modelfile(base_model: Any) -> str:
@@ -119,14 +119,14 @@ def read(folder: Path, base_model: nn.Module) -> StoredAdapter:
     alpha = fields.get("adapter.lora.alpha")
     if not isinstance(alpha, int | float):
         header_problems.append(f"adapter.lora.alpha = {alpha!r}, not a number")
-    low_rank_export.raise_problems(str(path), header_problems + _tensor_problems(tensors, set(names.values())))
+    fold_scale.raise_problems(str(path), header_problems + _tensor_problems(tensors, set(names.values())))
     factors = {}
     for layer_path, name in names.items():
         if f"{name}.lora_a" in tensors:
             A, B = tensors[f"{name}.lora_a"].float(), tensors[f"{name}.lora_b"].float()
             factors[layer_path] = from_gguf(A, B, name, base_model)
     scales = {layer_path: float(alpha) / B.shape[1] if alpha else 1.0 for layer_path, (_, B) in factors.items()}
-    return low_rank_export.as_stored_adapter(folder, factors, scales)
+    return as_stored_adapter(folder, factors, scales)
 
 
 def _tensor_problems(tensors: Mapping[str, Tensor], names: set[str]) -> list[str]:

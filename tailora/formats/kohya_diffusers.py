@@ -21,17 +21,17 @@ from torch import Tensor, nn
 
 from tailora.core.layer_types import CONVOLUTION, LINEAR, layer_type_of, qualified_name
 from tailora.errors import FormatError, TailoraWarning, nearest
-from tailora.formats.io import read_safetensors, safetensors_bytes
-from tailora.formats.low_rank_export import (
+from tailora.formats.fold_scale import (
     ExportSource,
-    as_stored_adapter,
     fold_changes,
     fold_scale,
     low_rank_problems,
     pad_ranks,
     raise_problems,
 )
-from tailora.formats.peft import KEY_PREFIX, StoredAdapter
+from tailora.formats.io import read_safetensors, safetensors_bytes
+from tailora.formats.peft import StoredAdapter, as_stored_adapter
+from tailora.formats.peft_keys import KEY_PREFIX
 from tailora.formats.run_folder import DIFFUSERS_WEIGHTS
 
 SUFFIXES = {

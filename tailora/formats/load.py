@@ -43,11 +43,12 @@ from tailora.errors import (
     listing,
     nearest,
 )
-from tailora.formats import kohya_diffusers, mlx, peft, peft_config
+from tailora.formats import kohya_diffusers, mlx, peft, peft_config, peft_keys
 from tailora.formats.fingerprint import fingerprint, fingerprint_differences, input_embedding
+from tailora.formats.fold_scale import unfold_learned_scales
 from tailora.formats.hub import local_folder
 from tailora.formats.metadata import LayerFingerprint
-from tailora.formats.peft_paths import PeftLayer, peft_layers
+from tailora.formats.peft_keys import PeftLayer, peft_layers
 from tailora.formats.run_folder import ADAPTER_WEIGHTS, DIFFUSERS_WEIGHTS, GGUF_WEIGHTS
 
 SLOT_NAMES = {
@@ -223,7 +224,7 @@ def _restore(
     # Which tensors the file has for them
     saved_paths = _saved_paths(stored, modules, config)
     extra, extra_problems = extra_targets(base_model, modules, config, {*targets, *paths_in_file}, saved_paths)
-    extra_paths = peft.extra_keys(extra)
+    extra_paths = peft_keys.extra_keys(extra)
     tensors = _sort_tensors(stored, modules, saved_paths, wrappers, extra_paths)
     problems = tensors.problems
     problems += extra_problems
@@ -259,7 +260,9 @@ def _restore(
         parameter.data.copy_(tensors.extras[key])
     if not allow_base_mismatch:
         _check_base(stored, base_model, low_rank, known_base)
-    _restore_learned_scales(stored, low_rank)
+    if unknown := stored.metadata.scaling.keys() - low_rank.keys():
+        raise FormatError(f"{stored.folder}: a learned scale without a layer: {', '.join(sorted(unknown))}")
+    unfold_learned_scales(stored.metadata.scaling, low_rank)
     share_parameters({path: modules[path] for path in copies}, copies)
     adapter = Adapter(config, low_rank, copies, extras)
     addresses = {tensor.data_ptr() for tensor in stored.tensors.values()}
@@ -331,7 +334,7 @@ def _saved_paths(stored: peft.StoredAdapter, modules: Modules, config: LoRAConfi
         return paths
     if (stored_paths := stored.metadata.saved_modules) is not None:
         return [path for path in paths if path in stored_paths]
-    in_full = [key for key in stored.tensors if not peft.path_and_slot(key)[1]]
+    in_full = [key for key in stored.tensors if not peft_keys.path_and_slot(key)[1]]
     return [
         path
         for path in paths
@@ -351,7 +354,7 @@ def _with_tied_modules(
     if embedding is None:
         return config
     tied = [path for path, module in modules.items() if module._parameters.get("weight") is embedding.weight]
-    if len({path for path, slot in map(peft.path_and_slot, stored.tensors) if slot and path in tied}) > 1:
+    if len({path for path, slot in map(peft_keys.path_and_slot, stored.tensors) if slot and path in tied}) > 1:
         warnings.warn(
             f"{stored.folder}: ensure_weight_tying: the outputs are the same here, but training this adapter further "
             f"parts the factors of {' and '.join(tied)}",
@@ -386,7 +389,7 @@ def _empty_layer(target: Target, config: LoRAConfig, stored: peft.StoredAdapter)
 
 def _paths_with_factors(stored: peft.StoredAdapter, modules: Modules) -> list[str]:
     """Paths of the modules that have low-rank tensors in the file, in the model's order."""
-    in_file = {path for key in stored.tensors for path, slot in [peft.path_and_slot(key)] if slot}
+    in_file = {path for key in stored.tensors for path, slot in [peft_keys.path_and_slot(key)] if slot}
     return [path for path in modules if path in in_file]
 
 
@@ -403,9 +406,9 @@ def _sort_tensors(
     doubled_out_proj = peft_config.adds_out_proj_twice(stored.settings or {})
     result = SortedTensors()
     are_finite = all_finite(stored.tensors.values())
-    for key, tensor in peft.without_second_copies(stored.tensors).items():
-        path, slot = peft.path_and_slot(key)
-        saved_path = peft.saved_path_of(key, saved_paths, modules)
+    for key, tensor in peft_keys.without_second_copies(stored.tensors).items():
+        path, slot = peft_keys.path_and_slot(key)
+        saved_path = peft_keys.saved_path_of(key, saved_paths, modules)
         if slot and path in wrappers:
             wrapper = wrappers[path]
             if slot == "B" and path.endswith("base_layer.out_proj") and doubled_out_proj:
@@ -425,8 +428,8 @@ def _sort_tensors(
             result.saved.setdefault(saved_path, {})[key.removeprefix(f"{saved_path}.")] = tensor
         elif key in extra_keys:
             result.extras[key] = tensor
-        elif (base_weight := peft.base_weight_of(key, modules)) is not None:
-            if problem := peft.base_weight_problem(key, tensor, *base_weight):
+        elif (base_weight := peft_keys.base_weight_of(key, modules)) is not None:
+            if problem := peft_keys.base_weight_problem(key, tensor, *base_weight):
                 result.problems.append(problem)
         else:
             if slot is None:
@@ -539,7 +542,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(torch.stack(of_device).isfinite().all()) for of_device in sums.values())
 
 
-# ---- The base and the learned scales in the metadata
+# ---- The base in the metadata
 
 
 def _check_vocabulary(stored: peft.StoredAdapter, base_model: nn.Module) -> None:
@@ -547,7 +550,7 @@ def _check_vocabulary(stored: peft.StoredAdapter, base_model: nn.Module) -> None
     if embedding is None:
         return
     # A file of another tool may hold the whole embedding
-    saved = (stored.tensors.get(f"{path}{ending}.weight") for ending in peft.BASE_MODULES)
+    saved = (stored.tensors.get(f"{path}{ending}.weight") for ending in peft_keys.BASE_MODULES)
     sizes = [len(weight) for weight in saved if weight is not None and weight.ndim]
     before, now = stored.metadata.vocabulary or next(iter(sizes), None), embedding.num_embeddings
     if before not in (None, now):
@@ -574,16 +577,3 @@ def _check_base(
             f"{stored.folder} was made for another base model than this one: {listing(problems, most=5)}\n"
             "Load the base that it was trained on, or pass allow_base_mismatch=True to go on."
         )
-
-
-def _restore_learned_scales(stored: peft.StoredAdapter, layers: Mapping[str, LoRALayer]) -> None:
-    """Takes each learned scale out of B, where the file has it for other readers, and makes it a Parameter again."""
-    if unknown := stored.metadata.scaling.keys() - layers.keys():
-        raise FormatError(f"{stored.folder}: a learned scale without a layer: {', '.join(sorted(unknown))}")
-    for path, value in stored.metadata.scaling.items():
-        layer = layers[path]
-        scale = value or layer.configured_scaling  # a scale of 0 has erased B: use the configured one
-        layer.lora_B.data = layer.lora_B.data * (layer.configured_scaling / scale)  # not in place: it may be the file's
-        if layer.start_B is not None:
-            layer.start_B.mul_(layer.configured_scaling / scale)
-        layer.scaling = nn.Parameter(torch.full_like(layer.scaling, scale))

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from tailora.core.layer_types import EMBEDDING, LINEAR
 from tailora.errors import FormatError
-from tailora.formats import low_rank_export
+from tailora.formats import fold_scale
+from tailora.formats.fold_scale import MERGED, ExportSource
 from tailora.formats.io import read_json_object, read_safetensors, safetensors_bytes
-from tailora.formats.low_rank_export import MERGED, ExportSource
-from tailora.formats.peft import OTHER_SUFFIXES, StoredAdapter
+from tailora.formats.peft import StoredAdapter, as_stored_adapter
+from tailora.formats.peft_keys import OTHER_SUFFIXES
 from tailora.formats.run_folder import ADAPTER_CONFIG, MLX_WEIGHTS
 
 WEIGHTS = MLX_WEIGHTS
@@ -34,13 +35,13 @@ BLOCK = re.compile(r"model\.layers\.\d+\.(.+)")
 
 def problems(source: ExportSource) -> list[str]:
     """Returns a message for each part of the adapter that the format cannot hold."""
-    result = low_rank_export.low_rank_problems(source, (LINEAR, EMBEDDING))
+    result = fold_scale.low_rank_problems(source, (LINEAR, EMBEDDING))
     config: Any = getattr(source.base_model, "config", None)
     model_type = getattr(config, "model_type", None)
     if model_type not in SAME_PATHS:
         known = ", ".join(SAME_PATHS)
         result.append(f"model_type {model_type!r}: its layers' names in mlx-lm are not known; known types: {known}")
-    layer_types = low_rank_export.exported_layer_types(source).items()
+    layer_types = fold_scale.exported_layer_types(source).items()
     tied = [path for path, layer_type in layer_types if layer_type is EMBEDDING or path == "lm_head"]
     if tied and getattr(config, "tie_word_embeddings", False):
         result.append(f"{', '.join(tied)}: tied, and mlx-lm would adapt input and output at once; {MERGED}")
@@ -49,9 +50,9 @@ def problems(source: ExportSource) -> list[str]:
 
 def write(folder: Path, source: ExportSource) -> list[str]:
     """Writes the files into `folder`. Returns what differs from the adapter as trained, in words."""
-    factors = low_rank_export.fold_scale(source)
+    factors = fold_scale.fold_scale(source)
     r = max(len(A) for A, _ in factors.values())
-    factors, padding = low_rank_export.pad_ranks(factors, r)
+    factors, padding = fold_scale.pad_ranks(factors, r)
     tensors: dict[str, Tensor] = {}
     for path, (A, B) in factors.items():
         tensors |= {f"{path}.lora_a": A.T, f"{path}.lora_b": B.T}
@@ -65,7 +66,7 @@ def write(folder: Path, source: ExportSource) -> list[str]:
     }
     (folder / WEIGHTS).write_bytes(safetensors_bytes(tensors, {"format": "mlx"}))
     (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    changes = [*low_rank_export.fold_changes(source), *padding]
+    changes = [*fold_scale.fold_changes(source), *padding]
     # mlx-lm silently takes a rope_theta of 10,000 if config.json has it in rope_parameters alone
     file = Path(getattr(config, "_name_or_path", "")) / "config.json"
     base_settings = read_json_object(file) if file.is_file() else {}
@@ -100,7 +101,7 @@ def read(folder: Path) -> StoredAdapter:
         elif layer["lora_a"].ndim != 2 or layer["lora_b"].ndim != 2:
             shape = tuple(layer["lora_a"].shape)
             tensor_problems.append(f"{path}: factors of shape {shape}, one per expert, are not read")
-    low_rank_export.raise_problems(str(folder), tensor_problems)
+    fold_scale.raise_problems(str(folder), tensor_problems)
     parameters = settings.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
     if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale <= sys.float_info.max:
@@ -108,7 +109,7 @@ def read(folder: Path) -> StoredAdapter:
     factors = {path: (layer["lora_a"].T, layer["lora_b"].T) for path, layer in layers.items()}
     base = {"base_model_name_or_path": settings["model"]} if isinstance(settings.get("model"), str) else {}
     scales = dict.fromkeys(factors, float(scale))
-    adapter = low_rank_export.as_stored_adapter(folder, factors, scales, use_dora=fine_tune_type == "dora", **base)
+    adapter = as_stored_adapter(folder, factors, scales, use_dora=fine_tune_type == "dora", **base)
     suffix = OTHER_SUFFIXES["magnitude"]
     adapter.tensors.update({f"{path}{suffix}": layer["m"] for path, layer in layers.items() if "m" in layer})
     return adapter

@@ -17,8 +17,9 @@ from tailora.core.patterns import by_pattern, ends_of, matches
 from tailora.errors import ConfigError, FormatError, listing
 from tailora.formats import gguf, mlx
 from tailora.formats.load import stored_configs
-from tailora.formats.peft import StoredAdapter, dense_to_groups, path_and_slot, read_peft_folder
+from tailora.formats.peft import StoredAdapter, dense_to_groups, read_peft_folder
 from tailora.formats.peft_config import adds_out_proj_twice
+from tailora.formats.peft_keys import path_and_slot
 from tailora.formats.run_folder import ADAPTER_WEIGHTS
 
 STACKED = "a stack of experts or another parameter, whose factors only the model can separate: give --model"

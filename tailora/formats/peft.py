@@ -1,19 +1,20 @@
 """The PEFT adapter folder: adapter_model.safetensors, adapter_config.json, README.md.
 
-A key in the file is `base_model.model.` + path of the layer + suffix of the slot. The adapter's name is not in it, and
-peft_paths.py has the paths that differ from ours. What PEFT has no field for (learned scales, our config, the
-fingerprint of the base) is in the safetensors metadata, which other readers ignore.
+peft_keys.py has the keys of the tensors. What PEFT has no field for (learned scales, our config, the fingerprint of the
+base) is in the safetensors metadata, which other readers ignore.
 
-Below: the folder, then its tensors: of a layer, of grouped convolutions, of trained biases and tokens, of the base.
+Below: the folder, then the tensors of a layer, and of grouped convolutions.
 """
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 from tailora.core.adapter import Adapter
 from tailora.core.layer import LoRALayer, concatenate_ranks
 from tailora.core.layer_types import EMBEDDING, Shape
-from tailora.core.targets import ExtraTargets, task_heads
+from tailora.core.targets import task_heads
 from tailora.errors import DivergedError, FormatError, TailoraWarning
-from tailora.formats.fingerprint import TOLERANCE, fingerprint, vocabulary_size
+from tailora.formats.fingerprint import fingerprint, vocabulary_size
+from tailora.formats.fold_scale import scale_ratio
 from tailora.formats.hub import model_card
 from tailora.formats.io import (
     read_json_object,
@@ -41,16 +43,8 @@ from tailora.formats.peft_config import (
     to_peft_config,
     with_double_rank,
 )
-from tailora.formats.peft_paths import PeftLayer, peft_layers
+from tailora.formats.peft_keys import EMBEDDING_SUFFIXES, EXTRA_SUFFIXES, KEY_PREFIX, SUFFIXES, PeftLayer, peft_layers
 from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD
-
-KEY_PREFIX = "base_model.model."
-
-OTHER_SUFFIXES = {"magnitude": ".lora_magnitude_vector", "lora_bias": ".lora_B.bias", "bias": ".base_layer.bias"}
-SUFFIXES = {"A": ".lora_A.weight", "B": ".lora_B.weight", **OTHER_SUFFIXES}
-EMBEDDING_SUFFIXES = {"A": ".lora_embedding_A", "B": ".lora_embedding_B", **OTHER_SUFFIXES}
-SLOT_OF_SUFFIX = {suffix: slot for table in (SUFFIXES, EMBEDDING_SUFFIXES) for slot, suffix in table.items()}
-EXTRA_SUFFIXES = {"bias": ".bias", "trainable_tokens_delta": ".token_adapter.trainable_tokens_delta"}
 
 # ---- The folder
 
@@ -91,7 +85,7 @@ def write_peft_folder(
     Raises DivergedError for weights that are not finite, WriteError if the folder cannot be written.
     """
     layers = list(peft_layers(base_model, adapter.low_rank).values())
-    tensors = {f"{KEY_PREFIX}{key}": tensor for key, tensor in adapter_to_peft(adapter, layers).items()}
+    tensors = adapter_to_peft(adapter, layers)
     if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise DivergedError(f"the adapter is not saved: not finite are {', '.join(broken[:5])} ({len(broken)} in all)")
     low_rank = adapter.low_rank.items()
@@ -120,8 +114,16 @@ def write_peft_folder(
         )
     elif config.lora_dropout != adapter.config.lora_dropout:
         about += f" Was trained with lora_dropout = {adapter.config.lora_dropout:g}, which PEFT does not have here."
+    write_files(folder, tensors, metadata, settings, about)
+
+
+def write_files(
+    folder: Path, tensors: Mapping[str, Tensor], metadata: AdapterMetadata, settings: Mapping[str, Any], about: str
+) -> None:
+    """Writes weights, adapter_config.json and card. tensors: by key, without KEY_PREFIX.    about: of the card."""
+    in_file = {f"{KEY_PREFIX}{key}": tensor for key, tensor in tensors.items()}
     files = {
-        ADAPTER_WEIGHTS: safetensors_bytes(tensors, {"format": "pt", METADATA_KEY: metadata.to_json()}),
+        ADAPTER_WEIGHTS: safetensors_bytes(in_file, {"format": "pt", METADATA_KEY: metadata.to_json()}),
         ADAPTER_CONFIG: (json.dumps(settings, indent=2) + "\n").encode(),
         CARD: model_card(settings, about).encode(),
     }
@@ -144,10 +146,10 @@ def relative_base_folder(base_model: nn.Module) -> str | None:
 
 def head_labels(base_model: nn.Module) -> dict[str, Any]:
     """Returns the names of the labels that the model's head predicts, and what kind it is; {} for other models."""
-    config = getattr(base_model, "config", None)
+    config: Any = getattr(base_model, "config", None)
     if not task_heads(base_model) or getattr(config, "id2label", None) is None:
         return {}
-    names = [str(config.id2label[index]) for index in sorted(config.id2label)]  # type: ignore[union-attr]
+    names = [str(config.id2label[index]) for index in sorted(config.id2label)]
     return {"label_names": names, "problem_type": getattr(config, "problem_type", None)}
 
 
@@ -196,6 +198,32 @@ def read_peft_folder(folder: Path) -> StoredAdapter:
     )
 
 
+def as_stored_adapter(
+    source: Path, factors: Mapping[str, tuple[Tensor, Tensor]], scales: Mapping[str, float], **settings: Any
+) -> StoredAdapter:
+    """Returns what a PEFT folder would hold of another format: A, B and scale of every path.
+
+    settings: added to those of PEFT's file.
+    """
+    ranks = {path: A.shape[0] for path, (A, _) in factors.items()}
+    alphas = {path: scales[path] * r for path, r in ranks.items()}
+    r, alpha = mode([*ranks.values()] or [1]), mode([*alphas.values()] or [1.0])
+    peft_settings = {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": alpha,
+        "target_modules": list(factors),
+        "rank_pattern": {re.escape(path): rank for path, rank in ranks.items() if rank != r},
+        "alpha_pattern": {re.escape(path): value for path, value in alphas.items() if value != alpha},
+    }
+    tensors = {
+        f"{path}{SUFFIXES[slot]}": tensor
+        for path, pair in factors.items()
+        for slot, tensor in zip("AB", pair, strict=True)
+    }
+    return StoredAdapter(source, {**peft_settings, **settings}, tensors, AdapterMetadata())
+
+
 def _about_subfolders(folder: Path) -> str:
     """Returns which subfolders are adapters, as of a model with several names, and how to load one; "" if none is."""
     names = sorted(file.parent.name for file in folder.glob(f"*/{ADAPTER_WEIGHTS}"))
@@ -223,14 +251,6 @@ def adapter_to_peft(adapter: Adapter, layers: Iterable[PeftLayer]) -> dict[str, 
     return {key: tensor.detach() for key, tensor in tensors.items()}
 
 
-def path_and_slot(key: str) -> tuple[str, str | None]:
-    """Splits a key into the path of the layer and the slot; (key, None) if it ends in no suffix of a low-rank layer."""
-    for suffix, slot in SLOT_OF_SUFFIX.items():
-        if f".{key}".endswith(suffix):
-            return f".{key}".removesuffix(suffix).removeprefix("."), slot
-    return key, None
-
-
 # ---- The tensors of one low-rank layer
 #
 # Of stacked experts, A (E r, in) has the row e r + k for expert e and rank k, and B (out, E r) the column k E + e.
@@ -242,7 +262,7 @@ def layer_to_peft(layer: LoRALayer, with_start: bool) -> dict[str, Tensor]:
 
     with_start: the ranks are doubled; with zeros if this layer has no frozen start.
     """
-    scale_ratio = (layer.scaling / layer.configured_scaling).reshape(())
+    ratio = scale_ratio(layer)
     kernel_dims = [None] * (layer.lora_A.ndim - 2)  # of a convolution: trailing dimensions of 1
     A: Tensor = layer.lora_A
     B: Tensor = layer.lora_B
@@ -251,15 +271,15 @@ def layer_to_peft(layer: LoRALayer, with_start: bool) -> dict[str, Tensor]:
         B0 = torch.zeros_like(B) if layer.start_B is None else layer.start_B
         A, B = concatenate_ranks(A, A0, layer.groups), torch.cat([B, -B0], 1)
     if layer.layer_type.is_stacked:
-        by_expert = (B * scale_ratio).reshape(layer.groups, -1, B.shape[1])  # (E, out, r)
+        by_expert = (B * ratio).reshape(layer.groups, -1, B.shape[1])  # (E, out, r)
         tensors = {"A": A, "B": by_expert.permute(1, 2, 0).flatten(1)}
     else:
-        tensors = {"A": groups_to_dense(A, layer.groups), "B": (B * scale_ratio)[(..., *kernel_dims)]}
+        tensors = {"A": groups_to_dense(A, layer.groups), "B": (B * ratio)[(..., *kernel_dims)]}
     if layer.lora_magnitude_vector is not None:
         magnitude = layer.lora_magnitude_vector
         tensors["magnitude"] = magnitude[(None, ..., *kernel_dims)] if kernel_dims else magnitude
     if layer.lora_bias is not None:
-        tensors["lora_bias"] = layer.lora_bias * scale_ratio
+        tensors["lora_bias"] = layer.lora_bias * ratio
     if layer.bias is not None:
         tensors["bias"] = layer.bias
     return {slot: tensor.detach() for slot, tensor in tensors.items()}
@@ -343,64 +363,3 @@ def dense_to_groups(A: Tensor, groups: int) -> Tensor | None:
     dense = A.view(groups, r // groups, groups, channels // groups, *kernel)
     blocks = dense[group, :, group].reshape(r, channels // groups, *kernel)
     return blocks if torch.allclose(groups_to_dense(blocks, groups), A, 0, 0, equal_nan=True) else None
-
-
-# ---- Trained biases and token embeddings
-
-
-def extra_keys(targets: ExtraTargets) -> dict[str, str]:
-    """Returns key without KEY_PREFIX -> path, for what the settings name."""
-    biases = {path + EXTRA_SUFFIXES["bias"]: path for path in targets.biases}
-    return biases | {path + EXTRA_SUFFIXES["trainable_tokens_delta"]: path for path in targets.tokens}
-
-
-# ---- Weights of the base, which PEFT saves with adapted or resized embeddings
-
-BASE_MODULES = (".token_adapter.base_layer", ".base_layer", ".original_module", "")
-
-
-def base_weight_of(key: str, modules: Mapping[str, nn.Module]) -> tuple[str, Tensor] | None:
-    """Returns name and tensor of the base's weight or bias if the key names one; None otherwise."""
-    owner, _, name = key.rpartition(".")
-    path = next(owner.removesuffix(ending) for ending in BASE_MODULES if owner.endswith(ending))
-    weight = getattr(modules.get(path), name, None) if path and name in ("weight", "bias") else None
-    return (f"{path}.{name}", weight) if isinstance(weight, Tensor) else None
-
-
-def base_weight_problem(key: str, tensor: Tensor, name: str, weight: Tensor) -> str | None:
-    """Returns how the file's tensor differs from the base's weight, which it cannot replace; None if it is the same."""
-    if weight.shape != tensor.shape:
-        is_resized = weight.shape[1:] == tensor.shape[1:] != ()
-        resize = f"; resize_token_embeddings({len(tensor)}) comes first" if is_resized else ""
-        return f"the file's {name} is {tuple(tensor.shape)}, the model's {tuple(weight.shape)}{resize}"
-    differs = ~torch.isclose(weight.detach().float().cpu(), tensor.float(), rtol=TOLERANCE, atol=1e-6)
-    rows = differs.reshape(len(differs), -1).any(1).nonzero()[:, 0].tolist() if differs.ndim else []
-    if not rows:
-        return None
-    return (
-        f"the file has other values in {len(rows)} rows of {name} ({rows[0]}..{rows[-1]}) than this base, "
-        f"which is never changed here; copy the file's {key} into the base's {name}, then load the adapter"
-    )
-
-
-def saved_path_of(key: str, saved_paths: Iterable[str], modules: Mapping[str, nn.Module]) -> str | None:
-    """Returns the path of the module of modules_to_save whose trained tensor the key names; None otherwise.
-
-    If PEFT saves the embeddings, the file has three tensors for one that is trained: PEFT reads `lm_head.weight`;
-    `lm_head.modules_to_save.weight` is the same again; `lm_head.original_module.weight` is the base's.
-    """
-    path = next((path for path in saved_paths if key.startswith(f"{path}.")), None)
-    part = key.removeprefix(f"{path}.").partition(".")[0]
-    is_wrapper = part in ("modules_to_save", "original_module") and f"{path}.{part}" not in modules
-    return None if is_wrapper else path
-
-
-def without_second_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leaves out `path.modules_to_save.name` where the file has the same tensor as `path.name`."""
-
-    def is_second_copy(key: str, tensor: Tensor) -> bool:
-        path, wrapper, name = key.rpartition(".modules_to_save.")
-        first = tensors.get(f"{path}.{name}") if wrapper else None
-        return first is not None and first.dtype == tensor.dtype and first.equal(tensor)
-
-    return {key: tensor for key, tensor in tensors.items() if not is_second_copy(key, tensor)}

@@ -15,7 +15,7 @@ from tailora.core.patterns import by_pattern, ends_with, exactly, matches, porta
 from tailora.core.targets import HEADS_OF_TASK, saved_modules
 from tailora.errors import FormatError, TailoraWarning, listing
 from tailora.formats.metadata import CONFIG_ERRORS
-from tailora.formats.peft_paths import PeftLayer
+from tailora.formats.peft_keys import PeftLayer
 
 # Settings that change what the tensors mean, or how they are trained, and are not supported unless they are OFF.
 UNSUPPORTED_SETTINGS = (

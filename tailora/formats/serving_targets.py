@@ -27,13 +27,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from jinja2.exceptions import TemplateError
+
 from tailora.core.layer_types import LINEAR
 from tailora.errors import ConfigError, FormatError, nearest
-from tailora.formats import low_rank_export
+from tailora.formats import fold_scale
 from tailora.formats.export import FORMATS, ExportReport, export, portable_rank
+from tailora.formats.fold_scale import MERGED, ExportSource
 from tailora.formats.io import read_json_object
-from tailora.formats.low_rank_export import MERGED, ExportSource
-from tailora.formats.ollama_template import ollama_template
 from tailora.formats.run_folder import (
     CHAT_TEMPLATE,
     GGUF_WEIGHTS,
@@ -182,7 +183,7 @@ NO_TEMPLATE = (
 
 
 def vllm_problems(source: ExportSource) -> list[str]:
-    types = low_rank_export.exported_layer_types(source)
+    types = fold_scale.exported_layer_types(source)
     others = [path for path, kind in types.items() if kind is not LINEAR or path.rpartition(".")[2] == "lm_head"]
     return [f"{', '.join(others)}: not every model of vLLM takes an adapter there"] if others else []
 
@@ -269,7 +270,7 @@ def export_for(
 def describe(source: ExportSource, folder: Path, target: str, to: str, settings: ServingSettings) -> Serving:
     base_model: Any = source.base_model
     base = settings.base or getattr(base_model.config, "_name_or_path", "") or "BASE_MODEL"
-    factors = {} if to == "merged" else low_rank_export.fold_scale(source)
+    factors = {} if to == "merged" else fold_scale.fold_scale(source)
     rank = max((len(A) for A, _ in factors.values()), default=None)
     end = getattr(base_model.generation_config, "eos_token_id", None)
     known = {*(end if isinstance(end, list) else [end]), getattr(source.tokenizer, "eos_token_id", None)}
@@ -383,3 +384,114 @@ def adapter_chat_template(folder: Path) -> str | None:
     if template is not None and not isinstance(template, str):
         raise FormatError(f"{config}: several chat templates, and no way to know which trained the adapter")
     return template
+
+
+# ---- Ollama's TEMPLATE, in Go's template language, from the chat template of a tokenizer, in Jinja's
+#
+# Ollama recognises some chat templates in a GGUF file by their text. With any other it shows the model the bare prompt.
+# So the text around the messages is read off a rendered conversation. A template for which that fails gets none:
+#
+#     {{ if .System }}BEFORE{{ .System }}AFTER{{ else }}START{{ end }}
+#     {{ range .Messages }}{{ if eq .Role "user" }}USER{{ .Content }}REPLY
+#     {{ else if eq .Role "assistant" }}{{ .Content }}END{{ end }}{{ end }}
+#
+# A BOS token at the start is left out if the tokenizer adds one, because llama.cpp then adds one too. Tools are not
+# written.
+
+Message = dict[str, str]
+SYSTEM, FIRST, ANSWER, SECOND = "systemtext", "firstquestion", "firstanswer", "secondquestion"
+QUESTIONS: list[Message] = [
+    {"role": "user", "content": FIRST},
+    {"role": "assistant", "content": ANSWER},
+    {"role": "user", "content": SECOND},
+]
+WITH_SYSTEM: list[Message] = [{"role": "system", "content": SYSTEM}, *QUESTIONS]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The text around the messages of a conversation.
+
+    start: of one without a system message.    before, after: around a system message; None: it is not written.
+    user, reply: around a question; with `reply` the answer begins.    end: after an answer.
+    """
+
+    start: str
+    before: str | None
+    after: str
+    user: str
+    reply: str
+    end: str
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Returns what Ollama makes of the template."""
+        text = self.start
+        for message in messages:
+            if message["role"] == "system":
+                text = self.start if self.before is None else self.before + message["content"] + self.after
+            elif message["role"] == "user":
+                text += self.user + message["content"] + self.reply
+            else:
+                text += message["content"] + self.end
+        return text
+
+    def to_go(self) -> str:
+        start = self.start
+        if self.before is not None:
+            start = f"{{{{ if .System }}}}{self.before}{{{{ .System }}}}{self.after}"
+            start += f"{{{{ else }}}}{self.start}{{{{ end }}}}" if self.start else "{{ end }}"
+        user = f'{{{{ if eq .Role "user" }}}}{self.user}{{{{ .Content }}}}{self.reply}'
+        assistant = f'{{{{ else if eq .Role "assistant" }}}}{{{{ .Content }}}}{self.end}'
+        return f"{start}{{{{ range .Messages }}}}{user}{assistant}{{{{ end }}}}{{{{ end }}}}"
+
+
+def ollama_template(tokenizer: Any) -> str | None:
+    """Returns the text for TEMPLATE; None for a chat template that Ollama's cannot write."""
+    template = tokenizer.chat_template
+    if not isinstance(template, str) or "strftime_now" in template:  # that would write today's date for ever
+        return None
+    frame = _frame(tokenizer)
+    if frame is None:
+        return None
+    systems = [[], *([WITH_SYSTEM[:1]] if frame.before is not None else [])]
+    chats = [system + QUESTIONS[:length] for system in systems for length in (1, 3)]
+    literals = (frame.start, frame.before or "", frame.after, frame.user, frame.reply, frame.end)
+    if any("{{" in text or '"""' in text for text in literals):
+        return None
+    return frame.to_go() if all(_render(tokenizer, chat) == frame.render(chat) for chat in chats) else None
+
+
+def _frame(tokenizer: Any) -> Frame | None:
+    parts = _split(_render(tokenizer, QUESTIONS), [FIRST, ANSWER, SECOND])
+    answered = _split(_render(tokenizer, QUESTIONS[:2], ends_with_answer=True), [FIRST, ANSWER])
+    if parts is None or answered is None or not parts[2].startswith(answered[2]):
+        return None
+    start, reply, between, _ = parts
+    end = answered[2]
+    user = between.removeprefix(end)
+    with_system = _split(_render(tokenizer, WITH_SYSTEM), [SYSTEM, FIRST, ANSWER, SECOND])
+    before, after = (None, user) if with_system is None else with_system[:2]
+    if not (start.endswith(user) and after.endswith(user)):
+        return None
+    return Frame(start.removesuffix(user), before, after.removesuffix(user), user, reply, end)
+
+
+def _render(tokenizer: Any, messages: list[Message], *, ends_with_answer: bool = False) -> str | None:
+    """Returns the conversation up to the next answer, without a BOS that llama.cpp adds; None if it is refused."""
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not ends_with_answer)
+    except TemplateError:
+        return None
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return str(text).removeprefix(tokenizer.bos_token if adds_bos else "")
+
+
+def _split(text: str | None, contents: list[str]) -> list[str] | None:
+    """Returns what is before, between and after the contents; None if they are not all there, once, in this order."""
+    parts = []
+    for content in contents:
+        before, separator, text = (text or "").partition(content)
+        if not separator or content in text:
+            return None
+        parts.append(before)
+    return [*parts, text or ""]

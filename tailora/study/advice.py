@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tailora.evaluation.spectral import ModuleReport
-from tailora.formats.merged import ROUNDING_REMEDY
+from tailora.formats.export import ROUNDING_REMEDY
 from tailora.study.inspection import Advice, HeldOutLosses, Inspection, TruncationCost
 from tailora.study.model_layout import by_group, layer_range, rank_pattern
 

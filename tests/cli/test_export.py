@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import CHATML, stir
 from tiny import tiny_model as tiny_model_of
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.export import Format, Server
@@ -134,16 +134,6 @@ def test_a_merge_after_a_quantised_run_needs_the_flag(
     assert main([*tokens, "--quantize", "none", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["format"], found["serving"]["rank"]) == ("merged", None)
-
-
-def test_a_merged_model_answers_without_tailora(run: Path, tmp_path: Path, tiny_model: Path) -> None:
-    assert main(["export", str(run), "--to", "merged", "--output", str(tmp_path / "out")]) == 0
-    live = LoRAModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model), run / "adapter").eval()
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    torch.testing.assert_close(merged(IDS).logits, live(IDS).logits, rtol=1e-4, atol=1e-4)
-    chat = [{"role": "user", "content": "hello"}]
-    own, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "out", tiny_model))
-    assert own.apply_chat_template(chat) == theirs.apply_chat_template(chat)
 
 
 @pytest.mark.parametrize(

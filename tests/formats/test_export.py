@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import AdapterError, ConfigError, FormatError, MergeError
-from tailora.formats import export, gguf, low_rank_export
+from tailora.formats import export, fold_scale, gguf
 
 OF_LANGUAGE_MODELS = export.FORMATS.keys() - {"diffusers"}
 
@@ -174,9 +174,9 @@ def test_a_file_that_computes_something_else_is_deleted(tmp_path: Path, monkeypa
 def test_the_comparison_detects_a_scale_that_is_off_by_a_thousandth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fold_scale = low_rank_export.fold_scale
+    exact = fold_scale.fold_scale
     monkeypatch.setattr(
-        low_rank_export, "fold_scale", lambda source: {k: (A, B * 1.001) for k, (A, B) in fold_scale(source).items()}
+        fold_scale, "fold_scale", lambda source: {k: (A, B * 1.001) for k, (A, B) in exact(source).items()}
     )
     with pytest.raises(FormatError, match="logits differ"):
         adapted(base=chat_model().to(torch.bfloat16)).export(tmp_path / "out", "portable")
@@ -236,9 +236,3 @@ def test_a_layer_narrower_than_the_common_rank_is_padded_like_the_others(tmp_pat
     model.export(tmp_path / "out", "portable")
     theirs = peft.PeftModel.from_pretrained(chat_model(num_attention_heads=8, head_dim=2), str(tmp_path / "out"))
     torch.testing.assert_close(logits(theirs), logits(model), rtol=2e-5, atol=2e-5)
-
-
-def test_a_rank_above_those_of_vllm_is_refused(tmp_path: Path) -> None:
-    model = adapted({"r": 513, "target_modules": ["q_proj"]}, chat_model(hidden_size=520, head_dim=130))
-    with pytest.raises(FormatError, match="rank 513 is above 512"):
-        model.export(tmp_path / "out", "portable")

@@ -26,8 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.quantization import dense_weight, is_quantized, stored_tensors
 from tailora.errors import FormatError
-from tailora.formats import merged
-from tailora.formats.export import float32_logits, with_only_adapter
+from tailora.formats.export import ROUNDING_REMEDY, float32_logits, with_only_adapter
 
 
 @pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
@@ -52,7 +51,7 @@ def test_a_merge_that_changes_no_tied_weight_keeps_the_tie(tmp_path: Path) -> No
 
 
 def test_a_merged_folder_has_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merged, "SHARD", "30KB")
+    monkeypatch.setattr("tailora.formats.export.SHARD", "30KB")
     tokenizer = chat_tokenizer(["hello there"], eos_token="<|im_end|>")
     model = adapted({"modules_to_save": ["lm_head"]}, chat_model().to(torch.bfloat16))
     report = model.export(tmp_path / "out", "merged", tokenizer=tokenizer)
@@ -79,7 +78,7 @@ def test_a_merge_in_16_bits_that_loses_much_of_an_update_says_what_keeps_it(tmp_
     layer = next(iter(model.lora_layers.values()))
     layer.scaling /= 8
     (note,) = [text for text in model.export(tmp_path / "out", "merged").changes if text.startswith("rounding")]
-    assert note.endswith(f"in the worst layer. To keep all of it, {merged.ROUNDING_REMEDY}")
+    assert note.endswith(f"in the worst layer. To keep all of it, {ROUNDING_REMEDY}")
 
 
 def test_a_merge_in_16_bits_that_loses_the_adapter_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from tiny import CHATML, chat_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from tailora.formats.ollama_template import ollama_template
+from tailora.formats.serving_targets import ollama_template
 
 HEADERS = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '<|end|>\n\n' + m['content'] | trim + "

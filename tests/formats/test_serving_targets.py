@@ -281,7 +281,6 @@ def test_what_is_no_low_rank_adapter_is_merged(target: str, lora: dict[str, Any]
             {"hidden_size": 520, "head_dim": 130},
             "rank 513 is above 512",
         ),
-        ("mlx", {"target_modules": ["lm_head"]}, {"tie_word_embeddings": True}, "lm_head: tied, and mlx-lm"),
         ("ollama", {"target_modules": ["lm_head"]}, {"tie_word_embeddings": True}, "lm_head: tied, and llama.cpp"),
     ],
 )

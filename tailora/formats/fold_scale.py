@@ -1,16 +1,17 @@
-"""Converts an adapter to two plain factors per layer, which every consumer understands, and back.
+"""Folds the scale of an adapter into B at export, and takes a learned scale out of B again.
 
-    y = W x + B A x      A (r, in), B (out, r)
+    y = W x + s B A x      A (r, in), B (out, r)
 
-The whole scale (alpha/r, rsLoRA, patterns, a learned scale, the strength dial) is folded into B. A frozen start (PiSSA,
-OLoRA) is in the factors too: s (B A - B0 A0) is a product of rank 2r. All of this happens in `fold_scale`.
+    format        its readers multiply B A by     B in the file
+    peft          alpha / r, or alpha / sqrt(r)   B s / that scale: `scale_ratio`
+    all others    1                               B s: `fold_scale`
+
+s is the whole scale: alpha / r, rsLoRA, patterns, a learned scale, the strength dial. `fold_scale` also puts a frozen
+start (PiSSA, OLoRA) into the factors: s (B A - B0 A0) is a product of rank 2r.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from statistics import mode
 from typing import Any
 
 import torch
@@ -18,10 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter
+from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import LayerType, layer_path_of
 from tailora.errors import FormatError, listing
-from tailora.formats.metadata import AdapterMetadata
-from tailora.formats.peft import SUFFIXES, StoredAdapter
 
 MERGED = 'export to "merged", which puts it into the weights'
 
@@ -55,6 +55,25 @@ def low_rank_problems(source: ExportSource, layer_types: Sequence[LayerType]) ->
         if layer.layer_type not in layer_types:
             problems.append(f"{path}: a {layer.layer_type.name} has no place there")
     return [f"{problem}; {MERGED}" for problem in problems]
+
+
+def scale_ratio(layer: LoRALayer) -> Tensor:
+    """Returns the factor of B in a PEFT file: a learned or assigned scale relative to the one that PEFT computes.
+
+    Without the strength dial, which is not saved. `peft_keys.PeftLayer` handles the one scale of a fused layer.
+    """
+    return (layer.scaling / layer.configured_scaling).reshape(())
+
+
+def unfold_learned_scales(scales: Mapping[str, float], layers: Mapping[str, LoRALayer]) -> None:
+    """Takes each learned scale, by path, out of B, where PEFT's readers have it, and makes it a Parameter again."""
+    for path, value in scales.items():
+        layer = layers[path]
+        scale = value or layer.configured_scaling  # a scale of 0 has erased B: use the configured one
+        layer.lora_B.data = layer.lora_B.data * (layer.configured_scaling / scale)  # not in place: it may be the file's
+        if layer.start_B is not None:
+            layer.start_B.mul_(layer.configured_scaling / scale)
+        layer.scaling = nn.Parameter(torch.full_like(layer.scaling, scale))
 
 
 @torch.no_grad()
@@ -113,32 +132,6 @@ def fold_changes(source: ExportSource) -> list[str]:
             f"{parts} parts of fused layers are written as factors of the whole layer, at the sum of their ranks"
         )
     return changes
-
-
-# ---- Factors of another format, as a PEFT folder would hold them
-
-
-def as_stored_adapter(
-    source: Path, factors: Mapping[str, tuple[Tensor, Tensor]], scales: Mapping[str, float], **settings: Any
-) -> StoredAdapter:
-    """Returns the StoredAdapter for A, B and scale of every path. `settings` are added to those of PEFT's file."""
-    ranks = {path: A.shape[0] for path, (A, _) in factors.items()}
-    alphas = {path: scales[path] * r for path, r in ranks.items()}
-    r, alpha = mode([*ranks.values()] or [1]), mode([*alphas.values()] or [1.0])
-    peft_settings = {
-        "peft_type": "LORA",
-        "r": r,
-        "lora_alpha": alpha,
-        "target_modules": list(factors),
-        "rank_pattern": {re.escape(path): rank for path, rank in ranks.items() if rank != r},
-        "alpha_pattern": {re.escape(path): value for path, value in alphas.items() if value != alpha},
-    }
-    tensors = {
-        f"{path}{SUFFIXES[slot]}": tensor
-        for path, pair in factors.items()
-        for slot, tensor in zip("AB", pair, strict=True)
-    }
-    return StoredAdapter(source, {**peft_settings, **settings}, tensors, AdapterMetadata())
 
 
 def raise_problems(source: str, problems: Sequence[str]) -> None:

@@ -1,4 +1,7 @@
-"""PEFT's keys for matrices that have another path in tailora: fused parts, attention, named parameters.
+"""The keys of the tensors in a PEFT file.
+
+A key is `base_model.model.` + path of the layer + suffix of the slot, such as `.lora_A.weight`. The adapter's name is
+not in it. Some matrices have another path in PEFT than in tailora: fused parts, attention, named parameters.
 
 our path                          prefix of PEFT's keys
 c_attn.q                          c_attn: rows of A and columns of B of the whole layer. B is zero in the outputs of
@@ -8,9 +11,11 @@ attn.out_proj                     attn.base_layer.out_proj
 experts.gate_up_proj, .down_proj  experts.base_layer, experts: nested wrappers, the first parameter is the innermost
 
 PEFT also takes some layers for projections of experts, which have the same names. `named_like_experts` finds them.
+
+Below: prefix and suffixes, layers as PEFT adapts them, keys of other tensors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -22,6 +27,27 @@ from tailora.core.fused_layers import OutputSlice
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import find_layer
 from tailora.core.multihead_attention import projections
+from tailora.core.targets import ExtraTargets
+from tailora.formats.fingerprint import TOLERANCE
+
+KEY_PREFIX = "base_model.model."
+
+OTHER_SUFFIXES = {"magnitude": ".lora_magnitude_vector", "lora_bias": ".lora_B.bias", "bias": ".base_layer.bias"}
+SUFFIXES = {"A": ".lora_A.weight", "B": ".lora_B.weight", **OTHER_SUFFIXES}
+EMBEDDING_SUFFIXES = {"A": ".lora_embedding_A", "B": ".lora_embedding_B", **OTHER_SUFFIXES}
+SLOT_OF_SUFFIX = {suffix: slot for table in (SUFFIXES, EMBEDDING_SUFFIXES) for slot, suffix in table.items()}
+EXTRA_SUFFIXES = {"bias": ".bias", "trainable_tokens_delta": ".token_adapter.trainable_tokens_delta"}
+
+
+def path_and_slot(key: str) -> tuple[str, str | None]:
+    """Splits a key into the path of the layer and the slot; (key, None) if it ends in no suffix of a low-rank layer."""
+    for suffix, slot in SLOT_OF_SUFFIX.items():
+        if f".{key}".endswith(suffix):
+            return f".{key}".removesuffix(suffix).removeprefix("."), slot
+    return key, None
+
+
+# ---- Layers as PEFT adapts them
 
 
 @dataclass(frozen=True)
@@ -157,3 +183,64 @@ def named_like_experts(model: nn.Module) -> frozenset[str]:
     conversions = get_checkpoint_conversion_mapping(model_type) or []
     patterns = {pattern for conversion in conversions for pattern in getattr(conversion, "source_patterns", [])}
     return frozenset().union(*(names for pattern, names in NAMES_OF_EXPERTS.items() if pattern in patterns))
+
+
+# ---- Trained biases and token embeddings
+
+
+def extra_keys(targets: ExtraTargets) -> dict[str, str]:
+    """Returns key without KEY_PREFIX -> path, for what the settings name."""
+    biases = {path + EXTRA_SUFFIXES["bias"]: path for path in targets.biases}
+    return biases | {path + EXTRA_SUFFIXES["trainable_tokens_delta"]: path for path in targets.tokens}
+
+
+# ---- Weights of the base, which PEFT saves with adapted or resized embeddings
+
+BASE_MODULES = (".token_adapter.base_layer", ".base_layer", ".original_module", "")
+
+
+def base_weight_of(key: str, modules: Mapping[str, nn.Module]) -> tuple[str, Tensor] | None:
+    """Returns name and tensor of the base's weight or bias if the key names one; None otherwise."""
+    owner, _, name = key.rpartition(".")
+    path = next(owner.removesuffix(ending) for ending in BASE_MODULES if owner.endswith(ending))
+    weight = getattr(modules.get(path), name, None) if path and name in ("weight", "bias") else None
+    return (f"{path}.{name}", weight) if isinstance(weight, Tensor) else None
+
+
+def base_weight_problem(key: str, tensor: Tensor, name: str, weight: Tensor) -> str | None:
+    """Returns how the file's tensor differs from the base's weight, which it cannot replace; None if it is the same."""
+    if weight.shape != tensor.shape:
+        is_resized = weight.shape[1:] == tensor.shape[1:] != ()
+        resize = f"; resize_token_embeddings({len(tensor)}) comes first" if is_resized else ""
+        return f"the file's {name} is {tuple(tensor.shape)}, the model's {tuple(weight.shape)}{resize}"
+    differs = ~torch.isclose(weight.detach().float().cpu(), tensor.float(), rtol=TOLERANCE, atol=1e-6)
+    rows = differs.reshape(len(differs), -1).any(1).nonzero()[:, 0].tolist() if differs.ndim else []
+    if not rows:
+        return None
+    return (
+        f"the file has other values in {len(rows)} rows of {name} ({rows[0]}..{rows[-1]}) than this base, "
+        f"which is never changed here; copy the file's {key} into the base's {name}, then load the adapter"
+    )
+
+
+def saved_path_of(key: str, saved_paths: Iterable[str], modules: Mapping[str, nn.Module]) -> str | None:
+    """Returns the path of the module of modules_to_save whose trained tensor the key names; None otherwise.
+
+    If PEFT saves the embeddings, the file has three tensors for one that is trained: PEFT reads `lm_head.weight`;
+    `lm_head.modules_to_save.weight` is the same again; `lm_head.original_module.weight` is the base's.
+    """
+    path = next((path for path in saved_paths if key.startswith(f"{path}.")), None)
+    part = key.removeprefix(f"{path}.").partition(".")[0]
+    is_wrapper = part in ("modules_to_save", "original_module") and f"{path}.{part}" not in modules
+    return None if is_wrapper else path
+
+
+def without_second_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leaves out `path.modules_to_save.name` where the file has the same tensor as `path.name`."""
+
+    def is_second_copy(key: str, tensor: Tensor) -> bool:
+        path, wrapper, name = key.rpartition(".modules_to_save.")
+        first = tensors.get(f"{path}.{name}") if wrapper else None
+        return first is not None and first.dtype == tensor.dtype and first.equal(tensor)
+
+    return {key: tensor for key, tensor in tensors.items() if not is_second_copy(key, tensor)}
