@@ -73,14 +73,14 @@ def push(
     check_repository_name(repository)
     path = adapter_folder(folder)
     if not path.is_dir():
-        raise ConfigError(f"{folder} is not a folder{nearest_path(folder)}; give that of an adapter or of a run")
+        raise ConfigError(f"{folder} is not a folder{nearest_path(folder)}; pass the folder of an adapter or of a run")
     if not message.strip():
-        raise ConfigError("--message is empty, and the Hub takes no commit without a message: give one")
+        raise ConfigError("--message is empty, but every commit on the Hub needs a message")
     base_name = public_base_name(path, model)
     from huggingface_hub import get_token
 
     if get_token() is None:
-        raise ConfigError(f"the Hub takes files from users that it knows, and there is no token here: {hub.TO_LOG_IN}")
+        raise ConfigError(f"the Hub only accepts files from known users, and there is no token here: {hub.TO_LOG_IN}")
     log("checking the adapter")
     from tailora.report.model_card import run_card
     from tailora.train.memory import format_bytes

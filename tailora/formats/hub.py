@@ -122,7 +122,7 @@ def download(
     subfolder: str | None = None,
     others: Sequence[str] = (),
 ) -> Download:
-    """Downloads the weights and settings of an adapter, and those of the `others` that the repository has.
+    """Downloads the weights and settings of an adapter, and the `others` if the repository has them.
 
     Without network, the files that were downloaded before. Raises FetchError if there is no adapter, and what
     huggingface_hub raises.
@@ -332,7 +332,7 @@ def not_uploaded(repo_id: str) -> str:
 TO_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 STATUS = {  # of the Hub's answer -> what it means, and what to do
     401: ("the Hub does not know this token", TO_LOG_IN),
-    403: ("the token may not do this", "give one that may, in HF_TOKEN or with `hf auth login`"),
+    403: ("the token may not do this", "use one that may, in HF_TOKEN or with `hf auth login`"),
     429: ("the Hub accepts no more requests for now", "wait some minutes"),
 }
 

@@ -125,7 +125,7 @@ def llama_server(serving: Serving, folder: str) -> list[list[str]]:
         template = ["--jinja", "--chat-template-file", f"{folder}/{CHAT_TEMPLATE}"] if serving.chat_template else []
     context = flag("--ctx-size", serving.context_length)
     model = ["-m", f"{folder}/{model_file(serving)}"]
-    port = ["--port", str(TARGETS["llama-server"].port)]  # versions have other defaults
+    port = ["--port", str(TARGETS["llama-server"].port)]  # the default differs between versions
     return [["llama-server", *model, *adapter, "--alias", serving.name, *template, *context, *port]]
 
 
@@ -198,7 +198,7 @@ class Target:
     title: its name in messages.    commands: those that serve the exported folder.
     port: where the server listens by default.
     problems: what the server cannot load of an adapter, in addition to what the format cannot hold.
-    separators: characters that have a meaning of their own in the path of an adapter.
+    separators: characters with a special meaning in the path of an adapter.
     converts: whether it reads the base or merged model as GGUF.
     files: what it reads next to the weights, name -> text.
     """
@@ -259,7 +259,9 @@ def export_for(
             )
     serving = describe(source, folder, target, to, settings)
     if serving.chat_template and source.tokenizer is not None and to != "merged":
-        changes.append("the chat template is that of the adapter's training; the base's tokenizer has another one")
+        changes.append(
+            "the chat template is the one of the adapter's training; the base's tokenizer has a different one"
+        )
     report = export(
         source, folder, to, overwrite=overwrite, write_more=lambda path: write_serving_files(path, source, serving)
     )
@@ -338,7 +340,7 @@ ABSOLUTE_LLAMA_CPP = 'case "$LLAMA_CPP" in "" | /*) ;; *) LLAMA_CPP=$PWD/$LLAMA_
 def missing_program(serving: Serving) -> list[str]:
     """Returns the lines that end serve.sh if the program of its commands is missing, with what there is and what to do.
 
-    The exit code is that of the shell for a command that is not found: nothing is served.
+    The exit code is the shell's for a command that is not found: nothing is served.
     """
     program = serving.commands[0][0]
     ready = "" if serving.prepare is None else f"{model_file(serving)} is ready. "

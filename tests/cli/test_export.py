@@ -108,7 +108,7 @@ def test_the_template_of_another_trainer_is_served(
     assert found["serving"]["chat_template"] == other
     assert found["serving"]["commands"][0][-4:-2] == ["--chat-template", f"{tmp_path}/out/chat_template.jinja"]
     assert found["serving"]["more_stop_tokens"] == {"0": "<|endoftext|>"}  # which ends a reply in that template
-    assert "the chat template is that of the adapter's training" in found["changes"][0]
+    assert "the chat template is the one of the adapter's training" in found["changes"][0]
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == other
     (run / "adapter" / "chat_template.jinja").unlink()
     (run / "adapter" / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))  # the base's own

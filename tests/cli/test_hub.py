@@ -399,7 +399,7 @@ def test_ctrl_c_says_that_all_files_are_there_or_none(
         (["RUN", "adapter"], "'adapter' cannot be a repository: write owner/name"),
         (["RUN", "a/b/c"], "'a/b/c' cannot be a repository"),
         (["RUN", "user/adapter", "--model", "tiny"], "--model tiny: give the base model's Hub id, owner/name"),
-        (["RUN", "user/adapter", "--message", " "], "the Hub takes no commit without a message: give one"),
+        (["RUN", "user/adapter", "--message", " "], "every commit on the Hub needs a message"),
     ],
 )
 def test_wrong_arguments_are_refused(
