@@ -25,7 +25,8 @@ from tailora.data.dataset import IGNORED, Example, Examples
 from tailora.data.schemas import Choices
 from tailora.data.tokenize import encode_samples, reply_text
 from tailora.errors import DataError
-from tailora.kernels.loss import FORMS, HALF_TOLERANCE, TOLERANCE, Batch
+from tailora.kernels.loss import FORMS, Batch
+from tailora.train.kernel_comparison import tolerance
 from tailora.train.loss import BatchLayout, batches_within, evaluate
 from tailora.train.trainable import Trainable
 
@@ -206,5 +207,5 @@ def compare_with_separate(model: Trainable, replies: Sequence[Example], form: st
     with torch.no_grad(), evaluating(model), suppress(TypeError):  # a forward that takes no position_ids or mask
         shared = _batch_losses(model, [share_prompt(replies)], form)[0]
     error = float(np.linalg.norm(shared - separate) / np.linalg.norm(separate))
-    allowed = TOLERANCE.get(next(model.base_model.parameters()).dtype, HALF_TOLERANCE)
+    allowed = tolerance("loss", next(model.base_model.parameters()).dtype)
     return None if error <= allowed else f"losses differ from separate rows by {error:.1e} (allowed {allowed:.0e})"

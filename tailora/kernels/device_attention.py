@@ -1,8 +1,8 @@
 """Attention for packed rows on devices other than the CPU: one call per layer, whatever the number of documents.
 
 A provider is a class. An instance of it is made once per forward, on the device and without reading anything back to
-the host; its `attend` is then called by every layer. `train.packing` tries the providers on the user's model, in this
-order, and takes the first that gives the right results:
+the host; its `attend` is then called by every layer. `train.kernel_choice` tries the providers on the user's model, in
+this order, and takes the first that gives the right results:
 
     FlashRow    flash attention of the package flash_attn, or of the package kernels, as transformers finds them
     VarlenRow   the flash attention that torch brings along for documents of several lengths

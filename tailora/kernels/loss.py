@@ -11,7 +11,7 @@ memory of the logits, while they are in the cache:
 Each row (token) has its own loss, so the backward multiplies rows by the gradients of the losses. In half precision
 that rounds once more, unless frozen_head gets the expected gradient.
 
-The second part of the file chooses one of these for a model: `choose_form`.
+The second part of the file computes the loss of a model in one of these forms; `train.kernel_choice` chooses it.
 """
 
 import inspect
@@ -22,11 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tailora.core.device import copies_by_itself
-from tailora.core.quantization import is_quantized
 from tailora.data.dataset import IGNORED
 
 CHUNK_BYTES = 30 << 20  # of logits; malloc returns blocks of 32 MB and more to the system, and new pages take time
@@ -184,8 +183,8 @@ class _CrossEntropy(torch.autograd.Function):
 # ---- The loss of a model
 #
 # The chunked forms call the decoder, select its states at supervised positions, and go through the head in chunks. They
-# are right if the model's logits are head(decoder(...)) and nothing else: no scale, no soft cap. `choose_form` tests
-# this on the model itself. If the test fails, the loss is computed from the model's own logits.
+# are right if the model's logits are head(decoder(...)) and nothing else: no scale, no soft cap. `train.kernel_choice`
+# tests this on the model itself. If the test fails, the loss is computed from the model's own logits.
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,113 +278,7 @@ OWN = "from the model's own logits"
 WHOLE = "from the model's own logits at all positions"
 FORMS: dict[str, Form] = {FROZEN: _frozen, RECOMPUTED: _recomputed, OWN: _own_logits, WHOLE: _own_logits_everywhere}
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of states, losses and gradients, relative to their norm
-HALF_TOLERANCE = 5e-2  # bfloat16, float16
-RAMP = 1e3  # logits from -RAMP to RAMP show a soft cap, a scale or a bound that small ones do not
-
-
-Agree = Callable[[str | None], str | None]  # the obstacle on this rank -> that of all ranks
-
-
-def choose_form(
-    model: Model, batch: Batch, compare: bool = True, agree: Agree = lambda obstacle: obstacle
-) -> tuple[str, str | None]:
-    """Returns the form of least memory that gives the model's own losses and gradients, and why it is not chunked.
-
-    A few tokens are enough for `batch`. The model is in evaluation mode, without dropout.
-    compare: False for a model of fake tensors, whose numbers cannot be compared: an unchanged tensor shares its memory.
-    agree: gives all ranks of a run the same obstacle, after each forward, since one of a sharded model needs all ranks.
-    """
-    own, chunked = own_form(model), RECOMPUTED
-    head = model.get_output_embeddings()
-    if type(head) is nn.Linear and not is_quantized(head) and not any(p.requires_grad for p in head.parameters()):
-        chunked = FROZEN  # an adapted or quantized layer is not a plain one
-    obstacle = (
-        agree(_structural_obstacle(model, batch))
-        or agree(_change_around_head(model, batch, compare))
-        or (agree(_difference(model, batch, chunked, own)) if compare else None)
-    )
-    return (own, f"{type(model).__name__} {obstacle}") if obstacle else (chunked, None)
-
 
 def own_form(model: Model) -> str:
     """Returns the form that is right for every model: its own logits, at supervised positions if it allows that."""
     return OWN if "logits_to_keep" in inspect.signature(model.forward).parameters else WHOLE
-
-
-def _structural_obstacle(model: Model, batch: Batch) -> str | None:
-    """Returns why decoder and head cannot be called alone; None if they can."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    head = model.get_output_embeddings()
-    if decoder is None or decoder is model:
-        return "has no decoder of its own"
-    if head is None:
-        return "has no output head"
-    if _hooked(model) or _hooked(head):
-        return "or its head carries hooks"
-    try:
-        inspect.signature(decoder.forward).bind(**batch.inputs, use_cache=False)
-    except TypeError as error:
-        return f"gives its decoder other inputs than its own ({error})"
-    return None
-
-
-def _hooked(module: nn.Module) -> bool:
-    """True if a call of the module runs something else: hooks, or a replaced `forward`."""
-    return "forward" in vars(module) or any(vars(module)[name] for name in HOOKS)
-
-
-def _change_around_head(model: Model, batch: Batch, compare: bool) -> str | None:
-    """Returns what the model does to the states before its head, or to the logits after it; None if nothing.
-
-    The head's output is replaced by a ramp, which has to come out of the model unchanged.
-    """
-
-    def same(a: Tensor, b: Tensor) -> bool:
-        return a.dtype == b.dtype and torch.equal(a, b) if compare else a.untyped_storage() is b.untyped_storage()
-
-    seen: dict[str, Tensor] = {}
-
-    def after_decoder(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        seen["states"] = output[0]
-
-    def after_head(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        seen.update(zip(["head_input"], inputs, strict=False))
-        seen["ramp"] = torch.linspace(-RAMP, RAMP, output.numel(), device=output.device).view_as(output).to(output)
-        return seen["ramp"]
-
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    with torch.no_grad(), decoder.register_forward_hook(after_decoder), head.register_forward_hook(after_head):
-        logits = model(**batch.inputs, use_cache=False).logits
-    if seen.keys() != {"states", "head_input", "ramp"}:
-        return "does not call its decoder and its head"
-    if not same(seen["states"], seen["head_input"]):
-        return "changes its decoder's states before the head"
-    if not same(seen["ramp"], logits.to(seen["ramp"].dtype)):
-        return "changes the logits after its head, by a scale or a cap"
-    return None
-
-
-def _difference(model: Model, batch: Batch, chunked: str, own: str) -> str | None:
-    names = ("states", "losses", "gradients")
-    for name, actual, expected in zip(names, _results(model, batch, chunked), _results(model, batch, own), strict=True):
-        difference, norm = float((actual - expected).norm()), float(expected.norm())
-        allowed = TOLERANCE.get(expected.dtype, HALF_TOLERANCE) * norm
-        if not difference <= allowed:
-            return f"gives other {name} when its decoder is called alone (by {difference:.1e}, allowed {allowed:.1e})"
-    return None
-
-
-def _results(model: Model, batch: Batch, form: str) -> tuple[Tensor, ...]:
-    """Returns the decoder's states, the losses in their precision, and the gradient of weighted losses by them."""
-    states: list[Tensor] = []
-
-    def after_decoder(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        states.append(output[0] if output[0].requires_grad else output[0].requires_grad_())
-
-    with torch.enable_grad(), model.get_decoder().register_forward_hook(after_decoder):
-        losses = FORMS[form](model, batch)
-        weights = torch.linspace(1, 2, len(losses), dtype=losses.dtype, device=losses.device)
-        (gradient,) = torch.autograd.grad(losses @ weights, states)
-    return states[0].detach(), losses.detach().to(gradient.dtype), gradient

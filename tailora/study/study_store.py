@@ -26,7 +26,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from tailora.errors import ConfigError, FormatError
 from tailora.formats.io import TEMPORARY, create_output_folder, read_own_json, write_file
 from tailora.study.trial import RESULT, Listen, Progress, RunTrial, Trial, TrialSpec, Worker, get_trial
-from tailora.train.config import ACCUMULATION, batches_per_step, without_removed
+from tailora.train.config import ACCUMULATION, batches_per_step
 from tailora.train.launch import device_asked_for, threads_per_process
 
 PLAN, LOCK, TIMING = "plan.json", ".lock", "probe"
@@ -90,7 +90,6 @@ def open_folder(
         sections = [name for name, value in content.items() if isinstance(value, dict) and name in {"train", *stored}]
         if wrong := [name for name in sections if not isinstance(stored.get(name), dict)]:
             raise FormatError(f"{file} is damaged ({' and '.join(wrong)} should hold settings): {DAMAGED}")
-        stored["train"] = without_removed(stored["train"])
         then, now = identity(stored), identity(content)
         if changes := differences(then, now):
             if LAUNCH in {*stored, *content} - {*then, *now}:

@@ -41,7 +41,6 @@ from tailora.train.config import (
     NATS_PER_TOKEN,
     TrainConfig,
     batches_per_step,
-    without_removed,
 )
 from tailora.train.failures import Failure, leave_failure
 from tailora.train.launch import end_process, is_launched_by_tailora, launch, rank
@@ -434,7 +433,7 @@ def _identity(spec: TrialSpec) -> dict[str, Any]:
     """
     content: dict[str, Any] = json.loads(json.dumps(asdict(spec)))
     identity = {name: value for name, value in content.items() if name not in NOT_SETTINGS}
-    settings = without_removed(identity["settings"])
+    settings = identity["settings"]
     return {**identity, "settings": {**settings, ACCUMULATION: batches_per_step(settings, spec.processes)}}
 
 

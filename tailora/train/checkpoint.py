@@ -109,14 +109,11 @@ def _load_latest(output_dir: Path, note: Callable[[str], None]) -> Checkpoint:
 
 
 def _read(folder: Path) -> Checkpoint:
-    """Raises CheckpointError with the problems of a damaged one; earlier versions also saved NaN."""
+    """Raises CheckpointError with the problems of a damaged one."""
     if problems := damage(folder):
         raise CheckpointError(listing(problems))
     state = json.loads((folder / STATE).read_text())
-    tensors = {Path(file).stem: read_safetensors(folder / file)[0] for file in state["files"]}
-    if problems := not_finite(tensors):
-        raise CheckpointError(f"it holds NaN or infinity: {listing(problems)}")
-    return Checkpoint(state, tensors)
+    return Checkpoint(state, {Path(file).stem: read_safetensors(folder / file)[0] for file in state["files"]})
 
 
 def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
@@ -194,12 +191,6 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], *, dive
     go on with a lower learning rate: with the same one it would diverge again. The number of processes may change if
     --gradient-accumulation-steps keeps the batches of a step the same.
     """
-    if saved.get("prefix"):
-        raise CheckpointError(
-            "the checkpoint was trained on hidden states of the frozen lower layers that an earlier version of tailora "
-            "kept on disk; this version has no such cache, and going on without it would give other results: resume "
-            "with the version that run.json names, or start again in another --output-dir"
-        )
     then, now = saved["settings"], current["settings"]
     free = LENGTH if now["lr_scheduler_type"] == "constant" and now["warmup_ratio"] == 0 else set()
     if diverged and now["learning_rate"] < then["learning_rate"]:
@@ -308,7 +299,7 @@ def moments(optimizer: torch.optim.Optimizer, buffers: Sequence[FlatBuffer]) -> 
 
 
 def set_moments(optimizer: torch.optim.Optimizer, buffers: Sequence[FlatBuffer], tensors: Mapping[str, Tensor]) -> None:
-    """Restores what `moments` returned. Raises CheckpointError if parameters of one buffer took different steps."""
+    """Restores what `moments` returned."""
     if not isinstance(optimizer, torch.optim.AdamW):
         for full_name, tensor in tensors.items():
             name, key = full_name.rsplit("|", 1)
@@ -317,13 +308,7 @@ def set_moments(optimizer: torch.optim.Optimizer, buffers: Sequence[FlatBuffer],
         return
     states = {}
     for i, buffer in enumerate(buffers):
-        state: dict[str, Tensor] = {}  # stays zero for parameters without a saved state, which never had a gradient
-        counts = {float(tensors[f"{name}|{STEP}"]) for name in buffer.parameters if f"{name}|{STEP}" in tensors}
-        if len(counts) > 1:
-            raise CheckpointError(
-                f"the checkpoint's parameters took from {min(counts):g} to {max(counts):g} optimizer steps, because an "
-                "earlier version skipped those without a gradient; this version steps all parameters: start again"
-            )
+        state: dict[str, Tensor] = {}
         for full_name, tensor in tensors.items():
             name, key = full_name.rsplit("|", 1)
             if name in buffer.parameters and key == STEP:

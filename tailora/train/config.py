@@ -26,12 +26,6 @@ TASK_TYPES: dict[str, TaskType] = {  # of tasks with a head for labels
     "regression": "SEQ_CLS",
     "token-classification": "TOKEN_CLS",
 }
-REMOVED = {"prefix_cache_gb"}  # settings of earlier versions, which changed the speed of a run and not its results
-
-
-def without_removed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings that an earlier version wrote, without those that no longer exist."""
-    return {name: value for name, value in settings.items() if name not in REMOVED}
 
 
 def batches_per_step(settings: Mapping[str, Any], processes: int) -> int:
@@ -199,11 +193,6 @@ class TrainConfig(StrictModel):
     )
     report_to: list[str] = Field([], description="trackers to log to: tensorboard, wandb, trackio")
     resume_from_checkpoint: str | None = Field(None, description="checkpoint folder to resume from, or 'latest'")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_removed(cls, values: Any) -> Any:
-        return without_removed(values) if isinstance(values, dict) else values
 
     @field_validator("adapter")
     @classmethod

@@ -27,10 +27,10 @@ from tailora.data.collate import collate_packed, collate_padded
 from tailora.data.dataset import IGNORED
 from tailora.errors import ConfigError, FormatError, TailoraWarning
 from tailora.kernels.attention import packed_rows
-from tailora.kernels.loss import FORMS, FROZEN, HALF_TOLERANCE, OWN, RECOMPUTED, TOLERANCE, Batch, choose_form
+from tailora.kernels.loss import FORMS, FROZEN, OWN, RECOMPUTED, Batch
 from tailora.model import LoRAModel
-from tailora.train.kernel_choice import short_examples
-from tailora.train.packing import choose_packing
+from tailora.train.kernel_choice import choose_form, choose_packing
+from tailora.train.kernel_comparison import short_examples, tolerance
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -281,8 +281,8 @@ def _choose_loss(model: LoRAModel, *, packed: bool) -> str:
             return OWN
         with torch.no_grad():
             own, chunked = base(**inputs, use_cache=False).loss.float(), FORMS[form](base, batch).mean()
-    tolerance = TOLERANCE.get(base.dtype, HALF_TOLERANCE)
-    return form if abs(chunked - own) <= tolerance * abs(own) else OWN  # others add a loss of their experts
+    allowed = tolerance("loss", base.dtype) * abs(own)
+    return form if abs(chunked - own) <= allowed else OWN  # others add a loss of their experts
 
 
 def _batch_of(inputs: dict[str, Any]) -> Batch:

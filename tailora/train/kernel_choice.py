@@ -1,29 +1,30 @@
-"""Which kernels a run computes with: those that apply are tried on the user's model against transformers' own layers.
+"""Which kernels a run computes with. Each kind is tried on the user's model (`train.kernel_comparison`).
 
-choose_kernels    what applies -> tried, compared -> `Kernels`, with a description for the run's header: compiled
-                  layers if the rest of the run pays for compiling and they are faster here, else the Llama kernels,
-                  else the layers of transformers. All processes of a run choose the same.
+choose_layout     packed or padded batches; what computes attention (`choose_packing`), and the loss (`choose_form`)
+choose_kernels    layers: compiled ones if the rest of the run pays for compiling, else the Llama kernels, else those of
+                  transformers; with a description for the run's header. All processes of a run choose the same.
 use_kernels       within the block the model computes with them
 share_kept        how much compiled layers keep for the backward, of what others keep
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tailora.core.attach import Adapted, evaluating
+from tailora.core.attach import evaluating
 from tailora.core.device import synchronize
-from tailora.core.layer import LoRALayer
+from tailora.core.quantization import is_quantized
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
+from tailora.kernels.attention import CPU
 from tailora.kernels.compiled_layers import (
     COMPILER_ERRORS,
     CompiledLayers,
@@ -34,26 +35,31 @@ from tailora.kernels.compiled_layers import (
     obstacle_to_compiling,
 )
 from tailora.kernels.cpu_attention import BLOCK, BLOCKS_ONLY, FLASH_ONLY, flash_thresholds
-from tailora.kernels.device_attention import PROVIDERS
-from tailora.kernels.llama import eligible, fast_layers, obstacle_to_layers
-from tailora.kernels.loss import choose_form, own_form
+from tailora.kernels.device_attention import HALF, PROVIDERS
+from tailora.kernels.llama import fast_layers, obstacle_to_layers
+from tailora.kernels.loss import FROZEN, RECOMPUTED, Batch, own_form
 from tailora.train.config import TrainConfig
-from tailora.train.loss import CAUSAL_LM, HEAD, BatchLayout, Task, make_batch, token_losses
+from tailora.train.kernel_comparison import (
+    compare_layers,
+    has_dropout,
+    layer_calls,
+    obstacle_to_form,
+    obstacle_to_provider,
+    outputs_and_gradients,
+    parts_of,
+    short_examples,
+)
+from tailora.train.loss import CAUSAL_LM, HEAD, BatchLayout, Task, make_batch
 from tailora.train.memory import ACTIVATION_MEMORY
 from tailora.train.model_loading import pad_id
-from tailora.train.packing import choose_packing, random_documents
 from tailora.train.parallel import first_of_ranks
-from tailora.train.trainable import Trainable, trained_module
+from tailora.train.trainable import Trainable
 
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-5}  # float64: transformers computes norms in float32
-HALF_TOLERANCE = 0.1  # bfloat16, float16
 TIMED_TOKENS = 256  # of a layer whose time is measured, in two documents like those that are compared
 TIMES = 3  # that it is measured, of which the shortest counts
 LLAMA_GAIN = 0.17  # share of the time of transformers' layers that the Llama kernels save, in bfloat16 with AMX
-SPREAD = 0.02  # standard deviation of factors that start at zero, while gradients are compared
 
 PLAIN, LLAMA, COMPILED = "plain", "llama", "compiled"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -108,8 +114,7 @@ def choose_layout(
             batch = make_batch(short_examples(base), layout, base.device)
             loss, obstacle = own, None
             if config.fast != "off":
-                agree = {"agree": first_of_ranks} if compare else {}  # the structure is the same on every rank
-                loss, obstacle = choose_form(base, batch, compare, **agree)
+                loss, obstacle = choose_form(base, batch, compare, agree=compare)  # structures are the same everywhere
     if packing_note:
         note(packing_note)
     if obstacle:
@@ -117,10 +122,54 @@ def choose_layout(
     return replace(layout, loss=loss)
 
 
-def short_examples(base: PreTrainedModel) -> list[Example]:
-    """Returns two short examples of random tokens, of different lengths, partly supervised."""
-    ids = np.random.default_rng(0).integers(base.config.get_text_config().vocab_size, size=24).astype(np.int32)
-    return [Example.of_text(part, np.arange(len(part)) % 3 > 0) for part in (ids[:10], ids[10:])]
+def choose_packing(model: PreTrainedModel, setting: str, *, compare: bool = True) -> tuple[str | None, str | None]:
+    """Returns what computes the attention of packed rows, None for padded batches; and why not something better.
+
+    Raises ConfigError for the setting `on` if packing would change results.
+
+    setting: auto, on or off.    compare: False for a model without contents, whose logits mean nothing.
+    """
+    if setting == "off":
+        return None, None
+    obstacles: dict[str, str] = {}
+    device_type = model.device.type
+    for provider in candidates(device_type) if compare else [predicted_provider(device_type, model.dtype)]:
+        obstacle = obstacle_to_provider(model, provider, compare=compare)
+        if obstacle is None:
+            passed_over = "; ".join(f"not by {name}, because {reason}" for name, reason in obstacles.items())
+            return provider, f"attention is computed by {provider}; {passed_over}" if passed_over else None
+        obstacles[provider] = obstacle
+    reasons = "; ".join(dict.fromkeys(obstacles.values()))
+    if setting == "on":
+        raise ConfigError(f"packing = 'on', but {reasons}; take packing = 'auto' or 'off' for padded batches")
+    return None, f"padded batches instead of packed rows: {reasons}"
+
+
+def candidates(device_type: str) -> list[str]:
+    """Returns the providers to try, the best first."""
+    return [CPU] if device_type == "cpu" else [*PROVIDERS]
+
+
+def predicted_provider(device_type: str, dtype: torch.dtype) -> str:
+    """Returns the provider that a model without contents is reckoned with."""
+    if device_type == "cpu":
+        return CPU
+    return "varlen_attn" if device_type == "cuda" and dtype in HALF else "sdpa"
+
+
+def choose_form(model: Any, batch: Batch, compare: bool = True, *, agree: bool = False) -> tuple[str, str | None]:
+    """Returns the form of least memory that gives the model's own losses and gradients, and why it is not chunked.
+
+    A few tokens are enough for `batch`. The model is in evaluation mode, without dropout.
+    compare: False for a model of fake tensors, whose numbers cannot be compared: an unchanged tensor shares its memory.
+    agree: whether all ranks of a run take part and get the same.
+    """
+    own, chunked = own_form(model), RECOMPUTED
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and not is_quantized(head) and not any(p.requires_grad for p in head.parameters()):
+        chunked = FROZEN  # an adapted or quantized layer is not a plain one
+    obstacle = obstacle_to_form(model, batch, chunked, own, compare=compare, agree=agree)
+    return (own, f"{type(model).__name__} {obstacle}") if obstacle else (chunked, None)
 
 
 def choose_kernels(
@@ -153,7 +202,7 @@ def choose_kernels(
     obstacle = first_of_ranks(obstacle_to_llama_kernels(config.fast, base, layout))
     check = "as when the run was started"
     if obstacle is None and recorded is None:
-        obstacle, check = _compared(model, _parts(work.sample, base), layout, None)
+        obstacle, check = compare_layers(model, parts_of(work.sample, base), layout, None)
         obstacle = first_of_ranks(obstacle)
     elif obstacle is None and recorded is not True:
         obstacle = "the run was started without"
@@ -180,15 +229,9 @@ def _try_compiled(
         return None, "the run was started without them, or with another --activation-memory"
     if recorded is None and not asked and (obstacle := _costs_more_than_it_saves(model, work, layout)):
         return None, obstacle
-    obstacle, check, time_share = _compile(model, work, layout, compiled, resumed=recorded is not None)
+    obstacle, check = _compile(model, work, layout, compiled, resumed=recorded is not None)
     if obstacle is not None:
         return None, obstacle
-    if recorded is None:
-        share, others = broadcast_object_list([time_share])[0]
-        speed = f"a layer takes {share:.2f} of the time of {others}"
-        if share >= 1 and not asked:
-            return None, f"they were compiled, but {speed}"
-        check = f"{speed}, {check}"
     kept = "" if budget == 1 else f", keeping {budget:.0%} of the activations"
     text = f"decoder layers: compiled{kept}, {check}; attention: {_attention(base, layout)}; loss: {layout.loss}"
     return replace(kernels, description=text), None
@@ -210,7 +253,7 @@ def _costs_more_than_it_saves(model: Trainable, work: Work, layout: BatchLayout)
     if (obstacle := first_of_ranks(obstacle)) is not None:
         return obstacle
     with layout.used_by(base):
-        calls = _layer_calls(model, layers, _timed_examples(work), layout)
+        calls = layer_calls(model, layers, _timed_examples(work), layout)
         seconds = min(_seconds(*calls[-1]) for _ in range(TIMES)) if calls else 0.0
     saved = share * seconds * len(calls) * work.tokens / TIMED_TOKENS
     compiling = expected_seconds(layers, 1.0, has_dropout(base))
@@ -229,94 +272,46 @@ def _seconds(layer: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any
     device = inputs[0].device
     synchronize(device)
     started = time.perf_counter()
-    _outputs_and_gradients(layer, inputs, arguments)
+    outputs_and_gradients(layer, inputs, arguments)
     synchronize(device)
     return time.perf_counter() - started
 
 
 def _compile(
     model: Trainable, work: Work, layout: BatchLayout, compiled: CompiledLayers, *, resumed: bool
-) -> tuple[str | None, str, tuple[float, str]]:
-    """Compiles the layers. Returns why they are not right on some rank, how it is known that they are, and their time.
+) -> tuple[str | None, str]:
+    """Compiles the layers. Returns why they are not right on some rank, and how it is known that they are.
 
-    The time is a share of that of others, and their name. A resumed run is only called: see `choose_kernels`.
+    A resumed run is only called: see `choose_kernels`.
     """
-    base, no_time = cast(PreTrainedModel, model.base_model), (0.0, "")
-    parts = _parts(work.sample, base)
+    base = cast(PreTrainedModel, model.base_model)
+    parts = parts_of(work.sample, base)
 
-    def compile_for_training() -> tuple[None, None]:
+    def compile_for_training() -> tuple[None, str]:
         _compile_for_training(model, parts, layout, compiled)
-        return None, None
-
-    def measure() -> tuple[str | None, tuple[float, str]]:
-        if has_dropout(base):
-            compile_for_training()
-        time_share = _time_share(model, work, layout, compiled)
-        return ("text does not reach them", no_time) if time_share is None else (None, time_share)
+        return None, "as when the run was started"
 
     if resumed:
+        return _on_all_ranks(compile_for_training)
+    obstacle, check = _on_all_ranks(lambda: compare_layers(model, parts, layout, compiled))
+    if obstacle is None and has_dropout(base):
         obstacle, _ = _on_all_ranks(compile_for_training)
-        return obstacle, "as when the run was started", no_time
-    obstacle, check = _on_all_ranks(lambda: _compared(model, parts, layout, compiled))
-    if obstacle is not None:
-        return obstacle, "", no_time
-    obstacle, time_share = _on_all_ranks(measure)
     if obstacle is None:
         note_compiled(decoder_layers(base), compiled.activation_memory)
-    return obstacle, check or "", time_share or no_time
+    return obstacle, check
 
 
-def _on_all_ranks(trial: Callable[[], tuple[str | None, T]]) -> tuple[str | None, T | None]:
-    """Returns the obstacle that the trial of a rank finds, and the result of this rank's; None if there is none.
+def _on_all_ranks(trial: Callable[[], tuple[str | None, str]]) -> tuple[str | None, str]:
+    """Returns the first obstacle that a trial finds on some rank, or else what this rank's trial says.
 
     That torch.compile refuses the layers is an obstacle, too.
     """
     try:
-        obstacle, result = trial()
+        obstacle, check = trial()
     except COMPILER_ERRORS as error:
         cause = " ".join(str(error).split("\n\n")[0].split())  # what follows are hints for torch's developers
-        return first_of_ranks(f"torch.compile refuses them ({cause})"), None
-    return first_of_ranks(obstacle), result
-
-
-def _time_share(
-    model: Trainable, work: Work, layout: BatchLayout, compiled: CompiledLayers
-) -> tuple[float, str] | None:
-    """Returns the time of a compiled layer as a share of that of what is used otherwise, and what that is.
-
-    None if no layer is called. The layer is as the run calls it, with its dropout.
-    """
-    base = cast(PreTrainedModel, model.base_model)
-    with layout.used_by(base):
-        calls = _layer_calls(model, decoder_layers(base), _timed_examples(work), layout)
-        if not calls:
-            return None
-        layer = calls[-1][0]
-        is_llama = obstacle_to_llama_kernels("auto", base, layout) is None and bool(eligible(layer))
-        ours, theirs = [], []
-        for _ in range(1 + TIMES):  # in turns; the first of each is not counted
-            with compiled.used_by([layer]):
-                ours.append(_seconds(*calls[-1]))
-            with fast_layers(layer) if is_llama else nullcontext():
-                theirs.append(_seconds(*calls[-1]))
-    return min(ours[1:]) / min(theirs[1:]), "the Llama kernels" if is_llama else "those of transformers"
-
-
-def _compared(
-    model: Trainable, parts: Sequence[Example], layout: BatchLayout, compiled: CompiledLayers | None
-) -> tuple[str | None, str]:
-    """Returns why the layers are not right on this model, and how it is known that they are."""
-    base = cast(PreTrainedModel, model.base_model)
-    difference = largest_difference(model, parts, layout, compiled)
-    allowed = TOLERANCE.get(base.dtype, HALF_TOLERANCE)
-    if difference is None:
-        return "those of transformers do not call every adapted layer, and these would", ""
-    if not difference <= allowed:
-        return f"they differ from those of transformers by {difference:.0e} (allowed: {allowed:.0e})", ""
-    return None, (
-        "checked against the layers of transformers: outputs and gradients differ by at most "
-        f"{difference:.0e} (relative, allowed: {allowed:.0e})"
-    )
+        obstacle, check = f"torch.compile refuses them ({cause})", ""
+    return first_of_ranks(obstacle), check
 
 
 def _compile_for_training(
@@ -326,16 +321,9 @@ def _compile_for_training(
     base = cast(PreTrainedModel, model.base_model)
     layers = decoder_layers(base)
     with layout.used_by(base):
-        for layer, inputs, arguments in _layer_calls(model, layers, parts, layout):
+        for layer, inputs, arguments in layer_calls(model, layers, parts, layout):
             with compiled.used_by([layer]):
-                _outputs_and_gradients(layer, inputs, arguments)
-
-
-def _parts(sample: Example, base: PreTrainedModel) -> list[Example]:
-    """Returns two documents from the start of the sample, longer than a sliding window unless that is long."""
-    lengths = [len(document.input_ids) for document in random_documents(base.config)]
-    parts = np.split(sample.input_ids[: sum(lengths)], [min(lengths[0], len(sample.input_ids) // 2)])
-    return [Example.of_text(ids) for ids in parts]
+                outputs_and_gradients(layer, inputs, arguments)
 
 
 def obstacle_to_llama_kernels(fast: str, base: PreTrainedModel, layout: BatchLayout) -> str | None:
@@ -395,106 +383,6 @@ def _attention(base: PreTrainedModel, layout: BatchLayout) -> str:
         return "torch's flash attention for CPUs"
     length = f"{thresholds.forward:,} tokens and more"
     return f"torch's flash attention for documents of {length}, blocks of {BLOCK} queries for shorter ones"
-
-
-def largest_difference(
-    model: Trainable, examples: Sequence[Example], layout: BatchLayout, compiled: CompiledLayers | None = None
-) -> float | None:
-    """Returns the largest relative difference of a layer from its own forward on the same input.
-
-    compiled: code of the layers; None compares the Llama kernels.
-    Compared are what the layer adds to its input, and the gradients of the input and of the factors. None if the own
-    forward of a layer does not use all the factors that the other uses.
-    """
-    base = cast(PreTrainedModel, model.base_model)
-    layers = eligible(base) if compiled is None else decoder_layers(base)
-    largest = 0.0
-    with _gradients_computed(model, layout):
-        for layer, inputs, arguments in _layer_calls(model, layers, examples, layout):
-            plain = _outputs_and_gradients(layer, inputs, arguments)
-            with fast_layers(layer) if compiled is None else compiled.used_by([layer]):
-                other = _outputs_and_gradients(layer, inputs, arguments)
-            if any((a is None) != (b is None) for a, b in zip(plain, other, strict=True)):
-                return None
-            pairs = [(a, b) for a, b in zip(plain, other, strict=True) if a is not None and b is not None and a.any()]
-            largest = max(largest, *(float((a - b).norm() / a.norm()) for a, b in pairs), 0.0)
-    return largest
-
-
-@contextmanager
-def _gradients_computed(model: Trainable, layout: BatchLayout) -> Iterator[None]:
-    """Within the block layers can be compared: nothing is drawn at random, and no gradient is zero.
-
-    A model without dropout stays in training mode, for which compiled code is made.
-    """
-    base = cast(PreTrainedModel, model.base_model)
-    with ExitStack() as stack:
-        if has_dropout(base):
-            stack.enter_context(evaluating(model))
-        stack.enter_context(zeros_randomized(model))
-        stack.enter_context(layout.used_by(base))
-        yield
-
-
-def has_dropout(base: nn.Module) -> bool:
-    adapters = (part for module in base.modules() if isinstance(module, Adapted) for part in module.active_adapters)
-    return (
-        any(isinstance(adapter, LoRALayer) and adapter.lora_dropout > 0 for adapter in adapters)
-        or any(isinstance(module, nn.Dropout) and module.p > 0 for module in base.modules())
-        or any(getattr(module, "attention_dropout", 0) for module in base.modules())
-    )
-
-
-LayerCall = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]  # its inputs: x (batch, tokens, hidden), others
-
-
-def _layer_calls(
-    model: Trainable, layers: Sequence[nn.Module], examples: Sequence[Example], layout: BatchLayout
-) -> list[LayerCall]:
-    """Returns the calls of these layers in a forward of the examples."""
-    calls: list[LayerCall] = []
-
-    def note(layer: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> None:
-        calls.append((layer, inputs, arguments))
-
-    with ExitStack() as hooks, torch.no_grad():
-        for layer in layers:
-            hooks.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
-        token_losses(model, examples, layout)
-    return calls
-
-
-def _outputs_and_gradients(layer: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> list[Tensor | None]:
-    """Returns what the layer adds to its input, what it adds to the input's gradient, and the gradients of its factors.
-
-    A gradient is None if the layer does not use the factor.
-    """
-    adapted = [module for module in layer.modules() if isinstance(module, Adapted)]
-    factors = [parameter for module in adapted for part in module.active_adapters for parameter in part.parameters()]
-    x, others = inputs[0].detach(), inputs[1:]
-    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x)
-    with torch.enable_grad():
-        x = x.requires_grad_()
-        y = layer(x, *others, **arguments)
-        y = y[0] if isinstance(y, tuple) else y
-        dx, *gradients = torch.autograd.grad(y, [x, *factors], weights, allow_unused=True)
-    return [(y - x).detach().float(), (dx - weights).float(), *gradients]
-
-
-@contextmanager
-def zeros_randomized(model: Trainable) -> Iterator[None]:
-    """Within the block, factors that are zero are random, so that no gradient that is compared is zero."""
-    layers = [layer for layer in trained_module(model).modules() if isinstance(layer, LoRALayer)]
-    factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B, layer.lora_E)]
-    zeros = [factor for factor in factors if factor is not None and not factor.any()]
-    generator = torch.Generator().manual_seed(0)
-    try:
-        for factor in zeros:
-            factor.data.copy_(torch.randn(factor.shape, generator=generator, device="cpu").mul_(SPREAD))
-        yield
-    finally:
-        for factor in zeros:
-            factor.data.zero_()
 
 
 @contextmanager

@@ -27,7 +27,6 @@ from tailora.quiet import silent_loggers
 from tailora.train.failures import cause_of
 
 LAUNCHED_BY_TAILORA = "TAILORA_NPROC_PER_NODE"  # set for the processes that `launch` starts: their number
-LAUNCHER_VARIABLES = ("WORLD_SIZE", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
 MAX_SIGNALS = 3  # of one kind; then the processes are killed
 
@@ -86,16 +85,6 @@ def how_to_go_on(output_dir: Path) -> str:
     if checkpoints := checkpoints_in(output_dir):
         return f"the last checkpoint is {checkpoints[-1]}; {how_to_resume(checkpoints[-1])}"
     return "no checkpoint was saved yet: --save-steps N saves one every N steps"
-
-
-def check_all_started() -> None:
-    """Raises ConfigError if `accelerate launch` was to start several processes and has started one, as it may."""
-    is_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
-    if is_accelerate and not any(name in os.environ for name in LAUNCHER_VARIABLES):
-        raise ConfigError(
-            "accelerate launch was asked for several processes and started one, as it does where it finds no several "
-            "GPUs: add --multi-gpu, which works on CPUs too, or take `tailora train --nproc-per-node 2`"
-        )
 
 
 # ---- Starting several

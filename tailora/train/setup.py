@@ -44,10 +44,10 @@ from tailora.train.kernel_choice import (
     Work,
     choose_kernels,
     choose_layout,
-    has_dropout,
     share_kept_instead,
     use_kernels,
 )
+from tailora.train.kernel_comparison import has_dropout
 from tailora.train.loss import CAUSAL_LM, BatchLayout, ModelWithLoss, Task, make_batch
 from tailora.train.memory import (
     Cost,
@@ -328,7 +328,6 @@ TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",),
 def start_accelerator(config: TrainConfig) -> Accelerator:
     """Returns accelerate on the device and with the trackers asked for. Raises ConfigError if one is not here."""
     check_launch()
-    launch.check_all_started()
     problems = []
     for name in config.report_to:
         if name not in TRACKERS:

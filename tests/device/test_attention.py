@@ -12,7 +12,7 @@ from tiny import GROUPED, packed_row
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, PreTrainedModel
 
 from tailora.kernels.attention import packed_rows
-from tailora.train.packing import choose_packing
+from tailora.train.kernel_choice import choose_packing
 
 pytestmark = pytest.mark.device
 

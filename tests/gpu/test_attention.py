@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Mistra
 
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.device_attention import PROVIDERS
-from tailora.train.packing import choose_packing, obstacle_to_provider
+from tailora.train.kernel_choice import choose_packing
+from tailora.train.kernel_comparison import obstacle_to_provider
 
 SIZES = {"vocab_size": 300, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = {**SIZES, "intermediate_size": 128, "num_key_value_heads": 2}

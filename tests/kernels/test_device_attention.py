@@ -41,7 +41,7 @@ from tailora.kernels.device_attention import (
     block_mask,
     first_keys,
 )
-from tailora.train import packing
+from tailora.train.kernel_choice import choose_packing
 
 CPU = torch.device("cpu")
 LENGTHS = [7, 300, 1, 140, 13]  # blocks of keys that a block of queries needs in part, as a whole, and not at all
@@ -402,7 +402,7 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function that lets a model choose among providers that the CPU would not be offered."""
 
     def force(name: str) -> None:
-        monkeypatch.setattr(packing, "candidates", lambda _: [name])
+        monkeypatch.setattr("tailora.train.kernel_choice.candidates", lambda _: [name])
         monkeypatch.setattr(PROVIDERS[name], "device_types", ("cpu",))
 
     return force
@@ -416,7 +416,7 @@ def test_models_with_soft_caps_and_sinks_are_packed_by_flex_attention(name: str,
     for layer, parameter in model.named_parameters():
         if layer.endswith("sinks"):
             parameter.data.normal_()
-    attention, note = packing.choose_packing(model, "auto")
+    attention, note = choose_packing(model, "auto")
     assert attention == "flex_attention", note
 
 
@@ -425,7 +425,7 @@ def test_models_are_packed_by_flash_attention_unless_they_have_sinks(name: str, 
     forced("flash_attention_2")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(MODELS[name], attn_implementation="eager").bfloat16()
-    attention, note = packing.choose_packing(model, "auto")
+    attention, note = choose_packing(model, "auto")
     if name == "gpt-oss":
         assert attention is None
         assert "s_aux" in str(note)
@@ -443,7 +443,7 @@ def test_windows_are_found_in_the_config_and_in_modules(forced: Any) -> None:
     forced("sdpa")
     for layer in model.model.layers:
         layer.self_attn.forward = partial(layer.self_attn.forward, sliding_window=7)  # by no attribute
-    attention, note = packing.choose_packing(model, "auto")
+    attention, note = choose_packing(model, "auto")
     assert attention is None
     assert "a sliding window of 7" in str(note)
 

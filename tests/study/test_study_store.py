@@ -66,14 +66,6 @@ def test_a_damaged_trial_is_named(tmp_path: Path, name: str, content: str | None
         get_trial(spec, tmp_path, run_trial=run_here)
 
 
-def test_settings_that_earlier_versions_had_make_no_difference(tmp_path: Path) -> None:
-    opened(tmp_path, 1, prefix_cache_gb=None)
-    (tmp_path / PLAN).write_text("{}")
-    before = (tmp_path / "search.json").read_text()
-    opened(tmp_path, 1)
-    assert (tmp_path / "search.json").read_text() == before  # by which workers find their database
-
-
 def test_workers_begin_at_the_same_time(tmp_path: Path) -> None:
     (tmp_path / ".search.json.abcdefgh").touch()  # the first worker is writing it
     with locked(tmp_path, "search.json", "search"):

@@ -46,7 +46,7 @@ from contextlib import nullcontext, suppress
 from unittest import mock
 import torch
 torch.set_num_threads(1)
-from tailora.train import kernel_choice
+from tailora.train import kernel_choice, kernel_comparison
 from tailora.train.config import TrainConfig
 from tailora.errors import DivergedError, ProcessFailedError
 from tailora.train import trainer as trainer_file
@@ -59,8 +59,10 @@ rank = torch.distributed.get_rank()
 kernel_choice.CompiledLayers = functools.partial(kernel_choice.CompiledLayers, backend="aot_eager")
 obstacle_to_compiling = kernel_choice.obstacle_to_compiling
 LACKING = {  # case -> what the second rank cannot do, and the first can
-    "sharded, one rank packs": mock.patch("tailora.train.packing.TOLERANCE", {torch.float32: -1.0}),
-    "sharded, one rank splits the loss": mock.patch("tailora.kernels.loss.TOLERANCE", {torch.float32: -1.0}),
+    "sharded, one rank packs": mock.patch.dict(
+        kernel_comparison.TOLERANCES, {"packed logits": (-1.0, -1.0, -1.0)}
+    ),
+    "sharded, one rank splits the loss": mock.patch.dict(kernel_comparison.TOLERANCES, {"loss": (-1.0, -1.0, -1.0)}),
     "sharded, one rank has Llama kernels": mock.patch(
         "tailora.train.kernel_choice.obstacle_to_layers", lambda _: "the second machine lacks them"
     ),

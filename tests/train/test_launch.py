@@ -43,7 +43,6 @@ from tailora.train.failures import (
 from tailora.train.launch import (
     LAUNCHED_BY_TAILORA,
     SignalForwarder,
-    check_all_started,
     count_processes,
     how_to_go_on,
 )
@@ -360,18 +359,6 @@ def test_a_run_resumes_in_as_many_processes(
         monkeypatch.setenv(name, value)
     text = launch.how_to_resume(Path("out/checkpoint-3"), "--r", "1", purpose="to go on")
     assert text == f"{start} --config out/config.yaml --resume-from-checkpoint out/checkpoint-3 --r 1"
-
-
-def test_one_process_of_accelerate_that_should_be_several_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in launch.LAUNCHER_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    check_all_started()
-    monkeypatch.setenv("MASTER_PORT", "29500")
-    with pytest.raises(ConfigError, match="add --multi-gpu"):
-        check_all_started()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    check_all_started()
 
 
 # ---- How many processes

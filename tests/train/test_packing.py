@@ -24,8 +24,9 @@ from transformers import (
 
 from tailora.errors import ConfigError
 from tailora.kernels.device_attention import PROVIDERS, DeviceRow, Documents, FlexRow, Options, PaddedRow
-from tailora.train import events, packing
-from tailora.train.packing import choose_packing, predicted_provider, random_documents
+from tailora.train import events
+from tailora.train.kernel_choice import choose_packing, predicted_provider
+from tailora.train.kernel_comparison import random_documents
 from tailora.train.trainer import run
 
 PACKS = {
@@ -127,7 +128,7 @@ def offered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def offer(*names: str, **rows: type[DeviceRow]) -> None:
         for name, row in rows.items():
             monkeypatch.setitem(PROVIDERS, name, row)
-        monkeypatch.setattr(packing, "candidates", lambda _: [*names, *rows, "sdpa"])
+        monkeypatch.setattr("tailora.train.kernel_choice.candidates", lambda _: [*names, *rows, "sdpa"])
 
     return offer
 

@@ -21,8 +21,9 @@ from transformers import (
 
 from tailora.core.config import LoRAConfig
 from tailora.data.dataset import IGNORED
-from tailora.kernels.loss import FORMS, FROZEN, OWN, RECOMPUTED, WHOLE, Batch, choose_form
+from tailora.kernels.loss import FORMS, FROZEN, OWN, RECOMPUTED, WHOLE, Batch
 from tailora.model import LoRAModel
+from tailora.train.kernel_choice import choose_form
 
 GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4}
 CONFIGS: dict[str, PreTrainedConfig] = {
