@@ -122,7 +122,7 @@ def export(
 
 
 def add_passport(folder: Path, source: Path, model: Any, tokenizer: Any) -> dict[str, int]:
-    """Writes the passport of the export: that of the adapter, or a new one if the adapter has none that fits.
+    """Writes the verification file of the export: the adapter's own, or a new one if it has none that fits.
 
     Returns the name of the file -> its bytes; {} for a model or an adapter that can have none.
     """
@@ -141,7 +141,7 @@ def add_passport(folder: Path, source: Path, model: Any, tokenizer: Any) -> dict
             log("writing passport.json, for `tailora verify`")
             passport = make_passport(model, tokenizer)
     except DataError as error:  # the export is whole
-        note(f"no passport.json is written: {error}")
+        note(f"no passport.json written: {error}")
         return {}
     return {PASSPORT: write_passport(folder, passport).stat().st_size}
 

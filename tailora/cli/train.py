@@ -292,7 +292,7 @@ def kl_of_preferences(result: "TrainResult", config: TrainConfig) -> float | Non
 
 
 def add_passport(result: "TrainResult", config: TrainConfig) -> None:
-    """Writes the passport of a trained adapter of a language model, from which `tailora verify` knows it."""
+    """Writes the verification file of a trained language model adapter, for `tailora verify`."""
     from tailora.train.memory import explain_out_of_memory
     from tailora.verify.passport import write_passport
     from tailora.verify.probes import make_passport, passport_obstacle
@@ -301,18 +301,18 @@ def add_passport(result: "TrainResult", config: TrainConfig) -> None:
     if config.passport == "none" or config.method != "lora" or not is_text:
         return
     if (reason := passport_obstacle(result.model)) is not None:
-        note(f"no passport.json is written: {reason}")
+        note(f"no passport.json written: {reason}")
         return
     held_out = result.data.eval_samples if result.data and config.passport == "held-out" else None
     log("writing passport.json, for `tailora verify`")
-    advice = f"the adapter is complete, in {result.output_dir}; --passport none writes no passport"
+    advice = f"the adapter is complete, in {result.output_dir}; --passport none skips the verification file"
     name = result.model.active_adapters[0]
     try:
-        with explain_out_of_memory("writing the passport", lambda: advice):
+        with explain_out_of_memory("writing the verification file", lambda: advice):
             passport = make_passport(result.model, result.tokenizer, name=name, held_out=held_out)
         write_passport(Path(result.output_dir) / ADAPTER, passport)
     except (DataError, WriteError) as error:  # what was trained is whole
-        note(f"no passport.json is written: {error}")
+        note(f"no passport.json written: {error}")
 
 
 def kl_texts(held_out: "Examples") -> list[list[int]]:

@@ -1,6 +1,7 @@
 """`tailora verify URL --adapter FOLDER`: does that server really use this adapter?"""
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,14 +27,12 @@ Adapter = Annotated[
 ]
 ModelName = Annotated[
     str | None,
-    Parameter(
-        name="--model", help="what the server calls the adapter; default: the folder's name, or the only adapter"
-    ),
+    Parameter(name="--model", help="the server's name of the adapter; default: the folder's name, or the only adapter"),
 ]
 BaseName = Annotated[
     str | None,
     Parameter(
-        name="--base", help="what the server calls the base, which is asked too; default: as the server's list says"
+        name="--base", help="the server's name of the base, for comparison; default: the one in the server's list"
     ),
 ]
 Timeout = Annotated[PositiveFloat, Parameter(help="seconds to wait for an answer")]
@@ -42,24 +41,18 @@ HEADLINES = {
     "adapter": "The server uses this adapter as it was trained.",
     "base": "The server answers like the bare base: the adapter is not in use.",
     "scaled": "The server uses this adapter at another scale: {scale:.2f} times that of training.",
-    "partial": "The server uses only a part of this adapter.",
-    "template": "The server uses this adapter, but writes the prompt in another way than training did.",
-    "other-base": "The server computes with another base model.",
-    "other-adapter": "The server uses another adapter, or another version of this one.",
-    "unknown": "It cannot be told whether the server uses this adapter.",
+    "other": "The server uses something else than this adapter as it was trained.",
+    "unknown": "The answers do not show whether the server uses this adapter.",
 }
 ADVICE = {  # what to do next
-    "base": "Load the adapter into the server, or say by --model what the server calls it.",
+    "base": "Load the adapter into the server, or name it with --model as the server does.",
     "scaled": "Compare the server's scale with lora_alpha, r and use_rslora in adapter_config.json.",
-    "partial": "Look in the server's log for layers that it left out. `tailora export --to SERVER` merges what a "
-    "server takes no adapter for.",
-    "template": "Give the server the chat template of training: `tailora export --to SERVER` writes it, with the "
-    "command that uses it.",
-    "other-base": "The adapter was trained on {base_model}: give the server that model, in the same version.",
-    "other-adapter": "Compare the server's file with that in {folder}, whose SHA-256 is: {hashes}. `tailora push` "
-    "takes paths out of the file, so that a copy from the Hub can have another SHA-256 with the same weights.",
-    "unknown": "It would help if the server told log-probabilities, kept the base in more bits, or offered the base "
-    "beside the adapter (--base).",
+    "other": "If only the chats differ, the server uses another chat template: `tailora export --to SERVER` writes "
+    "that of training. Otherwise check the base ({base_model}), layers that the server's log reports as skipped, and "
+    "the adapter's file: the SHA-256 in {folder} is {hashes}. `tailora push` takes paths out of the file, so a copy "
+    "from the Hub can have another SHA-256 with the same weights.",
+    "unknown": "It would help if the server returned log-probabilities, kept the base in more bits, or offered the "
+    "base along with the adapter (--base).",
 }
 
 
@@ -75,10 +68,10 @@ def verify(
 ) -> int:
     """Verify that a server really uses an adapter, and as it was trained.
 
-    The server is asked the prompts of the adapter's passport.json, which training and export write, and its
-    log-probabilities are compared with those of the adapter, of the base, and of what goes wrong. The exit code is 0 if
-    the adapter is in use as trained, 4 if it is not or cannot be told, 1 if the server cannot be asked. The key of the
-    server is read from TAILORA_API_KEY.
+    Sends the prompts of the adapter's verification file, passport.json, which training and export write. Compares the
+    server's log-probabilities with those of the adapter, the base, and common mistakes. The exit code is 0 if the
+    server uses the adapter as trained, 4 if it does not or that remains unknown, and 1 if it cannot be asked. The
+    server's key is read from TAILORA_API_KEY.
     """
     require_packages("httpx", extra="serve")
     from tailora.cli.progress import counter
@@ -97,20 +90,18 @@ def verify(
             check_model(models, base, "--base")
         elif model is not None:
             base = models.get(model)
-        asked = f" as {model}" if model is not None else ""
-        log(f"asking {server.url}{asked}: {len(passport.probes)} prompts")
-        with counter(stderr(), "prompts") as progress:
-            observations = server.ask(passport.probes, model, progress)
-        of_base = None
-        if base is not None and base != model:
-            log(f"asking it as {base}, its base")
+        names = [model] if base is None or base == model else [model, base]
+        answers = []
+        for asked in names:
+            recipient = f"{'its base ' if answers else ''}{asked or ''}"
+            log(f"sending {len(passport.probes)} prompts to {server.url} {recipient}".rstrip())
             with counter(stderr(), "prompts") as progress:
-                of_base = server.ask(passport.probes, base, progress)
+                answers.append(server.ask(passport.probes, asked, progress))
         for endpoint, reason in server.refusals.items():
-            note(f"{endpoint} was left out, it answers {reason}")
-    result = server_verdict.verify(passport, observations, of_base)
+            note(f"{endpoint} was left out: the server answers {reason}")
+    result = server_verdict.verify(passport, *answers)
     if json:
-        print_json({**result.to_dict(), "url": server.url, "model": model, "adapter": str(folder)})
+        print_json({**asdict(result), "url": server.url, "model": model, "adapter": str(folder)})
     else:
         show(stdout(), result, passport, folder)
     return 0 if result.verdict == "adapter" else GATE_NOT_MET
@@ -119,6 +110,8 @@ def verify(
 def show(console: Console, result: "Verification", passport: Passport, folder: Path) -> None:
     headline = HEADLINES[result.verdict].format(scale=result.scale)
     hashes = ", ".join(f"{name} {digest}" for name, digest in passport.weights.items())
-    advice = ADVICE.get(result.verdict, "").format(base_model=passport.base_model, folder=folder, hashes=hashes)
+    advice = ADVICE.get(result.verdict, "").format(
+        base_model=passport.base_model or "that of training", folder=folder, hashes=hashes
+    )
     sentences = [*result.evidence, *([advice] if advice else [])]
     print_section(console, Section(headline, "", [Paragraph(sentence) for sentence in sentences]))

@@ -1,13 +1,13 @@
-"""Probes of an adapter: prompts whose next token tells the adapter from its base, and from the adapter used wrongly.
+"""Probes of an adapter: prompts whose next token differs between the adapter, its base and the adapter used wrongly.
 
 `make_passport` takes chats with replies, or plain texts for a model without chat template. It chooses the positions at
-which the adapter changes the next token most, beside what rounding the base to 4 bits changes. There it computes the
-log-probabilities of the likely tokens under every variant that a server may compute by mistake.
+which the adapter changes the next token most, compared with what rounding the base to 4 bits changes. There it computes
+the log-probabilities of the likely tokens under every variant that a server may compute by mistake.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
@@ -42,14 +42,18 @@ from tailora.verify.passport import ADAPTER, BASE, NOISE_FLOOR, ROUNDED_ADAPTER,
 PROMPT_LENGTH, REPLY_LENGTH = 256, 40  # tokens of a chat that are used; longer prompts are left out
 SHORTEST_CONTEXT, ROOM = 200, 100  # positions of a model; of them for the reply and a longer template
 TEXTS, TEXT_LENGTH = 8, 48  # for a model without chat template: texts that the base writes, and their tokens
-SHORTEST_PROMPT = 4  # tokens; the first words of a plain text tell little
+SHORTEST_PROMPT = 4  # tokens; the first words of a plain text say little
 TEXT_PROBES, CONTROLS, MOST_PER_TEXT = 36, 12, 6
 LIKELY = 8  # tokens of a probe that are kept for each of the variants in TOKENS_OF
 SCALES = (0.25, 0.5, 0.75, 1.25, 1.5, 2.0, 4.0)
+TOKENS_OF = (ADAPTER, BASE, "scale 0.5", "scale 2", "scale 4")
 GROUP = 32  # weights that share a scale in llama.cpp's Q4_0
 CHUNK = 2**26  # logits computed at a time
 FINGERPRINTS = 4  # layers of the base
 MOST_SPECIAL = 0.1  # probability of special tokens at a probe: servers hide them, each in its own way
+
+SECOND_BOS, ADDED_BOS, NO_BOS = "a second BOS", "a BOS before the prompt", "no BOS"
+NO_START = "no start of the reply"
 
 QUESTIONS = (
     "What would you do on a rainy Sunday?",
@@ -61,18 +65,6 @@ QUESTIONS = (
     "Write a Python function that reverses a string.",
     "I feel tired today. What should I do?",
 )
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}<|im_start|>assistant\n"
-)
-OTHER_TEMPLATES = {  # that servers use when they do not know the right one
-    "no template": "{% for message in messages %}{{ message['content'] }}\n{% endfor %}",
-    "ChatML": CHATML,
-    "Llama 2": "{% for message in messages %}[INST] {{ message['content'] }} [/INST]{% endfor %}",
-    "Alpaca": "{% for message in messages %}### Instruction:\n{{ message['content'] }}\n\n{% endfor %}### Response:\n",
-}
-SECOND_BOS, ADDED_BOS, NO_BOS = "a second BOS", "a BOS before the prompt", "no BOS"
-SYSTEM = "You are a helpful assistant."
 
 # ---- The passport
 
@@ -81,9 +73,9 @@ def passport_obstacle(model: Any) -> str | None:
     """Returns why an adapter's model can have no passport; None if it can."""
     config = getattr(model, "config", None)
     if not hasattr(config, "vocab_size") or getattr(config, "is_encoder_decoder", False):
-        return "only language models of one decoder have a passport"
+        return "only language models of one decoder have a verification file"
     if is_sharded(model):
-        return "the model is sharded: `tailora export` writes the passport"
+        return "the model is sharded: `tailora export` writes the verification file"
     return None
 
 
@@ -99,7 +91,7 @@ def make_passport(
     chat_tokenizer = ChatTokenizer.of(tokenizer)
     adapter, base_model = model.adapter(name), model.base_model
     if (positions := free_positions(base_model, 0)) < SHORTEST_CONTEXT:
-        raise DataError(f"the model has {positions} positions; a passport needs {SHORTEST_CONTEXT}")
+        raise DataError(f"the model has {positions} positions; a verification file needs {SHORTEST_CONTEXT}")
     if held_out is not None:
         texts = _of_samples(held_out, chat_tokenizer, positions)
     elif chat_tokenizer.template is None:
@@ -126,10 +118,7 @@ def make_passport(
     return Passport(
         base_model=Path(base_model_name(base_model) or "").name,  # no folder of this machine
         texts="base" if held_out is None else "held-out",
-        variants={
-            variant: computations[variant].variant if variant in computations else Variant("prompt")
-            for variant in names
-        },
+        variants={name: computations[name].variant if name in computations else Variant("prompt") for name in names},
         probes=probes,
         base=fingerprint(base_model, layers),
     )
@@ -143,18 +132,21 @@ class ProbeText:
     """Token ids, with BOS if the tokenizer writes one. Probes end at token `first` or later.
 
     messages, rendered: of a chat, up to the reply, and what the template makes of them.
+    start: how many tokens the template writes to start the reply; 0 also if that is unknown.
     """
 
     ids: tuple[int, ...]
     first: int
     messages: Messages | None = None
     rendered: str = ""
+    start: int = 0
 
 
 def _chat(messages: Messages, reply: Sequence[int], tokenizer: ChatTokenizer) -> ProbeText:
     rendered = tokenizer.render(messages, add_generation_prompt=True)
-    prompt = tokenizer.token_ids(rendered)
-    return ProbeText((*prompt, *reply[:REPLY_LENGTH]), len(prompt) - 1, messages, rendered)
+    prompt, unstarted = (tokenizer.token_ids(text) for text in (rendered, tokenizer.render(messages)))
+    start = len(prompt) - len(unstarted) if prompt[: len(unstarted)] == unstarted else 0
+    return ProbeText((*prompt, *reply[:REPLY_LENGTH]), len(prompt) - 1, messages, rendered, start)
 
 
 def _answered_questions(model: Any, tokenizer: ChatTokenizer, seed: int) -> list[ProbeText]:
@@ -234,61 +226,55 @@ def _up_to_special(ids: Sequence[int], tokenizer: ChatTokenizer) -> list[int]:
 
 @dataclass(frozen=True)
 class Computation:
-    """context: in which the base model, which it yields, computes this variant."""
+    """The base model with an adapter, or without one. If the variant is of kind "rounding", its weights are in Q4_0."""
 
     variant: Variant
-    context: Callable[[], AbstractContextManager[nn.Module]]
+    base_model: nn.Module
+    adapter: Adapter | None
+
+    def logprobs(self, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Tensor:
+        """Returns what `next_logprobs` does."""
+        with ExitStack() as stack:
+            stack.enter_context(with_only_adapter(self.base_model, self.adapter))
+            if self.variant.kind == "rounding":
+                stack.enter_context(rounded_to_4_bits(self.base_model))
+            return next_logprobs(self.base_model, rows, positions)
 
 
 def _computations(adapter: Adapter, base_model: nn.Module) -> dict[str, Computation]:
     """Returns name -> what a server may compute, the right one first."""
-    ranks = [layer.r for layer in adapter.low_rank.values()]
-    root = math.sqrt(max(ranks, default=1))
+    root = math.sqrt(max((layer.r for layer in adapter.low_rank.values()), default=1))
     scales = sorted({*SCALES, *(round(scale, 4) for scale in (root, 1 / root) if scale != 1)})
-
-    def only(adapter: Adapter | None) -> Callable[[], AbstractContextManager[nn.Module]]:
-        return partial(with_only_adapter, base_model, adapter)
-
-    @contextmanager
-    def on_rounded_base(adapter: Adapter | None) -> Iterator[nn.Module]:
-        with only(adapter)(), rounded_to_4_bits(base_model):
-            yield base_model
-
-    return {
-        ADAPTER: Computation(Variant("scale"), only(adapter)),
-        BASE: Computation(Variant("scale", 0.0), only(None)),
-        **{
-            f"scale {scale:g}": Computation(Variant("scale", scale), only(with_strength(adapter, scale)))
-            for scale in scales
-        },
-        **{name: Computation(Variant("part"), only(part)) for name, part in _parts(adapter).items()},
-        ROUNDED_ADAPTER: Computation(Variant("rounding"), partial(on_rounded_base, adapter)),
-        ROUNDED_BASE: Computation(Variant("rounding", 0.0), partial(on_rounded_base, None)),
+    variants: dict[str, tuple[Variant, Adapter | None]] = {
+        ADAPTER: (Variant("scale"), adapter),
+        BASE: (Variant("scale", 0.0), None),
+        **{f"scale {scale:g}": (Variant("scale", scale), with_strength(adapter, scale)) for scale in scales},
+        **{name: (Variant("part"), part) for name, part in _parts(adapter).items()},
+        ROUNDED_ADAPTER: (Variant("rounding"), adapter),
+        ROUNDED_BASE: (Variant("rounding", 0.0), None),
     }
+    return {name: Computation(variant, base_model, part) for name, (variant, part) in variants.items()}
 
 
 def _parts(adapter: Adapter) -> dict[str, Adapter]:
     """Returns what is missing -> the adapter without it."""
     half = layer_count(adapter.parts) / 2
 
-    def without(is_missing: Callable[[str], bool]) -> Adapter:
+    def without(paths: Collection[str]) -> Adapter:
         def kept(parts: Mapping[str, Any]) -> dict[str, Any]:
-            return {path: part for path, part in parts.items() if not is_missing(path)}
+            return {path: part for path, part in parts.items() if path not in paths}
 
         return replace(adapter, low_rank=kept(adapter.low_rank), saved=kept(adapter.saved), extras=kept(adapter.extras))
 
-    def index(path: str) -> int:
-        number = layer_index(path)
-        return -1 if number is None else number
-
-    def of_block(block: str) -> Callable[[str], bool]:
-        return lambda path: block_of(path) == block
-
+    in_layers = {path: index for path in adapter.parts if (index := layer_index(path)) is not None}
     blocks = sorted({block_of(path) for path in adapter.low_rank})
     parts = {
-        "the lower half of the layers": without(lambda path: 0 <= index(path) < half),
-        "the upper half of the layers": without(lambda path: index(path) >= half),
-        **{f"the {block} layers": without(of_block(block)) for block in blocks},
+        "the lower half of the layers": without([path for path, index in in_layers.items() if index < half]),
+        "the upper half of the layers": without([path for path, index in in_layers.items() if index >= half]),
+        **{
+            f"the {block} layers": without([path for path in adapter.parts if block_of(path) == block])
+            for block in blocks
+        },
         "modules trained in full": replace(adapter, saved={}),
         "biases and token rows": replace(adapter, extras={}),
     }
@@ -357,133 +343,89 @@ Spot = tuple[ProbeText, int]  # a text, and the position of the token after whic
 def _probes(
     texts: Sequence[ProbeText], computations: Mapping[str, Computation], tokenizer: ChatTokenizer
 ) -> list[Probe]:
-    """Returns probes of plain completions where the adapter changes most, controls, and one for each chat."""
+    """Returns probes of plain completions where the adapter changes most, then one for the reply in each chat."""
     chosen, controls = _spots(texts, computations, tokenizer)
     words = {**chosen, **controls}
     plain: list[Probe] = []
     chats: list[Probe] = []
     for chunk in _chunks(texts, len(tokenizer.tokenizer)):
-        rows = [text.ids for text in chunk]
-        starts = [(text, text.first) for text in chunk if text.messages]
-        spots = sorted(
-            {*starts, *(spot for spot in words if spot[0] in chunk)}, key=lambda s: (chunk.index(s[0]), s[1])
-        )
-        positions = [[position for text, position in spots if text is row] for row in chunk]
-        computed = {
-            name: partial(_computed, computation, rows, positions) for name, computation in computations.items()
-        }
-        bos = tokenizer.tokenizer.bos_token_id
-        for name, shift in _wrong_bos(tokenizer).items():
-            shifted = [[position + shift for position in where] for where in positions]
-            moved = [(bos, *row) if shift > 0 else row[-shift:] for row in rows]
-            computed[name] = partial(_computed, computations[ADAPTER], moved, shifted)
-        likely = dict(zip(spots, _likely_tokens(computed, tokenizer), strict=True))
-        plain += [
-            Probe(spot[1] + 1, tokens.texts, tokens.logprobs, text=words[spot], is_control=spot in controls)
-            for spot, tokens in likely.items()
-            if spot in words
-        ]
-        chats += _chat_probes({text: likely[text, first] for text, first in starts}, computations, tokenizer)
+        starts = {(text, text.first) for text in chunk if text.messages}
+        of_chunk = starts | {spot for spot in words if spot[0] in chunk}
+        spots = sorted(of_chunk, key=lambda spot: (chunk.index(spot[0]), spot[1]))
+        computed = _computed(computations, chunk, spots, tokenizer.tokenizer.bos_token_id)
+        for spot, (tokens, logprobs) in zip(spots, _likely_tokens(computed, tokenizer), strict=True):
+            text, position = spot
+            if spot in words:
+                of_text = {name: values for name, values in logprobs.items() if name != NO_START}
+                plain.append(Probe(position + 1, tokens, of_text, text=words[spot], is_control=spot in controls))
+            if spot in starts:
+                chats.append(Probe(position + 1, tokens, logprobs, messages=text.messages, rendered=text.rendered))
     return plain + chats
 
 
 def _spots(
     texts: Sequence[ProbeText], computations: Mapping[str, Computation], tokenizer: ChatTokenizer
 ) -> tuple[dict[Spot, str], dict[Spot, str]]:
-    """Returns where the adapter changes most, and where 4 bits change much and it little, with the words so far."""
-    effects: list[float] = []
-    roundings: list[float] = []
+    """Returns the spots where the adapter changes most compared with 4-bit weights, and the controls, with their words.
+
+    Controls are spots where the adapter changes least. Tokenizing the words again gives the same tokens.
+    """
+    ratios: list[float] = []
     spots: list[Spot] = []
     for chunk in _chunks(texts, len(tokenizer.tokenizer)):
         rows = [text.ids for text in chunk]
         positions: list[Sequence[int]] = [range(text.first, len(text.ids)) for text in chunk]
         base, adapter, rounded = (
-            _computed(computations[name], rows, positions) for name in (BASE, ADAPTER, ROUNDED_ADAPTER)
+            computations[name].logprobs(rows, positions) for name in (BASE, ADAPTER, ROUNDED_ADAPTER)
         )
         special = [token for token in tokenizer.special_ids if token < base.shape[1]]  # the model may lack some
         ends = torch.maximum(*(logprobs[:, special].exp().sum(-1) for logprobs in (base, adapter)))
         of_chunk = [(text, position) for text, where in zip(chunk, positions, strict=True) for position in where]
-        kept = (ends < MOST_SPECIAL).nonzero().flatten().tolist()
-        effects += _change(base, adapter)[kept].tolist()
-        roundings += _change(rounded, adapter)[kept].tolist()
-        spots += [of_chunk[number] for number in kept]
-    ratios = np.array(effects) / (np.array(roundings) + NOISE_FLOOR)
-    chosen = _chosen(spots, np.argsort(-ratios), TEXT_PROBES, {}, tokenizer)
-    order = np.argsort((np.array(effects) + NOISE_FLOOR) / roundings)
-    return chosen, _chosen(spots, order, CONTROLS, chosen, tokenizer)
+        ratio = (_change(base, adapter) + NOISE_FLOOR) / (_change(rounded, adapter) + NOISE_FLOOR)
+        for number in (ends < MOST_SPECIAL).nonzero().flatten().tolist():
+            ratios.append(float(ratio[number]))
+            spots.append(of_chunk[number])
+
+    def words_of(text: ProbeText, position: int) -> str | None:
+        words: str = tokenizer.tokenizer.decode(text.ids[len(tokenizer.bos_ids) : position + 1])
+        is_same = list(tokenizer.tokenizer(words, verbose=False)["input_ids"]) == list(text.ids[: position + 1])
+        return words if is_same else None
+
+    def chosen(order: Iterable[int], count: int, taken: Collection[Spot] = ()) -> dict[Spot, str]:
+        found: dict[Spot, str] = {}
+        for text, position in (spots[number] for number in order):
+            is_free = (text, position) not in taken and sum(other is text for other, _ in found) < MOST_PER_TEXT
+            if len(found) < count and is_free and (words := words_of(text, position)) is not None:
+                found[text, position] = words
+        return found
+
+    order = np.argsort(-np.array(ratios)).tolist()
+    plain = chosen(order, TEXT_PROBES)
+    return plain, chosen(reversed(order), CONTROLS, plain)
 
 
-def _chosen(
-    spots: Sequence[Spot], order: Iterable[int], count: int, taken: Mapping[Spot, str], tokenizer: ChatTokenizer
-) -> dict[Spot, str]:
-    """Returns the first `count` spots in this order whose words are the same tokens again, with their words.
-
-    taken: spots that are left out.
-    """
-    chosen: dict[Spot, str] = {}
-    for number in order:
-        if len(chosen) == count:
-            break
-        text, position = spots[number]
-        if (text, position) in taken or sum(other is text for other, _ in chosen) == MOST_PER_TEXT:
-            continue
-        words = tokenizer.tokenizer.decode(text.ids[len(tokenizer.bos_ids) : position + 1])
-        if list(tokenizer.tokenizer(words, verbose=False)["input_ids"]) == list(text.ids[: position + 1]):
-            chosen[text, position] = words
-    return chosen
-
-
-def _wrong_bos(tokenizer: ChatTokenizer) -> dict[str, int]:
-    """Returns what is wrong with the beginning of plain prompts -> by how many tokens it moves them."""
-    if tokenizer.tokenizer.bos_token_id is None:
-        return {}
-    return {SECOND_BOS: 1, NO_BOS: -1} if tokenizer.bos_ids else {ADDED_BOS: 1}
-
-
-def _chat_probes(
-    chats: Mapping[ProbeText, "LikelyTokens"], computations: Mapping[str, Computation], tokenizer: ChatTokenizer
-) -> list[Probe]:
-    """Returns a probe for the first token of the reply in every chat, with the prompts of wrong templates, too."""
-    prompts = {text: list(text.ids[: text.first + 1]) for text in chats}
-    wrong = {text: _wrong_prompts(text.messages or [], prompt, tokenizer) for text, prompt in prompts.items()}
-    logprobs = {text: {name: tokens.logprobs[name] for name in computations} for text, tokens in chats.items()}
-    for name in dict.fromkeys(name for of_chat in wrong.values() for name in of_chat):
-        rows = [of_chat.get(name, prompts[text]) for text, of_chat in wrong.items()]
-        computed = _computed(computations[ADAPTER], rows, [[len(row) - 1] for row in rows])  # (chats, vocabulary)
-        for text, row in zip(chats, computed, strict=True):
-            logprobs[text][name] = _rounded_logprobs(row, chats[text].ids)
-    return [
-        Probe(len(prompts[text]), tokens.texts, logprobs[text], messages=text.messages, rendered=text.rendered)
-        for text, tokens in chats.items()
-    ]
-
-
-def _wrong_prompts(messages: Messages, prompt: list[int], tokenizer: ChatTokenizer) -> dict[str, list[int]]:
-    """Returns what is wrong -> the token ids that a server may make of the messages by mistake."""
-    compile_template = partial(tokenizer.tokenizer.apply_chat_template, messages, tokenize=False)
-    texts = {name: str(compile_template(chat_template=template)) for name, template in OTHER_TEMPLATES.items()}
-    texts["no start of the reply"] = tokenizer.render(messages)
-    if messages[0]["role"] != "system":
-        system = [{"role": "system", "content": SYSTEM}]
-        try:
-            texts["a system message"] = tokenizer.render([*system, *messages], add_generation_prompt=True)
-            texts["no system message"] = tokenizer.render(
-                [{"role": "system", "content": ""}, *messages], add_generation_prompt=True
-            )
-        except DataError:  # the template allows no system message
-            pass
-    prompts = {name: tokenizer.token_ids(text) for name, text in texts.items()}
-    if (bos := tokenizer.tokenizer.bos_token_id) is not None:
-        prompts[SECOND_BOS if prompt[0] == bos else ADDED_BOS] = [bos, *prompt]
-        if prompt[0] == bos:
-            prompts[NO_BOS] = prompt[1:]
-    distinct = {tuple(ids): name for name, ids in reversed(prompts.items()) if ids and ids != prompt}
-    return {name: list(ids) for ids, name in reversed(distinct.items())}
-
-
-def _computed(computation: Computation, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Tensor:
-    with computation.context() as base_model:
-        return next_logprobs(base_model, rows, positions)
+def _computed(
+    computations: Mapping[str, Computation], chunk: Sequence[ProbeText], spots: Sequence[Spot], bos: int | None
+) -> dict[str, Callable[[], Tensor]]:
+    """Returns variant -> what computes its log-probabilities at the spots, (spots, vocabulary)."""
+    rows = [text.ids for text in chunk]
+    positions = [[position for text, position in spots if text is row] for row in chunk]
+    computed = {name: partial(computation.logprobs, rows, positions) for name, computation in computations.items()}
+    logprobs = computations[ADAPTER].logprobs
+    if bos is not None:
+        has_bos = all(row[0] == bos for row in rows)
+        later = [[position + 1 for position in where] for where in positions]
+        computed[SECOND_BOS if has_bos else ADDED_BOS] = partial(logprobs, [(bos, *row) for row in rows], later)
+        if has_bos:
+            earlier = [[position - 1 for position in where] for where in positions]
+            computed[NO_BOS] = partial(logprobs, [row[1:] for row in rows], earlier)
+    if any(text.start for text in chunk):
+        unstarted = [
+            [position - text.start if position == text.first else position for position in where]
+            for text, where in zip(chunk, positions, strict=True)
+        ]
+        computed[NO_START] = partial(logprobs, rows, unstarted)
+    return computed
 
 
 def _change(first: Tensor, second: Tensor) -> Tensor:
@@ -492,40 +434,27 @@ def _change(first: Tensor, second: Tensor) -> Tensor:
     return (weight * (first - second).clamp(-10, 10).square()).sum(-1).sqrt()
 
 
-TOKENS_OF = (ADAPTER, BASE, "scale 0.5", "scale 2", "scale 4")
+def _likely_tokens(
+    computed: Mapping[str, Callable[[], Tensor]], tokenizer: ChatTokenizer
+) -> list[tuple[list[str], dict[str, list[float]]]]:
+    """Returns for every spot the texts of its likely tokens, and variant -> their log-probabilities.
 
-
-@dataclass(frozen=True)
-class LikelyTokens:
-    """After a prompt. logprobs: variant -> log-probabilities of the tokens."""
-
-    ids: list[int]
-    texts: list[str]
-    logprobs: dict[str, list[float]]
-
-
-def _likely_tokens(computed: Mapping[str, Callable[[], Tensor]], tokenizer: ChatTokenizer) -> list[LikelyTokens]:
-    """Returns the likely tokens of every probe.
-
-    computed: variant -> what computes its log-probabilities, (n, vocabulary).
+    computed: variant -> what computes its log-probabilities, (spots, vocabulary).
     """
     first = {name: computed[name]() for name in TOKENS_OF}
-    top = torch.cat([logprobs.topk(LIKELY).indices for logprobs in first.values()], dim=1)  # (n, k)
+    top = torch.cat([logprobs.topk(LIKELY).indices for logprobs in first.values()], dim=1)  # (spots, k)
     weights = first[ADAPTER].exp() + first[BASE].exp()
-    result: list[LikelyTokens] = []
+    ids: list[dict[str, int]] = []
     for candidates, weight in zip(top.tolist(), weights, strict=True):
         by_text: dict[str, int] = {}
         for token in sorted({*candidates} - tokenizer.special_ids, key=lambda token: -float(weight[token])):
             text = tokenizer.tokenizer.decode([token])
             if text and "\ufffd" not in text:  # a part of a character, which servers write in different ways
                 by_text.setdefault(text, token)
-        result.append(LikelyTokens(list(by_text.values()), list(by_text), {}))
+        ids.append(by_text)
+    logprobs: list[dict[str, list[float]]] = [{} for _ in ids]
     for name, compute in computed.items():
-        for tokens, row in zip(result, first[name] if name in first else compute(), strict=True):
-            tokens.logprobs[name] = _rounded_logprobs(row, tokens.ids)
-    return result
-
-
-def _rounded_logprobs(row: Tensor, ids: Sequence[int]) -> list[float]:
-    """Returns the log-probabilities of these tokens, for JSON. row: (vocabulary,)."""
-    return [round(value, 4) for value in row[list(ids)].clamp_min(-100).tolist()]
+        rows = first[name] if name in first else compute()
+        for row, by_text, of_spot in zip(rows, ids, logprobs, strict=True):
+            of_spot[name] = [round(value, 4) for value in row[list(by_text.values())].clamp_min(-100).tolist()]
+    return [(list(by_text), of_spot) for by_text, of_spot in zip(ids, logprobs, strict=True)]

@@ -1,9 +1,9 @@
-"""Asks an OpenAI-compatible server the probes of a passport, and reads its answers."""
+"""Sends the prompts of a verification file to an OpenAI-compatible server, and reads its answers."""
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
@@ -22,12 +22,13 @@ BUSY = (429, 503)  # a prompt is asked again, after the seconds that the server 
 FIRST_WAIT = 0.5
 MODELS_SHOWN = 10
 MOST_BYTES = 16 * 10**6  # of an answer; that to a probe has a few thousand
-FARTHEST = 1e6  # nats; what is farther from 0 is no log-probability
+FARTHEST = 1e6  # nats; what is farther below 0 is no log-probability
+MOST_PROBABILITY = 1.05  # that a server's tokens have together: what is more is no distribution, despite rounding
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Of a server. location: where a redirect leads. wait: seconds after which the server wants to be asked again."""
+    """location: where a redirect leads. wait: seconds after which the server wants to be asked again."""
 
     status: int
     content: bytes
@@ -104,8 +105,7 @@ class ServerClient:
         return observations
 
     def _ask(self, probe: Probe, model: str | None) -> Observation | None:
-        kind = "chat" if probe.text is None else "text"
-        endpoint = ENDPOINTS[kind]
+        endpoint = ENDPOINTS["chat" if probe.text is None else "text"]
         if endpoint in self.refusals:
             return None
         for top in [self._top[endpoint]] if endpoint in self._top else TOP:
@@ -198,16 +198,10 @@ def _shown(models: Mapping[str, str | None]) -> str:
 
 
 def _request_body(probe: Probe, model: str | None, top: int | None) -> dict[str, Any]:
-    body: dict[str, Any] = {"max_tokens": 1, "temperature": 0}
-    if model is not None:
-        body["model"] = model
+    body: dict[str, Any] = {"max_tokens": 1, "temperature": 0, **({} if model is None else {"model": model})}
     if probe.text is not None:
         return {**body, "prompt": probe.text, **({} if top is None else {"logprobs": top})}
-    return {
-        **body,
-        "messages": probe.messages,
-        **({} if top is None else {"logprobs": True, "top_logprobs": top}),
-    }
+    return {**body, "messages": probe.messages, **({} if top is None else {"logprobs": True, "top_logprobs": top})}
 
 
 def _observation(probe: Probe, body: Mapping[str, Any]) -> Observation:
@@ -216,56 +210,54 @@ def _observation(probe: Probe, body: Mapping[str, Any]) -> Observation:
     choice = choices[0] if isinstance(choices, list) and choices else None
     if not isinstance(choice, dict):
         raise ServerError("the server's answer has no choices")
-    usage = body.get("usage")
+    usage, message = body.get("usage"), choice.get("message")
     prompt_tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-    message = choice.get("message")
     text = choice.get("text") if probe.text is not None else message.get("content") if isinstance(message, dict) else ""
-    listed = list(_listed(choice.get("logprobs")))
-    indices = _Indices(probe.tokens)
+    listed = _listed(choice.get("logprobs"))
+    exact = {token: index for index, token in enumerate(probe.tokens)}
+    words = [token.strip() for token in probe.tokens]
+    stripped = {word: index for index, word in enumerate(words) if word and words.count(word) == 1}
+
+    def index_of(token: str) -> int | None:
+        """Returns the index of the probe's token with this text, or with this text except for white space."""
+        return exact.get(token, stripped.get(token.strip()))
+
     logprobs: dict[int, float] = {}
     for token, value in listed:
-        if (index := indices.of(token)) is not None:
+        if (index := index_of(token)) is not None:
             logprobs[index] = max(value, logprobs.get(index, -math.inf))
     likeliest = max(listed, key=lambda pair: pair[1])[0] if listed else str(text or "")
     return Observation(
-        chosen=indices.of(likeliest),
+        chosen=index_of(likeliest),
         logprobs=logprobs if len(listed) > 1 else {},
         bound=min(value for _, value in listed) if len(listed) > 1 else None,
         prompt_tokens=prompt_tokens if isinstance(prompt_tokens, int) else None,
     )
 
 
-def _listed(logprobs: Any) -> Iterable[tuple[str, float]]:
-    """Yields the tokens that the server lists for the first position, with log-probabilities.
+def _listed(logprobs: Any) -> list[tuple[str, float]]:
+    """Returns the tokens that the server lists for the first position, with log-probabilities.
 
     OpenAI has two forms: `top_logprobs` as a list of objects token -> value, and `content` with a list for each token.
+    Numbers that cannot be log-probabilities of one distribution are not evidence: then nothing is returned.
     """
+
+    def first(value: Any) -> dict[str, Any]:
+        return value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else {}
+
     if not isinstance(logprobs, dict):
-        return
-    if isinstance(content := logprobs.get("content"), list) and content and isinstance(content[0], dict):
-        entries = content[0].get("top_logprobs")
-        entries = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-        pairs = [(entry.get("token"), entry.get("logprob")) for entry in entries]
-    elif isinstance(top := logprobs.get("top_logprobs"), list) and top and isinstance(top[0], dict):
-        pairs = list(top[0].items())
+        return []
+    entries = first(logprobs.get("content")).get("top_logprobs")
+    if isinstance(entries, list):
+        pairs = [(entry.get("token"), entry.get("logprob")) for entry in entries if isinstance(entry, dict)]
     else:
-        return
-    for token, value in pairs:
-        if isinstance(token, str) and isinstance(value, int | float) and abs(value) < FARTHEST:
-            yield token, float(value)
-
-
-class _Indices:
-    """Finds a token of the server among those of a probe: by its text, or by its text without white space."""
-
-    def __init__(self, tokens: Sequence[str]) -> None:
-        self._exact = {token: index for index, token in enumerate(tokens)}
-        stripped = [token.strip() for token in tokens]
-        self._stripped = {token: index for index, token in enumerate(stripped) if token and stripped.count(token) == 1}
-
-    def of(self, token: str) -> int | None:
-        index = self._exact.get(token)
-        return self._stripped.get(token.strip()) if index is None else index
+        pairs = list(first(logprobs.get("top_logprobs")).items())
+    listed = [
+        (token, float(min(value, 1)))
+        for token, value in pairs
+        if isinstance(token, str) and isinstance(value, int | float) and value > -FARTHEST
+    ]
+    return listed if sum(math.exp(value) for _, value in listed) <= MOST_PROBABILITY else []
 
 
 def _parsed(content: bytes) -> Any:

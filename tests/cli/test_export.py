@@ -266,7 +266,7 @@ def test_a_passport_of_other_weights_is_written_anew(
     assert main(["export", str(first), "--to", "peft", "--output", str(second)]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert (
-        f"note: {first}/passport.json belongs to other weights than those beside it: the result gets a new one" in said
+        f"note: {first}/passport.json belongs to other weights than those next to it: the result gets a new one" in said
     )
     assert "tailora export" not in said  # which is what this command does
     assert read_passport(second).probes
@@ -289,7 +289,7 @@ def test_only_language_models_of_one_decoder_have_a_passport() -> None:
     encoder_decoder = LoRAModel(tiny_model_of("BartForConditionalGeneration"), LoRAConfig(r=1))
     other = LoRAModel(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=1, target_modules=["0"]))
     for model in (encoder_decoder, other):
-        assert passport_obstacle(model) == "only language models of one decoder have a passport"
+        assert passport_obstacle(model) == "only language models of one decoder have a verification file"
     assert passport_obstacle(LoRAModel(tiny_model_of("LlamaForCausalLM"), LoRAConfig(r=1))) is None
 
 
@@ -298,7 +298,7 @@ def test_an_adapter_that_changes_nothing_is_exported_without_passport(
 ) -> None:
     LoRAModel(LlamaForCausalLM.from_pretrained(tiny_model), LoRAConfig(r=4)).save_adapter(tmp_path / "adapter")
     assert main(["export", str(tmp_path / "adapter"), "--to", "peft", "--output", str(tmp_path / "a")]) == 0
-    assert "no passport.json is written: the adapter changes no" in " ".join(capsys.readouterr().err.split())
+    assert "no passport.json written: the adapter changes no" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "a" / "passport.json").exists()
 
 

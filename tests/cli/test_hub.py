@@ -279,7 +279,7 @@ def test_the_passport_goes_with_the_weights_that_it_is_of(
     passport.write_text(json.dumps({**content, "weights": {ADAPTER_WEIGHTS: "0" * 64}}))
     code, _, err = call(capsys, "push", run, "user/adapter")
     assert code == 2
-    assert "passport.json belongs to other weights than those beside it" in err
+    assert "passport.json belongs to other weights than those next to it" in err
 
 
 def test_a_card_that_someone_wrote_or_edited_stays(hub: Server, run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,8 +24,8 @@ def test_the_command_says_its_verdict(url: str, root: Path, capsys: pytest.Captu
     assert main(command) == 0
     output = capsys.readouterr()
     assert "The server uses this adapter as it was trained." in output.out
-    assert "as legal" in output.err
-    assert "as tiny, its base" in output.err
+    assert f"prompts to {url} legal" in output.err
+    assert f"prompts to {url} its base tiny" in output.err
     weights = ["verify", url, "--adapter", str(root / "legal" / ADAPTER_WEIGHTS)]
     assert main([*weights, "--base", "tinny"]) == 2
     assert "--base tinny: the server has tiny, legal" in " ".join(capsys.readouterr().err.split())
@@ -38,12 +38,12 @@ def test_the_command_says_its_verdict(url: str, root: Path, capsys: pytest.Captu
     assert result["scale"] == pytest.approx(2, abs=STEP / 2)
 
 
-def test_another_base_is_told_by_the_base(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The answers of the adapter alone leave it open."""
+def test_another_base_shows_in_the_answers_of_the_base(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with running(root, seed=1) as url:
         assert main(["verify", url, "--adapter", str(root / "legal"), "--json"]) == 4
     found = json.loads(capsys.readouterr().out)
-    assert found["verdict"] == "other-base", "\n".join(found["evidence"])
+    assert found["verdict"] == "other", "\n".join(found["evidence"])
+    assert any(sentence.startswith("The base, asked under its own name, ") for sentence in found["evidence"])
 
 
 def test_there_is_a_headline_for_every_verdict() -> None:
@@ -98,8 +98,8 @@ def test_a_missing_endpoint_is_told_with_its_reason(
     monkeypatch.setitem(server_client.ENDPOINTS, "text", "/v1/absent")
     assert main(["verify", url, "--adapter", str(root / "legal"), "--json"]) == 0  # the chats tell
     output = capsys.readouterr()
-    assert "/v1/absent was left out, it answers 404" in " ".join(output.err.split())
-    assert any("answered fewer than 6" in sentence for sentence in json.loads(output.out)["evidence"])
+    assert "/v1/absent was left out: the server answers 404" in " ".join(output.err.split())
+    assert any("not checked: fewer than 6 answers" in sentence for sentence in json.loads(output.out)["evidence"])
 
 
 @pytest.mark.parametrize("key", ["secret\nline", "schlüssel"])

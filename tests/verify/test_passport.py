@@ -47,7 +47,7 @@ def test_a_passport_belongs_to_its_weights(folder: Path) -> None:
         read_passport(folder)
     (folder / PASSPORT).unlink()
     with pytest.raises(
-        FormatError, match=r"holds no passport\.json: `tailora export .* --to peft --output NEW_FOLDER` writes one"
+        FormatError, match=r"contains no passport\.json: `tailora export .* --to peft --output NEW_FOLDER` writes one"
     ):
         read_passport(folder)
 
@@ -56,12 +56,16 @@ def test_a_passport_belongs_to_its_weights(folder: Path) -> None:
     ("change", "message"),
     [
         ({"version": 1}, "version 1"),
-        ({"probes": []}, "it has no probes"),
-        ({"variants": {}}, "variant 'adapter' is missing"),
+        ({"probes": []}, "probes: List should have at least 1 item"),
+        ({"variants": {}}, "unknown variants: Q4_0 base, adapter"),
         ({"texts": "mine"}, "texts: "),
-        ({"variants": {name: {"kind": "scale", "scale": 1e9} for name in REQUIRED}}, "has scale 1e"),
-        ({"probes": [probe_of([], [])]}, "probe 0 lacks log-probabilities"),
-        ({"probes": [probe_of(["a"], [float("nan")])]}, "probe 0 has log-probabilities that are not finite"),
+        (
+            {"variants": {name: {"kind": "scale", "scale": 1e9} for name in REQUIRED}},
+            "scale: Input should be less than or equal to 1000",
+        ),
+        ({"probes": [probe_of([], [])]}, "tokens: List should have at least 1 item"),
+        ({"probes": [probe_of(["a"], [float("nan")])]}, "Input should be a finite number"),
+        ({"probes": [probe_of(["a", "b"], [-1.0])]}, "probe 0 lacks log-probabilities"),
         ({"probes": [{**probe_of(["a"], [-1.0]), "logprobs": {ADAPTER: [-1.0], BASE: [-1.0]}}]}, "lacks the variants"),
     ],
 )

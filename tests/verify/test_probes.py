@@ -86,7 +86,7 @@ def test_a_model_without_chat_template_gets_probes_of_plain_texts() -> None:
 def test_a_model_with_few_positions_gets_none() -> None:
     model = adapted(0)
     model.config.max_position_embeddings = 64
-    with pytest.raises(DataError, match="the model has 64 positions; a passport needs 200"):
+    with pytest.raises(DataError, match="the model has 64 positions; a verification file needs 200"):
         make_passport(model, TOKENIZER)
 
 

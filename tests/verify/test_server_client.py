@@ -112,6 +112,8 @@ def test_an_answer_that_never_ends_is_given_up() -> None:
         {"message": {"content": None}, "logprobs": {"content": [None], "top_logprobs": [None]}},
         {"message": {"content": []}, "logprobs": {"content": [{"top_logprobs": [None, {"token": 1}]}]}},
         {"logprobs": {"content": [{"top_logprobs": 3}], "top_logprobs": [{"a": 10**400, "b": None}]}},
+        {"logprobs": {"top_logprobs": [{"a": 0.5, "c": -3}]}},  # no log-probability is positive
+        {"logprobs": {"top_logprobs": [{"a": -0.1, "c": -0.2}]}},  # their probabilities are 1.7 together
     ],
 )
 def test_nonsense_in_a_choice_is_no_observation(choice: dict[str, Any]) -> None:

@@ -22,40 +22,37 @@ from tailora import LoRAModel
 from tailora.verify.passport import ADAPTER, BASE, NOISE_FLOOR, Passport, Probe, read_passport
 from tailora.verify.probes import make_passport, next_logprobs
 from tailora.verify.server_client import ServerClient
-from tailora.verify.server_verdict import STEP, Fit, Observation, _comparison, _meaning, verify
+from tailora.verify.server_verdict import STEP, Observation, _claim, scale_name, verify
 
 root, url = verified_server.root, verified_server.url  # the fixtures
 
-FAULTS: dict[str, tuple[str, float | None, str]] = {  # verdict, scale, what is missing
-    "legal": ("adapter", 1.0, ""),
-    "tiny": ("base", 0.0, ""),
-    "legal@2": ("scaled", 2.0, ""),
-    "legal@0.5": ("scaled", 0.5, ""),
-    "legal@3": ("scaled", 3.0, ""),
-    "upper": ("partial", None, "the lower half of the layers"),
-    "mlp": ("partial", None, "the attention layers"),
-    "other": ("other-adapter", None, ""),
+FAULTS: dict[str, tuple[str, float | None, str]] = {  # verdict, scale, the best variant
+    "legal": ("adapter", 1.0, ADAPTER),
+    "tiny": ("base", 0.0, BASE),
+    "legal@2": ("scaled", 2.0, "scale 2"),
+    "legal@0.5": ("scaled", 0.5, "scale 0.5"),
+    "legal@3": ("scaled", None, ""),  # between two scales of the passport, 2 and 4
+    "upper": ("other", None, "the lower half of the layers"),
+    "mlp": ("other", None, "the attention layers"),
+    "other": ("other", None, ""),
 }
 
 
 @pytest.mark.parametrize("model", FAULTS)
-def test_what_a_server_computes_is_told(url: str, root: Path, model: str) -> None:
-    verdict, scale, missing = FAULTS[model]
+def test_what_a_server_computes_is_found(url: str, root: Path, model: str) -> None:
+    verdict, scale, best = FAULTS[model]
     result = verdict_of(url, read_passport(root / "legal"), model)
     assert result.verdict == verdict, "\n".join(result.evidence)
     fit = result.fits["text"]
-    if model == "legal@3":  # between two scales of the passport, 2 and 4
+    if model == "legal@3":
         assert fit.interval[0] <= 3 <= fit.interval[1]
-        assert result.scale == fit.scale
+        assert result.scale == result.fits["all"].scale
     else:
         assert result.scale == (None if scale is None else pytest.approx(scale, abs=STEP / 2))
-    if missing:
-        assert (fit.kind, fit.name) == ("part", missing)
-
-
-def test_another_adapter_is_told_by_the_base(url: str, root: Path) -> None:
-    result = verdict_of(url, read_passport(root / "legal"), "other", "tiny")
-    assert result.verdict == "other-adapter", "\n".join(result.evidence)
+    if best:
+        assert fit.best == best
+    if verdict == "other" and best:
+        assert f"the adapter without {best}" in result.evidence[0]
 
 
 def test_an_adapter_that_changes_little_may_differ_by_what_16_bits_change(root: Path) -> None:
@@ -76,7 +73,8 @@ def test_an_adapter_that_changes_little_may_differ_by_what_16_bits_change(root: 
     ]
     result = verify(passport, rounded, answers_of(passport, lambda _: BASE))
     assert result.verdict == "adapter", "\n".join(result.evidence)
-    assert 0.2 * result.fits["text"].effect < result.fits["text"].error < NOISE_FLOOR
+    fit = result.fits["text"]
+    assert 0.2 * fit.effect < fit.errors[ADAPTER] < NOISE_FLOOR
 
 
 TEMPLATES = {
@@ -90,19 +88,21 @@ TEMPLATES = {
 @pytest.mark.parametrize(
     "wrong",
     [
-        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("no start of the reply", "Alpaca")),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("Alpaca", "a system message")),
+        "no start of the reply",
         "a second BOS",
-        "a system message",
         "something else",
     ],
 )
-def test_a_wrong_template_is_told(root: Path, wrong: str) -> None:
+def test_a_wrong_template_is_found(root: Path, wrong: str) -> None:
     template = TEMPLATES.get(wrong, "Human: {{ messages[0]['content'] }} Bot:")
     with running(root, template=template) as url:
         result = verdict_of(url, read_passport(root / "legal"), "legal")
-    assert result.verdict == "template", "\n".join(result.evidence)
-    if wrong in TEMPLATES:
-        assert result.fits["chat"].name == wrong
+    assert result.verdict == "other", "\n".join(result.evidence)
+    assert result.fits["text"].best == ADAPTER
+    if wrong in ("no start of the reply", "a second BOS"):
+        assert result.fits["chat"].best == wrong
+        assert f"the adapter after another prompt: {wrong}" in result.evidence[1]
     assert any("the server counts" in sentence for sentence in result.evidence)
 
 
@@ -111,7 +111,7 @@ def test_longer_prompts_are_written_in_another_way(url: str, root: Path) -> None
     passport = read_passport(root / "legal")
     with ServerClient(url) as server:
         answers = server.ask(passport.probes, "legal")
-    for more, verdict in ((1, "template"), (0, "adapter"), (-3, "adapter")):
+    for more, verdict in ((1, "other"), (0, "adapter"), (-3, "adapter")):
         for of_chats in (True, False):
             counted = [
                 answer
@@ -137,10 +137,8 @@ def test_what_a_server_changes_at_the_controls_is_no_scale(root: Path) -> None:
     assert verify(passport, answers).verdict == "adapter"
 
 
-@pytest.mark.parametrize(("has_logprobs", "verdict"), [(True, "template"), (False, "other-adapter")])
-def test_the_chosen_tokens_of_chats_do_not_tell_that_other_prompts_are_read_in_another_way(
-    root: Path, has_logprobs: bool, verdict: str
-) -> None:
+@pytest.mark.parametrize("has_logprobs", [True, False])
+def test_right_chats_do_not_excuse_wrong_plain_completions(root: Path, has_logprobs: bool) -> None:
     passport = read_passport(root / "legal")
     answers = answers_of(passport, lambda _: ADAPTER, has_logprobs=has_logprobs)
     for number, probe in enumerate(passport.probes):
@@ -148,7 +146,7 @@ def test_the_chosen_tokens_of_chats_do_not_tell_that_other_prompts_are_read_in_a
             likeliest_last = sorted(range(len(probe.tokens)), key=probe.logprobs[ADAPTER].__getitem__)
             listed = {token: -0.5 * place for place, token in enumerate(likeliest_last)}
             answers[number] = Observation(likeliest_last[0], listed if has_logprobs else {})
-    assert verify(passport, answers).verdict == verdict
+    assert verify(passport, answers).verdict == "other"
 
 
 def test_a_server_that_lists_other_tokens_than_the_passport_differs_from_it(root: Path) -> None:
@@ -159,8 +157,16 @@ def test_a_server_that_lists_other_tokens_than_the_passport_differs_from_it(root
         if probe.text is None:
             answers[number] = Observation(None, {}, bound=-9.0)
     result = verify(passport, answers)
-    assert result.verdict == "template", "\n".join(result.evidence)
+    assert result.verdict == "other", "\n".join(result.evidence)
     assert result.fits["chat"].has_logprobs
+
+
+@pytest.mark.parametrize("bound", [-9.0, None])
+def test_answers_without_a_token_of_the_passport_show_nothing(root: Path, bound: float | None) -> None:
+    passport = read_passport(root / "legal")
+    result = verify(passport, [Observation(None, {}, bound)] * len(passport.probes))
+    assert result.verdict == "unknown"
+    assert "cannot be compared" in result.evidence[-1]
 
 
 def test_without_log_probabilities_the_chosen_tokens_decide(url: str, root: Path) -> None:
@@ -188,23 +194,26 @@ def test_without_log_probabilities_a_scale_that_may_be_right_cannot_be_told(root
     assert result.verdict == "unknown"
 
 
-def test_a_scale_that_includes_1_without_the_adapter_is_no_other_scale() -> None:
-    """The best scale is just within the limit, and the adapter as trained just above it."""
-    numbers = {"error": 0.5, "adapter_error": 0.52, "base_error": 1.5, "effect": 1.4, "rounding": 0.2, "limit": 0.51}
-    fit = Fit("scale", "", 1.02, (0.97, 1.08), **numbers, noise=0.1, is_certain=True, probes=30, has_logprobs=True)
-    assert _meaning(fit) == "other-adapter"
-    assert _meaning(replace(fit, scale=1.3, interval=(1.2, 1.4))) == "scaled"
-
-
-def test_only_answers_that_a_variant_explains_are_called_like_it() -> None:
-    """Two fits of the same best scale, of which one leaves too large an error for the adapter and for the base."""
-    numbers = {"error": 0.7, "adapter_error": 3.88, "effect": 1.58, "rounding": 0.5, "limit": 0.79, "noise": 0.1}
-    fit = Fit("scale", "", 0.15, (0.0, 0.3), base_error=1.77, **numbers, is_certain=True, probes=8, has_logprobs=True)
-    assert _meaning(fit) == "other-adapter"
-    assert "the server is nearest to the adapter (scale 0.15, 95% interval 0.00 to 0.30). " in _comparison("Chats", fit)
-    right = replace(fit, base_error=0.75)
-    assert _meaning(right) == "base"
-    assert "the server answers like the adapter (scale 0.15, " in _comparison("Chats", right)
+def test_only_errors_that_rounding_explains_are_of_the_adapter_or_the_base(root: Path) -> None:
+    fit = verify(passport := read_passport(root / "legal"), answers_of(passport, lambda _: ADAPTER)).fits["all"]
+    cases = {  # interval, error of the variant that it contains -> verdict
+        ((1.0, 1.0), 0.14): "adapter",
+        ((1.0, 1.0), 0.16): "other",
+        ((0.0, 0.3), 0.14): "base",
+        ((0.0, 0.3), 0.16): "other",
+        ((1.2, 1.4), 0.14): "scaled",
+        ((1.2, 1.4), 0.16): "other",
+        ((0.1, 1.0), 0.14): "unknown",
+    }
+    for (interval, error), verdict in cases.items():
+        scale = interval[0]
+        found = replace(
+            fit, best=scale_name(scale), scale=scale, interval=interval, effect=1.0, rounding=0.1,
+            errors={ADAPTER: error, BASE: error, scale_name(scale): error},
+        )  # fmt: skip
+        assert _claim(found, rounding=1.5) == verdict, (interval, error)
+        # As large as half of the effect: the base or the adapter could have given the same answers
+        assert _claim(replace(found, effect=0.2), rounding=1.5) == ("unknown" if error < 0.15 else "other")
 
 
 def answers_of_model(passport: Passport, model: LoRAModel, strength: float = 1.0) -> list[Observation | None]:
@@ -236,14 +245,14 @@ def test_a_base_in_q4_0_is_taken_into_account(root: Path, strength: float, verdi
     assert result.scale == pytest.approx(strength, abs=0.05)
     if strength in (0, 1):  # between them Q4_0 changes something in between, more or less
         fits = [*result.fits.values(), *without_controls.fits.values()]
-        assert all(fit.error < 1e-3 for fit in fits)  # the passport has four decimals
+        assert all(min(fit.errors.values()) < 1e-3 for fit in fits)  # the passport has four decimals
 
 
 @pytest.mark.parametrize(
     ("computes", "verdict"),
     [
-        (lambda base: adapted(102, base(2)), "other-adapter"),  # alone, "adapter"
-        (lambda base: adapted(2, base(52)), "other-base"),  # alone, "scaled"
+        (lambda base: adapted(102, base(2)), "other"),
+        (lambda base: adapted(2, base(52)), "other"),
         (lambda base: adapted(2, base(2)), "adapter"),
     ],
     ids=["another adapter", "another base", "the same"],
