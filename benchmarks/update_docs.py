@@ -349,8 +349,15 @@ def verify_faults() -> str:
 
 
 def _verdict(row: Content) -> str:
-    scale = f" {row['scale']:.2f}" if row["verdict"] == "scaled" else ""
-    return f"{row['verdict']}{scale}" if row["is_named"] else f"**{row['verdict']}**{scale}"
+    is_finer = row["verdict"] in (
+        "partial",
+        "template",
+        "other-base",
+        "other-adapter",
+    )  # in results of earlier versions
+    verdict = "other" if is_finer else row["verdict"]
+    scale = f" {row['scale']:.2f}" if verdict == "scaled" else ""
+    return f"{verdict}{scale}" if row["is_named"] else f"**{verdict}**{scale}"
 
 
 def verify_trials() -> str:

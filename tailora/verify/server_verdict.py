@@ -116,7 +116,7 @@ def fit_variants(pairs: Pairs, variants: Mapping[str, Variant]) -> Fit | None:
         return Fit(
             best=candidates.names[best] if is_certain and not is_scale[best] else scale_name(scale),
             scale=scale,
-            interval=(float(low), float(high)),
+            interval=(round(float(low), 6), round(float(high), 6)),
             errors=dict(zip(candidates.names, errors.tolist(), strict=True)),
             effect=effect,
             rounding=rounding,
@@ -282,6 +282,8 @@ def _combined(fits: Mapping[str, Fit], extra_tokens: Sequence[Sequence[int]]) ->
     )
     if any(not fit.is_scale or fit.errors[explanation] > _noise(fit, allowed) for fit in parts):
         return "other"
+    if any(not fit.has_logprobs and _claim(fit, rounding) == "unknown" for fit in parts):
+        return "unknown"
     if verdict != "adapter":
         is_base = "base" not in fits or _claim(fits["base"], ROUNDING) in ("base", "unknown")
         return verdict if is_base else "other"
@@ -294,6 +296,8 @@ def _combined(fits: Mapping[str, Fit], extra_tokens: Sequence[Sequence[int]]) ->
 
 def _noise(fit: Fit, rounding: float) -> float:
     """Returns the error that rounding may leave in a right variant."""
+    if not fit.has_logprobs:  # a token that another one overtakes is a large error or none: little is known
+        return SHARE * fit.effect
     return max(rounding * fit.rounding, LEAST * fit.effect, NOISE_FLOOR)
 
 
@@ -304,10 +308,9 @@ def _claim(fit: Fit, rounding: float) -> Verdict:
     if not fit.is_scale:
         return "other"
     if low - SAME_SCALE <= 1 <= high + SAME_SCALE and fit.errors[ADAPTER] <= _noise(fit, rounding):
-        # The choice of a token changes with the scale only here and there, so a wide interval alone says little
-        is_near_1 = fit.has_logprobs or abs(fit.scale - 1) <= SAME_SCALE + STEP / 2
-        is_known = is_near_1 and high - low <= 1 - 2 * SAME_SCALE  # else it may reach from the base to the adapter
-        return "adapter" if is_known and fit.errors[ADAPTER] <= SHARE * fit.effect else "unknown"
+        limit = (SHARE if fit.has_logprobs else LEAST) * fit.effect
+        is_wide = high - low > 1 - 2 * SAME_SCALE  # it may reach from the base to the adapter
+        return "unknown" if is_wide or fit.errors[ADAPTER] > limit else "adapter"
     if low <= SAME_SCALE and fit.errors[BASE] <= _noise(fit, rounding):
         return "base" if fit.errors[BASE] <= SHARE * fit.effect else "unknown"
     if low <= 1 <= high or low == 0 or fit.errors[scale] > _noise(fit, ROUNDING):
