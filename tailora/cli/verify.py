@@ -20,7 +20,7 @@ from tailora.report.terminal import print_section
 from tailora.verify.passport import Passport, read_passport
 
 if TYPE_CHECKING:
-    from tailora.verify.server_verdict import Verification
+    from tailora.verify.server_verdict import Observation, Verification
 
 Adapter = Annotated[
     str, Parameter(name="--adapter", help="adapter, run or export with a passport.json: folder or Hub id")
@@ -91,7 +91,7 @@ def verify(
         elif model is not None:
             base = models.get(model)
         names = [model] if base is None or base == model else [model, base]
-        answers = []
+        answers: list[list[Observation | None]] = []
         for asked in names:
             recipient = f"{'its base ' if answers else ''}{asked or ''}"
             log(f"sending {len(passport.probes)} prompts to {server.url} {recipient}".rstrip())

@@ -392,12 +392,12 @@ def _spots(
         return words if is_same else None
 
     def chosen(order: Iterable[int], count: int, taken: Collection[Spot] = ()) -> dict[Spot, str]:
-        found: dict[Spot, str] = {}
+        result: dict[Spot, str] = {}
         for text, position in (spots[number] for number in order):
-            is_free = (text, position) not in taken and sum(other is text for other, _ in found) < MOST_PER_TEXT
-            if len(found) < count and is_free and (words := words_of(text, position)) is not None:
-                found[text, position] = words
-        return found
+            is_free = (text, position) not in taken and sum(other is text for other, _ in result) < MOST_PER_TEXT
+            if len(result) < count and is_free and (words := words_of(text, position)) is not None:
+                result[text, position] = words
+        return result
 
     order = np.argsort(-np.array(ratios)).tolist()
     plain = chosen(order, TEXT_PROBES)
@@ -410,7 +410,9 @@ def _computed(
     """Returns variant -> what computes its log-probabilities at the spots, (spots, vocabulary)."""
     rows = [text.ids for text in chunk]
     positions = [[position for text, position in spots if text is row] for row in chunk]
-    computed = {name: partial(computation.logprobs, rows, positions) for name, computation in computations.items()}
+    computed: dict[str, Callable[[], Tensor]] = {
+        name: partial(computation.logprobs, rows, positions) for name, computation in computations.items()
+    }
     logprobs = computations[ADAPTER].logprobs
     if bos is not None:
         has_bos = all(row[0] == bos for row in rows)

@@ -273,7 +273,7 @@ def _combined(fits: Mapping[str, Fit], extra_tokens: Sequence[Sequence[int]]) ->
     """
     whole, parts = fits["all"], [fits[name] for name in ("text", "chat") if name in fits]
     rounding = _rounding(fits)
-    verdict = _claim(whole, rounding)
+    verdict = _verdict_of(whole, rounding)
     if verdict == "unknown":
         return verdict
     explanation, allowed = {"adapter": (ADAPTER, rounding), "base": (BASE, rounding)}.get(
@@ -282,13 +282,13 @@ def _combined(fits: Mapping[str, Fit], extra_tokens: Sequence[Sequence[int]]) ->
     )
     if any(not fit.is_scale or fit.errors[explanation] > _noise(fit, allowed) for fit in parts):
         return "other"
-    if any(not fit.has_logprobs and _claim(fit, rounding) == "unknown" for fit in parts):
+    if any(not fit.has_logprobs and _verdict_of(fit, rounding) == "unknown" for fit in parts):
         return "unknown"
     if verdict != "adapter":
-        is_base = "base" not in fits or _claim(fits["base"], ROUNDING) in ("base", "unknown")
+        is_base = "base" not in fits or _verdict_of(fits["base"], ROUNDING) in ("base", "unknown")
         return verdict if is_base else "other"
     lows, highs = zip(*(fit.interval for fit in parts), strict=True)
-    if (max(highs) < 1 or min(lows) > 1) and _claim(parts[-1], rounding) == "scaled":  # two kinds of prompts agree
+    if (max(highs) < 1 or min(lows) > 1) and _verdict_of(parts[-1], rounding) == "scaled":  # two kinds of prompts agree
         return "scaled"
     # A server that does not count cached tokens counts fewer
     return "other" if any(extra and min(extra) > 0 for extra in extra_tokens) else "adapter"
@@ -301,7 +301,7 @@ def _noise(fit: Fit, rounding: float) -> float:
     return max(rounding * fit.rounding, LEAST * fit.effect, NOISE_FLOOR)
 
 
-def _claim(fit: Fit, rounding: float) -> Verdict:
+def _verdict_of(fit: Fit, rounding: float) -> Verdict:
     """Returns the verdict that these answers alone give."""
     low, high = fit.interval
     scale = scale_name(fit.scale)

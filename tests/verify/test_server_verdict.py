@@ -22,7 +22,7 @@ from tailora import LoRAModel
 from tailora.verify.passport import ADAPTER, BASE, NOISE_FLOOR, Passport, Probe, read_passport
 from tailora.verify.probes import make_passport, next_logprobs
 from tailora.verify.server_client import ServerClient
-from tailora.verify.server_verdict import STEP, Observation, _claim, scale_name, verify
+from tailora.verify.server_verdict import STEP, Observation, _verdict_of, scale_name, verify
 
 root, url = verified_server.root, verified_server.url  # the fixtures
 
@@ -207,13 +207,13 @@ def test_only_errors_that_rounding_explains_are_of_the_adapter_or_the_base(root:
     }
     for (interval, error), verdict in cases.items():
         scale = interval[0]
-        found = replace(
+        case = replace(
             fit, best=scale_name(scale), scale=scale, interval=interval, effect=1.0, rounding=0.1,
             errors={ADAPTER: error, BASE: error, scale_name(scale): error},
         )  # fmt: skip
-        assert _claim(found, rounding=1.5) == verdict, (interval, error)
+        assert _verdict_of(case, rounding=1.5) == verdict, (interval, error)
         # As large as half of the effect: the base or the adapter could have given the same answers
-        assert _claim(replace(found, effect=0.2), rounding=1.5) == ("unknown" if error < 0.15 else "other")
+        assert _verdict_of(replace(case, effect=0.2), rounding=1.5) == ("unknown" if error < 0.15 else "other")
 
 
 def answers_of_model(passport: Passport, model: LoRAModel, strength: float = 1.0) -> list[Observation | None]:
