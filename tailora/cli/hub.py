@@ -87,7 +87,7 @@ def push(
 
     shared = hub.shared_files(path, base_name)
     passport = shared_passport(path, shared.contents[ADAPTER_WEIGHTS], base_name, samples=samples)
-    own_card = hub.shared_content(path / CARD).decode() if (path / CARD).exists() else None
+    own_card = read_card(path / CARD)
     new_card = run_card(repository, path, shared.settings, license, samples=samples)
     if base_name is None:
         note("the files name no base model; give its Hub id with --model")
@@ -122,7 +122,7 @@ def push(
                 revision=revision,
                 keep_card=False,
                 commit_message=message,
-                delete_patterns=[] if PASSPORT in files else [PASSPORT],  # one of earlier weights
+                delete_patterns=None if PASSPORT in files else PASSPORT,  # of earlier weights
             )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{repository} has all files or none; the same command uploads them again") from None
@@ -171,9 +171,18 @@ def shared_passport(folder: Path, weights: bytes, base_name: str | None, *, samp
 
     if not (folder / PASSPORT).exists() or (has_held_out_texts(folder) and not samples):
         return {}
+    hub.shared_content(folder / PASSPORT)  # refuses a link
     passport = read_passport(folder)
     hashes = {ADAPTER_WEIGHTS: sha256(weights).hexdigest()}
     return {PASSPORT: passport_bytes(replace(passport, base_model=base_name or passport.base_model, weights=hashes))}
+
+
+def read_card(path: Path) -> str | None:
+    """Returns the text of a card; None if there is none. Raises FormatError for a link or other than UTF-8."""
+    try:
+        return hub.shared_content(path).decode() if path.exists() else None
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
 
 
 def look_up(repository: str, revision: str | None) -> tuple[bool | None, str | None]:

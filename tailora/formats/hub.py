@@ -5,7 +5,7 @@ local_folder    a name -> a local folder; the adapter's files of a repository ar
 download        a repository -> also its card, verification file and tokenizer, for `tailora pull`
 shared_files    the files of an adapter that others may have, checked and without paths of this machine
 upload          a folder -> one commit, for `tailora push` and `LoRAModel.push_to_hub`
-model_card      README.md, from model_card.md.jinja
+model_card      README.md, from model_card.md.j2
 """
 
 import json
@@ -381,7 +381,7 @@ def model_card(settings: Mapping[str, Any], about: str, license_name: str | None
 
     The Hub refuses a commit whose base model is no repository, so another base is named in the text alone: a folder by
     its last name.
-    parts: other variables of model_card.md.jinja; its `more_settings` are added to the table.
+    parts: other variables of model_card.md.j2; its `more_settings` are added to the table.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -402,7 +402,7 @@ def model_card(settings: Mapping[str, Any], about: str, license_name: str | None
     rows = {**setting_rows(settings), **parts.pop("more_settings", {})}
     card = ModelCard.from_template(
         data,
-        str(Path(__file__).with_name("model_card.md.jinja")),
+        str(Path(__file__).with_name("model_card.md.j2")),
         **{"about": about, "base": f"{repository or name}{remark}" if name else "", "settings": rows, **parts},
     )
     text = str(card).rstrip()

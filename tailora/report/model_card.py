@@ -1,6 +1,6 @@
 """The model card of an adapter on the Hub: what a run measured, how it was trained and how to use it.
 
-The words are in formats/model_card.md.jinja. Here are the values for it.
+The words are in formats/model_card.md.j2. Here are the values for it.
 """
 
 import shlex

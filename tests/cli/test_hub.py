@@ -305,6 +305,9 @@ def test_a_card_that_someone_wrote_or_edited_stays(hub: Server, run: Path, capsy
     own.write_text(own.read_text().replace("LoRA adapter of", "My LoRA adapter of"))
     pushed(capsys, run, "user/other")
     assert "My LoRA adapter of 14 layers" in card_of(hub, "user/other").text
+    own.write_bytes(b"\xff")
+    code, _, err = call(capsys, "push", run, "user/other")
+    assert (code, "README.md is not UTF-8 (invalid start byte at byte 0); save it as UTF-8" in err) == (2, True), err
 
 
 def test_an_adapter_without_a_run_and_a_public_repository(
