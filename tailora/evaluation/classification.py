@@ -1,4 +1,4 @@
-"""How good a model's labels are: scores of scikit-learn and seqeval with intervals, confusions and calibration.
+"""How good a model's labels are: the scores of scikit-learn and seqeval with intervals, confusions and calibration.
 
     label_scores     accuracy, F1, MCC and AUROC of classes; seqeval's of tags; Pearson's and Spearman's of numbers
     label_changes    the differences of two models on the same rows
@@ -6,14 +6,12 @@
     evaluate_labels  the scores of a model on data;    predict_labels  its labels for rows without
 
 Intervals are percentiles of bootstraps over rows, because words of one row are alike; Wilson's where each row is right
-or wrong. scikit-learn and seqeval are in the extra `classify`.
+or wrong. seqeval, which finds entities, is in the extra `classify`.
 """
 
 import math
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -121,109 +119,23 @@ class LabelOutputs:
 
 
 def check_packages() -> None:
-    """Raises ConfigError if scikit-learn or seqeval is not installed."""
-    with _needs_packages():
-        import scipy  # noqa: F401
-        import seqeval  # noqa: F401
-        import sklearn  # noqa: F401
-
-
-@contextmanager
-def _needs_packages() -> Iterator[None]:
-    """Within the block, a package that is not installed raises ConfigError."""
+    """Raises ConfigError if seqeval is not installed."""
     try:
-        yield
+        import seqeval  # noqa: F401
     except ImportError as error:
-        raise ConfigError(
-            f"scores of labels need scikit-learn and seqeval ({error}): pip install 'tailora[classify]'"
-        ) from error
+        raise ConfigError(f"scores of labels need seqeval ({error}): pip install 'tailora[classify]'") from error
 
 
-# ---- Values, of scikit-learn and seqeval
-
-
-def _values(data: LabelOutputs) -> dict[str, float]:
-    """Raises ConfigError if a package is missing."""
-    with _needs_packages(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about values that do not exist, which are 0 or NaN
-        if data.labels.task == REGRESSION:
-            return _values_of_numbers(data.targets[:, 0], data.outputs[:, 0])
-        if data.labels.several:
-            return _values_of_several(data)
-        return _values_of_entities(data) if data.has_entities else _values_of_classes(data)
-
-
-def _values_of_numbers(truth: Floats, predicted: Floats) -> dict[str, float]:
-    from scipy.stats import pearsonr, spearmanr
-    from sklearn.metrics import mean_absolute_error, mean_squared_error
-
-    errors = {"mse": mean_squared_error(truth, predicted), "mae": mean_absolute_error(truth, predicted)}
-    if len(truth) < 2 or np.ptp(truth) == 0 or np.ptp(predicted) == 0:
-        return {**errors, "pearson": math.nan, "spearman": math.nan}
-    correlations = {"pearson": pearsonr(truth, predicted), "spearman": spearmanr(truth, predicted)}
-    return {**errors, **{name: float(result.statistic) for name, result in correlations.items()}}
-
-
-def _values_of_classes(data: LabelOutputs) -> dict[str, float]:
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, roc_auc_score
-
-    truth, predicted, size = data.truth, data.predicted, len(data.labels.names)
-    values = {
-        "accuracy": accuracy_score(truth, predicted),
-        "f1_macro": f1_score(truth, predicted, average="macro", zero_division=0),
-        "mcc": matthews_corrcoef(truth, predicted),
-    }
-    if len(np.unique(truth)) == size:  # else it does not exist
-        scores = data.probabilities[:, 1] if size == 2 else data.probabilities
-        values["auroc"] = roc_auc_score(truth, scores, multi_class="ovr", labels=np.arange(size))
-    return {**values, **_of_names(data, f1_score(truth, predicted, average=None, zero_division=0))}
-
-
-def _values_of_several(data: LabelOutputs) -> dict[str, float]:
-    from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
-
-    truth, predicted, both = data.targets.astype(np.int64), data.predicted, data.in_both
-    values = {
-        "accuracy": accuracy_score(truth, predicted),
-        **{
-            f"f1_{average}": f1_score(truth, predicted, average=average, zero_division=0)
-            for average in ("macro", "micro")
-        },
-        "auroc": roc_auc_score(truth[:, both], data.probabilities[:, both]) if both.any() else math.nan,
-    }
-    return {**values, **_of_names(data, f1_score(truth, predicted, average=None, zero_division=0))}
-
-
-def _of_names(data: LabelOutputs, f1: Floats) -> dict[str, float]:
-    names = [data.labels.names[index] for index in data.classes]
-    return {f"f1[{name}]": float(value) for name, value in zip(names, f1, strict=True) if len(names) <= MOST_CLASSES}
-
-
-def _values_of_entities(data: LabelOutputs) -> dict[str, float]:
-    from seqeval.metrics import accuracy_score, classification_report
-
-    right, predicted = data.tags(data.truth), data.tags(data.predicted)
-    report = classification_report(right, predicted, output_dict=True, zero_division=0)
-    total, macro = report.pop("micro avg"), report.pop("macro avg")
-    del report["weighted avg"]
-    return {
-        "accuracy": accuracy_score(right, predicted),
-        "f1": total["f1-score"],
-        "precision": total["precision"],
-        "recall": total["recall"],
-        "f1_macro": macro["f1-score"],
-        **{f"f1[{name}]": values["f1-score"] for name, values in report.items()},
-    }
-
-
-# ---- The same in many draws at once, from counts
+# ---- Values in many draws of a bootstrap at once, from counts
 #
+# They are the values of scikit-learn, scipy and seqeval, which take seconds for as many draws.
 # times: how often each row is in a draw, (draws, rows) -> name -> value in each draw, (draws,); NaN if it has none.
 
 Statistic = Callable[[Floats], dict[str, Floats]]
 
 
 def _statistic(data: LabelOutputs) -> Statistic:
+    """Raises ConfigError if a package is missing."""
     if data.labels.task == REGRESSION:
         return partial(_numbers_in_draws, data.targets[:, 0], data.outputs[:, 0])
     if data.labels.several:
@@ -304,7 +216,13 @@ def _classes_in_draws(data: LabelOutputs, times: Floats) -> dict[str, Floats]:
     if len(np.unique(truth)) == len(labels):
         chosen = labels if len(labels) > 2 else labels[1:]
         values["auroc"] = np.mean([_auroc(data.probabilities[:, i], truth == i, weights) for i in chosen], axis=0)
-    return values | {f"f1[{data.labels.names[i]}]": f1[:, column] for column, i in enumerate(classes)}
+    return values | _of_names(data, f1)
+
+
+def _of_names(data: LabelOutputs, f1: Floats) -> dict[str, Floats]:
+    """f1: (draws, classes)."""
+    names = [data.labels.names[index] for index in data.classes]
+    return {f"f1[{name}]": f1[:, column] for column, name in enumerate(names) if len(names) <= MOST_CLASSES}
 
 
 def _several_in_draws(data: LabelOutputs, times: Floats) -> dict[str, Floats]:
@@ -318,10 +236,11 @@ def _several_in_draws(data: LabelOutputs, times: Floats) -> dict[str, Floats]:
         "f1_micro": _f1(hits.sum(1), guessed.sum(1), there.sum(1)),
         "auroc": np.mean(areas, axis=0) if areas else np.full(len(times), math.nan),
     }
-    return values | {f"f1[{name}]": f1[:, column] for column, name in enumerate(data.labels.names)}
+    return values | _of_names(data, f1)
 
 
 def _entities_in_draws(data: LabelOutputs) -> Statistic:
+    check_packages()
     from seqeval.metrics.sequence_labeling import get_entities
 
     right, predicted = (
@@ -357,7 +276,7 @@ def _entities_in_draws(data: LabelOutputs) -> Statistic:
 
 def label_scores(data: LabelOutputs) -> dict[str, Score]:
     """Returns the scores of a model. Raises ConfigError if a package is missing."""
-    scores = _with_intervals(_values(data), _statistic(data), len(data.counts))
+    scores = _with_intervals(_statistic(data), len(data.counts))
     if data.labels.task not in (REGRESSION, TOKEN_CLASSIFICATION):
         scores["accuracy"] = Score(*wilson_interval(_hits(data)), len(data.counts))
     return scores
@@ -371,9 +290,7 @@ def label_changes(before: LabelOutputs, after: LabelOutputs) -> dict[str, Score]
         old, new = first(times), second(times)
         return {name: new[name] - old[name] for name in new if name in old}
 
-    old, new = _values(before), _values(after)
-    values = {name: new[name] - old[name] for name in new if name in old}
-    changes = _with_intervals(values, statistic, len(after.counts))
+    changes = _with_intervals(statistic, len(after.counts))
     if after.labels.task not in (REGRESSION, TOKEN_CLASSIFICATION):
         changes["accuracy"] = Score(*share_difference(_hits(before), _hits(after)), len(after.counts))
     return changes
@@ -385,14 +302,14 @@ def _hits(data: LabelOutputs) -> NDArray[np.bool_]:
     return cast(NDArray[np.bool_], right.all(1) if right.ndim > 1 else right)
 
 
-def _with_intervals(values: Mapping[str, float], statistic: Statistic, rows: int) -> dict[str, Score]:
+def _with_intervals(statistic: Statistic, rows: int) -> dict[str, Score]:
     """A draw in which a value does not exist, such as AUROC without one of the classes, is left out of its interval."""
     generator, parts = np.random.default_rng(0), []
     for _ in range(DRAWS // DRAWS_AT_ONCE if rows > 1 else 0):
         drawn = generator.integers(rows, size=(DRAWS_AT_ONCE, rows))
         parts.append(statistic(np.stack([np.bincount(draw, minlength=rows) for draw in drawn]).astype(np.float64)))
     scores = {}
-    for name, value in values.items():
+    for name, (value,) in statistic(np.ones((1, rows))).items():
         draws = np.concatenate([part[name] for part in parts]) if parts else np.zeros(0)
         draws = draws[~np.isnan(draws)]
         low, high = np.quantile(draws, [0.025, 0.975]) if len(draws) > DRAWS // 2 else (math.nan, math.nan)
@@ -451,15 +368,13 @@ def label_details(data: LabelOutputs) -> dict[str, Any]:
     """
     if data.labels.task == REGRESSION:
         return {}
-    with _needs_packages():
-        from sklearn.metrics import confusion_matrix
-
     names, details = data.labels.names, dict[str, Any](names=list(data.labels.names))
     if data.labels.several:
         confidence = np.where(data.predicted == 1, data.probabilities, 1 - data.probabilities).ravel()
         return {**details, "calibration": _calibration(confidence, (data.predicted == data.targets).ravel())}
     if len(names) <= MOST_CLASSES:
-        details["confusion"] = confusion_matrix(data.truth, data.predicted, labels=range(len(names))).tolist()
+        pairs = np.bincount(data.truth * len(names) + data.predicted, minlength=len(names) ** 2)
+        details["confusion"] = pairs.reshape(len(names), len(names)).tolist()
     counts = np.bincount(data.truth, minlength=len(names))
     details["majority"] = {
         "label": names[counts.argmax()],

@@ -71,7 +71,9 @@ def test_scores_of_several_labels_are_those_of_scikit_learn() -> None:
     data = outputs_of(SEVERAL)
     scores = label_scores(data)
     assert scores["accuracy"].value == metrics.accuracy_score(data.targets, data.predicted)
-    assert scores["f1_micro"].value == metrics.f1_score(data.targets, data.predicted, average="micro")
+    for average in ("micro", "macro"):
+        expected = metrics.f1_score(data.targets, data.predicted, average=average)
+        assert scores[f"f1_{average}"].value == pytest.approx(expected)
     assert scores["auroc"].value == pytest.approx(metrics.roc_auc_score(data.targets, data.probabilities))
 
 
@@ -79,7 +81,8 @@ def test_scores_of_numbers_are_those_of_scipy() -> None:
     data = outputs_of(NUMBER)
     truth, predicted = data.targets[:, 0], data.outputs[:, 0]
     scores = label_scores(data)
-    assert scores["mse"].value == pytest.approx(np.mean((truth - predicted) ** 2))
+    assert scores["mse"].value == pytest.approx(metrics.mean_squared_error(truth, predicted))
+    assert scores["mae"].value == pytest.approx(metrics.mean_absolute_error(truth, predicted))
     assert scores["pearson"].value == pytest.approx(pearsonr(truth, predicted).statistic)
     assert scores["spearman"].value == pytest.approx(spearmanr(truth, predicted).statistic)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from tailora.core.config import LoRAConfig
 from tailora.data.dataset import Example, Examples, with_other_replies
 from tailora.errors import CheckpointError, ConfigError, DataError
-from tailora.evaluation.preferences import describe_preferences, preference_metrics
+from tailora.evaluation.statistics import describe_preferences, preference_metrics
 from tailora.kernels.loss import FROZEN, WHOLE
 from tailora.model import LoRAModel
 from tailora.report.blocks import Figure, Table

@@ -23,8 +23,14 @@ from tailora.evaluation.classification import (
 )
 from tailora.evaluation.generate import Answer
 from tailora.evaluation.metrics import LABEL_METRICS, PREFERENCE_METRICS
-from tailora.evaluation.preferences import describe_preferences, preference_metrics
-from tailora.evaluation.statistics import FEW_EXAMPLES, Interval, before_and_after, describe_change
+from tailora.evaluation.statistics import (
+    FEW_EXAMPLES,
+    Interval,
+    before_and_after,
+    describe_change,
+    describe_preferences,
+    preference_metrics,
+)
 from tailora.formats.run_folder import RUN, SAMPLES, write_report
 from tailora.report.blocks import Answers, Block, Column, Figure, Number, Page, Paragraph, Section, Table
 from tailora.report.charts import DASHED, INK, SERIES, SOFT, Canvas
