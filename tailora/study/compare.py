@@ -155,7 +155,7 @@ def _seeds_of_waves(seeds: Sequence[int], arms: int, workers: int) -> list[list[
 
 @dataclass(frozen=True)
 class ComparisonPlan:
-    """plan.json; that of an earlier version may end after the costs.
+    """plan.json.
 
     max_steps: of each run.    costs: of each arm.    seeds: that time is kept for.
     held_out: number of held-out examples that are used, None for all; of so many `examples`.
@@ -164,11 +164,14 @@ class ComparisonPlan:
 
     max_steps: int
     costs: dict[str, Costs]
-    seeds: int | None = None
-    held_out: int | None = None
-    examples: int | None = None
-    minutes: float | None = None
+    seeds: int
+    held_out: int | None
+    examples: int
+    minutes: float | None
     processes: int = 1
+
+
+WITHOUT_MINUTES = ComparisonPlan(max_steps=0, costs={}, seeds=0, held_out=None, examples=0, minutes=None)
 
 
 class _Comparison:
@@ -182,10 +185,7 @@ class _Comparison:
         self.limit = self._time_limit()
         clock = self.folder / CLOCK
         self.earlier_seconds = read_own_json(clock, float, DAMAGED) if clock.exists() else 0.0
-        self.steps = 0  # planned for every run, with --minutes; 0 leaves the settings' own
-        self.costs: dict[str, Costs] = {}  # of each arm, with --minutes
-        self.seeds = 0  # that time is kept for, with --minutes
-        self.held_out: int | None = None  # number of held-out examples that are used; None for all
+        self.plan = WITHOUT_MINUTES  # max_steps = 0 leaves the settings' own
         self.base: dict[tuple[str, bool], BaseLosses | None] = {}  # arm, choosing -> losses of its base
 
     def run(self, settings: dict[str, Any]) -> Comparison:
@@ -219,7 +219,7 @@ class _Comparison:
         judging: on both halves of the held-out examples, with forgetting.    held_out: how many, if not as planned.
         session: of the worker, if there are several.
         """
-        choosing, steps = not judging, {"max_steps": self.steps} if self.steps else {}
+        choosing, steps = not judging, {"max_steps": self.plan.max_steps} if self.plan.max_steps else {}
         spec = TrialSpec(
             arm_settings(self.train, self.study, arm, **{**steps, **fixed}),
             forgetting=(self.study.forgetting_data or "") if judging and measures_forgetting(self.train) else None,
@@ -227,7 +227,7 @@ class _Comparison:
             choosing=choosing,
             before=self.base.get((arm, choosing)),
             texts=str(self.folder / "texts.json"),
-            held_out=held_out or self.held_out,
+            held_out=held_out or self.plan.held_out,
         )
         path = self._path(arm, name)
         is_new = not self.session.has_trial(path)
@@ -267,11 +267,8 @@ class _Comparison:
 
     def _missing(self, runs: Iterable[tuple[str, str]]) -> list[Costs]:
         """Costs of the runs (arm, name) that are not made yet, as far as costs are known."""
-        return [
-            self.costs[arm]
-            for arm, name in runs
-            if arm in self.costs and not self.session.has_trial(self._path(arm, name))
-        ]
+        costs = self.plan.costs
+        return [costs[arm] for arm, name in runs if arm in costs and not self.session.has_trial(self._path(arm, name))]
 
     # ---- How much fits into the minutes
 
@@ -280,17 +277,16 @@ class _Comparison:
         plan = self.session.plan(self._measure, ComparisonPlan)
         self.session.check_processes(plan.processes)
         timed = {arm: self._timing(arm) for arm in self.study.arms}
-        self.steps, self.held_out, self.costs = plan.max_steps, plan.held_out, plan.costs
-        self.seeds = self.study.seeds if plan.seeds is None else plan.seeds
+        self.plan = plan
         for arm, trial in timed.items():
-            if trial.done and len(trial.counts) == (self.held_out or trial.numbers["held_out"]):
+            if trial.done and len(trial.counts) == (plan.held_out or trial.numbers["held_out"]):
                 self.base[arm, True], self.base[arm, False] = on_choosing_half(trial.base), trial.base
-        self.session.log(f"{self.steps} steps in each run, planned to fit into the minutes")
-        if self.held_out is not None:
-            self.session.note(f"--minutes left time for {self.held_out} of {plan.examples} held-out examples")
+        self.session.log(f"{plan.max_steps} steps in each run, planned to fit into the minutes")
+        if plan.held_out is not None:
+            self.session.note(f"--minutes left time for {plan.held_out} of {plan.examples} held-out examples")
         if plan.minutes not in (None, self.session.minutes):
             self.session.note(
-                f"the runs have {self.steps} steps, which were planned for --minutes {plan.minutes:g}; for longer "
+                f"the runs have {plan.max_steps} steps, which were planned for --minutes {plan.minutes:g}; for longer "
                 "ones give another --output-dir"
             )
 
@@ -305,6 +301,7 @@ class _Comparison:
         self._check_time({}, START)
         longest, held_out = 1, 0
         timed: dict[str, Costs] = {}  # arm -> costs on the fewest held-out examples
+        on_all: dict[str, Costs] = {}
         for arm in self.study.arms:
             session.log(f"timing {TIMING_STEPS} steps of {arm}")
             check, timing = partial(self._check_time, dict(timed)), partial(self._timing, arm)
@@ -312,10 +309,10 @@ class _Comparison:
             timed[arm] = costs or START
             if costs is not None:
                 longest, held_out = longest_run(self.train, trial), trial.numbers["held_out"]
-                self.costs[arm] = costs.on_part(held_out / len(trial.counts))
-        if not self.costs:
+                on_all[arm] = costs.on_part(held_out / len(trial.counts))
+        if not on_all:
             raise ConfigError(f"no arm can be trained: {TIMING_STEPS} steps of each failed; see {self.folder / RUNS}")
-        needed = partial(_needed, list(self.costs.values()), workers=self._runs_at_a_time)
+        needed = partial(_needed, list(on_all.values()), workers=self._runs_at_a_time)
         extent, steps = self.limit.choose(needed, longest, held_out)
         session.log(
             f"time for {extent.tries} learning rates and {extent.seeds} seeds of each arm; less time means, in order, "
@@ -323,7 +320,7 @@ class _Comparison:
         )
         return ComparisonPlan(
             max_steps=steps,
-            costs={arm: costs.on_part(extent.part) for arm, costs in self.costs.items()},
+            costs={arm: costs.on_part(extent.part) for arm, costs in on_all.items()},
             seeds=extent.seeds,
             held_out=held_out_in_use(extent, held_out),
             examples=held_out,
@@ -370,11 +367,12 @@ class _Comparison:
         searches = {
             arm: LearningRateSearch(self.study.first_rate(arm), self.study.rate_tries) for arm in self.study.arms
         }
+        steps, workers = self.plan.max_steps, self._runs_at_a_time
         while rates := {arm: rate for arm, search in searches.items() if (rate := search.next_rate()) is not None}:
             names = {arm: f"rate-{rate:.3g}" for arm, rate in rates.items()}
             missing = self._missing(names.items())
-            needed = _seconds_of_tries(missing, self.steps, self._runs_at_a_time)
-            needed += _seconds_of_waves([*self.costs.values()], self.seeds, self.steps, self._runs_at_a_time)
+            needed = _seconds_of_tries(missing, steps, workers)
+            needed += _seconds_of_waves([*self.plan.costs.values()], self.plan.seeds, steps, workers)
             if missing and searches[next(iter(rates))].tried and self.session.seconds_left < needed:
                 self.session.note("the search for learning rates was cut short by --minutes")
                 break
@@ -403,7 +401,7 @@ class _Comparison:
         for wave in self._waves(best):
             done = min(map(len, runs.values()))
             missing = self._missing((arm, _name(seed, best[arm])) for arm, seed in wave)
-            needed = _seconds_of_judging(missing, self.steps, self._runs_at_a_time)
+            needed = _seconds_of_judging(missing, self.plan.max_steps, self._runs_at_a_time)
             if done and self.session.seconds_left < needed:
                 self.session.note(f"--minutes left time for {done} of {self.study.seeds} seeds")
                 break

@@ -25,7 +25,6 @@ from optuna.exceptions import StorageInternalError
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
-from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
@@ -33,8 +32,8 @@ from tailora.errors import ConfigError
 from tailora.study.results import Candidate
 from tailora.study.search_space import Axis, Range
 
-DATABASE, JOURNAL = "study.db", "journal.log"  # JOURNAL: of earlier versions
-OUTCOME, RETRIED = "outcome", "again"  # user attributes of a trial; RETRIED: of earlier versions
+DATABASE = "study.db"
+OUTCOME = "outcome"  # user attribute of a trial
 HEARTBEAT, GRACE = 10, 60  # seconds between heartbeats, and until a worker without one counts as dead
 RETRIES = 2  # of a trial whose worker dies: it may be the trial that kills it
 LOCKED = 60  # seconds that a worker waits for another one's write to an SQLite file
@@ -62,15 +61,12 @@ def open_study(folder: Path, url: str | None, settings: Mapping[str, Any]) -> op
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # the search itself logs what happens
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    study = optuna.create_study(
+    return optuna.create_study(
         storage=_storage(url or f"sqlite:///{folder / DATABASE}"),
         study_name=f"tailora-{name}",
         direction="minimize",
         load_if_exists=True,
     )
-    if url is None and (folder / JOURNAL).exists() and not study.get_trials(deepcopy=False):
-        _copy_journal(folder / JOURNAL, study)
-    return study
 
 
 def _storage(url: str) -> RDBStorage:
@@ -125,19 +121,6 @@ def _unusable(url: str, error: Exception) -> ConfigError:
         "form of SQLAlchemy, such as sqlite:///study.db or postgresql+psycopg2://user:password@host/name, with its "
         "driver installed"
     )
-
-
-def _copy_journal(journal: Path, study: optuna.Study) -> None:
-    """Copies the trials that an earlier version kept in a file; those that were not finished will be run again."""
-    earlier = optuna.load_study(study_name=study.study_name, storage=JournalStorage(JournalFileBackend(str(journal))))
-    trials = earlier.get_trials(deepcopy=False)
-    study.add_trials(trials)
-    retried = {trial.user_attrs.get(RETRIED) for trial in trials}
-    for trial in trials:
-        if trial.state == TrialState.RUNNING:
-            study.tell(trial.number, state=TrialState.FAIL)
-        if trial.state in (TrialState.RUNNING, TrialState.FAIL) and trial.number not in retried:
-            retry(study, trial)
 
 
 # ---- Trials

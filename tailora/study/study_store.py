@@ -30,7 +30,6 @@ from tailora.train.config import ACCUMULATION, batches_per_step
 from tailora.train.launch import device_asked_for, threads_per_process
 
 PLAN, LOCK, TIMING = "plan.json", ".lock", "probe"
-EARLIER_LOCK = ".claim"  # of earlier versions
 LAUNCH, PROCESSES = "launch", "nproc_per_node"  # in a study's settings: section and name of the number of processes
 DAMAGED = "give another --output-dir, or delete this folder and start again"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -50,7 +49,7 @@ def locked(folder: Path, name: str, study: str, busy: str | None = None) -> Iter
     Raises ConfigError for a folder with other files, and leaves nothing in it.
     """
     create_output_folder(folder)
-    others = {entry.name for entry in folder.iterdir()} - {LOCK, EARLIER_LOCK}
+    others = {entry.name for entry in folder.iterdir()} - {LOCK}
     written_now = (TEMPORARY.fullmatch(entry) for entry in others)  # by a worker that begins at the same time
     others -= {match[0] for match in written_now if match and match["name"] == name}
     if others and not (folder / name).exists():

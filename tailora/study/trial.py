@@ -22,13 +22,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import psutil
 from filelock import FileLock
 from numpy.typing import NDArray
 
@@ -44,6 +43,7 @@ from tailora.train.config import (
 )
 from tailora.train.failures import Failure, leave_failure
 from tailora.train.launch import end_process, is_launched_by_tailora, launch, rank
+from tailora.train.subprocess_worker import kill
 
 DONE, PRUNED, DIVERGED, OUT_OF_MEMORY = "done", "pruned", "diverged", "out of memory"
 SPEC, RESULT, RUN = "spec.json", "trial.json", "run"  # in the folder of a trial
@@ -51,7 +51,6 @@ OF_RANKS = "ranks"  # the folder there with the temporary files of their launche
 MODULE = "tailora.study.trial"
 COMMAND = (sys.executable, "-m", MODULE)  # and a folder
 NOT_SETTINGS = ("before", "texts", "processes")  # fields of a TrialSpec that save time and change no result
-SECONDS_TO_END = 10.0  # for processes that are killed
 
 Indices = NDArray[np.int64]
 BaseLosses = tuple[list[float], list[int]]  # of each held-out example: sum of the base's losses, and their number
@@ -149,7 +148,7 @@ class Trial:
 
     outcome: done, diverged, out of memory, or pruned: ended by `listen`.    message: the reason, unless done.
     numbers: of TrainResult; also seed, held_out (how many examples there are), parts (the model's `target_groups`),
-    all_steps (of the epochs), and seconds.
+    all_steps (of the epochs; None for a stream), and seconds.
     loss_unit: what losses are measured in.
     sums, before: sum of the losses of each held-out example, of the trained model and of the base.    counts: how many
     losses it has; of a language model, learned tokens.
@@ -280,30 +279,6 @@ class Worker:
         """Raises KeyboardInterrupt after `stop`."""
         if self.stopped:
             raise KeyboardInterrupt
-
-
-def kill(process: "subprocess.Popen[str]") -> None:
-    """Kills the process of a trial and all that it has started, and waits until these have ended."""
-    if process.poll() is not None:  # another process may have its number by now
-        return
-    started: list[psutil.Process] = []
-    with suppress(psutil.NoSuchProcess):  # another thread has killed it meanwhile
-        started = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    for child in started:
-        with suppress(psutil.NoSuchProcess):
-            child.kill()
-    end = time.monotonic() + SECONDS_TO_END
-    while not all(map(_has_ended, started)) and time.monotonic() < end:
-        time.sleep(0.01)
-
-
-def _has_ended(process: psutil.Process) -> bool:
-    """Also true of a process whose parent has not asked for its exit code, as where that was killed."""
-    try:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 class Progress(Protocol):
@@ -447,16 +422,13 @@ def main(folder: Path, device: str | None = None) -> int:
     if device is not None:
         spec = replace(spec, settings={**spec.settings, "device": device})
 
-    def write(event: TrialEvent) -> None:
-        print(json.dumps(asdict(event)), flush=True)
-
     try:
         if spec.processes > 1 and not is_launched_by_tailora():
             temporary = folder / OF_RANKS
             temporary.mkdir()
             launch([str(folder)], spec.processes, module=MODULE, temporary=temporary)
             return 0
-        trial = _train(spec, folder, write)
+        trial = _train(spec, folder, lambda event: print(json.dumps(asdict(event)), flush=True))
     except TailoraError as error:
         if isinstance(error, ProcessFailedError) and error.traceback:  # of a bug in a rank
             sys.stderr.write(error.traceback)
@@ -506,8 +478,8 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
 
     def on_event(event: Event) -> None:
         if isinstance(event, Prepared):
-            header.update(steps=event.header["max_steps"], parameters=event.header["trainable_parameters"])
-            header.update(loss_unit=event.header["loss_unit"])
+            names = {"steps": "max_steps", "parameters": "trainable_parameters", "loss_unit": "loss_unit"}
+            header.update({name: event.header[key] for name, key in names.items()})
         if isinstance(event, Stepped | Evaluated):
             of_held_out = isinstance(event, Evaluated)
             events.append(
@@ -546,10 +518,9 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
         "seed": config.seed,
         "held_out": sum(held_out),
         "parts": parts,
-        "all_steps": None
-        if result.data is None
-        else epoch_steps(config, result.data.train.epoch_size),  # not of a stream
+        "all_steps": None if result.data is None else epoch_steps(config, result.data.train.epoch_size),
         "data_warnings": {} if result.data is None else warnings_of(result.data.report.to_dict()),
+        **seconds,
     }
     files = folder_of(result.model, Path(result.output_dir)).rglob("*")
     return _trial(
@@ -557,7 +528,7 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
         "",
         events,
         spec.before,
-        numbers={**numbers, **seconds},
+        numbers=numbers,
         sums=result.after.sums.tolist(),
         hits=[] if result.hits_after is None else result.hits_after.tolist(),
         before=result.before.sums.tolist(),

@@ -2,6 +2,7 @@
 
     measure_steps     settings -> `python -m tailora.train.subprocess_worker FOLDER` -> StepsMeasured
     error_of          the error of a process that has failed; also of those of study.trial
+    kill              ends a process of study.trial and all that it has started
 
 The largest forward comes first and again at the end; between them are the first steps of the run. So the peak is that
 of the run, except for what its many other lengths add. Nothing is written outside of the temporary folder.
@@ -12,10 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+
+import psutil
 
 from tailora.errors import MemoryLimitError, TailoraError
 from tailora.formats.io import write_file
@@ -24,6 +27,7 @@ from tailora.train.config import TrainConfig
 from tailora.train.failures import Failure
 
 ERROR = "error.json"
+SECONDS_TO_END = 10.0  # for processes that are killed
 KILLED = -9  # exit code of a process that the system ended, usually because memory ran out
 
 
@@ -40,6 +44,30 @@ def error_of(folder: Path, code: int, stderr: str, task: str) -> Exception:
     if code == KILLED:
         return MemoryLimitError(f"{task} was killed by the system, most likely for memory: take a smaller batch size")
     return RuntimeError(f"{task} ended with code {code}: {stderr.strip()[-2000:]}")
+
+
+def kill(process: "subprocess.Popen[str]") -> None:
+    """Kills a process and all that it has started, and waits until these have ended."""
+    if process.poll() is not None:  # another process may have its number by now
+        return
+    started: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):  # another thread has killed it meanwhile
+        started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for child in started:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    end = time.monotonic() + SECONDS_TO_END
+    while not all(map(_has_ended, started)) and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    """Also true of a process whose parent has not asked for its exit code, as where that was killed."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 STEPS = 3  # between the two steps of the largest forward

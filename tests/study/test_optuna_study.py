@@ -9,7 +9,6 @@ import numpy as np
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
-from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import MetaData
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, ProgrammingError
@@ -132,25 +131,6 @@ def test_tables_that_another_worker_creates_at_the_same_time_are_used(
     monkeypatch.setattr(MetaData, "create_all", collide)
     assert open_study(tmp_path, None, SETTINGS).get_trials() == []
     assert not failures
-
-
-def test_trials_in_the_file_of_an_earlier_version_are_taken_over(tmp_path: Path) -> None:
-    name = open_study(tmp_path / "x", f"sqlite:///{tmp_path}/name.db", SETTINGS).study_name
-    storage = JournalStorage(JournalFileBackend(str(tmp_path / "journal.log")))
-    earlier = optuna.create_study(storage=storage, study_name=name)
-    for loss in (3.0, None, 2.0):
-        trial = earlier.ask()
-        trial.suggest_float("x", 0, 1)
-        if loss is not None:
-            trial.set_user_attr("outcome", candidate(trial.number, loss).__dict__)
-            earlier.tell(trial, loss)
-    for _ in range(2):
-        study = open_study(tmp_path, None, SETTINGS)
-        assert finished_trials(study) == [candidate(0, 3.0), candidate(2, 2.0)]
-        assert running_trials(study) == []
-        waiting = study.get_trials(states=(TrialState.WAITING,))
-        assert [trial.params for trial in waiting] == [earlier.trials[1].params]
-        assert len(study.get_trials()) == 4
 
 
 @pytest.mark.parametrize(
