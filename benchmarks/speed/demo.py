@@ -48,6 +48,7 @@ def peft() -> dict[str, float]:
     from tailora.data.collate import collate_padded, plan_batches
     from tailora.data.demo import data_file, eval_file
     from tailora.data.prepare import prepare
+    from tailora.data.settings import DataSettings
     from tailora.train.config import TrainConfig
     from tailora.train.model_loading import load_base
     from tailora.train.optimizer import learning_rate
@@ -55,7 +56,8 @@ def peft() -> dict[str, float]:
     started = time.perf_counter()
     config = TrainConfig(**DEFAULTS)
     base, tokenizer = load_base("demo", "auto")
-    data = prepare(str(data_file()), tokenizer, eval_source=str(eval_file()), max_length=config.max_length)
+    settings = DataSettings(max_length=config.max_length)
+    data = prepare(str(data_file()), tokenizer, settings, eval_source=str(eval_file()))
     torch.manual_seed(config.seed)
     settings = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": "all-linear"}
     model = get_peft_model(base, LoraConfig(**settings, task_type="CAUSAL_LM"))

@@ -61,6 +61,7 @@ def train(arm: str, watch: Stopwatch, files: tuple[Path, Path], folder: Path) ->
     """Runs one arm; returns how many tokens it trained on."""
     from tailora.cli.train import DEFAULTS
     from tailora.data.prepare import prepare
+    from tailora.data.settings import DataSettings
     from tailora.train.config import TrainConfig
     from tailora.train.model_loading import load_base
 
@@ -68,7 +69,8 @@ def train(arm: str, watch: Stopwatch, files: tuple[Path, Path], folder: Path) ->
     config = TrainConfig(**{**DEFAULTS, **paths})
     function, settings = ARMS[arm]
     base, tokenizer = load_base(config.model)
-    examples = prepare(str(files[0]), tokenizer, max_length=config.max_length, validation_split=0).train
+    settings = DataSettings(max_length=config.max_length, validation_split=0)
+    examples = prepare(str(files[0]), tokenizer, settings).train
     if function is tailora:
         del base  # the run loads its own
         tailora(config, watch, **settings)
@@ -82,10 +84,11 @@ def held_out_losses(file: Path, adapters: list[Path]) -> list[float]:
     """Returns nats per supervised token with each of these adapters, by transformers' own forward on padded rows."""
     from tailora import LoRAModel
     from tailora.data.prepare import prepare
+    from tailora.data.settings import DataSettings
     from tailora.train.model_loading import load_base
 
     base, tokenizer = load_base("demo")
-    examples = prepare(str(file), tokenizer, validation_split=0).train
+    examples = prepare(str(file), tokenizer, DataSettings(validation_split=0)).train
     first = [examples[i] for i in range(min(HELD_OUT, len(examples)))]
     losses = []
     for folder in adapters:

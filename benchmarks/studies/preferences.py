@@ -144,10 +144,11 @@ def judge(file: Path, adapter: Path) -> dict[str, float]:
     """Returns accuracy and mean margin of the rewards of held-out pairs, by transformers' own forward."""
     from tailora import LoRAModel
     from tailora.data.prepare import prepare
+    from tailora.data.settings import DataSettings
     from tailora.train.model_loading import load_base
 
     base, tokenizer = load_base("demo")
-    pairs = prepare(str(file), tokenizer, max_length=MAX_LENGTH, validation_split=0).train
+    pairs = prepare(str(file), tokenizer, DataSettings(max_length=MAX_LENGTH, validation_split=0)).train
     model = LoRAModel.from_pretrained(base, adapter).eval()
     margins = []
     for pair in pairs:

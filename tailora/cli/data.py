@@ -56,6 +56,7 @@ def data(
     fetch_demo(settings.model, *sources)
     import torch
 
+    from tailora.data.prepare import check_vocabulary
     from tailora.data.tokenize import preview
     from tailora.train.dataloader import read_whole
     from tailora.train.model_loading import load_tokenizer, new_model, read_config
@@ -66,7 +67,8 @@ def data(
         empty = new_model(model_config, settings.model, settings.task)
     embedding_rows = empty.get_input_embeddings().weight.shape[0]
     labels, _ = find_labels(settings)
-    prepared = read_whole(settings, tokenizer, embedding_rows, labels)
+    check_vocabulary(tokenizer, embedding_rows)
+    prepared = read_whole(settings, tokenizer, labels)
     report = prepared.report.to_dict()
     examples = {
         f"example {index + 1}{name}": preview(sequence, tokenizer)

@@ -168,10 +168,11 @@ def answers(
     model: Any, tokenizer: Any, rows: Sequence[Row], config: TrainConfig, max_new_tokens: int
 ) -> Iterator[Prediction]:
     """Yields the greedy answers of a language model. Raises DataError with every row that asks nothing, before any."""
-    from tailora.data.chat_template import ChatTokenizer, SampleOptions
+    from tailora.data.chat_template import ChatTokenizer
+    from tailora.data.settings import DataSettings
     from tailora.evaluation.generate import stream_reply
 
-    chat_tokenizer = ChatTokenizer.of(tokenizer, SampleOptions(system=config.system))
+    chat_tokenizer = ChatTokenizer.of(tokenizer, DataSettings(system=config.system))
     questions = [question(row, config.field, chat_tokenizer) for row in rows]
     if problems := [item for item in questions if isinstance(item, RowProblem)]:
         raise data_error(problems)
@@ -184,7 +185,7 @@ def answers(
 def question(row: Row, field: Mapping[str, str], tokenizer: "ChatTokenizer") -> list[dict[str, Any]] | RowProblem:
     """Returns the messages to answer: `messages` without a reply at the end, or `prompt`, a text or messages.
 
-    The system message of the tokenizer's options comes before them, unless the row has one of its own.
+    The system message of the tokenizer's settings comes before them, unless the row has one of its own.
     """
     from tailora.data.chat_template import with_system
     from tailora.data.messages import read_messages

@@ -9,14 +9,17 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
+import numpy as np
 from jinja2.exceptions import TemplateError
 from tokenizers.models import BPE, WordLevel, WordPiece
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from tailora.data.dataset import Int32, Int64
 from tailora.data.messages import REASONING, SURROGATE, Messages, Tools
-from tailora.data.schemas import Conversation, Pair, Sample, Text
+from tailora.data.schemas import AnySample, Choices, Conversation, Feedback, Labelled, Pair, Preference, Tagged, Text
+from tailora.data.settings import DataSettings
 from tailora.errors import DataError
 
 # ---- A tokenizer and its chat template
@@ -27,37 +30,15 @@ MOST_CACHED = 100  # characters of a text whose ids are kept; the prompts of all
 
 
 class Tokens(NamedTuple):
-    """ids, and where each token starts and ends in the text, in characters; None if the tokenizer cannot tell."""
+    """The tokens of a text, and where each starts and ends in it, in characters."""
 
-    ids: list[int]
-    offsets: list[tuple[int, int]] | None
-
-
-@dataclass(frozen=True, slots=True)
-class SampleOptions:
-    """How samples are written, and what of them is trained. The names are those of `TrainConfig`, and of TRL.
-
-    documents: whether examples of plain texts hold one text each, or what lies side by side when all are joined.
-    system: the system message of conversations that have none.
-    assistant_only_loss: train the replies of a conversation, not all of it. completion_only_loss: train completions,
-    not their prompts. None: yes to both, except that completion_only_loss=False trains everything.
-    """
-
-    system: str | None = None
-    assistant_only_loss: bool | None = None
-    completion_only_loss: bool | None = None
-    documents: Literal["isolated", "concatenated"] = "isolated"
-
-    @property
-    def trains_replies_alone(self) -> bool:
-        if self.assistant_only_loss is not None:
-            return self.assistant_only_loss
-        return self.completion_only_loss is not False
+    ids: Int32  # (length,)
+    offsets: Int64 | None  # (length, 2); None if the tokenizer cannot tell
 
 
 @dataclass(frozen=True, slots=True)
 class ChatTokenizer:
-    """What the steps below need to know about a tokenizer, looked up once, and how samples are to be written.
+    """What the steps below need to know about a tokenizer, looked up once, and the settings of the data.
 
     bos_ids: what the tokenizer writes before a text, [BOS] or nothing.
     special_tokens: special tokens, which may end a turn.
@@ -73,7 +54,7 @@ class ChatTokenizer:
     special_ids: frozenset[int]
     special_tokens: tuple[str, ...]
     is_local: bool
-    options: SampleOptions = SampleOptions()
+    settings: DataSettings
     cache: dict[str, list[int]] = field(default_factory=dict)
 
     @property
@@ -82,8 +63,15 @@ class ChatTokenizer:
         return GENERATION_MARK.search(self.template or "") is not None
 
     @classmethod
-    def of(cls, tokenizer: Any, options: SampleOptions | None = None) -> Self:
-        """Raises DataError if the tokenizer has several chat templates and no default."""
+    def of(cls, tokenizer: Any, settings: DataSettings | None = None) -> Self:
+        """Raises DataError if the tokenizer has several chat templates and no default.
+
+        A model with a head for labels reads no more tokens than the tokenizer allows.
+        """
+        settings = settings or DataSettings()
+        if settings.labels is not None:
+            most = min(settings.max_length, int(tokenizer.model_max_length))
+            settings = replace(settings, task=settings.labels.task, max_length=most)
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(tokenizer.all_special_ids)
         try:
@@ -101,7 +89,7 @@ class ChatTokenizer:
             special_ids=frozenset(special),
             special_tokens=tuple(sorted({str(name) for name in tokenizer.convert_ids_to_tokens(sorted(special))})),
             is_local=tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.model, BPE | WordPiece | WordLevel),
-            options=options or SampleOptions(),
+            settings=settings,
         )
 
     def tokenize(self, texts: list[str]) -> list[Tokens]:
@@ -113,7 +101,10 @@ class ChatTokenizer:
             texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=fast, verbose=False
         )
         offsets = output["offset_mapping"] if fast else [None] * len(texts)
-        return [Tokens(*pair) for pair in zip(output["input_ids"], offsets, strict=True)]
+        return [
+            Tokens(np.array(ids, np.int32), None if pairs is None else np.array(pairs, np.int64).reshape(-1, 2))
+            for ids, pairs in zip(output["input_ids"], offsets, strict=True)
+        ]
 
     def token_ids(self, text: str) -> list[int]:
         ids = self.cache.get(text)
@@ -175,13 +166,26 @@ def to_conversation(sample: Conversation | Pair) -> Conversation:
     return Conversation(messages, first=1)
 
 
-def with_system(sample: Sample, tokenizer: ChatTokenizer) -> Sample:
-    """Returns the sample with the system message of the options, unless it has one of its own or is plain text.
+def with_system(sample: AnySample, tokenizer: ChatTokenizer) -> AnySample:
+    """Returns the sample with the system message of the settings, unless it has one of its own or is plain text.
 
     Raises DataError if there is no chat template to write it with.
     """
-    system = tokenizer.options.system
-    if system is None or isinstance(sample, Text):
+    match sample:
+        case Choices():
+            return replace(sample, options=tuple(_with_system(option, tokenizer) for option in sample.options))
+        case Preference():
+            return Preference(_with_system(sample.chosen, tokenizer), _with_system(sample.rejected, tokenizer))
+        case Feedback():
+            return replace(sample, reply=_with_system(sample.reply, tokenizer))
+        case Text() | Labelled() | Tagged():
+            return sample
+    return _with_system(sample, tokenizer)
+
+
+def _with_system(sample: Conversation | Pair, tokenizer: ChatTokenizer) -> Conversation | Pair:
+    system = tokenizer.settings.system
+    if system is None:
         return sample
     if tokenizer.template is None:
         raise DataError("--system needs a chat template, which the tokenizer does not have: leave it out")

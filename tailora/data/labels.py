@@ -6,17 +6,17 @@
     token-classification       the index of each word's tag, at the word's first token
 
 `read_labels` collects the names from all training rows before the model is loaded, since they size its head.
+`tokenize.py` makes the examples.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from tailora.data.chat_template import ChatTokenizer
 from tailora.data.dataset import IGNORED, Example, Examples, Float64
 from tailora.data.readers import Row, RowProblem, data_error, read_rows
 from tailora.data.schemas import (
@@ -29,7 +29,6 @@ from tailora.data.schemas import (
     convert_row,
     detect_schema,
 )
-from tailora.data.tokenize import EncodedSample
 from tailora.errors import DataError, nearest
 
 LABEL_TASKS = (SEQUENCE_CLASSIFICATION, REGRESSION, TOKEN_CLASSIFICATION)
@@ -91,6 +90,9 @@ class Labels:
             f"{'tag' if self.task == TOKEN_CLASSIFICATION else 'label'} {name!r} is none of those that the model "
             f"learns: {listed(self.names)}{nearest(name, self.names)}"
         )
+
+    def tag_index(self, tag: str | int) -> int:
+        return self.index(_name(tag))
 
     def preview(self, example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
         """Returns pieces of text, and whether they are learned: of tags in brackets after their words, or the label."""
@@ -235,88 +237,3 @@ def names_of(sample: Labelled | Tagged) -> list[str]:
     if isinstance(sample, Tagged):
         return [_name(tag) for tag in sample.tags or ()]
     return [_name(value) for value in (sample.label if isinstance(sample.label, list) else [sample.label])]
-
-
-# ---- Tokens and targets
-
-
-def most_tokens(tokenizer: Any, max_length: int) -> int:
-    """Returns the most tokens of a row, which the model must have positions for."""
-    return min(max_length, int(tokenizer.model_max_length))
-
-
-def encode_labelled(
-    samples: Sequence[Labelled | Tagged], tokenizer: ChatTokenizer, max_length: int, labels: Labels
-) -> list[EncodedSample | DataError]:
-    """Returns the tokens and targets of every sample, or the reason why it has none.
-
-    The tokenizer writes its own special tokens, such as [CLS] and [SEP]. A sample without a label gets any target.
-    """
-    results: list[EncodedSample | DataError] = []
-    for sample in samples:
-        try:
-            encode: Callable[..., EncodedSample] = _encode_tags if isinstance(sample, Tagged) else _encode_text
-            results.append(encode(sample, tokenizer, max_length, labels))
-        except DataError as error:
-            results.append(error)
-    return results
-
-
-def _encode_text(sample: Labelled, tokenizer: ChatTokenizer, max_length: int, labels: Labels) -> EncodedSample:
-    target = labels.target(sample.label) if sample.label is not None else np.zeros(labels.targets)
-    if sample.messages:
-        if tokenizer.template is None:
-            raise DataError("messages need a chat template, and the tokenizer has none: give text instead")
-        ids = tokenizer.token_ids(tokenizer.render(sample.messages))
-        return EncodedSample(_example(ids[:max_length], 0, target), len(ids), True, has_target=True)
-    encode, pair = tokenizer.tokenizer, (sample.text, *([] if sample.second is None else [sample.second]))
-    length = len(encode(*pair, verbose=False)["input_ids"])
-    encoding = encode(*pair, truncation=True, max_length=max_length, return_token_type_ids=True, verbose=False)
-    segments = list(encoding["token_type_ids"])
-    second_start = segments.index(1) if 1 in segments else 0
-    example = _example(encoding["input_ids"], second_start, target)
-    return EncodedSample(example, length, True, has_target=True)
-
-
-def _example(ids: Sequence[int], second_start: int, target: Float64 | None) -> Example:
-    input_ids = np.array(ids, dtype=np.int32)
-    if not len(input_ids):
-        raise DataError("nothing to learn: the text has no tokens")
-    return Example(input_ids, np.full_like(input_ids, IGNORED), second_start=second_start, target=target)
-
-
-def first_tokens(tokens: Sequence[str], tokenizer: ChatTokenizer, max_length: int) -> tuple[list[int], list[int], int]:
-    """Returns the ids of the words, joined by spaces; the index of each word's first token, and the length uncut.
-
-    The index is -1 for a word that is cut at max_length, or of whose characters the tokenizer keeps none.
-    """
-    if not tokenizer.tokenizer.is_fast:
-        raise DataError("token-classification needs a fast tokenizer, which says where its tokens are in the text")
-    ends = np.cumsum([len(token) + 1 for token in tokens]) - 1  # of each word in the text
-    text = " ".join(tokens)
-    options: dict[str, Any] = {"return_offsets_mapping": True, "return_special_tokens_mask": True, "verbose": False}
-    encoding = tokenizer.tokenizer(text, **options)
-    length = len(encoding["input_ids"])
-    if length > max_length:
-        encoding = tokenizer.tokenizer(text, truncation=True, max_length=max_length, **options)
-    firsts = [-1] * len(tokens)
-    spans = zip(encoding["offset_mapping"], encoding["special_tokens_mask"], strict=True)
-    for index, ((start, end), is_special) in enumerate(spans):
-        if is_special or start == end:
-            continue
-        word = int(np.searchsorted(ends, end))  # a token may begin with the space before its word
-        if firsts[word] < 0 and text[start:end].strip():
-            firsts[word] = index
-    return list(encoding["input_ids"]), firsts, length
-
-
-def _encode_tags(sample: Tagged, tokenizer: ChatTokenizer, max_length: int, labels: Labels) -> EncodedSample:
-    ids, firsts, length = first_tokens(sample.tokens, tokenizer, max_length)
-    input_ids = np.array(ids, dtype=np.int32)
-    tags = np.full_like(input_ids, IGNORED)
-    values = [0] * len(firsts) if sample.tags is None else [labels.index(_name(tag)) for tag in sample.tags]
-    for first, value in zip(firsts, values, strict=True):
-        if first >= 0:
-            tags[first] = value
-    example = Example(input_ids, tags)
-    return EncodedSample(example, length, True, has_target=bool((tags != IGNORED).any()))

@@ -11,14 +11,19 @@ A reply's span ends with its end-of-turn token; the model never generates what t
 trained only if the model sees the same tokens before them when it generates.
 """
 
-from bisect import bisect_right
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tailora.data.chat_template import ChatTokenizer, Span, Tokens, fit_to_template, to_conversation
+from tailora.data.dataset import Int32
 from tailora.data.messages import REASONING
 from tailora.data.schemas import Conversation, Sample, Text
 from tailora.errors import DataError
+
+Bools: TypeAlias = NDArray[np.bool_]
 
 # ---- A sample -> its text and the trained spans
 
@@ -57,14 +62,14 @@ def render_sample(sample: Sample, tokenizer: ChatTokenizer) -> RenderedSample:
             "the tokenizer has no chat template to write messages with: take the instruct version of the model, "
             "set tokenizer.chat_template, or give the data as prompt and completion"
         )
-    if tokenizer.options.assistant_only_loss:
+    if tokenizer.settings.assistant_only_loss:
         raise DataError(
             "--assistant-only-loss needs messages, and the row is prompt and completion, for which there is no chat "
             "template: leave it out"
         )
     _check_eos(tokenizer)
     text = sample.prompt + sample.completion
-    start = 0 if tokenizer.options.completion_only_loss is False else len(sample.prompt)
+    start = 0 if tokenizer.settings.completion_only_loss is False else len(sample.prompt)
     return RenderedSample(text, [(start, len(text))], add_bos=True, add_eos=True)
 
 
@@ -75,9 +80,9 @@ def _check_eos(tokenizer: ChatTokenizer) -> None:
 
 def _render_chat(chat: Conversation, tokenizer: ChatTokenizer) -> RenderedSample:
     chat = fit_to_template(chat, tokenizer)
-    if tokenizer.options.completion_only_loss is False:
+    if tokenizer.settings.completion_only_loss is False:
         chat = replace(chat, first=0)
-    if not tokenizer.options.trains_replies_alone:
+    if not tokenizer.settings.trains_replies_alone:
         return _render_all(chat, tokenizer)
     if tokenizer.marks_replies:
         text, marked = tokenizer.render_generation_spans(chat)
@@ -225,45 +230,46 @@ def _end_turn(text: str, span: Span, tokenizer: ChatTokenizer) -> tuple[int, int
 # ---- Spans -> tokens
 
 
-def loss_mask(
-    rendered: RenderedSample, tokens: Tokens, tokenizer: ChatTokenizer, max_length: int
-) -> tuple[list[int], list[bool]]:
-    """Returns token ids, with BOS and EOS where they belong, and for each whether it is trained.
+def loss_mask(rendered: RenderedSample, tokens: Tokens, tokenizer: ChatTokenizer) -> tuple[Int32, Bools]:
+    """Returns token ids, with BOS and EOS where they belong, and for each whether it is trained, (length,) both.
 
     tokens: of the whole rendered text. They are used if its prompts have the same tokens as in generation; otherwise
-    prompts and replies are tokenised one by one.
-    max_length: only the prompts of replies that begin before it are compared, since the others will be cut off.
+        prompts and replies are tokenised one by one.
     """
-    ids, mask = _mask_from_offsets(rendered, tokens, tokenizer, max_length) or _mask_from_pieces(rendered, tokenizer)
-    if rendered.add_bos and ids[: len(tokenizer.bos_ids)] != tokenizer.bos_ids:
-        ids, mask = tokenizer.bos_ids + ids, [False] * len(tokenizer.bos_ids) + mask
-    if rendered.add_eos and tokenizer.eos_id is not None and ids[-1:] != [tokenizer.eos_id]:
-        ids, mask = [*ids, tokenizer.eos_id], [*mask, True]
-    return ids, mask
+    ids, mask = _mask_from_offsets(rendered, tokens, tokenizer) or _mask_from_pieces(rendered, tokenizer)
+    bos, eos = tokenizer.bos_ids, [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    if rendered.add_bos and ids[: len(bos)].tolist() != bos:
+        ids, mask = np.concatenate([bos, ids]), np.concatenate([np.zeros(len(bos), bool), mask])
+    if rendered.add_eos and eos and ids[-1:].tolist() != eos:
+        ids, mask = np.append(ids, eos), np.append(mask, True)
+    return ids.astype(np.int32), mask
 
 
 def _mask_from_offsets(
-    rendered: RenderedSample, tokens: Tokens, tokenizer: ChatTokenizer, max_length: int
-) -> tuple[list[int], list[bool]] | None:
-    """Returns None if the prompts have other tokens than in generation, or if there are no offsets."""
+    rendered: RenderedSample, tokens: Tokens, tokenizer: ChatTokenizer
+) -> tuple[Int32, Bools] | None:
+    """Returns None if the prompts have other tokens than in generation, or if there are no offsets.
+
+    Only the prompts of replies that begin before max_length are compared, since the others will be cut off.
+    """
     if tokens.offsets is None:
         return None
-    ends = [end for _, end in tokens.offsets]
-    mask = [False] * len(tokens.ids)
+    mask = np.zeros(len(tokens.ids), bool)
     for start, end in rendered.trained_spans:
-        first, last = bisect_right(ends, start), bisect_right(ends, end)
-        mask[first:last] = [True] * (last - first)
-        if first >= max_length:
+        first, last = np.searchsorted(tokens.offsets[:, 1], (start, end), side="right")
+        mask[first:last] = True
+        if first >= tokenizer.settings.max_length:
             continue
         # Special tokens split a text before anything else is done to it, so only what follows the last one can differ.
-        split = next((i for i in range(first - 1, 0, -1) if tokens.ids[i] in tokenizer.special_ids), 0)
-        split_start = tokens.offsets[split][0] if split else 0
-        if tokenizer.token_ids(rendered.text[split_start:start]) != tokens.ids[split:first]:
+        ids = tokens.ids[:first].tolist()
+        split = next((i for i in range(first - 1, 0, -1) if ids[i] in tokenizer.special_ids), 0)
+        split_start = tokens.offsets[split, 0] if split else 0
+        if tokenizer.token_ids(rendered.text[split_start:start]) != ids[split:]:
             return None
     return tokens.ids, mask
 
 
-def _mask_from_pieces(rendered: RenderedSample, tokenizer: ChatTokenizer) -> tuple[list[int], list[bool]]:
+def _mask_from_pieces(rendered: RenderedSample, tokenizer: ChatTokenizer) -> tuple[Int32, Bools]:
     """Prompts and replies tokenised one by one."""
     ids: list[int] = []
     mask: list[bool] = []
@@ -275,4 +281,4 @@ def _mask_from_pieces(rendered: RenderedSample, tokenizer: ChatTokenizer) -> tup
             ids += piece_ids
             mask += [is_trained] * len(piece_ids)
         previous_end = end
-    return ids, mask
+    return np.array(ids, np.int32), np.array(mask, bool)

@@ -1,41 +1,29 @@
 """Reads, checks and tokenises a source: all of it for training, as a stream, or in chunks for evaluation.
 
-readers -> schemas -> chat_template -> tokenize -> dataset, 1000 rows at a time; see the package's docstring
+readers -> schemas -> chat_template, loss_mask, tokenize -> dataset, 1000 rows at a time; see the package's docstring
 """
 
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from tailora.data import dataset
-from tailora.data.chat_template import ChatTokenizer, SampleOptions, with_system
-from tailora.data.dataset import IGNORED, DataReport, Example, Examples, Mixture, SourceReport, with_other_replies
+from tailora.data.chat_template import ChatTokenizer
+from tailora.data.dataset import DataReport, Example, Examples, Mixture, SourceReport, with_other_replies
 from tailora.data.demo import resolve_demo
-from tailora.data.labels import Labels, encode_labelled, most_tokens
 from tailora.data.readers import Row, RowProblem, Rows, Source, data_error, read_rows
 from tailora.data.schemas import (
-    AUTO,
     CAUSAL_LM,
     FEEDBACK,
     PREFERENCE,
-    SEQ2SEQ,
     TEXT,
     AnySample,
-    Choices,
     ColumnMapping,
-    Conversation,
-    Feedback,
-    Labelled,
-    Pair,
-    Preference,
-    Sample,
-    Tagged,
     Text,
     convert_row,
     count_messages,
@@ -43,7 +31,8 @@ from tailora.data.schemas import (
     evaluation_schema,
     weight_of,
 )
-from tailora.data.tokenize import EncodedSample, encode_samples, encode_seq2seq
+from tailora.data.settings import DataSettings
+from tailora.data.tokenize import EncodedSample, encode_samples
 from tailora.errors import ConfigError, DataError, listing
 
 CHUNK = 1000  # rows tokenised at a time
@@ -51,138 +40,48 @@ CHUNK = 1000  # rows tokenised at a time
 # ---- Rows -> encoded samples
 
 
-class EncodedRow(NamedTuple):
-    """choices: the choices whose right answer is `sample`; None for other schemas.
-
-    sample: of two replies the better one.
-    """
-
-    sample: Sample
-    encoded: EncodedSample
-    choices: Choices | None = None
-
-
 def encode_source(
-    source: str,
-    items: Rows,
-    field: Mapping[str, str] | None,
-    tokenizer: ChatTokenizer,
-    max_length: int,
-    detect_from: int | None = CHUNK,
-    task: str = AUTO,
-    whole_texts: bool = False,
-    for_evaluation: bool = False,
-    labels: Labels | None = None,
-) -> tuple[ColumnMapping, Iterator[EncodedRow | RowProblem]]:
-    """Returns how the columns are read, and the encoded row or the problem for every item, in order.
+    source: str, items: Rows, tokenizer: ChatTokenizer, *, detect_from: int | None = CHUNK, whole_texts: bool = False
+) -> tuple[ColumnMapping, Iterator[EncodedSample | RowProblem]]:
+    """Returns how the columns are read, and the encoded sample or the problem for every item, in order.
 
-    for_evaluation: a pair of replies becomes choices, of which the chosen reply is right.
     detect_from: how many of the first items decide on the schema; None: all.
     whole_texts: plain texts are not cut at max_length.
-    labels: of the tasks that have some.
     Raises DataError if these hold no row, or no row of a known schema.
     """
+    settings = tokenizer.settings
     first = list(islice(items, detect_from))
     rows = [item.fields for item in first if isinstance(item, Row)]
     if not rows:
         problems = [item for item in first if isinstance(item, RowProblem)]
         raise data_error(problems or [RowProblem(source, 0, "no rows: there is nothing to learn from")])
     try:
-        mapping = detect_schema(rows, field, task)
-        if for_evaluation:
+        mapping = detect_schema(rows, settings.field, settings.task)
+        if settings.for_evaluation:
             mapping = replace(mapping, schema=evaluation_schema(mapping.schema))
     except DataError as error:
         raise DataError(f"data {source}: {error}") from None
-    longest = sys.maxsize if whole_texts and mapping.schema.name == TEXT else max_length
-    return mapping, _encode_rows(chain(first, items), mapping, tokenizer, longest, labels)
+    if whole_texts and mapping.schema.name == TEXT:
+        tokenizer = replace(tokenizer, settings=replace(settings, max_length=sys.maxsize))
+    return mapping, _encode_rows(chain(first, items), mapping, tokenizer)
 
 
 def _encode_rows(
-    items: Iterable[Row | RowProblem],
-    mapping: ColumnMapping,
-    tokenizer: ChatTokenizer,
-    max_length: int,
-    labels: Labels | None,
-) -> Iterator[EncodedRow | RowProblem]:
-    encode: Any = encode_samples if labels is None else partial(encode_labelled, labels=labels)
-    if mapping.schema.task == SEQ2SEQ:
-        encode = encode_seq2seq
+    items: Iterable[Row | RowProblem], mapping: ColumnMapping, tokenizer: ChatTokenizer
+) -> Iterator[EncodedSample | RowProblem]:
     numbered = enumerate(items)
     while chunk := list(islice(numbered, CHUNK)):
-        converted = [_sample_of(item, mapping, tokenizer) if isinstance(item, Row) else item for _, item in chunk]
-        samples = [part for sample in converted if not isinstance(sample, RowProblem) for part in _parts(sample)]
-        results = iter(encode(samples, tokenizer, max_length))
-        for (index, item), sample in zip(chunk, converted, strict=True):
-            if isinstance(sample, RowProblem):
-                yield sample
-                continue
-            result = _join(sample, [next(results) for _ in _parts(sample)])
+        samples = [convert_row(item, mapping) if isinstance(item, Row) else item for _, item in chunk]
+        encoded = iter(encode_samples([sample for sample in samples if not isinstance(sample, RowProblem)], tokenizer))
+        for (index, item), sample in zip(chunk, samples, strict=True):
+            result = sample if isinstance(sample, RowProblem) else next(encoded)
             if isinstance(result, DataError):
                 yield RowProblem(item.file, item.number, str(result))
-                continue
-            weight = weight_of(item, mapping) if isinstance(item, Row) else 1.0
-            encoded = replace(result, example=replace(result.example, source_index=index, weight=weight))
-            yield EncodedRow(_parts(sample)[0], encoded, sample if isinstance(sample, Choices) else None)
-
-
-def _sample_of(row: Row, mapping: ColumnMapping, tokenizer: ChatTokenizer) -> AnySample | RowProblem:
-    """Returns the row's sample as the options of the tokenizer want it, or why it has none."""
-    sample = convert_row(row, mapping)
-    if isinstance(sample, RowProblem | Labelled | Tagged) or tokenizer.options.system is None:
-        return sample
-
-    def reply(part: Conversation | Pair) -> Conversation | Pair:
-        result = with_system(part, tokenizer)
-        assert not isinstance(result, Text)
-        return result
-
-    try:
-        match sample:
-            case Choices():
-                return replace(sample, options=tuple(map(reply, sample.options)))
-            case Preference():
-                return Preference(reply(sample.chosen), reply(sample.rejected))
-            case Feedback():
-                return replace(sample, reply=reply(sample.reply))
-        return with_system(sample, tokenizer)
-    except DataError as error:
-        return RowProblem(row.file, row.number, str(error))
-
-
-def _parts(sample: AnySample) -> list[Any]:
-    """Returns what is tokenised of a sample."""
-    match sample:
-        case Choices():
-            return [sample.options[sample.answer]]
-        case Preference():
-            return [sample.chosen, sample.rejected]
-        case Feedback():
-            return [sample.reply]
-    return [sample]
-
-
-def _join(sample: AnySample, parts: Sequence[EncodedSample | DataError]) -> EncodedSample | DataError:
-    """Returns a sample from its encoded parts. Where the cut takes a whole reply of two, nothing of it is trained."""
-    encoded = [part for part in parts if isinstance(part, EncodedSample)]
-    if errors := [part for part in parts if isinstance(part, DataError)]:
-        return errors[0]
-    first, last = encoded[0], encoded[-1]
-    if isinstance(sample, Feedback):
-        return replace(first, example=replace(first.example, target=np.array([float(sample.desirable)])))
-    if not isinstance(sample, Preference):
-        return first
-    example = Example.of_two(first.example, last.example)
-    are_same = first.example.hash == last.example.hash
-    if are_same and max(first.length, last.length) == len(first.example.input_ids):  # nothing was cut
-        return DataError("nothing to learn: chosen and rejected are the same tokens")
-    if are_same or not (first.example.supervised and last.example.supervised):
-        example = replace(example, labels=np.full_like(example.labels, IGNORED))
-    return EncodedSample(
-        example,
-        max(first.length, last.length),
-        first.is_whole and last.is_whole,
-        first.untrained_replies + last.untrained_replies,
-    )
+            elif isinstance(result, EncodedSample) and isinstance(item, Row):
+                example = replace(result.example, source_index=index, weight=weight_of(item, mapping))
+                yield replace(result, example=example)
+            elif isinstance(result, RowProblem):
+                yield result
 
 
 @dataclass(slots=True)
@@ -222,20 +121,23 @@ class RowCounts:
             self.replies_not_learned += encoded.untrained_replies
             self.duplicates += bool(self.held_out) and example.hash in self.held_out
 
+    @classmethod
+    def total(cls, parts: Sequence["RowCounts"]) -> "RowCounts":
+        """Returns the counts of several sources together."""
+        numbers = [entry.name for entry in fields(cls) if entry.name not in ("longest", "held_out")]
+        sums = {name: sum(getattr(part, name) for part in parts) for name in numbers}
+        return cls(**sums, longest=max(part.longest for part in parts))
 
-def checked_tokenizer(
-    tokenizer: Any, embedding_rows: int | None, options: SampleOptions | None = None
-) -> ChatTokenizer:
-    """Raises DataError if the tokenizer has ids that the model's embedding lacks; None: there is no model."""
-    if embedding_rows is not None:
-        token, last = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
-        if last >= embedding_rows:
-            raise DataError(
-                f"the tokenizer is larger than the model's embedding: its last token {token!r} has the id {last}, and "
-                f"the embedding has {embedding_rows} rows; take the model's own tokenizer, or first resize the model: "
-                f"model.resize_token_embeddings({last + 1})"
-            )
-    return ChatTokenizer.of(tokenizer, options)
+
+def check_vocabulary(tokenizer: Any, embedding_rows: int) -> None:
+    """Raises DataError if the tokenizer has ids that the model's embedding lacks."""
+    token, last = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if last >= embedding_rows:
+        raise DataError(
+            f"the tokenizer is larger than the model's embedding: its last token {token!r} has the id {last}, and "
+            f"the embedding has {embedding_rows} rows; take the model's own tokenizer, or first resize the model: "
+            f"model.resize_token_embeddings({last + 1})"
+        )
 
 
 def _is_trained(encoded: EncodedSample) -> bool:
@@ -262,119 +164,121 @@ class PreparedData:
     train: Examples
     eval: Examples
     report: DataReport
-    eval_samples: list[Sample]
+    eval_samples: list[Any]
 
 
 def prepare(
     source: str | Sequence[Source],
     tokenizer: Any,
+    settings: DataSettings | None = None,
     *,
     eval_source: str | None = None,
-    field: Mapping[str, str] | None = None,
-    max_length: int = 1024,
-    validation_split: float = 0.05,
-    seed: int = 0,
-    embedding_rows: int | None = None,
-    options: SampleOptions | None = None,
-    task: str = AUTO,
-    labels: Labels | None = None,
-    for_evaluation: bool = False,
 ) -> PreparedData:
     """Reads, checks and tokenises everything; holds out a part of all sources unless there is an `eval_source`.
 
-    task: what is trained; "auto" finds it from the rows.    labels: those of all rows, for tasks that have some.
-    embedding_rows: rows of the model's embedding, which must have every token id.
-    for_evaluation: as in `encode_source`, for the loss of a language model.
     Raises DataError that names every problem with file, row and cause.
     """
-    chat_tokenizer = checked_tokenizer(tokenizer, embedding_rows, options)
-    if labels is not None:
-        max_length = most_tokens(tokenizer, max_length)
-    sources = [Source(source)] if isinstance(source, str) else list(source)
-    read = partial(
-        _load_sources,
-        tokenizer=chat_tokenizer,
-        field=field,
-        max_length=max_length,
-        labels=labels,
-        for_evaluation=for_evaluation,
-    )
-    loaded = read(sources, "train", task=task)
+    chat_tokenizer = ChatTokenizer.of(tokenizer, settings)
+    settings = chat_tokenizer.settings
+    loaded = _load_sources([Source(source)] if isinstance(source, str) else source, "train", chat_tokenizer)
+    check_settings([part.mapping for part in loaded], settings)
+    first = loaded[0].mapping.schema
     if eval_source is None:
+        trained, held_out = _split(loaded, settings)
         everything = loaded
-        trained, held_out = _split(loaded, validation_split, seed, max_length, labels)
     else:
-        trained = loaded
-        held_out = read([Source(eval_source)], "validation", task=loaded[0].mapping.schema.task)
+        of_task = replace(chat_tokenizer, settings=replace(settings, task=first.task))
+        trained, held_out = loaded, _load_sources([Source(eval_source)], "validation", of_task)
         everything = [*trained, *held_out]
     _check_same_task(everything)
-    trained, held_out = ([part.in_blocks(max_length) for part in side] for side in (trained, held_out))
-    train, judged = (Examples.of(chain.from_iterable(part.examples for part in side)) for side in (trained, held_out))
+    trained, held_out = ([part.in_blocks(settings.max_length) for part in side] for side in (trained, held_out))
+    train, evaluated = (
+        Examples.of(chain.from_iterable(part.examples for part in side)) for side in (trained, held_out)
+    )
     if any(part.source.weight != 1 for part in trained):
         sizes, weights = zip(*((len(part.examples), part.source.weight) for part in trained), strict=True)
         train = replace(train, mixture=Mixture(sizes, weights))
-    distinct = [copies[0] for copies in dataset.group_equal(judged.hashes())]
-    lengths = np.concatenate([train.lengths, judged.lengths])
-    repeated, duplicates = dataset.count_repeats(train.hashes(), judged.hashes())
-    counts = [part.counts for part in everything]
-    mappings = [part.mapping for part in loaded]
     per_epoch = train.mixture.counts if train.mixture else [len(part.examples) for part in trained]
-    report = DataReport(
-        source=", ".join(map(str, sources)),
-        sources=[
-            SourceReport(
-                name=part.source.name,
-                weight=part.source.weight,
-                shape=part.mapping.schema.name,
-                rows=part.counts.rows,
-                train=len(part.examples),
-                eval=0 if eval_source else len(other.examples),
-                epoch=count,
-            )
-            for part, other, count in zip(trained, trained if eval_source else held_out, per_epoch, strict=True)
-        ],
+    sources = [
+        SourceReport(
+            name=part.source.name,
+            weight=part.source.weight,
+            shape=part.mapping.schema.name,
+            rows=part.counts.rows,
+            train=len(part.examples),
+            eval=0 if eval_source else len(other.examples),
+            epoch=count,
+        )
+        for part, other, count in zip(trained, trained if eval_source else held_out, per_epoch, strict=True)
+    ]
+    report = _report(everything, sources, eval_source, train, evaluated, chat_tokenizer)
+    samples = [sample for part in held_out for sample in part.samples or part.decoded(tokenizer)]
+    distinct = [copies[0] for copies in dataset.group_equal(evaluated.hashes())]
+    evaluated, samples = evaluated.select(distinct), [samples[index] for index in distinct]
+    if first.name == FEEDBACK:
+        _check_feedback(train, evaluated, report.source)
+        train, evaluated = (with_other_replies(part, settings.seed, settings.max_length) for part in (train, evaluated))
+    return PreparedData(train, evaluated, report, samples)
+
+
+def _report(
+    loaded: Sequence["LoadedSource"],
+    sources: list[SourceReport],
+    eval_source: str | None,
+    train: Examples,
+    evaluated: Examples,
+    tokenizer: ChatTokenizer,
+) -> DataReport:
+    """loaded: the sources before the split, those that are trained on first. evaluated: with copies."""
+    counts, labels = RowCounts.total([part.counts for part in loaded]), tokenizer.settings.labels
+    trained = loaded[: len(sources)]
+    mappings = [part.mapping for part in trained]
+    lengths = np.concatenate([train.lengths, evaluated.lengths])
+    repeated, duplicates = dataset.count_repeats(train.hashes(), evaluated.hashes())
+    return DataReport(
+        source=", ".join(str(part.source) for part in trained),
+        sources=sources,
         eval_source=eval_source,
-        task=loaded[0].mapping.schema.task,
+        task=mappings[0].schema.task,
         shape=", ".join(dict.fromkeys(mapping.schema.name for mapping in mappings)),
         mapping={key: column for mapping in mappings for key, column in mapping.columns.items()},
         ignored=list(dict.fromkeys(column for mapping in mappings for column in mapping.ignored)),
-        chat_template=chat_tokenizer.template is not None and any(m.schema.uses_chat_template for m in mappings),
-        messages=count_messages(chain.from_iterable(part.samples for part in everything)),
-        rows=sum(part.rows for part in counts),
+        chat_template=tokenizer.template is not None and any(m.schema.uses_chat_template for m in mappings),
+        messages=count_messages(chain.from_iterable(part.samples for part in loaded)),
+        rows=counts.rows,
         train=len(train),
-        eval=len(judged),
-        eval_copies=len(judged) - len(distinct),
+        eval=len(evaluated),
+        eval_copies=len(evaluated) - len(set(evaluated.hashes())),
         tokens=int(lengths.sum()),
-        supervised_tokens=int(train.supervised.sum() + judged.supervised.sum()),
-        longest=max(part.longest for part in counts),
-        truncated=sum(part.truncated for part in counts),
-        read_in_part=sum(part.read_in_part for part in counts),
-        without_weight=sum(part.without_weight for part in counts),
-        cut_away=sum(part.cut_away for part in counts),
-        replies_not_learned=sum(part.replies_not_learned for part in counts),
+        supervised_tokens=int(train.supervised.sum() + evaluated.supervised.sum()),
+        longest=counts.longest,
+        truncated=counts.truncated,
+        read_in_part=counts.read_in_part,
+        without_weight=counts.without_weight,
+        cut_away=counts.cut_away,
+        replies_not_learned=counts.replies_not_learned,
         repeated=repeated,
         duplicates=duplicates,
         lengths=dataset.length_histogram(lengths),
-        sha256=dataset.dataset_hash(train, judged),
+        sha256=dataset.dataset_hash(train, evaluated),
         labels={} if labels is None else labels.counts(train),
-        eval_labels={} if labels is None else labels.counts(judged),
+        eval_labels={} if labels is None else labels.counts(evaluated),
     )
-    samples = [sample for part in held_out for sample in part.samples or part.decoded(tokenizer)]
-    judged, samples = judged.select(distinct), [samples[index] for index in distinct]
-    if loaded[0].mapping.schema.name == FEEDBACK:
-        if 1 in (len(train), len(judged)):
-            raise DataError(
-                f"data {report.source}: {len(train):,} rows are to train on and {len(judged):,} different ones held "
-                "out; of single replies each side needs two rows, because a reply is compared with those to other "
-                "prompts: add data, or change --validation-split"
-            )
-        if train.targets is not None and len(np.unique(train.targets)) == 1:
-            raise DataError(
-                f"data {report.source}: all labels are {'true' if train.targets.any() else 'false'}, so there is "
-                "nothing to tell apart: add rows with the other label, or take --task causal-lm"
-            )
-        train, judged = (with_other_replies(part, seed, max_length) for part in (train, judged))
-    return PreparedData(train, judged, report, samples)
+
+
+def _check_feedback(train: Examples, held_out: Examples, source: str) -> None:
+    """Raises DataError if there are too few single replies to compare, or all of them are wanted, or none."""
+    if 1 in (len(train), len(held_out)):
+        raise DataError(
+            f"data {source}: {len(train):,} rows are to train on and {len(held_out):,} different ones held out; of "
+            "single replies each side needs two rows, because a reply is compared with those to other prompts: add "
+            "data, or change --validation-split"
+        )
+    if train.targets is not None and len(np.unique(train.targets)) == 1:
+        raise DataError(
+            f"data {source}: all labels are {'true' if train.targets.any() else 'false'}, so there is nothing to tell "
+            "apart: add rows with the other label, or take --task causal-lm"
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -387,7 +291,7 @@ class LoadedSource:
     source: Source
     mapping: ColumnMapping
     examples: Examples
-    samples: list[Sample]
+    samples: list[AnySample]
     counts: RowCounts
     documents: str | None
 
@@ -402,33 +306,39 @@ class LoadedSource:
         blocks = dataset.cut_into_blocks(self.examples, max_length, concatenated=self.documents == "concatenated")
         return replace(self, examples=Examples.of(blocks), samples=[], documents=None)
 
-    def decoded(self, tokenizer: Any) -> list[Sample]:
+    def decoded(self, tokenizer: Any) -> list[AnySample]:
         return [Text(tokenizer.decode(example.input_ids.tolist())) for example in self.examples]
 
 
-def _load_sources(
-    sources: Sequence[Source],
-    split: str,
-    *,
-    tokenizer: ChatTokenizer,
-    field: Mapping[str, str] | None,
-    max_length: int,
-    task: str,
-    labels: Labels | None,
-    for_evaluation: bool,
-) -> list[LoadedSource]:
+def _load_sources(sources: Sequence[Source], split: str, tokenizer: ChatTokenizer) -> list[LoadedSource]:
     """Raises DataError that names the problems of all sources."""
     loaded, problems = [], []
     for source in sources:
         try:
-            loaded.append(_load_source(source, split, tokenizer, field, max_length, task, labels, for_evaluation))
+            loaded.append(_load_source(source, split, tokenizer))
         except DataError as error:
             problems.append(str(error))
     if problems:
         raise DataError(problems[0] if len(problems) == 1 else listing(problems))
-    if split == "train":
-        check_options([part.mapping for part in loaded], tokenizer.options)
     return loaded
+
+
+def _load_source(source: Source, split: str, tokenizer: ChatTokenizer) -> LoadedSource:
+    items = read_rows(source.name, split=split)
+    mapping, encoded = encode_source(source.name, items, tokenizer, detect_from=None, whole_texts=True)
+    settings, is_text = tokenizer.settings, mapping.schema.name == TEXT
+    results = list(encoded)
+    if problems := [result for result in results if isinstance(result, RowProblem)]:
+        raise data_error(problems)
+    rows = [result for result in results if isinstance(result, EncodedSample)]
+    counts = RowCounts()
+    for row in rows:
+        counts.add(row, sys.maxsize if is_text else settings.max_length)
+    usable = [row for row in rows if _is_trained(row)]
+    if not usable or settings.max_length < 2:
+        raise _all_cut(source.name, settings.max_length, counts)
+    examples, samples = Examples.of(row.example for row in usable), [row.sample for row in usable]
+    return LoadedSource(source, mapping, examples, samples, counts, settings.documents if is_text else None)
 
 
 def _check_same_task(sources: Sequence[LoadedSource]) -> None:
@@ -444,8 +354,8 @@ def _check_same_task(sources: Sequence[LoadedSource]) -> None:
             )
 
 
-def check_options(mappings: Sequence[ColumnMapping], options: SampleOptions) -> None:
-    """Raises DataError if an option is given that no row of the data can follow."""
+def check_settings(mappings: Sequence[ColumnMapping], settings: DataSettings) -> None:
+    """Raises DataError if a setting is given that no row of the data can follow."""
     names = ", ".join(dict.fromkeys(mapping.schema.name for mapping in mappings))
     is_text = [mapping.schema.name == TEXT for mapping in mappings]
     has_preferences = any(mapping.schema.task == PREFERENCE for mapping in mappings)
@@ -453,16 +363,16 @@ def check_options(mappings: Sequence[ColumnMapping], options: SampleOptions) -> 
     problems = [
         f"{option} and the rows are read as {names}: leave it out"
         for cannot_be_followed, option in (
-            (options.documents == "concatenated" and not any(is_text), "--documents concatenated is for plain texts,"),
-            (options.system is not None and all(is_text), "--system needs conversations,"),
-            (options.assistant_only_loss and all(is_text), "--assistant-only-loss needs conversations,"),
-            (options.completion_only_loss and not any(has_completion), "--completion-only-loss needs completions,"),
+            (settings.documents == "concatenated" and not any(is_text), "--documents concatenated is for plain texts,"),
+            (settings.system is not None and all(is_text), "--system needs conversations,"),
+            (settings.assistant_only_loss and all(is_text), "--assistant-only-loss needs conversations,"),
+            (settings.completion_only_loss and not any(has_completion), "--completion-only-loss needs completions,"),
             (
-                has_preferences and options.completion_only_loss is False,
+                has_preferences and settings.completion_only_loss is False,
                 "--no-completion-only-loss makes prompts a part of the replies that are compared,",
             ),
             (
-                has_preferences and options.assistant_only_loss is False,
+                has_preferences and settings.assistant_only_loss is False,
                 "--no-assistant-only-loss makes other messages a part of the replies that are compared,",
             ),
         )
@@ -475,58 +385,19 @@ def check_options(mappings: Sequence[ColumnMapping], options: SampleOptions) -> 
 COMPLETION_KEYS = frozenset({"completion", "output", "choices", "chosen"})
 
 
-def _load_source(
-    source: Source,
-    split: str,
-    tokenizer: ChatTokenizer,
-    field: Mapping[str, str] | None,
-    max_length: int,
-    task: str,
-    labels: Labels | None,
-    for_evaluation: bool,
-) -> LoadedSource:
-    mapping, encoded = encode_source(
-        source.name,
-        read_rows(source.name, split=split),
-        field,
-        tokenizer,
-        max_length,
-        detect_from=None,
-        task=task,
-        whole_texts=True,
-        for_evaluation=for_evaluation,
-        labels=labels,
-    )
-    is_text = mapping.schema.name == TEXT
-    results = list(encoded)
-    if problems := [result for result in results if isinstance(result, RowProblem)]:
-        raise data_error(problems)
-    counts, usable = RowCounts(), []
-    for row in results:
-        if isinstance(row, EncodedRow):
-            counts.add(row.encoded, sys.maxsize if is_text else max_length)
-            usable += [row] if _is_trained(row.encoded) else []
-    if not usable or max_length < 2:
-        raise _all_cut(source.name, max_length, counts)
-    examples = Examples.of(row.encoded.example for row in usable)
-    samples = [row.sample for row in usable]
-    return LoadedSource(source, mapping, examples, samples, counts, tokenizer.options.documents if is_text else None)
-
-
-def _split(
-    loaded: list[LoadedSource], share: float, seed: int, max_length: int, labels: Labels | None
-) -> tuple[list[LoadedSource], list[LoadedSource]]:
+def _split(loaded: list[LoadedSource], settings: DataSettings) -> tuple[list[LoadedSource], list[LoadedSource]]:
     """Returns what is trained and what is held out of each source. Texts stay whole, unless there is only one.
 
-    labels: if an example has one of several classes, about the same share of each class is held out.
+    If an example has one of several classes, about the same share of each class is held out.
     """
+    share, labels = settings.validation_split, settings.labels
     hashes = [part.examples.hashes() for part in loaded]
     if share and len(set(chain.from_iterable(hashes))) < 2:
-        loaded = [part.in_blocks(max_length) for part in loaded]
+        loaded = [part.in_blocks(settings.max_length) for part in loaded]
         hashes = [part.examples.hashes() for part in loaded]
     left_out = sum(part.counts.cut_away for part in loaded)
     classes = [] if labels is None else [index for part in loaded for index in labels.classes(part.examples)]
-    split = dataset.split_examples(list(chain.from_iterable(hashes)), share, seed, left_out, classes)
+    split = dataset.split_examples(list(chain.from_iterable(hashes)), share, settings.seed, left_out, classes)
     sides: tuple[list[LoadedSource], list[LoadedSource]] = ([], [])
     first = 0
     for part in loaded:
@@ -543,30 +414,22 @@ def _split(
 
 
 def stream_examples(
-    source: str,
-    tokenizer: Any,
-    *,
-    field: Mapping[str, str] | None = None,
-    max_length: int = 1024,
-    embedding_rows: int | None = None,
-    options: SampleOptions | None = None,
-    counts: RowCounts | None = None,
-    task: str = AUTO,
+    source: str, tokenizer: Any, settings: DataSettings | None = None, counts: RowCounts | None = None
 ) -> Iterator[Example]:
     """Yields examples in order, while they are read, without those whose trained tokens are all cut off.
 
     counts: is updated with every row; pass the same one when the stream is read again.
     Raises DataError at the first unusable row, or at the end if no row was usable.
     """
-    chat_tokenizer = checked_tokenizer(tokenizer, embedding_rows, options)
-    items = read_rows(source, streaming=True)
-    mapping, rows = encode_source(source, items, field, chat_tokenizer, max_length, task=task, whole_texts=True)
+    chat_tokenizer = ChatTokenizer.of(tokenizer, settings)
+    settings = chat_tokenizer.settings
+    mapping, rows = encode_source(source, read_rows(source, streaming=True), chat_tokenizer, whole_texts=True)
     if mapping.schema.task == PREFERENCE:
         raise ConfigError(
             f"data {source} holds preferences, for which the whole data is read before training: leave --streaming out"
         )
-    is_text, concatenated = mapping.schema.name == TEXT, chat_tokenizer.options.documents == "concatenated"
-    check_options([mapping], chat_tokenizer.options)
+    check_settings([mapping], settings)
+    is_text, max_length = mapping.schema.name == TEXT, settings.max_length
     known_counts = counts or RowCounts()
 
     def usable_examples() -> Iterator[Example]:
@@ -574,14 +437,14 @@ def stream_examples(
         for row in rows:
             if isinstance(row, RowProblem):
                 raise data_error([row])
-            known_counts.add(row.encoded, sys.maxsize if is_text else max_length)
-            if _is_trained(row.encoded) and max_length > 1:
+            known_counts.add(row, sys.maxsize if is_text else max_length)
+            if _is_trained(row) and max_length > 1:
                 is_empty = False
-                yield row.encoded.example
+                yield row.example
         if is_empty:
             raise _all_cut(source, max_length, known_counts)
 
-    examples = usable_examples()
+    examples, concatenated = usable_examples(), settings.documents == "concatenated"
     yield from dataset.cut_into_blocks(examples, max_length, concatenated=concatenated) if is_text else examples
 
 
@@ -608,75 +471,62 @@ class EvalDataReport:
 
 @dataclass(frozen=True, slots=True)
 class EvalSource:
-    """How the rows are read. name: of the data, or "demo".    limit: read at most so many rows.
-    labels: of a model that predicts some.
-    """
+    """Data to evaluate on. name: of the data, or "demo".    limit: read at most so many rows."""
 
     name: str
-    tokenizer: Any
-    field: Mapping[str, str]
-    max_length: int
+    tokenizer: ChatTokenizer
     limit: int | None = None
-    options: SampleOptions | None = None
-    labels: Labels | None = None
-    task: str = AUTO
 
-    @property
-    def chat_tokenizer(self) -> ChatTokenizer:
-        return ChatTokenizer.of(self.tokenizer, self.options)
-
-    def read(self) -> tuple[ColumnMapping, Iterator[EncodedRow | RowProblem]]:
+    def read(self) -> tuple[ColumnMapping, Iterator[EncodedSample | RowProblem]]:
         """Raises DataError if there is no row of a known schema."""
         items = islice(read_rows(resolve_demo(self.name, "eval_data"), split="validation"), self.limit)
-        return encode_source(
-            self.name,
-            items,
-            self.field,
-            self.chat_tokenizer,
-            self.max_length,
-            task=self.task if self.labels is None else self.labels.task,
-            for_evaluation=True,
-            labels=self.labels,
-        )
+        return encode_source(self.name, items, self.tokenizer)
 
 
-def check_eval_source(source: EvalSource, embedding_rows: int) -> EvalDataReport:
+def check_eval_source(source: EvalSource) -> EvalDataReport:
     """Reads all of it. Raises DataError that names every problem with file, row and cause."""
-    tokenizer = checked_tokenizer(source.tokenizer, embedding_rows, source.options)
     mapping, results = source.read()
+    max_length = source.tokenizer.settings.max_length
     problems, counts, seen, judged = [], RowCounts(), set[bytes](), 0
     for result in results:
         if isinstance(result, RowProblem):
             problems.append(result)
         else:
-            counts.add(result.encoded, source.max_length)
-            judged += result.encoded.example.supervised if _is_evaluated(result, seen) else 0
+            counts.add(result, max_length)
+            judged += result.example.supervised if _is_evaluated(result, seen) else 0
     if problems:
         raise data_error(problems)
     if counts.rows == counts.cut_away:
-        raise _all_cut(source.name, source.max_length, counts, use="judged")
-    numbers = {**asdict(counts), "supervised_tokens": judged}
-    for name in ("without_weight", "replies_not_learned", "duplicates", "held_out"):
-        del numbers[name]
-    has_template = tokenizer.template is not None and mapping.schema.uses_chat_template
-    copies = counts.rows - counts.cut_away - len(seen)
-    return EvalDataReport(source.name, mapping.schema.name, mapping.columns, has_template, **numbers, copies=copies)
+        raise _all_cut(source.name, max_length, counts, use="judged")
+    return EvalDataReport(
+        source=source.name,
+        shape=mapping.schema.name,
+        mapping=mapping.columns,
+        chat_template=source.tokenizer.template is not None and mapping.schema.uses_chat_template,
+        rows=counts.rows,
+        tokens=counts.tokens,
+        supervised_tokens=judged,
+        longest=counts.longest,
+        truncated=counts.truncated,
+        read_in_part=counts.read_in_part,
+        cut_away=counts.cut_away,
+        copies=counts.rows - counts.cut_away - len(seen),
+    )
 
 
-def _is_evaluated(row: EncodedRow, seen: set[bytes]) -> bool:
+def _is_evaluated(row: EncodedSample, seen: set[bytes]) -> bool:
     """Returns False if the row has no supervised token or is a copy of a row in `seen`, to which it is added.
 
     Copies have the same ids and labels up to max_length, and the same choices.
     """
-    example = row.encoded.example
-    key = hashlib.sha256(example.hash + repr(row.choices).encode()).digest()
-    if not row.encoded.is_learned or key in seen:
+    key = hashlib.sha256(row.example.hash + repr(row.choices).encode()).digest()
+    if not row.is_learned or key in seen:
         return False
     seen.add(key)
     return True
 
 
-def read_eval_chunks(source: EvalSource, size: int) -> Iterator[list[EncodedRow]]:
+def read_eval_chunks(source: EvalSource, size: int) -> Iterator[list[EncodedSample]]:
     """Yields the rows that have supervised tokens, without copies of earlier rows, of `size` rows at a time.
 
     Raises DataError if the data has problems that `check_eval_source` did not see, because it has changed.
@@ -686,5 +536,5 @@ def read_eval_chunks(source: EvalSource, size: int) -> Iterator[list[EncodedRow]
     while chunk := list(islice(results, size)):
         if problems := [result for result in chunk if isinstance(result, RowProblem)]:
             raise data_error(problems)
-        if rows := [row for row in chunk if isinstance(row, EncodedRow) and _is_evaluated(row, seen)]:
+        if rows := [row for row in chunk if isinstance(row, EncodedSample) and _is_evaluated(row, seen)]:
             yield rows

@@ -1,47 +1,62 @@
-"""Token ids and labels of samples. Tokens that the loss mask leaves out get the label -100."""
+"""Token ids and labels of samples. Tokens that the loss mask leaves out get the label -100.
+
+language models     texts, conversations, pairs; of preferences both replies
+seq2seq             the prompt for the encoder, the completion for the decoder
+heads for labels    texts with a target, words with their tags
+"""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from tailora.data.chat_template import (
-    ChatTokenizer,
-    Tokens,
-    fit_to_template,
-    to_conversation,
-)
-from tailora.data.dataset import IGNORED, Example, Int32, Int64
+from tailora.data.chat_template import ChatTokenizer, Tokens, fit_to_template, to_conversation, with_system
+from tailora.data.dataset import IGNORED, Example, Int32
+from tailora.data.labels import Labels
 from tailora.data.loss_mask import RenderedSample, loss_mask, render_sample
-from tailora.data.schemas import Conversation, Pair, Sample, Text
+from tailora.data.schemas import (
+    SEQ2SEQ,
+    AnySample,
+    Choices,
+    Conversation,
+    Feedback,
+    Labelled,
+    Pair,
+    Preference,
+    Sample,
+    Tagged,
+    Text,
+)
+from tailora.data.settings import DataSettings
 from tailora.errors import DataError
 
-# A text of many megabytes is not tokenized whole, only to be cut at max_length. If the tokenizer is local, a beginning
-# of the text gives the same tokens, but for the last few: 5 at most, in random and in periodic texts.
-CHARACTERS = 64  # of a text, read at first for each token that is needed; where they do not suffice, more is read
-MARGIN = 256  # last tokens of such a beginning, which are not used
-
-# A document of many megabytes is tokenised in windows: as one text it takes minutes, and gigabytes.
+# A text of many megabytes is tokenised in windows, as far as it is needed: as one text it takes minutes, and gigabytes.
 WINDOW = 2**16  # characters
 OVERLAP = 2**11  # characters that two neighbours share
 AGREEING = 16  # tokens before and after the seam of two windows, which must be the same in both
-WINDOWS_AT_ONCE = 8
+WINDOWS_AT_ONCE = 8  # where all of a text is needed
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedSample:
-    """length: before cutting at max_length.    is_whole: False if only the beginning was read, of `length` tokens.
+    """An example, and what it was made of.
+
+    sample: of two replies the better one, of choices the right one.
+    length: in tokens before cutting at max_length.    is_whole: False if only a beginning of that length was read.
     untrained_replies: replies that could not be located.
+    choices: those whose right answer is `sample`.
     has_target: True if something is learned of it, whatever its tokens are.
     """
 
+    sample: AnySample
     example: Example
     length: int
-    is_whole: bool
+    is_whole: bool = True
     untrained_replies: int = 0
+    choices: Choices | None = None
     has_target: bool = False
 
     @property
@@ -52,129 +67,261 @@ class EncodedSample:
 
 def encode_sample(sample: Sample, tokenizer: Any, max_length: int) -> Example:
     """Returns the tokens and labels of one sample. Raises DataError with the cause if it cannot be trained on."""
-    (result,) = encode_samples([sample], ChatTokenizer.of(tokenizer), max_length)
+    (result,) = encode_samples([sample], ChatTokenizer.of(tokenizer, DataSettings(max_length=max_length)))
     if isinstance(result, DataError):
         raise result
     return result.example
 
 
-def encode_samples(
-    samples: Sequence[Sample], tokenizer: ChatTokenizer, max_length: int
-) -> list[EncodedSample | DataError]:
+def encode_samples(samples: Sequence[AnySample], tokenizer: ChatTokenizer) -> list[EncodedSample | DataError]:
     """Returns the tokens and labels of every sample, or the reason why it has none."""
-    rendered: list[RenderedSample | DataError] = []
-    for sample in samples:
-        try:
-            rendered.append(render_sample(sample, tokenizer))
-        except DataError as error:
-            rendered.append(error)
-    size = (max_length + MARGIN) * CHARACTERS if tokenizer.is_local else sys.maxsize
-    chosen = [result for result in rendered if isinstance(result, RenderedSample)]
-    at_once = [result for result in chosen if not _is_long_text(result, size, tokenizer)]
-    tokens = iter(tokenizer.tokenize([result.beginning(size).text for result in at_once]))
+    prepared = [_result_of(with_system, sample, tokenizer) for sample in samples]
+    if tokenizer.settings.task == SEQ2SEQ or tokenizer.settings.labels is not None:
+        return [_result_of(_encode_one, sample, tokenizer) for sample in prepared]
+    encoded = iter(_encode_texts([part for sample in prepared for part in _parts(sample)], tokenizer))
+    return [_result_of(_join, sample, [next(encoded) for _ in _parts(sample)]) for sample in prepared]
+
+
+def _result_of(function: Callable[..., Any], sample: AnySample | DataError, *arguments: Any) -> Any:
+    """Returns the function's result for a sample, or the DataError that it raises or that there was before."""
+    if isinstance(sample, DataError):
+        return sample
+    try:
+        return function(sample, *arguments)
+    except DataError as error:
+        return error
+
+
+def _encode_one(sample: AnySample, tokenizer: ChatTokenizer) -> EncodedSample:
+    """Encodes a sample of a task that tokenises one sample at a time."""
+    if isinstance(sample, Tagged):
+        return _encode_tagged(sample, tokenizer)
+    if isinstance(sample, Labelled):
+        return _encode_labelled(sample, tokenizer)
+    assert isinstance(sample, Pair)
+    return _encode_pair(sample, tokenizer)
+
+
+# ---- Language models
+
+
+def _parts(sample: AnySample | DataError) -> list[Sample]:
+    """Returns what is tokenised of a sample."""
+    match sample:
+        case Choices():
+            return [sample.options[sample.answer]]
+        case Preference():
+            return [sample.chosen, sample.rejected]
+        case Feedback():
+            return [sample.reply]
+        case Conversation() | Pair() | Text():
+            return [sample]
+    return []
+
+
+def _join(sample: AnySample, parts: Sequence[EncodedSample | DataError]) -> EncodedSample:
+    """Returns a sample from its encoded parts. Where the cut takes a whole reply of two, nothing of it is trained."""
+    encoded = [part for part in parts if isinstance(part, EncodedSample)]
+    for part in parts:
+        if isinstance(part, DataError):
+            raise part
+    first, last = encoded[0], encoded[-1]
+    if isinstance(sample, Choices):
+        return replace(first, choices=sample)
+    if isinstance(sample, Feedback):
+        return replace(first, example=replace(first.example, target=np.array([float(sample.desirable)])))
+    if not isinstance(sample, Preference):
+        return first
+    example = Example.of_two(first.example, last.example)
+    are_same = first.example.hash == last.example.hash
+    if are_same and max(first.length, last.length) == len(first.example.input_ids):  # nothing was cut
+        raise DataError("nothing to learn: chosen and rejected are the same tokens")
+    if are_same or not (first.example.supervised and last.example.supervised):
+        example = replace(example, labels=np.full_like(example.labels, IGNORED))
+    return replace(
+        first,
+        example=example,
+        length=max(first.length, last.length),
+        is_whole=first.is_whole and last.is_whole,
+        untrained_replies=first.untrained_replies + last.untrained_replies,
+    )
+
+
+def _encode_texts(samples: Sequence[Sample], tokenizer: ChatTokenizer) -> list[EncodedSample | DataError]:
+    rendered: list[RenderedSample | DataError] = [_result_of(render_sample, sample, tokenizer) for sample in samples]
+    texts = [result.text for result in rendered if isinstance(result, RenderedSample)]
+    tokens = iter(tokenizer.tokenize([text for text in texts if not _is_long(text, tokenizer)]))
     encoded: list[EncodedSample | DataError] = []
-    for result in rendered:
+    for sample, result in zip(samples, rendered, strict=True):
         if isinstance(result, DataError):
             encoded.append(result)
-        elif _is_long_text(result, size, tokenizer):
-            encoded.append(_encode_long_text(result, tokenizer))
+        elif _is_long(result.text, tokenizer):
+            of_text, is_whole = tokenize_in_windows(result.text, tokenizer, tokenizer.settings.max_length)
+            encoded.append(_encode_rendered(sample, result, of_text, is_whole, tokenizer))
         else:
-            encoded.append(_encode(result, size, next(tokens), tokenizer, max_length))
+            encoded.append(_encode_rendered(sample, result, next(tokens), True, tokenizer))
     return encoded
 
 
-def _is_long_text(rendered: RenderedSample, size: int, tokenizer: ChatTokenizer) -> bool:
-    """Returns whether all of a long text is needed and trained, so that it is read window by window."""
-    is_whole = rendered.trained_spans == [(0, len(rendered.text))] and len(rendered.text) <= size
-    return is_whole and tokenizer.is_local and len(rendered.text) > 2 * WINDOW
+def _encode_rendered(
+    sample: Sample, rendered: RenderedSample, tokens: Tokens, is_whole: bool, tokenizer: ChatTokenizer
+) -> EncodedSample | DataError:
+    """tokens: of the text, or of its beginning."""
+    if not is_whole:
+        assert tokens.offsets is not None
+        rendered = rendered.beginning(int(tokens.offsets[-1, 1]))
+    ids, mask = loss_mask(rendered, tokens, tokenizer)
+    example = Example.of_text(ids, mask)
+    if is_whole and not example.supervised:
+        return DataError("all labels masked: no token of this row would be learned")
+    cut = example.beginning(tokenizer.settings.max_length)
+    return EncodedSample(sample, cut, len(ids), is_whole, rendered.untrained_replies)
 
 
-def _encode_long_text(rendered: RenderedSample, tokenizer: ChatTokenizer) -> EncodedSample:
-    ids = ids_by_windows(rendered.text, tokenizer)
-    has_bos = not rendered.add_bos or ids[: len(tokenizer.bos_ids)].tolist() == tokenizer.bos_ids
-    bos = np.array([] if has_bos else tokenizer.bos_ids, dtype=np.int32)
-    has_eos = not rendered.add_eos or tokenizer.eos_id in (None, ids[-1])
-    eos = np.array([] if has_eos else [tokenizer.eos_id], dtype=np.int32)
-    input_ids = np.concatenate([bos, ids, eos])
-    example = Example.of_text(input_ids, np.arange(len(input_ids)) >= len(bos))
-    return EncodedSample(example, len(input_ids), is_whole=True, untrained_replies=0)
+def _is_long(text: str, tokenizer: ChatTokenizer) -> bool:
+    return tokenizer.is_local and len(text) > 2 * WINDOW
 
 
-def ids_by_windows(text: str, tokenizer: ChatTokenizer) -> Int32:
-    """Returns the ids of a text, which is tokenised in windows that overlap, by a tokenizer that is local.
+def tokenize_in_windows(text: str, tokenizer: ChatTokenizer, needed: int) -> tuple[Tokens, bool]:
+    """Returns the tokens of a text and True, or of a beginning with more than `needed` and False.
 
-    Neighbours are joined in the middle of their overlap, at a token that both have, as the tokens around it.
+    The tokenizer must be local. The windows overlap. Neighbours are joined in the middle, at a token that both have, as
+    the tokens around it.
     """
+    parts: list[Tokens] = []
+    for start, window in _windows(text, tokenizer, at_once=2 if needed <= WINDOW else WINDOWS_AT_ONCE):
+        if parts:
+            seam = _seam(parts[-1], window, start + OVERLAP // 2)
+            if seam is None:
+                return tokenizer.tokenize([text])[0], True
+            parts[-1], window = _slice(parts[-1], slice(seam[0])), _slice(window, slice(seam[1], None))
+            if sum(len(part.ids) for part in parts) > needed:
+                return _concatenate(parts), False
+        parts.append(window)
+    return _concatenate(parts), True
+
+
+def _windows(text: str, tokenizer: ChatTokenizer, at_once: int) -> Iterator[tuple[int, Tokens]]:
+    """Yields the start of every window, and its tokens with their places in the whole text."""
     starts = range(0, len(text) - OVERLAP, WINDOW - OVERLAP)
-    parts: list[Int32] = []
-    ids, offsets = np.zeros(0, np.int32), np.zeros(0, np.int64)
-    for number in range(0, len(starts), WINDOWS_AT_ONCE):
-        batch = starts[number : number + WINDOWS_AT_ONCE]
+    for number in range(0, len(starts), at_once):
+        batch = starts[number : number + at_once]
         windows = tokenizer.tokenize([text[start : start + WINDOW] for start in batch])
-        for start, window in zip(batch, windows, strict=True):
-            next_ids = np.array(window.ids, dtype=np.int32)
-            next_offsets = np.array([first for first, _ in window.offsets or []], dtype=np.int64) + start
-            if start:
-                seam = _seam((ids, offsets), (next_ids, next_offsets), start + OVERLAP // 2)
-                if seam is None:
-                    return np.array(tokenizer.token_ids(text), dtype=np.int32)
-                parts.append(ids[: seam[0]])
-                next_ids, next_offsets = next_ids[seam[1] :], next_offsets[seam[1] :]
-            ids, offsets = next_ids, next_offsets
-    return np.concatenate([*parts, ids])
+        for start, (ids, offsets) in zip(batch, windows, strict=True):
+            assert offsets is not None  # a local tokenizer has them
+            yield start, Tokens(ids, offsets + start)
 
 
-def _seam(before: tuple[Int32, Int64], after: tuple[Int32, Int64], middle: int) -> tuple[int, int] | None:
+def _slice(tokens: Tokens, part: slice) -> Tokens:
+    assert tokens.offsets is not None
+    return Tokens(tokens.ids[part], tokens.offsets[part])
+
+
+def _concatenate(parts: Sequence[Tokens]) -> Tokens:
+    offsets = [part.offsets for part in parts if part.offsets is not None]
+    return Tokens(np.concatenate([part.ids for part in parts]), np.concatenate(offsets))
+
+
+def _seam(before: Tokens, after: Tokens, middle: int) -> tuple[int, int] | None:
     """Returns the index in both of a token near the character `middle` around which they agree; None if none does."""
-    (ids, offsets), (next_ids, next_offsets) = before, after
-    first = int(np.searchsorted(offsets, middle))
-    for i in range(first, min(first + AGREEING, len(ids))):
-        j = int(np.searchsorted(next_offsets, offsets[i]))
-        is_first = offsets[i - 1] < offsets[i]  # of the tokens of one character
+    assert before.offsets is not None
+    assert after.offsets is not None
+    starts, next_starts = before.offsets[:, 0], after.offsets[:, 0]
+    first = int(np.searchsorted(starts, middle))
+    for i in range(first, min(first + AGREEING, len(starts))):
+        j = int(np.searchsorted(next_starts, starts[i]))
+        is_first = starts[i - 1] < starts[i]  # of the tokens of one character
         around = slice(max(0, i - AGREEING), i + AGREEING), slice(max(0, j - AGREEING), j + AGREEING)
-        if is_first and j >= AGREEING and np.array_equal(ids[around[0]], next_ids[around[1]]):
+        if is_first and j >= AGREEING and np.array_equal(before.ids[around[0]], after.ids[around[1]]):
             return i, j
     return None
 
 
-def _encode(
-    rendered: RenderedSample, size: int, tokens: Tokens, tokenizer: ChatTokenizer, max_length: int
-) -> EncodedSample | DataError:
-    """tokens: of the first `size` characters of the text."""
-    ids, mask = loss_mask(rendered.beginning(size), tokens, tokenizer, max_length)
-    while len(rendered.text) > size and len(ids) - MARGIN <= max_length:
-        size *= 4
-        (tokens,) = tokenizer.tokenize([rendered.beginning(size).text])
-        ids, mask = loss_mask(rendered.beginning(size), tokens, tokenizer, max_length)
-    is_whole = len(rendered.text) <= size
-    example = Example.of_text(np.array(ids, dtype=np.int32), np.array(mask, dtype=bool))
-    if is_whole and not example.supervised:
-        return DataError("all labels masked: no token of this row would be learned")
-    length = len(ids) if is_whole else len(ids) - MARGIN
-    return EncodedSample(example.beginning(max_length), length, is_whole, rendered.untrained_replies)
+# ---- Sequence to sequence
 
 
-def encode_seq2seq(
-    samples: Sequence[Pair], tokenizer: ChatTokenizer, max_length: int
-) -> list[EncodedSample | DataError]:
+def _encode_pair(sample: Pair, tokenizer: ChatTokenizer) -> EncodedSample:
     """Returns the prompt as what an encoder reads, and the completion as what a decoder predicts.
 
     Each has at most max_length tokens, with the special tokens that the tokenizer writes around texts.
     """
-    results: list[EncodedSample | DataError] = []
-    for sample in samples:
-        parts, lengths = [], []
-        for name, text in (("text", sample.prompt), ("text_target", sample.completion)):
-            ids = np.array(tokenizer.tokenizer(**{name: text}, verbose=False)["input_ids"], dtype=np.int32)
-            lengths.append(len(ids))
-            parts.append(ids if len(ids) <= max_length else np.concatenate([ids[: max_length - 1], ids[-1:]]))
-        if not all(lengths):
-            results.append(DataError("nothing to learn: prompt or completion has no tokens"))
+    max_length, parts, lengths = tokenizer.settings.max_length, [], []
+    for name, text in (("text", sample.prompt), ("text_target", sample.completion)):
+        ids = np.array(tokenizer.tokenizer(**{name: text}, verbose=False)["input_ids"], dtype=np.int32)
+        lengths.append(len(ids))
+        parts.append(ids if len(ids) <= max_length else np.concatenate([ids[: max_length - 1], ids[-1:]]))
+    if not all(lengths):
+        raise DataError("nothing to learn: prompt or completion has no tokens")
+    source, target = parts
+    example = Example.of_two(Example(source, np.full_like(source, IGNORED)), Example(target, target))
+    return EncodedSample(sample, example, max(lengths))
+
+
+# ---- Labels: the tokenizer writes its own special tokens, such as [CLS] and [SEP]
+
+
+def _labels_of(tokenizer: ChatTokenizer) -> Labels:
+    assert tokenizer.settings.labels is not None
+    return tokenizer.settings.labels
+
+
+def _encode_labelled(sample: Labelled, tokenizer: ChatTokenizer) -> EncodedSample:
+    """Returns a text, two texts or a conversation with its target; a sample without a label gets any target."""
+    labels, max_length, second_start = _labels_of(tokenizer), tokenizer.settings.max_length, 0
+    target = labels.target(sample.label) if sample.label is not None else np.zeros(labels.targets)
+    if sample.messages:
+        if tokenizer.template is None:
+            raise DataError("messages need a chat template, and the tokenizer has none: give text instead")
+        ids = tokenizer.token_ids(tokenizer.render(sample.messages))
+        length = len(ids)
+    else:
+        encode, pair = tokenizer.tokenizer, (sample.text, *([] if sample.second is None else [sample.second]))
+        length = len(encode(*pair, verbose=False)["input_ids"])
+        encoding = encode(*pair, truncation=True, max_length=max_length, return_token_type_ids=True, verbose=False)
+        ids, segments = encoding["input_ids"], list(encoding["token_type_ids"])
+        second_start = segments.index(1) if 1 in segments else 0
+    input_ids = np.array(ids[:max_length], dtype=np.int32)
+    if not len(input_ids):
+        raise DataError("nothing to learn: the text has no tokens")
+    example = Example(input_ids, np.full_like(input_ids, IGNORED), second_start=second_start, target=target)
+    return EncodedSample(sample, example, length, has_target=True)
+
+
+def _encode_tagged(sample: Tagged, tokenizer: ChatTokenizer) -> EncodedSample:
+    """Returns words with their tags; a sample without tags gets any."""
+    labels, (input_ids, firsts, length) = _labels_of(tokenizer), first_tokens(sample.tokens, tokenizer)
+    tags = np.full_like(input_ids, IGNORED)
+    values = [0] * len(firsts) if sample.tags is None else [labels.tag_index(tag) for tag in sample.tags]
+    for first, value in zip(firsts, values, strict=True):
+        if first >= 0:
+            tags[first] = value
+    return EncodedSample(sample, Example(input_ids, tags), length, has_target=bool((tags != IGNORED).any()))
+
+
+def first_tokens(words: Sequence[str], tokenizer: ChatTokenizer) -> tuple[Int32, list[int], int]:
+    """Returns the ids of the words, joined by spaces; the index of each word's first token, and the length uncut.
+
+    The index is -1 for a word that is cut at max_length, or of whose characters the tokenizer keeps none.
+    """
+    if not tokenizer.tokenizer.is_fast:
+        raise DataError("token-classification needs a fast tokenizer, which says where its tokens are in the text")
+    max_length = tokenizer.settings.max_length
+    ends = np.cumsum([len(word) + 1 for word in words]) - 1  # of each word in the text
+    text = " ".join(words)
+    options: dict[str, Any] = {"return_offsets_mapping": True, "return_special_tokens_mask": True, "verbose": False}
+    encoding = tokenizer.tokenizer(text, **options)
+    length = len(encoding["input_ids"])
+    if length > max_length:
+        encoding = tokenizer.tokenizer(text, truncation=True, max_length=max_length, **options)
+    firsts = [-1] * len(words)
+    spans = zip(encoding["offset_mapping"], encoding["special_tokens_mask"], strict=True)
+    for index, ((start, end), is_special) in enumerate(spans):
+        if is_special or start == end:
             continue
-        source, target = parts
-        example = Example.of_two(Example(source, np.full_like(source, IGNORED)), Example(target, target))
-        results.append(EncodedSample(example, max(lengths), is_whole=True))
-    return results
+        word = int(np.searchsorted(ends, end))  # a token may begin with the space before its word
+        if firsts[word] < 0 and text[start:end].strip():
+            firsts[word] = index
+    return np.array(encoding["input_ids"], dtype=np.int32), firsts, length
 
 
 # ---- Prompts and replies of samples, for generation and for people

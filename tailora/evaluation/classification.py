@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 
 from tailora.data.chat_template import ChatTokenizer
 from tailora.data.dataset import IGNORED, Examples
-from tailora.data.labels import Labels, encode_labelled, first_tokens, most_tokens
-from tailora.data.prepare import EvalSource, check_eval_source, read_eval_chunks
+from tailora.data.labels import Labels
+from tailora.data.prepare import EvalSource, check_eval_source, check_vocabulary, read_eval_chunks
 from tailora.data.schemas import REGRESSION, TOKEN_CLASSIFICATION, Labelled, Tagged
+from tailora.data.settings import DataSettings
+from tailora.data.tokenize import encode_samples, first_tokens
 from tailora.errors import ConfigError, DataError
 from tailora.evaluation.scores import BASE, CHUNK, TUNED, Progress, Score, Scores, models_to_score, token_budget
 from tailora.evaluation.statistics import Interval, mean_interval, paired_difference, share_difference, wilson_interval
@@ -421,10 +423,11 @@ def evaluate_labels(
     Raises DataError for labels that the model does not know, ConfigError if a package is missing.
     """
     check_packages()
-    length = most_tokens(tokenizer, max_length)
-    source = EvalSource(data, tokenizer, field or {}, length, limit, labels=labels)
-    facts = check_eval_source(source, model.get_input_embeddings().weight.shape[0])
-    examples = Examples.of(row.encoded.example for chunk in read_eval_chunks(source, CHUNK) for row in chunk)
+    check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
+    settings = DataSettings(field, labels=labels, max_length=max_length, for_evaluation=True)
+    source = EvalSource(data, ChatTokenizer.of(tokenizer, settings), limit)
+    facts = check_eval_source(source)
+    examples = Examples.of(row.example for chunk in read_eval_chunks(source, CHUNK) for row in chunk)
     models = models_to_score(model, base)
     outputs = {}
     for name, activated in models.items():
@@ -467,8 +470,8 @@ def predict_labels(
     Of a text: label, and probabilities by label; with several labels, label is a list. Of regression: label, a number.
     Of words: tags and probabilities of each word, which are None for words beyond the cut at `max_length`.
     """
-    chat_tokenizer, most = ChatTokenizer.of(tokenizer), most_tokens(tokenizer, max_length)
-    encoded = encode_labelled(samples, chat_tokenizer, most, labels)
+    chat_tokenizer = ChatTokenizer.of(tokenizer, DataSettings(labels=labels, max_length=max_length))
+    encoded = encode_samples(samples, chat_tokenizer)
     usable = [row for row in encoded if not isinstance(row, DataError)]
     if not usable:
         return [row for row in encoded if isinstance(row, DataError)]
@@ -484,7 +487,7 @@ def predict_labels(
         start, count = next(starts), next(counts)
         part = slice(start, start + count)
         if isinstance(sample, Tagged):
-            predictions.append(_tags(sample, outputs, part, chat_tokenizer, most))
+            predictions.append(_tags(sample, outputs, part, chat_tokenizer))
         else:
             predictions.append(_prediction(outputs, start))
     return predictions
@@ -501,11 +504,9 @@ def _prediction(outputs: LabelOutputs, row: int) -> dict[str, Any]:
     return {"label": labels.names[chosen], "probabilities": probabilities}
 
 
-def _tags(
-    sample: Tagged, outputs: LabelOutputs, part: slice, tokenizer: ChatTokenizer, max_length: int
-) -> dict[str, Any]:
+def _tags(sample: Tagged, outputs: LabelOutputs, part: slice, tokenizer: ChatTokenizer) -> dict[str, Any]:
     """Words without a token get no tag."""
-    _, firsts, _ = first_tokens(sample.tokens, tokenizer, max_length)
+    _, firsts, _ = first_tokens(sample.tokens, tokenizer)
     tags, probabilities = iter(outputs.predicted[part]), iter(outputs.probabilities[part])
     names = outputs.labels.names
     has_token = [first >= 0 for first in firsts]

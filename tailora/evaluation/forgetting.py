@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from tailora.core.attach import evaluating
 from tailora.core.inference import constant_adapters
 from tailora.data.demo import resolve_demo
-from tailora.data.prepare import prepare
+from tailora.data.prepare import check_vocabulary, prepare
+from tailora.data.settings import DataSettings
 from tailora.errors import DataError
 from tailora.train.state import seeded
 
@@ -59,9 +60,9 @@ def read_texts(source: str, model: Any, tokenizer: Any, *, count: int = 64, leng
 
     Raises DataError.
     """
-    embedding_rows = model.get_input_embeddings().weight.shape[0]
+    check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
     data = resolve_demo(source, "eval_data")
-    examples = prepare(data, tokenizer, eval_source=data, max_length=length, embedding_rows=embedding_rows).eval
+    examples = prepare(data, tokenizer, DataSettings(max_length=length), eval_source=data).eval
     first_blocks = np.unique(examples.source_indices, return_index=True)[1]
     return [examples[int(i)].sequences[0].input_ids.tolist() for i in first_blocks[:count]]
 

@@ -23,6 +23,7 @@ from tailora.core.inference import constant_adapters
 from tailora.data.chat_template import ChatTokenizer
 from tailora.data.dataset import IGNORED, Example, Examples
 from tailora.data.schemas import Choices
+from tailora.data.settings import DataSettings
 from tailora.data.tokenize import encode_samples, reply_text
 from tailora.errors import DataError
 from tailora.kernels.loss import FORMS, Batch
@@ -47,12 +48,12 @@ class TokenizedChoices:
 
 def tokenize_choices(questions: Sequence[Choices], tokenizer: Any, max_length: int) -> TokenizedChoices:
     """Raises DataError if a reply cannot be encoded."""
-    chat_tokenizer = ChatTokenizer.of(tokenizer)
+    chat_tokenizer = ChatTokenizer.of(tokenizer, DataSettings(max_length=max_length))
     examples: list[Example] = []
     starts, answers, sizes = [0], [], []
     for question in questions:
         encoded = []
-        for result in encode_samples(question.options, chat_tokenizer, max_length):
+        for result in encode_samples(question.options, chat_tokenizer):
             if isinstance(result, DataError):
                 raise result
             encoded.append(result)

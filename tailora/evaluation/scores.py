@@ -22,11 +22,19 @@ from torch import Tensor
 
 from tailora.core.attach import evaluating
 from tailora.core.config import LoRAConfig
-from tailora.data.chat_template import SampleOptions
+from tailora.data.chat_template import ChatTokenizer
 from tailora.data.dataset import Examples, distinct_of
-from tailora.data.prepare import EncodedRow, EvalDataReport, EvalSource, check_eval_source, prepare, read_eval_chunks
+from tailora.data.prepare import (
+    EvalDataReport,
+    EvalSource,
+    check_eval_source,
+    check_vocabulary,
+    prepare,
+    read_eval_chunks,
+)
 from tailora.data.schemas import AUTO, PREFERENCE, SEQ2SEQ, Conversation, Pair
-from tailora.data.tokenize import reply_text
+from tailora.data.settings import DataSettings
+from tailora.data.tokenize import EncodedSample, reply_text
 from tailora.errors import ConfigError, DataError, listing, nearest
 from tailora.evaluation.generate import free_positions, generation_arguments, is_seq2seq, new_tokens, prompt_of
 from tailora.evaluation.metrics import CHANGE, METRICS
@@ -39,7 +47,7 @@ from tailora.evaluation.multiple_choice import (
 from tailora.evaluation.statistics import Interval, mean_interval, paired_difference, share_difference, wilson_interval
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
-from tailora.train.dataloader import CPU_TOKENS, resolved_sources, sample_options
+from tailora.train.dataloader import CPU_TOKENS, data_settings, resolved_sources
 from tailora.train.kernel_choice import choose_layout
 from tailora.train.loss import CAUSAL_LM, SEQ2SEQ_TASK, Evaluation, Task, evaluate
 from tailora.train.trainable import Trainable
@@ -176,16 +184,11 @@ def score(
     """
     options = options or EvalOptions()
     max_length = min(options.max_length, getattr(model.config, "max_position_embeddings", None) or options.max_length)
-    source = EvalSource(
-        data,
-        tokenizer,
-        field or {},
-        max_length,
-        options.limit,
-        SampleOptions(system=system),
-        task=SEQ2SEQ if is_seq2seq(model) else AUTO,
-    )
-    facts = check_eval_source(source, model.get_input_embeddings().weight.shape[0])
+    check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
+    task = SEQ2SEQ if is_seq2seq(model) else AUTO
+    settings = DataSettings(field, task, max_length=max_length, system=system, for_evaluation=True)
+    source = EvalSource(data, ChatTokenizer.of(tokenizer, settings), options.limit)
+    facts = check_eval_source(source)
     metrics = choose_metrics(facts, options.metrics, options.extra_metrics)
     evaluator = _Evaluator(model, tokenizer, replace(options, max_length=max_length), metrics, log)
     models = models_to_score(model, base)
@@ -297,13 +300,13 @@ class _Evaluator:
         steps[self._exact_match] = {"exact_match"}
         self.steps = [step for step, names in steps.items() if names & set(metrics)]
 
-    def _loss(self, chunk: Mapping[int, EncodedRow], totals: _Totals) -> None:
-        examples = Examples.of(item.encoded.example for item in chunk.values())
+    def _loss(self, chunk: Mapping[int, EncodedSample], totals: _Totals) -> None:
+        examples = Examples.of(item.example for item in chunk.values())
         evaluation = evaluate(self.model, examples, layout=self.layout, token_budget=self.token_budget, task=self.task)
         totals.sums.append(evaluation.sums)
         totals.counts.append(evaluation.counts)
 
-    def _accuracy(self, chunk: Mapping[int, EncodedRow], totals: _Totals) -> None:
+    def _accuracy(self, chunk: Mapping[int, EncodedSample], totals: _Totals) -> None:
         questions = [item.choices for item in chunk.values() if item.choices is not None]
         choices = tokenize_choices(questions, self.tokenizer, self.options.max_length)
         totals.too_long += choices.left_out
@@ -320,7 +323,7 @@ class _Evaluator:
         totals.hits["accuracy"] += right_is_likeliest(choices, likelihoods).tolist()
         totals.hits["accuracy_norm"] += right_is_likeliest(choices, likelihoods / choices.bytes).tolist()
 
-    def _exact_match(self, chunk: Mapping[int, EncodedRow], totals: _Totals) -> None:
+    def _exact_match(self, chunk: Mapping[int, EncodedSample], totals: _Totals) -> None:
         for index, item in chunk.items():
             is_shown = len(totals.samples) < self.options.samples
             match = match_answer(
@@ -448,17 +451,10 @@ def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log
     that of what the decoder writes.
     'demo' is the held-out part of the demo's data. Raises DataError with all that is wrong with the data.
     """
-    prepared = prepare(
-        resolved_sources(config, "eval_data"),
-        tokenizer,
-        field=config.field,
-        task=SEQ2SEQ if is_seq2seq(model) else AUTO,
-        max_length=config.max_length,
-        validation_split=0.0,
-        embedding_rows=model.get_input_embeddings().weight.shape[0],
-        options=sample_options(config),
-        for_evaluation=True,
-    )
+    check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
+    rows = SEQ2SEQ if is_seq2seq(model) else AUTO
+    settings = replace(data_settings(config), task=rows, validation_split=0.0, for_evaluation=True)
+    prepared = prepare(resolved_sources(config, "eval_data"), tokenizer, settings)
     if prepared.report.task == PREFERENCE:
         log("of pairs of replies the chosen ones are read: the loss is that of a language model")
     examples = prepared.train.distinct()

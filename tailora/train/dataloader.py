@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from itertools import chain, count, islice
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -27,14 +27,14 @@ from transformers import PreTrainedTokenizerBase
 
 from tailora.core.device import copies_by_itself
 from tailora.core.init import DATA_INITS
-from tailora.data.chat_template import SampleOptions
 from tailora.data.collate import plan_batches
 from tailora.data.dataset import DataReport, Example, Examples
 from tailora.data.demo import resolve_demo
 from tailora.data.labels import Labels
-from tailora.data.prepare import PreparedData, RowCounts, prepare, stream_examples
+from tailora.data.prepare import PreparedData, RowCounts, check_vocabulary, prepare, stream_examples
 from tailora.data.readers import Source, parse_sources
 from tailora.data.schemas import PREFERENCE, SEQ2SEQ
+from tailora.data.settings import DataSettings
 from tailora.errors import ConfigError, DataError
 from tailora.kernels.loss import Batch
 from tailora.train.classification import class_weights, label_task
@@ -138,31 +138,20 @@ def read_data(
 ) -> TrainingData:
     """Reads, checks and tokenizes the data that `config` names. Raises DataError with all problems."""
     shape = step_shape(config, accelerator)
+    check_vocabulary(tokenizer, embedding_rows)
     if config.streaming:
-        return _streamed(config, tokenizer, embedding_rows, shape)
-    data = read_whole(config, tokenizer, embedding_rows, labels)
+        return _streamed(config, tokenizer, shape)
+    data = read_whole(config, tokenizer, labels)
     shape = replace(shape, task=task_of(config, data.report, labels))
     max_steps = config.max_steps or epoch_steps(config, data.train.epoch_size, shape.world)
     return TrainingData(data, data.eval, partial(dataset_steps, data.train, shape), max_steps, data.train, shape)
 
 
-def read_whole(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, embedding_rows: int, labels: Labels | None = None
-) -> PreparedData:
+def read_whole(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, labels: Labels | None = None) -> PreparedData:
     """Reads, checks and tokenizes data that is not streamed. Raises DataError with all its problems."""
-    return prepare(
-        resolved_sources(config, "data"),
-        tokenizer,
-        eval_source=None if config.eval_data is None else resolve_demo(config.eval_data, "eval_data"),
-        field=config.field,
-        max_length=config.max_length,
-        validation_split=config.validation_split,
-        seed=config.seed if config.split_seed is None else config.split_seed,
-        embedding_rows=embedding_rows,
-        options=sample_options(config),
-        task=config.task,
-        labels=labels,
-    )
+    eval_source = None if config.eval_data is None else resolve_demo(config.eval_data, "eval_data")
+    sources = resolved_sources(config, "data")
+    return prepare(sources, tokenizer, data_settings(config, labels), eval_source=eval_source)
 
 
 def resolved_sources(config: TrainConfig, demo: Literal["data", "eval_data"]) -> list[Source]:
@@ -170,9 +159,11 @@ def resolved_sources(config: TrainConfig, demo: Literal["data", "eval_data"]) ->
     return [source._replace(name=resolve_demo(source.name, demo)) for source in parse_sources(config.data)]
 
 
-def sample_options(config: TrainConfig) -> SampleOptions:
-    """Returns the settings that say how samples are written and what of them is trained."""
-    return SampleOptions(**{field.name: getattr(config, field.name) for field in fields(SampleOptions)})
+def data_settings(config: TrainConfig, labels: Labels | None = None) -> DataSettings:
+    """Returns the settings by which rows become examples."""
+    shared = {field.name for field in fields(DataSettings)} & type(config).model_fields.keys()
+    settings = DataSettings(**{name: getattr(config, name) for name in shared}, labels=labels)
+    return settings if config.split_seed is None else replace(settings, seed=config.split_seed)
 
 
 def task_of(config: TrainConfig, report: DataReport, labels: Labels | None) -> Task:
@@ -192,21 +183,13 @@ def task_of(config: TrainConfig, report: DataReport, labels: Labels | None) -> T
     return CAUSAL_LM
 
 
-def _streamed(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, embedding_rows: int, shape: "StepShape"
-) -> TrainingData:
+def _streamed(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, shape: "StepShape") -> TrainingData:
     """Returns data that is read while training; only its first batches are read now."""
-    common: dict[str, Any] = {
-        "field": config.field,
-        "max_length": config.max_length,
-        "embedding_rows": embedding_rows,
-        "task": config.task,
-        "options": sample_options(config),
-    }
+    settings = data_settings(config)
     eval_data = held_out = None
     if config.eval_data is not None:
         source = resolve_demo(config.eval_data, "eval_data")
-        eval_data = prepare(source, tokenizer, eval_source=source, **common)
+        eval_data = prepare(source, tokenizer, settings, eval_source=source)
         held_out = eval_data.eval
     counts = RowCounts(held_out=frozenset(held_out.hashes() if held_out else ()))
     (data,) = resolved_sources(config, "data")  # TrainConfig allows one
@@ -214,7 +197,7 @@ def _streamed(
         raise DataError(
             f"data {data}: a weight is the passes over a source in an epoch; a stream has none: leave it out"
         )
-    read = partial(stream_examples, data.name, tokenizer, counts=counts, **common)
+    read = partial(stream_examples, data.name, tokenizer, settings, counts)
     assert config.max_steps is not None  # TrainConfig requires it
     batches = config.init_batches if config.init_lora_weights in DATA_INITS else 1
     first = Examples.of(islice(read(), shape.batch_size * batches))

@@ -3,9 +3,10 @@
 import pytest
 from brackets import with_brackets
 
-from tailora.data.chat_template import ChatTokenizer, SampleOptions, with_system
+from tailora.data.chat_template import ChatTokenizer, with_system
 from tailora.data.loss_mask import render_sample
 from tailora.data.schemas import Conversation, Pair, Text
+from tailora.data.settings import DataSettings
 from tailora.errors import DataError
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -271,7 +272,7 @@ TEXT_TEMPLATE = CHATML + HEADER
     ],
 )
 def test_what_is_trained_is_a_choice(bytes_tokenizer, template, sample, options, expected) -> None:
-    tokenizer = ChatTokenizer.of(bytes_tokenizer(template), SampleOptions(**options))
+    tokenizer = ChatTokenizer.of(bytes_tokenizer(template), DataSettings(**options))
     assert with_brackets(render_sample(sample, tokenizer)) == expected
 
 
@@ -292,11 +293,11 @@ def test_a_choice_that_a_row_cannot_follow_is_refused(bytes_tokenizer, template,
     if template == LAST_SYSTEM:
         template = template.replace("loop.revindex <= 2", "loop.last")
     with pytest.raises(DataError, match=message):
-        render_sample(sample, ChatTokenizer.of(bytes_tokenizer(template), SampleOptions(**options)))
+        render_sample(sample, ChatTokenizer.of(bytes_tokenizer(template), DataSettings(**options)))
 
 
 def test_conversations_without_a_system_message_get_the_one_of_the_options(bytes_tokenizer) -> None:
-    tokenizer = ChatTokenizer.of(bytes_tokenizer(CHATML + HEADER), SampleOptions(system="be"))
+    tokenizer = ChatTokenizer.of(bytes_tokenizer(CHATML + HEADER), DataSettings(system="be"))
     be = {"role": "system", "content": "be"}
     marked = Conversation(chat("a", "b", "c", "d").messages, first=1, untrained=frozenset({3}))
     assert with_system(marked, tokenizer) == Conversation([be, *marked.messages], first=2, untrained=frozenset({4}))
@@ -309,4 +310,4 @@ def test_conversations_without_a_system_message_get_the_one_of_the_options(bytes
 
 def test_a_system_message_needs_a_chat_template(bytes_tokenizer) -> None:
     with pytest.raises(DataError, match="--system needs a chat template, which the tokenizer does not have"):
-        with_system(PAIR, ChatTokenizer.of(bytes_tokenizer(), SampleOptions(system="be")))
+        with_system(PAIR, ChatTokenizer.of(bytes_tokenizer(), DataSettings(system="be")))

@@ -22,10 +22,12 @@ from transformers import PreTrainedTokenizerFast
 from tailora.data.messages import SHAREGPT_ROLES
 from tailora.data.prepare import prepare
 from tailora.data.schemas import KNOWN_KEYS
+from tailora.data.settings import DataSettings
 from tailora.errors import DataError, TailoraError
 
 # ---- JSON values, and right rows of every schema
 
+SETTINGS = DataSettings(max_length=16, validation_split=0)
 Path_ = tuple[str | int, ...]
 KEYS = st.sampled_from(
     [
@@ -150,7 +152,7 @@ def check(path: Path, content: bytes, template: str | None = CHATML) -> str:
     of, reason = tokenizer(template), ""
     with limited():
         try:
-            prepare(str(path), of, max_length=16, validation_split=0)
+            prepare(str(path), of, SETTINGS)
         except DataError as error:
             reason = str(error)
     assert not reason or str(path) in reason
@@ -279,7 +281,7 @@ def test_any_chat_template(folder: Path, pieces: list[str], in_loop: bool, row: 
     path = folder / "rows.jsonl"
     path.write_bytes(jsonl(row))
     with limited(), suppress(TailoraError):
-        prepare(str(path), made, max_length=16, validation_split=0)
+        prepare(str(path), made, SETTINGS)
 
 
 @pytest.mark.parametrize("piece", PIECES)

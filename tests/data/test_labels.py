@@ -11,10 +11,11 @@ from tiny import chat_tokenizer, word_tokenizer
 
 from tailora.data.chat_template import ChatTokenizer
 from tailora.data.dataset import IGNORED
-from tailora.data.labels import Labels, encode_labelled, first_tokens, read_labels
+from tailora.data.labels import Labels, read_labels
 from tailora.data.prepare import prepare
 from tailora.data.schemas import Labelled, Tagged, detect_schema
-from tailora.data.tokenize import EncodedSample
+from tailora.data.settings import DataSettings
+from tailora.data.tokenize import EncodedSample, encode_samples, first_tokens
 from tailora.errors import DataError
 
 SENTENCE = ["Yesterday", "Alice", "met", "Bob", "in", "Saint-Petersburg", "."]
@@ -100,7 +101,7 @@ def test_unseen_labels_are_named_with_those_there_are(tmp_path: Path) -> None:
     labels = read_labels([train], None, CLASSES)
     tokenizer = word_tokenizer(TEXTS)
     with pytest.raises(DataError) as error:
-        prepare(train, tokenizer, eval_source=held_out, task=CLASSES, labels=labels)
+        prepare(train, tokenizer, DataSettings(labels=labels), eval_source=held_out)
     message = str(error.value)
     assert "held_out.jsonl" in message
     assert "2" in message
@@ -108,61 +109,59 @@ def test_unseen_labels_are_named_with_those_there_are(tmp_path: Path) -> None:
     assert "bad, good" in message
 
 
+AB, O_X = Labels(CLASSES, ("x", "y")), Labels(TAGS, ("O", "X"))
+
+
+def encoded(sample: Labelled | Tagged, tokenizer: Any, labels: Labels, max_length: int = 64) -> EncodedSample:
+    (result,) = encode_samples(
+        [sample], ChatTokenizer.of(tokenizer, DataSettings(labels=labels, max_length=max_length))
+    )
+    if isinstance(result, DataError):
+        raise result
+    return result
+
+
 def test_two_texts_are_segments_of_one_sequence() -> None:
     tokenizer = word_tokenizer(TEXTS)
-    (result,) = encode_labelled(
-        [Labelled("a fine film", "a dull film", label="x")], ChatTokenizer.of(tokenizer), 64, AB
-    )
-    assert isinstance(result, EncodedSample)
+    example = encoded(Labelled("a fine film", "a dull film", label="x"), tokenizer, AB).example
     expected = tokenizer("a fine film", "a dull film", return_token_type_ids=True)
-    assert result.example.input_ids.tolist() == expected["input_ids"]
-    assert result.example.second_start == expected["token_type_ids"].index(1)
-
-
-AB = Labels(CLASSES, ("x", "y"))
+    assert example.input_ids.tolist() == expected["input_ids"]
+    assert example.second_start == expected["token_type_ids"].index(1)
 
 
 def test_a_conversation_is_rendered_by_the_chat_template() -> None:
     tokenizer = chat_tokenizer(TEXTS)
-    messages = [{"role": "user", "content": "a fine film"}]
-    sample = Labelled(messages=messages, label="x")
-    (result,) = encode_labelled([sample], ChatTokenizer.of(tokenizer), 64, AB)
-    assert isinstance(result, EncodedSample)
-    expected = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert tokenizer.decode(result.example.input_ids) == expected
-    (refused,) = encode_labelled([sample], ChatTokenizer.of(word_tokenizer(TEXTS)), 64, AB)
-    assert "chat template" in str(refused)
+    sample = Labelled(messages=[{"role": "user", "content": "a fine film"}], label="x")
+    expected = tokenizer.apply_chat_template(sample.messages, tokenize=False)
+    assert tokenizer.decode(encoded(sample, tokenizer, AB).example.input_ids) == expected
+    with pytest.raises(DataError, match="messages need a chat template"):
+        encoded(sample, word_tokenizer(TEXTS), AB)
 
 
 def test_the_first_token_of_each_word_has_its_tag() -> None:
     tokenizer = word_tokenizer(TEXTS)
     expected = tokenizer(SENTENCE, is_split_into_words=True)
-    ids, firsts, length = first_tokens(SENTENCE, ChatTokenizer.of(tokenizer), 64)
-    assert ids == expected["input_ids"]
+    ids, firsts, length = first_tokens(SENTENCE, ChatTokenizer.of(tokenizer))
+    assert ids.tolist() == expected["input_ids"]
     assert length == len(ids)
     assert firsts == [expected.word_ids().index(word) for word in range(len(SENTENCE))]
 
 
 def test_a_byte_level_token_with_a_space_belongs_to_the_word_after_it() -> None:
     tokenizer = chat_tokenizer(TEXTS)
-    ids, firsts, _ = first_tokens(SENTENCE, ChatTokenizer.of(tokenizer), 64)
+    ids, firsts, _ = first_tokens(SENTENCE, ChatTokenizer.of(tokenizer))
     pieces = [tokenizer.decode(ids[first:end]) for first, end in zip(firsts, [*firsts[1:], len(ids)], strict=True)]
     assert [piece.strip() for piece in pieces] == SENTENCE
 
 
 def test_words_beyond_the_cut_have_no_tag() -> None:
-    tokenizer = ChatTokenizer.of(word_tokenizer(TEXTS))
-    labels, sample = Labels(TAGS, ("O", "X")), Tagged(SENTENCE, ["O", "X", *["O"] * 5])
-    results = encode_labelled([sample, sample], tokenizer, 4, labels)
-    (result, _) = results
-    assert isinstance(result, EncodedSample)
+    tokenizer, sample = word_tokenizer(TEXTS), Tagged(SENTENCE, ["O", "X", *["O"] * 5])
+    result = encoded(sample, tokenizer, O_X, max_length=4)
     assert result.length > 4
-    assert result.example.labels.tolist()[0] == IGNORED
-    assert result.example.labels.tolist()[-1] == IGNORED  # of [SEP]
+    labels = result.example.labels.tolist()
+    assert (labels[0], labels[-1]) == (IGNORED, IGNORED)  # of [CLS] and [SEP]
     assert result.is_learned
-    (nothing,) = encode_labelled([sample], tokenizer, 2, labels)  # [CLS] and [SEP]
-    assert isinstance(nothing, EncodedSample)
-    assert not nothing.is_learned
+    assert not encoded(sample, tokenizer, O_X, max_length=2).is_learned  # [CLS] and [SEP]
 
 
 def test_labels_are_not_needed_for_a_prediction() -> None:
@@ -175,5 +174,5 @@ def test_labels_are_not_needed_for_a_prediction() -> None:
 def test_counts_of_labels(tmp_path: Path) -> None:
     source = write(tmp_path / "rows.jsonl", rows_with(["a", "b", "b"]))
     labels = read_labels([source], None, CLASSES)
-    data = prepare(source, word_tokenizer(TEXTS), validation_split=0, task=CLASSES, labels=labels)
+    data = prepare(source, word_tokenizer(TEXTS), DataSettings(labels=labels, validation_split=0))
     assert data.report.labels == {"a": 1, "b": 2}

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -7,15 +8,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tailora.data.chat_template import SampleOptions
-from tailora.data.dataset import IGNORED, Examples, Mixture, warnings_of
+from tailora.data import prepare as preparation
+from tailora.data.dataset import IGNORED, Example, Examples, Mixture, warnings_of
 from tailora.data.labels import Labels
-from tailora.data.prepare import RowCounts, prepare, stream_examples
+from tailora.data.prepare import PreparedData, RowCounts, check_vocabulary, stream_examples
 from tailora.data.readers import Source
 from tailora.data.schemas import SEQUENCE_CLASSIFICATION, Conversation, Pair, Text
+from tailora.data.settings import DataSettings
 from tailora.errors import DataError
 
 PAIRS = [{"prompt": f"hello {number}", "completion": f" {number} you"} for number in range(40)]
+
+
+def prepare(source: Any, tokenizer: Any, eval_source: str | None = None, **settings: Any) -> PreparedData:
+    return preparation.prepare(source, tokenizer, DataSettings(**settings), eval_source=eval_source)
+
+
+def stream(source: str, tokenizer: Any, counts: RowCounts | None = None, **settings: Any) -> Iterator[Example]:
+    return stream_examples(source, tokenizer, DataSettings(**settings), counts)
 
 
 def chat_row(*contents: str) -> dict[str, list[dict[str, str]]]:
@@ -167,11 +177,6 @@ def test_the_report_says_whether_a_chat_template_renders_the_rows(
         (json.dumps(chat_row("a", "b")), {}, r"rows.jsonl:1: the tokenizer has no chat template"),
         ('{"text": "one two three"}', {"max_length": 1}, r"max_length 1 removes all .*longest row has \d+ tokens"),
         ('{"text": "a b"}', {}, r"none can be held out"),
-        (
-            '{"text": "a b"}',
-            {"embedding_rows": 9},
-            r"larger than the model's embedding: .*resize_token_embeddings\(\d+\)",
-        ),
     ],
 )
 def test_unusable_data_is_refused_with_the_reason(bytes_tokenizer, tmp_path: Path, content, options, message) -> None:
@@ -202,18 +207,19 @@ def test_every_problem_of_every_kind_is_named_at_once(bytes_tokenizer, tmp_path:
     assert text.endswith("and 13 more")
 
 
-def test_a_tokenizer_that_just_fits_the_embedding_is_accepted(bytes_tokenizer, jsonl) -> None:
+def test_a_tokenizer_that_just_fits_the_embedding_is_accepted(bytes_tokenizer) -> None:
     tokenizer = bytes_tokenizer()
-    assert prepare(jsonl(PAIRS), tokenizer, embedding_rows=len(tokenizer)).report.rows == 40
+    size = len(tokenizer)
+    check_vocabulary(tokenizer, size)
     with pytest.raises(
-        DataError, match=f"has the id {len(tokenizer) - 1}, and the embedding has {len(tokenizer) - 1} "
+        DataError, match=rf"has the id {size - 1}, and the embedding has {size - 1} .*resize_token_embeddings\({size}\)"
     ):
-        prepare(jsonl(PAIRS), tokenizer, embedding_rows=len(tokenizer) - 1)
+        check_vocabulary(tokenizer, size - 1)
 
 
 def test_a_stream_gives_the_same_examples_in_order(bytes_tokenizer, jsonl) -> None:
     tokenizer, path = bytes_tokenizer(), jsonl(PAIRS * 40)  # more than one chunk
-    streamed = list(stream_examples(path, tokenizer))
+    streamed = list(stream(path, tokenizer))
     prepared = prepare(path, tokenizer, validation_split=0)
     assert [example.source_index for example in streamed] == prepared.train.source_indices.tolist() == list(range(1600))
     assert np.array_equal(np.concatenate([example.input_ids for example in streamed]), prepared.train.input_ids)
@@ -223,7 +229,7 @@ def test_a_stream_gives_the_same_examples_in_order(bytes_tokenizer, jsonl) -> No
 def test_cut_rows_of_a_stream_count_once_however_often_it_is_read(bytes_tokenizer, jsonl) -> None:
     pairs = [("a", "b"), ("a", "b " * 40), ("a " * 40, "b")]
     rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
-    read, counts = partial(stream_examples, jsonl(rows), bytes_tokenizer(), max_length=16), RowCounts()
+    read, counts = partial(stream, jsonl(rows), bytes_tokenizer(), max_length=16), RowCounts()
     assert [example.source_index for example in islice(read(counts=counts), 1)] == [0]
     assert (counts.rows, counts.truncated, counts.cut_away) == (1, 0, 0)
     for _ in range(2):
@@ -232,15 +238,10 @@ def test_cut_rows_of_a_stream_count_once_however_often_it_is_read(bytes_tokenize
         assert counts.tokens == 2 * 16 + 3
 
 
-def test_a_stream_checks_the_vocabulary_too(bytes_tokenizer, jsonl) -> None:
-    with pytest.raises(DataError, match="larger than the model's embedding"):
-        next(stream_examples(jsonl(PAIRS), bytes_tokenizer(), embedding_rows=9))
-
-
 def test_a_stream_stops_at_a_bad_row(bytes_tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a b"}\nnonsense\n')
-    examples = stream_examples(str(path), bytes_tokenizer())
+    examples = stream(str(path), bytes_tokenizer())
     assert next(examples).source_index == 0
     with pytest.raises(DataError, match=r"rows.jsonl:2: not JSON"):
         next(examples)
@@ -252,7 +253,7 @@ def test_a_stream_stops_at_a_bad_row(bytes_tokenizer, tmp_path: Path) -> None:
 )
 def test_a_stream_without_trained_tokens_is_refused(bytes_tokenizer, jsonl, rows, message) -> None:
     with pytest.raises(DataError, match=message):
-        list(stream_examples(jsonl(rows), bytes_tokenizer(), max_length=1))
+        list(stream(jsonl(rows), bytes_tokenizer(), max_length=1))
 
 
 def test_chats_in_every_schema_become_the_same_examples(bytes_tokenizer, jsonl, chatml) -> None:
@@ -270,10 +271,10 @@ def test_chats_in_every_schema_become_the_same_examples(bytes_tokenizer, jsonl, 
 def test_the_system_message_is_in_examples_samples_and_the_stream(bytes_tokenizer, jsonl, chatml) -> None:
     rows = [{"question": f"hello {n}", "choices": ["you", "me"], "answer": 0} for n in range(4)]
     for path in (jsonl(rows, "choices.jsonl"), jsonl([chat_row(f"hello {n}", "you") for n in range(4)], "chats.jsonl")):
-        tokenizer, options = bytes_tokenizer(chatml), SampleOptions(system="be")
-        prepared = prepare(path, tokenizer, validation_split=0.25, options=options)
+        tokenizer, options = bytes_tokenizer(chatml), {"system": "be"}
+        prepared = prepare(path, tokenizer, validation_split=0.25, **options)
         start = "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nhello"
-        examples = [*prepared.train, *prepared.eval, *stream_examples(path, tokenizer, options=options)]
+        examples = [*prepared.train, *prepared.eval, *stream(path, tokenizer, **options)]
         assert all(tokenizer.decode(example.input_ids.tolist()).startswith(start) for example in examples)
         assert len(examples) == 8
         (sample,) = prepared.eval_samples
@@ -283,7 +284,7 @@ def test_the_system_message_is_in_examples_samples_and_the_stream(bytes_tokenize
 FEEDBACK_ROWS = [{"prompt": f"{n}", "completion": f"b {n}", "label": n % 2 == 0} for n in range(3)]
 
 
-@pytest.mark.parametrize("read", [prepare, lambda *args, **options: next(stream_examples(*args, **options))])
+@pytest.mark.parametrize("read", [prepare, lambda *args, **options: next(stream(*args, **options))])
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
@@ -311,14 +312,14 @@ def test_options_that_no_row_can_follow_are_refused(
     bytes_tokenizer, jsonl, chatml, read, rows, options, message
 ) -> None:
     with pytest.raises(DataError, match=message):
-        read(jsonl(rows), bytes_tokenizer(chatml), options=SampleOptions(**options))
+        read(jsonl(rows), bytes_tokenizer(chatml), **options)
 
 
 @pytest.mark.parametrize("name", ["completion_only_loss", "assistant_only_loss"])
 @pytest.mark.parametrize("rows", [[{"prompt": "a", "chosen": "b", "rejected": "c"}], FEEDBACK_ROWS])
 def test_what_is_preferred_is_the_reply_alone(bytes_tokenizer, jsonl, chatml, rows, name) -> None:
     with pytest.raises(DataError, match="a part of the replies that are compared, and the rows are read as"):
-        prepare(jsonl(rows), bytes_tokenizer(chatml), validation_split=0, options=SampleOptions(**{name: False}))
+        prepare(jsonl(rows), bytes_tokenizer(chatml), validation_split=0, **{name: False})
 
 
 def test_a_pair_that_becomes_the_same_tokens_is_an_error(bytes_tokenizer, jsonl, chatml) -> None:
@@ -340,8 +341,8 @@ def test_options_are_for_those_rows_of_a_mixture_that_can_follow_them(bytes_toke
     rows = {"chats.jsonl": chat_row("a", "b"), "pairs.jsonl": PAIRS[0], "texts.jsonl": {"text": "one two"}}
     sources = [Source(jsonl([row], name)) for name, row in rows.items()]
     tokenizer = bytes_tokenizer(chatml)
-    options = SampleOptions("be", assistant_only_loss=True, completion_only_loss=True, documents="concatenated")
-    train = prepare(sources, tokenizer, validation_split=0, options=options).train
+    options = {"system": "be", "assistant_only_loss": True, "completion_only_loss": True, "documents": "concatenated"}
+    train = prepare(sources, tokenizer, validation_split=0, **options).train
     texts = [tokenizer.decode(example.input_ids.tolist()) for example in train]
     assert ["be" in text for text in texts] == [True, True, False]
 
@@ -416,7 +417,7 @@ def test_rows_bring_their_weights(bytes_tokenizer, jsonl, tmp_path: Path) -> Non
     path = jsonl(rows)
     prepared = prepare(path, bytes_tokenizer(), validation_split=0)
     assert prepared.train.weights.tolist() == [2, 0.5, 1, 1, 3]
-    assert [example.weight for example in stream_examples(path, bytes_tokenizer())] == [2, 0.5, 1, 1, 3]
+    assert [example.weight for example in stream(path, bytes_tokenizer())] == [2, 0.5, 1, 1, 3]
     assert (prepared.report.rows, prepared.report.without_weight, prepared.report.cut_away) == (6, 1, 0)
     assert warnings_of(prepared.report.to_dict())["weight 0"] == "1 rows have the weight 0 and are left out"
     table = tmp_path / "rows.csv"
@@ -451,7 +452,7 @@ def test_the_blocks_of_a_text_have_its_weight(bytes_tokenizer, jsonl) -> None:
     assert train.weights.tolist() == [2 + index for index in train.source_indices]
     assert len(train) > 4
     with pytest.raises(DataError, match="a row has a weight, which --documents concatenated cannot follow"):
-        prepare(path, bytes_tokenizer(), options=SampleOptions(documents="concatenated"))
+        prepare(path, bytes_tokenizer(), documents="concatenated")
 
 
 # ---- Texts
@@ -463,9 +464,9 @@ def texts_of(*lengths: int) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("documents", ["isolated", "concatenated"])
 def test_long_texts_are_divided_and_nothing_is_cut_away(words_tokenizer, jsonl, documents: str) -> None:
-    tokenizer, options = words_tokenizer(), SampleOptions(documents=documents)
+    tokenizer, options = words_tokenizer(), {"documents": documents}
     rows = texts_of(3, 90, 1, 40, 2)
-    prepared = prepare(jsonl(rows), tokenizer, max_length=16, validation_split=0, options=options)
+    prepared = prepare(jsonl(rows), tokenizer, max_length=16, validation_split=0, **options)
     report = prepared.report
     assert (report.rows, report.truncated, report.cut_away) == (5, 0, 0)
     assert prepared.train.lengths.max() == 16 < report.longest
@@ -476,7 +477,7 @@ def test_long_texts_are_divided_and_nothing_is_cut_away(words_tokenizer, jsonl, 
     if documents == "concatenated":
         assert (prepared.train.lengths[:-1] == 16).all()
         assert [ids[0][0], *prepared.train.labels[prepared.train.labels != IGNORED].tolist()] == joined
-    streamed = list(stream_examples(jsonl(rows), tokenizer, max_length=16, options=options))
+    streamed = list(stream(jsonl(rows), tokenizer, max_length=16, **options))
     assert Examples.of(streamed).hashes() == prepared.train.hashes()
 
 
@@ -494,9 +495,9 @@ def test_texts_are_held_out_whole(bytes_tokenizer, jsonl) -> None:
 def test_of_a_single_text_blocks_are_held_out(bytes_tokenizer, tmp_path: Path, documents: str) -> None:
     path = tmp_path / "book.txt"
     path.write_text(texts_of(200)[0]["text"])
-    options = SampleOptions(documents=documents)
-    prepared = prepare(str(path), bytes_tokenizer(), max_length=16, validation_split=0.2, options=options)
-    whole = prepare(str(path), bytes_tokenizer(), max_length=16, validation_split=0, options=options)
+    options = {"documents": documents}
+    prepared = prepare(str(path), bytes_tokenizer(), max_length=16, validation_split=0.2, **options)
+    whole = prepare(str(path), bytes_tokenizer(), max_length=16, validation_split=0, **options)
     assert sorted(prepared.train.hashes() + prepared.eval.hashes()) == sorted(whole.train.hashes())
     assert (prepared.report.rows, prepared.report.shape) == (1, "text")
 

@@ -12,6 +12,7 @@ from tailora.data import tokenize
 from tailora.data.chat_template import ChatTokenizer
 from tailora.data.dataset import IGNORED, Example
 from tailora.data.schemas import Conversation, Pair, Sample, Text
+from tailora.data.settings import DataSettings
 from tailora.data.tokenize import EncodedSample, encode_sample, encode_samples, preview, prompt_ids, reply_text
 from tailora.errors import DataError
 
@@ -181,7 +182,7 @@ def test_the_prompt_of_a_chat_ends_where_the_reply_begins(bytes_tokenizer, chatm
     assert prompt_ids(Pair("hello how", "fine"), tokenizer) == asked
 
 
-# ---- Long texts, of which only the beginning is tokenized
+# ---- Long texts, which are tokenised in windows, and only as far as they are needed
 
 
 def random_text(random: np.random.Generator, most: int) -> str:
@@ -189,45 +190,65 @@ def random_text(random: np.random.Generator, most: int) -> str:
     return "".join(random.choice(list(letters), size=random.integers(1, most)).tolist()) + "."
 
 
-def random_sample(random: np.random.Generator, kind: str) -> Sample:
+def long_text(random: np.random.Generator, parts: int = 40) -> str:
+    return "".join(random_text(random, 200) for _ in range(parts))
+
+
+def long_samples(kind: str) -> list[Sample]:
+    random = np.random.default_rng(0)
     if kind == "text":
-        return Text(random_text(random, 900))
+        texts = [long_text(random) for _ in range(20)]
+        texts += ["<s>" + texts[0], "a" * 3000, ("ab" * 7 + " ") * 300, "🙂🙃" * 2000, texts[1] + "</s>"]
+        return list(map(Text, texts))
     if kind == "pair":
-        return Pair(random_text(random, 300), random_text(random, 900))
-    turns = [random_text(random, 150) for _ in range(2 * random.integers(1, 6))]
-    roles = ["user", "assistant"] * len(turns)
-    return Conversation([{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)])
+        return [Pair(long_text(random, 1 + number), long_text(random, 20)) for number in range(20)]
+    roles = ["user", "assistant"] * 10
+    return [
+        Conversation([{"role": role, "content": long_text(random, 3)} for role in roles[: 2 * random.integers(3, 11)]])
+        for _ in range(20)
+    ]
+
+
+def encoded(samples: list[Sample], tokenizer: Any, max_length: int) -> list[EncodedSample]:
+    results = encode_samples(samples, ChatTokenizer.of(tokenizer, DataSettings(max_length=max_length)))
+    assert all(isinstance(result, EncodedSample) for result in results)
+    return [result for result in results if isinstance(result, EncodedSample)]
 
 
 @pytest.mark.parametrize("kind", ["text", "pair", "chat"])
 @pytest.mark.parametrize("family", ["bytes", "words"])
-def test_the_beginning_of_a_text_gives_the_tokens_of_the_whole(
-    bytes_tokenizer, words_tokenizer, chatml, monkeypatch, kind, family
+def test_windows_give_the_tokens_of_the_whole_text(
+    bytes_tokenizer, words_tokenizer, chatml, monkeypatch, kind: str, family: str
 ) -> None:
     make, template = (bytes_tokenizer, chatml) if family == "bytes" else (words_tokenizer, LLAMA2)
-    tokenizer = ChatTokenizer.of(make(template if kind == "chat" else None))
-    random = np.random.default_rng(0)
-    samples = [random_sample(random, kind) for _ in range(40)]
-    for max_length in (1, 20, 60):
-        monkeypatch.setattr(tokenize, "CHARACTERS", 10**6)
-        whole = encode_samples(samples, tokenizer, max_length)
-        monkeypatch.setattr(tokenize, "CHARACTERS", 1)
-        monkeypatch.setattr(tokenize, "MARGIN", 16)
-        parts = encode_samples(samples, tokenizer, max_length)
-        for one, other in zip(whole, parts, strict=True):
-            assert isinstance(one, EncodedSample)
-            assert isinstance(other, EncodedSample)
+    tokenizer, samples = make(template if kind == "chat" else None), long_samples(kind)
+    lengths = (1, 60, 300, sys.maxsize)
+    whole = [encoded(samples, tokenizer, max_length) for max_length in lengths]
+    sizes: list[int] = []
+    original = ChatTokenizer.tokenize
+
+    def counted(self: ChatTokenizer, parts: list[str]) -> Any:
+        sizes.extend(map(len, parts))
+        return original(self, parts)
+
+    monkeypatch.setattr(ChatTokenizer, "tokenize", counted)
+    for name, value in {"WINDOW": 400, "OVERLAP": 100, "AGREEING": 4, "WINDOWS_AT_ONCE": 3}.items():
+        monkeypatch.setattr(tokenize, name, value)
+    for max_length, expected in zip(lengths, whole, strict=True):
+        sizes.clear()
+        parts = encoded(samples, tokenizer, max_length)
+        assert max(sizes) <= 800
+        for one, other in zip(expected, parts, strict=True):
             assert one.example.input_ids.tolist() == other.example.input_ids.tolist()
             assert one.example.labels.tolist() == other.example.labels.tolist()
             assert (one.length > max_length) == (other.length > max_length)
-            assert one.length >= other.length
-            assert one.length == other.length or not other.is_whole
-        assert sum(not part.is_whole for part in parts if isinstance(part, EncodedSample)) > 10
+            assert one.length == other.length if other.is_whole else one.length > other.length > max_length
+        assert (sum(not part.is_whole for part in parts) > 10) == (max_length < sys.maxsize)
 
 
 @pytest.mark.parametrize("at", ["prompt", "completion"])
 def test_a_text_of_megabytes_is_not_tokenized_whole(bytes_tokenizer, chatml, monkeypatch, at: str) -> None:
-    tokenizer = ChatTokenizer.of(bytes_tokenizer(chatml))
+    tokenizer = ChatTokenizer.of(bytes_tokenizer(chatml), DataSettings(max_length=64))
     sizes: list[int] = []
     original = type(tokenizer.tokenizer).__call__
 
@@ -237,51 +258,20 @@ def test_a_text_of_megabytes_is_not_tokenized_whole(bytes_tokenizer, chatml, mon
 
     monkeypatch.setattr(type(tokenizer.tokenizer), "__call__", counted)
     texts = {"prompt": "hello", "completion": "you", at: "how are you " * 300_000}
-    (result,) = encode_samples([Pair(**texts)], tokenizer, 64)
+    (result,) = encode_samples([Pair(**texts)], tokenizer)
     assert isinstance(result, EncodedSample)
     assert not result.is_whole
     assert result.length > 64 == len(result.example.input_ids)
     assert result.example.supervised == (0 if at == "prompt" else 64 - int(np.argmax(result.example.labels != IGNORED)))
-    assert sum(sizes) < 100_000
+    assert sum(sizes) < 200_000
     assert max(map(len, tokenizer.cache), default=0) <= 100
-
-
-@pytest.mark.parametrize("family", ["bytes", "words"])
-def test_a_document_read_in_windows_has_the_tokens_of_the_whole(
-    bytes_tokenizer, words_tokenizer, monkeypatch, family: str
-) -> None:
-    tokenizer = ChatTokenizer.of((bytes_tokenizer if family == "bytes" else words_tokenizer)())
-    random = np.random.default_rng(0)
-    texts = ["".join(random_text(random, 200) for _ in range(40)) for _ in range(20)]
-    texts += ["<s>" + texts[0], "a" * 3000, ("ab" * 7 + " ") * 300, "🙂🙃" * 2000, texts[1] + "</s>"]
-    whole = encode_samples(list(map(Text, texts)), tokenizer, sys.maxsize)
-    calls: list[int] = []
-    original = ChatTokenizer.tokenize
-
-    def counted(self: ChatTokenizer, parts: list[str]) -> Any:
-        calls.extend(map(len, parts))
-        return original(self, parts)
-
-    monkeypatch.setattr(ChatTokenizer, "tokenize", counted)
-    for name, value in {"WINDOW": 400, "OVERLAP": 100, "AGREEING": 4, "WINDOWS_AT_ONCE": 3}.items():
-        monkeypatch.setattr(tokenize, name, value)
-    parts = encode_samples(list(map(Text, texts)), tokenizer, sys.maxsize)
-    assert max(calls) == 400
-    assert len(calls) > 25 * 8
-    for one, other in zip(whole, parts, strict=True):
-        assert isinstance(one, EncodedSample)
-        assert isinstance(other, EncodedSample)
-        assert one.example.input_ids.tolist() == other.example.input_ids.tolist()
-        assert one.example.labels.tolist() == other.example.labels.tolist()
-        assert one.length == other.length == len(other.example.input_ids)
 
 
 def test_a_unigram_model_reads_the_whole_text() -> None:
     backend = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("aaa", -1.5)], unk_id=0))
-    tokenizer = ChatTokenizer.of(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
-    assert not tokenizer.is_local
-    (result,) = encode_samples([Text("a" * 100_000)], tokenizer, 8)
-    assert isinstance(result, EncodedSample)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    (result,) = encoded([Text("a" * 200_000)], tokenizer, 8)
+    assert not ChatTokenizer.of(tokenizer).is_local
     assert result.is_whole
 
 

@@ -14,7 +14,8 @@ from tailora.cli.main import main
 from tailora.data.chat_template import ChatTokenizer
 from tailora.data.dataset import IGNORED
 from tailora.data.schemas import Pair
-from tailora.data.tokenize import EncodedSample, encode_seq2seq
+from tailora.data.settings import DataSettings
+from tailora.data.tokenize import EncodedSample, encode_samples
 from tailora.train.dataloader import Step
 from tailora.train.loss import HEAD, SEQ2SEQ_TASK, BatchLayout
 
@@ -26,7 +27,7 @@ IDS = {"pad_token_id": 0, "decoder_start_token_id": 2, "eos_token_id": 3, "bos_t
 def samples() -> list[EncodedSample]:
     tokenizer = word_tokenizer(f"{row['prompt']} {row['completion']}" for row in ROWS)
     pairs = [Pair("say red", "red"), Pair("say green then blue", "blue green red")]
-    results = encode_seq2seq(pairs, ChatTokenizer.of(tokenizer), 64)
+    results = encode_samples(pairs, ChatTokenizer.of(tokenizer, DataSettings(task="seq2seq")))
     assert all(isinstance(result, EncodedSample) for result in results)
     return [result for result in results if isinstance(result, EncodedSample)]
 
@@ -54,7 +55,8 @@ def test_every_token_of_the_target_counts_as_trained() -> None:
 
 def test_a_cut_keeps_the_token_that_ends_the_text() -> None:
     tokenizer = word_tokenizer(f"{row['prompt']} {row['completion']}" for row in ROWS)
-    (result,) = encode_seq2seq([Pair("say green then blue", "blue green")], ChatTokenizer.of(tokenizer), 4)
+    settings = DataSettings(task="seq2seq", max_length=4)
+    (result,) = encode_samples([Pair("say green then blue", "blue green")], ChatTokenizer.of(tokenizer, settings))
     assert isinstance(result, EncodedSample)
     source, target = result.example.sequences
     assert result.length > 4
