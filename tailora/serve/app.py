@@ -64,7 +64,6 @@ from tailora.serve.schemas import (
 )
 
 COMPLETION_TOKENS = 16  # for /v1/completions without max_tokens, as in OpenAI's API
-MOST_ANSWERS = 16  # to one prompt
 MOST_PROMPTS = 64  # in one request
 LARGEST_BODY = 16 * 2**20  # bytes of a request
 GONE = 499  # status in the metrics of a request whose client disconnected, as in nginx
@@ -194,8 +193,6 @@ class Server:
 
     def check_count(self, prompts: int, n: int) -> None:
         """Raises RequestError for too many answers."""
-        if n > MOST_ANSWERS:
-            raise RequestError(400, f"n = {n}; at most {MOST_ANSWERS} are allowed", "n")
         if prompts > MOST_PROMPTS:
             raise RequestError(400, f"{prompts} prompts; at most {MOST_PROMPTS} are allowed", "prompt")
         if prompts * n > self.settings.max_queue:

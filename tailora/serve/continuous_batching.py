@@ -88,24 +88,18 @@ AttentionInterface.register(BY_REQUEST, attention_by_request)
 class ContinuousEngine(Engine):
     """Continuous batching with an adapter for every token. See `Engine`.
 
-    max_requests: that run at once; others wait.    cache_tokens: tokens of all running requests together.
+    max_requests: that run at once; others wait.
     Raises ConfigError for a model that `obstacle` rejects.
     """
 
     def __init__(
-        self,
-        adapter_set: AdapterSet,
-        eos_token_ids: Collection[int],
-        *,
-        max_positions: int,
-        max_requests: int = 64,
-        cache_tokens: int = CACHE_TOKENS,
+        self, adapter_set: AdapterSet, eos_token_ids: Collection[int], *, max_positions: int, max_requests: int = 64
     ) -> None:
         if reason := obstacle(adapter_set.base_model):
             raise ConfigError(f"continuous batching is not possible: {reason}; use --engine padded")
         self.adapter_set, self.eos_token_ids = adapter_set, frozenset(eos_token_ids)
-        self.max_positions = min(max_positions, cache_tokens)
-        self.max_requests, self.cache_tokens = max_requests, cache_tokens
+        self.max_positions = min(max_positions, CACHE_TOKENS)
+        self.max_requests = max_requests
         self._requests: dict[str, RunningRequest] = {}
         self._lock = Lock()  # of _requests and _manager
         model: Any = adapter_set.base_model
@@ -227,7 +221,7 @@ class ContinuousEngine(Engine):
             GenerationConfig(do_sample=False, eos_token_id=-1),
             ContinuousBatchingConfig(
                 page_size=PAGE_SIZE,
-                num_blocks=-(-self.cache_tokens // PAGE_SIZE),
+                num_blocks=CACHE_TOKENS // PAGE_SIZE,
                 max_batch_tokens=BATCH_TOKENS,
                 max_requests_per_batch=self.max_requests,
                 allow_block_sharing=False,

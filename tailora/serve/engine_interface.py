@@ -36,7 +36,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt and the name of its adapter in the engine's AdapterSet; None for the base model."""
+    """A prompt and the name of its adapter in the engine's AdapterSet; None for the base model. Ids are not reused."""
 
     id: str
     prompt_ids: tuple[int, ...]

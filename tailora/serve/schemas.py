@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 MOST_LOGPROBS = 20
+MOST_ANSWERS = 16  # to one prompt
 LONGEST_STOP = 1000  # characters of a stop string
 LONGEST_NAME = 1000  # characters of the name of a model: a mixture has several names
 INT64 = 2**63
@@ -52,10 +53,9 @@ def only(accepted: str) -> WrapValidator:
     return WrapValidator(validate)
 
 
+AdapterName = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_NAME)]
 ModelName = Annotated[
-    str,
-    StringConstraints(min_length=1, max_length=LONGEST_NAME),
-    Field(description="the base, an adapter, or several with their scales: legal+chat@0.5"),
+    AdapterName, Field(description="the base, an adapter, or several with their scales: legal+chat@0.5")
 ]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
 TokenId = Annotated[int, Field(ge=0, lt=INT64)]
@@ -77,7 +77,7 @@ class GenerationRequest(RequestBody):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="default 1; 0 is greedy")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=INT64)] | None = Field(None, description="0 and -1 for all tokens")
-    n: Annotated[int, Field(ge=1, lt=INT64)] | None = Field(None, description="answers for each prompt")
+    n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = Field(None, description="answers for each prompt")
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = Field(
         None, description="the answers for each prompt have the seeds seed, seed + 1, ...; default: random"
     )
@@ -164,9 +164,6 @@ class CompletionRequest(GenerationRequest):
     echo: Annotated[Literal[False] | None, only("false")] = None
     suffix: Annotated[Annotated[str, StringConstraints(max_length=0)] | None, only('""')] = None
     best_of: Annotated[Annotated[int, Field(ge=1, le=1)] | None, only("1")] = None
-
-
-AdapterName = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_NAME)]
 
 
 class LoadAdapterRequest(RequestBody):

@@ -91,12 +91,17 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
 
 
 def prompts() -> list[tuple[str, list[int], str | None]]:
-    """Two prompts of each adapter and the base, one of them the same for all."""
+    """For each adapter and the base: its own prompt and one that is the same for all; then some long prompts.
+
+    The long prompts do not fit into one forward of continuous batching.
+    """
     generator = torch.Generator().manual_seed(1)
     result: list[tuple[str, list[int], str | None]] = []
     for number, model in enumerate([None, *CONFIGS]):
         own = torch.randint(8, 300, (3 + 5 * number,), generator=generator).tolist()
         result += [(f"{model}-own", own, model), (f"{model}-shared", [9, 10, 11, 3, 5, 12], model)]
+    for model in (None, "large", "head", "saved"):
+        result.append((f"{model}-long", torch.randint(8, 300, (150,), generator=generator).tolist(), model))
     return result
 
 
@@ -132,19 +137,6 @@ def test_an_engine_that_is_stopped_at_once_logs_nothing() -> None:
     finally:
         logger.removeHandler(handler)
     assert [record.getMessage() for record in handler.buffer if record.levelno >= logging.WARNING] == []
-
-
-def test_prompts_that_do_not_fit_into_one_forward(engine: Engine) -> None:
-    generator = torch.Generator().manual_seed(2)
-    requests = {
-        f"{model}-{number}": (torch.randint(8, 300, (150 + number,), generator=generator).tolist(), model)
-        for number in range(2)
-        for model in (None, "large", "head", "saved")
-    }
-    answers = Answers(engine)
-    for name, (prompt, model) in requests.items():
-        answers.submit(name, prompt, model)
-    assert answers.wait() == {name: alone(model, prompt) for name, (prompt, model) in requests.items()}
 
 
 @pytest.mark.parametrize("key_heads", [2, 4])
@@ -209,8 +201,8 @@ def test_what_is_computed_for_an_adapter_is_kept_while_others_come_and_go(monkey
 def test_sampled_tokens_depend_on_the_seed_alone(engine: Engine) -> None:
     settings = {"temperature": 1.0, "top_p": 0.9, "logprobs": 2, "ignore_eos": True}
     by_itself = Answers(engine)
-    by_itself.submit("x", [9, 10, 11], "large", seed=5, **settings)
-    expected = by_itself.wait()["x"]
+    by_itself.submit("alone", [9, 10, 11], "large", seed=5, **settings)
+    expected = by_itself.wait()["alone"]
     answers = Answers(engine)
     for name, prompt, model in prompts():
         answers.submit(name, prompt, model, seed=1, temperature=1.0)
