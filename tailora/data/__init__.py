@@ -5,8 +5,10 @@
     chat_template   messages -> text, as the model's chat template writes it
     loss_mask       a sample -> its text, and which tokens of it are trained
     tokenize        text and loss mask -> token ids and labels
-    dataset         examples in flat arrays, the split, the report
+    dataset         an example, all of them in flat arrays, the split, the report
+    labels          names of classes and tags, for models with a head for labels
     collate         examples -> batches of tensors
 
-prepare.py puts these steps together; demo.py makes the model and data of `tailora demo`.
+settings.py has the settings of all steps, and prepare.py puts the steps together. demo.py makes the model and data of
+`tailora demo`.
 """

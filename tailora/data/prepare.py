@@ -5,6 +5,7 @@ readers -> schemas -> chat_template, loss_mask, tokenize -> dataset, 1000 rows a
 
 import hashlib
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain, islice
@@ -16,6 +17,7 @@ from tailora.data import dataset
 from tailora.data.chat_template import ChatTokenizer
 from tailora.data.dataset import DataReport, Example, Examples, Mixture, SourceReport, with_other_replies
 from tailora.data.demo import resolve_demo
+from tailora.data.messages import REASONING
 from tailora.data.readers import Row, RowProblem, Rows, Source, data_error, read_rows
 from tailora.data.schemas import (
     CAUSAL_LM,
@@ -23,12 +25,14 @@ from tailora.data.schemas import (
     PREFERENCE,
     TEXT,
     AnySample,
+    Choices,
     ColumnMapping,
+    Conversation,
+    Schema,
     Text,
     convert_row,
-    count_messages,
     detect_schema,
-    evaluation_schema,
+    from_preference,
     weight_of,
 )
 from tailora.data.settings import DataSettings
@@ -38,6 +42,21 @@ from tailora.errors import ConfigError, DataError, listing
 CHUNK = 1000  # rows tokenised at a time
 
 # ---- Rows -> encoded samples
+
+
+def evaluation_schema(schema: Schema) -> Schema:
+    """Returns the schema as evaluation reads it: a pair of replies as choices. Raises DataError if it cannot be."""
+
+    def from_pair(values: dict[str, Any]) -> Choices:
+        pair = from_preference(values)
+        return Choices((pair.chosen, pair.rejected), 0)
+
+    if schema.name == FEEDBACK:
+        raise DataError(
+            "single replies with a label cannot be compared: give rows with chosen and rejected, or only the wanted "
+            "replies, without the label"
+        )
+    return replace(schema, convert=from_pair) if schema.task == PREFERENCE else schema
 
 
 def encode_source(
@@ -82,6 +101,18 @@ def _encode_rows(
                 yield replace(result, example=example)
             elif isinstance(result, RowProblem):
                 yield result
+
+
+def count_messages(samples: Iterable[object]) -> dict[str, int]:
+    """Returns how many messages of each role the conversations have, and how many tools, tool calls and thoughts."""
+    counts = Counter[str]()
+    for chat in (sample for sample in samples if isinstance(sample, Conversation)):
+        counts.update(message["role"] for message in chat.messages)
+        counts["tool calls"] += sum(len(message.get("tool_calls", [])) for message in chat.messages)
+        counts["with reasoning"] += sum(REASONING in message for message in chat.messages)
+        counts["not to be trained"] += len(chat.untrained)
+        counts["tools"] += len(chat.tools or [])
+    return {name: count for name, count in counts.items() if count}
 
 
 @dataclass(slots=True)

@@ -17,8 +17,6 @@ Every row may have a weight, by which its losses are multiplied in training.
 
 In choices, prompt may be called question, and answer label. Rows are read as feedback if at least half of their labels
 are true or false, or for --task preference.
-
-Messages have the form that messages.py returns.
 """
 
 import math
@@ -70,18 +68,6 @@ class Conversation:
     @property
     def trained_replies(self) -> list[int]:
         return [index for index in self.replies if index >= self.first and index not in self.untrained]
-
-
-def count_messages(samples: Iterable[object]) -> dict[str, int]:
-    """Returns how many messages of each role the conversations have, and how many tools, tool calls and thoughts."""
-    counts = Counter[str]()
-    for chat in (sample for sample in samples if isinstance(sample, Conversation)):
-        counts.update(message["role"] for message in chat.messages)
-        counts["tool calls"] += sum(len(message.get("tool_calls", [])) for message in chat.messages)
-        counts["with reasoning"] += sum(REASONING in message for message in chat.messages)
-        counts["not to be trained"] += len(chat.untrained)
-        counts["tools"] += len(chat.tools or [])
-    return {name: count for name, count in counts.items() if count}
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +280,7 @@ def _shared_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
         end = max(min(end, shortest - 1), 0)  # the last message is no prompt
     else:
         text: str = chosen[:end]
-        end = max((match.end() for match in BETWEEN_WORDS.finditer(text)), default=0)
+        end = max((match.end() for match in re.finditer(r"\s+", text)), default=0)
         if end and text[end - 1] == " ":
             end -= 1  # most tokenizers put the space before a word into its token
     if not end and isinstance(chosen, str):
@@ -303,8 +289,6 @@ def _shared_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
 
 
 # ---- Values of a row: checked, or DataError
-
-BETWEEN_WORDS = re.compile(r"\s+")
 
 
 def _pair(prompt: str, completion: str) -> Pair:
@@ -420,21 +404,6 @@ class Schema:
         return replace(self, required=tuple(key for key in self.required if key not in LABEL_KEYS))
 
 
-def evaluation_schema(schema: Schema) -> Schema:
-    """Returns the schema as evaluation reads it: a pair of replies as choices. Raises DataError if it cannot be."""
-
-    def from_pair(values: dict[str, Any]) -> Choices:
-        pair = from_preference(values)
-        return Choices((pair.chosen, pair.rejected), 0)
-
-    if schema.name == FEEDBACK:
-        raise DataError(
-            "single replies with a label cannot be compared: give rows with chosen and rejected, or only the wanted "
-            "replies, without the label"
-        )
-    return replace(schema, convert=from_pair) if schema.task == PREFERENCE else schema
-
-
 def _has_truth_value(row: Mapping[str, Any]) -> bool:
     label = row.get("label")
     return label in (True, False) or (isinstance(label, str) and label.strip().lower() in ("true", "false"))  # or 1, 0
@@ -532,13 +501,20 @@ def detect_schema(
     if not has_labels:
         field = {key: column for key, column in field.items() if key not in LABEL_KEYS}
         schemas = [schema.without_labels() for schema in schemas]
-    not_fitting = Counter[tuple[frozenset[str], Schema]]()
-    key_sets = Counter[frozenset[str]]()
+    renamed = {column: key for key, column in field.items()}
+    with_keys: dict[frozenset[str], list[Schema]] = {}  # keys of a row -> the schemas that it has the keys of
+    counts, against = Counter[Schema](), Counter[Schema]()
     for row in rows:
-        key_sets[frozenset(row)] += 1
+        columns_of_row = frozenset(row)
+        if columns_of_row not in with_keys:
+            keys = {renamed.get(column, column) for column in row}
+            with_keys[columns_of_row] = [
+                schema for schema in schemas if keys.issuperset(schema.required) and {*schema.keys}.issuperset(field)
+            ]
         renamed_row = dict(row) | {key: row[column] for key, column in field.items() if column in row}
-        not_fitting.update((frozenset(row), s) for s in schemas if task == AUTO and not s.fits(renamed_row))
-    columns = sorted({column for keys in key_sets for column in keys})  # sorted: sets change their order between runs
+        counts.update(with_keys[columns_of_row])
+        against.update(s for s in with_keys[columns_of_row] if task == AUTO and not s.fits(renamed_row))
+    columns = sorted({column for keys in with_keys for column in keys})  # sorted: sets change their order between runs
     problems = [
         f"--field {key}={column}: no schema has the key {key!r}"
         f"{nearest(key, KNOWN_KEYS) or f'; there are {_names(sorted(KNOWN_KEYS))}'}"
@@ -553,16 +529,8 @@ def detect_schema(
     ]
     if problems:
         raise DataError(listing(problems))
-    renamed = {column: key for key, column in field.items()}
-    counts, against = dict.fromkeys(schemas, 0), dict.fromkeys(schemas, 0)
-    for keys, count in key_sets.items():
-        row_keys = {renamed.get(key, key) for key in keys}
-        for schema in schemas:
-            if row_keys.issuperset(schema.required) and set(schema.keys).issuperset(field):
-                counts[schema] += count
-                against[schema] += not_fitting[keys, schema]
     # One wrong or missing value must not change what all rows are read as: then it is an error in its row.
-    counts = {schema: count if 2 * against[schema] <= count else 0 for schema, count in counts.items()}
+    counts = Counter({schema: count for schema, count in counts.items() if 2 * against[schema] <= count})
     best = max(schemas, key=lambda schema: counts[schema])
     with_more_keys = (schema for schema in schemas if set(schema.required) > set(best.required))
     best = next((schema for schema in with_more_keys if 0 < counts[best] <= 2 * counts[schema]), best)

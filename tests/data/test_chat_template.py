@@ -136,14 +136,6 @@ def test_the_span_ends_with_eos_or_else_with_the_first_special_token(bytes_token
     assert with_brackets(rendered).endswith(f"assistant\n[[{learned}]]")
 
 
-@pytest.mark.parametrize("template", [CHATML + HEADER, MARKED])
-def test_only_the_completion_of_a_chat_pair_is_trained(bytes_tokenizer, template) -> None:
-    text = with_brackets(render_sample(chat("a", "b", "c", "d", first=3), ChatTokenizer.of(bytes_tokenizer(template))))
-    assert "assistant\nb" in text
-    assert text.endswith("assistant\n[[d<|im_end|>]]")
-    assert text.count("[[") == 1
-
-
 @pytest.mark.parametrize(
     ("template", "sample", "expected"),
     [
@@ -184,10 +176,6 @@ def test_text_stays_as_it_is(bytes_tokenizer, template) -> None:
     assert (
         with_brackets(render_sample(Text("a b\n"), ChatTokenizer.of(bytes_tokenizer(template)))) == "[[a b\n]][[EOS]]"
     )
-
-
-def test_a_pair_without_a_template_is_one_text(bytes_tokenizer) -> None:
-    assert with_brackets(render_sample(Pair("a", " b"), ChatTokenizer.of(bytes_tokenizer()))) == "a[[ b]][[EOS]]"
 
 
 @pytest.mark.parametrize(
@@ -252,6 +240,7 @@ TEXT_TEMPLATE = CHATML + HEADER
         (MARKED, chat("a", "b", "c", "d"), {"assistant_only_loss": False}, ALL_2),
         # of a prompt and completion of messages
         (TEXT_TEMPLATE, chat("a", "b", "c", "d", first=3), {"completion_only_loss": True}, REPLY_2),
+        (MARKED, chat("a", "b", "c", "d", first=3), {}, REPLY_2),
         (TEXT_TEMPLATE, chat("a", "b", "c", "d", first=3), {"completion_only_loss": False}, ALL_2),
         (
             TEXT_TEMPLATE,

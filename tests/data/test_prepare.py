@@ -186,12 +186,6 @@ def test_unusable_data_is_refused_with_the_reason(bytes_tokenizer, tmp_path: Pat
         prepare(str(path), bytes_tokenizer(), **options)
 
 
-def test_all_labels_masked_is_refused_before_training(bytes_tokenizer, jsonl) -> None:
-    tokenizer = bytes_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}{% endgeneration %}")
-    with pytest.raises(DataError, match=r"rows.jsonl:1: no reply can be located"):
-        prepare(jsonl([chat_row("a", "b")]), tokenizer, validation_split=0)
-
-
 def test_every_problem_of_every_kind_is_named_at_once(bytes_tokenizer, tmp_path: Path, chatml) -> None:
     template = "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}" + chatml
     rows = [json.dumps(chat_row(*contents)) for contents in (("a", "b"), ("a",), ("a", "b", "c", "d"))]
@@ -500,9 +494,3 @@ def test_of_a_single_text_blocks_are_held_out(bytes_tokenizer, tmp_path: Path, d
     whole = prepare(str(path), bytes_tokenizer(), max_length=16, validation_split=0, **options)
     assert sorted(prepared.train.hashes() + prepared.eval.hashes()) == sorted(whole.train.hashes())
     assert (prepared.report.rows, prepared.report.shape) == (1, "text")
-
-
-def test_held_out_conversations_are_returned_as_samples(bytes_tokenizer, jsonl, chatml) -> None:
-    rows = [chat_row("hello", "you"), chat_row("hello", "today")]
-    (sample,) = prepare(jsonl(rows), bytes_tokenizer(chatml)).eval_samples
-    assert sample in [Conversation(row["messages"]) for row in rows]

@@ -33,28 +33,9 @@ from tailora.errors import ConfigError, DataError
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": 'c, "d"\n', "completion": "ü"}]
 
 
-def write_jsonl(path: Path) -> None:
-    path.write_text("\n\n".join(json.dumps(row) for row in ROWS))
-
-
-def write_json(path: Path) -> None:
-    path.write_text(json.dumps(ROWS, indent=1))
-
-
-def write_wrapped(path: Path) -> None:
-    path.write_text(json.dumps({"data": ROWS}))
-
-
-def write_csv(path: Path) -> None:
-    path.write_text('\ufeffprompt,completion\na,b\n"c, ""d""\n",ü\n', newline="")
-
-
-def write_tsv(path: Path) -> None:
-    path.write_text('prompt\tcompletion\na\tb\n"c, ""d""\n"\tü\n', newline="")
-
-
-def write_parquet(path: Path) -> None:
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+LINES = "\n\n".join(json.dumps(row) for row in ROWS)
+CSV = '\ufeffprompt,completion\na,b\n"c, ""d""\n",ü\n'
+TSV = 'prompt\tcompletion\na\tb\n"c, ""d""\n"\tü\n'
 
 
 def test_a_csv_field_can_have_any_length_and_the_limit_of_csv_is_put_back(tmp_path: Path) -> None:
@@ -68,22 +49,25 @@ def test_a_csv_field_can_have_any_length_and_the_limit_of_csv_is_put_back(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("name", "write", "numbers"),
+    ("name", "content", "numbers"),
     [
-        ("a.jsonl", write_jsonl, [1, 3]),
-        ("a.JSONL", write_jsonl, [1, 3]),
-        ("a.ndjson", write_jsonl, [1, 3]),
-        ("a.json", write_json, [1, 2]),
-        ("wrapped.json", write_wrapped, [1, 2]),
-        ("lines.json", write_jsonl, [1, 3]),
-        ("a.csv", write_csv, [2, 4]),
-        ("a.tsv", write_tsv, [2, 4]),
-        ("a.parquet", write_parquet, [1, 2]),
+        ("a.jsonl", LINES, [1, 3]),
+        ("a.JSONL", LINES, [1, 3]),
+        ("a.ndjson", LINES, [1, 3]),
+        ("a.json", json.dumps(ROWS, indent=1), [1, 2]),
+        ("wrapped.json", json.dumps({"data": ROWS}), [1, 2]),
+        ("lines.json", LINES, [1, 3]),
+        ("a.csv", CSV, [2, 4]),
+        ("a.tsv", TSV, [2, 4]),
+        ("a.parquet", "", [1, 2]),
     ],
 )
-def test_every_file_type_gives_the_same_rows(tmp_path: Path, name, write, numbers) -> None:
+def test_every_file_type_gives_the_same_rows(tmp_path: Path, name: str, content: str, numbers: list[int]) -> None:
     path = tmp_path / name
-    write(path)
+    if content:
+        path.write_text(content, newline="")
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
     assert list(read_file(path)) == [
         Row(str(path), number, fields) for number, fields in zip(numbers, ROWS, strict=True)
     ]

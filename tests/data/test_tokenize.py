@@ -125,20 +125,6 @@ def test_a_reply_that_would_merge_with_the_header_is_tokenized_on_its_own(bytes_
     assert learned(example, tokenizer) == "ther<|im_end|>"
 
 
-def test_only_the_replies_of_a_long_chat_are_trained(bytes_tokenizer, chatml) -> None:
-    turns = [("user" if place % 2 == 0 else "assistant", f"hello {place}") for place in range(12)]
-    chat = Conversation([{"role": role, "content": content} for role, content in turns])
-    tokenizer = bytes_tokenizer(chatml)
-    replies = "".join(f"{content}<|im_end|>" for role, content in turns if role == "assistant")
-    assert learned(encode_sample(chat, tokenizer, 1000), tokenizer) == replies
-
-
-def test_an_emoji_of_several_tokens_is_trained_whole(bytes_tokenizer, chatml) -> None:
-    tokenizer = bytes_tokenizer(chatml)
-    chat = Conversation([{"role": "user", "content": "🙂"}, {"role": "assistant", "content": "🙃 ok 🙃"}])
-    assert learned(encode_sample(chat, tokenizer, 100), tokenizer) == "🙃 ok 🙃<|im_end|>"
-
-
 def test_a_tokenizer_without_offsets_works_too(chatml) -> None:
     tokenizer = ByT5Tokenizer()
     assert not tokenizer.is_fast
