@@ -7,15 +7,13 @@ a graph of its own. Only calls that compute gradients are compiled, so evaluatio
     decoder_layers        the layers of a model, by structure
     obstacle_to_compiling why a model's layers cannot be compiled
     CompiledLayers        compiled code, and the block in which a model uses it
-    expected_seconds      how long compiling will take; inductor's cache is kept in the user's cache folder
+    expected_seconds      how long compiling takes; inductor's cache is kept in the user's cache folder
 """
 
-import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FunctionType
 from typing import Any, cast
 
@@ -44,7 +42,7 @@ MOST_KINDS = 4  # of layers: each is compiled on its own
 # bfloat16 with AMX: 10 layers of SmolLM's shape take .73 of the plain layers' time (one thread). In float32 they take
 # the same time, and without AMX the passes that are fused are 8% of a step
 CPU_GAIN = 0.25
-COLD_SECONDS, WARM_SECONDS = 16.0, 5.0  # for a graph, by far the most of it in inductor and the C++ compiler
+SECONDS_PER_GRAPH = 16.0  # by far the most of it in inductor and the C++ compiler
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -192,30 +190,11 @@ def compiled_gain(device: torch.device, dtype: torch.dtype) -> float:
     return 0.15 if device.type in ("cuda", "xpu") else 0.0
 
 
-def expected_seconds(layers: Sequence[nn.Module], activation_memory: float, has_dropout: bool = False) -> float:
-    """Returns how long compiling these layers will take: less if it was done before.
+def expected_seconds(layers: Sequence[nn.Module], has_dropout: bool = False) -> float:
+    """Returns how long compiling these layers takes, without inductor's cache.
 
     has_dropout: they are compiled without it, too, to be compared.
     """
     kinds = len({_kind(layer) for layer in layers})
     graphs = kinds + 1 + (kinds if has_dropout else 0)  # one more for the first layer
-    return graphs * (WARM_SECONDS if _record(layers, activation_memory).exists() else COLD_SECONDS)
-
-
-def note_compiled(layers: Sequence[nn.Module], activation_memory: float) -> None:
-    """Remember that inductor's cache has the code of these layers."""
-    record = _record(layers, activation_memory)
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.touch()
-
-
-def _record(layers: Sequence[nn.Module], activation_memory: float) -> Path:
-    facts = (
-        torch.__version__,
-        sorted(cpu_flags()),
-        torch.get_num_threads(),
-        str(computing_device(next(layers[0].parameters()))),
-        activation_memory,
-        sorted({repr(_kind(layer)) for layer in layers}),
-    )
-    return cache_folder() / "compiled" / f"seen-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
+    return graphs * SECONDS_PER_GRAPH

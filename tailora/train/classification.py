@@ -47,7 +47,7 @@ class LabelTask(Task):
         )
 
     @property
-    def description(self) -> str:  # type: ignore[override]
+    def description(self) -> str:
         if self.labels.task == REGRESSION:
             return REGRESSION
         kinds = "labels, several of a row" if self.labels.several else "labels"

@@ -1,15 +1,15 @@
 """Which kernels a run computes with. Each kind is tried on the user's model (`train.kernel_comparison`).
 
 choose_layout     packed or padded batches; what computes attention (`choose_packing`), and the loss (`choose_form`)
-choose_kernels    layers: compiled ones if the rest of the run pays for compiling, else the Llama kernels, else those of
-                  transformers; with a description for the run's header. All processes of a run choose the same.
+choose_kernels    layers: compiled ones if the rest of the run pays for compiling and they are faster here, else the
+                  Llama kernels, else those of transformers. All processes of a run choose the same.
 use_kernels       within the block the model computes with them
 share_kept        how much compiled layers keep for the backward, of what others keep
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -31,12 +31,11 @@ from tailora.kernels.compiled_layers import (
     compiled_gain,
     decoder_layers,
     expected_seconds,
-    note_compiled,
     obstacle_to_compiling,
 )
 from tailora.kernels.cpu_attention import BLOCK, BLOCKS_ONLY, FLASH_ONLY, flash_thresholds
 from tailora.kernels.device_attention import HALF, PROVIDERS
-from tailora.kernels.llama import fast_layers, obstacle_to_layers
+from tailora.kernels.llama import eligible, fast_layers, obstacle_to_layers
 from tailora.kernels.loss import FROZEN, RECOMPUTED, Batch, own_form
 from tailora.train.config import TrainConfig
 from tailora.train.kernel_comparison import (
@@ -232,6 +231,14 @@ def _try_compiled(
     obstacle, check = _compile(model, work, layout, compiled, resumed=recorded is not None)
     if obstacle is not None:
         return None, obstacle
+    if recorded is None:
+        share, others = broadcast_object_list([_time_share(model, work, layout, compiled)])[0] or (0.0, "")
+        if not others:
+            return None, "text does not reach them"
+        speed = f"a layer takes {share:.2f} of the time of {others}"
+        if share >= 1 and not asked:
+            return None, f"they were compiled, but {speed}"
+        check = f"{speed}, {check}"
     kept = "" if budget == 1 else f", keeping {budget:.0%} of the activations"
     text = f"decoder layers: compiled{kept}, {check}; attention: {_attention(base, layout)}; loss: {layout.loss}"
     return replace(kernels, description=text), None
@@ -256,7 +263,7 @@ def _costs_more_than_it_saves(model: Trainable, work: Work, layout: BatchLayout)
         calls = layer_calls(model, layers, _timed_examples(work), layout)
         seconds = min(_seconds(*calls[-1]) for _ in range(TIMES)) if calls else 0.0
     saved = share * seconds * len(calls) * work.tokens / TIMED_TOKENS
-    compiling = expected_seconds(layers, 1.0, has_dropout(base))
+    compiling = expected_seconds(layers, has_dropout(base))
     if saved < compiling:
         obstacle = f"they would save about {saved:.0f} s of this run, and compiling takes about {compiling:.0f} s"
     return cast("str | None", broadcast_object_list([obstacle])[0])
@@ -296,8 +303,6 @@ def _compile(
     obstacle, check = _on_all_ranks(lambda: compare_layers(model, parts, layout, compiled))
     if obstacle is None and has_dropout(base):
         obstacle, _ = _on_all_ranks(compile_for_training)
-    if obstacle is None:
-        note_compiled(decoder_layers(base), compiled.activation_memory)
     return obstacle, check
 
 
@@ -312,6 +317,29 @@ def _on_all_ranks(trial: Callable[[], tuple[str | None, str]]) -> tuple[str | No
         cause = " ".join(str(error).split("\n\n")[0].split())  # what follows are hints for torch's developers
         obstacle, check = f"torch.compile refuses them ({cause})", ""
     return first_of_ranks(obstacle), check
+
+
+def _time_share(
+    model: Trainable, work: Work, layout: BatchLayout, compiled: CompiledLayers
+) -> tuple[float, str] | None:
+    """Returns the time of a compiled layer as a share of that of what is used otherwise, and what that is.
+
+    None if no layer is called. The layer is as the run calls it, with its dropout.
+    """
+    base = cast(PreTrainedModel, model.base_model)
+    with layout.used_by(base):
+        calls = layer_calls(model, decoder_layers(base), _timed_examples(work), layout)
+        if not calls:
+            return None
+        layer = calls[-1][0]
+        is_llama = obstacle_to_llama_kernels("auto", base, layout) is None and bool(eligible(layer))
+        ours, theirs = [], []
+        for _ in range(1 + TIMES):  # in turns; the first of each is not counted
+            with compiled.used_by([layer]):
+                ours.append(_seconds(*calls[-1]))
+            with fast_layers(layer) if is_llama else nullcontext():
+                theirs.append(_seconds(*calls[-1]))
+    return min(ours[1:]) / min(theirs[1:]), "the Llama kernels" if is_llama else "those of transformers"
 
 
 def _compile_for_training(

@@ -58,7 +58,7 @@ class Task(ABC):
 
     The loss of a step is the sum of all its losses, divided by the sum of `divisor` over its examples.
 
-    description: for people; "" of the usual one.    loss_unit: what a loss is measured in.
+    loss_unit: what a loss is measured in.
     score_names: what the columns of `Outputs.scores` are.
     reference: what the model gave examples before training, for losses that compare with it.
     batches_by_length: whether examples of similar length share a batch. Where length tells something of the label, as
@@ -66,12 +66,16 @@ class Task(ABC):
     is_plain: whether batches are padded, and the model computes with its own layers and outputs.
     """
 
-    description: str
     loss_unit: str
     score_names: tuple[str, ...] = ()
     is_plain = False
     batches_by_length = True
     reference: "Reference | None" = None
+
+    @property
+    def description(self) -> str:
+        """What is learned, for the run's header; "" for the usual task."""
+        return ""
 
     @abstractmethod
     def make_batch(self, examples: Sequence[Example], layout: "BatchLayout") -> Batch:
@@ -175,7 +179,6 @@ class Reference:
 class CausalLM(Task):
     """Predicts the next token: a loss for each supervised token."""
 
-    description = ""
     loss_unit = NATS_PER_TOKEN
 
     def make_batch(self, examples: Sequence[Example], layout: "BatchLayout") -> Batch:
@@ -203,9 +206,12 @@ class Seq2Seq(Task):
     The encoder reads the first sequence of an example, and the decoder predicts the second: see `data.tokenize`.
     """
 
-    description = "sequence to sequence"
     loss_unit = "nats per token"
     is_plain = True
+
+    @property
+    def description(self) -> str:
+        return "sequence to sequence"
 
     def make_batch(self, examples: Sequence[Example], layout: "BatchLayout") -> Batch:
         sources, targets = zip(*(example.sequences for example in examples), strict=True)

@@ -160,7 +160,7 @@ class Pairs(Preference):
     score_names = ("chosen", "rejected", "chosen_reward", "rejected_reward")
 
     @property
-    def description(self) -> str:  # type: ignore[override]
+    def description(self) -> str:
         further = {"label smoothing": self.label_smoothing, "weight of the chosen reply's own loss": self.sft_weight}
         margin = f", gamma {self.simpo_gamma:g}" if self.loss == "simpo" else ""
         more = "".join(f", {name} {value:g}" for name, value in further.items() if value)
@@ -214,7 +214,7 @@ class KTO(Preference):
     batches_by_length = False
 
     @property
-    def description(self) -> str:  # type: ignore[override]
+    def description(self) -> str:
         return f"wanted and unwanted replies, loss kto, beta {self.beta:g}"
 
     def margins(self, scores: Scores) -> Scores:

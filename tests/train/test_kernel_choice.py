@@ -1,4 +1,6 @@
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,7 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
 from tailora.formats.io import read_safetensors
-from tailora.kernels.compiled_layers import CompiledLayers, decoder_layers, expected_seconds
+from tailora.kernels.compiled_layers import CompiledLayers, decoder_layers
 from tailora.kernels.loss import FROZEN
 from tailora.train import events, failures, kernel_choice
 from tailora.train.config import TrainConfig
@@ -65,13 +67,32 @@ def test_activation_memory_is_refused_where_layers_cannot_be_compiled(
         settings(activation_memory=0.5, gradient_checkpointing=True)
 
 
+class TimedLayers(CompiledLayers):
+    """Layers that are called as they are. Within the block they count as compiled, at another speed."""
+
+    speed = compiled_speed = 1.0
+
+    @contextmanager
+    def used_by(self, _: Any) -> Iterator[None]:
+        type(self).speed, before = self.compiled_speed, self.speed
+        try:
+            yield
+        finally:
+            type(self).speed = before
+
+
 @pytest.fixture
-def compiling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Layers count as compiled, and are called as they are."""
-    PartialState()
-    monkeypatch.setenv("TAILORA_HOME", str(tmp_path))
-    monkeypatch.setattr(kernel_choice, "CompiledLayers", partial(CompiledLayers, backend="eager"))
-    monkeypatch.setattr(kernel_choice, "_seconds", lambda *_: 1e-3)
+def compile_at_speed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[float], None]:
+    """speed: of compiled layers, relative to that of others."""
+
+    def patch(speed: float) -> None:
+        PartialState()
+        monkeypatch.setenv("TAILORA_HOME", str(tmp_path))
+        monkeypatch.setattr(TimedLayers, "compiled_speed", speed)
+        monkeypatch.setattr(kernel_choice, "CompiledLayers", TimedLayers)
+        monkeypatch.setattr(kernel_choice, "_seconds", lambda *_: 1e-3 / TimedLayers.speed)
+
+    return patch
 
 
 def chosen(config: TrainConfig, tokens: float, base: Any = None) -> Kernels:
@@ -85,37 +106,63 @@ PAYING = 2**32  # tokens
 
 
 @pytest.mark.parametrize(
-    ("share", "tokens", "layers", "reason"),
+    ("share", "tokens", "speed", "layers", "reason"),
     [
-        pytest.param(0.9, PAYING, COMPILED, "compiled, checked against the layers of transformers", id="pays"),
-        pytest.param(0.9, 256, LLAMA, "save about 0 s of this run, and compiling takes about 32 s", id="short"),
-        pytest.param(0.1, PAYING, LLAMA, "no gain is known", id="the Llama kernels save more"),
+        pytest.param(0.9, PAYING, 1.25, COMPILED, "a layer takes 0.80 of the time of the Llama kernels", id="faster"),
+        pytest.param(0.9, PAYING, 0.5, LLAMA, "compiled, but a layer takes 2.00 of the time of the", id="slower"),
+        pytest.param(0.9, 256, 1.25, LLAMA, "save about 0 s of this run, and compiling takes about 32 s", id="short"),
+        pytest.param(0.1, PAYING, 1.25, LLAMA, "no gain is known", id="the Llama kernels save more"),
     ],
 )
-@pytest.mark.usefixtures("compiling")
-def test_compiled_layers_are_taken_if_the_run_pays_for_compiling(
-    monkeypatch: pytest.MonkeyPatch, share: float, tokens: float, layers: str, reason: str
+def test_compiled_layers_are_taken_if_the_run_pays_for_compiling_and_they_are_faster(
+    monkeypatch: pytest.MonkeyPatch,
+    compile_at_speed: Callable[[float], None],
+    share: float,
+    tokens: float,
+    speed: float,
+    layers: str,
+    reason: str,
 ) -> None:
+    compile_at_speed(speed)
     monkeypatch.setattr(kernel_choice, "compiled_gain", lambda *_: share)
     kernels = chosen(TrainConfig(), tokens)
     assert kernels.layers == layers
     assert reason in kernels.description
-    model = LoRAModel(chat_model(), LoRAConfig(r=2, target_modules=["q_proj"])).train()
-    assert expected_seconds(decoder_layers(model.base_model), 1.0) == (10 if layers == COMPILED else 32)
 
 
-@pytest.mark.usefixtures("compiling")
-def test_compiled_layers_that_are_asked_for_are_taken_in_any_run() -> None:
+def test_compiled_layers_that_are_asked_for_are_taken_at_any_speed(compile_at_speed: Callable[[float], None]) -> None:
+    compile_at_speed(0.5)
     for config in (TrainConfig(fast="compile"), TrainConfig(activation_memory=0.4)):
-        assert chosen(config, 1).layers == COMPILED
+        kernels = chosen(config, 1)
+        assert kernels.layers == COMPILED
+        assert "a layer takes 2.00 of the time of the Llama kernels" in kernels.description
 
 
-@pytest.mark.usefixtures("compiling")
-def test_layers_that_text_does_not_reach_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_text_does_not_reach_are_not_timed(
+    monkeypatch: pytest.MonkeyPatch, compile_at_speed: Callable[[float], None]
+) -> None:
+    compile_at_speed(2)
     monkeypatch.setattr(kernel_choice, "compiled_gain", lambda *_: 0.9)
     base = chat_model()
     base.tower = nn.ModuleList([deepcopy(decoder_layers(base)[0])])  # after the layers that are called
     assert chosen(TrainConfig(), PAYING, base).layers == COMPILED
+
+
+def test_the_time_of_a_layer_is_that_of_the_kernels_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Llama kernels and compiled code are in use while they are timed, in turns."""
+    seen: list[str] = []
+
+    def seconds(layer: nn.Module, *_: Any) -> float:
+        compiled = layer._compiled_call_impl is not None
+        seen.append("compiled" if compiled else type(layer).__name__)
+        return 1.0
+
+    monkeypatch.setattr(kernel_choice, "_seconds", seconds)
+    monkeypatch.setattr(kernel_choice, "CompiledLayers", partial(CompiledLayers, backend="eager"))
+    monkeypatch.setattr(kernel_choice, "compare_layers", lambda *_: (None, "checked"))
+    PartialState()
+    assert "a layer takes 1.00" in chosen(TrainConfig(fast="compile"), 1).description
+    assert seen == ["compiled", "FastLayerLlamaDecoderLayer"] * 4
 
 
 def test_the_cause_is_said_if_the_compiler_fails(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,11 +204,10 @@ def test_a_compiled_run_with_dropout_is_resumed_bit_for_bit(
     monkeypatch.setattr(kernel_choice, "_compile_for_training", note)
     common = {"max_steps": 3, "save_steps": 1, "lora_dropout": 0.1, "fast": "compile", "activation_memory": 0.7}
     whole, stopped = (settings(output_dir=str(tmp_path / name), **common) for name in ("whole", "stopped"))
-    assert "compiled, keeping 70% of the activations, checked against" in kernels(whole)
+    assert "compiled, keeping 70% of the activations, a layer takes" in kernels(whole)
     kernels(stopped, stop_at=2)
     calls.clear()
     resumed = stopped.model_copy(update={"resume_from_checkpoint": "latest"})
     assert "compiled, keeping 70% of the activations, as when the run was started" in kernels(resumed)
     assert calls == ["tried"]
     assert adapter(resumed) == adapter(whole)
-    assert list((tmp_path / "home" / "compiled").glob("seen-*"))
