@@ -164,19 +164,8 @@ def set_up(
     stack.enter_context(seeded(config.seed))
 
     with explain_out_of_memory("loading", lambda: LOADING_REMEDIES):
-        sharding = sharding_of(config, device)
         labels, has_new_head = find_labels(config)
-        load = partial(
-            load_base,
-            config.model,
-            config.dtype,
-            device,
-            config.quantize,
-            sharding=sharding,
-            task=config.task,
-            labels=labels,
-            seed=config.seed,
-        )
+        load = loader_of(config, device, labels)
         base, tokenizer = load()
         weights = model_fingerprint(base)
         data = read(config, base.get_input_embeddings().weight.shape[0], tokenizer, accelerator, labels)
@@ -290,16 +279,6 @@ def resumed_rank(
     masks = ", masks of dropout are not" if has_dropout else ""
     note(f"{now} processes go on instead of {before}: the steps are the same{masks}")
     return None
-
-
-def sharding_of(config: TrainConfig, device: torch.device) -> Sharding | None:
-    if not config.fsdp:
-        return None
-    return Sharding(
-        device,
-        reshard_after_forward=config.fsdp_reshard_after_forward,
-        offload_params=config.fsdp_offload_params,
-    )
 
 
 # ---- Processes and devices
@@ -439,12 +418,34 @@ def find_labels(config: TrainConfig) -> tuple[Labels | None, bool]:
     return labels, labels != labels_of_config(model_config)
 
 
+LoadBase = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+
+
+def loader_of(config: TrainConfig, device: torch.device, labels: Labels | None) -> LoadBase:
+    """Returns what loads the base model and its tokenizer, as often as it is called."""
+    sharding = None
+    if config.fsdp:
+        reshard, offload = config.fsdp_reshard_after_forward, config.fsdp_offload_params
+        sharding = Sharding(device, reshard_after_forward=reshard, offload_params=offload)
+    return partial(
+        load_base,
+        config.model,
+        config.dtype,
+        device,
+        config.quantize,
+        sharding=sharding,
+        task=config.task,
+        labels=labels,
+        seed=config.seed,
+    )
+
+
 def attach(
     config: TrainConfig,
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     saved: Checkpoint | None = None,
-    load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None = None,
+    load: LoadBase | None = None,
 ) -> Trainable:
     """Returns the base with its adapter, or wrapped for full fine-tuning, in training mode.
 
