@@ -50,6 +50,7 @@ from tailora.train import kernel_choice, kernel_comparison
 from tailora.train.config import TrainConfig
 from tailora.errors import DivergedError, ProcessFailedError
 from tailora.train import trainer as trainer_file
+from tailora.train.launch import end_process
 from tailora.train.trainer import Trainer
 from tailora.cli.train import fit
 
@@ -113,6 +114,7 @@ for name, settings in json.loads(sys.argv[1]).items():
         torch.distributed.broadcast(of_first, src=0)
         assert torch.equal(of_first, buffer.parameter)
 torch.distributed.destroy_process_group()
+end_process(0)  # gloo's threads can abort a process that ends by itself
 """
 SHARED = {"num_train_epochs": 5, "per_device_train_batch_size": 3, "eval_steps": 9, "save_steps": 9}  # 20 steps
 FULL = {"method": "full", "learning_rate": 1e-3, "r": 16}
