@@ -12,7 +12,7 @@ fits nearly exactly.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,56 +97,16 @@ def fit_variants(pairs: Pairs, variants: Mapping[str, Variant]) -> Fit | None:
     Probes without log-probabilities are left out if the server returned any. The server's base is taken to be exact or
     in Q4_0, whichever explains the answers better.
     """
-    if has_logprobs := any(answer.has_logprobs for _, answer in pairs):
+    if any(answer.has_logprobs for _, answer in pairs):
         pairs = [(probe, answer) for probe, answer in pairs if answer.has_logprobs]
     if len(pairs) < FEWEST:
         return None
-    effect, rounding = (_distance(pairs, ADAPTER, name) for name in (BASE, ROUNDED_ADAPTER))
-    counts = np.random.default_rng(0).multinomial(len(pairs), [1 / len(pairs)] * len(pairs), RESAMPLES)
-
-    def fit(candidates: Candidates) -> Fit:
-        errors, resampled = candidates.errors(np.ones(len(pairs))), candidates.errors(counts)
-        is_scale = np.array([kind == "scale" for kind in candidates.kinds])
-        scales = candidates.scales[is_scale]
-        scale = float(scales[errors[is_scale].argmin()])
-        tail = (1 - CONFIDENCE) / 2
-        low, high = np.quantile(scales[resampled[:, is_scale].argmin(1)], [tail, 1 - tail])
-        best = int(errors.argmin())
-        is_certain = (resampled[:, best] < resampled[:, is_scale].min(1)).mean() >= CONFIDENCE
-        return Fit(
-            best=candidates.names[best] if is_certain and not is_scale[best] else scale_name(scale),
-            scale=scale,
-            interval=(round(float(low), 6), round(float(high), 6)),
-            errors=dict(zip(candidates.names, errors.tolist(), strict=True)),
-            effect=effect,
-            rounding=rounding,
-            probes=len(pairs),
-            has_logprobs=has_logprobs,
-        )
-
-    fits = [fit(_candidates(pairs, variants, on_q4_0=on_q4_0)) for on_q4_0 in (False, True)]
+    fits = [_fit(pairs, variants, on_q4_0=on_q4_0) for on_q4_0 in (False, True)]
     return min(fits, key=lambda fit: min(fit.errors.values()))
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """What is tried: names, kinds and scales, and the squared error of each at every probe, (candidates, probes)."""
-
-    names: list[str]
-    kinds: list[str]
-    scales: Floats
-    squares: Floats
-    weights: Floats  # (probes,)
-
-    def errors(self, counts: NDArray[Any]) -> Floats:
-        """Returns root mean squares, (..., candidates). counts: how often each probe is counted, (..., probes)."""
-        weights = counts * self.weights
-        mean: Floats = np.sqrt((weights @ self.squares.T) / np.maximum(weights.sum(-1, keepdims=True), 1e-12))
-        return mean
-
-
-def _candidates(pairs: Pairs, variants: Mapping[str, Variant], *, on_q4_0: bool) -> Candidates:
-    """Returns the variants that all probes have, with scales between those in the verification file.
+def _fit(pairs: Pairs, variants: Mapping[str, Variant], *, on_q4_0: bool) -> Fit:
+    """Compares the answers with the variants that all probes have, and with scales between those in the file.
 
     on_q4_0: add what Q4_0 changes to each. It is known of the adapter and of the base, and taken to be in between for
     scales between 0 and 1.
@@ -159,9 +119,11 @@ def _candidates(pairs: Pairs, variants: Mapping[str, Variant], *, on_q4_0: bool)
     nodes = sorted((variant.scale, name) for name, variant in variants.items() if variant.kind == "scale")
     known = np.array([scale for scale, _ in nodes])
     between = np.setdiff1d(np.round(np.arange(0, known[-1] + STEP / 2, STEP), 6), known)
+    names = [*variants, *map(scale_name, between)]
+    is_scale = np.array([name not in variants or variants[name].kind == "scale" for name in names])
     scales = np.array([*(variant.scale for variant in variants.values()), *between])
     like_adapter = scales.clip(0, 1)[:, None]  # (candidates, 1)
-    squares, weights = np.zeros((len(scales), len(pairs))), np.zeros(len(pairs))
+    squares, weights = np.zeros((len(names), len(pairs))), np.zeros(len(pairs))
     for number, (probe, observation) in enumerate(pairs):
         at_nodes = np.array([probe.logprobs[name] for _, name in nodes])  # (nodes, tokens)
         interpolated = [np.interp(between, known, column) for column in at_nodes.T]
@@ -171,9 +133,26 @@ def _candidates(pairs: Pairs, variants: Mapping[str, Variant], *, on_q4_0: bool)
             of_base = np.subtract(probe.logprobs[ROUNDED_BASE], probe.logprobs[BASE])
             predicted += like_adapter * of_adapter + (1 - like_adapter) * of_base
         squares[:, number], weights[number] = _squared_errors(probe, observation, predicted)
-    names = [*variants, *map(scale_name, between)]
-    kinds = [*(variant.kind for variant in variants.values()), *["scale"] * len(between)]
-    return Candidates(names, kinds, scales, squares, weights)
+
+    drawn = np.random.default_rng(0).multinomial(len(pairs), [1 / len(pairs)] * len(pairs), RESAMPLES)
+    counts = np.concatenate([np.ones((1, len(pairs))), drawn]) * weights  # the answers as they are, and resampled
+    means = (counts @ squares.T) / np.maximum(counts.sum(-1, keepdims=True), 1e-12)
+    errors, resampled = np.sqrt(means[0]), np.sqrt(means[1:])  # (candidates,), (resamples, candidates)
+    scale = float(scales[is_scale][errors[is_scale].argmin()])
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(scales[is_scale][resampled[:, is_scale].argmin(1)], [tail, 1 - tail])
+    best = int(errors.argmin())
+    is_certain = (resampled[:, best] < resampled[:, is_scale].min(1)).mean() >= CONFIDENCE
+    return Fit(
+        best=names[best] if is_certain and not is_scale[best] else scale_name(scale),
+        scale=scale,
+        interval=(round(float(low), 6), round(float(high), 6)),
+        errors=dict(zip(names, errors.tolist(), strict=True)),
+        effect=_distance(pairs, ADAPTER, BASE),
+        rounding=_distance(pairs, ADAPTER, ROUNDED_ADAPTER),
+        probes=len(pairs),
+        has_logprobs=pairs[0][1].has_logprobs,
+    )
 
 
 def _squared_errors(probe: Probe, observation: Observation, predicted: Floats) -> tuple[Floats, float]:
@@ -287,8 +266,8 @@ def _combined(fits: Mapping[str, Fit], extra_tokens: Sequence[Sequence[int]]) ->
     if verdict != "adapter":
         is_base = "base" not in fits or _verdict_of(fits["base"], ROUNDING) in ("base", "unknown")
         return verdict if is_base else "other"
-    lows, highs = zip(*(fit.interval for fit in parts), strict=True)
-    if (max(highs) < 1 or min(lows) > 1) and _verdict_of(parts[-1], rounding) == "scaled":  # two kinds of prompts agree
+    is_off = all(fit.interval[1] < 1 for fit in parts) or all(fit.interval[0] > 1 for fit in parts)
+    if len(parts) == 2 and is_off and _verdict_of(parts[1], rounding) == "scaled":  # two kinds of prompts agree
         return "scaled"
     # A server that does not count cached tokens counts fewer
     return "other" if any(extra and min(extra) > 0 for extra in extra_tokens) else "adapter"

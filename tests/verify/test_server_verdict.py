@@ -161,6 +161,17 @@ def test_a_server_that_lists_other_tokens_than_the_passport_differs_from_it(root
     assert result.fits["chat"].has_logprobs
 
 
+def test_few_answers_of_each_kind_are_compared_together(root: Path) -> None:
+    passport = read_passport(root / "legal")
+    texts = [number for number, probe in enumerate(passport.probes) if probe.text is not None and not probe.is_control]
+    chats = [number for number, probe in enumerate(passport.probes) if probe.text is None]
+    kept = {*texts[:5], *chats[:5]}
+    answers = [answer if number in kept else None for number, answer in enumerate(answers_of(passport, lambda _: BASE))]
+    result = verify(passport, answers)
+    assert result.verdict == "base"
+    assert result.fits.keys() == {"all"}
+
+
 @pytest.mark.parametrize("bound", [-9.0, None])
 def test_answers_without_a_token_of_the_passport_show_nothing(root: Path, bound: float | None) -> None:
     passport = read_passport(root / "legal")
