@@ -320,7 +320,7 @@ def _extra_tokens(pairs: Pairs) -> list[int]:
 
 # ---- The evidence, in sentences
 
-KIND_NAMES = {"text": "Plain completions", "chat": "Chats", "base": "The base, asked under its own name"}
+KIND_NAMES = {"text": "Plain completions", "chat": "Chats", "all": "All", "base": "The base, asked under its own name"}
 SHOWN = 3  # explanations
 
 
