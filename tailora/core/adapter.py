@@ -15,13 +15,13 @@ from torch import nn
 
 from tailora.core.attach import detach
 from tailora.core.config import LoRAConfig
-from tailora.core.extras import TokenHead, TokenRows, TrainedBias, token_rows_of
+from tailora.core.extras import ExtraTargets, TokenHead, TokenRows, TrainedBias, token_rows_of
 from tailora.core.init import DATA_INITS, WEIGHT_INITS, WITH_FROZEN_START, check_init, init_from_weight
 from tailora.core.layer import INITS, LoRALayer
 from tailora.core.layer_types import computing_device, layer_of, weight_of, whole_tensor
 from tailora.core.patterns import inside
 from tailora.core.quantization import dense_shape, weight_count
-from tailora.core.targets import ExtraTargets, Selection, Target
+from tailora.core.targets import Selection, Target
 from tailora.errors import AdapterError, FormatError, TargetError, listing
 
 

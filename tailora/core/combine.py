@@ -27,7 +27,7 @@ from tailora.core.extras import TrainedBias
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import layer_of, layer_path_of, layer_type_of
 from tailora.core.low_rank import Factors, concatenated, nearest_of_rank, product_spectrum, truncated, truncation_error
-from tailora.core.multihead_attention import projections
+from tailora.core.parameters import projections
 from tailora.core.patterns import commonest, portable_patterns, portable_targets
 from tailora.core.quantization import dense_weight
 from tailora.core.targets import target_at

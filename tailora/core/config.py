@@ -259,6 +259,12 @@ class LoRAConfig(StrictModel):
         """`layers_pattern` as a list; [] means any."""
         return [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
 
+    @property
+    def layer_indices(self) -> set[int] | None:
+        """`layers_to_transform` as a set; None means all layers."""
+        indices = self.layers_to_transform
+        return {indices} if isinstance(indices, int) else None if indices is None else set(indices)
+
     @field_validator(
         "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "fused_parts", "layers_pattern"
     )

@@ -1,21 +1,36 @@
-"""What an adapter trains beside its low-rank updates: biases of layers, and rows of an embedding.
+"""What an adapter trains in addition to its low-rank updates: biases of layers, and rows of an embedding.
 
     TrainedBias    replaces a layer's bias
     TokenRows      rows of an embedding
     TokenHead      the output head that is tied to that embedding
+    extra_targets  the biases, rows and heads that a config selects
 
 An adapted layer calls their `add_to`, as that of a LoRALayer. A merge adds `bias_change` or `row_change` to the layer's
 tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tailora.core.layer_types import qualified_name, weight_of, whole_tensor
+from tailora.core import patterns
+from tailora.core.config import LoRAConfig
+from tailora.core.layer_types import (
+    EMBEDDING,
+    is_called,
+    layer_type_of,
+    obstacle,
+    qualified_name,
+    weight_of,
+    whole_tensor,
+)
+from tailora.errors import nearest
+
+Modules = Mapping[str, nn.Module]  # of the whole model, by path
 
 # Classes that add their bias to the rest of their output, by the dimension of the output that it runs along.
 BIAS_LAST = (nn.Linear, nn.LayerNorm)
@@ -122,3 +137,115 @@ def token_rows_of(part: nn.Module) -> TokenRows | None:
     if isinstance(part, TokenHead):
         return cast(TokenRows, part.__dict__["token_rows"])
     return part if isinstance(part, TokenRows) else None
+
+
+# ---- What a config selects
+
+
+@dataclass(frozen=True)
+class ExtraTargets:
+    """What is trained beside the low-rank updates.
+
+    biases: paths of layers that are not adapted, whose bias is trained.
+    tokens: path of an embedding -> the rows to train.
+    heads: path of a head -> path of the embedding whose weight it shares.
+    """
+
+    biases: list[str] = field(default_factory=list)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    heads: dict[str, str] = field(default_factory=dict)
+
+
+def extra_targets(
+    model: nn.Module, modules: Modules, config: LoRAConfig, adapted: Collection[str], saved: Collection[str]
+) -> tuple[ExtraTargets, list[str]]:
+    """Returns the biases, embedding rows and tied heads that the config selects, and all problems with them.
+
+    adapted, saved: paths of the modules with low-rank updates and with trained copies.
+    """
+    tokens, problems = _token_targets(model, modules, config)
+    heads = {
+        path: embedding
+        for embedding in tokens
+        for path, module in modules.items()
+        if path != embedding and module._parameters.get("weight") is modules[embedding].weight
+    }
+    for path in (*tokens, *heads):
+        if owner := next((owner for owner in (*adapted, *saved) if patterns.inside(path, owner)), None):
+            setting = "target_modules" if owner in adapted else "modules_to_save"
+            tie = f", tied to {heads[path]}" if path in heads else ""
+            problems.append(f"{path}{tie} is in trainable_token_indices and in {setting}; take one")
+    if unsupported := [path for path in heads if not isinstance(modules[path], nn.Linear)]:
+        problems.append(
+            f"trainable_token_indices: tied to what is neither embedding nor linear: {', '.join(unsupported)}"
+        )
+    biases: list[str] = []
+    if config.bias == "all":
+        biases, bias_problems = _bias_targets(modules, adapted, saved)
+        problems += bias_problems
+        if both := [path for path in biases if path in heads]:
+            problems.append(f"bias='all' and trainable_token_indices both train {', '.join(both)}; take one")
+    return ExtraTargets(biases, tokens, heads), problems
+
+
+def _token_targets(model: Any, modules: Modules, config: LoRAConfig) -> tuple[dict[str, list[int]], list[str]]:
+    """Path of an embedding -> its rows to train; and all problems. A list of rows means the input embedding."""
+    by_name = config.trainable_token_indices
+    if by_name is None:
+        return {}, []
+    if isinstance(by_name, list):
+        get_embedding = getattr(model, "get_input_embeddings", None)  # transformers' convention
+        embedding = get_embedding() if callable(get_embedding) else None
+        path = next((path for path, module in modules.items() if module is embedding), None)
+        if path is None:
+            return {}, [
+                "trainable_token_indices is a list, but the model does not say which embedding is its input's; "
+                "name it: {'path': [...]}"
+            ]
+        by_name = {path: by_name}
+    tokens: dict[str, list[int]] = {}
+    problems = []
+    for name, indices in by_name.items():
+        paths = [path for path in modules if patterns.ends_with(name, path)]
+        if not paths:
+            embeddings = [path for path, module in modules.items() if layer_type_of(module) is EMBEDDING]
+            problems.append(f"trainable_token_indices: {name!r} matches no module{nearest(name, embeddings)}")
+        for path in paths:
+            if any(
+                modules[path]._parameters.get("weight") is modules[embedding].weight and rows == indices
+                for embedding, rows in tokens.items()
+            ):
+                continue  # a head that is tied to an embedding with the same rows follows it
+            tokens[path], module = indices, modules[path]
+            at = f"trainable_token_indices: {path}"
+            if layer_type_of(module) is not EMBEDDING:
+                problems.append(f"{at}: a {type(module).__name__} is no embedding")
+                continue
+            if reason := obstacle(module):
+                problems.append(f"{at}: {reason}")
+            size = cast(nn.Embedding, module).num_embeddings
+            if outside := [index for index in indices if not 0 <= index < size]:
+                existing = f"there are 0..{size - 1} (resize_token_embeddings comes before the adapter)"
+                problems.append(f"{at}: no rows {outside[:5]}; {existing}")
+    return ({}, problems) if problems else (tokens, [])
+
+
+def _bias_targets(modules: Modules, adapted: Collection[str], saved: Collection[str]) -> tuple[list[str], list[str]]:
+    """Paths of the layers that are not adapted and have a bias to train (bias="all"); and all problems."""
+    biases, problems = [], []
+    for path, module in modules.items():
+        names = biases_of(module)
+        if not names or any(patterns.inside(path, saved_path) for saved_path in saved):
+            continue
+        if "forward" in vars(module):
+            problems.append(f"bias='all': {path}: its forward was replaced on the instance; its bias cannot be trained")
+        elif names == ["bias"] and (adds_its_bias(module) or path in adapted) and is_called(module):
+            biases += [path] if path not in adapted else []
+        else:
+            problems.append(
+                f"bias='all': {path or 'the model'} is a {type(module).__name__} whose {', '.join(names)} is not added "
+                "to its output; take bias='lora_only', or name it in modules_to_save"
+            )
+    if not biases and not problems and not any(biases_of(modules[path]) for path in adapted):
+        problems.append("bias='all': the model has no bias; take bias='none' or lora_bias=True")
+    return biases, problems

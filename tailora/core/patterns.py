@@ -104,6 +104,17 @@ def transformed_layer(path: str, layers_patterns: Collection[str]) -> int | None
     return None
 
 
+def layer_numbers(paths: Iterable[str], layers_patterns: Collection[str]) -> dict[str, int | None]:
+    """Returns path -> the number that `layers_to_transform` means.
+
+    Where PEFT knows no number of a layer at all, as in `layers.3.mlp`, this is the first number.
+    """
+    numbers = {path: transformed_layer(path, layers_patterns) for path in paths}
+    if layers_patterns or any(number is not None for number in numbers.values()):
+        return numbers
+    return {path: layer_index(path) for path in numbers}
+
+
 # ---- The shortest settings for given paths and values
 
 

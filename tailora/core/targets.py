@@ -4,7 +4,6 @@
     Candidates       all matrices of the model that could be adapted: layers, parts of fused layers, parameters
     Selection        those that target_modules, target_parameters, exclude_modules and layers_to_transform leave,
                      each a Target with its rank and alpha; the modules_to_save
-    Extra targets    biases and embedding rows to train, and the heads that are tied to these embeddings
     Problems         messages about settings that match nothing, contradict each other or cannot be applied
 
 `select` runs the steps from Candidates to Problems in this order.
@@ -13,31 +12,27 @@
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from tailora.core import patterns
 from tailora.core.config import LoRAConfig
-from tailora.core.experts import parameter_layer_type
-from tailora.core.extras import adds_its_bias, biases_of
+from tailora.core.extras import ExtraTargets, Modules, extra_targets
 from tailora.core.fused_layers import OutputSlice, layout_of, output_slices
 from tailora.core.layer_calls import Use, only_read_message, use_of
 from tailora.core.layer_types import (
     EMBEDDING,
     LAYER_TYPES,
     LayerType,
-    is_called,
     layer_path_of,
     layer_type_of,
     obstacle,
 )
-from tailora.core.multihead_attention import projections
+from tailora.core.parameters import parameter_layer_type, projections
 from tailora.core.quantization import dense_weight, quantized_layers, storage_obstacle
 from tailora.errors import ConfigError, TailoraWarning, TargetError, listing, nearest
-
-Modules = Mapping[str, nn.Module]  # of the whole model, by path
 
 
 @dataclass(frozen=True)
@@ -101,20 +96,6 @@ class Target(TargetCandidate):
 
     r: int = 1
     lora_alpha: float = 1.0
-
-
-@dataclass(frozen=True)
-class ExtraTargets:
-    """What is trained beside the low-rank updates.
-
-    biases: paths of layers that are not adapted, whose bias is trained.
-    tokens: path of an embedding -> the rows to train.
-    heads: path of a head -> path of the embedding whose weight it shares.
-    """
-
-    biases: list[str] = field(default_factory=list)
-    tokens: dict[str, list[int]] = field(default_factory=dict)
-    heads: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -182,11 +163,12 @@ def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     if not isinstance(config.target_modules, str):
         return config
     candidates = selected_candidates(model, dict(model.named_modules()), config.replaced(target_parameters=None))
-    lowered: dict[str, Target] = {}
-    for path, candidate in candidates.items():
-        is_named = patterns.by_pattern(candidate.pattern_names, config.rank_pattern, None) is not None
-        if not is_named and config.r > min(candidate.dims):
-            lowered[path] = target_of(candidate, config)
+    lowered = {
+        path: target_of(candidate, config)
+        for path, candidate in candidates.items()
+        if config.r > min(candidate.dims)
+        and patterns.by_pattern(candidate.pattern_names, config.rank_pattern, None) is None
+    }
     was_set = "r" in config.model_fields_set
     if not lowered or (was_set and len(lowered) == len(candidates)):
         return config
@@ -358,25 +340,13 @@ def selected_candidates(model: nn.Module, modules: Modules, config: LoRAConfig) 
     selected = [
         candidate for candidate in selected if not any(patterns.inside(candidate.layer_path, path) for path in saved)
     ]
-    indices = layer_indices(config)
-    if indices is not None:
-        numbers = _layer_numbers([candidate.path for candidate in selected], config)
+    if (indices := config.layer_indices) is not None:
+        numbers = patterns.layer_numbers([candidate.path for candidate in selected], config.layers_patterns)
         in_full = config.target_modules if isinstance(config.target_modules, list) else []
         selected = [
             candidate for candidate in selected if numbers[candidate.path] in indices or candidate.path in in_full
         ]
     return {candidate.path: candidate for candidate in selected}
-
-
-def _layer_numbers(paths: Iterable[str], config: LoRAConfig) -> dict[str, int | None]:
-    """Path -> the number that `layers_to_transform` means.
-
-    Where PEFT knows no number of a layer at all, as in `layers.3.mlp`, this is the first number.
-    """
-    numbers = {path: patterns.transformed_layer(path, config.layers_patterns) for path in paths}
-    if config.layers_patterns or any(number is not None for number in numbers.values()):
-        return numbers
-    return {path: patterns.layer_index(path) for path in numbers}
 
 
 def _selects(selector: patterns.Selector, candidate: TargetCandidate) -> bool:
@@ -412,12 +382,6 @@ def _without(
             yield from [candidate] if len(remaining) == len(own_parts) else remaining
 
 
-def layer_indices(config: LoRAConfig) -> set[int] | None:
-    """`layers_to_transform` as a set; None means all layers."""
-    indices = config.layers_to_transform
-    return {indices} if isinstance(indices, int) else None if indices is None else set(indices)
-
-
 def target_of(candidate: TargetCandidate, config: LoRAConfig) -> Target:
     """Returns the candidate with the rank and alpha that the patterns give it."""
     r = patterns.by_pattern(candidate.pattern_names, config.rank_pattern, config.r)
@@ -433,104 +397,6 @@ def saved_modules(modules: Modules, config: LoRAConfig) -> dict[str, nn.Module]:
         for path, module in modules.items()
         if path and any(patterns.ends_with(name, path) for name in names)
     }
-
-
-# ---- Extra targets
-
-
-def extra_targets(
-    model: nn.Module, modules: Modules, config: LoRAConfig, adapted: Collection[str], saved: Collection[str]
-) -> tuple[ExtraTargets, list[str]]:
-    """Returns the biases, embedding rows and tied heads that the config selects, and all problems with them.
-
-    adapted, saved: paths of the modules with low-rank updates and with trained copies.
-    """
-    tokens, problems = _token_targets(model, modules, config)
-    heads = {
-        path: embedding
-        for embedding in tokens
-        for path, module in modules.items()
-        if path != embedding and module._parameters.get("weight") is modules[embedding].weight
-    }
-    for path in (*tokens, *heads):
-        if owner := next((owner for owner in (*adapted, *saved) if patterns.inside(path, owner)), None):
-            setting = "target_modules" if owner in adapted else "modules_to_save"
-            tie = f", tied to {heads[path]}" if path in heads else ""
-            problems.append(f"{path}{tie} is in trainable_token_indices and in {setting}; take one")
-    if unsupported := [path for path in heads if not isinstance(modules[path], nn.Linear)]:
-        problems.append(
-            f"trainable_token_indices: tied to what is neither embedding nor linear: {', '.join(unsupported)}"
-        )
-    biases: list[str] = []
-    if config.bias == "all":
-        biases, bias_problems = _bias_targets(modules, adapted, saved)
-        problems += bias_problems
-        if both := [path for path in biases if path in heads]:
-            problems.append(f"bias='all' and trainable_token_indices both train {', '.join(both)}; take one")
-    return ExtraTargets(biases, tokens, heads), problems
-
-
-def _token_targets(model: Any, modules: Modules, config: LoRAConfig) -> tuple[dict[str, list[int]], list[str]]:
-    """Path of an embedding -> its rows to train; and all problems. A list of rows means the input embedding."""
-    by_name = config.trainable_token_indices
-    if by_name is None:
-        return {}, []
-    if isinstance(by_name, list):
-        get_embedding = getattr(model, "get_input_embeddings", None)  # transformers' convention
-        embedding = get_embedding() if callable(get_embedding) else None
-        path = next((path for path, module in modules.items() if module is embedding), None)
-        if path is None:
-            return {}, [
-                "trainable_token_indices is a list, but the model does not say which embedding is its input's; "
-                "name it: {'path': [...]}"
-            ]
-        by_name = {path: by_name}
-    tokens: dict[str, list[int]] = {}
-    problems = []
-    for name, indices in by_name.items():
-        paths = [path for path in modules if patterns.ends_with(name, path)]
-        if not paths:
-            embeddings = [path for path, module in modules.items() if layer_type_of(module) is EMBEDDING]
-            problems.append(f"trainable_token_indices: {name!r} matches no module{nearest(name, embeddings)}")
-        for path in paths:
-            if any(
-                modules[path]._parameters.get("weight") is modules[embedding].weight and rows == indices
-                for embedding, rows in tokens.items()
-            ):
-                continue  # a head that is tied to an embedding with the same rows follows it
-            tokens[path], module = indices, modules[path]
-            at = f"trainable_token_indices: {path}"
-            if layer_type_of(module) is not EMBEDDING:
-                problems.append(f"{at}: a {type(module).__name__} is no embedding")
-                continue
-            if reason := obstacle(module):
-                problems.append(f"{at}: {reason}")
-            size = cast(nn.Embedding, module).num_embeddings
-            if outside := [index for index in indices if not 0 <= index < size]:
-                existing = f"there are 0..{size - 1} (resize_token_embeddings comes before the adapter)"
-                problems.append(f"{at}: no rows {outside[:5]}; {existing}")
-    return ({}, problems) if problems else (tokens, [])
-
-
-def _bias_targets(modules: Modules, adapted: Collection[str], saved: Collection[str]) -> tuple[list[str], list[str]]:
-    """Paths of the layers that are not adapted and have a bias to train (bias="all"); and all problems."""
-    biases, problems = [], []
-    for path, module in modules.items():
-        names = biases_of(module)
-        if not names or any(patterns.inside(path, saved_path) for saved_path in saved):
-            continue
-        if "forward" in vars(module):
-            problems.append(f"bias='all': {path}: its forward was replaced on the instance; its bias cannot be trained")
-        elif names == ["bias"] and (adds_its_bias(module) or path in adapted) and is_called(module):
-            biases += [path] if path not in adapted else []
-        else:
-            problems.append(
-                f"bias='all': {path or 'the model'} is a {type(module).__name__} whose {', '.join(names)} is not added "
-                "to its output; take bias='lora_only', or name it in modules_to_save"
-            )
-    if not biases and not problems and not any(biases_of(modules[path]) for path in adapted):
-        problems.append("bias='all': the model has no bias; take bias='none' or lora_bias=True")
-    return biases, problems
 
 
 # ---- Problems: names, indices and patterns that match nothing
@@ -551,12 +417,15 @@ def _unmatched_settings(
     if config.target_parameters is not None:
         problems += _unmatched("target_parameters", config.target_parameters, parameters, modules)
     paths = [path for path in modules if path]
-    for name in config.modules_to_save or []:
-        problems += (
-            [] if any(patterns.ends_with(name, path) for path in paths) else [_no_layer("modules_to_save", name, paths)]
-        )
-    indices = {index for index in _layer_numbers(candidates, config).values() if index is not None}
-    if missing := sorted((layer_indices(config) or set()) - indices):
+    problems += [
+        _no_layer("modules_to_save", name, paths)
+        for name in config.modules_to_save or []
+        if not any(patterns.ends_with(name, path) for path in paths)
+    ]
+    indices = {
+        index for index in patterns.layer_numbers(candidates, config.layers_patterns).values() if index is not None
+    }
+    if missing := sorted((config.layer_indices or set()) - indices):
         existing = f"{min(indices)}..{max(indices)}" if indices else "none"
         problems.append(f"layers_to_transform={missing}: no layer has this index; there are: {existing}")
     for setting, layers in (("rank_pattern", selected), ("alpha_pattern", selected), ("fused_parts", candidates)):

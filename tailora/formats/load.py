@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from tailora.core import patterns
 from tailora.core.adapter import Adapter, extra_parts, low_rank_layer, share_parameters, trained_copy
 from tailora.core.config import LoRAConfig
+from tailora.core.extras import extra_targets
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import Shape, layer_of, layer_type_of, obstacle
 from tailora.core.quantization import quantized_layers, storage_obstacle
 from tailora.core.targets import (
     Target,
-    extra_targets,
     missing_pooler,
     quantized_saved_module,
     saved_modules,

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.dora import RowNorms
+from tailora.core.extras import ExtraTargets
 from tailora.core.fused_layers import OutputSlice
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import find_layer
-from tailora.core.multihead_attention import projections
-from tailora.core.targets import ExtraTargets
+from tailora.core.parameters import projections
 from tailora.formats.fingerprint import TOLERANCE
 
 KEY_PREFIX = "base_model.model."

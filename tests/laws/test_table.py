@@ -20,9 +20,8 @@ from torch import nn
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core import quantization
-from tailora.core.experts import parameter_layer_type
 from tailora.core.layer_types import LAYER_TYPES, layer_type_of, qualified_name
-from tailora.core.multihead_attention import ATTENTION
+from tailora.core.parameters import ATTENTION, parameter_layer_type
 from tailora.core.quantization import STORAGES as TABLE
 from tailora.core.quantization import is_quantized, storage_of
 from tailora.core.targets import select

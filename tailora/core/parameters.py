@@ -1,4 +1,8 @@
-"""Adapts parameters that a module uses without a layer, above all the stacked weights of experts (E, out, in).
+"""Adapts parameters that a module uses without calling a layer: stacked experts, and nn.MultiheadAttention.
+
+    ParameterLayerType    a parameter, above all the stacked weights of experts (E, out, in)
+    AttentionMatrix       a matrix of nn.MultiheadAttention, which reads the weights of its projections
+    WeightSum             W + s B A in place of an adapted parameter
 
 The module's own forward runs on a shallow copy of the module, in which `WeightSum` takes the place of each adapted
 parameter. It keeps W and the update s B A = L R separate: x (W + L R) = x W + (x L) R. So no (E, out, in) of updates is
@@ -17,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from tailora.core.dora import weight_scale
-from tailora.core.layer_types import LayerType, Shape, weight_of
+from tailora.core.layer_types import LayerType, Shape, is_multihead_attention, weight_of
 
 
 class ParameterLayerType(LayerType):
@@ -70,6 +74,57 @@ class ParameterLayerType(LayerType):
 @cache
 def parameter_layer_type(parameter: str) -> ParameterLayerType:
     return ParameterLayerType(parameter)
+
+
+# ---- nn.MultiheadAttention
+
+
+class AttentionMatrix(LayerType):
+    """One matrix of nn.MultiheadAttention: q, k and v together or each by itself, or the output projection."""
+
+    replaces_forward = True
+    supports_dropout = False
+
+    def __init__(self, weight_name: str) -> None:
+        self.name, self.weight_name = f"Attention {weight_name}", weight_name
+
+    def dims(self, layer: Any) -> tuple[int, int]:
+        width = layer.embed_dim
+        in_features = {"k_proj_weight": layer.kdim, "v_proj_weight": layer.vdim}.get(self.weight_name, width)
+        return in_features, 3 * width if self.weight_name == "in_proj_weight" else width
+
+    def forward(self, layer: Any, adapters: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        weights = {}
+        for name in dict.fromkeys(adapter.layer_type.weight_name for adapter in adapters):
+            dtype = weight_of(layer, name).dtype
+            wide = torch.promote_types(dtype, torch.float32)  # round once
+            weights[name] = adapted_weight(layer, name, adapters, wide).dense().to(dtype)
+        return layer.plain.forward(with_weights(layer, weights), *args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return attention_matrix, (self.weight_name,)
+
+
+ATTENTION = {
+    name: AttentionMatrix("out_proj.weight" if name == "out_proj" else name)
+    for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj")
+}
+
+
+def attention_matrix(weight_name: str) -> AttentionMatrix:
+    return ATTENTION[weight_name.removesuffix(".weight")]
+
+
+def projections(layer: nn.Module) -> dict[str, LayerType]:
+    """Returns name -> layer type for the matrices of nn.MultiheadAttention; {} for any other layer."""
+    if not is_multihead_attention(layer):
+        return {}
+    packed = layer.in_proj_weight is not None
+    inputs = ["in_proj_weight"] if packed else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    return {name: ATTENTION[name] for name in (*inputs, "out_proj")}
+
+
+# ---- A forward with other weights
 
 
 def with_weights(layer: nn.Module, weights: Mapping[str, Any]) -> nn.Module:
