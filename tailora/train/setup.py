@@ -23,7 +23,7 @@ from tailora.core.attach import evaluating
 from tailora.core.config import LoRAConfig
 from tailora.core.device import as_current, choose_device, device_name
 from tailora.core.init import DATA_INITS, GRADIENT_INITS
-from tailora.core.layer_calls import last_names, not_called_message
+from tailora.core.layer_calls import last_names
 from tailora.core.quantization import stored_bytes
 from tailora.data.dataset import Example
 from tailora.data.labels import LABEL_TASKS, Labels, read_labels
@@ -174,7 +174,7 @@ def set_up(
         task = data.task if data.task.is_plain else CAUSAL_LM  # that the model is tried on
         model = attach(config, base, tokenizer, saved, load)
         layout = choose_layout(config, model, tokenizer, note, task=task)
-        check_layers_are_called(model, data.longest, task, layout, note)
+        check_layers_are_called(model, data.longest, task, layout)
         init_from_data(model, data, task, layout, config.init_batches)
         base_fingerprint = trainable.base_fingerprint(model)
         recorded = None if saved is None else saved.state["run"].get("layer_kernels")
@@ -494,34 +494,26 @@ def init_from_data(model: Trainable, data: TrainingData, task: Task, layout: Bat
         model.start_from_data(first, loss)
 
 
-def check_layers_are_called(
-    model: Trainable, example: Example, task: Task, layout: BatchLayout, note: Callable[[str], None]
-) -> None:
-    """Runs the start of one example through the model, and looks which adapted layers are called.
+def check_layers_are_called(model: Trainable, example: Example, task: Task, layout: BatchLayout) -> None:
+    """Runs the start of one example through the model, and looks which adapted layers it calls.
 
-    note: called with the layers that were not called although the module around them was.
-    Raises TargetError if the weight of such a layer is read by another module, or if no layer was called at all.
+    Raises TargetError if it does not call a layer although it calls the module around it, or if it calls no layer.
     """
     if not isinstance(model, LoRAModel):
         return
     device = next(model.parameters()).device
     batch = make_batch([task.start_of(example, PROBE_TOKENS)], replace(layout, packed=False), device, task)
     calls = layer_calls(model)
-    with torch.no_grad(), evaluating(model), calls.reads():
-        calls.start()
-        try:
-            task.call(model, batch)
-        finally:
-            calls.stop()
-    if read := calls.read_elsewhere:
-        raise TargetError(
-            f"the model reads the weights of {', '.join(read[:5])} ({len(read)} in all) without calling these layers: "
-            f"adapters there would do nothing. Leave them out: --exclude-modules {' '.join(last_names(read))}"
-        )
+    with torch.no_grad(), evaluating(model), calls.recorded():
+        task.call(model, batch)
     if calls.none_called:
         raise TargetError(f"the model calls none of the adapted layers for text: {', '.join([*calls.layers][:5])}")
     if paths := calls.not_called:
-        note(not_called_message(paths))
+        raise TargetError(
+            f"the model does not call {', '.join(paths[:5])} ({len(paths)} in all), although it calls the modules "
+            f"around these layers: adapters there would do nothing. Leave them out: --exclude-modules "
+            f"{' '.join(last_names(paths))}"
+        )
 
 
 def describe_init(config: TrainConfig) -> str:

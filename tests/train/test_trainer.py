@@ -60,26 +60,15 @@ def skip_down_proj(mlp: Any, x: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def test_a_layer_whose_weight_is_read_without_a_call_is_refused_before_training(
-    settings: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("forward", [read_down_proj, skip_down_proj])
+def test_a_layer_that_is_not_called_is_refused_before_training(
+    settings: Any, monkeypatch: pytest.MonkeyPatch, forward: Any
 ) -> None:
-    monkeypatch.setattr(LlamaMLP, "forward", read_down_proj)
-    message = r"reads the weights of model.layers.0.mlp.down_proj, .*\(2 in all\).*--exclude-modules down_proj"
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    message = r"does not call model.layers.0.mlp.down_proj, .*\(2 in all\).*--exclude-modules down_proj"
     with pytest.raises(TargetError, match=message):
         run(settings(max_steps=1, fast="off"))
     assert run(settings(max_steps=1, exclude_modules=["down_proj"], fast="off")).steps == 1
-
-
-def test_a_layer_that_is_not_called_is_noted_and_computed_by_transformers(
-    settings: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(LlamaMLP, "forward", skip_down_proj)
-    seen: list[Any] = []
-    run(settings(max_steps=1), seen.append)
-    notes = [event.text for event in seen if isinstance(event, events.Note)]
-    assert any("were not called" in note and "layers.1.mlp.down_proj (2 in all)" in note for note in notes)
-    (header,) = (event.header for event in seen if isinstance(event, events.Prepared))
-    assert "do not call every adapted layer" in str(header)
 
 
 def test_run_json_knows_the_commit(settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
