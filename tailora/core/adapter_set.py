@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, as_module, check_compatible, group_by_path
 from tailora.core.attach import (
+    Adapted,
+    AdaptedWhole,
     FrozenStatistics,
+    Substituted,
     Swapped,
     attach,
     attached,
@@ -23,15 +26,15 @@ from tailora.core.attach import (
     encoders_around,
     fast_path_mixin,
     has_training_buffers,
-    mixin_for,
     runs_adapters,
     swap_class,
 )
+from tailora.core.extras import Extra
 from tailora.core.inference import generating
+from tailora.core.layer import LoRALayer
 from tailora.core.layer_calls import FirstStep, LayerCalls
 from tailora.core.layer_types import find_layer
-from tailora.core.mixed_batch import BatchRows, batch_row_parts, check_row_names, repeats_of_generate
-from tailora.core.packed_batch import PackedBatch, packed_layers
+from tailora.core.mixed_batch import MixedBatch, check_row_names, mixed_parts, repeats_of_generate
 from tailora.core.quantization import allow_repacking, prevent_repacking
 from tailora.errors import AdapterError, ConfigError, RowsError, TargetError, nearest
 
@@ -53,7 +56,7 @@ class AdapterSet:
         self.adapters: dict[str, Adapter] = {}
         self.active: tuple[str, ...] = ()
         self.layers: dict[str, nn.Module] = {}
-        self.batch: BatchRows | None = None
+        self.batch: MixedBatch | None = None
         self.training_obstacle = ""
         self._watched: set[str] = set()  # paths of layers whose first training step was watched
         self._unwatched: set[str] = set()
@@ -100,7 +103,7 @@ class AdapterSet:
         layer_paths = {path: layer_path for path, (layer_path, _) in layers_by_path.items()}
         parts = group_by_path((layer_paths[path], part) for path, part in adapter.parts.items())
         layers = dict(layers_by_path.values())
-        mixins = {path: mixin_for(layer_parts[0]) for path, layer_parts in parts.items()}
+        mixins = {path: _mixin_for(layer_parts[0]) for path, layer_parts in parts.items()}
         if conflicts := [
             path for path, layer in layers.items() if runs_adapters(layer) and not isinstance(layer, mixins[path])
         ]:
@@ -174,7 +177,7 @@ class AdapterSet:
         return module
 
     def layer_calls(self) -> LayerCalls:
-        """Returns what notes which layers of the active adapters a forward calls."""
+        """Returns what records which layers of the active adapters a forward calls."""
         return LayerCalls(self.base_model, self._in_order(self._layers_of(self.active)))
 
     def skip_first_step(self) -> None:
@@ -227,8 +230,8 @@ class AdapterSet:
         self.check_no_batch("choose adapters by row")
         adapters = {name: self.adapters[name] for name in dict.fromkeys(by_row) if name is not None}
         check_compatible(adapters, by_row=True)
-        batch = BatchRows(by_row, tuple(self.adapters), next(self.base_model.parameters()).device)
-        parts = batch_row_parts(batch, self.adapters, self._layer_paths, self.layers)
+        batch = MixedBatch(by_row, tuple(self.adapters), next(self.base_model.parameters()).device)
+        parts = mixed_parts(batch, self.adapters, self._layer_paths, self.layers)
         obstacle = self.training_obstacle
         self.batch, self.training_obstacle = batch, _training_obstacle(adapters)
         try:
@@ -237,14 +240,14 @@ class AdapterSet:
         finally:
             self.batch, self.training_obstacle = None, obstacle
 
-    def attach_by_token(self, batch: PackedBatch | None) -> None:
+    def attach_by_token(self, batch: MixedBatch | None) -> None:
         """Lets every token of a packed batch compute with the adapter that `batch` names, until this is called again.
 
         To be called again after adapters were added or removed. None leaves the plain base.
         Raises RowsError for an adapter of layers that do not compute the tokens one by one.
         """
         self.check_no_batch("choose adapters by token")
-        parts = {} if batch is None else packed_layers(batch, self.adapters, self._layer_paths, self.layers)
+        parts = {} if batch is None else mixed_parts(batch, self.adapters, self._layer_paths, self.layers)
         self.active = ()
         for path, layer in self.layers.items():
             attach(layer, parts.get(path, ()))
@@ -294,13 +297,13 @@ class AdapterSet:
     def _parameters_changed(self) -> None:
         """Makes a mixed batch compute its cached factors again."""
         if self.batch is not None:
-            self.batch.version += 1
+            self.batch.parameters_changed()
 
 
 def layer_calls(model: nn.Module) -> LayerCalls:
-    """Returns what notes which layers of a LoRAModel's active adapters a forward calls.
+    """Returns what records which layers of a LoRAModel's active adapters a forward calls.
 
-    It takes the place of the model's own watch of the first training step, which would say the same again.
+    It replaces the model's own watch of the first training step, which would report the same again.
     """
     adapter_set = cast(AdapterSet, model._adapter_set)
     adapter_set.skip_first_step()
@@ -317,6 +320,13 @@ def check_base(base_model: Any) -> None:
         raise TargetError("this model has tailora adapters already; use its add_adapter, or unload() it first")
     if hasattr(base_model, "peft_config"):
         raise TargetError("this model carries PEFT adapters; unload or merge them first")
+
+
+def _mixin_for(part: nn.Module) -> type[Swapped]:
+    """Returns the mixin for a layer that is to run with this part of an adapter."""
+    if isinstance(part, LoRALayer):
+        return AdaptedWhole if part.layer_type.replaces_forward else Adapted
+    return Adapted if isinstance(part, Extra) else Substituted
 
 
 def _freeze_statistics(model: nn.Module) -> None:

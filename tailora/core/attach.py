@@ -3,25 +3,37 @@
 The layer keeps its name, weights, hooks and `isinstance`. It reaches its adapters through an unregistered
 reference, so that the base model's parameters and state dict stay what they were.
 
-    Adapted          W x + b, and what each active adapter adds
+    AdapterPart      what an adapted layer computes with: a part of an adapter, or what replaces it for a while
+    Adapted          W x + b, and what each of its parts adds
     AdaptedWhole     a layer whose layer type computes the whole output
     Substituted      a module that is replaced by its trained copy
     FrozenStatistics a normalisation of the base, whose statistics of training stay as they are
     swap_class, attach, attached, detach
-                     change a layer's class, set its active adapters, and restore the class
+                     change a layer's class, set its parts, and restore the class
+    TensorChange, ClassChange
+                     changes of a merge or of dequantising; `make` makes one and returns the change that undoes it
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
-from typing import Any, ClassVar, cast
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from tailora.core.extras import Extra
-from tailora.core.layer import LoRALayer
+
+class AdapterPart(Protocol):
+    """What an adapted layer computes with: a low-rank update, a trained bias or token rows of one adapter.
+
+    While `generate` or a mixed batch runs, one object can replace the parts of several adapters.
+    """
+
+    def add_to(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module, /) -> Tensor:
+        """Returns y + the change of the layer's `output` W x + b, for the layer's input x."""
+        ...
 
 
 class Swapped:
@@ -37,50 +49,63 @@ class Swapped:
 
 
 class Adapted(Swapped):
-    """y = W x + b, and what each active adapter adds."""
+    """y = W x + b, and what each part of an active adapter adds."""
 
-    active_adapters: tuple[LoRALayer | Extra, ...]
+    adapter_parts: tuple[AdapterPart, ...]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # W x + b, by the plain class
+        layer = cast(nn.Module, self)
+        output: Tensor = self.plain.forward(layer, x, *args, **kwargs)  # W x + b
         y = output
-        for adapter in self.active_adapters:
-            y = adapter.add_to(y, output, x, self)  # type: ignore[arg-type]
+        for part in self.adapter_parts:
+            y = part.add_to(y, output, x, layer)
         return y
 
 
 class AdaptedWhole(Adapted):
-    """A layer that is not W x + b for one input x: its layer type computes it, with all active adapters."""
+    """A layer that is not W x + b for one input x: its layer type computes it, with all parts of active adapters."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.active_adapters:
-            return super(Adapted, self).forward(*args, **kwargs)  # type: ignore[misc]
-        layer_type = cast(LoRALayer, self.active_adapters[0]).layer_type
-        return layer_type.forward(self, self.active_adapters, *args, **kwargs)
+        if not self.adapter_parts:
+            return self.plain.forward(cast(nn.Module, self), *args, **kwargs)
+        layer_type = cast(Any, self.adapter_parts[0]).layer_type
+        return layer_type.forward(self, self.adapter_parts, *args, **kwargs)
 
 
 class Substituted(Swapped):
     """Calls a trained copy instead of the base's module (`modules_to_save`), in the copy's precision."""
 
-    active_adapters: tuple[nn.Module, ...]
+    adapter_parts: tuple[nn.Module, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.active_adapters:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        copy = self.active_adapters[0]
-        base_dtype, copy_dtype = _dtype(self), _dtype(copy)  # type: ignore[arg-type]
-        if base_dtype == copy_dtype:
-            return copy(*args, **kwargs)
-        to_copy = _cast(base_dtype, copy_dtype)
-        return tree_map(_cast(copy_dtype, base_dtype), copy(*tree_map(to_copy, args), **tree_map(to_copy, kwargs)))
+        layer = cast(nn.Module, self)
+        if not self.adapter_parts:
+            return self.plain.forward(layer, *args, **kwargs)
+        copy = self.adapter_parts[0]
+        return call_in_dtype(copy, _dtype(layer), _dtype(copy), args, kwargs)
+
+
+def call_in_dtype(
+    function: Callable[..., Any], dtype: torch.dtype | None, own_dtype: torch.dtype | None, args: Any, kwargs: Any
+) -> Any:
+    """Calls a function that computes in its own dtype; takes and returns tensors of `dtype`."""
+    if dtype == own_dtype:
+        return function(*args, **kwargs)
+    args, kwargs = tree_map(lambda value: _cast(value, dtype, own_dtype), (args, kwargs))
+    return tree_map(lambda value: _cast(value, own_dtype, dtype), function(*args, **kwargs))
+
+
+def call_plain(layer: Any, dtype: torch.dtype | None, args: Any, kwargs: Any) -> Any:
+    """Calls the base's module, which has trained copies: takes and returns tensors of their dtype."""
+    return call_in_dtype(partial(layer.plain.forward, layer), dtype, _dtype(layer), args, kwargs)
 
 
 def _dtype(module: nn.Module) -> torch.dtype | None:
     return next((parameter.dtype for parameter in module.parameters()), None)
 
 
-def _cast(source: torch.dtype | None, to: torch.dtype | None) -> Callable[[Any], Any]:
-    return lambda value: value.to(to) if isinstance(value, Tensor) and value.dtype == source else value
+def _cast(value: Any, source: torch.dtype | None, to: torch.dtype | None) -> Any:
+    return value.to(to) if isinstance(value, Tensor) and value.dtype == source else value
 
 
 # ---- Normalisations of activations or weights, with statistics that training would move
@@ -153,13 +178,6 @@ def mixins_of(cls: type) -> tuple[type[Swapped], ...]:
     return (cls.__mro__[1], *((FrozenStatistics,) if issubclass(cls.__mro__[2], FrozenStatistics) else ()))
 
 
-def mixin_for(part: nn.Module) -> type[Swapped]:
-    """Returns the mixin for a layer that is to run with this part of an adapter."""
-    if isinstance(part, LoRALayer):
-        return AdaptedWhole if part.layer_type.replaces_forward else Adapted
-    return Adapted if isinstance(part, Extra) else Substituted
-
-
 def class_with_plain(module: nn.Module, plain: type[nn.Module]) -> type[nn.Module]:
     """Returns `plain`, or the class derived from it by the module's mixins if the module's class is swapped."""
     return _with_mixins(mixins_of(type(module)), plain) if isinstance(module, Swapped) else plain
@@ -188,29 +206,78 @@ def swap_class(module: nn.Module, mixin: type[Swapped]) -> None:
         attach(module, ())
 
 
-def attach(layer: nn.Module, adapters: tuple[nn.Module, ...]) -> None:
-    """Let a layer whose class is swapped run with these adapters and no others."""
-    layer.__dict__["active_adapters"] = adapters  # a reference: nn.Module.__setattr__ would register them
+def attach(layer: nn.Module, parts: tuple[AdapterPart | nn.Module, ...]) -> None:
+    """Let a layer whose class is swapped compute with these parts and no others."""
+    layer.__dict__["adapter_parts"] = parts  # a reference: nn.Module.__setattr__ would register them
+
+
+def attached_parts(layer: nn.Module) -> tuple[Any, ...]:
+    """Returns what the layer computes with; () for a layer whose class is not swapped."""
+    parts: tuple[Any, ...] = vars(layer).get("adapter_parts", ())
+    return parts
 
 
 @contextmanager
-def attached(adapters: Mapping[nn.Module, tuple[nn.Module, ...]]) -> Iterator[None]:
-    """Within the block, each layer runs with the given adapters, afterwards with its former ones."""
-    before = {layer: vars(layer)["active_adapters"] for layer in adapters}
+def attached(parts: Mapping[nn.Module, tuple[AdapterPart | nn.Module, ...]]) -> Iterator[None]:
+    """Within the block, each layer computes with the given parts, afterwards with its former ones."""
+    before = {layer: attached_parts(layer) for layer in parts}
     try:
-        for layer, layer_adapters in adapters.items():
-            attach(layer, layer_adapters)
+        for layer, layer_parts in parts.items():
+            attach(layer, layer_parts)
         yield
     finally:
-        for layer, layer_adapters in before.items():
-            attach(layer, layer_adapters)
+        for layer, layer_parts in before.items():
+            attach(layer, layer_parts)
 
 
 def detach(layer: nn.Module) -> None:
-    """Give the layer the class back that it came with, and remove its reference to adapters."""
+    """Give the layer the class back that it came with, and remove its reference to parts of adapters."""
     if isinstance(layer, Swapped):
         cast(Any, layer).__class__ = layer.plain
-        layer.__dict__.pop("active_adapters", None)
+        layer.__dict__.pop("adapter_parts", None)
+
+
+# ---- Changes that can be undone
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """Replaces a module's parameter or buffer by another tensor."""
+
+    module: nn.Module
+    name: str
+    tensor: Tensor
+
+    def make(self) -> "TensorChange":
+        module = self.module
+        table: dict[str, Any] = module._parameters if self.name in module._parameters else module._buffers
+        former = table[self.name]
+        table[self.name] = self.tensor
+        return TensorChange(module, self.name, former)
+
+
+@dataclass(frozen=True)
+class ClassChange:
+    """Changes the class of an object, and adds and removes attributes."""
+
+    target: Any
+    cls: type
+    added: dict[str, Any]
+    removed: frozenset[str]
+
+    def make(self) -> "ClassChange":
+        attributes = vars(self.target)
+        former = {name: attributes[name] for name in self.added.keys() | self.removed if name in attributes}
+        undo = ClassChange(self.target, type(self.target), former, frozenset(self.added.keys() - attributes.keys()))
+        for name in self.removed:
+            attributes.pop(name, None)
+        attributes.update(self.added)
+        if self.cls is not type(self.target):
+            self.target.__class__ = self.cls
+        return undo
+
+
+Change = TensorChange | ClassChange
 
 
 # ---- Evaluation mode

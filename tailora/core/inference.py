@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tailora.core.attach import Adapted, attach
+from tailora.core.attach import Adapted, attach, attached_parts
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import CONV1D, LAYER_TYPES, LINEAR, qualified_name
 from tailora.core.quantization import is_quantized
@@ -83,12 +83,12 @@ def _attached_constants(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Within the block these layers run with constants in place of their adapters."""
     constants = _constant_updates(layers)
     for layer, constant in constants.items():
-        attach(layer, (constant,))  # type: ignore[arg-type]
+        attach(layer, (constant,))
     try:
         yield
     finally:
         for layer, constant in constants.items():
-            if cast(Any, layer).active_adapters == (constant,):  # else the adapter was switched meanwhile
+            if attached_parts(layer) == (constant,):  # else the adapter was switched meanwhile
                 attach(layer, constant.adapters)
 
 
@@ -96,7 +96,7 @@ def _constant_updates(layers: Iterable[nn.Module]) -> dict[nn.Module, "ConstantU
     """Returns layer -> the constant that replaces its adapters, for all layers that allow it."""
     constants = {}
     for layer in layers:
-        adapters = getattr(layer, "active_adapters", ())
+        adapters = attached_parts(layer)
         if adapters and isinstance(layer, Adapted) and _has_own_output(layer) and all(map(_is_constant, adapters)):
             constants[cast(nn.Module, layer)] = ConstantUpdate(adapters)
     return constants

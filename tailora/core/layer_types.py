@@ -2,7 +2,7 @@
 
     LayerType            a product with one matrix, and the methods in which layer types differ
     Linear, Conv1D, Embedding, Convolution
-                         layers of PyTorch and transformers; core.multihead_attention and core.experts add two more
+                         layers of PyTorch and transformers; core.parameters adds two more
     RegisteredLayerType  a class of layers that the user registered
     LAYER_TYPES          name of a class -> its layer type, with the functions that find the type of a layer
 
@@ -36,7 +36,6 @@ class LayerType(ABC):
     supports_dora: True if the output rows of W can have magnitudes.
     supports_dropout: False if the update is never multiplied by the input itself, which lora_dropout would drop.
     has_matrix: True if `matrix` can read W off the stored weight.
-    has_batch_update: True if `batch_update` works for it.
     replaces_forward: True if the adapted layer is more than W x + s B A x, so that `forward` computes all of it.
     """
 
@@ -49,7 +48,6 @@ class LayerType(ABC):
     supports_dora: bool = True
     supports_dropout: bool = True
     has_matrix: bool = True
-    has_batch_update: bool = False
     replaces_forward: bool = False
 
     @abstractmethod
@@ -72,11 +70,6 @@ class LayerType(ABC):
     def update(self, _layer: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """Returns B A x for the layer's input x, in the dtype of A. The caller has multiplied the scale into B."""
         return F.linear(F.linear(x, A), B)
-
-    def batch_update(self, _layer: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """Returns B_i A_i x_i for every batch row i: x (n, ...), A (n, r, ...), B (n, out, r) -> (n, ..., out)."""
-        hidden = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), A.mT)  # (n, tokens, r)
-        return torch.bmm(hidden, B.mT).view(*x.shape[:-1], -1)
 
     def factors(self, layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Returns L (groups, m, r) and R (groups, r, n). L R is B A as the stored weight, seen as (groups, m, n)."""
@@ -101,7 +94,6 @@ class LayerType(ABC):
 class Linear(LayerType):
     name = "Linear"
     is_linear = True
-    has_batch_update = True
 
     def dims(self, layer: Any) -> tuple[int, int]:
         return layer.in_features, layer.out_features
@@ -112,7 +104,6 @@ class Conv1D(LayerType):
 
     name = "Conv1D"
     is_linear = True
-    has_batch_update = True
 
     def dims(self, layer: Any) -> tuple[int, int]:
         return layer.nx, layer.nf
@@ -145,7 +136,6 @@ class Convolution(LayerType):
     """Conv1d, Conv2d and Conv3d: A convolves as the layer does, and B mixes the channels of each position."""
 
     name = "Conv"
-    has_batch_update = True
 
     def dims(self, layer: Any) -> tuple[int, int]:
         return layer.in_channels * prod(layer.kernel_size), layer.out_channels
@@ -162,19 +152,13 @@ class Convolution(LayerType):
     def update(self, layer: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         dimensions = len(layer.kernel_size)
         convolve: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[dimensions - 1]
-        channels = x.shape[-1 - dimensions]  # of `batch_update`: those of all batch rows
         padding = layer.padding
         if layer.padding_mode != "zeros":
             x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
-        groups = channels // A.shape[1]  # one for a file whose A reads all channels of a grouped layer
+        groups = layer.in_channels // A.shape[1]  # one for a file whose A reads all channels of a grouped layer
         hidden = convolve(x, A, None, layer.stride, padding, layer.dilation, groups)
         pointwise = B[(..., *[None] * dimensions)]
-        return convolve(hidden, pointwise, groups=layer.groups * (channels // layer.in_channels))
-
-    def batch_update(self, layer: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """The convolutions of n batch rows are one convolution of n times the channels and groups."""
-        y = self.update(layer, x.flatten(0, 1)[None], A.flatten(0, 1), B.flatten(0, 1))
-        return y.view(len(x), -1, *y.shape[2:])
+        return convolve(hidden, pointwise, groups=layer.groups)
 
     def factors(self, layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         groups = layer.groups
@@ -436,7 +420,7 @@ def obstacle(layer: nn.Module) -> str | None:
         return "max_norm rewrites its frozen weight at every look-up"
     if layer_type_of(layer) is EMBEDDING and "forward" in vars(type(layer)) and not _only_looks_up(layer):
         return f"{name} overrides forward, so what it looks up is not known"
-    if is_multihead_attention(layer) and not hasattr(layer, "active_adapters"):
+    if is_multihead_attention(layer) and not hasattr(layer, "adapter_parts"):
         owner = next(cls for cls in type(layer).__mro__ if "forward" in vars(cls))
         if qualified_name(owner) != MULTIHEAD_ATTENTION:
             return f"{name} derives from nn.MultiheadAttention and overrides forward, so what it computes is not known"
@@ -446,5 +430,5 @@ def obstacle(layer: nn.Module) -> str | None:
 def _only_looks_up(layer: nn.Module) -> bool:
     """Returns True for nn.Embedding, a registered class, an adapted layer, and one that only scales its output."""
     return (
-        qualified_name(type(layer)) in LAYER_TYPES or hasattr(layer, "active_adapters") or hasattr(layer, "embed_scale")
+        qualified_name(type(layer)) in LAYER_TYPES or hasattr(layer, "adapter_parts") or hasattr(layer, "embed_scale")
     )

@@ -16,21 +16,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tailora.core.attach import Adapted, Substituted, Swapped, attach
-from tailora.core.dequantize import (
-    Change,
-    TensorChange,
-    common_dtype,
-    dequantize_layer,
-    dequantize_model,
-    requantization_error,
-)
+from tailora.core.attach import Adapted, Change, Substituted, Swapped, TensorChange, attach, attached_parts
 from tailora.core.dora import weight_scale
 from tailora.core.extras import TokenHead, TokenRows, TrainedBias, token_rows_of
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_calls import use_of
 from tailora.core.layer_types import LAYER_TYPES, parameter_owner, qualified_name, weight_of
-from tailora.core.quantization import dense_weight, is_quantized
+from tailora.core.quantization import (
+    common_dtype,
+    dense_weight,
+    dequantize_layer,
+    dequantize_model,
+    is_quantized,
+    requantization_error,
+)
 from tailora.errors import MergeError, listing
 
 BLOCK = 2**18  # numbers merged at a time: in float32 they stay near a core from the first step to the last
@@ -80,7 +79,7 @@ class MergeState:
         in_place: weights that `fits_in_place` allows are overwritten, and cannot be restored.
         """
         self.check_unmerged("merge")
-        attached = {path: (layer, parts) for path, layer in layers.items() if (parts := vars(layer)["active_adapters"])}
+        attached = {path: (layer, parts) for path, layer in layers.items() if (parts := attached_parts(layer))}
         if not attached:
             raise MergeError("no adapter is active; set_adapter(name) first")
         adapted = {path: layer_parts for path, layer_parts in attached.items() if isinstance(layer_parts[0], Adapted)}
@@ -249,7 +248,7 @@ def _is_product(layer: nn.Module, cls: type[nn.Module]) -> bool:
             id(parameter): nn.Parameter(torch.randn_like(parameter), requires_grad=False)
             for parameter in layer.parameters()
         }
-        attached = {id(vars(layer)["active_adapters"]): ()} if "active_adapters" in vars(layer) else {}
+        attached = {id(vars(layer)["adapter_parts"]): ()} if "adapter_parts" in vars(layer) else {}
         probe: Any = deepcopy(layer, {**random, **attached})
         probe.__class__ = cls
         weight = weight_of(probe)

@@ -1,26 +1,31 @@
-"""A different adapter for every row of a batch: what `LoRAModel.adapter_rows` attaches to the layers for its block.
+"""Mixed batches: each row of a padded batch, or each token of a packed batch, computes with its own adapter.
 
-    BatchRows         which adapter each batch row has; shared by all layers
-    BatchRowsParts    replaces the parts of all adapters in a layer: adds one after another, each on its rows
-    BatchRowsLayer    the same for low-rank updates, where it can be in one product
-    BatchRowsModule   the same for modules that are trained in full
+    MixedBatch      which row has which adapter. `LoRAModel.adapter_rows` makes one for a `with` block, for training
+                    and `generate`; a server's engine makes one and sets its rows before each forward
+    Rows, Blocks    the names of the rows, and how the rows of a layer become a batched product
+    MixedPart       replaces the parts that all adapters have at one path
+    MixedModule     the same for modules that are trained in full
+    mixed_parts     what to attach to each layer
 
-Most layer types multiply the rows by their factors in one batched product (`LayerType.batch_update`), in blocks of
-rows with the same adapter; the others take one adapter after another. Without gradients the factors of all blocks are
-put together once and cached until one of them changes, as torch's version counters and addresses tell. With 64
-adapters this check costs as much as their products, so it is left out where nothing is trained: in `generate` and in
-torch.inference_mode. Under torch.compile the names of the rows are an input of the graph, so other names
-cause no recompilation.
+Linear layers multiply all rows by their factors in one batched product (`MixedPart._product`), in blocks of rows that
+have the same adapter. All other parts are added one adapter after another, each to its own rows. Rows of several tokens
+stay in their order. Rows of one token are sorted by adapter: reading the factors takes most of the time there. On an
+accelerator a sort takes more kernels than it saves, so only the tokens of a packed batch are sorted.
 
-Shapes: n batch rows, k adapters of ranks up to R followed by a zero update, m blocks of `size` rows.
+Without gradients, a layer keeps its factors until torch's version counters and addresses show a change. With 64
+adapters this check costs as much as the products. It is skipped where nothing can change: in `generate`, in a server,
+and in torch.inference_mode. Under torch.compile the names of the rows are an input of the graph: no names recompile it.
+
+Shapes: n rows, k adapters of ranks up to R followed by a zero update, m blocks of `size` rows.
 """
 
-from collections import Counter
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from itertools import repeat
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby, repeat
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,86 +33,186 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from tailora.core.adapter import Adapter
-from tailora.core.attach import evaluating
+from tailora.core.attach import AdapterPart, call_plain, evaluating
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import EMBEDDING, layer_type_of
+from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, layer_type_of
 from tailora.errors import AdapterError, RowsError
 
-# ---- Which adapter each batch row has
+Names = tuple[str | None, ...]
 
 
-@dataclass(eq=False)
-class BatchRows:
-    """The adapters of the batch rows within one `adapter_rows`, and what its layers share.
+# ---- Which adapter each row has
 
-    names: one for every row, None for no adapter.    adapters: all that are loaded.
-    repeats: how often `generate` repeats every row while it runs, for beams or several sequences.
-    version: changes with `set_scale`, `to` and the like, and with each run of `generate`.
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Blocks of `size` rows that have the same adapter.
+
+    which: (m,) position of each block's adapter.    rows: (n,) position of each row's adapter.
+    order: (m size,) rows, block after block; a block that is not full repeats its first row.
+    back: (n,) position of each row in `order`. Both are None where the rows are in this order already.
     """
 
-    names: tuple[str | None, ...]
-    adapters: tuple[str, ...]
-    device: torch.device
-    repeats: int = 1
-    generating: bool = False
-    version: int = 0
-    n: int = field(init=False)
-    ids: Tensor = field(init=False)  # (n,) numbers of the rows' adapters, len(adapters) for None
-    blocks: dict[Any, "Blocks"] = field(default_factory=dict)  # shared by layers with the same adapters
-    tensors: dict[Any, Tensor] = field(default_factory=dict)
+    which: Tensor
+    rows: Tensor
+    size: int = 1
+    order: Tensor | None = None
+    back: Tensor | None = None
 
-    def __post_init__(self) -> None:
-        self.n = len(self.names)  # a number for the compiler, which would guard the names
-        self.ids = torch.tensor(self.positions(self.adapters), device=self.device)
 
-    def positions(self, names: Sequence[str]) -> list[int]:
-        """Returns the position of each row's adapter among `names`, len(names) for all others."""
-        position: dict[str | None, int] = {name: i for i, name in enumerate(names)}
-        return [position.get(name, len(names)) for name in self.names]
+class Rows:
+    """The adapter of each row, by name; None for no adapter.
 
-    def lookup(self, names: Sequence[str]) -> Tensor:
-        """Returns number of an adapter -> its position among `names`, len(names) for others: (loaded + 1,)."""
-        position = {name: i for i, name in enumerate(names)}
-        return self.tensor([*(position.get(name, len(names)) for name in self.adapters), len(names)], self.device)
+    n: number of rows.    ids: (n,) numbers of their adapters among `loaded`, len(loaded) for None.
+    """
 
-    def adapter_positions(self, lookup: Tensor, repeats: int) -> Tensor:
-        """Returns the positions as a tensor that depends on the rows, for the compiler: (n repeats,)."""
-        positions = lookup[self.ids]
-        return positions if repeats == 1 else positions.repeat_interleave(repeats)
+    def __init__(self, names: Names, loaded: Sequence[str], device: torch.device) -> None:
+        self.names, self.n = names, len(names)  # n is an attribute for the compiler, which would guard the names
+        self.ids = torch.tensor(self.positions(loaded), device=device)
+        self._kept: dict[Any, Any] = {}  # what all layers share
+
+    def positions(self, adapters: Sequence[str]) -> list[int]:
+        """Returns the position of each row's adapter among `adapters`, len(adapters) for all others."""
+        position: dict[str | None, int] = {name: i for i, name in enumerate(adapters)}
+        return [position.get(name, len(adapters)) for name in self.names]
+
+    def used(self, adapters: tuple[str, ...]) -> tuple[str, ...]:
+        """Returns those of these adapters that some row has."""
+        if adapters not in self._kept:
+            self._kept[adapters] = tuple(name for name in adapters if name in self.names)
+        return cast(tuple[str, ...], self._kept[adapters])
+
+    def blocks(self, adapters: tuple[str, ...], is_sorted: bool, device: torch.device) -> Blocks:
+        """Returns the blocks for the factors of these adapters. is_sorted: whether rows may change their order."""
+        key = adapters, is_sorted, device
+        if key not in self._kept:
+            self._kept[key] = make_blocks(self.positions(adapters), is_sorted, device)
+        return cast(Blocks, self._kept[key])
 
     def tensor(self, numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-        """Returns the numbers as a tensor, made once for all layers: a copy to a device is a wait of the host."""
+        """Returns the numbers as a tensor, made once for all layers: the host waits for each copy to a device."""
         key = tuple(numbers), device, dtype
-        if key not in self.tensors:
-            with torch.inference_mode(False):  # a later forward may need a gradient
-                self.tensors[key] = torch.tensor(numbers, device=device, dtype=dtype)
-        return self.tensors[key]
+        if key not in self._kept:
+            self._kept[key] = _tensor(numbers, device, dtype)
+        return cast(Tensor, self._kept[key])
 
-    def repeats_in(self, x: Tensor, path: str, min_ndim: int) -> int:
-        """Returns how many successive rows of x belong to each name. Raises RowsError for a wrong number of rows."""
-        if x.ndim >= min_ndim and x.shape[0] == self.n:
-            return 1
-        if x.ndim >= min_ndim and x.shape[0] == self.n * self.repeats:
-            return self.repeats
-        repeated = f", or {self.n * self.repeats} repeated by generate" if self.repeats > 1 else ""
-        packed = "; packed examples are one row: pass them separately, padded" if self.n > 1 and x.shape[0] == 1 else ""
+
+def _tensor(numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    with torch.inference_mode(False):  # a later forward may need a gradient
+        return torch.tensor(numbers, device=device, dtype=dtype)
+
+
+def make_blocks(positions: Sequence[int], is_sorted: bool, device: torch.device) -> Blocks:
+    """Returns the blocks for rows whose adapters have these positions.
+
+    In order, a block has as many rows as all runs of equal neighbours can be divided into. Sorted, it has the mean
+    number of rows per adapter: that makes at most twice as many blocks as adapters, and at most twice as many rows.
+    """
+    size = math.gcd(*(len(list(run)) for _, run in groupby(positions)))
+    mean = len(positions) // len(set(positions))
+    if not is_sorted or size >= mean:
+        return Blocks(_tensor(positions[::size], device), _tensor(positions, device), size)
+    which: list[int] = []
+    order: list[int] = []
+    for position in dict.fromkeys(positions):
+        rows = [row for row, row_position in enumerate(positions) if row_position == position]
+        for start in range(0, len(rows), mean):
+            block = rows[start : start + mean]
+            order += block + [block[0]] * (mean - len(block))
+            which.append(position)
+    place = {row: i for i, row in reversed([*enumerate(order)])}
+    back = [place[row] for row in range(len(positions))]
+    which_rows = _tensor(which, device), _tensor(positions, device)
+    return Blocks(*which_rows, mean, _tensor(order, device), _tensor(back, device))
+
+
+class MixedBatch:
+    """Which row of the next forwards has which adapter.
+
+    The rows of a padded batch are its first dimension. Those of a packed batch are its tokens, (1, tokens, ...); it is
+    for inference.
+
+    head: of a packed batch, the layer that gets one token of each sequence, whose logits are wanted; None if all layers
+        get all tokens.
+    dim: the dimension of the rows.
+    is_constant: whether no parameter can change.    version: changes with `set_scale`, `to` and the like.
+    terms: what parts of adapters add to their layers, as far as it is computed; only while constant.
+    """
+
+    rows: Rows
+    head_rows: Rows
+
+    def __init__(
+        self,
+        names: Names = (),
+        loaded: Sequence[str] = (),
+        device: torch.device | None = None,
+        *,
+        is_packed: bool = False,
+        head: nn.Module | None = None,
+    ) -> None:
+        self.loaded, self.device, self.head = tuple(loaded), device or torch.device("cpu"), head
+        self.dim = int(is_packed)
+        self.rows = self.head_rows = Rows(names, self.loaded, self.device)
+        self.is_constant = is_packed
+        self.version, self.repeats = 0, 1
+        self.terms: dict[LoRALayer, LayerTerms] = {}
+        self._repeated = {1: self.rows}  # by how often `generate` repeats each row
+        self._lookups: dict[tuple[str, ...], Tensor] = {}
+
+    def set_rows(self, names: Sequence[str | None], head_names: Sequence[str | None]) -> None:
+        """Before a forward of a packed batch: the adapters of its tokens, and of those that the head gets."""
+        if tuple(names) != self.rows.names:
+            self.rows = Rows(tuple(names), (), self.device)
+        if tuple(head_names) != self.head_rows.names:
+            self.head_rows = Rows(tuple(head_names), (), self.device)
+
+    def lookup(self, names: tuple[str, ...]) -> Tensor:
+        """Returns number of an adapter -> its position among `names`, len(names) for others: (loaded + 1,)."""
+        if names not in self._lookups:
+            position = {name: i for i, name in enumerate(names)}
+            positions = [*(position.get(name, len(names)) for name in self.loaded), len(names)]
+            self._lookups[names] = _tensor(positions, self.device)
+        return self._lookups[names]
+
+    def rows_in(self, x: Tensor, layer: nn.Module, path: str, min_ndim: int) -> Rows:
+        """Returns the rows of x, an input of the layer. Raises RowsError for a wrong number of rows."""
+        if self.dim == 1:
+            rows = self.head_rows if layer is self.head else self.rows
+            if x.ndim < 2 or x.shape[:2] != (1, rows.n):
+                raise RowsError(f"the batch has {rows.n} tokens in one row; {path} got {tuple(x.shape)}")
+            return rows
+        n = self.rows.n
+        if x.ndim >= min_ndim and x.shape[0] == n:
+            return self.rows
+        if x.ndim >= min_ndim and x.shape[0] == n * self.repeats:
+            return self._repeated[self.repeats]
+        repeated = f", or {n * self.repeats} repeated by generate" if self.repeats > 1 else ""
+        packed = "; packed examples are one row: pass them separately, padded" if n > 1 and x.shape[0] == 1 else ""
         raise RowsError(
-            f"adapter_rows names {self.n} rows{repeated}; {path or 'the model'} got {tuple(x.shape)}, whose first "
+            f"adapter_rows names {n} rows{repeated}; {path or 'the model'} got {tuple(x.shape)}, whose first "
             f"dimension must be the rows of the batch{packed}"
         )
+
+    def parameters_changed(self) -> None:
+        """Makes the layers compute their factors again."""
+        self.version += 1
+        self.terms.clear()
 
     @contextmanager
     def generation(self, repeats: int) -> Iterator[None]:
         """Within the block every name stands for `repeats` rows, and parameters must not change."""
-        self.version += 1
-        self.repeats, self.generating = repeats, True
+        self.parameters_changed()
+        names = tuple(name for name in self.rows.names for _ in range(repeats))
+        self._repeated[repeats] = self.rows if repeats == 1 else Rows(names, self.loaded, self.device)
+        self.repeats, self.is_constant = repeats, True
         try:
             yield
         finally:
-            self.repeats, self.generating = 1, False
+            self.repeats, self.is_constant = 1, False
 
 
-def check_row_names(names: Any, adapters: Sequence[str]) -> tuple[str | None, ...]:
+def check_row_names(names: Any, adapters: Sequence[str]) -> Names:
     """Returns the names. Raises AdapterError if they are not a list, and for all that are not among `adapters`."""
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
         raise AdapterError(f"adapter_rows takes a list with a name, or None, for every row of the batch; got {names!r}")
@@ -118,7 +223,7 @@ def check_row_names(names: Any, adapters: Sequence[str]) -> tuple[str | None, ..
 
 
 def check_splits_by_row(low_rank: Mapping[str, LoRALayer]) -> None:
-    """Raises RowsError for an adapter of layers that cannot compute every batch row with another one."""
+    """Raises RowsError for an adapter of layers that cannot use a different adapter for each row."""
     if refused := [
         path for path, layer in low_rank.items() if layer.layer_type.replaces_forward or "experts" in path.split(".")
     ]:
@@ -136,49 +241,45 @@ def repeats_of_generate(base: nn.Module, args: Sequence[Any], kwargs: Mapping[st
     return max(kwargs.get(name) or getattr(config, name, None) or 1 for name in names)
 
 
-def batch_row_parts(
-    batch: BatchRows, adapters: Mapping[str, Adapter], layer_paths: Mapping[str, str], layers: Mapping[str, nn.Module]
-) -> dict[str, tuple[Any, ...]]:
-    """Returns what to attach to every layer while the batch rows have these adapters, by path.
+def mixed_parts(
+    batch: MixedBatch, adapters: Mapping[str, Adapter], layer_paths: Mapping[str, str], layers: Mapping[str, nn.Module]
+) -> dict[str, tuple[AdapterPart | nn.Module, ...]]:
+    """Returns what to attach to every layer so that each row computes with its adapter, by path.
 
-    layer_paths: path of a part of an adapter -> path of its layer. Raises RowsError for layers that do not see the
-    batch rows.
+    layer_paths: path of a part of an adapter -> path of its layer. Raises RowsError for layers that do not see rows.
     """
     low_rank: dict[str, dict[str, LoRALayer]] = {}  # path -> name of the adapter -> its part
     saved: dict[str, dict[str, nn.Module]] = {}
     extras: dict[str, dict[str, nn.Module]] = {}
     for name, adapter in adapters.items():
+        check_splits_by_row(adapter.low_rank)
         for path, layer in adapter.low_rank.items():
             low_rank.setdefault(path, {})[name] = layer
         for path, module in adapter.saved.items():
             saved.setdefault(path, {})[name] = module
         for path, part in adapter.extras.items():
             extras.setdefault(path, {})[name] = part
-    for adapter in adapters.values():
-        check_splits_by_row(adapter.low_rank)
-    result: dict[str, tuple[Any, ...]] = {
-        path: (BatchRowsModule(path, copies, layers[path], batch),) for path, copies in saved.items()
-    }
-    for path, parts in low_rank.items():
-        result[layer_paths[path]] = (*result.get(layer_paths[path], ()), BatchRowsLayer(path, parts, batch))
-    for path, extra_parts in extras.items():
-        min_ndim = 1 if layer_type_of(layers[path]) is EMBEDDING else 2
-        result[path] = (*result.get(path, ()), BatchRowsParts(path, extra_parts, batch, min_ndim))
-    for parts_of_layer in result.values():
-        if len(parts_of_layer) == 1 and isinstance(parts_of_layer[0], BatchRowsLayer):
-            parts_of_layer[0].is_alone = True
-    return result
+    alive = {part for parts in low_rank.values() for part in parts.values()}
+    batch.terms = {part: terms for part, terms in batch.terms.items() if part in alive}
+    mixed: dict[str, list[MixedPart]] = {}
+    for path, parts in (*low_rank.items(), *extras.items()):
+        layer_path = layer_paths[path]
+        mixed.setdefault(layer_path, []).append(MixedPart(path, parts, batch, layers[layer_path]))
+    for own in mixed.values():
+        own[0].is_alone = len(own) == 1
+    copies = {path: (MixedModule(path, modules, layers[path], batch),) for path, modules in saved.items()}
+    return copies | {path: (*copies.get(path, ()), *own) for path, own in mixed.items()}
 
 
-# ---- The factors of all batch rows
+# ---- Layers with a different adapter for each row
 
 
 @dataclass(frozen=True, eq=False)
 class LayerTerms:
-    """What one adapter changes in a layer: B A x + rescaling * output + shift. The scale and DoRA's gain are in B."""
+    """What one adapter adds to a layer: B A x + rescaling * output + shift. B contains the scale and DoRA's gain."""
 
-    A: Tensor  # (r, in); convolutions carry their kernel in A
-    B: Tensor  # (out, r)
+    A: Tensor  # (r, in)
+    B: Tensor  # (r, out)
     rescaling: Tensor | None  # (out,)
     shift: Tensor | None  # (out,)
 
@@ -187,326 +288,191 @@ def layer_terms(part: LoRALayer, layer: nn.Module, dtype: torch.dtype) -> LayerT
     gain = part.gain(layer)
     A, B = part.update_factors(gain)
     rescaling, shift = (None if term is None else term.to(dtype) for term in part.output_terms(layer, gain))
-    return LayerTerms(A.to(dtype), B.to(dtype), rescaling, shift)
-
-
-def stacked_factors(terms: Sequence[LayerTerms], groups: int) -> tuple[Tensor, Tensor]:
-    """Returns A (k + 1, R, in) and B (k + 1, out, R): ranks are padded with zeros, and the last update is zero."""
-    R = max(len(term.A) for term in terms)
-    As = [_pad_ranks(term.A, R, groups) for term in terms]
-    Bs = [F.pad(term.B, (0, R // groups - term.B.shape[1])) for term in terms]
-    As, Bs = [*As, torch.zeros_like(As[0])], [*Bs, torch.zeros_like(Bs[0])]
-    return torch.stack(As), torch.stack([B.mT for B in Bs]).mT  # laid out by rank, as it is read
-
-
-def _pad_ranks(A: Tensor, R: int, groups: int) -> Tensor:
-    """(r, ...) -> (R, ...), with zeros after the ranks of each group."""
-    if len(A) == R:
-        return A
-    blocks = A.view(groups, -1, *A.shape[1:])  # (groups, r/groups, ...)
-    missing = R // groups - blocks.shape[1]
-    return torch.cat([blocks, blocks.new_zeros(groups, missing, *blocks.shape[2:])], 1).flatten(0, 1)
-
-
-def stacked_vectors(vectors: Sequence[Tensor | None], which: Tensor) -> Tensor | None:
-    """Returns the vector of every row's adapter, which (n,) of k + 1: (n, out); None if no adapter has one."""
-    present = [vector for vector in vectors if vector is not None]
-    if not present:
-        return None
-    zero = torch.zeros_like(present[0])
-    return torch.stack([*(zero if vector is None else vector for vector in vectors), zero]).index_select(0, which)
-
-
-@dataclass(frozen=True, eq=False)
-class Blocks:
-    """Blocks of `size` batch rows that have the same adapter, so that one product serves them all.
-
-    which: (m,) position of each block's adapter.    rows: (n,) position of each batch row's adapter.
-    order: (m size,) batch rows, block after block; a block that is not full repeats its first row.
-    back: (n,) position of each batch row in `order`. Both are None where the batch rows are in this order already.
-    """
-
-    which: Tensor
-    rows: Tensor
-    order: Tensor | None = None
-    back: Tensor | None = None
-    size: int = 1
-
-
-def make_blocks(positions: Sequence[int], size: int, device: torch.device) -> Blocks:
-    """positions: of each batch row's adapter."""
-    which, order = _in_blocks(positions, size)
-    with torch.inference_mode(False):  # a later forward may need a gradient
-        index = [torch.tensor(values, device=device) for values in (which, positions)]
-        if order == [*range(len(positions))]:
-            return Blocks(index[0], index[1], size=size)
-        place = {row: i for i, row in reversed([*enumerate(order)])}
-        index += [torch.tensor(values, device=device) for values in (order, [place[row] for row in sorted(place)])]
-    return Blocks(index[0], index[1], index[2], index[3], size)
-
-
-def _in_blocks(positions: Sequence[int], size: int) -> tuple[list[int], list[int]]:
-    """Returns `which` and `order` of Blocks. Adapters come in the order of their first row."""
-    if size == 1:
-        return [*positions], [*range(len(positions))]
-    which: list[int] = []
-    order: list[int] = []
-    for position in dict.fromkeys(positions):
-        rows = [row for row, row_position in enumerate(positions) if row_position == position]
-        for start in range(0, len(rows), size):
-            block = rows[start : start + size]
-            order += block + [block[0]] * (size - len(block))
-            which.append(position)
-    return which, order
-
-
-class BlockCosts(NamedTuple):
-    """What a batched product costs, in any unit: each block, each token multiplied, and rows put in order and back."""
-
-    block: float
-    token: float
-    order: float
-    copied_token: float
-
-
-BLOCK_COSTS = {  # by type of device
-    # In units of one product's overhead: 2 cores with AVX512-BF16, SmolLM2's shapes. 64 rows of one token with 8
-    # adapters take a third of the time in blocks of 8.
-    "cpu": BlockCosts(block=1, token=1 / 64, order=0, copied_token=1 / 8),
-}
-# Reckoned for a card, in units of one kernel's launch (4 us; 3 TB/s, r = 16, 4096 -> 4096): all blocks are one kernel
-# and each reads its factors; putting the rows in order and back is two kernels.
-DEVICE_COSTS = BlockCosts(block=1 / 50, token=0, order=2, copied_token=1 / 300)
-
-
-def block_size(positions: Sequence[int], tokens: int, costs: BlockCosts) -> int:
-    """Returns the cheapest size of a block, if each batch row has this adapter and this many tokens."""
-    most = max(Counter(positions).values())
-
-    def cost(size: int) -> float:
-        which, order = _in_blocks(positions, size)
-        in_order = order == [*range(len(positions))]
-        moved = 0 if in_order else costs.order + costs.copied_token * len(positions) * tokens
-        return len(which) * (costs.block + costs.token * size * tokens) + moved
-
-    sizes: list[int] = [*(2**power for power in range(most.bit_length())), most]
-    return min(sizes, key=cost)
-
-
-# ---- Layers with an adapter for every batch row
+    return LayerTerms(A.to(dtype), B.mT.to(dtype), rescaling, shift)
 
 
 @dataclass(eq=False)
-class CachedFactors:
-    """The factors of a call, and the tensors that they were made of, which are kept so that no address is reused."""
+class Factors:
+    """The factors of a product, and the state of the tensors that they were made of.
+
+    sources: these tensors, so that no address is reused.    version: of the batch, when the state was last compared.
+    """
 
     blocks: Blocks
-    shape: torch.Size  # of the input
     A: Tensor  # (m, R, in)
-    B: Tensor  # (m, out, R)
+    B: Tensor  # (m, R, out)
     rescaling: Tensor | None  # (n, out): the layer's output is multiplied by it, and added
     shift: Tensor | None  # (n, out)
     state: Any = None
     sources: Sequence[Tensor] = ()
-    version: int = 0  # of the batch, when the state was compared last
+    version: int = 0
+
+    @classmethod
+    def of(cls, terms: Sequence[LayerTerms], blocks: Blocks) -> "Factors":
+        A = _stacked([term.A for term in terms]).index_select(0, blocks.which)
+        B = _stacked([term.B for term in terms]).index_select(0, blocks.which)
+        rescaling = _by_row([term.rescaling for term in terms], blocks.rows)
+        return cls(blocks, A, B, rescaling, _by_row([term.shift for term in terms], blocks.rows))
 
 
-class BatchRowsParts:
-    """Replaces the parts of all adapters in a layer: adds one after another, each on its rows.
+def _stacked(factors: Sequence[Tensor]) -> Tensor:
+    """k times (r, d) -> (k + 1, R, d): ranks are padded with zeros, and the last factor is zero."""
+    R = max(map(len, factors))
+    padded = [factor if len(factor) == R else F.pad(factor, (0, 0, 0, R - len(factor))) for factor in factors]
+    return torch.stack([*padded, torch.zeros_like(padded[0])])
 
-    This works for every part: updates of any layer type, trained biases, token rows and heads.
+
+def _by_row(vectors: Sequence[Tensor | None], positions: Tensor) -> Tensor | None:
+    """Returns the vector of each row's adapter, (n, out); None if no adapter has one."""
+    present = [vector for vector in vectors if vector is not None]
+    if not present:
+        return None
+    zero = torch.zeros_like(present[0])
+    return torch.stack([*(zero if vector is None else vector for vector in vectors), zero]).index_select(0, positions)
+
+
+class MixedPart:
+    """Replaces the parts that all adapters have at one path of a layer.
+
+    is_alone: True if no other part of the layer reads its output, so that it may be changed.
     """
 
-    def __init__(self, path: str, parts: Mapping[str, Any], batch: BatchRows, min_ndim: int) -> None:
-        self.path, self.batch, self.parts = path, batch, tuple(parts.values())
-        used_names = [name for name in parts if name in batch.names]
-        self.used = tuple(parts[name] for name in used_names)
-        self.positions = batch.positions(used_names)
-        self.lookup, self.lookup_used = batch.lookup(tuple(parts)), batch.lookup(used_names)
-        self.min_ndim = min_ndim  # of an input with batch rows
+    def __init__(self, path: str, parts: Mapping[str, Any], batch: MixedBatch, layer: nn.Module) -> None:
+        self.path, self.batch, self.parts, self.names = path, batch, dict(parts), tuple(parts)
+        first = next(iter(parts.values()))
+        is_update = isinstance(first, LoRALayer)
+        self.is_product = is_update and first.layer_type in (LINEAR, CONV1D)
+        self.output_slice = first.output_slice if is_update else None
+        self.min_ndim = 1 if layer_type_of(layer) is EMBEDDING else first.lora_A.ndim if is_update else 2  # of an input
+        self.is_alone = False
+        used = batch.rows.used(self.names)
+        # for the compiler: all adapters; with gradients those of the batch, since others would get zeros for gradients
+        self.all = tuple(parts.values()), batch.lookup(self.names)
+        self.of_batch = tuple(parts[name] for name in used), batch.lookup(used)
+        self._cache: Factors | None = None
 
     def add_to(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
         """Returns y + what the rows' adapters change of the layer's `output`, as `LoRALayer.add_to`."""
-        repeats = self.batch.repeats_in(x, self.path, self.min_ndim)
+        rows = self.batch.rows_in(x, layer, self.path, self.min_ndim)
         if torch.compiler.is_compiling():
-            return self._add_in_graph(y, output, x, layer, repeats)
-        return self._add_in_turn(y, output, x, layer, repeats) if self.used else y
-
-    def _add_in_turn(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module, repeats: int) -> Tensor:
-        positions = self._repeated_positions(repeats)
-        change = torch.zeros_like(output)
-        for position, part in enumerate(self.used):
-            if part.training != layer.training:
-                part.train(layer.training)
-            rows = self.batch.tensor(_rows_at(positions, position), x.device)
-            outputs = output[rows]
-            change = change.index_add(0, rows, part.add_to(torch.zeros_like(outputs), outputs, x[rows], layer))
-        return y + change
-
-    def _add_in_graph(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module, repeats: int) -> Tensor:
-        """Runs the same operations and shapes for any row names; with gradients, for any order of the same names."""
-        lookup, parts = (self.lookup_used, self.used) if torch.is_grad_enabled() else (self.lookup, self.parts)
-        if not parts:
+            return self._in_graph(y, output, x, layer, rows)
+        used = rows.used(self.names)
+        if not used:
             return y
-        which = self.batch.adapter_positions(lookup, repeats).to(x.device)
-        return y + self._change_in_graph(parts, which, output, x, layer)
+        if not self.is_product:
+            return self._in_turn(y, output, x, layer, rows)
+        factors = self._factors(x, layer, output.dtype, rows)
+        rates = [*(self.parts[name].lora_dropout for name in used), 0.0] if layer.training else []
+        x = x.to(output.dtype)
+        if any(rates):
+            by_row = [rates[position] for position in rows.positions(used)]
+            x = _dropout_by_row(x, rows.tensor(by_row, x.device, torch.float32))
+        return self._product(y, output, x, factors)
 
-    def _change_in_graph(
-        self, parts: Sequence[Any], which: Tensor, output: Tensor, x: Tensor, layer: nn.Module
-    ) -> Tensor:
-        """Returns what the parts change. which: (n,) position of each row's part, len(parts) for none."""
-        zero = torch.zeros_like(output)
-        changes = [part.add_to(zero, output, x, layer) for part in parts]
-        shape = -1, *[1] * (output.ndim - 1)
-        return torch.stack([torch.where((which == i).view(shape), change, 0) for i, change in enumerate(changes)]).sum(
-            0
-        )
+    # ---- All rows in one product
 
-    def _repeated_positions(self, repeats: int) -> list[int]:
-        return [position for position in self.positions for _ in range(repeats)]
-
-
-class BatchRowsLayer(BatchRowsParts):
-    """Replaces the low-rank updates of a layer: all in one product where the layer type has one."""
-
-    used: tuple[LoRALayer, ...]
-    parts: tuple[LoRALayer, ...]
-
-    def __init__(self, path: str, parts: Mapping[str, LoRALayer], batch: BatchRows) -> None:
-        first = next(iter(parts.values()))
-        self.layer_type, self.output_slice = first.layer_type, first.output_slice
-        self.kernel_ndim = first.lora_A.ndim - 2
-        super().__init__(path, parts, batch, 1 if self.layer_type is EMBEDDING else 2 + self.kernel_ndim)
-        one_shape = len({part.lora_A.shape[1:] for part in self.parts}) == 1  # not an A that reads all groups
-        self.is_batched = self.layer_type.has_batch_update and one_shape
-        self.is_alone = False  # True if no other part of the layer reads its output
-        self._cache: CachedFactors | None = None
-
-    def add_to(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
-        if torch.compiler.is_compiling() or not self.is_batched or not self.used:
-            return super().add_to(y, output, x, layer)
-        repeats = self.batch.repeats_in(x, self.path, self.min_ndim)
-        factors = self._factors(x, layer, output.dtype, repeats)
-        x = self._dropout(x.to(output.dtype), layer, repeats)
-        blocks = factors.blocks
-        if self._is_in_place(y, blocks):
-            return self._add_in_place(y, x, factors)
+    def _product(self, y: Tensor, output: Tensor, x: Tensor, factors: Factors) -> Tensor:
+        """Changes y where it is the layer's own output: in a long prompt a sum takes as long as the products."""
+        blocks, n, m = factors.blocks, len(factors.blocks.rows), len(factors.A)
+        x = x.reshape(n, -1, x.shape[-1])  # (n, tokens, in)
         if blocks.order is not None:
             x = x.index_select(0, blocks.order)
-        in_blocks = x if blocks.size == 1 else x.view(-1, blocks.size, *x.shape[1:])
-        update = self.layer_type.batch_update(layer, in_blocks, factors.A, factors.B)
-        update = update if blocks.size == 1 else update.flatten(0, 1)
+        hidden = torch.bmm(x.reshape(m, -1, x.shape[-1]), factors.A.mT)  # (m, size tokens, R)
+        shape, rows = y.shape, y.reshape(n, -1, y.shape[-1])  # (n, tokens, out)
+        out = rows if self.is_alone and y.is_contiguous() and not torch.is_grad_enabled() else None
+        if factors.rescaling is not None:
+            rows = torch.addcmul(rows, output.reshape(rows.shape), factors.rescaling[:, None], out=out)
+        if factors.shift is not None:
+            rows = torch.add(rows, factors.shift[:, None], out=out)
+        if blocks.back is None and self.output_slice is None:
+            rows = rows.view(m, -1, shape[-1])  # by block
+            out = None if out is None else rows
+            return torch.baddbmm(rows, hidden, factors.B, out=out).view(shape)
+        update = torch.bmm(hidden, factors.B).view(m * blocks.size, -1, factors.B.shape[-1])
         if blocks.back is not None:
             update = update.index_select(0, blocks.back)
-        return y + self._change(update, output, factors.rescaling, factors.shift)
+        if self.output_slice is not None:
+            update = self.output_slice.spread(update)
+        return torch.add(rows, update, out=out).view(shape)
 
-    def _is_in_place(self, y: Tensor, blocks: Blocks) -> bool:
-        """True if y, the layer's own output, can be changed: in a long prompt a sum takes as long as the products."""
-        is_product = self.kernel_ndim == 0 and self.output_slice is None and blocks.order is None
-        return self.is_alone and is_product and not torch.is_grad_enabled() and y.is_contiguous()
-
-    def _add_in_place(self, y: Tensor, x: Tensor, factors: "CachedFactors") -> Tensor:
-        if factors.rescaling is not None:
-            y.addcmul_(y, self._over_tokens(factors.rescaling, y))
-        if factors.shift is not None:
-            y.add_(self._over_tokens(factors.shift, y))
-        hidden = torch.bmm(x.reshape(len(factors.A), -1, x.shape[-1]), factors.A.mT)  # (m, size tokens, r)
-        y.view(len(factors.A), -1, y.shape[-1]).baddbmm_(hidden, factors.B.mT)
-        return y
-
-    def _factors(self, x: Tensor, layer: nn.Module, dtype: torch.dtype, repeats: int) -> CachedFactors:
+    def _factors(self, x: Tensor, layer: nn.Module, dtype: torch.dtype, rows: Rows) -> Factors:
         """Returns the factors; cached as long as gradients are off and nothing that they are made of changes."""
-        cache = self._cache
-        blocks = cache.blocks if cache is not None and cache.shape == x.shape else self._blocks(x, repeats)
+        used, cache = rows.used(self.names), self._cache
+        is_sorted = x.numel() == rows.n * x.shape[-1] and (self.batch.dim == 1 or x.device.type == "cpu")
+        blocks = rows.blocks(used, is_sorted, x.device)
         if torch.is_grad_enabled():
             self._cache = None
-            return self._make_factors(blocks, x, layer, dtype)
-        is_constant = self.batch.generating or torch.is_inference_mode_enabled()
-        if cache is not None and cache.blocks is blocks and is_constant and cache.version == self.batch.version:
+            return self._make_factors(used, blocks, layer, dtype)
+        is_constant = self.batch.is_constant or torch.is_inference_mode_enabled()
+        is_cached = cache is not None and cache.blocks is blocks and cache.A.dtype == dtype
+        if is_cached and is_constant and cache.version == self.batch.version:
             return cache
-        needs_layer = any(part.lora_magnitude_vector is not None or part.bias is not None for part in self.used)
-        sources = _tensors((*self.used, layer) if needs_layer else self.used)
-        state = dtype, _state(sources), [part.strength for part in self.used]
-        if cache is None or cache.blocks is not blocks or cache.state != state:
-            cache = self._make_factors(blocks, x, layer, dtype)
+        sources = [] if self.batch.is_constant else self._sources(used, layer)
+        state = _state(sources), [self.parts[name].strength for name in used]
+        if self.batch.is_constant or not is_cached or cache.state != state:
+            cache = self._make_factors(used, blocks, layer, dtype)
             cache.state, cache.sources = state, [tensor.detach() for tensor in sources]
         cache.version, self._cache = self.batch.version, cache
         return cache
 
-    def _blocks(self, x: Tensor, repeats: int) -> Blocks:
-        tokens = x[0].numel() // self.used[0].in_features or 1
-        is_matrix = self.kernel_ndim == 0
-        key = tuple(self.positions), repeats, tokens, x.device, is_matrix
-        if key not in self.batch.blocks:
-            positions = self._repeated_positions(repeats)
-            costs = BLOCK_COSTS.get(x.device.type, DEVICE_COSTS)
-            size = block_size(positions, tokens, costs) if is_matrix else 1
-            self.batch.blocks[key] = make_blocks(positions, size, x.device)
-        return self.batch.blocks[key]
+    def _make_factors(self, used: tuple[str, ...], blocks: Blocks, layer: nn.Module, dtype: torch.dtype) -> Factors:
+        known = self.batch.terms if self.batch.is_constant else {}
+        parts: list[LoRALayer] = [self.parts[name] for name in used]
+        for part in parts:
+            if part not in known:
+                known[part] = layer_terms(part, layer, dtype)
+        return Factors.of([known[part] for part in parts], blocks)
 
-    def _make_factors(self, blocks: Blocks, x: Tensor, layer: nn.Module, dtype: torch.dtype) -> CachedFactors:
-        terms = [layer_terms(part, layer, dtype) for part in self.used]
-        A, B = stacked_factors(terms, self.used[0].groups)
-        A, B = A.index_select(0, blocks.which), B.mT.index_select(0, blocks.which).mT
-        rescaling = stacked_vectors([term.rescaling for term in terms], blocks.rows)
-        shift = stacked_vectors([term.shift for term in terms], blocks.rows)
-        return CachedFactors(blocks, x.shape, A, B, rescaling, shift)
+    def _sources(self, used: tuple[str, ...], layer: nn.Module) -> list[Tensor]:
+        """Returns the tensors that the factors are made of."""
+        parts: list[Any] = [self.parts[name] for name in used]
+        needs_layer = any(part.lora_magnitude_vector is not None or part.bias is not None for part in parts)
+        owners = [*parts, layer] if needs_layer else parts
+        tables = [table for owner in owners for table in (owner._parameters, owner._buffers)]
+        return [tensor for table in tables for tensor in table.values() if tensor is not None]
 
-    def _change(self, update: Tensor, output: Tensor, rescaling: Tensor | None, shift: Tensor | None) -> Tensor:
-        """Returns update + output * rescaling + shift; the last two (n, out)."""
-        change = update if self.output_slice is None else self.output_slice.spread(update)
-        if rescaling is not None:
-            change = torch.addcmul(change, output, self._over_tokens(rescaling, output))
-        return change if shift is None else change + self._over_tokens(shift, output)
+    # ---- One adapter after another: updates of any layer type, trained biases, token rows and heads
 
-    def _over_tokens(self, vectors: Tensor, y: Tensor) -> Tensor:
-        """(n, out) -> (n, 1, ..., out, 1, ...), for y (n, ..., out, *kernel)."""
-        n, out = vectors.shape
-        return vectors.view(n, *[1] * (y.ndim - 2 - self.kernel_ndim), out, *[1] * self.kernel_ndim)
+    def _in_turn(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module, rows: Rows) -> Tensor:
+        dim, change = self.batch.dim, torch.zeros_like(output)
+        for name in rows.used(self.names):
+            part = self.parts[name]
+            if part.training != layer.training:
+                part.train(layer.training)
+            own = rows.tensor([row for row, own_name in enumerate(rows.names) if own_name == name], x.device)
+            outputs = output.index_select(dim, own)
+            added = part.add_to(torch.zeros_like(outputs), outputs, x.index_select(dim, own), layer)
+            change = change.index_add(dim, own, added)
+        return y + change
 
-    def _dropout(self, x: Tensor, layer: nn.Module, repeats: int) -> Tensor:
-        """Every row is dropped out by its own adapter's probability."""
-        rates = [part.lora_dropout for part in self.used] if layer.training else []
-        if not any(rates):
-            return x
-        if len(set(rates)) == 1:
-            return F.dropout(x, rates[0])
-        by_position = [*rates, 0.0]
-        by_row = [by_position[position] for position in self._repeated_positions(repeats)]
-        return _dropout_by_row(x, self.batch.tensor(by_row, x.device, torch.float32))
+    # ---- Under torch.compile
 
-    def _change_in_graph(
-        self, parts: Sequence[LoRALayer], which: Tensor, output: Tensor, x: Tensor, layer: nn.Module
-    ) -> Tensor:
-        if not self.is_batched:
-            return super()._change_in_graph(parts, which, output, x, layer)
-        terms = [layer_terms(part, layer, output.dtype) for part in parts]
-        A, B = stacked_factors(terms, parts[0].groups)
-        x, rates = x.to(output.dtype), [part.lora_dropout for part in parts]
-        if layer.training and any(rates):
-            x = _dropout_by_row(x, torch.tensor([*rates, 0.0], device=x.device)[which])
-        update = self.layer_type.batch_update(layer, x, A.index_select(0, which), B.mT.index_select(0, which).mT)
-        rescaling = stacked_vectors([term.rescaling for term in terms], which)
-        return self._change(update, output, rescaling, stacked_vectors([term.shift for term in terms], which))
-
-
-def _rows_at(positions: Sequence[int], position: int) -> list[int]:
-    return [row for row, row_position in enumerate(positions) if row_position == position]
+    def _in_graph(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module, rows: Rows) -> Tensor:
+        """Runs the same operations and shapes for any row names; with gradients, for any order of the same names."""
+        parts, lookup = self.of_batch if torch.is_grad_enabled() else self.all
+        if not parts:
+            return y
+        which = lookup[rows.ids].to(x.device)  # (n,) position of each row's part, len(parts) for none
+        if self.is_product:
+            terms = [layer_terms(part, layer, output.dtype) for part in parts]
+            rates, x = [*(part.lora_dropout for part in parts), 0.0], x.to(output.dtype)
+            if layer.training and any(rates):
+                x = _dropout_by_row(x, torch.tensor(rates, device=x.device)[which])
+            return self._product(y, output, x, Factors.of(terms, Blocks(which, which)))
+        zero, shape = torch.zeros_like(output), (-1, *[1] * (output.ndim - 1))
+        changes = [part.add_to(zero, output, x, layer) for part in parts]
+        own = [torch.where((which == i).view(shape), change, 0) for i, change in enumerate(changes)]
+        return y + torch.stack(own).sum(0)
 
 
 def _dropout_by_row(x: Tensor, rates: Tensor) -> Tensor:
-    """Dropout with another probability for every row, rates (n,)."""
+    """Dropout with a different probability for each row, rates (n,)."""
     rates = rates.view(-1, *[1] * (x.ndim - 1))
     return x * ((torch.rand_like(x, dtype=torch.float32) >= rates) / (1 - rates)).to(x.dtype)
 
 
-def _tensors(parts: Sequence[nn.Module]) -> list[Tensor]:
-    tables = [table for part in parts for table in (part._parameters, part._buffers)]
-    return [tensor for table in tables for tensor in table.values() if tensor is not None]
-
-
 def _state(tensors: Sequence[Tensor]) -> Any:
-    """Returns a value that differs after one of them has changed, as far as torch tells. Called often, so short."""
+    """Returns a value that differs after one of them has changed, as far as torch knows. Called often, so short."""
     try:
         versions = [tensor._version for tensor in tensors]
     except RuntimeError:  # tensors of inference mode are not counted
@@ -514,56 +480,51 @@ def _state(tensors: Sequence[Tensor]) -> Any:
     return versions, [tensor.data_ptr() for tensor in tensors]
 
 
-# ---- Modules that are trained in full, with a copy for every batch row
+# ---- Modules that are trained in full, with a copy for each row
 
 
-class BatchRowsModule(nn.Module):
-    """Replaces the trained copy of a module: every batch row has its own copy, or the base's module."""
+class MixedModule(nn.Module):
+    """Replaces the trained copy of a module: each row has its own copy, or the base's module."""
 
-    def __init__(self, path: str, copies: Mapping[str, nn.Module], layer: Any, batch: BatchRows) -> None:
+    def __init__(self, path: str, copies: Mapping[str, nn.Module], layer: nn.Module, batch: MixedBatch) -> None:
         super().__init__()
-        self.path, self.batch, self.copies = path, batch, nn.ModuleList(copies.values())
-        self.positions, self.lookup = batch.positions(tuple(copies)), batch.lookup(tuple(copies))
-        self._layer = (layer,)  # a reference, not a registration
+        self.path, self.batch, self.names = path, batch, tuple(copies)
+        self.copies, self.lookup = nn.ModuleList(copies.values()), batch.lookup(tuple(copies))
+        self._layer: tuple[Any] = (layer,)  # a reference, not a registration
         self._dims: dict[tuple[int, ...], list[int]] = {}  # what `_batch_dims` found, by the inputs' dimensions
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """A tensor whose first dimension is the batch rows is split by row; other arguments go to every copy unchanged.
+        """A tensor with the rows in the batch's dimension is split by row; each copy gets all other arguments.
 
-        Each tensor of the output has the batch rows in the dimension that `_batch_dims` finds. Raises RowsError for
-        a module that takes or returns them in another way.
+        Each tensor of the output has the rows in the dimension that `_batch_dims` finds. Raises RowsError for a module
+        that takes or returns them in another way.
         """
         first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         self._check_class(args, kwargs)
-        repeats = self.batch.repeats_in(first, self.path, 1)
-        n = self.batch.n * repeats
+        rows, dim = self.batch.rows_in(first, self._layer[0], self.path, 1), self.batch.dim
+        join: Callable[[int, list[Tensor]], Tensor]
         if torch.compiler.is_compiling():
-            which = self.batch.adapter_positions(self.lookup, repeats)
+            index = self.lookup[rows.ids], torch.arange(rows.n)
             outputs = [self._run(position, args, kwargs) for position in range(len(self.copies) + 1)]
-            index = which, torch.arange(n)
-            return self._joined(
-                lambda dim, tensors: torch.stack(tensors).movedim(dim + 1, 1)[index].movedim(0, dim),
-                self._batch_dims(args, kwargs, n) if n > 1 else None,
-                outputs,
-            )
-        used = sorted(set(self.positions))
-        if len(used) == 1:
-            return self._run(used[0], args, kwargs)
-        dims = self._batch_dims(args, kwargs, n)
-        positions = [position for position in self.positions for _ in range(repeats)]
-        rows = [_rows_at(positions, position) for position in used]
-        in_turn = [row for own_rows in rows for row in own_rows]
-        back = sorted(range(n), key=in_turn.__getitem__)
-        tensor = self.batch.tensor
-        outputs = [
-            self._run(position, *tree_map(lambda value: _rows_of(value, n, own_rows, tensor), (args, kwargs)))  # noqa: B023
-            for position, own_rows in zip(used, rows, strict=True)
-        ]
-        return self._joined(
-            lambda dim, tensors: torch.cat(tensors, dim).index_select(dim, tensor(back, tensors[0].device)),
-            dims,
-            outputs,
-        )
+            dims = self._batch_dims(args, kwargs, rows.n) if rows.n > 1 else repeat(0)
+            join = lambda dim, tensors: torch.stack(tensors).movedim(dim + 1, 1)[index].movedim(0, dim)  # noqa: E731
+        else:
+            positions = rows.positions(self.names)
+            used = sorted(set(positions))
+            if len(used) == 1:
+                return self._run(used[0], args, kwargs)
+            dims, outputs, in_turn = self._batch_dims(args, kwargs, rows.n), [], []
+            for position in used:
+                own = [row for row, own_position in enumerate(positions) if own_position == position]
+                index_select = partial(torch.index_select, dim=dim, index=rows.tensor(own, first.device))
+                outputs.append(self._run(position, *self._map_rows((args, kwargs), rows.n, index_select)))
+                in_turn += own
+            back = rows.tensor(sorted(range(rows.n), key=in_turn.__getitem__), first.device)
+            join = lambda dim, tensors: torch.cat(tensors, dim).index_select(dim, back)  # noqa: E731
+        leaves, structure = [tree_leaves(output) for output in outputs], tree_flatten(outputs[0])[1]
+        order = iter(dims)
+        joined = [None if same[0] is None else join(next(order), list(same)) for same in zip(*leaves, strict=True)]
+        return tree_unflatten(joined, structure)
 
     def _check_class(self, args: Any, kwargs: Any) -> None:
         (layer,) = self._layer
@@ -572,8 +533,18 @@ class BatchRowsModule(nn.Module):
         if isinstance(layer, nn.RNNBase) and len(args) + len(kwargs) > 1:
             raise RowsError(f"{self.path} is given a hidden state, whose rows are not first; no adapter by row")
 
+    def _map_rows(self, arguments: Any, n: int, fn: Callable[[Tensor], Tensor]) -> Any:
+        """Applies `fn` to the tensors that have the n rows."""
+        dim = self.batch.dim
+
+        def mapped(value: Any) -> Any:
+            has_rows = isinstance(value, Tensor) and value.ndim > dim and value.shape[dim] == n
+            return fn(value) if has_rows else value
+
+        return tree_map(mapped, arguments)
+
     def _batch_dims(self, args: Any, kwargs: Any, n: int) -> list[int]:
-        """Returns the dimension of each tensor of the output that holds the batch rows.
+        """Returns the dimension of each tensor of the output that holds the rows.
 
         It is the one that grows from 1 to 2 when a copy runs on one row and on two. Raises RowsError without one.
         """
@@ -581,11 +552,11 @@ class BatchRowsModule(nn.Module):
         key = tuple(leaf.ndim for leaf in leaves)
         if key in self._dims and not torch.compiler.is_compiling():
             return self._dims[key]
-        copy = self.copies[0]
+        copy, dim = self.copies[0], self.batch.dim
         shapes = []
         with torch.no_grad(), nullcontext() if torch.compiler.is_compiling() else evaluating(copy):
             for count in (1, 2):
-                own_args, own_kwargs = tree_map(lambda value: _first_rows(value, n, count), (args, kwargs))  # noqa: B023
+                own_args, own_kwargs = self._map_rows((args, kwargs), n, lambda value: value.narrow(dim, 0, count))  # noqa: B023
                 output = tree_leaves(copy(*own_args, **own_kwargs))
                 if other := [type(leaf).__name__ for leaf in output if not isinstance(leaf, Tensor | None)]:
                     raise RowsError(f"{self.path} returns a {other[0]}, which is not split by row")
@@ -593,8 +564,8 @@ class BatchRowsModule(nn.Module):
         dims = []
         for shape, shape_of_2 in zip(*shapes, strict=True):
             sizes = list(zip(shape, shape_of_2, strict=False))
-            grown = [dim for dim, pair in enumerate(sizes) if pair != (pair[0], pair[0])]
-            if len(shape) != len(shape_of_2) or [sizes[dim] for dim in grown] != [(1, 2)]:
+            grown = [i for i, pair in enumerate(sizes) if pair != (pair[0], pair[0])]
+            if len(shape) != len(shape_of_2) or [sizes[i] for i in grown] != [(1, 2)]:
                 raise RowsError(
                     f"{self.path} returns {shape} for one row and {shape_of_2} for two, not a dimension of rows"
                 )
@@ -602,16 +573,6 @@ class BatchRowsModule(nn.Module):
         if not torch.compiler.is_compiling():
             self._dims[key] = dims
         return dims
-
-    @staticmethod
-    def _joined(join: Callable[[int, list[Tensor]], Tensor], dims: list[int] | None, outputs: list[Any]) -> Any:
-        """Returns the outputs of the copies as one. dims: of the tensors in an output; None for the first of each."""
-        leaves = [tree_leaves(output) for output in outputs]
-        order = iter(dims) if dims is not None else repeat(0)
-        joined = [
-            None if tensors[0] is None else join(next(order), list(tensors)) for tensors in zip(*leaves, strict=True)
-        ]
-        return tree_unflatten(joined, tree_flatten(outputs[0])[1])
 
     def _run(self, position: int, args: Any, kwargs: Any) -> Any:
         """Calls the copy at this position, or after the last copy the base's module, in the base's own precision."""
@@ -621,27 +582,4 @@ class BatchRowsModule(nn.Module):
             if copy.training != layer.training:
                 copy.train(layer.training)
             return copy(*args, **kwargs)
-        return call_base(layer, next(self.parameters()).dtype, args, kwargs)
-
-
-def call_base(layer: Any, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
-    """Calls the base's module beside trained copies of it: takes and returns their dtype, and computes in its own."""
-    base_dtype = next(layer.parameters()).dtype
-    args, kwargs = tree_map(lambda value: _cast(value, dtype, base_dtype), (args, kwargs))
-    return tree_map(lambda value: _cast(value, base_dtype, dtype), layer.plain.forward(layer, *args, **kwargs))
-
-
-def _cast(value: Any, source: torch.dtype, to: torch.dtype) -> Any:
-    return value.to(to) if isinstance(value, Tensor) and value.dtype == source else value
-
-
-def _has_rows(value: Any, n: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == n
-
-
-def _rows_of(value: Any, n: int, rows: Sequence[int], tensor: Callable[[Sequence[int], torch.device], Tensor]) -> Any:
-    return value.index_select(0, tensor(rows, value.device)) if _has_rows(value, n) else value
-
-
-def _first_rows(value: Any, n: int, count: int) -> Any:
-    return value[:count] if _has_rows(value, n) else value
+        return call_plain(layer, next(self.parameters()).dtype, args, kwargs)

@@ -26,12 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, group_by_path
-from tailora.core.attach import Swapped, attached, evaluating
-from tailora.core.dequantize import Change, TensorChange, common_dtype, dequantize_to_linear
+from tailora.core.attach import Change, Swapped, TensorChange, attached, evaluating
 from tailora.core.device import wide_dtype
 from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, layer_path_of
 from tailora.core.merge import MergeReport, check_ties, merge_changes, replace_by_copy
-from tailora.core.quantization import quantized_layers
+from tailora.core.quantization import common_dtype, dequantize_to_linear, quantized_layers
 from tailora.errors import ConfigError, FormatError, MergeError, nearest
 from tailora.formats import fold_scale, gguf, kohya_diffusers, mlx, peft
 from tailora.formats.fingerprint import fingerprint, vocabulary_size

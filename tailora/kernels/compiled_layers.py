@@ -86,7 +86,7 @@ def compiler_obstacle(device: torch.device) -> str | None:
 def _kind(layer: nn.Module) -> tuple[Any, ...]:
     """Returns what layers share that are computed by the same code: classes, and tensors by name, shape and dtype."""
     classes = tuple(type(module).__qualname__ for module in layer.modules())
-    parts = [layer, *(part for m in layer.modules() if isinstance(m, Adapted) for part in m.active_adapters)]
+    parts = [layer, *(part for m in layer.modules() if isinstance(m, Adapted) for part in m.adapter_parts)]
     tensors = tuple(
         (name, tensor.shape, tensor.dtype, tensor.requires_grad)
         for part in parts

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from tailora.core.attach import Adapted, Swapped, derived_class
+from tailora.core.attach import Adapted, Swapped, attached_parts, derived_class
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import LINEAR, qualified_name
 from tailora.core.quantization import is_quantized
@@ -526,7 +526,7 @@ def _described(module: nn.Module, x: Tensor, given: dict[str, Any]) -> Layer | N
     if ends is None or any(other is not None for other in others) or x.shape[0] != 1:
         return None
     linears = {name: getattr(getattr(module, owner), part) for name, (owner, part) in PROJECTIONS.items()}
-    adapters = {name: vars(linear).get("active_adapters", ()) for name, linear in linears.items()}
+    adapters = {name: attached_parts(linear) for name, linear in linears.items()}
     active = [adapter for several in adapters.values() for adapter in several]
     if not all(map(_is_plain, active)) or any(len(several) > 1 for several in adapters.values()):
         return None

@@ -28,7 +28,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tailora.core.adapter_set import AdapterSet
-from tailora.core.packed_batch import PackedBatch, segments_of
+from tailora.core.mixed_batch import MixedBatch
 from tailora.errors import AdapterError, ConfigError
 from tailora.serve.engine_interface import Engine, EventHandler, Finish, Request
 from tailora.serve.sampling import ChosenTokens, RunningRequest, next_tokens
@@ -104,7 +104,8 @@ class ContinuousEngine(Engine):
         self._lock = Lock()  # of _requests and _manager
         model: Any = adapter_set.base_model
         self._attention: str = model.config._attn_implementation
-        self._batch = PackedBatch(model.get_output_embeddings() if model._supports_logits_to_keep() else None)
+        head = model.get_output_embeddings() if model._supports_logits_to_keep() else None
+        self._batch = MixedBatch(is_packed=True, head=head)
         self._new_tokens_of: list[RunningRequest | None] = []  # of the running batch, in the order of its logits
         self._manager: Any = None
         self._is_stopped = False
@@ -183,10 +184,8 @@ class ContinuousEngine(Engine):
         # The head has a row for every request: first those that get a token, then rows without meaning
         head = [adapter_of(running) for running in self._new_tokens_of]
         head += [None] * (len(states) - len(head))
-        self._batch.set_tokens(
-            segments_of((adapter_of(running), state.query_length) for running, state in pairs),
-            segments_of((adapter, 1) for adapter in head),
-        )
+        tokens = [adapter_of(running) for running, state in pairs for _ in range(state.query_length)]
+        self._batch.set_rows(tokens, head)
 
     def _next_tokens(self, logits: Tensor) -> list[int]:
         """Returns the next token of each request, and 0 for the rows without meaning. logits: (rows, vocabulary)."""

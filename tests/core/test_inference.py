@@ -179,7 +179,7 @@ def test_a_second_generate_meanwhile_leaves_the_kernels_alone() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_afterwards_all_is_as_before_also_after_an_error(dtype: torch.dtype) -> None:
     model = stirred(CONFIGS["all"], dtype)
-    before = {path: layer.active_adapters for path, layer in model._adapter_set.layers.items()}  # type: ignore[misc]
+    before = {path: layer.adapter_parts for path, layer in model._adapter_set.layers.items()}  # type: ignore[misc]
     hooks = [len(module._forward_hooks) for module in model.modules()]
 
     def fail(_ids: Tensor, _scores: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ def test_afterwards_all_is_as_before_also_after_an_error(dtype: torch.dtype) -> 
 
     with pytest.raises(ZeroDivisionError):
         logits_of(model, PROMPTS["one"], stopping_criteria=[fail])
-    assert {path: layer.active_adapters for path, layer in model._adapter_set.layers.items()} == before
+    assert {path: layer.adapter_parts for path, layer in model._adapter_set.layers.items()} == before
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
     assert torch.backends.mkldnn.enabled is torch.backends.mkldnn.is_available()
 
@@ -214,7 +214,7 @@ def test_a_switch_meanwhile_holds() -> None:
 
     logits_of(model, PROMPTS["one"], stopping_criteria=[switch])
     assert model.active_adapters == ("second",)
-    parts = [part for layer in model._adapter_set.layers.values() for part in layer.active_adapters]  # type: ignore[union-attr]
+    parts = [part for layer in model._adapter_set.layers.values() for part in layer.adapter_parts]  # type: ignore[union-attr]
     assert {id(part) for part in parts} == {id(layer) for layer in model.lora_layers.values()}
 
 
@@ -262,7 +262,7 @@ def test_a_call_that_transformers_compiles_makes_no_constants_and_is_compiled_on
         for _ in range(4):
             with generating(model.base_model, model._adapter_set.layers):
                 torch.testing.assert_close(compiled(x), expected)
-                (constant,) = model.base_model[0].active_adapters  # type: ignore[index,union-attr]
+                (constant,) = model.base_model[0].adapter_parts  # type: ignore[index,union-attr]
                 assert constant._constants is None
             seen.append(len(graphs))
     assert seen[1] == seen[3]

@@ -2,7 +2,7 @@
 
 import copy
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core import mixed_batch
-from tailora.core.layer_types import Linear
-from tailora.core.mixed_batch import BLOCK_COSTS, DEVICE_COSTS, BatchRowsLayer, block_size, make_blocks
+from tailora.core.layer import LoRALayer
+from tailora.core.mixed_batch import MixedBatch, MixedPart, make_blocks
 from tailora.errors import AdapterError, MergeError, RowsError
 
 ROWED = [case for case in LAYERS if case.shape != (12,)]  # one vector has no rows
@@ -113,50 +113,30 @@ def test_blocks_of_every_size_agree_with_one_by_one(count: int, shape: tuple[int
         torch.testing.assert_close(found, expected, **close)
 
 
-def in_turn(adapters: int, n: int = 64) -> list[int]:
-    return [row % adapters for row in range(n)]
-
-
-def test_blocks_are_large_where_many_rows_of_one_token_have_the_same_adapter() -> None:
-    cpu = BLOCK_COSTS["cpu"]
-    assert [block_size(in_turn(k), 1, cpu) for k in (1, 2, 8, 32, 64)] == [64, 32, 8, 2, 1]
-    assert [block_size(in_turn(k), 16, cpu) for k in (2, 8, 64)] == [1, 1, 1]
-    assert 1 < block_size([0] * 50 + [*range(1, 11)], 1, cpu) < 50
-
-
-def test_blocks_cost_no_copies_where_the_rows_come_in_their_order() -> None:
-    for costs in (BLOCK_COSTS["cpu"], DEVICE_COSTS):
-        assert [block_size(sorted(in_turn(k)), 1, costs) for k in (1, 2, 8, 64)] == [64, 32, 8, 1]
-        assert block_size([0] * 5, 1, costs) == 5
-        assert make_blocks(sorted(in_turn(2)), 32, torch.device("cpu")).order is None
-
-
-def test_a_device_puts_rows_in_order_only_where_many_have_one_adapter() -> None:
-    assert [block_size(in_turn(k), 1, DEVICE_COSTS) for k in (2, 8, 64)] == [1, 1, 1]
-    assert block_size(in_turn(8, 512), 1, DEVICE_COSTS) == 64
-
-
-@pytest.mark.parametrize("positions", [[0, 2, 0, 1, 0, 2, 0, 0], [1, 1, 0, 2, 2]])
-def test_blocks_hold_every_row_of_their_adapter_once(positions: list[int]) -> None:
-    blocks = make_blocks(positions, 2, torch.device("cpu"))
-    assert blocks.which.tolist() == [0, 0, 0, 2, 1] if len(positions) == 8 else [1, 0, 2]
-    assert blocks.order is not None
-    assert blocks.back is not None
-    assert blocks.order[blocks.back].tolist() == list(range(len(positions)))
-    assert [blocks.which.tolist()[i // 2] for i in blocks.back.tolist()] == positions == blocks.rows.tolist()
-
-
-def test_layer_types_without_a_batched_product_take_one_adapter_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
-    case = LAYERS[0]
-    model, x = mixed(case, "dora and biases"), rows_of(case, 5)
-    expected = one_by_one(model, x, NAMES)
-    monkeypatch.setattr(Linear, "has_batch_update", False)
-    with model.adapter_rows(NAMES):
-        torch.testing.assert_close(model(x), expected)
-        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
-        with torch.no_grad():
-            torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), expected)
+@pytest.mark.parametrize(
+    ("positions", "is_sorted", "size", "which"),
+    [
+        ([0, 1] * 32, True, 32, [0, 1]),  # as many rows of each adapter: a block for each
+        ([0, 1] * 32, False, 1, [0, 1] * 32),  # in order, each row by itself
+        ([0] * 32 + [1] * 32, False, 32, [0, 1]),
+        ([0, 0, 1, 1, 1, 1], False, 2, [0, 1, 1]),  # what all runs can be divided into
+        ([0] * 5, True, 5, [0]),
+        ([0, 2, 0, 1, 0, 2, 0, 0], True, 2, [0, 0, 0, 2, 1]),
+        ([1, 1, 0, 2, 2], True, 1, [1, 1, 0, 2, 2]),
+        ([0] * 60 + [1, 2, 3], True, 15, [0, 0, 0, 0, 1, 2, 3]),
+    ],
+)
+def test_blocks_hold_every_row_of_their_adapter(
+    positions: list[int], is_sorted: bool, size: int, which: list[int]
+) -> None:
+    blocks = make_blocks(positions, is_sorted, torch.device("cpu"))
+    assert (blocks.size, blocks.which.tolist(), blocks.rows.tolist()) == (size, which, positions)
+    order, back = (None if index is None else index.tolist() for index in (blocks.order, blocks.back))
+    assert (order is None) == (back is None)
+    if order is not None and back is not None:
+        assert [order[place] for place in back] == list(range(len(positions)))
+        assert [which[place // size] for place in back] == positions
+        assert [positions[row] for row in order] == [position for position in which for _ in range(size)]
 
 
 # ---- whole models
@@ -393,16 +373,16 @@ def test_kept_factors_follow_what_changes(change: str) -> None:
 @torch.no_grad()
 def test_without_changes_the_factors_are_put_together_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    original = mixed_batch.stacked_factors
-    monkeypatch.setattr(mixed_batch, "stacked_factors", lambda *args: calls.append(args) or original(*args))
+    original = mixed_batch.layer_terms
+    monkeypatch.setattr(mixed_batch, "layer_terms", lambda part, *rest: calls.append(part) or original(part, *rest))
     model, x = two(), torch.randn(3, 8)
     with model.adapter_rows(["b", None, "a"]):
         for _ in range(3):
             model(x)
-        assert len(calls) == 1
+        assert len(calls) == 2  # once for each adapter
         model.add_adapter("c", LoRAConfig(r=2, target_modules=["0"]))
         model(x)
-        assert len(calls) == 1
+        assert len(calls) == 2
 
 
 def test_a_fused_optimizer_s_step_which_torch_does_not_count_is_seen() -> None:
@@ -424,7 +404,7 @@ def test_nothing_of_a_block_is_held_afterwards() -> None:
     with torch.no_grad(), model.adapter_rows(["b", None, "a"]):
         model(torch.randn(3, 8))
     gc.collect()
-    assert not [thing for thing in gc.get_objects() if type(thing) is BatchRowsLayer]
+    assert not [thing for thing in gc.get_objects() if type(thing) is MixedPart]
     assert copy.deepcopy(model).active_adapters == model.active_adapters
 
 
@@ -584,7 +564,7 @@ def test_a_batch_of_other_rows_is_refused_at_the_call(shape: tuple[int, ...], me
     model = two()
     model.base_model[0] = model.base_model[0]
     with model.adapter_rows(["a", "b", None]), pytest.raises(RowsError, match=message):
-        model.base_model[0].active_adapters[0].add_to(
+        model.base_model[0].adapter_parts[0].add_to(
             torch.zeros(shape), torch.zeros(shape), torch.zeros(shape), model.base_model[0]
         )
 
@@ -621,7 +601,7 @@ def test_experts_are_refused_since_their_tokens_are_of_all_rows() -> None:
         model.adapter_rows(["a"]),
     ):
         pass
-    assert model.base_model["experts"][0].active_adapters
+    assert model.base_model["experts"][0].adapter_parts
 
 
 def test_multihead_attention_is_refused() -> None:
@@ -630,3 +610,61 @@ def test_multihead_attention_is_refused() -> None:
     reason = "nn.MultiheadAttention adds updates to its weights, which all rows share"
     with pytest.raises(RowsError, match=reason), model.adapter_rows(["x"]):
         pass
+
+
+# ---- packed batches: each token computes with its own adapter, and nothing of the others reaches it
+
+RANKS = {"a": 2, "b": 5, "c": 3}
+LAYER = nn.Linear(6, 4)
+
+
+def packed_part(names: Sequence[str] = tuple(RANKS)) -> MixedPart:
+    torch.manual_seed(0)
+    parts = {name: LoRALayer(6, 4, min(RANKS[name], 4)).eval() for name in names}
+    for part in parts.values():
+        nn.init.normal_(part.lora_B)
+    mixed_part = MixedPart("layer", parts, MixedBatch(is_packed=True), LAYER)
+    mixed_part.is_alone = True
+    return mixed_part
+
+
+def packed_outputs(part: MixedPart, names: Sequence[str | None], x: Tensor) -> Tensor:
+    part.batch.set_rows(names, ())
+    with torch.inference_mode():
+        y = LAYER(x)
+        return part.add_to(y, y, x, LAYER).clone()
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [["a"], ["a", "a", "b"], [None, "b", "c", "a"], ["c"]],
+        [["a", "b", "c"], [None, None], ["unknown", "a", "c"], ["b", "a"]],
+        [["a"] * 9 + ["b", "c"], ["a"] * 4 + ["b"] * 4, [None] * 7 + ["c"] * 2],
+    ],
+)
+def test_every_token_has_its_adapter_whoever_joins_and_leaves(batches: list[list[str | None]]) -> None:
+    mixed_part = packed_part()
+    for names in batches:
+        x = torch.randn(1, len(names), 6)
+        found = packed_outputs(mixed_part, names, x)
+        for token, name in enumerate(names):
+            own = x[:, token : token + 1]
+            expected = LAYER(own) + (mixed_part.parts[name](own) if name in RANKS else 0)
+            torch.testing.assert_close(found[:, token : token + 1], expected)
+
+
+def test_an_adapter_that_overflows_leaves_the_tokens_of_others_alone() -> None:
+    x = torch.randn(1, 3, 6)
+    expected = packed_outputs(packed_part(), ["a", "b", None], x)
+    mixed_part = packed_part()
+    nn.init.constant_(mixed_part.parts["b"].lora_A, torch.inf)
+    assert torch.equal(packed_outputs(mixed_part, ["a", "b", None], x)[:, ::2], expected[:, ::2])
+
+
+def test_factors_of_adapters_that_left_take_no_time() -> None:
+    mixed_part = packed_part()
+    packed_outputs(mixed_part, ["a", "b", "c"], torch.randn(1, 3, 6))
+    packed_outputs(mixed_part, ["a"], torch.randn(1, 1, 6))
+    assert mixed_part._cache is not None
+    assert mixed_part._cache.A.shape == (1, 2, 6)  # of adapter a alone

@@ -118,7 +118,7 @@ def test_an_evaluation_computes_norms_once_and_adds_as_few_kernels_as_decoding(
 
     adapted = kernels_of_a_batch()
     layers = [module for module in model.base_model.modules() if isinstance(module, Adapted)]
-    assert {type(part) for layer in layers for part in layer.active_adapters} == {LoRALayer}
+    assert {type(part) for layer in layers for part in layer.adapter_parts} == {LoRALayer}
     model.set_adapter(None)
     assert adapted - kernels_of_a_batch() == most * PROJECTIONS
 

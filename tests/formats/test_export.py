@@ -190,9 +190,9 @@ def test_the_comparison_does_not_change_modes_weights_or_other_adapters(tmp_path
     model.train()
     base.model.norm.eval()
     before = {name: (parameter, parameter.dtype) for name, parameter in base.named_parameters()}
-    active = base.model.layers[0].self_attn.q_proj.active_adapters
+    active = base.model.layers[0].self_attn.q_proj.adapter_parts
     model.export(tmp_path / "out", "portable", "other")
-    assert base.model.layers[0].self_attn.q_proj.active_adapters is active
+    assert base.model.layers[0].self_attn.q_proj.adapter_parts is active
     assert all(p is before[name][0] and p.dtype == before[name][1] for name, p in base.named_parameters())
     assert [base.training, base.model.norm.training, active[0].training] == [True, False, True]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())

@@ -141,7 +141,7 @@ def same_noise(model: LoRAModel) -> Iterator[None]:
     now: dict[str, int] = {}
 
     def drawn(layer: nn.Module, *_: Any) -> None:
-        dropped = [part.lora_dropout for part in layer.modules() for part in vars(part).get("active_adapters", ())]
+        dropped = [part.lora_dropout for part in layer.modules() for part in vars(part).get("adapter_parts", ())]
         if any(dropped):
             now["seed"] = int(torch.randint(2**62, ()))
 

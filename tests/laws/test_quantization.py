@@ -110,8 +110,8 @@ def test_the_merged_model_is_plain_and_computes_the_same_and_unmerging_gives_bac
         assert 0 < report.quantization_error["block.target"] < 1
     assert layer.weight is weight
     assert type(layer) is cls
-    assert {name: value for name, value in vars(layer).items() if name != "active_adapters"} == {
-        name: value for name, value in own.items() if name != "active_adapters"
+    assert {name: value for name, value in vars(layer).items() if name != "adapter_parts"} == {
+        name: value for name, value in own.items() if name != "adapter_parts"
     }
     assert same(held(model.base_model), before)
     assert torch.equal(model(x), expected)

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from tailora import LoRAConfig
-from tailora.core import packed_batch
+from tailora.core import mixed_batch
 from tailora.core.adapter import Adapter, create
 from tailora.core.adapter_set import AdapterSet
 from tailora.core.mixed_batch import layer_terms
@@ -183,7 +183,7 @@ def test_what_is_computed_for_an_adapter_is_kept_while_others_come_and_go(monkey
         answers.wait()
         computed: list[Any] = []
         monkeypatch.setattr(
-            packed_batch, "layer_terms", lambda part, *rest: computed.append(part) or layer_terms(part, *rest)
+            mixed_batch, "layer_terms", lambda part, *rest: computed.append(part) or layer_terms(part, *rest)
         )
         with engine.paused():
             engine.adapter_set.add("small", adapter(base, "small"))
