@@ -34,7 +34,7 @@ from tailora.core.inference import generating
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_calls import FirstStep, LayerCalls
 from tailora.core.layer_types import find_layer
-from tailora.core.mixed_batch import MixedBatch, check_row_names, mixed_parts, repeats_of_generate
+from tailora.core.mixed_batch import MixedBatch, mixed_parts
 from tailora.core.quantization import allow_repacking, prevent_repacking
 from tailora.errors import AdapterError, ConfigError, RowsError, TargetError, nearest
 
@@ -226,7 +226,7 @@ class AdapterSet:
 
         Raises AdapterError for unknown names, RowsError within another such block.
         """
-        by_row = check_row_names(names, tuple(self.adapters))
+        by_row = _check_row_names(names, tuple(self.adapters))
         self.check_no_batch("choose adapters by row")
         adapters = {name: self.adapters[name] for name in dict.fromkeys(by_row) if name is not None}
         check_compatible(adapters, by_row=True)
@@ -264,7 +264,7 @@ class AdapterSet:
         """
         if self.batch is None:
             return generating(self.base_model, self.layers)
-        return self.batch.generation(repeats_of_generate(self.base_model, args, kwargs))
+        return self.batch.generation(_repeats_of_generate(self.base_model, args, kwargs))
 
     # ---- Changing all parts of adapters
 
@@ -284,7 +284,7 @@ class AdapterSet:
         for adapter in self.adapters.values():
             for part in adapter.parts.values():
                 if id(part) not in active:
-                    part._apply(fn, recurse)  # type: ignore[no-untyped-call]
+                    cast(Any, part)._apply(fn, recurse)
         self._parameters_changed()
 
     def measure_row_norms(self) -> None:
@@ -320,6 +320,24 @@ def check_base(base_model: Any) -> None:
         raise TargetError("this model has tailora adapters already; use its add_adapter, or unload() it first")
     if hasattr(base_model, "peft_config"):
         raise TargetError("this model carries PEFT adapters; unload or merge them first")
+
+
+def _check_row_names(names: Any, adapters: Sequence[str]) -> tuple[str | None, ...]:
+    """Returns the names. Raises AdapterError if they are not a list, and for all that are not among `adapters`."""
+    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
+        raise AdapterError(f"adapter_rows takes a list with a name, or None, for every row of the batch; got {names!r}")
+    wrong = dict.fromkeys(repr(name) for name in names if name is not None and name not in adapters)
+    if wrong:
+        raise AdapterError(f"no adapter is called {', '.join(wrong)}; there are: {', '.join(adapters) or 'none'}")
+    return tuple(names)
+
+
+def _repeats_of_generate(base: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Returns how often `base.generate(*args, **kwargs)` repeats every row, for beams or several sequences."""
+    argument = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    config = argument or getattr(base, "generation_config", None)
+    names = ("num_beams", "num_return_sequences")
+    return max(kwargs.get(name) or getattr(config, name, None) or 1 for name in names)
 
 
 def _mixin_for(part: nn.Module) -> type[Swapped]:

@@ -8,7 +8,7 @@ RowNorms        the norms of one layer, row by row, without W + s B A or an (in 
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import ReferenceType, ref
 
 import torch
@@ -77,7 +77,7 @@ class WeightState(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor) -> "WeightState":
         version = None if weight.is_inference() else weight._version
-        return cls(ref(weight), StorageWeakRef(weight.untyped_storage()), version)  # type: ignore[no-untyped-call]
+        return cls(ref(weight), cast(Any, StorageWeakRef)(weight.untyped_storage()), version)
 
     def is_of(self, weight: Tensor) -> bool:
         """True if it is the state of this tensor now. Two weak references would compare the numbers of the tensors."""

@@ -10,7 +10,7 @@ An adapter on such a layer does nothing until it is merged.
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -117,7 +117,7 @@ class FirstStep(LayerCalls):
         """Begins before the forward. The gradient of one of these parameters shows that there was a backward."""
         self.start()
         self._of_gradients: list[Any] = [
-            parameter.register_post_accumulate_grad_hook(self._after_backward)  # type: ignore[no-untyped-call]
+            cast(Any, parameter).register_post_accumulate_grad_hook(self._after_backward)
             for parameter in parameters
             if parameter.requires_grad
         ]

@@ -363,13 +363,13 @@ def submodule(model: nn.Module, path: str) -> nn.Module | None:
 
     Ten times as fast as `get_submodule`: loading an adapter asks several times for each of hundreds of layers.
     """
-    module: Any = model
+    module = model
     for name in path.split(".") if path else ():
-        child = module._modules.get(name)
+        child: Any = module._modules.get(name)
         if child is None and not isinstance(child := getattr(module, name, None), nn.Module):
             return None
         module = child
-    return module  # type: ignore[no-any-return]
+    return module
 
 
 def find_layer(model: nn.Module, path: str) -> tuple[str, nn.Module]:

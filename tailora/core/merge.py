@@ -104,9 +104,9 @@ class MergeState:
             layer, parts = adapted[path]
             merged_weight(layer, cast(Sequence[LoRALayer], parts), in_place=True)
         self._undo = [change.make() for change in changes]
-        config = getattr(self.base_model, "config", None)
+        config: Any = getattr(self.base_model, "config", None)
         if untied and getattr(config, "tie_word_embeddings", False):
-            config.tie_word_embeddings, self._config_untied = False, True  # type: ignore[union-attr]
+            config.tie_word_embeddings, self._config_untied = False, True
         for layer, _ in attached.values():
             attach(layer, ())
         return report
@@ -118,7 +118,7 @@ class MergeState:
         for change in reversed(self._undo):
             change.make()
         if self._config_untied:
-            self.base_model.config.tie_word_embeddings = True  # type: ignore[union-attr]
+            cast(Any, self.base_model).config.tie_word_embeddings = True
         self._undo, self._config_untied = [], False
 
     def forget_originals(self) -> None:
@@ -288,7 +288,7 @@ def replace_by_copy(
                 yield TensorChange(target, name, parameters[id(source)])
         for name, buffer in target._buffers.items():
             if buffer is not None:
-                yield TensorChange(target, name, copy._buffers[name].detach().clone())  # type: ignore[union-attr]
+                yield TensorChange(target, name, cast(Tensor, copy._buffers[name]).detach().clone())
 
 
 # ---- The merged weight of one layer

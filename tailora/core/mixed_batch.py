@@ -36,7 +36,7 @@ from tailora.core.adapter import Adapter
 from tailora.core.attach import AdapterPart, call_plain, evaluating
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, layer_type_of
-from tailora.errors import AdapterError, RowsError
+from tailora.errors import RowsError
 
 Names = tuple[str | None, ...]
 
@@ -69,7 +69,7 @@ class Rows:
     def __init__(self, names: Names, loaded: Sequence[str], device: torch.device) -> None:
         self.names, self.n = names, len(names)  # n is an attribute for the compiler, which would guard the names
         self.ids = torch.tensor(self.positions(loaded), device=device)
-        self._kept: dict[Any, Any] = {}  # what all layers share
+        self.kept: dict[Any, Any] = {}  # what all layers share
 
     def positions(self, adapters: Sequence[str]) -> list[int]:
         """Returns the position of each row's adapter among `adapters`, len(adapters) for all others."""
@@ -78,23 +78,24 @@ class Rows:
 
     def used(self, adapters: tuple[str, ...]) -> tuple[str, ...]:
         """Returns those of these adapters that some row has."""
-        if adapters not in self._kept:
-            self._kept[adapters] = tuple(name for name in adapters if name in self.names)
-        return cast(tuple[str, ...], self._kept[adapters])
+        if adapters not in self.kept:
+            present = set(self.names)
+            self.kept[adapters] = tuple(name for name in adapters if name in present)
+        return cast(tuple[str, ...], self.kept[adapters])
 
     def blocks(self, adapters: tuple[str, ...], is_sorted: bool, device: torch.device) -> Blocks:
         """Returns the blocks for the factors of these adapters. is_sorted: whether rows may change their order."""
         key = adapters, is_sorted, device
-        if key not in self._kept:
-            self._kept[key] = make_blocks(self.positions(adapters), is_sorted, device)
-        return cast(Blocks, self._kept[key])
+        if key not in self.kept:
+            self.kept[key] = make_blocks(self.positions(adapters), is_sorted, device)
+        return cast(Blocks, self.kept[key])
 
     def tensor(self, numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
         """Returns the numbers as a tensor, made once for all layers: the host waits for each copy to a device."""
         key = tuple(numbers), device, dtype
-        if key not in self._kept:
-            self._kept[key] = _tensor(numbers, device, dtype)
-        return cast(Tensor, self._kept[key])
+        if key not in self.kept:
+            self.kept[key] = _tensor(numbers, device, dtype)
+        return cast(Tensor, self.kept[key])
 
 
 def _tensor(numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -135,8 +136,9 @@ class MixedBatch:
     head: of a packed batch, the layer that gets one token of each sequence, whose logits are wanted; None if all layers
         get all tokens.
     dim: the dimension of the rows.
-    is_constant: whether no parameter can change.    version: changes with `set_scale`, `to` and the like.
-    terms: what parts of adapters add to their layers, as far as it is computed; only while constant.
+    is_constant: whether no parameter can change.
+    terms: while constant, what parts of adapters add to their layers, as far as it is computed.
+    stacks: of each layer, these terms of all adapters that were used, by their names.
     """
 
     rows: Rows
@@ -155,8 +157,9 @@ class MixedBatch:
         self.dim = int(is_packed)
         self.rows = self.head_rows = Rows(names, self.loaded, self.device)
         self.is_constant = is_packed
-        self.version, self.repeats = 0, 1
+        self.repeats = 1
         self.terms: dict[LoRALayer, LayerTerms] = {}
+        self.stacks: dict[MixedPart, tuple[tuple[str, ...], Stack]] = {}
         self._repeated = {1: self.rows}  # by how often `generate` repeats each row
         self._lookups: dict[tuple[str, ...], Tensor] = {}
 
@@ -195,9 +198,11 @@ class MixedBatch:
         )
 
     def parameters_changed(self) -> None:
-        """Makes the layers compute their factors again."""
-        self.version += 1
+        """Makes the layers compute their factors again, since these are kept for blocks."""
         self.terms.clear()
+        self.stacks.clear()
+        for rows in (self.rows, self.head_rows, *self._repeated.values()):
+            rows.kept.clear()
 
     @contextmanager
     def generation(self, repeats: int) -> Iterator[None]:
@@ -212,16 +217,6 @@ class MixedBatch:
             self.repeats, self.is_constant = 1, False
 
 
-def check_row_names(names: Any, adapters: Sequence[str]) -> Names:
-    """Returns the names. Raises AdapterError if they are not a list, and for all that are not among `adapters`."""
-    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
-        raise AdapterError(f"adapter_rows takes a list with a name, or None, for every row of the batch; got {names!r}")
-    wrong = dict.fromkeys(repr(name) for name in names if name is not None and name not in adapters)
-    if wrong:
-        raise AdapterError(f"no adapter is called {', '.join(wrong)}; there are: {', '.join(adapters) or 'none'}")
-    return tuple(names)
-
-
 def check_splits_by_row(low_rank: Mapping[str, LoRALayer]) -> None:
     """Raises RowsError for an adapter of layers that cannot use a different adapter for each row."""
     if refused := [
@@ -233,14 +228,6 @@ def check_splits_by_row(low_rank: Mapping[str, LoRALayer]) -> None:
         )
 
 
-def repeats_of_generate(base: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Returns how often `base.generate(*args, **kwargs)` repeats every row, for beams or several sequences."""
-    argument = args[1] if len(args) > 1 else kwargs.get("generation_config")
-    config = argument or getattr(base, "generation_config", None)
-    names = ("num_beams", "num_return_sequences")
-    return max(kwargs.get(name) or getattr(config, name, None) or 1 for name in names)
-
-
 def mixed_parts(
     batch: MixedBatch, adapters: Mapping[str, Adapter], layer_paths: Mapping[str, str], layers: Mapping[str, nn.Module]
 ) -> dict[str, tuple[AdapterPart | nn.Module, ...]]:
@@ -248,9 +235,9 @@ def mixed_parts(
 
     layer_paths: path of a part of an adapter -> path of its layer. Raises RowsError for layers that do not see rows.
     """
-    low_rank: dict[str, dict[str, LoRALayer]] = {}  # path -> name of the adapter -> its part
+    low_rank: dict[str, dict[str, Any]] = {}  # path -> name of the adapter -> its part
+    extras: dict[str, dict[str, Any]] = {}
     saved: dict[str, dict[str, nn.Module]] = {}
-    extras: dict[str, dict[str, nn.Module]] = {}
     for name, adapter in adapters.items():
         check_splits_by_row(adapter.low_rank)
         for path, layer in adapter.low_rank.items():
@@ -261,6 +248,7 @@ def mixed_parts(
             extras.setdefault(path, {})[name] = part
     alive = {part for parts in low_rank.values() for part in parts.values()}
     batch.terms = {part: terms for part, terms in batch.terms.items() if part in alive}
+    batch.stacks.clear()
     mixed: dict[str, list[MixedPart]] = {}
     for path, parts in (*low_rank.items(), *extras.items()):
         layer_path = layer_paths[path]
@@ -291,11 +279,34 @@ def layer_terms(part: LoRALayer, layer: nn.Module, dtype: torch.dtype) -> LayerT
     return LayerTerms(A.to(dtype), B.mT.to(dtype), rescaling, shift)
 
 
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """The terms of k adapters, and after them those of a zero update."""
+
+    ranks: tuple[int, ...]
+    A: Tensor  # (k + 1, R, in): lower ranks are padded with zeros
+    B: Tensor  # (k + 1, R, out)
+    rescaling: Tensor | None  # (k + 1, out); None if no adapter has one
+    shift: Tensor | None
+
+    @classmethod
+    def of(cls, terms: Sequence[LayerTerms]) -> "Stack":
+        A, B = _stacked_factors([term.A for term in terms]), _stacked_factors([term.B for term in terms])
+        rescaling = _stacked_vectors([term.rescaling for term in terms])
+        return cls(tuple(len(term.A) for term in terms), A, B, rescaling, _stacked_vectors([t.shift for t in terms]))
+
+    def factors(self, blocks: Blocks, R: int | None = None) -> "Factors":
+        """Returns the factors of all blocks. R: the highest rank of their adapters, by default that of the stack."""
+        A, B = (factor[:, :R].index_select(0, blocks.which) for factor in (self.A, self.B))
+        rescaling, shift = (None if v is None else v.index_select(0, blocks.rows) for v in (self.rescaling, self.shift))
+        return Factors(blocks, A, B, rescaling, shift)
+
+
 @dataclass(eq=False)
 class Factors:
     """The factors of a product, and the state of the tensors that they were made of.
 
-    sources: these tensors, so that no address is reused.    version: of the batch, when the state was last compared.
+    sources: these tensors, so that no address is reused.
     """
 
     blocks: Blocks
@@ -305,30 +316,19 @@ class Factors:
     shift: Tensor | None  # (n, out)
     state: Any = None
     sources: Sequence[Tensor] = ()
-    version: int = 0
-
-    @classmethod
-    def of(cls, terms: Sequence[LayerTerms], blocks: Blocks) -> "Factors":
-        A = _stacked([term.A for term in terms]).index_select(0, blocks.which)
-        B = _stacked([term.B for term in terms]).index_select(0, blocks.which)
-        rescaling = _by_row([term.rescaling for term in terms], blocks.rows)
-        return cls(blocks, A, B, rescaling, _by_row([term.shift for term in terms], blocks.rows))
 
 
-def _stacked(factors: Sequence[Tensor]) -> Tensor:
-    """k times (r, d) -> (k + 1, R, d): ranks are padded with zeros, and the last factor is zero."""
+def _stacked_factors(factors: Sequence[Tensor]) -> Tensor:
     R = max(map(len, factors))
     padded = [factor if len(factor) == R else F.pad(factor, (0, 0, 0, R - len(factor))) for factor in factors]
     return torch.stack([*padded, torch.zeros_like(padded[0])])
 
 
-def _by_row(vectors: Sequence[Tensor | None], positions: Tensor) -> Tensor | None:
-    """Returns the vector of each row's adapter, (n, out); None if no adapter has one."""
-    present = [vector for vector in vectors if vector is not None]
-    if not present:
+def _stacked_vectors(vectors: Sequence[Tensor | None]) -> Tensor | None:
+    if (present := next((vector for vector in vectors if vector is not None), None)) is None:
         return None
-    zero = torch.zeros_like(present[0])
-    return torch.stack([*(zero if vector is None else vector for vector in vectors), zero]).index_select(0, positions)
+    zero = torch.zeros_like(present)
+    return torch.stack([*(zero if vector is None else vector for vector in vectors), zero])
 
 
 class MixedPart:
@@ -349,7 +349,7 @@ class MixedPart:
         # for the compiler: all adapters; with gradients those of the batch, since others would get zeros for gradients
         self.all = tuple(parts.values()), batch.lookup(self.names)
         self.of_batch = tuple(parts[name] for name in used), batch.lookup(used)
-        self._cache: Factors | None = None
+        self._kept: Factors | None = None
 
     def add_to(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
         """Returns y + what the rows' adapters change of the layer's `output`, as `LoRALayer.add_to`."""
@@ -396,32 +396,44 @@ class MixedPart:
         return torch.add(rows, update, out=out).view(shape)
 
     def _factors(self, x: Tensor, layer: nn.Module, dtype: torch.dtype, rows: Rows) -> Factors:
-        """Returns the factors; cached as long as gradients are off and nothing that they are made of changes."""
-        used, cache = rows.used(self.names), self._cache
+        """Returns the factors; kept as long as gradients are off and nothing that they are made of changes."""
+        used, is_constant = rows.used(self.names), self.batch.is_constant
+        names, stack = self._grown_stack(used, layer, dtype) if is_constant else (used, None)
         is_sorted = x.numel() == rows.n * x.shape[-1] and (self.batch.dim == 1 or x.device.type == "cpu")
-        blocks = rows.blocks(used, is_sorted, x.device)
+        blocks = rows.blocks(names, is_sorted, x.device)
         if torch.is_grad_enabled():
-            self._cache = None
-            return self._make_factors(used, blocks, layer, dtype)
-        is_constant = self.batch.is_constant or torch.is_inference_mode_enabled()
-        is_cached = cache is not None and cache.blocks is blocks and cache.A.dtype == dtype
-        if is_cached and is_constant and cache.version == self.batch.version:
-            return cache
-        sources = [] if self.batch.is_constant else self._sources(used, layer)
-        state = _state(sources), [self.parts[name].strength for name in used]
-        if self.batch.is_constant or not is_cached or cache.state != state:
-            cache = self._make_factors(used, blocks, layer, dtype)
-            cache.state, cache.sources = state, [tensor.detach() for tensor in sources]
-        cache.version, self._cache = self.batch.version, cache
-        return cache
+            self._kept = None
+            return self._stack_of(used, layer, dtype).factors(blocks)
+        kept = self._kept
+        if kept is not None and (kept.blocks is not blocks or kept.A.dtype != dtype):
+            kept = None
+        if stack is not None:
+            kept = kept or stack.factors(blocks, max(stack.ranks[names.index(name)] for name in used))
+        elif kept is None or not torch.is_inference_mode_enabled():
+            sources = self._sources(used, layer)
+            state = _state(sources), [self.parts[name].strength for name in used]
+            if kept is None or kept.state != state:
+                kept = self._stack_of(used, layer, dtype).factors(blocks)
+                kept.state, kept.sources = state, [tensor.detach() for tensor in sources]
+        self._kept = kept
+        return kept
 
-    def _make_factors(self, used: tuple[str, ...], blocks: Blocks, layer: nn.Module, dtype: torch.dtype) -> Factors:
-        known = self.batch.terms if self.batch.is_constant else {}
-        parts: list[LoRALayer] = [self.parts[name] for name in used]
-        for part in parts:
-            if part not in known:
-                known[part] = layer_terms(part, layer, dtype)
-        return Factors.of([known[part] for part in parts], blocks)
+    def _stack_of(self, names: tuple[str, ...], layer: nn.Module, dtype: torch.dtype) -> Stack:
+        return Stack.of([layer_terms(self.parts[name], layer, dtype) for name in names])
+
+    def _grown_stack(
+        self, used: tuple[str, ...], layer: nn.Module, dtype: torch.dtype
+    ) -> tuple[tuple[str, ...], Stack]:
+        """Returns the terms of all adapters that were used while nothing can change, and their names."""
+        known = self.batch.stacks.get(self)
+        if known is None or not set(used) <= set(known[0]):
+            names = (*known[0], *(name for name in used if name not in known[0])) if known else used
+            terms, parts = self.batch.terms, [self.parts[name] for name in names]
+            for part in parts:
+                if part not in terms:
+                    terms[part] = layer_terms(part, layer, dtype)
+            known = self.batch.stacks[self] = names, Stack.of([terms[part] for part in parts])
+        return known
 
     def _sources(self, used: tuple[str, ...], layer: nn.Module) -> list[Tensor]:
         """Returns the tensors that the factors are made of."""
@@ -458,7 +470,7 @@ class MixedPart:
             rates, x = [*(part.lora_dropout for part in parts), 0.0], x.to(output.dtype)
             if layer.training and any(rates):
                 x = _dropout_by_row(x, torch.tensor(rates, device=x.device)[which])
-            return self._product(y, output, x, Factors.of(terms, Blocks(which, which)))
+            return self._product(y, output, x, Stack.of(terms).factors(Blocks(which, which)))
         zero, shape = torch.zeros_like(output), (-1, *[1] * (output.ndim - 1))
         changes = [part.add_to(zero, output, x, layer) for part in parts]
         own = [torch.where((which == i).view(shape), change, 0) for i, change in enumerate(changes)]
@@ -513,13 +525,15 @@ class MixedModule(nn.Module):
             used = sorted(set(positions))
             if len(used) == 1:
                 return self._run(used[0], args, kwargs)
-            dims, outputs, in_turn = self._batch_dims(args, kwargs, rows.n), [], []
+            dims, outputs = self._batch_dims(args, kwargs, rows.n), []
+            in_turn: list[int] = []
             for position in used:
                 own = [row for row, own_position in enumerate(positions) if own_position == position]
                 index_select = partial(torch.index_select, dim=dim, index=rows.tensor(own, first.device))
                 outputs.append(self._run(position, *self._map_rows((args, kwargs), rows.n, index_select)))
                 in_turn += own
-            back = rows.tensor(sorted(range(rows.n), key=in_turn.__getitem__), first.device)
+            places = sorted(range(rows.n), key=in_turn.__getitem__)
+            back = rows.tensor(places, first.device)
             join = lambda dim, tensors: torch.cat(tensors, dim).index_select(dim, back)  # noqa: E731
         leaves, structure = [tree_leaves(output) for output in outputs], tree_flatten(outputs[0])[1]
         order = iter(dims)

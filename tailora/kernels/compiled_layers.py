@@ -30,7 +30,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._triton import has_triton
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tailora.core.attach import Adapted
+from tailora.core.attach import Adapted, attached_parts
 from tailora.core.device import cpu_flags
 from tailora.core.layer_types import computing_device
 from tailora.formats.io import cache_folder
@@ -86,7 +86,7 @@ def compiler_obstacle(device: torch.device) -> str | None:
 def _kind(layer: nn.Module) -> tuple[Any, ...]:
     """Returns what layers share that are computed by the same code: classes, and tensors by name, shape and dtype."""
     classes = tuple(type(module).__qualname__ for module in layer.modules())
-    parts = [layer, *(part for m in layer.modules() if isinstance(m, Adapted) for part in m.adapter_parts)]
+    parts = [layer, *(part for m in layer.modules() if isinstance(m, Adapted) for part in attached_parts(m))]
     tensors = tuple(
         (name, tensor.shape, tensor.dtype, tensor.requires_grad)
         for part in parts

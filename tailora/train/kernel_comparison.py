@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tailora.core.attach import Adapted, evaluating
+from tailora.core.attach import Adapted, attached_parts, evaluating
 from tailora.core.layer import LoRALayer
 from tailora.data.collate import collate_packed
 from tailora.data.dataset import Example
@@ -327,7 +327,7 @@ def _gradients_computed(model: Trainable, layout: BatchLayout) -> Iterator[None]
 
 
 def has_dropout(base: nn.Module) -> bool:
-    adapters = (part for module in base.modules() if isinstance(module, Adapted) for part in module.active_adapters)
+    adapters = (part for module in base.modules() if isinstance(module, Adapted) for part in module.adapter_parts)
     return (
         any(isinstance(adapter, LoRALayer) and adapter.lora_dropout > 0 for adapter in adapters)
         or any(isinstance(module, nn.Dropout) and module.p > 0 for module in base.modules())
@@ -359,8 +359,8 @@ def outputs_and_gradients(layer: nn.Module, inputs: tuple[Any, ...], arguments: 
 
     A gradient is None if the layer does not use the factor.
     """
-    adapted = [module for module in layer.modules() if isinstance(module, Adapted)]
-    factors = [parameter for module in adapted for part in module.active_adapters for parameter in part.parameters()]
+    parts = [part for module in layer.modules() if isinstance(module, Adapted) for part in attached_parts(module)]
+    factors = [parameter for part in parts for parameter in part.parameters()]
     x, others = inputs[0].detach(), inputs[1:]
     weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(x)
     with torch.enable_grad():

@@ -666,5 +666,5 @@ def test_factors_of_adapters_that_left_take_no_time() -> None:
     mixed_part = packed_part()
     packed_outputs(mixed_part, ["a", "b", "c"], torch.randn(1, 3, 6))
     packed_outputs(mixed_part, ["a"], torch.randn(1, 1, 6))
-    assert mixed_part._cache is not None
-    assert mixed_part._cache.A.shape == (1, 2, 6)  # of adapter a alone
+    assert mixed_part._kept is not None
+    assert mixed_part._kept.A.shape == (1, 2, 6)  # of adapter a alone

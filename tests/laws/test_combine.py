@@ -222,16 +222,6 @@ def test_dare_keeps_and_rescales_and_its_seed_decides(case: LayerCase) -> None:
     assert ((choices - found).abs().min(0).values < 1e-9).all()
 
 
-@product_pairs
-def test_what_is_combined_survives_its_file(case: LayerCase, slot: str, tmp_path: Path) -> None:
-    model, x = pair(case, slot, torch.float32), case.batch()
-    model.combine({"a": 0.7, "b": 0.3}, "mix")
-    model.set_adapter("mix")
-    loaded = LoRAModel.from_pretrained(case.net(), model.save_adapter(tmp_path, "mix")).eval()
-    torch.testing.assert_close(loaded(x), model(x), rtol=1e-6, atol=1e-6)
-    assert loaded.adapters["default"] == model.adapters["mix"]
-
-
 @layer_cases
 def test_shrinking_keeps_the_leading_singular_values(case: LayerCase) -> None:
     model = pair(case)
