@@ -532,8 +532,8 @@ class MixedModule(nn.Module):
                 index_select = partial(torch.index_select, dim=dim, index=rows.tensor(own, first.device))
                 outputs.append(self._run(position, *self._map_rows((args, kwargs), rows.n, index_select)))
                 in_turn += own
-            places = sorted(range(rows.n), key=in_turn.__getitem__)
-            back = rows.tensor(places, first.device)
+            in_order = sorted(range(rows.n), key=in_turn.__getitem__)
+            back = rows.tensor(in_order, first.device)
             join = lambda dim, tensors: torch.cat(tensors, dim).index_select(dim, back)  # noqa: E731
         leaves, structure = [tree_leaves(output) for output in outputs], tree_flatten(outputs[0])[1]
         order = iter(dims)
