@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter
-from tailora.core.extras import ExtraTargets
 from tailora.core.layer import LoRALayer, concatenate_ranks
 from tailora.core.layer_types import EMBEDDING, Shape
 from tailora.core.targets import task_heads
