@@ -191,9 +191,9 @@ class ContinuousEngine(Engine):
         """Returns the next token of each request, and 0 for the rows without meaning. logits: (rows, vocabulary)."""
         requests = self._new_tokens_of
         tokens = next_tokens(logits[: len(requests)], requests, self.eos_token_ids)
-        for running in requests:
-            if running is not None and running.is_finished:
-                self._requests.pop(running.request.id, None)
+        for running in requests:  # a client that got its last token may have submitted the id again
+            if running is not None and running.is_finished and self._requests.get(running.request.id) is running:
+                del self._requests[running.request.id]
         return tokens + [0] * (len(logits) - len(requests))
 
     def _end_failed(self, request_id: str, message: str) -> None:
