@@ -20,9 +20,10 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """labels[i] is input_ids[i], or -100 if it is not trained; not shifted. `of_text` makes those of a language model.
+    """Token ids and labels, which are not shifted: labels[i] is input_ids[i], or -100 if it is not trained.
 
-    Other tasks have their own labels: tags of words, and the text that a decoder writes from its first token on.
+    `of_text` makes the labels of a language model. Other tasks have their own: tags of words, and the text that a
+    decoder writes from its first token on.
     source_index: its index among the usable rows of its source.
     second_start: where its second sequence begins, such as the rejected reply after the chosen one; 0: it has one.
     target: what is learned about it as a whole, for tasks that learn more than its tokens.
@@ -203,7 +204,7 @@ class Examples:
 
 
 def with_other_replies(examples: Examples, seed: int, max_length: int) -> Examples:
-    """Returns examples whose second sequence is their prompt with the reply to another one, which is not trained on.
+    """Returns examples whose second sequence, not trained on, is their prompt with the reply to a different prompt.
 
     Each reply is used once, cut where its sequence has max_length tokens. KTO estimates with these how far the model is
     from its reference.
@@ -230,11 +231,11 @@ def _with_reply(example: Example, other: Example, start: int, other_start: int, 
 
 
 def cut_into_blocks(documents: Iterable[Example], length: int, *, concatenated: bool) -> Iterator[Example]:
-    """Yields the tokens of documents, all of which are trained, in examples of at most `length`.
+    """Yields the tokens of documents in examples of at most `length`; all tokens are trained.
 
     A block begins with the last token of the one before it, so that each token is predicted once.
     concatenated: the documents follow one another as one, and all blocks but the last are full. Raises DataError if
-        they have weights of their own.
+        rows have weights.
     """
     rest: Int32 | None = None
     last: Example | None = None

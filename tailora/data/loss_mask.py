@@ -115,7 +115,7 @@ def _render_chat(chat: Conversation, tokenizer: ChatTokenizer) -> RenderedSample
 
 
 def _render_all(chat: Conversation, tokenizer: ChatTokenizer) -> RenderedSample:
-    """Returns a conversation of which everything is trained, from its completion on if it has one."""
+    """Returns a conversation that is trained as a whole, or from its completion on if it has one."""
     if chat.untrained:
         raise DataError(
             f"message {min(chat.untrained)} is not to be trained, which is possible only where replies alone are: "
@@ -248,7 +248,7 @@ def loss_mask(rendered: RenderedSample, tokens: Tokens, tokenizer: ChatTokenizer
 def _mask_from_offsets(
     rendered: RenderedSample, tokens: Tokens, tokenizer: ChatTokenizer
 ) -> tuple[Int32, Bools] | None:
-    """Returns None if the prompts have other tokens than in generation, or if there are no offsets.
+    """Returns None if the prompts have different tokens in generation, or if there are no offsets.
 
     Only the prompts of replies that begin before max_length are compared, since the others will be cut off.
     """

@@ -502,7 +502,7 @@ class EvalDataReport:
 
 @dataclass(frozen=True, slots=True)
 class EvalSource:
-    """Data to evaluate on. name: of the data, or "demo".    limit: read at most so many rows."""
+    """Data to evaluate on. name: of the data, or "demo".    limit: most rows to read."""
 
     name: str
     tokenizer: ChatTokenizer

@@ -21,7 +21,7 @@ class DataSettings:
         not their prompts. None: yes to both, except that completion_only_loss=False trains everything.
     documents: whether examples of plain texts hold one text each, or pieces of all texts joined.
     validation_split, seed: share of the examples to hold out, and which.
-    for_evaluation: read a pair of replies as choices of which the chosen one is right, to evaluate a language model.
+    for_evaluation: read a pair of replies as choices, where the chosen one is right, to evaluate a language model.
     """
 
     field: Mapping[str, str] | None = None

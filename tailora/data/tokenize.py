@@ -48,7 +48,6 @@ class EncodedSample:
     length: in tokens before cutting at max_length.    is_whole: False if only a beginning of that length was read.
     untrained_replies: replies that could not be located.
     choices: those whose right answer is `sample`.
-    has_target: True if something is learned of it, whatever its tokens are.
     """
 
     sample: AnySample
@@ -57,12 +56,11 @@ class EncodedSample:
     is_whole: bool = True
     untrained_replies: int = 0
     choices: Choices | None = None
-    has_target: bool = False
 
     @property
     def is_learned(self) -> bool:
         """False if the cut took all that would be learned."""
-        return self.has_target or self.example.supervised > 0
+        return isinstance(self.sample, Labelled) or self.example.supervised > 0
 
 
 def encode_sample(sample: Sample, tokenizer: Any, max_length: int) -> Example:
@@ -284,7 +282,7 @@ def _encode_labelled(sample: Labelled, tokenizer: ChatTokenizer) -> EncodedSampl
     if not len(input_ids):
         raise DataError("nothing to learn: the text has no tokens")
     example = Example(input_ids, np.full_like(input_ids, IGNORED), second_start=second_start, target=target)
-    return EncodedSample(sample, example, length, has_target=True)
+    return EncodedSample(sample, example, length)
 
 
 def _encode_tagged(sample: Tagged, tokenizer: ChatTokenizer) -> EncodedSample:
@@ -295,7 +293,7 @@ def _encode_tagged(sample: Tagged, tokenizer: ChatTokenizer) -> EncodedSample:
     for first, value in zip(firsts, values, strict=True):
         if first >= 0:
             tags[first] = value
-    return EncodedSample(sample, Example(input_ids, tags), length, has_target=bool((tags != IGNORED).any()))
+    return EncodedSample(sample, Example(input_ids, tags), length)
 
 
 def first_tokens(words: Sequence[str], tokenizer: ChatTokenizer) -> tuple[Int32, list[int], int]:

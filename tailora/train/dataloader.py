@@ -255,7 +255,7 @@ class Step:
 
     @classmethod
     def of(cls, micro_batches: list[MicroBatch], examples: Iterable[Example], task: Task) -> "Step":
-        """examples: those of all ranks."""
+        """examples: of all ranks."""
         sizes = [
             (
                 len(example.input_ids),
@@ -338,7 +338,7 @@ def token_limit(device_type: str) -> int | None:
 
 
 def epoch_steps(config: TrainConfig, examples: int, world: int = 1) -> int:
-    """Returns the steps of `num_train_epochs` epochs of so many examples."""
+    """Returns the steps of `num_train_epochs` epochs. examples: in an epoch."""
     shape = StepShape(config.per_device_train_batch_size, config.gradient_accumulation_steps, world=world)
     return math.ceil(config.num_train_epochs * steps_per_epoch(examples, shape))
 

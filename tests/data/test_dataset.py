@@ -187,10 +187,6 @@ def test_of_each_class_the_same_share_is_held_out(share: float, held: list[int],
     assert sides.held_out != other.held_out
 
 
-def test_a_share_of_nothing_holds_out_nothing() -> None:
-    assert split_examples([b"a", b"a"], 0, 0) == ([0, 1], [])
-
-
 @pytest.mark.parametrize("keys", [[b"a"], [b"a", b"a"]])
 def test_a_single_distinct_example_cannot_be_split(keys: list[bytes]) -> None:
     with pytest.raises(
