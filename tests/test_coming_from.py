@@ -1,14 +1,11 @@
 """docs/coming_from: the names there are those of the tools (benchmarks/results/peers.json)."""
 
 import ast
-import dataclasses
 import json
 import re
 import shlex
-from importlib.metadata import version
 from pathlib import Path
 
-import peft
 import pytest
 from ruamel.yaml import YAML
 
@@ -86,10 +83,3 @@ def test_our_lines_that_no_test_runs_are_commands_of_tailora(page: str) -> None:
             words for words in map(shlex.split, block.replace("\\\n", "").splitlines()) if words[0] == "tailora"
         ):
             assert not app(tokens).parse_known_args(tokens)[2], tokens
-
-
-def test_the_defaults_of_peft_are_those_of_its_version() -> None:
-    if PEERS["tools"]["PEFT"]["version"] == version("peft"):
-        theirs = {field.name: str(field.default) for field in dataclasses.fields(peft.LoraConfig)}
-        for name, setting in PEERS["tools"]["PEFT"]["settings"].items():
-            assert setting["default"] == theirs[name] or "MISSING" in theirs[name] or "factory" in theirs[name], name

@@ -98,13 +98,6 @@ def test_every_command_is_in_the_table() -> None:
     assert set(re.findall(r"^\| `tailora (\w+)", page("commands"), re.MULTILINE)) == set(COMMANDS)
 
 
-def test_every_page_is_in_the_navigation_of_the_site() -> None:
-    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
-    docs = ROOT / "docs"
-    pages = {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")}
-    assert not pages - set(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE)), "add it to nav in mkdocs.yml"
-
-
 def test_messages_name_pages_by_their_titles_on_the_site() -> None:
     """Who has installed the package has no folder docs/."""
     navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]

@@ -1,24 +1,17 @@
-"""benchmarks/studies/evidence.py: rules of verdicts on made-up numbers, and studies that `tailora compare` accepts.
+"""benchmarks/studies: rules of verdicts on made-up numbers, and studies that `tailora compare` accepts."""
 
-With -m exhaustive the script itself runs one small study.
-"""
-
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks import measure
 from benchmarks.site import evidence_tables as tables
 from benchmarks.speed.shapes import SHAPES
-from benchmarks.studies import evidence, markov
 from benchmarks.studies import evidence_data as data
 from benchmarks.studies import evidence_rules as rules
+from benchmarks.studies import markov
 from tailora.study.config import CompareConfig, arm_settings
 from tailora.train.config import TrainConfig
 
@@ -80,50 +73,39 @@ def test_a_statement_needs_both_models_to_hold_and_one_place_to_fail(verdicts: d
     assert rules.overall(found) == expected
 
 
+def findings(**results: Any) -> dict[str, rules.Finding]:
+    """Statement -> what these studies of the tiny model show of it."""
+    return {finding.statement: finding for finding in rules.findings({"markov": results})}
+
+
 def test_differences_are_first_minus_second_and_need_tuned_arms() -> None:
     losses = {"dora": 1.9, "pissa": 2.0, "loraplus": 2.1}
-    results = {"markov": {name: result({"lora": 2.0, name: loss}) for name, loss in losses.items()}}
-    found = {finding.statement: finding for finding in rules.findings(results)}
+    found = findings(**{name: result({"lora": 2.0, name: loss}) for name, loss in losses.items()})
     verdicts = {name: finding.verdict for name, finding in found.items()}
     assert verdicts == {"dora": "holds", "pissa": "does not hold", "loraplus": "does not hold"}
     assert found["dora"].value == pytest.approx(-0.1, abs=1e-3)
     assert found["dora"].low < found["dora"].value < found["dora"].high < -0.09
-    at_the_edge = arm("dora", best=0.02)
-    failed = {"sums": {"lora": [[1.0]]}, "report": {"arms": []}}
-    assert not rules.findings({"markov": {"dora": failed}})
-    (untuned,) = rules.findings({"markov": {"dora": result({"lora": 2.0, "dora": 1.9}, dora=at_the_edge)}})
+    assert not findings(dora={"sums": {"lora": [[1.0]]}, "report": {"arms": []}})  # one that failed
+    untuned = findings(dora=result({"lora": 2.0, "dora": 1.9}, dora=arm("dora", best=0.02)))["dora"]
     assert (untuned.verdict, untuned.remark) == ("cannot tell", "the rate of dora is not tuned")
 
 
-def test_alpha_fails_if_one_other_alpha_is_as_good() -> None:
-    def verdicts(**others: float) -> set[str]:
-        found = rules.findings({"markov": {"alpha": result({"lora": 2.0, **others})}})
-        assert len(found) == 2
-        return {finding.verdict for finding in found}
-
-    assert verdicts(**{"alpha-r": 2.1, "alpha-16r": 2.1}) == {"holds"}
-    assert verdicts(**{"alpha-r": 2.0, "alpha-16r": 2.1}) == {"does not hold"}
+@pytest.mark.parametrize(("of_r", "verdict"), [(2.1, "holds"), (2.0, "does not hold")])
+def test_alpha_fails_if_one_other_alpha_is_as_good(of_r: float, verdict: str) -> None:
+    study = result({"lora": 2.0, "alpha-r": of_r, "alpha-16r": 2.1})
+    found = rules.findings({"markov": {"alpha": study}})
+    assert [finding.verdict for finding in found] == [verdict] * 2
 
 
 def test_the_gap_of_batches_is_a_difference_of_differences() -> None:
     small, large = result({"full": 2.0, "lora": 2.1}), result({"full": 2.5, "lora": 2.9})
     assert rules.gap_of_batches(small, large)[0] == pytest.approx(0.3, abs=1e-3)
-    (found,) = [
-        f
-        for f in rules.findings({"markov": {"batch": large, "full": {**small, **of_full()}}})
-        if f.statement == "batch"
-    ]
-    assert found.verdict == "holds"
-    (found,) = [
-        f
-        for f in rules.findings({"markov": {"batch": small, "full": {**large, **of_full()}}})
-        if f.statement == "batch"
-    ]
-    assert found.verdict == "does not hold"
+    assert findings(batch=large, full={**small, **of_full()})["batch"].verdict == "holds"
+    assert findings(batch=small, full={**large, **of_full()})["batch"].verdict == "does not hold"
 
 
-def of_full(best: dict[str, float] | None = None) -> dict[str, Any]:
-    """Rates whose losses have their lowest point at 2^best, with examples that differ a little."""
+def of_full(lora: float = -8.0, full: float = -11.0) -> dict[str, Any]:
+    """Rates whose losses have their lowest point at 2^lora and 2^full, with examples that differ a little."""
     noise = 0.01 * np.random.default_rng(2).normal(size=40)
     return {
         "rate_counts": [10] * 40,
@@ -132,33 +114,28 @@ def of_full(best: dict[str, float] | None = None) -> dict[str, Any]:
                 repr(2.0**octave): (10 * (2 + 0.05 * (octave - vertex) ** 2 + noise * octave)).tolist()
                 for octave in range(-14, -4)
             }
-            for name, vertex in (best or {"lora": -8.0, "full": -11.0}).items()
+            for name, vertex in (("lora", lora), ("full", full))
         },
         "kl": {"lora": [0.2, 0.21], "full": [0.4, 0.41]},
     }
 
 
 def test_the_best_rates_are_compared_between_those_that_were_tried() -> None:
-    value, low, high = rules.rate_ratio(of_full({"lora": -8.4, "full": -11.6}))
+    value, low, high = rules.rate_ratio(of_full(-8.4, -11.6))
     assert low < value < high
     assert value == pytest.approx(2**3.2, rel=0.05)
     assert (low, high) == pytest.approx((value, value), rel=0.2)
     assert rules.vertex({0.25: 2.0, 0.5: 2.1}) == -2  # too few for a parabola
-    found = {
-        f.statement: f
-        for f in rules.findings({"markov": {"full": {**result({"full": 2.0, "lora": 2.0}), **of_full()}}})
-    }
+    found = findings(full={**result({"full": 2.0, "lora": 2.0}), **of_full()})
     assert (found["rate"].verdict, found["forgetting"].verdict) == ("holds", "holds")
     assert found["forgetting"].value == pytest.approx(0.506, abs=0.01)
 
 
-def test_intruders_are_compared_matrix_by_matrix() -> None:
-    matrices = {f"m{i}": {"lora": 2 + i % 2, "full": 0} for i in range(20)}
-    (found,) = rules.findings({"markov": {"intruders": {"matrices": matrices}}})
-    assert (found.value, found.verdict) == (2.5, "holds")
-    same = {path: {**entry, "lora": 0} for path, entry in matrices.items()}
-    (found,) = rules.findings({"markov": {"intruders": {"matrices": same}}})
-    assert found.verdict == "does not hold"
+@pytest.mark.parametrize(("of_lora", "value", "verdict"), [(1, 2.5, "holds"), (0, 0, "does not hold")])
+def test_intruders_are_compared_matrix_by_matrix(of_lora: int, value: float, verdict: str) -> None:
+    matrices = {f"m{i}": {"lora": of_lora * (2 + i % 2), "full": 0} for i in range(20)}
+    (found,) = findings(intruders={"matrices": matrices}).values()
+    assert (found.value, found.verdict) == (value, verdict)
 
 
 def test_every_study_is_one_that_compare_accepts() -> None:
@@ -219,21 +196,3 @@ def test_the_page_says_what_was_not_measured_and_why_there_is_no_verdict() -> No
     assert "-0.001 (-0.004 to +0.002) | does not hold |" in rows[2]
     assert "-0.100 (-0.200 to +0.000) | cannot tell: not tuned |" in rows[3]
     assert [row.endswith("| not measured |") for row in rows[4:]] == [True]
-
-
-@pytest.mark.exhaustive
-def test_a_study_of_the_script_has_the_loss_of_every_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "QUICK", tmp_path)
-    monkeypatch.chdir(tmp_path)  # the script goes elsewhere
-    of_cell = {"setting": "markov", "study": "full", "quick": True, "threads": torch.get_num_threads()}
-    result = evidence.run_cell(**of_cell)
-    arms = {arm["name"]: arm for arm in result["report"]["arms"]}
-    assert arms.keys() == {"full", "lora"} == result["sums"].keys()
-    for name, of_seeds in result["sums"].items():
-        losses = [sum(sums) / sum(result["counts"]) for sums in of_seeds]
-        assert losses == pytest.approx(arms[name]["seed_losses"], abs=1e-4)
-    path = tmp_path / "evidence.json"
-    path.write_text(json.dumps({"machine": {}, "cells": [{"cell": of_cell, "result": result}]}))
-    evidence.write_findings(path)
-    found = json.loads(path.read_text())["findings"]
-    assert {finding["statement"] for finding in found if finding["setting"] == "markov"} == {"rate", "forgetting"}

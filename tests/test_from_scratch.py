@@ -1,6 +1,5 @@
 """docs/from_scratch.md: its 60 lines run and print what the page shows, and what it says of both versions is so."""
 
-import copy
 import pkgutil
 import re
 from collections.abc import Iterator
@@ -8,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import stir
 
 from benchmarks.site import from_scratch
 from benchmarks.site.page_blocks import blocks
-from tailora import LoRAConfig, LoRAModel
 
 BLOCKS = blocks(from_scratch.PAGE)
 NUMBER = re.compile(r"\d+\.\d+")  # trained: other processors give other last digits
@@ -90,16 +87,6 @@ def test_an_optimizer_of_the_short_version_gets_inactive_adapters_too(run: Run) 
     model.set_adapter("back")
     parts = {id(parameter) for layer in model.adapter("back").parts.values() for parameter in layer.parameters()}
     assert {id(parameter) for parameter in model.lora_layers.parameters()} == parts
-
-
-@pytest.mark.slow
-def test_an_adapter_of_a_model_in_evaluation_mode_has_no_dropout(run: Run) -> None:
-    model, tokens = LoRAModel(copy.deepcopy(run[1]["base"])).eval(), run[1]["tokens"]
-    model.add_adapter("dropping", LoRAConfig(lora_dropout=0.5))
-    model.set_adapter("dropping")
-    stir(model)
-    assert not torch.equal(model(tokens), run[1]["expected"])
-    assert torch.equal(model(tokens), model(tokens))
 
 
 def test_the_names_of_tailora_exist() -> None:

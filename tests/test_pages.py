@@ -113,50 +113,6 @@ def is_data(block: Block) -> bool:
     return True
 
 
-def test_a_block_knows_its_mark_its_measured_part_and_the_one_that_follows(tmp_path: Path) -> None:
-    parts = (
-        "<!-- not run: it needs a card -->\n```bash\na\n```\ntext\n\n    b\n",
-        "1. item\n\n    <!-- file: x.py -->\n    ```python\n    c\n    ```\n\n```python\nd\n```\n",
-        "<!-- measured:one -->\n```\n1\n```\n<!-- /measured:one -->\n",
-        "<!-- measured:two -->\n```bash\n2\n```\n<!-- /measured:two -->\n\n```bash\ne\n```\n",
-        "<!-- measured:three -->\n3\n<!-- /measured:three -->\n\n<!-- measured:four -->\n<!-- /measured:four -->\n",
-    )
-    page = tmp_path / "page.md"
-    page.write_text("\n".join(parts))
-    assert blocks(page) == [
-        Block("bash", "a\n", 2, "", "not run", "it needs a card"),
-        Block("indented", "b\n", 7, ""),
-        Block("python", "c\n", 12, "", "file", "x.py"),
-        Block("python", "d\n", 16, "", output="one"),
-        Block("", "1\n", 21, "one"),
-        Block("bash", "2\n", 27, "two"),
-        Block("bash", "e\n", 32, "", output="three"),
-    ]
-    assert [block.text for block in blocks(page) if block.is_run] == ["d\n", "e\n"]
-
-
-@pytest.mark.parametrize(
-    ("language", "text", "mark", "value", "expected"),
-    [
-        ("bash", "ls", "made by", "benchmarks/absent.py", "made by benchmarks/absent.py, which does not exist"),
-        ("json", "{]", "", "", "is no json"),
-        ("json", "{}\n{]", "", "", "is no json"),
-        ("yaml", "a: [", "", "", "is no yaml"),
-        ("yaml", "a sentence", "", "", "is no yaml"),
-        ("text", "loss 2.5", "", "", "figures that no script made: .*"),
-        ("sh", "ls", "", "", "```sh is none of .*"),
-        ("", "ls", "", "", "``` is none of .*"),
-        ("indented", "ls", "", "", "```indented is none of .*"),
-    ],
-)
-def test_a_block_that_is_nothing_of_these_is_seen(
-    language: str, text: str, mark: str, value: str, expected: str
-) -> None:
-    assert re.fullmatch(expected, problem(Block(language, text, 1, "", mark, value)) or "")
-    assert problem(Block(language, text, 1, "", "not run", "it needs a card")) is None
-    assert problem(Block(language, text, 1, "measured")) is None
-
-
 def name(page: Path) -> str:
     return page.relative_to(ROOT).with_suffix("").as_posix()
 

@@ -54,11 +54,6 @@ def test_every_error_is_on_the_page_with_its_exit_code(site: Path) -> None:
     assert shown == made - {("TailoraError", "1")}
 
 
-def test_the_overview_of_commands_links_to_every_command(site: Path) -> None:
-    page = (site / "commands.html").read_text()
-    assert set(re.findall(r'<a href="commands/(\w+)\.html"><code>', page)) == set(COMMANDS)
-
-
 def test_llms_txt_lists_the_pages_with_a_sentence(site: Path) -> None:
     lines = re.findall(r"^- \[(.+)\]\((.+?)\): (.+)$", (site / "llms.txt").read_text(), re.MULTILINE)
     pages = {path.relative_to(site).as_posix() for path in site.rglob("*.html")} - {"404.html"}

@@ -71,13 +71,6 @@ def test_a_decoded_token_takes_two_more_kernels_for_each_projection_and_three_wi
     assert adapted - kernels_of_a_token(model, prompt) == most * PROJECTIONS
 
 
-@pytest.mark.parametrize("config", [LoRAConfig(r=4), DORA])
-def test_it_decodes_what_the_plain_path_decodes(device: torch.device, config: LoRAConfig) -> None:
-    model, prompt = stirred(device, config), torch.tensor([[5, 9, 200, 31], [7, 7, 1, 250]], device=device)
-    plain = decoded(model.base_model, prompt)  # past LoRAModel.generate
-    torch.testing.assert_close(decoded(model, prompt), plain, rtol=1e-4, atol=1e-4)
-
-
 # ---- Evaluation
 
 LAYOUT = BatchLayout(packed=True, loss=FROZEN, pad_id=0, attention="sdpa")

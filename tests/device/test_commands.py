@@ -1,6 +1,7 @@
 """Every command that loads a model runs on the device, and gives what it gives on the CPU."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,10 @@ from typing import Any
 import pytest
 import torch
 from pretend_accelerator import counted
-from tiny import chat_model, chat_tokenizer
 
 from tailora.cli.main import main
 
 pytestmark = pytest.mark.device
-COLOURS = ["red", "green", "blue", "white"]
-ENDS = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-
-
 SETTINGS = "--learning-rate 1e-2 --samples 0 --r 2 --validation-split 0.3 --dtype float32 --max-steps 4 --save-steps 2"
 
 
@@ -31,83 +27,66 @@ def adapter(top: Path, out: str) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def folder(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001
-    """A model, data and a run on the CPU, in a folder."""
+def folder(
+    device: torch.device,  # noqa: ARG001
+    model_folder: Path,
+    data_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A model, data, a run on the CPU, and the tuned model, in a folder."""
     top = tmp_path_factory.mktemp("commands")
-    chats = [
-        [{"role": "user", "content": f"thing {i}?"}, {"role": "assistant", "content": f"It is {COLOURS[i % 4]}."}]
-        for i in range(12)
-    ]
-    tokenizer = chat_tokenizer([message["content"] for chat in chats for message in chat], **ENDS)
-    tokenizer.save_pretrained(top / "model")
-    chat_model(max_position_embeddings=512).save_pretrained(top / "model")
-    (top / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    shutil.copytree(model_folder, top / "model")
+    shutil.copy(data_file, top / "chats.jsonl")
     assert main(train(top, "run", "--device", "cpu")) == 0
+    assert main(["export", f"{top}/run", "--to", "merged", "--output", f"{top}/merged"]) == 0
     return top
-
-
-def answers(result: dict[str, Any]) -> object:
-    return result["answers"]
-
-
-def losses(result: dict[str, Any]) -> object:
-    return [result[name]["loss"]["value"] for name in ("metrics", "base")]
-
-
-def singular_values(result: dict[str, Any]) -> object:
-    return [module["singular_values"][0] for module in result["modules"]]
 
 
 def layers(result: dict[str, Any]) -> object:
     return {path: layer["rank"] for path, layer in result["layers"].items()}
 
 
-def effect(result: dict[str, Any]) -> object:
-    return [result["logits"]["effect"]]
-
-
-COMMANDS: dict[str, tuple[list[str], Callable[[dict[str, Any]], object]]] = {
-    "generate": (["--adapter", "{top}/run", "--prompt", "thing 3?", "--max-new-tokens", "5"], answers),
-    "eval": (["{top}/run", "--data", "{top}/chats.jsonl", "--dtype", "float32"], losses),
-    "inspect": (["{top}/run", "--model", "{top}/model", "--data", "{top}/chats.jsonl"], singular_values),
+# command -> its arguments, and the part of its JSON that is compared
+COMMANDS: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
+    "generate": ("--adapter {top}/run --prompt 3:red --max-new-tokens 5", lambda result: result["answers"]),
+    "eval": (
+        "{top}/run --data {top}/chats.jsonl --dtype float32",
+        lambda result: [result[name]["loss"]["value"] for name in ("metrics", "base")],
+    ),
+    "inspect": (
+        "{top}/run --model {top}/model --data {top}/chats.jsonl",
+        lambda result: [module["singular_values"][0] for module in result["modules"]],
+    ),
     "shrink": (
-        [
-            *("{top}/run", "--data", "{top}/chats.jsonl", "--max-loss-increase", "0.01"),
-            *("--output-dir", "{top}/small-{device}"),
-        ],
+        "{top}/run --data {top}/chats.jsonl --max-loss-increase 0.01 --output-dir {top}/small-{device}",
         layers,
     ),
-    "combine": (["--adapter", "a={top}/run", "--method", "svd", "--output-dir", "{top}/one-{device}"], layers),
-    "extract": (
-        ["--model", "{top}/model", "--tuned", "{top}/merged", "--r", "2", "--output-dir", "{top}/out-{device}"],
-        layers,
+    "combine": ("--adapter a={top}/run --method svd --output-dir {top}/one-{device}", layers),
+    "extract": ("--model {top}/model --tuned {top}/merged --r 2 --output-dir {top}/out-{device}", layers),
+    "export": (
+        "{top}/run --to merged --output {top}/merged-{device} --dtype float32",
+        lambda result: [result["logits"]["effect"]],
     ),
-    "export": (["{top}/run", "--to", "merged", "--output", "{top}/merged-{device}", "--dtype", "float32"], effect),
 }
-
-
-WORDS = {"generate", "shrink", "combine", "extract"}  # commands whose results are compared exactly
+EXACT = {"generate", "shrink", "combine", "extract"}  # commands whose results are compared exactly
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_gives_on_the_device_what_it_gives_on_the_cpu(
     command: str, folder: Path, device: torch.device, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if command == "extract" and not (folder / "merged").exists():
-        assert main(["export", f"{folder}/run", "--to", "merged", "--output", f"{folder}/merged"]) == 0
-        capsys.readouterr()
-    arguments, chosen = COMMANDS[command]
+    arguments, compared = COMMANDS[command]
     results = []
     for name in ("cpu", device.type):
-        words = [argument.format(top=folder, device=name) for argument in arguments]
+        capsys.readouterr()
         with counted() as counts:
-            assert main([command, *words, "--device", name, "--json"]) == 0
+            assert main([command, *arguments.format(top=folder, device=name).split(), "--device", name, "--json"]) == 0
         shown = capsys.readouterr()
         assert f"device: {name}" in shown.err
         assert (counts.kernels.total() > 0) == (name != "cpu")
-        results.append(chosen(json.loads(shown.out.splitlines()[-1])))
+        results.append(compared(json.loads(shown.out.splitlines()[-1])))
     on_cpu, on_device = results
-    assert on_device == (on_cpu if command in WORDS else pytest.approx(on_cpu, rel=1e-3))
+    assert on_device == (on_cpu if command in EXACT else pytest.approx(on_cpu, rel=1e-3))
 
 
 def test_a_run_on_the_device_resumes_to_the_bit(folder: Path, device: torch.device) -> None:

@@ -54,19 +54,6 @@ def test_the_host_waits_for_the_first_forward_alone(device: torch.device, slot: 
     assert first > later[0]
 
 
-@pytest.mark.parametrize("slot", [slot for slot in SLOTS if slot != "dropout"])
-def test_every_row_is_what_its_adapter_alone_makes_of_it(device: torch.device, slot: str) -> None:
-    model = mixed(device, **SLOTS[slot])
-    ids = torch.randint(3, 200, (4, 5), device=device)
-    with model.adapter_rows(NAMES), torch.no_grad():
-        found = model(input_ids=ids).logits
-    for row, name in enumerate(NAMES):
-        model.set_adapter(name)
-        with torch.no_grad():
-            expected = model(input_ids=ids[row : row + 1]).logits[0]
-        torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("names", [["a"] * 4, ["a", "b", "a", "b"], ["a", None, "b", "b"]])
 @pytest.mark.parametrize(("slot", "most"), [("plain", 2), ("DoRA", 4)])
 def test_a_decoded_token_takes_few_kernels_whatever_the_number_of_adapters(

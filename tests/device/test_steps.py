@@ -1,6 +1,6 @@
 """Steps on a device: the host waits once a step, whatever is in it, and what it reads late changes nothing."""
 
-import json
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import pytest
 import torch
 from pretend_accelerator import build, counted, no_synchronisation
 from runs import adapter, changed, losses, stopping_at
-from tiny import chat_model, chat_tokenizer
+from tiny import chat_model
 
 from tailora.core.config import LoRAConfig
 from tailora.data.dataset import Example, Examples
@@ -30,43 +30,21 @@ from tailora.train.trainer import Trainer, accumulate_gradients, run
 
 pytestmark = [pytest.mark.device, pytest.mark.usefixtures("device")]
 
-WORDS = ["red", "blue", "green", "north", "south", "one", "two", "three", "sun", "rain"]
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models of 2 and 4 layers, and 30 conversations."""
-    folder = tmp_path_factory.mktemp("steps")
-    for layers in (2, 4):
-        chat_model(intermediate_size=48, initializer_range=0.2, num_hidden_layers=layers).save_pretrained(
-            folder / f"{layers} layers"
-        )
-        chat_tokenizer([" ".join(WORDS)] * 3, eos_token="<|im_end|>").save_pretrained(folder / f"{layers} layers")
-    rows = [
-        {"prompt": f"{i}: {' '.join(WORDS[: 1 + i % 7])}", "completion": " ".join(WORDS[i % 5 : 5 + i % 3])}
-        for i in range(30)
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def deep_model(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model in `settings` with four layers instead of two."""
+    folder = Path(shutil.copytree(model_folder, tmp_path_factory.mktemp("deep"), dirs_exist_ok=True))
+    chat_model(vocab_size=320, intermediate_size=48, initializer_range=0.2, num_hidden_layers=4).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture
-def settings(folder: Path, tmp_path: Path) -> Any:
+def settings(make_settings: Any, deep_model: Path, tmp_path: Path) -> Any:
     def make(layers: int = 2, **changes: Any) -> TrainConfig:
-        defaults = {
-            "model": str(folder / f"{layers} layers"),
-            "data": str(folder / "rows.jsonl"),
-            "output_dir": str(tmp_path / "out"),
-            "dtype": "float32",
-            "r": 4,
-            "learning_rate": 1e-2,
-            "validation_split": 0,
-            "per_device_train_batch_size": 2,
-            "max_steps": 5,
-        }
-        if changes.get("method") == "full":
-            del defaults["r"]
-        return TrainConfig(**{**defaults, **changes})
+        defaults = {"output_dir": str(tmp_path / "out"), "validation_split": 0, "max_steps": 5}
+        deep = {"model": str(deep_model)} if layers == 4 else {}
+        return make_settings(**{**defaults, "per_device_train_batch_size": 2, **deep, **changes})
 
     return make
 
@@ -85,7 +63,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dropout and DoRA": {"lora_dropout": 0.1, "use_dora": True},
     "AdaLoRA": {"target_r": 2, "max_steps": 12},
     "gradient checkpointing": {"gradient_checkpointing": True},
-    "full": {"method": "full"},
+    "full": {"method": "full", "r": 16},  # the default, which it does not use
     "float16": {"dtype": "float16"},
     "clipped": {"max_grad_norm": 1e-3},
 }

@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from adapter_actions import ACTIONS
+from pretend_accelerator import no_float64
 from tiny import chat_model
 from torch.nn import functional as F
 from transformers import AutoTokenizer
@@ -169,17 +171,20 @@ def test_each_row_of_a_mixed_batch_is_what_its_adapter_alone_makes_of_it(device:
             torch.testing.assert_close(together[row], model(input_ids=ids).logits[row], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("float64", [True, pytest.param(False, marks=pytest.mark.device)])
 @pytest.mark.parametrize("name", ACTIONS)
-def test_an_adapter_becomes_what_it_becomes_on_a_cpu(device: torch.device, name: str, tmp_path: Path) -> None:
-    """Starts from weights and from data, combining, shrinking, comparing."""
-    results = []
-    for place in (torch.device("cpu"), device):
-        torch.manual_seed(0)
-        results.append(ACTIONS[name](place, tmp_path / place.type))
-    expected, actual = results
+def test_an_adapter_becomes_what_it_becomes_on_a_cpu(
+    device: torch.device, name: str, float64: bool, tmp_path: Path
+) -> None:
+    """Starts from weights and from data, combining, shrinking, comparing; also without float64, as on Apple's GPUs."""
+    torch.manual_seed(0)
+    expected = ACTIONS[name](torch.device("cpu"), tmp_path / "cpu")
+    torch.manual_seed(0)
+    with nullcontext() if float64 else no_float64():
+        actual = {key: value.cpu() for key, value in ACTIONS[name](device, tmp_path / "device").items()}
     assert actual.keys() == expected.keys()
     for key, value in actual.items():
-        torch.testing.assert_close(value.cpu(), expected[key], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-4 if float64 else 1e-5)
 
 
 # ---- Memory

@@ -423,13 +423,6 @@ def test_metrics_count(server: Running) -> None:
     assert metrics(server)[times % "legal"] == legal + 1
 
 
-def test_langchain_gets_answers(server: Running) -> None:
-    from langchain_openai import ChatOpenAI
-
-    model = ChatOpenAI(model="legal", base_url=f"{server.url}/v1", api_key="none", temperature=0, max_tokens=8)
-    assert model.invoke("what is that").content == "".join(str(chunk.content) for chunk in model.stream("what is that"))
-
-
 @pytest.mark.slow
 def test_schemathesis_finds_no_fault(server: Running) -> None:
     schema = schemathesis.openapi.from_asgi("/openapi.json", server.app).exclude(path="/metrics")
