@@ -45,11 +45,12 @@ def peft() -> dict[str, float]:
     from torch.nn.functional import cross_entropy
 
     from tailora.cli.train import DEFAULTS
-    from tailora.data.collate import collate_padded, plan_batches
+    from tailora.data.chat_template import DataSettings
     from tailora.data.demo import data_file, eval_file
     from tailora.data.prepare import prepare
-    from tailora.data.settings import DataSettings
     from tailora.train.config import TrainConfig
+    from tailora.train.dataloader import plan_batches
+    from tailora.train.loss import collate_padded
     from tailora.train.model_loading import load_base
     from tailora.train.optimizer import learning_rate
 

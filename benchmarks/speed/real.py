@@ -60,8 +60,8 @@ def run_cell(data: str, arm: str, repeat: int, rows: int | None, threads: int) -
 def train(arm: str, watch: Stopwatch, files: tuple[Path, Path], folder: Path) -> dict[str, int]:
     """Runs one arm; returns how many tokens it trained on."""
     from tailora.cli.train import DEFAULTS
+    from tailora.data.chat_template import DataSettings
     from tailora.data.prepare import prepare
-    from tailora.data.settings import DataSettings
     from tailora.train.config import TrainConfig
     from tailora.train.model_loading import load_base
 
@@ -83,8 +83,8 @@ def train(arm: str, watch: Stopwatch, files: tuple[Path, Path], folder: Path) ->
 def held_out_losses(file: Path, adapters: list[Path]) -> list[float]:
     """Returns nats per supervised token with each of these adapters, by transformers' own forward on padded rows."""
     from tailora import LoRAModel
+    from tailora.data.chat_template import DataSettings
     from tailora.data.prepare import prepare
-    from tailora.data.settings import DataSettings
     from tailora.train.model_loading import load_base
 
     base, tokenizer = load_base("demo")
@@ -102,7 +102,7 @@ def loss(model: Any, examples: "list[Example]", pad_id: int) -> float:
     import torch
     from torch.nn.functional import cross_entropy
 
-    from tailora.data.collate import collate_padded
+    from tailora.train.loss import collate_padded
 
     parts = []
     with torch.no_grad():

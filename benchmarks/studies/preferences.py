@@ -143,8 +143,8 @@ def trl(folder: Path, **settings: Any) -> tuple[dict[str, float], Path]:
 def judge(file: Path, adapter: Path) -> dict[str, float]:
     """Returns accuracy and mean margin of the rewards of held-out pairs, by transformers' own forward."""
     from tailora import LoRAModel
+    from tailora.data.chat_template import DataSettings
     from tailora.data.prepare import prepare
-    from tailora.data.settings import DataSettings
     from tailora.train.model_loading import load_base
 
     base, tokenizer = load_base("demo")

@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from tailora.cli.main import log, note, stderr
 from tailora.cli.progress import download_progress
 from tailora.data.demo import data_folder, model_folder, resolve_demo
-from tailora.data.readers import check_data_exists, check_model_exists, source_names
+from tailora.data.readers import check_data_exists, source_names
 from tailora.errors import ConfigError, FormatError, TailoraError, listing, nearest_path
-from tailora.formats.hub import DEMO, local_folder, name_of_model
+from tailora.formats.hub import DEMO, check_model_exists, local_folder, name_of_model
 from tailora.formats.io import read_json_object
 from tailora.formats.metadata import METADATA_KEY, parse_metadata
 from tailora.formats.run_folder import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder, recorded_settings

@@ -168,8 +168,7 @@ def answers(
     model: Any, tokenizer: Any, rows: Sequence[Row], config: TrainConfig, max_new_tokens: int
 ) -> Iterator[Prediction]:
     """Yields the greedy answers of a language model. Raises DataError with every row that asks nothing, before any."""
-    from tailora.data.chat_template import ChatTokenizer
-    from tailora.data.settings import DataSettings
+    from tailora.data.chat_template import ChatTokenizer, DataSettings
     from tailora.evaluation.generate import stream_reply
 
     chat_tokenizer = ChatTokenizer.of(tokenizer, DataSettings(system=config.system))

@@ -7,8 +7,7 @@
     tokenize        text and loss mask -> token ids and labels
     dataset         an example, all of them in flat arrays, the split, the report
     labels          names of classes and tags, for models with a head for labels
-    collate         examples -> batches of tensors
 
-settings.py has the settings of all steps, and prepare.py puts the steps together. demo.py makes the model and data of
-`tailora demo`.
+`ChatTokenizer` in chat_template.py brings the tokenizer and the settings of all steps, and prepare.py puts the steps
+together. demo.py makes the model and data of `tailora demo`.
 """

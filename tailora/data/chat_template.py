@@ -6,10 +6,10 @@ Templates leave out what they do not know. Tools, calls and results that a templ
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from jinja2.exceptions import TemplateError
@@ -17,12 +17,23 @@ from tokenizers.models import BPE, WordLevel, WordPiece
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tailora.data.dataset import Int32, Int64
+from tailora.data.labels import Labels
 from tailora.data.messages import REASONING, SURROGATE, Messages, Tools
-from tailora.data.schemas import AnySample, Choices, Conversation, Feedback, Labelled, Pair, Preference, Tagged, Text
-from tailora.data.settings import DataSettings
+from tailora.data.schemas import (
+    AUTO,
+    AnySample,
+    Choices,
+    Conversation,
+    Feedback,
+    Labelled,
+    Pair,
+    Preference,
+    Tagged,
+    Text,
+)
 from tailora.errors import DataError
 
-# ---- A tokenizer and its chat template
+# ---- A tokenizer, its chat template, and the settings by which rows become examples
 
 Span = tuple[int, int]  # start and end, in characters
 GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
@@ -34,6 +45,41 @@ class Tokens(NamedTuple):
 
     ids: Int32  # (length,)
     offsets: Int64 | None  # (length, 2); None if the tokenizer cannot tell
+
+
+@dataclass(frozen=True, slots=True)
+class DataSettings:
+    """How rows become examples, and which examples are held out. `TrainConfig` and TRL use the same names.
+
+    field: key of the schema -> column.
+    task: decides which schemas rows may have; auto infers it from the rows.
+    labels: what the head of the model predicts, for tasks that have one.
+    max_length: most tokens of an example. Longer ones are cut, texts that are trained on are divided.
+    system: the system message of conversations that have none.
+    assistant_only_loss: train the replies of a conversation, not all of it. completion_only_loss: train completions,
+        not their prompts. None: yes to both, except that completion_only_loss=False trains everything.
+    documents: whether examples of plain texts hold one text each, or pieces of all texts joined.
+    validation_split, seed: share of the examples to hold out, and which.
+    for_evaluation: read a pair of replies as choices, where the chosen one is right, to evaluate a language model.
+    """
+
+    field: Mapping[str, str] | None = None
+    task: str = AUTO
+    labels: Labels | None = None
+    max_length: int = 1024
+    system: str | None = None
+    assistant_only_loss: bool | None = None
+    completion_only_loss: bool | None = None
+    documents: Literal["isolated", "concatenated"] = "isolated"
+    validation_split: float = 0.05
+    seed: int = 0
+    for_evaluation: bool = False
+
+    @property
+    def trains_replies_alone(self) -> bool:
+        if self.assistant_only_loss is not None:
+            return self.assistant_only_loss
+        return self.completion_only_loss is not False
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tailora.data import dataset
-from tailora.data.chat_template import ChatTokenizer
+from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import DataReport, Example, Examples, Mixture, SourceReport, with_other_replies
 from tailora.data.demo import resolve_demo
 from tailora.data.messages import REASONING
@@ -35,7 +35,6 @@ from tailora.data.schemas import (
     from_preference,
     weight_of,
 )
-from tailora.data.settings import DataSettings
 from tailora.data.tokenize import EncodedSample, encode_samples
 from tailora.errors import ConfigError, DataError, listing
 

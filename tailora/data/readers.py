@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from tailora.errors import ConfigError, DataError, listing, nearest, nearest_path
+from tailora.errors import DataError, listing, nearest, nearest_path
 
 MAX_SHOWN = 20  # problems
 MAX_LINE = 2**27  # bytes, and characters of a CSV field (Python's own limit is 131,072)
@@ -24,7 +24,6 @@ DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "|"}
 SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")  # owner/name, and a configuration after a colon
 WITH_SPLIT = re.compile(r"(?P<source>[^\[]+)\[(?P<split>.+)\]")
-HUB_TIMEOUT = 5.0  # seconds for the answer whether the Hub has a model
 
 
 @dataclass(frozen=True, slots=True)
@@ -425,46 +424,3 @@ def _datasets_errors(source: str, name: str) -> Iterator[None]:
         raise DataError(
             f"data {source}: {cause}; give a configuration as owner/name:configuration, a split as owner/name[split]"
         ) from None
-
-
-# ---- Models of the Hub
-
-
-def check_model_exists(name: str) -> None:
-    """Asks the Hub once for a model that is not on this machine.
-
-    transformers asks six times per file and waits longer each time: most of a minute without a network.
-    Raises ConfigError if the Hub cannot be reached or has no such model.
-    """
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is httpx's or httpx2's
-        HfHubHTTPError,
-        HFValidationError,
-        HTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
-
-    path = Path(name)
-    if path.is_dir():
-        return
-    if path.is_file():
-        raise ConfigError(f"model {name!r} is a file, not a model folder: give a folder, a Hub id, or 'demo'")
-    token = "; HF_TOKEN opens private and gated models"
-    try:
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            HfApi().model_info(name, timeout=HUB_TIMEOUT)
-        return
-    except RepositoryNotFoundError:
-        cause = "the Hub has no such model, or a private one"
-    except HfHubHTTPError:
-        return  # the Hub answers, but is busy: transformers asks again
-    except HFValidationError:
-        cause, token = "it is not a Hub id", ""
-    except (HTTPError, OfflineModeIsEnabled) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        cause = f"the Hub cannot be reached ({first_line.rstrip('.')})"
-    raise ConfigError(
-        f"model {name!r}: no such folder here, and {cause}{nearest_path(path, folders_only=True) or '.'} "
-        f"Give a folder, a Hub id such as owner/name, or 'demo'{token}"
-    )

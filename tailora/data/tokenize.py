@@ -13,7 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from tailora.data.chat_template import ChatTokenizer, Tokens, fit_to_template, to_conversation, with_system
+from tailora.data.chat_template import (
+    ChatTokenizer,
+    DataSettings,
+    Tokens,
+    fit_to_template,
+    to_conversation,
+    with_system,
+)
 from tailora.data.dataset import IGNORED, Example, Int32
 from tailora.data.labels import Labels
 from tailora.data.loss_mask import RenderedSample, loss_mask, render_sample
@@ -30,7 +37,6 @@ from tailora.data.schemas import (
     Tagged,
     Text,
 )
-from tailora.data.settings import DataSettings
 from tailora.errors import DataError
 
 # A text of many megabytes is tokenised in windows, as far as it is needed: as one text it takes minutes, and gigabytes.

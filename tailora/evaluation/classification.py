@@ -19,12 +19,11 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from tailora.data.chat_template import ChatTokenizer
+from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import IGNORED, Examples
 from tailora.data.labels import Labels
 from tailora.data.prepare import EvalSource, check_eval_source, check_vocabulary, read_eval_chunks
 from tailora.data.schemas import REGRESSION, TOKEN_CLASSIFICATION, Labelled, Tagged
-from tailora.data.settings import DataSettings
 from tailora.data.tokenize import encode_samples, first_tokens
 from tailora.errors import ConfigError, DataError
 from tailora.evaluation.scores import BASE, CHUNK, TUNED, Progress, Score, Scores, models_to_score, token_budget

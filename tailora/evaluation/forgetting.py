@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from tailora.core.attach import evaluating
 from tailora.core.inference import constant_adapters
+from tailora.data.chat_template import DataSettings
 from tailora.data.demo import resolve_demo
 from tailora.data.prepare import check_vocabulary, prepare
-from tailora.data.settings import DataSettings
 from tailora.errors import DataError
 from tailora.train.state import seeded
 

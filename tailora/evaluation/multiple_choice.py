@@ -20,10 +20,9 @@ from torch import Tensor
 
 from tailora.core.attach import evaluating
 from tailora.core.inference import constant_adapters
-from tailora.data.chat_template import ChatTokenizer
+from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import IGNORED, Example, Examples
 from tailora.data.schemas import Choices
-from tailora.data.settings import DataSettings
 from tailora.data.tokenize import encode_samples, reply_text
 from tailora.errors import DataError
 from tailora.kernels.loss import FORMS, Batch

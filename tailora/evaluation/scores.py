@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tailora.core.attach import evaluating
 from tailora.core.config import LoRAConfig
-from tailora.data.chat_template import ChatTokenizer
+from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import Examples, distinct_of
 from tailora.data.prepare import (
     EvalDataReport,
@@ -33,7 +33,6 @@ from tailora.data.prepare import (
     read_eval_chunks,
 )
 from tailora.data.schemas import AUTO, PREFERENCE, SEQ2SEQ, Conversation, Pair
-from tailora.data.settings import DataSettings
 from tailora.data.tokenize import EncodedSample, reply_text
 from tailora.errors import ConfigError, DataError, listing, nearest
 from tailora.evaluation.generate import free_positions, generation_arguments, is_seq2seq, new_tokens, prompt_of

@@ -1,4 +1,4 @@
-"""Adapters on the Hugging Face Hub: which folder a name means, what is uploaded, and the model card.
+"""Models and adapters on the Hugging Face Hub: which folder a name means, what is uploaded, and the model card.
 
 public_name     a base model -> the name that others know it by, and repository_of: that name -> its Hub id
 local_folder    a name -> a local folder; the adapter's files of a repository are downloaded once
@@ -6,6 +6,8 @@ download        a repository -> also its card, verification file and tokenizer, 
 shared_files    the files of an adapter that others may have, checked and without paths of this machine
 upload          a folder -> one commit, for `tailora push` and `LoRAModel.push_to_hub`
 model_card      README.md, from model_card.md.j2
+
+`check_model_exists` looks for a base model before it is loaded.
 """
 
 import json
@@ -19,7 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tailora.errors import FetchError, FormatError, TailoraError, WriteError, listing
+from tailora.errors import ConfigError, FetchError, FormatError, TailoraError, WriteError, listing, nearest_path
 from tailora.formats.io import check_is_file, demo_folder, safetensors_header, with_metadata, wrap_os_error
 from tailora.formats.metadata import METADATA_KEY
 from tailora.formats.run_folder import (
@@ -48,6 +50,8 @@ DEMO = "demo"  # the name of the demo's model and data, where a folder or a file
 MODEL_NAME = "SmolLM2-135M-Instruct"
 DEMO_MODEL = f"HuggingFaceTB/{MODEL_NAME}"
 OF_DEMO = "`demo` in tailora, whose weights are from a 4-bit file"  # so they differ a little from the Hub's
+
+MODEL_TIMEOUT = 5.0  # seconds for the answer whether the Hub has a model
 
 # ---- Names
 
@@ -367,6 +371,39 @@ def hub_errors(error_type: type[FetchError | WriteError], what: str) -> Iterator
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".")
+
+
+# ---- Base models
+
+
+def check_model_exists(name: str) -> None:
+    """Asks the Hub once for a model that is not on this machine. Raises ConfigError unless it is there.
+
+    Without a network, transformers would ask for most of a minute before it gives up.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    errors: Any = import_module("huggingface_hub.errors")
+    path = Path(name)
+    if path.is_file():
+        raise ConfigError(f"model {name!r} is a file, not a model folder: give a folder, a Hub id, or 'demo'")
+    if path.is_dir():
+        return
+    remedy = "Give a folder, a Hub id such as owner/name, or 'demo'; HF_TOKEN opens private and gated models"
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            HfApi().model_info(name, timeout=MODEL_TIMEOUT)
+        return
+    except errors.RepositoryNotFoundError:
+        cause = "the Hub has no such model, or a private one"
+    except errors.HfHubHTTPError:
+        return  # the Hub answers, but is busy: transformers asks again
+    except errors.HFValidationError:
+        cause = "it is not a Hub id"
+    except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
+        cause = f"the Hub cannot be reached ({_first_line(error)})"
+    hint = nearest_path(path, folders_only=True) or "."
+    raise ConfigError(f"model {name!r}: no such folder here, and {cause}{hint} {remedy}")
 
 
 # ---- The model card

@@ -27,14 +27,13 @@ from transformers import PreTrainedTokenizerBase
 
 from tailora.core.device import copies_by_itself
 from tailora.core.init import DATA_INITS
-from tailora.data.collate import plan_batches
-from tailora.data.dataset import DataReport, Example, Examples
+from tailora.data.chat_template import DataSettings
+from tailora.data.dataset import DataReport, Example, Examples, Int64
 from tailora.data.demo import resolve_demo
 from tailora.data.labels import Labels
 from tailora.data.prepare import PreparedData, RowCounts, check_vocabulary, prepare, stream_examples
 from tailora.data.readers import Source, parse_sources
 from tailora.data.schemas import PREFERENCE, SEQ2SEQ
-from tailora.data.settings import DataSettings
 from tailora.errors import ConfigError, DataError
 from tailora.kernels.loss import Batch
 from tailora.train.classification import class_weights, label_task
@@ -369,6 +368,29 @@ def epoch_batches(examples: Examples, shape: StepShape, epoch: int) -> list[NDAr
         by_length=shape.task.batches_by_length,
     )
     return [indices[batch] for batch in batches]
+
+
+WINDOW = 50  # batches that are sorted by length together: little padding, and still a random order
+
+
+def plan_batches(
+    lengths: Int64 | Sequence[int], *, batch_size: int, seed: int, epoch: int, by_length: bool = True
+) -> list[Int64]:
+    """Returns batches of example indices, every example exactly once; the same for the same arguments.
+
+    by_length: examples of similar length share a batch.
+    One batch may be smaller than the others, anywhere in the order.
+    """
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(lengths))
+    sizes = np.asarray(lengths)
+    batches: list[Int64] = []
+    for start in range(0, len(order), batch_size * WINDOW):
+        window = order[start : start + batch_size * WINDOW]
+        if by_length:
+            window = window[np.argsort(sizes[window], kind="stable")]
+        batches += [window[first : first + batch_size] for first in range(0, len(window), batch_size)]
+    return [batches[index] for index in random.permutation(len(batches))]
 
 
 def stream_steps(read: Callable[[], Iterable[Example]], shape: StepShape, start: int = 0) -> Iterator[Step]:

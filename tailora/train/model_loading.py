@@ -49,9 +49,9 @@ from tailora.core.quantization import (
 from tailora.core.targets import set_missing_pooler, task_heads
 from tailora.data.demo import resolve_demo
 from tailora.data.labels import Labels
-from tailora.data.readers import check_model_exists
 from tailora.data.schemas import CAUSAL_LM, REGRESSION, SEQ2SEQ, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from tailora.errors import ConfigError, FormatError, listing, nearest
+from tailora.formats.hub import check_model_exists
 from tailora.formats.io import read_json_object
 from tailora.formats.metadata import METADATA_KEY, parse_metadata
 from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES, adapter_folder

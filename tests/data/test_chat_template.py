@@ -3,10 +3,9 @@
 import pytest
 from brackets import with_brackets
 
-from tailora.data.chat_template import ChatTokenizer, with_system
+from tailora.data.chat_template import ChatTokenizer, DataSettings, with_system
 from tailora.data.loss_mask import render_sample
 from tailora.data.schemas import Conversation, Pair, Text
-from tailora.data.settings import DataSettings
 from tailora.errors import DataError
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

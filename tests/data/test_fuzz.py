@@ -19,10 +19,10 @@ from limits import limited
 from tiny import CHATML, chat_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from tailora.data.chat_template import DataSettings
 from tailora.data.messages import SHAREGPT_ROLES
 from tailora.data.prepare import prepare
 from tailora.data.schemas import KNOWN_KEYS
-from tailora.data.settings import DataSettings
 from tailora.errors import DataError, TailoraError
 
 # ---- JSON values, and right rows of every schema

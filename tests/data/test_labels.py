@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from tiny import chat_tokenizer, word_tokenizer
 
-from tailora.data.chat_template import ChatTokenizer
+from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import IGNORED
 from tailora.data.labels import Labels, read_labels
 from tailora.data.prepare import prepare
 from tailora.data.schemas import Labelled, Tagged, detect_schema
-from tailora.data.settings import DataSettings
 from tailora.data.tokenize import EncodedSample, encode_samples, first_tokens
 from tailora.errors import DataError
 

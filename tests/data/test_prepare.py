@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from tailora.data import prepare as preparation
+from tailora.data.chat_template import DataSettings
 from tailora.data.dataset import IGNORED, Example, Examples, Mixture, warnings_of
 from tailora.data.labels import Labels
 from tailora.data.prepare import PreparedData, RowCounts, check_vocabulary, stream_examples
 from tailora.data.readers import Source
 from tailora.data.schemas import SEQUENCE_CLASSIFICATION, Conversation, Pair, Text
-from tailora.data.settings import DataSettings
 from tailora.errors import DataError
 
 PAIRS = [{"prompt": f"hello {number}", "completion": f" {number} you"} for number in range(40)]

@@ -2,11 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import datasets
 import huggingface_hub
@@ -19,14 +15,13 @@ from tailora.data.readers import (
     Row,
     RowProblem,
     Source,
-    check_model_exists,
     data_error,
     parse_sources,
     read_file,
     read_hub,
     read_rows,
 )
-from tailora.errors import ConfigError, DataError
+from tailora.errors import DataError
 
 # ---- Files
 
@@ -341,89 +336,3 @@ def test_a_source_that_cannot_be_read_is_refused_with_suggestions(folder: Path, 
     (folder / "empty").mkdir()
     with pytest.raises(DataError, match=message):
         read_rows(source.format(folder=folder))
-
-
-# ---- Models of the Hub, asked of a server on this machine
-
-ANSWER = b'{"id": "no-such-model"}'
-
-
-@contextmanager
-def hub_server(status: int) -> Iterator[tuple[str, list[str]]]:
-    """Address of a server that answers everything with `status`, and the models that it was asked for."""
-    asked: list[str] = []
-
-    class Answer(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self.path.startswith("/api/models/"):  # the Hub's library has questions of its own
-                asked.append(self.path.removeprefix("/api/models/"))
-            self.send_response(status)
-            self.send_header("X-Error-Code", "RepoNotFound" if status == 404 else "")
-            self.send_header("Content-Length", str(len(ANSWER)))
-            self.end_headers()
-            self.wfile.write(ANSWER)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
-        server.shutdown()
-
-
-@pytest.fixture
-def use_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
-    """Makes the Hub's library use another address, with an empty cache."""
-
-    def use(address: str) -> None:
-        for name, value in {"ENDPOINT": address, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": False}.items():
-            monkeypatch.setattr(huggingface_hub.constants, name, value)
-        monkeypatch.setenv("NO_PROXY", "*")
-
-    return use
-
-
-@pytest.mark.parametrize(
-    ("status", "message"),
-    [(404, "the Hub has no such model, or a private one"), (200, ""), (503, "")],
-    ids=["absent", "there", "busy"],
-)
-def test_the_hub_is_asked_once(status: int, message: str, use_hub: Callable[[str], None]) -> None:
-    with hub_server(status) as (address, asked):
-        use_hub(address)
-        with pytest.raises(ConfigError, match=message) if message else nullcontext():
-            check_model_exists("no-such-model")
-    assert asked == ["no-such-model"]
-
-
-def test_a_hub_that_cannot_be_reached_is_not_asked_again(
-    use_hub: Callable[[str], None], caplog: pytest.LogCaptureFixture
-) -> None:
-    with hub_server(200) as (address, _):
-        pass  # nobody listens at this address any more
-    use_hub(address)
-    with pytest.raises(ConfigError, match="model 'no-such-model': no such folder here, and the Hub cannot be reached"):
-        check_model_exists("no-such-model")
-    assert "Retry" not in caplog.text
-
-
-def test_a_model_in_the_cache_needs_no_hub(tmp_path: Path, use_hub: Callable[[str], None]) -> None:
-    snapshot = tmp_path / "models--owner--name" / "snapshots" / ("a" * 40)
-    snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text("{}")
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
-    with hub_server(404) as (address, asked):
-        use_hub(address)
-        check_model_exists("owner/name")
-    assert asked == []
-
-
-def test_a_name_that_is_no_hub_id_is_refused_with_the_nearest_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my-model").mkdir()
-    with pytest.raises(ConfigError, match=r"it is not a Hub id; did you mean my-model\?"):
-        check_model_exists("./my-modle")

@@ -9,10 +9,9 @@ from tokenizers import Tokenizer, models, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from tailora.data import tokenize
-from tailora.data.chat_template import ChatTokenizer
+from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import IGNORED, Example
 from tailora.data.schemas import Conversation, Pair, Sample, Text
-from tailora.data.settings import DataSettings
 from tailora.data.tokenize import EncodedSample, encode_sample, encode_samples, preview, prompt_ids, reply_text
 from tailora.errors import DataError
 

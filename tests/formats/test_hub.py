@@ -1,6 +1,7 @@
 """Adapters on the Hub: uploaded to and downloaded from a stand-in for its server, by huggingface_hub's own client."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import hub_server
 import peft
 import pytest
 import torch
-from hub_server import FILES, TOKEN
+from hub_server import FILES, TOKEN, Repository
 from huggingface_hub import ModelCard, constants
 from tiny import chat_model
 from tiny_adapters import adapted, logits, token_ids
@@ -16,7 +17,7 @@ from tiny_adapters import adapted, logits, token_ids
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.models import parse_adapters
 from tailora.errors import ConfigError, FetchError, FormatError, MergeError, WriteError
-from tailora.formats.hub import DEMO_MODEL, OF_DEMO
+from tailora.formats.hub import DEMO_MODEL, OF_DEMO, check_model_exists
 
 hub = hub_server.hub  # the fixture
 
@@ -199,3 +200,47 @@ def test_the_card_names_the_base_and_the_settings(
     assert settings["base_model_name_or_path"] == base  # by which PEFT loads it here, without network
     assert "| r | 4 |" in card.text
     assert "| use_rslora | True |" in card.text
+
+
+# ---- Base models
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((404, "RepoNotFound", ""), "no such folder here, and the Hub has no such model, or a private one"),
+        (None, r"model 'owner/name': no such folder here, and the Hub cannot be reached \(Server disconnected"),
+        ((503, "", ""), ""),
+        ("there", ""),
+    ],
+    ids=["absent", "unreachable", "busy", "there"],
+)
+def test_the_hub_is_asked_once_for_a_model(
+    answer: Any, message: str, hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.repositories["owner/name"] = Repository()
+    if answer != "there":
+        hub.fail["GET", "/api/models/owner/name"] = answer
+    with pytest.raises(ConfigError, match=message) if message else nullcontext():
+        check_model_exists("owner/name")
+    assert [path for _, path, _ in hub.requests] == ["/api/models/owner/name"]
+
+
+def test_a_model_in_the_cache_needs_no_hub(hub: Any, tmp_path: Path) -> None:
+    snapshot = tmp_path / "cache" / "models--owner--name" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    check_model_exists("owner/name")
+    assert hub.requests == []
+
+
+def test_a_name_that_is_no_hub_id_is_refused_with_the_nearest_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").mkdir()
+    with pytest.raises(ConfigError, match=r"it is not a Hub id; did you mean my-model\?"):
+        check_model_exists("./my-modle")

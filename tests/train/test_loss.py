@@ -14,13 +14,23 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config
 
 from tailora.core.config import LoRAConfig
-from tailora.data.dataset import Example, Examples
+from tailora.data.dataset import IGNORED, Example, Examples
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.loss import FORMS, FROZEN, OWN, RECOMPUTED
 from tailora.model import LoRAModel
 from tailora.train.dataloader import Step
 from tailora.train.kernel_choice import choose_layout
-from tailora.train.loss import CAUSAL_LM, BatchLayout, ModelWithLoss, batches_within, evaluate, make_batch, token_losses
+from tailora.train.loss import (
+    CAUSAL_LM,
+    BatchLayout,
+    ModelWithLoss,
+    batches_within,
+    collate_packed,
+    collate_padded,
+    evaluate,
+    make_batch,
+    token_losses,
+)
 from tailora.train.trainer import accumulate_gradients
 
 CPU = torch.device("cpu")
@@ -207,3 +217,31 @@ def test_evaluation_keeps_to_its_budget(packed: bool) -> None:
         size = lengths[batch].sum() if packed else lengths[batch].max() * len(batch)
         assert size <= 64
     assert list(map(len, batches_within(64, np.array([100]), packed))) == [1]
+
+
+# ---- Batches of tensors
+
+PAIR = [Example.of_text(np.array(ids, np.int32)) for ids in ([1, 2, 3], [4, 5])]
+
+
+def test_packed_documents_keep_their_own_positions_and_borders() -> None:
+    packed = collate_packed(PAIR)
+    assert packed["input_ids"].tolist() == [[1, 2, 3, 4, 5]]
+    assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert packed["labels"].tolist() == [[IGNORED, 2, 3, IGNORED, 5]]
+    assert packed["cu_seq_lens_q"].tolist() == packed["cu_seq_lens_k"].tolist() == [0, 3, 5]
+    assert packed["max_length_q"] == packed["max_length_k"] == 3
+    assert {name: tensor.dtype for name, tensor in packed.items() if isinstance(tensor, torch.Tensor)} == {
+        "input_ids": torch.int64,
+        "position_ids": torch.int64,
+        "labels": torch.int64,
+        "cu_seq_lens_q": torch.int32,
+        "cu_seq_lens_k": torch.int32,
+    }
+
+
+def test_padding_is_masked_and_not_trained() -> None:
+    padded = collate_padded(PAIR, pad_id=9)
+    assert padded["input_ids"].tolist() == [[1, 2, 3], [4, 5, 9]]
+    assert padded["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert padded["labels"].tolist() == [[IGNORED, 2, 3], [IGNORED, 5, IGNORED]]

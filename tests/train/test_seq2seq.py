@@ -11,10 +11,9 @@ import torch
 from tiny import tiny_model, word_tokenizer
 
 from tailora.cli.main import main
-from tailora.data.chat_template import ChatTokenizer
+from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import IGNORED
 from tailora.data.schemas import Pair
-from tailora.data.settings import DataSettings
 from tailora.data.tokenize import EncodedSample, encode_samples
 from tailora.train.dataloader import Step
 from tailora.train.loss import HEAD, SEQ2SEQ_TASK, BatchLayout
