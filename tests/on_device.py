@@ -13,6 +13,7 @@ FILES = {  # room -> names of its files, between "test_" and ".py"
     "evaluation": "forgetting generate multiple_choice scores",
     "formats": "merged peft_model",
     "laws": "extras frozen_start laws",
+    "papers": "dora",
     "train": "adalora adapter_init classification divergence full gradient_checkpointing loss loss_forms loss_scale "
     "packing preference seq2seq trainer",
 }
@@ -27,6 +28,7 @@ LEFT_OUT = {  # a pattern of tests -> why they do not run there
     r"evaluation/test_generate\.py::test_the_static_cache": "the static cache is the CPU's choice",
     r"formats/test_merged\.py::.*(quantised_base|int8|quantization)": "bitsandbytes, torchao",
     r"laws/test_laws\.py::test_(one_graph|the_shapes|a_copy)": "the device changes nothing about it",
+    r"papers/test_dora\.py::test_the_norm_comes": "on a device the norms have the precision of the weight",
     r"train/(test_full\.py::test_the_header_says|test_trainer\.py::test_a_layer_that_is_not_called)": (
         "the header names the CPU's kernels"
     ),

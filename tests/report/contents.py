@@ -1,9 +1,12 @@
 """Small but realistic report.json contents, one for each kind, with names that no page may take at their word."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 EVIL = "<script>alert(1)</script> & $x^2$ 日本 \x01"
 
 
@@ -69,124 +72,27 @@ def train() -> dict[str, Any]:
     }
 
 
-def apart(value: float, half: float) -> dict[str, Any]:
-    """A difference and its interval."""
-    ends = {"low": value - half, "high": value + half}
-    return {"value": value, **ends, "p_value": 0.41, "examples": 50, "seeds": 3, "from_examples": 0.6}
+def stored(name: str) -> dict[str, Any]:
+    """The report of a study that was run."""
+    report: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())["report"]
+    return report
 
 
 def compare() -> dict[str, Any]:
-    def arm(name: str, loss: float, rates: dict[str, float], **more: Any) -> dict[str, Any]:
-        return {
-            "name": name,
-            "changes": {},
-            "outcome": "done",
-            "learning_rate": min(map(float, rates), key=lambda rate: rates[f"{rate:g}"]),
-            "rates": rates,
-            "bracketed": True,
-            "eval_loss": loss,
-            "interval": [loss - 0.12, loss + 0.13],
-            "difference": None,
-            "seed_losses": [loss - 0.02, loss, loss + 0.02],
-            "train_losses": [(loss + 0.8 * np.exp(-np.arange(35) / 8) + 0.02 * seed).tolist() for seed in range(3)],
-            "runs": [],
-            **more,
-        }
-
-    lora = {
-        "difference": apart(-0.004, 0.012),
-        "seconds": 77.0,
-        "peak_memory_bytes": 2110000000,
-        "trainable_parameters": 4884480,
-        "bytes": 19600000,
-        "forgetting": {"kl": 0.21, "loss_before": 2.9, "loss_after": 3.0, "tokens": 1024},
-    }
-    small = {**lora, "difference": apart(0.031, 0.014), "trainable_parameters": 610560, "bytes": 2450000}
-    full = {
-        "seconds": 131.0,
-        "peak_memory_bytes": 4300000000,
-        "trainable_parameters": 134515008,
-        "bytes": 269000000,
-        "forgetting": {"kl": 0.46, "loss_before": 2.9, "loss_after": 3.2, "tokens": 1024},
-    }
-    return {
-        "kind": "compare",
-        "arms": [
-            arm("lora", 3.662, {"0.0005": 3.71, "0.002": 3.66, "0.008": 4.1, "0.001": 3.65}, **lora),
-            arm(EVIL, 3.697, {"0.0005": 3.74, "0.002": 3.69}, **{**small, "bracketed": False, "changes": {"r": 2}}),
-            arm("full", 3.666, {"5e-05": 3.68, "0.0002": 3.8, "1.25e-05": 3.9}, **full, changes={"method": "full"}),
-            {"name": "wild", "changes": {"use_dora": True}, "outcome": "diverged", "rates": {"1.0": float("inf")}},
-        ],
-        "reference": "full",
-        "base_loss": 4.47,
-        "steps": 35,
-        "seeds": [1, 2, 3],
-        "judged_examples": 50,
-        "verdict": "No difference that matters between lora and full: -0.004 nats per token. Take lora.",
-        "p_value": 0.41,
-        "p_values": {"lora": 0.41, EVIL: 0.0004},
-        "notes": ["--minutes left time for 3 of 5 seeds"],
-        "settings": {"train": {"model": "demo", "r": 16}, "compare": {"margin": 0.02, "seeds": 3}},
-        "seconds": 812.0,
-    }
+    content = stored("compare")
+    lora, full = content["arms"]
+    small = {**lora, "name": EVIL, "bracketed": False, "changes": {"r": 2}}
+    wild = {"name": "wild", "changes": {"use_dora": True}, "outcome": "diverged", "rates": {"1.0": float("inf")}}
+    notes = ["--minutes left time for 3 of 5 seeds"]
+    return content | {"arms": [lora, small, full, wild], "p_values": {"lora": 0.41, EVIL: 0.0004}, "notes": notes}
 
 
 def search() -> dict[str, Any]:
-    rng = np.random.default_rng(1)
-    trials: list[dict[str, Any]] = []
-    for number in range(24):
-        r, rate = int(rng.choice([2, 4, 8, 16, 32, 64])), float(10 ** rng.uniform(-4.3, -2))
-        where = [EVIL, "all-linear"][number % 2]
-        loss = 3.66 + 0.12 * (np.log10(rate) + 3) ** 2 + 0.02 * abs(np.log2(r / 16)) + rng.normal(0, 0.006)
-        state = {3: "diverged", 9: "pruned", 15: "pruned"}.get(number, "done")
-        steps = {"diverged": [], "pruned": [0, 9], "done": [0, 9, 18, 35]}[state]
-        curve = [[step, float(loss + 0.8 * np.exp(-step / 9))] for step in steps]
-        trials.append(
-            {
-                "number": number,
-                "state": state,
-                "settings": {"learning_rate": rate, "r": r, "lora_alpha": 2.0 * r, "target_modules": where},
-                "eval_loss": curve[-1][1] if curve else None,
-                "trainable_parameters": 305280 * r,
-                "seconds": 61.0,
-                "curve": curve,
-                "message": "",
-            }
-        )
-    done = sorted((each for each in trials if each["state"] == "done"), key=lambda each: each["eval_loss"])
-    finalists = [
-        {
-            "number": each["number"],
-            "settings": each["settings"],
-            "trainable_parameters": each["trainable_parameters"],
-            "choosing_loss": each["eval_loss"],
-            "eval_loss": each["eval_loss"] + 0.03,
-            "interval": [each["eval_loss"] - 0.1, each["eval_loss"] + 0.16],
-            "difference": apart(0.004 * place, 0.012) if place else None,
-            "p_value": 0.3 if place else None,
-            "seconds": 70.0,
-            "peak_memory_bytes": 2100000000,
-            "runs": [],
-        }
-        for place, each in enumerate(done[:3])
-    ]
-    return {
-        "kind": "search",
-        "best": finalists[0],
-        "cheapest": finalists[1],
-        "finalists": finalists,
-        "trials": trials,
-        "importances": {"learning_rate": 0.61, "r": 0.25, "target_modules": 0.14},
-        "verdict": "Cannot tell trial 1 from trial 2, the best of the search, to 0.02.",
-        "base_loss": 4.47,
-        "steps": 35,
-        "seeds": [1, 2, 3],
-        "judged_examples": 50,
-        "notes": ["r of the best lies at the edge of its space: a wider one may hold better"],
-        "settings": {"train": {"model": "demo"}, "space": {"r": [2, 4]}, "search": {"margin": 0.02, "seeds": 3}},
-        "seconds": 2900.0,
-        "config": "out/best.yaml",
-    }
+    content = stored("search")
+    for trial in content["trials"][::2]:
+        trial["settings"]["target_modules"] = EVIL
+    content["trials"][3] |= {"state": "diverged", "eval_loss": None, "curve": []}
+    return content
 
 
 def inspect() -> dict[str, Any]:

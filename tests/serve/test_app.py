@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
@@ -76,22 +77,12 @@ def test_an_adapter_answers_under_its_name_and_the_base_under_its_own(server: Ru
 def test_a_stream_has_what_the_whole_answer_has(server: Running, kind: str) -> None:
     options = {"max_tokens": 20, "temperature": 1.0, "seed": 3, "n": 2, "extra_body": {"ignore_eos": True}}
     usage = {"stream": True, "stream_options": {"include_usage": True}}
+    ask = partial(chat, server) if kind == "chat" else partial(server.client.completions.create, prompt="the cat")
+    whole, chunks = ask(model="legal", **options), list(ask(model="legal", **options, **usage))
+    expected = [choice.message.content if kind == "chat" else choice.text for choice in whole.choices]
     texts = ["", ""]
-    if kind == "chat":
-        whole = chat(server, "legal", **options)
-        chunks = list(chat(server, "legal", **options, **usage))
-        expected = [choice.message.content for choice in whole.choices]
-        for chunk in chunks:
-            for choice in chunk.choices:
-                texts[choice.index] += choice.delta.content or ""
-    else:
-        create = server.client.completions.create
-        whole = create(model="legal", prompt="the cat", **options)  # type: ignore[call-overload]
-        chunks = list(create(model="legal", prompt="the cat", **options, **usage))  # type: ignore[call-overload]
-        expected = [choice.text for choice in whole.choices]
-        for chunk in chunks:
-            for choice in chunk.choices:
-                texts[choice.index] += choice.text
+    for choice in (choice for chunk in chunks for choice in chunk.choices):
+        texts[choice.index] += (choice.delta.content or "") if kind == "chat" else choice.text
     assert texts == expected
     assert texts[0] != texts[1]
     assert chunks[-1].usage == whole.usage
@@ -200,10 +191,6 @@ def test_what_is_not_supported_is_called_so(server: Running, path: str, name: st
         assert server.http.post(f"/v1/{path}", json=request).status_code == 200
 
 
-def tokens_generated(server: Running, model: str = "legal") -> float:
-    return metrics(server).get(f'tailora_generation_tokens_total{{model="{model}"}}', 0)
-
-
 def metrics(server: Running) -> dict[str, float]:
     lines = [line.rpartition(" ") for line in server.http.get("/metrics").text.splitlines() if line[0] != "#"]
     return {name: float(value) for name, _, value in lines}
@@ -293,15 +280,12 @@ def test_a_forward_that_fails_is_an_error_of_its_requests_alone(root: Path, monk
             patch.setattr(layer, "forward", forward)
             with pytest.raises(openai.InternalServerError, match="a kernel failed"):
                 chat(server, "legal")
-            events = list(server.http.post("/v1/chat/completions", json=stream_of("legal")).iter_lines())
+            body = {"model": "legal", "messages": CHAT, "max_tokens": 4, "stream": True}
+            events = list(server.http.post("/v1/chat/completions", json=body).iter_lines())
             assert "a kernel failed" in events[-4]
             assert metrics(server)['tailora_requests_total{model="legal",status="500"}'] == 2  # whole and streamed
         assert server.http.get("/ready").status_code == 200
         assert chat(server, "legal").choices[0].message.content
-
-
-def stream_of(model: str) -> dict[str, Any]:
-    return {"model": model, "messages": CHAT, "max_tokens": 4, "stream": True}
 
 
 def test_a_full_queue_refuses(root: Path) -> None:
@@ -411,16 +395,21 @@ def test_a_template_gets_the_arguments_of_calls_as_an_object(server: Running, mo
 
 
 def test_metrics_count(server: Running) -> None:
-    requests = 'tailora_requests_total{model="legal",status="200"}'
-    before = tokens_generated(server), metrics(server).get(requests, 0)
+    counted = (
+        'tailora_requests_total{model="legal",status="200"}',
+        'tailora_generation_tokens_total{model="legal"}',
+        'tailora_time_to_first_token_seconds_count{model="legal"}',
+        'tailora_time_to_first_token_seconds_count{model="tiny"}',
+    )
+
+    def values() -> Counter[str]:
+        return Counter({name: value for name, value in metrics(server).items() if name in counted})
+
+    before = values()
     chat(server, "legal", max_tokens=12)
-    assert (tokens_generated(server) - before[0], metrics(server)[requests] - before[1]) == (12, 1)
-    times = 'tailora_time_to_first_token_seconds_count{model="%s"}'
-    base, legal = (metrics(server).get(times % model, 0) for model in ("tiny", "legal"))
+    assert [(values() - before)[name] for name in counted[:2]] == [1, 12]
     list(chat(server, "legal", stream=True))
-    assert metrics(server)[requests] - before[1] == 2
-    assert metrics(server).get(times % "tiny", 0) == base
-    assert metrics(server)[times % "legal"] == legal + 1
+    assert [(values() - before)[name] for name in counted] == [2, 24, 2, 0]
 
 
 @pytest.mark.slow

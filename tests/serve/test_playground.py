@@ -264,18 +264,6 @@ class TestInBrowser:
             opened.fill("section[data-side='1'] input[type=range]", "0")
             ask(opened, "what is that")
             assert shown() == [told("tiny")] * 2
-            opened.click("summary")
-            opened.fill("#lora-name", "rhyme")
-            opened.fill("#lora-path", "poet")
-            opened.click("#load")
-            expect(opened.locator("#status")).to_have_text("rhyme: done")
-            opened.select_option("section[data-side='0'] select", "rhyme")
-            opened.fill("section[data-side='1'] input[type=range]", "1")
-            ask(opened, "what is that")
-            assert shown() == [told("rhyme"), told("legal")]
-            opened.click("#unload")
-            expect(opened.locator("#status")).to_have_text("rhyme: done")
-            assert [model.id for model in server.client.models.list()] == ["tiny", "legal"]
 
     def test_a_server_that_asks_for_a_key(self, browser: Browser, tmp_path: Path) -> None:
         with running(write_adapters(tmp_path), api_key="secret") as server:
