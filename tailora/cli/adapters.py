@@ -36,6 +36,7 @@ from tailora.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from tailora.core.combine import Truncation
+    from tailora.data.labels import Labels
     from tailora.model import LoRAModel
 
 RESULT = "default"  # name of the new adapter
@@ -89,16 +90,8 @@ def combine(
     report = adapted.combine(weights, RESULT, method, r=r, density=density, drop=drop, seed=seed)
     adapted.save_adapter(output_dir, RESULT)
     sources = ", ".join(f"{name} x {value:g}" for name, value in weights.items())
-    payload = {"method": method, "weights": weights}
-    return _finish(
-        f"Combined {sources} by {method}",
-        report,
-        [],
-        command_to_use(base, str(output_dir), labels),
-        output_dir,
-        {"model": base, **payload},
-        json,
-    )
+    payload = {"model": base, "method": method, "weights": weights}
+    return _finish(f"Combined {sources} by {method}", report, [], labels, output_dir, payload, json)
 
 
 def parse_weights(texts: Sequence[str], folders: Mapping[str, Path]) -> dict[str, float]:
@@ -160,11 +153,9 @@ def shrink(
     log("reading the model")
     from tailora.core.compress import check
 
-    check(
-        r, energy, loss=None if data is None else len, budget=max_loss_increase
-    )  # len stands for the loss, which needs the model
-    arguments = {"model": base, "data": data}
-    config = merge_with_run(flags, folder, "max_length", "system", "field", arguments=arguments)
+    # len stands for the loss, which needs the model
+    check(r, energy, loss=None if data is None else len, budget=max_loss_increase)
+    config = merge_with_run(flags, folder, arguments={"model": base, "data": data})
     device = device or ("cpu" if data is None else "auto")
     labels = labels_of(base, [folder])
     if labels is not None and data is not None:
@@ -195,15 +186,7 @@ def shrink(
         losses["loss_after"] = loss(adapted)
         lines = [f"loss on {data}: {losses['loss_before']:.4f} before, {losses['loss_after']:.4f} after"]
     adapted.save_adapter(output_dir, RESULT)
-    return _finish(
-        f"Shrunk {folder}",
-        report,
-        lines,
-        command_to_use(base, str(output_dir), labels),
-        output_dir,
-        {"model": base, **losses},
-        json,
-    )
+    return _finish(f"Shrunk {folder}", report, lines, labels, output_dir, {"model": base, **losses}, json)
 
 
 # ---- `tailora extract`
@@ -246,17 +229,9 @@ def extract(
     adapted, report = LoRAModel.from_difference(base, other, config, r=r, energy=energy)
     adapted.save_adapter(output_dir)
     left_over = {name: change if isfinite(change) else None for name, change in report.left_over.items()}
-    payload = {"tuned": tuned, "left_over": left_over}
+    payload = {"model": model, "tuned": tuned, "left_over": left_over}
     lines = [*poor_fit_advice(report.error), *_left_over_lines(report.left_over)]
-    return _finish(
-        f"Extracted from {tuned}",
-        report,
-        lines,
-        command_to_use(model, str(output_dir), None),
-        output_dir,
-        {"model": model, **payload},
-        json,
-    )
+    return _finish(f"Extracted from {tuned}", report, lines, None, output_dir, payload, json)
 
 
 def poor_fit_advice(error: Mapping[str, float]) -> list[str]:
@@ -290,7 +265,7 @@ def _finish(
     title: str,
     report: "Truncation",
     lines: Sequence[str],
-    command: Sequence[str],
+    labels: "Labels | None",
     folder: Path,
     payload: dict[str, Any],
     as_json: bool,
@@ -309,10 +284,7 @@ def _finish(
         middle = median(report.error.values())
         errors = f"relative error of the updates: {middle:.2%} (median), {report.worst:.2%} (largest)"
     texts = [f"{len(ranks)} layers of rank {span}{left}; {errors}", *lines]
-    print_section(
-        stdout(),
-        Section(
-            title, "", [*map(Paragraph, texts), Code(shlex.join(command), title=f"Written to {folder}; to try it:")]
-        ),
-    )
+    command = shlex.join(command_to_use(payload["model"], str(folder), labels))
+    blocks: list[Any] = [*map(Paragraph, texts), Code(command, title=f"Written to {folder}; to try it:")]
+    print_section(stdout(), Section(title, "", blocks))
     return 0

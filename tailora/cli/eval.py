@@ -163,7 +163,7 @@ def eval(
     of_classes = [name for name in named if OF_CLASS.fullmatch(name)]
     check_gates(data_gates, [*METRICS, *LABEL_METRICS, *of_classes], base=base)
     _check_output_dir(output_dir)
-    config = merge_with_run(flags, target.folder, "max_length", "system", "field", arguments={"model": target.model})
+    config = merge_with_run(flags, target.folder, arguments={"model": target.model})
 
     if nproc_per_node is not None and not is_launched_by_tailora():
         processes = count_processes(nproc_per_node, device)
@@ -225,15 +225,9 @@ def eval(
             _warn_of_training_data(target, data)
             shown = ranks is None or ranks.is_main_process
             with counter(stderr(), "rows") if shown else nullcontext(lambda *_: None) as progress:
-                arguments: Any = {
-                    "field": config.field,
-                    "system": config.system,
-                    "base": base,
-                    "log": note,
-                    "progress": progress,
-                    "ranks": ranks,
-                }
-                scores = scores.merge(score(adapted, loaded.tokenizer, data, options, **arguments))
+                reading: Any = {"field": config.field, "system": config.system, "base": base, "ranks": ranks}
+                more = score(adapted, loaded.tokenizer, data, options, log=note, progress=progress, **reading)
+            scores = scores.merge(more)
         if tasks is not None:
             harness_scores = evaluate_tasks(
                 adapted,

@@ -1,8 +1,7 @@
-"""The flags that stand for settings, such as `--learning-rate`.
+"""Turns the fields of TrainConfig into flags; to add or change a flag such as `--learning-rate`, see train/config.py.
 
-Flags of settings are not declared here: each one is a field of `TrainConfig` (train/config.py), with its help text,
-default and limits. Comparisons and searches have further fields (study/config.py). Flags of one command alone are
-parameters of its function. This file makes flags of the fields:
+No flag is declared here. The field of `TrainConfig` has the help text, the default and the limits. `compare` and
+`search` have further fields (study/config.py). Flags of a single command are parameters of its function.
 
     Flags: Any = flags_of(TrainConfig, only=["field", "max_length"])
 
@@ -50,7 +49,7 @@ Overwrite = Annotated[
     bool,
     Parameter(
         negative=(),
-        help="replace an earlier result in the place of the output; it is deleted when the new one is whole",
+        help="replace an existing result; the old one is deleted once the new one is complete",
         show_default=False,
     ),
 ]
@@ -137,19 +136,18 @@ def merge_settings(
     """
     content = read_config_file(config_file) if config_file else {}
     in_file = {name: value for name, value in content.items() if name not in ignore}
-    typed = dict(flags or {})
-    for name in (*in_file, *typed):
+    for name in (*in_file, *(flags or {})):
         if name in ALIASES:
             note(f"{name} is read as {ALIASES[name]}")
-    typed = {name: _plain(name, value) for name, value in _without_aliases(typed).items()}
-    typed |= _without_none(arguments)
     in_file = _without_aliases(in_file, f"--config {config_file}: ")
+    typed = {name: _plain(name, value) for name, value in _without_aliases(flags or {}).items()}
+    typed |= _without_none(arguments)
     command_defaults = _without_none(defaults)
     try:
         config = _checked_config({**command_defaults, **in_file, **typed})
     except ConfigError as error:
-        origin = _origin(str(error), {**command_defaults, **typed}, config_file)
-        raise ConfigError(origin + with_flags(str(error), typed)) from None
+        origin = f"--config {config_file}{' and the flags' if typed else ''}: " if in_file else ""
+        raise ConfigError(f"{origin}{error}") from None
     if config.adapter is None or "model" in config.model_fields_set:
         return config
     return config.replaced(model=base_model_name(None, [find_adapter(config.adapter)]))  # it is trained further on it
@@ -158,38 +156,23 @@ def merge_settings(
 def merge_with_run(
     flags: Mapping[str, Any] | None,
     adapter: Path | None,
-    *names: str,
     arguments: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
-    """Returns the settings with those in `names` of the run that made the adapter, unless `flags` has others.
+    """Returns settings that read data as the run that made the adapter did, unless `flags` has others.
 
     adapter: its folder; None for a model without one. Raises ConfigError.
     """
     run = {} if adapter is None else recorded_settings(adapter)
-    return merge_settings(flags, None, defaults={name: run.get(name) or None for name in names}, arguments=arguments)
+    defaults = {name: run.get(name) or None for name in ("max_length", "system", "field")}
+    return merge_settings(flags, None, defaults=defaults, arguments=arguments)
 
 
 def log_columns(flags: Mapping[str, Any] | None, config: TrainConfig) -> None:
-    """Says which columns of data are read because the run of the adapter did, and how to read the usual ones."""
+    """Prints which columns are read because the adapter's run read them, and how to read the usual ones."""
     if config.field and "field" not in (flags or {}):
         columns = ",".join(f"{ours}={theirs}" for ours, theirs in config.field.items())
         usual = ",".join(f"{ours}={ours}" for ours in config.field)
-        log(f"columns as in training: --field {columns}; if this data has the usual ones, give --field {usual}")
-
-
-def with_flags(message: str, typed: Mapping[str, Any]) -> str:
-    """Returns the message with flags in place of settings, for what was typed.
-
-    `--learning-rate fast` takes the place of `learning_rate = 'fast'`, and `--space r=four` that of `space: r=four`.
-    """
-    for name, value in typed.items():
-        if isinstance(value, str):
-            setting = rf"(?<![\w.]){name} = {re.escape(repr(value))}: "
-            flag = f"--{name.replace('_', '-')} {value}: ".replace("\\", r"\\")  # re.sub reads escapes
-            message = re.sub(setting, flag, message)
-        elif isinstance(value, dict):
-            message = re.sub(rf"(?m)^((?:  - )?){name}: ", rf"\1--{name.replace('_', '-')} ", message)
-    return message
+        log(f"columns as in training: --field {columns}; if this data has the usual ones, use --field {usual}")
 
 
 def _without_none(values: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -203,15 +186,6 @@ def _checked_config(values: dict[str, Any]) -> TrainConfig:
     config = TrainConfig(**values)
     config.lora()
     return config
-
-
-def _origin(problem: str, without_file: dict[str, Any], config_file: Path | None) -> str:
-    """Returns the file's name, as a prefix of the message, if the problem comes from the file."""
-    try:
-        _checked_config(without_file)
-    except ConfigError as error:
-        return "" if str(error) == problem else f"--config {config_file} and the flags: "
-    return f"--config {config_file}: "
 
 
 def parse_settings(text: str) -> dict[str, Any]:
@@ -268,7 +242,7 @@ def _without_aliases(values: Mapping[str, Any], where: str = "") -> dict[str, An
     for name in values:
         spellings.setdefault(ALIASES.get(name, name), []).append(name)
     problems = [
-        f"{' and '.join(names)} are the same setting: give one" for names in spellings.values() if len(names) > 1
+        f"{' and '.join(names)} are the same setting: use one" for names in spellings.values() if len(names) > 1
     ]
     if problems:
         raise ConfigError(where + listing(problems))

@@ -79,7 +79,7 @@ def inspect(
     from tailora.study.inspect import InspectOptions
     from tailora.study.inspect import inspect as run
 
-    settings = merge_with_run(flags, folder, "max_length", "system", "field", arguments={"data": data})
+    settings = merge_with_run(flags, folder, arguments={"data": data})
     if data is not None:
         log_columns(flags, settings)
     options = InspectOptions(

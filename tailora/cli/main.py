@@ -11,7 +11,6 @@ Of several processes of one run, rank 0 alone prints notes, and one prints the m
 import io
 import json
 import os
-import re
 import shlex
 import sys
 import traceback
@@ -19,33 +18,22 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
-from cyclopts import (
-    App,
-    CoercionError,
-    CycloptsError,
-    MissingArgumentError,
-    UnknownOptionError,
-    UnusedCliTokensError,
-    ValidationError,
-)
+from cyclopts import App, CycloptsError, UnknownOptionError, UnusedCliTokensError
 from cyclopts.help import DefaultFormatter
 from cyclopts.help.specs import DescriptionColumn, NameColumn, NameRenderer
-from cyclopts.utils import is_option_like
 from rich.console import Console
 
 from tailora import __version__
+from tailora.core.config import our_name
 from tailora.errors import (
     INTERRUPTED,
     MemoryLimitError,
     ProcessFailedError,
     TailoraError,
     TailoraWarning,
-    TargetError,
     is_out_of_memory,
-    listing,
-    nearest,
 )
 from tailora.quiet import TORCHAO_LOGGERS, quiet_loggers
 from tailora.train import failures, launch
@@ -70,10 +58,7 @@ COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "pull": ("hub", "Fetch an adapter from the Hugging Face Hub into a folder."),
     "serve": ("serve", "Serve a model and any number of adapters over OpenAI's API."),
     "playground": ("serve", "Compare two models of a server side by side, in the browser."),
-    "verify": (
-        "verify",
-        "Verify that a server really uses an adapter, and as it was trained.",
-    ),
+    "verify": ("verify", "Verify that a server really uses an adapter, and as it was trained."),
     "data": ("data", "Show what training would learn from a file."),
     "doctor": ("doctor", "Show what this machine can do."),
 }
@@ -93,9 +78,6 @@ PROGRAMS = ("tailora ", "torchrun ", "accelerate ", "python ")  # with which a c
 GATE_NOT_MET = 4  # exit code
 ARGUMENTS: ContextVar[list[str]] = ContextVar("arguments")  # of the command line that `main` runs
 MAX_LINES = 21  # of a message; --json prints all of it
-NUMBERS: dict[Any, str] = {int: "a valid integer", float: "a valid number"}  # type -> pydantic's words for it
-ALSO_CALLED = dict.fromkeys(("llama.cpp", "llama-cpp", "llamacpp"), "llama-server")  # too far from it for `nearest`
-COMPARISONS = {">=": "greater than or equal to", "<=": "less than or equal to", ">": "greater than", "<": "less than"}
 BUG = "This is a bug in tailora: please report it with the lines below."
 MEMORY_ADVICE = "what helps: a smaller --model, a smaller --max-length or --max-new-tokens, closing other programs"
 
@@ -111,7 +93,7 @@ def main(argv: Sequence[str] | None = None, *, interrupted: Callable[[], bool] =
             os.environ.setdefault(name, value)
     escape_unprintable_text()
     tokens = list(sys.argv[1:] if argv is None else argv)
-    if tokens[:1] == ["--"]:  # torchrun passes it on; without it, it would take --r for a flag of its own
+    if tokens[:1] == ["--"]:  # torchrun forwards it; without it, torchrun would read --r itself
         tokens = tokens[1:]
     ARGUMENTS.set(tokens)
     as_json = "--json" in tokens
@@ -215,69 +197,19 @@ def _another_rank_shows(error: BaseException) -> bool:
 
 
 def message_of(error: BaseException) -> str:
-    """Returns the message, in our words where the command line itself is wrong; other tools' flags get our names."""
-    if isinstance(error, UnknownOptionError) and error.token.keyword:
-        return listing([_unknown_option(error, flag) for flag in _unknown_flags(error)])
-    if isinstance(error, MissingArgumentError) and error.argument and error.command_chain and not error.keyword:
-        command, argument = " ".join(error.command_chain), error.argument
-        name = argument.name if argument.field_info.is_keyword else argument.name.upper()
-        return f"{command} needs {name}: {argument.parameter.help}. `tailora {command} --help` lists all arguments"
-    if isinstance(error, UnusedCliTokensError) and error.unused_tokens and error.command_chain:
-        command, unused = error.command_chain[0], shlex.join(error.unused_tokens)
-        hint = f". For data, write --data {unused}" if command in TAKE_DATA else ""
-        return f"{command} takes no argument {unused}{hint}. `tailora {command} --help` lists all arguments"
-    if isinstance(error, CoercionError | ValidationError):
-        return _wrong_value(error)
-    if isinstance(error, TargetError):
-        return _with_flags(str(error))
-    return str(error)
-
-
-def _wrong_value(error: CoercionError | ValidationError) -> str:
-    """Returns `--flag VALUE: what is needed`, as pydantic's messages on settings are shown."""
-    tokens = error.argument.tokens if error.argument else []
-    token = error.token if isinstance(error, CoercionError) else next(iter(tokens), None)
-    if token is None or token.keyword is None:
+    """Returns the message. For a mistake in the command line, it ends with the command that lists all flags."""
+    if not isinstance(error, CycloptsError):
         return str(error)
-    start = f"{token.keyword} {token.value}: "
-    if isinstance(error, ValidationError):
-        needed = error.exception_message.removesuffix(".").removeprefix(start)
-        for symbol, words in COMPARISONS.items():
-            needed = needed.replace(f"Must be {symbol} ", f"input should be {words} ")
-        return start + needed
-    if get_origin(error.target_type) is Literal:
-        known = list(map(str, get_args(error.target_type)))
-        meant = ALSO_CALLED.get(token.value)
-        hint = f"; did you mean {meant}?" if meant in known else nearest(token.value, known)
-        return f"{start}give one of {', '.join(known)}{hint}"
-    needed = NUMBERS.get(error.target_type, "") if error.target_type else ""
-    return f"{start}input should be {needed}" if needed else str(error)
-
-
-def _with_flags(message: str) -> str:
-    """Returns the message with `--target-modules x` in place of `target_modules: 'x'`, if that flag was typed."""
-    for flag in (token.partition("=")[0] for token in ARGUMENTS.get([]) if is_option_like(token)):
-        name = flag.lstrip("-").replace("-", "_")
-        message = re.sub(rf"(?m)^((?:  - )?){re.escape(name)}: '([^']*)' ", rf"\1{flag} \2: it ", message)
-    return message
-
-
-def _unknown_flags(error: UnknownOptionError) -> list[str]:
-    """Returns all flags of the line that the command does not have; cyclopts reports the first."""
-    line = list(error.root_input_tokens or ())
-    unused = app().parse_known_args(line)[2]
-    flags = [token.partition("=")[0] for token in unused if is_option_like(token)]
-    return list(dict.fromkeys(flags)) or [str(error.token.keyword)]
-
-
-def _unknown_option(error: UnknownOptionError, flag: str) -> str:
-    from tailora.core.config import our_name
-
-    known = {name.lstrip("-").replace("-", "_") for item in error.argument_collection for name in item.names}
-    if ours := our_name(flag.lstrip("-").replace("-", "_"), known, is_flag=True):
-        return f"Unknown option: {flag}. {ours[:1].upper()}{ours[1:]}."
-    error.token = error.token.evolve(keyword=flag)
-    return str(error)
+    message, command = str(error).removesuffix("."), " ".join(error.command_chain or ())
+    if isinstance(error, UnknownOptionError) and error.token.keyword:
+        known = {name.lstrip("-").replace("-", "_") for item in error.argument_collection for name in item.names}
+        if ours := our_name(error.token.keyword.lstrip("-").replace("-", "_"), known, is_flag=True):
+            message = f"Unknown option: {error.token.keyword}. {ours[:1].upper()}{ours[1:]}"
+    elif isinstance(error, UnusedCliTokensError) and error.unused_tokens:
+        unused = shlex.join(error.unused_tokens)
+        hint = f". For data, write --data {unused}" if command in TAKE_DATA else ""
+        message = f"{command} takes no argument {unused}{hint}"
+    return f"{message}. `tailora {command} --help` lists all flags" if command else str(error)
 
 
 def exit_code(error: BaseException) -> int:

@@ -63,21 +63,7 @@ Quantize = Annotated[
 ]
 DEVICE_HELP = TrainConfig.model_fields["device"].description
 DEVICE_NAME = re.compile(r"[a-z_]+(:\d+)?")  # auto, cpu, cuda:1; torch knows which are here
-
-
-def check_device_name(name: str) -> None:
-    """Raises ConfigError if no device can have this name. Needs no torch."""
-    if DEVICE_NAME.fullmatch(name) is None:
-        names = "auto, cpu, cuda, cuda:1, mps or xpu"
-        raise ConfigError(f"--device {name}: give {names}; `tailora plan` alone takes the name of a card")
-
-
-def _validate_device(_: Any, name: str | None) -> None:
-    if name is not None:
-        check_device_name(name)
-
-
-DEVICE_PARAMETER = Parameter(name="--device", help=DEVICE_HELP, validator=_validate_device)
+DEVICE_PARAMETER = Parameter(name="--device", help=DEVICE_HELP)
 Device = Annotated[str, DEVICE_PARAMETER]
 MaxNewTokens = Annotated[PositiveInt, Parameter(help="longest answer, in tokens")]
 Temperature = Annotated[NonNegativeFloat, Parameter(help="sampling temperature; 0: always the likeliest token")]
@@ -226,14 +212,9 @@ def check_sources(
     model: str | None = None,
     data: Iterable[str | None] = (),
     adapter: str | None = None,
-    device: str | None = None,
 ) -> None:
-    """Raises ConfigError, DataError or FetchError with all of these that do not exist. Needs no torch.
-
-    device: its name alone is checked.
-    """
-    checks: list[tuple[Callable[[str], object], str | None]] = [(check_device_name, device)]
-    checks += [(check_model_exists, model), (find_adapter, adapter)]
+    """Raises ConfigError, DataError or FetchError with all of these that do not exist. Needs no torch."""
+    checks: list[tuple[Callable[[str], object], str | None]] = [(check_model_exists, model), (find_adapter, adapter)]
     checks += [(check_data_exists, source) for source in data]
     errors: list[TailoraError] = []
     for check, source in dict.fromkeys(checks):
@@ -249,13 +230,13 @@ def check_sources(
 
 
 def check_sources_of_run(config: TrainConfig, *more_data: str | None) -> None:
-    """Does what `check_sources` does, for the settings of a run.
+    """Calls `check_sources` for the settings of a run.
 
-    In a run of several processes, one that ended here would leave the others waiting: there the trainer alone checks.
+    Of several processes, one that ended here would leave the others waiting, so only the trainer checks.
     """
     if world_size() == 1:
         data = (*source_names(config.data), config.eval_data, *more_data)
-        check_sources(model=config.model, data=data, adapter=config.adapter, device=config.device)
+        check_sources(model=config.model, data=data, adapter=config.adapter)
 
 
 # ---- Loading

@@ -12,8 +12,8 @@ from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
 from tailora.cli.chat import check_answers_file, explained_memory_errors, partial_answers
-from tailora.cli.eval import find_target
-from tailora.cli.flags import Json, Overwrite, flags_of, log_columns, merge_with_run
+from tailora.cli.eval import Adapter, Flags, find_target
+from tailora.cli.flags import Json, Overwrite, log_columns, merge_with_run
 from tailora.cli.main import log, print_json, stderr
 from tailora.cli.models import (
     BaseModel,
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from tailora.data.chat_template import ChatTokenizer
     from tailora.data.labels import Labels
 
-Flags: Any = flags_of(TrainConfig, only=["field", "system", "max_length", "dtype"])
-Adapter = Annotated[str | None, Parameter(help="folder of an adapter, or of the run that made it")]
 Data = Annotated[str, Parameter(help="rows: JSONL, JSON, CSV, Parquet, folder or Hub id; their labels are not read")]
 Output = Annotated[Path | None, Parameter(help="JSONL file for rows and predictions, instead of stdout")]
 Limit = Annotated[PositiveInt | None, Parameter(help="predict only the first N rows")]
@@ -70,7 +68,7 @@ def predict(
     if output is not None:
         check_answers_file(output, overwrite=overwrite)
     target = find_target(adapter, model)
-    config = merge_with_run(flags, target.folder, "max_length", "system", "field", arguments={"model": target.model})
+    config = merge_with_run(flags, target.folder, arguments={"model": target.model})
     log_columns(flags, config)
     rows = read_all(resolve_demo(data, "eval_data"), limit)
     log("reading the model")

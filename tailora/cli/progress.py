@@ -34,41 +34,47 @@ def counter(console: Console, unit: str) -> Iterator[Callable[[int, int], None]]
             task = bar.add_task("", total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
         return
-    last = monotonic()
+    line = TimedLine(console)
+    yield lambda done, total: line.show(f"{done:,} of {total:,} {unit}")
 
-    def show_line(done: int, total: int) -> None:
-        nonlocal last
-        if monotonic() - last >= SECONDS_BETWEEN_LINES:
-            last = monotonic()
-            console.print(f"{done:,} of {total:,} {unit}", soft_wrap=True)
 
-    yield show_line
+class TimedLine:
+    """Prints a line if the last one was some seconds ago. The first one is due at once if `is_due`."""
+
+    def __init__(self, console: Console, *, is_due: bool = False) -> None:
+        self.console = console
+        self.last = -SECONDS_BETWEEN_LINES if is_due else monotonic()
+
+    def show(self, text: str, *, always: bool = False) -> None:
+        if always or monotonic() - self.last >= SECONDS_BETWEEN_LINES:
+            self.last = monotonic()
+            self.console.print(text, soft_wrap=True)
 
 
 class StepCounter:
-    """Shows step, steps and loss of the trial of each worker on one line of a terminal."""
+    """Shows step, steps and loss of each worker's trial on one line of a terminal."""
 
     def __init__(self, console: Console, workers: int = 1) -> None:
         self._console, self._several = console, workers > 1
-        self._states: dict[int, str] = {}  # of each worker under way
+        self._states: dict[int, str] = {}  # of each running worker
 
     def step(self, step: int, steps: int, loss: float, *, worker: int) -> None:
         self._states[worker] = f"step {step}/{steps}  loss {loss:.3f}"
         self._show()
 
     def end(self, *, worker: int) -> None:
-        """Takes the worker off the line: its trial has ended, or has failed."""
+        """Removes a worker whose trial has finished or failed."""
         self._states.pop(worker, None)
         self._show()
 
     def _show(self) -> None:
         parts = [f"{number}: {state}" if self._several else state for number, state in sorted(self._states.items())]
-        line = "   ".join(parts)[: self._console.width - 3]  # a longer one would break, and stay
+        line = "   ".join(parts)[: self._console.width - 3]  # a longer one would wrap, and stay
         self._console.print(f"  {line}", end="\x1b[K\r", style="dim")
 
 
 def step_counter(console: Console, workers: int = 1) -> StepCounter | None:
-    """Returns what shows the steps of a study's trials on a terminal; None elsewhere."""
+    """Returns a counter for a study's trials on a terminal; None elsewhere."""
     return StepCounter(console, workers) if on_terminal(console) else None
 
 
@@ -93,15 +99,8 @@ def download_progress(console: Console) -> Iterator[Callable[[str, int, int], No
             if bar.live.is_started:
                 bar.stop()
         return
-    last = -SECONDS_BETWEEN_LINES
-
-    def show_line(what: str, done: int, total: int) -> None:
-        nonlocal last
-        if monotonic() - last >= SECONDS_BETWEEN_LINES:
-            last = monotonic()
-            console.print(f"{what}: {done / 1e6:.1f} of {total / 1e6:.1f} MB, {done / total:.0%}", soft_wrap=True)
-
-    yield show_line
+    line = TimedLine(console, is_due=True)
+    yield lambda what, done, total: line.show(f"{what}: {done / 1e6:.1f} of {total / 1e6:.1f} MB, {done / total:.0%}")
 
 
 # ---- A training run
@@ -128,37 +127,33 @@ def run_progress(console: Console) -> Iterator["Listener"]:
             match event:
                 case Stepped():
                     text, done, total = f"step {event.step}/{event.max_steps}", event.step, event.max_steps
-                    bar.update(task, description=text, completed=done, total=total, figures=figures(event))
+                    right = figures(event)
                 case EvaluationProgress():
                     text, done, total = event.what, event.done, event.total
-                    bar.update(task, description=text, completed=done, total=total, figures=f"{done:,}/{total:,}")
+                    right = f"{done:,}/{total:,}"
                 case _:
                     _print(bar.console, event)
+                    return
+            bar.update(task, description=text, completed=done, total=total, figures=right)
 
         yield listen
 
 
 def _line_listener(console: Console) -> "Listener":
-    last = monotonic()
+    line = TimedLine(console)
 
     def listen(event: "Event") -> None:
         from tailora.train.events import EvaluationProgress, Stepped
 
-        nonlocal last
-        is_due = monotonic() - last >= SECONDS_BETWEEN_LINES
         match event:
             case Stepped():
-                is_due |= event.step in (1, event.max_steps)
                 text = f"step {event.step}/{event.max_steps}  {figures(event)}"
+                line.show(text, always=event.step in (1, event.max_steps))
             case EvaluationProgress():
-                is_due &= event.done < event.total
-                text = f"{event.done:,} of {event.total:,} {event.what}"
+                if event.done < event.total:
+                    line.show(f"{event.done:,} of {event.total:,} {event.what}")
             case _:
                 _print(console, event)
-                return
-        if is_due:
-            last = monotonic()
-            console.print(text, soft_wrap=True)
 
     return listen
 

@@ -5,7 +5,7 @@ import os
 import socket
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, Port, PositiveFloat, PositiveInt
@@ -15,7 +15,6 @@ from tailora.cli.models import Adapters, Device, Model, Quantize, base_model_nam
 from tailora.errors import ConfigError, nearest_path, require_packages
 from tailora.formats.run_folder import ADAPTER_CONFIG, adapter_folder
 
-ENGINES = ("auto", "continuous", "padded")
 API_KEY, ADMIN_KEY = "TAILORA_API_KEY", "TAILORA_ADMIN_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 SHORTEST_DEFAULT = 131_072  # positions of a model that does not say how many it has
@@ -33,12 +32,16 @@ def serve(
     host: Annotated[str, Parameter(help="address to listen at; 0.0.0.0 for all networks")] = "127.0.0.1",
     port: Annotated[Port, Parameter(help="port to listen at")] = 8000,
     name: Annotated[str | None, Parameter(help="what clients call the base; default: the name of --model")] = None,
-    engine: Annotated[str, Parameter(help=f"{', '.join(ENGINES)}: continuous batching, or padded batches")] = "auto",
+    engine: Annotated[
+        Literal["auto", "continuous", "padded"], Parameter(help="continuous batching, or padded batches")
+    ] = "auto",
     max_requests: Annotated[PositiveInt, Parameter(help="answers that are computed at once; others wait")] = 32,
     max_queue: Annotated[PositiveInt, Parameter(help="answers that run or wait; more are refused with 429")] = 256,
     max_tokens: Annotated[PositiveInt | None, Parameter(help="longest answer that a client may ask for")] = None,
     adapter_memory: Annotated[PositiveFloat | None, Parameter(help="GB for adapters; default: no limit")] = None,
-    drain_seconds: Annotated[NonNegativeFloat, Parameter(help="that a stopping server gives its requests")] = 30.0,
+    drain_seconds: Annotated[
+        NonNegativeFloat, Parameter(help="seconds that running requests get to finish at shutdown")
+    ] = 30.0,
     quantize: Quantize = None,
     device: Device = "auto",
 ) -> int:
@@ -49,8 +52,6 @@ def serve(
     clients must send; the second one is for loading and unloading adapters.
     """
     require_packages("fastapi", "uvicorn", "prometheus_client", "httpx", extra="serve")
-    if engine not in ENGINES:
-        raise ConfigError(f"--engine {engine}; there are: {', '.join(ENGINES)}")
     api_key, admin_key = key_from(API_KEY), key_from(ADMIN_KEY)
     folders = parse_adapters(adapter or [])
     in_folder = {} if adapters is None else adapters_in(adapters)
@@ -86,7 +87,7 @@ def serve(
         running = make_engine(
             AdapterSet(loaded.model, {}),
             stop_ids(loaded.model, loaded.tokenizer),
-            engine,  # type: ignore[arg-type]
+            engine,
             max_positions=positions,
             max_requests=max_requests,
             note=note,
@@ -102,9 +103,7 @@ def serve(
                 max_queue=max_queue,
                 max_tokens=max_tokens,
                 drain_seconds=drain_seconds,
-                allowed_hosts=LOCAL_HOSTS
-                if host in LOCAL
-                else ("*",),  # no page of another site, under a name of its own
+                allowed_hosts=LOCAL_HOSTS if host in LOCAL else ("*",),  # other sites must not reach a local server
                 api_key=api_key,
                 admin_key=admin_key,
             )
@@ -114,9 +113,8 @@ def serve(
             config = uvicorn.Config(
                 app, host, port, log_level="warning", timeout_graceful_shutdown=max(1, int(drain_seconds))
             )
-            what = (
-                "continuous batching" if isinstance(running, ContinuousEngine) else "padded batches, one after another"
-            )
+            is_continuous = isinstance(running, ContinuousEngine)
+            what = "continuous batching" if is_continuous else "padded batches, one after another"
             log(f"engine: {what}; {max_requests} answers at once, {running.max_positions:,} tokens each")
             log(f"models: {', '.join([registry.base_name, *folders])}")
             log(f"listening at http://{host}:{listener.getsockname()[1]}; the page is at /; stop it with Ctrl-C")

@@ -2,10 +2,10 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -18,7 +18,6 @@ from tailora.cli.flags import (
     merge_settings,
     parse_pairs,
     parse_settings,
-    with_flags,
 )
 from tailora.cli.main import log, print_json, print_text, stderr, stdout
 from tailora.cli.models import check_sources_of_run, fetch_demo
@@ -43,8 +42,6 @@ LEFT_OUT = {
     "streaming",
     "method",
 } | STEP_CHOICE
-
-Schema = TypeVar("Schema", bound=StrictModel)
 
 # ---- `tailora compare`
 
@@ -87,7 +84,7 @@ def compare(
             raise ConfigError("two arms have the same name")
         in_file["arms"] = {**arms, **({FULL: {"method": FULL}} if full else {})}
     train = merge_settings(flags, config, defaults=COMPARE_DEFAULTS, ignore=CompareConfig.model_fields)
-    comparison = study_config(CompareConfig, in_file, study or {})
+    comparison = CompareConfig(**{**in_file, **(study or {})})
     check_sources_of_run(train, comparison.forgetting_data)
     log("reading model and data")
     from tailora.report.pages.compare import compare_page
@@ -131,7 +128,7 @@ def search(
     in_file, typed = study_settings(config, SearchConfig), dict(study or {})
     if "space" in typed:
         typed["space"] = {**in_file.get("space", {}), **parse_pairs("--space", typed["space"])}
-    search_config = study_config(SearchConfig, in_file, typed)
+    search_config = SearchConfig(**{**in_file, **typed})
     defaults = LR_ONLY_DEFAULTS if search_config.lr_only else SEARCH_DEFAULTS
     train = merge_settings(flags, config, defaults=defaults, ignore=SearchConfig.model_fields)
     check_sources_of_run(train)
@@ -154,14 +151,6 @@ def study_settings(config_file: Path | None, schema: type[StrictModel]) -> dict[
     """Returns the settings in the file that belong to the study itself, not to its training runs."""
     content = read_config_file(config_file) if config_file else {}
     return {name: value for name, value in content.items() if name in schema.model_fields}
-
-
-def study_config(schema: type[Schema], in_file: Mapping[str, Any], typed: Mapping[str, Any]) -> Schema:
-    """Returns the settings of the study itself. Raises ConfigError, which names the flag that was typed."""
-    try:
-        return schema(**{**in_file, **typed})
-    except ConfigError as error:
-        raise ConfigError(with_flags(str(error), typed)) from None
 
 
 def run_study(

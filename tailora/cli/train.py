@@ -89,12 +89,22 @@ def demo(
 
 
 def demo_folder(checkpoint: str | None) -> Path:
-    """Returns the folder of a demo without --output-dir: that of its checkpoint, or a new one, which is created.
+    """Returns the folder of a demo without --output-dir: its checkpoint's, or a new one, which is created.
 
-    Raises ConfigError if there are several processes, each of which would create a folder.
+    "latest" is the newest checkpoint of all demos. Raises CheckpointError if there is none, ConfigError if there are
+    several processes, each of which would create a folder.
     """
+    if checkpoint == "latest":
+        folders = (FOLDER, *FOLDER.parent.glob(f"{FOLDER.name}-*"))
+        newest = [checkpoints_in(folder)[-1] for folder in folders if folder.is_dir() and checkpoints_in(folder)]
+        if not newest:
+            raise CheckpointError(
+                f"--resume-from-checkpoint latest: no {FOLDER}, {FOLDER}-2, ... contains a checkpoint; give the folder "
+                "of a checkpoint, or start without it and with --save-steps"
+            )
+        return max(newest, key=lambda path: path.stat().st_mtime).parent
     if checkpoint is not None:
-        return latest_demo_folder(FOLDER) if checkpoint == "latest" else Path(checkpoint).parent
+        return Path(checkpoint).parent
     if world_size() > 1:
         raise ConfigError("several processes must write to one folder: give --output-dir")
     number, folder = 1, FOLDER
@@ -105,18 +115,6 @@ def demo_folder(checkpoint: str | None) -> Path:
         except FileExistsError:  # the folder of an earlier demo, or of one that starts at the same time
             number += 1
             folder = FOLDER.with_name(f"{FOLDER.name}-{number}")
-
-
-def latest_demo_folder(folder: Path) -> Path:
-    """Returns the one of `folder`, folder-2, ... with the newest checkpoint. Raises CheckpointError if none has one."""
-    folders = [path for path in (folder, *folder.parent.glob(f"{folder.name}-*")) if path.is_dir()]
-    with_checkpoint = [(checkpoints_in(path)[-1].stat().st_mtime, path) for path in folders if checkpoints_in(path)]
-    if not with_checkpoint:
-        raise CheckpointError(
-            f"--resume-from-checkpoint latest: no {folder}, {folder}-2, ... holds a checkpoint; "
-            "give the folder of a checkpoint, or start without it and with --save-steps"
-        )
-    return max(with_checkpoint)[1]
 
 
 # ---- What a finished run prints: its page, its files, and what to do next
@@ -256,26 +254,18 @@ def fit(
     return 0
 
 
-def sample_answers(
-    result: "TrainResult", count: int, questions: Sequence[str] | None, **options: Any
-) -> list["Answer"]:
+def answer_samples(result: "TrainResult", count: int, questions: Sequence[str] | None) -> list["Answer"]:
     """Returns answers of the base and the tuned model to the first `count` questions, by default held-out prompts."""
     from tailora.evaluation.generate import compare_answers
+    from tailora.train.memory import explain_out_of_memory
 
     if result.data and result.data.report.task in TASK_TYPES:  # it predicts labels
         return []
-    held_out = result.data.eval_samples if result.data else []
-    return compare_answers(result.model, result.tokenizer, (questions or held_out)[:count], **options)
-
-
-def answer_samples(result: "TrainResult", count: int, questions: Sequence[str] | None) -> list["Answer"]:
-    """Returns what `sample_answers` does, and shows its progress in the first of several processes."""
-    from tailora.train.memory import explain_out_of_memory
-
+    prompts = (questions or (result.data.eval_samples if result.data else []))[:count]
     advice = f"the adapter is complete, in {result.output_dir}; --samples 0 compares no answers"
     console = stderr() if is_rank_0() else Console(quiet=True)
     with explain_out_of_memory("comparing answers", lambda: advice), counter(console, "answers") as progress:
-        return sample_answers(result, count, questions, progress=progress)
+        return compare_answers(result.model, result.tokenizer, prompts, progress=progress)
 
 
 def kl_of_preferences(result: "TrainResult", config: TrainConfig) -> float | None:

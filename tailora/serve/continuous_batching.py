@@ -55,7 +55,7 @@ def attention_by_request(
 ) -> tuple[Tensor, None]:
     """Returns the attention of each request's tokens to its own keys, (1, tokens, heads, d).
 
-    transformers' function for "sdpa" lets all requests see all keys, and masks those of others.
+    transformers' "sdpa" computes every request against the keys of all requests, and masks the irrelevant ones.
     query: (1, heads, tokens, d).    key, value: (1, key heads, keys, d).
     cu_seq_lens_q, cu_seq_lens_k: where the tokens and keys of each request begin, and where the last ones end.
     """

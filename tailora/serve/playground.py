@@ -1,6 +1,6 @@
-"""The page on which people compare two models side by side, and a small server of it for any OpenAI-compatible server.
+"""The page for comparing two models side by side, and a small server of it for any OpenAI-compatible server.
 
-`add_page` serves it at `/` of our own server. For another one, `playground_app` passes the page's requests on: a
+`add_page` serves it at `/` of our own server. For other servers, `playground_app` forwards the page's requests: a
 browser would refuse them, since few servers allow other origins.
 """
 
@@ -21,7 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 
 from tailora.errors import ConfigError
 
-PASSED_ON = {  # what the page asks for
+PASSED_ON = {  # the requests of the page
     "GET": ("/v1/models",),
     "POST": ("/v1/chat/completions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
 }
@@ -70,9 +70,9 @@ def add_page(app: FastAPI) -> None:
 
 
 def playground_app(url: str) -> FastAPI:
-    """Returns an app with the page, which passes its requests on to the server at `url`, with or without "/v1".
+    """Returns an app with the page, which forwards its requests to the server at `url`, with or without "/v1".
 
-    Keys are those that the user types into the page. Raises ConfigError for what is no address of a server.
+    The user types keys into the page. Raises ConfigError if `url` is not the address of a server.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -87,7 +87,9 @@ def playground_app(url: str) -> FastAPI:
             yield
 
     app = FastAPI(lifespan=client_of_app, openapi_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_HOSTS])  # no other site by a name of its own
+    app.add_middleware(
+        TrustedHostMiddleware, allowed_hosts=[*LOCAL_HOSTS]
+    )  # other sites must not reach it under their own names
     add_page(app)
     for method, paths in PASSED_ON.items():
         for path in paths:

@@ -130,7 +130,7 @@ class AdapterRegistry:
     """
 
     # _changes is held by the thread that reads files or changes the AdapterSet. _lock is held for moments, also by
-    # threads that must not wait: nobody waits for the engine or for files while holding it.
+    # threads that must not wait, so no thread waits for the engine or for files while holding it.
 
     def __init__(
         self,

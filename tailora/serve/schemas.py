@@ -1,4 +1,4 @@
-"""The bodies of OpenAI's API that the server reads and writes, and those of vLLM's calls that load adapters.
+"""The requests and responses of OpenAI's API, and the requests of vLLM's API for loading adapters.
 
 An unsupported field that would change the answer only accepts its neutral value (`only`). Fields without effect here,
 such as `user`, are accepted and ignored. Unknown fields are refused, so misspellings are not silently ignored.

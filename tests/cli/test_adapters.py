@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import call, check_refused, save_random_adapter
 from tiny import chat_model
 from transformers import LlamaForCausalLM
 
-from tailora import LoRAConfig, LoRAModel
+from tailora import LoRAModel
 from tailora.cli.adapters import poor_fit_advice
-from tailora.cli.main import main
 
 IDS = torch.arange(20).view(2, 10)
 
@@ -25,13 +25,9 @@ def base(folder: Path) -> LlamaForCausalLM:
 def made(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the adapters `one` (rank 4) and `two` (rank 2, other targets)."""
     folder = tmp_path_factory.mktemp("adapters")
-    configs = {"one": LoRAConfig(r=4), "two": LoRAConfig(r=2, target_modules=["q_proj", "up_proj"])}
-    for seed, (name, config) in enumerate(configs.items()):
-        torch.manual_seed(seed)
-        model = LoRAModel(base(tiny_model), config, adapter_name=name)
-        for parameter in model.lora_layers.parameters():
-            torch.nn.init.normal_(parameter, std=0.05)
-        model.save_adapter(folder, name)
+    configs: dict[str, dict[str, Any]] = {"one": {}, "two": {"r": 2, "target_modules": ["q_proj", "up_proj"]}}
+    for seed, (name, settings) in enumerate(configs.items()):
+        save_random_adapter(folder / name, tiny_model, seed=seed, **settings)
     return folder
 
 
@@ -46,17 +42,10 @@ def logits(tiny_model: Path, folder: Path) -> torch.Tensor:
     return found
 
 
-def run(capsys: pytest.CaptureFixture[str], *tokens: object) -> tuple[int, str, str]:
-    code = main([str(token) for token in tokens])
-    return code, *capsys.readouterr()
-
-
-def test_combining_gives_the_adapter_that_python_gives(
-    tiny_model: Path, adapters: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_combining_gives_the_adapter_that_python_gives(tiny_model: Path, adapters: Path) -> None:
     out = adapters / "mix"
     sources = ["--adapter", adapters / "one", "--adapter", f"b={adapters / 'two'}", "--weight", "one=.7,b=-.3"]
-    code, said, _ = run(capsys, "combine", *sources, "--output-dir", out)  # the base is the one that they name
+    code, said, _ = call("combine", *sources, "--output-dir", out)  # the base is the one that they name
     assert code == 0
     assert "Combined one x 0.7, b x -0.3 by cat\n14 layers of rank 4 to 6; nothing is lost\n" in said
     assert f"tailora chat --model {tiny_model} --adapter {out}" in said
@@ -66,9 +55,7 @@ def test_combining_gives_the_adapter_that_python_gives(
     model.set_adapter("mix")
     torch.testing.assert_close(logits(tiny_model, out), model(IDS).logits, rtol=1e-5, atol=1e-5)
 
-    code, said, _ = run(
-        capsys, "combine", *sources, "--method", "svd", "--r", 2, "--output-dir", adapters / "small", "--json"
-    )
+    code, said, _ = call("combine", *sources, "--method", "svd", "--r", 2, "--output-dir", adapters / "small", "--json")
     assert code == 0
     found = json.loads(said)
     assert {each["rank"] for each in found["layers"].values()} == {2}
@@ -76,18 +63,18 @@ def test_combining_gives_the_adapter_that_python_gives(
     assert found["weights"] == {"one": 0.7, "b": -0.3}
 
 
-def test_shrinking_by_rank_and_by_energy(tiny_model: Path, adapters: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, said, _ = run(capsys, "shrink", "--adapter", adapters / "one", "--r", 2, "--output-dir", adapters / "a")
+def test_shrinking_by_rank_and_by_energy(tiny_model: Path, adapters: Path) -> None:
+    code, said, _ = call("shrink", "--adapter", adapters / "one", "--r", 2, "--output-dir", adapters / "a")
     assert code == 0
     assert "14 layers of rank 2; relative error of the updates: " in said
     again = ["shrink", "--adapter", adapters / "one", "--r", 1, "--output-dir", adapters / "a", "--overwrite"]
-    code, said, _ = run(capsys, *again)
+    code, said, _ = call(*again)
     assert code == 0
     assert "14 layers of rank 1;" in said
-    code, _, told = run(capsys, *again[:-2], adapters / "one", "--overwrite")
+    code, _, told = call(*again[:-2], adapters / "one", "--overwrite")
     assert code == 2
     assert "holds what this command reads" in told
-    code, _, _ = run(capsys, "shrink", "--adapter", adapters / "one", "--energy", 1, "--output-dir", adapters / "b")
+    code, _, _ = call("shrink", "--adapter", adapters / "one", "--energy", 1, "--output-dir", adapters / "b")
     assert code == 0
     torch.testing.assert_close(
         logits(tiny_model, adapters / "b"), logits(tiny_model, adapters / "one"), rtol=1e-5, atol=1e-5
@@ -95,10 +82,10 @@ def test_shrinking_by_rank_and_by_energy(tiny_model: Path, adapters: Path, capsy
 
 
 @pytest.mark.slow
-def test_shrinking_within_a_loss_budget(adapters: Path, chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shrinking_within_a_loss_budget(adapters: Path, chats: Path) -> None:
     out = adapters / "small"
     budget = ["--max-loss-increase", 0.01, "--data", chats]
-    code, said, told = run(capsys, "shrink", "--adapter", adapters / "one", *budget, "--output-dir", out, "--json")
+    code, said, told = call("shrink", "--adapter", adapters / "one", *budget, "--output-dir", out, "--json")
     assert code == 0
     found = json.loads(said)
     assert found["loss_after"] <= found["loss_before"] + 0.01
@@ -110,9 +97,7 @@ def test_shrinking_within_a_loss_budget(adapters: Path, chats: Path, capsys: pyt
 
 
 @pytest.mark.slow
-def test_shrinking_reads_data_with_the_columns_of_the_run(
-    adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_shrinking_reads_data_with_the_columns_of_the_call(adapters: Path, tmp_path: Path) -> None:
     shutil.copytree(adapters / "one", tmp_path / "run" / "adapter")
     settings = {"field": {"prompt": "question", "completion": "reply"}, "system": "be brief"}
     (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": settings}))
@@ -122,7 +107,7 @@ def test_shrinking_reads_data_with_the_columns_of_the_run(
     def loss(adapter: Path, *words: str) -> float:
         data = ["--max-loss-increase", 0.01, "--data", tmp_path / "rows.jsonl", "--overwrite"]
         line = ["shrink", "--adapter", adapter, *words, *data, "--output-dir", tmp_path / "small", "--json"]
-        code, said, told = run(capsys, *line)
+        code, said, told = call(*line)
         assert code == 0, told
         assert ("columns as in training" in told) == (not words)
         return float(json.loads(said)["loss_before"])
@@ -137,9 +122,7 @@ def test_a_poor_fit_comes_with_what_to_do() -> None:
     assert poor_fit_advice({"a": 0.9, "b": 0.2, "c": 0.3}) == []
 
 
-def test_extracting_says_what_the_adapter_cannot_hold(
-    tiny_model: Path, adapters: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_extracting_says_what_the_adapter_cannot_hold(tiny_model: Path, adapters: Path) -> None:
     tuned = LoRAModel.from_pretrained(base(tiny_model), adapters / "one").merge_and_unload()
     with torch.no_grad():
         tuned.model.norm.weight.mul_(1.5)
@@ -147,7 +130,7 @@ def test_extracting_says_what_the_adapter_cannot_hold(
     (adapters / "tuned" / "tokenizer.json").write_bytes((tiny_model / "tokenizer.json").read_bytes())
     (adapters / "tuned" / "tokenizer_config.json").write_bytes((tiny_model / "tokenizer_config.json").read_bytes())
     both = ["--model", tiny_model, "--tuned", adapters / "tuned"]
-    code, said, _ = run(capsys, "extract", *both, "--r", 4, "--output-dir", adapters / "found")
+    code, said, _ = call("extract", *both, "--r", 4, "--output-dir", adapters / "found")
     assert code == 0
     assert "14 layers of rank 4; " in said
     assert "NOT in the adapter: 1 tensors that differ" in said
@@ -156,7 +139,7 @@ def test_extracting_says_what_the_adapter_cannot_hold(
         logits(tiny_model, adapters / "found"), logits(tiny_model, adapters / "one"), rtol=1e-4, atol=1e-4
     )
     whole = ["--modules-to-save", "norm", "--energy", 0.9999, "--output-dir", adapters / "all", "--json"]
-    code, said, _ = run(capsys, "extract", *both, *whole)
+    code, said, _ = call("extract", *both, *whole)
     assert code == 0
     assert json.loads(said)["left_over"] == {}
 
@@ -166,15 +149,12 @@ BAD: dict[str, tuple[list[str], str]] = {
     "two ways": (["shrink", "--adapter", "ONE", "--r", "2", "--energy", ".9"], "give one way"),
     "energy": (["shrink", "--adapter", "ONE", "--energy", "2"], "energy = 2.0"),
     "half a budget": (["shrink", "--adapter", "ONE", "--data", "demo"], "go together"),
-    "no folder": (["shrink", "--adapter", "absent", "--r", "2"], "absent is not a folder"),
     "not an adapter": (["shrink", "--adapter", "BASE", "--r", "2"], "adapter_config.json"),
     "unknown weight": (["combine", "--adapter", "ONE", "--weight", "on=1"], "there are: one; did you mean one"),
     "weight": (["combine", "--adapter", "ONE", "--weight", "one=much"], "'much' is not a number"),
     "nan": (["combine", "--adapter", "ONE", "--weight", "one=nan"], "take a finite number"),
-    "method": (["combine", "--adapter", "ONE", "--method", "mean"], "mean"),
     "useless": (["combine", "--adapter", "ONE", "--density", ".5"], "has no effect on method 'cat'"),
     "result's name": (["combine", "--adapter", "default=ONE"], "'default' is the new adapter's name"),
-    "no adapter": (["combine"], "--adapter"),
     "taken folder": (["combine", "--adapter", "ONE", "--output-dir", "ONE"], "exists already"),
     "same": (["extract", "--model", "BASE", "--tuned", "BASE", "--r", "2"], "no selected layer differs"),
     "shapes": (["extract", "--model", "BASE", "--tuned", "OTHER", "--r", "2"], "misshapen model.layers.0.mlp.up_proj"),
@@ -182,9 +162,7 @@ BAD: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize(("tokens", "hint"), BAD.values(), ids=BAD)
-def test_mistakes_exit_with_2_and_write_nothing(
-    tokens: list[str], hint: str, tiny_model: Path, adapters: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_exit_with_2_and_write_nothing(tokens: list[str], hint: str, tiny_model: Path, adapters: Path) -> None:
     if "OTHER" in tokens:
         chat_model(intermediate_size=48).save_pretrained(adapters / "other")
         for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -193,9 +171,5 @@ def test_mistakes_exit_with_2_and_write_nothing(
     for name, place in places.items():
         tokens = [token.replace(name, str(place)) for token in tokens]
     out = [] if "--output-dir" in tokens else ["--output-dir", adapters / "out"]
-    code, said, told = run(capsys, *tokens, *out)
-    assert code == 2, told
-    assert hint in told
-    assert not said
-    assert "Traceback" not in told
+    check_refused(hint, *tokens, *out)
     assert not (adapters / "out").exists()

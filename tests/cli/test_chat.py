@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import call, check_refused, found, save_random_adapter
 from transformers import LlamaForCausalLM
 
-from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import main
 from tailora.cli.models import load_model, parse_adapters
 from tailora.errors import ConfigError
@@ -19,12 +19,8 @@ from tailora.evaluation.generate import stream_reply
 @pytest.fixture(scope="module")
 def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder `run` whose adapter changes what the model says."""
-    torch.manual_seed(1)
-    model = LoRAModel(LlamaForCausalLM.from_pretrained(tiny_model), LoRAConfig(r=4, lora_alpha=64))
-    for parameter in model.lora_layers.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
     run = tmp_path_factory.mktemp("chat") / "run"
-    model.save_adapter(run / "adapter")
+    save_random_adapter(run / "adapter", tiny_model, std=0.2, lora_alpha=64)
     return run
 
 
@@ -56,15 +52,6 @@ def test_replies_go_to_stdout_and_switching_changes_them(
     assert "adapter run at 0" in shown.err
 
 
-def test_base_says_that_the_conversation_is_kept(
-    tiny_model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tokens = ["--model", str(tiny_model), "--adapter", str(adapter)]
-    assert talk(["/base", "hello", "/base"], tokens, monkeypatch) == 0
-    told = capsys.readouterr().err.splitlines()
-    assert told[-2:] == ["no adapter", "no adapter; the conversation is kept; /reset forgets it"]
-
-
 def test_the_conversation_is_remembered_until_reset(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,6 +70,7 @@ def test_the_conversation_is_remembered_until_reset(
         ("/adapter run 1 2", "a strength is one number"),
         ("/adpater run", "did you mean /adapter"),
         ("/help", "/base"),
+        ("hello\n/base", "no adapter; the conversation is kept; /reset forgets it"),
     ],
 )
 def test_a_mistaken_command_is_told_and_the_chat_goes_on(
@@ -148,57 +136,32 @@ def test_quit_ends_before_the_rest_is_read(
     assert capsys.readouterr().out == ""
 
 
-def test_generate_answers_every_prompt_in_order(
-    tiny_model: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tokens = [
-        "generate",
-        "--model",
-        str(tiny_model),
-        "--max-new-tokens",
-        "4",
-        "--prompt",
-        "a",
-        "--prompt",
-        "b",
-        "--json",
-    ]
-    assert main([*tokens, "--adapter", f"mine={adapter}"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["adapters"] == ["mine"]
-    assert [answer["prompt"] for answer in found["answers"]] == ["a", "b"]
-    assert main(tokens) == 0
-    assert json.loads(capsys.readouterr().out)["answers"] != found["answers"]
+def test_generate_answers_every_prompt_in_order(tiny_model: Path, adapter: Path) -> None:
+    tokens = ["generate", "--model", tiny_model, "--max-new-tokens", "4", "--prompt", "a", "--prompt", "b"]
+    tuned = found(*tokens, "--adapter", f"mine={adapter}")
+    assert tuned["adapters"] == ["mine"]
+    assert [answer["prompt"] for answer in tuned["answers"]] == ["a", "b"]
+    assert found(*tokens)["answers"] != tuned["answers"]
 
 
-def test_generate_reads_a_prompt_from_a_pipe(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_generate_reads_a_prompt_from_a_pipe(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("two\nlines\n"))
-    assert main(["generate", "--model", str(tiny_model), "--max-new-tokens", "4"]) == 0
-    piped = capsys.readouterr().out
-    assert main(["generate", "--model", str(tiny_model), "--max-new-tokens", "4", "--prompt", "two\nlines"]) == 0
-    assert piped == capsys.readouterr().out
+    tokens = ["generate", "--model", tiny_model, "--max-new-tokens", 4]
+    assert call(*tokens)[:2] == call(*tokens, "--prompt", "two\nlines")[:2]
 
 
 @pytest.mark.parametrize(
     ("tokens", "hint"),
     [
-        (["--adapter", "absent"], "absent is not a folder"),
         (["--adapter", "RUN", "--adapter", "RUN"], "two adapters are called run"),
-        (["--temperature", "-1"], "temperature"),
-        (["--top-p", "0"], "top-p"),
-        (["--max-new-tokens", "0"], "max-new-tokens"),
-        (["--seed", str(2**70)], "seed"),
+        (["--temperature", "-1"], "--temperature. Must be >= 0"),
+        (["--seed", str(2**70)], "--seed. Must be < "),
         (["--system", "be brief", "--ignore-chat-template"], "--system needs the chat template"),
     ],
 )
-def test_mistakes_of_generate_exit_with_2(
-    tokens: list[str], hint: str, tiny_model: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given = [str(adapter) if token == "RUN" else token for token in tokens]
-    assert main(["generate", "--model", str(tiny_model), "--prompt", "a", *given]) == 2
-    assert hint in capsys.readouterr().err.lower()
+def test_mistakes_of_generate_exit_with_2(tokens: list[str], hint: str, tiny_model: Path, adapter: Path) -> None:
+    given = [adapter if token == "RUN" else token for token in tokens]
+    check_refused(hint, "generate", "--model", tiny_model, "--prompt", "a", *given)
 
 
 def test_an_adapter_is_called_as_asked_or_as_its_run(adapter: Path, tmp_path: Path) -> None:
@@ -212,36 +175,27 @@ def test_an_adapter_is_called_as_asked_or_as_its_run(adapter: Path, tmp_path: Pa
         parse_adapters(["nowhere", "x=nowhere"])
 
 
-@pytest.mark.parametrize("command", ["chat", "generate"])
 def test_a_system_message_changes_the_answer_and_stays_after_a_reset(
-    command: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if command == "chat":
-        assert (
-            talk(["hello", "/reset", "hello"], ["--model", str(tiny_model), "--system", "be brief"], monkeypatch) == 0
-        )
-        first, second = capsys.readouterr().out.splitlines()
-        assert first == second
-        assert talk(["hello"], ["--model", str(tiny_model)], monkeypatch) == 0
-        assert capsys.readouterr().out.splitlines() != [first]
-    tokens = ["generate", "--model", str(tiny_model), "--max-new-tokens", "6", "--prompt", "hello"]
-    assert main([*tokens, "--system", "be brief"]) == 0
-    answer = capsys.readouterr().out
-    assert answer.splitlines() == [first] if command == "chat" else answer
-    assert main(tokens) == 0
-    assert capsys.readouterr().out != answer
+    model = ["--model", str(tiny_model)]
+    assert talk(["hello", "/reset", "hello"], [*model, "--system", "be brief"], monkeypatch) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+    assert talk(["hello"], model, monkeypatch) == 0
+    without = capsys.readouterr().out
+    assert without != f"{first}\n"
+    tokens = ["generate", *model, "--max-new-tokens", 6, "--prompt", "hello"]
+    assert call(*tokens, "--system", "be brief")[1] == f"{first}\n"
+    assert call(*tokens)[1] == without
 
 
-def test_generate_continues_a_text_without_the_chat_template(
-    tiny_model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tokens = ["generate", "--model", str(tiny_model), "--max-new-tokens", "6", "--prompt", "hello"]
-    assert main([*tokens, "--ignore-chat-template"]) == 0
-    answer = capsys.readouterr().out.rstrip("\n")
+def test_generate_continues_a_text_without_the_chat_template(tiny_model: Path) -> None:
+    tokens = ["generate", "--model", tiny_model, "--max-new-tokens", 6, "--prompt", "hello"]
+    _, answer, _ = call(*tokens, "--ignore-chat-template")
     loaded = load_model(str(tiny_model), {})
-    assert answer == "".join(stream_reply(loaded.model, loaded.tokenizer, "hello", max_new_tokens=6))
-    assert main(tokens) == 0
-    assert capsys.readouterr().out.rstrip("\n") != answer
+    assert answer == "".join(stream_reply(loaded.model, loaded.tokenizer, "hello", max_new_tokens=6)) + "\n"
+    assert call(*tokens)[1] != answer
 
 
 @pytest.mark.parametrize(
@@ -251,24 +205,19 @@ def test_generate_continues_a_text_without_the_chat_template(
         ("prompts.jsonl", '{"prompt": "hello"}\n{"prompt": "what colour?", "id": 3}\n'),
     ],
 )
-def test_prompts_of_a_file_are_answered_into_a_file(
-    name: str, text: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prompts_of_a_file_are_answered_into_a_file(name: str, text: str, tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     output = tmp_path / "out" / "answers.jsonl"
-    tokens = ["generate", "--model", str(tiny_model), "--max-new-tokens", "4"]
-    to_file = [*tokens, "--prompts", str(tmp_path / name), "--output", str(output)]
-    assert main(to_file) == 0
-    shown = capsys.readouterr()
-    assert not shown.out
-    assert f"2 answers written to {output}" in shown.err
+    tokens = ["generate", "--model", tiny_model, "--max-new-tokens", 4]
+    to_file = [*tokens, "--prompts", tmp_path / name, "--output", output]
+    code, out, err = call(*to_file)
+    assert (code, out) == (0, "")
+    assert f"2 answers written to {output}" in err
     written = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["prompt"] for row in written] == ["hello", "what colour?"]
-    assert main([*tokens, "--prompt", "hello", "--prompt", "what colour?", "--json"]) == 0
-    assert written == json.loads(capsys.readouterr().out)["answers"]
-    assert main(to_file) == 2
-    assert "exists already; give another file, or --overwrite" in capsys.readouterr().err
-    assert main([*to_file, "--overwrite"]) == 0
+    assert written == found(*tokens, "--prompt", "hello", "--prompt", "what colour?")["answers"]
+    check_refused("exists already; give another file, or --overwrite", *to_file)
+    assert call(*to_file, "--overwrite")[0] == 0
     assert [path.name for path in output.parent.iterdir()] == ["answers.jsonl"]
 
 
@@ -287,13 +236,12 @@ def test_prompts_of_a_file_are_answered_into_a_file(
     ],
 )
 def test_prompts_that_cannot_be_read_are_refused_before_the_model_is_loaded(
-    name: str, content: bytes | None, hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, content: bytes | None, hint: str, tmp_path: Path
 ) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     output = tmp_path / "new" / "answers.jsonl"
-    assert main(["generate", "--model", "absent", "--prompts", str(tmp_path / name), "--output", str(output)]) == 2
-    assert hint in capsys.readouterr().err
+    check_refused(hint, "generate", "--model", "absent", "--prompts", tmp_path / name, "--output", output)
     assert not output.parent.exists()
 
 

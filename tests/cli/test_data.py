@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from command_line import call, check_refused, found
 
 from tailora.cli.main import main
 
@@ -33,39 +34,24 @@ def test_without_colour_the_learned_text_is_in_brackets(
     assert "[[<|im_start|>user" not in shown
 
 
-def test_with_colour_the_learned_text_is_green(
-    chats: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("no_color", [False, True])
+def test_with_colour_the_learned_text_is_green_and_no_color_wins_over_force_color(
+    no_color: bool, chats: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    main(["data", str(chats), "--model", str(tiny_model), "--rows", "1"])
-    shown = capsys.readouterr().out
-    assert re.search("\x1b\\[32mIt is ", shown)
-    assert "[[" not in shown
+    monkeypatch.setenv("NO_COLOR", "1" if no_color else "")
+    _, shown, _ = call("data", chats, "--model", tiny_model, "--rows", 1)
+    assert ("\x1b[32mIt is " in shown) == (not no_color)
+    assert ("[[It is " in shown) == no_color
 
 
-def test_no_color_wins_over_force_color(
-    chats: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("NO_COLOR", "1")
-    main(["data", str(chats), "--model", str(tiny_model), "--rows", "1"])
-    shown = capsys.readouterr().out
-    assert "\x1b[32m" not in shown
-    assert "[[It is " in shown
-
-
-def test_json_has_the_report_and_the_examples(
-    chats: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["data", str(chats), "--model", str(tiny_model), "--rows", "2", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["rows"] == 24
-    assert found["supervised_share"] == pytest.approx(found["supervised_tokens"] / found["tokens"])
-    assert len(found["examples"]) == 2
-    assert any(piece["learned"] for piece in found["examples"][0])
+def test_json_has_the_report_and_the_examples(chats: Path, tiny_model: Path) -> None:
+    report = found("data", chats, "--model", tiny_model, "--rows", 2)
+    assert report["rows"] == 24
+    assert report["supervised_share"] == pytest.approx(report["supervised_tokens"] / report["tokens"])
+    assert len(report["examples"]) == 2
+    assert any(piece["learned"] for piece in report["examples"][0])
 
 
 def test_without_a_file_it_says_that_the_data_is_the_demos(
@@ -80,22 +66,18 @@ def test_without_a_file_it_says_that_the_data_is_the_demos(
     assert not capsys.readouterr().err
 
 
-def test_columns_can_be_named(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_columns_can_be_named(tmp_path: Path, tiny_model: Path) -> None:
     path = tmp_path / "qa.jsonl"
     path.write_text("".join(json.dumps({"question": f"q{i}", "answer": f"a{i}"}) + "\n" for i in range(8)))
-    command = ["data", str(path), "--model", str(tiny_model), "--json"]
-    assert main(command) == 2
-    assert "--field prompt=question" in json.loads(capsys.readouterr().out)["error"]["message"]
-    assert main([*command, "--field", "prompt=question", "--field", "completion=answer"]) == 0
-    assert json.loads(capsys.readouterr().out)["mapping"] == {"prompt": "question", "completion": "answer"}
+    command = ["data", path, "--model", tiny_model]
+    check_refused("--field prompt=question", *command)
+    report = found(*command, "--field", "prompt=question", "--field", "completion=answer")
+    assert report["mapping"] == {"prompt": "question", "completion": "answer"}
 
 
-def test_the_file_can_come_from_a_config(
-    chats: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_file_can_come_from_a_config(chats: Path, tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(f"data: {chats}\nmodel: {tiny_model}\nmax_length: 28\n")
-    assert main(["data", "--config", str(tmp_path / "run.yaml"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["truncated"] > 0
+    assert found("data", "--config", tmp_path / "run.yaml")["truncated"] > 0
 
 
 def test_the_next_command_repeats_the_flags(
@@ -143,19 +125,11 @@ def test_the_next_command_runs_as_it_stands(
     ],
 )
 def test_the_next_command_makes_enough_steps(
-    flags: list[str],
-    config: str,
-    epochs: str | None,
-    chats: Path,
-    tmp_path: Path,
-    tiny_model: Path,
-    capsys: pytest.CaptureFixture[str],
+    flags: list[str], config: str, epochs: str | None, chats: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
     (tmp_path / "run.yaml").write_text(f"lora_dropout: 0\n{config}")
-    command = ["data", str(chats), "--model", str(tiny_model), "--config", str(tmp_path / "run.yaml"), "--rows", "0"]
-    assert main([*command, *flags]) == 0
-    shown = capsys.readouterr().out.strip()
-    words = shlex.split(shown.splitlines()[-1])
+    _, shown, _ = call("data", chats, "--model", tiny_model, "--config", tmp_path / "run.yaml", "--rows", 0, *flags)
+    words = shlex.split(shown.strip().splitlines()[-1])
     assert ("--num-train-epochs" in words) == (epochs is not None) == ("since fewer than 24 steps" in shown)
     assert epochs is None or words[words.index("--num-train-epochs") + 1] == epochs
 
@@ -202,24 +176,16 @@ def test_roles_tools_and_calls_are_counted_and_shown(
 
 
 def test_a_mixture_is_shown_by_source(
-    chats: Path,
-    tiny_model: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    chats: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     notes = tmp_path / "notes, lr=2.txt"
     notes.write_text("What colour? " * 200)
-    flags = ["--model", str(tiny_model), "--validation-split", "0", "--max-length", "64", "--documents", "concatenated"]
-    assert main(["data", f"{chats}=2", str(notes), *flags, "--json"]) == 0
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [(part["name"], part["weight"], part["rows"]) for part in report["sources"]] == [
-        (str(chats), 2, 24),
-        (str(notes), 1, 1),
-    ]
-    assert main(["data", f"{chats}=2", str(notes), *flags]) == 0
-    shown = capsys.readouterr().out
+    line = ["data", f"{chats}=2", notes, "--model", tiny_model, "--validation-split", 0, "--max-length", 64]
+    line += ["--documents", "concatenated"]
+    sources = [(part["name"], part["weight"], part["rows"]) for part in found(*line)["sources"]]
+    assert sources == [(str(chats), 2, 24), (str(notes), 1, 1)]
+    _, shown, _ = call(*line)
     assert f"{chats}: 24 rows read as messages, 24 examples to train on, 48 in an epoch" in shown
     words = shlex.split(shown.strip().splitlines()[-1])
     assert words[:6] == ["tailora", "train", "--data", f"{chats}=2", "--data", str(notes)]
@@ -234,21 +200,7 @@ def test_a_mixture_is_shown_by_source(
         ('{"a": 1}\n', "fit no known schema"),
     ],
 )
-def test_data_that_cannot_be_learned_exits_with_2(
-    content: str, cause: str, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_that_cannot_be_learned_exits_with_2(content: str, cause: str, tmp_path: Path, tiny_model: Path) -> None:
     path = tmp_path / "chats.jsonl"
     path.write_text(content)
-    assert main(["data", str(path), "--model", str(tiny_model)]) == 2
-    assert cause in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "tokens", [["absent.jsonl", "--model", "MODEL"], ["CHATS", "--model", "./absent"]], ids=["data", "model"]
-)
-def test_what_is_missing_exits_with_2(
-    tokens: list[str], chats: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    paths = {"MODEL": str(tiny_model), "CHATS": str(chats)}
-    assert main(["data", *(paths.get(token, token) for token in tokens)]) == 2
-    assert "absent" in capsys.readouterr().err
+    check_refused(cause, "data", path, "--model", tiny_model)

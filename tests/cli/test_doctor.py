@@ -1,35 +1,39 @@
 """`tailora doctor`."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import found
 
 from tailora import __version__
 from tailora.cli.doctor import collect_facts, conclusions
 from tailora.cli.main import main
 
 
-def test_json_tells_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["packages"]["tailora"] == __version__
-    assert found["packages"]["torch"] == torch.__version__
-    assert found["threads"]["torch"] == torch.get_num_threads()
-    assert 0 < found["memory"]["available"] <= found["memory"]["total"]
+def test_json_describes_this_machine_and_what_works_on_every_device() -> None:
+    facts = found("doctor")
+    assert facts["packages"]["tailora"] == __version__
+    assert facts["packages"]["torch"] == torch.__version__
+    assert facts["threads"]["torch"] == torch.get_num_threads()
+    assert 0 < facts["memory"]["available"] <= facts["memory"]["total"]
+    assert facts["device"]["auto"] in facts["devices"]
+    for device in facts["devices"].values():
+        assert 0 < device["available"] <= device["memory"]
+        assert device["dtype"] in {"bfloat16", "float16", "float32"}
+        assert device["compiled layers"]
+        assert set(device["quantize"]) >= {"nf4", "int8"}
+        assert "works" in device["attention"].values()
+    assert facts["devices"]["cpu"]["memory"] == facts["memory"]["total"]
 
 
-def test_memory_is_what_training_may_take(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_memory_is_what_training_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"memory.max": "3000000\n", "memory.current": "1000000\n", "memory.stat": "inactive_file 0\n"}
     for name, content in {**files, "groups": "0::/\n"}.items():
         (tmp_path / name).write_text(content)
     monkeypatch.setattr("tailora.train.memory.CGROUP", tmp_path / "groups")
     monkeypatch.setattr("tailora.train.memory.CGROUPS", tmp_path)
-    assert main(["doctor", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["memory"]["available"] == 2_000_000
+    assert found("doctor")["memory"]["available"] == 2_000_000
 
 
 def test_words_hold_the_same_facts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,19 +51,6 @@ def test_the_largest_base_follows_from_memory_and_precision(dtype: str, size: st
         "memory": {"available": 8e9},
     }
     assert any(f"a base model of {size} parameters" in line for line in conclusions(facts))
-
-
-def test_every_device_has_its_memory_and_says_what_works_there(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["device"]["auto"] in found["devices"]
-    for device in found["devices"].values():
-        assert 0 < device["available"] <= device["memory"]
-        assert device["dtype"] in {"bfloat16", "float16", "float32"}
-        assert device["compiled layers"]
-        assert set(device["quantize"]) >= {"nf4", "int8"}
-        assert "works" in device["attention"].values()
-    assert found["devices"]["cpu"]["memory"] == found["memory"]["total"]
 
 
 def test_a_machine_with_cards_is_shown_on_80_columns(

@@ -22,68 +22,11 @@ EXIT_CODES = {0, 1, 2, 3, 4, 130}
 
 # ---- Settings files
 
-YAML_PIECES = [
-    *(
-        "r: ",
-        "- ",
-        "[",
-        "]",
-        "{",
-        "}",
-        ", ",
-        ": ",
-        "\n",
-        "  ",
-        "\t",
-        "&a ",
-        "*a",
-        "<<: ",
-        "!!int ",
-        "! ",
-        "!!python/name:x ",
-        "'",
-    ),
-    *(
-        '"',
-        "| ",
-        "> ",
-        "? ",
-        "---\n",
-        "...\n",
-        "%YAML 1.1\n",
-        "%TAG ! x\n",
-        "# ",
-        "\ufeff",
-        "\x00",
-        "\x85",
-        "\u2028",
-        "é",
-    ),
-    *(
-        "1e5",
-        "0x_",
-        "0x" + "f" * 3000,
-        "9" * 4400,
-        "null",
-        "~",
-        ".nan",
-        "-.inf",
-        "true",
-        "2024-01-01",
-        "12:30:00",
-        "1_0",
-    ),
-    *(
-        "\\ud800",
-        "\\UFFFFFFFF",
-        "model",
-        "learning_rate: ",
-        "field: ",
-        "target_modules: ",
-        "rank_pattern: ",
-        "adapter: ",
-    ),
-]
+YAML_PIECES = """\
+r: |- |[|]|{|}|, |: |\n|  |\t|&a |*a|<<: |!!int |! |!!python/name:x |'|"|> |? |---\n|...\n|%YAML 1.1\n|%TAG ! x\n|# |\
+\ufeff|\x00|\x85|\u2028|é|1e5|0x_|null|~|.nan|-.inf|true|2024-01-01|12:30:00|1_0|\\ud800|\\UFFFFFFFF|model|\
+learning_rate: |field: |target_modules: |rank_pattern: |adapter: """.split("|")  # noqa: SIM905
+YAML_PIECES += ["| ", "0x" + "f" * 3000, "9" * 4400]
 NAMES = st.sampled_from([*FIELDS, *OUR_NAMES])
 SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from([10**2900, -1])
@@ -123,44 +66,11 @@ def test_any_values_are_settings_or_refused(folder: Path, settings: dict[str, An
 
 # ---- Command lines
 
-WORDS = st.sampled_from(
-    [
-        *(
-            "",
-            "-1",
-            "0",
-            "1",
-            "2",
-            "1e400",
-            "nan",
-            "9" * 5000,
-            "demo",
-            "none",
-            "auto",
-            "latest",
-            "a=b",
-            "a=1,b=2",
-            "=",
-            ",",
-        ),
-        *(
-            "a:r=4",
-            "r=2..8",
-            "[/]",
-            "(",
-            "((a+)+)+$",
-            ".",
-            "-",
-            "--",
-            "é",
-            "\udcff",
-            "here.yaml",
-            "here.jsonl",
-            "absent",
-        ),
-        *("loss<1", "a/acc>0", "8GB", "peft", "gguf", "cat", "nf4", "lora", "full", "true"),
-    ]
-) | st.text(st.characters(exclude_characters="/\\\0"), max_size=6)
+WORDS = """
+-1 0 1 2 1e400 nan demo none auto latest a=b a=1,b=2 = , a:r=4 r=2..8 [/] ( ((a+)+)+$ . - -- é \udcff here.yaml
+here.jsonl absent loss<1 a/acc>0 8GB peft gguf cat nf4 lora full true
+""".split()  # noqa: SIM905
+WORD = st.sampled_from([*WORDS, "", "9" * 5000]) | st.text(st.characters(exclude_characters="/\\\0"), max_size=6)
 
 
 def flags_of_command(command: str) -> list[str]:
@@ -176,9 +86,9 @@ def command_lines(draw: st.DrawFn) -> list[str]:
     """Up to five flags of a command, most of them with a word, and up to two other words."""
     command = draw(st.sampled_from(list(COMMANDS)))
     flag = st.sampled_from([*FLAGS[command], *(f"--{name.replace('_', '-')}" for name in OUR_NAMES)])
-    parts = draw(st.lists(st.tuples(flag, WORDS | st.none()), max_size=5))
+    parts = draw(st.lists(st.tuples(flag, WORD | st.none()), max_size=5))
     flags = [word for part in parts for word in part if word is not None]
-    return [command, *draw(st.lists(WORDS, max_size=2)), *flags]
+    return [command, *draw(st.lists(WORD, max_size=2)), *flags]
 
 
 @pytest.fixture(scope="module")

@@ -5,37 +5,20 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
+from command_line import call, check_refused, save_random_adapter
 from tiny import chat_model
-from transformers import LlamaForCausalLM
-
-from tailora import LoRAConfig, LoRAModel
-from tailora.cli.main import main
-
-
-def made(folder: Path, base: Path, **settings: object) -> Path:
-    torch.manual_seed(1)
-    model = LoRAModel(LlamaForCausalLM.from_pretrained(base), LoRAConfig(r=4, **settings))
-    for parameter in model.lora_layers.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    return model.save_adapter(folder)
 
 
 @pytest.fixture(scope="module")
 def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(tmp_path_factory.mktemp("inspect") / "one", tiny_model)
-
-
-def run(capsys: pytest.CaptureFixture[str], *tokens: object) -> tuple[int, str, str]:
-    code = main(["inspect", *map(str, tokens)])
-    return code, *capsys.readouterr()
+    return save_random_adapter(tmp_path_factory.mktemp("inspect") / "one", tiny_model)
 
 
 def test_the_table_fits_80_columns_and_says_what_more_there_is(
-    adapter: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    adapter: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    code, said, told = run(capsys, adapter)
+    code, said, told = call("inspect", adapter)
     assert code == 0
     assert told == "reading the adapter\n"
     assert f"{adapter}: 14 updates of rank 4, scale 8, made for {tiny_model}" in said
@@ -50,7 +33,7 @@ def test_the_table_fits_80_columns_and_says_what_more_there_is(
     names = said.partition("layers  module")[2].partition("\n")[0].split()
     legend = said.partition("more rows.\n\n")[2].partition("\n\n")[0]
     assert [line.split()[0] for line in legend.splitlines()] == names  # what each column means
-    code, said, _ = run(capsys, adapter, "--all", "--model", tiny_model, "--no-intruders")
+    code, said, _ = call("inspect", adapter, "--all", "--model", tiny_model, "--no-intruders")
     assert code == 0
     assert "0.self_attn.q_proj" in said
     assert "more rows" not in said
@@ -61,10 +44,10 @@ def test_the_table_fits_80_columns_and_says_what_more_there_is(
 
 @pytest.mark.slow
 def test_json_is_one_object_and_the_report_has_the_same(
-    adapter: Path, tiny_model: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    adapter: Path, tiny_model: Path, chats: Path, tmp_path: Path
 ) -> None:
     both = ["--model", tiny_model, "--data", chats]
-    code, said, told = run(capsys, adapter, *both, "--output-dir", tmp_path / "report", "--json")
+    code, said, told = call("inspect", adapter, *both, "--output-dir", tmp_path / "report", "--json")
     assert code == 0, told
     found = json.loads(said.splitlines()[-1])
     assert found["modules"][0].keys() >= {
@@ -78,9 +61,7 @@ def test_json_is_one_object_and_the_report_has_the_same(
 
 
 @pytest.mark.slow
-def test_data_is_read_with_the_columns_and_the_system_message_of_the_run(
-    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_is_read_with_the_columns_and_the_system_message_of_the_run(adapter: Path, tmp_path: Path) -> None:
     shutil.copytree(adapter, tmp_path / "run" / "adapter")
     settings = {"field": {"prompt": "question", "completion": "reply"}, "system": "be brief"}
     (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": settings}))
@@ -88,29 +69,25 @@ def test_data_is_read_with_the_columns_and_the_system_message_of_the_run(
     flags = ["--field", "prompt=question,completion=reply", "--system", "be brief"]
 
     def losses(*words: object) -> tuple[dict[str, float], str]:
-        code, said, told = run(capsys, *words, "--data", tmp_path / "rows.jsonl", "--no-intruders", "--json")
+        code, said, told = call("inspect", *words, "--data", tmp_path / "rows.jsonl", "--no-intruders", "--json")
         assert code == 0, told
         return json.loads(said.splitlines()[-1])["held_out"], told
 
     of_run, told = losses(tmp_path / "run")
     assert "columns as in training: --field prompt=question,completion=reply; " in told
     assert of_run == losses(adapter, *flags)[0] != losses(adapter, *flags[:2])[0]
-    code, _, told = run(capsys, tmp_path / "run")
+    code, _, told = call("inspect", tmp_path / "run")
     assert code == 0
     assert "as in training" not in told  # no data is read
 
 
-def test_a_run_s_folder_and_other_formats_are_taken(
-    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_s_folder_and_other_formats_are_taken(adapter: Path, tmp_path: Path) -> None:
     shutil.copytree(adapter, tmp_path / "adapter")
-    code, said, _ = run(capsys, tmp_path)
+    code, said, _ = call("inspect", tmp_path)
     assert code == 0
     assert f"{tmp_path}/adapter: 14 updates" in said
-    export = ["export", str(tmp_path), "--to", "mlx", "--output", str(tmp_path / "mlx")]
-    assert main(export) == 0
-    capsys.readouterr()
-    code, other, _ = run(capsys, tmp_path / "mlx")
+    assert call("export", tmp_path, "--to", "mlx", "--output", tmp_path / "mlx")[0] == 0
+    code, other, _ = call("inspect", tmp_path / "mlx")
     assert code == 0
     energy = [line.split()[3] for line in said.splitlines() if "%" in line and "_proj" in line]
     assert energy == [line.split()[3] for line in other.splitlines() if "%" in line and "_proj" in line]
@@ -118,21 +95,17 @@ def test_a_run_s_folder_and_other_formats_are_taken(
 
 MISTAKES = {
     "no adapter": (["BASE"], "adapter_model.safetensors"),
-    "no folder": (["absent"], "absent is not a folder"),
     "no data, base of the adapter": (["ONE", "--data", "absent.jsonl"], "the base model is BASE, as ONE says"),
     "another base": (["ONE", "--model", "OTHER"], "another base model"),
     "no data": (["ONE", "--model", "BASE", "--data", "absent.jsonl"], "absent.jsonl"),
     "taken folder": (["ONE", "--output-dir", "ONE"], "exists already"),
     "no report": (["ONE", "--output-dir", "ONE", "--overwrite"], "replaced are only report.json, report.html"),
-    "unknown": (["ONE", "--modle", "BASE"], "--model"),
     "column": (["ONE", "--field", "prompt"], "field"),
 }
 
 
 @pytest.mark.parametrize(("tokens", "hint"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_exit_with_2(
-    tokens: list[str], hint: str, adapter: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_exit_with_2(tokens: list[str], hint: str, adapter: Path, tiny_model: Path, tmp_path: Path) -> None:
     if "OTHER" in tokens:
         chat_model(initializer_range=0.05).save_pretrained(tmp_path / "other")
         for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -140,8 +113,4 @@ def test_mistakes_exit_with_2(
     places = {"ONE": adapter, "BASE": tiny_model, "OTHER": tmp_path / "other"}
     for name, place in places.items():
         tokens, hint = [token.replace(name, str(place)) for token in tokens], hint.replace(name, str(place))
-    code, said, told = run(capsys, *tokens)
-    assert code == 2, told
-    assert hint in told
-    assert not said
-    assert "Traceback" not in told
+    check_refused(hint, "inspect", *tokens)

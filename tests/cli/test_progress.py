@@ -43,19 +43,9 @@ class Terminal(io.StringIO):
 
 
 def step(number: int) -> Stepped:
-    return Stepped(
-        step=number,
-        max_steps=50,
-        loss=3.25,
-        learning_rate=1e-3,
-        grad_norm=1.0,
-        tokens=100,
-        supervised_tokens=40,
-        seconds=0.1,
-        tokens_per_second=1234.0,
-        eta_seconds=75.0,
-        memory_bytes=2_000_000_000,
-    )
+    counts = {"tokens": 100, "supervised_tokens": 40, "memory_bytes": 2_000_000_000}
+    speed = {"seconds": 0.1, "tokens_per_second": 1234.0, "eta_seconds": 75.0}
+    return Stepped(step=number, max_steps=50, loss=3.25, learning_rate=1e-3, grad_norm=1.0, **counts, **speed)
 
 
 def shown_by(file: io.StringIO, events: list[Event]) -> str:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from command_line import call, check_refused, found
 
 from tailora.cli.main import main
 from tailora.report import files
@@ -27,14 +28,11 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_page_is_made_again_of_what_the_run_left(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_is_made_again_of_what_the_run_left(run: Path) -> None:
     content, page = (run / "report.json").read_bytes(), (run / "report.html").read_bytes()
     for name in ("report.json", "report.html"):
         (run / name).unlink()
-    capsys.readouterr()
-    assert main(["report", str(run), "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said == {"report": str(run / "report.html"), "data": str(run / "report.json")}
+    assert found("report", run) == {"report": str(run / "report.html"), "data": str(run / "report.json")}
     assert (run / "report.json").read_bytes() == content
     assert (run / "report.html").read_bytes() == page
 
@@ -52,24 +50,23 @@ def test_the_numbers_are_those_of_the_run(run: Path) -> None:
     assert low < result["eval_loss_after"] < high
 
 
-def test_a_run_that_is_not_finished_has_a_page(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_is_not_finished_has_a_page(run: Path) -> None:
     header = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**header, "finished": False, "result": None}))
     (run / "examples.jsonl").unlink()
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')  # as a run that is writing leaves it
-    assert main(["report", str(run)]) == 0
+    code, out, _ = call("report", run)
+    assert (code, out) == (0, f"{run / 'report.html'}\n")
     assert "has not finished" in (run / "report.html").read_text()
-    assert str(run / "report.html") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("name", "told"),
     [("none", "is not a folder; give the output folder of a run or a study"), (".", "holds no report.json")],
 )
-def test_what_is_no_run_is_refused(name: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(tmp_path / name)]) == 2
-    assert told in " ".join(capsys.readouterr().err.split())
+def test_what_is_no_run_is_refused(name: str, told: str, tmp_path: Path) -> None:
+    check_refused(told, "report", tmp_path / name)
 
 
 def test_without_the_extra_a_command_says_how_to_get_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

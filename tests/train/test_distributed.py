@@ -26,7 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
 
 from benchmarks.serving.server_process import free_port
-from tailora.cli.train import sample_answers
+from tailora.cli.train import answer_samples
 from tailora.errors import CheckpointError, ConfigError, DataError
 from tailora.formats.run_folder import checkpoints_in
 from tailora.study.plan import plan
@@ -278,7 +278,7 @@ def test_every_rank_names_the_module_that_broke_on_one(two_ranks: Ranks) -> None
 @pytest.mark.parametrize("case", ["sharded", "full, gathered until the backward, resumed from one process"])
 def test_ranks_answer_together_and_only_the_first_writes_and_prints(case: str, two_ranks: Ranks, settings: Any) -> None:
     one, two = settings(**{**SHARED, **CASES[case], **IN_ONE}), two_ranks.folder / case
-    answers = [asdict(answer) for answer in sample_answers(run(one), one.samples, None)]
+    answers = [asdict(answer) for answer in answer_samples(run(one), one.samples, None)]
     assert json.loads((two / "samples.json").read_text()) == answers
     assert len(answers) == one.samples
     assert all(answer["base"] != answer["tuned"] for answer in answers)
@@ -620,14 +620,14 @@ def failing_step(self, *arguments):
 def broken(*_, **__):
     raise DataError("row 7 is broken")
 
-def failing_answers(*arguments, answers=train.sample_answers, **options):
+def failing_answers(*arguments, answers=train.answer_samples, **options):
     if os.environ["RANK"] == "1":
         raise DataError("row 7 is broken")
     return answers(*arguments, **options)
 
 trainer.Trainer.step = failing_step
 if case == "an answer":
-    train.sample_answers = failing_answers
+    train.answer_samples = failing_answers
 if case == "before loading":  # in the main process alone
     run_log.check_run_folder = broken
 run()
