@@ -188,8 +188,8 @@ def quantized(case: LayerCase, storage: StorageCase) -> LayerCase:
     return replace(case, name=name, store=storage.store, tolerance=storage.tolerance, shape=shape)
 
 
-def _attention(**settings: Any) -> nn.MultiheadAttention:
-    return nn.MultiheadAttention(12, 3, batch_first=True, **settings)
+def _attention() -> nn.MultiheadAttention:
+    return nn.MultiheadAttention(12, 3, batch_first=True)
 
 
 def _experts(is_transposed: bool = False) -> nn.Module:
@@ -209,28 +209,20 @@ def _part(name: str, layout: dict[str, int]) -> dict[str, Any]:
     return {"target_modules": [f"target.{name}"], "fused_parts": {"target": layout}}
 
 
-def _stack(name: str) -> dict[str, Any]:
-    return {"target_modules": [], "target_parameters": [f"target.{name}"]}
+def _attention_case(name: str, target: str, parameter: str) -> LayerCase:
+    names = {"target_modules": [f"target.{target}"]}
+    return LayerCase(name, _attention, (2, 5, 12), call=_attended, names=names, parameter=parameter)
+
+
+def _experts_case(name: str, parameter: str, layer: Callable[[], nn.Module] = _experts) -> LayerCase:
+    names = {"target_modules": [], "target_parameters": [f"target.{parameter}"]}
+    return LayerCase(name, layer, (9, 16), call=_routed, names=names, parameter=parameter)
 
 
 # What its class does not call, or calls for several matrices at once.
 SPECIAL_LAYERS = [
-    LayerCase(
-        "attention in",
-        _attention,
-        (2, 5, 12),
-        call=_attended,
-        names={"target_modules": ["target.in_proj_weight"]},
-        parameter="in_proj_weight",
-    ),
-    LayerCase(
-        "attention out",
-        _attention,
-        (2, 5, 12),
-        call=_attended,
-        names={"target_modules": ["target.out_proj"]},
-        parameter="out_proj.weight",
-    ),
+    _attention_case("attention in", "in_proj_weight", "in_proj_weight"),
+    _attention_case("attention out", "out_proj", "out_proj.weight"),
     LayerCase(
         "attention value",
         lambda: nn.MultiheadAttention(12, 3, kdim=6, vdim=10),
@@ -243,23 +235,9 @@ SPECIAL_LAYERS = [
     LayerCase("part", lambda: nn.Linear(12, 16), (3, 5, 12), names=_part("v", QKV)),
     LayerCase("part of every head", lambda: nn.Linear(12, 16), (12,), names=_part("q", PAIRS_OF_QKV)),
     LayerCase("part of conv1d", lambda: Conv1D(16, 12), (3, 5, 12), names=_part("k", QKV)),
-    LayerCase("experts up", _experts, (9, 16), call=_routed, names=_stack("gate_up_proj"), parameter="gate_up_proj"),
-    LayerCase(
-        "experts down",
-        _experts,
-        (9, 16),
-        call=_routed,
-        names=_stack("down_proj"),
-        parameter="down_proj",
-    ),
-    LayerCase(
-        "experts transposed",
-        lambda: _experts(is_transposed=True),
-        (9, 16),
-        call=_routed,
-        names=_stack("gate_up_proj"),
-        parameter="gate_up_proj",
-    ),
+    _experts_case("experts up", "gate_up_proj"),
+    _experts_case("experts down", "down_proj"),
+    _experts_case("experts transposed", "gate_up_proj", lambda: _experts(is_transposed=True)),
 ]
 
 SLOTS: dict[str, dict[str, Any]] = {

@@ -204,6 +204,7 @@ def test_the_loss_is_the_ratio_and_its_interval_covers_seeds_and_examples() -> N
 def test_holm() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.9]) == [0.9]
+    assert holm([0.5, 0.6]) == [1, 1]
 
 
 def test_the_interval_is_wilson_s() -> None:

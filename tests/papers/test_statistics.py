@@ -1,4 +1,4 @@
-"""Intervals and p-values of a comparison, from tables of squares and step-down tests worked out in full."""
+"""The interval and p-value of a comparison, from a table of squares worked out in full."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tailora.evaluation.statistics import difference_over_seeds, holm
+from tailora.evaluation.statistics import difference_over_seeds
 
 
 def test_the_variance_comes_from_mean_squares_and_its_degrees_from_satterthwaite() -> None:
@@ -29,9 +29,3 @@ def test_the_variance_comes_from_mean_squares_and_its_degrees_from_satterthwaite
     assert found.p_value == pytest.approx(2 * stats.t.sf(abs(grand) / error, degrees))
     half = stats.t.ppf(0.975, degrees) * error
     assert (found.low, found.high) == pytest.approx((grand - half, grand + half))
-
-
-def test_holm_multiplies_each_p_by_the_hypotheses_left_and_never_falls() -> None:
-    """Step down (Scand. J. Statist. 6, 1979): max over j <= i of min(1, (m - j + 1) p_(j))."""
-    assert holm([0.04, 0.005, 0.03, 0.9]) == pytest.approx([0.09, 0.02, 0.09, 0.9])
-    assert holm([0.5, 0.6]) == [1.0, 1.0]

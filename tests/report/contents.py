@@ -1,10 +1,13 @@
 """Small but realistic report.json contents, one for each kind, with names that no page may take at their word."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from tailora.study.inspection import CombinedLosses, ModuleOverlap
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 EVIL = "<script>alert(1)</script> & $x^2$ 日本 \x01"
@@ -129,6 +132,9 @@ def inspect() -> dict[str, Any]:
             )
     modules[5]["singular_values"] = [0.0] * 8  # a dead one
     modules.append({**modules[0], "path": "lm_head", "relative_norm": None, "intruders": None})
+    losses = CombinedLosses(4.47, one=3.66, other=3.7, both=3.9, worse=0.24, worse_low=None, worse_high=None)
+    chance = {"writes_by_chance": 0.1, "reads_by_chance": 0.1}
+    overlap = ModuleOverlap("", 1.0, other_norm=1.0, sum_norm=1.4, cosine=0.03, writes=0.2, reads=0.3, **chance)
     rise = {"loss": 3.70, "rise": 0.04, "low": 0.03, "high": 0.05, "cost": 0.05, "values": 0.5}
     return {
         "kind": "inspect",
@@ -163,32 +169,11 @@ def inspect() -> dict[str, Any]:
         ],
         "pair": {
             "other": "outputs/other",
-            "modules": [
-                {
-                    "path": each["path"],
-                    "norm": 1.0,
-                    "other_norm": 1.0,
-                    "sum_norm": 1.4,
-                    "cosine": 0.03,
-                    "writes": 0.2,
-                    "writes_by_chance": 0.1,
-                    "reads": 0.3,
-                    "reads_by_chance": 0.1,
-                }
-                for each in modules
-            ],
+            "modules": [asdict(replace(overlap, path=each["path"])) for each in modules],
             "only_here": ["score"],
             "only_there": [],
             "cosine": 0.03,
-            "losses": {
-                "base": 4.47,
-                "one": 3.66,
-                "other": 3.7,
-                "both": 3.9,
-                "worse": 0.24,
-                "worse_low": None,
-                "worse_high": None,
-            },
+            "losses": asdict(losses),
         },
         "advice": [
             {

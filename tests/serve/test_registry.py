@@ -33,6 +33,7 @@ from tailora.errors import (
 from tailora.serve import registry as registry_module
 from tailora.serve.registry import MOST_DERIVED, AdapterRegistry
 
+Make = Callable[..., AdapterRegistry]  # names of ADAPTERS to load -> a registry
 ADAPTERS: dict[str, dict[str, Any]] = {
     "legal": {"r": 2},
     "chat": {"r": 3, "target_modules": ["q_proj", "up_proj"], "lora_dropout": 0.5},
@@ -79,7 +80,7 @@ def root(saved: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def make(root: Path) -> Callable[..., AdapterRegistry]:
+def make(root: Path) -> Make:
     def registry(*names: str, budget: float | None = None, **options: Any) -> AdapterRegistry:
         """budget: how often the adapter "legal" fits into memory."""
         adapter_set = AdapterSet(chat_model().eval(), {})
@@ -148,7 +149,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_an_adapter_computes_as_in_a_lora_model(make: Callable[..., AdapterRegistry], root: Path, name: str) -> None:
+def test_an_adapter_computes_as_in_a_lora_model(make: Make, root: Path, name: str) -> None:
     registry = make(name)
     registry._adapter_set.base_model.eval()
     torch.testing.assert_close(answer(registry, name), expected(root / name))
@@ -158,9 +159,7 @@ def test_an_adapter_computes_as_in_a_lora_model(make: Callable[..., AdapterRegis
     assert (resident.users, resident.size) == (0, size_in_memory(root / name))
 
 
-def test_files_are_read_while_the_engine_computes(
-    make: Callable[..., AdapterRegistry], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_read_while_the_engine_computes(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = make()
     pauses: Any = registry._paused
 
@@ -203,7 +202,7 @@ def save_for_another_base(folder: Path) -> None:
     ],
 )
 def test_a_bad_adapter_changes_nothing(
-    make: Callable[..., AdapterRegistry],
+    make: Make,
     root: Path,
     spoil: Callable[[Path], None],
     error: type[TailoraError],
@@ -238,9 +237,7 @@ def test_layers_that_cannot_be_computed_by_row_are_refused(tmp_path: Path) -> No
         ("legal", "already exists"),
     ],
 )
-def test_an_invalid_name_or_one_in_use_is_refused(
-    make: Callable[..., AdapterRegistry], name: str, message: str
-) -> None:
+def test_an_invalid_name_or_one_in_use_is_refused(make: Make, name: str, message: str) -> None:
     registry = make("legal")
     with pytest.raises(AdapterError, match=f"(?s)cannot be called .*{message}") as caught:
         registry.load(name, "chat")
@@ -248,7 +245,7 @@ def test_an_invalid_name_or_one_in_use_is_refused(
     assert [info.name for info in registry.list()] == ["legal"]
 
 
-def test_names_that_do_not_exist_are_not_found(make: Callable[..., AdapterRegistry]) -> None:
+def test_names_that_do_not_exist_are_not_found(make: Make) -> None:
     registry = make("legal")
     for call in (registry.unload, registry.acquire):
         with pytest.raises(AdapterNotFoundError, match="there are: base, legal; did you mean legal"):
@@ -298,9 +295,7 @@ def link_the_adapter_of_a_run(root: Path, outside: Path) -> str:
         link_the_adapter_of_a_run,
     ],
 )
-def test_no_path_leads_out_of_the_root(
-    make: Callable[..., AdapterRegistry], root: Path, path_to: str | Callable[[Path, Path], str]
-) -> None:
+def test_no_path_leads_out_of_the_root(make: Make, root: Path, path_to: str | Callable[[Path, Path], str]) -> None:
     outside = Path(shutil.copytree(root / "legal", root.parent / "outside"))
     registry = make()
     path = path_to.format(root=root, outside=outside) if isinstance(path_to, str) else path_to(root, outside)
@@ -310,7 +305,7 @@ def test_no_path_leads_out_of_the_root(
     assert keys(registry) == []
 
 
-def test_paths_within_the_root_and_trusted_ones(make: Callable[..., AdapterRegistry], root: Path) -> None:
+def test_paths_within_the_root_and_trusted_ones(make: Make, root: Path) -> None:
     outside = Path(shutil.copytree(root / "legal", root.parent / "outside"))
     (root / "current").symlink_to("legal")
     registry = make()
@@ -326,7 +321,7 @@ def test_paths_within_the_root_and_trusted_ones(make: Callable[..., AdapterRegis
         registry.load("x", "y" * 5000)
 
 
-def test_a_folder_that_may_not_be_read(make: Callable[..., AdapterRegistry], root: Path) -> None:
+def test_a_folder_that_may_not_be_read(make: Make, root: Path) -> None:
     (root / "legal").chmod(0)
     with modes_obeyed(), pytest.raises(FormatError, match="cannot be read"):
         make("legal")
@@ -336,9 +331,7 @@ def test_a_folder_that_may_not_be_read(make: Callable[..., AdapterRegistry], roo
 # ---- Replacing
 
 
-def test_requests_in_flight_end_with_the_adapter_that_they_began_with(
-    make: Callable[..., AdapterRegistry], root: Path
-) -> None:
+def test_requests_in_flight_end_with_the_adapter_that_they_began_with(make: Make, root: Path) -> None:
     registry = make("legal", "chat")
     old, scaled = registry.acquire("legal"), registry.acquire("legal", 0.5)
     save(root / "new", seed=3, r=4)
@@ -354,7 +347,7 @@ def test_requests_in_flight_end_with_the_adapter_that_they_began_with(
     torch.testing.assert_close(answer(registry, "legal"), expected(root / "new"))
 
 
-def test_an_unloaded_adapter_serves_its_requests(make: Callable[..., AdapterRegistry], root: Path) -> None:
+def test_an_unloaded_adapter_serves_its_requests(make: Make, root: Path) -> None:
     registry = make("legal")
     with registry.acquire("legal") as handle:
         registry.unload("legal")
@@ -365,9 +358,7 @@ def test_an_unloaded_adapter_serves_its_requests(make: Callable[..., AdapterRegi
     assert in_memory(registry) == {"legal"}
 
 
-def test_the_same_content_has_the_same_key_and_another_one_has_not(
-    make: Callable[..., AdapterRegistry], root: Path
-) -> None:
+def test_the_same_content_has_the_same_key_and_another_one_has_not(make: Make, root: Path) -> None:
     registry = make("legal")
     [key] = keys(registry)
     registry.load("legal", "legal", replace=True)
@@ -397,7 +388,7 @@ def test_the_same_content_has_the_same_key_and_another_one_has_not(
     ],
 )
 def test_scales_and_mixtures_are_exact(
-    make: Callable[..., AdapterRegistry],
+    make: Make,
     root: Path,
     model: str,
     scale: float | None,
@@ -411,7 +402,7 @@ def test_scales_and_mixtures_are_exact(
         torch.testing.assert_close(answer(registry, folder), expected(root / folder))
 
 
-def test_a_scaled_head_is_exact(make: Callable[..., AdapterRegistry], root: Path) -> None:
+def test_a_scaled_head_is_exact(make: Make, root: Path) -> None:
     model = LoRAModel.from_pretrained(chat_model(), root / "head", "head")
     model.combine({"head": 0.5}, "half")
     model.set_adapter("half")
@@ -419,7 +410,7 @@ def test_a_scaled_head_is_exact(make: Callable[..., AdapterRegistry], root: Path
     torch.testing.assert_close(answer(registry, "head@0.5"), model.eval()(input_ids=token_ids()).logits[0].detach())
 
 
-def test_equal_requests_share_one_adapter_without_tensors_of_its_own(make: Callable[..., AdapterRegistry]) -> None:
+def test_equal_requests_share_one_adapter_without_tensors_of_its_own(make: Make) -> None:
     registry = make("legal", "chat")
     for model, scale in (("legal@0.5", None), ("legal", 0.5), ("legal@1", 0.5), ("legal@0.50", None)):
         answer(registry, model, scale)
@@ -450,9 +441,7 @@ def test_equal_requests_share_one_adapter_without_tensors_of_its_own(make: Calla
         ("norm@0.5", None, "not linear in its weights"),
     ],
 )
-def test_what_cannot_be_computed_exactly_is_refused(
-    make: Callable[..., AdapterRegistry], model: str, scale: float | None, message: str
-) -> None:
+def test_what_cannot_be_computed_exactly_is_refused(make: Make, model: str, scale: float | None, message: str) -> None:
     registry = make("legal", "dora", "rows", "norm")
     with pytest.raises(AdapterError if "norm" in model else ConfigError, match=message):
         registry.acquire(model, scale)
@@ -463,9 +452,7 @@ def test_what_cannot_be_computed_exactly_is_refused(
 # ---- Memory
 
 
-def test_the_least_recently_used_adapter_makes_room_and_comes_back(
-    make: Callable[..., AdapterRegistry], root: Path
-) -> None:
+def test_the_least_recently_used_adapter_makes_room_and_comes_back(make: Make, root: Path) -> None:
     registry = make("legal", budget=2.5)
     registry.load("b", "legal")
     answer(registry, "legal")
@@ -477,7 +464,7 @@ def test_the_least_recently_used_adapter_makes_room_and_comes_back(
     assert [info.created for info in registry.list()] == [info.created for info in before]
 
 
-def test_adapters_in_use_stay_in_memory(make: Callable[..., AdapterRegistry]) -> None:
+def test_adapters_in_use_stay_in_memory(make: Make) -> None:
     registry = make("legal", budget=2.5)
     registry.load("b", "legal")
     with registry.acquire("legal@0.5") as handle:
@@ -493,7 +480,7 @@ def test_adapters_in_use_stay_in_memory(make: Callable[..., AdapterRegistry]) ->
     assert len(keys(registry)) == 2  # the scaled one went before its tensors
 
 
-def test_an_adapter_that_is_too_large_is_refused(make: Callable[..., AdapterRegistry], root: Path) -> None:
+def test_an_adapter_that_is_too_large_is_refused(make: Make, root: Path) -> None:
     registry = make("legal", budget=2)
     save(root / "large", r=8)
     with pytest.raises(
@@ -506,7 +493,7 @@ def test_an_adapter_that_is_too_large_is_refused(make: Callable[..., AdapterRegi
 
 @pytest.mark.parametrize("change", ["content", "removed", "linked"])
 def test_files_are_checked_again_when_an_adapter_comes_back(
-    make: Callable[..., AdapterRegistry], root: Path, change: str, caplog: pytest.LogCaptureFixture
+    make: Make, root: Path, change: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry = make("legal", budget=1.5)
     outside = Path(shutil.copytree(root / "legal", root.parent / "outside"))
@@ -526,7 +513,7 @@ def test_files_are_checked_again_when_an_adapter_comes_back(
     assert in_memory(registry) == ({"legal"} if change == "content" else {"b"})
 
 
-def test_clients_that_ask_for_many_scales_do_not_fill_the_memory(make: Callable[..., AdapterRegistry]) -> None:
+def test_clients_that_ask_for_many_scales_do_not_fill_the_memory(make: Make) -> None:
     registry = make("legal")
     for number in range(MOST_DERIVED + 5):
         registry.acquire("legal", 0.5 + number / 100).release()
@@ -537,7 +524,7 @@ def test_clients_that_ask_for_many_scales_do_not_fill_the_memory(make: Callable[
 # ---- Threads
 
 
-def test_many_threads_always_get_an_adapter_that_is_there(make: Callable[..., AdapterRegistry], root: Path) -> None:
+def test_many_threads_always_get_an_adapter_that_is_there(make: Make, root: Path) -> None:
     registry = make("legal", budget=4)
     save(root / "new", seed=1, r=2)
     registry.load("b", "legal")
