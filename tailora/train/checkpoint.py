@@ -32,7 +32,7 @@ from tailora.formats.run_folder import checkpoints_in
 from tailora.kernels.flat_parameters import FlatBuffer
 from tailora.train.config import ACCUMULATION, TrainConfig, batches_per_step
 from tailora.train.state import TrainState, set_random_state
-from tailora.train.trainable import Trainable, local_tensors, sync_parameters, trained_module
+from tailora.train.trainable import FullModel, Trainable, sync_parameters, trained_module
 
 # ---- The folder
 
@@ -70,50 +70,28 @@ def load(name: str, output_dir: Path, note: Callable[[str], None]) -> Checkpoint
     note: called with what is wrong with a newer one.
     Raises CheckpointError if there is none; for a damaged one, given as a path, it names the newest good one beside it.
     """
-    if name == "latest":
-        return _load_latest(output_dir, note)
-    folder = Path(name)
-    beside = [path for path in reversed(checkpoints_in(folder.parent)) if path != folder]
-    if not folder.is_dir():
-        names = ", ".join(path.name for path in reversed(beside))
-        raise CheckpointError(f"{folder} is not a folder; checkpoints in {folder.parent}: {names or 'none'}")
-    try:
-        return _read(folder)
-    except CheckpointError as error:
-        good = next((path for path in beside if not damage(path)), None)
-        remedy = (
-            f"the newest good one: --resume-from-checkpoint {good}"
-            if good
-            else "there is no other good one: start again"
+    is_latest, run_folder = name == "latest", output_dir if name == "latest" else Path(name).parent
+    existing = checkpoints_in(run_folder)[::-1]  # the newest first
+    if not is_latest and not Path(name).is_dir():
+        names = ", ".join(path.name for path in existing[::-1])
+        raise CheckpointError(f"{name} is not a folder; checkpoints in {run_folder}: {names or 'none'}")
+    damaged = []
+    for folder in existing if is_latest else [Path(name)]:
+        if problems := damage(folder):
+            damaged.append(f"{folder.name} is damaged: {listing(problems)}")
+            continue
+        for problem in damaged:
+            note(f"resuming from {folder.name}, because {problem}")
+        state = json.loads((folder / STATE).read_text())
+        return Checkpoint(state, {Path(file).stem: read_safetensors(folder / file)[0] for file in state["files"]})
+    if not damaged:
+        raise CheckpointError(
+            f"--resume-from-checkpoint latest: {output_dir} has no checkpoint; use a different --output-dir, or start "
+            "again without it and with --save-steps"
         )
-        raise CheckpointError(f"{folder} is damaged; {remedy}. {error}") from None
-
-
-def _load_latest(output_dir: Path, note: Callable[[str], None]) -> Checkpoint:
-    problems = []
-    for folder in reversed(checkpoints_in(output_dir)):
-        try:
-            saved = _read(folder)
-        except CheckpointError as error:
-            problems.append(f"{folder.name} is damaged: {error}")
-        else:
-            for problem in problems:
-                note(f"resuming from {folder.name}, because {problem}")
-            return saved
-    if problems:
-        raise CheckpointError(f"no checkpoint in {output_dir} is whole; start again. {listing(problems)}")
-    raise CheckpointError(
-        f"--resume-from-checkpoint latest: {output_dir} holds no checkpoint; give another --output-dir, "
-        "or start without it and with --save-steps"
-    )
-
-
-def _read(folder: Path) -> Checkpoint:
-    """Raises CheckpointError with the problems of a damaged one."""
-    if problems := damage(folder):
-        raise CheckpointError(listing(problems))
-    state = json.loads((folder / STATE).read_text())
-    return Checkpoint(state, {Path(file).stem: read_safetensors(folder / file)[0] for file in state["files"]})
+    good = None if is_latest else next((path for path in existing if not damage(path)), None)
+    remedy = f"the newest good one: --resume-from-checkpoint {good}" if good else "there is no good one: start again"
+    raise CheckpointError(f"cannot resume: {listing(damaged)}; {remedy}")
 
 
 def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
@@ -137,17 +115,13 @@ def damage(folder: Path) -> list[str]:
         return [f"{STATE} cannot be read: {error}"]
     problems = []
     for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
+        try:
+            with (folder / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                    problems.append(f"{name} is not what was written")
+        except FileNotFoundError:
             problems.append(f"{name} is missing")
-        elif _file_digest(path) != expected:
-            problems.append(f"{name} is not what was written")
     return problems
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(body: Mapping[str, Any]) -> str:
@@ -187,9 +161,8 @@ FACTS = {  # what else the exact results of a run depend on -> its name in a mes
 def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], *, diverged: bool = False) -> None:
     """Raises CheckpointError that names everything in which the two runs differ.
 
-    A run of constant learning rate may become longer: its steps do not depend on its length. A run that diverged may
-    go on with a lower learning rate: with the same one it would diverge again. The number of processes may change if
-    --gradient-accumulation-steps keeps the batches of a step the same.
+    Three things may change: the length of a run of constant learning rate; the rate of a run that diverged, if it
+    becomes lower; and the number of processes, if --gradient-accumulation-steps keeps the batches of a step the same.
     """
     then, now = saved["settings"], current["settings"]
     free = LENGTH if now["lr_scheduler_type"] == "constant" and now["warmup_ratio"] == 0 else set()
@@ -204,33 +177,25 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], *, dive
             facts, free = facts - {"processes"}, free | {ACCUMULATION}
         elif not rest:
             remedy = f"\nthe same steps on {current['processes']} processes: --gradient-accumulation-steps {batches}"
+    # a run of an earlier version, which had no such setting, did what is now the default
+    defaults = {name: field.default for name, field in TrainConfig.model_fields.items()}
     names = sorted((then.keys() | now.keys()) - free)
-    compared = [(name, then.get(name, _default(name)), now.get(name)) for name in names]
+    compared = [(name, then.get(name, defaults.get(name)), now.get(name)) for name in names]
     compared += [(FACTS.get(name, name), saved[name], current[name]) for name in sorted(facts)]
     changes = [f"{name} was {old!r}, now is {new!r}" for name, old, new in compared if old != new]
-    if changes := changes + _base_changes(saved.get("base", {}), current["base"]):
+    bases = [
+        {name: LayerFingerprint.model_validate(layer) for name, layer in run.get("base", {}).items()}
+        for run in (saved, current)
+    ]
+    if differences := fingerprint_differences(*bases, exact=True):
+        count = f"{len(differences)} of {len(bases[1])} tensors"
+        changes.append(f"weights of the base differ in {count}, first {differences[0]}")
+    if changes:
         raise CheckpointError(
-            f"the checkpoint was made with other settings, and going on would give a mixture of both: "
-            f"{listing(changes)}{remedy}\nTo go on, give the earlier values (config.yaml beside the checkpoint has "
-            "them: --config); to train with the new ones, start again in another --output-dir"
+            f"the checkpoint belongs to a run with different settings: {listing(changes)}{remedy}\nTo resume, use the "
+            "run's own settings (--config with its config.yaml); to train with the new ones, start again in another "
+            "--output-dir"
         )
-
-
-def _default(setting: str) -> Any:
-    """Returns what a run of an earlier version, which had no such setting, did."""
-    field = TrainConfig.model_fields.get(setting)
-    return None if field is None else field.default
-
-
-def _base_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Returns how the weights of the base differ from those that the checkpoint was trained on, in at most one line."""
-    then, now = (
-        {name: LayerFingerprint.model_validate(layer) for name, layer in layers.items()} for layers in (saved, current)
-    )
-    differences = fingerprint_differences(then, now, exact=True)
-    if not differences:
-        return []
-    return [f"weights of the base differ in {len(differences)} of {len(now)} tensors, first {differences[0]}"]
 
 
 # ---- Parameters and optimizer
@@ -251,10 +216,9 @@ def restore(
 
     rank: whose random states to take; None leaves them.
     """
-    tensors = {
-        file: local_tensors(model, content) if file in BY_PARAMETER else content
-        for file, content in saved.tensors.items()
-    }
+    tensors = dict(saved.tensors)
+    if isinstance(model, FullModel):
+        tensors |= {file: model.local(tensors[file]) for file in BY_PARAMETER if file in tensors}
     set_parameters(trained_module(model), tensors["adapter"])
     sync_parameters(model)
     set_moments(optimizer, buffers, tensors["optimizer"])

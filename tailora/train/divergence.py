@@ -72,19 +72,15 @@ def copy_if(condition: Tensor, source: Tensor, target: Tensor) -> None:
 
 def broken_gradients(parameters: Mapping[str, nn.Parameter]) -> str:
     """Returns which gradients are not finite on the first rank that has such gradients, for a message."""
-    names = first_of_ranks(_not_finite(parameters))
-    if names is None:
-        return "the norm of all gradients overflows, though each is finite"
-    return f"the gradient of {len(names)} of {len(parameters)} parameters is not finite, first {', '.join(names[:3])}"
-
-
-def _not_finite(parameters: Mapping[str, nn.Parameter]) -> list[str] | None:
-    names = [
+    own = [
         name.replace("/", ".")
         for name, parameter in parameters.items()
         if parameter.grad is not None and not parameter.grad.isfinite().all()
     ]
-    return names or None
+    names = first_of_ranks(own or None)
+    if names is None:
+        return "the norm of all gradients overflows, though each is finite"
+    return f"the gradient of {len(names)} of {len(parameters)} parameters is not finite, first {', '.join(names[:3])}"
 
 
 def broken_loss(model: nn.Module, batches: Sequence[Batch], task: Task, layout: BatchLayout) -> str:
@@ -92,13 +88,6 @@ def broken_loss(model: nn.Module, batches: Sequence[Batch], task: Task, layout: 
 
     All ranks call it with their batches, and all get the module of the first rank that has one.
     """
-    module = first_of_ranks(_broken_module(model, batches, task, layout))
-    if module is None:
-        return "the loss is not finite, though the output of every module that ran is: the logits are too large"
-    return f"the loss is not finite; the first module with such an output is {module}"
-
-
-def _broken_module(model: nn.Module, batches: Sequence[Batch], task: Task, layout: BatchLayout) -> str | None:
     modules: list[str] = []
 
     def check(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -113,4 +102,7 @@ def _broken_module(model: nn.Module, batches: Sequence[Batch], task: Task, layou
             task.outputs(model, batch, layout)
             if modules and not is_sharded(model):  # ranks with a sharded base run the same forwards
                 break
-    return next(iter(modules), None)
+    first = first_of_ranks(next(iter(modules), None))
+    if first is None:
+        return "the loss is not finite, though the output of every module that ran is: the logits are too large"
+    return f"the loss is not finite; the first module with such an output is {first}"

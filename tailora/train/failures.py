@@ -22,7 +22,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 from tailora import errors
-from tailora.errors import INTERRUPTED, MemoryLimitError, ProcessFailedError, TailoraError, WriteError
+from tailora.errors import INTERRUPTED, MemoryLimitError, ProcessFailedError, WriteError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator, PartialState
@@ -34,7 +34,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SECONDS_FOR_ONE_SIGNAL = 5.0  # in which one of several processes may get it twice
 SECONDS_TO_END = 45.0  # for a process that waits in a collective with one that has failed
 TAIL = 20  # lines of a process that failed without a message
-SHOWN_BY = "shown_by_rank"  # attribute of an error
+SHOWN_BY = "shown_by_rank"  # attribute of an error: the rank that shows it; the others stay silent
 
 
 # ---- The record of a failure
@@ -73,8 +73,8 @@ class Failure:
         if self.traceback:
             text = f"process {self.rank} failed: {self.type}: {self.message}"
             return ProcessFailedError(text, self.exit_code, traceback=self.traceback)
-        error_type = getattr(errors, self.type, ProcessFailedError)
-        if issubclass(error_type, ProcessFailedError) or not issubclass(error_type, TailoraError):
+        error_type = getattr(errors, self.type, None)
+        if error_type in (None, ProcessFailedError):
             return ProcessFailedError(self.message, self.exit_code)
         error: Exception = error_type(self.message)
         return error
@@ -95,19 +95,11 @@ def leave_failure(error: BaseException, **known: Any) -> bool:
     return True
 
 
-def show_by(error: BaseException, number: int) -> None:
-    """Sets the rank that shows the error, as the processes have agreed; the others stay silent."""
-    vars(error)[SHOWN_BY] = number
-
-
-def shown_by(error: BaseException) -> int | None:
+def shown_by(error: BaseException | None) -> int | None:
     """Returns the rank that shows this error, or its cause; None if the processes have agreed on none."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if SHOWN_BY in vars(cause):
-            return int(vars(cause)[SHOWN_BY])
-        cause = cause.__cause__
-    return None
+    while error is not None and SHOWN_BY not in vars(error):
+        error = error.__cause__
+    return None if error is None else int(vars(error)[SHOWN_BY])
 
 
 # ---- Among the processes
@@ -148,13 +140,16 @@ def fail_together(
         if isinstance(error, Interrupted):  # by agreement of all
             raise
         cause, failure = error, None
-        if is_broken_collective(error):
-            cause, failure = _lost_process(error, how_to_go_on), watch.failure_of_another()
+        if isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL")):
+            advice = "" if how_to_go_on is None else f"; {how_to_go_on()}"
+            reason = "another process of this run ended without a message, most likely killed for memory"
+            cause = ProcessFailedError(f"{reason} ({str(error).splitlines()[0]}){advice}")
+            failure = watch.failure if watch.seen.wait(5) else None  # another process may be about to leave its own
         failure = failure or watch.report(cause)
         if failure.rank != watch.rank:
             text = f"process {failure.rank} of this run failed: {failure.message}"
             cause = ProcessFailedError(text, failure.exit_code)
-        show_by(cause, failure.rank)
+        vars(cause)[SHOWN_BY] = failure.rank
         if cause is error:
             raise
         raise cause from error
@@ -167,20 +162,6 @@ def ignore_signals() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-
-
-def is_broken_collective(error: BaseException) -> bool:
-    """True if the error says that another process has left a collective."""
-    return isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
-
-
-def _lost_process(error: BaseException, how_to_go_on: Callable[[], str] | None) -> ProcessFailedError:
-    """Returns the error for a collective that broke because a process ended without an error."""
-    advice = "" if how_to_go_on is None else f"; {how_to_go_on()}"
-    return ProcessFailedError(
-        "another process of this run ended without a message, most likely killed for memory "
-        f"({str(error).splitlines()[0]}){advice}"
-    )
 
 
 class FailureWatch(threading.Thread):
@@ -196,27 +177,24 @@ class FailureWatch(threading.Thread):
         self.failure: Failure | None = None
         # where the first process that fails leaves its message; another one for each block of a group's processes
         self.key = f"tailora.failure.{store.add(f'tailora.blocks.{rank}', 1)}"
-        self.has_store = True
         self.launcher = os.getppid() if TORCH_LAUNCHER in os.environ else None  # else the parent may end before the run
 
     def run(self) -> None:
+        has_store = True
         while not self.ended.wait(1):
             if self.launcher not in (None, os.getppid()):
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
-            self._look()
+            try:
+                if has_store and self.store.check([self.key]):
+                    self.failure = Failure(**json.loads(self.store.get(self.key)))
+            except RuntimeError:  # the process that hosted it has ended
+                has_store = False
             if self.failure is not None:
                 self.seen.set()
                 if self.failure.rank != self.rank and not self.ended.wait(SECONDS_TO_END):
                     os._exit(self.failure.exit_code)
                 return
-
-    def _look(self) -> None:
-        try:
-            if self.has_store and self.store.check([self.key]):
-                self.failure = Failure(**json.loads(self.store.get(self.key)))
-        except RuntimeError:  # the process that hosted it has ended
-            self.has_store = False
 
     def report(self, error: BaseException) -> Failure:
         """Leaves the error for the other processes. Returns the first failure: this one, or that of another process."""
@@ -228,10 +206,6 @@ class FailureWatch(threading.Thread):
         if first == failure:
             time.sleep(2)  # until the others have looked
         return first
-
-    def failure_of_another(self) -> Failure | None:
-        """Returns the failure of another process, which may be about to leave it; None if it left none."""
-        return self.failure if self.seen.wait(5) else None
 
 
 # ---- For the launcher

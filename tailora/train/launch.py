@@ -151,9 +151,9 @@ def launch(
 ) -> int:
     """Runs `python -m MODULE ARGUMENTS` in `count` processes on this machine, until all have ended.
 
-    output_dir: of a run, which a message says how to resume.    results: exit codes that are no failures.
-    temporary: folder for temporary files, which stay there if this process is killed; by default the system's.
-    Signals are passed on to the processes. Returns 0, or the one of `results` that the first process had.
+    output_dir: of a run, for the message on how to resume it.    results: exit codes that are no failures.
+    temporary: folder for temporary files, which remain if this process is killed; by default the system's.
+    Signals are passed on. Returns 0, or the one of `results` that the first process had.
     Raises the error of the process that failed first, with its exit code.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
@@ -198,15 +198,14 @@ def launch(
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
     """Within the block these variables are set, for processes that are started in it."""
-    before = {name: os.environ.get(name) for name in values}
+    before = {name: os.environ[name] for name in values if name in os.environ}
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+        for name in values:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 class SignalForwarder:

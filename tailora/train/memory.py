@@ -68,9 +68,8 @@ def reset_peak(device: torch.device) -> None:
 def keep_freed_memory(device: torch.device) -> None:
     """Lets glibc's malloc keep up to 256 MB that are free, so that a step does not fault in its pages again.
 
-    By default it returns them to the system whenever about twice its largest block is free: where no tensor is large,
-    after every layer. That takes 7% of a step. Does nothing where the environment sets malloc, with another C library,
-    and on other devices.
+    By default it returns them to the system after every layer, which takes 7% of a step. Does nothing where the
+    environment sets malloc, with another C library, and on other devices.
     """
     is_set = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(
         name.startswith("MALLOC_") and name != "MALLOC_ARENA_MAX" for name in os.environ
@@ -117,10 +116,7 @@ def total_bytes(device: torch.device) -> int:
         return int(psutil.virtual_memory().total)
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory())
-    module = torch.get_device_module(device)
-    if hasattr(module, "get_device_properties"):
-        return int(module.get_device_properties(device).total_memory)
-    return int(module.mem_get_info(device)[1])
+    return int(torch.get_device_module(device).get_device_properties(device).total_memory)
 
 
 def _free_in_cgroups() -> list[int]:
@@ -187,10 +183,9 @@ def measure_cost(forward: Callable[[int, bool], Tensor], tokens: int, model: Pre
 
     `forward` must not checkpoint the model's layers.
     """
-    half, whole, supervised = (
-        kept_bytes(partial(forward, count, with_loss), model)
-        for count, with_loss in ((tokens // 2, False), (tokens, False), (tokens, True))
-    )
+    half = kept_bytes(partial(forward, tokens // 2, False), model)
+    whole = kept_bytes(partial(forward, tokens, False), model)
+    supervised = kept_bytes(partial(forward, tokens, True), model)
     per_token = (whole - half) / (tokens - tokens // 2)
     config, width = model.config.get_text_config(), model.dtype.itemsize
     layers, hidden = config.num_hidden_layers, config.hidden_size
@@ -231,20 +226,13 @@ def check_fits(
     """
     needed, available = cost.of(size), available_bytes(device)
     if needed > available:
-        free = f"{format_bytes(available)} are free{_of_device(device)}"
+        memory = f"{device} ({device_name(device)}, {format_bytes(total_bytes(device))} in total)"
+        free = f"{format_bytes(available)} are free{'' if device.type == 'cpu' else f' on {memory}'}"
         cause = f"a step keeps at least {format_bytes(needed)} for its backward, and {free}"
         raise MemoryLimitError(
             f"out of memory before the first step: {cause}\n{remedies(cost, size, longest, compiled_share)}"
         )
     return needed
-
-
-def _of_device(device: torch.device) -> str:
-    """Returns the device and its memory, as the end of a message. Nothing for a CPU."""
-    if device.type == "cpu":
-        return ""
-    memory = "of the memory shared with the system" if device.type == "mps" else "in all"
-    return f" on {device} ({device_name(device)}, {format_bytes(total_bytes(device))} {memory})"
 
 
 def remedies(cost: Cost, size: ForwardSize, longest: int, compiled_share: float | None = None) -> str:
@@ -257,44 +245,27 @@ def remedies(cost: Cost, size: ForwardSize, longest: int, compiled_share: float 
     share = half / size.examples
     smaller = replace(size, examples=half, tokens=int(size.tokens * share), supervised=int(size.supervised * share))
     shorter = replace(size, tokens=size.tokens // 2, supervised=size.supervised // 2)
-    options = [
-        (
-            size.examples > 1,
-            f"--per-device-train-batch-size {half} with gradient accumulation times {size.batch_size / half:g}",
-            cost.of(smaller),
-            "the same result in about the same time",
-        ),
-        (
-            compiled_share is not None,
-            f"--activation-memory {ACTIVATION_MEMORY}",
-            replace(cost, per_token=cost.per_token * (compiled_share or 1)).of(size),
-            "the same result in about the same time, after about half a minute of compiling",
-        ),
-        (
-            not size.checkpointed,
-            "--gradient-checkpointing",
-            cost.of(replace(size, checkpointed=True)),
-            "the same result in about a third more time",
-        ),
-        (
-            True,
-            f"--max-length {longest // 2}",
-            cost.of(shorter),
-            "half the time for the longest examples, whose ends are not learned",
-        ),
-    ]
-    before = format_bytes(cost.of(size))
-    lines = [
-        f"  - {change}: {format_bytes(after)} instead of {before}; {effect}"
-        for possible, change, after, effect in options
-        if possible
-    ]
-    others = [
+    lines = []
+
+    def add(change: str, after: int, effect: str) -> None:
+        lines.append(f"  - {change}: {format_bytes(after)} instead of {format_bytes(cost.of(size))}; {effect}")
+
+    same = "the same result in about the same time"
+    if size.examples > 1:
+        accumulated = f"with gradient accumulation times {size.batch_size / half:g}"
+        add(f"--per-device-train-batch-size {half} {accumulated}", cost.of(smaller), same)
+    if compiled_share is not None:
+        less = replace(cost, per_token=cost.per_token * compiled_share)
+        add(f"--activation-memory {ACTIVATION_MEMORY}", less.of(size), f"{same}, after half a minute of compiling")
+    if not size.checkpointed:
+        checkpointed = cost.of(replace(size, checkpointed=True))
+        add("--gradient-checkpointing", checkpointed, "the same result in about a third more time")
+    add(f"--max-length {longest // 2}", cost.of(shorter), "half the time for the longest examples, which are cut off")
+    lines += [
         "  - fewer --target-modules or --layers-to-transform: layers below the first adapted one keep nothing",
-        "  - --quantize nf4, where the base is not: its linear layers take a quarter of their bytes in bfloat16",
         "  - a smaller base model: memory and time fall with its layers and width",
     ]
-    return "\n".join(["what helps:", *(lines + others)[:3]])
+    return "\n".join(["what helps:", *lines[:3]])
 
 
 @contextmanager

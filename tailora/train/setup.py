@@ -28,11 +28,12 @@ from tailora.core.quantization import stored_bytes
 from tailora.data.dataset import Example
 from tailora.data.labels import LABEL_TASKS, Labels, read_labels
 from tailora.errors import ConfigError, TargetError, listing, nearest
+from tailora.formats import peft
 from tailora.formats.fingerprint import model_fingerprint
 from tailora.formats.metadata import LayerFingerprint
-from tailora.kernels.flat_parameters import FlatBuffer, flattened
+from tailora.kernels.flat_parameters import flattened
 from tailora.model import LoRAModel
-from tailora.train import checkpoint, events, launch, run_log, trainable
+from tailora.train import checkpoint, events, launch, run_log
 from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import ChooseHeldOut, ReadData, TrainingData, read_data, resolved_sources
@@ -61,7 +62,7 @@ from tailora.train.model_loading import fitted_labels, labels_of_adapter, labels
 from tailora.train.optimizer import OPTIMIZERS, LossScale, parameter_groups
 from tailora.train.parallel import Sharding, forget_forward, own_process_group, send_from_first_rank
 from tailora.train.state import TrainState, seed_all, seeded
-from tailora.train.trainable import FullModel, Trainable, trained_module
+from tailora.train.trainable import FullModel, Trainable, sharded_names, trained_module
 
 PROBE_TOKENS = 128  # memory is measured on at most so many tokens of the longest example
 LOADING_REMEDIES = (
@@ -90,9 +91,7 @@ class Run:
     cost: Cost  # memory of a forward
     compiled_share: float | None  # of it, what compiled layers could keep
     base_fingerprint: dict[str, LayerFingerprint]  # of the adapted weights
-    buffers: list[FlatBuffer]  # all trained parameters
-    optimizer: torch.optim.Optimizer
-    updates: FiniteUpdates  # the optimizer's steps, and the last good parameters
+    updates: FiniteUpdates  # the trained parameters, their optimizer, and the last good values
     allocator: RankAllocator | None  # of AdaLoRA
     forward: nn.Module  # the model with its loss, as accelerate prepared it
     identity: dict[str, Any]  # what a checkpoint of this run must agree with
@@ -176,7 +175,7 @@ def set_up(
         layout = choose_layout(config, model, tokenizer, note, task=task)
         check_layers_are_called(model, data.longest, task, layout)
         init_from_data(model, data, task, layout, config.init_batches)
-        base_fingerprint = trainable.base_fingerprint(model)
+        base_fingerprint = peft.base_fingerprint(model.adapter(), base) if isinstance(model, LoRAModel) else {}
         recorded = None if saved is None else saved.state["run"].get("layer_kernels")
         work = Work(data.tokens(0 if saved is None else saved.state["progress"]["step"]), data.longest)
         kernels = choose_kernels(config, model, layout, work, recorded)
@@ -184,7 +183,7 @@ def set_up(
     compiled_share = share_kept_instead(config, base, kernels)
     check_fits(cost, data.largest_size, len(data.longest.input_ids), device, compiled_share)
 
-    groups = parameter_groups(trained_module(model), config, trainable.sharded_names(model))
+    groups = parameter_groups(trained_module(model), config, sharded_names(model))
     buffers = stack.enter_context(flattened(groups))
     send_from_first_rank(buffers, trained_module(model))
     prepared = None if config.streaming else data.prepared
@@ -202,7 +201,9 @@ def set_up(
         checkpoint.check_same_run(saved.state["run"], identity, diverged=diverged)
     optimizer = OPTIMIZERS[config.optim](buffers)
     seed_all(config.seed + accelerator.process_index)  # each rank draws its own dropout masks
-    allocator = trainable.rank_allocator(model, optimizer, data.max_steps)
+    allocator = None
+    if isinstance(model, LoRAModel) and model.adapters["default"].adalora is not None:
+        allocator = model.allocate_ranks(optimizer, data.max_steps)
     loss_scale = LossScale(device) if base.dtype == torch.float16 else None
     state = TrainState()
     if saved is not None:
@@ -240,8 +241,6 @@ def set_up(
         cost=cost,
         compiled_share=compiled_share,
         base_fingerprint=base_fingerprint,
-        buffers=buffers,
-        optimizer=optimizer,
         updates=FiniteUpdates(optimizer, buffers, loss_scale),
         allocator=allocator,
         forward=forward,
@@ -269,12 +268,12 @@ def resumed_rank(
 
     Then it draws other dropout masks than at the start. note: called with what changes from here on.
     """
-    earlier, rank = saved.state["run"], accelerator.process_index
+    earlier, rank = saved.state["run"], int(accelerator.process_index)
     if config.learning_rate < (earlier_rate := earlier["settings"]["learning_rate"]):
         note(f"the learning rate is {config.learning_rate:g} from here on; it was {earlier_rate:g}")
     before, now = earlier.get("processes", 1), accelerator.num_processes
     if before == now:
-        return int(rank)
+        return rank
     seed_all(config.seed + rank + 1000 * saved.state["progress"]["step"])
     masks = ", masks of dropout are not" if has_dropout else ""
     note(f"{now} processes go on instead of {before}: the steps are the same{masks}")
@@ -288,12 +287,7 @@ def start_processes(config: TrainConfig, stack: ExitStack) -> Accelerator:
     """Returns accelerate on this process's device. Within `stack` an error of one process ends all of the run."""
     stack.enter_context(own_process_group(until_exit=True))
     accelerator = start_accelerator(config)
-
-    def end_trackers() -> None:
-        for tracker in accelerator.trackers:
-            tracker.finish()
-
-    stack.callback(end_trackers)
+    stack.callback(lambda: [tracker.finish() for tracker in accelerator.trackers])
     stack.enter_context(fail_together(accelerator, partial(launch.how_to_go_on, Path(config.output_dir))))
     stack.enter_context(as_current(accelerator.device))
     reset_peak(accelerator.device)
@@ -301,13 +295,17 @@ def start_processes(config: TrainConfig, stack: ExitStack) -> Accelerator:
     return accelerator
 
 
+ENGINES = ("fsdp", "deepspeed", "megatron_lm")  # that `accelerate launch --use_ENGINE` would train with
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
     """Returns accelerate on the device and with the trackers asked for. Raises ConfigError if one is not here."""
-    check_launch()
-    problems = []
+    problems = [
+        f"accelerate's own engines are not supported: launch without --use_{name}; tailora's --fsdp shards the base"
+        for name in ENGINES
+        if parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}")
+    ]
     for name in config.report_to:
         if name not in TRACKERS:
             problems.append(f"report_to {name!r} is unknown; there are {', '.join(TRACKERS)}{nearest(name, TRACKERS)}")
@@ -341,24 +339,6 @@ def check_can_be_offloaded(config: TrainConfig, device_type: str) -> None:
         raise ConfigError(
             "--fsdp-offload-params keeps weights in host memory, where they are on a CPU in any case: leave it out"
         )
-
-
-LAUNCHED_WITH = {  # variables of `accelerate launch` -> what to do instead
-    "ACCELERATE_USE_FSDP": (
-        "FSDP, whose settings would not be followed: launch without --use_fsdp and give tailora --fsdp, which is FSDP2"
-    ),
-    "ACCELERATE_USE_DEEPSPEED": (
-        "DeepSpeed, whose engine would take the place of the training loop: launch without --use_deepspeed, and give "
-        "tailora --fsdp to shard the base model over the processes"
-    ),
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM, which trains models of its own: launch without --use_megatron_lm",
-}
-
-
-def check_launch() -> None:
-    """Raises ConfigError if `accelerate launch` asks for an engine that does not train here."""
-    if problems := [text for name, text in LAUNCHED_WITH.items() if parse_flag_from_env(name)]:
-        raise ConfigError(f"accelerate was launched with {listing(problems)}")
 
 
 def start_on_device(name: str) -> torch.device:
@@ -423,21 +403,9 @@ LoadBase = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 def loader_of(config: TrainConfig, device: torch.device, labels: Labels | None) -> LoadBase:
     """Returns what loads the base model and its tokenizer, as often as it is called."""
-    sharding = None
-    if config.fsdp:
-        reshard, offload = config.fsdp_reshard_after_forward, config.fsdp_offload_params
-        sharding = Sharding(device, reshard_after_forward=reshard, offload_params=offload)
-    return partial(
-        load_base,
-        config.model,
-        config.dtype,
-        device,
-        config.quantize,
-        sharding=sharding,
-        task=config.task,
-        labels=labels,
-        seed=config.seed,
-    )
+    sharding = Sharding(device, config.fsdp_reshard_after_forward, config.fsdp_offload_params) if config.fsdp else None
+    options: dict[str, Any] = {"sharding": sharding, "task": config.task, "labels": labels, "seed": config.seed}
+    return partial(load_base, config.model, config.dtype, device, config.quantize, **options)
 
 
 def attach(

@@ -24,10 +24,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tailora.core.adalora import RankAllocator
 from tailora.core.adapter import Summary, SummaryRow, adapter_dtype, parameter_count
 from tailora.core.layer_types import gather_shards, whole_tensor
-from tailora.formats import peft
 from tailora.formats.io import replace_folder
 from tailora.formats.metadata import LayerFingerprint
 from tailora.formats.run_folder import ADAPTER, MODEL
@@ -56,11 +54,14 @@ class FullModel(nn.Module):
         self._weights = dict(base_model.named_parameters())
         self.trained = nn.ParameterDict()
         self.sharded = {_key(name): weight for name, weight in self._weights.items() if isinstance(weight, DTensor)}
+        self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []  # each weight that is not its own master; its master
         for name, weight in self._weights.items():
             key, wide = _key(name), adapter_dtype(weight.dtype)
-            is_master = weight.dtype == wide and key not in self.sharded
-            self.trained[key] = weight if is_master else nn.Parameter(local_tensor(weight.detach()).to(wide, copy=True))
-        for weight, master in self._pairs():
+            if weight.dtype == wide and key not in self.sharded:
+                self.trained[key] = weight
+                continue
+            self.trained[key] = master = nn.Parameter(local_tensor(weight.detach()).to(wide, copy=True))
+            self._pairs.append((weight, master))
             cast(Any, weight).register_post_accumulate_grad_hook(partial(_move_gradient, master))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -74,16 +75,11 @@ class FullModel(nn.Module):
                 raise
             return getattr(self.base_model, name)
 
-    def _pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Returns each weight that is not its own master, and its master."""
-        pairs = [(weight, self.trained[_key(name)]) for name, weight in self._weights.items()]
-        return [(weight, master) for weight, master in pairs if weight is not master]
-
     @torch.no_grad()
     def sync_parameters(self) -> None:
         """Rounds the masters into the weights; to be called after every change of the masters."""
         free_gathered(self.base_model)
-        for weight, master in self._pairs():
+        for weight, master in self._pairs:
             local_tensor(weight).copy_(master)
 
     @contextmanager
@@ -195,28 +191,6 @@ def sharded_names(model: Trainable) -> set[str]:
     return set(model.sharded) if isinstance(model, FullModel) else set()
 
 
-def gather_tensors(model: Trainable, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns tensors by parameter, or `parameter|key`, with the parts that other ranks have, for the first rank."""
-    return model.gather(tensors) if isinstance(model, FullModel) else dict(tensors)
-
-
-def local_tensors(model: Trainable, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns what this rank has of the tensors that `gather_tensors` has returned on the first."""
-    return model.local(tensors) if isinstance(model, FullModel) else dict(tensors)
-
-
-def adapter_settings(model: Trainable) -> dict[str, Any]:
-    """Returns what a checkpoint records about the adapter, whose ranks may depend on data; {} without an adapter."""
-    return {} if isinstance(model, FullModel) else {"adapter": model.adapters["default"].model_dump(mode="json")}
-
-
-def rank_allocator(model: Trainable, optimizer: torch.optim.Optimizer, steps: int) -> RankAllocator | None:
-    """Returns what changes the ranks during training (AdaLoRA); None if ranks are fixed. Raises ConfigError."""
-    if isinstance(model, FullModel) or model.adapters["default"].adalora is None:
-        return None
-    return model.allocate_ranks(optimizer, steps)
-
-
 def sync_parameters(model: Trainable) -> None:
     """Copies changed masters into the weights that the model computes with, in full fine-tuning."""
     if isinstance(model, FullModel):
@@ -228,15 +202,10 @@ def folder_of(model: Trainable, output_dir: Path) -> Path:
     return output_dir / (MODEL if isinstance(model, FullModel) else ADAPTER)
 
 
-def base_fingerprint(model: Trainable) -> dict[str, LayerFingerprint]:
-    """Returns what the files of an adapter say about its base; {} without an adapter. All ranks must call it."""
-    return {} if isinstance(model, FullModel) else peft.base_fingerprint(model.adapter(), model.base_model)
-
-
 def save(model: Trainable, output_dir: Path, base: Mapping[str, LayerFingerprint]) -> Path:
     """Writes the adapter's or the model's folder atomically and returns it. Raises WriteError.
 
-    base: `base_fingerprint`, which does not change: with it, nothing of a sharded base is gathered.
+    base: the adapter's `peft.base_fingerprint`, so that nothing of a sharded base is gathered again.
     If the base is sharded, all ranks must call it for a model, and only the first writes.
     """
     folder = folder_of(model, output_dir)

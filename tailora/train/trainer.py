@@ -62,23 +62,15 @@ from tailora.train.optimizer import LRSchedule, clip_gradients, lr_schedule
 from tailora.train.parallel import sum_over_ranks
 from tailora.train.setup import Run, resumed_folder, set_up
 from tailora.train.state import Best, QueuedStep, StepResults, TrainState, random_state
-from tailora.train.trainable import Trainable, sync_parameters, trained_module
+from tailora.train.trainable import FullModel, Trainable, sync_parameters, trained_module
 
 OnReady = Callable[[Trainable, PreTrainedTokenizerBase, PreparedData | None], None]
 
 
 def run(
-    config: TrainConfig,
-    on_event: events.Listener | None = None,
-    on_ready: OnReady | None = None,
-    *,
-    rate_at: LRSchedule | None = None,
-    held_out: ChooseHeldOut | None = None,
-    before: Evaluation | None = None,
-    overwrite: bool = False,
+    config: TrainConfig, on_event: events.Listener | None = None, on_ready: OnReady | None = None, **options: Any
 ) -> events.TrainResult:
-    """Fine-tunes as `config` says: `Trainer(...).train()`, with the same arguments."""
-    options: dict[str, Any] = {"rate_at": rate_at, "held_out": held_out, "before": before, "overwrite": overwrite}
+    """Fine-tunes as `config` says. options: see `Trainer`, which takes the same arguments."""
     return Trainer(config, on_event, on_ready, **options).train()
 
 
@@ -140,14 +132,16 @@ class Trainer:
                 after = self.restore_best()
                 self.accept_checkpoint()
             signals.restore()
-            folder = self.save_trained()
+            if isinstance(run.model, LoRAModel):
+                run.model.settle_ranks()  # removes those that AdaLoRA has switched off
+            self.save_model(compare=True)
             if run.is_main:
                 run_log.delete_earlier(run.output_dir)
             # the files exist when any rank returns
             run.accelerator.wait_for_everyone()
         result = self.result(after, time.perf_counter() - started)
         self.write_result(result)
-        run.report(events.Saved(result.best_step, folder))
+        run.report(events.Saved(result.best_step, trainable.folder_of(run.model, run.output_dir)))
         run.report(events.Finished(result.to_dict()))
         return result
 
@@ -186,10 +180,9 @@ class Trainer:
 
     def collated(self, step: Step) -> CollatedStep:
         """Returns the step as tensors on the device."""
-        run = self.run
+        layout, device, task = self.run.layout, self.run.accelerator.device, self.run.task
         batches = [
-            replace(make_batch(part.examples, run.layout, run.accelerator.device, run.task), weight=part.weight)
-            for part in step.micro_batches
+            replace(make_batch(part.examples, layout, device, task), weight=part.weight) for part in step.micro_batches
         ]
         return CollatedStep(batches, step.tokens, step.supervised, step.divisor)
 
@@ -203,7 +196,7 @@ class Trainer:
         scale = None if updates.loss_scale is None else updates.loss_scale.value.clone()  # of this step
         share = self.compute_gradients(step, scale)
         loss, stops = run.accelerator.reduce(torch.stack([share, torch.full_like(share, stop)]), reduction="sum")
-        norm = clip_gradients(run.buffers, self.config.max_grad_norm, updates.loss_scale)
+        norm = clip_gradients(updates.buffers, self.config.max_grad_norm, updates.loss_scale)
         rate = (self.rate_at or lr_schedule(self.config))(self.queued_steps, run.data.max_steps)
         updates.step(loss, norm, rate)
         sync_parameters(run.model)
@@ -223,11 +216,11 @@ class Trainer:
     def compute_gradients(self, step: CollatedStep, loss_scale: Tensor | None = None) -> Tensor:
         """Fills the buffers with the gradients of a step, of all ranks; returns this rank's share of its loss."""
         run = self.run
-        run.optimizer.zero_grad(set_to_none=False)
+        run.updates.optimizer.zero_grad(set_to_none=False)
         sum_of = partial(run.accelerator.reduce, reduction="sum")
         batches = run.task.complete_step(run.model, step.batches, run.layout, sum_of)
         share = accumulate_gradients(run.forward, batches, step.divisor, loss_scale)
-        sum_over_ranks(run.buffers)
+        sum_over_ranks(run.updates.buffers)
         return share
 
     def read_steps(self) -> None:
@@ -265,19 +258,18 @@ class Trainer:
             memory_bytes=peak_bytes(run.accelerator.device),
             skipped=bool(results.skipped),
         )
-        values = {
-            "loss": results.loss,
-            "learning_rate": queued.rate,
-            "grad_norm": None if results.skipped else results.grad_norm,  # JSON has no infinity
-            "tokens": state.tokens,
-        }
-        if run.updates.loss_scale is not None:
-            values["loss_scale"] = results.loss_scale
         if results.skipped:
             scale = f"{results.loss_scale:g}"
             run.note(f"step {state.step} changes nothing: a gradient overflows float16 at the loss scale {scale}")
-        speed = {"tokens_per_second": event.tokens_per_second, "memory_bytes": event.memory_bytes}
-        self.log({**values, **speed})
+        self.log(
+            loss=results.loss,
+            learning_rate=queued.rate,
+            grad_norm=None if results.skipped else results.grad_norm,  # JSON has no infinity
+            tokens=state.tokens,
+            **({} if run.updates.loss_scale is None else {"loss_scale": results.loss_scale}),
+            tokens_per_second=event.tokens_per_second,
+            memory_bytes=event.memory_bytes,
+        )
         run.report(event)
 
     # ---- Evaluation
@@ -312,12 +304,10 @@ class Trainer:
     def evaluate_before_training(self) -> None:
         """Evaluates the model as it is before the first step, unless that is known. Raises DivergedError."""
         run, state, held_out = self.run, self.state, self.run.data.held_out
-        known = run.task.evaluation_before_training(held_out) if held_out else None
-        if state.before is None and known is not None:
-            state.before = self.record(known, 0.0, may_be_kept=False)
-        elif state.before is None:
-            with run.model.disable_adapter() if self.adapter_is_new else nullcontext():
-                state.before = self.held_out_loss(may_be_kept=False)
+        if state.before is None:
+            known = run.task.evaluation_before_training(held_out) if held_out else None
+            with run.model.disable_adapter() if self.adapter_is_new and known is None else nullcontext():
+                state.before = self.held_out_loss(may_be_kept=False, known=known)
         if state.before is not None and not math.isfinite(state.before.loss):
             raise DivergedError(f"the held-out loss is {state.before.loss} before any training; {REMEDIES}")
 
@@ -336,22 +326,19 @@ class Trainer:
         self.state.best, self.state.since_best = Best(self.state.step, evaluation, tensors), 0
         self.save_model()
 
-    def held_out_loss(self, *, may_be_kept: bool) -> Evaluation | None:
-        """Evaluates the held-out examples; None if there are none.
+    def held_out_loss(self, *, may_be_kept: bool, known: Evaluation | None = None) -> Evaluation | None:
+        """Evaluates the held-out examples, logs and reports their loss; None if there are none.
 
-        may_be_kept: the adapter is kept if this is its best loss, which the event says.
+        may_be_kept: the adapter is kept if this is its best loss, which the event says.    known: the evaluation.
         """
         held_out = self.run.data.held_out
-        if held_out is None or len(held_out) == 0:
+        if not held_out:
             return None
         started = time.perf_counter()
-        evaluation = self.evaluate(held_out, self.run.task)
-        return self.record(evaluation, time.perf_counter() - started, may_be_kept=may_be_kept)
-
-    def record(self, evaluation: Evaluation, seconds: float, *, may_be_kept: bool) -> Evaluation:
-        """Logs and reports an evaluation of the held-out examples, and returns it."""
+        evaluation = known or self.evaluate(held_out, self.run.task)
+        seconds = time.perf_counter() - started
         self.state.history.append((self.state.step, evaluation.loss))
-        self.log({"eval_loss": evaluation.loss})
+        self.log(eval_loss=evaluation.loss)
         best = may_be_kept and self.is_best(evaluation)
         self.run.report(events.Evaluated(self.state.step, evaluation.loss, seconds, best))
         return evaluation
@@ -400,21 +387,22 @@ class Trainer:
         folder = run.output_dir / f"checkpoint-{state.step}"
         tensors = {
             "adapter": trained_module(run.model).state_dict(),
-            "optimizer": checkpoint.moments(run.optimizer, run.buffers),
+            "optimizer": checkpoint.moments(run.updates.optimizer, run.updates.buffers),
             **({"evaluations": evaluations} if (evaluations := state.evaluations()) else {}),
             **({"best": state.best.tensors} if state.best else {}),
             **({"allocation": run.allocator.state_dict()} if run.allocator else {}),
             **({"loss_scale": loss_scale.state_dict()} if loss_scale else {}),
         }
-        for file in checkpoint.BY_PARAMETER:
-            if file in tensors:
-                tensors[file] = trainable.gather_tensors(run.model, tensors[file])
+        if isinstance(run.model, FullModel):
+            tensors |= {file: run.model.gather(tensors[file]) for file in checkpoint.BY_PARAMETER if file in tensors}
         if broken := broadcast_object_list([checkpoint.not_finite(tensors)])[0]:
             raise self.diverged(f"in step {state.step}: it left values that are not finite ({'; '.join(broken)})")
         random_states = gather_object([random_state()])
         if run.is_main:
             tensors |= {f"random-{rank}": states for rank, states in enumerate(random_states)}
-            content = {"progress": state.counters(), "run": run.identity, **trainable.adapter_settings(run.model)}
+            content = {"progress": state.counters(), "run": run.identity}
+            if isinstance(run.model, LoRAModel):
+                content["adapter"] = run.model.adapters["default"].model_dump(mode="json")
             checkpoint.save(folder, Checkpoint(content, tensors))
         state.unproven = folder
         run.accelerator.wait_for_everyone()
@@ -432,7 +420,7 @@ class Trainer:
         """Restores the best parameters, or checks and evaluates the last; returns their held-out loss."""
         self.read_steps()
         run, state = self.run, self.state
-        if not all(gather_object([bool(buffer.parameter.isfinite().all()) for buffer in run.buffers])):
+        if not all(gather_object([bool(buffer.parameter.isfinite().all()) for buffer in run.updates.buffers])):
             raise self.diverged(f"in step {state.step}: it left weights that are not finite")
         if self.is_out_of_patience():
             run.note(f"stopped early: {state.since_best} evaluations in a row without improvement")
@@ -441,13 +429,6 @@ class Trainer:
         checkpoint.set_parameters(trained_module(run.model), state.best.tensors)
         sync_parameters(run.model)
         return state.best.evaluation
-
-    def save_trained(self) -> Path:
-        """Writes the adapter or the model, reads it back and returns its folder. Raises CheckpointError."""
-        if isinstance(self.run.model, LoRAModel):
-            self.run.model.settle_ranks()  # removes those that AdaLoRA has switched off
-        self.save_model(compare=True)
-        return trainable.folder_of(self.run.model, self.run.output_dir)
 
     def save_model(self, *, compare: bool = False) -> None:
         """Writes the adapter or the model, in the main process. compare: reads it back, or raises CheckpointError.
@@ -518,7 +499,7 @@ class Trainer:
         for text in stream_notes(run.data, self.config.max_length):
             run.note(text)
 
-    def log(self, values: dict[str, Any]) -> None:
+    def log(self, **values: float | None) -> None:
         """Writes numbers to metrics.jsonl and to the trackers."""
         step = self.state.step
         if self.run.metrics is not None:
@@ -541,7 +522,7 @@ class Trainer:
             return self.diverged(f"{where}: {cause}")
         if self.state.queue:  # the gradients are those of a later step by now; the parameters are still the same
             self.compute_gradients(queued.step)
-        parameters = {name: p for buffer in run.buffers for name, p in buffer.parameters.items()}
+        parameters = {name: p for buffer in run.updates.buffers for name, p in buffer.parameters.items()}
         return self.diverged(f"{where}: {broken_gradients(parameters)}", parameters_are_good=True)
 
     def diverged(self, cause: str, *, parameters_are_good: bool = False) -> DivergedError:

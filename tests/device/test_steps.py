@@ -177,7 +177,8 @@ class BreakingTrainer(Trainer):
         self.queued += 1
         if self.queued == self.broken:  # and from then on
             layer = self.run.base.model.layers[0].mlp.down_proj
-            parameter = next(p for name, p in self.run.buffers[0].parameters.items() if "down_proj.lora_B" in name)
+            parameters = self.run.updates.buffers[0].parameters
+            parameter = next(parameters[name] for name in parameters if "down_proj.lora_B" in name)
             nan = float("nan")
             if self.part == "loss":
                 layer.register_forward_hook(lambda _module, _inputs, output: output * nan)

@@ -109,7 +109,7 @@ for name, settings in json.loads(sys.argv[1]).items():
             Trainer(config).train()
     trainer = trainers.pop()
     tell(f"{name} on rank {rank}: {sum(map(held_bytes, trainer.run.base.parameters()))} bytes of the base")
-    for buffer in (buffer for buffer in trainer.run.buffers if not buffer.sharded):
+    for buffer in (buffer for buffer in trainer.run.updates.buffers if not buffer.sharded):
         of_first = buffer.parameter.detach().clone()
         torch.distributed.broadcast(of_first, src=0)
         assert torch.equal(of_first, buffer.parameter)

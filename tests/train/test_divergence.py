@@ -101,7 +101,7 @@ def test_no_checkpoint_holds_values_that_are_not_finite(settings: Any) -> None:
 
     def break_moments(event: Event) -> None:
         if isinstance(event, Stepped) and event.step == 2:
-            (moment, *_) = (state["exp_avg_sq"] for state in trainer.run.optimizer.state.values())
+            (moment, *_) = (state["exp_avg_sq"] for state in trainer.run.updates.optimizer.state.values())
             moment[0] = float("inf")
 
     trainer = Trainer(config, break_moments)

@@ -31,13 +31,13 @@ from tailora.train.config_file import config_text
 from tailora.train.failures import (
     ERROR_FILE,
     SECONDS_FOR_ONE_SIGNAL,
+    SHOWN_BY,
     SIGNALS,
     Interrupted,
     StopSignals,
     cause_of,
     fail_together,
     leave_failure,
-    show_by,
     shown_by,
 )
 from tailora.train.launch import (
@@ -617,7 +617,7 @@ def test_rank_0_alone_speaks_unless_the_processes_agreed(
     monkeypatch.setenv(ERROR_FILE, str(tmp_path / "error.json"))
     assert fail(ConfigError("torchrun shows it"), False) == 2
     first = DataError("row 7")
-    show_by(first, 1)
+    vars(first)[SHOWN_BY] = 1
     assert fail(first, False) == 2
     assert capsys.readouterr().err == "error: no launcher shows it\nerror: row 7\n"
     monkeypatch.setenv("RANK", "0")
@@ -632,7 +632,7 @@ def test_a_signal_explains_an_error_unless_another_rank_shows_it(
 ) -> None:
     def fail_in_a_library(*_: object, **__: object) -> None:
         error = ConfigError("what a library made of KeyboardInterrupt")
-        show_by(error, number)
+        vars(error)[SHOWN_BY] = number
         raise error
 
     monkeypatch.setattr("tailora.cli.main.app", lambda _: fail_in_a_library)

@@ -229,19 +229,14 @@ def test_apples_gpu_shares_the_systems_memory(monkeypatch: pytest.MonkeyPatch) -
     assert emptied
 
 
-def test_where_the_driver_does_not_tell_it_is_what_torch_has_not_taken(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_where_the_driver_does_not_tell_it_is_what_torch_has_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: torch.device) -> None:
         raise RuntimeError("The device does not support querying for available free memory")
 
-    for name, function in {
-        "memory_reserved": lambda _: 500,
-        "memory_allocated": lambda _: 300,
-        "mem_get_info": fail,
-        "get_device_properties": lambda _: SimpleNamespace(total_memory=1_000),
-    }.items():
-        monkeypatch.setattr(torch.xpu, name, function)
+    monkeypatch.setattr(torch.xpu, "memory_reserved", lambda _: 500)
+    monkeypatch.setattr(torch.xpu, "memory_allocated", lambda _: 300)
+    monkeypatch.setattr(torch.xpu, "mem_get_info", fail)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _: SimpleNamespace(total_memory=1_000))
     assert available_bytes(torch.device("xpu", 0)) == 700
 
 
