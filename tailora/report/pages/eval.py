@@ -10,8 +10,7 @@ from tailora.evaluation.scores import Match
 from tailora.report.blocks import Answers, Block, Column, Figure, List, Number, Page, Section, Table
 from tailora.report.charts import Canvas, Estimate
 from tailora.report.format import NONE, decimals, duration
-from tailora.report.pages.labels import labels_section
-from tailora.report.pages.shared import INTERVAL, numeric, settings_table
+from tailora.report.pages.shared import INTERVAL, labels_section, numeric, settings_table
 
 CUTS = {  # of EvalReport.data: how many rows were cut or left out
     "truncated": "{:,} rows were longer than --max-length and cut; the longest has {at_least}{longest:,} tokens",

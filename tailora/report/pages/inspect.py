@@ -26,8 +26,15 @@ from tailora.report.blocks import (
 )
 from tailora.report.charts import SERIES, Canvas, Estimate, heat_colour
 from tailora.report.format import NONE, interval, one_line, plural, signed, value_range
-from tailora.report.pages.shared import INTERVAL, numeric, settings_table
-from tailora.report.paths import by_depth, by_layer, shared_prefix, short_names
+from tailora.report.pages.shared import (
+    INTERVAL,
+    by_depth,
+    by_layer,
+    numeric,
+    settings_table,
+    shared_prefix,
+    short_names,
+)
 from tailora.study.advice import cost_limit, first_few
 from tailora.study.inspection import AdapterOverlap, CombinedLosses, HeldOutLosses, Inspection, ModuleOverlap
 

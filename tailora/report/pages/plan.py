@@ -4,8 +4,7 @@ from tailora.data.schemas import SEQ2SEQ
 from tailora.report.blocks import Block, Column, Figure, HeatMap, Number, Page, Paragraph, Section, Table
 from tailora.report.charts import DASHED, INK, SERIES, Canvas
 from tailora.report.format import NONE, count, duration, plural, share
-from tailora.report.pages.shared import bar_figure, numeric, settings_table
-from tailora.report.paths import by_layer, short_names
+from tailora.report.pages.shared import bar_figure, by_layer, numeric, settings_table, short_names
 from tailora.study.plan_result import Plan
 from tailora.train.config import TASK_TYPES
 from tailora.train.memory import format_bytes

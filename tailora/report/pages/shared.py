@@ -1,12 +1,16 @@
-"""Columns, tables and figures that several pages have."""
+"""Columns, tables, figures and short names that several pages have."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import takewhile
+from typing import Any, Protocol, TypeVar
 
+from tailora.core.patterns import layer_index
 from tailora.evaluation.statistics import Difference
-from tailora.report.blocks import Column, Figure, Table
-from tailora.report.charts import GRID, Canvas, Estimate
-from tailora.report.format import interval, one_line, p_value, setting, signed
+from tailora.report.blocks import Column, Figure, Section, Table
+from tailora.report.charts import DASHED, GRID, SERIES, SOFT, Canvas, Estimate
+from tailora.report.format import NONE, decimals, interval, one_line, p_value, setting, share, signed
+from tailora.study.model_layout import DEPTHS, depth_of, layer_range
 from tailora.study.study_store import LAUNCH, PROCESSES
 
 INTERVAL = Column("95% interval", numeric=True, interval=True)
@@ -101,3 +105,117 @@ def difference_cells(difference: Difference | None, p: float | None, missing: st
     value = signed(difference.value) if difference else missing
     ends = f"{signed(difference.low)} to {signed(difference.high)}" if difference else ""
     return [value, ends, "" if p is None else p_value(p)]
+
+
+# ---- A model that predicts labels: confusions and calibration
+
+
+def labels_section(details: Mapping[str, Any]) -> Section | None:
+    """details: `evaluation.classification.label_details`, {} for numbers."""
+    if not details:
+        return None
+    return Section("Labels", " ".join(_sentences(details)), [_confusion(details), _calibration(details)])
+
+
+def _sentences(details: Mapping[str, Any]) -> list[str]:
+    texts = []
+    if majority := details.get("majority"):
+        rate = share(majority["share"], 1)
+        frequent = "one of the most frequent labels" if majority.get("is_tied") else "the most frequent label"
+        texts.append(f"Always answering {majority['label']!r}, {frequent}, gets {rate} right.")
+    ece = decimals(details["calibration"]["ece"])
+    texts.append(f"Expected calibration error: {ece}, the mean distance between confidence and accuracy.")
+    return texts
+
+
+def _confusion(details: Mapping[str, Any]) -> Table | None:
+    if "confusion" not in details:
+        return None
+    names = details["names"]
+    rows = [
+        [name, *(f"{count:,}" for count in counts)] for name, counts in zip(names, details["confusion"], strict=True)
+    ]
+    columns = [Column("right \\ predicted"), *numeric(*names)]
+    return Table(columns, rows, "Confusion matrix", "A row for each right label, a column for each predicted one.")
+
+
+def _calibration(details: Mapping[str, Any]) -> Figure:
+    bins = details["calibration"]["bins"]
+
+    def draw(points: list[tuple[float, float]], tips: list[str], canvas: Canvas) -> None:
+        axes = canvas.new_axes(330, "confidence", "accuracy")
+        axes.plot([0, 1], [0, 1], color=SOFT, linewidth=1.2, linestyle=DASHED)
+        axes.plot(*zip(*points, strict=True), color=SERIES[0], linewidth=1.2)
+        canvas.points(points, tips, s=40, color=SERIES[0], linewidths=0)
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_ylim(-0.02, 1.02)
+
+    points = [(row["confidence"], row["accuracy"]) for row in bins]
+    tips = [f"{row['n']:,}: confidence {row['confidence']:.3f}, accuracy {row['accuracy']:.3f}" for row in bins]
+    listed = "; ".join(tips)
+    return Figure(
+        "calibration",
+        partial(draw, points, tips),
+        f"Line chart of accuracy by confidence: {listed}.",
+        "Predictions of about the same confidence: how many of them are right. On the dashed line a confidence of 80% "
+        "is right in 80% of the cases.",
+    )
+
+
+# ---- Short names of matrices, where there is no room for paths, and matrices by depth and layer
+
+
+def inner_path(path: str) -> str:
+    """The path after the number of its layer; all of it where it has none."""
+    parts = path.split(".")
+    number = next((index for index, part in enumerate(parts) if part.isdecimal()), -1)
+    return ".".join(parts[number + 1 :])
+
+
+def short_names(paths: Iterable[str]) -> dict[str, str]:
+    """Path -> its last name; where another matrix of a layer has the same last name, its path within the layer."""
+    inner = {path: inner_path(path) for path in paths}
+    by_last_name: dict[str, set[str]] = {}
+    for name in inner.values():
+        by_last_name.setdefault(name.rpartition(".")[2], set()).add(name)
+    return {
+        path: last if len(by_last_name[last := name.rpartition(".")[2]]) == 1 else name for path, name in inner.items()
+    }
+
+
+def shared_prefix(paths: Iterable[str]) -> str:
+    """What all paths begin with, up to a dot; '' for nothing."""
+    names = zip(*(path.split(".")[:-1] for path in paths), strict=False)
+    shared = [same[0] for same in takewhile(lambda same: len(set(same)) == 1, names)]
+    return ".".join(shared) + "." if shared else ""
+
+
+class HasPath(Protocol):
+    @property
+    def path(self) -> str: ...
+
+
+Module = TypeVar("Module", bound=HasPath)
+
+
+def by_depth(modules: Sequence[Module], layers: int) -> list[tuple[str, str, list[Module]]]:
+    """Modules in groups: a range of layers in one third of the model, a matrix's short name, and its modules there."""
+    names = short_names(module.path for module in modules)
+    groups: dict[tuple[str, str], list[Module]] = {}
+    for module in modules:
+        groups.setdefault((depth_of(module.path, layers), inner_path(module.path)), []).append(module)
+    ordered = sorted(groups.items(), key=lambda item: ["", *DEPTHS].index(item[0][0]))
+    return [
+        (layer_range([module.path for module in members]) or depth or NONE, names[members[0].path], members)
+        for (depth, _), members in ordered
+    ]
+
+
+def by_layer(modules: Sequence[HasPath], measure: str) -> dict[tuple[str, int], float]:
+    """The cells of a heat map: a matrix's short name and its layer -> the module's attribute `measure`, if not None."""
+    names = short_names(module.path for module in modules)
+    return {
+        (names[module.path], layer): float(value)
+        for module in modules
+        if (layer := layer_index(module.path)) is not None and (value := getattr(module, measure)) is not None
+    }

@@ -35,8 +35,7 @@ from tailora.formats.run_folder import RUN, SAMPLES, write_report
 from tailora.report.blocks import Answers, Block, Column, Figure, Number, Page, Paragraph, Section, Table
 from tailora.report.charts import DASHED, INK, SERIES, SOFT, Canvas
 from tailora.report.format import NONE, count, decimals, duration, interval, learning_rate, plural, share
-from tailora.report.pages.labels import labels_section
-from tailora.report.pages.shared import settings_table
+from tailora.report.pages.shared import labels_section, settings_table
 from tailora.train.config import FEW_STEPS, NATS_PER_TOKEN
 from tailora.train.memory import format_bytes
 from tailora.train.run_log import EXAMPLES, METRICS
