@@ -1,9 +1,8 @@
 """How good a model is on held-out data, and how much its adapter contributes.
 
-`score` reads the data in chunks. The tuned model and the base evaluate each chunk, and only a few numbers are kept for
-each example, so that data of any size fits. `_Evaluator` computes the metrics of a chunk, `_Totals` keeps
-them, and `_scores` turns the totals into means with intervals. Of several ranks each evaluates a share of every chunk,
-and all get the scores of all examples. `loss_on_data` is the plain loss, for other commands.
+`score` reads the data in chunks. `_Evaluator` computes the metrics of a chunk, `_Totals` keeps a few numbers of each
+example, and `_scores` turns them into means with intervals. Several ranks evaluate a share of every chunk each, and all
+get the scores of all examples. `loss_on_data` is the plain loss, for other commands.
 """
 
 import math
@@ -11,7 +10,6 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -121,11 +119,14 @@ class Scores:
 
     def only(self, names: Sequence[str]) -> "Scores":
         """Returns the scores of these names."""
-
-        def chosen(scores: dict[str, Score] | None) -> dict[str, Score] | None:
-            return None if scores is None else {name: scores[name] for name in scores if name in names}
-
-        return replace(self, metrics=chosen(self.metrics) or {}, base=chosen(self.base), change=chosen(self.change))
+        return replace(
+            self,
+            **{
+                part: {name: scores[name] for name in scores if name in names}
+                for part in ("metrics", "base", "change")
+                if (scores := getattr(self, part)) is not None
+            },
+        )
 
     def merge(self, other: "Scores") -> "Scores":
         return Scores(
@@ -241,42 +242,33 @@ def choose_metrics(facts: EvalDataReport, metrics: Sequence[str], extra: Sequenc
 
 @dataclass(slots=True)
 class _Totals:
-    """The results of one model, example by example."""
+    """The results of one model. losses, samples: by index of the example."""
 
-    sums: list[Any] = field(default_factory=list)  # nats of the learned tokens, an array per chunk
-    counts: list[Any] = field(default_factory=list)
+    losses: dict[int, tuple[float, int]] = field(default_factory=dict)  # nats of the learned tokens, and their number
     hits: dict[str, list[bool]] = field(default_factory=lambda: {name: [] for name in SHARES})
-    samples: dict[int, Match] = field(default_factory=dict)  # by index of the example
+    samples: dict[int, Match] = field(default_factory=dict)
     too_long: int = 0
+
+    @property
+    def sums_and_counts(self) -> tuple[Any, Any]:
+        """Nats and learned tokens, both (examples,)."""
+        sums, counts = np.array([*self.losses.values()]).T
+        return sums, counts
 
 
 def _joined(of_ranks: Sequence[Mapping[str, _Totals]], most_samples: int) -> dict[str, _Totals]:
-    """Returns the totals of all ranks in the order of one process: they had the examples of every chunk in turn."""
+    """Returns the totals of all ranks, the losses in the order of one process."""
     joined = {}
     for name in of_ranks[0]:
         parts = [totals[name] for totals in of_ranks]
         samples = sorted(item for part in parts for item in part.samples.items())
         joined[name] = _Totals(
-            sums=_chunks_in_turn([part.sums for part in parts], np.float64),
-            counts=_chunks_in_turn([part.counts for part in parts], np.int64),
-            hits={
-                metric: _in_turn([np.array(part.hits[metric], bool) for part in parts]).tolist() for metric in SHARES
-            },
+            losses=dict(sorted(item for part in parts for item in part.losses.items())),
+            hits={metric: [hit for part in parts for hit in part.hits[metric]] for metric in SHARES},
             samples=dict(samples[:most_samples]),
             too_long=sum(part.too_long for part in parts),
         )
     return joined
-
-
-def _chunks_in_turn(of_ranks: Sequence[list[Any]], dtype: type) -> list[Any]:
-    """Returns the array of every chunk; a rank without examples of the last chunk has none of it."""
-    return [_in_turn(arrays) for arrays in zip_longest(*of_ranks, fillvalue=np.zeros(0, dtype))]
-
-
-def _in_turn(parts: Sequence[Any]) -> Any:
-    """Returns the elements of the arrays in turn, of each array the first, then of each the second, and so on."""
-    turns = np.concatenate([np.arange(len(part)) + rank / len(parts) for rank, part in enumerate(parts)])
-    return np.concatenate(parts)[np.argsort(turns)]
 
 
 def _task_of(model: LoRAModel) -> Task:
@@ -295,15 +287,17 @@ class _Evaluator:
         self.token_budget = token_budget(model)
         self.normalize = normalizer(options.normalize)
         self.share_prompts: bool | None = None  # None until it was tried on a question
-        steps = {self._loss: {"loss", "perplexity"}, self._accuracy: {"accuracy", "accuracy_norm"}}
-        steps[self._exact_match] = {"exact_match"}
+        steps = {
+            self._loss: {"loss", "perplexity"},
+            self._accuracy: {"accuracy", "accuracy_norm"},
+            self._exact_match: {"exact_match"},
+        }
         self.steps = [step for step, names in steps.items() if names & set(metrics)]
 
     def _loss(self, chunk: Mapping[int, EncodedSample], totals: _Totals) -> None:
         examples = Examples.of(item.example for item in chunk.values())
         evaluation = evaluate(self.model, examples, layout=self.layout, token_budget=self.token_budget, task=self.task)
-        totals.sums.append(evaluation.sums)
-        totals.counts.append(evaluation.counts)
+        totals.losses.update(zip(chunk, zip(evaluation.sums, evaluation.counts, strict=True), strict=True))
 
     def _accuracy(self, chunk: Mapping[int, EncodedSample], totals: _Totals) -> None:
         questions = [item.choices for item in chunk.values() if item.choices is not None]
@@ -426,17 +420,16 @@ def _score(metric: str, totals: _Totals, facts: EvalDataReport) -> Score:
         if not hits:
             raise DataError(f"data {facts.source}: no row leaves room for {metric}; raise --max-length")
         return Score(*wilson_interval(hits), len(hits))
-    sums = np.concatenate(totals.sums)
-    interval = mean_interval(sums, np.concatenate(totals.counts))
+    interval = mean_interval(*totals.sums_and_counts)
     if metric == "perplexity":
         interval = Interval(*(math.exp(nats) if nats < 700 else math.inf for nats in interval))
-    return Score(*interval, len(sums))
+    return Score(*interval, len(totals.losses))
 
 
 def _change(metric: str, base: _Totals, tuned: _Totals) -> Score:
     if metric in SHARES:
         return Score(*share_difference(base.hits[metric], tuned.hits[metric]), len(tuned.hits[metric]))
-    before, after, counts = map(np.concatenate, (base.sums, tuned.sums, tuned.counts))
+    (before, _), (after, counts) = base.sums_and_counts, tuned.sums_and_counts
     return Score(*paired_difference(before, after, counts), len(counts))
 
 
@@ -446,9 +439,7 @@ def _change(metric: str, base: _Totals, tuned: _Totals) -> Score:
 def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log) -> Callable[[], Evaluation]:
     """Returns a function that evaluates the active adapters on the distinct examples of `config.data`, one by one.
 
-    It is the loss of a language model: of pairs of replies, that of the chosen ones. Of an encoder and a decoder, it is
-    that of what the decoder writes.
-    'demo' is the held-out part of the demo's data. Raises DataError with all that is wrong with the data.
+    It is the loss of a language model: of pairs of replies, that of the chosen ones. 'demo' is the held-out part of the demo's data. Raises DataError with all that is wrong with the data.
     """
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
     rows = SEQ2SEQ if is_seq2seq(model) else AUTO

@@ -40,21 +40,17 @@ class Interval(NamedTuple):
 # loss 92% of the time, and BCa intervals (sec. 14.3) 90%.
 
 
-def mean_interval(
-    sums: ArrayLike, counts: ArrayLike, *, draws: int = 2000, seed: int = 0, level: float = 0.95
-) -> Interval:
-    """Returns the loss per token with its interval. sums: nats, counts: learned tokens; both (examples,).
+def mean_interval(sums: ArrayLike, counts: ArrayLike, *, draws: int = 2000) -> Interval:
+    """Returns the loss per token with its 95% interval. sums: nats, counts: learned tokens; both (examples,).
 
-    Raises ValueError if the shapes differ, no token counts, or `level` is not between 0 and 1.
+    Raises ValueError if the shapes differ or no token counts.
     """
     nats, tokens = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
     if nats.ndim != 1 or nats.shape != tokens.shape:
         raise ValueError(f"sums has shape {nats.shape}, counts {tokens.shape}; both need one number per example")
-    if not 0 < level < 1:
-        raise ValueError(f"level {level} is not between 0 and 1")
     if not tokens.any():
         raise ValueError("no example has a token that counts")
-    return _bootstrap(nats[None, tokens > 0], tokens[tokens > 0], draws, seed, level)
+    return _bootstrap(nats[None, tokens > 0], tokens[tokens > 0], draws)
 
 
 def paired_difference(before: ArrayLike, after: ArrayLike, counts: ArrayLike) -> Interval:
@@ -70,22 +66,22 @@ def paired_difference(before: ArrayLike, after: ArrayLike, counts: ArrayLike) ->
 
 def interval_over_seeds(sums: ArrayLike, counts: ArrayLike) -> Interval:
     """Returns the loss per token; seeds and examples are both resampled. sums: nats (seeds, examples)."""
-    return _bootstrap(np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64), 2000, 0, 0.95)
+    return _bootstrap(np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64), 2000)
 
 
-def _bootstrap(nats: Floats, tokens: Floats, draws: int, seed: int, level: float) -> Interval:
+def _bootstrap(nats: Floats, tokens: Floats, draws: int) -> Interval:
     """nats: (seeds, examples), tokens: (examples,)."""
     seeds, examples = nats.shape
     value = float(nats.sum() / (seeds * tokens.sum()))
     if examples < 2:
         return Interval(value, np.nan, np.nan)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     losses = np.empty(draws)
     for draw in range(draws):
         times = np.bincount(generator.integers(examples, size=examples), minlength=examples)  # (examples,)
         chosen = nats[generator.integers(seeds, size=seeds)]
         losses[draw] = (chosen @ times).sum() / (seeds * (tokens @ times))
-    low, high = np.quantile(losses, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(losses, [0.025, 0.975])
     return Interval(value, float(low), float(high))
 
 

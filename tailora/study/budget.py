@@ -2,8 +2,7 @@
 
     measure_costs    a few steps -> Costs; ends as soon as they show that the time is too short
     fit              Costs, time -> Extent and steps: less is done until runs of a useful length fit
-    TimeLimit        the same for a comparison or a search, with an error where not even the least fits
-    too_short        the error for a time in which not even the least fits
+    TimeLimit        the same for a comparison or a search, with an error if not even the least fits
 
 A trial of S steps takes  fixed + S step + evaluations;  a judging run takes  fixed + S step + one evaluation of twice
 as many examples. The base's losses are known from the first steps. Successive halving ends half of the trials of a
@@ -12,12 +11,9 @@ first and the last are planned whole.
 """
 
 import math
-import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from statistics import median
-
-import psutil
 
 from tailora.errors import ConfigError
 from tailora.study.study_store import StudySession
@@ -32,7 +28,6 @@ FEWEST_SEEDS = 2  # one seed does not show how much results change from seed to 
 FEWEST_HELD_OUT = 40  # examples, half of which judge
 SAFETY = 0.9  # share of the time that is planned, since a few steps measure it roughly
 MARGIN = 4 / 3  # of the minutes that are advised: a few steps differ by that from one start to the next
-BUSY = "other programs use this machine's cores"
 SHARE = 7 / 12  # of its steps that a trial takes on average
 
 
@@ -146,21 +141,18 @@ def measure_costs(
         )
 
     trial = run(listen)
-    return costs_of(trial, session.seconds - begun, half_count) if trial.done else None, trial
-
-
-def costs_of(trial: Trial, seconds: float, half_count: int) -> Costs:
-    """seconds: that the trial took just now; nearly 0 if it was read from its folder.
-    half_count: halves of the held-out examples that it evaluated.
-    """
+    if not trial.done:
+        return None, trial
     forgetting, writing = (trial.numbers.get(f"{part}_seconds", 0.0) for part in ("forgetting", "writing"))
-    total = max(seconds, trial.numbers["seconds"] + forgetting + writing)
-    return Costs(
+    # a trial that was read from its folder has taken no time now
+    total = max(session.seconds - begun, trial.numbers["seconds"] + forgetting + writing)
+    costs = Costs(
         fixed=total - sum(trial.step_seconds) - sum(trial.evaluation_seconds) - forgetting - writing,
         step=median(trial.step_seconds),
         evaluation=min(trial.evaluation_seconds) / half_count,  # the fastest, which nothing delayed
         forgetting=forgetting,
     )
+    return costs, trial
 
 
 # ---- What fits
@@ -200,36 +192,16 @@ def fit(
     return None
 
 
-def fewest_part(held_out: int) -> float:
-    """Returns the smallest share of so many held-out examples that is of use."""
-    return min(1.0, FEWEST_HELD_OUT / held_out)
-
-
-def too_short(
-    session: StudySession, seconds: float, what: str, given: Sequence[str], untimed: Sequence[str] = ()
-) -> ConfigError:
-    """seconds: that the least takes from now on.    what: the least, in the plural.
-    given: flags of which less would do.    untimed: what may take longer than that, since it was not timed yet.
+def too_short(session: StudySession, seconds: float, what: str, given: Sequence[str]) -> ConfigError:
+    """seconds: that the least takes from now on, as far as it was timed.    what: the least, in the plural.
+    given: flags to lower.
     """
     needed = (session.seconds + seconds / SAFETY) / 60
-    minutes, enough = math.ceil(needed), math.ceil(MARGIN * needed)
-    least, busy = f"{minutes} minute{'s' * (minutes > 1)}", f" ({BUSY})" * is_busy()
-    if untimed:
-        verb = "were" if len(untimed) > 1 else "was"
-        needs = f"at least {least}{busy}; {' and '.join(untimed)} {verb} not timed yet and may take longer"
-        use = f"Use clearly more than --minutes {minutes}"
-    else:
-        needs = f"about {least} or more{busy}"
-        use = f"Use --minutes {enough}, since the next start measures anew"
     return ConfigError(
-        f"--minutes {session.minutes:g} is too short: {what} take {needs}. {use}, "
-        f"{''.join(f'fewer {flag}, ' for flag in given)}or a smaller --max-length"
+        f"--minutes {session.minutes:g} is too short: {what} take at least {math.ceil(needed)} min, by what was timed "
+        f"so far. Use --minutes {math.ceil(MARGIN * needed)} or more, {''.join(f'fewer {flag}, ' for flag in given)}or "
+        "a smaller --max-length"
     )
-
-
-def is_busy() -> bool:
-    """True if other programs seem to use the cores: more processes want one than there are, beside our own."""
-    return psutil.getloadavg()[0] > (os.cpu_count() or 1) + 1
 
 
 @dataclass(frozen=True)
@@ -258,31 +230,31 @@ class TimeLimit:
             part,
         )
 
-    def check(self, needed: Callable[[Extent, int], float], longest: int | None, untimed: Sequence[str] = ()) -> None:
+    def check(self, needed: Callable[[Extent, int], float], longest: int | None) -> None:
         """Raises ConfigError if the time left is too short for the least.
 
         needed: extent, steps -> seconds, not too many, on the fewest held-out examples.
-        longest: steps that the settings ask for, if known.    untimed: what was not timed yet, and may take longer.
+        longest: steps that the settings ask for, if known.
         """
         steps = min(FEWEST_STEPS, longest or FEWEST_STEPS)
         if needed(self.fewest(), steps) > self.session.seconds_left:
-            raise self._too_short(needed(self.fewest(), steps), steps, untimed)
+            raise self._too_short(needed, self.fewest(), steps)
 
     def choose(self, needed: Callable[[Extent, int], float], longest: int, held_out: int) -> tuple[Extent, int]:
         """Returns the extent and the steps that fit, as `fit` does. Raises ConfigError if not even the least fits.
 
         held_out: number of held-out examples.
         """
-        fewest = self.fewest(fewest_part(held_out))
+        fewest = self.fewest(part=min(1.0, FEWEST_HELD_OUT / held_out))
         choice = fit(self.wanted, fewest, longest, self.session.seconds_left, needed)
         if choice is None:
-            steps = min(FEWEST_STEPS, longest)
-            raise self._too_short(needed(fewest, steps), steps)
+            raise self._too_short(needed, fewest, longest)
         return choice
 
-    def _too_short(self, seconds: float, steps: int, untimed: Sequence[str] = ()) -> ConfigError:
+    def _too_short(self, needed: Callable[[Extent, int], float], fewest: Extent, longest: int) -> ConfigError:
+        steps = min(FEWEST_STEPS, longest)
         given = [*self.given, f"--max-steps than {steps}"]
-        return too_short(self.session, seconds, self.describe(self.fewest(), steps), given, untimed)
+        return too_short(self.session, needed(fewest, steps), self.describe(fewest, steps), given)
 
 
 def held_out_in_use(extent: Extent, held_out: int) -> int | None:

@@ -350,7 +350,6 @@ class _Comparison:
         fewest held-out examples.
         """
         missing = [arm for arm in self.study.arms if arm not in timed]  # the first of them is timed now
-        untimed = missing[1:] if costs.step else missing  # a run begins with an evaluation
         of_arms = [*timed.values(), *[costs] * len(missing)]
         timing = (len(missing) - 1) * costs.judging_run(TIMING_STEPS)
         workers = self._runs_at_a_time
@@ -358,7 +357,7 @@ class _Comparison:
         def needed(extent: Extent, steps: int) -> float:
             return _needed(of_arms, extent, steps, workers) + timing
 
-        self.limit.check(needed, self.train.max_steps, untimed)
+        self.limit.check(needed, self.train.max_steps)
 
     # ---- Which learning rate
 

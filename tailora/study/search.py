@@ -74,7 +74,7 @@ from tailora.study.trial import (
     on_choosing_half,
     run_in_subprocess,
 )
-from tailora.study.verdict import by_loss, choose_finalists, judge_finalists
+from tailora.study.verdict import choose_finalists, judge_finalists
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import config_text
 
@@ -130,12 +130,7 @@ class SearchPlan:
 
 
 class _Search:
-    """One worker's part of a search. The work of other workers is read from the database and the folder.
-
-    failed_meanwhile: whether the trial under way was marked as failed by another worker.
-    """
-
-    failed_meanwhile = False
+    """One worker's part of a search. The work of other workers is read from the database and the folder."""
 
     def __init__(self, train: TrainConfig, study: SearchConfig, space: dict[str, Axis], session: StudySession) -> None:
         self.train, self.study, self.space, self.session = train, study, space, session
@@ -295,8 +290,7 @@ class _Search:
 
     def _check_time(self, costs: Costs) -> None:
         """Raises ConfigError if the time left is too short. costs: not too high, on the fewest held-out examples."""
-        untimed = [] if costs.step else ["a trial"]  # a run begins with an evaluation
-        self.limit.check(partial(self._needed, costs), self.train.max_steps, untimed)
+        self.limit.check(partial(self._needed, costs), self.train.max_steps)
 
     # ---- Trials
 
@@ -322,8 +316,10 @@ class _Search:
 
     def _run_next(self, lock: Any) -> None:
         """Begins a trial, releases the lock so that other workers begin theirs, and runs it."""
+        has_ended = False
 
         def objective(trial: optuna.Trial) -> float:
+            nonlocal has_ended
             lock.release()
             self.optuna.sampler = optuna_study.sampler(self.train.seed, trial.number)
             stored = self.optuna.get_trials(deepcopy=False)[trial.number]
@@ -333,7 +329,7 @@ class _Search:
                 candidate = self._candidate(trial)
                 trial.set_user_attr(optuna_study.OUTCOME, asdict(candidate))
             except UpdateFinishedTrialError:
-                self.failed_meanwhile = True
+                has_ended = True
                 raise
             except BaseException:  # an interrupted trial is run again when the search resumes
                 optuna_study.retry(self.optuna, self.optuna.get_trials(deepcopy=False)[trial.number])
@@ -345,11 +341,10 @@ class _Search:
                 raise TrialPruned
             return candidate.eval_loss
 
-        self.failed_meanwhile = False
         try:
             self.optuna.optimize(objective, n_trials=1)
         except ValueError:  # Optuna refuses the result of a trial that has ended
-            if not self.failed_meanwhile:
+            if not has_ended:
                 raise
             self.session.note(
                 "a trial was lost: this process was suspended, and another worker marked its trial as failed"
@@ -398,7 +393,7 @@ class _Search:
         seconds = [candidate.seconds or 0.0 for candidate in candidates]
         seconds += [run.numbers["seconds"] for run in chain(*runs.values())]
         result = judge_finalists(
-            by_loss([candidate for candidate in chosen if candidate.number in runs]),
+            [candidate for candidate in chosen if candidate.number in runs],
             runs,
             self.study.margin,
             trials=candidates,

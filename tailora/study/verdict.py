@@ -3,9 +3,7 @@
     choose_finalists     trials of a search -> those worth running again
     judge_arms           runs of a comparison -> Comparison
     judge_finalists      runs of a search -> finalists, the best, the cheapest that is as good
-      _judge               used by both: losses with intervals, differences from a reference, adjusted p values
     compare_verdict, search_verdict    the sentences
-      one_seed, unclear                  why the runs cannot tell, and what would help
 
 Runs are judged on the half of the held-out examples that chose no settings. A statement is made only if the 95%
 interval of the difference supports it; otherwise the verdict begins with "Cannot tell". `margin` is the difference
@@ -24,7 +22,7 @@ from tailora.evaluation.statistics import Difference, Interval, difference_over_
 from tailora.study.config import FULL, CompareConfig
 from tailora.study.lr_range import LearningRateSearch
 from tailora.study.results import ArmResult, Candidate, Comparison, Finalist, SearchResult
-from tailora.study.trial import DONE, PRUNED, Trial, judging_half
+from tailora.study.trial import DONE, Trial, judging_half
 
 REACH = 2.0  # a cheaper trial within so many margins is run again, since one seed on half of the examples is inexact
 LEVEL = 0.05  # p-value below which a difference counts as real
@@ -112,17 +110,7 @@ def judge_arms(
 ) -> Comparison:
     """rates, runs: by arm.    Raises ConfigError when no arm could be trained."""
     done = {arm: trials for arm, trials in runs.items() if trials and all(trial.done for trial in trials)}
-    failures = {}
-    for arm in study.arms:
-        if arm in done:
-            continue
-        failed = next((trial for trial in runs.get(arm, []) if not trial.done), None)
-        if failed is not None:
-            failures[arm] = f"{failed.outcome} at its best rate with another seed"
-        elif not rates[arm].fits:
-            failures[arm] = "ran out of memory"
-        else:
-            failures[arm] = f"failed at every rate tried, {', '.join(f'{rate:.2g}' for rate in rates[arm].tried)}"
+    failures = {arm: _failure(rates[arm], runs.get(arm, [])) for arm in study.arms if arm not in done}
     if not done:
         reasons = "; ".join(f"{arm}: {reason}" for arm, reason in failures.items())
         raise ConfigError(f"no arm could be trained, so there is nothing to compare: {reasons}")
@@ -172,6 +160,15 @@ def judge_arms(
     )
 
 
+def _failure(rates: LearningRateSearch, runs: Sequence[Trial]) -> str:
+    """Returns why an arm could not be trained."""
+    if failed := [trial.outcome for trial in runs if not trial.done]:
+        return f"{failed[0]} at its best rate with another seed"
+    if not rates.fits:
+        return "ran out of memory"
+    return f"failed at every rate tried, {', '.join(f'{rate:.2g}' for rate in rates.tried)}"
+
+
 def _mean(forgetting: Sequence[dict[str, Any]]) -> dict[str, float] | None:
     """Returns means over the seeds; None if it was not measured, or is not finite because the model is broken."""
     if not forgetting:
@@ -183,11 +180,7 @@ def _mean(forgetting: Sequence[dict[str, Any]]) -> dict[str, float] | None:
 # ---- Judging a search
 
 
-def by_loss(candidates: Sequence[Candidate]) -> list[Candidate]:
-    return sorted(candidates, key=_loss)
-
-
-def _loss(candidate: Candidate) -> float:
+def loss_of(candidate: Candidate) -> float:
     return math.inf if candidate.eval_loss is None else candidate.eval_loss
 
 
@@ -196,13 +189,13 @@ def choose_finalists(candidates: Sequence[Candidate], margin: float, most: int) 
 
     The best stand first; `most` at most.
     """
-    done = by_loss([candidate for candidate in candidates if candidate.state == DONE])
+    done = sorted((candidate for candidate in candidates if candidate.state == DONE), key=loss_of)
     if not done:
         return []
     best = done[0]
     front = [best]
     for candidate in done[1:]:  # each is worse than those before it, so only a cheaper one is worth a look
-        within_reach = _loss(candidate) <= _loss(best) + REACH * margin
+        within_reach = loss_of(candidate) <= loss_of(best) + REACH * margin
         if within_reach and (candidate.trainable_parameters or 0) < (front[-1].trainable_parameters or 0):
             front.append(candidate)
     return front[:most]
@@ -214,12 +207,10 @@ def judge_finalists(
     margin: float,
     *,
     trials: list[Candidate],
-    steps: int,
     **fields: Any,
 ) -> SearchResult:
     """chosen: the best first.    runs: number -> runs, one for each seed, all done and equally many.
-    trials: all of the search.    steps: of a whole trial.    fields: other fields of SearchResult
-    that are known without judging.
+    trials: all of the search.    fields: other fields of SearchResult that are known without judging.
     """
     judgement = _judge({candidate.number: runs[candidate.number] for candidate in chosen}, chosen[0].number)
     finalists = [
@@ -227,7 +218,7 @@ def judge_finalists(
             number=candidate.number,
             settings=candidate.settings,
             trainable_parameters=candidate.trainable_parameters or 0,
-            choosing_loss=_loss(candidate),
+            choosing_loss=loss_of(candidate),
             p_value=judgement.p_values.get(candidate.number),
             **judgement.fields(candidate.number, runs[candidate.number]),
         )
@@ -245,8 +236,7 @@ def judge_finalists(
         cheapest=cheapest,
         finalists=finalists,
         trials=trials,
-        steps=steps,
-        verdict=search_verdict(finalists, cheapest, margin, judgement.unit, trials, steps),
+        verdict=search_verdict(finalists, cheapest, margin, judgement.unit, trials),
         loss_unit=judgement.unit,
         base_loss=judgement.base_loss,
         seeds=judgement.seeds,
@@ -289,15 +279,10 @@ def compare_verdict(
 
 def _rate_at_edge(arm: ArmResult, is_cut_short: bool) -> str:
     """Returns the sentence on an arm whose best rate has nothing worse on one side."""
-    assert arm.learning_rate is not None  # an arm that is done has one
-    rate = f"{arm.learning_rate:.2g}"
-    remedy = "try more with a higher --minutes" if is_cut_short else "try more with --rate-tries"
-    if len(arm.rates) < 2:
-        return f"Only one learning rate of {arm.name} was tried, {rate}: {remedy}."
-    end, beyond = ("highest", "higher") if arm.learning_rate == max(arm.rates) else ("lowest", "lower")
+    tried = ", ".join(f"{rate:.2g}" for rate in sorted(arm.rates))
     return (
-        f"The best learning rate of {arm.name}, {rate}, is the {end} that was tried, and a {beyond} one may be better: "
-        f"{remedy}."
+        f"The best learning rate of {arm.name}, {arm.learning_rate:.2g}, is at the edge of those tried ({tried}): "
+        f"try more with {'a higher --minutes' if is_cut_short else '--rate-tries'}."
     )
 
 
@@ -344,19 +329,14 @@ def _compare_finding(
 
 
 def search_verdict(
-    finalists: Sequence[Finalist],
-    cheapest: Finalist,
-    margin: float,
-    unit: str,
-    trials: Sequence[Candidate],
-    steps: int,
+    finalists: Sequence[Finalist], cheapest: Finalist, margin: float, unit: str, trials: Sequence[Candidate]
 ) -> str:
-    """Returns the text. finalists: the best first.    trials: all.    steps: of a whole trial."""
+    """Returns the text. finalists: the best first.    trials: all."""
     best = finalists[0]
     low, high = best.interval
     take_best = f"Take trial {best.number}: held-out loss {best.eval_loss:.3f} (95% interval {low:.3f} to {high:.3f})."
     if len(finalists) == 1:
-        return f"{take_best} {_no_smaller_finalist(best, trials, steps)}"
+        return f"{take_best} {_no_smaller_finalist(best, trials)}"
     compared = min(finalists[1:], key=lambda finalist: finalist.eval_loss) if cheapest is best else cheapest
     difference = compared.difference
     assert difference is not None  # only the best has none
@@ -380,25 +360,15 @@ def search_verdict(
     return f"{unclear(both, difference, numbers, margin, unit)} Trial {cheapest.number} has {fewer}."
 
 
-def _no_smaller_finalist(best: Finalist, trials: Sequence[Candidate], steps: int) -> str:
+def _no_smaller_finalist(best: Finalist, trials: Sequence[Candidate]) -> str:
     """Returns why the best is the only finalist. A trial that ended early was not compared at full length."""
     smaller = [trial for trial in trials if 0 < (trial.trainable_parameters or 0) < best.trainable_parameters]
-    if not smaller:
-        return "No trial had fewer trained parameters, so it is also the cheapest."
     early = [trial for trial in smaller if trial.state != DONE]
-    if len(early) < len(smaller):
-        some = f" ({len(early)} of {len(smaller)} ended early)" if early else ""
-        return f"No trial with fewer trained parameters came close{some}, so it is also the cheapest."
-    if len(early) > 1:
-        return (
-            f"The {len(early)} trials with fewer trained parameters ended early, so none was compared at full length."
-        )
-    (only,) = early
-    reason = only.message if only.state == PRUNED else only.state
-    return (
-        f"The only trial with fewer trained parameters, trial {only.number}, ended early ({reason}; a whole trial has "
-        f"{steps} steps), so it was not compared at full length."
-    )
+    if smaller and len(early) == len(smaller):
+        ends = "; ".join(f"trial {trial.number} {trial.state}" for trial in early)
+        return f"All trials with fewer trained parameters ended early, so none was compared at full length ({ends})."
+    some = f" ({len(early)} of {len(smaller)} ended early)" if early else ""
+    return f"No trial with fewer trained parameters came close{some}, so it is also the cheapest."
 
 
 # ---- Sentences of both

@@ -1,19 +1,14 @@
 """The memory and the work of a run, estimated from config.json, the settings and the largest forward, without weights.
 
-    fake_model        the model that would be trained, made of tensors without contents
-    simulate_step     its forward and backward, under a MemoryTracker -> StepCost
-    estimate_memory   the memory of the whole run, part by part
+    fake_model            the model that would be trained, made of tensors without contents
+    simulate_step         its forward and backward, under a MemoryTracker -> StepCost: activations, logits
+    estimate_memory       the memory of the whole run, part by part; of the process itself by measured constants
     products_per_second   how fast this machine multiplies, for the time of a step
-
-The parts of the estimate have three sources:
-
-    weights, adapters, gradients, optimizer   counted from the fake model
-    activations, logits                       counted while the run's own code computes a step on it
-    process                                   interpreter, libraries, what an allocator keeps: measured constants
 
 A process needs most memory either while it reads the weights, in a step, or while it reads back what was saved.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -90,6 +85,10 @@ class Weights:
     @property
     def largest_layer(self) -> int:
         return max(self.layers, default=0)
+
+    def on_rank(self, shards: int) -> int:
+        """Of `stored`, what one of `shards` ranks keeps."""
+        return self.outside + math.ceil(self.sharded / shards)
 
 
 @dataclass(frozen=True, eq=False)
@@ -383,23 +382,45 @@ def estimate_memory(config: TrainConfig, fake: FakeModel, step: StepCost, proces
 
 
 def memory_of_step(config: TrainConfig, fake: FakeModel, step: StepCost, process: int, shards: int = 1) -> Memory:
-    """Returns the memory of a run in its largest step; arguments as of `estimate_memory`."""
-    memory = _of_one_process(config, fake, step, process)
-    is_on_cpu, fragmentation = fake.base.device.type == "cpu", FRAGMENTATION
+    """Returns the memory of a run in its largest step; arguments as of `estimate_memory`.
+
+    FSDP2 shards the decoder layers (`train.parallel`). Everything outside of them is whole on every rank, and so are
+    adapters, their gradients and their optimizer. While a layer computes, the rows of all ranks arrive in a buffer, from
+    which its whole weights are copied; in a backward the next layer's rows arrive meanwhile. gloo, on a CPU, receives
+    into a buffer of its own. In full fine-tuning a rank has float32 masters of its part of the layers; the gradient of a
+    layer is whole, and once more in float32 for the reduce-scatter, until its shards are summed.
+    """
+    weights, is_on_cpu = fake.weights, fake.base.device.type == "cpu"
+    parameters = list(trained_module(fake.model).parameters())
+    of_base = {id(parameter) for parameter in fake.base.parameters()}  # a float32 model is its own master
+    trained = sum(parameter.nbytes for parameter in parameters)
+    adapters = sum(parameter.nbytes for parameter in parameters if id(parameter) not in of_base)
+    gradients, stored, gathered, fragmentation = step.gradients, weights.stored, 0, FRAGMENTATION
     if shards > 1:
-        memory = replace(
-            _on_one_rank(memory, fake, shards),
-            gathered=gathered_bytes(fake.weights, is_on_cpu, reshard=config.fsdp_reshard_after_forward),
-        )
-        if config.fsdp_offload_params:
-            memory = replace(memory, weights=fake.weights.outside)
-        if is_on_cpu:
-            fragmentation = FRAGMENTATION_SHARDED
-    kept_by_allocator = step.malloc_overhead + int(fragmentation * (step.bytes + memory.gathered))
-    if not is_on_cpu:
-        return replace(memory, process=process + WORKSPACE + kept_by_allocator)
-    libraries = LIBRARIES + (LIBRARIES_16_BIT if fake.base.dtype == torch.bfloat16 else 0)
-    return replace(memory, process=process + fake.weights.left_mapped + libraries + kept_by_allocator)
+        stored = weights.outside if config.fsdp_offload_params else weights.on_rank(shards)
+        gathered = weights.largest_layer if config.fsdp_reshard_after_forward else weights.sharded
+        gathered += (2 if is_on_cpu else 1) * weights.largest_layer
+        fragmentation = FRAGMENTATION_SHARDED if is_on_cpu else FRAGMENTATION
+        if isinstance(fake.model, FullModel):
+            growth = adapter_dtype(fake.base.dtype).itemsize // fake.base.dtype.itemsize
+            outside, on_rank = trained - growth * weights.sharded, math.ceil(growth * weights.sharded / shards)
+            adapters = on_rank + (outside if adapters else 0)
+            trained, gradients = outside + on_rank, (1 + growth) * weights.largest_layer
+    process += step.malloc_overhead + int(fragmentation * (step.bytes + gathered))
+    if is_on_cpu:
+        process += weights.left_mapped + LIBRARIES + (LIBRARIES_16_BIT if fake.base.dtype == torch.bfloat16 else 0)
+    else:
+        process += WORKSPACE
+    return Memory(
+        weights=stored,
+        adapters=adapters,
+        gradients=trained + gradients,
+        optimizer=int(trained * (MOMENTS[config.optim] + (2 if config.eval_steps else 1))),
+        activations=step.activations,
+        logits=step.logits,
+        process=process,
+        gathered=gathered,
+    )
 
 
 def memory_of_loading(fake: FakeModel, process: int, shards: int = 1) -> int:
@@ -411,76 +432,9 @@ def memory_of_loading(fake: FakeModel, process: int, shards: int = 1) -> int:
     weights = fake.weights
     stored, while_read = weights.stored, weights.while_read
     if shards > 1 and not weights.is_quantized:
-        stored = _stored_on_rank(fake, shards)
+        stored = weights.on_rank(shards)
         while_read = while_read * stored // weights.stored
     return process + stored + (while_read if fake.base.device.type == "cpu" else weights.dense)
-
-
-def gathered_bytes(weights: Weights, is_on_cpu: bool, *, reshard: bool) -> int:
-    """Returns the most bytes of whole layers that a rank has while FSDP2 gathers them.
-
-    The rows of all ranks arrive in a buffer, from which the whole weights are copied; in a backward the next layer's
-    rows arrive while a layer computes. gloo, on a CPU, receives into a buffer of its own.
-    reshard: False keeps all whole layers from the forward to the backward.
-    """
-    buffers = 2 if is_on_cpu else 1
-    return (weights.largest_layer if reshard else weights.sharded) + buffers * weights.largest_layer
-
-
-def trained_bytes(fake: FakeModel) -> int:
-    """Returns the bytes of what is trained, and of its gradients."""
-    return sum(parameter.nbytes for parameter in trained_module(fake.model).parameters())
-
-
-def _of_one_process(config: TrainConfig, fake: FakeModel, step: StepCost, process: int) -> Memory:
-    parameters, trained = list(trained_module(fake.model).parameters()), trained_bytes(fake)
-    of_base = {id(parameter) for parameter in fake.base.parameters()}  # a float32 model is its own master
-    return Memory(
-        weights=fake.weights.stored,
-        adapters=sum(parameter.nbytes for parameter in parameters if id(parameter) not in of_base),
-        gradients=trained + step.gradients,
-        optimizer=int(trained * (MOMENTS[config.optim] + (2 if config.eval_steps else 1))),
-        activations=step.activations,
-        logits=step.logits,
-        process=process,
-    )
-
-
-def _on_one_rank(memory: Memory, fake: FakeModel, shards: int) -> Memory:
-    """Returns what one of `shards` ranks has of the memory of one process.
-
-    FSDP2 shards the decoder layers (`train.parallel`). What is outside of them, adapters, their gradients and their
-    optimizer are whole on every rank. In full fine-tuning a rank has float32 masters of its part of the layers; the
-    gradient of a layer is whole, and once more in float32 for the reduce-scatter, until its shards are summed.
-    """
-    weights = fake.weights
-    if isinstance(fake.model, FullModel):
-        trained = trained_bytes(fake)
-        of_layers = _in_float32(weights.sharded, fake)
-        on_rank, outside = _share(of_layers, shards), trained - of_layers
-        memory = replace(
-            memory,
-            adapters=on_rank + (outside if memory.adapters else 0),
-            gradients=on_rank + outside + weights.largest_layer + _in_float32(weights.largest_layer, fake),
-            optimizer=memory.optimizer // trained * (on_rank + outside),
-        )
-    return replace(memory, weights=_stored_on_rank(fake, shards))
-
-
-def _in_float32(size: int, fake: FakeModel) -> int:
-    """Returns the bytes of the masters of so many bytes of weights, in full fine-tuning."""
-    dtype: torch.dtype = fake.base.dtype
-    return size // dtype.itemsize * adapter_dtype(dtype).itemsize
-
-
-def _stored_on_rank(fake: FakeModel, shards: int) -> int:
-    """Returns the bytes of the base's weights that one of `shards` ranks keeps."""
-    weights = fake.weights
-    return weights.outside + _share(weights.sharded, shards)
-
-
-def _share(size: int, shards: int) -> int:
-    return -(-size // shards)
 
 
 SHARE = 0.6  # of the speed of products that a whole step reaches; see benchmarks/memory/plan.py

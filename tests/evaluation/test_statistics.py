@@ -27,20 +27,11 @@ def test_the_value_is_nats_over_tokens_not_the_mean_of_means() -> None:
     assert mean_interval([2.0, 90.0], [1, 9]).value == pytest.approx(9.2)
 
 
-@pytest.mark.parametrize(("level", "tolerance"), [(0.95, 0.04), pytest.param(0.5, 0.09, marks=pytest.mark.exhaustive)])
 @pytest.mark.slow
-def test_the_interval_holds_the_truth_as_often_as_it_says(level: float, tolerance: float) -> None:
+def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
     generator = np.random.default_rng(0)
-    found = [mean_interval(*conversations(generator, 100), draws=400, seed=i, level=level) for i in range(300)]
-    covered = np.mean([low <= 4 <= high for _, low, high in found])
-    assert covered == pytest.approx(level, abs=tolerance)
-
-
-def test_equal_lengths_give_the_textbook_interval_of_a_mean() -> None:
-    losses = np.random.default_rng(2).normal(3, 0.5, size=400)
-    value, low, high = mean_interval(losses * 10, np.full(400, 10))
-    half = 1.96 * losses.std(ddof=1) / 20
-    assert (value - low, high - value) == pytest.approx((half, half), rel=0.1)
+    found = [mean_interval(*conversations(generator, 100), draws=400) for _ in range(300)]
+    assert np.mean([low <= 4 <= high for _, low, high in found]) == pytest.approx(0.95, abs=0.04)
 
 
 def test_conversations_are_drawn_not_tokens() -> None:
@@ -73,16 +64,10 @@ def test_no_change_at_all_is_an_interval_of_nothing() -> None:
     assert paired_difference(sums, sums, counts) == (0, 0, 0)
 
 
-def test_the_seed_decides() -> None:
-    data = conversations(np.random.default_rng(7), 30)
-    assert mean_interval(*data, seed=1) == mean_interval(*data, seed=1)
-    assert mean_interval(*data, seed=1) != mean_interval(*data, seed=2)
-
-
 def test_examples_without_tokens_do_not_count() -> None:
     sums, counts = conversations(np.random.default_rng(8), 30)
     padded = np.append(sums, [0.0, 0.0]), np.append(counts, [0, 0])
-    assert mean_interval(*padded) == mean_interval(sums, counts)
+    assert mean_interval(*padded) == mean_interval(sums, counts)  # which draws the same each time
 
 
 def test_one_example_has_no_spread_to_see() -> None:
@@ -92,20 +77,12 @@ def test_one_example_has_no_spread_to_see() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sums", "counts", "level", "words"),
-    [
-        ([1.0, 2.0], [1], 0.95, "one number per example"),
-        ([], [], 0.95, "no example"),
-        ([0.0], [0], 0.95, "no example"),
-        ([1.0], [1], 95, "level 95"),
-    ],
+    ("sums", "counts", "words"),
+    [([1.0, 2.0], [1], "one number per example"), ([], [], "no example"), ([0.0], [0], "no example")],
 )
-def test_what_cannot_be_answered_is_refused(sums: list[float], counts: list[int], level: float, words: str) -> None:
+def test_what_cannot_be_answered_is_refused(sums: list[float], counts: list[int], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        mean_interval(sums, counts, level=level)
-
-
-def test_before_and_after_must_be_of_the_same_examples() -> None:
+        mean_interval(sums, counts)
     with pytest.raises(ValueError, match="the same examples"):
         paired_difference([1.0], [1.0, 2.0], [1])
 
@@ -164,10 +141,8 @@ def test_one_seed_is_the_paired_t_test_of_the_examples() -> None:
 
 
 def test_examples_without_tokens_do_not_count_over_seeds() -> None:
-    first, second = np.array([[1.0, 5.0, 2.0]]), np.array([[2.0, 9.0, 4.0]])
-    found = difference_over_seeds(first, second, [1, 0, 1])
-    assert found.value == pytest.approx(1.5)
-    assert found.examples == 2
+    found = difference_over_seeds([[1.0, 5.0, 2.0]], [[2.0, 9.0, 4.0]], [1, 0, 1])
+    assert (found.value, found.examples) == (pytest.approx(1.5), 2)
 
 
 def test_equal_arms_have_no_difference() -> None:

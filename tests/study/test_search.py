@@ -169,12 +169,11 @@ def test_too_little_time_for_a_search_is_refused_with_what_it_needs(small_run: T
 
     with pytest.raises(
         ConfigError,
-        match=r"--minutes 0\.1 is too short: 6 trials of 9 steps and 4 runs that judge take at least 1 minute.*; a "
-        r"trial was not timed yet and may take longer\. Use clearly more than --minutes 1",
+        match=r"--minutes 0\.1 is too short: 6 trials of 9 steps and 4 runs that judge take at least 1 min, by what",
     ):
         search(train, SearchConfig(minutes=0.1), run_trial=not_run)
     with pytest.raises(
-        ConfigError, match=r"9 trials .* and 3 runs .* Use --minutes \d+, .*, fewer --trials, fewer --seeds"
+        ConfigError, match=r"9 trials .* and 3 runs .* Use --minutes \d+ or more, fewer --trials, fewer --seeds"
     ):
         search(train, SearchConfig(minutes=9, trials=9, seeds=3, finalists=1), run_trial=slow)
     with pytest.raises(ConfigError, match=r"--minutes 9 is too short: 30 steps, which a range of learning rates needs"):
