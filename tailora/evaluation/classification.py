@@ -95,22 +95,16 @@ class LabelOutputs:
         return (self.outputs > 0).astype(np.int64) if self.labels.several else self.outputs.argmax(1)
 
     @property
-    def classes(self) -> Ints:
-        """Indices of the labels that some row has or is predicted to have; with several labels of all."""
-        if self.labels.several:
-            return np.arange(len(self.labels.names))
-        return np.unique(np.concatenate([self.truth, self.predicted]))
-
-    @property
-    def in_both(self) -> NDArray[np.bool_]:
-        """Whether each of several labels is that of some rows and not of others."""
-        return np.asarray((self.targets.min(0) == 0) & (self.targets.max(0) == 1))
-
-    @property
     def has_entities(self) -> bool:
         """Whether the names are tags of words in entities, such as B-PER, and O."""
         names = set(self.labels.names) - {"O"}
         return self.labels.task == TOKEN_CLASSIFICATION and all(map(TAG.fullmatch, names))
+
+    def by_row(self, values: NDArray[Any]) -> Floats:
+        """Returns the sums of values of words, (words, ...), over the words of each row: (rows, ...)."""
+        sums = np.concatenate([np.zeros((1, *values.shape[1:])), np.cumsum(values, axis=0)])
+        ends = np.cumsum(self.counts)
+        return np.asarray(sums[ends] - sums[ends - self.counts])
 
     def tags(self, indices: Ints) -> list[list[str]]:
         """Returns the names of tags, row by row."""
@@ -139,9 +133,7 @@ def _statistic(data: LabelOutputs) -> Statistic:
     """Raises ConfigError if a package is missing."""
     if data.labels.task == REGRESSION:
         return partial(_numbers_in_draws, data.targets[:, 0], data.outputs[:, 0])
-    if data.labels.several:
-        return partial(_several_in_draws, data)
-    return _entities_in_draws(data) if data.has_entities else partial(_classes_in_draws, data)
+    return _counted_in_draws(data)
 
 
 def _ratio(part: Floats, whole: Floats, otherwise: float = 0.0) -> Floats:
@@ -195,52 +187,61 @@ def _auroc(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floa
     return _ratio((right * below).sum(1), right.sum(1) * wrong.sum(1), math.nan)
 
 
-def _classes_in_draws(data: LabelOutputs, times: Floats) -> dict[str, Floats]:
-    weights = np.repeat(times, data.counts, axis=1)
-    truth, predicted, classes, size = data.truth, data.predicted, data.classes, weights.sum(1)
-    there, guessed, hits = (
-        np.stack([weights @ mask for mask in masks], axis=1)  # (draws, classes)
-        for masks in (
-            [truth == index for index in classes],
-            [predicted == index for index in classes],
-            [(truth == index) & (predicted == index) for index in classes],
-        )
-    )
-    f1, right = _f1(hits, guessed, there), hits.sum(1)
-    spread = np.sqrt((size**2 - (guessed**2).sum(1)) * (size**2 - (there**2).sum(1)))
-    values = {
-        "accuracy": right / size,
-        "f1_macro": f1.mean(1),
-        "mcc": _ratio(right * size - (guessed * there).sum(1), spread),
-    }
-    labels = range(len(data.labels.names))
-    if len(np.unique(truth)) == len(labels):
-        chosen = labels if len(labels) > 2 else labels[1:]
-        values["auroc"] = np.mean([_auroc(data.probabilities[:, i], truth == i, weights) for i in chosen], axis=0)
-    return values | _of_names(data, f1)
+def _counted_in_draws(data: LabelOutputs) -> Statistic:
+    """Returns the statistic of classes, labels or types of entities. Raises ConfigError if seqeval is missing."""
+    names, counts = _entity_counts(data) if data.has_entities else _class_counts(data)
+    right, of_labels = data.by_row(_hits(data)), _scores_and_truth(data)
+
+    def statistic(times: Floats) -> dict[str, Floats]:
+        of_names = np.moveaxis(np.tensordot(times, counts, 1), 2, 0)  # (3, draws, names)
+        f1, (hits, guessed, there) = _f1(*of_names), of_names.sum(2)
+        values = {"accuracy": times @ right / (times @ data.counts)}
+        if data.has_entities:
+            values |= {"f1": _f1(hits, guessed, there)}
+            values |= {"precision": _ratio(hits, guessed), "recall": _ratio(hits, there)}
+        values["f1_macro"] = f1.mean(1) if names else np.zeros(len(times))
+        if data.labels.several:
+            values["f1_micro"] = _f1(hits, guessed, there)
+        elif not data.has_entities:
+            _, of_guesses, of_truth = of_names
+            spread = (there**2 - (of_guesses**2).sum(1)) * (there**2 - (of_truth**2).sum(1))
+            values["mcc"] = _ratio(hits * there - (of_guesses * of_truth).sum(1), np.sqrt(spread))
+        if of_labels:
+            weights = np.repeat(times, data.counts, axis=1)
+            values["auroc"] = np.mean([_auroc(*of_label, weights) for of_label in of_labels], axis=0)
+        shown = names if len(names) <= MOST_CLASSES else []
+        return values | {f"f1[{name}]": f1[:, column] for column, name in enumerate(shown)}
+
+    return statistic
 
 
-def _of_names(data: LabelOutputs, f1: Floats) -> dict[str, Floats]:
-    """f1: (draws, classes)."""
-    names = [data.labels.names[index] for index in data.classes]
-    return {f"f1[{name}]": f1[:, column] for column, name in enumerate(names) if len(names) <= MOST_CLASSES}
+def _scores_and_truth(data: LabelOutputs) -> list[tuple[Floats, NDArray[np.bool_]]]:
+    """Returns, for AUROC, the probabilities of each label and where it is right; none if a class has no row."""
+    truth = data.targets > 0 if data.labels.several else data.truth[:, None] == np.arange(len(data.labels.names))
+    of_labels = [*zip(data.probabilities.T, truth.T, strict=True)]
+    if data.labels.several:
+        return [(scores, is_right) for scores, is_right in of_labels if is_right.any() and not is_right.all()]
+    if data.has_entities or not truth.any(0).all():
+        return []
+    return of_labels if len(of_labels) > 2 else of_labels[1:]
 
 
-def _several_in_draws(data: LabelOutputs, times: Floats) -> dict[str, Floats]:
+def _class_counts(data: LabelOutputs) -> tuple[list[str], Floats]:
+    """Returns the classes or labels of any row, and of each row how many are predicted and right, predicted, and there:
+    (rows, classes, 3).
+    """
     truth, predicted = data.targets > 0, data.predicted > 0
-    hits, guessed, there = (times @ mask for mask in (truth & predicted, predicted, truth))  # (draws, labels)
-    f1 = _f1(hits, guessed, there)
-    areas = [_auroc(data.probabilities[:, i], truth[:, i], times) for i in np.flatnonzero(data.in_both)]
-    values = {
-        "accuracy": times @ (truth == predicted).all(1) / times.sum(1),
-        "f1_macro": f1.mean(1),
-        "f1_micro": _f1(hits.sum(1), guessed.sum(1), there.sum(1)),
-        "auroc": np.mean(areas, axis=0) if areas else np.full(len(times), math.nan),
-    }
-    return values | _of_names(data, f1)
+    if not data.labels.several:
+        truth, predicted = (np.eye(len(data.labels.names), dtype=bool)[index] for index in (data.truth, data.predicted))
+        used = np.flatnonzero(truth.any(0) | predicted.any(0))
+    else:
+        used = np.arange(len(data.labels.names))
+    counts = data.by_row(np.stack([truth & predicted, predicted, truth], axis=2)[:, used])
+    return [data.labels.names[index] for index in used], counts
 
 
-def _entities_in_draws(data: LabelOutputs) -> Statistic:
+def _entity_counts(data: LabelOutputs) -> tuple[list[str], Floats]:
+    """The same of types of entities."""
     check_packages()
     from seqeval.metrics.sequence_labeling import get_entities
 
@@ -248,28 +249,12 @@ def _entities_in_draws(data: LabelOutputs) -> Statistic:
         [set(get_entities(tags)) for tags in data.tags(indices)] for indices in (data.truth, data.predicted)
     )
     types = sorted({entity[0] for entities in (*right, *predicted) for entity in entities})
-    counts = np.zeros((len(right), len(types), 3))  # of each row: entities found that are right, found, and there
+    counts = np.zeros((len(right), len(types), 3))
     for row, (there, guessed) in enumerate(zip(right, predicted, strict=True)):
         for column, entities in enumerate((there & guessed, guessed, there)):
             for entity in entities:
                 counts[row, types.index(entity[0]), column] += 1
-    is_right = data.truth == data.predicted
-
-    def statistic(times: Floats) -> dict[str, Floats]:
-        weights = np.repeat(times, data.counts, axis=1)
-        by_type = np.moveaxis(np.tensordot(times, counts, 1), 2, 0)  # (3, draws, types)
-        hits, guessed, there = by_type.sum(2)
-        f1 = _f1(*by_type)
-        return {
-            "accuracy": weights @ is_right / weights.sum(1),
-            "f1": _f1(hits, guessed, there),
-            "precision": _ratio(hits, guessed),
-            "recall": _ratio(hits, there),
-            "f1_macro": f1.mean(1) if types else np.zeros(len(times)),
-            **{f"f1[{name}]": f1[:, column] for column, name in enumerate(types)},
-        }
-
-    return statistic
+    return types, counts
 
 
 # ---- Scores with intervals

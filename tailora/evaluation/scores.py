@@ -439,7 +439,8 @@ def _change(metric: str, base: _Totals, tuned: _Totals) -> Score:
 def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log) -> Callable[[], Evaluation]:
     """Returns a function that evaluates the active adapters on the distinct examples of `config.data`, one by one.
 
-    It is the loss of a language model: of pairs of replies, that of the chosen ones. 'demo' is the held-out part of the demo's data. Raises DataError with all that is wrong with the data.
+    It is the loss of a language model: of pairs of replies, that of the chosen ones. 'demo' is the held-out part of the
+    demo's data. Raises DataError with all that is wrong with the data.
     """
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
     rows = SEQ2SEQ if is_seq2seq(model) else AUTO

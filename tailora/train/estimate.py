@@ -385,10 +385,10 @@ def memory_of_step(config: TrainConfig, fake: FakeModel, step: StepCost, process
     """Returns the memory of a run in its largest step; arguments as of `estimate_memory`.
 
     FSDP2 shards the decoder layers (`train.parallel`). Everything outside of them is whole on every rank, and so are
-    adapters, their gradients and their optimizer. While a layer computes, the rows of all ranks arrive in a buffer, from
-    which its whole weights are copied; in a backward the next layer's rows arrive meanwhile. gloo, on a CPU, receives
-    into a buffer of its own. In full fine-tuning a rank has float32 masters of its part of the layers; the gradient of a
-    layer is whole, and once more in float32 for the reduce-scatter, until its shards are summed.
+    adapters, their gradients and their optimizer. While a layer computes, the rows of all ranks arrive in a buffer, and
+    its whole weights are copied from there; in a backward the next layer's rows arrive meanwhile. gloo, on a CPU,
+    receives into a buffer of its own. In full fine-tuning a rank has float32 masters of its part of the layers; the
+    gradient of a layer is whole, and once more in float32 for the reduce-scatter, until its shards are summed.
     """
     weights, is_on_cpu = fake.weights, fake.base.device.type == "cpu"
     parameters = list(trained_module(fake.model).parameters())

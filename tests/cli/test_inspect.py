@@ -22,8 +22,8 @@ def test_the_table_fits_80_columns_and_says_what_more_there_is(
     assert code == 0
     assert told == "reading the adapter\n"
     assert f"{adapter}: 14 updates of rank 4, scale 8, made for {tiny_model}" in said
-    assert "No rule that needs the adapter alone advises a change." in said
-    assert f"The base model was not read, so that this takes a second. --model {tiny_model} adds" in said
+    assert "No rule that could be applied advises a change." in said
+    assert f"--model {tiny_model} adds" in said
     table = [line for line in said.splitlines() if "_proj" in line]
     assert len(table) == 8  # of 14: two layers in two thirds, seven names
     assert all(len(line) <= 80 for line in table)
@@ -37,7 +37,7 @@ def test_the_table_fits_80_columns_and_says_what_more_there_is(
     assert code == 0
     assert "0.self_attn.q_proj" in said
     assert "more rows" not in said
-    assert "None of the rules that work without held-out data advises a change." in said or "Rules that advise" in said
+    assert "No rule that could be applied advises a change." in said or "Rules that advise" in said
     assert "module (after model.layers.)" in said
     assert "‖ΔW‖/‖W‖" in said
 

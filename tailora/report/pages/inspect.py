@@ -107,19 +107,11 @@ def inspect_page(inspection: Inspection) -> Page:
         settings = [f"{name}: {json.dumps(value)}" for name, value in advice.setting.items()]  # JSON is YAML, too
         findings.append(Finding(advice.rule, advice.says, "\n".join(filter(None, [*settings, advice.command]))))
     notes = []  # flags that would show more
-    task, no_advice = inspection.config.get("task_type"), "No rule advises a change."
-    takes_data = task not in ("SEQ_CLS", "TOKEN_CLS")
     if inspection.model is None:
-        no_advice = "No rule that needs the adapter alone advises a change."
-        with_data = "; with --data HELD_OUT also what the ranks are worth" if takes_data else ""
-        notes = [
-            "The base model was not read, so that this takes a second. "
-            f"--model {inspection.named_base or 'BASE'} adds ‖ΔW‖/‖W‖, intruder dimensions and their rules{with_data}."
-        ]
-    elif losses is None and takes_data:
-        no_advice = "None of the rules that work without held-out data advises a change."
-        forgotten = "" if task == "SEQ_2_SEQ_LM" else ", and what was forgotten"
-        notes = [f"--data HELD_OUT adds what the smaller singular values are worth{forgotten}."]
+        notes.append(f"--model {inspection.named_base or 'BASE'} adds ‖ΔW‖/‖W‖, intruder dimensions and their rules.")
+    if losses is None and inspection.config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
+        notes.append("--data HELD_OUT, with --model, adds what the smaller singular values are worth, and its rules.")
+    no_advice = "No rule that could be applied advises a change." if notes else "No rule advises a change."
     conclusion = Section(
         "Advice",
         'From rules with stated thresholds, each with its numbers: "Looking into an adapter" in the docs.',

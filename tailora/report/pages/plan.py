@@ -1,12 +1,10 @@
 """The page of a plan."""
 
-from tailora.data.schemas import SEQ2SEQ
 from tailora.report.blocks import Block, Column, Figure, HeatMap, Number, Page, Paragraph, Section, Table
 from tailora.report.charts import DASHED, INK, SERIES, Canvas
 from tailora.report.format import NONE, count, duration, plural, share
 from tailora.report.pages.shared import bar_figure, by_layer, numeric, settings_table, short_names
 from tailora.study.plan_result import Plan
-from tailora.train.config import TASK_TYPES
 from tailora.train.memory import format_bytes
 
 NEAR = 2.0  # times the longest bar: a limit further away is not drawn
@@ -24,7 +22,7 @@ def plan_page(plan: Plan) -> Page:
             _memory(plan),
         ),
         Section("What fits", f"Into {available}; the rest of the settings as set.", [_options(plan)]),
-        Section("Steps and time", "", [*_ranks(plan), Paragraph(_steps(plan)), Paragraph(plan.kernels)]),
+        Section("Steps and time", "", [Paragraph(_steps(plan)), Paragraph(plan.kernels)]),
         Section(
             "Parameters by matrix",
             f"{plural(len(plan.trained.modules), 'matrix', 'matrices')} with a low-rank update.",
@@ -153,34 +151,19 @@ def _options(plan: Plan) -> Table:
     return Table(columns, rows)
 
 
-def _ranks(plan: Plan) -> list[Block | None]:
-    """What several processes do together."""
-    if plan.ranks is None:
-        return []
-    how = "FSDP2 shards the base over them" if plan.ranks.fsdp else "each has the whole base"
-    return [Paragraph(f"{plan.ranks.count} processes train together; {how}.")]
-
-
 def _steps(plan: Plan) -> str:
-    schedule, basis = plan.schedule, plan.basis["time"]
-    steps = None if schedule.steps is None else plural(schedule.steps, "step")
-    more = "Give --data or --max-steps for the number of steps."
+    schedule, basis, ranks = plan.schedule, plan.basis["time"], ""
+    if plan.ranks is not None:
+        how = "FSDP2 shards the base over them" if plan.ranks.fsdp else "each has the whole base"
+        ranks = f"{plan.ranks.count} processes train together; {how}. "
+    steps = "Give --data or --max-steps for the number of steps."
+    if schedule.steps is not None:
+        steps = f"{plural(schedule.steps, 'step')}."
     if schedule.seconds_per_step is None:
-        return f"{more if steps is None else f'{steps}.'} The time of a step is {basis}."
-    per_step = f"{duration(schedule.seconds_per_step)} per step"
-    if steps is None:
-        return f"{per_step} ({basis}). {more}"
+        return f"{ranks}{steps} The time of a step is {basis}."
     together = "" if schedule.seconds is None else f", {duration(schedule.seconds)} together"
-    return f"{steps}, {per_step}{together} ({basis}). {_on_top(plan)}"
-
-
-def _on_top(plan: Plan) -> str:
-    """What takes time beside the steps."""
-    task = plan.settings.get("task")
-    answers = " and answers" if task not in TASK_TYPES else ""
-    if answers and task != SEQ2SEQ and plan.method == "lora":
-        answers = ", answers and the passport"
-    return f"Evaluations{answers} come on top."
+    per_step = f"{duration(schedule.seconds_per_step)} per step{together} ({basis})"
+    return f"{ranks}{steps} {per_step}. Evaluations, answers and saving come on top."
 
 
 def _parameters(plan: Plan) -> list[Block | None]:
