@@ -54,15 +54,10 @@ def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
             raise ConfigError(listing(problems))
         try:
             loaded = manager.load(list(names))
-        except (DatasetsError, OSError) as error:
+        except (DatasetsError, ImportError, OSError, ValueError) as error:
             raise DataError(
-                f"--tasks {','.join(names)}: the tasks' data cannot be read: {_first_line(error)}. "
-                "Start once with a network: lm_eval then reads it from its cache"
-            ) from None
-        except (ImportError, ValueError) as error:
-            raise DataError(
-                f"--tasks {','.join(names)}: the tasks cannot be loaded: {_first_line(error)}. "
-                "Install the package if one is missing, else correct the task's YAML file"
+                f"--tasks {','.join(names)}: the tasks cannot be loaded: {_first_line(error)}. If data is missing, "
+                "start once with a network; if a package is, install it; else correct the task's YAML file"
             ) from None
     metrics = [
         f"{name}/{_metric_name(metric, task_filter['name'])}"
@@ -186,6 +181,5 @@ def _documents(samples: Iterable[Mapping[str, Any]], metric: str, filter_name: s
     numbers = [float(number) for number in values if isinstance(number, int | float)]
     if not numbers:
         return []
-    mean = float(np.mean(numbers))
-    is_mean = len(numbers) == len(values) and math.isclose(mean, value, rel_tol=1e-6)
-    return numbers if is_mean or value == 0 == mean else []
+    is_mean = len(numbers) == len(values) and math.isclose(np.mean(numbers), value, rel_tol=1e-6)
+    return numbers if is_mean else []

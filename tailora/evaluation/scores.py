@@ -119,14 +119,12 @@ class Scores:
 
     def only(self, names: Sequence[str]) -> "Scores":
         """Returns the scores of these names."""
-        return replace(
-            self,
-            **{
-                part: {name: scores[name] for name in scores if name in names}
-                for part in ("metrics", "base", "change")
-                if (scores := getattr(self, part)) is not None
-            },
-        )
+        chosen: dict[str, Any] = {
+            part: {name: scores[name] for name in scores if name in names}
+            for part in ("metrics", "base", "change")
+            if (scores := getattr(self, part)) is not None
+        }
+        return replace(self, **chosen)
 
     def merge(self, other: "Scores") -> "Scores":
         return Scores(

@@ -91,11 +91,6 @@ def inner_product(first: Factors, second: Factors) -> float:
     return float((left * right).sum())
 
 
-def mean_singular_values(S: Tensor) -> Tensor:
-    """Returns the root mean square over the groups of singular values (groups, k), largest first: (k,)."""
-    return torch.sqrt(S.cpu().double().square().mean(0))
-
-
 # ---- Intruder dimensions: singular vectors of the tuned weight that the base's weight does not have
 #
 # Shuttleworth et al., "LoRA vs Full Fine-tuning: An Illusion of Equivalence" (arXiv:2410.21228), alg. 1: of the k
@@ -281,7 +276,7 @@ def module_report(update: Update, *, seed: int = 0, count_intruders: bool = True
         configured_scaling=update.configured_scaling,
         learned_scaling=update.learned_scaling,
         use_dora=update.dora,
-        singular_values=mean_singular_values(S).tolist(),
+        singular_values=S.cpu().double().square().mean(0).sqrt().tolist(),
         **_compare_with_base(update, norm, seed, count_intruders),
     )
 

@@ -281,70 +281,56 @@ def read_batches(
     """
     step = replace(step_shape(config, accelerator), token_limit=limit)
     vocabulary = shape.get_text_config().vocab_size
+    examples, steps, tokens_of_step = None, config.max_steps, 0.0
     if "data" not in config.model_fields_set:
-        ids = np.arange(config.max_length, dtype=np.int32) % vocabulary
-        example, what = Example.of_text(ids), "example"
+        example, what = Example.of_text(np.arange(config.max_length, dtype=np.int32) % vocabulary), "example"
         task: Task = CAUSAL_LM
         if learns_preferences(config):
             task = preference_task(config, FEEDBACK if config.loss == "kto" else PREFERENCE, config.model)
-            what = "reply with its prompt"
-            example = Example.of_two(example, example, np.ones(1))
-        tokens_per_step = float(step.examples_per_step * len(example.input_ids))
-        return Batches(
-            task=task.without_reference(),
-            largest=_largest_part([example], step.batch_size, step.token_limit),
-            at=lambda count: _largest_part([example], count, step.token_limit),
-            examples=None,
-            tokens=None if config.max_steps is None else round(nproc * tokens_per_step * config.max_steps),
-            steps=config.max_steps,
-            tokens_per_step=tokens_per_step,
-            notes=[
-                f"without --data every {what} is taken to have --max-length {config.max_length:,} tokens, all of "
-                "them learned: shorter ones take less",
-                *notes_on(task),
-            ],
+            example, what = Example.of_two(example, example, np.ones(1)), "reply with its prompt"
+        largest = _largest_part([example], step.batch_size, limit)
+        tokens_of_step = float(step.examples_per_step * len(example.input_ids))
+        notes = [
+            f"without --data every {what} is taken to have --max-length {config.max_length:,} tokens, all of "
+            "them learned: shorter ones take less"
+        ]
+    else:
+        data = read_data(config, vocabulary, load_tokenizer(config.model), accelerator, labels)
+        data = replace(data, shape=replace(data.shape, token_limit=limit))
+        task, largest = data.task, data.largest
+        if data.prepared is None or config.streaming:
+            steps, tokens_of_step = data.max_steps, float(data.largest_size.tokens * config.gradient_accumulation_steps)
+            notes = ["the data is streamed: lengths are those of its first batch"]
+        else:
+            train = data.prepared.train
+            examples, steps = train, config.max_steps or epoch_steps(config, train.epoch_size, nproc)
+            tokens_of_step = train.mean_length * min(step.examples_per_step, train.epoch_size / nproc)
+            notes = [f"{name}: {text}" for name, text in warnings_of(data.prepared.report.to_dict()).items()]
+    if task.reference is not None:
+        notes.append(
+            "before the first step the log-probabilities of all replies are computed once; this time is not counted"
         )
-    data = read_data(config, vocabulary, load_tokenizer(config.model), accelerator, labels)
-    data = replace(data, shape=replace(data.shape, token_limit=limit))
-    if data.prepared is None or config.streaming:
-        return Batches(
-            task=data.task.without_reference(),
-            largest=data.largest,
-            at=lambda count: _largest_part(data.largest, count, step.token_limit),
-            examples=None,
-            tokens=None,
-            steps=data.max_steps,
-            tokens_per_step=float(data.largest_size.tokens * config.gradient_accumulation_steps),
-            notes=["the data is streamed: lengths are those of its first batch"],
-        )
-    train = data.prepared.train
-    steps = config.max_steps or epoch_steps(config, train.epoch_size, nproc)
-    per_rank = min(step.examples_per_step, train.epoch_size / nproc)  # examples
-    tokens_per_step = train.mean_length * per_rank
+
+    def at(count: int) -> list[Example]:
+        if examples is None:
+            return _largest_part(largest, count, limit)
+        return largest_forward(examples, replace(step, batch_size=count))
+
     return Batches(
-        task=data.task.without_reference(),
-        largest=data.largest,
-        at=lambda count: largest_forward(train, replace(step, batch_size=count)),
-        examples=len(train),
-        tokens=round(nproc * tokens_per_step * steps),
+        task=task.without_reference(),
+        largest=largest,
+        at=at,
+        examples=None if examples is None else len(examples),
+        tokens=None if steps is None else round(nproc * tokens_of_step * steps),
         steps=steps,
-        tokens_per_step=tokens_per_step,
-        notes=[
-            *(f"{name}: {text}" for name, text in warnings_of(data.prepared.report.to_dict()).items()),
-            *notes_on(data.task),
-        ],
+        tokens_per_step=tokens_of_step,
+        notes=notes,
     )
 
 
 def learns_preferences(config: TrainConfig) -> bool:
     """Whether the settings say so; with data, the rows do."""
     return config.task == PREFERENCE or bool(config.preference_settings())
-
-
-def notes_on(task: Task) -> list[str]:
-    if task.reference is None:
-        return []
-    return ["before the first step the log-probabilities of all replies are computed once; this time is not counted"]
 
 
 def _largest_part(examples: list[Example], count: int, limit: int | None) -> list[Example]:

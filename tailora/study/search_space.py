@@ -121,17 +121,9 @@ def _value(name: str, value: Any) -> Any:
     if name == "target_modules":
         return value if isinstance(value, str) else "+".join(value)
     if name == SCALE:
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise ConfigError(f"scale {value!r} is not a number") from None
-        if not 0 < number < math.inf:
-            raise ConfigError(f"a scale of {number:g} is not above 0")
-        return number
-    required = {"learning_rate": 1e-4} | (
-        {"target_r": 1} if name in OF_ADALORA else {}
-    )  # or TrainConfig would refuse them
-    return getattr(TrainConfig(**{**required, name: value}), name)
+        name = "lora_alpha"  # what a scale is for r = 1
+    required = {"target_r": 1} if name in OF_ADALORA else {}  # or TrainConfig would refuse them
+    return getattr(TrainConfig(**{"learning_rate": 1e-4, **required, name: value}), name)
 
 
 def search_axes(given: Mapping[str, Axis], train: TrainConfig) -> dict[str, Axis]:

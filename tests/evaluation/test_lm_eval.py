@@ -88,24 +88,17 @@ def test_the_harness_and_our_own_choices_agree(folder: Path, capsys: pytest.Capt
         assert hint in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (ConnectionError("no route\nto host"), "data cannot be read: no route. Start once with a network"),
-        (ImportError("No module named 'sympy'"), "loaded: No module named 'sympy'. Install the package"),
-        (ValueError("Include cycle at a.yaml"), "loaded: Include cycle at a.yaml. .*correct the task's YAML file"),
-    ],
-)
+@pytest.mark.parametrize("error", [ConnectionError, ImportError, ValueError])
 def test_tasks_that_cannot_be_loaded_come_with_what_to_do(
-    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(_: list[str]) -> None:
-        raise error
+        raise error("no route\nto host")
 
     manager = SimpleNamespace(all_tasks=["quiz"], load=load)
     monkeypatch.setattr("tailora.evaluation.lm_eval.require_packages", lambda *_, **__: None)
     monkeypatch.setattr("tailora.evaluation.lm_eval._task_manager", lambda *_: manager)
-    with pytest.raises(DataError, match=f"--tasks quiz: .*{message}"):
+    with pytest.raises(DataError, match=r"--tasks quiz: .* loaded: no route\. If data is missing, start once with"):
         find_tasks(["quiz"])
 
 

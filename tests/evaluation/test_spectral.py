@@ -18,7 +18,6 @@ from tailora.evaluation.spectral import (
     chance_overlap,
     effective_rank,
     inner_product,
-    mean_singular_values,
     module_report,
     stable_rank,
     subspace_overlap,
@@ -107,12 +106,6 @@ def test_the_inner_product_is_that_of_the_dense_updates() -> None:
         Factors(torch.randn(3, 7, 2, dtype=torch.float64), torch.randn(3, 2, 5, dtype=torch.float64)) for _ in range(2)
     )
     assert inner_product(first, second) == pytest.approx(float((first.dense * second.dense).sum()))
-
-
-def test_a_row_of_singular_values_for_several_groups_has_their_energy() -> None:
-    S = torch.tensor([[3.0, 1.0], [1.0, 0.0]])
-    row = mean_singular_values(S)
-    assert float(row.square().sum()) * len(S) == pytest.approx(float(S.square().sum()))
 
 
 # ---- A planted intruder is found, what is no intruder is not, and the count is that of the full decomposition
@@ -230,6 +223,9 @@ def test_norms_are_those_of_the_dense_update_and_weight(case: LayerCase, slot: s
     assert found.learned_scaling == (slot == "learned scale")
     assert (found.intruders is None) == bool(found.note)
     assert len(found.singular_values) == layer.r // (1 if layer.layer_type.is_stacked else layer.groups)
+    matrices = found.numbers // (found.in_features * found.out_features)
+    groups = matrices if layer.layer_type.is_stacked else layer.groups
+    assert groups * sum(value**2 for value in found.singular_values) == pytest.approx(found.norm**2, rel=1e-4)
 
 
 @all_of(LAYERS)
