@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import json
-import os
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -362,5 +361,3 @@ class TestInBrowser:
             assert opened.evaluate(TOO_WIDE) == 0, (scheme, width)
             background = opened.evaluate("getComputedStyle(document.body).backgroundColor")
             assert (background == "rgb(255, 255, 255)") == (scheme == "light")
-            if folder := os.environ.get("SCREENSHOTS"):
-                opened.screenshot(path=Path(folder) / f"playground-{scheme}-{width}.png", full_page=True)
