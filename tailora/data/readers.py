@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from tailora.errors import DataError, listing, nearest, nearest_path
 
 MAX_SHOWN = 20  # problems
-MAX_LINE = 2**27  # bytes, and characters of a CSV field (Python's own limit is 131,072)
-MAX_JSON = 2**31  # bytes of a file that is one JSON value: reading it takes several times its size
+MAX_SIZE = {".json": 2**31, ".txt": 2**27}  # bytes of files that are read at once, which takes several times as much
+MAX_FIELD = 2**31 - 1  # characters of a CSV field; Python's own limit is 131,072
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "|"}
 SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")  # owner/name, and a configuration after a colon
@@ -157,62 +157,22 @@ def _split_of(path: Path) -> str | None:
 
 def read_file(path: Path) -> Rows:
     """Yields the rows of one file, by its suffix. A file that cannot be opened is a RowProblem."""
+    suffix = path.suffix.lower()
     try:
-        suffix = path.suffix.lower()
-        if suffix != ".parquet" and (cause := _not_text(path)):
-            yield RowProblem(str(path), 0, cause)
+        if path.stat().st_size > (most := MAX_SIZE.get(suffix, math.inf)):
+            size = f"more than {most / 2**20:,.0f} MiB"
+            yield RowProblem(str(path), 0, f"the file has {size}: write JSON lines (.jsonl), which are read one by one")
         else:
             yield from READERS[suffix](path)
     except OSError as error:
         yield RowProblem(str(path), 0, error.strerror or str(error))
 
 
-FIRST_BYTES = {
-    b"\xff\xfe\0\0": "UTF-32",
-    b"\0\0\xfe\xff": "UTF-32",
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-    b"\x1f\x8b": "gzip",
-    b"PK\x03\x04": "zip",
-}
-INSTEAD = {"gzip": "unpack it first", "zip": "unpack it first; from a spreadsheet, export CSV in UTF-8"}
-
-
-def _not_text(path: Path) -> str | None:
-    """Returns what a file is whose first bytes show that it is not UTF-8, and what to do; None for any other."""
-    with path.open("rb") as file:
-        first = file.read(4)
-    name = next((name for start, name in FIRST_BYTES.items() if first.startswith(start)), None)
-    if name is None and len(first) > 1 and first[:2].count(0) == 1:  # no byte order mark
-        name = "UTF-16LE" if first[1] == 0 else "UTF-16BE"
-    return name and f"the file is {name}, not UTF-8 text: {INSTEAD.get(name) or _convert(name)}"
-
-
-def _convert(encoding: str) -> str:
-    return f"convert it with `iconv -f {encoding} -t UTF-8 OLD > NEW`"
-
-
-def _lines(file: BinaryIO) -> Iterator[bytes | None]:
-    """Yields the lines of a file; None for one that is longer than MAX_LINE, which is skipped."""
-    while line := file.readline(MAX_LINE + 1):
-        if len(line) <= MAX_LINE:
-            yield line
-        else:
-            while line and not line.endswith(b"\n"):
-                line = file.readline(2**20)
-            yield None
-
-
-TOO_LONG = f"the line has more than {MAX_LINE // 2**20} MiB: are there no line breaks between the rows?"
-
-
 def read_jsonl(path: Path) -> Rows:
     """One JSON object per line; blank lines are skipped."""
     with path.open("rb") as file:
-        for number, line in enumerate(_lines(file), 1):
-            if line is None:
-                yield RowProblem(str(path), number, TOO_LONG)
-            elif line.strip():
+        for number, line in enumerate(file, 1):
+            if line.strip():
                 try:
                     value = json.loads(line.decode("utf-8-sig").rstrip())
                 except (ValueError, RecursionError) as error:
@@ -223,10 +183,6 @@ def read_jsonl(path: Path) -> Rows:
 
 def read_json(path: Path) -> Rows:
     """A list of objects, an object that holds one such list, or JSON lines under the name .json."""
-    if path.stat().st_size > MAX_JSON:
-        cause = f"the file has more than {MAX_JSON // 2**30} GiB: write JSON lines (.jsonl), which are read one by one"
-        yield RowProblem(str(path), 0, cause)
-        return
     try:
         value = json.loads(path.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -266,16 +222,19 @@ def read_csv(path: Path, delimiter: str = ",") -> Rows:
 
     delimiter: unless another of DELIMITERS makes more columns of the first line.
     """
-    columns = {other: _columns(path, other) for other in (delimiter, *DELIMITERS)}
-    delimiter = max(columns, key=lambda other: columns[other])  # of equal ones the first
+    csv.field_size_limit(MAX_FIELD)  # for all of Python
     with path.open("rb") as file:
-        reader = csv.reader(_decoded(file), delimiter=delimiter, strict=True)
+        first = file.readline().decode("utf-8-sig", errors="replace").partition("\r")[0]
+        columns = {other: len(next(csv.reader([first], delimiter=other), [])) for other in (delimiter, *DELIMITERS)}
+        delimiter = max(columns, key=lambda other: columns[other])  # of equal ones the first
+        file.seek(0)
+        reader = csv.reader((line.decode("utf-8-sig") for line in file), delimiter=delimiter, strict=True)
         try:
-            header = _next_values(reader) or []
+            header = next(reader, [])
             if repeated := sorted(name for name, count in Counter(header).items() if count > 1):
                 yield RowProblem(str(path), 1, f"the header names {', '.join(repeated)} more than once")
                 return
-            while (values := _next_values(reader)) is not None:
+            for values in reader:
                 if values and len(values) == len(header):
                     yield Row(str(path), reader.line_num, dict(zip(header, values, strict=True)))
                 elif values:
@@ -288,31 +247,6 @@ def read_csv(path: Path, delimiter: str = ",") -> Rows:
             yield RowProblem(str(path), reader.line_num + 1, _not_utf8(error))
         except csv.Error as error:
             yield RowProblem(str(path), reader.line_num, f"not CSV: {error}")
-
-
-def _columns(path: Path, delimiter: str) -> int:
-    """Returns how many columns the first line has; 0 if it cannot be read so."""
-    with path.open("rb") as file:
-        try:
-            return len(_next_values(csv.reader(_decoded(file), delimiter=delimiter, strict=True)) or [])
-        except (UnicodeDecodeError, csv.Error):
-            return 0
-
-
-def _decoded(file: BinaryIO) -> Iterator[str]:
-    for line in _lines(file):
-        if line is None:
-            raise csv.Error(TOO_LONG)
-        yield line.decode("utf-8-sig")
-
-
-def _next_values(reader: Iterator[list[str]]) -> list[str] | None:
-    """The next line's values, of any length; None at the end. csv's limit is global, so it is restored."""
-    before = csv.field_size_limit(MAX_LINE)
-    try:
-        return next(reader, None)
-    finally:
-        csv.field_size_limit(before)
 
 
 def read_parquet(path: Path) -> Rows:
@@ -343,26 +277,19 @@ def _arrow_row(file: str, number: int, fields: dict[str, Any]) -> Row:
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
+    encoding = "UTF-16" if error.object.startswith((b"\xff\xfe", b"\xfe\xff")) else "WINDOWS-1252"
     return (
-        f"not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}; if the file comes from Windows, "
-        f"{_convert('WINDOWS-1252')}"
+        f"not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}; if it is text from Windows, convert it "
+        f"with `iconv -f {encoding} -t UTF-8 OLD > NEW`"
     )
 
 
 def read_text(path: Path) -> Rows:
     """The whole file as one row."""
-    with path.open("rb") as file:
-        content = file.read(MAX_LINE + 1)
-    if len(content) > MAX_LINE:
-        cause = f"the file has more than {MAX_LINE // 2**20} MiB: split it, or write JSON lines with a document in each"
-        yield RowProblem(str(path), 0, cause)
-        return
     try:
-        text = content.decode("utf-8-sig")
+        yield Row(str(path), 1, {"text": path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")})
     except UnicodeDecodeError as error:
         yield RowProblem(str(path), 0, _not_utf8(error))
-    else:
-        yield Row(str(path), 1, {"text": text.replace("\r\n", "\n")})
 
 
 TXT = ".txt"
