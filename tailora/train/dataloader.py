@@ -14,10 +14,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from itertools import chain, count, islice
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -108,24 +108,14 @@ class TrainingData:
 
         Of two sequences, the first.
         """
-        forwards = _forwards(self.known, self.shape, count)
-        return [[self._probe(int(i)) for i in forward] for forward in forwards]
-
-    def _probe(self, index: int) -> Example:
-        """Returns an example to try the model on; of two sequences, the first."""
-        return self.known[index] if self.task.is_plain else self.known[index].sequences[0]
+        return [
+            [example if self.task.is_plain else example.sequences[0] for example in self.known.select(forward)]
+            for forward in _forwards(self.known, self.shape, count)
+        ]
 
 
-class ReadData(Protocol):
-    def __call__(
-        self,
-        config: TrainConfig,
-        embedding_rows: int,
-        tokenizer: PreTrainedTokenizerBase,
-        accelerator: Accelerator,
-        labels: Labels | None,
-    ) -> TrainingData:
-        """labels: what the head of the model predicts; None for a language model."""
+# The settings, the rows of the model's embedding, the tokenizer, and what a head for labels predicts -> the data
+ReadData = Callable[[TrainConfig, int, PreTrainedTokenizerBase, Accelerator, Labels | None], TrainingData]
 
 
 def read_data(
@@ -160,7 +150,7 @@ def resolved_sources(config: TrainConfig, demo: Literal["data", "eval_data"]) ->
 
 def data_settings(config: TrainConfig, labels: Labels | None = None) -> DataSettings:
     """Returns the settings by which rows become examples."""
-    shared = {field.name for field in fields(DataSettings)} & type(config).model_fields.keys()
+    shared = {setting.name for setting in fields(DataSettings)} & type(config).model_fields.keys()
     settings = DataSettings(**{name: getattr(config, name) for name in shared}, labels=labels)
     return settings if config.split_seed is None else replace(settings, seed=config.split_seed)
 
@@ -222,9 +212,9 @@ def stream_notes(data: TrainingData, max_length: int) -> list[str]:
 def random_data(
     config: TrainConfig,
     embedding_rows: int,
-    tokenizer: PreTrainedTokenizerBase,  # noqa: ARG001
+    _tokenizer: PreTrainedTokenizerBase,
     accelerator: Accelerator,
-    labels: Labels | None = None,  # noqa: ARG001
+    _labels: Labels | None = None,
 ) -> TrainingData:
     """Returns random tokens instead of data: two steps of fully supervised examples of max_length, repeated."""
     shape = step_shape(config, accelerator)
@@ -235,49 +225,36 @@ def random_data(
     return TrainingData(None, None, steps, config.max_steps or 2, examples, shape)
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """The examples of one forward."""
-
-    examples: list[Example]
-    weight: float = 1.0  # 0: computed to keep step with the other ranks, not counted
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
-    """What this rank computes in one optimizer step, and the size of the step over all ranks."""
+    """What this rank computes in one optimizer step, and the size of the step over all ranks.
 
-    micro_batches: list[MicroBatch]
+    micro_batches: the examples of each forward.
+    idle: how many of the last forwards keep step with the other ranks, and are not counted.
+    batches: the micro-batches as tensors on the device, once `Trainer.collated` has made them.
+    """
+
+    micro_batches: list[list[Example]]
     tokens: int
     supervised: int  # tokens with a loss
     divisor: float  # of the summed loss
+    idle: int = 0
+    batches: list[Batch] = field(default_factory=list)
 
     @classmethod
-    def of(cls, micro_batches: list[MicroBatch], examples: Iterable[Example], task: Task) -> "Step":
+    def of(cls, micro_batches: list[list[Example]], examples: Sequence[Example], task: Task, idle: int = 0) -> "Step":
         """examples: of all ranks."""
-        sizes = [
-            (
-                len(example.input_ids),
-                sum(sequence.supervised for sequence in task.trained_sequences(example)),
-                example.weight * task.divisor(example),
-            )
-            for example in examples
-        ]
-        return cls(micro_batches, *map(sum, zip(*sizes, strict=True)))
-
-
-@dataclass(frozen=True, eq=False)
-class CollatedStep:
-    """The same as tensors on the device."""
-
-    batches: list[Batch]
-    tokens: int
-    supervised: int
-    divisor: float
+        return cls(
+            micro_batches,
+            tokens=sum(len(example.input_ids) for example in examples),
+            supervised=sum(part.supervised for example in examples for part in task.trained_sequences(example)),
+            divisor=sum(example.weight * task.divisor(example) for example in examples),
+            idle=idle,
+        )
 
 
 @contextmanager
-def one_ahead(steps: Iterator[CollatedStep], device: torch.device) -> Iterator[Iterator[CollatedStep]]:
+def one_ahead(steps: Iterator[Step], device: torch.device) -> Iterator[Iterator[Step]]:
     """Yields the steps. A thread prepares the next one, if the device computes while the host goes on.
 
     What `steps` raises is raised when the turn of that step has come. One step more than those taken may be read.
@@ -291,7 +268,7 @@ def one_ahead(steps: Iterator[CollatedStep], device: torch.device) -> Iterator[I
 
     with ThreadPoolExecutor(1, "collate", initializer=use_device) as thread:
 
-        def taken() -> Iterator[CollatedStep]:
+        def taken() -> Iterator[Step]:
             following = thread.submit(next, steps, None)
             while (step := following.result()) is not None:
                 following = thread.submit(next, steps, None)
@@ -414,16 +391,15 @@ def _share_of_rank(batches: list[list[Example]], shape: StepShape) -> Step:
     """Returns this rank's part of a step: every `world`-th batch, in micro-batches."""
     shares = [
         [
-            MicroBatch([batch[i] for i in part])
+            [batch[i] for i in part]
             for batch in batches[rank :: shape.world]
             for part in split_by_tokens([len(example.input_ids) for example in batch], shape.token_limit)
         ]
         for rank in range(shape.world)
     ]
     share = shares[shape.rank]
-    missing = max(map(len, shares)) - len(share)
-    share += [MicroBatch(shares[0][0].examples, weight=0.0)] * missing
-    return Step.of(share, chain.from_iterable(batches), shape.task)
+    idle = max(map(len, shares)) - len(share)
+    return Step.of(share + shares[0][:1] * idle, list(chain.from_iterable(batches)), shape.task, idle)
 
 
 def split_by_tokens(lengths: Sequence[int], limit: int | None) -> list[range]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tailora.core.device import AsyncCopy, accelerators
-from tailora.train.dataloader import CollatedStep
+from tailora.train.dataloader import Step
 from tailora.train.loss import Evaluation
 
 COUNTERS = ("step", "tokens", "supervised_tokens", "seconds", "since_best", "history")
@@ -37,7 +37,7 @@ class StepResults(NamedTuple):
 class QueuedStep:
     """A step whose results have not been read yet."""
 
-    step: CollatedStep
+    step: Step
     rate: float
     started: float  # time.perf_counter
     results: AsyncCopy  # in the order of StepResults

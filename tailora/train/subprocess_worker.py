@@ -117,7 +117,7 @@ def main(folder: Path) -> int:
 def take_steps(config: TrainConfig, folder: Path, *, with_data: bool) -> StepsMeasured:
     """Sets up a run and takes a few of its steps. On a CPU the peak is that of this process."""
     started = time.perf_counter()
-    from tailora.train.dataloader import MicroBatch, Step, random_data, read_data  # torch from here on
+    from tailora.train.dataloader import Step, random_data, read_data  # torch from here on
     from tailora.train.memory import explain_out_of_memory, peak_bytes
     from tailora.train.trainer import Trainer
 
@@ -130,7 +130,7 @@ def take_steps(config: TrainConfig, folder: Path, *, with_data: bool) -> StepsMe
         data = trainer.run.data
         stack.enter_context(explain_out_of_memory("measuring steps", trainer.memory_remedies))
         stack.enter_context(trainer.use_kernels())
-        largest = Step.of([MicroBatch(data.largest)], data.largest, task)
+        largest = Step.of([data.largest], data.largest, task)
         start_seconds = time.perf_counter() - started
         seconds, tokens = [], []
         for step in [largest, *islice(data.steps(0), STEPS), largest]:

@@ -46,7 +46,6 @@ from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import (
     ChooseHeldOut,
-    CollatedStep,
     ReadData,
     Step,
     one_ahead,
@@ -172,21 +171,20 @@ class Trainer:
         """Steps that were computed or, on a device, queued for it."""
         return self.state.step + len(self.state.queue)
 
-    def collated_steps(self) -> AbstractContextManager[Iterator[CollatedStep]]:
+    def collated_steps(self) -> AbstractContextManager[Iterator[Step]]:
         """Within the block, yields the steps that are left, as tensors on the device."""
         data, done = self.run.data, self.state.step
         left = islice(data.steps(done), data.max_steps - done)
         return one_ahead(map(self.collated, left), self.run.accelerator.device)
 
-    def collated(self, step: Step) -> CollatedStep:
+    def collated(self, step: Step) -> Step:
         """Returns the step as tensors on the device."""
         layout, device, task = self.run.layout, self.run.accelerator.device, self.run.task
-        batches = [
-            replace(make_batch(part.examples, layout, device, task), weight=part.weight) for part in step.micro_batches
-        ]
-        return CollatedStep(batches, step.tokens, step.supervised, step.divisor)
+        batches = [make_batch(examples, layout, device, task) for examples in step.micro_batches]
+        counted = len(batches) - step.idle
+        return replace(step, batches=batches[:counted] + [replace(batch, weight=0.0) for batch in batches[counted:]])
 
-    def step(self, step: CollatedStep, stop: bool = False) -> None:
+    def step(self, step: Step, stop: bool = False) -> None:
         """Takes one optimizer step and reports it; on a device, queues it and reports the one before.
 
         stop: whether this rank was asked to stop.
@@ -213,7 +211,7 @@ class Trainer:
         while len(self.state.queue) > int(copies_by_itself(norm.device)):
             self.read_step()
 
-    def compute_gradients(self, step: CollatedStep, loss_scale: Tensor | None = None) -> Tensor:
+    def compute_gradients(self, step: Step, loss_scale: Tensor | None = None) -> Tensor:
         """Fills the buffers with the gradients of a step, of all ranks; returns this rank's share of its loss."""
         run = self.run
         run.updates.optimizer.zero_grad(set_to_none=False)

@@ -22,7 +22,7 @@ from tailora.kernels.attention import packed_rows, padded_rows
 from tailora.kernels.loss import FORMS, FROZEN
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
-from tailora.train.dataloader import CollatedStep, one_ahead
+from tailora.train.dataloader import Step, one_ahead
 from tailora.train.events import Evaluated, Event, Stepped
 from tailora.train.failures import Interrupted
 from tailora.train.loss import BatchLayout, ModelWithLoss, evaluate, make_batch
@@ -173,7 +173,7 @@ class BreakingTrainer(Trainer):
         super().__init__(config)
         self.part, self.broken, self.queued = part, broken, 0
 
-    def step(self, step: CollatedStep, stop: bool = False) -> None:
+    def step(self, step: Step, stop: bool = False) -> None:
         self.queued += 1
         if self.queued == self.broken:  # and from then on
             layer = self.run.base.model.layers[0].mlp.down_proj
@@ -188,9 +188,9 @@ class BreakingTrainer(Trainer):
 
 
 def test_what_the_data_raises_is_raised_when_its_step_has_come(device: torch.device) -> None:
-    def steps() -> Iterator[CollatedStep]:
-        yield CollatedStep([], 1, 1, 1)
-        yield CollatedStep([], 2, 2, 2)
+    def steps() -> Iterator[Step]:
+        yield Step([], tokens=1, supervised=1, divisor=1)
+        yield Step([], tokens=2, supervised=2, divisor=2)
         raise DataError("row 7 is broken")
 
     with one_ahead(steps(), device) as loaded:
