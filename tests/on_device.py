@@ -8,8 +8,7 @@ import torch
 
 TESTS = Path(__file__).parent
 FILES = {  # room -> names of its files, between "test_" and ".py"
-    "core": "combine combine_layer_types experts inference init layer merge mixed_batch model multihead_attention "
-    "packed_batch running_statistics",
+    "core": "combine combine_layer_types inference init layer merge mixed_batch model parameters running_statistics",
     "evaluation": "forgetting generate multiple_choice scores",
     "formats": "merged peft_model",
     "laws": "extras frozen_start laws",

@@ -1,5 +1,6 @@
 """The pretend accelerator behaves as a card does where the other tests rely on it."""
 
+import on_device
 import pytest
 import torch
 from pretend_accelerator import counted, no_synchronisation
@@ -70,3 +71,10 @@ def test_a_copy_that_does_not_block_has_its_values_after_an_event(device: torch.
     assert read.isnan().all()  # too early
     event.synchronize()
     assert read.tolist() == [1.0, 2.0]
+
+
+def test_the_files_whose_tests_run_here_too_exist() -> None:
+    paths = [
+        on_device.TESTS / room / f"test_{name}.py" for room, names in on_device.FILES.items() for name in names.split()
+    ]
+    assert not [path for path in paths if not path.exists()]

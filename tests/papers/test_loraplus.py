@@ -9,9 +9,8 @@ from torch import nn
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.loraplus import loraplus_groups
 from tailora.errors import ConfigError
-from tailora.kernels.flat_parameters import flattened
 from tailora.train.config import TrainConfig
-from tailora.train.optimizer import adamw, optimizer_step, parameter_groups
+from tailora.train.optimizer import parameter_groups
 
 CONFIG = LoRAConfig(r=2, target_modules=["0", "1"], modules_to_save=["2"], learn_scaling=True)
 
@@ -39,24 +38,9 @@ def test_b_learns_at_ratio_times_the_rate_and_nothing_else_does() -> None:
         torch.testing.assert_close(parameter, before[name] - rate * parameter.grad)
 
 
-def test_a_run_s_buffers_give_the_plain_loop_s_steps() -> None:
-    ours, theirs = model(), model()
-    plain = torch.optim.AdamW(loraplus_groups(theirs.lora_layers, 1e-2, 8), weight_decay=0)
-    with flattened(parameter_groups(ours.lora_layers, TrainConfig(loraplus_lr_ratio=8))) as flats:
-        optimizer = adamw(flats)
-        for _ in range(4):
-            optimizer.zero_grad(set_to_none=False)
-            loss(ours).backward()
-            optimizer_step(optimizer, 1e-2)
-            plain.zero_grad()
-            loss(theirs).backward()
-            plain.step()
-    for name, parameter in theirs.lora_layers.named_parameters():
-        torch.testing.assert_close(dict(ours.lora_layers.named_parameters())[name], parameter)
-    assert len(flats) == 2
-
-
-def test_a_ratio_of_one_is_one_group_and_below_it_is_refused() -> None:
+def test_a_run_has_a_group_for_b_and_a_ratio_below_one_is_refused() -> None:
+    rest, factors = parameter_groups(model().lora_layers, TrainConfig(loraplus_lr_ratio=8))
+    assert (rest.rate_factor, factors.rate_factor, list(factors.parameters)) == (1, 8, ["1.lora_B"])
     (only,) = parameter_groups(model().lora_layers, TrainConfig(loraplus_lr_ratio=1))
     assert only.rate_factor == 1
     with pytest.raises(ConfigError, match="loraplus_lr_ratio"):
