@@ -1,7 +1,9 @@
 """`tailora push` and `tailora pull`: upload an adapter to the Hugging Face Hub, and download one."""
 
+import json as json_module
 import shlex
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -13,10 +15,11 @@ from cyclopts import Parameter
 from tailora.cli.flags import Json, Overwrite
 from tailora.cli.main import log, note, print_json, stdout
 from tailora.cli.models import base_of, command_to_use
-from tailora.errors import ConfigError, FetchError, FormatError, WriteError, nearest_path
+from tailora.errors import ConfigError, FetchError, FormatError, nearest_path
 from tailora.formats import hub
 from tailora.formats.io import read_safetensors, replace_folder
 from tailora.formats.run_folder import (
+    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CARD,
     EXPORTED_FILES,
@@ -32,10 +35,11 @@ from tailora.report.format import NONE, value_range
 from tailora.report.terminal import print_section
 
 if TYPE_CHECKING:
-    from tailora.formats.offline import OfflineAdapter
+    from tailora.core.low_rank import Update
 
 PULLED_FILES = (*EXPORTED_FILES, *TOKENIZER_FILES)
 MESSAGE = "Upload a LoRA adapter with tailora"
+KEPT_CARD = "stays, because someone wrote or edited it; --replace-card writes a new card"
 
 Repository = Annotated[str, Parameter(name="repository", help="repository of the Hub, owner/name")]
 
@@ -76,67 +80,80 @@ def push(
         raise ConfigError(f"{folder} is not a folder{nearest_path(folder)}; pass the folder of an adapter or of a run")
     if not message.strip():
         raise ConfigError("--message is empty, but every commit on the Hub needs a message")
-    base_name = public_base_name(path, model)
+    if model is not None and hub.repository_of(model) is None:
+        raise ConfigError(f"--model {model}: give the base model's Hub id, owner/name")
     from huggingface_hub import get_token
 
     if get_token() is None:
         raise ConfigError(f"the Hub only accepts files from known users, and there is no token here: {hub.TO_LOG_IN}")
     log("checking the adapter")
-    from tailora.report.model_card import run_card
-    from tailora.train.memory import format_bytes
-
-    shared = hub.shared_files(path, base_name)
-    passport = shared_passport(path, shared.contents[ADAPTER_WEIGHTS], base_name, samples=samples)
-    own_card = read_card(path / CARD)
-    new_card = run_card(repository, path, shared.settings, license, samples=samples)
-    if base_name is None:
-        note("the files name no base model; give its Hub id with --model")
-    elif hub.repository_of(base_name) is None:
-        note(f"the files call the base model {base_name}, which others cannot fetch; give its Hub id with --model")
-    hub.check_nothing_private(path, passport, shared.secrets)
-    is_private, hub_card = look_up(repository, revision)
-    if is_private is False and not public:
+    files = files_to_push(path, repository, model, license, samples=samples, replace_card=replace_card)
+    was_private = hub.is_private(repository)
+    if was_private is False and not public:
         raise ConfigError(f"{repository} is public: everyone would see the adapter. Give --public to upload it there")
-    if is_private and public:
+    if was_private and public:
         note(f"{repository} stays private; its settings on the Hub make it public")
-    card = hub_card or own_card
-    if card is None or replace_card or hub.is_written_by_tailora(card):
-        card = new_card
-    else:
-        where = f"the {CARD} of {repository}" if hub_card else path / CARD
-        note(f"{where} stays, because someone wrote or edited it; --replace-card writes a new card")
-    files = {**shared.contents, **passport, CARD: card.encode()}
-    hub.check_nothing_private(path, {CARD: files[CARD]}, shared.secrets)
     if left_behind := sorted({file.name for file in path.iterdir()} - files.keys()):
         note(f"not uploaded: {', '.join(left_behind)}")
     log(f"uploading {len(files)} files to {repository}")
-    visibility = None if is_private is not None else not public
     try:
         with TemporaryDirectory() as temporary:
             for name, content in files.items():
                 Path(temporary, name).write_bytes(content)
-            commit = hub.upload(
+            commit, keeps_card = hub.upload(
                 Path(temporary),
                 repository,
-                private=visibility,
+                private=not public if was_private is None else None,
                 revision=revision,
-                keep_card=False,
+                replace_card=replace_card,
                 commit_message=message,
                 delete_patterns=None if PASSPORT in files else PASSPORT,  # of earlier weights
             )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{repository} has all files or none; the same command uploads them again") from None
+    if keeps_card:
+        del files[CARD]
+        note(f"the {CARD} of {repository} {KEPT_CARD}")
     if json:
         print_json({"repo": repository, "url": commit.commit_url, "commit": commit.oid, "files": sorted(files)})
         return 0
-    sizes = [(name, format_bytes(len(files[name]))) for name in sorted(files)]
-    lines: list[Block] = [
-        Table([Column(""), Column("", numeric=True)], sizes),
-        Paragraph(f"The repository is {'private' if is_private or visibility else 'public'}: {commit.commit_url}"),
+    visibility = "private" if was_private or not public else "public"
+    contents: list[Block] = [
+        Paragraph(f"The repository is {visibility}: {commit.commit_url}"),
+        Paragraph(f"Files: {', '.join(sorted(files))}"),
         Code(shlex.join(["tailora", "pull", repository]), title="To fetch it elsewhere:"),
     ]
-    print_section(stdout(), Section(f"Uploaded to {repository}", "", lines))
+    print_section(stdout(), Section(f"Uploaded to {repository}", "", contents))
     return 0
+
+
+def files_to_push(
+    adapter: Path, repository: str, model: str | None, license_name: str | None, *, samples: bool, replace_card: bool
+) -> dict[str, bytes]:
+    """Returns name -> content of all that is uploaded. Raises FormatError if a file is damaged, private or a link.
+
+    model: what others call the base model; by default the name of the base, without a path of this machine.
+    """
+    from tailora.report.model_card import run_card
+
+    base = base_of(adapter)
+    path_of_base = None if base is None else str(base.folder or base.name)
+    base_name = model or (hub.public_name(path_of_base) if path_of_base else None)
+    if base_name is None:
+        note("the files name no base model; give its Hub id with --model")
+    elif hub.repository_of(base_name) is None:
+        note(f"the files call the base model {base_name}, which others cannot fetch; give its Hub id with --model")
+    files = hub.shared_files(adapter, base_name)
+    files |= shared_passport(adapter, files[ADAPTER_WEIGHTS], base_name, samples=samples)
+    settings = json_module.loads(files[ADAPTER_CONFIG])
+    files[CARD] = run_card(repository, adapter, settings, license_name, samples=samples).encode()
+    if not replace_card and (adapter / CARD).exists():
+        own_card = hub.shared_content(adapter / CARD)
+        if not hub.is_written_by_tailora(own_card.decode(errors="replace")):
+            files[CARD] = own_card
+            note(f"{adapter / CARD} {KEPT_CARD}")
+    hub.check_nothing_private(adapter, files, path_of_base)
+    return files
 
 
 def check_repository_name(repo_id: str) -> None:
@@ -146,19 +163,6 @@ def check_repository_name(repo_id: str) -> None:
             f"{repo_id!r} cannot be a repository: write owner/name, of letters, digits, '-', '_' and '.', with a name "
             "of at most 96 characters"
         )
-
-
-def public_base_name(adapter: Path, model: str | None) -> str | None:
-    """Returns what others call the adapter's base model: `model` if given, a Hub id, "demo", or its folder's last name.
-
-    None if the adapter names none. Raises ConfigError if `model` is no Hub id.
-    """
-    if model is not None:
-        if hub.repository_of(model) is None:
-            raise ConfigError(f"--model {model}: give the base model's Hub id, owner/name")
-        return model
-    base = base_of(adapter)
-    return None if base is None else hub.public_name(str(base.folder or base.name))
 
 
 def shared_passport(folder: Path, weights: bytes, base_name: str | None, *, samples: bool) -> dict[str, bytes]:
@@ -175,33 +179,6 @@ def shared_passport(folder: Path, weights: bytes, base_name: str | None, *, samp
     passport = read_passport(folder)
     hashes = {ADAPTER_WEIGHTS: sha256(weights).hexdigest()}
     return {PASSPORT: passport_bytes(replace(passport, base_model=base_name or passport.base_model, weights=hashes))}
-
-
-def read_card(path: Path) -> str | None:
-    """Returns the text of a card; None if there is none. Raises FormatError for a link or other than UTF-8."""
-    try:
-        return hub.shared_content(path).decode() if path.exists() else None
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
-
-
-def look_up(repository: str, revision: str | None) -> tuple[bool | None, str | None]:
-    """Returns whether the repository is private, and its card in the branch, which starts at main if it is new.
-
-    None instead of what does not exist. A private repository of others looks as if it did not exist.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    with hub.hub_errors(WriteError, hub.not_uploaded(repository)):
-        if not api.repo_exists(repository):
-            return None, None
-        if revision is not None and not api.revision_exists(repository, revision):
-            revision = None
-        is_private = bool(api.model_info(repository).private)
-        if not api.file_exists(repository, CARD, revision=revision):
-            return is_private, None
-        return is_private, Path(api.hf_hub_download(repository, CARD, revision=revision)).read_text(encoding="utf-8")
 
 
 # ---- `tailora pull`
@@ -229,56 +206,49 @@ def pull(
     log(f"fetching {repository}")
     with hub.hub_errors(FetchError, f"{repository!r} is not fetched:"):
         others = (CARD, PASSPORT, *TOKENIZER_FILES)
-        fetched = hub.download(repository, revision=revision, subfolder=subfolder, others=others)
-    updates = check_fetched(repository, fetched)
+        snapshot, files = hub.download(repository, revision=revision, subfolder=subfolder, others=others)
+    folder = snapshot / (subfolder or "")
+    updates = check_fetched(repository, folder, files[0])
     with replace_folder(output) as temporary:
-        for name in fetched.files:
-            shutil.copyfile(fetched.folder / name, temporary / name)
+        for name in files:
+            shutil.copyfile(folder / name, temporary / name)
     from tailora.train.model_loading import labels_of_adapter
 
-    base, labels = base_of(output), labels_of_adapter(output)
-    ranks = sorted({update.r for update in updates.updates.values()}) if updates else []
-    targets = sorted({path.rpartition(".")[2] for path in updates.updates} if updates else ())
+    base = base_of(output)
+    ranks = sorted({update.r for update in updates.values()})
+    targets = sorted({path.rpartition(".")[2] for path in updates})
     if json:
         facts = {"base": None if base is None else base.name, "ranks": ranks, "targets": targets}
-        where = {"output_dir": str(output), "repo": repository, "commit": fetched.commit, "files": fetched.files}
-        print_json({**where, **facts})
+        print_json({"output_dir": str(output), "repo": repository, "commit": snapshot.name, "files": files, **facts})
         return 0
-    is_public = base is not None and hub.repository_of(base.name) is not None
-    base_name = base.name if base is not None and is_public else "BASE"
     rows = [
-        ("base model", f"{'not named' if base is None else base.name}{'' if is_public else ': give it with --model'}"),
+        ("base model", "not named" if base is None else base.name),
         ("rank", value_range(list(map(float, ranks)))),
         ("adapted layers", ", ".join(targets) or NONE),
-        ("files", ", ".join(fetched.files)),
+        ("files", ", ".join(files)),
     ]
-    commands = [command_to_use(base_name, str(output), labels)]
-    if labels is None:
-        commands.append(["tailora", "serve", "--model", base_name, "--adapter", f"{output.resolve().name}={output}"])
-    contents: list[Block] = [
-        Table([Column(""), Column("")], rows),
-        Code("\n".join(map(shlex.join, commands)), title="To use it:"),
-    ]
-    print_section(stdout(), Section(f"{repository}, commit {fetched.commit[:7]}, is in {output}", "", contents))
+    is_public = base is not None and hub.repository_of(base.name) is not None
+    use = command_to_use(
+        base.name if base is not None and is_public else "BASE", str(output), labels_of_adapter(output)
+    )
+    contents: list[Block] = [Table([Column(""), Column("")], rows), Code(shlex.join(use), title="To use it:")]
+    print_section(stdout(), Section(f"{repository}, commit {snapshot.name[:7]}, is in {output}", "", contents))
     return 0
 
 
-def check_fetched(repository: str, fetched: hub.Download) -> "OfflineAdapter | None":
-    """Returns the updates of what was fetched; None for formats that cannot be read without the base model.
+def check_fetched(repository: str, folder: Path, weights: str) -> "Mapping[str, Update]":
+    """Returns the updates of what was fetched, by path; none for formats that cannot be read without the base model.
 
     Raises FormatError if a tensor is missing or not finite, or does not fit the settings.
     """
-    from tailora.formats.offline import read_stored, updates_of
+    from tailora.formats.offline import read_offline
 
-    weights = fetched.files[0]
     try:
         if weights in (ADAPTER_WEIGHTS, MLX_WEIGHTS):
-            stored = read_stored(fetched.folder)
-            hub.check_finite(fetched.folder, stored.tensors)
-            return updates_of(stored)
+            return read_offline(folder).updates
         if weights != GGUF_WEIGHTS:
-            hub.check_finite(fetched.folder / weights, read_safetensors(fetched.folder / weights)[0])
+            read_safetensors(folder / weights)
     except FormatError as error:  # the folder is one of the Hub's cache
-        message = str(error).replace(str(fetched.folder), repository)
+        message = str(error).replace(str(folder), repository)
         raise FormatError(f"{message}\nNothing is written. Whoever made the adapter has to upload it again.") from None
-    return None
+    return {}

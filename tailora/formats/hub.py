@@ -14,7 +14,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from glob import escape
 from hashlib import sha256
 from importlib import import_module
@@ -31,14 +30,12 @@ from tailora.formats.run_folder import (
     DIFFUSERS_WEIGHTS,
     GGUF_WEIGHTS,
     MLX_WEIGHTS,
-    MODEL,
     TOKENIZER_FILES,
     adapter_folder,
 )
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
-    from torch import Tensor
 
 # The weights of an adapter: of PEFT, mlx-lm, `export` to GGUF and diffusers. A pickle is not even downloaded.
 WEIGHTS_OF_FORMATS = (ADAPTER_WEIGHTS, MLX_WEIGHTS, GGUF_WEIGHTS, DIFFUSERS_WEIGHTS)
@@ -92,15 +89,6 @@ def could_be_repository(name: str | Path) -> bool:
 # ---- Downloading
 
 
-@dataclass(frozen=True)
-class Download:
-    """folder: in the Hub's cache, maybe with more files than these.    files: names in it, the weights first."""
-
-    folder: Path
-    files: list[str]
-    commit: str
-
-
 def local_folder(
     source: str | Path, *, revision: str | None = None, token: str | bool | None = None, subfolder: str | None = None
 ) -> Path:
@@ -114,8 +102,8 @@ def local_folder(
     if Path(source).exists() or not could_be_repository(source):
         return Path(source, subfolder) if subfolder else adapter_folder(Path(source))
     with hub_errors(FetchError, f"adapter {str(source)!r}: no such folder here, and"):
-        folder = download(str(source), revision=revision, token=token, subfolder=subfolder).folder
-    return folder if subfolder else adapter_folder(folder)
+        snapshot, _ = download(str(source), revision=revision, token=token, subfolder=subfolder)
+    return snapshot / subfolder if subfolder else adapter_folder(snapshot)
 
 
 def download(
@@ -125,11 +113,12 @@ def download(
     token: str | bool | None = None,
     subfolder: str | None = None,
     others: Sequence[str] = (),
-) -> Download:
+) -> tuple[Path, list[str]]:
     """Downloads the weights and settings of an adapter, and the `others` if the repository has them.
 
-    Without network, the files that were downloaded before. Raises FetchError if there is no adapter, and what
-    huggingface_hub raises.
+    Without network, the files that were downloaded before. Returns the snapshot in the Hub's cache, whose name is the
+    commit, and the names of the files in its `subfolder`, the weights first.
+    Raises FetchError if there is no adapter, and what huggingface_hub raises.
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -139,36 +128,29 @@ def download(
         patterns = [escape(inside + name) for name in names]
         return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
 
-    snapshot = fetch(*WEIGHTS_OF_FORMATS, ADAPTER_CONFIG, *others)
-    folder = snapshot / inside
-    names = [name for name in (*WEIGHTS_OF_FORMATS, ADAPTER_CONFIG, *others) if (folder / name).is_file()]
+    wanted = (*WEIGHTS_OF_FORMATS, ADAPTER_CONFIG, *others)
+    snapshot = fetch(*wanted)
+    names = [name for name in wanted if (snapshot / inside / name).is_file()]
     if not {*names} & {*WEIGHTS_OF_FORMATS}:
-        weights = _only_file(HfApi(token=token).list_repo_files(repo_id, revision=revision), repo_id, inside)
+        in_repository = HfApi(token=token).list_repo_files(repo_id, revision=revision)
+        weights = _only_weights([name.removeprefix(inside) for name in in_repository if name.startswith(inside)])
+        if weights is None:
+            raise FetchError(
+                f"{repo_id} on the Hub has no adapter{f' in {inside}' if inside else ''}: expected one of "
+                f"{', '.join(WEIGHTS_OF_FORMATS)}, or a single .safetensors file of any name; there are: "
+                f"{', '.join(in_repository[:9])}. Name the folder of an adapter (subfolder), or download a file with "
+                "`hf download` and pass its path. Pickles such as adapter_model.bin are never read."
+            )
         fetch(weights)
         names.insert(0, weights)
-    return Download(folder, names, snapshot.name)
+    return snapshot, names
 
 
-def _only_file(files: Sequence[str], repo_id: str, inside: str) -> str:
-    """Returns the name of the only safetensors file, in `inside`. Raises FetchError if there is none, or several."""
-    names = [name.removeprefix(inside) for name in files if name.startswith(inside)]
+def _only_weights(names: Sequence[str]) -> str | None:
+    """Returns the only safetensors file, which may have any name; None if there are several, or those of a model."""
+    weights = [name for name in names if "/" not in name and name.endswith(".safetensors")]
     is_model = any(name in names for name in FILES_OF_MODELS)
-    weights = [name for name in names if "/" not in name and name.endswith(".safetensors") and not is_model]
-    if len(weights) == 1:
-        return weights[0]
-    at = f"{repo_id}{f' (subfolder {inside})' if inside else ''} on the Hub"
-    if weights:
-        raise FetchError(
-            f"{at} has several files and none called {ADAPTER_WEIGHTS}: {', '.join(weights[:5])}; fetch one with "
-            f"`hf download {repo_id} {inside}{weights[0]}` and give its path"
-        )
-    pickled = " but adapter_model.bin, a pickle, which can run code and is not read"
-    folders = {name.rpartition("/")[0] for name in files if name.rpartition("/")[2] in WEIGHTS_OF_FORMATS} - {""}
-    hint = f"; there is one in: {', '.join(sorted(folders)[:5])} (subfolder=...)" if folders else ""
-    raise FetchError(
-        f"{at} has no adapter{pickled if 'adapter_model.bin' in names else ''}: "
-        f"none of {', '.join(WEIGHTS_OF_FORMATS)}{hint}"
-    )
+    return weights[0] if len(weights) == 1 and not is_model else None
 
 
 # ---- What is shared of an adapter's folder
@@ -180,37 +162,16 @@ HOME = BEGIN + r"(?:/home/|/Users/|/root/|[A-Za-z]:\\+Users\\+)[\w.@-]+[\w./\\@-
 TOKEN = r"\bhf_[A-Za-z0-9]{30,}"  # of the Hub: some tools wrote it into the files of a tokenizer
 
 
-@dataclass(frozen=True)
-class SharedFiles:
-    """settings: of adapter_config.json, with the base's public name.
-    contents: file name -> content, without the card.
-    secrets: paths of the base model on this machine, which no file may contain.
+def shared_files(folder: Path, base_name: str | None) -> dict[str, bytes]:
+    """Returns name -> content of the files of a PEFT folder that others may have, without the card.
+
+    base_name: the name for the base model, instead of a path. The folder does not change.
+    Raises FormatError for a link, and for a folder that is damaged or is not an adapter in PEFT's format.
     """
+    from tailora.formats.offline import updates_of  # imports torch
+    from tailora.formats.peft import read_peft_folder
 
-    settings: dict[str, Any]
-    contents: dict[str, bytes]
-    secrets: list[str]
-
-
-def shared_files(folder: Path, base_name: str | None) -> SharedFiles:
-    """Returns the files of a PEFT folder that others may have. The folder does not change.
-
-    base_name: the name for the base model, instead of a path.
-    Raises FormatError for a folder that is not an adapter, is damaged, or whose files contain links, paths of this
-    machine or tokens.
-    """
-    from tailora.formats.offline import read_stored, updates_of  # they import torch
-
-    if (folder / MODEL).is_dir() and not (folder / ADAPTER_CONFIG).exists():
-        raise FormatError(f"{folder} is a whole model, of --method full; `tailora extract` makes an adapter of it")
-    others = [name for name in WEIGHTS_OF_FORMATS[1:] if (folder / name).is_file()]
-    if others and not all((folder / name).is_file() for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)):
-        raise FormatError(
-            f"{folder} has {others[0]}, and no {ADAPTER_WEIGHTS} with {ADAPTER_CONFIG} as PEFT writes them: "
-            f"`tailora export {folder} --to peft --output FOLDER` writes them"
-        )
-    stored = read_stored(folder)
-    check_finite(folder, stored.tensors)
+    stored = read_peft_folder(folder)
     updates_of(stored)
     if stored.settings is None:
         raise FormatError(f"{folder} has no {ADAPTER_CONFIG}, without which PEFT and servers cannot read it")
@@ -218,16 +179,11 @@ def shared_files(folder: Path, base_name: str | None) -> SharedFiles:
     settings = {**stored.settings, "base_model_name_or_path": base_name}
     if settings != stored.settings:
         contents[ADAPTER_CONFIG] = (json.dumps(settings, indent=2) + "\n").encode()
-    metadata = safetensors_header(contents[ADAPTER_WEIGHTS]).get("__metadata__", {})
     if stored.metadata.base_folder is not None:
+        metadata = safetensors_header(contents[ADAPTER_WEIGHTS])["__metadata__"]
         metadata[METADATA_KEY] = stored.metadata.model_copy(update={"base_folder": None}).to_json()
         contents[ADAPTER_WEIGHTS] = with_metadata(contents[ADAPTER_WEIGHTS], metadata)
-    bases = (stored.settings.get("base_model_name_or_path"), stored.metadata.base_folder)
-    secrets = [base for base in bases if isinstance(base, str) and Path(base).is_absolute()]
-    texts = {name: content for name, content in contents.items() if name != ADAPTER_WEIGHTS}
-    texts[f"the metadata of {ADAPTER_WEIGHTS}"] = json.dumps(metadata).encode()
-    check_nothing_private(folder, texts, secrets)
-    return SharedFiles(settings, contents, secrets)
+    return contents
 
 
 def shared_content(path: Path) -> bytes:
@@ -240,32 +196,31 @@ def shared_content(path: Path) -> bytes:
 
 
 def make_public(folder: Path) -> None:
-    """Replaces the files of a PEFT folder by those that others may have. Raises as `shared_files`."""
+    """Replaces the files of a PEFT folder by those that others may have. Raises as `shared_files` does."""
     from tailora.formats.peft import read_peft_folder
 
     stored = read_peft_folder(folder)
     base = stored.metadata.base_folder or (stored.settings or {}).get("base_model_name_or_path")
-    for name, content in shared_files(folder, public_name(base) if base else None).contents.items():
+    contents = shared_files(folder, public_name(base) if base else None)
+    check_nothing_private(folder, contents, base)
+    for name, content in contents.items():
         (folder / name).write_bytes(content)
 
 
-def check_finite(path: Path, tensors: "Mapping[str, Tensor]") -> None:
-    """Raises FormatError, which names `path` and all tensors with NaN or infinity."""
-    if problems := [f"{key} is not finite" for key, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise FormatError(f"{path}: {listing(problems)}")
-
-
-def check_nothing_private(folder: Path, files: Mapping[str, bytes], secrets: Sequence[str] = ()) -> None:
+def check_nothing_private(folder: Path, files: Mapping[str, bytes], base: str | None) -> None:
     """Raises FormatError with the tokens and the paths of a machine in these files.
 
-    The paths are those below a home directory, `folder`, the current folder, and `secrets`.
+    The paths are those below a home directory, `folder`, the current folder, and that of the base model.
     """
     here = [str(path) for path in (Path.home(), Path.cwd(), folder.resolve()) if len(path.parts) > 1]
-    paths = [*(f"{BEGIN}{re.escape(path)}{END}" for path in (*here, *secrets)), HOME]
+    here += [base] if base is not None and Path(base).is_absolute() else []
+    paths = "|".join([*(f"{BEGIN}{re.escape(path)}{END}" for path in here), HOME, TOKEN])
     problems = []
     for name, content in files.items():
-        pattern = TOKEN if name in VOCABULARY else "|".join([*paths, TOKEN])
-        if private := re.findall(pattern, _without_escapes(content)):
+        if name == ADAPTER_WEIGHTS:
+            name = f"the metadata of {name}"
+            content = json.dumps(safetensors_header(content).get("__metadata__", {})).encode()
+        if private := re.findall(TOKEN if name in VOCABULARY else paths, _without_escapes(content)):
             problems.append(f"{name} contains {', '.join(list(dict.fromkeys(private))[:3])}")
     if problems:
         raise FormatError(
@@ -286,6 +241,11 @@ def _without_escapes(content: bytes) -> str:
 # ---- Uploading
 
 UPLOAD_OPTIONS = {"private", "token", "revision", "create_pr", "commit_message", "commit_description"}
+TO_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+HUB_HELP = (
+    "Check the name, the revision, the network (HF_HUB_OFFLINE switches it off) and the token (HF_TOKEN or `hf auth "
+    "login`). On another machine, `hf download` fetches a folder that can be copied here."
+)
 
 
 def upload(
@@ -293,17 +253,17 @@ def upload(
     repo_id: str,
     *,
     tags: Sequence[str] = (),
+    replace_card: bool = False,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
-    keep_card: bool = True,
     commit_message: str | None = None,
     **options: Any,
-) -> "CommitInfo":
+) -> tuple["CommitInfo", bool]:
     """Uploads the files of a folder as one commit. Creates the repository and the branch `revision` if necessary.
 
-    tags: added to a new card.    keep_card: a card that the repository has already stays.
-    options: of `HfApi.upload_folder`.
+    A card in the repository that someone wrote or edited stays, unless `replace_card`; the second value says so.
+    tags: added to a new card.    options: of `HfApi.upload_folder`.
     Raises WriteError if the Hub refuses the files.
     """
     from huggingface_hub import HfApi, ModelCard
@@ -313,64 +273,50 @@ def upload(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        has_card = keep_card and api.file_exists(repo_id, CARD, revision=revision)
-        for path in folder.rglob(CARD) if tags and not has_card else ():
-            card = ModelCard.load(path)
-            card.data.tags = list(dict.fromkeys((*(card.data.tags or ()), *tags)))
-            card.save(path)
+        keeps_card = False
+        if not replace_card and api.file_exists(repo_id, CARD, revision=revision):
+            card = Path(api.hf_hub_download(repo_id, CARD, revision=revision))
+            keeps_card = not is_written_by_tailora(card.read_text(encoding="utf-8", errors="replace"))
+        for path in folder.rglob(CARD) if tags else ():
+            card_with_tags = ModelCard.load(path)
+            card_with_tags.data.tags = list(dict.fromkeys((*(card_with_tags.data.tags or ()), *tags)))
+            card_with_tags.save(path)
         commit: CommitInfo = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             revision=revision,
             commit_message=commit_message or "Upload LoRA adapter",
-            ignore_patterns=CARD if has_card else None,
+            ignore_patterns=CARD if keeps_card else None,
             **options,
         )
-    return commit
+    return commit, keeps_card
+
+
+def is_private(repo_id: str) -> bool | None:
+    """Returns None if there is no such repository, or a private one of others. Raises WriteError."""
+    from huggingface_hub import HfApi
+
+    with hub_errors(WriteError, not_uploaded(repo_id)):
+        api = HfApi()
+        return bool(api.model_info(repo_id).private) if api.repo_exists(repo_id) else None
 
 
 def not_uploaded(repo_id: str) -> str:
     return f"the adapter is not uploaded to {repo_id!r}:"
 
 
-TO_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
-STATUS = {  # of the Hub's answer -> what it means, and what to do
-    401: ("the Hub does not know this token", TO_LOG_IN),
-    403: ("the token may not do this", "use one that may, in HF_TOKEN or with `hf auth login`"),
-    429: ("the Hub accepts no more requests for now", "wait some minutes"),
-}
-
-
 @contextmanager
 def hub_errors(error_type: type[FetchError | WriteError], what: str) -> Iterator[None]:
-    """Turns what the Hub's client raises into an error that says what happened and what to do."""
-    errors: Any = import_module("huggingface_hub.errors")  # its HTTPError is httpx's or httpx2's
+    """Turns what the Hub's client raises into an error with the Hub's own words and what usually helps."""
+    http_error: Any = import_module("huggingface_hub.errors").HTTPError  # httpx's or httpx2's
     try:
         yield
     except TailoraError:  # some of them are OSErrors or ValueErrors
         raise
-    except errors.RepositoryNotFoundError:
-        cause = "the Hub has no such repository, or a private one; HF_TOKEN opens private and gated repositories"
-        raise error_type(f"{what} {cause}") from None
-    except errors.RevisionNotFoundError as error:
-        raise error_type(f"{what} {_first_line(error)}; give a branch, tag or commit that exists") from None
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
-        to_do = "; on a connected machine `hf download` fetches a folder to give here"
-        cause = "the Hub cannot be reached (no network, a proxy, or HF_HUB_OFFLINE)"
-        raise error_type(f"{what} {cause}{to_do if error_type is FetchError else ''}") from None
-    except errors.HfHubHTTPError as error:
-        said = f" ({error.server_message.strip().rstrip('.')})" if error.server_message else ""
-        cause, to_do = STATUS.get(error.response.status_code, (_first_line(error), "try again later"))
-        raise error_type(f"{what} {cause}{said}: {to_do}") from None
-    except (errors.HTTPError, ConnectionError) as error:  # the second is that of the Hub's storage of large files
-        raise error_type(f"{what} the Hub cannot be reached ({_first_line(error)})") from None
-    except (ValueError, RuntimeError) as error:  # a name or YAML that the client refuses; an upload that broke off
-        causes = [" ".join(str(part).split()).rstrip(".") for part in (error, error.__cause__) if part]
-        raise error_type(f"{what} {': '.join(dict.fromkeys(causes))}; nothing is committed, so try again") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")
+    # No network, or no entry in the cache, is an OSError; a name or YAML that the client refuses is a ValueError
+    except (http_error, OSError, ValueError, RuntimeError) as error:
+        said = " ".join(str(error).split()).rstrip(".")
+        raise error_type(f"{what} {said}.\n{HUB_HELP}") from None
 
 
 # ---- Base models
@@ -409,6 +355,7 @@ def check_model_exists(name: str) -> None:
 # ---- The model card
 
 PIPELINE_TAGS = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
+NOT_SHOWN = ("peft_type", "base_model_name_or_path", "inference_mode")
 # At the end of a card that tailora wrote. While the card has this hash, nobody has edited it, and it may be replaced.
 SIGNATURE = re.compile(r"<!-- written by tailora: (?P<digest>[0-9a-f]{16}) -->\s*\Z")
 
@@ -436,12 +383,11 @@ def model_card(settings: Mapping[str, Any], about: str, license_name: str | None
     remark = f" ({OF_DEMO})" if name == DEMO else ""
     if repository is None and name and (name != base or Path(name).exists()):  # else an old id of the Hub, as gpt2
         remark = ", a folder where the adapter was made"
-    rows = {**setting_rows(settings), **parts.pop("more_settings", {})}
-    card = ModelCard.from_template(
-        data,
-        str(Path(__file__).with_name("model_card.md.j2")),
-        **{"about": about, "base": f"{repository or name}{remark}" if name else "", "settings": rows, **parts},
-    )
+    rows = {name: str(value)[:200] for name, value in settings.items() if value and name not in NOT_SHOWN}
+    rows |= parts.pop("more_settings", {})
+    template = str(Path(__file__).with_name("model_card.md.j2"))
+    named_base = f"{repository or name}{remark}" if name else ""
+    card = ModelCard.from_template(data, template, about=about, base=named_base, settings=rows, **parts)
     text = str(card).rstrip()
     return f"{text}\n\n<!-- written by tailora: {_digest(text)} -->\n"  # which no reader sees
 
@@ -454,15 +400,3 @@ def is_written_by_tailora(card: str) -> bool:
 
 def _digest(text: str) -> str:
     return sha256(" ".join(text.split()).encode()).hexdigest()[:16]
-
-
-def setting_rows(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the settings that are neither None, off nor empty. Long lists are cut."""
-    hidden = ("peft_type", "base_model_name_or_path", "inference_mode")
-    shown = {}
-    for name, value in settings.items():
-        if name in hidden or value in (None, False, "none") or value in ([], {}):
-            continue
-        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        shown[name] = text if len(text) <= 200 else f"{text[:200]}..."
-    return shown

@@ -15,12 +15,12 @@ from tailora.core.layer import initial_scaling
 from tailora.core.low_rank import Factors, Update
 from tailora.core.patterns import by_pattern, ends_of, matches
 from tailora.errors import ConfigError, FormatError, listing
-from tailora.formats import gguf, mlx
+from tailora.formats import mlx
 from tailora.formats.load import stored_configs
 from tailora.formats.peft import StoredAdapter, dense_to_groups, read_peft_folder
 from tailora.formats.peft_config import adds_out_proj_twice
 from tailora.formats.peft_keys import path_and_slot
-from tailora.formats.run_folder import ADAPTER_WEIGHTS
+from tailora.formats.run_folder import ADAPTER_WEIGHTS, GGUF_WEIGHTS, MLX_WEIGHTS
 
 STACKED = "a stack of experts or another parameter, whose factors only the model can separate: give --model"
 MIXED_GROUPS = "its A reads the channels of all groups, which is no matrix of the layer"
@@ -41,16 +41,14 @@ class OfflineAdapter:
 
 
 def read_offline(path: Path) -> OfflineAdapter:
-    """Reads a PEFT folder or one of mlx-lm. Raises as `read_stored` and `updates_of` do."""
-    return updates_of(read_stored(path))
+    """Reads a PEFT folder or one of mlx-lm.
 
-
-def read_stored(path: Path) -> StoredAdapter:
-    """Raises FormatError for a folder that is no adapter, and ConfigError for formats that need the base model."""
-    if path.is_file() or (path / gguf.WEIGHTS).is_file():
+    Raises FormatError for a folder that is damaged or no adapter, and ConfigError for formats that need the base model.
+    """
+    if path.is_file() or (path / GGUF_WEIGHTS).is_file():
         raise ConfigError(f"{path}: its layer names can only be read with the base model: give --model")
-    is_mlx = (path / mlx.WEIGHTS).is_file() and not (path / ADAPTER_WEIGHTS).is_file()
-    return mlx.read(path) if is_mlx else read_peft_folder(path)
+    is_mlx = (path / MLX_WEIGHTS).is_file() and not (path / ADAPTER_WEIGHTS).is_file()
+    return updates_of(mlx.read(path) if is_mlx else read_peft_folder(path))
 
 
 def updates_of(stored: StoredAdapter) -> OfflineAdapter:
@@ -64,11 +62,10 @@ def updates_of(stored: StoredAdapter) -> OfflineAdapter:
             left_out[key] = TRAINED_IN_FULL
         else:
             layers.setdefault(layer_path, {})[slot] = tensor
-    updates, problems = {}, []
+    updates = {}
+    problems = [f"{key} is not finite" for key, tensor in stored.tensors.items() if not tensor.isfinite().all()]
     parameters = config.target_parameters or []
-    weights = [
-        name.removesuffix(".weight") for name in parameters if name.endswith(".weight")
-    ]  # one matrix, or a stack
+    weights = [name.removesuffix(".weight") for name in parameters if name.endswith(".weight")]  # a matrix, or a stack
     modules = [name.rpartition(".")[0] or name for name in parameters if not name.endswith(".weight")]
     stacked = tuple(ending for name in modules for ending in (name, f"{name}.base_layer"))
     for layer_path, slots in layers.items():
@@ -88,11 +85,11 @@ def updates_of(stored: StoredAdapter) -> OfflineAdapter:
                 update = _update(layer_path, slots, r, alpha, config.use_rslora, stored)
             except FormatError as error:
                 problems.append(f"{layer_path}: {error}")
-                continue
-            if update is None:
-                left_out[layer_path] = MIXED_GROUPS
             else:
-                updates[layer_path] = update
+                if update is None:
+                    left_out[layer_path] = MIXED_GROUPS
+                else:
+                    updates[layer_path] = update
     in_file = {layer_path.partition(".base_layer")[0] for layer_path in layers}
     problems += [  # a part of a layer has the tensors of the layer
         f"{path}: its tensors are missing"
@@ -115,8 +112,6 @@ def _update(
 ) -> Update | None:
     """Returns None if A mixes groups. Raises FormatError for factors that are damaged."""
     A, B = slots["A"], slots["B"]
-    if not (A.isfinite().all() and B.isfinite().all()):
-        raise FormatError("its factors are not finite")
     configured = initial_scaling(r, alpha, use_rslora)  # the same if rank and alpha are doubled for a start
     if stored.metadata.start and stored.settings is None:  # PEFT's settings have the doubled rank already
         r *= 2

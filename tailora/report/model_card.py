@@ -13,7 +13,7 @@ from tailora.formats.io import read_own_json
 from tailora.formats.offline import read_offline
 from tailora.formats.run_folder import ADAPTER, REPORT
 from tailora.report.format import NONE, interval, printable, setting, value_range
-from tailora.report.pages.train import TrainReport
+from tailora.report.pages.train import Metric, TrainReport
 from tailora.train.config import NATS_PER_TOKEN
 
 TRAINING = (  # settings of a run that the card shows, in this order
@@ -48,16 +48,16 @@ def run_card(
     samples: show the answers before and after training to held-out prompts.
     Raises FormatError if the report of the run is damaged.
     """
-    updates, path = read_offline(adapter), adapter.resolve().parent / REPORT
-    report = None
+    updates, path = read_offline(adapter).updates, adapter.resolve().parent / REPORT
+    about = (
+        f"LoRA adapter: {len(updates)} layers of rank {value_range([float(update.r) for update in updates.values()])}"
+    )
+    parts: dict[str, Any] = {}
     if adapter.resolve().name == ADAPTER and path.is_file():
-        report = read_own_json(path, TrainReport, "delete it, or train again")
-    ranks = value_range([float(update.r) for update in updates.updates.values()])
-    made = "" if report is None else ", trained with tailora"
-    about = f"LoRA adapter: {len(updates.updates)} layers of rank {ranks}{made}."
-    parts = {} if report is None else of_run(report, samples=samples)
+        about += ", trained with tailora"
+        parts = of_run(read_own_json(path, TrainReport, "delete it, or train again"), samples=samples)
     title, use = repo_id.rpartition("/")[2], how_to_use(repo_id, settings)
-    return model_card(settings, about, license_name, title=title, use=use, **parts)
+    return model_card(settings, f"{about}.", license_name, title=title, use=use, **parts)
 
 
 def of_run(report: TrainReport, *, samples: bool) -> dict[str, Any]:
@@ -84,22 +84,18 @@ def shown(value: Any) -> str:
 
 def results(report: TrainReport) -> list[list[str]]:
     """Returns the rows of the table: name, before, interval, after, interval."""
-    result = report.result
-    if result is None:
-        return []
-    rows: list[tuple[str, float | None, Any, float | None, Any]] = []
-    if result.eval_loss_before is not None and result.eval_loss_after is not None:
-        unit = report.run.get("loss_unit", NATS_PER_TOKEN)
+    result, measured = report.result, list(report.metrics)
+    if result is not None and result.eval_loss_before is not None and result.eval_loss_after is not None:
+        name = f"held-out loss, {report.run.get('loss_unit', NATS_PER_TOKEN)}"
         before, after = result.eval_loss_before, result.eval_loss_after
-        rows.append((f"held-out loss, {unit}", before, result.eval_loss_before_95, after, result.eval_loss_after_95))
-    rows += [(metric.name, metric.before, metric.before_95, metric.after, metric.after_95) for metric in report.metrics]
+        measured.insert(0, Metric(name, before, result.eval_loss_before_95, after, result.eval_loss_after_95))
 
     def number(value: float | None) -> str:
         return NONE if value is None else f"{value:.3f}"
 
     return [
-        [name, number(before), interval(before_95) or NONE, number(after), interval(after_95) or NONE]
-        for name, before, before_95, after, after_95 in rows
+        [m.name, number(m.before), interval(m.before_95) or NONE, number(m.after), interval(m.after_95) or NONE]
+        for m in measured
     ]
 
 
@@ -113,10 +109,9 @@ def how_to_use(repo_id: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         files = ["--data", "ROWS.jsonl", "--output", "PREDICTIONS.jsonl"]
         commands = [["predict", repo_id, *base_flag, *files]]
     else:
-        adapter = f"{repo_id.rpartition('/')[2]}={repo_id}"
         commands = [
             ["chat", "--adapter", repo_id, *base_flag],
-            ["serve", "--model", ours, "--adapter", adapter],
+            ["serve", "--model", ours, "--adapter", f"{repo_id.rpartition('/')[2]}={repo_id}"],
             ["export", repo_id, *base_flag, "--to", "vllm", "--output", "FOLDER"],
         ]
     return {

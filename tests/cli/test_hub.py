@@ -20,8 +20,8 @@ from tiny_adapters import adapted, logits
 from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.cli.hub import public_base_name
 from tailora.cli.main import main
+from tailora.formats.hub import public_name
 from tailora.formats.metadata import METADATA_KEY
 from tailora.formats.run_folder import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, PASSPORT, REPORT
 from tailora.verify import passport as passports
@@ -194,13 +194,12 @@ def test_paths_in_files_that_stay_as_they_are_are_refused(
     (run / ADAPTER / CARD).write_text(f"Made by me, see https://example.org/home/me.html and file://{written_out}\n")
     code, _, err = call(capsys, "push", run, "user/adapter")
     assert code == 2
-    assert "contain paths of a machine, or a token; remove them: tokenizer_config.json contains" in err
-    (run / ADAPTER / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
-    code, _, err = call(capsys, "push", run, "user/adapter")
-    assert code == 2
+    assert "contain paths of a machine, or a token; remove them: 2 problems" in err
+    assert "tokenizer_config.json contains" in err
     assert "README.md contains" in err
     assert "example" not in err
-    assert no_files(hub)
+    assert not hub.requests
+    (run / ADAPTER / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
     (run / ADAPTER / CARD).unlink()
     files = pushed(capsys, run, "user/adapter")["files"]
     assert files == [*FILES, "tokenizer.json", "tokenizer_config.json"]
@@ -297,17 +296,11 @@ def test_a_card_that_someone_wrote_or_edited_stays(hub: Server, run: Path, capsy
         hub.files[CARD] = edited = hub.files[CARD].replace(before, after)
         pushed(capsys, run, "user/adapter", "--license", "mit")
         assert hub.files[CARD] == edited
-    hub.files[CARD] = b"\xff"
-    code, _, err = call(capsys, "push", run, "user/adapter")
-    assert (code, "the adapter is not uploaded to 'user/adapter': 'utf-8' codec can't decode" in err) == (1, True)
 
     own = run / ADAPTER / CARD
     own.write_text(own.read_text().replace("LoRA adapter of", "My LoRA adapter of"))
     pushed(capsys, run, "user/other")
     assert "My LoRA adapter of 14 layers" in card_of(hub, "user/other").text
-    own.write_bytes(b"\xff")
-    code, _, err = call(capsys, "push", run, "user/other")
-    assert (code, "README.md is not UTF-8 (invalid start byte at byte 0); save it as UTF-8" in err) == (2, True), err
 
 
 def test_an_adapter_without_a_run_and_a_public_repository(
@@ -339,28 +332,18 @@ PUSH_FAILURES: dict[str, tuple[Callable[[Server, pytest.MonkeyPatch], Any], int,
     "read token": (
         lambda _, patch: patch.setenv("HF_TOKEN", READ_TOKEN),
         1,
-        "the token may not do this (You don't have the rights to create a model",
-    ),
-    "read token, old repository": (
-        lambda hub, patch: (hub.files, patch.setenv("HF_TOKEN", READ_TOKEN)),
-        1,
-        "the token may not do this (You need write access)",
+        "You don't have the rights to create a model under this namespace",
     ),
     "offline": (
         lambda _, patch: patch.setattr(constants, "HF_HUB_OFFLINE", True),
         1,
-        "the Hub cannot be reached (no network, a proxy, or HF_HUB_OFFLINE)",
+        "offline mode is enabled",
     ),
-    "broken off": (lambda hub, _: hub.fail.update({("POST", "/commit/"): None}), 1, "the Hub cannot be reached"),
+    "broken off": (lambda hub, _: hub.fail.update({("POST", "/commit/"): None}), 1, "not uploaded to 'user/adapter'"),
     "refused YAML": (
         lambda hub, _: hub.fail.update({("POST", "/validate-yaml"): (400, "", "license")}),
         1,
         "Invalid metadata in README.md",
-    ),
-    "too many": (
-        lambda hub, _: hub.fail.update({("POST", "/commit/"): (429, "", "slow down")}),
-        1,
-        "the Hub accepts no more requests for now (slow down): wait some minutes",
     ),
 }
 
@@ -416,17 +399,12 @@ def test_wrong_arguments_are_refused(
     ("damage", "message"),
     [
         (lambda f, _: (f / ADAPTER_WEIGHTS).unlink(), "has no adapter_model.safetensors"),
-        (lambda f, _: (shutil.rmtree(f), (f / "model").mkdir(parents=True)), "is a whole model, of --method full"),
-        (
-            lambda f, _: (f / ADAPTER_WEIGHTS).rename(f / "adapters.safetensors"),
-            "has adapters.safetensors, and no adapter_model.safetensors",
-        ),
         (lambda f, t: save_file({**t, min(t): t[min(t)] * torch.nan}, f / ADAPTER_WEIGHTS), "is not finite"),
         (lambda f, t: save_file({**t, min(t): t[min(t)][:2].clone()}, f / ADAPTER_WEIGHTS), "for a rank of 4 in the"),
         (lambda f, t: (t.pop(min(t)), save_file(t, f / ADAPTER_WEIGHTS)), "without the other factor"),
         (lambda f, _: (f.parent / REPORT).write_text("{"), "report.json is not JSON"),
     ],
-    ids=["no weights", "whole model", "mlx", "not finite", "shape", "missing", "report"],
+    ids=["no weights", "not finite", "shape", "missing", "report"],
 )
 def test_a_folder_that_is_no_adapter_is_refused_before_anything_is_sent(
     damage: Callable[[Path, dict[str, Any]], Any],
@@ -448,21 +426,17 @@ def test_a_folder_that_is_no_adapter_is_refused_before_anything_is_sent(
         ("/srv/models/Llama-3/", "Llama-3"),
         (r"C:\models\Llama-3", "Llama-3"),
         ("/srv/hub/models--owner--base/snapshots/0123", "owner/base"),
-        ("DEMO", "demo"),
+        ("/srv/tailora/demo-1/SmolLM2-135M-Instruct", "demo"),
         ("gpt2", "gpt2"),
-        ("", None),
     ],
 )
 def test_what_others_call_the_base_model(
-    base: str, public: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: str, public: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TAILORA_HOME", "/srv/tailora")
     Path("models", "here").mkdir(parents=True)
-    base = base.replace("DEMO", "/srv/tailora/demo-1/SmolLM2-135M-Instruct")
-    Path(ADAPTER_CONFIG).write_text(json.dumps({"base_model_name_or_path": base}))
-    assert public_base_name(tmp_path, None) == public
-    assert public_base_name(tmp_path, "owner/other") == "owner/other"
+    assert public_name(base) == public
 
 
 # ---- pull
@@ -483,9 +457,7 @@ def test_only_what_an_adapter_needs_is_fetched(
     assert sorted(path.name for path in Path("adapter").iterdir()) == [*FILES, "tokenizer.json"]
     assert not Path("adapter", ADAPTER_WEIGHTS).is_symlink()
     assert not [path for _, path, _ in hub.requests if any(name in path for name in others)]
-    assert "not named: give it with --model" in out
     assert "tailora chat --model BASE --adapter adapter\n" in out
-    assert "tailora serve --model BASE --adapter adapter=adapter\n" in out
     loaded = LoRAModel.from_pretrained(chat_model(), "adapter")
     assert loaded.adapters["default"].r == 4
     code, _, err = call(capsys, "pull", "user/adapter")
@@ -499,19 +471,17 @@ def test_only_what_an_adapter_needs_is_fetched(
 
 
 def test_an_adapter_of_mlx_and_a_lora_file_are_fetched(
-    hub: Server, tmp_path: Path, tiny_model: Path, run: Path, capsys: pytest.CaptureFixture[str]
+    hub: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--model", str(tiny_model), "--output", str(tmp_path / "mlx")]
-    assert call(capsys, "export", run, "--to", "mlx", *options)[0] == 0
+    adapted().export(tmp_path / "mlx", "mlx")
     hub.files.update({path.name: path.read_bytes() for path in (tmp_path / "mlx").iterdir()})
     code, out, err = call(capsys, "pull", "user/adapter", "--output-dir", tmp_path / "out", "--json")
     assert code == 0, err
     assert json.loads(out)["ranks"] == [4]
     hub.files.clear()
-    save_file({"a": torch.tensor([torch.inf])}, tmp_path / "x.safetensors")
-    hub.files["lora.safetensors"] = (tmp_path / "x.safetensors").read_bytes()
+    hub.files["lora.safetensors"] = b"damaged"
     code, _, err = call(capsys, "pull", "user/adapter", "--output-dir", tmp_path / "file")
-    assert (code, "user/adapter/lora.safetensors: a is not finite" in err) == (2, True), err
+    assert (code, "user/adapter/lora.safetensors is not a complete safetensors file" in err) == (2, True), err
     assert not (tmp_path / "file").exists()
 
 
@@ -521,30 +491,25 @@ def with_infinity(content: bytes) -> bytes:
     return save(tensors)
 
 
-PULL_FAILURES: dict[str, tuple[Callable[[Server, pytest.MonkeyPatch], Any], int, str]] = {
+PULL_FAILURES: dict[str, tuple[Callable[[Server], Any], int, str]] = {
     "not finite": (
-        lambda hub, _: hub.files.update({ADAPTER_WEIGHTS: with_infinity(hub.files[ADAPTER_WEIGHTS])}),
+        lambda hub: hub.files.update({ADAPTER_WEIGHTS: with_infinity(hub.files[ADAPTER_WEIGHTS])}),
         2,
         "user/adapter: model.layers.0.mlp.down_proj.lora_A.weight is not finite",
     ),
     "cut off": (
-        lambda hub, _: hub.files.update({ADAPTER_WEIGHTS: hub.files[ADAPTER_WEIGHTS][:-8]}),
+        lambda hub: hub.files.update({ADAPTER_WEIGHTS: hub.files[ADAPTER_WEIGHTS][:-8]}),
         2,
         "user/adapter/adapter_model.safetensors is not a complete safetensors file",
     ),
-    "no adapter": (lambda hub, _: hub.files.pop(ADAPTER_WEIGHTS), 1, "user/adapter on the Hub has no adapter"),
-    "no repository": (
-        lambda hub, _: hub.repositories.clear(),
-        1,
-        "the Hub has no such repository, or a private one; HF_TOKEN",
-    ),
-    "unknown token": (lambda _, patch: patch.setenv("HF_TOKEN", "hf_wrong"), 1, "the Hub does not know this token"),
+    "no adapter": (lambda hub: hub.files.pop(ADAPTER_WEIGHTS), 1, "user/adapter on the Hub has no adapter"),
+    "no repository": (lambda hub: hub.repositories.clear(), 1, "Repository Not Found"),
     "broken off": (
-        lambda hub, _: hub.fail.update({("GET", f"/{ADAPTER_WEIGHTS}"): (500, "", "out of order")}),
+        lambda hub: hub.fail.update({("GET", f"/{ADAPTER_WEIGHTS}"): (500, "", "out of order")}),
         1,
         "'user/adapter' is not fetched",
     ),
-    "no revision": (lambda *_: None, 1, "give a branch, tag or commit that exists"),
+    "no revision": (lambda _: None, 1, "Revision Not Found"),
 }
 
 
@@ -554,7 +519,7 @@ def test_a_failed_pull_writes_nothing_and_says_why(
 ) -> None:
     fail, code, message = PULL_FAILURES[what]
     adapted().push_to_hub("user/adapter")
-    fail(hub, monkeypatch)
+    fail(hub)
     monkeypatch.chdir(tmp_path)
     revision = ["--revision", "none"] if what == "no revision" else []
     got, out, err = call(capsys, "pull", "user/adapter", "--output-dir", "out", "--json", *revision)
