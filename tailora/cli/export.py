@@ -1,6 +1,5 @@
 """`tailora export ADAPTER --to NAME --output DIR`: writes an adapter for another program, and checks the result."""
 
-import json as json_module
 import shlex
 import time
 from pathlib import Path
@@ -28,9 +27,7 @@ from tailora.data.demo import resolve_demo
 from tailora.data.schemas import CAUSAL_LM
 from tailora.errors import ConfigError, DataError, FormatError
 from tailora.formats.run_folder import (
-    ADAPTER_CONFIG,
     EXPORTED_FILES,
-    GGUF_WEIGHTS,
     PASSPORT,
     SERVE_SCRIPT,
     check_result_folder,
@@ -46,6 +43,7 @@ if TYPE_CHECKING:
 Format = Literal["peft", "portable", "gguf", "merged"]
 Server = Literal["vllm", "llama-server", "ollama", "mlx"]
 FORMATS: tuple[str, ...] = get_args(Format)
+SERVERS_OF_FORMAT = {"portable": "vllm", "gguf": "llama-server"}
 To = Annotated[
     Literal[Format, Server],
     Parameter(
@@ -206,48 +204,24 @@ def commands_of_target(result: "ExportReport", serving: "Serving") -> list[Block
     title = f"To serve it, as {result.folder / SERVE_SCRIPT} does:"
     blocks.append(Code("\n".join(map(shlex.join, serving.commands)), title=title))
     blocks += [Paragraph(note) for note in notes(serving)]
-    return [*blocks, *commands_to_verify(result, TARGETS[serving.target].port)]
+    return [*blocks, *commands_to_verify(result, f"http://127.0.0.1:{TARGETS[serving.target].port}")]
 
 
 def commands_of_format(result: "ExportReport", base: str, labels: "Labels | None") -> list[Block]:
-    from tailora.formats.serving_targets import TARGETS
+    """The formats that a server reads are listed with the option that also writes the server's command."""
+    use: Block
+    if result.format in SERVERS_OF_FORMAT:
+        use = Paragraph(f"`--to {SERVERS_OF_FORMAT[result.format]}` also writes the command that serves it.")
+    else:
+        folder = str(result.folder)
+        model, adapter = (folder, None) if result.format == "merged" else (base, folder)
+        use = Code(shlex.join(command_to_use(model, adapter, labels)), title="To use it:")
+    return [use, *commands_to_verify(result, "URL")]
 
-    blocks: list[Block] = [Code(next_command(result, base, labels), title="To use it:")]
-    if result.format == "gguf":
-        instead = "Or with llama.cpp: its converter, which needs `pip install sentencepiece`, and llama-cli:"
-        blocks.append(Code(llama_cpp_commands(result, base), title=instead))
-    port = TARGETS["vllm"].port if result.format == "portable" else None
-    return [*blocks, *commands_to_verify(result, port)]
 
-
-def commands_to_verify(result: "ExportReport", port: int | None) -> list[Block]:
-    """port: where the server listens that the commands above start; None if they start none."""
+def commands_to_verify(result: "ExportReport", url: str) -> list[Block]:
+    """url: of the server."""
     if PASSPORT not in result.files:
         return []
-    url = "URL" if port is None else f"http://127.0.0.1:{port}"
     ask = shlex.join(["tailora", "verify", url, "--adapter", str(result.folder)])
     return [Code(ask, title="To see that the server uses it:")]
-
-
-def llama_cpp_commands(result: "ExportReport", base: str) -> str:
-    """Returns the commands that convert the base model to GGUF and run it with the adapter."""
-    convert = ["python", "convert_hf_to_gguf.py", resolve_demo(base, "model"), "--outfile", "BASE.gguf"]
-    return "\n".join(
-        map(shlex.join, [convert, ["llama-cli", "-m", "BASE.gguf", "--lora", str(result.folder / GGUF_WEIGHTS)]])
-    )
-
-
-def next_command(result: "ExportReport", base: str, labels: "Labels | None") -> str:
-    """Returns a command that uses the result, to be copied."""
-    folder, name = str(result.folder), result.folder.resolve().name
-    base_folder = resolve_demo(base, "model")  # other programs do not know "demo"
-    if result.format == "portable":
-        rank = str(json_module.loads((result.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["r"])
-        adapters = ["--enable-lora", "--max-lora-rank", rank, "--lora-modules", f"{name}={folder}"]
-        return shlex.join(["vllm", "serve", base_folder, *adapters])
-    commands = {
-        "peft": command_to_use(base, folder, labels),
-        "gguf": ["ollama", "create", name, "-f", str(result.folder / "Modelfile")],
-        "merged": command_to_use(folder, None, labels),
-    }
-    return shlex.join(commands[result.format])

@@ -40,11 +40,7 @@ from tailora.formats.load import restore
 from tailora.formats.metadata import AdapterMetadata
 from tailora.formats.peft_config import to_peft_config
 from tailora.formats.peft_keys import EMBEDDING_SUFFIXES, SUFFIXES, peft_layers
-from tailora.formats.run_folder import (
-    DIFFUSERS_WEIGHTS,
-    EXPORTED_FILES,
-    check_result_folder,
-)
+from tailora.formats.run_folder import DIFFUSERS_WEIGHTS, EXPORTED_FILES, check_result_folder
 
 
 @dataclass(frozen=True)
@@ -272,9 +268,6 @@ def write_peft(folder: Path, source: ExportSource) -> list[str]:
 # vLLM ignores rank_pattern and alpha_pattern, SGLang and LMDeploy ignore rsLoRA; here the scale is 1 and is in B.
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of its --max-lora-rank
-PORTABLE_CARD = """\
-Plain LoRA adapter of {layers} layers, r = alpha = {r}: the scale is in B.
-For PEFT, and for servers that read r and alpha alone: vLLM, SGLang, LMDeploy."""
 
 
 def portable_rank(highest: int) -> int:
@@ -306,18 +299,15 @@ def write_portable(folder: Path, source: ExportSource) -> list[str]:
         vocabulary=vocabulary_size(source.base_model),
         base_folder=peft.relative_base_folder(source.base_model),
     )
-    config = source.adapter.config.replaced(
-        r=r,
-        lora_alpha=r,
-        lora_dropout=0,
-        rank_pattern={},
-        alpha_pattern={},
-        use_rslora=False,
-        init_lora_weights="kaiming",
-    )
+    plain = {"lora_dropout": 0, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+    config = source.adapter.config.replaced(r=r, lora_alpha=r, init_lora_weights="kaiming", **plain)
     layers = peft_layers(source.base_model, source.adapter.low_rank).values()
     settings = to_peft_config(config, layers, source.base_model)
-    peft.write_files(folder, tensors, metadata, settings, PORTABLE_CARD.format(layers=len(factors), r=r))
+    about = (
+        f"Plain LoRA adapter of {len(factors)} layers, r = alpha = {r}: the scale is in B.\n"
+        "For PEFT, and for servers that read r and alpha alone: vLLM, SGLang, LMDeploy."
+    )
+    peft.write_files(folder, tensors, metadata, settings, about)
     return [*fold_scale.fold_changes(source), *padding]
 
 
@@ -424,12 +414,9 @@ def load_merged(folder: Path, source: ExportSource) -> nn.Module:
     from transformers import AutoTokenizer
 
     base: Any = source.base_model
-    settings = {
-        "dtype": base.dtype,
-        "device_map": {"": base.device},
-        "attn_implementation": base.config._attn_implementation,
-    }
-    model, report = type(base).from_pretrained(folder, output_loading_info=True, use_safetensors=True, **settings)
+    like_base = {"dtype": base.dtype, "device_map": {"": base.device}}
+    like_base["attn_implementation"] = base.config._attn_implementation
+    model, report = type(base).from_pretrained(folder, output_loading_info=True, use_safetensors=True, **like_base)
     problems = [f"{name}: {', '.join(sorted(report[name])[:3])}" for name in KEY_PROBLEMS if report[name]]
     if source.tokenizer is not None:
         template = AutoTokenizer.from_pretrained(folder).chat_template

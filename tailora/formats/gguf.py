@@ -21,9 +21,8 @@ from tailora.formats import fold_scale
 from tailora.formats.fold_scale import MERGED, ExportSource
 from tailora.formats.io import check_is_file
 from tailora.formats.peft import StoredAdapter, as_stored_adapter
-from tailora.formats.run_folder import GGUF_WEIGHTS, MODELFILE
+from tailora.formats.run_folder import GGUF_WEIGHTS
 
-WEIGHTS = GGUF_WEIGHTS
 TOKEN_EMBEDDING, OUTPUT_HEAD = "token_embd.weight", "output.weight"
 
 
@@ -63,12 +62,12 @@ def problems(source: ExportSource) -> list[str]:
 
 
 def write(folder: Path, source: ExportSource) -> list[str]:
-    """Writes adapter.gguf and a Modelfile into `folder`. Returns what differs from the adapter as trained, in words."""
+    """Writes adapter.gguf into `folder`. Returns what differs from the adapter as trained, in words."""
     from gguf import GGUFType, GGUFWriter, Keys
 
     names, factors = tensor_names(source.base_model), fold_scale.fold_scale(source)
     alpha = max(len(A) for A, _ in factors.values())
-    writer = GGUFWriter(folder / WEIGHTS, _architecture(source.base_model))
+    writer = GGUFWriter(folder / GGUF_WEIGHTS, _architecture(source.base_model))
     writer.add_type(GGUFType.ADAPTER)
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, float(alpha))
@@ -81,19 +80,7 @@ def write(folder: Path, source: ExportSource) -> list[str]:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    (folder / MODELFILE).write_text(modelfile(source.base_model), encoding="utf-8")
     return fold_scale.fold_changes(source)
-
-
-def modelfile(base_model: Any) -> str:
-    """Returns the text for `ollama create NAME -f Modelfile`. A base in a local folder is taken from there."""
-    base = getattr(base_model.config, "_name_or_path", "")
-    if base and Path(base).is_dir():
-        from_base = f'FROM "{Path(base).resolve()}"\n'
-    else:
-        name = f" {base}" if base else ""
-        from_base = f"# the base model{name} as GGUF, or its name in Ollama\nFROM ./base.gguf\n"
-    return f"{from_base}ADAPTER ./{WEIGHTS}\n"
 
 
 # ---- Reading
@@ -103,7 +90,7 @@ def read(folder: Path, base_model: nn.Module) -> StoredAdapter:
     """Reads adapter.gguf as llama.cpp does, into what a PEFT folder would hold. Raises FormatError."""
     from gguf import GGUFReader
 
-    path = folder / WEIGHTS
+    path = folder / GGUF_WEIGHTS
     check_is_file(path)
     try:
         file = GGUFReader(path)

@@ -35,13 +35,7 @@ from tailora.formats import fold_scale
 from tailora.formats.export import FORMATS, ExportReport, export, portable_rank
 from tailora.formats.fold_scale import MERGED, ExportSource
 from tailora.formats.io import read_json_object
-from tailora.formats.run_folder import (
-    CHAT_TEMPLATE,
-    GGUF_WEIGHTS,
-    MODELFILE,
-    SERVE_SCRIPT,
-    TOKENIZER_CONFIG,
-)
+from tailora.formats.run_folder import CHAT_TEMPLATE, GGUF_WEIGHTS, MODELFILE, SERVE_SCRIPT, TOKENIZER_CONFIG
 
 # ---- The settings of a server
 
@@ -50,14 +44,12 @@ from tailora.formats.run_folder import (
 class ServingSettings:
     """What is known of neither the adapter nor its base model.
 
-    name: the adapter's name for clients; None: the name of the folder.
     base: name or folder of the base model; None: the name in its config.
     stop_tokens: id -> text of the tokens that end an answer.
     chat_template: the template of the adapter's training, if the base's tokenizer has a different one.
     trained_on: quantization of the base during training, if this base is not quantized; merging is then refused.
     """
 
-    name: str | None = None
     base: str | None = None
     stop_tokens: Mapping[int, str] = field(default_factory=dict)
     chat_template: str | None = None
@@ -280,7 +272,7 @@ def describe(source: ExportSource, folder: Path, target: str, to: str, settings:
     return Serving(
         target=target,
         format=to,
-        name=re.sub(r"[^A-Za-z0-9._-]+", "-", settings.name or folder.resolve().name),
+        name=re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name),
         base=str(Path(base).resolve()) if Path(base).is_dir() else base,
         rank=portable_rank(rank) if rank is not None and to == "portable" else rank,
         context_length=getattr(text_config, "max_position_embeddings", None),
@@ -302,8 +294,6 @@ def write_serving_files(folder: Path, source: ExportSource, serving: Serving) ->
     files = {SERVE_SCRIPT: script(with_commands(serving, "."))} | TARGETS[serving.target].files(serving, source)
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    if serving.target != "ollama":
-        (folder / MODELFILE).unlink(missing_ok=True)  # which the format gguf writes
 
 
 def script(serving: Serving) -> str:
@@ -325,11 +315,8 @@ def script(serving: Serving) -> str:
         part = f"{file}.part"  # so that a conversion that is killed leaves no file that looks whole
         python, _, *arguments = (shlex.quote(part if word == file else word) for word in command)
         lines += [f"if [ ! -f {shlex.quote(file)} ]; then", f"  {converter}"]
-        no_python = f"There is no {python} in PATH: activate the environment that has tailora."
-        lines += [f"  {line}" for line in unless_program(python, [no_python])]
         lines += [f'  {python} "$LLAMA_CPP/{CONVERTER}" {" ".join(arguments)}']
         lines += [f"  mv {shlex.quote(part)} {shlex.quote(file)}", "fi"]
-    lines += missing_program(serving)
     return "\n".join([*lines, *map(shlex.join, serving.commands)]) + "\n"
 
 
@@ -337,40 +324,13 @@ def script(serving: Serving) -> str:
 ABSOLUTE_LLAMA_CPP = 'case "$LLAMA_CPP" in "" | /*) ;; *) LLAMA_CPP=$PWD/$LLAMA_CPP ;; esac'
 
 
-def missing_program(serving: Serving) -> list[str]:
-    """Returns the lines that end serve.sh if the program of its commands is missing, with what there is and what to do.
-
-    The exit code is the shell's for a command that is not found: nothing is served.
-    """
-    program = serving.commands[0][0]
-    ready = "" if serving.prepare is None else f"{model_file(serving)} is ready. "
-    lines = [f"{ready}There is no {program} in PATH: install it, or activate the environment that has it."]
-    has_template_beside = bool(serving.chat_template) and not serving.is_merged  # llama-cpp-python takes no such file
-    if serving.target == "llama-server" and not has_template_beside:
-        adapter = "" if serving.is_merged else f" --lora_path '$PWD/{GGUF_WEIGHTS}'"
-        files = f"--model '$PWD/{model_file(serving)}'{adapter}"
-        name = f"--model_alias {serving.name} --port {TARGETS[serving.target].port}"
-        lines.append(f"Or with llama-cpp-python: python -m llama_cpp.server {files} {name}")
-    return unless_program(program, lines)
-
-
-def unless_program(program: str, messages: Sequence[str]) -> list[str]:
-    """Returns the lines that show these messages and end serve.sh if the program is missing."""
-    shown = [f'  echo "{message}" >&2' for message in messages]
-    return [f"command -v {program} > /dev/null || {{", *shown, "  exit 127", "}"]
-
-
 def notes(serving: Serving) -> list[str]:
     """Returns what users and clients need to know in addition to the commands."""
-    more = serving.more_stop_tokens
-    result = []
-    if serving.target == "mlx":
-        result.append('Clients ask for the model "default_model".')
-    if more and serving.target == "vllm":
-        result.append(f'Requests need "stop_token_ids": {json.dumps(list(more))}, which the base model does not name.')
-    elif more and serving.target == "mlx":
-        texts = json.dumps(list(more.values()), ensure_ascii=False)
-        result.append(f'Requests need "stop": {texts}, which the base model does not name.')
+    result = ['Clients ask for the model "default_model".'] if serving.target == "mlx" else []
+    ids, texts = list(serving.more_stop_tokens), list(serving.more_stop_tokens.values())
+    fields = {"vllm": f'"stop_token_ids": {ids}', "mlx": f'"stop": {json.dumps(texts, ensure_ascii=False)}'}
+    if ids and serving.target in fields:
+        result.append(f"Requests need {fields[serving.target]}, which the base model does not name.")
     return result
 
 
@@ -453,28 +413,22 @@ def ollama_template(tokenizer: Any) -> str | None:
     if not isinstance(template, str) or "strftime_now" in template:  # that would write today's date for ever
         return None
     frame = _frame(tokenizer)
-    if frame is None:
+    if frame is None or any("{{" in text or '"""' in text for text in vars(frame).values() if text):
         return None
     systems = [[], *([WITH_SYSTEM[:1]] if frame.before is not None else [])]
     chats = [system + QUESTIONS[:length] for system in systems for length in (1, 3)]
-    literals = (frame.start, frame.before or "", frame.after, frame.user, frame.reply, frame.end)
-    if any("{{" in text or '"""' in text for text in literals):
-        return None
     return frame.to_go() if all(_render(tokenizer, chat) == frame.render(chat) for chat in chats) else None
 
 
 def _frame(tokenizer: Any) -> Frame | None:
-    parts = _split(_render(tokenizer, QUESTIONS), [FIRST, ANSWER, SECOND])
-    answered = _split(_render(tokenizer, QUESTIONS[:2], ends_with_answer=True), [FIRST, ANSWER])
-    if parts is None or answered is None or not parts[2].startswith(answered[2]):
+    parts = _split(_render(tokenizer, QUESTIONS), FIRST, ANSWER, SECOND)
+    answered = _split(_render(tokenizer, QUESTIONS[:2], ends_with_answer=True), FIRST, ANSWER)
+    if not parts or not answered:
         return None
-    start, reply, between, _ = parts
-    end = answered[2]
+    (start, reply, between, _), end = parts, answered[2]
     user = between.removeprefix(end)
-    with_system = _split(_render(tokenizer, WITH_SYSTEM), [SYSTEM, FIRST, ANSWER, SECOND])
-    before, after = (None, user) if with_system is None else with_system[:2]
-    if not (start.endswith(user) and after.endswith(user)):
-        return None
+    with_system = _split(_render(tokenizer, WITH_SYSTEM), SYSTEM, FIRST, ANSWER, SECOND)
+    before, after = with_system[:2] if with_system else (None, user)
     return Frame(start.removesuffix(user), before, after.removesuffix(user), user, reply, end)
 
 
@@ -488,12 +442,7 @@ def _render(tokenizer: Any, messages: list[Message], *, ends_with_answer: bool =
     return str(text).removeprefix(tokenizer.bos_token if adds_bos else "")
 
 
-def _split(text: str | None, contents: list[str]) -> list[str] | None:
-    """Returns what is before, between and after the contents; None if they are not all there, once, in this order."""
-    parts = []
-    for content in contents:
-        before, separator, text = (text or "").partition(content)
-        if not separator or content in text:
-            return None
-        parts.append(before)
-    return [*parts, text or ""]
+def _split(text: str | None, *contents: str) -> Sequence[str]:
+    """Returns what is before, between and after the contents; () if they are not all there in this order."""
+    match = re.fullmatch("(.*)".join(["", *contents, ""]), text or "", re.DOTALL)
+    return match.groups() if match else ()

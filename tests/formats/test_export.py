@@ -68,13 +68,19 @@ def test_portable_needs_only_r_and_alpha(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # that PEFT asks for
-def test_portable_loads_in_peft(tmp_path: Path) -> None:
-    from peft import PeftModel
-
-    model = adapted(SETTINGS["rslora, patterns"])
+@pytest.mark.filterwarnings("ignore")  # those of PEFT
+@pytest.mark.parametrize(
+    ("settings", "base_settings"),
+    [
+        (SETTINGS["rslora, patterns"], {}),
+        ({"target_modules": ["k_proj", "q_proj"]}, {"num_attention_heads": 8, "head_dim": 2}),
+    ],
+    ids=["patterns", "a layer narrower than the common rank"],
+)
+def test_portable_loads_in_peft(tmp_path: Path, settings: dict[str, Any], base_settings: dict[str, Any]) -> None:
+    model = adapted(settings, chat_model(**base_settings))
     model.export(tmp_path / "out", "portable")
-    theirs = PeftModel.from_pretrained(chat_model(), str(tmp_path / "out")).eval()
+    theirs = peft.PeftModel.from_pretrained(chat_model(**base_settings), str(tmp_path / "out")).eval()
     torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-5)
 
 
@@ -97,10 +103,13 @@ def test_untied_embeddings_and_head(tmp_path: Path) -> None:
     assert shapes["output.weight.lora_b"] == (300, 4)
 
 
-def test_conv1d_layers_of_gpt2(tmp_path: Path) -> None:
+def gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    base = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0))
-    model = adapted(base=base)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0))
+
+
+def test_conv1d_layers_of_gpt2(tmp_path: Path) -> None:
+    model = adapted(base=gpt2())
     for to in ("peft", "portable", "gguf", "merged"):
         assert model.export(tmp_path / to, to).logits.difference < 1e-4
     with pytest.raises(FormatError, match="model_type 'gpt2': its layers' names in mlx-lm are not known"):
@@ -108,9 +117,7 @@ def test_conv1d_layers_of_gpt2(tmp_path: Path) -> None:
 
 
 def test_parts_of_fused_layers_become_factors_of_the_whole_layer(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    base = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0))
-    model = adapted({"target_modules": ["c_attn.q", "c_attn.v", "c_fc"], "rank_pattern": {"c_attn.v": 3}}, base)
+    model = adapted({"target_modules": ["c_attn.q", "c_attn.v", "c_fc"], "rank_pattern": {"c_attn.v": 3}}, gpt2())
     for to in ("portable", "gguf", "merged"):
         report = model.export(tmp_path / to, to)
         assert report.logits.difference < 1e-4 < report.logits.effect
@@ -163,23 +170,21 @@ def test_all_formats_but_peft_hold_the_strength_dial(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
 
 
-def test_a_file_that_computes_something_else_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mistake of the writer: the rows of q and k as transformers has them."""
-    monkeypatch.setattr(gguf, "to_gguf", lambda A, B, *_: (A, B))
-    with pytest.raises(FormatError, match=r"logits differ .* Nothing was written; please report it"):
-        adapted().export(tmp_path / "out", "gguf")
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_comparison_detects_a_scale_that_is_off_by_a_thousandth(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("to", ["gguf", "portable"])
+def test_a_file_that_computes_something_else_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
 ) -> None:
-    exact = fold_scale.fold_scale
-    monkeypatch.setattr(
-        fold_scale, "fold_scale", lambda source: {k: (A, B * 1.001) for k, (A, B) in exact(source).items()}
-    )
-    with pytest.raises(FormatError, match="logits differ"):
-        adapted(base=chat_model().to(torch.bfloat16)).export(tmp_path / "out", "portable")
+    """A mistake of the writer: the rows of q and k as transformers has them, or a scale that is off by a thousandth."""
+    if to == "gguf":
+        monkeypatch.setattr(gguf, "to_gguf", lambda A, B, *_: (A, B))
+    else:
+        exact = fold_scale.fold_scale
+        monkeypatch.setattr(
+            fold_scale, "fold_scale", lambda source: {k: (A, B * 1.001) for k, (A, B) in exact(source).items()}
+        )
+    with pytest.raises(FormatError, match=r"logits differ .* Nothing was written; please report it"):
+        adapted(base=chat_model().to(torch.bfloat16)).export(tmp_path / "out", to)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_comparison_does_not_change_modes_weights_or_other_adapters(tmp_path: Path) -> None:
@@ -228,11 +233,3 @@ def test_a_model_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
     model = LoRAModel(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2))
     with pytest.raises(FormatError, match=r"no config\.vocab_size.*save_adapter and merge work for every module"):
         model.export(tmp_path / "out", "portable")
-
-
-@pytest.mark.filterwarnings("ignore")  # those of PEFT
-def test_a_layer_narrower_than_the_common_rank_is_padded_like_the_others(tmp_path: Path) -> None:
-    model = adapted({"r": 4, "target_modules": ["k_proj", "q_proj"]}, chat_model(num_attention_heads=8, head_dim=2))
-    model.export(tmp_path / "out", "portable")
-    theirs = peft.PeftModel.from_pretrained(chat_model(num_attention_heads=8, head_dim=2), str(tmp_path / "out"))
-    torch.testing.assert_close(logits(theirs), logits(model), rtol=2e-5, atol=2e-5)

@@ -11,7 +11,6 @@ from tiny_adapters import adapted, logits
 
 from tailora import LoRAModel
 from tailora.errors import FormatError
-from tailora.formats import gguf
 
 PATTERNS = {"rank_pattern": {"q_proj": 3, "down_proj": 5}, "alpha_pattern": {"v_proj": 20}}
 
@@ -50,13 +49,6 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path) 
     model.base_model.config.model_type = "unheard"
     with pytest.raises(FormatError, match=r"model_type 'unheard' is not supported in GGUF; there are: llama, mistral"):
         model.export(tmp_path / "out", "gguf")
-
-
-def test_a_modelfile_takes_the_base_from_its_folder(tmp_path: Path) -> None:
-    base = chat_model()
-    assert gguf.modelfile(base).endswith("FROM ./base.gguf\nADAPTER ./adapter.gguf\n")
-    base.config._name_or_path = str(tmp_path)
-    assert gguf.modelfile(base) == f'FROM "{tmp_path}"\nADAPTER ./adapter.gguf\n'
 
 
 @pytest.mark.parametrize(

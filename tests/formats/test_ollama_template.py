@@ -1,6 +1,5 @@
 """Ollama's template writes a conversation as the tokenizer's does, or there is none."""
 
-import re
 from typing import Any
 
 import pytest
@@ -19,14 +18,6 @@ NO_SYSTEM = (
     "{% elif m['role'] == 'assistant' %}{{ m['content'] }}</s>{% else %}{{ raise_exception('no system') }}{% endif %}"
     "{% endfor %}"
 )
-TEMPLATES = {"chatml": CHATML, "headers": HEADERS, "default system": DEFAULT_SYSTEM, "no system": NO_SYSTEM}
-CHAT = [
-    {"role": "user", "content": "Hi?"},
-    {"role": "assistant", "content": "Yes {{ x }}."},
-    {"role": "user", "content": 'Then """ bye'},
-    {"role": "assistant", "content": "Bye."},
-    {"role": "user", "content": "Now"},
-]
 
 
 def tokenizer_with(template: str | None, *, adds_bos: bool = False) -> Any:
@@ -38,52 +29,39 @@ def tokenizer_with(template: str | None, *, adds_bos: bool = False) -> Any:
     return tokenizer
 
 
-def as_ollama(template: str, messages: list[dict[str, str]]) -> str:
-    """What Go makes of a template that has `if`, `else`, `range`, fields and `eq` alone, as ours."""
-    system = "".join(message["content"] for message in messages if message["role"] == "system")
-    pieces = re.split(r"{{ (.*?) }}", template)
-
-    def run(index: int, scope: dict[str, str], active: bool) -> tuple[str, int]:
-        """Returns the text up to the `else` or `end` of this level, and where that is."""
-        text = ""
-        while index < len(pieces):
-            text += pieces[index] if active else ""
-            action = pieces[index + 1] if index + 1 < len(pieces) else "end"
-            if action.startswith(("else", "end")):
-                return text, index + 1
-            index += 2
-            if action == "range .Messages":
-                bodies = [run(index, {"Role": m["role"], "Content": m["content"]}, active) for m in messages]
-                text, index = text + "".join(body for body, _ in bodies), bodies[0][1] + 1
-            elif action.startswith("if "):
-                is_done = False
-                while action != "end":
-                    holds = active and not is_done and condition(action, scope)
-                    body, at = run(index, scope, holds)
-                    text, is_done, action, index = text + body, is_done or holds, pieces[at], at + 1
-            elif active:
-                text += scope[action[1:]]
-        return text, index
-
-    def condition(action: str, scope: dict[str, str]) -> bool:
-        if match := re.search(r'eq \.Role "(.*)"', action):
-            return scope["Role"] == match[1]
-        return action == "else" or bool(scope[action.split(".")[1]])
-
-    return run(0, {"System": system}, True)[0]
+MESSAGES = (
+    '{{ range .Messages }}{{ if eq .Role "user" }}%s{{ .Content }}%s{{ else if eq .Role "assistant" }}{{ .Content }}%s'
+)
+MESSAGES += "{{ end }}{{ end }}"
+CHATML_SYSTEM = "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n%s{{ end }}"
+CHATML_MESSAGES = MESSAGES % ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n")
+HEADERS_SYSTEM = "<|start|>system<|end|>\n\n{{ .System }}<|eot|>"
+HEADERS_MESSAGES = MESSAGES % ("<|start|>user<|end|>\n\n", "<|eot|><|start|>assistant<|end|>\n\n", "<|eot|>")
+BOS = "<|endoftext|>"  # llama.cpp adds it, too, if the tokenizer does
 
 
-@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
-@pytest.mark.parametrize("adds_bos", [False, True])
-def test_conversations_are_those_of_the_tokenizer(template: str, adds_bos: bool) -> None:
-    tokenizer = tokenizer_with(template, adds_bos=adds_bos)
-    go = ollama_template(tokenizer)
-    assert go is not None
-    systems = [[], *([] if template is NO_SYSTEM else [[{"role": "system", "content": "Be brief."}]])]
-    for messages in (system + CHAT[:length] for system in systems for length in (1, 3, 5)):
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        expected = text.removeprefix("<|endoftext|>") if adds_bos else text  # llama.cpp adds it, too
-        assert as_ollama(go, messages) == expected
+@pytest.mark.parametrize(
+    ("template", "adds_bos", "go"),
+    [
+        (CHATML, False, CHATML_SYSTEM % "" + CHATML_MESSAGES),
+        (
+            DEFAULT_SYSTEM,
+            False,
+            CHATML_SYSTEM % "{{ else }}<|im_start|>system\nYou help.<|im_end|>\n" + CHATML_MESSAGES,
+        ),
+        (
+            HEADERS,
+            False,
+            f"{{{{ if .System }}}}{BOS}{HEADERS_SYSTEM}{{{{ else }}}}{BOS}{{{{ end }}}}" + HEADERS_MESSAGES,
+        ),
+        (HEADERS, True, f"{{{{ if .System }}}}{HEADERS_SYSTEM}{{{{ end }}}}" + HEADERS_MESSAGES),
+        (NO_SYSTEM, False, BOS + MESSAGES % ("[INST] ", " [/INST]", "</s>")),
+        (NO_SYSTEM, True, MESSAGES % ("[INST] ", " [/INST]", "</s>")),
+    ],
+    ids=["chatml", "default system", "headers", "headers, BOS", "no system", "no system, BOS"],
+)
+def test_the_template_in_go_has_the_text_around_the_messages(template: str, adds_bos: bool, go: str) -> None:
+    assert ollama_template(tokenizer_with(template, adds_bos=adds_bos)) == go
 
 
 @pytest.mark.parametrize(

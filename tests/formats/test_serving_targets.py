@@ -49,11 +49,11 @@ def written_commands(folder: Path, tmp_path: Path, **environment: str) -> list[l
 
 
 def run_script(
-    folder: Path, tmp_path: Path, *, missing: str = "", **environment: str
+    folder: Path, tmp_path: Path, **environment: str
 ) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
     """Runs serve.sh, from tmp_path, with programs that only say in which folder and how they were called.
 
-    missing: the program that is not there. Returns what came of it, and the calls.
+    Returns what came of it, and the calls.
     """
     programs, calls = tmp_path / "programs", tmp_path / "calls.jsonl"
     shutil.rmtree(programs, ignore_errors=True)
@@ -61,7 +61,7 @@ def run_script(
     calls.write_text("")
     for name in ("dirname", "mv"):  # what else the scripts need
         (programs / name).symlink_to(str(shutil.which(name)))
-    for name in {*PROGRAMS} - {missing}:
+    for name in PROGRAMS:
         record = f'#!/bin/sh\n{{ printf "%s\\0" "$PWD" {name} "$@"; echo; }} >> {shlex.quote(str(calls))}\n'
         (programs / name).write_text(record + (': > "$4"\n' if name == "python" else ""))  # the converter's --outfile
         (programs / name).chmod(0o755)
@@ -95,58 +95,6 @@ def test_the_script_runs_the_commands_that_are_printed(target: str, tmp_path: Pa
         assert Path(serving.prepare[1]).exists()
         assert not list(folder.glob("*.part"))
         assert written_commands(folder, tmp_path, LLAMA_CPP="/llama.cpp") == commands[1:], "converted once"
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_a_program_that_is_missing_is_named_after_what_needs_none(target: str, tmp_path: Path) -> None:
-    folder = tmp_path / "my adapter"
-    serving = export_for(folder, target, PATTERNS).serving
-    program = serving.commands[0][0]
-    done, calls = run_script(folder, tmp_path, missing=program, LLAMA_CPP="/llama.cpp")
-    assert done.returncode == 127
-    converted = [] if serving.prepare is None else ["python"]
-    assert [line[1] for line in calls] == converted
-    first, *others = done.stderr.splitlines()
-    ready = f"{Path(serving.prepare[1]).name} is ready. " if serving.prepare is not None else ""
-    assert first == f"{ready}There is no {program} in PATH: install it, or activate the environment that has it."
-    if target != "llama-server":
-        assert not others
-        return
-    (line,) = others
-    assert shlex.split(line.removeprefix("Or with llama-cpp-python: ")) == [
-        *(
-            "python",
-            "-m",
-            "llama_cpp.server",
-            "--model",
-            f"{folder}/base.gguf",
-            "--lora_path",
-            f"{folder}/adapter.gguf",
-        ),
-        *("--model_alias", "my-adapter", "--port", "8080"),
-    ]
-
-
-@pytest.mark.parametrize("target", [name for name, target in TARGETS.items() if target.converts])
-def test_a_missing_python_is_named_before_the_conversion(target: str, tmp_path: Path) -> None:
-    folder = tmp_path / "adapter"
-    serving = export_for(folder, target, {}).serving
-    done, calls = run_script(folder, tmp_path, missing="python", LLAMA_CPP="/llama.cpp")
-    assert (done.returncode, calls) == (127, [])
-    assert done.stderr == "There is no python in PATH: activate the environment that has tailora.\n"
-    assert serving.prepare is not None
-    Path(serving.prepare[1]).touch()
-    assert run_script(folder, tmp_path, missing="python")[0].returncode == 0, "what is made needs none"
-
-
-def test_the_line_for_llama_cpp_python_is_only_for_what_it_can_be_given(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, chat_template=OTHER)
-    for lora, has_line in (({}, False), ({"use_dora": True}, True)):  # a merged model has the template in its file
-        folder = tmp_path / str(has_line)
-        export_for(folder, "llama-server", lora, settings)
-        done, _ = run_script(folder, tmp_path, missing="llama-server", LLAMA_CPP="/llama.cpp")
-        assert (f"llama_cpp.server --model '{folder}/model.gguf' --model_alias" in done.stderr) == has_line
-        assert ("llama-cpp-python" in done.stderr) == has_line
 
 
 def test_the_folder_of_llama_cpp_may_be_a_path_from_where_the_user_is(tmp_path: Path) -> None:
