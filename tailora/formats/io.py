@@ -253,9 +253,9 @@ def check_is_file(path: Path) -> None:
 def read_json_object(path: Path) -> dict[str, Any]:
     """Reads a file that holds a JSON object, such as adapter_config.json.
 
-    Raises FormatError if it is missing, no regular file or no JSON object, or has a key twice.
+    Raises FormatError if it is missing, no regular file or no JSON object.
     """
-    settings = _read_json(path, parse_constant=_refuse_constant)
+    settings = _read_json(path)
     if not isinstance(settings, dict):
         raise FormatError(f"{path} holds a {type(settings).__name__}, not an object of settings")
     return settings
@@ -276,26 +276,14 @@ def read_own_json(path: Path, kind: type[Kind], remedy: str) -> Kind:
         raise FormatError(f"{error}: {remedy}") from None
 
 
-def _read_json(path: Path, parse_constant: Callable[[str], Any] | None = None) -> Any:
+def _read_json(path: Path) -> Any:
     check_is_file(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text, object_pairs_hook=_distinct_keys, parse_constant=parse_constant)
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not JSON: {error}") from None
-
-
-def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
-    return dict(pairs)
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 # ---- Safetensors

@@ -21,14 +21,8 @@ from torch import Tensor, nn
 
 from tailora.core.layer_types import CONVOLUTION, LINEAR, layer_type_of, qualified_name
 from tailora.errors import FormatError, TailoraWarning, nearest
-from tailora.formats.fold_scale import (
-    ExportSource,
-    fold_changes,
-    fold_scale,
-    low_rank_problems,
-    pad_ranks,
-    raise_problems,
-)
+from tailora.formats import fold_scale
+from tailora.formats.fold_scale import ExportSource
 from tailora.formats.io import read_safetensors, safetensors_bytes
 from tailora.formats.peft import StoredAdapter, as_stored_adapter
 from tailora.formats.peft_keys import KEY_PREFIX
@@ -57,7 +51,7 @@ def read(file: Path, base_model: nn.Module) -> StoredAdapter:
     Raises FormatError with all keys that are not LoRA or fit no layer. Warns if there are layers of other models.
     """
     tensors, metadata = read_safetensors(file)
-    raise_problems(str(file), _not_lora(tensors))
+    fold_scale.raise_problems(str(file), _not_lora(tensors))
     paths = _paths_by_name(base_model)
     layers: dict[str, dict[str, Tensor]] = {}  # path -> A, B or alpha -> tensor
     components: set[str] = set()  # of this model
@@ -76,7 +70,7 @@ def read(file: Path, base_model: nn.Module) -> StoredAdapter:
             problems.append(f"{path}: factor {' and '.join(missing)} is missing")
         if "alpha" in layer and layer["alpha"].numel() != 1:
             problems.append(f"{path}: alpha has {layer['alpha'].numel()} numbers, not one")
-    raise_problems(str(file), problems)
+    fold_scale.raise_problems(str(file), problems)
     if unknown:
         counts = ", ".join(f"{component} ({len(set(names))} layers)" for component, names in unknown.items())
         warnings.warn(
@@ -98,7 +92,7 @@ def problems(source: ExportSource) -> list[str]:
     """Returns a message for each part of the adapter that the format cannot hold."""
     if _component(source.base_model) is None:
         return [f"{type(source.base_model).__name__} is no model of diffusers"]
-    return low_rank_problems(source, (LINEAR, CONVOLUTION))
+    return fold_scale.low_rank_problems(source, (LINEAR, CONVOLUTION))
 
 
 def write(folder: Path, source: ExportSource) -> list[str]:
@@ -106,14 +100,14 @@ def write(folder: Path, source: ExportSource) -> list[str]:
 
     One rank for all layers: earlier versions of diffusers take the rank of one of them as alpha of all.
     """
-    component, factors = _component(source.base_model), fold_scale(source)
-    factors, padding = pad_ranks(factors, max(len(A) for A, _ in factors.values()))
+    component, factors = _component(source.base_model), fold_scale.fold_scale(source)
+    factors, padding = fold_scale.pad_ranks(factors, max(len(A) for A, _ in factors.values()))
     tensors: dict[str, Tensor] = {}
     for path, (A, B) in factors.items():
         tensors[f"{component}.{path}.lora_A.weight"] = A
         tensors[f"{component}.{path}.lora_B.weight"] = B[(..., *[None] * (A.ndim - 2))]  # convolutions have a kernel
     (folder / DIFFUSERS_WEIGHTS).write_bytes(safetensors_bytes(tensors, {"format": "pt"}))
-    return [*fold_changes(source), *padding]
+    return [*fold_scale.fold_changes(source), *padding]
 
 
 def _component(model: nn.Module) -> str | None:
@@ -169,8 +163,6 @@ def _find_layer(name: str, paths: Mapping[str, str]) -> tuple[str, str | None]:
 
 
 def _not_lora(tensors: Mapping[str, Tensor]) -> list[str]:
-    if not tensors:
-        return ["no tensors"]
     methods = {method for key in tensors for mark, method in OTHER_METHODS.items() if mark in key}
     if methods:
         return [f"holds {', '.join(sorted(methods))}, not plain LoRA; merge it with the tool that wrote it"]
@@ -183,9 +175,8 @@ def _not_lora(tensors: Mapping[str, Tensor]) -> list[str]:
 def _unknown_layers(unknown: Mapping[str, list[str]], components: set[str], paths: Mapping[str, str]) -> list[str]:
     """Layers under a prefix of this model that it lacks. Those under another prefix belong to another model."""
     if not components:
-        names = sorted({name for component_names in unknown.values() for name in component_names})
-        hint = nearest(names[0], paths) if names else ""
-        return [f"none of its {len(names)} layers is in this model; the first is {names[0] if names else '-'}{hint}"]
+        names = sorted({name for component_names in unknown.values() for name in component_names}) or ["none"]
+        return [f"no layer of the file is in this model; the first is {names[0]}{nearest(names[0], paths)}"]
     missing = sorted({name for component in components for name in unknown.get(component, [])})
     return [f"{name}: the model has no such layer" for name in missing]
 

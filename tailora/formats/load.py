@@ -8,7 +8,7 @@ restore             StoredAdapter + base model -> Adapter: find the layers that 
 
 import os
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +49,7 @@ from tailora.formats.fold_scale import unfold_learned_scales
 from tailora.formats.hub import local_folder
 from tailora.formats.metadata import LayerFingerprint
 from tailora.formats.peft_keys import PeftLayer, peft_layers
-from tailora.formats.run_folder import ADAPTER_WEIGHTS, DIFFUSERS_WEIGHTS, GGUF_WEIGHTS
+from tailora.formats.run_folder import ADAPTER_WEIGHTS, DIFFUSERS_WEIGHTS, GGUF_WEIGHTS, MLX_WEIGHTS
 
 SLOT_NAMES = {
     "A": "lora_A",
@@ -139,7 +139,7 @@ def read_any_format(path: Path, base_model: nn.Module) -> peft.StoredAdapter:
         return kohya_diffusers.read(path, base_model)
     if os.path.lexists(path / ADAPTER_WEIGHTS) or not path.is_dir():
         return peft.read_peft_folder(path)
-    if (path / mlx.WEIGHTS).is_file():
+    if (path / MLX_WEIGHTS).is_file():
         return mlx.read(path)
     if (path / GGUF_WEIGHTS).is_file():
         from tailora.formats import gguf  # loaded here, since most imports of tailora read none
@@ -206,7 +206,8 @@ def _restore(
     config, file_config = stored_configs(stored, paths_in_file)
     if (stored.settings or {}).get("ensure_weight_tying"):
         config = file_config = _with_tied_modules(file_config, base_model, modules, stored)
-    targets = _targets(base_model, modules, config)
+    candidates = selected_candidates(base_model, modules, config)
+    targets = {path: target_of(candidate, config) for path, candidate in candidates.items()}
     empty = _empty_layers(targets, config, stored)
     wrappers = peft_layers(base_model, empty)
     if config is not file_config:
@@ -272,12 +273,9 @@ def _restore(
         for name, tensor in named_tensors(part)
         if tensor.data_ptr() not in addresses  # those of the file have been looked at
     }
-    if not all_finite(computed.values()) and (
-        overflown := [
-            f"not finite in {tensor.dtype}: {name}" for name, tensor in computed.items() if not tensor.isfinite().all()
-        ]
-    ):
-        raise FormatError(f"{stored.folder} does not fit this model: {listing(overflown)}")
+    if overflown := not_finite(computed):
+        problems += [f"not finite in {computed[name].dtype}: {name}" for name in overflown]
+        raise FormatError(f"{stored.folder} does not fit this model: {listing(problems)}")
     return adapter
 
 
@@ -316,11 +314,6 @@ def _check_same_settings(stored: peft.StoredAdapter, saved: LoRAConfig, in_file:
             f"{stored.folder}: adapter_config.json and the settings that the weights were saved with differ: "
             f"{', '.join(pairs)}. Save the adapter again, or delete adapter_config.json to use the weights' own"
         )
-
-
-def _targets(base_model: nn.Module, modules: Modules, config: LoRAConfig) -> dict[str, Target]:
-    candidates = selected_candidates(base_model, modules, config)
-    return {path: target_of(candidate, config) for path, candidate in candidates.items()}
 
 
 def _saved_paths(stored: peft.StoredAdapter, modules: Modules, config: LoRAConfig) -> list[str]:
@@ -405,7 +398,7 @@ def _sort_tensors(
 ) -> SortedTensors:
     doubled_out_proj = peft_config.adds_out_proj_twice(stored.settings or {})
     result = SortedTensors()
-    are_finite = all_finite(stored.tensors.values())
+    result.problems += [f"not finite: {key} {tuple(stored.tensors[key].shape)}" for key in not_finite(stored.tensors)]
     for key, tensor in peft_keys.without_second_copies(stored.tensors).items():
         path, slot = peft_keys.path_and_slot(key)
         saved_path = peft_keys.saved_path_of(key, saved_paths, modules)
@@ -439,8 +432,6 @@ def _sort_tensors(
             else:
                 reason = f"the model has no module {path}"
             result.problems.append(f"unexpected {key} {tuple(tensor.shape)}: {reason}")
-        if not are_finite and not tensor.isfinite().all():
-            result.problems.append(f"not finite: {key} {tuple(tensor.shape)}")
         if saved_path is None and not tensor.is_floating_point():
             result.problems.append(
                 f"{key} {tuple(tensor.shape)} holds {tensor.dtype}, where factors and biases are floats"
@@ -470,22 +461,14 @@ def _low_rank(
         tensors.problems.append(f"{path}: {error}")
         return None
     slots = tensors.low_rank.get(path, {})
-    in_file, needed = (
-        {slot: tensor.shape for slot, tensor in slots.items()},
-        peft.slot_shapes(layer, stored.metadata.start),
-    )
-    names = {slot: f"{SLOT_NAMES[slot]} of {path}" for slot in SLOT_NAMES} if in_file != needed else {}
-    problems = (
-        _shape_problems(
-            {names[slot]: shape for slot, shape in in_file.items()},
-            {names[slot]: shape for slot, shape in needed.items()},
-            {
-                names[slot]: f": {reason} in the settings, or a {layer.layer_type.name} has none"
-                for slot, reason in WITHOUT_SLOT.items()
-            },
-        )
-        if names
-        else []
+    names = {slot: f"{name} of {path}" for slot, name in SLOT_NAMES.items()}
+    problems = _shape_problems(
+        {names[slot]: tensor.shape for slot, tensor in slots.items()},
+        {names[slot]: shape for slot, shape in peft.slot_shapes(layer, stored.metadata.start).items()},
+        {
+            names[slot]: f": {reason} in the settings, or a {layer.layer_type.name} has none"
+            for slot, reason in WITHOUT_SLOT.items()
+        },
     )
     tensors.problems += problems
     if not problems:
@@ -530,16 +513,18 @@ def named_tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.{name}" if path else name, tensor
 
 
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Returns True if all numbers are finite, False if one is not or the sum of a tensor is too large.
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Returns the names of tensors with NaN or infinity.
 
     A sum is finite only if its terms are, and takes a tenth of the time of looking at each of them.
     """
     sums: dict[torch.device, list[Tensor]] = {}
-    for tensor in tensors:
+    for tensor in tensors.values():
         if tensor.is_floating_point() or tensor.is_complex():
             sums.setdefault(tensor.device, []).append(tensor.detach().sum())
-    return all(bool(torch.stack(of_device).isfinite().all()) for of_device in sums.values())
+    if all(bool(torch.stack(of_device).isfinite().all()) for of_device in sums.values()):
+        return []
+    return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
 
 
 # ---- The base in the metadata

@@ -23,7 +23,6 @@ from tailora.formats.peft import StoredAdapter, as_stored_adapter
 from tailora.formats.peft_keys import OTHER_SUFFIXES
 from tailora.formats.run_folder import ADAPTER_CONFIG, MLX_WEIGHTS
 
-WEIGHTS = MLX_WEIGHTS
 SAME_PATHS = (  # transformers' model_type whose layers have the same paths in mlx-lm
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "smollm3", "olmo2"),
     *("starcoder2", "stablelm", "cohere"),
@@ -64,7 +63,7 @@ def write(folder: Path, source: ExportSource) -> list[str]:
         "num_layers": config.num_hidden_layers,
         "lora_parameters": {"rank": r, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)},
     }
-    (folder / WEIGHTS).write_bytes(safetensors_bytes(tensors, {"format": "mlx"}))
+    (folder / MLX_WEIGHTS).write_bytes(safetensors_bytes(tensors, {"format": "mlx"}))
     (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     changes = [*fold_scale.fold_changes(source), *padding]
     # mlx-lm silently takes a rope_theta of 10,000 if config.json has it in rope_parameters alone
@@ -84,7 +83,7 @@ def write(folder: Path, source: ExportSource) -> list[str]:
 def read(folder: Path) -> StoredAdapter:
     """Reads what mlx-lm trained, as a PEFT folder would hold it. Raises FormatError."""
     settings = read_json_object(folder / ADAPTER_CONFIG)
-    tensors, _ = read_safetensors(folder / WEIGHTS)
+    tensors, _ = read_safetensors(folder / MLX_WEIGHTS)
     fine_tune_type = settings.get("fine_tune_type", "lora")
     if fine_tune_type not in ("lora", "dora"):
         raise FormatError(f"{folder}: fine_tune_type = {fine_tune_type!r} holds whole weights; fuse it with mlx-lm")

@@ -37,12 +37,7 @@ from tailora.formats.io import (
     write_file,
 )
 from tailora.formats.metadata import METADATA_KEY, AdapterMetadata, LayerFingerprint, parse_metadata
-from tailora.formats.peft_config import (
-    as_peft_computes,
-    base_model_name,
-    to_peft_config,
-    with_double_rank,
-)
+from tailora.formats.peft_config import as_peft_computes, base_model_name, to_peft_config, with_double_rank
 from tailora.formats.peft_keys import EMBEDDING_SUFFIXES, EXTRA_SUFFIXES, KEY_PREFIX, SUFFIXES, PeftLayer, peft_layers
 from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD
 
@@ -229,9 +224,10 @@ def _about_subfolders(folder: Path) -> str:
     names = sorted(file.parent.name for file in folder.glob(f"*/{ADAPTER_WEIGHTS}"))
     if not names:
         return ""
-    shown = ", ".join(names[:5]) + (f" ({len(names)} in all)" if len(names) > 5 else "")
-    which = f"subfolders {shown} have" if len(names) > 1 else f"subfolder {shown} has"
-    return f"; its {which} one: give subfolder={names[0]!r}, or {folder / names[0]} as the folder"
+    return (
+        f"; adapters are in its subfolders {', '.join(names[:5])}: give subfolder={names[0]!r}, or {folder / names[0]} "
+        "as the folder"
+    )
 
 
 def adapter_to_peft(adapter: Adapter, layers: Iterable[PeftLayer]) -> dict[str, Tensor]:

@@ -23,15 +23,11 @@ UNSUPPORTED_SETTINGS = (
     *("velora_config", "use_bdlora", "monteclora_config", "kasa_config"),
 )
 OFF: tuple[Any, ...] = (None, False, [], {}, "")
-# Settings that change nothing in an adapter whose tensors exist -> why.
-SETTINGS_WITHOUT_EFFECT = {
-    **dict.fromkeys(("loftq_config", "eva_config", "corda_config", "lora_ga_config"), "of the init"),
-    **dict.fromkeys(("inference_mode", "runtime_config"), "how PEFT runs it"),
-    **dict.fromkeys(("auto_mapping", "revision"), "where the base model is from"),
-    "fan_in_fan_out": "the layer's class says how its weight is stored",
-    "megatron_core": "without megatron_config",
-    "qalora_group_size": "without use_qalora",
-}
+SETTINGS_WITHOUT_EFFECT = (  # in an adapter whose tensors exist
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of the init
+    *("inference_mode", "runtime_config", "auto_mapping", "revision"),  # how PEFT runs it, where the base is from
+    *("fan_in_fan_out", "megatron_core", "qalora_group_size"),  # the layer's class or another setting decides
+)
 OTHER_SETTINGS = (  # in the order of the file
     *("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "bias"),
     *("use_rslora", "use_dora", "lora_bias"),

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hypothesis import given
@@ -92,7 +93,8 @@ def test_other_settings_load_the_same_adapter_or_are_refused(
 ) -> None:
     original = (good / ADAPTER_CONFIG).read_bytes()
     expected = load(ADAPTER_CONFIG, original)
-    content = data.draw(changed(json.loads(original)).map(lambda settings: json.dumps(settings).encode()) | st.binary())
+    every_setting = dict.fromkeys(peft.LoraConfig.__dataclass_fields__) | json.loads(original)
+    content = data.draw(changed(every_setting).map(lambda settings: json.dumps(settings).encode()) | st.binary())
     with suppress(TailoraError):
         torch.testing.assert_close(load(ADAPTER_CONFIG, content), expected)
 

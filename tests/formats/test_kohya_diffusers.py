@@ -157,7 +157,7 @@ def test_convolutions_of_a_unet(tmp_path: Path) -> None:
         (lambda t: t.update({f"lora_te1_{Q.replace('.', '_')}.alpha": torch.ones(2)}), "alpha has 2 numbers, not one"),
         (lambda t: t.update({f"lora_te1_{Q.replace('.', '_')}.alpha": torch.tensor(torch.nan)}), "alpha"),
         (lambda t: t.update({f"lora_te1_{Q.replace('.', '_')}.lora_up.weight": torch.ones(5, 4)}), "misshapen lora_B"),
-        (lambda t: t.clear(), "no tensors"),
+        (lambda t: t.clear(), "no layer of the file is in this model"),
     ],
 )
 def test_keys_that_are_not_lora_or_fit_no_layer_are_refused(
@@ -174,7 +174,7 @@ def test_keys_that_are_not_lora_or_fit_no_layer_are_refused(
 
 def test_a_file_for_another_model_is_refused(tmp_path: Path, live: LoRAModel) -> None:
     save_file(kohya(live), tmp_path / "lora.safetensors")
-    with pytest.raises(FormatError, match="none of its 4 layers is in this model; the first is lora_te1_model"):
+    with pytest.raises(FormatError, match="no layer of the file is in this model; the first is lora_te1_model"):
         LoRAModel.from_pretrained(nn.Sequential(nn.Linear(4, 4)), tmp_path / "lora.safetensors")
 
 
@@ -183,13 +183,6 @@ def test_damaged_metadata_is_refused(tmp_path: Path, live: LoRAModel, metadata: 
     tensors = named(live, ".lora_A.weight", ".lora_B.weight", "transformer.")
     save_file(tensors, tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": metadata})
     with pytest.raises(FormatError):
-        LoRAModel.from_pretrained(chat_model(), tmp_path / "lora.safetensors")
-
-
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x00" * 64])
-def test_a_file_in_another_format_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "lora.safetensors").write_bytes(content)
-    with pytest.raises(FormatError, match="not a complete safetensors file"):
         LoRAModel.from_pretrained(chat_model(), tmp_path / "lora.safetensors")
 
 

@@ -7,11 +7,10 @@ import pickle
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
@@ -91,23 +90,18 @@ def test_missing_unexpected_misshapen_and_non_finite_tensors_are_reported_at_onc
         assert part in str(caught.value)
 
 
+LARGE = r"not finite in torch.float32: lora_B of model\.layers"
 NOT_FINITE: dict[str, tuple[dict[str, Any], str, float, torch.dtype, str]] = {
     "a head trained in full": (
         {"modules_to_save": ["lm_head"]},
         "lm_head",
         torch.inf,
         torch.float32,
-        r"not finite: lm_h",
+        "not finite: lm_h",
     ),
     "token rows": ({"trainable_token_indices": [1]}, "delta", torch.nan, torch.float32, r"not finite: .*tokens_delta"),
     "magnitudes": ({"use_dora": True}, "magnitude", torch.nan, torch.float32, r"not finite: .*magnitude_vector"),
-    "too large for float32": (
-        {},
-        "lora_B",
-        1e200,
-        torch.float64,
-        r"not finite in torch.float32: lora_B of model\.layers",
-    ),
+    "too large for float32": ({}, "lora_B", 1e200, torch.float64, LARGE),
     "8 bits": ({}, "lora_B", torch.nan, torch.float8_e4m3fn, r"not finite: .*lora_B"),
     "integers": ({}, "lora_B", 3, torch.int32, r"lora_A.weight \(4, 64\) holds torch.int32, where factors"),
 }
@@ -134,23 +128,17 @@ def test_finite_numbers_whose_sum_is_not_are_loaded(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}, {"modules_to_save": ["lm_head"]}]
+    "settings", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}, {"modules_to_save": ["lm_head"]}], ids=str
 )
-def test_no_random_numbers_are_drawn_for_tensors_that_the_file_has(tmp_path: Path, settings: dict[str, Any]) -> None:
-    folder, base = adapted(settings).save_adapter(tmp_path), chat_model()
-    state = torch.get_rng_state()
-    LoRAModel.from_pretrained(base, folder)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("settings", [{}, {"init_lora_weights": "pissa"}, {"use_dora": True}], ids=str)
-def test_uninitialised_memory_never_remains_in_a_loaded_adapter(
+def test_neither_random_numbers_nor_uninitialised_memory_remain_in_a_loaded_adapter(
     tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = adapted(settings)
-    folder, empty = model.save_adapter(tmp_path), torch.empty
+    model, base = adapted(settings), chat_model()
+    folder, empty, state = model.save_adapter(tmp_path), torch.empty, torch.get_rng_state()
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(7))
-    torch.testing.assert_close(logits(LoRAModel.from_pretrained(chat_model(), folder)), logits(model))
+    loaded = LoRAModel.from_pretrained(base, folder)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(logits(loaded), logits(model))
 
 
 def test_factors_are_taken_over_from_the_file_and_its_tensors_stay_as_they_were_read(tmp_path: Path) -> None:
@@ -284,10 +272,8 @@ DAMAGE: list[tuple[Callable[[Path], Any], str]] = [
     (write_config(""), "is not JSON"),
     (write_config("[]"), "holds a list"),
     (write_config("null"), "holds a NoneType"),
-    (write_config('{"r": NaN}'), "NaN is no number of JSON"),
-    (write_config('{"r": -Infinity}'), "-Infinity is no number of JSON"),
     (write_config('{"r": ' + "9" * 5000 + "}"), "is not JSON"),
-    (write_config('{"peft_type": "LORA", "r": 4, "r": 5}'), "the key 'r' occurs twice"),
+    (write_config('{"peft_type": "LORA", "lora_alpha": NaN}'), "lora_alpha"),
     (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe{}"), "is not JSON"),
     (lambda f: (f / WEIGHTS).unlink(), "has no adapter_model.safetensors"),
     (lambda f: (f / WEIGHTS).write_bytes(b""), "not a complete safetensors file"),
@@ -312,7 +298,7 @@ def test_a_folder_of_several_adapters_names_them(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     (tmp_path / "logs").mkdir()
     message = (
-        r"has no adapter_model.safetensors; its subfolders a, b have one: give subfolder='a', or .*/a as the folder"
+        r"has no adapter_model.safetensors; adapters are in its subfolders a, b: give subfolder='a', or .*/a as the"
     )
     for read in (read_offline, lambda path: LoRAModel.from_pretrained(chat_model(), path)):
         with pytest.raises(FormatError, match=message):
@@ -327,26 +313,6 @@ def test_a_file_that_may_not_be_read_is_refused(folder: Path, name: str) -> None
         LoRAModel.from_pretrained(chat_model(), folder)
 
 
-WRONG: list[Any] = [
-    *(None, True, 0, 1, -1, 1.5, 10**30, "", "x", "(", "\ud800", [], [1], ["x"], [None], [[]], [["a", "b"]]),
-    *({}, {"x": 1}, {"x": "y"}, {"x": {"y": [1]}}),
-]
-
-
-@pytest.mark.parametrize("name", peft.LoraConfig().to_dict())
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # settings of a wrong type that have no effect
-def test_a_setting_of_any_type_is_taken_or_refused(folder: Path, name: str) -> None:
-    edit(folder, lambda tensors: tensors)
-    path, base = folder / CONFIG, chat_model()
-    settings = json.loads(path.read_text())
-    for value in WRONG:
-        path.write_text(json.dumps({**settings, name: value}))
-        for read in (read_offline, lambda path: LoRAModel.from_pretrained(base, path).unload()):
-            with suppress(FormatError):
-                read(folder)
-
-
 def test_a_pickle_is_never_opened(folder: Path) -> None:
     class Bomb:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -357,11 +323,6 @@ def test_a_pickle_is_never_opened(folder: Path) -> None:
     with pytest.raises(FormatError, match="is a pickle, which can run code and is not read"):
         LoRAModel.from_pretrained(chat_model(), folder)
     assert not (folder / "ran").exists()
-
-
-def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="is not a folder"):
-        LoRAModel.from_pretrained(chat_model(), tmp_path / "nowhere")
 
 
 def test_an_adapter_for_other_weights_is_refused_unless_allowed(tmp_path: Path) -> None:

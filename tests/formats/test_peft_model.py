@@ -132,33 +132,25 @@ def _merged_model() -> Any:
     return peft_model
 
 
-def _other_method() -> Any:
-    return peft.get_peft_model(chat_model(), peft.IA3Config(task_type="CAUSAL_LM"))
-
-
-def _replicated() -> Any:
-    return peft.get_peft_model(
-        chat_model().eval(), peft.LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2)])
-    )
-
-
-def _mica() -> Any:
-    return peft.get_peft_model(
-        chat_model().eval(), peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="mica")
-    )
-
-
 def _not_finite() -> Any:
     peft_model = peft_model_of("plain")
     next(value for name, value in peft_model.named_parameters() if "lora_B" in name).data[0, 0] = torch.nan
     return peft_model
 
 
+def _with(**settings: Any) -> Any:
+    return peft.get_peft_model(chat_model().eval(), peft.LoraConfig(target_modules=["q_proj"], **settings))
+
+
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "merged": (_merged_model, TargetError, r"adapters are merged at .*q_proj.* \(4 in all\); call unmerge_adapter"),
-    "another method": (_other_method, FormatError, "peft_type = 'IA3'; take a model whose adapters are all 'LORA'"),
-    "a setting": (_replicated, FormatError, "layer_replication"),
-    "an init that keeps B": (_mica, FormatError, "'mica' trains A alone"),
+    "another method": (
+        lambda: peft.get_peft_model(chat_model(), peft.IA3Config(task_type="CAUSAL_LM")),
+        FormatError,
+        "peft_type = 'IA3'; take a model whose adapters are all 'LORA'",
+    ),
+    "a setting": (lambda: _with(layer_replication=[(0, 2), (1, 2)]), FormatError, "layer_replication"),
+    "an init that keeps B": (lambda: _with(r=4, init_lora_weights="mica"), FormatError, "'mica' trains A alone"),
     "not finite": (_not_finite, FormatError, "not finite"),
 }
 
