@@ -100,13 +100,11 @@ def read(folder: Path, base_model: nn.Module) -> StoredAdapter:
         raise FormatError(f"{path} is not a complete GGUF file: {error}") from None
     names = tensor_names(base_model)
     header = {"general.type": "adapter", "adapter.type": "lora", "general.architecture": _architecture(base_model)}
-    header_problems = [
-        f"{key} = {fields.get(key)!r}, not {value!r}" for key, value in header.items() if fields.get(key) != value
-    ]
+    found = {key: fields.get(key) for key in header}
     alpha = fields.get("adapter.lora.alpha")
-    if not isinstance(alpha, int | float):
-        header_problems.append(f"adapter.lora.alpha = {alpha!r}, not a number")
-    fold_scale.raise_problems(str(path), header_problems + _tensor_problems(tensors, set(names.values())))
+    if found != header or not isinstance(alpha, int | float):
+        raise FormatError(f"{path} has {found}, adapter.lora.alpha {alpha!r}; expected {header} and a number")
+    fold_scale.raise_problems(str(path), _tensor_problems(tensors, set(names.values())))
     factors = {}
     for layer_path, name in names.items():
         if f"{name}.lora_a" in tensors:

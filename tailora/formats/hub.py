@@ -347,7 +347,7 @@ def check_model_exists(name: str) -> None:
     except errors.HFValidationError:
         cause = "it is not a Hub id"
     except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
-        cause = f"the Hub cannot be reached ({_first_line(error)})"
+        cause = f"the Hub cannot be reached ({' '.join(str(error).split()).rstrip('.')})"
     hint = nearest_path(path, folders_only=True) or "."
     raise ConfigError(f"model {name!r}: no such folder here, and {cause}{hint} {remedy}")
 

@@ -22,7 +22,7 @@ from tailora.core.adapter import Adapter, extra_parts, low_rank_layer, share_par
 from tailora.core.config import LoRAConfig
 from tailora.core.extras import extra_targets
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import Shape, layer_of, layer_type_of, obstacle
+from tailora.core.layer_types import EMBEDDING, Shape, layer_of, layer_type_of, obstacle
 from tailora.core.quantization import quantized_layers, storage_obstacle
 from tailora.core.targets import (
     Target,
@@ -48,21 +48,8 @@ from tailora.formats.fingerprint import fingerprint, fingerprint_differences, in
 from tailora.formats.fold_scale import unfold_learned_scales
 from tailora.formats.hub import local_folder
 from tailora.formats.metadata import LayerFingerprint
-from tailora.formats.peft_keys import PeftLayer, peft_layers
+from tailora.formats.peft_keys import EMBEDDING_SUFFIXES, SUFFIXES, PeftLayer, peft_layers
 from tailora.formats.run_folder import ADAPTER_WEIGHTS, DIFFUSERS_WEIGHTS, GGUF_WEIGHTS, MLX_WEIGHTS
-
-SLOT_NAMES = {
-    "A": "lora_A",
-    "B": "lora_B",
-    "magnitude": "lora_magnitude_vector",
-    "lora_bias": "lora_bias",
-    "bias": "bias",
-}
-WITHOUT_SLOT = {
-    "magnitude": "use_dora is off",
-    "lora_bias": "lora_bias is off",
-    "bias": "the layer's bias is not trained",
-}
 
 Modules = Mapping[str, nn.Module]
 
@@ -198,7 +185,7 @@ def _restore(
     allow_base_mismatch: bool,
     known_base: dict[str, LayerFingerprint],
 ) -> Adapter:
-    modules = dict(base_model.named_modules())
+    modules, problems = dict(base_model.named_modules()), list[str]()
     if not allow_base_mismatch:
         _check_vocabulary(stored, base_model)
     # Which layers the settings name
@@ -212,23 +199,18 @@ def _restore(
     wrappers = peft_layers(base_model, empty)
     if config is not file_config:
         _check_same_settings(stored, peft_config.as_peft_computes(config, wrappers.values()), file_config)
-        adapted = {target.layer_path for target in targets.values()}
-        in_file = selected_candidates(base_model, modules, file_config).items()
-        # Layers that only adapter_config.json names, so that their tensors are reported as missing
-        if additional := {
-            path: target_of(candidate, file_config)
-            for path, candidate in in_file
+        adapted = {*paths_in_file, *(target.layer_path for target in targets.values())}
+        problems += [
+            f"missing the factors of {path}, which adapter_config.json names; save the adapter again"
+            for path, candidate in selected_candidates(base_model, modules, file_config).items()
             if candidate.layer_path not in adapted
-        }:
-            targets, empty = {**targets, **additional}, {**empty, **_empty_layers(additional, config, stored)}
-            wrappers = peft_layers(base_model, empty)
+        ]
     # Which tensors the file has for them
     saved_paths = _saved_paths(stored, modules, config)
     extra, extra_problems = extra_targets(base_model, modules, config, {*targets, *paths_in_file}, saved_paths)
     extra_paths = peft_keys.extra_keys(extra)
     tensors = _sort_tensors(stored, modules, saved_paths, wrappers, extra_paths)
-    problems = tensors.problems
-    problems += extra_problems
+    problems = tensors.problems = [*problems, *tensors.problems, *extra_problems]
     problems += [
         f"missing {path}, which modules_to_save names; save the adapter again"
         for path in saved_paths
@@ -409,9 +391,7 @@ def _sort_tensors(
             parts = wrapper.split(slot, tensor, 2 if stored.metadata.start else 1)
             if parts is None:
                 names = ", ".join(part_path.rpartition(".")[2] for part_path in wrapper.layers)
-                result.problems.append(
-                    f"misshapen lora_{slot} of {path}: {tuple(tensor.shape)} is not made of the parts {names}"
-                )
+                result.problems.append(f"misshapen {key}: {tuple(tensor.shape)} is not made of the parts {names}")
                 parts = dict.fromkeys(wrapper.layers, tensor)
             for part_path, part in parts.items():
                 result.low_rank.setdefault(part_path, {})[slot] = part
@@ -461,14 +441,11 @@ def _low_rank(
         tensors.problems.append(f"{path}: {error}")
         return None
     slots = tensors.low_rank.get(path, {})
-    names = {slot: f"{name} of {path}" for slot, name in SLOT_NAMES.items()}
+    suffixes = EMBEDDING_SUFFIXES if layer.layer_type is EMBEDDING else SUFFIXES
+    needed = peft.slot_shapes(layer, stored.metadata.start)
     problems = _shape_problems(
-        {names[slot]: tensor.shape for slot, tensor in slots.items()},
-        {names[slot]: shape for slot, shape in peft.slot_shapes(layer, stored.metadata.start).items()},
-        {
-            names[slot]: f": {reason} in the settings, or a {layer.layer_type.name} has none"
-            for slot, reason in WITHOUT_SLOT.items()
-        },
+        {path + suffixes[slot]: tensor.shape for slot, tensor in slots.items()},
+        {path + suffixes[slot]: shape for slot, shape in needed.items()},
     )
     tensors.problems += problems
     if not problems:
@@ -492,14 +469,12 @@ def _saved_module(path: str, modules: Modules, tensors: SortedTensors) -> nn.Mod
     return module
 
 
-def _shape_problems(
-    in_file: Mapping[str, Shape], needed: Mapping[str, Shape], why_unexpected: Mapping[str, str] | None = None
-) -> list[str]:
+def _shape_problems(in_file: Mapping[str, Shape], needed: Mapping[str, Shape]) -> list[str]:
     """All of the file's tensors that are missing, unexpected or misshapen."""
     result = [f"missing {name} {tuple(shape)}" for name, shape in needed.items() if name not in in_file]
     for name, shape in in_file.items():
         if name not in needed:
-            result.append(f"unexpected {name} {tuple(shape)}{(why_unexpected or {}).get(name, '')}")
+            result.append(f"unexpected {name} {tuple(shape)}: the settings do not ask for it, or the layer has none")
         elif shape != needed[name]:
             result.append(f"misshapen {name}: the file has {tuple(shape)}, the model needs {tuple(needed[name])}")
     return result

@@ -156,7 +156,10 @@ def test_convolutions_of_a_unet(tmp_path: Path) -> None:
         (lambda t: t.update({"something.weight": torch.ones(2)}), r"not LoRA: something\.weight \(1 of 13 keys\)"),
         (lambda t: t.update({f"lora_te1_{Q.replace('.', '_')}.alpha": torch.ones(2)}), "alpha has 2 numbers, not one"),
         (lambda t: t.update({f"lora_te1_{Q.replace('.', '_')}.alpha": torch.tensor(torch.nan)}), "alpha"),
-        (lambda t: t.update({f"lora_te1_{Q.replace('.', '_')}.lora_up.weight": torch.ones(5, 4)}), "misshapen lora_B"),
+        (
+            lambda t: t.update({f"lora_te1_{Q.replace('.', '_')}.lora_up.weight": torch.ones(5, 4)}),
+            "misshapen .*lora_B",
+        ),
         (lambda t: t.clear(), "no layer of the file is in this model"),
     ],
 )

@@ -57,7 +57,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
     ("trained_on", "loaded_on", "part"),
     [
         (2, 1, "unexpected model.layers.1.self_attn.q_proj.lora_A.weight (4, 32): the model has no module"),
-        (1, 2, "missing lora_A of model.layers.1.self_attn.q_proj (4, 32)"),
+        (1, 2, "missing model.layers.1.self_attn.q_proj.lora_A.weight (4, 32)"),
     ],
 )
 def test_the_adapter_of_a_model_of_another_depth_is_refused_with_every_tensor(
@@ -82,9 +82,9 @@ def test_missing_unexpected_misshapen_and_non_finite_tensors_are_reported_at_onc
         LoRAModel.from_pretrained(chat_model(), folder)
     for part in (
         "4 problems",
-        "missing lora_A of model.layers.0.self_attn.q_proj",
+        "missing model.layers.0.self_attn.q_proj.lora_A.weight",
         "unexpected nonsense (3,)",
-        "misshapen lora_B of model.layers.1.self_attn.q_proj: the file has (32, 5), the model needs (32, 4)",
+        "misshapen model.layers.1.self_attn.q_proj.lora_B.weight: the file has (32, 5), the model needs (32, 4)",
         "not finite: model.layers.0.mlp.down_proj.lora_A.weight (4, 64)",
     ):
         assert part in str(caught.value)
@@ -200,7 +200,10 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(folder: Path) -> None:
         ({"init_lora_weights": "pissa_niter_4"}, "changed the base's weights"),
         ({"r": 0}, "r = 0"),
         ({"lora_alpha": 8}, "lora_alpha = 8.0 here, 32.0 there"),
-        ({"target_modules": ["q_proj", "down_proj", "v_proj"]}, "missing lora_A of model.layers.0.self_attn.v_proj"),
+        (
+            {"target_modules": ["q_proj", "down_proj", "v_proj"]},
+            "missing the factors of model.layers.0.self_attn.v_proj",
+        ),
         ({"rank_pattern": {"q_proj": 3}}, "rank_pattern = .'q_proj': 3. here"),
     ],
 )
@@ -257,15 +260,15 @@ def write_header(content: bytes, size: int) -> Callable[[Path], Any]:
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PLACES: list[tuple[Callable[[Path], Any], str]] = [
-    (Path.mkdir, "is a folder, where a file is needed"),
-    (lambda path: path.symlink_to(path), "is a link that leads to no file"),
-    (lambda path: path.symlink_to("/dev/zero"), "is a link that leads to no file"),
-    (lambda path: path.symlink_to("nowhere"), "is a link that leads to no file"),
-    (os.mkfifo, "is a device or pipe"),
+PLACES: list[Callable[[Path], Any]] = [
+    Path.mkdir,
+    lambda path: path.symlink_to(path),
+    lambda path: path.symlink_to("/dev/zero"),
+    lambda path: path.symlink_to("nowhere"),
+    os.mkfifo,
 ]
 DAMAGE: list[tuple[Callable[[Path], Any], str]] = [
-    *((replace(name, make), f"{name} {message}") for name in (CONFIG, WEIGHTS) for make, message in PLACES),
+    *((replace(name, make), f"{name} is a folder, a device") for name in (CONFIG, WEIGHTS) for make in PLACES),
     (write_config("[" * 100_000), "is not JSON"),
     (write_config('{"a":' * 50_000), "is not JSON"),
     (write_config("{"), "is not JSON"),
