@@ -207,7 +207,7 @@ def pull(
     with hub.hub_errors(FetchError, f"{repository!r} is not fetched:"):
         others = (CARD, PASSPORT, *TOKENIZER_FILES)
         snapshot, files = hub.download(repository, revision=revision, subfolder=subfolder, others=others)
-    folder = snapshot / (subfolder or "")
+    folder = snapshot / (subfolder or "").strip("/")
     updates = check_fetched(repository, folder, files[0])
     with replace_folder(output) as temporary:
         for name in files:

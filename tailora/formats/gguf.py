@@ -100,10 +100,10 @@ def read(folder: Path, base_model: nn.Module) -> StoredAdapter:
         raise FormatError(f"{path} is not a complete GGUF file: {error}") from None
     names = tensor_names(base_model)
     header = {"general.type": "adapter", "adapter.type": "lora", "general.architecture": _architecture(base_model)}
-    found = {key: fields.get(key) for key in header}
+    in_file = {key: fields.get(key) for key in header}
     alpha = fields.get("adapter.lora.alpha")
-    if found != header or not isinstance(alpha, int | float):
-        raise FormatError(f"{path} has {found}, adapter.lora.alpha {alpha!r}; expected {header} and a number")
+    if in_file != header or not isinstance(alpha, int | float):
+        raise FormatError(f"{path} has {in_file}, adapter.lora.alpha {alpha!r}; expected {header} and a number")
     fold_scale.raise_problems(str(path), _tensor_problems(tensors, set(names.values())))
     factors = {}
     for layer_path, name in names.items():

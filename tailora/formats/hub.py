@@ -103,7 +103,7 @@ def local_folder(
         return Path(source, subfolder) if subfolder else adapter_folder(Path(source))
     with hub_errors(FetchError, f"adapter {str(source)!r}: no such folder here, and"):
         snapshot, _ = download(str(source), revision=revision, token=token, subfolder=subfolder)
-    return snapshot / subfolder if subfolder else adapter_folder(snapshot)
+    return snapshot / subfolder.strip("/") if subfolder else adapter_folder(snapshot)
 
 
 def download(

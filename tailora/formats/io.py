@@ -165,13 +165,6 @@ def check_new_file(path: Path, *, overwrite: bool) -> None:
             pass
 
 
-def check_new_folder(folder: Path) -> None:
-    """Raises ConfigError if the folder is not empty or is a file, WriteError if the path cannot be accessed."""
-    with wrap_os_error(folder):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"{folder} exists already; give another folder, delete it, or replace it (--overwrite)")
-
-
 @contextmanager
 def wrap_os_error(path: Path) -> Iterator[None]:
     """Turns an OSError in the block into a WriteError that names `path` instead of a temporary sibling."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tailora.errors import ConfigError
-from tailora.formats.io import check_new_folder, wrap_os_error, write_file
+from tailora.formats.io import wrap_os_error, write_file
 
 ADAPTER, MODEL, RUN = "adapter", "model", "run.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as in PEFT
@@ -26,15 +26,9 @@ TOKENIZER_FILES = (
     *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"),
 )
 ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, CARD, PASSPORT)
-EXPORTED_FILES = (
-    *ADAPTER_FILES,
-    GGUF_WEIGHTS,
-    MODELFILE,
-    MLX_WEIGHTS,
-    DIFFUSERS_WEIGHTS,
-    SERVE_SCRIPT,
-    CHAT_TEMPLATE,
-)  # a merged model looks like any other
+# A merged model looks like any other
+OTHER_EXPORTED_FILES = (GGUF_WEIGHTS, MODELFILE, MLX_WEIGHTS, DIFFUSERS_WEIGHTS, SERVE_SCRIPT, CHAT_TEMPLATE)
+EXPORTED_FILES = (*ADAPTER_FILES, *OTHER_EXPORTED_FILES)
 REPORT_FILES = (REPORT, PAGE)
 
 
@@ -58,21 +52,20 @@ def check_result_folder(folder: Path, files: Collection[str], *, overwrite: bool
         run, nor one of `sources`, which the command reads.
     """
     with wrap_os_error(folder):
-        is_new = not folder.is_dir() or not any(folder.iterdir())
-    if is_new:
-        check_new_folder(folder)
-    elif problem := _obstacle_to_overwrite(folder, files, sources):
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            return
+        problem = _obstacle_to_overwrite(folder, files, sources) if folder.is_dir() else None
+    if problem is not None:
         start = f"--overwrite: {folder}" if overwrite else f"{folder} exists already and"
         raise ConfigError(f"{start} {problem}; give another folder")
-    elif not overwrite:
-        check_new_folder(folder)
+    if not overwrite or not folder.is_dir():
+        raise ConfigError(f"{folder} exists already; give another folder, delete it, or replace it (--overwrite)")
 
 
 def _obstacle_to_overwrite(folder: Path, files: Collection[str], sources: Iterable[Path]) -> str | None:
     """Returns why `check_result_folder` never lets a folder be replaced; None if it may be."""
-    with wrap_os_error(folder):
-        target = folder.resolve()
-        others = sorted(path.name for path in target.iterdir() if path.name not in files or not path.is_file())
+    target = folder.resolve()
+    others = sorted(path.name for path in target.iterdir() if path.name not in files or not path.is_file())
     if others:
         return f"holds {', '.join(others[:3])}{', ...' * (len(others) > 3)}; replaced are only {', '.join(files)}"
     if target.name == ADAPTER and (target.parent / RUN).exists():

@@ -21,7 +21,6 @@ from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import main
-from tailora.formats.hub import public_name
 from tailora.formats.metadata import METADATA_KEY
 from tailora.formats.run_folder import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, PASSPORT, REPORT
 from tailora.verify import passport as passports
@@ -323,48 +322,6 @@ def test_an_adapter_without_a_run_and_a_public_repository(
     assert "user/dora stays private" in call(capsys, "push", tmp_path / "dora", "user/dora", "--public")[2]
 
 
-PUSH_FAILURES: dict[str, tuple[Callable[[Server, pytest.MonkeyPatch], Any], int, str]] = {
-    "no token": (
-        lambda _, patch: (patch.delenv("HF_TOKEN"), patch.setattr(constants, "HF_TOKEN_PATH", "/absent")),
-        2,
-        "there is no token here: log in with `hf auth login`, or set HF_TOKEN",
-    ),
-    "read token": (
-        lambda _, patch: patch.setenv("HF_TOKEN", READ_TOKEN),
-        1,
-        "You don't have the rights to create a model under this namespace",
-    ),
-    "offline": (
-        lambda _, patch: patch.setattr(constants, "HF_HUB_OFFLINE", True),
-        1,
-        "offline mode is enabled",
-    ),
-    "broken off": (lambda hub, _: hub.fail.update({("POST", "/commit/"): None}), 1, "not uploaded to 'user/adapter'"),
-    "refused YAML": (
-        lambda hub, _: hub.fail.update({("POST", "/validate-yaml"): (400, "", "license")}),
-        1,
-        "Invalid metadata in README.md",
-    ),
-}
-
-
-@pytest.mark.parametrize(("fail", "code", "message"), PUSH_FAILURES.values(), ids=PUSH_FAILURES)
-def test_a_failed_push_uploads_nothing_and_says_why(
-    fail: Callable[[Server, pytest.MonkeyPatch], Any],
-    code: int,
-    message: str,
-    hub: Server,
-    run: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    fail(hub, monkeypatch)
-    got, out, err = call(capsys, "push", run, "user/adapter", "--json")
-    assert (got, message in err) == (code, True), err
-    assert json.loads(out.splitlines()[-1])["error"]["exit_code"] == code
-    assert no_files(hub)
-
-
 def test_ctrl_c_says_that_all_files_are_there_or_none(
     hub: Server, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -418,27 +375,6 @@ def test_a_folder_that_is_no_adapter_is_refused_before_anything_is_sent(
     assert (code, message in err, hub.requests) == (2, True, []), err
 
 
-@pytest.mark.parametrize(
-    ("base", "public"),
-    [
-        ("owner/base", "owner/base"),
-        ("models/here", "here"),
-        ("/srv/models/Llama-3/", "Llama-3"),
-        (r"C:\models\Llama-3", "Llama-3"),
-        ("/srv/hub/models--owner--base/snapshots/0123", "owner/base"),
-        ("/srv/tailora/demo-1/SmolLM2-135M-Instruct", "demo"),
-        ("gpt2", "gpt2"),
-    ],
-)
-def test_what_others_call_the_base_model(
-    base: str, public: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TAILORA_HOME", "/srv/tailora")
-    Path("models", "here").mkdir(parents=True)
-    assert public_name(base) == public
-
-
 # ---- pull
 
 
@@ -485,44 +421,87 @@ def test_an_adapter_of_mlx_and_a_lora_file_are_fetched(
     assert not (tmp_path / "file").exists()
 
 
+# ---- Failures
+
+
 def with_infinity(content: bytes) -> bytes:
     tensors = load(content)
     tensors[min(tensors)][0, 0] = torch.inf
     return save(tensors)
 
 
-PULL_FAILURES: dict[str, tuple[Callable[[Server], Any], int, str]] = {
-    "not finite": (
-        lambda hub: hub.files.update({ADAPTER_WEIGHTS: with_infinity(hub.files[ADAPTER_WEIGHTS])}),
+Fail = Callable[[Server, pytest.MonkeyPatch], Any]
+PUSH_FAILURES: dict[str, tuple[Fail, int, str]] = {
+    "no token": (
+        lambda _, patch: (patch.delenv("HF_TOKEN"), patch.setattr(constants, "HF_TOKEN_PATH", "/absent")),
         2,
-        "user/adapter: model.layers.0.mlp.down_proj.lora_A.weight is not finite",
+        "there is no token here: log in with `hf auth login`, or set HF_TOKEN",
+    ),
+    "read token": (
+        lambda _, patch: patch.setenv("HF_TOKEN", READ_TOKEN),
+        1,
+        "You don't have the rights to create a model under this namespace",
+    ),
+    "offline": (lambda _, patch: patch.setattr(constants, "HF_HUB_OFFLINE", True), 1, "offline mode is enabled"),
+    "broken off": (lambda hub, _: hub.fail.update({("POST", "/commit/"): None}), 1, "not uploaded to 'user/adapter'"),
+    "refused YAML": (
+        lambda hub, _: hub.fail.update({("POST", "/validate-yaml"): (400, "", "license")}),
+        1,
+        "Invalid metadata in README.md",
+    ),
+}
+PULL_FAILURES: dict[str, tuple[Fail, int, str]] = {
+    "not finite": (
+        lambda hub, _: hub.files.update({ADAPTER_WEIGHTS: with_infinity(hub.files[ADAPTER_WEIGHTS])}),
+        2,
+        "model.layers.0.mlp.down_proj.lora_A.weight is not finite",
     ),
     "cut off": (
-        lambda hub: hub.files.update({ADAPTER_WEIGHTS: hub.files[ADAPTER_WEIGHTS][:-8]}),
+        lambda hub, _: hub.files.update({ADAPTER_WEIGHTS: hub.files[ADAPTER_WEIGHTS][:-8]}),
         2,
         "user/adapter/adapter_model.safetensors is not a complete safetensors file",
     ),
-    "no adapter": (lambda hub: hub.files.pop(ADAPTER_WEIGHTS), 1, "user/adapter on the Hub has no adapter"),
-    "no repository": (lambda hub: hub.repositories.clear(), 1, "Repository Not Found"),
+    "no adapter": (lambda hub, _: hub.files.pop(ADAPTER_WEIGHTS), 1, "user/adapter on the Hub has no adapter"),
+    "no repository": (lambda hub, _: hub.repositories.clear(), 1, "Repository Not Found"),
     "broken off": (
-        lambda hub: hub.fail.update({("GET", f"/{ADAPTER_WEIGHTS}"): (500, "", "out of order")}),
+        lambda hub, _: hub.fail.update({("GET", f"/{ADAPTER_WEIGHTS}"): (500, "", "out of order")}),
         1,
         "'user/adapter' is not fetched",
     ),
-    "no revision": (lambda _: None, 1, "Revision Not Found"),
+    "no revision": (lambda *_: None, 1, "Revision Not Found"),
 }
+FAILURES = [(["push", "adapter", "user/adapter"], *failure) for failure in PUSH_FAILURES.values()] + [
+    (
+        ["pull", "user/adapter", "--output-dir", "out", *(["--revision", "none"] if name == "no revision" else [])],
+        *failure,
+    )
+    for name, failure in PULL_FAILURES.items()
+]
 
 
-@pytest.mark.parametrize("what", PULL_FAILURES)
-def test_a_failed_pull_writes_nothing_and_says_why(
-    what: str, hub: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("tokens", "fail", "code", "message"),
+    FAILURES,
+    ids=[*(f"push, {name}" for name in PUSH_FAILURES), *(f"pull, {name}" for name in PULL_FAILURES)],
+)
+def test_a_failed_transfer_writes_nothing_and_says_why(
+    tokens: list[str],
+    fail: Fail,
+    code: int,
+    message: str,
+    hub: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    fail, code, message = PULL_FAILURES[what]
-    adapted().push_to_hub("user/adapter")
-    fail(hub)
     monkeypatch.chdir(tmp_path)
-    revision = ["--revision", "none"] if what == "no revision" else []
-    got, out, err = call(capsys, "pull", "user/adapter", "--output-dir", "out", "--json", *revision)
+    model = adapted()
+    model.save_adapter("adapter")
+    if tokens[0] == "pull":
+        model.push_to_hub("user/adapter")
+    fail(hub, monkeypatch)
+    got, out, err = call(capsys, *tokens, "--json")
     assert (got, message in err) == (code, True), err
     assert json.loads(out.splitlines()[-1])["error"]["exit_code"] == code
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+    assert tokens[0] == "pull" or no_files(hub)

@@ -177,6 +177,8 @@ def test_save_pretrained_refuses_what_it_would_not_do(tmp_path: Path) -> None:
     [
         ("owner/base", "owner/base", "owner/base"),
         ("/home/me/models/base", None, "base, a folder where the adapter was made"),
+        (r"C:\models\base", None, "base, a folder where the adapter was made"),
+        ("/x/models--owner--base/snapshots/0123", "owner/base", "owner/base"),
         ("here", None, "here, a folder where the adapter was made"),
         ("gpt2", None, "gpt2"),  # an id of the Hub from before there were owners
         ("demo", DEMO_MODEL, f"{DEMO_MODEL} ({OF_DEMO})"),

@@ -210,17 +210,6 @@ def test_float32_logits_use_the_dequantized_weights(family: str, how: str, use_d
     assert report.logits.difference <= report.logits.tolerance == 1e-4
 
 
-def test_an_adapter_trained_on_nf4_is_recognised_on_the_original_and_on_int8(tmp_path: Path) -> None:
-    model = adapted_quantized(quantized(tmp_path / "base", "llama", "nf4"), "all-linear")
-    model.save_adapter(tmp_path / "adapter")
-    for other in (
-        AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32),
-        quantized(tmp_path / "base", "llama", "int8"),
-        quantized(tmp_path / "base", "llama", "torchao int8"),
-    ):
-        assert LoRAModel.from_pretrained(other, tmp_path / "adapter").adapters == model.adapters
-
-
 def test_parameter_counts_are_those_before_quantization(tmp_path: Path) -> None:
     counts = {
         how: adapted_quantized(quantized(tmp_path / "base", "llama", how), "all-linear").summary().total_parameters

@@ -120,12 +120,9 @@ def test_vllm_gets_the_rank_of_the_widest_layer(tmp_path: Path) -> None:
     assert found_flags["--max-model-len"] == "512"
     assert "--chat-template" not in found_flags
     assert exported.report.logits.difference <= 1e-4 < exported.report.logits.effect
-
-
-def test_vllm_has_no_rank_below_8(tmp_path: Path) -> None:
-    (command,) = export_for(tmp_path / "out", "vllm", {"r": 1}).serving.commands
-    assert flags(command)["--max-lora-rank"] == "8"
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 1
+    (command,) = export_for(tmp_path / "low", "vllm", {"r": 1}).serving.commands
+    assert flags(command)["--max-lora-rank"] == "8"  # its older versions have no lower one
+    assert json.loads((tmp_path / "low" / "adapter_config.json").read_text())["r"] == 1
 
 
 def test_llama_server_gets_the_file_and_the_context(tmp_path: Path) -> None:
@@ -255,13 +252,4 @@ def test_a_path_that_a_server_reads_as_several_is_refused(tmp_path: Path) -> Non
             export_for(tmp_path / name, target, {})
     with pytest.raises(ConfigError, match="no server is called 'tgi'; there are: vllm, llama-server"):
         export_for(tmp_path / "out", "tgi", {})
-    assert not list(tmp_path.iterdir())
-
-
-def test_nothing_is_left_when_a_file_beside_the_weights_cannot_be_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tailora.formats.serving_targets.script", lambda _: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        export_for(tmp_path / "out", "vllm", {})
     assert not list(tmp_path.iterdir())
