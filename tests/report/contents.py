@@ -1,13 +1,18 @@
 """Small but realistic report.json contents, one for each kind, with names that no page may take at their word."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tiny import chat_model, stir
+from tiny_adapters import adapted
 
-from tailora.study.inspection import CombinedLosses, ModuleOverlap
+from tailora import LoRAConfig, LoRAModel
+from tailora.study.inspect import inspect_model
+from tailora.study.inspection import CombinedLosses
+from tailora.study.model_layout import adapted_modules, trained_groups, unadapted_groups
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 EVIL = "<script>alert(1)</script> & $x^2$ 日本 \x01"
@@ -98,54 +103,27 @@ def search() -> dict[str, Any]:
     return content
 
 
+def small_model() -> LoRAModel:
+    base = chat_model(num_hidden_layers=6, intermediate_size=48)
+    return adapted({"rank_pattern": {r"layers\.[45]\..*": 8}}, base)
+
+
 def inspect() -> dict[str, Any]:
-    rng = np.random.default_rng(2)
-    names = ["self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", EVIL.replace(".", "")]
-    modules = []
-    for layer in range(6):
-        for name in names:
-            values = np.sort(rng.uniform(0.1, 1, size=8) * np.exp(-np.arange(8) / 3))[::-1]
-            modules.append(
-                {
-                    "path": f"model.layers.{layer}.{name}",
-                    "kind": "Linear",
-                    "in_features": 64,
-                    "out_features": 64,
-                    "numbers": 4096,
-                    "r": 8,
-                    "rank": 8,
-                    "rank_99": 6,
-                    "norm": 0.3,
-                    "configured_scaling": 2.0,
-                    "learned_scaling": False,
-                    "use_dora": False,
-                    "note": "",
-                    "effective_rank": float(rng.uniform(3, 8)),
-                    "stable_rank": float(rng.uniform(1, 3)),
-                    "energy": float(rng.uniform(0, 1 / 12)),
-                    "relative_norm": float(rng.uniform(0.002, 0.03)),
-                    "intruders": layer,
-                    "intruders_random": 0,
-                    "scaling": 2.0,
-                    "singular_values": values.tolist(),
-                }
-            )
-    modules[5]["singular_values"] = [0.0] * 8  # a dead one
+    model = small_model()
+    model.add_adapter("other", LoRAConfig(r=2))
+    stir(model, seed=5)
+    content = inspect_model(model, other="other").to_dict()
+    modules = content["modules"]
+    modules[0]["path"] = f"model.layers.0.{EVIL.replace('.', '')}"
+    modules[5]["singular_values"] = [0.0] * len(modules[5]["singular_values"])  # a dead one
     modules.append({**modules[0], "path": "lm_head", "relative_norm": None, "intruders": None})
     losses = CombinedLosses(4.47, one=3.66, other=3.7, both=3.9, worse=0.24, worse_low=None, worse_high=None)
-    chance = {"writes_by_chance": 0.1, "reads_by_chance": 0.1}
-    overlap = ModuleOverlap("", 1.0, other_norm=1.0, sum_norm=1.4, cosine=0.03, writes=0.2, reads=0.3, **chance)
     rise = {"loss": 3.70, "rise": 0.04, "low": 0.03, "high": 0.05, "cost": 0.05, "values": 0.5}
-    return {
+    return content | {
         "kind": "inspect",
         "adapter": f"outputs/{EVIL.replace('/', '')}/adapter",
         "model": "demo",
-        "named_base": None,
-        "base_dtype": "float32",
-        "layers": 6,
-        "config": {"r": 8, "lora_alpha": 16.0, "rank_pattern": {}},
         "training": {"learning_rate": 1e-3},
-        "modules": modules,
         "left_out": {"score": "trained in full"},
         "held_out": {
             "data": "demo",
@@ -167,14 +145,7 @@ def inspect() -> dict[str, Any]:
             {"strength": 0.75, "loss": 3.7, "kl": 0.12, "base_text_rise": 0.05},
             {"strength": 0.5, "loss": 3.9, "kl": 0.05, "base_text_rise": 0.02},
         ],
-        "pair": {
-            "other": "outputs/other",
-            "modules": [asdict(replace(overlap, path=each["path"])) for each in modules],
-            "only_here": ["score"],
-            "only_there": [],
-            "cosine": 0.03,
-            "losses": asdict(losses),
-        },
+        "pair": content["pair"] | {"only_here": ["score"], "losses": asdict(losses)},
         "advice": [
             {
                 "rule": "saturated",
@@ -189,32 +160,12 @@ def inspect() -> dict[str, Any]:
 
 
 def plan() -> dict[str, Any]:
-    names = {"self_attn.q_proj": (576, 576), "mlp.up_proj": (576, 1536), EVIL.replace(".", ""): (576, 192)}
-    modules = [
-        {
-            "path": f"model.layers.{layer}.{name}",
-            "kind": "Linear",
-            "in_features": ends[0],
-            "out_features": ends[1],
-            "r": 8 + 8 * (layer > 3),
-            "alpha": 32.0,
-            "parameters": (8 + 8 * (layer > 3)) * sum(ends),
-        }
-        for layer in range(6)
-        for name, ends in names.items()
-    ]
-    groups = [
-        {
-            "path": f"model.layers.{{0-5}}.{name}",
-            "kind": "Linear",
-            "shape": list(ends),
-            "r": 16,
-            "alpha": 32.0,
-            "count": 6,
-            "parameters": 96 * sum(ends),
-        }
-        for name, ends in names.items()
-    ]
+    model = small_model()
+    modules, groups, left = (
+        [asdict(entry) for entry in entries]
+        for entries in (adapted_modules(model), trained_groups(model), unadapted_groups(model))
+    )
+    groups[0]["path"] = EVIL
     parts = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "process")
     memory = dict(zip(parts, (270000000, 20000000, 20000000, 40000000, 900000000, 300000000, 300000000), strict=True))
     full = {**memory, "adapters": 0, "gradients": 270000000, "optimizer": 1080000000}
@@ -228,22 +179,7 @@ def plan() -> dict[str, Any]:
         "total_parameters": 139399488,
         "modules": modules,
         "groups": groups,
-        "left": [
-            {
-                "path": "model.embed_tokens",
-                "kind": "Embedding",
-                "count": 1,
-                "parameters": 28311552,
-                "reason": "not linear: name it to adapt it",
-            },
-            {
-                "path": "model.layers.{0-5}.post_attention_layernorm",
-                "kind": "LlamaRMSNorm",
-                "count": 6,
-                "parameters": 3456,
-                "reason": "no low-rank form: not a matrix",
-            },
-        ],
+        "left": left,
         "memory": {**memory, "total": sum(memory.values())},
         "full": {
             "trainable_parameters": 134515008,
