@@ -405,13 +405,9 @@ def _sort_tensors(
             if problem := peft_keys.base_weight_problem(key, tensor, *base_weight):
                 result.problems.append(problem)
         else:
-            if slot is None:
-                reason = "neither a low-rank factor nor part of modules_to_save, bias or trainable_token_indices"
-            elif path in modules:
-                reason = f"{type(modules[path]).__name__} has no low-rank form"
-            else:
-                reason = f"the model has no module {path}"
-            result.problems.append(f"unexpected {key} {tuple(tensor.shape)}: {reason}")
+            result.problems.append(
+                f"unexpected {key} {tuple(tensor.shape)}: the model has no module for it, or no setting asks for it"
+            )
         if saved_path is None and not tensor.is_floating_point():
             result.problems.append(
                 f"{key} {tuple(tensor.shape)} holds {tensor.dtype}, where factors and biases are floats"
