@@ -131,13 +131,10 @@ def labelled(
     model: Any, tokenizer: Any, labels: "Labels", rows: Sequence[Row], config: TrainConfig
 ) -> Iterator[Prediction]:
     """Yields the predictions of a model for labels. Raises DataError with every row that cannot be read, before any."""
-    from tailora.data.schemas import convert_row, detect_schema
+    from tailora.data.schemas import convert_row, detect_source_schema
     from tailora.evaluation.classification import predict_labels
 
-    try:
-        mapping = detect_schema([row.fields for row in rows], config.field, labels.task, has_labels=False)
-    except DataError as error:
-        raise DataError(f"data {rows[0].file}: {error}") from None
+    mapping = detect_source_schema(rows[0].file, rows, config.field, labels.task, has_labels=False)
     samples: list[Any] = [convert_row(row, mapping) for row in rows]
     if problems := [sample for sample in samples if isinstance(sample, RowProblem)]:
         raise data_error(problems)

@@ -44,7 +44,7 @@ class Tokens(NamedTuple):
     """The tokens of a text, and where each starts and ends in it, in characters."""
 
     ids: Int32  # (length,)
-    offsets: Int64 | None  # (length, 2); None if the tokenizer cannot tell
+    offsets: Int64  # (length, 2); (0, 2) if the tokenizer cannot tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +146,9 @@ class ChatTokenizer:
         output = self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=fast, verbose=False
         )
-        offsets = output["offset_mapping"] if fast else [None] * len(texts)
+        offsets = output["offset_mapping"] if fast else [[]] * len(texts)
         return [
-            Tokens(np.array(ids, np.int32), None if pairs is None else np.array(pairs, np.int64).reshape(-1, 2))
+            Tokens(np.array(ids, np.int32), np.array(pairs, np.int64).reshape(-1, 2))
             for ids, pairs in zip(output["input_ids"], offsets, strict=True)
         ]
 

@@ -440,10 +440,3 @@ def dataset_hash(*parts: Examples) -> str:
         if (part.weights != 1).any():
             digest.update(part.weights.tobytes())
     return digest.hexdigest()
-
-
-def count_repeats(train: list[bytes], held_out: list[bytes]) -> tuple[int, int]:
-    """Returns how many examples repeat one of their own side, and how many held-out ones are trained on too."""
-    trained = set(train)
-    repeated = sum(len(side) - len(set(side)) for side in (train, held_out))
-    return repeated, sum(value in trained for value in held_out)

@@ -27,7 +27,7 @@ from tailora.data.schemas import (
     LabelValue,
     Tagged,
     convert_row,
-    detect_schema,
+    detect_source_schema,
 )
 from tailora.errors import DataError, nearest
 
@@ -78,21 +78,20 @@ class Labels:
         if self.task == REGRESSION:
             return np.array([_number(value)])
         if not self.several:
-            return np.array([float(self.index(_name(value)))])
+            return np.array([float(self.index(value))])
         target = np.zeros(len(self.names))
-        target[[self.index(_name(item)) for item in (value if isinstance(value, list) else [value])]] = 1
+        target[[self.index(item) for item in (value if isinstance(value, list) else [value])]] = 1
         return target
 
-    def index(self, name: str) -> int:
+    def index(self, value: Any) -> int:
+        """Returns the index of a class or tag. Raises DataError if it is none of the names."""
+        name = _name(value)
         if name in self.names:
             return self.names.index(name)
         raise DataError(
             f"{'tag' if self.task == TOKEN_CLASSIFICATION else 'label'} {name!r} is none of those that the model "
             f"learns: {listed(self.names)}{nearest(name, self.names)}"
         )
-
-    def tag_index(self, tag: str | int) -> int:
-        return self.index(_name(tag))
 
     def preview(self, example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
         """Returns pieces of text, and whether they are learned: of tags in brackets after their words, or the label."""
@@ -178,19 +177,26 @@ def _in_order(names: Iterable[str]) -> tuple[str, ...]:
 
 def read_labels(sources: Sequence[str], field: Mapping[str, str] | None, task: str) -> Labels:
     """Returns the labels of all rows. Raises DataError that names every problem with file, row and cause."""
-    source = ", ".join(sources)
-    results = [result for name in sources for result in _read_samples(name, field, task)]
-    problems = [result for result in results if isinstance(result, RowProblem)]
-    samples = [result for result in results if not isinstance(result, RowProblem)]
+    problems: list[RowProblem] = []
+    samples: list[tuple[Row, Labelled | Tagged]] = []
+    for name in sources:
+        items = list(read_rows(name))
+        mapping = detect_source_schema(name, items, field, task)
+        for item in items:
+            sample = convert_row(item, mapping) if isinstance(item, Row) else item
+            if isinstance(sample, RowProblem):
+                problems.append(sample)
+            elif isinstance(item, Row) and isinstance(sample, Labelled | Tagged):
+                samples.append((item, sample))
     if problems:
         raise data_error(problems)
     if task == REGRESSION:
         return Labels(task, ("value",))
     several = any(isinstance(sample.label, list) for _, sample in samples if isinstance(sample, Labelled))
-    counts = Counter[str]()
+    counts, source = Counter[str](), ", ".join(sources)
     for row, sample in samples:
         try:
-            counts.update(set(names_of(sample)))
+            counts.update(set(_names_of(sample)))
         except DataError as error:
             problems.append(RowProblem(row.file, row.number, str(error)))
     if problems:
@@ -209,31 +215,8 @@ def read_labels(sources: Sequence[str], field: Mapping[str, str] | None, task: s
     return Labels(task, _in_order(counts), several)
 
 
-def _read_samples(
-    source: str, field: Mapping[str, str] | None, task: str
-) -> list[tuple[Row, Labelled | Tagged] | RowProblem]:
-    """Returns every row and its sample, or why it has none. Raises DataError if there is no row of a known schema."""
-    items = list(read_rows(source, split="train"))
-    rows = [item for item in items if isinstance(item, Row)]
-    if not rows:
-        problems = [item for item in items if isinstance(item, RowProblem)]
-        raise data_error(problems or [RowProblem(source, 0, "no rows: there is nothing to learn from")])
-    try:
-        mapping = detect_schema([row.fields for row in rows], field, task)
-    except DataError as error:
-        raise DataError(f"data {source}: {error}") from None
-    results: list[tuple[Row, Labelled | Tagged] | RowProblem] = []
-    for item in items:
-        sample = item if isinstance(item, RowProblem) else convert_row(item, mapping)
-        if isinstance(sample, RowProblem):
-            results.append(sample)
-        elif isinstance(item, Row) and isinstance(sample, Labelled | Tagged):
-            results.append((item, sample))
-    return results
-
-
-def names_of(sample: Labelled | Tagged) -> list[str]:
-    """Returns the names of a row's labels or tags. Raises DataError."""
+def _names_of(sample: Labelled | Tagged) -> list[str]:
+    """Raises DataError."""
     if isinstance(sample, Tagged):
         return [_name(tag) for tag in sample.tags or ()]
     return [_name(value) for value in (sample.label if isinstance(sample.label, list) else [sample.label])]

@@ -252,7 +252,7 @@ def _mask_from_offsets(
 
     Only the prompts of replies that begin before max_length are compared, since the others will be cut off.
     """
-    if tokens.offsets is None:
+    if len(tokens.offsets) < len(tokens.ids):
         return None
     mask = np.zeros(len(tokens.ids), bool)
     for start, end in rendered.trained_spans:

@@ -31,7 +31,7 @@ from tailora.data.schemas import (
     Schema,
     Text,
     convert_row,
-    detect_schema,
+    detect_source_schema,
     from_preference,
     weight_of,
 )
@@ -43,8 +43,8 @@ CHUNK = 1000  # rows tokenised at a time
 # ---- Rows -> encoded samples
 
 
-def evaluation_schema(schema: Schema) -> Schema:
-    """Returns the schema as evaluation reads it: a pair of replies as choices. Raises DataError if it cannot be."""
+def evaluation_schema(source: str, schema: Schema) -> Schema:
+    """Returns the schema as evaluation reads it: a pair of replies as choices. Raises DataError for single replies."""
 
     def from_pair(values: dict[str, Any]) -> Choices:
         pair = from_preference(values)
@@ -52,8 +52,8 @@ def evaluation_schema(schema: Schema) -> Schema:
 
     if schema.name == FEEDBACK:
         raise DataError(
-            "single replies with a label cannot be compared: give rows with chosen and rejected, or only the wanted "
-            "replies, without the label"
+            f"data {source}: single replies with a label cannot be compared: give rows with chosen and rejected, or "
+            "only the wanted replies, without the label"
         )
     return replace(schema, convert=from_pair) if schema.task == PREFERENCE else schema
 
@@ -69,16 +69,9 @@ def encode_source(
     """
     settings = tokenizer.settings
     first = list(islice(items, detect_from))
-    rows = [item.fields for item in first if isinstance(item, Row)]
-    if not rows:
-        problems = [item for item in first if isinstance(item, RowProblem)]
-        raise data_error(problems or [RowProblem(source, 0, "no rows: there is nothing to learn from")])
-    try:
-        mapping = detect_schema(rows, settings.field, settings.task)
-        if settings.for_evaluation:
-            mapping = replace(mapping, schema=evaluation_schema(mapping.schema))
-    except DataError as error:
-        raise DataError(f"data {source}: {error}") from None
+    mapping = detect_source_schema(source, first, settings.field, settings.task)
+    if settings.for_evaluation:
+        mapping = replace(mapping, schema=evaluation_schema(source, mapping.schema))
     if whole_texts and mapping.schema.name == TEXT:
         tokenizer = replace(tokenizer, settings=replace(settings, max_length=sys.maxsize))
     return mapping, _encode_rows(chain(first, items), mapping, tokenizer)
@@ -127,7 +120,6 @@ class RowCounts:
 
     rows: int = 0
     tokens: int = 0
-    supervised_tokens: int = 0
     longest: int = 0
     truncated: int = 0
     read_in_part: int = 0
@@ -142,7 +134,6 @@ class RowCounts:
         if example.source_index >= self.rows:
             self.rows = example.source_index + 1
             self.tokens += len(example.input_ids)
-            self.supervised_tokens += example.supervised
             self.longest = max(self.longest, encoded.length)
             self.truncated += encoded.length > max_length
             self.read_in_part += not encoded.is_whole
@@ -168,6 +159,13 @@ def check_vocabulary(tokenizer: Any, embedding_rows: int) -> None:
             f"the embedding has {embedding_rows} rows; take the model's own tokenizer, or first resize the model: "
             f"model.resize_token_embeddings({last + 1})"
         )
+
+
+def _without_problems(results: Sequence[EncodedSample | RowProblem]) -> list[EncodedSample]:
+    """Raises DataError that names every problem, if there is one."""
+    if problems := [result for result in results if isinstance(result, RowProblem)]:
+        raise data_error(problems)
+    return [result for result in results if isinstance(result, EncodedSample)]
 
 
 def _is_trained(encoded: EncodedSample) -> bool:
@@ -221,7 +219,7 @@ def prepare(
         trained, held_out = loaded, _load_sources([Source(eval_source)], "validation", of_task)
         everything = [*trained, *held_out]
     _check_same_task(everything)
-    trained, held_out = ([part.in_blocks(settings.max_length) for part in side] for side in (trained, held_out))
+    trained, held_out = ([part.in_blocks(settings) for part in side] for side in (trained, held_out))
     train, evaluated = (
         Examples.of(chain.from_iterable(part.examples for part in side)) for side in (trained, held_out)
     )
@@ -264,7 +262,8 @@ def _report(
     trained = loaded[: len(sources)]
     mappings = [part.mapping for part in trained]
     lengths = np.concatenate([train.lengths, evaluated.lengths])
-    repeated, duplicates = dataset.count_repeats(train.hashes(), evaluated.hashes())
+    hashes, eval_hashes = train.hashes(), evaluated.hashes()
+    trained_on, eval_copies = set(hashes), len(evaluated) - len(set(eval_hashes))
     return DataReport(
         source=", ".join(str(part.source) for part in trained),
         sources=sources,
@@ -278,7 +277,7 @@ def _report(
         rows=counts.rows,
         train=len(train),
         eval=len(evaluated),
-        eval_copies=len(evaluated) - len(set(evaluated.hashes())),
+        eval_copies=eval_copies,
         tokens=int(lengths.sum()),
         supervised_tokens=int(train.supervised.sum() + evaluated.supervised.sum()),
         longest=counts.longest,
@@ -287,8 +286,8 @@ def _report(
         without_weight=counts.without_weight,
         cut_away=counts.cut_away,
         replies_not_learned=counts.replies_not_learned,
-        repeated=repeated,
-        duplicates=duplicates,
+        repeated=len(train) - len(trained_on) + eval_copies,
+        duplicates=sum(value in trained_on for value in eval_hashes),
         lengths=dataset.length_histogram(lengths),
         sha256=dataset.dataset_hash(train, evaluated),
         labels={} if labels is None else labels.counts(train),
@@ -313,28 +312,26 @@ def _check_feedback(train: Examples, held_out: Examples, source: str) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedSource:
-    """samples[i] became examples[i]; [] for blocks of texts.
-
-    documents: how the texts of the source become examples, while they are still whole; None if its rows are examples.
-    """
+    """samples[i] became examples[i]; [] for blocks of texts.    is_whole: texts that are not divided yet."""
 
     source: Source
     mapping: ColumnMapping
     examples: Examples
     samples: list[AnySample]
     counts: RowCounts
-    documents: str | None
+    is_whole: bool
 
     def select(self, indices: Sequence[int]) -> "LoadedSource":
         samples = [self.samples[index] for index in indices] if self.samples else []
         return replace(self, examples=self.examples.select(indices), samples=samples)
 
-    def in_blocks(self, max_length: int) -> "LoadedSource":
+    def in_blocks(self, settings: DataSettings) -> "LoadedSource":
         """Returns texts in examples of at most max_length tokens; other sources as they are."""
-        if self.documents is None:
+        if not self.is_whole:
             return self
-        blocks = dataset.cut_into_blocks(self.examples, max_length, concatenated=self.documents == "concatenated")
-        return replace(self, examples=Examples.of(blocks), samples=[], documents=None)
+        concatenated = settings.documents == "concatenated"
+        blocks = dataset.cut_into_blocks(self.examples, settings.max_length, concatenated=concatenated)
+        return replace(self, examples=Examples.of(blocks), samples=[], is_whole=False)
 
     def decoded(self, tokenizer: Any) -> list[AnySample]:
         return [Text(tokenizer.decode(example.input_ids.tolist())) for example in self.examples]
@@ -357,18 +354,14 @@ def _load_source(source: Source, split: str, tokenizer: ChatTokenizer) -> Loaded
     items = read_rows(source.name, split=split)
     mapping, encoded = encode_source(source.name, items, tokenizer, detect_from=None, whole_texts=True)
     settings, is_text = tokenizer.settings, mapping.schema.name == TEXT
-    results = list(encoded)
-    if problems := [result for result in results if isinstance(result, RowProblem)]:
-        raise data_error(problems)
-    rows = [result for result in results if isinstance(result, EncodedSample)]
-    counts = RowCounts()
+    rows, counts = _without_problems(list(encoded)), RowCounts()
     for row in rows:
         counts.add(row, sys.maxsize if is_text else settings.max_length)
     usable = [row for row in rows if _is_trained(row)]
     if not usable or settings.max_length < 2:
         raise _all_cut(source.name, settings.max_length, counts)
     examples, samples = Examples.of(row.example for row in usable), [row.sample for row in usable]
-    return LoadedSource(source, mapping, examples, samples, counts, settings.documents if is_text else None)
+    return LoadedSource(source, mapping, examples, samples, counts, is_whole=is_text)
 
 
 def _check_same_task(sources: Sequence[LoadedSource]) -> None:
@@ -423,7 +416,7 @@ def _split(loaded: list[LoadedSource], settings: DataSettings) -> tuple[list[Loa
     share, labels = settings.validation_split, settings.labels
     hashes = [part.examples.hashes() for part in loaded]
     if share and len(set(chain.from_iterable(hashes))) < 2:
-        loaded = [part.in_blocks(settings.max_length) for part in loaded]
+        loaded = [part.in_blocks(settings) for part in loaded]
         hashes = [part.examples.hashes() for part in loaded]
     left_out = sum(part.counts.cut_away for part in loaded)
     classes = [] if labels is None else [index for part in loaded for index in labels.classes(part.examples)]
@@ -564,7 +557,5 @@ def read_eval_chunks(source: EvalSource, size: int) -> Iterator[list[EncodedSamp
     _, results = source.read()
     seen = set[bytes]()
     while chunk := list(islice(results, size)):
-        if problems := [result for result in chunk if isinstance(result, RowProblem)]:
-            raise data_error(problems)
-        if rows := [row for row in chunk if isinstance(row, EncodedSample) and _is_evaluated(row, seen)]:
+        if rows := [row for row in _without_problems(chunk) if _is_evaluated(row, seen)]:
             yield rows

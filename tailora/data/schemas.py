@@ -41,7 +41,7 @@ from tailora.data.messages import (
     short_repr,
     text_value,
 )
-from tailora.data.readers import Row, RowProblem
+from tailora.data.readers import Row, RowProblem, data_error
 from tailora.errors import DataError, listing, nearest
 
 # ---- Samples: what a row becomes
@@ -90,10 +90,7 @@ Sample: TypeAlias = Conversation | Pair | Text
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """A question with several replies, of which one is right. Training learns that one.
-
-    answer: the index of the right option.
-    """
+    """A question with several replies. Training learns the right one, whose index is `answer`."""
 
     options: tuple[Conversation | Pair, ...]
     answer: int
@@ -120,10 +117,7 @@ LabelValue: TypeAlias = str | int | float | bool | list[Any]
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A text, two texts, or a conversation with its label, or labels.
-
-    label: as the row has it; None if it is to be predicted.
-    """
+    """A text, two texts, or a conversation with its label, or labels; None if they are to be predicted."""
 
     text: str = ""
     second: str | None = None
@@ -151,8 +145,8 @@ def from_messages(values: dict[str, Any]) -> Conversation:
 
 def from_sharegpt(values: dict[str, Any]) -> Conversation:
     messages = sharegpt_messages(values["conversations"], "conversations")
-    if system := _optional_text(values, "system"):
-        messages.insert(0, ({"role": "system", "content": system}, None))
+    if (system := values.get("system")) not in (None, ""):
+        messages.insert(0, ({"role": "system", "content": text_value(system, "system")}, None))
     return _conversation(messages, values)
 
 
@@ -166,7 +160,9 @@ def from_prompt(values: dict[str, Any]) -> Sample:
 
 
 def from_alpaca(values: dict[str, Any]) -> Pair:
-    parts = [text_value(values["instruction"], "instruction"), _optional_text(values, "input")]
+    parts = [text_value(values["instruction"], "instruction")]
+    if values.get("input") is not None:
+        parts.append(text_value(values["input"], "input"))
     # Base models see prompt and answer as one text, so the prompt brings the blank line between them.
     prompt = "".join(f"{part}\n\n" for part in parts if part.strip())
     return _pair(prompt, text_value(values["output"], "output"))
@@ -352,11 +348,6 @@ def _answer_index(value: Any, texts: list[str], labels: list[str]) -> int:
     raise DataError(f"answer {short_repr(value)} is none of the choices; write {possible} or the text of a choice")
 
 
-def _optional_text(values: dict[str, Any], key: str) -> str:
-    value = values.get(key)
-    return "" if value is None else text_value(value, key)
-
-
 MOST_NAMES = 50  # keys of a row that a message lists
 
 
@@ -399,33 +390,23 @@ class Schema:
     def keys(self) -> tuple[str, ...]:
         return (*self.required, *self.optional, WEIGHT)
 
-    def without_labels(self) -> "Schema":
-        """Returns the schema of rows whose labels are not read."""
-        return replace(self, required=tuple(key for key in self.required if key not in LABEL_KEYS))
-
 
 def _has_truth_value(row: Mapping[str, Any]) -> bool:
     label = row.get("label")
     return label in (True, False) or (isinstance(label, str) and label.strip().lower() in ("true", "false"))  # or 1, 0
 
 
+PAIR = ("prompt", "completion")
 WEIGHT = "weight"  # a key that every schema may have
 TEXT = "text"  # the schema whose rows are documents of any length
 # If several fit, the first wins: `messages` says more than the `prompt` that often comes with it, and two replies say
 # more than one.
 SCHEMAS = (
     Schema("preference", from_preference, ("chosen", "rejected"), ("prompt", "tools"), task=PREFERENCE),
-    Schema(
-        FEEDBACK,
-        from_feedback,
-        ("prompt", "completion", "label"),
-        ("tools",),
-        task=PREFERENCE,
-        fits=_has_truth_value,
-    ),
+    Schema(FEEDBACK, from_feedback, (*PAIR, "label"), ("tools",), task=PREFERENCE, fits=_has_truth_value),
     Schema("messages", from_messages, ("messages",), ("tools",)),
     Schema("sharegpt", from_sharegpt, ("conversations",), ("system", "tools")),
-    Schema("prompt/completion", from_prompt, ("prompt", "completion"), ("tools",)),
+    Schema("prompt/completion", from_prompt, PAIR, ("tools",)),
     Schema("alpaca", from_alpaca, ("instruction", "output"), ("input",)),
     *(
         Schema("choices", from_choices, (prompt, "choices", answer))
@@ -438,7 +419,7 @@ SCHEMAS = (
         for task in (SEQUENCE_CLASSIFICATION, REGRESSION)
         for keys in (("messages",), ("text_a", "text_b"), ("text",))
     ),
-    Schema("prompt/completion", from_texts, ("prompt", "completion"), task=SEQ2SEQ),
+    Schema("prompt/completion", from_texts, PAIR, task=SEQ2SEQ),
     Schema("alpaca", from_alpaca, ("instruction", "output"), ("input",), task=SEQ2SEQ),
     Schema("tokens/tags", from_tagged, ("tokens", "tags"), task=TOKEN_CLASSIFICATION),
 )
@@ -458,7 +439,6 @@ SYNONYMS = {  # only for the hint in an error: no column is renamed without --fi
     "tokens": ("words",),
     "tags": ("ner_tags", "pos_tags", "labels", "ner"),
 }
-PAIR = ("prompt", "completion")
 EXAMPLE_KEYS = {  # task -> what the example in an error names, where no synonym fits; PAIR for the others
     PREFERENCE: ("chosen", "rejected"),
     SEQUENCE_CLASSIFICATION: ("text", "label"),
@@ -500,7 +480,10 @@ def detect_schema(
     schemas = [schema for schema in SCHEMAS if schema.task in (FOUND_FROM_ROWS if task == AUTO else (task,))]
     if not has_labels:
         field = {key: column for key, column in field.items() if key not in LABEL_KEYS}
-        schemas = [schema.without_labels() for schema in schemas]
+        schemas = [
+            replace(schema, required=tuple(key for key in schema.required if key not in LABEL_KEYS))
+            for schema in schemas
+        ]
     renamed = {column: key for key, column in field.items()}
     with_keys: dict[frozenset[str], list[Schema]] = {}  # keys of a row -> the schemas that it has the keys of
     counts, against = Counter[Schema](), Counter[Schema]()
@@ -516,16 +499,13 @@ def detect_schema(
         against.update(s for s in with_keys[columns_of_row] if task == AUTO and not s.fits(renamed_row))
     columns = sorted({column for keys in with_keys for column in keys})  # sorted: sets change their order between runs
     problems = [
-        f"--field {key}={column}: no schema has the key {key!r}"
-        f"{nearest(key, KNOWN_KEYS) or f'; there are {_names(sorted(KNOWN_KEYS))}'}"
+        f"--field {key}={column}: {what} {name!r}{nearest(name, known) or f'; there are {_names(sorted(known))}'}"
         for key, column in field.items()
-        if key not in KNOWN_KEYS
-    ]
-    problems += [
-        f"--field {key}={column}: the data has no column {column!r}"
-        f"{nearest(column, columns) or f'; there are {_names(columns)}'}"
-        for key, column in field.items()
-        if column not in columns
+        for what, name, known in (
+            ("no schema has the key", key, KNOWN_KEYS),
+            ("the data has no column", column, columns),
+        )
+        if name not in known
     ]
     if problems:
         raise DataError(listing(problems))
@@ -538,6 +518,25 @@ def detect_schema(
         raise DataError(_unknown_schema(columns, field, schemas, task))
     used = {key: field.get(key, key) for key in best.keys if field.get(key, key) in columns}
     return ColumnMapping(best, used, tuple(column for column in columns if column not in used.values()))
+
+
+def detect_source_schema(
+    source: str,
+    items: Sequence[Row | RowProblem],
+    field: Mapping[str, str] | None = None,
+    task: str = AUTO,
+    *,
+    has_labels: bool = True,
+) -> ColumnMapping:
+    """Returns what `detect_schema` does, from what was read of a source. Raises DataError, also if there is no row."""
+    rows = [item.fields for item in items if isinstance(item, Row)]
+    if not rows:
+        problems = [item for item in items if isinstance(item, RowProblem)]
+        raise data_error(problems or [RowProblem(source, 0, "no rows: there is nothing to learn from")])
+    try:
+        return detect_schema(rows, field, task, has_labels=has_labels)
+    except DataError as error:
+        raise DataError(f"data {source}: {error}") from None
 
 
 def _unknown_schema(columns: list[str], field: Mapping[str, str], schemas: Sequence[Schema], task: str) -> str:

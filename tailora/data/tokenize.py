@@ -6,7 +6,7 @@ heads for labels    texts with a target, words with their tags
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -43,7 +43,6 @@ from tailora.errors import DataError
 WINDOW = 2**16  # characters
 OVERLAP = 2**11  # characters that two neighbours share
 AGREEING = 16  # tokens before and after the seam of two windows, which must be the same in both
-WINDOWS_AT_ONCE = 8  # where all of a text is needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +171,6 @@ def _encode_rendered(
 ) -> EncodedSample | DataError:
     """tokens: of the text, or of its beginning."""
     if not is_whole:
-        assert tokens.offsets is not None
         rendered = rendered.beginning(int(tokens.offsets[-1, 1]))
     ids, mask = loss_mask(rendered, tokens, tokenizer)
     example = Example.of_text(ids, mask)
@@ -193,43 +191,29 @@ def tokenize_in_windows(text: str, tokenizer: ChatTokenizer, needed: int) -> tup
     the tokens around it.
     """
     parts: list[Tokens] = []
-    for start, window in _windows(text, tokenizer, at_once=2 if needed <= WINDOW else WINDOWS_AT_ONCE):
+    for start in range(0, len(text) - OVERLAP, WINDOW - OVERLAP):
+        (ids, offsets), *_ = tokenizer.tokenize([text[start : start + WINDOW]])
+        window = Tokens(ids, offsets + start)
         if parts:
-            seam = _seam(parts[-1], window, start + OVERLAP // 2)
+            before = parts[-1]
+            seam = _seam(before, window, start + OVERLAP // 2)
             if seam is None:
                 return tokenizer.tokenize([text])[0], True
-            parts[-1], window = _slice(parts[-1], slice(seam[0])), _slice(window, slice(seam[1], None))
+            end, first = seam
+            parts[-1] = Tokens(before.ids[:end], before.offsets[:end])
+            window = Tokens(window.ids[first:], window.offsets[first:])
             if sum(len(part.ids) for part in parts) > needed:
-                return _concatenate(parts), False
+                return _joined(parts), False
         parts.append(window)
-    return _concatenate(parts), True
+    return _joined(parts), True
 
 
-def _windows(text: str, tokenizer: ChatTokenizer, at_once: int) -> Iterator[tuple[int, Tokens]]:
-    """Yields the start of every window, and its tokens with their places in the whole text."""
-    starts = range(0, len(text) - OVERLAP, WINDOW - OVERLAP)
-    for number in range(0, len(starts), at_once):
-        batch = starts[number : number + at_once]
-        windows = tokenizer.tokenize([text[start : start + WINDOW] for start in batch])
-        for start, (ids, offsets) in zip(batch, windows, strict=True):
-            assert offsets is not None  # a local tokenizer has them
-            yield start, Tokens(ids, offsets + start)
-
-
-def _slice(tokens: Tokens, part: slice) -> Tokens:
-    assert tokens.offsets is not None
-    return Tokens(tokens.ids[part], tokens.offsets[part])
-
-
-def _concatenate(parts: Sequence[Tokens]) -> Tokens:
-    offsets = [part.offsets for part in parts if part.offsets is not None]
-    return Tokens(np.concatenate([part.ids for part in parts]), np.concatenate(offsets))
+def _joined(parts: Sequence[Tokens]) -> Tokens:
+    return Tokens(np.concatenate([part.ids for part in parts]), np.concatenate([part.offsets for part in parts]))
 
 
 def _seam(before: Tokens, after: Tokens, middle: int) -> tuple[int, int] | None:
     """Returns the index in both of a token near the character `middle` around which they agree; None if none does."""
-    assert before.offsets is not None
-    assert after.offsets is not None
     starts, next_starts = before.offsets[:, 0], after.offsets[:, 0]
     first = int(np.searchsorted(starts, middle))
     for i in range(first, min(first + AGREEING, len(starts))):
@@ -295,7 +279,7 @@ def _encode_tagged(sample: Tagged, tokenizer: ChatTokenizer) -> EncodedSample:
     """Returns words with their tags; a sample without tags gets any."""
     labels, (input_ids, firsts, length) = _labels_of(tokenizer), first_tokens(sample.tokens, tokenizer)
     tags = np.full_like(input_ids, IGNORED)
-    values = [0] * len(firsts) if sample.tags is None else [labels.tag_index(tag) for tag in sample.tags]
+    values = [0] * len(firsts) if sample.tags is None else [labels.index(tag) for tag in sample.tags]
     for first, value in zip(firsts, values, strict=True):
         if first >= 0:
             tags[first] = value

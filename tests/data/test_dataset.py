@@ -12,7 +12,6 @@ from tailora.data.dataset import (
     Example,
     Examples,
     Mixture,
-    count_repeats,
     cut_into_blocks,
     dataset_hash,
     group_equal,
@@ -221,7 +220,3 @@ def test_the_hash_is_of_the_content_and_its_parts() -> None:
     assert known == dataset_hash(store([1, 2], [3]), store([4]))
     others = [(store([1], [2, 3]), store([4])), (store([1, 2]), store([3], [4])), (store([1, 2], [3]), store([5]))]
     assert known not in {dataset_hash(*other) for other in others}
-
-
-def test_repeats_count_copies_on_one_side_and_across() -> None:
-    assert count_repeats([b"a", b"a", b"b"], [b"b", b"c", b"c"]) == (2, 1)

@@ -217,7 +217,7 @@ def test_windows_give_the_tokens_of_the_whole_text(
         return original(self, parts)
 
     monkeypatch.setattr(ChatTokenizer, "tokenize", counted)
-    for name, value in {"WINDOW": 400, "OVERLAP": 100, "AGREEING": 4, "WINDOWS_AT_ONCE": 3}.items():
+    for name, value in {"WINDOW": 400, "OVERLAP": 100, "AGREEING": 4}.items():
         monkeypatch.setattr(tokenize, name, value)
     for max_length, expected in zip(lengths, whole, strict=True):
         sizes.clear()
