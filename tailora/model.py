@@ -385,14 +385,13 @@ class LoRAModel(nn.Module):
     def start_from_data(
         self, batches: Iterable[Any], loss: data_init.Loss | None = None, *, name: str = "default", rho: float = 2.0
     ) -> None:
-        """Starts an adapter of init_lora_weights "lora_ga", "lora_one" or "eva" from a few batches of your data.
+        """Starts an adapter of init_lora_weights "eva" from a few batches of your data.
 
         batches: tensors or mappings of the model's arguments, or anything that `loss` takes; all are held in memory.
-        loss: (model, batch) -> one number; without it, the `.loss` of the model's output. EVA needs none.
-        rho: EVA gives a layer up to rho times its rank, with the same total of ranks, written as `rank_pattern`.
-        Costs 4 forwards and backwards of every batch (EVA: 3 forwards), in evaluation mode and with no adapter active,
-        and the memory of training at rank 2r + 16: full gradients are never held. Call it before making the optimizer.
-        Raises AdapterError for another init, DataError if the batches give no loss or do not reach a layer.
+        loss: calls the model on a batch, for other batches; what it returns is not used.
+        rho: a layer gets up to rho times its rank, with the same total of ranks, written as `rank_pattern`.
+        Costs 3 forwards of every batch, in evaluation mode and with no adapter active. Call it before making the
+        optimizer. Raises AdapterError for another init, DataError if the inputs of a layer do not vary.
         """
         adapter = self._adapter_set[name]
         self._merge_state.check_unmerged("start from data")

@@ -54,7 +54,7 @@ def step(model: LoRAModel) -> torch.optim.Optimizer:
 def started(init: str, device: torch.device, _: Path) -> Tensors:
     config = LoRAConfig(r=4, init_lora_weights=init, target_modules=["q_proj", "up_proj"])
     model = LoRAModel(base(device, **WIDE), config)
-    if init in ("lora_ga", "lora_one", "eva"):
+    if init == "eva":
         model.start_from_data([batch(device)])
     return {path: layer.lora_B @ layer.lora_A for path, layer in model.lora_layers.items()}
 
@@ -122,7 +122,7 @@ def forgotten(device: torch.device, folder: Path) -> Tensors:
     return {"kl": torch.tensor(forgetting(loaded(device, folder), [[1, 2, 3]]).kl, device="cpu")}
 
 
-INITS = ("pissa", "olora", "lora_ga", "lora_one", "eva")
+INITS = ("pissa", "olora", "eva")
 ACTIONS: dict[str, Callable[[torch.device, Path], Tensors]] = {
     **{init: partial(started, init) for init in INITS},
     **{

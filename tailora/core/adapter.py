@@ -16,7 +16,7 @@ from torch import nn
 from tailora.core.attach import detach
 from tailora.core.config import LoRAConfig
 from tailora.core.extras import ExtraTargets, TokenHead, TokenRows, TrainedBias, token_rows_of
-from tailora.core.init import DATA_INITS, WEIGHT_INITS, WITH_FROZEN_START, check_init, init_from_weight
+from tailora.core.init import WEIGHT_INITS, WITH_FROZEN_START, check_init, init_from_weight
 from tailora.core.layer import INITS, LoRALayer
 from tailora.core.layer_types import computing_device, layer_of, weight_of, whole_tensor
 from tailora.core.patterns import inside
@@ -107,7 +107,7 @@ def create(selection: Selection, config: LoRAConfig, *, fresh: bool = True) -> A
     if init in WEIGHT_INITS:
         for target in selection.targets:
             init_from_weight(low_rank[target.path], target, init)
-    return Adapter(config, low_rank, saved, extras, waits_for_data=init in DATA_INITS)
+    return Adapter(config, low_rank, saved, extras, waits_for_data=init == "eva")
 
 
 def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) -> LoRALayer:

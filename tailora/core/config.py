@@ -2,11 +2,20 @@
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from enum import Enum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from tailora.errors import ConfigError, listing, nearest
 
@@ -98,7 +107,29 @@ WHY_NOT_NEEDED = {theirs: why for why, names in NOT_NEEDED.items() for theirs in
 OTHER_UNITS = dict.fromkeys(("warmup_steps", "lr_warmup_steps"), ", a share of all steps")  # ours, if theirs differs
 
 TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
-Init = Literal["kaiming", "gaussian", "pissa", "olora", "lora_ga", "lora_one", "eva"]
+# Inits that were removed -> the init as which the files of earlier versions are read. Their A and B exist, so all that
+# counts is whether there is a frozen start.
+REMOVED_INITS = {"lora_ga": "pissa", "lora_one": "kaiming"}
+
+
+def removed_init(name: str) -> str:
+    """Returns what to use instead of an init that was removed."""
+    return f"was removed; use pissa or eva. To resume a run that began with it, use {REMOVED_INITS[name]}"
+
+
+def _checked_init(value: Any) -> Any:
+    if isinstance(value, str) and value in REMOVED_INITS:
+        raise ValueError(removed_init(value))
+    return "kaiming" if value is True else value  # as in PEFT
+
+
+Init = Annotated[Literal["kaiming", "gaussian", "pissa", "olora", "eva"], BeforeValidator(_checked_init)]
+
+
+def with_known_init(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings in a file of an earlier version, with a known init in place of one that was removed."""
+    init = settings.get("init_lora_weights")
+    return {**settings, "init_lora_weights": REMOVED_INITS[init]} if init in REMOVED_INITS else dict(settings)
 
 
 def our_name(theirs: str, known: Collection[str], *, is_flag: bool = False) -> str:
@@ -214,8 +245,8 @@ class LoRAConfig(StrictModel):
     use_dora: trains the magnitude of every output row of the adapted weight (DoRA, arXiv:2402.09353).
     learn_scaling: trains the scale of every layer, which begins with the value above.
     init_lora_weights: initialisation of A and B. kaiming (True, as in PEFT), gaussian: A is random and B zero. pissa,
-        olora: from the weights of the base model. lora_ga, lora_one, eva: from training data, by
-        `LoRAModel.start_from_data`. The weights of the base model are never changed.
+        olora: from the weights of the base model. eva: from training data, by `LoRAModel.start_from_data`. The weights
+        of the base model are never changed.
     adalora: moves ranks to the layers where they matter, while training (`LoRAModel.allocate_ranks`).
     task_type: the kind of task, by PEFT's names or as its TaskType. With "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" the
         head of the model is added to modules_to_save, whatever the targets are. It is written to the adapter's folder,
@@ -243,11 +274,6 @@ class LoRAConfig(StrictModel):
     init_lora_weights: Init = "kaiming"
     adalora: AdaLoRA | None = None
     task_type: TaskType | None = None
-
-    @field_validator("init_lora_weights", mode="before")
-    @classmethod
-    def _default_of_peft(cls, value: Any) -> Any:
-        return "kaiming" if value is True else value
 
     @field_validator("task_type", mode="before")
     @classmethod

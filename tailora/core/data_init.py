@@ -1,13 +1,7 @@
-"""Initial values of A and B from the user's data: directions of the gradient (LoRA-GA, LoRA-One) or of inputs (EVA).
+"""EVA: initial values of A from the principal components of each layer's inputs (arXiv:2410.07170).
 
-`start_from_data` initialises an adapter. It calls the model on all batches a few times (`passes`), and finds
-
-    gradient_spectra     the leading singular triplets of the gradient G of every layer's weight
-    input_variances      the principal components of every layer's inputs
-
-without any full gradient or covariance, by subspace iteration (arXiv:0909.4061, alg. 4.4) on a probe: an update of
-rank k with one factor zero, so that the model computes what the base computes. With B = 0 the gradient of B is G A^T,
-with A = 0 that of A is B^T G. So the memory is that of training at rank k, for any layer type.
+`start_from_data` initialises an adapter. It calls the model on all batches a few times (`passes`), and finds the
+components without any full covariance, by subspace iteration (arXiv:0909.4061, alg. 4.4).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -19,28 +13,24 @@ from torch import Tensor, nn
 
 from tailora.core.adalora import alpha_at_same_scale, with_ranks
 from tailora.core.adapter import Adapter, adapter_dtype, low_rank_layer
-from tailora.core.attach import attached
 from tailora.core.config import LoRAConfig
 from tailora.core.device import read_together, wide_dtype
-from tailora.core.init import DATA_INITS, GRADIENT_INITS, WITH_FROZEN_START
-from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import computing_device
-from tailora.core.low_rank import EXACT, EXTRA, Spectrum, gaussian, orthonormal, triplets_in_basis
+from tailora.core.low_rank import EXACT, EXTRA, gaussian, orthonormal
 from tailora.core.targets import Target, target_at
 from tailora.errors import AdapterError, ConfigError, DataError
 
-GRADIENT_PASSES = 4  # over the data, each forward and backward
-INPUT_PASSES = 3  # each forward
+INPUT_PASSES = 3  # over the data
 Pass = Callable[[], None]  # calls the model on all of the data
 Loss = Callable[[Any, Any], Tensor]  # (model, batch) -> scalar
 
 
 def start_from_data(adapter: Adapter, base_model: nn.Module, run: Pass, rho: float) -> Adapter:
-    """Returns the adapter with the initial values that its config names.
+    """Returns the adapter with new layers: A holds principal directions of the inputs (arXiv:2410.07170, sec. 3).
 
-    Gradients fill its layers in place; EVA makes new layers, of the ranks that it finds.
-    run: calls the base on the data, backward included.    rho: EVA gives a layer up to rho times its rank.
-    Raises DataError if the gradient of a layer is zero or its input does not vary, ConfigError for rho below 1.
+    Ranks go where they explain most.
+    run: calls the base on the data.    rho: a layer gets up to rho times its rank.
+    Raises DataError if the input of a layer does not vary, ConfigError for rho below 1.
     """
     if rho < 1:
         raise ConfigError(f"rho = {rho}: a layer may get up to rho r ranks; take 1 (none moves) or more")
@@ -48,26 +38,13 @@ def start_from_data(adapter: Adapter, base_model: nn.Module, run: Pass, rho: flo
         path: replace(target_at(base_model, path, adapter.config), r=layer.r, lora_alpha=layer.lora_alpha)
         for path, layer in adapter.low_rank.items()
     }
-    init = adapter.config.init_lora_weights
-    if init == "eva":
-        return _init_from_inputs(adapter, targets, run, rho)
-    spectra = gradient_spectra(targets, run, 2 * max(target.r for target in targets.values()))
-    _check_not_zero({path: gradient.S[..., 0].min() for path, gradient in spectra.items()}, "gradient")
-    for path, layer in adapter.low_rank.items():
-        A, B = GRADIENT_INITS[init](spectra[path], layer.r // layer.groups)
-        A, B = A.reshape(layer.lora_A.shape), B.reshape(layer.lora_B.shape)
-        if init in WITH_FROZEN_START:
-            layer.start_from(A, B)
-        else:
-            layer.lora_A.data.copy_(A)
-            layer.lora_B.data.copy_(B)
-    return replace(adapter, waits_for_data=False)
-
-
-def _init_from_inputs(adapter: Adapter, targets: Mapping[str, Target], run: Pass, rho: float) -> Adapter:
-    """EVA: A holds principal directions of the inputs, ranks go where they explain most (arXiv:2410.07170, sec. 3)."""
     variances = input_variances(targets, run, int(rho * max(target.r for target in targets.values())))
-    _check_not_zero({path: inputs.along[0] for path, inputs in variances.items()}, "varying input")
+    largest = read_together([inputs.along[0] for inputs in variances.values()])
+    if constant := [path for path, variance in zip(variances, largest, strict=True) if variance == 0]:
+        raise DataError(
+            f"in these batches the inputs of {', '.join(constant[:5])} ({len(constant)} layers) do not vary: "
+            "give more batches, exclude_modules, or init_lora_weights='kaiming'"
+        )
     limits = {path: min(int(rho * target.r), *target.dims) for path, target in targets.items()}
     ranks = distribute_ranks(variances, {path: target.r for path, target in targets.items()}, limits)
     config = with_ranks(adapter.config, adapter.low_rank, ranks)
@@ -81,25 +58,6 @@ def _init_from_inputs(adapter: Adapter, targets: Mapping[str, Target], run: Pass
     return Adapter(config, layers, adapter.saved, adapter.extras)
 
 
-def _check_not_zero(largest: Mapping[str, Tensor], quantity: str) -> None:
-    values = read_together(list(largest.values()))
-    if zero := [path for path, value in zip(largest, values, strict=True) if value == 0]:
-        raise DataError(
-            f"these batches say nothing about {', '.join(zero[:5])} ({len(zero)} layers): the {quantity} is zero. "
-            "Give more batches, exclude_modules, or init_lora_weights='kaiming'"
-        )
-
-
-def _check_finite(values: Mapping[str, Tensor], quantity: str) -> None:
-    """Raises DataError with every layer whose value is not finite. quantity: what it is of the layer."""
-    flags = read_together([value.isfinite().all() for value in values.values()])
-    if broken := [path for path, flag in zip(values, flags, strict=True) if not flag]:
-        raise DataError(
-            f"on these batches {quantity} {', '.join(broken[:5])} ({len(broken)} layers) is not finite; look at the "
-            "loss of each batch"
-        )
-
-
 # ---- Calling the model on the data
 
 
@@ -108,96 +66,30 @@ def passes(model: nn.Module, batches: Iterable[Any], loss: Loss | None, name: st
 
     A batch is a tensor, a mapping of the model's arguments, or anything that `loss` takes.
     Raises AdapterError for an adapter that needs no data, DataError without any batch; and when it is called,
-    DataError for a batch that is none of these, and where there is no loss.
+    DataError for a batch that is none of these.
     """
-    init = config.init_lora_weights
-    if init not in DATA_INITS:
-        raise AdapterError(
-            f"{name!r} starts from {init!r}, which needs no data; those that do: {', '.join(DATA_INITS)}"
-        )
+    if config.init_lora_weights != "eva":
+        raise AdapterError(f"{name!r} starts from {config.init_lora_weights!r}, which needs no data; only 'eva' does")
     all_batches = list(batches)
     if not all_batches:
         raise DataError("start_from_data got no batch; give a few, such as list(islice(loader, 8))")
-    backward = init in GRADIENT_INITS
 
+    @torch.no_grad()
     def run() -> None:
-        with torch.set_grad_enabled(backward):
-            for batch in all_batches:
-                if loss is not None:
-                    output = loss(model, batch)
-                elif isinstance(batch, Tensor):
-                    output = model(batch)
-                elif isinstance(batch, Mapping):
-                    output = model(**batch)
-                else:
-                    raise DataError(
-                        f"a batch is a {type(batch).__name__}, which does not say how to call the model; give tensors "
-                        "or mappings of its arguments, or loss=lambda model, batch: ..."
-                    )
-                if not backward:
-                    continue
-                value = output if isinstance(output, Tensor) else getattr(output, "loss", None)
-                if not isinstance(value, Tensor) or value.numel() != 1:
-                    raise DataError(
-                        "the model returned no loss for these batches; put labels into them, or give "
-                        "loss=lambda model, batch: ..., which returns one number"
-                    )
-                torch.autograd.backward(value)
+        for batch in all_batches:
+            if loss is not None:
+                loss(model, batch)
+            elif isinstance(batch, Tensor):
+                model(batch)
+            elif isinstance(batch, Mapping):
+                model(**batch)
+            else:
+                raise DataError(
+                    f"a batch is a {type(batch).__name__}, which does not say how to call the model; give tensors "
+                    "or mappings of its arguments, or loss=lambda model, batch: ..."
+                )
 
     return run
-
-
-# ---- Gradients
-
-
-def gradient_spectra(targets: Mapping[str, Target], run: Pass, count: int) -> dict[str, Spectrum]:
-    """Returns the leading triplets of each layer's gradient at the base, at least `count` per group.
-
-    They are exact for layers so small that all triplets are computed.
-    run: forward and backward over all of the data; called GRADIENT_PASSES times.
-    """
-    probes = {}  # updates of scale 1, for `count` directions per group and EXTRA more
-    for path, target in targets.items():
-        groups = target.layer_type.groups(target.layer)
-        k = groups * _directions(min(target.dims) // groups, count)
-        probes[path] = low_rank_layer(replace(target, r=k, lora_alpha=k), LoRAConfig(), fresh=False)
-    left: dict[str, Tensor] = {}
-    right = {path: gaussian(_by_group(probe, probe.lora_A).shape, probe.lora_A) for path, probe in probes.items()}
-    with attached({target.layer: (probes[path],) for path, target in targets.items()}):
-        for _ in range(GRADIENT_PASSES // 2):
-            for path, probe in probes.items():
-                _fix(probe, "A", orthonormal(right[path].mT).mT)
-            run()
-            _check_finite({path: _gradient(probe.lora_B) for path, probe in probes.items()}, "the gradient of")
-            for path, probe in probes.items():
-                left[path] = orthonormal(_by_group(probe, _gradient(probe.lora_B)))  # G A^T
-                _fix(probe, "B", left[path])
-            run()
-            _check_finite({path: _gradient(probe.lora_A) for path, probe in probes.items()}, "the gradient of")
-            right = {path: _by_group(probe, _gradient(probe.lora_A)) for path, probe in probes.items()}  # B^T G
-    return {path: triplets_in_basis(left[path], right[path]) for path in targets}
-
-
-def _directions(size: int, count: int) -> int:
-    """How many directions to iterate on: more than `count`, or all of a small matrix."""
-    return size if size <= EXACT else min(size, count + EXTRA)
-
-
-def _by_group(probe: LoRALayer, factor: Tensor) -> Tensor:
-    """A (k, in/groups, ...) as (groups, k/groups, n), or B (out, k/groups) as (groups, out/groups, k/groups)."""
-    return factor.reshape(probe.groups, len(factor) // probe.groups, -1)
-
-
-def _fix(probe: LoRALayer, name: str, value: Tensor) -> None:
-    """Sets one factor, which stays fixed; the other is zero and gets a gradient."""
-    fixed, free = (probe.lora_A, probe.lora_B) if name == "A" else (probe.lora_B, probe.lora_A)
-    fixed.requires_grad_(False).copy_(value.reshape(fixed.shape)).grad = None
-    free.requires_grad_(True).grad = None
-    free.data.zero_()
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 # ---- Inputs
@@ -229,7 +121,12 @@ def input_variances(targets: Mapping[str, Target], run: Pass, count: int) -> dic
         finally:
             for hook in hooks:
                 hook.remove()
-        _check_finite({path: covariance.products for path, covariance in covariances.items()}, "what is read by")
+        are_finite = read_together([covariance.products.isfinite().all() for covariance in covariances.values()])
+        if broken := [path for path, is_finite in zip(covariances, are_finite, strict=True) if not is_finite]:
+            raise DataError(
+                f"in these batches the inputs of {', '.join(broken[:5])} ({len(broken)} layers) are not finite; look "
+                "at the loss of each batch"
+            )
         for covariance in covariances.values():
             covariance.end_pass()
     projected = read_together([covariance.projected for covariance in covariances.values()])
@@ -250,7 +147,7 @@ class _InputCovariance:
     def __init__(self, target: Target, count: int) -> None:
         self.layer_type = target.layer_type
         size = target.layer_type.dims(target.layer)[0]
-        k = _directions(size, count)
+        k = size if size <= EXACT else min(size, count + EXTRA)  # all directions of a narrow layer
         like = torch.empty((), device=computing_device(target.weight), dtype=adapter_dtype(target.weight.dtype))
         shape, _ = target.layer_type.shapes(target.layer, k)
         self.A = orthonormal(gaussian((size, k), like)).T.reshape(shape)

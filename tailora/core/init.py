@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tailora.core.layer import LoRALayer
-from tailora.core.low_rank import Spectrum, leading_triplets
+from tailora.core.low_rank import leading_triplets
 from tailora.core.targets import Target
 from tailora.errors import TargetError, listing
 
@@ -31,57 +31,33 @@ def olora(W: Tensor, r: int, _: float) -> InitialFactors:
     return Q.mT @ W, Q
 
 
-def lora_ga(gradient: Spectrum, r: int) -> InitialFactors:
-    """A from the directions 1..r of the gradient, B from r+1..2r, so that the first step spans 2r of them.
-
-    Both times out^(1/4) / sqrt(gamma), gamma = 16 (arXiv:2407.05000, alg. 1). Needs 2r triplets.
-    """
-    size = gradient.U.shape[-2] ** 0.25 / 16**0.5
-    return size * gradient.V[..., :r, :], size * gradient.U[..., r : 2 * r]
-
-
-def lora_one(gradient: Spectrum, r: int) -> InitialFactors:
-    """B A = the r leading triplets of the negative gradient, as a step: sqrt(S/S1) / sqrt(gamma) on both, gamma = 128.
-
-    arXiv:2502.01235, alg. 1. W is not offset: the initial update is the first step.
-    """
-    U, S, V = gradient
-    root = (S[..., :r] / S[..., :1] / 128).sqrt()
-    return root[..., None] * V[..., :r, :], -U[..., :r] * root[..., None, :]
-
-
 # Values of init_lora_weights. "eva" fills A with principal directions of the inputs: `core.data_init`.
 WEIGHT_INITS: Mapping[str, Callable[[Tensor, int, float], InitialFactors]] = {"pissa": pissa, "olora": olora}
-GRADIENT_INITS: Mapping[str, Callable[[Spectrum, int], InitialFactors]] = {"lora_ga": lora_ga, "lora_one": lora_one}
-DATA_INITS = (*GRADIENT_INITS, "eva")
-WITH_FROZEN_START = ("pissa", "olora", "lora_ga")
+WITH_FROZEN_START = ("pissa", "olora")
 
 
 def check_init(targets: Iterable[Target], init: str) -> None:
     """Raises TargetError with every layer that cannot have these initial values, and why."""
-    if init not in WEIGHT_INITS and init not in DATA_INITS:
+    if init not in (*WEIGHT_INITS, "eva"):
         return
     if problems := [f"{target.path}: {reason}" for target in targets if (reason := _obstacle(target, init))]:
         raise TargetError(f"init_lora_weights = {init!r}: {listing(problems)}")
 
 
 def _obstacle(target: Target, init: str) -> str | None:
-    layer_type, groups = target.layer_type, target.layer_type.groups(target.layer)
+    layer_type = target.layer_type
     if not layer_type.has_matrix:
         return f"how a {layer_type.name} holds its matrix is not known; take 'kaiming'"
-    if init == "eva" and layer_type.zero_factor == "A":
+    if init in WEIGHT_INITS:
+        return None
+    if layer_type.zero_factor == "A":
         return "an embedding reads ids, which have no variance; take 'kaiming', or exclude it"
-    if init == "eva" and groups > 1:
+    if layer_type.groups(target.layer) > 1:
         return "ranks of groups go together; take 'kaiming', or exclude it"
-    if init in DATA_INITS and (target.output_slice or layer_type.replaces_forward):
+    if target.output_slice or layer_type.replaces_forward:
         return (
             "what part of a fused layer or a projection of attention reads is not measured; take 'pissa' or 'kaiming'"
         )
-    size = min(target.dims) // (1 if layer_type.is_stacked else groups)
-    if init == "lora_ga" and 2 * target.r // groups > size:
-        by_group = " in each group" if groups > 1 else ""
-        remedy = f"r up to {groups * (size // 2)}" if size > 1 else "another init_lora_weights"
-        return f"it takes 2r directions, r = {target.r}, and there are {size}{by_group}; take {remedy}"
     return None
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from tailora.core.config import LoRAConfig
+from tailora.core.config import LoRAConfig, with_known_init
 from tailora.errors import ConfigError, FormatError
 
 METADATA_KEY = "tailora"
@@ -61,7 +61,7 @@ class AdapterMetadata(BaseModel):
     def lora_config(self, source: object) -> LoRAConfig | None:
         """Returns the config that the adapter was trained with; None if it is not stored. Raises FormatError."""
         try:
-            return None if self.config is None else LoRAConfig(**self.config)
+            return None if self.config is None else LoRAConfig(**with_known_init(self.config))
         except CONFIG_ERRORS as error:
             raise FormatError(f"{source}: its tailora metadata: {error}") from None
 

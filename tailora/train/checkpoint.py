@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from tailora.core.adalora import RankAllocator
+from tailora.core.config import with_known_init
 from tailora.errors import CheckpointError, listing
 from tailora.formats.fingerprint import fingerprint_differences
 from tailora.formats.io import read_safetensors, replace_folder, safetensors_bytes
@@ -83,6 +84,9 @@ def load(name: str, output_dir: Path, note: Callable[[str], None]) -> Checkpoint
         for problem in damaged:
             note(f"resuming from {folder.name}, because {problem}")
         state = json.loads((folder / STATE).read_text())
+        if "adapter" in state:
+            state["adapter"] = with_known_init(state["adapter"])
+            state["run"]["settings"] = with_known_init(state["run"]["settings"])
         return Checkpoint(state, {Path(file).stem: read_safetensors(folder / file)[0] for file in state["files"]})
     if not damaged:
         raise CheckpointError(

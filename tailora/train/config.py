@@ -116,7 +116,7 @@ class TrainConfig(StrictModel):
     beta1: float = Field(0.85, ge=0, lt=1, description="AdaLoRA: smoothing of the sensitivity")
     beta2: float = Field(0.85, ge=0, lt=1, description="AdaLoRA: smoothing of the uncertainty")
     orth_reg_weight: float = Field(0.5, ge=0, description="AdaLoRA: weight of the penalty keeping A and B orthonormal")
-    init_batches: PositiveInt = Field(4, description="batches for the initialisations lora_ga, lora_one and eva")
+    init_batches: PositiveInt = Field(4, description="batches for the initialisation eva")
     # data
     field: dict[str, str] = Field({}, description="columns of the data: prompt=COLUMN,completion=COLUMN")
     system: str | None = Field(None, description="system message of conversations that have none")

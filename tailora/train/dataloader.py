@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from tailora.core.device import copies_by_itself
-from tailora.core.init import DATA_INITS
 from tailora.data.chat_template import DataSettings
 from tailora.data.dataset import DataReport, Example, Examples, Int64
 from tailora.data.demo import resolve_demo
@@ -188,7 +187,7 @@ def _streamed(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, shape: "S
         )
     read = partial(stream_examples, data.name, tokenizer, settings, counts)
     assert config.max_steps is not None  # TrainConfig requires it
-    batches = config.init_batches if config.init_lora_weights in DATA_INITS else 1
+    batches = config.init_batches if config.init_lora_weights == "eva" else 1
     first = Examples.of(islice(read(), shape.batch_size * batches))
     steps = partial(stream_steps, read, shape)
     return TrainingData(eval_data, held_out, steps, config.max_steps, first, shape, counts)

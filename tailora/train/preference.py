@@ -306,11 +306,6 @@ def preference_task(config: TrainConfig, shape: str, source: str) -> Pairs | KTO
     if loss == "kto":
         if wrong := [name for name in ("label_smoothing", "sft_weight") if getattr(config, name)]:
             raise ConfigError(f"{' and '.join(wrong)} are for pairs of replies, not for --loss kto: leave them out")
-        if config.init_lora_weights == "lora_one":
-            raise ConfigError(
-                "--init-lora-weights lora_one begins with a step that makes all replies likelier, also those that are "
-                "not wanted: take another one for --loss kto, such as eva"
-            )
         return KTO(beta, Reference())
     if config.label_smoothing and loss not in WITH_SMOOTHING:
         raise ConfigError(f"label_smoothing is for --loss dpo and simpo, not {loss}: leave it out")

@@ -22,7 +22,6 @@ from tailora.core.adapter_set import layer_calls
 from tailora.core.attach import evaluating
 from tailora.core.config import LoRAConfig
 from tailora.core.device import as_current, choose_device, device_name
-from tailora.core.init import DATA_INITS, GRADIENT_INITS
 from tailora.core.layer_calls import last_names
 from tailora.core.quantization import stored_bytes
 from tailora.data.dataset import Example
@@ -451,15 +450,13 @@ def init_from_data(model: Trainable, data: TrainingData, task: Task, layout: Bat
     """Initializes an adapter that waits for data from the first batches of the run, the same on every rank."""
     if not isinstance(model, LoRAModel) or not model.waits_for_data:
         return
-    first = data.first_batches(batches)
-    divisor = sum(task.divisor(example) for batch in first for example in batch)
 
     def loss(model: Any, examples: Sequence[Example]) -> Tensor:
         batch = make_batch(examples, layout, next(model.parameters()).device, task)
-        return task.outputs(model, batch, layout).losses.sum() / divisor
+        return task.outputs(model, batch, layout).losses.sum()
 
     with use_kernels(cast(PreTrainedModel, model.base_model), layout, Kernels(PLAIN, "")):
-        model.start_from_data(first, loss)
+        model.start_from_data(data.first_batches(batches), loss)
 
 
 def check_layers_are_called(model: Trainable, example: Example, task: Task, layout: BatchLayout) -> None:
@@ -489,12 +486,11 @@ def describe_init(config: TrainConfig) -> str:
     name = config.init_lora_weights
     if config.adapter:
         return f"from {config.adapter}"
-    if name not in DATA_INITS:
-        source = {"pissa": "leading directions of each weight", "olora": "QR of each weight"}.get(name)
-        return f"{name}: {source}, subtracted again at run time" if source else f"{name}: random A, zero B"
-    examples = f"up to {config.init_batches * config.per_device_train_batch_size} examples"
-    source = "the gradient" if name in GRADIENT_INITS else "principal components of the inputs"
-    return f"{name}: {source} over {examples}"
+    if name == "eva":
+        examples = config.init_batches * config.per_device_train_batch_size
+        return f"eva: principal components of the inputs over up to {examples} examples"
+    source = {"pissa": "leading directions of each weight", "olora": "QR of each weight"}.get(name)
+    return f"{name}: {source}, subtracted again at run time" if source else f"{name}: random A, zero B"
 
 
 def memory_cost(

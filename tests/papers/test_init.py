@@ -1,8 +1,5 @@
 """Initial values that are not zero, against the equations of their papers."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -61,56 +58,6 @@ def test_the_first_step_is_that_of_training_on_the_residual_weight(name: str) ->
 
 def loss(y: Tensor) -> Tensor:
     return (y - 1).square().sum()
-
-
-def gradient_model(name: str) -> tuple[LoRAModel, Tensor, Callable[[Any, Any], Tensor]]:
-    """A layer whose gradient is G, 64 x 64 with singular values from 1 to .01; G; and the loss <W, G>."""
-    torch.manual_seed(0)
-    left, right = (torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64))[0] for _ in range(2))
-    G = left * torch.logspace(0, -2, 64, dtype=torch.float64) @ right.T
-    base = nn.Sequential(nn.Linear(64, 64, bias=False, dtype=torch.float64))
-    model = LoRAModel(base, LoRAConfig(r=4, lora_alpha=8, init_lora_weights=name))
-
-    def loss(model: Any, x: Tensor) -> Tensor:
-        return (model(x) * (x @ G.T)).sum()  # with x = I the layer gives W^T
-
-    model.start_from_data([torch.eye(64, dtype=torch.float64)], loss)
-    return model, G, loss
-
-
-def cosine(a: Tensor, b: Tensor) -> float:
-    return float((a * b).sum() / (a.norm() * b.norm()))
-
-
-def share(G: Tensor, r: int) -> float:
-    squares = torch.linalg.svdvals(G).square()
-    return float((squares[:r].sum() / squares.sum()).sqrt())
-
-
-def test_the_first_step_of_lora_ga_spans_2r_directions_of_the_gradient() -> None:
-    """Its cosine to the gradient is sqrt(sum_{<=2r} sigma^2 / sum sigma^2) (arXiv:2407.05000, thm. 3.1)."""
-    model, G, loss = gradient_model("lora_ga")
-    layer = model.lora_layers["0"]
-    assert torch.equal(model(torch.eye(64, dtype=torch.float64)).T, model.base_model[0].weight)
-    loss(model, torch.eye(64, dtype=torch.float64)).backward()
-    A, B = layer.lora_A, layer.lora_B
-    step = layer.scaling * (B.detach() @ A.grad + B.grad @ A.detach())  # of W, to first order in the rate
-    assert cosine(step, G) == pytest.approx(share(G, 8), abs=1e-9)
-    size = 64**0.25 / 16**0.5  # alg. 1
-    torch.testing.assert_close(A.detach() @ A.detach().T, size**2 * torch.eye(4, dtype=torch.float64))
-    torch.testing.assert_close(B.detach().T @ B.detach(), size**2 * torch.eye(4, dtype=torch.float64))
-
-
-def test_lora_one_starts_a_step_down_the_gradient_s_r_directions() -> None:
-    """The start is the step, of cosine sqrt(sum_{<=r} sigma^2 / sum sigma^2) to -G (arXiv:2502.01235, alg. 1)."""
-    model, G, _ = gradient_model("lora_one")
-    layer = model.lora_layers["0"]
-    assert not layer.has_start
-    assert cosine(layer.delta_weight().detach(), -G) == pytest.approx(share(G, 4), abs=1e-9)
-    assert torch.linalg.matrix_norm(layer.lora_B.detach() @ layer.lora_A.detach(), 2).item() == pytest.approx(
-        1 / 128
-    )  # S1 / (S1 gamma)
-    torch.testing.assert_close(layer.lora_A.norm(dim=1), layer.lora_B.norm(dim=0))
 
 
 def test_eva_starts_at_the_principal_components_and_gives_ranks_to_variance() -> None:

@@ -12,21 +12,18 @@ from runs import adapter, changed, losses, stopping_at
 from transformers import AutoModelForCausalLM
 
 from tailora import LoRAModel
-from tailora.core.init import DATA_INITS, WEIGHT_INITS
+from tailora.core.config import REMOVED_INITS
 from tailora.errors import ConfigError
-from tailora.train import events, failures
+from tailora.formats.io import read_safetensors, safetensors_bytes
+from tailora.formats.metadata import METADATA_KEY
+from tailora.formats.run_folder import checkpoints_in
+from tailora.train import checkpoint, events, failures
 from tailora.train.trainer import run
 
 SHORT = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "init_batches": 2, "lora_dropout": 0.1}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.exhaustive if name in ("olora", "lora_one") else ())
-        for name in (*WEIGHT_INITS, *DATA_INITS)
-    ],
-)
+@pytest.mark.parametrize("name", ["pissa", "eva", pytest.param("olora", marks=pytest.mark.exhaustive)])
 @pytest.mark.slow
 def test_a_run_starts_so_says_so_and_goes_on_to_the_same_bytes(settings: Any, tmp_path: Path, name: str) -> None:
     whole, stopped = (
@@ -37,7 +34,7 @@ def test_a_run_starts_so_says_so_and_goes_on_to_the_same_bytes(settings: Any, tm
     result = run(whole, on_event=reports.append)
     header = next(event.header for event in reports if isinstance(event, events.Prepared))
     assert header["start"].startswith(name)
-    assert ("over up to 8 examples" in header["start"]) == (name in DATA_INITS)
+    assert ("over up to 8 examples" in header["start"]) == (name == "eva")
     assert result.eval_loss_after < result.eval_loss_before
 
     with pytest.raises(failures.Interrupted):
@@ -91,6 +88,37 @@ def test_a_stream_is_read_as_far_as_the_start_needs(settings: Any) -> None:
     assert len({layer.r for layer in result.model.lora_layers.values()}) > 1
 
 
-def test_a_start_that_no_run_has_names_those_there_are(settings: Any) -> None:
-    with pytest.raises(ConfigError, match="lora_ga"):
-        settings(init_lora_weights="lora-ga")
+def test_a_run_that_began_with_a_removed_init_resumes_and_its_adapter_loads(settings: Any, tmp_path: Path) -> None:
+    """Earlier versions had lora_ga, with a frozen start, and lora_one, without: their A and B are in their files."""
+    for removed, read_as in REMOVED_INITS.items():
+        with pytest.raises(ConfigError, match="was removed; use pissa or eva"):
+            settings(init_lora_weights=removed)
+        whole, stopped = (
+            settings(output_dir=str(tmp_path / removed / name), init_lora_weights=read_as, max_steps=2, save_steps=1)
+            for name in ("whole", "stopped")
+        )
+        run(whole)
+        with pytest.raises(failures.Interrupted):
+            run(stopped, on_event=stopping_at(1, signal.SIGINT))
+        (folder,) = checkpoints_in(Path(stopped.output_dir))
+        saved = checkpoint.load(str(folder), folder.parent, print)
+        saved.state["adapter"]["init_lora_weights"] = removed
+        saved.state["run"]["settings"]["init_lora_weights"] = removed
+        del saved.state["files"], saved.state["sha256"]
+        checkpoint.save(folder, saved)
+        run(changed(stopped, resume_from_checkpoint="latest"))
+        assert adapter(stopped) == adapter(whole)
+
+        (path,) = Path(whole.output_dir).glob("adapter/*.safetensors")
+        expected = loaded(whole)
+        tensors, metadata = read_safetensors(path)
+        assert f'"init_lora_weights":"{read_as}"' in metadata[METADATA_KEY]
+        metadata[METADATA_KEY] = metadata[METADATA_KEY].replace(f'"{read_as}"', f'"{removed}"')
+        path.write_bytes(safetensors_bytes(tensors, metadata))
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded(whole).items())
+        assert any("start_A" in name for name in expected) == (read_as == "pissa")
+
+
+def loaded(config: Any) -> dict[str, torch.Tensor]:
+    base = AutoModelForCausalLM.from_pretrained(config.model)
+    return LoRAModel.from_pretrained(base, f"{config.output_dir}/adapter").lora_layers.state_dict()

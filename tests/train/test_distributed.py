@@ -434,7 +434,7 @@ PRODUCT: dict[str, dict[str, Any]] = {
     "bias": {"lora_bias": True},
     "copies of a layer's modules": {"modules_to_save": ["input_layernorm", "down_proj"], "target_modules": ["q_proj"]},
     "adalora": {"target_r": 2},
-    **{init: {"init_lora_weights": init} for init in ("pissa", "olora", "lora_ga", "lora_one", "eva")},
+    **{init: {"init_lora_weights": init} for init in ("pissa", "olora", "eva")},
 }
 MODELS: dict[str, dict[str, Any]] = {
     "Qwen3MoeForCausalLM": {},

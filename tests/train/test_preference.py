@@ -375,11 +375,6 @@ def test_ctrl_c_while_the_reference_is_computed_ends_the_run_at_once(settings: A
         ([{"prompt": "a", "chosen": " b", "rejected": ""}], {}, "the rejected is empty"),
         ([{"chosen": "one", "rejected": "two"}], {}, "do not begin with the same prompt"),
         ([{"prompt": "a", "completion": "b", "label": 3}], {"task": "preference"}, "label is 3 where true"),
-        (
-            [{"prompt": "a", "completion": c, "label": c == "b"} for c in "bc"],
-            {"init_lora_weights": "lora_one"},
-            "also those that are not wanted",
-        ),
         ([pair], {"loss": "kto"}, "--loss kto needs rows with prompt, completion and label"),
         (
             [{"prompt": "a", "completion": "b", "label": label} for label in (True, True, False)],
