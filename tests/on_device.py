@@ -19,10 +19,7 @@ FILES = {  # room -> names of its files, between "test_" and ".py"
 CHOSEN = ("train",)  # these make everything on the CPU; what they call chooses the device
 
 LEFT_OUT = {  # a pattern of tests -> why they do not run there
-    r"core/test_combine\.py::test_singular_values_of_a_product": "compares with a tensor of the CPU",
     r"core/test_inference\.py::test_a_second_generate_meanwhile": "looks at kernels of the CPU",
-    r"core/test_layer\.py::test_the_file_of_a_frozen_start": "compares with a tensor of the CPU",
-    r"core/test_mixed_batch\.py::.*-gru\]": "torch has one kernel for GRU cells on accelerators, and it is CUDA's",
     r"core/test_running_statistics\.py::test_nor_does_the_trainer": "transformers' trainer takes the rows to the CPU",
     r"evaluation/test_generate\.py::test_the_static_cache": "the static cache is the CPU's choice",
     r"formats/test_merged\.py::.*(quantised_base|int8|quantization)": "bitsandbytes, torchao",

@@ -7,24 +7,23 @@
     MixedModule     the same for modules that are trained in full
     mixed_parts     what to attach to each layer
 
-Linear layers multiply all rows by their factors in one batched product (`MixedPart._product`), in blocks of rows that
-have the same adapter. All other parts are added one adapter after another, each to its own rows. Rows of several tokens
-stay in their order. Rows of one token are sorted by adapter: reading the factors takes most of the time there. On an
-accelerator a sort takes more kernels than it saves, so only the tokens of a packed batch are sorted.
+Linear layers multiply all rows by their factors in one batched product (`MixedPart._product`), in blocks of rows with
+the same adapter. All other parts are added one adapter after another. Rows of one token are sorted by adapter, since
+reading the factors takes most of the time. On an accelerator only the tokens of a packed batch are worth a sort.
 
-Without gradients, a layer keeps its factors until torch's version counters and addresses show a change. With 64
-adapters this check costs as much as the products. It is skipped where nothing can change: in `generate`, in a server,
-and in torch.inference_mode. Under torch.compile the names of the rows are an input of the graph: no names recompile it.
+Without gradients, a layer keeps its factors until torch's version counters and addresses show a change. This check is
+skipped where nothing can change: in `generate`, in a server, and in torch.inference_mode. Under torch.compile the names
+of the rows are an input of the graph: no names recompile it.
 
 Shapes: n rows, k adapters of ranks up to R followed by a zero update, m blocks of `size` rows.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, repeat
+from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from tailora.core.adapter import Adapter
-from tailora.core.attach import AdapterPart, call_plain, evaluating
+from tailora.core.attach import AdapterPart, call_plain
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, layer_type_of
 from tailora.errors import RowsError
@@ -106,8 +105,8 @@ def _tensor(numbers: Sequence[float], device: torch.device, dtype: torch.dtype =
 def make_blocks(positions: Sequence[int], is_sorted: bool, device: torch.device) -> Blocks:
     """Returns the blocks for rows whose adapters have these positions.
 
-    In order, a block has as many rows as all runs of equal neighbours can be divided into. Sorted, it has the mean
-    number of rows per adapter: that makes at most twice as many blocks as adapters, and at most twice as many rows.
+    In order, a block has as many rows as divide all runs of equal neighbours. Sorted, it has the mean number of rows
+    per adapter: at most twice as many blocks as adapters, and at most twice as many rows.
     """
     size = math.gcd(*(len(list(run)) for _, run in groupby(positions)))
     mean = len(positions) // len(set(positions))
@@ -130,11 +129,9 @@ def make_blocks(positions: Sequence[int], is_sorted: bool, device: torch.device)
 class MixedBatch:
     """Which row of the next forwards has which adapter.
 
-    The rows of a padded batch are its first dimension. Those of a packed batch are its tokens, (1, tokens, ...); it is
-    for inference.
+    The rows of a padded batch are its first dimension; those of a packed batch, for inference, its tokens (1, tokens).
 
-    head: of a packed batch, the layer that gets one token of each sequence, whose logits are wanted; None if all layers
-        get all tokens.
+    head: of a packed batch, the layer that gets one token of each sequence; None if all layers get all tokens.
     dim: the dimension of the rows.
     is_constant: whether no parameter can change.
     terms: while constant, what parts of adapters add to their layers, as far as it is computed.
@@ -503,49 +500,56 @@ class MixedModule(nn.Module):
         self.path, self.batch, self.names = path, batch, tuple(copies)
         self.copies, self.lookup = nn.ModuleList(copies.values()), batch.lookup(tuple(copies))
         self._layer: tuple[Any] = (layer,)  # a reference, not a registration
-        self._dims: dict[tuple[int, ...], list[int]] = {}  # what `_batch_dims` found, by the inputs' dimensions
+        self._is_recurrent = any(isinstance(module, nn.RNNBase) for module in layer.modules())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """A tensor with the rows in the batch's dimension is split by row; each copy gets all other arguments.
 
-        Each tensor of the output has the rows in the dimension that `_batch_dims` finds. Raises RowsError for a module
-        that takes or returns them in another way.
+        Raises RowsError for a module whose outputs do not have the rows in this dimension.
         """
+        if self._is_recurrent or getattr(self._layer[0], "batch_first", True) is False:
+            raise RowsError(
+                f"{self.path} is recurrent or has batch_first=False: not all of its tensors have the rows first, which "
+                "adapter_rows needs"
+            )
         first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        self._check_class(args, kwargs)
         rows, dim = self.batch.rows_in(first, self._layer[0], self.path, 1), self.batch.dim
-        join: Callable[[int, list[Tensor]], Tensor]
+        join: Callable[[list[Tensor]], Tensor]
         if torch.compiler.is_compiling():
             index = self.lookup[rows.ids], torch.arange(rows.n)
             outputs = [self._run(position, args, kwargs) for position in range(len(self.copies) + 1)]
-            dims = self._batch_dims(args, kwargs, rows.n) if rows.n > 1 else repeat(0)
-            join = lambda dim, tensors: torch.stack(tensors).movedim(dim + 1, 1)[index].movedim(0, dim)  # noqa: E731
+            counts = [rows.n] * len(outputs)
+            join = lambda tensors: torch.stack(tensors).movedim(dim + 1, 1)[index].movedim(0, dim)  # noqa: E731
         else:
             positions = rows.positions(self.names)
             used = sorted(set(positions))
             if len(used) == 1:
                 return self._run(used[0], args, kwargs)
-            dims, outputs = self._batch_dims(args, kwargs, rows.n), []
-            in_turn: list[int] = []
-            for position in used:
-                own = [row for row, own_position in enumerate(positions) if own_position == position]
-                index_select = partial(torch.index_select, dim=dim, index=rows.tensor(own, first.device))
+            groups = [[row for row, own in enumerate(positions) if own == position] for position in used]
+            outputs, counts = [], [len(group) for group in groups]
+            for position, group in zip(used, groups, strict=True):
+                index_select = partial(torch.index_select, dim=dim, index=rows.tensor(group, first.device))
                 outputs.append(self._run(position, *self._map_rows((args, kwargs), rows.n, index_select)))
-                in_turn += own
+            in_turn = [row for group in groups for row in group]
             in_order = sorted(range(rows.n), key=in_turn.__getitem__)
             back = rows.tensor(in_order, first.device)
-            join = lambda dim, tensors: torch.cat(tensors, dim).index_select(dim, back)  # noqa: E731
+            join = lambda tensors: torch.cat(tensors, dim).index_select(dim, back)  # noqa: E731
         leaves, structure = [tree_leaves(output) for output in outputs], tree_flatten(outputs[0])[1]
-        order = iter(dims)
-        joined = [None if same[0] is None else join(next(order), list(same)) for same in zip(*leaves, strict=True)]
+        joined = []
+        for same in zip(*leaves, strict=True):
+            self._check_rows(same, counts)
+            joined.append(None if same[0] is None else join(list(same)))
         return tree_unflatten(joined, structure)
 
-    def _check_class(self, args: Any, kwargs: Any) -> None:
-        (layer,) = self._layer
-        if getattr(layer, "batch_first", True) is False:
-            raise RowsError(f"{self.path} has batch_first=False, and adapter_rows needs the rows first")
-        if isinstance(layer, nn.RNNBase) and len(args) + len(kwargs) > 1:
-            raise RowsError(f"{self.path} is given a hidden state, whose rows are not first; no adapter by row")
+    def _check_rows(self, outputs: Sequence[Any], counts: Sequence[int]) -> None:
+        """Raises RowsError unless these outputs are None, or tensors of so many rows."""
+        dim = self.batch.dim
+        for output, count in zip(outputs, counts, strict=True):
+            if not isinstance(output, Tensor | None):
+                raise RowsError(f"{self.path} returns a {type(output).__name__}, which is not split by row")
+            if output is not None and (output.ndim <= dim or output.shape[dim] != count):
+                shape = tuple(output.shape)
+                raise RowsError(f"{self.path} returns {shape} for {count} rows; dimension {dim} must be the rows")
 
     def _map_rows(self, arguments: Any, n: int, fn: Callable[[Tensor], Tensor]) -> Any:
         """Applies `fn` to the tensors that have the n rows."""
@@ -556,37 +560,6 @@ class MixedModule(nn.Module):
             return fn(value) if has_rows else value
 
         return tree_map(mapped, arguments)
-
-    def _batch_dims(self, args: Any, kwargs: Any, n: int) -> list[int]:
-        """Returns the dimension of each tensor of the output that holds the rows.
-
-        It is the one that grows from 1 to 2 when a copy runs on one row and on two. Raises RowsError without one.
-        """
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        key = tuple(leaf.ndim for leaf in leaves)
-        if key in self._dims and not torch.compiler.is_compiling():
-            return self._dims[key]
-        copy, dim = self.copies[0], self.batch.dim
-        shapes = []
-        with torch.no_grad(), nullcontext() if torch.compiler.is_compiling() else evaluating(copy):
-            for count in (1, 2):
-                own_args, own_kwargs = self._map_rows((args, kwargs), n, lambda value: value.narrow(dim, 0, count))  # noqa: B023
-                output = tree_leaves(copy(*own_args, **own_kwargs))
-                if other := [type(leaf).__name__ for leaf in output if not isinstance(leaf, Tensor | None)]:
-                    raise RowsError(f"{self.path} returns a {other[0]}, which is not split by row")
-                shapes.append([tuple(leaf.shape) for leaf in output if leaf is not None])
-        dims = []
-        for shape, shape_of_2 in zip(*shapes, strict=True):
-            sizes = list(zip(shape, shape_of_2, strict=False))
-            grown = [i for i, pair in enumerate(sizes) if pair != (pair[0], pair[0])]
-            if len(shape) != len(shape_of_2) or [sizes[i] for i in grown] != [(1, 2)]:
-                raise RowsError(
-                    f"{self.path} returns {shape} for one row and {shape_of_2} for two, not a dimension of rows"
-                )
-            dims.append(grown[0])
-        if not torch.compiler.is_compiling():
-            self._dims[key] = dims
-        return dims
 
     def _run(self, position: int, args: Any, kwargs: Any) -> Any:
         """Calls the copy at this position, or after the last copy the base's module, in the base's own precision."""
