@@ -3,7 +3,7 @@
     LayerType            a product with one matrix, and the methods in which layer types differ
     Linear, Conv1D, Embedding, Convolution
                          layers of PyTorch and transformers; core.parameters adds two more
-    RegisteredLayerType  a class of layers that the user registered
+    register_layer_type  lets a class of layers be adapted
     LAYER_TYPES          name of a class -> its layer type, with the functions that find the type of a layer
 
 Shapes: A (r, in), B (out, r). Convolutions carry their kernel in A: A (r, in/groups, *kernel), B (out, r/groups).
@@ -11,7 +11,6 @@ Shapes: A (r, in), B (out, r). Convolutions carry their kernel in A: A (r, in/gr
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cache
 from math import prod
 from typing import Any, Literal
 
@@ -185,53 +184,9 @@ LAYER_TYPES: dict[str, LayerType] = {
     "torch.nn.modules.conv.Conv3d": CONVOLUTION,
 }
 BUILT_IN = frozenset(LAYER_TYPES)
-MULTIHEAD_ATTENTION = "torch.nn.modules.activation.MultiheadAttention"
 
 
 # ---- Layer types that the user registers
-
-
-class RegisteredLayerType(LayerType):
-    """A class of layers with the functions given to `register_layer_type`; the defaults are those of a matrix."""
-
-    def __init__(
-        self,
-        name: str,
-        dims: Callable[[Any], tuple[int, int]],
-        shapes: Callable[[Any, int], tuple[Shape, Shape]] | None,
-        update: Callable[[Any, Tensor, Tensor, Tensor], Tensor] | None,
-        factors: Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor]] | None,
-        forward: Callable[..., Any] | None,
-        *,
-        weight_name: str,
-        transposed: bool,
-        is_linear: bool,
-    ) -> None:
-        self.name, self.weight_name, self.is_linear, self._transposed = name, weight_name, is_linear, transposed
-        self._dims, self._shapes, self._update, self._factors, self._forward = dims, shapes, update, factors, forward
-        self.has_matrix = factors is None and shapes is None
-        self.replaces_forward = forward is not None
-        self.supports_dora = forward is None
-
-    def dims(self, layer: Any) -> tuple[int, int]:
-        return self._dims(layer)
-
-    def shapes(self, layer: Any, r: int) -> tuple[Shape, Shape]:
-        return self._shapes(layer, r) if self._shapes else super().shapes(layer, r)
-
-    def is_transposed(self, _layer: Any) -> bool:
-        return self._transposed
-
-    def update(self, layer: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return self._update(layer, x, A, B) if self._update else super().update(layer, x, A, B)
-
-    def factors(self, layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        return self._factors(layer, A, B) if self._factors else super().factors(layer, A, B)
-
-    def forward(self, layer: Any, adapters: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._forward is None:
-            return super().forward(layer, adapters, *args, **kwargs)
-        return self._forward(layer, adapters, *args, **kwargs)
 
 
 def register_layer_type(
@@ -250,12 +205,11 @@ def register_layer_type(
     """Let layers of this class, and of classes derived from it, be adapted. Lasts as long as the process.
 
     dims: layer -> (in, out) of its matrix.
-    update: (layer, x, A, sB) -> what the adapter adds to the layer's output; by default B A x, that of a matrix.
-    factors: (layer, A, B) -> (groups, m, r) and (groups, r, n) whose product, reshaped, is B A as the weight holds it:
-        what merging adds. By default that of a matrix.
+    update: (layer, x, A, sB) -> what the adapter adds to the layer's output; by default B A x.
+    factors: (layer, A, B) -> (groups, m, r) and (groups, r, n), whose product has the layout of the weight.
     shapes: (layer, r) -> shapes of A and B; by default (r, in) and (out, r).
-    forward: (layer, adapters, *args, **kwargs) -> the adapted layer's output, where it is not a sum of the layer's own
-        and an update of one input; in the place of `update`. `layer.plain.forward(layer, ...)` is the layer's own.
+    forward: (layer, adapters, *args, **kwargs) -> the adapted layer's output; in place of `update`, where that does not
+        suffice. `layer.plain.forward(layer, ...)` is the layer's own.
     weight: the name of the parameter that holds the matrix, as (out, in), or as (in, out) when `transposed`.
     linear: True if "all-linear" means this class, too.
     replace: allows a class to be registered again.
@@ -269,7 +223,7 @@ def register_layer_type(
         raise ConfigError(f"dims is a function: layer -> (in, out); got {dims!r}")
     name = qualified_name(layer_class)
     problems = []
-    if name in BUILT_IN or name == MULTIHEAD_ATTENTION:
+    if name in BUILT_IN or layer_class is nn.MultiheadAttention:
         problems.append(f"{name} is a layer type of tailora's own, which cannot be replaced; register a derived class")
     elif name in LAYER_TYPES and not replace:
         problems.append(f"{name} is registered already; pass replace=True to register it again")
@@ -277,9 +231,18 @@ def register_layer_type(
         problems.append("update and forward are both given; a layer type has one of the two")
     if problems:
         raise ConfigError(listing(problems))
-    LAYER_TYPES[name] = RegisteredLayerType(
-        name, dims, shapes, update, factors, forward, weight_name=weight, transposed=transposed, is_linear=linear
-    )
+    given = {"dims": dims, "shapes": shapes, "update": update, "factors": factors, "forward": forward}
+    members: dict[str, Any] = {
+        "name": name,
+        "weight_name": weight,
+        "is_linear": linear,
+        "has_matrix": factors is None and shapes is None,
+        "replaces_forward": forward is not None,
+        "supports_dora": forward is None,
+        "is_transposed": lambda _self, _layer: transposed,
+        **{method: staticmethod(function) for method, function in given.items() if function is not None},
+    }
+    LAYER_TYPES[name] = type("RegisteredLayerType", (LayerType,), members)()
 
 
 def unregister_layer_type(layer_class: type[nn.Module]) -> None:
@@ -309,13 +272,7 @@ def layer_type_of(layer: nn.Module) -> LayerType | None:
 
 
 def is_multihead_attention(layer: nn.Module) -> bool:
-    cls: Any = type(layer)  # the stub of lru_cache takes module classes for unhashable
-    return _derives_from_attention(cls)
-
-
-@cache
-def _derives_from_attention(cls: Any) -> bool:
-    return MULTIHEAD_ATTENTION in map(qualified_name, cls.__mro__)
+    return isinstance(layer, nn.MultiheadAttention)
 
 
 def weight_of(layer: nn.Module, name: str = "weight") -> Tensor:
@@ -418,17 +375,13 @@ def obstacle(layer: nn.Module) -> str | None:
         return f"its shape is not known yet ({name}); run one batch through the model first"
     if getattr(layer, "max_norm", None) is not None:
         return "max_norm rewrites its frozen weight at every look-up"
-    if layer_type_of(layer) is EMBEDDING and "forward" in vars(type(layer)) and not _only_looks_up(layer):
+    only_looks_up = qualified_name(type(layer)) in LAYER_TYPES or any(
+        hasattr(layer, attribute) for attribute in ("adapter_parts", "embed_scale")
+    )
+    if layer_type_of(layer) is EMBEDDING and "forward" in vars(type(layer)) and not only_looks_up:
         return f"{name} overrides forward, so what it looks up is not known"
     if is_multihead_attention(layer) and not hasattr(layer, "adapter_parts"):
         owner = next(cls for cls in type(layer).__mro__ if "forward" in vars(cls))
-        if qualified_name(owner) != MULTIHEAD_ATTENTION:
+        if owner is not nn.MultiheadAttention:
             return f"{name} derives from nn.MultiheadAttention and overrides forward, so what it computes is not known"
     return None
-
-
-def _only_looks_up(layer: nn.Module) -> bool:
-    """Returns True for nn.Embedding, a registered class, an adapted layer, and one that only scales its output."""
-    return (
-        qualified_name(type(layer)) in LAYER_TYPES or hasattr(layer, "adapter_parts") or hasattr(layer, "embed_scale")
-    )
