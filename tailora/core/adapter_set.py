@@ -1,8 +1,7 @@
 """The adapters of one base model: their names, the layers that they change, and which of them are active.
 
 Every part of an adapter (an update, a trained copy, a trained bias) has the path of what it changes. The layer that
-computes with it is usually at the same path. A slice of a fused layer and a single parameter have no module of their
-own: the layer that holds them computes with their updates.
+computes with it is at the same path, or for a slice of a fused layer and a single parameter at the path around it.
 """
 
 import math
@@ -17,15 +16,13 @@ from tailora.core.adapter import Adapter, as_module, check_compatible, group_by_
 from tailora.core.attach import (
     Adapted,
     AdaptedWhole,
-    FrozenStatistics,
     Substituted,
     Swapped,
     attach,
     attached,
     detach,
-    encoders_around,
-    fast_path_mixin,
-    has_training_buffers,
+    freeze_statistics,
+    prevent_fast_paths,
     runs_adapters,
     swap_class,
 )
@@ -69,7 +66,7 @@ class AdapterSet:
         parameters = base_model.named_parameters(remove_duplicate=False)
         self._required_grad = {name: parameter.requires_grad for name, parameter in parameters}
         base_model.requires_grad_(False)
-        _freeze_statistics(base_model)
+        freeze_statistics(base_model)
         self._not_repacked = prevent_repacking(base_model)
         for name, adapter in adapters.items():
             self.add(name, adapter)
@@ -112,8 +109,7 @@ class AdapterSet:
             )
         for path in layers.keys() - self.layers.keys():
             swap_class(layers[path], mixins[path])
-        for encoder in encoders_around(self.base_model, layers.values()):
-            swap_class(encoder, fast_path_mixin(encoder))
+        prevent_fast_paths(self.base_model, layers.values())
         self._layer_paths |= layer_paths
         self.layers |= layers
         self.replace(name, adapter)
@@ -131,7 +127,7 @@ class AdapterSet:
         for path in layer_paths - self._layers_of(self.adapters):
             layer = self.layers.pop(path)
             detach(layer)
-            _freeze_statistics(layer)
+            freeze_statistics(layer)
 
     def clear(self) -> None:
         """Removes all adapters, active or not. The base model has its own classes and requires_grad again."""
@@ -188,9 +184,8 @@ class AdapterSet:
     def watch_first_step(self, parameters: Iterable[nn.Parameter], *, training: bool) -> None:
         """Before a forward. Lets the first training step of every layer warn of those that it does not call.
 
-        A step may have several forwards, also without gradients, as DPO has; one in evaluation mode means that no
-        backward comes. Costs nothing afterwards. Compiled models are not watched, since hooks would be compiled into
-        them.
+        A step may have several forwards, as DPO has; one in evaluation mode means that no backward comes. Compiled
+        models are not watched, since hooks would be compiled into them.
         """
         if self._first_step is not None and (self._first_step.has_ended or not training):
             self._stop_first_step()
@@ -276,7 +271,8 @@ class AdapterSet:
         for part in (*adapter.low_rank.values(), *adapter.extras.values()):
             if hasattr(part, "strength"):
                 cast(Any, part).strength = float(strength)
-        self._parameters_changed()
+        if self.batch is not None:
+            self.batch.parameters_changed()
 
     def apply_to_inactive(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
         """Applies `fn` to the tensors of the adapters that are not active, as `nn.Module._apply` does."""
@@ -285,7 +281,8 @@ class AdapterSet:
             for part in adapter.parts.values():
                 if id(part) not in active:
                     cast(Any, part)._apply(fn, recurse)
-        self._parameters_changed()
+        if self.batch is not None:
+            self.batch.parameters_changed()
 
     def measure_row_norms(self) -> None:
         """Computes the row norms that DoRA caches again, after the weights moved or were cast."""
@@ -293,11 +290,6 @@ class AdapterSet:
             for path, layer in adapter.low_rank.items():
                 if layer.row_norms is not None:
                     layer.row_norms.refresh(self.layers[self._layer_paths[path]])
-
-    def _parameters_changed(self) -> None:
-        """Makes a mixed batch compute its cached factors again."""
-        if self.batch is not None:
-            self.batch.parameters_changed()
 
 
 def layer_calls(model: nn.Module) -> LayerCalls:
@@ -345,16 +337,6 @@ def _mixin_for(part: nn.Module) -> type[Swapped]:
     if isinstance(part, LoRALayer):
         return AdaptedWhole if part.layer_type.replaces_forward else Adapted
     return Adapted if isinstance(part, Extra) else Substituted
-
-
-def _freeze_statistics(model: nn.Module) -> None:
-    """Keeps training from moving the base's running statistics: an adapter would compute something else when loaded.
-
-    Trained copies of `modules_to_save` belong to the adapter and have statistics of their own.
-    """
-    for module in model.modules():
-        if has_training_buffers(module):
-            swap_class(module, FrozenStatistics)
 
 
 def _training_obstacle(adapters: Mapping[str, Adapter]) -> str:

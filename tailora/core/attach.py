@@ -125,8 +125,14 @@ class FrozenStatistics(Swapped):
 TRAINING_BUFFERS = ("running_mean", "_u", "weight_u")
 
 
-def has_training_buffers(module: nn.Module) -> bool:
-    return any(isinstance(module._buffers.get(name), Tensor) for name in TRAINING_BUFFERS)
+def freeze_statistics(model: nn.Module) -> None:
+    """Keeps training from moving the base's running statistics: an adapter would compute something else when loaded.
+
+    Trained copies of `modules_to_save` belong to the adapter and have statistics of their own.
+    """
+    for module in model.modules():
+        if any(isinstance(module._buffers.get(name), Tensor) for name in TRAINING_BUFFERS):
+            swap_class(module, FrozenStatistics)
 
 
 # ---- Encoders of torch, whose fast path for inference reads weights without calling the layers
@@ -150,15 +156,13 @@ FAST_PATHS: dict[type[nn.Module], type[Swapped]] = {
 }
 
 
-def encoders_around(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]:
-    """Returns the modules whose fast path would not call one of these layers."""
-    adapted = {id(layer) for layer in layers}
-    encoders = [module for module in model.modules() if isinstance(module, tuple(FAST_PATHS))]
-    return [encoder for encoder in encoders if any(id(child) in adapted for child in encoder.modules())]
-
-
-def fast_path_mixin(module: nn.Module) -> type[Swapped]:
-    return next(mixin for cls, mixin in FAST_PATHS.items() if isinstance(module, cls))
+def prevent_fast_paths(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Swaps the classes of the modules whose fast path would not call one of these layers."""
+    adapted = set(layers)
+    for cls, mixin in FAST_PATHS.items():
+        for encoder in model.modules():
+            if isinstance(encoder, cls) and not adapted.isdisjoint(encoder.modules()):
+                swap_class(encoder, mixin)
 
 
 # ---- Swapping classes

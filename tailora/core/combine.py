@@ -1,8 +1,7 @@
 """One adapter out of several: the exact sum, its best approximation of a lower rank, TIES and DARE.
 
-What adds up are the updates dW_i = s_i B_i A_i, never the factors by themselves: B_1 A_1 + B_2 A_2 is not
-(B_1 + B_2)(A_1 + A_2). Every result is plain LoRA with scale 1 (alpha = r in every module), strengths folded in, and
-trained biases where the sources change biases.
+What adds up are the updates dW_i = s_i B_i A_i, never the factors by themselves. Every result is plain LoRA with scale
+1 (alpha = r in every module), strengths folded in, and trained biases where the sources change biases.
 
     One update           what a layer's adapter adds to its weight, as two factors or dense
     build_adapter        an adapter that holds given updates
@@ -78,7 +77,7 @@ def is_product(layer: LoRALayer, base: nn.Module) -> bool:
 
 
 def rank_per_group(r: int, layer: LoRALayer) -> int:
-    """Returns the rank of each group (rounded up) of a layer of rank r; each expert of a stack has all r."""
+    """Returns the rank of each group, rounded up; each expert of a stack has all r."""
     return r if layer.layer_type.is_stacked else math.ceil(r / layer.groups)
 
 
@@ -146,10 +145,7 @@ def _equal_ranks_in_attention(factors: Mapping[str, Factors], base_model: nn.Mod
 
 @dataclass(frozen=True)
 class Truncation:
-    """By path of the layer: the rank kept, and ||dW - B A|| / ||dW|| in the Frobenius norm, 0 where nothing is lost.
-
-    The error is that of the low rank, against the update before it was cut; rounding the factors is not in it.
-    """
+    """By path of the layer: the rank kept, and ||dW - B A|| / ||dW|| in the Frobenius norm before any rounding."""
 
     rank: dict[str, int]
     error: dict[str, float]

@@ -1,10 +1,7 @@
 """Adapters of a lower rank: an adapter shrunk by its singular values, and one extracted from a fully tuned model.
 
-Shrinking keeps the largest singular values of every update (`spectra_of`): at most a rank, a share of the energy (the
-squared singular values of a layer), or as many as a measured loss needs. For the loss, the singular values of all
-layers are sorted together, and the shortest beginning of that list is kept whose loss is within the budget.
-
-Extracting takes the best low rank of W_tuned - W_base.
+Shrinking keeps the largest singular values of every update: at most a rank, a share of the energy (the squared singular
+values of a layer), or as many as a measured loss needs. Extracting takes the best low rank of W_tuned - W_base.
 """
 
 import copy
@@ -108,11 +105,9 @@ def ranks_by_loss(adapter: Adapter, spectra: Spectra, loss: Callable[[], float],
 
 @contextmanager
 def leading_only(adapter: Adapter, spectra: Spectra, ranks: Ranks) -> Iterator[None]:
-    """Within the block these layers compute with the leading singular values of s (B A - B0 A0) alone, in place.
+    """Within the block these layers compute with the leading singular values of s (B A - B0 A0) alone.
 
-    ranks: path -> how many per group, at most the rank of B; other layers stay. Afterwards all is restored bit for bit.
-    For measuring, not for training: the parameters are temporary ones, and a frozen start, which is part of the
-    spectrum, is taken out.
+    ranks: path -> how many per group, at most the rank of B. The parameters are temporary: for measuring, not training.
     """
     layers = {path: adapter.low_rank[path] for path in ranks if adapter.low_rank[path].scaling.item()}
     names = ("lora_A", "lora_B", "start_A", "start_B", "lora_E")
@@ -147,9 +142,8 @@ def shrink(
 ) -> tuple[Adapter, Truncation]:
     """Returns the adapter cut to at most rank r, to this share of every layer's energy, or as far as the loss allows.
 
-    Magnitudes, biases, token rows, strengths and modules trained in full are copied. A layer that is cut to rank 0 is
-    no longer adapted. It keeps one rank of zeros if it has a magnitude or a bias, or is a matrix of an attention or a
-    stack of experts, for which files need both factors.
+    Magnitudes, biases, token rows, strengths and modules trained in full are copied. A layer cut to rank 0 is no longer
+    adapted; it keeps one rank of zeros if it has a magnitude or a bias, or files need both of its factors.
     loss: of the model with this adapter. Raises AdapterError, DivergedError.
     """
     spectra = spectra_of(adapter)

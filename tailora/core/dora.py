@@ -65,10 +65,7 @@ class CachedNorms(NamedTuple):
 
 
 class WeightState(NamedTuple):
-    """Which tensor and memory a weight is, and how often torch saw it change. It keeps neither of the two in memory.
-
-    A weak reference also keeps another tensor from getting the same address later.
-    """
+    """Which tensor and memory a weight is, and how often torch saw it change, by references that keep neither alive."""
 
     weight: ReferenceType[Tensor]
     storage: StorageWeakRef
@@ -87,12 +84,9 @@ class WeightState(NamedTuple):
 class RowNorms:
     """||W + B A|| of every output row of one layer, in float32 at least.
 
-    ||W|| is computed once, and again when the weight is replaced or written to, as far as torch tells.
-
-    Fused optimizers and writers to `.data` change A and B without a trace. On a CPU the values are compared: that is
-    cheaper than a product with W, and the norms are kept for the next token or part of a batch. On another device the
-    host would have to wait for the comparison, so every forward computes the norms, in a few kernels that read W once.
-    They are constants only while `generate` or an evaluation runs, when no adapter may change (core.inference).
+    ||W|| is computed once, and again when the weight is replaced or written to, as far as torch tells. The norms are
+    kept on a CPU while A and B have the same values: fused optimizers and writers to `.data` leave no other trace. On
+    other devices the host would have to wait for the comparison, so every forward computes them.
     """
 
     squares: Tensor  # ||W||^2 (out,)
@@ -216,9 +210,8 @@ def _left_product(left: Tensor, weight: Tensor) -> Tensor:
 def _is_one_product(weight: Tensor, dtype: torch.dtype) -> bool:
     """True if W is multiplied in its own precision: where W as a whole would be widened to float32 for every forward.
 
-    The sums are float32 on every device. The factor and the product are rounded to W's 16 bits, and the product is the
-    small part of the norm: bfloat16 moved the norm of 576 inputs by 6e-5 at most with an update of a tenth of W, and by
-    3e-4 with one as large as W. A bfloat16 output keeps 4e-3.
+    The sums are float32 on every device. The product, rounded to W's 16 bits, is the small part of the norm: bfloat16
+    moved the norm of 576 inputs by at most 3e-4 with an update as large as W. A bfloat16 output keeps 4e-3.
     """
     return not _has_blocks(weight) and dtype == torch.float32
 

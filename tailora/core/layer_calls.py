@@ -8,7 +8,7 @@ An adapter on such a layer does nothing until it is merged.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
@@ -61,8 +61,8 @@ class LayerCalls:
         self._handles: list[RemovableHandle] = []
 
     def start(self) -> None:
-        for module in {*self.layers.values(), *self.owners.values()}:
-            self._handles.append(module.register_forward_pre_hook(self._record))
+        modules = {*self.layers.values(), *self.owners.values()}
+        self._handles = [module.register_forward_pre_hook(self._record) for module in modules]
 
     def stop(self) -> None:
         while self._handles:
@@ -124,35 +124,20 @@ class FirstStep(LayerCalls):
 
     def _after_backward(self, _: Tensor) -> None:
         if self._handles and (paths := self.not_called):
-            warnings.warn(not_called_message(paths), TailoraWarning, stacklevel=2)
+            warnings.warn(
+                f"the model did not call these adapted layers, although it called the module around them: "
+                f"{', '.join(paths[:5])} ({len(paths)} in all). Their adapters have no effect and are not trained. If "
+                "the module reads their weights itself, a merge would change its output. Leave them out: "
+                f"exclude_modules={last_names(paths)}",
+                TailoraWarning,
+                stacklevel=2,
+            )
         super().stop()
 
     def stop(self) -> None:
         super().stop()
         while self._of_gradients:
             self._of_gradients.pop().remove()
-
-
-# ---- Messages
-
-
-def not_called_message(paths: Sequence[str]) -> str:
-    return (
-        f"the model did not call these adapted layers, although it called the module around them: {_some(paths)}. "
-        "Their adapters have no effect and are not trained. If the module reads their weights itself, a merge would "
-        f"change its output. Leave them out: exclude_modules={last_names(paths)}"
-    )
-
-
-def only_read_message(paths: Sequence[str]) -> str:
-    return (
-        f"the modules around these layers read their weights without calling them: {_some(paths)}. Adapters there "
-        f"would have no effect. Leave them out: exclude_modules={last_names(paths)}"
-    )
-
-
-def _some(paths: Sequence[str]) -> str:
-    return f"{', '.join(paths[:5])} ({len(paths)} in all)"
 
 
 def last_names(paths: Iterable[str]) -> list[str]:

@@ -298,11 +298,10 @@ def replace_by_copy(
 def merged_weight(
     layer: nn.Module, adapters: Sequence[LoRALayer], dtype: torch.dtype | None = None, *, in_place: bool = False
 ) -> tuple[Tensor, float]:
-    """Returns the layer's weight with the updates in it, summed in at least float32 and rounded once; and its error.
+    """Returns W + sum of t ((g - 1) W + g s (B A - B0 A0)) over the adapters of strength t, and its rounding error.
 
-    W + sum of t ((g - 1) W + g s (B A - B0 A0)) over the adapters of strength t. The error is NaN where the weight is
-    not finite. A quantised weight is dequantised first. dtype: of the model's plain weights.
-    in_place: overwrites the weight, which `fits_in_place`; the error is then not measured and 0.
+    Summed in at least float32 and rounded once. The error is NaN where the weight is not finite.
+    dtype: of the model's plain weights.    in_place: overwrites the weight, which `fits_in_place`; the error is 0 then.
     """
     weight = dense_weight(layer, adapters[0].layer_type.weight_name, dtype)
     wide = torch.promote_types(weight.dtype, torch.float32)

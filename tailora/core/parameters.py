@@ -4,10 +4,9 @@
     AttentionMatrix       a matrix of nn.MultiheadAttention, which reads the weights of its projections
     WeightSum             W + s B A in place of an adapted parameter
 
-The module's own forward runs on a shallow copy of the module, in which `WeightSum` takes the place of each adapted
-parameter. It keeps W and the update s B A = L R separate: x (W + L R) = x W + (x L) R. So no (E, out, in) of updates is
-formed, whichever of transformers' implementations runs (a loop over experts, batched or grouped products). Any other
-operation gets the dense sum. With DoRA the sum is g W + L R, and g multiplies x or x W.
+The module's own forward runs on a shallow copy, in which `WeightSum` takes the place of each adapted parameter. It
+keeps W and the update s B A = L R separate: x (W + L R) = x W + (x L) R. So no (E, out, in) of updates is formed in any
+of transformers' implementations. Other operations get the dense sum. With DoRA it is g W + L R.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -92,24 +92,18 @@ def layer_index(path: str) -> int | None:
     return next((int(part) for part in path.split(".") if part.isdecimal()), None)
 
 
-def transformed_layer(path: str, layers_patterns: Collection[str]) -> int | None:
-    """Returns the number that `layers_to_transform` is compared with (PEFT's rule); None if the path has none.
+def layer_numbers(paths: Iterable[str], layers_patterns: Collection[str]) -> dict[str, int | None]:
+    """Returns path -> the number that `layers_to_transform` means (PEFT's rule); None if the path has none.
 
     It is the first number that follows two names or more: 3 in `model.layers.3.mlp`, but 2 in `blocks.3.experts.2.fc`.
-    With `layers_pattern` it follows one of these names: `blocks` gives 3 in the second path.
+    With `layers_pattern` it follows one of these names: `blocks` gives 3 in the second path. Where PEFT knows no number
+    of a layer at all, as in `layers.3.mlp`, this is the first number.
     """
-    for pattern in [rf"(?:^|.*?\.){name}" for name in layers_patterns] or [r".*?\.[^.]*"]:
-        if (match := full_match(rf"{pattern}\.(?P<layer>\d+)\..*", path)) is not None:
-            return int(match["layer"])
-    return None
-
-
-def layer_numbers(paths: Iterable[str], layers_patterns: Collection[str]) -> dict[str, int | None]:
-    """Returns path -> the number that `layers_to_transform` means.
-
-    Where PEFT knows no number of a layer at all, as in `layers.3.mlp`, this is the first number.
-    """
-    numbers = {path: transformed_layer(path, layers_patterns) for path in paths}
+    names = [rf"(?:^|.*?\.){name}" for name in layers_patterns] or [r".*?\.[^.]*"]
+    numbers: dict[str, int | None] = {}
+    for path in paths:
+        found = (full_match(rf"{name}\.(?P<layer>\d+)\..*", path) for name in names)
+        numbers[path] = next((int(match["layer"]) for match in found if match is not None), None)
     if layers_patterns or any(number is not None for number in numbers.values()):
         return numbers
     return {path: layer_index(path) for path in numbers}

@@ -21,7 +21,7 @@ from tailora.core import patterns
 from tailora.core.config import LoRAConfig
 from tailora.core.extras import ExtraTargets, Modules, extra_targets
 from tailora.core.fused_layers import OutputSlice, layout_of, output_slices
-from tailora.core.layer_calls import Use, only_read_message, use_of
+from tailora.core.layer_calls import Use, last_names, use_of
 from tailora.core.layer_types import (
     EMBEDDING,
     LAYER_TYPES,
@@ -127,7 +127,7 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
         *extra_problems,
     ]
     if not selected and not problems:
-        problems.append(_nothing_selected(model, candidates, modules, config))
+        problems.append(_nothing_selected(candidates, config))
     if problems:
         raise TargetError(listing(problems))
     return Selection(targets, to_save, extras, modules)
@@ -146,13 +146,12 @@ HEADS_OF_TASK = {
 
 
 def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
-    """Returns the config with what it leaves to the model: heads to train in full, and ranks that fit.
+    """Returns the config with heads to train in full, and ranks that fit the model's layers.
 
-    Heads: those of `task_heads`, if the targets are "all-linear" and modules_to_save is not set, or if task_type says
-        that there are such heads, as in PEFT.
-    Ranks: a layer that "all-linear" or a regular expression reached has no higher rank than its smaller side, at the
-    scale that it would have had. rank_pattern and alpha_pattern say so. A layer that is named keeps its rank, and so do
-    all if none has room for the r that was set: `select` refuses them.
+    Heads: those of `task_heads`, if the targets are "all-linear" and modules_to_save is not set, or for a task_type
+        that has such heads, as in PEFT.
+    Ranks: a layer that "all-linear" or a regular expression reached has at most the rank of its smaller side, at the
+        same scale, by rank_pattern and alpha_pattern. If no layer has room for the r that was set, `select` refuses it.
     """
     if not isinstance(config, LoRAConfig):
         raise ConfigError(f"config is a {type(config).__name__}; take a LoRAConfig, such as LoRAConfig(r=16)")
@@ -164,7 +163,7 @@ def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
         return config
     candidates = selected_candidates(model, dict(model.named_modules()), config.replaced(target_parameters=None))
     lowered = {
-        path: target_of(candidate, config)
+        path: min(candidate.dims)
         for path, candidate in candidates.items()
         if config.r > min(candidate.dims)
         and patterns.by_pattern(candidate.pattern_names, config.rank_pattern, None) is None
@@ -172,14 +171,14 @@ def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     was_set = "r" in config.model_fields_set
     if not lowered or (was_set and len(lowered) == len(candidates)):
         return config
-    ranks = {patterns.exactly(path): min(target.dims) for path, target in lowered.items()}
+    ranks = {patterns.exactly(path): r for path, r in lowered.items()}
     power = 0.5 if config.use_rslora else 1
     alphas = {
-        patterns.exactly(path): target.lora_alpha * (min(target.dims) / config.r) ** power
-        for path, target in lowered.items()
+        patterns.exactly(path): target_of(candidates[path], config).lora_alpha * (r / config.r) ** power
+        for path, r in lowered.items()
     }
     if was_set:
-        shown = ", ".join([f"{path} ({min(target.dims)})" for path, target in lowered.items()][:5])
+        shown = ", ".join([f"{path} ({r})" for path, r in lowered.items()][:5])
         more = f" and {len(lowered) - 5} more" if len(lowered) > 5 else ""
         warnings.warn(
             f"r = {config.r} becomes the smaller side of layers that have less, at the same scale "
@@ -191,11 +190,11 @@ def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
 
 
 def task_heads(model: nn.Module) -> list[str]:
-    """Returns the names of the heads that transformers puts beside the base model for a task such as classification.
+    """Returns the names of the untrained heads that transformers adds for a task: `classifier`, `score`, ...
 
-    They begin untrained: `classifier`, `score`, `qa_outputs`, ... Where the base model is not one module of its own
-    (CLIP, T5), they are the model's own linear layers. A name that modules of the base model end with, too, is left
-    out: PEFT would take them all. A pooler that the model's files lack is one of them (`set_missing_pooler`).
+    Where the base model is not one module of its own (CLIP, T5), they are the model's own linear layers. A name with
+    which modules of the base model end as well is left out: PEFT would select them all. A pooler that the model's files
+    lack is one of them (`set_missing_pooler`).
     """
     if not HAS_TASK_HEAD.search(type(model).__name__):
         return []
@@ -272,7 +271,7 @@ def target_at(model: nn.Module, path: str, config: LoRAConfig) -> Target:
 
 
 def _of_module(path: str, module: nn.Module, parent: nn.Module, config: LoRAConfig) -> Iterator[TargetCandidate]:
-    """The projections of an attention; a layer and the parts of it that `fused_parts` or a table of classes names."""
+    """The projections of an attention; a layer and its parts, of `fused_parts` or a class that is known."""
     for name, projection in projections(module).items():
         yield TargetCandidate(f"{path}.{name}" if path else name, path, module, projection)
     layer = _layer_candidate(path, module, parent)
@@ -392,11 +391,7 @@ def target_of(candidate: TargetCandidate, config: LoRAConfig) -> Target:
 def saved_modules(modules: Modules, config: LoRAConfig) -> dict[str, nn.Module]:
     """Returns what `modules_to_save` names, by path."""
     names = config.modules_to_save or []
-    return {
-        path: module
-        for path, module in modules.items()
-        if path and any(patterns.ends_with(name, path) for name in names)
-    }
+    return {path: module for path, module in modules.items() if any(patterns.ends_with(name, path) for name in names)}
 
 
 # ---- Problems: names, indices and patterns that match nothing
@@ -422,9 +417,8 @@ def _unmatched_settings(
         for name in config.modules_to_save or []
         if not any(patterns.ends_with(name, path) for path in paths)
     ]
-    indices = {
-        index for index in patterns.layer_numbers(candidates, config.layers_patterns).values() if index is not None
-    }
+    numbers = patterns.layer_numbers(candidates, config.layers_patterns).values()
+    indices = {number for number in numbers if number is not None}
     if missing := sorted((config.layer_indices or set()) - indices):
         existing = f"{min(indices)}..{max(indices)}" if indices else "none"
         problems.append(f"layers_to_transform={missing}: no layer has this index; there are: {existing}")
@@ -455,43 +449,27 @@ def _unmatched(
 def _unmatched_name(setting: str, name: str, candidates: Mapping[str, TargetCandidate], modules: Modules) -> str:
     """Why this name selects no candidate."""
     named = [path for path in modules if path and patterns.named(name, path)]
-    module = modules[named[0]] if named else None
-    if module is not None and layer_type_of(module) is None and setting != "target_parameters":
-        blocks = tuple(f"{path}." for path in named)
-        inner = sorted({candidate.last_name for candidate in candidates.values() if candidate.path.startswith(blocks)})
-        if inner:
-            return (
-                f"{setting}: {name!r} is a {type(module).__name__}, a block of layers; name those: {', '.join(inner)}"
-            )
-        return (
-            f"{setting}: {name!r} is a {type(module).__name__}, which has no low-rank form; "
-            f"layer types: {_layer_type_names()}"
-        )
+    if named and layer_type_of(modules[named[0]]) is None and setting != "target_parameters":
+        blocks, class_name = tuple(f"{path}." for path in named), type(modules[named[0]]).__name__
+        if inner := sorted({layer.last_name for path, layer in candidates.items() if path.startswith(blocks)}):
+            return f"{setting}: {name!r} is a {class_name}, a block of layers; name those: {', '.join(inner)}"
+        return f"{setting}: {name!r} is a {class_name}, which has no low-rank form; layer types: {_layer_type_names()}"
     layer_name, _, part = name.rpartition(".")
-    fused = {candidate.layer_path for candidate in candidates.values() if candidate.output_slice}
-    layers = [
-        path
-        for path, candidate in candidates.items()
-        if layer_name and patterns.named(layer_name, path) and not candidate.output_slice
-    ]
-    if layers and layers[0] not in fused:
+    layers = [path for path in candidates if layer_name and patterns.named(layer_name, path)]
+    if layers and not any(layer.output_slice and layer.layer_path == layers[0] for layer in candidates.values()):
         sizes = f'{{"{layer_name}": {{"{part}": its number of rows, ...}}}}'
         return f"{setting}: {name!r}: which rows of {layer_name} are {part} is not known; set fused_parts={sizes}"
     return _no_layer(setting, name, candidates)
 
 
-def _nothing_selected(
-    model: nn.Module, candidates: Mapping[str, TargetCandidate], modules: Modules, config: LoRAConfig
-) -> str:
+def _nothing_selected(candidates: Mapping[str, TargetCandidate], config: LoRAConfig) -> str:
     """Why no candidate is selected, although each setting matches something."""
     problem = f"target_modules={config.target_modules!r} leaves no layer to adapt"
+    if not candidates:
+        return f"{problem}: no module has one of the layer types {_layer_type_names()}; use a different model"
     names = ("exclude_modules", "layers_to_transform", "modules_to_save")
     if limits := [f"{name}={value!r}" for name in names if (value := getattr(config, name)) is not None]:
-        without = config.replaced(**dict.fromkeys((*names, "layers_pattern")))
-        if selected_candidates(model, modules, without):
-            return f"{problem} with {' and '.join(limits)}; change {'one of them' if limits[1:] else 'it'}"
-    if not candidates:
-        return f"{problem}: no module has one of the layer types {_layer_type_names()}; take another model"
+        return f"{problem} with {' and '.join(limits)}; change one of these settings"
     return f"{problem}; give names of layers{_hint('', (), {candidate.last_name for candidate in candidates.values()})}"
 
 
@@ -499,8 +477,7 @@ def _layer_type_names() -> str:
     return ", ".join([*(cls.rpartition(".")[2] for cls in LAYER_TYPES), "MultiheadAttention"])
 
 
-def _no_layer(setting: str, name: str, paths: Iterable[str]) -> str:
-    paths = list(paths)
+def _no_layer(setting: str, name: str, paths: Collection[str]) -> str:
     last_names = {path.rpartition(".")[2] for path in paths}
     ends = {".".join(path.split(".")[-2:]) for path in paths}
     return f"{setting}: {name!r} matches no layer{_hint(name, last_names | ends | set(paths), last_names)}"
@@ -534,7 +511,11 @@ def _conflicts(
         elif candidate.use != "read" and (reason := obstacle(candidate.layer) or storage_obstacle(candidate.layer)):
             problems.append(f"{path}: {reason}")
     if only_read := [path for path, candidate in selected.items() if candidate.use == "read"]:
-        problems.append(only_read_message(only_read))
+        problems.append(
+            f"the modules around these layers read their weights without calling them: {', '.join(only_read[:5])} "
+            f"({len(only_read)} in all). Adapters there would have no effect. Leave them out: "
+            f"exclude_modules={last_names(only_read)}"
+        )
     if to_save and not isinstance(config.target_modules, str):
         owners = {
             path: next((saved for saved in to_save if patterns.inside(candidate.layer_path, saved)), None)

@@ -1,6 +1,7 @@
 """What adapters cost on a device: kernels of a decoded token, and DoRA's norms, which never wait for the device."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -122,7 +123,7 @@ def test_an_evaluation_gives_what_the_plain_path_gives(
 ) -> None:
     model = stirred(device, DORA)
     constant = evaluation(model, 2)
-    monkeypatch.setattr(inference, "_constant_updates", lambda _: {})
+    monkeypatch.setattr(inference, "_attached_constants", lambda _: nullcontext())
     np.testing.assert_allclose(constant, evaluation(model, 2), rtol=1e-5)
 
 
