@@ -20,15 +20,6 @@ def tied_llama() -> LlamaForCausalLM:
     return chat_model(num_hidden_layers=1, tie_word_embeddings=True).eval()
 
 
-def test_a_weight_that_another_layer_shares_is_refused() -> None:
-    model = LoRAModel(tied_llama(), LoRAConfig(r=4, target_modules=["lm_head"]))
-    stir(model)
-    before = model.base_model.lm_head.weight.detach().clone()
-    with pytest.raises(MergeError, match=r"lm_head = model\.embed_tokens"):
-        model.merge()
-    assert torch.equal(model.base_model.lm_head.weight, before)
-
-
 def test_untying_leaves_the_embedding_alone_and_says_so_in_the_config() -> None:
     model = LoRAModel(tied_llama(), LoRAConfig(r=4, target_modules=["lm_head"]))
     stir(model)

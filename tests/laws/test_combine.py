@@ -45,13 +45,15 @@ def matrices(model: LoRAModel, name: str) -> Tensor:
 
 @product_pairs
 @pytest.mark.parametrize("weights", [{"a": 0.7, "b": 0.3}, {"a": -0.5, "b": 2}])
-def test_concatenation_is_the_sum_of_the_updates(case: LayerCase, slot: str, weights: dict[str, float]) -> None:
+def test_concatenation_and_svd_of_full_rank_are_the_sum_of_the_updates(
+    case: LayerCase, slot: str, weights: dict[str, float]
+) -> None:
     model = pair(case, slot)
-    report = model.combine(weights, name="mix")
-    torch.testing.assert_close(
-        update(model, "mix"), sum(weight * update(model, name) for name, weight in weights.items()), **EXACT
-    )
-    assert report.worst == 0
+    expected = sum(weight * update(model, name) for name, weight in weights.items())
+    assert model.combine(weights, name="mix").worst == 0
+    assert model.combine(weights, "full", "svd", r=1000).worst < 1e-12
+    for name in ("mix", "full"):
+        torch.testing.assert_close(update(model, name), expected, **EXACT)
     assert model.active_adapters == ("b",)
 
 
@@ -62,20 +64,6 @@ def test_one_adapter_with_weight_one_is_itself(case: LayerCase, slot: str) -> No
         assert model.combine({"a": 1}, method, method, **settings).worst < 1e-10
         torch.testing.assert_close(update(model, method), update(model, "a"), **EXACT)
         assert model.adapters[method].r == case.r
-
-
-@layer_cases
-def test_svd_of_full_rank_is_the_concatenation(case: LayerCase) -> None:
-    model, weights = pair(case), {"a": 0.7, "b": -0.3}
-    model.combine(weights, "exact")
-    report = model.combine(weights, "full", "svd", r=100)
-    assert report.worst < 1e-12
-    torch.testing.assert_close(update(model, "full"), update(model, "exact"), **EXACT)
-    x = case.batch(torch.float64)
-    model.set_adapter("exact")
-    expected = model(x)
-    model.set_adapter("full")
-    torch.testing.assert_close(model(x), expected, **EXACT)
 
 
 @layer_cases

@@ -60,22 +60,18 @@ def llama(tied: bool, vocabulary: int = 24) -> LlamaForCausalLM:
     return model.eval()
 
 
+def vectors() -> Tensor:
+    return torch.randn(3, 4, 8, generator=torch.Generator(torch.get_default_device()).manual_seed(1))
+
+
 def ids() -> Tensor:
     return torch.arange(2 * 12).view(2, 12)
 
 
 ROWS = {"trainable_token_indices": [23, 3, 20]}
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str, Any]]] = {
-    "all biases": (
-        mixed,
-        lambda: torch.randn(3, 4, 8, generator=torch.Generator(torch.get_default_device()).manual_seed(1)),
-        {"bias": "all"},
-    ),
-    "all biases and dora": (
-        mixed,
-        lambda: torch.randn(3, 4, 8, generator=torch.Generator(torch.get_default_device()).manual_seed(1)),
-        {"bias": "all", "use_dora": True},
-    ),
+    "all biases": (mixed, vectors, {"bias": "all"}),
+    "all biases and dora": (mixed, vectors, {"bias": "all", "use_dora": True}),
     "rows": (lambda: llama(False), ids, ROWS),
     "rows by name": (lambda: llama(False), ids, {"trainable_token_indices": {"embed_tokens": [0, 22]}}),
     "rows, tied head": (lambda: llama(True), ids, ROWS),

@@ -264,7 +264,6 @@ def test_a_setting_that_changes_what_is_computed_is_refused_by_name(name: str, t
 @pytest.mark.parametrize(
     ("init", "reason"),
     [
-        ("mica", "'mica' trains A alone"),
         ("PiSSA_niter_4", "changed the base"),
         ("loftq", "changed the base"),
         ("new", "'new' is not known"),

@@ -34,8 +34,6 @@ SIZES = {
 }
 OF_FOUR = {"num_experts": 4, "num_experts_per_tok": 2}
 LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
-QWEN = {**OF_FOUR, "moe_intermediate_size": 8, "mlp_only_layers": [0]}
-SHARED = {"shared_expert_intermediate_size": 8}
 DEEPSEEK = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
@@ -62,10 +60,6 @@ ERNIE = {
     "moe_num_shared_experts": 1,
     "moe_layer_interval": 1,
 }
-LINEAR_ATTENTION = {
-    f"linear_{name}": size
-    for name, size in {"num_key_heads": 2, "num_value_heads": 2, "key_head_dim": 4, "value_head_dim": 4}.items()
-}
 JAMBA = {
     "attn_layer_period": 2,
     "attn_layer_offset": 1,
@@ -84,34 +78,20 @@ DBRX = {
     "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 16},
     "attn_config": {"kv_n_heads": 2, "clip_qkv": 8},
 }
-FULL = ["full_attention"] * 2
 # Prefix of the names in transformers -> settings of its config beside SIZES
-ARCHITECTURES: dict[str, dict[str, Any]] = {
+ARCHITECTURES: dict[str, dict[str, Any]] = {  # tests/laws/test_architectures.py has those of all other models
     "DeepseekV3": {**DEEPSEEK, **LATENT},
-    "DeepseekV2": {**DEEPSEEK, **LATENT, "head_dim": 4},
-    "DeepseekV32": {**DEEPSEEK, **LATENT, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4},
-    "Glm4Moe": {**DEEPSEEK, "head_dim": 4},
-    "Glm4MoeLite": {**DEEPSEEK, **LATENT},
-    "Dots1": {**DEEPSEEK, "head_dim": 4},
     "Ernie4_5_Moe": ERNIE,
-    "HunYuanMoEV1": {"num_experts": 4, "moe_topk": 2, "head_dim": 4},
-    "Qwen2Moe": {**QWEN, **SHARED},
-    "Qwen3Moe": {**QWEN, "head_dim": 4},
-    "Qwen3Next": {
-        **QWEN,
-        **SHARED,
-        **LINEAR_ATTENTION,
-        "head_dim": 4,
-        "layer_types": ["linear_attention", "full_attention"],
+    "Qwen2Moe": {
+        **OF_FOUR,
+        "moe_intermediate_size": 8,
+        "mlp_only_layers": [0],
+        "shared_expert_intermediate_size": 8,
     },
     "Olmoe": OF_FOUR,
-    "FlexOlmo": OF_FOUR,
     "Mixtral": LOCAL,
-    "MiniMax": {**LOCAL, "head_dim": 4, "layer_types": FULL},
     "GptOss": {**LOCAL, "head_dim": 4},
-    "GraniteMoe": LOCAL,
     "GraniteMoeShared": {**LOCAL, "shared_intermediate_size": 8},
-    "Phimoe": LOCAL,
     "Jamba": {**OF_FOUR, **JAMBA},
     "Dbrx": DBRX,
     "Llama4": {
