@@ -75,10 +75,6 @@ def test_the_rank_is_between_one_and_the_smaller_side(rank: int) -> None:
         LoRALayer(6, 5, rank=rank)
 
 
-def test_rslora_divides_by_the_root_of_the_rank() -> None:
-    assert LoRALayer(16, 16, rank=4, lora_alpha=6, use_rslora=True).scaling == 3
-
-
 def test_the_state_dict_carries_the_scale() -> None:
     layer, other = LoRALayer(6, 5), LoRALayer(6, 5)
     layer.scaling = 0.25

@@ -61,19 +61,3 @@ def test_a_step_is_one_graph_forward_and_one_backward_for_adapters_of_equal_shap
         found, expected = (gradients(each, lambda net: net(x), parameters) for each in (compiled, model))
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     assert (counting.forwards, counting.backwards) == (1, 1)
-
-
-@pytest.mark.exhaustive  # by default tests/kernels/test_compiled_layers.py compiles with inductor
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own
-def test_the_default_compiler_trains_both_adapters() -> None:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 8)).double()
-    model, x = two_adapters(base, LoRAConfig(r=4, use_dora=True)), torch.randn(5, 12, dtype=torch.float64)
-    compiled: Any = torch.compile(model, fullgraph=True)
-    for name in ("default", "other"):
-        model.set_adapter(name)
-        parameters = list(model.lora_layers.parameters())
-        with torch._dynamo.config.patch(error_on_recompile=name == "other"):
-            found = gradients(compiled, lambda net: net(x), parameters)
-        torch.testing.assert_close(found, gradients(model, lambda net: net(x), parameters), rtol=1e-9, atol=1e-9)

@@ -1,7 +1,6 @@
 """Attention, parts and experts in PEFT's files, both ways."""
 
 import copy
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from cases import SPECIAL_LAYERS, SPECIAL_PAIRS, LayerCase, pairs_of, trained
+from cases import SPECIAL_PAIRS, LayerCase, pairs_of, trained
 from safetensors.torch import load_file, save_file
 from tiny import stir
 from torch import Tensor, nn
@@ -237,18 +236,3 @@ def test_a_file_that_is_not_made_of_its_parts_is_refused(tmp_path: Path) -> None
     save_file(tensors, file, metadata)
     with pytest.raises(FormatError, match=r"c_attn: \(48, 4\) is not made of the parts q, v"):
         LoRAModel.from_pretrained(fresh(gpt2), tmp_path)
-
-
-def test_adapter_config_names_target_parameters(tmp_path: Path) -> None:
-    model = LoRAModel(fresh(mixtral), LoRAConfig(r=2, target_modules=[], target_parameters=EXPERTS))
-    model.save_adapter(tmp_path)
-    settings = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert settings["target_modules"] == []
-    assert settings["target_parameters"] == sorted(EXPERTS)
-    keys = load_file(tmp_path / "adapter_model.safetensors").keys()
-    experts = "base_model.model.model.layers.0.mlp.experts"
-    assert {f"{experts}.lora_A.weight", f"{experts}.base_layer.lora_A.weight"} < keys
-
-
-def test_every_special_layer_type_is_compared_with_peft_or_has_a_reason() -> None:
-    assert [case.name for case in SPECIAL_LAYERS if case.peft_is_wrong] == ["attention value"]
