@@ -102,8 +102,8 @@ def layer_numbers(paths: Iterable[str], layers_patterns: Collection[str]) -> dic
     names = [rf"(?:^|.*?\.){name}" for name in layers_patterns] or [r".*?\.[^.]*"]
     numbers: dict[str, int | None] = {}
     for path in paths:
-        found = (full_match(rf"{name}\.(?P<layer>\d+)\..*", path) for name in names)
-        numbers[path] = next((int(match["layer"]) for match in found if match is not None), None)
+        results = (full_match(rf"{name}\.(?P<layer>\d+)\..*", path) for name in names)
+        numbers[path] = next((int(match["layer"]) for match in results if match is not None), None)
     if layers_patterns or any(number is not None for number in numbers.values()):
         return numbers
     return {path: layer_index(path) for path in numbers}
