@@ -24,11 +24,6 @@ LLAMA2 = (
 )
 # Phi 3 closes the chat, not the turn, with EOS.
 PHI3 = CHATML + "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|endoftext|>{% endif %}"
-# Qwen 3 drops the thoughts of earlier replies.
-THOUGHTLESS = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}" + HEADER
-)
 # Mistral 0.3 moves the system message to the last question.
 LAST_SYSTEM = (
     "{% for m in messages[1:] %}{% if m.role == 'user' %}[INST] "
@@ -51,15 +46,16 @@ def chat(*contents: str, system: str | None = None, first: int = 0) -> Conversat
     return Conversation([{"role": "system", "content": system}, *messages] if system else messages, first)
 
 
+TWO_TURNS = (
+    "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]\n"
+    "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[d<|im_end|>]]"
+)
+
+
 @pytest.mark.parametrize(
     ("template", "sample", "expected"),
     [
-        (
-            CHATML + HEADER,
-            chat("a", "b", "c", "d"),
-            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]\n"
-            "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[d<|im_end|>]]",
-        ),
+        (CHATML + HEADER, chat("a", "b", "c", "d"), TWO_TURNS),
         (  # the words stand elsewhere too: no search would find the right ones
             CHATML + HEADER,
             chat("b", "b", "assistant\nb", "assistant"),
@@ -76,43 +72,18 @@ def chat(*contents: str, system: str | None = None, first: int = 0) -> Conversat
             chat("a", "b"),
             "<|im_start|>user\na<|im_end|>\n[[<|im_start|>assistant\nb<|im_end|>]]",
         ),
-        (
-            MARKED,
-            chat("a", "b", "c", "d"),
-            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]\n"
-            "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[d<|im_end|>]]",
-        ),
-        (
-            MARKED_WORDS,
-            chat("a", "b"),
-            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]",
-        ),
-        (
-            PHI3,
-            chat("a", "b", "c", "d"),
-            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]\n"
-            "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[d<|im_end|>\n<|endoftext|>]]",
-        ),
+        (MARKED, chat("a", "b", "c", "d"), TWO_TURNS),
+        (MARKED_WORDS, chat("a", "b", "c", "d"), TWO_TURNS),
         (
             SECTIONS,
             chat("a", "b", "c", "d"),
             "### user:\na\n\n### assistant:\n[[b\n\n]]### user:\nc\n\n### assistant:\n[[d\n\n]][[EOS]]",
         ),
     ],
-    ids=[
-        "chatml",
-        "words that repeat",
-        "ends with a question",
-        "no header",
-        "marked",
-        "words marked",
-        "phi3",
-        "sections",
-    ],
+    ids=["chatml", "words that repeat", "ends with a question", "no header", "marked", "words marked", "sections"],
 )
 def test_replies_and_their_end_are_trained(bytes_tokenizer, template, sample, expected) -> None:
-    eos = "<|endoftext|>" if template == PHI3 else "<|im_end|>"
-    rendered = render_sample(sample, ChatTokenizer.of(bytes_tokenizer(template, eos_token=eos)))
+    rendered = render_sample(sample, ChatTokenizer.of(bytes_tokenizer(template)))
     assert with_brackets(rendered) == expected
     assert rendered.untrained_replies == 0
 
@@ -135,24 +106,9 @@ def test_the_span_ends_with_eos_or_else_with_the_first_special_token(bytes_token
     assert with_brackets(rendered).endswith(f"assistant\n[[{learned}]]")
 
 
-@pytest.mark.parametrize(
-    ("template", "sample", "expected"),
-    [
-        (
-            THOUGHTLESS,
-            chat("a", "<think>hm</think>b", "c", "<think>so</think>d"),
-            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
-            "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[<think>so</think>d<|im_end|>]]",
-        ),
-        (LAST_SYSTEM, chat("a", "b", "c", "d", system="s"), "[INST] a[/INST] b</s>[INST] s c[/INST][[ d</s>]]"),
-    ],
-)
-def test_replies_that_the_template_rewrites_are_counted_and_not_trained(
-    bytes_tokenizer, words_tokenizer, template, sample, expected
-) -> None:
-    tokenizer = words_tokenizer(template) if "</s>" in template else bytes_tokenizer(template)
-    rendered = render_sample(sample, ChatTokenizer.of(tokenizer))
-    assert with_brackets(rendered) == expected
+def test_a_reply_that_the_template_rewrites_is_counted_and_not_trained(words_tokenizer) -> None:
+    rendered = render_sample(chat("a", "b", "c", "d", system="s"), ChatTokenizer.of(words_tokenizer(LAST_SYSTEM)))
+    assert with_brackets(rendered) == "[INST] a[/INST] b</s>[INST] s c[/INST][[ d</s>]]"
     assert rendered.untrained_replies == 1
 
 

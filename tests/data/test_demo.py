@@ -62,12 +62,6 @@ def test_a_failed_download_is_named_with_an_alternative(offline: Path, what: str
     assert not [path for path in offline.rglob("*") if path.is_dir() and path.name != "demo-1"]
 
 
-def test_importing_it_loads_neither_torch_nor_transformers() -> None:
-    code = "import sys, tailora.data.demo; print({'torch', 'transformers', 'gguf'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
-
-
 @pytest.mark.slow
 @pytest.mark.network
 def test_model_and_data_are_fetched_once_and_then_work_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import IGNORED
 from tailora.data.labels import Labels, read_labels
 from tailora.data.prepare import prepare
-from tailora.data.schemas import Labelled, Tagged, detect_schema
+from tailora.data.schemas import Labelled, Tagged
 from tailora.data.tokenize import EncodedSample, encode_samples, first_tokens
 from tailora.errors import DataError
 
@@ -161,17 +161,3 @@ def test_words_beyond_the_cut_have_no_tag() -> None:
     assert (labels[0], labels[-1]) == (IGNORED, IGNORED)  # of [CLS] and [SEP]
     assert result.is_learned
     assert not encoded(sample, tokenizer, O_X, max_length=2).is_learned  # [CLS] and [SEP]
-
-
-def test_labels_are_not_needed_for_a_prediction() -> None:
-    rows = [{"text": "a"}]
-    assert detect_schema(rows, None, CLASSES, has_labels=False).columns == {"text": "text"}
-    with pytest.raises(DataError, match="text, label"):
-        detect_schema(rows, None, CLASSES)
-
-
-def test_counts_of_labels(tmp_path: Path) -> None:
-    source = write(tmp_path / "rows.jsonl", rows_with(["a", "b", "b"]))
-    labels = read_labels([source], None, CLASSES)
-    data = prepare(source, word_tokenizer(TEXTS), DataSettings(labels=labels, validation_split=0))
-    assert data.report.labels == {"a": 1, "b": 2}

@@ -64,11 +64,6 @@ def test_the_same_data_and_seed_give_the_same_hash_and_split(bytes_tokenizer, js
     assert first.report.sha256 != other.report.sha256
 
 
-def test_no_split_means_no_held_out_examples(bytes_tokenizer, jsonl) -> None:
-    prepared = prepare(jsonl([PAIRS[0]] * 2), bytes_tokenizer(), validation_split=0)
-    assert (len(prepared.train), len(prepared.eval), prepared.eval_samples) == (2, 0, [])
-
-
 def test_copies_stay_on_one_side_and_are_counted(bytes_tokenizer, jsonl) -> None:
     prepared = prepare(jsonl(PAIRS[:5] * 4), bytes_tokenizer(), validation_split=0.2)
     assert (prepared.report.repeated, prepared.report.duplicates) == (15, 0)
@@ -121,6 +116,7 @@ def test_truncation_is_counted_and_examples_without_trained_tokens_are_dropped(b
     ]
     prepared = prepare(jsonl(rows), bytes_tokenizer(), max_length=16, validation_split=0)
     assert (prepared.report.truncated, prepared.report.cut_away) == (2, 1)
+    assert (len(prepared.eval), prepared.eval_samples) == (0, [])
     assert prepared.train.source_indices.tolist() == [0, 1]
     assert prepared.train.lengths.max() == 16 < prepared.report.longest
 
@@ -376,8 +372,8 @@ def test_several_sources_are_read_held_out_and_reported_together(bytes_tokenizer
 
 
 def test_sources_without_weights_have_no_mixture(bytes_tokenizer, jsonl) -> None:
-    parts = [jsonl(PAIRS[:25], "a.jsonl"), jsonl(PAIRS[25:], "b.jsonl")]
-    together = prepare([Source(part) for part in parts], bytes_tokenizer())
+    parts = [Source(jsonl(PAIRS[:25], "a.jsonl")), Source(jsonl(PAIRS[25:], "b.jsonl"))]
+    together = prepare(parts, bytes_tokenizer())
     assert together.train.mixture is None
     assert together.report.sha256 == prepare(jsonl(PAIRS), bytes_tokenizer()).report.sha256
 

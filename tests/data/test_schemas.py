@@ -40,17 +40,21 @@ def test_the_schema_of_most_rows_wins() -> None:
     assert detect_schema([row("text"), row("prompt", "completion"), row("text")]).schema.name == "text"
 
 
-@pytest.mark.parametrize(("wanted", "unwanted"), [(True, False), ("true", "False"), (" TRUE", "false")])
-def test_labels_that_are_true_or_false_make_feedback_also_as_the_text_of_csv(wanted, unwanted) -> None:
+@pytest.mark.parametrize(
+    ("wanted", "unwanted", "task"),
+    [
+        (True, False, "auto"),
+        ("true", "False", "auto"),  # as the text of CSV
+        (" TRUE", "false", "auto"),
+        (1, 0, "preference"),
+        (1.0, 0.0, "preference"),
+        ("1", "0", "preference"),
+    ],
+)
+def test_labels_say_which_replies_are_wanted(wanted: object, unwanted: object, task: str) -> None:
     rows = [{"prompt": "a", "completion": "b", "label": label} for label in (wanted, unwanted)]
-    samples = [convert_row(Row("rows.csv", 1, fields), detect_schema(rows)) for fields in rows]
+    samples = [convert_row(Row("rows.csv", 1, fields), detect_schema(rows, task=task)) for fields in rows]
     assert samples == [Feedback(Pair("a", "b"), True), Feedback(Pair("a", "b"), False)]
-
-
-@pytest.mark.parametrize("label", [1, 1.0, "1", "True"])
-def test_the_numbers_1_and_0_are_labels_where_the_task_is_given(label) -> None:
-    fields = {"prompt": "a", "completion": "b", "label": label}
-    assert convert_row(Row("rows.csv", 1, fields), detect_schema([fields], task="preference")).desirable is True
 
 
 @pytest.mark.parametrize("label", [2, None, "yes", [True], {"a": 1}, float("nan")])
@@ -60,16 +64,20 @@ def test_a_label_that_is_neither_true_nor_false_is_refused(label) -> None:
     assert "where true (a wanted completion) or false is needed" in problem.cause
 
 
-@pytest.mark.parametrize(("last", "shape"), [([None], "feedback"), ([3, 4, 5], "prompt/completion")])
-def test_a_wrong_label_does_not_change_what_all_rows_are_read_as(last, shape) -> None:
-    """With one label missing, unwanted replies would be learned like the others."""
-    rows = [{"prompt": "a", "completion": "b", "label": label} for label in [True, False, *last]]
-    assert detect_schema(rows).schema.name == shape
-
-
-@pytest.mark.parametrize(("without", "shape"), [(1, "feedback"), (3, "prompt/completion")])
-def test_nor_does_a_missing_label(without, shape) -> None:
-    rows = [{"prompt": "a", "completion": "b", "label": True}] * 2 + [{"prompt": "a", "completion": "b"}] * without
+@pytest.mark.parametrize(
+    ("labels", "shape"),
+    [
+        ([True, False, None], "feedback"),  # with one label missing, unwanted replies would be learned like the others
+        ([True, False, 3, 4, 5], "prompt/completion"),
+        ([True, True, ...], "feedback"),
+        ([True, True, ..., ..., ...], "prompt/completion"),
+        ([1, 0, 1], "feedback"),
+        ([1, 2, 3], "prompt/completion"),
+    ],
+)
+def test_most_labels_decide_what_all_rows_are_read_as(labels: list[object], shape: str) -> None:
+    """`...` is a row without the key."""
+    rows = [{"prompt": "a", "completion": "b"} | ({} if label is ... else {"label": label}) for label in labels]
     assert detect_schema(rows).schema.name == shape
 
 
@@ -77,9 +85,6 @@ def test_a_mapping_renames_and_decides_the_schema() -> None:
     mapping = detect_schema([row("messages", "question", "answer")], {"prompt": "question", "completion": "answer"})
     assert mapping.schema.name == "prompt/completion"
     assert mapping.values({"question": "q", "answer": "a"}) == {"prompt": "q", "completion": "a"}
-
-
-def test_one_key_can_be_mapped_and_the_other_found() -> None:
     mapping = detect_schema([row("prompt", "response")], {"completion": "response"})
     assert mapping.columns == {"prompt": "prompt", "completion": "response"}
 
@@ -124,9 +129,13 @@ def test_keys_that_resemble_nothing_get_an_example_of_the_task(task: str, column
         detect_schema([row(*columns)], task=task)
 
 
-def test_rows_to_predict_get_an_example_without_the_label() -> None:
+def test_labels_are_not_needed_for_a_prediction() -> None:
+    task = "sequence-classification"
+    assert detect_schema([row("text")], task=task, has_labels=False).columns == {"text": "text"}
     with pytest.raises(DataError, match=r"Name the columns, for instance: --field text=x1$"):
-        detect_schema([row("x1")], task="sequence-classification", has_labels=False)
+        detect_schema([row("x1")], task=task, has_labels=False)
+    with pytest.raises(DataError, match="text, label"):
+        detect_schema([row("text")], task=task)
 
 
 @pytest.mark.parametrize(
@@ -400,9 +409,3 @@ def test_an_unknown_or_ambiguous_answer_is_refused(choices, answer, cause) -> No
     found = converted({"question": "?", "choices": choices, "answer": answer})
     assert isinstance(found, RowProblem), found
     assert cause in found.cause
-
-
-@pytest.mark.parametrize(("labels", "name"), [((1, 0, 1), "feedback"), ((1, 2, 3), "prompt/completion")])
-def test_labels_of_0_and_1_beside_a_completion_say_whether_it_is_wanted(labels: tuple[int, ...], name: str) -> None:
-    rows = [{"prompt": "a", "completion": "b", "label": label} for label in labels]
-    assert detect_schema(rows).schema.name == name

@@ -76,7 +76,7 @@ def test_a_tokenizer_that_writes_its_own_eos_ends_neither_prompt_nor_text_twice(
 @pytest.mark.parametrize(
     "sample",
     [
-        Pair("what is the wea", "ther like"),  # joint tokens would span the border
+        Pair("what is the wea", "ther like"),  # as one text, a token would span the border
         Pair("hello ", " you"),
         Pair("hello", " you"),
         Pair("hello\n", "\nyou"),
@@ -93,14 +93,6 @@ def test_the_prompt_is_the_tokens_that_generation_sees(request, family, sample) 
     assert example.input_ids[: len(prompt)].tolist() == prompt
     assert (example.labels[: len(prompt)] == IGNORED).all()
     assert (example.labels[max(1, len(prompt)) :] != IGNORED).all()
-
-
-def test_a_prompt_within_a_text_can_have_other_tokens_than_alone(bytes_tokenizer) -> None:
-    """Without care the pair above would teach the model to go on from tokens that it never sees."""
-    tokenizer = bytes_tokenizer()
-    joint = tokenizer("what is the weather like")["input_ids"]
-    alone = tokenizer("what is the wea")["input_ids"]
-    assert joint[: len(alone)] != alone
 
 
 def test_the_tokens_of_the_whole_text_are_kept_if_the_prompt_agrees(words_tokenizer) -> None:
@@ -152,11 +144,6 @@ def test_a_sample_without_trained_tokens_is_refused(bytes_tokenizer) -> None:
 @pytest.mark.parametrize(("sample", "reply"), [(CHAT, "fine, thanks"), (Pair("a", "b"), "b"), (Text("c"), "c")])
 def test_the_reply_is_the_last_trained_text(bytes_tokenizer, sample: Sample, reply: str) -> None:
     assert reply_text(sample, bytes_tokenizer()) == reply
-
-
-def test_the_first_token_is_never_trained_since_nothing_predicts_it(bytes_tokenizer) -> None:
-    example = encode_sample(Text("hello you"), bytes_tokenizer(), 9)
-    assert (example.labels != IGNORED).tolist() == [False] + [True] * (len(example.labels) - 1)
 
 
 def test_the_prompt_of_a_chat_ends_where_the_reply_begins(bytes_tokenizer, chatml) -> None:
@@ -276,15 +263,14 @@ def test_a_chat_is_shown_in_pieces(bytes_tokenizer, chatml) -> None:
     ]
 
 
-@pytest.mark.parametrize("sample", [Pair("hello how are", " you today"), Text("one two")])
-def test_the_pieces_joined_are_the_example(words_tokenizer, sample) -> None:
+@pytest.mark.parametrize(
+    ("sample", "learned_piece"),
+    [(Pair("hello how are", " you today"), " you today</s>"), (Text("one two"), " one two</s>")],
+)
+def test_the_pieces_joined_are_the_example(words_tokenizer, sample: Sample, learned_piece: str) -> None:
     tokenizer = words_tokenizer()
     example = encode_sample(sample, tokenizer, 200)
     pieces = preview(example, tokenizer)
     assert "".join(text for text, _ in pieces) == tokenizer.decode(example.input_ids.tolist())
     assert [flag for _, flag in pieces] == [False, True]
-
-
-def test_the_space_between_two_pieces_is_kept(words_tokenizer) -> None:
-    tokenizer = words_tokenizer()
-    assert preview(encode_sample(Pair("hello how are", " you"), tokenizer, 200), tokenizer)[1][0].startswith(" you")
+    assert pieces[1][0] == learned_piece
