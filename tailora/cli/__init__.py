@@ -1,1 +1,1 @@
-"""The command line: one file per command; each parses, calls the rooms below, and prints."""
+"""The command line: each command parses, calls the rooms that it stands on, and prints; related commands share a file."""

@@ -1,1 +1,1 @@
-"""One frozen base in memory and many adapters: engines, the server, its page, and proof of what a server uses."""
+"""One frozen base in memory and many adapters: engines, the registry of adapters, the server and its page."""

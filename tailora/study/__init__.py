@@ -1,1 +1,1 @@
-"""Questions that take several runs: compare, search."""
+"""Questions about a run or several: plan, compare, search, inspect."""

@@ -388,11 +388,15 @@ def test_a_fused_optimizer_s_step_which_torch_does_not_count_is_seen() -> None:
 
 
 def test_nothing_of_a_block_is_held_afterwards() -> None:
-    model = two()
+    def parts() -> set[int]:
+        gc.collect()
+        return {id(thing) for thing in gc.get_objects() if type(thing) is MixedPart}
+
+    model, before = two(), parts()  # an engine of another test may still hold its own
     with torch.no_grad(), model.adapter_rows(["b", None, "a"]):
         model(torch.randn(3, 8))
-    gc.collect()
-    assert not [thing for thing in gc.get_objects() if type(thing) is MixedPart]
+        assert parts() > before
+    assert parts() == before
     assert copy.deepcopy(model).active_adapters == model.active_adapters
 
 
