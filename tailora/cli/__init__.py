@@ -1,1 +1,1 @@
-"""The command line: each command parses, calls the rooms that it stands on, and prints; related commands share a file."""
+"""The command line: each command parses, calls the rooms below it and prints; related commands share a file."""
