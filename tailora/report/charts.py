@@ -28,11 +28,6 @@ VARIABLES |= {colour: f"heat-{i}" for i, colour in enumerate(HEAT)}
 DASHED = (0, (4, 3))
 
 FEW_STEPS = 8  # runs of so many steps get no running mean
-DIFFERENT_VALUES = 4  # of each of two settings; with fewer no surface is drawn
-GRID_POINTS = 50
-WIDTH = 1.0  # of a surface's smoothing, in octaves
-NEAR = 0.1  # weight of the nearest point, below which no surface is drawn
-RIDGE = 0.3  # ridge penalty on slopes, which few points determine badly
 
 Floats: TypeAlias = NDArray[np.float64]
 Show: TypeAlias = Callable[[float], str]
@@ -246,27 +241,6 @@ class Canvas:
         tips = [f"layer {layer}, {row}: {show(value)}" for (row, layer), value in cells.items()]
         self.add_tips(squares, tips)
 
-    def surface(
-        self, points: Sequence[tuple[float, float, float]], low: float, high: float, tips: Sequence[str]
-    ) -> None:
-        """Points on logarithmic axes, low values in strong colours; between enough points the values are smoothed.
-
-        points: x, y, value.    low, high: the values at which colours end.
-        """
-        x, y, z = zip(*points, strict=True)
-        axes, shades = self.axes, [heat_colour(-value, -high, -low) for value in z]
-        axes.scatter(x, y, s=130, c=PAPER, linewidths=0, zorder=3, clip_on=False)
-        self.points(
-            list(zip(x, y, strict=True)), tips, s=64, c=shades, edgecolors=INK, linewidths=1, zorder=3, clip_on=False
-        )
-        if min(len(set(x)), len(set(y))) >= DIFFERENT_VALUES:
-            octaves = np.log2(np.stack([x, y], axis=1))  # (points, 2): a factor of 2 is a length of 1
-            columns, rows = (np.linspace(float(axis.min()), float(axis.max()), GRID_POINTS) for axis in octaves.T)
-            grid = np.stack(np.meshgrid(columns, rows), axis=-1)  # (rows, columns, 2)
-            smooth = smoothed(octaves, np.minimum(z, high), grid)
-            levels = np.linspace(low, high, len(HEAT) + 1)
-            axes.contourf(2**columns, 2**rows, np.clip(smooth, low, high), levels=levels, colors=HEAT[::-1])
-
 
 def running_mean(values: Floats) -> Floats:
     """Over about a tenth of the run, less at its ends."""
@@ -275,18 +249,3 @@ def running_mean(values: Floats) -> Floats:
     steps = np.arange(len(values))
     low, high = np.maximum(steps - half, 0), np.minimum(steps + half + 1, len(values))
     return np.asarray((sums[high] - sums[low]) / (high - low))
-
-
-def smoothed(points: Floats, values: Floats, grid: Floats) -> Floats:
-    """Local linear regression; NaN where no point is near.
-
-    points: (points, 2); values: (points,); grid: (..., 2) -> (...).
-    """
-    offsets = points - grid[..., None, :]  # (..., points, 2)
-    weights = np.exp(-0.5 * (offsets**2).sum(-1) / WIDTH**2)  # (..., points)
-    terms = np.concatenate([np.ones((*offsets.shape[:-1], 1)), offsets], axis=-1)  # (..., points, 3)
-    weighted = terms * weights[..., None]
-    squares = np.einsum("...pi,...pj->...ij", weighted, terms) + RIDGE * np.diag([0.0, 1.0, 1.0])
-    sums = np.einsum("...pi,p->...i", weighted, values)
-    heights = np.linalg.solve(squares + 1e-9 * np.eye(3), sums[..., None])[..., 0, 0]
-    return np.asarray(np.where(weights.max(-1) > NEAR, heights, np.nan))

@@ -8,10 +8,11 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tailora.errors import AdapterError
-from tailora.serve.engine_interface import Engine, EventHandler, Finish, Request, Token
+from tailora.serve.engine_interface import Engine, Finish, Request, Token
 from tailora.serve.registry import AdapterHandle
 from tailora.serve.schemas import (
     AssistantMessage,
@@ -82,7 +83,7 @@ class Answer:
         self.has_ended = True
         text, is_stopped = self._stop_strings.add(self._detokenizer.rest())
         if not is_stopped:
-            text += self._stop_strings.rest()
+            text += self._stop_strings.waiting
         return Piece(self._index, text, (), "stop" if is_stopped else finish.reason)
 
 
@@ -90,7 +91,7 @@ class Generation:
     """All answers to one request, in the order of the prompts.
 
     model: its name in the metrics.    prompt_tokens: of all prompts.
-    handle: of the adapter; released when the engine has ended the last answer.
+    handle: of the adapter; closed when the engine has ended the last answer.
     on_end: called once for each answer that the engine has ended.
     """
 
@@ -110,17 +111,10 @@ class Generation:
 
     def start(self) -> None:
         """Submits all answers to the engine. Raises EngineError if it does not accept them."""
-        loop = asyncio.get_running_loop()
-
-        def handler(answer: Answer) -> EventHandler:
-            def handle(event: Token | Finish) -> None:
-                loop.call_soon_threadsafe(self._receive, answer, event)
-
-            return handle
-
+        in_loop = asyncio.get_running_loop().call_soon_threadsafe
         for number, answer in enumerate(self.answers):
             try:
-                self._engine.submit(answer.request, handler(answer))
+                self._engine.submit(answer.request, partial(in_loop, self._receive, answer))
             except (AdapterError, RuntimeError) as error:
                 for other in self.answers[number:]:
                     self._receive(other, Finish("cancelled"))
@@ -133,7 +127,7 @@ class Generation:
             self._in_engine -= 1
             self._on_end()
             if not self._in_engine:
-                self._handle.release()
+                self._handle.close()
 
     def cancel(self) -> None:
         """Ends the answers that the engine still computes. May be called repeatedly."""
@@ -169,7 +163,7 @@ class Detokenizer:
     def add(self, token_id: int) -> str:
         """Returns the new text that later tokens cannot change."""
         self._ids.append(token_id)
-        text = self._new_text()
+        text = self.rest()
         if not text or text.endswith(UNFINISHED):
             return ""
         self._start, self._shown = self._shown, len(self._ids)
@@ -177,9 +171,6 @@ class Detokenizer:
 
     def rest(self) -> str:
         """Returns the text of the last tokens, which may be parts of a character."""
-        return self._new_text()
-
-    def _new_text(self) -> str:
         before = self._decode(self._ids[self._start : self._shown])
         return self._decode(self._ids[self._start :])[len(before) :]
 
@@ -188,25 +179,24 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Passes text on up to the first stop string. The possible beginning of one waits for the text that follows."""
+    """Passes text on up to the first stop string.
+
+    waiting: the possible beginning of a stop string, which waits for the text that follows.
+    """
 
     def __init__(self, stop_strings: Sequence[str]) -> None:
         self._stop_strings = stop_strings
-        self._waiting = ""
+        self.waiting = ""
 
     def add(self, text: str) -> tuple[str, bool]:
         """Returns the text to show, and whether a stop string follows it."""
-        text = self._waiting + text
+        text = self.waiting + text
         ends = [end for stop_string in self._stop_strings if (end := text.find(stop_string)) >= 0]
         if ends:
-            self._waiting = ""
             return text[: min(ends)], True
         length = max((_overlap(text, stop_string) for stop_string in self._stop_strings), default=0)
-        shown, self._waiting = text[: len(text) - length], text[len(text) - length :]
+        shown, self.waiting = text[: len(text) - length], text[len(text) - length :]
         return shown, False
-
-    def rest(self) -> str:
-        return self._waiting
 
 
 def _overlap(text: str, stop_string: str) -> int:

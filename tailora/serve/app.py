@@ -53,7 +53,6 @@ from tailora.serve.schemas import (
     Completion,
     CompletionChoice,
     CompletionRequest,
-    FinishReason,
     GenerationRequest,
     Health,
     LoadAdapterRequest,
@@ -191,20 +190,17 @@ class Server:
             ignore_eos=bool(body.ignore_eos),
         )
 
-    def check_count(self, prompts: int, n: int) -> None:
-        """Raises RequestError for too many answers."""
-        if prompts > MOST_PROMPTS:
-            raise RequestError(400, f"{prompts} prompts; at most {MOST_PROMPTS} are allowed", "prompt")
-        if prompts * n > self.settings.max_queue:
-            raise RequestError(400, f"{prompts * n} answers; at most {self.settings.max_queue} can run or wait", "n")
-        if self.answers + prompts * n > self.settings.max_queue:
-            raise RequestError(429, f"{self.answers} answers are running or waiting: try again later")
-
     async def start(self, body: GenerationRequest, prompts: Sequence[list[int]], params: SamplingParams) -> Generation:
         """Submits a request to the engine. Raises RequestError if there are too many, or the model is unknown."""
-        n = body.n or 1
-        self.check_count(len(prompts), n)
-        self.answers += (count := n * len(prompts))  # before waiting for files
+        n, most = body.n or 1, self.settings.max_queue
+        count = n * len(prompts)
+        if len(prompts) > MOST_PROMPTS:
+            raise RequestError(400, f"{len(prompts)} prompts; at most {MOST_PROMPTS} are allowed", "prompt")
+        if count > most:
+            raise RequestError(400, f"{count} answers; at most {most} can run or wait", "n")
+        if self.answers + count > most:
+            raise RequestError(429, f"{self.answers} answers are running or waiting: try again later")
+        self.answers += count  # before waiting for files
         started = 0
         try:
             handle = await run_in_threadpool(self.registry.acquire, body.model, body.lora_scale)
@@ -254,20 +250,13 @@ class Server:
 # ---- Answers to chats and to plain prompts, complete or streamed
 
 
-@dataclass
-class WholeAnswer:
-    text: str = ""
-    tokens: tuple[Token, ...] = ()
-    finish_reason: FinishReason = "stop"
-
-
-async def whole_answers(server: Server, generation: Generation) -> list[WholeAnswer]:
-    answers = [WholeAnswer() for _ in generation.answers]
+async def whole_answers(server: Server, generation: Generation) -> list[Piece]:
+    """Returns each answer as one piece."""
+    answers = [Piece(index, "", ()) for index in range(len(generation.answers))]
     async for piece in server.pieces(generation):
-        answer = answers[piece.index]
-        answer.text += piece.text
-        answer.tokens += piece.tokens
-        answer.finish_reason = piece.finish_reason or answer.finish_reason
+        before = answers[piece.index]
+        text, tokens = before.text + piece.text, before.tokens + piece.tokens
+        answers[piece.index] = Piece(piece.index, text, tokens, piece.finish_reason or before.finish_reason)
     return answers
 
 
@@ -336,13 +325,14 @@ class ChatAnswer:
         may_call = bool(body.tools) and body.tool_choice != "none"
         self.has_calls = may_call and response_template(server.tokenizer) is not None
 
-    def choice(self, index: int, answer: WholeAnswer) -> ChatChoice:
-        message, reason = AssistantMessage(content=answer.text), answer.finish_reason
+    def choice(self, answer: Piece) -> ChatChoice:
+        message, reason = AssistantMessage(content=answer.text), answer.finish_reason or "stop"
         if self.has_calls:
             tools = [tool.model_dump(exclude_none=True) for tool in self.body.tools or ()]
             message = parse_tool_calls(self.server.tokenizer, answer.text, self.prompt, tools)
             reason = "tool_calls" if message.tool_calls else reason
-        return ChatChoice(index=index, message=message, logprobs=self.logprobs(answer.tokens), finish_reason=reason)
+        logprobs = self.logprobs(answer.tokens)
+        return ChatChoice(index=answer.index, message=message, logprobs=logprobs, finish_reason=reason)
 
     def logprobs(self, tokens: Sequence[Token]) -> ChatLogprobs | None:
         if not self.body.logprobs:
@@ -350,8 +340,7 @@ class ChatAnswer:
         return chat_logprobs(self.server.tokenizer, tokens, self.body.top_logprobs or 0)
 
     async def whole(self) -> ChatCompletion:
-        answers = await whole_answers(self.server, self.generation)
-        choices = [self.choice(index, answer) for index, answer in enumerate(answers)]
+        choices = [self.choice(answer) for answer in await whole_answers(self.server, self.generation)]
         return ChatCompletion(**self.head, choices=choices, usage=self.generation.usage())
 
     def event(self, index: int, delta: Json, reason: str | None = None, tokens: Sequence[Token] = ()) -> Json:
@@ -363,13 +352,13 @@ class ChatAnswer:
         for index in range(len(self.generation.answers)):
             yield self.event(index, {"role": "assistant", "content": ""})
         if self.has_calls:
-            for index, answer in enumerate(await whole_answers(self.server, self.generation)):
-                choice = self.choice(index, answer)
+            for answer in await whole_answers(self.server, self.generation):
+                choice = self.choice(answer)
                 delta: Json = {"content": choice.message.content}
                 if calls := choice.message.tool_calls:
                     delta["tool_calls"] = [{**call.model_dump(), "index": number} for number, call in enumerate(calls)]
-                yield self.event(index, delta, None, answer.tokens)
-                yield self.event(index, {}, choice.finish_reason)
+                yield self.event(answer.index, delta, None, answer.tokens)
+                yield self.event(answer.index, {}, choice.finish_reason)
         else:
             async for piece in self.server.pieces(self.generation):
                 if piece.text or (piece.tokens and self.body.logprobs):
@@ -387,25 +376,25 @@ class CompletionAnswer:
         self.server, self.body, self.generation = server, body, generation
         self.head: Json = {"id": new_id("cmpl"), "created": int(time.time()), "model": body.model}
 
-    def choice(self, index: int, answer: WholeAnswer | Piece, offset: int = 0) -> CompletionChoice:
+    def choice(self, answer: Piece, offset: int = 0) -> CompletionChoice:
         logprobs = None
         if self.body.logprobs is not None:
             as_ids = bool(self.body.return_tokens_as_token_ids)
             logprobs = completion_logprobs(
                 self.server.tokenizer, answer.tokens, self.body.logprobs, offset=offset, as_ids=as_ids
             )
-        return CompletionChoice(index=index, text=answer.text, logprobs=logprobs, finish_reason=answer.finish_reason)
+        reason = answer.finish_reason
+        return CompletionChoice(index=answer.index, text=answer.text, logprobs=logprobs, finish_reason=reason)
 
     async def whole(self) -> Completion:
-        answers = await whole_answers(self.server, self.generation)
-        choices = [self.choice(index, answer) for index, answer in enumerate(answers)]
+        choices = [self.choice(answer) for answer in await whole_answers(self.server, self.generation)]
         return Completion(**self.head, choices=choices, usage=self.generation.usage())
 
     async def stream(self) -> AsyncGenerator[Json]:
         head = {**self.head, "object": "text_completion"}
         offsets = [0] * len(self.generation.answers)
         async for piece in self.server.pieces(self.generation):
-            choice = self.choice(piece.index, piece, offsets[piece.index])
+            choice = self.choice(piece, offsets[piece.index])
             offsets[piece.index] += len(piece.text)
             yield {**head, "choices": [choice.model_dump()]}
         if wants_usage(self.body):
@@ -474,9 +463,8 @@ def create_app(engine: Engine, registry: AdapterRegistry, tokenizer: Any, settin
     @app.middleware("http")
     async def count_requests(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         response = await call_next(request)
-        if request.method == "POST" and not getattr(
-            request.state, "is_streamed", False
-        ):  # streams are counted at their end
+        is_streamed = getattr(request.state, "is_streamed", False)  # counted at its end
+        if request.method == "POST" and not is_streamed:
             server.metrics.requests.labels(getattr(request.state, "model", ""), str(response.status_code)).inc()
         return response
 

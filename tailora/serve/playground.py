@@ -87,9 +87,7 @@ def playground_app(url: str) -> FastAPI:
             yield
 
     app = FastAPI(lifespan=client_of_app, openapi_url=None)
-    app.add_middleware(
-        TrustedHostMiddleware, allowed_hosts=[*LOCAL_HOSTS]
-    )  # other sites must not reach it under their own names
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_HOSTS])  # keeps other sites' names out
     add_page(app)
     for method, paths in PASSED_ON.items():
         for path in paths:

@@ -1,7 +1,7 @@
 """AdapterRegistry: the adapters that a server knows by name, and which of them are in memory.
 
 A request names a model: the base, an adapter, an adapter with a scale ("legal@0.5"), or a mixture ("legal+chat@0.5").
-`acquire` returns its key in the engine's AdapterSet, and keeps it in memory until the handle is released. A key
+`acquire` returns its key in the engine's AdapterSet, and keeps it in memory until the handle is closed. A key
 contains a hash of the adapter's content: after a replacement, new requests get the new adapter at once, and running
 requests finish with the old one.
 
@@ -96,31 +96,23 @@ class _Resident:
         return self.source_keys != (self.key,)
 
 
-class AdapterHandle(AbstractContextManager["AdapterHandle"]):
-    """Keeps an adapter in memory for a request. Release it after the engine's Finish; a second release does nothing.
+class AdapterHandle(ExitStack):
+    """Keeps an adapter in memory for a request. Close it after the engine's Finish; a second `close` does nothing.
 
     key: the adapter's name in the AdapterSet; None for the base.
     """
 
-    def __init__(self, key: str | None, release: Callable[[], None]) -> None:
+    def __init__(self, key: str | None, *on_close: Callable[[], None]) -> None:
+        super().__init__()
         self.key = key
-        self._release: Callable[[], None] | None = release
-        self._lock = Lock()
-
-    def release(self) -> None:
-        with self._lock:
-            release, self._release = self._release, None
-        if release is not None:
-            release()
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
+        for function in on_close:
+            self.callback(function)
 
 
 class AdapterRegistry:
     """The adapters of one engine by name. All methods may be called from any thread.
 
-    `acquire`, `load` and `unload` may wait for files and for the engine; `AdapterHandle.release` never does.
+    `acquire`, `load` and `unload` may wait for files and for the engine; `AdapterHandle.close` never does.
 
     adapter_set: the engine's.    paused: `Engine.paused`, in which adapters are added and removed.
     base_name: what requests call the base model.
@@ -163,7 +155,7 @@ class AdapterRegistry:
         """
         with self._changes:
             self._check_new_name(name, replace=replace)
-            self._register(*self._read(name, Path(path).absolute() if trusted else self._path_in_root(path), trusted))
+            self._register(*self._read(name, path, trusted))
 
     def unload(self, name: str) -> None:
         """Forgets a name. Running requests finish with its adapter. Raises AdapterNotFoundError."""
@@ -214,7 +206,7 @@ class AdapterRegistry:
     # ---- Requests
 
     def acquire(self, model: str, scale: float | None = None) -> AdapterHandle:
-        """Brings `model` into memory, and returns a handle that keeps it there until it is released.
+        """Brings `model` into memory, and returns a handle that keeps it there until it is closed.
 
         model: the base, an adapter, or several with their scales: "legal+chat@0.5" is legal + 0.5 chat.
         scale: multiplies all of them.
@@ -267,7 +259,7 @@ class AdapterRegistry:
     def _handle(self, weights: Mapping[str, float]) -> AdapterHandle | None:
         """Returns a handle if the adapter is in memory. Needs _lock."""
         if not weights:
-            return AdapterHandle(None, lambda: None)
+            return AdapterHandle(None)
         resident = self._residents.get(self._key(weights))
         if resident is None:
             return None
@@ -290,21 +282,18 @@ class AdapterRegistry:
         """Reads the adapters of `weights` that are not in memory, and adds their sum. Needs _changes."""
         with ExitStack() as stack:
             for name in weights:
-                if self._source(name).key not in self._residents:
-                    self._read_again(self._source(name))
+                source = self._source(name)
+                if source.key not in self._residents:
+                    now, adapter = self._read(name, source.path, source.trusted)
+                    if now.digest == source.digest:
+                        now = replace(now, created=source.created)
+                    else:
+                        LOGGER.warning("the files of adapter %r have changed; the new ones are used", name)
+                    self._register(now, adapter)
                 stack.enter_context(self.acquire(name))  # the next one must not take its place
             key = self._key(weights)
             if key not in self._residents:
                 self._derive(key, weights)
-
-    def _read_again(self, source: _Source) -> None:
-        path = source.path if source.trusted else self._path_in_root(source.path)
-        now, adapter = self._read(source.name, path, source.trusted)
-        if now.digest == source.digest:
-            now = replace(now, created=source.created)
-        else:
-            LOGGER.warning("the files of adapter %r have changed since it was loaded; the new ones are used", now.name)
-        self._register(now, adapter)
 
     def _register(self, source: _Source, adapter: Adapter) -> None:
         """Adds an adapter that was read, unless its content is already in memory, and assigns it to its name."""
@@ -418,8 +407,9 @@ class AdapterRegistry:
             raise ConfigError(f"adapter path {str(path)!r} leads outside of the server's folder for adapters")
         return real
 
-    def _read(self, name: str, path: Path, trusted: bool) -> tuple[_Source, Adapter]:
+    def _read(self, name: str, path: str | Path, trusted: bool) -> tuple[_Source, Adapter]:
         """Reads and checks the files of an adapter, without changing anything."""
+        path = Path(path).absolute() if trusted else self._path_in_root(path)
         folder = self._checked_folder(name, path, trusted)
         check_writes_text(str(folder), label_task_of_adapter(folder))
         base_model = self._adapter_set.base_model

@@ -339,10 +339,10 @@ def test_requests_in_flight_end_with_the_adapter_that_they_began_with(make: Make
     torch.testing.assert_close(logits(registry, old.key), expected(root / "legal"))
     torch.testing.assert_close(logits(registry, scaled.key), expected(root / "legal", scales=(0.5,)))
     torch.testing.assert_close(answer(registry, "legal"), expected(root / "new"))
-    old.release()
-    old.release()
+    old.close()
+    old.close()
     assert old.key in keys(registry)  # the scaled one has the same tensors
-    scaled.release()
+    scaled.close()
     wait_until(lambda: len(keys(registry)) == 2)
     torch.testing.assert_close(answer(registry, "legal"), expected(root / "new"))
 
@@ -516,7 +516,7 @@ def test_files_are_checked_again_when_an_adapter_comes_back(
 def test_clients_that_ask_for_many_scales_do_not_fill_the_memory(make: Make) -> None:
     registry = make("legal")
     for number in range(MOST_DERIVED + 5):
-        registry.acquire("legal", 0.5 + number / 100).release()
+        registry.acquire("legal", 0.5 + number / 100).close()
     assert len(keys(registry)) == MOST_DERIVED + 1
     assert requests(registry) == 0
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tailora.report.blocks import Block, Code, Column, Figure, Number, Page, Paragraph, Section, Table
-from tailora.report.charts import INK, PAPER, SERIES, SOFT, Canvas, Estimate
+from tailora.report.charts import INK, PAPER, SERIES, SOFT, Canvas, Estimate, heat_colour
 from tailora.report.format import count, duration, interval, one_line, plural, setting
 from tailora.report.pages.shared import (
     INTERVAL,
@@ -244,7 +244,9 @@ def _rate_and_rank(search: SearchResult, done: Sequence[Candidate]) -> Figure | 
         rates, ranks = ([float(trial.settings[name]) for trial in trials] for name in ("learning_rate", "r"))
         low, high = min(losses), float(np.quantile(losses, WORST_COLOUR))
         high = high if high > low else low + 1e-3
-        canvas.surface(list(zip(rates, ranks, losses, strict=True)), low, high, [_tip(trial) for trial in trials])
+        shades = [heat_colour(-loss, -high, -low) for loss in losses]
+        style: dict[str, Any] = {"s": 64, "c": shades, "edgecolors": INK, "linewidths": 1, "zorder": 3}
+        canvas.points(list(zip(rates, ranks, strict=True)), [_tip(trial) for trial in trials], **style, clip_on=False)
         for trial, rate, rank in zip(trials, rates, ranks, strict=True):
             if trial.number == search.best.number:
                 for thickness, colour in ((5, PAPER), (2.2, INK)):
@@ -257,10 +259,7 @@ def _rate_and_rank(search: SearchResult, done: Sequence[Candidate]) -> Figure | 
         canvas.colour_scale(axes, (-high, -low), lambda number: f"{-number:.3f}", "loss, capped")
 
     alt = f"Loss of {len(trials)} trials by learning rate and rank."
-    caption = (
-        "Loss by learning rate and rank; strong colours are low losses. Between the trials it is smoothed, where "
-        "there are enough of them. Ring: the best."
-    )
+    caption = "Loss of each trial by learning rate and rank; strong colours are low losses. Ring: the best."
     return Figure("surface", draw, alt, caption, wide=True) if len(trials) >= FEWEST_FOR_SURFACE else None
 
 
