@@ -139,27 +139,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     return says_so and any(sign in str(error).lower() for sign in OUT_OF_MEMORY)
 
 
-def nearest(name: str, known: Iterable[str], limit: int = 3, *, cutoff: float = CLOSE) -> str:
+def nearest(name: str, known: Iterable[str], *, cutoff: float = CLOSE) -> str:
     """Returns '; did you mean x, y?' with the known names closest to `name`, or '' if none is as close as `cutoff`."""
-    return _question(_close_names(name, known, limit, cutoff))
+    return _question(_close_names(name, known, cutoff))
 
 
-def nearest_path(path: Path, *, folders_only: bool = False) -> str:
+def nearest_path(path: Path) -> str:
     """Returns what `nearest` does, with names in the folder of a path that does not exist.
 
     An equal suffix says nothing about how close two names are, so names with the suffix of `path` compare without it.
     """
     entries = list(path.parent.iterdir()) if path.parent.is_dir() else []
-    if folders_only:
-        entries = [entry for entry in entries if entry.is_dir()]
     names = {entry.stem: entry.name for entry in entries if entry.suffix == path.suffix}
     alike = [names[stem] for stem in _close_names(path.stem, names)]
     return _question(alike or _close_names(path.name, [entry.name for entry in entries if entry.suffix != path.suffix]))
 
 
-def _close_names(name: str, known: Iterable[str], limit: int = 3, cutoff: float = CLOSE) -> list[str]:
+def _close_names(name: str, known: Iterable[str], cutoff: float = CLOSE) -> list[str]:
     """Returns the known names that are close to `name`, the closest first, without those that are much less close."""
-    matches = get_close_matches(name, list(known), n=limit, cutoff=cutoff)
+    matches = get_close_matches(name, list(known), cutoff=cutoff)
     ratios = {match: SequenceMatcher(None, match, name).ratio() for match in matches}
     return [match for match in matches if ratios[match] > max(ratios.values()) - MUCH_LESS]
 

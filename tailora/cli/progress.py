@@ -111,47 +111,29 @@ def run_progress(console: Console) -> Iterator["Listener"]:
     """Yields the listener to pass to `run` as `on_event`. Shows the first line before torch is loaded."""
     if not on_terminal(console):
         console.print("reading model and data")
-        yield _line_listener(console)
+        line = TimedLine(console)
+        yield _listener(console, lambda text, _done, _total, always: line.show(text, always=always))
         return
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
-        TextColumn("{task.fields[figures]}", markup=False),
-    )
+    columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=20)
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("reading model and data", total=None, figures="")
-
-        def listen(event: "Event") -> None:
-            from tailora.train.events import EvaluationProgress, Stepped
-
-            match event:
-                case Stepped():
-                    text, done, total = f"step {event.step}/{event.max_steps}", event.step, event.max_steps
-                    right = figures(event)
-                case EvaluationProgress():
-                    text, done, total = event.what, event.done, event.total
-                    right = f"{done:,}/{total:,}"
-                case _:
-                    _print(bar.console, event)
-                    return
-            bar.update(task, description=text, completed=done, total=total, figures=right)
-
-        yield listen
+        task = bar.add_task("reading model and data", total=None)
+        yield _listener(
+            bar.console, lambda text, done, total, _: bar.update(task, description=text, completed=done, total=total)
+        )
 
 
-def _line_listener(console: Console) -> "Listener":
-    line = TimedLine(console)
+def _listener(console: Console, show: Callable[[str, int, int, bool], None]) -> "Listener":
+    """show: called with a text, the numbers of steps or examples that are done and of all, and True for the ends."""
 
     def listen(event: "Event") -> None:
         from tailora.train.events import EvaluationProgress, Stepped
 
         match event:
             case Stepped():
-                text = f"step {event.step}/{event.max_steps}  {figures(event)}"
-                line.show(text, always=event.step in (1, event.max_steps))
+                text, is_end = f"step {event.step}/{event.max_steps}", event.step in (1, event.max_steps)
+                show(f"{text}  {figures(event)}", event.step, event.max_steps, is_end)
             case EvaluationProgress():
-                if event.done < event.total:
-                    line.show(f"{event.done:,} of {event.total:,} {event.what}")
+                show(f"{event.done:,} of {event.total:,} {event.what}", event.done, event.total, False)
             case _:
                 _print(console, event)
 

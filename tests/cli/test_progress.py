@@ -155,7 +155,7 @@ def test_streamed_data_is_not_counted_though_the_held_out_is() -> None:
 def test_an_evaluation_has_a_bar_of_its_own_on_a_terminal(file: io.StringIO, is_drawn: bool) -> None:
     shown = shown_by(file, [EvaluationProgress(30, 90), EvaluationProgress(90, 90)])
     assert ("held-out examples" in shown) == is_drawn
-    assert ("90/90" in shown) == is_drawn
+    assert ("90 of 90" in shown) == is_drawn
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
