@@ -155,17 +155,9 @@ def _answered_questions(model: Any, tokenizer: ChatTokenizer, seed: int) -> list
     length, pad = max(len(chat.ids) for chat in chats), tokenizer.eos_id or 0
     ids = torch.tensor([[pad] * (length - len(chat.ids)) + list(chat.ids) for chat in chats], device=model.device)
     mask = torch.tensor([[0] * (length - len(chat.ids)) + [1] * len(chat.ids) for chat in chats], device=model.device)
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 0.9, "max_new_tokens": REPLY_LENGTH}
     with seeded(seed), torch.no_grad(), evaluating(model), model.disable_adapter():
-        output = model.generate(
-            ids,
-            attention_mask=mask,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=0.9,
-            max_new_tokens=REPLY_LENGTH,
-            pad_token_id=pad,
-        )  # (questions, length + reply)
+        output = model.generate(ids, attention_mask=mask, pad_token_id=pad, **sampling)  # (questions, length + reply)
     replies = [_up_to_special(reply, tokenizer) for reply in output[:, length:].tolist()]
     return [replace(chat, ids=(*chat.ids, *reply)) for chat, reply in zip(chats, replies, strict=True)]
 
@@ -197,7 +189,7 @@ def _of_samples(samples: Sequence[Sample], tokenizer: ChatTokenizer, positions: 
     return texts
 
 
-def _wanted(sample: Any) -> Sample:
+def _wanted(sample: Any) -> Any:
     """Returns what a sample of any task wants the model to write; of a reply that is not wanted, the reply."""
     match sample:
         case Preference():
@@ -206,8 +198,7 @@ def _wanted(sample: Any) -> Sample:
             return sample.reply
         case Choices():
             return sample.options[sample.answer]
-    wanted: Sample = sample
-    return wanted
+    return sample
 
 
 def _plain_texts(texts: Sequence[Sequence[int]], tokenizer: ChatTokenizer) -> list[ProbeText]:
@@ -259,27 +250,23 @@ def _computations(adapter: Adapter, base_model: nn.Module) -> dict[str, Computat
 def _parts(adapter: Adapter) -> dict[str, Adapter]:
     """Returns what is missing -> the adapter without it."""
     half = layer_count(adapter.parts) / 2
-
-    def without(paths: Collection[str]) -> Adapter:
-        def kept(parts: Mapping[str, Any]) -> dict[str, Any]:
-            return {path: part for path, part in parts.items() if path not in paths}
-
-        return replace(adapter, low_rank=kept(adapter.low_rank), saved=kept(adapter.saved), extras=kept(adapter.extras))
-
     in_layers = {path: index for path in adapter.parts if (index := layer_index(path)) is not None}
-    blocks = sorted({block_of(path) for path in adapter.low_rank})
-    parts = {
-        "the lower half of the layers": without([path for path, index in in_layers.items() if index < half]),
-        "the upper half of the layers": without([path for path, index in in_layers.items() if index >= half]),
-        **{
-            f"the {block} layers": without([path for path in adapter.parts if block_of(path) == block])
-            for block in blocks
-        },
-        "modules trained in full": replace(adapter, saved={}),
-        "biases and token rows": replace(adapter, extras={}),
+    missing: dict[str, Collection[str]] = {
+        "the lower half of the layers": {path for path, index in in_layers.items() if index < half},
+        "the upper half of the layers": {path for path, index in in_layers.items() if index >= half},
     }
-    whole = len(adapter.parts)
-    return {name: part for name, part in parts.items() if 0 < len(part.parts) < whole}
+    for block in sorted({block_of(path) for path in adapter.low_rank}):
+        missing[f"the {block} layers"] = {path for path in adapter.parts if block_of(path) == block}
+    parts: dict[str, Adapter] = {}
+    for name, paths in missing.items():
+        low_rank, saved, extras = (
+            {path: part for path, part in group.items() if path not in paths}
+            for group in (adapter.low_rank, adapter.saved, adapter.extras)
+        )
+        parts[name] = replace(adapter, low_rank=low_rank, saved=saved, extras=extras)
+    parts["modules trained in full"] = replace(adapter, saved={})
+    parts["biases and token rows"] = replace(adapter, extras={})
+    return {name: part for name, part in parts.items() if 0 < len(part.parts) < len(adapter.parts)}
 
 
 @contextmanager

@@ -4,8 +4,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,9 +18,9 @@ from tailora.verify.server_verdict import Observation
 TOP = (20, 5, None)  # log-probabilities to ask for; servers allow 20 (vLLM) or 5 (OpenAI), or tell none
 ENDPOINTS = {"text": "/v1/completions", "chat": "/v1/chat/completions"}
 REFUSED = (400, 404, 405, 422, 500, 501)  # of a request that the server does not know
-BUSY = (429, 503)  # a prompt is asked again, after the seconds that the server says, or after more and more of them
-FIRST_WAIT = 0.5
-MODELS_SHOWN = 10
+BUSY = (429, 503)  # a prompt is asked again, after longer and longer waits
+FIRST_WAIT = 0.5  # seconds
+THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 MOST_BYTES = 16 * 10**6  # of an answer; that to a probe has a few thousand
 FARTHEST = 1e6  # nats; what is farther below 0 is no log-probability
 MOST_PROBABILITY = 1.05  # that a server's tokens have together: what is more is no distribution, despite rounding
@@ -28,15 +28,11 @@ MOST_PROBABILITY = 1.05  # that a server's tokens have together: what is more is
 
 @dataclass(frozen=True)
 class Answer:
-    """location: where a redirect leads. wait: seconds after which the server wants to be asked again."""
-
     status: int
     content: bytes
-    location: str | None
-    wait: float | None
 
 
-class ServerClient:
+class ServerClient(AbstractContextManager["ServerClient"]):
     """One OpenAI-compatible server. It is asked one probe at a time, so that no batch changes its rounding.
 
     url: with or without "/v1".    key: of the Authorization header.
@@ -63,13 +59,10 @@ class ServerClient:
             base_url=f"{parts.scheme}://{parts.netloc}{path}",
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=timeout,
-            trust_env=not _is_this_machine(parts.hostname),
+            trust_env=parts.hostname not in THIS_MACHINE,
         )
         self._top: dict[str, int | None] = {}  # endpoint that answers -> log-probabilities that it tells
         self.refusals: dict[str, str] = {}  # endpoint that does not answer -> what it says
-
-    def __enter__(self) -> "ServerClient":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._http.close()
@@ -122,14 +115,12 @@ class ServerClient:
         end, wait = time.monotonic() + self._timeout, FIRST_WAIT
         try:
             answer = self._read(method, path, body)
-            while body and answer.status in BUSY and time.monotonic() + (seconds := answer.wait or wait) < end:
-                time.sleep(seconds)
+            while body and answer.status in BUSY and time.monotonic() + wait < end:
+                time.sleep(wait)
                 wait *= 2
                 answer = self._read(method, path, body)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ServerError(f"{self.url} cannot be asked: {error or type(error).__name__}") from None
-        if answer.location is not None:
-            raise ServerError(f"{self.url}{path} leads to {answer.location}: give the address that it leads to")
         if answer.status in (401, 403):
             raise ServerError(f"{self.url} asks for a key: set TAILORA_API_KEY. It answers {_explanation(answer)}")
         if answer.status >= 300 and answer.status not in REFUSED:
@@ -146,9 +137,10 @@ class ServerClient:
                     raise ServerError(f"{self.url}{path} answers with more than {MOST_BYTES // 10**6} MB")
                 if time.monotonic() > end:
                     raise ServerError(f"{self.url}{path} does not end its answer within {self._timeout:g} s")
-            location = response.headers.get("Location") if response.is_redirect else None
-            wait = response.headers.get("Retry-After", "")  # a date, the other form, is rare
-        return Answer(response.status_code, bytes(content), location, float(wait) if wait.isdecimal() else None)
+            if response.has_redirect_location:
+                location = response.headers["Location"]
+                raise ServerError(f"{self.url}{path} leads to {location}: give the address that it leads to")
+        return Answer(response.status_code, bytes(content))
 
     def _body(self, answer: Answer, path: str) -> dict[str, Any]:
         body = _parsed(answer.content)
@@ -157,18 +149,11 @@ class ServerClient:
         return body
 
 
-def _is_this_machine(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:  # a name
-        return host == "localhost"
-
-
 def check_model(models: Mapping[str, str | None], name: str, flag: str) -> None:
     """Raises ConfigError if the server lists models, and not this one."""
     is_derived = any(mark in name for mark in "@+")  # a strength or a mixture of our own server
     if models and name not in models and not is_derived:
-        raise ConfigError(f"{flag} {name}: the server has {_shown(models)}{nearest(name, models)}")
+        raise ConfigError(f"{flag} {name}: the server has {', '.join(models)}{nearest(name, models)}")
 
 
 def choose_model(models: Mapping[str, str | None], name: str | None, folder_name: str) -> str | None:
@@ -186,22 +171,19 @@ def choose_model(models: Mapping[str, str | None], name: str | None, folder_name
     for choices in (named, adapters, list(models)):
         if len(choices) == 1:
             return choices[0]
-    raise ConfigError(f"the server has several models, give one by --model: {_shown(models)}")
-
-
-def _shown(models: Mapping[str, str | None]) -> str:
-    more = f" and {len(models) - MODELS_SHOWN} more" if len(models) > MODELS_SHOWN else ""
-    return f"{', '.join(list(models)[:MODELS_SHOWN])}{more}"
+    raise ConfigError(f"the server has several models, give one by --model: {', '.join(models)}")
 
 
 # ---- Requests and answers
 
 
 def _request_body(probe: Probe, model: str | None, top: int | None) -> dict[str, Any]:
-    body: dict[str, Any] = {"max_tokens": 1, "temperature": 0, **({} if model is None else {"model": model})}
+    body: dict[str, Any] = {"max_tokens": 1, "temperature": 0, "model": model}
     if probe.text is not None:
-        return {**body, "prompt": probe.text, **({} if top is None else {"logprobs": top})}
-    return {**body, "messages": probe.messages, **({} if top is None else {"logprobs": True, "top_logprobs": top})}
+        body |= {"prompt": probe.text, "logprobs": top}
+    else:
+        body |= {"messages": probe.messages, "logprobs": None if top is None else True, "top_logprobs": top}
+    return {name: value for name, value in body.items() if value is not None}
 
 
 def _observation(probe: Probe, body: Mapping[str, Any]) -> Observation:

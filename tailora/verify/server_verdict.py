@@ -221,20 +221,20 @@ def verify(
     of_base: its answers under the name of its base; None if it offers no base.
     """
     kinds = _by_kind(passport, observations)
-    fits: dict[str, Fit] = {}
-    for name, pairs in kinds.items():
-        if (fit := fit_variants(pairs, passport.variants)) is not None:
-            fits[name] = fit
+    fits = _fits(kinds, passport.variants)
     if of_base is not None:
-        of_kind = _by_kind(passport, of_base)
-        for name in ("chat", "text"):  # the last that is there
-            if (fit := fit_variants(of_kind[name], passport.variants)) is not None:
-                fits["base"] = fit
+        fits_of_base = _fits(_by_kind(passport, of_base), passport.variants)
+        if fit := fits_of_base.get("text") or fits_of_base.get("chat"):
+            fits["base"] = fit
     verdict: Verdict = "unknown"
     if "all" in fits and _is_comparable(kinds["all"]):
         verdict = _combined(fits, [_extra_tokens(kinds[name]) for name in ("text", "chat")])
     scale = fits["all"].scale if verdict in ("adapter", "base", "scaled") else None
     return Verification(verdict, scale, _evidence(kinds, fits, passport.variants), fits)
+
+
+def _fits(kinds: Mapping[str, Pairs], variants: Mapping[str, Variant]) -> dict[str, Fit]:
+    return {name: fit for name, pairs in kinds.items() if (fit := fit_variants(pairs, variants)) is not None}
 
 
 def _rounding(fits: Mapping[str, Fit]) -> float:

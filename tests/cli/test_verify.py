@@ -87,9 +87,13 @@ def test_a_server_that_cannot_be_asked_ends_with_1(
     assert "Traceback" not in error
 
 
-def test_nobody_listens(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", "http://127.0.0.1:9", "--adapter", str(root / "legal")]) == 1
-    assert "cannot be asked" in capsys.readouterr().err
+def test_nobody_listens_and_a_password_in_the_address_is_not_shown(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", "http://me:secret@127.0.0.1:9", "--adapter", str(root / "legal")]) == 1
+    error = capsys.readouterr().err
+    assert "cannot be asked" in error
+    assert "secret" not in error
 
 
 def test_a_missing_endpoint_is_told_with_its_reason(
@@ -111,11 +115,6 @@ def test_what_is_no_key_is_refused_and_not_shown(
     error = capsys.readouterr().err
     assert "TAILORA_API_KEY has" in error
     assert key[:6] not in error
-
-
-def test_a_password_in_the_address_is_not_shown(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", "http://me:secret@127.0.0.1:9", "--adapter", str(root / "legal")]) == 1
-    assert "secret" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("url", ["ftp://x", "http://", "", "http://[::1", "http://x:99999", "x:y"])
