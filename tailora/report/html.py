@@ -61,7 +61,6 @@ STYLE: dict[str, Any] = {
 for axis in "xy":
     STYLE |= {f"{axis}tick.color": SOFT, f"{axis}tick.labelsize": 11.5}
     STYLE |= {f"{axis}tick.major.size": 0, f"{axis}tick.minor.size": 0}
-NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 FONT = re.compile(r"font: (?:normal )*((?:bold|[1-9]00) )?([\d.]+)px [^;]*")
 COLOUR = re.compile(r"#0[0-9a-f]{5}")
 REFERENCE = re.compile(r"#([\w-]+)")
@@ -118,7 +117,7 @@ def svg(draw: Callable[[Canvas], None], width: float, name: str, alt: str) -> st
         draw(canvas)
         canvas.add_legend()
         file = io.StringIO()
-        canvas.figure.savefig(file, format="svg", metadata=NO_METADATA)
+        canvas.figure.savefig(file, format="svg")
     root = ElementTree.fromstring(file.getvalue())
     _remove_namespaces_and_styles(root)
     _rename_ids(root, name, canvas.tips)

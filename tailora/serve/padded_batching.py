@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from tailora.core.adapter_set import AdapterSet
@@ -103,34 +104,28 @@ class PaddedEngine(Engine):
         if not requests:
             return
         model: Any = self.adapter_set.base_model
-        ids, mask = padded_prompts([running.request.prompt_ids for running in requests])
+        prompts = [torch.tensor(running.request.prompt_ids) for running in requests]
+        ids, mask = (  # (prompts, longest)
+            pad_sequence(rows, batch_first=True, padding_side="left")
+            for rows in (prompts, [torch.ones_like(prompt) for prompt in prompts])
+        )
 
         def are_finished(*_: Any, **__: Any) -> Tensor:
             return torch.tensor([running.is_finished for running in requests], device=model.device)
 
+        config = GenerationConfig(
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=[],  # not the model's own, which would also end rows with ignore_eos
+            max_new_tokens=max(running.request.params.max_tokens for running in requests),
+        )
         arguments: dict[str, Any] = {
             "inputs": ids.to(model.device),
             "attention_mask": mask.to(model.device),
-            "generation_config": GenerationConfig(
-                do_sample=False,
-                pad_token_id=0,
-                eos_token_id=[],  # not the model's own, which would also end rows with ignore_eos
-                max_new_tokens=max(running.request.params.max_tokens for running in requests),
-            ),
+            "generation_config": config,
             "logits_processor": [ChosenTokens(lambda logits: next_tokens(logits, requests, self.eos_token_ids))],
             "stopping_criteria": [are_finished],
         }
         names = [running.request.adapter for running in requests]
         with self.adapter_set.activated_by_row(names), self.adapter_set.generation((), arguments):
             model.generate(**arguments)
-
-
-def padded_prompts(prompts: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-    """Returns the ids and the attention mask, both (prompts, longest) and padded on the left."""
-    longest = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    return ids, mask

@@ -227,8 +227,6 @@ class AdapterRegistry:
 
     def _weights(self, model: str, scale: float | None) -> dict[str, float]:
         """Returns the scale of every adapter in `model`, without those with scale 0; {} is the base."""
-        if scale is not None and not math.isfinite(scale):
-            raise ConfigError(f"scale = {scale!r}: use a finite number; 1 is as trained")
         if model == self.base_name:
             if scale not in (None, 1):
                 raise ConfigError(f"scale = {scale!r}: {model!r} is the base, without an adapter; remove the scale")

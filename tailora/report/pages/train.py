@@ -181,13 +181,11 @@ def write_train_report(folder: Path) -> dict[str, Any]:
         verdict = f"Held-out loss went from {change} {unit}; its interval was not recorded."
     if result is not None and losses:
         result["eval_loss_change"] = losses["change"].value
-        for name, loss in losses.items():
-            result[f"eval_loss_{name}_95"] = _ends(loss)
+        result |= {f"eval_loss_{name}_95": _ends(loss) for name, loss in losses.items()}
     if result is not None:
         for metric in task_metrics:
-            result |= {
-                f"eval_{metric['name']}_{key}": metric[key] for key in ("before", "before_95", "after", "after_95")
-            }
+            name = metric["name"]
+            result |= {f"eval_{name}_{key}": value for key, value in metric.items() if key != "name"}
     content = {
         "verdict": verdict,
         "settings": settings,
@@ -239,7 +237,9 @@ def train_page(report: TrainReport) -> Page:
     loss_text = f"{measured}: of each step's examples, before the step, and of the held-out examples."
     answers: Block | None = None
     if result is not None:
-        numbers = [*_metric_numbers(report.metrics), *_numbers(result, unit)]
+        first = report.metrics[:2]  # those that say most
+        numbers = [Number(f"{each.name} after", _shown(each.after), f"before {_shown(each.before)}") for each in first]
+        numbers += _numbers(result, unit)
         if report.evaluations:
             loss_text += f" The weights of step {result.best_step} are kept."
         if not run.get("labels") and report.settings.get("samples") != 0:
@@ -256,12 +256,9 @@ def train_page(report: TrainReport) -> Page:
         "Versions": run.get("versions") or {},
         "Machine": run.get("machine") or {},
     }
+    meanings = LABEL_METRICS if run.get("labels") else PREFERENCE_METRICS
     sections = [
-        *(
-            [_metrics(report.metrics, LABEL_METRICS if run.get("labels") else PREFERENCE_METRICS)]
-            if report.metrics
-            else []
-        ),
+        *([_metrics(report.metrics, meanings)] if report.metrics else []),
         *([section] if (section := labels_section(report.labels)) else []),
         Section("Loss", loss_text, [_loss(report, unit)]),
         *([_examples(report.held_out, unit)] if report.held_out else []),
@@ -297,10 +294,8 @@ def _few_steps_hint(result: Result, report: TrainReport) -> str:
 
 def _numbers(result: Result, unit: str) -> list[Number]:
     numbers = []
-    for when, loss, ends in (
-        ("before", result.eval_loss_before, result.eval_loss_before_95),
-        ("after", result.eval_loss_after, result.eval_loss_after_95),
-    ):
+    losses = result.eval_loss_before, result.eval_loss_after
+    for when, loss, ends in zip(WHEN, losses, (result.eval_loss_before_95, result.eval_loss_after_95), strict=True):
         if loss is not None:
             perplexity = f"perplexity {math.exp(min(loss, 700)):,.1f}" if unit == NATS_PER_TOKEN else unit
             note = f"{interval(ends)}; {perplexity}" if ends else perplexity
@@ -318,14 +313,6 @@ def _numbers(result: Result, unit: str) -> list[Number]:
         Number("time", duration(wait), f"{steps} of it in training steps, {speed}"),
         Number("peak memory", format_bytes(result.peak_memory_bytes)),
         Number("steps", f"{result.steps:,}", kept),
-    ]
-
-
-def _metric_numbers(metrics: Sequence[Metric]) -> list[Number]:
-    """The two metrics that say most."""
-    return [
-        Number(f"{metric.name} after", _shown(metric.after), f"before {_shown(metric.before)}")
-        for metric in metrics[:2]
     ]
 
 
@@ -385,18 +372,12 @@ def _examples(held_out: HeldOut, unit: str) -> Section:
         axes.grid(visible=False, axis="x")
 
     better = sum(after < before for before, after in pairs)
-    scatter_plot = Figure(
-        "examples",
-        draw_examples,
-        f"Scatter plot of {len(held_out.tokens)} held-out examples: loss before against loss after.",
-        "Each dot is a held-out example; those below the line have improved.",
-    )
-    histogram = Figure(
-        "changes",
-        draw_changes,
-        "Histogram of the change of the loss of each held-out example.",
-        "Change of each example's loss, after - before; the dashed line marks no change.",
-    )
+    alt = f"Scatter plot of {len(held_out.tokens)} held-out examples: loss before against loss after."
+    caption = "Each dot is a held-out example; those below the line have improved."
+    scatter_plot = Figure("examples", draw_examples, alt, caption)
+    alt = "Histogram of the change of the loss of each held-out example."
+    caption = "Change of each example's loss, after - before; the dashed line marks no change."
+    histogram = Figure("changes", draw_changes, alt, caption)
     text = f"{better:,} of {plural(len(pairs), 'example')} have a lower loss after training."
     # against a reference all losses begin alike, at log 2 with DPO
     figures = [histogram] if np.ptp([before for before, _ in pairs]) < ALIKE else [scatter_plot, histogram]
