@@ -137,7 +137,12 @@ def run_command(session: ChatSession, line: str) -> str:
                 raise ConfigError("no adapter is loaded: start with --adapter FOLDER")
             if not words:
                 raise ConfigError(f"/adapter NAME [STRENGTH]; there are: {', '.join(names)}")
-            strength = parse_strength(words[1:])
+            try:
+                strength = float(" ".join(words[1:]) or 1)
+            except ValueError:
+                strength = math.nan
+            if not math.isfinite(strength):
+                raise ConfigError(f"a strength is one number such as 0.7; got {' '.join(words[1:])}")
             model.set_adapter(words[0])
             model.set_scale(words[0], strength)
             return f"adapter {words[0]} at {strength:g}"
@@ -151,16 +156,6 @@ def run_command(session: ChatSession, line: str) -> str:
         case "/help":
             return HELP
     raise ConfigError(f"{command} is not a command{nearest(command, COMMANDS) or '; /help lists them'}")
-
-
-def parse_strength(words: list[str]) -> float:
-    try:
-        (strength,) = [float(word) for word in words] or [1.0]
-    except ValueError:
-        strength = math.nan
-    if not math.isfinite(strength):
-        raise ConfigError(f"a strength is one number such as 0.7; got {' '.join(words)}")
-    return strength
 
 
 # ---- `tailora generate`

@@ -70,16 +70,13 @@ def data(
     check_vocabulary(tokenizer, embedding_rows)
     prepared = read_whole(settings, tokenizer, labels)
     report = prepared.report.to_dict()
-    examples = {
-        f"example {index + 1}{name}": preview(sequence, tokenizer)
-        for index in range(min(rows, len(prepared.train)))
-        for name, sequence in named_sequences(prepared.train[index])
-    }
-    if labels is not None:
-        examples = {
-            f"example {index + 1}": labels.preview(prepared.train[index], tokenizer)
-            for index in range(min(rows, len(prepared.train)))
-        }
+    examples: dict[str, Pieces] = {}
+    for index in range(min(rows, len(prepared.train))):
+        title, example = f"example {index + 1}", prepared.train[index]
+        if labels is None:
+            examples |= {f"{title}{name}": preview(part, tokenizer) for name, part in named_sequences(example)}
+        else:
+            examples[title] = labels.preview(example, tokenizer)
     if json:
         shown = [[{"text": text, "learned": learned} for text, learned in pieces] for pieces in examples.values()]
         print_json({**report, "examples": shown})
@@ -87,11 +84,10 @@ def data(
         show(stdout(), report, examples)
         share = share_to_hold_out(settings, prepared.report.rows)
         epochs = epochs_to_train(settings, prepared, share)
-        why = []
-        if share is not None:
-            why.append(f"holds out {share:.0%} of the rows, so that there are enough to judge by")
-        if epochs is not None:
-            why.append(f"makes {epochs} passes over the data, since fewer than {FEW_STEPS} steps change little")
+        why = [
+            *([] if share is None else [f"holds out {share:.0%} of the rows, so that there are enough to judge by"]),
+            *([] if epochs is None else [f"makes {epochs} passes, since fewer than {FEW_STEPS} steps change little"]),
+        ]
         proposed = {"validation_split": share, "num_train_epochs": epochs}
         command = train_command(settings, proposed, config, flags or {})
         reasons = f"The next command {', and '.join(why)}." if why else ""

@@ -106,31 +106,16 @@ def device_facts(device: "torch.device") -> dict[str, Any]:
 
 def rows(facts: Facts) -> Facts:
     """Returns section -> name -> what is shown, a line each. The devices have a section for each of their facts."""
-    devices = facts["devices"]
-    methods = {
-        section: {
-            f"{device} {method}": text
-            for device, abilities in devices.items()
-            for method, text in abilities[section].items()
-        }
-        for section in ("attention", "quantize")
-    }
-    return {
-        "devices": {
-            device: _device_text(abilities, device == facts["device"]["auto"]) for device, abilities in devices.items()
-        },
-        "attention": methods["attention"],
-        "compiled layers": {device: abilities["compiled layers"] for device, abilities in devices.items()},
-        "quantize": methods["quantize"],
-        **{section: values for section, values in facts.items() if section not in ("device", "devices")},
-    }
-
-
-def _device_text(abilities: dict[str, Any], is_auto: bool) -> str:
-    parts = [abilities["name"], _value_text("memory", abilities["memory"]), abilities["dtype"]]
-    if abilities["capability"]:
-        parts.append(f"capability {abilities['capability']}")
-    return ", ".join(parts) + ("; taken by --device auto" if is_auto else "")
+    shown: Facts = {section: {} for section in ("devices", "attention", "compiled layers", "quantize")}
+    for device, abilities in facts["devices"].items():
+        parts = [abilities["name"], _value_text("memory", abilities["memory"]), abilities["dtype"]]
+        parts += [f"capability {abilities['capability']}"] if abilities["capability"] else []
+        is_auto = device == facts["device"]["auto"]
+        shown["devices"][device] = ", ".join(parts) + ("; taken by --device auto" if is_auto else "")
+        shown["compiled layers"][device] = abilities["compiled layers"]
+        for section in ("attention", "quantize"):
+            shown[section] |= {f"{device} {method}": text for method, text in abilities[section].items()}
+    return shown | {section: values for section, values in facts.items() if section not in ("device", "devices")}
 
 
 def conclusions(facts: Facts) -> list[str]:

@@ -1,6 +1,5 @@
 """`tailora eval`: evaluates an adapter and its base model on held-out data, and checks gates on the scores."""
 
-import json as jsonlib
 import math
 import sys
 import time
@@ -29,7 +28,7 @@ from tailora.cli.models import (
     refuse_system,
 )
 from tailora.data.readers import source_names
-from tailora.errors import ConfigError
+from tailora.errors import ConfigError, FormatError
 from tailora.evaluation.metrics import (
     CHANGE,
     LABEL_METRICS,
@@ -41,6 +40,7 @@ from tailora.evaluation.metrics import (
     parse_gates,
     parse_metrics,
 )
+from tailora.formats.io import read_json_object
 from tailora.formats.run_folder import REPORT, recorded_settings, write_report
 from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
@@ -118,11 +118,6 @@ class EvalTarget:
     adapter: str | None  # as it was typed
     folder: Path | None  # of the adapter itself
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Of the run that made the adapter, or {}."""
-        return {} if self.folder is None else recorded_settings(self.folder)
-
 
 def eval(
     adapter: Adapter = None,
@@ -165,13 +160,12 @@ def eval(
     _check_output_dir(output_dir)
     config = merge_with_run(flags, target.folder, arguments={"model": target.model})
 
-    if nproc_per_node is not None and not is_launched_by_tailora():
-        processes = count_processes(nproc_per_node, device)
-        if processes > 1:
-            if harness.names:
-                raise ConfigError(IN_ONE_PROCESS)
-            log(f"starting {processes} processes")
-            return launch(ARGUMENTS.get(), processes, results=[GATE_NOT_MET])
+    processes = world_size() if nproc_per_node is None else count_processes(nproc_per_node, device)
+    if harness.names and processes > 1:
+        raise ConfigError(IN_ONE_PROCESS)
+    if nproc_per_node is not None and processes > 1 and not is_launched_by_tailora():
+        log(f"starting {processes} processes")
+        return launch(ARGUMENTS.get(), processes, results=[GATE_NOT_MET])
 
     log("reading model and data")
     folders = {} if target.folder is None else {"default": target.folder}
@@ -215,8 +209,6 @@ def eval(
         check_gates(gates, [*(METRICS if data else ()), *tasks.metrics], base=base)
     scores = Scores({}, {} if base else None, {} if base else None)
     with explain_out_of_memory("evaluating", lambda: MEMORY_ADVICE), launched_ranks(device) as ranks:
-        if ranks is not None and tasks is not None:
-            raise ConfigError(IN_ONE_PROCESS)
         chosen = device if ranks is None else str(ranks.device)
         loaded = load_model(target.model, folders, quantize=quantize, dtype=config.dtype, device=chosen)
         adapted = loaded.model if loaded.adapters else without_adapter(loaded.model)
@@ -229,19 +221,11 @@ def eval(
                 more = score(adapted, loaded.tokenizer, data, options, log=note, progress=progress, **reading)
             scores = scores.merge(more)
         if tasks is not None:
-            harness_scores = evaluate_tasks(
-                adapted,
-                loaded.tokenizer,
-                tasks,
-                base=base,
-                batch_size=harness.batch_size,
-                num_fewshot=harness.num_fewshot,
-                apply_chat_template=harness.apply_chat_template,
-                limit=limit,
-            )
-            scores = scores.merge(harness_scores)
-        is_main, code = ranks is None or ranks.is_main_process, None
-        if is_main:
+            asked: Any = {"batch_size": harness.batch_size, "num_fewshot": harness.num_fewshot, "limit": limit}
+            asked["apply_chat_template"] = harness.apply_chat_template
+            scores = scores.merge(evaluate_tasks(adapted, loaded.tokenizer, tasks, base=base, **asked))
+        code = None
+        if ranks is None or ranks.is_main_process:
             code = _finish(target, scores, gates, time.monotonic() - started, output_dir, json)
             sys.stdout.flush()
         if ranks is not None:  # launchers send SIGTERM as soon as another process has ended with this code
@@ -322,8 +306,8 @@ def _check_output_dir(folder: Path | None) -> None:
     if folder is None or not (folder / REPORT).exists():
         return
     try:
-        kind = jsonlib.loads((folder / REPORT).read_text(encoding="utf-8")).get("kind")
-    except (OSError, ValueError, AttributeError):
+        kind = read_json_object(folder / REPORT).get("kind")
+    except FormatError:
         kind = None
     if kind != KIND:
         raise ConfigError(f"--output-dir {folder} holds a {REPORT} of another command; give another folder")
@@ -332,8 +316,9 @@ def _check_output_dir(folder: Path | None) -> None:
 def _warn_of_training_data(target: EvalTarget, data: str) -> None:
     from tailora.data.demo import resolve_demo
 
-    given, recorded = resolve_demo(data, "eval_data"), target.settings.get("data") or []
-    for name in source_names(recorded):
+    given = resolve_demo(data, "eval_data")
+    settings = {} if target.folder is None else recorded_settings(target.folder)
+    for name in source_names(settings.get("data") or []):
         trained_on = resolve_demo(name, "data")
         both_exist = Path(given).exists() and Path(trained_on).exists()
         if given == trained_on or (both_exist and Path(given).samefile(trained_on)):
@@ -346,19 +331,13 @@ def _finish(
     """Writes the report, prints the scores, and returns the exit code."""
     from tailora.report.pages.eval import EvalReport, eval_page
 
-    outcomes = []
-    for gate in gates:
-        value = scores.values()[gate.metric]
-        outcomes.append(
-            {"gate": str(gate), "value": value if math.isfinite(value) else None, "met": gate.is_met(value)}
-        )
-    payload = {
-        "model": target.model,
-        "adapter": target.adapter,
-        **scores.to_dict(),
-        "gates": outcomes,
-        "seconds": seconds,
-    }
+    values = [(gate, scores.values()[gate.metric]) for gate in gates]
+    outcomes = [
+        {"gate": str(gate), "value": value if math.isfinite(value) else None, "met": gate.is_met(value)}
+        for gate, value in values
+    ]
+    names = {"model": target.model, "adapter": target.adapter}
+    payload = {**names, **scores.to_dict(), "gates": outcomes, "seconds": seconds}
     if folder is not None:
         write_report(folder, KIND, payload, allow_nan=False)
         log(write_page_if_possible(folder))

@@ -142,9 +142,12 @@ def merge_settings(
     in_file = _without_aliases(in_file, f"--config {config_file}: ")
     typed = {name: _plain(name, value) for name, value in _without_aliases(flags or {}).items()}
     typed |= _without_none(arguments)
-    command_defaults = _without_none(defaults)
+    values = {**_without_none(defaults), **in_file, **typed}
+    if values.get("data", "demo") == "demo" and not values.keys() & {"eval_data", "validation_split"}:
+        values["eval_data"] = "demo"  # it has held-out data of its own
     try:
-        config = _checked_config({**command_defaults, **in_file, **typed})
+        config = TrainConfig(**values)
+        config.lora()
     except ConfigError as error:
         origin = f"--config {config_file}{' and the flags' if typed else ''}: " if in_file else ""
         raise ConfigError(f"{origin}{error}") from None
@@ -177,15 +180,6 @@ def log_columns(flags: Mapping[str, Any] | None, config: TrainConfig) -> None:
 
 def _without_none(values: Mapping[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in (values or {}).items() if value is not None}
-
-
-def _checked_config(values: dict[str, Any]) -> TrainConfig:
-    """Raises ConfigError. The demo's data has its own held-out data."""
-    if values.get("data", "demo") == "demo" and not values.keys() & {"eval_data", "validation_split"}:
-        values = {**values, "eval_data": "demo"}
-    config = TrainConfig(**values)
-    config.lora()
-    return config
 
 
 def parse_settings(text: str) -> dict[str, Any]:

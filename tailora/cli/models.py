@@ -120,7 +120,6 @@ def quantize_method(folders: Sequence[Path], quantize: str | None) -> str | None
     if quantize is not None:
         return None if quantize == "none" else quantize
     methods = {str(folder): recorded_settings(folder).get("quantize") for folder in folders}
-    methods = {folder: method if isinstance(method, str) else None for folder, method in methods.items()}
     if len(set(methods.values())) > 1:
         differences = ", ".join(f"{folder} {method or 'no quantization'}" for folder, method in methods.items())
         raise ConfigError(

@@ -118,10 +118,9 @@ def read_all(source: str, limit: int | None) -> list[Row]:
     return [item for item in items if isinstance(item, Row)]
 
 
-def columns_of(row: Row) -> Prediction:
+def columns_of(row: Row) -> Any:
     """Returns the row as JSON has it: numbers that are none are null, and dates of Parquet are text."""
-    columns: Prediction = loads(dumps(row.fields, default=str), parse_constant=lambda _: None)
-    return columns
+    return loads(dumps(row.fields, default=str), parse_constant=lambda _: None)
 
 
 # ---- Labels
@@ -147,13 +146,9 @@ def labelled(
             yield columns_of(row) | rounded(result)
 
 
-def rounded(value: Any) -> Any:
+def rounded(prediction: Any) -> Any:
     """Returns the prediction with its numbers rounded to DIGITS."""
-    if isinstance(value, dict):
-        return {name: rounded(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [rounded(part) for part in value]
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+    return loads(dumps(prediction), parse_float=lambda number: float(f"{float(number):.{DIGITS}g}"))
 
 
 # ---- Answers

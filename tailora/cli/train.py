@@ -71,19 +71,15 @@ def demo(
 ) -> int:
     """Fine-tune a small model on real chats, and see what it changed. The flags are those of `train`."""
     chosen = merge_settings(flags, config, defaults=DEFAULTS)
-
-    def fit_demo() -> int:
-        return fit(chosen, as_json=json, overwrite=overwrite, questions=QUESTIONS, nproc_per_node=nproc_per_node)
-
-    if "output_dir" in chosen.model_fields_set:
-        return fit_demo()
-    folder = demo_folder(chosen.resume_from_checkpoint)
-    chosen = chosen.model_copy(update={"output_dir": str(folder)})
-    ARGUMENTS.get().extend(["--output-dir", str(folder)])  # for the processes of --nproc-per-node
+    folder = None
+    if "output_dir" not in chosen.model_fields_set:
+        folder = demo_folder(chosen.resume_from_checkpoint)
+        chosen = chosen.model_copy(update={"output_dir": str(folder)})
+        ARGUMENTS.get().extend(["--output-dir", str(folder)])  # for the processes of --nproc-per-node
     try:
-        return fit_demo()
+        return fit(chosen, as_json=json, overwrite=overwrite, questions=QUESTIONS, nproc_per_node=nproc_per_node)
     except BaseException:
-        if folder.is_dir() and not any(folder.iterdir()):  # the run did not begin
+        if folder is not None and folder.is_dir() and not any(folder.iterdir()):  # the run did not begin
             folder.rmdir()
         raise
 

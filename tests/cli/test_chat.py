@@ -111,22 +111,9 @@ def test_a_chat_goes_on_when_memory_ends(
     monkeypatch.setattr(LlamaForCausalLM, "generate", once_too_much)
     assert talk(["hello", "hello"], ["--model", str(tiny_model)], monkeypatch) == 0
     shown = capsys.readouterr()
-    assert "out of memory while answering" in shown.err
+    assert "out of memory while answering: DefaultCPUAllocator" in shown.err
+    assert "--max-new-tokens" in shown.err
     assert len(shown.out.splitlines()) == 1
-
-
-def test_generate_exits_with_1_when_memory_ends(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def too_much(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB.")
-
-    monkeypatch.setattr(LlamaForCausalLM, "generate", too_much)
-    assert main(["generate", "--model", str(tiny_model), "--prompt", "a"]) == 1
-    said = capsys.readouterr().err
-    assert "out of memory while answering: CUDA out of memory" in said
-    assert "--max-new-tokens" in said
-    assert "Traceback" not in said
 
 
 def test_quit_ends_before_the_rest_is_read(
@@ -280,7 +267,9 @@ def test_answers_so_far_stay_in_a_partial_file(
     prompts = [part for text in "abc" for part in ("--prompt", text)]
     tokens = ["generate", "--model", str(tiny_model), "--max-new-tokens", "4", *prompts, "--output", str(output)]
     assert main(tokens) == code
-    assert f"the answers so far are in {partial}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"the answers so far are in {partial}" in said
+    assert "Traceback" not in said
     assert [json.loads(line)["prompt"] for line in partial.read_text().splitlines()] == ["a", "b"]
     assert main(tokens) == 2
     assert f"{partial} exists already; give another file, or --overwrite" in capsys.readouterr().err

@@ -12,22 +12,15 @@ from command_line import call, check_refused, found
 from tailora.cli.main import main
 
 
-def test_it_shows_mapping_counts_lengths_and_share(
+def test_it_shows_mapping_counts_lengths_and_share_and_without_colour_the_learned_text_in_brackets(
     chats: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["data", str(chats), "--model", str(tiny_model), "--validation-split", "0.25"]) == 0
+    assert main(["data", str(chats), "--model", str(tiny_model), "--validation-split", "0.25", "--rows", "1"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"read as +messages", shown)
     assert re.search(r"rows +24: 18 to train on, 6 held out", shown)
     assert re.search(r"tokens +\d+, \d+ learned \(\d+%\)", shown)
     assert re.search(r"\d+ +\d+ +#+", shown)
-
-
-def test_without_colour_the_learned_text_is_in_brackets(
-    chats: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main(["data", str(chats), "--model", str(tiny_model), "--rows", "1"])
-    shown = capsys.readouterr().out
     assert "\x1b" not in shown
     learned = re.findall(r"\[\[(It is \w+\.<\|im_end\|>)\]\]", shown)
     assert len(learned) == 1

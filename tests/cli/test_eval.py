@@ -50,6 +50,9 @@ def test_the_adapter_is_judged_beside_the_base_that_it_names(adapter: Path, tiny
         assert one["n"] == 24
     change = both["change"]["loss"]
     assert change["value"] == pytest.approx(both["metrics"]["loss"]["value"] - both["base"]["loss"]["value"])
+    without_base = found("eval", adapter, "--data", chats, "--dtype", "float32", "--no-base")
+    assert without_base["base"] is without_base["change"] is None
+    assert without_base["metrics"] == both["metrics"]
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     model = LoRAModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model), adapter)
@@ -63,13 +66,6 @@ def test_the_adapter_is_judged_beside_the_base_that_it_names(adapter: Path, tiny
         by_hand += float(torch.nn.functional.cross_entropy(logits, torch.tensor(rest), reduction="sum"))
         tokens += len(rest)
     assert both["metrics"]["loss"]["value"] == pytest.approx(by_hand / tokens, rel=1e-5)
-
-
-@pytest.mark.slow
-def test_without_the_base(adapter: Path, chats: Path) -> None:
-    alone = found("eval", adapter, "--data", chats, "--no-base")
-    assert alone["base"] is alone["change"] is None
-    assert alone["metrics"] == found("eval", adapter, "--data", chats)["metrics"]
 
 
 def test_rows_get_the_system_message_that_the_run_trained_with(adapter: Path, chats: Path, tmp_path: Path) -> None:

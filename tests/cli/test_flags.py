@@ -88,19 +88,13 @@ def test_a_flag_sets_its_field(tokens: list[str], name: str, value: Any) -> None
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
     found = parsed("--r", "4", yaml="r: 8\nseed: 7\n", folder=tmp_path, defaults={"r": 2, "seed": 3, "max_steps": 9})
     assert found == TrainConfig(r=4, seed=7, max_steps=9, eval_data="demo")
-
-
-def test_a_switch_can_be_turned_off_again(tmp_path: Path) -> None:
     assert parsed("--no-use-rslora", yaml="use_rslora: true", folder=tmp_path).use_rslora is False
+    assert parsed(yaml="# nothing yet\n", folder=tmp_path) == parsed()
 
 
 @pytest.mark.parametrize("text", ["learning_rate: 1e-4", "learning-rate: 1e-4", "learning_rate: 0.0001"])
 def test_yaml_numbers_are_numbers(tmp_path: Path, text: str) -> None:
     assert parsed(yaml=text, folder=tmp_path).learning_rate == 1e-4
-
-
-def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
-    assert parsed(yaml="# nothing yet\n", folder=tmp_path) == parsed()
 
 
 @pytest.mark.parametrize(

@@ -172,18 +172,6 @@ def test_wrong_rows_end_with_code_2(task: str, row: dict[str, Any], cause: str, 
 
 
 @pytest.mark.slow
-def test_a_merged_model_predicts_the_same(folder: Path, tmp_path: Path) -> None:
-    code, out, err = call("export", folder / "run", "--to", "merged", "--output", tmp_path / "model")
-    assert code == 0, err
-    assert "tailora predict --model" in out
-    results = []
-    for model in ([folder / "run"], ["--model", tmp_path / "model"]):
-        predictions = found("predict", *model, "--data", folder / "rows.jsonl", "--dtype", "float32")["predictions"]
-        results.append([row["probabilities"]["positive"] for row in predictions])
-    assert results[0] == pytest.approx(results[1], abs=0.01)  # the files are in the base's precision
-
-
-@pytest.mark.slow
 def test_data_shows_the_labels(folder: Path) -> None:
     code, out, _ = call(
         "data", folder / "rows.jsonl", "--task", "sequence-classification", "--model", folder / "model", "--rows", 1
@@ -252,6 +240,9 @@ def test_an_adapter_for_labels_is_shrunk_exported_and_inspected(folder: Path, tm
     models = [folder / "run"], ["--model", tmp_path / "merged"]
     scores = [found("eval", *model, *data)["metrics"] for model in models]
     assert scores[0]["accuracy"] == scores[1]["accuracy"]
+    results = [found("predict", *model, *data, "--dtype", "float32")["predictions"] for model in models]
+    positive, of_merged = ([row["probabilities"]["positive"] for row in predictions] for predictions in results)
+    assert positive == pytest.approx(of_merged, abs=0.01)  # the files are in the base's precision
     code, out, err = call("inspect", folder / "run", "--model", folder / "model")
     assert code == 0, err
     assert "classifier" in out  # trained in full
