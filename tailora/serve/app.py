@@ -53,6 +53,7 @@ from tailora.serve.schemas import (
     Completion,
     CompletionChoice,
     CompletionRequest,
+    FinishReason,
     GenerationRequest,
     Health,
     LoadAdapterRequest,
@@ -326,7 +327,8 @@ class ChatAnswer:
         self.has_calls = may_call and response_template(server.tokenizer) is not None
 
     def choice(self, answer: Piece) -> ChatChoice:
-        message, reason = AssistantMessage(content=answer.text), answer.finish_reason or "stop"
+        message = AssistantMessage(content=answer.text)
+        reason: FinishReason = answer.finish_reason or "stop"
         if self.has_calls:
             tools = [tool.model_dump(exclude_none=True) for tool in self.body.tools or ()]
             message = parse_tool_calls(self.server.tokenizer, answer.text, self.prompt, tools)

@@ -65,7 +65,7 @@ class Finish:
     message: str = ""  # of an error
 
 
-EventHandler = Callable[[Token | Finish], None]
+EventHandler = Callable[[Token | Finish], object]
 
 
 class Engine(ABC):

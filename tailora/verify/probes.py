@@ -257,11 +257,11 @@ def _parts(adapter: Adapter) -> dict[str, Adapter]:
     }
     for block in sorted({block_of(path) for path in adapter.low_rank}):
         missing[f"the {block} layers"] = {path for path in adapter.parts if block_of(path) == block}
+    groups: tuple[Mapping[str, Any], ...] = (adapter.low_rank, adapter.saved, adapter.extras)
     parts: dict[str, Adapter] = {}
     for name, paths in missing.items():
         low_rank, saved, extras = (
-            {path: part for path, part in group.items() if path not in paths}
-            for group in (adapter.low_rank, adapter.saved, adapter.extras)
+            {path: part for path, part in group.items() if path not in paths} for group in groups
         )
         parts[name] = replace(adapter, low_rank=low_rank, saved=saved, extras=extras)
     parts["modules trained in full"] = replace(adapter, saved={})
