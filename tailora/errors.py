@@ -144,12 +144,14 @@ def nearest(name: str, known: Iterable[str], *, cutoff: float = CLOSE) -> str:
     return _question(_close_names(name, known, cutoff))
 
 
-def nearest_path(path: Path) -> str:
+def nearest_path(path: Path, *, folders_only: bool = False) -> str:
     """Returns what `nearest` does, with names in the folder of a path that does not exist.
 
     An equal suffix says nothing about how close two names are, so names with the suffix of `path` compare without it.
     """
     entries = list(path.parent.iterdir()) if path.parent.is_dir() else []
+    if folders_only:
+        entries = [entry for entry in entries if entry.is_dir()]
     names = {entry.stem: entry.name for entry in entries if entry.suffix == path.suffix}
     alike = [names[stem] for stem in _close_names(path.stem, names)]
     return _question(alike or _close_names(path.name, [entry.name for entry in entries if entry.suffix != path.suffix]))

@@ -153,7 +153,7 @@ def listen(host: str, port: int) -> socket.socket:
 def adapters_in(folder: Path) -> dict[str, Path]:
     """Returns name -> folder of the adapters and runs in a folder. Raises ConfigError if there is no such folder."""
     if not folder.is_dir():
-        hint = nearest_path(folder) or "; give one that holds adapters or runs"
+        hint = nearest_path(folder, folders_only=True) or "; give one that holds adapters or runs"
         raise ConfigError(f"--adapters {folder} is not a folder{hint}")
     return {path.name: path for path in sorted(folder.iterdir()) if (adapter_folder(path) / ADAPTER_CONFIG).is_file()}
 
