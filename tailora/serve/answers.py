@@ -111,10 +111,14 @@ class Generation:
 
     def start(self) -> None:
         """Submits all answers to the engine. Raises EngineError if it does not accept them."""
-        in_loop = asyncio.get_running_loop().call_soon_threadsafe
+        loop = asyncio.get_running_loop()
+
+        def receive(answer: Answer, event: Token | Finish) -> None:
+            loop.call_soon_threadsafe(self._receive, answer, event)
+
         for number, answer in enumerate(self.answers):
             try:
-                self._engine.submit(answer.request, partial(in_loop, self._receive, answer))
+                self._engine.submit(answer.request, partial(receive, answer))
             except (AdapterError, RuntimeError) as error:
                 for other in self.answers[number:]:
                     self._receive(other, Finish("cancelled"))

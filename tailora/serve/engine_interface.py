@@ -65,7 +65,7 @@ class Finish:
     message: str = ""  # of an error
 
 
-EventHandler = Callable[[Token | Finish], object]
+EventHandler = Callable[[Token | Finish], None]
 
 
 class Engine(ABC):
