@@ -238,7 +238,7 @@ def train_page(report: TrainReport) -> Page:
     answers: Block | None = None
     if result is not None:
         first = report.metrics[:2]  # those that say most
-        numbers = [Number(f"{each.name} after", _shown(each.after), f"before {_shown(each.before)}") for each in first]
+        numbers = [Number(f"{m.name} after", _shown(m.after), f"before {_shown(m.before)}") for m in first]
         numbers += _numbers(result, unit)
         if report.evaluations:
             loss_text += f" The weights of step {result.best_step} are kept."
