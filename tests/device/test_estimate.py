@@ -87,7 +87,7 @@ def test_the_peak_is_the_estimated_one(
 
 def test_what_does_not_fit_names_the_device_and_its_memory(device: torch.device) -> None:
     size = ForwardSize(batch_size=1, examples=1, tokens=1000, supervised=0, checkpointed=False)
-    with pytest.raises(MemoryLimitError, match=r"are free on pretend:0 \(pretend accelerator, .* in all\)"):
+    with pytest.raises(MemoryLimitError, match=r"are free on pretend:0 \(pretend accelerator, .* in total\)"):
         check_fits(Cost(fixed=0, per_token=1e12, per_checkpointed_token=0, per_supervised=0), size, 10, device)
 
 
