@@ -505,7 +505,7 @@ def test_modules_trained_whole_that_do_not_keep_the_rows_apart_are_refused(kind:
         model(x)
 
 
-def test_other_dimensions_of_rows_compile() -> None:
+def test_structured_outputs_of_modules_trained_whole_compile() -> None:
     torch._dynamo.reset()
     model, x, names = with_inner("dict"), torch.randn(3, 3, 8), ["a", None, "b"]
     with model.eval().adapter_rows(names):
