@@ -2,12 +2,18 @@
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from tailora.train import events
+import pytest
+
+from tailora.train import events, failures
 from tailora.train.config import TrainConfig
+from tailora.train.trainer import run
+
+T = TypeVar("T")
 
 
 def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
@@ -24,8 +30,35 @@ def losses(config: TrainConfig) -> list[tuple[int, float]]:
 
 
 def stopping_at(step: int, number: int) -> Callable[[events.Event], None]:
+    """Returns a listener that sends a signal after this step; of step 0, when the run has evaluated."""
+
     def listener(event: events.Event) -> None:
-        if isinstance(event, events.Stepped) and event.step == step:
+        if isinstance(event, events.Stepped if step else events.Evaluated) and event.step == step:
             os.kill(os.getpid(), number)
 
     return listener
+
+
+def run_and_resume(
+    settings: Callable[..., TrainConfig], folder: Path, step: int, number: int = signal.SIGINT, **changes: Any
+) -> TrainConfig:
+    """Makes a run, and the same again, interrupted after this step and resumed; returns the settings of the second.
+
+    Both must have the same adapter and losses.
+    """
+    whole, stopped = (settings(output_dir=str(folder / name), **changes) for name in ("whole", "stopped"))
+    run(whole)
+    with pytest.raises(failures.Interrupted) as caught:
+        run(stopped, on_event=stopping_at(step, number))
+    assert caught.value.folder == folder / "stopped" / f"checkpoint-{step}"
+    run(changed(stopped, resume_from_checkpoint="latest"))
+    assert adapter(stopped) == adapter(whole)
+    assert losses(stopped) == losses(whole)
+    return stopped
+
+
+def run_and_collect(config: TrainConfig, kind: type[T], **options: Any) -> tuple[events.TrainResult, list[T]]:
+    """Makes a run; returns its result and the events of this type."""
+    seen: list[T] = []
+    result = run(config, on_event=lambda event: seen.append(event) if isinstance(event, kind) else None, **options)
+    return result, seen

@@ -308,4 +308,4 @@ def explained_memory_errors() -> AbstractContextManager[None]:
     """Within the block, running out of memory raises MemoryLimitError with the cause and what helps."""
     from tailora.train.memory import explain_out_of_memory
 
-    return explain_out_of_memory("answering", lambda: MEMORY_ADVICE)
+    return explain_out_of_memory("answering", MEMORY_ADVICE)

@@ -54,7 +54,6 @@ if TYPE_CHECKING:
 
 Flags: Any = flags_of(TrainConfig, only=["field", "system", "max_length", "dtype"])
 KIND = "eval"  # of report.json
-IN_ONE_PROCESS = "--tasks runs in one process: leave --nproc-per-node or torchrun out, or give --data alone"
 MEMORY_ADVICE = "what helps: a smaller --max-length, --quantize nf4, --dtype bfloat16, closing other programs"
 
 Adapter = Annotated[str | None, Parameter(help="folder of an adapter, or of the run that made it")]
@@ -160,12 +159,12 @@ def eval(
     _check_output_dir(output_dir)
     config = merge_with_run(flags, target.folder, arguments={"model": target.model})
 
-    processes = world_size() if nproc_per_node is None else count_processes(nproc_per_node, device)
-    if harness.names and processes > 1:
-        raise ConfigError(IN_ONE_PROCESS)
-    if nproc_per_node is not None and processes > 1 and not is_launched_by_tailora():
-        log(f"starting {processes} processes")
-        return launch(ARGUMENTS.get(), processes, results=[GATE_NOT_MET])
+    to_start = 0 if nproc_per_node is None or is_launched_by_tailora() else count_processes(nproc_per_node, device)
+    if harness.names and max(to_start, world_size()) > 1:
+        raise ConfigError("--tasks runs in one process: leave --nproc-per-node or torchrun out, or give --data alone")
+    if to_start > 1:
+        log(f"starting {to_start} processes")
+        return launch(ARGUMENTS.get(), to_start, results=[GATE_NOT_MET])
 
     log("reading model and data")
     folders = {} if target.folder is None else {"default": target.folder}
@@ -208,7 +207,7 @@ def eval(
     if tasks is not None:
         check_gates(gates, [*(METRICS if data else ()), *tasks.metrics], base=base)
     scores = Scores({}, {} if base else None, {} if base else None)
-    with explain_out_of_memory("evaluating", lambda: MEMORY_ADVICE), launched_ranks(device) as ranks:
+    with explain_out_of_memory("evaluating", MEMORY_ADVICE), launched_ranks(device) as ranks:
         chosen = device if ranks is None else str(ranks.device)
         loaded = load_model(target.model, folders, quantize=quantize, dtype=config.dtype, device=chosen)
         adapted = loaded.model if loaded.adapters else without_adapter(loaded.model)
@@ -265,7 +264,7 @@ def _label_scores(
     of_gates = [gate.metric.removesuffix(CHANGE) for gate in gates]
     _warn_of_training_data(target, data)
     model = loaded.model if loaded.adapters else without_adapter(loaded.model)
-    with explain_out_of_memory("evaluating", lambda: MEMORY_ADVICE), counter(stderr(), "rows") as progress:
+    with explain_out_of_memory("evaluating", MEMORY_ADVICE), counter(stderr(), "rows") as progress:
         scores = evaluate_labels(
             model,
             loaded.tokenizer,

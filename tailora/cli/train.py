@@ -164,10 +164,8 @@ def next_commands(config: TrainConfig, folder: Path) -> list[list[str]]:
 
 def first_prompt(folder: Path) -> str:
     """Returns the first prompt that the run answered and that is short; else the first, shortened; in one line."""
-    try:
-        samples = json.loads((folder / SAMPLES).read_text(encoding="utf-8"))
-    except OSError:  # none was asked for, or the file could not be written
-        samples = []
+    file = folder / SAMPLES  # absent if none was asked for, or if it could not be written
+    samples = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     prompts = [" ".join(sample["prompt"].split()) for sample in samples] or [""]
     words = next((prompt for prompt in prompts if 0 < len(prompt) <= PROMPT_LENGTH), prompts[0])
     return textwrap.shorten(words, PROMPT_LENGTH, placeholder="") or words[:PROMPT_LENGTH] or "Hello!"
@@ -232,10 +230,10 @@ def fit(
         return 0
     try:
         if kl is not None:
-            run_log.add_result(folder, "eval_kl", kl)
+            run_log.add_result(folder, eval_kl=kl)
         if config.task not in TASK_TYPES:
             write_samples(folder, answers)
-        run_log.add_result(folder, "total_seconds", time.monotonic() - started)
+        run_log.add_result(folder, total_seconds=time.monotonic() - started)
         report = write_train_report(folder)
         page = write_page_if_possible(folder)
     except WriteError as error:  # what was trained is whole, so the run has not failed
@@ -260,7 +258,7 @@ def answer_samples(result: "TrainResult", count: int, questions: Sequence[str] |
     prompts = (questions or (result.data.eval_samples if result.data else []))[:count]
     advice = f"the adapter is complete, in {result.output_dir}; --samples 0 compares no answers"
     console = stderr() if is_rank_0() else Console(quiet=True)
-    with explain_out_of_memory("comparing answers", lambda: advice), counter(console, "answers") as progress:
+    with explain_out_of_memory("comparing answers", advice), counter(console, "answers") as progress:
         return compare_answers(result.model, result.tokenizer, prompts, progress=progress)
 
 
@@ -294,7 +292,7 @@ def add_passport(result: "TrainResult", config: TrainConfig) -> None:
     advice = f"the adapter is complete, in {result.output_dir}; --passport none skips the verification file"
     name = result.model.active_adapters[0]
     try:
-        with explain_out_of_memory("writing the verification file", lambda: advice):
+        with explain_out_of_memory("writing the verification file", advice):
             passport = make_passport(result.model, result.tokenizer, name=name, held_out=held_out)
         write_passport(Path(result.output_dir) / ADAPTER, passport)
     except (DataError, WriteError) as error:  # what was trained is whole

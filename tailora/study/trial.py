@@ -510,7 +510,7 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
     if spec.forgetting is not None and (config.fsdp or is_first_rank()):  # a sharded model needs all ranks
         with (
             fail_together(PartialState()) if config.fsdp else nullcontext(),
-            explain_out_of_memory("measuring forgetting", lambda: FORGETTING_ADVICE),
+            explain_out_of_memory("measuring forgetting", FORGETTING_ADVICE),
         ):
             forgotten, seconds = _forgetting(result, spec, together=config.fsdp)
     numbers = {

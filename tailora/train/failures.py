@@ -119,10 +119,9 @@ def fail_together(
 ) -> Iterator[None]:
     """An error within the block on one process ends all of them; only the first that fails raises its own error.
 
-    The others raise ProcessFailedError as soon as their collective breaks, or end after SECONDS_TO_END if it does not.
-    If a process ends without an error, as one that is killed does, the first of the others to notice says so. Each
-    error knows which rank shows it (`shown_by`). From then on signals are ignored: launchers send SIGTERM to all
-    processes as soon as one has ended, which must not replace the message of another.
+    The others raise ProcessFailedError as soon as their collective breaks, or end after SECONDS_TO_END. If a process
+    is killed, the first of the others to notice says so. Each error knows which rank shows it (`shown_by`). From then
+    on signals are ignored, because launchers send SIGTERM to all processes as soon as one has ended.
 
     how_to_go_on: returns what to do about a run that has lost a process.
     """
@@ -167,8 +166,8 @@ def ignore_signals() -> None:
 class FailureWatch(threading.Thread):
     """Checks every second whether another process has failed. If so, it ends this one unless that ends soon.
 
-    A process that waits in NCCL does not notice. The first failure is kept here, because the store may end with the
-    process that hosts it. If the launcher was killed, this process gets a SIGTERM, so that it saves a checkpoint.
+    A process that waits in NCCL does not notice. The store may end with the process that hosts it, so the failure is
+    kept here. If the launcher was killed, this process gets a SIGTERM, so that it saves a checkpoint.
     """
 
     def __init__(self, store: "Store", rank: int) -> None:
@@ -249,8 +248,8 @@ class StopSignals:
     """Stops the run between two steps at the first SIGINT or SIGTERM, from `handle` to `restore`.
 
     A second signal of the same kind has its usual effect. One of the other kind changes nothing, because launchers send
-    SIGTERM after a Ctrl-C. Nor does a second one that one of several processes gets soon after the first: Slurm sends
-    signals to all processes, and the launcher among them passes them on. Only the main thread receives signals.
+    SIGTERM after a Ctrl-C; nor does a second one soon after the first if there are several processes, because Slurm
+    sends signals to all of them, and their launcher passes its own on. Only the main thread receives signals.
     """
 
     def __init__(self, processes: int = 1) -> None:

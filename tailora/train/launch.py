@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -35,7 +36,7 @@ MAX_SIGNALS = 3  # of one kind; then the processes are killed
 
 
 def world_size() -> int:
-    """Returns the number of processes of the run that this one belongs to, as its launcher says."""
+    """Returns the number of processes of this run, as their launcher says."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -114,14 +115,9 @@ def count_processes(asked: str, device: str) -> int:
         return 1 if asked == "auto" else int(asked)
     wanted = int(asked) if asked.isdecimal() else count
     if wanted > 1 and index:
-        raise ConfigError(
-            f"--device {device}: each of the {wanted} processes takes the device of its own rank; "
-            f"give --device {device_type}"
-        )
+        raise ConfigError(f"--device {device} is one device, for {wanted} processes; give --device {device_type}")
     if wanted > count:
-        raise ConfigError(
-            f"--nproc-per-node {asked}: each process needs a device, and there are {count} of {device_type}"
-        )
+        raise ConfigError(f"--nproc-per-node {asked}: a process needs a device, and there are {count} of {device_type}")
     return wanted
 
 
@@ -216,15 +212,13 @@ class SignalForwarder:
 
     def __init__(self) -> None:
         self.pending: list[int] = []
-        self.counts: dict[int, int] = {}  # number of a signal -> how often it came
+        self.counts = Counter[int]()  # number of a signal -> how often it came
         self.earlier: dict[int, Any] = {}  # number of a signal -> its handler before
 
     def __enter__(self) -> "SignalForwarder":
-        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-        self.earlier = {number: signal.getsignal(number) for number in numbers}
-        for number, handler in self.earlier.items():
-            if handler is not signal.SIG_IGN:  # as of SIGHUP under nohup
-                signal.signal(number, self._receive)
+        for number in (getattr(signal, name) for name in SIGNALS if hasattr(signal, name)):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as of SIGHUP under nohup
+                self.earlier[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -232,7 +226,7 @@ class SignalForwarder:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        self.counts[number] = self.counts.get(number, 0) + 1
+        self.counts[number] += 1
         self.pending.append(number if self.counts[number] < MAX_SIGNALS else signal.SIGKILL)
 
     def forward_until_done(self, future: "Future[Any]") -> None:

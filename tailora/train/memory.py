@@ -1,8 +1,7 @@
 """How much memory there is, how much the forward of a loaded model keeps, and what helps if that is too much.
 
-`measure_cost` counts what a forward keeps for the backward, on the user's model with one example. It leaves out
-temporaries, so it is a lower bound, and can only show that a run does not fit. `train.estimate` estimates a whole run
-without loading the model.
+`measure_cost` counts what a forward of the loaded model keeps for its backward. Without temporaries that is a lower
+bound: it can only show that a run does not fit. `train.estimate` estimates a whole run without loading the model.
 """
 
 import ctypes
@@ -217,22 +216,14 @@ def kept_bytes(forward: Callable[[], Tensor], model: PreTrainedModel) -> int:
     return total
 
 
-def check_fits(
-    cost: Cost, size: ForwardSize, longest: int, device: torch.device, compiled_share: float | None = None
-) -> int:
-    """Returns the bytes that the largest forward keeps. Raises MemoryLimitError if fewer are free.
-
-    longest, compiled_share: see `remedies`.
-    """
-    needed, available = cost.of(size), available_bytes(device)
+def check_fits(needed: int, device: torch.device, advice: str) -> None:
+    """Raises MemoryLimitError if fewer bytes are free than the largest forward keeps."""
+    available = available_bytes(device)
     if needed > available:
         memory = f"{device} ({device_name(device)}, {format_bytes(total_bytes(device))} in total)"
         free = f"{format_bytes(available)} are free{'' if device.type == 'cpu' else f' on {memory}'}"
         cause = f"a step keeps at least {format_bytes(needed)} for its backward, and {free}"
-        raise MemoryLimitError(
-            f"out of memory before the first step: {cause}\n{remedies(cost, size, longest, compiled_share)}"
-        )
-    return needed
+        raise MemoryLimitError(f"out of memory before the first step: {cause}\n{advice}")
 
 
 def remedies(cost: Cost, size: ForwardSize, longest: int, compiled_share: float | None = None) -> str:
@@ -269,7 +260,7 @@ def remedies(cost: Cost, size: ForwardSize, longest: int, compiled_share: float 
 
 
 @contextmanager
-def explain_out_of_memory(doing: str, advice: Callable[[], str]) -> Iterator[None]:
+def explain_out_of_memory(doing: str, advice: str) -> Iterator[None]:
     """Within the block, running out of memory raises MemoryLimitError with the cause and what helps."""
     try:
         yield
@@ -277,7 +268,7 @@ def explain_out_of_memory(doing: str, advice: Callable[[], str]) -> Iterator[Non
         if not is_out_of_memory(error):
             raise
         cause = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-        raise MemoryLimitError(f"out of memory while {doing}: {cause}\n{advice()}") from error
+        raise MemoryLimitError(f"out of memory while {doing}: {cause}\n{advice}") from error
 
 
 def format_bytes(count: float) -> str:

@@ -45,8 +45,7 @@ def _buffer_groups(buffers: Sequence[FlatBuffer]) -> list[dict[str, Any]]:
 def adamw(buffers: Sequence[FlatBuffer]) -> torch.optim.AdamW:
     """Returns AdamW (arXiv:1711.05101, alg. 2) with one fused pass per buffer; `optimizer_step` sets its learning rate.
 
-    A parameter that a step does not use has a zero gradient there: its moments fade and still move it, and weight
-    decay reaches it. A parameter that was never used changes by weight decay alone.
+    The gradient of a parameter that a step does not use is zero: its moments and weight decay still change it.
     """
     return torch.optim.AdamW(_buffer_groups(buffers), lr=0.0, fused=True)
 
@@ -87,15 +86,12 @@ def optimizer_step(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def clip_gradients(buffers: Sequence[FlatBuffer], max_norm: float, loss_scale: "LossScale | None" = None) -> Tensor:
     """Scales the gradients down to `max_norm` and returns the norm that they had before, 0-dimensional.
 
-    loss_scale: what the gradients are divided by first. The host does not wait for the norm. If it is not finite, the
-    gradients are left as they are, so that one can see which of them caused it.
+    loss_scale: what the gradients are divided by first. If the norm is not finite, they stay as they are, so that one
+    can see which of them caused it.
     """
-    norm = gradient_norm_over_ranks(buffers)
-    if loss_scale is not None:
-        norm = norm / loss_scale.value
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
-    if loss_scale is not None:
-        factor = factor / loss_scale.value
+    scale = 1.0 if loss_scale is None else loss_scale.value
+    norm = gradient_norm_over_ranks(buffers) / scale
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) / scale  # as torch's clip_grad_norm_
     factor = torch.where(norm.isfinite(), factor, 1.0)
     if factor.device.type != "cpu" or factor != 1:  # on a CPU, asking costs nothing and spares a pass
         for buffer in buffers:
@@ -142,12 +138,6 @@ DECAYS: dict[str, Callable[[float], float]] = {  # share of the steps after warm
     "linear": lambda done: 1 - done,
     "constant": lambda _done: 1.0,
 }
-
-
-def lr_schedule(config: TrainConfig) -> LRSchedule:
-    """Returns the schedule that the settings name: warm-up, then a cosine, linear or no decay."""
-    settings = config.learning_rate, config.warmup_ratio, config.lr_scheduler_type
-    return lambda step, total: learning_rate(step, total, *settings)
 
 
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, decay: str) -> float:

@@ -45,12 +45,10 @@ def is_first_rank() -> bool:
 
 @contextmanager
 def own_process_group(*, until_exit: bool = False) -> Iterator[None]:
-    """Ends the process group that is started within the block. One that was there before is left alone.
+    """Ends the process group that is started within the block, because an open one of gloo can abort Python's exit.
 
-    A process that ends with an open group of gloo aborts, more often than not.
-    until_exit: ends the group when Python ends. Until then a sharded model needs it for every call, and a further run
-    of the same script: with torchrun a process can start a group only once. After an error the group is ended then,
-    too, because NCCL may wait for the other ranks, and the error is not shown yet.
+    until_exit: only when Python ends, since a sharded model needs it for every call, and since with torchrun a process
+    can start a group only once. Also after an error: NCCL may wait for other ranks, and the error is not shown yet.
     """
     if dist.is_initialized():
         yield
@@ -75,7 +73,7 @@ def _end_process_group() -> None:
 def first_of_ranks(value: T | None) -> T | None:
     """Returns the value of the first rank that has one, and None if no rank has. All ranks must call it.
 
-    With it, an obstacle on one rank is one on all ranks, so that all choose the same.
+    So an obstacle on one rank is one on all ranks, and all choose the same.
     """
     if not has_other_ranks():
         return value
@@ -107,8 +105,7 @@ def gradient_norm_over_ranks(buffers: Sequence[FlatBuffer]) -> Tensor:
 def send_from_first_rank(buffers: Sequence[FlatBuffer], module: nn.Module) -> None:
     """Gives every rank the trained parameters of the first, and what else `module` saves, such as a frozen start.
 
-    They are the same already where they were computed from the same numbers in the same order. The kernels of a GPU
-    do not promise that, for a start from weights or data.
+    On a GPU, a start that each rank computed from weights or data may differ by rounding.
     """
     if has_other_ranks():
         saved = module.state_dict().keys()
@@ -128,8 +125,7 @@ class Sharding:
 
     device: of this rank.
     reshard_after_forward: False keeps gathered weights until the backward has used them.
-    offload_params: keeps the rank's parts in pinned host memory, from where a layer is copied to the device for each
-        forward and backward.
+    offload_params: keeps the rank's parts in pinned host memory; forward and backward copy a layer to the device.
     """
 
     device: torch.device
@@ -185,8 +181,8 @@ def check_every_rank_has_experts(layers: Iterable[nn.Module], ranks: int) -> Non
             experts = len(parameter) if parameter.ndim == 3 else 0
             if experts and len(torch.empty(experts).chunk(ranks)) < ranks:
                 raise ConfigError(
-                    f"--fsdp gives each of {ranks} processes its part of the {experts} experts of {name}, and some "
-                    f"would have none: start a number of processes that divides {experts}, or leave --fsdp out"
+                    f"--fsdp leaves some of {ranks} processes without a part of the {experts} experts of {name}: start "
+                    f"a number of processes that divides {experts}, or leave --fsdp out"
                 )
 
 

@@ -47,10 +47,10 @@ PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", 
 
 @contextmanager
 def lock(output_dir: Path) -> Iterator[None]:
-    """Within the block no other run can write to this folder, which is created.
+    """Within the block no other run can write to this folder, which is created. Removes what killed runs half wrote.
 
     If the block fails before it has written anything, nothing is left: no lock file, and no folder that was new.
-    Raises ConfigError if another one does, or if the folder cannot be written to.
+    Raises ConfigError if another run writes to the folder, or if it cannot be written to.
     """
     new_folders = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     create_output_folder(output_dir)
@@ -64,6 +64,7 @@ def lock(output_dir: Path) -> Iterator[None]:
         ) from None
     try:
         write_file(holder, f"process {os.getpid()} on {platform.node()}".encode())
+        remove_leftovers(output_dir, lambda name: name in FILES or CHECKPOINT.fullmatch(name) is not None)
         yield
     except BaseException:
         if {path.name for path in output_dir.iterdir()} <= {LOCK, HOLDER}:
@@ -78,25 +79,15 @@ def lock(output_dir: Path) -> Iterator[None]:
         file_lock.release()
 
 
-def remove_run_leftovers(output_dir: Path) -> None:
-    """Removes what killed runs left half written. The folder is locked."""
-    remove_leftovers(output_dir, lambda name: name in FILES or CHECKPOINT.fullmatch(name) is not None)
-
-
 def check_run_folder(config: TrainConfig, *, overwrite: bool) -> None:
     """Raises ConfigError if the folder holds another run.
 
     overwrite: such a run may be replaced, if a run.json shows that it is one.
     """
-    output_dir = Path(config.output_dir)
-    resumed = config.resume_from_checkpoint
+    output_dir, resumed = Path(config.output_dir), config.resume_from_checkpoint
     if overwrite and resumed is not None:
-        raise ConfigError(
-            "--overwrite replaces the run that --resume-from-checkpoint would go on with: give one of them"
-        )
-    is_resumed_here = resumed is not None and (
-        resumed == "latest" or Path(resumed).resolve().parent == output_dir.resolve()
-    )
+        raise ConfigError("--overwrite deletes the run that --resume-from-checkpoint would resume: give one of them")
+    is_resumed_here = resumed == "latest" or (resumed and Path(resumed).resolve().parent == output_dir.resolve())
     checkpoints = [path.name for path in checkpoints_in(output_dir)]
     names = [*(text for name, text in RESULTS.items() if (output_dir / name).exists()), *checkpoints[-1:]]
     if not names or is_resumed_here or (overwrite and _read_run(output_dir)):
@@ -111,33 +102,32 @@ def check_run_folder(config: TrainConfig, *, overwrite: bool) -> None:
 
 
 def check_before_loading(config: TrainConfig, *, overwrite: bool) -> None:
-    """Does what `check_run_folder` does, without the lock, so that the user need not wait for torch to be loaded.
+    """`check_run_folder` before torch is loaded, without the lock.
 
-    Where another run may be writing now, the trainer alone checks; and in a run of several processes, of which one that
-    ended here would leave the others waiting.
+    Not while another run may be writing, and not in one of several processes, since the others would wait for it.
     """
     if world_size() == 1 and not (Path(config.output_dir) / HOLDER).exists():
         check_run_folder(config, overwrite=overwrite)
 
 
 def set_aside(output_dir: Path) -> Path | None:
-    """Moves the files of an earlier run to the folder earlier-run beside them, and returns it; None if there are none.
+    """Moves the files of an earlier run to the folder earlier-run next to them and returns it; None if there are none.
 
-    If that folder is there already, the run that should have replaced it did not finish: then its files are deleted.
+    If that folder exists, the files are those of a run that should have replaced it and failed: they are deleted.
     """
     aside, partial = output_dir / EARLIER, output_dir / f".{EARLIER}"
     files = [path for name in FILES if (path := output_dir / name).exists()] + checkpoints_in(output_dir)
-    if not files and not partial.exists():
-        return aside if aside.exists() else None
     with wrap_os_error(aside):
         if aside.exists():
             for path in files:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            return aside
-        partial.mkdir(exist_ok=True)  # renamed when it is complete, so that a crash loses nothing
-        for path in files:
-            path.rename(partial / path.name)
-        partial.rename(aside)
+        elif files or partial.exists():
+            partial.mkdir(exist_ok=True)  # renamed when it is complete, so that a crash loses nothing
+            for path in files:
+                path.rename(partial / path.name)
+            partial.rename(aside)
+        else:
+            return None
     return aside
 
 
@@ -174,11 +164,10 @@ def write_run(output_dir: Path, header: Mapping[str, Any], result: Mapping[str, 
     write_file(output_dir / RUN, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def add_result(output_dir: Path, name: str, value: float) -> None:
-    """Adds a number to the result in run.json."""
+def add_result(output_dir: Path, **numbers: float) -> None:
+    """Adds numbers to the result in run.json."""
     content = _read_run(output_dir)
-    content["result"][name] = value
-    write_file(output_dir / RUN, (json.dumps(content, indent=2) + "\n").encode())
+    write_run(output_dir, content, {**content["result"], **numbers})
 
 
 def write_examples(
@@ -188,12 +177,10 @@ def write_examples(
     score_names: Sequence[str] = (),
     targets: Sequence[Any] | None = None,
 ) -> None:
-    """Writes examples.jsonl: the number of losses of each held-out example, and their sum before and after.
+    """Writes examples.jsonl: each held-out example's number of losses (tokens), and their sums (nats); none, no file.
 
-    Of a language model these are supervised tokens and nats.
     score_names: of what else is known of each example; with several losses of an example, a list of lists.
     targets: what is right for each example, if it is more than its tokens.
-    Without held-out examples there is no file.
     """
     if before is None or after is None:
         return
@@ -253,25 +240,19 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-class Metrics:
-    """metrics.jsonl: one object a line, on the disk as soon as it is written."""
+def start_metrics(output_dir: Path, *, resumed_at: int | None) -> None:
+    """Begins metrics.jsonl, or drops its lines after the step `resumed_at`, since those steps are repeated."""
+    path, kept = output_dir / METRICS, list[str]()
+    if resumed_at is not None and path.exists():
+        whole = path.read_text(encoding="utf-8").split("\n")[:-1]  # a line without its end was cut by a crash
+        try:
+            kept = [line for line in whole if json.loads(line)["step"] <= resumed_at]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise CheckpointError(f"{path} holds a line that no run wrote; move the file away to go on") from None
+    write_file(path, "".join(f"{line}\n" for line in kept).encode())
 
-    def __init__(self, output_dir: Path, *, resumed_at: int | None) -> None:
-        """resumed_at: lines of later steps are dropped, because those steps are repeated; None starts a new file."""
-        path = output_dir / METRICS
-        kept = []
-        if resumed_at is not None and path.exists():
-            whole = path.read_text(encoding="utf-8").split("\n")[:-1]  # a line without its end was cut by a crash
-            try:
-                kept = [line for line in whole if json.loads(line)["step"] <= resumed_at]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise CheckpointError(f"{path} holds a line that no run wrote; move the file away to go on") from None
-        write_file(path, "".join(f"{line}\n" for line in kept).encode())
-        self._file = path.open("a", encoding="utf-8")
 
-    def write(self, **values: Any) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+def add_metrics(output_dir: Path, **values: Any) -> None:
+    """Adds a line to metrics.jsonl."""
+    with (output_dir / METRICS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")

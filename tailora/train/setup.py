@@ -55,6 +55,7 @@ from tailora.train.memory import (
     explain_out_of_memory,
     keep_freed_memory,
     measure_cost,
+    remedies,
     reset_peak,
 )
 from tailora.train.model_loading import fitted_labels, labels_of_adapter, labels_of_config, load_base, read_config
@@ -78,8 +79,7 @@ class Run:
     output_dir: Path
     accelerator: Accelerator
     report: events.Listener  # does nothing in all processes but the first
-    labels: Labels | None  # what the head of the model predicts
-    has_new_head: bool
+    labels: dict[str, Any] | None  # what the head of the model predicts, for run.json
     base: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     data: TrainingData
@@ -87,14 +87,13 @@ class Run:
     model: Trainable  # the adapter around the base, or the base trained in full
     layout: BatchLayout  # packed or padded batches
     kernels: Kernels
-    cost: Cost  # memory of a forward
-    compiled_share: float | None  # of it, what compiled layers could keep
+    activation_bytes: int  # what the largest forward keeps for its backward
+    memory_remedies: str  # what helps if the run does not fit
     base_fingerprint: dict[str, LayerFingerprint]  # of the adapted weights
     updates: FiniteUpdates  # the trained parameters, their optimizer, and the last good values
     allocator: RankAllocator | None  # of AdaLoRA
     forward: nn.Module  # the model with its loss, as accelerate prepared it
     identity: dict[str, Any]  # what a checkpoint of this run must agree with
-    metrics: run_log.Metrics | None  # in the first process
 
     @property
     def is_main(self) -> bool:
@@ -119,7 +118,7 @@ class Run:
             "kernels": self.kernels.description,
             "task": self.task.description,
             "loss_unit": self.task.loss_unit,
-            "labels": None if self.labels is None else {**self.labels.to_dict(), "new_head": self.has_new_head},
+            "labels": self.labels,
             "start": describe_init(config),
             "adapted_layers": len(summary.rows),
             "trainable_parameters": summary.trainable_parameters,
@@ -128,7 +127,7 @@ class Run:
             "largest_forward_tokens": data.largest_size.tokens,
             "data": None if data.prepared is None else data.prepared.report.to_dict(),
             **run_log.environment(),
-            "estimated_activation_bytes": self.cost.of(data.largest_size),
+            "estimated_activation_bytes": self.activation_bytes,
         }
 
 
@@ -155,13 +154,12 @@ def set_up(
 
     if is_main:
         stack.enter_context(run_log.lock(output_dir))
-        run_log.remove_run_leftovers(output_dir)
         run_log.check_run_folder(config, overwrite=overwrite)
     saved = None if resumed is None else checkpoint.load(resumed, output_dir, note)
     diverged = resumed is not None and run_log.has_diverged(resumed_folder(config))
     stack.enter_context(seeded(config.seed))
 
-    with explain_out_of_memory("loading", lambda: LOADING_REMEDIES):
+    with explain_out_of_memory("loading", LOADING_REMEDIES):
         labels, has_new_head = find_labels(config)
         load = loader_of(config, device, labels)
         base, tokenizer = load()
@@ -179,8 +177,8 @@ def set_up(
         work = Work(data.tokens(0 if saved is None else saved.state["progress"]["step"]), data.longest)
         kernels = choose_kernels(config, model, layout, work, recorded)
         cost = memory_cost(model, layout, kernels, data.longest, task)
-    compiled_share = share_kept_instead(config, base, kernels)
-    check_fits(cost, data.largest_size, len(data.longest.input_ids), device, compiled_share)
+    advice = remedies(cost, data.largest_size, len(data.longest.input_ids), share_kept_instead(config, base, kernels))
+    check_fits(activation_bytes := cost.of(data.largest_size), device, advice)
 
     groups = parameter_groups(trained_module(model), config, sharded_names(model))
     buffers = stack.enter_context(flattened(groups))
@@ -217,19 +215,16 @@ def set_up(
         ModelWithLoss(model, layout, data.task), device_placement=False, evaluation_mode=True
     )
     accelerator.init_trackers("tailora", config={name: str(value) for name, value in config.model_dump().items()})
-    metrics = None
     if is_main:
         if overwrite and (aside := run_log.set_aside(output_dir)):
             note(f"the earlier run is in {aside} until this one has finished")
-        metrics = run_log.Metrics(output_dir, resumed_at=None if saved is None else state.step)
-        stack.callback(metrics.close)
+        run_log.start_metrics(output_dir, resumed_at=None if saved is None else state.step)
     run = Run(
         config=config,
         output_dir=output_dir,
         accelerator=accelerator,
         report=report,
-        labels=labels,
-        has_new_head=has_new_head,
+        labels=None if labels is None else {**labels.to_dict(), "new_head": has_new_head},
         base=base,
         tokenizer=tokenizer,
         data=data,
@@ -237,14 +232,13 @@ def set_up(
         model=model,
         layout=layout,
         kernels=kernels,
-        cost=cost,
-        compiled_share=compiled_share,
+        activation_bytes=activation_bytes,
+        memory_remedies=advice,
         base_fingerprint=base_fingerprint,
         updates=FiniteUpdates(optimizer, buffers, loss_scale),
         allocator=allocator,
         forward=forward,
         identity=identity,
-        metrics=metrics,
     )
     return run, state
 
@@ -325,8 +319,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         )
     if config.fsdp and accelerator.num_processes == 1:
         raise ConfigError(
-            "--fsdp shards the base model over several processes, and this is one: leave it out, or start several with "
-            "--nproc-per-node gpu"
+            "--fsdp shards the base model over several processes, and this is one: start several with --nproc-per-node"
         )
     check_can_be_offloaded(config, accelerator.device.type)
     return accelerator
@@ -352,8 +345,8 @@ def start_on_device(name: str) -> torch.device:
         state.device = device  # it would keep that of an earlier run in this process
     elif ":" in name or state.device.type != device.type:
         raise ConfigError(
-            f"--device {name}: each of the {state.num_processes} processes takes the device of its own rank, here "
-            f"{state.device}; give --device {state.device.type}, or start one process"
+            f"--device {name}: each of {state.num_processes} processes uses the device of its rank, here "
+            f"{state.device}; use --device {state.device.type}, or one process"
         )
     return torch.device(state.device)
 
@@ -378,10 +371,10 @@ def launched_ranks(device: str) -> Iterator[PartialState | None]:
 
 
 def find_labels(config: TrainConfig) -> tuple[Labels | None, bool]:
-    """Returns what the model's head is to predict, and whether the head is new; None for tasks without labels.
+    """Returns what the model's head predicts (None for tasks without labels), and whether the head is new.
 
-    The labels are those of the adapter or the model, if it knows all of the data; else those of the data.
-    Raises DataError, ConfigError.
+    The labels are those of the adapter or the model if these cover the data, else the data's. Raises DataError,
+    ConfigError.
     """
     if config.task not in LABEL_TASKS:
         return None, False
@@ -433,10 +426,9 @@ def attach(
 
 
 def adapter_of_checkpoint(config: TrainConfig, saved: Checkpoint | None) -> LoRAConfig | None:
-    """Returns the settings of the checkpoint's adapter, whose ranks may differ from those of `config`.
+    """Returns the settings of the checkpoint's adapter, whose ranks may differ from those of `config`; None without.
 
-    Returns None without a checkpoint, and also if `config` asks for another adapter: then `check_same_run` refuses the
-    checkpoint and names all differences.
+    Also None if `config` asks for another adapter: `check_same_run` then refuses the checkpoint with all differences.
     """
     if saved is None or config.adapter or "adapter" not in saved.state:
         return None
@@ -460,10 +452,7 @@ def init_from_data(model: Trainable, data: TrainingData, task: Task, layout: Bat
 
 
 def check_layers_are_called(model: Trainable, example: Example, task: Task, layout: BatchLayout) -> None:
-    """Runs the start of one example through the model, and looks which adapted layers it calls.
-
-    Raises TargetError if it does not call a layer although it calls the module around it, or if it calls no layer.
-    """
+    """Raises TargetError if a forward calls no adapted layer, or the module around one but not the layer itself."""
     if not isinstance(model, LoRAModel):
         return
     device = next(model.parameters()).device
@@ -475,9 +464,8 @@ def check_layers_are_called(model: Trainable, example: Example, task: Task, layo
         raise TargetError(f"the model calls none of the adapted layers for text: {', '.join([*calls.layers][:5])}")
     if paths := calls.not_called:
         raise TargetError(
-            f"the model does not call {', '.join(paths[:5])} ({len(paths)} in all), although it calls the modules "
-            f"around these layers: adapters there would do nothing. Leave them out: --exclude-modules "
-            f"{' '.join(last_names(paths))}"
+            f"the model does not call {', '.join(paths[:5])} ({len(paths)} in all), so adapters there would do "
+            f"nothing. Leave them out: --exclude-modules {' '.join(last_names(paths))}"
         )
 
 

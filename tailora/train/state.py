@@ -75,14 +75,13 @@ class TrainState:
 
     def evaluations(self) -> dict[str, Tensor]:
         """Returns what evaluations.safetensors holds."""
-        evaluations = {"before": self.before, "best": self.best.evaluation if self.best else None}
-        return {
-            f"{name}.{part}": torch.from_numpy(getattr(evaluation, part))
+        evaluations = {"before": self.before, "best": self.best and self.best.evaluation}
+        arrays = {
+            f"{name}.{part}": getattr(evaluation, part, None)
             for name, evaluation in evaluations.items()
-            if evaluation is not None
             for part in ("sums", "counts", "scores")
-            if getattr(evaluation, part) is not None
         }
+        return {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None}
 
     @classmethod
     def of(cls, counters: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> "TrainState":

@@ -1,6 +1,6 @@
 """A few real steps of a run in a separate process, to measure their memory and time.
 
-    measure_steps     settings -> `python -m tailora.train.subprocess_worker FOLDER` -> StepsMeasured
+    measure_steps     settings -> `python -m tailora.train.subprocess_worker FOLDER SETTINGS` -> StepsMeasured
     error_of          the error of a process that has failed; also of those of study.trial
     kill              ends a process of study.trial and all that it has started
 
@@ -21,7 +21,6 @@ from pathlib import Path
 import psutil
 
 from tailora.errors import MemoryLimitError, TailoraError
-from tailora.formats.io import write_file
 from tailora.quiet import TORCHAO_LOGGERS, quiet_loggers
 from tailora.train.config import TrainConfig
 from tailora.train.failures import Failure
@@ -71,7 +70,6 @@ def _has_ended(process: psutil.Process) -> bool:
 
 
 STEPS = 3  # between the two steps of the largest forward
-SPEC, RESULT = "spec.json", "result.json"
 
 
 @dataclass(frozen=True)
@@ -91,26 +89,23 @@ def measure_steps(config: TrainConfig, *, with_data: bool) -> StepsMeasured:
     with_data: on the data that `config` names, else on random tokens of max_length.
     Raises what a run raises before and in its first steps.
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        settings = config.model_dump(mode="json", exclude_unset=True)
-        write_file(folder / SPEC, json.dumps({"settings": settings, "with_data": with_data}).encode())
-        command = [sys.executable, "-m", "tailora.train.subprocess_worker", name]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = config.model_dump_json(exclude_unset=True)
+        command = [sys.executable, "-m", "tailora.train.subprocess_worker", folder, settings, *["data"] * with_data]
         process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if process.returncode == 0:
-            return StepsMeasured(**json.loads((folder / RESULT).read_text()))
-        raise error_of(folder, process.returncode, process.stderr, "the measurement")
+            return StepsMeasured(**json.loads(process.stdout.splitlines()[-1]))
+        raise error_of(Path(folder), process.returncode, process.stderr, "the measurement")
 
 
-def main(folder: Path) -> int:
-    """The separate process."""
-    spec = json.loads((folder / SPEC).read_text())
+def main(folder: Path, settings: str, *data: str) -> int:
+    """The separate process, which prints what it measured."""
     try:
-        measured = take_steps(TrainConfig(**spec["settings"]), folder, with_data=spec["with_data"])
+        measured = take_steps(TrainConfig(**json.loads(settings)), folder, with_data=bool(data))
     except TailoraError as error:
         Failure.of(error).write(folder / ERROR)
         return 1
-    write_file(folder / RESULT, json.dumps(asdict(measured)).encode())
+    print(json.dumps(asdict(measured)))
     return 0
 
 
@@ -128,7 +123,7 @@ def take_steps(config: TrainConfig, folder: Path, *, with_data: bool) -> StepsMe
         task = trainer.run.task.without_reference()  # which is not computed
         trainer.run = replace(trainer.run, task=task)
         data = trainer.run.data
-        stack.enter_context(explain_out_of_memory("measuring steps", trainer.memory_remedies))
+        stack.enter_context(explain_out_of_memory("measuring steps", trainer.run.memory_remedies))
         stack.enter_context(trainer.use_kernels())
         largest = Step.of([data.largest], data.largest, task)
         start_seconds = time.perf_counter() - started
@@ -150,4 +145,4 @@ def take_steps(config: TrainConfig, folder: Path, *, with_data: bool) -> StepsMe
 
 if __name__ == "__main__":
     with quiet_loggers(*TORCHAO_LOGGERS):
-        sys.exit(main(Path(sys.argv[1])))
+        sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))

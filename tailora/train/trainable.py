@@ -1,15 +1,12 @@
 """What a run trains: a `LoRAModel`, or a `FullModel` for `--method full`, and what the trainer asks of both.
 
-Full fine-tuning uses the same training loop as LoRA, so that the two can be compared. In 16 bits most steps of a small
-learning rate would be rounded away, so the optimizer works on float32 masters of the weights (arXiv:1710.03740,
-sec. 3.1):
+In 16 bits most steps of a small learning rate would be rounded away, so full fine-tuning optimizes float32 masters of
+the weights (arXiv:1710.03740, sec. 3.1); a float32 model is its own master:
 
     16-bit gradient -> added to the master's gradient -> AdamW changes the master -> rounded into the weight
 
-A float32 model is its own master.
-
-If FSDP2 has sharded the base, the masters are those of this rank's shards, also of a float32 base. `FullModel.gather`
-turns the shards that the optimizer has into the whole tensors that files have, and `local` turns them back.
+If FSDP2 has sharded the base, masters are those of this rank's shards. `FullModel.gather` turns the shards that the
+optimizer has into the whole tensors that files have, and `local` turns them back.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -19,7 +19,7 @@ adds gradients in no fixed order.
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
@@ -34,7 +34,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from tailora.core.device import AsyncCopy, copies_by_itself, wide_dtype
+from tailora.core.device import AsyncCopy, copies_by_itself
 from tailora.data.dataset import Examples
 from tailora.data.prepare import PreparedData
 from tailora.errors import CheckpointError, ConfigError, DivergedError, WriteError
@@ -56,8 +56,8 @@ from tailora.train.divergence import REMEDIES, broken_gradients, broken_loss
 from tailora.train.failures import Interrupted, StopSignals
 from tailora.train.kernel_choice import use_kernels
 from tailora.train.loss import Evaluation, Scores, Sums, Task, batches_within, evaluate, make_batch, repeat_forward
-from tailora.train.memory import explain_out_of_memory, peak_bytes, remedies
-from tailora.train.optimizer import LRSchedule, clip_gradients, lr_schedule
+from tailora.train.memory import explain_out_of_memory, peak_bytes
+from tailora.train.optimizer import LRSchedule, clip_gradients, learning_rate
 from tailora.train.parallel import sum_over_ranks
 from tailora.train.setup import Run, resumed_folder, set_up
 from tailora.train.state import Best, QueuedStep, StepResults, TrainState, random_state
@@ -109,15 +109,20 @@ class Trainer:
         with StopSignals(launch.world_size()) as signals, ExitStack() as stack:
             self.setup(stack)
             config, run, state = self.config, self.run, self.state
-            self.write_header()
+            header = {**run.header, "diverged": state.diverged}
+            if run.is_main:
+                run_log.write_settings(run.output_dir, config)
+                run_log.write_run(run.output_dir, header)
+            run.report(events.Prepared(header))
             if self.on_ready is not None:
                 self.on_ready(run.model, run.tokenizer, run.data.prepared)
-            stack.enter_context(explain_out_of_memory("training", self.memory_remedies))
+            stack.enter_context(explain_out_of_memory("training", run.memory_remedies))
             with self.use_kernels():
                 self.compute_reference()
                 signals.handle()  # until here there is nothing to save, and Ctrl-C ends the run at once
                 self.evaluate_before_training()
-                steps = stack.enter_context(self.collated_steps())
+                left = islice(run.data.steps(state.step), run.data.max_steps - state.step)
+                steps = stack.enter_context(one_ahead(map(self.collated, left), run.accelerator.device))
                 while self.queued_steps < run.data.max_steps and not self.is_out_of_patience():
                     step = next(steps)
                     if state.stop_requested if run.accelerator.num_processes > 1 else signals.stop.is_set():
@@ -160,22 +165,12 @@ class Trainer:
         run = self.run
         return use_kernels(run.base, run.layout, run.kernels, checkpointed=self.config.gradient_checkpointing)
 
-    def memory_remedies(self) -> str:
-        data = self.run.data
-        return remedies(self.run.cost, data.largest_size, len(data.longest.input_ids), self.run.compiled_share)
-
     # ---- A step
 
     @property
     def queued_steps(self) -> int:
         """Steps that were computed or, on a device, queued for it."""
         return self.state.step + len(self.state.queue)
-
-    def collated_steps(self) -> AbstractContextManager[Iterator[Step]]:
-        """Within the block, yields the steps that are left, as tensors on the device."""
-        data, done = self.run.data, self.state.step
-        left = islice(data.steps(done), data.max_steps - done)
-        return one_ahead(map(self.collated, left), self.run.accelerator.device)
 
     def collated(self, step: Step) -> Step:
         """Returns the step as tensors on the device."""
@@ -195,7 +190,9 @@ class Trainer:
         share = self.compute_gradients(step, scale)
         loss, stops = run.accelerator.reduce(torch.stack([share, torch.full_like(share, stop)]), reduction="sum")
         norm = clip_gradients(updates.buffers, self.config.max_grad_norm, updates.loss_scale)
-        rate = (self.rate_at or lr_schedule(self.config))(self.queued_steps, run.data.max_steps)
+        number, total, config = self.queued_steps, run.data.max_steps, self.config
+        settings = config.learning_rate, config.warmup_ratio, config.lr_scheduler_type
+        rate = self.rate_at(number, total) if self.rate_at else learning_rate(number, total, *settings)
         updates.step(loss, norm, rate)
         sync_parameters(run.model)
         results = {
@@ -346,8 +343,7 @@ class Trainer:
         run, accelerator, counts = self.run, self.run.accelerator, task.counts(examples)
         budget, ranks, rank = run.data.largest_size.tokens, accelerator.num_processes, accelerator.process_index
         shares = [np.arange(first, len(examples), ranks) for first in range(ranks)]
-        share = shares[rank]
-        sums, scores = np.zeros(len(examples)), np.zeros((int(counts.sum()), len(task.score_names)))
+        share, part = shares[rank], None
         if len(share):
             part = evaluate(
                 run.model,
@@ -357,17 +353,15 @@ class Trainer:
                 task=task,
                 progress=lambda done, total: run.report(events.EvaluationProgress(done, total, what)),
             )
-            sums[share] = part.sums
-            if part.scores is not None:
-                scores[np.isin(np.repeat(np.arange(len(examples)), counts), share)] = part.scores
         if self.config.fsdp:  # every forward needs all ranks
             forwards = [len([*batches_within(budget, examples.lengths[own], run.layout.packed)]) for own in shares]
             repeat_forward(run.model, examples[0], run.layout, task, max(forwards) - forwards[rank])
-        if ranks > 1:
-            wide = wide_dtype(accelerator.device)
-            numbers = torch.from_numpy(np.concatenate([sums, scores.ravel()])).to(accelerator.device, wide)
-            joined = accelerator.reduce(numbers, reduction="sum").cpu().double().numpy()
-            sums, scores = joined[: len(sums)], joined[len(sums) :].reshape(scores.shape)
+        sums, scores = np.zeros(len(examples)), np.zeros((int(counts.sum()), len(task.score_names)))
+        for own, of_rank in zip(shares, gather_object([part]), strict=True):
+            if of_rank is not None:
+                sums[own] = of_rank.sums
+            if of_rank is not None and of_rank.scores is not None:
+                scores[np.isin(np.repeat(np.arange(len(examples)), counts), own)] = of_rank.scores
         return task.evaluation(examples, sums, scores if scores.size else None)
 
     def is_best(self, evaluation: Evaluation) -> bool:
@@ -429,10 +423,10 @@ class Trainer:
         return state.best.evaluation
 
     def save_model(self, *, compare: bool = False) -> None:
-        """Writes the adapter or the model, in the main process. compare: reads it back, or raises CheckpointError.
+        """Writes the adapter or the model, in the main process.
 
-        Reading back takes all ranks of a sharded base, as does writing weights of which each has a part: the others
-        do the same in a folder of their own, which is deleted.
+        compare: reads it back, and raises CheckpointError if it differs.
+        Where a sharded base or its weights are gathered, the other ranks do the same in a temporary folder.
         """
         model, folder = self.run.model, self.run.output_dir
         with ExitStack() as stack:
@@ -447,6 +441,10 @@ class Trainer:
 
     def result(self, after: Evaluation | None, seconds: float) -> events.TrainResult:
         run, state, summary = self.run, self.state, self.run.model.summary()
+
+        def hits(evaluation: Evaluation | None) -> Sums | None:
+            return None if evaluation is None else run.task.hits(cast(Examples, run.data.held_out), evaluation)
+
         return events.TrainResult(
             output_dir=str(run.output_dir),
             steps=state.step,
@@ -465,24 +463,11 @@ class Trainer:
             data=run.data.prepared,
             before=state.before,
             after=after,
-            hits_before=self.hits(state.before),
-            hits_after=self.hits(after),
+            hits_before=hits(state.before),
+            hits_after=hits(after),
         )
 
-    def hits(self, evaluation: Evaluation | None) -> Sums | None:
-        """Returns how many predictions of each held-out example are right, if the task predicts labels."""
-        held_out = self.run.data.held_out
-        return None if evaluation is None or held_out is None else self.run.task.hits(held_out, evaluation)
-
     # ---- Records
-
-    def write_header(self) -> None:
-        """Writes config.yaml and the first version of run.json."""
-        header = {**self.run.header, "diverged": self.state.diverged}
-        if self.run.is_main:
-            run_log.write_settings(self.run.output_dir, self.config)
-            run_log.write_run(self.run.output_dir, header)
-        self.run.report(events.Prepared(header))
 
     def write_result(self, result: events.TrainResult) -> None:
         """Writes run.json and examples.jsonl."""
@@ -500,8 +485,8 @@ class Trainer:
     def log(self, **values: float | None) -> None:
         """Writes numbers to metrics.jsonl and to the trackers."""
         step = self.state.step
-        if self.run.metrics is not None:
-            self.run.metrics.write(step=step, **values)
+        if self.run.is_main:
+            run_log.add_metrics(self.run.output_dir, step=step, **values)
         self.run.accelerator.log({name: value for name, value in values.items() if value is not None}, step=step)
 
     # ---- Divergence
@@ -557,9 +542,8 @@ def accumulate_gradients(
     """Runs forward and backward of a rank's micro-batches; returns its share of the step's loss, 0-dimensional.
 
     forward: `ModelWithLoss`, as accelerate prepared it.
-    divisor: of the summed loss of the whole step: for language models its supervised tokens, each times the weight of
-        its row, on all ranks.
-    loss_scale: what the gradients are multiplied by, 0-dimensional; nothing if it is None.
+    divisor: of the summed loss of the whole step, on all ranks; for language models its weighted supervised tokens.
+    loss_scale: what the gradients are multiplied by, 0-dimensional.
     """
     factor = 1.0 if loss_scale is None else loss_scale
 

@@ -1,5 +1,6 @@
 """What is kept when the numbers break, and who may write where."""
 
+import json
 import os
 import shlex
 import signal
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import adapter, stopping_at
+from runs import adapter, run_and_collect, stopping_at
 from safetensors.torch import load_file
 from torch import nn
 
@@ -30,12 +31,15 @@ from tailora.train.trainer import Trainer, run
         ({"learning_rate": 1e38, "max_steps": 1, "validation_split": 0}, "left weights that are not finite"),
         ({"learning_rate": 1e25, "eval_steps": 1, "max_steps": 2}, "held-out loss after it is nan"),
         ({"learning_rate": 1e25, "max_steps": 1}, "held-out loss after it is nan"),
+        ({"learning_rate": 1e20, "max_steps": 10, "max_grad_norm": 1}, r"step \d+ \(learning rate 1e\+20\).*layers\.0"),
     ],
 )
 def test_the_last_good_adapter_is_kept(settings: Any, changes: dict[str, Any], cause: str) -> None:
-    config = settings(warmup_ratio=0, lr_scheduler_type="constant", max_grad_norm=1e9, **changes)
-    with pytest.raises(DivergedError, match=cause):
+    config = settings(**{"warmup_ratio": 0, "lr_scheduler_type": "constant", "max_grad_norm": 1e9, **changes})
+    with pytest.raises(DivergedError, match=cause) as caught:
         run(config)
+    assert caught.value.exit_code == 3
+    assert not json.loads((Path(config.output_dir) / "run.json").read_text())["finished"]
     tensors = load_file(Path(config.output_dir) / "adapter" / "adapter_model.safetensors")
     assert tensors
     assert all(tensor.isfinite().all() for tensor in tensors.values())
@@ -58,13 +62,9 @@ def test_the_last_good_checkpoint_is_kept_named_and_resumed_with_a_lower_rate(se
     assert words[-4:] == ["--resume-from-checkpoint", f"{config.output_dir}/checkpoint-1", "--learning-rate", "0.001"]
     with pytest.raises(CheckpointError, match=r"learning_rate was 0\.01, now is 0\.1"):
         run(config.replaced(resume_from_checkpoint="latest", learning_rate=0.1))
-    notes: list[str] = []
-    result = run(
-        config.replaced(resume_from_checkpoint="latest", learning_rate=1e-3),
-        on_event=lambda event: notes.append(event.text) if isinstance(event, Note) else None,
-    )
+    result, notes = run_and_collect(config.replaced(resume_from_checkpoint="latest", learning_rate=1e-3), Note)
     assert result.steps == 3
-    assert "the learning rate is 0.001 from here on; it was 0.01" in notes
+    assert Note("the learning rate is 0.001 from here on; it was 0.01") in notes
     assert not has_diverged(Path(config.output_dir))
 
 
@@ -122,13 +122,14 @@ def test_a_folder_that_another_run_writes_to_is_refused_before_anything_is_loade
 def test_the_leftovers_of_killed_runs_are_removed_and_a_folder_between_two_names_is_put_back(settings: Any) -> None:
     config = settings(max_steps=1)
     folder = Path(config.output_dir)
-    for name in (".checkpoint-4.abcdefgh.new", ".adapter.abcdefgh.new", ".model.abcdefgh.old", ".notes.abcdefgh.new"):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "part").write_text("")
-    for name in (".run.json.abcdefgh", ".notes.abcdefgh"):
-        (folder / name).write_text("")
-    with lock(folder), pytest.raises(ConfigError):
-        run(config)
+    with lock(folder):
+        for name in ("checkpoint-4.abcdefgh.new", "adapter.abcdefgh.new", "model.abcdefgh.old", "notes.abcdefgh.new"):
+            (folder / f".{name}").mkdir()
+            (folder / f".{name}" / "part").write_text("")
+        for name in (".run.json.abcdefgh", ".notes.abcdefgh"):
+            (folder / name).write_text("")
+        with pytest.raises(ConfigError):
+            run(config)
     assert len(list(folder.iterdir())) == 7  # with .lock: nothing of a run that is alive is touched
     with pytest.raises(ConfigError, match="holds a model of an earlier run"):
         run(config)

@@ -21,6 +21,7 @@ import psutil
 import pytest
 from torch.distributed import HashStore
 
+from benchmarks.serving.server_process import free_port
 from tailora.cli.main import ARGUMENTS, BUG, MAX_LINES, fail, log, main
 from tailora.core import device
 from tailora.errors import ConfigError, DataError, MemoryLimitError, ProcessFailedError
@@ -133,6 +134,12 @@ def errors_in(text: str) -> list[str]:
     return re.findall(r"^(?:error: .*|interrupted(?:: .*)?|Traceback.*)$", text, re.M)
 
 
+def one_error_in(text: str) -> str:
+    """Returns the only message; a traceback may be torchrun's own."""
+    (message,) = [line for line in errors_in(text) if not line.startswith("Traceback")]
+    return message
+
+
 def checkpoints(folder: Path) -> list[int]:
     return sorted(int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*"))
 
@@ -189,60 +196,62 @@ def test_a_signal_to_the_launcher_stops_all_and_the_printed_command_goes_on(
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    ("way", "mistake"),
+    ("way", "flag", "value"),
     [
-        pytest.param("tailora", ("target_modules", "nosuch"), marks=pytest.mark.slow),
-        *(
-            pytest.param(way, mistake, marks=pytest.mark.exhaustive)
-            for way, mistake in (
-                ("tailora", ("data", "missing.jsonl")),
-                ("tailora", ("model", "nosuchfolder")),
-                ("tailora", ("resume_from_checkpoint", "nosuch/checkpoint-9")),
-                ("torchrun", ("target_modules", "nosuch")),
-            )
-        ),
+        pytest.param("tailora", "target_modules", "nosuch", marks=pytest.mark.slow),
+        pytest.param("tailora", "data", "missing.jsonl", marks=pytest.mark.exhaustive),
+        pytest.param("tailora", "model", "nosuchfolder", marks=pytest.mark.exhaustive),
+        pytest.param("tailora", "resume_from_checkpoint", "nosuch/checkpoint-9", marks=pytest.mark.exhaustive),
+        pytest.param("torchrun", "target_modules", "nosuch", marks=pytest.mark.exhaustive),
     ],
-    ids=lambda value: value if isinstance(value, str) else value[0],
 )
 def test_a_mistake_that_all_processes_notice_is_shown_once(
-    way: str, mistake: tuple[str, str], settings: Any, tmp_path: Path
+    way: str, flag: str, value: str, settings: Any, tmp_path: Path
 ) -> None:
-    code, text = Start(launcher(way, flags(settings(**dict([mistake])))), tmp_path).end()
+    code, text = Start(launcher(way, flags(settings(**{flag: value}))), tmp_path).end()
     assert code == (2 if way == "tailora" else 1), text  # torchrun has no other
-    (message,) = [line for line in errors_in(text) if not line.startswith("Traceback")]  # torchrun's own
-    assert message.startswith("error: ")
-    assert mistake[1] in message
+    assert value in one_error_in(text)
 
 
-KILL = """
+FAIL = """
 import os, signal, sys, threading, time
 
 def patch(case):
     while not hasattr(sys.modules.get("tailora.train.trainer"), "Trainer"):
         time.sleep(.01)
     trainer = sys.modules["tailora.train.trainer"]
-    owner, name = {
-        "loading": (sys.modules["tailora.train.setup"], "attach"),
-        "step": (trainer, "clip_gradients"),
-        "save": (trainer.checkpoint, "damage" if os.environ["RANK"] == "0" else "not_finite"),
-        "evaluation": (trainer, "evaluate"),
+    owner, name, last = {
+        "folder": (trainer.run_log, "check_run_folder", 1),  # in the main process alone
+        "loading": (sys.modules["tailora.train.setup"], "attach", 1),
+        "step": (trainer, "clip_gradients", 3),
+        "save": (trainer.checkpoint, "damage" if os.environ["RANK"] == "0" else "not_finite", 3),
+        "evaluation": (trainer, "evaluate", 3),
+        "answer": (sys.modules["tailora.cli.train"], "answer_samples", 1),
     }[case]
     before, calls = getattr(owner, name), []
 
-    def dies(*arguments, **named):
+    def fails(*arguments, **named):
         calls.append(1)
-        if len(calls) == (1 if case == "loading" else 3):
+        if len(calls) == last:
             if "RAISES" in os.environ:
-                raise ZeroDivisionError("a bug")
+                from tailora import errors
+                raise getattr(errors, os.environ["RAISES"], ZeroDivisionError)("row 7 is broken")
             os.kill(os.getpid(), signal.SIGKILL)
         return before(*arguments, **named)
 
-    setattr(owner, name, dies)
+    setattr(owner, name, fails)
 
-case, _, rank = os.environ.get("DIES", "").partition(" ")
+case, _, rank = os.environ.get("FAILS", "").partition(" ")
 if case and os.environ.get("RANK") == rank:
     threading.Thread(target=patch, args=[case], daemon=True).start()
 """
+
+
+def failing(folder: Path, case: str, rank: int, raises: str | None = None) -> dict[str, str]:
+    """Returns the environment in which this rank fails in this part of a run: it is killed, or raises an error."""
+    (folder / "sitecustomize.py").write_text(FAIL)
+    error = {} if raises is None else {"RAISES": raises}
+    return {"PYTHONPATH": f"{folder}:{os.getcwd()}", "FAILS": f"{case} {rank}", **error}
 
 
 @pytest.mark.exhaustive
@@ -253,19 +262,13 @@ def test_a_killed_process_ends_all_with_one_message_and_the_run_resumes(
     case: str, rank: int, way: str, more: list[str], settings: Any, tmp_path: Path
 ) -> None:
     """torchrun's own table of failures comes in addition."""
-    (tmp_path / "sitecustomize.py").write_text(KILL)
-    out, path = tmp_path / "out", f"{tmp_path}:{os.getcwd()}"
+    out = tmp_path / "out"
     words = [*flags(settings(**{**LONG, "save_steps": 1, "eval_steps": 2})), *more]
-    run = Start(launcher(way, words), tmp_path, PYTHONPATH=path, DIES=f"{case} {rank}")
+    run = Start(launcher(way, words), tmp_path, **failing(tmp_path, case, rank))
     run.wait_for(lambda: "reading model" in run.log.read_text())
-    started = time.monotonic()
-    try:
-        code, text = run.end(LONGEST)
-    finally:
-        took = time.monotonic() - started
-    assert took < SECONDS_TO_END + 30  # 30 s until it dies
+    code, text = run.end(SECONDS_TO_END + 30)  # 30 s until it dies
     assert code == 1
-    (message,) = [line for line in errors_in(text) if not line.startswith("Traceback")]  # torchrun's own
+    message = one_error_in(text)
     if case == "loading":
         assert not checkpoints(out)
         none = "; no checkpoint was saved yet: --save-steps N saves one every N steps"
@@ -291,24 +294,38 @@ def test_a_killed_process_ends_all_with_one_message_and_the_run_resumes(
 def test_a_bug_in_one_process_is_shown_once_with_its_traceback(
     way: str, rank: int, case: str, settings: Any, tmp_path: Path
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(KILL)
-    run = Start(
-        launcher(way, flags(settings(**LONG))),
-        tmp_path,
-        PYTHONPATH=f"{tmp_path}:{os.getcwd()}",
-        DIES=f"{case} {rank}",
-        RAISES="",
-    )
-    code, text = run.end()
+    words, environment = flags(settings(**LONG)), failing(tmp_path, case, rank, "ZeroDivisionError")
+    code, text = Start(launcher(way, words), tmp_path, **environment).end()
     assert code == 1
     assert text.count("This is a bug in tailora") == 1
     prefix = "" if way == "tailora" else rf"\[rank{rank}\]: "  # torch's
-    assert len(re.findall(rf"^{prefix}ZeroDivisionError: a bug$", text, re.M)) == 1
+    assert len(re.findall(rf"^{prefix}ZeroDivisionError: row 7 is broken$", text, re.M)) == 1
     if way == "tailora":
-        assert errors_in(text) == [
-            "Traceback (most recent call last):",
-            f"error: process {rank} failed: ZeroDivisionError: a bug",
-        ]
+        message = f"error: process {rank} failed: ZeroDivisionError: row 7 is broken"
+        assert errors_in(text) == ["Traceback (most recent call last):", message]
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [pytest.param("folder", marks=pytest.mark.exhaustive), "step", "answer"])
+def test_without_a_launcher_a_failure_ends_all_with_one_message_and_its_exit_code(
+    case: str, settings: Any, tmp_path: Path
+) -> None:
+    words = flags(settings(max_steps=3, device="cpu"))
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **shared, **failing(tmp_path, case, int(case != "folder"), "DataError")}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tailora", *words, *(["--fsdp"] if case == "answer" else [])],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    text = "".join(process.communicate(timeout=LONGEST)[1] for process in processes)
+    assert [process.returncode for process in processes] == [2, 2], text
+    assert errors_in(text) == ["error: row 7 is broken"]
 
 
 @pytest.mark.ranks
@@ -364,87 +381,67 @@ def test_a_run_resumes_in_as_many_processes(
 # ---- How many processes
 
 
-def forget_accelerates_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Removes what tests or the pretend accelerator have set."""
-    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.mark.parametrize(
-    ("asked", "name", "names", "expected"),
+    ("asked", "name", "names", "variables", "expected"),
     [
-        ("3", "auto", ["cpu"], 3),
-        ("auto", "auto", ["cpu"], 1),
-        ("gpu", "auto", ["cpu"], "the device is the CPU"),
-        ("two", "auto", ["cpu"], "give a number"),
-        ("0", "auto", ["cpu"], "give a number"),
-        ("gpu", "auto", ["cuda:0", "cuda:1", "cpu"], 2),
-        ("auto", "cuda", ["cuda:0", "cuda:1", "cpu"], 2),
-        ("2", "cpu", ["cuda:0", "cpu"], 2),
-        ("2", "auto", ["cuda:0", "cpu"], "there are 1 of cuda"),
-        ("2", "cuda:1", ["cuda:0", "cuda:1", "cpu"], "give --device cuda"),
-        ("1", "cuda:1", ["cuda:0", "cuda:1", "cpu"], 1),
-        ("gpu", "npu", ["cuda:0", "cpu"], "device 'npu' is not here: torch .* finds cuda:0, cpu"),
+        ("3", "auto", "cpu", {}, 3),
+        ("auto", "auto", "cpu", {}, 1),
+        ("gpu", "auto", "cpu", {}, "the device is the CPU"),
+        ("two", "auto", "cpu", {}, "give a number"),
+        ("0", "auto", "cpu", {}, "give a number"),
+        ("2", "auto", "cpu", {"WORLD_SIZE": "2"}, "has started 2 processes already"),
+        ("gpu", "auto", "cuda:0 cuda:1 cpu", {}, 2),
+        ("auto", "cuda", "cuda:0 cuda:1 cpu", {}, 2),
+        ("2", "cpu", "cuda:0 cpu", {}, 2),
+        ("2", "auto", "cuda:0 cpu", {}, "there are 1 of cuda"),
+        ("2", "auto", "cuda:0 cpu", {"ACCELERATE_USE_CPU": "true"}, 2),
+        ("2", "auto", "cuda:0 cpu", {"ACCELERATE_TORCH_DEVICE": "cpu"}, 2),
+        ("2", "cuda:1", "cuda:0 cuda:1 cpu", {}, "give --device cuda"),
+        ("1", "cuda:1", "cuda:0 cuda:1 cpu", {}, 1),
+        ("gpu", "npu", "cuda:0 cpu", {}, "device 'npu' is not here: torch .* finds cuda:0, cpu"),
     ],
 )
 def test_the_number_of_processes(
-    asked: str, name: str, names: list[str], expected: int | str, monkeypatch: pytest.MonkeyPatch
+    asked: str,
+    name: str,
+    names: str,
+    variables: dict[str, str],
+    expected: int | str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    forget_accelerates_device(monkeypatch)
-    monkeypatch.setattr(device, "devices", lambda: [device.torch.device(name) for name in names])
-    if isinstance(expected, int):
-        assert count_processes(asked, name) == expected
-    else:
-        with pytest.raises(ConfigError, match=expected):
-            count_processes(asked, name)
-
-
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [({"ACCELERATE_USE_CPU": "true"}, 3), ({"ACCELERATE_TORCH_DEVICE": "cpu"}, 3), ({}, "there are 1 of cuda")],
-)
-def test_accelerates_variables_decide_first(
-    variables: dict[str, str], expected: int | str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forget_accelerates_device(monkeypatch)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(device, "devices", lambda: [device.torch.device(name) for name in ("cuda:0", "cpu")])
+    for variable in ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE"):  # of tests, or the pretend accelerator
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(device, "devices", lambda: [device.torch.device(name) for name in names.split()])
     with pytest.raises(ConfigError, match=expected) if isinstance(expected, str) else nullcontext():
-        assert count_processes("3", "auto") == expected
+        assert count_processes(asked, name) == expected
 
 
-def test_a_process_of_torchrun_starts_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="has started 2 processes already"):
-        count_processes("2", "auto")
-
-
-def test_cores_are_shared_out() -> None:
-    cores = launch.threads_per_process(1)
-    assert launch.threads_per_process(2) == max(cores // 2, 1)
-    assert launch.threads_per_process(10_000) == 1
+@pytest.fixture
+def config_file(settings: Any, tmp_path: Path) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(config_text(settings().model_dump()))
+    return str(path)
 
 
 def test_mistakes_are_refused_once_before_any_process_is_started(
-    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("tailora.cli.train.launch", pytest.fail)
-    config = tmp_path / "config.yaml"
-    config.write_text(config_text(settings().model_dump()))
     for mistake, message in (
         ("--nproc-per-node 0", "give a number"),
-        ("--nproc-per-node 2 --lora-alpha -1", "--lora-alpha -1: "),
+        ("--nproc-per-node 2 --lora-alpha -1", "lora_alpha = '-1': "),
         ("--nproc-per-node 2 --resume-from-checkpoint latest --overwrite", "give one of them"),
     ):
-        assert main(["train", "--config", str(config), *mistake.split()]) == 2
+        assert main(["train", "--config", config_file, *mistake.split()]) == 2
         shown = capsys.readouterr().err
         assert message in shown
         assert shown.count("error: ") == 1
 
 
 def test_a_process_of_ours_starts_and_counts_no_others(
-    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(_: object) -> None:
         raise ConfigError("this process trains")
@@ -452,9 +449,7 @@ def test_a_process_of_ours_starts_and_counts_no_others(
     monkeypatch.setenv(LAUNCHED_BY_TAILORA, "2")
     monkeypatch.setattr("tailora.cli.train.count_processes", pytest.fail)
     monkeypatch.setattr("tailora.cli.train.run_progress", refuse)
-    config = tmp_path / "config.yaml"
-    config.write_text(config_text(settings().model_dump()))
-    assert main(["train", "--config", str(config), "--nproc-per-node", "2"]) == 2
+    assert main(["train", "--config", config_file, "--nproc-per-node", "2"]) == 2
     assert capsys.readouterr().err == "error: this process trains\n"
 
 
@@ -476,66 +471,39 @@ def test_the_processes_get_the_arguments_and_the_new_folder_of_a_demo(
 # ---- Which message is shown
 
 
-@pytest.fixture
-def leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    def leave_for(rank: int, error: BaseException, **known: Any) -> None:
-        (tmp_path / str(rank)).mkdir(exist_ok=True)
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv(ERROR_FILE, str(tmp_path / str(rank) / "error.json"))
-        assert leave_failure(error, **known)
-
-    return leave_for
-
-
 BUG_IN_1 = {"traceback": "Traceback ..."}
+BUG_OF_1 = ProcessFailedError("process 1 failed: ZeroDivisionError: by zero", traceback="Traceback ...")
+CRASHED = ProcessFailedError("process 2 was ended by SIGSEGV; ADVICE")
+KILLED = MemoryLimitError("process 2 was ended by SIGKILL, most likely for memory; ADVICE")
+LOST = ProcessFailedError("another process ended")
+SAVED = KeyboardInterrupt("the run is saved")
 
 
 @pytest.mark.parametrize(
     ("left", "exit_codes", "expected"),
     [
-        pytest.param(
-            [
-                (0, ProcessFailedError("another process ended"), {}),
-                (2, DataError("row 7"), {}),
-                (1, DataError("8"), {}),
-            ],
-            {0: 1, 1: 2, 2: 2},
-            DataError("row 7"),
-            id="first of its own",
-        ),
-        pytest.param(
-            [(1, FileNotFoundError("no such file"), {"exit_code": 2})],
-            {1: 2},
-            ProcessFailedError("no such file", 2),
-            id="of another type",
-        ),
-        pytest.param(
-            [(0, ProcessFailedError("process 1 of this run failed"), {}), (1, ZeroDivisionError("by zero"), BUG_IN_1)],
-            {0: 1, 1: 1},
-            ProcessFailedError("process 1 failed: ZeroDivisionError: by zero", traceback="Traceback ..."),
-            id="bug, though another ends first",
-        ),
-        pytest.param(
-            [(0, ProcessFailedError("another process ended"), {}), (1, KeyboardInterrupt(), {})],
-            {2: -9, 0: 1, 1: 130},
-            MemoryLimitError("process 2 was ended by SIGKILL, most likely for memory; ADVICE"),
-            id="killed",
-        ),
-        pytest.param([], {2: -11, 0: 1}, ProcessFailedError("process 2 was ended by SIGSEGV; ADVICE"), id="crashed"),
-        pytest.param(
-            [(1, KeyboardInterrupt(), {}), (0, KeyboardInterrupt("the run is saved"), {})],
-            {1: 130, 0: 130},
-            KeyboardInterrupt("the run is saved"),
-            id="interrupted",
-        ),
-        pytest.param([(0, KeyboardInterrupt(), {})], {1: 130, 0: 1}, KeyboardInterrupt("ADVICE"), id="second signal"),
+        ([(0, LOST, {}), (2, DataError("row 7"), {}), (1, DataError("8"), {})], {0: 1, 1: 2, 2: 2}, DataError("row 7")),
+        ([(1, FileNotFoundError("no file"), {"exit_code": 2})], {1: 2}, ProcessFailedError("no file", 2)),
+        ([(0, LOST, {}), (1, ZeroDivisionError("by zero"), BUG_IN_1)], {0: 1, 1: 1}, BUG_OF_1),
+        ([(0, LOST, {}), (1, KeyboardInterrupt(), {})], {2: -9, 0: 1, 1: 130}, KILLED),
+        ([], {2: -11, 0: 1}, CRASHED),
+        ([(1, KeyboardInterrupt(), {}), (0, SAVED, {})], {1: 130, 0: 130}, SAVED),
+        ([(0, KeyboardInterrupt(), {})], {1: 130, 0: 1}, KeyboardInterrupt("ADVICE")),
     ],
+    ids=["first of its own", "of another type", "a bug", "killed", "crashed", "interrupted", "second signal"],
 )
 def test_one_error_is_shown_for_all_processes(
-    left: Any, exit_codes: dict[int, int], expected: BaseException, leave: Any, tmp_path: Path
+    left: Any,
+    exit_codes: dict[int, int],
+    expected: BaseException,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for rank, error, known in left:
-        leave(rank, error, **known)
+        (tmp_path / str(rank)).mkdir()
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv(ERROR_FILE, str(tmp_path / str(rank) / "error.json"))
+        assert leave_failure(error, **known)
     cause = cause_of(exit_codes, tmp_path, "ADVICE", interrupted=False)
     assert (type(cause), str(cause)) == (type(expected), str(expected))
     for attribute in ("exit_code", "traceback"):
@@ -564,15 +532,9 @@ def test_the_traceback_of_a_bug_goes_to_the_launcher(
     assert capsys.readouterr().err == f"{BUG}\n"
 
 
-def test_the_launcher_prints_all_of_a_traceback(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def lead_to_a_bug(*_: object, **__: object) -> None:
-        raise ProcessFailedError("process 0 failed: row 7", traceback=lines)
-
+def test_the_launcher_prints_all_of_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     lines = "".join(f"line {number}\n" for number in range(3 * MAX_LINES))
-    monkeypatch.setattr("tailora.cli.main.app", lambda _: lead_to_a_bug)
-    assert main([]) == 1
+    assert fail(ProcessFailedError("process 0 failed: row 7", traceback=lines), False) == 1
     assert capsys.readouterr().err == f"{BUG}\n{lines}error: process 0 failed: row 7\n"
 
 
@@ -584,24 +546,23 @@ def test_a_process_without_a_message_shows_the_end_of_what_it_printed(tmp_path: 
     assert cause.endswith("line 49")
 
 
-def test_without_a_launcher_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(ERROR_FILE, raising=False)
-    assert not leave_failure(DataError("row 7"))
-    monkeypatch.setenv(ERROR_FILE, str(tmp_path / "absent" / "error.json"))
-    assert not leave_failure(DataError("row 7"))
-    assert how_to_go_on(tmp_path) == "no checkpoint was saved yet: --save-steps N saves one every N steps"
-    (tmp_path / "checkpoint-4").mkdir()
-    assert how_to_go_on(tmp_path).endswith(f"--resume-from-checkpoint {tmp_path}/checkpoint-4")
-
-
-def test_a_failure_is_recorded_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_launcher_or_on_a_full_disk_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def disk_is_full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setenv(ERROR_FILE, str(tmp_path / "error.json"))
-    monkeypatch.setattr(os, "fsync", disk_is_full)
+    monkeypatch.delenv(ERROR_FILE, raising=False)
     assert not leave_failure(DataError("row 7"))
+    for file in (tmp_path / "absent" / "error.json", tmp_path / "error.json"):
+        monkeypatch.setenv(ERROR_FILE, str(file))
+        monkeypatch.setattr(os, "fsync", disk_is_full)
+        assert not leave_failure(DataError("row 7"))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_run_resumes_from_its_last_checkpoint(tmp_path: Path) -> None:
+    assert how_to_go_on(tmp_path) == "no checkpoint was saved yet: --save-steps N saves one every N steps"
+    (tmp_path / "checkpoint-4").mkdir()
+    assert how_to_go_on(tmp_path).endswith(f"--resume-from-checkpoint {tmp_path}/checkpoint-4")
 
 
 def test_rank_0_alone_speaks_unless_the_processes_agreed(
@@ -749,17 +710,13 @@ def send_signals(child: "subprocess.Popen[str]") -> list[str]:
     return lines
 
 
-def test_silent_loggers_say_nothing_not_even_errors(capsys: pytest.CaptureFixture[str]) -> None:
-    parent, silent = logging.getLogger("loud"), logging.getLogger("loud.silent")
-    handler = logging.StreamHandler(sys.stderr)  # as torch has one, and transformers' batching one of its own
-    parent.addHandler(handler)
-    silent.addHandler(handler)
-    try:
-        with silent_loggers("loud.silent"):
-            logging.getLogger("loud.silent.below").error("of another package")
-        assert capsys.readouterr().err == ""
+def test_silent_loggers_say_nothing_not_even_errors(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("loud", "loud.silent"):  # as torch has a handler, and transformers' batching one of its own
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [logging.StreamHandler(sys.stderr)])
+    with silent_loggers("loud.silent"):
         logging.getLogger("loud.silent.below").error("of another package")
-        assert capsys.readouterr().err == "of another package\n" * 2
-    finally:
-        parent.removeHandler(handler)
-        silent.removeHandler(handler)
+    assert capsys.readouterr().err == ""
+    logging.getLogger("loud.silent.below").error("of another package")
+    assert capsys.readouterr().err == "of another package\n" * 2

@@ -2,13 +2,12 @@
 
 import copy
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import adapter, changed, losses, stopping_at
+from runs import run_and_resume
 from tiny import chat_model
 from torch import Tensor, nn
 
@@ -24,7 +23,6 @@ from tailora.report.pages.train import write_train_report
 from tailora.train import optimizer
 from tailora.train.divergence import FiniteUpdates
 from tailora.train.events import Event, Note, Stepped
-from tailora.train.failures import Interrupted
 from tailora.train.loss import BatchLayout, ModelWithLoss, make_batch
 from tailora.train.optimizer import LossScale, adamw, clip_gradients
 from tailora.train.trainer import accumulate_gradients, run
@@ -162,13 +160,7 @@ def test_a_run_reports_steps_that_change_nothing_and_learns_from_the_others(sett
 
 @pytest.mark.usefixtures("high_scale")
 def test_a_resumed_run_goes_on_with_the_same_scale(settings: Any, tmp_path: Path) -> None:
-    whole, stopped = (settings(output_dir=str(tmp_path / name), dtype="float16", max_steps=12) for name in ("a", "b"))
-    run(whole)
-    with pytest.raises(Interrupted):
-        run(stopped, stopping_at(10, signal.SIGINT))
-    run(changed(stopped, resume_from_checkpoint="latest"))
-    assert adapter(stopped) == adapter(whole)
-    assert losses(stopped) == losses(whole)
+    run_and_resume(settings, tmp_path, 10, dtype="float16", max_steps=12)
 
 
 def test_a_run_whose_gradients_overflow_at_every_scale_diverges(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:

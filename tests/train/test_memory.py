@@ -30,6 +30,7 @@ from tailora.train.memory import (
     explain_out_of_memory,
     format_bytes,
     peak_bytes,
+    remedies,
     reset_peak,
     used_bytes,
 )
@@ -57,47 +58,36 @@ except MemoryLimitError as error:
 """
 
 
-def test_a_load_beyond_the_machine_is_refused_with_three_priced_remedies() -> None:
-    load = ForwardSize(batch_size=8, examples=8, tokens=8 * 10**9, supervised=10**9, checkpointed=False)
-    with pytest.raises(MemoryLimitError) as caught:
-        check_fits(COST, load, 1024, CPU)
-    cause, *remedies = str(caught.value).splitlines()[0:1] + str(caught.value).splitlines()[2:]
-    assert "8,100,000 GB" in cause
-    assert len(remedies) == 3
-    for remedy, flag, price in zip(
-        remedies,
-        ["--per-device-train-batch-size 4", "--gradient-checkpointing", "--max-length 512"],
-        ["4,050,000 GB", "900,000 GB", "4,050,000 GB"],
-        strict=True,
-    ):
-        assert flag in remedy
-        assert f"{price} instead of 8,100,000 GB" in remedy
+BATCH, CHECKPOINT, LENGTH = "--per-device-train-batch-size 4", "--gradient-checkpointing", "--max-length 512"
+TARGETS, SMALLER = "fewer --target-modules", "a smaller base model"
 
 
-def test_where_layers_can_be_compiled_less_activation_memory_comes_before_checkpointing() -> None:
-    load = ForwardSize(batch_size=8, examples=8, tokens=8 * 10**9, supervised=10**9, checkpointed=False)
-    with pytest.raises(MemoryLimitError) as caught:
-        check_fits(COST, load, 1024, CPU, compiled_share=0.5)
-    remedies = str(caught.value).splitlines()[2:]
-    assert "--activation-memory 0.4: 4,100,000 GB instead of 8,100,000 GB" in remedies[1]
-    assert "--gradient-checkpointing" in remedies[2]
+@pytest.mark.parametrize(
+    ("examples", "checkpointed", "compiled_share", "expected"),
+    [
+        (8, False, None, {BATCH: "4,050,000 GB", CHECKPOINT: "900,000 GB", LENGTH: "4,050,000 GB"}),
+        (8, False, 0.5, {BATCH: "4,050,000 GB", "--activation-memory 0.4": "4,100,000 GB", CHECKPOINT: "900,000 GB"}),
+        (8, True, None, {BATCH: "450,000 GB", LENGTH: "450,000 GB", TARGETS: ""}),
+        (1, False, None, {CHECKPOINT: "900,000 GB", LENGTH: "4,050,000 GB", TARGETS: ""}),
+        (1, True, None, {LENGTH: "450,000 GB", TARGETS: "", SMALLER: ""}),
+    ],
+)
+def test_a_load_beyond_the_machine_has_three_priced_remedies(
+    examples: int, checkpointed: bool, compiled_share: float | None, expected: dict[str, str]
+) -> None:
+    load = ForwardSize(examples, examples, tokens=8 * 10**9, supervised=10**9, checkpointed=checkpointed)
+    first, *lines = remedies(COST, load, 1024, compiled_share).splitlines()
+    assert (first, len(lines)) == ("what helps:", 3)
+    before = "900,000 GB" if checkpointed else "8,100,000 GB"
+    for line, (change, after) in zip(lines, expected.items(), strict=True):
+        assert line.startswith(f"  - {change}")
+        assert (f"{after} instead of {before};" in line) == bool(after)
 
 
-@pytest.mark.parametrize("examples", [1, 8])
-@pytest.mark.parametrize("checkpointed", [True, False])
-def test_there_are_three_remedies_whatever_is_used_up(examples: int, checkpointed: bool) -> None:
-    load = ForwardSize(examples, examples, tokens=10**12, supervised=0, checkpointed=checkpointed)
-    with pytest.raises(MemoryLimitError) as caught:
-        check_fits(COST, load, 1024, CPU)
-    remedies = str(caught.value).splitlines()[2:]
-    assert len(remedies) == 3
-    assert any("--gradient-checkpointing" in remedy for remedy in remedies) != checkpointed
-    assert any("--per-device-train-batch-size" in remedy for remedy in remedies) == (examples > 1)
-
-
-def test_a_load_that_fits_is_priced() -> None:
-    load = ForwardSize(batch_size=2, examples=2, tokens=10, supervised=5, checkpointed=False)
-    assert check_fits(COST, load, 1024, CPU) == 10_500_000
+def test_what_does_not_fit_is_refused_with_advice() -> None:
+    check_fits(COST.of(ForwardSize(2, 2, tokens=10, supervised=5, checkpointed=False)), CPU, "advice")
+    with pytest.raises(MemoryLimitError, match=r"keeps at least 8,100,000 GB .* are free\nadvice$"):
+        check_fits(81 * 10**14, CPU, "advice")
 
 
 @pytest.mark.parametrize(("form", "kept"), [(FROZEN, 32), (RECOMPUTED, 32), (OWN, 320)])  # hidden size, vocabulary
@@ -137,7 +127,7 @@ def test_running_out_of_memory_is_told_from_other_errors(error: Exception, expec
 
 
 def test_other_errors_pass_through_unchanged() -> None:
-    with pytest.raises(RuntimeError, match=r"^shapes$"), explain_out_of_memory("training", lambda: "advice"):
+    with pytest.raises(RuntimeError, match=r"^shapes$"), explain_out_of_memory("training", "advice"):
         raise RuntimeError("shapes")
 
 

@@ -1,5 +1,6 @@
 import math
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -38,6 +39,8 @@ def test_one_step_is_enough_for_every_schedule(warmup_ratio: float) -> None:
 
 
 SHAPES = {"A": (16, 33), "B": (65, 16), "scale": (), "weight": (7, 5, 3)}
+NAMES = tuple(SHAPES)
+TWO_GROUPS = [(("A", "weight"), 1.0, 0.1), (("B", "scale"), 16.0, 0.0)]  # names, rate factor, weight decay
 ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
@@ -60,29 +63,40 @@ def one_by_one(parameters: list[nn.Parameter], rate: float, weight_decay: float)
     return torch.optim.AdamW(parameters, lr=rate, weight_decay=weight_decay, fused=False, foreach=False)
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("groups", [[(NAMES, 1.0, 0.0)], [(NAMES, 1.0, 0.1)], TWO_GROUPS], ids=["", "decay", "two"])
 @pytest.mark.parametrize("dtype", ROUNDING)
-def test_steps_are_torchs_adamw_and_clipping_of_each_parameter(dtype: torch.dtype, weight_decay: float) -> None:
+@pytest.mark.parametrize("is_used", [True, False])
+def test_steps_are_torchs_adamw_and_clipping_of_each_parameter(
+    dtype: torch.dtype, groups: list[tuple[tuple[str, ...], float, float]], is_used: bool
+) -> None:
+    """is_used: else one parameter is not used after the third step, and moves on with its moments."""
     ours, theirs = pair(dtype)
-    expected = one_by_one(list(theirs.values()), 0.0, weight_decay)
+    close = partial(torch.testing.assert_close, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+    expected = [one_by_one([theirs[name] for name in names], 0.0, decay) for names, _, decay in groups]
+    made = [Group({name: ours[name] for name in names}, factor, decay) for names, factor, decay in groups]
     norms = []
-    with flattened([Group(ours, weight_decay=weight_decay)]) as flats:
+    with flattened(made) as flats:
         optimizer = adamw(flats)
         for step in range(20):
             set_gradients(ours, theirs, step)
+            if step > 2 and not is_used:
+                ours["B"].grad.zero_()
+                theirs["B"].grad.zero_()
             norms.append(clip_gradients(flats, 20.0))
             assert norms[-1] == pytest.approx(
                 float(nn.utils.clip_grad_norm_(theirs.values(), 20.0)), rel=ROUNDING[dtype]
             )
             for name, parameter in theirs.items():
-                torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
-            rate = learning_rate(step, 20, 1e-2, 0.1, "cosine")
+                close(ours[name].grad, parameter.grad)
+            before, rate = ours["B"].detach().clone(), learning_rate(step, 20, 1e-2, 0.1, "cosine")
             optimizer_step(optimizer, rate)
-            expected.param_groups[0]["lr"] = rate
-            expected.step()
+            assert not torch.equal(ours["B"], before)
+            for reference, (_, factor, _) in zip(expected, groups, strict=True):
+                reference.param_groups[0]["lr"] = rate * factor
+                reference.step()
     assert min(norms) < 20 < max(norms)
     for name, parameter in theirs.items():
-        torch.testing.assert_close(ours[name], parameter, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+        close(ours[name], parameter)
 
 
 def test_gradients_become_zero_in_the_buffer_and_nothing_is_left_in_its_gaps() -> None:
@@ -100,28 +114,6 @@ def test_gradients_become_zero_in_the_buffer_and_nothing_is_left_in_its_gaps() -
             flat.view(name, gaps).zero_()
         assert gaps.any()
         assert not (flat.parameter * gaps).any()
-
-
-def test_groups_have_rates_and_decays_of_their_own() -> None:
-    ours, theirs = pair()
-    split = ("A", "weight"), ("B", "scale")
-    first, second = ({name: ours[name] for name in names} for names in split)
-    expected = [
-        one_by_one([theirs[name] for name in names], rate, decay)
-        for names, rate, decay in zip(split, (1e-3, 16e-3), (0.1, 0.0), strict=True)
-    ]
-    with flattened([Group(first, 1.0, 0.1), Group(second, 16.0, 0.0)]) as flats:
-        optimizer = adamw(flats)
-        for step in range(5):
-            set_gradients(ours, theirs, step)
-            assert clip_gradients(flats, 3.0) == pytest.approx(
-                float(nn.utils.clip_grad_norm_(theirs.values(), 3.0)), rel=1e-6
-            )
-            optimizer_step(optimizer, 1e-3)
-            for reference in expected:
-                reference.step()
-    for name, parameter in theirs.items():
-        torch.testing.assert_close(ours[name], parameter, rtol=1e-6, atol=1e-6)
 
 
 def test_a_run_has_one_group_with_the_settings_decay() -> None:
@@ -153,23 +145,6 @@ def test_a_parameter_that_no_step_used_moves_by_weight_decay_only(weight_decay: 
             optimizer_step(optimizer, 0.01)
     torch.testing.assert_close(ours["B"], theirs["B"] * share, rtol=1e-6, atol=0)
     assert not torch.allclose(ours["A"], theirs["A"] * share, rtol=1e-3)
-
-
-def test_a_parameter_that_a_step_does_not_use_moves_on_with_its_moments() -> None:
-    ours, theirs = pair()
-    expected = one_by_one(list(theirs.values()), 0.01, 0.0)
-    with flattened([Group(ours)]) as flats:
-        optimizer = adamw(flats)
-        for step in range(4):
-            set_gradients(ours, theirs, step)
-            if step > 1:
-                ours["B"].grad.zero_()
-                theirs["B"].grad.zero_()
-            before = ours["B"].detach().clone()
-            optimizer_step(optimizer, 0.01)
-            expected.step()
-            assert not torch.equal(ours["B"], before)
-    torch.testing.assert_close(ours["B"], theirs["B"], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("diverging", [False, True])

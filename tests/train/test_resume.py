@@ -8,19 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from runs import adapter, changed, losses, stopping_at
+from runs import adapter, changed, losses, run_and_collect, run_and_resume
 from safetensors.torch import load_file
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tailora.errors import CheckpointError
 from tailora.formats.run_folder import checkpoints_in
-from tailora.kernels.flat_parameters import Group, flattened
 from tailora.train import checkpoint, events, failures
-from tailora.train.checkpoint import moments, set_moments
 from tailora.train.config import TrainConfig
 from tailora.train.kernel_comparison import TOLERANCES
-from tailora.train.optimizer import adamw, optimizer_step
 from tailora.train.trainer import run
 
 LONG = {
@@ -60,21 +56,36 @@ def test_a_killed_run_continues_to_the_same_bytes(settings: Any, tmp_path: Path)
     assert (resumed.before.sums == result.before.sums).all()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+DROPOUT = {"max_steps": 5, "lora_dropout": 0.1}
+SECOND_PASS = {"streaming": True, "max_steps": 9, "save_steps": 8, "per_device_train_batch_size": 4}  # over 30 rows
+FULL_LAYER = {"learn_scaling": True, "modules_to_save": ["norm"], "weight_decay": 0.1}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "learned scales and a whole module": FULL_LAYER,
+    "dora": {"use_dora": True, "lora_dropout": 0.1},
+    "dora from a frozen start": {"use_dora": True, "init_lora_weights": "pissa"},
+    "a bias beside b": {"lora_bias": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("step", "number", "changes"),
+    [
+        pytest.param(3, signal.SIGINT, DROPOUT, id="Ctrl-C"),
+        pytest.param(3, signal.SIGTERM, DROPOUT, id="SIGTERM"),
+        pytest.param(0, signal.SIGINT, {"max_steps": 2}, id="before the first step"),
+        pytest.param(8, signal.SIGINT, SECOND_PASS, id="a stream"),
+        *(
+            pytest.param(2, signal.SIGINT, {"max_steps": 4, **changes}, id=name, marks=pytest.mark.slow)
+            for name, changes in VARIANTS.items()
+        ),
+    ],
+)
 def test_an_interrupted_run_saves_says_where_and_continues_to_the_same_bytes(
-    settings: Any, tmp_path: Path, number: int
+    settings: Any, tmp_path: Path, step: int, number: int, changes: dict[str, Any]
 ) -> None:
-    whole, stopped = (
-        settings(output_dir=str(tmp_path / name), max_steps=5, lora_dropout=0.1) for name in ("whole", "stopped")
-    )
-    run(whole)
     handlers = [signal.getsignal(signal_number) for signal_number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(failures.Interrupted) as caught:
-        run(stopped, on_event=stopping_at(3, number))
-    assert caught.value.folder == Path(stopped.output_dir) / "checkpoint-3"
+    run_and_resume(settings, tmp_path, step, number, **changes)
     assert [signal.getsignal(signal_number) for signal_number in (signal.SIGINT, signal.SIGTERM)] == handlers
-    run(changed(stopped, resume_from_checkpoint=str(caught.value.folder)))
-    assert adapter(stopped) == adapter(whole)
 
 
 def test_another_signal_while_an_interrupted_run_saves_and_ends_changes_nothing(settings: Any, tmp_path: Path) -> None:
@@ -91,71 +102,33 @@ def test_another_signal_while_an_interrupted_run_saves_and_ends_changes_nothing(
     assert caught.value.folder == tmp_path / "out" / "checkpoint-1"
 
 
-def test_a_run_interrupted_before_its_first_step_goes_on(settings: Any, tmp_path: Path) -> None:
-    whole, stopped = (settings(output_dir=str(tmp_path / name), max_steps=2) for name in ("whole", "stopped"))
-    run(whole)
-
-    def stop(event: events.Event) -> None:
-        if isinstance(event, events.Evaluated) and event.step == 0:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(failures.Interrupted) as caught:
-        run(stopped, on_event=stop)
-    assert caught.value.folder.name == "checkpoint-0"
-    run(changed(stopped, resume_from_checkpoint="latest"))
-    assert adapter(stopped) == adapter(whole)
-
-
 def test_a_mixture_continues_where_it_was(settings: Any, data_file: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("north south one two three " * 30)
     mixture = {"data": [f"{data_file}=0.4", f"{texts}=1.5"], "max_length": 64, "max_steps": 9}  # more than two epochs
-    whole, stopped = (settings(output_dir=str(tmp_path / name), **mixture) for name in ("whole", "stopped"))
-    run(whole)
-    with pytest.raises(failures.Interrupted):
-        run(stopped, on_event=stopping_at(5, signal.SIGINT))
+    stopped = run_and_resume(settings, tmp_path, 5, **mixture)
     other = changed(stopped, resume_from_checkpoint="latest", data=[f"{data_file}=0.4", f"{texts}=2"])
     with pytest.raises(CheckpointError, match=r"data was \[.*=1.5'\], now is \[.*=2'\]"):
         run(other)
-    run(changed(stopped, resume_from_checkpoint="latest"))
-    assert adapter(stopped) == adapter(whole)
-
-
-def test_a_stream_continues_where_it_was(settings: Any, tmp_path: Path) -> None:
-    stream = {"streaming": True, "max_steps": 9, "save_steps": 8, "per_device_train_batch_size": 4}
-    whole, stopped = (settings(output_dir=str(tmp_path / name), **stream) for name in ("whole", "stopped"))
-    run(whole)
-    with pytest.raises(failures.Interrupted):
-        run(stopped, on_event=stopping_at(8, signal.SIGINT))  # in the second pass over 30 rows
-    run(changed(stopped, resume_from_checkpoint="latest"))
-    assert adapter(stopped) == adapter(whole)
 
 
 def test_a_resumed_run_keeps_the_kernels_that_it_was_started_with(
-    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two_checkpoints: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, stopped = settings(output_dir=str(tmp_path / "whole"), **LONG), settings(**LONG)
-    run(whole)
-    with pytest.raises(failures.Interrupted):
-        run(stopped, on_event=stopping_at(3, signal.SIGINT))
-    headers: list[dict[str, Any]] = []
+    before = adapter(two_checkpoints)
     monkeypatch.setitem(TOLERANCES, "layers", (-1.0, -1.0, -1.0))  # would refuse the kernels
-    run(
-        changed(stopped, resume_from_checkpoint="latest"),
-        on_event=lambda event: headers.append(event.header) if isinstance(event, events.Prepared) else None,
-    )
-    assert "fused for speed, as when the run was started" in headers[0]["kernels"]
-    assert adapter(stopped) == adapter(whole)
+    config = changed(two_checkpoints, resume_from_checkpoint=f"{two_checkpoints.output_dir}/checkpoint-2")
+    _, (prepared,) = run_and_collect(config, events.Prepared)
+    assert "fused for speed, as when the run was started" in prepared.header["kernels"]
+    assert adapter(two_checkpoints) == before
 
 
-def test_the_newest_checkpoints_are_kept(settings: Any) -> None:
+def test_the_newest_checkpoints_are_kept_without_pickle(settings: Any) -> None:
     config = settings(max_steps=5, save_steps=1, save_total_limit=3)
     run(config)
-    assert [path.name for path in checkpoints_in(Path(config.output_dir))] == [
-        "checkpoint-3",
-        "checkpoint-4",
-        "checkpoint-5",
-    ]
+    folders = checkpoints_in(Path(config.output_dir))
+    assert [path.name for path in folders] == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
+    assert {path.suffix for folder in folders for path in folder.iterdir()} == {".safetensors", ".json"}
 
 
 @pytest.fixture(scope="module")
@@ -198,14 +171,14 @@ def test_a_damaged_checkpoint_is_refused_by_path_and_latest_takes_the_good_one_a
     two_checkpoints: TrainConfig, name: str, harm: str
 ) -> None:
     newest = Path(two_checkpoints.output_dir) / "checkpoint-4"
-    before, notes = adapter(two_checkpoints), []
+    before = adapter(two_checkpoints)
     harm_file(newest / name, harm)
     with pytest.raises(CheckpointError, match=r"checkpoint-4 is damaged.*checkpoint-2") as caught:
         run(changed(two_checkpoints, resume_from_checkpoint=str(newest)))
     assert name in str(caught.value)
-    run(two_checkpoints, on_event=lambda event: notes.append(event.text) if isinstance(event, events.Note) else None)
-    assert notes[0].startswith("resuming from checkpoint-2, because checkpoint-4 is damaged")
-    assert name in notes[0]
+    _, notes = run_and_collect(two_checkpoints, events.Note)
+    assert notes[0].text.startswith("resuming from checkpoint-2, because checkpoint-4 is damaged")
+    assert name in notes[0].text
     assert adapter(two_checkpoints) == before
 
 
@@ -255,28 +228,19 @@ def test_a_resume_may_name_the_device_of_the_run(two_checkpoints: TrainConfig) -
         run(two_checkpoints)
 
 
-def test_a_resume_on_other_data_is_refused(two_checkpoints: TrainConfig) -> None:
-    data = Path(two_checkpoints.data)
-    content = data.read_text()
-    try:
-        data.write_text(content.replace("red", "blue"))
-        with pytest.raises(CheckpointError, match="data was"):
-            run(two_checkpoints)
-    finally:
-        data.write_text(content)
+def test_a_resume_on_other_data_is_refused(two_checkpoints: TrainConfig, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text(Path(two_checkpoints.data).read_text().replace("red", "blue"))
+    with pytest.raises(CheckpointError, match=r"content \(SHA-256\) of the data was"):
+        run(changed(two_checkpoints, data=str(other)))
 
 
 def rewrite_recorded(config: TrainConfig, **changes: Any) -> None:
     """Changes what the newest checkpoint says about its run."""
     folder = checkpoints_in(Path(config.output_dir))[-1]
     saved = checkpoint.load(str(folder), folder.parent, print)
-    rewrite(folder, saved, run={**saved.state["run"], **changes})
-
-
-def rewrite(folder: Path, saved: checkpoint.Checkpoint, **changes: Any) -> None:
-    """Writes the checkpoint again, with other tensors or another state, as if a run had written it."""
-    state = {name: value for name, value in saved.state.items() if name not in ("files", "sha256")}
-    checkpoint.save(folder, checkpoint.Checkpoint({**state, **changes}, saved.tensors))
+    state = {"progress": saved.state["progress"], "adapter": saved.state["adapter"]}
+    checkpoint.save(folder, checkpoint.Checkpoint({**state, "run": {**saved.state["run"], **changes}}, saved.tensors))
 
 
 def test_a_checkpoint_of_a_version_without_a_setting_resumes_with_its_default(two_checkpoints: TrainConfig) -> None:
@@ -306,59 +270,6 @@ def test_resuming_without_a_checkpoint_says_what_to_do(settings: Any) -> None:
         run(settings(resume_from_checkpoint="/nowhere/checkpoint-3"))
 
 
-def test_a_checkpoint_holds_no_pickle(two_checkpoints: TrainConfig) -> None:
-    for path in (Path(two_checkpoints.output_dir) / "checkpoint-4").iterdir():
-        assert path.suffix in {".safetensors", ".json"}
-
-
-VARIANTS = {
-    "learned scales and a whole module": {"learn_scaling": True, "modules_to_save": ["norm"], "weight_decay": 0.1},
-    "dora": {"use_dora": True, "lora_dropout": 0.1},
-    "dora from a frozen start": {"use_dora": True, "init_lora_weights": "pissa"},
-    "a bias beside b": {"lora_bias": True},
-}
-
-
-@pytest.mark.parametrize("more", VARIANTS.values(), ids=VARIANTS)
-@pytest.mark.slow
-def test_every_adapter_variant_continues_to_the_same_bytes(settings: Any, tmp_path: Path, more: dict[str, Any]) -> None:
-    whole, stopped = (settings(output_dir=str(tmp_path / name), max_steps=4, **more) for name in ("whole", "stopped"))
-    run(whole)
-    with pytest.raises(failures.Interrupted):
-        run(stopped, on_event=stopping_at(2, signal.SIGINT))
-    run(changed(stopped, resume_from_checkpoint="latest"))
-    assert adapter(stopped) == adapter(whole)
-
-
-SHAPES = {"A": (4, 9), "B": (9, 4), "scale": ()}
-
-
-def fresh() -> dict[str, nn.Parameter]:
-    torch.manual_seed(0)
-    return {name: nn.Parameter(torch.randn(shape)) for name, shape in SHAPES.items()}
-
-
-def gradient(name: str, step: int) -> torch.Tensor:
-    torch.manual_seed(100 * step + len(name))
-    return torch.randn(SHAPES[name])
-
-
-def in_buffers(
-    parameters: dict[str, nn.Parameter], steps: range, saved: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Go on from saved moments in two groups; returns the moments to save."""
-    scales = {name: parameter for name, parameter in parameters.items() if name == "scale"}
-    factors = {name: parameter for name, parameter in parameters.items() if name != "scale"}
-    with flattened([Group(scales), Group(factors)]) as buffers:
-        optimizer = adamw(buffers)
-        set_moments(optimizer, buffers, saved)
-        for step in steps:
-            for name, parameter in parameters.items():
-                parameter.grad.copy_(gradient(name, step))
-            optimizer_step(optimizer, 0.01)
-        return {name: tensor.clone() for name, tensor in moments(optimizer, buffers).items()}
-
-
 @pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.exhaustive)])
 def test_moments_of_8_bits_learn_the_same_and_go_on_to_the_same_bytes(
     method: str, settings: Any, tmp_path: Path
@@ -382,16 +293,11 @@ def test_moments_of_8_bits_learn_the_same_and_go_on_to_the_same_bytes(
     assert result.eval_loss_after == pytest.approx(exact.eval_loss_after, abs=0.1 * fell)
 
 
-def test_moments_are_saved_by_parameter_and_go_on_to_the_same_bits() -> None:
-    whole, parts = fresh(), fresh()
-    last = in_buffers(whole, range(6), {})
-    saved = in_buffers(parts, range(3), {})
-    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == {
-        f"{name}|{key}": () if key == "step" else shape
-        for name, shape in SHAPES.items()
+def test_moments_are_saved_by_parameter(two_checkpoints: TrainConfig) -> None:
+    folder = Path(two_checkpoints.output_dir) / "checkpoint-4"
+    parameters, moments = (load_file(folder / f"{name}.safetensors") for name in ("adapter", "optimizer"))
+    assert {name: tensor.shape for name, tensor in moments.items()} == {
+        f"{name}|{key}": () if key == "step" else parameter.shape
+        for name, parameter in parameters.items()
         for key in ("step", "exp_avg", "exp_avg_sq")
     }
-    again = in_buffers(parts, range(3, 6), saved)
-    assert all(torch.equal(parts[name], whole[name]) for name in SHAPES)
-    assert again.keys() == last.keys()
-    assert all(torch.equal(tensor, last[name]) for name, tensor in again.items())

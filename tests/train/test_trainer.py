@@ -5,15 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from runs import adapter
+from runs import adapter, run_and_collect
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from tailora.errors import ConfigError, DivergedError, TargetError
+from tailora.errors import ConfigError, TargetError
 from tailora.model import LoRAModel
 from tailora.train import events
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
+from tailora.train.run_log import git_state
 from tailora.train.trainer import run
 
 
@@ -41,6 +42,7 @@ def test_a_run_leaves_what_is_needed_to_repeat_it(settings: Any) -> None:
     assert record["settings"] == config.model_dump(mode="json")
     assert record["data"]["sha256"] == result.data.report.sha256
     assert {"torch", "transformers", "tailora"} <= record["versions"].keys()
+    assert record["git"] == git_state(Path.cwd())
     again = TrainConfig(**{**read_config_file(folder / "config.yaml"), "output_dir": f"{folder}-again"})
     run(again)
     assert adapter(again) == adapter(config)
@@ -71,17 +73,14 @@ def test_a_layer_that_is_not_called_is_refused_before_training(
     assert run(settings(max_steps=1, exclude_modules=["down_proj"], fast="off")).steps == 1
 
 
-def test_run_json_knows_the_commit(settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_of_a_repository_is_known(tmp_path: Path) -> None:
+    assert git_state(tmp_path) is None
     identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
     for arguments in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "first"]):
         subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True, check=True
-    ).stdout
-    monkeypatch.chdir(tmp_path)
-    config = settings(max_steps=1)
-    run(config)
-    assert json.loads((Path(config.output_dir) / "run.json").read_text())["git"]["commit"] == commit.strip()
+    (tmp_path / "new").write_text("")
+    commit = next((tmp_path / ".git/refs/heads").iterdir()).read_text().strip()
+    assert git_state(tmp_path) == {"commit": commit, "dirty": True}
 
 
 @pytest.mark.parametrize("rows", ["data_file", "pairs_file", "feedback_file"])
@@ -105,13 +104,8 @@ def test_the_same_weight_for_all_rows_changes_nothing_and_other_weights_do(
 def test_packed_and_padded_runs_give_the_same_adapter(settings: Any, changes: dict[str, Any], tmp_path: Path) -> None:
     losses = {}
     for packing in ("on", "off"):
-        seen: list[float] = []
         config = settings(packing=packing, max_steps=4, output_dir=str(tmp_path / packing), **changes)
-        run(
-            config,
-            on_event=lambda event, seen=seen: seen.append(event.loss) if isinstance(event, events.Stepped) else None,
-        )
-        losses[packing] = seen
+        losses[packing] = [event.loss for event in run_and_collect(config, events.Stepped)[1]]
     if "lora_dropout" in changes:  # other masks on other shapes: alike, not equal
         assert losses["on"] != losses["off"]
     else:
@@ -127,26 +121,21 @@ def test_gradient_checkpointing_changes_no_bit(settings: Any, tmp_path: Path) ->
     assert written[0] == written[1]
 
 
-def test_the_model_is_given_back_as_it_was(settings: Any) -> None:
-    result = run(settings(max_steps=1, gradient_checkpointing=True))
+def test_the_model_and_the_callers_random_state_are_given_back_as_they_were(settings: Any) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    result = run(settings(max_steps=1, gradient_checkpointing=True, lora_dropout=0.5))
+    assert torch.equal(torch.rand(3), expected)
     assert result.model.base_model.config._attn_implementation == "sdpa"
     assert not result.model.base_model.is_activation_checkpointing
     output = result.model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, min_new_tokens=2)
     assert output.shape == (1, 4)
 
 
-def test_the_callers_random_state_is_left_alone(settings: Any) -> None:
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    run(settings(max_steps=1, lora_dropout=0.5))
-    assert torch.equal(torch.rand(3), expected)
-
-
 def test_the_best_adapter_is_kept_and_not_the_last(settings: Any) -> None:
     config = settings(learning_rate=1.0, lr_scheduler_type="constant", eval_steps=1, max_steps=2)
-    reports: list[events.Evaluated] = []
-    result = run(config, on_event=lambda event: reports.append(event) if isinstance(event, events.Evaluated) else None)
+    result, reports = run_and_collect(config, events.Evaluated)
     trained = {event.step: event.loss for event in reports if event.step > 0}
     best = min(trained, key=trained.__getitem__)
     assert best < 2, "the settings are meant to diverge"
@@ -163,53 +152,31 @@ def test_early_stopping_ends_a_run_that_no_longer_improves(settings: Any) -> Non
     assert result.steps == result.best_step + 2
 
 
-def test_a_diverged_run_says_where_and_keeps_the_last_good_adapter(settings: Any) -> None:
-    config = settings(learning_rate=1e20, lr_scheduler_type="constant", warmup_ratio=0, max_steps=10)
-    with pytest.raises(DivergedError, match=r"step \d+ \(learning rate 1e\+20\).*layers\.0") as caught:
-        run(config)
-    assert caught.value.exit_code == 3
-    base = AutoModelForCausalLM.from_pretrained(config.model)
-    model = LoRAModel.from_pretrained(base, Path(config.output_dir) / "adapter")
-    with torch.no_grad():
-        assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
-    assert not json.loads((Path(config.output_dir) / "run.json").read_text())["finished"]
-
-
-@pytest.mark.parametrize("earlier", ["finished", "checkpoint"])
-def test_an_earlier_run_is_not_overwritten(settings: Any, earlier: str) -> None:
-    config = settings(max_steps=2, save_steps=2 if earlier == "checkpoint" else 0)
-    run(config)
-    before = adapter(config)
-    with pytest.raises(ConfigError, match="another --output-dir"):
-        run(config)
-    assert adapter(config) == before
-
-
-def test_an_output_folder_that_cannot_be_written_is_refused_before_loading(settings: Any, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"cannot be written to.*--output-dir"):
-        run(settings(output_dir=str(tmp_path / "file" / "out"), model="no such model"))
-
-
-def test_a_model_that_is_not_there_is_named(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output_dir": "file/out", "model": "no such model"}, r"cannot be written to.*--output-dir"),
+        ({"model": "./no-such-model"}, "no-such-model"),
+        ({"model": "folder"}, r"notes\.txt"),
+    ],
+)
+def test_what_cannot_be_read_or_written_is_named(
+    changes: dict[str, str], message: str, settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ConfigError, match="no-such-model"):
-        run(settings(model="./no-such-model"))
-
-
-def test_a_folder_that_is_no_model_is_described(settings: Any, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "notes.txt").write_text("")
-    with pytest.raises(ConfigError, match=r"notes\.txt"):
-        run(settings(model=str(tmp_path / "empty")))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("")
+    with pytest.raises(ConfigError, match=message):
+        run(settings(**changes))
 
 
 def test_streaming_trains_on_the_rows_in_order(settings: Any, data_file: Path) -> None:
     config = settings(streaming=True, max_steps=9, eval_data=str(data_file))  # 36 examples: more than one pass
-    notes: list[str] = []
-    result = run(config, on_event=lambda event: notes.append(event.text) if isinstance(event, events.Note) else None)
+    result, notes = run_and_collect(config, events.Note)
     assert result.steps == 9
-    assert "30 of 30 streamed rows are held-out rows too: the held-out loss looks too good" in notes
+    assert events.Note("30 of 30 streamed rows are held-out rows too: the held-out loss looks too good") in notes
     assert result.eval_loss_after < result.eval_loss_before
     without = run(settings(streaming=True, max_steps=1, output_dir=f"{config.output_dir}-2"))
     assert (without.eval_loss_before, without.data) == (None, None)
@@ -224,9 +191,7 @@ def test_trackers_that_are_missing_or_unknown_are_errors(settings: Any, monkeypa
 
 
 def test_numbers_of_a_step_add_up(settings: Any) -> None:
-    reports: list[events.Stepped] = []
-    config = settings(num_train_epochs=2, gradient_accumulation_steps=2)
-    result = run(config, on_event=lambda event: reports.append(event) if isinstance(event, events.Stepped) else None)
+    result, reports = run_and_collect(settings(num_train_epochs=2, gradient_accumulation_steps=2), events.Stepped)
     assert result.data is not None
     assert len(reports) == result.steps == reports[0].max_steps == 2 * 3  # 24 examples, 8 a step
     assert sum(event.tokens for event in reports) == result.train_tokens == 2 * int(result.data.train.lengths.sum())
