@@ -28,7 +28,8 @@ from tailora.formats.run_folder import REPORT, RUN
 from tailora.report.blocks import Page
 from tailora.report.files import write_page, write_page_if_possible
 from tailora.report.terminal import print_page
-from tailora.study.config import FULL, LORA, STEP_CHOICE, CompareConfig, SearchConfig
+from tailora.study.config import FULL, LORA, CompareConfig, SearchConfig
+from tailora.study.search_space import STEP_CHOICE
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
 from tailora.train.launch import count_processes, world_size

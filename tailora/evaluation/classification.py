@@ -331,8 +331,7 @@ def describe_labels(
     of_majority = f"{majority['share']:.1%} for always answering {majority['label']!r}"
     if beats_majority(accuracy.value, details):
         return f"{text}{earlier}, and {of_majority}."
-    is_below = accuracy.value < majority["share"] - SAME
-    return f"{text}, {'below' if is_below else 'no better than'} the {of_majority}{earlier}."
+    return f"{text}, no better than the {of_majority}{earlier}."
 
 
 def beats_majority(accuracy: float, details: Mapping[str, Any]) -> bool:

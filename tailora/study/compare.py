@@ -36,12 +36,12 @@ from tailora.study.budget import (
     measure_costs,
     seconds_of_workers,
 )
-from tailora.study.config import FULL, STEP_CHOICE, CompareConfig, arm_settings
+from tailora.study.config import FULL, CompareConfig, arm_settings
 from tailora.study.lr_range import LearningRateSearch
 from tailora.study.results import Comparison
+from tailora.study.search_space import STEP_CHOICE
 from tailora.study.study_store import (
     DAMAGED,
-    PLAN,
     TIMING,
     Log,
     Settings,
@@ -50,7 +50,6 @@ from tailora.study.study_store import (
     locked,
     make_workers,
     open_folder,
-    same_steps,
     threads_of,
 )
 from tailora.study.trial import (
@@ -105,9 +104,9 @@ def compare(
         arm_settings(train, study, arm, learning_rate=study.first_rate(arm))  # raises ConfigError for contradictions
     workers = make_workers(study.workers, train.device, study.minutes, processes)
     busy = f"another comparison is writing to {folder} now; give another --output-dir"
-    with locked(folder, STUDY, "comparison", busy=busy):
+    with locked(folder, STUDY, busy=busy):
         begun = any((folder / RUNS).glob(f"*/[!p]*/{RESULT}"))  # without the timing runs
-        open_folder(folder, STUDY, settings, "comparison", begun=begun, discard=[RUNS, PLAN], identity=_identity)
+        open_folder(folder, STUDY, settings, begun=begun, identity=_identity)
         session = StudySession(folder, study.minutes, log, progress, run_trial, processes)
         comparison = _Comparison(train, study, session, workers).run(settings)
     write_report(folder, "compare", comparison.to_dict())
@@ -119,8 +118,7 @@ def _identity(settings: Settings) -> Settings:
     study = settings.get("compare", {})
     fixed = {name: value for name, value in study.items() if name not in LATER}
     has_minutes = study.get("minutes") is not None
-    compared = {**settings, "compare": {**fixed, "minutes": "given" if has_minutes else "not given"}}
-    return same_steps(compared)
+    return {**settings, "compare": {**fixed, "minutes": "given" if has_minutes else "not given"}}
 
 
 def _needed(costs: Sequence[Costs], extent: Extent, steps: int, workers: int) -> float:

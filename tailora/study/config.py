@@ -8,17 +8,10 @@ from pydantic import Field, model_validator
 
 from tailora.core.config import AdaLoRA, LoRAConfig, StrictModel
 from tailora.errors import ConfigError, listing
-from tailora.study.search_space import read_space
-from tailora.train.config import PREFERENCE_FIELDS, TrainConfig
+from tailora.study.search_space import SHARED_BY_RUNS, read_space
+from tailora.train.config import TrainConfig
 
 LORA, FULL = "lora", "full"
-STEP_CHOICE = {"eval_steps", "early_stopping_patience"}  # these would choose a step by the examples that judge
-SHARED_BY_ARMS = STEP_CHOICE | {
-    *("model", "data", "eval_data", "output_dir", "seed", "split_seed", "validation_split", "max_steps"),
-    *("num_train_epochs", "samples", "report_to", "resume_from_checkpoint", "save_steps", "streaming"),
-    *("system", "assistant_only_loss", "completion_only_loss", "documents"),
-    *("task", *PREFERENCE_FIELDS),  # whose losses measure different things
-}
 OF_ADAPTERS = {*LoRAConfig.model_fields, *AdaLoRA.model_fields, "adapter", "loraplus_lr_ratio", "quantize"}
 OF_ADAPTERS |= {"fsdp_offload_params"}  # of a frozen base
 TRIALS = 20
@@ -73,7 +66,7 @@ class CompareConfig(StrictModel):
             f"arm {name!r} changes {key}, which all arms share"
             for name, changes in self.arms.items()
             for key in changes
-            if key in SHARED_BY_ARMS
+            if key in SHARED_BY_RUNS
         ]
         problems += [
             f"arms {first!r} and {second!r} have the same settings: change one of them"

@@ -111,15 +111,11 @@ def inspect(
             raise ConfigError(f"data {data!r} needs a model to be read by: give --model{base}")
         updates, pair = content.updates, None
         if other_folder is not None:
-            other_updates = read_offline(other_folder).updates
-            pair = adapter_overlap(str(other_folder), updates, other_updates)
+            pair = adapter_overlap(str(other_folder), updates, read_offline(other_folder).updates)
         inspection = Inspection(
             adapter=str(folder),
-            model=None,
             named_base=named_base,
-            base_dtype=None,
             config=content.config.model_dump(),
-            training={},
             layers=layer_count(updates),
             modules=_module_reports(updates, options, lambda *_: None),
             left_out=content.left_out,
@@ -199,10 +195,8 @@ def inspect_model(
     inspection = Inspection(
         adapter=name,
         model=getattr(config, "name_or_path", None),
-        named_base=None,
         base_dtype=str(weights[0]).removeprefix("torch.") if weights else None,
         config=adapter.config.model_dump(),
-        training={},
         layers=getattr(config, "num_hidden_layers", None) or layer_count(updates),
         modules=_module_reports(updates, options, progress),
         left_out=left_out,

@@ -141,14 +141,14 @@ class Inspection:
     """
 
     adapter: str
-    model: str | None
-    named_base: str | None
-    base_dtype: str | None
     config: dict[str, Any]
-    training: dict[str, Any]
     layers: int
     modules: list[ModuleReport]
     left_out: dict[str, str]
+    model: str | None = None
+    named_base: str | None = None
+    base_dtype: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
     held_out: HeldOutLosses | None = None
     forgetting: dict[str, Any] | None = None
     dial: list[ReducedStrength] = field(default_factory=list)

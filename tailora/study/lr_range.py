@@ -20,7 +20,7 @@ from tailora.errors import ConfigError
 from tailora.formats.run_folder import write_report
 from tailora.study.budget import SAFETY, START, TIMING_RATE, TIMING_STEPS, Costs, measure_costs, too_short
 from tailora.study.config import SearchConfig, trial_settings
-from tailora.study.study_store import PLAN, TIMING, Log, StudySession, launch_settings, locked, open_folder, same_steps
+from tailora.study.study_store import TIMING, Log, StudySession, launch_settings, locked, open_folder
 from tailora.study.trial import RESULT, Progress, RunTrial, Trial, TrialEvent, TrialSpec, run_in_subprocess
 from tailora.train.config import NATS_PER_TOKEN, TrainConfig
 
@@ -108,10 +108,9 @@ def find_range(
         gain = losses[0] - min(losses)
         return "diverging" if event.loss > losses[0] + max(gain, 0.1) else None
 
-    with locked(folder, STUDY, "search"):
+    with locked(folder, STUDY):
         begun = (folder / RISING / RESULT).exists()
-        discard = [TIMING, PLAN, RISING]
-        open_folder(folder, STUDY, settings, "search", begun=begun, discard=discard, identity=same_steps)
+        open_folder(folder, STUDY, settings, begun=begun)
         steps = session.plan(lambda: RangePlan(_steps_that_fit(train, session)), RangePlan).steps
         log(f"up to {steps} steps, at learning rates from {LOWEST:g} to {HIGHEST:g}, until the gain is lost")
         spec = _spec(train, rising=(LOWEST, HIGHEST), max_steps=steps, eval_steps=EVAL_STEPS)

@@ -94,8 +94,8 @@ def rank_pattern(ranks: Mapping[str, int], paths: Sequence[str]) -> dict[str, in
     """A value for the setting `rank_pattern` that gives the layers of `ranks` (path -> r) their ranks, and matches no
     other of `paths`.
 
-    Paths that differ only in layer and last names share one expression, for example
-    `layers\\.(20|21)\\.(mlp\\.up_proj|mlp\\.down_proj)`, where it matches exactly them.
+    Paths that differ only in the layer share one expression, for example `layers\\.(20|21)\\.mlp\\.up_proj`, if it
+    matches exactly them.
     """
     pattern: dict[str, int] = {}
     for r in dict.fromkeys(ranks.values()):
@@ -116,19 +116,12 @@ def _expressions(paths: Sequence[str]) -> dict[str, list[str]]:
             layers[match[1], match[3]].append(match[2])
         else:
             expressions[exactly(path)] = [path]
-    names: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
     for (before, after), numbers in layers.items():
-        names[before, tuple(numbers)].append(after)
-    for (before, all_numbers), ends in names.items():
         last = before.rstrip(".").rpartition(".")[2]
+        number = numbers[0] if len(numbers) == 1 else f"({'|'.join(numbers)})"
         expression = rf"{re.escape(last)}\." if last else "^"
-        expression += rf"{_either(all_numbers)}\.{_either([re.escape(end) for end in ends])}"
-        expressions[expression] = [f"{before}{number}.{end}" for end in ends for number in all_numbers]
+        expressions[rf"{expression}{number}\.{re.escape(after)}"] = [f"{before}{number}.{after}" for number in numbers]
     return expressions
-
-
-def _either(alternatives: Sequence[str]) -> str:
-    return alternatives[0] if len(alternatives) == 1 else f"({'|'.join(alternatives)})"
 
 
 def target_groups(model: nn.Module) -> dict[str, Any]:

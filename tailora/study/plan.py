@@ -4,7 +4,7 @@ plan -> Plan          (study/plan_result.py)
   place_of            the device: one of this machine, or a card that is not here
   read_batches        what the steps read: the data, or examples of max_length tokens
   estimate            the run's own adapter and kernels on the model without weights -> memory, operations
-  alternatives        settings that take less memory, and what they leave room for
+  cheaper_runs, quantization    settings that take less memory
   full_fine_tuning    the same for full fine-tuning of this model
   measure_steps       with `measure`: a few real steps in a separate process -> measured memory and time
 """
@@ -89,14 +89,10 @@ def plan(
         if asks_for_compiled_layers(config):
             step = estimate.with_compiled_layers(step, fake, config.activation_memory)
             notes.append("what compiled layers keep is estimated from one measurement, not simulated")
-        needed = estimate.estimate_memory(config, fake, step, place.process, place.shards)
+        needed = place.memory_of(config, fake, step)
         if is_shared:
             notes.append(f"each of the {nproc} processes may take an equal share of the memory that is free here")
-        alternatives = {
-            AS_SET: needed,
-            **compiled_layers(config, fake, step, place),
-            **checkpointing(config, fake, step, batches, place),
-        }
+        alternatives = {AS_SET: needed, **cheaper_runs(config, fake, step, batches, place)}
     alternatives |= quantization(config, shape, step, batches, place)
     full = None if config.method == FULL else full_fine_tuning(config, shape, batches, place, available)
 
@@ -192,6 +188,9 @@ class Place:
     def is_absent(self) -> bool:
         return isinstance(self.device, estimate.AbsentDevice)
 
+    def memory_of(self, config: TrainConfig, fake: estimate.FakeModel, step: estimate.StepCost) -> Memory:
+        return estimate.estimate_memory(config, fake, step, self.process, self.shards)
+
 
 def place_of(config: TrainConfig) -> Place:
     """Returns the device that the settings name. Raises ConfigError if no device here and no card has this name."""
@@ -213,8 +212,7 @@ def place_of_card(config: TrainConfig, cards: list[Card]) -> Place:
     card, others = cards[0], [card.name for card in cards[1:]]
     notes = [f"never measured on a {card.name}: real memory may be some percent more"]
     if others:
-        more = f" and {len(others) - 4} more" if len(others) > 5 else ""
-        notes.append(f"{card.name} is meant; of similar names there are {', '.join(others[: 4 if more else 5])}{more}")
+        notes.append(f"{card.name} is meant; similar names are {', '.join(others[:5])}")
     auto = torch.bfloat16 if card.has_bfloat16 else torch.float16
     precision = auto if config.dtype == "auto" else getattr(torch, config.dtype)
     basis = f"{format_bytes(CONTEXT)} for the card's context"
@@ -375,7 +373,7 @@ def full_fine_tuning(
     full = TrainConfig(**{**settings, "method": FULL, "learning_rate": FIRST_RATES[FULL]})
     with estimate.fake_model(full, shape, place.device) as fake:
         step = largest_step(full, fake, batches)
-        memory = estimate.estimate_memory(full, fake, step, place.process, place.shards)
+        memory = place.memory_of(full, fake, step)
         parameters = fake.model.summary().trainable_parameters
     return FullFineTuning(parameters, memory, batch_size_that_fits(available, memory, batches))
 
@@ -386,26 +384,17 @@ ACTIVATIONS = f"--activation-memory {ACTIVATION_MEMORY}"
 CHECKPOINTING, QUANTIZATION = "--gradient-checkpointing", "--quantize nf4"
 
 
-def compiled_layers(
-    config: TrainConfig, fake: estimate.FakeModel, step: estimate.StepCost, place: Place
-) -> dict[str, Memory]:
-    """Returns the memory with compiled layers that keep less, unless the run excludes them or has them already."""
-    excluded = config.fast == "off" or config.gradient_checkpointing or asks_for_compiled_layers(config)
-    device = place.device
-    if excluded or (isinstance(device, torch.device) and obstacle_to_compiling(fake.base, device)):
-        return {}
-    cheaper = estimate.with_compiled_layers(step, fake, ACTIVATION_MEMORY)
-    return {ACTIVATIONS: estimate.estimate_memory(config, fake, cheaper, place.process, place.shards)}
-
-
-def checkpointing(
+def cheaper_runs(
     config: TrainConfig, fake: estimate.FakeModel, step: estimate.StepCost, batches: Batches, place: Place
 ) -> dict[str, Memory]:
-    """Returns the memory with checkpointing, unless the run has it already or compiled layers exclude it."""
+    """Returns the memory with compiled layers that keep less, and with checkpointing, unless the run excludes them."""
     if config.gradient_checkpointing or asks_for_compiled_layers(config):
         return {}
-    cheaper = estimate.with_less_memory(step, fake, tokens_of(batches.largest), checkpointed=True)
-    return {CHECKPOINTING: estimate.estimate_memory(config, fake, cheaper, place.process, place.shards)}
+    steps = {CHECKPOINTING: estimate.with_less_memory(step, fake, tokens_of(batches.largest), checkpointed=True)}
+    device = place.device
+    if config.fast != "off" and not (isinstance(device, torch.device) and obstacle_to_compiling(fake.base, device)):
+        steps = {ACTIVATIONS: estimate.with_compiled_layers(step, fake, ACTIVATION_MEMORY), **steps}
+    return {settings: place.memory_of(config, fake, cheaper) for settings, cheaper in steps.items()}
 
 
 def quantization(
@@ -417,9 +406,10 @@ def quantization(
         return {}
     with estimate.fake_model(config.replaced(quantize="nf4"), shape, place.device) as fake:
         cheaper = estimate.with_less_memory(step, fake, 0, checkpointed=False)
-        memory = estimate.estimate_memory(config, fake, cheaper, place.process, place.shards)
-        both = checkpointing(config, fake, step, batches, place)
-    return {QUANTIZATION: memory, **{f"{QUANTIZATION} {settings}": less for settings, less in both.items()}}
+        memory = {QUANTIZATION: place.memory_of(config, fake, cheaper)}
+        if both := cheaper_runs(config, fake, step, batches, place).get(CHECKPOINTING):
+            memory[f"{QUANTIZATION} {CHECKPOINTING}"] = both
+    return memory
 
 
 def option(settings: str, memory: Memory, batches: Batches, shape: PretrainedConfig, available: int) -> Option:

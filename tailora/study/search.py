@@ -110,9 +110,9 @@ def search(
         "space": {name: list(axis) if isinstance(axis, tuple) else str(axis) for name, axis in space.items()},
         **launch_settings(processes),
     }
-    with locked(folder, STUDY, "search"):
+    with locked(folder, STUDY):
         begun = (folder / PLAN).exists()
-        open_folder(folder, STUDY, settings, "search", begun=begun, discard=[TIMING], identity=same_steps)
+        open_folder(folder, STUDY, settings, begun=begun)
     session = StudySession(folder, study.minutes, log, progress, run_trial, processes)
     with optuna_study.explained_errors(folder, study.storage):
         result = _Search(train, study, space, session).run(settings, workers)
@@ -173,7 +173,7 @@ class _Search:
 
     def _prepare(self) -> None:
         """Plans the search, or reads its plan, and adds the settings as they are as its first trial."""
-        with locked(self.folder, STUDY, "search"):
+        with locked(self.folder, STUDY):
             self._open_study()
             self._plan()
             self.axes, notes = search_space.fit_to_model(
@@ -298,7 +298,7 @@ class _Search:
         """Runs trials until all workers have finished enough, or the time is up."""
         wanted = self.study.trial_count
         while True:
-            with locked(self.folder, STUDY, "search") as lock:
+            with locked(self.folder, STUDY) as lock:
                 running = len(optuna_study.running_trials(self.optuna))
                 finished = len(optuna_study.finished_trials(self.optuna))
                 missing = wanted is None or running + finished < wanted

@@ -21,12 +21,15 @@ from tailora.errors import ConfigError, listing
 from tailora.train.config import PREFERENCE_FIELDS, TrainConfig
 
 FIELDS = TrainConfig.model_fields
-SHARED = {"model", "data", "eval_data", "output_dir", "seed", "split_seed", "validation_split", "field", "streaming"}
-SHARED |= {"max_steps", "num_train_epochs", "samples", "report_to", "resume_from_checkpoint", "save_steps"}
-SHARED |= {"save_total_limit", "eval_steps", "early_stopping_patience", "adapter", "method", "max_length", "quantize"}
-SHARED |= {"dtype", "packing"}  # which would change the base
-SHARED |= {"system", "assistant_only_loss", "completion_only_loss", "documents"}  # which would change what is judged
-SHARED |= {"task", *PREFERENCE_FIELDS}  # whose losses measure different things
+STEP_CHOICE = {"eval_steps", "early_stopping_patience"}  # would choose a step by the examples that judge
+SHARED_BY_RUNS = STEP_CHOICE | {  # of any study
+    *("model", "data", "eval_data", "output_dir", "seed", "split_seed", "validation_split", "streaming", "max_steps"),
+    *("num_train_epochs", "samples", "report_to", "resume_from_checkpoint", "save_steps"),
+    *("system", "assistant_only_loss", "completion_only_loss", "documents"),  # would change what is judged
+    *("task", *PREFERENCE_FIELDS),  # whose losses measure different things
+}
+SHARED = SHARED_BY_RUNS | {"field", "save_total_limit", "adapter", "method", "max_length"}
+SHARED |= {"quantize", "dtype", "packing"}  # would change the base
 SCALE = "scale"  # alpha/r, in place of alpha
 TARGETS = ("all-linear", "attention", "mlp")  # words whose meaning depends on the model
 SHORT_NAMES = ("rank", "alpha", "lr", "dropout", "targets")  # also taken, since a space is often typed by hand

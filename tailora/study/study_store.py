@@ -31,6 +31,8 @@ from tailora.train.launch import device_asked_for, threads_per_process
 
 PLAN, LOCK, TIMING = "plan.json", ".lock", "probe"
 LAUNCH, PROCESSES = "launch", "nproc_per_node"  # in a study's settings: section and name of the number of processes
+STUDIES = {"compare.json": "comparison", "search.json": "search"}  # file with the settings -> what messages call it
+OF_RESULTS = (TIMING, "runs", "rising")  # what is deleted in a study without results that gets other settings
 DAMAGED = "give another --output-dir, or delete this folder and start again"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -40,20 +42,18 @@ Plan = TypeVar("Plan")
 
 
 @contextmanager
-def locked(folder: Path, name: str, study: str, busy: str | None = None) -> Iterator[BaseFileLock]:
+def locked(folder: Path, name: str, busy: str | None = None) -> Iterator[BaseFileLock]:
     """Holds the lock of the folder, which is created if missing. Waits while another process holds it; with `busy`
     raises ConfigError with this message instead.
 
-    name: of the file with the settings.    study: what the study is called in messages.
-
-    Raises ConfigError for a folder with other files, and leaves nothing in it.
+    name: of the file with the settings.    Raises ConfigError for a folder with other files, and leaves nothing in it.
     """
     create_output_folder(folder)
     others = {entry.name for entry in folder.iterdir()} - {LOCK}
     written_now = (TEMPORARY.fullmatch(entry) for entry in others)  # by a worker that begins at the same time
     others -= {match[0] for match in written_now if match and match["name"] == name}
     if others and not (folder / name).exists():
-        raise ConfigError(f"{folder} is not empty and holds no {study}; give another --output-dir")
+        raise ConfigError(f"{folder} is not empty and holds no {STUDIES[name]}; give another --output-dir")
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=-1 if busy is None else 0)
@@ -69,19 +69,14 @@ def open_folder(
     folder: Path,
     name: str,
     settings: Settings,
-    study: str,
     *,
     begun: bool,
-    discard: list[str],
     identity: Callable[[Settings], Settings] = lambda settings: settings,
 ) -> None:
     """Writes the settings of a new study, or checks those of one that is continued. The folder is locked.
 
-    name: of the file with the settings.    study: what the study is called in messages.
-    begun: whether there are results; until then the study may be given other settings, and `discard` is deleted.
-    identity: the part of the settings that must be the same.
-
-    Raises ConfigError for a folder with other settings.
+    name: of the file with the settings.    begun: whether there are results; until then other settings replace them.
+    identity: the part of the settings that must be the same, beside `same_steps`.
     """
     file, content = folder / name, json.loads(json.dumps(settings))  # with lists for tuples, as in a file
     if file.exists() and begun:
@@ -89,21 +84,20 @@ def open_folder(
         sections = [name for name, value in content.items() if isinstance(value, dict) and name in {"train", *stored}]
         if wrong := [name for name in sections if not isinstance(stored.get(name), dict)]:
             raise FormatError(f"{file} is damaged ({' and '.join(wrong)} should hold settings): {DAMAGED}")
-        then, now = identity(stored), identity(content)
+        then, now = same_steps(identity(stored)), same_steps(identity(content))
         if changes := differences(then, now):
             if LAUNCH in {*stored, *content} - {*then, *now}:
                 changes.append(f"{ACCUMULATION} is counted here for all processes together")
             raise ConfigError(
-                f"{folder} holds a {study} with other settings: {'; '.join(changes)}. Give the former settings to "
-                "continue it, or another --output-dir"
+                f"{folder} holds a {STUDIES[name]} with other settings: {'; '.join(changes)}. Give the former "
+                "settings to continue it, or another --output-dir"
             )
         if stored == content:
             return
     elif file.exists():
-        for entry in discard:
+        for entry in OF_RESULTS:
             shutil.rmtree(folder / entry, ignore_errors=True)
-            if (folder / entry).is_file():
-                (folder / entry).unlink()
+        (folder / PLAN).unlink(missing_ok=True)
     write_file(file, json.dumps(settings, indent=1).encode())
 
 

@@ -23,12 +23,14 @@ def test_the_line_of_json_has_what_scripts_ask_for(
     assert main([*tokens, "--output-dir", str(tmp_path / "out")]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["memory"].keys() >= PARTS
+    assert found["full"]["memory"].keys() >= PARTS
     assert found["memory"]["total"] == sum(size for part, size in found["memory"].items() if part != "total")
     assert sum(each["parameters"] for each in found["modules"]) == found["trainable_parameters"]
     assert found["modules"][0].keys() >= {"path", "kind", "in_features", "out_features", "r", "parameters"}
     assert found["batch_size_that_fits"] >= 8
     assert found["steps"] == 3
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["kind"] == "plan"
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["kind"], report["memory"]["total"]) == ("plan", found["memory"]["total"])
 
 
 def test_what_is_shown_fits_a_narrow_terminal(
@@ -136,6 +138,8 @@ def test_a_run_that_does_not_fit_exits_with_4_and_says_what_helps(
             "--target-modules q_prj: it matches no layer; did you mean",
         ),
         (["--model", "MODEL", "--method", "full", "--r", "4", "--learning-rate", "1e-4"], "no adapter"),
+        (["--model", "MODEL", "--r", "1000"], "1000"),
+        (["--model", "MODEL", "--quantize", "nf4", "--method", "full", "--learning-rate", "1e-4"], "quantise"),
         (["--model", "MODEL", "--memory", "much"], "8GB"),
         (["--model", "MODEL", "--device", "h1000"], "did you mean h200, h100 sxm"),
         (["--model", "MODEL", "--device", "9" * 10_000], '"Will it fit?" in the docs'),

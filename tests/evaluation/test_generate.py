@@ -60,18 +60,14 @@ def test_earlier_turns_are_seen(tokenizer: PreTrainedTokenizerFast) -> None:
     assert text.endswith("how are you<|im_end|>\n<|im_start|>user\ntoday<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_without_a_chat_template_the_words_are_continued(
+def test_texts_and_chats_without_a_template_are_continued_as_they_stand(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    tokenizer.chat_template = None
     expected = likeliest(model, tokenizer("hello")["input_ids"], 10)
-    assert "".join(stream_reply(model, tokenizer, HELLO, max_new_tokens=10)) == tokenizer.decode(expected)
-
-
-def test_a_text_is_continued_as_it_stands(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    expected = likeliest(model, tokenizer("hello")["input_ids"], 10)
-    assert "".join(stream_reply(model, tokenizer, "hello", max_new_tokens=10)) == tokenizer.decode(expected)
     assert expected != likeliest(model, chat_ids(HELLO, tokenizer), 10)
+    assert "".join(stream_reply(model, tokenizer, "hello", max_new_tokens=10)) == tokenizer.decode(expected)
+    tokenizer.chat_template = None
+    assert "".join(stream_reply(model, tokenizer, HELLO, max_new_tokens=10)) == tokenizer.decode(expected)
 
 
 def test_the_token_that_ends_a_turn_stops_it_though_it_is_not_eos(
@@ -166,9 +162,6 @@ def test_a_template_that_refuses_is_quoted(model: LlamaForCausalLM, tokenizer: P
         list(stream_reply(model, tokenizer, HELLO))
 
 
-Make = Callable[..., LlamaForCausalLM]
-
-
 def asked(question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}]
 
@@ -186,11 +179,6 @@ def test_base_and_tuned_each_say_their_own(tuned: LoRAModel, tiny: Make, tokeniz
 def test_an_untrained_adapter_changes_no_word(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     (answer,) = compare_answers(LoRAModel(model, LoRAConfig(r=4)), tokenizer, ["hello"], max_new_tokens=12)
     assert answer.base == answer.tuned != ""
-
-
-def test_company_changes_no_answer(tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    together = compare_answers(tuned, tokenizer, ["hello", "how are you today, hello?"], max_new_tokens=12)
-    assert together[:1] == compare_answers(tuned, tokenizer, ["hello"], max_new_tokens=12)
 
 
 def test_the_model_is_left_as_it_was(tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast) -> None:

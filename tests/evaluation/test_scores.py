@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_run import write_rows
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tailora import LoRAConfig, LoRAModel
@@ -29,9 +30,7 @@ def tuned(tuned: LoRAModel) -> LoRAModel:
 
 @pytest.fixture
 def quiz(tmp_path: Path) -> str:
-    path = tmp_path / "quiz.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in QUIZ))
-    return str(path)
+    return str(write_rows(tmp_path / "quiz.jsonl", QUIZ))
 
 
 def test_the_demo_s_data_keeps_its_name(
@@ -79,7 +78,7 @@ def test_the_loss_on_data_is_computed_in_evaluation_mode(
 ) -> None:
     rows = [{"prompt": row["prompt"], "completion": row["choices"][row["answer"]]} for row in QUIZ]  # type: ignore[index]
     path = Path(quiz).with_name("pairs.jsonl")
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     evaluate = loss_on_data(TrainConfig(data=str(path)), tuned, tokenizer, lambda _: None)
     first = evaluate().sums.tolist()
     assert evaluate().sums.tolist() == first
@@ -92,7 +91,7 @@ def test_the_loss_on_pairs_of_replies_is_that_of_the_chosen_ones(
     path = tmp_path / "rows.jsonl"
 
     def loss(rows: list[dict[str, Any]]) -> float:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(path, rows)
         return loss_on_data(TrainConfig(data=str(path)), tuned, tokenizer, notes.append)().loss
 
     notes: list[str] = []
@@ -114,7 +113,7 @@ def test_copies_of_a_row_are_no_further_examples(
     scores, losses = {}, {}
     for name, content in paths.items():
         path = tmp_path / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in content))
+        write_rows(path, content)
         scores[name] = score(tuned, tokenizer, str(path))
         losses[name] = loss_on_data(TrainConfig(data=str(path)), tuned, tokenizer, lambda _: None)().sums.tolist()
     assert scores["copied"].metrics == scores["once"].metrics
@@ -131,7 +130,7 @@ def test_questions_that_differ_in_a_wrong_choice_are_no_copies(
 ) -> None:
     path = tmp_path / "quiz.jsonl"
     rows = [{**QUIZ[0], "choices": ["how are", wrong]} for wrong in ("user", "you", "user")]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, rows)
     assert score(tuned, tokenizer, str(path)).metrics["accuracy"].n == 2
 
 

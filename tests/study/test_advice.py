@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from tailora.evaluation.spectral import ModuleReport
-from tailora.study import advice as ranks
-from tailora.study import advice as strengths
+from tailora.study import advice as limits
 from tailora.study.advice import advise
 from tailora.study.inspection import Advice, HeldOutLosses, Inspection, ReducedStrength, TruncationCost
 
@@ -48,7 +47,6 @@ def inspection(**changes: Any) -> Inspection:
     plain = Inspection(
         adapter="out/adapter",
         model="base",
-        named_base=None,
         base_dtype="bfloat16",
         config={"r": 8, "lora_alpha": 16.0},
         training={"learning_rate": 1e-3},
@@ -91,22 +89,22 @@ def test_nothing_unusual_is_no_reason_for_advice() -> None:
 
 # ---- rank
 
-FULL = {"effective_rank": 8 * (ranks.SATURATED_USE + JUST)}
+FULL = {"effective_rank": 8 * (limits.SATURATED_USE + JUST)}
 
 
 def test_saturated_needs_the_cost_and_the_use_and_certainty() -> None:
-    above = ranks.SATURATED_COST + JUST
+    above = limits.SATURATED_COST + JUST
     full = inspection(modules=all_with(**FULL), held_out=held(above))
     assert only(full, "saturated").setting == {"r": 16}
-    assert silent(replace(full, held_out=held(ranks.SATURATED_COST)), "saturated")
-    assert silent(replace(full, modules=all_with(effective_rank=8 * (ranks.SATURATED_USE - JUST))), "saturated")
+    assert silent(replace(full, held_out=held(limits.SATURATED_COST)), "saturated")
+    assert silent(replace(full, modules=all_with(effective_rank=8 * (limits.SATURATED_USE - JUST))), "saturated")
     assert silent(replace(full, held_out=held(above, half=rise(above, low=-0.001))), "saturated")
     assert silent(replace(full, held_out=held(above, improvement_low=-0.1)), "saturated")
     assert silent(replace(full, held_out=None), "saturated")
 
 
 def test_saturated_groups_get_a_rank_pattern() -> None:
-    limit = ranks.SATURATED_COST / 6
+    limit = limits.SATURATED_COST / 6
     names = [f"{depth} {block}" for depth in ("early", "middle", "late") for block in ("attention", "MLP")]
     groups = {name: rise(limit - JUST, values=1 / 6) for name in names}
     groups["late MLP"] = rise(limit + JUST, values=1 / 6)
@@ -131,24 +129,24 @@ def test_a_raised_rank_stays_within_the_matrix() -> None:
 
 
 def test_spare_ranks() -> None:
-    spare = {"effective_rank": 8 * (ranks.SPARE_USE - JUST), "rank_99": 4}
+    spare = {"effective_rank": 8 * (limits.SPARE_USE - JUST), "rank_99": 4}
     found = inspection(modules=all_with(**spare))
     advice = only(found, "spare ranks")
     assert advice.setting == {"r": 4}
     assert shlex.split(advice.command)[:4] == ["tailora", "shrink", "--adapter", "out/adapter"]
-    assert silent(replace(found, modules=all_with(**spare | {"effective_rank": 8 * ranks.SPARE_USE})), "spare ranks")
+    assert silent(replace(found, modules=all_with(**spare | {"effective_rank": 8 * limits.SPARE_USE})), "spare ranks")
     assert silent(replace(found, modules=all_with(**spare | {"rank_99": 5})), "spare ranks")
-    assert not silent(replace(found, held_out=held(ranks.SATURATED_COST)), "spare ranks")
-    assert silent(replace(found, held_out=held(ranks.SATURATED_COST + JUST)), "spare ranks")
+    assert not silent(replace(found, held_out=held(limits.SATURATED_COST)), "spare ranks")
+    assert silent(replace(found, held_out=held(limits.SATURATED_COST + JUST)), "spare ranks")
 
 
 def test_dead_modules_are_left_out_and_dead_training_is_said() -> None:
     modules = inspection().modules
-    dead = [replace(modules[0], norm=ranks.DEAD), *modules[1:]]
+    dead = [replace(modules[0], norm=limits.DEAD), *modules[1:]]
     advice = only(inspection(modules=dead), "dead")
     assert advice.setting == {"exclude_modules": ["model.layers.0.self_attn.q_proj"]}
-    assert silent(inspection(modules=[replace(modules[0], norm=ranks.DEAD + JUST), *modules[1:]]), "dead")
-    larger = [replace(modules[0], norm=2 * ranks.DEAD, numbers=4 * 4096), *modules[1:]]  # of four times the numbers
+    assert silent(inspection(modules=[replace(modules[0], norm=limits.DEAD + JUST), *modules[1:]]), "dead")
+    larger = [replace(modules[0], norm=2 * limits.DEAD, numbers=4 * 4096), *modules[1:]]  # of four times the numbers
     assert not silent(inspection(modules=larger), "dead")
     advice = only(inspection(modules=all_with(norm=0.0, effective_rank=0.0)), "dead")
     assert "All 6 updates are zero" in advice.says
@@ -178,7 +176,7 @@ def test_intruders_above_those_of_a_random_update() -> None:
 
 
 def test_learned_scales_that_left_their_start() -> None:
-    at = strengths.MOVED
+    at = limits.MOVED
     assert silent(inspection(modules=all_with(learned_scaling=True, scaling=2 * at)), "scales moved")
     assert silent(inspection(modules=all_with(learned_scaling=True, scaling=2 / at)), "scales moved")
     assert silent(inspection(modules=all_with(scaling=9.0)), "scales moved")  # given, not learned
@@ -188,7 +186,7 @@ def test_learned_scales_that_left_their_start() -> None:
 
 
 def test_an_update_larger_than_the_weight_is_too_strong() -> None:
-    at = strengths.TOO_STRONG
+    at = limits.TOO_STRONG
     assert silent(inspection(modules=all_with(relative_norm=at)), "too strong")
     assert only(inspection(modules=all_with(relative_norm=at + JUST)), "too strong").setting == {
         "learning_rate": 2.5e-4
@@ -201,7 +199,7 @@ def forgot(rise: float) -> dict[str, Any]:
 
 
 def test_forgetting_above_its_share_of_the_gain_asks_for_a_lower_strength() -> None:
-    limit = strengths.FORGETTING
+    limit = limits.FORGETTING
     assert silent(inspection(held_out=held(0.0), forgetting=forgot(limit)), "forgetting")
     assert silent(inspection(held_out=held(0.0, improvement_low=-0.1), forgetting=forgot(1.0)), "forgetting")
     tried = [
@@ -220,8 +218,8 @@ def test_forgetting_above_its_share_of_the_gain_asks_for_a_lower_strength() -> N
 
 
 def test_small_updates_are_lost_in_a_merge_into_16_bits() -> None:
-    small = all_with(relative_norm=strengths.ROUNDED - JUST)
+    small = all_with(relative_norm=limits.ROUNDED - JUST)
     advice = only(inspection(modules=small), "rounding")
     assert "--dtype float32" in advice.command
     assert silent(inspection(modules=small, base_dtype="float32"), "rounding")
-    assert silent(inspection(modules=all_with(relative_norm=strengths.ROUNDED)), "rounding")
+    assert silent(inspection(modules=all_with(relative_norm=limits.ROUNDED)), "rounding")

@@ -180,19 +180,15 @@ def pair() -> LoRAModel:
     model = LoRAModel(net, config, adapter_name="one")
     for name in ("same", "against", "apart"):
         model.add_adapter(name, config)
-    one = model.adapter("one").low_rank
-    for path, layer in one.items():
+    one, apart = (model.adapter(name).low_rank for name in ("one", "apart"))
+    for layer in one.values():
         torch.nn.init.normal_(layer.lora_B)
-        for name, factor in (("same", 2.0), ("against", -1.0)):
-            other = model.adapter(name).low_rank[path]
-            other.lora_A.data, other.lora_B.data = layer.lora_A.data.clone(), factor * layer.lora_B.data
     bases = [torch.linalg.qr(torch.randn(size, 8)).Q for size in (24, 20)]
-    for name, part in (("one", slice(0, 4)), ("apart", slice(4, 8))):
-        layer = model.adapter(name).low_rank["a"]
+    for layer, part in ((one["a"], slice(0, 4)), (apart["a"], slice(4, 8))):
         layer.lora_A.data, layer.lora_B.data = bases[0][:, part].mT.contiguous(), bases[1][:, part].contiguous()
     for name, factor in (("same", 2.0), ("against", -1.0)):
-        layer = model.adapter(name).low_rank["a"]
-        layer.lora_A.data, layer.lora_B.data = one["a"].lora_A.data.clone(), factor * one["a"].lora_B.data
+        for path, layer in model.adapter(name).low_rank.items():
+            layer.lora_A.data, layer.lora_B.data = one[path].lora_A.data.clone(), factor * one[path].lora_B.data
     return model
 
 

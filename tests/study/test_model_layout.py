@@ -56,9 +56,6 @@ def test_groups_are_thirds_in_order() -> None:
     assert layer_range(found["late MLP"]) == "8-11"
     assert layer_range(["model.layers.3.x"]) == "3"
     assert layer_range(["lm_head"]) == ""
-
-
-def test_a_group_of_fewer_layers_than_three() -> None:
     assert list(by_group(PATHS[:4], 1)) == ["early attention", "early MLP"]
     assert list(by_group(PATHS[:8], 2)) == ["early attention", "early MLP", "middle attention", "middle MLP"]
 
@@ -72,7 +69,7 @@ def test_layers_come_by_number() -> None:
 def test_a_pattern_means_its_group_and_training_takes_it() -> None:
     late = by_group(PATHS, 12)["late MLP"]
     found = rank_pattern(dict.fromkeys(late, 32), PATHS)
-    assert len(found) == 1
+    assert found == {rf"layers\.(8|9|10|11)\.mlp\.{name}": 32 for name in ("down_proj", "up_proj")}
     model = chat_model(num_hidden_layers=12, hidden_size=64, num_attention_heads=4, num_key_value_heads=4)
     targets = ["q_proj", "o_proj", "up_proj", "down_proj"]
     adapter = LoRAModel(model, LoRAConfig(r=16, target_modules=targets, rank_pattern=found)).adapter()

@@ -1,6 +1,5 @@
 """Optuna's part of a search: its database, the trials of workers that die, and importances."""
 
-import multiprocessing
 import time
 from pathlib import Path
 from typing import Any
@@ -95,24 +94,6 @@ def test_a_trial_without_a_heartbeat_is_not_waited_for(tmp_path: Path, monkeypat
     assert running_trials(study) == []
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
     assert study.best_value == 0.25
-
-
-def join(url: str, barrier: Any, names: Any) -> None:
-    barrier.wait()
-    names.put(open_study(Path(), url, SETTINGS).study_name)
-
-
-def test_workers_that_start_at_once_make_the_tables_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    barrier, names = context.Barrier(4), context.Queue()
-    url = f"sqlite:///{tmp_path}/study.db"
-    workers = [context.Process(target=join, args=(url, barrier, names)) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    assert len({names.get(timeout=60) for _ in workers}) == 1
-    for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
 
 
 @pytest.mark.parametrize("error", [IntegrityError, ProgrammingError, OperationalError])

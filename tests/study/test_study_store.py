@@ -18,7 +18,7 @@ from tailora.train.config import TrainConfig
 def opened(folder: Path, r: int, **removed: object) -> None:
     begun = (folder / PLAN).exists()
     folder.mkdir(exist_ok=True)
-    open_folder(folder, "search.json", {"train": {"r": r, **removed}}, "search", begun=begun, discard=["probe"])
+    open_folder(folder, "search.json", {"train": {"r": r, **removed}}, begun=begun)
 
 
 def test_a_study_with_other_settings_is_refused(small_run: TrainConfig, tmp_path: Path) -> None:
@@ -68,15 +68,15 @@ def test_a_damaged_trial_is_named(tmp_path: Path, name: str, content: str | None
 
 def test_workers_begin_at_the_same_time(tmp_path: Path) -> None:
     (tmp_path / ".search.json.abcdefgh").touch()  # the first worker is writing it
-    with locked(tmp_path, "search.json", "search"):
+    with locked(tmp_path, "search.json"):
         pass
-    with pytest.raises(ConfigError, match="holds no comparison"), locked(tmp_path, "compare.json", "comparison"):
+    with pytest.raises(ConfigError, match="holds no comparison"), locked(tmp_path, "compare.json"):
         pass
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     def lock(busy: str | None = None) -> AbstractContextManager[BaseFileLock]:
-        return locked(tmp_path, "search.json", "search", busy)
+        return locked(tmp_path, "search.json", busy)
 
     with lock(), pytest.raises(ConfigError, match="it is taken"), lock("it is taken"):
         pass

@@ -4,9 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, replace
-from inspect import signature
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,7 @@ import pytest
 from tailora.errors import ConfigError, DataError, ProcessFailedError, TargetError
 from tailora.report.pages.train import write_train_report
 from tailora.study import trial as trial_module
-from tailora.study.compare import compare
 from tailora.study.config import trial_settings
-from tailora.study.lr_range import find_range
-from tailora.study.search import search
 from tailora.study.trial import (
     COMMAND,
     Listen,
@@ -159,17 +154,6 @@ def endless(monkeypatch: pytest.MonkeyPatch) -> TrialSpec:
     """A trial whose process reports steps and evaluations without end."""
     monkeypatch.setattr(trial_module, "COMMAND", (sys.executable, "-c", EVENTS))
     return TrialSpec({})
-
-
-def test_a_process_that_is_stopped_keeps_what_it_reported(endless: TrialSpec, tmp_path: Path) -> None:
-    others = psutil.Process().children()  # of other tests
-    trial = get_trial(endless, tmp_path, stop=lambda event: "bad" if event.step == 2 else None)
-    assert (trial.outcome, trial.message, trial.parameters) == ("pruned", "bad", 7)
-    assert trial.curve == [(0, 4.0), (2, 2.0)]
-    assert trial.losses == [3.0]
-    assert not (tmp_path / "run").exists()
-    assert psutil.Process().children() == others
-    assert get_trial(endless, tmp_path, run_trial=not_run) == trial
 
 
 @pytest.mark.parametrize(
@@ -346,8 +330,12 @@ for number in range(2):
 def test_a_trial_that_is_stopped_ends_all_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of them leads a session of its own, as those that torch's launcher starts."""
     monkeypatch.setattr(trial_module, "COMMAND", (sys.executable, "-c", f"{RANKS}\n{EVENTS}"))
-    trial = get_trial(TrialSpec({}, processes=2), tmp_path, stop=lambda event: "bad" if event.step == 2 else None)
-    assert trial.outcome == "pruned"
+    spec = TrialSpec({}, processes=2)
+    trial = get_trial(spec, tmp_path, stop=lambda event: "bad" if event.step == 2 else None)
+    assert (trial.outcome, trial.message, trial.parameters) == ("pruned", "bad", 7)
+    assert (trial.curve, trial.losses) == ([(0, 4.0), (2, 2.0)], [3.0])  # what it had reported
+    assert not (tmp_path / "run").exists()
+    assert get_trial(spec, tmp_path, run_trial=not_run) == trial
     ranks = [int(line) for line in (tmp_path / "ranks.txt").read_text().split()]
     remaining = [pid for pid in ranks if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
     for pid in remaining:
@@ -393,11 +381,6 @@ def test_a_trial_with_other_settings_is_refused(small_run: TrainConfig, tmp_path
     get_trial(replace(spec, before=([1.0], [1])), tmp_path, run_trial=not_run)  # no setting
     with pytest.raises(ConfigError, match="a trial with other settings"):
         get_trial(replace(spec, settings=settings(small_run, r=2)), tmp_path, run_trial=not_run)
-
-
-@pytest.mark.parametrize("study", [compare, search, find_range])
-def test_studies_start_a_process_for_each_trial(study: Callable[..., Any]) -> None:
-    assert signature(study).parameters["run_trial"].default is run_in_subprocess
 
 
 def test_the_halves_of_the_held_out_examples_are_all_of_them() -> None:

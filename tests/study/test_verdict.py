@@ -62,20 +62,6 @@ def test_arms_are_judged_on_the_half_that_did_not_choose() -> None:
     assert found.seeds == [1, 2, 3]
 
 
-def test_arms_have_the_unit_of_their_runs() -> None:
-    counts = np.full(40, 1)
-    losses = np.random.default_rng(0).normal(3, 0.5, size=40)
-    study = CompareConfig(arms={"lora": {}, "full": {"method": "full"}})
-    runs = {
-        arm: [replace(trial(losses + seed / 1000, counts, seed, size), loss_unit="per example") for seed in (1, 2)]
-        for arm, size in (("lora", 10), ("full", 1000))
-    }
-    found = judge_arms(study, {arm: rates(1e-3) for arm in runs}, runs, notes=[], settings={}, seconds=1.0)
-    assert found.loss_unit == "per example"
-    assert "differ by less than 0.02 per example" in found.verdict
-    assert "loss, per example" in html(page_of({"kind": "compare", **json.loads(json.dumps(found.to_dict()))}, "file"))
-
-
 @pytest.mark.parametrize(("tries", "remedy"), [(1, "--rate-tries"), (2, "a higher --minutes")])
 def test_tries_that_ended_early_were_cut_short_by_the_minutes(tries: int, remedy: str) -> None:
     search = LearningRateSearch(1e-3, tries)
@@ -142,14 +128,6 @@ def test_finalists_are_the_best_and_what_is_cheaper_within_reach() -> None:
     assert choose_finalists([tried[5]], 0.02, 3) == []
 
 
-def run_of(losses: np.ndarray, counts: np.ndarray, seed: int) -> Trial:
-    numbers = {"train_tokens": 100, "tokens_per_second": 10.0, "peak_memory_bytes": 9, "seed": seed}
-    before = (counts * 4).tolist()
-    return Trial(
-        "done", "", numbers | {"output_dir": "there"}, (losses * counts).tolist(), before, counts.tolist(), None, 1
-    )
-
-
 def runs_with(apart: dict[int, float], spread: float = 0.001, seeds: int = 3) -> dict[int, list[Trial]]:
     rng = np.random.default_rng(0)
     counts = rng.integers(5, 50, size=80)
@@ -157,7 +135,7 @@ def runs_with(apart: dict[int, float], spread: float = 0.001, seeds: int = 3) ->
     shifted = {number: losses + shift for number, shift in apart.items()}
     shifted[1][choosing_half(80)] -= 9  # says nothing: that half has chosen
     return {
-        number: [run_of(values + rng.normal(0, spread, 80), counts, seed) for seed in range(1, seeds + 1)]
+        number: [trial(values + rng.normal(0, spread, 80), counts, seed, 1) for seed in range(1, seeds + 1)]
         for number, values in shifted.items()
     }
 
@@ -281,31 +259,32 @@ def test_arms_that_failed_are_mentioned() -> None:
     assert subject is None
 
 
-def test_what_it_would_take_is_of_the_larger_source() -> None:
-    of_examples = Difference(0, -0.04, 0.04, 0.5, 50, 3, 0.9)
-    assert "about 800 judging examples" in what_would_tell(
-        of_examples, 0.02
-    )  # a quarter of the width: 16 times as many
-    of_seeds = Difference(0, -0.02, 0.02, 0.5, 50, 3, 0.1)
-    assert "about 12 seeds would be enough" in what_would_tell(of_seeds, 0.02)
+SOURCE = "Most of the uncertainty comes from the"
 
 
-def test_no_number_is_advised_that_nobody_can_run() -> None:
-    """Two seeds with 5 examples asked for 118,638 seeds."""
-    of_seeds = Difference(0, -0.049, 0.049, 0.5, 5, 2, 0.1)
-    assert "about 49 seeds would be enough" in what_would_tell(of_seeds, 0.02)
-    assert what_would_tell(replace(of_seeds, low=-2.4, high=2.4), 0.02) == (
-        "Most of the uncertainty comes from the seeds, and no practical number of seeds would be enough: longer runs "
-        "help, and more held-out examples (--eval-data or --validation-split)."
-    )
-    of_examples = Difference(0, -2, 2, 0.5, 5, 2, 0.9)
-    assert what_would_tell(of_examples, 0.02) == (
-        "Most of the uncertainty comes from the examples, and no practical number of judging examples would be "
-        "enough: longer runs may help, or a larger --margin."
-    )
-    assert "about 45,000 judging examples" in what_would_tell(
-        replace(of_examples, low=-0.3, high=0.3, examples=50), 0.02
-    )
+@pytest.mark.parametrize(
+    ("low", "examples", "seeds", "from_examples", "text"),
+    [
+        (-0.04, 50, 3, 0.9, f"{SOURCE} examples: about 800 judging examples would be enough."),  # 16 times as many
+        (-0.3, 50, 2, 0.9, f"{SOURCE} examples: about 45,000 judging examples would be enough."),
+        (-0.02, 50, 3, 0.1, f"{SOURCE} seeds: about 12 seeds would be enough."),
+        (-0.049, 5, 2, 0.1, f"{SOURCE} seeds: about 49 seeds would be enough."),
+        (
+            *(-2.4, 5, 2, 0.1),
+            f"{SOURCE} seeds, and no practical number of seeds would be enough: longer runs help, and more held-out "
+            "examples (--eval-data or --validation-split).",
+        ),
+        (
+            *(-2.0, 5, 2, 0.9),
+            f"{SOURCE} examples, and no practical number of judging examples would be enough: longer runs may help, or "
+            "a larger --margin.",
+        ),
+    ],
+)
+def test_what_it_would_take_is_of_the_larger_source_if_anybody_can_run_it(
+    low: float, examples: int, seeds: int, from_examples: float, text: str
+) -> None:
+    assert what_would_tell(Difference(0, low, -low, 0.5, examples, seeds, from_examples), 0.02) == text
 
 
 def test_of_two_that_do_as_well_the_one_that_trains_less_is_taken() -> None:

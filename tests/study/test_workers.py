@@ -265,7 +265,7 @@ def test_workers_show_each_run_its_own_devices(
     assert [fact["device"] for fact in facts] == [[]] * len(facts)  # each process takes that of its rank
 
 
-def test_a_comparison_says_how_many_processes_its_runs_had(
+def test_a_comparison_goes_on_in_another_number_of_processes_with_the_same_steps(
     train: TrainConfig, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_made_up_trials(monkeypatch, template, seconds=0)
@@ -274,13 +274,6 @@ def test_a_comparison_says_how_many_processes_its_runs_had(
     assert [spec["processes"] for spec in specs] == [2] * len(specs)
     assert found.settings["launch"] == {"nproc_per_node": 2}
     assert found.notes == ["each run had 2 processes; the memory is that of the first of them"]
-
-
-def test_a_comparison_goes_on_in_another_number_of_processes_with_the_same_steps(
-    train: TrainConfig, template: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_made_up_trials(monkeypatch, template, seconds=0)
-    found = compare(train, TWO_ARMS, processes=2)
     with pytest.raises(
         ConfigError,
         match="gradient_accumulation_steps was 2, and is now 1; gradient_accumulation_steps is counted here for all",
