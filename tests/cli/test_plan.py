@@ -133,10 +133,7 @@ def test_a_run_that_does_not_fit_exits_with_4_and_says_what_helps(
     ("tokens", "said"),
     [
         (["--model", "no/such/model"], "no/such/model"),
-        (
-            ["--model", "MODEL", "--target-modules", "q_prj"],
-            "--target-modules q_prj: it matches no layer; did you mean",
-        ),
+        (["--model", "MODEL", "--target-modules", "q_prj"], "target_modules: 'q_prj' matches no layer; did you mean"),
         (["--model", "MODEL", "--method", "full", "--r", "4", "--learning-rate", "1e-4"], "no adapter"),
         (["--model", "MODEL", "--r", "1000"], "1000"),
         (["--model", "MODEL", "--quantize", "nf4", "--method", "full", "--learning-rate", "1e-4"], "quantise"),
