@@ -1,7 +1,7 @@
 """Every setting of a run: the one schema of `--config run.yaml`, of the flags and of Python. Needs no torch."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -20,12 +20,29 @@ NonNegativeInt = Annotated[int, Field(ge=0, lt=COUNT)]
 PREFERENCE_FIELDS = ("loss", "beta", "label_smoothing", "simpo_gamma", "sft_weight")
 FEW_STEPS = 24  # a run with fewer is short: at the usual learning rates it changes little
 ACCUMULATION = "gradient_accumulation_steps"
-TEXT_FIELDS = ("system", "assistant_only_loss", "completion_only_loss")
 TASK_TYPES: dict[str, TaskType] = {  # of tasks with a head for labels
     "sequence-classification": "SEQ_CLS",
     "regression": "SEQ_CLS",
     "token-classification": "TOKEN_CLS",
 }
+LANGUAGE_MODELS = ("auto", "causal-lm", "preference")  # tasks
+ADAPTER_FIELDS = (*LoRAConfig.model_fields, *AdaLoRA.model_fields)
+# settings that have an effect only with these values of another one; True: if that is given, False: if it is not
+COMBINATIONS: tuple[tuple[Sequence[str], str, tuple[str | None, ...] | bool], ...] = (
+    (PREFERENCE_FIELDS, "task", ("auto", "preference")),
+    (("class_weights",), "task", ("sequence-classification", "token-classification")),
+    (("system", "assistant_only_loss", "completion_only_loss", "fsdp"), "task", LANGUAGE_MODELS),
+    (("streaming",), "task", (*LANGUAGE_MODELS, "seq2seq")),  # the others read all labels before the model is loaded
+    (("label_smoothing",), "loss", (None, "dpo", "simpo")),
+    (("simpo_gamma",), "loss", ("simpo",)),
+    (("activation_memory",), "fast", ("auto", "compile")),
+    ((*ADAPTER_FIELDS, "adapter", "loraplus_lr_ratio", "quantize"), "method", ("lora",)),
+    (("streaming",), "max_steps", True),  # it reads without end
+    (("early_stopping_patience",), "eval_steps", True),
+    (("fsdp_reshard_after_forward", "fsdp_offload_params"), "fsdp", True),
+    (tuple(AdaLoRA.model_fields), "target_r", True),
+    (("optim",), "target_r", False),  # AdaLoRA reads the steps of torch's AdamW
+)
 
 
 def batches_per_step(settings: Mapping[str, Any], processes: int) -> int:
@@ -205,116 +222,65 @@ class TrainConfig(StrictModel):
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
         """Raises ConfigError with all contradictions between settings."""
+        full = self.method == "full"
         held_out = bool(self.eval_data) or (self.validation_split > 0 and not self.streaming)
-        adapter_fields = (*LoRAConfig.model_fields, *AdaLoRA.model_fields)
-        defaults = {
-            name: type(self).model_fields[name].default for name in adapter_fields if name in self.model_fields_set
-        }
-        changed = [name for name, default in defaults.items() if getattr(self, name) != default]
-        adalora_names = ", ".join(name for name in changed if name in AdaLoRA.model_fields)
-        preference_names = ", ".join(self.preference_settings())
-        text_settings = [name for name in TEXT_FIELDS if getattr(self, name) is not None]
-        text_names = ", ".join(text_settings)
-        full, names = self.method == "full", ", ".join(changed or ["adapter"])
+        weights = self.class_weights.values() if isinstance(self.class_weights, dict) else ()
+        adapter_settings = self.adapter and ", ".join(self.changed(ADAPTER_FIELDS))
         rules = [
             (
-                self.activation_memory < 1 and (self.fast == "off" or self.gradient_checkpointing),
-                "activation_memory needs compiled layers, which --fast off and --gradient-checkpointing exclude: leave "
-                "one of them out",
+                self.gradient_checkpointing and (self.fast == "compile" or self.activation_memory < 1),
+                "--gradient-checkpointing excludes compiled layers: leave it out, and use --activation-memory 0.4",
             ),
             (
-                self.fast == "compile" and self.gradient_checkpointing,
-                "compiled layers exclude --gradient-checkpointing: take --activation-memory 0.4 instead",
-            ),
-            (
-                self.task not in ("auto", "preference") and preference_names,
-                f"{preference_names}: settings for --task preference; leave them out, or give that task",
-            ),
-            (
-                self.label_smoothing and self.loss not in (None, "dpo", "simpo"),
-                f"label_smoothing is for --loss dpo and simpo, not {self.loss}: leave it out",
-            ),
-            (
-                "simpo_gamma" in self.preference_settings() and self.loss != "simpo",
-                "simpo_gamma belongs to --loss simpo: leave it out",
-            ),
-            (
-                self.streaming and (isinstance(self.data, list) and len(self.data) > 1),
+                self.streaming and isinstance(self.data, list) and len(self.data) > 1,
                 "streaming reads one source: join the files in a folder, or leave out --streaming",
             ),
-            (
-                self.class_weights and self.task not in ("sequence-classification", "token-classification"),
-                "class_weights is for --task sequence-classification and token-classification: leave it out",
-            ),
-            (
-                isinstance(self.class_weights, dict) and not all(0 < w < math.inf for w in self.class_weights.values()),
-                "class_weights must be above 0: give each class such a number",
-            ),
-            (
-                self.task in (*TASK_TYPES, "seq2seq") and text_names,
-                f"{text_names} are for language models, not for --task {self.task}: leave them out",
-            ),
-            (
-                self.streaming and self.task in TASK_TYPES,
-                f"--task {self.task} reads all labels before the model is loaded: leave --streaming out",
-            ),
-            (
-                self.fsdp and self.task in (*TASK_TYPES, "seq2seq"),
-                f"--fsdp does not shard the models of --task {self.task} yet: leave it out",
-            ),
-            (self.streaming and self.max_steps is None, "streaming reads without end: give --max-steps"),
-            (
-                self.early_stopping_patience and not self.eval_steps,
-                "early stopping counts evaluations: give --eval-steps",
-            ),
+            (not all(0 < weight < math.inf for weight in weights), "class_weights: every weight must be above 0"),
             (
                 self.eval_steps and not held_out,
                 "eval_steps needs held-out data: give --eval-data or --validation-split",
             ),
-            (full and (changed or self.adapter), f"--method full has no adapter: leave out {names}"),
             (
                 full and "learning_rate" not in self.model_fields_set,
                 "--method full needs its own --learning-rate: give a lower one than LoRA's, such as 5e-5",
-            ),
-            (
-                full and self.loraplus_lr_ratio != 1,
-                "loraplus_lr_ratio is the rate of B, which --method full does not have: leave it out",
-            ),
-            (
-                full and self.quantize,
-                "--method full trains the weights, which cannot be quantised: leave --quantize out",
             ),
             (
                 self.fsdp and self.quantize and self.quantize not in SHARDED_QUANTIZE,
                 f"--fsdp shards no base in {self.quantize}, whose scales it would lose: take --quantize nf4 or fp4",
             ),
             (
-                not self.fsdp and not self.fsdp_reshard_after_forward,
-                "fsdp_reshard_after_forward says how --fsdp works: give --fsdp",
-            ),
-            (
                 self.optim == "adamw_8bit" and self.fsdp and full,
                 "--fsdp shards the moments of --method full, which adamw_8bit keeps in blocks: leave --optim out",
             ),
             (
-                self.optim == "adamw_8bit" and self.target_r is not None,
-                "AdaLoRA reads the steps of torch's AdamW: leave --optim out",
-            ),
-            (self.fsdp_offload_params and not self.fsdp, "fsdp_offload_params says how --fsdp works: give --fsdp"),
-            (
                 self.fsdp_offload_params and (full or self.quantize),
                 "fsdp_offload_params is for frozen weights that are not quantised: leave it out",
             ),
-            (self.target_r is None and adalora_names, f"{adalora_names} belong to AdaLoRA: give --target-r"),
-            (self.adapter and changed, f"--adapter brings its own {names}: leave them out"),
+            (adapter_settings, f"--adapter brings its own {adapter_settings}: leave them out"),
         ]
-        if problems := [text for broken, text in rules if broken]:
+        problems = [message for is_broken, message in rules if is_broken]
+        for settings, other, allowed in COMBINATIONS:
+            value, given = getattr(self, other), ", ".join(self.changed(settings))
+            flag = f"--{other.replace('_', '-')}"
+            if isinstance(allowed, tuple):
+                names = " or ".join(str(name) for name in allowed if name not in ("auto", None))
+                fits, needed = value in allowed, f"only for {flag} {names}, not {value}"
+            else:
+                fits, needed = bool(value) == allowed, f"only {'with' if allowed else 'without'} {flag}"
+            if given and not fits:
+                problems.append(f"{given}: {needed}; change {flag}, or leave out {given}")
+        if problems:
             raise ConfigError(listing(problems))
         return self
 
+    def changed(self, names: Iterable[str]) -> list[str]:
+        """Returns the names of those settings that do not have their default."""
+        fields = type(self).model_fields
+        return [name for name in names if name in fields and getattr(self, name) != fields[name].default]
+
     def preference_settings(self) -> list[str]:
         """Returns the names of those settings for preferences that are not the default."""
-        return [name for name in PREFERENCE_FIELDS if getattr(self, name) != type(self).model_fields[name].default]
+        return self.changed(PREFERENCE_FIELDS)
 
     def lora(self) -> LoRAConfig:
         shared = LoRAConfig.model_fields.keys() & type(self).model_fields.keys()

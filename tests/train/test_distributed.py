@@ -521,8 +521,8 @@ def test_one_process_has_nothing_to_shard(settings: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fsdp_reshard_after_forward": False}, "give --fsdp"),
-        ({"fsdp_offload_params": True}, "give --fsdp"),
+        ({"fsdp_reshard_after_forward": False}, "only with --fsdp"),
+        ({"fsdp_offload_params": True}, "only with --fsdp"),
         ({"fsdp_offload_params": True, "fsdp": True, "quantize": "nf4"}, "not quantised: leave it out"),
         *(
             ({"fsdp": True, "quantize": method}, f"--fsdp shards no base in {method}.*: take --quantize nf4")

@@ -134,13 +134,14 @@ def test_the_header_says_what_trains(full: Settings) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"r": 8, "learning_rate": 1e-4}, "leave out r"),
         ({"adapter": "somewhere", "learning_rate": 1e-4}, "leave out adapter"),
+        ({"quantize": "nf4", "learning_rate": 1e-4}, "leave out quantize"),
         ({}, "needs its own --learning-rate"),
     ],
 )
-def test_settings_that_contradict_it_are_refused(changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_settings_that_contradict_it_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         TrainConfig(method="full", **changes)

@@ -122,11 +122,6 @@ def test_a_quantised_model_keeps_its_own_way(model_folder: Path, tmp_path: Path)
     assert all(torch.allclose(dense_weight(layers[path]), dense_weight(loaded[path]), rtol=1e-6) for path in layers)
 
 
-def test_full_fine_tuning_has_nothing_to_quantise(settings: Any) -> None:
-    with pytest.raises(ConfigError, match="cannot be quantised"):
-        settings(method="full", learning_rate=1e-4, quantize="nf4")
-
-
 @methods
 def test_the_estimate_counts_what_a_quantised_base_keeps(model_folder: Path, method: str) -> None:
     ids = np.arange(100, dtype=np.int32)
