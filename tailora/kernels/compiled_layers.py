@@ -38,6 +38,7 @@ from tailora.kernels.device_attention import MOST_GRAPHS
 
 COMPILER_ERRORS = (TorchDynamoException, InductorError)
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+GRAD_WARNING = "The .grad attribute of a Tensor that is not a leaf"
 MOST_KINDS = 4  # of layers: each is compiled on its own
 # bfloat16 with AMX: 10 layers of SmolLM's shape take .73 of the plain layers' time (one thread). In float32 they take
 # the same time, and without AMX the passes that are fused are 8% of a step
@@ -129,9 +130,9 @@ class CompiledLayers:
                 layer._compiled_call_impl = self._call_of(layer)  # not a part of copies and pickles
             for layer in sharded:
                 vars(layer)["forward"] = self._call_of(layer)
+            # the compiler asks activations for .grad, and hides torch's warning about it only where it is printed
+            warnings.filterwarnings("ignore", message=GRAD_WARNING, module="torch")
             with (
-                # the compiler asks activations for .grad, and hides torch's warning about it only where it is printed
-                _ignored("The .grad attribute of a Tensor that is not a leaf"),
                 # a kind of layer has some more graphs in the first layer, without a mask, in evaluation mode, for one
                 # document, ... At torch's own limit the next one would be an error in the middle of a run
                 dynamo_config.patch(recompile_limit=MOST_GRAPHS),
@@ -156,20 +157,6 @@ class CompiledLayers:
 
         cast(Any, call).only_with_gradients = True  # for `core.inference`
         return call
-
-
-@contextmanager
-def _ignored(message: str) -> Iterator[None]:
-    """Within the block a warning is ignored. `warnings.catch_warnings` would undo the filters that others set there."""
-    before = list(warnings.filters)
-    warnings.filterwarnings("ignore", message=message)
-    added = warnings.filters[0]
-    try:
-        yield
-    finally:
-        filters = cast("list[Any]", warnings.filters)
-        if added not in before and added in filters:
-            filters.remove(added)
 
 
 def _is_on_cpu(layers: Sequence[nn.Module]) -> bool:

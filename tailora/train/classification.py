@@ -1,6 +1,6 @@
 """Tasks whose model has a head for labels: classes of texts, numbers, and tags of words.
 
-    SequenceClassification   cross-entropy of the class
+    LabelTask                cross-entropy of the class of a text
     SeveralLabels            binary cross-entropy of each label
     Regression               squared error
     TokenClassification      cross-entropy of the tag, at the first token of each word
@@ -31,13 +31,14 @@ from tailora.train.trainable import FullModel
 
 
 class LabelTask(Task):
-    """What these tasks have in common.
+    """The class of a text, and what the other tasks have in common with it.
 
     weights: of each class in the loss of training; None: all are 1.
     """
 
     is_plain = True
     batches_by_length = False
+    has_one_loss = True
 
     def __init__(self, labels: Labels, weights: Float64 | None = None) -> None:
         self.labels, self.weights, self.score_names = labels, weights, labels.names
@@ -64,13 +65,12 @@ class LabelTask(Task):
         return inputs
 
     def make_batch(self, examples: Sequence[Example], layout: BatchLayout) -> Batch:
-        none = torch.zeros(0, dtype=torch.int64)
         targets = np.stack([cast(Float64, example.target) for example in examples])
         batch = Batch(
             inputs=self.inputs(examples, layout),
-            supervised=none,
+            supervised=torch.arange(len(examples)),
             targets=torch.from_numpy(targets[:, 0].astype(np.int64)),
-            columns=none,
+            columns=torch.zeros(1, dtype=torch.int64),
             within_columns=None,
             owners=np.arange(len(examples)),
             extras={"targets": torch.from_numpy(targets.astype(np.float32))},
@@ -89,7 +89,7 @@ class LabelTask(Task):
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns what the head says of every loss of the batch, (losses, outputs of the head), at least float32."""
-        logits = self.call(model, batch).logits
+        logits = self.call(model, batch).logits.flatten(0, -2).index_select(0, batch.supervised)
         return cast(Tensor, logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -99,9 +99,6 @@ class LabelTask(Task):
     def outputs(self, model: nn.Module, batch: Batch, layout: BatchLayout) -> Outputs:  # noqa: ARG002
         logits = self.logits(model, batch)
         return Outputs(self.losses(logits, batch), logits)
-
-    def counts(self, examples: Examples) -> npt.NDArray[np.int64]:
-        return np.ones(len(examples), dtype=np.int64)
 
     def targets(self, examples: Examples) -> list[Any] | None:
         return None if examples.targets is None else list(examples.targets.tolist())
@@ -132,10 +129,6 @@ class LabelTask(Task):
         return replace(batch, loss_weights=torch.from_numpy(self.weights_of(batch.targets.numpy())).float())
 
 
-class SequenceClassification(LabelTask):
-    """The class of a text."""
-
-
 class SeveralLabels(LabelTask):
     """Several labels of a text, each of which it has or not. The loss of a text is the mean over the labels."""
 
@@ -148,9 +141,6 @@ class SeveralLabels(LabelTask):
         right: Sums = ((evaluation.scores > 0) == examples.targets).all(1).astype(np.float64)
         return right
 
-    def divisor(self, example: Example) -> float:  # noqa: ARG002
-        return 1.0
-
 
 class Regression(LabelTask):
     """A number."""
@@ -161,24 +151,16 @@ class Regression(LabelTask):
     def hits(self, examples: Examples, evaluation: Evaluation) -> None:  # noqa: ARG002
         return None
 
-    def divisor(self, example: Example) -> float:  # noqa: ARG002
-        return 1.0
-
 
 class TokenClassification(LabelTask):
     """A tag for each word."""
+
+    has_one_loss = False
 
     def make_batch(self, examples: Sequence[Example], layout: BatchLayout) -> Batch:
         tags = collate_padded(examples, layout.pad_id)["labels"].numpy()
         owners = np.broadcast_to(np.arange(len(examples))[:, None], tags.shape)
         return self.weighted(Batch.of(self.inputs(examples, layout), tags, owners))
-
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        logits = self.call(model, batch).logits.flatten(0, 1).index_select(0, batch.supervised)
-        return cast(Tensor, logits.to(torch.promote_types(logits.dtype, torch.float32)))
-
-    def counts(self, examples: Examples) -> npt.NDArray[np.int64]:
-        return examples.supervised
 
     def targets(self, examples: Examples) -> list[Any] | None:
         return [example.labels[example.labels != IGNORED].tolist() for example in examples]
@@ -193,7 +175,7 @@ def label_task(labels: Labels, weights: Float64 | None = None) -> LabelTask:
     if labels.several:
         return SeveralLabels(labels)
     tasks = {REGRESSION: Regression, TOKEN_CLASSIFICATION: TokenClassification}
-    return tasks.get(labels.task, SequenceClassification)(labels, weights)
+    return tasks.get(labels.task, LabelTask)(labels, weights)
 
 
 def class_weights(chosen: str | dict[str, float] | None, labels: Labels, counts: dict[str, int]) -> Float64 | None:

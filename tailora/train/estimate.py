@@ -202,7 +202,8 @@ def _weights(base: PreTrainedModel, files: torch.dtype, stored: Stored | None) -
         layer_type = layer_type_of(layer)
         if stored and layer_type and layer_type.is_linear and layer is not base.get_output_embeddings():
             weight = cast(Tensor, layer.weight)
-            quantized[id(weight)], codes[id(weight)] = stored.bytes(weight), stored.codes(weight)
+            codes[id(weight)] = stored.codes(weight)
+            quantized[id(weight)] = codes[id(weight)] + stored.scales(weight)
             layer.__class__ = _quantized_class(type(layer))  # type: ignore[arg-type]
             layer.__dict__["stored"] = stored
     tensors = [tensor for _, tensor, _ in named_stored_tensors(base)]

@@ -228,9 +228,16 @@ def _try_compiled(
         return None, "the run was started without them, or with another --activation-memory"
     if recorded is None and not asked and (obstacle := _costs_more_than_it_saves(model, work, layout)):
         return None, obstacle
-    obstacle, check = _compile(model, work, layout, compiled, resumed=recorded is not None)
-    if obstacle is not None:
-        return None, obstacle
+    parts, checks = parts_of(work.sample, base), []
+    trials = [lambda: compare_layers(model, parts, layout, compiled)] if recorded is None else []
+    if recorded is not None or has_dropout(base):
+        trials.append(lambda: _compile_for_training(model, parts, layout, compiled))
+    for trial in trials:
+        obstacle, check = _on_all_ranks(trial)
+        if obstacle is not None:
+            return None, obstacle
+        checks.append(check)
+    check = checks[0]
     if recorded is None:
         share, others = broadcast_object_list([_time_share(model, work, layout, compiled)])[0] or (0.0, "")
         if not others:
@@ -284,28 +291,6 @@ def _seconds(layer: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any
     return time.perf_counter() - started
 
 
-def _compile(
-    model: Trainable, work: Work, layout: BatchLayout, compiled: CompiledLayers, *, resumed: bool
-) -> tuple[str | None, str]:
-    """Compiles the layers. Returns why they are not right on some rank, and how it is known that they are.
-
-    A resumed run is only called: see `choose_kernels`.
-    """
-    base = cast(PreTrainedModel, model.base_model)
-    parts = parts_of(work.sample, base)
-
-    def compile_for_training() -> tuple[None, str]:
-        _compile_for_training(model, parts, layout, compiled)
-        return None, "as when the run was started"
-
-    if resumed:
-        return _on_all_ranks(compile_for_training)
-    obstacle, check = _on_all_ranks(lambda: compare_layers(model, parts, layout, compiled))
-    if obstacle is None and has_dropout(base):
-        obstacle, _ = _on_all_ranks(compile_for_training)
-    return obstacle, check
-
-
 def _on_all_ranks(trial: Callable[[], tuple[str | None, str]]) -> tuple[str | None, str]:
     """Returns the first obstacle that a trial finds on some rank, or else what this rank's trial says.
 
@@ -344,7 +329,7 @@ def _time_share(
 
 def _compile_for_training(
     model: Trainable, parts: Sequence[Example], layout: BatchLayout, compiled: CompiledLayers
-) -> None:
+) -> tuple[None, str]:
     """Compiles the layers as a run with dropout calls them, so that an error shows before the run starts."""
     base = cast(PreTrainedModel, model.base_model)
     layers = decoder_layers(base)
@@ -352,6 +337,7 @@ def _compile_for_training(
         for layer, inputs, arguments in layer_calls(model, layers, parts, layout):
             with compiled.used_by([layer]):
                 outputs_and_gradients(layer, inputs, arguments)
+    return None, "as when the run was started"
 
 
 def obstacle_to_llama_kernels(fast: str, base: PreTrainedModel, layout: BatchLayout) -> str | None:

@@ -58,6 +58,7 @@ class Task(ABC):
     The loss of a step is the sum of all its losses, divided by the sum of `divisor` over its examples.
 
     loss_unit: what a loss is measured in.
+    has_one_loss: whether an example has one loss, instead of one for each supervised token.
     score_names: what the columns of `Outputs.scores` are.
     reference: what the model gave examples before training, for losses that compare with it.
     batches_by_length: whether examples of similar length share a batch. Where length tells something of the label, as
@@ -66,6 +67,7 @@ class Task(ABC):
     """
 
     loss_unit: str
+    has_one_loss = False
     score_names: tuple[str, ...] = ()
     is_plain = False
     batches_by_length = True
@@ -85,12 +87,12 @@ class Task(ABC):
         """Returns the losses of a batch, in the order of its `owners`."""
 
     def counts(self, examples: Examples) -> npt.NDArray[np.int64]:
-        """Returns how many losses each example has, (examples,); by default one for each supervised token."""
-        return examples.supervised
+        """Returns how many losses each example has, (examples,)."""
+        return np.ones(len(examples), dtype=np.int64) if self.has_one_loss else examples.supervised
 
     def divisor(self, example: Example) -> float:
         """Returns what an example adds to the number that the loss of its step is divided by; by default its losses."""
-        return example.supervised
+        return 1.0 if self.has_one_loss else example.supervised
 
     def trained_sequences(self, example: Example) -> Sequence[Example]:
         """Returns what of an example gets a gradient; by default all of it, as one sequence."""

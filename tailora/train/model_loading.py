@@ -68,18 +68,19 @@ LARGEST_ERROR = 0.3  # relative, of the weight and the gradient; 4-bit methods s
 class Stored:
     """What a method's layers need, for an estimate.
 
-    codes, scales: plain weight -> bytes of the quantized numbers, which FSDP2 can shard, and of their scales, which it
-    leaves whole.    per_output: temporary bytes for each number of a layer's output.
+    bits: of a quantized number; FSDP2 can shard these.    scales: plain weight -> bytes of its scales, kept whole.
+    per_output: temporary bytes for each number of a layer's output.
     keeps_dense: True if the dense weight of every layer is kept for the backward, False if one exists at a time.
     """
 
-    codes: Callable[[Tensor], int]
+    bits: int
     scales: Callable[[Tensor], int]
     per_output: float = 0
     keeps_dense: bool = False
 
-    def bytes(self, weight: Tensor) -> int:
-        return self.codes(weight) + self.scales(weight)
+    def codes(self, weight: Tensor) -> int:
+        """Returns the bytes of the quantized numbers."""
+        return weight.numel() * self.bits // 8
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,6 @@ class Method:
     stored: Stored | None = None  # None if unknown
 
 
-def _four_bit_codes(weight: Tensor) -> int:
-    """Half a byte a weight."""
-    return weight.numel() // 2
-
-
 def _four_bit_scales(weight: Tensor) -> int:
     """One byte a block of 64, 4 bytes for 256 blocks, and the two tables of codes."""
     blocks = -(-weight.numel() // 64)
@@ -102,13 +98,8 @@ def _four_bit_scales(weight: Tensor) -> int:
 
 
 def _int8(_: torch.dtype) -> Any:
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_not_repeated)
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns at every call of a layer
     return transformers.BitsAndBytesConfig(load_in_8bit=True)
-
-
-def _is_not_repeated(record: logging.LogRecord) -> bool:
-    """False for the message that bitsandbytes logs at every call of every layer."""
-    return not record.msg.startswith("MatMul8bitLt: inputs will be cast")
 
 
 def _bitsandbytes_layer(class_name: str, settings: dict[str, Any], plain: nn.Linear) -> nn.Module:
@@ -127,7 +118,7 @@ def _four_bits(quant_type: str) -> Method:
         )
 
     layer = partial(_bitsandbytes_layer, "Linear4bit", {"quant_type": quant_type})
-    return Method("bitsandbytes", settings, layer, Stored(_four_bit_codes, _four_bit_scales))
+    return Method("bitsandbytes", settings, layer, Stored(4, _four_bit_scales))
 
 
 def _torchao(bits: int, stored: Stored | None = None) -> Method:
@@ -153,9 +144,9 @@ METHODS = {
         "bitsandbytes",
         _int8,
         partial(_bitsandbytes_layer, "Linear8bitLt", {"has_fp16_weights": False}),
-        Stored(Tensor.numel, lambda weight: 4 * len(weight), per_output=4),  # sums of int8 are int32
+        Stored(8, lambda weight: 4 * len(weight), per_output=4),  # sums of int8 are int32
     ),
-    "torchao-int8": _torchao(8, Stored(Tensor.numel, lambda weight: weight.itemsize * len(weight), keeps_dense=True)),
+    "torchao-int8": _torchao(8, Stored(8, lambda weight: weight.itemsize * len(weight), keeps_dense=True)),
     "torchao-int4": _torchao(4),
 }
 
@@ -292,7 +283,7 @@ def load_base(
     precision = precision_of(dtype, device)
     with _reading(name) as source:
         tokenizer, config = AutoTokenizer.from_pretrained(source), AutoConfig.from_pretrained(source)
-        is_plain = quantize is None and stored_quantization(config) is None
+        is_plain = quantize is None and not stored_quantization(config)
         if sharding is not None:
             check_can_be_sharded(config, name, quantize)
         more: dict[str, Any] = {}  # None would remove the quantization of a model that is quantized already
@@ -419,10 +410,7 @@ def labels_of_config(config: PretrainedConfig) -> Labels | None:
     return Labels.of_config(task, names, config.problem_type)
 
 
-LABEL_TASKS_OF_PEFT: dict[str | None, str] = {
-    "SEQ_CLS": SEQUENCE_CLASSIFICATION,
-    "TOKEN_CLS": TOKEN_CLASSIFICATION,
-}
+LABEL_TASKS_OF_PEFT = {"SEQ_CLS": SEQUENCE_CLASSIFICATION, "TOKEN_CLS": TOKEN_CLASSIFICATION}
 
 
 def task_of_adapter(path: Path) -> str:
@@ -430,13 +418,12 @@ def task_of_adapter(path: Path) -> str:
     return SEQ2SEQ if _task_type(path) == "SEQ_2_SEQ_LM" else CAUSAL_LM
 
 
-def _task_type(path: Path) -> str | None:
-    """Returns what PEFT calls the task of an adapter; None if its files do not say it."""
+def _task_type(path: Path) -> str:
+    """Returns what PEFT calls the task of an adapter; "" if its files do not name it."""
     try:
-        task_type = read_json_object(adapter_folder(path) / ADAPTER_CONFIG).get("task_type")
-    except FormatError:  # what is wrong is said where it is loaded
-        return None
-    return None if task_type is None else str(task_type)
+        return str(read_json_object(adapter_folder(path) / ADAPTER_CONFIG).get("task_type", ""))
+    except FormatError:  # loading reports it
+        return ""
 
 
 def labels_of_adapter(path: Path) -> Labels | None:
@@ -446,7 +433,7 @@ def labels_of_adapter(path: Path) -> Labels | None:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="numpy") as file:
             text = (file.metadata() or {}).get(METADATA_KEY)
         metadata = parse_metadata(text, folder)
-    except (OSError, SafetensorError, FormatError):  # what is wrong is said where it is loaded
+    except (OSError, SafetensorError, FormatError):  # loading reports it
         return None
     task = LABEL_TASKS_OF_PEFT.get(_task_type(path))
     if task is None or metadata.label_names is None:
@@ -479,17 +466,13 @@ def fitted_labels(labels: Labels, config: PretrainedConfig) -> Labels:
 
 def check_unquantized(config: PretrainedConfig, name: str, quantize: str) -> None:
     """Raises ConfigError if the model is quantized already."""
-    if (method := stored_quantization(config)) is not None:
+    if settings := stored_quantization(config):
+        method = settings["quant_method"]
         raise ConfigError(f"model {name!r} is quantised already ({method}): leave --quantize {quantize} out")
 
 
-def stored_quantization(config: PretrainedConfig) -> str | None:
-    """Returns how the files of a model are quantized; None if they are not."""
-    settings = _quantization_settings(config)
-    return str(settings["quant_method"]) if settings else None
-
-
-def _quantization_settings(config: PretrainedConfig) -> dict[str, Any]:
+def stored_quantization(config: PretrainedConfig) -> dict[str, Any]:
+    """Returns how the files of a model are quantized; empty if they are not."""
     existing = getattr(config, "quantization_config", None) or {}
     return existing if isinstance(existing, dict) else existing.to_dict()
 
@@ -500,10 +483,10 @@ def check_can_be_sharded(config: PretrainedConfig, name: str, quantize: str | No
     quantize: how the weights will be quantized; None leaves them as the files have them.
     """
     stored = stored_quantization(config)
-    if quantize in SHARDED_QUANTIZE or (quantize is None and _quantization_settings(config).get("load_in_4bit")):
+    if quantize in SHARDED_QUANTIZE or (quantize is None and stored.get("load_in_4bit")):
         return
-    if (method := quantize or stored) is not None:
-        eight_bits = ", in 8 bits" if _quantization_settings(config).get("load_in_8bit") else ""
+    if method := quantize or stored.get("quant_method"):
+        eight_bits = ", in 8 bits" if stored.get("load_in_8bit") else ""
         raise ConfigError(
             f"model {name!r} is quantised as {method}{eight_bits}, whose scales FSDP2 would lose with the whole "
             "weight: take a model in full precision and --quantize nf4, or leave --fsdp out"
@@ -521,10 +504,9 @@ def _unreadable(name: str, source: str, error: Exception) -> str:
                 f"model {name!r} holds no tokenizer: save that of its base there, with "
                 f"tokenizer.save_pretrained({name!r}). transformers says: {error}"
             )
-        contents = ", ".join(sorted(names)) or "nothing"
         return (
-            f"model {name!r}: transformers cannot read this folder as a causal language model: {error}. "
-            f"It holds {contents}; needed are config.json, a tokenizer and weights as .safetensors"
+            f"model {name!r}: transformers cannot read this folder as a causal language model: {error}. It contains "
+            f"{', '.join(sorted(names)) or 'nothing'}; needed are config.json, a tokenizer and weights as .safetensors"
         )
     return (
         f"model {name!r} is neither a folder here nor readable from the Hub: {error}. "

@@ -110,7 +110,6 @@ def orpo(replies: Replies, task: "Pairs") -> Tensor:
 
 LOSSES: dict[str, Callable[[Replies, "Pairs"], Tensor]] = {"dpo": dpo, "ipo": ipo, "simpo": simpo, "orpo": orpo}
 WITHOUT_REFERENCE = ("simpo", "orpo")
-WITH_SMOOTHING = ("dpo", "simpo")
 DEFAULT_BETA = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
 
 
@@ -118,16 +117,10 @@ DEFAULT_BETA = {"dpo": 0.1, "ipo": 0.1, "simpo": 2.0, "orpo": 0.1, "kto": 0.1}
 
 
 class Preference(Task):
-    """What both kinds of preferences have in common: one loss for each example."""
+    """What both kinds of preferences have in common."""
 
     loss_unit = "per example"
-
-    def counts(self, examples: Examples) -> npt.NDArray[np.int64]:
-        return np.ones(len(examples), dtype=np.int64)
-
-    def divisor(self, example: Example) -> float:
-        del example
-        return 1.0
+    has_one_loss = True
 
     def hits(self, examples: Examples, evaluation: Evaluation) -> Sums | None:
         """Returns whether the rewards of each example are in the right order; equal ones count as half."""
@@ -307,7 +300,5 @@ def preference_task(config: TrainConfig, shape: str, source: str) -> Pairs | KTO
         if wrong := [name for name in ("label_smoothing", "sft_weight") if getattr(config, name)]:
             raise ConfigError(f"{' and '.join(wrong)} are for pairs of replies, not for --loss kto: leave them out")
         return KTO(beta, Reference())
-    if config.label_smoothing and loss not in WITH_SMOOTHING:
-        raise ConfigError(f"label_smoothing is for --loss dpo and simpo, not {loss}: leave it out")
     reference = None if loss in WITHOUT_REFERENCE else Reference()
     return Pairs(loss, beta, config.label_smoothing, config.simpo_gamma, config.sft_weight, reference)

@@ -1,6 +1,5 @@
 import copy
 import pickle
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -162,15 +161,6 @@ def test_the_forward_of_a_sharded_layer_is_what_it_was_afterwards() -> None:
         assert layers[0].forward is not own
     assert layers[0].forward is own
     assert "forward" not in vars(layers[1])
-
-
-def test_filters_of_warnings_that_others_set_within_the_block_stay() -> None:
-    with warnings.catch_warnings():
-        before = list(warnings.filters)
-        with CompiledLayers(backend="eager").used_by([]):
-            warnings.filterwarnings("error", message="of others")
-            warnings.warn("The .grad attribute of a Tensor that is not a leaf Tensor is being accessed", stacklevel=1)
-        assert [action for action, *_ in warnings.filters] == ["error", *(action for action, *_ in before)]
 
 
 @pytest.mark.slow
