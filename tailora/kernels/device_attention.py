@@ -257,79 +257,41 @@ class PaddedRow(DeviceRow):
     description = "torch's SDPA, documents padded to the longest one"
 
     def __init__(self, documents: Documents) -> None:
-        ends, longest, total, windows = documents
-        self.windows = windows
+        ends, self.longest, total, self.windows = documents
         tokens = torch.arange(total, dtype=torch.int32, device=ends.device)
         document = torch.searchsorted(ends[1:], tokens, right=True)  # (total,)
-        position, count = tokens - ends[document], len(ends) - 1
-        whole = Padding(count, longest, document * longest + position, 1, None)
-        self.paddings: dict[Window, Padding] = dict.fromkeys(windows, whole)
-        for window in windows:
-            if window is not None and window < longest:
-                blocks = 1 if longest <= 2 * window else -(-longest // window)
-                length = longest if blocks == 1 else blocks * window
-                mask = window_mask(window, blocks, length // blocks, ends.device)
-                repeats = 1 if blocks == 1 else count
-                index = document * length + position
-                self.paddings[window] = Padding(count, length, index, blocks, mask.repeat(repeats, 1, 1, 1))
+        self.count = len(ends) - 1
+        self.token_index = document * self.longest + tokens - ends[document]  # where each is among the padded ones
+        self.masks = {window: self._mask(window, ends.device) for window in self.windows}
+
+    def _mask(self, window: Window, device: torch.device) -> Tensor | None:
+        """Returns which keys each query attends to, (longest, longest); None for all keys up to its own."""
+        if window is None or window >= self.longest:
+            return None
+        position = torch.arange(self.longest, device=device)
+        back = position[:, None] - position
+        return (back >= 0) & (back < window)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
-        padding = self.paddings[options.window]
-        if not (q.device.type == "cuda" and q.dtype in HALF and padding.mask is None):
+        mask = self.masks[options.window]
+        if not (q.device.type == "cuda" and q.dtype in HALF and mask is None):
             # elsewhere only that kernel of torch supports grouped heads which stores all scores, or none does
             k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
-        q, k, v = padding.queries_keys_values(q, k, v)
         output = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=padding.mask,
+            *(self._padded(heads) for heads in (q, k, v)),
+            attn_mask=mask,
             dropout_p=options.dropout,
-            is_causal=padding.mask is None,
+            is_causal=mask is None,
             scale=options.scale,
             enable_gqa=k.shape[1] != q.shape[1],
-        )  # (documents * blocks, heads, queries, width)
-        return output.transpose(1, 2).flatten(0, 1).index_select(0, padding.token_index)[None]
-
-
-class Padding(NamedTuple):
-    """Documents padded at the end, each to `length` tokens, and cut into blocks of queries.
-
-    The queries of one block attend to the keys of their own block and of the one before it, which is zero for the
-    first. With one block they attend to their own.
-    """
-
-    documents: int
-    length: int
-    token_index: Tensor  # (total,), where a token is among documents * length
-    blocks: int
-    mask: Tensor | None  # (1 or documents * blocks, 1, queries, keys); None: to all keys up to their own
-
-    def queries_keys_values(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
-        """(1, heads, total, width) -> (documents * blocks, heads, queries or keys, width)."""
-        padded = [self._padded(heads) for heads in (q, k, v)]
-        if self.blocks == 1:
-            return padded
-        size = self.length // self.blocks
-        around = [padded[0], *(F.pad(heads, (0, 0, size, 0)) for heads in padded[1:])]
-        sizes = (size, 2 * size, 2 * size)
-        # (documents, heads, blocks, width, queries or keys)
-        cut = [heads.unfold(2, span, size) for heads, span in zip(around, sizes, strict=True)]
-        return [heads.mT.transpose(1, 2).flatten(0, 1) for heads in cut]
+        )  # (documents, heads, longest, width)
+        return output.transpose(1, 2).flatten(0, 1).index_select(0, self.token_index)[None]
 
     def _padded(self, heads: Tensor) -> Tensor:
-        """(1, heads, total, width) -> (documents, heads, length, width), zero behind the end of each document."""
+        """(1, heads, total, width) -> (documents, heads, longest, width), zero behind the end of each document."""
         rows = heads[0].transpose(0, 1)  # (total, heads, width)
-        padded = rows.new_zeros(self.documents * self.length, *rows.shape[1:]).index_copy(0, self.token_index, rows)
-        return padded.view(self.documents, self.length, *rows.shape[1:]).transpose(1, 2)
-
-
-def window_mask(window: int, blocks: int, queries: int, device: torch.device) -> Tensor:
-    """Returns which keys the queries of each block attend to, (blocks, 1, queries, keys)."""
-    query = torch.arange(queries, device=device)[:, None]
-    key = torch.arange(0 if blocks == 1 else -queries, queries, device=device)
-    first = torch.arange(blocks, device=device)[:, None, None, None] * queries  # of each block
-    return (key <= query) & (key > query - window) & (key + first >= 0)
+        padded = rows.new_zeros(self.count * self.longest, *rows.shape[1:]).index_copy(0, self.token_index, rows)
+        return padded.view(self.count, self.longest, *rows.shape[1:]).transpose(1, 2)
 
 
 def repeated(heads: Tensor, count: int) -> Tensor:

@@ -10,10 +10,11 @@ load the base a second time: its own way to switch an adapter off is for PEFT's 
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -250,8 +251,6 @@ class AdapterTraining:
 
     def _read_back(self, folder: str) -> None:
         """Copies the checkpoint's tensors into the trained parameters, which stay the same objects."""
-        from pathlib import Path
-
         model = self._adapted()
         active = model.active_adapters
         for name in active:
@@ -336,9 +335,7 @@ def _check_output_head(model: LoRAModel) -> None:
         )
 
 
-def _adapting(trainer: type[Any]) -> type[Any]:
+@cache
+def adapting(trainer: type[Any]) -> type[Any]:
+    """Returns the class `trainer` (of transformers, TRL or your own) made to train a LoRAModel; cached by class."""
     return type(f"Adapter{trainer.__name__}", (AdapterTraining, trainer), {"__module__": __name__})
-
-
-# Returns the class `trainer` (of transformers, TRL or your own) made to train a LoRAModel; cached by class.
-adapting: Callable[[type[Any]], type[Any]] = cast(Any, cache(_adapting))

@@ -1,15 +1,8 @@
 import pytest
 import torch
 from tiny import GROUPED
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedModel,
-    Qwen2Config,
-)
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config
 
 from tailora.kernels.attention import PackingError, packed_attention, packed_rows
 from tailora.kernels.cpu_attention import BLOCK
@@ -37,26 +30,16 @@ def packed(model: PreTrainedModel, documents: list[torch.Tensor]) -> torch.Tenso
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_packed_logits_are_those_of_separate_documents(name: str) -> None:
-    model = tiny(name)
-    documents = [torch.randint(300, (length,)) for length in LENGTHS]
-    alone = torch.cat([model(document[None], use_cache=False).logits[0] for document in documents])
-    torch.testing.assert_close(packed(model, documents), alone, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_packed_gradients_are_those_of_separate_documents(name: str) -> None:
+def test_packed_logits_and_gradients_are_those_of_separate_documents(name: str) -> None:
     model = tiny(name)
     documents = [torch.randint(300, (length,)) for length in LENGTHS]
     weights = torch.randn(sum(LENGTHS), 300)
-    packed(model, documents).mul(weights).sum().backward()
-    together = [parameter.grad.clone() for parameter in model.parameters()]
-    model.zero_grad()
-    torch.cat([model(document[None], use_cache=False).logits[0] for document in documents]).mul(
-        weights
-    ).sum().backward()
-    for gradient, parameter in zip(together, model.parameters(), strict=True):
-        assert (gradient - parameter.grad).norm() <= 1e-5 * parameter.grad.norm() + 1e-6
+    together = packed(model, documents)
+    alone = torch.cat([model(document[None], use_cache=False).logits[0] for document in documents])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    gradients = (torch.autograd.grad((logits * weights).sum(), [*model.parameters()]) for logits in (together, alone))
+    for actual, expected in zip(*gradients, strict=True):
+        assert (actual - expected).norm() <= 1e-5 * expected.norm() + 1e-6
 
 
 @pytest.mark.parametrize("length", [1, 5, BLOCK, BLOCK + 1, 512, 1100])
@@ -125,20 +108,10 @@ def test_values_may_have_another_width_than_keys(width: int) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_soft_cap_is_refused_by_name() -> None:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(Gemma2Config(**GROUPED, head_dim=8)).eval()
-    with pytest.raises(PackingError, match="softcap"):
-        packed(model, [torch.arange(4)])
-
-
-def test_a_row_without_document_bounds_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("inputs", "cause"), [({}, "cu_seq_lens_q"), ({"attention_mask": torch.ones(1, 4)}, "padding")]
+)
+def test_rows_without_document_bounds_or_with_padding_are_refused(inputs: dict[str, Tensor], cause: str) -> None:
     model = tiny("llama")
-    with packed_rows(model), pytest.raises(PackingError, match="cu_seq_lens_q"):
-        model(torch.arange(4)[None])
-
-
-def test_padding_is_refused() -> None:
-    model = tiny("llama")
-    with packed_rows(model), pytest.raises(PackingError, match="padding"):
-        model(torch.arange(4)[None], attention_mask=torch.ones(1, 4))
+    with packed_rows(model), pytest.raises(PackingError, match=cause):
+        model(torch.arange(4)[None], **inputs)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import packed_row
 from torch import Tensor
 from torch.nn.attention import flex_attention, varlen
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,7 +25,7 @@ from transformers import (
 from transformers.integrations import hub_kernels
 
 from tailora.kernels import device_attention
-from tailora.kernels.attention import packed_rows, sliding_windows
+from tailora.kernels.attention import sliding_windows
 from tailora.kernels.device_attention import (
     BLOCK,
     PROVIDERS,
@@ -89,6 +88,15 @@ def results(attend: Any, inputs: list[Tensor]) -> list[Tensor]:
     return [output, *torch.autograd.grad(output, leaves, weights)]
 
 
+def assert_is_definition(
+    row: DeviceRow, inputs: list[Tensor], window: int | None, tolerance: float, dropout: float = 0.0, **options: Any
+) -> None:
+    """dropout: what a stand-in is asked for, which it leaves out."""
+    expected = results(lambda *heads: definition(*heads, LENGTHS, 0.3, window, options), inputs)
+    actual = results(lambda *heads: row.attend(*heads, Options(0.3, dropout, window, **options)), inputs)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.fixture(autouse=True)
 def flex_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """torch refuses the backward of flex_attention on a CPU, though its definition in plain operators computes it."""
@@ -105,11 +113,8 @@ def flex_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_attention_and_gradients_are_the_definitions(
     provider: type[DeviceRow], key_heads: int, window: int | None
 ) -> None:
-    inputs, row = heads_of(LENGTHS, torch.float64, key_heads), row_of(provider, LENGTHS, window)
-    expected = results(lambda *heads: definition(*heads, LENGTHS, 0.3, window, {}), inputs)
-    actual = results(lambda *heads: row.attend(*heads, Options(0.3, 0.0, window)), inputs)
-    for ours, wanted in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)
+    inputs = heads_of(LENGTHS, torch.float64, key_heads)
+    assert_is_definition(row_of(provider, LENGTHS, window), inputs, window, 1e-9)
 
 
 @pytest.mark.parametrize("provider", [FlexRow, PaddedRow])
@@ -128,11 +133,7 @@ def test_bfloat16_is_as_exact_as_torchs_own_attention(provider: type[DeviceRow])
 @pytest.mark.parametrize("options", [{"softcap": 2.0}, {"s_aux": torch.randn(4)}], ids=["soft cap", "sinks"])
 @pytest.mark.parametrize("window", [None, 5])
 def test_flex_attention_computes_soft_caps_and_sinks(options: dict[str, Any], window: int | None) -> None:
-    inputs, row = heads_of(LENGTHS), row_of(FlexRow, LENGTHS, window)
-    expected = results(lambda *heads: definition(*heads, LENGTHS, 1.0, window, options), inputs)
-    actual = results(lambda *heads: row.attend(*heads, Options(1.0, 0.0, window, **options)), inputs)
-    for ours, wanted in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+    assert_is_definition(row_of(FlexRow, LENGTHS, window), heads_of(LENGTHS), window, 1e-4, **options)
 
 
 @pytest.mark.slow
@@ -204,9 +205,9 @@ def test_a_row_is_prepared_by_the_same_operators_for_any_number_of_documents(
     provider: type[DeviceRow], window: int | None
 ) -> None:
     def operators(lengths: list[int]) -> list[str]:
-        ends = ends_of(lengths)
+        documents = Documents(ends_of(lengths), max(lengths), sum(lengths), {None, window})
         with Operators() as seen:
-            provider(Documents(ends, max(lengths), sum(lengths), {None, window}))
+            provider(documents)
         return seen.names
 
     one, eight = operators([64]), operators([64, *[8] * 7])
@@ -320,11 +321,7 @@ def torchs_flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
 @pytest.mark.parametrize("cap", [None, 2.0])
 def test_flash_attention_gets_the_documents(flash: StandIn, window: int | None, cap: float | None) -> None:
     assert FlashRow.obstacle(CPU, torch.bfloat16) is None
-    inputs, row = heads_of(LENGTHS), row_of(FlashRow, LENGTHS, window)
-    expected = results(lambda *heads: definition(*heads, LENGTHS, 0.3, window, {"softcap": cap}), inputs)
-    actual = results(lambda *heads: row.attend(*heads, Options(0.3, 0.1, window, cap)), inputs)
-    for ours, wanted in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+    assert_is_definition(row_of(FlashRow, LENGTHS, window), heads_of(LENGTHS), window, 1e-4, dropout=0.1, softcap=cap)
     assert flash.calls == [{"dropout": 0.1, "longest": (300, 300), "dtype": torch.float32}]
 
 
@@ -332,10 +329,7 @@ def test_flash_attention_gets_the_documents(flash: StandIn, window: int | None, 
 def test_torchs_flash_attention_gets_the_documents(torchs_flash: StandIn, window: int | None) -> None:
     assert VarlenRow.obstacle(CPU, torch.bfloat16) is None
     inputs, row = heads_of(LENGTHS), row_of(VarlenRow, LENGTHS, window)
-    expected = results(lambda *heads: definition(*heads, LENGTHS, 0.3, window, {}), inputs)
-    actual = results(lambda *heads: row.attend(*heads, Options(0.3, 0.0, window)), inputs)
-    for ours, wanted in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+    assert_is_definition(row, inputs, window, 1e-4)
     assert torchs_flash.calls == [{"longest": (300, 300)}]
     with pytest.raises(ValueError, match="no dropout"):
         row.attend(*inputs, Options(0.3, 0.1, window))
@@ -409,23 +403,16 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models_with_soft_caps_and_sinks_are_packed_by_flex_attention(name: str, forced: Any) -> None:
-    forced("flex_attention")
+def test_models_are_packed_by_flash_attention_unless_they_have_sinks(name: str, forced: Any, flash: StandIn) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(MODELS[name], attn_implementation="eager")
     for layer, parameter in model.named_parameters():
         if layer.endswith("sinks"):
             parameter.data.normal_()
-    attention, note = choose_packing(model, "auto")
-    assert attention == "flex_attention", note
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_models_are_packed_by_flash_attention_unless_they_have_sinks(name: str, forced: Any, flash: StandIn) -> None:
+    forced("flex_attention")
+    assert choose_packing(model, "auto") == ("flex_attention", None)
     forced("flash_attention_2")
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(MODELS[name], attn_implementation="eager").bfloat16()
-    attention, note = choose_packing(model, "auto")
+    attention, note = choose_packing(model.bfloat16(), "auto")
     if name == "gpt-oss":
         assert attention is None
         assert "s_aux" in str(note)
@@ -446,31 +433,3 @@ def test_windows_are_found_in_the_config_and_in_modules(forced: Any) -> None:
     attention, note = choose_packing(model, "auto")
     assert attention is None
     assert "a sliding window of 7" in str(note)
-
-
-@pytest.mark.slow
-def test_padded_documents_are_traced_within_compiled_layers() -> None:
-    """Four graphs for any lengths: of the first layer, whose input needs no gradient, and of the others; with one
-    document and with several."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(MODELS["llama"])
-    model.get_input_embeddings().requires_grad_(False)
-    compiled = AutoModelForCausalLM.from_config(MODELS["llama"])
-    compiled.load_state_dict(model.state_dict())
-    compiled.get_input_embeddings().requires_grad_(False)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    for layer in compiled.model.layers:
-        layer.compile(fullgraph=True, dynamic=True, backend="eager")
-    for lengths in ([9, 30, 40], [64], [8] * 8, [3, 200]):
-        row = packed_row(lengths)
-        outputs = []
-        for made in (model, compiled):
-            made.zero_grad()
-            with packed_rows(made, "sdpa"):
-                outputs.append(made(**row).logits)
-            outputs[-1].square().sum().backward()
-        assert torch.equal(*outputs)
-        for ours, theirs in zip(model.parameters(), compiled.parameters(), strict=True):
-            assert ours.grad is None or torch.equal(ours.grad, theirs.grad)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4

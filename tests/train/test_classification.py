@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from tiny import tiny_model, word_tokenizer
+from tiny_run import write_rows
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
@@ -30,18 +31,7 @@ SEVERAL = Labels("sequence-classification", ("a", "b", "c"), several=True)
 NUMBER = Labels("regression", ("value",))
 TAGS = Labels("token-classification", ("O", "B-X", "I-X"))
 LENGTHS = (9, 4, 6)
-ENCODER = "Bert"
-MODELS = {  # of sequences, of words
-    ENCODER: ("BertForSequenceClassification", "BertForTokenClassification"),
-    "Llama": ("LlamaForSequenceClassification", "LlamaForTokenClassification"),
-}
-OTHERS = {
-    name: (f"{name}ForSequenceClassification", f"{name}ForTokenClassification")
-    for name in ("Roberta", "DebertaV2", "ModernBert", "Qwen2")
-}
-ALL = {**MODELS, **OTHERS}
-
-
+OTHERS = ("Roberta", "DebertaV2", "ModernBert", "Qwen2")
 LAYOUT = BatchLayout(packed=False, loss=HEAD, pad_id=0)
 
 
@@ -62,8 +52,9 @@ def examples_of(labels: Labels) -> Examples:
     return Examples.of(examples)
 
 
-def model_of(names: tuple[str, str], labels: Labels) -> Any:
-    model = tiny_model(names[labels is TAGS], num_labels=len(labels.names), problem_type=labels.problem_type)
+def model_of(name: str, labels: Labels) -> Any:
+    class_name = f"{name}For{'Token' if labels is TAGS else 'Sequence'}Classification"
+    model = tiny_model(class_name, num_labels=len(labels.names), problem_type=labels.problem_type)
     model.config.pad_token_id = 0
     return model.eval()
 
@@ -79,9 +70,11 @@ def own_loss(model: Any, labels: Labels, example: Example) -> float:
 
 
 @pytest.mark.parametrize("labels", [SINGLE, SEVERAL, NUMBER, TAGS], ids=["single", "several", "number", "tags"])
-@pytest.mark.parametrize("name", [*MODELS, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in OTHERS)])
+@pytest.mark.parametrize(
+    "name", ["Bert", "Llama", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in OTHERS)]
+)
 def test_padded_losses_are_those_of_transformers(name: str, labels: Labels) -> None:
-    model, examples, task = model_of(ALL[name], labels), examples_of(labels), label_task(labels)
+    model, examples, task = model_of(name, labels), examples_of(labels), label_task(labels)
     with torch.no_grad():
         batch = task.make_batch([*examples], LAYOUT)
         losses = task.outputs(model, batch, LAYOUT).losses.numpy()
@@ -93,7 +86,7 @@ def test_padded_losses_are_those_of_transformers(name: str, labels: Labels) -> N
 @pytest.mark.parametrize("labels", [SINGLE, TAGS], ids=["classes", "tags"])
 def test_class_weights_divide_as_in_torch(labels: Labels) -> None:
     weights = np.array([0.5, 3.0, 2.0])
-    model, examples = model_of(MODELS[ENCODER], labels), examples_of(labels)
+    model, examples = model_of("Bert", labels), examples_of(labels)
     task, plain = label_task(labels, weights), label_task(labels)
     with torch.no_grad():
         batch = task.make_batch([*examples], LAYOUT)
@@ -150,7 +143,7 @@ def test_segments_of_two_texts_are_told_apart() -> None:
 
 
 def test_evaluations_keep_the_outputs_in_the_order_of_the_examples() -> None:
-    model, examples, task = model_of(MODELS[ENCODER], TAGS), examples_of(TAGS), label_task(TAGS)
+    model, examples, task = model_of("Bert", TAGS), examples_of(TAGS), label_task(TAGS)
     wrapped = LoRAModel(model)
     whole = evaluate(wrapped, examples, layout=LAYOUT, token_budget=1000, task=task)
     apart = evaluate(wrapped, examples, layout=LAYOUT, token_budget=1, task=task)
@@ -182,9 +175,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", ROWS)
 
 
 def settings(model: Path, data: Path, folder: Path, **changes: Any) -> TrainConfig:
@@ -201,38 +192,43 @@ def settings(model: Path, data: Path, folder: Path, **changes: Any) -> TrainConf
     return TrainConfig(**{**values, **changes})
 
 
+def assert_others_load(result: Any, base: Path, labels: Labels) -> dict[str, Any]:
+    """PEFT, and a new LoRAModel, compute from the saved adapter what the trained model does; returns its config."""
+    assert result.after.loss < result.before.loss
+    folder = Path(result.output_dir) / "adapter"
+    assert labels_of_adapter(folder) == labels
+    auto_class = AutoModelForTokenClassification if labels.task == TAGS.task else AutoModelForSequenceClassification
+    theirs = PeftModel.from_pretrained(auto_class.from_pretrained(base, num_labels=len(labels.names)), folder)
+    loaded, _ = load_base(str(base), "float32", labels=labels, seed=5)  # the adapter brings its head
+    ours = LoRAModel.from_pretrained(loaded, folder)
+    inputs = result.tokenizer("a fine film", return_tensors="pt")
+    with torch.no_grad():
+        expected = result.model.eval()(**inputs).logits
+        for model in (theirs.eval(), ours.eval()):
+            torch.testing.assert_close(model(**inputs).logits, expected)
+    config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+    return config
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # that PEFT asks for
 @pytest.mark.slow
 def test_peft_computes_what_the_trained_model_does(encoder: Path, data: Path, tmp_path: Path) -> None:
     result = run(settings(encoder, data, tmp_path / "run"))
-    assert result.after is not None
-    assert result.before is not None
-    assert result.after.loss < result.before.loss
-    folder = tmp_path / "run" / "adapter"
-    assert json.loads((folder / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
-    labels = labels_of_adapter(folder)
-    assert labels == Labels("sequence-classification", ("negative", "positive"))
-    base = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
-    theirs = PeftModel.from_pretrained(base, folder).eval()
-    inputs = result.tokenizer(ROWS[0]["text"], return_tensors="pt")
-    with torch.no_grad():
-        expected = result.model.eval()(**inputs).logits
-        torch.testing.assert_close(theirs(**inputs).logits, expected)
-        loaded, _ = load_base(str(encoder), "float32", labels=labels, seed=5)  # the adapter brings its head
-        torch.testing.assert_close(LoRAModel.from_pretrained(loaded, folder)(**inputs).logits, expected)
+    config = assert_others_load(result, encoder, Labels("sequence-classification", ("negative", "positive")))
+    assert config["task_type"] == "SEQ_CLS"
+
+
+def head_of(folder: Path, labels: Labels, seed: int = 0) -> torch.Tensor:
+    torch.rand(1)
+    weight: torch.Tensor = load_base(str(folder), "float32", labels=labels, seed=seed)[0].classifier.weight
+    return weight
 
 
 def test_a_new_head_depends_on_the_seed_alone(encoder: Path) -> None:
-    def head(seed: int) -> torch.Tensor:
-        torch.rand(1)
-        weight: torch.Tensor = load_base(str(encoder), "float32", labels=SINGLE, seed=seed)[0].classifier.weight
-        return weight
-
+    first = head_of(encoder, SINGLE, 1)
+    assert torch.equal(first, head_of(encoder, SINGLE, 1))
+    assert not torch.equal(first, head_of(encoder, SINGLE, 2))
     before = torch.get_rng_state()
-    first = head(1)
-    assert torch.equal(first, head(1))
-    assert not torch.equal(first, head(2))
-    torch.set_rng_state(before)
     load_base(str(encoder), "float32", labels=SINGLE, seed=1)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -245,8 +241,8 @@ def test_a_trained_head_for_the_same_labels_is_kept(encoder: Path, data: Path, t
     assert full.after is not None
     assert again.before is not None
     np.testing.assert_allclose(again.before.loss, full.after.loss, rtol=1e-4)
-    other = tmp_path / "other.jsonl"
-    other.write_text("".join(json.dumps({**row, "label": row["label"] == "positive"}) + "\n" for row in ROWS))
+    rows = [{**row, "label": row["label"] == "positive"} for row in ROWS]
+    other = write_rows(tmp_path / "other.jsonl", rows)
     renamed = run(settings(model, other, tmp_path / "renamed", max_steps=1))
     assert renamed.model.config.id2label == {0: "false", 1: "true"}
     assert not torch.equal(renamed.model.base_model.classifier.weight, again.model.base_model.classifier.weight)
@@ -267,16 +263,11 @@ def test_a_head_for_other_labels_is_made_anew_with_the_seed(tmp_path: Path) -> N
     model = tiny_model("BertForSequenceClassification", vocab_size=300, id2label={0: "x", 1: "y", 2: "z"})
     model.save_pretrained(tmp_path)
     word_tokenizer(row["text"] for row in ROWS).save_pretrained(tmp_path)
-
-    def head(labels: Labels, seed: int = 0) -> torch.Tensor:
-        weight: torch.Tensor = load_base(str(tmp_path), "float32", labels=labels, seed=seed)[0].classifier.weight
-        return weight
-
-    kept, new = head(replace(SINGLE, names=("x", "y", "z"))), head(SINGLE)
+    kept, new = head_of(tmp_path, replace(SINGLE, names=("x", "y", "z"))), head_of(tmp_path, SINGLE)
     torch.testing.assert_close(kept, model.classifier.weight)
     assert not torch.equal(new, kept)
-    assert torch.equal(new, head(SINGLE))
-    assert not torch.equal(new, head(SINGLE, seed=1))
+    assert torch.equal(new, head_of(tmp_path, SINGLE))
+    assert not torch.equal(new, head_of(tmp_path, SINGLE, seed=1))
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # that PEFT asks for
@@ -287,18 +278,9 @@ def test_tags_are_learned_by_an_encoder(encoder: Path, tmp_path: Path) -> None:
         for word in GOOD + BAD
         for _ in range(3)
     ]
-    path = tmp_path / "tags.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_rows(tmp_path / "tags.jsonl", rows)
     result = run(settings(encoder, path, tmp_path / "run", task="token-classification", eval_data=str(path)))
-    assert result.after is not None
-    assert result.before is not None
-    assert result.after.loss < result.before.loss
-    folder = tmp_path / "run" / "adapter"
-    base = AutoModelForTokenClassification.from_pretrained(encoder, num_labels=3)
-    inputs = result.tokenizer("a fine film", return_tensors="pt")
-    with torch.no_grad():
-        theirs = PeftModel.from_pretrained(base, folder).eval()(**inputs).logits
-        torch.testing.assert_close(theirs, result.model.eval()(**inputs).logits)
+    assert_others_load(result, encoder, Labels("token-classification", ("O", "B-BAD", "B-GOOD")))
 
 
 def test_weights_that_are_no_head_must_be_in_the_files(tmp_path: Path) -> None:
@@ -324,20 +306,12 @@ def masked_words(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 def test_a_pooler_that_the_files_lack_is_trained_and_saved_with_the_head(
     masked_words: Path, data: Path, tmp_path: Path
 ) -> None:
-    result = run(settings(masked_words, data, tmp_path / "run", max_steps=4))
+    result = run(settings(masked_words, data, tmp_path / "run"))
     (path,) = missing_pooler(result.model.base_model)
     assert sorted(result.model.adapter().saved) == [path, "classifier"]
     assert not any(inside(layer, path) for layer in result.model.adapter().low_rank)
-    folder = tmp_path / "run" / "adapter"
-    saved = json.loads((folder / "adapter_config.json").read_text())["modules_to_save"]
-    assert sorted(saved) == [path, "classifier"]
-    inputs = result.tokenizer(ROWS[0]["text"], return_tensors="pt")
-    base = AutoModelForSequenceClassification.from_pretrained(masked_words, num_labels=2)
-    with torch.no_grad():
-        expected = result.model.eval()(**inputs).logits
-        torch.testing.assert_close(PeftModel.from_pretrained(base, folder).eval()(**inputs).logits, expected)
-        loaded, _ = load_base(str(masked_words), "float32", labels=labels_of_adapter(folder), seed=5)
-        torch.testing.assert_close(LoRAModel.from_pretrained(loaded, folder)(**inputs).logits, expected)
+    config = assert_others_load(result, masked_words, Labels("sequence-classification", ("negative", "positive")))
+    assert sorted(config["modules_to_save"]) == [path, "classifier"]
 
 
 def test_an_adapter_without_the_pooler_that_its_base_lacks_is_refused(masked_words: Path, tmp_path: Path) -> None:
@@ -363,12 +337,10 @@ def test_settings_that_do_not_go_together(changes: dict[str, Any], cause: str) -
         TrainConfig(**{"task": "sequence-classification", **changes})
 
 
-def test_the_weights_of_rows_count_here_too(encoder: Path, data: Path, tmp_path: Path) -> None:
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
+def test_the_weights_of_rows_count_here_too(encoder: Path, tmp_path: Path) -> None:
     adapters = []
     for name, weight in {"none": lambda _: 1, "two": lambda _: 2, "some": lambda index: 1 + 7 * (index % 2)}.items():
-        path = tmp_path / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row | {"weight": weight(i)}) + "\n" for i, row in enumerate(rows)))
+        path = write_rows(tmp_path / f"{name}.jsonl", (row | {"weight": weight(i)} for i, row in enumerate(ROWS)))
         run(settings(encoder, path, tmp_path / name, max_steps=2))
         adapters.append((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes())
     assert adapters[0] == adapters[1] != adapters[2]

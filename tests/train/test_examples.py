@@ -85,10 +85,6 @@ def test_many_adapters_trained_in_the_same_batches_end_like_each_alone(
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "3", "4"}
 
 
-def test_examples_are_short() -> None:
-    assert all(len(file.read_text().splitlines()) <= 100 for file in EXAMPLES.glob("*.py"))
-
-
 def test_the_example_of_transformers_runs(run_example: Callable[..., str], model_folder: Path, tmp_path: Path) -> None:
     given = ["--model", model_folder, "--output-dir", tmp_path, "--max-steps"]
     assert "\nheld-out loss " in run_example("transformers_trainer.py", *given, 4)

@@ -174,13 +174,6 @@ def test_what_torch_refuses_is_passed_over_with_its_reason(
     assert "not by flex_attention, because LlamaForCausalLM does not support them (FlexAttention does not" in str(note)
 
 
-def test_a_soft_cap_that_no_provider_has_is_refused(offered: Callable[..., None]) -> None:
-    offered()
-    attention, note = choose_packing(made(DOES_NOT["softcap"]), "auto")
-    assert attention is None
-    assert "softcap" in str(note)
-
-
 def test_a_run_records_what_computes_its_attention(offered: Callable[..., None], settings: Any) -> None:
     offered(missing=NotHere)
     seen: list[events.Event] = []

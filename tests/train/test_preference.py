@@ -15,6 +15,7 @@ import pytest
 import torch
 from runs import adapter, changed, losses
 from tiny import chat_model
+from tiny_run import write_rows
 from torch import Tensor
 
 from tailora.core.config import LoRAConfig
@@ -79,23 +80,24 @@ def with_reference(task: Any, model: LoRAModel, examples: Examples, layout: Batc
     return replace(task, reference=reference)
 
 
+def gradient_of(model: LoRAModel) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in model.lora_layers.parameters() if p.grad is not None])
+
+
 # ---- TRL
 
 
 def ids_of(example: Example) -> dict[str, Any]:
+    """What TRL's collator reads."""
     own, other = example.sequences
     start = int(np.argmax(own.labels != -100))
-    ids = {"prompt_ids": own.input_ids[:start].tolist()}
+    prompt, first, second = (
+        ids.tolist() for ids in (own.input_ids[:start], own.input_ids[start:], other.input_ids[start:])
+    )
     if example.target is None:
-        return ids | {
-            "chosen_ids": own.input_ids[start:].tolist(),
-            "rejected_ids": other.input_ids[start:].tolist(),
-        }
-    return ids | {
-        "completion_ids": own.input_ids[start:].tolist(),
-        "KL_completion_ids": other.input_ids[start:].tolist(),
-        "label": bool(example.target[0]),
-    }
+        return {"prompt_ids": prompt, "chosen_ids": first, "rejected_ids": second}
+    label = bool(example.target[0])
+    return {"prompt_ids": prompt, "completion_ids": first, "KL_completion_ids": second, "label": label}
 
 
 def trl_trainer(kind: str, folder: Path, adapter_folder: Path, **settings: Any) -> Any:
@@ -109,8 +111,9 @@ def trl_trainer(kind: str, folder: Path, adapter_folder: Path, **settings: Any) 
     config = getattr(trl, f"{kind}Config")(
         output_dir=str(folder), report_to=[], use_cpu=True, beta=BETA, disable_dropout=False, bf16=False, **settings
     )
-    row = {"prompt": "a b", "chosen": " c", "rejected": " d"} if kind == "DPO" else None
-    row = row or {"prompt": "a b", "completion": " c", "label": True}
+    row: dict[str, Any] = {"prompt": "a b", "chosen": " c", "rejected": " d"}
+    if kind == "KTO":
+        row = {"prompt": "a b", "completion": " c", "label": True}
     tokenizer = chat_tokenizer(["a b c d"], eos_token="<|im_end|>", pad_token="<|im_end|>")
     return getattr(trl, f"{kind}Trainer")(
         model=model, args=config, train_dataset=Dataset.from_list([row] * 4), processing_class=tokenizer
@@ -134,7 +137,7 @@ def test_ten_steps_equal_those_of_trl(case: str, tmp_path: Path) -> None:
     trainer = trl_trainer(kind, tmp_path / "trl", tmp_path / "adapter", **settings)
     task = with_reference(task, model, examples, layout)
     forward, theirs = ModelWithLoss(model.train(), layout, task), trainer.model.train()
-    names = {"base_model.model." + path.replace("/", "."): layer for path, layer in model.lora_layers.items()}
+    paths = ["base_model.model." + path.replace("/", ".") for path in model.lora_layers]
     optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (model, theirs)]
     for step in range(STEPS):
         batch = [examples[i] for i in range(step * BATCH, (step + 1) * BATCH)]
@@ -145,12 +148,8 @@ def test_ten_steps_equal_those_of_trl(case: str, tmp_path: Path) -> None:
         made = task.complete_step(model, [make_batch(batch, layout, CPU, task)], layout, lambda sums: sums)
         own = accumulate_gradients(forward, made, len(batch))
         assert float(own) == pytest.approx(float(loss), rel=1e-5, abs=1e-6)
-        gradients: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for path, layer in names.items():
-            for name in ("lora_A", "lora_B"):
-                gradients[0].append(getattr(layer, name).grad.flatten())
-                gradients[1].append(getattr(theirs.get_submodule(path), name).default.weight.grad.flatten())
-        actual, expected = map(torch.cat, gradients)
+        factors = [getattr(theirs.get_submodule(path), name).default for path in paths for name in ("lora_A", "lora_B")]
+        actual, expected = gradient_of(model), torch.cat([factor.weight.grad.flatten() for factor in factors])
         assert float((actual - expected).norm() / expected.norm()) < 1e-5
         for optimizer in optimizers:
             optimizer.step()
@@ -175,7 +174,7 @@ def test_packed_and_padded_batches_and_parts_give_one_gradient(loss: str) -> Non
         model.zero_grad()
         made = task.complete_step(model, batches, layout, lambda sums: sums)
         accumulate_gradients(ModelWithLoss(model, layout, task), made, 6)
-        gradients.append(torch.cat([p.grad.flatten() for p in model.lora_layers.parameters() if p.grad is not None]))
+        gradients.append(gradient_of(model))
     for other in gradients[1:]:
         assert float((other - gradients[0]).norm() / gradients[0].norm()) < 1e-4
 
@@ -194,15 +193,11 @@ def test_each_reply_is_the_other_reply_once() -> None:
         first, second = (part.input_ids[part.labels == -100].tolist() for part in example.sequences)
         assert first == second  # the prompt
 
-
-def test_other_replies_are_no_longer_than_the_model_allows() -> None:
-    """A long prompt with a long reply of another row could have more positions than the model has."""
-    own = Examples.of(replace(example.sequences[0], target=np.ones(1)) for example in pairs(9))
+    # a long prompt with a long reply of another row could have more positions than the model has
     longest = int(own.lengths.max())
-    combined = with_other_replies(own, seed=0, max_length=longest)
-    lengths = [len(example.sequences[1].input_ids) for example in combined]
-    assert max(lengths) == longest
-    assert all(example.sequences[1].supervised for example in combined)
+    others = [example.sequences[1] for example in with_other_replies(own, seed=0, max_length=longest)]
+    assert max(len(other.input_ids) for other in others) == longest
+    assert all(other.supervised for other in others)
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
@@ -256,12 +251,11 @@ def test_a_run_on_pairs_begins_at_log_2_and_learns_the_order(settings: Any, pair
     assert numbers["eval_loss_after"] == result.eval_loss_after < 0.6
     assert {metric["name"] for metric in report["metrics"]} == {"accuracy", "margin", "likelier", "chosen", "rejected"}
     assert "right order" in report["verdict"]
-    (table,) = next(section.blocks for section in read_page(folder).sections if section.title == "Metrics")
+    blocks = {section.title: section.blocks for section in read_page(folder).sections}
+    (table,) = blocks["Metrics"]
     assert isinstance(table, Table)
     assert all(f"{name}: " in table.note for name, *_ in table.rows)  # what each means
-    figures = [
-        block.name for section in read_page(folder).sections for block in section.blocks if isinstance(block, Figure)
-    ]
+    figures = [block.name for section in blocks.values() for block in section if isinstance(block, Figure)]
     assert "changes" in figures
     assert "examples" not in figures  # all losses begin at log 2
     rows = [json.loads(line) for line in (folder / "examples.jsonl").read_text().splitlines()]
@@ -304,15 +298,9 @@ def test_what_the_model_was_is_the_reference_of_an_adapter_that_is_trained_furth
 ) -> None:
     first = settings(data=str(pairs_file), output_dir=str(tmp_path / "first"), **LONG)
     run(first)
-    further = {
-        "data": str(pairs_file),
-        "adapter": f"{first.output_dir}/adapter",
-        "r": 16,
-        "save_steps": 2,
-        "max_steps": 4,
-        "warmup_ratio": 0,
-    }
-    second = settings(output_dir=str(tmp_path / "second"), **{**further, "lr_scheduler_type": "constant"})
+    further = {"adapter": f"{first.output_dir}/adapter", "r": 16, "lr_scheduler_type": "constant", "warmup_ratio": 0}
+    steps = {"save_steps": 2, "max_steps": 4}
+    second = settings(output_dir=str(tmp_path / "second"), data=str(pairs_file), **further, **steps)
     run(second)
     assert losses(second)[0] == (0, pytest.approx(np.log(2), abs=1e-6))
     longer = changed(second, max_steps=20, resume_from_checkpoint=f"{second.output_dir}/checkpoint-2")
@@ -356,6 +344,8 @@ def test_ctrl_c_while_the_reference_is_computed_ends_the_run_at_once(settings: A
 
 # ---- Mistakes
 
+PAIR = {"prompt": "a", "chosen": " b", "rejected": " c"}
+
 
 @pytest.mark.parametrize(
     ("rows", "changes", "message"),
@@ -366,16 +356,12 @@ def test_ctrl_c_while_the_reference_is_computed_ends_the_run_at_once(settings: A
             {"task": "preference"},
             r"of --task preference(.|\n)*preference \(chosen, rej",
         ),
-        (
-            [pair := {"prompt": "a", "chosen": " b", "rejected": " c"}, {"prompt": "a", "chosen": "b"}],
-            {},
-            "no rejected",
-        ),
+        ([PAIR, {"prompt": "a", "chosen": "b"}], {}, "no rejected"),
         ([{"prompt": "a", "chosen": " b", "rejected": " b"}], {}, "chosen and rejected are the same"),
         ([{"prompt": "a", "chosen": " b", "rejected": ""}], {}, "the rejected is empty"),
         ([{"chosen": "one", "rejected": "two"}], {}, "do not begin with the same prompt"),
         ([{"prompt": "a", "completion": "b", "label": 3}], {"task": "preference"}, "label is 3 where true"),
-        ([pair], {"loss": "kto"}, "--loss kto needs rows with prompt, completion and label"),
+        ([PAIR], {"loss": "kto"}, "--loss kto needs rows with prompt, completion and label"),
         (
             [{"prompt": "a", "completion": "b", "label": label} for label in (True, True, False)],
             {"loss": "ipo"},
@@ -384,14 +370,13 @@ def test_ctrl_c_while_the_reference_is_computed_ends_the_run_at_once(settings: A
         ([{"prompt": "a", "completion": "b"}], {"loss": "dpo"}, "loss: settings for preferences"),
         ([{"prompt": "a", "completion": "b", "label": 3}], {"loss": "kto"}, "label .true or false."),
         ([{"prompt": "a", "completion": "b", "label": 1}] * 2, {}, "all labels are true"),
-        ([pair], {"streaming": True, "max_steps": 2}, "leave --streaming out"),
+        ([PAIR], {"streaming": True, "max_steps": 2}, "leave --streaming out"),
     ],
 )
 def test_rows_and_settings_that_do_not_fit_are_refused(
     rows: list[dict[str, Any]], changes: dict[str, Any], message: str, settings: Any, tmp_path: Path
 ) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    file = write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises((DataError, ConfigError), match=message):
         Trainer(settings(data=str(file), validation_split=0, **changes)).train()
 
@@ -418,9 +403,8 @@ def test_a_share_of_all_pairs_is_not_certain() -> None:
 
 
 def test_ties_count_as_half() -> None:
-    rows = [
-        {"chosen": -1.0, "rejected": -2.0, "chosen_reward": reward, "rejected_reward": 0.0} for reward in (0, 1, -1)
-    ]
+    logs = {"chosen": -1.0, "rejected": -2.0, "rejected_reward": 0.0}
+    rows = [{**logs, "chosen_reward": reward} for reward in (0.0, 1.0, -1.0)]
     assert preference_metrics(rows)["accuracy"].value == 0.5
 
 

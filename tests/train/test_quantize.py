@@ -1,6 +1,7 @@
 """`--quantize`: runs on quantised bases, what they refuse, and what is left to the plain path."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,8 @@ HIDDEN, INNER, KEYS = 64, 128, 32
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A chat model whose widths are multiples of 64."""
     folder = tmp_path_factory.mktemp("wide")
-    chat_model(vocab_size=320, hidden_size=HIDDEN, intermediate_size=INNER, initializer_range=0.2).save_pretrained(
-        folder
-    )
+    sizes = {"vocab_size": 320, "hidden_size": HIDDEN, "intermediate_size": INNER}
+    chat_model(**sizes, initializer_range=0.2).save_pretrained(folder)
     texts = ["red blue green north south one two three sun rain", "user assistant"] * 3
     chat_tokenizer(texts, eos_token="<|im_end|>", pad_token="<|im_end|>").save_pretrained(folder)
     return folder
@@ -94,10 +94,10 @@ def test_a_method_that_does_not_work_here_is_refused_with_the_reason(monkeypatch
     def broken(_: Any) -> Any:
         raise RuntimeError("no kernel image")
 
-    monkeypatch.setitem(METHODS, "fp4", METHODS["fp4"].__class__("bitsandbytes", METHODS["fp4"].settings, broken))
+    monkeypatch.setitem(METHODS, "fp4", replace(METHODS["fp4"], layer=broken))
     with pytest.raises(ConfigError, match="fp4 does not work here: bitsandbytes cannot run on cpu: no kernel image"):
         settings_for("fp4", torch.float32, CPU)
-    monkeypatch.setitem(METHODS, "fp4", METHODS["fp4"].__class__("no_such_package", METHODS["fp4"].settings, broken))
+    monkeypatch.setitem(METHODS, "fp4", replace(METHODS["fp4"], package="no_such_package"))
     with pytest.raises(ConfigError, match=r"no_such_package is not installed: pip install 'tailora\[quantize\]'"):
         settings_for("fp4", torch.float32, CPU)
     with pytest.raises(ConfigError, match="did you mean nf4"):
