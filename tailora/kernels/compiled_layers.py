@@ -124,6 +124,7 @@ class CompiledLayers:
         whole = [layer for layer in layers if not isinstance(layer, FSDPModule)]
         before = [layer._compiled_call_impl for layer in whole]
         forwards = [vars(layer).get("forward") for layer in sharded]
+        on_cpu = all(computing_device(weight).type == "cpu" for layer in layers for weight in layer.parameters())
         try:
             os.environ[CACHE_VARIABLE] = user_folder or str(cache_folder() / "compiled" / "inductor")
             for layer in whole:
@@ -138,7 +139,7 @@ class CompiledLayers:
                 dynamo_config.patch(recompile_limit=MOST_GRAPHS),
                 functorch_config.patch(activation_memory_budget=self.activation_memory),
                 # on a CPU a pool of compiling processes takes longer to start than two graphs to compile
-                inductor_config.patch(compile_threads=1 if _is_on_cpu(layers) else inductor_config.compile_threads),
+                inductor_config.patch(compile_threads=1 if on_cpu else inductor_config.compile_threads),
             ):
                 yield
         finally:
@@ -157,10 +158,6 @@ class CompiledLayers:
 
         cast(Any, call).only_with_gradients = True  # for `core.inference`
         return call
-
-
-def _is_on_cpu(layers: Sequence[nn.Module]) -> bool:
-    return all(computing_device(weight).type == "cpu" for layer in layers for weight in layer.parameters())
 
 
 # ---- What compiling is worth, and the time that it takes

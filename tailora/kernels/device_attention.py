@@ -81,8 +81,8 @@ class DeviceRow(ABC):
         """Returns what is not installed; None if all is there."""
         return None
 
-    @abstractmethod
-    def __init__(self, documents: Documents) -> None: ...
+    def __init__(self, documents: Documents) -> None:
+        self.ends, self.longest = documents.ends, documents.longest
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
@@ -102,9 +102,6 @@ class FlashRow(DeviceRow):
         except (ImportError, ValueError, OSError) as error:  # no package; no network, no build for this machine
             return str(error).splitlines()[0]
         return None
-
-    def __init__(self, documents: Documents) -> None:
-        self.ends, self.longest = documents.ends, documents.longest
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
         rows = [heads.transpose(1, 2) for heads in (q, k, v)]  # (1, total, heads, width)
@@ -135,9 +132,6 @@ class VarlenRow(DeviceRow):
     @staticmethod
     def missing() -> str | None:
         return None if "window_size" in _varlen_parameters() else f"torch {torch.__version__} has none that is complete"
-
-    def __init__(self, documents: Documents) -> None:
-        self.ends, self.longest = documents.ends, documents.longest
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
@@ -171,10 +165,8 @@ class FlexRow(DeviceRow):
     has_dropout = False
 
     def __init__(self, documents: Documents) -> None:
-        self.windows = documents.windows
-        self.masks = {
-            window: block_mask(first_keys(documents.ends, documents.total, window)) for window in documents.windows
-        }
+        ends, _, total, self.windows = documents
+        self.masks = {window: block_mask(first_keys(ends, total, window)) for window in self.windows}
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
         if options.dropout:

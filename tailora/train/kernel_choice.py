@@ -113,7 +113,7 @@ def choose_layout(
             batch = make_batch(short_examples(base), layout, base.device)
             loss, obstacle = own, None
             if config.fast != "off":
-                loss, obstacle = choose_form(base, batch, compare, agree=compare)  # structures are the same everywhere
+                loss, obstacle = choose_form(base, batch, compare)
     if packing_note:
         note(packing_note)
     if obstacle:
@@ -156,18 +156,17 @@ def predicted_provider(device_type: str, dtype: torch.dtype) -> str:
     return "varlen_attn" if device_type == "cuda" and dtype in HALF else "sdpa"
 
 
-def choose_form(model: Any, batch: Batch, compare: bool = True, *, agree: bool = False) -> tuple[str, str | None]:
+def choose_form(model: Any, batch: Batch, compare: bool = True) -> tuple[str, str | None]:
     """Returns the form of least memory that gives the model's own losses and gradients, and why it is not chunked.
 
-    A few tokens are enough for `batch`. The model is in evaluation mode, without dropout.
+    A few tokens are enough for `batch`. The model is in evaluation mode, without dropout. All ranks choose the same.
     compare: False for a model of fake tensors, whose numbers cannot be compared: an unchanged tensor shares its memory.
-    agree: whether all ranks of a run take part and get the same.
     """
     own, chunked = own_form(model), RECOMPUTED
     head = model.get_output_embeddings()
     if type(head) is nn.Linear and not is_quantized(head) and not any(p.requires_grad for p in head.parameters()):
         chunked = FROZEN  # an adapted or quantized layer is not a plain one
-    obstacle = obstacle_to_form(model, batch, chunked, own, compare=compare, agree=agree)
+    obstacle = obstacle_to_form(model, batch, chunked, own, compare=compare)
     return (own, f"{type(model).__name__} {obstacle}") if obstacle else (chunked, None)
 
 

@@ -168,10 +168,10 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 RAMP = 1e3  # logits from -RAMP to RAMP show a soft cap, a scale or a bound that small ones do not
 
 
-def obstacle_to_form(model: Any, batch: Batch, chunked: str, own: str, *, compare: bool, agree: bool) -> str | None:
+def obstacle_to_form(model: Any, batch: Batch, chunked: str, own: str, *, compare: bool) -> str | None:
     """Returns why a chunked form does not give the losses and gradients of the model's own; None if it does.
 
-    chunked, own: keys of FORMS.    compare, agree: see `kernel_choice.choose_form`.
+    chunked, own: keys of FORMS.    compare: see `kernel_choice.choose_form`; without it all ranks see the same.
     """
     trials: list[Callable[[], str | None]] = [
         lambda: _structural_obstacle(model, batch),
@@ -180,7 +180,7 @@ def obstacle_to_form(model: Any, batch: Batch, chunked: str, own: str, *, compar
     if compare:
         trials.append(lambda: _loss_difference(model, batch, chunked, own))
     for trial in trials:
-        obstacle = first_of_ranks(trial()) if agree else trial()
+        obstacle = first_of_ranks(trial()) if compare else trial()
         if obstacle is not None:
             return obstacle
     return None

@@ -94,13 +94,6 @@ def test_an_example_of_weight_2_counts_as_two(model: LoRAModel, rows: BatchLayou
     assert not torch.allclose(one, other, rtol=0, atol=1e-4)
 
 
-def test_held_out_losses_do_not_depend_on_weights(model: LoRAModel) -> None:
-    data = examples()
-    weighted = [replace(example, weight=3.0) for example in data]
-    one, other = (evaluate(model, Examples.of(part), layout=PADDED, token_budget=99) for part in (data, weighted))
-    assert (one.sums.tolist(), one.loss) == (other.sums.tolist(), other.loss)
-
-
 def test_packed_rows_give_the_gradient_of_padded_ones(model: LoRAModel) -> None:
     padded_loss, padded = gradient(model, [examples()], PADDED)
     with packed_rows(model.base_model):
@@ -128,20 +121,14 @@ def test_a_batch_of_weight_zero_counts_for_nothing(model: LoRAModel) -> None:
     assert torch.equal(again, expected)
 
 
-def logits_asked_for(model: LoRAModel, rows: BatchLayout) -> int:
-    """Rows of the output head that one batch computes."""
-    seen: list[int] = []
-    head = model.base_model.get_output_embeddings()
-    hook = head.register_forward_hook(lambda _module, _inputs, output: seen.append(output.numel() // output.shape[-1]))
-    token_losses(model, examples(), rows)
-    hook.remove()
-    return seen[0]
-
-
 @pytest.mark.parametrize("form", [RECOMPUTED, OWN])
 def test_logits_exist_at_supervised_positions_only(model: LoRAModel, form: str) -> None:
+    rows: list[int] = []  # of the head's outputs
+    head = model.base_model.get_output_embeddings()
+    head.register_forward_hook(lambda _module, _inputs, output: rows.append(output.numel() // output.shape[-1]))
     with packed_rows(model.base_model):
-        assert logits_asked_for(model, BatchLayout(True, form, 0)) == sum(example.supervised for example in examples())
+        token_losses(model, examples(), BatchLayout(True, form, 0))
+    assert rows[0] == sum(example.supervised for example in examples())
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -195,12 +182,15 @@ def test_evaluation_switches_dropout_off_and_on_again(packed: bool) -> None:
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_evaluation_is_bitwise_repeatable_and_independent_of_its_batches(model: LoRAModel, packed: bool) -> None:
+    """And of the weights of examples."""
     held = Examples.of(examples((3, 5, 40, 60, 7, 7, 21)))
+    weighted = Examples.of(replace(example, weight=3.0) for example in held)
     model.train()
     first, second, small = (
-        evaluate(model, held, layout=BatchLayout(packed, FROZEN, 0), token_budget=budget) for budget in (64, 64, 8)
+        evaluate(model, data, layout=BatchLayout(packed, FROZEN, 0), token_budget=budget)
+        for data, budget in ((held, 64), (weighted, 64), (held, 8))
     )
-    assert (first.sums == second.sums).all()
+    assert (first.sums.tolist(), first.loss) == (second.sums.tolist(), second.loss)
     np.testing.assert_allclose(first.sums, small.sums, rtol=1e-5)
     assert (first.counts == held.supervised).all()
     assert model.training

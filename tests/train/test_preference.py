@@ -308,19 +308,14 @@ def test_what_the_model_was_is_the_reference_of_an_adapter_that_is_trained_furth
         run(longer)
 
 
-def test_full_fine_tuning_compares_with_the_original_weights(settings: Any, pairs_file: Path) -> None:
-    config = settings(data=str(pairs_file), method="full", r=16, **{**LONG, "learning_rate": 1e-3})
-    run(config)
-    assert losses(config)[0] == (0, pytest.approx(np.log(2), abs=1e-6))
-    assert write_train_report(Path(config.output_dir))["result"]["eval_accuracy_after"] > 0.8
-
-
-def test_a_run_that_goes_on_in_another_folder_takes_the_reference_along(
+def test_full_fine_tuning_compares_with_the_original_weights_and_takes_them_along_to_another_folder(
     settings: Any, tmp_path: Path, pairs_file: Path
 ) -> None:
-    common = {"data": str(pairs_file), "method": "full", "r": 16, "max_steps": 6, "save_steps": 2}
+    common = {"data": str(pairs_file), "method": "full", "r": 16, **LONG, "learning_rate": 1e-3}
     first, second = (settings(output_dir=str(tmp_path / name), **common) for name in ("first", "second"))
     run(first)
+    assert losses(first)[0] == (0, pytest.approx(np.log(2), abs=1e-6))
+    assert write_train_report(tmp_path / "first")["result"]["eval_accuracy_after"] > 0.8
     run(changed(second, resume_from_checkpoint=f"{first.output_dir}/checkpoint-4"))
     run(changed(second, resume_from_checkpoint="latest"))
     assert losses(second)[-1] == losses(first)[-1]

@@ -4,11 +4,14 @@ import json
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from tiny import tiny_model, word_tokenizer
+from tiny_run import write_rows
+from transformers import PreTrainedTokenizerFast
 
 from tailora.cli.main import main
 from tailora.data.chat_template import ChatTokenizer, DataSettings
@@ -23,12 +26,14 @@ ROWS = [{"prompt": f"say {a} then {b}", "completion": f"{b} {a}"} for a in WORDS
 IDS = {"pad_token_id": 0, "decoder_start_token_id": 2, "eos_token_id": 3, "bos_token_id": 2}
 
 
-def samples() -> list[EncodedSample]:
-    tokenizer = word_tokenizer(f"{row['prompt']} {row['completion']}" for row in ROWS)
-    pairs = [Pair("say red", "red"), Pair("say green then blue", "blue green red")]
-    results = encode_samples(pairs, ChatTokenizer.of(tokenizer, DataSettings(task="seq2seq")))
-    assert all(isinstance(result, EncodedSample) for result in results)
-    return [result for result in results if isinstance(result, EncodedSample)]
+def tokenizer_of_rows() -> PreTrainedTokenizerFast:
+    return word_tokenizer(f"{row['prompt']} {row['completion']}" for row in ROWS)
+
+
+def samples(*pairs: Pair, **settings: Any) -> list[EncodedSample]:
+    pairs = pairs or (Pair("say red", "red"), Pair("say green then blue", "blue green red"))
+    tokenizer = ChatTokenizer.of(tokenizer_of_rows(), DataSettings(task="seq2seq", **settings))
+    return cast(list[EncodedSample], encode_samples(pairs, tokenizer))
 
 
 @pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BartForConditionalGeneration"])
@@ -53,27 +58,23 @@ def test_every_token_of_the_target_counts_as_trained() -> None:
 
 
 def test_a_cut_keeps_the_token_that_ends_the_text() -> None:
-    tokenizer = word_tokenizer(f"{row['prompt']} {row['completion']}" for row in ROWS)
-    settings = DataSettings(task="seq2seq", max_length=4)
-    (result,) = encode_samples([Pair("say green then blue", "blue green")], ChatTokenizer.of(tokenizer, settings))
-    assert isinstance(result, EncodedSample)
+    (result,) = samples(Pair("say green then blue", "blue green"), max_length=4)
     source, target = result.example.sequences
     assert result.length > 4
     for part in (source, target):
         assert len(part.input_ids) == 4
-        assert part.input_ids[-1] == tokenizer.sep_token_id
+        assert part.input_ids[-1] == tokenizer_of_rows().sep_token_id
     assert (source.labels == IGNORED).all()
     np.testing.assert_array_equal(target.labels, target.input_ids)
 
 
 @pytest.mark.slow
 def test_a_trained_adapter_is_evaluated_and_answers(tmp_path: Path) -> None:
-    model, data, run = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "run"
-    tokenizer = word_tokenizer(f"{row['prompt']} {row['completion']}" for row in ROWS)
+    model, data, run = tmp_path / "model", write_rows(tmp_path / "rows.jsonl", ROWS), tmp_path / "run"
+    tokenizer = tokenizer_of_rows()
     tokenizer.eos_token = "[SEP]"
     tokenizer.save_pretrained(model)
     tiny_model("BartForConditionalGeneration", vocab_size=300, forced_eos_token_id=None, **IDS).save_pretrained(model)
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     settings = ["--validation-split", "0.3", "--learning-rate", "1e-2", "--max-steps", "20", "--output-dir", str(run)]
     lines = [
         ["train", "--task", "seq2seq", "--model", str(model), "--data", str(data), *settings, "--samples", "1"],
