@@ -39,21 +39,23 @@ def stopping_at(step: int, number: int) -> Callable[[events.Event], None]:
     return listener
 
 
-def run_and_resume(
-    settings: Callable[..., TrainConfig], folder: Path, step: int, number: int = signal.SIGINT, **changes: Any
-) -> TrainConfig:
-    """Makes a run, and the same again, interrupted after this step and resumed; returns the settings of the second.
-
-    Both must have the same adapter and losses.
-    """
-    whole, stopped = (settings(output_dir=str(folder / name), **changes) for name in ("whole", "stopped"))
-    run(whole)
+def assert_resumed_alike(whole: TrainConfig, stopped: TrainConfig, step: int, number: int = signal.SIGINT) -> None:
+    """The same settings in another folder, interrupted after a step and resumed, give what the run `whole` gave."""
     with pytest.raises(failures.Interrupted) as caught:
         run(stopped, on_event=stopping_at(step, number))
-    assert caught.value.folder == folder / "stopped" / f"checkpoint-{step}"
+    assert caught.value.folder == Path(stopped.output_dir) / f"checkpoint-{step}"
     run(changed(stopped, resume_from_checkpoint="latest"))
     assert adapter(stopped) == adapter(whole)
     assert losses(stopped) == losses(whole)
+
+
+def run_and_resume(
+    settings: Callable[..., TrainConfig], folder: Path, step: int, number: int = signal.SIGINT, **changes: Any
+) -> TrainConfig:
+    """Makes a run, and the same again as in `assert_resumed_alike`; returns the settings of the second."""
+    whole, stopped = (settings(output_dir=str(folder / name), **changes) for name in ("whole", "stopped"))
+    run(whole)
+    assert_resumed_alike(whole, stopped, step, number)
     return stopped
 
 

@@ -1,15 +1,13 @@
 """A run with AdaLoRA: its ranks are written as rank_pattern, and it goes on to the same bytes."""
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import adapter, changed, losses, stopping_at
+from runs import assert_resumed_alike
 
 from tailora.errors import ConfigError
-from tailora.train import failures
 from tailora.train.trainer import run
 
 SHORT = {"max_steps": 10, "r": 6, "target_r": 2, "lora_dropout": 0.1, "eval_steps": 2, "save_steps": 3}
@@ -27,11 +25,7 @@ def test_a_run_moves_ranks_and_goes_on_to_the_same_bytes(settings: Any, tmp_path
     assert sorted(written["rank_pattern"].values()) == sorted(r for r in ranks if r != 6)
     assert result.best_step >= 8  # of the final ranks
     assert result.eval_loss_after < result.eval_loss_before
-    with pytest.raises(failures.Interrupted):
-        run(stopped, on_event=stopping_at(stop, signal.SIGINT))
-    run(changed(stopped, resume_from_checkpoint="latest"))
-    assert adapter(stopped) == adapter(whole)
-    assert losses(stopped) == losses(whole)
+    assert_resumed_alike(whole, stopped, stop)
 
 
 def test_settings_of_adalora_need_a_target_and_fit_the_others(settings: Any) -> None:

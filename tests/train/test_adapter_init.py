@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from runs import adapter, changed, losses, stopping_at
+from runs import adapter, assert_resumed_alike, changed, stopping_at
 from transformers import AutoModelForCausalLM
 
 from tailora import LoRAModel
@@ -37,11 +37,7 @@ def test_a_run_starts_so_says_so_and_goes_on_to_the_same_bytes(settings: Any, tm
     assert ("over up to 8 examples" in header["start"]) == (name == "eva")
     assert result.eval_loss_after < result.eval_loss_before
 
-    with pytest.raises(failures.Interrupted):
-        run(stopped, on_event=stopping_at(2, signal.SIGINT))
-    run(changed(stopped, resume_from_checkpoint="latest"))
-    assert adapter(stopped) == adapter(whole)
-    assert losses(stopped) == losses(whole)
+    assert_resumed_alike(whole, stopped, 2)
 
     base = AutoModelForCausalLM.from_pretrained(whole.model)
     ids = torch.arange(3, 40)[None]

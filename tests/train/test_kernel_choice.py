@@ -1,4 +1,4 @@
-import signal
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from accelerate import PartialState
+from runs import assert_resumed_alike
 from tiny import chat_model
 from torch import nn
 from torch._inductor.exc import InductorError
@@ -18,37 +19,13 @@ from torch.nn import functional as F
 from tailora import LoRAConfig, LoRAModel
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
-from tailora.formats.io import read_safetensors
 from tailora.kernels.compiled_layers import CompiledLayers, decoder_layers
 from tailora.kernels.loss import FROZEN
-from tailora.train import events, failures, kernel_choice
+from tailora.train import kernel_choice
 from tailora.train.config import TrainConfig
 from tailora.train.kernel_choice import COMPILED, LLAMA, Kernels, Work, choose_kernels
 from tailora.train.loss import BatchLayout
 from tailora.train.trainer import run
-
-
-def kernels(config: TrainConfig, stop_at: int | None = None) -> str:
-    """Runs, until a step if one is given, and returns what the header says about kernels."""
-    found: list[str] = []
-
-    def listen(event: events.Event) -> None:
-        if isinstance(event, events.Prepared):
-            found.append(event.header["kernels"])
-        if isinstance(event, events.Stepped) and event.step == stop_at:
-            signal.raise_signal(signal.SIGINT)
-
-    if stop_at is None:
-        run(config, on_event=listen)
-    else:
-        with pytest.raises(failures.Interrupted):
-            run(config, on_event=listen)
-    return found[0]
-
-
-def adapter(config: TrainConfig) -> dict[str, Any]:
-    tensors, _ = read_safetensors(Path(config.output_dir) / "adapter" / "adapter_model.safetensors")
-    return {name: tensor.tolist() for name, tensor in tensors.items()}
 
 
 def test_activation_memory_is_refused_where_layers_cannot_be_compiled(
@@ -202,13 +179,14 @@ def test_a_compiled_run_with_dropout_is_resumed_bit_for_bit(
         calls.append("tried")
         return tried(*arguments)
 
-    monkeypatch.setattr(kernel_choice, "_compile_for_training", note)
+    def kernels(config: TrainConfig) -> str:
+        return str(json.loads((Path(config.output_dir) / "run.json").read_text())["kernels"])
+
     common = {"max_steps": 3, "save_steps": 1, "lora_dropout": 0.1, "fast": "compile", "activation_memory": 0.7}
     whole, stopped = (settings(output_dir=str(tmp_path / name), **common) for name in ("whole", "stopped"))
+    run(whole)
     assert "compiled, keeping 70% of the activations, a layer takes" in kernels(whole)
-    kernels(stopped, stop_at=2)
-    calls.clear()
-    resumed = stopped.model_copy(update={"resume_from_checkpoint": "latest"})
-    assert "compiled, keeping 70% of the activations, as when the run was started" in kernels(resumed)
-    assert calls == ["tried"]
-    assert adapter(resumed) == adapter(whole)
+    monkeypatch.setattr(kernel_choice, "_compile_for_training", note)
+    assert_resumed_alike(whole, stopped, 2)
+    assert "compiled, keeping 70% of the activations, as when the run was started" in kernels(stopped)
+    assert calls == ["tried", "tried"]  # before the run, with its dropout, and when it is resumed
