@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from tailora.core.device import copies_by_itself
@@ -224,19 +225,15 @@ class Batch:
             return self
 
         def copy(value: Any) -> Any:
+            if isinstance(value, Batch):
+                return value.to(device)
             if not isinstance(value, Tensor) or value.device == device:
                 return value
             if copies_by_itself(device):
                 return value.pin_memory().to(device, non_blocking=True)
             return value.to(device)
 
-        moved = {name: copy(getattr(self, name)) for name in MOVED}
-        inputs, extras = ({name: copy(value) for name, value in part.items()} for part in (self.inputs, self.extras))
-        other = None if self.other is None else self.other.to(device)
-        return replace(self, inputs=inputs, extras=extras, other=other, **moved)
-
-
-MOVED = ("supervised", "targets", "columns", "within_columns", "loss_weights")  # besides inputs and extras
+        return replace(self, **{name: tree_map(copy, value) for name, value in vars(self).items()})
 
 
 Model = Any  # of transformers, or a LoRAModel around one

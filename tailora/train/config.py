@@ -264,11 +264,12 @@ class TrainConfig(StrictModel):
             flag = f"--{other.replace('_', '-')}"
             if isinstance(allowed, tuple):
                 names = " or ".join(str(name) for name in allowed if name not in ("auto", None))
-                fits, needed = value in allowed, f"only for {flag} {names}, not {value}"
+                fits, needed = value in allowed, f"only for {flag} {names}, not {value or 'the default'}; change"
             else:
-                fits, needed = bool(value) == allowed, f"only {'with' if allowed else 'without'} {flag}"
+                needed = f"only with {flag}; give" if allowed else f"not with {flag}; leave out"
+                fits = bool(value) == allowed
             if given and not fits:
-                problems.append(f"{given}: {needed}; change {flag}, or leave out {given}")
+                problems.append(f"{given}: {needed} {flag}, or leave out {given}")
         if problems:
             raise ConfigError(listing(problems))
         return self
