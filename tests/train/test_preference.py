@@ -316,7 +316,7 @@ def test_full_fine_tuning_compares_with_the_original_weights_and_takes_them_alon
     run(first)
     assert losses(first)[0] == (0, pytest.approx(np.log(2), abs=1e-6))
     assert write_train_report(tmp_path / "first")["result"]["eval_accuracy_after"] > 0.8
-    run(changed(second, resume_from_checkpoint=f"{first.output_dir}/checkpoint-4"))
+    run(changed(second, resume_from_checkpoint=f"{first.output_dir}/checkpoint-8"))
     run(changed(second, resume_from_checkpoint="latest"))
     assert losses(second)[-1] == losses(first)[-1]
 
