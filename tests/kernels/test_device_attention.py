@@ -291,10 +291,8 @@ class StandIn:
 def flash(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     """The stand-in in place of the kernel that transformers would download."""
     kernel, repository = StandIn(), modeling_flash_attention_utils.FLASH_ATTN_KERNEL_FALLBACK["flash_attention_2"]
-    asked: list[str] = []
 
     def get_kernel(name: str, **_: Any) -> SimpleNamespace:
-        asked.append(name)
         assert name == repository
         return SimpleNamespace(flash_attn_varlen_func=kernel.flash_attn_varlen_func)
 
