@@ -269,8 +269,11 @@ class PaddedRow(DeviceRow):
         if not (q.device.type == "cuda" and q.dtype in HALF and mask is None):
             # elsewhere only that kernel of torch supports grouped heads which stores all scores, or none does
             k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
+        q, k, v = (self._padded(heads) for heads in (q, k, v))
         output = F.scaled_dot_product_attention(
-            *(self._padded(heads) for heads in (q, k, v)),
+            q,
+            k,
+            v,
             attn_mask=mask,
             dropout_p=options.dropout,
             is_causal=mask is None,
