@@ -335,13 +335,13 @@ def check_model_exists(name: str) -> None:
         raise ConfigError(f"model {name!r} is a file, not a model folder: give a folder, a Hub id, or 'demo'")
     if path.is_dir():
         return
-    remedy = "Give a folder, a Hub id such as owner/name, or 'demo'; HF_TOKEN opens private and gated models"
+    remedy = "Give a folder, a Hub id such as owner/name, or 'demo'"
     try:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             HfApi().model_info(name, timeout=MODEL_TIMEOUT)
         return
     except errors.RepositoryNotFoundError:
-        cause = "the Hub has no such model, or a private one"
+        cause = "the Hub has no such model, or a private one, which HF_TOKEN opens"
     except errors.HfHubHTTPError:
         return  # the Hub answers, but is busy: transformers asks again
     except errors.HFValidationError:

@@ -77,8 +77,12 @@ def test_a_few_real_steps_say_what_they_took(small_run: TrainConfig) -> None:
 def test_an_error_of_the_measuring_process_is_raised(
     small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run_here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, subprocess_worker.main(Path(command[-1])), "", "")
+    run = subprocess.run
+
+    def run_here(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        if "tailora.train.subprocess_worker" not in command:  # the compiler's version
+            return run(command, **options)
+        return subprocess.CompletedProcess(command, subprocess_worker.main(Path(command[3]), *command[4:]), "", "")
 
     monkeypatch.setattr(subprocess, "run", run_here)
     (tmp_path / "config.json").write_text((Path(small_run.model) / "config.json").read_text())
