@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.speed.shapes import DTYPES, Shape, write_model, write_rows
+from tailora.data.collate import collate_padded
 from tailora.data.dataset import Example
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import plan_batches
 from tailora.train.events import Event, Note, Prepared, Stepped
-from tailora.train.loss import collate_padded
 from tailora.train.trainer import OnReady, run
 
 Step = Callable[[], float]  # takes one optimiser step; returns the loss before it

@@ -46,11 +46,11 @@ def peft() -> dict[str, float]:
 
     from tailora.cli.train import DEFAULTS
     from tailora.data.chat_template import DataSettings
+    from tailora.data.collate import collate_padded
     from tailora.data.demo import data_file, eval_file
     from tailora.data.prepare import prepare
     from tailora.train.config import TrainConfig
     from tailora.train.dataloader import plan_batches
-    from tailora.train.loss import collate_padded
     from tailora.train.model_loading import load_base
     from tailora.train.optimizer import learning_rate
 

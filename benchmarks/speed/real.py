@@ -102,7 +102,7 @@ def loss(model: Any, examples: "list[Example]", pad_id: int) -> float:
     import torch
     from torch.nn.functional import cross_entropy
 
-    from tailora.train.loss import collate_padded
+    from tailora.data.collate import collate_padded
 
     parts = []
     with torch.no_grad():

@@ -5,6 +5,7 @@
     chat_template   messages -> text, as the model's chat template writes it
     loss_mask       a sample -> its text, and which tokens of it are trained
     tokenize        text and loss mask -> token ids and labels
+    collate         examples -> tensors of a batch, packed or padded
     dataset         an example, all of them in flat arrays, the split, the report
     labels          names of classes and tags, for models with a head for labels
 

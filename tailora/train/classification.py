@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tailora.data.collate import collate_padded
 from tailora.data.dataset import IGNORED, Example, Examples, Float64
 from tailora.data.labels import Labels, listed
 from tailora.data.schemas import REGRESSION, TOKEN_CLASSIFICATION
 from tailora.errors import ConfigError, nearest
 from tailora.kernels.loss import Batch
 from tailora.model import LoRAModel
-from tailora.train.loss import BatchLayout, Evaluation, Outputs, Sums, Task, collate_padded
+from tailora.train.loss import BatchLayout, Evaluation, Outputs, Sums, Task
 from tailora.train.trainable import FullModel
 
 

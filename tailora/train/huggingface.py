@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tailora.core.adapter import Adapter
 from tailora.core.attach import evaluating
 from tailora.core.layer_types import layer_path_of
+from tailora.data.collate import collate_packed, collate_padded
 from tailora.data.dataset import IGNORED
 from tailora.errors import ConfigError, FormatError, TailoraWarning
 from tailora.kernels.attention import packed_rows
@@ -31,7 +32,6 @@ from tailora.kernels.loss import FORMS, FROZEN, OWN, RECOMPUTED, Batch
 from tailora.model import LoRAModel
 from tailora.train.kernel_choice import choose_form, choose_packing
 from tailora.train.kernel_comparison import short_examples, tolerance
-from tailora.train.loss import collate_packed, collate_padded
 
 if TYPE_CHECKING:
     from transformers import Trainer

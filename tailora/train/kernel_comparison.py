@@ -20,13 +20,14 @@ from transformers import PreTrainedModel
 
 from tailora.core.attach import Adapted, attached_parts, evaluating
 from tailora.core.layer import LoRALayer
+from tailora.data.collate import collate_packed
 from tailora.data.dataset import Example
 from tailora.kernels.attention import PackingError, packed_rows
 from tailora.kernels.compiled_layers import CompiledLayers, decoder_layers
 from tailora.kernels.device_attention import BLOCK, PROVIDERS
 from tailora.kernels.llama import eligible, fast_layers
 from tailora.kernels.loss import FORMS, Batch
-from tailora.train.loss import BatchLayout, collate_packed, token_losses
+from tailora.train.loss import BatchLayout, token_losses
 from tailora.train.parallel import first_of_ranks, forget_forward
 from tailora.train.trainable import Trainable, trained_module
 

@@ -14,11 +14,11 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tailora import LoRAConfig, LoRAModel
+from tailora.data.collate import collate_packed
 from tailora.data.dataset import Example
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.compiled_layers import CompiledLayers, decoder_layers
 from tailora.train.kernel_choice import choose_packing
-from tailora.train.loss import collate_packed
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative to the norm of the gradients
 LENGTHS = [(100, 90), (150, 7, 80), (130, 4)]  # of more than one block of flex_attention's mask

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config
 
 from tailora.core.config import LoRAConfig
+from tailora.data.collate import collate_packed, collate_padded
 from tailora.data.dataset import IGNORED, Example, Examples
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.loss import FORMS, FROZEN, OWN, RECOMPUTED
@@ -25,8 +26,6 @@ from tailora.train.loss import (
     BatchLayout,
     ModelWithLoss,
     batches_within,
-    collate_packed,
-    collate_padded,
     evaluate,
     make_batch,
     token_losses,
