@@ -207,7 +207,7 @@ def test_two_ranks_train_what_one_does(case: str, two_ranks: Ranks, settings: An
     two = two_ranks.folder / case
     result = run(one)
     file = "model/model.safetensors" if case.startswith("full") else "adapter/adapter_model.safetensors"
-    atol = 2e-6 if "Llama kernels" in case else 1e-6  # the ranks use transformers' layers, which round differently
+    atol = 2e-6 if "Llama kernels" in case else 1e-6  # 1.24e-6 seen on Zen 4, cause not known
     for name in (file, "checkpoint-18/adapter.safetensors"):
         check_close(Path(one.output_dir), two, file=name, atol=atol)
     record = json.loads((two / "run.json").read_text())
