@@ -50,12 +50,14 @@ def chat_tokenizer(texts: Iterable[str], **special: str) -> PreTrainedTokenizerF
 
 def word_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Returns a WordPiece tokenizer, as BERT's, which writes [CLS] and [SEP] around one text or two."""
-    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    words = sorted(set(" ".join(texts).lower().split()))  # WordPieceTrainer numbers them differently in each run
+    letters = sorted(set("".join(words)))
+    tokens = dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters), *words])
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
-    backend.train_from_iterator(texts, trainer)
     ids = [(token, special.index(token)) for token in ("[CLS]", "[SEP]")]
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ids
