@@ -185,7 +185,7 @@ def facts(report: dict[str, Any]) -> Table:
         "labels": ", ".join(f"{name} {number:,}" for name, number in report["labels"].items()),
         "rows": f"{report['rows']:,}: {report['train']:,} to train on, {held_out_of(report)}",
         "tokens": f"{report['tokens']:,}{learned if report['supervised_tokens'] else ''}",
-        "longest": f"{'at least ' * (report['read_in_part'] > 0)}{report['longest']:,} tokens",
+        "longest": f"{report['longest']:,} tokens",
         **warnings_of(report),
         "data hash": report["sha256"],
     }

@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -344,15 +345,6 @@ def sources_of(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Bin:
-    """Examples of `low` to `high` tokens, both included."""
-
-    low: int
-    high: int
-    examples: int
-
-
-@dataclass(frozen=True, slots=True)
 class SourceReport:
     """Counts of one of the sources that are trained on."""
 
@@ -386,13 +378,12 @@ class DataReport:
     supervised_tokens: int
     longest: int  # tokens of the longest row, before cutting
     truncated: int  # examples cut at max_length
-    read_in_part: int  # of those, rows so long that not all of their tokens were counted: `longest` is a lower bound
     without_weight: int  # rows left out because their weight is 0
     cut_away: int  # examples left out because the cut took all trained tokens
     replies_not_learned: int  # the template rewrites them once the chat goes on, or nothing comes before them
     repeated: int  # rows that repeat an earlier row of the same side
     duplicates: int  # eval examples that are train examples too
-    lengths: list[Bin]
+    lengths: list[dict[str, int]]  # examples with low to high tokens, both included
     sha256: str  # of all ids and labels, train then eval
     labels: dict[str, int]  # how many examples, or words, to train on have each label; {} for other tasks
     eval_labels: dict[str, int]
@@ -421,11 +412,12 @@ def warnings_of(report: Mapping[str, Any]) -> dict[str, str]:
     return {name: f"{report[key]:,} {meaning}" for key, (name, meaning) in WARNINGS.items() if report[key]}
 
 
-def length_histogram(lengths: Int64, bins: int = 10) -> list[Bin]:
-    """Returns at most `bins` bins that cover all lengths, each wider than the last by a factor: few are very long."""
+def length_histogram(lengths: Int64, bins: int = 10) -> list[dict[str, int]]:
+    """Returns how many examples have low to high tokens, in bins that widen by a factor: few are very long."""
     edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, bins + 1).round().astype(np.int64))
     counts, _ = np.histogram(lengths, edges)
-    return [Bin(int(start), int(stop) - 1, int(n)) for start, stop, n in zip(edges, edges[1:], counts, strict=False)]
+    ranges = zip(pairwise(edges.tolist()), counts.tolist(), strict=True)
+    return [{"low": start, "high": stop - 1, "examples": number} for (start, stop), number in ranges]
 
 
 def dataset_hash(*parts: Examples) -> str:

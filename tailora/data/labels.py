@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from tailora.data.dataset import IGNORED, Example, Examples, Float64
+from tailora.data.messages import listed
 from tailora.data.readers import Row, RowProblem, data_error, read_rows
 from tailora.data.schemas import (
     REGRESSION,
@@ -34,7 +35,6 @@ from tailora.errors import DataError, nearest
 LABEL_TASKS = (SEQUENCE_CLASSIFICATION, REGRESSION, TOKEN_CLASSIFICATION)
 SINGLE, MULTI = "single_label_classification", "multi_label_classification"  # problem_type of transformers' configs
 MOST_LABELS = 1000  # more are most likely no classes
-MOST_SHOWN = 20  # names in a message
 
 
 @dataclass(frozen=True)
@@ -154,12 +154,6 @@ def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise DataError(f"label is {value!r:.60} where a number is needed")
     return float(value)
-
-
-def listed(names: Sequence[str]) -> str:
-    """Returns the first of the names, and how many more there are."""
-    more = f" and {len(names) - MOST_SHOWN:,} more" if len(names) > MOST_SHOWN else ""
-    return ", ".join(names[:MOST_SHOWN]) + more
 
 
 def _in_order(names: Iterable[str]) -> tuple[str, ...]:

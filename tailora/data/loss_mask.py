@@ -43,13 +43,6 @@ class RenderedSample:
     add_eos: bool = False
     untrained_replies: int = 0
 
-    def beginning(self, size: int) -> "RenderedSample":
-        """Returns the first `size` characters, and the spans in them."""
-        if len(self.text) <= size:
-            return self
-        spans = [(start, min(end, size)) for start, end in self.trained_spans if start < size]
-        return replace(self, text=self.text[:size], trained_spans=spans, add_eos=False)
-
 
 def render_sample(sample: Sample, tokenizer: ChatTokenizer) -> RenderedSample:
     """Raises DataError with the cause if the sample cannot be rendered or nothing of it can be trained."""

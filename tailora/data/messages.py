@@ -4,13 +4,14 @@ A message has role and content, and may have tool_calls, tool_call_id and name. 
 whatever name the row has for it. `train: false` or `weight: 0` marks a reply that is read but not trained.
 ShareGPT's messages have from and value.
 
-`text_value`, `short_repr` and SURROGATE are for the values of any column.
+`text_value`, `short_repr`, `listed` and SURROGATE are for the values of any column.
 """
 
 import json
 import re
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from itertools import islice
 from typing import Any, TypeAlias
 
 from tailora.errors import DataError, nearest
@@ -190,6 +191,7 @@ def read_tools(values: dict[str, Any]) -> Tools | None:
 SURROGATE = re.compile("[\ud800-\udfff]")
 SHORT = reprlib.Repr()  # neither long values nor deep ones are written out
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 200
+MOST_NAMES = 20  # in a message
 
 
 def text_value(value: Any, name: str) -> str:
@@ -201,5 +203,14 @@ def text_value(value: Any, name: str) -> str:
 
 
 def short_repr(value: Any) -> str:
-    text = SHORT.repr(value)
+    return _shortened(SHORT.repr(value))
+
+
+def listed(names: Collection[str]) -> str:
+    """Returns the first of the names, and how many more there are."""
+    more = f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(map(_shortened, islice(names, MOST_NAMES))) + more
+
+
+def _shortened(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,6 +1,8 @@
 """Reads, checks and tokenises a source: all of it for training, as a stream, or in chunks for evaluation.
 
 readers -> schemas -> chat_template, loss_mask, tokenize -> dataset, 1000 rows at a time; see the package's docstring
+
+Training data also gets its hold-out split here, by `split_examples` of dataset.py.
 """
 
 import hashlib
@@ -112,7 +114,6 @@ class RowCounts:
     """Counts of encoded rows. A row counts once, even if its source is read again.
 
     tokens: after cutting.    longest: tokens of the longest row, before cutting.    truncated: rows cut at max_length.
-    read_in_part: of those, rows so long that their tokens were not all counted: `longest` is a lower bound then.
     without_weight: rows whose weight is 0.
     cut_away: rows without a trained token left, of those that were cut.    replies_not_learned: see RenderedSample.
     duplicates: rows that are held-out examples too, if `held_out` has the hashes of those.
@@ -122,7 +123,6 @@ class RowCounts:
     tokens: int = 0
     longest: int = 0
     truncated: int = 0
-    read_in_part: int = 0
     without_weight: int = 0
     cut_away: int = 0
     replies_not_learned: int = 0
@@ -136,7 +136,6 @@ class RowCounts:
             self.tokens += len(example.input_ids)
             self.longest = max(self.longest, encoded.length)
             self.truncated += encoded.length > max_length
-            self.read_in_part += not encoded.is_whole
             self.without_weight += example.weight == 0
             self.cut_away += not encoded.is_learned
             self.replies_not_learned += encoded.untrained_replies
@@ -175,10 +174,9 @@ def _is_trained(encoded: EncodedSample) -> bool:
 def _all_cut(source: str, max_length: int, counts: RowCounts, use: str = "learned") -> DataError:
     if counts.without_weight:
         return DataError(f"data {source}: nothing to learn: {counts.without_weight:,} rows have the weight 0")
-    longest = f"{'at least ' * (counts.read_in_part > 0)}{counts.longest:,}"
     return DataError(
         f"data {source}: cutting at max_length {max_length} removes all tokens that would be {use} from every row; "
-        f"raise --max-length (the longest row has {longest} tokens)"
+        f"raise --max-length (the longest row has {counts.longest:,} tokens)"
     )
 
 
@@ -282,7 +280,6 @@ def _report(
         supervised_tokens=int(train.supervised.sum() + evaluated.supervised.sum()),
         longest=counts.longest,
         truncated=counts.truncated,
-        read_in_part=counts.read_in_part,
         without_weight=counts.without_weight,
         cut_away=counts.cut_away,
         replies_not_learned=counts.replies_not_learned,
@@ -487,7 +484,6 @@ class EvalDataReport:
     supervised_tokens: int  # of the rows that are evaluated, without copies
     longest: int  # tokens of the longest row, before cutting
     truncated: int  # rows cut at max_length
-    read_in_part: int  # of those, rows so long that not all of their tokens were counted
     cut_away: int  # of those: no supervised token is left
     copies: int  # rows that are copies of an earlier one: they are not evaluated again
 
@@ -531,7 +527,6 @@ def check_eval_source(source: EvalSource) -> EvalDataReport:
         supervised_tokens=judged,
         longest=counts.longest,
         truncated=counts.truncated,
-        read_in_part=counts.read_in_part,
         cut_away=counts.cut_away,
         copies=counts.rows - counts.cut_away - len(seen),
     )

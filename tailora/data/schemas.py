@@ -23,9 +23,8 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any, TypeAlias
 
 from tailora.data.messages import (
@@ -34,6 +33,7 @@ from tailora.data.messages import (
     Messages,
     Tools,
     as_messages,
+    listed,
     marked_messages,
     read_messages,
     read_tools,
@@ -150,7 +150,7 @@ def from_sharegpt(values: dict[str, Any]) -> Conversation:
     return _conversation(messages, values)
 
 
-def from_prompt(values: dict[str, Any]) -> Sample:
+def from_prompt(values: dict[str, Any]) -> Conversation | Pair:
     prompt, completion = values["prompt"], values["completion"]
     if not isinstance(prompt, list) and not isinstance(completion, list) and not read_tools(values):
         return _pair(text_value(prompt, "prompt"), text_value(completion, "completion"))
@@ -181,8 +181,7 @@ def from_choices(values: dict[str, Any]) -> Choices:
     answer = _answer_index(values["answer"] if "answer" in values else values["label"], texts, labels)
     # Base models see prompt and choice as one text: a space between them, as in lm-evaluation-harness.
     space = "" if isinstance(prompt, str) and prompt[-1:].isspace() else " "
-    options = (from_prompt({"prompt": prompt, "completion": space + text}) for text in texts)
-    return Choices(tuple(option for option in options if not isinstance(option, Text)), answer)
+    return Choices(tuple(from_prompt({"prompt": prompt, "completion": space + text}) for text in texts), answer)
 
 
 def from_preference(values: dict[str, Any]) -> Preference:
@@ -255,9 +254,7 @@ def from_tagged(values: dict[str, Any]) -> Tagged:
 def _as_reply(prompt: Any, completion: Any, values: dict[str, Any]) -> Conversation | Pair:
     """values: of the row, which may have tools."""
     tools = {"tools": values["tools"]} if "tools" in values else {}
-    sample = from_prompt({"prompt": prompt, "completion": completion, **tools})
-    assert not isinstance(sample, Text)
-    return sample
+    return from_prompt({"prompt": prompt, "completion": completion, **tools})
 
 
 def _shared_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
@@ -346,14 +343,6 @@ def _answer_index(value: Any, texts: list[str], labels: list[str]) -> int:
         )
     possible = f"a label ({', '.join(labels)})" if labels else f"an index from 0 to {indices[-1]}, a letter"
     raise DataError(f"answer {short_repr(value)} is none of the choices; write {possible} or the text of a choice")
-
-
-MOST_NAMES = 50  # keys of a row that a message lists
-
-
-def _names(keys: Collection[str]) -> str:
-    names = [key if len(key) <= 60 else f"{key[:57]}..." for key in islice(keys, MOST_NAMES)]
-    return ", ".join(names) + (f" and {len(keys) - MOST_NAMES:,} more" if len(keys) > MOST_NAMES else "")
 
 
 # ---- The schema of a source
@@ -459,7 +448,7 @@ class ColumnMapping:
         """Returns key of the schema -> the row's value. Raises DataError if the row lacks a required one."""
         required = [column for key, column in self.columns.items() if key in self.schema.required]
         if missing := [column for column in required if column not in fields]:
-            present = _names(fields) or "no keys"
+            present = listed(fields) or "no keys"
             raise DataError(f"no {' and no '.join(missing)} (read as {self.schema.name}); the row has {present}")
         return {key: fields[column] for key, column in self.columns.items() if column in fields}
 
@@ -499,7 +488,7 @@ def detect_schema(
         against.update(s for s in with_keys[columns_of_row] if task == AUTO and not s.fits(renamed_row))
     columns = sorted({column for keys in with_keys for column in keys})  # sorted: sets change their order between runs
     problems = [
-        f"--field {key}={column}: {what} {name!r}{nearest(name, known) or f'; there are {_names(sorted(known))}'}"
+        f"--field {key}={column}: {what} {name!r}{nearest(name, known) or f'; there are {listed(sorted(known))}'}"
         for key, column in field.items()
         for what, name, known in (
             ("no schema has the key", key, KNOWN_KEYS),
@@ -567,7 +556,7 @@ def _unknown_schema(columns: list[str], field: Mapping[str, str], schemas: Seque
         guessed |= dict.fromkeys(missing, left[0] if len(missing) == len(left) == 1 else "COLUMN")
     hint += "".join(f" --field {key}={column}" for key, column in guessed.items() if key != column)
     return (
-        f"the rows have the keys {_names(columns) or '(none)'}, which fit no known schema"
+        f"the rows have the keys {listed(columns) or '(none)'}, which fit no known schema"
         f"{'' if task == AUTO else f' of --task {task}'}{flags and f' with{flags}'}.\nKnown: {known}.\n{hint}"
     )
 

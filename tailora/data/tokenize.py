@@ -39,7 +39,7 @@ from tailora.data.schemas import (
 )
 from tailora.errors import DataError
 
-# A text of many megabytes is tokenised in windows, as far as it is needed: as one text it takes minutes, and gigabytes.
+# A text of many megabytes is tokenised in windows: as one text it takes minutes, and gigabytes.
 WINDOW = 2**16  # characters
 OVERLAP = 2**11  # characters that two neighbours share
 AGREEING = 16  # tokens before and after the seam of two windows, which must be the same in both
@@ -50,7 +50,7 @@ class EncodedSample:
     """An example, and what it was made of.
 
     sample: of two replies the better one, of choices the right one.
-    length: in tokens before cutting at max_length.    is_whole: False if only a beginning of that length was read.
+    length: in tokens before cutting at max_length.
     untrained_replies: replies that could not be located.
     choices: those whose right answer is `sample`.
     """
@@ -58,7 +58,6 @@ class EncodedSample:
     sample: AnySample
     example: Example
     length: int
-    is_whole: bool = True
     untrained_replies: int = 0
     choices: Choices | None = None
 
@@ -145,7 +144,6 @@ def _join(sample: AnySample, parts: Sequence[EncodedSample | DataError]) -> Enco
         first,
         example=example,
         length=max(first.length, last.length),
-        is_whole=first.is_whole and last.is_whole,
         untrained_replies=first.untrained_replies + last.untrained_replies,
     )
 
@@ -158,37 +156,27 @@ def _encode_texts(samples: Sequence[Sample], tokenizer: ChatTokenizer) -> list[E
     for sample, result in zip(samples, rendered, strict=True):
         if isinstance(result, DataError):
             encoded.append(result)
-        elif _is_long(result.text, tokenizer):
-            of_text, is_whole = tokenize_in_windows(result.text, tokenizer, tokenizer.settings.max_length)
-            encoded.append(_encode_rendered(sample, result, of_text, is_whole, tokenizer))
+            continue
+        long = _is_long(result.text, tokenizer)
+        of_text = tokenize_in_windows(result.text, tokenizer) if long else next(tokens)
+        ids, mask = loss_mask(result, of_text, tokenizer)
+        example = Example.of_text(ids, mask)
+        if example.supervised:
+            cut = example.beginning(tokenizer.settings.max_length)
+            encoded.append(EncodedSample(sample, cut, len(ids), result.untrained_replies))
         else:
-            encoded.append(_encode_rendered(sample, result, next(tokens), True, tokenizer))
+            encoded.append(DataError("all labels masked: no token of this row would be learned"))
     return encoded
-
-
-def _encode_rendered(
-    sample: Sample, rendered: RenderedSample, tokens: Tokens, is_whole: bool, tokenizer: ChatTokenizer
-) -> EncodedSample | DataError:
-    """tokens: of the text, or of its beginning."""
-    if not is_whole:
-        rendered = rendered.beginning(int(tokens.offsets[-1, 1]))
-    ids, mask = loss_mask(rendered, tokens, tokenizer)
-    example = Example.of_text(ids, mask)
-    if is_whole and not example.supervised:
-        return DataError("all labels masked: no token of this row would be learned")
-    cut = example.beginning(tokenizer.settings.max_length)
-    return EncodedSample(sample, cut, len(ids), is_whole, rendered.untrained_replies)
 
 
 def _is_long(text: str, tokenizer: ChatTokenizer) -> bool:
     return tokenizer.is_local and len(text) > 2 * WINDOW
 
 
-def tokenize_in_windows(text: str, tokenizer: ChatTokenizer, needed: int) -> tuple[Tokens, bool]:
-    """Returns the tokens of a text and True, or of a beginning with more than `needed` and False.
+def tokenize_in_windows(text: str, tokenizer: ChatTokenizer) -> Tokens:
+    """Returns the tokens of a text, from windows that overlap. The tokenizer must be local.
 
-    The tokenizer must be local. The windows overlap. Neighbours are joined in the middle, at a token that both have, as
-    the tokens around it.
+    Neighbours are joined in the middle of what they share, at a token around which they agree.
     """
     parts: list[Tokens] = []
     for start in range(0, len(text) - OVERLAP, WINDOW - OVERLAP):
@@ -198,17 +186,11 @@ def tokenize_in_windows(text: str, tokenizer: ChatTokenizer, needed: int) -> tup
             before = parts[-1]
             seam = _seam(before, window, start + OVERLAP // 2)
             if seam is None:
-                return tokenizer.tokenize([text])[0], True
+                return tokenizer.tokenize([text])[0]
             end, first = seam
             parts[-1] = Tokens(before.ids[:end], before.offsets[:end])
             window = Tokens(window.ids[first:], window.offsets[first:])
-            if sum(len(part.ids) for part in parts) > needed:
-                return _joined(parts), False
         parts.append(window)
-    return _joined(parts), True
-
-
-def _joined(parts: Sequence[Tokens]) -> Tokens:
     return Tokens(np.concatenate([part.ids for part in parts]), np.concatenate([part.offsets for part in parts]))
 
 

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from tailora.data.collate import collate_padded
 from tailora.data.dataset import IGNORED, Example, Examples, Float64
-from tailora.data.labels import Labels, listed
+from tailora.data.labels import Labels
+from tailora.data.messages import listed
 from tailora.data.schemas import REGRESSION, TOKEN_CLASSIFICATION
 from tailora.errors import ConfigError, nearest
 from tailora.kernels.loss import Batch

@@ -189,12 +189,12 @@ def test_a_single_distinct_example_cannot_be_split(keys: list[bytes]) -> None:
 @pytest.mark.parametrize("lengths", [[5], [5, 5, 5], [1, 2], [3, 900, 17, 17, 4000], list(range(1, 1025))])
 def test_the_bins_cover_all_lengths_without_gap(lengths: list[int]) -> None:
     bins = length_histogram(np.array(lengths))
-    assert json.dumps([each.low for each in bins])  # plain numbers
-    assert sum(each.examples for each in bins) == len(lengths)
-    assert (bins[0].low, bins[-1].high) == (min(lengths), max(lengths))
-    assert [each.low for each in bins[1:]] == [each.high + 1 for each in bins[:-1]]
+    assert json.dumps(bins)  # plain numbers
+    assert sum(each["examples"] for each in bins) == len(lengths)
+    assert (bins[0]["low"], bins[-1]["high"]) == (min(lengths), max(lengths))
+    assert [each["low"] for each in bins[1:]] == [each["high"] + 1 for each in bins[:-1]]
     for each in bins:
-        assert each.examples == sum(each.low <= length <= each.high for length in lengths)
+        assert each["examples"] == sum(each["low"] <= length <= each["high"] for length in lengths)
 
 
 def test_the_hash_is_of_the_content_and_its_parts() -> None:

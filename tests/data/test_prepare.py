@@ -44,7 +44,7 @@ def test_a_part_is_held_out_and_all_is_reported(bytes_tokenizer, jsonl) -> None:
     assert report.tokens == len(prepared.train.input_ids) + len(prepared.eval.input_ids)
     assert report.supervised_tokens == prepared.train.supervised.sum() + prepared.eval.supervised.sum()
     assert report.longest == max(prepared.train.lengths.max(), prepared.eval.lengths.max())
-    assert sum(each.examples for each in report.lengths) == 40
+    assert sum(each["examples"] for each in report.lengths) == 40
     assert json.loads(json.dumps(report.to_dict()))["supervised_share"] == report.supervised_tokens / report.tokens
 
 

@@ -213,13 +213,10 @@ def test_windows_give_the_tokens_of_the_whole_text(
         for one, other in zip(expected, parts, strict=True):
             assert one.example.input_ids.tolist() == other.example.input_ids.tolist()
             assert one.example.labels.tolist() == other.example.labels.tolist()
-            assert (one.length > max_length) == (other.length > max_length)
-            assert one.length == other.length if other.is_whole else one.length > other.length > max_length
-        assert (sum(not part.is_whole for part in parts) > 10) == (max_length < sys.maxsize)
+            assert one.length == other.length
 
 
-@pytest.mark.parametrize("at", ["prompt", "completion"])
-def test_a_text_of_megabytes_is_not_tokenized_whole(bytes_tokenizer, chatml, monkeypatch, at: str) -> None:
+def test_a_text_of_megabytes_is_not_tokenized_at_once(bytes_tokenizer, chatml, monkeypatch) -> None:
     tokenizer = ChatTokenizer.of(bytes_tokenizer(chatml), DataSettings(max_length=64))
     sizes: list[int] = []
     original = type(tokenizer.tokenizer).__call__
@@ -229,13 +226,12 @@ def test_a_text_of_megabytes_is_not_tokenized_whole(bytes_tokenizer, chatml, mon
         return original(self, text, **options)
 
     monkeypatch.setattr(type(tokenizer.tokenizer), "__call__", counted)
-    texts = {"prompt": "hello", "completion": "you", at: "how are you " * 300_000}
-    (result,) = encode_samples([Pair(**texts)], tokenizer)
-    assert isinstance(result, EncodedSample)
-    assert not result.is_whole
-    assert result.length > 64 == len(result.example.input_ids)
-    assert result.example.supervised == (0 if at == "prompt" else 64 - int(np.argmax(result.example.labels != IGNORED)))
-    assert sum(sizes) < 200_000
+    results = encode_samples([Pair("how are you " * 30_000, "you"), Pair("hello", "how are you " * 30_000)], tokenizer)
+    cut_away, learned = (result for result in results if isinstance(result, EncodedSample))
+    assert learned.length > 30_000
+    assert cut_away.example.supervised == 0
+    assert learned.example.supervised == 64 - int(np.argmax(learned.example.labels != IGNORED))
+    assert max(sizes) < 200_000
     assert max(map(len, tokenizer.cache), default=0) <= 100
 
 
@@ -244,7 +240,7 @@ def test_a_unigram_model_reads_the_whole_text() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     (result,) = encoded([Text("a" * 200_000)], tokenizer, 8)
     assert not ChatTokenizer.of(tokenizer).is_local
-    assert result.is_whole
+    assert result.length == 66_668  # two of them are a
 
 
 # ---- Preview

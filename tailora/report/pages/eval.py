@@ -13,7 +13,7 @@ from tailora.report.format import NONE, decimals, duration
 from tailora.report.pages.shared import INTERVAL, labels_section, numeric, settings_table
 
 CUTS = {  # of EvalReport.data: how many rows were cut or left out
-    "truncated": "{:,} rows were longer than --max-length and cut; the longest has {at_least}{longest:,} tokens",
+    "truncated": "{:,} rows were longer than --max-length and cut; the longest has {longest:,} tokens",
     "cut_away": "{:,} of them were left out, because nothing is left to evaluate after the cut",
     "copies": "{:,} rows are copies of others: each text was evaluated once",
     "too_long": "{:,} rows were left out: choices or prompt longer than --max-length or the model allows",
@@ -88,8 +88,7 @@ def eval_page(report: EvalReport) -> Page:
         Section("Answers", "The first greedy answers; ✓ marks those that match the expected ones.", _answers(report)),
         Section("Data", "", [settings_table("Data", ("", facts))]),
     ]
-    at_least = "at least " * (data.get("read_in_part", 0) > 0)
-    notes = [text.format(data[name], **data, at_least=at_least) for name, text in CUTS.items() if data.get(name)]
+    notes = [text.format(data[name], **data) for name, text in CUTS.items() if data.get(name)]
     outcomes = [f"gate {'met' if gate.met else 'NOT MET'}: {gate}" for gate in report.gates]
     gates = Section("Gates", "", [List(outcomes) if outcomes else None])
     return Page("eval", evaluated.rstrip("/").rpartition("/")[2], lead, numbers, sections, notes, gates)
