@@ -135,7 +135,7 @@ def search(
     check_sources_of_run(train)
     if search_config.lr_only:
         log("reading model and data")
-        from tailora.report.pages.lr_range import lr_range_page
+        from tailora.report.pages.search import lr_range_page
         from tailora.study.lr_range import find_range
 
         return run_study(find_range, train, search_config, lr_range_page, json, nproc_per_node)

@@ -22,7 +22,6 @@ from tailora.errors import DataError
 from tailora.train.state import seeded
 
 SAMPLES, SAMPLE_LENGTH = 16, 64  # texts written by the base, and their tokens
-MANY_TEXTS = 64  # above this number the base's log-probabilities are kept in bfloat16
 
 
 @dataclass(frozen=True)
@@ -75,14 +74,13 @@ def forgetting(model: Any, texts: Sequence[Sequence[int]]) -> Forgetting:
     batches = [torch.tensor([list(ids)], device=model.device) for ids in texts if len(ids) > 1]  # (1, length) each
     if not batches:
         raise DataError("no text has two tokens: give longer texts to measure forgetting on")
-    kept_dtype = torch.bfloat16 if len(batches) > MANY_TEXTS else torch.float32
     with torch.no_grad(), evaluating(model):
         with model.disable_adapter():
-            base = [_log_probabilities(model, ids).to("cpu", kept_dtype) for ids in batches]
+            base = [_log_probabilities(model, ids).cpu() for ids in batches]
         kl, before, after, tokens = 0.0, 0.0, 0.0, 0
         with constant_adapters(model.base_model):
             for ids, kept in zip(batches, base, strict=True):
-                new, old = _log_probabilities(model, ids), kept.to(ids.device).float()  # (length - 1, vocabulary)
+                new, old = _log_probabilities(model, ids), kept.to(ids.device)  # (length - 1, vocabulary)
                 kl += float((old.exp() * (old - new)).sum())
                 targets = ids[0, 1:, None]
                 before -= float(old.gather(1, targets).sum())

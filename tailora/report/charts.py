@@ -113,13 +113,6 @@ class Canvas:
         ticks = (1.0, 2.0, 5.0) if decades < 1.7 else (1.0, 3.0) if decades < 2.6 else (1.0,)
         self._set_ticks(which, LogLocator(subs=ticks), show)
 
-    def powers_axis(self, which: str, values: Sequence[float]) -> None:
-        """A logarithmic axis with a tick at each of these values."""
-        from matplotlib.ticker import FixedLocator
-
-        getattr(self.axes, f"set_{which}scale")("log", base=2)
-        self._set_ticks(which, FixedLocator(sorted(set(values))), "{:g}".format)
-
     def _set_ticks(self, which: str, locator: "Locator", show: Show) -> None:
         from matplotlib.ticker import FuncFormatter, NullLocator
 

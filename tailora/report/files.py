@@ -54,9 +54,9 @@ def page_of(content: Any, path: Path | str) -> Page:
     if not isinstance(content, dict) or content.get("kind") not in KINDS:
         kind = content.get("kind") if isinstance(content, dict) else type(content).__name__
         raise FormatError(f"{path} is of kind {kind!r}; known are {', '.join(KINDS)}")
-    name = content["kind"].replace("learning-rates", "lr_range")
-    # Imported late, since most results come with torch: pages/NAME.py has NAME_page, from a result to its page
-    make_page = getattr(import_module(f"tailora.report.pages.{name}"), f"{name}_page")
+    file, name = ("search", "lr_range") if content["kind"] == "learning-rates" else (content["kind"], content["kind"])
+    # Imported late, since most results come with torch: pages/FILE.py has NAME_page, from a result to its page
+    make_page = getattr(import_module(f"tailora.report.pages.{file}"), f"{name}_page")
     result_type = next(iter(get_type_hints(make_page).values()))  # of the function's one parameter
     try:
         page: Page = make_page(TypeAdapter(result_type).validate_python(content))

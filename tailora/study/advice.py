@@ -1,20 +1,21 @@
-"""Advice from the numbers of an inspection, by rules with stated thresholds and sources.
+"""What `inspect` finds in an adapter, and the advice that follows from it by rules with stated thresholds and sources.
 
     Inspection -> each of RULES -> Advice, or nothing
 
-A rule is a function. Its docstring states when it gives advice, and why its threshold is what it is;
-"Looking into an adapter" in the docs has the same as a table. No other code gives advice.
+`study/inspect.py` fills in the data classes, whose field names are the keys of report.json. A rule is a function. Its
+docstring states when it gives advice, and why its threshold is what it is; "Looking into an adapter" in the docs has
+the same as a table. No other code gives advice.
 """
 
 import shlex
 import statistics
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tailora.evaluation.spectral import ModuleReport
 from tailora.formats.export import ROUNDING_REMEDY
-from tailora.study.inspection import Advice, HeldOutLosses, Inspection, TruncationCost
-from tailora.study.model_layout import by_group, layer_range, rank_pattern
+from tailora.study.model_layout import by_group, group_of, layer_range, rank_pattern
 
 SATURATED_COST, SATURATED_USE = 0.03, 0.8  # shares of the improvement; of the rank
 SPARE_USE = 0.5  # effective rank / rank, median
@@ -27,43 +28,194 @@ FORGETTING = 0.5  # rise of the loss on other text, relative to the improvement
 ROUNDED = 1e-2  # ||dW|| / ||W||, median, in 16 bits
 
 
-def advise(inspection: Inspection) -> list[Advice]:
-    """Returns the advice of all rules, in their order."""
-    return [advice for rule in RULES for advice in rule(inspection)]
-
-
-# ---- Conditions that several rules, or study/inspect.py, use
-
-
-def is_above_zero(value: float, low: float | None) -> bool:
+def _is_above_zero(value: float, low: float | None) -> bool:
     """True if the low end of the interval is above 0; without an interval, if the value is."""
     return (value if low is None else low) > 0
 
 
-def has_gain(losses: HeldOutLosses) -> bool:
-    """True if the adapter lowers the held-out loss, with an interval above 0."""
-    return is_above_zero(losses.improvement, losses.improvement_low)
+# ---- On held-out data
 
 
-def cost_limit(cost: TruncationCost) -> float:
-    """Returns the share of the improvement that these modules may cost: SATURATED_COST times `cost.values`."""
-    return SATURATED_COST * cost.values
+@dataclass(frozen=True)
+class TruncationCost:
+    """The held-out loss without the lower half of the singular values of some modules, in nats per token.
+
+    rise: by how much the loss rises, paired by example; low, high: its 95% interval, None for a single example.
+    cost: the rise as a share of what the adapter gains over the base; None where the adapter gains nothing.
+    values: the share of the adapter's singular values that these modules have.
+    """
+
+    loss: float
+    rise: float
+    low: float | None
+    high: float | None
+    cost: float | None
+    values: float
+
+    @property
+    def limit(self) -> float:
+        """The share of the improvement that these modules may cost."""
+        return SATURATED_COST * self.values
+
+    @property
+    def is_costly(self) -> bool:
+        """True if the lower half costs more than the limit, and the rise of the loss has an interval above 0."""
+        return self.cost is not None and self.cost > self.limit and _is_above_zero(self.rise, self.low)
 
 
-def is_costly(cost: TruncationCost) -> bool:
-    """True if the lower half costs more than the limit, and the rise of the loss has an interval above 0."""
-    return cost.cost is not None and cost.cost > cost_limit(cost) and is_above_zero(cost.rise, cost.low)
+@dataclass(frozen=True)
+class HeldOutLosses:
+    """Losses in nats per supervised token. `improvement` is base - adapter, with its 95% interval.
+
+    half: without the lower half of the singular values of all modules; groups: of each group of modules.
+    """
+
+    data: str
+    examples: int
+    tokens: int
+    base_loss: float
+    loss: float
+    improvement: float
+    improvement_low: float | None
+    improvement_high: float | None
+    half: TruncationCost
+    groups: dict[str, TruncationCost]
+
+    @property
+    def has_gain(self) -> bool:
+        """True if the adapter lowers the held-out loss, with an interval above 0."""
+        return _is_above_zero(self.improvement, self.improvement_low)
 
 
-def forgets_much(inspection: Inspection) -> bool:
-    """True if the loss on other text rose by more than FORGETTING of what the adapter gained on the data."""
-    losses, forgotten = inspection.held_out, inspection.forgetting
-    if losses is None or forgotten is None or not has_gain(losses):
-        return False
-    return float(forgotten["loss_after"] - forgotten["loss_before"]) > FORGETTING * losses.improvement
+@dataclass(frozen=True)
+class ReducedStrength:
+    """The adapter at a lower strength: its held-out loss (None without data), and how much it forgets."""
+
+    strength: float
+    loss: float | None
+    kl: float
+    base_text_rise: float
 
 
-# ---- Training that did nothing
+# ---- Beside a second adapter
+
+
+@dataclass(frozen=True)
+class ModuleOverlap:
+    """One matrix that both adapters change. Norms are those of the updates, s (B A - B0 A0).
+
+    writes, reads: overlap of the spaces of their outputs and of their inputs (`evaluation.spectral.subspace_overlap`),
+        each beside the overlap of random spaces of the same sizes.
+    cosine: <dW1, dW2> / (||dW1|| ||dW2||): 1 for the same direction, 0 for orthogonal updates, -1 for opposite ones.
+    sum_norm: ||dW1 + dW2||.
+    """
+
+    path: str
+    norm: float
+    other_norm: float
+    sum_norm: float
+    cosine: float
+    writes: float
+    writes_by_chance: float
+    reads: float
+    reads_by_chance: float
+
+
+@dataclass(frozen=True)
+class CombinedLosses:
+    """Held-out losses of the base, of either adapter and of both added up, in nats per supervised token.
+
+    worse: the loss of both - the loss of the better adapter alone, with its 95% interval.
+    """
+
+    base: float
+    one: float
+    other: float
+    both: float
+    worse: float
+    worse_low: float | None
+    worse_high: float | None
+
+
+@dataclass(frozen=True)
+class AdapterOverlap:
+    """modules: those that both adapters change.    cosine: of the two updates, over all modules together."""
+
+    other: str
+    modules: list[ModuleOverlap]
+    only_here: list[str]
+    only_there: list[str]
+    cosine: float
+    losses: CombinedLosses | None = None
+
+
+# ---- The inspection
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What a rule recommends.
+
+    rule: its name.    says: the recommendation, in a sentence or two.
+    evidence: the numbers, and the thresholds that they passed.
+    setting: values of LoRAConfig or TrainConfig, ready to use.    command: a command line to copy, or "".
+    """
+
+    rule: str
+    says: str
+    evidence: dict[str, Any]
+    setting: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """layers: how many the model has, as far as the adapter names them.
+    left_out: path -> why its change has no singular values.
+    training: the settings that the run beside the adapter recorded, {} without a run.
+    forgetting: KL divergence from the base and loss on other text (`evaluation.forgetting`).
+    dial: the adapter at lower strengths, measured where it forgets much.
+    pair: the comparison with a second adapter.
+    """
+
+    adapter: str
+    config: dict[str, Any]
+    layers: int
+    modules: list[ModuleReport]
+    left_out: dict[str, str]
+    model: str | None = None
+    named_base: str | None = None
+    base_dtype: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    held_out: HeldOutLosses | None = None
+    forgetting: dict[str, Any] | None = None
+    dial: list[ReducedStrength] = field(default_factory=list)
+    pair: AdapterOverlap | None = None
+    advice: list[Advice] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def forgets_much(self) -> bool:
+        """True if the loss on other text rose by more than FORGETTING of what the adapter gained on the data."""
+        losses, lost = self.held_out, self.forgetting
+        if losses is None or lost is None or not losses.has_gain:
+            return False
+        return float(lost["loss_after"] - lost["loss_before"]) > FORGETTING * losses.improvement
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, with the `group` and the `use` (effective rank / rank) of every module."""
+        content = asdict(self)
+        for values, module in zip(content["modules"], self.modules, strict=True):
+            values |= {"group": group_of(module.path, self.layers), "use": module.use}
+        return content
+
+
+# ---- Rules: training that did nothing
+
+
+def advise(inspection: Inspection) -> list[Advice]:
+    """Returns the advice of all rules, in their order."""
+    return [advice for rule in RULES for advice in rule(inspection)]
 
 
 def dead(inspection: Inspection) -> Iterator[Advice]:
@@ -94,7 +246,7 @@ def dead(inspection: Inspection) -> Iterator[Advice]:
 def no_gain(inspection: Inspection) -> Iterator[Advice]:
     """Where the interval of the improvement on held-out data (95%, bootstrap over examples) includes 0."""
     losses = inspection.held_out
-    if losses is None or has_gain(losses):
+    if losses is None or losses.has_gain:
         return
     low, high = losses.improvement_low, losses.improvement_high
     interval = "one example" if low is None or high is None else f"95% interval {low:+.4f} to {high:+.4f}"
@@ -118,9 +270,9 @@ def saturated(inspection: Inspection) -> Iterator[Advice]:
     elsewhere.
     """
     losses, modules = inspection.held_out, _nonzero(inspection)
-    if losses is None or not modules or not has_gain(losses):
+    if losses is None or not modules or not losses.has_gain:
         return
-    if not is_costly(losses.half) or _mean_use(modules) <= SATURATED_USE:
+    if not losses.half.is_costly or _mean_use(modules) <= SATURATED_USE:
         return
     groups = {
         name: [module for module in modules if module.path in set(paths)]
@@ -129,7 +281,7 @@ def saturated(inspection: Inspection) -> Iterator[Advice]:
     saturated_groups = {
         name: members
         for name, members in groups.items()
-        if name in losses.groups and _mean_use(members) > SATURATED_USE and is_costly(losses.groups[name])
+        if name in losses.groups and _mean_use(members) > SATURATED_USE and losses.groups[name].is_costly
     }
     in_all_modules = len(saturated_groups) in (0, len(groups))
     evidence, shares = [], []
@@ -137,12 +289,10 @@ def saturated(inspection: Inspection) -> Iterator[Advice]:
     for name, members in ({"all modules": modules} if in_all_modules else saturated_groups).items():
         cost, use = losses.groups.get(name, losses.half), _mean_use(members)
         layers = layer_range([module.path for module in members])
-        numbers = {"cost": cost.cost, "cost_limit": cost_limit(cost), "rise": cost.rise, "rise_low": cost.low}
+        numbers = {"cost": cost.cost, "cost_limit": cost.limit, "rise": cost.rise, "rise_low": cost.low}
         evidence.append({"group": name, "layers": layers, **numbers, "use": use})
         in_layers = f" (layer{'s' if '-' in layers else ''} {layers})" if layers else ""
-        shares.append(
-            f"{name}{in_layers} {cost.cost:.1%} (limit {cost_limit(cost):.1%}) at effective rank / r {use:.2f}"
-        )
+        shares.append(f"{name}{in_layers} {cost.cost:.1%} (limit {cost.limit:.1%}) at effective rank / r {use:.2f}")
         ranks |= {module.path: min(2 * module.r, module.in_features, module.out_features) for module in members}
     one_rank = in_all_modules and len(set(ranks.values())) == 1
     yield Advice(
@@ -262,7 +412,7 @@ def forgetting(inspection: Inspection) -> Iterator[Advice]:
     The threshold is ours; the strengths are measured.
     """
     losses, forgotten = inspection.held_out, inspection.forgetting
-    if losses is None or forgotten is None or not forgets_much(inspection):
+    if losses is None or forgotten is None or not inspection.forgets_much:
         return
     rise = forgotten["loss_after"] - forgotten["loss_before"]
     measured = [(reduced, reduced.loss) for reduced in inspection.dial if reduced.loss is not None]
@@ -294,7 +444,7 @@ def interference(inspection: Inspection) -> Iterator[Advice]:
     """
     overlap = inspection.pair
     losses = None if overlap is None else overlap.losses
-    if overlap is None or losses is None or not is_above_zero(losses.worse, losses.worse_low):
+    if overlap is None or losses is None or not _is_above_zero(losses.worse, losses.worse_low):
         return
     adapters = ["--adapter", f"one={inspection.adapter}", "--adapter", f"two={overlap.other}"]
     yield Advice(

@@ -192,15 +192,12 @@ def fit(
     return None
 
 
-def too_short(session: StudySession, seconds: float, what: str, given: Sequence[str]) -> ConfigError:
-    """seconds: that the least takes from now on, as far as it was timed.    what: the least, in the plural.
-    given: flags to lower.
-    """
+def too_short(session: StudySession, seconds: float, what: str) -> ConfigError:
+    """seconds: that the least takes from now on, as far as it was timed.    what: the least, in the plural."""
     needed = (session.seconds + seconds / SAFETY) / 60
     return ConfigError(
         f"--minutes {session.minutes:g} is too short: {what} take at least {math.ceil(needed)} min, by what was timed "
-        f"so far. Use --minutes {math.ceil(MARGIN * needed)} or more, {''.join(f'fewer {flag}, ' for flag in given)}or "
-        "a smaller --max-length"
+        f"so far. Use --minutes {math.ceil(MARGIN * needed)} or more, fewer steps or runs, or a smaller --max-length"
     )
 
 
@@ -211,7 +208,6 @@ class TimeLimit:
     wanted: everything.    fewest_tries: that allow a verdict.
     fixed: of 'tries' and 'seeds' what the user has given; it is not reduced.
     describe: extent, steps of a run -> the runs of that extent in words, in the plural.
-    given: flags of which less would do.
     """
 
     session: StudySession
@@ -219,7 +215,6 @@ class TimeLimit:
     fewest_tries: int
     fixed: Collection[str]
     describe: Callable[[Extent, int], str]
-    given: Sequence[str]
 
     def fewest(self, part: float = 1.0) -> Extent:
         """Returns the least that allows a verdict. part: of the held-out examples."""
@@ -248,13 +243,11 @@ class TimeLimit:
         fewest = self.fewest(part=min(1.0, FEWEST_HELD_OUT / held_out))
         choice = fit(self.wanted, fewest, longest, self.session.seconds_left, needed)
         if choice is None:
-            raise self._too_short(needed, fewest, longest)
+            raise self._too_short(needed, fewest, min(FEWEST_STEPS, longest))
         return choice
 
-    def _too_short(self, needed: Callable[[Extent, int], float], fewest: Extent, longest: int) -> ConfigError:
-        steps = min(FEWEST_STEPS, longest)
-        given = [*self.given, f"--max-steps than {steps}"]
-        return too_short(self.session, needed(fewest, steps), self.describe(fewest, steps), given)
+    def _too_short(self, needed: Callable[[Extent, int], float], fewest: Extent, steps: int) -> ConfigError:
+        return too_short(self.session, needed(fewest, steps), self.describe(fewest, steps))
 
 
 def held_out_in_use(extent: Extent, held_out: int) -> int | None:

@@ -338,7 +338,6 @@ class _Comparison:
                 f"{len(study.arms)} arms with {extent.tries} learning rates and {extent.seeds} seeds each, and "
                 f"{steps} steps a run,"
             ),
-            [flag for flag, count in (("--rate-tries", study.rate_tries), ("--seeds", study.seeds)) if count > 1],
         )
 
     def _check_time(self, timed: Mapping[str, Costs], costs: Costs) -> None:

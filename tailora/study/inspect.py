@@ -4,9 +4,9 @@
       inspect_model             in a model: also relative norms and intruder dimensions
         _measure_on_data          with data: losses without the lower half of the singular values, forgetting
       adapter_overlap           beside a second adapter: do both change the same directions?
-    study/advice.py           turns the numbers into advice
+    study/advice.py           the data classes of the results, and the rules that turn them into advice
 
-The results are the data classes of `study/inspection.py`. Nothing is trained, and the adapter is not changed.
+Nothing is trained, and the adapter is not changed.
 """
 
 import math
@@ -32,8 +32,7 @@ from tailora.formats.hub import name_of_model
 from tailora.formats.offline import read_offline
 from tailora.formats.run_folder import adapter_folder, recorded_settings
 from tailora.model import LoRAModel
-from tailora.study.advice import advise, forgets_much, is_costly
-from tailora.study.inspection import (
+from tailora.study.advice import (
     AdapterOverlap,
     CombinedLosses,
     HeldOutLosses,
@@ -41,6 +40,7 @@ from tailora.study.inspection import (
     ModuleOverlap,
     ReducedStrength,
     TruncationCost,
+    advise,
 )
 from tailora.study.model_layout import by_group, in_order, layer_count
 from tailora.train.config import TrainConfig
@@ -240,7 +240,7 @@ def _measure_on_data(
     forgotten = forgetting(model, texts)
     log(f"KL from the base on {source} {forgotten.kl:.4f}")
     inspection = replace(inspection, forgetting={**asdict(forgotten), "text": source})
-    if not forgets_much(inspection):
+    if not inspection.forgets_much:
         return inspection
     return replace(inspection, dial=_reduced_strengths(model, name, texts, evaluate, log))
 
@@ -249,7 +249,7 @@ def _held_out_losses(
     inspection: Inspection, model: LoRAModel, name: str, data: str, evaluate: Evaluate, log: Log
 ) -> HeldOutLosses:
     """The losses of the base, of the adapter, and of the adapter without the lower half of the singular values of all
-    modules; where that is costly (`advice.is_costly`), of each group of modules, too.
+    modules; where that is costly, of each group of modules, too.
     """
     adapter = model.adapter(name)
     spectra = spectra_of(
@@ -279,7 +279,7 @@ def _held_out_losses(
 
     half = without_lower_half("all modules", list(spectra))
     groups = by_group(list(spectra), inspection.layers)
-    measured = groups if len(groups) > 1 and is_costly(half) else {}
+    measured = groups if len(groups) > 1 and half.is_costly else {}
     return HeldOutLosses(
         data,
         len(tuned.counts),

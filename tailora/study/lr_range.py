@@ -136,7 +136,7 @@ def _steps_that_fit(train: TrainConfig, session: StudySession) -> int:
         left = share * session.seconds_left
         if needed(costs, FEWEST_STEPS) > left:
             what = f"{FEWEST_STEPS} steps, which a range of learning rates needs,"
-            raise too_short(session, needed(costs, FEWEST_STEPS), what, [])
+            raise too_short(session, needed(costs, FEWEST_STEPS), what)
         return left
 
     check(START)

@@ -154,12 +154,6 @@ def finished_trials(study: optuna.Study) -> list[Candidate]:
     return [Candidate(**trial.user_attrs[OUTCOME]) for trial in trials if OUTCOME in trial.user_attrs]
 
 
-def retried_number(trial: FrozenTrial) -> int | None:
-    """Number of the trial whose settings this one runs again; None for a trial with new settings."""
-    with _experimental():
-        return RetryHeartbeatStaleTrialCallback.retried_trial_number(trial)
-
-
 # ---- What is tried
 
 

@@ -9,6 +9,7 @@ plan -> Plan          (study/plan_result.py)
   measure_steps       with `measure`: a few real steps in a separate process -> measured memory and time
 """
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -424,18 +425,11 @@ def option(settings: str, memory: Memory, batches: Batches, shape: PretrainedCon
 def batch_size_that_fits(available: int, memory: Memory, batches: Batches) -> int:
     """The largest batch that fits; 0 when not even one example does. Activations grow with a forward's tokens."""
 
-    def fits(batch_size: int) -> bool:
+    def needed(batch_size: int) -> float:
         growth = tokens_of(batches.at(batch_size)) / tokens_of(batches.largest) - 1
-        return memory.total + memory.activations * growth <= available
+        return memory.total + memory.activations * growth
 
-    low, high = 0, 1
-    while high <= batches.most and fits(high):
-        low, high = high, high * 2
-    high = min(high, batches.most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return bisect_right(range(1, batches.most + 1), available, key=needed)
 
 
 def remedies(config: TrainConfig, batch_size: int, can_compile: bool, *, can_shard: bool = False) -> list[str]:

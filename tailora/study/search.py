@@ -274,7 +274,6 @@ class _Search:
             lambda extent, steps: (
                 f"{extent.tries} trials of {steps} steps and {self._reserved * extent.seeds} runs that judge"
             ),
-            [f"--{name}" for name in ("trials", "seeds", "finalists") if name in study.model_fields_set],
         )
 
     def _needed(self, costs: Costs, extent: Extent, steps: int) -> float:
@@ -322,9 +321,6 @@ class _Search:
             nonlocal has_ended
             lock.release()
             self.optuna.sampler = optuna_study.sampler(self.train.seed, trial.number)
-            stored = self.optuna.get_trials(deepcopy=False)[trial.number]
-            if (number := optuna_study.retried_number(stored)) is not None:
-                self.session.log(f"trial {trial.number} runs trial {number} again, whose process ended early")
             try:
                 candidate = self._candidate(trial)
                 trial.set_user_attr(optuna_study.OUTCOME, asdict(candidate))

@@ -10,8 +10,8 @@ from tiny import chat_model, stir
 from tiny_adapters import adapted
 
 from tailora import LoRAConfig, LoRAModel
+from tailora.study.advice import CombinedLosses
 from tailora.study.inspect import inspect_model
-from tailora.study.inspection import CombinedLosses
 from tailora.study.model_layout import adapted_modules, trained_groups, unadapted_groups
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

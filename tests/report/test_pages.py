@@ -15,7 +15,7 @@ from tailora.formats.run_folder import write_report
 from tailora.report.files import write_page
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
-FIGURES = {"learning-rates": 1, "train": 7, "compare": 10, "search": 13, "inspect": 10, "plan": 3, "eval": 3}
+FIGURES = {"learning-rates": 1, "train": 7, "compare": 10, "search": 12, "inspect": 10, "plan": 3, "eval": 3}
 
 
 class Outline(HTMLParser):

@@ -8,8 +8,7 @@ import pytest
 
 from tailora.evaluation.spectral import ModuleReport
 from tailora.study import advice as limits
-from tailora.study.advice import advise
-from tailora.study.inspection import Advice, HeldOutLosses, Inspection, ReducedStrength, TruncationCost
+from tailora.study.advice import Advice, HeldOutLosses, Inspection, ReducedStrength, TruncationCost, advise
 
 JUST = 1e-6
 

@@ -86,7 +86,6 @@ def test_workers_share_trials_and_that_of_a_killed_one_is_run_again(shared: Shar
         assert 1 not in [trial["number"] for trial in result["trials"]]  # it was never finished
     assert results[0]["trials"] == results[1]["trials"]
     assert results[0]["best"] == results[1]["best"]
-    assert log.count("runs trial 1 again, whose process ended early") == 1
     lost = json.loads((folder / "trials" / "0001" / "spec.json").read_text())["settings"]
     settings = [json.loads(path.read_text())["settings"] for path in folder.glob("trials/*/spec.json")]
     assert settings.count(lost) == 2
@@ -172,9 +171,7 @@ def test_too_little_time_for_a_search_is_refused_with_what_it_needs(small_run: T
         match=r"--minutes 0\.1 is too short: 6 trials of 9 steps and 4 runs that judge take at least 1 min, by what",
     ):
         search(train, SearchConfig(minutes=0.1), run_trial=not_run)
-    with pytest.raises(
-        ConfigError, match=r"9 trials .* and 3 runs .* Use --minutes \d+ or more, fewer --trials, fewer --seeds"
-    ):
+    with pytest.raises(ConfigError, match=r"9 trials .* and 3 runs .* Use --minutes \d+ or more, fewer steps or runs"):
         search(train, SearchConfig(minutes=9, trials=9, seeds=3, finalists=1), run_trial=slow)
     with pytest.raises(ConfigError, match=r"--minutes 9 is too short: 30 steps, which a range of learning rates needs"):
         find_range(train.replaced(output_dir=str(tmp_path / "range")), SearchConfig(minutes=9), run_trial=slow)

@@ -35,8 +35,7 @@ from tailora.report.pages.shared import (
     shared_prefix,
     short_names,
 )
-from tailora.study.advice import cost_limit, first_few
-from tailora.study.inspection import AdapterOverlap, CombinedLosses, HeldOutLosses, Inspection, ModuleOverlap
+from tailora.study.advice import AdapterOverlap, CombinedLosses, HeldOutLosses, Inspection, ModuleOverlap, first_few
 
 MOST_PANELS = 12  # of spectra
 FIRST_ROWS = 8  # of the table by depth, in a terminal
@@ -316,7 +315,7 @@ def _truncation(losses: HeldOutLosses) -> Section:
             signed(cost.rise, 4),
             interval((cost.low, cost.high), "+.4f"),
             NONE if cost.cost is None else f"{cost.cost:.1%}",
-            f"{cost_limit(cost):.1%}",
+            f"{cost.limit:.1%}",
             f"{cost.values:.0%}",
         ]
         for name, cost in costs.items()

@@ -1,4 +1,4 @@
-"""The page of a search."""
+"""The page of a search, and of `search --lr-only`."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from tailora.report.blocks import Block, Code, Column, Figure, Number, Page, Paragraph, Section, Table
-from tailora.report.charts import INK, PAPER, SERIES, SOFT, Canvas, Estimate, heat_colour
-from tailora.report.format import count, duration, interval, one_line, plural, setting
+from tailora.report.charts import DASHED, PAPER, SERIES, SOFT, Canvas, Estimate
+from tailora.report.format import count, duration, interval, learning_rate, one_line, plural, setting
 from tailora.report.pages.shared import (
     INTERVAL,
     bar_figure,
@@ -19,13 +19,12 @@ from tailora.report.pages.shared import (
     settings_table,
     train_command,
 )
+from tailora.study.lr_range import RateRange
 from tailora.study.results import Candidate, SearchResult
 from tailora.train.memory import format_bytes
 
 SHOWN_TRIALS = 12  # in the terminal
-FEWEST_FOR_SURFACE = 4  # trials
 FEWEST_FOR_SLICES = 5  # trials
-WORST_COLOUR = 0.8  # quantile of the losses at which colours end: how bad still worse trials are does not matter
 FEW_VALUES = 7  # a numeric setting with so few values gets a tick for each
 WIDE_RANGE = 8  # from this ratio of the largest to the smallest value on, the axis is logarithmic
 
@@ -48,11 +47,6 @@ def search_page(search: SearchResult) -> Page:
             f"{plural(len(done), 'trial')} of {plural(search.steps, 'step')} ran to the end, {ended:,} ended early. "
             "Losses are those of the held-out examples that choose.",
             _trials(search, done),
-        ),
-        Section(
-            "Learning rate and rank",
-            "Other settings differ from point to point, too, so the surface shows only a trend.",
-            [_rate_and_rank(search, done)],
         ),
         Section(
             "Which settings matter",
@@ -235,34 +229,6 @@ def _cost(search: SearchResult, done: Sequence[Candidate]) -> Figure | None:
 # ---- Settings
 
 
-def _rate_and_rank(search: SearchResult, done: Sequence[Candidate]) -> Figure | None:
-    trials = [trial for trial in done if {"learning_rate", "r"} <= trial.settings.keys()]
-
-    def draw(canvas: Canvas) -> None:
-        axes = canvas.new_axes(380, "learning rate", "rank")
-        losses = [_loss(trial) for trial in trials]
-        rates, ranks = ([float(trial.settings[name]) for trial in trials] for name in ("learning_rate", "r"))
-        low, high = min(losses), float(np.quantile(losses, WORST_COLOUR))
-        high = high if high > low else low + 1e-3
-        shades = [heat_colour(-loss, -high, -low) for loss in losses]
-        style: dict[str, Any] = {"s": 64, "c": shades, "edgecolors": INK, "linewidths": 1, "zorder": 3}
-        canvas.points(list(zip(rates, ranks, strict=True)), [_tip(trial) for trial in trials], **style, clip_on=False)
-        for trial, rate, rank in zip(trials, rates, ranks, strict=True):
-            if trial.number == search.best.number:
-                for thickness, colour in ((5, PAPER), (2.2, INK)):
-                    ring: dict[str, Any] = {"facecolors": "none", "edgecolors": colour, "linewidths": thickness}
-                    axes.scatter([rate], [rank], s=230, zorder=4, **ring)
-        axes.use_sticky_edges = False
-        axes.margins(0.06)
-        canvas.log_axis("x")
-        canvas.powers_axis("y", ranks)
-        canvas.colour_scale(axes, (-high, -low), lambda number: f"{-number:.3f}", "loss, capped")
-
-    alt = f"Loss of {len(trials)} trials by learning rate and rank."
-    caption = "Loss of each trial by learning rate and rank; strong colours are low losses. Ring: the best."
-    return Figure("surface", draw, alt, caption, wide=True) if len(trials) >= FEWEST_FOR_SURFACE else None
-
-
 def _importances(search: SearchResult) -> list[Block | None]:
     ranked = dict(sorted(search.importances.items(), key=lambda item: -item[1]))
     shares = ", ".join(f"{name} {value:.0%}" for name, value in ranked.items())
@@ -302,3 +268,50 @@ def _draw_slice(points: Sequence[tuple[Any, float]], canvas: Canvas) -> None:
         axes.set_xlim(-0.5, len(names) - 0.5)
     elif min(values) > 0 and max(values) >= WIDE_RANGE * min(values):
         canvas.log_axis("x")
+
+
+# ---- search --lr-only: the held-out loss while the learning rate rises
+
+
+def lr_range_page(rates: RateRange) -> Page:
+    suggestion = learning_rate(rates.suggestion)
+    lowest = f"{rates.base_loss - rates.gain:.3f}"
+    top = rates.base_loss + 0.6 * rates.gain
+
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.new_axes(320, "learning rate", f"held-out loss, {rates.loss_unit}")
+        axes.plot(*zip(*rates.curve, strict=True), color=SERIES[0], linewidth=2)
+        shown = [(rate, loss) for rate, loss in rates.curve if loss <= top]
+        tips = [f"{learning_rate(rate)}: {loss:.4f}" for rate, loss in shown]
+        canvas.points(shown, tips, s=26, color=SERIES[0], zorder=3)
+        axes.axhline(rates.base_loss, color=SOFT, linewidth=1.2, linestyle=DASHED)
+        axes.axvline(rates.suggestion, color=SERIES[1], linewidth=2, label="suggested")
+        axes.set_ylim(rates.base_loss - 1.15 * rates.gain, top)
+        canvas.log_axis("x")
+
+    figure = Figure(
+        "rates",
+        draw,
+        f"Held-out loss against the learning rate, from {rates.base_loss:.3f} down to {lowest} at {suggestion}.",
+        "Dashed line: the base. Losses above the top of the figure are left out.",
+        wide=True,
+    )
+    rows = [[learning_rate(rate), f"{loss:.4f}"] for rate, loss in rates.curve]
+    table = Table(numeric("learning rate", "held-out loss"), rows, "All losses", folded=True)
+    sections = [
+        Section(
+            "Loss while the learning rate rises",
+            "One run, each step at a higher learning rate; the loss is always that of the same held-out examples.",
+            [figure, table],
+        ),
+        Section("Settings", "", [settings_table("Settings", ("", rates.settings.get("train", {})))]),
+    ]
+    numbers = [
+        Number("suggested learning rate", suggestion),
+        Number("lowest loss", lowest, f"at {suggestion}"),
+        Number("held-out loss, base", f"{rates.base_loss:.3f}", "before any training"),
+        Number("steps", f"{rates.steps:,}"),
+    ]
+    command = f"{train_command(rates.settings)} --learning-rate {rates.suggestion:.1e}"
+    conclusion = Section("To train with it", "", [Code(command)])
+    return Page("learning rates", "Learning rates", rates.verdict, numbers, sections, conclusion=conclusion)
