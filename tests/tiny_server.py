@@ -19,7 +19,7 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.cli.serve import listen
 from tailora.core.adapter_set import AdapterSet
 from tailora.serve.app import ServerSettings, create_app
-from tailora.serve.choose_engine import make_engine
+from tailora.serve.continuous_batching import make_engine
 from tailora.serve.engine_interface import Engine
 from tailora.serve.registry import AdapterRegistry
 

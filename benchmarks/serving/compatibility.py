@@ -40,7 +40,7 @@ from tailora.core.quantization import is_quantized
 from tailora.formats.serving_targets import TARGETS, ServingSettings
 from tailora.kernels.compiled_layers import obstacle_to_compiling
 from tailora.kernels.llama import obstacle_to_layers
-from tailora.serve.choose_engine import make_engine
+from tailora.serve.continuous_batching import make_engine
 from tailora.serve.engine_interface import Finish, Request, SamplingParams, Token
 from tailora.train.kernel_choice import checkpointed_layers, choose_packing
 from tailora.train.model_loading import METHODS, check_can_be_sharded, load_base

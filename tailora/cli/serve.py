@@ -75,8 +75,7 @@ def serve(
         from tailora.core.adapter_set import AdapterSet
         from tailora.evaluation.generate import free_positions, stop_ids
         from tailora.serve.app import ServerSettings, create_app
-        from tailora.serve.choose_engine import make_engine
-        from tailora.serve.continuous_batching import ContinuousEngine
+        from tailora.serve.continuous_batching import ContinuousEngine, make_engine
         from tailora.serve.playground import LOCAL_HOSTS
         from tailora.serve.registry import AdapterRegistry
         from tailora.train.memory import keep_freed_memory

@@ -173,13 +173,16 @@ class AdapterSet:
         return module
 
     def layer_calls(self) -> LayerCalls:
-        """Returns what records which layers of the active adapters a forward calls."""
+        """Returns what records which layers of the active adapters a forward calls, instead of `watch_first_step`."""
+        self._take_unwatched()
         return LayerCalls(self.base_model, self._in_order(self._layers_of(self.active)))
 
-    def skip_first_step(self) -> None:
-        """Leaves out the watch of the first training step, for the layers of the active adapters."""
+    def _take_unwatched(self) -> dict[str, nn.Module]:
+        """Returns the layers of the active adapters that were not watched yet; from now on they count as watched."""
+        layers = self._in_order(self._unwatched)
         self._watched |= self._unwatched
         self._unwatched = set()
+        return layers
 
     def watch_first_step(self, parameters: Iterable[nn.Parameter], *, training: bool) -> None:
         """Before a forward. Lets the first training step of every layer warn of those that it does not call.
@@ -192,8 +195,7 @@ class AdapterSet:
         if not training or not torch.is_grad_enabled() or not self._unwatched:
             return
         self._stop_first_step()
-        layers = self._in_order(self._unwatched)
-        self.skip_first_step()
+        layers = self._take_unwatched()
         if not any(module._compiled_call_impl for module in self.base_model.modules()):
             self._first_step = FirstStep(self.base_model, layers)
             self._first_step.watch(parameters)
@@ -293,13 +295,8 @@ class AdapterSet:
 
 
 def layer_calls(model: nn.Module) -> LayerCalls:
-    """Returns what records which layers of a LoRAModel's active adapters a forward calls.
-
-    It replaces the model's own watch of the first training step, which would report the same again.
-    """
-    adapter_set = cast(AdapterSet, model._adapter_set)
-    adapter_set.skip_first_step()
-    return adapter_set.layer_calls()
+    """Returns what records which layers of a LoRAModel's active adapters a forward calls."""
+    return cast(AdapterSet, model._adapter_set).layer_calls()
 
 
 def check_base(base_model: Any) -> None:

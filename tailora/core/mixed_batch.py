@@ -29,7 +29,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
 from tailora.core.adapter import Adapter
 from tailora.core.attach import AdapterPart, call_plain
@@ -135,7 +135,7 @@ class MixedBatch:
     dim: the dimension of the rows.
     is_constant: whether no parameter can change.
     terms: while constant, what parts of adapters add to their layers, as far as it is computed.
-    stacks: of each layer, these terms of all adapters that were used, by their names.
+    stacks: while constant, the last stack of each layer, and the names of its adapters.
     """
 
     rows: Rows
@@ -280,7 +280,6 @@ def layer_terms(part: LoRALayer, layer: nn.Module, dtype: torch.dtype) -> LayerT
 class Stack:
     """The terms of k adapters, and after them those of a zero update."""
 
-    ranks: tuple[int, ...]
     A: Tensor  # (k + 1, R, in): lower ranks are padded with zeros
     B: Tensor  # (k + 1, R, out)
     rescaling: Tensor | None  # (k + 1, out); None if no adapter has one
@@ -290,11 +289,11 @@ class Stack:
     def of(cls, terms: Sequence[LayerTerms]) -> "Stack":
         A, B = _stacked_factors([term.A for term in terms]), _stacked_factors([term.B for term in terms])
         rescaling = _stacked_vectors([term.rescaling for term in terms])
-        return cls(tuple(len(term.A) for term in terms), A, B, rescaling, _stacked_vectors([t.shift for t in terms]))
+        return cls(A, B, rescaling, _stacked_vectors([term.shift for term in terms]))
 
-    def factors(self, blocks: Blocks, R: int | None = None) -> "Factors":
-        """Returns the factors of all blocks. R: the highest rank of their adapters, by default that of the stack."""
-        A, B = (factor[:, :R].index_select(0, blocks.which) for factor in (self.A, self.B))
+    def factors(self, blocks: Blocks) -> "Factors":
+        """Returns the factors of all blocks."""
+        A, B = (factor.index_select(0, blocks.which) for factor in (self.A, self.B))
         rescaling, shift = (None if v is None else v.index_select(0, blocks.rows) for v in (self.rescaling, self.shift))
         return Factors(blocks, A, B, rescaling, shift)
 
@@ -394,43 +393,38 @@ class MixedPart:
 
     def _factors(self, x: Tensor, layer: nn.Module, dtype: torch.dtype, rows: Rows) -> Factors:
         """Returns the factors; kept as long as gradients are off and nothing that they are made of changes."""
-        used, is_constant = rows.used(self.names), self.batch.is_constant
-        names, stack = self._grown_stack(used, layer, dtype) if is_constant else (used, None)
+        used = rows.used(self.names)
         is_sorted = x.numel() == rows.n * x.shape[-1] and (self.batch.dim == 1 or x.device.type == "cpu")
-        blocks = rows.blocks(names, is_sorted, x.device)
+        blocks = rows.blocks(used, is_sorted, x.device)
         if torch.is_grad_enabled():
             self._kept = None
-            return self._stack_of(used, layer, dtype).factors(blocks)
+            return self._stack(used, layer, dtype).factors(blocks)
         kept = self._kept
         if kept is not None and (kept.blocks is not blocks or kept.A.dtype != dtype):
             kept = None
-        if stack is not None:
-            kept = kept or stack.factors(blocks, max(stack.ranks[names.index(name)] for name in used))
+        if self.batch.is_constant:
+            kept = kept or self._constant_stack(used, layer, dtype).factors(blocks)
         elif kept is None or not torch.is_inference_mode_enabled():
             sources = self._sources(used, layer)
             state = _state(sources), [self.parts[name].strength for name in used]
             if kept is None or kept.state != state:
-                kept = self._stack_of(used, layer, dtype).factors(blocks)
+                kept = self._stack(used, layer, dtype).factors(blocks)
                 kept.state, kept.sources = state, [tensor.detach() for tensor in sources]
         self._kept = kept
         return kept
 
-    def _stack_of(self, names: tuple[str, ...], layer: nn.Module, dtype: torch.dtype) -> Stack:
+    def _stack(self, names: tuple[str, ...], layer: nn.Module, dtype: torch.dtype) -> Stack:
         return Stack.of([layer_terms(self.parts[name], layer, dtype) for name in names])
 
-    def _grown_stack(
-        self, used: tuple[str, ...], layer: nn.Module, dtype: torch.dtype
-    ) -> tuple[tuple[str, ...], Stack]:
-        """Returns the terms of all adapters that were used while nothing can change, and their names."""
-        known = self.batch.stacks.get(self)
-        if known is None or not set(used) <= set(known[0]):
-            names = (*known[0], *(name for name in used if name not in known[0])) if known else used
-            terms, parts = self.batch.terms, [self.parts[name] for name in names]
-            for part in parts:
+    def _constant_stack(self, names: tuple[str, ...], layer: nn.Module, dtype: torch.dtype) -> Stack:
+        """Computes the terms of an adapter once, and stacks them again when other adapters are used."""
+        known, terms = self.batch.stacks.get(self), self.batch.terms
+        if known is None or known[0] != names:
+            for part in (self.parts[name] for name in names):
                 if part not in terms:
                     terms[part] = layer_terms(part, layer, dtype)
-            known = self.batch.stacks[self] = names, Stack.of([terms[part] for part in parts])
-        return known
+            known = self.batch.stacks[self] = names, Stack.of([terms[self.parts[name]] for name in names])
+        return known[1]
 
     def _sources(self, used: tuple[str, ...], layer: nn.Module) -> list[Tensor]:
         """Returns the tensors that the factors are made of."""
@@ -528,18 +522,18 @@ class MixedModule(nn.Module):
             groups = [[row for row, own in enumerate(positions) if own == position] for position in used]
             outputs, counts = [], [len(group) for group in groups]
             for position, group in zip(used, groups, strict=True):
-                index_select = partial(torch.index_select, dim=dim, index=rows.tensor(group, first.device))
-                outputs.append(self._run(position, *self._map_rows((args, kwargs), rows.n, index_select)))
+                own = partial(_own_rows, n=rows.n, dim=dim, own=rows.tensor(group, first.device))
+                outputs.append(self._run(position, *tree_map(own, (args, kwargs))))
             in_turn = [row for group in groups for row in group]
             in_order = sorted(range(rows.n), key=in_turn.__getitem__)
             back = rows.tensor(in_order, first.device)
             join = lambda tensors: torch.cat(tensors, dim).index_select(dim, back)  # noqa: E731
-        leaves, structure = [tree_leaves(output) for output in outputs], tree_flatten(outputs[0])[1]
-        joined = []
-        for same in zip(*leaves, strict=True):
+
+        def joined(*same: Any) -> Any:
             self._check_rows(same, counts)
-            joined.append(None if same[0] is None else join(list(same)))
-        return tree_unflatten(joined, structure)
+            return None if same[0] is None else join(list(same))
+
+        return tree_map(joined, *outputs)
 
     def _check_rows(self, outputs: Sequence[Any], counts: Sequence[int]) -> None:
         """Raises RowsError unless these outputs are None, or tensors of so many rows."""
@@ -551,16 +545,6 @@ class MixedModule(nn.Module):
                 shape = tuple(output.shape)
                 raise RowsError(f"{self.path} returns {shape} for {count} rows; dimension {dim} must be the rows")
 
-    def _map_rows(self, arguments: Any, n: int, fn: Callable[[Tensor], Tensor]) -> Any:
-        """Applies `fn` to the tensors that have the n rows."""
-        dim = self.batch.dim
-
-        def mapped(value: Any) -> Any:
-            has_rows = isinstance(value, Tensor) and value.ndim > dim and value.shape[dim] == n
-            return fn(value) if has_rows else value
-
-        return tree_map(mapped, arguments)
-
     def _run(self, position: int, args: Any, kwargs: Any) -> Any:
         """Calls the copy at this position, or after the last copy the base's module, in the base's own precision."""
         (layer,) = self._layer
@@ -570,3 +554,9 @@ class MixedModule(nn.Module):
                 copy.train(layer.training)
             return copy(*args, **kwargs)
         return call_plain(layer, next(self.parameters()).dtype, args, kwargs)
+
+
+def _own_rows(value: Any, n: int, dim: int, own: Tensor) -> Any:
+    """Returns these rows of a tensor that has the batch's n rows, and anything else as it is."""
+    has_rows = isinstance(value, Tensor) and value.ndim > dim and value.shape[dim] == n
+    return value.index_select(dim, own) if has_rows else value

@@ -9,34 +9,17 @@ import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 from tailora.errors import AdapterError
+from tailora.serve.api_errors import RequestError
 from tailora.serve.engine_interface import Engine, Finish, Request, Token
 from tailora.serve.registry import AdapterHandle
-from tailora.serve.schemas import (
-    AssistantMessage,
-    ChatLogprobs,
-    CompletionLogprobs,
-    FinishReason,
-    FunctionCall,
-    TokenLogprob,
-    ToolCall,
-    TopLogprob,
-    Usage,
-    new_id,
-)
+from tailora.serve.schemas import AssistantMessage, FinishReason, Usage, new_id
 
 PROMPT_TOKENS = 6  # of the prompt, decoded along with an answer: some tokenizers drop the space of the first token
 UNFINISHED = "\ufffd"  # an incomplete character decodes to this
-
-
-class CancelledError(Exception):
-    """The answers end early: the client disconnected, or the server is stopping."""
-
-
-class EngineError(Exception):
-    """The engine could not compute an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +58,11 @@ class Answer:
         return Piece(self._index, text, (token,), "stop" if self.has_ended else None)
 
     def finish(self, finish: Finish) -> Piece:
-        """Raises CancelledError or EngineError for an incomplete answer."""
+        """Raises RequestError for an incomplete answer."""
         if finish.reason == "cancelled":
-            raise CancelledError
+            raise RequestError(503, "the server is stopping")
         if finish.reason == "error":
-            raise EngineError(finish.message)
+            raise RequestError(500, f"the model could not answer: {finish.message}")
         self.has_ended = True
         text, is_stopped = self._stop_strings.add(self._detokenizer.rest())
         if not is_stopped:
@@ -110,7 +93,7 @@ class Generation:
         self._in_engine = len(answers)
 
     def start(self) -> None:
-        """Submits all answers to the engine. Raises EngineError if it does not accept them."""
+        """Submits all answers to the engine. Raises RequestError if it does not accept them."""
         loop = asyncio.get_running_loop()
 
         def receive(answer: Answer, event: Token | Finish) -> None:
@@ -123,7 +106,7 @@ class Generation:
                 for other in self.answers[number:]:
                     self._receive(other, Finish("cancelled"))
                 self.cancel()
-                raise EngineError(str(error)) from error
+                raise RequestError(503, f"the engine does not accept requests: {error}") from error
 
     def _receive(self, answer: Answer, event: Token | Finish) -> None:
         self._events.put_nowait((answer, event))
@@ -139,7 +122,7 @@ class Generation:
             self._engine.cancel(answer.request.id)
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """Yields the pieces of all answers as they come. Raises CancelledError or EngineError."""
+        """Yields the pieces of all answers as they come. Raises RequestError."""
         while not all(answer.has_ended for answer in self.answers):
             answer, event = await self._events.get()
             if answer.has_ended:
@@ -216,26 +199,23 @@ def token_text(tokenizer: Any, token_id: int) -> str:
     return str(tokenizer.decode([token_id]))
 
 
-def chat_logprobs(tokenizer: Any, tokens: Sequence[Token], top: int) -> ChatLogprobs:
+def chat_logprobs(tokenizer: Any, tokens: Sequence[Token], top: int) -> dict[str, Any]:
     """top: number of likeliest tokens in each entry."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         text = token_text(tokenizer, token_id)  # the bytes of an incomplete character are unknown
         return {"token": text, "logprob": logprob, "bytes": None if UNFINISHED in text else [*text.encode("utf-8")]}
 
-    return ChatLogprobs(
-        content=[
-            TokenLogprob(
-                **entry(token.id, token.logprob), top_logprobs=[TopLogprob(**entry(*pair)) for pair in token.top[:top]]
-            )
-            for token in tokens
-        ]
-    )
+    content = [
+        {**entry(token.id, token.logprob), "top_logprobs": [entry(*pair) for pair in token.top[:top]]}
+        for token in tokens
+    ]
+    return {"content": content, "refusal": None}
 
 
 def completion_logprobs(
     tokenizer: Any, tokens: Sequence[Token], top: int, *, offset: int, as_ids: bool
-) -> CompletionLogprobs:
+) -> dict[str, Any]:
     """offset: where the text of these tokens begins in the answer.    as_ids: name tokens token_id:ID."""
 
     def name(token_id: int) -> str:
@@ -247,16 +227,13 @@ def completion_logprobs(
             logprobs.setdefault(name(token_id), logprob)  # the likeliest of those with the same text
         return logprobs
 
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token_text(tokenizer, token.id))
-    return CompletionLogprobs(
-        tokens=[name(token.id) for token in tokens],
-        token_logprobs=[token.logprob for token in tokens],
-        top_logprobs=[by_name(token) for token in tokens],
-        text_offset=offsets,
-    )
+    lengths = (len(token_text(tokenizer, token.id)) for token in tokens)
+    return {
+        "tokens": [name(token.id) for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [by_name(token) for token in tokens],
+        "text_offset": [*accumulate(lengths, initial=offset)][:-1],
+    }
 
 
 # ---- Tool calls
@@ -303,7 +280,7 @@ def parse_tool_calls(tokenizer: Any, text: str, prompt: str, tools: list[dict[st
     return AssistantMessage(content=parsed.get("content") or None, reasoning_content=reasoning, tool_calls=calls)
 
 
-def _tool_call(function: dict[str, Any]) -> ToolCall:
+def _tool_call(function: dict[str, Any]) -> dict[str, Any]:
     arguments = function["arguments"]
     arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return ToolCall(id=new_id("call"), function=FunctionCall(name=function["name"], arguments=arguments))
+    return {"id": new_id("call"), "type": "function", "function": {"name": function["name"], "arguments": arguments}}

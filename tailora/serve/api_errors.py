@@ -8,7 +8,6 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from tailora.errors import AdapterNotFoundError, MemoryInUseError, TailoraError
-from tailora.serve.answers import EngineError
 from tailora.serve.schemas import ErrorBody, ErrorDetail
 
 RETRY_AFTER = {"Retry-After": "1"}
@@ -54,8 +53,6 @@ def add_error_handlers(app: FastAPI) -> None:
         match error:
             case RequestError():
                 return error_response(error.status, error.message, error.param)
-            case EngineError():
-                return error_response(503, f"the engine does not accept requests: {error}")
             case RequestValidationError():
                 problems = [f"{'.'.join(map(str, problem['loc'][1:]))}: {problem['msg']}" for problem in error.errors()]
                 names = [str(problem["loc"][1]) for problem in error.errors() if len(problem["loc"]) > 1]
@@ -70,5 +67,5 @@ def add_error_handlers(app: FastAPI) -> None:
         kind = "InvalidUserInput" if is_admin and status == 400 else None
         return error_response(status, message, None if is_admin else "model", kind)
 
-    for handled in (RequestError, EngineError, RequestValidationError, HTTPException, TailoraError):
+    for handled in (RequestError, RequestValidationError, HTTPException, TailoraError):
         app.add_exception_handler(handled, respond)

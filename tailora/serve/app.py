@@ -10,7 +10,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -30,8 +30,6 @@ from tailora.data.schemas import Conversation
 from tailora.errors import DataError
 from tailora.serve.answers import (
     Answer,
-    CancelledError,
-    EngineError,
     Generation,
     Piece,
     chat_logprobs,
@@ -39,7 +37,7 @@ from tailora.serve.answers import (
     parse_tool_calls,
     response_template,
 )
-from tailora.serve.api_errors import ERRORS, ERRORS_OF_TEXT, TYPES, RequestError, add_error_handlers, error_body
+from tailora.serve.api_errors import ERRORS, ERRORS_OF_TEXT, RequestError, add_error_handlers, error_body
 from tailora.serve.engine_interface import Engine, SamplingParams, Token
 from tailora.serve.engine_interface import Request as EngineRequest
 from tailora.serve.playground import add_page
@@ -48,14 +46,12 @@ from tailora.serve.schemas import (
     AssistantMessage,
     ChatChoice,
     ChatCompletion,
-    ChatLogprobs,
     ChatRequest,
     Completion,
     CompletionChoice,
     CompletionRequest,
     FinishReason,
     GenerationRequest,
-    Health,
     LoadAdapterRequest,
     Model,
     ModelList,
@@ -110,12 +106,8 @@ class Metrics:
 
     def forget(self, model: str) -> None:
         """Drops the counts of a model: names that come and go must not fill the memory."""
-        for metric in (self.prompt_tokens, self.tokens, self.first_token):
-            with suppress(KeyError):
-                metric.remove(model)
-        for status in (200, GONE, *TYPES):
-            with suppress(KeyError):
-                self.requests.remove(model, str(status))
+        for metric in (self.requests, self.prompt_tokens, self.tokens, self.first_token):
+            metric.remove_by_labels({"model": model})
 
 
 class Server:
@@ -240,10 +232,6 @@ class Server:
                 if piece.finish_reason is not None:
                     self.engine.cancel(generation.answers[piece.index].request.id)  # after a stop string it goes on
                 yield piece
-        except CancelledError as error:
-            raise RequestError(503, "the server is stopping") from error
-        except EngineError as error:
-            raise RequestError(500, f"the model could not answer: {error}") from error
         finally:
             generation.cancel()
 
@@ -283,30 +271,24 @@ class EventStream(StreamingResponse):
 
     Cancels the answers when the client disconnects, even before `events` has begun or while an event is being sent.
 
-    end: called once with the status that an answer without streaming would have had.
+    end: called with the status that an answer without streaming would have had.
     """
 
     def __init__(self, events: AsyncGenerator[Json], cancel: Callable[[], None], end: Callable[[int], None]) -> None:
         self.texts = self._texts(events)
         super().__init__(self.texts, media_type="text/event-stream")
-        self.cancel, self.end = cancel, end
-        self.has_ended = False
+        self.cancel, self.end, self.status = cancel, end, GONE
 
     async def _texts(self, events: AsyncGenerator[Json]) -> AsyncGenerator[str]:
         async with aclosing(events):
             try:
                 async for event in events:
                     yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
-                self._end(200)
+                self.status = 200
             except RequestError as error:
-                self._end(error.status)
+                self.status = error.status
                 yield f"data: {json.dumps(error_body(error.status, error.message, error.param))}\n\n"
         yield "data: [DONE]\n\n"
-
-    def _end(self, status: int) -> None:
-        if not self.has_ended:
-            self.has_ended = True
-            self.end(status)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -314,7 +296,7 @@ class EventStream(StreamingResponse):
         finally:
             self.cancel()
             await self.texts.aclose()
-            self._end(GONE)
+            self.end(self.status)
 
 
 class ChatAnswer:
@@ -336,7 +318,7 @@ class ChatAnswer:
         logprobs = self.logprobs(answer.tokens)
         return ChatChoice(index=answer.index, message=message, logprobs=logprobs, finish_reason=reason)
 
-    def logprobs(self, tokens: Sequence[Token]) -> ChatLogprobs | None:
+    def logprobs(self, tokens: Sequence[Token]) -> Json | None:
         if not self.body.logprobs:
             return None
         return chat_logprobs(self.server.tokenizer, tokens, self.body.top_logprobs or 0)
@@ -347,8 +329,8 @@ class ChatAnswer:
 
     def event(self, index: int, delta: Json, reason: str | None = None, tokens: Sequence[Token] = ()) -> Json:
         logprobs = self.logprobs(tokens) if tokens else None
-        choice = {"index": index, "delta": delta, "logprobs": logprobs and logprobs.model_dump()}
-        return {**self.head, "object": CHUNK, "choices": [{**choice, "finish_reason": reason}]}
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return {**self.head, "object": CHUNK, "choices": [choice]}
 
     async def stream(self) -> AsyncGenerator[Json]:
         for index in range(len(self.generation.answers)):
@@ -358,7 +340,7 @@ class ChatAnswer:
                 choice = self.choice(answer)
                 delta: Json = {"content": choice.message.content}
                 if calls := choice.message.tool_calls:
-                    delta["tool_calls"] = [{**call.model_dump(), "index": number} for number, call in enumerate(calls)]
+                    delta["tool_calls"] = [{**call, "index": number} for number, call in enumerate(calls)]
                 yield self.event(answer.index, delta, None, answer.tokens)
                 yield self.event(answer.index, {}, choice.finish_reason)
         else:
@@ -546,16 +528,16 @@ def add_adapter_routes(app: FastAPI, server: Server) -> None:
 
 def add_health(app: FastAPI, server: Server) -> None:
     @app.get("/health", responses={503: ERRORS[503]})
-    async def health() -> Health:
+    async def health() -> dict[str, str]:
         """The process answers, and its engine is running."""
         if not server.engine.is_alive and not server.is_draining:
             raise RequestError(503, "the engine is not running")
-        return Health(status="ok")
+        return {"status": "ok"}
 
     @app.get("/ready", responses={503: ERRORS[503]})
-    async def ready() -> Health:
+    async def ready() -> dict[str, str]:
         server.check_ready()
-        return Health(status="ready")
+        return {"status": "ready"}
 
     check = key_check("apiKey", server.settings.api_key)
 

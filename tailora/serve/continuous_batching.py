@@ -1,5 +1,7 @@
 """ContinuousEngine: requests join and leave the batch at every step, and each token has its own adapter.
 
+`make_engine` takes it where transformers supports the model, and `PaddedEngine` elsewhere.
+
 transformers' continuous batching packs the tokens of all requests into one row and keeps their keys and values in a
 paged cache. It does not know about adapters, and has a single seed for all requests. So we change three things in its
 manager (`_new_manager`):
@@ -14,11 +16,11 @@ On a CPU, attention is computed by `attention_by_request`.
 """
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from threading import Lock
-from typing import Any
+from threading import Event, Lock
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,13 +32,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from tailora.core.adapter_set import AdapterSet
 from tailora.core.mixed_batch import MixedBatch
 from tailora.errors import AdapterError, ConfigError
-from tailora.serve.engine_interface import Engine, EventHandler, Finish, Request
+from tailora.quiet import silent_loggers
+from tailora.serve.engine_interface import Engine, EventHandler, Finish, Request, SamplingParams, Token
+from tailora.serve.padded_batching import PaddedEngine
 from tailora.serve.sampling import ChosenTokens, RunningRequest, next_tokens
 
 PAGE_SIZE = 32  # tokens in a block of the cache
 BATCH_TOKENS = 512  # in one forward; longer prompts take several
 CACHE_TOKENS = 32_768  # of all running requests together
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+TRIAL_SECONDS = 120  # for two tokens of a large model on a CPU
+EngineName = Literal["auto", "continuous", "padded"]
 
 
 def attention_by_request(
@@ -259,6 +265,58 @@ class ContinuousEngine(Engine):
 
 def adapter_of(running: RunningRequest | None) -> str | None:
     return None if running is None else running.request.adapter
+
+
+# ---- The engine for a model
+
+
+def make_engine(
+    adapter_set: AdapterSet,
+    eos_token_ids: Collection[int],
+    kind: EngineName = "auto",
+    *,
+    max_positions: int,
+    max_requests: int = 64,
+    note: Callable[[str], None] = lambda _: None,
+) -> Engine:
+    """Returns an engine that has not been started. "auto" prefers continuous batching if a trial with it succeeds.
+
+    note: called with the reason if "auto" falls back to padded batches.
+    Raises ConfigError if `kind` is "continuous" and the model does not support it.
+    """
+
+    def new(engine: type[ContinuousEngine | PaddedEngine]) -> Engine:
+        return engine(adapter_set, eos_token_ids, max_positions=max_positions, max_requests=max_requests)
+
+    if kind == "auto":  # some models claim support that they do not have, so a short answer has to prove it
+        problem = obstacle(adapter_set.base_model) or trial_error(new(ContinuousEngine))
+        if problem:
+            note(f"no continuous batching: {problem}")
+        kind = "padded" if problem else "continuous"
+    return new(ContinuousEngine if kind == "continuous" else PaddedEngine)
+
+
+def trial_error(engine: Engine) -> str:
+    """Returns why a short answer of the base model fails; "" if it succeeds. Stops the engine."""
+    finish, ended = list[Finish](), Event()
+
+    def handle(event: Token | Finish) -> None:
+        if isinstance(event, Finish):
+            finish.append(event)
+            ended.set()
+
+    with silent_loggers("ContinuousBatchingLogger"):  # transformers' logger, which prints a traceback
+        try:
+            engine.start()
+            request = Request("trial", (1, 2, 3), None, SamplingParams(2, temperature=0.0, ignore_eos=True))
+            engine.submit(request, handle)
+            if not ended.wait(TRIAL_SECONDS):
+                return f"no answer in {TRIAL_SECONDS} seconds"
+        except (RuntimeError, ValueError, MemoryError) as error:  # from creating the cache for the model's shapes
+            return str(error) or type(error).__name__
+        finally:
+            engine.stop(0)
+    return finish[0].message if finish[0].reason == "error" else ""
 
 
 def obstacle(model: Any) -> str:

@@ -1,7 +1,7 @@
 """What the server asks of an engine, which runs the model: the requests, the tokens of the answers, and the methods.
 
 `ContinuousEngine` (serve/continuous_batching.py) and `PaddedEngine` (serve/padded_batching.py) implement it. They turn
-requests into the rows of a batch. `make_engine` (serve/choose_engine.py) chooses one of them for a model.
+requests into the rows of a batch. `make_engine` (in the first of these) chooses one of them for a model.
 """
 
 from abc import ABC, abstractmethod

@@ -185,6 +185,7 @@ class UnloadAdapterRequest(RequestBody):
 
 
 FinishReason = Literal["stop", "length", "tool_calls"]
+Logprobs = Annotated[dict[str, Any], Field(description="content, or tokens and token_logprobs, as in OpenAI's API")]
 
 
 class Usage(ResponseBody):
@@ -193,51 +194,18 @@ class Usage(ResponseBody):
     total_tokens: int
 
 
-class FunctionCall(ResponseBody):
-    name: str
-    arguments: str
-
-
-class ToolCall(ResponseBody):
-    id: str
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
-class TopLogprob(ResponseBody):
-    token: str
-    logprob: float
-    bytes: list[int] | None
-
-
-class TokenLogprob(TopLogprob):
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(ResponseBody):
-    content: list[TokenLogprob]
-    refusal: None = None
-
-
-class CompletionLogprobs(ResponseBody):
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
-
-
 class AssistantMessage(ResponseBody):
     role: Literal["assistant"] = "assistant"
     content: str | None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
     refusal: None = None
 
 
 class ChatChoice(ResponseBody):
     index: int
     message: AssistantMessage
-    logprobs: ChatLogprobs | None = None
+    logprobs: Logprobs | None = None
     finish_reason: FinishReason
 
 
@@ -253,7 +221,7 @@ class ChatCompletion(ResponseBody):
 class CompletionChoice(ResponseBody):
     index: int
     text: str
-    logprobs: CompletionLogprobs | None = None
+    logprobs: Logprobs | None = None
     finish_reason: Literal["stop", "length"] | None  # null in a stream until the end
 
 
@@ -266,7 +234,7 @@ class Completion(ResponseBody):
     usage: Usage | None = None
 
 
-# ---- Models, health, errors
+# ---- Models and errors
 
 
 class Model(ResponseBody):
@@ -282,10 +250,6 @@ class Model(ResponseBody):
 class ModelList(ResponseBody):
     object: Literal["list"] = "list"
     data: list[Model]
-
-
-class Health(ResponseBody):
-    status: str
 
 
 class ErrorDetail(ResponseBody):

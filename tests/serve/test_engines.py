@@ -26,8 +26,7 @@ from tailora.core.adapter_set import AdapterSet
 from tailora.core.mixed_batch import layer_terms
 from tailora.core.targets import select
 from tailora.errors import AdapterError, ConfigError
-from tailora.serve.choose_engine import make_engine
-from tailora.serve.continuous_batching import ContinuousEngine
+from tailora.serve.continuous_batching import ContinuousEngine, make_engine
 from tailora.serve.engine_interface import Engine, Finish, Request, SamplingParams, Token
 from tailora.serve.padded_batching import PaddedEngine
 
