@@ -8,11 +8,12 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -142,6 +143,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sharded, one rank splits the loss": {"fsdp": True},
     "sharded, one rank has Llama kernels": {"fsdp": True},
 }
+LLAMA_OBSTACLE = "tailora.train.kernel_choice.obstacle_to_layers"
 RESUMED = [case for case in CASES if "resumed" in case]
 IN_ONE = {"fsdp": False, "fsdp_reshard_after_forward": True, "gradient_accumulation_steps": 2}
 
@@ -205,11 +207,11 @@ def two_ranks(make_settings: Any, settings_of: Any, tmp_path_factory: pytest.Tem
 def test_two_ranks_train_what_one_does(case: str, two_ranks: Ranks, settings: Any, settings_of: Any) -> None:
     one = settings(**{**settings_of(case), **IN_ONE})
     two = two_ranks.folder / case
-    result = run(one)
+    with mock.patch(LLAMA_OBSTACLE, return_value="as on the ranks") if "Llama kernels" in case else nullcontext():
+        result = run(one)  # with the layers that the ranks agree on
     file = "model/model.safetensors" if case.startswith("full") else "adapter/adapter_model.safetensors"
-    atol = 2e-6 if "Llama kernels" in case else 1e-6  # 1.24e-6 seen on Zen 4, cause not known
     for name in (file, "checkpoint-18/adapter.safetensors"):
-        check_close(Path(one.output_dir), two, file=name, atol=atol)
+        check_close(Path(one.output_dir), two, file=name)
     record = json.loads((two / "run.json").read_text())
     assert (record["processes"], record["finished"]) == (2, True)
     if case == "lora":
