@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tailora.core.config import AdaLoRA, LoRAConfig
-    from tailora.core.layer import LoRALayer
+    from tailora.core.layer import LoRALayer, loraplus_groups
     from tailora.core.layer_types import register_layer_type, unregister_layer_type
     from tailora.model import LoRAModel, from_peft
 
@@ -16,6 +16,7 @@ __all__ = [
     "LoRAModel",
     "__version__",
     "from_peft",
+    "loraplus_groups",
     "register_layer_type",
     "unregister_layer_type",
 ]
@@ -26,6 +27,7 @@ _HOMES = {
     "LoRALayer": "tailora.core.layer",
     "LoRAModel": "tailora.model",
     "from_peft": "tailora.model",
+    "loraplus_groups": "tailora.core.layer",
     "register_layer_type": "tailora.core.layer_types",
     "unregister_layer_type": "tailora.core.layer_types",
 }

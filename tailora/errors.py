@@ -145,16 +145,10 @@ def nearest(name: str, known: Iterable[str], *, cutoff: float = CLOSE) -> str:
 
 
 def nearest_path(path: Path, *, folders_only: bool = False) -> str:
-    """Returns what `nearest` does, with names in the folder of a path that does not exist.
-
-    An equal suffix says nothing about how close two names are, so names with the suffix of `path` compare without it.
-    """
-    entries = list(path.parent.iterdir()) if path.parent.is_dir() else []
-    if folders_only:
-        entries = [entry for entry in entries if entry.is_dir()]
-    names = {entry.stem: entry.name for entry in entries if entry.suffix == path.suffix}
-    alike = [names[stem] for stem in _close_names(path.stem, names)]
-    return _question(alike or _close_names(path.name, [entry.name for entry in entries if entry.suffix != path.suffix]))
+    """Returns what `nearest` does, with the names in the folder of a missing path; suffixes are not compared."""
+    entries = path.parent.iterdir() if path.parent.is_dir() else ()
+    names = {entry.stem: entry.name for entry in entries if entry.is_dir() or not folders_only}
+    return _question([names[stem] for stem in _close_names(path.stem, names)])
 
 
 def _close_names(name: str, known: Iterable[str], cutoff: float = CLOSE) -> list[str]:

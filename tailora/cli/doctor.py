@@ -3,6 +3,7 @@
 import os
 import platform
 import shutil
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -37,9 +38,10 @@ def doctor(*, json: Json = False) -> int:
         print_json({**facts, "meaning": conclusions(facts)})
         return 0
     table = Table.grid(padding=(0, 2))
-    for section, values in rows(facts).items():
-        for row, (name, value) in enumerate(values.items()):
-            table.add_row(section if row == 0 else "", name, Text(_value_text(name, value)))
+    sections = facts["devices"] | {name: values for name, values in facts.items() if name not in ("device", "devices")}
+    for section, values in sections.items():
+        for row, (name, value) in enumerate(_lines(values)):
+            table.add_row(section if row == 0 else "", name, Text(value))
     console = stdout()
     print_rich_table(console, table)
     console.print()
@@ -104,20 +106,6 @@ def device_facts(device: "torch.device") -> dict[str, Any]:
     }
 
 
-def rows(facts: Facts) -> Facts:
-    """Returns section -> name -> what is shown, a line each. The devices have a section for each of their facts."""
-    shown: Facts = {section: {} for section in ("devices", "attention", "compiled layers", "quantize")}
-    for device, abilities in facts["devices"].items():
-        parts = [abilities["name"], _value_text("memory", abilities["memory"]), abilities["dtype"]]
-        parts += [f"capability {abilities['capability']}"] if abilities["capability"] else []
-        is_auto = device == facts["device"]["auto"]
-        shown["devices"][device] = ", ".join(parts) + ("; taken by --device auto" if is_auto else "")
-        shown["compiled layers"][device] = abilities["compiled layers"]
-        for section in ("attention", "quantize"):
-            shown[section] |= {f"{device} {method}": text for method, text in abilities[section].items()}
-    return shown | {section: values for section, values in facts.items() if section not in ("device", "devices")}
-
-
 def conclusions(facts: Facts) -> list[str]:
     """Returns what follows for training, in sentences."""
     device = facts["device"]
@@ -142,9 +130,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _value_text(name: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if value is None:
-        return "not set" if name.isupper() else "not installed"
-    return f"{value / 1e9:.1f} GB" if name in BYTES else str(value)
+def _lines(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields the name and the text of each fact, also of those below another one."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}: {inner}", text) for inner, text in _lines(value))
+        elif isinstance(value, bool) or value is None:
+            yield name, "yes" if value else "no" if value is False else "none"
+        else:
+            yield name, f"{value / 1e9:.1f} GB" if name in BYTES else str(value)

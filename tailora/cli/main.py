@@ -20,13 +20,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from cyclopts import App, CoercionError, CycloptsError, UnknownOptionError, UnusedCliTokensError
+from cyclopts import App, CycloptsError, UnknownOptionError, UnusedCliTokensError
 from cyclopts.help import DefaultFormatter
 from cyclopts.help.specs import DescriptionColumn, NameColumn, NameRenderer
 from rich.console import Console
 
 from tailora import __version__
-from tailora.core.config import REMOVED_INITS, our_name, removed_init
+from tailora.core.config import our_name
 from tailora.errors import (
     INTERRUPTED,
     MemoryLimitError,
@@ -205,8 +205,6 @@ def message_of(error: BaseException) -> str:
         known = {name.lstrip("-").replace("-", "_") for item in error.argument_collection for name in item.names}
         if ours := our_name(error.token.keyword.lstrip("-").replace("-", "_"), known, is_flag=True):
             message = f"Unknown option: {error.token.keyword}. {ours[:1].upper()}{ours[1:]}"
-    elif isinstance(error, CoercionError) and error.token and error.token.value in REMOVED_INITS:
-        message = f"{error.token.keyword} {error.token.value} {removed_init(error.token.value)}"
     elif isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         unused = shlex.join(error.unused_tokens)
         hint = f". For data, write --data {unused}" if command in TAKE_DATA else ""

@@ -160,7 +160,8 @@ def shrink(
     for path in ranks:
         layer = adapter.low_rank[path]
         if path not in factors and (not layer.is_plain or layer.layer_type.replaces_forward):
-            factors[path] = low_rank.zeros(low_rank.truncated(spectra[path], 1))
+            leading = low_rank.truncated(spectra[path], 1)
+            factors[path] = low_rank.Factors(torch.zeros_like(leading.B), torch.zeros_like(leading.A))
     settings = {name: getattr(adapter.config, name) for name in KEPT_SETTINGS}
     smaller = build_adapter(factors, base_model, saved=copy.deepcopy(adapter.saved), **settings)
     smaller = replace(smaller, extras=copy.deepcopy(adapter.extras))

@@ -110,20 +110,10 @@ TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTIO
 # Inits that were removed -> the init as which the files of earlier versions are read. Their A and B exist, so all that
 # counts is whether there is a frozen start.
 REMOVED_INITS = {"lora_ga": "pissa", "lora_one": "kaiming"}
-
-
-def removed_init(name: str) -> str:
-    """Returns what to use instead of an init that was removed."""
-    return f"was removed; use pissa or eva. To resume a run that began with it, use {REMOVED_INITS[name]}"
-
-
-def _checked_init(value: Any) -> Any:
-    if isinstance(value, str) and value in REMOVED_INITS:
-        raise ValueError(removed_init(value))
-    return "kaiming" if value is True else value  # as in PEFT
-
-
-Init = Annotated[Literal["kaiming", "gaussian", "pissa", "olora", "eva"], BeforeValidator(_checked_init)]
+Init = Annotated[
+    Literal["kaiming", "gaussian", "pissa", "olora", "eva"],
+    BeforeValidator(lambda value: "kaiming" if value is True else value),  # as in PEFT
+]
 
 
 def with_known_init(settings: Mapping[str, Any]) -> dict[str, Any]:

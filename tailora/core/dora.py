@@ -159,12 +159,8 @@ class RowNorms:
 
 def row_squares(weight: Tensor, transposed: bool, dtype: torch.dtype) -> Tensor:
     """Returns ||W||^2 of every output row of W (groups, m, n), a column of it if `transposed`: (out,), in `dtype`."""
-    if len(weight) == 1 and transposed:
-        return torch.stack([block.to(dtype).square().sum(0) for block in _blocks(weight[0])]).sum(0)
-    dim = 0 if transposed else 1
-    if len(weight) == 1:
-        return torch.cat([block.to(dtype).square().sum(dim) for block in _blocks(weight[0])])
-    return torch.cat([block.to(dtype).square().sum(dim + 1) for block in _blocks(weight)]).flatten()
+    squares = [[block.to(dtype).square().sum(0 if transposed else 1) for block in _blocks(W)] for W in weight]
+    return torch.cat([torch.stack(sums).sum(0) if transposed else torch.cat(sums) for sums in squares])
 
 
 def row_norms(
@@ -189,22 +185,20 @@ def _product(weight: Tensor, right: Tensor) -> Tensor:
     """Returns weight (groups, m, n) @ right (groups, n, r), in the dtype of `right`."""
     if _is_one_product(weight, right.dtype):
         return (weight @ right.to(weight.dtype)).to(right.dtype)
-    if len(weight) == 1:
-        return torch.cat([block.to(right.dtype) @ right[0] for block in _blocks(weight[0])])[None]
-    blocks = _blocks(weight)
-    return torch.cat([W.to(right.dtype) @ R for W, R in zip(blocks, _split_like(right, blocks), strict=True)])
+    pairs = zip(weight, right, strict=True)
+    return torch.stack([torch.cat([block.to(right.dtype) @ R for block in _blocks(W)]) for W, R in pairs])
 
 
 def _left_product(left: Tensor, weight: Tensor) -> Tensor:
     """Returns left^T (groups, r, m) @ weight (groups, m, n), in the dtype of `left`."""
     if _is_one_product(weight, left.dtype):
         return (left.mT.to(weight.dtype) @ weight).to(left.dtype)
-    if len(weight) > 1:
-        blocks = _blocks(weight)
-        return torch.cat([L.mT @ W.to(left.dtype) for W, L in zip(blocks, _split_like(left, blocks), strict=True)])
-    blocks = _blocks(weight[0])
-    sums = [L.T @ W.to(left.dtype) for W, L in zip(blocks, _split_like(left[0], blocks), strict=True)]
-    return (sums[0] if len(sums) == 1 else torch.stack(sums).sum(0))[None]
+    sums = []
+    for L, W in zip(left, weight, strict=True):
+        blocks = _blocks(W)
+        parts = zip(torch.split(L, len(blocks[0])), blocks, strict=True)
+        sums.append(torch.stack([part.T @ block.to(left.dtype) for part, block in parts]).sum(0))
+    return torch.stack(sums)
 
 
 def _is_one_product(weight: Tensor, dtype: torch.dtype) -> bool:
@@ -216,13 +210,9 @@ def _is_one_product(weight: Tensor, dtype: torch.dtype) -> bool:
     return not _has_blocks(weight) and dtype == torch.float32
 
 
-def _split_like(factor: Tensor, blocks: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Splits the factor along its first dimension as the weight was split."""
-    return torch.split(factor, len(blocks[0]))
-
-
-def _blocks(weight: Tensor) -> Sequence[Tensor]:
-    return torch.split(weight, max(1, BLOCK // weight[0].numel())) if _has_blocks(weight) else (weight,)
+def _blocks(matrix: Tensor) -> Sequence[Tensor]:
+    """Splits a matrix into blocks of rows, if it is to be widened block by block."""
+    return torch.split(matrix, max(1, BLOCK // matrix.shape[1])) if _has_blocks(matrix) else (matrix,)
 
 
 def _has_blocks(weight: Tensor) -> bool:

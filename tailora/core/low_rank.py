@@ -46,14 +46,9 @@ def leading_triplets(M: Tensor, k: int) -> Spectrum:
         Q = orthonormal(M @ gaussian((*M.shape[:-2], M.shape[-1], k + EXTRA), M))
         for _ in range(ITERATIONS):
             Q = orthonormal(M @ orthonormal(M.mT @ Q))
-        spectrum = triplets_in_basis(Q, Q.mT @ M)
+        U, S, V = torch.linalg.svd(Q.mT @ M, full_matrices=False)
+        spectrum = Spectrum(Q @ U, S, V)
     return Spectrum(spectrum.U[..., :k], spectrum.S[..., :k], spectrum.V[..., :k, :])
-
-
-def triplets_in_basis(Q: Tensor, R: Tensor) -> Spectrum:
-    """Returns the triplets of Q R, for orthonormal columns Q (..., m, k) and R (..., k, n)."""
-    U, S, V = torch.linalg.svd(R, full_matrices=False)
-    return Spectrum(Q @ U, S, V)
 
 
 def orthonormal(columns: Tensor) -> Tensor:
@@ -109,10 +104,6 @@ class Update:
     stacked: bool = False
     weight: Callable[[], Tensor] | None = None
     dense: Callable[[], Tensor] | None = None
-
-
-def zeros(like: Factors) -> Factors:
-    return Factors(torch.zeros_like(like.B), torch.zeros_like(like.A))
 
 
 def concatenated(products: list[Factors]) -> Factors:

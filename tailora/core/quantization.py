@@ -42,10 +42,6 @@ class Storage:
         """Returns how far from `dense` the numbers may have been before quantisation; broadcasts to (out, in)."""
         return dense.new_zeros(())
 
-    def requantize(self, _layer: Any, rows: Tensor) -> Tensor:
-        """Returns what rows (n, in) of a weight become when they are quantised as the layer is, and dequantised."""
-        return rows
-
     def tensors(self, layer: Any) -> list[Tensor]:
         """Returns the plain tensors in memory."""
         return [weight_of(layer)]
@@ -79,20 +75,6 @@ class FourBit(Storage):
             rounding = _half_gap(state.state2.code) * groups[: len(largest)]
         blocks = (largest + rounding) * _half_gap(state.code) + rounding
         return torch.as_tensor(blocks.repeat_interleave(state.blocksize)[: dense.numel()].view(dense.shape))
-
-    def requantize(self, layer: Any, rows: Tensor) -> Tensor:
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-        state = self.state(layer)
-        quantized = quantize_4bit(
-            rows.contiguous(),
-            blocksize=state.blocksize,
-            compress_statistics=state.nested,
-            quant_type=state.quant_type,
-            quant_storage=layer.weight.dtype,
-        )
-        value: Tensor = dequantize_4bit(*quantized)
-        return value
 
     def tensors(self, layer: Any) -> list[Tensor]:
         state = self.state(layer)
@@ -138,10 +120,6 @@ class Int8(Storage):
     def spread(self, layer: Any, _dense: Tensor) -> Tensor:
         return self._scales(layer).float() * (1 / 254 + 2**-11)  # it was rounded to float16 first
 
-    def requantize(self, _layer: Any, rows: Tensor) -> Tensor:
-        largest = rows.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
-        return (rows.float() * (127 / largest)).round() * (largest / 127)
-
     def tensors(self, layer: Any) -> list[Tensor]:
         return [layer.weight.data, self._scales(layer)]
 
@@ -164,17 +142,6 @@ class TorchAO(Storage):
         """Half a step. Where steps are not known, half of those of 7.5 levels, which no format of 4 bits exceeds."""
         steps = self._steps(layer)
         return dense.float().abs().amax(dim=1, keepdim=True) / 15 if steps is None else steps / 2
-
-    def requantize(self, layer: Any, rows: Tensor) -> Tensor:
-        """By one step for each row or block, as large as the largest number needs; 7.5 levels where not known."""
-        steps = self._steps(layer)
-        if steps is None:
-            step = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 7.5
-            return (rows / step).round() * step
-        levels = round(float((layer.weight.dequantize().float().abs() / steps).max()))
-        blocks = rows.float().reshape(len(rows), -1, layer.weight.block_size[1])
-        step = blocks.abs().amax(dim=2, keepdim=True).clamp(min=1e-30) / levels
-        return ((blocks / step).round() * step).reshape(rows.shape)
 
     def tensors(self, layer: Any) -> list[Tensor]:
         return list(inner_tensors(layer.weight))
@@ -290,8 +257,6 @@ def stored_bytes(module: nn.Module) -> int:
 
 # ---- Turning quantised layers and models into plain ones: the same objects
 
-SAMPLE = 2**18  # numbers that are quantised again to measure the error; NF4 takes 30 million a second on one core
-
 # Attributes that bitsandbytes and transformers leave on quantised layers, models and configs.
 BITSANDBYTES = {"compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", "support_avx512bf16_for_cpu"}
 OF_LAYERS = frozenset(BITSANDBYTES | {"state", "index", "source_cls", "extra_repr", "_hf_quantized_needs_local_tp"})
@@ -349,20 +314,6 @@ def common_dtype(model: nn.Module) -> torch.dtype:
     quantized = {id(layer.weight) for layer in quantized_layers(model).values()}
     dtypes = (p.dtype for p in model.parameters() if id(p) not in quantized and p.is_floating_point())
     return next(dtypes, torch.float32)
-
-
-@torch.no_grad()
-def requantization_error(layer: nn.Module, weight: Tensor, merged: Tensor) -> float:
-    """Returns ||Q(M) - M|| / ||M - W|| over evenly spaced rows, for the layer's quantisation Q; 0 where M is W.
-
-    weight W: what the layer stores; merged M: with its update. Both (out, in).
-    """
-    count = max(1, min(len(merged), SAMPLE // merged.shape[1]))
-    rows = torch.linspace(0, len(merged) - 1, count, device=merged.device).long()
-    before, after = weight[rows].float(), merged[rows].float()
-    update = float((after - before).norm())
-    error = float((storage_of(layer).requantize(layer, after).float() - after).norm())
-    return error / update if update > 0 else 0.0
 
 
 # ---- bitsandbytes on a CPU

@@ -24,7 +24,6 @@ from tailora.core.fused_layers import OutputSlice, layout_of, output_slices
 from tailora.core.layer_calls import Use, last_names, use_of
 from tailora.core.layer_types import (
     EMBEDDING,
-    LAYER_TYPES,
     LayerType,
     layer_path_of,
     layer_type_of,
@@ -451,9 +450,8 @@ def _unmatched_name(setting: str, name: str, candidates: Mapping[str, TargetCand
     named = [path for path in modules if path and patterns.named(name, path)]
     if named and layer_type_of(modules[named[0]]) is None and setting != "target_parameters":
         blocks, class_name = tuple(f"{path}." for path in named), type(modules[named[0]]).__name__
-        if inner := sorted({layer.last_name for path, layer in candidates.items() if path.startswith(blocks)}):
-            return f"{setting}: {name!r} is a {class_name}, a block of layers; name those: {', '.join(inner)}"
-        return f"{setting}: {name!r} is a {class_name}, which has no low-rank form; layer types: {_layer_type_names()}"
+        inner = {layer.last_name for path, layer in candidates.items() if path.startswith(blocks)}
+        return f"{setting}: {name!r} is a {class_name}, which has no low-rank form; inside it{_hint('', inner)[1:]}"
     layer_name, _, part = name.rpartition(".")
     layers = [path for path in candidates if layer_name and patterns.named(layer_name, path)]
     if layers and not any(layer.output_slice and layer.layer_path == layers[0] for layer in candidates.values()):
@@ -463,18 +461,11 @@ def _unmatched_name(setting: str, name: str, candidates: Mapping[str, TargetCand
 
 
 def _nothing_selected(candidates: Mapping[str, TargetCandidate], config: LoRAConfig) -> str:
-    """Why no candidate is selected, although each setting matches something."""
-    problem = f"target_modules={config.target_modules!r} leaves no layer to adapt"
-    if not candidates:
-        return f"{problem}: no module has one of the layer types {_layer_type_names()}; use a different model"
-    names = ("exclude_modules", "layers_to_transform", "modules_to_save")
-    if limits := [f"{name}={value!r}" for name in names if (value := getattr(config, name)) is not None]:
-        return f"{problem} with {' and '.join(limits)}; change one of these settings"
-    return f"{problem}; give names of layers{_hint('', (), {candidate.last_name for candidate in candidates.values()})}"
-
-
-def _layer_type_names() -> str:
-    return ", ".join([*(cls.rpartition(".")[2] for cls in LAYER_TYPES), "MultiheadAttention"])
+    """Returns the settings that together select no candidate, although each of them matches something."""
+    names = ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save")
+    settings = [f"{name}={value!r}" for name in names if (value := getattr(config, name)) is not None]
+    hint = _hint("", {candidate.last_name for candidate in candidates.values()})
+    return f"no layer is left to adapt with {' and '.join(settings)}{hint}"
 
 
 def _no_layer(setting: str, name: str, paths: Collection[str]) -> str:

@@ -364,10 +364,10 @@ def write_merged(folder: Path, source: ExportSource) -> list[str]:
     notes = [f"rounding to {dtype} changes the update by at most {report.worst:.2g} of its size in the worst layer"]
     if report.worst > LARGE_ERROR:
         notes[0] += f". To keep all of it, {ROUNDING_REMEDY}"
-    if errors := sorted(report.quantization_error.values()):
+    if quantized_layers(base):
         notes.append(
-            f"the whole base is dequantised, to {dtype}: what quantising had rounded off stays lost. Quantising "
-            f"the merged weights again would err by {errors[0]:.2g} to {errors[-1]:.2g} times the update"
+            f"the whole base is dequantised, to {dtype}: what quantising had rounded off stays lost. Quantising the "
+            "merged weights again would lose a part of the update, or all of it"
         )
     if source.tokenizer is None:
         notes.append("no tokenizer was given, so none is in the folder")

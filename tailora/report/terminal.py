@@ -3,7 +3,7 @@
     title, numbers -> sections -> lead -> notes
 
 The lead stands at the end, where a reader's eyes are when a command has finished. Commands, and everything where the
-output is no terminal, are never broken into lines. Where the encoding is not Unicode, signs have ASCII spellings.
+output is no terminal, are never broken into lines.
 """
 
 import re
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
-from rich.box import SIMPLE_HEAD, Box
+from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Table
@@ -21,9 +21,7 @@ from rich.text import Text
 from tailora.report import blocks
 from tailora.report.format import NONE, plural, printable
 
-ASCII_HEAD = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
-ASCII = {"−": "-", "–": "-", "×": "x", "‖": "||", "Δ": "d", "→": "->", "✓": "+", "✗": "-", "…": "..."}
-SHADES, ASCII_SHADES = "▁▂▃▄▅▆▇█", ".:-=+*#%@"
+SHADES = "▁▂▃▄▅▆▇█"
 GAP = 2  # between two columns
 LONG_WORD = 20  # a longer word, such as the path of a layer, may be broken after . / and _
 
@@ -99,25 +97,14 @@ def _print_block(console: Console, block: blocks.Block) -> None:
 def _print(console: Console, text: str, style: str = "") -> None:
     """A paragraph, broken between words on a terminal and in one line elsewhere."""
     if text:
-        text = _spelled(console, text)
-        text = _wrapped(text, console.width) if console.is_terminal else text
+        text = _wrapped(printable(text), console.width) if console.is_terminal else printable(text)
         console.print(Text(text, style=style), soft_wrap=not console.is_terminal)
 
 
 def _print_lines(console: Console, lines: Sequence[str]) -> None:
     """Lines to copy."""
     for line in lines:
-        console.print(Text(_spelled(console, line)), soft_wrap=True)
-
-
-def _unicode(console: Console) -> bool:
-    return console.encoding.lower().startswith("utf")
-
-
-def _spelled(console: Console, text: str) -> str:
-    """The text as this terminal can show it."""
-    text = printable(text)
-    return text if _unicode(console) else "".join(ASCII.get(letter, letter) for letter in text)
+        console.print(Text(printable(line)), soft_wrap=True)
 
 
 # ---- Tables
@@ -129,7 +116,7 @@ def _print_table(console: Console, table: blocks.Table, *, lines_between_rows: b
     if table.title:
         _print(console, table.title, style="bold")
     columns: Columns = [
-        (replace(column, name=_spelled(console, column.name)), [_spelled(console, row[index]) for row in table.rows])
+        (replace(column, name=printable(column.name)), [printable(row[index]) for row in table.rows])
         for index, column in enumerate(table.columns)
     ]
     lines_between_rows |= any(column.interval for column, _ in columns)
@@ -144,7 +131,7 @@ def _print_table(console: Console, table: blocks.Table, *, lines_between_rows: b
                     _print(console, f"  {column.name}: {cell}".replace("\n", " / "))
     else:
         shown = Table(
-            box=SIMPLE_HEAD if _unicode(console) else ASCII_HEAD,
+            box=SIMPLE_HEAD,
             show_header=any(column.name for column, _ in columns),
             show_edge=False,
             show_lines=lines_between_rows,
@@ -248,18 +235,17 @@ def _print_heat_map(console: Console, heat: blocks.HeatMap) -> None:
     if len(layers) < blocks.FEWEST_LAYERS:
         return
     names = list(dict.fromkeys(name for name, _ in heat.cells))
-    spelled = {name: set_cell_size(_spelled(console, name), max(map(cell_len, names))) for name in names}
+    spelled = {name: set_cell_size(printable(name), max(map(cell_len, names))) for name in names}
     margin = max(map(cell_len, spelled.values())) + GAP
     step = -(-len(layers) // max(console.width - margin, 1))
     groups = [layers[start : start + step] for start in range(0, len(layers), step)]
-    shades = SHADES if _unicode(console) else ASCII_SHADES
     lines = []
     for name in names:
         line = spelled[name] + " " * GAP
         for group in groups:
             values = [heat.cells[name, layer] for layer in group if (name, layer) in heat.cells]
             share = min(statistics.fmean(values) / heat.top, 1.0) if values and heat.top else 0.0
-            line += shades[round(share * (len(shades) - 1))] if values else " "
+            line += SHADES[round(share * (len(SHADES) - 1))] if values else " "
         lines.append(line)
     first, last = str(layers[0]), str(layers[-1])
     lines.append(" " * margin + first.ljust(max(len(groups) - len(last), 2)) + last)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tailora.core.loraplus import names_with_higher_lr
+from tailora.core.layer import names_with_higher_lr
 from tailora.errors import ConfigError
 from tailora.kernels.flat_parameters import FlatBuffer, Group
 from tailora.quiet import quiet_loggers

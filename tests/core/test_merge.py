@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 from tiny import chat_model, stir
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.merge import _is_product
 from tailora.errors import MergeError
 
 
@@ -117,23 +116,12 @@ def test_what_cannot_be_done_while_merged_is_refused() -> None:
         model.merge()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_forward_that_computes_the_product_by_itself_is_merged(dtype: torch.dtype) -> None:
-    class Counting(FalconLinear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.calls.append(x.shape)
-            return super().forward(x)
-
-    base = nn.Sequential(FalconLinear(8, 8), Counting(8, 8, bias=False)).to(dtype)
-    base[1].calls = []
-    model, x = LoRAModel(base, LoRAConfig(r=2)), torch.randn(3, 8, dtype=dtype)
+def test_a_class_that_is_known_to_compute_the_product_by_itself_is_merged() -> None:
+    model, x = LoRAModel(nn.Sequential(FalconLinear(8, 8)), LoRAConfig(r=2)), torch.randn(3, 8)
     stir(model)
     expected = model(x)
-    state = torch.random.get_rng_state()
     model.merge()
-    assert len(base[1].calls) == 1  # trying the class leaves the layer and the random state alone
-    assert torch.equal(torch.random.get_rng_state(), state)
-    torch.testing.assert_close(model(x), expected, **({} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.1}))
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_a_forward_that_computes_something_else_is_not_merged() -> None:
@@ -163,21 +151,6 @@ def test_a_forward_that_computes_something_else_is_not_merged() -> None:
         model = LoRAModel(nn.Sequential(layer), LoRAConfig(r=2))
         with pytest.raises(MergeError, match=f"{cls.__name__} overrides forward"):
             model.merge()
-
-
-def test_the_trial_of_an_own_forward_copies_the_layer_as_it_is() -> None:
-    class Optional(nn.Linear):
-        activation = None
-
-        def __init__(self, *sizes: int) -> None:
-            super().__init__(*sizes)
-            self.__dict__["activation"] = None
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = super().forward(x)
-            return y if self.activation is None else self.activation(y)
-
-    assert _is_product(Optional(4, 3), Optional)
 
 
 def test_a_parametrized_weight_is_not_merged() -> None:

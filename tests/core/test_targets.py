@@ -59,15 +59,18 @@ def test_selectors_select_as_many_layers_as_they_name(settings: dict[str, Any], 
         ({"target_modules": ["norm"]}, "'norm' is a LlamaRMSNorm, which has no low-rank form"),
         (
             {"target_modules": ["mlp"]},
-            "'mlp' is a LlamaMLP, a block of layers; name those: down_proj, gate_proj, up_proj",
+            "'mlp' is a LlamaMLP, which has no low-rank form; inside it there are: down_proj, gate_proj, up_proj",
         ),
         ({"target_modules": "q_proj"}, "matches no whole path of a layer; did you mean q_proj"),
         ({"target_modules": []}, "names nothing"),
         ({"exclude_modules": ["nothing_like_it"]}, "exclude_modules: 'nothing_like_it' matches no layer; there are"),
-        ({"exclude_modules": r".*"}, r"leaves no layer to adapt with exclude_modules='\.\*'; change one"),
+        (
+            {"exclude_modules": r".*"},
+            r"no layer is left to adapt with target_modules='all-linear' and exclude_modules='\.\*'",
+        ),
         (
             {"target_modules": ["q_proj"], "exclude_modules": ["0.self_attn.q_proj"], "layers_to_transform": 0},
-            r"with exclude_modules=\['0.self_attn.q_proj'\] and layers_to_transform=0; change one",
+            r"exclude_modules=\['0.self_attn.q_proj'\] and layers_to_transform=0; there are: down_proj",
         ),
         ({"layers_to_transform": [1, 7]}, r"layers_to_transform=\[7\]: no layer has this index; there are: 0..1"),
         ({"rank_pattern": {"qproj": 3}}, "rank_pattern: 'qproj' matches no adapted layer; did you mean q_proj"),
@@ -88,8 +91,14 @@ def test_what_matches_nothing_is_an_error_that_names_the_nearest(settings: dict[
 @pytest.mark.parametrize(
     ("model", "remedy"),
     [
-        (nn.Sequential(nn.Embedding(3, 4), nn.ReLU()), "leaves no layer to adapt; give names of layers; there are: 0"),
-        (nn.Sequential(nn.ReLU(), nn.LayerNorm(4)), "no module has one of the layer types Linear, .*a different model"),
+        (
+            nn.Sequential(nn.Embedding(3, 4), nn.ReLU()),
+            r"no layer is left to adapt with target_modules=\S+; there are: 0",
+        ),
+        (
+            nn.Sequential(nn.ReLU(), nn.LayerNorm(4)),
+            r"no layer is left to adapt with target_modules=\S+; there are none",
+        ),
     ],
 )
 def test_a_model_without_linear_layers_is_refused_with_what_can_be_named(model: nn.Module, remedy: str) -> None:

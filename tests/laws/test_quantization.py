@@ -107,7 +107,6 @@ def test_the_merged_model_is_plain_and_computes_the_same_and_unmerging_gives_bac
         assert model.base_model.state_dict().keys() == plain.base_model.state_dict().keys()
         assert report.rounding_error.keys() == other.rounding_error.keys()
         assert report.worst < 1e-5
-        assert 0 < report.quantization_error["block.target"] < 1
     assert layer.weight is weight
     assert type(layer) is cls
     assert {name: value for name, value in vars(layer).items() if name != "adapter_parts"} == {

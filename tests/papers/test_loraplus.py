@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tailora import LoRAConfig, LoRAModel
-from tailora.core.loraplus import loraplus_groups
+from tailora import LoRAConfig, LoRAModel, loraplus_groups
 from tailora.errors import ConfigError
 from tailora.train.config import TrainConfig
 from tailora.train.optimizer import parameter_groups

@@ -110,13 +110,6 @@ def _to_copy(page: Page) -> list[str]:
     return [line for code in codes for line in code.splitlines()]
 
 
-def test_signs_have_spellings_where_the_encoding_lacks_them() -> None:
-    text = shown(page_of(CONTENTS["inspect"](), "x"), 100, encoding="ascii")
-    assert "||dW||/||W||" in text
-    assert "@" in text  # the strongest shade of a heat map
-    assert "\\u2016" not in text
-
-
 def test_a_pipe_gets_whole_sentences_and_a_terminal_broken_ones() -> None:
     page = page_of(CONTENTS["compare"](), "x")
     pipe = terminal(80, is_terminal=False)

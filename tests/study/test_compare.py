@@ -29,7 +29,7 @@ def not_run(*_: Any) -> Trial:
 def test_an_arm_with_targets_that_the_model_lacks_is_named(small_run: TrainConfig, tmp_path: Path) -> None:
     arms = {"mlp": {"target_modules": ["mlp"]}, "full": {"method": "full"}}
     train = small_run.replaced(output_dir=str(tmp_path / "study"))
-    with pytest.raises(TargetError, match=r"^arm mlp: target_modules: 'mlp' is a LlamaMLP, a block of layers"):
+    with pytest.raises(TargetError, match=r"^arm mlp: target_modules: 'mlp' is a LlamaMLP, which has no low-rank form"):
         compare(train, CompareConfig(seeds=1, rate_tries=1, arms=arms), run_trial=run_here)
 
 

@@ -87,7 +87,9 @@ def test_a_stream_is_read_as_far_as_the_start_needs(settings: Any) -> None:
 def test_a_run_that_began_with_a_removed_init_resumes_and_its_adapter_loads(settings: Any, tmp_path: Path) -> None:
     """Earlier versions had lora_ga, with a frozen start, and lora_one, without: their A and B are in their files."""
     for removed, read_as in REMOVED_INITS.items():
-        with pytest.raises(ConfigError, match="was removed; use pissa or eva"):
+        with pytest.raises(
+            ConfigError, match=f"init_lora_weights = '{removed}': input should be 'kaiming', 'gaussian'"
+        ):
             settings(init_lora_weights=removed)
         whole, stopped = (
             settings(output_dir=str(tmp_path / removed / name), init_lora_weights=read_as, max_steps=2, save_steps=1)
