@@ -28,9 +28,9 @@ from tailora.core.config import LoRAConfig
 from tailora.core.merge import MergeReport, MergeState
 from tailora.core.targets import fitted_config, select
 from tailora.errors import AdapterError, ConfigError
+from tailora.formats.fingerprint import LayerFingerprint
 from tailora.formats.hub import UPLOAD_OPTIONS, make_public, upload
 from tailora.formats.load import LoadOptions, check_load_options, load
-from tailora.formats.metadata import LayerFingerprint
 from tailora.formats.peft import write_peft_folder
 from tailora.formats.peft_model import (
     PEFT_NAMES,

@@ -1,5 +1,6 @@
 """Shared by the commands that take a model and adapters: flags, finding the adapters, loading them."""
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,14 @@ from tailora.data.readers import check_data_exists, source_names
 from tailora.errors import ConfigError, FormatError, TailoraError, listing, nearest_path
 from tailora.formats.hub import DEMO, check_model_exists, local_folder, name_of_model
 from tailora.formats.io import read_json_object
-from tailora.formats.metadata import METADATA_KEY, parse_metadata
-from tailora.formats.run_folder import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder, recorded_settings
+from tailora.formats.run_folder import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    METADATA_KEY,
+    adapter_folder,
+    recorded_settings,
+)
 from tailora.train.config import Quantize as QuantizeMethod
 from tailora.train.config import TrainConfig
 from tailora.train.launch import world_size
@@ -164,11 +171,10 @@ def base_of(adapter: Path) -> BaseOfAdapter | None:
         return None
     try:
         with safe_open(adapter / ADAPTER_WEIGHTS, framework="numpy") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
-        folder = parse_metadata(text, adapter).base_folder
-    except (OSError, SafetensorError, FormatError):
+            own = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+        return BaseOfAdapter(name, Path(own["base_folder"]))
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError):  # none is recorded
         return BaseOfAdapter(name)
-    return BaseOfAdapter(name, None if folder is None else Path(folder))
 
 
 def base_model_name(model: str | None, folders: Sequence[Path]) -> str:

@@ -37,7 +37,6 @@ from tailora.formats.fingerprint import fingerprint, vocabulary_size
 from tailora.formats.fold_scale import ExportSource
 from tailora.formats.io import replace_folder
 from tailora.formats.load import restore
-from tailora.formats.metadata import AdapterMetadata
 from tailora.formats.peft_config import to_peft_config
 from tailora.formats.peft_keys import EMBEDDING_SUFFIXES, SUFFIXES, peft_layers
 from tailora.formats.run_folder import DIFFUSERS_WEIGHTS, EXPORTED_FILES, check_result_folder
@@ -294,7 +293,7 @@ def write_portable(folder: Path, source: ExportSource) -> list[str]:
     for path, (A, B) in factors.items():
         suffixes = EMBEDDING_SUFFIXES if layer_types[path] is EMBEDDING else SUFFIXES
         tensors |= {path + suffixes["A"]: A, path + suffixes["B"]: B}
-    metadata = AdapterMetadata(
+    metadata = peft.AdapterMetadata(
         base=fingerprint(source.base_model, layer_types),
         vocabulary=vocabulary_size(source.base_model),
         base_folder=peft.relative_base_folder(source.base_model),

@@ -10,15 +10,30 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from torch import Tensor, nn
 
 from tailora.core.layer_types import LINEAR, LayerType, layer_of, whole_tensor
 from tailora.core.quantization import PLAIN, dense_shape, dense_weight, in_file_layout, quantized_layers, storage_of
-from tailora.formats.metadata import LayerFingerprint
 
 SAMPLES = 8  # weights per layer
 TOLERANCE = 2.0**-7  # relative: rounding to bfloat16, once on either side
 SMALL = 1e-6  # absolute, for weights near 0
+
+
+class LayerFingerprint(BaseModel):
+    """Shape and evenly spaced values of one weight of the base.
+
+    spread: how far each value may be from the one before quantisation; [] for a weight that is not quantised.
+    storage: how the weight is stored, such as "nf4"; "base" in the file.
+    """
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    shape: list[int]
+    weights: list[float]
+    spread: list[FiniteFloat] = []
+    storage: str = Field(default="plain", alias="base")
 
 
 def fingerprint(base_model: nn.Module, layer_types: Mapping[str, LayerType]) -> dict[str, LayerFingerprint]:

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 from tailora.errors import ConfigError, FetchError, FormatError, TailoraError, WriteError, listing, nearest_path
 from tailora.formats.io import check_is_file, demo_folder, safetensors_header, with_metadata, wrap_os_error
-from tailora.formats.metadata import METADATA_KEY
 from tailora.formats.run_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CARD,
     DIFFUSERS_WEIGHTS,
     GGUF_WEIGHTS,
+    METADATA_KEY,
     MLX_WEIGHTS,
     TOKENIZER_FILES,
     adapter_folder,

@@ -44,10 +44,9 @@ from tailora.errors import (
     nearest,
 )
 from tailora.formats import kohya_diffusers, mlx, peft, peft_config, peft_keys
-from tailora.formats.fingerprint import fingerprint, fingerprint_differences, input_embedding
+from tailora.formats.fingerprint import LayerFingerprint, fingerprint, fingerprint_differences, input_embedding
 from tailora.formats.fold_scale import unfold_learned_scales
 from tailora.formats.hub import local_folder
-from tailora.formats.metadata import LayerFingerprint
 from tailora.formats.peft_keys import EMBEDDING_SUFFIXES, SUFFIXES, PeftLayer, peft_layers
 from tailora.formats.run_folder import ADAPTER_WEIGHTS, DIFFUSERS_WEIGHTS, GGUF_WEIGHTS, MLX_WEIGHTS
 

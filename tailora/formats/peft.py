@@ -3,7 +3,7 @@
 peft_keys.py has the keys of the tensors. What PEFT has no field for (learned scales, our config, the fingerprint of the
 base) is in the safetensors metadata, which other readers ignore.
 
-Below: the folder, then the tensors of a layer, and of grouped convolutions.
+Below: our fields, the folder, the tensors of a layer, and those of grouped convolutions.
 """
 
 import json
@@ -18,14 +18,16 @@ from statistics import mode
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter
+from tailora.core.config import LoRAConfig, with_known_init
 from tailora.core.layer import LoRALayer, concatenate_ranks
 from tailora.core.layer_types import EMBEDDING, Shape
 from tailora.core.targets import task_heads
 from tailora.errors import DivergedError, FormatError, TailoraWarning
-from tailora.formats.fingerprint import fingerprint, vocabulary_size
+from tailora.formats.fingerprint import LayerFingerprint, fingerprint, vocabulary_size
 from tailora.formats.fold_scale import scale_ratio
 from tailora.formats.hub import model_card
 from tailora.formats.io import (
@@ -36,10 +38,67 @@ from tailora.formats.io import (
     wrap_os_error,
     write_file,
 )
-from tailora.formats.metadata import METADATA_KEY, AdapterMetadata, LayerFingerprint, parse_metadata
-from tailora.formats.peft_config import as_peft_computes, base_model_name, to_peft_config, with_double_rank
+from tailora.formats.peft_config import (
+    CONFIG_ERRORS,
+    as_peft_computes,
+    base_model_name,
+    to_peft_config,
+    with_double_rank,
+)
 from tailora.formats.peft_keys import EMBEDDING_SUFFIXES, EXTRA_SUFFIXES, KEY_PREFIX, SUFFIXES, PeftLayer, peft_layers
-from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD
+from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, METADATA_KEY
+
+# ---- Our own fields: JSON under METADATA_KEY in the metadata of the safetensors file, which other readers ignore
+
+
+class AdapterMetadata(BaseModel):
+    """What PEFT has no field for; empty for a file that another tool wrote.
+
+    config: the settings of LoRAConfig.
+    scaling: learned scales by path; the file's B has them folded in.
+    start: whether the second half of the ranks is the frozen start, with B negated.
+    base: fingerprint of the base model by path.
+    vocabulary: rows of the base model's input embedding; None for a model without one.
+    saved_modules: paths of the modules that were trained in full; None in files of before it was stored.
+    base_folder: absolute path of the base model, whose name in adapter_config.json is a relative path.
+    label_names, problem_type: of the base model's head for labels, as in its config; None for other models.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    version: int = 1
+    config: dict[str, Any] | None = None
+    scaling: dict[str, FiniteFloat] = {}
+    start: bool = False
+    base: dict[str, LayerFingerprint] = {}
+    vocabulary: int | None = None
+    saved_modules: list[str] | None = None
+    base_folder: str | None = None
+    label_names: list[str] | None = None
+    problem_type: str | None = None
+
+    def to_json(self) -> str:
+        """The same for the same adapter: read from a file, it has its layers in another order than the model."""
+        in_order = {"base": dict(sorted(self.base.items())), "scaling": dict(sorted(self.scaling.items()))}
+        return self.model_copy(update=in_order).model_dump_json(by_alias=True)
+
+    def lora_config(self, source: object) -> LoRAConfig | None:
+        """Returns the config that the adapter was trained with; None if it is not stored. Raises FormatError."""
+        try:
+            return None if self.config is None else LoRAConfig(**with_known_init(self.config))
+        except CONFIG_ERRORS as error:
+            raise FormatError(f"{source}: its tailora metadata: {error}") from None
+
+
+def parse_metadata(text: str | None, source: object) -> AdapterMetadata:
+    """Reads the JSON of METADATA_KEY; None gives empty metadata. Raises FormatError if it is damaged."""
+    try:
+        return AdapterMetadata() if text is None else AdapterMetadata.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise FormatError(f"{source}: its tailora metadata is damaged: {field}: {first['msg']}") from None
+
 
 # ---- The folder
 

@@ -13,8 +13,7 @@ from torch import nn
 from tailora.core.config import LoRAConfig, TaskType
 from tailora.core.patterns import by_pattern, ends_with, exactly, matches, portable_targets
 from tailora.core.targets import HEADS_OF_TASK, saved_modules
-from tailora.errors import FormatError, TailoraWarning, listing
-from tailora.formats.metadata import CONFIG_ERRORS
+from tailora.errors import ConfigError, FormatError, TailoraWarning, listing
 from tailora.formats.peft_keys import PeftLayer
 
 # Settings that change what the tensors mean, or how they are trained, and are not supported unless they are OFF.
@@ -46,6 +45,8 @@ TASK_TYPES: dict[str, TaskType] = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
+# What LoRAConfig raises for values from a file. The last two come from the compiler of regular expressions.
+CONFIG_ERRORS = (ConfigError, TypeError, RecursionError, OverflowError)
 BRACES, NUMBER = re.compile(r"\{[\d\s,]*\}"), re.compile(r"\d+")
 MAX_REPETITIONS = 1000
 

@@ -14,8 +14,7 @@ from torch import nn
 from tailora.core.adapter import Adapter
 from tailora.errors import AdapterError, ConfigError, FormatError, TargetError, listing, nearest
 from tailora.formats.load import restore
-from tailora.formats.metadata import AdapterMetadata
-from tailora.formats.peft import StoredAdapter
+from tailora.formats.peft import AdapterMetadata, StoredAdapter
 from tailora.formats.peft_config import changes_the_base
 from tailora.formats.peft_keys import KEY_PREFIX
 

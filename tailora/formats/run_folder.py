@@ -11,6 +11,7 @@ from tailora.formats.io import wrap_os_error, write_file
 
 ADAPTER, MODEL, RUN = "adapter", "model", "run.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as in PEFT
+METADATA_KEY = "tailora"  # of tailora's own fields in the metadata of ADAPTER_WEIGHTS
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 GGUF_WEIGHTS, MODELFILE, MLX_WEIGHTS = "adapter.gguf", "Modelfile", "adapters.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"

@@ -37,8 +37,8 @@ from tailora.errors import (
     listing,
     nearest,
 )
+from tailora.formats.fingerprint import LayerFingerprint
 from tailora.formats.load import named_tensors, read_any_format, restore
-from tailora.formats.metadata import LayerFingerprint
 from tailora.formats.peft import StoredAdapter
 from tailora.formats.run_folder import ADAPTER_WEIGHTS, GGUF_WEIGHTS, MLX_WEIGHTS, adapter_folder
 from tailora.train.memory import format_bytes

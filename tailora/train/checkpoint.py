@@ -26,9 +26,8 @@ from torch import Tensor, nn
 from tailora.core.adalora import RankAllocator
 from tailora.core.config import with_known_init
 from tailora.errors import CheckpointError, listing
-from tailora.formats.fingerprint import fingerprint_differences
+from tailora.formats.fingerprint import LayerFingerprint, fingerprint_differences
 from tailora.formats.io import read_safetensors, replace_folder, safetensors_bytes
-from tailora.formats.metadata import LayerFingerprint
 from tailora.formats.run_folder import checkpoints_in
 from tailora.kernels.flat_parameters import FlatBuffer
 from tailora.train.config import ACCUMULATION, TrainConfig, batches_per_step

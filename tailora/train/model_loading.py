@@ -53,8 +53,14 @@ from tailora.data.schemas import CAUSAL_LM, REGRESSION, SEQ2SEQ, SEQUENCE_CLASSI
 from tailora.errors import ConfigError, FormatError, listing, nearest
 from tailora.formats.hub import check_model_exists
 from tailora.formats.io import read_json_object
-from tailora.formats.metadata import METADATA_KEY, parse_metadata
-from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TOKENIZER_FILES, adapter_folder
+from tailora.formats.peft import parse_metadata
+from tailora.formats.run_folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    METADATA_KEY,
+    TOKENIZER_FILES,
+    adapter_folder,
+)
 from tailora.quiet import quiet_loggers, quiet_transformers
 from tailora.train.config import SHARDED_QUANTIZE
 from tailora.train.parallel import Sharding

@@ -28,8 +28,7 @@ from tailora.data.dataset import Example
 from tailora.data.labels import LABEL_TASKS, Labels, read_labels
 from tailora.errors import ConfigError, TargetError, listing, nearest
 from tailora.formats import peft
-from tailora.formats.fingerprint import model_fingerprint
-from tailora.formats.metadata import LayerFingerprint
+from tailora.formats.fingerprint import LayerFingerprint, model_fingerprint
 from tailora.kernels.flat_parameters import flattened
 from tailora.model import LoRAModel
 from tailora.train import checkpoint, events, launch, run_log

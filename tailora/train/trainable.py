@@ -23,8 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tailora.core.adapter import Summary, SummaryRow, adapter_dtype, parameter_count
 from tailora.core.layer_types import gather_shards, whole_tensor
+from tailora.formats.fingerprint import LayerFingerprint
 from tailora.formats.io import replace_folder
-from tailora.formats.metadata import LayerFingerprint
 from tailora.formats.run_folder import ADAPTER, MODEL
 from tailora.model import LoRAModel
 from tailora.quiet import quiet_transformers

@@ -17,7 +17,6 @@ from pydantic import Field, FiniteFloat
 
 from tailora.errors import FormatError
 from tailora.formats.io import read_own_json, wrap_os_error, write_file
-from tailora.formats.metadata import LayerFingerprint
 from tailora.formats.run_folder import PASSPORT
 
 VERSION = 2
@@ -65,7 +64,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Passport:
-    """base_model: its name.    base: fingerprints of a few of its layers.
+    """base_model: its name.
     weights: name of each file of weights next to passport.json -> its SHA-256.
     texts: who wrote the texts of the probes, "base" or "held-out".
     """
@@ -74,7 +73,6 @@ class Passport:
     texts: Literal["base", "held-out"]
     variants: dict[str, Variant]
     probes: Annotated[list[Probe], Field(min_length=1)]
-    base: dict[str, LayerFingerprint] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
     version: int = VERSION
 
@@ -87,8 +85,7 @@ def write_passport(folder: Path, passport: Passport) -> Path:
 
 def passport_bytes(passport: Passport) -> bytes:
     """Returns the content of passport.json."""
-    base = {path: layer.model_dump() for path, layer in passport.base.items()}
-    return json.dumps({**asdict(passport), "base": base}, ensure_ascii=False).encode()
+    return json.dumps(asdict(passport), ensure_ascii=False).encode()
 
 
 def read_passport(folder: Path, remedy: str | None = None) -> Passport:

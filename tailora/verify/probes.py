@@ -32,7 +32,6 @@ from tailora.errors import DataError
 from tailora.evaluation.forgetting import sample_texts
 from tailora.evaluation.generate import free_positions
 from tailora.formats.export import with_only_adapter
-from tailora.formats.fingerprint import fingerprint
 from tailora.formats.peft_config import base_model_name
 from tailora.study.model_layout import block_of, layer_count
 from tailora.train.parallel import is_sharded
@@ -49,7 +48,6 @@ SCALES = (0.25, 0.5, 0.75, 1.25, 1.5, 2.0, 4.0)
 TOKENS_OF = (ADAPTER, BASE, "scale 0.5", "scale 2", "scale 4")
 GROUP = 32  # weights that share a scale in llama.cpp's Q4_0
 CHUNK = 2**26  # logits computed at a time
-FINGERPRINTS = 4  # layers of the base
 MOST_SPECIAL = 0.1  # probability of special tokens at a probe: servers hide them, each in its own way
 
 SECOND_BOS, ADDED_BOS, NO_BOS = "a second BOS", "a BOS before the prompt", "no BOS"
@@ -113,14 +111,12 @@ def make_passport(
         raise DataError("the model's log-probabilities are not finite: the adapter diverged")
     if all(probe.logprobs[ADAPTER] == probe.logprobs[BASE] for probe in probes):
         raise DataError("the adapter changes no log-probability, so that nothing tells it from its base")
-    layers = {path: layer.layer_type for path, layer in list(adapter.low_rank.items())[:FINGERPRINTS]}
     names = dict.fromkeys(variant for probe in probes for variant in probe.logprobs)
     return Passport(
         base_model=Path(base_model_name(base_model) or "").name,  # no folder of this machine
         texts="base" if held_out is None else "held-out",
         variants={name: computations[name].variant if name in computations else Variant("prompt") for name in names},
         probes=probes,
-        base=fingerprint(base_model, layers),
     )
 
 

@@ -21,8 +21,7 @@ from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import main
-from tailora.formats.metadata import METADATA_KEY
-from tailora.formats.run_folder import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, PASSPORT, REPORT
+from tailora.formats.run_folder import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, METADATA_KEY, PASSPORT, REPORT
 from tailora.verify import passport as passports
 from tailora.verify.passport import Passport, Probe, Variant, write_passport
 

@@ -15,8 +15,7 @@ from tailora import LoRAModel
 from tailora.core.config import REMOVED_INITS
 from tailora.errors import ConfigError
 from tailora.formats.io import read_safetensors, safetensors_bytes
-from tailora.formats.metadata import METADATA_KEY
-from tailora.formats.run_folder import checkpoints_in
+from tailora.formats.run_folder import METADATA_KEY, checkpoints_in
 from tailora.train import checkpoint, events, failures
 from tailora.train.trainer import run
 
