@@ -290,8 +290,7 @@ class LoRAModel(nn.Module):
                 return ""
             for config in Path(folder).rglob(ADAPTER_CONFIG):
                 make_public(config.parent)
-            commit, _ = upload(Path(folder), repo_id, tags=tags, **of_upload)
-            return str(commit)
+            return str(upload(Path(folder), repo_id, tags=tags, **of_upload).commit)
 
     def export(
         self, folder: str | Path, to: str, name: str = "default", *, tokenizer: Any = None, overwrite: bool = False

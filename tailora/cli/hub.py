@@ -88,11 +88,6 @@ def push(
         raise ConfigError(f"the Hub only accepts files from known users, and there is no token here: {hub.TO_LOG_IN}")
     log("checking the adapter")
     files = files_to_push(path, repository, model, license, samples=samples, replace_card=replace_card)
-    was_private = hub.is_private(repository)
-    if was_private is False and not public:
-        raise ConfigError(f"{repository} is public: everyone would see the adapter. Give --public to upload it there")
-    if was_private and public:
-        note(f"{repository} stays private; its settings on the Hub make it public")
     if left_behind := sorted({file.name for file in path.iterdir()} - files.keys()):
         note(f"not uploaded: {', '.join(left_behind)}")
     log(f"uploading {len(files)} files to {repository}")
@@ -100,10 +95,10 @@ def push(
         with TemporaryDirectory() as temporary:
             for name, content in files.items():
                 Path(temporary, name).write_bytes(content)
-            commit, keeps_card = hub.upload(
+            uploaded = hub.upload(
                 Path(temporary),
                 repository,
-                private=not public if was_private is None else None,
+                private=not public,
                 revision=revision,
                 replace_card=replace_card,
                 commit_message=message,
@@ -111,49 +106,22 @@ def push(
             )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{repository} has all files or none; the same command uploads them again") from None
-    if keeps_card:
+    if uploaded.is_private and public:
+        note(f"{repository} stays private; its settings on the Hub make it public")
+    if uploaded.keeps_card:
         del files[CARD]
         note(f"the {CARD} of {repository} {KEPT_CARD}")
+    commit = uploaded.commit
     if json:
         print_json({"repo": repository, "url": commit.commit_url, "commit": commit.oid, "files": sorted(files)})
         return 0
-    visibility = "private" if was_private or not public else "public"
     contents: list[Block] = [
-        Paragraph(f"The repository is {visibility}: {commit.commit_url}"),
+        Paragraph(f"The repository is {'private' if uploaded.is_private else 'public'}: {commit.commit_url}"),
         Paragraph(f"Files: {', '.join(sorted(files))}"),
         Code(shlex.join(["tailora", "pull", repository]), title="To fetch it elsewhere:"),
     ]
     print_section(stdout(), Section(f"Uploaded to {repository}", "", contents))
     return 0
-
-
-def files_to_push(
-    adapter: Path, repository: str, model: str | None, license_name: str | None, *, samples: bool, replace_card: bool
-) -> dict[str, bytes]:
-    """Returns name -> content of all that is uploaded. Raises FormatError if a file is damaged, private or a link.
-
-    model: what others call the base model; by default the name of the base, without a path of this machine.
-    """
-    from tailora.report.model_card import run_card
-
-    base = base_of(adapter)
-    path_of_base = None if base is None else str(base.folder or base.name)
-    base_name = model or (hub.public_name(path_of_base) if path_of_base else None)
-    if base_name is None:
-        note("the files name no base model; give its Hub id with --model")
-    elif hub.repository_of(base_name) is None:
-        note(f"the files call the base model {base_name}, which others cannot fetch; give its Hub id with --model")
-    files = hub.shared_files(adapter, base_name)
-    files |= shared_passport(adapter, files[ADAPTER_WEIGHTS], base_name, samples=samples)
-    settings = json_module.loads(files[ADAPTER_CONFIG])
-    files[CARD] = run_card(repository, adapter, settings, license_name, samples=samples).encode()
-    if not replace_card and (adapter / CARD).exists():
-        own_card = hub.shared_content(adapter / CARD)
-        if not hub.is_written_by_tailora(own_card.decode(errors="replace")):
-            files[CARD] = own_card
-            note(f"{adapter / CARD} {KEPT_CARD}")
-    hub.check_nothing_private(adapter, files, path_of_base)
-    return files
 
 
 def check_repository_name(repo_id: str) -> None:
@@ -165,20 +133,37 @@ def check_repository_name(repo_id: str) -> None:
         )
 
 
-def shared_passport(folder: Path, weights: bytes, base_name: str | None, *, samples: bool) -> dict[str, bytes]:
-    """Returns file name -> the passport for these weights, which differ from the folder's in their metadata alone.
+def files_to_push(
+    adapter: Path, repository: str, model: str | None, license_name: str | None, *, samples: bool, replace_card: bool
+) -> dict[str, bytes]:
+    """Returns name -> content of all that is uploaded. Raises FormatError if a file is damaged, private or a link.
 
-    Empty if the folder has none, or if its probes are held-out data and `samples` are not shared. Raises FormatError
-    for one to share that is damaged, of another version or of other weights, and for one that is not JSON.
+    model: what others call the base model; by default the name of the base, without a path of this machine.
     """
-    from tailora.verify.passport import has_held_out_texts, passport_bytes, read_passport
+    from tailora.report.model_card import run_card
+    from tailora.verify.passport import passport_bytes, read_passport
 
-    if not (folder / PASSPORT).exists() or (has_held_out_texts(folder) and not samples):
-        return {}
-    hub.shared_content(folder / PASSPORT)  # refuses a link
-    passport = read_passport(folder)
-    hashes = {ADAPTER_WEIGHTS: sha256(weights).hexdigest()}
-    return {PASSPORT: passport_bytes(replace(passport, base_model=base_name or passport.base_model, weights=hashes))}
+    files, base = hub.shared_files(adapter, model)
+    settings = json_module.loads(files[ADAPTER_CONFIG])
+    if (base_name := settings["base_model_name_or_path"]) is None:
+        note("the files name no base model; give its Hub id with --model")
+    elif hub.repository_of(base_name) is None:
+        note(f"the files call the base model {base_name}, which others cannot fetch; give its Hub id with --model")
+    if (adapter / PASSPORT).exists():
+        hub.shared_content(adapter / PASSPORT)  # refuses a link
+        passport = read_passport(adapter)
+        if passport.texts == "base" or samples:  # else its probes are held-out data
+            hashes = {ADAPTER_WEIGHTS: sha256(files[ADAPTER_WEIGHTS]).hexdigest()}
+            passport = replace(passport, base_model=base_name or passport.base_model, weights=hashes)
+            files[PASSPORT] = passport_bytes(passport)
+    files[CARD] = run_card(repository, adapter, settings, license_name, samples=samples).encode()
+    if not replace_card and (adapter / CARD).exists():
+        own_card = hub.shared_content(adapter / CARD)
+        if not hub.is_written_by_tailora(own_card):
+            files[CARD] = own_card
+            note(f"{adapter / CARD} {KEPT_CARD}")
+    hub.check_nothing_private(adapter, files, base)
+    return files
 
 
 # ---- `tailora pull`
@@ -207,36 +192,34 @@ def pull(
     with hub.hub_errors(FetchError, f"{repository!r} is not fetched:"):
         others = (CARD, PASSPORT, *TOKENIZER_FILES)
         snapshot, files = hub.download(repository, revision=revision, subfolder=subfolder, others=others)
-    folder = snapshot / (subfolder or "").strip("/")
-    updates = check_fetched(repository, folder, files[0])
+    weights, *_ = paths = [snapshot / file for file in files]
+    updates = check_fetched(repository, weights)
     with replace_folder(output) as temporary:
-        for name in files:
-            shutil.copyfile(folder / name, temporary / name)
+        for path in paths:
+            shutil.copyfile(path, temporary / path.name)
     from tailora.train.model_loading import labels_of_adapter
 
-    base = base_of(output)
+    base, names = base_of(output), [path.name for path in paths]
     ranks = sorted({update.r for update in updates.values()})
     targets = sorted({path.rpartition(".")[2] for path in updates})
     if json:
         facts = {"base": None if base is None else base.name, "ranks": ranks, "targets": targets}
-        print_json({"output_dir": str(output), "repo": repository, "commit": snapshot.name, "files": files, **facts})
+        print_json({"output_dir": str(output), "repo": repository, "commit": snapshot.name, "files": names, **facts})
         return 0
     rows = [
         ("base model", "not named" if base is None else base.name),
         ("rank", value_range(list(map(float, ranks)))),
         ("adapted layers", ", ".join(targets) or NONE),
-        ("files", ", ".join(files)),
+        ("files", ", ".join(names)),
     ]
-    is_public = base is not None and hub.repository_of(base.name) is not None
-    use = command_to_use(
-        base.name if base is not None and is_public else "BASE", str(output), labels_of_adapter(output)
-    )
+    public_base = base.name if base is not None and hub.repository_of(base.name) is not None else "BASE"
+    use = command_to_use(public_base, str(output), labels_of_adapter(output))
     contents: list[Block] = [Table([Column(""), Column("")], rows), Code(shlex.join(use), title="To use it:")]
     print_section(stdout(), Section(f"{repository}, commit {snapshot.name[:7]}, is in {output}", "", contents))
     return 0
 
 
-def check_fetched(repository: str, folder: Path, weights: str) -> "Mapping[str, Update]":
+def check_fetched(repository: str, weights: Path) -> "Mapping[str, Update]":
     """Returns the updates of what was fetched, by path; none for formats that cannot be read without the base model.
 
     Raises FormatError if a tensor is missing or not finite, or does not fit the settings.
@@ -244,11 +227,11 @@ def check_fetched(repository: str, folder: Path, weights: str) -> "Mapping[str, 
     from tailora.formats.offline import read_offline
 
     try:
-        if weights in (ADAPTER_WEIGHTS, MLX_WEIGHTS):
-            return read_offline(folder).updates
-        if weights != GGUF_WEIGHTS:
-            read_safetensors(folder / weights)
+        if weights.name in (ADAPTER_WEIGHTS, MLX_WEIGHTS):
+            return read_offline(weights.parent).updates
+        if weights.name != GGUF_WEIGHTS:
+            read_safetensors(weights)
     except FormatError as error:  # the folder is one of the Hub's cache
-        message = str(error).replace(str(folder), repository)
+        message = str(error).replace(str(weights.parent), repository)
         raise FormatError(f"{message}\nNothing is written. Whoever made the adapter has to upload it again.") from None
     return {}

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from glob import escape
 from hashlib import sha256
 from importlib import import_module
@@ -49,6 +50,12 @@ DEMO_MODEL = f"HuggingFaceTB/{MODEL_NAME}"
 OF_DEMO = "`demo` in tailora, whose weights are from a 4-bit file"  # so they differ a little from the Hub's
 
 MODEL_TIMEOUT = 5.0  # seconds for the answer whether the Hub has a model
+UPLOAD_OPTIONS = {"private", "token", "revision", "create_pr", "commit_message", "commit_description"}
+TO_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+HUB_HELP = (
+    "Check the name, the revision, the network (HF_HUB_OFFLINE switches it off) and the token (HF_TOKEN or `hf auth "
+    "login`). On another machine, `hf download` fetches a folder that can be copied here."
+)
 
 # ---- Names
 
@@ -86,6 +93,20 @@ def could_be_repository(name: str | Path) -> bool:
     return "--" not in name and ".." not in name and not name.endswith(".git")
 
 
+@contextmanager
+def hub_errors(error_type: type[FetchError | WriteError], what: str) -> Iterator[None]:
+    """Turns what the Hub's client raises into an error with the Hub's own words and what usually helps."""
+    http_error: Any = import_module("huggingface_hub.errors").HTTPError  # httpx's or httpx2's
+    try:
+        yield
+    except TailoraError:  # some of them are OSErrors or ValueErrors
+        raise
+    # No network, or no entry in the cache, is an OSError; a name or YAML that the client refuses is a ValueError
+    except (http_error, OSError, ValueError, RuntimeError) as error:
+        said = " ".join(str(error).split()).rstrip(".")
+        raise error_type(f"{what} {said}.\n{HUB_HELP}") from None
+
+
 # ---- Downloading
 
 
@@ -102,8 +123,8 @@ def local_folder(
     if Path(source).exists() or not could_be_repository(source):
         return Path(source, subfolder) if subfolder else adapter_folder(Path(source))
     with hub_errors(FetchError, f"adapter {str(source)!r}: no such folder here, and"):
-        snapshot, _ = download(str(source), revision=revision, token=token, subfolder=subfolder)
-    return snapshot / subfolder.strip("/") if subfolder else adapter_folder(snapshot)
+        snapshot, files = download(str(source), revision=revision, token=token, subfolder=subfolder)
+    return (snapshot / files[0]).parent
 
 
 def download(
@@ -117,40 +138,34 @@ def download(
     """Downloads the weights and settings of an adapter, and the `others` if the repository has them.
 
     Without network, the files that were downloaded before. Returns the snapshot in the Hub's cache, whose name is the
-    commit, and the names of the files in its `subfolder`, the weights first.
+    commit, and the paths of the files in it, the weights first.
     Raises FetchError if there is no adapter, and what huggingface_hub raises.
     """
     from huggingface_hub import HfApi, snapshot_download
 
     inside = f"{subfolder.strip('/')}/" if subfolder else ""
 
-    def fetch(*names: str) -> Path:
-        patterns = [escape(inside + name) for name in names]
+    def fetch(paths: Sequence[str]) -> Path:
+        patterns = [escape(path) for path in paths]
         return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
 
-    wanted = (*WEIGHTS_OF_FORMATS, ADAPTER_CONFIG, *others)
-    snapshot = fetch(*wanted)
-    names = [name for name in wanted if (snapshot / inside / name).is_file()]
-    if not {*names} & {*WEIGHTS_OF_FORMATS}:
+    wanted = [inside + name for name in (*WEIGHTS_OF_FORMATS, ADAPTER_CONFIG, *others)]
+    snapshot = fetch(wanted)
+    files = [path for path in wanted if (snapshot / path).is_file()]
+    if not {*files} & {*wanted[: len(WEIGHTS_OF_FORMATS)]}:  # a single safetensors file may have any name
         in_repository = HfApi(token=token).list_repo_files(repo_id, revision=revision)
-        weights = _only_weights([name.removeprefix(inside) for name in in_repository if name.startswith(inside)])
-        if weights is None:
+        names = [path.removeprefix(inside) for path in in_repository if path.startswith(inside)]
+        weights = [name for name in names if "/" not in name and name.endswith(".safetensors")]
+        if len(weights) != 1 or {*names} & {*FILES_OF_MODELS}:
             raise FetchError(
                 f"{repo_id} on the Hub has no adapter{f' in {inside}' if inside else ''}: expected one of "
                 f"{', '.join(WEIGHTS_OF_FORMATS)}, or a single .safetensors file of any name; there are: "
                 f"{', '.join(in_repository[:9])}. Name the folder of an adapter (subfolder), or download a file with "
                 "`hf download` and pass its path. Pickles such as adapter_model.bin are never read."
             )
-        fetch(weights)
-        names.insert(0, weights)
-    return snapshot, names
-
-
-def _only_weights(names: Sequence[str]) -> str | None:
-    """Returns the only safetensors file, which may have any name; None if there are several, or those of a model."""
-    weights = [name for name in names if "/" not in name and name.endswith(".safetensors")]
-    is_model = any(name in names for name in FILES_OF_MODELS)
-    return weights[0] if len(weights) == 1 and not is_model else None
+        files.insert(0, inside + weights[0])
+        fetch(files[:1])
+    return snapshot, files
 
 
 # ---- What is shared of an adapter's folder
@@ -159,13 +174,15 @@ def _only_weights(names: Sequence[str]) -> str | None:
 VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 BEGIN, END = r"(?<![\w.~-])(?<![\w:.]/)", r"(?![\w-])[\w./@-]*"  # of a path; not within another one, or an address
 HOME = BEGIN + r"(?:/home/|/Users/|/root/|[A-Za-z]:\\+Users\\+)[\w.@-]+[\w./\\@-]*"  # a home directory of any system
-TOKEN = r"\bhf_[A-Za-z0-9]{30,}"  # of the Hub: some tools wrote it into the files of a tokenizer
+TOKEN = r"hf_[A-Za-z0-9]{30,}"  # of the Hub: some tools wrote it into the files of a tokenizer
+ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|([/bfnrt]))")  # of JSON, also in JSON within a string of JSON
 
 
-def shared_files(folder: Path, base_name: str | None) -> dict[str, bytes]:
-    """Returns name -> content of the files of a PEFT folder that others may have, without the card.
+def shared_files(folder: Path, base_name: str | None = None) -> tuple[dict[str, bytes], str]:
+    """Returns name -> content of the files of a PEFT folder that others may have, and what the folder calls its base.
 
-    base_name: the name for the base model, instead of a path. The folder does not change.
+    The card is not among them. The folder does not change.
+    base_name: the name for the base model in the files; by default its public name.
     Raises FormatError for a link, and for a folder that is damaged or is not an adapter in PEFT's format.
     """
     from tailora.formats.offline import updates_of  # imports torch
@@ -175,15 +192,15 @@ def shared_files(folder: Path, base_name: str | None) -> dict[str, bytes]:
     updates_of(stored)
     if stored.settings is None:
         raise FormatError(f"{folder} has no {ADAPTER_CONFIG}, without which PEFT and servers cannot read it")
-    contents = {name: shared_content(folder / name) for name in SHARED if (folder / name).exists()}
-    settings = {**stored.settings, "base_model_name_or_path": base_name}
-    if settings != stored.settings:
-        contents[ADAPTER_CONFIG] = (json.dumps(settings, indent=2) + "\n").encode()
+    files = {name: shared_content(folder / name) for name in SHARED if (folder / name).exists()}
+    base = stored.metadata.base_folder or str(stored.settings.get("base_model_name_or_path") or "")
+    settings = {**stored.settings, "base_model_name_or_path": base_name or (public_name(base) if base else None)}
+    files[ADAPTER_CONFIG] = (json.dumps(settings, indent=2) + "\n").encode()
     if stored.metadata.base_folder is not None:
-        metadata = safetensors_header(contents[ADAPTER_WEIGHTS])["__metadata__"]
+        metadata = safetensors_header(files[ADAPTER_WEIGHTS])["__metadata__"]
         metadata[METADATA_KEY] = stored.metadata.model_copy(update={"base_folder": None}).to_json()
-        contents[ADAPTER_WEIGHTS] = with_metadata(contents[ADAPTER_WEIGHTS], metadata)
-    return contents
+        files[ADAPTER_WEIGHTS] = with_metadata(files[ADAPTER_WEIGHTS], metadata)
+    return files, base
 
 
 def shared_content(path: Path) -> bytes:
@@ -197,30 +214,27 @@ def shared_content(path: Path) -> bytes:
 
 def make_public(folder: Path) -> None:
     """Replaces the files of a PEFT folder by those that others may have. Raises as `shared_files` does."""
-    from tailora.formats.peft import read_peft_folder
-
-    stored = read_peft_folder(folder)
-    base = stored.metadata.base_folder or (stored.settings or {}).get("base_model_name_or_path")
-    contents = shared_files(folder, public_name(base) if base else None)
-    check_nothing_private(folder, contents, base)
-    for name, content in contents.items():
+    files, base = shared_files(folder)
+    check_nothing_private(folder, files, base)
+    for name, content in files.items():
         (folder / name).write_bytes(content)
 
 
-def check_nothing_private(folder: Path, files: Mapping[str, bytes], base: str | None) -> None:
-    """Raises FormatError with the tokens and the paths of a machine in these files.
+def check_nothing_private(folder: Path, files: Mapping[str, bytes], base: str) -> None:
+    """Raises FormatError with the tokens and the paths of a machine in these files; of weights, in their header.
 
     The paths are those below a home directory, `folder`, the current folder, and that of the base model.
     """
     here = [str(path) for path in (Path.home(), Path.cwd(), folder.resolve()) if len(path.parts) > 1]
-    here += [base] if base is not None and Path(base).is_absolute() else []
+    here += [base] if Path(base).is_absolute() else []
     paths = "|".join([*(f"{BEGIN}{re.escape(path)}{END}" for path in here), HOME, TOKEN])
     problems = []
     for name, content in files.items():
         if name == ADAPTER_WEIGHTS:
-            name = f"the metadata of {name}"
-            content = json.dumps(safetensors_header(content).get("__metadata__", {})).encode()
-        if private := re.findall(TOKEN if name in VOCABULARY else paths, _without_escapes(content)):
+            name, content = f"the metadata of {name}", json.dumps(safetensors_header(content)).encode()
+        text = content.decode(errors="replace")
+        text += f"\n{ESCAPE.sub(_unescape, text)}"
+        if private := re.findall(TOKEN if name in VOCABULARY else paths, text):
             problems.append(f"{name} contains {', '.join(list(dict.fromkeys(private))[:3])}")
     if problems:
         raise FormatError(
@@ -229,23 +243,20 @@ def check_nothing_private(folder: Path, files: Mapping[str, bytes], base: str | 
         )
 
 
-def _without_escapes(content: bytes) -> str:
-    """Returns the text; of JSON, with escapes such as \\u002f written out."""
-    text = content.decode(errors="replace")
-    try:
-        return json.dumps(json.loads(text), ensure_ascii=False)
-    except (ValueError, RecursionError):
-        return text
+def _unescape(escape: re.Match[str]) -> str:
+    return chr(int(escape[1], 16)) if escape[1] else "/" if escape[2] == "/" else "\n"
 
 
 # ---- Uploading
 
-UPLOAD_OPTIONS = {"private", "token", "revision", "create_pr", "commit_message", "commit_description"}
-TO_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
-HUB_HELP = (
-    "Check the name, the revision, the network (HF_HUB_OFFLINE switches it off) and the token (HF_TOKEN or `hf auth "
-    "login`). On another machine, `hf download` fetches a folder that can be copied here."
-)
+
+@dataclass(frozen=True)
+class Upload:
+    """is_private: the repository.    keeps_card: its card, which someone wrote or edited, is not replaced."""
+
+    commit: "CommitInfo"
+    is_private: bool
+    keeps_card: bool
 
 
 def upload(
@@ -257,66 +268,39 @@ def upload(
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
-    commit_message: str | None = None,
     **options: Any,
-) -> tuple["CommitInfo", bool]:
+) -> Upload:
     """Uploads the files of a folder as one commit. Creates the repository and the branch `revision` if necessary.
 
-    A card in the repository that someone wrote or edited stays, unless `replace_card`; the second value says so.
+    A card in the repository that someone wrote or edited stays, unless `replace_card`.
     tags: added to a new card.    options: of `HfApi.upload_folder`.
-    Raises WriteError if the Hub refuses the files.
+    Raises ConfigError for a repository that is public but should be private, WriteError if the Hub refuses the files.
     """
     from huggingface_hub import HfApi, ModelCard
 
     api = HfApi(token=token)
-    with hub_errors(WriteError, not_uploaded(repo_id)):
+    with hub_errors(WriteError, f"the adapter is not uploaded to {repo_id!r}:"):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        is_private = bool(api.model_info(repo_id).private)
+        if private and not is_private:
+            raise ConfigError(
+                f"{repo_id} is public: everyone would see the adapter. Give --public, or private=None in Python, to "
+                "upload it there"
+            )
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         keeps_card = False
         if not replace_card and api.file_exists(repo_id, CARD, revision=revision):
             card = Path(api.hf_hub_download(repo_id, CARD, revision=revision))
-            keeps_card = not is_written_by_tailora(card.read_text(encoding="utf-8", errors="replace"))
+            keeps_card = not is_written_by_tailora(card.read_bytes())
         for path in folder.rglob(CARD) if tags else ():
             card_with_tags = ModelCard.load(path)
             card_with_tags.data.tags = list(dict.fromkeys((*(card_with_tags.data.tags or ()), *tags)))
             card_with_tags.save(path)
-        commit: CommitInfo = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            commit_message=commit_message or "Upload LoRA adapter",
-            ignore_patterns=CARD if keeps_card else None,
-            **options,
-        )
-    return commit, keeps_card
-
-
-def is_private(repo_id: str) -> bool | None:
-    """Returns None if there is no such repository, or a private one of others. Raises WriteError."""
-    from huggingface_hub import HfApi
-
-    with hub_errors(WriteError, not_uploaded(repo_id)):
-        api = HfApi()
-        return bool(api.model_info(repo_id).private) if api.repo_exists(repo_id) else None
-
-
-def not_uploaded(repo_id: str) -> str:
-    return f"the adapter is not uploaded to {repo_id!r}:"
-
-
-@contextmanager
-def hub_errors(error_type: type[FetchError | WriteError], what: str) -> Iterator[None]:
-    """Turns what the Hub's client raises into an error with the Hub's own words and what usually helps."""
-    http_error: Any = import_module("huggingface_hub.errors").HTTPError  # httpx's or httpx2's
-    try:
-        yield
-    except TailoraError:  # some of them are OSErrors or ValueErrors
-        raise
-    # No network, or no entry in the cache, is an OSError; a name or YAML that the client refuses is a ValueError
-    except (http_error, OSError, ValueError, RuntimeError) as error:
-        said = " ".join(str(error).split()).rstrip(".")
-        raise error_type(f"{what} {said}.\n{HUB_HELP}") from None
+        ignored = CARD if keeps_card else None
+        options = {"commit_message": "Upload LoRA adapter", **options, "ignore_patterns": ignored}
+        commit: CommitInfo = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, **options)
+    return Upload(commit, is_private, keeps_card)
 
 
 # ---- Base models
@@ -335,7 +319,6 @@ def check_model_exists(name: str) -> None:
         raise ConfigError(f"model {name!r} is a file, not a model folder: give a folder, a Hub id, or 'demo'")
     if path.is_dir():
         return
-    remedy = "Give a folder, a Hub id such as owner/name, or 'demo'"
     try:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             HfApi().model_info(name, timeout=MODEL_TIMEOUT)
@@ -349,7 +332,9 @@ def check_model_exists(name: str) -> None:
     except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
         cause = f"the Hub cannot be reached ({' '.join(str(error).split()).rstrip('.')})"
     hint = nearest_path(path, folders_only=True) or "."
-    raise ConfigError(f"model {name!r}: no such folder here, and {cause}{hint} {remedy}")
+    raise ConfigError(
+        f"model {name!r}: no such folder here, and {cause}{hint} Give a folder, a Hub id such as owner/name, or 'demo'"
+    )
 
 
 # ---- The model card
@@ -392,10 +377,11 @@ def model_card(settings: Mapping[str, Any], about: str, license_name: str | None
     return f"{text}\n\n<!-- written by tailora: {_digest(text)} -->\n"  # which no reader sees
 
 
-def is_written_by_tailora(card: str) -> bool:
+def is_written_by_tailora(card: bytes) -> bool:
     """False if a card was written, or edited, by someone else."""
-    signature = SIGNATURE.search(card)
-    return signature is not None and signature["digest"] == _digest(card[: signature.start()])
+    text = card.decode(errors="replace")
+    signature = SIGNATURE.search(text)
+    return signature is not None and signature["digest"] == _digest(text[: signature.start()])
 
 
 def _digest(text: str) -> str:

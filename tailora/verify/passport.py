@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, FiniteFloat
 
@@ -107,12 +107,6 @@ def read_passport(folder: Path, remedy: str | None = None) -> Passport:
     if not passport.weights or any(hashes.get(name) != digest for name, digest in passport.weights.items()):
         raise FormatError(f"{folder / PASSPORT} belongs to other weights than those next to it: {remedy}")
     return passport
-
-
-def has_held_out_texts(folder: Path) -> bool:
-    """True if the probes of passport.json, of any version, are held-out data. Raises FormatError if it is not JSON."""
-    content: dict[str, Any] = read_own_json(folder / PASSPORT, dict, _remedy(folder))
-    return content.get("texts") == "held-out"
 
 
 def _remedy(folder: Path) -> str:
