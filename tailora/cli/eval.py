@@ -27,7 +27,6 @@ from tailora.cli.models import (
     load_model,
     refuse_system,
 )
-from tailora.data.readers import source_names
 from tailora.errors import ConfigError, FormatError
 from tailora.evaluation.metrics import (
     CHANGE,
@@ -41,7 +40,7 @@ from tailora.evaluation.metrics import (
     parse_metrics,
 )
 from tailora.formats.io import read_json_object
-from tailora.formats.run_folder import REPORT, recorded_settings, write_report
+from tailora.formats.run_folder import REPORT, trained_rows, write_report
 from tailora.report.files import write_page_if_possible
 from tailora.report.terminal import print_page
 from tailora.train.config import TrainConfig
@@ -116,6 +115,10 @@ class EvalTarget:
     model: str
     adapter: str | None  # as it was typed
     folder: Path | None  # of the adapter itself
+
+    @property
+    def trained_rows(self) -> set[bytes] | None:
+        return trained_rows(self.folder or Path(self.model))
 
 
 def eval(
@@ -213,10 +216,10 @@ def eval(
         adapted = loaded.model if loaded.adapters else without_adapter(loaded.model)
         if data is not None:
             log_columns(flags, config)
-            _warn_of_training_data(target, data)
             shown = ranks is None or ranks.is_main_process
             with counter(stderr(), "rows") if shown else nullcontext(lambda *_: None) as progress:
                 reading: Any = {"field": config.field, "system": config.system, "base": base, "ranks": ranks}
+                reading["trained_rows"] = target.trained_rows
                 more = score(adapted, loaded.tokenizer, data, options, log=note, progress=progress, **reading)
             scores = scores.merge(more)
         if tasks is not None:
@@ -262,7 +265,6 @@ def _label_scores(
         note(f"{target.model} has no head for these labels, so that only the adapter is evaluated")
         base = False
     of_gates = [gate.metric.removesuffix(CHANGE) for gate in gates]
-    _warn_of_training_data(target, data)
     model = loaded.model if loaded.adapters else without_adapter(loaded.model)
     with explain_out_of_memory("evaluating", MEMORY_ADVICE), counter(stderr(), "rows") as progress:
         scores = evaluate_labels(
@@ -275,6 +277,7 @@ def _label_scores(
             limit=limit,
             base=base,
             progress=progress,
+            trained_rows=target.trained_rows,
         )
     if missing := [name for name in (*chosen, *of_gates) if name not in scores.metrics]:
         raise ConfigError(
@@ -312,18 +315,6 @@ def _check_output_dir(folder: Path | None) -> None:
         raise ConfigError(f"--output-dir {folder} holds a {REPORT} of another command; give another folder")
 
 
-def _warn_of_training_data(target: EvalTarget, data: str) -> None:
-    from tailora.data.demo import resolve_demo
-
-    given = resolve_demo(data, "eval_data")
-    settings = {} if target.folder is None else recorded_settings(target.folder)
-    for name in source_names(settings.get("data") or []):
-        trained_on = resolve_demo(name, "data")
-        both_exist = Path(given).exists() and Path(trained_on).exists()
-        if given == trained_on or (both_exist and Path(given).samefile(trained_on)):
-            note(f"the adapter was trained on {data}, so its scores there will look too good")
-
-
 def _finish(
     target: EvalTarget, scores: "Scores", gates: Sequence[Gate], seconds: float, folder: Path | None, as_json: bool
 ) -> int:
@@ -343,6 +334,8 @@ def _finish(
     report = TypeAdapter(EvalReport).validate_python(payload)
     if as_json:
         print_json(payload)
+        if report.rows_of_training:
+            note(report.rows_of_training)
     else:
         print_page(stdout(), eval_page(report))  # ends with the gates
     missed = [gate for gate in report.gates if not gate.met]

@@ -8,7 +8,7 @@ Training data also gets its hold-out split here, by `split_examples` of dataset.
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain, islice
 from typing import Any
@@ -35,6 +35,7 @@ from tailora.data.schemas import (
     convert_row,
     detect_source_schema,
     from_preference,
+    sample_hash,
     weight_of,
 )
 from tailora.data.tokenize import EncodedSample, encode_samples
@@ -185,12 +186,16 @@ def _all_cut(source: str, max_length: int, counts: RowCounts, use: str = "learne
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedData:
-    """eval: distinct examples, since copies would count as independent ones. eval_samples[i] became eval[i]."""
+    """eval: distinct examples, since copies would count as independent ones. eval_samples[i] became eval[i].
+
+    trained_rows: `sample_hash` of the rows to train on.
+    """
 
     train: Examples
     eval: Examples
     report: DataReport
     eval_samples: list[Any]
+    trained_rows: set[bytes]
 
 
 def prepare(
@@ -217,6 +222,7 @@ def prepare(
         trained, held_out = loaded, _load_sources([Source(eval_source)], "validation", of_task)
         everything = [*trained, *held_out]
     _check_same_task(everything)
+    trained_rows = {sample_hash(sample) for part in trained for sample in part.samples}
     trained, held_out = ([part.in_blocks(settings) for part in side] for side in (trained, held_out))
     train, evaluated = (
         Examples.of(chain.from_iterable(part.examples for part in side)) for side in (trained, held_out)
@@ -244,7 +250,7 @@ def prepare(
     if first.name == FEEDBACK:
         _check_feedback(train, evaluated, report.source)
         train, evaluated = (with_other_replies(part, settings.seed, settings.max_length) for part in (train, evaluated))
-    return PreparedData(train, evaluated, report, samples)
+    return PreparedData(train, evaluated, report, samples, trained_rows)
 
 
 def _report(
@@ -486,15 +492,21 @@ class EvalDataReport:
     truncated: int  # rows cut at max_length
     cut_away: int  # of those: no supervised token is left
     copies: int  # rows that are copies of an earlier one: they are not evaluated again
+    trained_on: int | None  # rows among the evaluated ones that the adapter was trained on; None if not known
 
 
 @dataclass(frozen=True, slots=True)
 class EvalSource:
-    """Data to evaluate on. name: of the data, or "demo".    limit: most rows to read."""
+    """Data to evaluate on.
+
+    name: of the data, or "demo".    limit: most rows to read.
+    trained_rows: `sample_hash` of the rows that the model was trained on; None if they are not known.
+    """
 
     name: str
     tokenizer: ChatTokenizer
     limit: int | None = None
+    trained_rows: Collection[bytes] | None = None
 
     def read(self) -> tuple[ColumnMapping, Iterator[EncodedSample | RowProblem]]:
         """Raises DataError if there is no row of a known schema."""
@@ -506,13 +518,15 @@ def check_eval_source(source: EvalSource) -> EvalDataReport:
     """Reads all of it. Raises DataError that names every problem with file, row and cause."""
     mapping, results = source.read()
     max_length = source.tokenizer.settings.max_length
-    problems, counts, seen, judged = [], RowCounts(), set[bytes](), 0
+    problems, counts, seen, judged, trained_on = [], RowCounts(), set[bytes](), 0, 0
     for result in results:
         if isinstance(result, RowProblem):
             problems.append(result)
         else:
             counts.add(result, max_length)
-            judged += result.example.supervised if _is_evaluated(result, seen) else 0
+            if _is_evaluated(result, seen):
+                judged += result.example.supervised
+                trained_on += sample_hash(result.sample) in (source.trained_rows or ())
     if problems:
         raise data_error(problems)
     if counts.rows == counts.cut_away:
@@ -529,6 +543,7 @@ def check_eval_source(source: EvalSource) -> EvalDataReport:
         truncated=counts.truncated,
         cut_away=counts.cut_away,
         copies=counts.rows - counts.cut_away - len(seen),
+        trained_on=None if source.trained_rows is None else trained_on,
     )
 
 

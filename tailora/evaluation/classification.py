@@ -11,7 +11,7 @@ or wrong. seqeval, which finds entities, is in the extra `classify`.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -399,16 +399,18 @@ def evaluate_labels(
     limit: int | None = None,
     base: bool = True,
     progress: Progress = lambda *_: None,
+    trained_rows: Collection[bytes] | None = None,
 ) -> Scores:
     """Evaluates the active adapters on `data`, and with `base` also the model without them, on the same rows.
 
     Copies of a row are evaluated once. data: whatever training reads, or 'demo'.    limit: only the first rows.
+    trained_rows: as in `EvalSource`.
     Raises DataError for labels that the model does not know, ConfigError if a package is missing.
     """
     check_packages()
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
     settings = DataSettings(field, labels=labels, max_length=max_length, for_evaluation=True)
-    source = EvalSource(data, ChatTokenizer.of(tokenizer, settings), limit)
+    source = EvalSource(data, ChatTokenizer.of(tokenizer, settings), limit, trained_rows)
     facts = check_eval_source(source)
     examples = Examples.of(row.example for chunk in read_eval_chunks(source, CHUNK) for row in chunk)
     models = models_to_score(model, base)

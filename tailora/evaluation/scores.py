@@ -7,7 +7,7 @@ get the scores of all examples. `loss_on_data` is the plain loss, for other comm
 
 import math
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -170,6 +170,7 @@ def score(
     log: Log = lambda _: None,
     progress: Progress = lambda *_: None,
     ranks: PartialState | None = None,
+    trained_rows: Collection[bytes] | None = None,
 ) -> Scores:
     """Evaluates the active adapters on `data`, and with `base` also the model without them, on the same examples.
 
@@ -178,6 +179,7 @@ def score(
     field: columns of the data, key -> column.    system: system message of conversations that have none.
     log: called with notes on how the scores are computed.
     ranks: of the processes that call this together, each with the same model; None for one process.
+    trained_rows: hashes of the rows that the adapter was trained on, to count them; see `EvalSource`.
     Raises DataError if the data lacks what a metric needs, ConfigError for an unknown normalization.
     """
     options = options or EvalOptions()
@@ -185,7 +187,7 @@ def score(
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
     task = SEQ2SEQ if is_seq2seq(model) else AUTO
     settings = DataSettings(field, task, max_length=max_length, system=system, for_evaluation=True)
-    source = EvalSource(data, ChatTokenizer.of(tokenizer, settings), options.limit)
+    source = EvalSource(data, ChatTokenizer.of(tokenizer, settings), options.limit, trained_rows)
     facts = check_eval_source(source)
     metrics = choose_metrics(facts, options.metrics, options.extra_metrics)
     evaluator = _Evaluator(model, tokenizer, replace(options, max_length=max_length), metrics, log)

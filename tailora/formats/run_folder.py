@@ -17,6 +17,7 @@ GGUF_WEIGHTS, MODELFILE, MLX_WEIGHTS = "adapter.gguf", "Modelfile", "adapters.sa
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 REPORT, PAGE = "report.json", "report.html"  # the numbers, and the page that shows them
 SAMPLES = "samples.json"
+TRAINED_ROWS = "trained-rows.bin"  # 8 bytes for each row that the run trains on
 REFERENCE = "reference.npz"  # what the model gave examples before training, for losses that need it
 CARD = "README.md"
 # What a server reads beside an exported adapter, and the script that starts the server
@@ -83,6 +84,15 @@ def recorded_settings(adapter: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
     return settings if isinstance(settings, dict) else {}
+
+
+def trained_rows(adapter: Path) -> set[bytes] | None:
+    """Returns the hashes of the rows that the run of this adapter, or model, trained on; None if they are not known."""
+    try:
+        content = (adapter.resolve().parent / TRAINED_ROWS).read_bytes()
+    except OSError:
+        return None
+    return {content[start : start + 8] for start in range(0, len(content), 8)}
 
 
 def write_report(folder: Path, kind: str, content: Mapping[str, Any], *, allow_nan: bool = True) -> Path:

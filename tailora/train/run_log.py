@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,10 @@ from tailora.formats.run_folder import (
     REPORT,
     RUN,
     SAMPLES,
+    TRAINED_ROWS,
+    adapter_folder,
     checkpoints_in,
+    trained_rows,
 )
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import config_text
@@ -38,7 +41,19 @@ if TYPE_CHECKING:
     from tailora.train.loss import Evaluation
 
 CONFIG, METRICS, EXAMPLES = "config.yaml", "metrics.jsonl", "examples.jsonl"
-FILES = (ADAPTER, MODEL, RUN, CONFIG, METRICS, EXAMPLES, REFERENCE, SAMPLES, REPORT, PAGE)  # and checkpoint-N
+FILES = (
+    ADAPTER,
+    MODEL,
+    RUN,
+    CONFIG,
+    METRICS,
+    EXAMPLES,
+    TRAINED_ROWS,
+    REFERENCE,
+    SAMPLES,
+    REPORT,
+    PAGE,
+)  # and checkpoint-N
 RESULTS = {ADAPTER: "an adapter", MODEL: "a model"}
 LOCK, HOLDER = ".lock", ".lock-holder"  # the second says who holds the first
 EARLIER = "earlier-run"
@@ -156,6 +171,12 @@ def write_settings(output_dir: Path, config: TrainConfig) -> None:
     """Writes config.yaml: `tailora train --config config.yaml` repeats the run."""
     text = config_text(config.model_dump(exclude={"resume_from_checkpoint"}))
     write_file(output_dir / CONFIG, text.encode())
+
+
+def write_trained_rows(output_dir: Path, config: TrainConfig, hashes: Iterable[bytes]) -> None:
+    """Writes the hashes of the rows to train on, and of those that an adapter to train further has seen before."""
+    earlier = trained_rows(adapter_folder(Path(config.adapter))) if config.adapter else None
+    write_file(output_dir / TRAINED_ROWS, b"".join(sorted({*hashes, *(earlier or ())})))
 
 
 def write_run(output_dir: Path, header: Mapping[str, Any], result: Mapping[str, Any] | None = None) -> None:

@@ -113,6 +113,8 @@ class Trainer:
             if run.is_main:
                 run_log.write_settings(run.output_dir, config)
                 run_log.write_run(run.output_dir, header)
+                if run.data.prepared is not None and not config.streaming:
+                    run_log.write_trained_rows(run.output_dir, config, run.data.prepared.trained_rows)
             run.report(events.Prepared(header))
             if self.on_ready is not None:
                 self.on_ready(run.model, run.tokenizer, run.data.prepared)

@@ -20,6 +20,9 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from benchmarks.serving.server_process import free_port
 from tailora import LoRAModel
+from tailora.formats.run_folder import trained_rows
+from tailora.train.config import TrainConfig
+from tailora.train.run_log import write_trained_rows
 
 QUIZ = [{"question": f"thing {n}?", "choices": ["red", "green", "blue"], "answer": n % 3} for n in range(12)]
 
@@ -174,11 +177,24 @@ def test_a_run_is_followed_and_told_what_it_was_trained_on(tiny_model: Path, cha
     trained = found("train", "--data", chats, "--eval-data", chats, "--output-dir", out, *common)
     code, said, told = call("eval", out, "--data", chats, "--dtype", "float32", "--json")
     assert code == 0
-    assert f"was trained on {chats}" in told
+    _, page, _ = call("eval", out, "--data", chats, "--no-base", "--limit", 2, "--gate", "loss<100")
+    assert "gate met on rows of training: loss<100" in page
+    assert "Note: 2 of 2 evaluated rows were trained on" in page
+    assert "note: 24 of 24 evaluated rows were trained on: expect worse scores on new rows" in told
     payload = json.loads(said)
     assert payload["metrics"]["loss"]["value"] == pytest.approx(trained["eval_loss_after"], rel=1e-5)
     assert payload["base"]["loss"]["value"] == pytest.approx(trained["eval_loss_before"], rel=1e-5)
     assert payload["data"]["truncated"] > 0  # at the run's own max_length
+
+
+def test_an_adapter_that_is_trained_further_has_the_rows_of_both_runs(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name / "adapter").mkdir(parents=True)
+    write_trained_rows(tmp_path / "first", TrainConfig(), [b"1" * 8, b"2" * 8])
+    write_trained_rows(tmp_path / "second", TrainConfig(adapter=str(tmp_path / "first")), [b"3" * 8])
+    assert trained_rows(tmp_path / "second" / "adapter") == {b"1" * 8, b"2" * 8, b"3" * 8}
+    assert trained_rows(tmp_path / "first" / "adapter") == {b"1" * 8, b"2" * 8}
+    assert trained_rows(tmp_path / "second") is None
 
 
 BAD: dict[str, tuple[list[str], str]] = {

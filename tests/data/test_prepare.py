@@ -1,5 +1,6 @@
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -9,10 +10,17 @@ import numpy as np
 import pytest
 
 from tailora.data import prepare as preparation
-from tailora.data.chat_template import DataSettings
+from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import IGNORED, Example, Examples, Mixture, warnings_of
 from tailora.data.labels import Labels
-from tailora.data.prepare import PreparedData, RowCounts, check_vocabulary, stream_examples
+from tailora.data.prepare import (
+    EvalSource,
+    PreparedData,
+    RowCounts,
+    check_eval_source,
+    check_vocabulary,
+    stream_examples,
+)
 from tailora.data.readers import Source
 from tailora.data.schemas import SEQUENCE_CLASSIFICATION, Conversation, Pair, Text
 from tailora.errors import DataError
@@ -54,6 +62,28 @@ def test_the_held_out_samples_are_those_of_the_held_out_examples(bytes_tokenizer
     for sample, example in zip(prepared.eval_samples, prepared.eval, strict=True):
         assert sample == Pair(**PAIRS[example.source_index])
         assert tokenizer.decode(example.input_ids.tolist()) == f"{sample.prompt}{sample.completion}<|im_end|>"
+
+
+REPLIES = [{"chosen": chat_row("a", text)["messages"], "rejected": chat_row("a", "no")["messages"]} for text in "bcde"]
+
+
+@pytest.mark.parametrize(
+    "rows", [PAIRS, [chat_row("hi", str(i)) for i in range(8)], REPLIES], ids=["pair", "chat", "dpo"]
+)
+def test_rows_of_training_are_known_again_in_an_evaluation(
+    rows: Any, bytes_tokenizer, chatml, jsonl, tmp_path: Path
+) -> None:
+    """Also in another file, cut at another length."""
+    tokenizer = bytes_tokenizer(chatml)
+    prepared = prepare(jsonl(rows), tokenizer, validation_split=0.25)
+    assert len(prepared.trained_rows) == len(prepared.train)
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps([{**row, "id": 7} for row in rows[::-1]]))
+    settings = DataSettings(max_length=60, for_evaluation=True)
+    source = EvalSource(str(other), ChatTokenizer.of(tokenizer, settings), trained_rows=prepared.trained_rows)
+    assert check_eval_source(source).trained_on == len(prepared.train)
+    assert check_eval_source(replace(source, trained_rows=[])).trained_on == 0
+    assert check_eval_source(replace(source, trained_rows=None)).trained_on is None
 
 
 def test_the_same_data_and_seed_give_the_same_hash_and_split(bytes_tokenizer, jsonl) -> None:

@@ -9,7 +9,7 @@ from tailora.evaluation.metrics import LABEL_METRICS, METRICS
 from tailora.evaluation.scores import Match
 from tailora.report.blocks import Answers, Block, Column, Figure, List, Number, Page, Section, Table
 from tailora.report.charts import Canvas, Estimate
-from tailora.report.format import NONE, decimals, duration
+from tailora.report.format import NONE, decimals, duration, plural
 from tailora.report.pages.shared import INTERVAL, labels_section, numeric, settings_table
 
 CUTS = {  # of EvalReport.data: how many rows were cut or left out
@@ -62,6 +62,15 @@ class EvalReport:
     gates: list[GateOutcome] = field(default_factory=list)
     labels: dict[str, Any] | None = None
 
+    @property
+    def rows_of_training(self) -> str:
+        """Returns how many of the rows were trained on; "" if none was, or if it is not known."""
+        data = self.data or {}
+        if not data.get("trained_on"):
+            return ""
+        rows = plural(data["rows"] - data["cut_away"] - data["copies"], "evaluated row")
+        return f"{data['trained_on']:,} of {rows} were trained on: expect worse scores on new rows"
+
 
 def eval_page(report: EvalReport) -> Page:
     data, tasks, evaluated = report.data or {}, report.tasks or {}, report.adapter or report.model
@@ -89,7 +98,9 @@ def eval_page(report: EvalReport) -> Page:
         Section("Data", "", [settings_table("Data", ("", facts))]),
     ]
     notes = [text.format(data[name], **data) for name, text in CUTS.items() if data.get(name)]
-    outcomes = [f"gate {'met' if gate.met else 'NOT MET'}: {gate}" for gate in report.gates]
+    notes += [report.rows_of_training] if report.rows_of_training else []
+    where = " on rows of training" if report.rows_of_training else ""
+    outcomes = [f"gate {'met' if gate.met else 'NOT MET'}{where}: {gate}" for gate in report.gates]
     gates = Section("Gates", "", [List(outcomes) if outcomes else None])
     return Page("eval", evaluated.rstrip("/").rpartition("/")[2], lead, numbers, sections, notes, gates)
 
