@@ -10,7 +10,7 @@ ShareGPT's messages have from and value.
 import json
 import re
 import reprlib
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -42,11 +42,9 @@ def read_messages(value: Any, name: str) -> Messages:
 
 
 def marked_messages(value: Any, name: str) -> list[MarkedMessage]:
-    return _read_list(value, name, _message)
-
-
-def sharegpt_messages(value: Any, name: str) -> list[MarkedMessage]:
-    return _read_list(value, name, _sharegpt_message)
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{name} is {short_repr(value)} where a list of messages is needed")
+    return [_message(message, f"{name}[{index}]") for index, message in enumerate(value)]
 
 
 def as_messages(value: Any, name: str, role: str) -> list[MarkedMessage]:
@@ -56,16 +54,14 @@ def as_messages(value: Any, name: str, role: str) -> list[MarkedMessage]:
     return [({"role": role, "content": text_value(value, name)}, None)]
 
 
-def _read_list(value: Any, name: str, read: Callable[[Any, str], MarkedMessage]) -> list[MarkedMessage]:
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{name} is {short_repr(value)} where a list of messages is needed")
-    return [read(message, f"{name}[{index}]") for index, message in enumerate(value)]
-
-
 def _message(message: Any, name: str) -> MarkedMessage:
     """Returns the message, and whether it is to be trained; None if it does not say."""
-    if not isinstance(message, dict):
-        raise DataError(f"{name} is {short_repr(message)} where an object with role and content is needed")
+    if not isinstance(message, dict) or not message.keys() & {"role", "from"}:
+        raise DataError(
+            f"{name} is {short_repr(message)} where an object with role and content, or from and value, is needed"
+        )
+    if "role" not in message:
+        message = _from_sharegpt(message, name)
     message = {key: value for key, value in message.items() if value is not None}
     role = "tool" if message.get("role") == "function" else message.get("role")
     if role not in ROLES:
@@ -150,11 +146,7 @@ def _parsed(text: str, name: str) -> Any:
         raise DataError(f"{name} is no JSON text: {error}") from None
 
 
-def _sharegpt_message(turn: Any, name: str) -> MarkedMessage:
-    if isinstance(turn, dict) and "role" in turn:
-        return _message(turn, name)
-    if not isinstance(turn, dict) or "from" not in turn:
-        raise DataError(f"{name} is {short_repr(turn)} where an object with from and value is needed")
+def _from_sharegpt(turn: dict[str, Any], name: str) -> dict[str, Any]:
     sender, value = turn["from"], turn.get("value")
     if not isinstance(sender, str) or sender not in SHAREGPT_ROLES:
         raise DataError(f"{name}: from {short_repr(sender)} is unknown; values are {', '.join(SHAREGPT_ROLES)}")
@@ -165,7 +157,7 @@ def _sharegpt_message(turn: Any, name: str) -> MarkedMessage:
         message["tool_calls"] = calls if isinstance(calls, list) else [calls]
     else:
         message["content"] = text_value(value, f"{name}.value")
-    return _message(message, name)
+    return message
 
 
 # ---- Tools

@@ -39,7 +39,6 @@ from tailora.data.messages import (
     marked_messages,
     read_messages,
     read_tools,
-    sharegpt_messages,
     short_repr,
     text_value,
 )
@@ -157,7 +156,7 @@ def from_messages(values: dict[str, Any]) -> Conversation:
 
 
 def from_sharegpt(values: dict[str, Any]) -> Conversation:
-    messages = sharegpt_messages(values["conversations"], "conversations")
+    messages = marked_messages(values["conversations"], "conversations")
     if (system := values.get("system")) not in (None, ""):
         messages.insert(0, ({"role": "system", "content": text_value(system, "system")}, None))
     return _conversation(messages, values)

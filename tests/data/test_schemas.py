@@ -293,12 +293,12 @@ def test_a_row_becomes_a_sample(fields, sample) -> None:
     [
         ({"messages": []}, "messages is [] where a list of messages is needed"),
         ({"messages": "hi"}, "messages is 'hi' where a list of messages is needed"),
-        ({"messages": ["hi"]}, "messages[0] is 'hi' where an object with role and content is needed"),
+        ({"messages": ["hi"]}, "messages[0] is 'hi' where an object with role and content, or from"),
         (
             {"messages": [{"role": "asistant", "content": "x"}]},
             "messages[0]: role 'asistant' is unknown; did you mean assistant",
         ),
-        ({"messages": [{"content": "x"}]}, "messages[0]: role None is unknown"),
+        ({"messages": [{"content": "x"}]}, "messages[0] is {'content': 'x'} where an object with role"),
         ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content is None where text is needed"),
         (
             {"messages": [USER, {**REPLY, "tool_calls": [1]}]},
@@ -342,7 +342,10 @@ def test_a_row_becomes_a_sample(fields, sample) -> None:
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, "nothing to learn: no assistant message"),
         ({"prompt": [USER, REPLY], "completion": [USER]}, "nothing to learn: no assistant message"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "conversations[0]: from 'alien' is unknown; values are"),
-        ({"conversations": [{"value": "x"}]}, "conversations[0] is {'value': 'x'} where an object with from and value"),
+        (
+            {"conversations": [{"value": "x"}]},
+            "conversations[0] is {'value': 'x'} where an object with role and content, or",
+        ),
         ({"prompt": "a", "completion": " \n"}, "nothing to learn: the completion is empty"),
         ({"prompt": "a", "completion": 42}, "completion is 42 where text is needed"),
         ({"instruction": "a", "output": ""}, "nothing to learn: the completion is empty"),
