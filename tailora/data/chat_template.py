@@ -1,15 +1,15 @@
 """The tokenizer and its chat template: messages to text, system messages, and tools in the form the template reads.
 
-Templates leave out what they do not know. Tools, calls and results that a template does not write are an error.
+Templates leave out what they do not know. Tools, calls and results for which a template has no place become text.
 `loss_mask` finds which parts of the text are trained.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
 import numpy as np
 from jinja2.exceptions import TemplateError
@@ -246,62 +246,145 @@ def _with_system(sample: Conversation | Pair, tokenizer: ChatTokenizer) -> Conve
     )
 
 
-# ---- Tools: arguments in the form that the template reads, and whether it writes all of them
+# ---- Tools: in the form that the template reads
 
 MARK = "zqx{}xqz"  # stands in no template; numbered, and the number cannot be the beginning of another one
-
-
-def fit_to_template(chat: Conversation, tokenizer: ChatTokenizer) -> Conversation:
-    """Returns the conversation with the arguments of tool calls as the template reads them: objects, or JSON text.
-
-    Raises DataError if the template does not write its tools, calls or results, or the calls are outside of the spans
-    that it marks as generated.
-    """
-    is_tool_message = (message["role"] == "tool" or "tool_calls" in message for message in chat.messages)
-    if not chat.tools and not any(is_tool_message):
-        return chat
-    problems = []
-    for convert in (_arguments_as_objects, _arguments_as_text):
-        candidate = replace(chat, messages=_convert_arguments(chat.messages, convert))
-        try:
-            missing = _not_written(candidate, convert, tokenizer)
-        except DataError as error:
-            problems.append(str(error))
-            continue
-        if not missing:
-            return candidate
-        problems.insert(0, f"the chat template does not write {missing}: {NO_TOOLS}")
-    raise DataError(problems[0])
-
-
+WITH_TOOLS = Conversation(  # what every template that has a place for tools writes
+    [
+        {"role": "user", "content": "a"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "call12345", "type": "function", "function": {"name": "f", "arguments": {"x": "1"}}}],
+        },
+        {"role": "tool", "tool_call_id": "call12345", "name": "f", "content": "b"},
+    ],
+    tools=[
+        {
+            "type": "function",
+            "function": {
+                "name": "f",
+                "description": "g",
+                "parameters": {"type": "object", "properties": {"x": {"type": "string"}}, "required": ["x"]},
+            },
+        }
+    ],
+)
 NO_TOOLS = (
-    "take a model whose template supports tools, or write tools and calls into the contents, in the form in which the "
+    "use a model whose template supports tools, or write tools and calls into the contents, in the form in which the "
     "model is to call them"
 )
 
 
-def _arguments_as_objects(arguments: Any) -> Any:
-    return json.loads(arguments) if isinstance(arguments, str) else arguments
+def fit_to_template(chat: Conversation, tokenizer: ChatTokenizer) -> Conversation:
+    """Returns the conversation with tools, calls and results in a form that the template writes.
+
+    Arguments of calls become objects, or JSON text. If the template has no place for tools, they become text.
+    Raises DataError if the template writes none of these forms, or calls outside of the spans that it marks as
+    generated.
+    """
+    if not has_tools(chat):
+        return chat
+    fitted, problem = _in_form(chat, (_with_objects, _with_json), tokenizer)
+    if fitted is None and _in_form(WITH_TOOLS, (_with_objects, _with_json), tokenizer)[0] is None:
+        fitted, _ = _in_form(chat, (tools_as_text,), tokenizer)
+    if fitted is None:
+        raise DataError(problem)
+    return fitted
 
 
-def _arguments_as_text(arguments: Any) -> Any:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+def has_tools(chat: Conversation) -> bool:
+    return bool(chat.tools) or any(m["role"] == "tool" or "tool_calls" in m for m in chat.messages)
 
 
-def _convert_arguments(messages: Messages, convert: Callable[[Any], Any]) -> Messages:
+Form: TypeAlias = Callable[[Conversation], Conversation]
+
+
+def _in_form(chat: Conversation, forms: Sequence[Form], tokenizer: ChatTokenizer) -> tuple[Conversation | None, str]:
+    """Returns the conversation in the first form that the template writes, or None and what is wrong."""
+    problems = []
+    for form in forms:
+        try:
+            missing = _not_written(chat, form, tokenizer)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        if not missing:
+            return form(chat), ""
+        problems.insert(0, f"the chat template does not write {missing}: {NO_TOOLS}")
+    return None, problems[0]
+
+
+def _with_objects(chat: Conversation) -> Conversation:
+    return _with_arguments(chat, lambda value: json.loads(value) if isinstance(value, str) else value)
+
+
+def _with_json(chat: Conversation) -> Conversation:
+    return _with_arguments(chat, _as_json)
+
+
+def _as_json(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _with_arguments(chat: Conversation, convert: Callable[[Any], Any]) -> Conversation:
     def converted(call: dict[str, Any]) -> dict[str, Any]:
         function = call["function"]
         return {**call, "function": {**function, "arguments": convert(function["arguments"])}}
 
-    return [
+    messages = [
         {**message, "tool_calls": [converted(call) for call in message["tool_calls"]]}
         if "tool_calls" in message
         else message
-        for message in messages
+        for message in chat.messages
     ]
+    return replace(chat, messages=messages)
 
 
-def _not_written(chat: Conversation, convert: Callable[[Any], Any], tokenizer: ChatTokenizer) -> str:
+# The form of Qwen 2.5 and Hermes
+TOOLS_TEXT = """\
+# Tools
+
+You may call one or more functions to assist with the user query. Their signatures:
+<tools>
+{}
+</tools>
+
+For each call, return a JSON object with the function's name and arguments within <tool_call></tool_call>:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+CALL_TEXT = '<tool_call>\n{{"name": {}, "arguments": {}}}\n</tool_call>'
+RESULT_TEXT = "<tool_response>\n{}\n</tool_response>"
+
+
+def tools_as_text(chat: Conversation) -> Conversation:
+    """Returns tools as a part of the system message, calls as a part of the replies, and results as user messages."""
+    messages: Messages = []
+    numbers = []  # of each message, in the new list
+    if chat.tools:
+        messages.append({"role": "system", "content": TOOLS_TEXT.format("\n".join(map(_as_json, chat.tools)))})
+    for index, message in enumerate(chat.messages):
+        previous = messages[-1] if messages else None
+        if message["role"] == "system" and previous and index == 0:
+            previous["content"] = f"{message['content']}\n\n{previous['content']}"
+        elif message["role"] == "tool":
+            content = RESULT_TEXT.format(message["content"])
+            if previous and chat.messages[index - 1]["role"] == "tool":
+                previous["content"] += f"\n{content}"
+            else:
+                messages.append({"role": "user", "content": content})
+        else:
+            functions = [call["function"] for call in message.get("tool_calls", ())]
+            calls = [CALL_TEXT.format(_as_json([f["name"]])[1:-1], _as_json(f["arguments"])) for f in functions]
+            content = "\n".join(filter(None, [message["content"], *calls]))
+            messages.append({k: v for k, v in message.items() if k != "tool_calls"} | {"content": content})
+        numbers.append(len(messages) - 1)
+    first = numbers[chat.first] if chat.first < len(numbers) else len(messages)
+    return Conversation(messages, first, frozenset(numbers[index] for index in chat.untrained))
+
+
+def _not_written(chat: Conversation, form: Form, tokenizer: ChatTokenizer) -> str:
     """Returns which tool, call or result the template leaves out, or writes as Python; "" if it writes all as they are.
 
     Each gets a mark, and the marks are looked for: a name or result may stand elsewhere in the text, too.
@@ -315,11 +398,10 @@ def _not_written(chat: Conversation, convert: Callable[[Any], Any], tokenizer: C
     def marked_call(call: dict[str, Any], name: str) -> dict[str, Any]:
         function = call["function"]
         new_name, key = function["name"] + mark(name), mark(f"the arguments of {name}")
-        arguments = convert({**_arguments_as_objects(function["arguments"]), key: key})
-        return {**call, "function": {**function, "name": new_name, "arguments": arguments}}
+        return {**call, "function": {**function, "name": new_name, "arguments": {**function["arguments"], key: key}}}
 
     messages, of_calls = [], set[int]()
-    for index, message in enumerate(chat.messages):
+    for index, message in enumerate(_with_objects(chat).messages):
         if "tool_calls" in message:
             first = len(names)
             calls = [
@@ -335,13 +417,13 @@ def _not_written(chat: Conversation, convert: Callable[[Any], Any], tokenizer: C
         {**tool, "function": {**tool["function"], "name": tool["function"]["name"] + mark(f"tool {index}")}}
         for index, tool in enumerate(chat.tools or [])
     ]
-    marked = replace(chat, messages=messages, tools=tools or None)
+    marked = form(replace(chat, messages=messages, tools=tools or None))
     generated = None
     if tokenizer.marks_replies:
         text, spans = tokenizer.render_generation_spans(marked)
         generated = "".join(text[start:end] for start, end in spans)
     else:
-        text = tokenizer.render(messages, tools=marked.tools)
+        text = tokenizer.render(marked.messages, tools=marked.tools)
     for number, name in enumerate(names):
         written = MARK.format(number)
         if written not in text or f"'{written}': '{written}'" in text:

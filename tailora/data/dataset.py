@@ -203,6 +203,13 @@ class Examples:
     def hashes(self) -> list[bytes]:
         return [example.hash for example in self]
 
+    def row_hashes(self) -> list[bytes]:
+        """Returns the hashes of each example's row. The examples of one conversation share them, and so do copies."""
+        rows: dict[int, bytes] = {}
+        for index, value in zip(self.source_indices.tolist(), self.hashes(), strict=True):
+            rows[index] = rows.get(index, b"") + value
+        return [rows[index] for index in self.source_indices.tolist()]
+
 
 def with_other_replies(examples: Examples, seed: int, max_length: int) -> Examples:
     """Returns examples whose second sequence, not trained on, is their prompt with the reply to a different prompt.
@@ -380,7 +387,9 @@ class DataReport:
     truncated: int  # examples cut at max_length
     without_weight: int  # rows left out because their weight is 0
     cut_away: int  # examples left out because the cut took all trained tokens
-    replies_not_learned: int  # the template rewrites them once the chat goes on, or nothing comes before them
+    split_rows: int  # conversations that became several examples, since the template rewrites earlier replies
+    split_examples: int  # those examples
+    tools_as_text: int  # conversations whose tools the template has no place for
     repeated: int  # rows that repeat an earlier row of the same side
     duplicates: int  # eval examples that are train examples too
     lengths: list[dict[str, int]]  # examples with low to high tokens, both included
@@ -400,7 +409,15 @@ WARNINGS = {  # count in the report -> name, meaning
     "truncated": ("cut", "examples are longer than --max-length"),
     "without_weight": ("weight 0", "rows have the weight 0 and are left out"),
     "cut_away": ("left out", "examples whose learned tokens were all cut away"),
-    "replies_not_learned": ("not learned", "replies that the chat template rewrites once the chat continues"),
+    "split_rows": (
+        "divided",
+        "conversations became {split_examples:,} examples, one per reply that the template rewrites",
+    ),
+    "tools_as_text": (
+        "tools",
+        "conversations have tools, for which the chat template has no place: they are written as text, as other "
+        "programs that use the adapter must, too",
+    ),
     "repeated": ("repeated", "rows are copies of an earlier row"),
     "eval_copies": ("copies", "held-out examples are copies of others: each text is evaluated once"),
     "duplicates": ("DUPLICATES", "held-out rows are also trained on: the held-out loss will look too good"),
@@ -409,7 +426,11 @@ WARNINGS = {  # count in the report -> name, meaning
 
 def warnings_of(report: Mapping[str, Any]) -> dict[str, str]:
     """Returns name -> count and meaning for what was cut, left out or found twice. report: DataReport.to_dict()."""
-    return {name: f"{report[key]:,} {meaning}" for key, (name, meaning) in WARNINGS.items() if report[key]}
+    return {
+        name: f"{report[key]:,} {meaning.format_map(report)}"
+        for key, (name, meaning) in WARNINGS.items()
+        if report[key]
+    }
 
 
 def length_histogram(lengths: Int64, bins: int = 10) -> list[dict[str, int]]:

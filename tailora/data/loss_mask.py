@@ -2,11 +2,11 @@
 
 `render_sample` writes the sample as text and finds the spans that are trained; `loss_mask` maps them to tokens.
 
-The replies of the assistant, which may be tool calls, are found from the chat template itself:
+The replies of the assistant, which may be tool calls, are located from the chat template itself:
   - a template with {% generation %} marks them;
   - any other is rendered twice per reply: up to the reply (as `generate` would begin) and up to its end. Both must be
-    prefixes of the whole text. Where a template rewrites earlier turns they are not, and that reply is read but not
-    trained.
+    prefixes of the whole text. Where a template rewrites earlier turns they are not, and the reply becomes an example
+    of its own, with the conversation up to it.
 A reply's span ends with its end-of-turn token; the model never generates what the template writes after it. Tokens are
 trained only if the model sees the same tokens before them when it generates.
 """
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tailora.data.chat_template import ChatTokenizer, Span, Tokens, fit_to_template, to_conversation
 from tailora.data.dataset import Int32
 from tailora.data.messages import REASONING
-from tailora.data.schemas import Conversation, Sample, Text
+from tailora.data.schemas import Conversation, Pair, Sample, Text
 from tailora.errors import DataError
 
 Bools: TypeAlias = NDArray[np.bool_]
@@ -32,24 +32,28 @@ Bools: TypeAlias = NDArray[np.bool_]
 class RenderedSample:
     """text, and the spans of it that are trained.
 
+    sample: what it was made of: of a conversation that became several texts, the part up to its last trained reply.
     add_bos: the tokenizer's BOS goes before the text, since no template has written it.
     add_eos: EOS goes after the text, since it does not end with one.
-    untrained_replies: how many replies are not trained, because the template rewrites them or nothing comes before.
     """
 
+    sample: Sample
     text: str
     trained_spans: list[Span]
     add_bos: bool = False
     add_eos: bool = False
-    untrained_replies: int = 0
 
 
-def render_sample(sample: Sample, tokenizer: ChatTokenizer) -> RenderedSample:
-    """Raises DataError with the cause if the sample cannot be rendered or nothing of it can be trained."""
+def render_sample(sample: Sample, tokenizer: ChatTokenizer) -> list[RenderedSample]:
+    """Returns the text of a sample; of a conversation that has replies in several renderings, all of them.
+
+    Raises DataError with the cause if the sample cannot be rendered, or a reply of it cannot be trained.
+    """
     if isinstance(sample, Text):
-        return RenderedSample(sample.text, [(0, len(sample.text))], add_bos=True, add_eos=tokenizer.eos is not None)
+        spans, has_eos = [(0, len(sample.text))], tokenizer.eos is not None
+        return [RenderedSample(sample, sample.text, spans, add_bos=True, add_eos=has_eos)]
     if tokenizer.template is not None:
-        return _render_chat(to_conversation(sample), tokenizer)
+        return _render_chat(sample, tokenizer)
     if isinstance(sample, Conversation):
         raise DataError(
             "the tokenizer has no chat template to write messages with: take the instruct version of the model, "
@@ -63,7 +67,7 @@ def render_sample(sample: Sample, tokenizer: ChatTokenizer) -> RenderedSample:
     _check_eos(tokenizer)
     text = sample.prompt + sample.completion
     start = 0 if tokenizer.settings.completion_only_loss is False else len(sample.prompt)
-    return RenderedSample(text, [(start, len(text))], add_bos=True, add_eos=True)
+    return [RenderedSample(sample, text, [(start, len(text))], add_bos=True, add_eos=True)]
 
 
 def _check_eos(tokenizer: ChatTokenizer) -> None:
@@ -71,43 +75,51 @@ def _check_eos(tokenizer: ChatTokenizer) -> None:
         raise DataError("the tokenizer has no EOS token, so the model could not learn to stop: set tokenizer.eos_token")
 
 
-def _render_chat(chat: Conversation, tokenizer: ChatTokenizer) -> RenderedSample:
-    chat = fit_to_template(chat, tokenizer)
+def _render_chat(sample: Conversation | Pair, tokenizer: ChatTokenizer) -> list[RenderedSample]:
+    """Returns the whole conversation with the replies that are in it as in generation, and each other one by itself."""
+    chat = fit_to_template(to_conversation(sample), tokenizer)
     if tokenizer.settings.completion_only_loss is False:
         chat = replace(chat, first=0)
     if not tokenizer.settings.trains_replies_alone:
-        return _render_all(chat, tokenizer)
-    if tokenizer.marks_replies:
-        text, marked = tokenizer.render_generation_spans(chat)
-        spans = _marked_reply_spans(chat, text, marked, tokenizer)
-    else:
-        text = tokenizer.render(chat.messages, tools=chat.tools)
-        spans = [
-            span for index in chat.trained_replies if (span := _reply_span(chat, index, text, tokenizer)) is not None
-        ]
-    all_turns = (_end_turn(text, span, tokenizer) for span in spans)
-    turns = [(start, end, has_end) for start, end, has_end in all_turns if start < end]
-    if not turns and any(chat.replies):
-        raise DataError(
-            "no reply can be located: with the reply in place, the chat template no longer begins with the prompt that "
-            "generation begins with (some drop the system message then, the reasoning of calls before it, or a thought "
-            "that they have opened); leave out what is dropped, or put {% generation %} ... {% endgeneration %} around "
-            "the reply in the template"
-        )
-    if not turns:
+        return [_render_all(sample, chat, tokenizer)]
+    remaining = [index for index in chat.trained_replies if index > 0]  # no model is ever asked to speak first
+    if not remaining:
         raise DataError("nothing to learn: the conversation has no reply, or only one that it begins with")
-    _, last_end, has_end = turns[-1]
-    if not has_end:
-        _check_eos(tokenizer)
-    return RenderedSample(
-        text=text[:last_end],  # nothing is trained after it
-        trained_spans=[(start, end) for start, end, _ in turns],
-        add_eos=not has_end,
-        untrained_replies=max(0, len(chat.trained_replies) - len(turns)),
-    )
+    find = _marked_replies if tokenizer.marks_replies else _unmarked_replies
+    size = len(chat.messages)
+    rendered: list[RenderedSample] = []
+    while remaining:
+        part, last = replace(chat, messages=chat.messages[:size]), remaining[-1]
+        text, located, spans = find(part, remaining, tokenizer)
+        if not located and size == last + 1:
+            raise DataError(
+                f"message {last} cannot be trained: once it is there, the chat template no longer writes the prompt "
+                "that generation begins with (some drop the reasoning of calls before it, or a thought that they have "
+                'opened); leave out what is dropped, mark the reply with "train": false, or put {% generation %} ... '
+                "{% endgeneration %} around replies in the template"
+            )
+        is_whole = not rendered and located == remaining
+        remaining = [index for index in remaining if index not in located]
+        size = last + 1 if last in remaining else max(remaining, default=0) + 1
+        turns = [turn for turn in (_end_turn(text, span, tokenizer) for span in spans) if turn[0] < turn[1]]
+        if turns:
+            _, end, has_end = turns[-1]
+            if not has_end:
+                _check_eos(tokenizer)
+            rendered.append(
+                RenderedSample(
+                    sample if is_whole else replace(part, untrained=frozenset(part.replies) - {*located}),
+                    text[:end],  # nothing is trained after it
+                    trained_spans=[(start, end) for start, end, _ in turns],
+                    add_eos=not has_end,
+                )
+            )
+    if not rendered:
+        raise DataError("nothing to learn: the chat template writes nothing for the replies")
+    return rendered[::-1]
 
 
-def _render_all(chat: Conversation, tokenizer: ChatTokenizer) -> RenderedSample:
+def _render_all(sample: Sample, chat: Conversation, tokenizer: ChatTokenizer) -> RenderedSample:
     """Returns a conversation that is trained as a whole, or from its completion on if it has one."""
     if chat.untrained:
         raise DataError(
@@ -126,50 +138,67 @@ def _render_all(chat: Conversation, tokenizer: ChatTokenizer) -> RenderedSample:
     start, end, has_end = _end_turn(text, (len(prompt), len(text)), tokenizer)
     if not has_end:
         _check_eos(tokenizer)
-    return RenderedSample(text=text[:end], trained_spans=[(start, end)], add_eos=not has_end)
+    return RenderedSample(sample, text[:end], [(start, end)], add_eos=not has_end)
 
 
-def _marked_reply_spans(chat: Conversation, text: str, spans: list[Span], tokenizer: ChatTokenizer) -> list[Span]:
-    """Returns the spans of the replies that are trained, of those that the template marks."""
-    if len(spans) != len(chat.replies):
-        if len(chat.trained_replies) < len(chat.replies):
-            raise DataError(
-                f"the chat template marks {len(spans)} replies where the conversation has {len(chat.replies)}"
-            )
-        return [_with_next_special(text, span, tokenizer) for span in spans]
-    by_reply = dict(zip(chat.replies, spans, strict=True))
-    trained = []
-    for index in chat.trained_replies:
-        start, end = by_reply[index]
+Located: TypeAlias = tuple[str, list[int], list[Span]]  # text, the replies that are in it as in generation, their spans
+
+
+def _marked_replies(chat: Conversation, replies: list[int], tokenizer: ChatTokenizer) -> Located:
+    """Finds those of the replies that the template writes whole between its marks."""
+    text, marked = tokenizer.render_generation_spans(chat)
+    if len(marked) != len(chat.replies):
+        raise DataError(f"the chat template marks {len(marked)} replies where the chat has {len(chat.replies)}")
+    located, spans = [], []
+    for index, (start, end) in zip(chat.replies, marked, strict=True):
+        if index not in replies:
+            continue
         part = _left_out(chat.messages[index], text[start:end])
         if part is None:
-            trained.append(_with_next_special(text, (start, end), tokenizer))
+            located.append(index)
+            spans.append(_with_next_special(text, (start, end), tokenizer))
         elif index == len(chat.messages) - 1:
             raise _not_written_error(part, index)
-    return trained
+    return text, located, spans
 
 
-def _reply_span(chat: Conversation, index: int, text: str, tokenizer: ChatTokenizer) -> Span | None:
-    """Returns the span of message `index` in the text, found by rendering the messages before it and up to its end.
+def _unmarked_replies(chat: Conversation, replies: list[int], tokenizer: ChatTokenizer) -> Located:
+    """Finds those of the replies that follow in the text what the template writes for the messages before them.
 
-    None if the template rewrites it when the chat goes on. Raises DataError if the template leaves a part of it out.
+    Raises DataError if it leaves out a part of one.
     """
-    messages = chat.messages
-    if index == 0:
-        return None  # no model is ever asked to speak first
-    before = tokenizer.render(messages[:index], tools=chat.tools, add_generation_prompt=True)
-    if not text.startswith(before):
-        return None
-    is_last = index == len(messages) - 1
-    up_to_end = text if is_last else tokenizer.render(messages[: index + 1], tools=chat.tools)
-    # Some templates close the whole chat, not the turn, with EOS.
-    for prefix in (up_to_end, up_to_end.removesuffix(tokenizer.eos or "")):
-        if text.startswith(prefix) and len(prefix) >= len(before):
-            if (part := _left_out(messages[index], prefix[len(before) :])) is not None:
-                raise _not_written_error(part, index)
-            span = len(before), len(prefix)
-            return _with_next_special(text, span, tokenizer) if prefix == up_to_end else span
-    return None
+    text = tokenizer.render(chat.messages, tools=chat.tools)
+    located, spans, prompt = [], [], ""
+    for index in replies:
+        prompt = tokenizer.render(chat.messages[:index], tools=chat.tools, add_generation_prompt=True)
+        is_last = index == len(chat.messages) - 1
+        up_to_end = text if is_last else tokenizer.render(chat.messages[: index + 1], tools=chat.tools)
+        # Some templates close the whole chat, not the turn, with EOS.
+        for prefix in (up_to_end, up_to_end.removesuffix(tokenizer.eos or "")):
+            if text.startswith(prefix) and prefix.startswith(prompt):
+                if (part := _left_out(chat.messages[index], prefix[len(prompt) :])) is not None:
+                    raise _not_written_error(part, index)
+                located.append(index)
+                span = len(prompt), len(prefix)
+                spans.append(_with_next_special(text, span, tokenizer) if prefix == up_to_end else span)
+                break
+    if not located and replies[-1] == len(chat.messages) - 1:
+        reply = _after_header(prompt, text, chat.messages[-1], tokenizer)
+        if reply:
+            return prompt + reply, replies[-1:], [(len(prompt), len(prompt + reply))]
+    return text, located, spans
+
+
+def _after_header(prompt: str, text: str, message: dict[str, Any], tokenizer: ChatTokenizer) -> str:
+    """Returns the reply that ends a text which does not begin with its prompt, or "" if it cannot be told.
+
+    It follows the header that ends the prompt: Mistral's drops the system message once the last question has a reply.
+    """
+    start = max((prompt.rfind(token) for token in tokenizer.special_tokens), default=-1)
+    reply = text.rpartition(prompt[start:])[2] if start >= 0 and prompt[start:] in text else ""
+    names = [call["function"]["name"] for call in message.get("tool_calls", ())]
+    parts = [message["content"].strip(), message.get(REASONING, "").strip(), *names]
+    return reply if len(names) <= 1 and all(part in reply for part in parts) else ""
 
 
 def _left_out(message: dict[str, Any], reply: str) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tailora.data import dataset
-from tailora.data.chat_template import ChatTokenizer, DataSettings
+from tailora.data.chat_template import ChatTokenizer, DataSettings, fit_to_template, has_tools
 from tailora.data.dataset import DataReport, Example, Examples, Mixture, SourceReport, with_other_replies
 from tailora.data.demo import resolve_demo
 from tailora.data.messages import REASONING
@@ -88,14 +88,14 @@ def _encode_rows(
         samples = [convert_row(item, mapping) if isinstance(item, Row) else item for _, item in chunk]
         encoded = iter(encode_samples([sample for sample in samples if not isinstance(sample, RowProblem)], tokenizer))
         for (index, item), sample in zip(chunk, samples, strict=True):
-            result = sample if isinstance(sample, RowProblem) else next(encoded)
-            if isinstance(result, DataError):
-                yield RowProblem(item.file, item.number, str(result))
-            elif isinstance(result, EncodedSample) and isinstance(item, Row):
-                example = replace(result.example, source_index=index, weight=weight_of(item, mapping))
-                yield replace(result, example=example)
-            elif isinstance(result, RowProblem):
-                yield result
+            results = sample if isinstance(sample, RowProblem) else next(encoded)
+            if isinstance(results, RowProblem):
+                yield results
+            elif isinstance(results, DataError):
+                yield RowProblem(item.file, item.number, str(results))
+            elif isinstance(item, Row):
+                weight = weight_of(item, mapping)
+                yield from (replace(r, example=replace(r.example, source_index=index, weight=weight)) for r in results)
 
 
 def count_messages(samples: Iterable[object]) -> dict[str, int]:
@@ -112,34 +112,38 @@ def count_messages(samples: Iterable[object]) -> dict[str, int]:
 
 @dataclass(slots=True)
 class RowCounts:
-    """Counts of encoded rows. A row counts once, even if its source is read again.
+    """Counts of encoded rows and their examples. An example counts once, even if its source is read again.
 
-    tokens: after cutting.    longest: tokens of the longest row, before cutting.    truncated: rows cut at max_length.
-    without_weight: rows whose weight is 0.
-    cut_away: rows without a trained token left, of those that were cut.    replies_not_learned: see RenderedSample.
-    duplicates: rows that are held-out examples too, if `held_out` has the hashes of those.
+    split_rows, split_examples: conversations that have an example for each of several replies, and those examples.
+    tokens: after cutting.    longest: tokens of the longest one, before cutting.    truncated: those cut at max_length.
+    without_weight: those whose weight is 0.
+    cut_away: those without a trained token left, of those that were cut.
+    duplicates: those that are held-out examples too, if `held_out` has the hashes of those.
     """
 
     rows: int = 0
+    parts: int = 0  # examples of the last row so far
+    split_rows: int = 0
+    split_examples: int = 0
     tokens: int = 0
     longest: int = 0
     truncated: int = 0
     without_weight: int = 0
     cut_away: int = 0
-    replies_not_learned: int = 0
     duplicates: int = 0
     held_out: frozenset[bytes] = frozenset()
 
     def add(self, encoded: EncodedSample, max_length: int) -> None:
         example = encoded.example
-        if example.source_index >= self.rows:
-            self.rows = example.source_index + 1
+        if (example.source_index + 1, encoded.part + 1) > (self.rows, self.parts):
+            self.rows, self.parts = example.source_index + 1, encoded.part + 1
+            self.split_rows += encoded.parts > 1 and encoded.part == 0
+            self.split_examples += encoded.parts > 1
             self.tokens += len(example.input_ids)
             self.longest = max(self.longest, encoded.length)
             self.truncated += encoded.length > max_length
             self.without_weight += example.weight == 0
             self.cut_away += not encoded.is_learned
-            self.replies_not_learned += encoded.untrained_replies
             self.duplicates += bool(self.held_out) and example.hash in self.held_out
 
     @classmethod
@@ -288,7 +292,9 @@ def _report(
         truncated=counts.truncated,
         without_weight=counts.without_weight,
         cut_away=counts.cut_away,
-        replies_not_learned=counts.replies_not_learned,
+        split_rows=counts.split_rows,
+        split_examples=counts.split_examples,
+        tools_as_text=sum(_has_tools_as_text(sample, tokenizer) for part in loaded for sample in part.samples),
         repeated=len(train) - len(trained_on) + eval_copies,
         duplicates=sum(value in trained_on for value in eval_hashes),
         lengths=dataset.length_histogram(lengths),
@@ -296,6 +302,10 @@ def _report(
         labels={} if labels is None else labels.counts(train),
         eval_labels={} if labels is None else labels.counts(evaluated),
     )
+
+
+def _has_tools_as_text(sample: AnySample, tokenizer: ChatTokenizer) -> bool:
+    return isinstance(sample, Conversation) and has_tools(sample) and not has_tools(fit_to_template(sample, tokenizer))
 
 
 def _check_feedback(train: Examples, held_out: Examples, source: str) -> None:
@@ -417,7 +427,7 @@ def _split(loaded: list[LoadedSource], settings: DataSettings) -> tuple[list[Loa
     If an example has one of several classes, about the same share of each class is held out.
     """
     share, labels = settings.validation_split, settings.labels
-    hashes = [part.examples.hashes() for part in loaded]
+    hashes = [part.examples.row_hashes() for part in loaded]
     if share and len(set(chain.from_iterable(hashes))) < 2:
         loaded = [part.in_blocks(settings) for part in loaded]
         hashes = [part.examples.hashes() for part in loaded]

@@ -49,16 +49,17 @@ AGREEING = 16  # tokens before and after the seam of two windows, which must be 
 class EncodedSample:
     """An example, and what it was made of.
 
-    sample: of two replies the better one, of choices the right one.
+    sample: of two replies the better one, of choices the right one; of a conversation in parts, the part.
     length: in tokens before cutting at max_length.
-    untrained_replies: replies that could not be located.
+    part, parts: its number among the examples of its row, and how many these are.
     choices: those whose right answer is `sample`.
     """
 
     sample: AnySample
     example: Example
     length: int
-    untrained_replies: int = 0
+    part: int = 0
+    parts: int = 1
     choices: Choices | None = None
 
     @property
@@ -68,15 +69,21 @@ class EncodedSample:
 
 
 def encode_sample(sample: Sample, tokenizer: Any, max_length: int) -> Example:
-    """Returns the tokens and labels of one sample. Raises DataError with the cause if it cannot be trained on."""
+    """Returns the tokens and labels of one sample, or of its last reply if the template needs an example for each.
+
+    Raises DataError with the cause if it cannot be trained on.
+    """
     (result,) = encode_samples([sample], ChatTokenizer.of(tokenizer, DataSettings(max_length=max_length)))
     if isinstance(result, DataError):
         raise result
-    return result.example
+    return result[-1].example
 
 
-def encode_samples(samples: Sequence[AnySample], tokenizer: ChatTokenizer) -> list[EncodedSample | DataError]:
-    """Returns the tokens and labels of every sample, or the reason why it has none."""
+def encode_samples(samples: Sequence[AnySample], tokenizer: ChatTokenizer) -> list[list[EncodedSample] | DataError]:
+    """Returns the tokens and labels of every sample, or the reason why it has none.
+
+    A conversation has several where the template cannot write all its replies in one text as generation sees them.
+    """
     prepared = [_result_of(with_system, sample, tokenizer) for sample in samples]
     if tokenizer.settings.task == SEQ2SEQ or tokenizer.settings.labels is not None:
         return [_result_of(_encode_one, sample, tokenizer) for sample in prepared]
@@ -84,7 +91,7 @@ def encode_samples(samples: Sequence[AnySample], tokenizer: ChatTokenizer) -> li
     return [_result_of(_join, sample, [next(encoded) for _ in _parts(sample)]) for sample in prepared]
 
 
-def _result_of(function: Callable[..., Any], sample: AnySample | DataError, *arguments: Any) -> Any:
+def _result_of(function: Callable[..., Any], sample: Any, *arguments: Any) -> Any:
     """Returns the function's result for a sample, or the DataError that it raises or that there was before."""
     if isinstance(sample, DataError):
         return sample
@@ -94,14 +101,14 @@ def _result_of(function: Callable[..., Any], sample: AnySample | DataError, *arg
         return error
 
 
-def _encode_one(sample: AnySample, tokenizer: ChatTokenizer) -> EncodedSample:
+def _encode_one(sample: AnySample, tokenizer: ChatTokenizer) -> list[EncodedSample]:
     """Encodes a sample of a task that tokenises one sample at a time."""
     if isinstance(sample, Tagged):
-        return _encode_tagged(sample, tokenizer)
+        return [_encode_tagged(sample, tokenizer)]
     if isinstance(sample, Labelled):
-        return _encode_labelled(sample, tokenizer)
+        return [_encode_labelled(sample, tokenizer)]
     assert isinstance(sample, Pair)
-    return _encode_pair(sample, tokenizer)
+    return [_encode_pair(sample, tokenizer)]
 
 
 # ---- Language models
@@ -121,52 +128,54 @@ def _parts(sample: AnySample | DataError) -> list[Sample]:
     return []
 
 
-def _join(sample: AnySample, parts: Sequence[EncodedSample | DataError]) -> EncodedSample:
+def _join(sample: AnySample, parts: Sequence[list[EncodedSample] | DataError]) -> list[EncodedSample]:
     """Returns a sample from its encoded parts. Where the cut takes a whole reply of two, nothing of it is trained."""
-    encoded = [part for part in parts if isinstance(part, EncodedSample)]
+    encoded: list[EncodedSample] = []
     for part in parts:
         if isinstance(part, DataError):
             raise part
+        encoded += part
+    if isinstance(sample, Conversation | Pair | Text):
+        return encoded
+    if len(encoded) > len(parts):
+        raise DataError(
+            "the chat template rewrites earlier messages, so that only one message of a compared reply can be trained: "
+            'mark the others with "train": false, or move them into the prompt'
+        )
     first, last = encoded[0], encoded[-1]
     if isinstance(sample, Choices):
-        return replace(first, choices=sample)
+        return [replace(first, choices=sample)]
     if isinstance(sample, Feedback):
-        return replace(first, example=replace(first.example, target=np.array([float(sample.desirable)])))
-    if not isinstance(sample, Preference):
-        return first
+        return [replace(first, example=replace(first.example, target=np.array([float(sample.desirable)])))]
     example = Example.of_two(first.example, last.example)
     are_same = first.example.hash == last.example.hash
     if are_same and max(first.length, last.length) == len(first.example.input_ids):  # nothing was cut
         raise DataError("nothing to learn: chosen and rejected are the same tokens")
     if are_same or not (first.example.supervised and last.example.supervised):
         example = replace(example, labels=np.full_like(example.labels, IGNORED))
-    return replace(
-        first,
-        example=example,
-        length=max(first.length, last.length),
-        untrained_replies=first.untrained_replies + last.untrained_replies,
-    )
+    return [replace(first, example=example, length=max(first.length, last.length))]
 
 
-def _encode_texts(samples: Sequence[Sample], tokenizer: ChatTokenizer) -> list[EncodedSample | DataError]:
-    rendered: list[RenderedSample | DataError] = [_result_of(render_sample, sample, tokenizer) for sample in samples]
-    texts = [result.text for result in rendered if isinstance(result, RenderedSample)]
+def _encode_texts(samples: Sequence[Sample], tokenizer: ChatTokenizer) -> list[list[EncodedSample] | DataError]:
+    rendered: list[list[RenderedSample] | DataError] = [_result_of(render_sample, s, tokenizer) for s in samples]
+    texts = [part.text for parts in rendered if not isinstance(parts, DataError) for part in parts]
     tokens = iter(tokenizer.tokenize([text for text in texts if not _is_long(text, tokenizer)]))
-    encoded: list[EncodedSample | DataError] = []
-    for sample, result in zip(samples, rendered, strict=True):
-        if isinstance(result, DataError):
-            encoded.append(result)
-            continue
-        long = _is_long(result.text, tokenizer)
-        of_text = tokenize_in_windows(result.text, tokenizer) if long else next(tokens)
-        ids, mask = loss_mask(result, of_text, tokenizer)
-        example = Example.of_text(ids, mask)
-        if example.supervised:
-            cut = example.beginning(tokenizer.settings.max_length)
-            encoded.append(EncodedSample(sample, cut, len(ids), result.untrained_replies))
-        else:
-            encoded.append(DataError("all labels masked: no token of this row would be learned"))
-    return encoded
+    max_length = tokenizer.settings.max_length
+
+    def encode(parts: list[RenderedSample]) -> list[EncodedSample]:
+        examples = []
+        for part in parts:
+            is_long = _is_long(part.text, tokenizer)
+            of_text = tokenize_in_windows(part.text, tokenizer) if is_long else next(tokens)
+            examples.append(Example.of_text(*loss_mask(part, of_text, tokenizer)))
+        if not all(example.supervised for example in examples):
+            raise DataError("all labels masked: no token of this row would be learned")
+        return [
+            EncodedSample(part.sample, example.beginning(max_length), len(example.input_ids), number, len(parts))
+            for number, (part, example) in enumerate(zip(parts, examples, strict=True))
+        ]
+
+    return [_result_of(encode, parts) for parts in rendered]
 
 
 def _is_long(text: str, tokenizer: ChatTokenizer) -> bool:

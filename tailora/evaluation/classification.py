@@ -457,7 +457,7 @@ def predict_labels(
     """
     chat_tokenizer = ChatTokenizer.of(tokenizer, DataSettings(labels=labels, max_length=max_length))
     encoded = encode_samples(samples, chat_tokenizer)
-    usable = [row for row in encoded if not isinstance(row, DataError)]
+    usable = [row for rows in encoded if not isinstance(rows, DataError) for row in rows]
     if not usable:
         return [row for row in encoded if isinstance(row, DataError)]
     examples = Examples.of(row.example for row in usable)

@@ -55,7 +55,7 @@ def tokenize_choices(questions: Sequence[Choices], tokenizer: Any, max_length: i
         for result in encode_samples(question.options, chat_tokenizer):
             if isinstance(result, DataError):
                 raise result
-            encoded.append(result)
+            encoded += result
         if any(result.length > max_length for result in encoded):
             continue
         examples += [_without_end_of_turn(result.example, chat_tokenizer) for result in encoded]

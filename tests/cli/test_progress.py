@@ -12,7 +12,7 @@ from tailora.cli.progress import counter, download_progress, format_header, run_
 from tailora.data.dataset import WARNINGS
 from tailora.train.events import Evaluated, EvaluationProgress, Event, Note, Stepped
 
-NOTHING_DROPPED = dict.fromkeys(WARNINGS, 0)
+NOTHING_DROPPED = {**dict.fromkeys(WARNINGS, 0), "split_examples": 9000}
 HEADER: dict[str, Any] = {
     "settings": {
         "model": "m",
@@ -106,7 +106,7 @@ def test_the_header_says_what_was_chosen_and_why(changes: dict[str, object], par
     [
         ("truncated", "cut 1,234 examples are longer than --max-length"),
         ("cut_away", "left out 1,234 examples"),
-        ("replies_not_learned", "not learned 1,234 replies"),
+        ("split_rows", "divided 1,234 conversations became 9,000 examples"),
         ("repeated", "repeated 1,234 rows"),
         ("duplicates", "DUPLICATES 1,234 held-out rows are also trained on"),
     ],

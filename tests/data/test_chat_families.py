@@ -15,11 +15,11 @@ from brackets import with_brackets
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from tailora.data.chat_template import ChatTokenizer, fit_to_template
+from tailora.data.chat_template import ChatTokenizer, DataSettings, fit_to_template
 from tailora.data.dataset import IGNORED
 from tailora.data.loss_mask import render_sample
-from tailora.data.schemas import Conversation, from_messages
-from tailora.data.tokenize import encode_sample, prompt_ids, reply_text
+from tailora.data.schemas import Conversation, from_messages, from_prompt
+from tailora.data.tokenize import encode_samples, prompt_ids, reply_text
 from tailora.errors import DataError
 from tailora.evaluation.generate import stop_ids
 
@@ -151,75 +151,68 @@ GPT_OSS = (
     "Reasoning: medium\n\n# Valid channels: analysis, commentary, final. Channel must be included for every message."
 )
 FINAL = "<|channel|>final<|message|>"
-SEVERAL_TURNS = {  # the text of CHAT, and how many of its two replies the template rewrites
+SEVERAL_TURNS = {  # the text of CHAT, or a text for each of its two replies
     "llama3": (
         "<|begin_of_text|>" + HEADER.format("system") + "Cutting Knowledge Date: December 2023\n"
         "Today Date: 26 Jul 2024\n\ns<|eot_id|>"
         + HEADER.format("user") + "a<|eot_id|>" + HEADER.format("assistant") + "[[b<|eot_id|>]]"
         + HEADER.format("user") + "c<|eot_id|>" + HEADER.format("assistant") + "[[d<|eot_id|>]]",
-        0,
     ),
     "qwen2_5": (
         "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]\n"
         "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[d<|im_end|>]]",
-        0,
     ),
-    "qwen3": (  # as a last reply, b would have had an empty thought
+    "qwen3": (  # as a last reply, b has an empty thought
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+        "[[<think>\n\n</think>\n\nb<|im_end|>]]",
         "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
         "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[<think>\n\n</think>\n\nd<|im_end|>]]",
-        1,
     ),
-    "mistral": ("<s>[INST] a[/INST][[ b</s>]][INST] c[/INST][[ d</s>]]", 0),  # drops the system message: see below
+    "mistral": (  # the system message stands before the last question until it has a reply
+        "<s>[INST] s\n\na[/INST][[ b</s>]]",
+        "<s>[INST] a[/INST] b</s>[INST] s\n\nc[/INST][[ d</s>]]",
+    ),
     "gemma3": (
         "<bos><start_of_turn>user\ns\n\na<end_of_turn>\n<start_of_turn>model\n[[b<end_of_turn>]]\n"
         "<start_of_turn>user\nc<end_of_turn>\n<start_of_turn>model\n[[d<end_of_turn>]]",
-        0,
     ),
     "phi3": (
         "<|system|>\ns<|end|>\n<|user|>\na<|end|>\n<|assistant|>\n[[b<|end|>]]\n"
         "<|user|>\nc<|end|>\n<|assistant|>\n[[d<|end|>\n<|endoftext|>]]",
-        0,
     ),
     "deepseek_v3": (
         "<｜begin▁of▁sentence｜>s<｜User｜>a<｜Assistant｜>[[b<｜end▁of▁sentence｜>]]"
         "<｜User｜>c<｜Assistant｜>[[d<｜end▁of▁sentence｜>]]",
-        0,
     ),
     "smollm2": (
         "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]\n"
         "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n[[d<|im_end|>]]",
-        0,
     ),
     "glm4_5": (  # the next role ends a reply
         "[gMASK]<sop><|system|>\ns<|user|>\na<|assistant|>[[\n<think></think>\nb<|user|>]]\n"
         "c<|assistant|>[[\n<think></think>\nd]][[EOS]]",
-        0,
     ),
     "granite3_3": (
         ROLE.format("system") + "s<|end_of_text|>\n"
         + ROLE.format("user") + "a<|end_of_text|>\n" + ROLE.format("assistant") + "[[b<|end_of_text|>]]\n"
         + ROLE.format("user") + "c<|end_of_text|>\n" + ROLE.format("assistant") + "[[d<|end_of_text|>]]",
-        0,
     ),
     "cohere": (
         f"<BOS_TOKEN>{TURN}<|SYSTEM_TOKEN|>s{END}{TURN}<|USER_TOKEN|>a{END}{TURN}<|CHATBOT_TOKEN|>[[b{END}]]"
         f"{TURN}<|USER_TOKEN|>c{END}{TURN}<|CHATBOT_TOKEN|>[[d{END}]]",
-        0,
     ),
     "gpt_oss": (  # generation ends with <|return|>, which the rest of a chat does not have: <|end|> is not trained
         f"{GPT_OSS}<|end|><|start|>developer<|message|># Instructions\n\ns\n\n<|end|><|start|>user<|message|>a<|end|>"
         f"<|start|>assistant[[{FINAL}b]]<|end|><|start|>user<|message|>c<|end|>"
         f"<|start|>assistant[[{FINAL}d<|return|>]]",
-        0,
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_replies_of_several_turns_and_their_ends_are_trained(tokenizer_of, name: str) -> None:
-    chat = Conversation(CHAT.messages[1:]) if name == "mistral" else CHAT
-    rendered = render_sample(chat, ChatTokenizer.of(tokenizer_of(name)))
-    assert (with_brackets(rendered), rendered.untrained_replies) == SEVERAL_TURNS[name]
+    rendered = render_sample(CHAT, ChatTokenizer.of(tokenizer_of(name)))
+    assert tuple(map(with_brackets, rendered)) == SEVERAL_TURNS[name]
 
 
 # ---- Tools
@@ -238,19 +231,25 @@ def call(arguments: Any, name: str = "weather") -> dict[str, Any]:
     return {"id": "call12345", "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
+RESULT = {"role": "tool", "tool_call_id": "call12345", "name": "weather", "content": "18"}
+
+
 def with_call(arguments: Any, **keys: Any) -> Conversation:
-    result = {"role": "tool", "tool_call_id": "call12345", "name": "weather", "content": "18"}
-    messages = [user("a"), assistant(None, tool_calls=[call(arguments)]), result, assistant("mild")]
+    messages = [user("a"), assistant(None, tool_calls=[call(arguments)]), RESULT, assistant("mild")]
     return row(*messages, **keys)
 
 
-WITH_CALL = {  # the trained parts of a call and the reply to its result; an earlier reply may be rewritten
+WITH_CALL = {  # the trained parts of a call and the reply to its result
     "llama3": ['{"name": "weather", "parameters": {"city": "Köln"}}<|eot_id|>', "mild<|eot_id|>"],
     "qwen2_5": [
         '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call><|im_end|>',
         "mild<|im_end|>",
     ],
-    "qwen3": ["<think>\n\n</think>\n\nmild<|im_end|>"],  # as a last message the call has an empty thought
+    "qwen3": [
+        "<think>\n\n</think>\n\n"
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call><|im_end|>',
+        "<think>\n\n</think>\n\nmild<|im_end|>",
+    ],
     "mistral": [
         '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Köln"}, "id": "call12345"}]</s>',
         " mild</s>",
@@ -274,7 +273,7 @@ WITH_CALL = {  # the trained parts of a call and the reply to its result; an ear
 
 def trained_texts(chat: Conversation, tokenizer: Any) -> list[str]:
     rendered = render_sample(chat, ChatTokenizer.of(tokenizer))
-    return [rendered.text[start:end] for start, end in rendered.trained_spans]
+    return [part.text[start:end] for part in rendered for start, end in part.trained_spans]
 
 
 @pytest.mark.parametrize("arguments", [{"city": "Köln"}, '{"city": "Köln"}'], ids=["object", "text"])
@@ -284,33 +283,82 @@ def test_calls_are_trained_in_the_form_of_the_template(tokenizer_of, name: str, 
     chat = with_call(arguments, **tools)
     tokenizer = tokenizer_of(name)
     assert trained_texts(chat, tokenizer) == WITH_CALL[name]
-    rendered = render_sample(chat, ChatTokenizer.of(tokenizer))
+    *_, rendered = render_sample(chat, ChatTokenizer.of(tokenizer))
     assert "18" in rendered.text
     assert ("Returns the weather." in rendered.text) == bool(tools)
-    assert rendered.untrained_replies == 2 - len(WITH_CALL[name])
 
 
-@pytest.mark.parametrize(
-    ("name", "tools", "missing"),
-    [
-        ("gemma3", False, "refuses this conversation: Conversation roles must alternate"),
-        ("cohere", False, "refuses this conversation: Conversation roles must alternate"),
-        ("phi3", False, "does not write tool call 0 of message 1: take a model whose template supports tools"),
-        ("smollm2", False, "does not write tool call 0 of message 1"),
-        ("granite3_3", True, "does not write tool call 0 of message 1"),
-        ("deepseek_v3", True, "does not write tool 0"),
-    ],
+FIVE_REPLIES = row(
+    system("be brief"),
+    user("one"),
+    assistant(None, tool_calls=[call({"city": "Rome"})]),
+    RESULT,
+    assistant("two"),
+    user("three"),
+    assistant("four"),
+    user("five"),
+    assistant(None, tool_calls=[call({"city": "Bonn"})]),
+    RESULT,
+    assistant("six"),
+    tools=[TOOL],
 )
-def test_what_a_template_would_leave_out_is_refused(tokenizer_of, name: str, tools: bool, missing: str) -> None:
-    chat = with_call({"city": "Rome"}, **({"tools": [TOOL]} if tools else {}))
-    with pytest.raises(DataError, match=missing):
-        render_sample(chat, ChatTokenizer.of(tokenizer_of(name)))
+SPLIT = {"qwen3": 5, "mistral": 5}  # how many examples it becomes, of one
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_reply_of_a_tool_conversation_is_trained(tokenizer_of, name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    texts = trained_texts(FIVE_REPLIES, tokenizer)
+    for text, part in zip(texts, ("Rome", "two", "four", "Bonn", "six"), strict=True):
+        assert part in text
+    rendered = render_sample(FIVE_REPLIES, ChatTokenizer.of(tokenizer))
+    assert len(rendered) == SPLIT.get(name, 1)
+    for part in rendered:
+        assert "Returns the weather." in part.text
+        assert "be brief" in part.text or name == "mistral"  # which has it before a question without a reply
+
+
+CALL_TEXT = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("name", ["gemma3", "cohere", "phi3", "smollm2", "granite3_3", "deepseek_v3"])
+def test_a_template_without_tools_gets_them_as_text(tokenizer_of, name: str) -> None:
+    """In generation as in training: both call fit_to_template."""
+    tokenizer = tokenizer_of(name)
+    chat = row(user("a"), assistant("hm", tool_calls=[call({"city": "Rome"})]), RESULT, RESULT, tools=[TOOL])
+    fitted = fit_to_template(chat, ChatTokenizer.of(tokenizer))
+    assert [message["role"] for message in fitted.messages] == ["system", "user", "assistant", "user"]
+    assert '"description": "Returns the weather."' in fitted.messages[0]["content"]
+    assert fitted.messages[2:] == [
+        assistant(f"hm\n{CALL_TEXT}"),
+        user("<tool_response>\n18\n</tool_response>\n<tool_response>\n18\n</tool_response>"),
+    ]
+    assert fitted.trained_replies == [2]
+    prompt = tokenizer.decode(prompt_ids(row(*chat.messages, assistant("mild"), tools=[TOOL]), tokenizer))
+    (rendered,) = render_sample(row(*chat.messages, assistant("mild"), tools=[TOOL]), ChatTokenizer.of(tokenizer))
+    assert rendered.text.startswith(prompt)
+
+
+def test_marks_and_prompts_keep_their_place_among_tools_as_text(tokenizer_of) -> None:
+    tokenizer = tokenizer_of("smollm2")
+    messages = [user("a"), assistant(None, tool_calls=[call({"city": "Rome"})], train=False), RESULT, RESULT]
+    assert trained_texts(row(*messages, assistant("mild"), tools=[TOOL]), tokenizer) == ["mild<|im_end|>"]
+    values = {"prompt": messages, "completion": [assistant("mild")], "tools": [TOOL]}
+    assert trained_texts(from_prompt(values), tokenizer) == ["mild<|im_end|>"]
 
 
 @pytest.mark.parametrize("name", ["smollm2", "phi3", "gemma3", "cohere"])
 def test_tools_without_a_call_are_not_dropped_either(tokenizer_of, name: str) -> None:
-    with pytest.raises(DataError, match="does not write tool 0"):
-        render_sample(row(user("a"), assistant("b"), tools=[TOOL]), ChatTokenizer.of(tokenizer_of(name)))
+    (rendered,) = render_sample(row(user("a"), assistant("b"), tools=[TOOL]), ChatTokenizer.of(tokenizer_of(name)))
+    assert "Returns the weather." in rendered.text
+
+
+def test_tools_that_a_template_leaves_out_in_every_form_are_refused(tokenizer_of) -> None:
+    tokenizer = tokenizer_of("phi3")
+    tokenizer.chat_template = tokenizer.chat_template.replace("'system', ", "")
+    chat = row(user("a"), assistant("b"), tools=[TOOL])
+    with pytest.raises(DataError, match="does not write tool 0: use a model whose template supports tools"):
+        render_sample(chat, ChatTokenizer.of(tokenizer))
 
 
 @pytest.mark.parametrize("name", ["llama3", "mistral"])
@@ -383,45 +431,53 @@ def test_the_reasoning_of_the_last_reply_is_trained_under_each_of_its_names(toke
 
 
 @pytest.mark.parametrize("name", WITH_THOUGHT)
-def test_earlier_replies_whose_reasoning_is_dropped_are_counted_and_not_trained(tokenizer_of, name: str) -> None:
+def test_earlier_replies_whose_reasoning_is_dropped_are_examples_of_their_own(tokenizer_of, name: str) -> None:
     chat = row(user("a"), thought("b", "zz"), user("c"), thought("b"))
-    rendered = render_sample(chat, ChatTokenizer.of(tokenizer_of(name)))
-    assert "zz" not in rendered.text
-    assert [rendered.text[start:end] for start, end in rendered.trained_spans] == [WITH_THOUGHT[name]]
-    assert rendered.untrained_replies == 1
+    first, last = render_sample(chat, ChatTokenizer.of(tokenizer_of(name)))
+    assert "zz" not in last.text
+    assert [last.text[start:end] for start, end in last.trained_spans] == [WITH_THOUGHT[name]]
+    assert [first.text[start:end] for start, end in first.trained_spans] == [WITH_THOUGHT[name].replace("hm", "zz")]
 
 
 @pytest.mark.parametrize(
-    ("name", "reasoning", "learned"),
+    ("name", "reasoning", "examples"),
     [
-        ("qwen3", False, [False, False, True]),
-        ("qwen3", True, [False, True, True]),
-        ("glm4_5", True, [False, True, True]),
-        ("glm4_5", False, [True, True, True]),
-        ("gpt_oss", False, [True, True, True]),
-        ("mistral", False, [False, True, True]),
+        ("qwen3", False, 3),
+        ("qwen3", True, 2),
+        ("glm4_5", True, 2),
+        ("glm4_5", False, 1),
+        ("gpt_oss", False, 1),
+        ("gpt_oss", True, 3),
+        ("mistral", False, 2),
     ],
 )
-def test_which_replies_are_rewritten(tokenizer_of, name: str, reasoning: bool, learned: list[bool]) -> None:
+def test_replies_that_are_rewritten_are_examples_of_their_own(
+    tokenizer_of, name: str, reasoning: bool, examples: int
+) -> None:
     """A reply to the first question; after the second one a call and a reply."""
     keys = {"reasoning_content": "hm"} if reasoning else {}
-    result = {"role": "tool", "tool_call_id": "call12345", "content": "18"}
-    second = [assistant(None, tool_calls=[call({"city": "Rome"})], **keys), result, assistant("zz", **keys)]
+    last = {} if name == "gpt_oss" else keys  # its template drops the reasoning of a call before a reply
+    second = [assistant(None, tool_calls=[call({"city": "Rome"})], **keys), RESULT, assistant("zz", **last)]
     chat = row(user("a"), assistant("yy", **keys), user("c"), *second, tools=[TOOL])
-    parts = trained_texts(chat, tokenizer_of(name))
-    assert [any(word in part for part in parts) for word in ("yy", "Rome", "zz")] == learned
-    assert render_sample(chat, ChatTokenizer.of(tokenizer_of(name))).untrained_replies == learned.count(False)
+    texts = trained_texts(chat, tokenizer_of(name))
+    for text, word in zip(texts, ("yy", "Rome", "zz"), strict=True):
+        assert word in text
+        assert ("hm" in text) == (reasoning and not (word == "zz" and not last))
+    assert len(render_sample(chat, ChatTokenizer.of(tokenizer_of(name)))) == examples
 
 
-def test_gpt_oss_cannot_learn_a_reply_after_a_call_with_reasoning(tokenizer_of) -> None:
+def test_a_reply_after_a_call_with_reasoning_follows_the_prompt_of_generation_in_gpt_oss(tokenizer_of) -> None:
     """In the prompt of the reply the reasoning is there, in the finished conversation it is not."""
-    result = {"role": "tool", "tool_call_id": "call12345", "content": "18"}
-    messages = [user("a"), assistant(None, tool_calls=[call({"city": "Rome"})], reasoning_content="hm"), result]
+    messages = [user("a"), assistant(None, tool_calls=[call({"city": "Rome"})], reasoning_content="hm"), RESULT]
     tokenizer = tokenizer_of("gpt_oss")
-    with pytest.raises(DataError, match=r"no reply can be located: .*the reasoning of calls before it"):
-        trained_texts(row(*messages, assistant("zz"), tools=[TOOL]), tokenizer)
-    (learned,) = trained_texts(row(*messages[:2], tools=[TOOL]), tokenizer)
-    assert learned.startswith("<|channel|>analysis<|message|>hm<|end|><|start|>assistant to=functions.weather")
+    of_call, of_reply = render_sample(row(*messages, assistant("zz"), tools=[TOOL]), ChatTokenizer.of(tokenizer))
+    prompt = tokenizer.apply_chat_template(messages, tools=[TOOL], add_generation_prompt=True, tokenize=False)
+    assert of_reply.text == f"{prompt}{FINAL}zz<|return|>"
+    ((start, end),) = of_call.trained_spans
+    assert of_call.text[start:end].startswith("<|channel|>analysis<|message|>hm<|end|><|start|>assistant to=functions")
+    with pytest.raises(DataError, match=r"message 3 cannot be trained: .*the reasoning of calls before it"):
+        trained_texts(row(*messages, thought("zz"), tools=[TOOL]), tokenizer)
+    assert len(trained_texts(row(*messages, thought("zz") | {"train": False}, tools=[TOOL]), tokenizer)) == 1
 
 
 @pytest.mark.parametrize("name", ["llama3", "smollm2", "gemma3", "mistral"])
@@ -433,10 +489,8 @@ def test_reasoning_that_a_template_leaves_out_is_refused(tokenizer_of, name: str
 
 
 def test_replies_that_cannot_follow_their_prompt_are_refused_with_the_cause(tokenizer_of) -> None:
-    with pytest.raises(DataError, match=r"no reply can be located: .*a thought that they have opened"):
+    with pytest.raises(DataError, match=r"message 1 cannot be trained: .*a thought that they have opened"):
         render_sample(row(user("a"), assistant("b")), ChatTokenizer.of(tokenizer_of("deepseek_r1", R1)))
-    with pytest.raises(DataError, match=r"no reply can be located: .*drop the system message"):
-        render_sample(CHAT, ChatTokenizer.of(tokenizer_of("mistral")))
 
 
 # ---- Messages that are not trained
@@ -447,8 +501,8 @@ def test_marked_messages_are_read_but_not_trained(tokenizer_of) -> None:
     for key, value in (("train", False), ("weight", 0)):
         chat = row(user("a"), assistant("b", **{key: value}), user("c"), assistant("d"))
         assert trained_texts(chat, tokenizer) == ["d<|eot_id|>"]
-        assert "b<|eot_id|>" in render_sample(chat, ChatTokenizer.of(tokenizer)).text
-        assert render_sample(chat, ChatTokenizer.of(tokenizer)).untrained_replies == 0
+        (rendered,) = render_sample(chat, ChatTokenizer.of(tokenizer))
+        assert "b<|eot_id|>" in rendered.text
     chat = row(user("a"), assistant("b"), user("c"), assistant("d", train=False))
     assert trained_texts(chat, tokenizer) == ["b<|eot_id|>"]
 
@@ -482,10 +536,8 @@ def test_the_expected_answer_of_a_call_is_what_the_template_writes(tokenizer_of,
         expected = expected.replace(token, "")
     assert reply_text(chat, tokenizer).strip() == expected.strip()
     assert reply_text(row(*messages), tokenizer) == "mild"
-    assert (
-        tokenizer.decode(prompt_ids(row(*messages), tokenizer))
-        in render_sample(row(*messages), ChatTokenizer.of(tokenizer)).text
-    )
+    *_, rendered = render_sample(row(*messages), ChatTokenizer.of(tokenizer))
+    assert tokenizer.decode(prompt_ids(row(*messages), tokenizer)) in rendered.text
 
 
 # ---- Token by token
@@ -501,11 +553,12 @@ LONG = row(
 )
 CHATS = {
     **{(name, "turns"): LONG for name in FAMILIES},
+    **{(name, "tools"): FIVE_REPLIES for name in FAMILIES},
+    **{(name, "calls"): with_call({"city": "Köln"}) for name in FAMILIES},
     **{
-        (name, "call"): with_call({"city": "Köln"}, **({} if name == "deepseek_v3" else {"tools": [TOOL]}))
-        for name in WITH_CALL
+        (name, "thought"): row(LONG.messages[0], thought("six"), *LONG.messages[2:-1], thought("seven", "one two\n"))
+        for name in WITH_THOUGHT
     },
-    **{(name, "thought"): row(*LONG.messages[:-1], thought("seven", "one two\n")) for name in WITH_THOUGHT},
 }
 
 
@@ -513,27 +566,28 @@ CHATS = {
 def test_the_trained_tokens_are_those_that_generation_would_produce(tokenizer_of, case: tuple[str, str]) -> None:
     """The prompt of every trained reply is a prefix of the tokens; what is trained follows it, up to an end token."""
     tokenizer = tokenizer_of(case[0])
-    chat_tokenizer = ChatTokenizer.of(tokenizer)
-    chat = fit_to_template(CHATS[case], chat_tokenizer)
-    example = encode_sample(CHATS[case], tokenizer, 10_000)
-    ids, is_trained = example.input_ids.tolist(), example.labels != IGNORED
-    expected = [False] * len(ids)
-    replies = 0
-    for index in chat.replies:
-        prompt = tokenizer.apply_chat_template(
-            chat.messages[:index], tools=chat.tools, add_generation_prompt=True, return_dict=False
-        )
-        if ids[: len(prompt)] != prompt or not is_trained[len(prompt)]:
-            continue  # a reply that the template rewrites
-        replies += 1
-        end = next((i for i in range(len(prompt), len(ids)) if not is_trained[i]), len(ids))
-        expected[len(prompt) : end] = [True] * (end - len(prompt))
-        reply = tokenizer.decode(ids[len(prompt) : end])
-        assert chat.messages[index]["content"].strip() in reply
-        if not (case[0] == "gpt_oss" and index < chat.replies[-1] and "tool_calls" not in chat.messages[index]):
-            assert ids[end - 1] in chat_tokenizer.special_ids
-    assert is_trained.tolist() == expected
-    assert replies == len(render_sample(chat, chat_tokenizer).trained_spans) > 0
+    chat_tokenizer = ChatTokenizer.of(tokenizer, DataSettings(max_length=10_000))
+    (parts,) = encode_samples([CHATS[case]], chat_tokenizer)
+    trained: list[int] = []
+    for part in parts:
+        chat = fit_to_template(part.sample, chat_tokenizer)
+        ids, is_trained = part.example.input_ids.tolist(), part.example.labels != IGNORED
+        expected = [False] * len(ids)
+        for index in chat.trained_replies:
+            prompt = tokenizer.apply_chat_template(
+                chat.messages[:index], tools=chat.tools, add_generation_prompt=True, return_dict=False
+            )
+            assert ids[: len(prompt)] == prompt
+            assert is_trained[len(prompt)]
+            end = next((i for i in range(len(prompt), len(ids)) if not is_trained[i]), len(ids))
+            expected[len(prompt) : end] = [True] * (end - len(prompt))
+            reply = tokenizer.decode(ids[len(prompt) : end])
+            assert chat.messages[index]["content"].strip() in reply
+            if not (case[0] == "gpt_oss" and index < chat.replies[-1] and "tool_calls" not in chat.messages[index]):
+                assert ids[end - 1] in chat_tokenizer.special_ids
+        assert is_trained.tolist() == expected
+        trained += chat.trained_replies
+    assert trained == fit_to_template(CHATS[case], chat_tokenizer).replies
 
 
 # ---- The formats are those of the original templates
@@ -574,8 +628,6 @@ def test_the_templates_that_trl_has_for_training_mark_all_replies_with_their_end
     if name in WITH_CALL:
         chats.append((with_call({"city": "Köln"}, tools=[TOOL]), ["Köln", "mild"]))
     for chat, words in chats:
-        rendered = render_sample(chat, ChatTokenizer.of(tokenizer))
-        parts = [rendered.text[start:end] for start, end in rendered.trained_spans]
+        parts = trained_texts(chat, tokenizer)
         assert [word in part for word, part in zip(words, parts, strict=True)] == [True, True]
         assert all(part.endswith(FAMILIES[name].special) for part in parts)
-        assert rendered.untrained_replies == 0

@@ -83,13 +83,12 @@ TWO_TURNS = (
     ids=["chatml", "words that repeat", "ends with a question", "no header", "marked", "words marked", "sections"],
 )
 def test_replies_and_their_end_are_trained(bytes_tokenizer, template, sample, expected) -> None:
-    rendered = render_sample(sample, ChatTokenizer.of(bytes_tokenizer(template)))
+    (rendered,) = render_sample(sample, ChatTokenizer.of(bytes_tokenizer(template)))
     assert with_brackets(rendered) == expected
-    assert rendered.untrained_replies == 0
 
 
 def test_every_reply_of_llama_2_is_trained_with_its_eos(words_tokenizer) -> None:
-    rendered = render_sample(chat("a", " b ", "c", "d"), ChatTokenizer.of(words_tokenizer(LLAMA2)))
+    (rendered,) = render_sample(chat("a", " b ", "c", "d"), ChatTokenizer.of(words_tokenizer(LLAMA2)))
     assert with_brackets(rendered) == "<s>[INST] a [/INST][[ b </s>]]<s>[INST] c [/INST][[ d </s>]]"
 
 
@@ -102,34 +101,40 @@ def test_every_reply_of_llama_2_is_trained_with_its_eos(words_tokenizer) -> None
     ],
 )
 def test_the_span_ends_with_eos_or_else_with_the_first_special_token(bytes_tokenizer, eos, learned) -> None:
-    rendered = render_sample(chat("a", "b"), ChatTokenizer.of(bytes_tokenizer(PHI3, eos_token=eos)))
+    (rendered,) = render_sample(chat("a", "b"), ChatTokenizer.of(bytes_tokenizer(PHI3, eos_token=eos)))
     assert with_brackets(rendered).endswith(f"assistant\n[[{learned}]]")
 
 
-def test_a_reply_that_the_template_rewrites_is_counted_and_not_trained(words_tokenizer) -> None:
-    rendered = render_sample(chat("a", "b", "c", "d", system="s"), ChatTokenizer.of(words_tokenizer(LAST_SYSTEM)))
-    assert with_brackets(rendered) == "[INST] a[/INST] b</s>[INST] s c[/INST][[ d</s>]]"
-    assert rendered.untrained_replies == 1
+def test_a_reply_that_the_template_rewrites_becomes_an_example_of_its_own(words_tokenizer) -> None:
+    sample = chat("a", "b", "c", "d", system="s")
+    parts = render_sample(sample, ChatTokenizer.of(words_tokenizer(LAST_SYSTEM)))
+    assert list(map(with_brackets, parts)) == [
+        "[INST] s a[/INST][[ b</s>]]",
+        "[INST] a[/INST] b</s>[INST] s c[/INST][[ d</s>]]",
+    ]
+    assert [part.sample for part in parts] == [
+        Conversation(sample.messages[:3]),
+        Conversation(sample.messages, untrained=frozenset({2})),
+    ]
 
 
 def test_a_reply_with_nothing_before_it_is_not_trained(bytes_tokenizer) -> None:
     opening = Conversation([{"role": "assistant", "content": "x"}, *chat("a", "b").messages])
-    rendered = render_sample(opening, ChatTokenizer.of(bytes_tokenizer(CHATML + HEADER)))
+    (rendered,) = render_sample(opening, ChatTokenizer.of(bytes_tokenizer(CHATML + HEADER)))
     assert with_brackets(rendered).endswith(
         "assistant\nx<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[[b<|im_end|>]]"
     )
-    assert rendered.untrained_replies == 1
 
 
 def test_a_pair_becomes_a_question_and_its_reply(bytes_tokenizer) -> None:
-    rendered = render_sample(Pair("add 1, 2\n\n", " 3"), ChatTokenizer.of(bytes_tokenizer(CHATML + HEADER)))
+    (rendered,) = render_sample(Pair("add 1, 2\n\n", " 3"), ChatTokenizer.of(bytes_tokenizer(CHATML + HEADER)))
     assert with_brackets(rendered) == "<|im_start|>user\nadd 1, 2<|im_end|>\n<|im_start|>assistant\n[[3<|im_end|>]]"
 
 
 @pytest.mark.parametrize("template", [None, CHATML])
 def test_text_stays_as_it_is(bytes_tokenizer, template) -> None:
     assert (
-        with_brackets(render_sample(Text("a b\n"), ChatTokenizer.of(bytes_tokenizer(template)))) == "[[a b\n]][[EOS]]"
+        with_brackets(*render_sample(Text("a b\n"), ChatTokenizer.of(bytes_tokenizer(template)))) == "[[a b\n]][[EOS]]"
     )
 
 
@@ -137,7 +142,7 @@ def test_text_stays_as_it_is(bytes_tokenizer, template) -> None:
     ("template", "sample", "message"),
     [
         (None, chat("a", "b"), "no chat template to write messages with: take the instruct version"),
-        (PROMPTED_THOUGHT, chat("a", "b"), "no reply can be located.*{% generation %}"),
+        (PROMPTED_THOUGHT, chat("a", "b"), "message 1 cannot be trained: .*mark the reply with .*{% generation %}"),
         (
             CHATML + HEADER,
             Conversation([{"role": "assistant", "content": "x"}]),
@@ -148,7 +153,7 @@ def test_text_stays_as_it_is(bytes_tokenizer, template) -> None:
             chat("a", "b", system="s"),
             "System role",
         ),
-        (MARKED.replace("'assistant'", "'model'"), chat("a", "b"), "no reply can be located"),
+        (MARKED.replace("'assistant'", "'model'"), chat("a", "b"), "marks 0 replies where the chat has 1"),
         (STRICT, chat("a", "b", system="s"), "the chat template refuses this conversation: System role not supported"),
         ("{{ messages[0].content + 1 }}", chat("a", "b"), "the chat template refuses this conversation"),
     ],
@@ -217,7 +222,7 @@ TEXT_TEMPLATE = CHATML + HEADER
 )
 def test_what_is_trained_is_a_choice(bytes_tokenizer, template, sample, options, expected) -> None:
     tokenizer = ChatTokenizer.of(bytes_tokenizer(template), DataSettings(**options))
-    assert with_brackets(render_sample(sample, tokenizer)) == expected
+    assert with_brackets(*render_sample(sample, tokenizer)) == expected
 
 
 @pytest.mark.parametrize(

@@ -112,11 +112,12 @@ AB, O_X = Labels(CLASSES, ("x", "y")), Labels(TAGS, ("O", "X"))
 
 
 def encoded(sample: Labelled | Tagged, tokenizer: Any, labels: Labels, max_length: int = 64) -> EncodedSample:
-    (result,) = encode_samples(
+    (results,) = encode_samples(
         [sample], ChatTokenizer.of(tokenizer, DataSettings(labels=labels, max_length=max_length))
     )
-    if isinstance(result, DataError):
-        raise result
+    if isinstance(results, DataError):
+        raise results
+    (result,) = results
     return result
 
 

@@ -151,13 +151,42 @@ def test_truncation_is_counted_and_examples_without_trained_tokens_are_dropped(b
     assert prepared.train.lengths.max() == 16 < prepared.report.longest
 
 
-def test_replies_that_the_template_rewrites_are_reported(bytes_tokenizer, jsonl) -> None:
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m.content if loop.last else m.content | upper }}<|im_end|>{% endfor %}"
-    )
-    prepared = prepare(jsonl([chat_row("A", "b", "C", "d")]), bytes_tokenizer(template), validation_split=0)
-    assert prepared.report.replies_not_learned == 1
-    assert prepared.report.chat_template
+LAST_LOWER = (  # a template that rewrites all messages but the last
+    "{% for m in messages %}<|im_start|>{{ m.content if loop.last else m.content | upper }}<|im_end|>{% endfor %}"
+)
+
+
+def test_a_conversation_that_needs_several_examples_is_reported_and_stays_on_one_side(bytes_tokenizer, jsonl) -> None:
+    rows = [chat_row(f"A{n}", f"b{n}", f"C{n}", f"d{n}") for n in range(5)] + [chat_row("X", "y")] * 2
+    path, tokenizer = jsonl(rows), bytes_tokenizer(LAST_LOWER)
+    for seed in range(5):
+        prepared = prepare(path, tokenizer, validation_split=0.4, seed=seed)
+        assert (prepared.report.rows, prepared.report.train + prepared.report.eval) == (7, 12)
+        assert prepared.report.eval > 2
+        assert not set(prepared.train.source_indices) & set(prepared.eval.source_indices)
+        for sample, example in zip(prepared.eval_samples, prepared.eval, strict=True):
+            assert tokenizer.decode(example.input_ids).endswith(f"{sample.messages[-1]['content']}<|im_end|>")
+    report = prepared.report.to_dict()
+    assert (report["split_rows"], report["split_examples"]) == (5, 10)
+    assert warnings_of(report)["divided"].startswith("5 conversations became 10 examples, one per reply")
+    counts = RowCounts()
+    for _ in range(2):
+        assert len(list(stream(path, tokenizer, counts))) == 12
+        assert (counts.rows, counts.split_rows, counts.split_examples) == (7, 5, 10)
+
+
+def test_a_compared_reply_of_several_messages_is_not_divided(bytes_tokenizer, jsonl) -> None:
+    sides = {name: chat_row("A", f"{name} 1", "C", f"{name} 2")["messages"] for name in ("chosen", "rejected")}
+    with pytest.raises(DataError, match=r'only one message of a compared reply .* mark the others with "train": false'):
+        prepare(jsonl([sides]), bytes_tokenizer(LAST_LOWER), validation_split=0)
+
+
+def test_tools_that_become_text_are_reported(bytes_tokenizer, jsonl, chatml) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    rows = [{**chat_row("A", "b"), "tools": [tool]}, chat_row("X", "y")]
+    report = prepare(jsonl(rows), bytes_tokenizer(chatml), validation_split=0).report
+    assert report.tools_as_text == 1
+    assert "they are written as text" in warnings_of(report.to_dict())["tools"]
 
 
 LABELS = Labels(SEQUENCE_CLASSIFICATION, ("x", "y"))

@@ -370,14 +370,29 @@ def called(arguments: str) -> list[dict[str, Any]]:
     ]
 
 
-def test_tools_that_the_template_does_not_write_are_refused(server: Running) -> None:
+def test_a_template_without_tools_gets_them_as_text_as_in_training(server: Running) -> None:
+    def prompt(**body: Any) -> str:
+        request = ChatRequest.model_validate({"model": "legal", "messages": called("{}"), **body})
+        return server.app.state.server.chat_prompt(request)
+
+    assert '"name": "weather"' in prompt(tools=[TOOL]).partition("<|im_end|>")[0]
+    assert '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call><|im_end|>' in prompt()
+    assert "<tools>" not in prompt(tools=[TOOL], tool_choice="none")
+    assert chat(server, "legal", messages=called("{}")).choices
+
+
+def test_tools_that_the_template_writes_in_no_form_are_refused(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = copy.copy(TOKENIZER)
+    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}<|im_start|>{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(server.app.state.server, "chat_tokenizer", ChatTokenizer.of(tokenizer))
     with pytest.raises(openai.BadRequestError, match="does not write tool 0") as raised:
         chat(server, "legal", tools=[TOOL])
     assert raised.value.param == "tools"
     with pytest.raises(openai.BadRequestError, match="does not write tool call 0 of message 1") as raised:
         chat(server, "legal", messages=called("{}"))
     assert raised.value.param == "messages"
-    assert chat(server, "legal", tools=[TOOL], tool_choice="none").choices
 
 
 def test_a_template_gets_the_arguments_of_calls_as_an_object(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:

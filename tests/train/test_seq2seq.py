@@ -33,7 +33,7 @@ def tokenizer_of_rows() -> PreTrainedTokenizerFast:
 def samples(*pairs: Pair, **settings: Any) -> list[EncodedSample]:
     pairs = pairs or (Pair("say red", "red"), Pair("say green then blue", "blue green red"))
     tokenizer = ChatTokenizer.of(tokenizer_of_rows(), DataSettings(task="seq2seq", **settings))
-    return cast(list[EncodedSample], encode_samples(pairs, tokenizer))
+    return [sample for (sample,) in cast(list[list[EncodedSample]], encode_samples(pairs, tokenizer))]
 
 
 @pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BartForConditionalGeneration"])
