@@ -24,12 +24,14 @@ from tailora.formats.run_folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     METADATA_KEY,
+    MODEL,
+    RUN,
     adapter_folder,
     recorded_settings,
 )
 from tailora.train.config import Quantize as QuantizeMethod
 from tailora.train.config import TrainConfig
-from tailora.train.launch import world_size
+from tailora.train.launch import how_to_go_on, world_size
 
 if TYPE_CHECKING:
     import torch
@@ -106,6 +108,11 @@ def parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
         if not (path.is_dir() or (path.is_file() and path.suffix == LORA_FILE))
     ]
     accepted = ACCEPTED if problems else ""
+    problems += [
+        f"{path} contains no adapter, since its run has not finished. {how_to_go_on(path)}"
+        for _, path in pairs
+        if (path / RUN).is_file() and not ((path / ADAPTER_CONFIG).exists() or (path / MODEL).exists())
+    ]
     problems += [
         f"two adapters are called {name}: write NAME=FOLDER" for name in dict.fromkeys(names) if names.count(name) > 1
     ]

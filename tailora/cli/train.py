@@ -107,6 +107,8 @@ def demo_folder(checkpoint: str | None) -> Path:
     while True:
         try:
             folder.mkdir(parents=True)
+            if folder != FOLDER:
+                note(f"{FOLDER} exists already, so this demo is written to {folder}: use that name in later commands")
             return folder
         except FileExistsError:  # the folder of an earlier demo, or of one that starts at the same time
             number += 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import check_refused
 from tiny import stir
 from transformers import LlamaForCausalLM
 
@@ -36,6 +37,22 @@ def test_the_base_is_quantised_as_the_run_did(tmp_path: Path) -> None:
     assert all(quantize_method([folder], None) is None for folder in [plain, *broken])
     with pytest.raises(ConfigError, match="give --quantize METHOD or none"):
         quantize_method([nf4, plain], None)
+
+
+def test_a_run_that_has_not_finished_is_named_as_the_reason(tmp_path: Path) -> None:
+    shutil.move(run_folder(tmp_path / "demo", {"settings": {}}), tmp_path / "elsewhere")
+    for command in (
+        ["generate", "--prompt", "hi", "--adapter"],
+        ["eval", "--data", "demo"],
+        ["inspect"],
+    ):
+        message = check_refused(
+            "contains no adapter, since its run has not finished. no ch", *command, tmp_path / "demo"
+        )
+        assert "base model" not in message
+    (tmp_path / "demo" / "checkpoint-3").mkdir()
+    with pytest.raises(ConfigError, match=r"(?s)the last checkpoint is .*--resume-from-checkpoint \S+checkpoint-3"):
+        parse_adapters([str(tmp_path / "demo")])
 
 
 @pytest.mark.slow

@@ -143,12 +143,19 @@ def test_a_run_without_held_out_data_says_so(flags: dict[str, str], capsys: pyte
     assert "no held-out data" in capsys.readouterr().out
 
 
-def test_demos_that_start_at_once_take_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demos_that_start_at_once_take_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     with ThreadPoolExecutor(8) as pool:
         taken = list(pool.map(demo_folder, [None] * 8))
     assert set(map(str, taken)) == {"outputs/demo", *(f"outputs/demo-{number}" for number in range(2, 9))}
     assert all(folder.is_dir() for folder in taken)
+    told = capsys.readouterr().err
+    assert (
+        "note: outputs/demo exists already, so this demo is written to outputs/demo-8: use that name in later" in told
+    )
+    assert told.count("note: ") == 7
 
 
 def test_a_demo_of_several_processes_must_be_told_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
