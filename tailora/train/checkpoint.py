@@ -31,6 +31,7 @@ from tailora.formats.io import read_safetensors, replace_folder, safetensors_byt
 from tailora.formats.run_folder import checkpoints_in
 from tailora.kernels.flat_parameters import FlatBuffer
 from tailora.train.config import ACCUMULATION, TrainConfig, batches_per_step
+from tailora.train.divergence import FiniteUpdates
 from tailora.train.state import TrainState, set_random_state
 from tailora.train.trainable import FullModel, Trainable, sync_parameters, trained_module
 
@@ -210,12 +211,11 @@ STEP = "step"  # AdamW's only state that is one number; the rest has the shape o
 def restore(
     saved: Checkpoint,
     model: Trainable,
-    optimizer: torch.optim.Optimizer,
-    buffers: Sequence[FlatBuffer],
+    updates: FiniteUpdates,
     rank: int | None,
     allocator: RankAllocator | None = None,
 ) -> TrainState:
-    """Restores parameters, optimizer and random states; returns the progress. Raises CheckpointError.
+    """Restores parameters, optimizer, loss scale and random states; returns the progress. Raises CheckpointError.
 
     rank: whose random states to take; None leaves them.
     """
@@ -224,7 +224,10 @@ def restore(
         tensors |= {file: model.local(tensors[file]) for file in BY_PARAMETER if file in tensors}
     set_parameters(trained_module(model), tensors["adapter"])
     sync_parameters(model)
-    set_moments(optimizer, buffers, tensors["optimizer"])
+    updates.keep_parameters()
+    set_moments(updates.optimizer, updates.buffers, tensors["optimizer"])
+    if updates.loss_scale is not None and "loss_scale" in tensors:
+        updates.loss_scale.load_state_dict(tensors["loss_scale"])
     if allocator is not None:
         allocator.load_state_dict(tensors["allocation"])
     if rank is not None:

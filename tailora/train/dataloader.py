@@ -85,6 +85,11 @@ class TrainingData:
     def task(self) -> Task:
         return self.shape.task
 
+    @property
+    def tried_task(self) -> Task:
+        """What the model is tried on with the longest sequence, before it is trained on the task itself."""
+        return self.task if self.task.is_plain else CAUSAL_LM
+
     def trained_on(self) -> Examples:
         """Returns the examples of all steps, of all ranks; not of a stream."""
         needed = self.max_steps * self.shape.accumulation * self.shape.world  # batches

@@ -39,10 +39,14 @@ class FiniteUpdates:
     ) -> None:
         self.optimizer, self.buffers, self.loss_scale = optimizer, buffers, loss_scale
         device = buffers[0].parameter.device
-        self.last_good = [buffer.parameter.detach().clone() for buffer in buffers]
+        self.keep_parameters()
         self.diverged = torch.zeros((), dtype=torch.bool, device=device)
         self.skipped = torch.zeros((), device=device)  # 1.0 if the last step changed nothing
         cast(Any, optimizer).found_inf = self.skipped  # which fused optimizers look at
+
+    def keep_parameters(self) -> None:
+        """Makes the parameters the last good ones."""
+        self.last_good = [buffer.parameter.detach().clone() for buffer in self.buffers]
 
     def step(self, loss: Tensor, norm: Tensor, rate: float) -> None:
         """loss, norm: of the step and of its gradients, 0-dimensional."""

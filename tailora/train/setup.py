@@ -80,6 +80,7 @@ class Run:
     report: events.Listener  # does nothing in all processes but the first
     labels: dict[str, Any] | None  # what the head of the model predicts, for run.json
     base: PreTrainedModel
+    weights: dict[str, LayerFingerprint]  # of the base
     tokenizer: PreTrainedTokenizerBase
     data: TrainingData
     task: Task
@@ -92,7 +93,6 @@ class Run:
     updates: FiniteUpdates  # the trained parameters, their optimizer, and the last good values
     allocator: RankAllocator | None  # of AdaLoRA
     forward: nn.Module  # the model with its loss, as accelerate prepared it
-    identity: dict[str, Any]  # what a checkpoint of this run must agree with
 
     @property
     def is_main(self) -> bool:
@@ -100,6 +100,23 @@ class Run:
 
     def note(self, text: str) -> None:
         self.report(events.Note(text))
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint of this run must agree with."""
+        prepared = None if self.config.streaming else self.data.prepared
+        return {
+            "settings": self.config.model_dump(mode="json", exclude=checkpoint.FREE),
+            "data": None if prepared is None else prepared.report.sha256,
+            "packed": self.layout.packed,
+            "dtype": str(self.base.dtype),
+            "processes": self.accelerator.num_processes,
+            "device": self.accelerator.device.type,
+            "layer_kernels": self.kernels.record,
+            "base": {
+                name: layer.model_dump(by_alias=True, exclude_defaults=True) for name, layer in self.weights.items()
+            },
+        }
 
     @cached_property
     def header(self) -> dict[str, Any]:
@@ -155,9 +172,7 @@ def set_up(
         stack.enter_context(run_log.lock(output_dir))
         run_log.check_run_folder(config, overwrite=overwrite)
     saved = None if resumed is None else checkpoint.load(resumed, output_dir, note)
-    diverged = resumed is not None and run_log.has_diverged(resumed_folder(config))
     stack.enter_context(seeded(config.seed))
-
     with explain_out_of_memory("loading", LOADING_REMEDIES):
         labels, has_new_head = find_labels(config)
         load = loader_of(config, device, labels)
@@ -166,58 +181,16 @@ def set_up(
         data = read(config, base.get_input_embeddings().weight.shape[0], tokenizer, accelerator, labels)
         if held_out is not None and data.held_out is not None:
             data = replace(data, held_out=data.held_out.select(held_out(len(data.held_out))))
-        task = data.task if data.task.is_plain else CAUSAL_LM  # that the model is tried on
         model = attach(config, base, tokenizer, saved, load)
-        layout = choose_layout(config, model, tokenizer, note, task=task)
-        check_layers_are_called(model, data.longest, task, layout)
-        init_from_data(model, data, task, layout, config.init_batches)
-        base_fingerprint = peft.base_fingerprint(model.adapter(), base) if isinstance(model, LoRAModel) else {}
-        recorded = None if saved is None else saved.state["run"].get("layer_kernels")
-        work = Work(data.tokens(0 if saved is None else saved.state["progress"]["step"]), data.longest)
-        kernels = choose_kernels(config, model, layout, work, recorded)
-        cost = memory_cost(model, layout, kernels, data.longest, task)
+        layout, kernels = choose_computation(config, model, tokenizer, data, saved, note)
+        cost = memory_cost(model, layout, kernels, data.longest, data.tried_task)
     advice = remedies(cost, data.largest_size, len(data.longest.input_ids), share_kept_instead(config, base, kernels))
     check_fits(activation_bytes := cost.of(data.largest_size), device, advice)
-
-    groups = parameter_groups(trained_module(model), config, sharded_names(model))
-    buffers = stack.enter_context(flattened(groups))
-    send_from_first_rank(buffers, trained_module(model))
-    prepared = None if config.streaming else data.prepared
-    identity: dict[str, Any] = {
-        "settings": config.model_dump(mode="json", exclude=checkpoint.FREE),
-        "data": None if prepared is None else prepared.report.sha256,
-        "packed": layout.packed,
-        "dtype": str(base.dtype),
-        "processes": accelerator.num_processes,
-        "device": device.type,
-        "layer_kernels": kernels.record,
-        "base": {name: layer.model_dump(by_alias=True, exclude_defaults=True) for name, layer in weights.items()},
-    }
-    if saved is not None:
-        checkpoint.check_same_run(saved.state["run"], identity, diverged=diverged)
-    optimizer = OPTIMIZERS[config.optim](buffers)
+    updates = start_updates(config, model, device, stack)
     seed_all(config.seed + accelerator.process_index)  # each rank draws its own dropout masks
     allocator = None
     if isinstance(model, LoRAModel) and model.adapters["default"].adalora is not None:
-        allocator = model.allocate_ranks(optimizer, data.max_steps)
-    loss_scale = LossScale(device) if base.dtype == torch.float16 else None
-    state = TrainState()
-    if saved is not None:
-        drawn_by = resumed_rank(saved, config, accelerator, has_dropout=has_dropout(base), note=note)
-        state = checkpoint.restore(saved, model, optimizer, buffers, drawn_by, allocator)
-        if loss_scale is not None and "loss_scale" in saved.tensors:
-            loss_scale.load_state_dict(saved.tensors["loss_scale"])
-    state.diverged = diverged
-    # device_placement would move buffers that are on the device already, and leave copies behind; evaluation_mode
-    # leaves out DDP, and autocast stays as `accelerate launch --mixed_precision` asks for it
-    forward = accelerator.prepare_model(
-        ModelWithLoss(model, layout, data.task), device_placement=False, evaluation_mode=True
-    )
-    accelerator.init_trackers("tailora", config={name: str(value) for name, value in config.model_dump().items()})
-    if is_main:
-        if overwrite and (aside := run_log.set_aside(output_dir)):
-            note(f"the earlier run is in {aside} until this one has finished")
-        run_log.start_metrics(output_dir, resumed_at=None if saved is None else state.step)
+        allocator = model.allocate_ranks(updates.optimizer, data.max_steps)
     run = Run(
         config=config,
         output_dir=output_dir,
@@ -225,6 +198,7 @@ def set_up(
         report=report,
         labels=None if labels is None else {**labels.to_dict(), "new_head": has_new_head},
         base=base,
+        weights=weights,
         tokenizer=tokenizer,
         data=data,
         task=data.task,
@@ -233,43 +207,78 @@ def set_up(
         kernels=kernels,
         activation_bytes=activation_bytes,
         memory_remedies=advice,
-        base_fingerprint=base_fingerprint,
-        updates=FiniteUpdates(optimizer, buffers, loss_scale),
+        base_fingerprint=peft.base_fingerprint(model.adapter(), base) if isinstance(model, LoRAModel) else {},
+        updates=updates,
         allocator=allocator,
-        forward=forward,
-        identity=identity,
+        # device_placement would move buffers that are on the device already, and leave copies behind; evaluation_mode
+        # leaves out DDP, and autocast stays as `accelerate launch --mixed_precision` asks for it
+        forward=accelerator.prepare_model(
+            ModelWithLoss(model, layout, data.task), device_placement=False, evaluation_mode=True
+        ),
     )
+    state = TrainState() if saved is None else resume(run, saved)
+    accelerator.init_trackers("tailora", config={name: str(value) for name, value in config.model_dump().items()})
+    if is_main:
+        if overwrite and (aside := run_log.set_aside(output_dir)):
+            note(f"the earlier run is in {aside} until this one has finished")
+        run_log.start_metrics(output_dir, resumed_at=None if saved is None else state.step)
     return run, state
+
+
+def choose_computation(
+    config: TrainConfig,
+    model: Trainable,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TrainingData,
+    saved: Checkpoint | None,
+    note: Callable[[str], None],
+) -> tuple[BatchLayout, Kernels]:
+    """Tries the model on the longest example, and an adapter that waits for data on the first batches.
+
+    saved: the checkpoint to continue from, whose kernels are used again.    note: see `choose_layout`.
+    """
+    layout = choose_layout(config, model, tokenizer, note, task=data.tried_task)
+    check_layers_are_called(model, data.longest, data.tried_task, layout)
+    init_from_data(model, data, layout, config.init_batches)
+    step = 0 if saved is None else saved.state["progress"]["step"]
+    recorded = None if saved is None else saved.state["run"].get("layer_kernels")
+    return layout, choose_kernels(config, model, layout, Work(data.tokens(step), data.longest), recorded)
+
+
+def start_updates(config: TrainConfig, model: Trainable, device: torch.device, stack: ExitStack) -> FiniteUpdates:
+    """Returns the optimizer of what is trained, whose parameters are views of flat buffers until `stack` is left."""
+    buffers = stack.enter_context(flattened(parameter_groups(trained_module(model), config, sharded_names(model))))
+    send_from_first_rank(buffers, trained_module(model))
+    loss_scale = LossScale(device) if model.base_model.dtype == torch.float16 else None
+    return FiniteUpdates(OPTIMIZERS[config.optim](buffers), buffers, loss_scale)
+
+
+def resume(run: Run, saved: Checkpoint) -> TrainState:
+    """Restores what the checkpoint has of the run, and returns its state. Raises CheckpointError if it is another's.
+
+    If the number of processes has changed, they draw other dropout masks than at the start.
+    """
+    config, earlier, progress = run.config, saved.state["run"], saved.state["progress"]
+    diverged = run_log.has_diverged(resumed_folder(config))
+    checkpoint.check_same_run(earlier, run.identity, diverged=diverged)
+    if config.learning_rate < (earlier_rate := earlier["settings"]["learning_rate"]):
+        run.note(f"the learning rate is {config.learning_rate:g} from here on; it was {earlier_rate:g}")
+    before, now = earlier.get("processes", 1), run.accelerator.num_processes
+    rank: int | None = run.accelerator.process_index  # whose random states are restored
+    if before != now:
+        seed_all(config.seed + run.accelerator.process_index + 1000 * progress["step"])
+        masks = ", masks of dropout are not" if has_dropout(run.base) else ""
+        run.note(f"{now} processes go on instead of {before}: the steps are the same{masks}")
+        rank = None
+    state = checkpoint.restore(saved, run.model, run.updates, rank, run.allocator)
+    state.diverged = diverged
+    return state
 
 
 def resumed_folder(config: TrainConfig) -> Path:
     """Returns the folder of the run whose checkpoint `config` names."""
     resumed = config.resume_from_checkpoint
     return Path(config.output_dir) if resumed in (None, "latest") else Path(str(resumed)).parent
-
-
-def resumed_rank(
-    saved: Checkpoint,
-    config: TrainConfig,
-    accelerator: Accelerator,
-    *,
-    has_dropout: bool,
-    note: Callable[[str], None],
-) -> int | None:
-    """Returns the rank whose random states this process restores; None if the number of processes has changed.
-
-    Then it draws other dropout masks than at the start. note: called with what changes from here on.
-    """
-    earlier, rank = saved.state["run"], int(accelerator.process_index)
-    if config.learning_rate < (earlier_rate := earlier["settings"]["learning_rate"]):
-        note(f"the learning rate is {config.learning_rate:g} from here on; it was {earlier_rate:g}")
-    before, now = earlier.get("processes", 1), accelerator.num_processes
-    if before == now:
-        return rank
-    seed_all(config.seed + rank + 1000 * saved.state["progress"]["step"])
-    masks = ", masks of dropout are not" if has_dropout else ""
-    note(f"{now} processes go on instead of {before}: the steps are the same{masks}")
-    return None
 
 
 # ---- Processes and devices
@@ -437,10 +446,11 @@ def adapter_of_checkpoint(config: TrainConfig, saved: Checkpoint | None) -> LoRA
     return LoRAConfig(**saved.state["adapter"])
 
 
-def init_from_data(model: Trainable, data: TrainingData, task: Task, layout: BatchLayout, batches: int) -> None:
+def init_from_data(model: Trainable, data: TrainingData, layout: BatchLayout, batches: int) -> None:
     """Initializes an adapter that waits for data from the first batches of the run, the same on every rank."""
     if not isinstance(model, LoRAModel) or not model.waits_for_data:
         return
+    task = data.tried_task
 
     def loss(model: Any, examples: Sequence[Example]) -> Tensor:
         batch = make_batch(examples, layout, next(model.parameters()).device, task)

@@ -1,10 +1,9 @@
-"""Everything that changes while a run trains, besides its tensors: progress, queued steps, and random generators.
+"""Everything that changes while a run trains, besides its tensors: progress, the unread step, and random generators.
 
 A checkpoint keeps the counters, the evaluations and the random states (`train.checkpoint`).
 """
 
 import random
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,19 +22,19 @@ COUNTERS = ("step", "tokens", "supervised_tokens", "seconds", "since_best", "his
 
 
 class StepResults(NamedTuple):
-    """The numbers of a step that the host reads from the device."""
+    """The numbers of a step: 0-dimensional tensors on the device, or what the host has read of them."""
 
-    loss: float
-    grad_norm: float  # before clipping
-    loss_scale: float
-    skipped: float  # 1: the step changed nothing
-    diverged: float  # 1: the loss or a gradient was not finite
-    stop_requests: float  # number of ranks that were asked to stop
+    loss: Any
+    grad_norm: Any  # before clipping
+    loss_scale: Any
+    skipped: Any  # 1: the step changed nothing
+    diverged: Any  # 1: the loss or a gradient was not finite
+    stop_requests: Any  # number of ranks that were asked to stop
 
 
 @dataclass(frozen=True, eq=False)
-class QueuedStep:
-    """A step whose results have not been read yet."""
+class SubmittedStep:
+    """A step that the device computes, or has computed."""
 
     step: Step
     rate: float
@@ -62,7 +61,7 @@ class TrainState:
     before: Evaluation | None = None  # held-out losses before training
     best: Best | None = None
     # what it does not
-    queue: deque[QueuedStep] = field(default_factory=deque)
+    unread: SubmittedStep | None = None  # on a device, the last step, until the host reads its results
     last_read: float = 0.0  # time.perf_counter when the results of a step were last read
     stop_requested: bool = False  # by a signal to any rank
     diverged: bool = False  # the run, or the one that it resumes

@@ -131,7 +131,7 @@ def take_steps(config: TrainConfig, folder: Path, *, with_data: bool) -> StepsMe
         for step in [largest, *islice(data.steps(0), STEPS), largest]:
             began = time.perf_counter()
             trainer.step(trainer.collated(step))
-            trainer.read_steps()
+            trainer.read_last_step()
             tokens.append(step.tokens)
             seconds.append(time.perf_counter() - began)
         return StepsMeasured(

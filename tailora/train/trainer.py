@@ -9,8 +9,8 @@
 The loss of a step is the summed loss of all micro-batches and ranks, divided by the number of supervised tokens (or by
 what the task counts). Ranks add up their gradients once a step (`train.parallel`).
 
-On a device the host queues a step before it reads the loss of the one before, so that the device never waits. What
-depends on numbers is decided there (`FiniteUpdates`). The queue is empty whenever something is evaluated or saved.
+On a device the host submits a step before it reads the loss of the one before, so that the device never waits. What
+depends on numbers is decided there (`FiniteUpdates`). No step is unread whenever something is evaluated or saved.
 
 On a CPU, a resumed run gives bitwise the same result as an uninterrupted one. On a GPU the backward of attention
 adds gradients in no fixed order.
@@ -60,7 +60,7 @@ from tailora.train.memory import explain_out_of_memory, peak_bytes
 from tailora.train.optimizer import LRSchedule, clip_gradients, learning_rate
 from tailora.train.parallel import sum_over_ranks
 from tailora.train.setup import Run, resumed_folder, set_up
-from tailora.train.state import Best, QueuedStep, StepResults, TrainState, random_state
+from tailora.train.state import Best, StepResults, SubmittedStep, TrainState, random_state
 from tailora.train.trainable import FullModel, Trainable, sync_parameters, trained_module
 
 OnReady = Callable[[Trainable, PreTrainedTokenizerBase, PreparedData | None], None]
@@ -125,12 +125,12 @@ class Trainer:
                 self.evaluate_before_training()
                 left = islice(run.data.steps(state.step), run.data.max_steps - state.step)
                 steps = stack.enter_context(one_ahead(map(self.collated, left), run.accelerator.device))
-                while self.queued_steps < run.data.max_steps and not self.is_out_of_patience():
+                while self.submitted_steps < run.data.max_steps and not self.is_out_of_patience():
                     step = next(steps)
                     if state.stop_requested if run.accelerator.num_processes > 1 else signals.stop.is_set():
                         raise Interrupted(self.save_checkpoint())
                     self.step(step, signals.stop.is_set())
-                    done = self.queued_steps
+                    done = self.submitted_steps
                     if config.eval_steps and (done % config.eval_steps == 0 or done == run.data.max_steps):
                         self.evaluate_and_keep_best()
                     if config.save_steps and done % config.save_steps == 0:
@@ -170,9 +170,9 @@ class Trainer:
     # ---- A step
 
     @property
-    def queued_steps(self) -> int:
-        """Steps that were computed or, on a device, queued for it."""
-        return self.state.step + len(self.state.queue)
+    def submitted_steps(self) -> int:
+        """Steps that were computed or, on a device, are under way."""
+        return self.state.step + (self.state.unread is not None)
 
     def collated(self, step: Step) -> Step:
         """Returns the step as tensors on the device."""
@@ -182,33 +182,38 @@ class Trainer:
         return replace(step, batches=batches[:counted] + [replace(batch, weight=0.0) for batch in batches[counted:]])
 
     def step(self, step: Step, stop: bool = False) -> None:
-        """Takes one optimizer step and reports it; on a device, queues it and reports the one before.
+        """Takes one optimizer step and reports it. On a device, submits it and reports the one before.
 
         stop: whether this rank was asked to stop.
-        Raises DivergedError if the loss or a gradient is not finite, of this step or, on a device, of the one before.
+        Raises DivergedError if the loss or a gradient is not finite, of the step that is reported.
         """
-        started, run, updates = time.perf_counter(), self.run, self.run.updates
+        submitted: SubmittedStep | None = self.submit_step(step, stop)
+        if copies_by_itself(self.run.accelerator.device):
+            submitted, self.state.unread = self.state.unread, submitted
+        if submitted is not None:
+            self.read_step(submitted)
+
+    def submit_step(self, step: Step, stop: bool) -> SubmittedStep:
+        """Computes the gradients and the update. On a device the host waits for neither."""
+        started, run, updates, config = time.perf_counter(), self.run, self.run.updates, self.config
         scale = None if updates.loss_scale is None else updates.loss_scale.value.clone()  # of this step
         share = self.compute_gradients(step, scale)
         loss, stops = run.accelerator.reduce(torch.stack([share, torch.full_like(share, stop)]), reduction="sum")
-        norm = clip_gradients(updates.buffers, self.config.max_grad_norm, updates.loss_scale)
-        number, total, config = self.queued_steps, run.data.max_steps, self.config
+        norm = clip_gradients(updates.buffers, config.max_grad_norm, updates.loss_scale)
+        number, total = self.submitted_steps, run.data.max_steps
         settings = config.learning_rate, config.warmup_ratio, config.lr_scheduler_type
         rate = self.rate_at(number, total) if self.rate_at else learning_rate(number, total, *settings)
         updates.step(loss, norm, rate)
         sync_parameters(run.model)
-        results = {
-            "loss": loss,
-            "grad_norm": norm,
-            "loss_scale": norm.new_ones(()) if scale is None else scale,
-            "skipped": updates.skipped,
-            "diverged": updates.diverged,
-            "stop_requests": stops,
-        }
-        copy = AsyncCopy(torch.stack([results[name].to(norm) for name in StepResults._fields]))
-        self.state.queue.append(QueuedStep(step, rate, started, copy))
-        while len(self.state.queue) > int(copies_by_itself(norm.device)):
-            self.read_step()
+        results = StepResults(
+            loss=loss,
+            grad_norm=norm,
+            loss_scale=norm.new_ones(()) if scale is None else scale,
+            skipped=updates.skipped,
+            diverged=updates.diverged,
+            stop_requests=stops,
+        )
+        return SubmittedStep(step, rate, started, AsyncCopy(torch.stack([result.to(norm) for result in results])))
 
     def compute_gradients(self, step: Step, loss_scale: Tensor | None = None) -> Tensor:
         """Fills the buffers with the gradients of a step, of all ranks; returns this rank's share of its loss."""
@@ -220,22 +225,22 @@ class Trainer:
         sum_over_ranks(run.updates.buffers)
         return share
 
-    def read_steps(self) -> None:
-        """Waits for all queued steps and reports them. Raises DivergedError."""
-        while self.state.queue:
-            self.read_step()
+    def read_last_step(self) -> None:
+        """Reads the last step, if that was not done, so that all steps are counted. Raises DivergedError."""
+        if (unread := self.state.unread) is not None:
+            self.state.unread = None
+            self.read_step(unread)
 
-    def read_step(self) -> None:
-        """Waits for the first of the queued steps and reports it. Raises DivergedError."""
-        run, state, max_steps = self.run, self.state, self.run.data.max_steps
-        queued = state.queue.popleft()
-        results = StepResults(*queued.results.read())
+    def read_step(self, submitted: SubmittedStep) -> None:
+        """Waits for a step, counts and reports it. Raises DivergedError."""
+        run, state, max_steps, step = self.run, self.state, self.run.data.max_steps, submitted.step
+        results = StepResults(*submitted.results.read())
         if results.diverged:
-            raise self.diverged_in_step(queued, results.loss)
+            raise self.diverged_in_step(submitted, results.loss)
         state.stop_requested = results.stop_requests > 0
         self.accept_checkpoint()
-        step, now = queued.step, time.perf_counter()
-        seconds = now - max(queued.started, state.last_read)
+        now = time.perf_counter()
+        seconds = now - max(submitted.started, state.last_read)
         state.last_read = now
         state.step += 1
         state.tokens += step.tokens
@@ -245,7 +250,7 @@ class Trainer:
             step=state.step,
             max_steps=max_steps,
             loss=results.loss,
-            learning_rate=queued.rate,
+            learning_rate=submitted.rate,
             grad_norm=results.grad_norm,
             tokens=step.tokens,
             supervised_tokens=step.supervised,
@@ -255,13 +260,13 @@ class Trainer:
             memory_bytes=peak_bytes(run.accelerator.device),
             skipped=bool(results.skipped),
         )
-        if results.skipped:
+        if event.skipped:
             scale = f"{results.loss_scale:g}"
             run.note(f"step {state.step} changes nothing: a gradient overflows float16 at the loss scale {scale}")
         self.log(
-            loss=results.loss,
-            learning_rate=queued.rate,
-            grad_norm=None if results.skipped else results.grad_norm,  # JSON has no infinity
+            loss=event.loss,
+            learning_rate=event.learning_rate,
+            grad_norm=None if event.skipped else event.grad_norm,  # JSON has no infinity
             tokens=state.tokens,
             **({} if run.updates.loss_scale is None else {"loss_scale": results.loss_scale}),
             tokens_per_second=event.tokens_per_second,
@@ -310,7 +315,7 @@ class Trainer:
 
     def evaluate_and_keep_best(self) -> None:
         """Evaluates, and keeps the adapter if it is the best so far; with AdaLoRA, if its ranks are final."""
-        self.read_steps()
+        self.read_last_step()
         may_be_kept = self.run.allocator is None or self.run.allocator.final
         evaluation = self.check_finite(self.held_out_loss(may_be_kept=may_be_kept))
         if evaluation is None or not may_be_kept:
@@ -376,7 +381,7 @@ class Trainer:
 
     def save_checkpoint(self) -> Path:
         """Writes checkpoint-N and returns its folder. Raises DivergedError for values that are not finite."""
-        self.read_steps()
+        self.read_last_step()
         run, state, loss_scale = self.run, self.state, self.run.updates.loss_scale
         folder = run.output_dir / f"checkpoint-{state.step}"
         tensors = {
@@ -412,7 +417,7 @@ class Trainer:
 
     def restore_best(self) -> Evaluation | None:
         """Restores the best parameters, or checks and evaluates the last; returns their held-out loss."""
-        self.read_steps()
+        self.read_last_step()
         run, state = self.run, self.state
         if not all(gather_object([bool(buffer.parameter.isfinite().all()) for buffer in run.updates.buffers])):
             raise self.diverged(f"in step {state.step}: it left weights that are not finite")
@@ -499,14 +504,14 @@ class Trainer:
             return evaluation
         raise self.diverged(f"in step {self.state.step}: the held-out loss after it is {evaluation.loss}")
 
-    def diverged_in_step(self, queued: QueuedStep, loss: float) -> DivergedError:
+    def diverged_in_step(self, submitted: SubmittedStep, loss: float) -> DivergedError:
         """Returns the error for a step whose loss or gradient is not finite, with the module where that began."""
-        run, where = self.run, f"in step {self.state.step + 1} (learning rate {queued.rate:.3g})"
+        run, where = self.run, f"in step {self.state.step + 1} (learning rate {submitted.rate:.3g})"
         if not math.isfinite(loss):
-            cause = broken_loss(run.base, queued.step.batches, run.task, run.layout)
+            cause = broken_loss(run.base, submitted.step.batches, run.task, run.layout)
             return self.diverged(f"{where}: {cause}")
-        if self.state.queue:  # the gradients are those of a later step by now; the parameters are still the same
-            self.compute_gradients(queued.step)
+        if self.state.unread is not None:  # the gradients are those of the step after it; the parameters are the same
+            self.compute_gradients(submitted.step)
         parameters = {name: p for buffer in run.updates.buffers for name, p in buffer.parameters.items()}
         return self.diverged(f"{where}: {broken_gradients(parameters)}", parameters_are_good=True)
 

@@ -24,6 +24,7 @@ from tailora.kernels.loss import frozen_head, recomputed_head
 from tailora.train import events
 from tailora.train.memory import available_bytes, peak_bytes, reset_peak
 from tailora.train.run_log import write_settings
+from tailora.train.state import SubmittedStep
 from tailora.train.trainer import Trainer, run
 
 # ---- Training
@@ -68,9 +69,9 @@ def test_a_step_does_not_wait_for_the_device(
         finally:
             module.set_sync_debug_mode("default")
 
-    def reading(self: Trainer) -> None:  # it waits for an event, which is no error on CUDA
+    def reading(self: Trainer, submitted: SubmittedStep) -> None:  # it waits for an event, which is no error on CUDA
         module.set_sync_debug_mode("default")
-        read_step(self)
+        read_step(self, submitted)
 
     monkeypatch.setattr(Trainer, "step", watched)
     monkeypatch.setattr(Trainer, "read_step", reading)

@@ -252,7 +252,7 @@ from tailora.errors import DataError
 from tailora.train import trainer
 
 def failing_step(self, *arguments, step=trainer.Trainer.step):
-    if os.environ["RANK"] == "1" and self.queued_steps == 1:
+    if os.environ["RANK"] == "1" and self.submitted_steps == 1:
         FAILURE
     return step(self, *arguments)
 
