@@ -1,6 +1,5 @@
 """Shared by the commands that take a model and adapters: flags, finding the adapters, loading them."""
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 from cyclopts.validators import Number
-from safetensors import SafetensorError, safe_open
 
 from tailora.cli.main import log, note, stderr
 from tailora.cli.progress import download_progress
@@ -22,11 +20,10 @@ from tailora.formats.io import read_json_object
 from tailora.formats.run_folder import (
     ADAPTER,
     ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    METADATA_KEY,
     MODEL,
     RUN,
     adapter_folder,
+    recorded_metadata,
     recorded_settings,
 )
 from tailora.train.config import Quantize as QuantizeMethod
@@ -176,12 +173,8 @@ def base_of(adapter: Path) -> BaseOfAdapter | None:
         return None
     if not isinstance(name, str):
         return None
-    try:
-        with safe_open(adapter / ADAPTER_WEIGHTS, framework="numpy") as file:
-            own = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-        return BaseOfAdapter(name, Path(own["base_folder"]))
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError):  # none is recorded
-        return BaseOfAdapter(name)
+    folder = recorded_metadata(adapter).get("base_folder")
+    return BaseOfAdapter(name, Path(folder) if isinstance(folder, str) else None)
 
 
 def base_model_name(model: str | None, folders: Sequence[Path]) -> str:

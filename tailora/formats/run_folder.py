@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from tailora.errors import ConfigError
 from tailora.formats.io import wrap_os_error, write_file
 
@@ -93,6 +95,16 @@ def trained_rows(adapter: Path) -> set[bytes] | None:
     except OSError:
         return None
     return {content[start : start + 8] for start in range(0, len(content), 8)}
+
+
+def recorded_metadata(path: Path) -> dict[str, Any]:
+    """Returns tailora's own fields in the weights of an adapter, or of the one in a run; {} if none can be read."""
+    try:
+        with safe_open(adapter_folder(path) / ADAPTER_WEIGHTS, framework="numpy") as file:
+            fields = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+    except (OSError, SafetensorError, ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def write_report(folder: Path, kind: str, content: Mapping[str, Any], *, allow_nan: bool = True) -> Path:

@@ -48,7 +48,7 @@ from tailora.train.kernel_choice import (
     use_kernels,
 )
 from tailora.train.loss import CAUSAL_LM, SEQ2SEQ_TASK, BatchLayout, Task, make_batch
-from tailora.train.memory_tracker import MemoryTracker, fake_tensors
+from tailora.train.memory import MemoryTracker, fake_tensors
 from tailora.train.model_loading import METHODS, Stored, check_unquantized, new_model, precision_of
 from tailora.train.trainable import FullModel, Trainable, trained_module
 

@@ -22,7 +22,7 @@ from typing import Any, cast
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -53,14 +53,7 @@ from tailora.data.schemas import CAUSAL_LM, REGRESSION, SEQ2SEQ, SEQUENCE_CLASSI
 from tailora.errors import ConfigError, FormatError, listing, nearest
 from tailora.formats.hub import check_model_exists
 from tailora.formats.io import read_json_object
-from tailora.formats.peft import parse_metadata
-from tailora.formats.run_folder import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    METADATA_KEY,
-    TOKENIZER_FILES,
-    adapter_folder,
-)
+from tailora.formats.run_folder import ADAPTER_CONFIG, TOKENIZER_FILES, adapter_folder, recorded_metadata
 from tailora.quiet import quiet_loggers, quiet_transformers
 from tailora.train.config import SHARDED_QUANTIZE
 from tailora.train.parallel import Sharding
@@ -434,17 +427,11 @@ def _task_type(path: Path) -> str:
 
 def labels_of_adapter(path: Path) -> Labels | None:
     """Returns the labels of an adapter for a head, from its files or those of its run; None for other adapters."""
-    folder = adapter_folder(path)
-    try:
-        with safe_open(folder / ADAPTER_WEIGHTS, framework="numpy") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
-        metadata = parse_metadata(text, folder)
-    except (OSError, SafetensorError, FormatError):  # loading reports it
+    recorded, task = recorded_metadata(path), LABEL_TASKS_OF_PEFT.get(_task_type(path))
+    names = recorded.get("label_names")
+    if task is None or not isinstance(names, list):
         return None
-    task = LABEL_TASKS_OF_PEFT.get(_task_type(path))
-    if task is None or metadata.label_names is None:
-        return None
-    return Labels.of_config(task, metadata.label_names, metadata.problem_type)
+    return Labels.of_config(task, [str(name) for name in names], recorded.get("problem_type"))
 
 
 def label_task_of_adapter(path: Path) -> str | None:

@@ -38,8 +38,7 @@ from tailora.train.estimate import (
 )
 from tailora.train.kernel_choice import LLAMA, PLAIN, Kernels, use_kernels
 from tailora.train.loss import BatchLayout, token_losses
-from tailora.train.memory import ForwardSize
-from tailora.train.memory_tracker import fake_tensors
+from tailora.train.memory import ForwardSize, fake_tensors
 from tailora.train.model_loading import load_base, read_config
 from tailora.train.parallel import Sharding
 from tailora.train.setup import memory_cost
