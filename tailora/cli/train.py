@@ -190,7 +190,8 @@ def fit(
     Raises what `run` raises. The message of KeyboardInterrupt has the command that resumes the run.
     """
     started = time.monotonic()
-    run_log.check_before_loading(config, overwrite=overwrite)
+    if world_size() == 1 and not (Path(config.output_dir) / run_log.HOLDER).exists():  # else the trainer checks
+        run_log.check_run_folder(config, overwrite=overwrite)
     check_sources_of_run(config)
     fetch_demo(config.model, *source_names(config.data), config.eval_data)
     if nproc_per_node is not None and not is_launched_by_tailora():
@@ -204,7 +205,6 @@ def fit(
             from accelerate import PartialState
 
             from tailora.evaluation.classification import check_packages
-            from tailora.report.pages.train import write_train_report
             from tailora.train.failures import Interrupted, fail_together
             from tailora.train.parallel import own_process_group
             from tailora.train.trainer import run
@@ -219,7 +219,6 @@ def fit(
                     return INTERRUPTED
                 message = f"the run so far is saved in {interrupted.folder}; {how_to_resume(interrupted.folder)}"
                 raise KeyboardInterrupt(message) from interrupted
-        folder, numbers, report, page = Path(result.output_dir), result.to_dict(), None, ""
         is_main, answers, kl = PartialState().is_main_process, list["Answer"](), None
         if config.fsdp:  # all processes compute an answer together
             stack.enter_context(fail_together(PartialState()))
@@ -230,6 +229,27 @@ def fit(
             add_passport(result, config)
     if not is_main:
         return 0
+    folder = Path(result.output_dir)
+    report, page = write_results(folder, config, answers, kl, started)
+    if as_json:
+        print_json((report and report["result"]) or result.to_dict())
+    else:
+        show(stdout(), config, folder, None if report is None else read_page(folder))
+        if page and not (folder / PAGE).exists():
+            log(page)
+    return 0
+
+
+def write_results(
+    folder: Path, config: TrainConfig, answers: Sequence["Answer"], kl: float | None, started: float
+) -> tuple[dict[str, Any] | None, str]:
+    """Writes what the command adds to the run; returns report.json, and where report.html is or how to get it.
+
+    started: time.monotonic at the start of the command.
+    """
+    from tailora.report.pages.train import write_train_report
+
+    report, page = None, ""
     try:
         if kl is not None:
             run_log.add_result(folder, eval_kl=kl)
@@ -241,13 +261,7 @@ def fit(
     except WriteError as error:  # what was trained is whole, so the run has not failed
         again = shlex.join(["tailora", "report", str(folder)])
         note(f"what was trained is whole, but its report is not: {error}. Then `{again}` writes the report")
-    if as_json:
-        print_json((report and report["result"]) or numbers)
-    else:
-        show(stdout(), config, folder, None if report is None else read_page(folder))
-        if page and not (folder / PAGE).exists():
-            log(page)
-    return 0
+    return report, page
 
 
 def answer_samples(result: "TrainResult", count: int, questions: Sequence[str] | None) -> list["Answer"]:

@@ -4,7 +4,6 @@ A provider is a class. An instance of it is made once per forward, on the device
 the host; its `attend` is then called by every layer. `train.kernel_choice` tries the providers on the user's model, in
 this order, and takes the first that gives the right results:
 
-    FlashRow    flash attention of the package flash_attn, or of the package kernels, as transformers finds them
     VarlenRow   the flash attention that torch brings along for documents of several lengths
     FlexRow     torch's flex_attention with a mask of blocks: blocks outside documents and windows cost nothing
     PaddedRow   torch's SDPA, every document padded to the longest one
@@ -24,9 +23,7 @@ from torch._dynamo import config as dynamo_config
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers.integrations.flex_attention import get_flex_attention_lse_kwargs
-from transformers.modeling_flash_attention_utils import _flash_attention_forward, lazy_import_flash_attention
 
-FLASH = "flash_attention_2"  # transformers takes the package flash_attn, or else a build that `kernels` downloads
 HALF = (torch.bfloat16, torch.float16)
 BLOCK = 128  # tokens of a block of flex_attention's mask
 COMPILER = "inductor"  # torch.compile's backend for flex_attention
@@ -87,40 +84,6 @@ class DeviceRow(ABC):
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
         """Returns causal attention within each document. Raises ValueError for what the provider cannot do."""
-
-
-class FlashRow(DeviceRow):
-    description = "flash attention of the package flash_attn or kernels"
-    supports = ("softcap",)
-    device_types = ("cuda", "xpu")
-    half_precision = True
-
-    @staticmethod
-    def missing() -> str | None:
-        try:
-            lazy_import_flash_attention(FLASH)
-        except (ImportError, ValueError, OSError) as error:  # no package; no network, no build for this machine
-            return str(error).splitlines()[0]
-        return None
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
-        rows = [heads.transpose(1, 2) for heads in (q, k, v)]  # (1, total, heads, width)
-        output: Tensor = _flash_attention_forward(
-            *rows,
-            None,
-            query_length=q.shape[2],
-            is_causal=True,
-            dropout=options.dropout,
-            softmax_scale=options.scale,
-            sliding_window=options.window,
-            softcap=options.softcap,
-            cu_seq_lens_q=self.ends,
-            cu_seq_lens_k=self.ends,
-            max_length_q=self.longest,
-            max_length_k=self.longest,
-            attn_implementation=FLASH,
-        )
-        return output
 
 
 class VarlenRow(DeviceRow):
@@ -295,7 +258,6 @@ def repeated(heads: Tensor, count: int) -> Tensor:
 
 
 PROVIDERS: dict[str, type[DeviceRow]] = {
-    FLASH: FlashRow,
     "varlen_attn": VarlenRow,
     "flex_attention": FlexRow,
     "sdpa": PaddedRow,

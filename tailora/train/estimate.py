@@ -111,10 +111,8 @@ class FakeModel:
 class AbsentDevice:
     """A device that is not here. type: what torch calls its kind.    precision: of the base.
 
-    Its tensors are on "meta": autograd takes no tensors of a device that is absent, not even without contents. They
-    take the code's way for devices. Of attention that is torch's SDPA in its general form, which keeps all scores, as
-    on MPS. On CUDA and XPU a run finds flash or flex_attention, which keep one sum a token and head: there the CPU's
-    operator, which does the same, stands for them.
+    Its tensors are on "meta", since autograd takes none of an absent device. There SDPA keeps all scores, as on MPS. On
+    CUDA and XPU a run finds flash or flex_attention, which keep one sum a token and head, as the CPU's operator does.
     """
 
     type: str
@@ -123,10 +121,6 @@ class AbsentDevice:
     @property
     def keeps_scores(self) -> bool:
         return self.type == "mps"
-
-    @property
-    def attention(self) -> str:
-        return "SDPA, all scores kept" if self.keeps_scores else "flash or flex_attention, no scores kept"
 
 
 @contextmanager
@@ -151,7 +145,8 @@ def fake_model(
         elif isinstance(device, AbsentDevice):
             if layout.packed and not device.keeps_scores:
                 layout = replace(layout, attention=CPU)
-            kernels = Kernels(PLAIN, f"decoder layers: plain; attention: {device.attention}; loss: {layout.loss}")
+            attention = "SDPA, all scores" if device.keeps_scores else "flash or flex_attention, no scores"
+            kernels = Kernels(PLAIN, f"decoder layers: plain; attention: {attention} kept; loss: {layout.loss}")
         else:
             obstacle = obstacle_to_llama_kernels(config.fast, base, layout)
             check = "to be checked against the layers of transformers when the run starts"
@@ -385,11 +380,9 @@ def estimate_memory(config: TrainConfig, fake: FakeModel, step: StepCost, proces
 def memory_of_step(config: TrainConfig, fake: FakeModel, step: StepCost, process: int, shards: int = 1) -> Memory:
     """Returns the memory of a run in its largest step; arguments as of `estimate_memory`.
 
-    FSDP2 shards the decoder layers (`train.parallel`). Everything outside of them is whole on every rank, and so are
-    adapters, their gradients and their optimizer. While a layer computes, the rows of all ranks arrive in a buffer, and
-    its whole weights are copied from there; in a backward the next layer's rows arrive meanwhile. gloo, on a CPU,
-    receives into a buffer of its own. In full fine-tuning a rank has float32 masters of its part of the layers; the
-    gradient of a layer is whole, and once more in float32 for the reduce-scatter, until its shards are summed.
+    FSDP2 shards the decoder layers alone. While one computes, its rows arrive in a buffer (on a CPU in one of gloo,
+    too), and the whole weights are copied from there; in a backward the next layer's rows arrive meanwhile. In full
+    fine-tuning a layer's gradient is whole, and once more in float32, until its shards are summed.
     """
     weights, is_on_cpu = fake.weights, fake.base.device.type == "cpu"
     parameters = list(trained_module(fake.model).parameters())

@@ -68,12 +68,7 @@ class Note:
     text: str
 
 
-@dataclass(frozen=True)
-class Finished:
-    result: dict[str, Any]
-
-
-Event = Prepared | EvaluationProgress | Evaluated | Stepped | Saved | Note | Finished
+Event = Prepared | EvaluationProgress | Evaluated | Stepped | Saved | Note
 Listener = Callable[[Event], None]
 
 

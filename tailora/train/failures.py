@@ -119,10 +119,8 @@ def fail_together(
 ) -> Iterator[None]:
     """An error within the block on one process ends all of them; only the first that fails raises its own error.
 
-    The others raise ProcessFailedError as soon as their collective breaks, or end after SECONDS_TO_END. If a process
-    is killed, the first of the others to notice says so. Each error knows which rank shows it (`shown_by`). From then
-    on signals are ignored, because launchers send SIGTERM to all processes as soon as one has ended.
-
+    The others raise ProcessFailedError as soon as their collective breaks, or end after SECONDS_TO_END. From then on
+    signals are ignored, because launchers send SIGTERM to all processes as soon as one has ended.
     how_to_go_on: returns what to do about a run that has lost a process.
     """
     if accelerator.num_processes == 1:

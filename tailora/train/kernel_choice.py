@@ -92,12 +92,10 @@ def choose_layout(
     compare: bool = True,
     task: Task = CAUSAL_LM,
 ) -> BatchLayout:
-    """Returns packed or padded batches, and how the loss is computed; both are tried on the model itself.
+    """Returns packed or padded batches, and how the loss is computed; both are tried unless the task `is_plain`.
 
-    All ranks of a run choose the same.
     note: called with the reason if the model cannot do what is fastest.
     compare: False for a model without contents, whose structure alone decides.
-    task: for one that `is_plain` nothing is tried.
     Raises ConfigError for packing = 'on' if it would change results.
     """
     base = cast(PreTrainedModel, model.base_model)
@@ -124,9 +122,7 @@ def choose_layout(
 def choose_packing(model: PreTrainedModel, setting: str, *, compare: bool = True) -> tuple[str | None, str | None]:
     """Returns what computes the attention of packed rows, None for padded batches; and why not something better.
 
-    Raises ConfigError for the setting `on` if packing would change results.
-
-    setting: auto, on or off.    compare: False for a model without contents, whose logits mean nothing.
+    setting: auto, on or off.    compare: see `choose_layout`.    Raises ConfigError as `choose_layout`.
     """
     if setting == "off":
         return None, None
@@ -159,8 +155,8 @@ def predicted_provider(device_type: str, dtype: torch.dtype) -> str:
 def choose_form(model: Any, batch: Batch, compare: bool = True) -> tuple[str, str | None]:
     """Returns the form of least memory that gives the model's own losses and gradients, and why it is not chunked.
 
-    A few tokens are enough for `batch`. The model is in evaluation mode, without dropout. All ranks choose the same.
-    compare: False for a model of fake tensors, whose numbers cannot be compared: an unchanged tensor shares its memory.
+    batch: of a few tokens, for a model in evaluation mode.
+    compare: False for a model of fake tensors, where an unchanged tensor shares its memory.
     """
     own, chunked = own_form(model), RECOMPUTED
     head = model.get_output_embeddings()
@@ -227,13 +223,19 @@ def _try_compiled(
         return None, "the run was started without them, or with another --activation-memory"
     if recorded is None and not asked and (obstacle := _costs_more_than_it_saves(model, work, layout)):
         return None, obstacle
-    parts, checks = parts_of(work.sample, base), []
-    trials = [lambda: compare_layers(model, parts, layout, compiled)] if recorded is None else []
+    parts, checks = parts_of(work.sample, base), list[str]()
+    trials: list[Callable[[], tuple[str | None, str]]] = []
+    if recorded is None:
+        trials.append(lambda: compare_layers(model, parts, layout, compiled))
     if recorded is not None or has_dropout(base):
         trials.append(lambda: _compile_for_training(model, parts, layout, compiled))
     for trial in trials:
-        obstacle, check = _on_all_ranks(trial)
-        if obstacle is not None:
+        try:
+            obstacle, check = trial()
+        except COMPILER_ERRORS as error:
+            cause = " ".join(str(error).split("\n\n")[0].split())  # what follows are hints for torch's developers
+            obstacle, check = f"torch.compile refuses them ({cause})", ""
+        if (obstacle := first_of_ranks(obstacle)) is not None:
             return None, obstacle
         checks.append(check)
     check = checks[0]
@@ -288,19 +290,6 @@ def _seconds(layer: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any
     outputs_and_gradients(layer, inputs, arguments)
     synchronize(device)
     return time.perf_counter() - started
-
-
-def _on_all_ranks(trial: Callable[[], tuple[str | None, str]]) -> tuple[str | None, str]:
-    """Returns the first obstacle that a trial finds on some rank, or else what this rank's trial says.
-
-    That torch.compile refuses the layers is an obstacle, too.
-    """
-    try:
-        obstacle, check = trial()
-    except COMPILER_ERRORS as error:
-        cause = " ".join(str(error).split("\n\n")[0].split())  # what follows are hints for torch's developers
-        obstacle, check = f"torch.compile refuses them ({cause})", ""
-    return first_of_ranks(obstacle), check
 
 
 def _time_share(

@@ -299,7 +299,9 @@ def largest_difference(
     base = cast(PreTrainedModel, model.base_model)
     layers = eligible(base) if compiled is None else decoder_layers(base)
     largest = 0.0
-    with _gradients_computed(model, layout):
+    # nothing is drawn at random; a model without dropout stays in training mode, for which compiled code is made
+    in_mode = evaluating(model) if has_dropout(base) else nullcontext()
+    with in_mode, zeros_randomized(model), layout.used_by(base):
         for layer, inputs, arguments in layer_calls(model, layers, examples, layout):
             plain = outputs_and_gradients(layer, inputs, arguments)
             with fast_layers(layer) if compiled is None else compiled.used_by([layer]):
@@ -309,21 +311,6 @@ def largest_difference(
             pairs = [(a, b) for a, b in zip(plain, other, strict=True) if a is not None and b is not None and a.any()]
             largest = max(largest, *(relative_difference(b, a) for a, b in pairs), 0.0)
     return largest
-
-
-@contextmanager
-def _gradients_computed(model: Trainable, layout: BatchLayout) -> Iterator[None]:
-    """Within the block layers can be compared: nothing is drawn at random, and no gradient is zero.
-
-    A model without dropout stays in training mode, for which compiled code is made.
-    """
-    base = cast(PreTrainedModel, model.base_model)
-    with ExitStack() as stack:
-        if has_dropout(base):
-            stack.enter_context(evaluating(model))
-        stack.enter_context(zeros_randomized(model))
-        stack.enter_context(layout.used_by(base))
-        yield
 
 
 def has_dropout(base: nn.Module) -> bool:

@@ -1,15 +1,11 @@
 """Several processes that train one adapter: each has a whole copy of it, and they add up their gradients.
 
-With `Sharding` each holds only a part of the base model (FSDP2): the decoder layers, which are nearly all of it, are
-gathered one after the other while a forward or backward runs through them. Embeddings, the last norm and the head stay
-whole on every rank, which needs the head where the most memory is used.
+The gradients lie in a few flat buffers, so that one collective per buffer and step sums them. Unlike DDP this needs no
+wrapper around the model, and a parameter that the examples of a rank do not use has a gradient of zero there.
 
-The gradients of an adapter lie in a few flat buffers, so that one collective per buffer and step sums them, after the
-last micro-batch. Unlike DDP this needs no wrapper around the model, and a parameter that the examples of a rank do not
-use has a gradient of zero there.
-
-In full fine-tuning of a sharded base each rank trains its part of the decoder layers. FSDP2 adds up their gradients
-after every backward, and leaves each rank those of its part.
+With `Sharding` each holds only a part of the base model (FSDP2): decoder layers, which are nearly all of it, are
+gathered while a forward or backward runs through them. In full fine-tuning each rank trains its part of them, and FSDP2
+adds up their gradients.
 """
 
 import atexit

@@ -35,7 +35,6 @@ from tailora.formats.run_folder import (
 )
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import config_text
-from tailora.train.launch import world_size
 
 if TYPE_CHECKING:
     from tailora.train.loss import Evaluation
@@ -114,15 +113,6 @@ def check_run_folder(config: TrainConfig, *, overwrite: bool) -> None:
     raise ConfigError(
         f"{content} of an earlier run; give another --output-dir, {hints}replace it with --overwrite, or delete it"
     )
-
-
-def check_before_loading(config: TrainConfig, *, overwrite: bool) -> None:
-    """`check_run_folder` before torch is loaded, without the lock.
-
-    Not while another run may be writing, and not in one of several processes, since the others would wait for it.
-    """
-    if world_size() == 1 and not (Path(config.output_dir) / HOLDER).exists():
-        check_run_folder(config, overwrite=overwrite)
 
 
 def set_aside(output_dir: Path) -> Path | None:

@@ -148,7 +148,6 @@ class Trainer:
         result = self.result(after, time.perf_counter() - started)
         self.write_result(result)
         run.report(events.Saved(result.best_step, trainable.folder_of(run.model, run.output_dir)))
-        run.report(events.Finished(result.to_dict()))
         return result
 
     def setup(self, stack: ExitStack) -> None:

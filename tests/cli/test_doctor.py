@@ -63,7 +63,7 @@ def test_a_machine_with_cards_is_shown_on_80_columns(
         "bfloat16": True,
         "dtype": "bfloat16",
         "capability": "9.0",
-        "attention": {"flash_attention_2": "the package flash_attn is not installed", "varlen_attn": "works"},
+        "attention": {"varlen_attn": "works"},
         "compiled layers": "the package triton is not installed",
         "quantize": {"nf4": "works"},
     }

@@ -13,16 +13,12 @@ from torch import Tensor
 from torch.nn.attention import flex_attention, varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     AutoModelForCausalLM,
     Gemma2Config,
     GPT2Config,
     GptOssConfig,
     LlamaConfig,
-    modeling_flash_attention_utils,
 )
-from transformers.integrations import hub_kernels
 
 from tailora.kernels import device_attention
 from tailora.kernels.attention import sliding_windows
@@ -31,7 +27,6 @@ from tailora.kernels.device_attention import (
     PROVIDERS,
     DeviceRow,
     Documents,
-    FlashRow,
     FlexRow,
     Options,
     PaddedRow,
@@ -240,26 +235,6 @@ class StandIn:
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
 
-    def flash_attn_varlen_func(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        dropout_p: float = 0.0,
-        softmax_scale: float | None = None,
-        causal: bool = False,
-        window_size: tuple[int, int] = (-1, -1),
-        softcap: float = 0.0,
-    ) -> Tensor:
-        assert causal
-        assert (cu_seqlens_q.dtype, cu_seqlens_k.dtype) == (torch.int32, torch.int32)
-        self.calls.append({"dropout": dropout_p, "longest": (max_seqlen_q, max_seqlen_k), "dtype": q.dtype})
-        return self.attention(q, k, v, cu_seqlens_q, softmax_scale, window_size[0], {"softcap": softcap})
-
     def varlen_attn(
         self,
         q: Tensor,
@@ -288,24 +263,6 @@ class StandIn:
 
 
 @pytest.fixture
-def flash(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    """The stand-in in place of the kernel that transformers would download."""
-    kernel, repository = StandIn(), modeling_flash_attention_utils.FLASH_ATTN_KERNEL_FALLBACK["flash_attention_2"]
-
-    def get_kernel(name: str, **_: Any) -> SimpleNamespace:
-        assert name == repository
-        return SimpleNamespace(flash_attn_varlen_func=kernel.flash_attn_varlen_func)
-
-    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: True)
-    monkeypatch.setattr(hub_kernels, "get_kernel", get_kernel)
-    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
-    for interface in (AttentionInterface, AttentionMaskInterface):
-        monkeypatch.setitem(interface._global_mapping, repository, None)  # so that it is taken away afterwards
-    monkeypatch.setattr(FlashRow, "device_types", ("cpu",))
-    return kernel
-
-
-@pytest.fixture
 def torchs_flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     stand_in = StandIn()
     monkeypatch.setattr(varlen, "varlen_attn", stand_in.varlen_attn)
@@ -313,14 +270,6 @@ def torchs_flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     _varlen_parameters.cache_clear()
     yield stand_in
     _varlen_parameters.cache_clear()
-
-
-@pytest.mark.parametrize("window", [None, 5, 1000])
-@pytest.mark.parametrize("cap", [None, 2.0])
-def test_flash_attention_gets_the_documents(flash: StandIn, window: int | None, cap: float | None) -> None:
-    assert FlashRow.obstacle(CPU, torch.bfloat16) is None
-    assert_is_definition(row_of(FlashRow, LENGTHS, window), heads_of(LENGTHS), window, 1e-4, dropout=0.1, softcap=cap)
-    assert flash.calls == [{"dropout": 0.1, "longest": (300, 300), "dtype": torch.float32}]
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -345,9 +294,6 @@ def test_the_operator_of_torchs_flash_attention_takes_our_arguments() -> None:
 @pytest.mark.parametrize(
     ("row", "device", "dtype", "reason"),
     [
-        (FlashRow, "mps", torch.float16, "none for mps"),
-        (FlashRow, "cuda", torch.float32, "needs bfloat16 or float16, not float32"),
-        (FlashRow, "cuda", torch.float16, "kernels` is either not installed"),
         (VarlenRow, "xpu", torch.float16, "none for xpu"),
         (VarlenRow, "cuda", torch.float32, "needs bfloat16 or float16"),
         (FlexRow, "other", torch.float32, "none for other"),
@@ -355,15 +301,6 @@ def test_the_operator_of_torchs_flash_attention_takes_our_arguments() -> None:
 )
 def test_an_obstacle_says_what_is_missing(row: type[DeviceRow], device: str, dtype: torch.dtype, reason: str) -> None:
     assert reason in str(row.obstacle(SimpleNamespace(type=device), dtype))  # type: ignore[arg-type]
-
-
-@pytest.mark.usefixtures("flash")
-def test_a_kernel_that_cannot_be_fetched_is_an_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*_: Any, **__: Any) -> None:
-        raise ConnectionError("no route to the Hub")
-
-    monkeypatch.setattr(hub_kernels, "get_kernel", offline)
-    assert "no route to the Hub" in str(FlashRow.obstacle(CPU, torch.bfloat16))
 
 
 @pytest.mark.usefixtures("torchs_flash")
@@ -401,7 +338,7 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models_are_packed_by_flash_attention_unless_they_have_sinks(name: str, forced: Any, flash: StandIn) -> None:
+def test_models_are_packed_by_flex_attention(name: str, forced: Any) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(MODELS[name], attn_implementation="eager")
     for layer, parameter in model.named_parameters():
@@ -409,14 +346,18 @@ def test_models_are_packed_by_flash_attention_unless_they_have_sinks(name: str, 
             parameter.data.normal_()
     forced("flex_attention")
     assert choose_packing(model, "auto") == ("flex_attention", None)
-    forced("flash_attention_2")
+
+
+@pytest.mark.usefixtures("torchs_flash")
+@pytest.mark.parametrize(("name", "option"), [("llama", None), ("gemma 2", "softcap"), ("gpt-oss", "s_aux")])
+def test_models_with_caps_or_sinks_are_not_packed_by_torchs_flash_attention(
+    name: str, option: str | None, forced: Any
+) -> None:
+    model = AutoModelForCausalLM.from_config(MODELS[name], attn_implementation="eager")
+    forced("varlen_attn")
     attention, note = choose_packing(model.bfloat16(), "auto")
-    if name == "gpt-oss":
-        assert attention is None
-        assert "s_aux" in str(note)
-    else:
-        assert (attention, note) == ("flash_attention_2", None)
-        assert {call["dtype"] for call in flash.calls} == {torch.bfloat16}
+    assert attention == ("varlen_attn" if option is None else None)
+    assert str(option) in str(note)
 
 
 def test_windows_are_found_in_the_config_and_in_modules(forced: Any) -> None:
