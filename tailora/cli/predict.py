@@ -177,7 +177,7 @@ def question(row: Row, field: Mapping[str, str], tokenizer: "ChatTokenizer") -> 
     The system message of the tokenizer's settings comes before them, unless the row has one of its own.
     """
     from tailora.data.chat_template import with_system
-    from tailora.data.messages import read_messages
+    from tailora.data.messages import parsed_list, read_messages
     from tailora.data.schemas import Conversation
 
     keys = {key: field.get(key, key) for key in ("messages", "prompt")}
@@ -186,8 +186,8 @@ def question(row: Row, field: Mapping[str, str], tokenizer: "ChatTokenizer") -> 
         return RowProblem(
             row.file, row.number, f"no messages and no prompt; it has {', '.join(row.fields) or 'nothing'}"
         )
-    value = row.fields[keys[key]]
     try:
+        value = parsed_list(row.fields[keys[key]], key)
         messages = read_messages(value, key) if isinstance(value, list) else [{"role": "user", "content": value}]
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]

@@ -10,6 +10,7 @@
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tailora.data.dataset import IGNORED, Example, Examples, Float64
-from tailora.data.messages import listed
+from tailora.data.messages import listed, short_repr, text_value
 from tailora.data.readers import Row, RowProblem, data_error, read_rows
 from tailora.data.schemas import (
     REGRESSION,
@@ -35,6 +36,7 @@ from tailora.errors import DataError, nearest
 LABEL_TASKS = (SEQUENCE_CLASSIFICATION, REGRESSION, TOKEN_CLASSIFICATION)
 SINGLE, MULTI = "single_label_classification", "multi_label_classification"  # problem_type of transformers' configs
 MOST_LABELS = 1000  # more are most likely no classes
+MOST = 1e15  # of a number to learn: sums of squared errors stay finite in float32
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def _name(value: Any) -> str:
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
         return str(int(value))
     if isinstance(value, str) and value.strip():
-        return value
+        return text_value(value, "label")
     if isinstance(value, list):
         raise DataError("label is a list, and the other rows have one label each")
     if value is None or isinstance(value, str):
@@ -146,22 +148,23 @@ def _name(value: Any) -> str:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise DataError(f"label is {value!r:.60} where a number is needed") from None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"label is {value!r:.60} where a number is needed")
-    return float(value)
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"label is {short_repr(value)} where a number is needed")
+    if abs(number) > MOST:
+        raise DataError(f"label is {number:g}, whose squared error overflows: divide all labels by a constant")
+    return number
 
 
 def _in_order(names: Iterable[str]) -> tuple[str, ...]:
     """Numbers by size, other names by the alphabet, and the tag O first."""
 
-    def key(name: str) -> tuple[bool, float, str]:
-        is_number = name.lstrip("-").isdecimal()
-        return name != "O", float(name) if is_number else math.inf, name
+    def key(name: str) -> tuple[bool, bool, int, str]:
+        is_number = re.fullmatch(r"-?[0-9]{1,4000}", name) is not None
+        return name != "O", not is_number, int(name) if is_number else 0, name
 
     return tuple(sorted(names, key=key))
 
@@ -186,11 +189,12 @@ def read_labels(sources: Sequence[str], field: Mapping[str, str] | None, task: s
         raise data_error(problems)
     if task == REGRESSION:
         return Labels(task, ("value",))
-    several = any(isinstance(sample.label, list) for _, sample in samples if isinstance(sample, Labelled))
+    lists = sum(isinstance(sample, Labelled) and isinstance(sample.label, list) for _, sample in samples)
+    several = 2 * lists > len(samples)  # one wrong row must not decide for all
     counts, source = Counter[str](), ", ".join(sources)
     for row, sample in samples:
         try:
-            counts.update(set(_names_of(sample)))
+            counts.update(set(_names_of(sample, several)))
         except DataError as error:
             problems.append(RowProblem(row.file, row.number, str(error)))
     if problems:
@@ -209,8 +213,8 @@ def read_labels(sources: Sequence[str], field: Mapping[str, str] | None, task: s
     return Labels(task, _in_order(counts), several)
 
 
-def _names_of(sample: Labelled | Tagged) -> list[str]:
+def _names_of(sample: Labelled | Tagged, several: bool) -> list[str]:
     """Raises DataError."""
     if isinstance(sample, Tagged):
         return [_name(tag) for tag in sample.tags or ()]
-    return [_name(value) for value in (sample.label if isinstance(sample.label, list) else [sample.label])]
+    return list(map(_name, sample.label if several and isinstance(sample.label, list) else [sample.label]))

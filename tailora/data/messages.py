@@ -143,7 +143,7 @@ def _parsed(text: str, name: str) -> Any:
     try:
         return json.loads(text_value(text, name))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{name} is no JSON text: {error}") from None
+        raise DataError(f"{name} is no JSON text: {error}: {short_repr(text)}") from None
 
 
 def _from_sharegpt(turn: dict[str, Any], name: str) -> dict[str, Any]:
@@ -179,6 +179,20 @@ def read_tools(values: dict[str, Any]) -> Tools | None:
 
 
 # ---- Values of any column
+
+MESSAGES_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:""")
+NAMES_TEXT = re.compile(r"""\s*\[\s*[]"'\d-]""")
+LIST_TEXTS = {  # what the values of a key that may be lists begin with in CSV, whose cells are text
+    **dict.fromkeys(("messages", "conversations", "prompt", "completion", "chosen", "rejected"), MESSAGES_TEXT),
+    **dict.fromkeys(("label", "tokens", "tags", "choices"), NAMES_TEXT),
+}
+
+
+def parsed_list(value: Any, key: str) -> Any:
+    """Returns the list that a text is, or else the value. Raises DataError for a list in another form than JSON."""
+    is_list = isinstance(value, str) and key in LIST_TEXTS and LIST_TEXTS[key].match(value)
+    return _parsed(value, key) if is_list else value
+
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 SHORT = reprlib.Repr()  # neither long values nor deep ones are written out

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -83,8 +83,8 @@ def parse_sources(data: str | Sequence[str]) -> list[Source]:
             sources.append(Source(name, weight))
         else:
             raise DataError(f"data {text}: a weight is a number above 0, such as {name}=0.5; leave out what has none")
-    if repeated := sorted(name for name, count in Counter(source.name for source in sources).items() if count > 1):
-        raise DataError(f"data {', '.join(repeated)} is given twice: give it once, with a weight")
+    if repeated := _repeated(source.name for source in sources):
+        raise DataError(f"data {repeated} is given twice: give it once, with a weight")
     return sources
 
 
@@ -174,7 +174,7 @@ def read_jsonl(path: Path) -> Rows:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    value = json.loads(line.decode("utf-8-sig").rstrip())
+                    value = _parse_json(line.decode("utf-8-sig").rstrip())
                 except (ValueError, RecursionError) as error:
                     yield RowProblem(str(path), number, _json_cause(error))
                 else:
@@ -184,7 +184,7 @@ def read_jsonl(path: Path) -> Rows:
 def read_json(path: Path) -> Rows:
     """A list of objects, an object that holds one such list, or JSON lines under the name .json."""
     try:
-        value = json.loads(path.read_text("utf-8-sig"))
+        value = _parse_json(path.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
             yield from read_jsonl(path)
@@ -203,12 +203,26 @@ def read_json(path: Path) -> Rows:
             yield _row(path, number, item)
 
 
+def _parse_json(text: str) -> Any:
+    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            raise ValueError(f"an object has the key {_repeated(key for key, _ in pairs)} twice")
+        return values
+
+    return json.loads(text, object_pairs_hook=without_repeats)
+
+
+def _repeated(names: Iterable[str]) -> str:
+    return ", ".join(sorted(name for name, count in Counter(names).items() if count > 1))
+
+
 def _json_cause(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return _not_utf8(error)
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON: {error.msg} at column {error.colno}"
-    return f"not JSON that can be read: {error}"  # a number of thousands of digits, thousands of brackets
+    return f"not JSON that can be read: {error}"  # repeated keys, a number of thousands of digits
 
 
 def _row(path: Path, number: int, value: Any) -> Row | RowProblem:
@@ -231,8 +245,8 @@ def read_csv(path: Path, delimiter: str = ",") -> Rows:
         reader = csv.reader((line.decode("utf-8-sig") for line in file), delimiter=delimiter, strict=True)
         try:
             header = next(reader, [])
-            if repeated := sorted(name for name, count in Counter(header).items() if count > 1):
-                yield RowProblem(str(path), 1, f"the header names {', '.join(repeated)} more than once")
+            if repeated := _repeated(header):
+                yield RowProblem(str(path), 1, f"the header names {repeated} more than once")
                 return
             for values in reader:
                 if values and len(values) == len(header):
@@ -254,12 +268,32 @@ def read_parquet(path: Path) -> Rows:
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
-            for fields in batch.to_pylist():
+        file = pyarrow.parquet.ParquetFile(path)
+        if repeated := _repeated(file.schema_arrow.names):
+            yield RowProblem(str(path), 0, f"there are several columns {repeated}: rename all but one")
+            return
+        for batch in file.iter_batches(1024):
+            try:
+                rows = batch.to_pylist()
+            except (ValueError, OverflowError):
+                rows = [_values_or_problem(batch.slice(index, 1)) for index in range(len(batch))]
+            for fields in rows:
                 number += 1
-                yield _arrow_row(str(path), number, fields)
+                is_read = isinstance(fields, dict)
+                yield _arrow_row(str(path), number, fields) if is_read else RowProblem(str(path), number, fields)
     except pyarrow.ArrowException as error:
         yield RowProblem(str(path), number, f"not Parquet: {str(error).splitlines()[0]}")
+
+
+def _values_or_problem(row: Any) -> dict[str, Any] | str:
+    """row: a batch of one."""
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            column.to_pylist()
+        except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date after the year 9999
+            return f"the column {name} holds a value that cannot be read ({error}): repair it, or remove the column"
+    values: dict[str, Any] = row.to_pylist()[0]
+    return values
 
 
 def _arrow_row(file: str, number: int, fields: dict[str, Any]) -> Row:
@@ -346,7 +380,7 @@ def _datasets_errors(source: str, name: str) -> Iterator[None]:
         ) from None
     except DataError:
         raise
-    except (datasets.exceptions.DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
+    except (datasets.exceptions.DatasetsError, HfHubHTTPError, OSError, ValueError, OverflowError) as error:
         cause = str(error).strip().partition("\n")[0]
         raise DataError(
             f"data {source}: {cause}; give a configuration as owner/name:configuration, a split as owner/name[split]"

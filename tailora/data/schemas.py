@@ -37,6 +37,7 @@ from tailora.data.messages import (
     as_messages,
     listed,
     marked_messages,
+    parsed_list,
     read_messages,
     read_tools,
     short_repr,
@@ -462,7 +463,7 @@ class ColumnMapping:
         if missing := [column for column in required if column not in fields]:
             present = listed(fields) or "no keys"
             raise DataError(f"no {' and no '.join(missing)} (read as {self.schema.name}); the row has {present}")
-        return {key: fields[column] for key, column in self.columns.items() if column in fields}
+        return {key: parsed_list(fields[column], key) for key, column in self.columns.items() if column in fields}
 
 
 def detect_schema(

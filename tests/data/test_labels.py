@@ -39,6 +39,9 @@ def rows_with(labels: Sequence[Any]) -> list[dict[str, Any]]:
         ([True, False], ("false", "true"), False),
         ([1.0, 0.0], ("0", "1"), False),
         ([["b", "a"], [], "c"], ("a", "b", "c"), True),
+        (['["b", "a"]', "[]", "[3]"], ("3", "a", "b"), True),  # as CSV has lists
+        (["[b]", "a"], ("[b]", "a"), False),
+        (["--5", "-5", 10**400, "4"], ("-5", "4", str(10**400), "--5"), False),
     ],
 )
 def test_names_of_classes_are_in_order(
@@ -60,6 +63,10 @@ def test_the_tag_outside_is_first(tmp_path: Path) -> None:
         (CLASSES, {"text": "a", "label": 0.5}, "--task regression"),
         (CLASSES, {"text": " ", "label": "x"}, "text is empty"),
         (CLASSES, {"text": "a"}, "no label"),
+        (CLASSES, {"text": "a", "label": ["x"]}, "label is a list, and the other rows have one label each"),
+        (CLASSES, {"text": "a", "label": "['x', 'y']"}, "label is no JSON text"),
+        (CLASSES, {"text": "a", "label": "\ud800"}, "label holds half of a surrogate pair"),
+        (TAGS, {"tokens": ["a", "b"], "tags": ["O", "\ud800"]}, "label holds half of a surrogate pair"),
         (TAGS, {"tokens": ["a"], "tags": []}, "tags is []"),
         (TAGS, {"tokens": ["a", "b"], "tags": ["O"]}, "2 tokens and 1 tags"),
         (TAGS, {"tokens": [], "tags": []}, "tokens is []"),
@@ -92,6 +99,12 @@ def test_labels_that_are_no_classes_are_refused(labels: list[Any], cause: str, t
 )
 def test_targets(labels: Labels, value: Any, target: list[float]) -> None:
     np.testing.assert_array_equal(labels.target(value), target)
+
+
+@pytest.mark.parametrize("value", [1e308, "-1e16", 10**400, "--5", "nan", True, [1]])
+def test_a_number_that_cannot_be_learned_is_refused(value: Any) -> None:
+    with pytest.raises(DataError, match=r"label is .*(where a number is needed|overflows: divide all labels)"):
+        Labels("regression", ("value",)).target(value)
 
 
 def test_unseen_labels_are_named_with_those_there_are(tmp_path: Path) -> None:

@@ -67,6 +67,8 @@ def test_every_file_type_gives_the_same_rows(tmp_path: Path, name: str, content:
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', 2, "not JSON: Expecting value at column 9"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', 2, "not UTF-8: byte 10 is 0xff"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b", "x": {"y": 1, "y": 2}}', 2, "an object has the key y twice"),
+        ("a.json", b'[{"text": "a", "text": "b"}]', 0, "an object has the key text twice"),
         ("a.jsonl", b'{"text": "a"}\n[1]\n', 2, "a JSON list where an object {...} is needed"),
         ("a.jsonl", b'{"text": "a"}\n{"n": ' + b"9" * 5000 + b"}\n", 2, "not JSON that can be read: Exceeds the limit"),
         ("a.jsonl", b"[" * 100_000, 1, "not JSON that can be read: maximum recursion depth"),
@@ -133,6 +135,39 @@ def test_arguments_of_tool_calls_keep_only_their_own_keys_in_arrow(tmp_path: Pat
         assert [row.fields for row in read_rows(str(tmp_path / source)) if isinstance(row, Row)] == rows
     (tmp_path / "a.jsonl").write_text('{"arguments": {"day": null}}')
     assert [row.fields for row in read_rows(str(tmp_path / "a.jsonl"))] == [{"arguments": {"day": None}}]
+
+
+def bad_utf8() -> pyarrow.Array:
+    buffers = [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"a\xff")]
+    return pyarrow.Array.from_buffers(pyarrow.string(), 2, buffers)
+
+
+@pytest.mark.parametrize(
+    ("columns", "number", "cause"),
+    [
+        ({"text": bad_utf8()}, 2, "the column text holds a value that cannot be read ('utf-8' codec can't decode"),
+        (
+            {"text": ["a", "b"], "at": pyarrow.array([0, 10**15], pyarrow.timestamp("s"))},
+            2,
+            "the column at holds a value that cannot be read",
+        ),
+    ],
+)
+def test_values_of_parquet_that_python_cannot_hold_are_problems_of_their_row(
+    tmp_path: Path, columns, number: int, cause: str
+) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    first, problem = read_file(path)
+    assert first.fields["text"] == "a"
+    assert (problem.file, problem.number) == (str(path), number)
+    assert problem.cause.startswith(cause)
+
+
+def test_columns_of_the_same_name_are_refused_in_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), path)
+    assert list(read_file(path)) == [RowProblem(str(path), 0, "there are several columns text: rename all but one")]
 
 
 def test_good_lines_around_a_bad_one_are_still_read(tmp_path: Path) -> None:

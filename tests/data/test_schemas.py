@@ -289,6 +289,31 @@ def test_a_row_becomes_a_sample(fields, sample) -> None:
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [USER, REPLY]},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+        {"prompt": [USER], "completion": [REPLY]},
+        {"chosen": [USER, REPLY], "rejected": [USER, {**REPLY, "content": "x"}]},
+        {"question": "a", "choices": ["b", "c"], "answer": 0},
+    ],
+)
+def test_lists_are_read_from_the_text_of_csv_cells(fields) -> None:
+    cells = {key: json.dumps(value, indent=1) if isinstance(value, list) else value for key, value in fields.items()}
+    assert converted(cells) == converted(fields)
+    assert not isinstance(converted(fields), RowProblem)
+
+
+@pytest.mark.parametrize("key", ["chosen", "completion"])
+def test_messages_in_another_notation_than_json_are_not_learned_as_text(key: str) -> None:
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"} if key == "chosen" else {"prompt": "a", "completion": "b"}
+    problem = converted({**row, key: str([USER, REPLY])})
+    assert isinstance(problem, RowProblem)
+    assert problem.cause.startswith(f"{key} is no JSON text: Expecting property name")
+    assert not isinstance(converted({**row, key: "[1] and ['role']"}), RowProblem)
+
+
+@pytest.mark.parametrize(
     ("fields", "cause"),
     [
         ({"messages": []}, "messages is [] where a list of messages is needed"),
