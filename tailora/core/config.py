@@ -116,6 +116,21 @@ Init = Annotated[
 ]
 
 
+LAYER_RANGE = re.compile(r"(\d{1,4})-(\d{1,4})")
+
+
+def layer_numbers(value: Any) -> Any:
+    """Replaces ranges by their numbers, as `plan` writes them: "20-22", ["0", "20-22"] or "{20-22}"."""
+    numbers: list[Any] = []
+    for item in value if isinstance(value, list) else [value]:
+        text = item.strip("{}") if isinstance(item, str) else ""
+        if match := LAYER_RANGE.fullmatch(text):
+            numbers += range(int(match[1]), int(match[2]) + 1)
+        else:
+            numbers.append(text or item)
+    return numbers if isinstance(value, list | str) else value
+
+
 def with_known_init(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings in a file of an earlier version, with a known init in place of one that was removed."""
     init = settings.get("init_lora_weights")
@@ -177,6 +192,9 @@ def _shown(value: Any) -> str:
 def _explain(problem: Any, model: type[BaseModel]) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
+        ours, _, value = OUR_NAMES.get(name, "").partition(" ")
+        if value and problem["input"] is False:
+            return f"unknown setting {name!r}: leave it out; it is off unless you write {ours}: {value}"
         return f"unknown setting {name!r}{suggestion(name, model.model_fields)}"
     message = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix to what our validators raise
     message = message.partition(", unable to parse string")[0]  # which says it twice
@@ -248,7 +266,7 @@ class LoRAConfig(StrictModel):
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: list[str] | str = "all-linear"
     exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
+    layers_to_transform: Annotated[list[int] | int | None, BeforeValidator(layer_numbers)] = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}

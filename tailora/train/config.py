@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from tailora.core.config import VALUES_OF_OTHER_TOOLS, AdaLoRA, Init, LoRAConfig, StrictModel, TaskType
+from tailora.core.config import VALUES_OF_OTHER_TOOLS, AdaLoRA, Init, LoRAConfig, StrictModel, TaskType, layer_numbers
 from tailora.errors import ConfigError, listing
 
 PreferenceLoss = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
@@ -17,6 +17,10 @@ NATS_PER_TOKEN = "nats per token"  # the unit of a language model's loss
 COUNT = 2**31  # above any count that makes sense, and well below what numpy and torch can hold
 PositiveInt = Annotated[int, Field(ge=1, lt=COUNT)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=COUNT)]
+Packing = Annotated[
+    Literal["auto", "on", "off"],
+    BeforeValidator(lambda value: ("on" if value else "off") if isinstance(value, bool) else value),  # as in TRL
+]
 PREFERENCE_FIELDS = ("loss", "beta", "label_smoothing", "simpo_gamma", "sft_weight")
 FEW_STEPS = 24  # a run with fewer is short: at the usual learning rates it changes little
 ACCUMULATION = "gradient_accumulation_steps"
@@ -103,7 +107,9 @@ class TrainConfig(StrictModel):
     exclude_modules: list[str] | str | None = Field(
         None, description="layers to leave out of the targets: names or one regular expression"
     )
-    layers_to_transform: list[int] | None = Field(None, description="adapt only layers with these indices")
+    layers_to_transform: Annotated[list[int] | None, BeforeValidator(layer_numbers)] = Field(
+        None, description="adapt only layers with these indices, such as 0,20-29"
+    )
     rank_pattern: dict[str, int] = Field({}, description="rank of the layers that match a pattern: PATTERN=RANK")
     alpha_pattern: dict[str, float] = Field({}, description="alpha of the layers that match a pattern: PATTERN=ALPHA")
     modules_to_save: list[str] | None = Field(
@@ -152,9 +158,7 @@ class TrainConfig(StrictModel):
     )
     validation_split: float = Field(0.05, ge=0, lt=1, description="share of the examples that is held out")
     split_seed: int | None = Field(None, ge=0, lt=2**63, description="seed for the held-out examples; default: --seed")
-    packing: Literal["auto", "on", "off"] = Field(
-        "auto", description="put several examples into one row; attention stays within each"
-    )
+    packing: Packing = Field("auto", description="put several examples into one row; attention stays within each")
     streaming: bool = Field(False, description="read the data while training, without loading it; needs --max-steps")
     # optimisation
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate")

@@ -68,6 +68,8 @@ def test_the_data_of_the_demo_brings_its_held_out_part(tokens: list[str], eval_d
         (["--target-modules", r".*\.(q|v)_proj"], "target_modules", r".*\.(q|v)_proj"),
         (["--target-modules", r"layers\.\d{1,2}\.q_proj"], "target_modules", r"layers\.\d{1,2}\.q_proj"),
         (["--layers-to-transform", "0,2"], "layers_to_transform", [0, 2]),
+        (["--layers-to-transform", "20-22"], "layers_to_transform", [20, 21, 22]),
+        (["--layers-to-transform", "{0,20-22}"], "layers_to_transform", [0, 20, 21, 22]),
         (["--field", "prompt=q", "--field", "completion=a"], "field", {"prompt": "q", "completion": "a"}),
         (["--field", "prompt=q,completion=a"], "field", {"prompt": "q", "completion": "a"}),
         (["--field", "prompt=question, in full"], "field", {"prompt": "question, in full"}),
@@ -90,6 +92,19 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
     assert found == TrainConfig(r=4, seed=7, max_steps=9, eval_data="demo")
     assert parsed("--no-use-rslora", yaml="use_rslora: true", folder=tmp_path).use_rslora is False
     assert parsed(yaml="# nothing yet\n", folder=tmp_path) == parsed()
+
+
+def test_values_that_other_tools_and_plan_write_are_read_as_meant(tmp_path: Path) -> None:
+    for text, packing in {"true": "on", "false": "off", "on": "on", "auto": "auto"}.items():
+        assert parsed(yaml=f"packing: {text}", folder=tmp_path).packing == packing
+    for text in ("20-22", "[20, 21-22]", '"{20-22}"'):
+        assert parsed(yaml=f"layers_to_transform: {text}", folder=tmp_path).layers_to_transform == [20, 21, 22]
+    assert LoRAConfig(layers_to_transform="0-2").layer_indices == {0, 1, 2}
+    assert LoRAConfig(layers_to_transform=7).layer_indices == {7}
+    with pytest.raises(ConfigError, match="layers_to_transform"):
+        parsed("--layers-to-transform", "20-x")
+    with pytest.raises(ConfigError, match="'load_in_8bit': leave it out; it is off unless you write quantize: int8"):
+        parsed(yaml="load_in_8bit: false", folder=tmp_path)
 
 
 @pytest.mark.parametrize("text", ["learning_rate: 1e-4", "learning-rate: 1e-4", "learning_rate: 0.0001"])
