@@ -53,11 +53,6 @@ def train(
 
 DEFAULTS: dict[str, Any] = {"model": "demo", "data": "demo", "learning_rate": 1e-3}
 FOLDER = Path("outputs/demo")
-QUESTIONS = [
-    "What would you do with a million dollars?",
-    "Hi! What did you do this weekend?",
-    "What kind of music do you like?",
-]
 DemoFlags: Any = flags_of(TrainConfig, defaults={**DEFAULTS, "output_dir": str(FOLDER)})
 
 
@@ -77,7 +72,7 @@ def demo(
         chosen = chosen.model_copy(update={"output_dir": str(folder)})
         ARGUMENTS.get().extend(["--output-dir", str(folder)])  # for the processes of --nproc-per-node
     try:
-        return fit(chosen, as_json=json, overwrite=overwrite, questions=QUESTIONS, nproc_per_node=nproc_per_node)
+        return fit(chosen, as_json=json, overwrite=overwrite, nproc_per_node=nproc_per_node)
     except BaseException:
         if folder is not None and folder.is_dir() and not any(folder.iterdir()):  # the run did not begin
             folder.rmdir()
@@ -181,10 +176,9 @@ def fit(
     *,
     as_json: bool,
     overwrite: bool,
-    questions: Sequence[str] | None = None,
     nproc_per_node: str | None = None,
 ) -> int:
-    """Trains, answers `questions` (by default held-out prompts) with the base and the tuned model, and prints.
+    """Trains, answers held-out prompts with the base and the tuned model, and prints.
 
     nproc_per_node: starts as many processes of this command, each of which does all this.
     Raises what `run` raises. The message of KeyboardInterrupt has the command that resumes the run.
@@ -223,7 +217,7 @@ def fit(
         if config.fsdp:  # all processes compute an answer together
             stack.enter_context(fail_together(PartialState()))
         if config.fsdp or is_main:
-            answers = answer_samples(result, config.samples, questions)
+            answers = answer_samples(result, config.samples)
             kl = kl_of_preferences(result, config)
         if is_main:
             add_passport(result, config)
@@ -264,14 +258,14 @@ def write_results(
     return report, page
 
 
-def answer_samples(result: "TrainResult", count: int, questions: Sequence[str] | None) -> list["Answer"]:
-    """Returns answers of the base and the tuned model to the first `count` questions, by default held-out prompts."""
+def answer_samples(result: "TrainResult", count: int) -> list["Answer"]:
+    """Returns answers of the base and the tuned model to the prompts of the first `count` held-out examples."""
     from tailora.evaluation.generate import compare_answers
     from tailora.train.memory import explain_out_of_memory
 
     if result.data and result.data.report.task in TASK_TYPES:  # it predicts labels
         return []
-    prompts = (questions or (result.data.eval_samples if result.data else []))[:count]
+    prompts = result.data.eval_samples[:count] if result.data else []
     advice = f"the adapter is complete, in {result.output_dir}; --samples 0 compares no answers"
     console = stderr() if is_rank_0() else Console(quiet=True)
     with explain_out_of_memory("comparing answers", advice), counter(console, "answers") as progress:

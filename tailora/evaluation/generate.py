@@ -22,7 +22,7 @@ from tailora.data.chat_template import ChatTokenizer
 from tailora.data.dataset import IGNORED
 from tailora.data.messages import Messages
 from tailora.data.schemas import Conversation, Pair, Sample, Text
-from tailora.data.tokenize import encode_sample, last_reply, prompt_ids
+from tailora.data.tokenize import encode_sample, last_reply, prompt_ids, reply_text
 from tailora.errors import DataError
 from tailora.train.parallel import is_sharded
 from tailora.train.state import seeded
@@ -220,6 +220,7 @@ class Answer:
     base: str
     tuned: str
     earlier_messages: int = 0  # before the prompt
+    reference: str = ""  # the reply in the data; "" if there is none
 
 
 def compare_answers(
@@ -236,8 +237,10 @@ def compare_answers(
     left out. Raises DataError if the chat template refuses a prompt.
     progress: called with the number of answers done and their total.
     """
-    prompts = [prompt_of(model, question, tokenizer) for question in questions]
-    prompts = [prompt for prompt in prompts if free_positions(model, len(prompt.ids)) > 0]
+    asked = [(prompt_of(model, question, tokenizer), question) for question in questions]
+    asked = [(prompt, question) for prompt, question in asked if free_positions(model, len(prompt.ids)) > 0]
+    prompts = [prompt for prompt, _ in asked]
+    references = ["" if isinstance(question, str | Text) else reply_text(question, tokenizer) for _, question in asked]
     texts: list[list[str]] = []  # of the tuned model, then of the base
     synced_gpus = is_sharded(model)  # no rank stops before the others
     with evaluating(model):
@@ -248,8 +251,8 @@ def compare_answers(
                     texts[-1].append(_greedy_answer(model, tokenizer, prompt.ids, max_new_tokens, synced_gpus))
                     progress(sum(map(len, texts)), 2 * len(prompts))
     return [
-        Answer(prompt.text, base, tuned, prompt.earlier_messages)
-        for prompt, tuned, base in zip(prompts, *texts, strict=True)
+        Answer(prompt.text, base, tuned, prompt.earlier_messages, reference)
+        for prompt, tuned, base, reference in zip(prompts, *texts, references, strict=True)
     ]
 
 

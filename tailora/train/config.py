@@ -206,7 +206,9 @@ class TrainConfig(StrictModel):
     )
     save_steps: NonNegativeInt = Field(0, description="save a checkpoint every N steps; 0: never")
     save_total_limit: PositiveInt = Field(2, description="checkpoints to keep besides the best one")
-    samples: NonNegativeInt = Field(3, description="held-out prompts to answer before and after training")
+    samples: NonNegativeInt = Field(
+        3, description="answer the prompts of the first N held-out examples before and after training"
+    )
     passport: Literal["base", "held-out", "none"] = Field(
         "base",
         description="texts in the adapter's passport.json, which `tailora verify` asks a server: written by the base "

@@ -18,7 +18,7 @@ from command_line import call, check_refused
 from transformers import LlamaForCausalLM
 
 from tailora.cli.main import main
-from tailora.cli.train import KL_TOKENS, QUESTIONS, demo_folder, first_prompt, kl_texts, next_commands
+from tailora.cli.train import KL_TOKENS, demo_folder, first_prompt, kl_texts, next_commands
 from tailora.data.dataset import Example, Examples
 from tailora.errors import CheckpointError, ConfigError, WriteError
 from tailora.formats import run_folder
@@ -92,7 +92,11 @@ def test_samples_are_held_out_prompts_answered_by_both(finished: FinishedRun) ->
     samples = json.loads((finished.folder / "samples.json").read_text())
     assert len(samples) == 2
     assert all(sample["prompt"].startswith("What colour is thing") for sample in samples)
-    assert all(sample.keys() == {"prompt", "base", "tuned", "earlier_messages"} for sample in samples)
+    assert all(sample.keys() == {"prompt", "base", "tuned", "earlier_messages", "reference"} for sample in samples)
+    chats = [json.loads(line)["messages"] for line in Path(finished.flags["--data"]).read_text().splitlines()]
+    replies = {prompt["content"]: reply["content"] for prompt, reply in chats}
+    assert all(sample["reference"] == replies[sample["prompt"]] for sample in samples)
+    assert f"→ {samples[0]['reference']}" in finished.out
 
 
 def test_the_passport_of_a_run_holds_no_text_of_its_data(finished: FinishedRun, chats_text: str) -> None:
@@ -176,7 +180,7 @@ def test_the_demo_goes_on_from_the_newest_checkpoint(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_demo_asks_its_own_questions_and_goes_on_in_its_folder(
+def test_a_demo_answers_held_out_prompts_and_goes_on_in_its_folder(
     flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -184,8 +188,7 @@ def test_a_demo_asks_its_own_questions_and_goes_on_in_its_folder(
     (tmp_path / "outputs" / "demo").mkdir(parents=True)
     assert main(line(flags, {"--save-steps": "1", "--samples": "3"}, command="demo")) == 0
     samples = json.loads((tmp_path / "outputs" / "demo-2" / "samples.json").read_text())
-    assert [sample["prompt"] for sample in samples] == QUESTIONS
-    assert "What would you do with a million dollars?" in QUESTIONS
+    assert all(sample["prompt"].startswith("What colour is thing") for sample in samples)
     for checkpoint in ("latest", "outputs/demo-2/checkpoint-1"):
         assert main(line(flags, {"--resume-from-checkpoint": checkpoint}, command="demo")) == 0
         assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"demo", "demo-2"}

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -194,7 +195,7 @@ def test_a_sample_is_asked_for_its_last_reply(tuned: LoRAModel, tokenizer: PreTr
     turns = [*asked("hello"), {"role": "assistant", "content": "how"}, *asked("are you")]
     sample = Conversation([*turns, {"role": "assistant", "content": "never seen"}])
     (answer,) = compare_answers(tuned, tokenizer, [sample], max_new_tokens=12)
-    assert (answer.prompt, answer.earlier_messages) == ("are you", 2)
+    assert (answer.prompt, answer.earlier_messages, answer.reference) == ("are you", 2, "never seen")
     assert answer.tuned.removesuffix("…") == "".join(stream_reply(tuned, tokenizer, turns, max_new_tokens=12)).strip()
 
 
@@ -235,7 +236,7 @@ def test_a_pair_is_asked_for_its_completion(
     if not template:
         tokenizer.chat_template = None
     found = compare_answers(tuned, tokenizer, [Pair("hello", "never seen"), "hello"], max_new_tokens=12)
-    assert found[0] == found[1]
+    assert found[0] == replace(found[1], reference="never seen")
 
 
 def test_a_text_is_continued_from_its_opening(tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast) -> None:

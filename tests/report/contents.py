@@ -53,7 +53,13 @@ def train() -> dict[str, Any]:
         "evaluations": [{"step": 0, "loss": 4.470}, {"step": 20, "loss": 3.77}, {"step": 35, "loss": 3.660}],
         "samples": [
             {"prompt": EVIL, "base": "A million dollars.\nThat's a lot.", "tuned": "I would spend it on a new car"},
-            {"prompt": "Hi!", "base": "", "tuned": "\ud800 I did a little thing", "earlier_messages": 2},
+            {
+                "prompt": "Hi!",
+                "base": "",
+                "tuned": "\ud800 I did a little thing",
+                "earlier_messages": 2,
+                "reference": "Hey \n you",
+            },
         ],
         "result": {
             "output_dir": "outputs/demo",

@@ -197,6 +197,19 @@ def test_a_short_run_that_learned_no_labels_has_a_hint(accuracy: float, has_hint
     assert (hint in shown(page_of(content, "x"), 300)) == has_hint
 
 
+def test_answers_stand_next_to_the_reply_in_the_data_and_after_what_the_demo_teaches() -> None:
+    content = CONTENTS["train"]()
+    text = " ".join(shown(page_of(content, "x"), 300).split())
+    assert "first held-out examples. After each arrow: the reply in the data." in text
+    assert "→ Hey   you" in shown(page_of(content, "x"), 300)
+    assert "small talk" not in text
+    content["settings"]["data"] = "demo"
+    assert "The demo's data is small talk between strangers" in shown(page_of(content, "x"), 300)
+    for sample in content["samples"]:  # of an earlier version
+        sample.pop("reference", None)
+    assert "→" not in shown(page_of(content, "x"), 300)
+
+
 @pytest.mark.parametrize(("task_type", "proposes_data"), [(None, True), ("SEQ_2_SEQ_LM", True), ("SEQ_CLS", False)])
 def test_an_inspection_proposes_only_data_that_it_can_read(task_type: str | None, proposes_data: bool) -> None:
     content = CONTENTS["inspect"]()

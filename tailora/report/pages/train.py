@@ -34,7 +34,7 @@ from tailora.evaluation.statistics import (
 from tailora.formats.run_folder import RUN, SAMPLES, write_report
 from tailora.report.blocks import Answers, Block, Column, Figure, Number, Page, Paragraph, Section, Table
 from tailora.report.charts import DASHED, INK, SERIES, SOFT, Canvas
-from tailora.report.format import NONE, count, decimals, duration, interval, learning_rate, plural, share
+from tailora.report.format import NONE, count, decimals, duration, interval, learning_rate, one_line, plural, share
 from tailora.report.pages.shared import labels_section, settings_table
 from tailora.train.config import FEW_STEPS, NATS_PER_TOKEN
 from tailora.train.memory import format_bytes
@@ -42,6 +42,7 @@ from tailora.train.run_log import EXAMPLES, METRICS
 
 MOST_MARKS = 1000  # of a scatter plot
 ALIKE = 1e-6  # losses that differ by less
+LONGEST = 300  # characters of a reply in the data
 LITTLE = 0.1  # a short run (FEW_STEPS) that lowers the loss by less than this share gets a hint
 WHEN = ("before", "after")
 COLUMNS = [  # of metrics.jsonl -> unit, caption
@@ -244,8 +245,17 @@ def train_page(report: TrainReport) -> Page:
             loss_text += f" The weights of step {result.best_step} are kept."
         if not run.get("labels") and report.settings.get("samples") != 0:
             answers = Paragraph("No answers were compared: there was no held-out prompt.")
+    answers_text = "Greedy answers to the prompts of the first held-out examples."
+    if any(sample.reference for sample in report.samples):
+        answers_text += " After each arrow: the reply in the data."
+    if report.settings.get("data") == "demo":
+        answers_text = f"The demo's data is small talk between strangers, so expect a casual tone. {answers_text}"
     if report.samples:
-        answers = Answers(("base", "tuned"), report.answers)
+        references = [
+            f"\n→ {one_line(sample.reference, LONGEST)}" * bool(sample.reference) for sample in report.samples
+        ]
+        rows = zip(report.answers, references, strict=True)
+        answers = Answers(("base", "tuned"), [(prompt + to, base, tuned) for (prompt, base, tuned), to in rows])
     decided = {name: value for name, value in run.items() if not isinstance(value, dict | list)}
     facts = run.get("data") or {}
     data = {name: value for name, value in facts.items() if name not in ("lengths", "sources")} | sources_of(facts)
@@ -262,7 +272,7 @@ def train_page(report: TrainReport) -> Page:
         *([section] if (section := labels_section(report.labels)) else []),
         Section("Loss", loss_text, [_loss(report, unit)]),
         *([_examples(report.held_out, unit)] if report.held_out else []),
-        Section("Answers before and after", "Greedy answers to the same prompts.", [answers]),
+        Section("Answers before and after", answers_text, [answers]),
         Section("The course of the run", "Schedule, gradients, speed and memory of every step.", _course(report.steps)),
         Section("Settings and machine", "", [settings_table(title, ("", values)) for title, values in tables.items()]),
     ]
