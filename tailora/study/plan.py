@@ -425,9 +425,9 @@ def option(settings: str, memory: Memory, batches: Batches, shape: PretrainedCon
 def batch_size_that_fits(available: int, memory: Memory, batches: Batches) -> int:
     """The largest batch that fits; 0 when not even one example does. Activations grow with a forward's tokens."""
 
-    def needed(batch_size: int) -> float:
-        growth = tokens_of(batches.at(batch_size)) / tokens_of(batches.largest) - 1
-        return memory.total + memory.activations * growth
+    def needed(batch_size: int) -> int:
+        tokens = tokens_of(batches.largest)
+        return memory.total + memory.activations * (tokens_of(batches.at(batch_size)) - tokens) // tokens
 
     return bisect_right(range(1, batches.most + 1), available, key=needed)
 

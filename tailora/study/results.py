@@ -55,7 +55,7 @@ class ArmResult:
 @dataclass(frozen=True)
 class Comparison:
     """base_loss: before training, on the judging examples.
-    p_values: arm -> p of no difference from the reference, adjusted for the number of arms (Holm).
+    p_values: arm -> p of no difference from the reference, adjusted for the number of arms as the intervals are.
     p_value: of the arm that the verdict is about.
     """
 
@@ -105,7 +105,7 @@ class Finalist:
 
     choosing_loss: of the trial, on the choosing examples.
     difference: from the best; None for the best itself.
-    p_value: of no difference, adjusted for the number of finalists (Holm).
+    p_value: of no difference, adjusted for the number of finalists.
     seconds: of training, mean over the seeds.    runs: folders.
     """
 

@@ -18,24 +18,28 @@ from typing import Any
 import numpy as np
 
 from tailora.errors import ConfigError
-from tailora.evaluation.statistics import Difference, Interval, difference_over_seeds, holm, interval_over_seeds
+from tailora.evaluation.statistics import (
+    Difference,
+    Interval,
+    difference_over_seeds,
+    interval_over_seeds,
+    seeds_needed,
+)
 from tailora.study.config import FULL, CompareConfig
 from tailora.study.lr_range import LearningRateSearch
 from tailora.study.results import ArmResult, Candidate, Comparison, Finalist, SearchResult
 from tailora.study.trial import DONE, Trial, judging_half
 
 REACH = 2.0  # a cheaper trial within so many margins is run again, since one seed on half of the examples is inexact
-LEVEL = 0.05  # p-value below which a difference counts as real
 MOST_SEEDS, MOST_EXAMPLES = 50, 50_000  # that a verdict asks for; to run or collect more is not practical
 
 
 @dataclass(frozen=True)
 class _Judgement:
-    """Results of several sets of runs, by name. differences, p_values: of all but the reference."""
+    """Results of several sets of runs, by name. differences: of all but the reference."""
 
     losses: dict[Any, Interval]
     differences: dict[Any, Difference]
-    p_values: dict[Any, float]
     base_loss: float
     examples: int
     seeds: list[int]
@@ -64,13 +68,13 @@ def _judge(runs: Mapping[Any, Sequence[Trial]], reference: Any) -> _Judgement:
         name: np.array([run.sums for run in trials])[:, indices] for name, trials in runs.items()
     }  # (seeds, examples)
     differences = {
-        name: difference_over_seeds(sums[reference], sums[name], counts) for name in runs if name != reference
+        name: difference_over_seeds(sums[reference], sums[name], counts, comparisons=len(runs) - 1)
+        for name in runs
+        if name != reference
     }
-    adjusted = holm([difference.p_value for difference in differences.values()])
     return _Judgement(
         losses={name: interval_over_seeds(values, counts) for name, values in sums.items()},
         differences=differences,
-        p_values=dict(zip(differences, adjusted, strict=True)),
         base_loss=float(np.array(first.before)[indices].sum() / counts.sum()),
         examples=len(indices),
         seeds=[run.numbers["seed"] for run in runs[reference]],
@@ -87,7 +91,9 @@ def _accuracies(
     fields = {}
     for name, values in hits.items():
         accuracy = interval_over_seeds(values, counts)
-        difference = None if name == reference else difference_over_seeds(hits[reference], values, counts)
+        difference = None
+        if name != reference:
+            difference = difference_over_seeds(hits[reference], values, counts, comparisons=len(runs) - 1)
         fields[name] = {
             "accuracy": accuracy.value,
             "accuracy_interval": (accuracy.low, accuracy.high),
@@ -140,9 +146,8 @@ def judge_arms(
             )
         )
     cut_short = [arm for arm, search in rates.items() if search.next_rate() is not None]
-    verdict, compared = compare_verdict(
-        arms, judgement.p_values, reference, study.margin, judgement.unit, cut_short=cut_short
-    )
+    verdict, compared = compare_verdict(arms, reference, study.margin, judgement.unit, cut_short=cut_short)
+    p_values = {arm: difference.p_value for arm, difference in judgement.differences.items()}
     return Comparison(
         arms=arms,
         reference=reference,
@@ -151,8 +156,8 @@ def judge_arms(
         seeds=judgement.seeds,
         judged_examples=judgement.examples,
         verdict=verdict,
-        p_value=judgement.p_values.get(compared) if compared else None,
-        p_values=judgement.p_values,
+        p_value=p_values.get(compared) if compared else None,
+        p_values=p_values,
         notes=notes,
         settings=settings,
         seconds=seconds,
@@ -219,7 +224,7 @@ def judge_finalists(
             settings=candidate.settings,
             trainable_parameters=candidate.trainable_parameters or 0,
             choosing_loss=loss_of(candidate),
-            p_value=judgement.p_values.get(candidate.number),
+            p_value=None if candidate is chosen[0] else judgement.differences[candidate.number].p_value,
             **judgement.fields(candidate.number, runs[candidate.number]),
         )
         for candidate in chosen
@@ -227,8 +232,7 @@ def judge_finalists(
     good = [finalists[0]]
     for finalist in finalists[1:]:
         difference = judgement.differences[finalist.number]
-        is_worse = difference.value > 0 and judgement.p_values[finalist.number] < LEVEL
-        if difference.high < margin or not is_worse:  # worse by less than the margin, or not shown to be worse
+        if difference.high < margin or difference.low <= 0:  # worse by less than the margin, or not shown to be worse
             good.append(finalist)
     cheapest = min(good, key=lambda finalist: finalist.trainable_parameters)
     return SearchResult(
@@ -250,7 +254,6 @@ def judge_finalists(
 
 def compare_verdict(
     arms: Sequence[ArmResult],
-    p_values: Mapping[str, float],
     reference: str,
     margin: float,
     unit: str,
@@ -259,7 +262,6 @@ def compare_verdict(
 ) -> tuple[str, str | None]:
     """Returns the text, and the name of the arm that it is about; None where there is nothing to compare.
 
-    p_values: arm -> p of no difference from the reference, adjusted for the number of arms.
     cut_short: arms whose search for the learning rate --minutes ended.
     """
     done = {arm.name: arm for arm in arms if arm.outcome == DONE}
@@ -272,7 +274,7 @@ def compare_verdict(
         arm, difference = min(safe, key=lambda pair: _parameters(pair[0]))
     else:
         arm, difference = min(compared, key=lambda pair: pair[1].value)
-    sentences.append(_compare_finding(arm, difference, done[reference], p_values[arm.name], margin, unit))
+    sentences.append(_compare_finding(arm, difference, done[reference], margin, unit))
     sentences += [_rate_at_edge(arm, arm.name in cut_short) for arm in done.values() if not arm.bracketed]
     return " ".join(sentences), arm.name
 
@@ -290,10 +292,8 @@ def _parameters(arm: ArmResult) -> int:
     return arm.trainable_parameters or 0
 
 
-def _compare_finding(
-    arm: ArmResult, difference: Difference, reference: ArmResult, p_value: float, margin: float, unit: str
-) -> str:
-    numbers = f"{arm.name} - {reference.name} = {difference_in_words(difference, p_value, unit)}"
+def _compare_finding(arm: ArmResult, difference: Difference, reference: ArmResult, margin: float, unit: str) -> str:
+    numbers = f"{arm.name} - {reference.name} = {difference_in_words(difference, unit)}"
     both, low, high = f"{arm.name} or {reference.name}", difference.low, difference.high
     if difference.seeds == 1:
         return one_seed(both, numbers)
@@ -340,7 +340,7 @@ def search_verdict(
     compared = min(finalists[1:], key=lambda finalist: finalist.eval_loss) if cheapest is best else cheapest
     difference = compared.difference
     assert difference is not None  # only the best has none
-    words = difference_in_words(difference, compared.p_value, unit)
+    words = difference_in_words(difference, unit)
     times = best.trainable_parameters / max(compared.trainable_parameters, 1)
     fewer = f"{times:.1f}x fewer trained parameters" if times < 10 else f"{times:,.0f}x fewer trained parameters"
     if cheapest is best:
@@ -391,23 +391,24 @@ def unclear(both: str, difference: Difference, numbers: str, margin: float, unit
 
 def what_would_tell(difference: Difference, margin: float) -> str:
     """Returns how many examples, or seeds, would narrow the interval to half the margin on either side."""
-    half_width = (difference.high - difference.low) / 2
-    times = (half_width / (margin / 2)) ** 2
+    count: int | None
     if difference.from_examples > 0.5:
+        times = ((difference.high - difference.low) / margin) ** 2
         source, unit, count = "examples", "judging examples", math.ceil(difference.examples * times)
-        most, remedy = MOST_EXAMPLES, "longer runs may help, or a larger --margin"
+        count, remedy = count if count <= MOST_EXAMPLES else None, "longer runs may help, or a larger --margin"
     else:
-        source, unit, count = "seeds", "seeds", max(math.ceil(difference.seeds * times), difference.seeds + 1)
-        most, remedy = MOST_SEEDS, "longer runs help, and more held-out examples (--eval-data or --validation-split)"
+        source, unit, count = "seeds", "seeds", seeds_needed(difference, margin / 2, MOST_SEEDS)
+        remedy = "longer runs help, and more held-out examples (--eval-data or --validation-split)"
     begin = f"Most of the uncertainty comes from the {source}"
-    if count > most:
+    if count is None:
         return f"{begin}, and no practical number of {unit} would be enough: {remedy}."
     return f"{begin}: about {count:,} {unit} would be enough."
 
 
-def difference_in_words(difference: Difference, p_value: float | None, unit: str) -> str:
-    p_value = math.nan if p_value is None else p_value
-    p = "p below .001" if p_value < 0.001 else f"p = {p_value:.3f}"
+def difference_in_words(difference: Difference, unit: str) -> str:
+    p = "p below .001" if difference.p_value < 0.001 else f"p = {difference.p_value:.3f}"
+    if difference.comparisons > 1:
+        p += f", both adjusted for {difference.comparisons} comparisons"
     over = f"{difference.seeds} seed{'s' * (difference.seeds > 1)} and {difference.examples} held-out examples"
     interval = f"95% interval {difference.low:+.3f} to {difference.high:+.3f}"
     return f"{difference.value:+.3f} {unit}, {interval}, {p}, {over}"

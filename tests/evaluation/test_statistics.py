@@ -7,7 +7,6 @@ from tailora.evaluation.statistics import (
     Interval,
     describe_change,
     difference_over_seeds,
-    holm,
     interval_over_seeds,
     mean_interval,
     paired_difference,
@@ -98,21 +97,83 @@ def simulated(rng: np.random.Generator, seeds: int, examples: int, effects: tupl
     return first, first + apart * counts, counts
 
 
-@pytest.mark.parametrize("effects", [(0.3, 0.0, 0.1), (0.05, 0.1, 0.05), (0.2, 0.05, 0.2)])
-@pytest.mark.parametrize("seeds", [3, 5])
-def test_the_interval_holds_the_truth_as_often_as_it_says_over_seeds(
-    effects: tuple[float, float, float], seeds: int
+EFFECTS = [(0.3, 0.0, 0.1), (0.3, 0.15, 0.15), (0.05, 0.2, 0.1)]  # sizes of examples, seeds and rest
+
+
+def share_of_studies_that_hold(seeds: int, arms: int, studies: int, effects: tuple[float, float, float]) -> float:
+    """Of studies that compare several arms with one reference, the share in which every interval holds the truth.
+
+    Half of the arms differ from the reference. With one seed there is no effect of seeds, which it cannot show.
+    """
+    rng = np.random.default_rng(seeds * 10 + arms)
+    by_example, by_seed, rest = effects if seeds > 1 else (effects[0], 0.0, effects[2])
+
+    def losses() -> np.ndarray:
+        parts = rng.standard_normal(40), rng.standard_normal((seeds, 1)), rng.standard_normal((seeds, 40))
+        return by_example * parts[0] + by_seed * parts[1] + rest * parts[2]
+
+    good = 0
+    for _ in range(studies):
+        counts, reference = rng.integers(5, 60, size=40), losses()  # which all differences share
+        results = []
+        for truth in (0.5 * (arm % 2) for arm in range(arms)):
+            arm_losses = truth + losses()
+            found = difference_over_seeds(reference * counts, arm_losses * counts, counts, comparisons=arms)
+            assert (found.p_value < 0.05) == (found.low > 0 or found.high < 0)
+            results.append(found.low <= truth <= found.high)
+        good += all(results)
+    return good / studies
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3, 5])
+def test_all_intervals_of_a_study_hold_the_truth_as_often_as_they_say(seeds: int) -> None:
+    shares = [share_of_studies_that_hold(seeds, arms, 60, effects) for arms in range(1, 7) for effects in EFFECTS[:2]]
+    assert np.mean(shares) > 0.935  # 720 studies
+    assert min(shares) > 0.86
+
+
+@pytest.mark.parametrize("effects", EFFECTS)
+def test_two_seeds_that_happen_to_be_alike_are_not_taken_for_certain(effects: tuple[float, float, float]) -> None:
+    assert share_of_studies_that_hold(2, 1, 600, effects) > 0.93
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("effects", EFFECTS)
+@pytest.mark.parametrize("arms", range(1, 7))
+@pytest.mark.parametrize("seeds", [1, 2, 3, 5])
+def test_all_intervals_of_many_studies_hold_the_truth(
+    seeds: int, arms: int, effects: tuple[float, float, float]
 ) -> None:
+    assert share_of_studies_that_hold(seeds, arms, 2000, effects) > 0.938  # 2.5 standard errors below 95%
+
+
+def test_the_interval_adds_up_what_examples_and_seeds_contribute() -> None:
+    from scipy import stats
+
     rng = np.random.default_rng(0)
-    found = [difference_over_seeds(*simulated(rng, seeds, 40, effects, 0.07)) for _ in range(400)]
-    held = np.mean([each.low <= 0.07 <= each.high for each in found])
-    assert 0.92 <= held <= 0.995
+    seeds, examples = 4, 12
+    apart = 0.5 + rng.normal(0, 0.3, examples) + rng.normal(0, 0.2, (seeds, 1)) + rng.normal(0, 0.05, (seeds, examples))
+    of_examples, of_seeds = (stats.sem(apart.mean(axis)) for axis in (0, 1))
+    for comparisons in (1, 3):
+        found = difference_over_seeds(np.zeros_like(apart), apart, np.ones(examples), comparisons=comparisons)
+        tail = 0.025 / comparisons
+        half = np.hypot(of_examples * stats.t.isf(tail, examples - 1), of_seeds * stats.t.isf(tail, seeds - 1))
+        assert found.value == pytest.approx(apart.mean())
+        assert (found.low, found.high) == pytest.approx((apart.mean() - half, apart.mean() + half))
+        assert found.from_examples == pytest.approx((of_examples * stats.t.isf(tail, examples - 1) / half) ** 2)
+        tail = found.p_value / comparisons / 2  # at this level the interval ends at 0
+        half = np.hypot(of_examples * stats.t.isf(tail, examples - 1), of_seeds * stats.t.isf(tail, seeds - 1))
+        assert half == pytest.approx(abs(apart.mean()))
 
 
-def test_without_a_difference_p_below_5_percent_is_as_rare_as_it_should_be() -> None:
-    rng = np.random.default_rng(1)
-    found = [difference_over_seeds(*simulated(rng, 4, 40, (0.1, 0.05, 0.1), 0.0)) for _ in range(400)]
-    assert 0.005 <= np.mean([each.p_value < 0.05 for each in found]) <= 0.08
+def test_a_long_example_counts_by_its_distance_from_the_others() -> None:
+    """As in the jackknife: the value without each example."""
+    counts = np.array([50.0, 5, 8, 6, 4])
+    apart = np.array([[0.4, 0.1, 0.0, 0.2, 0.1]]) * counts
+    found = difference_over_seeds(np.zeros_like(apart), apart, counts)
+    without = [np.delete(apart, i).sum() / np.delete(counts, i).sum() for i in range(5)]
+    error = np.sqrt(4 / 5 * np.sum((np.array(without) - found.value) ** 2))
+    assert found.high - found.value == pytest.approx(2.776445 * error)
 
 
 def test_what_limits_the_certainty_is_named() -> None:
@@ -168,12 +229,6 @@ def test_the_loss_is_the_ratio_and_its_interval_covers_seeds_and_examples() -> N
     assert found.low < found.value < found.high
     shifted = interval_over_seeds(sums + counts * np.array([[-1], [0], [1]]), counts)
     assert shifted.high - shifted.low > 2 * (found.high - found.low)
-
-
-def test_holm() -> None:
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.9]) == [0.9]
-    assert holm([0.5, 0.6]) == [1, 1]
 
 
 def test_the_interval_is_wilson_s() -> None:

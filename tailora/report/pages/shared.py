@@ -90,12 +90,18 @@ def judged_figures(
     listed = "; ".join(
         f"{name} {value.value:+.3f} ({interval((value.low, value.high), '+.3f')})" for name, value in measured.items()
     )
+    together = (
+        " (the intervals hold for all of them together)"
+        if any(value.comparisons > 1 for value in measured.values())
+        else ""
+    )
     band = "" if margin is None else f" Shaded: within the margin of {margin:g}, which does not matter."
     differences_figure = Figure(
         "differences",
         draw_differences,
         f"Difference of each from {reference} with its 95% interval: {listed}.",
-        f"Difference from {reference} on the same examples and seeds, with its 95% interval; left is better.{band}",
+        f"Difference from {reference} on the same examples and seeds, with its 95% interval{together}; left is better."
+        f"{band}",
     )
     return [losses_figure if losses else None, differences_figure if measured else None]
 
