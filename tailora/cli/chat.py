@@ -5,17 +5,18 @@ Answers go to stdout, everything else to stderr.
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from json import dumps
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from tailora.cli.flags import Json, Overwrite
-from tailora.cli.main import log, print_json, stderr
+from tailora.cli.main import log, note, print_json, stderr
 from tailora.cli.models import (
     Adapters,
     Device,
@@ -33,6 +34,7 @@ from tailora.cli.models import (
 from tailora.data.readers import JSON_LINES, READERS, TXT, Row, RowProblem, data_error, read_file
 from tailora.errors import AdapterError, ConfigError, DataError, MemoryLimitError, nearest
 from tailora.formats.io import check_new_file, partial_file, write_lines
+from tailora.formats.run_folder import adapter_folder, read_system_message, recorded_settings
 
 IgnoreChatTemplate = Annotated[
     bool,
@@ -40,7 +42,7 @@ IgnoreChatTemplate = Annotated[
         negative=(), show_default=False, help="continue the prompt as it stands, as after training on plain texts"
     ),
 ]
-System = Annotated[str | None, Parameter(help="system message, before the conversation")]
+System = Annotated[str | None, Parameter(help="system message; default: that of the adapter's training; '': none")]
 MEMORY_ADVICE = "what helps: a shorter prompt, a smaller --max-new-tokens, a smaller --model, closing other programs"
 
 # ---- `tailora chat`
@@ -59,7 +61,8 @@ COMMANDS = [line.split()[0] for line in HELP.splitlines()]
 class ChatSession:
     loaded: Loaded
     sampling: dict[str, Any]  # arguments of `stream_reply`
-    system: list[dict[str, str]] = field(default_factory=list)  # the system message, if there is one
+    systems: dict[str, str | None]  # adapter -> its system message
+    system: str | None  # of the adapter that answers
     messages: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -84,7 +87,8 @@ def chat(
     log("reading the model")
     loaded = load_model(model, folders, quantize=quantize, device=device)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    session = ChatSession(loaded, sampling, system_messages(system))
+    systems = training_systems(system, folders or {model: Path(model)})
+    session = ChatSession(loaded, sampling, systems, next(iter(systems.values())))
     if loaded.adapters:
         loaded.model.set_adapter(loaded.adapters[0])
     log(f"{model} with {' or '.join(loaded.adapters) or 'no adapter'}; /help lists the commands")
@@ -114,7 +118,8 @@ def answer(session: ChatSession, text: str) -> None:
     reply = ""
     try:
         with explained_memory_errors():
-            for piece in stream_reply(loaded.model, loaded.tokenizer, [*session.system, *messages], **session.sampling):
+            asked = [*system_messages(session.system), *messages]
+            for piece in stream_reply(loaded.model, loaded.tokenizer, asked, **session.sampling):
                 reply += piece
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:
@@ -145,6 +150,7 @@ def run_command(session: ChatSession, line: str) -> str:
                 raise ConfigError(f"a strength is one number such as 0.7; got {' '.join(words[1:])}")
             model.set_adapter(words[0])
             model.set_scale(words[0], strength)
+            session.system = session.systems[words[0]]
             return f"adapter {words[0]} at {strength:g}"
         case "/base":
             if names:
@@ -211,6 +217,11 @@ def generate(
     from tailora.cli.progress import counter
     from tailora.evaluation.generate import stream_reply
 
+    systems = {} if ignore_chat_template else training_systems(system, folders or {model: Path(model)})
+    if len(set(systems.values())) > 1:
+        note("the adapters were trained with different system messages, so none is used: give one with --system")
+        systems = {}
+    system = next(iter(systems.values()), None)
     sampling: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     is_shown = output is None and not json
     answers = []
@@ -298,6 +309,22 @@ def read_prompts(path: Path) -> list[str]:
 
 
 # ---- What both share
+
+
+def training_systems(given: str | None, sources: Mapping[str, Path]) -> dict[str, str | None]:
+    """Returns the system message for each adapter or model: `given`, or that of its training, which a note shows.
+
+    sources: their folders by name. Raises FormatError.
+    """
+    if given is not None:
+        return dict.fromkeys(sources, given)
+    systems = {name: read_system_message(folder) for name, folder in sources.items()}
+    for name, text in systems.items():
+        if text is not None:
+            note(f"{name} uses the system message of its training: {shorten(text, 60)}\n--system TEXT uses another one")
+        elif recorded_settings(adapter_folder(sources[name]), "data").get("messages", {}).get("system"):
+            note(f"{name} was trained with system messages, and no common one is stored: give it with --system")
+    return systems
 
 
 def system_messages(text: str | None) -> list[dict[str, str]]:

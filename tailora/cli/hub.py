@@ -26,6 +26,7 @@ from tailora.formats.run_folder import (
     GGUF_WEIGHTS,
     MLX_WEIGHTS,
     PASSPORT,
+    SYSTEM,
     TOKENIZER_FILES,
     adapter_folder,
     check_result_folder,
@@ -190,7 +191,7 @@ def pull(
     check_result_folder(output, PULLED_FILES, overwrite=overwrite)
     log(f"fetching {repository}")
     with hub.hub_errors(FetchError, f"{repository!r} is not fetched:"):
-        others = (CARD, PASSPORT, *TOKENIZER_FILES)
+        others = (CARD, PASSPORT, SYSTEM, *TOKENIZER_FILES)
         snapshot, files = hub.download(repository, revision=revision, subfolder=subfolder, others=others)
     weights, *_ = paths = [snapshot / file for file in files]
     updates = check_fetched(repository, weights)

@@ -141,17 +141,17 @@ def next_commands(config: TrainConfig, folder: Path) -> list[list[str]]:
     """Returns commands that use the result of this run: with a prompt of its own data, and its held-out data."""
     is_lora = config.method == "lora"
     tuned = ["--adapter", str(folder)] if is_lora else ["--model", str(folder / "model")]
-    system = ["--system", config.system] if config.system else []
     pairs = ",".join(f"{ours}={theirs}" for ours, theirs in config.field.items())
     columns = ["--field", pairs] if pairs and not is_lora else []  # the run of an adapter has them
     evaluated = [str(folder)] if is_lora else tuned
-    generate = ["tailora", "generate", *tuned, *system, "--prompt", first_prompt(folder)]
+    generate = ["tailora", "generate", *tuned, "--prompt", first_prompt(folder)]
     held_out = ["--data", config.eval_data or "HELD_OUT.jsonl", *columns]
-    evaluate = ["tailora", "eval", *evaluated, *([] if is_lora else system), *held_out]
+    system = ["--system", config.system] if config.system and not is_lora else []
+    evaluate = ["tailora", "eval", *evaluated, *system, *held_out]
     if config.task in (*TASK_TYPES, "seq2seq"):
         predict = ["tailora", "predict", *evaluated, "--data", "ROWS.jsonl", *columns, "--output", "PREDICTIONS.jsonl"]
         return [*([] if config.task in TASK_TYPES else [generate]), evaluate, predict]
-    commands = [["tailora", "chat", *tuned, *system], generate, evaluate]
+    commands = [["tailora", "chat", *tuned], generate, evaluate]
     if is_lora:
         commands.append(["tailora", "export", str(folder), "--to", "llama-server", "--output", f"{folder}-llama"])
     if config.data == "demo":

@@ -376,6 +376,7 @@ class DataReport:
     mapping: dict[str, str]  # key of the schema -> column
     ignored: list[str]  # columns that are not used
     chat_template: bool
+    system: str | None  # the system message of most examples
     messages: dict[str, int]  # of conversations, by role, and how many tool calls, tools, ... they have
     rows: int  # usable rows of source and eval_source
     train: int  # examples

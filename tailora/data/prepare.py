@@ -9,7 +9,7 @@ import hashlib
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain, islice
 from typing import Any
 
@@ -42,6 +42,7 @@ from tailora.data.tokenize import EncodedSample, encode_samples
 from tailora.errors import ConfigError, DataError, listing
 
 CHUNK = 1000  # rows tokenised at a time
+MOST_SYSTEMS = 1000  # different system messages that are counted, since a stream may have one in every row
 
 # ---- Rows -> encoded samples
 
@@ -119,6 +120,7 @@ class RowCounts:
     without_weight: those whose weight is 0.
     cut_away: those without a trained token left, of those that were cut.
     duplicates: those that are held-out examples too, if `held_out` has the hashes of those.
+    systems: how many begin with each system message; of the first MOST_SYSTEMS different ones.
     """
 
     rows: int = 0
@@ -132,6 +134,12 @@ class RowCounts:
     cut_away: int = 0
     duplicates: int = 0
     held_out: frozenset[bytes] = frozenset()
+    systems: Counter[str | None] = field(default_factory=Counter)
+
+    @property
+    def system(self) -> str | None:
+        """The system message of most examples; None if there is none."""
+        return next((text for text, count in self.systems.items() if 2 * count > self.systems.total()), None)
 
     def add(self, encoded: EncodedSample, max_length: int) -> None:
         example = encoded.example
@@ -145,13 +153,16 @@ class RowCounts:
             self.without_weight += example.weight == 0
             self.cut_away += not encoded.is_learned
             self.duplicates += bool(self.held_out) and example.hash in self.held_out
+            system = encoded.sample.system if isinstance(encoded.sample, Conversation) else None
+            self.systems[system if system in self.systems or len(self.systems) < MOST_SYSTEMS else None] += 1
 
     @classmethod
     def total(cls, parts: Sequence["RowCounts"]) -> "RowCounts":
         """Returns the counts of several sources together."""
-        numbers = [entry.name for entry in fields(cls) if entry.name not in ("longest", "held_out")]
+        numbers = [entry.name for entry in fields(cls) if entry.name not in ("longest", "held_out", "systems")]
         sums = {name: sum(getattr(part, name) for part in parts) for name in numbers}
-        return cls(**sums, longest=max(part.longest for part in parts))
+        systems = sum((part.systems for part in parts), Counter[str | None]())
+        return cls(**sums, longest=max(part.longest for part in parts), systems=systems)
 
 
 def check_vocabulary(tokenizer: Any, embedding_rows: int) -> None:
@@ -281,6 +292,7 @@ def _report(
         mapping={key: column for mapping in mappings for key, column in mapping.columns.items()},
         ignored=list(dict.fromkeys(column for mapping in mappings for column in mapping.ignored)),
         chat_template=tokenizer.template is not None and any(m.schema.uses_chat_template for m in mappings),
+        system=counts.system,
         messages=count_messages(chain.from_iterable(part.samples for part in loaded)),
         rows=counts.rows,
         train=len(train),

@@ -63,6 +63,12 @@ class Conversation:
     tools: Tools | None = None
 
     @property
+    def system(self) -> str | None:
+        """The system message that it begins with."""
+        first = self.messages[0]
+        return first["content"] if first["role"] in ("system", "developer") else None
+
+    @property
     def replies(self) -> list[int]:
         """The numbers of all messages of the assistant."""
         return [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]

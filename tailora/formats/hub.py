@@ -31,6 +31,7 @@ from tailora.formats.run_folder import (
     GGUF_WEIGHTS,
     METADATA_KEY,
     MLX_WEIGHTS,
+    SYSTEM,
     TOKENIZER_FILES,
     adapter_folder,
 )
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 # The weights of an adapter: of PEFT, mlx-lm, `export` to GGUF and diffusers. A pickle is not even downloaded.
 WEIGHTS_OF_FORMATS = (ADAPTER_WEIGHTS, MLX_WEIGHTS, GGUF_WEIGHTS, DIFFUSERS_WEIGHTS)
 FILES_OF_MODELS = ("config.json", "model_index.json")  # next to them, a file of any other name is no adapter
-SHARED = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, *TOKENIZER_FILES)  # all that is uploaded, with the card and PASSPORT
+SHARED = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, SYSTEM, *TOKENIZER_FILES)  # all that is uploaded, with the card and PASSPORT
 REPOSITORY = re.compile(r"\b[\w.-]+\b/\b[\w.-]{1,96}\b", re.ASCII)  # as huggingface_hub checks it
 SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/")  # in the path of the Hub's cache
 DEMO = "demo"  # the name of the demo's model and data, where a folder or a file is expected
@@ -123,7 +124,7 @@ def local_folder(
     if Path(source).exists() or not could_be_repository(source):
         return Path(source, subfolder) if subfolder else adapter_folder(Path(source))
     with hub_errors(FetchError, f"adapter {str(source)!r}: no such folder here, and"):
-        snapshot, files = download(str(source), revision=revision, token=token, subfolder=subfolder)
+        snapshot, files = download(str(source), revision=revision, token=token, subfolder=subfolder, others=[SYSTEM])
     return (snapshot / files[0]).parent
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from tailora.errors import ConfigError
+from tailora.errors import ConfigError, FormatError
 from tailora.formats.io import wrap_os_error, write_file
 
 ADAPTER, MODEL, RUN = "adapter", "model", "run.json"
@@ -25,11 +25,12 @@ CARD = "README.md"
 # What a server reads beside an exported adapter, and the script that starts the server
 SERVE_SCRIPT, CHAT_TEMPLATE, TOKENIZER_CONFIG = "serve.sh", "chat_template.jinja", "tokenizer_config.json"
 PASSPORT = "passport.json"  # what `tailora verify` asks a server
+SYSTEM = "system_message.txt"  # that most of the training conversations had
 TOKENIZER_FILES = (
     *("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE),
     *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"),
 )
-ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, CARD, PASSPORT)
+ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, CARD, PASSPORT, SYSTEM)
 # A merged model looks like any other
 OTHER_EXPORTED_FILES = (GGUF_WEIGHTS, MODELFILE, MLX_WEIGHTS, DIFFUSERS_WEIGHTS, SERVE_SCRIPT, CHAT_TEMPLATE)
 EXPORTED_FILES = (*ADAPTER_FILES, *OTHER_EXPORTED_FILES)
@@ -79,13 +80,39 @@ def _obstacle_to_overwrite(folder: Path, files: Collection[str], sources: Iterab
     return None
 
 
-def recorded_settings(adapter: Path) -> dict[str, Any]:
-    """Returns the training settings from the run.json beside an adapter; {} if there is none that can be read."""
+def recorded_settings(adapter: Path, part: str = "settings") -> dict[str, Any]:
+    """Returns the training settings from the run.json beside an adapter; {} if there is none that can be read.
+
+    part: another key of that file, such as "data".
+    """
     try:
-        settings = json.loads((adapter.resolve().parent / RUN).read_text(encoding="utf-8"))["settings"]
+        recorded = json.loads((adapter.resolve().parent / RUN).read_text(encoding="utf-8"))[part]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
-    return settings if isinstance(settings, dict) else {}
+    return recorded if isinstance(recorded, dict) else {}
+
+
+def write_system_message(folder: Path, text: str | None) -> None:
+    """Writes the system message into the folder of an adapter or a model; None removes an earlier one."""
+    if text is not None:
+        write_file(folder / SYSTEM, text.encode())
+        return
+    with wrap_os_error(folder / SYSTEM):
+        (folder / SYSTEM).unlink(missing_ok=True)
+
+
+def read_system_message(folder: Path) -> str | None:
+    """Returns the system message that most of the training conversations had; None if none is stored.
+
+    folder: of an adapter, of a model, or of the run of an adapter. Raises FormatError.
+    """
+    path = adapter_folder(folder) / SYSTEM
+    try:
+        return path.read_bytes().decode()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path} cannot be read ({error}): save it as text in UTF-8, or delete it") from None
 
 
 def trained_rows(adapter: Path) -> set[bytes] | None:

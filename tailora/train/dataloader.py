@@ -90,6 +90,13 @@ class TrainingData:
         """What the model is tried on with the longest sequence, before it is trained on the task itself."""
         return self.task if self.task.is_plain else CAUSAL_LM
 
+    @property
+    def system(self) -> str | None:
+        """The system message of most examples, of a stream of those read so far."""
+        if self.counts is not None:
+            return self.counts.system
+        return None if self.prepared is None else self.prepared.report.system
+
     def trained_on(self) -> Examples:
         """Returns the examples of all steps, of all ranks; not of a stream."""
         needed = self.max_steps * self.shape.accumulation * self.shape.world  # batches

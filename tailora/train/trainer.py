@@ -38,7 +38,7 @@ from tailora.core.device import AsyncCopy, copies_by_itself
 from tailora.data.dataset import Examples
 from tailora.data.prepare import PreparedData
 from tailora.errors import CheckpointError, ConfigError, DivergedError, WriteError
-from tailora.formats.run_folder import checkpoints_in
+from tailora.formats.run_folder import checkpoints_in, write_system_message
 from tailora.kernels.loss import Batch
 from tailora.model import LoRAModel
 from tailora.train import checkpoint, events, launch, run_log, trainable
@@ -441,6 +441,8 @@ class Trainer:
                     return
                 folder = Path(stack.enter_context(TemporaryDirectory()))
             written = trainable.save(model, folder, self.run.base_fingerprint)
+            if self.run.is_main:
+                write_system_message(written, self.run.data.system)
             if compare and (different := trainable.differences(model, written)):
                 names = ", ".join(different[:3])
                 raise CheckpointError(f"{written} reads back different in {names}; is the disk failing?")

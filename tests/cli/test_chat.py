@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tailora.cli.main import main
 from tailora.cli.models import load_model, parse_adapters
 from tailora.errors import ConfigError
 from tailora.evaluation.generate import stream_reply
+from tailora.formats.run_folder import write_system_message
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +177,40 @@ def test_a_system_message_changes_the_answer_and_stays_after_a_reset(
     tokens = ["generate", *model, "--max-new-tokens", 6, "--prompt", "hello"]
     assert call(*tokens, "--system", "be brief")[1] == f"{first}\n"
     assert call(*tokens)[1] == without
+
+
+def test_the_system_message_of_the_training_is_used_and_said(
+    tiny_model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder in (run, other):
+        shutil.copytree(adapter, folder)
+    write_system_message(run / "adapter", "be brief\nand kind")
+    model = ["--model", str(tiny_model), "--adapter"]
+    tokens = ["generate", *model, str(run), "--max-new-tokens", "6", "--prompt", "hello"]
+    asked, without = (call(*tokens, "--system", text)[1] for text in ("be brief\nand kind", ""))
+    code, answer, err = call(*tokens)
+    assert (code, answer) == (0, asked)
+    assert answer != without
+    assert "run uses the system message of its training: be brief and kind" in err
+    assert "system message" not in call(*tokens, "--ignore-chat-template")[2]
+    chat = [*model, str(run), "--adapter", str(other)]
+    assert (
+        talk(["hello", "/reset", "/adapter other", "hello", "/reset", "/adapter run", "hello"], chat, monkeypatch) == 0
+    )
+    assert capsys.readouterr().out.splitlines(keepends=True) == [asked, without, asked]
+    code, answer, err = call(*tokens, "--adapter", str(other))
+    assert "different system messages, so none is used" in err
+    (run / "adapter" / "system_message.txt").write_bytes(b"\xff")
+    assert "save it as text in UTF-8" in call(*tokens)[2]
+
+
+def test_a_system_message_that_was_not_stored_is_reported(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter, tmp_path / "run")
+    tokens = ["generate", "--model", tiny_model, "--adapter", tmp_path / "run", "--max-new-tokens", 2, "--prompt", "x"]
+    for count in (5, 0):
+        (tmp_path / "run" / "run.json").write_text(json.dumps({"data": {"messages": {"user": 5, "system": count}}}))
+        assert ("no common one is stored: give it with --system" in call(*tokens)[2]) == bool(count)
 
 
 def test_generate_continues_a_text_without_the_chat_template(tiny_model: Path) -> None:

@@ -361,9 +361,9 @@ def test_next_commands_name_the_held_out_data_and_its_columns(tmp_path: Path) ->
     assert full[2] == ["tailora", "eval", "--model", str(tmp_path / "model"), "--data", "HELD_OUT.jsonl"]
     assert full[3] == ["tailora", "data", "YOUR_DATA.jsonl", "--model", "demo"]
     for method, knows in (
-        ("lora", [True, True, False]),
-        ("full", [True, True, True]),
-    ):  # eval reads it of an adapter's run
+        ("lora", [False, False, False]),
+        ("full", [False, False, True]),
+    ):  # it is stored with what was trained; eval reads it of an adapter's run
         commands = next_commands(TrainConfig(method=method, learning_rate=1e-4, system="be brief"), tmp_path)
         assert ["be brief" in command for command in commands[:3]] == knows
 

@@ -181,6 +181,48 @@ def test_a_compared_reply_of_several_messages_is_not_divided(bytes_tokenizer, js
         prepare(jsonl([sides]), bytes_tokenizer(LAST_LOWER), validation_split=0)
 
 
+def with_system(system: str, row: dict[str, list[dict[str, str]]], key: str = "messages") -> dict[str, Any]:
+    return {key: [{"role": "system", "content": system}, *row["messages"]]}
+
+
+def test_the_system_message_of_most_rows_is_reported(bytes_tokenizer, jsonl, chatml) -> None:
+    def system_of(*systems: str, **settings: Any) -> str | None:
+        rows = [chat_row(f"hello {number}", " you") for number in range(len(systems))]
+        path = jsonl([with_system(text, row) if text else row for text, row in zip(systems, rows, strict=True)])
+        tokenizer, counts = bytes_tokenizer(chatml), RowCounts()
+        list(stream(path, tokenizer, counts, **settings))
+        system = prepare(path, tokenizer, validation_split=0, **settings).report.system
+        assert counts.system == system
+        return system
+
+    assert system_of("A", "A", "B") == "A"
+    assert system_of("A", "A", "", "B") is None  # half of them are not most
+    assert system_of("A", "", "") is None
+    assert system_of("A", "", "", system="C") == "C"
+    assert prepare(jsonl(PAIRS), bytes_tokenizer(), validation_split=0).report.system is None
+
+
+def test_the_system_message_of_preferences_is_reported(bytes_tokenizer, jsonl, chatml) -> None:
+    prompt = with_system("A", chat_row("hello"), "prompt")
+    good, bad = ([{"role": "assistant", "content": text}] for text in (" you", " me"))
+    replies = [{**prompt, "chosen": good, "rejected": bad}]
+    judged = [{**prompt, "completion": text, "label": text is good} for text in (good, bad)]
+    for rows in (replies, judged):
+        assert prepare(jsonl(rows), bytes_tokenizer(chatml), validation_split=0).report.system == "A"
+
+
+def test_many_different_system_messages_do_not_fill_the_memory(
+    bytes_tokenizer, jsonl, chatml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "MOST_SYSTEMS", 3)
+    texts = ["A", *map(str, range(6)), *["A"] * 8]
+    rows = [with_system(text, chat_row(f"hello {number}", " you")) for number, text in enumerate(texts)]
+    counts = RowCounts()
+    list(stream(jsonl(rows), bytes_tokenizer(chatml), counts))
+    assert counts.system == "A"
+    assert len(counts.systems) <= 4
+
+
 def test_tools_that_become_text_are_reported(bytes_tokenizer, jsonl, chatml) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     rows = [{**chat_row("A", "b"), "tools": [tool]}, chat_row("X", "y")]

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from runs import adapter, run_and_collect
+from runs import adapter, changed, run_and_collect
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from tailora.errors import ConfigError, TargetError
+from tailora.formats.run_folder import read_system_message
 from tailora.model import LoRAModel
 from tailora.train import events
 from tailora.train.config import TrainConfig
@@ -49,6 +50,16 @@ def test_a_run_leaves_what_is_needed_to_repeat_it(settings: Any) -> None:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_system_message_is_stored_with_what_was_trained(settings: Any, method: str, tmp_path: Path) -> None:
+    changes = {"method": method, "r": 16, "streaming": True, "validation_split": 0}
+    config = settings(max_steps=1, output_dir=str(tmp_path / "run"), **changes)
+    folder = tmp_path / "run" / ("adapter" if method == "lora" else "model")
+    for system in ("be brief", None):
+        run(changed(config, system=system), overwrite=True)
+        assert read_system_message(folder) == system
 
 
 def read_down_proj(mlp: Any, x: torch.Tensor) -> torch.Tensor:
