@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from tailora.cli.flags import Json, Overwrite
-from tailora.cli.main import log, note, print_json, stderr
+from tailora.cli.main import log, note, print_json, stderr, write_stdout
 from tailora.cli.models import (
     Adapters,
     Device,
@@ -121,14 +121,14 @@ def answer(session: ChatSession, text: str) -> None:
             asked = [*system_messages(session.system), *messages]
             for piece in stream_reply(loaded.model, loaded.tokenizer, asked, **session.sampling):
                 reply += piece
-                print(piece, end="", flush=True)
+                write_stdout(piece)
     except KeyboardInterrupt:
         log("interrupted")
     except (DataError, MemoryLimitError) as error:
-        print("\n" if reply else "", end="", flush=True)
+        write_stdout("\n" if reply else "")
         log(f"error: {error}\nthe message is dropped; /reset forgets the conversation and makes room")
         return
-    print(flush=True)
+    write_stdout("\n")
     session.messages[:] = [*messages, {"role": "assistant", "content": reply}]
 
 
@@ -237,12 +237,12 @@ def generate(
                 for piece in stream_reply(loaded.model, loaded.tokenizer, asked, **sampling):
                     reply += piece
                     if is_shown:
-                        print(piece, end="", flush=True)
+                        write_stdout(piece)
             answers.append({"prompt": text, "text": reply})
             write(dumps(answers[-1], ensure_ascii=False))
             progress(number, len(questions))
             if is_shown:
-                print(flush=True)
+                write_stdout("\n")
     if output is not None:
         log(f"{len(answers):,} answers written to {output}")
     if json:

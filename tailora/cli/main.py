@@ -23,7 +23,8 @@ from typing import Any
 from cyclopts import App, CycloptsError, UnknownOptionError, UnusedCliTokensError
 from cyclopts.help import DefaultFormatter
 from cyclopts.help.specs import DescriptionColumn, NameColumn, NameRenderer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 
 from tailora import __version__
 from tailora.core.config import our_name
@@ -36,6 +37,7 @@ from tailora.errors import (
     is_out_of_memory,
 )
 from tailora.quiet import TORCHAO_LOGGERS, quiet_loggers
+from tailora.report.format import printable
 from tailora.train import failures, launch
 
 COMMANDS = {  # name -> file in this folder, what `tailora --help` says
@@ -230,12 +232,26 @@ def exit_code(error: BaseException) -> int:
 # rich honours NO_COLOR and FORCE_COLOR. A progress bar needs more than colour: a real terminal.
 
 
+class SafeConsole(Console):
+    """Shows text without control characters: labels, metadata, names of files and servers could steer the terminal."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
 def stdout() -> Console:
-    return Console(markup=False, highlight=False, emoji=False)
+    return SafeConsole(markup=False, highlight=False, emoji=False)
 
 
 def stderr() -> Console:
-    return Console(stderr=True, markup=False, highlight=False, emoji=False)
+    return SafeConsole(stderr=True, markup=False, highlight=False, emoji=False)
+
+
+def write_stdout(text: str) -> None:
+    """Writes text at once and as it is, but to a terminal without control characters."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
 
 
 def on_terminal(console: Console) -> bool:

@@ -1,6 +1,5 @@
 """`tailora predict`: what a model says about the rows of a file, as JSONL: labels with probabilities, or answers."""
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -14,7 +13,7 @@ from cyclopts.types import PositiveInt
 from tailora.cli.chat import check_answers_file, explained_memory_errors, partial_answers
 from tailora.cli.eval import Adapter, Flags, find_target
 from tailora.cli.flags import Json, Overwrite, log_columns, merge_with_run
-from tailora.cli.main import log, print_json, stderr
+from tailora.cli.main import log, print_json, stderr, write_stdout
 from tailora.cli.models import (
     BaseModel,
     Device,
@@ -103,7 +102,7 @@ def lines(output: Path | None, *, is_shown: bool) -> Iterator[Write]:
         with partial_answers(output) as write:
             yield lambda prediction: write(dumps(prediction, ensure_ascii=False))
     elif is_shown:
-        yield lambda prediction: print(dumps(prediction, ensure_ascii=False), flush=True, file=sys.stdout)
+        yield lambda prediction: write_stdout(f"{dumps(prediction, ensure_ascii=False)}\n")
     else:
         yield lambda _: None
 

@@ -9,7 +9,9 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.control import Control
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import ControlType
 
 from tailora.cli.main import on_terminal, print_text
 from tailora.data.dataset import held_out_of, sources_of, warnings_of
@@ -70,7 +72,8 @@ class StepCounter:
     def _show(self) -> None:
         parts = [f"{number}: {state}" if self._several else state for number, state in sorted(self._states.items())]
         line = "   ".join(parts)[: self._console.width - 3]  # a longer one would wrap, and stay
-        self._console.print(f"  {line}", end="\x1b[K\r", style="dim")
+        self._console.print(f"  {line}", end="", style="dim")
+        self._console.control(Control((ControlType.ERASE_IN_LINE, 0), ControlType.CARRIAGE_RETURN))
 
 
 def step_counter(console: Console, workers: int = 1) -> StepCounter | None:

@@ -12,11 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import check_refused
+from report.contents import CONTENTS
 from rich.table import Table
 
-from tailora import errors
-from tailora.cli.main import COMMANDS, exit_code, main, stderr, stdout, warnings_as_notes
+from tailora import cli, errors
+from tailora.cli.main import COMMANDS, exit_code, main, note, stderr, stdout, warnings_as_notes, write_stdout
+from tailora.cli.progress import counter
 from tailora.errors import TailoraWarning
+from tailora.report.files import page_of
+from tailora.report.terminal import print_page
 
 TAILORA = [sys.executable, "-m", "tailora.cli"]
 
@@ -221,6 +225,59 @@ def test_as_a_module_it_is_the_same_program_and_its_streams_take_any_text(tmp_pa
     assert done.returncode == 2
     assert done.stderr.startswith("error: --config")
     assert "\\u96ea.yaml: No such file" in done.stderr
+
+
+# ---- Control characters in texts of others, which a terminal would obey
+
+STEERING = "\x1b[31mred\x1b]0;title\x07\x9b2J\r"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("file", [io.StringIO, Terminal])
+def test_no_escape_sequence_of_others_is_printed(
+    file: type[io.StringIO], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")  # no sequences of our own
+    monkeypatch.setattr("sys.stdout", file())
+    monkeypatch.setattr("sys.stderr", file())
+    content = CONTENTS["train"]()
+    content["labels"] = {"names": [STEERING, "y"], "majority": {"label": STEERING, "share": 0.5, "is_tied": False}}
+    content["labels"] |= {"confusion": [[1, 2], [3, 4]], "calibration": {"ece": 0.1, "bins": []}}
+    print_page(stdout(), page_of(content, "x"), everything=True)
+    table = Table(STEERING)
+    table.add_row(STEERING)
+    stdout().print(table)
+    (tmp_path / "adapter").mkdir()
+    config = {"base_model_name_or_path": f"./{STEERING}", "peft_type": "LORA"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    assert main(["generate", "--adapter", str(tmp_path / "adapter"), "--prompt", "hi"]) == 2
+    assert main(["train", "--data", f"{STEERING}.jsonl", "--model", str(tmp_path)]) == 2
+    assert main(["train", f"--{STEERING}"]) == 2
+    note(f"the server has {STEERING}")
+    with counter(stderr(), STEERING) as progress:
+        progress(1, 2)
+    text = sys.stdout.getvalue() + sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert text.count("\ufffd[31mred\ufffd]0;title") > 6
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
+
+
+def test_answers_are_written_as_they_are_but_not_to_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for file, expected in ((io.StringIO(), STEERING), (Terminal(), "\ufffd[31mred\ufffd]0;title\ufffd\ufffd2J\ufffd")):
+        monkeypatch.setattr("sys.stdout", file)
+        write_stdout(STEERING)
+        assert file.getvalue() == expected
+
+
+def test_commands_print_through_one_console_alone() -> None:
+    for path in Path(cli.__file__).parent.glob("*.py"):
+        assert not re.search(
+            r"(?<!Safe)\bConsole\((?!Console|quiet=True)|\bprint\(", re.sub(r"\.print\(", "", path.read_text())
+        ), path
 
 
 # ---- Brackets in texts of users, which rich would take for markup
