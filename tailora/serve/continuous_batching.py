@@ -12,7 +12,8 @@ manager (`_new_manager`):
 
 The cache must not share blocks between requests: equal prompts have different keys under different adapters.
 
-On a CPU, attention is computed by `attention_by_request`.
+`attention_by_request` replaces "sdpa", which computes every request against the keys of all requests and masks the
+irrelevant ones: it is faster, and no overflow of one request reaches another, since a masked infinity becomes NaN.
 """
 
 import time
@@ -61,7 +62,6 @@ def attention_by_request(
 ) -> tuple[Tensor, None]:
     """Returns the attention of each request's tokens to its own keys, (1, tokens, heads, d).
 
-    transformers' "sdpa" computes every request against the keys of all requests, and masks the irrelevant ones.
     query: (1, heads, tokens, d).    key, value: (1, key heads, keys, d).
     cu_seq_lens_q, cu_seq_lens_k: where the tokens and keys of each request begin, and where the last ones end.
     """
@@ -200,6 +200,8 @@ class ContinuousEngine(Engine):
         for running in requests:  # a client that got its last token may have submitted the id again
             if running is not None and running.is_finished and self._requests.get(running.request.id) is running:
                 del self._requests[running.request.id]
+                if running.has_failed:
+                    self._manager.cancel_request(running.request.id)
         return tokens + [0] * (len(logits) - len(requests))
 
     def _end_failed(self, request_id: str, message: str) -> None:
@@ -245,7 +247,7 @@ class ContinuousEngine(Engine):
         manager.output_router.deliver_batch = lambda outputs: deliver(*outputs)
         manager.logit_processor.logits_processor.append(ChosenTokens(self._next_tokens))
         manager.logit_processor.do_processing = True
-        if self._attention == "sdpa" and model.device.type == "cpu":  # before the manager asks which masks are needed
+        if self._attention == "sdpa":  # before the manager asks which masks are needed
             model.set_attn_implementation(BY_REQUEST)
         manager.warmup()  # creates the batch processor; without padding it runs nothing
         scheduler = manager.batch_processor.scheduler
@@ -332,4 +334,6 @@ def obstacle(model: Any) -> str:
         return f"{name} has layers without keys and values{': ' if others else ''}{', '.join(sorted(others))}"
     if not getattr(model, "_supports_attention_backend", False):
         return f"{name} does not support transformers' choice of attention"
+    if model.config._attn_implementation == "eager":  # in transformers' batches also without soft caps
+        return f"{name} has eager attention, which does not keep requests apart"
     return ""

@@ -21,12 +21,15 @@ from pathlib import Path
 from threading import Lock, RLock, Thread
 
 import torch
+from torch import Tensor, nn
 from xxhash import xxh3_128
 
 from tailora.core.adapter import Adapter, check_compatible, with_strength
 from tailora.core.adapter_set import AdapterSet
 from tailora.core.combine import Combination, combine_adapters
-from tailora.core.mixed_batch import check_splits_by_row
+from tailora.core.layer import LoRALayer
+from tailora.core.layer_types import find_layer
+from tailora.core.mixed_batch import check_splits_by_row, layer_terms
 from tailora.errors import (
     AdapterError,
     AdapterNotFoundError,
@@ -38,7 +41,7 @@ from tailora.errors import (
     nearest,
 )
 from tailora.formats.fingerprint import LayerFingerprint
-from tailora.formats.load import named_tensors, read_any_format, restore
+from tailora.formats.load import named_tensors, not_finite, read_any_format, restore
 from tailora.formats.peft import StoredAdapter
 from tailora.formats.run_folder import ADAPTER_WEIGHTS, GGUF_WEIGHTS, MLX_WEIGHTS, adapter_folder
 from tailora.train.memory import format_bytes
@@ -47,6 +50,7 @@ from tailora.train.model_loading import check_writes_text, label_task_of_adapter
 LOGGER = logging.getLogger(__name__)
 LONGEST_NAME = 200
 RESERVED = "+@"  # for mixtures and scales
+LARGEST_SCALE = 1e5  # of an update: a `lora_alpha` of 1,000 with r = 1, and a `lora_scale` of 100
 MOST_DERIVED = 64  # scaled adapters and mixtures to keep without a request: clients may ask for any number
 
 
@@ -150,8 +154,9 @@ class AdapterRegistry:
         replace: the name may exist, and stands for the new adapter from now on.
         trusted: the path comes from the command line, and may be anywhere.
         Raises AdapterNotFoundError for a path that does not exist, AdapterError for an invalid name or one in use,
-        ConfigError for a path outside the root or an adapter that predicts labels, MemoryLimitError for one that is
-        too large, FormatError, BaseMismatchError, RowsError and TargetError for one that does not fit the model.
+        ConfigError for a path outside the root, an adapter that predicts labels or numbers that overflow,
+        MemoryLimitError for one that is too large, FormatError, BaseMismatchError, RowsError and TargetError for one
+        that does not fit the model.
         """
         with self._changes:
             self._check_new_name(name, replace=replace)
@@ -210,9 +215,9 @@ class AdapterRegistry:
 
         model: the base, an adapter, or several with their scales: "legal+chat@0.5" is legal + 0.5 chat.
         scale: multiplies all of them.
-        Raises AdapterNotFoundError for an unknown name or missing files, ConfigError for a mixture that cannot be
-        computed exactly, MemoryInUseError if running requests use all of the memory for adapters, and the errors of
-        `load` for files that have changed.
+        Raises AdapterNotFoundError for an unknown name or missing files, ConfigError for a scale that is too large or a
+        mixture that cannot be computed exactly, MemoryInUseError if running requests use all of the memory for
+        adapters, and the errors of `load` for files that have changed.
         """
         weights = self._weights(model, scale)
         with self._lock:
@@ -305,14 +310,17 @@ class AdapterRegistry:
         """Adds a scaled adapter or a mixture of adapters that are in memory."""
         sources = {name: self._source(name).key for name in weights}
         adapters = {name: self._adapter_set[source_key] for name, source_key in sources.items()}
-        [(name, weight), *others] = weights.items()
-        shared = None
-        if others or adapters[name].saved:
+        scaled = {name: with_strength(adapters[name], weight) for name, weight in weights.items()}
+        base_model = self._adapter_set.base_model
+        for name, adapter in scaled.items():
+            check_no_overflow(f"{name}@{weights[name]:g}", adapter, base_model)
+        name, shared = next(iter(scaled)), None
+        if len(scaled) > 1 or adapters[name].saved:
             check_linear(adapters)
-            base_model, method = self._adapter_set.base_model, Combination("cat")
-            adapter = _for_inference(combine_adapters(adapters.__getitem__, weights, base_model, method)[0])
+            combined = combine_adapters(adapters.__getitem__, weights, base_model, Combination("cat"))[0]
+            adapter = _for_inference(combined)
         else:
-            shared, adapter = self._residents[sources[name]], with_strength(adapters[name], weight)
+            shared, adapter = self._residents[sources[name]], scaled[name]
         self._add(_Resident(key, 0 if shared else size_of(adapter), tuple(sources.values()), shared), adapter)
 
     def _add(self, resident: _Resident, adapter: Adapter) -> None:
@@ -414,6 +422,7 @@ class AdapterRegistry:
         stored = read_any_format(folder, base_model)
         adapter = _for_inference(restore(stored, base_model, known_base=self._base_fingerprint))
         check_splits_by_row(adapter.low_rank)
+        check_no_overflow(name, adapter, base_model)
         return _Source(name, path, trusted, digest_of(stored)), adapter
 
     def _checked_folder(self, name: str, path: Path, trusted: bool) -> Path:
@@ -435,6 +444,31 @@ class AdapterRegistry:
             raise FormatError(f"{folder} contains a GGUF file; the server only reads safetensors")
         self._check_size(name, size // 2)  # before all of it is read; float64 tensors become float32
         return folder
+
+
+@torch.no_grad()
+def check_no_overflow(name: str, adapter: Adapter, base_model: nn.Module) -> None:
+    """Raises ConfigError if an update has a scale over LARGEST_SCALE, or is not finite in the model's precision."""
+    dtype = next(parameter.dtype for parameter in base_model.parameters() if parameter.is_floating_point())
+    tensors: dict[str, Tensor] = {}
+    for path, part in adapter.parts.items():
+        if isinstance(part, LoRALayer):
+            if (scale := abs(float(part.scaling) * part.strength)) > LARGEST_SCALE:
+                raise ConfigError(
+                    f"adapter {name!r} multiplies its update of {path} by {scale:g}; take a scale, with "
+                    f"lora_alpha / r, of at most {LARGEST_SCALE:g}"
+                )
+            terms = layer_terms(part, find_layer(base_model, path)[1], dtype)
+            own = {"A": terms.A, "B": terms.B, "rescaling": terms.rescaling, "shift": terms.shift}
+        else:
+            strength = getattr(part, "strength", 1.0)
+            own = {key: (tensor * strength).to(dtype) for key, tensor in part.named_parameters()}
+        tensors |= {f"{path}.{key}": tensor for key, tensor in own.items() if tensor is not None}
+    if overflown := not_finite(tensors):
+        raise ConfigError(
+            f"adapter {name!r} overflows {str(dtype).removeprefix('torch.')} at {', '.join(overflown[:3])} "
+            f"({len(overflown)} in all); take a smaller scale"
+        )
 
 
 def check_linear(adapters: Mapping[str, Adapter]) -> None:

@@ -23,6 +23,7 @@ class RunningRequest:
     lock: Lock = field(default_factory=Lock)
     tokens: int = 0
     is_finished: bool = False
+    has_failed: bool = False
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.request.params.seed)
@@ -46,7 +47,7 @@ class RunningRequest:
                 self._finish(finish)
 
     def _finish(self, finish: Finish) -> None:
-        self.is_finished = True
+        self.is_finished, self.has_failed = True, finish.reason == "error"
         self.handle(finish)
 
 
@@ -69,11 +70,16 @@ class ChosenTokens:
 def next_tokens(logits: Tensor, requests: Sequence[RunningRequest | None], eos_token_ids: Collection[int]) -> list[int]:
     """Chooses the next token of each request, passes it to the request, and returns the ids.
 
-    logits: (requests, vocabulary). None is a request that has ended; those get any token.
+    logits: (requests, vocabulary). None is a request that has ended; those get any token. So do requests whose logits
+    are not finite, which end with an error.
     """
-    ids: list[int] = logits.argmax(-1).tolist()
-    for row, running in enumerate(requests):
+    best, likeliest = logits.max(-1)
+    ids: list[int] = likeliest.tolist()
+    for row, (running, is_finite) in enumerate(zip(requests, best.isfinite().tolist(), strict=True)):
         if running is None or running.is_finished:
+            continue
+        if not is_finite:
+            running.finish(Finish("error", "its numbers overflow: use a smaller scale"))
             continue
         params = running.request.params
         if params.temperature:
@@ -86,7 +92,8 @@ def next_tokens(logits: Tensor, requests: Sequence[RunningRequest | None], eos_t
 
 def sample_token(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
     """Returns a token by inverting the cumulative distribution. logits: (vocabulary,)."""
-    distribution = (logits.double() / params.temperature).softmax(-1)
+    logits = logits.double()
+    distribution = ((logits - logits.max()) / params.temperature).softmax(-1)  # the largest is 0, whatever divides it
     probabilities, ids = distribution, None
     if params.top_k or params.top_p < 1:
         probabilities, ids = distribution.topk(min(params.top_k or LIKELIEST, len(logits)))

@@ -125,6 +125,27 @@ def test_greedy_tokens_are_those_of_the_request_alone(engine: Engine) -> None:
     assert len(set(shared)) == len(shared)  # so that a mixture of adapters would be seen
 
 
+def test_an_adapter_that_overflows_ends_with_an_error_and_changes_no_other_answer(engine: Engine) -> None:
+    base: Any = engine.adapter_set.base_model
+    hostile = adapter(base, "small")
+    for layer in hostile.low_rank.values():
+        layer.lora_B.data.fill_(1e30)
+    with engine.paused():
+        engine.adapter_set.add("hostile", hostile)
+    answers = Answers(engine)
+    for number, (name, prompt, model) in enumerate(prompts()):
+        answers.submit(name, prompt, model)
+        answers.submit(f"hostile-{number}", [9, 10, 11], "hostile", temperature=number % 2, max_tokens=150)
+    together = answers.wait()
+    for name, prompt, model in prompts():
+        assert together[name] == alone(model, prompt)
+        answers.submit(f"{name}-later", prompt, model)
+    assert answers.wait() == together | {f"{name}-later": together[name] for name, _, _ in prompts()}
+    for name in together:
+        assert (answers.finishes[name].reason == "error") == name.startswith("hostile"), name
+    assert all(not tokens for name, tokens in together.items() if name.startswith("hostile"))
+
+
 def test_an_engine_that_is_stopped_at_once_logs_nothing() -> None:
     """So that a server that cannot start says its reason alone."""
     logger, handler = logging.getLogger("ContinuousBatchingLogger"), BufferingHandler(100)
@@ -308,6 +329,9 @@ def test_the_engine_is_chosen_by_the_model() -> None:
     assert isinstance(make_engine(AdapterSet(mamba, {}), [EOS], max_positions=64), PaddedEngine)
     with pytest.raises(ConfigError, match="padded"):
         make_engine(AdapterSet(mamba, {}), [EOS], "continuous", max_positions=64)
+    eager = base_model()
+    eager.set_attn_implementation("eager")  # masks the keys of other requests, so that their infinities become NaN
+    assert isinstance(make_engine(AdapterSet(eager, {}), [EOS], max_positions=64), PaddedEngine)
 
 
 def test_an_engine_that_fails_with_the_model_is_not_chosen(capfd: pytest.CaptureFixture[str]) -> None:

@@ -433,6 +433,9 @@ def test_equal_requests_share_one_adapter_without_tensors_of_its_own(make: Make)
         ("legal@", None, "use a number"),
         ("legal@inf", None, "finite"),
         ("legal@1e308", 1e308, "finite"),
+        ("legal@1e38", None, "multiplies its update .* by .*e\\+38; take a scale"),
+        ("legal@-300", 300, "of at most 100000"),
+        ("dora+legal@1e30", None, "'legal@1e\\+30' multiplies"),
         ("legal", float("nan"), "finite"),
         ("legal+legal@2", None, "twice"),
         ("base", 0.5, "is the base"),
@@ -447,6 +450,28 @@ def test_what_cannot_be_computed_exactly_is_refused(make: Make, model: str, scal
         registry.acquire(model, scale)
     assert len(keys(registry)) == 4
     assert requests(registry) == 0
+
+
+@pytest.mark.parametrize("settings", [{"lora_alpha": 1e39, "r": 8}, {"lora_alpha": 3e5}])
+def test_an_adapter_with_an_excessive_scale_is_refused(make: Make, root: Path, settings: dict[str, Any]) -> None:
+    save(root / "huge", **{"r": 2, **settings})
+    registry = make("chat")
+    with pytest.raises(ConfigError, match=r"'huge' multiplies its update .* by .*; take a scale, with lora_alpha / r"):
+        registry.load("huge", "huge")
+    assert len(keys(registry)) == 1
+
+
+def test_terms_that_overflow_the_model_s_precision_are_refused(root: Path) -> None:
+    registry = AdapterRegistry(AdapterSet(chat_model().half().eval(), {}), Pauses(), "base", root)
+    save(root / "steep", seed=10**4, r=2)
+    for name in ("steep", "head"):
+        registry.load(name, name)
+    for model in ("steep@9000", "steep@9000+head"):
+        with pytest.raises(ConfigError, match=r"'steep@9000' overflows float16 at .*; take a smaller scale"):
+            registry.acquire(model)
+    save(root / "steeper", seed=10**9, r=2)
+    with pytest.raises(ConfigError, match="'steeper' overflows float16"):
+        registry.load("steeper", "steeper")
 
 
 # ---- Memory
