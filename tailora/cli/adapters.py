@@ -29,7 +29,12 @@ from tailora.cli.models import (
     parse_adapters,
 )
 from tailora.errors import ConfigError, listing, nearest
-from tailora.formats.run_folder import ADAPTER_FILES, check_result_folder
+from tailora.formats.run_folder import (
+    ADAPTER_FILES,
+    check_result_folder,
+    read_system_message,
+    write_system_message,
+)
 from tailora.report.blocks import Code, Paragraph, Section
 from tailora.report.terminal import print_section
 from tailora.train.config import TrainConfig
@@ -89,6 +94,8 @@ def combine(
     adapted = load_model(base, folders, quantize="none", dtype="stored", device=device, labels=labels).model
     report = adapted.combine(weights, RESULT, method, r=r, density=density, drop=drop, seed=seed)
     adapted.save_adapter(output_dir, RESULT)
+    systems = {read_system_message(folder) for folder in folders.values()}
+    write_system_message(output_dir, systems.pop() if len(systems) == 1 else None)
     sources = ", ".join(f"{name} x {value:g}" for name, value in weights.items())
     payload = {"model": base, "method": method, "weights": weights}
     return _finish(f"Combined {sources} by {method}", report, [], labels, output_dir, payload, json)
@@ -186,6 +193,7 @@ def shrink(
         losses["loss_after"] = loss(adapted)
         lines = [f"loss on {data}: {losses['loss_before']:.4f} before, {losses['loss_after']:.4f} after"]
     adapted.save_adapter(output_dir, RESULT)
+    write_system_message(output_dir, read_system_message(folder))
     return _finish(f"Shrunk {folder}", report, lines, labels, output_dir, {"model": base, **losses}, json)
 
 

@@ -42,7 +42,7 @@ IgnoreChatTemplate = Annotated[
         negative=(), show_default=False, help="continue the prompt as it stands, as after training on plain texts"
     ),
 ]
-System = Annotated[str | None, Parameter(help="system message; default: that of the adapter's training; '': none")]
+System = Annotated[str | None, Parameter(help="system message; default: the one used in training; '': none")]
 MEMORY_ADVICE = "what helps: a shorter prompt, a smaller --max-new-tokens, a smaller --model, closing other programs"
 
 # ---- `tailora chat`
@@ -219,7 +219,7 @@ def generate(
 
     systems = {} if ignore_chat_template else training_systems(system, folders or {model: Path(model)})
     if len(set(systems.values())) > 1:
-        note("the adapters were trained with different system messages, so none is used: give one with --system")
+        note("the adapters were trained with different system messages, so none is used; --system TEXT sets one")
         systems = {}
     system = next(iter(systems.values()), None)
     sampling: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
@@ -312,7 +312,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def training_systems(given: str | None, sources: Mapping[str, Path]) -> dict[str, str | None]:
-    """Returns the system message for each adapter or model: `given`, or that of its training, which a note shows.
+    """Returns the system message for each adapter or model: `given`, or the one used in training, with a note.
 
     sources: their folders by name. Raises FormatError.
     """
@@ -321,9 +321,9 @@ def training_systems(given: str | None, sources: Mapping[str, Path]) -> dict[str
     systems = {name: read_system_message(folder) for name, folder in sources.items()}
     for name, text in systems.items():
         if text is not None:
-            note(f"{name} uses the system message of its training: {shorten(text, 60)}\n--system TEXT uses another one")
+            note(f"{name} uses the system message of its training: {shorten(text, 60)}\n--system TEXT replaces it")
         elif recorded_settings(adapter_folder(sources[name]), "data").get("messages", {}).get("system"):
-            note(f"{name} was trained with system messages, and no common one is stored: give it with --system")
+            note(f"{name} was trained with system messages, but no common one is stored; --system TEXT sets one")
     return systems
 
 

@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 from tailora import LoRAModel
 from tailora.cli.adapters import poor_fit_advice
+from tailora.formats.run_folder import read_system_message, write_system_message
 
 IDS = torch.arange(20).view(2, 10)
 
@@ -61,6 +62,17 @@ def test_combining_gives_the_adapter_that_python_gives(tiny_model: Path, adapter
     assert {each["rank"] for each in found["layers"].values()} == {2}
     assert 0 < found["worst_error"] < 1
     assert found["weights"] == {"one": 0.7, "b": -0.3}
+
+
+def test_the_system_message_of_the_training_goes_along(adapters: Path) -> None:
+    one, two, out = adapters / "one", adapters / "two", adapters / "out"
+    shrink = ["shrink", "--adapter", one, "--r", 1, "--output-dir", out, "--overwrite"]
+    combine = ["combine", "--adapter", one, "--adapter", two, "--output-dir", out, "--overwrite"]
+    for command, others, expected in ((shrink, None, "A"), (combine, "B", None), (combine, "A", "A")):
+        write_system_message(one, "A")
+        write_system_message(two, others)
+        assert call(*command)[0] == 0
+        assert read_system_message(out) == expected
 
 
 def test_shrinking_by_rank_and_by_energy(tiny_model: Path, adapters: Path) -> None:
