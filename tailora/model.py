@@ -176,6 +176,11 @@ class LoRAModel(nn.Module):
             raise ConfigError(TRAINER)
         return getattr(self.base_model, name)
 
+    def __repr__(self) -> str:
+        names = ", ".join(f"{name!r}{' (active)' * (name in self.active_adapters)}" for name in self.adapters)
+        layers = f"{type(self.base_model).__name__}, {len(self.lora_layers)} layers adapted"
+        return f"LoRAModel({layers}, adapters: {names or 'none'}; summary() lists the layers)"
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`to`, `cuda`, `float`... also reach the adapters that are not active, and the weights before a merge."""
         self._merge_state.apply(fn)

@@ -79,6 +79,7 @@ NOISY_LOGGERS = (*TORCHAO_LOGGERS, "bitsandbytes")
 PROGRAMS = ("tailora ", "torchrun ", "accelerate ", "python ")  # with which a command to copy begins
 GATE_NOT_MET = 4  # exit code
 ARGUMENTS: ContextVar[list[str]] = ContextVar("arguments")  # of the command line that `main` runs
+LIVE: ContextVar[Console | None] = ContextVar("live")  # the console that shows a bar
 MAX_LINES = 21  # of a message; --json prints all of it
 BUG = "This is a bug in tailora: please report it with the lines below."
 MEMORY_ADVICE = "what helps: a smaller --model, a smaller --max-length or --max-new-tokens, closing other programs"
@@ -245,7 +246,8 @@ def stdout() -> Console:
 
 
 def stderr() -> Console:
-    return SafeConsole(stderr=True, markup=False, highlight=False, emoji=False)
+    """Returns the console that shows a bar now, which prints above it; else a new one."""
+    return LIVE.get(None) or SafeConsole(stderr=True, markup=False, highlight=False, emoji=False)
 
 
 def write_stdout(text: str) -> None:

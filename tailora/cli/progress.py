@@ -13,7 +13,7 @@ from rich.control import Control
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import ControlType
 
-from tailora.cli.main import on_terminal, print_text
+from tailora.cli.main import LIVE, on_terminal, print_text
 from tailora.data.dataset import held_out_of, sources_of, warnings_of
 from tailora.report.format import count, plural
 
@@ -24,6 +24,17 @@ SECONDS_BETWEEN_LINES = 5.0
 WIDTH = 100  # of the header at most; a terminal may be narrower
 
 
+@contextmanager
+def _shown(bar: Progress) -> Iterator[Progress]:
+    """Shows the bar within the block; what is printed to stderr stands above it."""
+    token = LIVE.set(bar.console)
+    try:
+        with bar:
+            yield bar
+    finally:
+        LIVE.reset(token)
+
+
 # ---- Counts, such as the rows that were evaluated or the steps of a study's runs
 
 
@@ -32,7 +43,7 @@ def counter(console: Console, unit: str) -> Iterator[Callable[[int, int], None]]
     """Yields a function to call with the number of units done and their total."""
     if on_terminal(console):
         columns = TextColumn(unit, markup=False), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=console, transient=True) as bar:
+        with _shown(Progress(*columns, console=console, transient=True)) as bar:
             task = bar.add_task("", total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
         return
@@ -118,7 +129,7 @@ def run_progress(console: Console) -> Iterator["Listener"]:
         yield _listener(console, lambda text, _done, _total, always: line.show(text, always=always))
         return
     columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=20)
-    with Progress(*columns, console=console, transient=True) as bar:
+    with _shown(Progress(*columns, console=console, transient=True)) as bar:
         task = bar.add_task("reading model and data", total=None)
         yield _listener(
             bar.console, lambda text, done, total, _: bar.update(task, description=text, completed=done, total=total)
@@ -187,7 +198,9 @@ def format_header(header: Mapping[str, Any], width: int = WIDTH) -> str:
     if full:
         lines["trained"] = "all weights of the model"
     else:
-        lines["adapter"] = f"{header['adapted_layers']} layers, {trained:,} parameters ({trained / total:.2%})"
+        lines["adapter"] = (
+            f"{plural(header['adapted_layers'], 'layer')}, {trained:,} parameters ({trained / total:.2%})"
+        )
         if target_r := settings.get("target_r"):
             lines["ranks"] = f"from {settings['r']} to {target_r} on average, larger where they matter (AdaLoRA)"
         if settings.get("init_lora_weights", "kaiming") != "kaiming":
@@ -199,7 +212,7 @@ def format_header(header: Mapping[str, Any], width: int = WIDTH) -> str:
     if data is None or settings["streaming"]:  # streamed data is not known yet
         lines["data"] = f"streamed; {held_out_of(data)}" if data else "streamed"
     else:
-        lines["data"] = f"{data['train']:,} examples, {held_out_of(data)}; read as {data['shape']}"
+        lines["data"] = f"{plural(data['train'], 'example')}, {held_out_of(data)}; read as {data['shape']}"
         lines |= sources_of(data)
         lines |= warnings_of(data)
     batches = "packed into one row, attention inside each" if header["packed"] else "padded to the longest"

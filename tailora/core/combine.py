@@ -143,7 +143,7 @@ def _equal_ranks_in_attention(factors: Mapping[str, Factors], base_model: nn.Mod
 # ---- Combining
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Truncation:
     """By path of the layer: the rank kept, and ||dW - B A|| / ||dW|| in the Frobenius norm before any rounding."""
 
@@ -153,6 +153,9 @@ class Truncation:
     @property
     def worst(self) -> float:
         return max(self.error.values(), default=0.0)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.rank)} layers, relative error up to {self.worst:.3g}: see rank, error)"
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ def shrink(
 # ---- Extracting an adapter from a fully tuned model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Extraction(Truncation):
     """Rank and error of every layer that differs, and the differences that the adapter does not hold.
 

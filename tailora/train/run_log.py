@@ -185,20 +185,21 @@ def write_examples(
     output_dir: Path,
     before: "Evaluation | None",
     after: "Evaluation | None",
-    score_names: Sequence[str] = (),
-    targets: Sequence[Any] | None = None,
+    score_names: Sequence[str],
+    targets: Sequence[Any] | None,
+    texts: Iterable[str],
 ) -> None:
     """Writes examples.jsonl: each held-out example's number of losses (tokens), and their sums (nats); none, no file.
 
     score_names: of what else is known of each example; with several losses of an example, a list of lists.
-    targets: what is right for each example, if it is more than its tokens.
+    targets: what is right for each example, if it is more than its tokens.    texts: what the model reads.
     """
     if before is None or after is None:
         return
     columns = after.counts.tolist(), before.sums.tolist(), after.sums.tolist()
     rows: list[dict[str, Any]] = [
-        {"tokens": tokens, "before": loss_before, "after": loss_after}
-        for tokens, loss_before, loss_after in zip(*columns, strict=True)
+        {"tokens": tokens, "before": loss_before, "after": loss_after, "text": text}
+        for tokens, loss_before, loss_after, text in zip(*columns, texts, strict=True)
     ]
     for when, evaluation in (("before", before), ("after", after)):
         if evaluation.scores is None:

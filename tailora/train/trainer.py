@@ -484,7 +484,9 @@ class Trainer:
             try:
                 run_log.write_run(run.output_dir, {**run.header, "diverged": False}, result.to_dict())
                 targets = None if held_out is None else run.task.targets(held_out)
-                run_log.write_examples(run.output_dir, result.before, result.after, run.task.score_names, targets)
+                names = run.task.score_names
+                texts = (run.tokenizer.decode(example.sequences[0].input_ids) for example in held_out or ())
+                run_log.write_examples(run.output_dir, result.before, result.after, names, targets, texts)
             except WriteError as error:  # what was trained is complete, so the run has not failed
                 run.note(str(error))
         for text in stream_notes(run.data, self.config.max_length):

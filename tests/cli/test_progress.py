@@ -1,6 +1,7 @@
 """What a run shows while it goes on."""
 
 import io
+import re
 import subprocess
 import sys
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tailora.cli.main import note, stderr
 from tailora.cli.progress import counter, download_progress, format_header, run_progress, step_counter
 from tailora.data.dataset import WARNINGS
 from tailora.train.events import Evaluated, EvaluationProgress, Event, Note, Stepped
@@ -121,6 +123,12 @@ def test_the_header_has_a_line_for_what_was_dropped_and_for_nothing_else(key: st
     assert len(after) == len(before) + 1
 
 
+def test_the_header_has_one_of_what_there_is_one() -> None:
+    header = {**HEADER, "adapted_layers": 1, "max_steps": 1, "data": {**HEADER["data"], "train": 1}}
+    text = " ".join(format_header(header).split())
+    assert all(part in text for part in ("adapter 1 layer, ", "data 1 example, ", "steps 1 step, "))
+
+
 def test_the_header_says_how_many_held_out_examples_are_distinct() -> None:
     text = " ".join(format_header({**HEADER, "data": {**HEADER["data"], "eval_copies": 4}}).split())
     assert "90 examples, 10 held out, 6 distinct; read as" in text
@@ -149,6 +157,18 @@ def test_streamed_data_is_not_counted_though_the_held_out_is() -> None:
     text = format_header({**HEADER, "data": data, "settings": {**HEADER["settings"], "streaming": True}})
     assert "streamed; 10 held out" in text
     assert "DUPLICATES" not in text
+
+
+def test_a_note_stands_above_the_bar_that_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr", Terminal())
+    with counter(stderr(), "rows") as progress:
+        progress(1, 2)
+        console = stderr()
+        note("choices are computed one by one")
+    assert stderr() is not console
+    text = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"\r\x1b\[2K(\x1b\[[\d;]*m)*note: choices are computed", text)  # the bar is erased before the note
 
 
 @pytest.mark.parametrize(("file", "is_drawn"), [(Terminal(), True), (io.StringIO(), False)])

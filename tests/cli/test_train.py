@@ -97,6 +97,9 @@ def test_samples_are_held_out_prompts_answered_by_both(finished: FinishedRun) ->
     replies = {prompt["content"]: reply["content"] for prompt, reply in chats}
     assert all(sample["reference"] == replies[sample["prompt"]] for sample in samples)
     assert f"→ {samples[0]['reference']}" in finished.out
+    examples = [json.loads(line) for line in (finished.folder / "examples.jsonl").read_text().splitlines()]
+    assert all(replies[sample["prompt"]] in example["text"] for sample, example in zip(samples, examples, strict=False))
+    assert f"fine-tuned: {finished.folder}" in finished.out
 
 
 def test_the_passport_of_a_run_holds_no_text_of_its_data(finished: FinishedRun, chats_text: str) -> None:

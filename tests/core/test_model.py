@@ -42,6 +42,20 @@ def causal_lm(architecture: str) -> nn.Module:
     return chat_model()
 
 
+def test_a_model_and_what_combine_returns_are_shown_in_a_line() -> None:
+    model = two()
+    assert repr(model) == (
+        "LoRAModel(Sequential, 2 layers adapted, adapters: 'default' (active), 'b'; summary() lists the layers)"
+    )
+    report = model.combine({"default": 0.5, "b": 0.5}, name="mix", method="svd", r=1)
+    assert re.fullmatch(r"Truncation\(2 layers, relative error up to 0\.\d+: see rank, error\)", repr(report))
+    assert set(report.rank) == {"0", "2"}
+    tuned = net()
+    tuned[0].weight.data += 0.1
+    _, extraction = LoRAModel.from_difference(net(), tuned, r=1)
+    assert repr(extraction).startswith("Extraction(1 layers, relative error up to ")
+
+
 @pytest.mark.parametrize("architecture", ["sequential", "gpt2", "llama"])
 def test_the_plain_loop_trains_a_model_and_leaves_the_base_bitwise_alone(architecture: str) -> None:
     is_lm = architecture != "sequential"

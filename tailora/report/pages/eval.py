@@ -13,10 +13,10 @@ from tailora.report.format import NONE, decimals, duration, plural
 from tailora.report.pages.shared import INTERVAL, labels_section, numeric, settings_table
 
 CUTS = {  # of EvalReport.data: how many rows were cut or left out
-    "truncated": "{:,} rows were longer than --max-length and cut; the longest has {longest:,} tokens",
-    "cut_away": "{:,} of them were left out, because nothing is left to evaluate after the cut",
-    "copies": "{:,} rows are copies of others: each text was evaluated once",
-    "too_long": "{:,} rows were left out: choices or prompt longer than --max-length or the model allows",
+    "truncated": "cut at --max-length: {}; the longest has {longest:,} tokens",
+    "cut_away": "left out, because nothing is left to evaluate after the cut: {}",
+    "copies": "left out, as copies of other rows: {}",
+    "too_long": "left out, because choices or prompt are longer than --max-length or the model allows: {}",
 }
 TUNED, BASE, CHANGE = "tuned", "base", "tuned - base"
 
@@ -97,7 +97,7 @@ def eval_page(report: EvalReport) -> Page:
         Section("Answers", "The first greedy answers; ✓ marks those that match the expected ones.", _answers(report)),
         Section("Data", "", [settings_table("Data", ("", facts))]),
     ]
-    notes = [text.format(data[name], **data) for name, text in CUTS.items() if data.get(name)]
+    notes = [text.format(plural(data[name], "row"), **data) for name, text in CUTS.items() if data.get(name)]
     notes += [report.rows_of_training] if report.rows_of_training else []
     where = " on rows of training" if report.rows_of_training else ""
     outcomes = [f"gate {'met' if gate.met else 'NOT MET'}{where}: {gate}" for gate in report.gates]

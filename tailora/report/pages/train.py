@@ -277,7 +277,8 @@ def train_page(report: TrainReport) -> Page:
         Section("Settings and machine", "", [settings_table(title, ("", values)) for title, values in tables.items()]),
     ]
     notes = [hint] if result is not None and (hint := _few_steps_hint(result, report)) else []
-    return Page("train", f"{model}, fine-tuned", report.verdict, numbers, sections, notes)
+    title = f"{model}, fine-tuned: {report.settings.get('output_dir', '')}".removesuffix(": ")
+    return Page("train", title, report.verdict, numbers, sections, notes)
 
 
 def _few_steps_hint(result: Result, report: TrainReport) -> str:
@@ -405,8 +406,8 @@ def _course(steps: Sequence[Step]) -> list[Figure]:
         axes.plot([step.step for step in shown], values, color=SERIES[0])
         if name == "grad_norm" and values.min() > 0 and values.max() > 30 * values.min():
             canvas.log_axis("y")
-        elif name != "tokens_per_second":
-            axes.set_ylim(bottom=0)
+        elif name != "tokens_per_second" and (highest := values[np.isfinite(values)].max(initial=0)) > 0:
+            axes.set_ylim(0, 1.08 * highest)  # room for a line that is almost flat
 
     figures = []
     for name, unit, caption in COLUMNS:
