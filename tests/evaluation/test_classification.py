@@ -125,6 +125,33 @@ def test_intervals_hold_the_value_and_are_the_same_each_time(labels: Labels) -> 
     assert scores == label_scores(outputs_of(labels))
 
 
+def test_intervals_have_the_width_of_95_percent() -> None:
+    """That of a mean over rows, or of a ratio of two, in the limit of many rows."""
+    numbers, tags = outputs_of(NUMBER), outputs_of(TAGS)
+    errors = (numbers.targets - numbers.outputs)[:, 0] ** 2
+    right = tags.by_row(tags.predicted == tags.truth)
+    share = right.sum() / tags.counts.sum()
+    for data, name, residual in (
+        (numbers, "mse", errors),
+        (tags, "accuracy", (right - share * tags.counts) / tags.counts.mean()),
+    ):
+        score = label_scores(data)[name]
+        assert score.high - score.low == pytest.approx(2 * 1.96 * residual.std() / math.sqrt(ROWS), rel=0.08)
+
+
+@pytest.mark.parametrize("least", [0, 1], ids=["that is predicted", "that is not predicted either"])
+def test_a_class_that_no_row_has_counts_only_if_it_is_predicted(least: int) -> None:
+    data = outputs_of(CLASSES)
+    outputs = data.outputs.copy()
+    outputs[:, 0] -= 99 * least
+    truth = np.maximum(data.targets, 1)
+    changed = LabelOutputs(CLASSES, outputs, truth, data.counts)
+    assert (changed.predicted == 0).any() != bool(least)
+    expected = metrics.f1_score(changed.truth, changed.predicted, average="macro", zero_division=0)
+    assert value(changed, "f1_macro") == pytest.approx(expected)
+    assert ("f1[a]" in label_scores(changed)) != bool(least)
+
+
 @pytest.mark.parametrize(
     "labels", [CLASSES, BINARY, SEVERAL, NUMBER, TAGS], ids=["classes", "two", "several", "number", "tags"]
 )
@@ -195,3 +222,16 @@ def test_a_model_as_sure_as_it_is_right_is_calibrated() -> None:
     assert label_details(data)["calibration"]["ece"] == pytest.approx(0)
     wrong = LabelOutputs(BINARY, sure, np.array([[0.0]] * 3 + [[1.0]] * 7), data.counts)
     assert label_details(wrong)["calibration"]["ece"] == pytest.approx(0.5)
+
+
+def test_the_calibration_error_counts_rows_not_bins() -> None:
+    confidences, rows, right = (0.9, 0.6), (10, 30), (5, 24)  # distances of 0.4 and 0.2
+    outputs = np.repeat([[math.log(p / (1 - p)), 0.0] for p in confidences], rows, axis=0)
+    truth = np.concatenate([np.arange(n) >= hits for n, hits in zip(rows, right, strict=True)]).astype(np.float64)
+    data = LabelOutputs(BINARY, outputs, truth[:, None], np.ones(40, dtype=np.int64))
+    calibration = label_details(data)["calibration"]
+    assert calibration["ece"] == pytest.approx((10 * 0.4 + 30 * 0.2) / 40)
+    assert [(row["n"], round(row["confidence"], 6), row["accuracy"]) for row in calibration["bins"]] == [
+        (30, 0.6, 0.8),
+        (10, 0.9, 0.5),
+    ]

@@ -62,6 +62,33 @@ def test_arms_are_judged_on_the_half_that_did_not_choose() -> None:
     assert found.seeds == [1, 2, 3]
 
 
+def test_differences_are_from_the_reference_and_adjusted_for_all_arms() -> None:
+    rng, counts = np.random.default_rng(0), np.full(80, 2)
+    study = CompareConfig(arms={"good": {}, "bad": {"r": 2}, "full": {"method": "full"}})
+    shifts, chances = {"good": -0.2, "bad": 0.2, "full": 0.0}, {"good": 0.9, "bad": 0.5, "full": 0.7}
+    runs = {
+        arm: [
+            replace(
+                trial(rng.normal(3 + shifts[arm], 0.1, 80), counts, seed, 10),
+                hits=rng.binomial(counts, chances[arm]).tolist(),
+            )
+            for seed in (1, 2, 3)
+        ]
+        for arm in study.arms
+    }
+    found = judge_arms(study, {arm: rates(1e-3) for arm in runs}, runs, notes=[], settings={}, seconds=1.0)
+    assert found.reference == "full"
+    half = judging_half(80)
+    for arm in found.arms[:2]:
+        for name, difference in (("sums", arm.difference), ("hits", arm.accuracy_difference)):
+            own, other = (np.array([getattr(run, name) for run in runs[each]])[:, half] for each in (arm.name, "full"))
+            assert difference == difference_over_seeds(other, own, counts[half], comparisons=2)
+        assert found.p_values[arm.name] == arm.difference.p_value
+    good, bad = (arm.accuracy_difference for arm in found.arms[:2])
+    assert bad.value < 0 < good.value
+    assert found.arms[2].accuracy_difference is None
+
+
 @pytest.mark.parametrize(("tries", "remedy"), [(1, "--rate-tries"), (2, "a higher --minutes")])
 def test_tries_that_ended_early_were_cut_short_by_the_minutes(tries: int, remedy: str) -> None:
     search = LearningRateSearch(1e-3, tries)
