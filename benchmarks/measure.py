@@ -145,7 +145,7 @@ def clock_for(threads: int) -> Callable[[], float]:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+    return {"median": statistics.median(values), "low": min(values), "high": max(values), "n": len(values)}
 
 
 def ratios(times: dict[str, list[float]], over: str) -> dict[str, dict[str, float]]:

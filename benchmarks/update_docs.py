@@ -285,20 +285,23 @@ def serving() -> str:
     rows = [
         [
             name,
+            str(arm["tokens_per_second"]["n"]),
             ranged(arm["tokens_per_second"], "{:.0f}"),
             *(f"{arm[f'first_token_{share}']['median']:.2f}" for share in ("p50", "p95")),
         ]
         for name, arm in content["arms"].items()
     ]
-    arms = tables.table(["32 requests at once", "useful tokens/s", "first token, p50 s", "p95 s"], rows)
+    arms = tables.table(["32 requests at once", "rounds", "useful tokens/s", "first token, p50 s", "p95 s"], rows)
     ratios = tables.table(
-        ["ratio of tokens/s, round by round", "median and range"],
-        [[name, ranged(ratio, "{:.2f}")] for name, ratio in content["ratios"].items()],
+        ["ratio of tokens/s, round by round", "rounds", "median and range"],
+        [[name, str(ratio["n"]), ranged(ratio, "{:.2f}")] for name, ratio in content["ratios"].items()],
     )
     loading = content["loading"]
-    seconds = ", ".join(f"{name} {ranged(spread, '{:.3f}')} s" for name, spread in loading["seconds"].items())
+    seconds = ", ".join(
+        f"{name} {ranged(spread, '{:.3f}')} s ({spread['n']} times)" for name, spread in loading["seconds"].items()
+    )
     source = (
-        f"Medians and ranges of {content['rounds']} rounds in {content['dtype']} on {tables.machine(content)}, "
+        f"Medians and ranges over the rounds, in {content['dtype']} on {tables.machine(content)}, "
         f"{content['threads']} thread{'s' if content['threads'] > 1 else ''}; load of the machine before: "
         f"{content['load_before']:.1f}. {tables.packages(content)}."
     )

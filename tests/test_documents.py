@@ -13,8 +13,9 @@ from accelerate.commands.launch import launch_command_parser
 from tiny import chat_model
 from torch.distributed.run import get_args_parser
 
+from benchmarks.measure import spread
 from benchmarks.site.page_blocks import blocks, inline, measured_parts
-from benchmarks.update_docs import PARTS
+from benchmarks.update_docs import PARTS, read
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import COMMANDS, app
 from tailora.formats.export import FORMATS
@@ -47,6 +48,16 @@ def test_the_servers_of_the_page_are_those_of_the_table() -> None:
     base, stops = "HuggingFaceTB/SmolLM2-135M-Instruct", {2: "<|im_end|>"}
     serving = Serving("vllm", "portable", "demo-vllm", base, 16, 8192, stops, {}, None)
     assert text == script(with_commands(serving, "."))
+
+
+def test_each_row_of_the_serving_table_has_its_own_number_of_rounds() -> None:
+    results = read("serve")
+    rounds = {name: arm["tokens_per_second"]["n"] for name, arm in results["arms"].items()}
+    rounds |= {name: ratio["n"] for name, ratio in results["ratios"].items()}
+    assert set(rounds.values()) == {2, 5}
+    for name, count in rounds.items():
+        assert f"\n| {name} | {count} | " in page("serving")
+    assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.0, "high": 3.0, "n": 3}
 
 
 def test_measured_parts_are_what_the_results_give() -> None:
