@@ -205,9 +205,13 @@ def message_of(error: BaseException) -> str:
         return str(error)
     message, command = str(error).removesuffix("."), " ".join(error.command_chain or ())
     if isinstance(error, UnknownOptionError) and error.token.keyword:
-        known = {name.lstrip("-").replace("-", "_") for item in error.argument_collection for name in item.names}
-        if ours := our_name(error.token.keyword.lstrip("-").replace("-", "_"), known, is_flag=True):
-            message = f"Unknown option: {error.token.keyword}. {ours[:1].upper()}{ours[1:]}"
+        flags = {name for item in error.argument_collection for name in item.names}
+        known, first = {name.lstrip("-").replace("-", "_") for name in flags}, error.token.keyword
+        if ours := our_name(first.lstrip("-").replace("-", "_"), known, is_flag=True):
+            message = f"Unknown option: {first}. {ours[:1].upper()}{ours[1:]}"
+        typed = dict.fromkeys(text.partition("=")[0] for text in ARGUMENTS.get() if text.startswith("--"))
+        if others := [name for name in typed if name not in (*flags, first, "--")]:
+            message += f". Unknown, too: {', '.join(others)}"
     elif isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         unused = shlex.join(error.unused_tokens)
         hint = f". For data, write --data {unused}" if command in TAKE_DATA else ""

@@ -44,10 +44,12 @@ def test_help_and_version_exit_with_0(
     [
         (["trian"], 'Did you mean "train"'),
         (["train", "--learning-rat", "1"], "Did you mean --learning-rate"),
+        (["train", "--zz", "1", "--no-use-dora", "--yy=3"], "Unknown option: --zz. Unknown, too: --yy. `tailora train"),
+        (["train", "--r", "0", "--learning-rate", "x"], "  - --r '0': input should be greater than or equal to 1"),
         (["demo", "--max-step", "1"], "Did you mean --max-steps"),
-        (["train", "--r", "0"], "error: r = '0': input should be"),
+        (["train", "--r", "0"], "error: --r '0': input should be"),
         (["train", "--dtype", "float8"], "float32"),
-        (["train", "--learning-rate", "fast"], "error: learning_rate = 'fast': input should be a valid number\n"),
+        (["train", "--learning-rate", "fast"], "error: --learning-rate 'fast': input should be a valid number\n"),
         (["train", "--config", "absent.yaml"], "absent.yaml"),
         (["train", "--r"], "requires an argument"),
         (["train", "chats.jsonl"], "train takes no argument chats.jsonl. For data, write --data chats.jsonl"),
@@ -127,7 +129,7 @@ def test_with_json_the_error_is_the_last_line_on_stdout(capsys: pytest.CaptureFi
     error = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
     assert error["type"] == "ConfigError"
     assert error["exit_code"] == 2
-    assert error["message"].startswith("r = '0': ")
+    assert error["message"].startswith("--r '0': ")
 
 
 @pytest.mark.parametrize(
