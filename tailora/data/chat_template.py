@@ -6,10 +6,10 @@ Templates leave out what they do not know. Tools, calls and results for which a 
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Self, TypeAlias
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from jinja2.exceptions import TemplateError
@@ -249,27 +249,6 @@ def _with_system(sample: Conversation | Pair, tokenizer: ChatTokenizer) -> Conve
 # ---- Tools: in the form that the template reads
 
 MARK = "zqx{}xqz"  # stands in no template; numbered, and the number cannot be the beginning of another one
-WITH_TOOLS = Conversation(  # what every template that has a place for tools writes
-    [
-        {"role": "user", "content": "a"},
-        {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"id": "call12345", "type": "function", "function": {"name": "f", "arguments": {"x": "1"}}}],
-        },
-        {"role": "tool", "tool_call_id": "call12345", "name": "f", "content": "b"},
-    ],
-    tools=[
-        {
-            "type": "function",
-            "function": {
-                "name": "f",
-                "description": "g",
-                "parameters": {"type": "object", "properties": {"x": {"type": "string"}}, "required": ["x"]},
-            },
-        }
-    ],
-)
 NO_TOOLS = (
     "use a model whose template supports tools, or write tools and calls into the contents, in the form in which the "
     "model is to call them"
@@ -285,23 +264,9 @@ def fit_to_template(chat: Conversation, tokenizer: ChatTokenizer) -> Conversatio
     """
     if not has_tools(chat):
         return chat
-    fitted, problem = _in_form(chat, (_with_objects, _with_json), tokenizer)
-    if fitted is None and _in_form(WITH_TOOLS, (_with_objects, _with_json), tokenizer)[0] is None:
-        fitted, _ = _in_form(chat, (tools_as_text,), tokenizer)
-    if fitted is None:
-        raise DataError(problem)
-    return fitted
-
-
-def has_tools(chat: Conversation) -> bool:
-    return bool(chat.tools) or any(m["role"] == "tool" or "tool_calls" in m for m in chat.messages)
-
-
-Form: TypeAlias = Callable[[Conversation], Conversation]
-
-
-def _in_form(chat: Conversation, forms: Sequence[Form], tokenizer: ChatTokenizer) -> tuple[Conversation | None, str]:
-    """Returns the conversation in the first form that the template writes, or None and what is wrong."""
+    template, forms = tokenizer.template or "", [_with_objects, _with_json]
+    if "tool_calls" not in template or not re.search(r"\btools\b", template):
+        forms.append(tools_as_text)
     problems = []
     for form in forms:
         try:
@@ -310,9 +275,13 @@ def _in_form(chat: Conversation, forms: Sequence[Form], tokenizer: ChatTokenizer
             problems.append(str(error))
             continue
         if not missing:
-            return form(chat), ""
+            return form(chat)
         problems.insert(0, f"the chat template does not write {missing}: {NO_TOOLS}")
-    return None, problems[0]
+    raise DataError(problems[0])
+
+
+def has_tools(chat: Conversation) -> bool:
+    return bool(chat.tools) or any(m["role"] == "tool" or "tool_calls" in m for m in chat.messages)
 
 
 def _with_objects(chat: Conversation) -> Conversation:
@@ -384,7 +353,7 @@ def tools_as_text(chat: Conversation) -> Conversation:
     return Conversation(messages, first, frozenset(numbers[index] for index in chat.untrained))
 
 
-def _not_written(chat: Conversation, form: Form, tokenizer: ChatTokenizer) -> str:
+def _not_written(chat: Conversation, form: Callable[[Conversation], Conversation], tokenizer: ChatTokenizer) -> str:
     """Returns which tool, call or result the template leaves out, or writes as Python; "" if it writes all as they are.
 
     Each gets a mark, and the marks are looked for: a name or result may stand elsewhere in the text, too.
