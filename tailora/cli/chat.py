@@ -296,7 +296,7 @@ def read_prompts(path: Path) -> list[str]:
         problems = [row for row in rows if isinstance(row, RowProblem)]
         fields = [row for row in rows if isinstance(row, Row)]
         problems += [
-            RowProblem(row.file, row.number, f"no text under 'prompt'; it has {', '.join(row.fields) or 'nothing'}")
+            row.problem(f"no text under 'prompt'; it has {', '.join(row.fields) or 'nothing'}")
             for row in fields
             if not (isinstance(row.fields.get("prompt"), str) and row.fields["prompt"].strip())
         ]

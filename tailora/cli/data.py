@@ -18,7 +18,7 @@ from tailora.cli.flags import ConfigFile, Json, flags_of, merge_settings
 from tailora.cli.main import note, print_json, stdout
 from tailora.cli.models import check_sources, fetch_demo
 from tailora.data.dataset import Example, held_out_of, sources_of, warnings_of
-from tailora.data.readers import parse_sources, source_names
+from tailora.data.readers import MAX_SHOWN, parse_sources, source_names
 from tailora.report.blocks import Code, Section
 from tailora.report.format import printable
 from tailora.report.terminal import print_rich_table, print_section
@@ -27,7 +27,7 @@ from tailora.train.config import FEW_STEPS, TrainConfig
 if TYPE_CHECKING:
     from tailora.data.prepare import PreparedData
 
-SETTINGS = ["model", "task", "eval_data", "field", "max_length", "validation_split", "seed"]
+SETTINGS = ["model", "task", "eval_data", "field", "max_length", "validation_split", "seed", "skip_bad_rows"]
 SETTINGS += ["system", "assistant_only_loss", "completion_only_loss", "documents"]
 Flags: Any = flags_of(TrainConfig, only=SETTINGS)
 BAR = 40  # characters of the longest bar
@@ -69,6 +69,8 @@ def data(
     labels, _ = find_labels(settings)
     check_vocabulary(tokenizer, embedding_rows)
     prepared = read_whole(settings, tokenizer, labels)
+    for problem in prepared.skipped[:MAX_SHOWN]:
+        note(f"skipped {problem}")
     report = prepared.report.to_dict()
     examples: dict[str, Pieces] = {}
     for index in range(min(rows, len(prepared.train))):

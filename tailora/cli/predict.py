@@ -141,7 +141,7 @@ def labelled(
         results = predict_labels(model, tokenizer, labels, samples[part], max_length=config.max_length)
         for row, result in zip(rows[part], results, strict=True):
             if isinstance(result, DataError):
-                raise data_error([RowProblem(row.file, row.number, str(result))])
+                raise data_error([row.problem(result)])
             yield columns_of(row) | rounded(result)
 
 
@@ -182,9 +182,7 @@ def question(row: Row, field: Mapping[str, str], tokenizer: "ChatTokenizer") -> 
     keys = {key: field.get(key, key) for key in ("messages", "prompt")}
     key = next((key for key, column in keys.items() if column in row.fields), None)
     if key is None:
-        return RowProblem(
-            row.file, row.number, f"no messages and no prompt; it has {', '.join(row.fields) or 'nothing'}"
-        )
+        return row.problem(f"no messages and no prompt; it has {', '.join(row.fields) or 'nothing'}")
     try:
         value = parsed_list(row.fields[keys[key]], key)
         messages = read_messages(value, key) if isinstance(value, list) else [{"role": "user", "content": value}]
@@ -194,6 +192,6 @@ def question(row: Row, field: Mapping[str, str], tokenizer: "ChatTokenizer") -> 
             raise DataError(f"{key} asks nothing")
         chat = with_system(Conversation(messages), tokenizer)
     except DataError as error:
-        return RowProblem(row.file, row.number, str(error))
+        return row.problem(error)
     assert isinstance(chat, Conversation)
     return chat.messages

@@ -122,6 +122,7 @@ FILES = {
     SAMPLES: "the answers above",
     "metrics.jsonl": "loss, learning rate, speed of every step",
     "examples.jsonl": "loss of every held-out example, before and after",
+    "skipped-rows.jsonl": "rows of the data that were left out, with the reasons",
     "run.json": "settings, versions, seeds and data hash: all that is needed to repeat the run",
     "config.yaml": "the settings, for --config",
     REPORT: "the numbers of report.html, for programs",

@@ -60,6 +60,7 @@ class DataSettings:
         not their prompts. None: yes to both, except that completion_only_loss=False trains everything.
     documents: whether examples of plain texts hold one text each, or pieces of all texts joined.
     validation_split, seed: share of the examples to hold out, and which.
+    skip_bad_rows: leave out rows that cannot be used, and report them, instead of raising an error.
     for_evaluation: read a pair of replies as choices, where the chosen one is right, to evaluate a language model.
     """
 
@@ -73,6 +74,7 @@ class DataSettings:
     documents: Literal["isolated", "concatenated"] = "isolated"
     validation_split: float = 0.05
     seed: int = 0
+    skip_bad_rows: bool = False
     for_evaluation: bool = False
 
     @property

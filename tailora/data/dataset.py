@@ -381,18 +381,12 @@ class DataReport:
     rows: int  # usable rows of source and eval_source
     train: int  # examples
     eval: int
-    eval_copies: int  # of eval, copies of other held-out examples: they are not evaluated again
     tokens: int  # train and eval
     supervised_tokens: int
     longest: int  # tokens of the longest row, before cutting
-    truncated: int  # examples cut at max_length
-    without_weight: int  # rows left out because their weight is 0
-    cut_away: int  # examples left out because the cut took all trained tokens
-    split_rows: int  # conversations that became several examples, since the template rewrites earlier replies
-    split_examples: int  # those examples
-    tools_as_text: int  # conversations whose tools the template has no place for
-    repeated: int  # rows that repeat an earlier row of the same side
-    duplicates: int  # eval examples that are train examples too
+    split_examples: int  # of conversations that became several
+    flagged: dict[str, int]  # a key of WARNINGS -> how many rows it is about; keys of their own in report.json
+    rows_of: dict[str, list[str]]  # a key of WARNINGS -> the first of those rows
     lengths: list[dict[str, int]]  # examples with low to high tokens, both included
     sha256: str  # of all ids and labels, train then eval
     labels: dict[str, int]  # how many examples, or words, to train on have each label; {} for other tasks
@@ -403,13 +397,16 @@ class DataReport:
         return self.supervised_tokens / self.tokens
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "supervised_share": self.supervised_share}
+        content = {**asdict(self), **self.flagged}
+        del content["flagged"]
+        return {**content, "supervised_share": self.supervised_share}
 
 
 WARNINGS = {  # count in the report -> name, meaning
     "truncated": ("cut", "examples are longer than --max-length"),
     "without_weight": ("weight 0", "rows have the weight 0 and are left out"),
     "cut_away": ("left out", "examples whose learned tokens were all cut away"),
+    "skipped": ("skipped", "rows cannot be used"),
     "split_rows": (
         "divided",
         "conversations became {split_examples:,} examples, one per reply that the template rewrites",
@@ -419,19 +416,38 @@ WARNINGS = {  # count in the report -> name, meaning
         "conversations have tools, for which the chat template has no place: they are written as text, as other "
         "programs that use the adapter must, too",
     ),
-    "repeated": ("repeated", "rows are copies of an earlier row"),
-    "eval_copies": ("copies", "held-out examples are copies of others: each text is evaluated once"),
-    "duplicates": ("DUPLICATES", "held-out rows are also trained on: the held-out loss will look too good"),
+    "repeated": ("repeated", "rows to train on are copies of an earlier one"),
+    "eval_copies": ("copies", "held-out examples are copies of others and are evaluated once"),
+    "duplicates": ("DUPLICATES", "held-out rows are also trained on, so the held-out loss will look too good"),
+    # what looks like a mistake
+    "empty_question": ("no question", "rows have an empty question"),
+    "missing_answer": ("no answer", 'rows have an answer such as "N/A" or "nan", most likely from an empty cell'),
+    "no_prompt": ("no prompt", "conversations begin with the assistant, whose first reply is not learned"),
+    "similar_labels": ("similar", "rows have a label that differs from a more frequent one only in spaces or case"),
+    "two_labels": ("two labels", "rows have the text of an earlier row with a different label"),
+    "imbalance": ("imbalance", "rows have a class that is more than 20 times rarer than the most frequent one"),
 }
+MOST_NAMED = 5  # rows in a warning
 
 
 def warnings_of(report: Mapping[str, Any]) -> dict[str, str]:
-    """Returns name -> count and meaning for what was cut, left out or found twice. report: DataReport.to_dict()."""
+    """Returns name -> count, meaning and rows of what was cut, left out, found twice or looks like a mistake.
+
+    report: DataReport.to_dict(), perhaps of an earlier version.
+    """
+    rows_of = report.get("rows_of", {})
     return {
-        name: f"{report[key]:,} {meaning.format_map(report)}"
+        name: f"{report[key]:,} {meaning.format_map(report)}{named_rows(rows_of.get(key, ()), report[key])}"
         for key, (name, meaning) in WARNINGS.items()
-        if report[key]
+        if report.get(key)
     }
+
+
+def named_rows(locations: Sequence[str], count: int) -> str:
+    """Returns ": a.jsonl:3, a.jsonl:7 and 8 more", or "" without locations. count: of all rows."""
+    first = [location.rpartition("/")[2] for location in locations[:MOST_NAMED]]
+    more = f" and {count - len(first):,} more" if count > len(first) else ""
+    return f": {', '.join(first)}{more}" if first else ""
 
 
 def length_histogram(lengths: Int64, bins: int = 10) -> list[dict[str, int]]:

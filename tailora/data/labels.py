@@ -172,8 +172,13 @@ def _in_order(names: Iterable[str]) -> tuple[str, ...]:
 # ---- The names, before the model is loaded
 
 
-def read_labels(sources: Sequence[str], field: Mapping[str, str] | None, task: str) -> Labels:
-    """Returns the labels of all rows. Raises DataError that names every problem with file, row and cause."""
+def read_labels(
+    sources: Sequence[str], field: Mapping[str, str] | None, task: str, *, skip_bad_rows: bool = False
+) -> Labels:
+    """Returns the labels of all rows. Raises DataError that names every problem with file, row and cause.
+
+    skip_bad_rows: leave them to `prepare`, which names them.
+    """
     problems: list[RowProblem] = []
     samples: list[tuple[Row, Labelled | Tagged]] = []
     for name in sources:
@@ -185,7 +190,7 @@ def read_labels(sources: Sequence[str], field: Mapping[str, str] | None, task: s
                 problems.append(sample)
             elif isinstance(item, Row) and isinstance(sample, Labelled | Tagged):
                 samples.append((item, sample))
-    if problems:
+    if problems and not skip_bad_rows:
         raise data_error(problems)
     if task == REGRESSION:
         return Labels(task, ("value",))
@@ -196,8 +201,8 @@ def read_labels(sources: Sequence[str], field: Mapping[str, str] | None, task: s
         try:
             counts.update(set(_names_of(sample, several)))
         except DataError as error:
-            problems.append(RowProblem(row.file, row.number, str(error)))
-    if problems:
+            problems.append(row.problem(error))
+    if problems and not skip_bad_rows:
         raise data_error(problems)
     what = "tags" if task == TOKEN_CLASSIFICATION else "labels"
     if len(counts) > MOST_LABELS:

@@ -7,9 +7,8 @@ Training data also gets its hold-out split here, by `split_examples` of dataset.
 
 import hashlib
 import sys
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
@@ -17,10 +16,10 @@ import numpy as np
 
 from tailora.data import dataset
 from tailora.data.chat_template import ChatTokenizer, DataSettings, fit_to_template, has_tools
-from tailora.data.dataset import DataReport, Example, Examples, Mixture, SourceReport, with_other_replies
+from tailora.data.dataset import WARNINGS, DataReport, Example, Examples, Mixture, SourceReport, with_other_replies
 from tailora.data.demo import resolve_demo
-from tailora.data.messages import REASONING
 from tailora.data.readers import Row, RowProblem, Rows, Source, data_error, read_rows
+from tailora.data.report import Flagged, RowCounts, count_messages, flag_copies, flag_suspicious, most_frequent
 from tailora.data.schemas import (
     CAUSAL_LM,
     FEEDBACK,
@@ -42,7 +41,6 @@ from tailora.data.tokenize import EncodedSample, encode_samples
 from tailora.errors import ConfigError, DataError, listing
 
 CHUNK = 1000  # rows tokenised at a time
-MOST_SYSTEMS = 1000  # different system messages that are counted, since a stream may have one in every row
 
 # ---- Rows -> encoded samples
 
@@ -92,77 +90,15 @@ def _encode_rows(
             results = sample if isinstance(sample, RowProblem) else next(encoded)
             if isinstance(results, RowProblem):
                 yield results
-            elif isinstance(results, DataError):
-                yield RowProblem(item.file, item.number, str(results))
-            elif isinstance(item, Row):
-                weight = weight_of(item, mapping)
-                yield from (replace(r, example=replace(r.example, source_index=index, weight=weight)) for r in results)
-
-
-def count_messages(samples: Iterable[object]) -> dict[str, int]:
-    """Returns how many messages of each role the conversations have, and how many tools, tool calls and thoughts."""
-    counts = Counter[str]()
-    for chat in (sample for sample in samples if isinstance(sample, Conversation)):
-        counts.update(message["role"] for message in chat.messages)
-        counts["tool calls"] += sum(len(message.get("tool_calls", [])) for message in chat.messages)
-        counts["with reasoning"] += sum(REASONING in message for message in chat.messages)
-        counts["not to be trained"] += len(chat.untrained)
-        counts["tools"] += len(chat.tools or [])
-    return {name: count for name, count in counts.items() if count}
-
-
-@dataclass(slots=True)
-class RowCounts:
-    """Counts of encoded rows and their examples. An example counts once, even if its source is read again.
-
-    split_rows, split_examples: conversations that have an example for each of several replies, and those examples.
-    tokens: after cutting.    longest: tokens of the longest one, before cutting.    truncated: those cut at max_length.
-    without_weight: those whose weight is 0.
-    cut_away: those without a trained token left, of those that were cut.
-    duplicates: those that are held-out examples too, if `held_out` has the hashes of those.
-    systems: how many begin with each system message; of the first MOST_SYSTEMS different ones.
-    """
-
-    rows: int = 0
-    parts: int = 0  # examples of the last row so far
-    split_rows: int = 0
-    split_examples: int = 0
-    tokens: int = 0
-    longest: int = 0
-    truncated: int = 0
-    without_weight: int = 0
-    cut_away: int = 0
-    duplicates: int = 0
-    held_out: frozenset[bytes] = frozenset()
-    systems: Counter[str | None] = field(default_factory=Counter)
-
-    @property
-    def system(self) -> str | None:
-        """The system message of most examples; None if there is none."""
-        return next((text for text, count in self.systems.items() if 2 * count > self.systems.total()), None)
-
-    def add(self, encoded: EncodedSample, max_length: int) -> None:
-        example = encoded.example
-        if (example.source_index + 1, encoded.part + 1) > (self.rows, self.parts):
-            self.rows, self.parts = example.source_index + 1, encoded.part + 1
-            self.split_rows += encoded.parts > 1 and encoded.part == 0
-            self.split_examples += encoded.parts > 1
-            self.tokens += len(example.input_ids)
-            self.longest = max(self.longest, encoded.length)
-            self.truncated += encoded.length > max_length
-            self.without_weight += example.weight == 0
-            self.cut_away += not encoded.is_learned
-            self.duplicates += bool(self.held_out) and example.hash in self.held_out
-            system = encoded.sample.system if isinstance(encoded.sample, Conversation) else None
-            self.systems[system if system in self.systems or len(self.systems) < MOST_SYSTEMS else None] += 1
-
-    @classmethod
-    def total(cls, parts: Sequence["RowCounts"]) -> "RowCounts":
-        """Returns the counts of several sources together."""
-        numbers = [entry.name for entry in fields(cls) if entry.name not in ("longest", "held_out", "systems")]
-        sums = {name: sum(getattr(part, name) for part in parts) for name in numbers}
-        systems = sum((part.systems for part in parts), Counter[str | None]())
-        return cls(**sums, longest=max(part.longest for part in parts), systems=systems)
+                continue
+            assert isinstance(item, Row)
+            if isinstance(results, DataError):
+                yield item.problem(results)
+                continue
+            weight = weight_of(item, mapping)
+            for result in results:
+                example = replace(result.example, source_index=index, weight=weight)
+                yield replace(result, example=example, location=item.location)
 
 
 def check_vocabulary(tokenizer: Any, embedding_rows: int) -> None:
@@ -188,8 +124,8 @@ def _is_trained(encoded: EncodedSample) -> bool:
 
 
 def _all_cut(source: str, max_length: int, counts: RowCounts, use: str = "learned") -> DataError:
-    if counts.without_weight:
-        return DataError(f"data {source}: nothing to learn: {counts.without_weight:,} rows have the weight 0")
+    if without_weight := counts.flagged.numbers["without_weight"]:
+        return DataError(f"data {source}: nothing to learn: {without_weight:,} rows have the weight 0")
     return DataError(
         f"data {source}: cutting at max_length {max_length} removes all tokens that would be {use} from every row; "
         f"raise --max-length (the longest row has {counts.longest:,} tokens)"
@@ -203,7 +139,7 @@ def _all_cut(source: str, max_length: int, counts: RowCounts, use: str = "learne
 class PreparedData:
     """eval: distinct examples, since copies would count as independent ones. eval_samples[i] became eval[i].
 
-    trained_rows: `sample_hash` of the rows to train on.
+    trained_rows: `sample_hash` of the rows to train on.    skipped: rows that are left out for `skip_bad_rows`.
     """
 
     train: Examples
@@ -211,6 +147,7 @@ class PreparedData:
     report: DataReport
     eval_samples: list[Any]
     trained_rows: set[bytes]
+    skipped: list[RowProblem]
 
 
 def prepare(
@@ -258,31 +195,44 @@ def prepare(
         )
         for part, other, count in zip(trained, trained if eval_source else held_out, per_epoch, strict=True)
     ]
-    report = _report(everything, sources, eval_source, train, evaluated, chat_tokenizer)
+    report = _report(everything, sources, eval_source, (trained, held_out), (train, evaluated), chat_tokenizer)
     samples = [sample for part in held_out for sample in part.samples or part.decoded(tokenizer)]
     distinct = [copies[0] for copies in dataset.group_equal(evaluated.hashes())]
     evaluated, samples = evaluated.select(distinct), [samples[index] for index in distinct]
     if first.name == FEEDBACK:
         _check_feedback(train, evaluated, report.source)
         train, evaluated = (with_other_replies(part, settings.seed, settings.max_length) for part in (train, evaluated))
-    return PreparedData(train, evaluated, report, samples, trained_rows)
+    skipped = [problem for part in everything for problem in part.skipped]
+    return PreparedData(train, evaluated, report, samples, trained_rows, skipped)
 
 
 def _report(
     loaded: Sequence["LoadedSource"],
     sources: list[SourceReport],
     eval_source: str | None,
-    train: Examples,
-    evaluated: Examples,
+    sides: tuple[Sequence["LoadedSource"], Sequence["LoadedSource"]],
+    examples: tuple[Examples, Examples],
     tokenizer: ChatTokenizer,
 ) -> DataReport:
-    """loaded: the sources before the split, those that are trained on first. evaluated: with copies."""
-    counts, labels = RowCounts.total([part.counts for part in loaded]), tokenizer.settings.labels
+    """loaded: the sources before the split, those that are trained on first.
+
+    sides: the sources after it, to train on and held out.    examples: of each side, with copies.
+    """
+    (train, evaluated), labels, flagged = examples, tokenizer.settings.labels, Flagged()
+    for part in loaded:
+        flagged.update(part.counts.flagged)
+        flagged.add("skipped", *(problem.location for problem in part.skipped))
+    samples = [
+        (sample, part.location(example))
+        for part in loaded
+        for sample, example in zip(part.samples, part.examples, strict=False)  # texts in blocks have no samples
+    ]
+    flagged.add("tools_as_text", *(location for sample, location in samples if _has_tools_as_text(sample, tokenizer)))
+    flag_suspicious(flagged, samples, labels)
+    flag_copies(flagged, *(((e.hash, part.location(e)) for part in side for e in part.examples) for side in sides))
     trained = loaded[: len(sources)]
     mappings = [part.mapping for part in trained]
     lengths = np.concatenate([train.lengths, evaluated.lengths])
-    hashes, eval_hashes = train.hashes(), evaluated.hashes()
-    trained_on, eval_copies = set(hashes), len(evaluated) - len(set(eval_hashes))
     return DataReport(
         source=", ".join(str(part.source) for part in trained),
         sources=sources,
@@ -292,23 +242,17 @@ def _report(
         mapping={key: column for mapping in mappings for key, column in mapping.columns.items()},
         ignored=list(dict.fromkeys(column for mapping in mappings for column in mapping.ignored)),
         chat_template=tokenizer.template is not None and any(m.schema.uses_chat_template for m in mappings),
-        system=counts.system,
+        system=most_frequent(part.counts.systems for part in loaded),
         messages=count_messages(chain.from_iterable(part.samples for part in loaded)),
-        rows=counts.rows,
+        rows=sum(part.counts.rows for part in loaded),
         train=len(train),
         eval=len(evaluated),
-        eval_copies=eval_copies,
         tokens=int(lengths.sum()),
         supervised_tokens=int(train.supervised.sum() + evaluated.supervised.sum()),
-        longest=counts.longest,
-        truncated=counts.truncated,
-        without_weight=counts.without_weight,
-        cut_away=counts.cut_away,
-        split_rows=counts.split_rows,
-        split_examples=counts.split_examples,
-        tools_as_text=sum(_has_tools_as_text(sample, tokenizer) for part in loaded for sample in part.samples),
-        repeated=len(train) - len(trained_on) + eval_copies,
-        duplicates=sum(value in trained_on for value in eval_hashes),
+        longest=max(part.counts.longest for part in loaded),
+        split_examples=sum(part.counts.split_examples for part in loaded),
+        flagged={name: flagged.numbers[name] for name in WARNINGS},
+        rows_of={name: locations for name, locations in flagged.locations.items() if locations},
         lengths=dataset.length_histogram(lengths),
         sha256=dataset.dataset_hash(train, evaluated),
         labels={} if labels is None else labels.counts(train),
@@ -337,7 +281,10 @@ def _check_feedback(train: Examples, held_out: Examples, source: str) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedSource:
-    """samples[i] became examples[i]; [] for blocks of texts.    is_whole: texts that are not divided yet."""
+    """samples[i] became examples[i]; [] for blocks of texts.    is_whole: texts that are not divided yet.
+
+    locations: source_index of an example -> the location of its row.    skipped: for `skip_bad_rows`.
+    """
 
     source: Source
     mapping: ColumnMapping
@@ -345,6 +292,11 @@ class LoadedSource:
     samples: list[AnySample]
     counts: RowCounts
     is_whole: bool
+    locations: dict[int, str]
+    skipped: list[RowProblem]
+
+    def location(self, example: Example) -> str:
+        return self.locations[example.source_index]
 
     def select(self, indices: Sequence[int]) -> "LoadedSource":
         samples = [self.samples[index] for index in indices] if self.samples else []
@@ -379,14 +331,19 @@ def _load_source(source: Source, split: str, tokenizer: ChatTokenizer) -> Loaded
     items = read_rows(source.name, split=split)
     mapping, encoded = encode_source(source.name, items, tokenizer, detect_from=None, whole_texts=True)
     settings, is_text = tokenizer.settings, mapping.schema.name == TEXT
-    rows, counts = _without_problems(list(encoded)), RowCounts()
+    results, counts = list(encoded), RowCounts()
+    problems = [result for result in results if isinstance(result, RowProblem)]
+    rows = [result for result in results if isinstance(result, EncodedSample)]
+    if problems and not (settings.skip_bad_rows and rows and all(problem.number for problem in problems)):
+        raise data_error(problems)
     for row in rows:
         counts.add(row, sys.maxsize if is_text else settings.max_length)
     usable = [row for row in rows if _is_trained(row)]
     if not usable or settings.max_length < 2:
         raise _all_cut(source.name, settings.max_length, counts)
     examples, samples = Examples.of(row.example for row in usable), [row.sample for row in usable]
-    return LoadedSource(source, mapping, examples, samples, counts, is_whole=is_text)
+    locations = {row.example.source_index: row.location for row in usable}
+    return LoadedSource(source, mapping, examples, samples, counts, is_text, locations, problems)
 
 
 def _check_same_task(sources: Sequence[LoadedSource]) -> None:
@@ -443,7 +400,7 @@ def _split(loaded: list[LoadedSource], settings: DataSettings) -> tuple[list[Loa
     if share and len(set(chain.from_iterable(hashes))) < 2:
         loaded = [part.in_blocks(settings) for part in loaded]
         hashes = [part.examples.hashes() for part in loaded]
-    left_out = sum(part.counts.cut_away for part in loaded)
+    left_out = sum(part.counts.flagged.numbers["cut_away"] for part in loaded)
     classes = [] if labels is None else [index for part in loaded for index in labels.classes(part.examples)]
     split = dataset.split_examples(list(chain.from_iterable(hashes)), share, settings.seed, left_out, classes)
     sides: tuple[list[LoadedSource], list[LoadedSource]] = ([], [])
@@ -507,7 +464,7 @@ class EvalDataReport:
     shape: str
     mapping: dict[str, str]
     chat_template: bool
-    rows: int
+    rows: int  # or examples, of conversations that become several
     tokens: int  # after cutting
     supervised_tokens: int  # of the rows that are evaluated, without copies
     longest: int  # tokens of the longest row, before cutting
@@ -551,20 +508,21 @@ def check_eval_source(source: EvalSource) -> EvalDataReport:
                 trained_on += sample_hash(result.sample) in (source.trained_rows or ())
     if problems:
         raise data_error(problems)
-    if counts.rows == counts.cut_away:
+    cut_away = counts.flagged.numbers["cut_away"]
+    if counts.examples == cut_away:
         raise _all_cut(source.name, max_length, counts, use="judged")
     return EvalDataReport(
         source=source.name,
         shape=mapping.schema.name,
         mapping=mapping.columns,
         chat_template=source.tokenizer.template is not None and mapping.schema.uses_chat_template,
-        rows=counts.rows,
+        rows=counts.examples,
         tokens=counts.tokens,
         supervised_tokens=judged,
         longest=counts.longest,
-        truncated=counts.truncated,
-        cut_away=counts.cut_away,
-        copies=counts.rows - counts.cut_away - len(seen),
+        truncated=counts.flagged.numbers["truncated"],
+        cut_away=cut_away,
+        copies=counts.examples - cut_away - len(seen),
         trained_on=None if source.trained_rows is None else trained_on,
     )
 

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,23 +28,40 @@ WITH_SPLIT = re.compile(r"(?P<source>[^\[]+)\[(?P<split>.+)\]")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """number: the line of a text file, or the item's position in other files, from 1."""
+    """number: the line of a text file, or if `is_item` the item's position in another file, from 1."""
 
     file: str
     number: int
     fields: dict[str, Any]
+    is_item: bool = False
+
+    @property
+    def location(self) -> str:
+        return f"{self.file}, item {self.number}" if self.is_item else f"{self.file}:{self.number}"
+
+    def problem(self, cause: object) -> "RowProblem":
+        return RowProblem(self.file, self.number, str(cause), self.is_item, self.fields)
 
 
 @dataclass(frozen=True, slots=True)
 class RowProblem:
-    """Why a row cannot be used. `number` is that of the row; 0 means the whole file."""
+    """Why a row cannot be used. `number` is that of the row; 0 means the whole file.
+
+    content: the fields of the row, or the text of its line.
+    """
 
     file: str
     number: int
     cause: str
+    is_item: bool = False
+    content: Any = field(default=None, compare=False)
+
+    @property
+    def location(self) -> str:
+        return Row(self.file, self.number, {}, self.is_item).location if self.number else self.file
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.number}: {self.cause}" if self.number else f"{self.file}: {self.cause}"
+        return f"{self.location}: {self.cause}"
 
 
 Rows = Iterator[Row | RowProblem]
@@ -176,7 +193,7 @@ def read_jsonl(path: Path) -> Rows:
                 try:
                     value = _parse_json(line.decode("utf-8-sig").rstrip())
                 except (ValueError, RecursionError) as error:
-                    yield RowProblem(str(path), number, _json_cause(error))
+                    yield RowProblem(str(path), number, _json_cause(error), content=line.decode(errors="replace"))
                 else:
                     yield _row(path, number, value)
 
@@ -200,7 +217,7 @@ def read_json(path: Path) -> Rows:
             ):
                 items = inner
         for number, item in enumerate(items, 1):
-            yield _row(path, number, item)
+            yield _row(path, number, item, is_item=True)
 
 
 def _parse_json(text: str) -> Any:
@@ -225,10 +242,11 @@ def _json_cause(error: Exception) -> str:
     return f"not JSON that can be read: {error}"  # repeated keys, a number of thousands of digits
 
 
-def _row(path: Path, number: int, value: Any) -> Row | RowProblem:
+def _row(path: Path, number: int, value: Any, is_item: bool = False) -> Row | RowProblem:
     if isinstance(value, dict):
-        return Row(str(path), number, value)
-    return RowProblem(str(path), number, f"a JSON {type(value).__name__} where an object {{...}} is needed")
+        return Row(str(path), number, value, is_item)
+    cause = f"a JSON {type(value).__name__} where an object {{...}} is needed"
+    return RowProblem(str(path), number, cause, is_item, content=value)
 
 
 def read_csv(path: Path, delimiter: str = ",") -> Rows:
@@ -256,7 +274,7 @@ def read_csv(path: Path, delimiter: str = ",") -> Rows:
                         f"{len(values)} values where the header names {len(header)} columns, separated by "
                         f"{DELIMITERS[delimiter]}"
                     )
-                    yield RowProblem(str(path), reader.line_num, cause)
+                    yield RowProblem(str(path), reader.line_num, cause, content=values)
         except UnicodeDecodeError as error:
             yield RowProblem(str(path), reader.line_num + 1, _not_utf8(error))
         except csv.Error as error:
@@ -280,9 +298,9 @@ def read_parquet(path: Path) -> Rows:
             for fields in rows:
                 number += 1
                 is_read = isinstance(fields, dict)
-                yield _arrow_row(str(path), number, fields) if is_read else RowProblem(str(path), number, fields)
+                yield _arrow_row(str(path), number, fields) if is_read else RowProblem(str(path), number, fields, True)
     except pyarrow.ArrowException as error:
-        yield RowProblem(str(path), number, f"not Parquet: {str(error).splitlines()[0]}")
+        yield RowProblem(str(path), 0, f"not Parquet: {str(error).splitlines()[0]}")
 
 
 def _values_or_problem(row: Any) -> dict[str, Any] | str:
@@ -307,7 +325,7 @@ def _arrow_row(file: str, number: int, fields: dict[str, Any]) -> Row:
             return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
         return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
-    return Row(file, number, {key: without_nulls(value) for key, value in fields.items()})
+    return Row(file, number, {key: without_nulls(value) for key, value in fields.items()}, is_item=True)
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:

@@ -603,4 +603,4 @@ def convert_row(row: Row, mapping: ColumnMapping) -> AnySample | RowProblem:
         weight_of(row, mapping)
         return mapping.schema.convert(mapping.values(row.fields))
     except DataError as error:
-        return RowProblem(row.file, row.number, str(error))
+        return row.problem(error)

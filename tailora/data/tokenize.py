@@ -53,6 +53,7 @@ class EncodedSample:
     length: in tokens before cutting at max_length.
     part, parts: its number among the examples of its row, and how many these are.
     choices: those whose right answer is `sample`.
+    location: of its row.
     """
 
     sample: AnySample
@@ -61,6 +62,7 @@ class EncodedSample:
     part: int = 0
     parts: int = 1
     choices: Choices | None = None
+    location: str = ""
 
     @property
     def is_learned(self) -> bool:
@@ -87,8 +89,8 @@ def encode_samples(samples: Sequence[AnySample], tokenizer: ChatTokenizer) -> li
     prepared = [_result_of(with_system, sample, tokenizer) for sample in samples]
     if tokenizer.settings.task == SEQ2SEQ or tokenizer.settings.labels is not None:
         return [_result_of(_encode_one, sample, tokenizer) for sample in prepared]
-    encoded = iter(_encode_texts([part for sample in prepared for part in _parts(sample)], tokenizer))
-    return [_result_of(_join, sample, [next(encoded) for _ in _parts(sample)]) for sample in prepared]
+    encoded = iter(_encode_texts([part for sample in prepared for part in tokenized_parts(sample)], tokenizer))
+    return [_result_of(_join, sample, [next(encoded) for _ in tokenized_parts(sample)]) for sample in prepared]
 
 
 def _result_of(function: Callable[..., Any], sample: Any, *arguments: Any) -> Any:
@@ -114,8 +116,8 @@ def _encode_one(sample: AnySample, tokenizer: ChatTokenizer) -> list[EncodedSamp
 # ---- Language models
 
 
-def _parts(sample: AnySample | DataError) -> list[Sample]:
-    """Returns what is tokenised of a sample."""
+def tokenized_parts(sample: AnySample | DataError) -> list[Sample]:
+    """Returns what a language model reads of a sample."""
     match sample:
         case Choices():
             return [sample.options[sample.answer]]

@@ -42,6 +42,7 @@ COMBINATIONS: tuple[tuple[Sequence[str], str, tuple[str | None, ...] | bool], ..
     (("activation_memory",), "fast", ("auto", "compile")),
     ((*ADAPTER_FIELDS, "adapter", "loraplus_lr_ratio", "quantize"), "method", ("lora",)),
     (("streaming",), "max_steps", True),  # it reads without end
+    (("skip_bad_rows",), "streaming", False),
     (("early_stopping_patience",), "eval_steps", True),
     (("fsdp_reshard_after_forward", "fsdp_offload_params"), "fsdp", True),
     (tuple(AdaLoRA.model_fields), "target_r", True),
@@ -159,6 +160,9 @@ class TrainConfig(StrictModel):
     validation_split: float = Field(0.05, ge=0, lt=1, description="share of the examples that is held out")
     split_seed: int | None = Field(None, ge=0, lt=2**63, description="seed for the held-out examples; default: --seed")
     packing: Packing = Field("auto", description="put several examples into one row; attention stays within each")
+    skip_bad_rows: bool = Field(
+        False, description="leave out rows that cannot be used, and write them to skipped-rows.jsonl with the reasons"
+    )
     streaming: bool = Field(False, description="read the data while training, without loading it; needs --max-steps")
     # optimisation
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate")

@@ -27,11 +27,12 @@ from transformers import PreTrainedTokenizerBase
 
 from tailora.core.device import copies_by_itself
 from tailora.data.chat_template import DataSettings
-from tailora.data.dataset import DataReport, Example, Examples, Int64
+from tailora.data.dataset import DataReport, Example, Examples, Int64, named_rows
 from tailora.data.demo import resolve_demo
 from tailora.data.labels import Labels
-from tailora.data.prepare import PreparedData, RowCounts, check_vocabulary, prepare, stream_examples
+from tailora.data.prepare import PreparedData, check_vocabulary, prepare, stream_examples
 from tailora.data.readers import Source, parse_sources
+from tailora.data.report import RowCounts
 from tailora.data.schemas import PREFERENCE, SEQ2SEQ
 from tailora.errors import ConfigError, DataError
 from tailora.kernels.loss import Batch
@@ -211,12 +212,14 @@ def stream_notes(data: TrainingData, max_length: int) -> list[str]:
     if counts is None:
         return []
     rows = f"of {counts.rows:,} streamed rows"
-    if counts.truncated:
-        lost = f"; {counts.cut_away:,} of them were left out, with nothing to learn before the cut"
-        cut = f"cut{lost if counts.cut_away else ''}"
-        notes.append(f"{counts.truncated:,} {rows} were longer than --max-length {max_length}: {cut}")
-    if counts.duplicates:
-        notes.append(f"{counts.duplicates:,} {rows} are held-out rows too: the held-out loss looks too good")
+    numbers, locations = counts.flagged.numbers, counts.flagged.locations
+    if cut := numbers["truncated"]:
+        lost = f" ({numbers['cut_away']:,} were left out, with nothing to learn before the cut)"
+        note = f"{cut:,} {rows} were longer than --max-length {max_length} and cut{lost * (numbers['cut_away'] > 0)}"
+        notes.append(note + named_rows(locations["truncated"], cut))
+    if copies := numbers["duplicates"]:
+        named = named_rows(locations["duplicates"], copies)
+        notes.append(f"{copies:,} {rows} are held-out rows too, so the held-out loss looks too good{named}")
     return notes
 
 

@@ -17,6 +17,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 import tailora
+from tailora.data.readers import RowProblem
 from tailora.errors import CheckpointError, ConfigError
 from tailora.formats.io import create_output_folder, remove_leftovers, wrap_os_error, write_file
 from tailora.formats.run_folder import (
@@ -39,7 +40,7 @@ from tailora.train.config_file import config_text
 if TYPE_CHECKING:
     from tailora.train.loss import Evaluation
 
-CONFIG, METRICS, EXAMPLES = "config.yaml", "metrics.jsonl", "examples.jsonl"
+CONFIG, METRICS, EXAMPLES, SKIPPED = "config.yaml", "metrics.jsonl", "examples.jsonl", "skipped-rows.jsonl"
 FILES = (
     ADAPTER,
     MODEL,
@@ -48,6 +49,7 @@ FILES = (
     METRICS,
     EXAMPLES,
     TRAINED_ROWS,
+    SKIPPED,
     REFERENCE,
     SAMPLES,
     REPORT,
@@ -167,6 +169,12 @@ def write_trained_rows(output_dir: Path, config: TrainConfig, hashes: Iterable[b
     """Writes the hashes of the rows to train on, and of those that an adapter to train further has seen before."""
     earlier = trained_rows(adapter_folder(Path(config.adapter))) if config.adapter else None
     write_file(output_dir / TRAINED_ROWS, b"".join(sorted({*hashes, *(earlier or ())})))
+
+
+def write_skipped_rows(output_dir: Path, problems: Sequence[RowProblem]) -> None:
+    """Writes the rows that `skip_bad_rows` left out: location, reason, and what the row holds."""
+    rows = [{"row": row.location, "reason": row.cause, "content": row.content} for row in problems]
+    write_file(output_dir / SKIPPED, "".join(f"{json.dumps(row, default=str)}\n" for row in rows).encode())
 
 
 def write_run(output_dir: Path, header: Mapping[str, Any], result: Mapping[str, Any] | None = None) -> None:

@@ -392,7 +392,8 @@ def find_labels(config: TrainConfig) -> tuple[Labels | None, bool]:
                 f"--adapter {config.adapter} predicts no labels, as --task {config.task} does: leave --adapter out"
             )
         return labels, False
-    labels = read_labels([source.name for source in resolved_sources(config, "data")], config.field, config.task)
+    names = [source.name for source in resolved_sources(config, "data")]
+    labels = read_labels(names, config.field, config.task, skip_bad_rows=config.skip_bad_rows)
     model_config = read_config(config.model)
     labels = fitted_labels(labels, model_config)
     return labels, labels != labels_of_config(model_config)

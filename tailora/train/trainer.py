@@ -115,6 +115,8 @@ class Trainer:
                 run_log.write_run(run.output_dir, header)
                 if run.data.prepared is not None and not config.streaming:
                     run_log.write_trained_rows(run.output_dir, config, run.data.prepared.trained_rows)
+                    if run.data.prepared.skipped:
+                        run_log.write_skipped_rows(run.output_dir, run.data.prepared.skipped)
             run.report(events.Prepared(header))
             if self.on_ready is not None:
                 self.on_ready(run.model, run.tokenizer, run.data.prepared)

@@ -198,3 +198,14 @@ def test_data_that_cannot_be_learned_exits_with_2(content: str, cause: str, tmp_
     path = tmp_path / "chats.jsonl"
     path.write_text(content)
     check_refused(cause, "data", path, "--model", tiny_model)
+
+
+def test_bad_rows_are_skipped_on_request_and_listed(chats: Path, tiny_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text(chats.read_text() + '{"messages": []}\n')
+    check_refused("chats.jsonl:25: messages is []", "data", path, "--model", tiny_model)
+    code, shown, notes = call("data", path, "--model", tiny_model, "--skip-bad-rows")
+    assert code == 0
+    assert f"skipped {path}:25: messages is [] where a list of messages is needed" in notes
+    assert re.search(r"^skipped +1 rows cannot be used: chats.jsonl:25$", shown, re.MULTILINE)
+    assert "--skip-bad-rows" in shown.partition("Next")[2]

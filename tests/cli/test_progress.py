@@ -132,7 +132,7 @@ def test_the_header_has_one_of_what_there_is_one() -> None:
 def test_the_header_says_how_many_held_out_examples_are_distinct() -> None:
     text = " ".join(format_header({**HEADER, "data": {**HEADER["data"], "eval_copies": 4}}).split())
     assert "90 examples, 10 held out, 6 distinct; read as" in text
-    assert "copies 4 held-out examples are copies of others: each text is evaluated once" in text
+    assert "copies 4 held-out examples are copies of others and are evaluated once" in text
 
 
 def test_the_header_says_what_an_epoch_has_of_each_source() -> None:

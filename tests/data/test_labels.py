@@ -80,6 +80,11 @@ def test_wrong_rows_are_named_with_their_cause(task: str, row: dict[str, Any], c
     assert cause in str(error.value)
 
 
+def test_bad_rows_are_left_out_on_request(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", [*rows_with(["x", "y", ["z"], None]), {"text": " ", "label": "a"}])
+    assert read_labels([source], None, CLASSES, skip_bad_rows=True).names == ("x", "y")
+
+
 @pytest.mark.parametrize(("labels", "cause"), [(["x", "x"], "the same labels"), (list(range(1001)), "1,001 different")])
 def test_labels_that_are_no_classes_are_refused(labels: list[Any], cause: str, tmp_path: Path) -> None:
     source = write(tmp_path / "rows.jsonl", rows_with(labels))

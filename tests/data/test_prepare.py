@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 
 from tailora.data import prepare as preparation
+from tailora.data import report as data_report
 from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import IGNORED, Example, Examples, Mixture, warnings_of
 from tailora.data.labels import Labels
 from tailora.data.prepare import (
     EvalSource,
     PreparedData,
-    RowCounts,
     check_eval_source,
     check_vocabulary,
     stream_examples,
 )
 from tailora.data.readers import Source
+from tailora.data.report import RowCounts
 from tailora.data.schemas import SEQUENCE_CLASSIFICATION, Conversation, Pair, Text
 from tailora.errors import DataError
 
@@ -96,14 +97,24 @@ def test_the_same_data_and_seed_give_the_same_hash_and_split(bytes_tokenizer, js
 
 def test_copies_stay_on_one_side_and_are_counted(bytes_tokenizer, jsonl) -> None:
     prepared = prepare(jsonl(PAIRS[:5] * 4), bytes_tokenizer(), validation_split=0.2)
-    assert (prepared.report.repeated, prepared.report.duplicates) == (15, 0)
+    report = prepared.report
+    assert (
+        report.flagged["repeated"],
+        report.flagged["eval_copies"],
+        report.flagged["duplicates"],
+    ) == (12, 3, 0)
+    assert warnings_of(report.to_dict())["repeated"].startswith(
+        "12 rows to train on are copies of an earlier one: rows"
+    )
+    copies = [place.rpartition(":")[2] for place in report.rows_of["repeated"] + report.rows_of["eval_copies"]]
+    assert sorted(map(int, copies)) == list(range(6, 21))
     assert not set(prepared.train.hashes()) & set(prepared.eval.hashes())
 
 
 def test_copies_among_the_held_out_examples_are_evaluated_once(bytes_tokenizer, jsonl) -> None:
     held = jsonl([PAIRS[0], PAIRS[1], PAIRS[0], PAIRS[0], PAIRS[2], PAIRS[1], PAIRS[0]], "held.jsonl")
     prepared = prepare(jsonl(PAIRS[3:]), bytes_tokenizer(), eval_source=held)
-    assert (prepared.report.eval, prepared.report.eval_copies) == (7, 4)
+    assert (prepared.report.eval, prepared.report.flagged["eval_copies"]) == (7, 4)
     assert prepared.eval.source_indices.tolist() == [0, 1, 4]
     assert prepared.eval_samples == [Pair(**row) for row in PAIRS[:3]]
     assert warnings_of(prepared.report.to_dict())["copies"].startswith("4 held-out examples are copies of others")
@@ -118,7 +129,8 @@ def test_a_split_that_fails_names_the_rows_that_were_too_long(bytes_tokenizer, j
 def test_a_separate_eval_source_is_used_whole_and_leaks_are_counted(bytes_tokenizer, jsonl) -> None:
     held = jsonl([*PAIRS[:2], {"prompt": "new", "completion": "one"}], "held.jsonl")
     prepared = prepare(jsonl(PAIRS), bytes_tokenizer(), eval_source=held)
-    assert (prepared.report.train, prepared.report.eval, prepared.report.duplicates) == (40, 3, 2)
+    assert (prepared.report.train, prepared.report.eval, prepared.report.flagged["duplicates"]) == (40, 3, 2)
+    assert prepared.report.rows_of["duplicates"] == [f"{held}:1", f"{held}:2"]
     assert prepared.eval_samples[-1] == Pair("new", "one")
     assert prepared.report.eval_source == held
 
@@ -138,14 +150,19 @@ def test_columns_can_be_mapped(bytes_tokenizer, jsonl) -> None:
     assert prepared.report.sha256 == prepare(jsonl(PAIRS), bytes_tokenizer()).report.sha256
 
 
-def test_truncation_is_counted_and_examples_without_trained_tokens_are_dropped(bytes_tokenizer, jsonl) -> None:
+def test_truncation_is_counted_and_examples_without_trained_tokens_are_dropped(
+    bytes_tokenizer, jsonl, tmp_path: Path
+) -> None:
     rows = [
         {"prompt": "hello", "completion": " you"},
         {"prompt": "hello", "completion": " you" * 40},
         {"prompt": "hello " * 40, "completion": " you"},
     ]
     prepared = prepare(jsonl(rows), bytes_tokenizer(), max_length=16, validation_split=0)
-    assert (prepared.report.truncated, prepared.report.cut_away) == (2, 1)
+    assert (prepared.report.flagged["truncated"], prepared.report.flagged["cut_away"]) == (2, 1)
+    path = tmp_path / "rows.jsonl"
+    assert prepared.report.rows_of == {"truncated": [f"{path}:2", f"{path}:3"], "cut_away": [f"{path}:3"]}
+    assert warnings_of(prepared.report.to_dict())["cut"].endswith("than --max-length: rows.jsonl:2, rows.jsonl:3")
     assert (len(prepared.eval), prepared.eval_samples) == (0, [])
     assert prepared.train.source_indices.tolist() == [0, 1]
     assert prepared.train.lengths.max() == 16 < prepared.report.longest
@@ -172,7 +189,7 @@ def test_a_conversation_that_needs_several_examples_is_reported_and_stays_on_one
     counts = RowCounts()
     for _ in range(2):
         assert len(list(stream(path, tokenizer, counts))) == 12
-        assert (counts.rows, counts.split_rows, counts.split_examples) == (7, 5, 10)
+        assert (counts.rows, counts.flagged.numbers["split_rows"], counts.split_examples) == (7, 5, 10)
 
 
 def test_a_compared_reply_of_several_messages_is_not_divided(bytes_tokenizer, jsonl) -> None:
@@ -214,7 +231,7 @@ def test_the_system_message_of_preferences_is_reported(bytes_tokenizer, jsonl, c
 def test_many_different_system_messages_do_not_fill_the_memory(
     bytes_tokenizer, jsonl, chatml, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparation, "MOST_SYSTEMS", 3)
+    monkeypatch.setattr(data_report, "MOST_SYSTEMS", 3)
     texts = ["A", *map(str, range(6)), *["A"] * 8]
     rows = [with_system(text, chat_row(f"hello {number}", " you")) for number, text in enumerate(texts)]
     counts = RowCounts()
@@ -227,7 +244,7 @@ def test_tools_that_become_text_are_reported(bytes_tokenizer, jsonl, chatml) -> 
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     rows = [{**chat_row("A", "b"), "tools": [tool]}, chat_row("X", "y")]
     report = prepare(jsonl(rows), bytes_tokenizer(chatml), validation_split=0).report
-    assert report.tools_as_text == 1
+    assert report.flagged["tools_as_text"] == 1
     assert "they are written as text" in warnings_of(report.to_dict())["tools"]
 
 
@@ -297,6 +314,81 @@ def test_every_problem_of_every_kind_is_named_at_once(bytes_tokenizer, tmp_path:
     assert text.endswith("and 13 more")
 
 
+def test_bad_rows_are_skipped_on_request_and_kept_with_their_reasons(bytes_tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        '{"prompt": "a", "completion": "b"}\nnonsense\n{"prompt": "c"}\n{"prompt": "d", "completion": "e"}\n'
+    )
+    with pytest.raises(DataError, match="2 problems"):
+        prepare(str(path), bytes_tokenizer(), validation_split=0)
+    prepared = prepare(str(path), bytes_tokenizer(), validation_split=0, skip_bad_rows=True)
+    assert prepared.train.source_indices.tolist() == [0, 3]
+    assert [(problem.number, problem.content) for problem in prepared.skipped] == [
+        (2, "nonsense\n"),
+        (3, {"prompt": "c"}),
+    ]
+    assert prepared.skipped[0].cause.startswith("not JSON")
+    assert warnings_of(prepared.report.to_dict())["skipped"] == "2 rows cannot be used: rows.jsonl:2, rows.jsonl:3"
+    path.write_text("nonsense\n")
+    with pytest.raises(DataError, match=r"rows.jsonl:1: not JSON"):
+        prepare(str(path), bytes_tokenizer(), skip_bad_rows=True)
+    (tmp_path / "more.csv").write_text("text,text\na,b\n")
+    with pytest.raises(DataError, match="the header names text more than once"):
+        prepare(str(tmp_path), bytes_tokenizer(), skip_bad_rows=True)
+
+
+SUSPICIOUS = ("empty_question", "no_prompt", "missing_answer", "similar_labels", "imbalance", "two_labels")
+
+
+def suspicious(prepared: PreparedData) -> dict[str, list[str]]:
+    rows_of = prepared.report.rows_of
+    return {name: [place.rpartition(":")[2] for place in rows_of[name]] for name in SUSPICIOUS if name in rows_of}
+
+
+def test_rows_that_look_like_mistakes_are_named(bytes_tokenizer, jsonl, chatml) -> None:
+    start = {"role": "assistant", "content": "welcome"}
+    rows = [
+        chat_row("a", "b"),
+        chat_row(" ", "b"),
+        {"messages": [start, *chat_row("c", "d")["messages"]]},
+        chat_row("e", "N/A "),
+        {"messages": [{"role": "system", "content": "s"}, *chat_row("f", "g", "\n", "NaN")["messages"]]},
+        {"messages": [{**start, "train": False}, *chat_row("h", "i")["messages"]]},
+    ]
+    prepared = prepare(jsonl(rows), bytes_tokenizer(chatml), validation_split=0.3)
+    assert suspicious(prepared) == {"empty_question": ["2", "5"], "no_prompt": ["3"], "missing_answer": ["4", "5"]}
+    shown = warnings_of(prepared.report.to_dict())
+    assert shown["no question"] == "2 rows have an empty question: rows.jsonl:2, rows.jsonl:5"
+    pairs = [{"prompt": "", "completion": "nan"}, {"prompt": "a", "completion": "nanny"}]
+    assert suspicious(prepare(jsonl(pairs), bytes_tokenizer(), validation_split=0)) == {
+        "empty_question": ["1"],
+        "missing_answer": ["1"],
+    }
+
+
+def test_labels_that_look_like_mistakes_are_named(bytes_tokenizer, jsonl) -> None:
+    labels = ["spam"] * 21 + ["Spam ", "ham", "ham", "egg"]
+    rows = [{"text": f"text {number}", "label": label} for number, label in enumerate(labels)]
+    rows += [{"text": "text 0", "label": "ham"}, {"text": "text 1", "label": "spam"}]
+    names = Labels(SEQUENCE_CLASSIFICATION, ("Spam ", "egg", "ham", "spam"))
+    found = suspicious(prepare(jsonl(rows), bytes_tokenizer(), validation_split=0, labels=names))
+    assert found == {
+        "similar_labels": ["22 ('Spam ')"],
+        "imbalance": ["22 ('Spam ')", "25 ('egg')"],
+        "two_labels": ["26 ('ham')"],
+    }
+    several = [{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": ["X"]}, {"text": "a", "label": ["y", "x"]}]
+    names = Labels(SEQUENCE_CLASSIFICATION, ("X", "x", "y"), several=True)
+    found = suspicious(prepare(jsonl(several), bytes_tokenizer(), validation_split=0, labels=names))
+    assert found == {"similar_labels": ["2 ('X')"]}
+    numbers = [{"text": "a", "label": 1}, *({"text": f"b{number}", "label": 0} for number in range(30))]
+    names = Labels("regression", ("value",))
+    assert not suspicious(prepare(jsonl(numbers), bytes_tokenizer(), validation_split=0, labels=names))
+    twice = [{"text": "a", "label": 1.5}, {"text": "a", "label": 2}]
+    found = suspicious(prepare(jsonl(twice), bytes_tokenizer(), validation_split=0, labels=names))
+    assert found == {"two_labels": ["2 ('2')"]}
+
+
 def test_a_tokenizer_that_just_fits_the_embedding_is_accepted(bytes_tokenizer) -> None:
     tokenizer = bytes_tokenizer()
     size = len(tokenizer)
@@ -321,10 +413,10 @@ def test_cut_rows_of_a_stream_count_once_however_often_it_is_read(bytes_tokenize
     rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
     read, counts = partial(stream, jsonl(rows), bytes_tokenizer(), max_length=16), RowCounts()
     assert [example.source_index for example in islice(read(counts=counts), 1)] == [0]
-    assert (counts.rows, counts.truncated, counts.cut_away) == (1, 0, 0)
+    assert (counts.rows, counts.flagged.numbers["truncated"], counts.flagged.numbers["cut_away"]) == (1, 0, 0)
     for _ in range(2):
         assert [example.source_index for example in read(counts=counts)] == [0, 1]
-        assert (counts.rows, counts.truncated, counts.cut_away) == (3, 2, 1)
+        assert (counts.rows, counts.flagged.numbers["truncated"], counts.flagged.numbers["cut_away"]) == (3, 2, 1)
         assert counts.tokens == 2 * 16 + 3
 
 
@@ -481,7 +573,7 @@ def test_sources_without_weights_have_no_mixture(bytes_tokenizer, jsonl) -> None
 
 def test_copies_in_other_sources_are_on_the_same_side(bytes_tokenizer, jsonl) -> None:
     sources = [Source(jsonl(PAIRS[:20], "a.jsonl")), Source(jsonl(PAIRS[10:], "b.jsonl"), 3)]
-    assert prepare(sources, bytes_tokenizer(), validation_split=0.3).report.duplicates == 0
+    assert prepare(sources, bytes_tokenizer(), validation_split=0.3).report.flagged["duplicates"] == 0
 
 
 def test_the_problems_of_all_sources_are_named(bytes_tokenizer, jsonl) -> None:
@@ -508,8 +600,14 @@ def test_rows_bring_their_weights(bytes_tokenizer, jsonl, tmp_path: Path) -> Non
     prepared = prepare(path, bytes_tokenizer(), validation_split=0)
     assert prepared.train.weights.tolist() == [2, 0.5, 1, 1, 3]
     assert [example.weight for example in stream(path, bytes_tokenizer())] == [2, 0.5, 1, 1, 3]
-    assert (prepared.report.rows, prepared.report.without_weight, prepared.report.cut_away) == (6, 1, 0)
-    assert warnings_of(prepared.report.to_dict())["weight 0"] == "1 rows have the weight 0 and are left out"
+    assert (
+        prepared.report.rows,
+        prepared.report.flagged["without_weight"],
+        prepared.report.flagged["cut_away"],
+    ) == (6, 1, 0)
+    assert (
+        warnings_of(prepared.report.to_dict())["weight 0"] == "1 rows have the weight 0 and are left out: rows.jsonl:3"
+    )
     table = tmp_path / "rows.csv"
     table.write_text("prompt,completion,importance\na,b,2\nc,d,\ne,f,.5\n")
     field = {"weight": "importance"}
@@ -558,7 +656,7 @@ def test_long_texts_are_divided_and_nothing_is_cut_away(words_tokenizer, jsonl, 
     rows = texts_of(3, 90, 1, 40, 2)
     prepared = prepare(jsonl(rows), tokenizer, max_length=16, validation_split=0, **options)
     report = prepared.report
-    assert (report.rows, report.truncated, report.cut_away) == (5, 0, 0)
+    assert (report.rows, report.flagged["truncated"], report.flagged["cut_away"]) == (5, 0, 0)
     assert prepared.train.lengths.max() == 16 < report.longest
     ids = [tokenizer(row["text"])["input_ids"] + [tokenizer.eos_token_id] for row in rows]
     learned = sum(map(len, ids)) - (1 if documents == "concatenated" else len(rows))

@@ -57,9 +57,12 @@ def test_every_file_type_gives_the_same_rows(tmp_path: Path, name: str, content:
         path.write_text(content, newline="")
     else:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    is_item = name in ("a.json", "wrapped.json", "a.parquet")
     assert list(read_file(path)) == [
-        Row(str(path), number, fields) for number, fields in zip(numbers, ROWS, strict=True)
+        Row(str(path), number, fields, is_item) for number, fields in zip(numbers, ROWS, strict=True)
     ]
+    problem = next(read_file(path)).problem("bad")
+    assert str(problem) == (f"{path}, item 1: bad" if is_item else f"{path}:{numbers[0]}: bad")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +183,7 @@ def test_one_conversation_in_a_json_file_is_one_row(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     path.write_text(json.dumps(row))
-    assert list(read_file(path)) == [Row(str(path), 1, row)]
+    assert list(read_file(path)) == [Row(str(path), 1, row, is_item=True)]
 
 
 def test_a_file_that_cannot_be_opened_is_a_problem(tmp_path: Path) -> None:

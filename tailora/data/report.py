@@ -1,0 +1,173 @@
+"""What the report on data counts: rows and messages, copies, and rows that can be learned from but look like mistakes.
+
+WARNINGS in dataset.py has the names of what is counted, and the words for it.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import TypeAlias
+
+from tailora.data.chat_template import to_conversation
+from tailora.data.labels import SINGLE, Labels
+from tailora.data.messages import REASONING
+from tailora.data.schemas import REGRESSION, AnySample, Conversation, Labelled, Text
+from tailora.data.tokenize import EncodedSample, tokenized_parts
+
+MOST_LOCATIONS = 20  # that a report has for a warning
+MOST_SYSTEMS = 1000  # different system messages that are counted, since a stream may have one in every row
+MISSING = frozenset({"n/a", "nan", "null", "none"})  # what empty cells of tables become
+RARE = 20  # times rarer than the most frequent class
+
+
+@dataclass(slots=True)
+class Flagged:
+    """How many rows each of WARNINGS is about, and where the first of them are."""
+
+    numbers: Counter[str] = field(default_factory=Counter)
+    locations: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, name: str, *locations: str) -> None:
+        self.numbers[name] += len(locations)
+        self.locations[name] = [*self.locations.get(name, ()), *locations][:MOST_LOCATIONS]
+
+    def update(self, other: "Flagged") -> None:
+        for name, number in other.numbers.items():
+            self.add(name, *other.locations[name])
+            self.numbers[name] += number - len(other.locations[name])
+
+
+@dataclass(slots=True)
+class RowCounts:
+    """Counts of encoded rows and their examples. An example counts once, even if its source is read again.
+
+    parts: examples of the last row so far.    split_examples: of conversations that have several.
+    tokens: after cutting.    longest: tokens of the longest example, before cutting.
+    flagged: truncated at max_length; without_weight: 0 is its weight; cut_away: no trained token is left; split_rows;
+        duplicates of held-out examples, whose hashes are in `held_out`.
+    systems: how many begin with each system message; of the first MOST_SYSTEMS different ones.
+    """
+
+    rows: int = 0
+    examples: int = 0
+    parts: int = 0
+    split_examples: int = 0
+    tokens: int = 0
+    longest: int = 0
+    held_out: frozenset[bytes] = frozenset()
+    flagged: Flagged = field(default_factory=Flagged)
+    systems: Counter[str | None] = field(default_factory=Counter)
+
+    @property
+    def system(self) -> str | None:
+        return most_frequent([self.systems])
+
+    def add(self, encoded: EncodedSample, max_length: int) -> None:
+        example = encoded.example
+        if (example.source_index + 1, encoded.part + 1) <= (self.rows, self.parts):
+            return
+        self.rows, self.parts = example.source_index + 1, encoded.part + 1
+        self.examples += 1
+        self.split_examples += encoded.parts > 1
+        self.tokens += len(example.input_ids)
+        self.longest = max(self.longest, encoded.length)
+        system = encoded.sample.system if isinstance(encoded.sample, Conversation) else None
+        self.systems[system if system in self.systems or len(self.systems) < MOST_SYSTEMS else None] += 1
+        for name, is_so in (
+            ("split_rows", encoded.parts > 1 and encoded.part == 0),
+            ("truncated", encoded.length > max_length),
+            ("without_weight", example.weight == 0),
+            ("cut_away", not encoded.is_learned),
+            ("duplicates", bool(self.held_out) and example.hash in self.held_out),
+        ):
+            if is_so:
+                self.flagged.add(name, encoded.location)
+
+
+def most_frequent(systems: Iterable[Counter[str | None]]) -> str | None:
+    """Returns the system message of most examples; None if there is none."""
+    total = sum(systems, Counter[str | None]())
+    return next((text for text, count in total.items() if 2 * count > total.total()), None)
+
+
+def count_messages(samples: Iterable[object]) -> dict[str, int]:
+    """Returns how many messages of each role the conversations have, and how many tools, tool calls and thoughts."""
+    counts = Counter[str]()
+    for chat in (sample for sample in samples if isinstance(sample, Conversation)):
+        counts.update(message["role"] for message in chat.messages)
+        counts["tool calls"] += sum(len(message.get("tool_calls", [])) for message in chat.messages)
+        counts["with reasoning"] += sum(REASONING in message for message in chat.messages)
+        counts["not to be trained"] += len(chat.untrained)
+        counts["tools"] += len(chat.tools or [])
+    return {name: count for name, count in counts.items() if count}
+
+
+Located: TypeAlias = Sequence[tuple[AnySample, str]]  # samples, and where their rows are
+
+
+def flag_suspicious(flagged: Flagged, samples: Located, labels: Labels | None) -> None:
+    """Adds rows that can be learned from but look like mistakes."""
+    chats = (
+        (name, location)
+        for sample, location in samples
+        for part in tokenized_parts(sample)
+        if not isinstance(part, Text)
+        for name in _of_chat(to_conversation(part))
+    )
+    of_labels = [] if labels is None else _of_labels(samples, labels)
+    for name, location in dict.fromkeys(chain(chats, of_labels)):  # each once, of conversations in several parts
+        flagged.add(name, location)
+
+
+def _of_chat(chat: Conversation) -> Iterator[str]:
+    if any(message["role"] == "user" and not message["content"].strip() for message in chat.messages):
+        yield "empty_question"
+    if any(chat.messages[index]["content"].strip().lower() in MISSING for index in chat.trained_replies):
+        yield "missing_answer"
+    if 0 in chat.trained_replies:
+        yield "no_prompt"
+
+
+def _of_labels(samples: Located, labels: Labels) -> Iterator[tuple[str, str]]:
+    rows = [
+        (
+            sample,
+            location,
+            [str(label) for label in (sample.label if isinstance(sample.label, list) else [sample.label])],
+        )
+        for sample, location in samples
+        if isinstance(sample, Labelled)
+    ]
+    counts = Counter(name for *_, names in rows for name in names)
+    frequent: dict[str, str] = {}  # spelling without spaces and case -> the most frequent name
+    for name, _ in counts.most_common():
+        frequent.setdefault(_spelling(name), name)
+    first: dict[tuple[str, str | None, str], list[str]] = {}
+    for sample, location, names in rows:
+        labelled = f"{location} ({', '.join(map(repr, names))})"
+        if labels.task != REGRESSION and any(frequent[_spelling(name)] != name for name in names):
+            yield "similar_labels", labelled
+        if sorted(first.setdefault((sample.text, sample.second, repr(sample.messages)), names)) != sorted(names):
+            yield "two_labels", labelled
+        if labels.problem_type == SINGLE and RARE * counts[names[0]] < max(counts.values()):
+            yield "imbalance", labelled
+
+
+def flag_copies(flagged: Flagged, train: Iterable[tuple[bytes, str]], held_out: Iterable[tuple[bytes, str]]) -> None:
+    """Adds copies among the examples to train on, among the held-out ones, and across the split.
+
+    train, held_out: hash and location of each example.
+    """
+    trained, evaluated = set[bytes](), set[bytes]()
+    for examples, name, seen in ((train, "repeated", trained), (held_out, "eval_copies", evaluated)):
+        for value, location in examples:
+            if value in seen:
+                flagged.add(name, location)
+            if seen is evaluated and value in trained:
+                flagged.add("duplicates", location)
+            seen.add(value)
+
+
+def _spelling(name: str) -> str:
+    return "".join(name.split()).casefold()
