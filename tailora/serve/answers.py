@@ -1,4 +1,4 @@
-"""The answers to a request: from the engine's tokens to text, log-probabilities and tool calls.
+"""The answers to a request: from the engine's tokens to text, log-probabilities, tool calls and responses.
 
 A `Generation` is all that one client asked for: every answer to every prompt. The engine calls back in its own thread;
 everything else here runs in the thread of the event loop.
@@ -6,7 +6,8 @@ everything else here runs in the thread of the event loop.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -16,8 +17,22 @@ from tailora.errors import AdapterError
 from tailora.serve.api_errors import RequestError
 from tailora.serve.engine_interface import Engine, Finish, Request, Token
 from tailora.serve.registry import AdapterHandle
-from tailora.serve.schemas import AssistantMessage, FinishReason, Usage, new_id
+from tailora.serve.schemas import (
+    AssistantMessage,
+    ChatChoice,
+    ChatCompletion,
+    ChatRequest,
+    Completion,
+    CompletionChoice,
+    CompletionRequest,
+    FinishReason,
+    GenerationRequest,
+    Usage,
+    new_id,
+)
 
+Json = dict[str, Any]
+CHUNK = "chat.completion.chunk"  # object of the events of a chat
 PROMPT_TOKENS = 6  # of the prompt, decoded along with an answer: some tokenizers drop the space of the first token
 UNFINISHED = "\ufffd"  # an incomplete character decodes to this
 
@@ -199,10 +214,10 @@ def token_text(tokenizer: Any, token_id: int) -> str:
     return str(tokenizer.decode([token_id]))
 
 
-def chat_logprobs(tokenizer: Any, tokens: Sequence[Token], top: int) -> dict[str, Any]:
+def chat_logprobs(tokenizer: Any, tokens: Sequence[Token], top: int) -> Json:
     """top: number of likeliest tokens in each entry."""
 
-    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+    def entry(token_id: int, logprob: float) -> Json:
         text = token_text(tokenizer, token_id)  # the bytes of an incomplete character are unknown
         return {"token": text, "logprob": logprob, "bytes": None if UNFINISHED in text else [*text.encode("utf-8")]}
 
@@ -213,9 +228,7 @@ def chat_logprobs(tokenizer: Any, tokens: Sequence[Token], top: int) -> dict[str
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(
-    tokenizer: Any, tokens: Sequence[Token], top: int, *, offset: int, as_ids: bool
-) -> dict[str, Any]:
+def completion_logprobs(tokenizer: Any, tokens: Sequence[Token], top: int, *, offset: int, as_ids: bool) -> Json:
     """offset: where the text of these tokens begins in the answer.    as_ids: name tokens token_id:ID."""
 
     def name(token_id: int) -> str:
@@ -254,7 +267,7 @@ HERMES = {  # of Qwen and SmolLM, for tokenizers whose files lack a response tem
 }
 
 
-def response_template(tokenizer: Any) -> dict[str, Any] | None:
+def response_template(tokenizer: Any) -> Json | None:
     """Returns how the model writes tool calls, in transformers' format; None if unknown."""
     template: dict[str, Any] | None = getattr(tokenizer, "response_template", None)
     if template is not None:
@@ -280,7 +293,120 @@ def parse_tool_calls(tokenizer: Any, text: str, prompt: str, tools: list[dict[st
     return AssistantMessage(content=parsed.get("content") or None, reasoning_content=reasoning, tool_calls=calls)
 
 
-def _tool_call(function: dict[str, Any]) -> dict[str, Any]:
+def _tool_call(function: dict[str, Any]) -> Json:
     arguments = function["arguments"]
     arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return {"id": new_id("call"), "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+# ---- Answers to chats and to plain prompts, complete or streamed
+
+
+async def whole_answers(pieces: AsyncIterator[Piece], count: int) -> list[Piece]:
+    """Returns each of `count` answers as one piece."""
+    answers = [Piece(index, "", ()) for index in range(count)]
+    async for piece in pieces:
+        before = answers[piece.index]
+        text, tokens = before.text + piece.text, before.tokens + piece.tokens
+        answers[piece.index] = Piece(piece.index, text, tokens, piece.finish_reason or before.finish_reason)
+    return answers
+
+
+def wants_usage(body: GenerationRequest) -> bool:
+    return body.stream_options is not None and bool(body.stream_options.include_usage)
+
+
+class ChatAnswer:
+    """Writes the answers to a chat. With tools, an answer is only sent once it is complete."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        body: ChatRequest,
+        prompt: str,
+        generation: Generation,
+        pieces: AsyncIterator[Piece],
+    ) -> None:
+        self.tokenizer, self.body, self.prompt, self.generation = tokenizer, body, prompt, generation
+        self.pieces = pieces
+        self.head: Json = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": body.model}
+        may_call = bool(body.tools) and body.tool_choice != "none"
+        self.has_calls = may_call and response_template(tokenizer) is not None
+
+    def choice(self, answer: Piece) -> ChatChoice:
+        message = AssistantMessage(content=answer.text)
+        reason: FinishReason = answer.finish_reason or "stop"
+        if self.has_calls:
+            tools = [tool.model_dump(exclude_none=True) for tool in self.body.tools or ()]
+            message = parse_tool_calls(self.tokenizer, answer.text, self.prompt, tools)
+            reason = "tool_calls" if message.tool_calls else reason
+        logprobs = self.logprobs(answer.tokens)
+        return ChatChoice(index=answer.index, message=message, logprobs=logprobs, finish_reason=reason)
+
+    def logprobs(self, tokens: Sequence[Token]) -> Json | None:
+        if not self.body.logprobs:
+            return None
+        return chat_logprobs(self.tokenizer, tokens, self.body.top_logprobs or 0)
+
+    async def whole(self) -> ChatCompletion:
+        choices = [self.choice(answer) for answer in await whole_answers(self.pieces, len(self.generation.answers))]
+        return ChatCompletion(**self.head, choices=choices, usage=self.generation.usage())
+
+    def event(self, index: int, delta: Json, reason: str | None = None, tokens: Sequence[Token] = ()) -> Json:
+        logprobs = self.logprobs(tokens) if tokens else None
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return {**self.head, "object": CHUNK, "choices": [choice]}
+
+    async def stream(self) -> AsyncGenerator[Json]:
+        for index in range(len(self.generation.answers)):
+            yield self.event(index, {"role": "assistant", "content": ""})
+        if self.has_calls:
+            for answer in await whole_answers(self.pieces, len(self.generation.answers)):
+                choice = self.choice(answer)
+                delta: Json = {"content": choice.message.content}
+                if calls := choice.message.tool_calls:
+                    delta["tool_calls"] = [{**call, "index": number} for number, call in enumerate(calls)]
+                yield self.event(answer.index, delta, None, answer.tokens)
+                yield self.event(answer.index, {}, choice.finish_reason)
+        else:
+            async for piece in self.pieces:
+                if piece.text or (piece.tokens and self.body.logprobs):
+                    yield self.event(piece.index, {"content": piece.text}, None, piece.tokens)
+                if piece.finish_reason is not None:
+                    yield self.event(piece.index, {}, piece.finish_reason)
+        if wants_usage(self.body):
+            yield {**self.head, "object": CHUNK, "choices": [], "usage": self.generation.usage().model_dump()}
+
+
+class CompletionAnswer:
+    """Writes the answers to plain prompts."""
+
+    def __init__(
+        self, tokenizer: Any, body: CompletionRequest, generation: Generation, pieces: AsyncIterator[Piece]
+    ) -> None:
+        self.tokenizer, self.body, self.generation, self.pieces = tokenizer, body, generation, pieces
+        self.head: Json = {"id": new_id("cmpl"), "created": int(time.time()), "model": body.model}
+
+    def choice(self, answer: Piece, offset: int = 0) -> CompletionChoice:
+        logprobs = None
+        if self.body.logprobs is not None:
+            as_ids = bool(self.body.return_tokens_as_token_ids)
+            logprobs = completion_logprobs(
+                self.tokenizer, answer.tokens, self.body.logprobs, offset=offset, as_ids=as_ids
+            )
+        reason = answer.finish_reason
+        return CompletionChoice(index=answer.index, text=answer.text, logprobs=logprobs, finish_reason=reason)
+
+    async def whole(self) -> Completion:
+        choices = [self.choice(answer) for answer in await whole_answers(self.pieces, len(self.generation.answers))]
+        return Completion(**self.head, choices=choices, usage=self.generation.usage())
+
+    async def stream(self) -> AsyncGenerator[Json]:
+        head = {**self.head, "object": "text_completion"}
+        offsets = [0] * len(self.generation.answers)
+        async for piece in self.pieces:
+            choice = self.choice(piece, offsets[piece.index])
+            offsets[piece.index] += len(piece.text)
+            yield {**head, "choices": [choice.model_dump()]}
+        if wants_usage(self.body):
+            yield {**head, "choices": [], "usage": self.generation.usage().model_dump()}

@@ -28,29 +28,17 @@ from tailora.data.chat_template import ChatTokenizer, fit_to_template
 from tailora.data.messages import read_messages
 from tailora.data.schemas import Conversation
 from tailora.errors import DataError
-from tailora.serve.answers import (
-    Answer,
-    Generation,
-    Piece,
-    chat_logprobs,
-    completion_logprobs,
-    parse_tool_calls,
-    response_template,
-)
+from tailora.serve.answers import Answer, ChatAnswer, CompletionAnswer, Generation, Json, Piece
 from tailora.serve.api_errors import ERRORS, ERRORS_OF_TEXT, RequestError, add_error_handlers, error_body
-from tailora.serve.engine_interface import Engine, SamplingParams, Token
+from tailora.serve.engine_interface import Engine, SamplingParams
 from tailora.serve.engine_interface import Request as EngineRequest
 from tailora.serve.playground import add_page
 from tailora.serve.registry import AdapterRegistry
 from tailora.serve.schemas import (
-    AssistantMessage,
-    ChatChoice,
     ChatCompletion,
     ChatRequest,
     Completion,
-    CompletionChoice,
     CompletionRequest,
-    FinishReason,
     GenerationRequest,
     LoadAdapterRequest,
     Model,
@@ -63,8 +51,6 @@ COMPLETION_TOKENS = 16  # for /v1/completions without max_tokens, as in OpenAI's
 MOST_PROMPTS = 64  # in one request
 LARGEST_BODY = 16 * 2**20  # bytes of a request
 GONE = 499  # status in the metrics of a request whose client disconnected, as in nginx
-CHUNK = "chat.completion.chunk"  # object of the events of a chat
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,21 +222,7 @@ class Server:
             generation.cancel()
 
 
-# ---- Answers to chats and to plain prompts, complete or streamed
-
-
-async def whole_answers(server: Server, generation: Generation) -> list[Piece]:
-    """Returns each answer as one piece."""
-    answers = [Piece(index, "", ()) for index in range(len(generation.answers))]
-    async for piece in server.pieces(generation):
-        before = answers[piece.index]
-        text, tokens = before.text + piece.text, before.tokens + piece.tokens
-        answers[piece.index] = Piece(piece.index, text, tokens, piece.finish_reason or before.finish_reason)
-    return answers
-
-
-def wants_usage(body: GenerationRequest) -> bool:
-    return body.stream_options is not None and bool(body.stream_options.include_usage)
+# ---- Answers, complete or streamed
 
 
 async def unless_disconnected(request: Request, task: Awaitable[Any]) -> Any:
@@ -297,92 +269,6 @@ class EventStream(StreamingResponse):
             self.cancel()
             await self.texts.aclose()
             self.end(self.status)
-
-
-class ChatAnswer:
-    """Writes the answers to a chat. With tools, an answer is only sent once it is complete."""
-
-    def __init__(self, server: Server, body: ChatRequest, prompt: str, generation: Generation) -> None:
-        self.server, self.body, self.prompt, self.generation = server, body, prompt, generation
-        self.head: Json = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": body.model}
-        may_call = bool(body.tools) and body.tool_choice != "none"
-        self.has_calls = may_call and response_template(server.tokenizer) is not None
-
-    def choice(self, answer: Piece) -> ChatChoice:
-        message = AssistantMessage(content=answer.text)
-        reason: FinishReason = answer.finish_reason or "stop"
-        if self.has_calls:
-            tools = [tool.model_dump(exclude_none=True) for tool in self.body.tools or ()]
-            message = parse_tool_calls(self.server.tokenizer, answer.text, self.prompt, tools)
-            reason = "tool_calls" if message.tool_calls else reason
-        logprobs = self.logprobs(answer.tokens)
-        return ChatChoice(index=answer.index, message=message, logprobs=logprobs, finish_reason=reason)
-
-    def logprobs(self, tokens: Sequence[Token]) -> Json | None:
-        if not self.body.logprobs:
-            return None
-        return chat_logprobs(self.server.tokenizer, tokens, self.body.top_logprobs or 0)
-
-    async def whole(self) -> ChatCompletion:
-        choices = [self.choice(answer) for answer in await whole_answers(self.server, self.generation)]
-        return ChatCompletion(**self.head, choices=choices, usage=self.generation.usage())
-
-    def event(self, index: int, delta: Json, reason: str | None = None, tokens: Sequence[Token] = ()) -> Json:
-        logprobs = self.logprobs(tokens) if tokens else None
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return {**self.head, "object": CHUNK, "choices": [choice]}
-
-    async def stream(self) -> AsyncGenerator[Json]:
-        for index in range(len(self.generation.answers)):
-            yield self.event(index, {"role": "assistant", "content": ""})
-        if self.has_calls:
-            for answer in await whole_answers(self.server, self.generation):
-                choice = self.choice(answer)
-                delta: Json = {"content": choice.message.content}
-                if calls := choice.message.tool_calls:
-                    delta["tool_calls"] = [{**call, "index": number} for number, call in enumerate(calls)]
-                yield self.event(answer.index, delta, None, answer.tokens)
-                yield self.event(answer.index, {}, choice.finish_reason)
-        else:
-            async for piece in self.server.pieces(self.generation):
-                if piece.text or (piece.tokens and self.body.logprobs):
-                    yield self.event(piece.index, {"content": piece.text}, None, piece.tokens)
-                if piece.finish_reason is not None:
-                    yield self.event(piece.index, {}, piece.finish_reason)
-        if wants_usage(self.body):
-            yield {**self.head, "object": CHUNK, "choices": [], "usage": self.generation.usage().model_dump()}
-
-
-class CompletionAnswer:
-    """Writes the answers to plain prompts."""
-
-    def __init__(self, server: Server, body: CompletionRequest, generation: Generation) -> None:
-        self.server, self.body, self.generation = server, body, generation
-        self.head: Json = {"id": new_id("cmpl"), "created": int(time.time()), "model": body.model}
-
-    def choice(self, answer: Piece, offset: int = 0) -> CompletionChoice:
-        logprobs = None
-        if self.body.logprobs is not None:
-            as_ids = bool(self.body.return_tokens_as_token_ids)
-            logprobs = completion_logprobs(
-                self.server.tokenizer, answer.tokens, self.body.logprobs, offset=offset, as_ids=as_ids
-            )
-        reason = answer.finish_reason
-        return CompletionChoice(index=answer.index, text=answer.text, logprobs=logprobs, finish_reason=reason)
-
-    async def whole(self) -> Completion:
-        choices = [self.choice(answer) for answer in await whole_answers(self.server, self.generation)]
-        return Completion(**self.head, choices=choices, usage=self.generation.usage())
-
-    async def stream(self) -> AsyncGenerator[Json]:
-        head = {**self.head, "object": "text_completion"}
-        offsets = [0] * len(self.generation.answers)
-        async for piece in self.server.pieces(self.generation):
-            choice = self.choice(piece, offsets[piece.index])
-            offsets[piece.index] += len(piece.text)
-            yield {**head, "choices": [choice.model_dump()]}
-        if wants_usage(self.body):
-            yield {**head, "choices": [], "usage": self.generation.usage().model_dump()}
 
 
 # ---- Keys, and the size of a request
@@ -487,7 +373,9 @@ def add_generation(app: FastAPI, server: Server) -> None:
         ids = await run_in_threadpool(server.chat_tokenizer.token_ids, prompt)
         count = (body.top_logprobs or 0) if body.logprobs else None
         params = server.params(body, body.max_completion_tokens or body.max_tokens, len(ids), count)
-        return await respond(request, body, ChatAnswer(server, body, prompt, await server.start(body, [ids], params)))
+        generation = await server.start(body, [ids], params)
+        answer = ChatAnswer(server.tokenizer, body, prompt, generation, server.pieces(generation))
+        return await respond(request, body, answer)
 
     @app.post("/v1/completions", response_model=Completion, responses=responses, dependencies=check)
     async def completions(body: CompletionRequest, request: Request) -> Any:
@@ -496,7 +384,9 @@ def add_generation(app: FastAPI, server: Server) -> None:
         longest = max(map(len, ids))
         room = max(server.engine.max_positions - longest, 1)
         params = server.params(body, body.max_tokens or min(COMPLETION_TOKENS, room), longest, body.logprobs)
-        return await respond(request, body, CompletionAnswer(server, body, await server.start(body, ids, params)))
+        generation = await server.start(body, ids, params)
+        answer = CompletionAnswer(server.tokenizer, body, generation, server.pieces(generation))
+        return await respond(request, body, answer)
 
     @app.get("/v1/models", responses=ERRORS, dependencies=check)
     async def models() -> ModelList:
