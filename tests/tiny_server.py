@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.serve import listen
 from tailora.core.adapter_set import AdapterSet
-from tailora.serve.app import ServerSettings, create_app
+from tailora.serve.app import Connection, HTTPServer, ServerSettings, create_app
 from tailora.serve.continuous_batching import make_engine
 from tailora.serve.engine_interface import Engine
 from tailora.serve.registry import AdapterRegistry
@@ -55,7 +55,12 @@ class Running:
 def on_loopback(app: FastAPI) -> Iterator[str]:
     """The address of a server that runs this app."""
     listening = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none", timeout_graceful_shutdown=5))
+    config = uvicorn.Config(app, http=Connection, log_level="critical", ws="none", timeout_graceful_shutdown=5)
+    core = getattr(app.state, "server", None)
+    app.state.notes = []
+    app.state.http = server = (
+        uvicorn.Server(config) if core is None else HTTPServer(config, core, app.state.notes.append)
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:

@@ -17,6 +17,7 @@ from tailora.formats.run_folder import ADAPTER_CONFIG, adapter_folder
 
 API_KEY, ADMIN_KEY = "TAILORA_API_KEY", "TAILORA_ADMIN_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1")
+LAST_SECONDS = 5  # of a shutdown, for answers that end when the engine stops
 SHORTEST_DEFAULT = 131_072  # positions of a model that does not say how many it has
 
 AdaptersFolder = Annotated[
@@ -74,7 +75,7 @@ def serve(
 
         from tailora.core.adapter_set import AdapterSet
         from tailora.evaluation.generate import free_positions, stop_ids
-        from tailora.serve.app import ServerSettings, create_app
+        from tailora.serve.app import Connection, HTTPServer, ServerSettings, create_app
         from tailora.serve.continuous_batching import ContinuousEngine, make_engine
         from tailora.serve.playground import LOCAL_HOSTS
         from tailora.serve.registry import AdapterRegistry
@@ -109,15 +110,14 @@ def serve(
             if host not in LOCAL and not settings.api_key:
                 log(f"note: anybody who reaches {host} can use this server: set {API_KEY} to ask for a key")
             app = create_app(running, registry, loaded.tokenizer, settings)
-            config = uvicorn.Config(
-                app, host, port, log_level="warning", timeout_graceful_shutdown=max(1, int(drain_seconds))
-            )
+            graceful = int(drain_seconds) + LAST_SECONDS
+            config = uvicorn.Config(app, http=Connection, log_level="warning", timeout_graceful_shutdown=graceful)
             is_continuous = isinstance(running, ContinuousEngine)
             what = "continuous batching" if is_continuous else "padded batches, one after another"
             log(f"engine: {what}; {max_requests} answers at once, {running.max_positions:,} tokens each")
             log(f"models: {', '.join([registry.base_name, *folders])}")
-            log(f"listening at http://{host}:{listener.getsockname()[1]}; the page is at /; stop it with Ctrl-C")
-            server = uvicorn.Server(config)
+            log(f"listening at {address(host, listener)}; the page is at /; stop it with Ctrl-C")
+            server = HTTPServer(config, app.state.server, log)
             gc.collect()
             gc.freeze()  # what is here stays: looking through all modules again would stop all requests for .2 s
             with suppress(KeyboardInterrupt):  # uvicorn raises the signal again when all is done
@@ -147,6 +147,10 @@ def listen(host: str, port: int) -> socket.socket:
     # asyncio does not set this for such a socket; without it each answer on a kept connection waits 40 ms
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
+
+
+def address(host: str, listener: socket.socket) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
 def adapters_in(folder: Path) -> dict[str, Path]:
@@ -181,7 +185,7 @@ def playground(*, url: Url, port: Annotated[Port, Parameter(help="of the page, o
 
     app = playground_app(url)
     listener = listen("127.0.0.1", port)
-    log(f"The page is at http://127.0.0.1:{port}; stop it with Ctrl-C.")
+    log(f"The page is at {address('127.0.0.1', listener)}; stop it with Ctrl-C.")
     with suppress(KeyboardInterrupt):  # as in `serve`
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
     return 0

@@ -1,5 +1,6 @@
 """Error responses in OpenAI's shape, and their description for OpenAPI."""
 
+from itertools import islice
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,6 +12,8 @@ from tailora.errors import AdapterNotFoundError, MemoryInUseError, TailoraError
 from tailora.serve.schemas import ErrorBody, ErrorDetail
 
 RETRY_AFTER = {"Retry-After": "1"}
+MOST_PROBLEMS = 10  # in one message
+LONGEST_TEXT = 200  # characters of a client's text in a message
 TYPES = {  # of errors, by status
     400: "BadRequestError",
     401: "AuthenticationError",
@@ -48,17 +51,35 @@ def error_response(status: int, message: str, param: str | None = None, kind: st
     return JSONResponse(error_body(status, message, param, kind), status, headers=headers)
 
 
+def shortened(text: str) -> str:
+    """Returns a text of a client as it can be sent back."""
+    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}..."
+
+
+def described(problems: list[dict[str, Any]]) -> tuple[str, str | None]:
+    """Returns the first of pydantic's problems as a message, and the name of the first field."""
+    lines = [
+        f"{'.'.join(shortened(str(part)) for part in problem['loc'][1:])}: {problem['msg']}" for problem in problems
+    ]
+    more = ["and more"] if len(problems) > MOST_PROBLEMS else []
+    names = [shortened(str(problem["loc"][1])) for problem in problems if len(problem["loc"]) > 1]
+    return "; ".join([*dict.fromkeys(lines[:MOST_PROBLEMS]), *more]), names[0] if names else None
+
+
 def add_error_handlers(app: FastAPI) -> None:
     async def respond(request: Request, error: Exception) -> Response:
         match error:
             case RequestError():
                 return error_response(error.status, error.message, error.param)
             case RequestValidationError():
-                problems = [f"{'.'.join(map(str, problem['loc'][1:]))}: {problem['msg']}" for problem in error.errors()]
-                names = [str(problem["loc"][1]) for problem in error.errors() if len(problem["loc"]) > 1]
-                return error_response(400, "; ".join(dict.fromkeys(problems)), names[0] if names else None)
+                return error_response(400, *described([*islice(error.errors(), MOST_PROBLEMS + 1)]))
             case HTTPException():
-                response = error_response(error.status_code, str(error.detail))
+                message = str(error.detail)
+                if error.status_code in (404, 405):  # of the router, "Not Found" and "Method Not Allowed"
+                    routes = [route for route in request.app.routes if getattr(route, "include_in_schema", False)]
+                    known = ", ".join(f"{' '.join(route.methods)} {route.path}" for route in routes)
+                    message = f"no {request.method} {shortened(request.url.path)}; there are: {known}"
+                response = error_response(error.status_code, message)
                 response.headers.update(error.headers or {})
                 return response
         status = 404 if isinstance(error, AdapterNotFoundError) else 503 if isinstance(error, MemoryInUseError) else 400

@@ -12,8 +12,10 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
+from socket import socket
 from typing import Annotated, Any
 
+import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -22,10 +24,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tailora import __version__
 from tailora.data.chat_template import ChatTokenizer, fit_to_template
-from tailora.data.messages import read_messages
+from tailora.data.messages import read_messages, text_value
 from tailora.data.schemas import Conversation
 from tailora.errors import DataError
 from tailora.serve.answers import Answer, ChatAnswer, CompletionAnswer, Generation, Json, Piece
@@ -48,8 +51,8 @@ from tailora.serve.schemas import (
 )
 
 COMPLETION_TOKENS = 16  # for /v1/completions without max_tokens, as in OpenAI's API
-MOST_PROMPTS = 64  # in one request
-LARGEST_BODY = 16 * 2**20  # bytes of a request
+LARGEST_BODY = 4 * 2**20  # bytes of a request; parsing the JSON of 16 MiB stops all other requests for seconds
+REQUEST_SECONDS = 30.0  # that a client gets, at least, to send a request
 GONE = 499  # status in the metrics of a request whose client disconnected, as in nginx
 
 
@@ -104,13 +107,34 @@ class Server:
         self.chat_tokenizer = ChatTokenizer.of(tokenizer)
         self.metrics = Metrics(engine, registry)
         self.answers = 0  # in the engine
-        self.is_draining = False
+        self.is_draining = self.is_hurried = False
+        self.stopping = asyncio.Lock()
+        self.longest_text = engine.max_positions * max(map(len, tokenizer.get_vocab()))  # that may fit
 
     def check_ready(self) -> None:
         if self.is_draining:
             raise RequestError(503, "the server is stopping")
         if not self.engine.is_alive:
             raise RequestError(503, "the engine is not running")
+
+    async def drain(self) -> None:
+        """Gives running answers `drain_seconds` to end, unless `is_hurried`, and stops the engine. Starts no others."""
+        self.is_draining = True
+        end = time.monotonic() + self.settings.drain_seconds
+        while self.answers and not self.is_hurried and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        async with self.stopping:
+            await run_in_threadpool(self.engine.stop, 0)
+
+    def check_length(self, text: str, param: str) -> None:
+        """Raises RequestError for a text that cannot fit whatever its tokens are: tokenizing it would take long."""
+        if len(text) > self.longest_text:
+            raise RequestError(
+                400,
+                f"the prompt has {len(text):,} characters, and no text of more than {self.longest_text:,} fits into "
+                f"{self.engine.max_positions:,} tokens",
+                param,
+            )
 
     def chat_prompt(self, body: ChatRequest) -> str:
         if self.chat_tokenizer.template is None:
@@ -122,9 +146,11 @@ class Server:
             param = "tools" if tools else param
             chat = Conversation(messages, first=len(messages), tools=tools or None)
             chat = fit_to_template(chat, self.chat_tokenizer)
-            return self.chat_tokenizer.render(chat.messages, tools=chat.tools, add_generation_prompt=True)
+            prompt = self.chat_tokenizer.render(chat.messages, tools=chat.tools, add_generation_prompt=True)
         except DataError as error:
             raise RequestError(400, str(error), param) from error
+        self.check_length(prompt, param)
+        return prompt
 
     def prompt_ids(self, prompt: Any) -> list[list[int]]:
         """Returns the ids of each prompt of a completion: one or several, as text or as ids."""
@@ -132,13 +158,20 @@ class Server:
         size = len(self.tokenizer)
         result = []
         for text_or_ids in prompts:
-            ids = list(self.tokenizer(text_or_ids)["input_ids"]) if isinstance(text_or_ids, str) else [*text_or_ids]
+            ids = self.text_ids(text_or_ids) if isinstance(text_or_ids, str) else text_or_ids
             if not ids:
                 raise RequestError(400, "a prompt has no tokens", "prompt")
             if max(ids) >= size:
                 raise RequestError(400, f"token {max(ids)} does not exist; the vocabulary has {size}", "prompt")
             result.append(ids)
         return result
+
+    def text_ids(self, text: str) -> list[int]:
+        self.check_length(text, "prompt")
+        try:
+            return list(self.tokenizer(text_value(text, "the prompt"))["input_ids"])
+        except DataError as error:
+            raise RequestError(400, str(error), "prompt") from error
 
     def params(
         self, body: GenerationRequest, max_tokens: int | None, longest: int, logprobs: int | None
@@ -173,8 +206,6 @@ class Server:
         """Submits a request to the engine. Raises RequestError if there are too many, or the model is unknown."""
         n, most = body.n or 1, self.settings.max_queue
         count = n * len(prompts)
-        if len(prompts) > MOST_PROMPTS:
-            raise RequestError(400, f"{len(prompts)} prompts; at most {MOST_PROMPTS} are allowed", "prompt")
         if count > most:
             raise RequestError(400, f"{count} answers; at most {most} can run or wait", "n")
         if self.answers + count > most:
@@ -183,12 +214,11 @@ class Server:
         started = 0
         try:
             handle = await run_in_threadpool(self.registry.acquire, body.model, body.lora_scale)
-            stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
             name, answers = new_id("request"), []
             for index, (prompt, sample) in enumerate(itertools.product(prompts, range(n))):
                 of_sample = replace(params, seed=(params.seed + sample) % 2**63)
                 request = EngineRequest(f"{name}-{index}", tuple(prompt), handle.key, of_sample)
-                answers.append(Answer(index, self.tokenizer, request, stop, self.engine.eos_token_ids))
+                answers.append(Answer(index, self.tokenizer, request, body.stop or [], self.engine.eos_token_ids))
             model, tokens = self.model_label(body.model), sum(map(len, prompts))
             generation = Generation(self.engine, answers, model, tokens, handle, self._end_answer)
             started = count
@@ -243,24 +273,30 @@ class EventStream(StreamingResponse):
 
     Cancels the answers when the client disconnects, even before `events` has begun or while an event is being sent.
 
-    end: called with the status that an answer without streaming would have had.
+    end: called once with the status that an answer without streaming would have had.
     """
 
     def __init__(self, events: AsyncGenerator[Json], cancel: Callable[[], None], end: Callable[[int], None]) -> None:
         self.texts = self._texts(events)
         super().__init__(self.texts, media_type="text/event-stream")
-        self.cancel, self.end, self.status = cancel, end, GONE
+        self.cancel, self.end = cancel, end
+        self.has_ended = False
 
     async def _texts(self, events: AsyncGenerator[Json]) -> AsyncGenerator[str]:
         async with aclosing(events):
             try:
                 async for event in events:
                     yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
-                self.status = 200
+                self._end(200)
             except RequestError as error:
-                self.status = error.status
+                self._end(error.status)
                 yield f"data: {json.dumps(error_body(error.status, error.message, error.param))}\n\n"
         yield "data: [DONE]\n\n"
+
+    def _end(self, status: int) -> None:  # before the last event, after which a client may look at the metrics
+        if not self.has_ended:
+            self.has_ended = True
+            self.end(status)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -268,7 +304,7 @@ class EventStream(StreamingResponse):
         finally:
             self.cancel()
             await self.texts.aclose()
-            self.end(self.status)
+            self._end(GONE)
 
 
 # ---- Keys, and the size of a request
@@ -307,6 +343,53 @@ class BodyLimit:
         await self.app(scope, receive_limited, send)
 
 
+class Connection(H11Protocol):
+    """Closes itself when a client does not finish sending a request: after one to two times REQUEST_SECONDS."""
+
+    def connection_made(self, *args: Any) -> None:
+        super().connection_made(*args)
+        self.loop.call_later(REQUEST_SECONDS, self._check, None)
+
+    def _check(self, last_request: object) -> None:
+        if self.waits_for_client and self.cycle is last_request:
+            self.transport.close()
+        elif not self.transport.is_closing():
+            self.loop.call_later(REQUEST_SECONDS, self._check, self.cycle)
+
+    @property
+    def waits_for_client(self) -> bool:
+        """True if the next request has not begun, or its head or body is incomplete."""
+        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+
+
+class HTTPServer(uvicorn.Server):
+    """Serves an app of `create_app`. The first Ctrl-C lets running answers end, a second one ends them.
+
+    note: called with what a shutdown waits for.
+    """
+
+    def __init__(self, config: uvicorn.Config, core: Server, note: Callable[[str], None]) -> None:
+        super().__init__(config)
+        self.core, self.note = core, note
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        is_second = self.should_exit and not self.core.is_hurried
+        super().handle_exit(sig, frame)
+        if is_second:  # answers end with an error; only a third one leaves their clients without
+            self.core.is_hurried, self.force_exit = True, False
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Connection) and connection.waits_for_client:
+                connection.transport.close()
+        if count := self.core.answers:
+            what = f"up to {self.core.settings.drain_seconds:g} s for {count} answer{'s' if count > 1 else ''}"
+            self.note(f"stopping: {what}; Ctrl-C again ends them at once")
+        draining = asyncio.create_task(self.core.drain())
+        await super().shutdown(sockets)
+        await draining
+
+
 # ---- The app
 
 
@@ -317,8 +400,7 @@ def create_app(engine: Engine, registry: AdapterRegistry, tokenizer: Any, settin
     @asynccontextmanager
     async def stop_engine(_: FastAPI) -> AsyncIterator[None]:
         yield
-        server.is_draining = True
-        await run_in_threadpool(engine.stop, settings.drain_seconds)
+        await server.drain()
 
     app = FastAPI(title="tailora", version=__version__, lifespan=stop_engine, docs_url=None, redoc_url=None)
     app.state.server = server

@@ -9,15 +9,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+MOST_FIELDS = 100  # of an object that allows only known ones
+MOST_MESSAGES = 10_000
+MOST_PARTS = 1000  # of the content of a message
+MOST_PROMPTS = 64
+MOST_TOKENS = 131_072  # of a prompt that is given as ids; no model is served with more
 MOST_LOGPROBS = 20
 MOST_ANSWERS = 16  # to one prompt
 LONGEST_STOP = 1000  # characters of a stop string
@@ -29,6 +36,15 @@ class RequestBody(BaseModel):
     """Types as in JSON: "1" is not a number, nor are NaN and infinity, which Python's JSON parser accepts."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MOST_FIELDS:
+            raise PydanticCustomError(
+                "too_many_fields", "{count} fields; at most {most}", {"count": len(value), "most": MOST_FIELDS}
+            )
+        return value
 
 
 def new_id(kind: str) -> str:
@@ -58,7 +74,9 @@ ModelName = Annotated[
     AdapterName, Field(description="the base, an adapter, or several with their scales: legal+chat@0.5")
 ]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
+StopStrings = Annotated[list[StopString], Field(max_length=16, fail_fast=True)]
 TokenId = Annotated[int, Field(ge=0, lt=INT64)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MOST_TOKENS, fail_fast=True)]
 Ignored = Annotated[Any, Field(description="accepted and ignored")]
 
 # ---- Requests
@@ -81,7 +99,13 @@ class GenerationRequest(RequestBody):
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = Field(
         None, description="the answers for each prompt have the seeds seed, seed + 1, ...; default: random"
     )
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    stop: Annotated[
+        StopStrings | None,
+        BeforeValidator(
+            lambda value: [value] if isinstance(value, str) else value,
+            json_schema_input_type=StopString | StopStrings | None,
+        ),
+    ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="only with stream = true")
     ignore_eos: bool | None = Field(None, description="generate max_tokens tokens, whatever they are")
@@ -93,7 +117,7 @@ class GenerationRequest(RequestBody):
     presence_penalty: Annotated[Annotated[float, Field(ge=0, le=0)] | None, only("0")] = None
     repetition_penalty: Annotated[Annotated[float, Field(ge=1, le=1)] | None, only("1")] = None
     min_p: Annotated[Annotated[float, Field(ge=0, le=0)] | None, only("0")] = None
-    logit_bias: Annotated[Annotated[dict[str, float], Field(max_length=0)] | None, only("{}")] = None
+    logit_bias: Annotated[Annotated[dict[str, Any], Field(max_length=0)] | None, only("{}")] = None
     # Ignored
     user: Ignored = None
     metadata: Ignored = None
@@ -108,6 +132,20 @@ class TextPart(RequestBody):
     type: Literal["text"]
     text: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_type(cls, value: Any) -> Any:
+        if isinstance(value, dict) and (kind := value.get("type")) != "text":
+            raise PydanticCustomError("not_text", "the type is {kind}; only text is supported", {"kind": repr(kind)})
+        return value
+
+
+Parts = Annotated[list[TextPart], Field(max_length=MOST_PARTS, fail_fast=True)]
+
+
+def as_parts(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
 
 class Message(BaseModel):
     """A message of a chat. Other fields, such as name or tool_call_id, are passed to the chat template."""
@@ -115,8 +153,8 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    content: Annotated[Parts | None, BeforeValidator(as_parts, json_schema_input_type=str | Parts | None)] = None
+    tool_calls: Annotated[list[dict[str, Any]], Field(max_length=128, fail_fast=True)] | None = None
     reasoning_content: str | None = None
 
 
@@ -137,13 +175,13 @@ class TextFormat(RequestBody):
 
 
 class ChatRequest(GenerationRequest):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=INT64)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = Field(
         None, description="only with logprobs = true"
     )
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Annotated[Literal["auto", "none"] | None, only('"auto" or "none"')] = None
     parallel_tool_calls: Annotated[Literal[True] | None, only("true")] = None
     response_format: Annotated[TextFormat | None, only('{"type": "text"}')] = None
@@ -152,9 +190,9 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
     )
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     return_tokens_as_token_ids: bool | None = Field(

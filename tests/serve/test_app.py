@@ -31,12 +31,14 @@ from tiny_server import TOKENIZER, Running, base_model, running, write_adapters
 from benchmarks.serving.server_process import SECONDS_TO_START, free_port
 from tailora import LoRAModel
 from tailora.cli.main import main
-from tailora.cli.serve import adapters_in, listen
+from tailora.cli.serve import adapters_in, address, listen
 from tailora.data.chat_template import ChatTokenizer
+from tailora.serve import api_errors
 from tailora.serve.app import EventStream
 from tailora.serve.schemas import ChatRequest
 
 CHAT = [{"role": "user", "content": "what is that"}]
+JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
@@ -158,13 +160,18 @@ def test_an_adapter_for_labels_is_not_loaded(server: Running, root: Path) -> Non
         ({"extra_body": {"lora_scal": 1}}, "lora_scal"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"prompt": "word " * 400}, "prompt"),
+        ({"prompt": "a\ud800b"}, "prompt"),
+        ({"prompt": ["a", "a\ud800b"]}, "prompt"),
+        ({"messages": [{"role": "user", "content": "a\ud800b"}]}, "messages"),
+        ({"stop": ["\ud800"]}, "stop"),
     ],
 )
 def test_a_wrong_request_is_told_what_is_wrong(server: Running, options: dict[str, Any], param: str) -> None:
-    complete = server.client.completions.create if "prompt" in options else partial(chat, server)
-    with pytest.raises(openai.BadRequestError) as raised:
-        complete(model="legal", **options)
-    assert raised.value.param == param
+    path = "completions" if "prompt" in options else "chat/completions"
+    body = {"model": "legal", **({} if "prompt" in options else {"messages": CHAT}), **options}
+    response = server.http.post(f"/v1/{path}", content=json.dumps(body | body.pop("extra_body", {})), headers=JSON)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
 
 
 @pytest.mark.parametrize(
@@ -189,6 +196,122 @@ def test_what_is_not_supported_is_called_so(server: Running, path: str, name: st
     for taken in (None, neutral):
         request = {"model": "legal", **prompt, "max_tokens": 1, name: taken}
         assert server.http.post(f"/v1/{path}", json=request).status_code == 200
+
+
+def many(unit: str, count: int = 20_000) -> str:
+    return f"[{', '.join([unit] * count)}]"
+
+
+FIELDS = ", ".join(f'"field{i}": 1' for i in range(20_000))
+INVALID = {  # small bodies with many faults: reporting each took seconds, in which no other request was answered
+    "messages": f'"messages": {many("{}")}',
+    "parts": f'"messages": [{{"role": "user", "content": {many("{}")}}}]',
+    "calls": f'"messages": [{{"role": "assistant", "tool_calls": {many("1")}}}]',
+    "fields": f'"messages": [], {FIELDS}',
+    "tool fields": f'"messages": [{{"role": "user", "content": ""}}], "tools": [{{{FIELDS}}}]',
+    "prompts": f'"prompt": {many("[]")}',
+    "objects": f'"prompt": {many("{}")}',
+    "prompts of objects": f'"prompt": [{many("{}")}]',
+    "stop": f'"prompt": "a", "stop": {many("1")}',
+    "name": f'"prompt": "a", "{"x" * 100_000}": 1',
+}
+
+
+@pytest.mark.parametrize("fault", INVALID)
+def test_many_faults_are_not_all_reported(server: Running, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    described: list[int] = []
+    original = api_errors.described
+    monkeypatch.setattr(api_errors, "described", lambda found: described.append(len(found)) or original(found))
+    path = "completions" if '"prompt"' in INVALID[fault] else "chat/completions"
+    response = server.http.post(f"/v1/{path}", content=f'{{"model": "tiny", {INVALID[fault]}}}', headers=JSON)
+    assert response.status_code == 400
+    assert len(response.content) < 1000
+    assert described[0] <= 11
+
+
+def test_ten_faults_are_reported(server: Running) -> None:
+    body = {"model": "tiny", "prompt": "a", **{f"field{i}": 1 for i in range(12)}}
+    message = server.http.post("/v1/completions", json=body).json()["error"]["message"]
+    assert message.count("Extra inputs") == 10
+    assert message.endswith("; and more")
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(server: Running, kind: str) -> None:
+    core = server.app.state.server
+    assert core.longest_text == 200 * max(map(len, TOKENIZER.get_vocab()))
+    text = "a" * (core.longest_text + 1)
+    ask = partial(chat, server, messages=[{"role": "user", "content": text}])
+    if kind == "completion":
+        ask = partial(server.client.completions.create, prompt=["a", text])
+    with pytest.raises(openai.BadRequestError, match="characters, and no text of more than") as raised:
+        ask(model="legal")
+    assert raised.value.param == ("messages" if kind == "chat" else "prompt")
+
+
+def test_clients_that_do_not_finish_their_request_are_given_up(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tailora.serve.app.REQUEST_SECONDS", 0.3)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
+    whole = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    clients = []
+    for sent in (b"", b"POST", head, head + b"\r\n", head + b'\r\n{"model"', whole + b"GET /he"):
+        clients.append(socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=5))
+        clients[-1].sendall(sent)
+    with held_forwards(server) as forwards:  # a slow answer is not the client's fault
+        slow = chat(server, "legal", stream=True)
+        for client in clients:
+            with client:
+                while client.recv(4096):  # until the server closes
+                    pass
+        forwards.go_on.set()
+        assert [chunk.choices[0].finish_reason for chunk in slow][-1] == "length"
+    assert chat(server, "legal", max_tokens=1).choices
+
+
+def test_a_picture_is_refused_in_one_sentence(server: Running) -> None:
+    parts = [{"type": "text", "text": "what is"}, {"type": "image_url", "image_url": {"url": "data:"}}]
+    with pytest.raises(openai.BadRequestError) as raised:
+        chat(server, "legal", messages=[{"role": "user", "content": parts}])
+    assert raised.value.body["message"] == (  # type: ignore[index]
+        "messages.0.content.1: the type is 'image_url'; only text is supported"
+    )
+    halves = [{"type": "text", "text": "what is"}, {"type": "text", "text": " that"}]
+    answers = {
+        chat(server, "legal", messages=[{"role": "user", "content": content}]).choices[0].message.content
+        for content in (halves, "what is that")
+    }
+    assert len(answers) == 1
+
+
+def test_an_unknown_route_names_those_that_there_are(server: Running) -> None:
+    response = server.http.get("/v1/embeddings")
+    assert response.status_code == 404
+    message = response.json()["error"]["message"]
+    assert message.startswith("no GET /v1/embeddings; there are: POST /v1/chat/completions, POST /v1/completions, GET ")
+    response = server.http.get("/v1/completions")
+    assert (response.status_code, response.headers["Allow"]) == (405, "POST")
+    assert "POST /v1/completions" in response.json()["error"]["message"]
+
+
+def test_an_interrupt_waits_for_answers_and_a_second_one_ends_them(root: Path) -> None:
+    with running(root, drain_seconds=60) as server, held_forwards(server) as forwards:
+        events = server.app.state.http, server.app.state.notes
+        stream = chat(server, "legal", stream=True, max_tokens=150)
+        assert forwards.is_held.wait(60)
+        began = time.monotonic()
+        events[0].handle_exit(signal.SIGINT, None)
+        while not events[1]:
+            assert time.monotonic() < began + 30
+            time.sleep(0.01)
+        assert events[1] == ["stopping: up to 60 s for 1 answer; Ctrl-C again ends them at once"]
+        events[0].handle_exit(signal.SIGINT, None)
+        events[0]._captured_signals.clear()
+        forwards.go_on.set()
+        with pytest.raises(openai.APIError, match="the server is stopping"):
+            list(stream)
+        assert time.monotonic() - began < 30
 
 
 def metrics(server: Running) -> dict[str, float]:
@@ -468,12 +591,15 @@ def test_the_command_serves_a_folder_and_ends_with_sigterm(root: Path, tmp_path:
                     time.sleep(0.1)
             assert {model["id"] for model in client.get("/v1/models").json()["data"]} == {"tiny", "legal", "poet"}
             body = {"model": "poet", "messages": CHAT, "max_tokens": 150, "ignore_eos": True}
-            with client.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
+            unfinished = socket.create_connection(("127.0.0.1", port))
+            unfinished.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n{")
+            streaming = client.stream("POST", "/v1/chat/completions", json={**body, "stream": True})
+            with unfinished, streaming as response:
                 lines = response.iter_lines()
                 first = next(lines)
                 process.send_signal(signal.SIGTERM)
                 assert [first, *lines][-2:] == ["data: [DONE]", ""]  # the answer ends before the server does
-        assert process.wait(30) == 0
+        assert process.wait(30) == 0, log.read_text()
     finally:
         process.kill()
         process.wait()
@@ -483,6 +609,8 @@ def test_the_command_serves_a_folder_and_ends_with_sigterm(root: Path, tmp_path:
     assert "left out, since they predict labels and write no text: tickets (sequence-classification)" in told
     assert "t5 (seq2seq)" in told
     assert "what is that" not in told
+    assert told.count("stopping: up to 30 s for 1 answer") == 1
+    assert "Traceback" not in told
 
 
 def test_a_folder_of_adapters_may_hold_runs(root: Path, tmp_path: Path) -> None:
@@ -498,6 +626,17 @@ def test_no_answer_waits_for_the_clients_acknowledgement() -> None:
         connection, _ = listener.accept()
         with connection:
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"), [("127.0.0.1", "127.0.0.1"), ("localhost", "localhost"), ("::1", "[::1]")]
+)
+def test_the_address_that_is_printed_works(host: str, expected: str) -> None:
+    with listen(host, 0) as listener:
+        shown = address(host, listener)
+        assert shown == f"http://{expected}:{listener.getsockname()[1]}"
+        with socket.create_connection((str(httpx.URL(shown).host), httpx.URL(shown).port or 0)):
+            pass
 
 
 def test_a_port_in_use_is_an_error_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
