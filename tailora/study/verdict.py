@@ -34,29 +34,39 @@ REACH = 2.0  # a cheaper trial within so many margins is run again, since one se
 MOST_SEEDS, MOST_EXAMPLES = 50, 50_000  # that a verdict asks for; to run or collect more is not practical
 
 
+Compared = tuple[Interval, Difference | None]  # a mean, and its difference from the reference
+
+
 @dataclass(frozen=True)
 class _Judgement:
-    """Results of several sets of runs, by name. differences: of all but the reference."""
+    """Results of several sets of runs, by name.    accuracies: {} for tasks without predictions."""
 
-    losses: dict[Any, Interval]
-    differences: dict[Any, Difference]
+    losses: dict[Any, Compared]
+    accuracies: dict[Any, Compared]
     base_loss: float
     examples: int
     seeds: list[int]
     unit: str
-    accuracies: dict[Any, dict[str, Any]]  # name -> fields of ArmResult; {} for tasks without predictions
 
     def fields(self, name: Any, runs: Sequence[Trial]) -> dict[str, Any]:
         """Returns the fields that ArmResult and Finalist share."""
-        loss = self.losses[name]
+        loss, difference = self.losses[name]
         return {
             "eval_loss": loss.value,
             "interval": (loss.low, loss.high),
-            "difference": self.differences.get(name),
+            "difference": difference,
             "seconds": float(np.mean([run.training_seconds for run in runs])),
             "peak_memory_bytes": max(run.numbers["peak_memory_bytes"] for run in runs),
             "runs": [run.numbers["output_dir"] for run in runs],
         }
+
+    def accuracy_fields(self, name: Any) -> dict[str, Any]:
+        """Returns the fields of ArmResult about the accuracy."""
+        if name not in self.accuracies:
+            return {}
+        share, difference = self.accuracies[name]
+        ends = share.low, share.high
+        return {"accuracy": share.value, "accuracy_interval": ends, "accuracy_difference": difference}
 
 
 def _judge(runs: Mapping[Any, Sequence[Trial]], reference: Any) -> _Judgement:
@@ -64,42 +74,31 @@ def _judge(runs: Mapping[Any, Sequence[Trial]], reference: Any) -> _Judgement:
     first = runs[reference][0]
     indices = judging_half(len(first.counts))
     counts = np.array(first.counts)[indices]
-    sums = {
-        name: np.array([run.sums for run in trials])[:, indices] for name, trials in runs.items()
-    }  # (seeds, examples)
-    differences = {
-        name: difference_over_seeds(sums[reference], sums[name], counts, comparisons=len(runs) - 1)
-        for name in runs
-        if name != reference
-    }
+
+    def compared(measure: str) -> dict[Any, Compared]:
+        """measure: attribute of a trial, a number for each example."""
+        values = {  # each (seeds, examples)
+            name: np.array([getattr(run, measure) for run in trials])[:, indices] for name, trials in runs.items()
+        }
+        others = len(runs) - 1
+        return {
+            name: (
+                interval_over_seeds(own, counts),
+                None
+                if name == reference
+                else difference_over_seeds(values[reference], own, counts, comparisons=others),
+            )
+            for name, own in values.items()
+        }
+
     return _Judgement(
-        losses={name: interval_over_seeds(values, counts) for name, values in sums.items()},
-        differences=differences,
+        losses=compared("sums"),
+        accuracies=compared("hits") if first.hits else {},
         base_loss=float(np.array(first.before)[indices].sum() / counts.sum()),
         examples=len(indices),
         seeds=[run.numbers["seed"] for run in runs[reference]],
         unit=first.loss_unit,
-        accuracies=_accuracies(runs, reference, indices, counts) if first.hits else {},
     )
-
-
-def _accuracies(
-    runs: Mapping[Any, Sequence[Trial]], reference: Any, indices: Any, counts: Any
-) -> dict[Any, dict[str, Any]]:
-    """Returns, by name, the fields of ArmResult about the accuracy on the judging examples."""
-    hits = {name: np.array([run.hits for run in trials])[:, indices] for name, trials in runs.items()}
-    fields = {}
-    for name, values in hits.items():
-        accuracy = interval_over_seeds(values, counts)
-        difference = None
-        if name != reference:
-            difference = difference_over_seeds(hits[reference], values, counts, comparisons=len(runs) - 1)
-        fields[name] = {
-            "accuracy": accuracy.value,
-            "accuracy_interval": (accuracy.low, accuracy.high),
-            "accuracy_difference": difference,
-        }
-    return fields
 
 
 # ---- Judging a comparison
@@ -142,12 +141,12 @@ def judge_arms(
                 seed_losses=[trial.loss(judging_half(len(trial.counts))) for trial in trials],
                 train_losses=[trial.losses for trial in trials],
                 **judgement.fields(arm, trials),
-                **judgement.accuracies.get(arm, {}),
+                **judgement.accuracy_fields(arm),
             )
         )
     cut_short = [arm for arm, search in rates.items() if search.next_rate() is not None]
     verdict, compared = compare_verdict(arms, reference, study.margin, judgement.unit, cut_short=cut_short)
-    p_values = {arm: difference.p_value for arm, difference in judgement.differences.items()}
+    p_values = {arm.name: arm.difference.p_value for arm in arms if arm.difference is not None}
     return Comparison(
         arms=arms,
         reference=reference,
@@ -218,22 +217,25 @@ def judge_finalists(
     trials: all of the search.    fields: other fields of SearchResult that are known without judging.
     """
     judgement = _judge({candidate.number: runs[candidate.number] for candidate in chosen}, chosen[0].number)
-    finalists = [
-        Finalist(
-            number=candidate.number,
-            settings=candidate.settings,
-            trainable_parameters=candidate.trainable_parameters or 0,
-            choosing_loss=loss_of(candidate),
-            p_value=None if candidate is chosen[0] else judgement.differences[candidate.number].p_value,
-            **judgement.fields(candidate.number, runs[candidate.number]),
+    finalists = []
+    for candidate in chosen:
+        fields_of_runs = judgement.fields(candidate.number, runs[candidate.number])
+        difference = fields_of_runs["difference"]
+        finalists.append(
+            Finalist(
+                number=candidate.number,
+                settings=candidate.settings,
+                trainable_parameters=candidate.trainable_parameters or 0,
+                choosing_loss=loss_of(candidate),
+                p_value=None if difference is None else difference.p_value,
+                **fields_of_runs,
+            )
         )
-        for candidate in chosen
+    good = [  # the best, and those that are worse by less than the margin, or not shown to be worse
+        finalist
+        for finalist in finalists
+        if (difference := finalist.difference) is None or difference.high < margin or difference.low <= 0
     ]
-    good = [finalists[0]]
-    for finalist in finalists[1:]:
-        difference = judgement.differences[finalist.number]
-        if difference.high < margin or difference.low <= 0:  # worse by less than the margin, or not shown to be worse
-            good.append(finalist)
     cheapest = min(good, key=lambda finalist: finalist.trainable_parameters)
     return SearchResult(
         best=finalists[0],
