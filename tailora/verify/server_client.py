@@ -1,8 +1,8 @@
 """Sends the prompts of a verification file to an OpenAI-compatible server, and reads its answers."""
 
+import asyncio
 import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,7 +23,8 @@ FIRST_WAIT = 0.5  # seconds
 THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 MOST_BYTES = 16 * 10**6  # of an answer; that to a probe has a few thousand
 FARTHEST = 1e6  # nats; what is farther below 0 is no log-probability
-MOST_PROBABILITY = 1.05  # that a server's tokens have together: what is more is no distribution, despite rounding
+MOST_PROBABILITY = 1.005  # that a server's tokens have together: what is more is no distribution, despite rounding
+LEAST_LEFT = 1e-3  # of the probability, for all tokens that a server does not list
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class ServerClient(AbstractContextManager["ServerClient"]):
     """One OpenAI-compatible server. It is asked one probe at a time, so that no batch changes its rounding.
 
     url: with or without "/v1".    key: of the Authorization header.
-    timeout: seconds for an answer. A prompt for which the server is too busy is asked again for as long.
+    timeout: seconds from connecting to the end of an answer. A prompt for which the server is too busy is asked again
+        within this time.
     A proxy of the environment is used as other programs do, but never for this machine itself.
     Raises ConfigError for what is no address or no key.
     """
@@ -55,17 +57,19 @@ class ServerClient(AbstractContextManager["ServerClient"]):
         path = parts.path.rstrip("/").removesuffix("/v1")
         self.url = f"{parts.scheme}://{host}{port}{path}"  # without a password, since it is shown
         self._timeout = timeout
-        self._http = httpx.Client(
+        self._runner = asyncio.Runner()  # a task can be stopped at any point, also while it connects
+        self._http = httpx.AsyncClient(
             base_url=f"{parts.scheme}://{parts.netloc}{path}",
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=timeout,
+            headers={"Accept-Encoding": "identity", **({"Authorization": f"Bearer {key}"} if key else {})},
+            timeout=None,
             trust_env=parts.hostname not in THIS_MACHINE,
         )
         self._top: dict[str, int | None] = {}  # endpoint that answers -> log-probabilities that it tells
         self.refusals: dict[str, str] = {}  # endpoint that does not answer -> what it says
 
     def __exit__(self, *_: object) -> None:
-        self._http.close()
+        self._runner.run(self._http.aclose())
+        self._runner.close()
 
     def models(self) -> dict[str, str | None]:
         """Returns name -> name of its base, as far as the server tells. Raises ServerError."""
@@ -112,13 +116,10 @@ class ServerClient(AbstractContextManager["ServerClient"]):
         return None
 
     def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Answer:
-        end, wait = time.monotonic() + self._timeout, FIRST_WAIT
         try:
-            answer = self._read(method, path, body)
-            while body and answer.status in BUSY and time.monotonic() + wait < end:
-                time.sleep(wait)
-                wait *= 2
-                answer = self._read(method, path, body)
+            answer = self._runner.run(self._until_not_busy(method, path, body))
+        except TimeoutError:
+            raise ServerError(f"{self.url}{path} does not end its answer within {self._timeout:g} s") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ServerError(f"{self.url} cannot be asked: {error or type(error).__name__}") from None
         if answer.status in (401, 403):
@@ -127,16 +128,23 @@ class ServerClient(AbstractContextManager["ServerClient"]):
             raise ServerError(f"{self.url}{path} answers {_explanation(answer)}")
         return answer
 
-    def _read(self, method: str, path: str, body: Mapping[str, Any] | None) -> Answer:
-        end = time.monotonic() + self._timeout  # httpx's own limit is for each part of an answer
-        with self._http.stream(method, path, json=body) as response:
+    async def _until_not_busy(self, method: str, path: str, body: Mapping[str, Any] | None) -> Answer:
+        end, wait = asyncio.get_running_loop().time() + self._timeout, FIRST_WAIT
+        async with asyncio.timeout_at(end):
+            answer = await self._read(method, path, body)
+            while body and answer.status in BUSY and asyncio.get_running_loop().time() + wait < end:
+                await asyncio.sleep(wait)
+                wait *= 2
+                answer = await self._read(method, path, body)
+        return answer
+
+    async def _read(self, method: str, path: str, body: Mapping[str, Any] | None) -> Answer:
+        async with self._http.stream(method, path, json=body) as response:
             content = bytearray()
-            for part in response.iter_bytes():
+            async for part in response.aiter_raw():  # never unpacked: a few bytes could become gigabytes
                 content += part
                 if len(content) > MOST_BYTES:
                     raise ServerError(f"{self.url}{path} answers with more than {MOST_BYTES // 10**6} MB")
-                if time.monotonic() > end:
-                    raise ServerError(f"{self.url}{path} does not end its answer within {self._timeout:g} s")
             if response.has_redirect_location:
                 location = response.headers["Location"]
                 raise ServerError(f"{self.url}{path} leads to {location}: give the address that it leads to")
@@ -187,15 +195,22 @@ def _request_body(probe: Probe, model: str | None, top: int | None) -> dict[str,
 
 
 def _observation(probe: Probe, body: Mapping[str, Any]) -> Observation:
-    """Raises ServerError if the answer has no choice."""
+    """Numbers that cannot be log-probabilities of one distribution are no evidence, nor is what comes with them.
+
+    Raises ServerError if the answer has no choice.
+    """
     choices = body.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
     if not isinstance(choice, dict):
         raise ServerError("the server's answer has no choices")
     usage, message = body.get("usage"), choice.get("message")
     prompt_tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    prompt_tokens = prompt_tokens if isinstance(prompt_tokens, int) else None
     text = choice.get("text") if probe.text is not None else message.get("content") if isinstance(message, dict) else ""
     listed = _listed(choice.get("logprobs"))
+    probability = sum(math.exp(value) for _, value in listed)
+    if probability > MOST_PROBABILITY:
+        return Observation(None, prompt_tokens=prompt_tokens)
     exact = {token: index for index, token in enumerate(probe.tokens)}
     words = [token.strip() for token in probe.tokens]
     stripped = {word: index for index, word in enumerate(words) if word and words.count(word) == 1}
@@ -204,16 +219,19 @@ def _observation(probe: Probe, body: Mapping[str, Any]) -> Observation:
         """Returns the index of the probe's token with this text, or with this text except for white space."""
         return exact.get(token, stripped.get(token.strip()))
 
+    likeliest = max(listed, key=lambda pair: pair[1])[0] if listed else str(text or "")
+    if len(listed) < 2:
+        return Observation(index_of(likeliest), prompt_tokens=prompt_tokens)
     logprobs: dict[int, float] = {}
     for token, value in listed:
         if (index := index_of(token)) is not None:
             logprobs[index] = max(value, logprobs.get(index, -math.inf))
-    likeliest = max(listed, key=lambda pair: pair[1])[0] if listed else str(text or "")
     return Observation(
         chosen=index_of(likeliest),
-        logprobs=logprobs if len(listed) > 1 else {},
-        bound=min(value for _, value in listed) if len(listed) > 1 else None,
-        prompt_tokens=prompt_tokens if isinstance(prompt_tokens, int) else None,
+        logprobs=logprobs,
+        bound=min(*(value for _, value in listed), math.log(max(1 - probability, LEAST_LEFT))),
+        unknown=sum(math.exp(value) for token, value in listed if index_of(token) is None and "\ufffd" not in token),
+        prompt_tokens=prompt_tokens,
     )
 
 
@@ -221,7 +239,6 @@ def _listed(logprobs: Any) -> list[tuple[str, float]]:
     """Returns the tokens that the server lists for the first position, with log-probabilities.
 
     OpenAI has two forms: `top_logprobs` as a list of objects token -> value, and `content` with a list for each token.
-    Numbers that cannot be log-probabilities of one distribution are not evidence: then nothing is returned.
     """
 
     def first(value: Any) -> dict[str, Any]:
@@ -234,12 +251,11 @@ def _listed(logprobs: Any) -> list[tuple[str, float]]:
         pairs = [(entry.get("token"), entry.get("logprob")) for entry in entries if isinstance(entry, dict)]
     else:
         pairs = list(first(logprobs.get("top_logprobs")).items())
-    listed = [
+    return [
         (token, float(min(value, 1)))
         for token, value in pairs
         if isinstance(token, str) and isinstance(value, int | float) and value > -FARTHEST
     ]
-    return listed if sum(math.exp(value) for _, value in listed) <= MOST_PROBABILITY else []
 
 
 def _parsed(content: bytes) -> Any:

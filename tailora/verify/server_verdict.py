@@ -10,6 +10,7 @@ the file contains for every prompt. Answers are also compared with variants on a
 fits nearly exactly.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -29,6 +30,7 @@ LEAST = 0.1  # of the distance between adapter and base: smaller errors are roun
 SAME_SCALE = 0.1  # rounding moves all probes together, so a scale is known no better than this
 CONFIDENCE, RESAMPLES = 0.95, 400  # of the interval of the scale
 FEWEST = 6  # probes that say anything
+LEAST_KNOWN = 0.1  # of the probability that a server lists: with less on tokens of the file, it shows nothing
 LARGEST = 6.0  # nats; errors above it are wrong in the same way, and one token must not outweigh all others
 STEP = 0.05  # between the scales that are tried
 
@@ -41,12 +43,22 @@ class Observation:
     logprobs: index of token -> log-probability, of those of the probe's tokens that the server lists.
     bound: tokens that are not in `logprobs` have at most this log-probability; None if unknown.
     prompt_tokens: as the server counts them; None if it does not.
+    unknown: probability of the tokens in the server's list that are not the probe's, except for parts of characters.
     """
 
     chosen: int | None
     logprobs: Mapping[int, float] = field(default_factory=dict)
     bound: float | None = None
     prompt_tokens: int | None = None
+    unknown: float = 0.0
+
+    @property
+    def known_share(self) -> float:
+        """The share of the listed probability, or of the one chosen token, that is the probe's tokens'."""
+        if not self.logprobs:
+            return float(self.chosen is not None)
+        known = sum(map(math.exp, self.logprobs.values()))
+        return known / max(known + self.unknown, 1e-12)
 
     @property
     def has_logprobs(self) -> bool:
@@ -309,8 +321,8 @@ def _by_kind(passport: Passport, observations: Sequence[Observation | None]) -> 
 
 
 def _is_comparable(pairs: Pairs) -> bool:
-    """Returns True if at least a quarter of the answers have a token in common with their probe."""
-    return 4 * sum(bool(answer.logprobs) or answer.chosen is not None for _, answer in pairs) >= len(pairs)
+    """Returns True if at least LEAST_KNOWN of what the server answers is about tokens of the probes."""
+    return sum(answer.known_share for _, answer in pairs) >= LEAST_KNOWN * len(pairs)
 
 
 def _extra_tokens(pairs: Pairs) -> list[int]:

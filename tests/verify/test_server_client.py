@@ -1,6 +1,9 @@
 """The client of `tailora verify`: what it asks a server, and what it makes of the answers."""
 
+import gzip
+import math
 import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -8,8 +11,9 @@ import pytest
 from verified_server import MODELS, Request, StandIn, serving, stand_in
 
 from tailora.errors import ConfigError, ServerError
+from tailora.verify import server_client
 from tailora.verify.passport import ADAPTER, BASE, Probe
-from tailora.verify.server_client import ServerClient, choose_model
+from tailora.verify.server_client import MOST_BYTES, ServerClient, choose_model
 from tailora.verify.server_verdict import Observation
 
 FORMS = {  # of log-probabilities in completions
@@ -37,7 +41,7 @@ def test_log_probabilities_are_read_in_both_forms(form: str) -> None:
     body = {"choices": [choice], "usage": {"prompt_tokens": 4}}
     with stand_in({**MODELS, "/v1/completions": (200, body)}) as url, ServerClient(url) as server:
         (answer,) = server.ask([probe], "legal")
-    assert answer == Observation(2, {2: -0.5, 0: -1.5}, -3.0, 4)
+    assert answer == Observation(2, {2: -0.5, 0: -1.5}, -3.0, 4, pytest.approx(math.exp(-3)))
 
 
 @pytest.mark.parametrize(("most", "asked"), [(20, [20, 20, 20]), (5, [20, 5, 5, 5]), (0, [20, 5, None, None, None])])
@@ -57,7 +61,11 @@ def test_a_server_is_asked_for_fewer_log_probabilities_until_it_answers(most: in
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_busy_server_is_asked_again(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(time, "sleep", waits.append)
+
+    async def wait(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr(server_client.asyncio, "sleep", wait)
     probe = Probe(3, ["a"], {ADAPTER: [-1.0], BASE: [-1.0]}, text="hello")
     answered = {"choices": [{"text": "a"}]}
 
@@ -87,19 +95,49 @@ def test_a_server_that_stays_busy_is_given_up() -> None:
         server.ask([probe], "legal")
 
 
-def test_an_answer_that_never_ends_is_given_up() -> None:
+def slow_headers() -> Iterator[bytes]:
+    yield b"HTTP/1.1 200 OK\r\n"
+    for number in range(200):
+        yield b"X-Header-%d: x\r\n" % number
+
+
+def slow_body() -> Iterator[bytes]:
+    yield b"HTTP/1.1 200 OK\r\n\r\n"
+    yield from [b" "] * 200
+
+
+@pytest.mark.parametrize("answer", [slow_headers, slow_body])
+def test_an_answer_that_never_ends_is_given_up(answer: Callable[[], Iterator[bytes]]) -> None:
     class Slow(StandIn):
         def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
             with suppress(OSError):  # the client has gone
-                for _ in range(200):
-                    self.wfile.write(b" ")
+                for part in answer():
+                    self.wfile.write(part)
                     time.sleep(0.02)
 
-    does_not_end = pytest.raises(ServerError, match="does not end its answer within 1 s")
-    with serving(Slow) as url, ServerClient(url, timeout=1) as server, does_not_end:
+    started = time.monotonic()
+    does_not_end = pytest.raises(ServerError, match=r"does not end its answer within 0\.5 s")
+    with serving(Slow) as url, ServerClient(url, timeout=0.5) as server, does_not_end:
         server.models()
+    assert time.monotonic() - started < 3
+
+
+def test_a_packed_answer_is_neither_asked_for_nor_unpacked() -> None:
+    asked: list[str | None] = []
+
+    class Packed(StandIn):
+        def do_GET(self) -> None:
+            asked.append(self.headers["Accept-Encoding"])
+            content = gzip.compress(b" " * (MOST_BYTES + 1))
+            self.send_response(200)
+            self.send_header("Content-Encoding", "gzip")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    with serving(Packed) as url, ServerClient(url) as server, pytest.raises(ServerError, match="is not OpenAI's API"):
+        server.models()
+    assert asked == ["identity"]
 
 
 @pytest.mark.parametrize(
@@ -110,8 +148,10 @@ def test_an_answer_that_never_ends_is_given_up() -> None:
         {"message": {"content": None}, "logprobs": {"content": [None], "top_logprobs": [None]}},
         {"message": {"content": []}, "logprobs": {"content": [{"top_logprobs": [None, {"token": 1}]}]}},
         {"logprobs": {"content": [{"top_logprobs": 3}], "top_logprobs": [{"a": 10**400, "b": None}]}},
-        {"logprobs": {"top_logprobs": [{"a": 0.5, "c": -3}]}},  # no log-probability is positive
-        {"logprobs": {"top_logprobs": [{"a": -0.1, "c": -0.2}]}},  # their probabilities are 1.7 together
+        {"text": "a", "logprobs": {"top_logprobs": [{"a": 0.5, "c": -3}]}},  # no log-probability is positive
+        {"text": "a", "logprobs": {"top_logprobs": [{"a": 0.02}]}},
+        {"text": "a", "logprobs": {"top_logprobs": [{"a": -0.1, "c": -0.2}]}},  # their probabilities are 1.7 together
+        {"text": "a", "logprobs": {"top_logprobs": [{"a": -0.7, "c": -0.66}]}},  # 1.01
     ],
 )
 def test_nonsense_in_a_choice_is_no_observation(choice: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The verdict on a server: every fault is found, through a real server of ours on loopback."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -178,6 +179,20 @@ def test_answers_without_a_token_of_the_passport_show_nothing(root: Path, bound:
     result = verify(passport, [Observation(None, {}, bound)] * len(passport.probes))
     assert result.verdict == "unknown"
     assert "cannot be compared" in result.evidence[-1]
+
+
+def test_answers_that_are_mostly_about_other_tokens_show_nothing(root: Path) -> None:
+    """Also if what they say of the known tokens is right."""
+    passport = read_passport(root / "legal")
+    answers = answers_of(passport, lambda _: ADAPTER)
+
+    def share(known: float) -> list[Observation]:
+        probabilities = [sum(map(math.exp, answer.logprobs.values())) for answer in answers]
+        pairs = zip(answers, probabilities, strict=True)
+        return [replace(answer, unknown=probability * (1 / known - 1)) for answer, probability in pairs]
+
+    assert verify(passport, share(0.11)).verdict == "adapter"
+    assert verify(passport, share(0.09)).verdict == "unknown"
 
 
 def test_without_log_probabilities_the_chosen_tokens_decide(url: str, root: Path) -> None:
