@@ -29,7 +29,7 @@ from errno import ENOMEM
 from importlib.util import find_spec
 from pathlib import Path
 
-INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM
+INTERRUPTED = 130  # exit code after Ctrl-C, SIGTERM or SIGHUP
 CLOSE, MUCH_LESS = 0.6, 0.15  # of difflib's ratio; below CLOSE is 'streaming' for 'do_train'
 
 

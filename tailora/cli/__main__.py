@@ -1,8 +1,9 @@
-"""The program `tailora`, also `python -m tailora`: Ctrl-C and SIGTERM end it with a message, whatever it is doing.
+"""The program `tailora`, also `python -m tailora`: Ctrl-C, SIGTERM and SIGHUP end it with a message.
 
 The first signal raises KeyboardInterrupt, so that files are cleaned up; a second of the same kind ends the process at
-once. One of the other kind changes nothing: launchers such as torchrun send SIGTERM after a Ctrl-C. While it trains,
-a run handles the first signal itself (`train.failures.StopSignals`).
+once. One of the other kind changes nothing: launchers such as torchrun send SIGTERM after a Ctrl-C. Nor does a second
+SIGHUP, which the shell and the system both send. While it trains, a run handles the first signal itself
+(`train.failures.StopSignals`).
 """
 
 import os
@@ -13,11 +14,12 @@ from types import FrameType
 from typing import NoReturn
 
 from tailora.errors import INTERRUPTED
+from tailora.train.failures import HANGUP, SIGNALS, leave_closed_terminal
 from tailora.train.launch import end_process, is_launched_by_tailora, rank, world_size
 
 
 class InterruptSignals:
-    """Handles SIGINT and SIGTERM, unless they are ignored, as SIGINT is in the background of a shell script."""
+    """Handles signals, unless they are ignored: SIGINT in the background of a shell script, SIGHUP under nohup."""
 
     def __init__(self) -> None:
         self.received: set[int] = set()
@@ -26,7 +28,9 @@ class InterruptSignals:
         self.handle_with(self)
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
-        if number in self.received:
+        if number == HANGUP:
+            leave_closed_terminal()
+        elif number in self.received:
             end_now()
         self.received.add(number)
         if not self.has_interrupted:
@@ -34,7 +38,7 @@ class InterruptSignals:
             raise KeyboardInterrupt
 
     def handle_with(self, handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, handler)
 

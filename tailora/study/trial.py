@@ -470,7 +470,7 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
     from tailora.train.trainable import folder_of
     from tailora.train.trainer import run
 
-    config = TrainConfig(**{**spec.settings, "output_dir": str(folder / RUN)})
+    config = TrainConfig(**{"save_steps": 0, **spec.settings, "output_dir": str(folder / RUN)})  # no trial is resumed
     header: dict[str, Any] = {"steps": 0, "parameters": 0}
     events: list[TrialEvent] = []
     parts: dict[str, Any] = {}

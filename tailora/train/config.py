@@ -208,7 +208,12 @@ class TrainConfig(StrictModel):
     early_stopping_patience: NonNegativeInt = Field(
         0, description="stop after N evaluations without improvement; 0: never"
     )
-    save_steps: NonNegativeInt = Field(0, description="save a checkpoint every N steps; 0: never")
+    save_steps: int | None = Field(
+        None,
+        ge=0,
+        lt=COUNT,
+        description="save a checkpoint every N steps; 0: never; default: every ten minutes, with --method full never",
+    )
     save_total_limit: PositiveInt = Field(2, description="checkpoints to keep besides the best one")
     samples: NonNegativeInt = Field(
         3, description="answer the prompts of the first N held-out examples before and after training"

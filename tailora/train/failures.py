@@ -4,7 +4,7 @@
     leave_failure   writes it for the launcher of this process
     fail_together   lets an error of one process end all of them, and one of them show it
     cause_of        the one error that a launcher shows for all its processes
-    StopSignals     stops a run after the current step at the first Ctrl-C or SIGTERM
+    StopSignals     stops a run after the current step at the first Ctrl-C, SIGTERM or SIGHUP
 
 Importing this needs no torch.
 """
@@ -12,10 +12,11 @@ Importing this needs no torch.
 import json
 import os
 import signal
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 TORCH_LAUNCHER = "TORCHELASTIC_RUN_ID"  # set by torch's launcher, and so by torchrun and accelerate
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torch's launcher reads why a process failed
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+HANGUP = getattr(signal, "SIGHUP", None)  # when a terminal is closed; Windows has none
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([] if HANGUP is None else [HANGUP]))
 SECONDS_FOR_ONE_SIGNAL = 5.0  # in which one of several processes may get it twice
 SECONDS_TO_END = 45.0  # for a process that waits in a collective with one that has failed
 TAIL = 20  # lines of a process that failed without a message
@@ -106,7 +108,7 @@ def shown_by(error: BaseException | None) -> int | None:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM arrived; `folder` is the checkpoint to resume from."""
+    """Ctrl-C, SIGTERM or SIGHUP arrived; `folder` is the checkpoint to resume from."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(f"interrupted; resume with --resume-from-checkpoint {folder}")
@@ -155,7 +157,7 @@ def fail_together(
 
 
 def ignore_signals() -> None:
-    """Ignores Ctrl-C and SIGTERM from here on: this process ends by itself."""
+    """Ignores Ctrl-C, SIGTERM and SIGHUP from here on: this process ends by itself."""
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -242,12 +244,26 @@ def cause_of(exit_codes: Mapping[int, int], folder: Path, advice: str, *, interr
 # ---- Signals
 
 
+def is_ignored_hangup(number: int) -> bool:
+    """True for SIGHUP under nohup."""
+    return number == HANGUP and signal.getsignal(number) is signal.SIG_IGN
+
+
+def leave_closed_terminal() -> None:
+    """Sends output to nowhere that goes to a terminal that was closed, where every write is an error."""
+    for descriptor in (0, 1, 2):
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+                os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
+
+
 class StopSignals:
-    """Stops the run between two steps at the first SIGINT or SIGTERM, from `handle` to `restore`.
+    """Stops the run between two steps at the first SIGINT, SIGTERM or SIGHUP, from `handle` to `restore`.
 
     A second signal of the same kind has its usual effect. One of the other kind changes nothing, because launchers send
     SIGTERM after a Ctrl-C; nor does a second one soon after the first if there are several processes, because Slurm
-    sends signals to all of them, and their launcher passes its own on. Only the main thread receives signals.
+    sends signals to all of them, and their launcher passes its own on. A second SIGHUP changes nothing, because the
+    shell and the system both send one. Only the main thread receives signals.
     """
 
     def __init__(self, processes: int = 1) -> None:
@@ -258,7 +274,8 @@ class StopSignals:
 
     def handle(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            self._earlier = {number: signal.signal(number, self._request_stop) for number in SIGNALS}
+            numbers = [number for number in SIGNALS if not is_ignored_hangup(number)]
+            self._earlier = {number: signal.signal(number, self._request_stop) for number in numbers}
 
     def restore(self) -> None:
         for number in list(self._earlier):
@@ -266,6 +283,9 @@ class StopSignals:
 
     def _request_stop(self, number: int, _frame: FrameType | None) -> None:
         self.stop.set()
+        if number == HANGUP:
+            leave_closed_terminal()
+            return
         now = time.monotonic()
         first = self._times.setdefault(number, now)
         if self._is_alone:

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 from tailora.errors import ConfigError
 from tailora.quiet import silent_loggers
-from tailora.train.failures import cause_of
+from tailora.train.failures import HANGUP, cause_of, leave_closed_terminal
 
 LAUNCHED_BY_TAILORA = "TAILORA_NPROC_PER_NODE"  # set for the processes that `launch` starts: their number
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
@@ -227,7 +227,10 @@ class SignalForwarder:
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         self.counts[number] += 1
-        self.pending.append(number if self.counts[number] < MAX_SIGNALS else signal.SIGKILL)
+        if number == HANGUP:
+            leave_closed_terminal()
+        is_last = number != HANGUP and self.counts[number] >= MAX_SIGNALS  # several programs may send a SIGHUP
+        self.pending.append(signal.SIGKILL if is_last else number)
 
     def forward_until_done(self, future: "Future[Any]") -> None:
         import psutil

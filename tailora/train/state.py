@@ -4,6 +4,7 @@ A checkpoint keeps the counters, the evaluations and the random states (`train.c
 """
 
 import random
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ class StepResults(NamedTuple):
     skipped: Any  # 1: the step changed nothing
     diverged: Any  # 1: the loss or a gradient was not finite
     stop_requests: Any  # number of ranks that were asked to stop
+    checkpoint_is_due: Any  # 1: by the clock of the first rank
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +66,8 @@ class TrainState:
     unread: SubmittedStep | None = None  # on a device, the last step, until the host reads its results
     last_read: float = 0.0  # time.perf_counter when the results of a step were last read
     stop_requested: bool = False  # by a signal to any rank
+    checkpoint_is_due: bool = False
+    last_saved: float = field(default_factory=time.monotonic)  # when a checkpoint was saved, or the run began
     diverged: bool = False  # the run, or the one that it resumes
     unproven: Path | None = None  # the checkpoint of the last step: no loss was computed with its weights yet
 

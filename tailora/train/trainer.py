@@ -63,6 +63,8 @@ from tailora.train.setup import Run, resumed_folder, set_up
 from tailora.train.state import Best, StepResults, SubmittedStep, TrainState, random_state
 from tailora.train.trainable import FullModel, Trainable, sync_parameters, trained_module
 
+SECONDS_BETWEEN_CHECKPOINTS = 600.0  # unless --save-steps says otherwise
+
 OnReady = Callable[[Trainable, PreTrainedTokenizerBase, PreparedData | None], None]
 
 
@@ -103,7 +105,7 @@ class Trainer:
         """Runs until the last step or until evaluations stop improving.
 
         Raises ConfigError, DataError, TargetError and CheckpointError before anything is trained; while training,
-        DivergedError if a loss or gradient is not finite, MemoryLimitError, and Interrupted after Ctrl-C or SIGTERM.
+        DivergedError if a loss or gradient is not finite, MemoryLimitError, and Interrupted after a signal.
         """
         started = time.perf_counter()
         with StopSignals(launch.world_size()) as signals, ExitStack() as stack:
@@ -135,7 +137,7 @@ class Trainer:
                     done = self.submitted_steps
                     if config.eval_steps and (done % config.eval_steps == 0 or done == run.data.max_steps):
                         self.evaluate_and_keep_best()
-                    if config.save_steps and done % config.save_steps == 0:
+                    if state.checkpoint_is_due or (config.save_steps and done % config.save_steps == 0):
                         self.save_checkpoint()
                 after = self.restore_best()
                 self.accept_checkpoint()
@@ -199,7 +201,8 @@ class Trainer:
         started, run, updates, config = time.perf_counter(), self.run, self.run.updates, self.config
         scale = None if updates.loss_scale is None else updates.loss_scale.value.clone()  # of this step
         share = self.compute_gradients(step, scale)
-        loss, stops = run.accelerator.reduce(torch.stack([share, torch.full_like(share, stop)]), reduction="sum")
+        requests = [torch.full_like(share, is_asked) for is_asked in (stop, self.is_time_to_save())]
+        loss, stops, due = run.accelerator.reduce(torch.stack([share, *requests]), reduction="sum")
         norm = clip_gradients(updates.buffers, config.max_grad_norm, updates.loss_scale)
         number, total = self.submitted_steps, run.data.max_steps
         settings = config.learning_rate, config.warmup_ratio, config.lr_scheduler_type
@@ -213,6 +216,7 @@ class Trainer:
             skipped=updates.skipped,
             diverged=updates.diverged,
             stop_requests=stops,
+            checkpoint_is_due=due,
         )
         return SubmittedStep(step, rate, started, AsyncCopy(torch.stack([result.to(norm) for result in results])))
 
@@ -238,7 +242,7 @@ class Trainer:
         results = StepResults(*submitted.results.read())
         if results.diverged:
             raise self.diverged_in_step(submitted, results.loss)
-        state.stop_requested = results.stop_requests > 0
+        state.stop_requested, state.checkpoint_is_due = results.stop_requests > 0, results.checkpoint_is_due > 0
         self.accept_checkpoint()
         now = time.perf_counter()
         seconds = now - max(submitted.started, state.last_read)
@@ -380,6 +384,14 @@ class Trainer:
 
     # ---- Saving
 
+    def is_time_to_save(self) -> bool:
+        """True if this rank asks for a checkpoint by its clock; all save it after the same step.
+
+        Those of a whole model are several times its size, so that --save-steps must ask for them.
+        """
+        by_time = self.config.save_steps is None and self.config.method == "lora" and self.run.is_main
+        return by_time and time.monotonic() - self.state.last_saved >= SECONDS_BETWEEN_CHECKPOINTS
+
     def save_checkpoint(self) -> Path:
         """Writes checkpoint-N and returns its folder. Raises DivergedError for values that are not finite."""
         self.read_last_step()
@@ -406,6 +418,7 @@ class Trainer:
             checkpoint.save(folder, Checkpoint(content, tensors))
         state.unproven = folder
         run.accelerator.wait_for_everyone()
+        state.checkpoint_is_due, state.last_saved = False, time.monotonic()
         run.report(events.Saved(state.step, folder))
         return folder
 

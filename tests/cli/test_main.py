@@ -384,6 +384,12 @@ def command(*_, **__):
         finally:
             send("SIGTERM")
             print("cleaned up", flush=True)
+    elif case == "hangups while cleaning up":
+        try:
+            send("SIGHUP")
+        finally:
+            send("SIGHUP")
+            print("cleaned up", flush=True)
     elif case == "at the end":
         atexit.register(send, "SIGINT")
         atexit.register(send, "SIGTERM")
@@ -406,6 +412,7 @@ program.run()
         ("in a destructor", "", 130),
         ("another while cleaning up", "cleaned up\n", 130),
         ("the same while cleaning up", "", 130),
+        ("hangups while cleaning up", "cleaned up\n", 130),
         ("at the end", "", 4),
     ],
 )

@@ -43,6 +43,7 @@ from tailora.train.failures import (
 )
 from tailora.train.launch import (
     LAUNCHED_BY_TAILORA,
+    MAX_SIGNALS,
     SignalForwarder,
     count_processes,
     how_to_go_on,
@@ -670,6 +671,58 @@ def test_a_process_alone_is_interrupted_also_after_an_error(received: list[int])
         raise DataError("row 7")
     signal.raise_signal(signal.SIGTERM)
     assert received == [signal.SIGTERM]
+
+
+def test_a_second_hangup_changes_nothing(received: list[int]) -> None:
+    with StopSignals() as signals:
+        signals.handle()
+        for _ in range(3):
+            signal.raise_signal(signal.SIGHUP)
+        assert signals.stop.is_set()
+    assert received == []
+    signal.raise_signal(signal.SIGHUP)
+    assert received == [signal.SIGHUP]
+
+
+@pytest.mark.usefixtures("received")
+def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignals() as signals:
+        signals.handle()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+ON_TERMINAL = """
+import os, sys
+os.open(os.ttyname(0), os.O_RDWR)  # makes it the terminal of this session
+from tailora.train.failures import StopSignals
+with StopSignals() as signals:
+    signals.handle()
+    print("ready", flush=True)
+    while not signals.stop.wait(.01):
+        pass
+print("resume with ...", flush=True)  # an error where the terminal is gone
+sys.exit(130)
+"""
+
+
+def test_a_run_ends_in_order_when_its_terminal_is_closed() -> None:
+    terminal, end = os.openpty()
+    command = [sys.executable, "-c", ON_TERMINAL]
+    with subprocess.Popen(command, stdin=end, stdout=end, stderr=subprocess.PIPE, start_new_session=True) as process:
+        os.close(end)
+        assert os.read(terminal, 100).startswith(b"ready")
+        os.close(terminal)
+        assert process.stderr is not None
+        assert (process.stderr.read(), process.wait()) == (b"", 130)
+
+
+def test_many_hangups_do_not_kill_the_processes() -> None:
+    signals = SignalForwarder()
+    for _ in range(MAX_SIGNALS + 1):
+        signals._receive(signal.SIGHUP, None)
+    assert signals.pending == [signal.SIGHUP] * (MAX_SIGNALS + 1)
 
 
 DEAF = """

@@ -3,11 +3,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from accelerate import Accelerator
 from runs import adapter, changed, losses, run_and_collect, run_and_resume
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -17,7 +21,8 @@ from tailora.formats.run_folder import checkpoints_in
 from tailora.train import checkpoint, events, failures
 from tailora.train.config import TrainConfig
 from tailora.train.kernel_comparison import TOLERANCES
-from tailora.train.trainer import run
+from tailora.train.state import TrainState
+from tailora.train.trainer import SECONDS_BETWEEN_CHECKPOINTS, Trainer, run
 
 LONG = {
     "num_train_epochs": 3,
@@ -302,3 +307,56 @@ def test_moments_are_saved_by_parameter(two_checkpoints: TrainConfig) -> None:
         if not name.endswith(".scaling")  # which is not trained
         for key in ("step", "exp_avg", "exp_avg_sq")
     }
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[events.Event], None]:
+    """A listener: with it, every step takes half of the time between two checkpoints."""
+    elapsed, monotonic = [0.0], time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + elapsed[0])
+
+    def listener(event: events.Event) -> None:
+        elapsed[0] += isinstance(event, events.Stepped) * SECONDS_BETWEEN_CHECKPOINTS / 2
+
+    return listener
+
+
+@pytest.mark.parametrize(
+    ("changes", "saved"),
+    [({}, [3, 6]), ({"save_steps": 0}, []), ({"save_steps": 5}, [5]), ({"method": "full", "r": 16}, [])],
+)
+def test_a_checkpoint_is_saved_after_some_time(
+    changes: dict[str, Any], saved: list[int], settings: Any, clock: Callable[[events.Event], None]
+) -> None:
+    config = settings(max_steps=8, **changes)
+    run(config, on_event=clock)
+    late = int(torch.accelerator.is_available() and "save_steps" not in changes)  # what is read of a step comes later
+    names = [f"checkpoint-{step + late}" for step in saved]
+    assert [path.name for path in checkpoints_in(Path(config.output_dir))] == names
+    if changes:
+        return
+    whole = adapter(config)
+    run(changed(config, resume_from_checkpoint=str(Path(config.output_dir) / names[0])))
+    assert adapter(config) == whole
+
+
+def test_a_checkpoint_that_another_rank_asks_for_is_saved_here(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [0]
+
+    def reduce(_: Any, numbers: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert reduction == "sum"
+        steps[0] += 1
+        return numbers + torch.tensor([0.0, 0.0, float(steps[0] == 2)])
+
+    monkeypatch.setattr(Accelerator, "reduce", reduce)
+    config = settings(max_steps=4)
+    run(config)
+    assert [path.name for path in checkpoints_in(Path(config.output_dir))] == ["checkpoint-2"]
+
+
+def test_the_first_rank_alone_looks_at_the_clock(settings: Any) -> None:
+    trainer = Trainer(settings())
+    trainer.state = TrainState(last_saved=time.monotonic() - SECONDS_BETWEEN_CHECKPOINTS)
+    for is_main in (True, False):
+        trainer.run = cast(Any, SimpleNamespace(is_main=is_main))
+        assert trainer.is_time_to_save() == is_main
