@@ -444,7 +444,7 @@ class LoRAModel(nn.Module):
         """
         self._adapter_set.check_new(name)
         self._merge_state.check_unmerged("combine adapters")
-        settings = Combination(method, r, density, drop, seed)
+        settings = Combination(method=method, r=r, density=density, drop=drop, seed=seed)
         adapter, report = combine_adapters(self.adapter, weights, self.base_model, settings)
         self._adapter_set.add(name, adapter)
         return report

@@ -87,9 +87,10 @@ def combine(
     weights = parse_weights(weight or [], folders)
     base = base_model_name(model, list(folders.values()))
     log("reading the model")
-    from tailora.core.combine import Combination, check
+    from tailora.core.combine import Combination, check_weights
 
-    check(weights, Combination(method, r, density, drop, seed))
+    check_weights(weights)
+    Combination(method=method, r=r, density=density, drop=drop, seed=seed)  # is checked before models are loaded
     labels = labels_of(base, list(folders.values()))
     adapted = load_model(base, folders, quantize="none", dtype="stored", device=device, labels=labels).model
     report = adapted.combine(weights, RESULT, method, r=r, density=density, drop=drop, seed=seed)

@@ -150,16 +150,13 @@ def merge_settings(
         config.lora()
     except ConfigError as error:
         origin = f"--config {config_file}{' and the flags' if typed else ''}: " if in_file else ""
-        text = re.sub(r"(?m)^(  - )?(\w+) = ", lambda m: f"{m[1] or ''}{_shown(m[2], typed)}", str(error))
+        text = str(error)
+        for name in typed:  # those settings are flags
+            text = re.sub(rf"(?m)^((?:  - )?){name} = ", rf"\1--{name.replace('_', '-')} ", text)
         raise ConfigError(f"{origin}{text}") from None
     if config.adapter is None or "model" in config.model_fields_set:
         return config
     return config.replaced(model=base_model_name(None, [find_adapter(config.adapter)]))  # it is trained further on it
-
-
-def _shown(name: str, typed: Collection[str]) -> str:
-    """Returns the beginning of a message on a setting: as a flag, if it was typed as one."""
-    return f"--{name.replace('_', '-')} " if name in typed else f"{name} = "
 
 
 def merge_with_run(

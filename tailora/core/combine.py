@@ -6,7 +6,7 @@ What adds up are the updates dW_i = s_i B_i A_i, never the factors by themselves
     One update           what a layer's adapter adds to its weight, as two factors or dense
     build_adapter        an adapter that holds given updates
     combine_adapters     gathers the updates of the sources, and combines those of each layer by a method
-    METHODS              cat, svd, ties, dare: the updates of one layer become one
+    _combine_layer       cat, svd, ties, dare: the updates of one layer become one
 """
 
 import copy
@@ -14,14 +14,15 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, check_compatible, low_rank_layer, trained_copy
-from tailora.core.config import LoRAConfig
+from tailora.core.config import LoRAConfig, StrictModel
 from tailora.core.extras import TrainedBias
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import layer_of, layer_path_of, layer_type_of
@@ -30,7 +31,7 @@ from tailora.core.parameters import projections
 from tailora.core.patterns import commonest, portable_patterns, portable_targets
 from tailora.core.quantization import dense_weight
 from tailora.core.targets import target_at
-from tailora.errors import AdapterError, ConfigError, listing, nearest
+from tailora.errors import AdapterError, ConfigError, listing
 
 # ---- One update: a layer's output changes by dW x + db
 #
@@ -158,8 +159,11 @@ class Truncation:
         return f"{type(self).__name__}({len(self.rank)} layers, relative error up to {self.worst:.3g}: see rank, error)"
 
 
-@dataclass(frozen=True)
-class Combination:
+Method = Literal["cat", "svd", "ties", "dare"]
+OF_METHODS = {"r": ("svd", "ties", "dare"), "density": ("ties",), "drop": ("dare",), "seed": ("dare",)}
+
+
+class Combination(StrictModel):
     """How to combine. None means the default, or that the method has no such setting.
 
     method: "cat" (exact, ranks add up), "svd" (the best of rank r), "ties" (arXiv:2306.01708) or "dare"
@@ -170,11 +174,19 @@ class Combination:
     seed: of DARE's choice, which is the same on every machine and for every order of the adapters; 0.
     """
 
-    method: str = "cat"
-    r: int | None = None
-    density: float | None = None
-    drop: float | None = None
+    method: Method = "cat"
+    r: int | None = Field(None, ge=1)
+    density: float | None = Field(None, gt=0, le=1)
+    drop: float | None = Field(None, ge=0, lt=1)
     seed: int | None = None
+
+    @model_validator(mode="after")
+    def _check_method(self) -> Self:
+        for name, methods in OF_METHODS.items():
+            if (value := getattr(self, name)) is not None and self.method not in methods:
+                only = ", ".join(methods)
+                raise ValueError(f"{name} = {value!r} has no effect on method {self.method!r}, only on {only}")
+        return self
 
 
 @torch.no_grad()
@@ -184,9 +196,9 @@ def combine_adapters(
     """Returns sum_i weights_i dW_i as one adapter, which shares nothing with its sources; biases likewise.
 
     adapter_named: name -> adapter; raises AdapterError for an unknown one.
-    Raises ConfigError for invalid settings, AdapterError with everything that cannot be combined.
+    Raises ConfigError for invalid weights, AdapterError with everything that cannot be combined.
     """
-    check(weights, settings)
+    check_weights(weights)
     adapters = {name: adapter_named(name) for name in weights}
     sources = {name: adapter for name, adapter in adapters.items() if weights[name] != 0}
     check_compatible(sources)
@@ -233,41 +245,19 @@ def combine_adapters(
     return adapter, Truncation(ranks, {path: error for path, (_, error) in results.items()})
 
 
-def check(weights: Mapping[str, float], settings: Combination) -> None:
-    """Raises ConfigError with all settings that are out of range or that the method would ignore."""
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Raises ConfigError unless they are numbers, and not all of them 0."""
     if not isinstance(weights, Mapping):
         raise ConfigError(f"weights = {weights!r}; take a mapping from name to weight, such as {{'legal': 0.7}}")
-    problems = [
-        f"weight of {name!r} = {weight!r}; take a finite number"
-        for name, weight in weights.items()
-        if not is_number(weight)
-    ]
-    if not problems and not any(weights.values()):
-        problems.append("nothing to combine: give at least one adapter a weight other than 0")
-    method = settings.method
-    if method not in METHODS:
-        problems.append(f"method = {method!r}; there are: {', '.join(METHODS)}{nearest(str(method), METHODS)}")
-    for name, methods, is_valid, expected in RANGES:
-        value = getattr(settings, name)
-        if value is not None and method in METHODS and method not in methods:
-            problems.append(f"{name} = {value!r} has no effect on method {method!r}, only on {', '.join(methods)}")
-        elif value is not None and not (is_number(value) and is_valid(value)):
-            problems.append(f"{name} = {value!r}; take {expected}")
-    if problems:
-        raise ConfigError(listing(problems))
+    wrong = [f"{name!r} = {weight!r}" for name, weight in weights.items() if not is_number(weight)]
+    if wrong:
+        raise ConfigError(f"weight of {', '.join(wrong)}; take finite numbers")
+    if not any(weights.values()):
+        raise ConfigError("nothing to combine: give at least one adapter a weight other than 0")
 
 
 def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-# Setting, methods that take it, whether a number is valid, and the valid ones in words.
-RANGES: list[tuple[str, tuple[str, ...], Callable[[float], bool], str]] = [
-    ("r", ("svd", "ties", "dare"), lambda r: isinstance(r, int) and r >= 1, "a whole number from 1 on"),
-    ("density", ("ties",), lambda share: 0 < share <= 1, "a share above 0, at most 1"),
-    ("drop", ("dare",), lambda share: 0 <= share < 1, "a probability from 0 to below 1"),
-    ("seed", ("dare",), lambda seed: seed == int(seed), "a whole number"),
-]
 
 
 # ---- What the sources change
@@ -398,4 +388,3 @@ def _dare(updates: list[WeightedUpdate], settings: Combination) -> Tensor:
 
 
 DENSE_METHODS = {"svd": _sum, "ties": _ties, "dare": _dare}
-METHODS = ("cat", *DENSE_METHODS)

@@ -123,11 +123,9 @@ def layer_numbers(value: Any) -> Any:
     """Replaces ranges by their numbers, as `plan` writes them: "20-22", ["0", "20-22"] or "{20-22}"."""
     numbers: list[Any] = []
     for item in value if isinstance(value, list) else [value]:
-        text = item.strip("{}") if isinstance(item, str) else ""
-        if match := LAYER_RANGE.fullmatch(text):
-            numbers += range(int(match[1]), int(match[2]) + 1)
-        else:
-            numbers.append(text or item)
+        text = str(item).strip("{}")
+        match = LAYER_RANGE.fullmatch(text)
+        numbers += range(int(match[1]), int(match[2]) + 1) if match else [text]
     return numbers if isinstance(value, list | str) else value
 
 

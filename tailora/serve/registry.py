@@ -317,7 +317,7 @@ class AdapterRegistry:
         name, shared = next(iter(scaled)), None
         if len(scaled) > 1 or adapters[name].saved:
             check_linear(adapters)
-            combined = combine_adapters(adapters.__getitem__, weights, base_model, Combination("cat"))[0]
+            combined = combine_adapters(adapters.__getitem__, weights, base_model, Combination())[0]
             adapter = _for_inference(combined)
         else:
             shared, adapter = self._residents[sources[name]], scaled[name]

@@ -164,7 +164,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "not an adapter": (["shrink", "--adapter", "BASE", "--r", "2"], "adapter_config.json"),
     "unknown weight": (["combine", "--adapter", "ONE", "--weight", "on=1"], "there are: one; did you mean one"),
     "weight": (["combine", "--adapter", "ONE", "--weight", "one=much"], "'much' is not a number"),
-    "nan": (["combine", "--adapter", "ONE", "--weight", "one=nan"], "take a finite number"),
+    "nan": (["combine", "--adapter", "ONE", "--weight", "one=nan"], "take finite numbers"),
     "useless": (["combine", "--adapter", "ONE", "--density", ".5"], "has no effect on method 'cat'"),
     "result's name": (["combine", "--adapter", "default=ONE"], "'default' is the new adapter's name"),
     "taken folder": (["combine", "--adapter", "ONE", "--output-dir", "ONE"], "exists already"),

@@ -96,16 +96,16 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no adapters": ({"weights": {}}, ConfigError, "nothing to combine"),
     "no mapping": ({"weights": ["a", "b"]}, ConfigError, "take a mapping from name to weight"),
     "all zero": ({"weights": {"a": 0, "b": 0.0}}, ConfigError, "nothing to combine"),
-    "nan": ({"weights": {"a": math.nan}}, ConfigError, "weight of 'a' = nan; take a finite number"),
+    "nan": ({"weights": {"a": math.nan}}, ConfigError, "weight of 'a' = nan; take finite numbers"),
     "not a number": ({"weights": {"a": "much"}}, ConfigError, "weight of 'a' = 'much'"),
-    "method": ({"method": "tie"}, ConfigError, "there are: cat, svd, ties, dare; did you mean ties"),
+    "method": ({"method": "tie"}, ConfigError, "method = 'tie': input should be 'cat', 'svd', 'ties' or 'dare'"),
     "rank of cat": ({"r": 4}, ConfigError, "r = 4 has no effect on method 'cat', only on svd, ties, dare"),
-    "rank 0": ({"r": 0, "method": "svd"}, ConfigError, "r = 0; take a whole number from 1 on"),
+    "rank 0": ({"r": 0, "method": "svd"}, ConfigError, "r = 0: input should be greater than or equal to 1"),
     "half a rank": ({"r": 1.5, "method": "svd"}, ConfigError, "r = 1.5"),
-    "density": ({"density": 0, "method": "ties"}, ConfigError, "density = 0; take a share above 0, at most 1"),
-    "drop": ({"drop": 1, "method": "dare"}, ConfigError, "drop = 1; take a probability"),
+    "density": ({"density": 0, "method": "ties"}, ConfigError, "density = 0: input should be greater than 0"),
+    "drop": ({"drop": 1, "method": "dare"}, ConfigError, "drop = 1: input should be less than 1"),
     "another's": ({"drop": 0.5, "method": "ties"}, ConfigError, "drop = 0.5 has no effect on method 'ties'"),
-    "two at once": ({"weights": {"a": True}, "method": "x"}, ConfigError, "2 problems"),
+    "two at once": ({"r": 0, "method": "x"}, ConfigError, "2 problems"),
 }
 
 
