@@ -4,6 +4,7 @@
     server.files           those of the main branch of user/adapter, which is made when it is asked for
     server.requests        (method, path, body) of everything that was asked
     server.fail            (method, part of a path) -> status, code and message, or None to break off the connection
+    server.odd_answers     start of a path -> the body of a successful answer that the Hub would not give
 
 A token may read all repositories, and write to those of `user`.
 """
@@ -52,6 +53,7 @@ class Server(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str, bytes]] = []
         self.fail: dict[tuple[str, str], tuple[int, str, str] | None] = {}
+        self.odd_answers: dict[str, bytes] = {}
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -95,7 +97,10 @@ class Handler(BaseHTTPRequestHandler):
                     self.connection.close()
                 else:
                     self.refuse(*failure)
-                return
+                return None
+        for start, content in self.server.odd_answers.items():
+            if self.command == "GET" and path.startswith(start):
+                return self.answer(200, content)
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if token not in (TOKEN, READ_TOKEN):
             self.refuse(401, "", "Invalid credentials in Authorization header")

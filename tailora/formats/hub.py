@@ -106,6 +106,8 @@ def hub_errors(error_type: type[FetchError | WriteError], what: str) -> Iterator
     except (http_error, OSError, ValueError, RuntimeError) as error:
         said = " ".join(str(error).split()).rstrip(".")
         raise error_type(f"{what} {said}.\n{HUB_HELP}") from None
+    except (LookupError, TypeError, AttributeError) as error:  # its client takes what an answer holds for granted
+        raise error_type(f"{what} the server sent an answer that is not the Hub's: {error!r}.\n{HUB_HELP}") from None
 
 
 # ---- Downloading
@@ -140,11 +142,17 @@ def download(
 
     Without network, the files that were downloaded before. Returns the snapshot in the Hub's cache, whose name is the
     commit, and the paths of the files in it, the weights first.
-    Raises FetchError if there is no adapter, and what huggingface_hub raises.
+    Raises ConfigError for a subfolder outside of the repository, FetchError if there is no adapter, and what
+    huggingface_hub raises.
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    inside = f"{subfolder.strip('/')}/" if subfolder else ""
+    parts = subfolder.removesuffix("/").split("/") if subfolder else []
+    if any(part in ("", ".", "..") for part in parts):
+        raise ConfigError(
+            f"subfolder {subfolder!r} is not a folder of the repository: give its path there, such as a/b"
+        )
+    inside = "".join(f"{part}/" for part in parts)
 
     def fetch(paths: Sequence[str]) -> Path:
         patterns = [escape(path) for path in paths]
@@ -330,6 +338,8 @@ def check_model_exists(name: str) -> None:
         return  # the Hub answers, but is busy: transformers asks again
     except errors.HFValidationError:
         cause = "it is not a Hub id"
+    except (LookupError, TypeError):
+        cause = "the answer to the request for it is not the Hub's"
     except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
         cause = f"the Hub cannot be reached ({' '.join(str(error).split()).rstrip('.')})"
     hint = nearest_path(path, folders_only=True) or "."

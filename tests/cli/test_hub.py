@@ -448,6 +448,7 @@ PUSH_FAILURES: dict[str, tuple[Fail, int, str]] = {
         1,
         "Invalid metadata in README.md",
     ),
+    "no id": (lambda hub, _: hub.odd_answers.update({"/api/models/": b"{}"}), 1, "an answer that is not the Hub's"),
 }
 PULL_FAILURES: dict[str, tuple[Fail, int, str]] = {
     "not finite": (
@@ -468,6 +469,9 @@ PULL_FAILURES: dict[str, tuple[Fail, int, str]] = {
         "'user/adapter' is not fetched",
     ),
     "no revision": (lambda *_: None, 1, "Revision Not Found"),
+    "no id": (lambda hub, _: hub.odd_answers.update({"/api/models/": b"{}"}), 1, "an answer that is not the Hub's"),
+    "a list": (lambda hub, _: hub.odd_answers.update({"/api/models/": b"[1]"}), 1, "an answer that is not the Hub's"),
+    "no JSON": (lambda hub, _: hub.odd_answers.update({"/api/models/": b"<html>"}), 1, "'user/adapter' is not fetched"),
 }
 FAILURES = [(["push", "adapter", "user/adapter"], *failure) for failure in PUSH_FAILURES.values()] + [
     (

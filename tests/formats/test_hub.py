@@ -1,6 +1,7 @@
 """Adapters on the Hub: uploaded to and downloaded from a stand-in for its server, by huggingface_hub's own client."""
 
 import json
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from tiny_adapters import adapted, logits, token_ids
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.models import parse_adapters
 from tailora.errors import ConfigError, FetchError, FormatError, MergeError, WriteError
-from tailora.formats.hub import DEMO_MODEL, OF_DEMO, check_model_exists
+from tailora.formats.hub import DEMO_MODEL, OF_DEMO, check_model_exists, check_nothing_private
+from tailora.formats.io import safetensors_bytes
 
 hub = hub_server.hub  # the fixture
 
@@ -122,6 +124,37 @@ def test_a_repository_without_an_adapter_is_refused_with_what_it_has(files: list
     assert fetched(hub) <= {"adapter_config.json"}
 
 
+TOKEN_IN_FILE = f"hf_{'x' * 34}"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("merges.txt", f"a b\nh f_\n\u0120{TOKEN_IN_FILE} c"),
+        ("vocab.json", json.dumps({f"\u0120{TOKEN_IN_FILE}": 1})),
+        ("tokenizer.json", TOKEN_IN_FILE.replace("h", r"\u0068")),
+        ("tokenizer.model", f"\0\x01{TOKEN_IN_FILE}\x02"),
+        ("special_tokens_map.json", TOKEN_IN_FILE.replace("_", r"\\u005f")),  # JSON in a string of JSON
+        ("added_tokens.json", r'{"from": "\/home\/me\/model"}'),
+        ("tokenizer_config.json", r'{"chat_template": "first\n/home/me/model"}'),
+        ("tokenizer_config.json", r'{"name_or_path": "C:\\Users\\name"}'),
+        ("chat_template.jinja", "{# from /data/bases/mine #}"),
+        ("README.md", TOKEN_IN_FILE),
+    ],
+)
+def test_tokens_and_paths_are_found_in_files_of_any_kind(name: str, content: str, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=f"{name} contains "):
+        check_nothing_private(tmp_path, {name: content.encode()}, "/data/bases/mine")
+
+
+def test_the_header_of_the_weights_is_searched_and_words_are_no_paths(tmp_path: Path) -> None:
+    weights = safetensors_bytes({TOKEN_IN_FILE: torch.zeros(1)}, {"format": "pt"})
+    with pytest.raises(FormatError, match="the metadata of adapter_model.safetensors contains hf_xxx"):
+        check_nothing_private(tmp_path, {"adapter_model.safetensors": weights}, "")
+    words = json.dumps({"/home/me": 1, "hf_token": 2, "https://example.org/home/me/x": 3}).encode()
+    check_nothing_private(tmp_path, {"vocab.json": words, "README.md": b"see https://example.org/home/me/x"}, "")
+
+
 def test_only_the_main_process_pushes(hub: Any) -> None:
     assert adapted().push_to_hub("user/adapter", token=TOKEN, is_main_process=False) == ""
     assert not hub.requests
@@ -206,6 +239,40 @@ def test_the_card_names_the_base_and_the_settings(
     assert "| use_rslora | True |" in card.text
 
 
+def test_a_revision_is_listed_and_downloaded(hub: Any) -> None:
+    """Also of a repository whose only file has a name of its own, which is found in a list."""
+    main, other = adapted(), adapted({"r": 2})
+    main.push_to_hub("user/adapter", token=TOKEN)
+    other.push_to_hub("user/adapter", token=TOKEN, revision="other")
+    for revision, r in ((None, 4), ("other", 2)):
+        loaded = LoRAModel.from_pretrained(chat_model(), "user/adapter", token=TOKEN, revision=revision)
+        assert loaded.adapters["default"].r == r
+    branches = hub.repositories["user/adapter"].branches
+    branches["one"] = {"one.safetensors": b"damaged"}
+    with pytest.raises(FormatError, match=r"one.safetensors is not a complete"):
+        LoRAModel.from_pretrained(chat_model(), "user/adapter", token=TOKEN, revision="one")
+    with pytest.raises(FetchError, match="Revision Not Found"):
+        LoRAModel.from_pretrained(chat_model(), "user/adapter", token=TOKEN, revision="absent")
+
+
+@pytest.mark.parametrize("subfolder", ["../x", "/x", "b/../..", "."])
+def test_a_subfolder_is_one_of_the_repository(subfolder: str, hub: Any) -> None:
+    adapted().push_to_hub("user/adapter", token=TOKEN)
+    hub.requests.clear()
+    with pytest.raises(ConfigError, match=rf"subfolder '{re.escape(subfolder)}' is not a folder of the repository"):
+        LoRAModel.from_pretrained(chat_model(), "user/adapter", token=TOKEN, subfolder=subfolder)
+    assert not hub.requests
+
+
+def test_a_public_repository_is_refused_if_the_adapter_is_private(hub: Any) -> None:
+    hub.repositories["user/adapter"] = Repository(private=False)
+    with pytest.raises(ConfigError, match="user/adapter is public: everyone would see the adapter"):
+        adapted().push_to_hub("user/adapter", token=TOKEN, private=True)
+    assert not hub.files
+    adapted().push_to_hub("user/adapter", token=TOKEN)
+    assert sorted(hub.files) == FILES
+
+
 # ---- Base models
 
 
@@ -216,15 +283,18 @@ def test_the_card_names_the_base_and_the_settings(
         (None, r"model 'owner/name': no such folder here, and the Hub cannot be reached \(Server disconnected"),
         ((503, "", ""), ""),
         ("there", ""),
+        (b"{}", "and the answer to the request for it is not the Hub's"),
     ],
-    ids=["absent", "unreachable", "busy", "there"],
+    ids=["absent", "unreachable", "busy", "there", "no id"],
 )
 def test_the_hub_is_asked_once_for_a_model(
     answer: Any, message: str, hub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.repositories["owner/name"] = Repository()
-    if answer != "there":
+    if isinstance(answer, bytes):
+        hub.odd_answers["/api/models/"] = answer
+    elif answer != "there":
         hub.fail["GET", "/api/models/owner/name"] = answer
     with pytest.raises(ConfigError, match=message) if message else nullcontext():
         check_model_exists("owner/name")
