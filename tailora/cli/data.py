@@ -17,14 +17,16 @@ from rich.text import Text
 from tailora.cli.flags import ConfigFile, Json, flags_of, merge_settings
 from tailora.cli.main import note, print_json, stdout
 from tailora.cli.models import check_sources, fetch_demo
-from tailora.data.dataset import Example, held_out_of, sources_of, warnings_of
+from tailora.data.dataset import Example, sources_of, warnings_of
 from tailora.data.readers import MAX_SHOWN, parse_sources, source_names
+from tailora.errors import ConfigError
 from tailora.report.blocks import Code, Section
-from tailora.report.format import printable
+from tailora.report.format import plural, printable
 from tailora.report.terminal import print_rich_table, print_section
 from tailora.train.config import FEW_STEPS, TrainConfig
 
 if TYPE_CHECKING:
+    from tailora.data.labels import Labels
     from tailora.data.prepare import PreparedData
 
 SETTINGS = ["model", "task", "eval_data", "field", "max_length", "validation_split", "seed", "skip_bad_rows"]
@@ -58,6 +60,7 @@ def data(
 
     from tailora.data.prepare import check_vocabulary
     from tailora.data.tokenize import preview
+    from tailora.evaluation.statistics import FEW_EXAMPLES, TOO_FEW
     from tailora.train.dataloader import read_whole
     from tailora.train.model_loading import load_tokenizer, new_model, read_config
     from tailora.train.setup import find_labels
@@ -84,21 +87,41 @@ def data(
         print_json({**report, "examples": shown})
     else:
         show(stdout(), report, examples)
-        share = share_to_hold_out(settings, prepared.report.rows)
+        distinct = report["train"] - report["repeated"] + report["eval"]
+        share = share_to_hold_out(settings, distinct)
+        held_out = report["eval"] if share is None else round(share * distinct)
+        is_few = 0 < held_out < FEW_EXAMPLES
+        enough = "" if is_few else ", so that there are enough to judge by"
         epochs = epochs_to_train(settings, prepared, share)
         why = [
-            *([] if share is None else [f"holds out {share:.0%} of the rows, so that there are enough to judge by"]),
+            *([] if share is None else [f"holds out {share:.0%} of the rows{enough}"]),
             *([] if epochs is None else [f"makes {epochs} passes, since fewer than {FEW_STEPS} steps change little"]),
         ]
+        reasons = [f"The next command {', and '.join(why)}."] if why else []
+        reasons += [f"It holds out about {plural(held_out, 'example')}. {TOO_FEW}"] if is_few else []
+        reasons += missing_packages(labels)
         proposed = {"validation_split": share, "num_train_epochs": epochs}
         command = train_command(settings, proposed, config, flags or {})
-        reasons = f"The next command {', and '.join(why)}." if why else ""
-        print_section(stdout(), Section("Next", reasons, [Code(shlex.join(command))]))
+        print_section(stdout(), Section("Next", " ".join(reasons), [Code(shlex.join(command))]))
     return 0
 
 
+def missing_packages(labels: "Labels | None") -> list[str]:
+    from tailora.evaluation.classification import check_packages
+
+    try:
+        if labels is not None:
+            check_packages()
+    except ConfigError as error:
+        return [f"First, {error}."]
+    return []
+
+
 def share_to_hold_out(settings: TrainConfig, rows: int) -> float | None:
-    """Returns the share that gives enough rows for an interval, but at most a fifth; None if it is known already."""
+    """Returns the share that gives enough rows for an interval, but at most a fifth; None if it is known already.
+
+    rows: different ones.
+    """
     from tailora.evaluation.statistics import FEW_EXAMPLES
 
     if settings.model_fields_set & {"eval_data", "validation_split"}:
@@ -117,7 +140,8 @@ def epochs_to_train(settings: TrainConfig, data: "PreparedData", share: float | 
     if settings.model_fields_set & {"max_steps", "num_train_epochs"}:
         return None
     report = data.report
-    kept = 1.0 if share is None else (1 - share) * (report.train + report.eval) / report.train
+    examples = report.train + report.eval + report.flagged["eval_copies"]
+    kept = 1.0 if share is None else (1 - share) * examples / report.train
     steps = epoch_steps(settings, max(1, round(data.train.epoch_size * kept)))
     return math.ceil(FEW_STEPS / steps) if steps < FEW_STEPS else None
 
@@ -185,7 +209,7 @@ def facts(report: dict[str, Any]) -> Table:
         "messages": ", ".join(f"{count:,} {name}" for name, count in report["messages"].items()),
         **sources_of(report),
         "labels": ", ".join(f"{name} {number:,}" for name, number in report["labels"].items()),
-        "rows": f"{report['rows']:,}: {report['train']:,} to train on, {held_out_of(report)}",
+        "rows": f"{report['rows']:,}: {report['train']:,} to train on, {report['eval']:,} held out",
         "tokens": f"{report['tokens']:,}{learned if report['supervised_tokens'] else ''}",
         "longest": f"{report['longest']:,} tokens",
         **warnings_of(report),

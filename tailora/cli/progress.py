@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from rich.segment import ControlType
 
 from tailora.cli.main import LIVE, on_terminal, print_text
-from tailora.data.dataset import held_out_of, sources_of, warnings_of
+from tailora.data.dataset import sources_of, warnings_of
 from tailora.report.format import count, plural
 
 if TYPE_CHECKING:
@@ -210,9 +210,9 @@ def format_header(header: Mapping[str, Any], width: int = WIDTH) -> str:
     if header.get("task"):
         lines["task"] = header["task"]
     if data is None or settings["streaming"]:  # streamed data is not known yet
-        lines["data"] = f"streamed; {held_out_of(data)}" if data else "streamed"
+        lines["data"] = f"streamed; {data['eval']:,} held out" if data else "streamed"
     else:
-        lines["data"] = f"{plural(data['train'], 'example')}, {held_out_of(data)}; read as {data['shape']}"
+        lines["data"] = f"{plural(data['train'], 'example')}, {data['eval']:,} held out; read as {data['shape']}"
         lines |= sources_of(data)
         lines |= warnings_of(data)
     batches = "packed into one row, attention inside each" if header["packed"] else "padded to the longest"

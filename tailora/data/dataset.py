@@ -329,12 +329,6 @@ def distinct_of(examples: int, distinct: int, name: str) -> str:
     return words if distinct == examples else f"{words}, {distinct:,} distinct"
 
 
-def held_out_of(report: Mapping[str, Any]) -> str:
-    """Returns "7 held out, 3 distinct", without the second part if there are no copies. report: as in warnings_of."""
-    distinct = f", {report['eval'] - report['eval_copies']:,} distinct" if report["eval_copies"] else ""
-    return f"{report['eval']:,} held out{distinct}"
-
-
 def sources_of(report: Mapping[str, Any]) -> dict[str, str]:
     """Returns "sources" -> the counts of each, of several or if an epoch is not one pass. report: as in warnings_of."""
     sources = report.get("sources", [])  # earlier versions had one
@@ -380,7 +374,7 @@ class DataReport:
     messages: dict[str, int]  # of conversations, by role, and how many tool calls, tools, ... they have
     rows: int  # usable rows of source and eval_source
     train: int  # examples
-    eval: int
+    eval: int  # different ones: copies are evaluated once
     tokens: int  # train and eval
     supervised_tokens: int
     longest: int  # tokens of the longest row, before cutting
@@ -417,7 +411,7 @@ WARNINGS = {  # count in the report -> name, meaning
         "programs that use the adapter must, too",
     ),
     "repeated": ("repeated", "rows to train on are copies of an earlier one"),
-    "eval_copies": ("copies", "held-out examples are copies of others and are evaluated once"),
+    "eval_copies": ("copies", "more held-out rows are copies, which are not evaluated again"),
     "duplicates": ("DUPLICATES", "held-out rows are also trained on, so the held-out loss will look too good"),
     # what looks like a mistake
     "empty_question": ("no question", "rows have an empty question"),

@@ -246,7 +246,7 @@ def _report(
         messages=count_messages(chain.from_iterable(part.samples for part in loaded)),
         rows=sum(part.counts.rows for part in loaded),
         train=len(train),
-        eval=len(evaluated),
+        eval=len(set(evaluated.hashes())),
         tokens=int(lengths.sum()),
         supervised_tokens=int(train.supervised.sum() + evaluated.supervised.sum()),
         longest=max(part.counts.longest for part in loaded),

@@ -561,10 +561,11 @@ def _unknown_schema(columns: list[str], field: Mapping[str, str], schemas: Seque
             key: field.get(key) or next((lower[name] for name in names[key] if name in lower), None) for key in keys
         }
 
-    for schema in schemas:
+    with_labels = [s for s in SCHEMAS if task == AUTO and s.task in (SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION)]
+    for schema in sorted([*schemas, *with_labels], key=lambda schema: len(schema.required), reverse=True):
         guessed = guess(schema.required)
         if all(guessed.values()) and len(set(guessed.values())) == len(guessed):
-            hint = "Perhaps:"
+            hint = "Perhaps:" if schema in schemas else f"Perhaps rows with labels: --task {schema.task}"
             break
     else:
         hint = "Name the columns, for instance:"

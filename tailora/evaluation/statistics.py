@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats: TypeAlias = NDArray[np.float64]
 FEW_EXAMPLES = 20  # held-out examples; with fewer, an interval says little about others
+TOO_FEW = f"That is too few to tell how others fare: hold out at least {FEW_EXAMPLES} examples."
 Z = NormalDist().inv_cdf(0.975)  # half the width of a 95% interval, in standard errors
 
 

@@ -4,12 +4,14 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from command_line import call, check_refused, found
 
 from tailora.cli.main import main
+from tailora.evaluation.statistics import FEW_EXAMPLES, TOO_FEW
 
 
 def test_it_shows_mapping_counts_lengths_and_share_and_without_colour_the_learned_text_in_brackets(
@@ -66,6 +68,46 @@ def test_columns_can_be_named(tmp_path: Path, tiny_model: Path) -> None:
     check_refused("--field prompt=question", *command)
     report = found(*command, "--field", "prompt=question", "--field", "completion=answer")
     assert report["mapping"] == {"prompt": "question", "completion": "answer"}
+
+
+def test_a_table_of_texts_and_categories_is_recognised_as_labelled_data(tmp_path: Path, tiny_model: Path) -> None:
+    path = tmp_path / "tickets.csv"
+    path.write_text("body,category\n" + "".join(f"ticket {i},{'ab'[i % 2]}\n" for i in range(8)))
+    options = ["--task", "sequence-classification", "--field", "text=body", "--field", "label=category"]
+    check_refused(f"Perhaps rows with labels: {' '.join(options)}", "data", path, "--model", tiny_model)
+    report = found("data", path, "--model", tiny_model, *options, "--validation-split", 0)
+    assert report["labels"] == {"a": 4, "b": 4}
+
+
+def test_a_package_that_the_next_command_needs_is_named(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "labels.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text {i}", "label": "ab"[i % 2]}) + "\n" for i in range(8)))
+    command = ["data", str(path), "--model", str(tiny_model), "--task", "sequence-classification"]
+    assert main(command) == 0
+    assert "pip install" not in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "seqeval", None)
+    assert main(command) == 0
+    shown = " ".join(capsys.readouterr().out.partition("Next")[2].split())
+    assert "First, scores of labels need seqeval" in shown
+    assert "pip install 'tailora[classify]'" in shown
+
+
+@pytest.mark.parametrize(("rows", "distinct"), [(60, 60), (60, 20), (120, 120)])
+def test_data_and_the_run_agree_on_what_is_enough_to_judge_by(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], rows: int, distinct: int
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"q{i % distinct}", "completion": "a"}) + "\n" for i in range(rows)))
+    assert main(["data", str(path), "--model", str(tiny_model)]) == 0
+    shown = " ".join(capsys.readouterr().out.partition("Next")[2].split())
+    share = float(re.search(r"--validation-split (\S+)", shown)[1])
+    report = found("data", path, "--model", tiny_model, "--validation-split", share)
+    is_few = report["eval"] < FEW_EXAMPLES
+    assert is_few == (distinct < 100)
+    assert ("so that there are enough to judge by" in shown) != is_few
+    assert (f"It holds out about {report['eval']} examples. {TOO_FEW}" in shown) == is_few
 
 
 def test_the_file_can_come_from_a_config(chats: Path, tiny_model: Path, tmp_path: Path) -> None:

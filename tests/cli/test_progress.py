@@ -129,10 +129,10 @@ def test_the_header_has_one_of_what_there_is_one() -> None:
     assert all(part in text for part in ("adapter 1 layer, ", "data 1 example, ", "steps 1 step, "))
 
 
-def test_the_header_says_how_many_held_out_examples_are_distinct() -> None:
+def test_the_header_counts_copies_among_the_held_out_rows_once() -> None:
     text = " ".join(format_header({**HEADER, "data": {**HEADER["data"], "eval_copies": 4}}).split())
-    assert "90 examples, 10 held out, 6 distinct; read as" in text
-    assert "copies 4 held-out examples are copies of others and are evaluated once" in text
+    assert "90 examples, 10 held out; read as" in text
+    assert "copies 4 more held-out rows are copies, which are not evaluated again" in text
 
 
 def test_the_header_says_what_an_epoch_has_of_each_source() -> None:

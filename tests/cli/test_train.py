@@ -248,7 +248,7 @@ def test_without_a_report_the_files_are_shown(
 def test_what_was_cut_of_a_stream_is_told_at_the_end(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     four_steps = {"--max-length": "28", "--max-steps": "4"}  # of 8 examples: more than the 24 there are
     assert main([*line(flags, four_steps), "--streaming"]) == 0
-    assert re.search(r"note: \d+ of 24 streamed rows were longer than --max-length 28: cut", capsys.readouterr().err)
+    assert re.search(r"note: \d+ of 24 streamed rows were longer than --max-length 28 and cut", capsys.readouterr().err)
 
 
 @pytest.mark.slow

@@ -114,10 +114,10 @@ def test_copies_stay_on_one_side_and_are_counted(bytes_tokenizer, jsonl) -> None
 def test_copies_among_the_held_out_examples_are_evaluated_once(bytes_tokenizer, jsonl) -> None:
     held = jsonl([PAIRS[0], PAIRS[1], PAIRS[0], PAIRS[0], PAIRS[2], PAIRS[1], PAIRS[0]], "held.jsonl")
     prepared = prepare(jsonl(PAIRS[3:]), bytes_tokenizer(), eval_source=held)
-    assert (prepared.report.eval, prepared.report.flagged["eval_copies"]) == (7, 4)
+    assert (prepared.report.eval, prepared.report.flagged["eval_copies"]) == (3, 4)
     assert prepared.eval.source_indices.tolist() == [0, 1, 4]
     assert prepared.eval_samples == [Pair(**row) for row in PAIRS[:3]]
-    assert warnings_of(prepared.report.to_dict())["copies"].startswith("4 held-out examples are copies of others")
+    assert warnings_of(prepared.report.to_dict())["copies"].startswith("4 more held-out rows are copies, which are")
 
 
 def test_a_split_that_fails_names_the_rows_that_were_too_long(bytes_tokenizer, jsonl) -> None:
@@ -178,7 +178,8 @@ def test_a_conversation_that_needs_several_examples_is_reported_and_stays_on_one
     path, tokenizer = jsonl(rows), bytes_tokenizer(LAST_LOWER)
     for seed in range(5):
         prepared = prepare(path, tokenizer, validation_split=0.4, seed=seed)
-        assert (prepared.report.rows, prepared.report.train + prepared.report.eval) == (7, 12)
+        report = prepared.report
+        assert (report.rows, report.train + report.eval + report.flagged["eval_copies"]) == (7, 12)
         assert prepared.report.eval > 2
         assert not set(prepared.train.source_indices) & set(prepared.eval.source_indices)
         for sample, example in zip(prepared.eval_samples, prepared.eval, strict=True):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tailora.data.dataset import distinct_of, sources_of
+from tailora.data.dataset import sources_of
 from tailora.data.labels import Labels
 from tailora.errors import FormatError
 from tailora.evaluation.classification import (
@@ -25,6 +25,7 @@ from tailora.evaluation.generate import Answer
 from tailora.evaluation.metrics import LABEL_METRICS, PREFERENCE_METRICS
 from tailora.evaluation.statistics import (
     FEW_EXAMPLES,
+    TOO_FEW,
     Interval,
     before_and_after,
     describe_change,
@@ -168,11 +169,8 @@ def write_train_report(folder: Path) -> dict[str, Any]:
     if result is None:
         verdict = "The run has not finished: it was interrupted, failed, or is still running."
     elif losses:
-        data = header.get("data") or {}
-        rows = data["eval"] if data.get("eval", 0) - data.get("eval_copies", 0) == len(examples) else len(examples)
-        verdict = describe_change(losses["change"], distinct_of(rows, len(examples), "held-out example"), unit)
-        if len(examples) < FEW_EXAMPLES:
-            verdict += f" That is too few to tell how others fare: hold out at least {FEW_EXAMPLES} examples."
+        verdict = describe_change(losses["change"], plural(len(examples), "held-out example"), unit)
+        verdict += f" {TOO_FEW}" * (len(examples) < FEW_EXAMPLES)
         is_better = not labels or beats_majority(after["accuracy"].value, labels)
         verdict = " ".join(filter(None, [verdict, change_of_metrics] if is_better else [change_of_metrics, verdict]))
     elif result["eval_loss_after"] is None:
