@@ -11,7 +11,7 @@ from tiny import chat_model, stir
 from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
-from tailora.core.low_rank import nearest_for_energy, nearest_of_rank
+from tailora.core.low_rank import nearest_for_energy, nearest_of_rank, rank_for_energy
 from tailora.core.patterns import by_pattern, portable_patterns
 from tailora.errors import AdapterError, BaseMismatchError, ConfigError, DivergedError, MergeError, TargetError
 
@@ -335,3 +335,17 @@ def test_patterns_give_every_path_its_own_value() -> None:
     patterns = portable_patterns(values, 8)
     assert {path: by_pattern(path, patterns, 8) for path in values} == values
     assert len(patterns) == 4
+
+
+def test_an_energy_that_a_rank_reaches_exactly_takes_no_more_ranks() -> None:
+    S = torch.tensor([[2.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0]])  # of two groups: squares 4, 2, 2, 0 of 8
+    assert [rank_for_energy(S, energy) for energy in (0.4, 0.5, 0.6, 0.75, 0.8, 1.0)] == [1, 1, 2, 2, 3, 3]
+    assert rank_for_energy(S[:, :2], 0.5, total=16.0) == 2
+
+
+@pytest.mark.parametrize("method", ["svd", "ties", "dare"])
+def test_a_combination_has_the_highest_rank_of_its_sources_unless_told_otherwise(method: str) -> None:
+    model = two()
+    report = model.combine({"a": 1, "b": 1}, "mix", method=method)
+    assert report.rank == {"0": 2, "2": 3}
+    assert model.adapter("mix").low_rank["2"].lora_A.shape == (3, 12)

@@ -95,3 +95,29 @@ def test_a_part_that_is_not_selected_gets_exactly_no_update() -> None:
         plain = layer(x)
     assert torch.equal(y[:, :32], plain[:, :32])
     assert (y - plain)[:, 32:].abs().min() > 0
+
+
+def test_a_layer_that_is_reset_has_no_frozen_start_any_more() -> None:
+    layer, x = LoRALayer(6, 5, rank=2), torch.randn(4, 6)
+    layer.start_from(torch.randn(2, 6), torch.randn(5, 2))
+    assert layer.has_start
+    layer.reset_parameters()
+    assert not layer.has_start
+    assert torch.equal(layer(x), torch.zeros(4, 5))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 2.0])
+def test_the_strength_multiplies_all_that_is_added_also_to_the_bias(strength: float) -> None:
+    """W x + b + t ((g - 1) W x + g s B A x + b' - b), for DoRA with a trained bias."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 5)).double()
+    W, b, x = base[0].weight.clone(), base[0].bias.clone(), torch.randn(4, 6, dtype=torch.float64)
+    model = LoRAModel(base, LoRAConfig(r=2, use_dora=True, bias="lora_only"))
+    layer = model.lora_layers["0"]
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    model.set_scale("default", strength)
+    update = layer.scaling * layer.lora_B @ layer.lora_A
+    gain = layer.lora_magnitude_vector / (W + update).norm(dim=1)
+    change = x @ ((gain[:, None] - 1) * W + gain[:, None] * update).T + layer.bias - b
+    torch.testing.assert_close(model(x), x @ W.T + b + strength * change)

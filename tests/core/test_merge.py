@@ -12,6 +12,8 @@ from transformers import LlamaForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from tailora import LoRAConfig, LoRAModel
+from tailora.core.attach import TensorChange
+from tailora.core.merge import BLOCK, check_ties
 from tailora.errors import MergeError
 
 
@@ -212,3 +214,25 @@ def test_a_weight_that_is_shared_under_another_name_is_seen() -> None:
     model = LoRAModel(Net(), LoRAConfig(r=2))
     with pytest.raises(MergeError, match="layer = "):
         model.merge()
+
+
+def test_a_merge_with_magnitudes_in_several_blocks_of_rows_computes_what_the_adapter_did() -> None:
+    rows = 2 * BLOCK // 512 + 3  # the last block has three
+    model = LoRAModel(nn.Sequential(nn.Linear(512, rows)), LoRAConfig(r=2, use_dora=True))
+    stir(model)
+    x = torch.randn(3, 512)
+    expected = model(x)
+    assert model.merge().worst < 1e-5
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_shared_weight_stays_shared_only_if_all_of_its_layers_get_the_same_one() -> None:
+    first, second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    second.weight = first.weight
+    model, new = nn.Sequential(first, second), [nn.Parameter(torch.randn(3, 3)) for _ in range(2)]
+    both = [TensorChange(first, "weight", new[0]), TensorChange(second, "weight", new[0])]
+    assert check_ties(model, both, untie_weights=False) is False
+    for changes in (both[:1], [both[0], TensorChange(second, "weight", new[1])]):
+        with pytest.raises(MergeError, match=r"another layer shares \(0 = 1"):
+            check_ties(model, changes, untie_weights=False)
+        assert check_ties(model, changes, untie_weights=True) is True
