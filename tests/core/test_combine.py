@@ -349,3 +349,17 @@ def test_a_combination_has_the_highest_rank_of_its_sources_unless_told_otherwise
     report = model.combine({"a": 1, "b": 1}, "mix", method=method)
     assert report.rank == {"0": 2, "2": 3}
     assert model.adapter("mix").low_rank["2"].lora_A.shape == (3, 12)
+
+
+@pytest.mark.parametrize("settings", [{"lora_bias": True}, {"bias": "lora_only"}], ids=str)
+def test_a_smaller_adapter_adds_the_same_to_the_bias(settings: Any) -> None:
+    """Its scale is 1, so that the bias takes in the scale of the source, which is 4."""
+    model, zeros = LoRAModel(net(), LoRAConfig(r=2, lora_alpha=8, **settings)), torch.zeros(1, 8, dtype=torch.float64)
+    stir(model)
+    first = model.base_model[0]
+    expected = first(zeros)
+    model.shrink("default", "small", r=1)
+    model.set_adapter("small")
+    assert model.adapter("small").low_rank["0"].scaling == 1
+    torch.testing.assert_close(first(zeros), expected)
+    assert not torch.allclose(first(zeros), net()[0](zeros))
