@@ -58,7 +58,7 @@ class MergeState:
     def __init__(self, base_model: nn.Module) -> None:
         self.base_model = base_model
         self._undo: list[Change] = []
-        self._config_untied = False  # tie_word_embeddings of the model's config was set to False
+        self.config_untied = False  # tie_word_embeddings of the model's config is False while merged
 
     @property
     def is_merged(self) -> bool:
@@ -103,7 +103,7 @@ class MergeState:
         self._undo = [change.make() for change in changes]
         config: Any = getattr(self.base_model, "config", None)
         if untied and getattr(config, "tie_word_embeddings", False):
-            config.tie_word_embeddings, self._config_untied = False, True
+            config.tie_word_embeddings, self.config_untied = False, True
         for layer, _ in attached.values():
             attach(layer, ())
         return report
@@ -114,9 +114,9 @@ class MergeState:
             raise MergeError("nothing is merged")
         for change in reversed(self._undo):
             change.make()
-        if self._config_untied:
+        if self.config_untied:
             cast(Any, self.base_model).config.tie_word_embeddings = True
-        self._undo, self._config_untied = [], False
+        self._undo, self.config_untied = [], False
 
     def forget_originals(self) -> None:
         """Makes the merge permanent."""

@@ -14,22 +14,21 @@ Below: `export`, the comparison, the formats peft, portable and merged, and the 
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tailora.core.adapter import Adapter, group_by_path
-from tailora.core.attach import Change, Swapped, TensorChange, attached, evaluating
+from tailora.core.attach import Change, Swapped, attached, evaluating
 from tailora.core.device import wide_dtype
 from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, layer_path_of
-from tailora.core.merge import MergeReport, check_ties, merge_changes, replace_by_copy
+from tailora.core.merge import MergeState
 from tailora.core.quantization import common_dtype, dequantize_to_linear, quantized_layers
 from tailora.errors import ConfigError, FormatError, MergeError, nearest
 from tailora.formats import fold_scale, gguf, kohya_diffusers, mlx, peft
@@ -311,12 +310,9 @@ def write_portable(folder: Path, source: ExportSource) -> list[str]:
 
 
 # ---- Format merged: config, generation config, safetensors, tokenizer and chat template of a Hugging Face model
-#
-# The base stays as it is. Merged weights are written to a temporary file as they are computed, and transformers reads
-# them from there, so a second copy of the model is never in memory.
+# The base stays as it is.
 
 SHARD = "2GB"  # largest safetensors file
-SPILL = ".merged"
 LARGE_ERROR = 0.1  # of an update, by rounding: more is worth a remedy
 ROUNDING_REMEDY = "leave the adapter unmerged, or merge it into a base in float32 (--dtype float32)"
 KEY_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -336,29 +332,25 @@ def write_merged(folder: Path, source: ExportSource) -> list[str]:
     Raises FormatError with all layers that cannot be merged.
     """
     base: Any = source.base_model
-    spill = folder / SPILL
-    parts = {**source.adapter.low_rank, **source.adapter.extras}
-    parts_of_layers = group_by_path((layer_path_of(base, path), part) for path, part in parts.items())
-    layers = {path: (base.get_submodule(path), layer_parts) for path, layer_parts in parts_of_layers.items()}
-    report = MergeReport({})
-    try:
-        changes = list(_on_disk(merge_changes(base, layers, report), spill))
-    except MergeError as error:
-        raise FormatError(f"merging: {error}") from None
-    parameters: dict[int, nn.Parameter] = {}
-    for path, trained in source.adapter.saved.items():
-        changes += replace_by_copy(base.get_submodule(path), trained, parameters)
-    untied = check_ties(base, changes, untie_weights=True)
-    with _merged_base(changes, base.config, untied):
-        base.save_pretrained(folder, max_shard_size=SHARD)
+    parts = {**source.adapter.low_rank, **source.adapter.extras, **source.adapter.saved}
+    paths = dict.fromkeys(layer_path_of(base, path) for path in parts)
+    state = MergeState(base)
+    with with_only_adapter(base, source.adapter):
+        try:
+            report = state.merge({path: base.get_submodule(path) for path in paths}, untie_weights=True)
+        except MergeError as error:
+            raise FormatError(f"merging: {error}") from None
+        try:
+            base.save_pretrained(folder, max_shard_size=SHARD)
+        finally:
+            untied = state.config_untied
+            state.unmerge()
     # rope_theta where transformers 4 and mlx-lm look for it; without it they silently take 10,000
     config_file = folder / "config.json"
     settings = json.loads(config_file.read_text(encoding="utf-8"))
     theta = (settings.get("rope_parameters") or {}).get("rope_theta")
     if theta is not None and "rope_theta" not in settings:
         config_file.write_text(json.dumps({**settings, "rope_theta": theta}, indent=2) + "\n", encoding="utf-8")
-    del changes
-    spill.unlink(missing_ok=True)
     dtype = str(common_dtype(base)).removeprefix("torch.")
     notes = [f"rounding to {dtype} changes the update by at most {report.worst:.2g} of its size in the worst layer"]
     if report.worst > LARGE_ERROR:
@@ -373,39 +365,6 @@ def write_merged(folder: Path, source: ExportSource) -> list[str]:
     else:
         source.tokenizer.save_pretrained(folder)
     return notes + (["tied weights are untied: tie_word_embeddings is false"] if untied else [])
-
-
-def _on_disk(changes: Iterable[Change], file: Path) -> Iterator[Change]:
-    """The same changes, with their new tensors at the end of `file`, in pages that the system can drop from memory."""
-    for change in changes:
-        if not isinstance(change, TensorChange):
-            yield change
-            continue
-        tensor = change.tensor
-        raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        start = file.stat().st_size if file.exists() else 0
-        with file.open("ab") as out:
-            out.write(raw.numpy().data)
-        mapped = torch.from_numpy(np.memmap(file, np.uint8, "c", start, raw.shape))
-        parameter = nn.Parameter(mapped.view(tensor.dtype).view(tensor.shape), requires_grad=False)
-        yield TensorChange(change.module, change.name, parameter)
-
-
-@contextmanager
-def _merged_base(changes: Iterable[Change], config: Any, untied: bool) -> Iterator[None]:
-    """In the block, the base is the merged model, and its config says so if weights are `untied`."""
-    undo: list[Change] = []
-    tied_before = getattr(config, "tie_word_embeddings", False)
-    try:
-        undo += (change.make() for change in changes)
-        if untied:
-            config.tie_word_embeddings = False
-        yield
-    finally:
-        for change in reversed(undo):
-            change.make()
-        if untied:
-            config.tie_word_embeddings = tied_before
 
 
 def load_merged(folder: Path, source: ExportSource) -> nn.Module:
