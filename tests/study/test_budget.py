@@ -44,6 +44,14 @@ def test_the_steps_of_a_trial_fill_the_time() -> None:
     assert TypeAdapter(Budget).validate_json(json.dumps(asdict(budget))) == budget
 
 
+def test_a_run_costs_its_steps_and_its_evaluations() -> None:
+    costs = Costs(fixed=10, step=2, evaluation=3, forgetting=5)  # seconds; an evaluation is of half of the examples
+    assert costs.judging_run(4) == 10 + 4 * 2 + 2 * 3 + 5
+    assert costs.trial(4) == 10 + 4 * 2 + 3 * 3
+    assert costs.trial(4, share=0.5, evaluations=1) == 10 + (4 * 2 + 3) / 2
+    assert costs.on_part(0.5).judging_run(4) == 10 + 4 * 2 + 3 + 5
+
+
 def test_workers_take_no_longer_than_planned() -> None:
     """However the runs are shared out; and the time grows evenly with the steps, which `fit` relies on."""
     costs = [Costs(fixed=30, step=1, evaluation=2), COSTS, Costs(fixed=1, step=5, evaluation=1)] * 3

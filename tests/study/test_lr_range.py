@@ -69,6 +69,13 @@ def test_rates_that_teach_nothing_are_no_range() -> None:
         read_range(rising_run([4.0, 4.001, 4.2, 5.0]), STEPS, {})
 
 
+def test_a_loss_belongs_to_the_rate_of_the_step_before_it() -> None:
+    found = read_range(rising_run([3.5, 3.0, 5.0]), STEPS, {})
+    rates = [lr_range_test(step - 1, STEPS, LOWEST, HIGHEST) for step in (3, 6, 9)]  # steps count from 0 there
+    assert [rate for rate, _ in found.curve] == pytest.approx(rates)
+    assert found.suggestion == pytest.approx(rates[1])
+
+
 def test_the_gain_is_in_the_unit_of_the_losses() -> None:
     rising = replace(rising_run([4.0, 3.0, 5.0]), loss_unit="per example")
     assert "(1.000 per example below the base's 4.000)" in read_range(rising, STEPS, {}).verdict
@@ -187,3 +194,11 @@ def test_when_all_diverge_it_goes_far_down_and_says_so() -> None:
 def test_out_of_tries_at_an_edge_is_not_bracketed() -> None:
     rates = searched(5e-4, 3, 1.0)
     assert not rates.bracketed
+
+
+@pytest.mark.parametrize(("above", "below", "following"), [(1.1, 2.0, 2e-3), (2.0, 1.1, 5e-4)])
+def test_the_finer_step_is_towards_the_better_neighbour(above: float, below: float, following: float) -> None:
+    rates = LearningRateSearch(1e-3, 9)
+    for rate, loss in ((1e-3, 1.0), (4e-3, above), (2.5e-4, below)):
+        rates.record(rate, loss)
+    assert rates.next_rate() == pytest.approx(following)
