@@ -1,6 +1,7 @@
 """The program `tailora`: runs a command, and turns every failure into a message and an exit code.
 
-    0 done   1 failed   2 usage or settings   3 diverged   4 a gate or a plan not met   130 interrupted
+    0 done   1 failed   2 usage or settings   3 diverged   4 a gate or a plan not met   5 a run that made
+    the model worse   130 interrupted
 
 A message goes to stderr. With `--json` the last line of stdout is {"error": {"type", "message", "exit_code"}}.
 An unexpected exception is a bug of tailora: its traceback is printed to stderr.
@@ -68,7 +69,8 @@ TAKE_DATA = ("demo", "plan", "train", "compare", "eval", "search", "predict")  #
 SUMMARY = "Fine-tune a language model with LoRA, and know whether it worked."
 EPILOGUE = """\
 Exit codes: 0 done, 1 failed, 2 usage or settings, 3 diverged,
-4 a quality gate not met, a plan that does not fit, an adapter not in use, 130 interrupted."""
+4 a quality gate not met, a plan that does not fit, an adapter not in use,
+5 worse than before training, 130 interrupted."""
 HELP = DefaultFormatter(column_specs=(NameColumn.copy(renderer=NameRenderer(max_width=34)), DescriptionColumn))
 ENVIRONMENT = {  # read by torch's libraries when torch is loaded; what the user has set stays
     "GOMP_SPINCOUNT": "10000",  # of idle OpenMP threads; the default, 300,000, is slow if other processes run
@@ -78,6 +80,7 @@ ENVIRONMENT = {  # read by torch's libraries when torch is loaded; what the user
 NOISY_LOGGERS = (*TORCHAO_LOGGERS, "bitsandbytes")
 PROGRAMS = ("tailora ", "torchrun ", "accelerate ", "python ")  # with which a command to copy begins
 GATE_NOT_MET = 4  # exit code
+WORSE = 5  # exit code of a run after which the held-out loss is higher than before
 ARGUMENTS: ContextVar[list[str]] = ContextVar("arguments")  # of the command line that `main` runs
 LIVE: ContextVar[Console | None] = ContextVar("live")  # the console that shows a bar
 MAX_LINES = 21  # of a message; --json prints all of it

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from tailora.cli.flags import ConfigFile, Json, NprocPerNode, Overwrite, flags_of, merge_settings
-from tailora.cli.main import ARGUMENTS, is_rank_0, log, note, print_json, stderr, stdout
+from tailora.cli.main import ARGUMENTS, WORSE, is_rank_0, log, note, print_json, stderr, stdout
 from tailora.cli.models import check_sources_of_run, fetch_demo
 from tailora.cli.progress import counter, run_progress
 from tailora.data.readers import source_names
 from tailora.data.schemas import PREFERENCE, SEQ2SEQ
 from tailora.errors import INTERRUPTED, CheckpointError, ConfigError, DataError, WriteError
 from tailora.formats.run_folder import ADAPTER, PAGE, REPORT, SAMPLES, checkpoints_in
-from tailora.report.blocks import Code, Column, Page, Section, Table
+from tailora.report.blocks import Code, Column, Section, Table
 from tailora.report.files import read_page, write_page_if_possible
 from tailora.report.terminal import print_page, print_section
 from tailora.train import run_log
@@ -129,17 +129,23 @@ FILES = {
 }
 
 
-def show(console: Console, config: TrainConfig, folder: Path, page: Page | None) -> None:
-    """Prints the page of the run if there is one, the files in its folder, and commands to try next."""
-    if page is not None:
-        print_page(console, page)
+def show(console: Console, config: TrainConfig, folder: Path, report: dict[str, Any] | None) -> None:
+    """Prints the page of the run if it has a report, the files in its folder, and commands to try next."""
+    if report is not None:
+        print_page(console, read_page(folder))
     rows = [(name, content) for name, content in FILES.items() if (folder / name).exists()]
     print_section(console, Section(f"Written to {folder}", "", [Table([Column(""), Column("")], rows)]))
-    print_section(console, Section("Next", "", [Code("\n".join(map(shlex.join, next_commands(config, folder))))]))
+    commands = next_commands(config, folder, [] if report is None else report["remedy"])
+    print_section(console, Section("Next", "", [Code("\n".join(map(shlex.join, commands)))]))
 
 
-def next_commands(config: TrainConfig, folder: Path) -> list[list[str]]:
-    """Returns commands that use the result of this run: with a prompt of its own data, and its held-out data."""
+def next_commands(config: TrainConfig, folder: Path, remedy: Sequence[str] = ()) -> list[list[str]]:
+    """Returns commands that use the result of this run: with a prompt of its own data, and its held-out data.
+
+    remedy: flags for a better run, if this one made the model worse; then the command for that is all.
+    """
+    if remedy:
+        return [["tailora", "train", "--config", f"{folder}/config.yaml", *remedy, "--output-dir", f"{folder}-better"]]
     is_lora = config.method == "lora"
     tuned = ["--adapter", str(folder)] if is_lora else ["--model", str(folder / "model")]
     pairs = ",".join(f"{ours}={theirs}" for ours, theirs in config.field.items())
@@ -193,8 +199,7 @@ def fit(
         processes = count_processes(nproc_per_node, config.device)
         if processes > 1:
             log(f"starting {processes} processes")
-            launch(ARGUMENTS.get(), processes, Path(config.output_dir))
-            return 0
+            return launch(ARGUMENTS.get(), processes, Path(config.output_dir), [WORSE])
     with ExitStack() as stack:
         with run_progress(stderr() if is_rank_0() else Console(quiet=True)) as listener:  # before torch is loaded
             from accelerate import PartialState
@@ -222,17 +227,26 @@ def fit(
             kl = kl_of_preferences(result, config)
         if is_main:
             add_passport(result, config)
+    code = WORSE if is_worse(result) else 0
     if not is_main:
-        return 0
+        return code
     folder = Path(result.output_dir)
     report, page = write_results(folder, config, answers, kl, started)
     if as_json:
         print_json((report and report["result"]) or result.to_dict())
     else:
-        show(stdout(), config, folder, None if report is None else read_page(folder))
+        show(stdout(), config, folder, report)
         if page and not (folder / PAGE).exists():
             log(page)
-    return 0
+    return code
+
+
+def is_worse(result: "TrainResult") -> bool:
+    """True if the held-out loss is higher than before training, by more than its 95% interval allows for chance."""
+    from tailora.evaluation.statistics import paired_difference
+
+    before, after = result.before, result.after
+    return before is not None and after is not None and paired_difference(before.sums, after.sums, after.counts).low > 0
 
 
 def write_results(

@@ -8,9 +8,11 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,15 +20,18 @@ from command_line import call, check_refused
 from transformers import LlamaForCausalLM
 
 from tailora.cli.main import main
-from tailora.cli.train import KL_TOKENS, demo_folder, first_prompt, kl_texts, next_commands
+from tailora.cli.train import KL_TOKENS, demo_folder, first_prompt, is_worse, kl_texts, next_commands
 from tailora.data.dataset import Example, Examples
 from tailora.errors import CheckpointError, ConfigError, WriteError
 from tailora.formats import run_folder
 from tailora.formats.run_folder import ADAPTER, PASSPORT, SAMPLES
 from tailora.report.format import duration
+from tailora.report.pages.train import _remedy
 from tailora.train import run_log
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
+from tailora.train.loss import Evaluation
+from tailora.train.trainer import Trainer
 from tailora.verify.passport import read_passport
 
 PROMISED = """
@@ -340,6 +345,56 @@ def test_without_samples_nothing_is_said_of_answers(
     result = json.loads((tmp_path / "run" / "report.json").read_text())["result"]
     assert result["seconds"] < result["total_seconds"] < waited  # the second is the wait of the user, but for the page
     assert re.search(rf"^time +{duration(result['total_seconds'])} +.* in training steps", shown, re.MULTILINE)
+
+
+def test_a_run_that_made_the_model_worse_says_so_and_what_to_try(
+    flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def after_a_better_base(trainer: Trainer, *arguments: Any, result: Any = Trainer.result) -> Any:
+        before = trainer.state.before
+        assert before is not None
+        trainer.state.before = replace(before, sums=before.sums / 2)
+        return result(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "result", after_a_better_base)
+    assert main(line(flags)) == 5
+    shown = capsys.readouterr().out
+    verdict = "Worse than before training. Held-out loss went UP by"
+    assert f"\n{verdict}" in shown
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["verdict"].startswith(verdict)
+    assert " ".join(report["remedy"]) in report["verdict"]
+    again = ["tailora", "train", "--config", str(tmp_path / "run" / "config.yaml"), *report["remedy"]]
+    assert shown.split("Next")[1].split("\n\n")[0].split() == [*again, "--output-dir", str(tmp_path / "run-better")]
+
+
+@pytest.mark.parametrize(
+    ("losses", "method", "rate", "flags", "cause"),
+    [
+        ([4.0, 9.0, 9.0], "lora", 2.0, ["--learning-rate", "5e-4"], "the learning rate 2 is too high"),
+        ([4.0, 9.0, 9.0], "full", 1e-4, ["--learning-rate", "1e-5"], "is too high"),
+        ([4.0, 9.0, 9.0], "full", 1e-2, ["--learning-rate", "5e-5"], "is too high"),
+        ([4.0, *[3.0] * 39], "lora", 1e-3, ["--eval-steps", "4"], "learned by heart"),
+    ],
+)
+def test_what_to_try_after_a_run_that_made_the_model_worse(
+    losses: list[float], method: str, rate: float, flags: list[str], cause: str
+) -> None:
+    text, found = _remedy({"learning_rate": rate, "method": method}, losses)
+    assert found == flags
+    assert cause in text
+    assert " ".join(flags) in text
+
+
+def test_a_change_that_may_be_chance_is_not_worse() -> None:
+    def result(*after: float) -> Any:
+        evaluations = [Evaluation(np.array(sums), np.ones(4, np.int64)) for sums in ([1.0] * 4, [*after])]
+        return SimpleNamespace(before=evaluations[0], after=evaluations[1])
+
+    assert is_worse(result(1.2, 1.1, 1.1, 1.3))
+    assert not is_worse(result(0.9, 1.1, 1.1, 1.3))
+    assert not is_worse(result(0.8, 0.9, 0.8, 0.9))
+    assert not is_worse(cast(Any, SimpleNamespace(before=None, after=None)))
 
 
 def test_a_long_prompt_is_shortened_to_one_line(tmp_path: Path) -> None:

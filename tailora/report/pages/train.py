@@ -37,6 +37,7 @@ from tailora.report.blocks import Answers, Block, Column, Figure, Number, Page, 
 from tailora.report.charts import DASHED, INK, SERIES, SOFT, Canvas
 from tailora.report.format import NONE, count, decimals, duration, interval, learning_rate, one_line, plural, share
 from tailora.report.pages.shared import labels_section, settings_table
+from tailora.study.config import FIRST_RATES, LORA
 from tailora.train.config import FEW_STEPS, NATS_PER_TOKEN
 from tailora.train.memory import format_bytes
 from tailora.train.run_log import EXAMPLES, METRICS
@@ -127,6 +128,7 @@ class TrainReport:
     result: Result | None  # None if the run was interrupted or diverged
     held_out: HeldOut | None
     verdict: str
+    remedy: list[str] = field(default_factory=list)  # flags to try after a run that made the model worse
     metrics: list[Metric] = field(default_factory=list)  # of the task, besides the loss
     labels: dict[str, Any] = field(default_factory=dict)  # `evaluation.classification.label_details` after training
 
@@ -151,6 +153,7 @@ def write_train_report(folder: Path) -> dict[str, Any]:
     lines = _read(folder / METRICS)
     examples = _read(folder / EXAMPLES) if (folder / EXAMPLES).exists() else []
     held_out, losses, task_metrics, change_of_metrics, labels = None, {}, list[dict[str, Any]](), "", dict[str, Any]()
+    remedy: list[str] = []
     unit = header.get("loss_unit", NATS_PER_TOKEN)
     if examples:
         held_out = {name: [row[name] for row in examples] for name in ("tokens", "before", "after")}
@@ -173,6 +176,9 @@ def write_train_report(folder: Path) -> dict[str, Any]:
         verdict += f" {TOO_FEW}" * (len(examples) < FEW_EXAMPLES)
         is_better = not labels or beats_majority(after["accuracy"].value, labels)
         verdict = " ".join(filter(None, [verdict, change_of_metrics] if is_better else [change_of_metrics, verdict]))
+        if losses["change"].low > 0:
+            cause, remedy = _remedy(settings, [line["loss"] for line in lines if "loss" in line])
+            verdict = f"Worse than before training. {verdict} {cause}"
     elif result["eval_loss_after"] is None:
         verdict = "There was no held-out data, so nothing can be said about whether it worked: give --eval-data FILE."
     else:
@@ -187,6 +193,7 @@ def write_train_report(folder: Path) -> dict[str, Any]:
             result |= {f"eval_{name}_{key}": value for key, value in metric.items() if key != "name"}
     content = {
         "verdict": verdict,
+        "remedy": remedy,
         "settings": settings,
         "run": header,
         "steps": [line for line in lines if "loss" in line],
@@ -199,6 +206,19 @@ def write_train_report(folder: Path) -> dict[str, Any]:
     }
     write_report(folder, "train", content)
     return content
+
+
+def _remedy(settings: Mapping[str, Any], losses: Sequence[float]) -> tuple[str, list[str]]:
+    """Returns why a run probably made the model worse, and flags to try. losses: of each step, before it."""
+    last = losses[-max(len(losses) // 4, 1) :]
+    if sum(last) / len(last) < losses[0]:
+        steps = str(max(len(losses) // 10, 1))
+        cause = "The training loss fell, so the examples were learned by heart, or differ from the held-out ones."
+        return f"{cause} --eval-steps {steps} keeps the best step, and fewer steps may do.", ["--eval-steps", steps]
+    now = settings["learning_rate"]
+    rate = learning_rate(min(now / 10, FIRST_RATES[settings.get("method", LORA)]))
+    cause = f"The training loss did not fall: the learning rate {now:g} is too high."
+    return f"{cause} Use --learning-rate {rate}.", ["--learning-rate", rate]
 
 
 def _metric(name: str, before: Interval, after: Interval) -> dict[str, Any]:
