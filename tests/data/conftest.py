@@ -32,7 +32,7 @@ def trained(model: Any, pre_tokenizer: Any, decoder: Any, special: list[str]) ->
     return tokenizer
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def bytes_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     """As GPT-2, SmolLM2, Qwen: byte-level, no BOS, pad = EOS = <|im_end|>."""
 

@@ -4,14 +4,18 @@ Learned spans are in [[ ]]. They are checked twice: against the formats as they 
 against the prompt that generation would begin with.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from brackets import with_brackets
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
@@ -107,6 +111,12 @@ R1 = Family(DEEPSEEK, eos="<｜end▁of▁sentence｜>", bos="<｜begin▁of▁s
 
 def template_of(name: str) -> str:
     return (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n")
+
+
+@pytest.fixture(scope="module")
+def make_tokenizer(bytes_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> Callable[..., PreTrainedTokenizerFast]:
+    """The same tokenizer for each name: not to be changed."""
+    return cache(tokenizer_of.__wrapped__(bytes_tokenizer))
 
 
 @pytest.fixture
@@ -562,12 +572,12 @@ CHATS = {
 }
 
 
-@pytest.mark.parametrize("case", CHATS, ids=" ".join)
-def test_the_trained_tokens_are_those_that_generation_would_produce(tokenizer_of, case: tuple[str, str]) -> None:
-    """The prompt of every trained reply is a prefix of the tokens; what is trained follows it, up to an end token."""
-    tokenizer = tokenizer_of(case[0])
+def check_trained_tokens(name: str, sample: Conversation, tokenizer: Any) -> None:
+    """Fails unless every reply is trained once, after the tokens of its prompt in generation, up to an end token."""
     chat_tokenizer = ChatTokenizer.of(tokenizer, DataSettings(max_length=10_000))
-    (parts,) = encode_samples([CHATS[case]], chat_tokenizer)
+    (parts,) = encode_samples([sample], chat_tokenizer)
+    if isinstance(parts, DataError):
+        raise parts
     trained: list[int] = []
     for part in parts:
         chat = fit_to_template(part.sample, chat_tokenizer)
@@ -583,11 +593,41 @@ def test_the_trained_tokens_are_those_that_generation_would_produce(tokenizer_of
             expected[len(prompt) : end] = [True] * (end - len(prompt))
             reply = tokenizer.decode(ids[len(prompt) : end])
             assert chat.messages[index]["content"].strip() in reply
-            if not (case[0] == "gpt_oss" and index < chat.replies[-1] and "tool_calls" not in chat.messages[index]):
+            if not (name == "gpt_oss" and index < chat.replies[-1] and "tool_calls" not in chat.messages[index]):
                 assert ids[end - 1] in chat_tokenizer.special_ids
         assert is_trained.tolist() == expected
         trained += chat.trained_replies
-    assert trained == fit_to_template(CHATS[case], chat_tokenizer).replies
+    assert sorted(trained) == fit_to_template(sample, chat_tokenizer).replies
+
+
+@pytest.mark.parametrize("case", CHATS, ids=" ".join)
+def test_the_trained_tokens_are_those_that_generation_would_produce(tokenizer_of, case: tuple[str, str]) -> None:
+    check_trained_tokens(case[0], CHATS[case], tokenizer_of(case[0]))
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> tuple[str, Conversation]:
+    """A family, and questions with a reply each, perhaps after calls and their results, or with reasoning."""
+    name = draw(st.sampled_from(sorted(FAMILIES)))
+    messages = [system("be brief")] if draw(st.booleans()) else []
+    texts = st.sampled_from(["one", "two three", "é 🙂", "  four\n", "user", "<tool_call>"])
+    thoughts = st.sampled_from([{}, {"reasoning_content": "hm"}] if name in WITH_THOUGHT else [{}])
+    for _ in range(draw(st.integers(1, 3))):
+        messages.append(user(draw(texts)))
+        for _ in range(draw(st.integers(0, 2))):
+            messages += [assistant(None, tool_calls=[call({"city": draw(texts)})], **draw(thoughts)), RESULT]
+        messages.append(assistant(draw(texts), **draw(thoughts)))
+    return name, row(*messages, tools=[TOOL])
+
+
+@given(case=conversations())
+def test_any_conversation_is_trained_as_generated(
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast], case: tuple[str, Conversation]
+) -> None:
+    name, sample = case
+    refused = [DataError] if name == "gpt_oss" else []  # a reply with reasoning after a call with reasoning
+    with contextlib.suppress(*refused):
+        check_trained_tokens(name, sample, make_tokenizer(name))
 
 
 # ---- The formats are those of the original templates

@@ -8,10 +8,12 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -20,6 +22,7 @@ from tiny import CHATML, chat_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from tailora.data.chat_template import DataSettings
+from tailora.data.labels import LABEL_TASKS, read_labels
 from tailora.data.messages import SHAREGPT_ROLES
 from tailora.data.prepare import prepare
 from tailora.data.schemas import KNOWN_KEYS
@@ -214,6 +217,34 @@ def test_any_bytes_in_a_table(
         check(folder / name, content)
         check(folder / name, right)
         check(folder / name, right[:at] + content + right[at:])
+
+
+LABELS_OF_ROWS = (
+    SCALARS | st.sampled_from(["--5", "-", "[", '["x"]', "[]", "1e400", " A", "O"]) | st.lists(SCALARS, max_size=2)
+)
+
+
+@given(labels=st.lists(LABELS_OF_ROWS, min_size=2, max_size=5), task=st.sampled_from(LABEL_TASKS))
+@example(labels=["--5", 10**400, "4"], task="sequence-classification")
+@example(labels=["\ud800", "b"], task="sequence-classification")
+@example(labels=[1e308, -1e308], task="regression")
+def test_any_labels(folder: Path, labels: list[Any], task: str) -> None:
+    """What is accepted can be saved, and trained on in float32."""
+    path = folder / "labels.jsonl"
+    keys = ("tokens", "tags") if task == "token-classification" else ("text", "label")
+    rows = [
+        ({keys[0]: ["a"], keys[1]: [label]} if "tokens" in keys else {keys[0]: "a", keys[1]: label}) for label in labels
+    ]
+    path.write_bytes(jsonl(*rows))
+    with limited(), suppress(DataError):
+        names = read_labels([str(path)], None, task)
+        json.dumps(names.to_dict(), ensure_ascii=False).encode()
+        data = prepare(str(path), tokenizer(None), replace(SETTINGS, labels=names, task=task))
+        if data.train.targets is not None:
+            assert np.isfinite(np.square(data.train.targets, dtype=np.float32)).all()
+        assert sum(data.report.labels.values()) >= (
+            len(rows) if names.problem_type == "single_label_classification" else 0
+        )
 
 
 @pytest.mark.parametrize("depth", [100, 500, 900, 990, 1100, 100_000])
