@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from tailora.report.format import learning_rate, one_line
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.ticker import Locator
 
@@ -57,7 +56,6 @@ class Canvas:
     """A matplotlib figure of a given width.
 
     axes: where the figure is drawn, after `new_axes`.    legend_columns: of the legend, where something has a label.
-    tips: id of a collection of marks -> the text for each of them when it is pointed at.
     """
 
     axes: "Axes"
@@ -69,7 +67,6 @@ class Canvas:
         self.width = width
         self.wide = width > 600
         self.figure = Figure()
-        self.tips: dict[str, Sequence[str]] = {}
 
     def set_height(self, height: float) -> None:
         self.figure.set_size_inches(self.width / 72, height / 72)
@@ -92,14 +89,6 @@ class Canvas:
         if handles:
             place: dict[str, Any] = {"loc": "outside upper left", "borderaxespad": 0.2}
             self.figure.legend(handles, texts, ncols=self.legend_columns, **place)
-
-    def add_tips(self, marks: "Artist", texts: Sequence[str]) -> None:
-        name = f"tips-{len(self.tips)}"
-        marks.set_gid(name)
-        self.tips[name] = texts
-
-    def points(self, points: Sequence[tuple[float, float]], tips: Sequence[str], **style: Any) -> None:
-        self.add_tips(self.axes.scatter(*zip(*points, strict=True), **style), tips)
 
     # ---- Axes
 
@@ -160,22 +149,6 @@ class Canvas:
         axes.grid(visible=False, axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if self.wide else 5))
 
-    def bars(self, values: Mapping[str, float], show: Show, *, one_colour: bool = False) -> None:
-        """Bars with their values. one_colour: for names that appear in no other figure."""
-        axes = self.new_axes(24 + 30 * len(values))
-        colours = [series_colour(0 if one_colour else y) for y in range(len(values))]
-        axes.barh(range(len(values)), list(values.values()), height=0.62, color=colours)
-        least, most = min(0.0, *values.values()), max(0.0, *values.values())
-        for y, value in enumerate(values.values()):
-            axes.annotate(show(value), (max(value, 0), y), (6, 0), textcoords="offset points", va="center")
-        self._name_rows(list(values))
-        axes.set_ylim(len(values) - 0.4, -0.6)
-        axes.set_xlim(least, most + 0.28 * (most - least or 1))  # room for the values
-        axes.set_xticks([])
-        axes.grid(visible=False)
-        axes.spines["bottom"].set_visible(False)
-        axes.axvline(0, color=GRID, linewidth=1)
-
     # ---- Losses over the steps of training
 
     def losses(self, runs: Sequence[Sequence[float]], colour: str, name: str) -> None:
@@ -221,8 +194,7 @@ class Canvas:
         square = ((-0.47, -0.47), (0.47, -0.47), (0.47, 0.47), (-0.47, 0.47))  # leaves a gap between cells
         corners = [[(x + right, y + down) for right, down in square] for x, y in centres]
         colours = [heat_colour(value, 0, top) for value in cells.values()]
-        squares = PolyCollection(corners, facecolors=colours, linewidths=0)
-        axes.add_collection(squares)
+        axes.add_collection(PolyCollection(corners, facecolors=colours, linewidths=0))
         axes.set_xlim(-0.5, len(layers) - 0.5)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         self._name_rows(rows)
@@ -231,8 +203,6 @@ class Canvas:
         axes.grid(visible=False)
         axes.spines["bottom"].set_visible(False)
         self.colour_scale(axes, (0, top), show, title)
-        tips = [f"layer {layer}, {row}: {show(value)}" for (row, layer), value in cells.items()]
-        self.add_tips(squares, tips)
 
 
 def running_mean(values: Floats) -> Floats:

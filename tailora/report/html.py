@@ -8,7 +8,7 @@ renamed so that two figures of a page do not clash; style sheets and metadata, w
 import io
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 from xml.etree import ElementTree
@@ -120,7 +120,7 @@ def svg(draw: Callable[[Canvas], None], width: float, name: str, alt: str) -> st
         canvas.figure.savefig(file, format="svg")
     root = ElementTree.fromstring(file.getvalue())
     _remove_namespaces_and_styles(root)
-    _rename_ids(root, name, canvas.tips)
+    _rename_ids(root, name)
     _use_variables(root)
     del root.attrib["width"], root.attrib["height"], root.attrib["version"]
     root.attrib |= {"role": "img", "aria-label": "".join(letter if letter.isprintable() else " " for letter in alt)}
@@ -138,18 +138,11 @@ def _remove_namespaces_and_styles(root: Element) -> None:
                 parent.remove(child)
 
 
-def _rename_ids(root: Element, name: str, tips: Mapping[str, Sequence[str]]) -> None:
-    """Prefixes ids that are referred to with the figure's name; removes the others.
-
-    Adds the tips: a <title> for each mark, which browsers show when it is pointed at.
-    """
+def _rename_ids(root: Element, name: str) -> None:
+    """Prefixes ids that are referred to with the figure's name; removes the others."""
     used = {id_ for element in root.iter() for value in element.attrib.values() for id_ in REFERENCE.findall(value)}
     for element in root.iter():
         id_ = element.attrib.pop("id", None)
-        if id_ is not None and id_ in tips:
-            marks = [m for m in element.iter() if m.tag == "use" or (m.tag == "path" and "id" not in m.attrib)]
-            for mark, text in zip(marks, tips[id_], strict=True):
-                ElementTree.SubElement(mark, "title").text = text
         if id_ in used:
             element.set("id", f"{name}-{id_}")
         for key in ("href", "clip-path"):

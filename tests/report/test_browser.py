@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 from playwright.sync_api import Browser
-from report.contents import CONTENTS
+from report.contents import CONTENTS, FIGURES
 
 pytestmark = pytest.mark.browser
 WIDTHS = {"screen": 1100, "small": 400}
@@ -32,11 +32,16 @@ DRAWN = """figures => figures.map(figure => {
 
 
 @pytest.fixture(scope="module", params=CONTENTS)
-def page_file(request: pytest.FixtureRequest, written_page: Callable[[str], Path]) -> Path:
-    return written_page(request.param)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
-def test_a_page_opens_without_a_message_and_shows_every_figure(browser: Browser, page_file: Path) -> None:
+@pytest.fixture(scope="module")
+def page_file(kind: str, written_page: Callable[[str], Path]) -> Path:
+    return written_page(kind)
+
+
+def test_a_page_opens_without_a_message_and_shows_every_figure(browser: Browser, kind: str, page_file: Path) -> None:
     page = browser.new_page()
     messages: list[str] = []
     fetched: list[str] = []
@@ -50,7 +55,7 @@ def test_a_page_opens_without_a_message_and_shows_every_figure(browser: Browser,
         page.set_viewport_size({"width": WIDTHS[width], "height": 800})
         page.emulate_media(color_scheme=scheme)
         figures = page.eval_on_selector_all("figure", DRAWN)
-        assert figures
+        assert len(figures) == FIGURES[kind]
         for figure in figures:
             assert figure["shown"] == 1, (scheme, width)
             assert figure["marks"] > 5, (scheme, width)

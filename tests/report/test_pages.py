@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report.contents import CONTENTS, EVIL
+from report.contents import CONTENTS, EVIL, FIGURES
 
 from tailora.errors import ConfigError, FormatError
 from tailora.formats.run_folder import write_report
@@ -17,7 +17,6 @@ from tailora.report.charts import Canvas
 from tailora.report.files import page_of, write_page
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
-FIGURES = {"learning-rates": 1, "train": 7, "compare": 10, "search": 12, "inspect": 10, "plan": 3, "eval": 3}
 
 
 class Outline(HTMLParser):
@@ -101,9 +100,10 @@ def test_nothing_comes_from_outside(page: tuple[str, str]) -> None:
 
 
 def test_colours_are_the_page_s_variables(page: tuple[str, str]) -> None:
-    _, text = page
+    kind, text = page
     body = text[text.index("<body>") :]
-    assert "var(--series-0)" in body
+    assert ("var(--soft)" in body) == (FIGURES[kind] > 0)
+    assert ("var(--series-0)" in body) == (kind not in ("inspect", "eval"))
     assert not re.search(r"#[0-9a-f]{6}\b", body)
     for name in set(re.findall(r"var\((--[\w-]+)\)", body)):
         assert text.count(f"{name}:") == 2, f"{name} needs a light and a dark colour"

@@ -1,21 +1,21 @@
 """The page of a comparison."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tailora.report.blocks import Block, Column, Figure, Number, Page, Section, Table
 from tailora.report.charts import PAPER, Canvas, Estimate, series_colour
 from tailora.report.format import count, duration, interval, learning_rate, one_line, plural, signed
-from tailora.report.pages.shared import INTERVAL, bar_figure, difference_cells, judged_figures, numeric, settings_table
+from tailora.report.pages.shared import INTERVAL, difference_cells, judged_figures, numeric, settings_table
 from tailora.study.results import ArmResult, Comparison
 from tailora.train.memory import format_bytes
 
-COSTS: list[tuple[str, str, str, Callable[[float], str]]] = [  # attribute of an arm, title, column, how it is written
-    ("seconds", "Time of training", "training", duration),
-    ("peak_memory_bytes", "Peak memory", "peak memory", format_bytes),
-    ("trainable_parameters", "Trained parameters", "trained", count),
-    ("bytes", "Size on disk", "on disk", format_bytes),
+COSTS: list[tuple[str, str, Callable[[float], str]]] = [  # attribute of an arm, column, how it is written
+    ("seconds", "training", duration),
+    ("peak_memory_bytes", "peak memory", format_bytes),
+    ("trainable_parameters", "trained", count),
+    ("bytes", "on disk", format_bytes),
 ]
 
 
@@ -37,12 +37,7 @@ def compare_page(comparison: Comparison) -> Page:
         Section(
             "Training", "All arms saw the same examples in the same order.", [_training(arms, comparison.loss_unit)]
         ),
-        Section("What it costs", "Means over the seeds; memory is the highest of all.", _costs(arms)),
-        Section(
-            "What was forgotten",
-            "How far each arm is from the base on text of other tasks, next to what it learned.",
-            _forgetting(arms),
-        ),
+        Section("What it costs", "Means over the seeds; memory is the highest of all.", [_costs(arms)]),
         Section(
             "Learning rates tried",
             "A comparison is fair only if every arm has its own best learning rate. Losses are those of the half of "
@@ -121,58 +116,24 @@ def _training(arms: Sequence[ArmResult], unit: str) -> Figure | None:
     return Figure("training", draw, alt, caption, wide=True) if values else None
 
 
-def _costs(arms: Sequence[ArmResult]) -> list[Block | None]:
-    figures = []
-    for name, title, _, show in COSTS:
-        values = {arm.name: float(getattr(arm, name)) for arm in arms if getattr(arm, name) is not None}
-        figures.append(bar_figure(f"cost-{name.replace('_', '-')}", values, show, title, f"{title}."))
-    has_forgetting, rows = any(arm.forgetting for arm in arms), []
+def _costs(arms: Sequence[ArmResult]) -> Table:
+    columns = [Column("arm"), *numeric(*(column for _, column, _ in COSTS))]
+    rows = []
     for arm in arms:
-        costs = [(getattr(arm, name), show) for name, _, _, show in COSTS]
-        cells = ["" if value is None else show(value) for value, show in costs]
-        rows.append([arm.name, *cells, *([_kl(arm)] if has_forgetting else [])])
-    columns = [Column("arm"), *numeric(*(column for _, _, column, _ in COSTS))]
-    if not has_forgetting:
-        return [*figures, Table(columns, rows)]
-    note = "KL: nats per token, on text of other tasks; how much was forgotten."
-    return [*figures, Table([*columns, *numeric("KL from base")], rows, note=note)]
+        costs = [(getattr(arm, name), show) for name, _, show in COSTS]
+        rows.append([arm.name, *("" if value is None else show(value) for value, show in costs)])
+    if not any(arm.forgetting for arm in arms):
+        return Table(columns, rows)
+    for arm, row in zip(arms, rows, strict=True):
+        row += _forgetting(arm.forgetting)
+    note = "On text of other tasks, in nats per token: KL, and the rise of the loss. This is how much was forgotten."
+    return Table([*columns, *numeric("KL from base", "rise of loss")], rows, note=note)
 
 
-def _kl(arm: ArmResult) -> str:
-    return f"{arm.forgetting['kl']:.3f}" if arm.forgetting else ""
-
-
-def _forgetting(arms: Sequence[ArmResult]) -> list[Block | None]:
-    points = [(number, arm.name, arm.eval_loss or 0.0, arm.forgetting) for number, arm in enumerate(arms)]
-    measured = [(number, name, loss, lost["kl"]) for number, name, loss, lost in points if lost]
-    values = "; ".join(f"{name}: KL {kl:.3f}, loss {loss:.3f}" for _, name, loss, kl in measured)
-
-    def draw(canvas: Canvas) -> None:
-        axes = canvas.new_axes(300, "held-out loss, nats per token", "KL, nats per token")
-        for number, name, loss, kl in measured:
-            colour, text = series_colour(number), one_line(name, 20)
-            axes.plot([loss], [kl], "o", color=colour, markersize=11, markeredgecolor=PAPER, label=text)
-        axes.margins(x=0.15, y=0.2)
-        axes.set_ylim(bottom=0)
-        axes.locator_params("x", nbins=5)
-
-    alt = f"Held-out loss against distance from the base. {values}."
-    caption = "Further left: learned more. Lower: forgot less. KL(base || tuned) in nats per token of the other text."
-    rises = {
-        arm.name: arm.forgetting["loss_after"] - arm.forgetting["loss_before"]
-        for arm in arms
-        if arm.forgetting and "loss_after" in arm.forgetting
-    }
-    return [
-        Figure("forgetting", draw, alt, caption) if measured else None,
-        bar_figure(
-            "other-text",
-            rises,
-            signed,
-            "Rise of the loss on other text",
-            "By how much the loss on that text rose, nats per token.",
-        ),
-    ]
+def _forgetting(lost: Mapping[str, float] | None) -> list[str]:
+    if lost is None:
+        return ["", ""]
+    return [f"{lost['kl']:.3f}", signed(lost["loss_after"] - lost["loss_before"]) if "loss_after" in lost else ""]
 
 
 def _rates(arms: Sequence[ArmResult], unit: str) -> list[Block | None]:

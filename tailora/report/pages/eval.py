@@ -1,14 +1,12 @@
 """The page of an evaluation."""
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from tailora.data.dataset import distinct_of
 from tailora.evaluation.metrics import LABEL_METRICS, METRICS
 from tailora.evaluation.scores import Match
-from tailora.report.blocks import Answers, Block, Column, Figure, List, Number, Page, Section, Table
-from tailora.report.charts import Canvas, Estimate
+from tailora.report.blocks import Answers, Block, Column, List, Number, Page, Section, Table
 from tailora.report.format import NONE, decimals, duration, plural
 from tailora.report.pages.shared import INTERVAL, labels_section, numeric, settings_table
 
@@ -91,7 +89,7 @@ def eval_page(report: EvalReport) -> Page:
         Section(
             "What was measured",
             f"{_about_loss(report)} Intervals are 95% intervals over the distinct rows.",
-            [*_figures(report), _table(report)],
+            [_table(report)],
         ),
         *([section] if (section := labels_section(report.labels or {})) else []),
         Section("Answers", "The first greedy answers; ✓ marks those that match the expected ones.", _answers(report)),
@@ -111,30 +109,6 @@ def _about_loss(report: EvalReport) -> str:
     return "Loss is in nats per row or word." if report.labels else "Loss is the mean squared error."
 
 
-def _figures(report: EvalReport) -> list[Figure]:
-    """Returns a figure of each metric for the base and the tuned model, if both were evaluated."""
-
-    def draw(values: dict[str, Value], unit: str, canvas: Canvas) -> None:
-        rows = [Estimate(side, value.value or 0.0, value.interval) for side, value in values.items()]
-        canvas.estimates(rows, unit, form=".3f" if all(abs(row.value) < 10 for row in rows) else ",.1f")
-
-    figures = []
-    for number, (name, tuned) in enumerate(report.metrics.items()):
-        both = {BASE: (report.base or {}).get(name), TUNED: tuned}
-        values = {side: value for side, value in both.items() if value and value.value is not None}
-        if report.base is None or not values:
-            continue
-        meaning = (METRICS if report.labels is None else LABEL_METRICS).get(name, name)
-        caption = f"{meaning[:1].upper()}{meaning[1:]}."
-        change = (report.change or {}).get(name)
-        if change is not None and change.value is not None:
-            ends = f" ({change.ends()})" if change.interval else ""
-            caption += f" Change on the same rows: {change.shown('+')}{ends}."
-        alt = f"{name}: {'; '.join(f'{side} {value.shown()}' for side, value in values.items())}."
-        figures.append(Figure(f"metric-{number}", partial(draw, values, name.replace("_", " ")), alt, caption))
-    return figures
-
-
 def _table(report: EvalReport) -> Table:
     sides = {BASE: report.base, TUNED: report.metrics, CHANGE: report.change}
     if report.base is None:
@@ -149,7 +123,9 @@ def _table(report: EvalReport) -> Table:
             cell = (values or {}).get(name)
             row += ["", ""] if cell is None else [cell.shown("+" if side == CHANGE else ""), cell.ends()]
         rows.append([*row, f"{value.n:,}"])
-    return Table([*columns, *numeric("rows")], rows)
+    meanings = METRICS if report.labels is None else LABEL_METRICS
+    note = "; ".join(f"{name}: {meanings[name]}" for name in report.metrics if name in meanings)
+    return Table([*columns, *numeric("rows")], rows, note=f"{note}." if note else "")
 
 
 def _answers(report: EvalReport) -> list[Block | None]:

@@ -3,8 +3,8 @@
 import json
 import math
 import statistics
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from tailora.core.patterns import layer_index
 from tailora.evaluation.spectral import LEADING, ModuleReport
@@ -24,7 +24,7 @@ from tailora.report.blocks import (
     Section,
     Table,
 )
-from tailora.report.charts import SERIES, Canvas, Estimate, heat_colour
+from tailora.report.charts import Canvas, heat_colour
 from tailora.report.format import NONE, interval, one_line, plural, signed, value_range
 from tailora.report.pages.shared import (
     INTERVAL,
@@ -90,7 +90,7 @@ def inspect_page(inspection: Inspection) -> Page:
             [_spectra(inspection.modules)],
         ),
         *([_truncation(losses)] if losses else []),
-        Section("What was forgotten", "", _forgetting(inspection)),
+        Section("What was forgotten", "", [_forgetting(inspection.forgetting) if inspection.forgetting else None]),
         *([_pair(inspection.pair, inspection.layers)] if inspection.pair else []),
         Section(
             "Left out, and settings",
@@ -290,17 +290,6 @@ def _spectra(modules: Sequence[ModuleReport]) -> Figure | None:
 
 def _truncation(losses: HeldOutLosses) -> Section:
     costs = {"all modules": losses.half, **losses.groups}
-    listed = "; ".join(
-        f"{name} {cost.rise:+.4f} ({interval((cost.low, cost.high), '+.4f')})" for name, cost in costs.items()
-    )
-
-    def draw(canvas: Canvas) -> None:
-        rows = [Estimate(name, cost.rise, (cost.low, cost.high)) for name, cost in costs.items()]
-        unit = "rise of held-out loss, nats per token"
-        canvas.estimates(rows, unit, reference=0.0, form="+.4f", colours=[0] * len(rows))
-
-    text = "Rise of the held-out loss without the lower half of the singular values"
-    caption = f"{text} of these modules, with 95% intervals."
     columns = [
         Column("without the lower half of"),
         *numeric("loss", "rise"),
@@ -323,40 +312,17 @@ def _truncation(losses: HeldOutLosses) -> Section:
     return Section(
         "What the ranks are worth",
         f"On {losses.data}, {losses.examples:,} distinct held-out examples: loss {losses.base_loss:.4f} with the base, "
-        f"{losses.loss:.4f} with the adapter.",
-        [Figure("half", draw, f"{text}: {listed}.", caption, wide=True), Table(columns, rows)],
+        f"{losses.loss:.4f} with the adapter. Rise: of the loss without the lower half of the singular values.",
+        [Table(columns, rows)],
     )
 
 
-def _forgetting(inspection: Inspection) -> list[Block | None]:
-    lost, losses = inspection.forgetting, inspection.held_out
-    if lost is None:
-        return []
+def _forgetting(lost: Mapping[str, Any]) -> Paragraph:
     rise = lost["loss_after"] - lost["loss_before"]
-    text = (
+    return Paragraph(
         f"On {lost.get('text', 'other text')}: KL {lost['kl']:.4f} nats per token from the base; the loss went from "
         f"{lost['loss_before']:.4f} to {lost['loss_after']:.4f} ({signed(rise, 4)})."
     )
-    if not inspection.dial or losses is None:
-        return [Paragraph(text)]
-    points = [(0.0, losses.base_loss, 0.0), (1.0, losses.loss, lost["kl"])]
-    points += [(step.strength, step.loss, step.kl) for step in inspection.dial if step.loss is not None]
-
-    def draw(canvas: Canvas) -> None:
-        axes = canvas.new_axes(280, "strength", "held-out loss")
-        canvas.legend_columns = 2
-        strengths, own_losses, kls = zip(*sorted(points), strict=True)
-        axes.plot(strengths, own_losses, "o-", color=SERIES[0], label="held-out loss")
-        right = axes.twinx()
-        right.plot(strengths, kls, "s--", color=SERIES[1])
-        axes.plot([], [], "s--", color=SERIES[1], label="KL from the base (right)")
-        right.set_ylabel("KL")
-        right.set_ylim(bottom=0)
-        right.grid(visible=False)
-
-    alt = f"Held-out loss and KL from the base at {len(points)} strengths of the adapter."
-    caption = "What a lower strength keeps: held-out loss, and KL from the base on other text; nats per token."
-    return [Paragraph(text), Figure("dial", draw, alt, caption, wide=True)]
 
 
 # ---- Beside a second adapter of the same base
@@ -373,7 +339,7 @@ def _pair(pair: AdapterOverlap, layers: int) -> Section:
             heat = HeatMap(f"map-{name}", f"overlap of the {spaces}", cells, 1.0, "{:.2f}".format, caption)
             blocks.append(heat)
     if pair.losses:
-        blocks += _combined_losses(pair.losses)
+        blocks.append(_combined_losses(pair.losses))
 
     def cells_of(own: Sequence[ModuleOverlap]) -> list[str]:
         """Means of the modules."""
@@ -403,20 +369,9 @@ def _pair(pair: AdapterOverlap, layers: int) -> Section:
     return Section(title, text, blocks)
 
 
-def _combined_losses(losses: CombinedLosses) -> list[Block]:
-    values = {"base": losses.base, "this one": losses.one, "the other": losses.other, "both": losses.both}
-    listed = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-    rows = [Estimate(name, value) for name, value in values.items()]
-    figure = Figure(
-        "together",
-        lambda canvas: canvas.estimates(rows, "held-out loss, nats per token"),
-        f"Held-out losses: {listed}.",
-        "Held-out loss with either adapter, and with both added up.",
-        wide=True,
-    )
+def _combined_losses(losses: CombinedLosses) -> Paragraph:
     ends = interval((losses.worse_low, losses.worse_high), "+.4f")
-    text = (
+    return Paragraph(
         f"Held-out loss: base {losses.base:.4f}, this adapter {losses.one:.4f}, the other {losses.other:.4f}, both "
         f"added up {losses.both:.4f}: {signed(losses.worse, 4)} from the better one{f' ({ends})' if ends else ''}."
     )
-    return [figure, Paragraph(text)]

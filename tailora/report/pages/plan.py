@@ -1,9 +1,9 @@
 """The page of a plan."""
 
-from tailora.report.blocks import Block, Column, Figure, HeatMap, Number, Page, Paragraph, Section, Table
+from tailora.report.blocks import Block, Column, Figure, Number, Page, Paragraph, Section, Table
 from tailora.report.charts import DASHED, INK, SERIES, Canvas
 from tailora.report.format import NONE, count, duration, plural, share
-from tailora.report.pages.shared import bar_figure, by_layer, numeric, settings_table, short_names
+from tailora.report.pages.shared import numeric, settings_table
 from tailora.study.plan_result import Plan
 from tailora.train.memory import format_bytes
 
@@ -23,11 +23,7 @@ def plan_page(plan: Plan) -> Page:
         ),
         Section("What fits", f"Into {available}; the rest of the settings as set.", [_options(plan)]),
         Section("Steps and time", "", [Paragraph(_steps(plan)), Paragraph(plan.kernels)]),
-        Section(
-            "Parameters by matrix",
-            f"{plural(len(plan.trained.modules), 'matrix', 'matrices')} with a low-rank update.",
-            _parameters(plan),
-        ),
+        Section("Every matrix with a low-rank update", "", [_matrices(plan)]),
         Section("Settings", "", [settings_table("Settings", ("", plan.settings))]),
     ]
     name = plan.model.rstrip("/").rpartition("/")[2]
@@ -166,17 +162,8 @@ def _steps(plan: Plan) -> str:
     return f"{ranks}{steps} {per_step}. Evaluations, answers and saving come on top."
 
 
-def _parameters(plan: Plan) -> list[Block | None]:
+def _matrices(plan: Plan) -> Table | None:
     modules = plan.trained.modules
-    names = short_names(module.path for module in modules)
-    sums = dict.fromkeys(names.values(), 0.0)
-    for module in modules:
-        sums[names[module.path]] += module.parameters
-    caption = "Trained parameters of each matrix, over all layers."
-    bars = bar_figure("parameters", sums, count, "Trained parameters by matrix", caption, wide=True)
-    ranks = by_layer(modules, "r")
-    highest = max(ranks.values(), default=0.0)
-    heat_map = HeatMap("ranks", "rank", ranks, highest, "{:.0f}".format, "Rank of each matrix, by layer.")
     rows = [
         [
             module.path,
@@ -189,6 +176,5 @@ def _parameters(plan: Plan) -> list[Block | None]:
         for module in modules
     ]
     columns = [Column("matrix"), Column("type"), *numeric("in × out", "r", "alpha", "parameters")]
-    every_matrix = Table(columns, rows, "Every matrix", folded=True, detail="page")
-    ranks_differ = len(set(ranks.values())) > 1
-    return [bars, heat_map if ranks_differ else None, every_matrix if rows else None]
+    title = plural(len(modules), "matrix", "matrices")
+    return Table(columns, rows, title, folded=True, detail="page") if rows else None

@@ -12,7 +12,6 @@ from tailora.report.charts import DASHED, PAPER, SERIES, SOFT, Canvas, Estimate
 from tailora.report.format import count, duration, interval, learning_rate, one_line, plural, setting
 from tailora.report.pages.shared import (
     INTERVAL,
-    bar_figure,
     difference_cells,
     judged_figures,
     numeric,
@@ -21,6 +20,8 @@ from tailora.report.pages.shared import (
 )
 from tailora.study.lr_range import RateRange
 from tailora.study.results import Candidate, SearchResult
+from tailora.study.trial import DONE
+from tailora.study.verdict import loss_of
 from tailora.train.memory import format_bytes
 
 SHOWN_TRIALS = 12  # in the terminal
@@ -31,7 +32,7 @@ WIDE_RANGE = 8  # from this ratio of the largest to the smallest value on, the a
 
 def search_page(search: SearchResult) -> Page:
     best, cheapest = search.best, search.cheapest
-    done = [trial for trial in search.trials if trial.state == "done" and trial.eval_loss is not None]
+    done = [trial for trial in search.trials if trial.state == DONE and trial.eval_loss is not None]
     ended = len(search.trials) - len(done)
     settings = [(part, values) for part, values in search.settings.items() if isinstance(values, dict)]
     all_trials = _table_of_trials(search.trials, "All trials", folded=True, detail="page")
@@ -51,7 +52,7 @@ def search_page(search: SearchResult) -> Page:
         Section(
             "Which settings matter",
             "Importance: how much a setting says about being among the best quarter of the trials (PED-ANOVA).",
-            [*_importances(search), *_slices(done)],
+            [_importances(search), *_slices(done)],
         ),
         Section("All trials and settings", "", [all_trials, settings_table("Settings", *settings)]),
     ]
@@ -114,17 +115,7 @@ def _finalists(search: SearchResult) -> list[Block | None]:
 # ---- Trials
 
 
-def _loss(trial: Candidate) -> float:
-    assert trial.eval_loss is not None
-    return trial.eval_loss
-
-
-def _tip(trial: Candidate) -> str:
-    settings = ", ".join(f"{name} {setting(value)}" for name, value in trial.settings.items())
-    return f"trial {trial.number}: {_loss(trial):.4f}, {trial.state}; {settings}"
-
-
-def _table_of_trials(trials: Sequence[Candidate], title: str = "", **options: Any) -> Table:
+def _table_of_trials(trials: Sequence[Candidate], title: str, **options: Any) -> Table:
     names = list(dict.fromkeys(name for trial in trials for name in trial.settings))
     columns = numeric("trial", "loss", "trained", "time")
     columns += [Column(name, priority=1) for name in ("ended", *names)]
@@ -145,12 +136,10 @@ def _table_of_trials(trials: Sequence[Candidate], title: str = "", **options: An
 def _trials(search: SearchResult, done: Sequence[Candidate]) -> list[Block | None]:
     # Runs that diverged are drawn at this loss: at their own they would leave the others no room
     start = max([search.base_loss, *(trial.curve[0][1] for trial in search.trials if trial.curve)])
-    highest = start + max(0.3 * (start - min(map(_loss, done), default=start)), 0.05)
-    table = None
-    if done:
-        best = sorted(done, key=_loss)[:SHOWN_TRIALS]
-        more = f" {len(best)} of {len(done)}" if len(best) < len(done) else ""
-        table = _table_of_trials(best, f"The best trials{more}")
+    highest = start + max(0.3 * (start - min(map(loss_of, done), default=start)), 0.05)
+    best = sorted(done, key=loss_of)[:SHOWN_TRIALS]
+    more = f" {len(best)} of {len(done)}" if len(best) < len(done) else ""
+    table = _table_of_trials(best, f"The best trials{more}") if best else None
     return [_history(search, done, highest), _curves(search, highest), _cost(search, done), table]
 
 
@@ -162,24 +151,24 @@ def _history(search: SearchResult, done: Sequence[Candidate], highest: float) ->
         axes = canvas.new_axes(300, "trial", f"loss, {search.loss_unit}", whole_numbers="x")
         canvas.legend_columns = 5 if canvas.wide else 3
         early = [trial for trial in search.trials if trial not in done and trial.eval_loss is not None]
-        best_so_far = np.minimum.accumulate([_loss(trial) for trial in done])
+        best_so_far = np.minimum.accumulate([loss_of(trial) for trial in done])
         numbers = [trial.number for trial in done]
         axes.step(numbers, best_so_far, where="post", color=SOFT, linewidth=1.3, label="best so far")
         marks: dict[str, Any] = {"s": 46, "edgecolors": SERIES[0], "linewidths": 1.4, "zorder": 3}
         for name, trials, face in (("ended early", early, PAPER), ("ran to the end", done, SERIES[0])):
             if trials:
-                points = [(trial.number, min(_loss(trial), highest)) for trial in trials]
-                canvas.points(points, [_tip(trial) for trial in trials], c=face, label=name, **marks)
+                shown = [min(loss_of(trial), highest) for trial in trials]
+                axes.scatter([trial.number for trial in trials], shown, c=face, label=name, **marks)
         rings: dict[str, Any] = {"facecolors": "none", "linewidths": 2, "zorder": 4}
         for number, (finalist, name) in enumerate(((search.best, "best"), (search.cheapest, "cheapest"))):
-            losses = [_loss(trial) for trial in done if trial.number == finalist.number]
+            losses = [loss_of(trial) for trial in done if trial.number == finalist.number]
             x, colour = [finalist.number] * len(losses), SERIES[1 + number]
             axes.scatter(x, losses, s=170 + 90 * number, edgecolors=colour, label=name, **rings)
 
-    best = min(done, key=_loss)
+    best = min(done, key=loss_of)
     alt = (
-        f"Loss of {len(search.trials)} trials in the order in which they began; the best, {_loss(best):.3f}, is trial "
-        f"{best.number}."
+        f"Loss of {len(search.trials)} trials in the order in which they began; the best, {loss_of(best):.3f}, is "
+        f"trial {best.number}."
     )
     caption = (
         "Loss of each trial. Filled: ran to the end. Hollow: ended early, at its last evaluation. Line: the best so "
@@ -211,14 +200,13 @@ def _cost(search: SearchResult, done: Sequence[Candidate]) -> Figure | None:
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.new_axes(300, "trained parameters", f"loss, {search.loss_unit}")
-        points = [(float(trial.trainable_parameters or 1), _loss(trial)) for trial in trials]
+        points = [(float(trial.trainable_parameters or 1), loss_of(trial)) for trial in trials]
         front: list[tuple[float, float]] = []
         for cost, loss in sorted(points):
             if not front or loss < front[-1][1]:
                 front.append((cost, loss))
         axes.plot(*zip(*front, strict=True), color=SERIES[1], linewidth=1.6)
-        tips = [_tip(trial) for trial in trials]
-        canvas.points(points, tips, s=46, color=SERIES[0], edgecolors=PAPER, zorder=3)
+        axes.plot(*zip(*points, strict=True), "o", color=SERIES[0], markersize=7, markeredgecolor=PAPER)
         canvas.log_axis("x", count)
 
     alt = f"Loss of {len(trials)} trials against the number of parameters that they train."
@@ -229,12 +217,9 @@ def _cost(search: SearchResult, done: Sequence[Candidate]) -> Figure | None:
 # ---- Settings
 
 
-def _importances(search: SearchResult) -> list[Block | None]:
-    ranked = dict(sorted(search.importances.items(), key=lambda item: -item[1]))
-    shares = ", ".join(f"{name} {value:.0%}" for name, value in ranked.items())
-    title = "Importance of each setting"
-    bars = bar_figure("importances", ranked, "{:.0%}".format, title, f"{title}.", wide=True)
-    return [Paragraph(f"{shares}.") if shares else None, bars]
+def _importances(search: SearchResult) -> Paragraph | None:
+    ranked = sorted(search.importances.items(), key=lambda item: -item[1])
+    return Paragraph(", ".join(f"{name} {value:.0%}" for name, value in ranked) + ".") if ranked else None
 
 
 def _slices(done: Sequence[Candidate]) -> list[Figure]:
@@ -244,7 +229,7 @@ def _slices(done: Sequence[Candidate]) -> list[Figure]:
     names = dict.fromkeys(name for trial in done for name in trial.settings)
     figures = []
     for number, name in enumerate(names):
-        points = [(trial.settings[name], _loss(trial)) for trial in done if name in trial.settings]
+        points = [(trial.settings[name], loss_of(trial)) for trial in done if name in trial.settings]
         if len({setting(value) for value, _ in points}) > 1:
             alt = f"Loss of {len(points)} trials against {name}."
             draw = partial(_draw_slice, points)
@@ -259,10 +244,7 @@ def _draw_slice(points: Sequence[tuple[Any, float]], canvas: Canvas) -> None:
     names = list(dict.fromkeys(map(setting, sorted(values) if are_numbers else values)))
     named = not are_numbers or len(names) <= FEW_VALUES
     x = [names.index(setting(value)) for value in values] if named else values
-    tips = [f"{setting(value)}: {loss:.4f}" for value, loss in points]
-    canvas.points(
-        list(zip(x, losses, strict=True)), tips, s=40, color=SERIES[0], alpha=0.75, edgecolors=PAPER, linewidths=1
-    )
+    axes.scatter(x, losses, s=40, color=SERIES[0], alpha=0.75, edgecolors=PAPER, linewidths=1)
     if named:
         axes.set_xticks(range(len(names)), [one_line(name, 64 // len(names)) for name in names])
         axes.set_xlim(-0.5, len(names) - 0.5)
@@ -280,10 +262,7 @@ def lr_range_page(rates: RateRange) -> Page:
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.new_axes(320, "learning rate", f"held-out loss, {rates.loss_unit}")
-        axes.plot(*zip(*rates.curve, strict=True), color=SERIES[0], linewidth=2)
-        shown = [(rate, loss) for rate, loss in rates.curve if loss <= top]
-        tips = [f"{learning_rate(rate)}: {loss:.4f}" for rate, loss in shown]
-        canvas.points(shown, tips, s=26, color=SERIES[0], zorder=3)
+        axes.plot(*zip(*rates.curve, strict=True), "o-", color=SERIES[0], markersize=5, linewidth=2)
         axes.axhline(rates.base_loss, color=SOFT, linewidth=1.2, linestyle=DASHED)
         axes.axvline(rates.suggestion, color=SERIES[1], linewidth=2, label="suggested")
         axes.set_ylim(rates.base_loss - 1.15 * rates.gain, top)

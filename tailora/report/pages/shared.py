@@ -1,7 +1,6 @@
 """Columns, tables, figures and short names that several pages have."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, Protocol, TypeVar
 
@@ -19,22 +18,6 @@ INTERVAL = Column("95% interval", numeric=True, interval=True)
 def numeric(*names: str) -> list[Column]:
     """Columns of numbers."""
     return [Column(name, numeric=True) for name in names]
-
-
-def bar_figure(
-    name: str,
-    values: Mapping[str, float],
-    show: Callable[[float], str],
-    title: str,
-    caption: str,
-    *,
-    wide: bool = False,
-) -> Figure | None:
-    """A bar with its number for each value. wide: in one colour, because no other figure shows these names."""
-    if not values:
-        return None
-    alt = f"{title}: {', '.join(f'{label} {show(value)}' for label, value in values.items())}."
-    return Figure(name, lambda canvas: canvas.bars(values, show, one_colour=wide), alt, caption, wide)
 
 
 def settings_table(title: str, *groups: tuple[str, Mapping[str, object]]) -> Table | None:
@@ -148,20 +131,20 @@ def _confusion(details: Mapping[str, Any]) -> Table | None:
 def _calibration(details: Mapping[str, Any]) -> Figure:
     bins = details["calibration"]["bins"]
 
-    def draw(points: list[tuple[float, float]], tips: list[str], canvas: Canvas) -> None:
+    def draw(canvas: Canvas) -> None:
         axes = canvas.new_axes(330, "confidence", "accuracy")
         axes.plot([0, 1], [0, 1], color=SOFT, linewidth=1.2, linestyle=DASHED)
-        axes.plot(*zip(*points, strict=True), color=SERIES[0], linewidth=1.2)
-        canvas.points(points, tips, s=40, color=SERIES[0], linewidths=0)
+        points = [(row["confidence"], row["accuracy"]) for row in bins]
+        axes.plot(*zip(*points, strict=True), "o-", color=SERIES[0], markersize=6, linewidth=1.2)
         axes.set_xlim(-0.02, 1.02)
         axes.set_ylim(-0.02, 1.02)
 
-    points = [(row["confidence"], row["accuracy"]) for row in bins]
-    tips = [f"{row['n']:,}: confidence {row['confidence']:.3f}, accuracy {row['accuracy']:.3f}" for row in bins]
-    listed = "; ".join(tips)
+    listed = "; ".join(
+        f"{row['n']:,}: confidence {row['confidence']:.3f}, accuracy {row['accuracy']:.3f}" for row in bins
+    )
     return Figure(
         "calibration",
-        partial(draw, points, tips),
+        draw,
         f"Line chart of accuracy by confidence: {listed}.",
         "Predictions of about the same confidence: how many of them are right. On the dashed line a confidence of 80% "
         "is right in 80% of the cases.",

@@ -34,7 +34,7 @@ from tailora.evaluation.statistics import (
 )
 from tailora.formats.run_folder import RUN, SAMPLES, write_report
 from tailora.report.blocks import Answers, Block, Column, Figure, Number, Page, Paragraph, Section, Table
-from tailora.report.charts import DASHED, INK, SERIES, SOFT, Canvas
+from tailora.report.charts import DASHED, INK, SERIES, Canvas
 from tailora.report.format import NONE, count, decimals, duration, interval, learning_rate, one_line, plural, share
 from tailora.report.pages.shared import labels_section, settings_table
 from tailora.study.config import FIRST_RATES, LORA
@@ -42,8 +42,6 @@ from tailora.train.config import FEW_STEPS, NATS_PER_TOKEN
 from tailora.train.memory import format_bytes
 from tailora.train.run_log import EXAMPLES, METRICS
 
-MOST_MARKS = 1000  # of a scatter plot
-ALIKE = 1e-6  # losses that differ by less
 LONGEST = 300  # characters of a reply in the data
 LITTLE = 0.1  # a short run (FEW_STEPS) that lowers the loss by less than this share gets a hint
 WHEN = ("before", "after")
@@ -384,15 +382,7 @@ def _examples(held_out: HeldOut, unit: str) -> Section:
     examples = zip(held_out.before, held_out.after, held_out.tokens, strict=True)
     pairs = [(before / tokens, after / tokens) for before, after, tokens in examples if tokens > 0]
 
-    def draw_examples(canvas: Canvas) -> None:
-        axes = canvas.new_axes(330, "loss before", "loss after")
-        shown = pairs[:: 1 + len(pairs) // MOST_MARKS]
-        tips = [f"{before:.3f} to {after:.3f}" for before, after in shown]
-        canvas.points(shown, tips, s=26, color=SERIES[0], alpha=0.6, linewidths=0)
-        ends = [min(map(min, shown)), max(map(max, shown))]
-        axes.plot(ends, ends, color=SOFT, linewidth=1.2, linestyle=DASHED)
-
-    def draw_changes(canvas: Canvas) -> None:
+    def draw(canvas: Canvas) -> None:
         axes = canvas.new_axes(330, f"change, {unit}", "examples", whole_numbers="y")
         bins = min(30, max(5, len(pairs) // 4))
         changes = [after - before for before, after in pairs]
@@ -401,16 +391,10 @@ def _examples(held_out: HeldOut, unit: str) -> Section:
         axes.grid(visible=False, axis="x")
 
     better = sum(after < before for before, after in pairs)
-    alt = f"Scatter plot of {len(held_out.tokens)} held-out examples: loss before against loss after."
-    caption = "Each dot is a held-out example; those below the line have improved."
-    scatter_plot = Figure("examples", draw_examples, alt, caption)
     alt = "Histogram of the change of the loss of each held-out example."
     caption = "Change of each example's loss, after - before; the dashed line marks no change."
-    histogram = Figure("changes", draw_changes, alt, caption)
     text = f"{better:,} of {plural(len(pairs), 'example')} have a lower loss after training."
-    # against a reference all losses begin alike, at log 2 with DPO
-    figures = [histogram] if np.ptp([before for before, _ in pairs]) < ALIKE else [scatter_plot, histogram]
-    return Section("Each held-out example", text, figures)
+    return Section("Each held-out example", text, [Figure("changes", draw, alt, caption, wide=True)])
 
 
 def _course(steps: Sequence[Step]) -> list[Figure]:
