@@ -133,6 +133,9 @@ def test_spare_ranks() -> None:
     advice = only(found, "spare ranks")
     assert advice.setting == {"r": 4}
     assert shlex.split(advice.command)[:4] == ["tailora", "shrink", "--adapter", "out/adapter"]
+    first, *others = found.modules
+    uneven = replace(found, modules=[replace(first, rank_99=6), *others])
+    assert only(uneven, "spare ranks").setting == {"r": 6}  # enough for every module
     assert silent(replace(found, modules=all_with(**spare | {"effective_rank": 8 * limits.SPARE_USE})), "spare ranks")
     assert silent(replace(found, modules=all_with(**spare | {"rank_99": 5})), "spare ranks")
     assert not silent(replace(found, held_out=held(limits.SATURATED_COST)), "spare ranks")

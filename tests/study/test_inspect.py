@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import chat_model, stir, tiny_model
@@ -15,8 +17,10 @@ from tailora.core.compress import leading_only, spectra_of
 from tailora.core.low_rank import Update
 from tailora.errors import BaseMismatchError, ConfigError, FormatError
 from tailora.evaluation.spectral import updates_of
+from tailora.study import inspect as inspecting
 from tailora.study.inspect import InspectOptions, adapter_overlap, inspect, inspect_model
 from tailora.train.config import TrainConfig
+from tailora.train.loss import Evaluation
 from tailora.train.trainer import run
 
 
@@ -139,6 +143,55 @@ def test_without_the_lower_half_it_computes_as_an_adapter_shrunk_to_that(start: 
     model.set_adapter("small")
     torch.testing.assert_close(cut, model(ids).logits, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(cut, before, rtol=1e-3)
+
+
+def evaluation(loss: float) -> Evaluation:
+    return Evaluation(np.full(8, 10 * loss), np.full(8, 10))
+
+
+def test_of_an_odd_number_of_values_the_larger_half_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LoRAModel(chat_model().eval(), LoRAConfig(r=3))
+    stir(model)
+    kept: list[set[int]] = []
+
+    def cut(_adapter: object, _spectra: object, ranks: dict[str, int]) -> nullcontext[None]:
+        kept.append(set(ranks.values()))
+        return nullcontext()
+
+    monkeypatch.setattr(inspecting, "leading_only", cut)
+    evaluations = map(evaluation, [3.0, 2.0, *[2.5] * 9])  # of the base, with the adapter, without the lower half
+    found = inspect_model(model, options=InspectOptions(intruders=False))
+    held = inspecting._held_out_losses(found, model, "default", "chats", evaluations.__next__, lambda _: None)
+    assert kept[0] == {2}
+    assert (held.base_loss, held.loss, held.improvement, held.half.rise) == pytest.approx((3, 2, 1, 0.5))
+    assert held.half.cost == pytest.approx(0.5)
+
+
+def test_lower_strengths_are_shares_of_the_one_that_is_set() -> None:
+    model = LoRAModel(chat_model().eval(), LoRAConfig(r=2))
+    stir(model)
+    model.set_scale("default", 0.5)
+    layer = next(iter(model.adapter().low_rank.values()))
+    set_now: list[float] = []
+
+    def evaluate() -> Evaluation:
+        set_now.append(layer.strength)
+        return evaluation(2.0)
+
+    found = inspecting._reduced_strengths(model, "default", [[1, 2, 3]], evaluate, lambda _: None)
+    assert [step.strength for step in found] == [0.75, 0.5, 0.25]
+    assert set_now == [0.375, 0.25, 0.125]
+    assert layer.strength == 0.5
+    assert found[0].kl > found[1].kl > found[2].kl > 0
+
+
+def test_the_loss_of_both_adapters_is_compared_with_the_better_one() -> None:
+    model = LoRAModel(chat_model().eval(), LoRAConfig(r=2), "one")
+    model.add_adapter("two", LoRAConfig(r=2))
+    evaluations = map(evaluation, [3.0, 2.5, 2.0, 2.2])  # of the base, of each adapter, of both
+    found = inspecting._combined_losses(model, ("one", "two"), evaluations.__next__)
+    assert (found.base, found.one, found.other, found.both) == pytest.approx((3, 2.5, 2, 2.2))
+    assert found.worse == pytest.approx(0.2)
 
 
 def test_what_it_cannot_look_at_is_refused(tuned: TrainConfig, tmp_path: Path) -> None:
