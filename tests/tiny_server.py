@@ -19,7 +19,7 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.cli.serve import listen
 from tailora.core.adapter_set import AdapterSet
 from tailora.serve.app import Connection, HTTPServer, ServerSettings, create_app
-from tailora.serve.continuous_batching import make_engine
+from tailora.serve.continuous_batching import EngineName, make_engine
 from tailora.serve.engine_interface import Engine
 from tailora.serve.registry import AdapterRegistry
 
@@ -88,6 +88,7 @@ def running(
     base: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase = TOKENIZER,
     adapters: Sequence[str] = ("legal",),
+    engine: EngineName = "auto",
     **options: Any,
 ) -> Iterator[Running]:
     """A server of the base, by default `base_model`, with these adapters of the folder.
@@ -95,11 +96,11 @@ def running(
     options: those of ServerSettings.
     """
     adapter_set = AdapterSet(base or base_model(), {})
-    with started(make_engine(adapter_set, [2], max_positions=200, max_requests=8)) as engine:
-        registry = AdapterRegistry(adapter_set, engine.paused, "tiny", root)
+    with started(make_engine(adapter_set, [2], engine, max_positions=200, max_requests=8)) as running_engine:
+        registry = AdapterRegistry(adapter_set, running_engine.paused, "tiny", root)
         for name in adapters:
             registry.load(name, name)
-        app = create_app(engine, registry, tokenizer, ServerSettings(**{"drain_seconds": 5, **options}))
+        app = create_app(running_engine, registry, tokenizer, ServerSettings(**{"drain_seconds": 5, **options}))
         key = options.get("api_key") or "none"
         with (
             on_loopback(app) as url,

@@ -52,7 +52,7 @@ def serve(
     or a mixture such as legal+chat@0.5. TAILORA_API_KEY and TAILORA_ADMIN_KEY in the environment are keys that
     clients must send; the second one is for loading and unloading adapters.
     """
-    require_packages("fastapi", "uvicorn", "prometheus_client", "httpx", extra="serve")
+    require_packages("fastapi", "uvicorn", "prometheus_client", "httpx", "llguidance", extra="serve")
     api_key, admin_key = key_from(API_KEY), key_from(ADMIN_KEY)
     folders = parse_adapters(adapter or [])
     in_folder = {} if adapters is None else adapters_in(adapters)

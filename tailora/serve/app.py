@@ -13,12 +13,15 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from socket import socket
+from threading import Lock
 from typing import Annotated, Any
 
 import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from llguidance import LLTokenizer
+from llguidance.hf import from_tokenizer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -33,19 +36,22 @@ from tailora.data.schemas import Conversation
 from tailora.errors import DataError
 from tailora.serve.answers import Answer, ChatAnswer, CompletionAnswer, Generation, Json, Piece
 from tailora.serve.api_errors import ERRORS, ERRORS_OF_TEXT, RequestError, add_error_handlers, error_body
-from tailora.serve.engine_interface import Engine, SamplingParams
+from tailora.serve.engine_interface import Engine, GrammarError, SamplingParams
 from tailora.serve.engine_interface import Request as EngineRequest
 from tailora.serve.playground import add_page
 from tailora.serve.registry import AdapterRegistry
+from tailora.serve.sampling import JSONGrammar
 from tailora.serve.schemas import (
     ChatCompletion,
     ChatRequest,
     Completion,
     CompletionRequest,
     GenerationRequest,
+    JSONSchemaFormat,
     LoadAdapterRequest,
     Model,
     ModelList,
+    TextFormat,
     UnloadAdapterRequest,
     new_id,
 )
@@ -108,7 +114,8 @@ class Server:
         self.metrics = Metrics(engine, registry)
         self.answers = 0  # in the engine
         self.is_draining = self.is_hurried = False
-        self.stopping = asyncio.Lock()
+        self.stopping, self.lock = asyncio.Lock(), Lock()
+        self.llguidance_tokenizer: LLTokenizer | None = None
         self.longest_text = engine.max_positions * max(map(len, tokenizer.get_vocab()))  # that may fit
 
     def check_ready(self) -> None:
@@ -202,7 +209,40 @@ class Server:
             ignore_eos=bool(body.ignore_eos),
         )
 
-    async def start(self, body: GenerationRequest, prompts: Sequence[list[int]], params: SamplingParams) -> Generation:
+    def grammar(self, body: ChatRequest) -> JSONGrammar | None:
+        """Returns what the answers may be; None for any text. Raises RequestError for an unsupported schema."""
+        match body.response_format:
+            case None | TextFormat():
+                return None
+            case JSONSchemaFormat(json_schema=given):
+                schema = given.json_schema
+            case _:
+                schema = {"type": "object"}
+        try:
+            if body.tools and body.tool_choice != "none":
+                raise GrammarError("JSON is not supported together with tools")
+            return JSONGrammar.of(schema, self.grammar_tokenizer())
+        except GrammarError as error:
+            raise RequestError(400, f"response_format: {error}", "response_format") from error
+
+    def grammar_tokenizer(self) -> LLTokenizer:
+        """Returns llguidance's view of the tokenizer, which takes about a second to make."""
+        with self.lock:
+            if self.llguidance_tokenizer is None:
+                try:
+                    eos = sorted(self.engine.eos_token_ids) or None
+                    self.llguidance_tokenizer = from_tokenizer(self.tokenizer, eos_token=eos)
+                except ValueError as error:
+                    raise GrammarError(f"not supported for this tokenizer: {error}") from error
+            return self.llguidance_tokenizer
+
+    async def start(
+        self,
+        body: GenerationRequest,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        grammar: JSONGrammar | None = None,
+    ) -> Generation:
         """Submits a request to the engine. Raises RequestError if there are too many, or the model is unknown."""
         n, most = body.n or 1, self.settings.max_queue
         count = n * len(prompts)
@@ -217,7 +257,8 @@ class Server:
             name, answers = new_id("request"), []
             for index, (prompt, sample) in enumerate(itertools.product(prompts, range(n))):
                 of_sample = replace(params, seed=(params.seed + sample) % 2**63)
-                request = EngineRequest(f"{name}-{index}", tuple(prompt), handle.key, of_sample)
+                own = None if grammar is None else grammar.copy()
+                request = EngineRequest(f"{name}-{index}", tuple(prompt), handle.key, of_sample, own)
                 answers.append(Answer(index, self.tokenizer, request, body.stop or [], self.engine.eos_token_ids))
             model, tokens = self.model_label(body.model), sum(map(len, prompts))
             generation = Generation(self.engine, answers, model, tokens, handle, self._end_answer)
@@ -455,7 +496,8 @@ def add_generation(app: FastAPI, server: Server) -> None:
         ids = await run_in_threadpool(server.chat_tokenizer.token_ids, prompt)
         count = (body.top_logprobs or 0) if body.logprobs else None
         params = server.params(body, body.max_completion_tokens or body.max_tokens, len(ids), count)
-        generation = await server.start(body, [ids], params)
+        grammar = await run_in_threadpool(server.grammar, body)
+        generation = await server.start(body, [ids], params, grammar)
         answer = ChatAnswer(server.tokenizer, body, prompt, generation, server.pieces(generation))
         return await respond(request, body, answer)
 

@@ -200,7 +200,7 @@ class ContinuousEngine(Engine):
         for running in requests:  # a client that got its last token may have submitted the id again
             if running is not None and running.is_finished and self._requests.get(running.request.id) is running:
                 del self._requests[running.request.id]
-                if running.has_failed:
+                if running.ends_early:
                     self._manager.cancel_request(running.request.id)
         return tokens + [0] * (len(logits) - len(requests))
 

@@ -8,7 +8,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
+
+from torch import Tensor
 
 from tailora.core.adapter_set import AdapterSet
 
@@ -34,14 +36,32 @@ class SamplingParams:
     ignore_eos: bool = False
 
 
+class Grammar(Protocol):
+    """What the text of one answer may be, token by token."""
+
+    def allowed(self, vocabulary: int) -> Tensor:
+        """Returns which tokens may come next, (vocabulary,). Raises GrammarError if that takes too long."""
+
+    def accept(self, token_id: int) -> bool:
+        """Adds an allowed token. Returns whether the text is complete and nothing can follow."""
+
+
+class GrammarError(ValueError):
+    """A grammar that is invalid or takes too much work."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt and the name of its adapter in the engine's AdapterSet; None for the base model. Ids are not reused."""
+    """A prompt and the name of its adapter in the engine's AdapterSet; None for the base model. Ids are not reused.
+
+    grammar: of the answer, for this request alone; None for any text.
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
     adapter: str | None
     params: SamplingParams
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +79,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The end of an answer. It follows the last token; for "stop", that is an end-of-sequence token."""
+    """The end of an answer. It follows the last token: for "stop" an end-of-sequence one or the last of a grammar."""
 
     reason: Literal["stop", "length", "cancelled", "error"]
     message: str = ""  # of an error

@@ -1,21 +1,31 @@
-"""How an engine chooses tokens: each request with its own settings and seed, independent of the rest of the batch."""
+"""How an engine chooses tokens: each request with its own settings and seed, independent of the rest of the batch.
+
+`JSONGrammar` allows only tokens that continue a JSON text of a schema.
+"""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
+from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
-from tailora.serve.engine_interface import EventHandler, Finish, Request, SamplingParams, Token
+from tailora.serve.engine_interface import EventHandler, Finish, GrammarError, Request, SamplingParams, Token
 
 LIKELIEST = 1024  # of the vocabulary; top_p seldom needs more, and sorting all takes 20 times as long
+WHITESPACE = r"(\n {0,20}| )?"  # between the parts of a JSON text; without a limit some models write no end of it
 LOWEST_LOGPROB = -9999.0  # instead of minus infinity, which JSON lacks; OpenAI's number
 
 
 @dataclass(eq=False)
 class RunningRequest:
-    """A request in an engine and its progress. `handle` is called under `lock`, and never after Finish."""
+    """A request in an engine and its progress. `handle` is called under `lock`, and never after Finish.
+
+    ends_early: before max_tokens, and not by a token that ends the sequence.
+    """
 
     request: Request
     handle: EventHandler
@@ -23,7 +33,7 @@ class RunningRequest:
     lock: Lock = field(default_factory=Lock)
     tokens: int = 0
     is_finished: bool = False
-    has_failed: bool = False
+    ends_early: bool = False
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.request.params.seed)
@@ -36,10 +46,18 @@ class RunningRequest:
                 return
             self.tokens += 1
             self.handle(token)
+            is_complete = self.request.grammar is not None and self.request.grammar.accept(token.id)
             if token.id in eos_token_ids and not params.ignore_eos:
+                self._finish(Finish("stop"))
+            elif is_complete:
+                self.ends_early = True
                 self._finish(Finish("stop"))
             elif self.tokens >= params.max_tokens:
                 self._finish(Finish("length"))
+
+    def fail(self, message: str) -> None:
+        self.ends_early = True
+        self.finish(Finish("error", message))
 
     def finish(self, finish: Finish) -> None:
         with self.lock:
@@ -47,7 +65,7 @@ class RunningRequest:
                 self._finish(finish)
 
     def _finish(self, finish: Finish) -> None:
-        self.is_finished, self.has_failed = True, finish.reason == "error"
+        self.is_finished = True
         self.handle(finish)
 
 
@@ -79,11 +97,19 @@ def next_tokens(logits: Tensor, requests: Sequence[RunningRequest | None], eos_t
         if running is None or running.is_finished:
             continue
         if not is_finite:
-            running.finish(Finish("error", "its numbers overflow: use a smaller scale"))
+            running.fail("its numbers overflow: use a smaller scale")
             continue
-        params = running.request.params
+        params, grammar, allowed = running.request.params, running.request.grammar, logits[row]
+        if grammar is not None:
+            try:
+                mask = grammar.allowed(len(allowed)).to(allowed.device)
+            except GrammarError as error:
+                running.fail(str(error))
+                continue
+            allowed = allowed.masked_fill(~mask, -torch.inf)
+            ids[row] = int(allowed.argmax())
         if params.temperature:
-            ids[row] = sample_token(logits[row], params, running.generator)
+            ids[row] = sample_token(allowed, params, running.generator)
         count = params.logprobs
         token = Token(ids[row]) if count is None else with_logprobs(logits[row], ids[row], count)
         running.add(token, eos_token_ids)
@@ -112,3 +138,38 @@ def with_logprobs(logits: Tensor, chosen: int, count: int) -> Token:
     logprobs = logits.float().log_softmax(-1).clamp(min=LOWEST_LOGPROB)
     values, ids = logprobs.topk(min(count, len(logprobs)))
     return Token(chosen, float(logprobs[chosen]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+# ---- JSON
+
+
+class JSONGrammar:
+    """The JSON texts of a schema, by llguidance. See `Grammar`."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    @classmethod
+    def of(cls, schema: dict[str, Any], tokenizer: LLTokenizer) -> Self:
+        """Raises GrammarError for a schema that is invalid, not supported or too complex."""
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
+            matcher = LLMatcher(tokenizer, grammar, log_level=0)
+        except ValueError as error:
+            raise GrammarError(str(error)) from None
+        if matcher.is_error():
+            raise GrammarError(matcher.get_error())
+        return cls(matcher)
+
+    def copy(self) -> "JSONGrammar":
+        return JSONGrammar(self._matcher.deep_copy())
+
+    def allowed(self, vocabulary: int) -> Tensor:
+        allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8).bool()
+        if self._matcher.is_error():
+            raise GrammarError(self._matcher.get_error())
+        return F.pad(allowed, (0, vocabulary - len(allowed)))
+
+    def accept(self, token_id: int) -> bool:
+        self._matcher.consume_token(token_id)
+        return self._matcher.is_stopped() and not self._matcher.is_error()

@@ -174,6 +174,25 @@ class TextFormat(RequestBody):
     type: Literal["text"]
 
 
+class JSONObjectFormat(RequestBody):
+    type: Literal["json_object"]
+
+
+class JSONSchema(RequestBody):
+    name: Annotated[str, StringConstraints(min_length=1, max_length=64)]
+    json_schema: dict[str, Any] = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = Field(None, description="the schema is always followed")
+
+
+class JSONSchemaFormat(RequestBody):
+    type: Literal["json_schema"]
+    json_schema: JSONSchema
+
+
+ResponseFormat = Annotated[TextFormat | JSONObjectFormat | JSONSchemaFormat, Field(discriminator="type")]
+
+
 class ChatRequest(GenerationRequest):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=INT64)] | None = None
@@ -184,7 +203,7 @@ class ChatRequest(GenerationRequest):
     tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Annotated[Literal["auto", "none"] | None, only('"auto" or "none"')] = None
     parallel_tool_calls: Annotated[Literal[True] | None, only("true")] = None
-    response_format: Annotated[TextFormat | None, only('{"type": "text"}')] = None
+    response_format: ResponseFormat | None = Field(None, description="JSON of any form, or of a JSON schema; no tools")
 
 
 class CompletionRequest(GenerationRequest):

@@ -182,7 +182,6 @@ def test_a_wrong_request_is_told_what_is_wrong(server: Running, options: dict[st
         ("completions", "echo", True, "false"),
         ("completions", "best_of", 2, "1"),
         ("chat/completions", "tool_choice", "required", '"auto" or "none"'),
-        ("chat/completions", "response_format", {"type": "json_object"}, '{"type": "text"}'),
     ],
 )
 def test_what_is_not_supported_is_called_so(server: Running, path: str, name: str, value: Any, accepted: str) -> None:

@@ -1,11 +1,22 @@
-"""How tokens are sampled: temperature, exactly the tokens that top_k and top_p keep, and log-probabilities."""
+"""How tokens are sampled: temperature, the exact tokens that top_k and top_p keep, log-probabilities, and JSON."""
 
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
 import pytest
 import torch
+from llguidance.hf import from_tokenizer
+from tiny_server import TOKENIZER, Running, running, write_adapters
+from torch import Tensor
 
 from tailora.serve import sampling
-from tailora.serve.engine_interface import Finish, Request, SamplingParams, Token
-from tailora.serve.sampling import RunningRequest, next_tokens
+from tailora.serve.api_errors import RequestError
+from tailora.serve.engine_interface import Finish, GrammarError, Request, SamplingParams, Token
+from tailora.serve.sampling import WHITESPACE, JSONGrammar, RunningRequest, next_tokens
+from tailora.serve.schemas import ChatRequest
 
 PROBABILITIES = [0.05, 0.4, 0.1, 0.25, 0.2]  # by likelihood: 1, 3, 4, 2, 0
 LOGITS = torch.tensor(PROBABILITIES).log()[None] + 3
@@ -85,3 +96,150 @@ def test_a_token_that_cannot_come_has_a_logprob_that_json_can_write() -> None:
     running = RunningRequest(Request("x", (1,), None, SamplingParams(1, 0.0, logprobs=3)), tokens.append)
     next_tokens(logits, [running], ())
     assert tokens[0].top[-1] == (1, sampling.LOWEST_LOGPROB)  # type: ignore[union-attr]
+
+
+# ---- JSON: of one answer among others, with either engine
+
+CHAT = [{"role": "user", "content": "what is that"}]
+SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "blue"]}, "sizes": {"type": "array", "items": {"type": "boolean"}}},
+    "required": ["colour", "sizes"],
+    "additionalProperties": False,
+}
+SCHEMA["properties"]["sizes"] |= {"minItems": 1, "maxItems": 2}  # type: ignore[index]
+FORMAT = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA, "strict": True}}
+
+
+@pytest.fixture(scope="module", params=["continuous", "padded"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "WHITESPACE", " ?")  # the tiny model writes anything
+        with running(write_adapters(tmp_path_factory.mktemp("adapters")), engine=request.param) as server:
+            yield server
+
+
+def ask(server: Running, **options: Any) -> Any:
+    settings = {"model": "legal", "messages": CHAT, "max_tokens": 120, "temperature": 1.0, "response_format": FORMAT}
+    return server.client.chat.completions.create(**{**settings, **options})
+
+
+def check(text: str) -> None:
+    value = json.loads(text)
+    assert list(value) == ["colour", "sizes"]
+    assert value["colour"] in ("red", "blue")
+    assert 1 <= len(value["sizes"]) <= 2
+    assert all(isinstance(size, bool) for size in value["sizes"])
+
+
+def test_answers_follow_their_schema_next_to_others_that_do_not(server: Running) -> None:
+    free = {"response_format": {"type": "text"}, "max_tokens": 30, "seed": 4}
+    expected = ask(server, **free).choices[0].message.content
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(ask, server, seed=seed, n=3, model=("legal", "tiny")[seed % 2]) for seed in range(4)]
+        texts = [pool.submit(ask, server, **free) for _ in range(2)]
+        choices = [choice for answer in answers for choice in answer.result().choices]
+        assert [text.result().choices[0].message.content for text in texts] == [expected] * 2
+    for choice in choices:
+        assert choice.finish_reason == "stop"
+        check(choice.message.content)
+    assert len({choice.message.content for choice in choices}) > 3
+    assert server.app.state.server.answers == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0}, {"seed": 1}, {"extra_body": {"top_k": 2}, "seed": 1}, {"top_p": 0.1, "seed": 1}]
+)
+def test_a_stream_and_log_probabilities_of_json(server: Running, options: dict[str, Any]) -> None:
+    choice = ask(server, logprobs=True, top_logprobs=2, **options).choices[0]
+    check(choice.message.content)
+    entries = choice.logprobs.content
+    assert "".join(entry.token for entry in entries) == choice.message.content
+    assert any(entry.logprob < entry.top_logprobs[-1].logprob for entry in entries)  # of the model, without the schema
+    pieces = [chunk.choices[0] for chunk in ask(server, stream=True, **options)]
+    assert "".join(piece.delta.content or "" for piece in pieces) == choice.message.content
+    assert pieces[-1].finish_reason == "stop"
+
+
+def test_json_ends_at_a_stop_string_at_max_tokens_and_despite_ignore_eos(server: Running) -> None:
+    choice = ask(server, stop='"sizes', seed=1).choices[0]
+    assert choice.message.content.lstrip().startswith("{")
+    assert "sizes" not in choice.message.content
+    assert ask(server, max_tokens=3).choices[0].finish_reason == "length"
+    choice = ask(server, extra_body={"ignore_eos": True}).choices[0]
+    assert choice.finish_reason == "stop"
+    check(choice.message.content)
+    number = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}}  # may go on or end
+    choice = ask(server, response_format=number, max_tokens=100, extra_body={"ignore_eos": True}).choices[0]
+    assert choice.finish_reason == "length" or isinstance(json.loads(choice.message.content), int)
+
+
+def test_any_object(server: Running) -> None:
+    for seed in range(3):
+        choice = ask(server, response_format={"type": "json_object"}, seed=seed, max_tokens=60).choices[0]
+        assert choice.message.content.lstrip().startswith("{")
+        if choice.finish_reason == "stop":
+            assert isinstance(json.loads(choice.message.content), dict)
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"type": "nothing"}, "Invalid type: nothing"),
+        ({"$ref": "http://127.0.0.1/schema.json"}, "does not fetch"),
+        ({"not": {"type": "string"}}, "Unimplemented"),
+        ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "Unsatisfiable"),
+    ],
+)
+def test_a_schema_that_is_not_supported_is_refused(server: Running, schema: dict[str, Any], message: str) -> None:
+    response_format = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    with pytest.raises(openai.BadRequestError, match=message) as raised:
+        ask(server, response_format=response_format)
+    assert raised.value.param == "response_format"
+
+
+def test_json_may_be_compact_or_indented_but_not_padded_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "WHITESPACE", WHITESPACE)
+    value = {"colour": "red", "sizes": [True, False]}
+    tokenizer = from_tokenizer(TOKENIZER, eos_token=[2])
+    texts = {
+        json.dumps(value, indent=indent, separators=ends) for indent in (None, 2, 4) for ends in (None, (",", ":"))
+    }
+    for text in texts:
+        grammar = JSONGrammar.of(SCHEMA, tokenizer)
+        ids = TOKENIZER(text)["input_ids"]
+        for number, token_id in enumerate(ids, 1):
+            assert grammar.allowed(310).nonzero().flatten().tolist().count(token_id) == 1
+            assert grammar.accept(token_id) == (number == len(ids))
+    grammar, newline, space = JSONGrammar.of(SCHEMA, tokenizer), *(TOKENIZER(end)["input_ids"][0] for end in "\n ")
+    for token_id in (TOKENIZER("{")["input_ids"][0], newline, *[space] * 20):
+        assert grammar.allowed(310)[token_id]
+        grammar.accept(token_id)
+    assert not grammar.allowed(310)[space]
+    assert not grammar.allowed(310)[300:].any()  # rows of the head without a token
+
+
+def test_json_and_tools_exclude_each_other(server: Running) -> None:
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    core = server.app.state.server
+    body = {"model": "tiny", "messages": CHAT, "response_format": {"type": "json_object"}, "tools": [tool]}
+    with pytest.raises(RequestError, match="not supported together with tools"):
+        core.grammar(ChatRequest.model_validate(body))
+    assert core.grammar(ChatRequest.model_validate({**body, "tool_choice": "none"})) is not None
+    assert core.grammar(ChatRequest.model_validate({**body, "response_format": {"type": "text"}})) is None
+
+
+def test_a_grammar_that_takes_too_long_ends_its_own_answer_alone() -> None:
+    class Slow:
+        def allowed(self, vocabulary: int) -> Tensor:
+            raise GrammarError(f"{vocabulary} tokens take too long")
+
+        def accept(self, token_id: int) -> bool:
+            raise AssertionError(token_id)
+
+    events: list[list[Token | Finish]] = [[], []]
+    params = SamplingParams(1, temperature=0.0)
+    requests = [Request("slow", (1,), None, params, Slow()), Request("other", (1,), None, params)]
+    running = [RunningRequest(request, own.append) for request, own in zip(requests, events, strict=True)]
+    next_tokens(LOGITS.repeat(2, 1), running, ())
+    assert events == [[Finish("error", "5 tokens take too long")], [Token(1), Finish("length")]]
