@@ -89,6 +89,7 @@ def running(
     tokenizer: PreTrainedTokenizerBase = TOKENIZER,
     adapters: Sequence[str] = ("legal",),
     engine: EngineName = "auto",
+    base_system: str | None = None,
     **options: Any,
 ) -> Iterator[Running]:
     """A server of the base, by default `base_model`, with these adapters of the folder.
@@ -97,7 +98,7 @@ def running(
     """
     adapter_set = AdapterSet(base or base_model(), {})
     with started(make_engine(adapter_set, [2], engine, max_positions=200, max_requests=8)) as running_engine:
-        registry = AdapterRegistry(adapter_set, running_engine.paused, "tiny", root)
+        registry = AdapterRegistry(adapter_set, running_engine.paused, "tiny", root, base_system=base_system)
         for name in adapters:
             registry.load(name, name)
         app = create_app(running_engine, registry, tokenizer, ServerSettings(**{"drain_seconds": 5, **options}))

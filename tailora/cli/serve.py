@@ -13,7 +13,7 @@ from cyclopts.types import NonNegativeFloat, Port, PositiveFloat, PositiveInt
 from tailora.cli.main import log, note
 from tailora.cli.models import Adapters, Device, Model, Quantize, base_model_name, load_model, parse_adapters
 from tailora.errors import ConfigError, nearest_path, require_packages
-from tailora.formats.run_folder import ADAPTER_CONFIG, adapter_folder
+from tailora.formats.run_folder import ADAPTER_CONFIG, adapter_folder, read_system_message, recorded_settings
 
 API_KEY, ADMIN_KEY = "TAILORA_API_KEY", "TAILORA_ADMIN_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -94,7 +94,8 @@ def serve(
         )
         budget = None if adapter_memory is None else int(adapter_memory * 1e9)
         base_name = name or (Path(model).resolve().name if Path(model).is_dir() else model)  # clients see no paths
-        registry = AdapterRegistry(running.adapter_set, running.paused, base_name, adapters, budget)
+        system = read_system_message(Path(model)) if Path(model).is_dir() else None
+        registry = AdapterRegistry(running.adapter_set, running.paused, base_name, adapters, budget, system)
         running.start()
         try:
             for adapter_name, folder in folders.items():
@@ -116,6 +117,8 @@ def serve(
             what = "continuous batching" if is_continuous else "padded batches, one after another"
             log(f"engine: {what}; {max_requests} answers at once, {running.max_positions:,} tokens each")
             log(f"models: {', '.join([registry.base_name, *folders])}")
+            systems = {adapter.name: adapter.system for adapter in registry.list()}
+            report_systems({registry.base_name: system, **systems}, folders)
             log(f"listening at {address(host, listener)}; the page is at /; stop it with Ctrl-C")
             server = HTTPServer(config, app.state.server, log)
             gc.collect()
@@ -126,6 +129,18 @@ def serve(
         finally:
             running.stop(0)
             gc.unfreeze()
+
+
+def report_systems(systems: dict[str, str | None], folders: dict[str, Path]) -> None:
+    """Notes which models have the system message of their training, and which were trained with different ones."""
+    if added := [name for name, system in systems.items() if system is not None]:
+        note(f"requests without a system message get that of the training, for {', '.join(added)}")
+    recorded = {name: recorded_settings(adapter_folder(folder), "data") for name, folder in folders.items()}
+    differ = [
+        name for name, data in recorded.items() if systems[name] is None and data.get("messages", {}).get("system")
+    ]
+    if differ:
+        note(f"trained with system messages, of which none is stored: {', '.join(differ)}; requests should bring one")
 
 
 def key_from(variable: str) -> str | None:

@@ -31,7 +31,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tailora import __version__
 from tailora.data.chat_template import ChatTokenizer, fit_to_template
-from tailora.data.messages import read_messages, text_value
+from tailora.data.messages import Messages, read_messages, text_value
 from tailora.data.schemas import Conversation
 from tailora.errors import DataError
 from tailora.serve.answers import Answer, ChatAnswer, CompletionAnswer, Generation, Json, Piece
@@ -39,7 +39,7 @@ from tailora.serve.api_errors import ERRORS, ERRORS_OF_TEXT, RequestError, add_e
 from tailora.serve.engine_interface import Engine, GrammarError, SamplingParams
 from tailora.serve.engine_interface import Request as EngineRequest
 from tailora.serve.playground import add_page
-from tailora.serve.registry import AdapterRegistry
+from tailora.serve.registry import AdapterInfo, AdapterRegistry
 from tailora.serve.sampling import JSONGrammar
 from tailora.serve.schemas import (
     ChatCompletion,
@@ -150,6 +150,7 @@ class Server:
         param = "messages"
         try:
             messages = read_messages([message.model_dump() for message in body.messages], "messages")
+            messages = with_system(messages, self.registry.system_message(body.model))
             param = "tools" if tools else param
             chat = Conversation(messages, first=len(messages), tools=tools or None)
             chat = fit_to_template(chat, self.chat_tokenizer)
@@ -291,6 +292,16 @@ class Server:
                 yield piece
         finally:
             generation.cancel()
+
+
+def with_system(messages: Messages, system: str | None) -> Messages:
+    """Adds the system message of the training, unless there is one; an empty one stands for none."""
+    first = messages[0]
+    if system is None or (first["role"] in ("system", "developer") and first["content"]):
+        return messages
+    if first["role"] in ("system", "developer"):
+        return messages[1:] or messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 # ---- Answers, complete or streamed
@@ -515,10 +526,17 @@ def add_generation(app: FastAPI, server: Server) -> None:
     @app.get("/v1/models", responses=ERRORS, dependencies=check)
     async def models() -> ModelList:
         base, length = server.registry.base_name, server.engine.max_positions
-        data = [Model(id=base, created=0, root=base, parent=None, max_model_len=length)]
-        data += [
-            Model(id=adapter.name, created=adapter.created, root=adapter.name, parent=base, max_model_len=length)
-            for adapter in server.registry.list()
+        models = [AdapterInfo(base, 0, True, server.registry.base_system), *server.registry.list()]
+        data = [
+            Model(
+                id=model.name,
+                created=model.created,
+                root=model.name,
+                parent=None if model.name == base else base,
+                max_model_len=length,
+                system_message=model.system,
+            )
+            for model in models
         ]
         return ModelList(data=data)
 

@@ -43,7 +43,7 @@ from tailora.errors import (
 from tailora.formats.fingerprint import LayerFingerprint
 from tailora.formats.load import named_tensors, not_finite, read_any_format, restore
 from tailora.formats.peft import StoredAdapter
-from tailora.formats.run_folder import ADAPTER_WEIGHTS, GGUF_WEIGHTS, MLX_WEIGHTS, adapter_folder
+from tailora.formats.run_folder import ADAPTER_WEIGHTS, GGUF_WEIGHTS, MLX_WEIGHTS, adapter_folder, read_system_message
 from tailora.train.memory import format_bytes
 from tailora.train.model_loading import check_writes_text, label_task_of_adapter
 
@@ -61,16 +61,21 @@ class AdapterInfo:
     name: str
     created: int
     in_memory: bool
+    system: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """A name, the files that it stands for, and a hash of their content when they were last read."""
+    """A name, the files that it stands for, and a hash of their content when they were last read.
+
+    system: the system message that most of the training conversations had; None if none is stored.
+    """
 
     name: str
     path: Path
     trusted: bool
     digest: str
+    system: str | None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -123,6 +128,7 @@ class AdapterRegistry:
     root: the folder of all adapters that are not trusted; None to only allow trusted ones.
     memory_budget: bytes for adapters; None for no limit. Adapters that no request uses make room, the least recently
         used first, and are read again when a request needs them. While files are read, one more adapter is in memory.
+    base_system: the system message of the base, if it was trained in full with one.
     """
 
     # _changes is held by the thread that reads files or changes the AdapterSet. _lock is held for moments, also by
@@ -135,8 +141,9 @@ class AdapterRegistry:
         base_name: str,
         root: Path | None = None,
         memory_budget: int | None = None,
+        base_system: str | None = None,
     ) -> None:
-        self.base_name = base_name
+        self.base_name, self.base_system = base_name, base_system
         self._adapter_set, self._paused = adapter_set, paused
         self._root = None if root is None else Path(os.path.realpath(root))
         self._memory_budget: float = math.inf if memory_budget is None else memory_budget
@@ -174,7 +181,7 @@ class AdapterRegistry:
         """Returns all adapters, in the order in which their names were loaded."""
         with self._lock:
             return tuple(
-                AdapterInfo(source.name, source.created, source.key in self._residents)
+                AdapterInfo(source.name, source.created, source.key in self._residents, source.system)
                 for source in self._sources.values()
             )
 
@@ -209,6 +216,14 @@ class AdapterRegistry:
         return message if self._root is None else message.replace(f"{self._root}{os.sep}", "")
 
     # ---- Requests
+
+    def system_message(self, model: str) -> str | None:
+        """Returns the system message that the training of `model` had, of a mixture that of all its adapters.
+
+        None if there is none, or they differ. Raises the errors of `acquire` for a name.
+        """
+        systems = {self._source(name).system for name in self._weights(model, None)} or {self.base_system}
+        return systems.pop() if len(systems) == 1 else None
 
     def acquire(self, model: str, scale: float | None = None) -> AdapterHandle:
         """Brings `model` into memory, and returns a handle that keeps it there until it is closed.
@@ -423,7 +438,7 @@ class AdapterRegistry:
         adapter = _for_inference(restore(stored, base_model, known_base=self._base_fingerprint))
         check_splits_by_row(adapter.low_rank)
         check_no_overflow(name, adapter, base_model)
-        return _Source(name, path, trusted, digest_of(stored)), adapter
+        return _Source(name, path, trusted, digest_of(stored), read_system_message(folder)), adapter
 
     def _checked_folder(self, name: str, path: Path, trusted: bool) -> Path:
         """Returns the folder or file of the adapter, after checking access, format and size."""

@@ -302,6 +302,7 @@ class Model(ResponseBody):
     root: str
     parent: str | None
     max_model_len: int
+    system_message: str | None = Field(description="of the training, for requests without one")
 
 
 class ModelList(ResponseBody):

@@ -24,6 +24,7 @@ import pytest
 import schemathesis
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from tiny import CHATML
 from tiny_server import TOKENIZER, Running, base_model, running, write_adapters
@@ -31,8 +32,10 @@ from tiny_server import TOKENIZER, Running, base_model, running, write_adapters
 from benchmarks.serving.server_process import SECONDS_TO_START, free_port
 from tailora import LoRAModel
 from tailora.cli.main import main
-from tailora.cli.serve import adapters_in, address, listen
+from tailora.cli.serve import adapters_in, address, listen, report_systems
 from tailora.data.chat_template import ChatTokenizer
+from tailora.errors import AdapterNotFoundError
+from tailora.formats.run_folder import write_system_message
 from tailora.serve import api_errors
 from tailora.serve.app import EventStream
 from tailora.serve.schemas import ChatRequest
@@ -148,6 +151,57 @@ def test_an_adapter_for_labels_is_not_loaded(server: Running, root: Path) -> Non
     assert response.status_code == 400
     start = "tickets was trained for sequence-classification: it predicts labels and writes no text. "
     assert response.json()["error"]["message"].startswith(start)
+
+
+def test_requests_without_a_system_message_get_that_of_the_training(root: Path) -> None:
+    """Of a mixture, that of all its adapters. An empty one leaves it out."""
+    for name, system in (("legal", "good morning"), ("poet", "a dog ran")):
+        write_system_message(root / name, system)
+    try:
+        with running(root, adapters=["legal", "poet"], base_system="the cat") as server:
+            prompt = server.app.state.server.chat_prompt
+            systems = {model.id: model.system_message for model in server.client.models.list()}  # type: ignore[attr-defined]
+
+            def rendered(model: str, *messages: dict[str, str]) -> str:
+                return str(prompt(ChatRequest.model_validate({"model": model, "messages": [*messages, *CHAT]})))
+
+            without = rendered("legal", {"role": "system", "content": ""})
+            with_system = {model: rendered(model) for model in ("tiny", "legal", "legal@0.5", "legal@0", "legal+poet")}
+            assert (
+                rendered("legal", {"role": "system", "content": "away"})
+                == f"<|im_start|>system\naway<|im_end|>\n{without}"
+            )
+            with pytest.raises(AdapterNotFoundError):
+                rendered("nobody")
+            shutil.copytree(root / "legal", root / "twin")
+            server.http.post("/v1/load_lora_adapter", json={"lora_name": "twin", "lora_path": "twin"})
+            assert rendered("legal+twin@0.5") == with_system["legal"]
+    finally:
+        shutil.rmtree(root / "twin", ignore_errors=True)
+        for name in ("legal", "poet"):
+            write_system_message(root / name, None)
+    assert "system" not in without
+    assert systems == {"tiny": "the cat", "legal": "good morning", "poet": "a dog ran"}
+    expected = {"tiny": "the cat", "legal": "good morning", "legal@0.5": "good morning", "legal@0": "the cat"}
+    for model, system in expected.items():
+        assert with_system[model] == f"<|im_start|>system\n{system}<|im_end|>\n{without}"
+    assert with_system["legal+poet"] == without
+
+
+def test_the_command_says_which_models_have_a_system_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, count in (("with", 3), ("without", 0)):
+        (tmp_path / name / "adapter").mkdir(parents=True)
+        (tmp_path / name / "run.json").write_text(json.dumps({"data": {"messages": {"system": count}}}))
+    systems = {"base": None, "stored": "good morning", "with": None, "without": None}
+    folders = {name: tmp_path / name for name in ("stored", "with", "without")}
+    report_systems(systems, folders)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert lines == [
+        "note: requests without a system message get that of the training, for stored",
+        "note: trained with system messages, of which none is stored: with; requests should bring one",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -547,6 +601,93 @@ def test_metrics_count(server: Running) -> None:
     assert [(values() - before)[name] for name in counted[:2]] == [1, 12]
     list(chat(server, "legal", stream=True))
     assert [(values() - before)[name] for name in counted] == [2, 24, 2, 0]
+
+
+texts = st.text(st.characters(exclude_categories=()), max_size=4)  # with halves of surrogate pairs
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=6,
+)
+numbers = st.sampled_from([0, 0.5, 1, 1e-310, 2, -1, 1e308])
+roles = st.sampled_from(["system", "developer", "user", "assistant", "tool", "function", "nobody"])
+parts = st.lists(st.fixed_dictionaries({"type": st.sampled_from(["text", "image_url"]), "text": texts}), max_size=2)
+messages = st.fixed_dictionaries(
+    {"role": roles, "content": texts | parts | anything}, optional={"tool_calls": anything}
+)
+schemas = st.sampled_from([{"type": "boolean"}, {"enum": ["a", 1]}, {"type": "nothing"}, {}])
+formats = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "json_object", "json_schema", "xml"])},
+    optional={"json_schema": st.fixed_dictionaries({"name": st.just("a"), "schema": schemas | anything})},
+)
+FIELDS_OF_BOTH = {
+    "max_tokens": st.sampled_from([1, 3]),
+    "temperature": numbers,
+    "top_p": numbers,
+    "top_k": st.integers(-2, 5),
+    "n": st.integers(0, 3),
+    "seed": st.integers(-(2**63) - 1, 2**63),
+    "stop": texts | st.lists(texts, max_size=3),
+    "stream": st.booleans(),
+    "lora_scale": numbers,
+    "ignore_eos": st.booleans(),
+}
+FIELDS_OF = {
+    "chat/completions": {
+        "messages": st.lists(messages, max_size=3) | st.just(CHAT),
+        "logprobs": st.booleans(),
+        "top_logprobs": st.integers(-1, 3),
+        "response_format": formats,
+        "tools": st.just([]) | anything,
+    },
+    "completions": {
+        "prompt": texts | st.lists(texts, max_size=3) | st.lists(st.integers(-1, 310), max_size=4) | anything,
+        "logprobs": st.integers(-1, 3),
+        "echo": st.booleans(),
+    },
+}
+
+
+@st.composite
+def requests_of_clients(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    """Mostly valid requests: a few fields, one of them sometimes with anything in it, and rarely an unknown one."""
+    path = draw(st.sampled_from(sorted(FIELDS_OF)))
+    needed = "messages" if path == "chat/completions" else "prompt"
+    fields = {**FIELDS_OF_BOTH, **FIELDS_OF[path]}
+    names = draw(st.lists(st.sampled_from(sorted(fields)), max_size=4, unique=True))
+    body = {name: draw(fields[name]) for name in dict.fromkeys([needed, "max_tokens", *names])}
+    body["model"] = draw(st.sampled_from(["legal", "tiny", "legal@0.5", "legal@1e38", "legal+legal", "nobody", ""]))
+    if draw(st.integers(0, 4)) == 0:
+        body[draw(st.sampled_from(sorted(fields)) | texts)] = draw(anything)
+    return path, body
+
+
+@settings(max_examples=120, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(request=requests_of_clients())
+def test_any_request_is_answered_or_refused_with_a_reason(server: Running, request: tuple[str, dict[str, Any]]) -> None:
+    path, body = request
+    response = server.http.post(f"/v1/{path}", content=json.dumps(body), headers=JSON)
+    if response.status_code != 200:
+        assert response.status_code in (400, 404)
+        error = response.json()["error"]
+        assert error.keys() == {"message", "type", "param", "code"}
+        assert 5 < len(error["message"]) < 3000
+    elif body.get("stream"):
+        *events, end = [line for line in response.text.split("\n\n") if line]
+        assert end == "data: [DONE]"
+        reasons = [json.loads(event.removeprefix("data: "))["choices"][0]["finish_reason"] for event in events]
+        assert len(list(filter(None, reasons))) == (body.get("n") or 1) * prompts_in(body)
+    else:
+        answer = response.json()
+        assert [choice["index"] for choice in answer["choices"]] == list(range((body.get("n") or 1) * prompts_in(body)))
+        assert {choice["finish_reason"] for choice in answer["choices"]} <= {"stop", "length"}
+        longest = body["max_tokens"] or answer["usage"]["completion_tokens"]
+        assert answer["usage"]["completion_tokens"] <= longest * len(answer["choices"])
+
+
+def prompts_in(body: dict[str, Any]) -> int:
+    prompt = body.get("prompt")
+    return len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
 
 
 @pytest.mark.slow
