@@ -6,8 +6,10 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from runs import changed
@@ -15,11 +17,13 @@ from tiny import chat_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
+from tailora.data.dataset import Example
 from tailora.errors import ConfigError
-from tailora.study.plan import plan
+from tailora.study.plan import batch_size_that_fits, plan
 from tailora.study.plan_result import Ranks
 from tailora.train import subprocess_worker
 from tailora.train.config import TrainConfig
+from tailora.train.estimate import Memory
 from tailora.train.model_loading import read_config
 from tailora.train.trainer import run
 
@@ -48,6 +52,15 @@ def test_what_is_left_alone_has_a_reason(small_run: TrainConfig) -> None:
     assert "layers_to_transform" in reasons["model.layers.0.self_attn.q_proj"]
     assert "not among" in reasons["model.layers.{0-1}.mlp.up_proj"]
     assert [each.path for each in found.trained.groups] == ["model.layers.1.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize(("room", "count"), [(109, 0), (110, 1), (119, 1), (120, 2), (200, 10), (10**9, 10)])
+def test_the_largest_batch_fills_the_room(room: int, count: int) -> None:
+    example = Example.of_text(np.arange(4, dtype=np.int32))
+    batches: Any = SimpleNamespace(at=lambda size: [example] * size, largest=[example] * 2, most=10)
+    parts = dict.fromkeys(("adapters", "gradients", "optimizer", "logits", "process"), 0)
+    memory = Memory(weights=100, activations=20, **parts)  # 10 bytes for each example
+    assert batch_size_that_fits(room, memory, batches) == count
 
 
 @pytest.mark.slow
@@ -225,6 +238,8 @@ def test_the_peak_of_a_rank_is_foreseen(tmp_path: Path) -> None:
 def test_ranks_share_the_steps_of_an_epoch(small_run: TrainConfig) -> None:
     one, two = plan(small_run), plan(small_run, nproc=2)
     assert (one.schedule.steps, two.schedule.steps) == (22, 12)  # the last step of each epoch is short
+    assert one.schedule.tokens is not None
+    assert two.schedule.tokens == pytest.approx(one.schedule.tokens * 2 * 12 / 22, abs=1)  # of both ranks
     assert two.room.available_bytes < one.room.available_bytes  # both take from the memory of this machine
 
 

@@ -38,6 +38,12 @@ def settings(train: TrainConfig, **changes: Any) -> dict[str, Any]:
     return trial_settings(train, {"learning_rate": 1e-2, "max_steps": 3, **changes})
 
 
+def test_all_seeds_of_a_study_hold_out_the_same_examples() -> None:
+    train = TrainConfig(learning_rate=1e-3, seed=3)
+    assert trial_settings(train, {}, seed=9)["split_seed"] == 3
+    assert trial_settings(train.replaced(split_seed=7), {}, seed=9)["split_seed"] == 7
+
+
 def not_run(*_: Any) -> Trial:
     raise AssertionError("the trial is there")
 
