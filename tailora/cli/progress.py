@@ -97,13 +97,17 @@ def step_counter(console: Console, workers: int = 1) -> StepCounter | None:
 
 @contextmanager
 def download_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Yields a function to call with what is fetched, the number of bytes so far, and that of all bytes."""
+    """Yields a function to call with what is fetched, the bytes so far, and all bytes; 0 of work without a measure."""
     if on_terminal(console):
         columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), DownloadColumn()
         bar = Progress(*columns, TextColumn("{task.percentage:.0f}%"), console=console, transient=True)
         task = bar.add_task("", total=None)
 
         def update(what: str, done: int, total: int) -> None:
+            if not total:
+                bar.stop()
+                console.print(what)
+                return
             bar.start()  # at the first call: most often nothing has to be fetched
             bar.update(task, description=what, completed=done, total=total)
 
@@ -114,7 +118,12 @@ def download_progress(console: Console) -> Iterator[Callable[[str, int, int], No
                 bar.stop()
         return
     line = TimedLine(console, is_due=True)
-    yield lambda what, done, total: line.show(f"{what}: {done / 1e6:.1f} of {total / 1e6:.1f} MB, {done / total:.0%}")
+
+    def show(what: str, done: int, total: int) -> None:
+        size = f": {done / 1e6:.1f} of {total / 1e6:.1f} MB, {done / total:.0%}" if total else ""
+        line.show(what + size, always=not total)
+
+    yield show
 
 
 # ---- A training run
@@ -132,12 +141,16 @@ def run_progress(console: Console) -> Iterator["Listener"]:
     with _shown(Progress(*columns, console=console, transient=True)) as bar:
         task = bar.add_task("reading model and data", total=None)
         yield _listener(
-            bar.console, lambda text, done, total, _: bar.update(task, description=text, completed=done, total=total)
+            bar.console,
+            lambda text, done, total, _: bar.update(task, description=text, completed=done, total=total or None),
         )
 
 
 def _listener(console: Console, show: Callable[[str, int, int, bool], None]) -> "Listener":
-    """show: called with a text, the numbers of steps or examples that are done and of all, and True for the ends."""
+    """show: called with a text, the numbers of steps or examples that are done and of all, and True for the ends.
+
+    The number of all is 0 for work without a measure.
+    """
 
     def listen(event: "Event") -> None:
         from tailora.train.events import EvaluationProgress, Stepped
@@ -146,6 +159,8 @@ def _listener(console: Console, show: Callable[[str, int, int, bool], None]) -> 
             case Stepped():
                 text, is_end = f"step {event.step}/{event.max_steps}", event.step in (1, event.max_steps)
                 show(f"{text}  {figures(event)}", event.step, event.max_steps, is_end)
+                if event.step == event.max_steps:
+                    show("all steps are done; evaluating and saving", 0, 0, False)
             case EvaluationProgress():
                 show(f"{event.done:,} of {event.total:,} {event.what}", event.done, event.total, False)
             case _:

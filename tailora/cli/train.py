@@ -259,6 +259,7 @@ def write_results(
     from tailora.report.pages.train import write_train_report
 
     report, page = None, ""
+    log("writing the report")
     try:
         if kl is not None:
             run_log.add_result(folder, eval_kl=kl)

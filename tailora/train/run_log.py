@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -260,13 +260,21 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def start_metrics(output_dir: Path, *, resumed_at: int | None) -> None:
-    """Begins metrics.jsonl, or drops its lines after the step `resumed_at`, since those steps are repeated."""
+def start_metrics(output_dir: Path, *, resumed_at: int | None, evaluated: Collection[int] = ()) -> None:
+    """Begins metrics.jsonl, or keeps its lines up to the step `resumed_at`: what comes after them is repeated.
+
+    evaluated: the steps whose evaluations the checkpoint knows; others are repeated, too.
+    """
     path, kept = output_dir / METRICS, list[str]()
     if resumed_at is not None and path.exists():
         whole = path.read_text(encoding="utf-8").split("\n")[:-1]  # a line without its end was cut by a crash
         try:
-            kept = [line for line in whole if json.loads(line)["step"] <= resumed_at]
+            lines = [(line, json.loads(line)) for line in whole]
+            kept = [
+                line
+                for line, values in lines
+                if values["step"] <= resumed_at and ("eval_loss" not in values or values["step"] in evaluated)
+            ]
         except (json.JSONDecodeError, KeyError, TypeError):
             raise CheckpointError(f"{path} holds a line that no run wrote; move the file away to go on") from None
     write_file(path, "".join(f"{line}\n" for line in kept).encode())

@@ -221,7 +221,8 @@ def set_up(
     if is_main:
         if overwrite and (aside := run_log.set_aside(output_dir)):
             note(f"the earlier run is in {aside} until this one has finished")
-        run_log.start_metrics(output_dir, resumed_at=None if saved is None else state.step)
+        evaluated = {step for step, _ in state.history}
+        run_log.start_metrics(output_dir, resumed_at=None if saved is None else state.step, evaluated=evaluated)
     return run, state
 
 

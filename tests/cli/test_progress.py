@@ -4,6 +4,7 @@ import io
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -196,6 +197,26 @@ def test_nothing_is_shown_of_a_download_that_is_not_needed(file: io.StringIO, mo
     with download_progress(Console(file=file)):
         pass
     assert file.getvalue() == ""
+
+
+@pytest.mark.parametrize("file", [Terminal(), io.StringIO()])
+def test_work_without_a_measure_is_no_full_bar(file: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    with download_progress(Console(file=file, width=120)) as progress:
+        progress("fetching m", 40_000_000, 40_000_000)
+        progress("unpacking m", 0, 0)
+        after = file.getvalue().partition("unpacking m")
+        progress("fetching n", 10, 40)
+    assert after[1]
+    assert "%" not in after[2]
+
+
+def test_after_the_last_step_the_bar_says_what_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tailora.cli.progress.SECONDS_BETWEEN_LINES", 0)
+    said = "all steps are done; evaluating and saving"
+    step = Stepped(11, 12, 2.0, 1e-3, 1.0, 8, 8, 1.0, 8.0, 1.0, 10**9)
+    assert said not in shown_by(io.StringIO(), [step])
+    assert said in shown_by(io.StringIO(), [replace(step, step=12)])
 
 
 def test_elsewhere_long_work_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

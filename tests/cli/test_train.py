@@ -26,7 +26,7 @@ from tailora.errors import CheckpointError, ConfigError, WriteError
 from tailora.formats import run_folder
 from tailora.formats.run_folder import ADAPTER, PASSPORT, SAMPLES
 from tailora.report.format import duration
-from tailora.report.pages.train import _remedy
+from tailora.report.pages.train import Result, _numbers, _remedy
 from tailora.train import run_log
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
@@ -384,6 +384,15 @@ def test_what_to_try_after_a_run_that_made_the_model_worse(
     assert found == flags
     assert cause in text
     assert " ".join(flags) in text
+
+
+def test_the_time_in_steps_of_a_resumed_run_is_no_part_of_its_last_command() -> None:
+    numbers = {"eval_loss_before": None, "eval_loss_after": None, "best_step": 2, "peak_memory_bytes": 10**9}
+    counts = {"steps": 2, "train_tokens": 3850, "trainable_parameters": 1, "total_parameters": 2}
+    result = Result(**counts, **numbers, tokens_per_second=100.0, seconds=30.0, total_seconds=36.4)
+    whole, resumed = (_numbers(result, "nats per token", is_resumed=flag)[1] for flag in (False, True))
+    assert (whole.value, whole.note) == ("36.4 s", "38.5 s of it in training steps, 100 tokens/s")
+    assert resumed.note == "since it was resumed; in all 38.5 s in training steps, 100 tokens/s"
 
 
 def test_a_change_that_may_be_chance_is_not_worse() -> None:

@@ -1,6 +1,6 @@
 from dataclasses import replace
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, islice, product
 
 import numpy as np
 import pytest
@@ -101,6 +101,13 @@ def test_epochs_differ_and_seeds_differ() -> None:
     ]
     assert orders[0][:count] != orders[0][count:]
     assert orders[0] != orders[1]
+
+
+def test_ranks_that_resume_a_stream_go_on_where_all_of_them_were() -> None:
+    for rank, start in product(range(3), range(5)):
+        shape = StepShape(2, 2, rank=rank, world=3)  # 12 examples in a step
+        whole, resumed = (islice(stream_steps(lambda: iter(DATA), shape, first), 6 - first) for first in (0, start))
+        assert list(map(numbers, resumed)) == list(map(numbers, whole))[start:]
 
 
 def test_an_empty_stream_is_an_error_and_not_an_endless_loop() -> None:

@@ -84,6 +84,59 @@ def gradient_of(model: LoRAModel) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.lora_layers.parameters() if p.grad is not None])
 
 
+# ---- The reference point of KTO
+
+
+def reference_point(model: LoRAModel, examples: Examples, *, weights: Sequence[float], of_reference: float) -> float:
+    """z0 of a step with a batch of each weight, for replies whose log-probability was `of_reference` before."""
+    reference = Reference()
+    reference.add(examples, np.full((len(examples), 2), of_reference))
+    task, layout = KTO(BETA, reference), BatchLayout(packed=False, loss=WHOLE, pad_id=0)
+    sizes = np.array_split(np.arange(len(examples)), len(weights))
+    batches = [
+        replace(make_batch([examples[int(i)] for i in part], layout, CPU, task), weight=weight)
+        for part, weight in zip(sizes, weights, strict=True)
+    ]
+    points = {
+        float(batch.extras["reference_point"]) for batch in task.complete_step(model, batches, layout, lambda x: x)
+    }
+    (point,) = points
+    return point
+
+
+def test_the_reference_point_of_kto_is_the_mean_of_the_counted_batches_and_at_least_0() -> None:
+    model, examples = lora_model(), feedback(6)
+    half = Examples.of(examples[i] for i in range(3))
+    scores = evaluate(model, examples, layout=BatchLayout(False, WHOLE, 0), token_budget=64, task=KTO(BETA)).scores
+    assert scores is not None
+    others = scores[:, 1]  # log-probabilities of the other replies
+    assert reference_point(model, examples, weights=[1, 1], of_reference=-99) == pytest.approx(others.mean() + 99)
+    assert reference_point(model, examples, weights=[1, 0], of_reference=-99) == pytest.approx(others[:3].mean() + 99)
+    assert reference_point(model, half, weights=[1], of_reference=-99) == pytest.approx(others[:3].mean() + 99)
+    assert reference_point(model, examples, weights=[1, 1], of_reference=99) == 0
+
+
+def test_the_reference_point_of_kto_is_computed_without_dropout() -> None:
+    model, examples = lora_model(), feedback(6)
+    for layer in model.lora_layers.values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+        layer.lora_dropout = 0.5
+    first, second = (
+        reference_point(mode, examples, weights=[1], of_reference=-99) for mode in (model.train(), model.eval())
+    )
+    assert first == second
+    reference_point(model.train(), examples, weights=[1], of_reference=-99)
+    assert model.training
+
+
+def test_the_reference_point_of_an_evaluation_is_at_least_0() -> None:
+    task, examples = KTO(BETA), feedback(3)
+    # columns: reply, other, reward, log-ratio of the other reply, whether it is wanted
+    scores = np.array([[-1.0, -1.0, 0.2, ratio, 1.0] for ratio in (-5.0, -4.0, -3.0)])
+    evaluation = task.evaluation(examples, np.zeros(3), scores)
+    assert evaluation.sums == pytest.approx(1 - 1 / (1 + np.exp(-0.2)))
+
+
 # ---- TRL
 
 

@@ -9,18 +9,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from runs import adapter, changed, losses, run_and_collect, run_and_resume
+from runs import adapter, changed, losses, run_and_collect, run_and_resume, stopping_at
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tailora.data.dataset import Examples
 from tailora.errors import CheckpointError
 from tailora.formats.run_folder import checkpoints_in
 from tailora.train import checkpoint, events, failures
 from tailora.train.config import TrainConfig
 from tailora.train.kernel_comparison import TOLERANCES
+from tailora.train.loss import Evaluation
 from tailora.train.state import TrainState
 from tailora.train.trainer import SECONDS_BETWEEN_CHECKPOINTS, Trainer, run
 
@@ -307,6 +310,34 @@ def test_moments_are_saved_by_parameter(two_checkpoints: TrainConfig) -> None:
         if not name.endswith(".scaling")  # which is not trained
         for key in ("step", "exp_avg", "exp_avg_sq")
     }
+
+
+def test_the_last_evaluation_is_logged_once_if_the_run_ends_right_after_it(settings: Any) -> None:
+    config = settings(max_steps=2, save_steps=2)
+
+    def fail(event: events.Event) -> None:
+        if isinstance(event, events.Evaluated) and event.step == 2:
+            raise OSError("killed")
+
+    with pytest.raises(OSError, match="killed"):
+        run(config, on_event=fail)
+    before = losses(config)
+    assert [step for step, _ in before] == [0, 1, 2, 2]  # the last is the held-out loss
+    run(changed(config, resume_from_checkpoint="latest"))
+    assert losses(config) == before
+
+
+def test_patience_counts_the_evaluations_before_a_resume(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def held_out_loss(trainer: Trainer, **_: Any) -> Evaluation:
+        counts = np.ones(len(cast(Examples, trainer.run.data.held_out)), np.int64)
+        return Evaluation(counts * (1.0 if trainer.state.step == 1 else 2.0), counts)  # the first is the best
+
+    monkeypatch.setattr(Trainer, "held_out_loss", held_out_loss)
+    config = settings(max_steps=9, eval_steps=1, save_steps=1, early_stopping_patience=3)
+    with pytest.raises(failures.Interrupted):
+        run(config, on_event=stopping_at(2, signal.SIGINT))
+    result = run(changed(config, resume_from_checkpoint="latest"))
+    assert (result.steps, result.best_step) == (4, 1)
 
 
 @pytest.fixture

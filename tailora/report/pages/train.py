@@ -256,7 +256,7 @@ def train_page(report: TrainReport) -> Page:
     if result is not None:
         first = report.metrics[:2]  # those that say most
         numbers = [Number(f"{m.name} after", _shown(m.after), f"before {_shown(m.before)}") for m in first]
-        numbers += _numbers(result, unit)
+        numbers += _numbers(result, unit, is_resumed=report.settings.get("resume_from_checkpoint") is not None)
         if report.evaluations:
             loss_text += f" The weights of step {result.best_step} are kept."
         if not run.get("labels") and report.settings.get("samples") != 0:
@@ -319,7 +319,7 @@ def _few_steps_hint(result: Result, report: TrainReport) -> str:
     )
 
 
-def _numbers(result: Result, unit: str) -> list[Number]:
+def _numbers(result: Result, unit: str, *, is_resumed: bool) -> list[Number]:
     numbers = []
     losses = result.eval_loss_before, result.eval_loss_after
     for when, loss, ends in zip(WHEN, losses, (result.eval_loss_before_95, result.eval_loss_after_95), strict=True):
@@ -332,12 +332,13 @@ def _numbers(result: Result, unit: str) -> list[Number]:
     wait = result.seconds if result.total_seconds is None else result.total_seconds
     speed = f"{result.tokens_per_second:,.0f} tokens/s"
     steps = duration(result.train_tokens / result.tokens_per_second) if result.tokens_per_second else NONE
+    since = f"since it was resumed; in all {steps} " if is_resumed else f"{steps} of it "
     if result.eval_kl is not None:
         numbers.append(Number("KL from the base", f"{result.eval_kl:.3f}", "nats per token of held-out conversations"))
     return [
         *numbers,
         Number("trained parameters", count(result.trainable_parameters), of_all),
-        Number("time", duration(wait), f"{steps} of it in training steps, {speed}"),
+        Number("time", duration(wait), f"{since}in training steps, {speed}"),
         Number("peak memory", format_bytes(result.peak_memory_bytes)),
         Number("steps", f"{result.steps:,}", kept),
     ]
