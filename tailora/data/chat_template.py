@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from jinja2.exceptions import TemplateError
-from tokenizers.models import BPE, WordLevel, WordPiece
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tailora.data.dataset import Int32, Int64
@@ -90,7 +89,6 @@ class ChatTokenizer:
 
     bos_ids: what the tokenizer writes before a text, [BOS] or nothing.
     special_tokens: special tokens, which may end a turn.
-    is_local: the tokens of a text do not depend on what comes much later in it. A Unigram model weighs the whole text.
     cache: ids by text, for short texts that are repeated, such as the header of a reply.
     """
 
@@ -101,7 +99,6 @@ class ChatTokenizer:
     eos_id: int | None
     special_ids: frozenset[int]
     special_tokens: tuple[str, ...]
-    is_local: bool
     settings: DataSettings
     cache: dict[str, list[int]] = field(default_factory=dict)
 
@@ -136,7 +133,6 @@ class ChatTokenizer:
             eos_id=tokenizer.eos_token_id,
             special_ids=frozenset(special),
             special_tokens=tuple(sorted({str(name) for name in tokenizer.convert_ids_to_tokens(sorted(special))})),
-            is_local=tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.model, BPE | WordPiece | WordLevel),
             settings=settings,
         )
 

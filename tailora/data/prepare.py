@@ -5,7 +5,6 @@ readers -> schemas -> chat_template, loss_mask, tokenize -> dataset, 1000 rows a
 Training data also gets its hold-out split here, by `split_examples` of dataset.py.
 """
 
-import hashlib
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -110,13 +109,6 @@ def check_vocabulary(tokenizer: Any, embedding_rows: int) -> None:
             f"the embedding has {embedding_rows} rows; take the model's own tokenizer, or first resize the model: "
             f"model.resize_token_embeddings({last + 1})"
         )
-
-
-def _without_problems(results: Sequence[EncodedSample | RowProblem]) -> list[EncodedSample]:
-    """Raises DataError that names every problem, if there is one."""
-    if problems := [result for result in results if isinstance(result, RowProblem)]:
-        raise data_error(problems)
-    return [result for result in results if isinstance(result, EncodedSample)]
 
 
 def _is_trained(encoded: EncodedSample) -> bool:
@@ -453,7 +445,7 @@ def stream_examples(
     yield from dataset.cut_into_blocks(examples, max_length, concatenated=concatenated) if is_text else examples
 
 
-# ---- Evaluation data of any size: read once to check all of it, and again in chunks to be scored
+# ---- Evaluation data
 
 
 @dataclass(frozen=True, slots=True)
@@ -474,78 +466,43 @@ class EvalDataReport:
     trained_on: int | None  # rows among the evaluated ones that the adapter was trained on; None if not known
 
 
-@dataclass(frozen=True, slots=True)
-class EvalSource:
-    """Data to evaluate on.
+def read_eval_data(
+    name: str, tokenizer: ChatTokenizer, limit: int | None = None, trained_rows: Collection[bytes] | None = None
+) -> tuple[EvalDataReport, list[EncodedSample]]:
+    """Returns the rows that have supervised tokens, without copies of earlier rows.
 
     name: of the data, or "demo".    limit: most rows to read.
     trained_rows: `sample_hash` of the rows that the model was trained on; None if they are not known.
+    Raises DataError that names every problem with file, row and cause.
     """
-
-    name: str
-    tokenizer: ChatTokenizer
-    limit: int | None = None
-    trained_rows: Collection[bytes] | None = None
-
-    def read(self) -> tuple[ColumnMapping, Iterator[EncodedSample | RowProblem]]:
-        """Raises DataError if there is no row of a known schema."""
-        items = islice(read_rows(resolve_demo(self.name, "eval_data"), split="validation"), self.limit)
-        return encode_source(self.name, items, self.tokenizer)
-
-
-def check_eval_source(source: EvalSource) -> EvalDataReport:
-    """Reads all of it. Raises DataError that names every problem with file, row and cause."""
-    mapping, results = source.read()
-    max_length = source.tokenizer.settings.max_length
-    problems, counts, seen, judged, trained_on = [], RowCounts(), set[bytes](), 0, 0
+    items = islice(read_rows(resolve_demo(name, "eval_data"), split="validation"), limit)
+    mapping, results = encode_source(name, items, tokenizer)
+    max_length, counts, problems = tokenizer.settings.max_length, RowCounts(), []
+    evaluated: dict[tuple[bytes, str], EncodedSample] = {}  # copies have the same ids, labels and choices
     for result in results:
         if isinstance(result, RowProblem):
             problems.append(result)
-        else:
-            counts.add(result, max_length)
-            if _is_evaluated(result, seen):
-                judged += result.example.supervised
-                trained_on += sample_hash(result.sample) in (source.trained_rows or ())
+            continue
+        counts.add(result, max_length)
+        if result.is_learned:
+            evaluated.setdefault((result.example.hash, repr(result.choices)), result)
     if problems:
         raise data_error(problems)
-    cut_away = counts.flagged.numbers["cut_away"]
-    if counts.examples == cut_away:
-        raise _all_cut(source.name, max_length, counts, use="judged")
-    return EvalDataReport(
-        source=source.name,
+    if not evaluated:
+        raise _all_cut(name, max_length, counts, use="judged")
+    rows, cut_away = list(evaluated.values()), counts.flagged.numbers["cut_away"]
+    report = EvalDataReport(
+        source=name,
         shape=mapping.schema.name,
         mapping=mapping.columns,
-        chat_template=source.tokenizer.template is not None and mapping.schema.uses_chat_template,
+        chat_template=tokenizer.template is not None and mapping.schema.uses_chat_template,
         rows=counts.examples,
         tokens=counts.tokens,
-        supervised_tokens=judged,
+        supervised_tokens=sum(row.example.supervised for row in rows),
         longest=counts.longest,
         truncated=counts.flagged.numbers["truncated"],
         cut_away=cut_away,
-        copies=counts.examples - cut_away - len(seen),
-        trained_on=None if source.trained_rows is None else trained_on,
+        copies=counts.examples - cut_away - len(rows),
+        trained_on=None if trained_rows is None else sum(sample_hash(row.sample) in trained_rows for row in rows),
     )
-
-
-def _is_evaluated(row: EncodedSample, seen: set[bytes]) -> bool:
-    """Returns False if the row has no supervised token or is a copy of a row in `seen`, to which it is added.
-
-    Copies have the same ids and labels up to max_length, and the same choices.
-    """
-    key = hashlib.sha256(row.example.hash + repr(row.choices).encode()).digest()
-    if not row.is_learned or key in seen:
-        return False
-    seen.add(key)
-    return True
-
-
-def read_eval_chunks(source: EvalSource, size: int) -> Iterator[list[EncodedSample]]:
-    """Yields the rows that have supervised tokens, without copies of earlier rows, of `size` rows at a time.
-
-    Raises DataError if the data has problems that `check_eval_source` did not see, because it has changed.
-    """
-    _, results = source.read()
-    seen = set[bytes]()
-    while chunk := list(islice(results, size)):
-        if rows := [row for row in _without_problems(chunk) if _is_evaluated(row, seen)]:
-            yield rows
+    return report, rows

@@ -294,7 +294,7 @@ def read_parquet(path: Path) -> Rows:
             try:
                 rows = batch.to_pylist()
             except (ValueError, OverflowError):
-                rows = [_values_or_problem(batch.slice(index, 1)) for index in range(len(batch))]
+                rows = list(_row_by_row(batch))
             for fields in rows:
                 number += 1
                 is_read = isinstance(fields, dict)
@@ -303,15 +303,13 @@ def read_parquet(path: Path) -> Rows:
         yield RowProblem(str(path), 0, f"not Parquet: {str(error).splitlines()[0]}")
 
 
-def _values_or_problem(row: Any) -> dict[str, Any] | str:
-    """row: a batch of one."""
-    for name, column in zip(row.schema.names, row.columns, strict=True):
+def _row_by_row(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """Yields the values of each row, or why they cannot be read."""
+    for index in range(len(batch)):
         try:
-            column.to_pylist()
+            yield from batch.slice(index, 1).to_pylist()
         except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date after the year 9999
-            return f"the column {name} holds a value that cannot be read ({error}): repair it, or remove the column"
-    values: dict[str, Any] = row.to_pylist()[0]
-    return values
+            yield f"a value that cannot be read ({error}): repair it, or remove its column"
 
 
 def _arrow_row(file: str, number: int, fields: dict[str, Any]) -> Row:

@@ -5,10 +5,11 @@ seq2seq             the prompt for the encoder, the completion for the decoder
 heads for labels    texts with a target, words with their tags
 """
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -39,10 +40,7 @@ from tailora.data.schemas import (
 )
 from tailora.errors import DataError
 
-# A text of many megabytes is tokenised in windows: as one text it takes minutes, and gigabytes.
-WINDOW = 2**16  # characters
-OVERLAP = 2**11  # characters that two neighbours share
-AGREEING = 16  # tokens before and after the seam of two windows, which must be the same in both
+PIECE = 2**16  # characters that are tokenised at once: many megabytes take minutes, and gigabytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,14 +159,13 @@ def _join(sample: AnySample, parts: Sequence[list[EncodedSample] | DataError]) -
 def _encode_texts(samples: Sequence[Sample], tokenizer: ChatTokenizer) -> list[list[EncodedSample] | DataError]:
     rendered: list[list[RenderedSample] | DataError] = [_result_of(render_sample, s, tokenizer) for s in samples]
     texts = [part.text for parts in rendered if not isinstance(parts, DataError) for part in parts]
-    tokens = iter(tokenizer.tokenize([text for text in texts if not _is_long(text, tokenizer)]))
+    tokens = iter(tokenizer.tokenize([text for text in texts if len(text) <= PIECE]))
     max_length = tokenizer.settings.max_length
 
     def encode(parts: list[RenderedSample]) -> list[EncodedSample]:
         examples = []
         for part in parts:
-            is_long = _is_long(part.text, tokenizer)
-            of_text = tokenize_in_windows(part.text, tokenizer) if is_long else next(tokens)
+            of_text = tokenize_long(part.text, tokenizer) if len(part.text) > PIECE else next(tokens)
             examples.append(Example.of_text(*loss_mask(part, of_text, tokenizer)))
         if not all(example.supervised for example in examples):
             raise DataError("all labels masked: no token of this row would be learned")
@@ -180,42 +177,18 @@ def _encode_texts(samples: Sequence[Sample], tokenizer: ChatTokenizer) -> list[l
     return [_result_of(encode, parts) for parts in rendered]
 
 
-def _is_long(text: str, tokenizer: ChatTokenizer) -> bool:
-    return tokenizer.is_local and len(text) > 2 * WINDOW
+def tokenize_long(text: str, tokenizer: ChatTokenizer) -> Tokens:
+    """Returns the tokens of a text from pieces of at most PIECE characters that begin with the space before a word.
 
-
-def tokenize_in_windows(text: str, tokenizer: ChatTokenizer) -> Tokens:
-    """Returns the tokens of a text, from windows that overlap. The tokenizer must be local.
-
-    Neighbours are joined in the middle of what they share, at a token around which they agree.
+    Tokenizers split texts there anyway, so the tokens are those of the whole text, unless a piece has no such space.
     """
-    parts: list[Tokens] = []
-    for start in range(0, len(text) - OVERLAP, WINDOW - OVERLAP):
-        (ids, offsets), *_ = tokenizer.tokenize([text[start : start + WINDOW]])
-        window = Tokens(ids, offsets + start)
-        if parts:
-            before = parts[-1]
-            seam = _seam(before, window, start + OVERLAP // 2)
-            if seam is None:
-                return tokenizer.tokenize([text])[0]
-            end, first = seam
-            parts[-1] = Tokens(before.ids[:end], before.offsets[:end])
-            window = Tokens(window.ids[first:], window.offsets[first:])
-        parts.append(window)
-    return Tokens(np.concatenate([part.ids for part in parts]), np.concatenate([part.offsets for part in parts]))
-
-
-def _seam(before: Tokens, after: Tokens, middle: int) -> tuple[int, int] | None:
-    """Returns the index in both of a token near the character `middle` around which they agree; None if none does."""
-    starts, next_starts = before.offsets[:, 0], after.offsets[:, 0]
-    first = int(np.searchsorted(starts, middle))
-    for i in range(first, min(first + AGREEING, len(starts))):
-        j = int(np.searchsorted(next_starts, starts[i]))
-        is_first = starts[i - 1] < starts[i]  # of the tokens of one character
-        around = slice(max(0, i - AGREEING), i + AGREEING), slice(max(0, j - AGREEING), j + AGREEING)
-        if is_first and j >= AGREEING and np.array_equal(before.ids[around[0]], after.ids[around[1]]):
-            return i, j
-    return None
+    starts = [0]
+    while starts[-1] + PIECE < len(text):
+        spaces = [match.start() for match in re.finditer(r"(?<=\w) (?=\w)", text[starts[-1] : starts[-1] + PIECE])]
+        starts.append(starts[-1] + (spaces[-1] if spaces else PIECE))
+    pieces = tokenizer.tokenize([text[start:end] for start, end in pairwise([*starts, len(text)])])
+    offsets = [piece.offsets + start for piece, start in zip(pieces, starts, strict=True)]
+    return Tokens(np.concatenate([piece.ids for piece in pieces]), np.concatenate(offsets))
 
 
 # ---- Sequence to sequence

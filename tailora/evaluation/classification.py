@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import IGNORED, Examples
 from tailora.data.labels import Labels
-from tailora.data.prepare import EvalSource, check_eval_source, check_vocabulary, read_eval_chunks
+from tailora.data.prepare import check_vocabulary, read_eval_data
 from tailora.data.schemas import REGRESSION, TOKEN_CLASSIFICATION, Labelled, Tagged
 from tailora.data.tokenize import encode_samples, first_tokens
 from tailora.errors import ConfigError, DataError
-from tailora.evaluation.scores import BASE, CHUNK, TUNED, Progress, Score, Scores, models_to_score, token_budget
+from tailora.evaluation.scores import BASE, TUNED, Progress, Score, Scores, models_to_score, token_budget
 from tailora.evaluation.statistics import Interval, mean_interval, paired_difference, share_difference, wilson_interval
 from tailora.model import LoRAModel
 from tailora.train.classification import label_task
@@ -404,15 +404,14 @@ def evaluate_labels(
     """Evaluates the active adapters on `data`, and with `base` also the model without them, on the same rows.
 
     Copies of a row are evaluated once. data: whatever training reads, or 'demo'.    limit: only the first rows.
-    trained_rows: as in `EvalSource`.
+    trained_rows: as in `read_eval_data`.
     Raises DataError for labels that the model does not know, ConfigError if a package is missing.
     """
     check_packages()
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
     settings = DataSettings(field, labels=labels, max_length=max_length, for_evaluation=True)
-    source = EvalSource(data, ChatTokenizer.of(tokenizer, settings), limit, trained_rows)
-    facts = check_eval_source(source)
-    examples = Examples.of(row.example for chunk in read_eval_chunks(source, CHUNK) for row in chunk)
+    facts, rows = read_eval_data(data, ChatTokenizer.of(tokenizer, settings), limit, trained_rows)
+    examples = Examples.of(row.example for row in rows)
     models = models_to_score(model, base)
     outputs = {}
     for name, activated in models.items():

@@ -24,11 +24,9 @@ from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import Examples, distinct_of
 from tailora.data.prepare import (
     EvalDataReport,
-    EvalSource,
-    check_eval_source,
     check_vocabulary,
     prepare,
-    read_eval_chunks,
+    read_eval_data,
 )
 from tailora.data.schemas import AUTO, PREFERENCE, SEQ2SEQ, Conversation, Pair
 from tailora.data.tokenize import EncodedSample, reply_text
@@ -179,7 +177,7 @@ def score(
     field: columns of the data, key -> column.    system: system message of conversations that have none.
     log: called with notes on how the scores are computed.
     ranks: of the processes that call this together, each with the same model; None for one process.
-    trained_rows: hashes of the rows that the adapter was trained on, to count them; see `EvalSource`.
+    trained_rows: hashes of the rows that the adapter was trained on, to count them; see `read_eval_data`.
     Raises DataError if the data lacks what a metric needs, ConfigError for an unknown normalization.
     """
     options = options or EvalOptions()
@@ -187,23 +185,23 @@ def score(
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
     task = SEQ2SEQ if is_seq2seq(model) else AUTO
     settings = DataSettings(field, task, max_length=max_length, system=system, for_evaluation=True)
-    source = EvalSource(data, ChatTokenizer.of(tokenizer, settings), options.limit, trained_rows)
-    facts = check_eval_source(source)
+    facts, rows = read_eval_data(data, ChatTokenizer.of(tokenizer, settings), options.limit, trained_rows)
     metrics = choose_metrics(facts, options.metrics, options.extra_metrics)
     evaluator = _Evaluator(model, tokenizer, replace(options, max_length=max_length), metrics, log)
     models = models_to_score(model, base)
     totals = {name: _Totals() for name in models}
-    start = done = 0  # index of the first example of a chunk; evaluations done, of all models
+    done = 0  # evaluations, of all models
     rank, world = (0, 1) if ranks is None else (ranks.process_index, ranks.num_processes)
-    for chunk in read_eval_chunks(source, world * (CHUNK if model.device.type == "cpu" else 16 * CHUNK)):
-        share = {start + i: chunk[i] for i in range(rank, len(chunk), world)}
+    size = world * (CHUNK if model.device.type == "cpu" else 16 * CHUNK)
+    for start in range(0, len(rows), size):
+        chunk = range(start, min(start + size, len(rows)))
+        share = {i: rows[i] for i in chunk[rank::world]}
         for name, activated in models.items():
             with activated():
                 for step in evaluator.steps if share else ():
                     step(share, totals[name])
             done += len(chunk)
-            progress(done, len(models) * (facts.rows - facts.cut_away - facts.copies))
-        start += len(chunk)
+            progress(done, len(models) * len(rows))
     return _scores(totals if world == 1 else _joined(gather_object([totals]), options.samples), metrics, facts)
 
 

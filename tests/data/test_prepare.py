@@ -1,6 +1,5 @@
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,10 +14,9 @@ from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import IGNORED, Example, Examples, Mixture, warnings_of
 from tailora.data.labels import Labels
 from tailora.data.prepare import (
-    EvalSource,
     PreparedData,
-    check_eval_source,
     check_vocabulary,
+    read_eval_data,
     stream_examples,
 )
 from tailora.data.readers import Source
@@ -81,10 +79,9 @@ def test_rows_of_training_are_known_again_in_an_evaluation(
     other = tmp_path / "other.json"
     other.write_text(json.dumps([{**row, "id": 7} for row in rows[::-1]]))
     settings = DataSettings(max_length=60, for_evaluation=True)
-    source = EvalSource(str(other), ChatTokenizer.of(tokenizer, settings), trained_rows=prepared.trained_rows)
-    assert check_eval_source(source).trained_on == len(prepared.train)
-    assert check_eval_source(replace(source, trained_rows=[])).trained_on == 0
-    assert check_eval_source(replace(source, trained_rows=None)).trained_on is None
+    for trained_rows, number in ((prepared.trained_rows, len(prepared.train)), ([], 0), (None, None)):
+        report, _ = read_eval_data(str(other), ChatTokenizer.of(tokenizer, settings), trained_rows=trained_rows)
+        assert report.trained_on == number
 
 
 def test_the_same_data_and_seed_give_the_same_hash_and_split(bytes_tokenizer, jsonl) -> None:

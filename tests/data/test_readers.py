@@ -148,11 +148,11 @@ def bad_utf8() -> pyarrow.Array:
 @pytest.mark.parametrize(
     ("columns", "number", "cause"),
     [
-        ({"text": bad_utf8()}, 2, "the column text holds a value that cannot be read ('utf-8' codec can't decode"),
+        ({"text": bad_utf8()}, 2, "a value that cannot be read ('utf-8' codec can't decode"),
         (
             {"text": ["a", "b"], "at": pyarrow.array([0, 10**15], pyarrow.timestamp("s"))},
             2,
-            "the column at holds a value that cannot be read",
+            "a value that cannot be read (Python int too large",
         ),
     ],
 )
