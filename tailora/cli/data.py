@@ -4,6 +4,7 @@ import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,14 +20,12 @@ from tailora.cli.main import note, print_json, stdout
 from tailora.cli.models import check_sources, fetch_demo
 from tailora.data.dataset import Example, sources_of, warnings_of
 from tailora.data.readers import MAX_SHOWN, parse_sources, source_names
-from tailora.errors import ConfigError
 from tailora.report.blocks import Code, Section
 from tailora.report.format import plural, printable
 from tailora.report.terminal import print_rich_table, print_section
 from tailora.train.config import FEW_STEPS, TrainConfig
 
 if TYPE_CHECKING:
-    from tailora.data.labels import Labels
     from tailora.data.prepare import PreparedData
 
 SETTINGS = ["model", "task", "eval_data", "field", "max_length", "validation_split", "seed", "skip_bad_rows"]
@@ -99,22 +98,12 @@ def data(
         ]
         reasons = [f"The next command {', and '.join(why)}."] if why else []
         reasons += [f"It holds out about {plural(held_out, 'example')}. {TOO_FEW}"] if is_few else []
-        reasons += missing_packages(labels)
+        if labels is not None and find_spec("seqeval") is None:
+            reasons.append("First install what scores of labels need: pip install 'tailora[classify]'.")
         proposed = {"validation_split": share, "num_train_epochs": epochs}
         command = train_command(settings, proposed, config, flags or {})
         print_section(stdout(), Section("Next", " ".join(reasons), [Code(shlex.join(command))]))
     return 0
-
-
-def missing_packages(labels: "Labels | None") -> list[str]:
-    from tailora.evaluation.classification import check_packages
-
-    try:
-        if labels is not None:
-            check_packages()
-    except ConfigError as error:
-        return [f"First, {error}."]
-    return []
 
 
 def share_to_hold_out(settings: TrainConfig, rows: int) -> float | None:

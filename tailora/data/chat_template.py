@@ -309,19 +309,8 @@ def _with_arguments(chat: Conversation, convert: Callable[[Any], Any]) -> Conver
 
 
 # The form of Qwen 2.5 and Hermes
-TOOLS_TEXT = """\
-# Tools
-
-You may call one or more functions to assist with the user query. Their signatures:
-<tools>
-{}
-</tools>
-
-For each call, return a JSON object with the function's name and arguments within <tool_call></tool_call>:
-<tool_call>
-{{"name": <function-name>, "arguments": <args-json-object>}}
-</tool_call>"""
 CALL_TEXT = '<tool_call>\n{{"name": {}, "arguments": {}}}\n</tool_call>'
+TOOLS_TEXT = "You can call these functions:\n<tools>\n{}\n</tools>\nWrite a call as\n" + CALL_TEXT.replace("{}", "...")
 RESULT_TEXT = "<tool_response>\n{}\n</tool_response>"
 
 

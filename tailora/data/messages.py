@@ -98,15 +98,15 @@ def _content(message: dict[str, Any], name: str) -> str:
 
 def _train_flag(message: dict[str, Any], role: str, name: str) -> bool | None:
     """Returns what `train`, or OpenAI's `weight`, says about the message."""
-    flags = []
-    for key, possible in (("train", (True, False)), ("weight", (1, 0))):
-        value = message.get(key)
-        if value is None:
-            continue
-        if value not in possible or (key == "train" and type(value) is not bool):
-            what = "true or false" if key == "train" else "0 or 1; the weight of a whole row is a key beside messages"
-            raise DataError(f"{name}: {key} is {short_repr(value)} where a message has {what}")
-        flags.append(bool(value))
+    given = {key: message[key] for key in ("train", "weight") if key in message}
+    if type(given.get("train", True)) is not bool:
+        raise DataError(f"{name}: train is {short_repr(given['train'])} where a message has true or false")
+    if given.get("weight", 1) not in (0, 1):
+        raise DataError(
+            f"{name}: weight is {short_repr(given['weight'])} where a message has 0 or 1; the weight of a whole row is "
+            "a key beside messages"
+        )
+    flags = [bool(value) for value in given.values()]
     if len(set(flags)) > 1:
         raise DataError(f"{name}: train and weight contradict each other; give one")
     if True in flags and role != "assistant":

@@ -18,7 +18,15 @@ from tailora.data.chat_template import ChatTokenizer, DataSettings, fit_to_templ
 from tailora.data.dataset import WARNINGS, DataReport, Example, Examples, Mixture, SourceReport, with_other_replies
 from tailora.data.demo import resolve_demo
 from tailora.data.readers import Row, RowProblem, Rows, Source, data_error, read_rows
-from tailora.data.report import Flagged, RowCounts, count_messages, flag_copies, flag_suspicious, most_frequent
+from tailora.data.report import (
+    Flagged,
+    RowCounts,
+    count_messages,
+    flag_copies,
+    flag_suspicious,
+    most_frequent,
+    sample_hash,
+)
 from tailora.data.schemas import (
     CAUSAL_LM,
     FEEDBACK,
@@ -33,7 +41,6 @@ from tailora.data.schemas import (
     convert_row,
     detect_source_schema,
     from_preference,
-    sample_hash,
     weight_of,
 )
 from tailora.data.tokenize import EncodedSample, encode_samples

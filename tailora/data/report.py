@@ -3,11 +3,13 @@
 WARNINGS in dataset.py has the names of what is counted, and the words for it.
 """
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import chain
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from tailora.data.chat_template import to_conversation
 from tailora.data.labels import SINGLE, Labels
@@ -152,6 +154,17 @@ def _of_labels(samples: Located, labels: Labels) -> Iterator[tuple[str, str]]:
             yield "two_labels", labelled
         if labels.problem_type == SINGLE and RARE * counts[names[0]] < max(counts.values()):
             yield "imbalance", labelled
+
+
+def sample_hash(sample: AnySample) -> bytes:
+    """Returns 8 bytes that are equal for the same content, whatever the columns, the tokenizer and the cut."""
+
+    def plain(value: Any) -> Any:
+        return (
+            sorted(value) if isinstance(value, frozenset) else {f.name: getattr(value, f.name) for f in fields(value)}
+        )
+
+    return hashlib.sha256(json.dumps(sample, sort_keys=True, default=plain).encode()).digest()[:8]
 
 
 def flag_copies(flagged: Flagged, train: Iterable[tuple[bytes, str]], held_out: Iterable[tuple[bytes, str]]) -> None:

@@ -19,14 +19,12 @@ In choices, prompt may be called question, and answer label. Rows are read as fe
 are true or false, or for --task preference.
 """
 
-import hashlib
-import json
 import math
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from tailora.data.messages import (
@@ -142,17 +140,6 @@ class Tagged:
 
 
 AnySample: TypeAlias = Sample | Choices | Preference | Feedback | Labelled | Tagged
-
-
-def sample_hash(sample: AnySample) -> bytes:
-    """Returns 8 bytes that are equal for the same content, whatever the columns, the tokenizer and the cut."""
-
-    def plain(value: Any) -> Any:
-        return (
-            sorted(value) if isinstance(value, frozenset) else {f.name: getattr(value, f.name) for f in fields(value)}
-        )
-
-    return hashlib.sha256(json.dumps(sample, sort_keys=True, default=plain).encode()).digest()[:8]
 
 
 # ---- From a row to a sample: one function per schema. Each raises DataError with the cause; callers add file and row.
