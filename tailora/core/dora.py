@@ -50,20 +50,6 @@ def weight_scale(layer: Any, adapters: Sequence[Any], gains: Sequence[Tensor | N
     return scale[:, None] if layer_type.is_transposed(layer) else scale[:, :, None]
 
 
-class CachedNorms(NamedTuple):
-    """Norms, and copies of the factors that they were computed from."""
-
-    A: Tensor
-    B: Tensor
-    norms: Tensor
-
-    def is_valid(self, A: Tensor, B: Tensor) -> bool:
-        """Compares by value: an optimiser that writes to `.data` leaves no other trace."""
-        usable = torch.is_inference_mode_enabled() or not self.norms.is_inference()
-        comparable = A.dtype == self.A.dtype and A.device == self.A.device
-        return usable and comparable and torch.equal(A, self.A) and torch.equal(B, self.B)
-
-
 class WeightState(NamedTuple):
     """Which tensor and memory a weight is, and how often torch saw it change, by references that keep neither alive."""
 
@@ -84,9 +70,8 @@ class WeightState(NamedTuple):
 class RowNorms:
     """||W + B A|| of every output row of one layer, in float32 at least.
 
-    ||W|| is computed once, and again when the weight is replaced or written to, as far as torch tells. The norms are
-    kept on a CPU while A and B have the same values: fused optimizers and writers to `.data` leave no other trace. On
-    other devices the host would have to wait for the comparison, so every forward computes them.
+    ||W|| is computed once, and again when the weight is replaced or written to, as far as torch tells. Every forward
+    computes the rest, since fused optimizers and writers to `.data` change A and B without a trace.
     """
 
     squares: Tensor  # ||W||^2 (out,)
@@ -98,11 +83,10 @@ class RowNorms:
         self.layer_type, self.output_slice = layer_type, output_slice
         self.dtype = torch.promote_types(dtype, torch.float32)
         self._weight: WeightState | None = None
-        self._cache: CachedNorms | None = None
         self.refresh(layer)
 
     def __getstate__(self) -> dict[str, object]:  # of copies and pickles
-        return {**self.__dict__, "_weight": None, "_cache": None}
+        return {**self.__dict__, "_weight": None}
 
     @torch.no_grad()
     def refresh(self, layer: nn.Module) -> None:
@@ -114,20 +98,12 @@ class RowNorms:
             self.squares = row_squares(self._dense(layer), self.layer_type.is_transposed(layer), self.dtype)
             # the host waits for it once; a tensor without contents has none
             self.has_zeros = not self.squares.is_meta and bool((self.squares == 0).any())
-            self._weight, self._cache = WeightState.of(weight), None
+            self._weight = WeightState.of(weight)
 
     @torch.no_grad()
     def __call__(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return self._compute(layer, A, B)
-        self.refresh(layer)
-        if A.device.type != "cpu":
-            return self._compute(layer, A, B)
-        if self._cache is None or not self._cache.is_valid(A, B):
-            self._cache = CachedNorms(A.clone(), B.clone(), self._compute(layer, A, B))
-        return self._cache.norms
-
-    def _compute(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self.refresh(layer)
         left, right = self.layer_type.factors(layer, A, B)
         weight, transposed = self._dense(layer), self.layer_type.is_transposed(layer)
         return row_norms(weight, transposed, self.squares, left, right, self.has_zeros)

@@ -282,3 +282,9 @@ def test_exact_counts_of_trainable_parameters(name: str, settings: dict[str, Any
 def test_a_small_layer_s_lower_rank_is_its_own() -> None:
     base = nn.ModuleDict({"0": nn.Linear(8, 8), "1": nn.ModuleDict({"0": nn.Linear(64, 64)})})
     assert {path: layer.r for path, layer in LoRAModel(base).lora_layers.items()} == {"0": 8, "1/0": 16}
+
+
+def test_a_layer_that_is_named_by_its_whole_path_is_adapted_whatever_the_indices() -> None:
+    whole, value = "model.layers.1.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
+    assert paths(chat_model(), target_modules=[whole, "v_proj"], layers_to_transform=[0]) == [value, whole]
+    assert paths(chat_model(), target_modules=["1.self_attn.q_proj", "v_proj"], layers_to_transform=[0]) == [value]

@@ -6,12 +6,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from report.contents import CONTENTS
 from rich.console import Console
 
 from tailora.report.blocks import Answers, Code, Column, Finding, HeatMap, List, Page, Paragraph, Section, Table
+from tailora.report.charts import HEAT, heat_colour, running_mean
 from tailora.report.files import page_of
+from tailora.report.format import signed
 from tailora.report.terminal import print_page, print_section
 
 NUMBER = re.compile(r"\d[\d,.]*(?:e-?\d+)?")
@@ -225,3 +228,31 @@ def test_an_inspection_proposes_only_data_that_it_can_read(task_type: str | None
     text = shown(page_of(content | {"advice": []}, "x"), 300)
     of_which = "No rule that could be applied" if proposes_data else "No rule"
     assert text.count(f"{of_which} advises a change.") == 2  # on top, and as the advice
+
+
+def test_a_number_that_would_be_rounded_to_zero_has_an_exponent_and_no_other() -> None:
+    texts = [signed(number) for number in (0.0007, -0.0006, 0.0004, -2.1e-5, 0.0)]
+    assert texts == ["+0.001", "-0.001", "+4.0e-04", "-2.1e-05", "+0.000"]
+
+
+def test_a_heat_map_shows_values_above_its_top_as_the_strongest() -> None:
+    cells = {("q", 0): 0.0, ("q", 1): 1.0, ("q", 2): 5.0}
+    text = section_shown(Section("", "", [HeatMap("x", "energy", cells, 1.0, str, "")]), 80)
+    assert "▁██" in text
+    assert [heat_colour(value, 0, 1) for value in (-0.5, 0, 1, 2)] == [HEAT[0], HEAT[0], HEAT[-1], HEAT[-1]]
+
+
+def test_changes_alone_have_a_sign_and_improvements_are_counted() -> None:
+    text = shown(page_of(CONTENTS["eval"](), "x"), 200)
+    assert all(part in text for part in (" 4.470 ", " 3.660 ", " -0.810 ", " +0.200 "))
+    assert "+3.660" not in text
+    content = CONTENTS["train"]()
+    content["held_out"] = {"tokens": [2, 2, 4, 0], "before": [4.0, 4.0, 4.0, 0.0], "after": [2.0, 4.0, 3.0, 0.0]}
+    sections = {section.title: section for section in page_of(content, "x").sections}
+    assert sections["Each held-out example"].text == "2 of 3 examples have a lower loss after training."
+
+
+def test_a_running_mean_is_centred() -> None:
+    means = running_mean(np.arange(60.0) ** 2)  # over three steps to either side
+    assert means[10] == np.mean(np.arange(7, 14) ** 2)
+    assert (means[0], means[-1]) == (np.mean(np.arange(4) ** 2), np.mean(np.arange(56, 60) ** 2))
