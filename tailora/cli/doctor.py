@@ -4,7 +4,8 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -76,7 +77,7 @@ def collect_facts() -> Facts:
         },
         "demo cache": _disk(cache_folder()),
         "Hub cache": _disk(Path(HF_HUB_CACHE)),
-        "packages": {**versions, **{name: _version(name) for name in PACKAGES}},
+        "packages": {**versions, **{name: version(name) if find_spec(name) else None for name in PACKAGES}},
     }
 
 
@@ -121,13 +122,6 @@ def conclusions(facts: Facts) -> list[str]:
 def _disk(folder: Path) -> dict[str, Any]:
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     return {"folder": str(folder), "free": shutil.disk_usage(existing).free}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _lines(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
