@@ -149,7 +149,7 @@ def test_tokens_and_paths_are_found_in_files_of_any_kind(name: str, content: str
 
 def test_the_header_of_the_weights_is_searched_and_words_are_no_paths(tmp_path: Path) -> None:
     weights = safetensors_bytes({TOKEN_IN_FILE: torch.zeros(1)}, {"format": "pt"})
-    with pytest.raises(FormatError, match="the metadata of adapter_model.safetensors contains hf_xxx"):
+    with pytest.raises(FormatError, match=r"the metadata of adapter_model\.safetensors contains hf_xxx"):
         check_nothing_private(tmp_path, {"adapter_model.safetensors": weights}, "")
     words = json.dumps({"/home/me": 1, "hf_token": 2, "https://example.org/home/me/x": 3}).encode()
     check_nothing_private(tmp_path, {"vocab.json": words, "README.md": b"see https://example.org/home/me/x"}, "")
