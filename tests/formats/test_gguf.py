@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tiny_adapters import adapted, logits
 
 from tailora import LoRAModel
 from tailora.errors import FormatError
+from tailora.formats import gguf
 
 PATTERNS = {"rank_pattern": {"q_proj": 3, "down_proj": 5}, "alpha_pattern": {"v_proj": 20}}
 
@@ -42,6 +44,21 @@ def test_a_gguf_file_read_by_llama_cpp_s_rules_gives_the_update(tmp_path: Path) 
             ]
             delta = delta[order]
         np.testing.assert_allclose(fields["adapter.lora.alpha"] / B.shape[1] * B @ A, delta, rtol=1e-4, atol=1e-6)
+
+
+LLAMA_CPP_PAIRS = {"llama", "mistral", "granite", "smollm3", "olmo"}  # of which its converter permutes q and k
+
+
+@pytest.mark.parametrize("model_type", gguf.ARCHITECTURES)
+def test_rows_of_q_and_k_are_paired_in_the_architectures_of_llama_cpp(model_type: str) -> None:
+    config = SimpleNamespace(model_type=model_type, num_attention_heads=4, num_key_value_heads=2)
+    base, A, B = SimpleNamespace(config=config), torch.zeros(2, 6), torch.arange(16.0)[:, None].expand(16, 2)
+    for name, heads in (("blk.0.attn_q.weight", 4), ("blk.0.attn_k.weight", 2), ("blk.0.attn_v.weight", 0)):
+        half = 8 // heads if heads and model_type in LLAMA_CPP_PAIRS else 0
+        order = [head * 2 * half + part * half + i for head in range(heads) for i in range(half) for part in (0, 1)]
+        A_in_file, B_in_file = gguf.to_gguf(A, B, name, base)
+        assert B_in_file[:, 0].tolist() == [float(row) for row in order or range(16)]
+        assert torch.equal(gguf.from_gguf(A_in_file, B_in_file, name, base)[1], B)
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path) -> None:
