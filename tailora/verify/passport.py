@@ -24,7 +24,7 @@ ADAPTER, BASE = "adapter", "base"  # names of variants
 ROUNDED_ADAPTER, ROUNDED_BASE = "adapter on a Q4_0 base", "Q4_0 base"
 NOISE_FLOOR = 0.05  # nats; what 16-bit arithmetic changes anywhere
 WEIGHTS = re.compile(r".*\.(safetensors|gguf)")
-REQUIRED = (ADAPTER, BASE, ROUNDED_ADAPTER, ROUNDED_BASE)
+LogProb = Annotated[FiniteFloat, Field(ge=-1000, le=1e-3)]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,14 @@ class Variant:
 
     kind: Literal["scale", "part", "prompt", "rounding"]
     scale: Annotated[float, Field(ge=0, le=1000)] = 1.0
+
+
+REQUIRED = {
+    ADAPTER: Variant("scale"),
+    BASE: Variant("scale", 0.0),
+    ROUNDED_ADAPTER: Variant("rounding"),
+    ROUNDED_BASE: Variant("rounding", 0.0),
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class Probe:
 
     prompt_tokens: int
     tokens: Annotated[list[str], Field(min_length=1)]
-    logprobs: dict[str, list[FiniteFloat]]
+    logprobs: dict[str, list[LogProb]]
     text: str | None = None
     messages: list[dict[str, str]] | None = None
     rendered: str | None = None
@@ -114,12 +122,14 @@ def _remedy(folder: Path) -> str:
 
 
 def _problems(passport: Passport) -> Iterable[str]:
+    if wrong := [name for name, variant in REQUIRED.items() if passport.variants.get(name) != variant]:
+        yield f"it lacks the variants {', '.join(wrong)}"
     for number, probe in enumerate(passport.probes):
         if (probe.text is None) == (probe.messages is None):
             yield f"probe {number} needs a text or messages"
         if unknown := probe.logprobs.keys() - passport.variants.keys():
             yield f"probe {number} has unknown variants: {', '.join(sorted(unknown))}"
-        if missing := set(REQUIRED) - probe.logprobs.keys():
+        if missing := REQUIRED.keys() - probe.logprobs.keys():
             yield f"probe {number} lacks the variants {', '.join(sorted(missing))}"
         if any(len(values) != len(probe.tokens) for values in probe.logprobs.values()):
             yield f"probe {number} lacks log-probabilities"

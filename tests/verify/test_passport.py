@@ -1,11 +1,14 @@
 """passport.json: what is refused when it is read."""
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tailora.errors import FormatError
 from tailora.formats.run_folder import ADAPTER_WEIGHTS, PASSPORT
@@ -19,15 +22,14 @@ from tailora.verify.passport import (
     read_passport,
     write_passport,
 )
+from tailora.verify.server_verdict import Observation, verify
 
 
 def probe_of(tokens: list[str], values: list[float]) -> dict[str, Any]:
     return {"prompt_tokens": 4, "tokens": tokens, "logprobs": dict.fromkeys(REQUIRED, values), "text": "a b c d"}
 
 
-PASSPORT_OF_BASE = Passport(
-    "tiny", "base", {name: Variant("scale") for name in REQUIRED}, [Probe(**probe_of(["a", "b"], [-1.0, -2.0]))]
-)
+PASSPORT_OF_BASE = Passport("tiny", "base", REQUIRED, [Probe(**probe_of(["a", "b"], [-1.0, -2.0]))])
 
 
 @pytest.fixture
@@ -57,7 +59,10 @@ def test_a_passport_belongs_to_its_weights(folder: Path) -> None:
     [
         ({"version": 1}, "version 1"),
         ({"probes": []}, "probes: List should have at least 1 item"),
-        ({"variants": {}}, "unknown variants: Q4_0 base, adapter"),
+        ({"variants": {}}, "lacks the variants adapter, base, adapter on a Q4_0 base, Q4_0 base"),
+        ({"variants": {name: {"kind": "scale"} for name in REQUIRED}}, "lacks the variants base"),
+        ({"variants": {name: {"kind": "prompt"} for name in REQUIRED}}, "lacks the variants adapter"),
+        ({"probes": [probe_of(["a"], [0.5])]}, "should be less than or equal to 0.001"),
         ({"texts": "mine"}, "texts: "),
         (
             {"variants": {name: {"kind": "scale", "scale": 1e9} for name in REQUIRED}},
@@ -74,3 +79,36 @@ def test_a_damaged_passport_is_refused(folder: Path, change: dict[str, Any], mes
     (folder / PASSPORT).write_text(json.dumps(content | change))
     with pytest.raises(FormatError, match=message):
         read_passport(folder)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "adapter", "scale", 1e308, 10**400]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["kind", "scale", "a"]), inner),
+)
+
+
+@given(st.data())
+def test_a_passport_of_any_content_is_refused_or_gives_a_verdict(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("passport")
+    (folder / ADAPTER_WEIGHTS).write_bytes(b"weights")
+    variants = {**REQUIRED, "scale 2": Variant("scale", 2.0), "a second BOS": Variant("prompt")}
+    probes = [
+        Probe(**{**probe_of(["a", "b"], [-1.0, -2.0]), "logprobs": {name: [-1.0, -2.0] for name in variants}})
+    ] * 8
+    write_passport(folder, replace(PASSPORT_OF_BASE, variants=variants, probes=probes))
+    place = content = json.loads((folder / PASSPORT).read_text())
+    for _ in range(data.draw(st.integers(0, 4))):  # deeper and deeper
+        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        inner = [key for key in keys if isinstance(place[key], dict | list) and place[key]]
+        if not inner:
+            break
+        place = place[data.draw(st.sampled_from(inner))]
+    place[data.draw(st.sampled_from(list(place) if isinstance(place, dict) else range(len(place))))] = data.draw(VALUES)
+    (folder / PASSPORT).write_text(json.dumps(content))
+    with suppress(FormatError):
+        passport = read_passport(folder)
+        values = data.draw(st.lists(st.floats(-50, 0), min_size=2, max_size=2))
+        answer = Observation(0, dict(enumerate(values)), data.draw(st.none() | st.floats(-50, 0)))
+        verify(passport, [answer] * len(passport.probes), [Observation(None)] * len(passport.probes))

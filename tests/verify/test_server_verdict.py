@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import verified_server
@@ -20,10 +21,20 @@ from verified_server import (
 )
 
 from tailora import LoRAModel
-from tailora.verify.passport import ADAPTER, BASE, NOISE_FLOOR, Passport, Probe, read_passport
+from tailora.verify.passport import (
+    ADAPTER,
+    BASE,
+    NOISE_FLOOR,
+    REQUIRED,
+    ROUNDED_ADAPTER,
+    ROUNDED_BASE,
+    Passport,
+    Probe,
+    read_passport,
+)
 from tailora.verify.probes import make_passport, next_logprobs
 from tailora.verify.server_client import ServerClient
-from tailora.verify.server_verdict import STEP, Observation, _verdict_of, scale_name, verify
+from tailora.verify.server_verdict import STEP, Observation, _verdict_of, fit_variants, scale_name, verify
 
 root, url = verified_server.root, verified_server.url  # the fixtures
 
@@ -130,6 +141,22 @@ def answers_of(passport: Passport, variant: Callable[[Probe], str], *, has_logpr
         chosen = max(range(len(logprobs)), key=logprobs.__getitem__)
         answers.append(Observation(chosen, dict(enumerate(logprobs)) if has_logprobs else {}))
     return answers
+
+
+def test_errors_are_weighted_by_the_probabilities_of_the_adapter_and_the_base() -> None:
+    """Of the tokens within a probe, and of the probes; a token that is not listed is only wrong above the bound."""
+    adapter, base = np.log([[0.5, 0.3, 0.1], [0.2, 0.02, 0.01]]), np.log([[0.1, 0.6, 0.2], [0.1, 0.04, 0.03]])
+    probes = [
+        Probe(3, ["a", "b", "c"], {ADAPTER: a, BASE: b, ROUNDED_ADAPTER: a, ROUNDED_BASE: b}, text="x")
+        for a, b in zip(adapter.tolist(), base.tolist(), strict=True)
+    ] * 3
+    answers = [Observation(0, {0: -1.0, 1: -2.0}, bound=-2.5)] * 6
+    weights = (np.exp(adapter) + np.exp(base)) / 2
+    fit = fit_variants(list(zip(probes, answers, strict=True)), REQUIRED)
+    assert fit is not None
+    for name, values in ((ADAPTER, adapter), (BASE, base)):
+        off = np.stack([values[:, 0] + 1, values[:, 1] + 2, np.maximum(values[:, 2] + 2.5, 0)], 1)
+        assert fit.errors[name] == pytest.approx(np.sqrt((weights * off**2).sum() / weights.sum()))
 
 
 def test_what_a_server_changes_at_the_controls_is_no_scale(root: Path) -> None:
