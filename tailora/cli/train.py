@@ -16,6 +16,7 @@ from tailora.cli.flags import ConfigFile, Json, NprocPerNode, Overwrite, flags_o
 from tailora.cli.main import ARGUMENTS, WORSE, is_rank_0, log, note, print_json, stderr, stdout
 from tailora.cli.models import check_sources_of_run, fetch_demo
 from tailora.cli.progress import counter, run_progress
+from tailora.cli.verify import create_passport
 from tailora.data.readers import source_names
 from tailora.data.schemas import PREFERENCE, SEQ2SEQ
 from tailora.errors import INTERRUPTED, CheckpointError, ConfigError, DataError, WriteError
@@ -206,6 +207,7 @@ def fit(
 
             from tailora.evaluation.classification import check_packages
             from tailora.train.failures import Interrupted, fail_together
+            from tailora.train.memory import peak_bytes
             from tailora.train.parallel import own_process_group
             from tailora.train.trainer import run
 
@@ -230,8 +232,8 @@ def fit(
     code = WORSE if is_worse(result) else 0
     if not is_main:
         return code
-    folder = Path(result.output_dir)
-    report, page = write_results(folder, config, answers, kl, started)
+    folder, peak = Path(result.output_dir), peak_bytes(next(result.model.parameters()).device)
+    report, page = write_results(folder, config, answers, kl, started, peak)
     if as_json:
         print_json((report and report["result"]) or result.to_dict())
     else:
@@ -250,11 +252,11 @@ def is_worse(result: "TrainResult") -> bool:
 
 
 def write_results(
-    folder: Path, config: TrainConfig, answers: Sequence["Answer"], kl: float | None, started: float
+    folder: Path, config: TrainConfig, answers: Sequence["Answer"], kl: float | None, started: float, peak: int
 ) -> tuple[dict[str, Any] | None, str]:
     """Writes what the command adds to the run; returns report.json, and where report.html is or how to get it.
 
-    started: time.monotonic at the start of the command.
+    started: time.monotonic at the start of the command.    peak: bytes, the largest memory of the whole command.
     """
     from tailora.report.pages.train import write_train_report
 
@@ -265,7 +267,7 @@ def write_results(
             run_log.add_result(folder, eval_kl=kl)
         if config.task not in TASK_TYPES:
             write_samples(folder, answers)
-        run_log.add_result(folder, total_seconds=time.monotonic() - started)
+        run_log.add_result(folder, total_seconds=time.monotonic() - started, peak_memory_bytes=peak)
         report = write_train_report(folder)
         page = write_page_if_possible(folder)
     except WriteError as error:  # what was trained is whole, so the run has not failed
@@ -304,8 +306,7 @@ def kl_of_preferences(result: "TrainResult", config: TrainConfig) -> float | Non
 def add_passport(result: "TrainResult", config: TrainConfig) -> None:
     """Writes the verification file of a trained language model adapter, for `tailora verify`."""
     from tailora.train.memory import explain_out_of_memory
-    from tailora.verify.passport import write_passport
-    from tailora.verify.probes import make_passport, passport_obstacle
+    from tailora.verify.probes import passport_obstacle
 
     is_text = result.data is not None and result.data.report.task not in (*TASK_TYPES, SEQ2SEQ)
     if config.passport == "none" or config.method != "lora" or not is_text:
@@ -314,13 +315,11 @@ def add_passport(result: "TrainResult", config: TrainConfig) -> None:
         note(f"no passport.json written: {reason}")
         return
     held_out = result.data.eval_samples if result.data and config.passport == "held-out" else None
-    log("writing passport.json, for `tailora verify`")
     advice = f"the adapter is complete, in {result.output_dir}; --passport none skips the verification file"
-    name = result.model.active_adapters[0]
+    folder, name = Path(result.output_dir) / ADAPTER, result.model.active_adapters[0]
     try:
         with explain_out_of_memory("writing the verification file", advice):
-            passport = make_passport(result.model, result.tokenizer, name=name, held_out=held_out)
-        write_passport(Path(result.output_dir) / ADAPTER, passport)
+            create_passport(folder, result.model, result.tokenizer, name=name, held_out=held_out)
     except (DataError, WriteError) as error:  # what was trained is whole
         note(f"no passport.json written: {error}")
 

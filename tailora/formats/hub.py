@@ -315,6 +315,17 @@ def upload(
 # ---- Base models
 
 
+def is_at_hand(name: str) -> bool:
+    """True for a base model that is on this machine: the demo's, a folder, or one in the Hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if name == DEMO:
+        return (demo_folder() / MODEL_NAME).is_dir()
+    return Path(name).is_dir() or (
+        could_be_repository(name) and isinstance(try_to_load_from_cache(name, "config.json"), str)
+    )
+
+
 def check_model_exists(name: str) -> None:
     """Asks the Hub once for a model that is not on this machine. Raises ConfigError unless it is there.
 

@@ -219,9 +219,9 @@ class TrainConfig(StrictModel):
         3, description="answer the prompts of the first N held-out examples before and after training"
     )
     passport: Literal["base", "held-out", "none"] = Field(
-        "base",
-        description="texts in the adapter's passport.json, which `tailora verify` asks a server: written by the base "
-        "model, held-out data, or no passport",
+        "none",
+        description="write the adapter's passport.json right after training, with prompts that the base model answers, "
+        "or with held-out data; by default `tailora verify` and `tailora export` write it when it is needed",
     )
     report_to: list[str] = Field([], description="trackers to log to: tensorboard, wandb, trackio")
     resume_from_checkpoint: str | None = Field(None, description="checkpoint folder to resume from, or 'latest'")

@@ -47,7 +47,7 @@ LIKELY = 8  # tokens of a probe that are kept for each of the variants in TOKENS
 SCALES = (0.25, 0.5, 0.75, 1.25, 1.5, 2.0, 4.0)
 TOKENS_OF = (ADAPTER, BASE, "scale 0.5", "scale 2", "scale 4")
 GROUP = 32  # weights that share a scale in llama.cpp's Q4_0
-CHUNK = 2**26  # logits computed at a time
+CHUNK = 2**24  # logits computed at a time; a few times their memory is in use at once
 MOST_SPECIAL = 0.1  # probability of special tokens at a probe: servers hide them, each in its own way
 
 SECOND_BOS, ADDED_BOS, NO_BOS = "a second BOS", "a BOS before the prompt", "no BOS"
@@ -78,24 +78,34 @@ def passport_obstacle(model: Any) -> str | None:
 
 
 def make_passport(
-    model: Any, tokenizer: Any, *, name: str = "default", held_out: Sequence[Sample] | None = None, seed: int = 0
+    model: Any,
+    tokenizer: Any,
+    *,
+    name: str = "default",
+    held_out: Sequence[Sample] | None = None,
+    system: str | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Passport:
     """Returns the passport of an adapter of a LoRAModel, without its hashes. The model stays as it is.
 
+    progress: is called with the number of computations done and their total.
     held_out: samples whose words go into the passport. None: QUESTIONS, and replies that the base writes, so that the
         passport tells nothing of the data.
+    system: the system message of chats that have none; servers that know it add it.
     Raises DataError if there is no text for a probe, or if nothing can tell the adapter from its base.
     """
     chat_tokenizer = ChatTokenizer.of(tokenizer)
     adapter, base_model = model.adapter(name), model.base_model
     if (positions := free_positions(base_model, 0)) < SHORTEST_CONTEXT:
         raise DataError(f"the model has {positions} positions; a verification file needs {SHORTEST_CONTEXT}")
+    first = [] if system is None else [{"role": "system", "content": system}]
     if held_out is not None:
-        texts = _of_samples(held_out, chat_tokenizer, positions)
+        texts = _of_samples(held_out, chat_tokenizer, positions, first)
     elif chat_tokenizer.template is None:
         texts = _written_texts(model, chat_tokenizer, seed)
     else:
-        texts = _answered_questions(model, chat_tokenizer, seed)
+        texts = _answered_questions(model, chat_tokenizer, seed, first)
     if not texts:
         raise DataError(
             f"no text is fit for a probe: it needs {SHORTEST_PROMPT + 1} tokens, at most {PROMPT_LENGTH} of them "
@@ -103,7 +113,7 @@ def make_passport(
         )
     computations = _computations(adapter, base_model)
     with torch.no_grad(), evaluating(base_model):
-        probes = _probes(texts, computations, chat_tokenizer)
+        probes = _probes(texts, computations, chat_tokenizer, progress)
     probes = [probe for probe in probes if probe.tokens]
     if not probes:
         raise DataError("no text is fit for a probe: its likely next tokens are special tokens or parts of characters")
@@ -145,9 +155,9 @@ def _chat(messages: Messages, reply: Sequence[int], tokenizer: ChatTokenizer) ->
     return ProbeText((*prompt, *reply[:REPLY_LENGTH]), len(prompt) - 1, messages, rendered, start)
 
 
-def _answered_questions(model: Any, tokenizer: ChatTokenizer, seed: int) -> list[ProbeText]:
-    """Returns QUESTIONS with replies that the base writes."""
-    chats = [_chat([{"role": "user", "content": question}], [], tokenizer) for question in QUESTIONS]
+def _answered_questions(model: Any, tokenizer: ChatTokenizer, seed: int, first: Messages) -> list[ProbeText]:
+    """Returns QUESTIONS with replies that the base writes. first: the messages before each question."""
+    chats = [_chat([*first, {"role": "user", "content": question}], [], tokenizer) for question in QUESTIONS]
     length, pad = max(len(chat.ids) for chat in chats), tokenizer.eos_id or 0
     ids = torch.tensor([[pad] * (length - len(chat.ids)) + list(chat.ids) for chat in chats], device=model.device)
     mask = torch.tensor([[0] * (length - len(chat.ids)) + [1] * len(chat.ids) for chat in chats], device=model.device)
@@ -164,8 +174,13 @@ def _written_texts(model: Any, tokenizer: ChatTokenizer, seed: int) -> list[Prob
     return _plain_texts([ids[1:] for ids in written], tokenizer)
 
 
-def _of_samples(samples: Sequence[Sample], tokenizer: ChatTokenizer, positions: int) -> list[ProbeText]:
-    """Returns the first samples that are short enough, and whose messages are plain text."""
+def _of_samples(
+    samples: Sequence[Sample], tokenizer: ChatTokenizer, positions: int, first: Messages
+) -> list[ProbeText]:
+    """Returns the first samples that are short enough, and whose messages are plain text.
+
+    first: the messages before a chat without a system message.
+    """
     texts: list[ProbeText] = []
     for sample in map(_wanted, samples):
         if len(texts) == len(QUESTIONS):
@@ -179,7 +194,9 @@ def _of_samples(samples: Sequence[Sample], tokenizer: ChatTokenizer, positions: 
         reply = last_reply(chat)
         if reply is None or chat.tools or any(set(message) != {"role", "content"} for message in chat.messages):
             continue
-        text = _chat(chat.messages[:reply], tokenizer.token_ids(chat.messages[reply]["content"]), tokenizer)
+        has_system = chat.messages[0]["role"] == "system"
+        prompt = [*([] if has_system else first), *chat.messages[:reply]]
+        text = _chat(prompt, tokenizer.token_ids(chat.messages[reply]["content"]), tokenizer)
         if text.first < min(PROMPT_LENGTH, positions - ROOM):
             texts.append(text)
     return texts
@@ -324,19 +341,27 @@ Spot = tuple[ProbeText, int]  # a text, and the position of the token after whic
 
 
 def _probes(
-    texts: Sequence[ProbeText], computations: Mapping[str, Computation], tokenizer: ChatTokenizer
+    texts: Sequence[ProbeText],
+    computations: Mapping[str, Computation],
+    tokenizer: ChatTokenizer,
+    progress: Callable[[int, int], None],
 ) -> list[Probe]:
     """Returns probes of plain completions where the adapter changes most, then one for the reply in each chat."""
-    chosen, controls = _spots(texts, computations, tokenizer)
+    chunks = list(_chunks(texts, len(tokenizer.tokenizer)))
+    chosen, controls = _spots(chunks, computations, tokenizer)
     words = {**chosen, **controls}
     plain: list[Probe] = []
     chats: list[Probe] = []
-    for chunk in _chunks(texts, len(tokenizer.tokenizer)):
+    for number, chunk in enumerate(chunks):
         starts = {(text, text.first) for text in chunk if text.messages}
         of_chunk = starts | {spot for spot in words if spot[0] in chunk}
         spots = sorted(of_chunk, key=lambda spot: (chunk.index(spot[0]), spot[1]))
         computed = _computed(computations, chunk, spots, tokenizer.tokenizer.bos_token_id)
-        for spot, (tokens, logprobs) in zip(spots, _likely_tokens(computed, tokenizer), strict=True):
+
+        def show(done: int, *, before: int = number, total: int = len(computed)) -> None:
+            progress(before * total + done, len(chunks) * total)
+
+        for spot, (tokens, logprobs) in zip(spots, _likely_tokens(computed, tokenizer, show), strict=True):
             text, position = spot
             if spot in words:
                 of_text = {name: values for name, values in logprobs.items() if name != NO_START}
@@ -347,7 +372,7 @@ def _probes(
 
 
 def _spots(
-    texts: Sequence[ProbeText], computations: Mapping[str, Computation], tokenizer: ChatTokenizer
+    chunks: Sequence[Sequence[ProbeText]], computations: Mapping[str, Computation], tokenizer: ChatTokenizer
 ) -> tuple[dict[Spot, str], dict[Spot, str]]:
     """Returns the spots where the adapter changes most compared with 4-bit weights, and the controls, with their words.
 
@@ -355,7 +380,7 @@ def _spots(
     """
     ratios: list[float] = []
     spots: list[Spot] = []
-    for chunk in _chunks(texts, len(tokenizer.tokenizer)):
+    for chunk in chunks:
         rows = [text.ids for text in chunk]
         positions: list[Sequence[int]] = [range(text.first, len(text.ids)) for text in chunk]
         base, adapter, rounded = (
@@ -415,16 +440,20 @@ def _computed(
 
 def _change(first: Tensor, second: Tensor) -> Tensor:
     """Returns how far the likely tokens' log-probabilities are apart, in nats: (n, vocabulary) twice -> (n,)."""
-    weight = (first.exp() + second.exp()) / 2
-    return (weight * (first - second).clamp(-10, 10).square()).sum(-1).sqrt()
+
+    def change(a: Tensor, b: Tensor) -> Tensor:
+        return ((a.exp() + b.exp()) / 2 * (a - b).clamp(-10, 10).square()).sum().sqrt()
+
+    return torch.stack([change(a, b) for a, b in zip(first, second, strict=True)])  # without large temporary tensors
 
 
 def _likely_tokens(
-    computed: Mapping[str, Callable[[], Tensor]], tokenizer: ChatTokenizer
+    computed: Mapping[str, Callable[[], Tensor]], tokenizer: ChatTokenizer, progress: Callable[[int], None]
 ) -> list[tuple[list[str], dict[str, list[float]]]]:
     """Returns for every spot the texts of its likely tokens, and variant -> their log-probabilities.
 
     computed: variant -> what computes its log-probabilities, (spots, vocabulary).
+    progress: is called with the number of variants done.
     """
     first = {name: computed[name]() for name in TOKENS_OF}
     top = torch.cat([logprobs.topk(LIKELY).indices for logprobs in first.values()], dim=1)  # (spots, k)
@@ -438,7 +467,8 @@ def _likely_tokens(
                 by_text.setdefault(text, token)
         ids.append(by_text)
     logprobs: list[dict[str, list[float]]] = [{} for _ in ids]
-    for name, compute in computed.items():
+    for done, (name, compute) in enumerate(computed.items()):
+        progress(done)
         rows = first[name] if name in first else compute()
         for row, by_text, of_spot in zip(rows, ids, logprobs, strict=True):
             of_spot[name] = [round(value, 4) for value in row[list(by_text.values())].clamp_min(-100).tolist()]

@@ -24,7 +24,7 @@ from tailora.cli.train import KL_TOKENS, demo_folder, first_prompt, is_worse, kl
 from tailora.data.dataset import Example, Examples
 from tailora.errors import CheckpointError, ConfigError, WriteError
 from tailora.formats import run_folder
-from tailora.formats.run_folder import ADAPTER, PASSPORT, SAMPLES
+from tailora.formats.run_folder import ADAPTER, PASSPORT, REPORT, SAMPLES
 from tailora.report.format import duration
 from tailora.report.pages.train import Result, _numbers, _remedy
 from tailora.train import run_log
@@ -56,7 +56,7 @@ def training_flags(model: Path, data: Path, output_dir: Path) -> dict[str, str]:
 
 @pytest.fixture
 def flags(chats: Path, tiny_model: Path, tmp_path: Path) -> dict[str, str]:
-    return {**training_flags(tiny_model, chats, tmp_path / "run"), "--passport": "none"}  # which takes a second
+    return training_flags(tiny_model, chats, tmp_path / "run")
 
 
 def line(flags: dict[str, str], changes: dict[str, str] | None = None, command: str = "train") -> list[str]:
@@ -78,6 +78,7 @@ def finished(tiny_model: Path, chats_text: str, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("finished")
     (folder / "chats.jsonl").write_text(chats_text)
     flags = {**training_flags(tiny_model, folder / "chats.jsonl", folder / "run"), "--samples": "2"}
+    flags["--passport"] = "base"
     out, err = StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         assert main(line(flags)) == 0
@@ -117,7 +118,10 @@ def test_the_passport_of_a_run_holds_no_text_of_its_data(finished: FinishedRun, 
             assert message["content"] not in written
 
 
-def test_the_passport_of_held_out_texts_and_none(finished: FinishedRun, flags: dict[str, str], tmp_path: Path) -> None:
+def test_the_passport_of_held_out_texts_and_none(
+    finished: FinishedRun, flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tailora.train.memory.peak_bytes", lambda _: 10**12)  # at the end of the command
     held_out = {**flags, "--passport": "held-out", "--output-dir": str(tmp_path / "held-out")}
     for given in (held_out, flags):
         assert main(line(given)) == 0
@@ -127,6 +131,7 @@ def test_the_passport_of_held_out_texts_and_none(finished: FinishedRun, flags: d
     asked = [probe.messages[0]["content"] for probe in passport.probes if probe.messages]
     assert {sample["prompt"] for sample in samples} <= {*asked}
     assert not (tmp_path / "run" / ADAPTER / PASSPORT).exists()
+    assert json.loads((tmp_path / "run" / REPORT).read_text())["result"]["peak_memory_bytes"] == 10**12
 
 
 @pytest.mark.slow

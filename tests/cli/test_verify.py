@@ -1,16 +1,17 @@
 """`tailora verify`."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import verified_server
-from verified_server import MODELS, Request, running, stand_in
+from verified_server import MODELS, TOKENIZER, Request, base_model, running, stand_in
 
 from tailora.cli.main import main
 from tailora.cli.verify import HEADLINES
-from tailora.formats.run_folder import ADAPTER_WEIGHTS
+from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PASSPORT
 from tailora.verify import server_client
 from tailora.verify.passport import read_passport
 from tailora.verify.server_client import MOST_BYTES
@@ -36,6 +37,25 @@ def test_the_command_says_its_verdict(url: str, root: Path, capsys: pytest.Captu
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["verdict"] == "scaled"
     assert result["scale"] == pytest.approx(2, abs=STEP / 2)
+
+
+def test_a_missing_verification_file_is_written_where_the_base_is_at_hand(
+    url: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = tmp_path / "base", shutil.copytree(root / "legal", tmp_path / "legal")
+    (adapter / PASSPORT).unlink()
+    settings = json.loads((adapter / ADAPTER_CONFIG).read_text())
+    (adapter / ADAPTER_CONFIG).write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
+    command = ["verify", url, "--adapter", str(adapter)]
+    assert main(command) == 2
+    assert "contains no passport.json: `tailora export" in " ".join(capsys.readouterr().err.split())
+    base_model().save_pretrained(base)
+    TOKENIZER.save_pretrained(base)
+    assert main(command) == 0
+    assert f"writing {adapter / PASSPORT}, for `tailora verify`" in " ".join(capsys.readouterr().err.split())
+    assert len(read_passport(adapter).probes) > 20
+    assert main(command) == 0
+    assert "writing" not in capsys.readouterr().err
 
 
 def test_another_base_shows_in_the_answers_of_the_base(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

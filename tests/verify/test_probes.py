@@ -11,13 +11,22 @@ from verified_server import TOKENIZER, adapted, base_model, store_in_q4_0, throu
 from tailora import LoRAConfig, LoRAModel
 from tailora.data.schemas import Choices, Conversation, Feedback, Preference
 from tailora.errors import DataError
-from tailora.verify.probes import make_passport, q4_0, rounded_to_4_bits
+from tailora.verify.probes import _parts, make_passport, q4_0, rounded_to_4_bits
 
 
 def test_q4_0_is_that_of_llama_cpp() -> None:
     weight = torch.randn(8, 96, generator=torch.Generator().manual_seed(0))
     weight[2] = 0
     assert torch.equal(q4_0(weight), through_gguf(weight))
+
+
+@pytest.mark.parametrize(("layers", "first_upper"), [(4, 2), (5, 3)])
+def test_the_upper_half_begins_in_the_middle(layers: int, first_upper: int) -> None:
+    """The layer in the middle of an odd number belongs to the lower half."""
+    parts = _parts(adapted(0, base_model(num_hidden_layers=layers)).adapter())
+    for name, left in (("lower", range(first_upper, layers)), ("upper", range(first_upper))):
+        paths = parts[f"the {name} half of the layers"].low_rank
+        assert {int(path.split(".")[2]) for path in paths} == {*left}
 
 
 def test_conv1d_is_rounded_along_its_inputs_and_the_head_is_not() -> None:
@@ -53,6 +62,20 @@ GREETING = Conversation(
 def test_held_out_samples_of_any_task_make_probes(sample: Any) -> None:
     probes = make_passport(adapted(0), TOKENIZER, held_out=[sample]).probes
     assert [probe.messages for probe in probes if probe.messages] == [GREETING.messages[:1]]
+
+
+@pytest.mark.parametrize("held_out", [None, [GREETING] * 2])
+def test_chats_begin_with_the_system_message_of_the_training(held_out: Any) -> None:
+    """A server that knows it adds it to chats without one, so that the same prompts have to be compared."""
+    system = {"role": "system", "content": "a good cat"}
+    for given, expected in (("a good cat", [system]), (None, [])):
+        passport = make_passport(adapted(0), TOKENIZER, held_out=held_out, system=given)
+        chats = [probe.messages for probe in passport.probes if probe.messages]
+        assert chats
+        assert all(messages[:-1] == expected for messages in chats)
+    with_own = Conversation([{"role": "system", "content": "to you"}, *GREETING.messages])
+    passport = make_passport(adapted(0), TOKENIZER, held_out=[with_own], system="a good cat")
+    assert [probe.messages for probe in passport.probes if probe.messages] == [with_own.messages[:2]]
 
 
 def test_a_conversation_needs_a_template() -> None:
@@ -101,7 +124,9 @@ def test_probes_leave_the_model_and_random_numbers_as_they_are() -> None:
     model = adapted(0)
     ids, before = torch.arange(12)[None], torch.get_rng_state()
     expected = model(input_ids=ids).logits
-    make_passport(model, TOKENIZER)
+    shown: list[tuple[int, int]] = []
+    make_passport(model, TOKENIZER, progress=lambda done, total: shown.append((done, total)))
+    assert [done for done, _ in shown] == list(range(shown[0][1]))
     assert torch.equal(model(input_ids=ids).logits, expected)
     assert torch.equal(torch.get_rng_state(), before)
     assert not any(module._forward_hooks for module in model.modules())
