@@ -23,6 +23,7 @@ from tailora.cli.models import (
     quantize_method,
     task_of,
 )
+from tailora.cli.verify import create_passport
 from tailora.data.demo import resolve_demo
 from tailora.data.schemas import CAUSAL_LM
 from tailora.errors import ConfigError, DataError, FormatError
@@ -30,7 +31,10 @@ from tailora.formats.run_folder import (
     EXPORTED_FILES,
     PASSPORT,
     SERVE_SCRIPT,
+    SYSTEM,
     check_result_folder,
+    read_system_message,
+    write_system_message,
 )
 from tailora.report.blocks import Block, Code, Column, Paragraph, Section, Table
 from tailora.report.terminal import print_section
@@ -84,7 +88,7 @@ def export(
     """
     path = find_adapter(adapter)
     check_result_folder(output, EXPORTED_FILES, overwrite=overwrite, sources=[path])
-    base = base_model_name(model, [path])
+    base, system = base_model_name(model, [path]), read_system_message(path)
     log("reading the model")
     from tailora.model import LoRAModel
     from tailora.quiet import quiet_transformers
@@ -108,6 +112,10 @@ def export(
             settings = serving_settings(path, base, loaded, tokenizer, trained_on if method is None else None)
             result = adapted.export_for(output, to, settings=settings, tokenizer=tokenizer, overwrite=overwrite)
             report, serving = result.report, result.serving
+    if system is not None:
+        write_system_message(report.folder, system)
+        report.files[SYSTEM] = (report.folder / SYSTEM).stat().st_size
+        report.changes.append(f"the system message of training is in {SYSTEM}; answers without it can be worse")
     if passport == "base" and labels is None and task == CAUSAL_LM:
         report.files.update(add_passport(report.folder, path, adapted, tokenizer))
     seconds = time.perf_counter() - started
@@ -125,23 +133,21 @@ def add_passport(folder: Path, source: Path, model: Any, tokenizer: Any) -> dict
     Returns the name of the file -> its bytes; {} for a model or an adapter that can have none.
     """
     from tailora.verify.passport import read_passport, write_passport
-    from tailora.verify.probes import make_passport, passport_obstacle
+    from tailora.verify.probes import passport_obstacle
 
     if passport_obstacle(model) is not None:
         return {}
     try:
-        passport = read_passport(source, "the result gets a new one") if (source / PASSPORT).exists() else None
+        if (source / PASSPORT).exists():
+            return {PASSPORT: write_passport(folder, read_passport(source, "the result gets a new one")).stat().st_size}
     except FormatError as error:
         note(str(error))
-        passport = None
     try:
-        if passport is None:
-            log("writing passport.json, for `tailora verify`")
-            passport = make_passport(model, tokenizer)
+        create_passport(folder, model, tokenizer)
     except DataError as error:  # the export is whole
         note(f"no passport.json written: {error}")
         return {}
-    return {PASSPORT: write_passport(folder, passport).stat().st_size}
+    return {PASSPORT: (folder / PASSPORT).stat().st_size}
 
 
 def check_target(to: str, adapter: Path, output: Path, labels: "Labels | None", task: str) -> None:
@@ -170,6 +176,7 @@ def serving_settings(adapter: Path, base: str, model: Any, tokenizer: Any, train
         stop_tokens=dict(zip(stops, tokenizer.convert_ids_to_tokens(stops), strict=True)),
         chat_template=template,
         trained_on=trained_on,
+        system=read_system_message(adapter),
     )
 
 

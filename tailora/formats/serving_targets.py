@@ -35,7 +35,7 @@ from tailora.formats import fold_scale
 from tailora.formats.export import FORMATS, ExportReport, export, portable_rank
 from tailora.formats.fold_scale import MERGED, ExportSource
 from tailora.formats.io import read_json_object
-from tailora.formats.run_folder import CHAT_TEMPLATE, GGUF_WEIGHTS, MODELFILE, SERVE_SCRIPT, TOKENIZER_CONFIG
+from tailora.formats.run_folder import CHAT_TEMPLATE, GGUF_WEIGHTS, MODELFILE, SERVE_SCRIPT, SYSTEM, TOKENIZER_CONFIG
 
 # ---- The settings of a server
 
@@ -48,12 +48,14 @@ class ServingSettings:
     stop_tokens: id -> text of the tokens that end an answer.
     chat_template: the template of the adapter's training, if the base's tokenizer has a different one.
     trained_on: quantization of the base during training, if this base is not quantized; merging is then refused.
+    system: the system message that most of the training conversations had.
     """
 
     base: str | None = None
     stop_tokens: Mapping[int, str] = field(default_factory=dict)
     chat_template: str | None = None
     trained_on: str | None = None
+    system: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Serving:
     stop_tokens: Mapping[int, str]
     more_stop_tokens: Mapping[int, str]
     chat_template: str | None
+    system: str | None
     prepare: tuple[list[str], str] | None = None
     commands: list[list[str]] = field(default_factory=list)
 
@@ -160,6 +163,7 @@ def ollama_files(serving: Serving, source: ExportSource) -> dict[str, str]:
     lines = [f"FROM ./{model_file(serving)}"]
     lines += [] if serving.is_merged else [f"ADAPTER ./{GGUF_WEIGHTS}"]
     lines += [f'TEMPLATE """{template}"""' if template else NO_TEMPLATE]
+    lines += [f'SYSTEM """{serving.system}"""'] if serving.system and '"""' not in serving.system else []
     lines += [] if serving.context_length is None else [f"PARAMETER num_ctx {serving.context_length}"]
     lines += [f'PARAMETER stop "{text}"' for text in serving.stop_tokens.values()]  # Ollama knows no escapes
     return {MODELFILE: "\n".join(lines) + "\n"}
@@ -279,6 +283,7 @@ def describe(source: ExportSource, folder: Path, target: str, to: str, settings:
         stop_tokens=settings.stop_tokens,
         more_stop_tokens={number: text for number, text in settings.stop_tokens.items() if number not in known},
         chat_template=settings.chat_template,
+        system=settings.system,
     )
 
 
@@ -331,6 +336,9 @@ def notes(serving: Serving) -> list[str]:
     fields = {"vllm": f'"stop_token_ids": {ids}', "mlx": f'"stop": {json.dumps(texts, ensure_ascii=False)}'}
     if ids and serving.target in fields:
         result.append(f"Requests need {fields[serving.target]}, which the base model does not name.")
+    if serving.system and (serving.target != "ollama" or '"""' in serving.system):
+        title = TARGETS[serving.target].title
+        result.append(f"Requests need the system message of training, in {SYSTEM}: {title} has no place for it.")
     return result
 
 
@@ -361,13 +369,13 @@ def adapter_chat_template(folder: Path) -> str | None:
 # written.
 
 Message = dict[str, str]
-SYSTEM, FIRST, ANSWER, SECOND = "systemtext", "firstquestion", "firstanswer", "secondquestion"
+SYSTEM_TEXT, FIRST, ANSWER, SECOND = "systemtext", "firstquestion", "firstanswer", "secondquestion"
 QUESTIONS: list[Message] = [
     {"role": "user", "content": FIRST},
     {"role": "assistant", "content": ANSWER},
     {"role": "user", "content": SECOND},
 ]
-WITH_SYSTEM: list[Message] = [{"role": "system", "content": SYSTEM}, *QUESTIONS]
+WITH_SYSTEM: list[Message] = [{"role": "system", "content": SYSTEM_TEXT}, *QUESTIONS]
 
 
 @dataclass(frozen=True)
@@ -427,7 +435,7 @@ def _frame(tokenizer: Any) -> Frame | None:
         return None
     (start, reply, between, _), end = parts, answered[2]
     user = between.removeprefix(end)
-    with_system = _split(_render(tokenizer, WITH_SYSTEM), SYSTEM, FIRST, ANSWER, SECOND)
+    with_system = _split(_render(tokenizer, WITH_SYSTEM), SYSTEM_TEXT, FIRST, ANSWER, SECOND)
     before, after = with_system[:2] if with_system else (None, user)
     return Frame(start.removesuffix(user), before, after.removesuffix(user), user, reply, end)
 

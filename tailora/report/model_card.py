@@ -10,7 +10,7 @@ from typing import Any
 from tailora.formats.hub import DEMO, model_card, repository_of
 from tailora.formats.io import read_own_json
 from tailora.formats.offline import read_offline
-from tailora.formats.run_folder import ADAPTER, REPORT
+from tailora.formats.run_folder import ADAPTER, REPORT, read_system_message
 from tailora.report.format import NONE, interval, printable, setting, value_range
 from tailora.report.pages.train import Metric, TrainReport
 from tailora.train.config import NATS_PER_TOKEN
@@ -32,10 +32,11 @@ def run_card(
     Raises FormatError if the report of the run is damaged.
     """
     ranks = [float(update.r) for update in read_offline(adapter).updates.values()]
-    about, path, parts = f"LoRA adapter: {len(ranks)} layers of rank {value_range(ranks)}", adapter.resolve(), {}
+    about, path = f"LoRA adapter: {len(ranks)} layers of rank {value_range(ranks)}", adapter.resolve()
+    parts: dict[str, Any] = {"system": read_system_message(adapter)}
     if path.name == ADAPTER and (path.parent / REPORT).is_file():
         about += ", trained with tailora"
-        parts = of_run(read_own_json(path.parent / REPORT, TrainReport, "delete it, or train again"), samples=samples)
+        parts |= of_run(read_own_json(path.parent / REPORT, TrainReport, "delete it, or train again"), samples=samples)
     base = str(settings.get("base_model_name_or_path") or "")
     public = repository_of(base) or "BASE"
     use = {

@@ -20,6 +20,7 @@ from tailora.cli.export import Format, Server
 from tailora.cli.main import main
 from tailora.errors import FormatError
 from tailora.formats.export import FORMATS
+from tailora.formats.run_folder import read_system_message, write_system_message
 from tailora.formats.serving_targets import TARGETS
 from tailora.verify.passport import read_passport, write_passport
 from tailora.verify.probes import passport_obstacle
@@ -144,6 +145,24 @@ def test_mistakes(
     assert "--overwrite" not in shown
     assert not (tmp_path / "out").exists()
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("to", ["peft", "ollama", "vllm"])
+def test_the_system_message_of_training_goes_along_or_is_missed(
+    to: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, system = tmp_path / "out", 'Answer "briefly".\nAlways.'
+    write_system_message(run / "adapter", system)
+    assert main(["export", str(run), "--to", to, "--output", str(out), "--passport", "none"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert read_system_message(out) == system
+    assert "he system message of training is in system_message.txt" in shown
+    lacks = "Requests need the system message of training, in system_message.txt: vLLM has no place for it."
+    assert (lacks in shown) == (to == "vllm")
+    if to == "vllm":
+        assert lacks in (out / "serve.sh").read_text()
+    if to == "ollama":
+        assert f'SYSTEM """{system}"""\n' in (out / "Modelfile").read_text()
 
 
 def test_overwrite_replaces_an_exported_adapter(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,9 +21,17 @@ from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import main
-from tailora.formats.run_folder import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, METADATA_KEY, PASSPORT, REPORT
-from tailora.verify import passport as passports
-from tailora.verify.passport import Passport, Probe, Variant, write_passport
+from tailora.formats.run_folder import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CARD,
+    METADATA_KEY,
+    PASSPORT,
+    REPORT,
+    write_system_message,
+)
+from tailora.verify.passport import REQUIRED, Passport, Probe, write_passport
 
 hub = hub_server.hub  # the fixture
 
@@ -254,9 +262,8 @@ def test_the_passport_goes_with_the_weights_that_it_is_of(
     hub: Server, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     passport = run / ADAPTER / PASSPORT
-    variants = {name: Variant("scale") for name in passports.REQUIRED}
-    probe = Probe(3, ["é"], {name: [-1.0] for name in variants}, text="the cat is")
-    write_passport(run / ADAPTER, Passport("models/tiny", "base", variants, [probe]))
+    probe = Probe(3, ["é"], {name: [-1.0] for name in REQUIRED}, text="the cat is")
+    write_passport(run / ADAPTER, Passport("models/tiny", "base", REQUIRED, [probe]))
     content = json.loads(passport.read_text())
     digest = content["weights"][ADAPTER_WEIGHTS]
     pushed(capsys, run, "user/adapter", "--model", "owner/base")
@@ -307,12 +314,14 @@ def test_an_adapter_without_a_run_and_a_public_repository(
     model = adapted({"r": 2, "use_dora": True, "rank_pattern": {"q_proj": 3}})
     model.base_model.config._name_or_path = "owner/base"
     model.save_pretrained(tmp_path / "dora")
+    write_system_message(tmp_path / "dora", "Be brief.\nAlways.")
     pushed(capsys, tmp_path / "dora", "user/dora", "--public", "--revision", "v2")
     repository = hub.repositories["user/dora"]
     assert not repository.private
-    assert (sorted(repository.branches["v2"]), repository.branches["main"]) == (FILES, {})
+    assert (sorted(repository.branches["v2"]), repository.branches["main"]) == ([*FILES, "system_message.txt"], {})
     text = card_of(hub, "user/dora", "v2").text
     assert "layers of rank 2 to 3" in text
+    assert "\n> Be brief.\n> Always.\n" in text
     assert "Results" not in text
     repository.private = False
     code, _, err = call(capsys, "push", tmp_path / "dora", "user/dora")
