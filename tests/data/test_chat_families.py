@@ -353,8 +353,8 @@ def test_marks_and_prompts_keep_their_place_among_tools_as_text(tokenizer_of) ->
     tokenizer = tokenizer_of("smollm2")
     messages = [user("a"), assistant(None, tool_calls=[call({"city": "Rome"})], train=False), RESULT, RESULT]
     assert trained_texts(row(*messages, assistant("mild"), tools=[TOOL]), tokenizer) == ["mild<|im_end|>"]
-    values = {"prompt": messages, "completion": [assistant("mild")], "tools": [TOOL]}
-    assert trained_texts(from_prompt(values), tokenizer) == ["mild<|im_end|>"]
+    values = {"prompt": messages, "completion": [assistant("mild"), user("more"), assistant("five")]}
+    assert trained_texts(from_prompt(values), tokenizer) == ["mild<|im_end|>", "five<|im_end|>"]
 
 
 @pytest.mark.parametrize("name", ["smollm2", "phi3", "gemma3", "cohere"])
@@ -378,6 +378,15 @@ def test_the_content_beside_calls_is_not_dropped_either(tokenizer_of, name: str)
         trained_texts(row(*messages, tools=[TOOL]), tokenizer_of(name))
     (written,) = trained_texts(row(*messages, tools=[TOOL]), tokenizer_of("qwen2_5"))
     assert written.startswith("Let me see. \n<tool_call>")
+
+
+def test_two_calls_after_a_prompt_that_is_rewritten_are_refused(tokenizer_of) -> None:
+    """A template may write its header before each call: then a part of the reply would be before the last one."""
+    calls = [call({"city": "Rome"}), call({"city": "Bonn"})]
+    with pytest.raises(DataError, match="message 2 cannot be trained"):
+        trained_texts(row(system("s"), user("a"), assistant(None, tool_calls=calls)), tokenizer_of("mistral"))
+    (text,) = trained_texts(row(system("s"), user("a"), assistant(None, tool_calls=calls[:1])), tokenizer_of("mistral"))
+    assert text.startswith("[TOOL_CALLS]")
 
 
 def test_a_second_call_that_a_template_leaves_out_is_named(tokenizer_of) -> None:

@@ -365,15 +365,16 @@ def test_rows_that_look_like_mistakes_are_named(bytes_tokenizer, jsonl, chatml) 
 
 
 def test_labels_that_look_like_mistakes_are_named(bytes_tokenizer, jsonl) -> None:
-    labels = ["spam"] * 21 + ["Spam ", "ham", "ham", "egg"]
+    labels = ["spam"] * 39 + ["Spam ", "ham", "ham", "egg"]
     rows = [{"text": f"text {number}", "label": label} for number, label in enumerate(labels)]
     rows += [{"text": "text 0", "label": "ham"}, {"text": "text 1", "label": "spam"}]
-    names = Labels(SEQUENCE_CLASSIFICATION, ("Spam ", "egg", "ham", "spam"))
+    rows += [{"text": "last", "label": "bean"}] * 2  # 20 times rarer than spam, and no more
+    names = Labels(SEQUENCE_CLASSIFICATION, ("Spam ", "bean", "egg", "ham", "spam"))
     found = suspicious(prepare(jsonl(rows), bytes_tokenizer(), validation_split=0, labels=names))
     assert found == {
-        "similar_labels": ["22 ('Spam ')"],
-        "imbalance": ["22 ('Spam ')", "25 ('egg')"],
-        "two_labels": ["26 ('ham')"],
+        "similar_labels": ["40 ('Spam ')"],
+        "imbalance": ["40 ('Spam ')", "43 ('egg')"],
+        "two_labels": ["44 ('ham')"],
     }
     several = [{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": ["X"]}, {"text": "a", "label": ["y", "x"]}]
     names = Labels(SEQUENCE_CLASSIFICATION, ("X", "x", "y"), several=True)

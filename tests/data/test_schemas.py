@@ -343,6 +343,10 @@ def test_messages_in_another_notation_than_json_are_not_learned_as_text(key: str
         ),
         ({"messages": [{**USER, "tool_calls": [CALL]}, REPLY]}, "messages[0]: only the assistant calls tools, and the"),
         (
+            {"messages": [USER, {"role": "tool", "content": "1", "tool_calls": [CALL]}, REPLY]},
+            "messages[1]: only the assistant calls tools, and the role is tool",
+        ),
+        (
             {"messages": [USER, REPLY], "tools": {"f": 1}},
             "tools is {'f': 1} where a list of functions, or its JSON text",
         ),
