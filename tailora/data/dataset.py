@@ -379,7 +379,7 @@ class DataReport:
     supervised_tokens: int
     longest: int  # tokens of the longest row, before cutting
     split_examples: int  # of conversations that became several
-    flagged: dict[str, int]  # a key of WARNINGS -> how many rows it is about; keys of their own in report.json
+    flagged: dict[str, int]  # a key of WARNINGS -> how many rows it is about; in report.json a key each
     rows_of: dict[str, list[str]]  # a key of WARNINGS -> the first of those rows
     lengths: list[dict[str, int]]  # examples with low to high tokens, both included
     sha256: str  # of all ids and labels, train then eval

@@ -5,8 +5,8 @@
 The replies of the assistant, which may be tool calls, are located from the chat template itself:
   - a template with {% generation %} marks them;
   - any other is rendered twice per reply: up to the reply (as `generate` would begin) and up to its end. Both must be
-    prefixes of the whole text. Where a template rewrites earlier turns they are not, and the reply becomes an example
-    of its own, with the conversation up to it.
+    prefixes of the whole text. Where a template rewrites earlier turns they are not, and the reply becomes a
+    separate example, with the conversation up to it.
 A reply's span ends with its end-of-turn token; the model never generates what the template writes after it. Tokens are
 trained only if the model sees the same tokens before them when it generates.
 """
@@ -145,7 +145,7 @@ Located: TypeAlias = tuple[str, list[int], list[Span]]  # text, the replies that
 
 
 def _marked_replies(chat: Conversation, replies: list[int], tokenizer: ChatTokenizer) -> Located:
-    """Finds those of the replies that the template writes whole between its marks."""
+    """Finds the replies that the template writes completely between its marks."""
     text, marked = tokenizer.render_generation_spans(chat)
     if len(marked) != len(chat.replies):
         raise DataError(f"the chat template marks {len(marked)} replies where the chat has {len(chat.replies)}")
@@ -163,7 +163,7 @@ def _marked_replies(chat: Conversation, replies: list[int], tokenizer: ChatToken
 
 
 def _unmarked_replies(chat: Conversation, replies: list[int], tokenizer: ChatTokenizer) -> Located:
-    """Finds those of the replies that follow in the text what the template writes for the messages before them.
+    """Finds the replies that come right after their prompt in the text of the whole conversation.
 
     Raises DataError if it leaves out a part of one.
     """

@@ -180,7 +180,7 @@ def _encode_texts(samples: Sequence[Sample], tokenizer: ChatTokenizer) -> list[l
 def tokenize_long(text: str, tokenizer: ChatTokenizer) -> Tokens:
     """Returns the tokens of a text from pieces of at most PIECE characters that begin with the space before a word.
 
-    Tokenizers split texts there anyway, so the tokens are those of the whole text, unless a piece has no such space.
+    Tokenizers split texts there anyway, so the tokens do not change, unless a piece has no such space.
     """
     starts = [0]
     while starts[-1] + PIECE < len(text):
