@@ -135,7 +135,7 @@ class Run:
             "task": self.task.description,
             "loss_unit": self.task.loss_unit,
             "labels": self.labels,
-            "start": describe_init(config),
+            "start": f"from {config.adapter}" if config.adapter else config.init_lora_weights,
             "adapted_layers": len(summary.rows),
             "trainable_parameters": summary.trainable_parameters,
             "total_parameters": summary.total_parameters,
@@ -478,18 +478,6 @@ def check_layers_are_called(model: Trainable, example: Example, task: Task, layo
             f"the model does not call {', '.join(paths[:5])} ({len(paths)} in all), so adapters there would do "
             f"nothing. Leave them out: --exclude-modules {' '.join(last_names(paths))}"
         )
-
-
-def describe_init(config: TrainConfig) -> str:
-    """Returns how the adapter is initialized, for the run's header."""
-    name = config.init_lora_weights
-    if config.adapter:
-        return f"from {config.adapter}"
-    if name == "eva":
-        examples = config.init_batches * config.per_device_train_batch_size
-        return f"eva: principal components of the inputs over up to {examples} examples"
-    source = {"pissa": "leading directions of each weight", "olora": "QR of each weight"}.get(name)
-    return f"{name}: {source}, subtracted again at run time" if source else f"{name}: random A, zero B"
 
 
 def memory_cost(

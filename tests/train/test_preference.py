@@ -87,8 +87,18 @@ def gradient_of(model: LoRAModel) -> Tensor:
 # ---- The reference point of KTO
 
 
-def reference_point(model: LoRAModel, examples: Examples, *, weights: Sequence[float], of_reference: float) -> float:
-    """z0 of a step with a batch of each weight, for replies whose log-probability was `of_reference` before."""
+def reference_point(
+    model: LoRAModel,
+    examples: Examples,
+    *,
+    weights: Sequence[float],
+    of_reference: float,
+    other_rank: Sequence[float] = (0, 0),
+) -> float:
+    """z0 of a step with a batch of each weight, for replies whose log-probability was `of_reference` before.
+
+    other_rank: sum and number of the log-ratios of another rank.
+    """
     reference = Reference()
     reference.add(examples, np.full((len(examples), 2), of_reference))
     task, layout = KTO(BETA, reference), BatchLayout(packed=False, loss=WHOLE, pad_id=0)
@@ -97,10 +107,8 @@ def reference_point(model: LoRAModel, examples: Examples, *, weights: Sequence[f
         replace(make_batch([examples[int(i)] for i in part], layout, CPU, task), weight=weight)
         for part, weight in zip(sizes, weights, strict=True)
     ]
-    points = {
-        float(batch.extras["reference_point"]) for batch in task.complete_step(model, batches, layout, lambda x: x)
-    }
-    (point,) = points
+    completed = task.complete_step(model, batches, layout, lambda sums: sums + torch.tensor(other_rank))
+    (point,) = {float(batch.extras["reference_point"]) for batch in completed}
     return point
 
 
@@ -114,6 +122,8 @@ def test_the_reference_point_of_kto_is_the_mean_of_the_counted_batches_and_at_le
     assert reference_point(model, examples, weights=[1, 0], of_reference=-99) == pytest.approx(others[:3].mean() + 99)
     assert reference_point(model, half, weights=[1], of_reference=-99) == pytest.approx(others[:3].mean() + 99)
     assert reference_point(model, examples, weights=[1, 1], of_reference=99) == 0
+    both = reference_point(model, half, weights=[1], of_reference=-99, other_rank=(5.0, 2.0))
+    assert both == pytest.approx((others[:3].sum() + 3 * 99 + 5) / 5)
 
 
 def test_the_reference_point_of_kto_is_computed_without_dropout() -> None:
