@@ -73,7 +73,7 @@ def test_forced_colour_draws_no_bar_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
-    text = shown_by(Terminal(), [step(1), step(50)])
+    text = shown_by(Terminal(), [step(1), step(49)])
     assert "\x1b[2K" in text
     assert "ETA 0:01:15" in text
 

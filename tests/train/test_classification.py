@@ -22,7 +22,7 @@ from tailora.data.labels import Labels
 from tailora.errors import ConfigError, FormatError
 from tailora.train.classification import class_weights, label_task
 from tailora.train.config import TrainConfig
-from tailora.train.loss import HEAD, BatchLayout, evaluate, make_batch
+from tailora.train.loss import HEAD, BatchLayout, Evaluation, evaluate, make_batch
 from tailora.train.model_loading import fitted_labels, labels_of_adapter, load_base, read_config
 from tailora.train.trainer import run
 
@@ -345,3 +345,13 @@ def test_the_weights_of_rows_count_here_too(encoder: Path, tmp_path: Path) -> No
         run(settings(encoder, path, tmp_path / name, max_steps=2))
         adapters.append((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes())
     assert adapters[0] == adapters[1] != adapters[2]
+
+
+def test_several_labels_are_right_if_all_of_them_are() -> None:
+    targets = [[1.0, 0.0, 1.0], [1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
+    ids = np.array([1, 2], np.int32)
+    examples = Examples.of(replace(Example.of_text(ids), target=np.array(target)) for target in targets)
+    scores = np.array([[2.0, -1.0, 3.0], [2.0, 1.0, 3.0], [-1.0, -1.0, -1.0]])
+    hits = label_task(SEVERAL).hits(examples, Evaluation(np.zeros(3), np.ones(3, np.int64), scores))
+    assert hits is not None
+    assert hits.tolist() == [1.0, 0.0, 1.0]

@@ -15,6 +15,7 @@ from tailora.train.dataloader import (
     TrainingData,
     dataset_steps,
     epoch_batches,
+    largest_forward,
     plan_batches,
     split_by_tokens,
     steps_per_epoch,
@@ -125,6 +126,25 @@ def test_parts_keep_to_the_limit_and_lose_nothing(limit: int | None) -> None:
 
 def test_parts_are_of_about_one_size() -> None:
     assert split_by_tokens([200] * 8, 1024) == [range(4), range(4, 8)]
+    assert split_by_tokens([500, 400, 500, 200], 1000) == [range(2), range(2, 4)]  # not 500, 900 and 200
+
+
+def test_ranks_with_fewer_forwards_repeat_one_that_is_not_counted() -> None:
+    lengths = [9, 9, 9, 2]  # a forward of one rank has one example, or both
+    examples = Examples.of(Example.of_text(np.full(length, i, np.int32)) for i, length in enumerate(lengths))
+    shapes = [StepShape(2, 1, rank=rank, world=2, token_limit=12) for rank in range(2)]
+    steps = [next(stream_steps(lambda: iter(examples), shape)) for shape in shapes]
+    assert [len(step.micro_batches) for step in steps] == [2, 2]
+    assert [step.idle for step in steps] == [0, 1]
+    assert [numbers(step) for step in steps] == [[[0], [1]], [[2, 3]]]
+
+
+def test_the_largest_forward_is_the_one_with_the_most_tokens() -> None:
+    shape = StepShape(2, 1)
+    batches = epoch_batches(DATA, shape, 0)
+    largest = largest_forward(DATA, shape)
+    tokens = sum(len(example.input_ids) for example in largest)
+    assert tokens == max(int(DATA.lengths[batch].sum()) for batch in batches) > min(map(int, DATA.lengths))
 
 
 @pytest.mark.parametrize("world", [1, 2])

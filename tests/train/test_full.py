@@ -127,3 +127,15 @@ def test_the_header_says_what_trains(full: Settings) -> None:
 def test_settings_that_contradict_it_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TrainConfig(method="full", **changes)
+
+
+def test_the_gradients_of_several_backwards_add_up_in_the_masters(model_folder: Path) -> None:
+    base, tokenizer = load_base(str(model_folder), "bfloat16")
+    model = FullModel(base, tokenizer, lambda: base)
+    weight = base.get_input_embeddings().weight
+    ((master, _),) = [(model.trained[name], name) for name in model.trained if "embed_tokens" in name]
+    for factor in (1.0, 2.0):
+        (weight * factor).sum().backward()
+    assert master.grad is not None
+    assert (master.grad == 3.0).all()
+    assert weight.grad is None

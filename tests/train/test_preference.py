@@ -29,7 +29,7 @@ from tailora.report.files import read_page
 from tailora.report.pages.train import write_train_report
 from tailora.train import events
 from tailora.train.dataloader import StepShape, TrainingData, dataset_steps
-from tailora.train.loss import BatchLayout, ModelWithLoss, Reference, Task, evaluate, make_batch
+from tailora.train.loss import BatchLayout, Evaluation, ModelWithLoss, Reference, Task, evaluate, make_batch
 from tailora.train.preference import KTO, LOSSES, Pairs
 from tailora.train.trainer import Trainer, accumulate_gradients, run
 
@@ -84,6 +84,26 @@ def gradient_of(model: LoRAModel) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.lora_layers.parameters() if p.grad is not None])
 
 
+def test_the_scores_of_an_evaluation_are_in_the_order_of_the_examples() -> None:
+    model, examples, layout = lora_model(), pairs(6), BatchLayout(packed=False, loss=WHOLE, pad_id=0)
+    assert np.argsort(-examples.lengths).tolist() != list(range(6))  # they are computed in another order
+    task = Pairs("simpo", BETA)
+
+    def scores(part: Examples) -> Any:
+        return evaluate(model, part, layout=layout, token_budget=40, task=task).scores
+
+    alone = np.concatenate([scores(Examples.of([example])) for example in examples])
+    assert scores(examples) == pytest.approx(alone, abs=1e-4)
+
+
+def test_equal_rewards_are_half_right() -> None:
+    task = Pairs("dpo", BETA)
+    scores = np.array([[0, 0, chosen, rejected] for chosen, rejected in ((2.0, 1.0), (1.0, 1.0), (1.0, 2.0))])
+    hits = task.hits(pairs(3), Evaluation(np.zeros(3), np.ones(3, np.int64), scores))
+    assert hits is not None
+    assert hits.tolist() == [1.0, 0.5, 0.0]
+
+
 # ---- The reference point of KTO
 
 
@@ -131,11 +151,8 @@ def test_the_reference_point_of_kto_is_computed_without_dropout() -> None:
     for layer in model.lora_layers.values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
         layer.lora_dropout = 0.5
-    first, second = (
-        reference_point(mode, examples, weights=[1], of_reference=-99) for mode in (model.train(), model.eval())
-    )
-    assert first == second
-    reference_point(model.train(), examples, weights=[1], of_reference=-99)
+    expected = reference_point(model.eval(), examples, weights=[1], of_reference=-99)
+    assert reference_point(model.train(), examples, weights=[1], of_reference=-99) == expected
     assert model.training
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -269,6 +270,18 @@ def test_a_run_of_constant_rate_may_be_made_longer(settings: Any, tmp_path: Path
     run(short)
     run(changed(short, max_steps=4, resume_from_checkpoint="latest"))
     assert adapter(short) == adapter(whole)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "allowed"), [("constant", 0, True), ("constant", 0.1, False), ("cosine", 0, False)]
+)
+def test_only_a_run_whose_rate_ignores_the_length_may_change_it(schedule: str, warmup: float, allowed: bool) -> None:
+    def identity(steps: int) -> dict[str, Any]:
+        settings = {"lr_scheduler_type": schedule, "warmup_ratio": warmup, "max_steps": steps, "learning_rate": 1e-3}
+        return {"settings": settings, "processes": 1}
+
+    with nullcontext() if allowed else pytest.raises(CheckpointError, match="max_steps was 4, now is 6"):
+        checkpoint.check_same_run(identity(4), identity(6))
 
 
 def test_resuming_without_a_checkpoint_says_what_to_do(settings: Any) -> None:
