@@ -1,6 +1,7 @@
 """Scores of held-out data: without dropout, next to the base, and of the exact rows."""
 
 import json
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -198,6 +199,39 @@ def test_scores_become_json_without_nan_and_are_merged() -> None:
         "labels": None,
         "samples": {},
     }
+
+
+def test_a_change_is_from_the_base_to_the_adapter_and_perplexity_is_the_exponential_of_the_loss() -> None:
+    base, tuned = (
+        scores_module._Totals(losses={number: (nats, 2) for number, nats in enumerate(of_examples)})
+        for of_examples in ([4.0, 5.0, 6.0, 5.0], [3.0, 4.5, 5.0, 4.0])
+    )
+    facts: Any = None  # used in messages only
+    loss, perplexity = (scores_module._score(name, tuned, facts) for name in ("loss", "perplexity"))
+    change = scores_module._change("loss", base, tuned)
+    assert loss.value == pytest.approx(16.5 / 8)
+    assert change.value == pytest.approx((16.5 - 20) / 8)
+    assert change.low < change.high < 0
+    ends = (perplexity.value, perplexity.low, perplexity.high)
+    assert ends == pytest.approx(tuple(map(math.exp, (loss.value, loss.low, loss.high))))
+    tuned.hits["accuracy"], base.hits["accuracy"] = [True, True, False], [True, False, False]
+    assert scores_module._change("accuracy", base, tuned).value == pytest.approx(1 / 3)
+
+
+def test_examples_are_no_longer_than_the_positions_of_the_model(
+    tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast, quiz: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+
+    def settings(*_: Any, max_length: int, **__: Any) -> None:
+        lengths.append(max_length)
+        raise InterruptedError
+
+    monkeypatch.setattr(scores_module, "DataSettings", settings)
+    for asked in (1024, 100):
+        with pytest.raises(InterruptedError):
+            score(tuned, tokenizer, quiz, EvalOptions(max_length=asked))
+    assert lengths == [256, 100]
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(7, marks=pytest.mark.exhaustive)])  # of 7 one has no example

@@ -66,3 +66,9 @@ def test_unknown_names_are_refused_with_similar_ones(name: str, said: str) -> No
     assert said in str(raised.value)
     assert "\x1b" not in str(raised.value)
     assert len(str(raised.value)) < 300
+
+
+def test_a_mac_s_memory_is_shared_with_everything_else() -> None:
+    assert find_cards("M2 Max 96GB")[0].available_bytes == 64 * 10**9
+    assert find_cards("Arc A770")[0].available_bytes == 16 * 10**9
+    assert find_cards("RTX 4090")[0].available_bytes == 24 * 10**9
