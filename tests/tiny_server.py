@@ -25,6 +25,7 @@ from tailora.serve.registry import AdapterRegistry
 
 TEXTS = ["the cat sat on the mat", "a dog ran away", "what is that", "good morning to you"]
 TOKENIZER = chat_tokenizer(TEXTS, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+CHAT = [{"role": "user", "content": "what is that"}]
 AnyEngine = TypeVar("AnyEngine", bound=Engine)
 
 
@@ -109,3 +110,31 @@ def running(
             httpx.Client(base_url=url, timeout=30) as http,
         ):
             yield Running(url, app, client, http)
+
+
+def chat(server: Running, model: str, **options: Any) -> Any:
+    settings = {"messages": CHAT, "max_tokens": 12, "temperature": 0, "extra_body": {"ignore_eos": True}, **options}
+    return server.client.chat.completions.create(model=model, **settings)
+
+
+class Forwards:
+    """The forwards of a base: `count` have begun, and the first of them waits for `go_on`."""
+
+    def __init__(self) -> None:
+        self.count, self.is_held, self.go_on = 0, threading.Event(), threading.Event()
+
+    def begin(self, *_: object) -> None:
+        self.count += 1
+        self.is_held.set()
+        assert self.go_on.wait(60)
+
+
+@contextmanager
+def held_forwards(server: Running) -> Iterator[Forwards]:
+    forwards = Forwards()
+    hook = server.app.state.server.engine.adapter_set.base_model.register_forward_pre_hook(forwards.begin)
+    try:
+        yield forwards
+    finally:
+        forwards.go_on.set()
+        hook.remove()

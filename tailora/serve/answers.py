@@ -51,6 +51,9 @@ class Piece:
     finish_reason: FinishReason | None = None
 
 
+Pieces = AsyncIterator[Piece]
+
+
 class Answer:
     """One answer while it is generated."""
 
@@ -302,7 +305,7 @@ def _tool_call(function: dict[str, Any]) -> Json:
 # ---- Answers to chats and to plain prompts, complete or streamed
 
 
-async def whole_answers(pieces: AsyncIterator[Piece], count: int) -> list[Piece]:
+async def whole_answers(pieces: Pieces, count: int) -> list[Piece]:
     """Returns each of `count` answers as one piece."""
     answers = [Piece(index, "", ()) for index in range(count)]
     async for piece in pieces:
@@ -319,16 +322,9 @@ def wants_usage(body: GenerationRequest) -> bool:
 class ChatAnswer:
     """Writes the answers to a chat. With tools, an answer is only sent once it is complete."""
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        body: ChatRequest,
-        prompt: str,
-        generation: Generation,
-        pieces: AsyncIterator[Piece],
-    ) -> None:
-        self.tokenizer, self.body, self.prompt, self.generation = tokenizer, body, prompt, generation
-        self.pieces = pieces
+    def __init__(self, tokenizer: Any, body: ChatRequest, prompt: str, generation: Generation, pieces: Pieces) -> None:
+        self.tokenizer, self.body, self.prompt = tokenizer, body, prompt
+        self.generation, self.pieces = generation, pieces
         self.head: Json = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": body.model}
         may_call = bool(body.tools) and body.tool_choice != "none"
         self.has_calls = may_call and response_template(tokenizer) is not None
@@ -381,9 +377,7 @@ class ChatAnswer:
 class CompletionAnswer:
     """Writes the answers to plain prompts."""
 
-    def __init__(
-        self, tokenizer: Any, body: CompletionRequest, generation: Generation, pieces: AsyncIterator[Piece]
-    ) -> None:
+    def __init__(self, tokenizer: Any, body: CompletionRequest, generation: Generation, pieces: Pieces) -> None:
         self.tokenizer, self.body, self.generation, self.pieces = tokenizer, body, generation, pieces
         self.head: Json = {"id": new_id("cmpl"), "created": int(time.time()), "model": body.model}
 

@@ -13,7 +13,7 @@ from tailora.serve.schemas import ErrorBody, ErrorDetail
 
 RETRY_AFTER = {"Retry-After": "1"}
 MOST_PROBLEMS = 10  # in one message
-LONGEST_TEXT = 200  # characters of a client's text in a message
+LONGEST_TEXT = 300  # characters of one of them, which may repeat what the client wrote
 TYPES = {  # of errors, by status
     400: "BadRequestError",
     401: "AuthenticationError",
@@ -51,19 +51,13 @@ def error_response(status: int, message: str, param: str | None = None, kind: st
     return JSONResponse(error_body(status, message, param, kind), status, headers=headers)
 
 
-def shortened(text: str) -> str:
-    """Returns a text of a client as it can be sent back."""
-    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}..."
-
-
 def described(problems: list[dict[str, Any]]) -> tuple[str, str | None]:
     """Returns the first of pydantic's problems as a message, and the name of the first field."""
-    lines = [
-        f"{'.'.join(shortened(str(part)) for part in problem['loc'][1:])}: {problem['msg']}" for problem in problems
-    ]
+    lines = [f"{'.'.join(map(str, problem['loc'][1:])) or 'body'}: {problem['msg']}" for problem in problems]
     more = ["and more"] if len(problems) > MOST_PROBLEMS else []
-    names = [shortened(str(problem["loc"][1])) for problem in problems if len(problem["loc"]) > 1]
-    return "; ".join([*dict.fromkeys(lines[:MOST_PROBLEMS]), *more]), names[0] if names else None
+    names = [str(problem["loc"][1])[:LONGEST_TEXT] for problem in problems if len(problem["loc"]) > 1]
+    shown = dict.fromkeys(line[:LONGEST_TEXT] for line in lines[:MOST_PROBLEMS])
+    return "; ".join([*shown, *more]), names[0] if names else None
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -78,7 +72,7 @@ def add_error_handlers(app: FastAPI) -> None:
                 if error.status_code in (404, 405):  # of the router, "Not Found" and "Method Not Allowed"
                     routes = [route for route in request.app.routes if getattr(route, "include_in_schema", False)]
                     known = ", ".join(f"{' '.join(route.methods)} {route.path}" for route in routes)
-                    message = f"no {request.method} {shortened(request.url.path)}; there are: {known}"
+                    message = f"no {request.method} {request.url.path[:LONGEST_TEXT]}; there are: {known}"
                 response = error_response(error.status_code, message)
                 response.headers.update(error.headers or {})
                 return response

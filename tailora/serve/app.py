@@ -10,17 +10,17 @@ import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from socket import socket
-from threading import Lock
 from typing import Annotated, Any
 
 import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from llguidance import LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.concurrency import run_in_threadpool
@@ -36,11 +36,11 @@ from tailora.data.schemas import Conversation
 from tailora.errors import DataError
 from tailora.serve.answers import Answer, ChatAnswer, CompletionAnswer, Generation, Json, Piece
 from tailora.serve.api_errors import ERRORS, ERRORS_OF_TEXT, RequestError, add_error_handlers, error_body
-from tailora.serve.engine_interface import Engine, GrammarError, SamplingParams
+from tailora.serve.engine_interface import Engine, SamplingParams
 from tailora.serve.engine_interface import Request as EngineRequest
 from tailora.serve.playground import add_page
 from tailora.serve.registry import AdapterInfo, AdapterRegistry
-from tailora.serve.sampling import JSONGrammar
+from tailora.serve.sampling import json_matcher
 from tailora.serve.schemas import (
     ChatCompletion,
     ChatRequest,
@@ -114,8 +114,6 @@ class Server:
         self.metrics = Metrics(engine, registry)
         self.answers = 0  # in the engine
         self.is_draining = self.is_hurried = False
-        self.stopping, self.lock = asyncio.Lock(), Lock()
-        self.llguidance_tokenizer: LLTokenizer | None = None
         self.longest_text = engine.max_positions * max(map(len, tokenizer.get_vocab()))  # that may fit
 
     def check_ready(self) -> None:
@@ -130,8 +128,7 @@ class Server:
         end = time.monotonic() + self.settings.drain_seconds
         while self.answers and not self.is_hurried and time.monotonic() < end:
             await asyncio.sleep(0.05)
-        async with self.stopping:
-            await run_in_threadpool(self.engine.stop, 0)
+        await run_in_threadpool(self.engine.stop, 0)
 
     def check_length(self, text: str, param: str) -> None:
         """Raises RequestError for a text that cannot fit whatever its tokens are: tokenizing it would take long."""
@@ -210,39 +207,30 @@ class Server:
             ignore_eos=bool(body.ignore_eos),
         )
 
-    def grammar(self, body: ChatRequest) -> JSONGrammar | None:
+    def grammar(self, body: ChatRequest) -> LLMatcher | None:
         """Returns what the answers may be; None for any text. Raises RequestError for an unsupported schema."""
-        match body.response_format:
-            case None | TextFormat():
-                return None
-            case JSONSchemaFormat(json_schema=given):
-                schema = given.json_schema
-            case _:
-                schema = {"type": "object"}
+        wanted = body.response_format
+        if wanted is None or isinstance(wanted, TextFormat):
+            return None
+        if body.tools and body.tool_choice != "none":
+            raise RequestError(400, "JSON is not supported together with tools", "response_format")
+        schema = wanted.json_schema.json_schema if isinstance(wanted, JSONSchemaFormat) else {"type": "object"}
         try:
-            if body.tools and body.tool_choice != "none":
-                raise GrammarError("JSON is not supported together with tools")
-            return JSONGrammar.of(schema, self.grammar_tokenizer())
-        except GrammarError as error:
+            return json_matcher(schema, self.grammar_tokenizer)
+        except ValueError as error:
             raise RequestError(400, f"response_format: {error}", "response_format") from error
 
+    @cached_property
     def grammar_tokenizer(self) -> LLTokenizer:
-        """Returns llguidance's view of the tokenizer, which takes about a second to make."""
-        with self.lock:
-            if self.llguidance_tokenizer is None:
-                try:
-                    eos = sorted(self.engine.eos_token_ids) or None
-                    self.llguidance_tokenizer = from_tokenizer(self.tokenizer, eos_token=eos)
-                except ValueError as error:
-                    raise GrammarError(f"not supported for this tokenizer: {error}") from error
-            return self.llguidance_tokenizer
+        """llguidance's view of the tokenizer, which takes about a second to make. Raises ValueError for a slow one."""
+        return from_tokenizer(self.tokenizer, eos_token=sorted(self.engine.eos_token_ids) or None)
 
     async def start(
         self,
         body: GenerationRequest,
         prompts: Sequence[list[int]],
         params: SamplingParams,
-        grammar: JSONGrammar | None = None,
+        grammar: LLMatcher | None = None,
     ) -> Generation:
         """Submits a request to the engine. Raises RequestError if there are too many, or the model is unknown."""
         n, most = body.n or 1, self.settings.max_queue
@@ -255,12 +243,13 @@ class Server:
         started = 0
         try:
             handle = await run_in_threadpool(self.registry.acquire, body.model, body.lora_scale)
+            stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
             name, answers = new_id("request"), []
             for index, (prompt, sample) in enumerate(itertools.product(prompts, range(n))):
                 of_sample = replace(params, seed=(params.seed + sample) % 2**63)
-                own = None if grammar is None else grammar.copy()
+                own = None if grammar is None else grammar.deep_copy()
                 request = EngineRequest(f"{name}-{index}", tuple(prompt), handle.key, of_sample, own)
-                answers.append(Answer(index, self.tokenizer, request, body.stop or [], self.engine.eos_token_ids))
+                answers.append(Answer(index, self.tokenizer, request, stop, self.engine.eos_token_ids))
             model, tokens = self.model_label(body.model), sum(map(len, prompts))
             generation = Generation(self.engine, answers, model, tokens, handle, self._end_answer)
             started = count
@@ -296,11 +285,11 @@ class Server:
 
 def with_system(messages: Messages, system: str | None) -> Messages:
     """Adds the system message of the training, unless there is one; an empty one stands for none."""
-    first = messages[0]
-    if system is None or (first["role"] in ("system", "developer") and first["content"]):
+    own = [message for message in messages if message["role"] in ("system", "developer")]
+    if system is None or any(message["content"] for message in own):
         return messages
-    if first["role"] in ("system", "developer"):
-        return messages[1:] or messages
+    if own:
+        return [message for message in messages if message not in own] or messages
     return [{"role": "system", "content": system}, *messages]
 
 
@@ -446,15 +435,9 @@ class HTTPServer(uvicorn.Server):
 
 
 def create_app(engine: Engine, registry: AdapterRegistry, tokenizer: Any, settings: ServerSettings) -> FastAPI:
-    """Returns the app of a running engine. Its shutdown stops the engine."""
+    """Returns the app of a running engine, to be run by `HTTPServer`, whose shutdown stops the engine."""
     server = Server(engine, registry, tokenizer, settings)
-
-    @asynccontextmanager
-    async def stop_engine(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await server.drain()
-
-    app = FastAPI(title="tailora", version=__version__, lifespan=stop_engine, docs_url=None, redoc_url=None)
+    app = FastAPI(title="tailora", version=__version__, docs_url=None, redoc_url=None)
     app.state.server = server
     app.add_middleware(BodyLimit)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*settings.allowed_hosts])

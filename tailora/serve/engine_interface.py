@@ -8,9 +8,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
-from torch import Tensor
+from llguidance import LLMatcher
 
 from tailora.core.adapter_set import AdapterSet
 
@@ -36,32 +36,18 @@ class SamplingParams:
     ignore_eos: bool = False
 
 
-class Grammar(Protocol):
-    """What the text of one answer may be, token by token."""
-
-    def allowed(self, vocabulary: int) -> Tensor:
-        """Returns which tokens may come next, (vocabulary,). Raises GrammarError if that takes too long."""
-
-    def accept(self, token_id: int) -> bool:
-        """Adds an allowed token. Returns whether the text is complete and nothing can follow."""
-
-
-class GrammarError(ValueError):
-    """A grammar that is invalid or takes too much work."""
-
-
 @dataclass(frozen=True, slots=True)
 class Request:
     """A prompt and the name of its adapter in the engine's AdapterSet; None for the base model. Ids are not reused.
 
-    grammar: of the answer, for this request alone; None for any text.
+    grammar: llguidance's matcher of what the answer may be, for this request alone; None for any text.
     """
 
     id: str
     prompt_ids: tuple[int, ...]
     adapter: str | None
     params: SamplingParams
-    grammar: Grammar | None = None
+    grammar: LLMatcher | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,6 @@ from xxhash import xxh3_128
 from tailora.core.adapter import Adapter, check_compatible, with_strength
 from tailora.core.adapter_set import AdapterSet
 from tailora.core.combine import Combination, combine_adapters
-from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import find_layer
 from tailora.core.mixed_batch import check_splits_by_row, layer_terms
 from tailora.errors import (
@@ -466,19 +465,14 @@ def check_no_overflow(name: str, adapter: Adapter, base_model: nn.Module) -> Non
     """Raises ConfigError if an update has a scale over LARGEST_SCALE, or is not finite in the model's precision."""
     dtype = next(parameter.dtype for parameter in base_model.parameters() if parameter.is_floating_point())
     tensors: dict[str, Tensor] = {}
-    for path, part in adapter.parts.items():
-        if isinstance(part, LoRALayer):
-            if (scale := abs(float(part.scaling) * part.strength)) > LARGEST_SCALE:
-                raise ConfigError(
-                    f"adapter {name!r} multiplies its update of {path} by {scale:g}; take a scale, with "
-                    f"lora_alpha / r, of at most {LARGEST_SCALE:g}"
-                )
-            terms = layer_terms(part, find_layer(base_model, path)[1], dtype)
-            own = {"A": terms.A, "B": terms.B, "rescaling": terms.rescaling, "shift": terms.shift}
-        else:
-            strength = getattr(part, "strength", 1.0)
-            own = {key: (tensor * strength).to(dtype) for key, tensor in part.named_parameters()}
-        tensors |= {f"{path}.{key}": tensor for key, tensor in own.items() if tensor is not None}
+    for path, part in adapter.low_rank.items():
+        if (scale := abs(float(part.scaling) * part.strength)) > LARGEST_SCALE:
+            raise ConfigError(
+                f"adapter {name!r} multiplies its update of {path} by {scale:g}; take a scale, with lora_alpha / r, of "
+                f"at most {LARGEST_SCALE:g}"
+            )
+        terms = vars(layer_terms(part, find_layer(base_model, path)[1], dtype))
+        tensors |= {f"{path}.{key}": tensor for key, tensor in terms.items() if tensor is not None}
     if overflown := not_finite(tensors):
         raise ConfigError(
             f"adapter {name!r} overflows {str(dtype).removeprefix('torch.')} at {', '.join(overflown[:3])} "

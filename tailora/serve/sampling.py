@@ -1,19 +1,20 @@
 """How an engine chooses tokens: each request with its own settings and seed, independent of the rest of the batch.
 
-`JSONGrammar` allows only tokens that continue a JSON text of a schema.
+`json_matcher` makes a grammar of a JSON schema, which allows only some tokens.
 """
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
-from tailora.serve.engine_interface import EventHandler, Finish, GrammarError, Request, SamplingParams, Token
+from tailora.errors import ConfigError
+from tailora.serve.engine_interface import EventHandler, Finish, Request, SamplingParams, Token
 
 LIKELIEST = 1024  # of the vocabulary; top_p seldom needs more, and sorting all takes 20 times as long
 WHITESPACE = r"(\n {0,20}| )?"  # between the parts of a JSON text; without a limit some models write no end of it
@@ -46,10 +47,10 @@ class RunningRequest:
                 return
             self.tokens += 1
             self.handle(token)
-            is_complete = self.request.grammar is not None and self.request.grammar.accept(token.id)
+            grammar = self.request.grammar
             if token.id in eos_token_ids and not params.ignore_eos:
                 self._finish(Finish("stop"))
-            elif is_complete:
+            elif grammar is not None and grammar.consume_token(token.id) and grammar.is_stopped():
                 self.ends_early = True
                 self._finish(Finish("stop"))
             elif self.tokens >= params.max_tokens:
@@ -101,13 +102,11 @@ def next_tokens(logits: Tensor, requests: Sequence[RunningRequest | None], eos_t
             continue
         params, grammar, allowed = running.request.params, running.request.grammar, logits[row]
         if grammar is not None:
-            try:
-                mask = grammar.allowed(len(allowed)).to(allowed.device)
-            except GrammarError as error:
-                running.fail(str(error))
-                continue
-            allowed = allowed.masked_fill(~mask, -torch.inf)
+            allowed = allow_only(allowed, grammar)
             ids[row] = int(allowed.argmax())
+            if grammar.is_error():
+                running.fail(grammar.get_error())
+                continue
         if params.temperature:
             ids[row] = sample_token(allowed, params, running.generator)
         count = params.logprobs
@@ -143,33 +142,20 @@ def with_logprobs(logits: Tensor, chosen: int, count: int) -> Token:
 # ---- JSON
 
 
-class JSONGrammar:
-    """The JSON texts of a schema, by llguidance. See `Grammar`."""
+def json_matcher(schema: dict[str, Any], tokenizer: LLTokenizer) -> LLMatcher:
+    """Returns what allows only JSON texts of a schema. Raises ConfigError if it is invalid, unsupported or complex."""
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    matcher = LLMatcher(tokenizer, grammar, log_level=0)
+    if matcher.is_error():
+        raise ConfigError(matcher.get_error())
+    return matcher
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
 
-    @classmethod
-    def of(cls, schema: dict[str, Any], tokenizer: LLTokenizer) -> Self:
-        """Raises GrammarError for a schema that is invalid, not supported or too complex."""
-        try:
-            grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
-            matcher = LLMatcher(tokenizer, grammar, log_level=0)
-        except ValueError as error:
-            raise GrammarError(str(error)) from None
-        if matcher.is_error():
-            raise GrammarError(matcher.get_error())
-        return cls(matcher)
-
-    def copy(self) -> "JSONGrammar":
-        return JSONGrammar(self._matcher.deep_copy())
-
-    def allowed(self, vocabulary: int) -> Tensor:
-        allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8).bool()
-        if self._matcher.is_error():
-            raise GrammarError(self._matcher.get_error())
-        return F.pad(allowed, (0, vocabulary - len(allowed)))
-
-    def accept(self, token_id: int) -> bool:
-        self._matcher.consume_token(token_id)
-        return self._matcher.is_stopped() and not self._matcher.is_error()
+def allow_only(logits: Tensor, matcher: LLMatcher) -> Tensor:
+    """Returns the logits with minus infinity for tokens that the grammar does not allow next. (vocabulary,)."""
+    allowed = torch.frombuffer(bytearray(matcher.compute_logit_bias()), dtype=torch.uint8).bool()
+    allowed = F.pad(allowed, (0, len(logits) - len(allowed)))  # the head may have more rows than there are tokens
+    return logits.masked_fill(~allowed.to(logits.device), -torch.inf)

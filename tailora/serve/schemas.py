@@ -74,7 +74,6 @@ ModelName = Annotated[
     AdapterName, Field(description="the base, an adapter, or several with their scales: legal+chat@0.5")
 ]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
-StopStrings = Annotated[list[StopString], Field(max_length=16, fail_fast=True)]
 TokenId = Annotated[int, Field(ge=0, lt=INT64)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MOST_TOKENS, fail_fast=True)]
 Ignored = Annotated[Any, Field(description="accepted and ignored")]
@@ -99,13 +98,7 @@ class GenerationRequest(RequestBody):
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = Field(
         None, description="the answers for each prompt have the seeds seed, seed + 1, ...; default: random"
     )
-    stop: Annotated[
-        StopStrings | None,
-        BeforeValidator(
-            lambda value: [value] if isinstance(value, str) else value,
-            json_schema_input_type=StopString | StopStrings | None,
-        ),
-    ] = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="only with stream = true")
     ignore_eos: bool | None = Field(None, description="generate max_tokens tokens, whatever they are")

@@ -25,8 +25,11 @@ SCHEMES: list[Literal["light", "dark"]] = ["light", "dark"]
 ANSWERS = {"base": ["I", " am", " here"], "legal": ["I", " object", " <b>strongly</b>"]}
 
 
-def upstream(requests: list[dict[str, Any]], owner: str = "tailora") -> FastAPI:
-    """A server of OpenAI's API with a base and adapters; it notes the requests. owner: of the models."""
+def upstream(requests: list[dict[str, Any]], owner: str = "tailora", system: str | None = None) -> FastAPI:
+    """A server of OpenAI's API with a base and adapters; it notes the requests.
+
+    owner: of the models.    system: message that the adapters were trained with.
+    """
     app = FastAPI()
     names = ["base", "legal"]
 
@@ -34,7 +37,10 @@ def upstream(requests: list[dict[str, Any]], owner: str = "tailora") -> FastAPI:
     async def models() -> Any:
         return {
             "object": "list",
-            "data": [{"id": name, "parent": None if name == "base" else "base", "owned_by": owner} for name in names],
+            "data": [
+                {"id": "base", "parent": None, "owned_by": owner, "system_message": None},
+                *({"id": name, "parent": "base", "owned_by": owner, "system_message": system} for name in names[1:]),
+            ],
         }
 
     @app.post("/v1/chat/completions")
@@ -236,6 +242,27 @@ class TestInBrowser:
             assert "The strength is fixed" in opened.inner_text("main")
             ask(opened)
         assert [request.get("lora_scale") for request in requests] == [None, None]
+
+    def test_both_get_the_system_message_of_the_training_or_what_is_typed(
+        self, browser: Browser, requests: list[dict[str, Any]]
+    ) -> None:
+        system = "Be brief.\nAlways."
+        with (
+            on_loopback(upstream(requests, system=system)) as server,
+            on_loopback(playground_app(server)) as url,
+            open_page(browser, url) as opened,
+        ):
+            expect(opened.locator("#system")).to_have_value(system)
+            opened.select_option("section[data-side='1'] select", "base")
+            expect(opened.locator("#system")).to_have_value("")
+            opened.select_option("section[data-side='1'] select", "legal")
+            for typed in (None, "Rhyme.", ""):  # an empty one leaves it out
+                if typed is not None:
+                    opened.fill("#system", typed)
+                ask(opened)
+        user = {"role": "user", "content": "Who are you?"}
+        expected = [[{"role": "system", "content": text}, user] for text in (system, "Rhyme.", "") for _ in range(2)]
+        assert [request["messages"] for request in requests] == expected
 
     @pytest.mark.slow
     def test_our_own_server(self, browser: Browser, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -477,13 +478,16 @@ def test_terms_that_overflow_the_model_s_precision_are_refused(root: Path) -> No
 # ---- Memory
 
 
-def test_the_least_recently_used_adapter_makes_room_and_comes_back(make: Make, root: Path) -> None:
+def test_the_least_recently_used_adapter_makes_room_and_comes_back(
+    make: Make, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     registry = make("legal", budget=2.5)
     registry.load("b", "legal")
     answer(registry, "legal")
     registry.load("c", "legal")
     assert in_memory(registry) == {"legal", "c"}
     before = registry.list()
+    monkeypatch.setattr(registry_module, "time", SimpleNamespace(time=lambda: 4e9))  # later
     torch.testing.assert_close(answer(registry, "b"), expected(root / "legal"))
     assert in_memory(registry) == {"b", "c"}
     assert [info.created for info in registry.list()] == [info.created for info in before]

@@ -8,14 +8,15 @@ from typing import Any
 import openai
 import pytest
 import torch
+import torch.nn.functional as F
+from llguidance import LLMatcher
 from llguidance.hf import from_tokenizer
-from tiny_server import TOKENIZER, Running, running, write_adapters
-from torch import Tensor
+from tiny_server import CHAT, TOKENIZER, Running, running, write_adapters
 
 from tailora.serve import sampling
 from tailora.serve.api_errors import RequestError
-from tailora.serve.engine_interface import Finish, GrammarError, Request, SamplingParams, Token
-from tailora.serve.sampling import WHITESPACE, JSONGrammar, RunningRequest, next_tokens
+from tailora.serve.engine_interface import Finish, Request, SamplingParams, Token
+from tailora.serve.sampling import WHITESPACE, RunningRequest, allow_only, json_matcher, next_tokens
 from tailora.serve.schemas import ChatRequest
 
 PROBABILITIES = [0.05, 0.4, 0.1, 0.25, 0.2]  # by likelihood: 1, 3, 4, 2, 0
@@ -100,7 +101,6 @@ def test_a_token_that_cannot_come_has_a_logprob_that_json_can_write() -> None:
 
 # ---- JSON: of one answer among others, with either engine
 
-CHAT = [{"role": "user", "content": "what is that"}]
 SCHEMA = {
     "type": "object",
     "properties": {"colour": {"enum": ["red", "blue"]}, "sizes": {"type": "array", "items": {"type": "boolean"}}},
@@ -198,6 +198,11 @@ def test_a_schema_that_is_not_supported_is_refused(server: Running, schema: dict
     assert raised.value.param == "response_format"
 
 
+def allowed(matcher: LLMatcher) -> set[int]:
+    """The head of the model has 310 rows, and the vocabulary 300 tokens."""
+    return set((allow_only(torch.zeros(310), matcher) == 0).nonzero().flatten().tolist())
+
+
 def test_json_may_be_compact_or_indented_but_not_padded_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "WHITESPACE", WHITESPACE)
     value = {"colour": "red", "sizes": [True, False]}
@@ -206,17 +211,18 @@ def test_json_may_be_compact_or_indented_but_not_padded_without_end(monkeypatch:
         json.dumps(value, indent=indent, separators=ends) for indent in (None, 2, 4) for ends in (None, (",", ":"))
     }
     for text in texts:
-        grammar = JSONGrammar.of(SCHEMA, tokenizer)
-        ids = TOKENIZER(text)["input_ids"]
-        for number, token_id in enumerate(ids, 1):
-            assert grammar.allowed(310).nonzero().flatten().tolist().count(token_id) == 1
-            assert grammar.accept(token_id) == (number == len(ids))
-    grammar, newline, space = JSONGrammar.of(SCHEMA, tokenizer), *(TOKENIZER(end)["input_ids"][0] for end in "\n ")
+        matcher = json_matcher(SCHEMA, tokenizer)
+        for token_id in TOKENIZER(text)["input_ids"]:
+            assert not matcher.is_stopped()
+            assert token_id in allowed(matcher)
+            matcher.consume_token(token_id)
+        assert matcher.is_stopped()
+    matcher, newline, space = json_matcher(SCHEMA, tokenizer), *(TOKENIZER(end)["input_ids"][0] for end in "\n ")
     for token_id in (TOKENIZER("{")["input_ids"][0], newline, *[space] * 20):
-        assert grammar.allowed(310)[token_id]
-        grammar.accept(token_id)
-    assert not grammar.allowed(310)[space]
-    assert not grammar.allowed(310)[300:].any()  # rows of the head without a token
+        assert token_id in allowed(matcher)
+        matcher.consume_token(token_id)
+    assert space not in allowed(matcher)
+    assert max(allowed(matcher)) < 300
 
 
 def test_json_and_tools_exclude_each_other(server: Running) -> None:
@@ -229,17 +235,15 @@ def test_json_and_tools_exclude_each_other(server: Running) -> None:
     assert core.grammar(ChatRequest.model_validate({**body, "response_format": {"type": "text"}})) is None
 
 
-def test_a_grammar_that_takes_too_long_ends_its_own_answer_alone() -> None:
-    class Slow:
-        def allowed(self, vocabulary: int) -> Tensor:
-            raise GrammarError(f"{vocabulary} tokens take too long")
-
-        def accept(self, token_id: int) -> bool:
-            raise AssertionError(token_id)
-
+def test_a_grammar_that_fails_ends_its_own_answer_alone() -> None:
+    matcher = json_matcher(SCHEMA, from_tokenizer(TOKENIZER, eos_token=[2]))
+    matcher.consume_token(TOKENIZER("a")["input_ids"][0])  # as one that takes too long
+    assert matcher.is_error()
     events: list[list[Token | Finish]] = [[], []]
     params = SamplingParams(1, temperature=0.0)
-    requests = [Request("slow", (1,), None, params, Slow()), Request("other", (1,), None, params)]
+    requests = [Request("fails", (1,), None, params, matcher), Request("other", (1,), None, params)]
     running = [RunningRequest(request, own.append) for request, own in zip(requests, events, strict=True)]
-    next_tokens(LOGITS.repeat(2, 1), running, ())
-    assert events == [[Finish("error", "5 tokens take too long")], [Token(1), Finish("length")]]
+    next_tokens(F.pad(LOGITS, (0, 300)).repeat(2, 1), running, ())
+    assert [type(event) for event in events[0]] == [Finish]
+    assert events[0][0] == Finish("error", matcher.get_error())
+    assert events[1][-1] == Finish("length")
