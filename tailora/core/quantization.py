@@ -13,7 +13,6 @@ A storage is found by the qualified name of the weight's class, so that neither 
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from copy import copy
 from typing import Any
 
 import torch
@@ -24,7 +23,12 @@ from tailora.core.layer_types import qualified_name, weight_of, whole_tensor
 
 
 class Storage:
-    """A plain weight."""
+    """A plain weight.
+
+    rounding: by how much quantisation moves a number at most, as a share of the largest number of its row.
+    """
+
+    rounding = 0.0
 
     def name(self, _layer: Any) -> str:
         """Returns the name of the format."""
@@ -38,9 +42,9 @@ class Storage:
         """Returns the dense weight in the precision that was quantised, or in float32 where it is not known."""
         return whole_tensor(weight_of(layer).detach())
 
-    def spread(self, _layer: Any, dense: Tensor) -> Tensor:
-        """Returns how far from `dense` the numbers may have been before quantisation; broadcasts to (out, in)."""
-        return dense.new_zeros(())
+    def spread(self, dense: Tensor) -> Tensor:
+        """Returns how far from `dense` the numbers may have been before quantisation, (out, 1)."""
+        return self.rounding * dense.float().abs().amax(dim=1, keepdim=True)
 
     def tensors(self, layer: Any) -> list[Tensor]:
         """Returns the plain tensors in memory."""
@@ -49,6 +53,8 @@ class Storage:
 
 class FourBit(Storage):
     """4-bit weights of bitsandbytes: each block of 64 numbers along a row is codes times the block's largest number."""
+
+    rounding = 0.18  # half of the widest gap between codes is .17 in FP4; double quantisation rounds the largest, too
 
     def name(self, layer: Any) -> str:
         return str(self.state(layer).quant_type)
@@ -62,20 +68,6 @@ class FourBit(Storage):
         value: Tensor = dequantize_4bit(whole_tensor(layer.weight.data), self.state(layer))
         return value
 
-    def spread(self, layer: Any, dense: Tensor) -> Tensor:
-        """Half the widest gap between codes, times the block's largest; double quantisation rounds that one, too."""
-        from bitsandbytes.functional import dequantize_blockwise
-
-        state = self.state(layer)
-        rounding: Tensor | float = 0.0
-        largest = state.absmax.float()  # (blocks,)
-        if state.nested:
-            largest = dequantize_blockwise(state.absmax, state.state2).float() + state.offset
-            groups = state.state2.absmax.float().repeat_interleave(state.state2.blocksize)
-            rounding = _half_gap(state.state2.code) * groups[: len(largest)]
-        blocks = (largest + rounding) * _half_gap(state.code) + rounding
-        return torch.as_tensor(blocks.repeat_interleave(state.blocksize)[: dense.numel()].view(dense.shape))
-
     def tensors(self, layer: Any) -> list[Tensor]:
         state = self.state(layer)
         nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
@@ -86,29 +78,11 @@ class FourBit(Storage):
         state = getattr(layer.weight, "quant_state", None)
         return layer.quant_state if state is None else state
 
-    def is_misread(self, layer: Any) -> bool:
-        """Returns True if blocks that go on in the next row get the largest number of another block.
-
-        Compares the result with that of the same codes in a single row.
-        """
-        from bitsandbytes.functional import dequantize_4bit
-
-        state = self.state(layer)
-        if state.shape[1] % state.blocksize == 0:
-            return False
-        one_row = copy(state)
-        one_row.shape = torch.Size((1, state.shape.numel()))
-        return not torch.equal(
-            dequantize_4bit(whole_tensor(layer.weight.data), one_row).view(state.shape), self.dense(layer)
-        )
-
-
-def _half_gap(code: Tensor) -> Tensor:
-    return code.sort().values.diff().max() / 2
-
 
 class Int8(Storage):
     """8-bit weights of bitsandbytes: 127 is the largest number of the row."""
+
+    rounding = 1 / 254 + 2**-11  # it was rounded to float16 first
 
     def name(self, _layer: Any) -> str:
         return "int8"
@@ -116,9 +90,6 @@ class Int8(Storage):
     def dense(self, layer: Any) -> Tensor:
         value: Tensor = layer.weight.data.float() * (self._scales(layer).float() / 127)
         return value
-
-    def spread(self, layer: Any, _dense: Tensor) -> Tensor:
-        return self._scales(layer).float() * (1 / 254 + 2**-11)  # it was rounded to float16 first
 
     def tensors(self, layer: Any) -> list[Tensor]:
         return [layer.weight.data, self._scales(layer)]
@@ -131,6 +102,8 @@ class Int8(Storage):
 
 
 class TorchAO(Storage):
+    rounding = 1 / 15  # half a step of 7.5 levels, which no format of 4 bits exceeds
+
     def name(self, layer: Any) -> str:
         return f"torchao {type(layer.weight).__name__}"
 
@@ -138,26 +111,8 @@ class TorchAO(Storage):
         value: Tensor = layer.weight.dequantize()
         return value
 
-    def spread(self, layer: Any, dense: Tensor) -> Tensor:
-        """Half a step. Where steps are not known, half of those of 7.5 levels, which no format of 4 bits exceeds."""
-        steps = self._steps(layer)
-        return dense.float().abs().amax(dim=1, keepdim=True) / 15 if steps is None else steps / 2
-
     def tensors(self, layer: Any) -> list[Tensor]:
         return list(inner_tensors(layer.weight))
-
-    def _steps(self, layer: Any) -> Tensor | None:
-        """Returns the step of every number, (out, in), for uniform steps by block; None for other tensors."""
-        weight = layer.weight
-        scale: Tensor | None = getattr(weight, "scale", None)
-        blocks = getattr(weight, "block_size", None)
-        if scale is None or blocks is None:
-            return None
-        if [count * size for count, size in zip(scale.shape, blocks, strict=False)] != [*weight.shape]:
-            return None
-        for dim, size in enumerate(blocks):
-            scale = scale.repeat_interleave(size, dim)
-        return scale.float()
 
 
 def inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
@@ -319,7 +274,7 @@ def common_dtype(model: nn.Module) -> torch.dtype:
 # ---- bitsandbytes on a CPU
 
 
-def storage_obstacle(layer: nn.Module) -> str | None:
+def storage_obstacle(layer: Any) -> str | None:
     """Returns why a layer cannot be adapted as it is stored now; None if it can."""
     if storage_of(layer) is not FOUR_BIT:
         return None
@@ -329,10 +284,10 @@ def storage_obstacle(layer: nn.Module) -> str | None:
             "bitsandbytes repacked its weight for inference when the base was evaluated, which rounds it and lets no "
             "gradient pass; load the base again and attach the adapter before evaluating it"
         )
-    if FOUR_BIT.is_misread(layer):
+    if layer.weight.device.type == "cpu" and state.shape[1] % state.blocksize:
         return (
-            f"bitsandbytes computes another weight than was quantised: {state.shape[1]} inputs are no multiple "
-            f"of its block of {state.blocksize} (0.50 on a CPU); quantise in 8 bits, or leave this layer out"
+            f"on a CPU, bitsandbytes 0.50 computes another weight than was quantised: {state.shape[1]} inputs are no "
+            f"multiple of its block of {state.blocksize}; quantise in 8 bits, or leave this layer out"
         )
     return None
 

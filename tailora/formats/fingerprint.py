@@ -43,7 +43,7 @@ def fingerprint(base_model: nn.Module, layer_types: Mapping[str, LayerType]) -> 
         layer = layer_of(base_model, path)
         storage, weight, quantization = storage_of(layer), dense_weight(layer, layer_type.weight_name), {}
         if storage is not PLAIN and layer_type.weight_name == "weight":
-            spread = in_file_layout(layer, storage.spread(layer, weight).expand(dense_shape(layer)))
+            spread = in_file_layout(layer, storage.spread(weight).expand(dense_shape(layer)))
             weight = in_file_layout(layer, weight)
             quantization = {"spread": _sample(spread), "storage": storage.name(layer)}
         result[path] = LayerFingerprint(shape=list(weight.shape), weights=_sample(weight), **quantization)
