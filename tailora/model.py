@@ -139,18 +139,18 @@ class LoRAModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         check_no_adapter_names(kwargs)
-        self.prepare_forward()
-        return self.base_model(*args, **kwargs)
+        with self.forward_context():
+            return self.base_model(*args, **kwargs)
 
-    def prepare_forward(self) -> None:
-        """Is called before a forward, and by what calls parts of the base instead.
+    def forward_context(self) -> AbstractContextManager[None]:
+        """Returns the context of a forward, also for what calls parts of the base instead.
 
-        Raises AdapterError if an active adapter cannot be trained yet. Watches which layers the first step calls.
+        Raises AdapterError if an active adapter cannot be trained yet. Warns of layers that the first one does not call.
         """
         if self.training and self._adapter_set.training_obstacle:
             raise AdapterError(self._adapter_set.training_obstacle)
-        if not torch.compiler.is_compiling():
-            self._adapter_set.watch_first_step(self.lora_layers.parameters(), training=self.training)
+        is_watched = self.training and not torch.compiler.is_compiling()
+        return self._adapter_set.first_forward() if is_watched else nullcontext()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the base's `generate`. Within `adapter_rows`, all beams and sequences of a prompt have its adapter."""

@@ -6,7 +6,7 @@ computes with it is at the same path, or for a slice of a fused layer and a sing
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, SupportsFloat, cast
 
 import torch
@@ -29,7 +29,7 @@ from tailora.core.attach import (
 from tailora.core.extras import Extra
 from tailora.core.inference import generating
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_calls import FirstStep, LayerCalls
+from tailora.core.layer_calls import LayerCalls
 from tailora.core.layer_types import find_layer
 from tailora.core.mixed_batch import MixedBatch, mixed_parts
 from tailora.core.quantization import allow_repacking, prevent_repacking
@@ -55,9 +55,8 @@ class AdapterSet:
         self.layers: dict[str, nn.Module] = {}
         self.batch: MixedBatch | None = None
         self.training_obstacle = ""
-        self._watched: set[str] = set()  # paths of layers whose first training step was watched
-        self._unwatched: set[str] = set()
-        self._first_step: FirstStep | None = None
+        self._watched: set[str] = set()  # paths of layers whose first forward in training was watched
+        self._unwatched: set[str] = set()  # of active layers
         self._layer_paths: dict[str, str] = {}  # path of an adapter's part -> path of the layer that computes with it
         self._modules: dict[str, nn.ModuleDict] = {}  # name -> the adapter's parts as a module
         for name in adapters:
@@ -121,7 +120,6 @@ class AdapterSet:
 
     def remove(self, name: str) -> None:
         """Removes an adapter that is not active. Layers that no other adapter changes get their class back."""
-        self._stop_first_step()
         layer_paths = self._layers_of([name])
         del self.adapters[name], self._modules[name]
         for path in layer_paths - self._layers_of(self.adapters):
@@ -131,7 +129,6 @@ class AdapterSet:
 
     def clear(self) -> None:
         """Removes all adapters, active or not. The base model has its own classes and requires_grad again."""
-        self._stop_first_step()
         for module in self.base_model.modules():
             detach(module)
         allow_repacking(self._not_repacked)
@@ -173,37 +170,23 @@ class AdapterSet:
         return module
 
     def layer_calls(self) -> LayerCalls:
-        """Returns what records which layers of the active adapters a forward calls, instead of `watch_first_step`."""
-        self._take_unwatched()
+        """Returns what records which layers of the active adapters a forward calls, instead of `first_forward`."""
+        self._watched |= self._unwatched
+        self._unwatched = set()
         return LayerCalls(self.base_model, self._in_order(self._layers_of(self.active)))
 
-    def _take_unwatched(self) -> dict[str, nn.Module]:
-        """Returns the layers of the active adapters that were not watched yet; from now on they count as watched."""
+    def first_forward(self) -> AbstractContextManager[None]:
+        """Returns the context of a forward in training, whose first one warns of adapted layers that it does not call.
+
+        Compiled models are not watched, since hooks would be compiled into them.
+        """
+        if not self._unwatched or not torch.is_grad_enabled():
+            return nullcontext()
         layers = self._in_order(self._unwatched)
         self._watched |= self._unwatched
         self._unwatched = set()
-        return layers
-
-    def watch_first_step(self, parameters: Iterable[nn.Parameter], *, training: bool) -> None:
-        """Before a forward. Lets the first training step of every layer warn of those that it does not call.
-
-        A step may have several forwards, as DPO has; one in evaluation mode means that no backward comes. Compiled
-        models are not watched, since hooks would be compiled into them.
-        """
-        if self._first_step is not None and (self._first_step.has_ended or not training):
-            self._stop_first_step()
-        if not training or not torch.is_grad_enabled() or not self._unwatched:
-            return
-        self._stop_first_step()
-        layers = self._take_unwatched()
-        if not any(module._compiled_call_impl for module in self.base_model.modules()):
-            self._first_step = FirstStep(self.base_model, layers)
-            self._first_step.watch(parameters)
-
-    def _stop_first_step(self) -> None:
-        if self._first_step is not None:
-            self._first_step.stop()
-            self._first_step = None
+        is_compiled = any(module._compiled_call_impl for module in self.base_model.modules())
+        return nullcontext() if is_compiled else LayerCalls(self.base_model, layers).warned_of()
 
     def _in_order(self, paths: Collection[str]) -> dict[str, nn.Module]:
         return {path: layer for path, layer in self.layers.items() if path in paths}

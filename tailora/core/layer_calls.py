@@ -4,16 +4,14 @@ An adapter on such a layer does nothing until it is merged.
 
     USES            classes of transformers that read the weights of some layers
     LayerCalls      which adapted layers one forward of the model calls
-    FirstStep       the same for the first step of training, with a warning
 """
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Literal
 
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
 from tailora.errors import TailoraWarning
 
@@ -58,27 +56,32 @@ class LayerCalls:
         self.layers = dict(layers)
         self.owners = {path: modules[_owner(path, modules)] for path in layers}
         self._ran: set[nn.Module] = set()
-        self._handles: list[RemovableHandle] = []
-
-    def start(self) -> None:
-        modules = {*self.layers.values(), *self.owners.values()}
-        self._handles = [module.register_forward_pre_hook(self._record) for module in modules]
-
-    def stop(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-
-    def _record(self, module: nn.Module, _: Any) -> None:
-        self._ran.add(module)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Records the forwards within the block."""
-        self.start()
+        modules = {*self.layers.values(), *self.owners.values()}
+        handles = [module.register_forward_pre_hook(lambda module, _: self._ran.add(module)) for module in modules]
         try:
             yield
         finally:
-            self.stop()
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def warned_of(self) -> Iterator[None]:
+        """Records a forward within the block, and warns about layers that it did not call."""
+        with self.recorded():
+            yield
+        if paths := self.not_called:
+            warnings.warn(
+                f"the model did not call these adapted layers, although it called the module around them: "
+                f"{', '.join(paths[:5])} ({len(paths)} in all). Their adapters have no effect and are not trained. If "
+                "the module reads their weights itself, a merge would change its output. Leave them out: "
+                f"exclude_modules={last_names(paths)}",
+                TailoraWarning,
+                stacklevel=4,
+            )
 
     @property
     def none_called(self) -> bool:
@@ -101,43 +104,6 @@ def _owner(path: str, modules: Mapping[str, nn.Module]) -> str:
     while isinstance(modules[owner], nn.ModuleList | nn.ModuleDict):
         owner = owner.rpartition(".")[0]
     return owner
-
-
-class FirstStep(LayerCalls):
-    """Warns about layers that a forward did not call, when the backward that follows comes.
-
-    `stop` ends it, if none comes.
-    """
-
-    @property
-    def has_ended(self) -> bool:
-        return not self._handles
-
-    def watch(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Begins before the forward. The gradient of one of these parameters shows that there was a backward."""
-        self.start()
-        self._of_gradients: list[Any] = [
-            cast(Any, parameter).register_post_accumulate_grad_hook(self._after_backward)
-            for parameter in parameters
-            if parameter.requires_grad
-        ]
-
-    def _after_backward(self, _: Tensor) -> None:
-        if self._handles and (paths := self.not_called):
-            warnings.warn(
-                f"the model did not call these adapted layers, although it called the module around them: "
-                f"{', '.join(paths[:5])} ({len(paths)} in all). Their adapters have no effect and are not trained. If "
-                "the module reads their weights itself, a merge would change its output. Leave them out: "
-                f"exclude_modules={last_names(paths)}",
-                TailoraWarning,
-                stacklevel=2,
-            )
-        super().stop()
-
-    def stop(self) -> None:
-        super().stop()
-        while self._of_gradients:
-            self._of_gradients.pop().remove()
 
 
 def last_names(paths: Iterable[str]) -> list[str]:

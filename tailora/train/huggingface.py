@@ -181,10 +181,10 @@ class AdapterTraining:
                 self._loss_form = _choose_loss(model, packed="cu_seq_lens_q" in inputs)
             batch = _batch_of(inputs) if self._loss_form in CHUNKED else None
             if batch is not None and len(batch.targets):
-                model.prepare_forward()
                 count = num_items_in_batch if me.model_accepts_loss_kwargs else None
                 count = len(batch.targets) if count is None else count
-                losses = FORMS[self._loss_form](model, replace(batch, expected_gradient=1 / count))
+                with model.forward_context():
+                    losses = FORMS[self._loss_form](model, replace(batch, expected_gradient=1 / count))
                 return losses.sum() / count
         return cast(Any, super()).compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
