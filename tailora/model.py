@@ -30,7 +30,7 @@ from tailora.core.targets import fitted_config, select
 from tailora.errors import AdapterError, ConfigError
 from tailora.formats.fingerprint import LayerFingerprint
 from tailora.formats.hub import UPLOAD_OPTIONS, make_public, upload
-from tailora.formats.load import LoadOptions, check_load_options, load
+from tailora.formats.load import LoadOptions, load
 from tailora.formats.peft import write_peft_folder
 from tailora.formats.peft_model import (
     PEFT_NAMES,
@@ -86,7 +86,6 @@ class LoRAModel(nn.Module):
 
         The adapter is in the mode of the base, which transformers loads in evaluation mode: call `train()` to train it.
         """
-        check_load_options(options, name="adapter_name")
         check_base(base_model)
         adapter = load(folder, base_model, **options)
         model = cls.__new__(cls)._wrap(base_model, {adapter_name: adapter})
@@ -145,7 +144,7 @@ class LoRAModel(nn.Module):
     def forward_context(self) -> AbstractContextManager[None]:
         """Returns the context of a forward, also for what calls parts of the base instead.
 
-        Raises AdapterError if an active adapter cannot be trained yet. Warns of layers that the first one does not call.
+        Raises AdapterError if an active adapter cannot be trained yet. The first context warns of layers not called.
         """
         if self.training and self._adapter_set.training_obstacle:
             raise AdapterError(self._adapter_set.training_obstacle)
@@ -235,9 +234,8 @@ class LoRAModel(nn.Module):
             allow_base_mismatch=True loads one that was made for another base. See `LoadOptions`.
         Everything is checked before the model changes. Raises FormatError with all missing, unexpected, misshapen
         and non-finite tensors, BaseMismatchError when it was made for another base, AdapterError if the name exists,
-        FetchError if the Hub has no such adapter or cannot be reached, ConfigError for an unknown option.
+        FetchError if the Hub has no such adapter or cannot be reached.
         """
-        check_load_options(options, adapter_name="name")
         self._adapter_set.check_new(name)
         self._merge_state.check_unmerged("load an adapter")
         self._adapter_set.add(name, load(folder, self.base_model, **options))

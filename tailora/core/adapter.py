@@ -16,7 +16,7 @@ from torch import nn
 from tailora.core.attach import detach
 from tailora.core.config import LoRAConfig
 from tailora.core.extras import ExtraTargets, TokenHead, TokenRows, TrainedBias, token_rows_of
-from tailora.core.init import WEIGHT_INITS, WITH_FROZEN_START, check_init, init_from_weight
+from tailora.core.init import WEIGHT_INITS, check_init, init_from_weight
 from tailora.core.layer import INITS, LoRALayer
 from tailora.core.layer_types import computing_device, layer_of, weight_of, whole_tensor
 from tailora.core.patterns import inside
@@ -101,7 +101,7 @@ def create(selection: Selection, config: LoRAConfig, *, fresh: bool = True) -> A
         for layer in low_rank.values():
             for factor in (layer.lora_A, layer.lora_B):
                 nn.init.zeros_(factor)
-            if init in WITH_FROZEN_START:
+            if init in WEIGHT_INITS:
                 layer.start_from(layer.lora_A, layer.lora_B)
         return Adapter(config, low_rank, saved, extras)
     if init in WEIGHT_INITS:

@@ -1,8 +1,8 @@
 """Initial values of A and B that are computed from the weight or from the data, and are not zero.
 
-W is never changed. Where training is to start at the base model all the same (`WITH_FROZEN_START`), the frozen product
-B0 A0 of the initial values is subtracted at run time. Shapes here are those of one layer by group: W (groups, m, n),
-A (groups, r, n), B (groups, m, r).
+W is never changed. For training to start at the base model all the same, the frozen product B0 A0 of the initial values
+is subtracted at run time. Shapes here are those of one layer by group: W (groups, m, n), A (groups, r, n),
+B (groups, m, r).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -33,7 +33,6 @@ def olora(W: Tensor, r: int, _: float) -> InitialFactors:
 
 # Values of init_lora_weights. "eva" fills A with principal directions of the inputs: `core.data_init`.
 WEIGHT_INITS: Mapping[str, Callable[[Tensor, int, float], InitialFactors]] = {"pissa": pissa, "olora": olora}
-WITH_FROZEN_START = ("pissa", "olora")
 
 
 def check_init(targets: Iterable[Target], init: str) -> None:

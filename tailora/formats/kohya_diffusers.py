@@ -32,15 +32,6 @@ SUFFIXES = {
     "A": (".lora_A", ".lora_down", ".lora.down", ".lora_linear_layer.down", "_lora.down"),
     "B": (".lora_B", ".lora_up", ".lora.up", ".lora_linear_layer.up", "_lora.up"),
 }
-OTHER_METHODS = {  # part of a key -> the method that writes it
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "lora_mid": "a LoRA of three factors (Tucker)",
-    "dora_scale": "DoRA",
-    "lora_magnitude": "DoRA",
-    "oft_": "OFT",
-    ".diff": "whole weights",
-}
 METADATA_KEY = "lora_adapter_metadata"
 KOHYA_NAME = re.compile(r"(lora_[a-z]+\d*)_(.+)")
 
@@ -163,12 +154,9 @@ def _find_layer(name: str, paths: Mapping[str, str]) -> tuple[str, str | None]:
 
 
 def _not_lora(tensors: Mapping[str, Tensor]) -> list[str]:
-    methods = {method for key in tensors for mark, method in OTHER_METHODS.items() if mark in key}
-    if methods:
-        return [f"holds {', '.join(sorted(methods))}, not plain LoRA; merge it with the tool that wrote it"]
     if unknown := [key for key in tensors if _split_key(key)[1] == ""]:
         count = f"{len(unknown)} of {len(tensors)} keys"
-        return [f"not LoRA: {', '.join(unknown[:3])} ({count}); give the file of an adapter"]
+        return [f"not plain LoRA: {', '.join(unknown[:3])} ({count}); merge it with the tool that wrote it"]
     return []
 
 

@@ -41,7 +41,6 @@ from tailora.errors import (
     TailoraWarning,
     TargetError,
     listing,
-    nearest,
 )
 from tailora.formats import kohya_diffusers, mlx, peft, peft_config, peft_keys
 from tailora.formats.fingerprint import LayerFingerprint, fingerprint, fingerprint_differences, input_embedding
@@ -63,29 +62,6 @@ class LoadOptions(TypedDict, total=False):
     subfolder: str | None
     is_trainable: bool
     allow_base_mismatch: bool
-
-
-DEVICE_OPTIONS = ("torch_device", "device", "device_map")  # of PEFT and transformers
-
-
-def check_load_options(options: Mapping[str, object], **names: str) -> None:
-    """Raises ConfigError with all options that `load` does not have. names: a wrong option -> its right name."""
-    known = LoadOptions.__annotations__
-
-    def advice(option: str) -> str:
-        if option in names:
-            return f"; it is {names[option]} here"
-        if option in DEVICE_OPTIONS:
-            return "; an adapter goes to the devices of the layers that it adapts"
-        return nearest(option, known)
-
-    problems = [
-        f"{option} is no option of loading{advice(option)}; there are: {', '.join((*names.values(), *known))}"
-        for option in options
-        if option not in known
-    ]
-    if problems:
-        raise ConfigError(listing(problems))
 
 
 def load(

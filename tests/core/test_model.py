@@ -409,17 +409,6 @@ def test_an_adapter_that_is_loaded_for_use_alone_has_no_trainable_parameters(tmp
     assert all(parameter.requires_grad for parameter in model.lora_layers.parameters())
 
 
-def test_an_option_of_loading_that_there_is_not_is_named_with_the_right_one(tmp_path: Path) -> None:
-    model: Any = LoRAModel(net(), LoRAConfig(r=2))
-    with pytest.raises(ConfigError, match=r"(?s)2 problems.*adapter_name .*it is name here.*did you mean is_trainable"):
-        model.load_adapter(tmp_path, adapter_name="b", is_trainble=True)
-    from_pretrained: Any = LoRAModel.from_pretrained
-    with pytest.raises(ConfigError, match="torch_device is no option of loading; an adapter goes to the devices of"):
-        from_pretrained(net(), tmp_path, torch_device="cuda")
-    with pytest.raises(ConfigError, match="name is no option of loading; it is adapter_name here"):
-        from_pretrained(net(), tmp_path, name="b")
-
-
 def test_the_other_names_of_peft_lead_to_ours() -> None:
     model = LoRAModel(chat_model())
     for name, ours in PEFT_NAMES.items():
