@@ -39,7 +39,6 @@ from tailora.errors import AdapterError, ConfigError, listing
 #     db = s lora_bias + (trained bias - bias), times the strength
 
 
-UNSCALED = 1e-6  # |g - 1| up to which DoRA scales nothing: a few roundings of float32
 MIXES_GROUPS = "A reads the channels of all groups, which no grouped weight can hold; use this adapter by itself"
 SCALES_ROWS = (
     "DoRA scales the rows of W, which no product of two factors can express; method 'svd' takes the nearest of rank r"
@@ -71,10 +70,9 @@ def mixes_groups(layer: LoRALayer) -> bool:
     return not layer.layer_type.is_stacked and layer.groups * layer.lora_B.shape[1] != layer.r
 
 
-def is_product(layer: LoRALayer, base: nn.Module) -> bool:
-    """True if dW is the product that `factors_of` returns: without DoRA, or if DoRA scales no row."""
-    gain = layer.gain(base)
-    return gain is None or float((gain.detach() - 1).abs().max()) <= UNSCALED
+def is_product(layer: LoRALayer) -> bool:
+    """True if dW is the product that `factors_of` returns: without DoRA."""
+    return layer.lora_magnitude_vector is None
 
 
 def rank_per_group(r: int, layer: LoRALayer) -> int:
@@ -300,9 +298,9 @@ def _updates(
             updates.setdefault(path, []).append(WeightedUpdate(name, path, weights[name], layer, base))
             if mixes_groups(layer):
                 problems.append(f"{path} of {name!r}: {MIXES_GROUPS}")
-            elif exact and not is_product(layer, base):
+            elif exact and not is_product(layer):
                 problems.append(f"{path} of {name!r}: {SCALES_ROWS}")
-            elif not layer.layer_type.has_matrix and not is_product(layer, base):
+            elif not layer.layer_type.has_matrix and not is_product(layer):
                 layer_type = layer.layer_type.name
                 problems.append(f"{path} of {name!r}: the weight of a {layer_type} with DoRA is not one matrix")
     return updates, problems
@@ -345,7 +343,7 @@ def _combine_layer(updates: list[WeightedUpdate], settings: Combination) -> tupl
         limit = min(total.B.shape[1], total.A.shape[2])
         return (total if total.B.shape[2] <= limit else truncated(product_spectrum(total), limit)), 0.0
     r = rank_per_group(settings.r or max(update.layer.r for update in updates), updates[0].layer)
-    if settings.method == "svd" and all(is_product(update.layer, update.base) for update in updates):
+    if settings.method == "svd" and all(is_product(update.layer) for update in updates):
         spectrum = product_spectrum(concatenated(factors))
         k = min(r, spectrum.S.shape[1])
         return truncated(spectrum, k), truncation_error(spectrum.S, k)

@@ -1,9 +1,7 @@
 """The settings of an adapter: rank, scale, targets. Their names are those of PEFT."""
 
-import math
 import re
 from collections.abc import Collection, Mapping
-from enum import Enum
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -266,8 +264,8 @@ class LoRAConfig(StrictModel):
     exclude_modules: list[str] | str | None = None
     layers_to_transform: Annotated[list[int] | int | None, BeforeValidator(layer_numbers)] = None
     layers_pattern: list[str] | str | None = None
-    rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float] = {}
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
     target_parameters: list[str] | None = None
     fused_parts: dict[str, dict[str, Annotated[int, Field(ge=1)]]] = {}
     modules_to_save: list[str] | None = None
@@ -279,12 +277,7 @@ class LoRAConfig(StrictModel):
     learn_scaling: bool = False
     init_lora_weights: Init = "kaiming"
     adalora: AdaLoRA | None = None
-    task_type: TaskType | None = None
-
-    @field_validator("task_type", mode="before")
-    @classmethod
-    def _value_of_enum(cls, value: Any) -> Any:
-        return value.value if isinstance(value, Enum) else value
+    task_type: Annotated[TaskType | None, BeforeValidator(lambda task: getattr(task, "value", task))] = None
 
     @property
     def layers_patterns(self) -> list[str]:
@@ -309,13 +302,6 @@ class LoRAConfig(StrictModel):
             except re.error as error:
                 raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
         return value
-
-    @field_validator("rank_pattern", "alpha_pattern")
-    @classmethod
-    def _check_positive(cls, patterns: dict[str, float]) -> dict[str, float]:
-        if wrong := {pattern: value for pattern, value in patterns.items() if not 0 < value < math.inf}:
-            raise ValueError(f"values must be above 0; got {wrong}")
-        return patterns
 
     @field_validator("trainable_token_indices")
     @classmethod

@@ -240,7 +240,7 @@ def test_a_forward_replaced_on_the_instance_is_refused() -> None:
         ({"lora_alpha": -1}, "lora_alpha = -1"),
         ({"lora_dropout": 1.0}, "lora_dropout = 1.0"),
         ({"rank_pattern": {"q(": 2}}, "not a regular expression"),
-        ({"rank_pattern": {"q": 0}}, "values must be above 0"),
+        ({"rank_pattern": {"q": 0}}, "rank_pattern.q = 0: input should be greater than or equal to 1"),
         ({"use_dora": True, "lora_bias": True}, "lora_bias with use_dora"),
         ({"use_dora": "very"}, "use_dora = 'very'"),
         ({"bias": "every"}, "bias = 'every'"),

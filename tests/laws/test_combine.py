@@ -131,12 +131,10 @@ def test_in_every_slot_what_was_combined_and_shrunk_survives_its_file(
 
 
 @dora_pairs
-def test_dora_is_a_product_only_while_it_scales_nothing(case: LayerCase, slot: str) -> None:
+def test_dora_is_no_product(case: LayerCase, slot: str) -> None:
     model = pair(case, slot)
     with pytest.raises(AdapterError, match=r"block\.target of 'a': DoRA scales the rows of W"):
         model.combine({"a": 1, "b": 1}, "mix")
-    fresh = LoRAModel(case.net(torch.float64), config(case, slot))
-    assert fresh.combine({"default": 1}, "plain").rank == {"block.target": case.r}
 
 
 @dora_pairs
