@@ -29,6 +29,7 @@ from tailora.core.merge import MergeReport, MergeState
 from tailora.core.targets import fitted_config, select
 from tailora.errors import AdapterError, ConfigError
 from tailora.formats.fingerprint import LayerFingerprint
+from tailora.formats.fold_scale import ExportSource
 from tailora.formats.hub import UPLOAD_OPTIONS, make_public, upload
 from tailora.formats.load import LoadOptions, load
 from tailora.formats.peft import write_peft_folder
@@ -306,11 +307,8 @@ class LoRAModel(nn.Module):
         exported adapter. Raises as `formats.export.export`.
         """
         from tailora.formats.export import export  # with the formats that only this needs
-        from tailora.formats.fold_scale import ExportSource
 
-        self._merge_state.check_unmerged("export an adapter")
-        source = ExportSource(as_plain_lora(self.adapter(name)), self.base_model, tokenizer)
-        return export(source, Path(folder), to, overwrite=overwrite)
+        return export(self._export_source(name, tokenizer), Path(folder), to, overwrite=overwrite)
 
     def export_for(
         self,
@@ -327,12 +325,14 @@ class LoRAModel(nn.Module):
         An adapter that the server cannot load is merged into the whole model. Otherwise as `export`. Raises as
         `formats.serving_targets.export_for`.
         """
-        from tailora.formats.fold_scale import ExportSource
         from tailora.formats.serving_targets import ServingSettings, export_for
 
-        self._merge_state.check_unmerged("export an adapter")
-        source = ExportSource(as_plain_lora(self.adapter(name)), self.base_model, tokenizer)
+        source = self._export_source(name, tokenizer)
         return export_for(source, Path(folder), target, settings or ServingSettings(), overwrite=overwrite)
+
+    def _export_source(self, name: str, tokenizer: Any) -> ExportSource:
+        self._merge_state.check_unmerged("export an adapter")
+        return ExportSource(as_plain_lora(self.adapter(name)), self.base_model, tokenizer)
 
     def delete_adapter(self, name: str) -> None:
         """Deletes an adapter. Other active adapters stay active."""

@@ -194,15 +194,13 @@ def _token_targets(model: Any, modules: Modules, config: LoRAConfig) -> tuple[di
     if by_name is None:
         return {}, []
     if isinstance(by_name, list):
-        get_embedding = getattr(model, "get_input_embeddings", None)  # transformers' convention
-        embedding = get_embedding() if callable(get_embedding) else None
-        path = next((path for path, module in modules.items() if module is embedding), None)
-        if path is None:
+        embedding = input_embedding(model)
+        if embedding is None:
             return {}, [
                 "trainable_token_indices is a list, but the model does not say which embedding is its input's; "
                 "name it: {'path': [...]}"
             ]
-        by_name = {path: by_name}
+        by_name = {embedding[0]: by_name}
     tokens: dict[str, list[int]] = {}
     problems = []
     for name, indices in by_name.items():
@@ -228,6 +226,19 @@ def _token_targets(model: Any, modules: Modules, config: LoRAConfig) -> tuple[di
                 existing = f"there are 0..{size - 1} (resize_token_embeddings comes before the adapter)"
                 problems.append(f"{at}: no rows {outside[:5]}; {existing}")
     return ({}, problems) if problems else (tokens, [])
+
+
+def input_embedding(model: Any) -> tuple[str, nn.Embedding] | None:
+    """Returns path and layer of a transformers model's input embedding; None for a model without one."""
+    get_embedding = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = get_embedding() if callable(get_embedding) else None
+    except NotImplementedError:  # some models of transformers have none
+        return None
+    modules = model.named_modules()
+    return next(
+        ((path, module) for path, module in modules if module is embedding and isinstance(module, nn.Embedding)), None
+    )
 
 
 def _bias_targets(modules: Modules, adapted: Collection[str], saved: Collection[str]) -> tuple[list[str], list[str]]:

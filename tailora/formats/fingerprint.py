@@ -7,12 +7,12 @@ a quantised weight are dequantised, and stored with their largest distance from 
 import math
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from torch import Tensor, nn
 
+from tailora.core.extras import input_embedding
 from tailora.core.layer_types import LINEAR, LayerType, layer_of, whole_tensor
 from tailora.core.quantization import PLAIN, dense_shape, dense_weight, in_file_layout, quantized_layers, storage_of
 
@@ -62,19 +62,6 @@ def model_fingerprint(model: nn.Module) -> dict[str, LayerFingerprint]:
         **fingerprint(model, dict.fromkeys(quantized, LINEAR)),
         **{name: LayerFingerprint(shape=list(p.shape), weights=_sample(p)) for name, p in plain.items()},
     }
-
-
-def input_embedding(base_model: Any) -> tuple[str, nn.Embedding] | None:
-    """Returns path and layer of a transformers model's input embedding; None for a model without one."""
-    get_embedding = getattr(base_model, "get_input_embeddings", None)
-    try:
-        embedding = get_embedding() if callable(get_embedding) else None
-    except NotImplementedError:  # some models of transformers have none
-        return None
-    modules = base_model.named_modules()
-    return next(
-        ((path, module) for path, module in modules if module is embedding and isinstance(module, nn.Embedding)), None
-    )
 
 
 def vocabulary_size(base_model: nn.Module) -> int | None:

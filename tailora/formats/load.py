@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tailora.core import patterns
 from tailora.core.adapter import Adapter, extra_parts, low_rank_layer, share_parameters, trained_copy
 from tailora.core.config import LoRAConfig
-from tailora.core.extras import extra_targets
+from tailora.core.extras import extra_targets, input_embedding
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import EMBEDDING, Shape, layer_of, layer_type_of, obstacle
 from tailora.core.quantization import quantized_layers, storage_obstacle
@@ -43,7 +43,7 @@ from tailora.errors import (
     listing,
 )
 from tailora.formats import kohya_diffusers, mlx, peft, peft_config, peft_keys
-from tailora.formats.fingerprint import LayerFingerprint, fingerprint, fingerprint_differences, input_embedding
+from tailora.formats.fingerprint import LayerFingerprint, fingerprint, fingerprint_differences
 from tailora.formats.fold_scale import unfold_learned_scales
 from tailora.formats.hub import local_folder
 from tailora.formats.peft_keys import EMBEDDING_SUFFIXES, SUFFIXES, PeftLayer, peft_layers
