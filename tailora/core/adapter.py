@@ -15,7 +15,7 @@ from torch import nn
 
 from tailora.core.attach import detach
 from tailora.core.config import LoRAConfig
-from tailora.core.extras import ExtraTargets, TokenHead, TokenRows, TrainedBias, token_rows_of
+from tailora.core.extras import ExtraTargets, TokenHead, TokenRows, TrainedBias
 from tailora.core.init import WEIGHT_INITS, check_init, init_from_weight
 from tailora.core.layer import INITS, LoRALayer
 from tailora.core.layer_types import computing_device, layer_of, weight_of, whole_tensor
@@ -214,7 +214,7 @@ def with_strength(adapter: Adapter, strength: float) -> Adapter:
     rows = {id(adapter.extras[path]): part for path, part in extras.items()}
     for path, part in adapter.extras.items():
         if isinstance(part, TokenHead):
-            extras[path] = TokenHead(rows[id(token_rows_of(part))])
+            extras[path] = TokenHead(rows[id(part.token_rows)])
     return replace(adapter, low_rank=low_rank, extras=extras)
 
 

@@ -19,30 +19,15 @@ from torch import Tensor, nn
 
 from tailora.core import patterns
 from tailora.core.config import LoRAConfig
-from tailora.core.layer_types import (
-    EMBEDDING,
-    is_called,
-    layer_type_of,
-    obstacle,
-    qualified_name,
-    weight_of,
-    whole_tensor,
-)
+from tailora.core.layer_types import CONV1D, EMBEDDING, is_called, layer_type_of, obstacle, weight_of, whole_tensor
 from tailora.errors import nearest
 
 Modules = Mapping[str, nn.Module]  # of the whole model, by path
 
-# Classes that add their bias to the rest of their output, by the dimension of the output that it runs along.
-BIAS_LAST = (nn.Linear, nn.LayerNorm)
+# Classes that add their bias to the rest of their output, by the dimension of the output that it runs along
 BIAS_SECOND = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
 BIAS_BEFORE_KERNEL = (nn.modules.conv._ConvNd,)
-BIAS_LAST_NAMES = ("transformers.pytorch_utils.Conv1D",)
-
-
-def adds_its_bias(module: nn.Module) -> bool:
-    names = set(map(qualified_name, type(module).__mro__))
-    classes = (*BIAS_LAST, *BIAS_SECOND, *BIAS_BEFORE_KERNEL)
-    return isinstance(module, classes) or not names.isdisjoint(BIAS_LAST_NAMES)
+ADD_THEIR_BIAS = (nn.Linear, nn.LayerNorm, *BIAS_SECOND, *BIAS_BEFORE_KERNEL)  # and CONV1D
 
 
 def biases_of(module: nn.Module) -> list[str]:
@@ -115,6 +100,8 @@ class TokenRows(nn.Module):
 class TokenHead(nn.Module):
     """Lets the output head that is tied to an embedding follow the trained rows. Has no parameters."""
 
+    token_rows: TokenRows
+
     def __init__(self, token_rows: TokenRows) -> None:
         super().__init__()
         self.__dict__["token_rows"] = token_rows  # a reference: it is registered with the embedding
@@ -126,17 +113,10 @@ class TokenHead(nn.Module):
         return y + torch.zeros_like(output).index_copy(-1, indices, logits)
 
     def row_change(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
-        return cast(TokenRows, self.__dict__["token_rows"]).row_change(layer)
+        return self.token_rows.row_change(layer)
 
 
 Extra = TrainedBias | TokenRows | TokenHead
-
-
-def token_rows_of(part: nn.Module) -> TokenRows | None:
-    """Returns the trained rows that a TokenRows or TokenHead adds; None for any other part."""
-    if isinstance(part, TokenHead):
-        return cast(TokenRows, part.__dict__["token_rows"])
-    return part if isinstance(part, TokenRows) else None
 
 
 # ---- What a config selects
@@ -250,7 +230,11 @@ def _bias_targets(modules: Modules, adapted: Collection[str], saved: Collection[
             continue
         if "forward" in vars(module):
             problems.append(f"bias='all': {path}: its forward was replaced on the instance; its bias cannot be trained")
-        elif names == ["bias"] and (adds_its_bias(module) or path in adapted) and is_called(module):
+        elif (
+            names == ["bias"]
+            and (isinstance(module, ADD_THEIR_BIAS) or layer_type_of(module) is CONV1D or path in adapted)
+            and is_called(module)
+        ):
             biases += [path] if path not in adapted else []
         else:
             problems.append(

@@ -184,7 +184,8 @@ class LoRALayer(nn.Module):
         layer: the adapted layer, which a convolution asks for its stride.    factors: what `scaled_factors` returned.
         """
         dtype = dtype or (x.dtype if x.is_floating_point() else self.lora_A.dtype)
-        if self._is_small_batch(x, dtype):
+        in_evaluation = not self.training and not torch.is_grad_enabled() and dtype.is_floating_point
+        if in_evaluation and x.numel() <= SMALL_BATCH * self.in_features:  # such as the one token that `generate` adds
             update = self._small_batch_update(x, layer).to(dtype)
         else:
             if self.layer_type.reads_numbers:
@@ -220,12 +221,6 @@ class LoRALayer(nn.Module):
         if self.start_A is None or self.start_B is None:
             return A, B
         return concatenate_ranks(A, A - self.start_A, self.groups), torch.cat([B - self.start_B, self.start_B], 1)
-
-    def _is_small_batch(self, x: Tensor, dtype: torch.dtype) -> bool:
-        """Returns True for a few tokens in evaluation, such as the one token that `generate` adds."""
-        if self.training or torch.is_grad_enabled() or not dtype.is_floating_point:
-            return False
-        return x.numel() <= SMALL_BATCH * self.in_features
 
     def _small_batch_update(self, x: Tensor, layer: nn.Module | None) -> Tensor:
         """The update in the factors' own precision: x is cast and the result scaled, not the larger factors."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tailora.core.attach import Adapted, Change, Substituted, Swapped, TensorChange, attach, attached_parts
 from tailora.core.dora import weight_scale
-from tailora.core.extras import TokenHead, TokenRows, TrainedBias, token_rows_of
+from tailora.core.extras import TokenHead, TokenRows, TrainedBias
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_calls import use_of
 from tailora.core.layer_types import LAYER_TYPES, parameter_owner, qualified_name, weight_of
@@ -172,7 +172,7 @@ def merge_changes(base_model: nn.Module, layers: Mapping[str, LayerParts], repor
             module, name = parameter_owner(layer, updates[0].layer_type.weight_name if updates else "weight")
             parameter = nn.Parameter(merged, requires_grad=False)
             if not updates:
-                key = id(weight_of(layer)), *(id(token_rows_of(part)) for part in token_parts)
+                key = id(weight_of(layer)), *(id(getattr(part, "token_rows", part)) for part in token_parts)
                 parameter = tied.setdefault(key, parameter)
             yield TensorChange(module, name, parameter)
         if (bias := _merged_bias(layer, parts)) is not None:
