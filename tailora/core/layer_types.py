@@ -361,6 +361,20 @@ def is_called(layer: nn.Module) -> bool:
     return type(layer).__name__ != "NonDynamicallyQuantizableLinear"
 
 
+SAME_AS_LINEAR = (  # classes derived from nn.Linear whose own forward computes W x + b, too
+    "transformers.models.esm.modeling_esmfold.EsmFoldLinear",
+    "transformers.models.falcon.modeling_falcon.FalconLinear",
+)
+
+
+def computes_as_its_type(layer: nn.Module) -> bool:
+    """True if the layer's forward is that of a known class, so that its weight alone says what it computes."""
+    cls: type[nn.Module] = getattr(layer, "plain", type(layer))
+    owner = next(parent for parent in cls.__mro__ if "forward" in vars(parent))
+    is_known = owner is nn.MultiheadAttention or qualified_name(owner) in (*LAYER_TYPES, *SAME_AS_LINEAR)
+    return is_known or hasattr(layer, "embed_scale")
+
+
 # ---- Layers that cannot be adapted
 
 
@@ -375,13 +389,6 @@ def obstacle(layer: nn.Module) -> str | None:
         return f"its shape is not known yet ({name}); run one batch through the model first"
     if getattr(layer, "max_norm", None) is not None:
         return "max_norm rewrites its frozen weight at every look-up"
-    only_looks_up = qualified_name(type(layer)) in LAYER_TYPES or any(
-        hasattr(layer, attribute) for attribute in ("adapter_parts", "embed_scale")
-    )
-    if layer_type_of(layer) is EMBEDDING and "forward" in vars(type(layer)) and not only_looks_up:
-        return f"{name} overrides forward, so what it looks up is not known"
-    if is_multihead_attention(layer) and not hasattr(layer, "adapter_parts"):
-        owner = next(cls for cls in type(layer).__mro__ if "forward" in vars(cls))
-        if owner is not nn.MultiheadAttention:
-            return f"{name} derives from nn.MultiheadAttention and overrides forward, so what it computes is not known"
+    if (layer_type_of(layer) is EMBEDDING or is_multihead_attention(layer)) and not computes_as_its_type(layer):
+        return f"{name} overrides forward, so what it computes is not known"
     return None

@@ -15,12 +15,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tailora.core.attach import Adapted, Change, Substituted, Swapped, TensorChange, attach, attached_parts
+from tailora.core.attach import Adapted, Change, Substituted, TensorChange, attach, attached_parts
 from tailora.core.dora import weight_scale
 from tailora.core.extras import TokenHead, TokenRows, TrainedBias
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_calls import use_of
-from tailora.core.layer_types import LAYER_TYPES, parameter_owner, qualified_name, weight_of
+from tailora.core.layer_types import computes_as_its_type, parameter_owner, weight_of
 from tailora.core.quantization import (
     common_dtype,
     dense_weight,
@@ -31,10 +31,6 @@ from tailora.core.quantization import (
 from tailora.errors import MergeError, listing
 
 BLOCK = 2**18  # numbers merged at a time: in float32 they stay near a core from the first step to the last
-SAME_AS_LINEAR = (  # classes derived from nn.Linear whose own forward computes W x + b, too
-    "transformers.models.esm.modeling_esmfold.EsmFoldLinear",
-    "transformers.models.falcon.modeling_falcon.FalconLinear",
-)
 LayerParts = tuple[nn.Module, Sequence[nn.Module]]  # a layer, and the parts of adapters that it computes with
 
 
@@ -218,13 +214,11 @@ def _obstacle(layer: nn.Module, parts: Sequence[nn.Module]) -> str | None:
         return "its weight is computed by a parametrization; remove that first"
     if is_quantized(layer):
         return None
-    cls = layer.plain if isinstance(layer, Swapped) else type(layer)
-    forward_owner = qualified_name(next(parent for parent in cls.__mro__ if "forward" in vars(parent)))
-    is_known = forward_owner in (*LAYER_TYPES, *SAME_AS_LINEAR) or getattr(layer, "embed_scale", None) is not None
-    if is_known or (isinstance(parts[0], LoRALayer) and parts[0].layer_type.replaces_forward):
+    if computes_as_its_type(layer) or (isinstance(parts[0], LoRALayer) and parts[0].layer_type.replaces_forward):
         return None
+    name = getattr(layer, "plain", type(layer)).__name__
     return (
-        f"{cls.__name__} overrides forward, so its weight alone does not say what it computes; keep it unmerged. If it "
+        f"{name} overrides forward, so its weight alone does not say what it computes; keep it unmerged. If it "
         "computes nothing but W x + b, register_layer_type says so"
     )
 

@@ -507,20 +507,16 @@ def _conflicts(
             f"({len(only_read)} in all). Adapters there would have no effect. Leave them out: "
             f"exclude_modules={last_names(only_read)}"
         )
-    if to_save and not isinstance(config.target_modules, str):
-        owners = {
-            path: next((saved for saved in to_save if patterns.inside(candidate.layer_path, saved)), None)
-            for path, candidate in candidates.items()
-        }
-        outside = (candidates[path].names for path, owner in owners.items() if owner is None)
-        names = set(config.target_modules) - {
-            end for names in outside for name in names for end in patterns.ends_of(name)
-        }
-        problems += [
-            f"{path} is in target_modules and in modules_to_save ({owner}); take one"
-            for path, owner in owners.items()
-            if owner is not None and _selects(names, candidates[path])
+    for name in config.target_modules if to_save and isinstance(config.target_modules, list) else []:
+        paths = [
+            layer.layer_path for layer in candidates.values() if any(patterns.named(name, own) for own in layer.names)
         ]
+        owners = [next((saved for saved in to_save if patterns.inside(path, saved)), None) for path in paths]
+        if None not in owners:  # the name means no other layer
+            problems += [
+                f"{path} is in target_modules and in modules_to_save ({owner}); take one"
+                for path, owner in zip(paths, owners, strict=True)
+            ]
     for path, module in to_save.items():
         if "forward" in vars(module):
             problems.append(f"{path}: its forward was replaced on the instance; it cannot be trained in full")
