@@ -33,13 +33,7 @@ from tailora.formats.fold_scale import ExportSource
 from tailora.formats.hub import UPLOAD_OPTIONS, make_public, upload
 from tailora.formats.load import LoadOptions, load
 from tailora.formats.peft import write_peft_folder
-from tailora.formats.peft_model import (
-    PEFT_NAMES,
-    check_no_adapter_names,
-    check_save_arguments,
-    read_peft_model,
-    release_base,
-)
+from tailora.formats.peft_model import PEFT_NAMES, check_no_adapter_names, read_peft_model, release_base
 from tailora.formats.run_folder import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
@@ -263,14 +257,14 @@ class LoRAModel(nn.Module):
         selected_adapters: Sequence[str] | None = None,
         *,
         is_main_process: bool = True,
-        **others: Any,
     ) -> None:
         """Writes adapters as PEFT's method of this name does: `save_adapter` for the selected ones, by default all.
 
-        The base model is saved by `base_model.save_pretrained`. Does nothing unless `is_main_process`. Arguments of
-        PEFT and transformers that would change what is written are refused. Raises ConfigError, and as `save_adapter`.
+        The base model is saved by `base_model.save_pretrained`. Does nothing unless `is_main_process`. Raises
+        ConfigError for safe_serialization=False, since adapters are never pickled, and as `save_adapter`.
         """
-        check_save_arguments({"safe_serialization": safe_serialization, **others})
+        if not safe_serialization:
+            raise ConfigError("adapters are written as safetensors only: leave out safe_serialization=False")
         names = [*self.adapters] if selected_adapters is None else selected_adapters
         if not names:
             raise AdapterError("there is no adapter to save; the base model is saved by base_model.save_pretrained")

@@ -271,10 +271,6 @@ def layer_type_of(layer: nn.Module) -> LayerType | None:
     return next((LAYER_TYPES[name] for name in names if name in LAYER_TYPES), None)
 
 
-def is_multihead_attention(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.MultiheadAttention)
-
-
 def weight_of(layer: nn.Module, name: str = "weight") -> Tensor:
     module, name = parameter_owner(layer, name)
     weight = module._parameters[name] if name in module._parameters else getattr(module, name)
@@ -341,7 +337,7 @@ def find_layer(model: nn.Module, path: str) -> tuple[str, nn.Module]:
         model.get_submodule(parent_path)  # says what is missing
     assert parent is not None
     module = submodule(parent, name)
-    if module is None or (path and is_multihead_attention(parent)):
+    if module is None or (path and isinstance(parent, nn.MultiheadAttention)):
         return parent_path, parent
     return path, module
 
@@ -389,6 +385,8 @@ def obstacle(layer: nn.Module) -> str | None:
         return f"its shape is not known yet ({name}); run one batch through the model first"
     if getattr(layer, "max_norm", None) is not None:
         return "max_norm rewrites its frozen weight at every look-up"
-    if (layer_type_of(layer) is EMBEDDING or is_multihead_attention(layer)) and not computes_as_its_type(layer):
+    if (layer_type_of(layer) is EMBEDDING or isinstance(layer, nn.MultiheadAttention)) and not computes_as_its_type(
+        layer
+    ):
         return f"{name} overrides forward, so what it computes is not known"
     return None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from tailora.core.dora import weight_scale
-from tailora.core.layer_types import LayerType, Shape, is_multihead_attention, weight_of
+from tailora.core.layer_types import LayerType, Shape, weight_of
 
 
 class ParameterLayerType(LayerType):
@@ -116,7 +116,7 @@ def attention_matrix(weight_name: str) -> AttentionMatrix:
 
 def projections(layer: nn.Module) -> dict[str, LayerType]:
     """Returns name -> layer type for the matrices of nn.MultiheadAttention; {} for any other layer."""
-    if not is_multihead_attention(layer):
+    if not isinstance(layer, nn.MultiheadAttention):
         return {}
     packed = layer.in_proj_weight is not None
     inputs = ["in_proj_weight"] if packed else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]

@@ -115,16 +115,8 @@ def pad_ranks(
 
 def fold_changes(source: ExportSource) -> list[str]:
     """Returns messages about what `fold_scale` changes."""
-    config, layers = source.adapter.config, source.adapter.low_rank.values()
-    folded = {
-        "rsLoRA's scale alpha/sqrt(r)": config.use_rslora,
-        "alpha_pattern": bool(config.alpha_pattern),
-        "rank_pattern": bool(config.rank_pattern),
-        "learned scales": any(layer.learns_scaling for layer in layers),
-        "the strength dial": any(layer.strength != 1 for layer in layers),
-    }
-    names = ", ".join(name for name, is_used in folded.items() if is_used)
-    changes = [f"the scale ({names or 'alpha / r'}) is already in the file; leave it at 1 where the file is loaded"]
+    layers = source.adapter.low_rank.values()
+    changes = ["the whole scale is already in the file; leave it at 1 where the file is loaded"]
     if starts := sum(layer.has_start for layer in layers):
         changes.append(f"{starts} layers' frozen starts are part of their factors, at twice the rank")
     if parts := sum(layer.output_slice is not None for layer in layers):

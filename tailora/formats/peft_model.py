@@ -1,4 +1,4 @@
-"""What users of PEFT bring along: adapters of a `peft.PeftModel` in memory, and names and arguments of its methods.
+"""What users of PEFT bring along: adapters of a `peft.PeftModel` in memory, and names of its methods.
 
 The base is read through a copy of its module tree without PEFT's wrappers, around the same parameters. So everything
 is checked before the PEFT model changes; then `release_base` removes its wrappers.
@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from tailora.core.adapter import Adapter
-from tailora.errors import AdapterError, ConfigError, FormatError, TargetError, listing, nearest
+from tailora.errors import AdapterError, FormatError, TargetError, listing
 from tailora.formats.load import restore
 from tailora.formats.peft import AdapterMetadata, StoredAdapter
 from tailora.formats.peft_config import changes_the_base
@@ -33,19 +33,6 @@ PEFT_NAMES = {  # attribute of a PeftModel -> what a LoRAModel has for it
     "disable_adapter_layers": "set_adapter(None), or `with disable_adapter():`",
 }
 
-# Arguments of save_pretrained in PEFT and transformers -> values that change nothing here (None: all values), and what
-# to do instead of another value.
-SAVE_ARGUMENTS: dict[str, tuple[tuple[Any, ...] | None, str]] = {
-    "safe_serialization": ((True,), "adapters are written as safetensors only"),
-    "save_embedding_layers": (("auto", False), "trained embeddings are saved: name them in modules_to_save"),
-    "path_initial_model_for_weight_conversion": ((None,), "an adapter of PiSSA or OLoRA is always saved as plain LoRA"),
-    "state_dict": ((None,), "the model's own tensors are saved: leave it out"),
-    "push_to_hub": ((False,), "call push_to_hub(repo_id)"),
-    "max_shard_size": (None, ""),
-    "save_function": (None, ""),
-    "save_peft_format": ((True,), "the folder has PEFT's format"),
-}
-
 
 def check_no_adapter_names(arguments: Mapping[str, Any]) -> None:
     """Raises AdapterError for PEFT's argument of a forward, which many base models would take and ignore."""
@@ -54,18 +41,6 @@ def check_no_adapter_names(arguments: Mapping[str, Any]) -> None:
             "adapter_names is an argument of PEFT; call the model within `with model.adapter_rows(names):`, "
             "where None stands for PEFT's '__base__'"
         )
-
-
-def check_save_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raises ConfigError with all arguments of a `save_pretrained` that are unknown or would change what is written."""
-    problems = []
-    for name, value in arguments.items():
-        if name not in SAVE_ARGUMENTS:
-            problems.append(f"{name}: save_pretrained has no such argument{nearest(name, SAVE_ARGUMENTS)}")
-        elif (values := SAVE_ARGUMENTS[name][0]) is not None and value not in values:
-            problems.append(f"{name}={value!r}: {SAVE_ARGUMENTS[name][1]}")
-    if problems:
-        raise ConfigError(listing(problems))
 
 
 def read_peft_model(peft_model: Any) -> tuple[dict[str, Adapter], tuple[str, ...]]:

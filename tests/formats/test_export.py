@@ -62,8 +62,7 @@ def test_portable_needs_only_r_and_alpha(tmp_path: Path) -> None:
         A, B = (tensors[f"base_model.model.{path}.lora_{slot}.weight"] for slot in "AB")
         torch.testing.assert_close(B @ A, layer.delta_weight(), rtol=1e-5, atol=1e-6)
     assert report.changes == [
-        "the scale (rsLoRA's scale alpha/sqrt(r), alpha_pattern, rank_pattern) is already in the file; leave it at 1 "
-        "where the file is loaded",
+        "the whole scale is already in the file; leave it at 1 where the file is loaded",
         "14 of 14 layers are padded with zeros to rank 8",
     ]
 
@@ -165,7 +164,7 @@ def test_all_formats_but_peft_hold_the_strength_dial(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"strength dial .* set_scale\(name, 1\), or export to 'portable'"):
         model.export(tmp_path / "peft", "peft")
     report = model.export(tmp_path / "out", "portable")
-    assert report.changes[0].startswith("the scale (the strength dial) is already in the file; leave it at 1")
+    assert report.changes[0].startswith("the whole scale is already in the file; leave it at 1")
     again = LoRAModel.from_pretrained(chat_model(), tmp_path / "out").eval()
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
 
