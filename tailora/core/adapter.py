@@ -118,9 +118,8 @@ def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) ->
     in_features, out_features = target.dims
     weight = weight_of(target.layer, target.layer_type.weight_name)  # as it is stored: its dense value is not needed
     shape_A, shape_B = target.layer_type.shapes(target.layer, target.r)
-    random = (
-        config.init_lora_weights if config.init_lora_weights in INITS else "kaiming"
-    )  # until weight or data fill it
+    # "kaiming" until weight or data fill it
+    random = config.init_lora_weights if config.init_lora_weights in INITS else "kaiming"
     layer = LoRALayer(
         in_features,
         out_features,

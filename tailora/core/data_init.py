@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tailora.core.adalora import alpha_at_same_scale, with_ranks
 from tailora.core.adapter import Adapter, adapter_dtype, low_rank_layer
 from tailora.core.config import LoRAConfig
-from tailora.core.device import read_together, wide_dtype
+from tailora.core.device import wide_dtype
 from tailora.core.layer_types import computing_device
 from tailora.core.low_rank import EXACT, EXTRA, gaussian, orthonormal
 from tailora.core.targets import Target, target_at
@@ -39,8 +39,7 @@ def start_from_data(adapter: Adapter, base_model: nn.Module, run: Pass, rho: flo
         for path, layer in adapter.low_rank.items()
     }
     variances = input_variances(targets, run, int(rho * max(target.r for target in targets.values())))
-    largest = read_together([inputs.along[0] for inputs in variances.values()])
-    if constant := [path for path, variance in zip(variances, largest, strict=True) if variance == 0]:
+    if constant := [path for path, inputs in variances.items() if inputs.along[0] == 0]:
         raise DataError(
             f"in these batches the inputs of {', '.join(constant[:5])} ({len(constant)} layers) do not vary: "
             "give more batches, exclude_modules, or init_lora_weights='kaiming'"
@@ -121,20 +120,15 @@ def input_variances(targets: Mapping[str, Target], run: Pass, count: int) -> dic
         finally:
             for hook in hooks:
                 hook.remove()
-        are_finite = read_together([covariance.products.isfinite().all() for covariance in covariances.values()])
-        if broken := [path for path, is_finite in zip(covariances, are_finite, strict=True) if not is_finite]:
-            raise DataError(
-                f"in these batches the inputs of {', '.join(broken[:5])} ({len(broken)} layers) are not finite; look "
-                "at the loss of each batch"
-            )
         for covariance in covariances.values():
             covariance.end_pass()
-    projected = read_together([covariance.projected for covariance in covariances.values()])
-    totals = read_together([covariance.total for covariance in covariances.values()])
-    return {
-        path: covariance.variances(matrix, float(total))
-        for (path, covariance), matrix, total in zip(covariances.items(), projected, totals, strict=True)
-    }
+    projected = {path: covariance.projected.cpu() for path, covariance in covariances.items()}
+    if broken := [path for path, matrix in projected.items() if not matrix.isfinite().all()]:
+        raise DataError(
+            f"in these batches the inputs of {', '.join(broken[:5])} ({len(broken)} layers) are not finite; look at "
+            "the loss of each batch"
+        )
+    return {path: covariances[path].variances(matrix) for path, matrix in projected.items()}
 
 
 class _InputCovariance:
@@ -185,11 +179,11 @@ class _InputCovariance:
         self.A = orthonormal(spread.T).T.reshape(self.A.shape)
         self._reset()
 
-    def variances(self, projected: Tensor, total: float) -> InputVariances:
+    def variances(self, projected: Tensor) -> InputVariances:
         """Returns the variances along the directions of the last pass, from what `end_pass` left, on the CPU."""
         along, rotation = torch.linalg.eigh(projected)  # ascending
         directions = rotation.flip(-1).T.to(self.directions) @ self.directions
-        return InputVariances(along.flip(-1).clamp(min=0), directions, total)
+        return InputVariances(along.flip(-1).clamp(min=0), directions, float(self.total))
 
 
 def distribute_ranks(

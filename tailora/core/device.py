@@ -124,19 +124,6 @@ def copies_by_itself(device: torch.device) -> bool:
     return device.type not in ("cpu", "mps", "meta")
 
 
-def read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Returns the tensors on the CPU. The host waits once for each device and precision, not for each tensor."""
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        groups.setdefault((tensor.device, tensor.dtype), []).append(index)
-    read: dict[int, Tensor] = {}
-    for indices in groups.values():
-        flat = torch.cat([tensors[index].detach().flatten() for index in indices]).cpu()
-        parts = torch.split(flat, [tensors[index].numel() for index in indices])
-        read |= {index: part.view(tensors[index].shape) for index, part in zip(indices, parts, strict=True)}
-    return [read[index] for index in range(len(tensors))]
-
-
 class AsyncCopy:
     """A copy of a small tensor on the host, made while the host goes on."""
 

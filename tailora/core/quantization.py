@@ -13,6 +13,7 @@ A storage is found by the qualified name of the weight's class, so that neither 
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from copy import copy
 from typing import Any
 
 import torch
@@ -77,6 +78,17 @@ class FourBit(Storage):
         """Returns bitsandbytes' state of the quantisation; FSDP leaves it on the layer alone."""
         state = getattr(layer.weight, "quant_state", None)
         return layer.quant_state if state is None else state
+
+    def is_misread(self, layer: Any) -> bool:
+        """Returns True if blocks that go on in the next row get the largest number of another block."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        state = self.state(layer)
+        in_one_row = copy(state)
+        in_one_row.shape = torch.Size((1, state.shape.numel()))
+        return state.shape[1] % state.blocksize > 0 and not torch.equal(
+            dequantize_4bit(whole_tensor(layer.weight.data), in_one_row).view(state.shape), self.dense(layer)
+        )
 
 
 class Int8(Storage):
@@ -274,7 +286,7 @@ def common_dtype(model: nn.Module) -> torch.dtype:
 # ---- bitsandbytes on a CPU
 
 
-def storage_obstacle(layer: Any) -> str | None:
+def storage_obstacle(layer: nn.Module) -> str | None:
     """Returns why a layer cannot be adapted as it is stored now; None if it can."""
     if storage_of(layer) is not FOUR_BIT:
         return None
@@ -284,10 +296,10 @@ def storage_obstacle(layer: Any) -> str | None:
             "bitsandbytes repacked its weight for inference when the base was evaluated, which rounds it and lets no "
             "gradient pass; load the base again and attach the adapter before evaluating it"
         )
-    if layer.weight.device.type == "cpu" and state.shape[1] % state.blocksize:
+    if FOUR_BIT.is_misread(layer):
         return (
-            f"on a CPU, bitsandbytes 0.50 computes another weight than was quantised: {state.shape[1]} inputs are no "
-            f"multiple of its block of {state.blocksize}; quantise in 8 bits, or leave this layer out"
+            f"bitsandbytes computes another weight than was quantised: {state.shape[1]} inputs are no multiple "
+            f"of its block of {state.blocksize} (0.50 on a CPU); quantise in 8 bits, or leave this layer out"
         )
     return None
 

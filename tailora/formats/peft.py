@@ -235,9 +235,12 @@ def read_peft_folder(folder: Path) -> StoredAdapter:
         )
     if not os.path.lexists(folder / ADAPTER_WEIGHTS):
         pickled = " (adapter_model.bin is a pickle, which can run code and is not read; save it as safetensors)"
+        names = sorted(file.parent.name for file in folder.glob(f"*/{ADAPTER_WEIGHTS}"))  # of a model's other adapters
+        subfolders = (
+            f"; adapters are in its subfolders {', '.join(names[:5])}: give {folder / names[0]}" if names else ""
+        )
         raise FormatError(
-            f"{folder} has no {ADAPTER_WEIGHTS}{pickled if (folder / 'adapter_model.bin').exists() else ''}"
-            f"{_about_subfolders(folder)}"
+            f"{folder} has no {ADAPTER_WEIGHTS}{pickled if (folder / 'adapter_model.bin').exists() else ''}{subfolders}"
         )
     tensors, file_metadata = read_safetensors(folder / ADAPTER_WEIGHTS)
     if wrong := [key for key in tensors if not key.startswith(KEY_PREFIX)]:
@@ -276,17 +279,6 @@ def as_stored_adapter(
         for slot, tensor in zip("AB", pair, strict=True)
     }
     return StoredAdapter(source, {**peft_settings, **settings}, tensors, AdapterMetadata())
-
-
-def _about_subfolders(folder: Path) -> str:
-    """Returns which subfolders are adapters, as of a model with several names, and how to load one; "" if none is."""
-    names = sorted(file.parent.name for file in folder.glob(f"*/{ADAPTER_WEIGHTS}"))
-    if not names:
-        return ""
-    return (
-        f"; adapters are in its subfolders {', '.join(names[:5])}: give subfolder={names[0]!r}, or {folder / names[0]} "
-        "as the folder"
-    )
 
 
 def adapter_to_peft(adapter: Adapter, layers: Iterable[PeftLayer]) -> dict[str, Tensor]:

@@ -300,9 +300,7 @@ def test_a_folder_of_several_adapters_names_them(tmp_path: Path) -> None:
     model.add_adapter("b", LoRAConfig(r=2, target_modules=["v_proj"]))
     model.save_pretrained(tmp_path)
     (tmp_path / "logs").mkdir()
-    message = (
-        r"has no adapter_model.safetensors; adapters are in its subfolders a, b: give subfolder='a', or .*/a as the"
-    )
+    message = r"has no adapter_model.safetensors; adapters are in its subfolders a, b: give .*/a$"
     for read in (read_offline, lambda path: LoRAModel.from_pretrained(chat_model(), path)):
         with pytest.raises(FormatError, match=message):
             read(tmp_path)
