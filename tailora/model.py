@@ -176,12 +176,11 @@ class LoRAModel(nn.Module):
         return f"LoRAModel({layers}, adapters: {names or 'none'}; summary() lists the layers)"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """`to`, `cuda`, `float`... also reach the adapters that are not active, and the weights before a merge."""
-        self._merge_state.apply(fn)
+        """`to`, `cuda`, `float`... also reach the adapters that are not active."""
+        self._merge_state.check_unmerged("move the model or change its precision")
         self._adapter_set.apply_to_inactive(fn, recurse)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if not self.is_merged:
-            self._adapter_set.measure_row_norms()
+        self._adapter_set.measure_row_norms()
         return self
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -293,12 +292,11 @@ class LoRAModel(nn.Module):
     def export(
         self, folder: str | Path, to: str, name: str = "default", *, tokenizer: Any = None, overwrite: bool = False
     ) -> "ExportReport":
-        """Writes an adapter for other tools into a new folder: "peft", "portable", "gguf", "mlx", "merged" or,
-        for models of diffusers, "diffusers".
+        """Writes an adapter for other tools into a new folder.
 
-        The files are read back and their logits compared with this model's; if they differ, nothing is
-        left. `tokenizer` is saved with a merged model. `overwrite` replaces a folder that holds nothing but an
-        exported adapter. Raises as `formats.export.export`.
+        to: "peft", "portable", "gguf", "mlx", "merged" or, for models of diffusers, "diffusers".
+        tokenizer: is saved with a merged model.    overwrite: replaces a folder of an exported adapter.
+        The files are read back and compared with this model; if they differ, nothing is left.
         """
         from tailora.formats.export import export  # with the formats that only this needs
 
@@ -316,8 +314,7 @@ class LoRAModel(nn.Module):
     ) -> "ServingExport":
         """Exports an adapter for a server: "vllm", "llama-server", "ollama" or "mlx", with a script that starts it.
 
-        An adapter that the server cannot load is merged into the whole model. Otherwise as `export`. Raises as
-        `formats.serving_targets.export_for`.
+        An adapter that the server cannot load is merged into the whole model. Otherwise as `export`.
         """
         from tailora.formats.serving_targets import ServingSettings, export_for
 
@@ -358,10 +355,9 @@ class LoRAModel(nn.Module):
 
         In training and inference; afterwards the former adapters are active again. `lora_layers` does not change: call
         `set_adapter` with the names first to have all their parameters in it. With gradient checkpointing, call
-        backward within the block. In inference the factors are cached for the block, and computed again when
-        torch counts a change of a parameter: not of `.data` in place, and not in torch.inference_mode.
-        Raises AdapterError for unknown names, MergeError while merged, RowsError within another such block; and at
-        the call RowsError if a layer gets another number of rows, or does not see the rows separately.
+        backward within the block. In inference the factors are cached for the block, and do not see changes of `.data`.
+        Raises AdapterError for unknown names, MergeError while merged, RowsError within another such block, or if a
+        layer gets another number of rows or does not see the rows separately.
         """
         self._merge_state.check_unmerged("choose adapters by row")
         return self._adapter_set.activated_by_row(names)
@@ -454,8 +450,8 @@ class LoRAModel(nn.Module):
         """Adds the adapter `name`: `source` at a lower rank, by its singular values; the active ones stay active.
 
         r: highest rank of a layer.    energy: share of the squared singular values to keep in every layer, such as .99.
-        loss, budget: `loss(model)` may rise by `budget`; it is called some log2(number of singular values) times while
-        `source` (alone, if it is not active) computes with some of them, in the mode that the model is in.
+        loss, budget: `loss(model)` may rise by `budget`; it is called about log2(number of singular values) times, with
+            `source` alone if that is not active.
         Returns rank and error by layer. Raises ConfigError, AdapterError; DivergedError for a loss that is not finite.
         """
         compress.check(r, energy, loss, budget)

@@ -94,8 +94,8 @@ def build_adapter(
 ) -> Adapter:
     """Returns an adapter with these updates. Its config has alpha = r everywhere, so that s = 1.
 
-    factors, bias_changes, saved: dW, db and trained modules, by path. db needs `bias` or `lora_bias` in `settings`.
-    settings: further settings of the LoRAConfig.
+    factors, bias_changes, saved: dW, db and trained modules, by path. db needs `bias` or `lora_bias` in `settings`,
+        which go to the LoRAConfig.
     """
     factors = _equal_ranks_in_attention(factors, base_model)
     parts_config = LoRAConfig(fused_parts=settings.get("fused_parts", {}))

@@ -75,9 +75,8 @@ def spectra_of(adapter: Adapter) -> dict[str, low_rank.Spectrum]:
 def ranks_by_loss(adapter: Adapter, spectra: Spectra, loss: Callable[[], float], budget: float) -> dict[str, int]:
     """Returns the ranks with the fewest singular values whose loss is within the budget, found by bisection.
 
-    loss: of the model with this adapter; called about log2(number of singular values) times. It may rise by `budget`
-    above the loss with all of them. The result is the fewest possible if every value that is kept lowers the loss.
-    Raises DivergedError for a loss that is not finite.
+    loss: of the model with this adapter, which may rise by `budget` above that with all singular values. The result is
+        the fewest possible if every value that is kept lowers the loss. Raises DivergedError unless it is finite.
     """
     values = [(float(S[:, j].norm()), path) for path, (_, S, _) in spectra.items() for j in range(S.shape[1])]
     values.sort(key=lambda value: -value[0])
@@ -142,9 +141,9 @@ def shrink(
 ) -> tuple[Adapter, Truncation]:
     """Returns the adapter cut to at most rank r, to this share of every layer's energy, or as far as the loss allows.
 
-    Magnitudes, biases, token rows, strengths and modules trained in full are copied. A layer cut to rank 0 is no longer
-    adapted; it keeps one rank of zeros if it has a magnitude or a bias, or files need both of its factors.
-    loss: of the model with this adapter. Raises AdapterError, DivergedError.
+    All else is copied. A layer cut to rank 0 is no longer adapted; it keeps one rank of zeros if it has a magnitude or
+    a bias, or files need both of its factors. loss: of the model with this adapter.
+    Raises AdapterError, DivergedError.
     """
     spectra = spectra_of(adapter)
     if r is not None:

@@ -28,7 +28,6 @@ Loss = Callable[[Any, Any], Tensor]  # (model, batch) -> scalar
 def start_from_data(adapter: Adapter, base_model: nn.Module, run: Pass, rho: float) -> Adapter:
     """Returns the adapter with new layers: A holds principal directions of the inputs (arXiv:2410.07170, sec. 3).
 
-    Ranks go where they explain most.
     run: calls the base on the data.    rho: a layer gets up to rho times its rank.
     Raises DataError if the input of a layer does not vary, ConfigError for rho below 1.
     """
@@ -63,9 +62,8 @@ def start_from_data(adapter: Adapter, base_model: nn.Module, run: Pass, rho: flo
 def passes(model: nn.Module, batches: Iterable[Any], loss: Loss | None, name: str, config: LoRAConfig) -> Pass:
     """Returns a function that calls the model on every batch, for the initial values of the adapter `name`.
 
-    A batch is a tensor, a mapping of the model's arguments, or anything that `loss` takes.
-    Raises AdapterError for an adapter that needs no data, DataError without any batch; and when it is called,
-    DataError for a batch that is none of these.
+    A batch is a tensor, a mapping of the model's arguments, or anything that `loss` takes. Raises AdapterError for an
+    adapter that needs no data, DataError without any batch; when called, DataError for a batch that is none of these.
     """
     if config.init_lora_weights != "eva":
         raise AdapterError(f"{name!r} starts from {config.init_lora_weights!r}, which needs no data; only 'eva' does")

@@ -175,11 +175,7 @@ def has_bfloat16(device: torch.device | str = "cpu", cpuinfo: Path = CPUINFO) ->
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """Returns the precision of at most 32 bits in which the device multiplies fastest.
-
-    That is bfloat16 where it has that, float16 on NVIDIA's cards before Ampere (its gradients need a loss scale), else
-    float32.
-    """
+    """Returns bfloat16; float16 on NVIDIA's cards before Ampere, whose gradients need a loss scale; else float32."""
     if has_bfloat16(device):
         return torch.bfloat16
     return torch.float16 if device.type == "cuda" else torch.float32

@@ -39,8 +39,7 @@ def gain(magnitude: Tensor, norms: Tensor, has_zeros: bool = True) -> Tensor:
 def weight_scale(layer: Any, adapters: Sequence[Any], gains: Sequence[Tensor | None]) -> Tensor | None:
     """Returns 1 + the sum of t (g - 1), for the adapters' strengths t and gains g; None without DoRA.
 
-    It multiplies the layer's own weight. (groups, m, 1) or (groups, 1, n), for a weight (groups, m, n) as
-    `LayerType.factors` has it.
+    It multiplies the layer's own weight (groups, m, n): (groups, m, 1) or (groups, 1, n).
     """
     rescalings = [adapter.rescaling(gain) for adapter, gain in zip(adapters, gains, strict=True) if gain is not None]
     if not rescalings:
@@ -144,8 +143,7 @@ def row_norms(
 ) -> Tensor:
     """Returns ||W + L R|| of every output row: (out,), in the dtype of `squares`, which is ||W||^2.
 
-    W (groups, m, n), L (groups, m, r), R (groups, r, n). has_zeros: if not, no norm is 0, whatever rounding does: it is
-    1 then.
+    W (groups, m, n), L (groups, m, r), R (groups, r, n). has_zeros: if not, a norm that rounding makes 0 is 1.
     """
     left, right = left.to(squares.dtype), right.to(squares.dtype)
     if transposed:

@@ -75,22 +75,21 @@ def export(
     check_result_folder(folder, EXPORTED_FILES, overwrite=overwrite)
     export_format = FORMATS[to]
     fold_scale.raise_problems(f"{to} cannot hold this adapter", export_format.problems(source))
-    compare = _updates_compared(source) if to == "diffusers" else _logits_compared(source, to)
     with replace_folder(folder) as temporary:
         changes = export_format.write(temporary, source)
         content = export_format.read(temporary, source)
-        comparison = compare(content, f"{folder} ({to})")
+        compare = _compare_updates if to == "diffusers" else _compare_with_live
+        comparison = compare(source, content, f"{folder} ({to})")
         write_more(temporary)
         files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
     return ExportReport(folder, to, files, changes, comparison)
 
 
 Content = peft.StoredAdapter | nn.Module
-Compare = Callable[[Any, str], "LogitComparison"]  # what was read back, and the name of the folder -> the comparison
 
 
-def _logits_compared(source: ExportSource, to: str) -> Compare:
-    """Computes the live model's logits, before anything is written, and returns what compares others with them."""
+def _compare_with_live(source: ExportSource, content: Any, exported: str) -> "LogitComparison":
+    """Compares the logits of what was read back with those of the live model."""
     ids = comparison_ids(source.base_model)
 
     def logits_with(adapter: Adapter | None) -> Tensor:
@@ -98,33 +97,23 @@ def _logits_compared(source: ExportSource, to: str) -> Compare:
             return float32_logits(model, ids)
 
     live, base = logits_with(source.adapter), logits_with(None)
-
-    def compare(content: Content, exported: str) -> LogitComparison:
-        if isinstance(content, nn.Module):
-            reloaded = float32_logits(content, ids)
-        else:
-            reloaded = logits_with(restore(content, source.base_model))
-        rounded = to == "merged" and common_dtype(source.base_model).itemsize == 2
-        return compare_logits(live, base, reloaded, exported, rounded=rounded)
-
-    return compare
+    if not isinstance(content, nn.Module):
+        return compare_logits(live, base, logits_with(restore(content, source.base_model)), exported, rounded=False)
+    rounded = common_dtype(source.base_model).itemsize == 2
+    return compare_logits(live, base, float32_logits(content, ids), exported, rounded=rounded)
 
 
-def _updates_compared(source: ExportSource) -> Compare:
-    """Returns what compares the updates of all layers, B A, with those of the live model."""
-
-    def compare(content: peft.StoredAdapter, exported: str) -> LogitComparison:
-        reloaded = fold_scale.fold_scale(ExportSource(restore(content, source.base_model), source.base_model))
-        squares, difference = 0.0, 0.0
-        for path, (A, B) in fold_scale.fold_scale(source).items():
-            update, read_back = B @ A.flatten(1), reloaded[path][1] @ reloaded[path][0].flatten(1)
-            squares += float(update.square().sum())
-            difference += float((read_back - update).square().sum())
-        if not difference <= TOLERANCE**2 * squares:  # or not a number
-            raise FormatError(f"{exported}: read back, its updates differ from the live model's; please report it")
-        return LogitComparison(math.sqrt(difference / squares) if squares else 0.0, 1.0, TOLERANCE)
-
-    return compare
+def _compare_updates(source: ExportSource, content: Any, exported: str) -> "LogitComparison":
+    """Compares the updates of all layers, B A, with those of the live model."""
+    reloaded = fold_scale.fold_scale(ExportSource(restore(content, source.base_model), source.base_model))
+    squares, difference = 0.0, 0.0
+    for path, (A, B) in fold_scale.fold_scale(source).items():
+        update, read_back = B @ A.flatten(1), reloaded[path][1] @ reloaded[path][0].flatten(1)
+        squares += float(update.square().sum())
+        difference += float((read_back - update).square().sum())
+    if not difference <= TOLERANCE**2 * squares:  # or not a number
+        raise FormatError(f"{exported}: read back, its updates differ from the live model's; please report it")
+    return LogitComparison(math.sqrt(difference / squares) if squares else 0.0, 1.0, TOLERANCE)
 
 
 # ---- Comparing the logits of the files, read back, with those of the live model

@@ -133,8 +133,7 @@ def write_peft_folder(
     """Writes a new folder completely or not at all; in an existing one the files are replaced, the weights first.
 
     The weights carry their settings, so that a crash between two files is noticed when reading. The same adapter gives
-    the same bytes. The files hold the effective scale: the ratio of a learned or assigned scale to the configured one
-    is in B. A frozen start doubles the ranks.
+    the same bytes. A frozen start doubles the ranks.
     base: `base_fingerprint`, if it is known; by default it is read from the base.
     Raises DivergedError for weights that are not finite, WriteError if the folder cannot be written.
     """

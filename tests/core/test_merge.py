@@ -109,6 +109,7 @@ def test_what_cannot_be_done_while_merged_is_refused() -> None:
         lambda: model.add_adapter("x", LoRAConfig(r=2)),
         lambda: model.save_adapter("nowhere"),
         lambda: model.delete_adapter("default"),
+        lambda: model.double(),
     ):
         with pytest.raises(MergeError, match="unmerge\\(\\) first"):
             action()
