@@ -61,8 +61,7 @@ def dense_update(layer: LoRALayer, base: nn.Module) -> Tensor:
     W = layer.layer_type.matrix(base, dense_weight(base, layer.layer_type.weight_name)).to(update)
     W = W if layer.output_slice is None else layer.output_slice.take(W.mT).mT
     gain = gain.detach().to(update).view(len(update), -1, 1)
-    dense: Tensor = gain * update + layer.strength * (gain - 1) * W
-    return dense
+    return cast(Tensor, gain * update + layer.strength * (gain - 1) * W)
 
 
 def mixes_groups(layer: LoRALayer) -> bool:
@@ -223,7 +222,9 @@ def combine_adapters(
         raise AdapterError(f"these adapters cannot be combined: {listing(problems)}")
     results = {path: _combine_layer(layer_updates, settings) for path, layer_updates in updates.items()}
     factors = {path: pair for path, (pair, _) in results.items()}
-    if infinite := [path for path, pair in factors.items() if not pair.is_finite]:
+    if infinite := [
+        path for path, pair in factors.items() if not (pair.A.isfinite().all() and pair.B.isfinite().all())
+    ]:
         raise AdapterError(
             f"the sum is not finite at {', '.join(infinite[:5])} ({len(infinite)} in all): take smaller weights"
         )

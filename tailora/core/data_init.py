@@ -16,7 +16,7 @@ from tailora.core.adapter import Adapter, adapter_dtype, low_rank_layer
 from tailora.core.config import LoRAConfig
 from tailora.core.device import wide_dtype
 from tailora.core.layer_types import computing_device
-from tailora.core.low_rank import EXACT, EXTRA, gaussian, orthonormal
+from tailora.core.low_rank import EXACT, EXTRA, gaussian
 from tailora.core.targets import Target, target_at
 from tailora.errors import AdapterError, ConfigError, DataError
 
@@ -142,7 +142,7 @@ class _InputCovariance:
         k = size if size <= EXACT else min(size, count + EXTRA)  # all directions of a narrow layer
         like = torch.empty((), device=computing_device(target.weight), dtype=adapter_dtype(target.weight.dtype))
         shape, _ = target.layer_type.shapes(target.layer, k)
-        self.A = orthonormal(gaussian((size, k), like)).T.reshape(shape)
+        self.A = torch.linalg.qr(gaussian((size, k), like)).Q.T.reshape(shape)
         self.identity = torch.eye(k, dtype=like.dtype, device=like.device)  # the B that makes the update A x
         self.wide = wide_dtype(like.device)
         self._reset()
@@ -174,7 +174,7 @@ class _InputCovariance:
         spread = products - self.count * (A @ mean.T) @ mean  # A C, (k, n)
         self.total = self.squares - self.count * mean.square().sum().to(self.wide)
         self.projected = spread @ A.T  # A C A^T, (k, k)
-        self.A = orthonormal(spread.T).T.reshape(self.A.shape)
+        self.A = torch.linalg.qr(spread.T).Q.T.reshape(self.A.shape)
         self._reset()
 
     def variances(self, projected: Tensor) -> InputVariances:

@@ -12,7 +12,7 @@ Shapes: A (r, in), B (out, r). Convolutions carry their kernel in A: A (r, in/gr
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -140,8 +140,7 @@ class Convolution(LayerType):
         return layer.in_channels * prod(layer.kernel_size), layer.out_channels
 
     def groups(self, layer: Any) -> int:
-        groups: int = layer.groups
-        return groups
+        return int(layer.groups)
 
     def shapes(self, layer: Any, r: int) -> tuple[Shape, Shape]:
         if r % layer.groups:
@@ -293,8 +292,7 @@ def gather_shards(local: Tensor, like: Any) -> Tensor:
     """Returns the whole tensor of which every rank gives its shard. like: a DTensor that is sharded in the same way."""
     placed = local.to(computing_device(like))
     size = {"shape": like.shape, "stride": like.stride()}
-    whole: Tensor = type(like).from_local(placed, like.device_mesh, like.placements, **size).full_tensor()
-    return whole
+    return cast(Tensor, type(like).from_local(placed, like.device_mesh, like.placements, **size).full_tensor())
 
 
 def computing_device(weight: Tensor) -> torch.device:

@@ -43,18 +43,12 @@ def leading_triplets(M: Tensor, k: int) -> Spectrum:
     if size <= EXACT or 2 * (k + EXTRA) >= size:
         spectrum = Spectrum(*torch.linalg.svd(M, full_matrices=False))
     else:
-        Q = orthonormal(M @ gaussian((*M.shape[:-2], M.shape[-1], k + EXTRA), M))
+        Q, _ = torch.linalg.qr(M @ gaussian((*M.shape[:-2], M.shape[-1], k + EXTRA), M))
         for _ in range(ITERATIONS):
-            Q = orthonormal(M @ orthonormal(M.mT @ Q))
+            Q, _ = torch.linalg.qr(M @ torch.linalg.qr(M.mT @ Q).Q)
         U, S, V = torch.linalg.svd(Q.mT @ M, full_matrices=False)
         spectrum = Spectrum(Q @ U, S, V)
     return Spectrum(spectrum.U[..., :k], spectrum.S[..., :k], spectrum.V[..., :k, :])
-
-
-def orthonormal(columns: Tensor) -> Tensor:
-    """Returns an orthonormal basis of the columns (..., m, k); k <= m."""
-    basis: Tensor = torch.linalg.qr(columns).Q
-    return basis
 
 
 def gaussian(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -71,10 +65,6 @@ class Factors:
 
     B: Tensor
     A: Tensor
-
-    @property
-    def is_finite(self) -> bool:
-        return bool(self.A.isfinite().all() and self.B.isfinite().all())
 
     @property
     def dense(self) -> Tensor:

@@ -14,7 +14,7 @@ A storage is found by the qualified name of the weight's class, so that neither 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from copy import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class Storage:
         """Returns the dense weight in the precision that was quantised, or in float32 where it is not known."""
         return whole_tensor(weight_of(layer).detach())
 
-    def spread(self, dense: Tensor) -> Tensor:
+    def spread(self, _layer: Any, dense: Tensor) -> Tensor:
         """Returns how far from `dense` the numbers may have been before quantisation, (out, 1)."""
         return self.rounding * dense.float().abs().amax(dim=1, keepdim=True)
 
@@ -55,7 +55,7 @@ class Storage:
 class FourBit(Storage):
     """4-bit weights of bitsandbytes: each block of 64 numbers along a row is codes times the block's largest number."""
 
-    rounding = 0.18  # half of the widest gap between codes is .17 in FP4; double quantisation rounds the largest, too
+    rounding = 1 / 6  # half of the widest gap between codes, which FP4 has
 
     def name(self, layer: Any) -> str:
         return str(self.state(layer).quant_type)
@@ -66,8 +66,15 @@ class FourBit(Storage):
     def dense(self, layer: Any) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        value: Tensor = dequantize_4bit(whole_tensor(layer.weight.data), self.state(layer))
-        return value
+        return cast(Tensor, dequantize_4bit(whole_tensor(layer.weight.data), self.state(layer)))
+
+    def spread(self, layer: Any, dense: Tensor) -> Tensor:
+        """With double quantisation, the blocks' largest numbers were rounded, too, by groups."""
+        spread, state = super().spread(layer, dense), self.state(layer)
+        if not state.nested:
+            return spread
+        largest_rounding = state.state2.absmax.max() * state.state2.code.sort().values.diff().max() / 2
+        return spread + (1 + self.rounding) * largest_rounding
 
     def tensors(self, layer: Any) -> list[Tensor]:
         state = self.state(layer)
@@ -100,8 +107,7 @@ class Int8(Storage):
         return "int8"
 
     def dense(self, layer: Any) -> Tensor:
-        value: Tensor = layer.weight.data.float() * (self._scales(layer).float() / 127)
-        return value
+        return cast(Tensor, layer.weight.data.float() * (self._scales(layer).float() / 127))
 
     def tensors(self, layer: Any) -> list[Tensor]:
         return [layer.weight.data, self._scales(layer)]
@@ -114,14 +120,13 @@ class Int8(Storage):
 
 
 class TorchAO(Storage):
-    rounding = 1 / 15  # half a step of 7.5 levels, which no format of 4 bits exceeds
+    rounding = 1 / 14  # half a step of 7 levels, which no format of 4 bits exceeds
 
     def name(self, layer: Any) -> str:
         return f"torchao {type(layer.weight).__name__}"
 
     def dense(self, layer: Any) -> Tensor:
-        value: Tensor = layer.weight.dequantize()
-        return value
+        return cast(Tensor, layer.weight.dequantize())
 
     def tensors(self, layer: Any) -> list[Tensor]:
         return list(inner_tensors(layer.weight))

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -370,8 +370,7 @@ def load_merged(folder: Path, source: ExportSource) -> nn.Module:
         problems += ["the chat template did not survive"] if template != source.tokenizer.chat_template else []
     if problems:
         raise FormatError(f"the merged model does not load as it was saved: {'; '.join(problems)}")
-    loaded: nn.Module = model
-    return loaded
+    return cast(nn.Module, model)
 
 
 # ---- All formats

@@ -7,6 +7,7 @@ a quantised weight are dequantised, and stored with their largest distance from 
 import math
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
@@ -43,7 +44,7 @@ def fingerprint(base_model: nn.Module, layer_types: Mapping[str, LayerType]) -> 
         layer = layer_of(base_model, path)
         storage, weight, quantization = storage_of(layer), dense_weight(layer, layer_type.weight_name), {}
         if storage is not PLAIN and layer_type.weight_name == "weight":
-            spread = in_file_layout(layer, storage.spread(weight).expand(dense_shape(layer)))
+            spread = in_file_layout(layer, storage.spread(layer, weight).expand(dense_shape(layer)))
             weight = in_file_layout(layer, weight)
             quantization = {"spread": _sample(spread), "storage": storage.name(layer)}
         result[path] = LayerFingerprint(shape=list(weight.shape), weights=_sample(weight), **quantization)
@@ -94,20 +95,15 @@ def _difference(path: str, stored: LayerFingerprint, current: LayerFingerprint, 
     if all(value <= 0 for value in excess):
         return None
     worst = next((i for i, value in enumerate(excess) if math.isnan(value)), excess.index(max(excess)))
-    stored_as, loaded_as = (f" in {layer.storage}" if layer.spread else "" for layer in (stored, current))
-    explained = f"; quantisation explains {spread[worst]:.2g} of it" if stored_as or loaded_as else ""
-    digits = 9 if exact else 5
-    return (
-        f"{path}: made for other weights (a sampled one was {before[worst]:.{digits}g}{stored_as}, "
-        f"here it is {now[worst]:.{digits}g}{loaded_as}{explained})"
-    )
+    explained = f"; quantisation explains {spread[worst]:.2g} of it" if any(spread) else ""
+    sampled = f"a sampled one was {before[worst]:.9g}, here it is {now[worst]:.9g}{explained}"
+    return f"{path}: made for other weights ({sampled})"
 
 
 def _sample(weight: Tensor) -> list[float]:
     """Returns SAMPLES values, evenly spaced in the order of a file. Of a sharded weight the whole is gathered."""
     weight = whole_tensor(weight.detach())
-    values: list[float] = weight[_sample_index(weight.shape, weight.device)].float().tolist()
-    return values
+    return cast(list[float], weight[_sample_index(weight.shape, weight.device)].float().tolist())
 
 
 @lru_cache

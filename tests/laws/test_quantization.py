@@ -208,7 +208,7 @@ def test_no_weight_is_farther_from_the_original_than_the_spread_says(base: Stora
     layer = base.store(plain)
     weight = dense_weight(layer)
     apart = (weight.float() - original).abs()
-    spread = storage_of(layer).spread(weight).expand(160, 192)
+    spread = storage_of(layer).spread(layer, weight).expand(160, 192)
     assert (apart <= spread + (TOLERANCE if dtype == torch.bfloat16 else 1e-6) * original.abs()).all()
     assert spread.mean() < 40 * apart.mean()  # and it is not just large
     assert weight_count(layer) == 160 * 192 + 160

@@ -36,7 +36,7 @@ def test_four_bits_are_a_code_times_the_block_s_largest(quant_type: str, double:
     expected = (code.view(-1, 64) * largest[:, None]).view(48, 128)
     dense = dense_weight(layer)
     torch.testing.assert_close(dense, expected, rtol=1e-6, atol=1e-6)
-    assert ((dense - weight).abs() <= storage_of(layer).spread(dense) + 1e-6).all()
+    assert ((dense - weight).abs() <= storage_of(layer).spread(layer, dense) + 1e-6).all()
 
 
 def test_nf4_codes_are_quantiles_of_the_normal_distribution() -> None:
@@ -65,4 +65,4 @@ def test_eight_bits_are_a_share_of_the_row_s_largest() -> None:
     expected = (127 * weight.float() / largest).round() * largest / 127
     dense = dense_weight(layer)
     torch.testing.assert_close(dense, expected, rtol=0, atol=1e-6)
-    assert ((dense - weight).abs() <= storage_of(layer).spread(dense)).all()
+    assert ((dense - weight).abs() <= storage_of(layer).spread(layer, dense)).all()
