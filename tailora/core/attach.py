@@ -138,31 +138,20 @@ def freeze_statistics(model: nn.Module) -> None:
 # ---- Encoders of torch, whose fast path for inference reads weights without calling the layers
 
 
-class CalledEncoderLayer(Swapped):
-    """nn.TransformerEncoderLayer without its fast path."""
-
-    activation_relu_or_gelu = property(lambda _: 0, lambda *_: None)
-
-
-class CalledEncoder(Swapped):
-    """nn.TransformerEncoder without the nested tensors that only the fast path can take."""
+class WithoutFastPath(Swapped):
+    """An encoder of torch, or its layer, without the fast path and the nested tensors that only that can take."""
 
     use_nested_tensor = property(lambda _: False, lambda *_: None)
-
-
-FAST_PATHS: dict[type[nn.Module], type[Swapped]] = {
-    nn.TransformerEncoderLayer: CalledEncoderLayer,
-    nn.TransformerEncoder: CalledEncoder,
-}
+    activation_relu_or_gelu = property(lambda _: 0, lambda *_: None)
 
 
 def prevent_fast_paths(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     """Swaps the classes of the modules whose fast path would not call one of these layers."""
     adapted = set(layers)
-    for cls, mixin in FAST_PATHS.items():
-        for encoder in model.modules():
-            if isinstance(encoder, cls) and not adapted.isdisjoint(encoder.modules()):
-                swap_class(encoder, mixin)
+    for module in model.modules():
+        is_encoder = isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer)
+        if is_encoder and not adapted.isdisjoint(module.modules()):
+            swap_class(module, WithoutFastPath)
 
 
 # ---- Swapping classes
