@@ -206,8 +206,7 @@ def attach(layer: nn.Module, parts: tuple[AdapterPart | nn.Module, ...]) -> None
 
 def attached_parts(layer: nn.Module) -> tuple[Any, ...]:
     """Returns what the layer computes with; () for a layer whose class is not swapped."""
-    parts: tuple[Any, ...] = vars(layer).get("adapter_parts", ())
-    return parts
+    return cast(tuple[Any, ...], vars(layer).get("adapter_parts", ()))
 
 
 @contextmanager

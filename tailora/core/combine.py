@@ -61,7 +61,7 @@ def dense_update(layer: LoRALayer, base: nn.Module) -> Tensor:
     W = layer.layer_type.matrix(base, dense_weight(base, layer.layer_type.weight_name)).to(update)
     W = W if layer.output_slice is None else layer.output_slice.take(W.mT).mT
     gain = gain.detach().to(update).view(len(update), -1, 1)
-    return cast(Tensor, gain * update + layer.strength * (gain - 1) * W)
+    return gain * update + layer.strength * (gain - 1) * W
 
 
 def mixes_groups(layer: LoRALayer) -> bool:

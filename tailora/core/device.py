@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -99,8 +100,7 @@ def _processor(cpuinfo: Path = CPUINFO) -> str:
 def as_current(device: torch.device) -> AbstractContextManager[object]:
     """Within the block it is torch's current device of its kind, where libraries put what names no device."""
     module = torch.get_device_module(device)
-    context: AbstractContextManager[object] = module.device(device) if hasattr(module, "device") else nullcontext()
-    return context
+    return cast(AbstractContextManager[object], module.device(device)) if hasattr(module, "device") else nullcontext()
 
 
 def capability(device: torch.device) -> str | None:
@@ -140,8 +140,7 @@ class AsyncCopy:
         """Waits for the copy, and not for what was queued after it."""
         if self.copied is not None:
             self.copied.synchronize()
-        numbers: list[float] = self.values.tolist()
-        return numbers
+        return cast(list[float], self.values.tolist())
 
 
 # ---- What a device computes in

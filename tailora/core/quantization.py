@@ -73,7 +73,7 @@ class FourBit(Storage):
         spread, state = super().spread(layer, dense), self.state(layer)
         if not state.nested:
             return spread
-        largest_rounding = state.state2.absmax.max() * state.state2.code.sort().values.diff().max() / 2
+        largest_rounding: Tensor = state.state2.absmax.max() * state.state2.code.sort().values.diff().max() / 2
         return spread + (1 + self.rounding) * largest_rounding
 
     def tensors(self, layer: Any) -> list[Tensor]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile, mkdtemp, mkstemp
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
@@ -293,8 +293,7 @@ def safetensors_bytes(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, st
 
 def safetensors_header(raw: bytes) -> dict[str, Any]:
     """Returns tensor name -> dtype, shape and offsets; the metadata of the file are under "__metadata__"."""
-    header: dict[str, Any] = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    return header
+    return cast(dict[str, Any], json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]))
 
 
 def with_metadata(raw: bytes, metadata: Mapping[str, str]) -> bytes:
