@@ -6,7 +6,7 @@ components without any full covariance, by subspace iteration (arXiv:0909.4061, 
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,49 +92,44 @@ def passes(model: nn.Module, batches: Iterable[Any], loss: Loss | None, name: st
 # ---- Inputs
 
 
-class InputVariances(NamedTuple):
-    """Variances of a layer's inputs: along each principal direction (k,), the directions (k, n), and the total.
-
-    The directions are on the layer's device, what ranks are chosen by is on the CPU.
-    """
-
-    along: Tensor
-    directions: Tensor
-    total: float
-
-
-def input_variances(targets: Mapping[str, Target], run: Pass, count: int) -> dict[str, InputVariances]:
+def input_variances(targets: Mapping[str, Target], run: Pass, count: int) -> "dict[str, InputVariances]":
     """Returns the leading principal components of what each layer reads (of a convolution's patches).
 
     There are at least `count`. run: forward over all of the data; called INPUT_PASSES times. No layer may have groups.
     """
-    covariances = {path: _InputCovariance(target, count) for path, target in targets.items()}
+    variances = {path: InputVariances(target, count) for path, target in targets.items()}
     for _ in range(INPUT_PASSES):
-        hooks = [
-            target.layer.register_forward_pre_hook(covariances[path].add_inputs) for path, target in targets.items()
-        ]
+        hooks = [target.layer.register_forward_pre_hook(variances[path].add_inputs) for path, target in targets.items()]
         try:
             run()
         finally:
             for hook in hooks:
                 hook.remove()
-        for covariance in covariances.values():
-            covariance.end_pass()
-    projected = {path: covariance.projected.cpu() for path, covariance in covariances.items()}
-    if broken := [path for path, matrix in projected.items() if not matrix.isfinite().all()]:
+        for inputs in variances.values():
+            inputs.end_pass()
+    if broken := [path for path, inputs in variances.items() if not inputs.projected.isfinite().all()]:
         raise DataError(
             f"in these batches the inputs of {', '.join(broken[:5])} ({len(broken)} layers) are not finite; look at "
             "the loss of each batch"
         )
-    return {path: covariances[path].variances(matrix) for path, matrix in projected.items()}
+    for inputs in variances.values():
+        inputs.decompose()
+    return variances
 
 
-class _InputCovariance:
-    """Subspace iteration on the covariance C of one layer's inputs x.
+class InputVariances:
+    """The principal components of one layer's inputs x, by subspace iteration on their covariance C.
 
     A x is computed by the layer type's update, so that this works for any layer type: with h = A x, the gradient of
     |h|^2 / 2 is A x x^T, and that of the sum of h is x^T in every row.
+
+    directions: (k, n), of the last pass, on the layer's device; principal ones after `decompose`.
+    along, total: variances along them (k,), and over all directions; on the CPU after `decompose`.
     """
+
+    along: Tensor
+    directions: Tensor
+    total: Tensor
 
     def __init__(self, target: Target, count: int) -> None:
         self.layer_type = target.layer_type
@@ -177,11 +172,11 @@ class _InputCovariance:
         self.A = torch.linalg.qr(spread.T).Q.T.reshape(self.A.shape)
         self._reset()
 
-    def variances(self, projected: Tensor) -> InputVariances:
-        """Returns the variances along the directions of the last pass, from what `end_pass` left, on the CPU."""
-        along, rotation = torch.linalg.eigh(projected)  # ascending
-        directions = rotation.flip(-1).T.to(self.directions) @ self.directions
-        return InputVariances(along.flip(-1).clamp(min=0), directions, float(self.total))
+    def decompose(self) -> None:
+        """Rotates the directions of the last pass to the principal ones, and computes the variances along them."""
+        along, rotation = torch.linalg.eigh(self.projected.cpu())  # ascending
+        self.along, self.total = along.flip(-1).clamp(min=0), self.total.cpu()
+        self.directions = rotation.flip(-1).T.to(self.directions) @ self.directions
 
 
 def distribute_ranks(
@@ -192,7 +187,7 @@ def distribute_ranks(
     arXiv:2410.07170, eq. 5 and alg. 1; a layer keeps at least one and gets at most its limit.
     """
     shares = [
-        (float(variance) / variances[path].total, path)
+        (float(variance / variances[path].total), path)
         for path in ranks
         for variance in variances[path].along[1 : limits[path]]
     ]
