@@ -3,12 +3,12 @@
     TailoraError
     ├── ConfigError(ValueError)      a setting that is unknown, out of range, or contradicts another
     ├── TargetError(ValueError)      a selector that matches nothing, or a layer that cannot be adapted
-    ├── PatternError(ValueError)     a regular expression that takes too long
     ├── AdapterError(LookupError)     an adapter name that is unknown or already taken
     │   └── AdapterNotFoundError      a name or a path that a server does not have
     ├── RowsError(ValueError)        a batch that does not have the rows that adapters were chosen for
     ├── FormatError(ValueError)      a file that is not what it should be
-    │   └── BaseMismatchError        an adapter made for another base model
+    │   ├── BaseMismatchError        an adapter made for another base model
+    │   └── PatternError             a regular expression that takes too long
     ├── MergeError(RuntimeError)     weights that cannot be merged or unmerged
     ├── DataError(ValueError)        training data that cannot be learned from
     ├── CheckpointError(RuntimeError) a checkpoint that is missing, damaged or of another run
@@ -54,10 +54,6 @@ class TargetError(TailoraError, ValueError):
     exit_code = 2
 
 
-class PatternError(TailoraError, ValueError):
-    exit_code = 2
-
-
 class AdapterError(TailoraError, LookupError):
     exit_code = 2
 
@@ -72,6 +68,10 @@ class RowsError(TailoraError, ValueError):
 
 class FormatError(TailoraError, ValueError):
     exit_code = 2
+
+
+class PatternError(FormatError):
+    pass
 
 
 class BaseMismatchError(FormatError):

@@ -37,7 +37,6 @@ from tailora.errors import (
     BaseMismatchError,
     ConfigError,
     FormatError,
-    PatternError,
     TailoraWarning,
     TargetError,
     listing,
@@ -148,18 +147,6 @@ def restore(
     Raises FormatError with all missing, unexpected, misshapen and non-finite tensors, or for a pattern that takes too
     long, and BaseMismatchError if the adapter was made for other weights and `allow_base_mismatch` is not set.
     """
-    try:
-        return _restore(stored, base_model, allow_base_mismatch, {} if known_base is None else known_base)
-    except PatternError as error:
-        raise FormatError(f"{stored.folder}: {error}") from None
-
-
-def _restore(
-    stored: peft.StoredAdapter,
-    base_model: nn.Module,
-    allow_base_mismatch: bool,
-    known_base: dict[str, LayerFingerprint],
-) -> Adapter:
     modules, problems = dict(base_model.named_modules()), list[str]()
     if not allow_base_mismatch:
         _check_vocabulary(stored, base_model)
@@ -217,7 +204,7 @@ def _restore(
     for key, parameter in parameters.items():
         parameter.data.copy_(tensors.extras[key])
     if not allow_base_mismatch:
-        _check_base(stored, base_model, low_rank, known_base)
+        _check_base(stored, base_model, low_rank, {} if known_base is None else known_base)
     if unknown := stored.metadata.scaling.keys() - low_rank.keys():
         raise FormatError(f"{stored.folder}: a learned scale without a layer: {', '.join(sorted(unknown))}")
     unfold_learned_scales(stored.metadata.scaling, low_rank)
