@@ -31,10 +31,6 @@ class Storage:
 
     rounding = 0.0
 
-    def name(self, _layer: Any) -> str:
-        """Returns the name of the format."""
-        return "plain"
-
     def shape(self, layer: Any) -> torch.Size:
         """Returns the shape of the dense weight, (out, in)."""
         return weight_of(layer).shape
@@ -56,9 +52,6 @@ class FourBit(Storage):
     """4-bit weights of bitsandbytes: each block of 64 numbers along a row is codes times the block's largest number."""
 
     rounding = 0.17  # half of the widest gap between codes is 1/6, of FP4
-
-    def name(self, layer: Any) -> str:
-        return str(self.state(layer).quant_type)
 
     def shape(self, layer: Any) -> torch.Size:
         return torch.Size(self.state(layer).shape)
@@ -103,9 +96,6 @@ class Int8(Storage):
 
     rounding = 1 / 254 + 2**-11  # it was rounded to float16 first
 
-    def name(self, _layer: Any) -> str:
-        return "int8"
-
     def dense(self, layer: Any) -> Tensor:
         return cast(Tensor, layer.weight.data.float() * (self._scales(layer).float() / 127))
 
@@ -121,9 +111,6 @@ class Int8(Storage):
 
 class TorchAO(Storage):
     rounding = 1 / 14  # half a step of 7 levels, which no format of 4 bits exceeds
-
-    def name(self, layer: Any) -> str:
-        return f"torchao {type(layer.weight).__name__}"
 
     def dense(self, layer: Any) -> Tensor:
         return cast(Tensor, layer.weight.dequantize())

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, FiniteFloat
 from torch import Tensor, nn
 
 from tailora.core.extras import input_embedding
@@ -26,15 +26,11 @@ class LayerFingerprint(BaseModel):
     """Shape and evenly spaced values of one weight of the base.
 
     spread: how far each value may be from the one before quantisation; [] for a weight that is not quantised.
-    storage: how the weight is stored, such as "nf4"; "base" in the file.
     """
-
-    model_config = ConfigDict(populate_by_name=True)
 
     shape: list[int]
     weights: list[float]
     spread: list[FiniteFloat] = []
-    storage: str = Field(default="plain", alias="base")
 
 
 def fingerprint(base_model: nn.Module, layer_types: Mapping[str, LayerType]) -> dict[str, LayerFingerprint]:
@@ -42,12 +38,11 @@ def fingerprint(base_model: nn.Module, layer_types: Mapping[str, LayerType]) -> 
     result = {}
     for path, layer_type in layer_types.items():
         layer = layer_of(base_model, path)
-        storage, weight, quantization = storage_of(layer), dense_weight(layer, layer_type.weight_name), {}
+        storage, weight, spread = storage_of(layer), dense_weight(layer, layer_type.weight_name), list[float]()
         if storage is not PLAIN and layer_type.weight_name == "weight":
-            spread = in_file_layout(layer, storage.spread(layer, weight).expand(dense_shape(layer)))
+            spread = _sample(in_file_layout(layer, storage.spread(layer, weight).expand(dense_shape(layer))))
             weight = in_file_layout(layer, weight)
-            quantization = {"spread": _sample(spread), "storage": storage.name(layer)}
-        result[path] = LayerFingerprint(shape=list(weight.shape), weights=_sample(weight), **quantization)
+        result[path] = LayerFingerprint(shape=list(weight.shape), weights=_sample(weight), spread=spread)
     return result
 
 

@@ -80,7 +80,7 @@ class AdapterMetadata(BaseModel):
     def to_json(self) -> str:
         """The same for the same adapter: read from a file, it has its layers in another order than the model."""
         in_order = {"base": dict(sorted(self.base.items())), "scaling": dict(sorted(self.scaling.items()))}
-        return self.model_copy(update=in_order).model_dump_json(by_alias=True)
+        return self.model_copy(update=in_order).model_dump_json()
 
     def lora_config(self, source: object) -> LoRAConfig | None:
         """Returns the config that the adapter was trained with; None if it is not stored. Raises FormatError."""

@@ -113,9 +113,7 @@ class Run:
             "processes": self.accelerator.num_processes,
             "device": self.accelerator.device.type,
             "layer_kernels": self.kernels.record,
-            "base": {
-                name: layer.model_dump(by_alias=True, exclude_defaults=True) for name, layer in self.weights.items()
-            },
+            "base": {name: layer.model_dump(exclude_defaults=True) for name, layer in self.weights.items()},
         }
 
     @cached_property
