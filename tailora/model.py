@@ -382,8 +382,8 @@ class LoRAModel(nn.Module):
         batches: tensors or mappings of the model's arguments, or anything that `loss` takes; all are held in memory.
         loss: calls the model on a batch, for other batches; what it returns is not used.
         rho: a layer gets up to rho times its rank, with the same total of ranks, written as `rank_pattern`.
-        Costs 3 forwards of every batch, in evaluation mode and with no adapter active. Call it before making the
-        optimizer. Raises AdapterError for another init, DataError if the inputs of a layer do not vary.
+        Costs 3 forwards of every batch, in evaluation mode without adapters. Call it before making the optimizer.
+        Raises AdapterError for another init, DataError if the inputs of a layer do not vary.
         """
         adapter = self._adapter_set[name]
         self._merge_state.check_unmerged("start from data")
@@ -475,8 +475,7 @@ class LoRAModel(nn.Module):
 
         All merged weights are computed and found finite before the first is written. Raises MergeError; also for
         a weight that another layer shares, unless `untie_weights` gives the adapted layer its own.
-        Returns the rounding error of every layer relative to its update. The whole of a quantised base is
-        dequantised: weights, classes of layers, and its config, which loses its quantization_config.
+        Returns the rounding error of every layer relative to its update. A quantised base is dequantised as a whole.
         """
         self._adapter_set.check_no_batch("merge")
         return self._merge_state.merge(self._adapter_set.layers, untie_weights=untie_weights)
@@ -504,7 +503,7 @@ class LoRAModel(nn.Module):
         self._adapter_set.check_no_batch("merge")
         if not self.is_merged:
             self._merge_state.merge(self._adapter_set.layers, untie_weights=untie_weights, in_place=in_place)
-        self._merge_state.forget_originals()
+        self._merge_state = MergeState(self.base_model)  # without the original weights
         return self.unload()
 
     def unload(self) -> nn.Module:

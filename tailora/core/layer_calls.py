@@ -48,20 +48,20 @@ def use_of(parent: nn.Module, name: str) -> Use:
 class LayerCalls:
     """Records which adapted layers run, and which of the modules that contain them do.
 
-    layers: path -> adapted layer of `base_model`.
+    layers: path -> adapted layer of `base_model`.    ran: those of the layers and modules that ran.
     """
 
     def __init__(self, base_model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         modules = dict(base_model.named_modules())
         self.layers = dict(layers)
         self.owners = {path: modules[_owner(path, modules)] for path in layers}
-        self._ran: set[nn.Module] = set()
+        self.ran: set[nn.Module] = set()
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Records the forwards within the block."""
         modules = {*self.layers.values(), *self.owners.values()}
-        handles = [module.register_forward_pre_hook(lambda module, _: self._ran.add(module)) for module in modules]
+        handles = [module.register_forward_pre_hook(lambda module, _: self.ran.add(module)) for module in modules]
         try:
             yield
         finally:
@@ -84,18 +84,12 @@ class LayerCalls:
             )
 
     @property
-    def none_called(self) -> bool:
-        return self._ran.isdisjoint(self.layers.values())
-
-    @property
     def not_called(self) -> list[str]:
         """Paths of layers that did not run although the module around them did.
 
         An expert without tokens and a layer in a tower of another modality are not among them.
         """
-        return [
-            path for path, layer in self.layers.items() if layer not in self._ran and self.owners[path] in self._ran
-        ]
+        return [path for path, layer in self.layers.items() if layer not in self.ran and self.owners[path] in self.ran]
 
 
 def _owner(path: str, modules: Mapping[str, nn.Module]) -> str:

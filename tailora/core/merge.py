@@ -114,10 +114,6 @@ class MergeState:
             cast(Any, self.base_model).config.tie_word_embeddings = True
         self._undo, self.config_untied = [], False
 
-    def forget_originals(self) -> None:
-        """Makes the merge permanent."""
-        self._undo = []
-
 
 # ---- The merged tensors of all layers
 

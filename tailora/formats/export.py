@@ -8,8 +8,6 @@
     merged     a Hugging Face folder of the whole model, without an adapter
 
 fold_scale.py puts the scale into B.
-
-Below: `export`, the comparison, the formats peft, portable and merged, and the table of all formats.
 """
 
 import json

@@ -2,8 +2,6 @@
 
 peft_keys.py has the keys of the tensors. What PEFT has no field for (learned scales, our config, the fingerprint of the
 base) is in the safetensors metadata, which other readers ignore.
-
-Below: our fields, the folder, the tensors of a layer, and those of grouped convolutions.
 """
 
 import json

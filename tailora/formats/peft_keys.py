@@ -11,8 +11,6 @@ attn.out_proj                     attn.base_layer.out_proj
 experts.gate_up_proj, .down_proj  experts.base_layer, experts: nested wrappers, the first parameter is the innermost
 
 PEFT also takes some layers for projections of experts, which have the same names. `named_like_experts` finds them.
-
-Below: prefix and suffixes, layers as PEFT adapts them, keys of other tensors.
 """
 
 from collections.abc import Iterable, Mapping

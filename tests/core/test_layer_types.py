@@ -97,10 +97,6 @@ def test_registering_twice_and_over_tailora_s_own_is_refused(documented: dict[st
     for cls in (nn.Linear, nn.MultiheadAttention):
         with pytest.raises(ConfigError, match="a layer type of tailora's own"):
             tailora.register_layer_type(cls, lambda _: (1, 1), replace=True)
-    with pytest.raises(ConfigError, match=r"takes a class derived from nn\.Module; got 'Linear'"):
-        tailora.register_layer_type("Linear", lambda _: (1, 1))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="dims is a function"):
-        tailora.register_layer_type(nn.ReLU, (1, 1))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="update and forward"):
         tailora.register_layer_type(nn.ReLU, lambda _: (1, 1), update=lambda *_: None, forward=lambda *_: None)  # type: ignore[arg-type,return-value]
     tailora.unregister_layer_type(documented["Scaled"])
