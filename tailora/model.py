@@ -139,7 +139,8 @@ class LoRAModel(nn.Module):
     def forward_context(self) -> AbstractContextManager[None]:
         """Returns the context of a forward, also for what calls parts of the base instead.
 
-        Raises AdapterError if an active adapter cannot be trained yet. The first context warns of layers not called.
+        Raises AdapterError if an active adapter cannot be trained yet. The first forward in training warns about layers
+        that it does not call.
         """
         if self.training and self._adapter_set.training_obstacle:
             raise AdapterError(self._adapter_set.training_obstacle)
@@ -263,7 +264,7 @@ class LoRAModel(nn.Module):
         ConfigError for safe_serialization=False, since adapters are never pickled, and as `save_adapter`.
         """
         if not safe_serialization:
-            raise ConfigError("adapters are written as safetensors only: leave out safe_serialization=False")
+            raise ConfigError("adapters are written as safetensors only: remove safe_serialization=False")
         names = [*self.adapters] if selected_adapters is None else selected_adapters
         if not names:
             raise AdapterError("there is no adapter to save; the base model is saved by base_model.save_pretrained")

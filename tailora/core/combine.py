@@ -246,8 +246,6 @@ def combine_adapters(
 
 def check_weights(weights: Mapping[str, float]) -> None:
     """Raises ConfigError unless they are numbers, and not all of them 0."""
-    if not isinstance(weights, Mapping):
-        raise ConfigError(f"weights = {weights!r}; take a mapping from name to weight, such as {{'legal': 0.7}}")
     wrong = [f"{name!r} = {weight!r}" for name, weight in weights.items() if not is_number(weight)]
     if wrong:
         raise ConfigError(f"weight of {', '.join(wrong)}; take finite numbers")

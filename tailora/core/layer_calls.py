@@ -70,7 +70,7 @@ class LayerCalls:
 
     @contextmanager
     def warned_of(self) -> Iterator[None]:
-        """Records a forward within the block, and warns about layers that it did not call."""
+        """Records a forward within the block and warns about layers that it did not call."""
         with self.recorded():
             yield
         if paths := self.not_called:

@@ -94,7 +94,6 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown name": ({"weights": {"c": 1}}, AdapterError, "no adapter is called 'c'; there are: a, b"),
     "taken name": ({"name": "a"}, AdapterError, "called 'a' already"),
     "no adapters": ({"weights": {}}, ConfigError, "nothing to combine"),
-    "no mapping": ({"weights": ["a", "b"]}, ConfigError, "take a mapping from name to weight"),
     "all zero": ({"weights": {"a": 0, "b": 0.0}}, ConfigError, "nothing to combine"),
     "nan": ({"weights": {"a": math.nan}}, ConfigError, "weight of 'a' = nan; take finite numbers"),
     "not a number": ({"weights": {"a": "much"}}, ConfigError, "weight of 'a' = 'much'"),
