@@ -92,31 +92,6 @@ def passes(model: nn.Module, batches: Iterable[Any], loss: Loss | None, name: st
 # ---- Inputs
 
 
-def input_variances(targets: Mapping[str, Target], run: Pass, count: int) -> "dict[str, InputVariances]":
-    """Returns the leading principal components of what each layer reads (of a convolution's patches).
-
-    There are at least `count`. run: forward over all of the data; called INPUT_PASSES times. No layer may have groups.
-    """
-    variances = {path: InputVariances(target, count) for path, target in targets.items()}
-    for _ in range(INPUT_PASSES):
-        hooks = [target.layer.register_forward_pre_hook(variances[path].add_inputs) for path, target in targets.items()]
-        try:
-            run()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for inputs in variances.values():
-            inputs.end_pass()
-    if broken := [path for path, inputs in variances.items() if not inputs.projected.isfinite().all()]:
-        raise DataError(
-            f"in these batches the inputs of {', '.join(broken[:5])} ({len(broken)} layers) are not finite; look at "
-            "the loss of each batch"
-        )
-    for inputs in variances.values():
-        inputs.decompose()
-    return variances
-
-
 class InputVariances:
     """The principal components of one layer's inputs x, by subspace iteration on their covariance C.
 
@@ -177,6 +152,31 @@ class InputVariances:
         along, rotation = torch.linalg.eigh(self.projected.cpu())  # ascending
         self.along, self.total = along.flip(-1).clamp(min=0), self.total.cpu()
         self.directions = rotation.flip(-1).T.to(self.directions) @ self.directions
+
+
+def input_variances(targets: Mapping[str, Target], run: Pass, count: int) -> dict[str, InputVariances]:
+    """Returns the leading principal components of what each layer reads (of a convolution's patches).
+
+    There are at least `count`. run: forward over all of the data; called INPUT_PASSES times. No layer may have groups.
+    """
+    variances = {path: InputVariances(target, count) for path, target in targets.items()}
+    for _ in range(INPUT_PASSES):
+        hooks = [target.layer.register_forward_pre_hook(variances[path].add_inputs) for path, target in targets.items()]
+        try:
+            run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for inputs in variances.values():
+            inputs.end_pass()
+    if broken := [path for path, inputs in variances.items() if not inputs.projected.isfinite().all()]:
+        raise DataError(
+            f"in these batches the inputs of {', '.join(broken[:5])} ({len(broken)} layers) are not finite; look at "
+            "the loss of each batch"
+        )
+    for inputs in variances.values():
+        inputs.decompose()
+    return variances
 
 
 def distribute_ranks(

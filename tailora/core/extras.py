@@ -228,13 +228,10 @@ def _bias_targets(modules: Modules, adapted: Collection[str], saved: Collection[
         names = biases_of(module)
         if not names or any(patterns.inside(path, saved_path) for saved_path in saved):
             continue
+        adds_its_bias = isinstance(module, ADD_THEIR_BIAS) or layer_type_of(module) is CONV1D
         if "forward" in vars(module):
             problems.append(f"bias='all': {path}: its forward was replaced on the instance; its bias cannot be trained")
-        elif (
-            names == ["bias"]
-            and (isinstance(module, ADD_THEIR_BIAS) or layer_type_of(module) is CONV1D or path in adapted)
-            and is_called(module)
-        ):
+        elif names == ["bias"] and (adds_its_bias or path in adapted) and is_called(module):
             biases += [path] if path not in adapted else []
         else:
             problems.append(

@@ -379,8 +379,7 @@ def obstacle(layer: nn.Module) -> str | None:
         return f"its shape is not known yet ({name}); run one batch through the model first"
     if getattr(layer, "max_norm", None) is not None:
         return "max_norm rewrites its frozen weight at every look-up"
-    if (layer_type_of(layer) is EMBEDDING or isinstance(layer, nn.MultiheadAttention)) and not computes_as_its_type(
-        layer
-    ):
+    is_attention = isinstance(layer, nn.MultiheadAttention)
+    if (is_attention or layer_type_of(layer) is EMBEDDING) and not computes_as_its_type(layer):
         return f"{name} overrides forward, so what it computes is not known"
     return None
