@@ -356,7 +356,8 @@ class LoRAModel(nn.Module):
 
         In training and inference; afterwards the former adapters are active again. `lora_layers` does not change: call
         `set_adapter` with the names first to have all their parameters in it. With gradient checkpointing, call
-        backward within the block. In inference the factors are cached for the block, and do not see changes of `.data`.
+        backward within the block. In inference the factors are cached for the block, until torch counts a change of a
+        parameter, which it does not for `.data` in place or in torch.inference_mode.
         Raises AdapterError for unknown names, MergeError while merged, RowsError within another such block, or if a
         layer gets another number of rows or does not see the rows separately.
         """

@@ -508,14 +508,12 @@ def _conflicts(
             f"exclude_modules={last_names(only_read)}"
         )
     for name in config.target_modules if to_save and isinstance(config.target_modules, list) else []:
-        paths = [
-            layer.layer_path for layer in candidates.values() if any(patterns.named(name, own) for own in layer.names)
-        ]
-        owners = [next((saved for saved in to_save if patterns.inside(path, saved)), None) for path in paths]
+        named = [layer for layer in candidates.values() if any(patterns.named(name, own) for own in layer.names)]
+        owners = [next((path for path in to_save if patterns.inside(layer.layer_path, path)), None) for layer in named]
         if None not in owners:  # the name means no other layer
             problems += [
-                f"{path} is in target_modules and in modules_to_save ({owner}); take one"
-                for path, owner in zip(paths, owners, strict=True)
+                f"{layer.path} is in target_modules and in modules_to_save ({owner}); take one"
+                for layer, owner in zip(named, owners, strict=True)
             ]
     for path, module in to_save.items():
         if "forward" in vars(module):
