@@ -110,7 +110,7 @@ class Int8(Storage):
 
 
 class TorchAO(Storage):
-    rounding = 1 / 14  # half a step of 7 levels, which no format of 4 bits exceeds
+    rounding = 0.075  # half a step of 7 levels, which no format of 4 bits exceeds, with room for a scale in bfloat16
 
     def dense(self, layer: Any) -> Tensor:
         return cast(Tensor, layer.weight.dequantize())
