@@ -15,7 +15,9 @@ from tiny_adapters import adapted
 from torch import nn
 
 from tailora import LoRAConfig, LoRAModel
+from tailora.core.layer import initial_scaling
 from tailora.errors import DivergedError, FormatError, WriteError
+from tailora.formats.peft_config import with_double_rank
 
 
 def test_adapters_of_a_bfloat16_base_are_saved_in_float32(tmp_path: Path) -> None:
@@ -155,3 +157,15 @@ def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
         pytest.raises(WriteError, match=r"out cannot be written: Permission denied; give a folder that you may write"),
     ):
         model.save_adapter(tmp_path / "out")
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_factors_of_twice_the_rank_have_the_same_scale(use_rslora: bool) -> None:
+    patterns = {"rank_pattern": {"q": 3}, "alpha_pattern": {"q": 5.0}}
+    config = LoRAConfig(r=4, lora_alpha=6, use_rslora=use_rslora, **patterns)
+    doubled = with_double_rank(config)
+    pairs = [(config.r, config.lora_alpha), (config.rank_pattern["q"], config.alpha_pattern["q"])]
+    twice = [(doubled.r, doubled.lora_alpha), (doubled.rank_pattern["q"], doubled.alpha_pattern["q"])]
+    for (r, alpha), (twice_r, twice_alpha) in zip(pairs, twice, strict=True):
+        assert twice_r == 2 * r
+        assert initial_scaling(twice_r, twice_alpha, use_rslora) == pytest.approx(initial_scaling(r, alpha, use_rslora))

@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_model
@@ -11,6 +12,7 @@ from verified_server import TOKENIZER, adapted, base_model, store_in_q4_0, throu
 from tailora import LoRAConfig, LoRAModel
 from tailora.data.schemas import Choices, Conversation, Feedback, Preference
 from tailora.errors import DataError
+from tailora.verify.passport import ADAPTER, BASE, NOISE_FLOOR, ROUNDED_ADAPTER, Probe
 from tailora.verify.probes import _parts, make_passport, q4_0, rounded_to_4_bits
 
 
@@ -62,6 +64,21 @@ GREETING = Conversation(
 def test_held_out_samples_of_any_task_make_probes(sample: Any) -> None:
     probes = make_passport(adapted(0), TOKENIZER, held_out=[sample]).probes
     assert [probe.messages for probe in probes if probe.messages] == [GREETING.messages[:1]]
+
+
+def test_prompts_end_where_the_adapter_changes_most_and_controls_where_it_changes_least() -> None:
+    """Compared with what weights in Q4_0 change."""
+
+    def ratio(probe: Probe) -> float:
+        adapter, base, rounded = (np.array(probe.logprobs[name]) for name in (ADAPTER, BASE, ROUNDED_ADAPTER))
+        changes = [
+            np.sqrt(((np.exp(other) + np.exp(adapter)) / 2 * (other - adapter) ** 2).sum()) for other in (base, rounded)
+        ]
+        return float((changes[0] + NOISE_FLOOR) / (changes[1] + NOISE_FLOOR))
+
+    plain = [probe for probe in make_passport(adapted(0), TOKENIZER).probes if probe.text is not None]
+    chosen, controls = ([ratio(probe) for probe in plain if probe.is_control is kind] for kind in (False, True))
+    assert np.median(chosen) > 1.5 * max(controls)
 
 
 @pytest.mark.parametrize("held_out", [None, [GREETING] * 2])

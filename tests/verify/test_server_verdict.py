@@ -162,7 +162,24 @@ def test_errors_are_weighted_by_the_probabilities_of_the_adapter_and_the_base() 
 def test_what_a_server_changes_at_the_controls_is_no_scale(root: Path) -> None:
     passport = with_controls(read_passport(root / "legal"), 20)
     answers = answers_of(passport, lambda probe: "scale 1.25" if probe.is_control else ADAPTER)
-    assert verify(passport, answers).verdict == "adapter"
+    result = verify(passport, answers)
+    assert result.verdict == "adapter"
+    assert result.fits["all"].probes == len(passport.probes) - 20
+    assert result.fits["all"].scale == 1
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_a_single_longer_prompt_is_no_other_template(root: Path, kind: str) -> None:
+    passport = read_passport(root / "legal")
+    answers = answers_of(passport, lambda _: ADAPTER)
+    of_kind = [number for number, probe in enumerate(passport.probes) if (probe.text is None) == (kind == "chat")]
+    counts = {number: passport.probes[number].prompt_tokens for number in of_kind}
+    for more, verdict in (({of_kind[0]: 1}, "adapter"), (dict.fromkeys(of_kind, 1), "other")):
+        counted = [
+            replace(answer, prompt_tokens=counts[number] + more.get(number, 0)) if number in counts else answer
+            for number, answer in enumerate(answers)
+        ]
+        assert verify(passport, counted).verdict == verdict
 
 
 @pytest.mark.parametrize("has_logprobs", [True, False])
