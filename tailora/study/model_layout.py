@@ -249,12 +249,12 @@ def unadapted_groups(model: LoRAModel) -> list[UnadaptedGroup]:
             reason = "exclude_modules leaves it out"
         elif path in in_other_layers:
             reason = "its layer is not in layers_to_transform"
-        elif config.target_modules != "all-linear":
-            reason = "not among target_modules"
-        elif module is head:
+        elif config.target_modules == "all-linear" and module is head:
             reason = "the output head, which all-linear leaves out: name it to adapt it"
+        elif config.target_modules == "all-linear" and not layer_type.is_linear:
+            reason = "not linear: name it to adapt it"
         else:
-            reason = "not among target_modules" if layer_type.is_linear else "not linear: name it to adapt it"
+            reason = "not among target_modules"
         count = sum(parameter.numel() for parameter in parameters if id(parameter) not in seen)
         seen |= {id(parameter) for parameter in parameters}
         name = type(module).__name__.removeprefix("Thawing")

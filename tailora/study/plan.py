@@ -10,7 +10,7 @@ plan -> Plan          (study/plan_result.py)
 """
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
@@ -97,7 +97,8 @@ def plan(
     alternatives |= quantization(config, shape, step, batches, place)
     full = None if config.method == FULL else full_fine_tuning(config, shape, batches, place, available)
 
-    basis = {"memory": f"estimated from the shapes, and {place.process_basis}", "time": NO_TIME}
+    basis = {"memory": f"estimated from the shapes, and {place.process_basis}"}
+    basis["time"] = "not estimated for a device that is not here"
     seconds_per_step: float | None = None
     measured = None
     if measure:
@@ -117,7 +118,7 @@ def plan(
         )
     batch_size = batch_size_that_fits(available, needed, batches)
     can_shard = nproc > 1 and not config.fsdp
-    helps = remedies(config, batch_size, ACTIVATIONS in alternatives, can_shard=can_shard)
+    helps = remedies(config, batch_size, alternatives, can_shard=can_shard)
     result = Plan(
         model=config.model,
         method=config.method,
@@ -222,8 +223,6 @@ def place_of_card(config: TrainConfig, cards: list[Card]) -> Place:
 
 
 # ---- Time
-
-NO_TIME = "not estimated for a device that is not here"
 
 
 def time_here(
@@ -432,7 +431,9 @@ def batch_size_that_fits(available: int, memory: Memory, batches: Batches) -> in
     return bisect_right(range(1, batches.most + 1), available, key=needed)
 
 
-def remedies(config: TrainConfig, batch_size: int, can_compile: bool, *, can_shard: bool = False) -> list[str]:
+def remedies(
+    config: TrainConfig, batch_size: int, alternatives: Collection[str], *, can_shard: bool = False
+) -> list[str]:
     """Returns settings that take less memory. batch_size: the largest that fits, 0 for none."""
     examples = config.per_device_train_batch_size * config.gradient_accumulation_steps
     accumulation = -(-examples // max(batch_size, 1))
@@ -442,10 +443,8 @@ def remedies(config: TrainConfig, batch_size: int, can_compile: bool, *, can_sha
             f"--per-device-train-batch-size {batch_size} --gradient-accumulation-steps {accumulation}",
         ),
         (can_shard, "--fsdp"),
-        (can_compile, ACTIVATIONS),
-        (not (config.gradient_checkpointing or asks_for_compiled_layers(config)), CHECKPOINTING),
+        *((option in alternatives, option) for option in (ACTIVATIONS, CHECKPOINTING, QUANTIZATION)),
         (config.method == FULL, "--method lora"),
-        (config.method != FULL and not config.quantize, "--quantize nf4"),
         (config.max_length > 128, f"--max-length {config.max_length // 2}"),
     ]
     return [*(text for helps, text in options if helps), "a smaller --model"]
