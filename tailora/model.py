@@ -177,11 +177,12 @@ class LoRAModel(nn.Module):
         return f"LoRAModel({layers}, adapters: {names or 'none'}; summary() lists the layers)"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """`to`, `cuda`, `float`... also reach the adapters that are not active."""
-        self._merge_state.check_unmerged("move the model or change its precision")
+        """`to`, `cuda`, `float`... also reach the adapters that are not active, and the weights before a merge."""
+        self._merge_state.apply(fn)
         self._adapter_set.apply_to_inactive(fn, recurse)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._adapter_set.measure_row_norms()
+        if not self.is_merged:
+            self._adapter_set.measure_row_norms()
         return self
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:

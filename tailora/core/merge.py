@@ -8,7 +8,7 @@ check_ties           weights that several modules share
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -113,6 +113,14 @@ class MergeState:
         if self.config_untied:
             cast(Any, self.base_model).config.tie_word_embeddings = True
         self._undo, self.config_untied = [], False
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Applies `fn` to the weights that `unmerge` puts back. Raises MergeError for those of a quantised base."""
+        exchanges = [change for change in self._undo if isinstance(change, TensorChange)]
+        if len(exchanges) < len(self._undo):
+            raise MergeError("a quantised base cannot move or change its precision while merged; unmerge() first")
+        for exchange in exchanges:
+            exchange.tensor.data = fn(exchange.tensor.data)
 
 
 # ---- The merged tensors of all layers

@@ -109,7 +109,6 @@ def test_what_cannot_be_done_while_merged_is_refused() -> None:
         lambda: model.add_adapter("x", LoRAConfig(r=2)),
         lambda: model.save_adapter("nowhere"),
         lambda: model.delete_adapter("default"),
-        lambda: model.double(),
     ):
         with pytest.raises(MergeError, match="unmerge\\(\\) first"):
             action()
@@ -117,6 +116,16 @@ def test_what_cannot_be_done_while_merged_is_refused() -> None:
     model.set_adapter(None)
     with pytest.raises(MergeError, match="no adapter is active"):
         model.merge()
+
+
+def test_a_merged_model_can_change_its_precision() -> None:
+    model = LoRAModel(nn.Sequential(nn.Linear(4, 3)), LoRAConfig(r=2))
+    stir(model)
+    weight = model.base_model[0].weight.detach().clone()
+    model.merge()
+    model.double()
+    model.unmerge()
+    assert torch.equal(model.base_model[0].weight, weight.double())
 
 
 def test_a_class_that_is_known_to_compute_the_product_by_itself_is_merged() -> None:
