@@ -284,8 +284,7 @@ class _Evaluator:
         self.layout = choose_layout(TrainConfig(), model, tokenizer, log, task=self.task)
         self.token_budget = token_budget(model)
         self.normalize = normalizer(options.normalize)
-        # None until it was tried on a question. A GPU computes whole rows of several questions faster.
-        self.share_prompts = None if model.device.type == "cpu" else False
+        self.share_prompts: bool | None = None  # None until it was tried on a question
         steps = {
             self._loss: {"loss", "perplexity"},
             self._accuracy: {"accuracy", "accuracy_norm"},

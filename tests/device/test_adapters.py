@@ -87,7 +87,8 @@ def held_out(model: LoRAModel, count: int) -> Any:
 
 
 def shared_prompts(model: LoRAModel, count: int) -> Any:
-    return np.concatenate([shared_prompt_losses(model, [example(40), example(40)], FROZEN) for _ in range(count)])
+    questions = [[example(40), example(40)]] * count
+    return np.concatenate(shared_prompt_losses(model, questions, FROZEN, token_budget=40))
 
 
 def other_text(model: LoRAModel, count: int) -> Any:
