@@ -45,7 +45,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class RowProblem:
-    """Why a row cannot be used. `number` is that of the row; 0 means the whole file.
+    """Why a row cannot be used. `number` is that of the row; 0 means the whole file, or what is left of it.
 
     content: the fields of the row, or the text of its line.
     """
@@ -206,7 +206,8 @@ def read_json(path: Path) -> Rows:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
             yield from read_jsonl(path)
         else:
-            yield RowProblem(str(path), getattr(error, "lineno", 0), _json_cause(error))
+            where = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else ""
+            yield RowProblem(str(path), 0, f"{where}{_json_cause(error)}")
     else:
         items = value if isinstance(value, list) else [value]
         if isinstance(value, dict) and len(value) == 1:
@@ -264,7 +265,7 @@ def read_csv(path: Path, delimiter: str = ",") -> Rows:
         try:
             header = next(reader, [])
             if repeated := _repeated(header):
-                yield RowProblem(str(path), 1, f"the header names {repeated} more than once")
+                yield RowProblem(str(path), 0, f"the header names {repeated} more than once")
                 return
             for values in reader:
                 if values and len(values) == len(header):
@@ -276,9 +277,9 @@ def read_csv(path: Path, delimiter: str = ",") -> Rows:
                     )
                     yield RowProblem(str(path), reader.line_num, cause, content=values)
         except UnicodeDecodeError as error:
-            yield RowProblem(str(path), reader.line_num + 1, _not_utf8(error))
+            yield RowProblem(str(path), 0, f"line {reader.line_num + 1}: {_not_utf8(error)}")
         except csv.Error as error:
-            yield RowProblem(str(path), reader.line_num, f"not CSV: {error}")
+            yield RowProblem(str(path), 0, f"line {reader.line_num}: not CSV: {error}")
 
 
 def read_parquet(path: Path) -> Rows:

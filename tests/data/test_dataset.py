@@ -69,6 +69,15 @@ def test_hashes_are_equal_if_ids_and_labels_are(examples: Examples) -> None:
     assert Examples.of([relabelled]).hashes() != [first]
 
 
+def test_rows_that_share_an_example_are_different_rows() -> None:
+    one, two, shared = (Example.of_text(np.array([1, token], np.int32)) for token in (2, 3, 4))
+    rows = [(one, 0), (shared, 0), (two, 1), (shared, 1), (one, 2), (shared, 2)]
+    hashes = Examples.of(replace(example, source_index=row) for example, row in rows).row_hashes()
+    first, second, copy = hashes[::2]
+    assert hashes[1::2] == [first, second, copy]
+    assert first == copy != second
+
+
 # ---- Mixtures of sources
 
 EPOCHS = 12

@@ -51,6 +51,12 @@ def test_names_of_classes_are_in_order(
     assert read_labels([source], None, CLASSES) == Labels(CLASSES, names, several)
 
 
+def test_as_many_lists_as_names_are_no_lists_of_labels(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", rows_with(["a", "b", ["a"], ["b"]]))
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: label is a list, and the other rows have one label each"):
+        read_labels([source], None, CLASSES)
+
+
 def test_the_tag_outside_is_first(tmp_path: Path) -> None:
     source = write(tmp_path / "rows.jsonl", [{"tokens": ["a", "b", "c"], "tags": ["I-X", "B-X", "O"]}])
     assert read_labels([source], None, TAGS).names == ("O", "B-X", "I-X")

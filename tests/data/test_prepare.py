@@ -330,6 +330,7 @@ def test_bad_rows_are_skipped_on_request_and_kept_with_their_reasons(bytes_token
     path.write_text("nonsense\n")
     with pytest.raises(DataError, match=r"rows.jsonl:1: not JSON"):
         prepare(str(path), bytes_tokenizer(), skip_bad_rows=True)
+    path.write_text('{"text": "a b c"}\n{"text": "d e f"}\n')  # a file that can be used does not excuse one that cannot
     (tmp_path / "more.csv").write_text("text,text\na,b\n")
     with pytest.raises(DataError, match="the header names text more than once"):
         prepare(str(tmp_path), bytes_tokenizer(), skip_bad_rows=True)

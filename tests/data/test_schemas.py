@@ -68,6 +68,7 @@ def test_a_label_that_is_neither_true_nor_false_is_refused(label) -> None:
     ("labels", "shape"),
     [
         ([True, False, None], "feedback"),  # with one label missing, unwanted replies would be learned like the others
+        ([True, 3], "feedback"),
         ([True, False, 3, 4, 5], "prompt/completion"),
         ([True, True, ...], "feedback"),
         ([True, True, ..., ..., ...], "prompt/completion"),

@@ -259,8 +259,9 @@ def test_packed_and_padded_batches_and_parts_give_one_gradient(loss: str) -> Non
         assert float((other - gradients[0]).norm() / gradients[0].norm()) < 1e-4
 
 
-def test_each_reply_is_the_other_reply_once() -> None:
-    own = Examples.of(replace(example.sequences[0], target=np.ones(1)) for example in pairs(9))
+@pytest.mark.parametrize("count", [2, 9])
+def test_each_reply_is_the_other_reply_once(count: int) -> None:
+    own = Examples.of(replace(example.sequences[0], target=np.ones(1)) for example in pairs(count))
     combined = with_other_replies(own, seed=0, max_length=30)
 
     def reply(example: Example) -> bytes:
