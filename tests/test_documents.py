@@ -46,7 +46,7 @@ def test_the_servers_of_the_page_are_those_of_the_table() -> None:
     assert all(f"| `{TARGETS[name].format}` |" in row for name, row in servers.items())
     (text,) = code_blocks("export", "text")
     base, stops = "HuggingFaceTB/SmolLM2-135M-Instruct", {2: "<|im_end|>"}
-    serving = Serving("vllm", "portable", "demo-vllm", base, 16, 8192, stops, {}, None)
+    serving = Serving("vllm", "portable", "demo-vllm", base, 16, 8192, stops, {}, None, None)
     assert text == script(with_commands(serving, "."))
 
 

@@ -348,6 +348,7 @@ def test_the_extra_that_is_missing_is_named(
 SIGNALLED = """
 import atexit, os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 import tailora.cli.__main__ as program
 
 def send(name):

@@ -22,7 +22,7 @@ import pytest
 from torch.distributed import HashStore
 
 from benchmarks.serving.server_process import free_port
-from tailora.cli.main import ARGUMENTS, BUG, MAX_LINES, fail, log, main
+from tailora.cli.main import ARGUMENTS, BUG, MAX_LINES, WORSE, fail, log, main
 from tailora.core import device
 from tailora.errors import ConfigError, DataError, MemoryLimitError, ProcessFailedError
 from tailora.quiet import silent_loggers
@@ -432,7 +432,7 @@ def test_mistakes_are_refused_once_before_any_process_is_started(
     monkeypatch.setattr("tailora.cli.train.launch", pytest.fail)
     for mistake, message in (
         ("--nproc-per-node 0", "give a number"),
-        ("--nproc-per-node 2 --lora-alpha -1", "lora_alpha = '-1': "),
+        ("--nproc-per-node 2 --lora-alpha -1", "--lora-alpha '-1': "),
         ("--nproc-per-node 2 --resume-from-checkpoint latest --overwrite", "give one of them"),
     ):
         assert main(["train", "--config", config_file, *mistake.split()]) == 2
@@ -464,7 +464,7 @@ def test_the_processes_get_the_arguments_and_the_new_folder_of_a_demo(
     given = ["demo", "--r", "4", "--device", "cpu", "--nproc-per-node", "2"]
     assert main(["--", *given]) == 0
     folder = "outputs/demo"
-    assert started == [([*given, "--output-dir", folder], 2, Path(folder))]
+    assert started == [([*given, "--output-dir", folder], 2, Path(folder), [WORSE])]
     assert main(["demo", "--nproc-per-node", "1", "--r", "0"]) == 2
     assert ARGUMENTS.get() == ["demo", "--nproc-per-node", "1", "--r", "0"]
 
