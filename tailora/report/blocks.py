@@ -90,7 +90,7 @@ class HeatMap:
     top: float
     show: Callable[[float], str]
     caption: str
-    detail: Detail = "always"
+    detail: Detail = "page"
 
 
 @dataclass(frozen=True)

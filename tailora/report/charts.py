@@ -26,6 +26,8 @@ VARIABLES |= {colour: f"series-{i}" for i, colour in enumerate(SERIES)}
 VARIABLES |= {colour: f"heat-{i}" for i, colour in enumerate(HEAT)}
 DASHED = (0, (4, 3))
 
+FEW_STEPS = 8  # runs of so many steps get no running mean
+
 Floats: TypeAlias = NDArray[np.float64]
 Show: TypeAlias = Callable[[float], str]
 
@@ -34,10 +36,10 @@ def series_colour(number: int) -> str:
     return SERIES[number % len(SERIES)]
 
 
-def heat_colour(value: float, top: float) -> str:
-    """The colour of a value from 0 to `top`."""
-    share = max(value, 0.0) / top if top else 0.0
-    return HEAT[min(int(share * len(HEAT)), len(HEAT) - 1)]
+def heat_colour(value: float, low: float, high: float) -> str:
+    """The colour of a value between these."""
+    share = (value - low) / (high - low) if high > low else 0.0
+    return HEAT[min(int(max(share, 0.0) * len(HEAT)), len(HEAT) - 1)]
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Estimate:
 
     name: str
     value: float
-    ends: tuple[float, float] | None = None
+    ends: tuple[float | None, float | None] | None = None
     runs: Sequence[float] = ()
 
 
@@ -116,35 +118,45 @@ class Canvas:
     # ---- Values side by side, the first at the top
 
     def estimates(
-        self, rows: Sequence[Estimate], unit: str, colours: Sequence[int], *, are_differences: bool = False
+        self,
+        rows: Sequence[Estimate],
+        unit: str,
+        *,
+        reference: float | None = None,
+        form: str = ".3f",
+        colours: Sequence[int] | None = None,
     ) -> None:
         """Dots with their intervals, one row each, with their values written above them.
 
-        colours: of the rows, as numbers of a series.    are_differences: values have signs, and a dashed line is at 0.
+        reference: a dashed line.    colours: of the rows, as numbers of a series; by default they all differ.
         """
         from matplotlib.ticker import MaxNLocator
 
         axes = self.new_axes(64 + 44 * len(rows), unit)
         place: dict[str, Any] = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center", "va": "bottom"}
-        for y, (row, number) in enumerate(zip(rows, colours, strict=True)):
-            colour = series_colour(number)
-            if row.ends is not None:
-                axes.plot(row.ends, [y, y], color=colour, linewidth=3, alpha=0.45)
+        for y, row in enumerate(rows):
+            colour = series_colour(colours[y] if colours else y)
+            low, high = row.ends or (None, None)
+            if low is not None and high is not None:
+                axes.plot([low, high], [y, y], color=colour, linewidth=3, alpha=0.45)
             axes.plot(row.runs, [y + 0.2] * len(row.runs), "o", color=colour, markersize=3.5)
             axes.plot([row.value], [y], "o", color=colour, markersize=9, markeredgecolor=PAPER, markeredgewidth=1.5)
-            text = f"{row.value:{'+' * are_differences}.3f}".replace("-", "−")
-            axes.annotate(text, (row.value, y), weight="bold", **place)
-        if are_differences:
-            axes.axvline(0, color=SOFT, linewidth=1.2, linestyle=DASHED)
+            axes.annotate(f"{row.value:{form}}".replace("-", "−"), (row.value, y), weight="bold", **place)
+        if reference is not None:
+            axes.axvline(reference, color=SOFT, linewidth=1.2, linestyle=DASHED)
         self._name_rows([row.name for row in rows])
         axes.set_ylim(len(rows) - 0.45, -0.75)
         axes.grid(visible=False, axis="y")
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if self.wide else 5))
 
     # ---- Losses over the steps of training
 
     def losses(self, runs: Sequence[Sequence[float]], colour: str, name: str) -> None:
         """Thin lines: the losses of each run's steps. Thick line: their mean, smoothed, as far as all runs go."""
+        if max(map(len, runs)) <= FEW_STEPS:
+            for run in runs:
+                self.axes.plot(range(1, len(run) + 1), run, color=colour, label=name if run is runs[0] else "")
+            return
         for run in runs:
             alpha = 0.4 if len(runs) == 1 else 0.25
             self.axes.plot(range(1, len(run) + 1), run, color=colour, linewidth=1, alpha=alpha)
@@ -154,15 +166,16 @@ class Canvas:
 
     # ---- A third number as a colour
 
-    def colour_scale(self, axes: "Axes | list[Axes]", top: float, show: Show, title: str) -> None:
-        """What the colours from 0 to `top` mean, above the axes."""
+    def colour_scale(self, axes: "Axes | list[Axes]", ends: tuple[float, float], show: Show, title: str) -> None:
+        """What the colours from one end to the other mean, above the axes."""
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import ListedColormap, Normalize
 
-        shades = ScalarMappable(Normalize(0, top or 1), ListedColormap(HEAT))
+        low, high = ends
+        shades = ScalarMappable(Normalize(low, high if high > low else low + 1), ListedColormap(HEAT))
         bar = self.figure.colorbar(shades, ax=axes, location="top", shrink=0.5, aspect=26, anchor=(0.0, 0.0), pad=0.03)
         bar.outline.set_visible(False)
-        ticks = np.linspace(0, top, 3)
+        ticks = np.linspace(low, high, 3)
         bar.set_ticks(ticks.tolist(), labels=[show(tick) for tick in ticks])
         bar.ax.tick_params(length=0, labelsize=11)
         bar.set_label(title, size=11.5, labelpad=6)
@@ -180,7 +193,7 @@ class Canvas:
         centres = [(layers.index(layer), rows.index(row)) for row, layer in cells]
         square = ((-0.47, -0.47), (0.47, -0.47), (0.47, 0.47), (-0.47, 0.47))  # leaves a gap between cells
         corners = [[(x + right, y + down) for right, down in square] for x, y in centres]
-        colours = [heat_colour(value, top) for value in cells.values()]
+        colours = [heat_colour(value, 0, top) for value in cells.values()]
         axes.add_collection(PolyCollection(corners, facecolors=colours, linewidths=0))
         axes.set_xlim(-0.5, len(layers) - 0.5)
         axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -189,7 +202,7 @@ class Canvas:
         axes.set_xticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
         axes.grid(visible=False)
         axes.spines["bottom"].set_visible(False)
-        self.colour_scale(axes, top, show, title)
+        self.colour_scale(axes, (0, top), show, title)
 
 
 def running_mean(values: Floats) -> Floats:

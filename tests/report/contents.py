@@ -254,4 +254,4 @@ CONTENTS = {
     "plan": plan,
     "eval": evaluation,
 }
-FIGURES = {"learning-rates": 1, "train": 6, "compare": 4, "search": 11, "inspect": 3, "plan": 0, "eval": 0}
+FIGURES = {"learning-rates": 1, "train": 6, "compare": 4, "search": 11, "inspect": 7, "plan": 1, "eval": 0}

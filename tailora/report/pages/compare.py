@@ -42,7 +42,7 @@ def compare_page(comparison: Comparison) -> Page:
             "Learning rates tried",
             "A comparison is fair only if every arm has its own best learning rate. Losses are those of the half of "
             "the held-out examples that chooses it.",
-            [_rates(comparison.arms, comparison.loss_unit)],
+            _rates(comparison.arms, comparison.loss_unit),
         ),
         Section("Settings", "", [settings_table("Settings", *changes, *shared)]),
     ]
@@ -52,6 +52,7 @@ def compare_page(comparison: Comparison) -> Page:
     ]
     numbers += [
         Number("held-out loss, base", f"{comparison.base_loss:.3f}", "before any training"),
+        Number("seeds", str(len(comparison.seeds)), f"{steps} each", detail="page"),
         Number("time of all runs", duration(comparison.seconds)),
     ]
     names = [arm.name for arm in comparison.arms]
@@ -135,7 +136,7 @@ def _forgetting(lost: Mapping[str, float] | None) -> list[str]:
     return [f"{lost['kl']:.3f}", signed(lost["loss_after"] - lost["loss_before"]) if "loss_after" in lost else ""]
 
 
-def _rates(arms: Sequence[ArmResult], unit: str) -> Figure | None:
+def _rates(arms: Sequence[ArmResult], unit: str) -> list[Block | None]:
     losses = {  # of the runs that did not fail
         arm.name: {rate: loss for rate, loss in sorted(arm.rates.items()) if loss is not None and math.isfinite(loss)}
         for arm in arms
@@ -154,9 +155,15 @@ def _rates(arms: Sequence[ArmResult], unit: str) -> Figure | None:
 
     best = "; ".join(f"{arm.name} best at {learning_rate(arm.learning_rate)}" for arm in tried if arm.learning_rate)
     caption = "Held-out loss at each learning rate tried; filled: the one chosen."
-    failed = [
-        f"{arm.name} at {learning_rate(rate)}" for arm in arms for rate in arm.rates if rate not in losses[arm.name]
+    at_edge = [arm.name for arm in tried if not arm.bracketed]
+    if at_edge:
+        caption += f" The best of {', '.join(at_edge)} lies at the edge of those tried."
+    figure = Figure("rates", draw, f"Loss against learning rate. {best}.", caption, wide=True)
+    rows = [
+        [arm.name, learning_rate(rate), f"{losses[arm.name][rate]:.4f}" if rate in losses[arm.name] else "failed"]
+        for arm in arms
+        for rate in sorted(arm.rates)
     ]
-    if failed:
-        caption += f" Failed: {', '.join(failed)}."
-    return Figure("rates", draw, f"Loss against learning rate. {best}.", caption, wide=True) if tried else None
+    columns = [Column("arm"), *numeric("learning rate", "loss")]
+    table = Table(columns, rows, "Learning rates tried", folded=True, detail="page")
+    return [figure if tried else None, table if rows else None]

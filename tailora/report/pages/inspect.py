@@ -13,6 +13,7 @@ from tailora.report.blocks import (
     FEWEST_LAYERS,
     Block,
     Column,
+    Detail,
     Figure,
     Finding,
     HeatMap,
@@ -28,6 +29,7 @@ from tailora.report.format import NONE, interval, one_line, plural, signed, valu
 from tailora.report.pages.shared import (
     INTERVAL,
     by_depth,
+    by_layer,
     numeric,
     settings_table,
     shared_prefix,
@@ -72,6 +74,9 @@ OVERLAPS = {"writes": "writes", "writes_by_chance": "by chance", "reads": "reads
 def inspect_page(inspection: Inspection) -> Page:
     losses, training = inspection.held_out, inspection.training
     by_depth_table, legend, every_module = _module_tables(inspection)
+    left_out = Table(
+        [Column("left out"), Column("why")], list(inspection.left_out.items()), "Left out", folded=True, detail="page"
+    )
     adapter = {"folder": inspection.adapter, **inspection.config}
     sections = [
         Section(
@@ -87,7 +92,14 @@ def inspect_page(inspection: Inspection) -> Page:
         *([_truncation(losses)] if losses else []),
         Section("What was forgotten", "", [_forgetting(inspection.forgetting) if inspection.forgetting else None]),
         *([_pair(inspection.pair, inspection.layers)] if inspection.pair else []),
-        Section("Settings", "", [settings_table("Settings", ("adapter", adapter), ("its run", training))]),
+        Section(
+            "Left out, and settings",
+            "",
+            [
+                left_out if inspection.left_out else None,
+                settings_table("Settings of the adapter", ("adapter", adapter), ("its run", training)),
+            ],
+        ),
     ]
     findings: list[Block] = []
     for advice in inspection.advice:
@@ -119,6 +131,10 @@ def _described(inspection: Inspection) -> str:
     if modules:
         scales = [round(module.scaling, 4) for module in modules]
         text += f" of rank {value_range([module.r for module in modules])}, scale {value_range(scales)}"
+    learned = sum(module.learned_scaling for module in modules)
+    dora = sum(module.use_dora for module in modules)
+    text += f", {plural(learned, 'scale')} learned" if learned else ""
+    text += f", {dora} with DoRA's magnitudes" if dora else ""
     if inspection.model:
         return f"{text}, beside {inspection.model}"
     return f"{text}, made for {inspection.named_base}" if inspection.named_base else text
@@ -204,18 +220,24 @@ def _remarks(inspection: Inspection) -> list[Paragraph]:
 
 
 def _heat_maps(modules: Sequence[ModuleReport]) -> list[HeatMap]:
-    names = short_names(module.path for module in modules)
-    in_layers = [(names[module.path], layer_index(module.path), module) for module in modules]
-    energies = {(name, layer): module.energy for name, layer, module in in_layers if layer is not None}
-    uses = {(name, layer): module.use for name, layer, module in in_layers if layer is not None}
-    if len({layer for _, layer in uses}) < FEWEST_LAYERS:
+    def heat_map(
+        name: str, measure: str, title: str, form: str, top: float | None, caption: str, detail: Detail = "page"
+    ) -> HeatMap:
+        cells = by_layer(modules, measure)
+        highest = max(cells.values(), default=0.0) if top is None else top
+        return HeatMap(f"map-{name}", title, cells, highest, form.format, caption, detail)
+
+    if len({layer_index(module.path) for module in modules} - {None}) < FEWEST_LAYERS:
         return []
-    about_energy = "Share of the adapter's squared norm."
-    about_use = "Effective rank / rank: 1 uses all directions alike; near 0 it uses only one."
-    return [
-        HeatMap("map-energy", "energy", energies, max(energies.values()), "{:.1%}".format, about_energy),
-        HeatMap("map-use", "effective rank / rank", uses, 1.0, "{:.2f}".format, about_use),
-    ]
+    caption = "Share of the adapter's squared norm."
+    energy = heat_map("energy", "energy", "energy", "{:.1%}", None, caption, "always")
+    caption = "Effective rank / rank: 1 uses all directions alike; near 0 it uses only one."
+    use = heat_map("use", "use", "effective rank / rank", "{:.2f}", 1.0, caption, "always")
+    caption = "‖ΔW‖/‖W‖: the size of the update relative to the weight that it changes."
+    norm = heat_map("norm", "relative_norm", "relative norm", "{:.1%}", None, caption)
+    caption = f"How many of the {LEADING} leading directions of the changed weight are unlike all of the base's."
+    intruders = heat_map("intruders", "intruders", "intruder dimensions", "{:.0f}", float(LEADING), caption)
+    return [heat for heat in (energy, use, norm, intruders) if any(heat.cells.values())]
 
 
 # ---- Spectra
@@ -242,7 +264,9 @@ def _spectra(modules: Sequence[ModuleReport]) -> Figure | None:
         for axes, (name, own) in zip(panels, shown.items(), strict=False):
             for module in own:
                 values = [value / module.singular_values[0] for value in module.singular_values]
-                colour = heat_colour(2 + (layer_index(module.path) or 0), last + 3)  # the palest is too faint for lines
+                colour = heat_colour(
+                    2 + (layer_index(module.path) or 0), 0, last + 3
+                )  # the palest are too faint for lines
                 axes.plot(range(1, len(values) + 1), values, color=colour, linewidth=1.2)
             axes.set_title(one_line(name, 22), fontsize=11.5)
             axes.set_ylim(0, 1.05)
@@ -252,7 +276,7 @@ def _spectra(modules: Sequence[ModuleReport]) -> Figure | None:
             panels[index].set_visible(False)
             panels[index - columns].tick_params(labelbottom=True)
         if last:
-            canvas.colour_scale(panels, last, "{:.0f}".format, "layer")
+            canvas.colour_scale(panels, (0, last), "{:.0f}".format, "layer")
 
     caption = "Singular values of each update, relative to the largest, in falling order; a line for each layer."
     if len(shown) < len(groups):
@@ -309,6 +333,11 @@ def _pair(pair: AdapterOverlap, layers: int) -> Section:
     if not modules:
         return Section(title, f"Beside {pair.other}.", [Paragraph("No matrix is in both.")])
     blocks: list[Block | None] = []
+    caption = "1: the two updates have the same space, 0: orthogonal spaces; chance is in the table."
+    for name, spaces in (("writes", "output spaces"), ("reads", "input spaces")):
+        if cells := by_layer(modules, name):
+            heat = HeatMap(f"map-{name}", f"overlap of the {spaces}", cells, 1.0, "{:.2f}".format, caption)
+            blocks.append(heat)
     if pair.losses:
         blocks.append(_combined_losses(pair.losses))
 

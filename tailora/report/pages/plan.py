@@ -1,10 +1,13 @@
 """The page of a plan."""
 
-from tailora.report.blocks import Block, Column, Number, Page, Paragraph, Section, Table
+from tailora.report.blocks import Block, Column, Figure, Number, Page, Paragraph, Section, Table
+from tailora.report.charts import DASHED, INK, SERIES, Canvas
 from tailora.report.format import NONE, count, duration, plural, share
 from tailora.report.pages.shared import numeric, settings_table
 from tailora.study.plan_result import Plan
 from tailora.train.memory import format_bytes
+
+NEAR = 2.0  # times the longest bar: a limit further away is not drawn
 
 
 def plan_page(plan: Plan) -> Page:
@@ -16,7 +19,7 @@ def plan_page(plan: Plan) -> Page:
         Section(
             "Memory",
             f"At the moment of highest use, {plan.dtype} on {plan.device}{of_each}; {plan.basis['memory']}.",
-            [_memory(plan)],
+            _memory(plan),
         ),
         Section("What fits", f"Into {available}; the rest of the settings as set.", [_options(plan)]),
         Section("Steps and time", "", [Paragraph(_steps(plan)), Paragraph(plan.kernels)]),
@@ -38,7 +41,7 @@ def plan_page(plan: Plan) -> Page:
 
 
 def _numbers(plan: Plan) -> list[Number]:
-    trained, room, schedule = plan.trained, plan.room, plan.schedule
+    trained, room, schedule, full = plan.trained, plan.room, plan.schedule, plan.full
     trainable, available = trained.trainable_parameters, format_bytes(room.available_bytes)
     numbers = [
         Number(
@@ -48,8 +51,13 @@ def _numbers(plan: Plan) -> list[Number]:
         ),
         Number("memory", format_bytes(plan.memory.total), f"of {available}", "page"),
     ]
+    if full is not None:
+        note = f"batches of {full.batch_size_that_fits} fit" if full.batch_size_that_fits else "does not fit"
+        numbers.append(Number("memory, full fine-tuning", format_bytes(full.memory.total), note, "page"))
     fitting = _batch_size(plan, room.batch_size_that_fits)
     numbers.append(Number("batch size that fits", fitting, f"asked for: {room.batch_size}", "page"))
+    if schedule.steps is not None:
+        numbers.append(Number("steps", f"{schedule.steps:,}", detail="page"))
     if schedule.seconds is not None:
         numbers.append(Number("time of the steps", duration(schedule.seconds), "estimated", "page"))
     return numbers
@@ -79,10 +87,40 @@ def _trained(plan: Plan) -> list[Block | None]:
     return [Table(columns, rows) if rows else None, Table(left_columns, left, "Left as they are") if left else None]
 
 
-def _memory(plan: Plan) -> Table:
+def _memory(plan: Plan) -> list[Block | None]:
+    parts = [part for part in plan.memory.to_dict() if part != "total"]
     memories = {"full fine-tuning": plan.memory.to_dict()}  # method of training -> bytes by part, with their total
     if plan.full is not None:
         memories = {"LoRA": plan.memory.to_dict(), "full fine-tuning": plan.full.memory.to_dict()}
+    limit_is_near = plan.room.available_bytes < NEAR * max(memory["total"] for memory in memories.values())
+
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.new_axes(128 + 46 * len(memories), "GB")
+        canvas.legend_columns = 8 if canvas.wide else 3
+        starts = [0.0] * len(memories)
+        for number, part in enumerate(parts):
+            sizes = [memory[part] / 1e9 for memory in memories.values()]
+            if any(sizes):
+                axes.barh(range(len(memories)), sizes, left=starts, height=0.6, color=SERIES[number], label=part)
+                starts = [start + part_size for start, part_size in zip(starts, sizes, strict=True)]
+        for y, (end, memory) in enumerate(zip(starts, memories.values(), strict=True)):
+            axes.annotate(format_bytes(memory["total"]), (end, y), (6, 0), textcoords="offset points", va="center")
+        if limit_is_near:
+            axes.axvline(plan.room.available_bytes / 1e9, color=INK, linewidth=1.3, linestyle=DASHED)
+        axes.set_yticks(range(len(memories)), list(memories))
+        axes.set_ylim(len(memories) - 0.45, -0.55)
+        axes.margins(x=0.18)
+        axes.set_xlim(left=0)
+        axes.grid(visible=False, axis="y")
+        axes.spines["left"].set_visible(False)
+
+    listed = "; ".join(
+        f"{name} {format_bytes(memory['total'])}: "
+        + ", ".join(f"{part} {format_bytes(memory[part])}" for part in parts if memory[part])
+        for name, memory in memories.items()
+    )
+    limit = f" Dashed line: the {format_bytes(plan.room.available_bytes)} that are available." if limit_is_near else ""
+    alt = f"Stacked bars of memory. {listed}."
     rows = [
         [part, *(format_bytes(memory[part]) if memory[part] else NONE for memory in memories.values())]
         for part in plan.memory.to_dict()
@@ -90,7 +128,10 @@ def _memory(plan: Plan) -> Table:
     ]
     fitting = [plan.room.batch_size_that_fits, *([plan.full.batch_size_that_fits] if plan.full else [])]
     rows.append(["batch size that fits", *(_batch_size(plan, number) for number in fitting)])
-    return Table([Column("part"), *numeric(*memories)], rows)
+    return [
+        Figure("memory", draw, alt, f"Memory by part.{limit}", wide=True),
+        Table([Column("part"), *numeric(*memories)], rows),
+    ]
 
 
 def _batch_size(plan: Plan, fitting: int) -> str:

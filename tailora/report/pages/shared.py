@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, Protocol, TypeVar
 
+from tailora.core.patterns import layer_index
 from tailora.evaluation.statistics import Difference
 from tailora.report.blocks import Column, Figure, Section, Table
 from tailora.report.charts import DASHED, GRID, SERIES, SOFT, Canvas, Estimate
@@ -55,7 +56,7 @@ def judged_figures(
     seeds = "; small dots: each seed" if any(loss.runs for loss in losses) else ""
     losses_figure = Figure(
         "losses",
-        lambda canvas: canvas.estimates(losses, f"held-out loss, {unit}", range(len(losses))),
+        lambda canvas: canvas.estimates(losses, f"held-out loss, {unit}"),
         f"Held-out loss of each with its 95% interval: {listed}.",
         f"Held-out loss, with 95% intervals over examples and seeds{seeds}. The base has {base_loss:.3f}. All are "
         "judged on the same examples, so overlapping intervals say little: look at the differences.",
@@ -65,15 +66,18 @@ def judged_figures(
         rows = [Estimate(name, value.value, (value.low, value.high)) for name, value in measured.items()]
         colours = [number for number, loss in enumerate(losses) if loss.name in measured]  # as in the figure of losses
         label = f"loss − loss of {one_line(reference, 18)}, {unit}"
-        canvas.estimates(rows, label, colours, are_differences=True)
+        canvas.estimates(rows, label, reference=0.0, form="+.3f", colours=colours)
         if margin is not None:
             canvas.axes.axvspan(-margin, margin, color=GRID, alpha=0.6, linewidth=0, zorder=0)
 
     listed = "; ".join(
         f"{name} {value.value:+.3f} ({interval((value.low, value.high), '+.3f')})" for name, value in measured.items()
     )
-    are_joint = any(value.comparisons > 1 for value in measured.values())
-    together = " (the intervals hold for all of them together)" if are_joint else ""
+    together = (
+        " (the intervals hold for all of them together)"
+        if any(value.comparisons > 1 for value in measured.values())
+        else ""
+    )
     band = "" if margin is None else f" Shaded: within the margin of {margin:g}, which does not matter."
     differences_figure = Figure(
         "differences",
@@ -194,3 +198,13 @@ def by_depth(modules: Sequence[Module], layers: int) -> list[tuple[str, str, lis
         (layer_range([module.path for module in members]) or depth or NONE, names[members[0].path], members)
         for (depth, _), members in ordered
     ]
+
+
+def by_layer(modules: Sequence[HasPath], measure: str) -> dict[tuple[str, int], float]:
+    """The cells of a heat map: a matrix's short name and its layer -> the module's attribute `measure`, if not None."""
+    names = short_names(module.path for module in modules)
+    return {
+        (names[module.path], layer): float(value)
+        for module in modules
+        if (layer := layer_index(module.path)) is not None and (value := getattr(module, measure)) is not None
+    }
