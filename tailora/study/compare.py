@@ -7,7 +7,7 @@
 A comparison is fair only if every arm has its own best learning rate, so every arm gets the same number of tries. The
 examples and seeds that judge an arm are not those that chose its rate. The same call resumes an interrupted comparison;
 finished runs are read from their folders. Several workers try the rates of the arms at the same time. Then they make
-the runs that judge: all at once, or with --minutes one seed after the other.
+the runs that judge: all at once, or with --minutes in waves.
 """
 
 import json
@@ -124,8 +124,8 @@ def _identity(settings: Settings) -> Settings:
 def _needed(costs: Sequence[Costs], extent: Extent, steps: int, workers: int) -> float:
     """Returns the seconds of all runs of the arms with these costs."""
     of_arms = [arm.on_part(extent.part) for arm in costs]
-    tries = extent.tries * _seconds_of_tries(of_arms, steps, workers)
-    return tries + extent.seeds * _seconds_of_judging(of_arms, steps, workers)
+    tries = _seconds_of_tries(of_arms, steps, workers)
+    return extent.tries * tries + _seconds_of_waves(of_arms, extent.seeds, steps, workers)
 
 
 def _seconds_of_tries(costs: Sequence[Costs], steps: int, workers: int) -> float:
@@ -133,8 +133,22 @@ def _seconds_of_tries(costs: Sequence[Costs], steps: int, workers: int) -> float
 
 
 def _seconds_of_judging(costs: Sequence[Costs], steps: int, workers: int) -> float:
-    """Returns the seconds of the runs of one seed."""
     return seconds_of_workers(costs, lambda arm: arm.judging_run(steps), workers)
+
+
+def _seconds_of_waves(costs: Sequence[Costs], seeds: int, steps: int, workers: int) -> float:
+    """Returns the seconds of all runs that judge. A wave begins when all runs of the one before have ended.
+
+    costs: of each arm.
+    """
+    waves = _seeds_of_waves(range(seeds), len(costs), workers)
+    return sum(_seconds_of_judging([*costs] * len(wave), steps, workers) for wave in waves)
+
+
+def _seeds_of_waves(seeds: Sequence[int], arms: int, workers: int) -> list[list[int]]:
+    """Returns the seeds of each wave, with --minutes: no more than the workers need to have a run each."""
+    count = max(workers // max(arms, 1), 1)
+    return [list(seeds[start : start + count]) for start in range(0, len(seeds), count)]
 
 
 @dataclass(frozen=True)
@@ -354,7 +368,7 @@ class _Comparison:
             names = {arm: f"rate-{rate:.3g}" for arm, rate in rates.items()}
             missing = self._missing(names.items())
             needed = _seconds_of_tries(missing, steps, workers)
-            needed += self.plan.seeds * _seconds_of_judging([*self.plan.costs.values()], steps, workers)
+            needed += _seconds_of_waves([*self.plan.costs.values()], self.plan.seeds, steps, workers)
             if missing and searches[next(iter(rates))].tried and self.session.seconds_left < needed:
                 self.session.note("the search for learning rates was cut short by --minutes")
                 break
@@ -395,14 +409,17 @@ class _Comparison:
     def _waves(self, best: Mapping[str, float]) -> list[list[tuple[str, int]]]:
         """Returns the runs that judge, arm and seed. A wave is of use only as a whole: equally many seeds of all arms.
 
-        With --minutes a seed is a wave, since the time may be up after each.
+        With --minutes there are several, since the time may be up after each.
         """
         if not best:
             return []
         seeds = [self.train.seed + number for number in range(1, self.study.seeds + 1)]  # without that of the rates
         if self.session.minutes is None:
             return [[(arm, seed) for seed in seeds for arm in best]]
-        return [[(arm, seed) for arm in best] for seed in seeds]
+        paths = {seed: [self._path(arm, _name(seed, rate)) for arm, rate in best.items()] for seed in seeds}
+        new = [seed for seed in seeds if not all(map(self.session.has_trial, paths[seed]))]
+        groups = [[seed] for seed in seeds if seed not in new] + _seeds_of_waves(new, len(best), self._runs_at_a_time)
+        return [[(arm, seed) for seed in group for arm in best] for group in groups]
 
 
 def _name(seed: int, rate: float) -> str:

@@ -276,9 +276,7 @@ def test_waves_take_no_longer_than_planned(
     session = StudySession(tmp_path, 5.0, lambda _: None, None, not_run)
     made = [Worker(number, workers, None) for number in range(1, workers + 1)] if workers > 1 else []
     actual = 0.0
-    waves = _Comparison(small_run, study, session, made)._waves(dict.fromkeys(costs, 1e-3))
-    assert [{seed for _, seed in wave} for wave in waves] == [{small_run.seed + number} for number in range(1, 6)]
-    for wave in waves:
+    for wave in _Comparison(small_run, study, session, made)._waves(dict.fromkeys(costs, 1e-3)):
         free_at = [0.0] * workers
         for arm, _ in wave:
             free_at[free_at.index(min(free_at))] += costs[arm].fixed
