@@ -143,7 +143,7 @@ def train_command(
 ) -> list[str]:
     """Returns the command that trains on what was shown, with the flags that were typed, in a new folder.
 
-    proposed: more settings, of which those that are None are left out.
+    proposed: more settings; those that are None are skipped.
     """
     sources = parse_sources(settings.data)
     command = ["tailora", "train", *(word for source in sources for word in ("--data", str(source)))]

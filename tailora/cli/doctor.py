@@ -125,7 +125,7 @@ def _disk(folder: Path) -> dict[str, Any]:
 
 
 def _lines(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields the name and the text of each fact, also of those below another one."""
+    """Yields the name and the text of each fact, including nested ones."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from ((f"{name}: {inner}", text) for inner, text in _lines(value))

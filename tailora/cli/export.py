@@ -144,7 +144,7 @@ def add_passport(folder: Path, source: Path, model: Any, tokenizer: Any) -> dict
         note(str(error))
     try:
         create_passport(folder, model, tokenizer)
-    except DataError as error:  # the export is whole
+    except DataError as error:  # the export is complete
         note(f"no passport.json written: {error}")
         return {}
     return {PASSPORT: (folder / PASSPORT).stat().st_size}

@@ -144,7 +144,7 @@ def merge_settings(
     typed |= _without_none(arguments)
     values = {**_without_none(defaults), **in_file, **typed}
     if values.get("data", "demo") == "demo" and not values.keys() & {"eval_data", "validation_split"}:
-        values["eval_data"] = "demo"  # it has held-out data of its own
+        values["eval_data"] = "demo"  # it has its own held-out data
     try:
         config = TrainConfig(**values)
         config.lora()

@@ -173,7 +173,7 @@ def answers(
 def question(row: Row, field: Mapping[str, str], tokenizer: "ChatTokenizer") -> list[dict[str, Any]] | RowProblem:
     """Returns the messages to answer: `messages` without a reply at the end, or `prompt`, a text or messages.
 
-    The system message of the tokenizer's settings comes before them, unless the row has one of its own.
+    The system message of the tokenizer's settings comes before them, unless the row has its own.
     """
     from tailora.data.chat_template import with_system
     from tailora.data.messages import parsed_list, read_messages
