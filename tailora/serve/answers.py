@@ -1,7 +1,7 @@
-"""The answers to a request: from the engine's tokens to text, log-probabilities, tool calls and responses.
+"""Turns the engine's tokens into answers: text, log-probabilities, tool calls and response bodies.
 
-A `Generation` is all that one client asked for: every answer to every prompt. The engine calls back in its own thread;
-everything else here runs in the thread of the event loop.
+A `Generation` contains all answers to all prompts of one request. The engine calls back in its own thread; everything
+else here runs in the event loop's thread.
 """
 
 import asyncio
@@ -32,8 +32,8 @@ from tailora.serve.schemas import (
 )
 
 Json = dict[str, Any]
-CHUNK = "chat.completion.chunk"  # object of the events of a chat
-PROMPT_TOKENS = 6  # of the prompt, decoded along with an answer: some tokenizers drop the space of the first token
+CHUNK = "chat.completion.chunk"  # the "object" of a streamed chat event
+PROMPT_TOKENS = 6  # last tokens of the prompt, decoded with the answer: some tokenizers drop the first token's space
 UNFINISHED = "\ufffd"  # an incomplete character decodes to this
 
 
@@ -41,7 +41,7 @@ UNFINISHED = "\ufffd"  # an incomplete character decodes to this
 class Piece:
     """The new part of one answer.
 
-    index: of the answer.    tokens: with their log-probabilities; some of their text may follow in a later piece.
+    index: number of the answer.    tokens: the new tokens; part of their text may follow in a later piece.
     finish_reason: None until the last piece.
     """
 
@@ -68,7 +68,7 @@ class Answer:
         self._stop_strings = StopStrings(stop_strings)
 
     def add(self, token: Token) -> Piece:
-        """Ends the answer if it now contains a stop string."""
+        """Returns the new text. Ends the answer at a stop string."""
         self.token_ids.append(token.id)
         if token.id in self._end_ids and not self.request.params.ignore_eos:
             return Piece(self._index, "", (token,))
@@ -78,9 +78,9 @@ class Answer:
     def finish(self, finish: Finish) -> Piece:
         """Raises RequestError for an incomplete answer."""
         if finish.reason == "cancelled":
-            raise RequestError(503, "the server is stopping")
+            raise RequestError(503, "the server is shutting down")
         if finish.reason == "error":
-            raise RequestError(500, f"the model could not answer: {finish.message}")
+            raise RequestError(500, f"generation failed: {finish.message}")
         self.has_ended = True
         text, is_stopped = self._stop_strings.add(self._detokenizer.rest())
         if not is_stopped:
@@ -91,9 +91,9 @@ class Answer:
 class Generation:
     """All answers to one request, in the order of the prompts.
 
-    model: its name in the metrics.    prompt_tokens: of all prompts.
-    handle: of the adapter; closed when the engine has ended the last answer.
-    on_end: called once for each answer that the engine has ended.
+    model: name in the metrics.    prompt_tokens: total of all prompts.
+    handle: keeps the adapter in memory; closed after the last answer.
+    on_end: called once for each answer when the engine ends it.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Generation:
         self._in_engine = len(answers)
 
     def start(self) -> None:
-        """Submits all answers to the engine. Raises RequestError if it does not accept them."""
+        """Submits all answers to the engine. Raises RequestError if it rejects them."""
         loop = asyncio.get_running_loop()
 
         def receive(answer: Answer, event: Token | Finish) -> None:
@@ -135,7 +135,7 @@ class Generation:
                 self._handle.close()
 
     def cancel(self) -> None:
-        """Ends the answers that the engine still computes. May be called repeatedly."""
+        """Cancels unfinished answers. May be called repeatedly."""
         for answer in self.answers:
             self._engine.cancel(answer.request.id)
 
@@ -175,7 +175,7 @@ class Detokenizer:
         return text
 
     def rest(self) -> str:
-        """Returns the text of the last tokens, which may be parts of a character."""
+        """Returns the text of the last tokens, which may end with an incomplete character."""
         before = self._decode(self._ids[self._start : self._shown])
         return self._decode(self._ids[self._start :])[len(before) :]
 
@@ -184,9 +184,9 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Passes text on up to the first stop string.
+    """Passes on text up to the first stop string.
 
-    waiting: the possible beginning of a stop string, which waits for the text that follows.
+    waiting: text held back because it may be the beginning of a stop string.
     """
 
     def __init__(self, stop_strings: Sequence[str]) -> None:
@@ -205,7 +205,7 @@ class StopStrings:
 
 
 def _overlap(text: str, stop_string: str) -> int:
-    """Returns the length of the longest end of the text that the stop string begins with."""
+    """Returns the length of the longest suffix of the text that is a prefix of the stop string."""
     longest = min(len(text), len(stop_string) - 1)
     return next((length for length in range(longest, 0, -1) if stop_string.startswith(text[-length:])), 0)
 
@@ -218,7 +218,7 @@ def token_text(tokenizer: Any, token_id: int) -> str:
 
 
 def chat_logprobs(tokenizer: Any, tokens: Sequence[Token], top: int) -> Json:
-    """top: number of likeliest tokens in each entry."""
+    """top: number of most likely tokens in each entry."""
 
     def entry(token_id: int, logprob: float) -> Json:
         text = token_text(tokenizer, token_id)  # the bytes of an incomplete character are unknown
@@ -240,7 +240,7 @@ def completion_logprobs(tokenizer: Any, tokens: Sequence[Token], top: int, *, of
     def by_name(token: Token) -> dict[str, float]:
         logprobs: dict[str, float] = {}
         for token_id, logprob in token.top[:top]:
-            logprobs.setdefault(name(token_id), logprob)  # the likeliest of those with the same text
+            logprobs.setdefault(name(token_id), logprob)  # of tokens with the same text, keep the most likely
         return logprobs
 
     lengths = (len(token_text(tokenizer, token.id)) for token in tokens)
@@ -254,7 +254,7 @@ def completion_logprobs(tokenizer: Any, tokens: Sequence[Token], top: int, *, of
 
 # ---- Tool calls
 
-HERMES = {  # of Qwen and SmolLM, for tokenizers whose files lack a response template
+HERMES = {  # the format of Qwen and SmolLM, for tokenizers without a response template
     "defaults": {"role": "assistant"},
     "start_anchor": "<|im_start|>assistant\n",
     "fields": {
@@ -271,7 +271,7 @@ HERMES = {  # of Qwen and SmolLM, for tokenizers whose files lack a response tem
 
 
 def response_template(tokenizer: Any) -> Json | None:
-    """Returns how the model writes tool calls, in transformers' format; None if unknown."""
+    """Returns the format of the model's tool calls as a transformers response template; None if unknown."""
     template: dict[str, Any] | None = getattr(tokenizer, "response_template", None)
     if template is not None:
         return template
@@ -281,9 +281,9 @@ def response_template(tokenizer: Any) -> Json | None:
 
 
 def parse_tool_calls(tokenizer: Any, text: str, prompt: str, tools: list[dict[str, Any]]) -> AssistantMessage:
-    """Returns the message that an answer stands for, with reasoning and calls separated from its content.
+    """Splits an answer into content, reasoning and tool calls.
 
-    An answer without calls, or with calls that the model's template cannot parse, is all content.
+    An answer without calls, or with calls that the template cannot parse, is only content.
     """
     try:
         parsed = tokenizer.parse_response(text, response_template(tokenizer), prefix=prompt, tools=tools)
@@ -302,10 +302,10 @@ def _tool_call(function: dict[str, Any]) -> Json:
     return {"id": new_id("call"), "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
-# ---- Answers to chats and to plain prompts, complete or streamed
+# ---- Responses to chat and text completions, complete or streamed
 
 
-async def whole_answers(pieces: Pieces, count: int) -> list[Piece]:
+async def complete_answers(pieces: Pieces, count: int) -> list[Piece]:
     """Returns each of `count` answers as one piece."""
     answers = [Piece(index, "", ()) for index in range(count)]
     async for piece in pieces:
@@ -320,7 +320,7 @@ def wants_usage(body: GenerationRequest) -> bool:
 
 
 class ChatAnswer:
-    """Writes the answers to a chat. With tools, an answer is only sent once it is complete."""
+    """Writes the response to a chat. With tools, each answer is sent once it is complete."""
 
     def __init__(self, tokenizer: Any, body: ChatRequest, prompt: str, generation: Generation, pieces: Pieces) -> None:
         self.tokenizer, self.body, self.prompt = tokenizer, body, prompt
@@ -344,8 +344,8 @@ class ChatAnswer:
             return None
         return chat_logprobs(self.tokenizer, tokens, self.body.top_logprobs or 0)
 
-    async def whole(self) -> ChatCompletion:
-        choices = [self.choice(answer) for answer in await whole_answers(self.pieces, len(self.generation.answers))]
+    async def complete(self) -> ChatCompletion:
+        choices = [self.choice(answer) for answer in await complete_answers(self.pieces, len(self.generation.answers))]
         return ChatCompletion(**self.head, choices=choices, usage=self.generation.usage())
 
     def event(self, index: int, delta: Json, reason: str | None = None, tokens: Sequence[Token] = ()) -> Json:
@@ -357,7 +357,7 @@ class ChatAnswer:
         for index in range(len(self.generation.answers)):
             yield self.event(index, {"role": "assistant", "content": ""})
         if self.has_calls:
-            for answer in await whole_answers(self.pieces, len(self.generation.answers)):
+            for answer in await complete_answers(self.pieces, len(self.generation.answers)):
                 choice = self.choice(answer)
                 delta: Json = {"content": choice.message.content}
                 if calls := choice.message.tool_calls:
@@ -375,7 +375,7 @@ class ChatAnswer:
 
 
 class CompletionAnswer:
-    """Writes the answers to plain prompts."""
+    """Writes the response to a text completion."""
 
     def __init__(self, tokenizer: Any, body: CompletionRequest, generation: Generation, pieces: Pieces) -> None:
         self.tokenizer, self.body, self.generation, self.pieces = tokenizer, body, generation, pieces
@@ -391,8 +391,8 @@ class CompletionAnswer:
         reason = answer.finish_reason
         return CompletionChoice(index=answer.index, text=answer.text, logprobs=logprobs, finish_reason=reason)
 
-    async def whole(self) -> Completion:
-        choices = [self.choice(answer) for answer in await whole_answers(self.pieces, len(self.generation.answers))]
+    async def complete(self) -> Completion:
+        choices = [self.choice(answer) for answer in await complete_answers(self.pieces, len(self.generation.answers))]
         return Completion(**self.head, choices=choices, usage=self.generation.usage())
 
     async def stream(self) -> AsyncGenerator[Json]:

@@ -1,4 +1,4 @@
-"""Error responses in OpenAI's shape, and their description for OpenAPI."""
+"""Error responses in OpenAI's format, and their OpenAPI description."""
 
 from itertools import islice
 from typing import Any
@@ -12,9 +12,9 @@ from tailora.errors import AdapterNotFoundError, MemoryInUseError, TailoraError
 from tailora.serve.schemas import ErrorBody, ErrorDetail
 
 RETRY_AFTER = {"Retry-After": "1"}
-MOST_PROBLEMS = 10  # in one message
-LONGEST_TEXT = 300  # characters of one of them, which may repeat what the client wrote
-TYPES = {  # of errors, by status
+MOST_PROBLEMS = 10  # listed in one message
+LONGEST_TEXT = 300  # characters of one problem, which may quote the request
+TYPES = {  # by status
     400: "BadRequestError",
     401: "AuthenticationError",
     404: "NotFoundError",
@@ -34,7 +34,7 @@ ERRORS_OF_TEXT: dict[int | str, dict[str, Any]] = {  # for routes that otherwise
 
 
 class RequestError(Exception):
-    """Becomes a response with this status, in OpenAI's shape."""
+    """Becomes a response with this status, in OpenAI's format."""
 
     def __init__(self, status: int, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -51,7 +51,7 @@ def error_response(status: int, message: str, param: str | None = None, kind: st
     return JSONResponse(error_body(status, message, param, kind), status, headers=headers)
 
 
-def described(problems: list[dict[str, Any]]) -> tuple[str, str | None]:
+def describe(problems: list[dict[str, Any]]) -> tuple[str, str | None]:
     """Returns the first of pydantic's problems as a message, and the name of the first field."""
     lines = [f"{'.'.join(map(str, problem['loc'][1:])) or 'body'}: {problem['msg']}" for problem in problems]
     more = ["and more"] if len(problems) > MOST_PROBLEMS else []
@@ -66,13 +66,13 @@ def add_error_handlers(app: FastAPI) -> None:
             case RequestError():
                 return error_response(error.status, error.message, error.param)
             case RequestValidationError():
-                return error_response(400, *described([*islice(error.errors(), MOST_PROBLEMS + 1)]))
+                return error_response(400, *describe([*islice(error.errors(), MOST_PROBLEMS + 1)]))
             case HTTPException():
                 message = str(error.detail)
-                if error.status_code in (404, 405):  # of the router, "Not Found" and "Method Not Allowed"
+                if error.status_code in (404, 405):  # the router's "Not Found" and "Method Not Allowed"
                     routes = [route for route in request.app.routes if getattr(route, "include_in_schema", False)]
                     known = ", ".join(f"{' '.join(route.methods)} {route.path}" for route in routes)
-                    message = f"no {request.method} {request.url.path[:LONGEST_TEXT]}; there are: {known}"
+                    message = f"unknown route {request.method} {request.url.path[:LONGEST_TEXT]}; available: {known}"
                 response = error_response(error.status_code, message)
                 response.headers.update(error.headers or {})
                 return response

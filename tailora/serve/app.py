@@ -1,7 +1,7 @@
 """The HTTP server: OpenAI's API, and vLLM's calls for loading and unloading adapters.
 
-Errors have OpenAI's shape. Prompts and answers are never logged. `ServerSettings` and the constants below limit what a
-client may request, so no request can starve the others.
+Errors have OpenAI's format. Prompts and answers are never logged. `ServerSettings` and the constants below limit what
+a client may request, so no request can starve the others.
 """
 
 import asyncio
@@ -57,8 +57,8 @@ from tailora.serve.schemas import (
 )
 
 COMPLETION_TOKENS = 16  # for /v1/completions without max_tokens, as in OpenAI's API
-LARGEST_BODY = 4 * 2**20  # bytes of a request; parsing the JSON of 16 MiB stops all other requests for seconds
-REQUEST_SECONDS = 30.0  # that a client gets, at least, to send a request
+LARGEST_BODY = 4 * 2**20  # bytes; parsing 16 MiB of JSON would block all other requests for seconds
+REQUEST_SECONDS = 30.0  # minimum time that a client has to send a request
 GONE = 499  # status in the metrics of a request whose client disconnected, as in nginx
 
 
@@ -66,11 +66,11 @@ GONE = 499  # status in the metrics of a request whose client disconnected, as i
 class ServerSettings:
     """Limits and keys.
 
-    max_queue: running and waiting answers; more are refused with 429.
-    max_tokens: longest answer; None for as long as the model's positions allow.
+    max_queue: limit for running and waiting answers; further requests get status 429.
+    max_tokens: limit for each answer; None for the model's own limit.
     drain_seconds: seconds that running requests get to finish at shutdown.
     allowed_hosts: host names that requests may use; "*" for any.
-    api_key, admin_key: for all requests, and for loading and unloading; None needs no key.
+    api_key: required for all requests.    admin_key: required to load and unload adapters.    None requires no key.
     """
 
     max_queue: int = 256
@@ -82,48 +82,48 @@ class ServerSettings:
 
 
 class Metrics:
-    """The numbers of GET /metrics."""
+    """The metrics of GET /metrics."""
 
     def __init__(self, engine: Engine, registry: AdapterRegistry) -> None:
         self.collector = CollectorRegistry()
         options: dict[str, Any] = {"registry": self.collector}
         self.requests = Counter("tailora_requests", "requests by model and status", ["model", "status"], **options)
         by_model: dict[str, Any] = {"labelnames": ["model"], **options}
-        self.prompt_tokens = Counter("tailora_prompt_tokens", "tokens of prompts", **by_model)
-        self.tokens = Counter("tailora_generation_tokens", "tokens of answers", **by_model)
+        self.prompt_tokens = Counter("tailora_prompt_tokens", "prompt tokens", **by_model)
+        self.tokens = Counter("tailora_generation_tokens", "generated tokens", **by_model)
         self.first_token = Histogram("tailora_time_to_first_token_seconds", "time to the first token", **by_model)
-        Gauge("tailora_requests_running", "answers that run", **options).set_function(lambda: engine.load[0])
-        Gauge("tailora_requests_waiting", "answers that wait", **options).set_function(lambda: engine.load[1])
-        Gauge("tailora_adapters", "adapters by name", **options).set_function(lambda: len(registry.list()))
+        Gauge("tailora_requests_running", "running answers", **options).set_function(lambda: engine.load[0])
+        Gauge("tailora_requests_waiting", "waiting answers", **options).set_function(lambda: engine.load[1])
+        Gauge("tailora_adapters", "available adapters", **options).set_function(lambda: len(registry.list()))
         Gauge("tailora_adapters_in_memory", "adapters in memory", **options).set_function(
             lambda: sum(adapter.in_memory for adapter in registry.list())
         )
 
     def forget(self, model: str) -> None:
-        """Drops the counts of a model: names that come and go must not fill the memory."""
+        """Drops a model's metrics, so that short-lived names do not accumulate in memory."""
         for metric in (self.requests, self.prompt_tokens, self.tokens, self.first_token):
             metric.remove_by_labels({"model": model})
 
 
 class Server:
-    """Shared by the routes. Checks requests before the engine gets them."""
+    """State shared by the routes. Validates requests before they reach the engine."""
 
     def __init__(self, engine: Engine, registry: AdapterRegistry, tokenizer: Any, settings: ServerSettings) -> None:
         self.engine, self.registry, self.tokenizer, self.settings = engine, registry, tokenizer, settings
         self.chat_tokenizer = ChatTokenizer.of(tokenizer)
         self.metrics = Metrics(engine, registry)
-        self.answers = 0  # in the engine
+        self.answers = 0  # running or waiting
         self.is_draining = self.is_hurried = False
-        self.longest_text = engine.max_positions * max(map(len, tokenizer.get_vocab()))  # that may fit
+        self.longest_text = engine.max_positions * max(map(len, tokenizer.get_vocab()))  # that could fit
 
     def check_ready(self) -> None:
         if self.is_draining:
-            raise RequestError(503, "the server is stopping")
+            raise RequestError(503, "the server is shutting down")
         if not self.engine.is_alive:
             raise RequestError(503, "the engine is not running")
 
     async def drain(self) -> None:
-        """Gives running answers `drain_seconds` to end, unless `is_hurried`, and stops the engine. Starts no others."""
+        """Refuses new requests, waits up to `drain_seconds` for running ones unless `is_hurried`, stops the engine."""
         self.is_draining = True
         end = time.monotonic() + self.settings.drain_seconds
         while self.answers and not self.is_hurried and time.monotonic() < end:
@@ -131,12 +131,12 @@ class Server:
         await run_in_threadpool(self.engine.stop, 0)
 
     def check_length(self, text: str, param: str) -> None:
-        """Raises RequestError for a text that cannot fit whatever its tokens are: tokenizing it would take long."""
+        """Raises RequestError for a text that is too long however it is tokenized, which would take long."""
         if len(text) > self.longest_text:
             raise RequestError(
                 400,
-                f"the prompt has {len(text):,} characters, and no text of more than {self.longest_text:,} fits into "
-                f"{self.engine.max_positions:,} tokens",
+                f"the prompt has {len(text):,} characters, but at most {self.longest_text:,} can fit into "
+                f"{self.engine.max_positions:,} tokens; shorten it",
                 param,
             )
 
@@ -158,16 +158,16 @@ class Server:
         return prompt
 
     def prompt_ids(self, prompt: Any) -> list[list[int]]:
-        """Returns the ids of each prompt of a completion: one or several, as text or as ids."""
+        """Returns the token ids of each prompt. prompt: one or several, as text or token ids."""
         prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
         size = len(self.tokenizer)
         result = []
         for text_or_ids in prompts:
             ids = self.text_ids(text_or_ids) if isinstance(text_or_ids, str) else text_or_ids
             if not ids:
-                raise RequestError(400, "a prompt has no tokens", "prompt")
+                raise RequestError(400, "a prompt is empty; expected at least one token", "prompt")
             if max(ids) >= size:
-                raise RequestError(400, f"token {max(ids)} does not exist; the vocabulary has {size}", "prompt")
+                raise RequestError(400, f"expected token ids below {size}, got {max(ids)}", "prompt")
             result.append(ids)
         return result
 
@@ -186,14 +186,15 @@ class Server:
         if room < 1:
             raise RequestError(
                 400,
-                f"the prompt has {longest} tokens; with an answer, at most {self.engine.max_positions} fit",
+                f"the prompt has {longest} tokens; the limit for prompt and answer together is "
+                f"{self.engine.max_positions}; shorten it",
                 "messages" if isinstance(body, ChatRequest) else "prompt",
             )
         limit = min(room, self.settings.max_tokens or room)
         if max_tokens is not None and max_tokens > limit:
             raise RequestError(
                 400,
-                f"max_tokens = {max_tokens} after a prompt of {longest} tokens; at most {limit} are possible",
+                f"max_tokens = {max_tokens} is too large: after a prompt of {longest} tokens, use at most {limit}",
                 "max_tokens",
             )
         seed = secrets.randbelow(2**63) if body.seed is None else body.seed % 2**63
@@ -208,12 +209,12 @@ class Server:
         )
 
     def grammar(self, body: ChatRequest) -> LLMatcher | None:
-        """Returns what the answers may be; None for any text. Raises RequestError for an unsupported schema."""
+        """Returns the grammar of the answers; None for any text. Raises RequestError for an unsupported schema."""
         wanted = body.response_format
         if wanted is None or isinstance(wanted, TextFormat):
             return None
         if body.tools and body.tool_choice != "none":
-            raise RequestError(400, "JSON is not supported together with tools", "response_format")
+            raise RequestError(400, "JSON is not supported together with tools; remove one of them", "response_format")
         schema = wanted.json_schema.json_schema if isinstance(wanted, JSONSchemaFormat) else {"type": "object"}
         try:
             return json_matcher(schema, self.grammar_tokenizer)
@@ -222,7 +223,7 @@ class Server:
 
     @cached_property
     def grammar_tokenizer(self) -> LLTokenizer:
-        """llguidance's view of the tokenizer, which takes about a second to make. Raises ValueError for a slow one."""
+        """The tokenizer in llguidance's form; takes about a second. Raises ValueError if it is not a fast tokenizer."""
         return from_tokenizer(self.tokenizer, eos_token=sorted(self.engine.eos_token_ids) or None)
 
     async def start(
@@ -236,9 +237,9 @@ class Server:
         n, most = body.n or 1, self.settings.max_queue
         count = n * len(prompts)
         if count > most:
-            raise RequestError(400, f"{count} answers; at most {most} can run or wait", "n")
+            raise RequestError(400, f"{count} answers requested; the limit is {most}. Use a smaller n", "n")
         if self.answers + count > most:
-            raise RequestError(429, f"{self.answers} answers are running or waiting: try again later")
+            raise RequestError(429, f"{self.answers} answers are already running or waiting; try again later")
         self.answers += count  # before waiting for files
         started = 0
         try:
@@ -277,14 +278,14 @@ class Server:
                 is_first = False
                 self.metrics.tokens.labels(generation.model).inc(len(piece.tokens))
                 if piece.finish_reason is not None:
-                    self.engine.cancel(generation.answers[piece.index].request.id)  # after a stop string it goes on
+                    self.engine.cancel(generation.answers[piece.index].request.id)  # it ignores stop strings
                 yield piece
         finally:
             generation.cancel()
 
 
 def with_system(messages: Messages, system: str | None) -> Messages:
-    """Adds the system message of the training, unless there is one; an empty one stands for none."""
+    """Adds the system message used in training, unless the chat has one. An empty one means none."""
     own = [message for message in messages if message["role"] in ("system", "developer")]
     if system is None or any(message["content"] for message in own):
         return messages
@@ -305,16 +306,16 @@ async def unless_disconnected(request: Request, task: Awaitable[Any]) -> Any:
     if work not in done:
         work.cancel()
         await asyncio.wait({work})
-        raise RequestError(GONE, "the client is gone")
+        raise RequestError(GONE, "the client disconnected")
     return work.result()
 
 
 class EventStream(StreamingResponse):
-    """The events of an answer as text; an error in it becomes an event, too.
+    """Streams events as text. An error becomes an event, too.
 
     Cancels the answers when the client disconnects, even before `events` has begun or while an event is being sent.
 
-    end: called once with the status that an answer without streaming would have had.
+    end: called once with the status that the response would have had without streaming.
     """
 
     def __init__(self, events: AsyncGenerator[Json], cancel: Callable[[], None], end: Callable[[int], None]) -> None:
@@ -352,14 +353,14 @@ class EventStream(StreamingResponse):
 
 
 def key_check(name: str, key: str | None) -> list[Any]:
-    """Returns the dependency of routes that require this key; none if it is not set. name: in the OpenAPI schema."""
+    """Returns the dependencies of routes that require this key; none if it is not set. name: in the OpenAPI schema."""
     if key is None:
         return []
     scheme = HTTPBearer(scheme_name=name, auto_error=False)
 
     async def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(scheme)]) -> None:
         if given is None or not secrets.compare_digest(given.credentials.encode(), key.encode()):
-            raise RequestError(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
+            raise RequestError(401, "the API key is missing or wrong; send the header Authorization: Bearer KEY")
 
     return [Depends(check)]
 
@@ -378,14 +379,14 @@ class BodyLimit:
             message = await receive()
             size += len(message.get("body", b""))
             if size > LARGEST_BODY:
-                raise HTTPException(413, f"the request is too large: the limit is {LARGEST_BODY:,} bytes")
+                raise HTTPException(413, f"the request is too large; the limit is {LARGEST_BODY:,} bytes")
             return message
 
         await self.app(scope, receive_limited, send)
 
 
 class Connection(H11Protocol):
-    """Closes itself when a client does not finish sending a request: after one to two times REQUEST_SECONDS."""
+    """Closes itself if a client takes too long to send a request: after one to two times REQUEST_SECONDS."""
 
     def connection_made(self, *args: Any) -> None:
         super().connection_made(*args)
@@ -404,9 +405,9 @@ class Connection(H11Protocol):
 
 
 class HTTPServer(uvicorn.Server):
-    """Serves an app of `create_app`. The first Ctrl-C lets running answers end, a second one ends them.
+    """Serves an app of `create_app`. The first Ctrl-C lets running answers finish; a second one ends them.
 
-    note: called with what a shutdown waits for.
+    note: called with a message if the shutdown waits for answers.
     """
 
     def __init__(self, config: uvicorn.Config, core: Server, note: Callable[[str], None]) -> None:
@@ -416,7 +417,7 @@ class HTTPServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: Any) -> None:
         is_second = self.should_exit and not self.core.is_hurried
         super().handle_exit(sig, frame)
-        if is_second:  # answers end with an error; only a third one leaves their clients without
+        if is_second:  # answers end with an error; only a third Ctrl-C drops the connections
             self.core.is_hurried, self.force_exit = True, False
 
     async def shutdown(self, sockets: list[socket] | None = None) -> None:
@@ -425,7 +426,7 @@ class HTTPServer(uvicorn.Server):
                 connection.transport.close()
         if count := self.core.answers:
             what = f"up to {self.core.settings.drain_seconds:g} s for {count} answer{'s' if count > 1 else ''}"
-            self.note(f"stopping: {what}; Ctrl-C again ends them at once")
+            self.note(f"shutting down: waiting {what}; press Ctrl-C again to end them now")
         draining = asyncio.create_task(self.core.drain())
         await super().shutdown(sockets)
         await draining
@@ -435,7 +436,7 @@ class HTTPServer(uvicorn.Server):
 
 
 def create_app(engine: Engine, registry: AdapterRegistry, tokenizer: Any, settings: ServerSettings) -> FastAPI:
-    """Returns the app of a running engine, to be run by `HTTPServer`, whose shutdown stops the engine."""
+    """Returns the app of a running engine. Run it with `HTTPServer`, whose shutdown stops the engine."""
     server = Server(engine, registry, tokenizer, settings)
     app = FastAPI(title="tailora", version=__version__, docs_url=None, redoc_url=None)
     app.state.server = server
@@ -469,7 +470,7 @@ def add_generation(app: FastAPI, server: Server) -> None:
         model = request.state.model = answer.generation.model
         request.state.is_streamed = bool(body.stream)
         if not body.stream:
-            return await unless_disconnected(request, answer.whole())
+            return await unless_disconnected(request, answer.complete())
         return EventStream(
             answer.stream(),
             answer.generation.cancel,
@@ -479,13 +480,13 @@ def add_generation(app: FastAPI, server: Server) -> None:
     def check_request(body: GenerationRequest) -> None:
         server.check_ready()
         if body.stream_options is not None and not body.stream:
-            raise RequestError(400, "stream_options require stream = true", "stream_options")
+            raise RequestError(400, "stream_options requires stream = true", "stream_options")
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=responses, dependencies=check)
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
         check_request(body)
         if body.top_logprobs is not None and not body.logprobs:
-            raise RequestError(400, "top_logprobs require logprobs = true", "top_logprobs")
+            raise RequestError(400, "top_logprobs requires logprobs = true", "top_logprobs")
         prompt = await run_in_threadpool(server.chat_prompt, body)
         ids = await run_in_threadpool(server.chat_tokenizer.token_ids, prompt)
         count = (body.top_logprobs or 0) if body.logprobs else None
@@ -544,7 +545,7 @@ def add_adapter_routes(app: FastAPI, server: Server) -> None:
 def add_health(app: FastAPI, server: Server) -> None:
     @app.get("/health", responses={503: ERRORS[503]})
     async def health() -> dict[str, str]:
-        """The process answers, and its engine is running."""
+        """Succeeds while the engine is running."""
         if not server.engine.is_alive and not server.is_draining:
             raise RequestError(503, "the engine is not running")
         return {"status": "ok"}

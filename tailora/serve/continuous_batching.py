@@ -1,9 +1,9 @@
 """ContinuousEngine: requests join and leave the batch at every step, and each token has its own adapter.
 
-`make_engine` takes it where transformers supports the model, and `PaddedEngine` elsewhere.
+`make_engine` uses it if transformers supports the model, and `PaddedEngine` otherwise.
 
 transformers' continuous batching packs the tokens of all requests into one row and keeps their keys and values in a
-paged cache. It does not know about adapters, and has a single seed for all requests. So we change three things in its
+paged cache. It has no support for adapters and a single seed for all requests. So we change three things in its
 manager (`_new_manager`):
 
     the scheduler's batches   are sorted by adapter, so that each adapter has one segment of the row (`_set_batch`)
@@ -12,8 +12,8 @@ manager (`_new_manager`):
 
 The cache must not share blocks between requests: equal prompts have different keys under different adapters.
 
-`attention_by_request` replaces "sdpa", which computes every request against the keys of all requests and masks the
-irrelevant ones: it is faster, and no overflow of one request reaches another, since a masked infinity becomes NaN.
+`attention_by_request` replaces "sdpa", which attends to the keys of all requests and masks the irrelevant ones. It is
+faster, and an overflow in one request cannot reach another: with "sdpa", a masked infinity becomes NaN.
 """
 
 import time
@@ -39,7 +39,7 @@ from tailora.serve.padded_batching import PaddedEngine
 from tailora.serve.sampling import ChosenTokens, RunningRequest, next_tokens
 
 PAGE_SIZE = 32  # tokens in a block of the cache
-BATCH_TOKENS = 512  # in one forward; longer prompts take several
+BATCH_TOKENS = 512  # in one forward; longer prompts need several
 CACHE_TOKENS = 32_768  # of all running requests together
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 TRIAL_SECONDS = 120  # for two tokens of a large model on a CPU
@@ -94,7 +94,7 @@ AttentionInterface.register(BY_REQUEST, attention_by_request)
 class ContinuousEngine(Engine):
     """Continuous batching with an adapter for every token. See `Engine`.
 
-    max_requests: that run at once; others wait.
+    max_requests: how many run at once; further ones wait.
     Raises ConfigError for a model that `obstacle` rejects.
     """
 
@@ -131,7 +131,7 @@ class ContinuousEngine(Engine):
             if self._manager.is_running():
                 self._manager.stop(block=True, timeout=None, keep_for_next_session=True, hard_stop=True)
             self._manager = None
-        # stop() left it on the model, where the next engine would find it; so does a start that fails
+        # stop() and a failed start leave it on the model, where the next engine would use it
         model.destroy_cached_continuous_batching_manager()
         model.set_attn_implementation(self._attention)
         self.adapter_set.attach_by_token(None)
@@ -141,7 +141,7 @@ class ContinuousEngine(Engine):
 
     def submit(self, request: Request, handle: EventHandler) -> None:
         if request.adapter is not None and request.adapter not in self.adapter_set.adapters:
-            raise AdapterError(f"no adapter is called {request.adapter!r}")
+            raise AdapterError(f"unknown adapter {request.adapter!r}")
         with self._lock:
             manager = self._running_manager()
             self._requests[request.id] = RunningRequest(request, handle)
@@ -187,14 +187,14 @@ class ContinuousEngine(Engine):
         pairs.sort(key=lambda pair: adapter_of(pair[0]) or "")
         states[:] = [state for _, state in pairs]
         self._new_tokens_of = [running for running, state in pairs if state.has_new_token]
-        # The head has a row for every request: first those that get a token, then rows without meaning
+        # The head has a row for every request: first those that get a token, then unused rows
         head = [adapter_of(running) for running in self._new_tokens_of]
         head += [None] * (len(states) - len(head))
         tokens = [adapter_of(running) for running, state in pairs for _ in range(state.query_length)]
         self._batch.set_rows(tokens, head)
 
     def _next_tokens(self, logits: Tensor) -> list[int]:
-        """Returns the next token of each request, and 0 for the rows without meaning. logits: (rows, vocabulary)."""
+        """Returns the next token of each request, and 0 for unused rows. logits: (rows, vocabulary)."""
         requests = self._new_tokens_of
         tokens = next_tokens(logits[: len(requests)], requests, self.eos_token_ids)
         for running in requests:  # a client that got its last token may have submitted the id again
@@ -212,7 +212,7 @@ class ContinuousEngine(Engine):
     # ---- transformers' manager
 
     def _running_manager(self) -> Any:
-        """Returns the manager, or a new one if an error in a forward, such as too little memory, ended its thread."""
+        """Returns the manager, or a new one if an error in a forward, such as out of memory, ended its thread."""
         if self._is_stopped or self._manager is None:
             raise RuntimeError("the engine is not running")
         if self._manager.background_thread_status.can_accept_new_requests() is not None:
@@ -275,31 +275,31 @@ def adapter_of(running: RunningRequest | None) -> str | None:
 def make_engine(
     adapter_set: AdapterSet,
     eos_token_ids: Collection[int],
-    kind: EngineName = "auto",
+    name: EngineName = "auto",
     *,
     max_positions: int,
     max_requests: int = 64,
     note: Callable[[str], None] = lambda _: None,
 ) -> Engine:
-    """Returns an engine that has not been started. "auto" prefers continuous batching if a trial with it succeeds.
+    """Returns an engine that has not been started. "auto" uses continuous batching if a trial run succeeds.
 
     note: called with the reason if "auto" falls back to padded batches.
-    Raises ConfigError if `kind` is "continuous" and the model does not support it.
+    Raises ConfigError if `name` is "continuous" and the model does not support it.
     """
 
     def new(engine: type[ContinuousEngine | PaddedEngine]) -> Engine:
         return engine(adapter_set, eos_token_ids, max_positions=max_positions, max_requests=max_requests)
 
-    if kind == "auto":  # some models claim support that they do not have, so a short answer has to prove it
+    if name == "auto":  # some models claim support that they do not have
         problem = obstacle(adapter_set.base_model) or trial_error(new(ContinuousEngine))
         if problem:
-            note(f"no continuous batching: {problem}")
-        kind = "padded" if problem else "continuous"
-    return new(ContinuousEngine if kind == "continuous" else PaddedEngine)
+            note(f"using padded batches: continuous batching is not possible ({problem})")
+        name = "padded" if problem else "continuous"
+    return new(ContinuousEngine if name == "continuous" else PaddedEngine)
 
 
 def trial_error(engine: Engine) -> str:
-    """Returns why a short answer of the base model fails; "" if it succeeds. Stops the engine."""
+    """Generates two tokens with the base model. Returns why that failed; "" if it succeeded. Stops the engine."""
     finish, ended = list[Finish](), Event()
 
     def handle(event: Token | Finish) -> None:
@@ -331,9 +331,9 @@ def obstacle(model: Any) -> str:
     config = model.config.get_text_config()
     others = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
     if others or getattr(model, "_is_stateful", False):
-        return f"{name} has layers without keys and values{': ' if others else ''}{', '.join(sorted(others))}"
+        return f"{name} has layers without a key-value cache{': ' if others else ''}{', '.join(sorted(others))}"
     if not getattr(model, "_supports_attention_backend", False):
-        return f"{name} does not support transformers' choice of attention"
+        return f"{name} does not support transformers' attention interface"
     if model.config._attn_implementation == "eager":  # in transformers' batches also without soft caps
-        return f"{name} has eager attention, which does not keep requests apart"
+        return f"{name} uses eager attention, which does not separate requests"
     return ""

@@ -1,7 +1,7 @@
-"""What the server asks of an engine, which runs the model: the requests, the tokens of the answers, and the methods.
+"""The interface between the server and the engine that runs the model: requests, tokens and the engine's methods.
 
 `ContinuousEngine` (serve/continuous_batching.py) and `PaddedEngine` (serve/padded_batching.py) implement it. They turn
-requests into the rows of a batch. `make_engine` (in the first of these) chooses one of them for a model.
+requests into the rows of a batch. `make_engine` in serve/continuous_batching.py chooses one for a model.
 """
 
 from abc import ABC, abstractmethod
@@ -17,13 +17,13 @@ from tailora.core.adapter_set import AdapterSet
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the tokens of an answer are chosen.
+    """How to sample the tokens of an answer.
 
-    max_tokens: longest answer, in tokens.    temperature: 0 always chooses the likeliest token.
-    top_p: choose among the likeliest tokens with this total probability.
-    top_k: choose among this many of the likeliest tokens; 0 for all.
+    max_tokens: limit for the answer.    temperature: 0 always chooses the most likely token.
+    top_p: sample from the most likely tokens with this total probability.
+    top_k: sample from this many of the most likely tokens; 0 for all.
     seed: the same seed gives the same tokens, whatever other requests run at the same time.
-    logprobs: how many of the likeliest tokens to return with each token; None for no log-probabilities.
+    logprobs: how many of the most likely tokens to return with each token; None for no log-probabilities.
     ignore_eos: generate max_tokens tokens, including any end-of-sequence tokens.
     """
 
@@ -40,7 +40,7 @@ class SamplingParams:
 class Request:
     """A prompt and the name of its adapter in the engine's AdapterSet; None for the base model. Ids are not reused.
 
-    grammar: llguidance's matcher of what the answer may be, for this request alone; None for any text.
+    grammar: llguidance's matcher for the answer, not shared with other requests; None for any text.
     """
 
     id: str
@@ -55,7 +55,7 @@ class Token:
     """One token of an answer.
 
     logprob: its log-probability under the model, before temperature, top_k and top_p change the distribution.
-    top: the `SamplingParams.logprobs` likeliest tokens and their log-probabilities, likeliest first.
+    top: the `SamplingParams.logprobs` most likely tokens and their log-probabilities, in descending order.
     """
 
     id: int
@@ -65,10 +65,10 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The end of an answer. It follows the last token: for "stop" an end-of-sequence one or the last of a grammar."""
+    """Follows the last token of an answer. "stop": it is an end-of-sequence token, or completes the grammar."""
 
     reason: Literal["stop", "length", "cancelled", "error"]
-    message: str = ""  # of an error
+    message: str = ""  # for an error
 
 
 EventHandler = Callable[[Token | Finish], None]
@@ -90,13 +90,13 @@ class Engine(ABC):
 
     @abstractmethod
     def stop(self, timeout: float) -> None:
-        """Gives its requests up to `timeout` seconds to finish; the others end with "cancelled"."""
+        """Waits up to `timeout` seconds for requests to finish; the rest end with "cancelled"."""
 
     @abstractmethod
     def submit(self, request: Request, handle: EventHandler) -> None:
         """Adds a request, which must fit into `max_positions`.
 
-        handle: called with every Token and finally with one Finish, in the engine's thread or in the one that cancels.
+        handle: called with every Token and then one Finish, in the engine's thread or the one that calls `cancel`.
         Raises AdapterError for an unknown adapter, RuntimeError if the engine is not running.
         """
 

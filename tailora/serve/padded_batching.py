@@ -1,4 +1,4 @@
-"""PaddedEngine: one padded batch after another, a row for each request with its own adapter, for any generative model.
+"""PaddedEngine: padded batches, one after another, for any generative model. Each row is a request with its adapter.
 
 Requests that arrive while a batch runs wait until it ends.
 """
@@ -21,7 +21,7 @@ from tailora.serve.sampling import ChosenTokens, RunningRequest, next_tokens
 
 
 class PaddedEngine(Engine):
-    """Padded batches, one after another. See `Engine`. max_requests: rows of a batch."""
+    """Padded batches, one after another. See `Engine`. max_requests: maximum rows of a batch."""
 
     def __init__(
         self, adapter_set: AdapterSet, eos_token_ids: Collection[int], *, max_positions: int, max_requests: int = 64
@@ -52,7 +52,7 @@ class PaddedEngine(Engine):
 
     def submit(self, request: Request, handle: EventHandler) -> None:
         if request.adapter is not None and request.adapter not in self.adapter_set.adapters:
-            raise AdapterError(f"no adapter is called {request.adapter!r}")
+            raise AdapterError(f"unknown adapter {request.adapter!r}")
         with self._changed:
             if self._is_stopped or self._thread is None:
                 raise RuntimeError("the engine is not running")
@@ -94,7 +94,7 @@ class PaddedEngine(Engine):
                 with self._model_lock, torch.inference_mode():
                     self._generate(requests)
             except (RowsError, RuntimeError, MemoryError) as error:  # only of this batch; the next one may fit
-                cause = "out of memory in this batch" if is_out_of_memory(error) else str(error)
+                cause = "out of memory; use shorter prompts or answers" if is_out_of_memory(error) else str(error)
                 for running in requests:
                     running.finish(Finish("error", cause))
             with self._changed:
@@ -116,7 +116,7 @@ class PaddedEngine(Engine):
         config = GenerationConfig(
             do_sample=False,
             pad_token_id=0,
-            eos_token_id=[],  # not the model's own, which would also end rows with ignore_eos
+            eos_token_id=[],  # the model's own would also end rows with ignore_eos
             max_new_tokens=max(running.request.params.max_tokens for running in requests),
         )
         arguments: dict[str, Any] = {

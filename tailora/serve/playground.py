@@ -1,7 +1,7 @@
-"""The page for comparing two models side by side, and a small server of it for any OpenAI-compatible server.
+"""The page for comparing two models side by side, and a small proxy for other OpenAI-compatible servers.
 
-`add_page` serves it at `/` of our own server. For other servers, `playground_app` forwards the page's requests: a
-browser would refuse them, since few servers allow other origins.
+`add_page` serves the page at `/` of our own server. For other servers, `playground_app` serves it and forwards its
+requests: few servers allow other origins, so a browser would block direct ones.
 """
 
 import base64
@@ -21,7 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 
 from tailora.errors import ConfigError
 
-PASSED_ON = {  # the requests of the page
+FORWARDED_PATHS = {  # the page's requests
     "GET": ("/v1/models",),
     "POST": ("/v1/chat/completions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
 }
@@ -70,44 +70,44 @@ def add_page(app: FastAPI) -> None:
 
 
 def playground_app(url: str) -> FastAPI:
-    """Returns an app with the page, which forwards its requests to the server at `url`, with or without "/v1".
+    """Returns an app that serves the page and forwards its requests to the server at `url`, with or without "/v1".
 
-    The user types keys into the page. Raises ConfigError if `url` is not the address of a server.
+    Keys are entered in the page. Raises ConfigError if `url` is not a server address.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"--url {url}: not the address of a server; use one such as http://127.0.0.1:8000")
+        raise ConfigError(f"--url: expected a server address such as http://127.0.0.1:8000, got {url!r}")
     server = url.rstrip("/").removesuffix("/v1")
 
     @asynccontextmanager
     async def client_of_app(app: FastAPI) -> AsyncIterator[None]:
-        timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)  # an answer takes as long as it takes
+        timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)  # no limit for answers
         async with httpx.AsyncClient(base_url=server, timeout=timeout) as client:
             app.state.client = client
             yield
 
     app = FastAPI(lifespan=client_of_app, openapi_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_HOSTS])  # keeps other sites' names out
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL_HOSTS])  # against DNS rebinding
     add_page(app)
-    for method, paths in PASSED_ON.items():
+    for method, paths in FORWARDED_PATHS.items():
         for path in paths:
-            app.add_route(path, _pass_on, methods=[method])
+            app.add_route(path, _forward, methods=[method])
     return app
 
 
-async def _pass_on(request: Request) -> Response:
-    """Sends the request to the server, and streams its answer back."""
+async def _forward(request: Request) -> Response:
+    """Forwards the request to the server and streams the response back."""
     client: httpx.AsyncClient = request.app.state.client
     is_json = request.headers.get("content-type", "").partition(";")[0] == "application/json"
-    if request.method == "POST" and not is_json:  # another site could send any other type without asking
-        return JSONResponse({"error": {"message": "send application/json"}}, 415)
+    if request.method == "POST" and not is_json:  # other sites could send other types without a preflight request
+        return JSONResponse({"error": {"message": "expected the content type application/json"}}, 415)
     names = ("authorization", "content-type")
     headers = {name: request.headers[name] for name in names if name in request.headers}
     sent = client.build_request(request.method, request.url.path, headers=headers, content=await request.body())
     try:
         answer = await client.send(sent, stream=True)
     except httpx.HTTPError as error:
-        message = f"{client.base_url} cannot be reached: {error or type(error).__name__}"
+        message = f"cannot reach {client.base_url}: {error or type(error).__name__}"
         return JSONResponse({"error": {"message": message}}, 502)
     media_type = answer.headers.get("content-type")
     return StreamingResponse(

@@ -1,11 +1,11 @@
-"""AdapterRegistry: the adapters that a server knows by name, and which of them are in memory.
+"""AdapterRegistry: the adapters of a server by name, and which of them are in memory.
 
 A request names a model: the base, an adapter, an adapter with a scale ("legal@0.5"), or a mixture ("legal+chat@0.5").
-`acquire` returns its key in the engine's AdapterSet, and keeps it in memory until the handle is closed. A key
-contains a hash of the adapter's content: after a replacement, new requests get the new adapter at once, and running
-requests finish with the old one.
+`acquire` returns its key in the engine's AdapterSet and keeps it in memory until the handle is closed. A key contains
+a hash of the adapter's content: after a replacement, new requests get the new adapter at once, and running requests
+finish with the old one.
 
-Files are read and checked while the engine computes. It is only paused while an adapter is added or removed.
+The engine keeps running while files are read and checked. It only pauses while an adapter is added or removed.
 """
 
 import json
@@ -49,8 +49,8 @@ from tailora.train.model_loading import check_writes_text, label_task_of_adapter
 LOGGER = logging.getLogger(__name__)
 LONGEST_NAME = 200
 RESERVED = "+@"  # for mixtures and scales
-LARGEST_SCALE = 1e5  # of an update: a `lora_alpha` of 1,000 with r = 1, and a `lora_scale` of 100
-MOST_DERIVED = 64  # scaled adapters and mixtures to keep without a request: clients may ask for any number
+LARGEST_SCALE = 1e5  # a `lora_alpha` of 1,000 with r = 1, and a `lora_scale` of 100
+MOST_DERIVED = 64  # idle scaled adapters and mixtures to keep; clients may request any number of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +65,9 @@ class AdapterInfo:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """A name, the files that it stands for, and a hash of their content when they were last read.
+    """A name, its files, and a hash of their content when they were last read.
 
-    system: the system message that most of the training conversations had; None if none is stored.
+    system: the most frequent system message of the training conversations; None if none is stored.
     """
 
     name: str
@@ -86,10 +86,10 @@ class _Source:
 class _Resident:
     """An adapter in memory.
 
-    source_keys: keys of the adapters that it is made of; its own key if it was read from files.
+    source_keys: keys of the adapters it was derived from; its own key if it was read from files.
     shared: the adapter whose tensors it uses; None if it has its own.
     users: handles, and adapters that use its tensors.
-    is_retired: no name stands for it any more; it is removed after its last user.
+    is_retired: no name refers to it any more; it is removed after its last user.
     """
 
     key: str
@@ -127,7 +127,7 @@ class AdapterRegistry:
     root: the folder of all adapters that are not trusted; None to only allow trusted ones.
     memory_budget: bytes for adapters; None for no limit. Adapters that no request uses make room, the least recently
         used first, and are read again when a request needs them. While files are read, one more adapter is in memory.
-    base_system: the system message of the base, if it was trained in full with one.
+    base_system: the system message that the base model was fully fine-tuned with, if any.
     """
 
     # _changes is held by the thread that reads files or changes the AdapterSet. _lock is held for moments, also by
@@ -157,10 +157,10 @@ class AdapterRegistry:
         """Reads, checks and adds an adapter. An error changes nothing.
 
         path: its folder or safetensors file; relative to the root.
-        replace: the name may exist, and stands for the new adapter from now on.
+        replace: the name may exist, and refers to the new adapter from now on.
         trusted: the path comes from the command line, and may be anywhere.
         Raises AdapterNotFoundError for a path that does not exist, AdapterError for an invalid name or one in use,
-        ConfigError for a path outside the root, an adapter that predicts labels or numbers that overflow,
+        ConfigError for a path outside the root, a classification adapter or numbers that overflow,
         MemoryLimitError for one that is too large, FormatError, BaseMismatchError, RowsError and TargetError for one
         that does not fit the model.
         """
@@ -169,7 +169,7 @@ class AdapterRegistry:
             self._register(*self._read(name, path, trusted))
 
     def unload(self, name: str) -> None:
-        """Forgets a name. Running requests finish with its adapter. Raises AdapterNotFoundError."""
+        """Removes a name. Running requests finish with its adapter. Raises AdapterNotFoundError."""
         with self._changes:
             self._source(name)
             with self._lock:
@@ -190,25 +190,23 @@ class AdapterRegistry:
             raise AdapterNotFoundError(f"{name!r} is the base model, not an adapter")
         if source is None:
             names = (self.base_name, *self._sources)
-            raise AdapterNotFoundError(
-                f"no model is called {name!r}; there are: {', '.join(names)}{nearest(name, names)}"
-            )
+            raise AdapterNotFoundError(f"unknown model {name!r}; available: {', '.join(names)}{nearest(name, names)}")
         return source
 
     def _check_new_name(self, name: str, *, replace: bool) -> None:
         problems = []
         if not name or len(name) > LONGEST_NAME or not name.isprintable() or name != name.strip():
-            problems.append(f"use 1 to {LONGEST_NAME} printable characters")
+            problems.append(f"use 1 to {LONGEST_NAME} printable characters, without spaces around them")
         if reserved := [character for character in RESERVED if character in name]:
             problems.append(f"{' and '.join(reserved)} are reserved for mixtures and scales, as in legal+chat@0.5")
         if name == self.base_name:
             problems.append(
-                "this is the name of the base model; rename the base, --name NAME, or the adapter, --adapter NAME=PATH"
+                "the base model has this name; rename the base (--name NAME) or the adapter (--adapter NAME=PATH)"
             )
         if name in self._sources and not replace:
-            problems.append("this adapter already exists: unload it, or replace it (load_inplace)")
+            problems.append("an adapter with this name is already loaded; unload it, or replace it with load_inplace")
         if problems:
-            raise AdapterError(f"an adapter cannot be called {name!r}: {listing(problems)}")
+            raise AdapterError(f"invalid adapter name {name!r}: {listing(problems)}")
 
     def without_root(self, message: str) -> str:
         """Returns a message for clients, without the path of the root."""
@@ -217,7 +215,7 @@ class AdapterRegistry:
     # ---- Requests
 
     def system_message(self, model: str) -> str | None:
-        """Returns the system message that the training of `model` had, of a mixture that of all its adapters.
+        """Returns the system message that `model` was trained with, for a mixture the one that its adapters share.
 
         None if there is none, or they differ. Raises the errors of `acquire` for a name.
         """
@@ -225,7 +223,7 @@ class AdapterRegistry:
         return systems.pop() if len(systems) == 1 else None
 
     def acquire(self, model: str, scale: float | None = None) -> AdapterHandle:
-        """Brings `model` into memory, and returns a handle that keeps it there until it is closed.
+        """Loads `model` into memory, and returns a handle that keeps it there until it is closed.
 
         model: the base, an adapter, or several with their scales: "legal+chat@0.5" is legal + 0.5 chat.
         scale: multiplies all of them.
@@ -248,7 +246,9 @@ class AdapterRegistry:
         """Returns the scale of every adapter in `model`, without those with scale 0; {} is the base."""
         if model == self.base_name:
             if scale not in (None, 1):
-                raise ConfigError(f"scale = {scale!r}: {model!r} is the base, without an adapter; remove the scale")
+                raise ConfigError(
+                    f"scale = {scale!r}: {model!r} is the base model and has no adapter to scale; remove the scale"
+                )
             return {}
         weights: dict[str, float] = {}
         problems = []
@@ -256,14 +256,16 @@ class AdapterRegistry:
             name, at, number = term.partition("@")
             self._source(name)
             if name in weights:
-                problems.append(f"{name!r} is in it twice; add up its scales")
+                problems.append(f"{name!r} occurs twice; use it once, with the sum of its scales")
             try:
                 weights[name] = (float(number) if at else 1.0) * (1.0 if scale is None else scale)
             except ValueError:
-                problems.append(f"the scale of {name!r} is {number!r}; use a number, as in {name}@0.5")
+                problems.append(
+                    f"expected a number as the scale of {name!r}, got {number!r}; use for example {name}@0.5"
+                )
                 continue
             if not math.isfinite(weights[name]):
-                problems.append(f"the scale of {name!r} is {weights[name]}; use a finite number")
+                problems.append(f"expected a finite scale for {name!r}, got {weights[name]}")
         if problems:
             raise ConfigError(f"model = {model!r}: {listing(problems)}")
         return {name: weight for name, weight in sorted(weights.items()) if weight}
@@ -305,9 +307,9 @@ class AdapterRegistry:
                     if now.digest == source.digest:
                         now = replace(now, created=source.created)
                     else:
-                        LOGGER.warning("the files of adapter %r have changed; the new ones are used", name)
+                        LOGGER.warning("the files of adapter %r have changed; using the new ones", name)
                     self._register(now, adapter)
-                stack.enter_context(self.acquire(name))  # the next one must not take its place
+                stack.enter_context(self.acquire(name))  # the next one must not evict it
             key = self._key(weights)
             if key not in self._residents:
                 self._derive(key, weights)
@@ -372,7 +374,7 @@ class AdapterRegistry:
                 break  # all scaled adapters and mixtures are in use
             if other is None:
                 raise MemoryInUseError(
-                    f"running requests use all of the memory for adapters, {format_bytes(self._memory_budget)}; try "
+                    f"running requests use all of the memory for adapters ({format_bytes(self._memory_budget)}); try "
                     "again later, or start the server with a larger --adapter-memory"
                 )
             del users[other]
@@ -385,19 +387,19 @@ class AdapterRegistry:
     def _check_size(self, name: str, size: int) -> None:
         if size > self._memory_budget:
             raise MemoryLimitError(
-                f"adapter {name!r} needs {format_bytes(size)}, and the limit for all adapters together is "
-                f"{format_bytes(self._memory_budget)}; start the server with a larger --adapter-memory, or shrink the "
+                f"adapter {name!r} needs {format_bytes(size)}; the limit for all adapters together is "
+                f"{format_bytes(self._memory_budget)}. Start the server with a larger --adapter-memory, or shrink the "
                 "adapter (tailora shrink)"
             )
 
     def _forget(self, resident: _Resident) -> None:
-        """Comes before the removal from the AdapterSet. Needs _lock."""
+        """Call it before the removal from the AdapterSet. Needs _lock."""
         del self._residents[resident.key]
         if resident.shared is not None:
             resident.shared.users -= 1
 
     def _remove_retired(self) -> None:
-        """Removes the adapters that no name stands for and no request uses; marks those in use."""
+        """Removes the adapters that no name refers to and no request uses; marks those in use."""
         removed: list[_Resident] = []
         with self._changes:
             with self._lock:
@@ -420,11 +422,13 @@ class AdapterRegistry:
         """Returns the absolute path. Raises ConfigError for one outside the root, whether it exists or not."""
         if self._root is None:
             raise ConfigError(
-                f"adapter path {str(path)!r}: this server has no folder for adapters; start it with --adapters FOLDER"
+                f"cannot load {str(path)!r}: this server has no adapter folder; start it with --adapters FOLDER"
             )
         real = None if "\0" in str(path) else Path(os.path.realpath(self._root / path))
         if real is None or not real.is_relative_to(self._root):
-            raise ConfigError(f"adapter path {str(path)!r} leads outside of the server's folder for adapters")
+            raise ConfigError(
+                f"adapter path {str(path)!r} is outside the server's adapter folder; use a path inside it"
+            )
         return real
 
     def _read(self, name: str, path: str | Path, trusted: bool) -> tuple[_Source, Adapter]:
@@ -442,20 +446,20 @@ class AdapterRegistry:
     def _checked_folder(self, name: str, path: Path, trusted: bool) -> Path:
         """Returns the folder or file of the adapter, after checking access, format and size."""
         if not os.path.exists(path):
-            raise AdapterNotFoundError(f"adapter {name!r}: {path} does not exist; give the folder of an adapter")
+            raise AdapterNotFoundError(f"adapter {name!r}: {path} does not exist; use the folder of an adapter")
         try:
             folder = adapter_folder(path)
             files = [folder] if folder.is_file() else sorted(folder.iterdir())
             size = sum(file.stat().st_size for file in files if file.suffix == ".safetensors" and file.is_file())
         except OSError as error:
             raise FormatError(
-                f"adapter {name!r}: {path} cannot be read ({error.strerror or error}): check its permissions"
+                f"adapter {name!r}: cannot read {path} ({error.strerror or error}); check its permissions"
             ) from None
         for file in files if not trusted else ():
             self._path_in_root(file)  # a link within the folder may lead outside
         names = {file.name for file in files}
         if GGUF_WEIGHTS in names and not names & {ADAPTER_WEIGHTS, MLX_WEIGHTS}:
-            raise FormatError(f"{folder} contains a GGUF file; the server only reads safetensors")
+            raise FormatError(f"{folder} only contains a GGUF file; use the adapter's safetensors files")
         self._check_size(name, size // 2)  # before all of it is read; float64 tensors become float32
         return folder
 
@@ -468,15 +472,15 @@ def check_no_overflow(name: str, adapter: Adapter, base_model: nn.Module) -> Non
     for path, part in adapter.low_rank.items():
         if (scale := abs(float(part.scaling) * part.strength)) > LARGEST_SCALE:
             raise ConfigError(
-                f"adapter {name!r} multiplies its update of {path} by {scale:g}; take a scale, with lora_alpha / r, of "
-                f"at most {LARGEST_SCALE:g}"
+                f"adapter {name!r} multiplies its update of {path} by {scale:g}; the limit is {LARGEST_SCALE:g}, "
+                "including lora_alpha / r. Use a smaller scale"
             )
         terms = vars(layer_terms(part, find_layer(base_model, path)[1], dtype))
         tensors |= {f"{path}.{key}": tensor for key, tensor in terms.items() if tensor is not None}
     if overflown := not_finite(tensors):
         raise ConfigError(
             f"adapter {name!r} overflows {str(dtype).removeprefix('torch.')} at {', '.join(overflown[:3])} "
-            f"({len(overflown)} in all); take a smaller scale"
+            f"({len(overflown)} in total); use a smaller scale"
         )
 
 
@@ -486,10 +490,10 @@ def check_linear(adapters: Mapping[str, Adapter]) -> None:
     for name, adapter in adapters.items():
         if any(layer.lora_magnitude_vector is not None for layer in adapter.low_rank.values()):
             problems.append(
-                f"{name!r} is DoRA, which scales whole rows of the weights, so it cannot be added to others"
+                f"{name!r} is a DoRA adapter, which rescales rows of the weights, so it cannot be added to others"
             )
         if adapter.extras:
-            problems.append(f"{name!r} trains biases or rows of an embedding, which cannot be added up")
+            problems.append(f"{name!r} contains biases or embedding rows, which cannot be added up")
     if problems:
         raise ConfigError(f"this mixture cannot be computed exactly: {listing(problems)}")
 

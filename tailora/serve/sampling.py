@@ -1,6 +1,6 @@
-"""How an engine chooses tokens: each request with its own settings and seed, independent of the rest of the batch.
+"""Sampling: each request has its own settings and seed, independent of the rest of the batch.
 
-`json_matcher` makes a grammar of a JSON schema, which allows only some tokens.
+`json_matcher` turns a JSON schema into a grammar that restricts the tokens.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -16,8 +16,8 @@ from torch import Tensor
 from tailora.errors import ConfigError
 from tailora.serve.engine_interface import EventHandler, Finish, Request, SamplingParams, Token
 
-LIKELIEST = 1024  # of the vocabulary; top_p seldom needs more, and sorting all takes 20 times as long
-WHITESPACE = r"(\n {0,20}| )?"  # between the parts of a JSON text; without a limit some models write no end of it
+LIKELIEST = 1024  # tokens to try for top_p, which seldom needs more; sorting the vocabulary takes 20 times as long
+WHITESPACE = r"(\n {0,20}| )?"  # in JSON; without a limit, some models write endless whitespace
 LOWEST_LOGPROB = -9999.0  # instead of minus infinity, which JSON lacks; OpenAI's number
 
 
@@ -25,7 +25,7 @@ LOWEST_LOGPROB = -9999.0  # instead of minus infinity, which JSON lacks; OpenAI'
 class RunningRequest:
     """A request in an engine and its progress. `handle` is called under `lock`, and never after Finish.
 
-    ends_early: before max_tokens, and not by a token that ends the sequence.
+    ends_early: ended before max_tokens without an end-of-sequence token.
     """
 
     request: Request
@@ -71,7 +71,7 @@ class RunningRequest:
 
 
 class ChosenTokens:
-    """A logits processor of transformers that makes the tokens that `choose` returns for the scores the likeliest.
+    """A transformers logits processor that makes the tokens returned by `choose` the most likely ones.
 
     choose: (rows, vocabulary) -> the token of each row.
     """
@@ -89,8 +89,8 @@ class ChosenTokens:
 def next_tokens(logits: Tensor, requests: Sequence[RunningRequest | None], eos_token_ids: Collection[int]) -> list[int]:
     """Chooses the next token of each request, passes it to the request, and returns the ids.
 
-    logits: (requests, vocabulary). None is a request that has ended; those get any token. So do requests whose logits
-    are not finite, which end with an error.
+    logits: (requests, vocabulary). None is a request that has ended; its token is arbitrary. A request whose logits
+    are not finite ends with an error.
     """
     best, likeliest = logits.max(-1)
     ids: list[int] = likeliest.tolist()
@@ -98,7 +98,7 @@ def next_tokens(logits: Tensor, requests: Sequence[RunningRequest | None], eos_t
         if running is None or running.is_finished:
             continue
         if not is_finite:
-            running.fail("its numbers overflow: use a smaller scale")
+            running.fail("the logits overflowed; use a smaller scale")
             continue
         params, grammar, allowed = running.request.params, running.request.grammar, logits[row]
         if grammar is not None:
@@ -143,7 +143,7 @@ def with_logprobs(logits: Tensor, chosen: int, count: int) -> Token:
 
 
 def json_matcher(schema: dict[str, Any], tokenizer: LLTokenizer) -> LLMatcher:
-    """Returns what allows only JSON texts of a schema. Raises ConfigError if it is invalid, unsupported or complex."""
+    """Returns a matcher for JSON of a schema. Raises ConfigError if it is invalid, unsupported or too complex."""
     try:
         grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
     except ValueError as error:

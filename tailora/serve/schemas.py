@@ -20,15 +20,15 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-MOST_FIELDS = 100  # of an object that allows only known ones
+MOST_FIELDS = 100  # in an object that only allows known fields
 MOST_MESSAGES = 10_000
-MOST_PARTS = 1000  # of the content of a message
+MOST_PARTS = 1000  # in the content of a message
 MOST_PROMPTS = 64
-MOST_TOKENS = 131_072  # of a prompt that is given as ids; no model is served with more
+MOST_TOKENS = 131_072  # in a prompt of token ids; no served model allows more
 MOST_LOGPROBS = 20
-MOST_ANSWERS = 16  # to one prompt
+MOST_ANSWERS = 16  # for one prompt
 LONGEST_STOP = 1000  # characters of a stop string
-LONGEST_NAME = 1000  # characters of the name of a model: a mixture has several names
+LONGEST_NAME = 1000  # characters of a model name; a mixture joins several
 INT64 = 2**63
 
 
@@ -42,7 +42,7 @@ class RequestBody(BaseModel):
     def _count_fields(cls, value: Any) -> Any:
         if isinstance(value, dict) and len(value) > MOST_FIELDS:
             raise PydanticCustomError(
-                "too_many_fields", "{count} fields; at most {most}", {"count": len(value), "most": MOST_FIELDS}
+                "too_many_fields", "{count} fields; use at most {most}", {"count": len(value), "most": MOST_FIELDS}
             )
         return value
 
@@ -63,7 +63,7 @@ def only(accepted: str) -> WrapValidator:
             return handler(value)
         except ValidationError:
             raise PydanticCustomError(
-                "not_supported", "not supported: remove it; only {accepted} is accepted", {"accepted": accepted}
+                "not_supported", "not supported: remove it, or use {accepted}", {"accepted": accepted}
             ) from None
 
     return WrapValidator(validate)
@@ -71,7 +71,7 @@ def only(accepted: str) -> WrapValidator:
 
 AdapterName = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_NAME)]
 ModelName = Annotated[
-    AdapterName, Field(description="the base, an adapter, or several with their scales: legal+chat@0.5")
+    AdapterName, Field(description="the base model, an adapter, or a mixture with scales: legal+chat@0.5")
 ]
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
 TokenId = Annotated[int, Field(ge=0, lt=INT64)]
@@ -94,16 +94,16 @@ class GenerationRequest(RequestBody):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="default 1; 0 is greedy")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=INT64)] | None = Field(None, description="0 and -1 for all tokens")
-    n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = Field(None, description="answers for each prompt")
+    n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = Field(None, description="answers per prompt")
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = Field(
-        None, description="the answers for each prompt have the seeds seed, seed + 1, ...; default: random"
+        None, description="the answers to a prompt use the seeds seed, seed + 1, ...; default: random"
     )
     stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="only with stream = true")
-    ignore_eos: bool | None = Field(None, description="generate max_tokens tokens, whatever they are")
+    ignore_eos: bool | None = Field(None, description="continue after end-of-sequence tokens, up to max_tokens")
     lora_scale: Annotated[float, Field(ge=-100, le=100)] | None = Field(
-        None, description="multiplies what the adapter adds; 1 is as trained"
+        None, description="scale of the adapter's update; 1 is as trained"
     )
     # Would change the answer, but not supported
     frequency_penalty: Annotated[Annotated[float, Field(ge=0, le=0)] | None, only("0")] = None
@@ -129,7 +129,7 @@ class TextPart(RequestBody):
     @classmethod
     def _check_type(cls, value: Any) -> Any:
         if isinstance(value, dict) and (kind := value.get("type")) != "text":
-            raise PydanticCustomError("not_text", "the type is {kind}; only text is supported", {"kind": repr(kind)})
+            raise PydanticCustomError("not_text", "expected the type 'text', got {kind}", {"kind": repr(kind)})
         return value
 
 
@@ -175,7 +175,7 @@ class JSONSchema(RequestBody):
     name: Annotated[str, StringConstraints(min_length=1, max_length=64)]
     json_schema: dict[str, Any] = Field(alias="schema")
     description: str | None = None
-    strict: bool | None = Field(None, description="the schema is always followed")
+    strict: bool | None = Field(None, description="ignored; the schema is always enforced")
 
 
 class JSONSchemaFormat(RequestBody):
@@ -196,7 +196,9 @@ class ChatRequest(GenerationRequest):
     tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Annotated[Literal["auto", "none"] | None, only('"auto" or "none"')] = None
     parallel_tool_calls: Annotated[Literal[True] | None, only("true")] = None
-    response_format: ResponseFormat | None = Field(None, description="JSON of any form, or of a JSON schema; no tools")
+    response_format: ResponseFormat | None = Field(
+        None, description="a JSON object, or JSON of a schema; not with tools"
+    )
 
 
 class CompletionRequest(GenerationRequest):
@@ -208,7 +210,7 @@ class CompletionRequest(GenerationRequest):
     )
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     return_tokens_as_token_ids: bool | None = Field(
-        None, description="name tokens token_id:ID in logprobs, since several tokens can have one text"
+        None, description="write tokens as token_id:ID in logprobs, since several tokens can have the same text"
     )
     # Would change the answer, but not supported
     echo: Annotated[Literal[False] | None, only("false")] = None
@@ -221,9 +223,9 @@ class LoadAdapterRequest(RequestBody):
     lora_path: Annotated[
         str,
         StringConstraints(min_length=1, max_length=4096),
-        Field(description="folder of the adapter, in the folder that the server was started with"),
+        Field(description="path of the adapter inside the server's adapter folder"),
     ]
-    load_inplace: bool = Field(False, description="the name may exist: new requests get the new adapter")
+    load_inplace: bool = Field(False, description="replace an adapter of this name; new requests get the new one")
 
 
 class UnloadAdapterRequest(RequestBody):
@@ -295,7 +297,7 @@ class Model(ResponseBody):
     root: str
     parent: str | None
     max_model_len: int
-    system_message: str | None = Field(description="of the training, for requests without one")
+    system_message: str | None = Field(description="used in training, and added to requests without one")
 
 
 class ModelList(ResponseBody):

@@ -218,11 +218,11 @@ def test_an_interrupt_waits_for_answers_and_a_second_one_ends_them(root: Path) -
         while not events[1]:
             assert time.monotonic() < began + 30
             time.sleep(0.01)
-        assert events[1] == ["stopping: up to 60 s for 1 answer; Ctrl-C again ends them at once"]
+        assert events[1] == ["shutting down: waiting up to 60 s for 1 answer; press Ctrl-C again to end them now"]
         events[0].handle_exit(signal.SIGINT, None)
         events[0]._captured_signals.clear()
         forwards.go_on.set()
-        with pytest.raises(openai.APIError, match="the server is stopping"):
+        with pytest.raises(openai.APIError, match="the server is shutting down"):
             list(stream)
         assert time.monotonic() - began < 30
 
@@ -303,7 +303,7 @@ def test_a_forward_that_fails_is_an_error_of_its_requests_alone(root: Path, monk
 
 def test_a_full_queue_refuses(root: Path) -> None:
     with running(root, max_queue=2) as server:
-        with pytest.raises(openai.BadRequestError, match="at most 2"):  # waiting would not help
+        with pytest.raises(openai.BadRequestError, match="the limit is 2"):  # waiting would not help
             chat(server, "legal", n=3)
         with held_forwards(server) as forwards:
             long = chat(server, "legal", stream=True)
@@ -495,7 +495,7 @@ def test_the_command_serves_a_folder_and_ends_with_sigterm(root: Path, tmp_path:
     assert "left out, since they predict labels and write no text: tickets (sequence-classification)" in told
     assert "t5 (seq2seq)" in told
     assert "what is that" not in told
-    assert told.count("stopping: up to 30 s for 1 answer") == 1
+    assert told.count("shutting down: waiting up to 30 s for 1 answer") == 1
     assert "Traceback" not in told
 
 

@@ -340,7 +340,7 @@ def test_an_engine_that_fails_with_the_model_is_not_chosen(capfd: pytest.Capture
     attention, notes = model.config._attn_implementation, list[str]()
     engine = make_engine(AdapterSet(model, {}), [EOS], max_positions=64, note=notes.append)
     assert isinstance(engine, PaddedEngine)
-    assert "no continuous batching: PagedAttentionCache" in notes[0]
+    assert "continuous batching is not possible (PagedAttentionCache" in notes[0]
     assert model.config._attn_implementation == attention
     assert capfd.readouterr().err == ""
     with started(engine):

@@ -65,7 +65,7 @@ def test_what_is_not_supported_is_called_so(server: Running, path: str, name: st
     response = server.http.post(f"/v1/{path}", json={"model": "legal", **prompt, name: value})
     assert response.status_code == 400
     error = response.json()["error"]
-    assert error["message"] == f"{name}: not supported: remove it; only {accepted} is accepted"
+    assert error["message"] == f"{name}: not supported: remove it, or use {accepted}"
     assert error["param"] == name
     neutral = {"0": 0, "{}": {}, "false": False, "1": 1}.get(accepted)
     for taken in (None, neutral):
@@ -95,8 +95,8 @@ INVALID = {  # small bodies with many faults: reporting each took seconds, in wh
 @pytest.mark.parametrize("fault", INVALID)
 def test_many_faults_are_not_all_reported(server: Running, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     described: list[int] = []
-    original = api_errors.described
-    monkeypatch.setattr(api_errors, "described", lambda found: described.append(len(found)) or original(found))
+    original = api_errors.describe
+    monkeypatch.setattr(api_errors, "describe", lambda found: described.append(len(found)) or original(found))
     path = "completions" if '"prompt"' in INVALID[fault] else "chat/completions"
     response = server.http.post(f"/v1/{path}", content=f'{{"model": "tiny", {INVALID[fault]}}}', headers=JSON)
     assert response.status_code == 400
@@ -119,7 +119,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(server: Runnin
     ask = partial(chat, server, messages=[{"role": "user", "content": text}])
     if kind == "completion":
         ask = partial(server.client.completions.create, prompt=["a", text])
-    with pytest.raises(openai.BadRequestError, match="characters, and no text of more than") as raised:
+    with pytest.raises(openai.BadRequestError, match="characters, but at most") as raised:
         ask(model="legal")
     assert raised.value.param == ("messages" if kind == "chat" else "prompt")
 
@@ -148,7 +148,7 @@ def test_clients_that_do_not_finish_their_request_are_given_up(
 
 def test_the_longest_answer_is_that_of_the_settings(tmp_path: Path) -> None:
     with running(write_adapters(tmp_path), max_tokens=5) as server:
-        with pytest.raises(openai.BadRequestError, match=r"max_tokens = 6 .* at most 5 are possible"):
+        with pytest.raises(openai.BadRequestError, match=r"max_tokens = 6 is too large: .* use at most 5"):
             chat(server, "legal", max_tokens=6)
         answers = [chat(server, "legal", max_tokens=longest) for longest in (5, None)]
         assert [answer.usage.completion_tokens for answer in answers] == [5, 5]
@@ -159,7 +159,7 @@ def test_a_picture_is_refused_in_one_sentence(server: Running) -> None:
     with pytest.raises(openai.BadRequestError) as raised:
         chat(server, "legal", messages=[{"role": "user", "content": parts}])
     assert raised.value.body["message"] == (  # type: ignore[index]
-        "messages.0.content.1: the type is 'image_url'; only text is supported"
+        "messages.0.content.1: expected the type 'text', got 'image_url'"
     )
     halves = [{"type": "text", "text": "what is"}, {"type": "text", "text": " that"}]
     answers = {
@@ -173,7 +173,7 @@ def test_an_unknown_route_names_those_that_there_are(server: Running) -> None:
     response = server.http.get("/v1/embeddings")
     assert response.status_code == 404
     message = response.json()["error"]["message"]
-    assert message.startswith("no GET /v1/embeddings; there are: POST /v1/chat/completions, POST /v1/completions, GET ")
+    assert message.startswith("unknown route GET /v1/embeddings; available: POST /v1/chat/completions, POST /v1/completions, GET ")
     response = server.http.get("/v1/completions")
     assert (response.status_code, response.headers["Allow"]) == (405, "POST")
     assert "POST /v1/completions" in response.json()["error"]["message"]
@@ -188,7 +188,7 @@ def test_a_body_that_is_too_large_is_refused(
     content = body if has_length else iter([body[:5_000], body[5_000:]])
     response = server.http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
     assert response.status_code == 413
-    assert response.json()["error"]["message"] == "the request is too large: the limit is 10,000 bytes"
+    assert response.json()["error"]["message"] == "the request is too large; the limit is 10,000 bytes"
     assert chat(server, "legal").choices
 
 
