@@ -39,7 +39,6 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.core.quantization import is_quantized
 from tailora.formats.serving_targets import TARGETS, ServingSettings
 from tailora.kernels.compiled_layers import obstacle_to_compiling
-from tailora.kernels.llama import obstacle_to_layers
 from tailora.serve.continuous_batching import make_engine
 from tailora.serve.engine_interface import Finish, Request, SamplingParams, Token
 from tailora.train.kernel_choice import checkpointed_layers, choose_packing
@@ -79,10 +78,6 @@ def packing(class_name: str) -> str:
     return "yes" if provider is not None else str(note)
 
 
-def fused_layers(class_name: str) -> str:
-    return obstacle_to_layers(adapted(small_model(class_name)).base_model) or "yes"
-
-
 def compiled_layers(class_name: str) -> str:
     return obstacle_to_compiling(adapted(small_model(class_name)).base_model, CPU) or "yes"
 
@@ -120,7 +115,6 @@ ARCHITECTURE_CHECKS: dict[str, Callable[[str], str]] = {
     "DoRA": dora,
     "gradient checkpointing": checkpointing,
     "packing": packing,
-    "fused layers": fused_layers,
     "compiled layers": compiled_layers,
     "vLLM": lambda name: exported(name, "vllm"),
     "llama-server": lambda name: exported(name, "llama-server"),
@@ -305,7 +299,6 @@ class Quantized:
             "save and load": self.file,
             "lm_head in full": lambda: self.merge(target_modules=["q_proj"], modules_to_save=["lm_head"]),
             "gradient checkpointing": lambda: same_gradients(adapted(self.base())),
-            "fused layers": lambda: obstacle_to_layers(adapted(self.base()).base_model) or "yes",
             "compiled layers": lambda: obstacle_to_compiling(adapted(self.base()).base_model, CPU) or "yes",
             "FSDP": self.shard,
             "export": lambda: export(adapted(self.base()), "vllm"),

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
 from benchmarks.studies.snippets import fetch_package, table, write_rows
+from tailora.core.device import cache_folder
 from tailora.data.demo import build_once, data_folder
-from tailora.formats.io import cache_folder
 
 WORDS = 12  # of a row, at most
 START, END = "<s>", "</s>"  # the decoder begins with the first, which is also the padding; texts end with the second

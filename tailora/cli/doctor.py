@@ -56,8 +56,7 @@ def collect_facts() -> Facts:
     import torch
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from tailora.core.device import choose_device, devices
-    from tailora.formats.io import cache_folder
+    from tailora.core.device import cache_folder, choose_device, devices
     from tailora.train.memory import available_bytes
 
     chosen = str(choose_device())  # first, because it says why a card cannot be used

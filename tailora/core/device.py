@@ -1,5 +1,6 @@
 """The devices of this machine: which one is chosen, what it can do, and what it is called."""
 
+import os
 import platform
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +15,7 @@ from tailora.errors import ConfigError
 
 ORDER = ("cuda", "xpu", "mps")  # before any other accelerator that torch knows; AMD's cards are "cuda" too
 AUTO = "auto"
+HALF = (torch.bfloat16, torch.float16)
 CPUINFO = Path("/proc/cpuinfo")
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of a CPU: x86's names, and Arm's
 
@@ -196,3 +198,10 @@ def cpu_flags(cpuinfo: Path = CPUINFO) -> frozenset[str]:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     flags = (line for line in lines if line.lower().startswith(("flags", "features")))
     return frozenset(next(flags, "").split())
+
+
+def cache_folder() -> Path:
+    """Returns TAILORA_HOME, or tailora in the user's cache folder."""
+    home = os.environ.get("TAILORA_HOME")
+    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home).expanduser() if home else Path(user_cache) / "tailora"

@@ -161,6 +161,10 @@ class LoRALayer(nn.Module):
         The change is s (B A - B0 A0) x; with all slots (g - 1) W x + g s (B A - B0 A0) x + b' - b. It has the dtype
         and shape of `output`. The strength multiplies all of it: 0 turns the adapter off.
         """
+        if self._adds_a_product(y, output, x):
+            y = self._with_product(y, x)
+            shift = self.bias_change(layer)
+            return y if shift is None else y + self._over_kernel(shift, output.dtype)
         factors = None if self.lora_magnitude_vector is None else self.scaled_factors()
         update: Tensor = self(x, layer, output.dtype, factors)
         rescaling, shift = self.output_terms(layer, self.gain(layer, factors=factors))
@@ -184,8 +188,7 @@ class LoRALayer(nn.Module):
         layer: the adapted layer, which a convolution asks for its stride.    factors: what `scaled_factors` returned.
         """
         dtype = dtype or (x.dtype if x.is_floating_point() else self.lora_A.dtype)
-        in_evaluation = not self.training and not torch.is_grad_enabled() and dtype.is_floating_point
-        if in_evaluation and x.numel() <= SMALL_BATCH * self.in_features:  # such as the one token that `generate` adds
+        if self._is_small_batch(x, dtype):
             update = self._small_batch_update(x, layer).to(dtype)
         else:
             if self.layer_type.reads_numbers:
@@ -195,6 +198,32 @@ class LoRALayer(nn.Module):
             A, B = factors or self.scaled_factors()
             update = self.layer_type.update(layer, x, A.to(dtype), B.to(dtype))  # B (A x), the scale in B
         return update if self.output_slice is None else self.output_slice.spread(update)
+
+    def _is_small_batch(self, x: Tensor, dtype: torch.dtype) -> bool:
+        """True in evaluation for a few tokens, such as the one that `generate` adds."""
+        in_evaluation = not self.training and not torch.is_grad_enabled() and dtype.is_floating_point
+        return in_evaluation and x.numel() <= SMALL_BATCH * self.in_features
+
+    def _adds_a_product(self, y: Tensor, output: Tensor, x: Tensor) -> bool:
+        """True if the adapter adds B (A x) of a linear layer and at most a bias, for more than a few tokens."""
+        return (
+            self.layer_type in (LINEAR, CONV1D)
+            and self.lora_magnitude_vector is None
+            and self.output_slice is None
+            and self.strength == 1
+            and y.ndim > 1
+            and y.dtype == output.dtype
+            and not self._is_small_batch(x, output.dtype)
+        )
+
+    def _with_product(self, y: Tensor, x: Tensor) -> Tensor:
+        """Returns y + s (B A - B0 A0) x without a tensor for the update: each one is a pass over (tokens, out)."""
+        x = x.to(y.dtype)
+        if self.lora_dropout:
+            x = F.dropout(x, self.lora_dropout, self.training)
+        A, B = self.scaled_factors()
+        hidden = F.linear(x, A.to(y.dtype))  # (..., r)
+        return torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2), B.to(y.dtype).mT).view(y.shape)
 
     def update_factors(self, gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns two factors whose product is g s (B A - B0 A0), times the strength; differentiable."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
+from tailora.core.device import cache_folder
 from tailora.errors import ConfigError, FormatError, TailoraError, WriteError
 
 if TYPE_CHECKING:
@@ -32,13 +33,6 @@ REMEDIES = {  # error number of the system -> what to do
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}(?P<suffix>\.new|\.old|)")  # what `tempfile` makes of our prefixes
 
 # ---- Atomic writing
-
-
-def cache_folder() -> Path:
-    """Returns TAILORA_HOME, or tailora in the user's cache folder."""
-    home = os.environ.get("TAILORA_HOME")
-    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home).expanduser() if home else Path(user_cache) / "tailora"
 
 
 def demo_folder() -> Path:

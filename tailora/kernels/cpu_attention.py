@@ -73,9 +73,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, scale: float
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, scale: float, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, scale: float, window: int | None, in_float32: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Returns (tokens, heads, width), and the logarithms of flash's softmax sums, (tokens, heads)."""
+    """Returns (tokens, heads, width), and the logarithms of flash's softmax sums, (tokens, heads).
+
+    in_float32: compute in float32, which `core.float32_products` asks for; results have the precision of q.
+    """
+    if in_float32:
+        output, log_sums = forward(q.float(), k.float(), v.float(), cu_seq_lens, scale, window)
+        return output.to(q.dtype), log_sums
     threshold = flash_thresholds(q.dtype).forward
     groups, single = split_documents(tuple(cu_seq_lens.tolist()), threshold, window, q.device)
     out = q.new_empty(len(q) + 1, *q.shape[1:])  # the last row is where padding writes
@@ -97,8 +103,13 @@ def backward(
     cu_seq_lens: Tensor,
     scale: float,
     window: int | None,
+    in_float32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v, in their shapes. output, log_sums: what `forward` returned."""
+    if in_float32:
+        g, wide_q, wide_k, wide_v, y = (x.float() for x in (gradient, q, k, v, output))
+        dq, dk, dv = backward(g, wide_q, wide_k, wide_v, y, log_sums, cu_seq_lens, scale, window)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
     threshold = flash_thresholds(q.dtype).both
     groups, single = split_documents(tuple(cu_seq_lens.tolist()), threshold, window, q.device)
     gradients = [x.new_empty(len(x) + 1, *x.shape[1:]) for x in (q, k, v)]
@@ -132,14 +143,15 @@ def _(_: Tensor, q: Tensor, k: Tensor, v: Tensor, *__: Any) -> tuple[Tensor, Ten
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, ctx.window = inputs
+    *tensors, ctx.scale, ctx.window, ctx.in_float32 = inputs
     q, k, v, cu_seq_lens = tensors
     ctx.save_for_backward(q, k, v, *output, cu_seq_lens)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward_operator(gradient, *ctx.saved_tensors, ctx.scale, ctx.window), None, None, None
+    gradients = _backward_operator(gradient, *ctx.saved_tensors, ctx.scale, ctx.window, ctx.in_float32)
+    return *gradients, None, None, None, None
 
 
 # torch's activation_memory_budget asks what it costs to compute the operator again

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers.integrations.flex_attention import get_flex_attention_lse_kwargs
 
-HALF = (torch.bfloat16, torch.float16)
+from tailora.core.device import HALF
+
 BLOCK = 128  # tokens of a block of flex_attention's mask
 COMPILER = "inductor"  # torch.compile's backend for flex_attention
 NOT_COMPILED = ("cpu",)  # devices where flex_attention is called as it is: their compiler makes no backward of it

@@ -158,7 +158,7 @@ FACTS = {  # what else the exact results of a run depend on -> its name in a mes
     "dtype": "precision of the base",
     "processes": "number of processes",
     "device": "kind of device",
-    "layer_kernels": "use of the layer kernels",
+    "kernels": "how layers and products are computed",
 }
 
 

@@ -42,8 +42,7 @@ from tailora.train.kernel_choice import (
     PLAIN,
     Kernels,
     choose_layout,
-    llama_or_plain_kernels,
-    obstacle_to_llama_kernels,
+    plain_kernels,
     share_kept,
     use_kernels,
 )
@@ -148,9 +147,7 @@ def fake_model(
             attention = "SDPA, all scores" if device.keeps_scores else "flash or flex_attention, no scores"
             kernels = Kernels(PLAIN, f"decoder layers: plain; attention: {attention} kept; loss: {layout.loss}")
         else:
-            obstacle = obstacle_to_llama_kernels(config.fast, base, layout)
-            check = "to be checked against the layers of transformers when the run starts"
-            kernels = llama_or_plain_kernels(base, layout, obstacle, check)
+            kernels = plain_kernels(base, layout)
         yield FakeModel(model, task, layout, kernels, weights, notes)
 
 

@@ -1,15 +1,15 @@
 """Which kernels a run computes with. Each kind is tried on the user's model (`train.kernel_comparison`).
 
 choose_layout     packed or padded batches; what computes attention (`choose_packing`), and the loss (`choose_form`)
-choose_kernels    layers: compiled ones if the rest of the run pays for compiling and they are faster here, else the
-                  Llama kernels, else those of transformers. All processes of a run choose the same.
+choose_kernels    layers: compiled ones if the rest of the run pays for compiling and they are faster here, else those
+                  of transformers; 16-bit products: in float32 where that is faster. All processes choose the same.
 use_kernels       within the block the model computes with them
 share_kept        how much compiled layers keep for the backward, of what others keep
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -20,7 +20,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tailora.core.attach import evaluating
-from tailora.core.device import synchronize
+from tailora.core.device import HALF, synchronize
+from tailora.core.float32_products import fastest_products, float32_products
 from tailora.core.quantization import is_quantized
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
@@ -34,8 +35,7 @@ from tailora.kernels.compiled_layers import (
     obstacle_to_compiling,
 )
 from tailora.kernels.cpu_attention import BLOCK, BLOCKS_ONLY, FLASH_ONLY, flash_thresholds
-from tailora.kernels.device_attention import HALF, PROVIDERS
-from tailora.kernels.llama import eligible, fast_layers, obstacle_to_layers
+from tailora.kernels.device_attention import PROVIDERS
 from tailora.kernels.loss import FROZEN, RECOMPUTED, Batch, own_form
 from tailora.train.config import TrainConfig
 from tailora.train.kernel_comparison import (
@@ -56,23 +56,22 @@ from tailora.train.trainable import Trainable
 
 TIMED_TOKENS = 256  # of a layer whose time is measured, in two documents like those that are compared
 TIMES = 3  # that it is measured, of which the shortest counts
-LLAMA_GAIN = 0.17  # share of the time of transformers' layers that the Llama kernels save, in bfloat16 with AMX
 
-PLAIN, LLAMA, COMPILED = "plain", "llama", "compiled"
+PLAIN, COMPILED = "plain", "compiled"
 
 
 @dataclass(frozen=True)
 class Kernels:
-    layers: str  # PLAIN: those of transformers; LLAMA: one autograd Function each; COMPILED: by torch.compile
+    layers: str  # PLAIN: those of transformers; COMPILED: by torch.compile
     description: str  # for the run's header: decoder layers; attention; loss
     compiled: CompiledLayers | None = None
+    float32_from: int | None = None  # tokens of a 16-bit product that is computed in float32; None: all in 16 bits
 
     @property
-    def record(self) -> bool | str:
-        """What a checkpoint remembers; the booleans are from before layers were compiled."""
-        if self.compiled is None:
-            return self.layers == LLAMA
-        return f"{COMPILED}, activation_memory {self.compiled.activation_memory:g}"
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint remembers."""
+        memory = None if self.compiled is None else self.compiled.activation_memory
+        return {"layers": self.layers, "activation_memory": memory, "float32_from": self.float32_from}
 
 
 @dataclass(frozen=True)
@@ -167,40 +166,57 @@ def choose_form(model: Any, batch: Batch, compare: bool = True) -> tuple[str, st
 
 
 def choose_kernels(
-    config: TrainConfig, model: Trainable, layout: BatchLayout, work: Work, recorded: bool | str | None = None
+    config: TrainConfig,
+    model: Trainable,
+    layout: BatchLayout,
+    work: Work,
+    recorded: Mapping[str, Any] | None = None,
 ) -> Kernels:
     """Returns the kernels of a run, whose description says why others are not used.
 
-    recorded: the choice of the run that is resumed. It is used again, because the adapter's tensors are not restored
-        yet and nothing could be compared.
+    recorded: the choice of the run that is resumed (`recorded_kernels`). It is used again, because the adapter's
+        tensors are not restored yet and nothing could be compared.
     Raises ConfigError if compiled layers are asked for and there is an obstacle.
     """
-    base, reasons = cast(PreTrainedModel, model.base_model), []
+    base = cast(PreTrainedModel, model.base_model)
+    if config.fast == "off":
+        float32_from = None
+    elif recorded is None:
+        float32_from = cast("int | None", broadcast_object_list([fastest_products(base)])[0])
+    else:
+        float32_from = recorded["float32_from"]
+    products = describe_products(base, float32_from)
     if layout.loss == HEAD:
         if asks_for_compiled_layers(config):
             raise ConfigError("--fast compile and --activation-memory are for language models: leave them out")
-        return Kernels(PLAIN, f"layers: plain; attention: {base.config._attn_implementation}; loss: {layout.loss}")
+        attention = base.config._attn_implementation
+        text = f"layers: plain; attention: {attention}; loss: {layout.loss}{products}"
+        return Kernels(PLAIN, text, float32_from=float32_from)
+    reason = ""
     if config.fast != "off":
-        kernels, obstacle = _try_compiled(config, model, layout, work, recorded)
+        with float32_products(float32_from):
+            kernels, obstacle = _try_compiled(config, model, layout, work, recorded)
         if kernels is not None:
-            return kernels
+            return replace(kernels, description=kernels.description + products, float32_from=float32_from)
         if asks_for_compiled_layers(config):
             name = "--fast compile" if config.fast == "compile" else "--activation-memory"
             raise ConfigError(f"{name} needs compiled layers, which this run cannot have: {obstacle}; leave it out")
-        if isinstance(recorded, str):
+        if recorded is not None and recorded["layers"] == COMPILED:
             raise ConfigError(
-                f"the run was started with layers that are {recorded}, which it cannot have now: {obstacle}; resume it "
-                "where and as it was started, or start again in another --output-dir"
+                f"the run was started with compiled layers, which it cannot have now: {obstacle}; resume it where and "
+                "as it was started, or start again in another --output-dir"
             )
-        reasons.append(f"compiled layers: {obstacle}")
-    obstacle = first_of_ranks(obstacle_to_llama_kernels(config.fast, base, layout))
-    check = "as when the run was started"
-    if obstacle is None and recorded is None:
-        obstacle, check = compare_layers(model, parts_of(work.sample, base), layout, None)
-        obstacle = first_of_ranks(obstacle)
-    elif obstacle is None and recorded is not True:
-        obstacle = "the run was started without"
-    return llama_or_plain_kernels(base, layout, obstacle, check, reasons)
+        reason = f" (compiled layers: {obstacle})"
+    return plain_kernels(base, layout, f"{reason}", float32_from)
+
+
+def recorded_kernels(run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns `Kernels.record` of a checkpoint's run. Earlier versions recorded only the layers, or nothing."""
+    if "layer_kernels" not in run:
+        return run.get("kernels")
+    layers = run["layer_kernels"]  # True: hand-written layers of Llama, which are gone
+    memory = float(layers.rsplit(" ", 1)[1]) if isinstance(layers, str) else None  # "compiled, activation_memory 1"
+    return {"layers": PLAIN if memory is None else COMPILED, "activation_memory": memory, "float32_from": None}
 
 
 def asks_for_compiled_layers(config: TrainConfig) -> bool:
@@ -208,7 +224,7 @@ def asks_for_compiled_layers(config: TrainConfig) -> bool:
 
 
 def _try_compiled(
-    config: TrainConfig, model: Trainable, layout: BatchLayout, work: Work, recorded: bool | str | None
+    config: TrainConfig, model: Trainable, layout: BatchLayout, work: Work, recorded: Mapping[str, Any] | None
 ) -> tuple[Kernels | None, str | None]:
     """Returns kernels with compiled layers, or why there are none."""
     base, budget = cast(PreTrainedModel, model.base_model), config.activation_memory
@@ -219,7 +235,7 @@ def _try_compiled(
         return None, obstacle
     compiled = CompiledLayers(budget)
     kernels = Kernels(COMPILED, "", compiled)
-    if recorded is not None and recorded != kernels.record:
+    if recorded is not None and recorded != {**kernels.record, "float32_from": recorded["float32_from"]}:
         return None, "the run was started without them, or with another --activation-memory"
     if recorded is None and not asked and (obstacle := _costs_more_than_it_saves(model, work, layout)):
         return None, obstacle
@@ -240,10 +256,10 @@ def _try_compiled(
         checks.append(check)
     check = checks[0]
     if recorded is None:
-        share, others = broadcast_object_list([_time_share(model, work, layout, compiled)])[0] or (0.0, "")
-        if not others:
+        share = broadcast_object_list([_time_share(model, work, layout, compiled)])[0]
+        if share is None:
             return None, "text does not reach them"
-        speed = f"a layer takes {share:.2f} of the time of {others}"
+        speed = f"a layer takes {share:.2f} of the time of those of transformers"
         if share >= 1 and not asked:
             return None, f"they were compiled, but {speed}"
         check = f"{speed}, {check}"
@@ -259,8 +275,6 @@ def _costs_more_than_it_saves(model: Trainable, work: Work, layout: BatchLayout)
     """
     base = cast(PreTrainedModel, model.base_model)
     layers, share, obstacle = decoder_layers(base), compiled_gain(base.device, base.dtype), None
-    if obstacle_to_llama_kernels("auto", base, layout) is None:
-        share -= LLAMA_GAIN
     if share <= 0:
         place = "this CPU" if base.device.type == "cpu" else base.device.type
         dtype = str(base.dtype).removeprefix("torch.")
@@ -292,27 +306,22 @@ def _seconds(layer: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any
     return time.perf_counter() - started
 
 
-def _time_share(
-    model: Trainable, work: Work, layout: BatchLayout, compiled: CompiledLayers
-) -> tuple[float, str] | None:
-    """Returns the time of a compiled layer as a share of that of what is used otherwise, and what that is.
+def _time_share(model: Trainable, work: Work, layout: BatchLayout, compiled: CompiledLayers) -> float | None:
+    """Returns the time of a compiled layer as a share of that of a plain one; None if no layer is called.
 
-    None if no layer is called. The layer is as the run calls it, with its dropout.
+    The layer is as the run calls it, with its dropout.
     """
     base = cast(PreTrainedModel, model.base_model)
     with layout.used_by(base):
         calls = layer_calls(model, decoder_layers(base), _timed_examples(work), layout)
         if not calls:
             return None
-        layer = calls[-1][0]
-        is_llama = obstacle_to_llama_kernels("auto", base, layout) is None and bool(eligible(layer))
         ours, theirs = [], []
         for _ in range(1 + TIMES):  # in turns; the first of each is not counted
-            with compiled.used_by([layer]):
+            with compiled.used_by([calls[-1][0]]):
                 ours.append(_seconds(*calls[-1]))
-            with fast_layers(layer) if is_llama else nullcontext():
-                theirs.append(_seconds(*calls[-1]))
-    return min(ours[1:]) / min(theirs[1:]), "the Llama kernels" if is_llama else "those of transformers"
+            theirs.append(_seconds(*calls[-1]))
+    return min(ours[1:]) / min(theirs[1:])
 
 
 def _compile_for_training(
@@ -328,41 +337,32 @@ def _compile_for_training(
     return None, "as when the run was started"
 
 
-def obstacle_to_llama_kernels(fast: str, base: PreTrainedModel, layout: BatchLayout) -> str | None:
-    """Returns why the Llama kernels are not even tried; None if they can be."""
-    if fast == "off":
-        return "--fast off asks for them"
-    if not layout.packed:
-        return "fused ones need packed batches, and these are padded"
-    if base.device.type != "cpu":
-        return f"fused ones were not measured on {base.device.type}"
-    return obstacle_to_layers(base)
-
-
-def llama_or_plain_kernels(
-    base: PreTrainedModel, layout: BatchLayout, obstacle: str | None, check: str, reasons: Sequence[str] = ()
+def plain_kernels(
+    base: PreTrainedModel, layout: BatchLayout, reason: str = "", float32_from: int | None = None
 ) -> Kernels:
-    """Returns the Llama kernels if nothing prevents them, else the layers of transformers.
+    """Returns the layers of transformers. reason: why others are not used."""
+    products = describe_products(base, float32_from)
+    text = f"decoder layers: plain{reason}; attention: {_attention(base, layout)}; loss: {layout.loss}{products}"
+    return Kernels(PLAIN, text, float32_from=float32_from)
 
-    check: how it is known that the Llama kernels give the same results.    reasons: why others are not used.
-    """
-    fused = obstacle is None
-    layers = f"fused for speed, {check}" if fused else f"those of transformers, because {obstacle}"
-    others = "".join(f" ({reason})" for reason in reasons)
-    text = f"decoder layers: {layers}{others}; attention: {_attention(base, layout)}; loss: {layout.loss}"
-    return Kernels(LLAMA if fused else PLAIN, text)
+
+def describe_products(base: PreTrainedModel, float32_from: int | None) -> str:
+    if base.device.type != "cpu" or base.dtype not in HALF:
+        return ""
+    dtype = str(base.dtype).removeprefix("torch.")
+    if float32_from is None:
+        return f"; products: {dtype}"
+    return f"; products: float32 from {float32_from} tokens on, which is faster here than {dtype}"
 
 
 # Of what plain layers keep for the backward, compiled ones keep this share, times --activation-memory: 141 of 182 MB,
-# measured on SmolLM2's shape in bfloat16. Down to .4 the bytes were about proportional. The Llama kernels keep half.
-COMPILED_SHARE, LLAMA_SHARE = 0.77, 0.5
+# measured on SmolLM2's shape in bfloat16. Down to .4 the bytes were about proportional.
+COMPILED_SHARE = 0.77
 
 
 def share_kept(kernels: Kernels, activation_memory: float) -> float:
     """Returns what compiled layers keep for the backward, as a share of what the layers of these kernels keep."""
-    kept = {PLAIN: 1.0, LLAMA: LLAMA_SHARE, COMPILED: COMPILED_SHARE}[kernels.layers]
-    if kernels.compiled is not None:
-        kept *= kernels.compiled.activation_memory
+    kept = 1.0 if kernels.compiled is None else COMPILED_SHARE * kernels.compiled.activation_memory
     return min(COMPILED_SHARE * activation_memory / kept, 1.0)
 
 
@@ -397,10 +397,9 @@ def use_kernels(
     """
     with ExitStack() as stack:
         stack.enter_context(layout.used_by(base))
+        stack.enter_context(float32_products(kernels.float32_from))
         if kernels.compiled is not None:
             stack.enter_context(kernels.compiled.used_by(decoder_layers(base)))
-        elif kernels.layers == LLAMA:
-            stack.enter_context(fast_layers(base, checkpointed=checkpointed))
         elif checkpointed:
             stack.enter_context(checkpointed_layers(base))
         yield

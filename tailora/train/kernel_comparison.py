@@ -2,7 +2,7 @@
 
     obstacle_to_provider   documents of a packed row give the results that each gives alone
     obstacle_to_form       the loss in chunks is that of the model's own logits
-    compare_layers         compiled layers, or the Llama kernels, give what the layers of transformers give
+    compare_layers         compiled layers give what the layers of transformers give
 
 `train.kernel_choice` chooses by these comparisons. All ranks of a run choose what every rank can do. They agree after
 each forward that is tried, because with a sharded base every forward needs all ranks.
@@ -25,7 +25,6 @@ from tailora.data.dataset import Example
 from tailora.kernels.attention import PackingError, packed_rows
 from tailora.kernels.compiled_layers import CompiledLayers, decoder_layers
 from tailora.kernels.device_attention import BLOCK, PROVIDERS
-from tailora.kernels.llama import eligible, fast_layers
 from tailora.kernels.loss import FORMS, Batch
 from tailora.train.loss import BatchLayout, token_losses
 from tailora.train.parallel import first_of_ranks, forget_forward
@@ -271,7 +270,7 @@ SPREAD = 0.02  # standard deviation of factors that start at zero, while gradien
 
 
 def compare_layers(
-    model: Trainable, parts: Sequence[Example], layout: BatchLayout, compiled: CompiledLayers | None
+    model: Trainable, parts: Sequence[Example], layout: BatchLayout, compiled: CompiledLayers
 ) -> tuple[str | None, str]:
     """Returns why the layers are not right on this model, and how it is known that they are."""
     base = cast(PreTrainedModel, model.base_model)
@@ -288,23 +287,21 @@ def compare_layers(
 
 
 def largest_difference(
-    model: Trainable, examples: Sequence[Example], layout: BatchLayout, compiled: CompiledLayers | None = None
+    model: Trainable, examples: Sequence[Example], layout: BatchLayout, compiled: CompiledLayers
 ) -> float | None:
     """Returns the largest relative difference of a layer from its own forward on the same input.
 
-    compiled: code of the layers; None compares the Llama kernels.
     Compared are what the layer adds to its input, and the gradients of the input and of the factors. None if the own
     forward of a layer does not use all the factors that the other uses.
     """
     base = cast(PreTrainedModel, model.base_model)
-    layers = eligible(base) if compiled is None else decoder_layers(base)
     largest = 0.0
     # nothing is drawn at random; a model without dropout stays in training mode, for which compiled code is made
     in_mode = evaluating(model) if has_dropout(base) else nullcontext()
     with in_mode, zeros_randomized(model), layout.used_by(base):
-        for layer, inputs, arguments in layer_calls(model, layers, examples, layout):
+        for layer, inputs, arguments in layer_calls(model, decoder_layers(base), examples, layout):
             plain = outputs_and_gradients(layer, inputs, arguments)
-            with fast_layers(layer) if compiled is None else compiled.used_by([layer]):
+            with compiled.used_by([layer]):
                 other = outputs_and_gradients(layer, inputs, arguments)
             if any((a is None) != (b is None) for a, b in zip(plain, other, strict=True)):
                 return None

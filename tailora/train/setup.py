@@ -43,6 +43,7 @@ from tailora.train.kernel_choice import (
     Work,
     choose_kernels,
     choose_layout,
+    recorded_kernels,
     share_kept_instead,
     use_kernels,
 )
@@ -112,7 +113,7 @@ class Run:
             "dtype": str(self.base.dtype),
             "processes": self.accelerator.num_processes,
             "device": self.accelerator.device.type,
-            "layer_kernels": self.kernels.record,
+            "kernels": self.kernels.record,
             "base": {name: layer.model_dump(exclude_defaults=True) for name, layer in self.weights.items()},
         }
 
@@ -240,7 +241,7 @@ def choose_computation(
     check_layers_are_called(model, data.longest, data.tried_task, layout)
     init_from_data(model, data, layout, config.init_batches)
     step = 0 if saved is None else saved.state["progress"]["step"]
-    recorded = None if saved is None else saved.state["run"].get("layer_kernels")
+    recorded = None if saved is None else recorded_kernels(saved.state["run"])
     return layout, choose_kernels(config, model, layout, Work(data.tokens(step), data.longest), recorded)
 
 

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tailora.core.device import cache_folder
 from tailora.errors import FormatError, WriteError
-from tailora.formats.io import cache_folder, read_safetensors, replace_folder, safetensors_bytes, write_file
+from tailora.formats.io import read_safetensors, replace_folder, safetensors_bytes, write_file
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:

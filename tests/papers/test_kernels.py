@@ -7,52 +7,10 @@ import torch
 from torch import Tensor
 
 from tailora.kernels import cpu_attention as attention
-from tailora.kernels.llama import inverse_rms, rms_norm, rotate, swiglu
 
 
 def normal(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
-
-
-def test_rms_norm_divides_by_the_root_mean_square() -> None:
-    """a_i / RMS(a) g_i with RMS(a) = sqrt(1/n sum a_i^2) (arXiv:1910.07467, eq. 4)."""
-    torch.manual_seed(0)
-    a, g = normal(7, 12), normal(12)
-    expected = a / (a.square().sum(-1, keepdim=True) / 12).sqrt() * g
-    torch.testing.assert_close(rms_norm(a, g, inverse_rms(a, 0.0)), expected, rtol=1e-12, atol=1e-12)
-
-
-def test_rotary_positions_turn_pairs_by_m_theta() -> None:
-    """x cos(m theta) + (-x2, x1, -x4, x3, ...) sin(m theta) (RoFormer, arXiv:2104.09864, eq. 34).
-
-    The paper pairs neighbours, Llama's layout i with i + d/2. And by eq. 16 only the distance m - n is left in q k.
-    """
-    torch.manual_seed(0)
-    d, positions = 8, torch.arange(20, dtype=torch.float64)
-    theta = 10000.0 ** (-2 * torch.arange(d // 2, dtype=torch.float64) / d)
-    angles = positions[:, None] * theta  # (tokens, d / 2)
-    q, k = normal(3, d), normal(3, d)
-
-    def turned(heads: Tensor) -> Tensor:
-        """(tokens, heads, width): the same vector at every position."""
-        return rotate(heads.expand(20, 3, d), angles.cos()[:, None], angles.sin()[:, None])
-
-    neighbours = q.view(3, 2, d // 2).transpose(1, 2).reshape(3, d)  # x1, x2 = i, i + d/2
-    swapped = torch.stack([-neighbours[:, 1::2], neighbours[:, ::2]], -1).flatten(1)
-    wide = angles.repeat_interleave(2, dim=1)[:, None]
-    expected = neighbours * wide.cos() + swapped * wide.sin()
-    found = turned(q).view(20, 3, 2, d // 2).transpose(2, 3).reshape(20, 3, d)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    scores = torch.einsum("mhd,nhd->hmn", turned(q), turned(k))
-    torch.testing.assert_close(scores[:, 5:, 5:], scores[:, :-5, :-5], rtol=1e-10, atol=1e-10)
-    assert not torch.allclose(scores[:, 5, 0], scores[:, 0, 5])
-
-
-def test_swiglu_gates_by_swish() -> None:
-    """Swish_1(x W) * x V with Swish_1(x) = x sigmoid(x) (arXiv:2002.05202, eq. 6)."""
-    torch.manual_seed(0)
-    gate, up = normal(5, 6), normal(5, 6)
-    torch.testing.assert_close(swiglu(gate, up), gate * up / (1 + (-gate).exp()), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("torchs", [True, False])

@@ -8,12 +8,11 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pytest
 import torch
@@ -41,7 +40,7 @@ pytestmark = pytest.mark.ranks
 LONGEST = 600  # s; some 15 on an idle machine, 150 for the exhaustive test
 WORKER = """
 import functools, json, sys, warnings
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from unittest import mock
 import torch
 torch.set_num_threads(1)
@@ -63,9 +62,6 @@ LACKING = {  # case -> what the second rank cannot do, and the first can
         kernel_comparison.TOLERANCES, {"packed logits": (-1.0, -1.0, -1.0)}
     ),
     "sharded, one rank splits the loss": mock.patch.dict(kernel_comparison.TOLERANCES, {"loss": (-1.0, -1.0, -1.0)}),
-    "sharded, one rank has Llama kernels": mock.patch(
-        "tailora.train.kernel_choice.obstacle_to_layers", lambda _: "the second machine lacks them"
-    ),
 }
 
 def break_norm(model, *_):
@@ -141,9 +137,7 @@ CASES: dict[str, dict[str, Any]] = {
     "kto, sharded": {"data": "feedback", "fsdp": True},
     "sharded, one rank packs": {"fsdp": True},
     "sharded, one rank splits the loss": {"fsdp": True},
-    "sharded, one rank has Llama kernels": {"fsdp": True},
 }
-LLAMA_OBSTACLE = "tailora.train.kernel_choice.obstacle_to_layers"
 RESUMED = [case for case in CASES if "resumed" in case]
 IN_ONE = {"fsdp": False, "fsdp_reshard_after_forward": True, "gradient_accumulation_steps": 2}
 
@@ -207,8 +201,7 @@ def two_ranks(make_settings: Any, settings_of: Any, tmp_path_factory: pytest.Tem
 def test_two_ranks_train_what_one_does(case: str, two_ranks: Ranks, settings: Any, settings_of: Any) -> None:
     one = settings(**{**settings_of(case), **IN_ONE})
     two = two_ranks.folder / case
-    with mock.patch(LLAMA_OBSTACLE, return_value="as on the ranks") if "Llama kernels" in case else nullcontext():
-        result = run(one)  # with the layers that the ranks agree on
+    result = run(one)
     file = "model/model.safetensors" if case.startswith("full") else "adapter/adapter_model.safetensors"
     for name in (file, "checkpoint-18/adapter.safetensors"):
         check_close(Path(one.output_dir), two, file=name)
@@ -238,10 +231,8 @@ def test_two_ranks_train_what_one_does(case: str, two_ranks: Ranks, settings: An
 @pytest.mark.parametrize(
     ("case", "kernels"),
     [
-        ("sharded", "decoder layers: fused for speed"),
-        ("sharded, one rank packs", "fused ones need packed batches, and these are padded"),
+        ("sharded, one rank packs", "sdpa with a padding mask"),
         ("sharded, one rank splits the loss", "loss: from the model's own logits"),
-        ("sharded, one rank has Llama kernels", "because the second machine lacks them"),
     ],
 )
 def test_all_ranks_compute_as_every_rank_can(case: str, kernels: str, two_ranks: Ranks) -> None:

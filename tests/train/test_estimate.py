@@ -36,7 +36,7 @@ from tailora.train.estimate import (
     memory_of_loading,
     simulate_step,
 )
-from tailora.train.kernel_choice import LLAMA, PLAIN, Kernels, use_kernels
+from tailora.train.kernel_choice import PLAIN, Kernels, use_kernels
 from tailora.train.loss import BatchLayout, token_losses
 from tailora.train.memory import ForwardSize, fake_tensors
 from tailora.train.model_loading import load_base, read_config
@@ -137,7 +137,7 @@ def test_nothing_of_the_simulation_stays_behind(model_folder: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     model = LoRAModel(base, LoRAConfig(r=4)).train()
     rows = BatchLayout(True, FROZEN, 0)
-    with use_kernels(base, rows, Kernels(LLAMA, "")):
+    with use_kernels(base, rows, Kernels(PLAIN, "")):
         losses, _ = token_losses(model, [example(40)], rows)
         losses.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.lora_layers.parameters())

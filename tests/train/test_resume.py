@@ -23,7 +23,6 @@ from tailora.errors import CheckpointError
 from tailora.formats.run_folder import checkpoints_in
 from tailora.train import checkpoint, events, failures
 from tailora.train.config import TrainConfig
-from tailora.train.kernel_comparison import TOLERANCES
 from tailora.train.loss import Evaluation
 from tailora.train.state import TrainState
 from tailora.train.trainer import SECONDS_BETWEEN_CHECKPOINTS, Trainer, run
@@ -121,15 +120,22 @@ def test_a_mixture_continues_where_it_was(settings: Any, data_file: Path, tmp_pa
         run(other)
 
 
-def test_a_resumed_run_keeps_the_kernels_that_it_was_started_with(
-    two_checkpoints: TrainConfig, monkeypatch: pytest.MonkeyPatch
+def test_a_resumed_run_keeps_the_products_that_it_was_started_with(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = adapter(two_checkpoints)
-    monkeypatch.setitem(TOLERANCES, "layers", (-1.0, -1.0, -1.0))  # would refuse the kernels
-    config = changed(two_checkpoints, resume_from_checkpoint=f"{two_checkpoints.output_dir}/checkpoint-2")
-    _, (prepared,) = run_and_collect(config, events.Prepared)
-    assert "fused for speed, as when the run was started" in prepared.header["kernels"]
-    assert adapter(two_checkpoints) == before
+    """Also where others are faster now."""
+    choices = iter([4, None])
+    monkeypatch.setattr("tailora.train.kernel_choice.fastest_products", lambda _: next(choices))
+    config = settings(max_steps=4, save_steps=2, dtype="bfloat16")
+    run(config)
+    before = adapter(config)
+    resumed = changed(config, resume_from_checkpoint=f"{config.output_dir}/checkpoint-2")
+    _, (prepared,) = run_and_collect(resumed, events.Prepared)
+    assert "products: float32 from 4 tokens on, which is faster here than bfloat16" in prepared.header["kernels"]
+    assert adapter(config) == before
+    in_bfloat16 = changed(config, output_dir=f"{config.output_dir}-bfloat16")
+    run(in_bfloat16)
+    assert adapter(in_bfloat16) != before
 
 
 def test_the_newest_checkpoints_are_kept_without_pickle(settings: Any) -> None:

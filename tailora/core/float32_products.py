@@ -1,0 +1,258 @@
+"""16-bit products on a CPU, computed in float32 where that is faster.
+
+Most processors multiply bfloat16 slowly: with AVX2 a product of 1,024 tokens takes eleven times as long as in float32,
+and converting the weight first adds little from a few dozen tokens on. `fastest_products` measures from how many, once
+for each machine. Within `Float32Products` such products convert their operands, a block of the weight at a time, and
+round the result once, as a 16-bit product does. What the backward needs is kept in 16 bits.
+"""
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tailora.core.device import HALF, cache_folder, device_name
+
+BLOCK_ELEMENTS = 1 << 20  # of a weight that are converted at a time: 4 MB in float32, which a core's caches hold
+TOKENS = (4, 16, 64)  # of the products that are timed
+TIMES = 3  # that each is timed, of which the shortest counts
+WORTH = 0.9  # float32 is taken if it needs at most this share of the time
+ATTENTION = "tailora::packed_attention"  # of `kernels.cpu_attention`; its last argument asks for float32
+
+
+# ---- The products
+
+
+def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns x W^T + b, computed in float32, in the precision of x: (..., in), (out, in) -> (..., out).
+
+    bias: (out,), or (tokens, out) for x (tokens, in).
+    """
+    wide, wide_bias = x.float(), None if bias is None else bias.float()
+    rows = max(BLOCK_ELEMENTS // weight.shape[1], 1)
+    if len(weight) <= 2 * rows:
+        return _linear_in_float32(wide, weight, wide_bias).to(x.dtype)
+    y = x.new_empty(*x.shape[:-1], len(weight))
+    for start in range(0, len(weight), rows):
+        part = slice(start, start + rows)
+        y[..., part] = _linear_in_float32(wide, weight[part], None if wide_bias is None else wide_bias[..., part])
+    return y
+
+
+def _linear_in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is not None and bias.ndim > 1:
+        return torch.addmm(bias, x, weight.float().mT)
+    return F.linear(x, weight.float(), bias)
+
+
+def float32_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Returns x W, computed in float32, in the precision of x: (..., out), (out, in) -> (..., in)."""
+    rows = max(BLOCK_ELEMENTS // weight.shape[1], 1)
+    if len(weight) <= 2 * rows:
+        return torch.matmul(x.float(), weight.float()).to(x.dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    y = torch.zeros(len(flat), weight.shape[1])
+    for start in range(0, len(weight), rows):
+        part = slice(start, start + rows)
+        y.addmm_(flat[:, part].float(), weight[part].float())
+    return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+class _Linear(torch.autograd.Function):
+    """`float32_linear`, which keeps its 16-bit arguments for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        ctx.adds_per_token = bias is not None and bias.ndim > 1
+        return float32_linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dy, dx, dweight, dbias = gradients[0], None, None, None
+        if ctx.needs_input_grad[0]:
+            dx = float32_product(dy, weight)
+        if ctx.needs_input_grad[1]:
+            dweight = (dy.flatten(0, -2).float().mT @ x.flatten(0, -2).float()).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            dbias = dy if ctx.adds_per_token else dy.flatten(0, -2).sum(0)
+        return dx, dweight, dbias
+
+
+# ---- Where they replace torch's
+
+
+class Float32Products(TorchFunctionMode):
+    """Within the block, 16-bit products of at least `tokens` tokens are computed in float32, on a CPU."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        replacement = REPLACEMENTS.get(func)
+        if replacement is None:
+            replacement = _attention if getattr(func, "_name", None) == ATTENTION else None
+        if replacement is not None:
+            result = replacement(self.tokens, func, args, kwargs)
+            if result is not None:
+                return result
+        return func(*args, **kwargs)
+
+
+def float32_products(tokens: int | None) -> AbstractContextManager[object]:
+    """Within the block 16-bit products of at least so many tokens are computed in float32; None: all in 16 bits."""
+    return nullcontext() if tokens is None else Float32Products(tokens)
+
+
+def _pays(tokens: int, *operands: Any) -> bool:
+    """True for 16-bit operands on a CPU, the first of which has enough rows."""
+    first = operands[0]
+    return (
+        all(isinstance(operand, Tensor) and operand.dtype in HALF for operand in operands)
+        and first.device.type == "cpu"
+        and first.numel() >= tokens * first.shape[-1]
+    )
+
+
+def _linear(tokens: int, _func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    if len(args) < 2 or not _pays(tokens, *args[:2]) or args[1].ndim != 2:
+        return None
+    bias = args[2] if len(args) > 2 else kwargs.get("bias")
+    y: Tensor = _Linear.apply(args[0], args[1], bias)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _addmm(tokens: int, _func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """torch.addmm(b, x, W) of Conv1D and of a head with a bias, which writes to `out`; (y, x, B^T) of an adapter."""
+    if len(args) != 3 or kwargs.keys() - {"out"} or not _pays(tokens, *args[1:]):
+        return None
+    y: Tensor = _Linear.apply(args[1], args[2].mT, args[0])  # type: ignore[no-untyped-call]
+    return y if "out" not in kwargs else kwargs["out"].copy_(y)
+
+
+def _mm(tokens: int, _func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """torch.mm without gradients, as the loss calls it with the output head."""
+    a, b = args
+    if kwargs.keys() - {"out"} or not _pays(tokens, a, b) or (torch.is_grad_enabled() and a.requires_grad):
+        return None
+    y = float32_product(a, b) if b.is_contiguous() else float32_linear(a, b.mT)
+    return y if "out" not in kwargs else kwargs["out"].copy_(y)
+
+
+def _sdpa(tokens: int, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    if not args or not _pays(tokens, args[0]):
+        return None
+
+    def wide(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
+
+    y: Tensor = func(*map(wide, args), **{name: wide(value) for name, value in kwargs.items()})
+    return y.to(args[0].dtype)
+
+
+def _attention(tokens: int, func: Any, args: tuple[Any, ...], _kwargs: Mapping[str, Any]) -> Any:
+    heads = args[0].shape[1]  # of q (tokens, heads, width)
+    return func(*args, True) if _pays(tokens * heads, args[0]) else None
+
+
+REPLACEMENTS: dict[Any, Callable[..., Tensor | None]] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    torch.mm: _mm,
+    F.scaled_dot_product_attention: _sdpa,
+}
+
+
+# ---- Which products are faster in float32, on this machine
+
+
+def fastest_products(base: nn.Module) -> int | None:
+    """Returns from how many tokens on the model's 16-bit products are faster in float32; None: never, or elsewhere.
+
+    What was measured is kept in the user's cache folder, by processor, version of torch, threads and shapes.
+    """
+    weights = [p for p in base.parameters() if p.ndim == 2 and p.dtype in HALF and p.device.type == "cpu"]
+    if not weights:
+        return None
+    elements = Counter[tuple[torch.dtype, int, int]]()
+    for weight in weights:
+        elements[weight.dtype, weight.shape[0], weight.shape[1]] += weight.numel()
+    (dtype, out_features, in_features), _ = elements.most_common(1)[0]
+    rows = min(out_features, max(BLOCK_ELEMENTS // in_features, 1))
+    key = " | ".join(
+        (
+            device_name(torch.device("cpu")),
+            torch.backends.cpu.get_cpu_capability(),
+            f"oneDNN up to {os.environ.get('ONEDNN_MAX_CPU_ISA', 'all')}",
+            f"torch {torch.__version__}",
+            f"{torch.get_num_threads()} threads",
+            f"{dtype} ({rows}, {in_features})",
+        )
+    )
+    file = cache_folder() / "products.json"
+    known = _read(file)
+    if key not in known:
+        known = {**_read(file), key: _measure(dtype, rows, in_features)}
+        with suppress(OSError):  # a folder that is read-only: measured again by the next process
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_name(f"{file.name}.{os.getpid()}")
+            temporary.write_text(json.dumps(known, indent=1))
+            temporary.replace(file)
+    return known[key]
+
+
+def _read(file: Path) -> dict[str, int | None]:
+    """Returns what was measured before; nothing if the file is missing or damaged."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _in_16_bits(x: Tensor, dy: Tensor, weight: Tensor) -> None:
+    F.linear(x, weight)
+    torch.mm(dy, weight)
+
+
+def _in_float32(x: Tensor, dy: Tensor, weight: Tensor) -> None:
+    float32_linear(x, weight)
+    float32_product(dy, weight)
+
+
+WAYS = (_in_16_bits, _in_float32)
+
+
+@torch.no_grad()
+def _measure(dtype: torch.dtype, rows: int, columns: int) -> int | None:
+    """Returns the fewest of TOKENS from which on float32 is the faster way, forward and backward together."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, columns, generator=generator).to(dtype)
+    fewest = None
+    for tokens in reversed(TOKENS):
+        x = torch.randn(tokens, columns, generator=generator).to(dtype)
+        dy = torch.randn(tokens, rows, generator=generator).to(dtype)
+        times: list[list[float]] = [[], []]
+        for _ in range(1 + TIMES):  # in turns; the first of each is not counted
+            for way, seconds in zip(WAYS, times, strict=True):
+                started = time.perf_counter()
+                way(x, dy, weight)
+                seconds.append(time.perf_counter() - started)
+        if min(times[1][1:]) > WORTH * min(times[0][1:]):
+            break
+        fewest = tokens
+    return fewest
