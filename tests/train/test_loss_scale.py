@@ -2,6 +2,9 @@
 
 import copy
 import json
+import statistics
+from collections import defaultdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +46,10 @@ def test_the_rule_is_that_of_torchs_grad_scaler() -> None:
     assert len(seen) > 2
 
 
-def gradient(model: LoRAModel, layout: BatchLayout, supervised: int, scale: Tensor | None) -> Tensor:
-    """The gradient of a step of so many supervised tokens, of which one batch is computed here."""
+def gradient(model: LoRAModel, layout: BatchLayout, supervised: int, scale: Tensor | None, seed: int) -> Tensor:
+    """Returns the gradient of a step with this number of supervised tokens, of which one batch is computed here."""
     model.zero_grad()
-    ids = torch.randint(300, (200,), generator=torch.Generator().manual_seed(0)).numpy()
+    ids = torch.randint(300, (200,), generator=torch.Generator().manual_seed(seed)).numpy()
     batch = make_batch([Example.of_text(part) for part in (ids[:60], ids[60:])], layout, CPU)
     accumulate_gradients(ModelWithLoss(model, layout), [batch], supervised, scale)
     flat = torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])
@@ -60,15 +63,16 @@ def test_gradients_of_64k_tokens_are_as_near_to_those_of_float32_as_those_of_500
         nn.init.normal_(layer.lora_B, std=0.1)
     whole = LoRAModel(chat_model().half().float(), LoRAConfig(r=4))  # the same rounded weights
     whole.lora_layers.load_state_dict(half.lora_layers.state_dict())
-    layout, errors = BatchLayout(True, form, 0), {}
+    layout, errors = BatchLayout(True, form, 0), defaultdict[tuple[str, int], list[float]](list)
     with packed_rows(half.base_model), packed_rows(whole.base_model):
-        for supervised in (500, 65536):
-            exact = gradient(whole, layout, supervised, None)
+        for supervised, seed in product((500, 65536), range(3)):
+            exact = gradient(whole, layout, supervised, None, seed)
             for name, scale in (("scaled", LossScale(CPU).value), ("plain", None)):
-                difference = gradient(half, layout, supervised, scale) - exact
-                errors[name, supervised] = float(difference.norm() / exact.norm())
-    assert errors["scaled", 65536] < 1.2 * errors["scaled", 500] < 0.02
-    assert errors["plain", 65536] > 0.1
+                difference = gradient(half, layout, supervised, scale, seed) - exact
+                errors[name, supervised].append(float(difference.norm() / exact.norm()))
+    median = {key: statistics.median(values) for key, values in errors.items()}
+    assert median["scaled", 65536] < 1.2 * median["scaled", 500] < 0.02
+    assert median["plain", 65536] > 0.1
 
 
 def parameters() -> dict[str, nn.Parameter]:
