@@ -86,7 +86,7 @@ def combine(
     check_result_folder(output_dir, ADAPTER_FILES, overwrite=overwrite, sources=folders.values())
     weights = parse_weights(weight or [], folders)
     base = base_model_name(model, list(folders.values()))
-    log("reading the model")
+    log("loading the model")
     from tailora.core.combine import Combination, check_weights
 
     check_weights(weights)
@@ -158,7 +158,7 @@ def shrink(
         raise ConfigError("--max-loss-increase and --data go together, for the loss is measured on the data: give both")
     check_sources(data=[data])
     base = base_model_name(model, [folder])
-    log("reading the model")
+    log("loading the model")
     from tailora.core.compress import check
 
     # len stands for the loss, which needs the model
@@ -227,7 +227,7 @@ def extract(
     check_result_folder(output_dir, ADAPTER_FILES, overwrite=overwrite)
     for name in (model, tuned):
         check_sources(model=name)
-    log("reading the model")
+    log("loading the model")
     from tailora.core.compress import check
     from tailora.model import LoRAModel
     from tailora.train.model_loading import load_base

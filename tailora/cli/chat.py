@@ -84,7 +84,7 @@ def chat(
     """
     folders = parse_adapters(adapter or [])
     model = base_model_name(model, list(folders.values()))
-    log("reading the model")
+    log("loading the model")
     loaded = load_model(model, folders, quantize=quantize, device=device)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     systems = training_systems(system, folders or {model: Path(model)})
@@ -212,7 +212,7 @@ def generate(
         check_answers_file(output, overwrite=overwrite)
     folders = parse_adapters(adapter or [])
     model = base_model_name(model, list(folders.values()))
-    log("reading the model")
+    log("loading the model")
     loaded = load_model(model, folders, quantize=quantize, device=device)
     from tailora.cli.progress import counter
     from tailora.evaluation.generate import stream_reply

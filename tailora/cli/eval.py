@@ -169,7 +169,7 @@ def eval(
         log(f"starting {to_start} processes")
         return launch(ARGUMENTS.get(), to_start, results=[GATE_NOT_MET])
 
-    log("reading model and data")
+    log("loading the model and data")
     folders = {} if target.folder is None else {"default": target.folder}
     labels = labels_of(target.model, list(folders.values()))
     refuse_system(labels, flags)

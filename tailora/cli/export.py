@@ -89,7 +89,7 @@ def export(
     path = find_adapter(adapter)
     check_result_folder(output, EXPORTED_FILES, overwrite=overwrite, sources=[path])
     base, system = base_model_name(model, [path]), read_system_message(path)
-    log("reading the model")
+    log("loading the model")
     from tailora.model import LoRAModel
     from tailora.quiet import quiet_transformers
     from tailora.train.model_loading import load_base

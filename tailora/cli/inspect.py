@@ -73,7 +73,7 @@ def inspect(
     if model is not None or data is not None or forgetting_data is not None:  # the loss needs the base model
         model = base_model_name(model, [folder])
     check_sources(data=(data, forgetting_data))
-    log("reading the adapter")
+    log("loading the adapter")
     from tailora.cli.progress import counter
     from tailora.report.pages.inspect import inspect_page
     from tailora.study.inspect import InspectOptions

@@ -57,7 +57,7 @@ def plan(
     if DEVICE_NAME.fullmatch(settings.device) is None:
         find_cards(settings.device)
     fetch_demo(settings.model, *sources)
-    log("reading model and data")
+    log("loading the model and data")
     from tailora.report.pages.plan import plan_page
     from tailora.study.plan import plan as run
 

@@ -70,7 +70,7 @@ def predict(
     config = merge_with_run(flags, target.folder, arguments={"model": target.model})
     log_columns(flags, config)
     rows = read_all(resolve_demo(data, "eval_data"), limit)
-    log("reading the model")
+    log("loading the model")
     folders = {} if target.folder is None else {"default": target.folder}
     labels = labels_of(target.model, list(folders.values()))
     refuse_system(labels, flags)

@@ -15,6 +15,7 @@ from rich.segment import ControlType
 
 from tailora.cli.main import LIVE, on_terminal, print_text
 from tailora.data.dataset import sources_of, warnings_of
+from tailora.formats.hub import DEMO, MODEL_NAME
 from tailora.report.format import count, plural
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ WIDTH = 100  # of the header at most; a terminal may be narrower
 
 @contextmanager
 def _shown(bar: Progress) -> Iterator[Progress]:
-    """Shows the bar within the block; what is printed to stderr stands above it."""
+    """Shows the bar within the block; what is printed to stderr appears above it."""
     token = LIVE.set(bar.console)
     try:
         with bar:
@@ -35,7 +36,7 @@ def _shown(bar: Progress) -> Iterator[Progress]:
         LIVE.reset(token)
 
 
-# ---- Counts, such as the rows that were evaluated or the steps of a study's runs
+# ---- Counts, such as evaluated rows or the steps of a study's runs
 
 
 @contextmanager
@@ -52,7 +53,7 @@ def counter(console: Console, unit: str) -> Iterator[Callable[[int, int], None]]
 
 
 class TimedLine:
-    """Prints a line if the last one was some seconds ago. The first one is due at once if `is_due`."""
+    """Prints at most one line every few seconds. is_due: the first line is printed immediately."""
 
     def __init__(self, console: Console, *, is_due: bool = False) -> None:
         self.console = console
@@ -82,7 +83,7 @@ class StepCounter:
 
     def _show(self) -> None:
         parts = [f"{number}: {state}" if self._several else state for number, state in sorted(self._states.items())]
-        line = "   ".join(parts)[: self._console.width - 3]  # a longer one would wrap, and stay
+        line = "   ".join(parts)[: self._console.width - 3]  # a longer line would wrap and could not be erased
         self._console.print(f"  {line}", end="", style="dim")
         self._console.control(Control((ControlType.ERASE_IN_LINE, 0), ControlType.CARRIAGE_RETURN))
 
@@ -97,7 +98,7 @@ def step_counter(console: Console, workers: int = 1) -> StepCounter | None:
 
 @contextmanager
 def download_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Yields a function to call with what is fetched, the bytes so far, and all bytes; 0 of work without a measure."""
+    """Yields a function to call with what is downloaded, the bytes so far and the total (0: progress is unknown)."""
     if on_terminal(console):
         columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), DownloadColumn()
         bar = Progress(*columns, TextColumn("{task.percentage:.0f}%"), console=console, transient=True)
@@ -108,7 +109,7 @@ def download_progress(console: Console) -> Iterator[Callable[[str, int, int], No
                 bar.stop()
                 console.print(what)
                 return
-            bar.start()  # at the first call: most often nothing has to be fetched
+            bar.start()  # at the first call: usually there is nothing to download
             bar.update(task, description=what, completed=done, total=total)
 
         try:
@@ -130,26 +131,31 @@ def download_progress(console: Console) -> Iterator[Callable[[str, int, int], No
 
 
 @contextmanager
-def run_progress(console: Console) -> Iterator["Listener"]:
-    """Yields the listener to pass to `run` as `on_event`. Shows the first line before torch is loaded."""
+def run_progress(console: Console, *, verbose: bool = False) -> Iterator["Listener"]:
+    """Yields the listener to pass to `run` as `on_event`. Shows the first line before torch is loaded.
+
+    verbose: also show how the run computes.
+    """
+    first = "loading the model and data"
     if not on_terminal(console):
-        console.print("reading model and data")
+        console.print(first)
         line = TimedLine(console)
-        yield _listener(console, lambda text, _done, _total, always: line.show(text, always=always))
+        yield _listener(console, lambda text, _done, _total, always: line.show(text, always=always), verbose)
         return
     columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=20)
     with _shown(Progress(*columns, console=console, transient=True)) as bar:
-        task = bar.add_task("reading model and data", total=None)
+        task = bar.add_task(first, total=None)
         yield _listener(
             bar.console,
             lambda text, done, total, _: bar.update(task, description=text, completed=done, total=total or None),
+            verbose,
         )
 
 
-def _listener(console: Console, show: Callable[[str, int, int, bool], None]) -> "Listener":
-    """show: called with a text, the numbers of steps or examples that are done and of all, and True for the ends.
+def _listener(console: Console, show: Callable[[str, int, int, bool], None], verbose: bool) -> "Listener":
+    """show: called with a text, the number of finished steps or examples, their total, and whether to always print it.
 
-    The number of all is 0 for work without a measure.
+    The total is 0 if it is unknown.
     """
 
     def listen(event: "Event") -> None:
@@ -160,11 +166,11 @@ def _listener(console: Console, show: Callable[[str, int, int, bool], None]) -> 
                 text, is_end = f"step {event.step}/{event.max_steps}", event.step in (1, event.max_steps)
                 show(f"{text}  {figures(event)}", event.step, event.max_steps, is_end)
                 if event.step == event.max_steps:
-                    show("all steps are done; evaluating and saving", 0, 0, False)
+                    show("training finished; evaluating and saving", 0, 0, False)
             case EvaluationProgress():
-                show(f"{event.done:,} of {event.total:,} {event.what}", event.done, event.total, False)
+                show(f"evaluating: {event.done:,} of {event.total:,} {event.what}", event.done, event.total, False)
             case _:
-                _print(console, event)
+                _print(console, event, verbose)
 
     return listen
 
@@ -175,14 +181,15 @@ def figures(step: "Stepped") -> str:
     return f"loss {step.loss:.3f}  {step.tokens_per_second:,.0f} tokens/s  ETA {eta}  memory {memory:.2f} GB"
 
 
-def _print(console: Console, event: "Event") -> None:
+def _print(console: Console, event: "Event", verbose: bool) -> None:
     from tailora.train.events import Evaluated, Note, Prepared, Saved
 
     match event:
         case Prepared():
-            text = format_header(event.header, min(console.width, WIDTH))
+            text = format_header(event.header, min(console.width, WIDTH), verbose=verbose)
         case Evaluated():
-            text = f"held-out loss {event.loss:.4f} at step {event.step}{', the best so far' if event.best else ''}"
+            when = f"after step {event.step}" if event.step else "before training"
+            text = f"held-out loss {when}: {event.loss:.4f}{' (best so far)' if event.best else ''}"
         case Saved():
             text = f"saved {event.folder}"
         case Note():
@@ -195,47 +202,59 @@ def _print(console: Console, event: "Event") -> None:
 # ---- The header
 
 
-def format_header(header: Mapping[str, Any], width: int = WIDTH) -> str:
-    """Returns what will be trained on what, and the reason where the settings left a choice, in lines of `width`."""
+def format_header(header: Mapping[str, Any], width: int = WIDTH, *, verbose: bool = False) -> str:
+    """Returns what will be trained on what, in lines of `width`. verbose: and how it is computed."""
+    lines = _summary(header) | (_computation(header) if verbose else {})
+    indent = max(map(len, lines)) + 2
+    return "\n".join(_wrap(f"{name:<{indent}}", text, width) for name, text in lines.items())
+
+
+def _summary(header: Mapping[str, Any]) -> dict[str, str]:
+    """Returns label -> text."""
     settings, data = header["settings"], header["data"]
     total, trained = header["total_parameters"], header["trainable_parameters"]
     full = settings["method"] == "full"
-    base = count(total if full else total - trained)
-    reason = "what this machine is fastest with" if settings["dtype"] == "auto" else "as asked"
-    quantize = settings.get("quantize")
-    stored = (
-        f"linear layers in {quantize} ({header['base_bytes'] / 1e6:,.0f} MB in all), the rest in " if quantize else ""
-    )
+    name = f"demo ({MODEL_NAME})" if settings["model"] == DEMO else settings["model"]
+    quantized = ""
+    if method := settings.get("quantize"):
+        quantized = f"linear layers in {method} ({header['base_bytes'] / 1e6:,.0f} MB in total), the rest in "
     lines = {
-        "model": f"{settings['model']}, {base} parameters, {stored}{header['dtype']} ({reason})",
+        "model": f"{name}, {count(total if full else total - trained)} parameters, {quantized}{header['dtype']}",
         "device": f"{header['device']}, {header['device_name']}",
     }
     if full:
-        lines["trained"] = "all weights of the model"
+        lines["training"] = "all weights of the model"
     else:
-        lines["adapter"] = (
-            f"{plural(header['adapted_layers'], 'layer')}, {trained:,} parameters ({trained / total:.2%})"
-        )
+        layers = plural(header["adapted_layers"], "layer")
+        lines["adapter"] = f"{layers}, {trained:,} trainable parameters ({trained / total:.2%})"
         if target_r := settings.get("target_r"):
-            lines["ranks"] = f"from {settings['r']} to {target_r} on average, larger where they matter (AdaLoRA)"
-        if settings.get("init_lora_weights", "kaiming") != "kaiming":
-            lines["start"] = header["start"]
+            lines["rank"] = f"{settings['r']} at the start, {target_r} on average at the end (AdaLoRA)"
+        if (start := header.get("start", "kaiming")) != "kaiming":
+            lines["init"] = start
         if (ratio := settings.get("loraplus_lr_ratio", 1)) != 1:
-            lines["rates"] = f"B learns {ratio:g} times as fast as the rest (LoRA+)"
+            lines["LoRA+"] = f"the learning rate of B is {ratio:g} times --learning-rate"
     if header.get("task"):
         lines["task"] = header["task"]
-    if data is None or settings["streaming"]:  # streamed data is not known yet
-        lines["data"] = f"streamed; {data['eval']:,} held out" if data else "streamed"
+    sources = settings["data"] if isinstance(settings["data"], str) else ", ".join(settings["data"])
+    held_out = f"{data['eval']:,} held out" if data else "none held out"
+    if data is None or settings["streaming"]:  # the number of examples is unknown
+        lines["data"] = f"{sources}: streamed, {held_out}"
     else:
-        lines["data"] = f"{plural(data['train'], 'example')}, {data['eval']:,} held out; read as {data['shape']}"
-        lines |= sources_of(data)
-        lines |= warnings_of(data)
-    batches = "packed into one row, attention inside each" if header["packed"] else "padded to the longest"
+        lines["data"] = f"{sources}: {plural(data['train'], 'example')}, {held_out}; format: {data['shape']}"
+        lines |= sources_of(data) | warnings_of(data)
     examples = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * header["processes"]
-    lines["steps"] = f"{plural(header['max_steps'], 'step')}, {plural(examples, 'example')} each, {batches}"
-    lines |= dict(part.split(": ", 1) for part in re.split("; (?=attention: |loss: )", header["kernels"]))
-    indent = max(map(len, lines)) + 2
-    return "\n".join(_wrap(f"{name:<{indent}}", text, width) for name, text in lines.items())
+    lines["steps"] = f"{plural(header['max_steps'], 'step')} of {plural(examples, 'example')}"
+    return lines
+
+
+def _computation(header: Mapping[str, Any]) -> dict[str, str]:
+    """Returns label -> text."""
+    is_auto, packed = header["settings"]["dtype"] == "auto", header["packed"]
+    return {
+        "precision": f"{header['dtype']}, {'the fastest dtype on this machine' if is_auto else 'set by --dtype'}",
+        "batches": "packed into one row, without attention across examples" if packed else "padded to the longest",
+        **dict(part.split(": ", 1) for part in re.split("; (?=attention: |loss: )", header["kernels"])),
+    }
 
 
 def _wrap(label: str, text: str, width: int) -> str:

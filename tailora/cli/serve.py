@@ -66,7 +66,7 @@ def serve(
     folders |= in_folder
     model = base_model_name(model, list(folders.values()))
     with listen(host, port) as listener:  # before the model is read, which takes long
-        log("reading the model")
+        log("loading the model")
         loaded = load_model(model, {}, quantize=quantize, device=device)
         if not loaded.model.config.is_encoder_decoder:
             tasks = {name: SEQ2SEQ for name, path in in_folder.items() if task_of_adapter(path) == SEQ2SEQ}

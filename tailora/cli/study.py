@@ -87,7 +87,7 @@ def compare(
     train = merge_settings(flags, config, defaults=COMPARE_DEFAULTS, ignore=CompareConfig.model_fields)
     comparison = CompareConfig(**{**in_file, **(study or {})})
     check_sources_of_run(train, comparison.forgetting_data)
-    log("reading model and data")
+    log("loading the model and data")
     from tailora.report.pages.compare import compare_page
     from tailora.study.compare import compare as run
 
@@ -134,7 +134,7 @@ def search(
     train = merge_settings(flags, config, defaults=defaults, ignore=SearchConfig.model_fields)
     check_sources_of_run(train)
     if search_config.lr_only:
-        log("reading model and data")
+        log("loading the model and data")
         from tailora.report.pages.search import lr_range_page
         from tailora.study.lr_range import find_range
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from cyclopts import Parameter
 from rich.console import Console
 
 from tailora.cli.flags import ConfigFile, Json, NprocPerNode, Overwrite, flags_of, merge_settings
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from tailora.train.events import TrainResult
 
 Flags: Any = flags_of(TrainConfig)
+Verbose = Annotated[
+    bool,
+    Parameter(negative=(), show_default=False, help="also show how it is computed: precision, kernels, batches"),
+]
 
 
 def train(
@@ -42,11 +47,12 @@ def train(
     json: Json = False,
     overwrite: Overwrite = False,
     nproc_per_node: NprocPerNode = None,
+    verbose: Verbose = False,
     flags: Flags = None,
 ) -> int:
-    """Fine-tune a model on your data. `tailora data FILE` shows beforehand what it would learn from."""
+    """Fine-tune a model on your data. To see what it would learn first, run `tailora data FILE`."""
     chosen = merge_settings(flags, config)
-    return fit(chosen, as_json=json, overwrite=overwrite, nproc_per_node=nproc_per_node)
+    return fit(chosen, as_json=json, overwrite=overwrite, nproc_per_node=nproc_per_node, verbose=verbose)
 
 
 # ---- `tailora demo`: `tailora train` on a small model and real conversations, both downloaded once.
@@ -63,9 +69,10 @@ def demo(
     json: Json = False,
     overwrite: Overwrite = False,
     nproc_per_node: NprocPerNode = None,
+    verbose: Verbose = False,
     flags: DemoFlags = None,
 ) -> int:
-    """Fine-tune a small model on real chats, and see what it changed. The flags are those of `train`."""
+    """Fine-tune a small model on real chats and compare it with the base model. Accepts the flags of `train`."""
     chosen = merge_settings(flags, config, defaults=DEFAULTS)
     folder = None
     if "output_dir" not in chosen.model_fields_set:
@@ -73,7 +80,7 @@ def demo(
         chosen = chosen.model_copy(update={"output_dir": str(folder)})
         ARGUMENTS.get().extend(["--output-dir", str(folder)])  # for the processes of --nproc-per-node
     try:
-        return fit(chosen, as_json=json, overwrite=overwrite, nproc_per_node=nproc_per_node)
+        return fit(chosen, as_json=json, overwrite=overwrite, nproc_per_node=nproc_per_node, verbose=verbose)
     except BaseException:
         if folder is not None and folder.is_dir() and not any(folder.iterdir()):  # the run did not begin
             folder.rmdir()
@@ -117,15 +124,15 @@ def demo_folder(checkpoint: str | None) -> Path:
 KL_TEXTS, KL_TOKENS = 16, 2048  # held-out conversations, and at most so many tokens of them, on which KL is measured
 PROMPT_LENGTH = 60  # characters of the prompt in the commands to try next
 FILES = {
-    PAGE: "all of this and more, to look at in a browser",
-    ADAPTER: "the adapter, a PEFT folder",
-    "model": "the model, a Hugging Face folder",
-    SAMPLES: "the answers above",
-    "metrics.jsonl": "loss, learning rate, speed of every step",
-    "examples.jsonl": "loss of every held-out example, before and after",
-    "skipped-rows.jsonl": "rows of the data that were left out, with the reasons",
-    "run.json": "settings, versions, seeds and data hash: all that is needed to repeat the run",
-    "config.yaml": "the settings, for --config",
+    PAGE: "the full report; open it in a browser",
+    ADAPTER: "the adapter, in PEFT format",
+    "model": "the fine-tuned model, in Hugging Face format",
+    SAMPLES: "the answers shown above",
+    "metrics.jsonl": "loss, learning rate and speed of every step",
+    "examples.jsonl": "loss of each held-out example, before and after training",
+    "skipped-rows.jsonl": "rows of the data that were skipped, with the reasons",
+    "run.json": "settings, versions, seeds and data hash, to reproduce the run",
+    "config.yaml": "the settings; --config runs them again",
     REPORT: "the numbers of report.html, for programs",
 }
 
@@ -133,7 +140,7 @@ FILES = {
 def show(console: Console, config: TrainConfig, folder: Path, report: dict[str, Any] | None) -> None:
     """Prints the page of the run if it has a report, the files in its folder, and commands to try next."""
     if report is not None:
-        print_page(console, read_page(folder))
+        print_page(console, read_page(folder), lead_first=True)
     rows = [(name, content) for name, content in FILES.items() if (folder / name).exists()]
     print_section(console, Section(f"Written to {folder}", "", [Table([Column(""), Column("")], rows)]))
     commands = next_commands(config, folder, [] if report is None else report["remedy"])
@@ -185,6 +192,7 @@ def fit(
     as_json: bool,
     overwrite: bool,
     nproc_per_node: str | None = None,
+    verbose: bool = False,
 ) -> int:
     """Trains, answers held-out prompts with the base and the tuned model, and prints.
 
@@ -202,7 +210,9 @@ def fit(
             log(f"starting {processes} processes")
             return launch(ARGUMENTS.get(), processes, Path(config.output_dir), [WORSE])
     with ExitStack() as stack:
-        with run_progress(stderr() if is_rank_0() else Console(quiet=True)) as listener:  # before torch is loaded
+        with run_progress(
+            stderr() if is_rank_0() else Console(quiet=True), verbose=verbose
+        ) as listener:  # before torch is loaded
             from accelerate import PartialState
 
             from tailora.evaluation.classification import check_packages

@@ -2,8 +2,8 @@
 
     title, numbers -> sections -> lead -> notes
 
-The lead stands at the end, where a reader's eyes are when a command has finished. Commands, and everything where the
-output is no terminal, are never broken into lines.
+The lead comes last, where you look when a command has finished, or below the title if more output follows. Commands
+are never broken into lines, nor is anything in a pipe.
 """
 
 import re
@@ -26,10 +26,13 @@ GAP = 2  # between two columns
 LONG_WORD = 20  # a longer word, such as the path of a layer, may be broken after . / and _
 
 
-def print_page(console: Console, page: blocks.Page, *, everything: bool = False) -> None:
+def print_page(console: Console, page: blocks.Page, *, everything: bool = False, lead_first: bool = False) -> None:
     """everything: with the blocks that only --all shows."""
     details = {"always", "all"} if everything else {"always"}
     _print(console, page.title, style="bold")
+    if lead_first:
+        _print(console, page.lead, style="bold")
+        console.print()
     numbers = [(number.label, number.value, number.note) for number in page.numbers if number.detail in details]
     if numbers:
         _print_table(console, blocks.Table([blocks.Column(""), blocks.Column(""), blocks.Column("")], numbers))
@@ -38,8 +41,9 @@ def print_page(console: Console, page: blocks.Page, *, everything: bool = False)
         if shown:
             blocks_shown = shown if everything else [_with_first_rows(block) for block in shown]
             print_section(console, replace(section, blocks=blocks_shown))
-    if page.lead:
+    if page.lead or page.notes:
         console.print()
+    if not lead_first:
         _print(console, page.lead, style="bold")
     for note in page.notes:
         _print(console, f"Note: {note}")

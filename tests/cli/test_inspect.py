@@ -20,7 +20,7 @@ def test_the_table_fits_80_columns_and_says_what_more_there_is(
     monkeypatch.setenv("COLUMNS", "80")
     code, said, told = call("inspect", adapter)
     assert code == 0
-    assert told == "reading the adapter\n"
+    assert told == "loading the adapter\n"
     assert f"{adapter}: 14 updates of rank 4, scale 8, made for {tiny_model}" in said
     assert "No rule that could be applied advises a change." in said
     assert f"--model {tiny_model} adds" in said

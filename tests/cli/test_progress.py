@@ -19,6 +19,7 @@ NOTHING_DROPPED = {**dict.fromkeys(WARNINGS, 0), "split_examples": 9000}
 HEADER: dict[str, Any] = {
     "settings": {
         "model": "m",
+        "data": "a.jsonl",
         "method": "lora",
         "dtype": "auto",
         "per_device_train_batch_size": 4,
@@ -80,28 +81,45 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_evaluations_and_notes_are_always_shown() -> None:
     text = shown_by(io.StringIO(), [Evaluated(step=7, loss=3.5, seconds=1.0, best=True), Note("padded, because")])
-    assert "held-out loss 3.5000 at step 7, the best so far" in text
+    assert "held-out loss after step 7: 3.5000 (best so far)" in text
     assert "note: padded, because" in text
 
 
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({}, "99M parameters, bfloat16 (what this machine is fastest with)"),
-        ({"settings": {**HEADER["settings"], "dtype": "bfloat16"}}, "bfloat16 (as asked)"),
+        ({}, "model m, 99M parameters, bfloat16 device"),
+        ({"settings": {**HEADER["settings"], "model": "demo"}}, "model demo (SmolLM2-135M-Instruct), 99M"),
         ({}, "device cuda:0, NVIDIA T4"),
-        ({}, "210 layers, 1,000,000 parameters (1.00%)"),
-        ({}, "90 examples, 10 held out; read as messages"),
-        ({}, "12 steps, 8 examples each, packed"),
-        ({"packed": False, "processes": 2, "max_steps": 1}, "1 step, 16 examples each, padded"),
-        ({"data": None}, "streamed"),
+        ({}, "210 layers, 1,000,000 trainable parameters (1.00%)"),
+        ({"start": "pissa"}, "init pissa"),
+        ({}, "data a.jsonl: 90 examples, 10 held out; format: messages"),
+        ({"settings": {**HEADER["settings"], "data": ["a.jsonl", "b.txt=2"]}}, "data a.jsonl, b.txt=2: 90 examples"),
+        ({}, "12 steps of 8 examples"),
+        ({"processes": 2, "max_steps": 1}, "1 step of 16 examples"),
+        ({"data": None}, "a.jsonl: streamed, none held out"),
+    ],
+)
+def test_the_header_shows_what_is_trained_on_what(changes: dict[str, object], part: str) -> None:
+    assert part in " ".join(format_header({**HEADER, **changes}).split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({}, "precision bfloat16, the fastest dtype on this machine"),
+        ({"settings": {**HEADER["settings"], "dtype": "bfloat16"}}, "bfloat16, set by --dtype"),
+        ({}, "batches packed"),
+        ({"packed": False}, "batches padded"),
         ({}, "decoder layers those of transformers, because --fast off asks for them"),
         ({}, "loss from the model's own logits"),
         ({"kernels": HEADER["kernels"].replace("asks for them", "does; so")}, "because --fast off does; so attention"),
     ],
 )
-def test_the_header_says_what_was_chosen_and_why(changes: dict[str, object], part: str) -> None:
-    assert part in " ".join(format_header({**HEADER, **changes}).split())
+def test_only_a_verbose_header_shows_how_it_is_computed(changes: dict[str, object], part: str) -> None:
+    header = {**HEADER, **changes}
+    assert part in " ".join(format_header(header, verbose=True).split())
+    assert part not in " ".join(format_header(header).split())
 
 
 @pytest.mark.parametrize(
@@ -127,12 +145,12 @@ def test_the_header_has_a_line_for_what_was_dropped_and_for_nothing_else(key: st
 def test_the_header_has_one_of_what_there_is_one() -> None:
     header = {**HEADER, "adapted_layers": 1, "max_steps": 1, "data": {**HEADER["data"], "train": 1}}
     text = " ".join(format_header(header).split())
-    assert all(part in text for part in ("adapter 1 layer, ", "data 1 example, ", "steps 1 step, "))
+    assert all(part in text for part in ("adapter 1 layer, ", "a.jsonl: 1 example, ", "steps 1 step of "))
 
 
 def test_the_header_counts_copies_among_the_held_out_rows_once() -> None:
     text = " ".join(format_header({**HEADER, "data": {**HEADER["data"], "eval_copies": 4}}).split())
-    assert "90 examples, 10 held out; read as" in text
+    assert "90 examples, 10 held out; format" in text
     assert "copies 4 more held-out rows are copies, which are not evaluated again" in text
 
 
@@ -147,16 +165,16 @@ def test_the_header_says_what_an_epoch_has_of_each_source() -> None:
 
 @pytest.mark.parametrize("width", [60, 80, 100])
 def test_the_header_breaks_lines_between_words_only(width: int) -> None:
-    lines = format_header(HEADER, width).splitlines()
+    lines = format_header(HEADER, width, verbose=True).splitlines()
     assert max(map(len, lines)) <= width
-    assert " ".join(" ".join(lines).split()) == " ".join(format_header(HEADER, 1000).split())
+    assert " ".join(" ".join(lines).split()) == " ".join(format_header(HEADER, 1000, verbose=True).split())
     assert [line.split()[0] for line in lines if not line.startswith(" ")][-3:] == ["decoder", "attention", "loss"]
 
 
 def test_streamed_data_is_not_counted_though_the_held_out_is() -> None:
     data = {**HEADER["data"], "duplicates": 10}
     text = format_header({**HEADER, "data": data, "settings": {**HEADER["settings"], "streaming": True}})
-    assert "streamed; 10 held out" in text
+    assert "streamed, 10 held out" in text
     assert "DUPLICATES" not in text
 
 
@@ -213,7 +231,7 @@ def test_work_without_a_measure_is_no_full_bar(file: io.StringIO, monkeypatch: p
 
 def test_after_the_last_step_the_bar_says_what_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tailora.cli.progress.SECONDS_BETWEEN_LINES", 0)
-    said = "all steps are done; evaluating and saving"
+    said = "training finished; evaluating and saving"
     step = Stepped(11, 12, 2.0, 1e-3, 1.0, 8, 8, 1.0, 8.0, 1.0, 10**9)
     assert said not in shown_by(io.StringIO(), [step])
     assert said in shown_by(io.StringIO(), [replace(step, step=12)])

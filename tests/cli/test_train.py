@@ -89,8 +89,12 @@ def finished(tiny_model: Path, chats_text: str, tmp_path_factory: pytest.TempPat
 def test_it_ends_with_what_changed_and_what_comes_next(finished: FinishedRun) -> None:
     for part in ("held-out loss before", "perplexity", "over 6 held-out examples). That is too few to tell", "tuned"):
         assert part in finished.out
+    title, verdict = finished.out.splitlines()[:2]
+    assert title.endswith(f"fine-tuned: {finished.folder}")
+    assert verdict.startswith("Held-out loss went ")  # the result comes first, and once
+    assert finished.out.count(verdict) == 1
     assert "step 2/2" in finished.err
-    assert "18 examples, 6 held out" in finished.err
+    assert "18 examples, 6 held out" in " ".join(finished.err.split())
     assert {path.name for path in finished.folder.iterdir()} >= {*FILES.split()}
 
 
@@ -251,7 +255,7 @@ def test_without_a_report_the_files_are_shown(
     shown = capsys.readouterr()
     assert shown.err.count("No space left on device") == 2
     assert "adapter_model" not in shown.out
-    assert "the adapter, a PEFT folder" in shown.out
+    assert "the adapter, in PEFT format" in shown.out
     assert "tailora chat" in shown.out
 
 

@@ -138,7 +138,7 @@ def test_a_run_of_two_processes_is_interrupted_resumed_and_killed(settings: Any,
     assert message == f"interrupted: the run so far is saved in {out}/checkpoint-{saved}; to resume it:"
     command = f"tailora train --nproc-per-node 2 --config {out}/config.yaml --resume-from-checkpoint "
     assert text.splitlines()[-1] == f"{command}{out}/checkpoint-{saved}"
-    assert text.count("reading model and data") == 1  # rank 0 alone
+    assert text.count("loading the model and data") == 1  # rank 0 alone
     record = json.loads((out / "run.json").read_text())
     assert (record["processes"], record["machine"]["threads"]) == (2, 1)
     assert "nproc" not in (out / "config.yaml").read_text()
