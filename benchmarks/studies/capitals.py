@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
 from benchmarks.studies.snippets import fetch_package, table, write_rows
-from tailora.core.device import cache_folder
+from tailora.core.cache import cache_folder
 from tailora.data.demo import build_once, data_folder
 
 WORDS = 12  # of a row, at most

@@ -14,7 +14,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from tailora.core.device import cache_folder
+from tailora.core.cache import cache_folder
 from tailora.data.demo import build_once, check_hash, explain_pip_error, write_jsonl
 from tailora.data.messages import Messages
 from tailora.errors import FetchError

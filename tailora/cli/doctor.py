@@ -56,7 +56,8 @@ def collect_facts() -> Facts:
     import torch
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from tailora.core.device import cache_folder, choose_device, devices
+    from tailora.core.cache import cache_folder
+    from tailora.core.device import choose_device, devices
     from tailora.train.memory import available_bytes
 
     chosen = str(choose_device())  # first, because it says why a card cannot be used

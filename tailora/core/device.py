@@ -1,6 +1,5 @@
 """The devices of this machine: which one is chosen, what it can do, and what it is called."""
 
-import os
 import platform
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -198,10 +197,3 @@ def cpu_flags(cpuinfo: Path = CPUINFO) -> frozenset[str]:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     flags = (line for line in lines if line.lower().startswith(("flags", "features")))
     return frozenset(next(flags, "").split())
-
-
-def cache_folder() -> Path:
-    """Returns TAILORA_HOME, or tailora in the user's cache folder."""
-    home = os.environ.get("TAILORA_HOME")
-    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home).expanduser() if home else Path(user_cache) / "tailora"

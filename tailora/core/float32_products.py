@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tailora.core.device import HALF, cache_folder, device_name
+from tailora.core.cache import cache_folder
+from tailora.core.device import HALF, device_name
 
 BLOCK_ELEMENTS = 1 << 20  # of a weight that are converted at a time: 4 MB in float32, which a core's caches hold
 TOKENS = (4, 16, 64)  # of the products that are timed

@@ -1,7 +1,6 @@
 """Files that are written completely or not at all, and safetensors with the same bytes for the same content.
 
 New content goes to a temporary sibling, is flushed to the disk and renamed, so no reader sees half of a file.
-`cache_folder` is where files are kept that can be made again.
 """
 
 import errno
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
-from tailora.core.device import cache_folder
+from tailora.core.cache import cache_folder
 from tailora.errors import ConfigError, FormatError, TailoraError, WriteError
 
 if TYPE_CHECKING:

@@ -31,7 +31,8 @@ from torch.utils._triton import has_triton
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tailora.core.attach import Adapted, attached_parts
-from tailora.core.device import cache_folder, cpu_flags
+from tailora.core.cache import cache_folder
+from tailora.core.device import cpu_flags
 from tailora.core.layer_types import computing_device
 from tailora.kernels.device_attention import MOST_GRAPHS
 

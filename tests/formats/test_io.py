@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tailora.core.device import cache_folder
+from tailora.core.cache import cache_folder
 from tailora.errors import FormatError, WriteError
 from tailora.formats.io import read_safetensors, replace_folder, safetensors_bytes, write_file
 
