@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 PACKAGES = ["torch", "transformers", "accelerate", "safetensors", "datasets", "pydantic", "cyclopts", "rich", "gguf"]
-BYTES_PER_PARAMETER = {"bfloat16": 2, "float16": 2, "float32": 4}
+BYTES_PER_PARAMETER = {"bfloat16": 2, "float16": 2, "float32": 4}  # of a base model
 WORKS = "works"
 BYTES = ("memory", "total", "available", "free")
 
@@ -84,22 +84,22 @@ def collect_facts() -> Facts:
 def device_facts(device: "torch.device") -> dict[str, Any]:
     """Returns what a device is, and for each method "works" or why it does not work there; nothing is run but probes.
 
-    dtype: what --dtype auto means there.    capability: of an NVIDIA or AMD card.
+    dtype: of --dtype auto; "stored" is that of the model's files.    capability: of an NVIDIA or AMD card.
     """
-    from tailora.core.device import capability, device_name, has_bfloat16
+    from tailora.core.device import capability, device_name, fast_dtype, has_bfloat16
     from tailora.kernels.compiled_layers import compiler_obstacle
     from tailora.kernels.device_attention import PROVIDERS
     from tailora.train.memory import available_bytes, total_bytes
-    from tailora.train.model_loading import METHODS, obstacle, precision_of
+    from tailora.train.model_loading import METHODS, obstacle
 
-    precision = cast("torch.dtype", precision_of("auto", device))
+    precision = fast_dtype(device)
     attention = {name: provider.obstacle(device, precision) or WORKS for name, provider in PROVIDERS.items()}
     return {
         "name": device_name(device),
         "memory": total_bytes(device),
         "available": available_bytes(device),
         "bfloat16": has_bfloat16(device),
-        "dtype": str(precision).removeprefix("torch."),
+        "dtype": "stored" if device.type == "cpu" else str(precision).removeprefix("torch."),
         "capability": capability(device),
         "attention": {"tailora's operator": WORKS} if device.type == "cpu" else attention,
         "compiled layers": compiler_obstacle(device) or WORKS,
@@ -110,10 +110,12 @@ def device_facts(device: "torch.device") -> dict[str, Any]:
 def conclusions(facts: Facts) -> list[str]:
     """Returns what follows for training, in sentences."""
     device = facts["device"]
-    size = BYTES_PER_PARAMETER[device["dtype"]]
+    stored = device["dtype"] == "stored"
+    dtype = "bfloat16" if stored else device["dtype"]
+    size, meaning = BYTES_PER_PARAMETER[dtype], "keeps the precision of the model's files" if stored else f"is {dtype}"
     memory = facts["memory"]["available"] if device["type"] == "cpu" else device["memory"]
     return [
-        f"--dtype auto is {device['dtype']}: {size} bytes for each parameter of the base model",
+        f"--dtype auto {meaning}: {size} bytes per parameter of the base model{' in bfloat16' if stored else ''}",
         f"a base model of {memory / 2 / size / 1e9:.1f}B parameters fills half of the memory; training takes the rest",
         f"training runs on {device['auto']}; threads: {facts['threads']['torch']} (OMP_NUM_THREADS changes it)",
     ]

@@ -318,6 +318,7 @@ def load_model(
     dtype: as in `train.model_loading.load_base`.    device: as in `core.device.choose_device`.
     Raises ConfigError, FormatError, BaseMismatchError.
     """
+    from tailora.core.float32_products import use_fastest_products
     from tailora.model import LoRAModel
     from tailora.train.model_loading import check_writes_text, label_task_of_adapter, load_base
 
@@ -330,6 +331,7 @@ def load_model(
             check_writes_text(model, theirs.task)
     task, method = task_of(model, list(folders.values())), quantize_method(list(folders.values()), quantize)
     base, tokenizer = load_base(model, dtype, chosen, method, task=task, labels=labels)
+    use_fastest_products(base)
     if not folders:
         return Loaded(base.eval(), tokenizer, [])
     (first, folder), *rest = folders.items()

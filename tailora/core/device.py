@@ -175,7 +175,10 @@ def has_bfloat16(device: torch.device | str = "cpu", cpuinfo: Path = CPUINFO) ->
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """Returns bfloat16; float16 on NVIDIA's cards before Ampere, whose gradients need a loss scale; else float32."""
+    """Returns the best precision for a base model on a GPU.
+
+    It is bfloat16; float16 on NVIDIA's cards before Ampere, where training scales the loss; else float32.
+    """
     if has_bfloat16(device):
         return torch.bfloat16
     return torch.float16 if device.type == "cuda" else torch.float32

@@ -119,6 +119,28 @@ def float32_products(tokens: int | None) -> AbstractContextManager[object]:
     return nullcontext() if tokens is None else Float32Products(tokens)
 
 
+def use_fastest_products(base: nn.Module) -> None:
+    """Computes 16-bit products in float32 in every forward of a language model that has enough tokens.
+
+    Within `Float32Products` each call of torch takes a microsecond longer, which forwards of a few tokens do without.
+    """
+    tokens = fastest_products(base)
+    if tokens is None:
+        return
+    entered: list[AbstractContextManager[object]] = []
+
+    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        entered.append(float32_products(tokens if ids is None or ids.numel() >= tokens else None))
+        entered[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    base.register_forward_pre_hook(enter, with_kwargs=True)
+    base.register_forward_hook(leave, always_call=True)
+
+
 def _pays(tokens: int, *operands: Any) -> bool:
     """True for 16-bit operands on a CPU, the first of which has enough rows."""
     first = operands[0]

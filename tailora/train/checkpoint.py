@@ -158,7 +158,8 @@ FACTS = {  # what else the exact results of a run depend on -> its name in a mes
     "dtype": "precision of the base",
     "processes": "number of processes",
     "device": "kind of device",
-    "kernels": "how layers and products are computed",
+    "kernels": "how layers are computed",
+    "float32_from": "tokens from which on products are computed in float32",
 }
 
 

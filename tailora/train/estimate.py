@@ -24,7 +24,7 @@ from torch.utils._mode_utils import no_dispatch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from tailora.core.adapter import adapter_dtype
-from tailora.core.device import synchronize
+from tailora.core.device import HALF, synchronize
 from tailora.core.layer_types import CONV1D, layer_type_of
 from tailora.core.quantization import named_stored_tensors
 from tailora.data.dataset import Example
@@ -169,10 +169,11 @@ def fake_trainable(
         place, dtype = torch.device("meta"), cast(torch.dtype | str, device.precision)
     else:
         place, dtype = device, precision_of(config.dtype, device)
-    with place:
-        base = new_model(shape, config.model, config.task, dtype=dtype).eval()
     stored = getattr(shape, "dtype", None) or torch.float32  # according to config.json
     files: torch.dtype = getattr(torch, stored) if isinstance(stored, str) else stored
+    with place:
+        precision = files if dtype == "auto" else dtype
+        base = new_model(shape, config.model, config.task, dtype=precision).eval()
     storage = None if config.quantize is None else METHODS[config.quantize].stored
     if config.quantize is not None and storage is None:
         raise ConfigError(f"what --quantize {config.quantize} takes is not known: choose another method to estimate it")
@@ -433,13 +434,20 @@ REPEATS = 5
 
 
 def products_per_second(tokens: int, width: int, inner: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Returns the operations a second of (tokens, width) x (width, inner), a median of a few."""
-    x = torch.ones(tokens, width, dtype=dtype, device=device)
-    weight = torch.ones(inner, width, dtype=dtype, device=device)
-    seconds = []
-    for _ in range(1 + REPEATS):
-        started = time.perf_counter()
-        torch.mm(x, weight.T)
-        synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return 2.0 * tokens * width * inner / median(seconds[1:])
+    """Returns the operations a second of (tokens, width) x (width, inner), a median of a few.
+
+    A CPU computes 16-bit products in the faster of both precisions (`core.float32_products`).
+    """
+    both = device.type == "cpu" and dtype in HALF
+    medians = []
+    for precision in (dtype, torch.float32) if both else (dtype,):
+        x = torch.ones(tokens, width, dtype=precision, device=device)
+        weight = torch.ones(inner, width, dtype=precision, device=device)
+        seconds = []
+        for _ in range(1 + REPEATS):
+            started = time.perf_counter()
+            torch.mm(x, weight.T)
+            synchronize(device)
+            seconds.append(time.perf_counter() - started)
+        medians.append(median(seconds[1:]))
+    return 2.0 * tokens * width * inner / min(medians)

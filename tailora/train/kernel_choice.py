@@ -1,8 +1,9 @@
 """Which kernels a run computes with. Each kind is tried on the user's model (`train.kernel_comparison`).
 
-choose_layout     packed or padded batches; what computes attention (`choose_packing`), and the loss (`choose_form`)
-choose_kernels    layers: compiled ones if the rest of the run pays for compiling and they are faster here, else those
-                  of transformers; 16-bit products: in float32 where that is faster. All processes choose the same.
+choose_layout     packed or padded batches; what computes attention (`choose_packing`), and the loss (`choose_form`);
+                  16-bit products in float32 where that is faster
+choose_kernels    compiled layers if the rest of the run pays for compiling and they are faster here, else those of
+                  transformers. All processes choose the same.
 use_kernels       within the block the model computes with them
 share_kept        how much compiled layers keep for the backward, of what others keep
 """
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tailora.core.attach import evaluating
 from tailora.core.device import HALF, synchronize
-from tailora.core.float32_products import fastest_products, float32_products
+from tailora.core.float32_products import fastest_products
 from tailora.core.quantization import is_quantized
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
@@ -65,13 +66,12 @@ class Kernels:
     layers: str  # PLAIN: those of transformers; COMPILED: by torch.compile
     description: str  # for the run's header: decoder layers; attention; loss
     compiled: CompiledLayers | None = None
-    float32_from: int | None = None  # tokens of a 16-bit product that is computed in float32; None: all in 16 bits
 
     @property
     def record(self) -> dict[str, Any]:
         """What a checkpoint remembers."""
         memory = None if self.compiled is None else self.compiled.activation_memory
-        return {"layers": self.layers, "activation_memory": memory, "float32_from": self.float32_from}
+        return {"layers": self.layers, "activation_memory": memory}
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,17 @@ def choose_layout(
     Raises ConfigError for packing = 'on' if it would change results.
     """
     base = cast(PreTrainedModel, model.base_model)
+    float32_from = None
+    if compare and config.fast != "off":
+        float32_from = cast("int | None", broadcast_object_list([fastest_products(base)])[0])
     if task.is_plain:
         if config.packing == "on":
             raise ConfigError(f"--packing on: rows are padded, each for itself, for {task.description}; leave it out")
-        return BatchLayout(packed=False, loss=HEAD, pad_id=pad_id(tokenizer))
+        return BatchLayout(False, HEAD, pad_id(tokenizer), float32_from=float32_from)
     with evaluating(model):
         attention, packing_note = choose_packing(base, config.packing, compare=compare)
         packed, own = attention is not None, own_form(base)
-        layout = BatchLayout(packed, own, pad_id(tokenizer), attention)
+        layout = BatchLayout(packed, own, pad_id(tokenizer), attention, float32_from)
         with layout.used_by(base):
             batch = make_batch(short_examples(base), layout, base.device)
             loss, obstacle = own, None
@@ -179,25 +182,17 @@ def choose_kernels(
     Raises ConfigError if compiled layers are asked for and there is an obstacle.
     """
     base = cast(PreTrainedModel, model.base_model)
-    if config.fast == "off":
-        float32_from = None
-    elif recorded is None:
-        float32_from = cast("int | None", broadcast_object_list([fastest_products(base)])[0])
-    else:
-        float32_from = recorded["float32_from"]
-    products = describe_products(base, float32_from)
     if layout.loss == HEAD:
         if asks_for_compiled_layers(config):
             raise ConfigError("--fast compile and --activation-memory are for language models: leave them out")
         attention = base.config._attn_implementation
-        text = f"layers: plain; attention: {attention}; loss: {layout.loss}{products}"
-        return Kernels(PLAIN, text, float32_from=float32_from)
+        text = f"layers: plain; attention: {attention}; loss: {layout.loss}{_products(base, layout)}"
+        return Kernels(PLAIN, text)
     reason = ""
     if config.fast != "off":
-        with float32_products(float32_from):
-            kernels, obstacle = _try_compiled(config, model, layout, work, recorded)
+        kernels, obstacle = _try_compiled(config, model, layout, work, recorded)
         if kernels is not None:
-            return replace(kernels, description=kernels.description + products, float32_from=float32_from)
+            return kernels
         if asks_for_compiled_layers(config):
             name = "--fast compile" if config.fast == "compile" else "--activation-memory"
             raise ConfigError(f"{name} needs compiled layers, which this run cannot have: {obstacle}; leave it out")
@@ -207,16 +202,16 @@ def choose_kernels(
                 "as it was started, or start again in another --output-dir"
             )
         reason = f" (compiled layers: {obstacle})"
-    return plain_kernels(base, layout, f"{reason}", float32_from)
+    return plain_kernels(base, layout, reason)
 
 
 def recorded_kernels(run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Returns `Kernels.record` of a checkpoint's run. Earlier versions recorded only the layers, or nothing."""
+    """Returns `Kernels.record` of a checkpoint's run. Earlier versions recorded it in other words, or not at all."""
     if "layer_kernels" not in run:
         return run.get("kernels")
     layers = run["layer_kernels"]  # True: hand-written layers of Llama, which are gone
     memory = float(layers.rsplit(" ", 1)[1]) if isinstance(layers, str) else None  # "compiled, activation_memory 1"
-    return {"layers": PLAIN if memory is None else COMPILED, "activation_memory": memory, "float32_from": None}
+    return {"layers": PLAIN if memory is None else COMPILED, "activation_memory": memory}
 
 
 def asks_for_compiled_layers(config: TrainConfig) -> bool:
@@ -235,7 +230,7 @@ def _try_compiled(
         return None, obstacle
     compiled = CompiledLayers(budget)
     kernels = Kernels(COMPILED, "", compiled)
-    if recorded is not None and recorded != {**kernels.record, "float32_from": recorded["float32_from"]}:
+    if recorded is not None and recorded != kernels.record:
         return None, "the run was started without them, or with another --activation-memory"
     if recorded is None and not asked and (obstacle := _costs_more_than_it_saves(model, work, layout)):
         return None, obstacle
@@ -265,7 +260,7 @@ def _try_compiled(
         check = f"{speed}, {check}"
     kept = "" if budget == 1 else f", keeping {budget:.0%} of the activations"
     text = f"decoder layers: compiled{kept}, {check}; attention: {_attention(base, layout)}; loss: {layout.loss}"
-    return replace(kernels, description=text), None
+    return replace(kernels, description=text + _products(base, layout)), None
 
 
 def _costs_more_than_it_saves(model: Trainable, work: Work, layout: BatchLayout) -> str | None:
@@ -337,22 +332,20 @@ def _compile_for_training(
     return None, "as when the run was started"
 
 
-def plain_kernels(
-    base: PreTrainedModel, layout: BatchLayout, reason: str = "", float32_from: int | None = None
-) -> Kernels:
+def plain_kernels(base: PreTrainedModel, layout: BatchLayout, reason: str = "") -> Kernels:
     """Returns the layers of transformers. reason: why others are not used."""
-    products = describe_products(base, float32_from)
-    text = f"decoder layers: plain{reason}; attention: {_attention(base, layout)}; loss: {layout.loss}{products}"
-    return Kernels(PLAIN, text, float32_from=float32_from)
+    text = f"decoder layers: plain{reason}; attention: {_attention(base, layout)}; loss: {layout.loss}"
+    return Kernels(PLAIN, text + _products(base, layout))
 
 
-def describe_products(base: PreTrainedModel, float32_from: int | None) -> str:
+def _products(base: PreTrainedModel, layout: BatchLayout) -> str:
+    """Returns how products of 16-bit numbers are computed on a CPU, for the run's header."""
     if base.device.type != "cpu" or base.dtype not in HALF:
         return ""
     dtype = str(base.dtype).removeprefix("torch.")
-    if float32_from is None:
+    if layout.float32_from is None:
         return f"; products: {dtype}"
-    return f"; products: float32 from {float32_from} tokens on, which is faster here than {dtype}"
+    return f"; products: float32 from {layout.float32_from} tokens on, which is faster here than {dtype}"
 
 
 # Of what plain layers keep for the backward, compiled ones keep this share, times --activation-memory: 141 of 182 MB,
@@ -397,7 +390,6 @@ def use_kernels(
     """
     with ExitStack() as stack:
         stack.enter_context(layout.used_by(base))
-        stack.enter_context(float32_products(kernels.float32_from))
         if kernels.compiled is not None:
             stack.enter_context(kernels.compiled.used_by(decoder_layers(base)))
         elif checkpointed:

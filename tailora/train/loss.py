@@ -11,7 +11,7 @@ boundary. Other tasks are in train/preference.py and train/classification.py.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from tailora.core.attach import evaluating
+from tailora.core.float32_products import float32_products
 from tailora.core.inference import constant_adapters
 from tailora.data.collate import collate_packed, collate_padded
 from tailora.data.dataset import IGNORED, Example, Examples
@@ -255,10 +256,14 @@ class BatchLayout:
     loss: str  # a key of kernels.loss.FORMS, or HEAD
     pad_id: int
     attention: str | None = None  # what computes it for packed rows: see `kernels.attention.packed_rows`
+    float32_from: int | None = None  # tokens, from which on 16-bit products are computed in float32; None: never
 
-    def used_by(self, base: PreTrainedModel) -> AbstractContextManager[None]:
-        """Within the block the model's attention reads batches of this layout; afterwards it is restored."""
-        return packed_rows(base, self.attention) if self.packed else padded_rows(base)
+    @contextmanager
+    def used_by(self, base: PreTrainedModel) -> Iterator[None]:
+        """Within the block the model computes batches of this layout; afterwards it is restored."""
+        attention = packed_rows(base, self.attention) if self.packed else padded_rows(base)
+        with attention, float32_products(self.float32_from):
+            yield
 
 
 class ModelWithLoss(nn.Module):

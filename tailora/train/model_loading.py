@@ -202,8 +202,13 @@ DTYPES: dict[str, torch.dtype | str] = {
 
 
 def precision_of(dtype: str, device: torch.device) -> torch.dtype | str:
-    """Returns the dtype of one of `DTYPES`, or for "auto" the one that suits the device."""
-    return fast_dtype(device) if dtype == "auto" else DTYPES[dtype]
+    """Returns the dtype of one of `DTYPES`. "auto" is the fastest on a GPU and that of the model's files on a CPU.
+
+    A CPU computes products in its faster precision anyway (`core.float32_products`).
+    """
+    if dtype != "auto":
+        return DTYPES[dtype]
+    return DTYPES["stored"] if device.type == "cpu" else fast_dtype(device)
 
 
 @contextmanager
@@ -270,7 +275,7 @@ def load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns model and tokenizer of a folder, a Hub id, or 'demo'.
 
-    dtype: float32, bfloat16, float16, "stored" (that of the files), or "auto" (what suits the device).
+    dtype: float32, bfloat16, float16, "stored" (that of the files), or "auto" (see `precision_of`).
     device: where every weight goes as soon as it is read, so that host memory never holds the whole model.
     quantize: one of METHODS for the linear layers; other tensors have the dtype.
     sharding: of the model, before it has weights; of what is sharded each rank reads its part alone. A
@@ -288,7 +293,7 @@ def load_base(
         more: dict[str, Any] = {}  # None would remove the quantization of a model that is quantized already
         if quantize is not None:
             check_unquantized(config, name, quantize)
-            wide = precision if isinstance(precision, torch.dtype) else torch.bfloat16
+            wide = precision if isinstance(precision, torch.dtype) else config.dtype or torch.bfloat16
             more["quantization_config"] = settings_for(quantize, wide, device)
         has_other_head = labels is not None and labels_of_config(config) not in (labels, None)
         if labels is not None:

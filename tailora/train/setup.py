@@ -114,6 +114,7 @@ class Run:
             "processes": self.accelerator.num_processes,
             "device": self.accelerator.device.type,
             "kernels": self.kernels.record,
+            "float32_from": self.layout.float32_from,
             "base": {name: layer.model_dump(exclude_defaults=True) for name, layer in self.weights.items()},
         }
 
@@ -238,10 +239,13 @@ def choose_computation(
     saved: the checkpoint to continue from, whose kernels are used again.    note: see `choose_layout`.
     """
     layout = choose_layout(config, model, tokenizer, note, task=data.tried_task)
+    recorded = None
+    if saved is not None:
+        recorded = recorded_kernels(saved.state["run"])
+        layout = replace(layout, float32_from=saved.state["run"].get("float32_from"))
     check_layers_are_called(model, data.longest, data.tried_task, layout)
     init_from_data(model, data, layout, config.init_batches)
     step = 0 if saved is None else saved.state["progress"]["step"]
-    recorded = None if saved is None else recorded_kernels(saved.state["run"])
     return layout, choose_kernels(config, model, layout, Work(data.tokens(step), data.longest), recorded)
 
 

@@ -20,7 +20,7 @@ def test_json_describes_this_machine_and_what_works_on_every_device() -> None:
     assert facts["device"]["auto"] in facts["devices"]
     for device in facts["devices"].values():
         assert 0 < device["available"] <= device["memory"]
-        assert device["dtype"] in {"bfloat16", "float16", "float32"}
+        assert device["dtype"] in {"stored", "bfloat16", "float16", "float32"}
         assert device["compiled layers"]
         assert set(device["quantize"]) >= {"nf4", "int8"}
         assert "works" in device["attention"].values()

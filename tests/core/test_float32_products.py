@@ -9,13 +9,14 @@ import torch
 from tiny import tiny_model
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core import float32_products
 from tailora.core.device import HALF
-from tailora.core.float32_products import Float32Products, fastest_products
+from tailora.core.float32_products import Float32Products, fastest_products, use_fastest_products
 from tailora.kernels import cpu_attention
 
 TOKENS = 4
@@ -147,6 +148,21 @@ def test_a_model_and_its_adapter_compute_as_well_as_in_16_bits(class_name: str) 
             found.append(float((gradients(torch.bfloat16, tokens, seed) - exact).norm() / exact.norm()))
     assert errors[TOKENS] != errors[999]
     assert sum(errors[TOKENS]) < 1.2 * sum(errors[999])
+
+
+def test_forwards_of_enough_tokens_use_the_faster_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single tokens of `generate` do not, and an error in a forward leaves nothing behind."""
+    monkeypatch.setattr(float32_products, "fastest_products", lambda _: 8)
+    base = tiny_model("LlamaForCausalLM").bfloat16()
+    use_fastest_products(base)
+    for tokens, dtype in ((8, torch.float32), (7, torch.bfloat16)):
+        with Operators() as operators, torch.no_grad():
+            base(input_ids=torch.zeros(1, tokens, dtype=torch.long))
+        assert ("mm", dtype) in operators.seen
+        assert {precision for _, precision in operators.seen} == {dtype}
+    with pytest.raises(IndexError):
+        base(input_ids=torch.full((1, 8), 10**6))
+    assert len(_get_current_function_mode_stack()) == 0
 
 
 # ---- The choice

@@ -324,7 +324,7 @@ def test_paths_within_the_root_and_trusted_ones(make: Make, root: Path) -> None:
 
 def test_a_folder_that_may_not_be_read(make: Make, root: Path) -> None:
     (root / "legal").chmod(0)
-    with modes_obeyed(), pytest.raises(FormatError, match="cannot read .*; check its permissions"):
+    with modes_obeyed(), pytest.raises(FormatError, match=r"cannot read .*; check its permissions"):
         make("legal")
     (root / "legal").chmod(0o700)
 

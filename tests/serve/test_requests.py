@@ -173,7 +173,9 @@ def test_an_unknown_route_names_those_that_there_are(server: Running) -> None:
     response = server.http.get("/v1/embeddings")
     assert response.status_code == 404
     message = response.json()["error"]["message"]
-    assert message.startswith("unknown route GET /v1/embeddings; available: POST /v1/chat/completions, POST /v1/completions, GET ")
+    assert message.startswith(
+        "unknown route GET /v1/embeddings; available: POST /v1/chat/completions, POST /v1/completions, GET "
+    )
     response = server.http.get("/v1/completions")
     assert (response.status_code, response.headers["Allow"]) == (405, "POST")
     assert "POST /v1/completions" in response.json()["error"]["message"]

@@ -82,7 +82,6 @@ def test_a_few_real_steps_say_what_they_took(small_run: TrainConfig) -> None:
     assert measured.memory.activations == estimated.memory.activations
     seconds = took.seconds_per_token * (measured.schedule.tokens or 0)
     assert measured.schedule.seconds == pytest.approx(seconds, rel=0.01)
-    assert "differ by at most" in measured.kernels
     assert "measured" in measured.basis["memory"]
     assert "measured" not in estimated.basis["memory"]
 

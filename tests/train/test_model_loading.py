@@ -3,7 +3,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tailora.core.device import has_bfloat16
 from tailora.errors import ConfigError
 from tailora.train.model_loading import load_base
 
@@ -15,9 +14,14 @@ def test_the_base_comes_in_the_precision_asked_for(model_folder: Path, dtype: st
     assert tokenizer.eos_token == "<|im_end|>"
 
 
-def test_auto_follows_the_machine(model_folder: Path) -> None:
-    model, _ = load_base(str(model_folder), "auto")
-    assert model.dtype == (torch.bfloat16 if has_bfloat16() else torch.float32)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_auto_keeps_the_precision_of_the_files_on_a_cpu(
+    model_folder: Path, tmp_path: Path, stored: torch.dtype
+) -> None:
+    model, tokenizer = load_base(str(model_folder), "float32")
+    model.to(stored).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert load_base(str(tmp_path))[0].dtype == stored
 
 
 def test_pickled_weights_are_not_read(model_folder: Path, tmp_path: Path) -> None:

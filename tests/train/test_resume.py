@@ -124,7 +124,7 @@ def test_a_resumed_run_keeps_the_products_that_it_was_started_with(
     settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where others are faster now."""
-    choices = iter([4, None])
+    choices = iter([4, None, None])
     monkeypatch.setattr("tailora.train.kernel_choice.fastest_products", lambda _: next(choices))
     config = settings(max_steps=4, save_steps=2, dtype="bfloat16")
     run(config)
