@@ -189,7 +189,7 @@ def _sdpa(tokens: int, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 def _attention(tokens: int, func: Any, args: tuple[Any, ...], _kwargs: Mapping[str, Any]) -> Any:
     heads = args[0].shape[1]  # of q (tokens, heads, width)
-    return func(*args, True) if _pays(tokens * heads, args[0]) else None
+    return func(*args[:6], True) if _pays(tokens * heads, args[0]) else None
 
 
 REPLACEMENTS: dict[Any, Callable[..., Tensor | None]] = {
