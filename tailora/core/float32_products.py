@@ -229,7 +229,8 @@ def fastest_products(base: nn.Module) -> int | None:
     file = cache_folder() / "products.json"
     known = _read(file)
     if key not in known:
-        known = {**_read(file), key: _measure(dtype, rows, in_features)}
+        measured = _measure(dtype, rows, in_features)
+        known = {key: measured, **_read(file)}  # the first process decides, so that equal runs compute the same
         with suppress(OSError):  # a folder that is read-only: measured again by the next process
             file.parent.mkdir(parents=True, exist_ok=True)
             temporary = file.with_name(f"{file.name}.{os.getpid()}")
