@@ -201,7 +201,7 @@ def settings_of(tool: str) -> str:
         unit = OTHER_UNITS.get(name, "")
         shown = f"`{ours}{value and f': {value}'}`{unit}"
         rows.append([f"`{name}`", f"`{setting['default']}`", shown, f"`{here[ours]}`"])
-    head = [f"{tool} {there['version']}", "default there", "tailora", "default here"]
+    head = [f"{tool} {there['version']}", "default", "tailora", "default"]
     return tables.table(head, rows)
 
 

@@ -94,13 +94,13 @@ def source(content: Content) -> str:
         if cell["cell"]["study"] != "intruders":
             report = cell["result"]["report"]
             judged[cell["cell"]["setting"]] = (
-                f"{cell['cell']['setting']} is judged on {report['judged_examples']} held-out examples, on which the "
-                f"base has {report['base_loss']:.3f}"
+                f"{cell['cell']['setting']} has {report['judged_examples']} held-out examples (loss of the base model "
+                f"{report['base_loss']:.3f})"
             )
     minutes = sum(cell["seconds"] for cell in content["cells"]) / 60
     return (
-        f"{'; '.join(judged.values())}. One thread of an {machine['cpu']}, which also did other work, for "
-        f"{minutes:.0f} minutes; torch {machine['packages']['torch']}."
+        f"{'; '.join(judged.values())}. All runs took {minutes:.0f} minutes on one thread of a busy {machine['cpu']}; "
+        f"torch {machine['packages']['torch']}."
     )
 
 

@@ -46,10 +46,10 @@ def losses(content: Content) -> str:
         marked = [f"**{text}**" if octave == best else text for octave, text in zip(octaves, shown, strict=True)]
         spread = max(by_octave[best]) - min(by_octave[best])
         rows.append([label_of(arm), f"{runs[0]['trainable_parameters']:,}", *marked, f"{spread:.3f}"])
-    head = ["arm", "trained", *(f"2^{octave}" for octave in octaves), "seeds"]
+    head = ["variant", "trained", *(f"2^{octave}" for octave in octaves), "seeds"]
     result, machine = cells[0]["result"], content["machine"]
     note = (
-        f"The base has {result['base_loss']:.3f}; a model that knew the table would have {result['floor']:.3f}. "
+        f"The base model's loss is {result['base_loss']:.3f}; knowing the exact probabilities gives {result['floor']:.3f}. "
         f"One core of an {machine['cpu']}, torch {machine['packages']['torch']}."
     )
     return f"{table(head, rows)}\n\n{note}"
@@ -62,7 +62,7 @@ def rates(content: Content) -> str:
         for arm in content["report"]["arms"]
         for rate, loss in sorted(arm["rates"].items(), key=lambda pair: float(pair[0]))
     ]
-    return table(["arm", "learning rate", "loss on the half that chooses"], rows)
+    return table(["variant", "learning rate", "loss on the tuning half"], rows)
 
 
 def shown(value: Any) -> str:
