@@ -179,7 +179,7 @@ def few_words(reason: str) -> str:
 def untried() -> str:
     """The classes whose small base model does not run, in a sentence."""
     names = [name for name, cells in read("architectures")["architectures"].items() if "base" in cells]
-    return f"Not tried, as the small model itself does not run: {', '.join(sorted(names)) or 'none'}."
+    return f"Not tested, because the small base model itself does not run: {', '.join(sorted(names)) or 'none'}."
 
 
 # ---- docs/coming_from

@@ -1,9 +1,9 @@
-"""LoRA on any nn.Module: a regression by a network of your own, with your own loop.
+"""LoRA on any nn.Module: a regression with your own network and your own training loop.
 
     python examples/custom_module.py --output-dir out
 
-The network has convolutions, an embedding and linear layers. It is fitted to the sensor of one machine; an adapter fits
-it to that of a second one, which reads differently, and is saved, loaded and merged.
+The network has convolutions, an embedding and linear layers. It is trained on the sensor of one machine. An adapter
+then fits it to a second machine, whose sensor reads differently. The adapter is saved, loaded and merged.
 """
 
 import argparse
@@ -33,9 +33,9 @@ class Forecaster(nn.Module):
 
 
 def sensor(rows: int, phase: float, gain: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns values (rows, 12), hours (rows,) and what comes next (rows,)."""
+    """Returns values (rows, 12), hours (rows,) and the next values (rows,)."""
     hours = torch.randint(0, 24, (rows,))
-    time = hours[:, None] + torch.arange(-12, 1)  # the last is to be predicted
+    time = hours[:, None] + torch.arange(-12, 1)  # the last one is the target
     series = gain * torch.sin(2 * torch.pi * time / 24 + phase) + 0.3 * torch.cos(2 * torch.pi * time / 8)
     series += 0.02 * torch.randn(series.shape)
     return series[:, :-1], hours, series[:, -1]
@@ -58,7 +58,7 @@ def error(model: nn.Module, data: tuple[Tensor, Tensor, Tensor]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train an adapter of a module of your own.")
+    parser = argparse.ArgumentParser(description="Train an adapter for your own module.")
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--max-steps", type=int, default=300)
     options = parser.parse_args()
@@ -76,7 +76,7 @@ def main() -> None:
     train(model, [*model.lora_layers.parameters()], second, options.max_steps)
     after = error(model, held_out)
     model.save_adapter(options.output_dir)
-    base_model = model.unload()  # as it was, bit for bit
+    base_model = model.unload()  # restores the base model, bit for bit
     merged = LoRAModel.from_pretrained(base_model, options.output_dir).merge_and_unload()  # a plain Forecaster
     assert type(merged) is Forecaster
     print(f"mean squared error: {before:.4f} before, {after:.4f} after, {error(merged, held_out):.4f} merged")

@@ -1,10 +1,10 @@
-"""An adapter of a diffusers UNet that diffusers loads back (pip install 'tailora[examples]').
+"""An adapter for a diffusers UNet, saved in a format that diffusers loads (pip install 'tailora[examples]').
 
     python examples/diffusion.py --output-dir out
 
-The loop is that of diffusers' training scripts: add noise to an image, and predict the noise. The UNet is trained on
-discs first, which takes a few seconds; then an adapter learns squares. The UNet is small enough for a CPU; for one of
-the Hub take UNet2DConditionModel.from_pretrained(..., subfolder="unet").
+The training loop follows diffusers' scripts: add noise to an image, and predict the noise. The UNet is first trained on
+discs, which takes a few seconds; then an adapter learns squares. The UNet is small enough for a CPU. To use one from
+the Hub, load it with UNet2DConditionModel.from_pretrained(..., subfolder="unet").
 """
 
 import argparse
@@ -18,7 +18,7 @@ from torch.nn.functional import mse_loss
 from tailora import LoRAConfig, LoRAModel
 
 SIZE = 12
-TEXT = torch.zeros(1, 1, 8)  # stands for the states of a text encoder
+TEXT = torch.zeros(1, 1, 8)  # placeholder for the states of a text encoder
 
 
 def small_unet() -> UNet2DConditionModel:
@@ -37,7 +37,7 @@ def small_unet() -> UNet2DConditionModel:
 
 
 def images(count: int, shape: str) -> Tensor:
-    """Returns (count, 1, SIZE, SIZE) images of a disc or a square anywhere, from -1 to 1."""
+    """Returns (count, 1, SIZE, SIZE) images of a disc or a square at a random place, with values from -1 to 1."""
     centre = torch.randint(4, SIZE - 4, (2, count, 1, 1))
     grid = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
     down, across = (abs(axis - place) for axis, place in zip(grid, centre, strict=True))
@@ -62,14 +62,14 @@ def train(model: nn.Module, parameters: list[nn.Parameter], scheduler: DDPMSched
 
 @torch.no_grad()
 def error(model: nn.Module, scheduler: DDPMScheduler) -> float:
-    """Returns the loss on squares, the same ones with the same noise every time."""
+    """Returns the loss on squares; squares and noise are the same in every call."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return float(noise_loss(model, scheduler, images(64, "square")))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train an adapter of a diffusers UNet.")
+    parser = argparse.ArgumentParser(description="Train an adapter for a diffusers UNet.")
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--max-steps", type=int, default=40)
     options = parser.parse_args()
@@ -83,10 +83,10 @@ def main() -> None:
     train(model, [*model.lora_layers.parameters()], scheduler, "square", options.max_steps)
     after = error(model, scheduler)
 
-    model.export(options.output_dir, "diffusers")  # model.save_adapter(folder) writes the folder of tailora and PEFT
+    model.export(options.output_dir, "diffusers")  # model.save_adapter(folder) writes a PEFT folder instead
     unet = small_unet()
     unet.load_state_dict(model.unload().state_dict())
-    # A pipeline does the same: pipeline.load_lora_weights(folder)
+    # With a pipeline: pipeline.load_lora_weights(folder)
     unet.load_lora_adapter(options.output_dir, prefix="unet", weight_name="pytorch_lora_weights.safetensors")
     print(f"loss on squares: {before:.3f} before, {after:.3f} after, {error(unet, scheduler):.3f} loaded by diffusers")
 

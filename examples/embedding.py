@@ -2,9 +2,9 @@
 
     python examples/embedding.py --output-dir out
 
-English phrases shall find their German translations. The triplets for training are (phrase, translation, another
-phrase's translation); retrieval is measured on pairs of words that they leave out. The base is a BERT of random
-weights, so that nothing has to be downloaded; for one of the Hub take SentenceTransformer("owner/name").
+The model learns to find the German translations of English phrases. The training triplets are (phrase, translation,
+different translation); retrieval is measured on held-out pairs. The base model is a BERT with random weights, so
+nothing has to be downloaded. To use one from the Hub, load it with SentenceTransformer("owner/name").
 """
 
 import argparse
@@ -38,7 +38,7 @@ PAIRS = [
 
 
 def tiny_model() -> SentenceTransformer:
-    """Returns a BERT of random weights that averages its tokens' states."""
+    """Returns a BERT with random weights and mean pooling."""
     words = sorted({word for pair in PAIRS for phrase in pair for word in phrase.split()})
     vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *words])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -51,7 +51,7 @@ def tiny_model() -> SentenceTransformer:
 
 
 def retrieval(model: SentenceTransformer, pairs: list[tuple[str, str]]) -> float:
-    """Returns how often a phrase's nearest translation, of all that there are, is its own."""
+    """Returns the share of phrases whose nearest translation, among all, is the right one."""
     queries = model.encode([english for english, _ in pairs], convert_to_tensor=True)
     documents = model.encode([german for _, german in PAIRS], convert_to_tensor=True)
     nearest = util.cos_sim(queries, documents).argmax(dim=1).tolist()
@@ -59,7 +59,7 @@ def retrieval(model: SentenceTransformer, pairs: list[tuple[str, str]]) -> float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train an adapter of an embedding model.")
+    parser = argparse.ArgumentParser(description="Train an adapter for an embedding model.")
     parser.add_argument("--output-dir", required=True)
     parser.add_argument("--max-steps", type=int, default=60)
     options = parser.parse_args()
@@ -82,7 +82,7 @@ def main() -> None:
     trainer.train()
     trainer.save_model()  # writes the adapter as a PEFT folder
     print(f"right translation found: {before:.0%} before, {retrieval(base_model, held_out):.0%} after")
-    merged = model.merge_and_unload()  # for whatever reads folders of sentence-transformers
+    merged = model.merge_and_unload()  # a plain sentence-transformers model
     merged.save_pretrained(str(Path(options.output_dir) / "merged"))
 
 

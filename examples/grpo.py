@@ -1,10 +1,10 @@
-"""Reinforcement learning with a reward that a program checks: TRL's GRPOTrainer (pip install 'tailora[examples]').
+"""Reinforcement learning with a verifiable reward: TRL's GRPOTrainer (pip install 'tailora[examples]').
 
     python examples/grpo.py --output-dir out [--model MODEL]
 
-The prompt is a digit, such as "7=", and the reward is 1 if the completion begins with that digit, else 0. Without
---model, a random model of 30,000 parameters learns it, which answers at random before. Set HF_HUB_DISABLE_TELEMETRY=1
-to keep TRL from reporting its use.
+The prompt is a digit, such as "7=", and the reward is 1 if the completion starts with that digit, else 0. Without
+--model, a model with 30,000 random parameters learns the task. Set HF_HUB_DISABLE_TELEMETRY=1 to keep TRL from
+reporting its use.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def is_copied(prompts: list[str], completions: list[str], **_: object) -> list[f
 
 
 def tiny_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Returns a random model that reads and writes digits, and its tokenizer."""
+    """Returns a model with random weights and a vocabulary of digits, and its tokenizer."""
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", "=", *DIGITS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -39,14 +39,14 @@ def tiny_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=None,
-        initializer_range=0.3,  # so that the frozen head can give one token most of the probability
+        initializer_range=0.3,  # large enough for the frozen head to give one token most of the probability
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
     return LlamaForCausalLM(config), tokenizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train an adapter with a reward that a program checks.")
+    parser = argparse.ArgumentParser(description="Train an adapter with a verifiable reward.")
     parser.add_argument("--model", help="folder or Hub id; default: a tiny random model")
     parser.add_argument("--output-dir", required=True)
     parser.add_argument("--max-steps", type=int, default=60)
@@ -58,7 +58,7 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
     else:
         base_model, tokenizer = tiny_model()
-    trainer = adapting(GRPOTrainer)(  # a GRPOTrainer that takes a LoRAModel, without peft_config
+    trainer = adapting(GRPOTrainer)(  # a GRPOTrainer that accepts a LoRAModel, without peft_config
         model=LoRAModel(base_model, LoRAConfig(r=8)),
         reward_funcs=is_copied,
         args=GRPOConfig(
@@ -68,7 +68,7 @@ def main() -> None:
             per_device_train_batch_size=80,
             num_generations=8,
             max_completion_length=2,
-            beta=0.01,  # the reference model is the base with the adapter off: no second copy of it
+            beta=0.01,  # the reference is the base model with the adapter off, so there is no second copy
             bf16=torch.cuda.is_available(),
             logging_steps=1,
             save_strategy="no",
@@ -80,7 +80,7 @@ def main() -> None:
     trainer.train()
     trainer.save_model()  # writes the adapter as a PEFT folder
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
-    before, after = sum(rewards[:5]) / 5, sum(rewards[-5:]) / 5  # of 5 steps
+    before, after = sum(rewards[:5]) / 5, sum(rewards[-5:]) / 5  # means over 5 steps
     print(f"reward: {before:.2f} before, {after:.2f} after; adapter in {options.output_dir}")
 
 

@@ -2,8 +2,8 @@
 
     python examples/image_classification.py --output-dir out
 
-Both are trained on upright digits first, which takes a few seconds. Then an adapter learns digits that are turned by a
-quarter, while the base stays frozen: with the adapter off it still reads upright ones as before.
+Both are first trained on upright digits, which takes a few seconds. Then an adapter learns digits rotated by 90
+degrees, while the base model stays frozen: with the adapter off, it classifies upright digits exactly as before.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train adapters of a vision transformer and of a small CNN.")
+    parser = argparse.ArgumentParser(description="Train adapters for a vision transformer and a small CNN.")
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=12)
     options = parser.parse_args()

@@ -1,10 +1,10 @@
-"""Many adapters on one base, trained in the same batches: every row of a batch has its own adapter.
+"""Many adapters on one base model, trained in the same batches: every row of a batch has its own adapter.
 
     python examples/many_adapters.py --output-dir out [--adapters 8]
 
 Adapter number k learns to answer a digit d with d + k, modulo 10. One forward and one backward train all of them. For
-comparison each is also trained alone on its own rows, which takes as many steps for each adapter, and ends at the same
-values.
+comparison, each adapter is also trained alone on its own rows. This takes the same number of steps for each adapter and
+gives the same values.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 
-DIGITS = torch.arange(10)  # the rows of every adapter
+DIGITS = torch.arange(10)  # the batch rows of each adapter
 
 
 def tiny_model() -> LlamaForCausalLM:
@@ -41,13 +41,13 @@ def answers(names: Sequence[str]) -> Tensor:
 
 
 def train(model: LoRAModel, names: Sequence[str], steps: int) -> float:
-    """Trains these adapters together. Returns the seconds that it took."""
+    """Trains these adapters together and returns the elapsed seconds."""
     started = time.perf_counter()
-    model.set_adapter(names)  # so that lora_layers has the parameters of all
+    model.set_adapter(names)  # lora_layers then has the parameters of all of them
     optimizer = torch.optim.AdamW(model.lora_layers.parameters(), lr=5e-3, weight_decay=0)
     for _ in range(steps):
         losses = cross_entropy(logits(model, names).flatten(0, 1), answers(names).flatten(), reduction="none")
-        losses.view(len(names), -1).mean(1).sum().backward()  # so no adapter's gradient depends on the number of others
+        losses.view(len(names), -1).mean(1).sum().backward()  # gradients do not depend on the number of adapters
         optimizer.step()
         optimizer.zero_grad()
     return time.perf_counter() - started
@@ -65,7 +65,7 @@ def distance(one: LoRAModel, other: LoRAModel, name: str) -> float:
 
 
 def make(names: Sequence[str]) -> LoRAModel:
-    """Returns the base with fresh adapters, the same every time."""
+    """Returns the base model with new adapters, identical in every call."""
     torch.manual_seed(0)
     model = LoRAModel(tiny_model(), LoRAConfig(r=4), names[0])
     for name in names[1:]:
@@ -86,7 +86,7 @@ def main() -> None:
     seconds = train(together, names, options.max_steps)
     after = accuracy(together, names)
     seconds_alone = sum(train(alone, [name], options.max_steps) for name in names)
-    together.save_pretrained(options.output_dir)  # a folder for each adapter
+    together.save_pretrained(options.output_dir)  # one folder per adapter
 
     difference = max(distance(together, alone, name) for name in names)
     print(f"right answers: {before:.0%} before, {after:.0%} after")

@@ -1,10 +1,10 @@
-"""Speech to text with a model of Whisper's shape, and the Seq2SeqTrainer of transformers.
+"""Speech to text with a small Whisper model and the Seq2SeqTrainer of transformers.
 
     python examples/speech.py --output-dir out
 
-The audio is synthetic: a word is a tone, and an utterance has three of them in noise. The model has random weights, so
-that nothing has to be downloaded; for one of the Hub take WhisperForConditionalGeneration.from_pretrained, and its
-WhisperProcessor.
+The audio is synthetic: each word is a tone, and an utterance has three words and noise. The model has random weights,
+so nothing has to be downloaded. To use one from the Hub, load it with WhisperForConditionalGeneration.from_pretrained,
+and use its WhisperProcessor.
 """
 
 import argparse
@@ -22,15 +22,15 @@ from transformers import (
 from tailora import LoRAConfig, LoRAModel
 from tailora.train.huggingface import adapting
 
-RATE = 16_000  # samples a second
+RATE = 16_000  # samples per second
 TONES = [300, 600, 1200, 2400]  # Hz; word k has token FIRST_WORD + k
 PAD, END, START, FIRST_WORD = 0, 1, 2, 3
-WORDS = 3  # in an utterance
+WORDS = 3  # per utterance
 EXTRACTOR = WhisperFeatureExtractor(feature_size=16, sampling_rate=RATE, chunk_length=1)
 
 
 def utterances(count: int, random: np.random.Generator) -> list[dict[str, torch.Tensor]]:
-    """Returns log-mel spectrograms of a second, (16, 100), and the ids of their words."""
+    """Returns log-mel spectrograms of one second each, (16, 100), and the token ids of their words."""
     rows = []
     time = np.arange(RATE // WORDS) / RATE
     for words in random.integers(len(TONES), size=(count, WORDS)):
@@ -68,7 +68,7 @@ def tiny_model() -> WhisperForConditionalGeneration:
 
 @torch.no_grad()
 def word_accuracy(model: LoRAModel, rows: list[dict[str, torch.Tensor]]) -> float:
-    """Returns the share of words that the model generates right."""
+    """Returns the share of words that the model generates correctly."""
     features = torch.stack([row["input_features"] for row in rows])
     ids = model.eval().generate(input_features=features, max_new_tokens=WORDS, min_new_tokens=WORDS, do_sample=False)
     words = torch.stack([row["labels"][:WORDS] for row in rows])
@@ -76,7 +76,7 @@ def word_accuracy(model: LoRAModel, rows: list[dict[str, torch.Tensor]]) -> floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train an adapter of a speech model.")
+    parser = argparse.ArgumentParser(description="Train an adapter for a speech model.")
     parser.add_argument("--output-dir", required=True)
     parser.add_argument("--max-steps", type=int, default=70)
     options = parser.parse_args()

@@ -1,9 +1,9 @@
-"""Trains an adapter of tailora with the Trainer of transformers.
+"""Trains a tailora adapter with the Trainer of transformers.
 
     python examples/transformers_trainer.py --model MODEL --output-dir out [--texts FILE]
 
-Checkpoints hold the adapter, the optimizer and the random states, but no weights of the base model.
-`trainer.train(resume_from_checkpoint=True)` continues from the last one.
+Checkpoints contain the adapter, the optimizer and the random states, but no weights of the base model.
+`trainer.train(resume_from_checkpoint=True)` resumes from the last one.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
     rows = Dataset.from_list([dict(tokenizer(line, truncation=True, max_length=256)) for line in lines])
     held_out = rows.select(range(len(rows) // 10))
 
-    trainer = adapting(Trainer)(  # a Trainer that takes a LoRAModel
+    trainer = adapting(Trainer)(  # a Trainer that accepts a LoRAModel
         model=model,
         args=TrainingArguments(
             output_dir=options.output_dir,

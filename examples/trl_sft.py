@@ -1,4 +1,4 @@
-"""Trains an adapter of tailora with TRL's SFTTrainer (pip install trl).
+"""Trains a tailora adapter with TRL's SFTTrainer (pip install trl).
 
     python examples/trl_sft.py --model MODEL --data chats.jsonl --output-dir out
 
@@ -26,7 +26,7 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = LoRAModel(AutoModelForCausalLM.from_pretrained(options.model), LoRAConfig(r=8))
-    trainer = adapting(SFTTrainer)(  # an SFTTrainer that takes a LoRAModel, without peft_config
+    trainer = adapting(SFTTrainer)(  # an SFTTrainer that accepts a LoRAModel, without peft_config
         model=model,
         args=SFTConfig(
             output_dir=options.output_dir,

@@ -2,7 +2,7 @@
 
     python examples/vision_language.py --output-dir out
 
-The model is a LLaVA of random weights, so that nothing has to be downloaded; for one of the Hub take
+The model is a LLaVA with random weights, so nothing has to be downloaded. To use one from the Hub, load it with
 AutoModelForImageTextToText and AutoProcessor. Set HF_HUB_DISABLE_TELEMETRY=1 to keep TRL from reporting its use.
 """
 
@@ -61,7 +61,7 @@ def example(name: str) -> dict[str, object]:
 
 
 def accuracy(model: LoRAModel, processor: LlavaProcessor, names: list[str]) -> float:
-    """Returns how often the model generates the colour of a new image."""
+    """Returns the share of new images whose colour the model names correctly."""
     inputs = processor(
         [example(name)["images"] for name in names],
         ["user <image> which colour assistant"] * len(names),
@@ -73,7 +73,7 @@ def accuracy(model: LoRAModel, processor: LlavaProcessor, names: list[str]) -> f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train an adapter of a vision-language model.")
+    parser = argparse.ArgumentParser(description="Train an adapter for a vision-language model.")
     parser.add_argument("--output-dir", required=True)
     parser.add_argument("--max-steps", type=int, default=40)
     options = parser.parse_args()
@@ -92,7 +92,7 @@ def main() -> None:
     )
     trainer.train()
     trainer.save_model()  # writes the adapter as a PEFT folder
-    print(f"colours named right: {before:.0%} before, {accuracy(model, processor, names):.0%} after")
+    print(f"colours named correctly: {before:.0%} before, {accuracy(model, processor, names):.0%} after")
 
 
 if __name__ == "__main__":
