@@ -1,11 +1,11 @@
-"""Packs what a machine with a card but without network needs for gpu.py, into one archive of at most 64 MiB.
+"""Packs what gpu.py needs on a machine with a GPU but without network into one archive of at most 64 MiB.
 
     python benchmarks/bundle.py bundle.tar                on a machine with a package index
-    tar xf bundle.tar; sh bundle/run.sh                   on the machine with the card; writes bundle/gpu.json
+    tar xf bundle.tar; sh bundle/run.sh                   on the machine with the GPU; writes bundle/gpu.json
 
-There must be Python 3.12 with torch, transformers and PEFT already. The archive holds the last commit and the wheels of
-what else is needed, without their own requirements where those are large. TRL's arm needs pyarrow and pandas, which are
-too large: without them it says so and the others go on.
+The machine needs Python 3.12 with torch, transformers and PEFT. The archive contains the last commit and the wheels of
+all other requirements, but not the large packages that these depend on. TRL's arm needs pyarrow and pandas, which are
+too large: without them it is reported as failed, and the other arms run.
 """
 
 import argparse

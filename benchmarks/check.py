@@ -3,9 +3,9 @@
     python benchmarks/check.py            fails if a ratio is above its bound in bounds.json
     python benchmarks/check.py --record   writes this machine's ratios as the new bounds
 
-The arms take turns on one thread of one process, and CPU time is compared, not wall time: other programs and slower
-machines change both sides of a ratio alike. The shape is small, so that the check takes seconds. It detects that a
-fast kernel is lost, not that a percent is.
+The arms take turns on one thread of one process. CPU time is compared, not wall time, so other programs and slower
+machines affect both sides of a ratio alike. The shape is small, so the check takes seconds. It detects the loss of a
+fast kernel, not of a percent.
 """
 
 import argparse

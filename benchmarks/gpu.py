@@ -1,13 +1,13 @@
-"""All that is worth knowing of a card in its first minutes, by one command that needs no network.
+"""Measures a GPU in a few minutes, with one command that needs no network.
 
     python benchmarks/gpu.py --minutes 9 --out FILE
-    python benchmarks/gpu.py --minutes 9 --out FILE --shape tiny --device cpu          to try the script
-    python benchmarks/gpu.py --minutes 9 --out FILE --shape tiny --device pretend      on the pretend accelerator
+    python benchmarks/gpu.py --minutes 9 --out FILE --shape tiny --device cpu          to test the script
+    python benchmarks/gpu.py --minutes 9 --out FILE --shape tiny --device pretend      on the simulated accelerator
 
-Weights are random and have the shapes of real models. Each cell is measured in a process of its own, which may take so
-many seconds, and FILE (JSON) is written after each: whenever the run ends, FILE holds what was measured until then. A
-cell that fails or takes too long is in FILE with what it had measured, and the reason. `update_docs.py` makes tables of
-the files in benchmarks/results/devices. README.md says how to take all this to a machine without network.
+Weights are random and have the shapes of real models. Each cell is measured in its own process with a time limit, and
+FILE (JSON) is written after each cell, so it is complete up to the point where the run ends. For a cell that fails or
+takes too long, FILE contains the measurements so far and the reason. `update_docs.py` turns the files in
+benchmarks/results/devices into tables. README.md explains how to run this on a machine without network.
 """
 
 import argparse
@@ -138,12 +138,12 @@ def merge(result: dict[str, Any], more: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=9.0, help="no cell goes on after this time")
-    parser.add_argument("--out", type=Path, help="the JSON file")
-    parser.add_argument("--device", default="auto", help="as of tailora train, or pretend")
-    parser.add_argument("--patience", type=float, default=1.0, help="times the seconds that a cell may take")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit of the run; no cell continues after it")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--device", default="auto", help="device as in tailora train, or pretend")
+    parser.add_argument("--patience", type=float, default=1.0, help="multiplies the time limit of each cell")
     parser.add_argument("--shape", choices=SIZES, default="real")
-    parser.add_argument("--only", nargs="+", default=[], metavar="KEY=VALUE", help="only cells with these settings")
+    parser.add_argument("--only", nargs="+", default=[], metavar="KEY=VALUE", help="run only cells with these settings")
     parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

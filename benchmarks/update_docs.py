@@ -2,8 +2,8 @@
 
     python benchmarks/update_docs.py
 
-A measured part stands between `<!-- measured:NAME -->` and `<!-- /measured:NAME -->`. PARTS says which file has which
-parts, and what makes them. tests/test_documents.py fails if a part is not what this script would write.
+A measured part is between `<!-- measured:NAME -->` and `<!-- /measured:NAME -->`. PARTS lists the parts of each file
+and the functions that create them. tests/test_documents.py fails if a part differs from what this script would write.
 """
 
 import argparse
@@ -417,7 +417,7 @@ def tutorial(page: str, name: str) -> str:
     if block is None:
         return f"Not run yet: `python -m benchmarks.site.tutorials {page}`."
     if block["code"] not in {each.text for each in blocks(ROOT / "docs" / f"{page}.md") if each.output == name}:
-        raise SystemExit(f"run benchmarks/site/tutorials.py {page}: the code above {name} is another one")
+        raise SystemExit(f"run benchmarks/site/tutorials.py {page}: the code above {name} has changed")
     lines = [line.rstrip() for line in block["output"].strip().splitlines()]
     first, end = EXCERPTS.get((page, name), ("", ""))
     start = next(number for number, line in enumerate(lines) if line.startswith(first))

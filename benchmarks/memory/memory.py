@@ -1,9 +1,9 @@
-"""Peak memory of a step above the steady state (weights, adapter, optimiser), each arm in a process of its own.
+"""Peak memory of a step above the steady state (weights, adapter, optimizer), with each arm in its own process.
 
     python -m benchmarks.memory.memory           writes benchmarks/results/memory.json
     python -m benchmarks.memory.memory --only shape=S arm=tailora
 
-Needs Linux: peaks are read from /proc/self/status, and reset between the first step and the others.
+Needs Linux: peaks are read from /proc/self/status and reset after the first step.
 """
 
 import gc

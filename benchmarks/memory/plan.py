@@ -1,10 +1,10 @@
-"""Memory that `tailora plan` estimates, with and without --measure, beside the peak of a run's process.
+"""Compares the memory that `tailora plan` estimates, with and without --measure, with the peak of a run's process.
 
     python -m benchmarks.memory.plan           writes benchmarks/results/plan.json
     python -m benchmarks.memory.plan --only name="T bf16"
 
-Each configuration has a model of random weights, rows of different lengths, and three commands, each in a process of
-its own: `plan`, `plan --measure` and `train`. Peaks are those of the whole process (VmHWM). Needs Linux.
+Each configuration has a model with random weights, rows of different lengths, and three commands in separate processes:
+`plan`, `plan --measure` and `train`. Peaks are those of the process (VmHWM). Needs Linux.
 """
 
 import json

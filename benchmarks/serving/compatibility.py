@@ -1,11 +1,11 @@
-"""What works with what: architecture x feature, server x feature, quantisation x feature, on small models.
+"""Tests what works with what: architecture x feature, server x feature, quantization x feature, on small models.
 
     python -m benchmarks.serving.compatibility                    writes benchmarks/results/compatibility.json
-    python -m benchmarks.serving.compatibility --only servers     one of the three parts again
+    python -m benchmarks.serving.compatibility --only servers     repeats one of the three parts
 
-Each cell is a run of the feature: "yes" if its result is the right one, else what happened in a few words. The
-architectures are those language models that benchmarks/studies/architectures.py attached an adapter to.
-`update_docs.py` makes docs/compatibility.md of the result.
+Each cell runs the feature: "yes" if the result is correct, otherwise a few words on what happened. The architectures
+are the language models that benchmarks/studies/architectures.py attached an adapter to. `update_docs.py` writes the
+tables of docs/compatibility.md from the result.
 """
 
 import argparse

@@ -3,11 +3,12 @@
     python -m benchmarks.serving.serve --threads 1            writes benchmarks/results/serve.json
     python -m benchmarks.serving.serve --threads 1 --quick    one round, written to the temporary folder
 
-Prompts have 16 to 64 random tokens and answers 16 to 64; all requests come at once. Useful tokens are those that were
-asked for: a padded batch computes its longest answer for every row. PEFT runs all 32 as one batch (`adapter_names`).
-A second part serves 32 requests of one adapter, and of the base, with 1 and with 64 adapters loaded. A third one loads
-an adapter of 30 MB, while the engine waits and while it computes. All arms take turns; the first round is not counted.
-One by one runs in two rounds alone, because it takes longest. All takes about a quarter of an hour with one thread.
+Prompts and answers have 16 to 64 tokens each (prompts are random), and all requests arrive at once. Only requested
+tokens count as useful: a padded batch computes its longest answer for every row. PEFT runs all 32 as one batch
+(`adapter_names`). A second part serves 32 requests for one adapter, and for the base, with 1 and with 64 adapters
+loaded. A third part loads an adapter of 30 MB, while the engine is idle and while it is busy. All arms take turns; the
+first round is not counted. "One by one" runs in only two rounds, because it is the slowest. The script takes about a
+quarter of an hour with one thread.
 """
 
 import argparse

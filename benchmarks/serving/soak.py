@@ -1,12 +1,12 @@
-"""Mixed load on a real `tailora serve`: whether every request has the outcome that it should, and memory stays flat.
+"""Mixed load on a real `tailora serve`: checks that every request has the expected outcome and that memory stays flat.
 
     python -m benchmarks.serving.soak                         half an hour; writes benchmarks/results/soak.json
-    python -m benchmarks.serving.soak --minutes 2 --quick     written beside the results of other --quick runs
+    python -m benchmarks.serving.soak --minutes 2 --quick     written next to the results of other --quick runs
 
-The model is tiny, so that there are many requests. Clients ask for the base, adapters, scales and mixtures, whole and
-streamed, send requests that must be refused, and go away in the middle of an answer; one loads, replaces and unloads
-adapters. Not all adapters fit into the memory for them. The greedy answer of a model to one prompt must never change.
-The script ends with 1 if an outcome was another one than it should be, or the server did not stop by itself.
+The model is tiny, so there are many requests. Clients request the base, adapters, scales and mixtures, complete and
+streamed; they send invalid requests, and disconnect in the middle of an answer. One client loads, replaces and unloads
+adapters. Not all adapters fit into the adapter memory. The greedy answer of a model to one prompt must never change.
+The exit code is 1 if an outcome was not the expected one, or if the server did not shut down by itself.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The fault table of `tailora verify`, and its false alarms: real servers, with faults that are seeded.
+"""The fault table and the false alarms of `tailora verify`: real servers with deliberate faults.
 
     python -m benchmarks.serving.verify --llama-cpp FOLDER --llama-server FILE [--trials 200] [--quick]
 
@@ -6,11 +6,11 @@ FOLDER is llama.cpp's source, for its converter; FILE is its server, built from 
 
     cmake -B BUILD -DLLAMA_CURL=OFF FOLDER && cmake --build BUILD --target llama-server
 
-The other servers are ours, the one of llama-cpp-python (`pip install llama-cpp-python[server] sentencepiece` builds it)
-and `transformers serve`. Three adapters of the demo's model are trained for a few steps: on chats, on fewer steps of
-the same chats (a stale file), and on film reviews (another adapter). Each fault is put into the files or the flags of a
-server, never into verify. A trial of false alarms is a new passport, with other texts of the base, and a server that
-does all right. Writes benchmarks/results/verify.json.
+The other servers are `tailora serve`, `transformers serve` and llama-cpp-python's (built by
+`pip install llama-cpp-python[server] sentencepiece`). Three adapters of the demo's model are trained for a few steps:
+on chats, on the same chats for fewer steps (an outdated file), and on film reviews (a different adapter). Each fault is
+put into the files or the flags of a server, never into verify. A false-alarm trial uses a new verification file, with
+different texts from the base model, and a correct server. Writes benchmarks/results/verify.json.
 """
 
 import argparse
@@ -236,9 +236,9 @@ def main() -> None:
     parser.add_argument("--llama-cpp", type=Path, required=True)
     parser.add_argument("--llama-server", type=Path, required=True)
     parser.add_argument("--trials", type=int, default=200)
-    parser.add_argument("--folder", type=Path, help="keep the adapters here, and use those that are there")
-    parser.add_argument("--faults", action="store_true", help="measure the faults again, and keep the trials")
-    parser.add_argument("--quick", action="store_true", help="20 trials, written beside other quick results")
+    parser.add_argument("--folder", type=Path, help="keep the adapters in this folder and reuse existing ones")
+    parser.add_argument("--faults", action="store_true", help="measure only the faults again; keep the trials")
+    parser.add_argument("--quick", action="store_true", help="20 trials, written next to other quick results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with TemporaryDirectory() as temporary:
@@ -254,7 +254,7 @@ def main() -> None:
             for seed in range(1 if arguments.faults else count):
                 began = time.perf_counter()
                 passports[fault].append(make_passport(loaded.model, loaded.tokenizer, seed=seed))
-                measure.log(f"passport {seed} of {name}: {time.perf_counter() - began:.1f} s")
+                measure.log(f"verification file {seed} of {name}: {time.perf_counter() - began:.1f} s")
         program = arguments.llama_server
         faults = fault_table(files, program, passports["none"][0])
         earlier = [json.loads(path.read_text())["trials"]] if arguments.faults else None

@@ -1,8 +1,8 @@
-"""Runs the code of docs/from_scratch.md, in the order of the page, and writes down what it prints.
+"""Runs the code of docs/from_scratch.md in order and records what it prints.
 
     python -m benchmarks.site.from_scratch
 
-A block that prints is followed by a measured part; update_docs.py puts the output there.
+A block that prints is followed by a measured part; update_docs.py writes the output there.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Runs the notebooks of notebooks/ on the demo's model, and stores what they print and draw.
+"""Runs the notebooks in notebooks/ on the demo's model and stores their output and pictures.
 
     python -m benchmarks.site.notebooks              all of them, about a quarter of an hour on two idle cores
     python -m benchmarks.site.notebooks start        one of them
 
-Progress, which goes to stderr, is not stored: it has the times of one machine. tests/test_notebooks.py fails if the
-code of a notebook is not the code that was run here.
+Progress (stderr) is not stored, because it contains the times of one machine. tests/test_notebooks.py fails if the code
+of a notebook differs from the code that this script ran.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Makes the pictures of README.md and docs/ from real runs, each light and dark, in docs/pictures.
+"""Creates the pictures of README.md and docs/ from real runs, each light and dark, in docs/pictures.
 
-    python -m benchmarks.site.pictures --run outputs/demo          all; outputs/demo is what `tailora demo` has made
-    python -m benchmarks.site.pictures compare compare-page        some, here those that need no run
+    python -m benchmarks.site.pictures --run outputs/demo          all; outputs/demo is the folder of `tailora demo`
+    python -m benchmarks.site.pictures compare compare-page        some, here the ones that need no run
 
-Terminals are SVG, 100 columns wide: `train` is benchmarks/results/demo.txt, `compare` the page of results/compare.json
-as a terminal shows it; `plan` and `inspect` call the command. Pages are PNG, made by Chromium: `compare-page` is the
+Terminals are SVG, 100 columns wide: `train` is benchmarks/results/demo.txt, and `compare` the terminal output for
+results/compare.json; `plan` and `inspect` run the command. Pages are PNG, rendered by Chromium: `compare-page` is the
 report.html of results/compare.json, `playground` is the page of a server that this script starts.
 """
 

@@ -1,11 +1,11 @@
-"""Runs the code of docs/tutorials and docs/questions on the demo's model, as a reader types it; keeps what it prints.
+"""Runs the code of docs/tutorials and docs/questions on the demo's model, as a reader would, and records its output.
 
     python -m benchmarks.site.tutorials                  all pages of docs/tutorials and docs/questions
     python -m benchmarks.site.tutorials tutorials/chats  some of them
 
-The blocks of a page run one after the other in a folder of their own, `--work FOLDER/PAGE`. A block of commands that
-ran there before, after the same blocks, is not run again; to run all of a page again, delete its folder. What a block
-prints is kept if a measured part of its name follows the block; update_docs.py puts it there.
+The blocks of a page run one after the other in the page's folder, `--work FOLDER/PAGE`. A block of commands that
+ran there before, after the same blocks, is not run again; to repeat a page, delete its folder. The output of a block
+is kept if a measured part follows the block; update_docs.py writes it there.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""What tailora does on the architectures of transformers, beside PEFT: small models with random weights.
+"""Tests tailora and PEFT on the architectures of transformers, with small models and random weights.
 
-    python -m benchmarks.studies.architectures --minutes 30     writes results/architectures.json, or continues
+    python -m benchmarks.studies.architectures --minutes 30     writes or resumes results/architectures.json
     python -m benchmarks.studies.architectures --only LlamaForCausalLM BertForMaskedLM
 
-The checks are those of tests/architecture_checks.py. `update_docs.py` makes docs/architectures.md of the result.
+The checks are in tests/architecture_checks.py. `update_docs.py` writes docs/architectures.md from the result.
 """
 
 import argparse
@@ -46,8 +46,8 @@ def main() -> None:
     from architecture_checks import class_names
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60.0, help="starts no architecture after this time")
-    parser.add_argument("--only", nargs="+", default=[], metavar="CLASS", help="these, again")
+    parser.add_argument("--minutes", type=float, default=60.0, help="start no architecture after this time")
+    parser.add_argument("--only", nargs="+", default=[], metavar="CLASS", help="run only these, again")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     found = json.loads(ALL.read_text())["architectures"] if ALL.exists() else {}

@@ -1,13 +1,13 @@
-"""What is true about LoRA: widely repeated statements, checked by `tailora compare` on two models and three data sets.
+"""What is true about LoRA: tests common statements with `tailora compare` on two models and three data sets.
 
     python -m benchmarks.studies.evidence                  writes benchmarks/results/evidence.json, cell by cell
     python -m benchmarks.studies.evidence --only setting=reviews study=full
-    python -m benchmarks.studies.evidence --judge          judges what was measured again
+    python -m benchmarks.studies.evidence --judge          evaluates the stored measurements again
     python -m benchmarks.studies.evidence --make FOLDER    writes data and STUDY.yaml of every setting
 
-The settings and their studies are those of evidence_data.py, the statements and the rules of their verdicts those of
-evidence_rules.py. A cell is one study, a comparison with all that the command does. Studies of a setting share the runs
-that they have in common, which are kept in the folder for temporary files: a run that was stopped continues.
+The settings and their studies are in evidence_data.py, the statements and the rules for their verdicts in
+evidence_rules.py. A cell is one study, a complete run of the command. Studies of a setting share common runs, which are
+kept in the folder for temporary files, so an interrupted run resumes.
 """
 
 import hashlib

@@ -1,13 +1,13 @@
-"""Pairs of replies: tailora beside TRL's DPOTrainer around a PEFT model, on the demo's model and conversations.
+"""Preference pairs: tailora and TRL's DPOTrainer with PEFT, on the demo's model and conversations.
 
     python -m benchmarks.studies.preferences        writes benchmarks/results/preferences.json
     python -m benchmarks.studies.preferences --only arm=tailora
 
-The chosen reply is the last one of a conversation, the rejected one is that of another conversation. All arms have the
-same pairs, rank, target layers, beta, learning rate, schedule and bf16 base. Time runs from the moment when everything
-is loaded until the last step is done, so that it includes the reference. TRL computes the reference in every step, or
-once before training. Held-out pairs are judged after the run, by one function for all arms, from the adapter that each
-arm saved. Needs `pip install '.[bench]'`.
+The chosen reply is the last one of a conversation; the rejected one comes from a different conversation. All arms use
+the same pairs, rank, target layers, beta, learning rate, schedule and bf16 base. The time runs from the end of loading
+to the end of the last step, so it includes the reference. TRL computes the reference in every step, or once before
+training. After the run, one function evaluates the held-out pairs for all arms, with the adapter that each arm saved.
+Needs `pip install '.[bench]'`.
 """
 
 import json

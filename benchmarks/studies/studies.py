@@ -3,7 +3,7 @@
     python -m benchmarks.studies.studies                   all of LINES
     python -m benchmarks.studies.studies compare           one of them
 
-Writes benchmarks/results/NAME.txt, what the command prints, and NAME.json: its report.json, the machine and the time.
+Writes benchmarks/results/NAME.txt, the output of the command, and NAME.json: its report.json, the machine and the time.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Experiment 6: LoRA's ranks, target layers and variants beside full fine-tuning, each at several learning rates.
+"""Experiment 6: LoRA's ranks, target layers and variants, and full fine-tuning, each at several learning rates.
 
     python -m benchmarks.studies.tiny_lm                 writes benchmarks/results/tiny_lm.json: the grid and the claims
     python -m benchmarks.studies.tiny_lm --make FOLDER   writes model, tokenizer and data, for `tailora compare`
 
-The language and the arms are those of markov.py, the statements that are checked those of claims.py. A cell is one arm
-and seed at all learning rates, 2^-10 to 2^-5. Losses are nats per predicted token of 512 held-out texts.
+The language and the arms are in markov.py, the tested statements in claims.py. A cell is one arm and seed at all
+learning rates, 2^-10 to 2^-5. Losses are in nats per predicted token of 512 held-out texts.
 """
 
 import hashlib
