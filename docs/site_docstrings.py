@@ -1,4 +1,4 @@
-"""Extension of mkdocstrings: docstrings of tailora as Markdown, where the lines `name: meaning` are a list."""
+"""Extension of mkdocstrings: converts tailora's docstrings to Markdown, with lines `name: meaning` as a list."""
 
 import re
 from typing import Any
@@ -16,7 +16,7 @@ class Docstrings(Extension):
 
 
 def defaults(obj: Class) -> dict[str, str]:
-    """Returns the defaults of the fields of a class of settings, without their limits: 16 of `Field(16, ge=1)`."""
+    """Returns the defaults of the fields of a settings class, without their limits: 16 from `Field(16, ge=1)`."""
     values = {name: member.value for name, member in obj.attributes.items() if member.value is not None}
     return {
         name: str(value.arguments[0] if isinstance(value, ExprCall) and value.arguments else value)

@@ -1,9 +1,8 @@
-"""Hooks of mkdocs.yml: the pages that are in no file of docs/, the links between the two, and llms.txt.
+"""Hooks of mkdocs.yml: generated pages, links between repository files and pages, and llms.txt.
 
-README.md is the home page; CONTRIBUTING.md, CHANGELOG.md, benchmarks/README.md and the notebooks are pages, too. A page
-per command comes from the command itself, the Python page from the docstrings, the table of names from
-`core/config.py`. Scripts and folders that a page links to are shown under `source/`, so that the site needs no other
-place.
+README.md is the home page; CONTRIBUTING.md, CHANGELOG.md, benchmarks/README.md and the notebooks are pages, too. Each
+command generates its own page. The Python page comes from the docstrings, and the table of names from
+`core/config.py`. Scripts and folders that a page links to are shown under `source/`, so the site is self-contained.
 """
 
 import ast
@@ -35,10 +34,10 @@ PAGES = {  # file of the repository -> page of the site
     **{f"notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")},
 }
 FILES = {page: file for file, page in PAGES.items()}
-HISTORY = ("decisions.md", "changelog.md")  # the search shows what is true today above them
+HISTORY = ("decisions.md", "changelog.md")  # the search ranks these below the other pages
 LINK = re.compile(r'(\]\(|<img src=")(?![a-z]+:|#)([^)"#\s]+)')
 PICTURE = re.compile(r'<picture>\s*<source [^>]*srcset="([^"]+)">\s*<img src="([^"]+)"([^>]*)>\s*</picture>')
-UNMADE = re.compile(r"<p>(?:(?!</p>).)*?\n(?:[-*] |\| )", re.DOTALL)  # Markdown that stayed text
+UNRENDERED = re.compile(r"<p>(?:(?!</p>).)*?\n(?:[-*] |\| )", re.DOTALL)  # a list or table that stayed plain text
 log = logging.getLogger("mkdocs.hooks.site")
 
 
@@ -68,7 +67,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
-    """Turns links between files of the repository into links between pages; links the commands with their pages."""
+    """Turns links between files of the repository into links between pages; links each command to its page."""
     if page.file.src_uri in HISTORY:
         page.meta["search"] = {"boost": 0.3}
     if page.file.src_uri == "commands.md":
@@ -79,12 +78,12 @@ def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
         path = repository_path(page.file.src_uri, match[2])
         return match[1] + (posixpath.relpath(site_path(path), here) if (ROOT / path).exists() else match[2])
 
-    both = r'<img src="\2#only-light"\3><img src="\1#only-dark"\3>'  # of which the theme shows one
+    both = r'<img src="\2#only-light"\3><img src="\1#only-dark"\3>'  # the theme shows one of them
     return LINK.sub(link, PICTURE.sub(both, markdown))
 
 
 def on_page_content(content: str, *, page: Page, **_: Any) -> str:
-    if found := UNMADE.search(content):
+    if found := UNRENDERED.search(content):
         log.warning("%s: put an empty line before this list or table: %s", page.file.src_uri, found[0][-200:])
     return content
 
@@ -103,7 +102,7 @@ def on_env(_env: Any, *, config: MkDocsConfig, files: Files) -> None:
 
 
 def repository_path(page: str, target: str) -> str:
-    """Returns the path in the repository of a link on a page of the site."""
+    """Returns the repository path of a link's target on a page."""
     return posixpath.normpath(posixpath.join(posixpath.dirname(FILES.get(page, f"docs/{page}")), target))
 
 
@@ -125,7 +124,7 @@ def name_of(path: Path) -> str:
 
 
 def leaves(children: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    """Title and page of all that is in a part of the navigation, in its order."""
+    """Yields title and page of every entry in a part of the navigation, in order."""
     for child in children:
         for title, content in child.items():
             if isinstance(content, list):
@@ -148,17 +147,17 @@ def first_sentence(content: str) -> str:
     return re.split(r"(?<=[.?!:])\s", text, maxsplit=1)[0]
 
 
-# ---- Pages that are made
+# ---- Generated pages
 
 
 def command_page(name: str) -> str:
-    """Returns what `tailora NAME --help` says, as cyclopts writes it in Markdown."""
+    """Returns the help of `tailora NAME` in cyclopts' Markdown."""
     text = app([name])[name].generate_docs(usage_name=f"tailora {name}")
     return text.replace(f"# {name}", f"# tailora {name}", 1)
 
 
 def names_page() -> str:
-    """Returns the table of the names that other tools give to our settings."""
+    """Returns the table of our settings and their names in other tools."""
     rows = [
         f"| `{ours}` | {' '.join(f'`{name}`' for name in theirs.split())} |"
         for ours, theirs in NAMES_OF_OTHER_TOOLS.items()
@@ -167,19 +166,20 @@ def names_page() -> str:
     read = ", ".join(f"`{theirs}` as `{ours}`" for theirs, ours in ALIASES.items())
     return (
         "# Names of settings in other tools\n\n"
-        "Flags and the keys of YAML files have the names of transformers and PEFT. If you write the name that TRL, "
-        "Axolotl, LLaMA-Factory or another tool has for a setting, the message says which one it is here. The pages "
-        "for those who come from [PEFT](coming_from/peft.md), [TRL](coming_from/trl.md), "
+        "Flags and YAML keys use the names of transformers and PEFT. If you use a name from TRL, Axolotl, "
+        "LLaMA-Factory or another tool, the error message gives tailora's name. The defaults of other tools are on the "
+        "pages for users of [PEFT](coming_from/peft.md), [TRL](coming_from/trl.md), "
         "[Unsloth](coming_from/unsloth.md), [Axolotl](coming_from/axolotl.md), "
-        "[LLaMA-Factory](coming_from/llama_factory.md) and [mlx-lm](coming_from/mlx_lm.md) have the defaults, too. "
-        f"Some are read: {read}.\n\n"
+        "[LLaMA-Factory](coming_from/llama_factory.md) and [mlx-lm](coming_from/mlx_lm.md). "
+        f"tailora accepts some of the other names: {read}.\n\n"
         "| tailora | other tools |\n|---|---|\n" + "\n".join(rows) + "\n\n"
-        "Not needed here:\n\n| other tools | what tailora does |\n|---|---|\n" + "\n".join(not_needed) + "\n"
+        "tailora does not need these settings:\n\n"
+        "| other tools | what tailora does |\n|---|---|\n" + "\n".join(not_needed) + "\n"
     )
 
 
 def errors_page() -> str:
-    """Returns a table of the errors that the docstring of `tailora.errors` lists, with their exit codes."""
+    """Returns a table of the errors in the docstring of `tailora.errors`, with their exit codes."""
     rows = []
     for name, meaning in re.findall(r"── (\w+)\S* +(.+)", str(errors.__doc__)):
         error = getattr(errors, name)
@@ -187,35 +187,35 @@ def errors_page() -> str:
         rows.append(f"| `{name}` | {parents} | {error.exit_code} | {meaning} |")
     return (
         "# Errors\n\nA message lists all problems at once: what is wrong, what is expected, and what to do. "
-        "On the command line it goes to stderr, without a traceback. All errors are `TailoraError`s, in "
+        "On the command line it goes to stderr, without a traceback. All errors are subclasses of `TailoraError` in "
         "`tailora.errors`.\n\n"
         "| error | is also a | exit code | raised for |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
     )
 
 
 def python_page() -> str:
-    """Returns the directives by which mkdocstrings shows every public name."""
+    """Returns the mkdocstrings directives for all public names."""
     names = [name for name in tailora.__all__ if not name.startswith("_")]
-    intro = "# Python\n\nThe public names: `from tailora import LoRAConfig, LoRAModel`.\n\n"
+    intro = "# Python\n\nImport all public names from `tailora`: `from tailora import LoRAConfig, LoRAModel`.\n\n"
     return intro + "\n".join(f"::: tailora.{name}\n" for name in names)
 
 
 def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
-    """Returns a notebook with its outputs in Markdown, and the files beside it: its pictures, and itself."""
+    """Returns a notebook with its outputs in Markdown, and its files: the pictures, and the notebook itself."""
     exporter = MarkdownExporter(config=Config({"HighlightMagicsPreprocessor": {"enabled": True}}))
     text, resources = exporter.from_filename(str(path), {"output_files_dir": path.stem, "unique_key": path.stem})
-    text = text.replace("![png](", "![What the code above draws](")
-    link = f'<a href="{path.name}" download>This page as a notebook</a>, to run and change.'
+    text = text.replace("![png](", "![Plot of the code above](")
+    link = f'<a href="{path.name}" download>Download this page as a notebook</a> to run and change it.'
     return f"{text}\n\n{link}\n", {**resources["outputs"], path.name: path.read_bytes()}
 
 
 def source_page(path: Path) -> str:
-    """Returns a page that shows a file, or links to the files of a folder; the search leaves it out."""
+    """Returns a page that shows a file, or links to the files of a folder; the search excludes it."""
     head = f"---\nsearch: {{exclude: true}}\n---\n# {name_of(path)}\n\n"
     if path.is_dir():
-        here = path.name  # pages of the files are in a folder of its name, beside its own page
+        here = path.name  # the pages of the files are in a folder of this name, next to this page
         files = sorted(file for file in path.iterdir() if file.is_file())
-        return f"{head}The files of a folder of the repository:\n\n" + "\n".join(
+        return f"{head}Files in this folder of the repository:\n\n" + "\n".join(
             f"- [{file.name}]({here}/{file.name}.md){purpose(file)}" for file in files
         )
     language = "python" if path.suffix == ".py" else "text"

@@ -79,5 +79,5 @@ def test_training_in_turn(folder: Path, capsys: pytest.CaptureFixture[str], monk
 
 
 def test_without_results_the_page_says_so() -> None:
-    assert "never run on a card" in device_tables.devices([])
+    assert "has never run on a GPU" in device_tables.devices([])
     assert cells.SHAPES["8B"].hidden == 4096

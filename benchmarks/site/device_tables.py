@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.site.tables import packages, table
 
 Content = dict[str, Any]  # of one JSON file
-NEVER = "`benchmarks/gpu.py` was never run on a card: there are no figures of any."
+NEVER = "`benchmarks/gpu.py` has never run on a GPU, so there are no figures yet."
 
 
 def devices(contents: list[Content]) -> str:
