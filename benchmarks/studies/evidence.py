@@ -29,7 +29,7 @@ from benchmarks.studies.tiny_lm import BASE_STEPS, QUICK_STEPS
 from tailora.evaluation.spectral import intruder_counter, module_report, updates_of
 from tailora.study.compare import compare
 from tailora.study.config import CompareConfig
-from tailora.study.trial import Listen, Trial, TrialSpec, Worker, get_trial, judging_half, run_here
+from tailora.study.trial import Listen, Trial, TrialSpec, Worker, evaluation_half, get_trial, run_here
 from tailora.train.config import TrainConfig
 from tailora.train.trainer import run
 
@@ -105,7 +105,7 @@ def run_study(setting: str, name: str, runs: Runs, *, quick: bool) -> dict[str, 
         for arm in arms
     }
     any_trial, any_try = (next(iter(values)) for values in (trials[arms[0]["name"]], tries[arms[0]["name"]].values()))
-    judging = judging_half(len(any_trial.counts))
+    judging = evaluation_half(len(any_trial.counts))
     return {
         "command": f"tailora compare --config {name}.yaml --output-dir outputs/{name}",
         "settings": settings,

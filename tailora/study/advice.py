@@ -1,10 +1,10 @@
-"""What `inspect` finds in an adapter, and the advice that follows from it by rules with stated thresholds and sources.
+"""The results of `inspect`, and the rules that turn them into advice, with thresholds and sources.
 
     Inspection -> each of RULES -> Advice, or nothing
 
-`study/inspect.py` fills in the data classes, whose field names are the keys of report.json. A rule is a function. Its
-docstring states when it gives advice, and why its threshold is what it is; "Looking into an adapter" in the docs has
-the same as a table. No other code gives advice.
+`study/inspect.py` fills in the data classes, whose field names are the keys of report.json. A rule is a function whose
+docstring states when it gives advice and where its threshold comes from. "Looking into an adapter" in the docs lists
+all rules in a table. All advice comes from here.
 """
 
 import shlex
@@ -17,19 +17,19 @@ from tailora.evaluation.spectral import ModuleReport
 from tailora.formats.export import ROUNDING_REMEDY
 from tailora.study.model_layout import by_group, group_of, layer_range, rank_pattern
 
-SATURATED_COST, SATURATED_USE = 0.03, 0.8  # shares of the improvement; of the rank
+SATURATED_COST, SATURATED_USE = 0.03, 0.8  # share of the improvement; share of the rank
 SPARE_USE = 0.5  # effective rank / rank, median
 DEAD = 1e-3  # root mean square of an update's elements, relative to the median's
-INTRUDING = 1.0  # intruders of 10, mean over modules, above those of a random update
+INTRUDING = 1.0  # intruders out of 10, mean over modules, more than after a random update
 MOVED = 2.0  # factor between a learned scale and its start
 TOO_STRONG = 1.0  # ||dW|| / ||W||, median
-SLOWER = 4  # the learning rate is divided by it
-FORGETTING = 0.5  # rise of the loss on other text, relative to the improvement
+SLOWER = 4  # divides the learning rate
+FORGETTING = 0.5  # increase of the loss on other text, relative to the improvement
 ROUNDED = 1e-2  # ||dW|| / ||W||, median, in 16 bits
 
 
 def _is_above_zero(value: float, low: float | None) -> bool:
-    """True if the low end of the interval is above 0; without an interval, if the value is."""
+    """True if the low end of the interval, or without an interval the value, is above 0."""
     return (value if low is None else low) > 0
 
 
@@ -40,9 +40,9 @@ def _is_above_zero(value: float, low: float | None) -> bool:
 class TruncationCost:
     """The held-out loss without the lower half of the singular values of some modules, in nats per token.
 
-    rise: by how much the loss rises, paired by example; low, high: its 95% interval, None for a single example.
-    cost: the rise as a share of what the adapter gains over the base; None where the adapter gains nothing.
-    values: the share of the adapter's singular values that these modules have.
+    rise: increase of the loss, paired by example; low, high: its 95% interval, None for a single example.
+    cost: the rise as a share of the adapter's improvement over the base; None if there is no improvement.
+    values: these modules' share of the adapter's singular values.
     """
 
     loss: float
@@ -54,20 +54,20 @@ class TruncationCost:
 
     @property
     def limit(self) -> float:
-        """The share of the improvement that these modules may cost."""
+        """The highest acceptable cost of these modules, as a share of the improvement."""
         return SATURATED_COST * self.values
 
     @property
     def is_costly(self) -> bool:
-        """True if the lower half costs more than the limit, and the rise of the loss has an interval above 0."""
+        """True if the cost exceeds the limit and the interval of the rise is above 0."""
         return self.cost is not None and self.cost > self.limit and _is_above_zero(self.rise, self.low)
 
 
 @dataclass(frozen=True)
 class HeldOutLosses:
-    """Losses in nats per supervised token. `improvement` is base - adapter, with its 95% interval.
+    """Losses in nats per trained token. `improvement` is base - adapter, with its 95% interval.
 
-    half: without the lower half of the singular values of all modules; groups: of each group of modules.
+    half: without the lower half of the singular values of all modules.    groups: the same for each group of modules.
     """
 
     data: str
@@ -83,13 +83,13 @@ class HeldOutLosses:
 
     @property
     def has_gain(self) -> bool:
-        """True if the adapter lowers the held-out loss, with an interval above 0."""
+        """True if the adapter lowers the held-out loss: the interval of the improvement is above 0."""
         return _is_above_zero(self.improvement, self.improvement_low)
 
 
 @dataclass(frozen=True)
 class ReducedStrength:
-    """The adapter at a lower strength: its held-out loss (None without data), and how much it forgets."""
+    """The held-out loss (None without data) and the forgetting of the adapter at a lower strength."""
 
     strength: float
     loss: float | None
@@ -97,15 +97,15 @@ class ReducedStrength:
     base_text_rise: float
 
 
-# ---- Beside a second adapter
+# ---- Comparison with a second adapter
 
 
 @dataclass(frozen=True)
 class ModuleOverlap:
-    """One matrix that both adapters change. Norms are those of the updates, s (B A - B0 A0).
+    """One matrix that both adapters change. Norms refer to the updates, s (B A - B0 A0).
 
-    writes, reads: overlap of the spaces of their outputs and of their inputs (`evaluation.spectral.subspace_overlap`),
-        each beside the overlap of random spaces of the same sizes.
+    writes, reads: overlap of their output spaces and of their input spaces (`evaluation.spectral.subspace_overlap`),
+        each with the overlap of random spaces of the same sizes.
     cosine: <dW1, dW2> / (||dW1|| ||dW2||): 1 for the same direction, 0 for orthogonal updates, -1 for opposite ones.
     sum_norm: ||dW1 + dW2||.
     """
@@ -123,9 +123,9 @@ class ModuleOverlap:
 
 @dataclass(frozen=True)
 class CombinedLosses:
-    """Held-out losses of the base, of either adapter and of both added up, in nats per supervised token.
+    """Held-out losses of the base, of each adapter and of their sum, in nats per trained token.
 
-    worse: the loss of both - the loss of the better adapter alone, with its 95% interval.
+    worse: loss of the sum - loss of the better adapter alone, with its 95% interval.
     """
 
     base: float
@@ -139,7 +139,7 @@ class CombinedLosses:
 
 @dataclass(frozen=True)
 class AdapterOverlap:
-    """modules: those that both adapters change.    cosine: of the two updates, over all modules together."""
+    """modules: those that both adapters change.    cosine: of the two updates over all modules."""
 
     other: str
     modules: list[ModuleOverlap]
@@ -154,10 +154,10 @@ class AdapterOverlap:
 
 @dataclass(frozen=True)
 class Advice:
-    """What a rule recommends.
+    """The recommendation of a rule.
 
     rule: its name.    says: the recommendation, in a sentence or two.
-    evidence: the numbers, and the thresholds that they passed.
+    evidence: the numbers and the thresholds they exceed.
     setting: values of LoRAConfig or TrainConfig, ready to use.    command: a command line to copy, or "".
     """
 
@@ -170,11 +170,11 @@ class Advice:
 
 @dataclass(frozen=True)
 class Inspection:
-    """layers: how many the model has, as far as the adapter names them.
+    """layers: number of layers of the model, as far as the adapter names them.
     left_out: path -> why its change has no singular values.
-    training: the settings that the run beside the adapter recorded, {} without a run.
+    training: settings of the run that trained the adapter, {} if unknown.
     forgetting: KL divergence from the base and loss on other text (`evaluation.forgetting`).
-    dial: the adapter at lower strengths, measured where it forgets much.
+    dial: the adapter at lower strengths, measured if it forgets a lot.
     pair: the comparison with a second adapter.
     """
 
@@ -196,7 +196,7 @@ class Inspection:
 
     @property
     def forgets_much(self) -> bool:
-        """True if the loss on other text rose by more than FORGETTING of what the adapter gained on the data."""
+        """True if the loss on other text rose by more than FORGETTING times the improvement on the data."""
         losses, lost = self.held_out, self.forgetting
         if losses is None or lost is None or not losses.has_gain:
             return False
@@ -210,18 +210,18 @@ class Inspection:
         return content
 
 
-# ---- Rules: training that did nothing
+# ---- Rules: training without effect
 
 
 def advise(inspection: Inspection) -> list[Advice]:
-    """Returns the advice of all rules, in their order."""
+    """Returns the advice of all rules, in the order of RULES."""
     return [advice for rule in RULES for advice in rule(inspection)]
 
 
 def dead(inspection: Inspection) -> Iterator[Advice]:
-    """Where ||s B A|| of a module is 0, or its root mean square is at most DEAD of the median's.
+    """Applies if ||s B A|| of a module is 0, or its root mean square is at most DEAD times the median.
 
-    B starts at 0, so an update of 0 was never trained. The threshold is ours.
+    B starts at 0, so an update of 0 was never trained. The threshold is our choice.
     """
     modules = inspection.modules
     if not modules:
@@ -231,20 +231,20 @@ def dead(inspection: Inspection) -> Iterator[Advice]:
     evidence = {"dead": len(paths), "modules": len(modules), "limit": DEAD, "median": median, "paths": paths}
     if len(paths) == len(modules):
         says = (
-            f"All {len(paths)} updates are zero: training did not change them, and the adapter has no effect. Check "
-            "for a learning rate of 0, for no steps taken, and for a loss that does not reach these layers."
+            f"All {len(paths)} updates are zero: the adapter was not trained and has no effect. Check that the "
+            "learning rate is not 0, that at least one step ran, and that the loss depends on these layers."
         )
         yield Advice("dead", says, evidence)
     elif paths:
         says = (
             f"{len(paths)} of {len(modules)} updates are zero or below {DEAD:g} of the median: {first_few(paths)}. "
-            "Training does not reach these layers, or changing them does not help: leave them out."
+            "Training does not reach these layers, or changing them does not help. Exclude them."
         )
         yield Advice("dead", says, evidence, setting={"exclude_modules": paths})
 
 
 def no_gain(inspection: Inspection) -> Iterator[Advice]:
-    """Where the interval of the improvement on held-out data (95%, bootstrap over examples) includes 0."""
+    """Applies if the interval of the improvement on held-out data (95%, bootstrap over examples) includes 0."""
     losses = inspection.held_out
     if losses is None or losses.has_gain:
         return
@@ -252,9 +252,9 @@ def no_gain(inspection: Inspection) -> Iterator[Advice]:
     interval = "one example" if low is None or high is None else f"95% interval {low:+.4f} to {high:+.4f}"
     yield Advice(
         "no gain",
-        f"The adapter does not lower the loss on {losses.data}: {losses.base_loss:.4f} with the base, "
-        f"{losses.loss:.4f} with it ({interval} for the gain). "
-        "Check that this data is like the training data; if so, train longer or at another learning rate.",
+        f"The adapter does not lower the loss on {losses.data}: {losses.loss:.4f}, base model {losses.base_loss:.4f} "
+        f"({interval} of the improvement). "
+        "If this data resembles the training data, train longer or with a different learning rate.",
         {"improvement": losses.improvement, "low": low, "examples": losses.examples},
     )
 
@@ -263,11 +263,10 @@ def no_gain(inspection: Inspection) -> Iterator[Advice]:
 
 
 def saturated(inspection: Inspection) -> Iterator[Advice]:
-    """Where the lower half of the singular values is worth more than SATURATED_COST of the improvement, with an
-    interval above 0, and effective rank / r is above SATURATED_USE; if so, the same for each group.
+    """Applies if removing the lower half of the singular values costs more than SATURATED_COST of the improvement, with
+    an interval above 0, and effective rank / r is above SATURATED_USE. Then it looks at each group in the same way.
 
-    Calibrated ("Looking into an adapter" in the docs): doubling r gained where the rule applies, and next to nothing
-    elsewhere.
+    Calibrated ("Looking into an adapter" in the docs): doubling r helped where the rule applies, and hardly elsewhere.
     """
     losses, modules = inspection.held_out, _nonzero(inspection)
     if losses is None or not modules or not losses.has_gain:
@@ -297,8 +296,8 @@ def saturated(inspection: Inspection) -> Iterator[Advice]:
     one_rank = in_all_modules and len(set(ranks.values())) == 1
     yield Advice(
         "saturated",
-        f"The lower half of the singular values is worth much of the improvement, and the rank is used up (limit "
-        f"{SATURATED_USE:g}): {'; '.join(shares)}. Raise r there; alpha can stay.",
+        f"The lower half of the singular values accounts for much of the improvement, and the rank is fully used "
+        f"(limit {SATURATED_USE:g}): {'; '.join(shares)}. Raise r there; alpha can stay the same.",
         {"groups": evidence, "cost": losses.half.cost, "cost_limit": SATURATED_COST, "use_limit": SATURATED_USE},
         setting={"r": next(iter(ranks.values()))}
         if one_rank
@@ -307,10 +306,10 @@ def saturated(inspection: Inspection) -> Iterator[Advice]:
 
 
 def spare(inspection: Inspection) -> Iterator[Advice]:
-    """Where the median effective rank / r is below SPARE_USE and half of the values hold 99% of the energy; with
-    data, the lower half must also be worth at most SATURATED_COST of the improvement.
+    """Applies if the median effective rank / r is below SPARE_USE and half of the values contain 99% of the energy.
+    With data, removing the lower half must also cost at most SATURATED_COST of the improvement.
 
-    Calibrated as `saturated` is. That a smaller r keeps this energy is the theorem of Eckart and Young.
+    Calibrated like `saturated`. By the theorem of Eckart and Young, a smaller r keeps this energy.
     """
     modules, losses = _nonzero(inspection), inspection.held_out
     if not modules or (losses is not None and (losses.half.cost is None or losses.half.cost > SATURATED_COST)):
@@ -322,7 +321,7 @@ def spare(inspection: Inspection) -> Iterator[Advice]:
     r = max(module.rank_99 for module in modules)
     on_data = ""
     if losses is not None:
-        on_data = f"; on {losses.data} the lower half is worth {losses.half.cost:.1%} of the improvement"
+        on_data = f"; on {losses.data} the lower half accounts for {losses.half.cost:.1%} of the improvement"
     small = f"{inspection.adapter}-small"
     yield Advice(
         "spare ranks",
@@ -338,9 +337,9 @@ def spare(inspection: Inspection) -> Iterator[Advice]:
 
 
 def too_strong(inspection: Inspection) -> Iterator[Advice]:
-    """Where the median ||dW|| / ||W|| is above TOO_STRONG.
+    """Applies if the median ||dW|| / ||W|| is above TOO_STRONG.
 
-    Calibrated: below .5 for all adapters of a useful learning rate, above 1.6 for all of a ruinous one.
+    Calibrated: below .5 for all adapters with a useful learning rate, above 1.6 for all with a ruinous one.
     """
     sizes = [module.relative_norm for module in inspection.modules if module.relative_norm is not None]
     size = statistics.median(sizes) if sizes else 0.0
@@ -348,16 +347,16 @@ def too_strong(inspection: Inspection) -> Iterator[Advice]:
         return
     yield Advice(
         "too strong",
-        f"The median ||dW|| / ||W|| is {size:.1f} (limit {TOO_STRONG:g}): the update is larger than the base's own "
-        f"weights. The learning rate was too high; try a {SLOWER}th of it.",
+        f"The median ||dW|| / ||W|| is {size:.1f} (limit {TOO_STRONG:g}): the update is larger than the base model's "
+        f"weights. The learning rate was too high; divide it by {SLOWER}.",
         {"relative_norm": size, "limit": TOO_STRONG},
         setting=_learning_rate(inspection, 1 / SLOWER),
     )
 
 
 def intruders(inspection: Inspection) -> Iterator[Advice]:
-    """Where more than INTRUDING of 10, in the mean over modules, are above a random update of the same shape, rank
-    and norm (arXiv:2410.21228, sec. 3 and 5).
+    """Applies if the mean over modules is more than INTRUDING of 10 above a random update of the same shape, rank and
+    norm (arXiv:2410.21228, sec. 3 and 5).
     """
     counted = [module for module in inspection.modules if module.intruders is not None]
     if not counted:
@@ -369,18 +368,18 @@ def intruders(inspection: Inspection) -> Iterator[Advice]:
     size = statistics.median(module.relative_norm or 0.0 for module in counted)
     yield Advice(
         "intruders",
-        f"{mean:.1f} of the 10 leading directions of a tuned weight are new, {random:.1f} after random updates of the "
-        f"same size (limit: {INTRUDING:g} more); the median ||dW|| / ||W|| is {size:.2%}. Such directions go with "
-        "forgetting: halve the learning rate, or train fewer steps.",
+        f"On average {mean:.1f} of the 10 leading directions of a tuned weight are new, against {random:.1f} after "
+        f"random updates of the same size (limit: {INTRUDING:g} more); the median ||dW|| / ||W|| is {size:.2%}. New "
+        "directions are associated with forgetting: halve the learning rate, or train for fewer steps.",
         {"intruders": mean, "random": random, "limit": INTRUDING, "relative_norm": size, "modules": len(counted)},
         setting=_learning_rate(inspection, 1 / 2),
     )
 
 
 def scales(inspection: Inspection) -> Iterator[Advice]:
-    """Where a learned scale is more than a factor of MOVED from its start.
+    """Applies if a learned scale differs from its initial value by more than a factor of MOVED.
 
-    Over ranks, the best alpha changes by less than a factor of 2. The threshold is ours.
+    Over ranks, the best alpha changes by less than a factor of 2. The threshold is our choice.
     """
     factors = {
         module.path: module.scaling / module.configured_scaling
@@ -394,10 +393,10 @@ def scales(inspection: Inspection) -> Iterator[Advice]:
     alpha = inspection.config["lora_alpha"] * median
     yield Advice(
         "scales moved",
-        f"{len(moved)} of {len(factors)} learned scales are more than a factor of {MOVED:g} from their start "
-        f"({min(moved.values()):.2g} to {max(moved.values()):.2g} times it; the median is {median:.2g}). "
+        f"{len(moved)} of {len(factors)} learned scales differ from their initial value by more than a factor of "
+        f"{MOVED:g} ({min(moved.values()):.2g} to {max(moved.values()):.2g} times it; the median is {median:.2g}). "
         + (
-            "Start nearer to where they end."
+            "Start closer to the final values."
             if median > 0
             else "Some scales changed sign, which A and B could do instead."
         ),
@@ -407,9 +406,9 @@ def scales(inspection: Inspection) -> Iterator[Advice]:
 
 
 def forgetting(inspection: Inspection) -> Iterator[Advice]:
-    """Where the loss on other text rises by more than FORGETTING of what the loss on the data falls.
+    """Applies if the loss on other text rises by more than FORGETTING times the improvement on the data.
 
-    The threshold is ours; the strengths are measured.
+    The threshold is our choice; the effects of lower strengths are measured.
     """
     losses, forgotten = inspection.held_out, inspection.forgetting
     if losses is None or forgotten is None or not inspection.forgets_much:
@@ -417,13 +416,13 @@ def forgetting(inspection: Inspection) -> Iterator[Advice]:
     rise = forgotten["loss_after"] - forgotten["loss_before"]
     measured = [(reduced, reduced.loss) for reduced in inspection.dial if reduced.loss is not None]
     tried = ", ".join(f"{reduced.strength:g}: loss {loss:.3f}, KL {reduced.kl:.3f}" for reduced, loss in measured)
-    cure = "No lower strength that was tried is within the limit: train at a lower learning rate, or on mixed data."
+    remedy = "No lower strength tried is within the limit: train with a lower learning rate, or on mixed data."
     setting, to_copy = {}, ""
     for reduced, loss in measured:
         gain = losses.base_loss - loss
         if reduced.base_text_rise <= FORGETTING * gain:
             gain_share, strength = gain / losses.improvement, f"{reduced.strength:g}"
-            cure = f"At strength {strength} it keeps {gain_share:.0%} of the gain, and forgets less than the limit."
+            remedy = f"At strength {strength} it keeps {gain_share:.0%} of the gain and is within the limit."
             setting = {"set_scale": reduced.strength}
             parts = ["--adapter", f"a={inspection.adapter}", "--weight", f"a={strength}"]
             to_copy = command("combine", *parts, "--output-dir", f"{inspection.adapter}-{strength}")
@@ -431,7 +430,7 @@ def forgetting(inspection: Inspection) -> Iterator[Advice]:
     yield Advice(
         "forgetting",
         f"On {forgotten['text']} the loss rose by {rise:.3f} nats per token, KL {forgotten['kl']:.3f}; "
-        f"on the data it fell by {losses.improvement:.3f} (limit: {FORGETTING:g} of that). {cure} ({tried})",
+        f"on the data it fell by {losses.improvement:.3f} (limit: {FORGETTING:g} of that). {remedy} ({tried})",
         {"rise": rise, "kl": forgotten["kl"], "improvement": losses.improvement, "limit": FORGETTING},
         setting=setting,
         command=to_copy,
@@ -439,8 +438,8 @@ def forgetting(inspection: Inspection) -> Iterator[Advice]:
 
 
 def interference(inspection: Inspection) -> Iterator[Advice]:
-    """Where both adapters together have a higher loss on the data than the better one alone, with an interval above 0
-    (95%, bootstrap over examples).
+    """Applies if the sum of both adapters has a higher loss on the data than the better one alone, with an interval
+    above 0 (95%, bootstrap over examples).
     """
     overlap = inspection.pair
     losses = None if overlap is None else overlap.losses
@@ -449,9 +448,9 @@ def interference(inspection: Inspection) -> Iterator[Advice]:
     adapters = ["--adapter", f"one={inspection.adapter}", "--adapter", f"two={overlap.other}"]
     yield Advice(
         "interference",
-        f"Added up, the two adapters have a loss of {losses.both:.4f}, {losses.worse:.4f} above the better one alone: "
-        f"they disturb each other (cosine of the updates {overlap.cosine:+.2f}). Do not add them: switch between "
-        "them, or choose one for each conversation.",
+        f"The sum of the two adapters has a loss of {losses.both:.4f}, {losses.worse:.4f} above the better one alone: "
+        f"they interfere (cosine of the updates {overlap.cosine:+.2f}). Do not add them: switch between them, or use "
+        "one per conversation.",
         {"worse": losses.worse, "low": losses.worse_low}
         | {"one": losses.one, "other": losses.other, "cosine": overlap.cosine},
         command=command("chat", "--model", inspection.model or "BASE", *adapters),
@@ -459,9 +458,9 @@ def interference(inspection: Inspection) -> Iterator[Advice]:
 
 
 def rounding(inspection: Inspection) -> Iterator[Advice]:
-    """Where the median ||dW|| / ||W|| is below ROUNDED, and the base is in 16 bits.
+    """Applies if the median ||dW|| / ||W|| is below ROUNDED and the base is in 16 bits.
 
-    Measured: 17% of the update is lost in bfloat16 at 1e-2, 79% at 1e-3.
+    Measured: bfloat16 loses 17% of the update at 1e-2, 79% at 1e-3.
     """
     sizes = [module.relative_norm for module in inspection.modules if module.relative_norm]
     if not sizes or inspection.base_dtype not in ("bfloat16", "float16"):
@@ -473,8 +472,8 @@ def rounding(inspection: Inspection) -> Iterator[Advice]:
     merged = ["--to", "merged", "--dtype", "float32", "--output", f"{inspection.adapter}-merged"]
     yield Advice(
         "rounding",
-        f"The median ||dW|| / ||W|| is {size:.2%} (limit {ROUNDED:.0%}): merged into {inspection.base_dtype} weights, "
-        f"the update would be off by a sixth of its size or more: {ROUNDING_REMEDY}.",
+        f"The median ||dW|| / ||W|| is {size:.2%} (limit {ROUNDED:.0%}): merging into {inspection.base_dtype} "
+        f"weights changes the update by a sixth of its size or more: {ROUNDING_REMEDY}.",
         {"relative_norm": size, "limit": ROUNDED, "dtype": inspection.base_dtype},
         command=command("export", inspection.adapter, *model, *merged),
     )

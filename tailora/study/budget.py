@@ -1,13 +1,13 @@
-"""What the runs of a study cost, and how much of the study fits into its time limit.
+"""How long the runs of a study take, and how much of the study fits into its time limit.
 
-    measure_costs    a few steps -> Costs; ends as soon as they show that the time is too short
-    fit              Costs, time -> Extent and steps: less is done until runs of a useful length fit
-    TimeLimit        the same for a comparison or a search, with an error if not even the least fits
+    measure_costs    a few steps -> Costs; stops as soon as they show that the time is too short
+    fit              Costs, time -> Extent and steps: reduces the extent until runs of a useful length fit
+    TimeLimit        the same for a comparison or a search, with an error if even the minimum does not fit
 
-A trial of S steps takes  fixed + S step + evaluations;  a judging run takes  fixed + S step + one evaluation of twice
-as many examples. The base's losses are known from the first steps. Successive halving ends half of the trials of a
-search at a third of their steps, and half of the rest at two thirds, so a trial takes about 7/12 of its steps; the
-first and the last are planned whole.
+A trial of S steps takes  fixed + S step + evaluations;  a final run takes  fixed + S step + one evaluation of twice
+as many examples. The base's losses are known from the timing run. Successive halving ends half of the trials of a
+search after a third of their steps, and half of the rest after two thirds, so a trial takes about 7/12 of its steps
+on average. The first and the last trial are planned at full length.
 """
 
 import math
@@ -20,23 +20,23 @@ from tailora.study.study_store import StudySession
 from tailora.study.trial import Listen, Trial, TrialEvent
 from tailora.train.config import TrainConfig
 
-RUNGS = 3  # evaluations of a whole trial, at equal distances; halving at the first and the second
+RUNGS = 3  # evaluations of a complete trial, equally spaced; halving happens at the first and the second
 TIMING_STEPS = 4
-TIMING_RATE = 1e-6  # hardly trains anything, and so cannot diverge
+TIMING_RATE = 1e-6  # so low that it cannot diverge
 FEWEST_STEPS = 9  # 3 at the first rung
-FEWEST_SEEDS = 2  # one seed does not show how much results change from seed to seed
-FEWEST_HELD_OUT = 40  # examples, half of which judge
-SAFETY = 0.9  # share of the time that is planned, since a few steps measure it roughly
-MARGIN = 4 / 3  # of the minutes that are advised: a few steps differ by that from one start to the next
-SHARE = 7 / 12  # of its steps that a trial takes on average
+FEWEST_SEEDS = 2  # one seed does not show how much results vary between seeds
+FEWEST_HELD_OUT = 40  # examples, half of them for the evaluation
+SAFETY = 0.9  # planned share of the time, because a few steps are a rough measurement
+MARGIN = 4 / 3  # on top of recommended minutes: the timing of a few steps varies this much between starts
+SHARE = 7 / 12  # of its steps that a trial runs on average
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a run, measured in a few steps.
+    """The seconds that parts of a run take, measured in a few steps.
 
-    fixed: beside its steps, for imports and loading.    step: of one step.
-    evaluation: of half of the held-out examples.    forgetting: of measuring what was forgotten.
+    fixed: imports and loading.    step: one step.
+    evaluation: half of the held-out examples.    forgetting: measuring forgetting.
     """
 
     fixed: float
@@ -47,20 +47,20 @@ class Costs:
     def trial(self, steps: int, share: float = 1.0, evaluations: int = RUNGS) -> float:
         return self.fixed + share * (steps * self.step + evaluations * self.evaluation)
 
-    def judging_run(self, steps: int) -> float:
+    def final_run(self, steps: int) -> float:
         return self.fixed + steps * self.step + 2 * self.evaluation + self.forgetting
 
     def on_part(self, share: float) -> "Costs":
-        """Returns the costs with this share of the held-out examples."""
+        """Returns the costs for this share of the held-out examples."""
         return replace(self, evaluation=share * self.evaluation)
 
 
 def seconds_of_workers(costs: Sequence[Costs], seconds: Callable[[Costs], float], workers: int) -> float:
-    """Returns the most seconds that workers need for runs of these costs, if each begins the next when it is free.
+    """Returns an upper bound on the seconds that workers need for runs of these costs, without idling in between.
 
-    seconds: of one run. This is Graham's bound on list scheduling: with W workers, the sum of all runs divided by W,
-    and (1 - 1 / W) times the longest run. The longest run is taken to have the highest of each cost (fixed, step, ...),
-    so that the bound is linear in the steps, which `fit` needs.
+    seconds: costs -> seconds of one run. This is Graham's bound for list scheduling with W workers: the sum of all runs
+    divided by W, plus (1 - 1 / W) times the longest run. Combining the highest of each cost (fixed, step, ...) into
+    the longest run keeps the bound linear in the steps, as `fit` needs it.
     """
     if not costs:
         return 0.0
@@ -69,15 +69,15 @@ def seconds_of_workers(costs: Sequence[Costs], seconds: Callable[[Costs], float]
     return sum(map(seconds, costs)) / workers + (1 - 1 / workers) * longest
 
 
-START = Costs(fixed=2, step=0, evaluation=0)  # no run takes less: a new process loads torch and the model
+START = Costs(fixed=2, step=0, evaluation=0)  # the minimum for any run: a new process loads torch and the model
 
 
 @dataclass(frozen=True)
 class Extent:
     """How much a study does.
 
-    tries: learning rates of an arm, or trials of a search.    seeds: of each arm or finalist that is judged.
-    part: share of the held-out examples that are used.
+    tries: learning rates per arm, or trials of a search.    seeds: final runs per arm or finalist.
+    part: share of the held-out examples in use.
     """
 
     tries: int
@@ -87,9 +87,9 @@ class Extent:
 
 @dataclass(frozen=True)
 class Budget:
-    """steps: of a whole trial.    longest: how many the run's settings ask for.
-    seeds: that time is kept for.    held_out: number of held-out examples that are used; None for all.
-    minutes: that this was planned for.    processes: of the runs that were timed.
+    """steps: of a complete trial.    longest: number of steps in the run's settings.
+    seeds: number of seeds the budget has time for.    held_out: number of held-out examples used, None for all.
+    minutes: the time limit of the plan.    processes: of each timed run.
     """
 
     steps: int
@@ -110,9 +110,9 @@ class Budget:
         return self.costs.trial(self.steps)
 
     @property
-    def judging_seconds(self) -> float:
-        """Of one run that judges."""
-        return self.costs.judging_run(self.steps)
+    def final_run_seconds(self) -> float:
+        """Seconds of one final run."""
+        return self.costs.final_run(self.steps)
 
 
 # ---- What runs cost
@@ -121,13 +121,13 @@ class Budget:
 def measure_costs(
     session: StudySession, run: Callable[[Listen], Trial], check: Callable[[Costs], object], *, choosing: bool
 ) -> tuple[Costs | None, Trial]:
-    """Runs a few steps. Returns what runs like this cost, or None if they failed; and the trial.
+    """Runs a few steps. Returns the costs of runs like this, or None if the steps failed, and the trial.
 
-    check: called with every step and evaluation; gets costs that are not too high, and raises if these are too high.
-    choosing: whether only the choosing half of the held-out examples is evaluated.
+    check: called after every step and evaluation with a lower bound of the costs; raises if that is too high.
+    choosing: whether only the selection half of the held-out examples is evaluated.
     """
     begun, half_count = session.seconds, 1 if choosing else 2
-    seconds: dict[bool, list[float]] = {True: [], False: []}  # held_out -> of each event
+    seconds: dict[bool, list[float]] = {True: [], False: []}  # held_out -> seconds of each event
 
     def listen(event: TrialEvent) -> None:
         seconds[event.held_out].append(event.seconds)
@@ -144,12 +144,12 @@ def measure_costs(
     if not trial.done:
         return None, trial
     forgetting, writing = (trial.numbers.get(f"{part}_seconds", 0.0) for part in ("forgetting", "writing"))
-    # a trial that was read from its folder has taken no time now
+    # a trial that was read from its folder took no time now
     total = max(session.seconds - begun, trial.numbers["seconds"] + forgetting + writing)
     costs = Costs(
         fixed=total - sum(trial.step_seconds) - sum(trial.evaluation_seconds) - forgetting - writing,
         step=median(trial.step_seconds),
-        evaluation=min(trial.evaluation_seconds) / half_count,  # the fastest, which nothing delayed
+        evaluation=min(trial.evaluation_seconds) / half_count,  # the fastest was not delayed by anything else
         forgetting=forgetting,
     )
     return costs, trial
@@ -159,12 +159,12 @@ def measure_costs(
 
 
 def longest_run(train: TrainConfig, trial: Trial) -> int:
-    """Returns the steps that the settings ask for. trial: any trial on the same data."""
+    """Returns the number of steps in the settings. trial: any trial on the same data."""
     return train.max_steps or trial.numbers["all_steps"] or 1
 
 
 def extents(most: Extent, fewest: Extent) -> Iterator[Extent]:
-    """Yields the most, then less, in the order in which it is given up: tries, seeds, held-out examples."""
+    """Yields the full extent, then smaller ones: first with fewer tries, then seeds, then held-out examples."""
     for tries in range(most.tries, fewest.tries - 1, -1):
         yield replace(most, tries=tries)
     for seeds in range(most.seeds - 1, fewest.seeds - 1, -1):
@@ -178,9 +178,9 @@ def extents(most: Extent, fewest: Extent) -> Iterator[Extent]:
 def fit(
     most: Extent, fewest: Extent, longest: int, seconds: float, needed: Callable[[Extent, int], float]
 ) -> tuple[Extent, int] | None:
-    """Returns the most that fits into the seconds in runs of FEWEST_STEPS, and the steps that fit then, or None.
+    """Returns the largest extent that fits with FEWEST_STEPS per run, and the steps that then fit; None if none does.
 
-    longest: steps that the settings ask for.    needed: extent, steps -> seconds, which grow evenly with the steps.
+    longest: number of steps in the settings.    needed: extent, steps -> seconds; linear in the steps.
     """
     if math.isinf(seconds):
         return most, longest
@@ -193,21 +193,21 @@ def fit(
 
 
 def too_short(session: StudySession, seconds: float, what: str) -> ConfigError:
-    """seconds: that the least takes from now on, as far as it was timed.    what: the least, in the plural."""
+    """seconds: of the minimum extent from now on, as timed so far.    what: the minimum extent in words, plural."""
     needed = (session.seconds + seconds / SAFETY) / 60
     return ConfigError(
-        f"--minutes {session.minutes:g} is too short: {what} take at least {math.ceil(needed)} min, by what was timed "
-        f"so far. Use --minutes {math.ceil(MARGIN * needed)} or more, fewer steps or runs, or a smaller --max-length"
+        f"--minutes {session.minutes:g} is too short: {what} take at least {math.ceil(needed)} min, as timed so far. "
+        f"Use --minutes {math.ceil(MARGIN * needed)} or more, fewer steps or runs, or a smaller --max-length"
     )
 
 
 @dataclass(frozen=True)
 class TimeLimit:
-    """What a study does if there is time, and the least that it does, which must fit into its minutes.
+    """The full extent of a study, and the minimum that must fit into its minutes.
 
-    wanted: everything.    fewest_tries: that allow a verdict.
-    fixed: of 'tries' and 'seeds' what the user has given; it is not reduced.
-    describe: extent, steps of a run -> the runs of that extent in words, in the plural.
+    wanted: the full extent.    fewest_tries: minimum for a verdict.
+    fixed: 'tries' and 'seeds', if set by the user; they are not reduced.
+    describe: extent, steps per run -> that extent in words, plural.
     """
 
     session: StudySession
@@ -217,7 +217,7 @@ class TimeLimit:
     describe: Callable[[Extent, int], str]
 
     def fewest(self, part: float = 1.0) -> Extent:
-        """Returns the least that allows a verdict. part: of the held-out examples."""
+        """Returns the minimum extent for a verdict. part: share of the held-out examples."""
         tries, seeds = self.wanted.tries, self.wanted.seeds
         return Extent(
             tries if "tries" in self.fixed else min(self.fewest_tries, tries),
@@ -226,17 +226,17 @@ class TimeLimit:
         )
 
     def check(self, needed: Callable[[Extent, int], float], longest: int | None) -> None:
-        """Raises ConfigError if the time left is too short for the least.
+        """Raises ConfigError if the time left is too short for the minimum extent.
 
-        needed: extent, steps -> seconds, not too many, on the fewest held-out examples.
-        longest: steps that the settings ask for, if known.
+        needed: extent, steps -> a lower bound of the seconds, with the minimum number of held-out examples.
+        longest: number of steps in the settings, if known.
         """
         steps = min(FEWEST_STEPS, longest or FEWEST_STEPS)
         if needed(self.fewest(), steps) > self.session.seconds_left:
             raise self._too_short(needed, self.fewest(), steps)
 
     def choose(self, needed: Callable[[Extent, int], float], longest: int, held_out: int) -> tuple[Extent, int]:
-        """Returns the extent and the steps that fit, as `fit` does. Raises ConfigError if not even the least fits.
+        """Returns the extent and the steps that fit. Raises ConfigError if even the minimum does not fit.
 
         held_out: number of held-out examples.
         """
@@ -251,5 +251,5 @@ class TimeLimit:
 
 
 def held_out_in_use(extent: Extent, held_out: int) -> int | None:
-    """Returns how many of so many held-out examples are used; None for all."""
+    """Returns how many of the `held_out` examples are used; None for all."""
     return None if extent.part == 1 else round(extent.part * held_out)

@@ -1,6 +1,6 @@
-"""The graphics cards that a plan can be made for without having one, and how much memory each has.
+"""The graphics cards that `plan` knows without having one, and their memory.
 
-Sizes are the makers', in GB (10^9 bytes); cards show a little more.
+Sizes are the manufacturers', in GB (10^9 bytes); real cards report a little more.
 """
 
 import re
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from tailora.errors import ConfigError, nearest
 
-CONTEXT = 500_000_000  # bytes of a card that a process takes before torch allocates any: driver, loaded code; assumed
-UNIFIED_SHARE = 2 / 3  # of a Mac's memory: what Metal recommends for its GPU up to 36 GB (above it is 3/4)
+CONTEXT = 500_000_000  # assumed bytes that a process uses before torch allocates any: driver, loaded code
+UNIFIED_SHARE = 2 / 3  # of a Mac's memory: Metal's recommended limit for its GPU up to 36 GB (above that 3/4)
 
 
 @dataclass(frozen=True)
 class Card:
-    """memory: GB.    device: its type in torch."""
+    """memory: in GB.    device: its device type in torch."""
 
     name: str
     memory: int
@@ -24,11 +24,11 @@ class Card:
 
     @property
     def available_bytes(self) -> int:
-        """What a run may take of the memory. A Mac's is shared with everything else."""
+        """The memory that a run may use. A Mac's memory is shared with everything else."""
         return int(self.memory * 1e9 * (UNIFIED_SHARE if self.device == "mps" else 1))
 
 
-# Type of device in torch -> card -> its sizes of memory. If a name fits several cards, the first one is meant.
+# Device type in torch -> card -> its memory sizes. A name that fits several cards means the first one.
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     "cuda": {
         "T4": (16,),
@@ -71,7 +71,7 @@ SIZES: dict[str, dict[str, tuple[int, ...]]] = {
         "RTX 5070 Ti": (16,),
         "RTX 5080": (16,),
         "RTX 5090": (32,),
-        "MI300X": (192,),  # torch calls AMD's cards "cuda", too
+        "MI300X": (192,),  # AMD's cards are "cuda" in torch, too
         "MI325X": (256,),
         "RX 7900 XTX": (24,),
     },
@@ -102,7 +102,7 @@ CARDS = [
     for memory in sizes
 ]
 
-OF_MAKERS = re.compile(
+MAKER_NAMES = re.compile(
     r"\b(nvidia|geforce|tesla|quadro|amd|radeon|instinct|apple|intel|data center|gpu|graphics|generation|hbm\d?\w?)\b"
 )
 LONGEST_NAME = 60
@@ -111,25 +111,25 @@ LONGEST_NAME = 60
 def find_cards(name: str) -> list[Card]:
     """Returns the cards that a name such as "h100", "RTX 4090" or "M2 Max 64GB" can mean, the usual one first.
 
-    A name may leave parts out, but has none that the card's name lacks, except for the maker's.
-    Raises ConfigError with similar names if there is none.
+    A name may omit parts of the card's name, and may add only the manufacturer's.
+    Raises ConfigError with similar names if there is no such card.
     """
     asked = Counter(_parts(name))
     matches = [card for card in CARDS if asked <= Counter(_parts(card.name))] if asked else []
     if matches:
         return matches
     names = dict.fromkeys(re.sub(r" \d+GB$", "", card.name).lower() for card in CARDS)
-    similar = nearest(" ".join(_words(name[:LONGEST_NAME])), names, cutoff=0.5)  # the memory is a part of some names
+    similar = nearest(" ".join(_words(name[:LONGEST_NAME])), names, cutoff=0.5)  # some names include the memory
     raise ConfigError(
-        f"no card {name[:LONGEST_NAME]!r} is known{similar or '; known are H100, RTX 4090, MI300X, M2 Max and others'} "
-        '("Will it fit?" in the docs lists all)'
+        f"unknown graphics card {name[:LONGEST_NAME]!r}{similar or ', expected for example H100, RTX 4090 or M2 Max'} "
+        '(all known cards: "Will it fit?" in the docs)'
     )
 
 
 def _words(name: str) -> list[str]:
-    return OF_MAKERS.sub(" ", name.lower()).split()
+    return MAKER_NAMES.sub(" ", name.lower()).split()
 
 
 def _parts(name: str) -> list[str]:
-    """Letters and numbers apart, so that "RTX4090" and "80 GB" are what "RTX 4090" and "80GB" are."""
+    """Splits letters from numbers, so that "RTX4090" equals "RTX 4090", and "80 GB" equals "80GB"."""
     return re.findall(r"[a-z]+|\d+", " ".join(_words(name)))

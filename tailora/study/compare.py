@@ -1,13 +1,13 @@
-"""Compares LoRA with full fine-tuning, or any arms with each other: same data, same order, same tokens, same seeds.
+"""Compares LoRA with full fine-tuning, or any variants (arms) with each other: same data, order, tokens and seeds.
 
-    a few steps of each arm (with --minutes)      -> steps that fit
-    for each arm its own learning rate            judged on the choosing half of the held-out examples
-    for each arm and seed a run at that rate      judged on the other half -> differences, verdict
+    time a few steps of each arm (with --minutes)    -> steps that fit
+    search the learning rate of each arm             on the selection half of the held-out examples
+    final runs: each arm at its best rate, per seed  on the evaluation half -> differences, verdict
 
 A comparison is fair only if every arm has its own best learning rate, so every arm gets the same number of tries. The
-examples and seeds that judge an arm are not those that chose its rate. The same call resumes an interrupted comparison;
-finished runs are read from their folders. Several workers try the rates of the arms at the same time. Then they make
-the runs that judge: all at once, or with --minutes in waves.
+final runs use different seeds and different held-out examples than the search for the rate. The same call resumes an
+interrupted comparison and reads finished runs from their folders. Several workers try the rates of the arms in
+parallel, then share the final runs: all at once, or in waves with --minutes.
 """
 
 import json
@@ -62,15 +62,15 @@ from tailora.study.trial import (
     Trial,
     TrialSpec,
     Worker,
-    on_choosing_half,
+    on_selection_half,
     run_in_subprocess,
 )
-from tailora.study.verdict import judge_arms
+from tailora.study.verdict import evaluate_arms
 from tailora.train.config import TASK_TYPES, TrainConfig
 
 STUDY, CLOCK, RUNS = "compare.json", "seconds.json", "runs"
-FEWEST_TRIES = 3  # learning rates: the best, a lower and a higher one
-LATER = {"seeds", "rate_tries", "minutes", "margin", "workers"}  # of which a comparison may be asked for more
+FEWEST_TRIES = 3  # learning rates: the best one, a lower and a higher one
+ADJUSTABLE = {"seeds", "rate_tries", "minutes", "margin", "workers"}  # may change when a comparison is resumed
 
 
 def compare(
@@ -82,10 +82,10 @@ def compare(
     *,
     processes: int = 1,
 ) -> Comparison:
-    """Runs what is missing of the comparison in `train.output_dir`, and judges.
+    """Completes the comparison in `train.output_dir` and returns its result.
 
-    processes: that train together in each run.
-    Raises ConfigError; whatever a run raises that is neither divergence nor lack of memory.
+    processes: number of processes in each run.
+    Raises ConfigError, and any error of a run except divergence and lack of memory.
     """
     folder = Path(train.output_dir)
     settings = {
@@ -94,16 +94,18 @@ def compare(
         **launch_settings(processes),
     }
     if names := sorted(name for name in STEP_CHOICE if getattr(train, name)):
-        raise ConfigError(f"a comparison judges every run at its end: leave {' and '.join(names)} out")
+        raise ConfigError(f"a comparison evaluates every run at its end: remove {' and '.join(names)}")
     if not measures_forgetting(train) and study.forgetting_data is not None:
         raise ConfigError(
-            f"--task {train.task}: forgetting is measured of language models, which this task does not train: leave "
-            "--forgetting-data out"
+            f"--task {train.task} does not train a language model, so forgetting cannot be measured: remove "
+            "--forgetting-data"
         )
     for arm in study.arms:
-        arm_settings(train, study, arm, learning_rate=study.first_rate(arm))  # raises ConfigError for contradictions
+        arm_settings(
+            train, study, arm, learning_rate=study.first_rate(arm)
+        )  # raises ConfigError for conflicting settings
     workers = make_workers(study.workers, train.device, study.minutes, processes)
-    busy = f"another comparison is writing to {folder} now; give another --output-dir"
+    busy = f"another comparison is writing to {folder}: wait until it ends, or use a different --output-dir"
     with locked(folder, STUDY, busy=busy):
         begun = any((folder / RUNS).glob(f"*/[!p]*/{RESULT}"))  # without the timing runs
         open_folder(folder, STUDY, settings, begun=begun, identity=_identity)
@@ -114,15 +116,15 @@ def compare(
 
 
 def _identity(settings: Settings) -> Settings:
-    """What makes two comparisons different. With minutes the steps are planned, by the time that runs take."""
+    """Returns the settings that must not change on resume. With --minutes, the number of steps is planned."""
     study = settings.get("compare", {})
-    fixed = {name: value for name, value in study.items() if name not in LATER}
+    fixed = {name: value for name, value in study.items() if name not in ADJUSTABLE}
     has_minutes = study.get("minutes") is not None
     return {**settings, "compare": {**fixed, "minutes": "given" if has_minutes else "not given"}}
 
 
 def _needed(costs: Sequence[Costs], extent: Extent, steps: int, workers: int) -> float:
-    """Returns the seconds of all runs of the arms with these costs."""
+    """Returns the seconds that all runs take for arms with these costs."""
     of_arms = [arm.on_part(extent.part) for arm in costs]
     tries = _seconds_of_tries(of_arms, steps, workers)
     return extent.tries * tries + _seconds_of_waves(of_arms, extent.seeds, steps, workers)
@@ -132,32 +134,29 @@ def _seconds_of_tries(costs: Sequence[Costs], steps: int, workers: int) -> float
     return seconds_of_workers(costs, lambda arm: arm.trial(steps, evaluations=1), workers)
 
 
-def _seconds_of_judging(costs: Sequence[Costs], steps: int, workers: int) -> float:
-    return seconds_of_workers(costs, lambda arm: arm.judging_run(steps), workers)
+def _seconds_of_final_runs(costs: Sequence[Costs], steps: int, workers: int) -> float:
+    return seconds_of_workers(costs, lambda arm: arm.final_run(steps), workers)
 
 
 def _seconds_of_waves(costs: Sequence[Costs], seeds: int, steps: int, workers: int) -> float:
-    """Returns the seconds of all runs that judge. A wave begins when all runs of the one before have ended.
-
-    costs: of each arm.
-    """
+    """Returns the seconds of all final runs. A wave begins when the previous one has ended.    costs: of each arm."""
     waves = _seeds_of_waves(range(seeds), len(costs), workers)
-    return sum(_seconds_of_judging([*costs] * len(wave), steps, workers) for wave in waves)
+    return sum(_seconds_of_final_runs([*costs] * len(wave), steps, workers) for wave in waves)
 
 
 def _seeds_of_waves(seeds: Sequence[int], arms: int, workers: int) -> list[list[int]]:
-    """Returns the seeds of each wave, with --minutes: no more than the workers need to have a run each."""
+    """Returns the seeds of each wave with --minutes: just enough to give every worker a run."""
     count = max(workers // max(arms, 1), 1)
     return [list(seeds[start : start + count]) for start in range(0, len(seeds), count)]
 
 
 @dataclass(frozen=True)
 class ComparisonPlan:
-    """plan.json.
+    """The content of plan.json.
 
-    max_steps: of each run.    costs: of each arm.    seeds: that time is kept for.
-    held_out: number of held-out examples that are used, None for all; of so many `examples`.
-    minutes: that this was planned for.    processes: of the runs that were timed.
+    max_steps: of each run.    costs: of each arm.    seeds: number of seeds the plan has time for.
+    held_out: number of held-out examples used, None for all.    examples: number of held-out examples in total.
+    minutes: the time limit of the plan.    processes: of each timed run.
     """
 
     max_steps: int
@@ -173,7 +172,7 @@ WITHOUT_MINUTES = ComparisonPlan(max_steps=0, costs={}, seeds=0, held_out=None, 
 
 
 class _Comparison:
-    """The runs of one comparison, in order; with workers, as many at a time as there are."""
+    """The runs of one comparison, one after another, or in parallel with several workers."""
 
     def __init__(
         self, train: TrainConfig, study: CompareConfig, session: StudySession, workers: Sequence[Worker] = ()
@@ -183,20 +182,20 @@ class _Comparison:
         self.limit = self._time_limit()
         clock = self.folder / CLOCK
         self.earlier_seconds = read_own_json(clock, float, DAMAGED) if clock.exists() else 0.0
-        self.plan = WITHOUT_MINUTES  # max_steps = 0 leaves the settings' own
+        self.plan = WITHOUT_MINUTES  # max_steps = 0: use the settings
         self.base: dict[tuple[str, bool], BaseLosses | None] = {}  # arm, choosing -> losses of its base
 
     def run(self, settings: dict[str, Any]) -> Comparison:
         if self.study.minutes is not None:
             self._plan()
         rates = self._search_rates()
-        runs = self._judging_runs(rates)
+        runs = self._final_runs(rates)
         self.session.note_workers(chain(*runs.values()))
         done = next((trial for trials in runs.values() for trial in trials if trial.done), None)
         if done is not None:
             self.session.note_data(done)
         seconds = read_own_json(self.folder / CLOCK, float, DAMAGED)
-        return judge_arms(self.study, rates, runs, notes=self.session.notes, settings=settings, seconds=seconds)
+        return evaluate_arms(self.study, rates, runs, notes=self.session.notes, settings=settings, seconds=seconds)
 
     def _path(self, arm: str, name: str) -> Path:
         return self.folder / RUNS / arm / name
@@ -206,22 +205,22 @@ class _Comparison:
         arm: str,
         name: str,
         *,
-        judging: bool,
+        final: bool,
         held_out: int | None = None,
         stop: Listen | None = None,
         session: StudySession | None = None,
         **fixed: Any,
     ) -> Trial:
-        """Reads the run of this name, or runs it.
+        """Reads the run of this name from its folder, or runs it.
 
-        judging: on both halves of the held-out examples, with forgetting.    held_out: how many, if not as planned.
+        final: evaluate both halves of the held-out examples, and forgetting.    held_out: overrides the plan.
         session: of the worker, if there are several.
         """
-        choosing, steps = not judging, {"max_steps": self.plan.max_steps} if self.plan.max_steps else {}
+        choosing, steps = not final, {"max_steps": self.plan.max_steps} if self.plan.max_steps else {}
         spec = TrialSpec(
             arm_settings(self.train, self.study, arm, **{**steps, **fixed}),
-            forgetting=(self.study.forgetting_data or "") if judging and measures_forgetting(self.train) else None,
-            keep=judging and self.study.method(arm) != FULL,  # a whole model for every seed would fill the disk
+            forgetting=(self.study.forgetting_data or "") if final and measures_forgetting(self.train) else None,
+            keep=final and self.study.method(arm) != FULL,  # a full model for every seed would fill the disk
             choosing=choosing,
             before=self.base.get((arm, choosing)),
             texts=str(self.folder / "texts.json"),
@@ -231,8 +230,8 @@ class _Comparison:
         is_new = not self.session.has_trial(path)
         try:
             trial = (session or self.session).trial(spec, path, stop)
-        except TargetError as error:  # only the run has the model's layers
-            raise TargetError(f"arm {arm}: {error}") from None
+        except TargetError as error:  # only the run knows the model's layers
+            raise TargetError(f"variant {arm!r}: {error}") from None
         if is_new:
             seconds = self.earlier_seconds + self.session.seconds
             write_file(self.folder / CLOCK, json.dumps(seconds).encode())
@@ -244,8 +243,8 @@ class _Comparison:
     def _runs_at_a_time(self) -> int:
         return max(len(self.workers), 1)
 
-    def _at_the_same_time(self, run: Callable[[str, StudySession], Trial], arms: Sequence[Any]) -> Iterator[Trial]:
-        """Yields the results of `run` in the order of `arms`; workers run several at a time."""
+    def _in_parallel(self, run: Callable[[str, StudySession], Trial], arms: Sequence[Any]) -> Iterator[Trial]:
+        """Yields the results of `run` in the order of `arms`, computed in parallel if there are workers."""
         if not self.workers:
             yield from (run(arm, self.session) for arm in arms)
             return
@@ -264,37 +263,37 @@ class _Comparison:
             yield from pool.map(run_on_worker, arms)
 
     def _missing(self, runs: Iterable[tuple[str, str]]) -> list[Costs]:
-        """Costs of the runs (arm, name) that are not made yet, as far as costs are known."""
+        """Returns the known costs of the runs (arm, name) that are still missing."""
         costs = self.plan.costs
         return [costs[arm] for arm, name in runs if arm in costs and not self.session.has_trial(self._path(arm, name))]
 
     # ---- How much fits into the minutes
 
     def _plan(self) -> None:
-        """Sets the length of the runs, what they cost, and the base's losses, from a few steps of each arm."""
+        """Times a few steps of each arm, and sets the plan and the base's losses."""
         plan = self.session.plan(self._measure, ComparisonPlan)
         self.session.check_processes(plan.processes)
         timed = {arm: self._timing(arm) for arm in self.study.arms}
         self.plan = plan
         for arm, trial in timed.items():
             if trial.done and len(trial.counts) == (plan.held_out or trial.numbers["held_out"]):
-                self.base[arm, True], self.base[arm, False] = on_choosing_half(trial.base), trial.base
-        self.session.log(f"{plan.max_steps} steps in each run, planned to fit into the minutes")
+                self.base[arm, True], self.base[arm, False] = on_selection_half(trial.base), trial.base
+        self.session.log(f"{plan.max_steps} steps per run, so that all runs fit into --minutes")
         if plan.held_out is not None:
-            self.session.note(f"--minutes left time for {plan.held_out} of {plan.examples} held-out examples")
+            self.session.note(f"only {plan.held_out} of {plan.examples} held-out examples fit into --minutes")
         if plan.minutes not in (None, self.session.minutes):
             self.session.note(
-                f"the runs have {plan.max_steps} steps, which were planned for --minutes {plan.minutes:g}; for longer "
-                "ones give another --output-dir"
+                f"runs have {plan.max_steps} steps, as planned for --minutes {plan.minutes:g}; for longer runs use a "
+                "different --output-dir"
             )
 
     def _timing(self, arm: str, stop: Listen | None = None) -> Trial:
         rate = self.study.first_rate(arm) / 100
         fixed: dict[str, Any] = {"learning_rate": rate, "max_steps": TIMING_STEPS}
-        return self._trial(arm, TIMING, judging=True, held_out=FEWEST_HELD_OUT, stop=stop, **fixed)
+        return self._trial(arm, TIMING, final=True, held_out=FEWEST_HELD_OUT, stop=stop, **fixed)
 
     def _measure(self) -> ComparisonPlan:
-        """The plan. Raises ConfigError as soon as it is clear that the minutes are too short."""
+        """Measures the plan. Raises ConfigError as soon as --minutes turns out to be too short."""
         session = self.session
         self._check_time({}, START)
         longest, held_out = 1, 0
@@ -309,12 +308,14 @@ class _Comparison:
                 longest, held_out = longest_run(self.train, trial), trial.numbers["held_out"]
                 on_all[arm] = costs.on_part(held_out / len(trial.counts))
         if not on_all:
-            raise ConfigError(f"no arm can be trained: {TIMING_STEPS} steps of each failed; see {self.folder / RUNS}")
+            raise ConfigError(
+                f"no variant can be trained: the first {TIMING_STEPS} steps of each failed; see {self.folder / RUNS}"
+            )
         needed = partial(_needed, list(on_all.values()), workers=self._runs_at_a_time)
         extent, steps = self.limit.choose(needed, longest, held_out)
         session.log(
-            f"time for {extent.tries} learning rates and {extent.seeds} seeds of each arm; less time means, in order, "
-            f"fewer steps ({FEWEST_STEPS} at least), then fewer learning rates, seeds and held-out examples"
+            f"time for {extent.tries} learning rates and {extent.seeds} seeds per variant (if time is short, first the "
+            f"steps are reduced to {FEWEST_STEPS}, then learning rates, seeds and held-out examples)"
         )
         return ComparisonPlan(
             max_steps=steps,
@@ -335,20 +336,20 @@ class _Comparison:
             FEWEST_TRIES,
             [names[name] for name in given],
             lambda extent, steps: (
-                f"{len(study.arms)} arms with {extent.tries} learning rates and {extent.seeds} seeds each, and "
-                f"{steps} steps a run,"
+                f"{len(study.arms)} variants with {extent.tries} learning rates and {extent.seeds} seeds each, "
+                f"{steps} steps per run,"
             ),
         )
 
     def _check_time(self, timed: Mapping[str, Costs], costs: Costs) -> None:
         """Raises ConfigError if the time left is too short.
 
-        timed: costs of the arms that have been timed.    costs: not too high, of the arm that is timed now. Both on the
-        fewest held-out examples.
+        timed: costs of the arms that have been timed.    costs: a lower bound for the arm being timed. Both are for
+        the minimum number of held-out examples.
         """
-        missing = [arm for arm in self.study.arms if arm not in timed]  # the first of them is timed now
+        missing = [arm for arm in self.study.arms if arm not in timed]  # the first of them is being timed
         of_arms = [*timed.values(), *[costs] * len(missing)]
-        timing = (len(missing) - 1) * costs.judging_run(TIMING_STEPS)
+        timing = (len(missing) - 1) * costs.final_run(TIMING_STEPS)
         workers = self._runs_at_a_time
 
         def needed(extent: Extent, steps: int) -> float:
@@ -359,7 +360,7 @@ class _Comparison:
     # ---- Which learning rate
 
     def _search_rates(self) -> dict[str, LearningRateSearch]:
-        """The arms take turns, so that all have had equally many tries when the time is up."""
+        """The arms take turns, so that all have had the same number of tries when the time is up."""
         searches = {
             arm: LearningRateSearch(self.study.first_rate(arm), self.study.rate_tries) for arm in self.study.arms
         }
@@ -370,50 +371,52 @@ class _Comparison:
             needed = _seconds_of_tries(missing, steps, workers)
             needed += _seconds_of_waves([*self.plan.costs.values()], self.plan.seeds, steps, workers)
             if missing and searches[next(iter(rates))].tried and self.session.seconds_left < needed:
-                self.session.note("the search for learning rates was cut short by --minutes")
+                self.session.note("--minutes ended the search for learning rates early")
                 break
 
             def try_rate(arm: str, session: StudySession, rates: Any = rates, names: Any = names) -> Trial:
-                return self._trial(arm, names[arm], judging=False, session=session, learning_rate=rates[arm])
+                return self._trial(arm, names[arm], final=False, session=session, learning_rate=rates[arm])
 
-            for (arm, rate), trial in zip(rates.items(), self._at_the_same_time(try_rate, list(rates)), strict=True):
-                loss = trial.loss()  # on the choosing half, which is all that was evaluated
+            for (arm, rate), trial in zip(rates.items(), self._in_parallel(try_rate, list(rates)), strict=True):
+                loss = trial.loss()  # on the selection half, the only one evaluated
                 searches[arm].record(rate, loss, fits=trial.outcome != OUT_OF_MEMORY)
                 result = f"held-out loss {loss:.4f}" if trial.done else trial.outcome
                 self.session.log(f"{arm}: learning rate {rate:.2g}, {result}")
         return searches
 
-    # ---- The runs that judge
+    # ---- The final runs
 
-    def _judging_runs(self, rates: Mapping[str, LearningRateSearch]) -> dict[str, list[Trial]]:
+    def _final_runs(self, rates: Mapping[str, LearningRateSearch]) -> dict[str, list[Trial]]:
         best = {arm: search.best for arm, search in rates.items() if search.best is not None}
         runs: dict[str, list[Trial]] = {arm: [] for arm in best}
 
-        def judge(run: Any, session: StudySession) -> Trial:
+        def final_run(run: Any, session: StudySession) -> Trial:
             arm, seed = run
             fixed: dict[str, Any] = {"learning_rate": best[arm], "seed": seed}
-            return self._trial(arm, _name(seed, best[arm]), judging=True, session=session, **fixed)
+            return self._trial(arm, _name(seed, best[arm]), final=True, session=session, **fixed)
 
         for wave in self._waves(best):
             done = min(map(len, runs.values()))
             missing = self._missing((arm, _name(seed, best[arm])) for arm, seed in wave)
-            needed = _seconds_of_judging(missing, self.plan.max_steps, self._runs_at_a_time)
+            needed = _seconds_of_final_runs(missing, self.plan.max_steps, self._runs_at_a_time)
             if done and self.session.seconds_left < needed:
-                self.session.note(f"--minutes left time for {done} of {self.study.seeds} seeds")
+                self.session.note(f"only {done} of {self.study.seeds} seeds fit into --minutes")
                 break
-            for (arm, seed), trial in zip(wave, self._at_the_same_time(judge, wave), strict=True):
+            for (arm, seed), trial in zip(wave, self._in_parallel(final_run, wave), strict=True):
                 runs[arm].append(trial)
-                self.session.log(f"{arm}: seed {seed} at its best rate {best[arm]:.2g}, {trial.summary}")
+                self.session.log(f"{arm}: seed {seed} at the best learning rate {best[arm]:.2g}, {trial.summary}")
         return runs
 
     def _waves(self, best: Mapping[str, float]) -> list[list[tuple[str, int]]]:
-        """Returns the runs that judge, arm and seed. A wave is of use only as a whole: equally many seeds of all arms.
+        """Returns the final runs (arm, seed) in waves. Only complete waves are useful: they cover all arms.
 
-        With --minutes there are several, since the time may be up after each.
+        With --minutes there are several waves, because time may run out after each.
         """
         if not best:
             return []
-        seeds = [self.train.seed + number for number in range(1, self.study.seeds + 1)]  # without that of the rates
+        seeds = [
+            self.train.seed + number for number in range(1, self.study.seeds + 1)
+        ]  # not the seed of the rate search
         if self.session.minutes is None:
             return [[(arm, seed) for seed in seeds for arm in best]]
         paths = {seed: [self._path(arm, _name(seed, rate)) for arm, rate in best.items()] for seed in seeds}
@@ -423,10 +426,10 @@ class _Comparison:
 
 
 def _name(seed: int, rate: float) -> str:
-    """Returns the folder's name of a run that judges."""
+    """Returns the folder name of a final run."""
     return f"seed-{seed}-rate-{rate:.3g}"
 
 
 def measures_forgetting(train: TrainConfig) -> bool:
-    """False for models with a head for labels or with an encoder: forgetting is measured on text that goes on."""
+    """False for classifiers and encoder-decoder models: forgetting is measured by predicting the next token."""
     return train.task not in (*TASK_TYPES, SEQ2SEQ)

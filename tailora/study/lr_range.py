@@ -1,10 +1,10 @@
-"""Finds learning rates: the useful range in one run, or with `LearningRateSearch` the best of an arm in a few runs.
+"""Finds learning rates: the useful range in one run, or with `LearningRateSearch` the best one in a few runs.
 
-find_range   the rate rises by the same factor at every step (arXiv:1506.01186), LOWEST..HIGHEST -> held-out loss every
-             few steps -> where it begins to fall, is lowest, has risen again
+find_range   increases the rate by the same factor at every step (arXiv:1506.01186), from LOWEST to HIGHEST, evaluates
+             the held-out loss every few steps, and finds where it begins to fall, is lowest, and has risen again
 
-The loss of a step's own examples is noisy, since each step has others. Here it is the loss of the same held-out
-examples throughout, which gives a smooth curve. Rates above the lowest point undo what was learned.
+The training loss is noisy, because every step has different examples. This uses the loss of the same held-out examples
+throughout, which gives a smooth curve. Rates above the lowest point undo the training.
 """
 
 import math
@@ -28,13 +28,13 @@ STUDY, RISING, KIND = "search.json", "rising", "learning-rates"
 LOWEST, HIGHEST = 1e-6, 1.0
 STEPS, EVAL_STEPS = 120, 3  # 20 steps per decade
 FEWEST_STEPS = 30
-FALLEN, LOST = 0.05, 0.25  # shares of the gain: reached where the loss begins to fall, lost where it has risen again
-LEAST_GAIN = 0.005  # a smaller gain counts as none
+FALLEN, LOST = 0.05, 0.25  # shares of the gain that mark where the loss begins to fall and has risen again
+LEAST_GAIN = 0.005  # a smaller gain counts as no gain
 
 
 @dataclass(frozen=True)
 class RangePlan:
-    """plan.json.    steps: of the run."""
+    """The content of plan.json.    steps: of the run."""
 
     steps: int
 
@@ -44,9 +44,9 @@ class RateRange:
     """Useful learning rates of this model, data, batch size and adapter.
 
     suggestion: the rate of the lowest loss.    low: where the loss begins to fall.
-    high: where the loss has risen again, or the last rate that was tried.
-    gain: by how much the loss fell.    loss_unit: what it is measured in.
-    curve: (rate, held-out loss after its step).
+    high: where the loss has risen again, or the last rate tried.
+    gain: decrease of the loss.    loss_unit: its unit.
+    curve: (rate, held-out loss after the step with this rate).
     """
 
     suggestion: float
@@ -68,8 +68,8 @@ class RateRange:
         has_risen = self.diverged or self.high < self.curve[-1][0]
         end = "has risen again" if has_risen else "is still low"
         return (
-            f"The loss falls from {self.low:.1e}, is lowest at {self.suggestion:.1e} ({self.gain:.3f} {self.loss_unit} "
-            f"below the base's {self.base_loss:.3f}), and {end} at {self.high:.1e}"
+            f"The loss starts to fall at {self.low:.1e}, is lowest at {self.suggestion:.1e} ({self.gain:.3f} "
+            f"{self.loss_unit} below the base's {self.base_loss:.3f}), and {end} at {self.high:.1e}"
             f"{'; then the run diverged' if self.diverged else ''}."
         )
 
@@ -83,13 +83,13 @@ def find_range(
     *,
     processes: int = 1,
 ) -> RateRange:
-    """Finds the range by a run in `train.output_dir`, unless it was done before.
+    """Finds the range with a run in `train.output_dir`, or reads it if that run is complete.
 
-    processes: that train together in the run.
-    Raises ConfigError, also if no rate lowers the loss, and whatever else a run raises.
+    processes: number of processes of the run.
+    Raises ConfigError, also if no rate lowers the loss, and any other error of a run.
     """
     if "learning_rate" in train.model_fields_set:
-        raise ConfigError("--lr-only finds the learning rate: leave out learning_rate")
+        raise ConfigError("--lr-only finds the learning rate, so it cannot be given: remove learning_rate")
     folder = Path(train.output_dir)
     settings = {
         "train": train.model_dump(mode="json", exclude={"output_dir"}),
@@ -101,7 +101,7 @@ def find_range(
     losses: list[float] = []
 
     def stop(event: TrialEvent) -> str | None:
-        """Ends the run when the loss is well above that of the base: what follows is divergence."""
+        """Ends the run when the loss is well above the base's, because it only diverges from there."""
         if not event.held_out:
             return None
         losses.append(event.loss)
@@ -112,7 +112,7 @@ def find_range(
         begun = (folder / RISING / RESULT).exists()
         open_folder(folder, STUDY, settings, begun=begun)
         steps = session.plan(lambda: RangePlan(_steps_that_fit(train, session)), RangePlan).steps
-        log(f"up to {steps} steps, at learning rates from {LOWEST:g} to {HIGHEST:g}, until the gain is lost")
+        log(f"up to {steps} steps with learning rates from {LOWEST:g} to {HIGHEST:g}, until the gain is lost")
         spec = _spec(train, rising=(LOWEST, HIGHEST), max_steps=steps, eval_steps=EVAL_STEPS)
         trial = session.trial(spec, folder / RISING, stop)
     rates = read_range(trial, steps, settings)
@@ -121,10 +121,10 @@ def find_range(
 
 
 def _steps_that_fit(train: TrainConfig, session: StudySession) -> int:
-    """At most --max-steps, by default STEPS. Raises ConfigError for too few."""
+    """Returns at most --max-steps (default STEPS). Raises ConfigError for too few."""
     most = STEPS if train.max_steps is None else train.max_steps
     if most < FEWEST_STEPS:
-        raise ConfigError(f"a range of learning rates needs {FEWEST_STEPS} steps, and --max-steps is {most}: give more")
+        raise ConfigError(f"--max-steps {most} is too low for a range of learning rates: use {FEWEST_STEPS} or more")
     if session.minutes is None:
         return most
 
@@ -132,10 +132,10 @@ def _steps_that_fit(train: TrainConfig, session: StudySession) -> int:
         return costs.trial(steps, evaluations=1 + steps // EVAL_STEPS)
 
     def check(costs: Costs, share: float = 1.0) -> float:
-        """Returns the seconds left. Raises ConfigError if they are too few. share: of them that is planned."""
+        """Returns the seconds left, times `share`. Raises ConfigError if that is too short."""
         left = share * session.seconds_left
         if needed(costs, FEWEST_STEPS) > left:
-            what = f"{FEWEST_STEPS} steps, which a range of learning rates needs,"
+            what = f"the {FEWEST_STEPS} steps for a range of learning rates"
             raise too_short(session, needed(costs, FEWEST_STEPS), what)
         return left
 
@@ -144,7 +144,9 @@ def _steps_that_fit(train: TrainConfig, session: StudySession) -> int:
     timing = partial(session.trial, spec, session.folder / TIMING)
     costs, trial = measure_costs(session, timing, check, choosing=True)
     if costs is None:
-        raise ConfigError(f"{TIMING_STEPS} steps at a learning rate of {TIMING_RATE:g} already fail: {trial.message}")
+        raise ConfigError(
+            f"the first {TIMING_STEPS} steps failed, at a learning rate of {TIMING_RATE:g}: {trial.message}"
+        )
     left = check(costs, SAFETY)
     return max(steps for steps in range(FEWEST_STEPS, most + 1) if needed(costs, steps) <= left)
 
@@ -158,7 +160,7 @@ def _spec(train: TrainConfig, rising: tuple[float, float] | None = None, **chang
 
 
 def read_range(trial: Trial, steps: int, settings: dict[str, Any]) -> RateRange:
-    """steps: that were planned. Raises ConfigError when no rate lowers the loss."""
+    """steps: the planned number. Raises ConfigError if no rate lowers the loss."""
     rates = np.geomspace(LOWEST, HIGHEST, steps)
     (_, base_loss), *curve = trial.curve
     pairs = [(float(rates[step - 1]), loss) for step, loss in curve if math.isfinite(loss)]
@@ -166,7 +168,7 @@ def read_range(trial: Trial, steps: int, settings: dict[str, Any]) -> RateRange:
     if gain < LEAST_GAIN:
         raise ConfigError(
             f"no learning rate from {LOWEST:g} to {HIGHEST:g} lowered the held-out loss of {base_loss:.3f} within "
-            f"{len(trial.losses)} steps: {trial.message or 'look at the data, --data and --eval-data'}"
+            f"{len(trial.losses)} steps: {trial.message or 'check --data and --eval-data'}"
         )
     return RateRange(
         suggestion=lowest,
@@ -183,14 +185,14 @@ def read_range(trial: Trial, steps: int, settings: dict[str, Any]) -> RateRange:
 
 
 def landmarks(curve: Sequence[tuple[float, float]], base_loss: float) -> tuple[float, float, float, float]:
-    """Returns the rates where the loss begins to fall, is lowest, and has risen again; and the gain.
+    """Returns the rates where the loss begins to fall, is lowest, and has risen again, and the gain.
 
     curve: (rate, loss), from low to high rates.    base_loss: before the run.
     """
     rates, losses = np.array(curve).T
     lowest = int(losses.argmin())
     gain = float(base_loss - losses[lowest])
-    # Where the running median of three has fallen, since a single low evaluation does not show that the loss does.
+    # Use the running median of three, because a single low evaluation does not show that the loss falls.
     padded = np.concatenate([losses[:1], losses, losses[-1:]])
     smoothed = np.median(np.lib.stride_tricks.sliding_window_view(padded, 3), axis=1)
     fallen = int(np.argmax(base_loss - smoothed >= FALLEN * gain)) if gain > 0 else 0
@@ -199,24 +201,24 @@ def landmarks(curve: Sequence[tuple[float, float]], base_loss: float) -> tuple[f
     return float(rates[fallen]), float(rates[lowest]), float(rates[end]), gain
 
 
-# ---- The best rate of an arm
+# ---- The best rate in a few runs
 
 COARSE, FINE = 4.0, 2.0
 
 
 class LearningRateSearch:
-    """`next_rate` returns the rate to try, `record` takes its loss; repeat until `next_rate` returns None.
+    """`next_rate` returns the rate to try, `record` stores its loss; repeat until `next_rate` returns None.
 
-    It goes from the first rate in steps of a factor of 4 until the best rate has a worse one on either side. Then it
-    tries once at a factor of 2 from the best. The loss is flat near its best (a factor of 2 costs a few thousandths of
-    a nat), so a finer search is not worth its runs.
+    It moves in steps of a factor of 4 from the first rate until the best rate has a worse one on either side. Then it
+    tries once at a factor of 2 from the best. The loss is flat near its minimum (a factor of 2 costs a few thousandths
+    of a nat), so a finer search is not worth its runs.
     """
 
     def __init__(self, first_rate: float, tries: int) -> None:
-        """tries: the most rates in all, at least 1."""
+        """tries: maximum number of rates, at least 1."""
         self.tries = tries
         self.tried: dict[float, float] = {}  # rate -> loss
-        self.fits = True  # into memory, which is the same for every rate
+        self.fits = True  # into memory; the same for every rate
         self._first_rate = first_rate
 
     def next_rate(self) -> float | None:
@@ -231,7 +233,7 @@ class LearningRateSearch:
             return best * COARSE
         if best == min(self.tried):
             return best / COARSE
-        # At a factor of 2 from the best, on the side of the better neighbour, unless that was tried.
+        # Try a factor of 2 from the best, on the side of the better neighbor, unless it was tried before.
         candidates = [
             rate for rate in (best * FINE, best / FINE) if not any(math.isclose(rate, tried) for tried in self.tried)
         ]
@@ -242,7 +244,7 @@ class LearningRateSearch:
         return max(candidates) if self.tried[above] < self.tried[below] else min(candidates)
 
     def record(self, rate: float, loss: float, *, fits: bool = True) -> None:
-        """loss: infinite for a run that diverged.    fits: whether the run fitted into memory."""
+        """loss: infinite for a run that diverged.    fits: whether the run fit into memory."""
         self.tried[rate] = loss if math.isfinite(loss) else math.inf
         self.fits = self.fits and fits
 

@@ -1,7 +1,7 @@
-"""Where in a model a layer is: early, middle or late; attention or MLP. And settings that name groups of layers.
+"""The position of a layer in a model (early, middle or late; attention or MLP), and settings for groups of layers.
 
-All of this follows from the paths of the layers and needs no model: `block_of` is the one definition of "attention"
-and "MLP". Only `target_groups` looks at a model.
+Except for `target_groups` and the last section, this needs only the paths of the layers, not a model. `block_of` is
+the only definition of "attention" and "MLP".
 """
 
 import re
@@ -23,11 +23,11 @@ from tailora.model import LoRAModel
 
 DEPTHS = ("early", "middle", "late")
 ATTENTION, MLP, OTHER = "attention", "MLP", "other"
-MODULE_NAMES = {  # of the modules around the matrices of a block, in the common model families
+MODULE_NAMES = {  # names of the modules around the matrices of a block, in common model families
     ATTENTION: re.compile(r"attn|attention"),
     MLP: re.compile(r"mlp|ffn|^ff$|feed_?forward|expert|dense_?relu|intermediate"),
 }
-MATRIX_NAMES = {  # of the matrices themselves, for models without such modules
+MATRIX_NAMES = {  # names of the matrices themselves, for models without such modules
     ATTENTION: re.compile(r"(to_)?(q|k|v|o|out|qkv)(_proj|_lin)?(_weight)?|in_proj.*|query|key|value|query_key_value"),
     MLP: re.compile(r"(gate|up|down|gate_up)_proj|(fc|lin|linear|dense|w|wi|wo)_?\d?|c_fc"),
 }
@@ -38,7 +38,7 @@ NUMBERED = re.compile(r"((?:[^.]+\.)*?)(\d+)\.(.+)")  # split at the first numbe
 
 
 def block_of(path: str) -> str:
-    """ATTENTION, MLP or OTHER: by the innermost module whose name says so, else by the matrix's own name."""
+    """Returns ATTENTION, MLP or OTHER, by the innermost module name that matches, else by the matrix's own name."""
     *modules, last = path.lower().split(".")
     for name in reversed([*modules, last]):
         for block, pattern in MODULE_NAMES.items():
@@ -48,29 +48,29 @@ def block_of(path: str) -> str:
 
 
 def depth_of(path: str, layers: int) -> str:
-    """The third of the layers that the path is in; "" for a path in no layer."""
+    """Returns the third of the model that contains the path; "" for a path outside the layers."""
     index = layer_index(path)
     return "" if index is None else DEPTHS[min(2, index * 3 // max(layers, 1))]
 
 
 def group_of(path: str, layers: int) -> str:
-    """For example "late MLP"; a path in no layer has the group of its last name."""
+    """Returns for example "late MLP"; for a path outside the layers, its last name."""
     depth = depth_of(path, layers)
     return f"{depth} {block_of(path)}" if depth else path.rpartition(".")[2]
 
 
 def layer_count(paths: Iterable[str]) -> int:
-    """The number of layers, as far as the paths name them: the highest layer + 1."""
+    """Returns the number of layers that the paths imply: the highest index + 1."""
     return 1 + max((index for path in paths if (index := layer_index(path)) is not None), default=0)
 
 
 def in_order(paths: Iterable[str]) -> list[str]:
-    """By layer and then by name; numbers are compared as numbers."""
+    """Sorts paths by layer, then by name; numbers are compared as numbers."""
     return sorted(paths, key=lambda path: [(int(name) if name.isdecimal() else -1, name) for name in path.split(".")])
 
 
 def by_group(paths: Sequence[str], layers: int) -> dict[str, list[str]]:
-    """Group -> its paths; from early to late, attention before MLP."""
+    """Returns group -> its paths, from early to late, attention before MLP."""
     groups: dict[str, list[str]] = defaultdict(list)
     for path in in_order(paths):
         groups[group_of(path, layers)].append(path)
@@ -80,22 +80,21 @@ def by_group(paths: Sequence[str], layers: int) -> dict[str, list[str]]:
 
 
 def layer_range(paths: Sequence[str]) -> str:
-    """The layers of the paths, for example "20-29"; "" for paths in no layer."""
+    """Returns the layers of the paths, for example "20-29"; "" for paths outside the layers."""
     indices = [index for path in paths if (index := layer_index(path)) is not None]
     if not indices:
         return ""
     return f"{min(indices)}" if min(indices) == max(indices) else f"{min(indices)}-{max(indices)}"
 
 
-# ---- Settings that name a group of layers
+# ---- Settings for a group of layers
 
 
 def rank_pattern(ranks: Mapping[str, int], paths: Sequence[str]) -> dict[str, int]:
-    """A value for the setting `rank_pattern` that gives the layers of `ranks` (path -> r) their ranks, and matches no
-    other of `paths`.
+    """Returns a value for `rank_pattern` that sets the ranks of `ranks` (path -> r) and matches no other of `paths`.
 
     Paths that differ only in the layer share one expression, for example `layers\\.(20|21)\\.mlp\\.up_proj`, if it
-    matches exactly them.
+    matches exactly those.
     """
     pattern: dict[str, int] = {}
     for r in dict.fromkeys(ranks.values()):
@@ -108,7 +107,7 @@ def rank_pattern(ranks: Mapping[str, int], paths: Sequence[str]) -> dict[str, in
 
 
 def _expressions(paths: Sequence[str]) -> dict[str, list[str]]:
-    """Expression -> the paths that it is meant to match."""
+    """Returns expression -> the paths that it should match."""
     layers: dict[tuple[str, str], list[str]] = defaultdict(list)  # before and after the layer's number -> numbers
     expressions: dict[str, list[str]] = {}
     for path in paths:
@@ -125,10 +124,10 @@ def _expressions(paths: Sequence[str]) -> dict[str, list[str]]:
 
 
 def target_groups(model: nn.Module) -> dict[str, Any]:
-    """{attention: names, mlp: names, largest_r}: values for `target_modules`, and the highest r that all layers take.
+    """Returns {attention: names, mlp: names, largest_r}: values for `target_modules`, and the highest r for all layers.
 
-    Only linear layers of numbered blocks are named. A model that lacks one of the two groups has neither.
-    A head for labels is trained whole, and counts as no layer.
+    Names cover linear layers of numbered blocks. If one of the two groups is empty, both are omitted. A classification
+    head is fully trained and not counted.
     """
     config = LoRAConfig(modules_to_save=task_heads(model) or None)
     layers = selected_candidates(model, dict(model.named_modules()), config)
@@ -145,18 +144,18 @@ def target_groups(model: nn.Module) -> dict[str, Any]:
 
 
 def shortest_names(paths: Collection[str], excluded: Collection[str]) -> list[str]:
-    """The shortest ends of the paths that no path of `excluded` has."""
+    """Returns the shortest suffixes of the paths that no path in `excluded` shares."""
     taken = {end for path in excluded for end in _ends(path)}
     return list(dict.fromkeys(next((end for end in _ends(path) if end not in taken), path) for path in paths))
 
 
 def _ends(path: str) -> list[str]:
-    """c, b.c and a.b.c of a.b.c"""
+    """Returns c, b.c and a.b.c for a.b.c."""
     names = path.split(".")
     return [".".join(names[start:]) for start in range(len(names) - 1, -1, -1)]
 
 
-# ---- What is trained, and what is not
+# ---- Trained and untrained parts
 
 
 @dataclass(frozen=True)
@@ -174,9 +173,9 @@ class AdaptedModule:
 
 @dataclass(frozen=True)
 class TrainedGroup:
-    """Like layers: in `path` a range stands for the number that tells them apart, layers.{0-29}.
+    """Layers that differ only in their number, which `path` shows as a range: layers.{0-29}.
 
-    shape: (in, out); the parameter's shape if it is trained in full; then r and alpha are None.
+    shape: (in, out). For fully trained parameters it is their own shape, and r and alpha are None.
     """
 
     path: str
@@ -190,7 +189,7 @@ class TrainedGroup:
 
 @dataclass(frozen=True)
 class UnadaptedGroup:
-    """Like layers that stay as they are. parameters: of all of them; 0 for those tied to another weight."""
+    """Similar layers that stay unchanged. parameters: their total; 0 if tied to another weight."""
 
     path: str
     kind: str
@@ -200,7 +199,7 @@ class UnadaptedGroup:
 
 
 def adapted_modules(model: LoRAModel) -> list[AdaptedModule]:
-    """In the model's order."""
+    """Returns the adapted modules in the model's order."""
     modules = []
     for row in model.summary().rows:
         if row.r is not None:
@@ -225,7 +224,7 @@ def trained_groups(model: LoRAModel) -> list[TrainedGroup]:
 
 
 def unadapted_groups(model: LoRAModel) -> list[UnadaptedGroup]:
-    """Groups the modules with weights that the active adapter neither adapts nor trains."""
+    """Groups the modules whose weights the active adapter neither adapts nor trains."""
     base, config = model.base_model, model.adapters[model.active_adapters[0]]
     modules = dict(base.named_modules())
     paths = [row.path for row in model.summary().rows]
@@ -244,17 +243,17 @@ def unadapted_groups(model: LoRAModel) -> list[UnadaptedGroup]:
             continue
         layer_type = layer_type_of(module)
         if layer_type is None:
-            reason = "no low-rank form: not a matrix"
+            reason = "not a matrix, so no low-rank update"
         elif path in excluded:
-            reason = "exclude_modules leaves it out"
+            reason = "in exclude_modules"
         elif path in in_other_layers:
-            reason = "its layer is not in layers_to_transform"
+            reason = "layer not in layers_to_transform"
         elif config.target_modules == "all-linear" and module is head:
-            reason = "the output head, which all-linear leaves out: name it to adapt it"
+            reason = "output head, not part of all-linear; add its name to adapt it"
         elif config.target_modules == "all-linear" and not layer_type.is_linear:
-            reason = "not linear: name it to adapt it"
+            reason = "not linear; add its name to adapt it"
         else:
-            reason = "not among target_modules"
+            reason = "not in target_modules"
         count = sum(parameter.numel() for parameter in parameters if id(parameter) not in seen)
         seen |= {id(parameter) for parameter in parameters}
         name = type(module).__name__.removeprefix("Thawing")
@@ -267,14 +266,14 @@ def unadapted_groups(model: LoRAModel) -> list[UnadaptedGroup]:
 
 
 def without_layer(path: str) -> str:
-    """The path with * for its first number, so that like layers have the same."""
+    """Returns the path with * for its first number, the same for all similar layers."""
     names = path.split(".")
     index = next((index for index, name in enumerate(names) if name.isdecimal()), None)
     return path if index is None else ".".join([*names[:index], "*", *names[index + 1 :]])
 
 
 def with_layer_range(paths: Sequence[str]) -> str:
-    """Like paths as one: model.layers.{0-29}.self_attn.q_proj."""
+    """Returns similar paths as one: model.layers.{0-29}.self_attn.q_proj."""
     numbers = sorted({index for path in paths if (index := layer_index(path)) is not None})
     if len(paths) == 1 or not numbers:
         return paths[0]

@@ -1,12 +1,12 @@
-"""Optuna's part of a search: the database that workers share, what is tried next, and which settings mattered.
+"""Optuna's part of a search: the shared database, the next values to try, and the importance of each setting.
 
     open_study       study.db in the folder, or the database of --storage
     sampler, suggest the values of a trial
     running_trials, finished_trials
     importances
 
-A worker that dies stops sending Optuna its heartbeats. The next worker that looks marks its trial as failed, and
-Optuna puts the trial's settings back into the queue, a few times at most.
+A worker that dies stops sending heartbeats to Optuna. The next worker that checks marks its trial as failed, and Optuna
+puts the trial's settings back into the queue, up to RETRIES times.
 """
 
 import hashlib
@@ -34,18 +34,18 @@ from tailora.study.search_space import Axis, Range
 
 DATABASE = "study.db"
 OUTCOME = "outcome"  # user attribute of a trial
-HEARTBEAT, GRACE = 10, 60  # seconds between heartbeats, and until a worker without one counts as dead
-RETRIES = 2  # of a trial whose worker dies: it may be the trial that kills it
-LOCKED = 60  # seconds that a worker waits for another one's write to an SQLite file
-CREATIONS = 5  # attempts to create the tables, which fail when two workers do it at once
-RANDOM_TRIALS = 6  # before TPE has seen enough to model
-BEST_SHARE = 0.25  # of the trials: what importances are about
-FEWEST = 8  # trials, for two among the best quarter
+HEARTBEAT, GRACE = 10, 60  # seconds between heartbeats, and without one until a worker counts as dead
+RETRIES = 2  # of a trial whose worker dies, because the trial may be the cause
+LOCKED = 60  # seconds to wait for another worker's write to an SQLite file
+CREATIONS = 5  # attempts to create the tables, which fails if two workers do it at once
+RANDOM_TRIALS = 6  # before TPE has enough data to model
+BEST_SHARE = 0.25  # importances explain which trials are in the best quarter
+FEWEST = 8  # trials, so that at least two are in the best quarter
 
 
 @contextmanager
 def _experimental() -> Iterator[None]:
-    """Without Optuna's warnings of features that may change."""
+    """Suppresses Optuna's warnings about experimental features."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         yield
@@ -55,11 +55,11 @@ def _experimental() -> Iterator[None]:
 
 
 def open_study(folder: Path, url: str | None, settings: Mapping[str, Any]) -> optuna.Study:
-    """Creates or joins the study of these settings. Raises ConfigError for a database that cannot be used.
+    """Creates or joins the study of these settings. Raises ConfigError for an unusable database.
 
     url: of the database; None for a file in the folder.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # the search itself logs what happens
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # the search has its own log
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     return optuna.create_study(
         storage=_storage(url or f"sqlite:///{folder / DATABASE}"),
@@ -92,13 +92,13 @@ def _storage(url: str) -> RDBStorage:
 
 @contextmanager
 def explained_errors(folder: Path, url: str | None) -> Iterator[None]:
-    """Within the block, a database that fails in the middle of a search raises ConfigError."""
+    """Converts database errors during a search into ConfigError."""
     try:
         yield
     except (StorageInternalError, SQLAlchemyError) as error:
         raise ConfigError(
-            f"the database of the search, {_without_password(url) if url else folder / DATABASE}, cannot be used any "
-            f"more: {_first_line(error)}. When it can, the same command continues the search"
+            f"the search lost access to its database {_without_password(url) if url else folder / DATABASE}: "
+            f"{_first_line(error)}. Once it is available again, run the same command to resume the search"
         ) from error
 
 
@@ -107,7 +107,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _without_password(url: str) -> str:
-    """Returns the URL with *** for its passwords. One that is not quoted may hold / and @, so it ends at the last @."""
+    """Replaces passwords in the URL by ***. An unquoted one may contain / and @, so it ends at the last @."""
     url = re.sub(r"(://[^:]*:).*@", r"\1***@", url)
     return re.sub(r"(?i)([?&][^=&]*(?:password|passwd|pwd)=)[^&]*", r"\1***", url)
 
@@ -115,11 +115,10 @@ def _without_password(url: str) -> str:
 def _unusable(url: str, error: Exception) -> ConfigError:
     cause = _first_line(error)
     if re.match(r"[^?]*://[^:]*:[^?]*@[^?]*@", url):  # then the cause may quote a part of the password
-        cause = "its password holds an @, which is written %40 in a URL"
+        cause = "its password contains an @, which must be written as %40"
     return ConfigError(
-        f"--storage {_without_password(url)} cannot be used: {cause}. Give the URL of a database in the "
-        "form of SQLAlchemy, such as sqlite:///study.db or postgresql+psycopg2://user:password@host/name, with its "
-        "driver installed"
+        f"cannot open --storage {_without_password(url)}: {cause}. Use an SQLAlchemy URL such as sqlite:///study.db or "
+        "postgresql+psycopg2://user:password@host/name, and install the database's driver"
     )
 
 
@@ -133,7 +132,7 @@ def retry(study: optuna.Study, trial: FrozenTrial) -> None:
 
 
 def running_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """Those whose worker is alive; those of dead workers are marked as failed, and put back into the queue."""
+    """Returns the trials of live workers. Those of dead workers are marked as failed and put back into the queue."""
     with _experimental():
         fail_stale_trials(study)
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
@@ -149,25 +148,25 @@ def running_trials(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def finished_trials(study: optuna.Study) -> list[Candidate]:
-    """The finished trials of all workers."""
+    """Returns the finished trials of all workers."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     return [Candidate(**trial.user_attrs[OUTCOME]) for trial in trials if OUTCOME in trial.user_attrs]
 
 
-# ---- What is tried
+# ---- The values of a trial
 
 
 def sampler(seed: int, number: int) -> TPESampler:
-    """The sampler of one trial: its values depend on seed, number and the earlier trials, not on the process.
+    """Returns the sampler of one trial. Its values depend on seed, number and earlier trials, not on the process.
 
-    Trials that are running count as bad ones (constant liar), so that no two workers try nearly the same.
+    Running trials count as bad ones (constant liar), so that two workers do not try almost the same values.
     """
     with _experimental():
         return TPESampler(seed=(seed * 1_000_003 + number) % 2**32, n_startup_trials=RANDOM_TRIALS, constant_liar=True)
 
 
 def suggest(trial: optuna.Trial, axes: Mapping[str, Axis]) -> dict[str, Any]:
-    """A value for every axis; an axis with one value is not searched."""
+    """Returns a value for every axis. An axis with one value is not searched."""
     values: dict[str, Any] = {}
     for name, axis in axes.items():
         if isinstance(axis, Range):
@@ -177,13 +176,13 @@ def suggest(trial: optuna.Trial, axes: Mapping[str, Axis]) -> dict[str, Any]:
     return values
 
 
-# ---- Which settings mattered
+# ---- Importances
 
 
 def importances(trials: Sequence[FrozenTrial]) -> dict[str, float]:
-    """Share of each setting in being among the best quarter (PED-ANOVA, arXiv:2304.10255); {} for too few trials.
+    """Returns each setting's contribution to being in the best quarter (PED-ANOVA, arXiv:2304.10255).
 
-    Trials that were pruned or diverged count as worse than all others.
+    Pruned and diverged trials count as worse than all others. With too few trials the result is {}.
     """
     states = (TrialState.COMPLETE, TrialState.PRUNED)
     ended = [trial for trial in trials if trial.state in states and trial.params]

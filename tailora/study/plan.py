@@ -1,10 +1,10 @@
-"""Plans a run before any training: what would be trained, whether it fits into memory, how long it takes.
+"""Plans a run without training: what would be trained, whether it fits into memory, how long it takes.
 
 plan -> Plan          (study/plan_result.py)
-  place_of            the device: one of this machine, or a card that is not here
-  read_batches        what the steps read: the data, or examples of max_length tokens
-  estimate            the run's own adapter and kernels on the model without weights -> memory, operations
-  cheaper_runs, quantization    settings that take less memory
+  place_of            the device: one of this machine, or a graphics card by name
+  read_batches        the batches: from the data, or examples of max_length tokens
+  estimate            the run's adapter and kernels on the model without weights -> memory, operations
+  cheaper_runs, quantization    settings that need less memory
   full_fine_tuning    the same for full fine-tuning of this model
   measure_steps       with `measure`: a few real steps in a separate process -> measured memory and time
 """
@@ -29,7 +29,7 @@ from tailora.formats.run_folder import write_report
 from tailora.kernels.compiled_layers import obstacle_to_compiling
 from tailora.model import LoRAModel
 from tailora.study.cards import CONTEXT, LONGEST_NAME, Card, find_cards
-from tailora.study.config import FIRST_RATES, FULL, OF_ADAPTERS
+from tailora.study.config import ADAPTER_SETTINGS, FIRST_RATES, FULL
 from tailora.study.model_layout import adapted_modules, trained_groups, unadapted_groups
 from tailora.study.plan_result import FullFineTuning, Option, Plan, Ranks, Room, Schedule, Trained
 from tailora.train import estimate
@@ -54,14 +54,14 @@ def plan(
     output_dir: Path | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> Plan:
-    """Plans the run of `config`. If that names no data, every example has max_length tokens, all learned.
+    """Plans the run of `config`. Without data, it assumes examples of max_length tokens, all of them trained.
 
-    config: its device may also be the name of a card that is not here, such as "H100 80GB".
-    measure: also take a few real steps, in a separate process.    memory: bytes to fit into; by default what is free.
-    nproc: processes that train together.
+    config: its device may also be the name of a graphics card, such as "H100 80GB".
+    measure: also run a few real steps, in a separate process.    memory: limit in bytes; default: the free memory.
+    nproc: number of processes of the run.
     output_dir: folder for report.json; nothing is written without it.
 
-    Raises ConfigError, TargetError, DataError, FormatError; with `measure` whatever a run raises.
+    Raises ConfigError, TargetError, DataError, FormatError; with `measure` any error of a run.
     """
     place = replace(place_of(config), shards=nproc if config.fsdp else 1)
     check_can_be_offloaded(config, place.device.type)
@@ -70,14 +70,14 @@ def plan(
     if measure:
         check_can_be_measured(config, place, nproc)
     if config.fsdp and nproc == 1:
-        raise ConfigError("--fsdp shards the base model over several processes: give their number, --nproc")
+        raise ConfigError("--fsdp shards the base model over several processes: set their number with --nproc")
     available = place.available if memory is None else memory
     if is_shared := nproc > 1 and place.device == torch.device("cpu"):
         available //= nproc
     shape, labels = read_config(config.model), None
     if config.task in TASK_TYPES:
         if "data" not in config.model_fields_set:
-            raise ConfigError(f"--task {config.task} learns the labels that the data has: give --data")
+            raise ConfigError(f"--task {config.task} needs the labels of the data: add --data")
         labels, _ = find_labels(config)
         set_labels(shape, cast(Labels, labels), load_tokenizer(config.model))
     if config.fsdp:
@@ -89,20 +89,20 @@ def plan(
         notes = [*place.notes, *batches.notes, *fake.notes]
         if asks_for_compiled_layers(config):
             step = estimate.with_compiled_layers(step, fake, config.activation_memory)
-            notes.append("what compiled layers keep is estimated from one measurement, not simulated")
+            notes.append("the memory of compiled layers is estimated from one measurement, not simulated")
         needed = place.memory_of(config, fake, step)
         if is_shared:
-            notes.append(f"each of the {nproc} processes may take an equal share of the memory that is free here")
+            notes.append(f"the {nproc} processes share this machine's free memory equally")
         alternatives = {AS_SET: needed, **cheaper_runs(config, fake, step, batches, place)}
     alternatives |= quantization(config, shape, step, batches, place)
     full = None if config.method == FULL else full_fine_tuning(config, shape, batches, place, available)
 
-    basis = {"memory": f"estimated from the shapes, and {place.process_basis}"}
-    basis["time"] = "not estimated for a device that is not here"
+    basis = {"memory": f"estimated from the shapes, plus {place.process_basis}"}
+    basis["time"] = "no estimate, because this machine does not have the device"
     seconds_per_step: float | None = None
     measured = None
     if measure:
-        log("a few real steps are measured")
+        log("measuring a few real steps")
         measured = measure_steps(config, with_data="data" in config.model_fields_set)
         needed, kernels = needed.with_total(measured.peak_bytes), measured.kernels
         seconds_per_step = measured.seconds_per_token * batches.tokens_per_step
@@ -113,8 +113,8 @@ def plan(
     largest = batches.at(batches.most)
     if len(largest) < batches.most:
         notes.append(
-            f"a larger batch is split: with any batch size, at most {tokens_of(largest):,} tokens go through the model "
-            "at once, so it needs little more memory than this one"
+            f"larger batches are split so that at most {tokens_of(largest):,} tokens go through the model at once, so "
+            "they need little more memory than this one"
         )
     batch_size = batch_size_that_fits(available, needed, batches)
     can_shard = nproc > 1 and not config.fsdp
@@ -155,27 +155,29 @@ def plan(
 
 
 def check_can_be_measured(config: TrainConfig, place: "Place", nproc: int) -> None:
-    """Raises ConfigError if no real steps of the run can be taken here."""
+    """Raises ConfigError if this machine cannot run real steps of this run."""
     if place.is_absent:
-        raise ConfigError(f"--measure takes real steps, and there is no {place.name} here: leave one of the two out")
+        raise ConfigError(
+            f"--measure runs real steps, but this machine has no {place.name}: remove --measure or the device"
+        )
     if learns_preferences(config) and "data" not in config.model_fields_set:
-        raise ConfigError("--measure takes real steps, which for preferences need rows: give --data")
+        raise ConfigError("--measure needs data to run real steps on preferences: add --data")
     if nproc > 1:
         raise ConfigError(
-            f"--measure takes real steps in one process, and --nproc {nproc} asks for several: leave one of them out"
+            f"--measure runs real steps in one process and cannot be combined with --nproc {nproc}: remove one of them"
         )
 
 
-# ---- Where it would run
+# ---- The device
 
 
 @dataclass(frozen=True)
 class Place:
-    """The device of a run: one of this machine, or a card that is not here.
+    """The device of a run: one of this machine, or a graphics card by name.
 
-    available: bytes that a run may take.
-    process: bytes that its process holds before its model is loaded, and process_basis how they are known.
-    shards: ranks that the base is sharded over.
+    available: bytes that a run may use.
+    process: bytes that its process uses before loading the model.    process_basis: where that number comes from.
+    shards: number of ranks that the base is sharded over.
     """
 
     name: str
@@ -195,7 +197,7 @@ class Place:
 
 
 def place_of(config: TrainConfig) -> Place:
-    """Returns the device that the settings name. Raises ConfigError if no device here and no card has this name."""
+    """Returns the device of the settings. Raises ConfigError if it is no device of this machine and no known card."""
     name = config.device[:LONGEST_NAME]
     try:
         device = choose_device(name)
@@ -203,18 +205,18 @@ def place_of(config: TrainConfig) -> Place:
         try:
             return place_of_card(config, find_cards(name))
         except ConfigError as unknown:
-            raise ConfigError(f"{error}; and {unknown}") from unknown
+            raise ConfigError(f"{error}; {unknown}") from unknown
     process = used_bytes(device)
-    basis = "what this process holds now"
+    basis = "the current memory of this process"
     return Place(str(device), device, process, basis, available_bytes(device) + process)
 
 
 def place_of_card(config: TrainConfig, cards: list[Card]) -> Place:
-    """Returns the first of the cards as a place, with a note on the others."""
+    """Returns the first card as a place, with a note about the others."""
     card, others = cards[0], [card.name for card in cards[1:]]
-    notes = [f"never measured on a {card.name}: real memory may be some percent more"]
+    notes = [f"never measured on a {card.name}: the actual memory may be a few percent higher"]
     if others:
-        notes.append(f"{card.name} is meant; similar names are {', '.join(others[:5])}")
+        notes.append(f"assuming {card.name}; similar names: {', '.join(others[:5])}")
     auto = torch.bfloat16 if card.has_bfloat16 else torch.float16
     precision = auto if config.dtype == "auto" else getattr(torch, config.dtype)
     basis = f"{format_bytes(CONTEXT)} for the card's context"
@@ -228,24 +230,24 @@ def place_of_card(config: TrainConfig, cards: list[Card]) -> Place:
 def time_here(
     shape: PretrainedConfig, batches: "Batches", step: estimate.StepCost, dtype: torch.dtype, device: torch.device
 ) -> tuple[float, str]:
-    """Returns seconds of a step by the speed of products on a device of this machine, and how they were found."""
+    """Returns the seconds per step, from the speed of matrix products on this device, and a description of the rule."""
     text, tokens = shape.get_text_config(), tokens_of(batches.largest)
     width, inner = text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    speed = estimate.SHARE * estimate.products_per_second(tokens, width, inner, dtype, device)  # operations a second
-    rule = f"a rough rule: {step.flops / tokens / 1e9:.2g} GFLOP a token at {speed / 1e9:,.0f} GFLOP/s"
+    speed = estimate.SHARE * estimate.products_per_second(tokens, width, inner, dtype, device)  # operations per second
+    rule = f"a rough estimate: {step.flops / tokens / 1e9:.2g} GFLOP per token at {speed / 1e9:,.0f} GFLOP/s"
     return step.flops / tokens / speed * batches.tokens_per_step, rule
 
 
-# ---- What the steps read
+# ---- Batches
 
-MOST_EXAMPLES = 4096  # of a batch, where the data does not say how many there are
+MOST_EXAMPLES = 4096  # per batch, if the number of examples is unknown
 
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """task: what is learned, without what it compares with.
-    largest: the examples of the largest forward.    at: batch size -> its largest forward.
-    examples: all that are trained on.    tokens: of all steps. examples, tokens, steps: None where they are not known.
+    """task: the training task, without its reference model.
+    largest: the examples of the largest forward pass.    at: batch size -> its largest forward pass.
+    examples: number of training examples.    tokens: of all steps.    examples, tokens, steps: None if unknown.
     tokens_per_step: of one rank.
     """
 
@@ -260,7 +262,7 @@ class Batches:
 
     @property
     def most(self) -> int:
-        """Examples that a batch can have."""
+        """The largest possible batch size."""
         return MOST_EXAMPLES if self.examples is None else self.examples
 
 
@@ -272,10 +274,12 @@ def read_batches(
     nproc: int = 1,
     labels: Labels | None = None,
 ) -> Batches:
-    """Without data, of examples of max_length tokens. Raises DataError with all that is wrong with the data.
+    """Returns batches of the data, or without data, of examples with max_length tokens.
 
-    limit: tokens that go through the model at once on the device of the plan.    nproc: ranks that share a step.
-    labels: that the model would predict.
+    limit: tokens that go through the model at once on the planned device.    nproc: number of ranks.
+    labels: the classes of the model.
+
+    Raises DataError with all problems of the data.
     """
     step = replace(step_shape(config, accelerator), token_limit=limit)
     vocabulary = shape.get_text_config().vocab_size
@@ -289,8 +293,8 @@ def read_batches(
         largest = _largest_part([example], step.batch_size, limit)
         tokens_of_step = float(step.examples_per_step * len(example.input_ids))
         notes = [
-            f"without --data every {what} is taken to have --max-length {config.max_length:,} tokens, all of "
-            "them learned: shorter ones take less"
+            f"without --data, every {what} is assumed to have --max-length {config.max_length:,} tokens, all of them "
+            "trained: shorter ones need less"
         ]
     else:
         data = read_data(config, vocabulary, load_tokenizer(config.model), accelerator, labels)
@@ -298,7 +302,7 @@ def read_batches(
         task, largest = data.task, data.largest
         if data.prepared is None or config.streaming:
             steps, tokens_of_step = data.max_steps, float(data.largest_size.tokens * config.gradient_accumulation_steps)
-            notes = ["the data is streamed: lengths are those of its first batch"]
+            notes = ["the data is streamed: its lengths are estimated from the first batch"]
         else:
             train = data.prepared.train
             examples, steps = train, config.max_steps or epoch_steps(config, train.epoch_size, nproc)
@@ -306,7 +310,7 @@ def read_batches(
             notes = [f"{name}: {text}" for name, text in warnings_of(data.prepared.report.to_dict()).items()]
     if task.reference is not None:
         notes.append(
-            "before the first step the log-probabilities of all replies are computed once; this time is not counted"
+            "before the first step, the log-probabilities of all replies are computed once; this is not in the time"
         )
 
     def at(count: int) -> list[Example]:
@@ -327,12 +331,12 @@ def read_batches(
 
 
 def learns_preferences(config: TrainConfig) -> bool:
-    """Whether the settings say so; with data, the rows do."""
+    """Whether the settings ask for preference training. With data, its rows decide."""
     return config.task == PREFERENCE or bool(config.preference_settings())
 
 
 def _largest_part(examples: list[Example], count: int, limit: int | None) -> list[Example]:
-    """Of a batch of `count` examples, which repeats these, what goes through the model in one forward."""
+    """Returns the largest forward pass of a batch of `count` examples made by repeating these."""
     batch = [examples[index % len(examples)] for index in range(count)]
     return [
         batch[index] for index in max(split_by_tokens([len(example.input_ids) for example in batch], limit), key=len)
@@ -355,7 +359,7 @@ def trained_of(fake: estimate.FakeModel) -> Trained:
 
 
 def largest_step(config: TrainConfig, fake: estimate.FakeModel, batches: Batches) -> estimate.StepCost:
-    """Returns what the largest forward of the run costs, simulated."""
+    """Returns the simulated cost of the largest forward pass of the run."""
     return estimate.simulate_step(
         replace(fake, task=batches.task), batches.largest, checkpointed=config.gradient_checkpointing
     )
@@ -368,8 +372,8 @@ def full_fine_tuning(
     place: Place,
     available: int,
 ) -> FullFineTuning:
-    """The same run with all weights trained, and so without offloading, which is for frozen ones."""
-    settings = config.model_dump(exclude_unset=True, exclude={*OF_ADAPTERS, "fsdp_offload_params"})
+    """Returns the plan of the same run with all weights trained (without offloading, which needs frozen weights)."""
+    settings = config.model_dump(exclude_unset=True, exclude={*ADAPTER_SETTINGS, "fsdp_offload_params"})
     full = TrainConfig(**{**settings, "method": FULL, "learning_rate": FIRST_RATES[FULL]})
     with estimate.fake_model(full, shape, place.device) as fake:
         step = largest_step(full, fake, batches)
@@ -387,7 +391,7 @@ CHECKPOINTING, QUANTIZATION = "--gradient-checkpointing", "--quantize nf4"
 def cheaper_runs(
     config: TrainConfig, fake: estimate.FakeModel, step: estimate.StepCost, batches: Batches, place: Place
 ) -> dict[str, Memory]:
-    """Returns the memory with compiled layers that keep less, and with checkpointing, unless the run excludes them."""
+    """Returns the memory with fewer activations in compiled layers, and with checkpointing, where the run allows it."""
     if config.gradient_checkpointing or asks_for_compiled_layers(config):
         return {}
     steps = {CHECKPOINTING: estimate.with_less_memory(step, fake, tokens_of(batches.largest), checkpointed=True)}
@@ -400,7 +404,7 @@ def cheaper_runs(
 def quantization(
     config: TrainConfig, shape: PretrainedConfig, step: estimate.StepCost, batches: Batches, place: Place
 ) -> dict[str, Memory]:
-    """Returns the memory with a base in 4 bits, without and with checkpointing, unless the run excludes it."""
+    """Returns the memory with a 4-bit base, without and with checkpointing, where the run allows it."""
     is_quantized = config.quantize or getattr(shape, "quantization_config", None) is not None
     if config.method == FULL or is_quantized or config.fsdp_offload_params:
         return {}
@@ -413,7 +417,7 @@ def quantization(
 
 
 def option(settings: str, memory: Memory, batches: Batches, shape: PretrainedConfig, available: int) -> Option:
-    """The longest example: activations grow with its tokens, and the model has so many positions."""
+    """Returns the option with its longest example: activations grow with its tokens, up to the model's positions."""
     growth = (available - memory.total) / max(memory.activations, 1)
     longest = max(int(tokens_of(batches.largest) * (1 + growth)), 0)
     positions = getattr(shape.get_text_config(), "max_position_embeddings", None) or longest
@@ -422,7 +426,7 @@ def option(settings: str, memory: Memory, batches: Batches, shape: PretrainedCon
 
 
 def batch_size_that_fits(available: int, memory: Memory, batches: Batches) -> int:
-    """The largest batch that fits; 0 when not even one example does. Activations grow with a forward's tokens."""
+    """Returns the largest batch that fits, 0 if not even one example does. Activations grow with the tokens."""
 
     def needed(batch_size: int) -> int:
         tokens = tokens_of(batches.largest)
@@ -434,7 +438,7 @@ def batch_size_that_fits(available: int, memory: Memory, batches: Batches) -> in
 def remedies(
     config: TrainConfig, batch_size: int, alternatives: Collection[str], *, can_shard: bool = False
 ) -> list[str]:
-    """Returns settings that take less memory. batch_size: the largest that fits, 0 for none."""
+    """Returns settings that need less memory. batch_size: the largest that fits, 0 for none."""
     examples = config.per_device_train_batch_size * config.gradient_accumulation_steps
     accumulation = -(-examples // max(batch_size, 1))
     options = [

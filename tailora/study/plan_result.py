@@ -1,4 +1,4 @@
-"""What `plan` finds: the data classes. Field names are the keys of report.json. Memory is in bytes, time in seconds.
+"""The result of `plan`: data classes whose field names are the keys of report.json. Memory in bytes, time in seconds.
 
 `study/plan.py` fills them in, and `report/pages/plan.py` shows them.
 """
@@ -15,7 +15,7 @@ from tailora.train.subprocess_worker import StepsMeasured
 
 @dataclass(frozen=True)
 class Trained:
-    """What would be trained, and in `left` what would not."""
+    """The parts of the model that would be trained, and in `left` the parts that would not."""
 
     trainable_parameters: int
     total_parameters: int
@@ -26,7 +26,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class FullFineTuning:
-    """Full fine-tuning of the same model on the same batches, unquantised. Always estimated."""
+    """Full fine-tuning of the same model on the same batches, not quantized. Always an estimate."""
 
     trainable_parameters: int
     memory: Memory
@@ -35,9 +35,9 @@ class FullFineTuning:
 
 @dataclass(frozen=True)
 class Option:
-    """What other settings would take, estimated from the step of the plan.
+    """The memory with different settings, estimated from the planned step.
 
-    batch_size, tokens: the largest batch that fits, and the longest example in a batch of its own; 0 for none.
+    batch_size: the largest batch that fits.    tokens: the longest example that fits alone.    0 for none.
     """
 
     settings: str
@@ -48,11 +48,11 @@ class Option:
 
 @dataclass(frozen=True)
 class Room:
-    """What fits.
+    """What fits into memory.
 
-    available_bytes: what the run may take.    batch_size: as set.
-    batch_size_that_fits: 0 where not even one example does.
-    remedies: settings that take less memory, if the run does not fit.
+    available_bytes: memory that the run may use.    batch_size: the configured one.
+    batch_size_that_fits: 0 if not even one example fits.
+    remedies: settings that need less memory, if the run does not fit.
     """
 
     available_bytes: int
@@ -64,10 +64,10 @@ class Room:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What the steps read, and how long they take.
+    """The steps and their time.
 
-    largest_forward: examples, tokens.    examples: to train on.    tokens, seconds: of all steps.
-    All but largest_forward are None where they are not known; the time of a device that is not here never is.
+    largest_forward: its examples and tokens.    examples: for training.    tokens, seconds: of all steps.
+    All except largest_forward are None if unknown, as the time is for a card that this machine does not have.
     """
 
     largest_forward: dict[str, int]
@@ -80,7 +80,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Several processes that train together, a device each.    fsdp: whether FSDP2 shards the base over them."""
+    """Data-parallel processes, one per device.    fsdp: whether FSDP2 shards the base over them."""
 
     count: int
     fsdp: bool
@@ -88,10 +88,10 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run with these settings would be.
+    """A run with these settings.
 
-    full: None where the run itself is full fine-tuning.    basis: how memory and time were found.
-    ranks: None for one process; of several, memory and time are those of one of them.
+    full: None if the run itself is full fine-tuning.    basis: where memory and time come from.
+    ranks: None for one process. With several, memory and time are per process.
     """
 
     model: str
@@ -115,7 +115,7 @@ class Plan:
         return self.memory.total <= self.room.available_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, in which the fields of `trained`, `room` and `schedule` stand beside the others."""
+        """Plain values for JSON, with the fields of `trained`, `room` and `schedule` at the top level."""
         content = asdict(self)
         for part in PARTS:
             content |= content.pop(part)
@@ -126,7 +126,7 @@ class Plan:
     @model_validator(mode="before")
     @classmethod
     def _read_parts(cls, content: Any) -> Any:
-        """Takes what `to_dict` returns."""
+        """Accepts the output of `to_dict`."""
         return {**content, **dict.fromkeys(PARTS, content)}
 
 

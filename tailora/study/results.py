@@ -1,9 +1,8 @@
-"""What `compare` and `search` find: the data classes. Field names are the keys of report.json.
+"""The results of `compare` and `search`: data classes whose field names are the keys of report.json.
 
-`study/verdict.py` fills them in from the runs and says in words what the numbers show, and
-`tailora/report` shows both. Losses are those of held-out examples; half of these choose settings, the other half judge
-what was chosen (`study/trial.py`). `loss_unit`: what they are measured in; earlier versions had language models alone.
-Needs no torch.
+`study/verdict.py` fills them in from the runs and adds the verdict; `tailora/report` shows both. Losses are measured on
+held-out examples: one half selects settings, the other evaluates the selected ones (`study/trial.py`). `loss_unit` is
+their unit; earlier versions supported only language models. Needs no torch.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -17,16 +16,16 @@ from tailora.train.config import NATS_PER_TOKEN
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One arm of a comparison. An arm that could not be trained has an outcome other than 'done', and no numbers.
+    """One arm of a comparison. If it could not be trained, its outcome is not 'done' and it has no numbers.
 
-    rates: learning rate -> loss on the choosing examples, None for a run that failed.
-    bracketed: whether a lower and a higher learning rate than the best were tried.
+    rates: learning rate -> loss on the selection half, None for a failed run.
+    bracketed: whether lower and higher learning rates than the best were tried.
     difference: from the reference arm; None for the reference itself.
     seconds: of training, mean over the seeds.    bytes: on disk.
-    forgetting: mean over the seeds; None where it was not measured or is not finite.
-    accuracy, accuracy_interval: share of right labels, or of pairs of replies in the right order, for such tasks.
+    forgetting: mean over the seeds; None if not measured or not finite.
+    accuracy, accuracy_interval: share of correct labels, or of correctly ordered pairs of replies, for such tasks.
     accuracy_difference: from the reference arm.
-    seed_losses: of each seed, with the mean eval_loss.    train_losses: of each seed and step, before the step.
+    seed_losses: per seed; eval_loss is their mean.    train_losses: per seed and step, before the step.
     runs: folders.
     """
 
@@ -54,9 +53,9 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """base_loss: before training, on the judging examples.
-    p_values: arm -> p of no difference from the reference, adjusted for the number of arms as the intervals are.
-    p_value: of the arm that the verdict is about.
+    """base_loss: before training, on the evaluation half.
+    p_values: arm -> p value of no difference from the reference, adjusted for the number of arms like the intervals.
+    p_value: of the arm in the verdict.
     """
 
     arms: list[ArmResult]
@@ -84,9 +83,9 @@ class Comparison:
 class Candidate:
     """One trial of a search.
 
-    state: done, pruned, diverged, or out of memory.    settings: those that the search varies.
-    eval_loss: on the choosing examples; of a pruned trial at its last evaluation.
-    curve: (step, loss on the choosing examples).    message: why the trial ended early.
+    state: done, pruned, diverged, or out of memory.    settings: the searched ones.
+    eval_loss: on the selection half; for a pruned trial, at its last evaluation.
+    curve: (step, loss on the selection half).    message: why the trial ended early.
     """
 
     number: int
@@ -101,9 +100,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Finalist:
-    """A trial whose settings were run again with several seeds, and judged on the judging examples.
+    """A trial whose settings were repeated with several seeds and evaluated on the evaluation half.
 
-    choosing_loss: of the trial, on the choosing examples.
+    choosing_loss: of the trial, on the selection half.
     difference: from the best; None for the best itself.
     p_value: of no difference, adjusted for the number of finalists.
     seconds: of training, mean over the seeds.    runs: folders.
@@ -124,9 +123,9 @@ class Finalist:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """best, cheapest: of the finalists, which come with the best first.
-    importances: share of each setting in being among the best quarter of the trials (PED-ANOVA); they sum to 1.
-    base_loss: before training, on the judging examples.    steps: of a whole trial.
+    """best, cheapest: two of the finalists, which are sorted with the best first.
+    importances: contribution of each setting to being among the best quarter of the trials (PED-ANOVA); the sum is 1.
+    base_loss: before training, on the evaluation half.    steps: of a complete trial.
     seconds: of all trials and runs, in all processes.    config: path of best.yaml.
     """
 

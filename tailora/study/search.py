@@ -1,13 +1,13 @@
-"""Searches for the best settings for a model and data, and for the cheapest that are as good.
+"""Searches for the best settings for a model and data, and for the cheapest ones that are as good.
 
-    a few steps    -> Budget: steps of a trial
-    trials         Optuna's TPE suggests settings, a process trains with them, successive halving ends the worse half;
-                   the choosing half of the held-out examples decides
-    finalists      run again with several seeds; the judging half decides -> best, cheapest, verdict
+    time a few steps  -> Budget: steps of a trial
+    trials            Optuna's TPE suggests settings, a process trains with them, successive halving ends the worse
+                      half; all on the selection half of the held-out examples
+    finalists         repeated with several seeds, on the evaluation half -> best, cheapest, verdict
 
-Several workers may share one search: threads of this process, each of which runs its trials on a device of its own; and
-processes on one folder, or on one database from several machines. Each runs trials while some are missing, then
-finalists; all end with the same result. The same call resumes an interrupted search.
+Several workers can share one search: threads of this process, each with its own device; or processes that share a
+folder, or a database between machines. Each runs trials until there are enough, then finalists, and all return the same
+result. The same call resumes an interrupted search.
 """
 
 import copy
@@ -70,20 +70,20 @@ from tailora.study.trial import (
     TrialEvent,
     TrialSpec,
     Worker,
-    choosing_half,
-    on_choosing_half,
+    on_selection_half,
     run_in_subprocess,
+    selection_half,
 )
-from tailora.study.verdict import choose_finalists, judge_finalists
+from tailora.study.verdict import choose_finalists, evaluate_finalists
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import config_text
 
 STUDY, BEST, CHEAPEST = "search.json", "best.yaml", "cheapest.yaml"
 RUN_LOCK = "run.lock"
 POLL_SECONDS = 1.0
-MOST_TRIALS, FEWEST_TRIALS = 16, 6  # if the time limit decides
-RESERVED = 2  # finalists that time is kept for: the best, and a cheaper one
-ONE_EVALUATION = {"save_steps": 0, "eval_steps": 0, "early_stopping_patience": 0}  # settings of a judging run
+MOST_TRIALS, FEWEST_TRIALS = 16, 6  # if only the time limit decides
+RESERVED = 2  # finalists that time is reserved for: the best one and a cheaper one
+ONE_EVALUATION = {"save_steps": 0, "eval_steps": 0, "early_stopping_patience": 0}  # settings of a final run
 
 
 def search(
@@ -95,14 +95,14 @@ def search(
     *,
     processes: int = 1,
 ) -> SearchResult:
-    """Runs what is missing of the search in `train.output_dir`, and judges. Joins a search that is under way.
+    """Completes the search in `train.output_dir` and returns its result. Joins a search that is running.
 
-    processes: that train together in each run.
-    Raises ConfigError; whatever a run raises that is neither divergence nor lack of memory.
+    processes: number of processes in each run.
+    Raises ConfigError, and any error of a run except divergence and lack of memory.
     """
     workers = make_workers(study.workers, train.device, study.minutes, processes)
     if study.lr_only:
-        raise ConfigError("lr_only finds the learning rate alone: call study.lr_range.find_range, or leave it out")
+        raise ConfigError("lr_only searches only the learning rate: call study.lr_range.find_range, or remove lr_only")
     folder = Path(train.output_dir)
     space = search_space.search_axes(search_space.read_space(study.space), train)
     settings = {
@@ -122,7 +122,7 @@ def search(
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """plan.json.    parts: the model's groups of layers.    base: its losses, if all examples in use were evaluated."""
+    """plan.json.    parts: the model's groups of layers.    base: its losses, if evaluated on all examples in use."""
 
     plan: Budget
     parts: dict[str, Any]
@@ -130,30 +130,30 @@ class SearchPlan:
 
 
 class _Search:
-    """One worker's part of a search. The work of other workers is read from the database and the folder."""
+    """One worker's part of a search. It reads the results of other workers from the database and the folder."""
 
     def __init__(self, train: TrainConfig, study: SearchConfig, space: dict[str, Axis], session: StudySession) -> None:
         self.train, self.study, self.space, self.session = train, study, space, session
         self.folder, self.limit = session.folder, self._time_limit()
-        self.groups: dict[str, Any] = {}  # of the model's layers, and the largest r
+        self.groups: dict[str, Any] = {}  # groups of the model's layers, and the largest r
         self.base: dict[bool, BaseLosses | None] = {}  # choosing -> losses of the base on those held-out examples
-        self.held_out: int | None = None  # number of held-out examples that are used; None for all
+        self.held_out: int | None = None  # number of held-out examples used; None for all
 
     def run(self, settings: dict[str, Any], workers: Sequence[Worker]) -> SearchResult:
-        """workers: none if this process runs one trial at a time."""
+        """workers: empty if this process runs one trial at a time."""
         if workers:
-            self.session = self.session.of_worker(workers[0])  # which measures, and runs what others leave
+            self.session = self.session.of_worker(workers[0])  # it measures, and runs what the others leave
         self._prepare()
         if workers:
             self._run_workers(workers)
         else:
             self._work()
-        return self._judge(settings)
+        return self._evaluate(settings)
 
     def _run_workers(self, workers: Sequence[Worker]) -> None:
-        """Runs trials and finalists, each worker in a thread. What a worker that fails leaves, the others run.
+        """Runs trials and finalists, each worker in a thread. If a worker fails, the others run what it leaves.
 
-        Raises what the first of them raised if all fail.
+        Raises the first worker's error if all fail.
         """
         failures = []
         with threads_of(workers) as pool:
@@ -161,7 +161,7 @@ class _Search:
             for future in as_completed(running):
                 if (error := future.exception()) is not None:
                     failures.append(error)
-                    self.session.note(f"worker {running[future].number} ended early: {error}")
+                    self.session.note(f"worker {running[future].number} stopped: {error}")
         if len(failures) == len(workers):
             raise failures[0]
 
@@ -172,7 +172,7 @@ class _Search:
         return search
 
     def _prepare(self) -> None:
-        """Plans the search, or reads its plan, and adds the settings as they are as its first trial."""
+        """Plans the search, or reads its plan, and enqueues the unchanged settings as the first trial."""
         with locked(self.folder, STUDY):
             self._open_study()
             self._plan()
@@ -185,7 +185,7 @@ class _Search:
                 self.optuna.enqueue_trial(search_space.first_values(self.axes, self.train))
 
     def _open_study(self) -> None:
-        stored = read_own_json(self.folder / STUDY, dict[str, Any], DAMAGED)  # as the first worker wrote them
+        stored = read_own_json(self.folder / STUDY, dict[str, Any], DAMAGED)  # written by the first worker
         self.optuna = optuna_study.open_study(self.folder, self.study.storage, same_steps(stored))
 
     def _work(self) -> None:
@@ -194,7 +194,7 @@ class _Search:
         self._run_finals(self._finalists())
 
     def _spec(self, values: Mapping[str, Any], *, choosing: bool, describe: bool = False, **fixed: Any) -> TrialSpec:
-        """The spec of a run with these values of the space."""
+        """Returns the spec of a run with these values."""
         changes = search_space.settings_of(values, self.groups, self.train)
         settings = trial_settings(self.train, changes, **{**ONE_EVALUATION, **fixed})
         return TrialSpec(
@@ -206,20 +206,20 @@ class _Search:
             held_out=self.held_out,
         )
 
-    # ---- How long a trial is
+    # ---- The length of a trial
 
     def _plan(self) -> None:
-        """Sets the budget, groups of layers and the base's losses, measured once for all workers, under the lock."""
+        """Sets the budget, groups of layers and the base's losses, measured once under the lock for all workers."""
         plan = self.session.plan(self._measure, SearchPlan)
         budget = plan.plan
         self.session.check_processes(budget.processes)
         self.budget, self.groups, self.held_out = budget, plan.parts, budget.held_out
-        self.base = {True: on_choosing_half(plan.base), False: plan.base}
-        of = f" of the {budget.longest:,} that the settings ask for" if budget.steps < budget.longest else ""
-        self.session.log(f"a trial has {budget.steps:,} steps{of} and takes up to {budget.trial_seconds:,.0f} s")
+        self.base = {True: on_selection_half(plan.base), False: plan.base}
+        full = f" (the settings have {budget.longest:,})" if budget.steps < budget.longest else ""
+        self.session.log(f"each trial runs {budget.steps:,} steps{full} and takes up to {budget.trial_seconds:,.0f} s")
 
     def _measure(self) -> SearchPlan:
-        """The plan, from a few steps of all layers, which take longest, at the lowest r, which fits if any."""
+        """Measures the plan in a few steps with all layers (the slowest choice) and the lowest r (the first to fit)."""
         self.session.log(f"timing {TIMING_STEPS} steps")
         ranks = self.space.get("r")
         values = {"r": min(ranks)} if isinstance(ranks, tuple) else {}
@@ -230,9 +230,9 @@ class _Search:
         costs, trial = measure_costs(self.session, timing, self._check_time, choosing=False)
         if costs is None:
             raise ConfigError(
-                f"{TIMING_STEPS} steps at a learning rate of {TIMING_RATE:g} already fail: {trial.message}"
+                f"the first {TIMING_STEPS} steps failed, at a learning rate of {TIMING_RATE:g}: {trial.message}"
             )
-        choosing_half(len(trial.counts))  # raises for too few examples, before anything is kept
+        selection_half(len(trial.counts))  # raises for too few examples, before anything is stored
         examples = trial.numbers["held_out"]
         costs = costs.on_part(examples / len(trial.counts))
         longest = longest_run(self.train, trial)
@@ -252,15 +252,15 @@ class _Search:
 
     @property
     def _reserved(self) -> int:
-        """Finalists that time is kept for."""
+        """Number of finalists that time is reserved for."""
         return min(RESERVED, self.study.finalists)
 
     @property
     def _reserved_seconds(self) -> float:
-        return self._rounds(self._reserved * self.budget.seeds) * self.budget.judging_seconds
+        return self._rounds(self._reserved * self.budget.seeds) * self.budget.final_run_seconds
 
     def _rounds(self, runs: int) -> int:
-        """How often the workers of this process have to run one each, for so many runs."""
+        """Returns how many rounds the workers of this process need for this number of runs."""
         return math.ceil(runs / self.study.workers)
 
     def _time_limit(self) -> TimeLimit:
@@ -272,29 +272,29 @@ class _Search:
             FEWEST_TRIALS,
             [name for name, is_fixed in fixed.items() if is_fixed],
             lambda extent, steps: (
-                f"{extent.tries} trials of {steps} steps and {self._reserved * extent.seeds} runs that judge"
+                f"{extent.tries} trials of {steps} steps and {self._reserved * extent.seeds} final runs"
             ),
         )
 
     def _needed(self, costs: Costs, extent: Extent, steps: int) -> float:
-        """Seconds of all trials and judging runs.
+        """Returns the seconds of all trials and final runs.
 
-        The first trial has none that could end it, and the last begins only if there is time for all of its steps.
+        The first trial cannot be pruned, and the last begins only if there is time for all of its steps.
         """
-        costs, judging = costs.on_part(extent.part), self._rounds(self._reserved * extent.seeds)
+        costs, final_rounds = costs.on_part(extent.part), self._rounds(self._reserved * extent.seeds)
         rounds = self._rounds(extent.tries)
-        whole = min(rounds, 2)
-        trials = whole * costs.trial(steps) + (rounds - whole) * costs.trial(steps, SHARE)
-        return trials + judging * costs.judging_run(steps)
+        full = min(rounds, 2)
+        trials = full * costs.trial(steps) + (rounds - full) * costs.trial(steps, SHARE)
+        return trials + final_rounds * costs.final_run(steps)
 
     def _check_time(self, costs: Costs) -> None:
-        """Raises ConfigError if the time left is too short. costs: not too high, on the fewest held-out examples."""
+        """Raises ConfigError if the time left is too short. costs: a lower bound, on the fewest held-out examples."""
         self.limit.check(partial(self._needed, costs), self.train.max_steps)
 
     # ---- Trials
 
     def _run_trials(self) -> None:
-        """Runs trials until all workers have finished enough, or the time is up."""
+        """Runs trials until all workers together have finished enough, or the time is up."""
         wanted = self.study.trial_count
         while True:
             with locked(self.folder, STUDY) as lock:
@@ -307,14 +307,14 @@ class _Search:
                     continue
             if late or not running:
                 break
-            time.sleep(POLL_SECONDS)  # another worker's trial may fail, and then has to be run again
+            time.sleep(POLL_SECONDS)  # another worker's trial may fail and need a repetition
             self.session.check_stopped()
         planned = FEWEST_TRIALS if wanted is None else wanted
         if missing and running + finished < planned:
-            self.session.note(f"--minutes left time for {finished} of {planned} trials")
+            self.session.note(f"only {finished} of {planned} trials fit into --minutes")
 
     def _run_next(self, lock: Any) -> None:
-        """Begins a trial, releases the lock so that other workers begin theirs, and runs it."""
+        """Creates a trial, releases the lock so that other workers can create theirs, and runs it."""
         has_ended = False
 
         def objective(trial: optuna.Trial) -> float:
@@ -327,23 +327,25 @@ class _Search:
             except UpdateFinishedTrialError:
                 has_ended = True
                 raise
-            except BaseException:  # an interrupted trial is run again when the search resumes
+            except BaseException:  # repeat an interrupted trial when the search resumes
                 optuna_study.retry(self.optuna, self.optuna.get_trials(deepcopy=False)[trial.number])
                 raise
             loss = "no loss" if candidate.eval_loss is None else f"{candidate.eval_loss:.4f}"
             ended = "" if candidate.state == DONE else f", {candidate.state}: {candidate.message}"
-            self.session.log(f"trial {candidate.number}: {loss}{ended}  ({search_space.in_words(candidate.settings)})")
+            self.session.log(
+                f"trial {candidate.number}: {loss}{ended}  ({search_space.format_values(candidate.settings)})"
+            )
             if candidate.state != DONE or candidate.eval_loss is None:
                 raise TrialPruned
             return candidate.eval_loss
 
         try:
             self.optuna.optimize(objective, n_trials=1)
-        except ValueError:  # Optuna refuses the result of a trial that has ended
+        except ValueError:  # Optuna rejects the result of a trial that has ended
             if not has_ended:
                 raise
             self.session.note(
-                "a trial was lost: this process was suspended, and another worker marked its trial as failed"
+                "a trial was lost: while this process was suspended, another worker marked the trial as failed"
             )
 
     def _candidate(self, trial: optuna.Trial) -> Candidate:
@@ -379,16 +381,16 @@ class _Search:
         candidates = optuna_study.finished_trials(self.optuna)
         return choose_finalists(candidates, self.study.margin, self.study.finalists)
 
-    def _judge(self, settings: dict[str, Any]) -> SearchResult:
+    def _evaluate(self, settings: dict[str, Any]) -> SearchResult:
         candidates, chosen = optuna_study.finished_trials(self.optuna), self._finalists()
         if not chosen:
             ends = "; ".join(f"trial {candidate.number} {candidate.state}" for candidate in candidates)
-            raise ConfigError(f"no trial was finished, so there is nothing to choose from: {ends or 'none was begun'}")
-        runs = self._judging_runs(chosen)
+            raise ConfigError(f"no trial was completed, so there is no result: {ends or 'none was started'}")
+        runs = self._final_runs(chosen)
         self.session.note_workers(chain(*runs.values()))
         seconds = [candidate.seconds or 0.0 for candidate in candidates]
         seconds += [run.numbers["seconds"] for run in chain(*runs.values())]
-        result = judge_finalists(
+        result = evaluate_finalists(
             [candidate for candidate in chosen if candidate.number in runs],
             runs,
             self.study.margin,
@@ -405,53 +407,57 @@ class _Search:
         return replace(result, notes=[*result.notes, *self._limits(result)])
 
     def _limits(self, result: SearchResult) -> list[str]:
-        """What limits the verdict."""
+        """Returns notes on the limits of the verdict."""
         budget, examples = self.budget, result.judged_examples
-        edges = [name for name, value in result.best.settings.items() if search_space.at_edge(self.axes[name], value)]
+        edges = [
+            name for name, value in result.best.settings.items() if search_space.is_at_edge(self.axes[name], value)
+        ]
         notes = {
-            f"{', '.join(edges)} of the best trial is at the edge of its range: a wider range may hold better": edges,
-            f"trials had {budget.steps:,} of the {budget.longest:,} steps that the settings ask for; in longer runs a "
-            "lower learning rate and a higher rank may be better": budget.steps < budget.longest,
-            f"--minutes left time for {self.held_out} of the held-out examples": self.held_out is not None,
-            f"the length of a trial was planned for --minutes {budget.minutes or 0:g}; for longer trials give another "
+            f"the best trial is at the edge of the range of {', '.join(edges)}: a wider range may be better": edges,
+            f"trials had {budget.steps:,} of the {budget.longest:,} steps in the settings; longer runs may prefer a "
+            "lower learning rate and a higher rank": budget.steps < budget.longest,
+            f"only {self.held_out} of the held-out examples fit into --minutes": self.held_out is not None,
+            f"trials have the length planned for --minutes {budget.minutes or 0:g}; for longer trials use a different "
             "--output-dir": None not in (budget.minutes, self.session.minutes)
             and budget.minutes != self.session.minutes,
-            f"{len(result.trials)} trials are too few to tell which settings matter": not result.importances,
-            f"only {examples} held-out examples judge: more of them, by --eval-data or --validation-split, show "
-            "smaller differences": examples < FEW_EXAMPLES,
+            f"{len(result.trials)} trials are too few to rank the settings by importance": not result.importances,
+            f"only {examples} held-out examples for the final evaluation: with more (--eval-data or "
+            "--validation-split), smaller differences become visible": examples < FEW_EXAMPLES,
         }
         return [text for text, applies in notes.items() if applies]
 
-    def _judging_runs(self, chosen: Sequence[Candidate]) -> dict[int, list[Trial]]:
-        """Number of a finalist -> its runs, equally many of all; finalists that failed with a seed are left out."""
+    def _final_runs(self, chosen: Sequence[Candidate]) -> dict[int, list[Trial]]:
+        """Returns finalist -> its runs, the same number for all. Finalists that failed with a seed are dropped."""
         runs = self._run_finals(chosen)
         failed = {number: [trial for trial in trials if not trial.done] for number, trials in runs.items()}
         for number, trials in failed.items():
             if trials:
-                self.session.note(f"trial {number} is no finalist: {trials[0].outcome} with another seed")
+                self.session.note(
+                    f"trial {number} was dropped from the finalists: {trials[0].outcome} with a different seed"
+                )
         most = max(map(len, runs.values()))
         good = {number: trials for number, trials in runs.items() if len(trials) == most and not failed[number]}
         if not good:
-            raise ConfigError("all finalists failed with another seed, so there is nothing to choose from")
+            raise ConfigError("no result: all finalists failed with a different seed")
         return good
 
     def _run_finals(self, chosen: Sequence[Candidate]) -> dict[int, list[Trial]]:
-        """Runs what is missing, and what no other worker runs, as long as there is time. Returns the runs of each."""
-        seeds = [self.train.seed + number for number in range(1, self.study.seeds + 1)]  # other than the trials'
-        # Each wave is useful only if complete: the first finalists with a seed; then one of the others with all seeds.
+        """Completes the final runs that no other worker is running, while time allows. Returns the runs of each."""
+        seeds = [self.train.seed + number for number in range(1, self.study.seeds + 1)]  # not the seed of the trials
+        # Only complete waves are useful: the first finalists with one seed, later a single finalist with all seeds.
         waves = [[(candidate, seed) for candidate in chosen[:RESERVED]] for seed in seeds]
         waves += [[(candidate, seed) for seed in seeds] for candidate in chosen[RESERVED:]]
         runs: dict[int, list[Trial]] = {candidate.number: [] for candidate in chosen}
         for wave in waves:
             missing = sum(not self.session.has_trial(self._final_folder(*run)) for run in wave)
-            needed = self._rounds(missing) * self.budget.judging_seconds
+            needed = self._rounds(missing) * self.budget.final_run_seconds
             if missing and any(runs.values()) and self.session.seconds_left < needed:
-                self.session.note("--minutes left no time for all seeds and finalists")
+                self.session.note("not all seeds and finalists fit into --minutes")
                 break
             for candidate, seed in wave:
-                self._judging_run(candidate, seed)
+                self._final_run(candidate, seed)
             for candidate, seed in wave:
-                while (trial := self._judging_run(candidate, seed)) is None:
+                while (trial := self._final_run(candidate, seed)) is None:
                     time.sleep(POLL_SECONDS)
                     self.session.check_stopped()
                 runs[candidate.number].append(trial)
@@ -460,8 +466,8 @@ class _Search:
     def _final_folder(self, candidate: Candidate, seed: int) -> Path:
         return self.folder / "finals" / f"{candidate.number:04d}" / f"seed-{seed}"
 
-    def _judging_run(self, candidate: Candidate, seed: int) -> Trial | None:
-        """A finalist with another seed; None while another worker runs it."""
+    def _final_run(self, candidate: Candidate, seed: int) -> Trial | None:
+        """Returns the run of a finalist with a seed; None while another worker is running it."""
         folder = self._final_folder(candidate, seed)
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -471,13 +477,13 @@ class _Search:
                 trial = self.session.trial(spec, folder)
                 self.base[False] = self.base[False] or trial.base
                 if is_new:
-                    self.session.log(f"trial {candidate.number} again, seed {seed}: {trial.summary}")
+                    self.session.log(f"trial {candidate.number} repeated with seed {seed}: {trial.summary}")
                 return trial
         except Timeout:
             return None
 
     def _write_config(self, name: str, finalist: Finalist) -> None:
-        """Writes what `tailora train --config` takes: the run's settings with those of the finalist."""
+        """Writes a file for `tailora train --config`: the run's settings, updated with the finalist's."""
         path = self.folder / name
         base = self.train.model_dump(exclude_unset=True, exclude={"resume_from_checkpoint"})
         changes = search_space.settings_of(finalist.settings, self.groups, self.train)

@@ -1,12 +1,12 @@
-"""What a search varies: which settings, and the values that each may take. Needs no torch.
+"""The search space: the settings to search and their possible values. Needs no torch.
 
 --space r=4,8,16                   these values
---space learning_rate=1e-4..1e-2   any value between, evenly in the logarithm; of ranks the powers of two
---space lora_dropout=0.1           this value: not searched
+--space learning_rate=1e-4..1e-2   a range, uniform in the logarithm; for ranks, its powers of two
+--space lora_dropout=0.1           a fixed value
 
 read_space      text, lists and numbers -> an axis for each setting
-search_axes     the default space, with the given axes in place of its own
-fit_to_model    leaves out what this model cannot take
+search_axes     the default space, updated with the given axes
+fit_to_model    removes values that the model does not support
 settings_of     values of a trial -> settings of its run
 """
 
@@ -21,27 +21,27 @@ from tailora.errors import ConfigError, listing
 from tailora.train.config import PREFERENCE_FIELDS, TrainConfig
 
 FIELDS = TrainConfig.model_fields
-STEP_CHOICE = {"eval_steps", "early_stopping_patience"}  # would choose a step by the examples that judge
-SHARED_BY_RUNS = STEP_CHOICE | {  # of any study
+STEP_CHOICE = {"eval_steps", "early_stopping_patience"}  # would select a step on the evaluation half
+SHARED_BY_RUNS = STEP_CHOICE | {  # in any study
     *("model", "data", "eval_data", "output_dir", "seed", "split_seed", "validation_split", "streaming", "max_steps"),
     *("num_train_epochs", "samples", "report_to", "resume_from_checkpoint", "save_steps"),
-    *("system", "assistant_only_loss", "completion_only_loss", "documents"),  # would change what is judged
-    *("task", *PREFERENCE_FIELDS),  # whose losses measure different things
+    *("system", "assistant_only_loss", "completion_only_loss", "documents"),  # would change the evaluation
+    *("task", *PREFERENCE_FIELDS),  # their losses are not comparable
 }
 SHARED = SHARED_BY_RUNS | {"field", "save_total_limit", "adapter", "method", "max_length"}
 SHARED |= {"quantize", "dtype", "packing"}  # would change the base
-SCALE = "scale"  # alpha/r, in place of alpha
+SCALE = "scale"  # alpha/r, instead of alpha
 TARGETS = ("all-linear", "attention", "mlp")  # words whose meaning depends on the model
-SHORT_NAMES = ("rank", "alpha", "lr", "dropout", "targets")  # also taken, since a space is often typed by hand
+SHORT_NAMES = ("rank", "alpha", "lr", "dropout", "targets")  # also accepted, as a space is often typed by hand
 OTHER_NAMES = {**ALIASES, **{name: OUR_NAMES[name] for name in SHORT_NAMES}}
-OF_ADALORA = {"tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}
+ADALORA_SETTINGS = {"tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}
 LINEAR = {"lora_dropout", "weight_decay", "warmup_ratio"}  # may be 0
 RANGE = re.compile(r"\s*([^,\s]+?)\s*\.\.\s*([^,\s]+)\s*")
 
 
 @dataclass(frozen=True)
 class Range:
-    """All numbers between two, evenly in the logarithm or not."""
+    """All numbers between `low` and `high`; log: uniform in the logarithm."""
 
     low: float
     high: float
@@ -66,27 +66,27 @@ DEFAULT: dict[str, Axis] = {
 
 
 def read_space(given: Mapping[str, Any]) -> dict[str, Axis]:
-    """The axes in text, lists and numbers, as the command line, YAML and Python give them. Raises ConfigError."""
+    """Returns the axes given as text (command line), lists or numbers (YAML, Python). Raises ConfigError."""
     axes: dict[str, Axis] = {}
     problems = []
     for written, values in given.items():
         name = OTHER_NAMES.get(written, written)
         if name in axes:
-            problems.append(f"{name} is given twice")
+            problems.append(f"{name} is given twice: remove one")
         elif name in SHARED:
-            problems.append(f"{name} is the same in all trials of a search")
+            problems.append(f"{name} cannot be searched, because all trials must share it: remove it")
         elif name not in FIELDS and name != SCALE:
             hint = suggestion(written, {*FIELDS, *OTHER_NAMES, SCALE} - SHARED)
             problems.append(f"unknown setting {written!r}{hint}")
         elif name != SCALE and get_origin(FIELDS[name].annotation) is dict:
-            problems.append(f"{name} holds patterns, which cannot be searched")
+            problems.append(f"{name} contains patterns and cannot be searched: remove it")
         else:
             try:
                 axes[name] = _axis(name, values)
             except ConfigError as error:
                 problems.append(f"{written}={values}: {str(error).removeprefix(f'{name} = {values!r}: ')}")
     if SCALE in axes and "lora_alpha" in axes:
-        problems.append("scale is alpha/r: give one of scale and lora_alpha")
+        problems.append("scale is alpha/r, so use either scale or lora_alpha")
     if problems:
         raise ConfigError(listing([f"space: {problem}" for problem in problems]))
     return axes
@@ -102,55 +102,57 @@ def _axis(name: str, values: Any) -> Axis:
     several = tuple(values) if isinstance(values, list | tuple) else (values,)
     chosen = tuple(dict.fromkeys(_value(name, value) for value in several))
     if not chosen:
-        raise ConfigError("there is no value")
+        raise ConfigError("expected at least one value, got none")
     return chosen
 
 
 def _between(name: str, low: Any, high: Any) -> Axis:
     if not (isinstance(low, int | float) and isinstance(high, int | float)) or isinstance(low, bool):
-        raise ConfigError("LOW..HIGH is for numbers; list the values")
+        raise ConfigError("LOW..HIGH needs numbers; use a list such as a,b,c instead")
     if not low < high:
-        raise ConfigError(f"{low:g} is not below {high:g}")
+        raise ConfigError(f"expected LOW below HIGH, but {low:g} is not below {high:g}")
     if name in FIELDS and int in (FIELDS[name].annotation, *get_args(FIELDS[name].annotation)):
         powers = (2**exponent for exponent in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1))
         return tuple(dict.fromkeys((low, *powers, high)))
     if low <= 0 and name not in LINEAR:
-        raise ConfigError(f"{low:g} has no logarithm; begin above 0")
+        raise ConfigError(f"{low:g} has no logarithm; start the range above 0")
     return Range(float(low), float(high), name not in LINEAR)
 
 
 def _value(name: str, value: Any) -> Any:
-    """One value, as the schema of a run has it. Raises ConfigError."""
+    """Returns one value, validated by the schema of a run. Raises ConfigError."""
     if name == "target_modules":
         return value if isinstance(value, str) else "+".join(value)
     if name == SCALE:
-        name = "lora_alpha"  # what a scale is for r = 1
-    required = {"target_r": 1} if name in OF_ADALORA else {}  # or TrainConfig would refuse them
+        name = "lora_alpha"  # equal to the scale if r = 1
+    required = {"target_r": 1} if name in ADALORA_SETTINGS else {}  # otherwise TrainConfig rejects them
     return getattr(TrainConfig(**{"learning_rate": 1e-4, **required, name: value}), name)
 
 
 def search_axes(given: Mapping[str, Axis], train: TrainConfig) -> dict[str, Axis]:
-    """The default space, with the given axes in place of its own. A setting that the run gives keeps its value.
+    """Returns the default space updated with the given axes. Settings of the run are not searched.
 
-    Raises ConfigError where a setting has both a value and an axis, or where nothing is left to search.
+    Raises ConfigError if a setting has both a value and an axis, or if there is nothing to search.
     """
     if train.method != "lora":
-        raise ConfigError("a search needs adapters; `tailora compare` finds the learning rate of full fine-tuning")
+        raise ConfigError(
+            f"search does not support --method {train.method}; use `tailora compare` to find its learning rate"
+        )
     fixed = train.model_fields_set
     default = {"learning_rate": DEFAULT["learning_rate"]} if train.adapter else DEFAULT  # its rank is fixed
     if both := sorted(given.keys() & fixed):
-        raise ConfigError(f"{', '.join(both)}: given a value and a space; leave one of them out")
+        raise ConfigError(f"{', '.join(both)}: given as a fixed value and in --space; remove one of them")
     if SCALE in given and "lora_alpha" in fixed:
-        raise ConfigError("scale is alpha/r: leave out lora_alpha, or the space of scale")
-    left_out = fixed | ({"lora_alpha"} if SCALE in given else set())
-    space = {**{name: axis for name, axis in default.items() if name not in left_out}, **given}
+        raise ConfigError("scale is alpha/r: remove either lora_alpha or scale from --space")
+    omitted = fixed | ({"lora_alpha"} if SCALE in given else set())
+    space = {**{name: axis for name, axis in default.items() if name not in omitted}, **given}
     if all(not isinstance(axis, Range) and len(axis) < 2 for axis in space.values()):
-        raise ConfigError("every setting has one value: there is nothing to search; give --space a second value")
+        raise ConfigError("nothing to search, because every setting has one value: add a second value with --space")
     return space
 
 
 def first_values(space: Mapping[str, Axis], train: TrainConfig) -> dict[str, Any]:
-    """The values that a search begins with: those of the run, or the nearest in the space."""
+    """Returns the values of the first trial: the run's own, or the nearest ones in the space."""
     values = {}
     for name, axis in space.items():
         current = train.lora_alpha / train.r if name == SCALE else getattr(train, name)
@@ -169,17 +171,17 @@ def first_values(space: Mapping[str, Axis], train: TrainConfig) -> dict[str, Any
 def fit_to_model(
     space: Mapping[str, Axis], groups: Mapping[str, Any], given: Mapping[str, Axis]
 ) -> tuple[dict[str, Axis], list[str]]:
-    """Returns the space without the values that the model cannot take, and what was left out, in words.
+    """Returns the space without values that the model does not support, and messages about the removed ones.
 
-    groups: `model_layout.target_groups` of the model.    given: the axes that were asked for, not the default ones.
+    groups: `model_layout.target_groups` of the model.    given: the user's axes, not the default ones.
 
-    Raises ConfigError for a value that was asked for, and for an axis without any value left.
+    Raises ConfigError if a removed value was given by the user, or if an axis has no value left.
     """
     axes = dict(space)
     reasons = {
-        "r": f"the smallest matrix of the model takes ranks up to {groups.get('largest_r')}",
-        "target_modules": "the names of the model's layers do not show which are attention and which are MLP; give "
-        "names of layers, joined by +",
+        "r": f"the smallest matrix of the model supports ranks up to {groups.get('largest_r')}",
+        "target_modules": "attention and MLP cannot be recognized by the names of the model's layers; use layer names "
+        "joined by +",
     }
     problems: list[str] = []
     notes: list[str] = []
@@ -196,11 +198,11 @@ def fit_to_model(
             (problems if name in given or not fitting else notes).append(text)
     if problems:
         raise ConfigError(listing([f"space: {problem}" for problem in problems]))
-    return axes, [f"left out of the space: {note}" for note in notes]
+    return axes, [f"removed from the search space: {note}" for note in notes]
 
 
 def settings_of(values: Mapping[str, Any], groups: Mapping[str, list[str] | str], train: TrainConfig) -> dict[str, Any]:
-    """What a trial with these values changes in the run's settings.
+    """Returns the changes to the run's settings in a trial with these values.
 
     groups: "attention", "mlp" -> names of layers, for `target_modules`.
     """
@@ -215,14 +217,14 @@ def settings_of(values: Mapping[str, Any], groups: Mapping[str, list[str] | str]
     return changes
 
 
-def in_words(values: Mapping[str, Any]) -> str:
+def format_values(values: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
     )
 
 
-def at_edge(axis: Axis, value: Any) -> bool:
-    """True if a value lies within a tenth of the ends of its range. The ends of listed values are the user's choice."""
+def is_at_edge(axis: Axis, value: Any) -> bool:
+    """True if a value is within a tenth of an end of its range. The ends of listed values are deliberate."""
     if not (isinstance(axis, Range) and axis.log):
         return False
     low, high, position = (math.log(number) for number in (axis.low, axis.high, value))

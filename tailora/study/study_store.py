@@ -1,10 +1,10 @@
-"""What all studies share: a folder with the settings, a lock, a time limit, and the trials.
+"""Shared by all studies: a folder with the settings, a lock, a time limit, and the trials.
 
-compare.json or search.json    the settings; a study with other settings is refused
-plan.json                      how long its trials are, measured once
-.lock                          held by a process while it changes shared files
+compare.json or search.json    the settings; a study with different settings is refused
+plan.json                      the length of its trials, measured once
+.lock                          locked by a process while it changes shared files
 
-With several workers, each is a thread of this process that runs its trials in processes of their own.
+Each of several workers is a thread of this process that runs its trials in separate processes.
 """
 
 import copy
@@ -30,10 +30,10 @@ from tailora.train.config import ACCUMULATION, batches_per_step
 from tailora.train.launch import device_asked_for, threads_per_process
 
 PLAN, LOCK, TIMING = "plan.json", ".lock", "probe"
-LAUNCH, PROCESSES = "launch", "nproc_per_node"  # in a study's settings: section and name of the number of processes
-STUDIES = {"compare.json": "comparison", "search.json": "search"}  # file with the settings -> what messages call it
-OF_RESULTS = (TIMING, "runs", "rising")  # what is deleted in a study without results that gets other settings
-DAMAGED = "give another --output-dir, or delete this folder and start again"
+LAUNCH, PROCESSES = "launch", "nproc_per_node"  # section and name of the number of processes in a study's settings
+STUDIES = {"compare.json": "comparison", "search.json": "search"}  # file with the settings -> name in messages
+RESULT_FOLDERS = (TIMING, "runs", "rising")  # deleted when a study without results gets new settings
+DAMAGED = "use a different --output-dir, or delete this folder and start again"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 Log = Callable[[str], None]
@@ -43,17 +43,17 @@ Plan = TypeVar("Plan")
 
 @contextmanager
 def locked(folder: Path, name: str, busy: str | None = None) -> Iterator[BaseFileLock]:
-    """Holds the lock of the folder, which is created if missing. Waits while another process holds it; with `busy`
-    raises ConfigError with this message instead.
+    """Locks the folder, after creating it if necessary. Waits while another process has the lock; with `busy` it raises
+    ConfigError with this message instead.
 
-    name: of the file with the settings.    Raises ConfigError for a folder with other files, and leaves nothing in it.
+    name: of the file with the settings.    Raises ConfigError for a folder with other files, without changing it.
     """
     create_output_folder(folder)
     others = {entry.name for entry in folder.iterdir()} - {LOCK}
-    written_now = (TEMPORARY.fullmatch(entry) for entry in others)  # by a worker that begins at the same time
+    written_now = (TEMPORARY.fullmatch(entry) for entry in others)  # by a worker that starts at the same time
     others -= {match[0] for match in written_now if match and match["name"] == name}
     if others and not (folder / name).exists():
-        raise ConfigError(f"{folder} is not empty and holds no {STUDIES[name]}; give another --output-dir")
+        raise ConfigError(f"{folder} is not empty and contains no {STUDIES[name]}; use a different --output-dir")
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=-1 if busy is None else 0)
@@ -62,7 +62,7 @@ def locked(folder: Path, name: str, busy: str | None = None) -> Iterator[BaseFil
     try:
         yield lock
     finally:
-        lock.release()  # has no effect where the caller has released it
+        lock.release()  # no effect if the caller has released it
 
 
 def open_folder(
@@ -73,44 +73,44 @@ def open_folder(
     begun: bool,
     identity: Callable[[Settings], Settings] = lambda settings: settings,
 ) -> None:
-    """Writes the settings of a new study, or checks those of one that is continued. The folder is locked.
+    """Writes the settings of a new study, or checks them when it is resumed. The folder must be locked.
 
-    name: of the file with the settings.    begun: whether there are results; until then other settings replace them.
-    identity: the part of the settings that must be the same, beside `same_steps`.
+    name: of the file with the settings.    begun: whether there are results; until then new settings replace the old.
+    identity: the part of the settings that must not change, in addition to `same_steps`.
     """
-    file, content = folder / name, json.loads(json.dumps(settings))  # with lists for tuples, as in a file
+    file, content = folder / name, json.loads(json.dumps(settings))  # tuples become lists, as in a file
     if file.exists() and begun:
         stored = read_own_json(file, dict[str, Any], DAMAGED)
         sections = [name for name, value in content.items() if isinstance(value, dict) and name in {"train", *stored}]
         if wrong := [name for name in sections if not isinstance(stored.get(name), dict)]:
-            raise FormatError(f"{file} is damaged ({' and '.join(wrong)} should hold settings): {DAMAGED}")
+            raise FormatError(f"{file} is damaged (expected settings in {' and '.join(wrong)}): {DAMAGED}")
         then, now = same_steps(identity(stored)), same_steps(identity(content))
         if changes := differences(then, now):
             if LAUNCH in {*stored, *content} - {*then, *now}:
-                changes.append(f"{ACCUMULATION} is counted here for all processes together")
+                changes.append(f"{ACCUMULATION} is the total over all processes here")
             raise ConfigError(
-                f"{folder} holds a {STUDIES[name]} with other settings: {'; '.join(changes)}. Give the former "
-                "settings to continue it, or another --output-dir"
+                f"{folder} contains a {STUDIES[name]} with different settings: {'; '.join(changes)}. Use the previous "
+                "settings to resume it, or a different --output-dir"
             )
         if stored == content:
             return
     elif file.exists():
-        for entry in OF_RESULTS:
+        for entry in RESULT_FOLDERS:
             shutil.rmtree(folder / entry, ignore_errors=True)
         (folder / PLAN).unlink(missing_ok=True)
     write_file(file, json.dumps(settings, indent=1).encode())
 
 
 def launch_settings(processes: int) -> dict[str, Any]:
-    """Returns the section of a study's settings that says of how many processes a run has; none for one."""
+    """Returns the section of a study's settings with the number of processes per run; {} for one process."""
     return {LAUNCH: {PROCESSES: processes}} if processes > 1 else {}
 
 
 def same_steps(settings: Settings) -> Settings:
-    """Returns the settings with the number of batches in a step in place of what it is the product of.
+    """Returns the settings with the number of batches per step instead of its factors.
 
-    So a study goes on with another number of processes if --gradient-accumulation-steps makes up for it, unless the
-    arms or trials themselves differ in that setting.
+    This lets a study resume with a different number of processes if --gradient-accumulation-steps compensates for it,
+    unless the arms or trials themselves differ in that setting.
     """
     processes = settings.get(LAUNCH, {}).get(PROCESSES, 1)
     changes = [settings.get("space", {}), *settings.get("compare", {}).get("arms", {}).values()]
@@ -120,15 +120,15 @@ def same_steps(settings: Settings) -> Settings:
     return {**rest, "train": {**settings["train"], ACCUMULATION: batches_per_step(settings["train"], processes)}}
 
 
-def differences(stored: Settings, asked: Settings) -> list[str]:
-    """Returns a line for each setting that differs; settings stand in sections."""
+def differences(stored: Settings, current: Settings) -> list[str]:
+    """Returns a line for each setting that differs, also within sections."""
     lines = []
-    for name in dict.fromkeys([*stored, *asked]):
-        before, now = stored.get(name), asked.get(name)
+    for name in dict.fromkeys([*stored, *current]):
+        before, now = stored.get(name), current.get(name)
         if isinstance(before, Mapping) or isinstance(now, Mapping):
             lines += differences(before or {}, now or {})
         elif before != now:
-            lines.append(f"{name} was {json.dumps(before)}, and is now {json.dumps(now)}")
+            lines.append(f"{name} was {json.dumps(before)} and is now {json.dumps(now)}")
     return lines
 
 
@@ -136,10 +136,10 @@ def differences(stored: Settings, asked: Settings) -> list[str]:
 
 
 def make_workers(count: int, device: str, minutes: float | None = None, processes: int = 1) -> list[Worker]:
-    """Returns workers for the devices of the kind that `device` names; none for a count of 1, which needs no worker.
+    """Returns workers for devices of the type of `device`; none for a count of 1, which needs no workers.
 
-    minutes: of the study. They are planned by what a run takes alone, so each worker needs devices of its own.
-    processes: of a run, each of which takes a device.
+    minutes: of the study. Its plan assumes that runs do not slow each other down, so each worker needs its own devices.
+    processes: per run, each with its own device.
     Raises ConfigError for more workers than devices, and for minutes on a CPU.
     """
     if count == 1:
@@ -151,27 +151,27 @@ def make_workers(count: int, device: str, minutes: float | None = None, processe
     if kind == "cpu":
         if minutes is not None:
             raise ConfigError(
-                f"--minutes {minutes:g} plans runs by what one takes alone, and --workers {count} on a CPU share its "
-                "cores: leave one of the two out; --max-steps and --seeds limit a study too"
+                f"--minutes {minutes:g} cannot be combined with --workers {count} on a CPU, because runs that share "
+                "cores slow each other down: remove one of them; --max-steps and --seeds also limit a study"
             )
         return [Worker(number, count, None, threads_per_process(count * processes)) for number in range(1, count + 1)]
     if ":" in name:
-        raise ConfigError(f"--workers {count} take a device each, and --device {name} is one: give --device {kind}")
-    there = [str(device) for device in devices() if device.type == kind]
-    if count * processes > len(there):
-        share = "a device" if processes == 1 else f"{processes} devices"
+        raise ConfigError(f"--workers {count} need one device each, but got --device {name}: use --device {kind}")
+    available = [str(device) for device in devices() if device.type == kind]
+    if count * processes > len(available):
+        share = "one device" if processes == 1 else f"{processes} devices"
         raise ConfigError(
-            f"--workers {count} take {share} each, and there {'are' if len(there) > 1 else 'is'} {', '.join(there)}: "
-            f"give --workers {max(len(there) // processes, 1)}"
+            f"--workers {count} need {share} each, but this machine has only {', '.join(available)}: "
+            f"use --workers {max(len(available) // processes, 1)}"
         )
     if processes == 1:
-        return [Worker(number, count, name) for number, name in enumerate(there[:count], start=1)]
+        return [Worker(number, count, name) for number, name in enumerate(available[:count], start=1)]
     if kind != "cuda":
         raise ConfigError(
-            f"--workers {count} with --nproc-per-node {processes}: only CUDA devices can be shared out to runs of "
-            f"several processes, and the device is {kind}; leave --workers out"
+            f"--workers {count} with --nproc-per-node {processes} needs CUDA devices, but the device is {kind}: remove "
+            "--workers"
         )
-    visible = os.environ.get(VISIBLE) or ",".join(map(str, range(len(there))))
+    visible = os.environ.get(VISIBLE) or ",".join(map(str, range(len(available))))
     names = visible.split(",")
     return [
         Worker(number, count, None, variables={VISIBLE: ",".join(names[(number - 1) * processes : number * processes])})
@@ -181,7 +181,7 @@ def make_workers(count: int, device: str, minutes: float | None = None, processe
 
 @contextmanager
 def threads_of(workers: Sequence[Worker]) -> Iterator[ThreadPoolExecutor]:
-    """Yields a pool with a thread for each worker. An exception within the block, such as a Ctrl-C, stops them all."""
+    """Yields a pool with one thread per worker. An exception in the block, such as Ctrl-C, stops all workers."""
     with ThreadPoolExecutor(len(workers)) as pool:
         try:
             yield pool
@@ -193,7 +193,7 @@ def threads_of(workers: Sequence[Worker]) -> Iterator[ThreadPoolExecutor]:
 
 
 class StudySession:
-    """One process's work on a study: the time left, its notes, and the trials that it runs."""
+    """One process's work on a study: the remaining time, its notes, and its trials."""
 
     def __init__(
         self,
@@ -204,15 +204,15 @@ class StudySession:
         run_trial: RunTrial,
         processes: int = 1,
     ) -> None:
-        """processes: of each trial."""
+        """processes: per trial."""
         self.folder, self.minutes, self.log, self.processes = folder, minutes, log, processes
         self.notes: list[str] = []
         self._notes_lock = threading.Lock()
         self._started, self._progress, self._run_trial = time.monotonic(), progress, run_trial
-        self.worker: Worker | None = None  # that runs the trials, if there are several
+        self.worker: Worker | None = None  # runs the trials, if there are several
 
     def of_worker(self, worker: Worker) -> "StudySession":
-        """Returns the same session, with the same clock and notes, whose trials this worker runs."""
+        """Returns a copy with the same clock and notes whose trials run on this worker."""
         session = copy.copy(self)
         session.worker = worker
         return session
@@ -224,51 +224,51 @@ class StudySession:
 
     @property
     def seconds(self) -> float:
-        """Since the start of this process's work."""
+        """Seconds since the start of the session."""
         return time.monotonic() - self._started
 
     @property
     def seconds_left(self) -> float:
-        """Until the minutes are over; infinite without --minutes."""
+        """Seconds until --minutes are over; infinite without a limit."""
         return math.inf if self.minutes is None else self.minutes * 60 - self.seconds
 
     def note(self, text: str) -> None:
-        """Logs a text and keeps it for the report, once. Several workers may note the same at the same time."""
+        """Logs a text and adds it to the report, once. Several workers may do so at the same time."""
         with self._notes_lock:
             if text not in self.notes:
                 self.notes.append(text)
                 self.log(text)
 
     def note_data(self, trial: Trial) -> None:
-        """Notes what of the data was cut, left out or found twice."""
+        """Adds notes on truncated, skipped and duplicate examples."""
         for name, text in trial.numbers["data_warnings"].items():
             self.note(f"{name}: {text}")
 
     def note_workers(self, trials: Iterable[Trial]) -> None:
-        """Notes how many workers and processes made the trials, if several; it may have been in an earlier call."""
+        """Adds a note if several workers or processes ran the trials, possibly in an earlier call."""
         trials = list(trials)
         if (most := max((trial.workers for trial in trials), default=1)) > 1:
-            self.note(f"the runs were made by up to {most} workers, so a run may have taken longer than it takes alone")
+            self.note(f"up to {most} workers ran in parallel, so a run may have taken longer than it would alone")
         counts = sorted({trial.processes for trial in trials})
         if len(counts) > 1:
             numbers = " and ".join(map(str, counts))
-            self.note(f"the runs had {numbers} processes, so their times and memory cannot be compared")
+            self.note(f"runs had {numbers} processes, so their times and memory are not comparable")
         elif counts and counts[0] > 1:
-            self.note(f"each run had {counts[0]} processes; the memory is that of the first of them")
+            self.note(f"each run had {counts[0]} processes; memory was measured in the first one")
 
     def plan(self, find: Callable[[], Plan], kind: type[Plan]) -> Plan:
-        """The content of plan.json, a dataclass, which `find` returns when there is none yet."""
+        """Returns the content of plan.json, a dataclass; calls `find` for it if there is none yet."""
         file = self.folder / PLAN
         if not file.exists():
             write_file(file, json.dumps(asdict(cast(Any, find()))).encode())
         return read_own_json(file, kind, DAMAGED)
 
     def check_processes(self, planned: int) -> None:
-        """Raises ConfigError if the minutes were planned by the time of runs in another number of processes."""
+        """Raises ConfigError if --minutes were planned with a different number of processes per run."""
         if self.minutes is not None and planned != self.processes:
             raise ConfigError(
-                f"--minutes {self.minutes:g} with --nproc-per-node {self.processes}: {self.folder} holds the time that "
-                f"runs of {planned} processes take; give --nproc-per-node {planned}, or another --output-dir"
+                f"--nproc-per-node {self.processes} differs from the {planned} processes with which --minutes were "
+                f"planned in {self.folder}: use --nproc-per-node {planned}, or a different --output-dir"
             )
 
     def has_trial(self, path: Path) -> bool:

@@ -1,14 +1,14 @@
-"""One training run of a study, and what came out of it.
+"""One training run of a study, and its result.
 
     get_trial             reads the trial of a folder, or runs it and writes it there
-      run_in_subprocess     in a separate process, whose peak memory is the trial's, and whose crash ends only the trial
-        main                  that process: trains, or starts several processes, the ranks, each of which does
+      run_in_subprocess     in a separate process: it measures the trial's peak memory, and a crash ends only the trial
+        main                  that process: trains, or starts several processes (ranks) that train
       run_here              in this process
 
-A trial that diverges or does not fit into memory is a result, not an error: both say something about its settings.
+A trial that diverges or runs out of memory is a result, not an error.
 
-Of several ranks the first writes events and the result to stdout, which is a pipe to the study. All of them have the
-same stdin, a pipe from the study, and end with it.
+With several ranks, the first one writes events and the result to stdout, a pipe to the study. All ranks share stdin, a
+pipe from the study, and exit when it closes.
 """
 
 import json
@@ -47,70 +47,70 @@ from tailora.train.subprocess_worker import kill
 
 DONE, PRUNED, DIVERGED, OUT_OF_MEMORY = "done", "pruned", "diverged", "out of memory"
 SPEC, RESULT, RUN = "spec.json", "trial.json", "run"  # in the folder of a trial
-OF_RANKS = "ranks"  # the folder there with the temporary files of their launcher
+RANKS_FOLDER = "ranks"  # also there: temporary files of the launcher of several ranks
 MODULE = "tailora.study.trial"
-COMMAND = (sys.executable, "-m", MODULE)  # and a folder
-NOT_SETTINGS = ("before", "texts", "processes")  # fields of a TrialSpec that save time and change no result
+COMMAND = (sys.executable, "-m", MODULE)  # followed by the folder
+IGNORED_FIELDS = ("before", "texts", "processes")  # fields of a TrialSpec that do not change the result
 
 Indices = NDArray[np.int64]
-BaseLosses = tuple[list[float], list[int]]  # of each held-out example: sum of the base's losses, and their number
+BaseLosses = tuple[list[float], list[int]]  # per held-out example: sum of the base's losses, number of losses
 
-# ---- Two halves of the held-out examples: one chooses settings, the other judges what was chosen
+# ---- Two halves of the held-out examples: one selects settings, the other evaluates the selected ones
 
 
-def choosing_half(count: int) -> Indices:
-    """Indices of the held-out examples that choose. Raises ConfigError for fewer than 4 examples."""
+def selection_half(count: int) -> Indices:
+    """Returns the indices of the selection half. Raises ConfigError for fewer than 4 held-out examples."""
     return np.sort(_shuffled(count)[: count // 2])
 
 
-def judging_half(count: int) -> Indices:
-    """Indices of the held-out examples that judge, which are all others. Raises ConfigError for fewer than 4."""
+def evaluation_half(count: int) -> Indices:
+    """Returns the indices of the evaluation half, all others. Raises ConfigError for fewer than 4."""
     return np.sort(_shuffled(count)[count // 2 :])
 
 
 def _shuffled(count: int) -> Indices:
-    """Always the same for a count."""
+    """Returns a permutation that depends only on `count`."""
     if count < 4:
         examples = "1 distinct held-out example is" if count == 1 else f"{count} distinct held-out examples are"
         raise ConfigError(
-            f"{examples} too few: one half chooses settings, the other half judges. Hold out at least 4, better 100: "
-            "--eval-data FILE, or a larger --validation-split. Copies do not count, nor do rows "
-            "that --max-length leaves nothing of"
+            f"{examples} too few: one half selects settings, the other half evaluates them. Hold out at least 4, "
+            "better 100, with --eval-data FILE or a larger --validation-split. Duplicates do not count, nor do rows "
+            "without trained tokens after truncation to --max-length"
         )
     return np.random.default_rng(0).permutation(count)
 
 
 def evaluated(count: int, held_out: int | None, *, choosing: bool) -> Indices:
-    """Indices of the examples that a trial evaluates, of `count`. held_out: how many are used; None for all.
+    """Returns the indices, out of `count`, that a trial evaluates. held_out: number of examples used, None for all.
 
-    The halves are those of the examples that are used.
+    The halves are computed from the used examples.
     """
     used = np.arange(count) if held_out is None else np.sort(_shuffled(count)[:held_out])
-    return used[choosing_half(len(used))] if choosing else used
+    return used[selection_half(len(used))] if choosing else used
 
 
-def on_choosing_half(base: BaseLosses | None) -> BaseLosses | None:
-    """Returns the base's losses on the choosing half, from those on all examples that are used."""
+def on_selection_half(base: BaseLosses | None) -> BaseLosses | None:
+    """Returns the base's losses on the selection half, given those on all used examples."""
     if base is None:
         return None
-    indices = choosing_half(len(base[0]))
+    indices = selection_half(len(base[0]))
     return [base[0][index] for index in indices], [base[1][index] for index in indices]
 
 
-# ---- What a trial does, reports and returns
+# ---- Input, events and result of a trial
 
 
 @dataclass(frozen=True)
 class TrialSpec:
     """settings: of TrainConfig, without output_dir.
-    forgetting: None to measure none, '' on texts that the base writes, or a file of texts.
-    keep: keep what was trained; a fully trained model is large.
-    choosing: evaluate the choosing half of the held-out examples only.
-    rising: (low, high) of a learning rate that rises at every step, in place of the schedule.
+    forgetting: None to skip it, '' to use texts generated by the base, or a file of texts.
+    keep: keep the trained weights; a fully trained model is large.
+    choosing: evaluate only the selection half of the held-out examples.
+    rising: (low, high) of a learning rate that rises at every step, instead of the schedule.
     describe: also return the model's `target_groups`.
-    before: the base's losses on the held-out examples, if another trial has computed them.
-    texts: file for the texts that the base writes, shared by all trials of a study; the first trial writes it.
-    held_out: number of held-out examples that are used, if not all.    processes: that train together.
+    before: the base's losses on the held-out examples, if known from another trial.
+    texts: file of generated texts, shared by all trials of a study; the first trial writes it.
+    held_out: number of held-out examples used, if not all.    processes: number of processes.
     """
 
     settings: dict[str, Any]
@@ -129,8 +129,8 @@ class TrialSpec:
 class TrialEvent:
     """A step or an evaluation of a running trial.
 
-    loss: of the step's examples, or of the held-out ones for an evaluation.    loss_unit: what it is measured in.
-    parameters: how many are trained.    seconds: that the step or the evaluation took.
+    loss: of the step's examples, or of the held-out ones for an evaluation.    loss_unit: its unit.
+    parameters: number of trained parameters.    seconds: duration of the step or the evaluation.
     """
 
     step: int
@@ -144,19 +144,19 @@ class TrialEvent:
 
 @dataclass(frozen=True)
 class Trial:
-    """The result of a trial. Unless its outcome is `done`, it has only what its events reported.
+    """The result of a trial. Unless its outcome is `done`, it contains only what its events reported.
 
-    outcome: done, diverged, out of memory, or pruned: ended by `listen`.    message: the reason, unless done.
-    numbers: of TrainResult; also seed, held_out (how many examples there are), parts (the model's `target_groups`),
-    all_steps (of the epochs; None for a stream), and seconds.
-    loss_unit: what losses are measured in.
-    sums, before: sum of the losses of each held-out example, of the trained model and of the base.    counts: how many
-    losses it has; of a language model, learned tokens.
-    hits: right predictions of each, of `counts`; [] for tasks without any.
-    bytes: size on disk of what was trained.    losses: of each step's examples, before the step.
-    curve: (step, held-out loss).    parameters: how many are trained; 0 when the trial ended before its first step.
-    workers: how many the study had when this trial was made; at most so many trials were made at the same time.
-    processes: that trained together. Memory in the numbers is that of the first.
+    outcome: done, diverged, out of memory, or pruned (ended by `listen`).    message: the reason, unless done.
+    numbers: of TrainResult; also seed, held_out (number of examples), parts (the model's `target_groups`), all_steps
+    (of the epochs; None for a stream), and seconds.
+    loss_unit: unit of the losses.
+    sums, before: sum of the losses of each held-out example, for the trained model and for the base.
+    counts: number of losses of each example; for a language model, its trained tokens.
+    hits: correct predictions of each example, out of `counts`; [] for tasks without predictions.
+    bytes: size of the trained weights on disk.    losses: of each step's examples, before the step.
+    curve: (step, held-out loss).    parameters: trained parameters; 0 if the trial ended before its first step.
+    workers: number of workers of the study, and so the maximum number of parallel trials.
+    processes: number of processes. Memory was measured in the first one.
     """
 
     outcome: str
@@ -183,20 +183,20 @@ class Trial:
 
     @property
     def training_seconds(self) -> float:
-        """Time of the steps, without loading and evaluating."""
+        """Seconds of the steps, without loading and evaluating."""
         return float(self.numbers["train_tokens"] / self.numbers["tokens_per_second"])
 
     @property
     def base(self) -> BaseLosses | None:
         """The base's losses, for other trials on the same held-out examples. None unless done.
 
-        None also with labels, where the base has another head for every seed, and with preferences, where more of it is
-        kept than losses.
+        Also None for labels, where the base has a different head for every seed, and for preferences, where losses are
+        not enough.
         """
         return (self.before, self.counts) if self.done and self.loss_unit == NATS_PER_TOKEN else None
 
     def loss(self, indices: Indices | None = None) -> float:
-        """The held-out loss of all evaluated examples or of some; infinite unless done."""
+        """Returns the held-out loss of all or some evaluated examples; infinite unless done."""
         if not self.done:
             return math.inf
         sums, counts = np.array(self.sums), np.array(self.counts)
@@ -205,14 +205,14 @@ class Trial:
 
     @property
     def summary(self) -> str:
-        """For a log: the loss on the judging half where all held-out examples were evaluated, or the outcome."""
-        return f"held-out loss {self.loss(judging_half(len(self.counts))):.4f}" if self.done else self.outcome
+        """For the log of a final run: the loss on the evaluation half, or the outcome."""
+        return f"held-out loss {self.loss(evaluation_half(len(self.counts))):.4f}" if self.done else self.outcome
 
 
 def _trial(outcome: str, message: str, events: list[TrialEvent], base: BaseLosses | None, **results: Any) -> Trial:
-    """The trial that had these events.
+    """Returns the trial with these events.
 
-    base: losses of the base, where they were known before.    results: further fields of a trial that is done.
+    base: losses of the base, if known before.    results: the other fields of a completed trial.
     """
     steps = [event for event in events if not event.held_out]
     evaluations = [event for event in events if event.held_out]
@@ -232,14 +232,14 @@ def _trial(outcome: str, message: str, events: list[TrialEvent], base: BaseLosse
 
 # ---- Running it
 
-Listen = Callable[[TrialEvent], str | None]  # returns why the trial is to end now, or None
+Listen = Callable[[TrialEvent], str | None]  # returns the reason to end the trial now, or None
 
 
 class Worker:
-    """Runs trials beside other workers, one at a time.
+    """Runs one trial at a time, in parallel with other workers.
 
-    number: from 1 to `count`.    device: its own, such as cuda:1.    threads: of each process on a CPU, its share of
-    the cores.    variables: of the environment of its processes.
+    number: from 1 to `count`.    device: for this worker only, such as cuda:1.    threads: per process on a CPU, its
+    share of the cores.    variables: environment variables of its processes.
     """
 
     def __init__(
@@ -256,7 +256,7 @@ class Worker:
         self._process: subprocess.Popen[str] | None = None
 
     def start(self, command: list[str], **options: Any) -> "subprocess.Popen[str]":
-        """Starts the process of a trial. A Ctrl-C does not reach it, since a trial that it ends has not failed."""
+        """Starts the process of a trial, isolated from Ctrl-C so that an interruption does not look like a failure."""
         threads = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
         environment = {**threads, **os.environ, **self.variables}
         if self.device is not None:
@@ -270,7 +270,7 @@ class Worker:
         return process
 
     def stop(self) -> None:
-        """Ends the trial under way, from another thread; the worker begins no other."""
+        """Ends the running trial, called from another thread. The worker starts no further trial."""
         self.stopped = True
         if self._process is not None:
             kill(self._process)
@@ -282,29 +282,29 @@ class Worker:
 
 
 class Progress(Protocol):
-    """Shows the trials under way. worker: the number of the worker that runs the trial; 1 if there are no others."""
+    """Shows the running trials. worker: number of the worker that runs the trial; 1 if there is only one."""
 
     def step(self, step: int, steps: int, loss: float, *, worker: int) -> None: ...
 
     def end(self, *, worker: int) -> None:
-        """Is called when the trial of this worker has ended, also if it has failed."""
+        """Called when the trial of this worker has ended, also after a failure."""
 
 
 class RunTrial(Protocol):
-    """Runs the trial of a folder, which has its spec.json. worker: None if there is only one."""
+    """Runs the trial of a folder that contains its spec.json. worker: None if there is only one."""
 
     def __call__(self, spec: TrialSpec, folder: Path, listen: Listen, worker: Worker | None = None) -> Trial: ...
 
 
 class _Stopped(Exception):
-    """Raised where a trial runs when `listen` ends it."""
+    """Raised inside a trial that `listen` ends."""
 
 
 Record = Callable[[TrialEvent], None]
 
 
 def _outcome(run: Callable[[Record], Trial], spec: TrialSpec, listen: Listen) -> Trial:
-    """Returns the trial that `run` returns, or that of a run which `listen` or its own settings have ended."""
+    """Returns the trial that `run` returns, or the one of a run that ended early."""
     events: list[TrialEvent] = []
 
     def record(event: TrialEvent) -> None:
@@ -323,17 +323,17 @@ def _outcome(run: Callable[[Record], Trial], spec: TrialSpec, listen: Listen) ->
 
 
 def run_here(spec: TrialSpec, folder: Path, listen: Listen) -> Trial:
-    """Runs the trial in this process. Raises what the run raises, but for divergence and lack of memory."""
+    """Runs the trial in this process. Raises any error of the run except divergence and lack of memory."""
     return _outcome(lambda record: _train(spec, folder, record), spec, listen)
 
 
 def run_in_subprocess(spec: TrialSpec, folder: Path, listen: Listen, worker: Worker | None = None) -> Trial:
-    """Runs the trial of this folder, which has its spec.json, in a separate process. Raises as `run_here` does."""
+    """Runs the trial of this folder, with its spec.json, in a separate process. Raises the same as `run_here`."""
     return _outcome(lambda record: _follow_subprocess(folder, record, worker), spec, listen)
 
 
 def _follow_subprocess(folder: Path, record: Record, worker: Worker | None) -> Trial:
-    """Starts the process of the trial and reads what it writes. Raises what its run raises."""
+    """Starts the process of the trial and reads its output. Raises the error of its run."""
     log = folder / "log.txt"
     start = subprocess.Popen if worker is None else worker.start
     with (
@@ -366,19 +366,19 @@ def get_trial(
     run_trial: RunTrial = run_in_subprocess,
     worker: Worker | None = None,
 ) -> Trial:
-    """Returns the trial of this folder. It is run now, unless it was before.
+    """Returns the trial of this folder, after running it if necessary.
 
-    stop: called with every step and evaluation; it may end the trial.    worker: that runs it, if there are several.
+    stop: called after every step and evaluation; may end the trial.    worker: runs the trial, if there are several.
 
-    Raises ConfigError when the folder holds a trial with other settings; whatever else the run raises.
+    Raises ConfigError if the folder contains a trial with different settings, and any other error of the run.
     """
-    remedy = f"delete {folder}, and the same command runs it again"
+    remedy = f"delete {folder} and run the same command again"
     if (folder / RESULT).exists():
         if _identity(read_own_json(folder / SPEC, TrialSpec, remedy)) != _identity(spec):
-            raise ConfigError(f"{folder} holds a trial with other settings; give another --output-dir")
+            raise ConfigError(f"{folder} contains a trial with different settings; use a different --output-dir")
         return read_own_json(folder / RESULT, Trial, remedy)
-    for name in (RUN, OF_RANKS):
-        shutil.rmtree(folder / name, ignore_errors=True)  # of a trial that was interrupted
+    for name in (RUN, RANKS_FOLDER):
+        shutil.rmtree(folder / name, ignore_errors=True)  # from an interrupted trial
     write_file(folder / SPEC, json.dumps(asdict(spec), indent=1).encode())
 
     number, count = (1, 1) if worker is None else (worker.number, worker.count)
@@ -391,32 +391,32 @@ def get_trial(
     try:
         trial = run_trial(spec, folder, listen) if worker is None else run_trial(spec, folder, listen, worker=worker)
     finally:
-        shutil.rmtree(folder / OF_RANKS, ignore_errors=True)  # of ranks that were killed
+        shutil.rmtree(folder / RANKS_FOLDER, ignore_errors=True)  # from killed ranks
         if progress is not None:
             progress.end(worker=number)
     trial = replace(trial, workers=count, processes=spec.processes)
     if not (spec.keep and trial.done):
         shutil.rmtree(folder / RUN, ignore_errors=True)
     write_file(folder / RESULT, json.dumps(asdict(trial)).encode())
-    return read_own_json(folder / RESULT, Trial, remedy)  # as when it is read later
+    return read_own_json(folder / RESULT, Trial, remedy)  # the same as when it is read later
 
 
 def _identity(spec: TrialSpec) -> dict[str, Any]:
-    """What makes two specs different trials, as it is read from a file.
+    """Returns the part of a spec that identifies a trial, as read from a file.
 
-    The number of processes changes no result if --gradient-accumulation-steps keeps the batches of a step the same.
+    The number of processes does not change the result if --gradient-accumulation-steps keeps the batches per step.
     """
     content: dict[str, Any] = json.loads(json.dumps(asdict(spec)))
-    identity = {name: value for name, value in content.items() if name not in NOT_SETTINGS}
+    identity = {name: value for name, value in content.items() if name not in IGNORED_FIELDS}
     settings = identity["settings"]
     return {**identity, "settings": {**settings, ACCUMULATION: batches_per_step(settings, spec.processes)}}
 
 
 def main(folder: Path, device: str | None = None) -> int:
-    """The process of a trial: writes events, and at the end the trial, as lines of JSON to stdout.
+    """Entry point of a trial's process: writes events, and finally the trial, as lines of JSON to stdout.
 
-    If the trial has several processes, this one starts them and waits. Each of them runs this function, too.
-    device: of its worker, in place of that in the settings.
+    If the trial has several processes, this one starts them and waits; each of them also runs this function.
+    device: of its worker, overrides the settings.
     """
     spec = TrialSpec(**json.loads((folder / SPEC).read_text()))
     if device is not None:
@@ -424,13 +424,13 @@ def main(folder: Path, device: str | None = None) -> int:
 
     try:
         if spec.processes > 1 and not is_launched_by_tailora():
-            temporary = folder / OF_RANKS
+            temporary = folder / RANKS_FOLDER
             temporary.mkdir()
             launch([str(folder)], spec.processes, module=MODULE, temporary=temporary)
             return 0
         trial = _train(spec, folder, lambda event: print(json.dumps(asdict(event)), flush=True))
     except TailoraError as error:
-        if isinstance(error, ProcessFailedError) and error.traceback:  # of a bug in a rank
+        if isinstance(error, ProcessFailedError) and error.traceback:  # from a bug in a rank
             sys.stderr.write(error.traceback)
         elif is_launched_by_tailora():
             leave_failure(error)
@@ -446,7 +446,7 @@ def main(folder: Path, device: str | None = None) -> int:
 
 
 def _exit_with_parent() -> None:
-    """Ends this process when the study is killed: until then stdin, a pipe from it, has no end."""
+    """Exits when the study is killed, which closes stdin, a pipe from the study."""
     os.read(sys.stdin.fileno(), 1)
     os._exit(1)
 
@@ -455,7 +455,7 @@ def _exit_with_parent() -> None:
 
 
 def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
-    """Trains and measures. The trial that the first of several ranks returns is whole."""
+    """Trains and measures. With several ranks, only the first returns the complete trial."""
     from accelerate import PartialState
 
     from tailora.data.dataset import warnings_of
@@ -470,7 +470,9 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
     from tailora.train.trainable import folder_of
     from tailora.train.trainer import run
 
-    config = TrainConfig(**{"save_steps": 0, **spec.settings, "output_dir": str(folder / RUN)})  # no trial is resumed
+    config = TrainConfig(
+        **{"save_steps": 0, **spec.settings, "output_dir": str(folder / RUN)}
+    )  # trials are not resumed
     header: dict[str, Any] = {"steps": 0, "parameters": 0}
     events: list[TrialEvent] = []
     parts: dict[str, Any] = {}
@@ -505,7 +507,7 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
         before=None if spec.before is None else Evaluation(*map(np.array, spec.before)),
     )
     if result.before is None or result.after is None:
-        raise ConfigError("there is no held-out data to judge by: give --eval-data or --validation-split")
+        raise ConfigError("a study needs held-out data, but there is none: add --eval-data or --validation-split")
     forgotten, seconds = None, dict[str, float]()
     if spec.forgetting is not None and (config.fsdp or is_first_rank()):  # a sharded model needs all ranks
         with (
@@ -538,13 +540,13 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
     )
 
 
-FORGETTING_ADVICE = "what was trained fits: closing other programs helps, or fewer and shorter --forgetting-data"
+FORGETTING_ADVICE = "the training itself fits: close other programs, or use fewer and shorter --forgetting-data"
 
 
 def _forgetting(result: Any, spec: TrialSpec, *, together: bool) -> tuple[dict[str, Any], dict[str, float]]:
-    """What was forgotten; and the seconds of writing texts, which the first trial of a study does, and of the rest.
+    """Returns the forgetting, and the seconds for generating texts (first trial of a study only) and for the rest.
 
-    together: whether all ranks do this, else only the first.
+    together: whether all ranks take part, or only the first.
     """
     from tailora.evaluation.forgetting import forgetting, read_texts, sample_texts
 
@@ -561,7 +563,7 @@ def _forgetting(result: Any, spec: TrialSpec, *, together: bool) -> tuple[dict[s
 
 
 def _shared_texts(result: Any, file: Path, *, together: bool) -> list[list[int]]:
-    """Returns the texts in this file, which all trials of a study share. If it is not there, the base writes them now.
+    """Returns the texts in this file, shared by all trials of a study. If it does not exist, the base generates them.
 
     together: whether all ranks call this.
     """
@@ -583,7 +585,7 @@ def _shared_texts(result: Any, file: Path, *, together: bool) -> list[list[int]]
 if __name__ == "__main__":
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     if is_launched_by_tailora():
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(1))  # torch's launcher sends it when another rank has ended
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(1))  # sent by torch's launcher when another rank has exited
     with quiet_loggers(*TORCHAO_LOGGERS):
         code = main(Path(sys.argv[1]), *sys.argv[2:])
     if is_launched_by_tailora():

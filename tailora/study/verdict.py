@@ -1,13 +1,13 @@
-"""The verdict of a comparison and of a search: what the runs show, in numbers and then in plain sentences.
+"""The verdict of a comparison or a search: what the runs show, in numbers and in plain sentences.
 
-    choose_finalists     trials of a search -> those worth running again
-    judge_arms           runs of a comparison -> Comparison
-    judge_finalists      runs of a search -> finalists, the best, the cheapest that is as good
+    choose_finalists     trials of a search -> those worth repeating
+    evaluate_arms        runs of a comparison -> Comparison
+    evaluate_finalists   runs of a search -> finalists, the best, the cheapest that is as good
     compare_verdict, search_verdict    the sentences
 
-Runs are judged on the half of the held-out examples that chose no settings. A statement is made only if the 95%
-interval of the difference supports it; otherwise the verdict begins with "Cannot tell". `margin` is the difference
-that does not matter, `unit` that of the losses.
+Everything is measured on the evaluation half of the held-out examples, which had no influence on the settings. A
+verdict makes a statement only if the 95% interval of the difference supports it, and otherwise begins with "Cannot
+tell". Differences below `margin` do not matter; `unit` is the unit of the losses.
 """
 
 import math
@@ -28,17 +28,17 @@ from tailora.evaluation.statistics import (
 from tailora.study.config import FULL, CompareConfig
 from tailora.study.lr_range import LearningRateSearch
 from tailora.study.results import ArmResult, Candidate, Comparison, Finalist, SearchResult
-from tailora.study.trial import DONE, Trial, judging_half
+from tailora.study.trial import DONE, Trial, evaluation_half
 
-REACH = 2.0  # a cheaper trial within so many margins is run again, since one seed on half of the examples is inexact
-MOST_SEEDS, MOST_EXAMPLES = 50, 50_000  # that a verdict asks for; to run or collect more is not practical
+REACH = 2.0  # margins; cheaper trials this close to the best are repeated: one seed on half of the examples is inexact
+MOST_SEEDS, MOST_EXAMPLES = 50, 50_000  # the most that a verdict recommends; more is not practical
 
 
 Compared = tuple[Interval, Difference | None]  # a mean, and its difference from the reference
 
 
 @dataclass(frozen=True)
-class _Judgement:
+class _Statistics:
     """Results of several sets of runs, by name.    accuracies: {} for tasks without predictions."""
 
     losses: dict[Any, Compared]
@@ -61,7 +61,7 @@ class _Judgement:
         }
 
     def accuracy_fields(self, name: Any) -> dict[str, Any]:
-        """Returns the fields of ArmResult about the accuracy."""
+        """Returns the accuracy fields of ArmResult."""
         if name not in self.accuracies:
             return {}
         share, difference = self.accuracies[name]
@@ -69,14 +69,14 @@ class _Judgement:
         return {"accuracy": share.value, "accuracy_interval": ends, "accuracy_difference": difference}
 
 
-def _judge(runs: Mapping[Any, Sequence[Trial]], reference: Any) -> _Judgement:
-    """runs: of equally many seeds, all done."""
+def _statistics(runs: Mapping[Any, Sequence[Trial]], reference: Any) -> _Statistics:
+    """runs: all done, the same number of seeds for each name."""
     first = runs[reference][0]
-    indices = judging_half(len(first.counts))
+    indices = evaluation_half(len(first.counts))
     counts = np.array(first.counts)[indices]
 
     def compared(measure: str) -> dict[Any, Compared]:
-        """measure: attribute of a trial, a number for each example."""
+        """measure: attribute of a trial, one number per example."""
         values = {  # each (seeds, examples)
             name: np.array([getattr(run, measure) for run in trials])[:, indices] for name, trials in runs.items()
         }
@@ -91,7 +91,7 @@ def _judge(runs: Mapping[Any, Sequence[Trial]], reference: Any) -> _Judgement:
             for name, own in values.items()
         }
 
-    return _Judgement(
+    return _Statistics(
         losses=compared("sums"),
         accuracies=compared("hits") if first.hits else {},
         base_loss=float(np.array(first.before)[indices].sum() / counts.sum()),
@@ -101,10 +101,10 @@ def _judge(runs: Mapping[Any, Sequence[Trial]], reference: Any) -> _Judgement:
     )
 
 
-# ---- Judging a comparison
+# ---- Comparisons
 
 
-def judge_arms(
+def evaluate_arms(
     study: CompareConfig,
     rates: Mapping[str, LearningRateSearch],
     runs: Mapping[str, Sequence[Trial]],
@@ -113,14 +113,14 @@ def judge_arms(
     settings: dict[str, Any],
     seconds: float,
 ) -> Comparison:
-    """rates, runs: by arm.    Raises ConfigError when no arm could be trained."""
+    """rates, runs: by arm.    Raises ConfigError if no arm could be trained."""
     done = {arm: trials for arm, trials in runs.items() if trials and all(trial.done for trial in trials)}
     failures = {arm: _failure(rates[arm], runs.get(arm, [])) for arm in study.arms if arm not in done}
     if not done:
         reasons = "; ".join(f"{arm}: {reason}" for arm, reason in failures.items())
-        raise ConfigError(f"no arm could be trained, so there is nothing to compare: {reasons}")
+        raise ConfigError(f"nothing to compare, because no arm could be trained: {reasons}")
     reference = next((arm for arm in done if study.method(arm) == FULL), next(iter(done)))
-    judgement = _judge(done, reference)
+    statistics = _statistics(done, reference)
     arms = []
     for arm, changes in study.arms.items():
         search, trials = rates[arm], done.get(arm)
@@ -138,50 +138,50 @@ def judge_arms(
                 trainable_parameters=trials[0].numbers["trainable_parameters"],
                 bytes=trials[0].bytes,
                 forgetting=_mean([trial.forgetting for trial in trials if trial.forgetting is not None]),
-                seed_losses=[trial.loss(judging_half(len(trial.counts))) for trial in trials],
+                seed_losses=[trial.loss(evaluation_half(len(trial.counts))) for trial in trials],
                 train_losses=[trial.losses for trial in trials],
-                **judgement.fields(arm, trials),
-                **judgement.accuracy_fields(arm),
+                **statistics.fields(arm, trials),
+                **statistics.accuracy_fields(arm),
             )
         )
     cut_short = [arm for arm, search in rates.items() if search.next_rate() is not None]
-    verdict, compared = compare_verdict(arms, reference, study.margin, judgement.unit, cut_short=cut_short)
+    verdict, compared = compare_verdict(arms, reference, study.margin, statistics.unit, cut_short=cut_short)
     p_values = {arm.name: arm.difference.p_value for arm in arms if arm.difference is not None}
     return Comparison(
         arms=arms,
         reference=reference,
-        base_loss=judgement.base_loss,
+        base_loss=statistics.base_loss,
         steps=done[reference][0].numbers["steps"],
-        seeds=judgement.seeds,
-        judged_examples=judgement.examples,
+        seeds=statistics.seeds,
+        judged_examples=statistics.examples,
         verdict=verdict,
         p_value=p_values.get(compared) if compared else None,
         p_values=p_values,
         notes=notes,
         settings=settings,
         seconds=seconds,
-        loss_unit=judgement.unit,
+        loss_unit=statistics.unit,
     )
 
 
 def _failure(rates: LearningRateSearch, runs: Sequence[Trial]) -> str:
     """Returns why an arm could not be trained."""
     if failed := [trial.outcome for trial in runs if not trial.done]:
-        return f"{failed[0]} at its best rate with another seed"
+        return f"{failed[0]} at its best learning rate with a different seed"
     if not rates.fits:
         return "ran out of memory"
-    return f"failed at every rate tried, {', '.join(f'{rate:.2g}' for rate in rates.tried)}"
+    return f"failed at every learning rate tried: {', '.join(f'{rate:.2g}' for rate in rates.tried)}"
 
 
 def _mean(forgetting: Sequence[dict[str, Any]]) -> dict[str, float] | None:
-    """Returns means over the seeds; None if it was not measured, or is not finite because the model is broken."""
+    """Returns means over the seeds; None if not measured, or if a broken model made them infinite."""
     if not forgetting:
         return None
     means = {key: float(np.mean([values[key] for values in forgetting])) for key in forgetting[0]}
     return means if all(map(math.isfinite, means.values())) else None
 
 
-# ---- Judging a search
+# ---- Searches
 
 
 def loss_of(candidate: Candidate) -> float:
@@ -189,23 +189,22 @@ def loss_of(candidate: Candidate) -> float:
 
 
 def choose_finalists(candidates: Sequence[Candidate], margin: float, most: int) -> list[Candidate]:
-    """Returns the best trial, then those within REACH margins of it that train fewer parameters than every better one.
-
-    The best stand first; `most` at most.
+    """Returns at most `most` trials, best first: the best one, and those within REACH margins of it that train fewer
+    parameters than every better trial.
     """
     done = sorted((candidate for candidate in candidates if candidate.state == DONE), key=loss_of)
     if not done:
         return []
     best = done[0]
     front = [best]
-    for candidate in done[1:]:  # each is worse than those before it, so only a cheaper one is worth a look
+    for candidate in done[1:]:  # sorted by loss, so only cheaper trials are of interest
         within_reach = loss_of(candidate) <= loss_of(best) + REACH * margin
         if within_reach and (candidate.trainable_parameters or 0) < (front[-1].trainable_parameters or 0):
             front.append(candidate)
     return front[:most]
 
 
-def judge_finalists(
+def evaluate_finalists(
     chosen: Sequence[Candidate],
     runs: Mapping[int, Sequence[Trial]],
     margin: float,
@@ -213,13 +212,13 @@ def judge_finalists(
     trials: list[Candidate],
     **fields: Any,
 ) -> SearchResult:
-    """chosen: the best first.    runs: number -> runs, one for each seed, all done and equally many.
-    trials: all of the search.    fields: other fields of SearchResult that are known without judging.
+    """chosen: the best first.    runs: number -> its runs, one per seed, all done.
+    trials: all trials of the search.    fields: the other fields of SearchResult.
     """
-    judgement = _judge({candidate.number: runs[candidate.number] for candidate in chosen}, chosen[0].number)
+    statistics = _statistics({candidate.number: runs[candidate.number] for candidate in chosen}, chosen[0].number)
     finalists = []
     for candidate in chosen:
-        fields_of_runs = judgement.fields(candidate.number, runs[candidate.number])
+        fields_of_runs = statistics.fields(candidate.number, runs[candidate.number])
         difference = fields_of_runs["difference"]
         finalists.append(
             Finalist(
@@ -231,7 +230,7 @@ def judge_finalists(
                 **fields_of_runs,
             )
         )
-    good = [  # the best, and those that are worse by less than the margin, or not shown to be worse
+    good = [  # the best, and those that are worse by less than the margin or not significantly worse
         finalist
         for finalist in finalists
         if (difference := finalist.difference) is None or difference.high < margin or difference.low <= 0
@@ -242,11 +241,11 @@ def judge_finalists(
         cheapest=cheapest,
         finalists=finalists,
         trials=trials,
-        verdict=search_verdict(finalists, cheapest, margin, judgement.unit, trials),
-        loss_unit=judgement.unit,
-        base_loss=judgement.base_loss,
-        seeds=judgement.seeds,
-        judged_examples=judgement.examples,
+        verdict=search_verdict(finalists, cheapest, margin, statistics.unit, trials),
+        loss_unit=statistics.unit,
+        base_loss=statistics.base_loss,
+        seeds=statistics.seeds,
+        judged_examples=statistics.examples,
         **fields,
     )
 
@@ -262,9 +261,9 @@ def compare_verdict(
     *,
     cut_short: Collection[str] = (),
 ) -> tuple[str, str | None]:
-    """Returns the text, and the name of the arm that it is about; None where there is nothing to compare.
+    """Returns the text, and the name of the arm it describes; None if there is nothing to compare.
 
-    cut_short: arms whose search for the learning rate --minutes ended.
+    cut_short: arms whose learning rate search was ended by --minutes.
     """
     done = {arm.name: arm for arm in arms if arm.outcome == DONE}
     sentences = [f"{arm.name} {arm.outcome}." for arm in arms if arm.name not in done]
@@ -272,21 +271,21 @@ def compare_verdict(
     if not compared:
         return " ".join([*sentences, "There is nothing to compare."]), None
     safe = [(arm, difference) for arm, difference in compared if difference.high < margin]
-    if safe:  # the smallest of the arms that are shown to be worse by less than the margin
+    if safe:  # the smallest arm that is worse by less than the margin, or better
         arm, difference = min(safe, key=lambda pair: _parameters(pair[0]))
     else:
         arm, difference = min(compared, key=lambda pair: pair[1].value)
-    sentences.append(_compare_finding(arm, difference, done[reference], margin, unit))
-    sentences += [_rate_at_edge(arm, arm.name in cut_short) for arm in done.values() if not arm.bracketed]
+    sentences.append(_difference_verdict(arm, difference, done[reference], margin, unit))
+    sentences += [_edge_warning(arm, arm.name in cut_short) for arm in done.values() if not arm.bracketed]
     return " ".join(sentences), arm.name
 
 
-def _rate_at_edge(arm: ArmResult, is_cut_short: bool) -> str:
-    """Returns the sentence on an arm whose best rate has nothing worse on one side."""
+def _edge_warning(arm: ArmResult, is_cut_short: bool) -> str:
+    """Returns the sentence about an arm whose best learning rate is the lowest or the highest one tried."""
     tried = ", ".join(f"{rate:.2g}" for rate in sorted(arm.rates))
     return (
         f"The best learning rate of {arm.name}, {arm.learning_rate:.2g}, is at the edge of those tried ({tried}): "
-        f"try more with {'a higher --minutes' if is_cut_short else '--rate-tries'}."
+        f"use a higher {'--minutes' if is_cut_short else '--rate-tries'}."
     )
 
 
@@ -294,8 +293,8 @@ def _parameters(arm: ArmResult) -> int:
     return arm.trainable_parameters or 0
 
 
-def _compare_finding(arm: ArmResult, difference: Difference, reference: ArmResult, margin: float, unit: str) -> str:
-    numbers = f"{arm.name} - {reference.name} = {difference_in_words(difference, unit)}"
+def _difference_verdict(arm: ArmResult, difference: Difference, reference: ArmResult, margin: float, unit: str) -> str:
+    numbers = f"{arm.name} - {reference.name} = {format_difference(difference, unit)}"
     both, low, high = f"{arm.name} or {reference.name}", difference.low, difference.high
     if difference.seeds == 1:
         return one_seed(both, numbers)
@@ -303,12 +302,12 @@ def _compare_finding(arm: ArmResult, difference: Difference, reference: ArmResul
     if _parameters(reference) < _parameters(arm) and high >= 0:
         smaller, larger = reference, arm
     times = _parameters(larger) / _parameters(smaller)
-    advice = f"Take {smaller.name}" + (f": it trains {times:,.0f}x fewer parameters." if times >= 1.5 else ".")
+    advice = f"Use {smaller.name}" + (f": it trains {times:,.0f}x fewer parameters." if times >= 1.5 else ".")
     if high < 0:
         finding, could_change = f"{arm.name} is better than {reference.name}", [reference]
     elif low > margin:
         finding, could_change = f"{reference.name} is better than {arm.name}", [arm]
-        advice = f"Take {reference.name} if the lower loss is worth its cost."
+        advice = f"Use {reference.name} if the lower loss is worth its cost."
     elif high < margin and low > -margin:
         finding = f"{arm.name} and {reference.name} are equally good: they differ by less than {margin:g} {unit}"
         could_change = [arm, reference]
@@ -321,8 +320,8 @@ def _compare_finding(arm: ArmResult, difference: Difference, reference: ArmResul
     if untuned:
         names = " and ".join(untuned)
         return (
-            f"Cannot tell yet: {names} may do better at a learning rate that was not tried. At the rates that were "
-            f"tried, {finding} ({numbers})."
+            f"Cannot tell yet: {names} may do better at a learning rate that was not tried. At the rates tried so "
+            f"far, {finding} ({numbers})."
         )
     return f"{finding} ({numbers}). {advice}"
 
@@ -336,34 +335,34 @@ def search_verdict(
     """Returns the text. finalists: the best first.    trials: all."""
     best = finalists[0]
     low, high = best.interval
-    take_best = f"Take trial {best.number}: held-out loss {best.eval_loss:.3f} (95% interval {low:.3f} to {high:.3f})."
+    use_best = f"Use trial {best.number}: held-out loss {best.eval_loss:.3f} (95% interval {low:.3f} to {high:.3f})."
     if len(finalists) == 1:
-        return f"{take_best} {_no_smaller_finalist(best, trials)}"
+        return f"{use_best} {_no_smaller_finalist(best, trials)}"
     compared = min(finalists[1:], key=lambda finalist: finalist.eval_loss) if cheapest is best else cheapest
     difference = compared.difference
     assert difference is not None  # only the best has none
-    words = difference_in_words(difference, unit)
+    words = format_difference(difference, unit)
     times = best.trainable_parameters / max(compared.trainable_parameters, 1)
     fewer = f"{times:.1f}x fewer trained parameters" if times < 10 else f"{times:,.0f}x fewer trained parameters"
     if cheapest is best:
         return (
-            f"{take_best} The smaller trials are worse: the difference to the closest, trial {compared.number} with "
-            f"{fewer}, is {words}."
+            f"{use_best} The smaller trials are worse: the closest, trial {compared.number} with {fewer}, differs by "
+            f"{words}."
         )
     numbers = f"trial {cheapest.number} - trial {best.number} = {words}"
     both = f"trial {cheapest.number} or trial {best.number}"
-    take = f"Take trial {cheapest.number}: it has {fewer} than trial {best.number}, the best of the search,"
+    use = f"Use trial {cheapest.number}: it has {fewer} than trial {best.number}, the best of the search,"
     if difference.seeds == 1:
         return one_seed(both, numbers)
     if difference.high < 0:
-        return f"{take} and is better when both are run again ({numbers})."
+        return f"{use} and did better when both were repeated ({numbers})."
     if difference.high < margin:
-        return f"{take} and is worse by at most {difference.high:.3f} {unit} ({numbers})."
+        return f"{use} and is worse by at most {difference.high:.3f} {unit} ({numbers})."
     return f"{unclear(both, difference, numbers, margin, unit)} Trial {cheapest.number} has {fewer}."
 
 
 def _no_smaller_finalist(best: Finalist, trials: Sequence[Candidate]) -> str:
-    """Returns why the best is the only finalist. A trial that ended early was not compared at full length."""
+    """Returns why the best is the only finalist. Trials that ended early were not compared at full length."""
     smaller = [trial for trial in trials if 0 < (trial.trainable_parameters or 0) < best.trainable_parameters]
     early = [trial for trial in smaller if trial.state != DONE]
     if smaller and len(early) == len(smaller):
@@ -373,41 +372,41 @@ def _no_smaller_finalist(best: Finalist, trials: Sequence[Candidate]) -> str:
     return f"No trial with fewer trained parameters came close{some}, so it is also the cheapest."
 
 
-# ---- Sentences of both
+# ---- Sentences shared by both
 
 
 def one_seed(both: str, numbers: str) -> str:
     return (
-        f"Cannot tell whether {both} is better ({numbers}): one seed does not show how much results change from "
-        "seed to seed; use --seeds 3 or more."
+        f"Cannot tell whether {both} is better ({numbers}): one seed does not show how much results vary between "
+        "seeds. Use --seeds 3 or more."
     )
 
 
 def unclear(both: str, difference: Difference, numbers: str, margin: float, unit: str) -> str:
-    """Returns the text for an interval that shows neither which is better, nor a difference below the margin."""
+    """Returns the text for an interval that neither shows which is better nor lies within the margin."""
     return (
         f"Cannot tell whether {both} is better: the 95% interval is too wide for a margin of {margin:g} {unit} "
-        f"({numbers}). {what_would_tell(difference, margin)}"
+        f"({numbers}). {sample_size_advice(difference, margin)}"
     )
 
 
-def what_would_tell(difference: Difference, margin: float) -> str:
-    """Returns how many examples, or seeds, would narrow the interval to half the margin on either side."""
+def sample_size_advice(difference: Difference, margin: float) -> str:
+    """Returns how many examples or seeds would narrow the interval to half the margin on either side."""
     count: int | None
     if difference.from_examples > 0.5:
         times = ((difference.high - difference.low) / margin) ** 2
-        source, unit, count = "examples", "judging examples", math.ceil(difference.examples * times)
-        count, remedy = count if count <= MOST_EXAMPLES else None, "longer runs may help, or a larger --margin"
+        source, unit, count = "examples", "evaluation examples", math.ceil(difference.examples * times)
+        count, remedy = count if count <= MOST_EXAMPLES else None, "try longer runs or a larger --margin"
     else:
         source, unit, count = "seeds", "seeds", seeds_needed(difference, margin / 2, MOST_SEEDS)
-        remedy = "longer runs help, and more held-out examples (--eval-data or --validation-split)"
+        remedy = "use longer runs or more held-out examples (--eval-data or --validation-split)"
     begin = f"Most of the uncertainty comes from the {source}"
     if count is None:
-        return f"{begin}, and no practical number of {unit} would be enough: {remedy}."
+        return f"{begin}, and no practical number of {unit} would be enough; {remedy}."
     return f"{begin}: about {count:,} {unit} would be enough."
 
 
-def difference_in_words(difference: Difference, unit: str) -> str:
+def format_difference(difference: Difference, unit: str) -> str:
     p = "p below .001" if difference.p_value < 0.001 else f"p = {difference.p_value:.3f}"
     if difference.comparisons > 1:
         p += f", both adjusted for {difference.comparisons} comparisons"

@@ -85,7 +85,7 @@ WRONG = {
     "search --data nope.jsonl": "data nope.jsonl: no such file",
     "search --space r=four": "space: r=four: input should be a valid integer\n",
     "search --space r=4,four": "space: r=4,four: r = 'four': input should be a valid integer\n",
-    "plan --device 'RTX 4900'": "no card 'RTX 4900' is known; did you mean rtx 4090",
+    "plan --device 'RTX 4900'": "unknown graphics card 'RTX 4900'; did you mean rtx 4090",
     "inspect out --model chats.jsonl": "model 'chats.jsonl' is a file, not a model folder",
     "inspect out/adaptr": "out/adaptr is not a folder; did you mean adapter?",
     "eval outt --data chats.jsonl": "outt is not a folder; did you mean out?\nan adapter is the folder of a run",

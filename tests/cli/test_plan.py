@@ -143,7 +143,7 @@ def test_a_run_that_does_not_fit_exits_with_4_and_says_what_helps(
         (["--model", "MODEL", "--memory", "much"], "8GB"),
         (["--model", "MODEL", "--device", "h1000"], "did you mean h200, h100 sxm"),
         (["--model", "MODEL", "--device", "9" * 10_000], '"Will it fit?" in the docs'),
-        (["--model", "MODEL", "--device", "\x1b[2J"], "no card"),
+        (["--model", "MODEL", "--device", "\x1b[2J"], "unknown graphics card"),
         (["--model", "MODEL", "--device", "L4", "--measure"], "no L4 24GB here"),
     ],
 )

@@ -32,7 +32,7 @@ def session(folder: Path, minutes: float) -> StudySession:
 
 def needed(extent: Extent, steps: int) -> float:
     costs = COSTS.on_part(extent.part)
-    return extent.tries * costs.trial(steps, 7 / 12) + extent.seeds * costs.judging_run(steps)
+    return extent.tries * costs.trial(steps, 7 / 12) + extent.seeds * costs.final_run(steps)
 
 
 def test_the_steps_of_a_trial_fill_the_time() -> None:
@@ -46,10 +46,10 @@ def test_the_steps_of_a_trial_fill_the_time() -> None:
 
 def test_a_run_costs_its_steps_and_its_evaluations() -> None:
     costs = Costs(fixed=10, step=2, evaluation=3, forgetting=5)  # seconds; an evaluation is of half of the examples
-    assert costs.judging_run(4) == 10 + 4 * 2 + 2 * 3 + 5
+    assert costs.final_run(4) == 10 + 4 * 2 + 2 * 3 + 5
     assert costs.trial(4) == 10 + 4 * 2 + 3 * 3
     assert costs.trial(4, share=0.5, evaluations=1) == 10 + (4 * 2 + 3) / 2
-    assert costs.on_part(0.5).judging_run(4) == 10 + 4 * 2 + 3 + 5
+    assert costs.on_part(0.5).final_run(4) == 10 + 4 * 2 + 3 + 5
 
 
 def test_workers_take_no_longer_than_planned() -> None:
@@ -57,18 +57,18 @@ def test_workers_take_no_longer_than_planned() -> None:
     costs = [Costs(fixed=30, step=1, evaluation=2), COSTS, Costs(fixed=1, step=5, evaluation=1)] * 3
 
     def planned(steps: int, workers: int) -> float:
-        return seconds_of_workers(costs, lambda arm: arm.judging_run(steps), workers)
+        return seconds_of_workers(costs, lambda arm: arm.final_run(steps), workers)
 
     for workers in (1, 2, 4, 20):
         for steps in (0, 7, 70):
             free_at = [0.0] * workers
             for cost in costs:
-                free_at[free_at.index(min(free_at))] += cost.judging_run(steps)
+                free_at[free_at.index(min(free_at))] += cost.final_run(steps)
             assert max(free_at) <= planned(steps, workers) + 1e-6
         assert planned(70, workers) - planned(0, workers) == pytest.approx(
             10 * (planned(7, workers) - planned(0, workers))
         )
-    assert planned(7, 1) == pytest.approx(sum(cost.judging_run(7) for cost in costs))
+    assert planned(7, 1) == pytest.approx(sum(cost.final_run(7) for cost in costs))
     assert seconds_of_workers([], lambda arm: arm.fixed, 2) == 0
 
 
@@ -84,8 +84,8 @@ def test_less_is_done_before_the_time_is_refused() -> None:
 
 def test_too_little_time_is_refused_with_what_it_needs(tmp_path: Path) -> None:
     assert str(too_short(session(tmp_path, 3), 500, "6 runs")) == (
-        "--minutes 3 is too short: 6 runs take at least 10 min, by what was timed so far. Use --minutes 13 or more, "
-        "fewer steps or runs, or a smaller --max-length"
+        "--minutes 3 is too short: 6 runs take at least 10 min, as timed so far. Use --minutes 13 or more, fewer "
+        "steps or runs, or a smaller --max-length"
     )
 
 

@@ -16,7 +16,7 @@ from tailora.study.budget import Costs, Extent
 from tailora.study.compare import _Comparison, _needed, compare
 from tailora.study.config import CompareConfig, arm_settings
 from tailora.study.study_store import StudySession
-from tailora.study.trial import Listen, Trial, TrialEvent, TrialSpec, Worker, judging_half, run_here
+from tailora.study.trial import Listen, Trial, TrialEvent, TrialSpec, Worker, evaluation_half, run_here
 from tailora.train.config import TrainConfig
 
 SMALL = CompareConfig(seeds=2, rate_tries=1, arms={"r4": {"learning_rate": 1e-2}, "full": {"method": "full"}})
@@ -29,7 +29,9 @@ def not_run(*_: Any) -> Trial:
 def test_an_arm_with_targets_that_the_model_lacks_is_named(small_run: TrainConfig, tmp_path: Path) -> None:
     arms = {"mlp": {"target_modules": ["mlp"]}, "full": {"method": "full"}}
     train = small_run.replaced(output_dir=str(tmp_path / "study"))
-    with pytest.raises(TargetError, match=r"^arm mlp: target_modules: 'mlp' is a LlamaMLP, which has no low-rank form"):
+    with pytest.raises(
+        TargetError, match=r"^variant 'mlp': target_modules: 'mlp' is a LlamaMLP, which has no low-rank form"
+    ):
         compare(train, CompareConfig(seeds=1, rate_tries=1, arms=arms), run_trial=run_here)
 
 
@@ -68,13 +70,11 @@ def test_a_comparison_runs_resumes_and_judges(small_run: TrainConfig, tmp_path: 
     assert again.arms == found.arms
     wider = compare(train, SMALL.replaced(margin=5.0), run_trial=not_run)
     assert wider.settings["compare"]["margin"] == 5.0
-    with pytest.raises(ConfigError, match=r'forgetting_data was null, and is now "texts\.jsonl"'):
+    with pytest.raises(ConfigError, match=r'forgetting_data was null and is now "texts\.jsonl"'):
         compare(train, SMALL.replaced(forgetting_data="texts.jsonl"))
-    with pytest.raises(
-        ConfigError, match=r"r was 4, and is now 2; .*max_steps was null, and is now 7.*Give the former"
-    ):
+    with pytest.raises(ConfigError, match=r"r was 4 and is now 2; .*max_steps was null and is now 7.*Use the previous"):
         compare(train.replaced(r=2, max_steps=7), SMALL)
-    with pytest.raises(ConfigError, match='minutes was "not given", and is now "given"'):
+    with pytest.raises(ConfigError, match='minutes was "not given" and is now "given"'):
         compare(train, SMALL.replaced(minutes=5.0))
 
 
@@ -89,7 +89,7 @@ def test_pairs_of_replies_are_compared_in_their_own_unit(small_run: TrainConfig,
     assert found.base_loss == pytest.approx(np.log(2))
     run = tmp_path / "runs" / "r4" / "seed-1-rate-0.01"
     rows = [json.loads(line) for line in (run / "run" / "examples.jsonl").read_text().splitlines()]
-    judged = [rows[index]["scores_after"] for index in judging_half(len(rows))]
+    judged = [rows[index]["scores_after"] for index in evaluation_half(len(rows))]
     right = [row["chosen_reward"] > row["rejected_reward"] for row in judged]
     assert found.arms[0].accuracy == pytest.approx(np.mean(right))
     assert "Accuracy" in write_page(tmp_path).read_text()
@@ -125,7 +125,7 @@ def test_minutes_are_planned_once_and_a_comparison_may_be_asked_for_more(
     train = small_run.replaced(output_dir=str(tmp_path / "study"), max_steps=3)
     asked, heard = SMALL.replaced(minutes=5.0, seeds=1), []
     first = compare(train, asked, log=heard.append, run_trial=run_here)
-    assert "3 steps in each run, planned to fit into the minutes" in heard
+    assert "3 steps per run, so that all runs fit into --minutes" in heard
     plan = json.loads((tmp_path / "study" / "plan.json").read_text())
     assert (plan["max_steps"], plan["seeds"], plan["held_out"], plan["minutes"]) == (3, 1, None, 5)
     runs = tmp_path / "study" / "runs"
@@ -139,8 +139,8 @@ def test_minutes_are_planned_once_and_a_comparison_may_be_asked_for_more(
         train, asked.replaced(minutes=0.001, seeds=9), log=heard.append, run_trial=run_here
     )  # no time for more: what is there
     assert short.arms == first.arms
-    planned = "the runs have 3 steps, which were planned for --minutes 5; for longer ones give another --output-dir"
-    assert short.notes == [planned, "--minutes left time for 1 of 9 seeds"]
+    planned = "runs have 3 steps, as planned for --minutes 5; for longer runs use a different --output-dir"
+    assert short.notes == [planned, "only 1 of 9 seeds fit into --minutes"]
     more = compare(train, asked.replaced(seeds=2), run_trial=run_here)
     assert more.seeds == [1, 2]
 
@@ -153,11 +153,11 @@ def read(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arms": {"one": {}}}, "needs two arms"),
-        ({"arms": {"a": {"method": "full"}, "b": {"method": "full"}}}, "to one arm only"),
+        ({"arms": {"one": {}}}, "expected at least two variants"),
+        ({"arms": {"a": {"method": "full"}, "b": {"method": "full"}}}, "several variants have method=full"),
         ({"arms": {"a": {"data": "x"}, "b": {"seed": 1}}}, "'a' changes data.*'b' changes seed"),
         ({"arms": {"a": {"loss": "dpo"}, "b": {"loss": "orpo"}}}, "'a' changes loss.*'b' changes loss"),
-        ({"arms": {"a": {"r": 4}, "b": {"r": 8}, "c": {"r": 4}}}, "arms 'a' and 'c' have the same settings"),
+        ({"arms": {"a": {"r": 4}, "b": {"r": 8}, "c": {"r": 4}}}, "variants 'a' and 'c' have the same settings"),
         ({"seeds": 0}, "seeds"),
         ({"minuts": 3}, "did you mean"),
     ],
@@ -192,7 +192,7 @@ def test_full_fine_tuning_takes_nothing_of_the_adapters_and_their_frozen_base(sm
 
 def test_a_step_chosen_by_the_examples_that_judge_is_refused(small_run: TrainConfig, tmp_path: Path) -> None:
     train = small_run.replaced(eval_steps=5, early_stopping_patience=2, output_dir=str(tmp_path / "study"))
-    with pytest.raises(ConfigError, match="leave early_stopping_patience and eval_steps out"):
+    with pytest.raises(ConfigError, match="remove early_stopping_patience and eval_steps"):
         compare(train, SMALL)
     assert not (tmp_path / "study").exists()
 
@@ -228,7 +228,7 @@ def test_too_few_held_out_examples_are_found_before_any_step(
 def test_too_little_time_is_refused_with_what_it_needs(small_run: TrainConfig, tmp_path: Path) -> None:
     train = small_run.replaced(output_dir=str(tmp_path / "study"))
     with pytest.raises(
-        ConfigError, match=r"--minutes 0\.1 is too short: 2 arms with 1 learning rates and 2 seeds each"
+        ConfigError, match=r"--minutes 0\.1 is too short: 2 variants with 1 learning rates and 2 seeds each"
     ):
         compare(train, SMALL.replaced(minutes=0.1), run_trial=not_run)  # not even the start of all runs
 
@@ -237,7 +237,7 @@ def test_too_little_time_is_refused_with_what_it_needs(small_run: TrainConfig, t
             listen(TrialEvent(step, 4, 2.0, held_out=step == 0, parameters=1, seconds=60.0))
         raise AssertionError("it is clear after the second step")
 
-    with pytest.raises(ConfigError, match=r"9 steps a run, take .*Use --minutes \d+ or more, fewer steps or runs"):
+    with pytest.raises(ConfigError, match=r"9 steps per run, take .*Use --minutes \d+ or more, fewer steps or runs"):
         compare(train, SMALL.replaced(minutes=9.0), run_trial=slow)
     assert not (tmp_path / "study" / "plan.json").exists()
 
@@ -252,7 +252,7 @@ def test_fewer_examples_are_held_out_where_time_is_short(
     train = small_run.replaced(output_dir=str(tmp_path / "study"))
     found = compare(train, SMALL.replaced(minutes=60.0, seeds=1), run_trial=run_here)
     assert found.judged_examples == 5
-    assert found.notes == ["--minutes left time for 9 of 18 held-out examples"]
+    assert found.notes == ["only 9 of 18 held-out examples fit into --minutes"]
     rate, final = (read(next((tmp_path / "study" / "runs").glob(f"full/{name}*"))) for name in ("rate", "seed"))
     assert (len(rate["sums"]), len(final["sums"])) == (4, 9)
 
@@ -344,6 +344,8 @@ def test_runs_of_sequence_to_sequence_are_compared(seq2seq_run: TrainConfig, tmp
         assert arm.eval_loss < comparison.base_loss
         assert arm.forgetting is None
     assert comparison.loss_unit == "nats per token"
-    with pytest.raises(ConfigError, match="--task seq2seq: forgetting is measured of language models"):
+    with pytest.raises(
+        ConfigError, match="--task seq2seq does not train a language model, so forgetting cannot be measured"
+    ):
         compare(train, study.replaced(forgetting_data="texts.jsonl"), run_trial=not_run)
     write_page(tmp_path / "out")

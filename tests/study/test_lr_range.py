@@ -83,7 +83,7 @@ def test_the_gain_is_in_the_unit_of_the_losses() -> None:
 
 def test_a_rate_that_was_given_is_not_looked_for(small_run: TrainConfig, tmp_path: Path) -> None:
     given = small_run.replaced(learning_rate=1e-3, output_dir=str(tmp_path / "rates"))
-    with pytest.raises(ConfigError, match="leave out learning_rate"):
+    with pytest.raises(ConfigError, match="remove learning_rate"):
         find_range(given, SearchConfig(lr_only=True))
     with pytest.raises(ConfigError, match="find_range"):
         search(given, SearchConfig(lr_only=True))
@@ -131,7 +131,10 @@ def test_max_steps_is_the_length_of_the_run(small_run: TrainConfig, tmp_path: Pa
         asked.append(spec.settings["max_steps"])
         raise ConfigError("no such data")
 
-    for steps, told in ((40, "no such data"), (29, "needs 30 steps, and --max-steps is 29: give more")):
+    for steps, told in (
+        (40, "no such data"),
+        (29, "--max-steps 29 is too low for a range of learning rates: use 30 or more"),
+    ):
         train = small_run.replaced(max_steps=steps, output_dir=str(tmp_path / str(steps)))
         with pytest.raises(ConfigError, match=told):
             find_range(train, SearchConfig(lr_only=True), run_trial=stop)

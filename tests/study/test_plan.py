@@ -50,7 +50,7 @@ def test_what_is_left_alone_has_a_reason(small_run: TrainConfig) -> None:
     found = plan(changed(small_run, target_modules=["q_proj"], layers_to_transform=[1]))
     reasons = {each.path: each.reason for each in found.trained.left}
     assert "layers_to_transform" in reasons["model.layers.0.self_attn.q_proj"]
-    assert "not among" in reasons["model.layers.{0-1}.mlp.up_proj"]
+    assert "not in target_modules" in reasons["model.layers.{0-1}.mlp.up_proj"]
     assert [each.path for each in found.trained.groups] == ["model.layers.1.self_attn.q_proj"]
 
 
@@ -164,7 +164,7 @@ def test_a_rank_has_a_share_of_what_fsdp2_shards(small_run: TrainConfig) -> None
     kept = plan(config.replaced(fsdp=True, fsdp_reshard_after_forward=False), nproc=4)
     assert kept.full is not None
     assert kept.memory.gathered == kept.full.memory.gathered == sum(sizes) + 2 * max(sizes)  # of full fine-tuning, too
-    with pytest.raises(ConfigError, match="give their number, --nproc"):
+    with pytest.raises(ConfigError, match="set their number with --nproc"):
         plan(config.replaced(fsdp=True))
     with pytest.raises(ConfigError, match="in one process"):
         plan(config, measure=True, nproc=2)
@@ -248,7 +248,7 @@ def test_replies_take_what_as_many_tokens_of_single_rows_take(small_run: TrainCo
     pairs = plan(TrainConfig(**common, per_device_train_batch_size=2, loss="dpo"))
     assert pairs.schedule.largest_forward == {"examples": 2, "tokens": 2 * 2 * 64}
     assert pairs.schedule.tokens == single.schedule.tokens
-    assert "every reply with its prompt is taken to have --max-length 64 tokens" in pairs.notes[0]
+    assert "every reply with its prompt is assumed to have --max-length 64 tokens" in pairs.notes[0]
     assert pairs.memory.activations == pytest.approx(single.memory.activations, rel=0.1)
     kto = plan(TrainConfig(**common, per_device_train_batch_size=2, loss="kto"))
     assert kto.memory.activations < 0.7 * pairs.memory.activations  # the other reply has no gradient
@@ -272,7 +272,7 @@ def test_pairs_are_planned_as_they_are_trained(loss: str, small_run: TrainConfig
 def test_a_few_real_steps_on_pairs_need_no_reference(small_run: TrainConfig, pairs: Path) -> None:
     planned = plan(small_run.replaced(data=str(pairs), per_device_train_batch_size=4), measure=True)
     assert planned.measured is not None
-    with pytest.raises(ConfigError, match="for preferences need rows: give --data"):
+    with pytest.raises(ConfigError, match="real steps on preferences: add --data"):
         plan(TrainConfig(model=small_run.model, loss="dpo"), measure=True)
 
 

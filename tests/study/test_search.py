@@ -168,12 +168,14 @@ def test_too_little_time_for_a_search_is_refused_with_what_it_needs(small_run: T
 
     with pytest.raises(
         ConfigError,
-        match=r"--minutes 0\.1 is too short: 6 trials of 9 steps and 4 runs that judge take at least 1 min, by what",
+        match=r"--minutes 0\.1 is too short: 6 trials of 9 steps and 4 final runs take at least 1 min, as timed",
     ):
         search(train, SearchConfig(minutes=0.1), run_trial=not_run)
-    with pytest.raises(ConfigError, match=r"9 trials .* and 3 runs .* Use --minutes \d+ or more, fewer steps or runs"):
+    with pytest.raises(
+        ConfigError, match=r"9 trials .* and 3 final runs .* Use --minutes \d+ or more, fewer steps or runs"
+    ):
         search(train, SearchConfig(minutes=9, trials=9, seeds=3, finalists=1), run_trial=slow)
-    with pytest.raises(ConfigError, match=r"--minutes 9 is too short: 30 steps, which a range of learning rates needs"):
+    with pytest.raises(ConfigError, match=r"--minutes 9 is too short: the 30 steps for a range of learning rates"):
         find_range(train.replaced(output_dir=str(tmp_path / "range")), SearchConfig(minutes=9), run_trial=slow)
 
 
@@ -185,7 +187,7 @@ def test_six_trials_fit_into_the_time_that_is_planned_for_them(small_run: TrainC
     begun = []
     for _ in range(60):
         study = optuna.create_study(pruner=SuccessiveHalvingPruner(min_resource=steps // RUNGS, reduction_factor=2))
-        left = planner._needed(costs, Extent(tries=6, seeds=2), steps) / SAFETY - 4 * costs.judging_run(steps)
+        left = planner._needed(costs, Extent(tries=6, seeds=2), steps) / SAFETY - 4 * costs.final_run(steps)
         while left >= costs.trial(steps):
             trial, loss = study.ask(), generator.random()
             for rung in range(1, RUNGS):
@@ -213,7 +215,7 @@ def test_a_search_with_fewer_trials_than_planned_says_so(
     study = SearchConfig(minutes=60.0, seeds=1, finalists=1, space={"learning_rate": "1e-3..3e-2"})
     result = search(train, study, run_trial=run_here)
     assert len(result.trials) == 2
-    assert "--minutes left time for 2 of 6 trials" in result.notes
+    assert "only 2 of 6 trials fit into --minutes" in result.notes
 
 
 def not_run(*_: Any) -> Trial:
@@ -229,7 +231,8 @@ def test_a_database_that_fails_in_the_middle_of_a_search_is_named(
     monkeypatch.setattr(optuna_study, "open_study", lose)
     train = small_run.replaced(output_dir=str(tmp_path / "study"))
     with pytest.raises(
-        ConfigError, match=r"//me:\*\*\*@host/name, cannot be used any more: .*server closed.*same command"
+        ConfigError,
+        match=r"lost access to its database postgresql://me:\*\*\*@host/name: .*server closed.*same command",
     ):
         search(train, SearchConfig(storage="postgresql://me:secret@host/name"))
 
@@ -237,6 +240,6 @@ def test_a_database_that_fails_in_the_middle_of_a_search_is_named(
 def test_the_command_says_what_is_wrong_with_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.yaml").write_text("trials: 3\nspace: {r: [4, 8], lr: 1e-4..1e-3}\nr: 4\n")
     assert main(["search", "--config", str(tmp_path / "run.yaml"), "--output-dir", str(tmp_path / "out")]) == 2
-    assert "r: given a value and a space" in capsys.readouterr().err
+    assert "r: given as a fixed value and in --space" in capsys.readouterr().err
     assert main(["search", "--trials", "1"]) == 2
     assert main(["search", "--space", "ranks=4"]) == 2

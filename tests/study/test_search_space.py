@@ -9,9 +9,9 @@ from tailora.study.config import SearchConfig
 from tailora.study.search_space import (
     DEFAULT,
     Range,
-    at_edge,
     first_values,
     fit_to_model,
+    is_at_edge,
     read_space,
     search_axes,
     settings_of,
@@ -41,14 +41,14 @@ def test_a_space_is_read_from_text_lists_and_ranges() -> None:
         ({"ranks": "4"}, "unknown setting 'ranks'; did you mean rank"),
         ({"lora_dim": "4"}, "unknown setting 'lora_dim'; it is r here"),
         ({"warmup_steps": "4"}, "unknown setting 'warmup_steps'; it is warmup_ratio here, a share"),
-        ({"model": "x"}, "model is the same in all trials"),
-        ({"beta": [0.1, 0.5]}, "beta is the same in all trials"),  # whose losses measure different things
+        ({"model": "x"}, "model cannot be searched, because all trials must share it"),
+        ({"beta": [0.1, 0.5]}, "beta cannot be searched"),  # the losses are not comparable
         ({"r": "0,4"}, "greater than or equal to 1"),
         ({"learning_rate": "1e-2..1e-4"}, "0.01 is not below 0.0001"),
         ({"orth_reg_weight": "0..1"}, "no logarithm"),
-        ({"scale": "1,2", "alpha": "8"}, "give one of scale and lora_alpha"),
+        ({"scale": "1,2", "alpha": "8"}, "use either scale or lora_alpha"),
         ({"r": "4", "rank": "8"}, "r is given twice"),
-        ({"r": []}, "no value"),
+        ({"r": []}, "expected at least one value"),
         ({"rank_pattern": "x"}, "patterns"),
         ({"use_dora": "1..3"}, "boolean"),
         ({"ranks": "4", "r": "x"}, "ranks.*valid integer"),
@@ -64,7 +64,7 @@ def test_settings_that_have_a_value_are_not_search_axes() -> None:
     assert search_axes({}, TrainConfig()) == DEFAULT
     assert list(search_axes({}, TrainConfig(adapter="there"))) == ["learning_rate"]
     assert "lora_alpha" not in search_axes(read_space({"scale": "1,2"}), TrainConfig())
-    with pytest.raises(ConfigError, match="given a value and a space"):
+    with pytest.raises(ConfigError, match="given as a fixed value and in --space"):
         search_axes(read_space({"r": "4,8"}), TrainConfig(r=8))
     with pytest.raises(ConfigError, match="compare"):
         search_axes({}, TrainConfig(method="full", learning_rate=1e-5))
@@ -104,7 +104,7 @@ def test_ranks_that_the_model_has_no_room_for_are_left_out_or_refused() -> None:
 
 
 def test_the_edge_of_a_range_is_known() -> None:
-    assert at_edge(Range(1e-4, 1e-2), 9e-3)
-    assert at_edge(Range(1e-4, 1e-2), 1.1e-4)
-    assert not at_edge(Range(1e-4, 1e-2), 1e-3)
-    assert not at_edge((2, 4), 2)
+    assert is_at_edge(Range(1e-4, 1e-2), 9e-3)
+    assert is_at_edge(Range(1e-4, 1e-2), 1.1e-4)
+    assert not is_at_edge(Range(1e-4, 1e-2), 1e-3)
+    assert not is_at_edge((2, 4), 2)

@@ -28,10 +28,10 @@ def test_a_study_with_other_settings_is_refused(small_run: TrainConfig, tmp_path
     assert not (tmp_path / "study" / "probe").exists()
     (tmp_path / "study" / PLAN).write_text("{}")
     opened(tmp_path / "study", 1)
-    with pytest.raises(ConfigError, match="holds a search with other settings"):
+    with pytest.raises(ConfigError, match="contains a search with different settings"):
         search(small_run.replaced(output_dir=str(tmp_path / "study")), SearchConfig(trials=2))
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="not empty and holds no search"):
+    with pytest.raises(ConfigError, match="not empty and contains no search"):
         search(small_run.replaced(output_dir=str(tmp_path)), SearchConfig(trials=2))
     assert not (tmp_path / ".lock").exists()
 
@@ -62,7 +62,7 @@ def test_a_damaged_trial_is_named(tmp_path: Path, name: str, content: str | None
         (tmp_path / name).write_text(content)
     if content is None and name == "trial.json":  # then it is run
         return
-    with pytest.raises(FormatError, match=rf"{name} .*: delete {tmp_path}, and the same command runs it again"):
+    with pytest.raises(FormatError, match=rf"{name} .*: delete {tmp_path} and run the same command again"):
         get_trial(spec, tmp_path, run_trial=run_here)
 
 
@@ -70,7 +70,7 @@ def test_workers_begin_at_the_same_time(tmp_path: Path) -> None:
     (tmp_path / ".search.json.abcdefgh").touch()  # the first worker is writing it
     with locked(tmp_path, "search.json"):
         pass
-    with pytest.raises(ConfigError, match="holds no comparison"), locked(tmp_path, "compare.json"):
+    with pytest.raises(ConfigError, match="contains no comparison"), locked(tmp_path, "compare.json"):
         pass
 
 

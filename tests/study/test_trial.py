@@ -23,13 +23,13 @@ from tailora.study.trial import (
     Trial,
     TrialEvent,
     TrialSpec,
-    choosing_half,
+    evaluation_half,
     get_trial,
-    judging_half,
     main,
-    on_choosing_half,
+    on_selection_half,
     run_here,
     run_in_subprocess,
+    selection_half,
 )
 from tailora.train.config import TrainConfig
 
@@ -99,12 +99,12 @@ def test_what_is_known_of_the_base_is_not_computed_again(plain: Trial, small_run
         assert trial.forgetting == plain.forgetting
         assert np.array(trial.curve) == pytest.approx(np.array(plain.curve))
         assert trial.numbers["eval_loss_before"] == plain.numbers["eval_loss_before"]
-    base = on_choosing_half(plain.base)
+    base = on_selection_half(plain.base)
     half = get_trial(replace(shared, choosing=True, before=base), tmp_path / "half", run_trial=run_here)
     assert base is not None
     assert half.before == base[0]
     assert half.counts == base[1]
-    assert half.sums == pytest.approx([plain.sums[index] for index in choosing_half(len(plain.sums))])
+    assert half.sums == pytest.approx([plain.sums[index] for index in selection_half(len(plain.sums))])
     few = replace(shared, held_out=6, before=None)
     judged, chosen = (
         get_trial(
@@ -115,7 +115,7 @@ def test_what_is_known_of_the_base_is_not_computed_again(plain: Trial, small_run
         for choosing in (False, True)
     )
     assert len(judged.sums) == 6
-    assert chosen.sums == pytest.approx([judged.sums[index] for index in choosing_half(6)])  # not the judging half
+    assert chosen.sums == pytest.approx([judged.sums[index] for index in selection_half(6)])  # not the judging half
 
 
 def test_a_trial_that_is_stopped_keeps_what_it_reported(small_run: TrainConfig, tmp_path: Path) -> None:
@@ -360,7 +360,7 @@ def test_the_number_of_processes_may_change_if_the_batches_of_a_step_stay_the_sa
     for processes, accumulation in ((1, 4), (4, 1)):
         asked = settings(small_run, device="cpu", gradient_accumulation_steps=accumulation)
         assert get_trial(TrialSpec(asked, processes=processes), tmp_path, run_trial=not_run) == made
-    with pytest.raises(ConfigError, match="a trial with other settings"):
+    with pytest.raises(ConfigError, match="a trial with different settings"):
         get_trial(of_two(small_run), tmp_path, run_trial=not_run)
 
 
@@ -385,11 +385,11 @@ def test_a_trial_with_other_settings_is_refused(small_run: TrainConfig, tmp_path
     spec = TrialSpec(settings(small_run))
     get_trial(spec, tmp_path, run_trial=none_done)
     get_trial(replace(spec, before=([1.0], [1])), tmp_path, run_trial=not_run)  # no setting
-    with pytest.raises(ConfigError, match="a trial with other settings"):
+    with pytest.raises(ConfigError, match="a trial with different settings"):
         get_trial(replace(spec, settings=settings(small_run, r=2)), tmp_path, run_trial=not_run)
 
 
 def test_the_halves_of_the_held_out_examples_are_all_of_them() -> None:
-    assert sorted([*choosing_half(41), *judging_half(41)]) == list(range(41))
+    assert sorted([*selection_half(41), *evaluation_half(41)]) == list(range(41))
     with pytest.raises(ConfigError, match="1 distinct held-out example is too few"):
-        judging_half(1)
+        evaluation_half(1)

@@ -13,14 +13,14 @@ from tailora.report.html import html
 from tailora.study.config import CompareConfig
 from tailora.study.lr_range import LearningRateSearch
 from tailora.study.results import ArmResult, Candidate, Finalist
-from tailora.study.trial import Trial, choosing_half, judging_half
+from tailora.study.trial import Trial, evaluation_half, selection_half
 from tailora.study.verdict import (
     choose_finalists,
     compare_verdict,
-    judge_arms,
-    judge_finalists,
+    evaluate_arms,
+    evaluate_finalists,
+    sample_size_advice,
     search_verdict,
-    what_would_tell,
 )
 
 # ---- compare
@@ -46,7 +46,7 @@ def test_arms_are_judged_on_the_half_that_did_not_choose() -> None:
     counts = rng.integers(5, 50, size=40)
     losses = rng.normal(3, 0.5, size=40)
     first = trial(losses, counts, 1, 1000)
-    for_rates, for_arms = choosing_half(len(first.counts)), judging_half(len(first.counts))
+    for_rates, for_arms = selection_half(len(first.counts)), evaluation_half(len(first.counts))
     assert sorted([*for_rates, *for_arms]) == list(range(40))
     better = losses.copy()
     better[for_rates] -= 1  # on the other half there is no difference
@@ -55,7 +55,7 @@ def test_arms_are_judged_on_the_half_that_did_not_choose() -> None:
         "lora": [trial(better + rng.normal(0, 0.001, 40), counts, seed, 10) for seed in (1, 2, 3)],
         "full": [trial(losses + rng.normal(0, 0.001, 40), counts, seed, 1000) for seed in (1, 2, 3)],
     }
-    found = judge_arms(study, {arm: rates(1e-3) for arm in runs}, runs, notes=[], settings={}, seconds=1.0)
+    found = evaluate_arms(study, {arm: rates(1e-3) for arm in runs}, runs, notes=[], settings={}, seconds=1.0)
     assert "lora and full are equally good: they differ by less than 0.02 nats per token" in found.verdict
     assert "100x fewer" in found.verdict
     assert found.base_loss == pytest.approx(4)
@@ -76,9 +76,9 @@ def test_differences_are_from_the_reference_and_adjusted_for_all_arms() -> None:
         ]
         for arm in study.arms
     }
-    found = judge_arms(study, {arm: rates(1e-3) for arm in runs}, runs, notes=[], settings={}, seconds=1.0)
+    found = evaluate_arms(study, {arm: rates(1e-3) for arm in runs}, runs, notes=[], settings={}, seconds=1.0)
     assert found.reference == "full"
-    half = judging_half(80)
+    half = evaluation_half(80)
     for arm in found.arms[:2]:
         for name, difference in (("sums", arm.difference), ("hits", arm.accuracy_difference)):
             own, other = (np.array([getattr(run, name) for run in runs[each]])[:, half] for each in (arm.name, "full"))
@@ -89,15 +89,15 @@ def test_differences_are_from_the_reference_and_adjusted_for_all_arms() -> None:
     assert found.arms[2].accuracy_difference is None
 
 
-@pytest.mark.parametrize(("tries", "remedy"), [(1, "--rate-tries"), (2, "a higher --minutes")])
+@pytest.mark.parametrize(("tries", "remedy"), [(1, "--rate-tries"), (2, "--minutes")])
 def test_tries_that_ended_early_were_cut_short_by_the_minutes(tries: int, remedy: str) -> None:
     search = LearningRateSearch(1e-3, tries)
     search.record(1e-3, 2.0)
     counts = np.full(10, 5)
     runs = {arm: [trial(np.linspace(1, 2, 10), counts, seed, 10) for seed in (1, 2)] for arm in ("a", "b")}
     study = CompareConfig(arms={"a": {}, "b": {"r": 2}}, rate_tries=tries)
-    found = judge_arms(study, {"a": rates(1e-3), "b": search}, runs, notes=[], settings={}, seconds=1.0)
-    assert f"The best learning rate of b, 0.001, is at the edge of those tried (0.001): try more with {remedy}." in (
+    found = evaluate_arms(study, {"a": rates(1e-3), "b": search}, runs, notes=[], settings={}, seconds=1.0)
+    assert f"The best learning rate of b, 0.001, is at the edge of those tried (0.001): use a higher {remedy}." in (
         found.verdict
     )
 
@@ -108,17 +108,17 @@ def test_an_arm_that_failed_keeps_its_reason() -> None:
     failed.record(1e-3, np.inf)
     study = CompareConfig(arms={"lora": {}, "full": {"method": "full"}})
     runs = {"lora": [trial(np.linspace(1, 2, 10), counts, seed, 10) for seed in (1, 2)]}
-    found = judge_arms(study, {"lora": rates(1e-3), "full": failed}, runs, notes=[], settings={}, seconds=1.0)
-    assert found.arms[1].outcome == "failed at every rate tried, 0.001"
+    found = evaluate_arms(study, {"lora": rates(1e-3), "full": failed}, runs, notes=[], settings={}, seconds=1.0)
+    assert found.arms[1].outcome == "failed at every learning rate tried: 0.001"
     large = LearningRateSearch(1e-3, 5)
     large.record(1e-3, np.inf, fits=False)
     assert large.next_rate() is None  # another rate needs as much
-    found_large = judge_arms(study, {"lora": rates(1e-3), "full": large}, runs, notes=[], settings={}, seconds=1.0)
+    found_large = evaluate_arms(study, {"lora": rates(1e-3), "full": large}, runs, notes=[], settings={}, seconds=1.0)
     assert "full ran out of memory." in found_large.verdict
     plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert plain["arms"][1]["rates"] == {"0.001": None}
     assert "failed" in html(page_of({"kind": "compare", **plain}, "report.json"))
-    assert "full failed at every rate tried" in found.verdict
+    assert "full failed at every learning rate tried" in found.verdict
     assert found.p_value is None
 
 
@@ -160,7 +160,7 @@ def runs_with(apart: dict[int, float], spread: float = 0.001, seeds: int = 3) ->
     counts = rng.integers(5, 50, size=80)
     losses = rng.normal(3, 0.5, size=80)
     shifted = {number: losses + shift for number, shift in apart.items()}
-    shifted[1][choosing_half(80)] -= 9  # says nothing: that half has chosen
+    shifted[1][selection_half(80)] -= 9  # says nothing: that half has chosen
     return {
         number: [trial(values + rng.normal(0, spread, 80), counts, seed, 1) for seed in range(1, seeds + 1)]
         for number, values in shifted.items()
@@ -170,9 +170,15 @@ def runs_with(apart: dict[int, float], spread: float = 0.001, seeds: int = 3) ->
 @pytest.mark.parametrize(
     ("apart", "spread", "seeds", "cheapest", "message"),
     [
-        ({0: 0.0, 1: 0.005}, 0.001, 3, 1, "Take trial 1: it has 10x fewer .* trial 0.*worse by at most 0.00."),
-        ({0: 0.0, 1: -0.1}, 0.001, 3, 1, "Take trial 1.*and is better"),
-        ({0: 0.0, 1: 0.1}, 0.001, 3, 0, "Take trial 0.*smaller trials are worse: .*trial 1 with 10x fewer .*is .0.100"),
+        ({0: 0.0, 1: 0.005}, 0.001, 3, 1, "Use trial 1: it has 10x fewer .* trial 0.*worse by at most 0.00."),
+        ({0: 0.0, 1: -0.1}, 0.001, 3, 1, "Use trial 1.*and did better"),
+        (
+            {0: 0.0, 1: 0.1},
+            0.001,
+            3,
+            0,
+            "Use trial 0.*smaller trials are worse: .*trial 1 with 10x fewer .*differs by .0.100",
+        ),
         ({0: 0.0, 1: 0.0}, 0.9, 3, 1, "Cannot tell whether trial 1 or trial 0.*Most of the uncertainty"),
         ({0: 0.0, 1: 0.0}, 0.001, 1, 1, "Cannot tell.*--seeds 3"),
     ],
@@ -181,9 +187,9 @@ def test_the_cheapest_is_not_shown_to_be_worse(
     apart: dict[int, float], spread: float, seeds: int, cheapest: int, message: str
 ) -> None:
     chosen = [candidate(0, 2.0, 1000), candidate(1, 2.01, 100)]
-    found = judge_finalists(chosen, runs_with(apart, spread, seeds), 0.02, **OTHERS)
+    found = evaluate_finalists(chosen, runs_with(apart, spread, seeds), 0.02, **OTHERS)
     assert (found.best.number, found.cheapest.number) == (0, cheapest)
-    assert found.judged_examples == len(judging_half(80)) == 40
+    assert found.judged_examples == len(evaluation_half(80)) == 40
     assert found.base_loss == pytest.approx(4)
     assert re.search(f"(?s){message}", found.verdict), found.verdict
 
@@ -232,7 +238,7 @@ def test_each_finding_has_its_words(low: float, high: float, start: str) -> None
     verdict, subject = verdict_of(FULL, arm(low, high))
     assert verdict.startswith(start)
     assert subject == "lora"
-    assert ("100x fewer parameters" in verdict) == ("Take lora" in verdict)
+    assert ("100x fewer parameters" in verdict) == ("Use lora" in verdict)
 
 
 @pytest.mark.parametrize(("others", "seeds"), [(1, 2), (1, 3), (6, 2), (6, 3)])
@@ -262,12 +268,12 @@ def test_one_seed_tells_nothing() -> None:
     assert "--seeds 3" in verdict
 
 
-def test_the_cheapest_arm_that_is_good_enough_is_taken() -> None:
+def test_the_cheapest_arm_that_is_good_enough_is_recommended() -> None:
     arms = [arm(-0.01, 0.01, name="r64", parameters=9), arm(-0.01, 0.015, name="r8", parameters=3)]
     arms += [arm(0.1, 0.2, name="r1", parameters=1)]
     verdict, subject = verdict_of(FULL, *arms)
     assert subject == "r8"
-    assert "Take r8" in verdict
+    assert "Use r8" in verdict
 
 
 @pytest.mark.parametrize("best", [8e-3, 5e-4])
@@ -295,10 +301,10 @@ def test_an_arm_that_was_not_tuned_has_not_lost(low: float, high: float, untuned
     verdict, _ = verdict_of(full, arm(low, high, bracketed=untuned != "lora"))
     assert verdict.startswith(
         f"Cannot tell yet: {untuned} may do better at a learning rate that was not tried. "
-        f"At the rates that were tried, {so_far}"
+        f"At the rates tried so far, {so_far}"
     )
-    assert "Take" not in verdict
-    assert "try more with --rate-tries" in verdict
+    assert "Use " not in verdict
+    assert "use a higher --rate-tries" in verdict
 
 
 def test_arms_that_failed_are_mentioned() -> None:
@@ -313,34 +319,34 @@ SOURCE = "Most of the uncertainty comes from the"
 @pytest.mark.parametrize(
     ("low", "examples", "seeds", "from_examples", "text"),
     [
-        (-0.04, 50, 3, 0.9, f"{SOURCE} examples: about 800 judging examples would be enough."),  # 16 times as many
-        (-0.3, 50, 2, 0.9, f"{SOURCE} examples: about 45,000 judging examples would be enough."),
+        (-0.04, 50, 3, 0.9, f"{SOURCE} examples: about 800 evaluation examples would be enough."),  # 16 times as many
+        (-0.3, 50, 2, 0.9, f"{SOURCE} examples: about 45,000 evaluation examples would be enough."),
         (-0.02, 50, 3, 0.1, f"{SOURCE} seeds: about 5 seeds would be enough."),
         (-0.049, 5, 2, 0.1, f"{SOURCE} seeds: about 4 seeds would be enough."),
         (
             *(-2.4, 5, 2, 0.1),
-            f"{SOURCE} seeds, and no practical number of seeds would be enough: longer runs help, and more held-out "
+            f"{SOURCE} seeds, and no practical number of seeds would be enough; use longer runs or more held-out "
             "examples (--eval-data or --validation-split).",
         ),
         (
             *(-2.0, 5, 2, 0.9),
-            f"{SOURCE} examples, and no practical number of judging examples would be enough: longer runs may help, or "
-            "a larger --margin.",
+            f"{SOURCE} examples, and no practical number of evaluation examples would be enough; try longer runs or a "
+            "larger --margin.",
         ),
     ],
 )
 def test_what_it_would_take_is_of_the_larger_source_if_anybody_can_run_it(
     low: float, examples: int, seeds: int, from_examples: float, text: str
 ) -> None:
-    assert what_would_tell(Difference(0, low, -low, 0.5, examples, seeds, from_examples), 0.02) == text
+    assert sample_size_advice(Difference(0, low, -low, 0.5, examples, seeds, from_examples), 0.02) == text
 
 
-def test_of_two_that_do_as_well_the_one_that_trains_less_is_taken() -> None:
+def test_of_two_equal_arms_the_smaller_one_is_recommended() -> None:
     large = arm(-0.01, 0.01, name="r64", parameters=2_000_000)
     verdict, _ = verdict_of(FULL, large)
-    assert verdict.endswith("Take full: it trains 2x fewer parameters.")
+    assert verdict.endswith("Use full: it trains 2x fewer parameters.")
     better, _ = verdict_of(FULL, arm(-0.05, -0.03, name="r64", parameters=2_000_000))
-    assert better.endswith("Take r64.")
+    assert better.endswith("Use r64.")
 
 
 @pytest.mark.parametrize(("low", "high"), [(-0.05, -0.03), (-0.01, 0.012), (-0.05, 0.01), (-0.05, 0.05)])
@@ -368,4 +374,4 @@ def test_a_smaller_trial_that_ended_early_is_not_called_worse(smaller: dict[int,
     trials = [Candidate(2, "done", {}, 2.0, 1000), Candidate(4, "pruned", {}, 2.5, 1000), Candidate(5, "diverged", {})]
     trials += [Candidate(number, state, {}, 2.4, 100) for number, state in smaller.items()]
     verdict = search_verdict([best], best, 0.02, "nats per token", trials)
-    assert verdict == f"Take trial 2: held-out loss 2.000 (95% interval 1.900 to 2.100). {words}"
+    assert verdict == f"Use trial 2: held-out loss 2.000 (95% interval 1.900 to 2.100). {words}"

@@ -33,7 +33,7 @@ from tailora.train.config import TrainConfig
 
 SCRIPT = Path(__file__).with_name("made_up_trial.py")
 WORKERS, TRIALS = 3, 6
-SEVERAL = "the runs were made by up to 3 workers, so a run may have taken longer than it takes alone"
+SEVERAL = "up to 3 workers ran in parallel, so a run may have taken longer than it would alone"
 STUDY = SearchConfig(
     trials=TRIALS, seeds=2, finalists=2, workers=WORKERS, space={"learning_rate": "1e-4..1e-1", "r": "2,4"}
 )
@@ -91,7 +91,7 @@ def test_workers_share_a_search_and_what_one_leaves_is_run_by_another(
     several = [rate for rate, count in Counter(spec["learning_rate"] for spec in specs).items() if count > 1]
     lost = json.loads((tmp_path / "study" / "trials" / "0002" / "spec.json").read_text())["settings"]
     assert several == [lost["learning_rate"]]  # above all, not the settings as they are
-    (note,) = [note for note in found.notes if "ended early" in note]
+    (note,) = [note for note in found.notes if "stopped: " in note]
     assert "the card has fallen off the bus" in note
     assert found.best.number == min(found.trials, key=lambda trial: trial.eval_loss or 9).number
     assert found.seeds == [1, 2]
@@ -174,7 +174,7 @@ def test_runs_that_were_made_alone_stay_so(train: TrainConfig, template: Path, m
 def test_minutes_need_a_device_for_each_worker(run: Any, train: TrainConfig) -> None:
     """What one run takes alone says nothing of runs that share the cores."""
     schema = CompareConfig if run is compare else SearchConfig
-    with pytest.raises(ConfigError, match=r"--minutes 5 .* --workers 2 on a CPU share its cores: leave one of the two"):
+    with pytest.raises(ConfigError, match=r"--minutes 5 cannot be combined with --workers 2 on a CPU, .*: remove one"):
         run(train, schema(minutes=5, workers=2), run_trial=not_run)
     assert not Path(train.output_dir).exists()
 
@@ -195,7 +195,7 @@ def test_workers_with_a_device_each_share_a_comparison_of_some_minutes(
     monkeypatch.setattr(StudySession, "seconds_left", 0.0)
     more = compare(train, study.replaced(seeds=9), run_trial=not_run)
     assert more.arms == found.arms
-    assert "--minutes left time for 3 of 9 seeds" in more.notes
+    assert "only 3 of 9 seeds fit into --minutes" in more.notes
 
 
 @pytest.fixture
@@ -210,9 +210,9 @@ def four_cards(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("four_cards")
 def test_each_worker_has_a_device_of_its_own() -> None:
     assert [worker.device for worker in make_workers(3, "auto")] == ["cuda:0", "cuda:1", "cuda:2"]
-    with pytest.raises(ConfigError, match=r"there are cuda:0, cuda:1, cuda:2, cuda:3: give --workers 4"):
+    with pytest.raises(ConfigError, match=r"has only cuda:0, cuda:1, cuda:2, cuda:3: use --workers 4"):
         make_workers(5, "cuda")
-    with pytest.raises(ConfigError, match="--device cuda:1 is one: give --device cuda"):
+    with pytest.raises(ConfigError, match="got --device cuda:1: use --device cuda"):
         make_workers(2, "cuda:1")
 
 
@@ -225,7 +225,9 @@ def test_each_worker_has_as_many_devices_as_its_runs_have_processes(monkeypatch:
     assert cards(2, 2) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,GPU-8932f937,4")
     assert cards(2, 2) == [{"CUDA_VISIBLE_DEVICES": "7,5"}, {"CUDA_VISIBLE_DEVICES": "GPU-8932f937,4"}]
-    with pytest.raises(ConfigError, match=r"--workers 3 take 2 devices each, and there are .*: give --workers 2"):
+    with pytest.raises(
+        ConfigError, match=r"--workers 3 need 2 devices each, but this machine has only .*: use --workers 2"
+    ):
         cards(3, 2)
 
 
@@ -236,7 +238,7 @@ def test_devices_that_no_variable_hides_are_not_shared_out_to_several_processes(
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setattr(device, "devices", lambda: cards)
     monkeypatch.setattr(device, "choose_device", lambda _: cards[0])
-    with pytest.raises(ConfigError, match=r"--workers 2 with --nproc-per-node 2: .* the device is xpu; leave"):
+    with pytest.raises(ConfigError, match=r"--workers 2 with --nproc-per-node 2: .* the device is xpu: remove"):
         make_workers(2, "auto", processes=2)
 
 
@@ -273,16 +275,16 @@ def test_a_comparison_goes_on_in_another_number_of_processes_with_the_same_steps
     specs = [json.loads(path.read_text()) for path in (tmp_path / "study").glob("runs/*/*/spec.json")]
     assert [spec["processes"] for spec in specs] == [2] * len(specs)
     assert found.settings["launch"] == {"nproc_per_node": 2}
-    assert found.notes == ["each run had 2 processes; the memory is that of the first of them"]
+    assert found.notes == ["each run had 2 processes; memory was measured in the first one"]
     with pytest.raises(
         ConfigError,
-        match="gradient_accumulation_steps was 2, and is now 1; gradient_accumulation_steps is counted here for all",
+        match="gradient_accumulation_steps was 2 and is now 1; gradient_accumulation_steps is the total over all",
     ):
         compare(train, TWO_ARMS, run_trial=not_run)
     alone = train.replaced(gradient_accumulation_steps=2)
     assert compare(alone, TWO_ARMS, run_trial=not_run).arms == found.arms
     more = compare(alone, TWO_ARMS.replaced(seeds=3))
-    assert "the runs had 1 and 2 processes, so their times and memory cannot be compared" in more.notes
+    assert "runs had 1 and 2 processes, so their times and memory are not comparable" in more.notes
 
 
 def test_a_search_goes_on_in_another_number_of_processes_with_the_same_steps(
@@ -291,13 +293,15 @@ def test_a_search_goes_on_in_another_number_of_processes_with_the_same_steps(
     use_made_up_trials(monkeypatch, template, seconds=0)
     study = STUDY.replaced(workers=1, trials=2)
     found = search(train, study, processes=2)
-    assert "each run had 2 processes; the memory is that of the first of them" in found.notes
+    assert "each run had 2 processes; memory was measured in the first one" in found.notes
     alone = train.replaced(gradient_accumulation_steps=2)
     assert search(alone, study, run_trial=not_run).best == found.best
     assert len(optuna.get_all_study_names(f"sqlite:///{train.output_dir}/study.db")) == 1
-    with pytest.raises(ConfigError, match="gradient_accumulation_steps was 2, and is now 1"):
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps was 2 and is now 1"):
         search(train, study, run_trial=not_run)
-    with pytest.raises(ConfigError, match=r"--minutes 5 .* runs of 2 processes take; give --nproc-per-node 2"):
+    with pytest.raises(
+        ConfigError, match=r"differs from the 2 processes with which --minutes .* use --nproc-per-node 2"
+    ):
         search(alone, study.replaced(minutes=5), run_trial=not_run)
 
 
@@ -320,7 +324,7 @@ def test_the_settings_of_one_process_stay_as_they_were_stored(train: TrainConfig
 
 
 def test_workers_cannot_share_one_run() -> None:
-    with pytest.raises(ConfigError, match="lr_only is one run"):
+    with pytest.raises(ConfigError, match="lr_only is a single run"):
         SearchConfig(workers=2, lr_only=True)
 
 
