@@ -11,6 +11,8 @@ import torch
 from benchmarks.site import from_scratch
 from benchmarks.site.page_blocks import blocks
 
+pytestmark = pytest.mark.pages
+
 BLOCKS = blocks(from_scratch.PAGE)
 NUMBER = re.compile(r"\d+\.\d+")  # trained: other processors give other last digits
 Run = tuple[dict[str, str], dict[str, Any]]  # what the blocks print, and the names that they define
@@ -23,7 +25,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         yield from_scratch.run_page()
 
 
-@pytest.mark.slow
 def test_the_page_shows_what_its_code_prints(run: Run) -> None:
     shown = {block.part: block.text.strip() for block in BLOCKS if block.part}
     assert shown.keys() == run[0].keys()
@@ -39,7 +40,6 @@ def test_the_numbered_blocks_have_60_lines() -> None:
     assert sum(bool(line.strip()) for _, *lines in numbered for line in lines) == 60
 
 
-@pytest.mark.slow
 def test_both_versions_train_alike_and_the_base_stays(run: Run) -> None:
     names = run[1]
     small, model, base, tokens = (names[name] for name in ("small", "model", "base", "tokens"))
@@ -58,7 +58,6 @@ def test_both_versions_train_alike_and_the_base_stays(run: Run) -> None:
         torch.testing.assert_close(model(tokens), small(tokens), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.slow
 def test_an_optimizer_of_the_short_version_gets_inactive_adapters_too(run: Run) -> None:
     small, model = run[1]["small"], run[1]["model"]
     updates = [update for layer in small.layers.values() for update in layer.adapters.values()]

@@ -96,7 +96,7 @@ def found(small_run: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> t
     return find_range(train, SearchConfig(lr_only=True), run_trial=run_here), train
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_suggested_rate_trains_as_well_as_the_best_of_a_grid(
     found: tuple[RateRange, TrainConfig], tmp_path: Path
 ) -> None:

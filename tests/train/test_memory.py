@@ -257,7 +257,7 @@ for name in (None, "MALLOC_TRIM_THRESHOLD_"):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="sets glibc's malloc")
 def test_freed_memory_is_kept_unless_the_environment_sets_malloc() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
