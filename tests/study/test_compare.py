@@ -171,7 +171,7 @@ def test_settings_of_an_arm_that_contradict_each_other_are_found_before_any_run(
     small_run: TrainConfig, tmp_path: Path
 ) -> None:
     study = CompareConfig(arms={"r4": {}, "full": {"method": "full", "r": 3}})
-    with pytest.raises(ConfigError, match="leave out r"):
+    with pytest.raises(ConfigError, match="remove r"):
         compare(small_run.replaced(output_dir=str(tmp_path / "study")), study)
     assert not (tmp_path / "study").exists()
 

@@ -516,9 +516,9 @@ def test_one_process_has_nothing_to_shard(settings: Any) -> None:
     [
         ({"fsdp_reshard_after_forward": False}, "only with --fsdp"),
         ({"fsdp_offload_params": True}, "only with --fsdp"),
-        ({"fsdp_offload_params": True, "fsdp": True, "quantize": "nf4"}, "not quantised: leave it out"),
+        ({"fsdp_offload_params": True, "fsdp": True, "quantize": "nf4"}, "not quantised; remove it"),
         *(
-            ({"fsdp": True, "quantize": method}, f"--fsdp shards no base in {method}.*: take --quantize nf4")
+            ({"fsdp": True, "quantize": method}, f"--fsdp does not support --quantize {method}.*; use nf4")
             for method in ("int8", "torchao-int8", "torchao-int4")
         ),
     ],

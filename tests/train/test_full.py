@@ -117,10 +117,10 @@ def test_the_header_says_what_trains(full: Settings) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"r": 8, "learning_rate": 1e-4}, "leave out r"),
-        ({"adapter": "somewhere", "learning_rate": 1e-4}, "leave out adapter"),
-        ({"quantize": "nf4", "learning_rate": 1e-4}, "leave out quantize"),
-        ({}, "needs its own --learning-rate"),
+        ({"r": 8, "learning_rate": 1e-4}, "remove r"),
+        ({"adapter": "somewhere", "learning_rate": 1e-4}, "remove adapter"),
+        ({"quantize": "nf4", "learning_rate": 1e-4}, "remove quantize"),
+        ({}, "needs an explicit --learning-rate"),
     ],
 )
 def test_settings_that_contradict_it_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -34,7 +34,7 @@ def test_activation_memory_is_refused_where_layers_cannot_be_compiled(
     monkeypatch.setattr("tailora.train.kernel_choice.obstacle_to_compiling", lambda *_: "there is no compiler")
     with pytest.raises(ConfigError, match=r"--activation-memory needs compiled layers.*there is no compiler"):
         run(settings(max_steps=1, activation_memory=0.5))
-    with pytest.raises(ConfigError, match="excludes compiled layers"):
+    with pytest.raises(ConfigError, match="does not work with compiled layers"):
         settings(activation_memory=0.5, gradient_checkpointing=True)
 
 

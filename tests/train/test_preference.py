@@ -460,8 +460,8 @@ def test_rows_and_settings_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "causal-lm", "beta": 0.3}, "beta: only for --task preference, not causal-lm"),
-        ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing: only for --loss dpo or simpo, not ipo"),
+        ({"task": "causal-lm", "beta": 0.3}, "beta: only for --task preference, got causal-lm"),
+        ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing: only for --loss dpo or simpo, got ipo"),
         ({"simpo_gamma": 0.5}, "simpo_gamma: only for --loss simpo"),
     ],
 )

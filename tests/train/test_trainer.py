@@ -230,7 +230,7 @@ def test_numbers_of_a_step_add_up(settings: Any) -> None:
         ({"streaming": True}, "max-steps"),
         ({"early_stopping_patience": 2}, "eval-steps"),
         ({"eval_steps": 2, "validation_split": 0}, "held-out"),
-        ({"adapter": "somewhere", "r": 8}, "brings its own r"),
+        ({"adapter": "somewhere", "r": 8}, "already defines r"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], complaint: str) -> None:
