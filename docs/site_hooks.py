@@ -196,7 +196,7 @@ def errors_page() -> str:
 def python_page() -> str:
     """Returns the mkdocstrings directives for all public names."""
     names = [name for name in tailora.__all__ if not name.startswith("_")]
-    intro = "# Python\n\nImport all public names from `tailora`: `from tailora import LoRAConfig, LoRAModel`.\n\n"
+    intro = "# Python API\n\nImport all public names from `tailora`: `from tailora import LoRAConfig, LoRAModel`.\n\n"
     return intro + "\n".join(f"::: tailora.{name}\n" for name in names)
 
 

@@ -64,7 +64,7 @@ def inspect(
 
     From the adapter alone: ranks and energy of every module. With --model: the size relative to the
     base's weights, and directions that the base lacks. With --data: how much each part lowers the loss. The rules of
-    the advice are in "Looking into an adapter" in the docs.
+    the advice are in "Inspecting an adapter" in the docs.
     """
     folder = find_adapter(adapter)
     second = None if with_ is None else find_adapter(with_)

@@ -3,7 +3,7 @@
     Inspection -> each of RULES -> Advice, or nothing
 
 `study/inspect.py` fills in the data classes, whose field names are the keys of report.json. A rule is a function whose
-docstring states when it gives advice and where its threshold comes from. "Looking into an adapter" in the docs lists
+docstring states when it gives advice and where its threshold comes from. "Inspecting an adapter" in the docs lists
 all rules in a table. All advice comes from here.
 """
 
@@ -266,7 +266,7 @@ def saturated(inspection: Inspection) -> Iterator[Advice]:
     """Applies if removing the lower half of the singular values costs more than SATURATED_COST of the improvement, with
     an interval above 0, and effective rank / r is above SATURATED_USE. Then it looks at each group in the same way.
 
-    Calibrated ("Looking into an adapter" in the docs): doubling r helped where the rule applies, and hardly elsewhere.
+    Calibrated ("Inspecting an adapter" in the docs): doubling r helped where the rule applies, and hardly elsewhere.
     """
     losses, modules = inspection.held_out, _nonzero(inspection)
     if losses is None or not modules or not losses.has_gain:

@@ -113,7 +113,7 @@ def inspect_page(inspection: Inspection) -> Page:
     no_advice = "No rule that could be applied advises a change." if notes else "No rule advises a change."
     conclusion = Section(
         "Advice",
-        'From rules with stated thresholds, each with its numbers: "Looking into an adapter" in the docs.',
+        'From rules with stated thresholds, each with its numbers: "Inspecting an adapter" in the docs.',
         findings or [Paragraph(no_advice)],
     )
     rules = [advice.rule for advice in inspection.advice]
