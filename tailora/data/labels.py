@@ -1,12 +1,12 @@
-"""Labels of rows: the names of classes and tags, and the tokens and targets of rows that have them.
+"""Labels: the names of classes and tags, and the targets of rows.
 
     task                       a row's label becomes
     sequence-classification    the index of its class; with several labels per row, a 0 or 1 for every class
     regression                 a number
     token-classification       the index of each word's tag, at the word's first token
 
-`read_labels` collects the names from all training rows before the model is loaded, since they size its head.
-`tokenize.py` makes the examples.
+`read_labels` collects the names from all training rows before the model is loaded, because the head needs their number.
+`tokenize.py` creates the examples.
 """
 
 import math
@@ -35,15 +35,15 @@ from tailora.errors import DataError, nearest
 
 LABEL_TASKS = (SEQUENCE_CLASSIFICATION, REGRESSION, TOKEN_CLASSIFICATION)
 SINGLE, MULTI = "single_label_classification", "multi_label_classification"  # problem_type of transformers' configs
-MOST_LABELS = 1000  # more are most likely no classes
-MOST = 1e15  # of a number to learn: sums of squared errors stay finite in float32
+MOST_LABELS = 1000  # more than this are probably not classes
+MOST = 1e15  # limit for regression targets, so that sums of squared errors stay finite in float32
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What the head of a model predicts.
+    """The labels that the head of a model predicts.
 
-    names: of the classes or tags, in the order of the head's outputs; of regression the one name "value".
+    names: of the classes or tags, in the order of the head's outputs; for regression only "value".
     several: whether a row may have several labels.
     """
 
@@ -53,14 +53,14 @@ class Labels:
 
     @property
     def problem_type(self) -> str:
-        """What transformers' configs call it."""
+        """The name in transformers' configs."""
         if self.task == REGRESSION:
             return REGRESSION
         return MULTI if self.several else SINGLE
 
     @property
     def targets(self) -> int:
-        """How many numbers are learned of a row."""
+        """Number of targets per row."""
         return len(self.names) if self.several else 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,11 +72,11 @@ class Labels:
 
     @classmethod
     def of_config(cls, task: str, names: Sequence[str], problem_type: str | None) -> "Labels":
-        """Returns the labels of a model from what its config says."""
+        """Returns the labels of a model from its config."""
         return cls(REGRESSION if problem_type == REGRESSION else task, tuple(names), problem_type == MULTI)
 
     def target(self, value: LabelValue) -> Float64:
-        """Returns what is learned of a row with this label. Raises DataError if it is none of the names."""
+        """Returns the target of a row with this label. Raises DataError for an unknown label."""
         if self.task == REGRESSION:
             return np.array([_number(value)])
         if not self.several:
@@ -86,17 +86,17 @@ class Labels:
         return target
 
     def index(self, value: Any) -> int:
-        """Returns the index of a class or tag. Raises DataError if it is none of the names."""
+        """Returns the index of a class or tag. Raises DataError for an unknown one."""
         name = _name(value)
         if name in self.names:
             return self.names.index(name)
         raise DataError(
-            f"{'tag' if self.task == TOKEN_CLASSIFICATION else 'label'} {name!r} is none of those that the model "
-            f"learns: {listed(self.names)}{nearest(name, self.names)}"
+            f"unknown {'tag' if self.task == TOKEN_CLASSIFICATION else 'label'} {name!r}, expected one of the model's: "
+            f"{listed(self.names)}{nearest(name, self.names)}"
         )
 
     def preview(self, example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
-        """Returns pieces of text, and whether they are learned: of tags in brackets after their words, or the label."""
+        """Returns pieces of text, and whether they are trained: tags in brackets after their words, or the label."""
         if self.task == TOKEN_CLASSIFICATION:
             pieces = []
             for token, tag in zip(example.input_ids.tolist(), example.labels.tolist(), strict=True):
@@ -112,13 +112,13 @@ class Labels:
         return [(tokenizer.decode(example.input_ids.tolist()), False), (f" -> {label}", True)]
 
     def classes(self, examples: Examples) -> list[int]:
-        """Returns the index of each example's class; [] where an example does not have just one."""
+        """Returns the index of each example's class; [] if examples do not have exactly one."""
         if self.problem_type != SINGLE or examples.targets is None:
             return []
         return [int(index) for index in examples.targets[:, 0]]
 
     def counts(self, examples: Examples) -> dict[str, int]:
-        """Returns how many examples, or words, have each label; {} for regression."""
+        """Returns the number of examples or words with each label; {} for regression."""
         if self.task == REGRESSION:
             return {}
         if examples.targets is None:
@@ -131,7 +131,7 @@ class Labels:
 
 
 def _name(value: Any) -> str:
-    """Returns the name of a class: text as it is, true and false, whole numbers without a decimal point."""
+    """Returns the name of a class: unchanged text, true or false, or an integer without a decimal point."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
@@ -139,12 +139,10 @@ def _name(value: Any) -> str:
     if isinstance(value, str) and value.strip():
         return text_value(value, "label")
     if isinstance(value, list):
-        raise DataError("label is a list, and the other rows have one label each")
+        raise DataError("expected a single label as in the other rows, got a list")
     if value is None or isinstance(value, str):
         raise DataError("label is empty")
-    raise DataError(
-        f"label is {value!r:.60} where a name or a whole number is needed; for numbers, take --task regression"
-    )
+    raise DataError(f"label: expected a name or an integer, got {value!r:.60}; for other numbers use --task regression")
 
 
 def _number(value: Any) -> float:
@@ -153,14 +151,14 @@ def _number(value: Any) -> float:
     except (ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise DataError(f"label is {short_repr(value)} where a number is needed")
+        raise DataError(f"label: expected a number, got {short_repr(value)}")
     if abs(number) > MOST:
-        raise DataError(f"label is {number:g}, whose squared error overflows: divide all labels by a constant")
+        raise DataError(f"label {number:g} is too large, its squared error overflows: divide all labels by a constant")
     return number
 
 
 def _in_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Numbers by size, other names by the alphabet, and the tag O first."""
+    """Sorts the tag O first, then numbers by size, then other names alphabetically."""
 
     def key(name: str) -> tuple[bool, bool, int, str]:
         is_number = re.fullmatch(r"-?[0-9]{1,4000}", name) is not None
@@ -169,15 +167,15 @@ def _in_order(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=key))
 
 
-# ---- The names, before the model is loaded
+# ---- Reading the names
 
 
 def read_labels(
     sources: Sequence[str], field: Mapping[str, str] | None, task: str, *, skip_bad_rows: bool = False
 ) -> Labels:
-    """Returns the labels of all rows. Raises DataError that names every problem with file, row and cause.
+    """Returns the labels of all rows. Raises DataError with the file, row and cause of every problem.
 
-    skip_bad_rows: leave them to `prepare`, which names them.
+    skip_bad_rows: ignore them here; `prepare` reports them.
     """
     problems: list[RowProblem] = []
     samples: list[tuple[Row, Labelled | Tagged]] = []
@@ -195,7 +193,7 @@ def read_labels(
     if task == REGRESSION:
         return Labels(task, ("value",))
     lists = sum(isinstance(sample, Labelled) and isinstance(sample.label, list) for _, sample in samples)
-    several = 2 * lists > len(samples)  # one wrong row must not decide for all
+    several = 2 * lists > len(samples)  # a single wrong row must not decide
     counts, source = Counter[str](), ", ".join(sources)
     for row, sample in samples:
         try:
@@ -207,13 +205,13 @@ def read_labels(
     what = "tags" if task == TOKEN_CLASSIFICATION else "labels"
     if len(counts) > MOST_LABELS:
         raise DataError(
-            f"data {source}: its rows have {len(counts):,} different {what}, such as {listed(list(counts)[:3])}: more "
-            f"than {MOST_LABELS:,} classes are most likely a mistake. For numbers, take --task regression"
+            f"data {source}: {len(counts):,} different {what} such as {listed(list(counts)[:3])}, expected at most "
+            f"{MOST_LABELS:,}: check the label column, or use --task regression for numbers"
         )
     if len(counts) < 2:
         raise DataError(
-            f"data {source}: all rows have the same {what} ({listed(list(counts)) or 'none'}), so there is nothing to "
-            "tell apart: give data with two or more"
+            f"data {source}: expected at least two different {what}, got {listed(list(counts)) or 'none'}: add rows "
+            "with other ones"
         )
     return Labels(task, _in_order(counts), several)
 

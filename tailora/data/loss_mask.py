@@ -1,14 +1,14 @@
 """The loss mask: which tokens of a sample are trained.
 
-`render_sample` writes the sample as text and finds the spans that are trained; `loss_mask` maps them to tokens.
+`render_sample` renders the sample as text and finds the trained spans; `loss_mask` maps them to tokens.
 
-The replies of the assistant, which may be tool calls, are located from the chat template itself:
+Assistant replies, including tool calls, are located with the chat template itself:
   - a template with {% generation %} marks them;
-  - any other is rendered twice per reply: up to the reply (as `generate` would begin) and up to its end. Both must be
-    prefixes of the whole text. Where a template rewrites earlier turns they are not, and the reply becomes a
-    separate example, with the conversation up to it.
-A reply's span ends with its end-of-turn token; the model never generates what the template writes after it. Tokens are
-trained only if the model sees the same tokens before them when it generates.
+  - any other template renders the conversation twice per reply: up to the reply (the prompt of `generate`) and up to
+    its end. Both must be prefixes of the full text. If not, because the template rewrites earlier turns, the reply
+    becomes a separate example with the conversation up to it.
+A reply's span ends with its end-of-turn token, since the model never generates the text after it. Tokens are trained
+only if the model sees the same tokens before them during generation.
 """
 
 from dataclasses import dataclass, replace
@@ -25,16 +25,16 @@ from tailora.errors import DataError
 
 Bools: TypeAlias = NDArray[np.bool_]
 
-# ---- A sample -> its text and the trained spans
+# ---- A sample -> its text and trained spans
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedSample:
-    """text, and the spans of it that are trained.
+    """A text and its trained spans.
 
-    sample: what it was made of: of a conversation that became several texts, the part up to its last trained reply.
-    add_bos: the tokenizer's BOS goes before the text, since no template has written it.
-    add_eos: EOS goes after the text, since it does not end with one.
+    sample: its source. If a conversation became several texts, the part up to the last trained reply.
+    add_bos: put the tokenizer's BOS before the text, because no template has done so.
+    add_eos: put EOS after the text, because it does not end with one.
     """
 
     sample: Sample
@@ -45,9 +45,9 @@ class RenderedSample:
 
 
 def render_sample(sample: Sample, tokenizer: ChatTokenizer) -> list[RenderedSample]:
-    """Returns the text of a sample; of a conversation that has replies in several renderings, all of them.
+    """Returns the text of a sample, or several texts for a conversation whose replies need separate renderings.
 
-    Raises DataError with the cause if the sample cannot be rendered, or a reply of it cannot be trained.
+    Raises DataError with the cause if the sample cannot be rendered or one of its replies cannot be trained.
     """
     if isinstance(sample, Text):
         spans, has_eos = [(0, len(sample.text))], tokenizer.eos is not None
@@ -56,13 +56,13 @@ def render_sample(sample: Sample, tokenizer: ChatTokenizer) -> list[RenderedSamp
         return _render_chat(sample, tokenizer)
     if isinstance(sample, Conversation):
         raise DataError(
-            "the tokenizer has no chat template to write messages with: take the instruct version of the model, "
-            "set tokenizer.chat_template, or give the data as prompt and completion"
+            "messages need a chat template, but the tokenizer has none: use the instruct version of the model, set "
+            "tokenizer.chat_template, or provide the data as prompt and completion"
         )
     if tokenizer.settings.assistant_only_loss:
         raise DataError(
-            "--assistant-only-loss needs messages, and the row is prompt and completion, for which there is no chat "
-            "template: leave it out"
+            "--assistant-only-loss needs messages or a chat template, but the row has prompt and completion and the "
+            "tokenizer has no template: remove --assistant-only-loss"
         )
     _check_eos(tokenizer)
     text = sample.prompt + sample.completion
@@ -72,19 +72,19 @@ def render_sample(sample: Sample, tokenizer: ChatTokenizer) -> list[RenderedSamp
 
 def _check_eos(tokenizer: ChatTokenizer) -> None:
     if tokenizer.eos_id is None:
-        raise DataError("the tokenizer has no EOS token, so the model could not learn to stop: set tokenizer.eos_token")
+        raise DataError("the tokenizer has no EOS token, so the model cannot learn to stop: set tokenizer.eos_token")
 
 
 def _render_chat(sample: Conversation | Pair, tokenizer: ChatTokenizer) -> list[RenderedSample]:
-    """Returns the whole conversation with the replies that are in it as in generation, and each other one by itself."""
+    """Returns the full conversation with the replies that it renders as in generation, and the others separately."""
     chat = fit_to_template(to_conversation(sample), tokenizer)
     if tokenizer.settings.completion_only_loss is False:
         chat = replace(chat, first=0)
     if not tokenizer.settings.trains_replies_alone:
         return [_render_all(sample, chat, tokenizer)]
-    remaining = [index for index in chat.trained_replies if index > 0]  # no model is ever asked to speak first
+    remaining = [index for index in chat.trained_replies if index > 0]  # models do not generate the first message
     if not remaining:
-        raise DataError("nothing to learn: the conversation has no reply, or only one that it begins with")
+        raise DataError("expected a reply after the first message, got none, so there is nothing to learn")
     find = _marked_replies if tokenizer.marks_replies else _unmarked_replies
     size = len(chat.messages)
     rendered: list[RenderedSample] = []
@@ -93,10 +93,10 @@ def _render_chat(sample: Conversation | Pair, tokenizer: ChatTokenizer) -> list[
         text, located, spans = find(part, remaining, tokenizer)
         if not located and size == last + 1:
             raise DataError(
-                f"message {last} cannot be trained: once it is there, the chat template no longer writes the prompt "
-                "that generation begins with (some drop the reasoning of calls before it, or a thought that they have "
-                'opened); leave out what is dropped, mark the reply with "train": false, or put {% generation %} ... '
-                "{% endgeneration %} around replies in the template"
+                f"message {last} cannot be trained: with it, the chat template renders a different prompt than "
+                "during generation (some drop earlier reasoning, or a thought that they opened). Remove the dropped "
+                'part, mark the reply with "train": false, or put {% generation %} ... {% endgeneration %} around '
+                "replies in the template"
             )
         is_whole = not rendered and located == remaining
         remaining = [index for index in remaining if index not in located]
@@ -115,45 +115,51 @@ def _render_chat(sample: Conversation | Pair, tokenizer: ChatTokenizer) -> list[
                 )
             )
     if not rendered:
-        raise DataError("nothing to learn: the chat template writes nothing for the replies")
+        raise DataError("the chat template renders no text for the replies, so there is nothing to learn")
     return rendered[::-1]
 
 
 def _render_all(sample: Sample, chat: Conversation, tokenizer: ChatTokenizer) -> RenderedSample:
-    """Returns a conversation that is trained as a whole, or from its completion on if it has one."""
+    """Renders a conversation that is trained completely, or from its completion on if it has one."""
     if chat.untrained:
         raise DataError(
-            f"message {min(chat.untrained)} is not to be trained, which is possible only where replies alone are: "
-            "leave out --no-assistant-only-loss, or train and weight"
+            f"message {min(chat.untrained)} is marked as not trained, which requires training on replies only: remove "
+            "--no-assistant-only-loss, or the marks train and weight"
         )
     text = tokenizer.render(chat.messages, tools=chat.tools)
     last = chat.messages[-1]
-    if last["role"] == "assistant" and (part := _left_out(last, text)) is not None:
+    if last["role"] == "assistant" and (part := _missing_part(last, text)) is not None:
         raise _not_written_error(part, len(chat.messages) - 1)
     begins_with_reply = chat.messages[chat.first]["role"] == "assistant"
     before = chat.messages[: chat.first]
     prompt = tokenizer.render(before, tools=chat.tools, add_generation_prompt=begins_with_reply) if before else ""
     if not text.startswith(prompt):
-        raise DataError("the chat template rewrites the prompt once the completion is there: it cannot be told apart")
+        raise DataError(
+            "prompt and completion cannot be separated, because the chat template renders the prompt differently with "
+            "the completion: remove --no-assistant-only-loss, or use a different template"
+        )
     start, end, has_end = _end_turn(text, (len(prompt), len(text)), tokenizer)
     if not has_end:
         _check_eos(tokenizer)
     return RenderedSample(sample, text[:end], [(start, end)], add_eos=not has_end)
 
 
-Located: TypeAlias = tuple[str, list[int], list[Span]]  # text, the replies that are in it as in generation, their spans
+Located: TypeAlias = tuple[str, list[int], list[Span]]  # text, replies rendered as in generation, their spans
 
 
 def _marked_replies(chat: Conversation, replies: list[int], tokenizer: ChatTokenizer) -> Located:
-    """Finds the replies that the template writes completely between its marks."""
+    """Finds the replies that the template renders completely between its marks."""
     text, marked = tokenizer.render_generation_spans(chat)
     if len(marked) != len(chat.replies):
-        raise DataError(f"the chat template marks {len(marked)} replies where the chat has {len(chat.replies)}")
+        raise DataError(
+            f"the chat template marks {len(marked)} replies, but the chat has {len(chat.replies)}: put "
+            "{% generation %} ... {% endgeneration %} around every reply in the template"
+        )
     located, spans = [], []
     for index, (start, end) in zip(chat.replies, marked, strict=True):
         if index not in replies:
             continue
-        part = _left_out(chat.messages[index], text[start:end])
+        part = _missing_part(chat.messages[index], text[start:end])
         if part is None:
             located.append(index)
             spans.append(_with_next_special(text, (start, end), tokenizer))
@@ -163,9 +169,9 @@ def _marked_replies(chat: Conversation, replies: list[int], tokenizer: ChatToken
 
 
 def _unmarked_replies(chat: Conversation, replies: list[int], tokenizer: ChatTokenizer) -> Located:
-    """Finds the replies that come right after their prompt in the text of the whole conversation.
+    """Finds the replies that directly follow their prompt in the text of the full conversation.
 
-    Raises DataError if it leaves out a part of one.
+    Raises DataError if the template drops a part of one.
     """
     text = tokenizer.render(chat.messages, tools=chat.tools)
     located, spans, prompt = [], [], ""
@@ -173,10 +179,10 @@ def _unmarked_replies(chat: Conversation, replies: list[int], tokenizer: ChatTok
         prompt = tokenizer.render(chat.messages[:index], tools=chat.tools, add_generation_prompt=True)
         is_last = index == len(chat.messages) - 1
         up_to_end = text if is_last else tokenizer.render(chat.messages[: index + 1], tools=chat.tools)
-        # Some templates close the whole chat, not the turn, with EOS.
+        # Some templates close the chat instead of the turn with EOS.
         for prefix in (up_to_end, up_to_end.removesuffix(tokenizer.eos or "")):
             if text.startswith(prefix) and prefix.startswith(prompt):
-                if (part := _left_out(chat.messages[index], prefix[len(prompt) :])) is not None:
+                if (part := _missing_part(chat.messages[index], prefix[len(prompt) :])) is not None:
                     raise _not_written_error(part, index)
                 located.append(index)
                 span = len(prompt), len(prefix)
@@ -190,9 +196,9 @@ def _unmarked_replies(chat: Conversation, replies: list[int], tokenizer: ChatTok
 
 
 def _after_header(prompt: str, text: str, message: dict[str, Any], tokenizer: ChatTokenizer) -> str:
-    """Returns the reply that ends a text which does not begin with its prompt, or "" if it cannot be told.
+    """Returns the reply at the end of a text that does not begin with the prompt, or "" if it cannot be found.
 
-    It follows the header that ends the prompt: Mistral's drops the system message once the last question has a reply.
+    It follows the header at the end of the prompt. Mistral's template drops the system message after the last reply.
     """
     start = max((prompt.rfind(token) for token in tokenizer.special_tokens), default=-1)
     reply = text.rpartition(prompt[start:])[2] if start >= 0 and prompt[start:] in text else ""
@@ -201,26 +207,26 @@ def _after_header(prompt: str, text: str, message: dict[str, Any], tokenizer: Ch
     return reply if len(names) <= 1 and all(part in reply for part in parts) else ""
 
 
-def _left_out(message: dict[str, Any], reply: str) -> str | None:
-    """Returns which part of a message is not in the text that the template writes for it; None if all is."""
+def _missing_part(message: dict[str, Any], reply: str) -> str | None:
+    """Returns the part of a message that is missing in its rendered text; None if it is complete."""
     if str(message.get(REASONING, "")).strip() not in reply:
         return REASONING
     if "tool_calls" in message and message["content"].strip() not in reply:
-        return "content beside the tool calls"
+        return "content next to the tool calls"
     return None
 
 
 def _not_written_error(part: str, index: int) -> DataError:
     return DataError(
-        f"the chat template does not write the {part} of message {index}, so it could not be learned: remove it, or "
-        "write it into the content, in the form in which the model is to write it"
+        f"the chat template drops the {part} of message {index}, so it cannot be trained: remove it, or write it into "
+        "the content in the format that the model should generate"
     )
 
 
 def _with_next_special(text: str, span: Span, tokenizer: ChatTokenizer) -> Span:
-    """Returns a span that has no special token at its end up to the end of the one that follows, if any.
+    """Extends a span without a special token at its end by the special token that follows, if any.
 
-    It may stand outside of {% generation %}, or begin the next turn: GLM's replies end with the <|user|> after them.
+    That token may be outside of {% generation %}, or begin the next turn: GLM's replies end with the next <|user|>.
     """
     start, end = span
     if text[start:end].rstrip().endswith(tokenizer.special_tokens):
@@ -233,10 +239,10 @@ def _with_next_special(text: str, span: Span, tokenizer: ChatTokenizer) -> Span:
 def _end_turn(text: str, span: Span, tokenizer: ChatTokenizer) -> tuple[int, int, bool]:
     """Ends the reply at EOS, or else at the first of the special tokens that close the span.
 
-    Returns its start and end, and whether its last token tells generation to stop.
+    Returns its start and end, and whether its last token stops generation.
     """
     start, end = span
-    # The special tokens at the end of the reply, with white space between them or not, and where each ends
+    # The special tokens at the end of the reply, possibly separated by whitespace, with the end of each
     closing = []
     rest = text[start:end].rstrip()
     while rest.endswith(tokenizer.special_tokens):
@@ -253,10 +259,10 @@ def _end_turn(text: str, span: Span, tokenizer: ChatTokenizer) -> tuple[int, int
 
 
 def loss_mask(rendered: RenderedSample, tokens: Tokens, tokenizer: ChatTokenizer) -> tuple[Int32, Bools]:
-    """Returns token ids, with BOS and EOS where they belong, and for each whether it is trained, (length,) both.
+    """Returns token ids, including BOS and EOS, and whether each one is trained; both (length,).
 
-    tokens: of the whole rendered text. They are used if its prompts have the same tokens as in generation; otherwise
-        prompts and replies are tokenised one by one.
+    tokens: of the full rendered text. Used if its prompts have the same tokens as in generation; otherwise prompts and
+        replies are tokenized separately.
     """
     ids, mask = _mask_from_offsets(rendered, tokens, tokenizer) or _mask_from_pieces(rendered, tokenizer)
     bos, eos = tokenizer.bos_ids, [] if tokenizer.eos_id is None else [tokenizer.eos_id]
@@ -272,7 +278,7 @@ def _mask_from_offsets(
 ) -> tuple[Int32, Bools] | None:
     """Returns None if the prompts have different tokens in generation, or if there are no offsets.
 
-    Only the prompts of replies that begin before max_length are compared, since the others will be cut off.
+    Only replies that begin before max_length are checked, because the others are truncated.
     """
     if len(tokens.offsets) < len(tokens.ids):
         return None
@@ -282,7 +288,7 @@ def _mask_from_offsets(
         mask[first:last] = True
         if first >= tokenizer.settings.max_length:
             continue
-        # Special tokens split a text before anything else is done to it, so only what follows the last one can differ.
+        # Tokenizers split a text at special tokens first, so only the tokens after the last one can differ.
         ids = tokens.ids[:first].tolist()
         split = next((i for i in range(first - 1, 0, -1) if ids[i] in tokenizer.special_ids), 0)
         split_start = tokens.offsets[split, 0] if split else 0
@@ -292,7 +298,7 @@ def _mask_from_offsets(
 
 
 def _mask_from_pieces(rendered: RenderedSample, tokenizer: ChatTokenizer) -> tuple[Int32, Bools]:
-    """Prompts and replies tokenised one by one."""
+    """Tokenizes prompts and replies separately."""
     ids: list[int] = []
     mask: list[bool] = []
     previous_end = 0

@@ -1,7 +1,7 @@
-"""Chat messages and tools of a row: read from the forms that data comes in, checked, and returned in OpenAI's form.
+"""Chat messages and tools of a row: read in the common formats, checked, and returned in OpenAI's format.
 
-A message has role and content, and may have tool_calls, tool_call_id and name. Reasoning is reasoning_content here,
-whatever name the row has for it. `train: false` or `weight: 0` marks a reply that is read but not trained.
+A message has role and content, and optionally tool_calls, tool_call_id and name. Reasoning is always stored as
+reasoning_content, whatever the row calls it. `train: false` or `weight: 0` marks a reply that is read but not trained.
 ShareGPT's messages have from and value.
 
 `text_value`, `short_repr`, `listed` and SURROGATE are for the values of any column.
@@ -16,9 +16,9 @@ from typing import Any, TypeAlias
 
 from tailora.errors import DataError, nearest
 
-Messages: TypeAlias = list[dict[str, Any]]  # role and content, and what else the chat template may read
-Tools: TypeAlias = list[dict[str, Any]]  # functions in OpenAI's form: type, and function with name and parameters
-MarkedMessage: TypeAlias = tuple[dict[str, Any], bool | None]  # a message, and whether the row says to train it
+Messages: TypeAlias = list[dict[str, Any]]  # role, content, and other keys for the chat template
+Tools: TypeAlias = list[dict[str, Any]]  # functions in OpenAI's format: type, and function with name and parameters
+MarkedMessage: TypeAlias = tuple[dict[str, Any], bool | None]  # a message, and whether to train it; None if unmarked
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -33,32 +33,32 @@ SHAREGPT_ROLES = {
     "observation": "tool",
 }
 REASONING = "reasoning_content"
-REASONING_KEYS = (REASONING, "thinking", "reasoning")  # of vLLM and most templates; of gpt-oss; of OpenRouter
+REASONING_KEYS = (REASONING, "thinking", "reasoning")  # vLLM and most templates; gpt-oss; OpenRouter
 
 
 def read_messages(value: Any, name: str) -> Messages:
-    """Returns the messages of a list without their marks. Raises DataError, as all functions here."""
+    """Returns the messages of a list without their marks. Raises DataError, like all functions here."""
     return [message for message, _ in marked_messages(value, name)]
 
 
 def marked_messages(value: Any, name: str) -> list[MarkedMessage]:
     if not isinstance(value, list) or not value:
-        raise DataError(f"{name} is {short_repr(value)} where a list of messages is needed")
+        raise DataError(f"{name}: expected a list of messages, got {short_repr(value)}")
     return [_message(message, f"{name}[{index}]") for index, message in enumerate(value)]
 
 
 def as_messages(value: Any, name: str, role: str) -> list[MarkedMessage]:
-    """Returns a list of messages, or a text as a message of the role."""
+    """Returns a list of messages; a text becomes one message with this role."""
     if isinstance(value, list):
         return marked_messages(value, name)
     return [({"role": role, "content": text_value(value, name)}, None)]
 
 
 def _message(message: Any, name: str) -> MarkedMessage:
-    """Returns the message, and whether it is to be trained; None if it does not say."""
+    """Returns the message, and whether to train it; None if unmarked."""
     if not isinstance(message, dict) or not message.keys() & {"role", "from"}:
         raise DataError(
-            f"{name} is {short_repr(message)} where an object with role and content, or from and value, is needed"
+            f"{name}: expected an object with role and content, or with from and value, got {short_repr(message)}"
         )
     if "role" not in message:
         message = _from_sharegpt(message, name)
@@ -66,18 +66,18 @@ def _message(message: Any, name: str) -> MarkedMessage:
     role = "tool" if message.get("role") == "function" else message.get("role")
     if role not in ROLES:
         hint = nearest(role, ROLES) if isinstance(role, str) else ""
-        raise DataError(f"{name}: role {short_repr(role)} is unknown{hint}; roles are {', '.join(ROLES)}")
+        raise DataError(f"{name}: unknown role {short_repr(role)}{hint}; known roles are {', '.join(ROLES)}")
     is_trained = _train_flag(message, role, name)
     special: dict[str, Any] = {"role": role}
     if calls := _tool_calls(message, name):
         if role != "assistant":
-            raise DataError(f"{name}: only the assistant calls tools, and the role is {role}")
+            raise DataError(f"{name}: expected tool calls only in assistant messages, got role {role}")
         special["tool_calls"] = calls
     special["content"] = "" if calls and message.get("content") is None else _content(message, name)
     if reasoning := [message[key] for key in REASONING_KEYS if message.get(key)]:
         special[REASONING] = text_value(reasoning[0], f"{name}.{REASONING}")
     used = {"tool_calls", "function_call", "train", "weight", *special, *REASONING_KEYS}
-    # What else there is, such as name and tool_call_id, is left to the chat template.
+    # Keep all other keys, such as name and tool_call_id, for the chat template.
     other = {
         key: text_value(value, f"{name}.{key}") if isinstance(value, str) else value
         for key, value in message.items()
@@ -92,34 +92,34 @@ def _content(message: dict[str, Any], name: str) -> str:
         return text_value(content, f"{name}.content")
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text":
-            raise DataError(f"{name}.content holds {short_repr(part)}; only text parts can be learned from")
+            raise DataError(f"{name}.content: expected only text parts, got {short_repr(part)}")
     return "".join(text_value(part.get("text"), f"{name}.content") for part in content)
 
 
 def _train_flag(message: dict[str, Any], role: str, name: str) -> bool | None:
-    """Returns what `train`, or OpenAI's `weight`, says about the message."""
+    """Returns the value of `train` or of OpenAI's `weight` for the message; None if it has neither."""
     given = {key: message[key] for key in ("train", "weight") if key in message}
     if type(given.get("train", True)) is not bool:
-        raise DataError(f"{name}: train is {short_repr(given['train'])} where a message has true or false")
+        raise DataError(f"{name}: expected true or false for train, got {short_repr(given['train'])}")
     if given.get("weight", 1) not in (0, 1):
         raise DataError(
-            f"{name}: weight is {short_repr(given['weight'])} where a message has 0 or 1; the weight of a whole row is "
-            "a key beside messages"
+            f"{name}: expected 0 or 1 for the weight of a message, got {short_repr(given['weight'])}; to weight the "
+            "whole row, put weight next to messages"
         )
     flags = [bool(value) for value in given.values()]
     if len(set(flags)) > 1:
-        raise DataError(f"{name}: train and weight contradict each other; give one")
+        raise DataError(f"{name}: train and weight contradict each other; use only one")
     if True in flags and role != "assistant":
-        raise DataError(f"{name}: only replies of the assistant are trained, and the role is {role}; leave out train")
+        raise DataError(f"{name}: only assistant messages can be trained, got role {role}; remove train or weight")
     return flags[0] if flags else None
 
 
 def _tool_calls(message: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """Returns the calls in OpenAI's form; [] if there are none."""
+    """Returns the calls in OpenAI's format; [] if there are none."""
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list):
-        raise DataError(f"{name}.tool_calls is {short_repr(calls)} where a list of calls is needed")
-    if message.get("function_call"):  # OpenAI's older form, with one call
+        raise DataError(f"{name}.tool_calls: expected a list of calls, got {short_repr(calls)}")
+    if message.get("function_call"):  # OpenAI's older format, with one call
         calls = [*calls, message["function_call"]]
     return [_tool_call(call, f"{name}.tool_calls[{index}]") for index, call in enumerate(calls)]
 
@@ -128,12 +128,12 @@ def _tool_call(call: Any, name: str) -> dict[str, Any]:
     """Accepts a call with or without the object `function` around its name and arguments."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-        raise DataError(f"{name} is {short_repr(call)} where a function with name and arguments is needed")
+        raise DataError(f"{name}: expected a function with name and arguments, got {short_repr(call)}")
     arguments = function.get("arguments")
     arguments = {} if arguments in (None, "") else arguments
     parsed = _parsed(arguments, f"{name}.arguments") if isinstance(arguments, str) else arguments
     if not isinstance(parsed, dict):
-        raise DataError(f"{name}.arguments is {short_repr(arguments)} where an object, or its JSON text, is needed")
+        raise DataError(f"{name}.arguments: expected an object or its JSON text, got {short_repr(arguments)}")
     outer = {key: value for key, value in call.items() if value is not None} if function is not call else {}
     return {**outer, "type": "function", "function": {**function, "arguments": arguments}}
 
@@ -143,13 +143,13 @@ def _parsed(text: str, name: str) -> Any:
     try:
         return json.loads(text_value(text, name))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{name} is no JSON text: {error}: {short_repr(text)}") from None
+        raise DataError(f"{name}: expected JSON text, got {short_repr(text)} ({error})") from None
 
 
 def _from_sharegpt(turn: dict[str, Any], name: str) -> dict[str, Any]:
     sender, value = turn["from"], turn.get("value")
     if not isinstance(sender, str) or sender not in SHAREGPT_ROLES:
-        raise DataError(f"{name}: from {short_repr(sender)} is unknown; values are {', '.join(SHAREGPT_ROLES)}")
+        raise DataError(f"{name}: unknown from {short_repr(sender)}; known values are {', '.join(SHAREGPT_ROLES)}")
     message = {key: value for key, value in turn.items() if key not in ("from", "value")}
     message["role"] = SHAREGPT_ROLES[sender]
     if sender == "function_call":
@@ -164,17 +164,17 @@ def _from_sharegpt(turn: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def read_tools(values: dict[str, Any]) -> Tools | None:
-    """Returns the functions that the row offers the assistant, in OpenAI's form; None if there are none."""
+    """Returns the tools available to the assistant, in OpenAI's format; None if there are none."""
     tools = values.get("tools")
     tools = _parsed(tools, "tools") if isinstance(tools, str) and tools.strip() else tools
     if not tools:
         return None
     if not isinstance(tools, list):
-        raise DataError(f"tools is {short_repr(tools)} where a list of functions, or its JSON text, is needed")
+        raise DataError(f"tools: expected a list of functions or its JSON text, got {short_repr(tools)}")
     for index, tool in enumerate(tools):
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise DataError(f"tools[{index}] is {short_repr(tool)} where a function with name and parameters is needed")
+            raise DataError(f"tools[{index}]: expected a function with name and parameters, got {short_repr(tool)}")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
@@ -182,29 +182,31 @@ def read_tools(values: dict[str, Any]) -> Tools | None:
 
 MESSAGES_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*:""")
 NAMES_TEXT = re.compile(r"""\s*\[\s*[]"'\d-]""")
-LIST_TEXTS = {  # what the values of a key that may be lists begin with in CSV, whose cells are text
+LIST_TEXTS = {  # key with lists -> how the text of a list begins in CSV, where every cell is text
     **dict.fromkeys(("messages", "conversations", "prompt", "completion", "chosen", "rejected"), MESSAGES_TEXT),
     **dict.fromkeys(("label", "tokens", "tags", "choices"), NAMES_TEXT),
 }
 
 
 def parsed_list(value: Any, key: str) -> Any:
-    """Returns the list that a text is, or else the value. Raises DataError for a list in another form than JSON."""
+    """Parses a text that contains a list; returns other values unchanged. Raises DataError if the list is not JSON."""
     is_list = isinstance(value, str) and key in LIST_TEXTS and LIST_TEXTS[key].match(value)
     return _parsed(value, key) if is_list else value
 
 
 SURROGATE = re.compile("[\ud800-\udfff]")
-SHORT = reprlib.Repr()  # neither long values nor deep ones are written out
+SHORT = reprlib.Repr()  # abbreviates long and deeply nested values
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 200
 MOST_NAMES = 20  # in a message
 
 
 def text_value(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{name} is {short_repr(value)} where text is needed")
+        raise DataError(f"{name}: expected text, got {short_repr(value)}")
     if not value.isascii() and SURROGATE.search(value):
-        raise DataError(f"{name} holds half of a surrogate pair (a broken \\ud... escape), which no tokenizer reads")
+        raise DataError(
+            f"{name} contains half of a surrogate pair, which no tokenizer reads: repair the \\ud... escape"
+        )
     return value
 
 
@@ -213,7 +215,7 @@ def short_repr(value: Any) -> str:
 
 
 def listed(names: Collection[str]) -> str:
-    """Returns the first of the names, and how many more there are."""
+    """Returns the first names, and the number of further ones."""
     more = f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
     return ", ".join(map(_shortened, islice(names, MOST_NAMES))) + more
 

@@ -1,8 +1,8 @@
-"""Reads, checks and tokenises a source: all of it for training, as a stream, or in chunks for evaluation.
+"""Reads, checks and tokenizes a source: completely for training, as a stream, or for evaluation.
 
 readers -> schemas -> chat_template, loss_mask, tokenize -> dataset, 1000 rows at a time; see the package's docstring
 
-Training data also gets its hold-out split here, by `split_examples` of dataset.py.
+Training data is also split into train and held-out here, with `split_examples` of dataset.py.
 """
 
 import sys
@@ -46,13 +46,13 @@ from tailora.data.schemas import (
 from tailora.data.tokenize import EncodedSample, encode_samples
 from tailora.errors import ConfigError, DataError, listing
 
-CHUNK = 1000  # rows tokenised at a time
+CHUNK = 1000  # rows to tokenize at a time
 
 # ---- Rows -> encoded samples
 
 
 def evaluation_schema(source: str, schema: Schema) -> Schema:
-    """Returns the schema as evaluation reads it: a pair of replies as choices. Raises DataError for single replies."""
+    """Returns the schema for evaluation, where a pair of replies becomes choices. Raises DataError for feedback."""
 
     def from_pair(values: dict[str, Any]) -> Choices:
         pair = from_preference(values)
@@ -60,8 +60,8 @@ def evaluation_schema(source: str, schema: Schema) -> Schema:
 
     if schema.name == FEEDBACK:
         raise DataError(
-            f"data {source}: single replies with a label cannot be compared: give rows with chosen and rejected, or "
-            "only the wanted replies, without the label"
+            f"data {source}: single replies with a label cannot be evaluated: use rows with chosen and rejected, or "
+            "only the desirable replies without the label"
         )
     return replace(schema, convert=from_pair) if schema.task == PREFERENCE else schema
 
@@ -69,11 +69,11 @@ def evaluation_schema(source: str, schema: Schema) -> Schema:
 def encode_source(
     source: str, items: Rows, tokenizer: ChatTokenizer, *, detect_from: int | None = CHUNK, whole_texts: bool = False
 ) -> tuple[ColumnMapping, Iterator[EncodedSample | RowProblem]]:
-    """Returns how the columns are read, and the encoded sample or the problem for every item, in order.
+    """Returns the column mapping, and the encoded sample or the problem of every item, in order.
 
-    detect_from: how many of the first items decide on the schema; None: all.
-    whole_texts: plain texts are not cut at max_length.
-    Raises DataError if these hold no row, or no row of a known schema.
+    detect_from: number of items that determine the schema; None for all.
+    whole_texts: do not truncate plain texts at max_length.
+    Raises DataError if those items contain no row, or no row of a known schema.
     """
     settings = tokenizer.settings
     first = list(islice(items, detect_from))
@@ -108,12 +108,12 @@ def _encode_rows(
 
 
 def check_vocabulary(tokenizer: Any, embedding_rows: int) -> None:
-    """Raises DataError if the tokenizer has ids that the model's embedding lacks."""
+    """Raises DataError if the tokenizer has ids beyond the model's embedding."""
     token, last = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     if last >= embedding_rows:
         raise DataError(
-            f"the tokenizer is larger than the model's embedding: its last token {token!r} has the id {last}, and "
-            f"the embedding has {embedding_rows} rows; take the model's own tokenizer, or first resize the model: "
+            f"the tokenizer is larger than the model's embedding: its last token {token!r} has id {last}, but the "
+            f"embedding has only {embedding_rows} rows; use the model's own tokenizer, or resize the model first: "
             f"model.resize_token_embeddings({last + 1})"
         )
 
@@ -122,23 +122,25 @@ def _is_trained(encoded: EncodedSample) -> bool:
     return encoded.is_learned and encoded.example.weight > 0
 
 
-def _all_cut(source: str, max_length: int, counts: RowCounts, use: str = "learned") -> DataError:
+def _all_cut(source: str, max_length: int, counts: RowCounts, use: str = "trained") -> DataError:
     if without_weight := counts.flagged.numbers["without_weight"]:
-        return DataError(f"data {source}: nothing to learn: {without_weight:,} rows have the weight 0")
+        return DataError(
+            f"data {source}: nothing to train on, {without_weight:,} rows have weight 0: use higher weights"
+        )
     return DataError(
-        f"data {source}: cutting at max_length {max_length} removes all tokens that would be {use} from every row; "
-        f"raise --max-length (the longest row has {counts.longest:,} tokens)"
+        f"data {source}: truncation to max_length {max_length} removes all {use} tokens from every row; raise "
+        f"--max-length (the longest row has {counts.longest:,} tokens)"
     )
 
 
-# ---- Training data, all of it at once
+# ---- Training data, all at once
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedData:
-    """eval: distinct examples, since copies would count as independent ones. eval_samples[i] became eval[i].
+    """eval: distinct examples, because duplicates are not independent. eval_samples[i] became eval[i].
 
-    trained_rows: `sample_hash` of the rows to train on.    skipped: rows that are left out for `skip_bad_rows`.
+    trained_rows: `sample_hash` of the training rows.    skipped: unusable rows, with `skip_bad_rows`.
     """
 
     train: Examples
@@ -156,9 +158,9 @@ def prepare(
     *,
     eval_source: str | None = None,
 ) -> PreparedData:
-    """Reads, checks and tokenises everything; holds out a part of all sources unless there is an `eval_source`.
+    """Reads, checks and tokenizes all data; holds out a part of all sources unless there is an `eval_source`.
 
-    Raises DataError that names every problem with file, row and cause.
+    Raises DataError with the file, row and cause of every problem.
     """
     chat_tokenizer = ChatTokenizer.of(tokenizer, settings)
     settings = chat_tokenizer.settings
@@ -213,9 +215,9 @@ def _report(
     examples: tuple[Examples, Examples],
     tokenizer: ChatTokenizer,
 ) -> DataReport:
-    """loaded: the sources before the split, those that are trained on first.
+    """loaded: the sources before the split, training sources first.
 
-    sides: the sources after it, to train on and held out.    examples: of each side, with copies.
+    sides: the training and held-out sources after the split.    examples: of each side, including duplicates.
     """
     (train, evaluated), labels, flagged = examples, tokenizer.settings.labels, Flagged()
     for part in loaded:
@@ -224,7 +226,7 @@ def _report(
     samples = [
         (sample, part.location(example))
         for part in loaded
-        for sample, example in zip(part.samples, part.examples, strict=False)  # texts in blocks have no samples
+        for sample, example in zip(part.samples, part.examples, strict=False)  # blocks of texts have no samples
     ]
     flagged.add("tools_as_text", *(location for sample, location in samples if _has_tools_as_text(sample, tokenizer)))
     flag_suspicious(flagged, samples, labels)
@@ -264,25 +266,25 @@ def _has_tools_as_text(sample: AnySample, tokenizer: ChatTokenizer) -> bool:
 
 
 def _check_feedback(train: Examples, held_out: Examples, source: str) -> None:
-    """Raises DataError if there are too few single replies to compare, or all of them are wanted, or none."""
+    """Raises DataError if there are too few single replies to compare, or if all have the same label."""
     if 1 in (len(train), len(held_out)):
         raise DataError(
-            f"data {source}: {len(train):,} rows are to train on and {len(held_out):,} different ones held out; of "
-            "single replies each side needs two rows, because a reply is compared with those to other prompts: add "
-            "data, or change --validation-split"
+            f"data {source}: expected at least two rows on each side of the split, got {len(train):,} to train on and "
+            f"{len(held_out):,} held out. Single replies are compared with replies to other prompts: add data, or "
+            "change --validation-split"
         )
     if train.targets is not None and len(np.unique(train.targets)) == 1:
         raise DataError(
-            f"data {source}: all labels are {'true' if train.targets.any() else 'false'}, so there is nothing to tell "
-            "apart: add rows with the other label, or take --task causal-lm"
+            f"data {source}: expected both labels, but all are {'true' if train.targets.any() else 'false'}: add rows "
+            "with the other label, or use --task causal-lm"
         )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedSource:
-    """samples[i] became examples[i]; [] for blocks of texts.    is_whole: texts that are not divided yet.
+    """samples[i] became examples[i]; [] for blocks of texts.    is_whole: texts before the split into blocks.
 
-    locations: source_index of an example -> the location of its row.    skipped: for `skip_bad_rows`.
+    locations: source_index of an example -> the location of its row.    skipped: with `skip_bad_rows`.
     """
 
     source: Source
@@ -302,7 +304,7 @@ class LoadedSource:
         return replace(self, examples=self.examples.select(indices), samples=samples)
 
     def in_blocks(self, settings: DataSettings) -> "LoadedSource":
-        """Returns texts in examples of at most max_length tokens; other sources as they are."""
+        """Splits texts into blocks of at most max_length tokens; returns other sources unchanged."""
         if not self.is_whole:
             return self
         concatenated = settings.documents == "concatenated"
@@ -314,7 +316,7 @@ class LoadedSource:
 
 
 def _load_sources(sources: Sequence[Source], split: str, tokenizer: ChatTokenizer) -> list[LoadedSource]:
-    """Raises DataError that names the problems of all sources."""
+    """Raises DataError with the problems of all sources."""
     loaded, problems = [], []
     for source in sources:
         try:
@@ -346,41 +348,43 @@ def _load_source(source: Source, split: str, tokenizer: ChatTokenizer) -> Loaded
 
 
 def _check_same_task(sources: Sequence[LoadedSource]) -> None:
-    """Raises DataError if sources are for different tasks, or have different rows for one that needs the same."""
+    """Raises DataError if sources have different tasks, or different schemas where the task needs a single one."""
     first = sources[0]
     schema = first.mapping.schema
     for other in sources[1:]:
         its_schema = other.mapping.schema
         if its_schema.task != schema.task or (schema.task != CAUSAL_LM and its_schema.name != schema.name):
             raise DataError(
-                f"data {other.source}: its rows are {its_schema.name}, and those of {first.source} are {schema.name}; "
-                "give sources and held-out rows with the same keys for this task"
+                f"data {other.source}: expected {schema.name} rows as in {first.source}, got {its_schema.name}; use "
+                "the same keys in all sources and in the held-out data for this task"
             )
 
 
 def check_settings(mappings: Sequence[ColumnMapping], settings: DataSettings) -> None:
-    """Raises DataError if a setting is given that no row of the data can follow."""
+    """Raises DataError for settings that apply to no row of the data."""
     names = ", ".join(dict.fromkeys(mapping.schema.name for mapping in mappings))
     is_text = [mapping.schema.name == TEXT for mapping in mappings]
     has_preferences = any(mapping.schema.task == PREFERENCE for mapping in mappings)
     has_completion = [not COMPLETION_KEYS.isdisjoint(mapping.schema.required) for mapping in mappings]
     problems = [
-        f"{option} and the rows are read as {names}: leave it out"
-        for cannot_be_followed, option in (
-            (settings.documents == "concatenated" and not any(is_text), "--documents concatenated is for plain texts,"),
-            (settings.system is not None and all(is_text), "--system needs conversations,"),
-            (settings.assistant_only_loss and all(is_text), "--assistant-only-loss needs conversations,"),
-            (settings.completion_only_loss and not any(has_completion), "--completion-only-loss needs completions,"),
+        f"{option} does not apply to {names} rows, it needs {needed}: remove it"
+        for is_wrong, option, needed in (
+            (settings.documents == "concatenated" and not any(is_text), "--documents concatenated", "plain texts"),
+            (settings.system is not None and all(is_text), "--system", "conversations"),
+            (settings.assistant_only_loss and all(is_text), "--assistant-only-loss", "conversations"),
+            (settings.completion_only_loss and not any(has_completion), "--completion-only-loss", "completions"),
             (
                 has_preferences and settings.completion_only_loss is False,
-                "--no-completion-only-loss makes prompts a part of the replies that are compared,",
+                "--no-completion-only-loss",
+                "a loss on the whole text, while preferences compare replies",
             ),
             (
                 has_preferences and settings.assistant_only_loss is False,
-                "--no-assistant-only-loss makes other messages a part of the replies that are compared,",
+                "--no-assistant-only-loss",
+                "a loss on all messages, while preferences compare replies",
             ),
         )
-        if cannot_be_followed
+        if is_wrong
     ]
     if problems:
         raise DataError(listing(problems))
@@ -390,18 +394,18 @@ COMPLETION_KEYS = frozenset({"completion", "output", "choices", "chosen"})
 
 
 def _split(loaded: list[LoadedSource], settings: DataSettings) -> tuple[list[LoadedSource], list[LoadedSource]]:
-    """Returns what is trained and what is held out of each source. Texts stay whole, unless there is only one.
+    """Returns the training and the held-out part of each source. A single text is split into blocks, others stay whole.
 
-    If an example has one of several classes, about the same share of each class is held out.
+    For classification, about the same share of each class is held out.
     """
     share, labels = settings.validation_split, settings.labels
     hashes = [part.examples.row_hashes() for part in loaded]
     if share and len(set(chain.from_iterable(hashes))) < 2:
         loaded = [part.in_blocks(settings) for part in loaded]
         hashes = [part.examples.hashes() for part in loaded]
-    left_out = sum(part.counts.flagged.numbers["cut_away"] for part in loaded)
+    omitted = sum(part.counts.flagged.numbers["cut_away"] for part in loaded)
     classes = [] if labels is None else [index for part in loaded for index in labels.classes(part.examples)]
-    split = dataset.split_examples(list(chain.from_iterable(hashes)), share, settings.seed, left_out, classes)
+    split = dataset.split_examples(list(chain.from_iterable(hashes)), share, settings.seed, omitted, classes)
     sides: tuple[list[LoadedSource], list[LoadedSource]] = ([], [])
     first = 0
     for part in loaded:
@@ -410,7 +414,7 @@ def _split(loaded: list[LoadedSource], settings: DataSettings) -> tuple[list[Loa
             side.append(part.select([index - first for index in indices if first <= index < end]))
         first = end
     if empty := [str(part.source) for part in sides[0] if not len(part.examples)]:
-        raise DataError(f"data {', '.join(empty)}: all examples are held out; add data, or use --validation-split 0")
+        raise DataError(f"data {', '.join(empty)}: no example left to train on; add data, or use --validation-split 0")
     return sides
 
 
@@ -420,9 +424,9 @@ def _split(loaded: list[LoadedSource], settings: DataSettings) -> tuple[list[Loa
 def stream_examples(
     source: str, tokenizer: Any, settings: DataSettings | None = None, counts: RowCounts | None = None
 ) -> Iterator[Example]:
-    """Yields examples in order, while they are read, without those whose trained tokens are all cut off.
+    """Yields examples in order while reading; skips those without trained tokens after truncation.
 
-    counts: is updated with every row; pass the same one when the stream is read again.
+    counts: updated with every row; pass the same one to read the stream again.
     Raises DataError at the first unusable row, or at the end if no row was usable.
     """
     chat_tokenizer = ChatTokenizer.of(tokenizer, settings)
@@ -430,7 +434,8 @@ def stream_examples(
     mapping, rows = encode_source(source, read_rows(source, streaming=True), chat_tokenizer, whole_texts=True)
     if mapping.schema.task == PREFERENCE:
         raise ConfigError(
-            f"data {source} holds preferences, for which the whole data is read before training: leave --streaming out"
+            f"data {source}: preferences cannot be streamed, because they are read completely before training: remove "
+            "--streaming"
         )
     check_settings([mapping], settings)
     is_text, max_length = mapping.schema.name == TEXT, settings.max_length
@@ -463,29 +468,29 @@ class EvalDataReport:
     shape: str
     mapping: dict[str, str]
     chat_template: bool
-    rows: int  # or examples, of conversations that become several
-    tokens: int  # after cutting
-    supervised_tokens: int  # of the rows that are evaluated, without copies
-    longest: int  # tokens of the longest row, before cutting
-    truncated: int  # rows cut at max_length
-    cut_away: int  # of those: no supervised token is left
-    copies: int  # rows that are copies of an earlier one: they are not evaluated again
-    trained_on: int | None  # rows among the evaluated ones that the adapter was trained on; None if not known
+    rows: int  # or examples, if conversations become several
+    tokens: int  # after truncation
+    supervised_tokens: int  # of the evaluated rows, without duplicates
+    longest: int  # tokens of the longest row, before truncation
+    truncated: int  # rows truncated at max_length
+    cut_away: int  # truncated rows without any supervised token left
+    copies: int  # rows that are copies of an earlier one and not evaluated again
+    trained_on: int | None  # evaluated rows that the adapter was trained on; None if unknown
 
 
 def read_eval_data(
     name: str, tokenizer: ChatTokenizer, limit: int | None = None, trained_rows: Collection[bytes] | None = None
 ) -> tuple[EvalDataReport, list[EncodedSample]]:
-    """Returns the rows that have supervised tokens, without copies of earlier rows.
+    """Returns the rows with supervised tokens, without duplicates.
 
-    name: of the data, or "demo".    limit: most rows to read.
-    trained_rows: `sample_hash` of the rows that the model was trained on; None if they are not known.
-    Raises DataError that names every problem with file, row and cause.
+    name: of the data, or "demo".    limit: maximum number of rows to read.
+    trained_rows: `sample_hash` of the model's training rows; None if unknown.
+    Raises DataError with the file, row and cause of every problem.
     """
     items = islice(read_rows(resolve_demo(name, "eval_data"), split="validation"), limit)
     mapping, results = encode_source(name, items, tokenizer)
     max_length, counts, problems = tokenizer.settings.max_length, RowCounts(), []
-    evaluated: dict[tuple[bytes, str], EncodedSample] = {}  # copies have the same ids, labels and choices
+    evaluated: dict[tuple[bytes, str], EncodedSample] = {}  # duplicates have the same ids, labels and choices
     for result in results:
         if isinstance(result, RowProblem):
             problems.append(result)
@@ -496,7 +501,7 @@ def read_eval_data(
     if problems:
         raise data_error(problems)
     if not evaluated:
-        raise _all_cut(name, max_length, counts, use="judged")
+        raise _all_cut(name, max_length, counts, use="evaluated")
     rows, cut_away = list(evaluated.values()), counts.flagged.numbers["cut_away"]
     report = EvalDataReport(
         source=name,

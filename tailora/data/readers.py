@@ -1,4 +1,4 @@
-"""Rows of a file, a folder of files, a folder that `datasets` saved, or a data set of the Hub.
+"""Reads rows from a file, a folder of files, a folder saved by `datasets`, or a dataset on the Hub.
 
 A text file is one row, {"text": ...}.
 """
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from tailora.errors import DataError, listing, nearest, nearest_path
 
-MAX_SHOWN = 20  # problems
-MAX_SIZE = {".json": 2**31, ".txt": 2**27}  # bytes of files that are read at once, which takes several times as much
+MAX_SHOWN = 20  # problems in one error
+MAX_SIZE = {".json": 2**31, ".txt": 2**27}  # bytes; these files are read at once and need several times their size
 MAX_FIELD = 2**31 - 1  # characters of a CSV field; Python's own limit is 131,072
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "|"}
 SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
@@ -28,7 +28,7 @@ WITH_SPLIT = re.compile(r"(?P<source>[^\[]+)\[(?P<split>.+)\]")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """number: the line of a text file, or if `is_item` the item's position in another file, from 1."""
+    """number: the line of a text file, or if `is_item` the position in any other file, from 1."""
 
     file: str
     number: int
@@ -45,7 +45,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class RowProblem:
-    """Why a row cannot be used. `number` is that of the row; 0 means the whole file, or what is left of it.
+    """The reason why a row cannot be used. `number` is the row's number; 0 stands for the whole file or the rest of it.
 
     content: the fields of the row, or the text of its line.
     """
@@ -68,12 +68,12 @@ Rows = Iterator[Row | RowProblem]
 
 
 def data_error(problems: Sequence[RowProblem]) -> DataError:
-    """Returns one error for all problems: the first 20 in full, the others counted."""
+    """Returns one error for all problems: the first 20, and the number of further ones."""
     return DataError(listing([str(problem) for problem in problems], most=MAX_SHOWN))
 
 
 class Source(NamedTuple):
-    """weight: how often its examples are seen in an epoch."""
+    """weight: how often each of its examples appears in an epoch."""
 
     name: str
     weight: float = 1.0
@@ -83,9 +83,9 @@ class Source(NamedTuple):
 
 
 def parse_sources(data: str | Sequence[str]) -> list[Source]:
-    """Returns the sources that `a.jsonl=2` and `b.jsonl` name, with their weights. Raises DataError.
+    """Returns the sources in texts like `a.jsonl=2` and `b.jsonl`, with their weights. Raises DataError.
 
-    What exists under the whole name, such as a file `lr=2`, is that.
+    If a file with the full text as its name exists, such as `lr=2`, it is used.
     """
     sources = []
     for text in [data] if isinstance(data, str) else data:
@@ -99,9 +99,11 @@ def parse_sources(data: str | Sequence[str]) -> list[Source]:
         elif math.isfinite(weight) and weight > 0:
             sources.append(Source(name, weight))
         else:
-            raise DataError(f"data {text}: a weight is a number above 0, such as {name}=0.5; leave out what has none")
+            raise DataError(
+                f"data {text}: expected a weight above 0, such as {name}=0.5; remove sources without a weight"
+            )
     if repeated := _repeated(source.name for source in sources):
-        raise DataError(f"data {repeated} is given twice: give it once, with a weight")
+        raise DataError(f"data {repeated} is given twice: use it once, with a weight")
     return sources
 
 
@@ -110,12 +112,12 @@ def source_names(data: str | Sequence[str]) -> list[str]:
 
 
 def read_rows(source: str, *, split: str = "train", streaming: bool = False) -> Rows:
-    """Yields the rows of `source` in order, and a RowProblem for each that cannot be read.
+    """Yields the rows of `source` in order, and a RowProblem for each row that cannot be read.
 
-    split: which part of a folder or Hub data set, unless the source names it: `owner/name[test]`. In a folder the names
-        of the files decide.
-    streaming: Hub data is read while it is used, not downloaded first. Files are always read as they are used.
-    Raises DataError if there is nothing to read from.
+    split: the part of a folder or Hub dataset, unless the source names one: `owner/name[test]`. In a folder, the file
+        names decide.
+    streaming: read Hub data while it is used instead of downloading it first. Files are always read while used.
+    Raises DataError if the source does not exist.
     """
     check_data_exists(source)
     path = Path(source).expanduser()
@@ -129,18 +131,18 @@ def read_rows(source: str, *, split: str = "train", streaming: bool = False) -> 
 
 
 def check_data_exists(source: str) -> None:
-    """Raises DataError if `source` is no file that can be read, no folder and no Hub id. Does not ask the Hub."""
+    """Raises DataError if `source` is not a readable file, a folder or a Hub id. Does not contact the Hub."""
     path = Path(source).expanduser()
     if not path.exists() and (match := WITH_SPLIT.fullmatch(source)):
         check_data_exists(match["source"])
     elif path.is_file() and path.suffix.lower() not in READERS:
-        suffix = path.suffix or "without a suffix"
-        raise DataError(f"data {path}: the file type {suffix} is unknown; readable are {', '.join(READERS)}")
+        suffix = path.suffix or "(no suffix)"
+        raise DataError(f"data {path}: unknown file type {suffix}, expected one of {', '.join(READERS)}")
     elif not path.exists():
         hint = nearest_path(path)
         if hint or path.suffix.lower() in READERS or not HUB_ID.fullmatch(source):
             raise DataError(
-                f"data {source}: no such file or folder{hint or '; give a path, or a Hub id like owner/name'}"
+                f"data {source}: no such file or folder{hint or '; use a path, or a Hub id such as owner/name'}"
             )
 
 
@@ -148,21 +150,21 @@ def _read_folder(folder: Path, split: str) -> Rows:
     if any((folder / name).exists() for name in SAVED_BY_DATASETS):
         return read_saved(folder, split)
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in READERS and path.is_file())
-    # A README.txt beside other files is no data.
+    # A README.txt next to data files is not data.
     files = [path for path in files if path.suffix.lower() != TXT] or files
     if not files:
-        raise DataError(f"data {folder}: the folder holds no data file; readable are {', '.join(READERS)}")
+        raise DataError(f"data {folder}: no data file in the folder, expected one of {', '.join(READERS)}")
     splits = {path: _split_of(path.relative_to(folder)) for path in files}
-    # all files if none is named after a split
+    # all files if no name contains a split
     chosen = [path for path in files if splits[path] == split] if any(splits.values()) else files
     if not chosen:
         names = ", ".join(str(path.relative_to(folder)) for path in files[:10])
-        raise DataError(f"data {folder}: no file for the split {split!r}; there are {names}")
+        raise DataError(f"data {folder}: no file for the split {split!r}; found {names}")
     return (row for path in chosen for row in read_file(path))
 
 
 def _split_of(path: Path) -> str | None:
-    """The split in the file's name: train.jsonl, train-00000-of-2.parquet, train/x.csv."""
+    """Returns the split in the file name: train.jsonl, train-00000-of-2.parquet, train/x.csv."""
     for name in (path.stem, path.parent.name):
         if match := re.match(r"(train|validation|valid|dev|eval|test)(?![a-z])", name.lower()):
             return {"valid": "validation", "dev": "validation", "eval": "validation"}.get(match[1], match[1])
@@ -173,12 +175,12 @@ def _split_of(path: Path) -> str | None:
 
 
 def read_file(path: Path) -> Rows:
-    """Yields the rows of one file, by its suffix. A file that cannot be opened is a RowProblem."""
+    """Yields the rows of one file, by its suffix. A file that cannot be opened becomes a RowProblem."""
     suffix = path.suffix.lower()
     try:
         if path.stat().st_size > (most := MAX_SIZE.get(suffix, math.inf)):
-            size = f"more than {most / 2**20:,.0f} MiB"
-            yield RowProblem(str(path), 0, f"the file has {size}: write JSON lines (.jsonl), which are read one by one")
+            size = f"{most / 2**20:,.0f} MiB"
+            yield RowProblem(str(path), 0, f"larger than {size}: use JSON lines (.jsonl), which are read one by one")
         else:
             yield from READERS[suffix](path)
     except OSError as error:
@@ -186,7 +188,7 @@ def read_file(path: Path) -> Rows:
 
 
 def read_jsonl(path: Path) -> Rows:
-    """One JSON object per line; blank lines are skipped."""
+    """Reads one JSON object per line; skips blank lines."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -199,7 +201,7 @@ def read_jsonl(path: Path) -> Rows:
 
 
 def read_json(path: Path) -> Rows:
-    """A list of objects, an object that holds one such list, or JSON lines under the name .json."""
+    """Reads a list of objects, an object that contains one such list, or JSON lines in a .json file."""
     try:
         value = _parse_json(path.read_text("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -212,7 +214,7 @@ def read_json(path: Path) -> Rows:
         items = value if isinstance(value, list) else [value]
         if isinstance(value, dict) and len(value) == 1:
             (inner,) = value.values()
-            turn_keys = ("role", "from")  # a list of turns is one conversation, which is a row
+            turn_keys = ("role", "from")  # a list of turns is a single conversation, so one row
             if isinstance(inner, list) and all(
                 isinstance(item, dict) and not item.keys() & turn_keys for item in inner
             ):
@@ -225,7 +227,7 @@ def _parse_json(text: str) -> Any:
     def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
-            raise ValueError(f"an object has the key {_repeated(key for key, _ in pairs)} twice")
+            raise ValueError(f"an object contains the key {_repeated(key for key, _ in pairs)} twice")
         return values
 
     return json.loads(text, object_pairs_hook=without_repeats)
@@ -240,40 +242,40 @@ def _json_cause(error: Exception) -> str:
         return _not_utf8(error)
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON: {error.msg} at column {error.colno}"
-    return f"not JSON that can be read: {error}"  # repeated keys, a number of thousands of digits
+    return f"unreadable JSON: {error}"  # repeated keys, a number with thousands of digits
 
 
 def _row(path: Path, number: int, value: Any, is_item: bool = False) -> Row | RowProblem:
     if isinstance(value, dict):
         return Row(str(path), number, value, is_item)
-    cause = f"a JSON {type(value).__name__} where an object {{...}} is needed"
+    cause = f"expected a JSON object {{...}}, got a {type(value).__name__}"
     return RowProblem(str(path), number, cause, is_item, content=value)
 
 
 def read_csv(path: Path, delimiter: str = ",") -> Rows:
-    """Separated values whose first line names the columns. The number of a row is its last line.
+    """Reads separated values with column names in the first line. The number of a row is its last line.
 
-    delimiter: unless another of DELIMITERS makes more columns of the first line.
+    delimiter: the default; any of DELIMITERS that splits the first line into more columns is preferred.
     """
-    csv.field_size_limit(MAX_FIELD)  # for all of Python
+    csv.field_size_limit(MAX_FIELD)  # a global setting of Python
     with path.open("rb") as file:
         first = file.readline().decode("utf-8-sig", errors="replace").partition("\r")[0]
         columns = {other: len(next(csv.reader([first], delimiter=other), [])) for other in (delimiter, *DELIMITERS)}
-        delimiter = max(columns, key=lambda other: columns[other])  # of equal ones the first
+        delimiter = max(columns, key=lambda other: columns[other])  # the first one if tied
         file.seek(0)
         reader = csv.reader((line.decode("utf-8-sig") for line in file), delimiter=delimiter, strict=True)
         try:
             header = next(reader, [])
             if repeated := _repeated(header):
-                yield RowProblem(str(path), 0, f"the header names {repeated} more than once")
+                yield RowProblem(str(path), 0, f"duplicate columns {repeated} in the header: rename all but one")
                 return
             for values in reader:
                 if values and len(values) == len(header):
                     yield Row(str(path), reader.line_num, dict(zip(header, values, strict=True)))
                 elif values:
                     cause = (
-                        f"{len(values)} values where the header names {len(header)} columns, separated by "
-                        f"{DELIMITERS[delimiter]}"
+                        f"expected {len(header)} values separated by {DELIMITERS[delimiter]}, as in the header, got "
+                        f"{len(values)}"
                     )
                     yield RowProblem(str(path), reader.line_num, cause, content=values)
         except UnicodeDecodeError as error:
@@ -289,7 +291,7 @@ def read_parquet(path: Path) -> Rows:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         if repeated := _repeated(file.schema_arrow.names):
-            yield RowProblem(str(path), 0, f"there are several columns {repeated}: rename all but one")
+            yield RowProblem(str(path), 0, f"duplicate columns {repeated}: rename all but one")
             return
         for batch in file.iter_batches(1024):
             try:
@@ -305,18 +307,18 @@ def read_parquet(path: Path) -> Rows:
 
 
 def _row_by_row(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """Yields the values of each row, or why they cannot be read."""
+    """Yields the values of each row, or the reason why they cannot be read."""
     for index in range(len(batch)):
         try:
             yield from batch.slice(index, 1).to_pylist()
         except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date after the year 9999
-            yield f"a value that cannot be read ({error}): repair it, or remove its column"
+            yield f"unreadable value ({error}): repair it, or remove its column"
 
 
 def _arrow_row(file: str, number: int, fields: dict[str, Any]) -> Row:
-    """Returns a row without the nulls within its values.
+    """Returns a row without the nulls inside its values.
 
-    Arrow gives an object all keys that any object of the column has: the arguments of a tool call, those of all tools.
+    In Arrow, every object has the keys of all objects of its column: a tool call has the arguments of all tools.
     """
 
     def without_nulls(value: Any) -> Any:
@@ -330,13 +332,13 @@ def _arrow_row(file: str, number: int, fields: dict[str, Any]) -> Row:
 def _not_utf8(error: UnicodeDecodeError) -> str:
     encoding = "UTF-16" if error.object.startswith((b"\xff\xfe", b"\xfe\xff")) else "WINDOWS-1252"
     return (
-        f"not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}; if it is text from Windows, convert it "
+        f"not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}; if the text is from Windows, convert it "
         f"with `iconv -f {encoding} -t UTF-8 OLD > NEW`"
     )
 
 
 def read_text(path: Path) -> Rows:
-    """The whole file as one row."""
+    """Reads the whole file as one row."""
     try:
         yield Row(str(path), 1, {"text": path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")})
     except UnicodeDecodeError as error:
@@ -354,11 +356,11 @@ READERS: dict[str, Callable[[Path], Rows]] = {
     TXT: read_text,
 }
 
-# ---- Hugging Face data sets
+# ---- Hugging Face datasets
 
 
 def read_hub(source: str, split: str, streaming: bool) -> Iterator[Row]:
-    """Yields the rows of the Hub data set `owner/name` or `owner/name:configuration`. Raises DataError."""
+    """Yields the rows of the Hub dataset `owner/name` or `owner/name:configuration`. Raises DataError."""
     import datasets
 
     name, _, configuration = source.partition(":")
@@ -375,7 +377,7 @@ def read_saved(folder: Path, split: str) -> Iterator[Row]:
     with _datasets_errors(str(folder), str(folder)):
         saved = datasets.load_from_disk(str(folder))
         if isinstance(saved, dict) and split not in saved:
-            raise DataError(f"data {folder}: no split {split!r}; there are {', '.join(saved)}{nearest(split, saved)}")
+            raise DataError(f"data {folder}: no split {split!r}; found {', '.join(saved)}{nearest(split, saved)}")
         rows = saved[split] if isinstance(saved, dict) else saved
         for number, fields in enumerate(rows, 1):
             yield _arrow_row(str(folder), number, fields)
@@ -383,7 +385,7 @@ def read_saved(folder: Path, split: str) -> Iterator[Row]:
 
 @contextmanager
 def _datasets_errors(source: str, name: str) -> Iterator[None]:
-    """Turns what `datasets` and the Hub's client raise into a DataError that says what to do."""
+    """Converts errors of `datasets` and the Hub client into a DataError with a remedy."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -391,14 +393,15 @@ def _datasets_errors(source: str, name: str) -> Iterator[None]:
         yield
     except ConnectionError:
         raise DataError(
-            f"data {source}: no such file or folder here, and the Hub cannot be reached (no network, a proxy, or "
-            "HF_HUB_OFFLINE): pass a file or folder instead, or fetch it once on a connected machine with "
-            f"`hf download --repo-type dataset {name} --local-dir FOLDER` and pass FOLDER"
+            f"data {source}: no such local file or folder, and the Hub cannot be reached (no network, a proxy, or "
+            "HF_HUB_OFFLINE): use a file or folder instead, or download the data on a connected machine with "
+            f"`hf download --repo-type dataset {name} --local-dir FOLDER` and use FOLDER"
         ) from None
     except DataError:
         raise
     except (datasets.exceptions.DatasetsError, HfHubHTTPError, OSError, ValueError, OverflowError) as error:
         cause = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"data {source}: {cause}; give a configuration as owner/name:configuration, a split as owner/name[split]"
+            f"data {source}: {cause}; select a configuration with owner/name:configuration, a split with "
+            "owner/name[split]"
         ) from None

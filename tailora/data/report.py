@@ -1,6 +1,6 @@
-"""What the report on data counts: rows and messages, copies, and rows that can be learned from but look like mistakes.
+"""The counts in the data report: rows and messages, duplicates, and usable rows that look like mistakes.
 
-WARNINGS in dataset.py has the names of what is counted, and the words for it.
+WARNINGS in dataset.py has their names and texts.
 """
 
 import hashlib
@@ -17,15 +17,15 @@ from tailora.data.messages import REASONING
 from tailora.data.schemas import REGRESSION, AnySample, Conversation, Labelled, Text
 from tailora.data.tokenize import EncodedSample, tokenized_parts
 
-MOST_LOCATIONS = 20  # that a report has for a warning
-MOST_SYSTEMS = 1000  # different system messages that are counted, since a stream may have one in every row
-MISSING = frozenset({"n/a", "nan", "null", "none"})  # what empty cells of tables become
-RARE = 20  # times rarer than the most frequent class
+MOST_LOCATIONS = 20  # per warning in a report
+MOST_SYSTEMS = 1000  # different system messages to count, because a stream may have a new one in every row
+MISSING = frozenset({"n/a", "nan", "null", "none"})  # values of empty cells in tables
+RARE = 20  # this many times rarer than the most frequent class
 
 
 @dataclass(slots=True)
 class Flagged:
-    """How many rows each of WARNINGS is about, and where the first of them are."""
+    """The number of rows for each of WARNINGS, and the locations of the first ones."""
 
     numbers: Counter[str] = field(default_factory=Counter)
     locations: dict[str, list[str]] = field(default_factory=dict)
@@ -44,11 +44,11 @@ class Flagged:
 class RowCounts:
     """Counts of encoded rows and their examples. An example counts once, even if its source is read again.
 
-    parts: examples of the last row so far.    split_examples: of conversations that have several.
-    tokens: after cutting.    longest: tokens of the longest example, before cutting.
-    flagged: truncated at max_length; without_weight: 0 is its weight; cut_away: no trained token is left; split_rows;
+    parts: examples of the last row so far.    split_examples: from conversations with several examples.
+    tokens: after truncation.    longest: tokens of the longest example, before truncation.
+    flagged: truncated at max_length; without_weight (weight 0); cut_away (no trained token left); split_rows;
         duplicates of held-out examples, whose hashes are in `held_out`.
-    systems: how many begin with each system message; of the first MOST_SYSTEMS different ones.
+    systems: number of examples with each of the first MOST_SYSTEMS system messages.
     """
 
     rows: int = 0
@@ -88,13 +88,13 @@ class RowCounts:
 
 
 def most_frequent(systems: Iterable[Counter[str | None]]) -> str | None:
-    """Returns the system message of most examples; None if there is none."""
+    """Returns the system message of more than half of the examples; None if there is none."""
     total = sum(systems, Counter[str | None]())
     return next((text for text, count in total.items() if 2 * count > total.total()), None)
 
 
 def count_messages(samples: Iterable[object]) -> dict[str, int]:
-    """Returns how many messages of each role the conversations have, and how many tools, tool calls and thoughts."""
+    """Counts the messages of each role in the conversations, and their tools, tool calls and reasoning."""
     counts = Counter[str]()
     for chat in (sample for sample in samples if isinstance(sample, Conversation)):
         counts.update(message["role"] for message in chat.messages)
@@ -105,11 +105,11 @@ def count_messages(samples: Iterable[object]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-Located: TypeAlias = Sequence[tuple[AnySample, str]]  # samples, and where their rows are
+Located: TypeAlias = Sequence[tuple[AnySample, str]]  # samples and the locations of their rows
 
 
 def flag_suspicious(flagged: Flagged, samples: Located, labels: Labels | None) -> None:
-    """Adds rows that can be learned from but look like mistakes."""
+    """Adds usable rows that look like mistakes."""
     chats = (
         (name, location)
         for sample, location in samples
@@ -118,7 +118,7 @@ def flag_suspicious(flagged: Flagged, samples: Located, labels: Labels | None) -
         for name in _of_chat(to_conversation(part))
     )
     of_labels = [] if labels is None else _of_labels(samples, labels)
-    for name, location in dict.fromkeys(chain(chats, of_labels)):  # each once, of conversations in several parts
+    for name, location in dict.fromkeys(chain(chats, of_labels)):  # once per row, also if it has several parts
         flagged.add(name, location)
 
 
@@ -157,7 +157,7 @@ def _of_labels(samples: Located, labels: Labels) -> Iterator[tuple[str, str]]:
 
 
 def sample_hash(sample: AnySample) -> bytes:
-    """Returns 8 bytes that are equal for the same content, whatever the columns, the tokenizer and the cut."""
+    """Returns 8 bytes that depend only on the content, not on columns, tokenizer or truncation."""
 
     def plain(value: Any) -> Any:
         return (
@@ -168,7 +168,7 @@ def sample_hash(sample: AnySample) -> bytes:
 
 
 def flag_copies(flagged: Flagged, train: Iterable[tuple[bytes, str]], held_out: Iterable[tuple[bytes, str]]) -> None:
-    """Adds copies among the examples to train on, among the held-out ones, and across the split.
+    """Adds duplicates within the training examples, within the held-out ones, and across the split.
 
     train, held_out: hash and location of each example.
     """

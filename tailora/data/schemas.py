@@ -1,4 +1,4 @@
-"""The schemas that rows come in, recognised by their keys, and the conversion of a row to a sample.
+"""The schemas of rows, recognized by their keys, and the conversion of a row to a sample.
 
     schema              required keys           optional         becomes
     messages            messages                tools            Conversation
@@ -6,17 +6,17 @@
     prompt/completion   prompt, completion      tools            Pair, or Conversation if one of the two is a list of
                                                                  messages or there are tools
     alpaca              instruction, output     input            Pair
-    choices             prompt, choices, answer                  Choices: a Pair or Conversation for every choice
+    choices             prompt, choices, answer                  Choices: a Pair or Conversation per choice
     text                text                                     Text
     preference          chosen, rejected        prompt, tools    Preference
     feedback            prompt, completion, label   tools        Feedback
-    text/label          text, label                              Labelled; also of text_a and text_b, or of messages
+    text/label          text, label                              Labelled; also text_a and text_b, or messages
     tokens/tags         tokens, tags                             Tagged
 
-Every row may have a weight, by which its losses are multiplied in training.
+Every row may have a weight that multiplies its loss in training.
 
-In choices, prompt may be called question, and answer label. Rows are read as feedback if at least half of their labels
-are true or false, or for --task preference.
+For choices, prompt can also be called question, and answer can be called label. Rows are read as feedback if at least
+half of their labels are true or false, or with --task preference.
 """
 
 import math
@@ -44,15 +44,15 @@ from tailora.data.messages import (
 from tailora.data.readers import Row, RowProblem, data_error
 from tailora.errors import DataError, listing, nearest
 
-# ---- Samples: what a row becomes
+# ---- Samples: converted rows
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Chat messages. Those of the assistant are trained.
+    """Chat messages. Assistant messages are trained.
 
-    first: the number of the message at which the completion begins; the prompt before it is not trained.
-    untrained: numbers of messages that the row marks as not trained.
+    first: index of the message where the completion begins; the prompt before it is not trained.
+    untrained: indices of messages that the row marks as not trained.
     """
 
     messages: Messages
@@ -62,13 +62,13 @@ class Conversation:
 
     @property
     def system(self) -> str | None:
-        """The system message that it begins with."""
+        """The system message at the beginning, if any."""
         first = self.messages[0]
         return first["content"] if first["role"] in ("system", "developer") else None
 
     @property
     def replies(self) -> list[int]:
-        """The numbers of all messages of the assistant."""
+        """The indices of all assistant messages."""
         return [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
 
     @property
@@ -96,7 +96,7 @@ Sample: TypeAlias = Conversation | Pair | Text
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """A question with several replies. Training learns the right one, whose index is `answer`."""
+    """A question with several replies. Only the correct one, at index `answer`, is trained."""
 
     options: tuple[Conversation | Pair, ...]
     answer: int
@@ -104,7 +104,7 @@ class Choices:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """Two replies to the same prompt, of which one is better. Both are trained."""
+    """Two replies to the same prompt, one preferred over the other. Both are trained."""
 
     chosen: Conversation | Pair
     rejected: Conversation | Pair
@@ -112,7 +112,7 @@ class Preference:
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """A reply, and whether it is wanted."""
+    """A reply, and whether it is desirable."""
 
     reply: Conversation | Pair
     desirable: bool
@@ -123,7 +123,7 @@ LabelValue: TypeAlias = str | int | float | bool | list[Any]
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A text, two texts, or a conversation with its label, or labels; None if they are to be predicted."""
+    """A text, two texts or a conversation, and its label or labels; None for prediction."""
 
     text: str = ""
     second: str | None = None
@@ -133,7 +133,7 @@ class Labelled:
 
 @dataclass(frozen=True, slots=True)
 class Tagged:
-    """Words, and a tag for each; None if they are to be predicted."""
+    """Words, and a tag for each; None for prediction."""
 
     tokens: list[str]
     tags: list[str | int] | None = None
@@ -142,7 +142,7 @@ class Tagged:
 AnySample: TypeAlias = Sample | Choices | Preference | Feedback | Labelled | Tagged
 
 
-# ---- From a row to a sample: one function per schema. Each raises DataError with the cause; callers add file and row.
+# ---- From a row to a sample: one function per schema. They raise DataError with the cause; callers add file and row.
 
 
 def from_messages(values: dict[str, Any]) -> Conversation:
@@ -169,7 +169,7 @@ def from_alpaca(values: dict[str, Any]) -> Pair:
     parts = [text_value(values["instruction"], "instruction")]
     if values.get("input") is not None:
         parts.append(text_value(values["input"], "input"))
-    # Base models see prompt and answer as one text, so the prompt brings the blank line between them.
+    # Base models read prompt and answer as one text, so the prompt ends with a blank line.
     prompt = "".join(f"{part}\n\n" for part in parts if part.strip())
     return _pair(prompt, text_value(values["output"], "output"))
 
@@ -177,7 +177,7 @@ def from_alpaca(values: dict[str, Any]) -> Pair:
 def from_text(values: dict[str, Any]) -> Text:
     text = text_value(values["text"], "text")
     if not text.strip():
-        raise DataError("nothing to learn: the text is empty")
+        raise DataError("text is empty, so there is nothing to learn")
     return Text(text)
 
 
@@ -185,7 +185,7 @@ def from_choices(values: dict[str, Any]) -> Choices:
     prompt = values["prompt"] if "prompt" in values else values["question"]
     texts, labels = _choices(values["choices"])
     answer = _answer_index(values["answer"] if "answer" in values else values["label"], texts, labels)
-    # Base models see prompt and choice as one text: a space between them, as in lm-evaluation-harness.
+    # Base models read prompt and choice as one text; add a space between them, as lm-evaluation-harness does.
     space = "" if isinstance(prompt, str) and prompt[-1:].isspace() else " "
     return Choices(tuple(from_prompt({"prompt": prompt, "completion": space + text}) for text in texts), answer)
 
@@ -193,7 +193,7 @@ def from_choices(values: dict[str, Any]) -> Choices:
 def from_preference(values: dict[str, Any]) -> Preference:
     chosen, rejected = values["chosen"], values["rejected"]
     prompt = values.get("prompt")
-    # As in TRL, a text beside lists of messages is only a name for what both lists begin with.
+    # As in TRL, a text prompt next to lists of messages only repeats the beginning of both lists.
     is_implicit = prompt is None or (isinstance(prompt, str) and isinstance(chosen, list))
     if is_implicit:
         shared, *rests = _shared_prompt(chosen, rejected)
@@ -206,7 +206,7 @@ def from_preference(values: dict[str, Any]) -> Preference:
         except DataError as error:
             raise DataError(str(error).replace("completion", name)) from None
     if sides["chosen"] == sides["rejected"]:
-        raise DataError("nothing to learn: chosen and rejected are the same")
+        raise DataError("chosen and rejected are the same, so there is nothing to learn")
     return Preference(**sides)
 
 
@@ -218,8 +218,8 @@ def from_feedback(values: dict[str, Any]) -> Feedback:
     key = label.strip().lower() if isinstance(label, str) else label
     if isinstance(label, list | dict) or key not in DESIRABLE:
         raise DataError(
-            f"label is {short_repr(label)} where true (a wanted completion) or false is needed; take --task causal-lm "
-            "to train on all completions, without labels"
+            f"label: expected true (desirable) or false, got {short_repr(label)}; to train on all completions without "
+            "labels, use --task causal-lm"
         )
     return Feedback(_as_reply(values["prompt"], values["completion"], values), DESIRABLE[key])
 
@@ -244,46 +244,46 @@ def from_texts(values: dict[str, Any]) -> Pair:
 def from_tagged(values: dict[str, Any]) -> Tagged:
     tokens, tags = values["tokens"], values.get("tags")
     if not isinstance(tokens, list) or not tokens:
-        raise DataError(f"tokens is {short_repr(tokens)} where a list of words is needed")
+        raise DataError(f"tokens: expected a list of words, got {short_repr(tokens)}")
     words = [text_value(token, f"tokens[{index}]") for index, token in enumerate(tokens)]
     if "tags" not in values:
         return Tagged(words)
     if not isinstance(tags, list) or not tags:
-        raise DataError(f"tags is {short_repr(tags)} where a list with a tag for each of the tokens is needed")
+        raise DataError(f"tags: expected a list with one tag per token, got {short_repr(tags)}")
     if len(tags) != len(words):
-        raise DataError(f"there are {len(words)} tokens and {len(tags)} tags; each token needs one")
+        raise DataError(f"tags: expected one per token, got {len(tags)} tags for {len(words)} tokens")
     if wrong := [tag for tag in tags if type(tag) not in (str, int) or tag == ""]:
-        raise DataError(f"tags holds {short_repr(wrong[0])} where text or a whole number is needed")
+        raise DataError(f"tags: expected text or integers, got {short_repr(wrong[0])}")
     return Tagged(words, tags)
 
 
 def _as_reply(prompt: Any, completion: Any, values: dict[str, Any]) -> Conversation | Pair:
-    """values: of the row, which may have tools."""
+    """values: of the row, possibly with tools."""
     tools = {"tools": values["tools"]} if "tools" in values else {}
     return from_prompt({"prompt": prompt, "completion": completion, **tools})
 
 
 def _shared_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """Returns what both begin with, messages or text up to a space between words, and the rest of each.
+    """Returns the shared beginning (messages, or text up to a space between words) and the rest of each.
 
-    Raises DataError if they have no prompt in common, or are of different types.
+    Raises DataError if they share no prompt or have different types.
     """
     if not (isinstance(chosen, str | list) and type(chosen) is type(rejected)):
         raise DataError(
-            f"chosen is {short_repr(chosen)} and rejected {short_repr(rejected)} where two texts or two lists of "
-            "messages are needed"
+            "chosen and rejected: expected two texts or two lists of messages, got "
+            f"{short_repr(chosen)} and {short_repr(rejected)}"
         )
     pairs, shortest = zip(chosen, rejected, strict=False), min(len(chosen), len(rejected))
     end = next((index for index, (left, right) in enumerate(pairs) if left != right), shortest)
     if isinstance(chosen, list):
-        end = max(min(end, shortest - 1), 0)  # the last message is no prompt
+        end = max(min(end, shortest - 1), 0)  # the last message is not part of the prompt
     else:
         text: str = chosen[:end]
         end = max((match.end() for match in re.finditer(r"\s+", text)), default=0)
         if end and text[end - 1] == " ":
-            end -= 1  # most tokenizers put the space before a word into its token
+            end -= 1  # in most tokenizers, a word's token includes the space before it
     if not end and isinstance(chosen, str):
-        raise DataError("chosen and rejected do not begin with the same prompt, and there is no prompt beside them")
+        raise DataError("chosen and rejected do not begin with the same prompt: add a key prompt")
     return chosen[:end], chosen[end:], rejected[end:]
 
 
@@ -292,45 +292,45 @@ def _shared_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
 
 def _pair(prompt: str, completion: str) -> Pair:
     if not completion.strip():
-        raise DataError("nothing to learn: the completion is empty")
+        raise DataError("completion is empty, so there is nothing to learn")
     return Pair(prompt, completion)
 
 
 def _conversation(read: list[MarkedMessage], values: dict[str, Any], first: int = 0) -> Conversation:
-    """values: those of the row, for its tools."""
+    """values: of the row, possibly with tools."""
     messages = [message for message, _ in read]
     untrained = frozenset(index for index, (_, is_trained) in enumerate(read) if is_trained is False)
     conversation = Conversation(messages, first, untrained, read_tools(values))
     trained = [messages[index] for index in conversation.trained_replies]
     if not any(message["content"].strip() or message.keys() & {"tool_calls", REASONING} for message in trained):
-        marked = " that is to be trained" if untrained else ""
-        raise DataError(f"nothing to learn: no assistant message with content{marked}")
+        kind = "a trained" if untrained else "an"
+        raise DataError(f"expected {kind} assistant message with content, got none")
     return conversation
 
 
 def _choices(value: Any) -> tuple[list[str], list[str]]:
-    """Returns texts, and their labels if the row names them, as {"text": [...], "label": [...]} does."""
+    """Returns the texts, and their labels if the row has {"text": [...], "label": [...]}."""
     labels: Any = []
     if isinstance(value, dict) and value.keys() == {"text", "label"}:
         value, labels = value["text"], value["label"]
         if not isinstance(labels, list) or not isinstance(value, list) or len(labels) != len(value):
-            raise DataError("choices has not one label for every text")
+            raise DataError("choices: expected one label per text")
     if not isinstance(value, list) or len(value) < 2:
-        raise DataError(f"choices is {short_repr(value)} where a list of two or more texts is needed")
+        raise DataError(f"choices: expected a list of two or more texts, got {short_repr(value)}")
     texts = [
         text_value(str(text) if type(text) in (int, float) else text, f"choices[{n}]") for n, text in enumerate(value)
     ]
     if empty := [f"choices[{index}]" for index, text in enumerate(texts) if not text.strip()]:
         raise DataError(f"{', '.join(empty)} is empty")
     if wrong := [label for label in labels if type(label) not in (int, str)]:
-        raise DataError(f"choices has the label {short_repr(wrong[0])} where text or a whole number is needed")
+        raise DataError(f"choices: expected text or integers as labels, got {short_repr(wrong[0])}")
     return [text.strip() for text in texts], [str(label) for label in labels]
 
 
 def _answer_index(value: Any, texts: list[str], labels: list[str]) -> int:
-    """Returns the index of the choice that the answer names by its label, its index from 0, its letter or its text.
+    """Returns the index of the choice that the answer names by label, index from 0, letter or text.
 
-    Raises DataError if it names none, or could name two.
+    Raises DataError if there is no such choice or the answer is ambiguous.
     """
     answer = str(value).strip() if type(value) in (int, str) else ""
     if answer in labels:
@@ -344,11 +344,11 @@ def _answer_index(value: Any, texts: list[str], labels: list[str]) -> int:
         return next(iter(meanings.values()))
     if meanings:
         raise DataError(
-            f"answer {short_repr(value)} is {' and '.join(meanings)} of different choices; "
-            "write the index, from 0, as a number"
+            f"answer {short_repr(value)} is ambiguous: it is {' and '.join(meanings)} of different choices; use the "
+            "index from 0 as a number"
         )
     possible = f"a label ({', '.join(labels)})" if labels else f"an index from 0 to {indices[-1]}, a letter"
-    raise DataError(f"answer {short_repr(value)} is none of the choices; write {possible} or the text of a choice")
+    raise DataError(f"answer {short_repr(value)} matches no choice; use {possible} or the text of a choice")
 
 
 # ---- The schema of a source
@@ -357,16 +357,16 @@ def _answer_index(value: Any, texts: list[str], labels: list[str]) -> int:
 AUTO, CAUSAL_LM, PREFERENCE = "auto", "causal-lm", "preference"  # tasks
 SEQUENCE_CLASSIFICATION, REGRESSION = "sequence-classification", "regression"
 TOKEN_CLASSIFICATION, SEQ2SEQ = "token-classification", "seq2seq"
-LABEL_KEYS = ("label", "tags")  # what is predicted
+LABEL_KEYS = ("label", "tags")  # keys of the prediction targets
 FOUND_FROM_ROWS = (CAUSAL_LM, PREFERENCE)
-FEEDBACK = "feedback"  # a schema whose examples are completed by those of others
+FEEDBACK = "feedback"  # a schema whose examples also need the replies of other rows
 
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """convert: from the values by key to the sample; raises DataError with the cause.
+    """convert: values by key -> sample; raises DataError with the cause.
 
-    task: which trains on it.    fits: whether a row with the required keys speaks for it where no task is given.
+    task: the training task.    fits: whether a row with the required keys supports this schema if no task is given.
     """
 
     name: str
@@ -378,7 +378,7 @@ class Schema:
 
     @property
     def uses_chat_template(self) -> bool:
-        """Whether a chat template renders the rows; those of other schemas are tokenised as they are."""
+        """Whether rows are rendered with the chat template; others are tokenized unchanged."""
         return "messages" in self.required or (self.task in FOUND_FROM_ROWS and self.name != TEXT)
 
     @property
@@ -392,10 +392,10 @@ def _has_truth_value(row: Mapping[str, Any]) -> bool:
 
 
 PAIR = ("prompt", "completion")
-WEIGHT = "weight"  # a key that every schema may have
-TEXT = "text"  # the schema whose rows are documents of any length
-# If several fit, the first wins: `messages` says more than the `prompt` that often comes with it, and two replies say
-# more than one.
+WEIGHT = "weight"  # an optional key of every schema
+TEXT = "text"  # the schema of documents of any length
+# If several fit, the first wins: `messages` has more information than the `prompt` that often accompanies it, and two
+# replies have more than one.
 SCHEMAS = (
     Schema("preference", from_preference, ("chosen", "rejected"), ("prompt", "tools"), task=PREFERENCE),
     Schema(FEEDBACK, from_feedback, (*PAIR, "label"), ("tools",), task=PREFERENCE, fits=_has_truth_value),
@@ -419,7 +419,7 @@ SCHEMAS = (
     Schema("tokens/tags", from_tagged, ("tokens", "tags"), task=TOKEN_CLASSIFICATION),
 )
 KNOWN_KEYS = tuple(dict.fromkeys(key for schema in SCHEMAS for key in schema.keys))
-SYNONYMS = {  # only for the hint in an error: no column is renamed without --field
+SYNONYMS = {  # for hints in errors only: no column is renamed without --field
     "messages": ("chat", "dialogue", "dialog", "conversation", "turns"),
     "prompt": ("question", "query", "input", "source", "user", "problem", "instruction", "ctx"),
     "completion": ("answer", "response", "output", "target", "reply", "assistant", "solution"),
@@ -434,7 +434,7 @@ SYNONYMS = {  # only for the hint in an error: no column is renamed without --fi
     "tokens": ("words",),
     "tags": ("ner_tags", "pos_tags", "labels", "ner"),
 }
-EXAMPLE_KEYS = {  # task -> what the example in an error names, where no synonym fits; PAIR for the others
+EXAMPLE_KEYS = {  # task -> keys for the example in an error if no synonym fits; PAIR for all others
     PREFERENCE: ("chosen", "rejected"),
     SEQUENCE_CLASSIFICATION: ("text", "label"),
     REGRESSION: ("text", "label"),
@@ -444,7 +444,7 @@ EXAMPLE_KEYS = {  # task -> what the example in an error names, where no synonym
 
 @dataclass(frozen=True, slots=True)
 class ColumnMapping:
-    """How the columns of one source are read. `columns`: key of the schema -> column."""
+    """The columns of one source. `columns`: key of the schema -> column."""
 
     schema: Schema
     columns: dict[str, str]
@@ -455,7 +455,7 @@ class ColumnMapping:
         required = [column for key, column in self.columns.items() if key in self.schema.required]
         if missing := [column for column in required if column not in fields]:
             present = listed(fields) or "no keys"
-            raise DataError(f"no {' and no '.join(missing)} (read as {self.schema.name}); the row has {present}")
+            raise DataError(f"missing {' and '.join(missing)} (schema {self.schema.name}); the row has {present}")
         return {key: parsed_list(fields[column], key) for key, column in self.columns.items() if column in fields}
 
 
@@ -466,10 +466,10 @@ def detect_schema(
     *,
     has_labels: bool = True,
 ) -> ColumnMapping:
-    """Returns the schema whose keys most rows have, after renaming by `field` (key of the schema -> column).
+    """Returns the schema that fits most rows, after renaming by `field` (key of the schema -> column).
 
-    task: the schemas are those of this task.    has_labels: False if labels and tags are to be predicted.
-    Raises DataError that lists the keys present, the known schemas, and how to map the keys.
+    task: only schemas of this task.    has_labels: False for prediction, where rows have no labels or tags.
+    Raises DataError with the keys of the rows, the known schemas, and how to map the keys.
     """
     field = dict(field or {})
     schemas = [schema for schema in SCHEMAS if schema.task in (FOUND_FROM_ROWS if task == AUTO else (task,))]
@@ -480,7 +480,7 @@ def detect_schema(
             for schema in schemas
         ]
     renamed = {column: key for key, column in field.items()}
-    with_keys: dict[frozenset[str], list[Schema]] = {}  # keys of a row -> the schemas that it has the keys of
+    with_keys: dict[frozenset[str], list[Schema]] = {}  # keys of a row -> the schemas that fit
     counts, against = Counter[Schema](), Counter[Schema]()
     for row in rows:
         columns_of_row = frozenset(row)
@@ -492,9 +492,11 @@ def detect_schema(
         renamed_row = dict(row) | {key: row[column] for key, column in field.items() if column in row}
         counts.update(with_keys[columns_of_row])
         against.update(s for s in with_keys[columns_of_row] if task == AUTO and not s.fits(renamed_row))
-    columns = sorted({column for keys in with_keys for column in keys})  # sorted: sets change their order between runs
+    columns = sorted(
+        {column for keys in with_keys for column in keys}
+    )  # sorted, because the order of a set changes between runs
     problems = [
-        f"--field {key}={column}: {what} {name!r}{nearest(name, known) or f'; there are {listed(sorted(known))}'}"
+        f"--field {key}={column}: {what} {name!r}{nearest(name, known) or f'; expected one of {listed(sorted(known))}'}"
         for key, column in field.items()
         for what, name, known in (
             ("no schema has the key", key, KNOWN_KEYS),
@@ -504,7 +506,7 @@ def detect_schema(
     ]
     if problems:
         raise DataError(listing(problems))
-    # One wrong or missing value must not change what all rows are read as: then it is an error in its row.
+    # A single wrong or missing value must not change the schema of all rows; it is an error of its row.
     counts = Counter({schema: count for schema, count in counts.items() if 2 * against[schema] <= count})
     best = max(schemas, key=lambda schema: counts[schema])
     with_more_keys = (schema for schema in schemas if set(schema.required) > set(best.required))
@@ -523,11 +525,11 @@ def detect_source_schema(
     *,
     has_labels: bool = True,
 ) -> ColumnMapping:
-    """Returns what `detect_schema` does, from what was read of a source. Raises DataError, also if there is no row."""
+    """Applies `detect_schema` to the rows read from a source. Raises DataError, also if there is no row."""
     rows = [item.fields for item in items if isinstance(item, Row)]
     if not rows:
         problems = [item for item in items if isinstance(item, RowProblem)]
-        raise data_error(problems or [RowProblem(source, 0, "no rows: there is nothing to learn from")])
+        raise data_error(problems or [RowProblem(source, 0, "expected at least one row, got none")])
     try:
         return detect_schema(rows, field, task, has_labels=has_labels)
     except DataError as error:
@@ -552,10 +554,10 @@ def _unknown_schema(columns: list[str], field: Mapping[str, str], schemas: Seque
     for schema in sorted([*schemas, *with_labels], key=lambda schema: len(schema.required), reverse=True):
         guessed = guess(schema.required)
         if all(guessed.values()) and len(set(guessed.values())) == len(guessed):
-            hint = "Perhaps:" if schema in schemas else f"Perhaps rows with labels: --task {schema.task}"
+            hint = "Maybe use:" if schema in schemas else f"For rows with labels use: --task {schema.task}"
             break
     else:
-        hint = "Name the columns, for instance:"
+        hint = "Map the columns, for example:"
         known_keys = {key for schema in schemas for key in schema.required}
         guessed = guess([key for key in EXAMPLE_KEYS.get(task, PAIR) if key in known_keys])
         missing = [key for key, column in guessed.items() if column is None]
@@ -563,13 +565,13 @@ def _unknown_schema(columns: list[str], field: Mapping[str, str], schemas: Seque
         guessed |= dict.fromkeys(missing, left[0] if len(missing) == len(left) == 1 else "COLUMN")
     hint += "".join(f" --field {key}={column}" for key, column in guessed.items() if key != column)
     return (
-        f"the rows have the keys {listed(columns) or '(none)'}, which fit no known schema"
+        f"the keys of the rows ({listed(columns) or 'none'}) match no known schema"
         f"{'' if task == AUTO else f' of --task {task}'}{flags and f' with{flags}'}.\nKnown: {known}.\n{hint}"
     )
 
 
 def weight_of(row: Row, mapping: ColumnMapping) -> float:
-    """Raises DataError if the row's weight is no number of at least 0. CSV has numbers as text."""
+    """Returns the row's weight, by default 1. Raises DataError unless it is a number >= 0, in CSV as text."""
     value = row.fields.get(mapping.columns.get(WEIGHT, ""))
     if value is None or value == "":
         return 1.0
@@ -579,14 +581,14 @@ def weight_of(row: Row, mapping: ColumnMapping) -> float:
         weight = math.nan
     if not 0 <= weight < math.inf:
         raise DataError(
-            f"weight is {short_repr(value)} where a number of at least 0 is needed, by which the row's loss is "
-            "multiplied; rename the column if it means something else"
+            f"weight: expected a number >= 0 that multiplies the row's loss, got {short_repr(value)}; rename the "
+            "column if it has a different meaning"
         )
     return weight
 
 
 def convert_row(row: Row, mapping: ColumnMapping) -> AnySample | RowProblem:
-    """Returns the row's sample, or why it has none."""
+    """Returns the row's sample, or the problem with it."""
     try:
         weight_of(row, mapping)
         return mapping.schema.convert(mapping.values(row.fields))

@@ -1,8 +1,8 @@
-"""Token ids and labels of samples. Tokens that the loss mask leaves out get the label -100.
+"""Token ids and labels of samples. Untrained tokens get the label -100.
 
-language models     texts, conversations, pairs; of preferences both replies
+language models     texts, conversations, pairs; both replies of preferences
 seq2seq             the prompt for the encoder, the completion for the decoder
-heads for labels    texts with a target, words with their tags
+classification      texts with a target, words with their tags
 """
 
 import re
@@ -40,17 +40,17 @@ from tailora.data.schemas import (
 )
 from tailora.errors import DataError
 
-PIECE = 2**16  # characters that are tokenised at once: many megabytes take minutes, and gigabytes
+PIECE = 2**16  # characters to tokenize at once: many megabytes would take minutes, and gigabytes of memory
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedSample:
-    """An example, and what it was made of.
+    """An example and its source.
 
-    sample: of two replies the better one, of choices the right one; of a conversation in parts, the part.
-    length: in tokens before cutting at max_length.
-    part, parts: its number among the examples of its row, and how many these are.
-    choices: those whose right answer is `sample`.
+    sample: for two replies the preferred one, for choices the correct one, for a split conversation its part.
+    length: in tokens before truncation to max_length.
+    part, parts: index among the examples of its row, and their number.
+    choices: the choices with `sample` as the correct answer.
     location: of its row.
     """
 
@@ -64,14 +64,14 @@ class EncodedSample:
 
     @property
     def is_learned(self) -> bool:
-        """False if the cut took all that would be learned."""
+        """False if no trained token is left after truncation."""
         return isinstance(self.sample, Labelled) or self.example.supervised > 0
 
 
 def encode_sample(sample: Sample, tokenizer: Any, max_length: int) -> Example:
-    """Returns the tokens and labels of one sample, or of its last reply if the template needs an example for each.
+    """Returns the tokens and labels of one sample, or of its last reply if every reply needs a separate example.
 
-    Raises DataError with the cause if it cannot be trained on.
+    Raises DataError with the cause if it cannot be used for training.
     """
     (result,) = encode_samples([sample], ChatTokenizer.of(tokenizer, DataSettings(max_length=max_length)))
     if isinstance(result, DataError):
@@ -80,9 +80,9 @@ def encode_sample(sample: Sample, tokenizer: Any, max_length: int) -> Example:
 
 
 def encode_samples(samples: Sequence[AnySample], tokenizer: ChatTokenizer) -> list[list[EncodedSample] | DataError]:
-    """Returns the tokens and labels of every sample, or the reason why it has none.
+    """Returns the tokens and labels of every sample, or the error that prevents it.
 
-    A conversation has several where the template cannot write all its replies in one text as generation sees them.
+    A conversation becomes several examples if the template cannot render all its replies in one text as in generation.
     """
     prepared = [_result_of(with_system, sample, tokenizer) for sample in samples]
     if tokenizer.settings.task == SEQ2SEQ or tokenizer.settings.labels is not None:
@@ -92,7 +92,7 @@ def encode_samples(samples: Sequence[AnySample], tokenizer: ChatTokenizer) -> li
 
 
 def _result_of(function: Callable[..., Any], sample: Any, *arguments: Any) -> Any:
-    """Returns the function's result for a sample, or the DataError that it raises or that there was before."""
+    """Returns the function's result for a sample, or the DataError that it or an earlier step raised."""
     if isinstance(sample, DataError):
         return sample
     try:
@@ -102,7 +102,7 @@ def _result_of(function: Callable[..., Any], sample: Any, *arguments: Any) -> An
 
 
 def _encode_one(sample: AnySample, tokenizer: ChatTokenizer) -> list[EncodedSample]:
-    """Encodes a sample of a task that tokenises one sample at a time."""
+    """Encodes a sample of a task that tokenizes one sample at a time."""
     if isinstance(sample, Tagged):
         return [_encode_tagged(sample, tokenizer)]
     if isinstance(sample, Labelled):
@@ -115,7 +115,7 @@ def _encode_one(sample: AnySample, tokenizer: ChatTokenizer) -> list[EncodedSamp
 
 
 def tokenized_parts(sample: AnySample | DataError) -> list[Sample]:
-    """Returns what a language model reads of a sample."""
+    """Returns the parts of a sample that a language model reads."""
     match sample:
         case Choices():
             return [sample.options[sample.answer]]
@@ -129,7 +129,7 @@ def tokenized_parts(sample: AnySample | DataError) -> list[Sample]:
 
 
 def _join(sample: AnySample, parts: Sequence[list[EncodedSample] | DataError]) -> list[EncodedSample]:
-    """Returns a sample from its encoded parts. Where the cut takes a whole reply of two, nothing of it is trained."""
+    """Combines the encoded parts of a sample. If truncation removes one of two replies, nothing is trained."""
     encoded: list[EncodedSample] = []
     for part in parts:
         if isinstance(part, DataError):
@@ -139,7 +139,7 @@ def _join(sample: AnySample, parts: Sequence[list[EncodedSample] | DataError]) -
         return encoded
     if len(encoded) > len(parts):
         raise DataError(
-            "the chat template rewrites earlier messages, so that only one message of a compared reply can be trained: "
+            "only one message of a compared reply can be trained, because the chat template rewrites earlier ones: "
             'mark the others with "train": false, or move them into the prompt'
         )
     first, last = encoded[0], encoded[-1]
@@ -149,8 +149,8 @@ def _join(sample: AnySample, parts: Sequence[list[EncodedSample] | DataError]) -
         return [replace(first, example=replace(first.example, target=np.array([float(sample.desirable)])))]
     example = Example.of_two(first.example, last.example)
     are_same = first.example.hash == last.example.hash
-    if are_same and max(first.length, last.length) == len(first.example.input_ids):  # nothing was cut
-        raise DataError("nothing to learn: chosen and rejected are the same tokens")
+    if are_same and max(first.length, last.length) == len(first.example.input_ids):  # nothing was truncated
+        raise DataError("chosen and rejected have the same tokens, so there is nothing to learn")
     if are_same or not (first.example.supervised and last.example.supervised):
         example = replace(example, labels=np.full_like(example.labels, IGNORED))
     return [replace(first, example=example, length=max(first.length, last.length))]
@@ -168,7 +168,7 @@ def _encode_texts(samples: Sequence[Sample], tokenizer: ChatTokenizer) -> list[l
             of_text = tokenize_long(part.text, tokenizer) if len(part.text) > PIECE else next(tokens)
             examples.append(Example.of_text(*loss_mask(part, of_text, tokenizer)))
         if not all(example.supervised for example in examples):
-            raise DataError("all labels masked: no token of this row would be learned")
+            raise DataError("the row has no trained token, so there is nothing to learn")
         return [
             EncodedSample(part.sample, example.beginning(max_length), len(example.input_ids), number, len(parts))
             for number, (part, example) in enumerate(zip(parts, examples, strict=True))
@@ -178,9 +178,9 @@ def _encode_texts(samples: Sequence[Sample], tokenizer: ChatTokenizer) -> list[l
 
 
 def tokenize_long(text: str, tokenizer: ChatTokenizer) -> Tokens:
-    """Returns the tokens of a text from pieces of at most PIECE characters that begin with the space before a word.
+    """Tokenizes a text in pieces of at most PIECE characters that begin with the space before a word.
 
-    Tokenizers split texts there anyway, so the tokens do not change, unless a piece has no such space.
+    Tokenizers split texts there anyway, so the tokens stay the same unless a piece has no such space.
     """
     starts = [0]
     while starts[-1] + PIECE < len(text):
@@ -195,9 +195,9 @@ def tokenize_long(text: str, tokenizer: ChatTokenizer) -> Tokens:
 
 
 def _encode_pair(sample: Pair, tokenizer: ChatTokenizer) -> EncodedSample:
-    """Returns the prompt as what an encoder reads, and the completion as what a decoder predicts.
+    """Returns the prompt for the encoder and the completion for the decoder to predict.
 
-    Each has at most max_length tokens, with the special tokens that the tokenizer writes around texts.
+    Each has at most max_length tokens, including the tokenizer's special tokens.
     """
     max_length, parts, lengths = tokenizer.settings.max_length, [], []
     for name, text in (("text", sample.prompt), ("text_target", sample.completion)):
@@ -205,13 +205,13 @@ def _encode_pair(sample: Pair, tokenizer: ChatTokenizer) -> EncodedSample:
         lengths.append(len(ids))
         parts.append(ids if len(ids) <= max_length else np.concatenate([ids[: max_length - 1], ids[-1:]]))
     if not all(lengths):
-        raise DataError("nothing to learn: prompt or completion has no tokens")
+        raise DataError("prompt or completion has no tokens, so there is nothing to learn")
     source, target = parts
     example = Example.of_two(Example(source, np.full_like(source, IGNORED)), Example(target, target))
     return EncodedSample(sample, example, max(lengths))
 
 
-# ---- Labels: the tokenizer writes its own special tokens, such as [CLS] and [SEP]
+# ---- Labels: the tokenizer adds its special tokens, such as [CLS] and [SEP]
 
 
 def _labels_of(tokenizer: ChatTokenizer) -> Labels:
@@ -220,12 +220,12 @@ def _labels_of(tokenizer: ChatTokenizer) -> Labels:
 
 
 def _encode_labelled(sample: Labelled, tokenizer: ChatTokenizer) -> EncodedSample:
-    """Returns a text, two texts or a conversation with its target; a sample without a label gets any target."""
+    """Encodes a text, two texts or a conversation with its target, which is arbitrary without a label."""
     labels, max_length, second_start = _labels_of(tokenizer), tokenizer.settings.max_length, 0
     target = labels.target(sample.label) if sample.label is not None else np.zeros(labels.targets)
     if sample.messages:
         if tokenizer.template is None:
-            raise DataError("messages need a chat template, and the tokenizer has none: give text instead")
+            raise DataError("messages need a chat template, but the tokenizer has none: use text instead")
         ids = tokenizer.token_ids(tokenizer.render(sample.messages))
         length = len(ids)
     else:
@@ -236,13 +236,13 @@ def _encode_labelled(sample: Labelled, tokenizer: ChatTokenizer) -> EncodedSampl
         second_start = segments.index(1) if 1 in segments else 0
     input_ids = np.array(ids[:max_length], dtype=np.int32)
     if not len(input_ids):
-        raise DataError("nothing to learn: the text has no tokens")
+        raise DataError("the text has no tokens, so there is nothing to learn")
     example = Example(input_ids, np.full_like(input_ids, IGNORED), second_start=second_start, target=target)
     return EncodedSample(sample, example, length)
 
 
 def _encode_tagged(sample: Tagged, tokenizer: ChatTokenizer) -> EncodedSample:
-    """Returns words with their tags; a sample without tags gets any."""
+    """Encodes words with their tags, which are arbitrary for a sample without tags."""
     labels, (input_ids, firsts, length) = _labels_of(tokenizer), first_tokens(sample.tokens, tokenizer)
     tags = np.full_like(input_ids, IGNORED)
     values = [0] * len(firsts) if sample.tags is None else [labels.index(tag) for tag in sample.tags]
@@ -253,12 +253,12 @@ def _encode_tagged(sample: Tagged, tokenizer: ChatTokenizer) -> EncodedSample:
 
 
 def first_tokens(words: Sequence[str], tokenizer: ChatTokenizer) -> tuple[Int32, list[int], int]:
-    """Returns the ids of the words, joined by spaces; the index of each word's first token, and the length uncut.
+    """Returns the ids of the words joined by spaces, the index of each word's first token, and the untruncated length.
 
-    The index is -1 for a word that is cut at max_length, or of whose characters the tokenizer keeps none.
+    The index is -1 for a word that is truncated or that the tokenizer drops completely.
     """
     if not tokenizer.tokenizer.is_fast:
-        raise DataError("token-classification needs a fast tokenizer, which says where its tokens are in the text")
+        raise DataError("token-classification needs a fast tokenizer with token offsets: use a model that has one")
     max_length = tokenizer.settings.max_length
     ends = np.cumsum([len(word) + 1 for word in words]) - 1  # of each word in the text
     text = " ".join(words)
@@ -278,11 +278,11 @@ def first_tokens(words: Sequence[str], tokenizer: ChatTokenizer) -> tuple[Int32,
     return np.array(encoding["input_ids"], dtype=np.int32), firsts, length
 
 
-# ---- Prompts and replies of samples, for generation and for people
+# ---- Prompts and replies of samples, for generation and display
 
 
 def prompt_ids(sample: Conversation | Pair, tokenizer: Any) -> list[int]:
-    """Returns the ids to generate the sample's last reply from."""
+    """Returns the prompt ids for generating the sample's last reply."""
     chat_tokenizer = ChatTokenizer.of(tokenizer)
     if chat_tokenizer.template is None and isinstance(sample, Pair):
         return chat_tokenizer.bos_ids + chat_tokenizer.token_ids(sample.prompt)
@@ -292,18 +292,18 @@ def prompt_ids(sample: Conversation | Pair, tokenizer: Any) -> list[int]:
 
 
 def last_reply(chat: Conversation) -> int | None:
-    """Returns the number of the last reply that is trained; None if the conversation has no reply."""
+    """Returns the index of the last trained reply; None if the conversation has no reply."""
     return max(chat.trained_replies or chat.replies, default=None)
 
 
 def reply_text(sample: Sample, tokenizer: Any) -> str:
-    """Returns the last text that is trained; of tool calls, what the template writes for them."""
+    """Returns the last trained text; for tool calls, their rendering by the template."""
     if isinstance(sample, Text):
         return sample.text
     if isinstance(sample, Pair):
         return sample.completion
     index = last_reply(sample)
-    assert index is not None  # rows without a reply are refused
+    assert index is not None  # rows without a reply are rejected
     message = sample.messages[index]
     if "tool_calls" not in message:
         return str(message["content"])
@@ -312,12 +312,12 @@ def reply_text(sample: Sample, tokenizer: Any) -> str:
 
 
 def preview(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
-    """Returns (text, is trained) pieces in order; joined they are the decoded example with its special tokens."""
+    """Returns (text, is trained) pieces in order; joined, they are the decoded example with its special tokens."""
     pieces = []
     end, previous = 0, ""
     for is_trained, run in groupby(example.labels.tolist(), key=lambda label: label != IGNORED):
         end += len(list(run))
-        # Decodes all tokens so far and removes the text before: a run decoded alone would lose its leading space.
+        # Decode all tokens so far and remove the previous text: a run decoded alone would lose its leading space.
         ids = example.input_ids[:end].tolist()
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         pieces.append((text[len(previous) :], is_trained))

@@ -73,7 +73,7 @@ def test_a_table_of_texts_and_categories_is_recognised_as_labelled_data(tmp_path
     path = tmp_path / "tickets.csv"
     path.write_text("body,category\n" + "".join(f"ticket {i},{'ab'[i % 2]}\n" for i in range(8)))
     options = ["--task", "sequence-classification", "--field", "text=body", "--field", "label=category"]
-    check_refused(f"Perhaps rows with labels: {' '.join(options)}", "data", path, "--model", tiny_model)
+    check_refused(f"For rows with labels use: {' '.join(options)}", "data", path, "--model", tiny_model)
     report = found("data", path, "--model", tiny_model, *options, "--validation-split", 0)
     assert report["labels"] == {"a": 4, "b": 4}
 
@@ -176,7 +176,7 @@ def test_the_settings_of_what_is_learned_are_shown_and_repeated(
     assert "<|im_start|>[[system\nbe brief<|im_end|>\n<|im_start|>user" in shown
     assert shlex.split(shown.strip().splitlines()[-1])[-9:-6] == flags
     assert main(["data", str(chats), "--model", str(tiny_model), "--completion-only-loss"]) == 2
-    assert "--completion-only-loss needs completions, and the rows are read as messages" in capsys.readouterr().err
+    assert "--completion-only-loss does not apply to messages rows, it needs completions" in capsys.readouterr().err
 
 
 def test_roles_tools_and_calls_are_counted_and_shown(
@@ -206,7 +206,7 @@ def test_roles_tools_and_calls_are_counted_and_shown(
     assert '"arguments": {"thing": 7}' in learned
     main(["data", str(path), "--model", str(tiny_model), "--validation-split", "0"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "tools 1 conversations have tools, for which the chat template has no place: they are written as" in shown
+    assert "tools 1 conversations have tools, which the chat template does not support: they are written as" in shown
 
 
 def test_a_mixture_is_shown_by_source(
@@ -220,7 +220,7 @@ def test_a_mixture_is_shown_by_source(
     sources = [(part["name"], part["weight"], part["rows"]) for part in found(*line)["sources"]]
     assert sources == [(str(chats), 2, 24), (str(notes), 1, 1)]
     _, shown, _ = call(*line)
-    assert f"{chats}: 24 rows read as messages, 24 examples to train on, 48 in an epoch" in shown
+    assert f"{chats}: 24 rows (messages), 24 training examples, 48 per epoch" in shown
     words = shlex.split(shown.strip().splitlines()[-1])
     assert words[:6] == ["tailora", "train", "--data", f"{chats}=2", "--data", str(notes)]
 
@@ -228,10 +228,10 @@ def test_a_mixture_is_shown_by_source(
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
-        ("", "no rows"),
+        ("", "expected at least one row"),
         ("{]\n", "chats.jsonl:1: not JSON"),
-        ('{"messages": []}\n', "chats.jsonl:1: messages is []"),
-        ('{"a": 1}\n', "fit no known schema"),
+        ('{"messages": []}\n', "chats.jsonl:1: messages: expected a list"),
+        ('{"a": 1}\n', "match no known schema"),
     ],
 )
 def test_data_that_cannot_be_learned_exits_with_2(content: str, cause: str, tmp_path: Path, tiny_model: Path) -> None:
@@ -243,9 +243,9 @@ def test_data_that_cannot_be_learned_exits_with_2(content: str, cause: str, tmp_
 def test_bad_rows_are_skipped_on_request_and_listed(chats: Path, tiny_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "chats.jsonl"
     path.write_text(chats.read_text() + '{"messages": []}\n')
-    check_refused("chats.jsonl:25: messages is []", "data", path, "--model", tiny_model)
+    check_refused("chats.jsonl:25: messages: expected a list", "data", path, "--model", tiny_model)
     code, shown, notes = call("data", path, "--model", tiny_model, "--skip-bad-rows")
     assert code == 0
-    assert f"skipped {path}:25: messages is [] where a list of messages is needed" in notes
+    assert f"skipped {path}:25: messages: expected a list of messages, got []" in notes
     assert re.search(r"^skipped +1 rows cannot be used: chats.jsonl:25$", shown, re.MULTILINE)
     assert "--skip-bad-rows" in shown.partition("Next")[2]

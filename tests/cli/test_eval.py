@@ -210,7 +210,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "change": (["ONE", "--data", "CHATS", "--no-base", "--gate", "loss_change<0"], "leave --no-base out"),
     "no choices": (["ONE", "--data", "CHATS", "--gate", "acc>.5"], "accuracy needs choices; its rows are read as mess"),
     "whole and base": (["BASE", "--model", "BASE", "--data", "CHATS"], "is a whole model"),
-    "bad rows": (["ONE", "--data", "BAD"], "bad.jsonl:2: answer 'purple' is none of the choices"),
+    "bad rows": (["ONE", "--data", "BAD"], "bad.jsonl:2: answer 'purple' matches no choice"),
     "dtype": (["ONE", "--data", "CHATS", "--dtype", "float8"], "float8"),
     "other base": (["ONE", "--model", "OTHER", "--data", "CHATS"], "base"),
 }

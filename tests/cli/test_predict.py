@@ -155,8 +155,8 @@ def test_eval_reads_the_columns_of_the_training(folder: Path, tmp_path: Path) ->
     [
         ("sequence-classification", {"text": "a film", "label": None}, "label is empty"),
         ("sequence-classification", {"text": "a film", "label": "postive"}, "'postive'"),
-        ("regression", {"text": "a film", "label": "much"}, "a number is needed"),
-        ("token-classification", {"tokens": ["a"], "tags": []}, "tags is []"),
+        ("regression", {"text": "a film", "label": "much"}, "expected a number"),
+        ("token-classification", {"tokens": ["a"], "tags": []}, "tags: expected a list"),
     ],
 )
 def test_wrong_rows_end_with_code_2(task: str, row: dict[str, Any], cause: str, folder: Path, tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_an_adapter_for_labels_is_shrunk_exported_and_inspected(folder: Path, tm
 @pytest.mark.parametrize(
     ("line", "cause"),
     [
-        (["inspect", "RUN", "--data", "ROWS"], "leave --data and --forgetting-data out"),
+        (["inspect", "RUN", "--data", "ROWS"], "remove --data and --forgetting-data"),
         (
             ["shrink", "--adapter", "RUN", "--data", "ROWS", "--max-loss-increase", "0.1", "--output-dir", "OUT"],
             "--r or",

@@ -125,11 +125,11 @@ def test_only_a_verbose_header_shows_how_it_is_computed(changes: dict[str, objec
 @pytest.mark.parametrize(
     ("key", "line"),
     [
-        ("truncated", "cut 1,234 examples are longer than --max-length"),
-        ("cut_away", "left out 1,234 examples"),
-        ("split_rows", "divided 1,234 conversations became 9,000 examples"),
-        ("repeated", "repeated 1,234 rows"),
-        ("duplicates", "DUPLICATES 1,234 held-out rows are also trained on"),
+        ("truncated", "truncated 1,234 examples are longer than --max-length"),
+        ("cut_away", "no targets 1,234 examples"),
+        ("split_rows", "split 1,234 conversations became 9,000 examples"),
+        ("repeated", "repeated 1,234 training rows"),
+        ("duplicates", "LEAKAGE 1,234 held-out rows are also in the training data"),
     ],
 )
 def test_the_header_has_a_line_for_what_was_dropped_and_for_nothing_else(key: str, line: str) -> None:
@@ -151,14 +151,14 @@ def test_the_header_has_one_of_what_there_is_one() -> None:
 def test_the_header_counts_copies_among_the_held_out_rows_once() -> None:
     text = " ".join(format_header({**HEADER, "data": {**HEADER["data"], "eval_copies": 4}}).split())
     assert "90 examples, 10 held out; format" in text
-    assert "copies 4 more held-out rows are copies, which are not evaluated again" in text
+    assert "copies 4 held-out rows are duplicates and are evaluated only once" in text
 
 
 def test_the_header_says_what_an_epoch_has_of_each_source() -> None:
     source = {"name": "a.jsonl", "weight": 2, "shape": "messages", "rows": 60, "train": 50, "eval": 10, "epoch": 100}
     several = {**HEADER["data"], "sources": [source, {**source, "name": "b.txt", "weight": 1, "epoch": 50}]}
     text = " ".join(format_header({**HEADER, "data": several}).split())
-    assert "sources a.jsonl: 60 rows read as messages, 50 examples to train on, 100 in an epoch; b.txt: 60 rows" in text
+    assert "sources a.jsonl: 60 rows (messages), 50 training examples, 100 per epoch; b.txt: 60 rows" in text
     one = {**HEADER["data"], "sources": [{**source, "weight": 1}]}
     assert format_header({**HEADER, "data": one}) == format_header(HEADER)
 
@@ -175,7 +175,7 @@ def test_streamed_data_is_not_counted_though_the_held_out_is() -> None:
     data = {**HEADER["data"], "duplicates": 10}
     text = format_header({**HEADER, "data": data, "settings": {**HEADER["settings"], "streaming": True}})
     assert "streamed, 10 held out" in text
-    assert "DUPLICATES" not in text
+    assert "LEAKAGE" not in text
 
 
 def test_a_note_stands_above_the_bar_that_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:

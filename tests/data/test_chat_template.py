@@ -141,21 +141,21 @@ def test_text_stays_as_it_is(bytes_tokenizer, template) -> None:
 @pytest.mark.parametrize(
     ("template", "sample", "message"),
     [
-        (None, chat("a", "b"), "no chat template to write messages with: take the instruct version"),
+        (None, chat("a", "b"), "messages need a chat template, but the tokenizer has none: use the instruct version"),
         (PROMPTED_THOUGHT, chat("a", "b"), "message 1 cannot be trained: .*mark the reply with .*{% generation %}"),
         (
             CHATML + HEADER,
             Conversation([{"role": "assistant", "content": "x"}]),
-            "no reply, or only one that it begins with",
+            "expected a reply after the first message, got none",
         ),
         (
             STRICT + "{% if false %}{% generation %}{% endgeneration %}{% endif %}",
             chat("a", "b", system="s"),
             "System role",
         ),
-        (MARKED.replace("'assistant'", "'model'"), chat("a", "b"), "marks 0 replies where the chat has 1"),
-        (STRICT, chat("a", "b", system="s"), "the chat template refuses this conversation: System role not supported"),
-        ("{{ messages[0].content + 1 }}", chat("a", "b"), "the chat template refuses this conversation"),
+        (MARKED.replace("'assistant'", "'model'"), chat("a", "b"), "marks 0 replies, but the chat has 1"),
+        (STRICT, chat("a", "b", system="s"), "the chat template rejects this conversation: System role not supported"),
+        ("{{ messages[0].content + 1 }}", chat("a", "b"), "the chat template rejects this conversation"),
     ],
 )
 def test_a_chat_that_cannot_be_rendered_is_refused_with_the_reason(bytes_tokenizer, template, sample, message) -> None:
@@ -167,7 +167,7 @@ def test_a_chat_that_cannot_be_rendered_is_refused_with_the_reason(bytes_tokeniz
 def test_a_tokenizer_without_eos_is_refused_if_the_reply_has_no_end(bytes_tokenizer, template, sample) -> None:
     tokenizer = bytes_tokenizer(template)
     tokenizer.eos_token = None
-    with pytest.raises(DataError, match="no EOS token, so the model could not learn to stop"):
+    with pytest.raises(DataError, match="no EOS token, so the model cannot learn to stop"):
         render_sample(sample, ChatTokenizer.of(tokenizer))
 
 
@@ -232,10 +232,15 @@ def test_what_is_trained_is_a_choice(bytes_tokenizer, template, sample, options,
             None,
             PAIR,
             {"assistant_only_loss": True},
-            "the row is prompt and completion, for which there is no chat temp",
+            "the row has prompt and completion and the tokenizer has no temp",
         ),
-        (CHATML, MARKED_1, {"assistant_only_loss": False}, "message 1 is not to be trained, which is possible only"),
-        (LAST_SYSTEM, chat("a", "b", system="s", first=2), {"assistant_only_loss": False}, "rewrites the prompt once"),
+        (CHATML, MARKED_1, {"assistant_only_loss": False}, "message 1 is marked as not trained, which requires"),
+        (
+            LAST_SYSTEM,
+            chat("a", "b", system="s", first=2),
+            {"assistant_only_loss": False},
+            "renders the prompt differently with the completion",
+        ),
     ],
 )
 def test_a_choice_that_a_row_cannot_follow_is_refused(bytes_tokenizer, template, sample, options, message) -> None:
@@ -258,5 +263,5 @@ def test_conversations_without_a_system_message_get_the_one_of_the_options(bytes
 
 
 def test_a_system_message_needs_a_chat_template(bytes_tokenizer) -> None:
-    with pytest.raises(DataError, match="--system needs a chat template, which the tokenizer does not have"):
+    with pytest.raises(DataError, match="--system needs a chat template, but the tokenizer has none"):
         with_system(PAIR, ChatTokenizer.of(bytes_tokenizer(), DataSettings(system="be")))

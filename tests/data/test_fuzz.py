@@ -180,7 +180,9 @@ def test_mutated_rows(folder: Path, template: str | None, row: Any, others: list
 
 def test_the_rows_with_calls_are_right(folder: Path) -> None:
     for row in RIGHT_ROWS[:2]:
-        assert "cutting at max_length 16 removes" in check(folder / "rows.jsonl", jsonl(row), TOOLS)  # not their form
+        assert "truncation to max_length 16 removes" in check(
+            folder / "rows.jsonl", jsonl(row), TOOLS
+        )  # not their form
 
 
 @pytest.mark.slow

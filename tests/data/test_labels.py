@@ -53,7 +53,7 @@ def test_names_of_classes_are_in_order(
 
 def test_as_many_lists_as_names_are_no_lists_of_labels(tmp_path: Path) -> None:
     source = write(tmp_path / "rows.jsonl", rows_with(["a", "b", ["a"], ["b"]]))
-    with pytest.raises(DataError, match=r"rows\.jsonl:3: label is a list, and the other rows have one label each"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: expected a single label as in the other rows, got a list"):
         read_labels([source], None, CLASSES)
 
 
@@ -68,14 +68,14 @@ def test_the_tag_outside_is_first(tmp_path: Path) -> None:
         (CLASSES, {"text": "a", "label": None}, "label is empty"),
         (CLASSES, {"text": "a", "label": 0.5}, "--task regression"),
         (CLASSES, {"text": " ", "label": "x"}, "text is empty"),
-        (CLASSES, {"text": "a"}, "no label"),
-        (CLASSES, {"text": "a", "label": ["x"]}, "label is a list, and the other rows have one label each"),
-        (CLASSES, {"text": "a", "label": "['x', 'y']"}, "label is no JSON text"),
-        (CLASSES, {"text": "a", "label": "\ud800"}, "label holds half of a surrogate pair"),
-        (TAGS, {"tokens": ["a", "b"], "tags": ["O", "\ud800"]}, "label holds half of a surrogate pair"),
-        (TAGS, {"tokens": ["a"], "tags": []}, "tags is []"),
-        (TAGS, {"tokens": ["a", "b"], "tags": ["O"]}, "2 tokens and 1 tags"),
-        (TAGS, {"tokens": [], "tags": []}, "tokens is []"),
+        (CLASSES, {"text": "a"}, "missing label"),
+        (CLASSES, {"text": "a", "label": ["x"]}, "expected a single label as in the other rows, got a list"),
+        (CLASSES, {"text": "a", "label": "['x', 'y']"}, "label: expected JSON text, got "),
+        (CLASSES, {"text": "a", "label": "\ud800"}, "label contains half of a surrogate pair"),
+        (TAGS, {"tokens": ["a", "b"], "tags": ["O", "\ud800"]}, "label contains half of a surrogate pair"),
+        (TAGS, {"tokens": ["a"], "tags": []}, "tags: expected a list with one tag per token, got []"),
+        (TAGS, {"tokens": ["a", "b"], "tags": ["O"]}, "got 1 tags for 2 tokens"),
+        (TAGS, {"tokens": [], "tags": []}, "tokens: expected a list of words, got []"),
     ],
 )
 def test_wrong_rows_are_named_with_their_cause(task: str, row: dict[str, Any], cause: str, tmp_path: Path) -> None:
@@ -91,7 +91,10 @@ def test_bad_rows_are_left_out_on_request(tmp_path: Path) -> None:
     assert read_labels([source], None, CLASSES, skip_bad_rows=True).names == ("x", "y")
 
 
-@pytest.mark.parametrize(("labels", "cause"), [(["x", "x"], "the same labels"), (list(range(1001)), "1,001 different")])
+@pytest.mark.parametrize(
+    ("labels", "cause"),
+    [(["x", "x"], "expected at least two different labels"), (list(range(1001)), "1,001 different")],
+)
 def test_labels_that_are_no_classes_are_refused(labels: list[Any], cause: str, tmp_path: Path) -> None:
     source = write(tmp_path / "rows.jsonl", rows_with(labels))
     with pytest.raises(DataError, match=cause):
@@ -114,7 +117,7 @@ def test_targets(labels: Labels, value: Any, target: list[float]) -> None:
 
 @pytest.mark.parametrize("value", [1e308, "-1e16", 10**400, "--5", "nan", True, [1]])
 def test_a_number_that_cannot_be_learned_is_refused(value: Any) -> None:
-    with pytest.raises(DataError, match=r"label is .*(where a number is needed|overflows: divide all labels)"):
+    with pytest.raises(DataError, match=r"label(: expected a number, got | .* overflows: divide all labels)"):
         Labels("regression", ("value",)).target(value)
 
 

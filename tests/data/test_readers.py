@@ -70,26 +70,31 @@ def test_every_file_type_gives_the_same_rows(tmp_path: Path, name: str, content:
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', 2, "not JSON: Expecting value at column 9"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', 2, "not UTF-8: byte 10 is 0xff"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "b", "x": {"y": 1, "y": 2}}', 2, "an object has the key y twice"),
-        ("a.json", b'[{"text": "a", "text": "b"}]', 0, "an object has the key text twice"),
-        ("a.jsonl", b'{"text": "a"}\n[1]\n', 2, "a JSON list where an object {...} is needed"),
-        ("a.jsonl", b'{"text": "a"}\n{"n": ' + b"9" * 5000 + b"}\n", 2, "not JSON that can be read: Exceeds the limit"),
-        ("a.jsonl", b"[" * 100_000, 1, "not JSON that can be read: maximum recursion depth"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b", "x": {"y": 1, "y": 2}}', 2, "an object contains the key y twice"),
+        ("a.json", b'[{"text": "a", "text": "b"}]', 0, "an object contains the key text twice"),
+        ("a.jsonl", b'{"text": "a"}\n[1]\n', 2, "expected a JSON object {...}, got a list"),
+        ("a.jsonl", b'{"text": "a"}\n{"n": ' + b"9" * 5000 + b"}\n", 2, "unreadable JSON: Exceeds the limit"),
+        ("a.jsonl", b"[" * 100_000, 1, "unreadable JSON: maximum recursion depth"),
         ("a.json", b'[{"text": "a"},\n{"text" "b"}]', 0, "line 2: not JSON: Expecting ':' delimiter at column 9"),
-        ("a.json", b'["x"]', 1, "a JSON str where an object {...} is needed"),
+        ("a.json", b'["x"]', 1, "expected a JSON object {...}, got a str"),
         ("a.json", b'"\xff"', 0, "not UTF-8: byte 1 is 0xff"),
-        ("a.csv", b"prompt,completion\na,b,c\n", 2, "3 values where the header names 2 columns"),
-        ("a.csv", b"prompt,completion\na\n", 2, "1 values where the header names 2 columns"),
-        ("a.csv", b"prompt,prompt\na,b\n", 0, "the header names prompt more than once"),
+        ("a.csv", b"prompt,completion\na,b,c\n", 2, "expected 2 values separated by commas, as in the header, got 3"),
+        ("a.csv", b"prompt,completion\na\n", 2, "expected 2 values separated by commas, as in the header, got 1"),
+        ("a.csv", b"prompt,prompt\na,b\n", 0, "duplicate columns prompt in the header: rename all but one"),
         ("a.csv", b'prompt\n"a', 0, "line 2: not CSV: unexpected end of data"),
         ("a.csv", b"prompt\na\n\xff\n", 0, "line 3: not UTF-8: byte 0 is 0xff"),
         ("a.csv", "prompt\nnaïve\n".encode("cp1252"), 0, "from Windows, convert it with `iconv -f WINDOWS-1252"),
-        ("a.jsonl", '{"text": "a"}'.encode("utf-16"), 1, "byte 0 is 0xff; if it is text from Windows, convert it with"),
+        (
+            "a.jsonl",
+            '{"text": "a"}'.encode("utf-16"),
+            1,
+            "byte 0 is 0xff; if the text is from Windows, convert it with",
+        ),
         ("a.csv", "text\na\n".encode("utf-16"), 0, "`iconv -f UTF-16 -t UTF-8"),
         ("a.txt", b"\xff", 0, "not UTF-8: byte 0 is 0xff"),
         ("a.jsonl", b"\0" * 100, 1, "not JSON"),
         ("a.jsonl", b'{"text": "a"}{"text": "b"}', 1, "not JSON: Extra data"),
-        ("a.csv", b"a;b\n1;2;3\n", 2, "3 values where the header names 2 columns, separated by semicolons"),
+        ("a.csv", b"a;b\n1;2;3\n", 2, "expected 2 values separated by semicolons, as in the header, got 3"),
         ("a.parquet", b"not a table", 0, "not Parquet: Parquet magic bytes not found"),
     ],
 )
@@ -125,7 +130,7 @@ def test_a_huge_file_is_not_read_at_once(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(readers, "MAX_SIZE", {".json": 2**20, ".txt": 2**20})
     (tmp_path / name).write_text(" " * (2**20 + 1))
     assert [item.cause for item in read_file(tmp_path / name) if isinstance(item, RowProblem)] == [
-        "the file has more than 1 MiB: write JSON lines (.jsonl), which are read one by one"
+        "larger than 1 MiB: use JSON lines (.jsonl), which are read one by one"
     ]
 
 
@@ -148,11 +153,11 @@ def bad_utf8() -> pyarrow.Array:
 @pytest.mark.parametrize(
     ("columns", "number", "cause"),
     [
-        ({"text": bad_utf8()}, 2, "a value that cannot be read ('utf-8' codec can't decode"),
+        ({"text": bad_utf8()}, 2, "unreadable value ('utf-8' codec can't decode"),
         (
             {"text": ["a", "b"], "at": pyarrow.array([0, 10**15], pyarrow.timestamp("s"))},
             2,
-            "a value that cannot be read (Python int too large",
+            "unreadable value (Python int too large",
         ),
     ],
 )
@@ -169,7 +174,7 @@ def test_values_of_parquet_that_python_cannot_hold_are_problems_of_their_row(
 def test_columns_of_the_same_name_are_refused_in_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), path)
-    assert list(read_file(path)) == [RowProblem(str(path), 0, "there are several columns text: rename all but one")]
+    assert list(read_file(path)) == [RowProblem(str(path), 0, "duplicate columns text: rename all but one")]
 
 
 def test_good_lines_around_a_bad_one_are_still_read(tmp_path: Path) -> None:
@@ -222,7 +227,7 @@ def test_the_files_of_a_split_are_known_by_their_names(folder: Path, split: str)
 
 def test_a_missing_split_is_named_with_the_files_in_the_folder(folder: Path) -> None:
     (folder / "test" / "test.jsonl").unlink()
-    with pytest.raises(DataError, match=r"no file for the split 'test'; there are train.jsonl, validation-0"):
+    with pytest.raises(DataError, match=r"no file for the split 'test'; found train.jsonl, validation-0"):
         read_rows(str(folder), split="test")
 
 
@@ -238,7 +243,7 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path: Path) -> None:
     datasets.DatasetDict(train=rows, test=rows.select([1])).save_to_disk(tmp_path / "two")
     assert texts(str(tmp_path / "one")) == ["a", "b"]
     assert texts(str(tmp_path / "two[test]")) == ["b"]
-    with pytest.raises(DataError, match=r"no split 'tests'; there are train, test; did you mean test\?"):
+    with pytest.raises(DataError, match=r"no split 'tests'; found train, test; did you mean test\?"):
         texts(str(tmp_path / "two"), split="tests")
 
 
@@ -272,7 +277,7 @@ def test_a_number_after_the_last_equals_sign_is_a_weight_unless_a_file_has_that_
 ) -> None:
     (tmp_path / "r=2").touch()
     if "{folder}/r=2=3" in data:  # the same source twice
-        with pytest.raises(DataError, match=r"r=2 is given twice: give it once, with a weight"):
+        with pytest.raises(DataError, match=r"r=2 is given twice: use it once, with a weight"):
             parse_sources([text.format(folder=tmp_path) for text in data])
         data, sources = data[1], sources[1:]
     given = data.format(folder=tmp_path) if isinstance(data, str) else [text.format(folder=tmp_path) for text in data]
@@ -281,7 +286,7 @@ def test_a_number_after_the_last_equals_sign_is_a_weight_unless_a_file_has_that_
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf"])
 def test_a_weight_is_above_0(weight: str) -> None:
-    with pytest.raises(DataError, match=f"data a.jsonl={weight}: a weight is a number above 0, such as a.jsonl=0.5"):
+    with pytest.raises(DataError, match=f"data a.jsonl={weight}: expected a weight above 0, such as a.jsonl=0.5"):
         parse_sources(f"a.jsonl={weight}")
 
 
@@ -302,7 +307,7 @@ def test_datasets_reads_rows_at_once_or_streamed(hub: str, streaming: bool) -> N
 
 
 def test_an_unknown_split_of_a_data_set_is_refused(hub: str) -> None:
-    with pytest.raises(DataError, match=r"(?s)Unknown split \"nosuch\".*a split as owner/name\[split\]"):
+    with pytest.raises(DataError, match=r"(?s)Unknown split \"nosuch\".*a split with owner/name\[split\]"):
         list(read_hub(hub, "nosuch", False))
 
 
@@ -310,7 +315,7 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        DataError, match=r"data owner/name:some: no such file .* the Hub cannot be reached .*hf download"
+        DataError, match=r"data owner/name:some: no such local file .* the Hub cannot be reached .*hf download"
     ):
         list(read_rows("owner/name:some"))
 
@@ -324,9 +329,9 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch) -> None:
         ("not an id", "no such file or folder"),
         (
             "{folder}/README.md",
-            r"the file type .md is unknown; readable are .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt",
+            r"unknown file type .md, expected one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt",
         ),
-        ("{folder}/empty", "the folder holds no data file; readable are"),
+        ("{folder}/empty", "no data file in the folder, expected one of"),
     ],
 )
 def test_a_source_that_cannot_be_read_is_refused_with_suggestions(folder: Path, source: str, message: str) -> None:

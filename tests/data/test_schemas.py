@@ -61,7 +61,7 @@ def test_labels_say_which_replies_are_wanted(wanted: object, unwanted: object, t
 def test_a_label_that_is_neither_true_nor_false_is_refused(label) -> None:
     fields = {"prompt": "a", "completion": "b", "label": label}
     problem = convert_row(Row("rows.csv", 1, fields), detect_schema([fields], task="preference"))
-    assert "where true (a wanted completion) or false is needed" in problem.cause
+    assert "expected true (desirable) or false, got " in problem.cause
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_mapping_renames_and_decides_the_schema() -> None:
 def test_a_row_without_a_needed_key_is_refused_with_its_keys() -> None:
     mapping = detect_schema([row("question", "completion")], {"prompt": "question"})
     with pytest.raises(
-        DataError, match=r"no question and no completion \(read as prompt/completion\); the row has text"
+        DataError, match=r"missing question and completion \(schema prompt/completion\); the row has text"
     ):
         mapping.values(row("text"))
 
@@ -102,13 +102,13 @@ def test_unknown_keys_are_listed_with_the_known_schemas_and_a_hint() -> None:
     with pytest.raises(DataError) as caught:
         detect_schema([row("Question", "id"), row("Answer")])
     text = str(caught.value)
-    assert "the rows have the keys Answer, Question, id, which fit no known schema" in text
+    assert "the keys of the rows (Answer, Question, id) match no known schema" in text
     assert "messages (messages); sharegpt (conversations); prompt/completion (prompt, completion)" in text
-    assert "Perhaps: --field prompt=Question --field completion=Answer" in text
+    assert "Maybe use: --field prompt=Question --field completion=Answer" in text
     assert text.count("choices (") == 1
-    with pytest.raises(DataError, match="Perhaps: --field prompt=ctx --field choices=endings --field answer=label"):
+    with pytest.raises(DataError, match="Maybe use: --field prompt=ctx --field choices=endings --field answer=label"):
         detect_schema([row("ctx", "endings", "label")])
-    with pytest.raises(DataError, match="Perhaps: --field prompt=first --field completion=answer"):
+    with pytest.raises(DataError, match="Maybe use: --field prompt=first --field completion=answer"):
         detect_schema([row("first", "answer")], {"prompt": "first"})
 
 
@@ -126,14 +126,14 @@ def test_unknown_keys_are_listed_with_the_known_schemas_and_a_hint() -> None:
     ],
 )
 def test_keys_that_resemble_nothing_get_an_example_of_the_task(task: str, columns: list[str], example: str) -> None:
-    with pytest.raises(DataError, match=f"Name the columns, for instance: --field {example}$"):
+    with pytest.raises(DataError, match=f"Map the columns, for example: --field {example}$"):
         detect_schema([row(*columns)], task=task)
 
 
 def test_labels_are_not_needed_for_a_prediction() -> None:
     task = "sequence-classification"
     assert detect_schema([row("text")], task=task, has_labels=False).columns == {"text": "text"}
-    with pytest.raises(DataError, match=r"Name the columns, for instance: --field text=x1$"):
+    with pytest.raises(DataError, match=r"Map the columns, for example: --field text=x1$"):
         detect_schema([row("x1")], task=task, has_labels=False)
     with pytest.raises(DataError, match="text, label"):
         detect_schema([row("text")], task=task)
@@ -144,10 +144,10 @@ def test_labels_are_not_needed_for_a_prediction() -> None:
     [
         ({"promt": "question"}, r"no schema has the key 'promt'; did you mean prompt"),
         ({"prompt": "qestion"}, r"no column 'qestion'; did you mean question\?$"),
-        ({"prompt": "text"}, "no column 'text'; there are answer, question$"),
-        ({"zzz": "question"}, "no schema has the key 'zzz'; there are answer, "),
+        ({"prompt": "text"}, "no column 'text'; expected one of answer, question$"),
+        ({"zzz": "question"}, "no schema has the key 'zzz'; expected one of answer, "),
         ({"promt": "qestion"}, "2 problems"),
-        ({"prompt": "question"}, r"which fit no known schema with --field prompt=question"),
+        ({"prompt": "question"}, r"match no known schema with --field prompt=question"),
     ],
 )
 def test_a_mistyped_mapping_names_the_nearest(field, message) -> None:
@@ -310,86 +310,113 @@ def test_messages_in_another_notation_than_json_are_not_learned_as_text(key: str
     row = {"prompt": "a", "chosen": "b", "rejected": "c"} if key == "chosen" else {"prompt": "a", "completion": "b"}
     problem = converted({**row, key: str([USER, REPLY])})
     assert isinstance(problem, RowProblem)
-    assert problem.cause.startswith(f"{key} is no JSON text: Expecting property name")
+    assert problem.cause.startswith(f"{key}: expected JSON text, got ")
     assert not isinstance(converted({**row, key: "[1] and ['role']"}), RowProblem)
 
 
 @pytest.mark.parametrize(
     ("fields", "cause"),
     [
-        ({"messages": []}, "messages is [] where a list of messages is needed"),
-        ({"messages": "hi"}, "messages is 'hi' where a list of messages is needed"),
-        ({"messages": ["hi"]}, "messages[0] is 'hi' where an object with role and content, or from"),
+        ({"messages": []}, "messages: expected a list of messages, got []"),
+        ({"messages": "hi"}, "messages: expected a list of messages, got 'hi'"),
+        (
+            {"messages": ["hi"]},
+            "messages[0]: expected an object with role and content, or with from and value, got 'hi'",
+        ),
         (
             {"messages": [{"role": "asistant", "content": "x"}]},
-            "messages[0]: role 'asistant' is unknown; did you mean assistant",
+            "messages[0]: unknown role 'asistant'; did you mean assistant",
         ),
-        ({"messages": [{"content": "x"}]}, "messages[0] is {'content': 'x'} where an object with role"),
-        ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content is None where text is needed"),
+        (
+            {"messages": [{"content": "x"}]},
+            "messages[0]: expected an object with role and content, or with from and value, got {'content': 'x'}",
+        ),
+        ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content: expected text, got None"),
         (
             {"messages": [USER, {**REPLY, "tool_calls": [1]}]},
-            "messages[1].tool_calls[0] is 1 where a function with name",
+            "messages[1].tool_calls[0]: expected a function with name and arguments, got 1",
         ),
         (
             {"messages": [USER, {**REPLY, "tool_calls": {"name": "f"}}]},
-            "tool_calls is {'name': 'f'} where a list of calls",
+            "tool_calls: expected a list of calls, got {'name': 'f'}",
         ),
         (
             {"messages": [USER, calling({"name": "f", "arguments": "{"})]},
-            "tool_calls[0].arguments is no JSON text: Expec",
+            "tool_calls[0].arguments: expected JSON text, got ",
         ),
         (
             {"messages": [USER, calling({"name": "f", "arguments": "[1]"})]},
-            "arguments is '[1]' where an object, or its",
+            "arguments: expected an object or its JSON text, got '[1]'",
         ),
-        ({"messages": [{**USER, "tool_calls": [CALL]}, REPLY]}, "messages[0]: only the assistant calls tools, and the"),
+        ({"messages": [{**USER, "tool_calls": [CALL]}, REPLY]}, "messages[0]: expected tool calls only in assistant"),
         (
             {"messages": [USER, {"role": "tool", "content": "1", "tool_calls": [CALL]}, REPLY]},
-            "messages[1]: only the assistant calls tools, and the role is tool",
+            "messages[1]: expected tool calls only in assistant messages, got role tool",
         ),
         (
             {"messages": [USER, REPLY], "tools": {"f": 1}},
-            "tools is {'f': 1} where a list of functions, or its JSON text",
+            "tools: expected a list of functions or its JSON text, got {'f': 1}",
         ),
-        ({"messages": [USER, REPLY], "tools": "f"}, "tools is no JSON text: Expecting value"),
-        ({"messages": [USER, REPLY], "tools": [{"f": 1}]}, "tools[0] is {'f': 1} where a function with name"),
-        ({"messages": [USER, {**REPLY, "weight": 0.5}]}, "messages[1]: weight is 0.5 where a message has 0 or 1"),
-        ({"messages": [USER, {**REPLY, "train": 0}]}, "messages[1]: train is 0 where a message has true or false"),
+        ({"messages": [USER, REPLY], "tools": "f"}, "tools: expected JSON text, got 'f' (Expecting value"),
+        (
+            {"messages": [USER, REPLY], "tools": [{"f": 1}]},
+            "tools[0]: expected a function with name and parameters, got {'f': 1}",
+        ),
+        (
+            {"messages": [USER, {**REPLY, "weight": 0.5}]},
+            "messages[1]: expected 0 or 1 for the weight of a message, got 0.5",
+        ),
+        ({"messages": [USER, {**REPLY, "train": 0}]}, "messages[1]: expected true or false for train, got 0"),
         ({"messages": [USER, {**REPLY, "train": True, "weight": 0}]}, "messages[1]: train and weight contradict"),
-        ({"messages": [{**USER, "train": True}, REPLY]}, "messages[0]: only replies of the assistant are trained"),
-        ({"messages": [USER, {**REPLY, "train": False}]}, "no assistant message with content that is to be trained"),
+        ({"messages": [{**USER, "train": True}, REPLY]}, "messages[0]: only assistant messages can be trained"),
+        (
+            {"messages": [USER, {**REPLY, "train": False}]},
+            "expected a trained assistant message with content, got none",
+        ),
         (
             {"messages": [USER, {**REPLY, "reasoning_content": ["hm"]}]},
-            "messages[1].reasoning_content is ['hm'] where text",
+            "messages[1].reasoning_content: expected text, got ['hm']",
         ),
-        ({"conversations": [{"from": "function_call", "value": "f()"}]}, "conversations[0].value is no JSON text"),
+        (
+            {"conversations": [{"from": "function_call", "value": "f()"}]},
+            "conversations[0].value: expected JSON text, got 'f()'",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}, REPLY]},
-            "only text parts can be learned from",
+            "expected only text parts, got ",
         ),
-        ({"messages": [USER]}, "nothing to learn: no assistant message with content"),
-        ({"chosen": [USER, REPLY], "rejected": [USER, REPLY]}, "nothing to learn: chosen and rejected are the same"),
-        ({"messages": [USER, {"role": "assistant", "content": " "}]}, "nothing to learn: no assistant message"),
-        ({"prompt": [USER, REPLY], "completion": [USER]}, "nothing to learn: no assistant message"),
-        ({"conversations": [{"from": "alien", "value": "x"}]}, "conversations[0]: from 'alien' is unknown; values are"),
+        ({"messages": [USER]}, "expected an assistant message with content, got none"),
+        (
+            {"chosen": [USER, REPLY], "rejected": [USER, REPLY]},
+            "chosen and rejected are the same, so there is nothing to learn",
+        ),
+        ({"messages": [USER, {"role": "assistant", "content": " "}]}, "expected an assistant message with content"),
+        ({"prompt": [USER, REPLY], "completion": [USER]}, "expected an assistant message with content"),
+        (
+            {"conversations": [{"from": "alien", "value": "x"}]},
+            "conversations[0]: unknown from 'alien'; known values are",
+        ),
         (
             {"conversations": [{"value": "x"}]},
-            "conversations[0] is {'value': 'x'} where an object with role and content, or",
+            "conversations[0]: expected an object with role and content, or with from and value, got {'value': 'x'}",
         ),
-        ({"prompt": "a", "completion": " \n"}, "nothing to learn: the completion is empty"),
-        ({"prompt": "a", "completion": 42}, "completion is 42 where text is needed"),
-        ({"instruction": "a", "output": ""}, "nothing to learn: the completion is empty"),
-        ({"text": ""}, "nothing to learn: the text is empty"),
-        ({"text": "\ud83d"}, "text holds half of a surrogate pair"),
-        ({"conversations": [{"from": ["gpt"], "value": "a"}]}, "conversations[0]: from ['gpt'] is unknown; values are"),
-        ({"conversations": [{"from": "gpt", "value": "a"}], "system": {}}, "system is {} where text is needed"),
-        ({"instruction": "a", "output": "b", "input": 0}, "input is 0 where text is needed"),
-        ({"messages": [{"role": {}, "content": "a"}]}, "messages[0]: role {} is unknown; roles are"),
+        ({"prompt": "a", "completion": " \n"}, "completion is empty, so there is nothing to learn"),
+        ({"prompt": "a", "completion": 42}, "completion: expected text, got 42"),
+        ({"instruction": "a", "output": ""}, "completion is empty, so there is nothing to learn"),
+        ({"text": ""}, "text is empty, so there is nothing to learn"),
+        ({"text": "\ud83d"}, "text contains half of a surrogate pair"),
+        (
+            {"conversations": [{"from": ["gpt"], "value": "a"}]},
+            "conversations[0]: unknown from ['gpt']; known values are",
+        ),
+        ({"conversations": [{"from": "gpt", "value": "a"}], "system": {}}, "system: expected text, got {}"),
+        ({"instruction": "a", "output": "b", "input": 0}, "input: expected text, got 0"),
+        ({"messages": [{"role": {}, "content": "a"}]}, "messages[0]: unknown role {}; known roles are"),
         (
             {"question": "a", "choices": {"text": ["b", "c"], "label": [1.5, None]}, "answer": 0},
-            "choices has the label 1.5 where text or a whole number is needed",
+            "choices: expected text or integers as labels, got 1.5",
         ),
-        ({"text": ["x" * 99]}, "text is ['" + "x" * 55 + "... where text is needed"),
+        ({"text": ["x" * 99]}, "text: expected text, got ['" + "x" * 55 + "..."),
     ],
 )
 def test_a_row_that_cannot_be_trained_on_is_reported_with_file_and_number(fields, cause) -> None:
@@ -423,19 +450,23 @@ def test_an_answer_is_a_label_an_index_a_letter_or_the_text(choices, answer, pla
 @pytest.mark.parametrize(
     ("choices", "answer", "cause"),
     [
-        (["a", "b"], 2, "answer 2 is none of the choices; write an index from 0 to 1, a letter or the text"),
-        (["a", "b"], -1, "answer -1 is none of the choices"),
-        (["a", "b"], True, "answer True is none of the choices"),
-        (["a", "b"], None, "answer None is none of the choices"),
-        (["a", "b"], [0], "answer [0] is none of the choices"),
-        (["1", "2"], "1", "answer '1' is an index and the text of different choices; write the index, from 0, as"),
-        (["B", "A"], "A", "answer 'A' is the letter and the text of different choices"),
-        ({"text": ["x", "y"], "label": ["A", "B"]}, "C", "write a label (A, B) or the text of a choice"),
-        ({"text": ["x", "y"], "label": ["A"]}, "A", "choices has not one label for every text"),
-        (["a"], 0, "choices is ['a'] where a list of two or more texts is needed"),
-        ("a,b", 0, "choices is 'a,b' where a list"),
+        (["a", "b"], 2, "answer 2 matches no choice; use an index from 0 to 1, a letter or the text"),
+        (["a", "b"], -1, "answer -1 matches no choice"),
+        (["a", "b"], True, "answer True matches no choice"),
+        (["a", "b"], None, "answer None matches no choice"),
+        (["a", "b"], [0], "answer [0] matches no choice"),
+        (
+            ["1", "2"],
+            "1",
+            "answer '1' is ambiguous: it is an index and the text of different choices; use the index from 0 as",
+        ),
+        (["B", "A"], "A", "answer 'A' is ambiguous: it is the letter and the text of different choices"),
+        ({"text": ["x", "y"], "label": ["A", "B"]}, "C", "use a label (A, B) or the text of a choice"),
+        ({"text": ["x", "y"], "label": ["A"]}, "A", "choices: expected one label per text"),
+        (["a"], 0, "choices: expected a list of two or more texts, got ['a']"),
+        ("a,b", 0, "choices: expected a list of two or more texts, got 'a,b'"),
         (["a", " "], 0, "choices[1] is empty"),
-        (["a", None], 0, "choices[1] is None where text is needed"),
+        (["a", None], 0, "choices[1]: expected text, got None"),
     ],
 )
 def test_an_unknown_or_ambiguous_answer_is_refused(choices, answer, cause) -> None:

@@ -391,10 +391,10 @@ def test_tools_that_the_template_writes_in_no_form_are_refused(
     tokenizer = copy.copy(TOKENIZER)
     tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}<|im_start|>{{ m.content }}{% endfor %}"
     monkeypatch.setattr(server.app.state.server, "chat_tokenizer", ChatTokenizer.of(tokenizer))
-    with pytest.raises(openai.BadRequestError, match="does not write tool 0") as raised:
+    with pytest.raises(openai.BadRequestError, match="does not render tool 0") as raised:
         chat(server, "legal", tools=[TOOL])
     assert raised.value.param == "tools"
-    with pytest.raises(openai.BadRequestError, match="does not write tool call 0 of message 1") as raised:
+    with pytest.raises(openai.BadRequestError, match="does not render tool call 0 of message 1") as raised:
         chat(server, "legal", messages=called("{}"))
     assert raised.value.param == "messages"
 

@@ -115,7 +115,7 @@ def test_what_is_known_of_the_base_is_not_computed_again(plain: Trial, small_run
         for choosing in (False, True)
     )
     assert len(judged.sums) == 6
-    assert chosen.sums == pytest.approx([judged.sums[index] for index in selection_half(6)])  # not the judging half
+    assert chosen.sums == pytest.approx([judged.sums[index] for index in selection_half(6)])  # not the evaluation half
 
 
 def test_a_trial_that_is_stopped_keeps_what_it_reported(small_run: TrainConfig, tmp_path: Path) -> None:

@@ -426,17 +426,21 @@ PAIR = {"prompt": "a", "chosen": " b", "rejected": " c"}
 @pytest.mark.parametrize(
     ("rows", "changes", "message"),
     [
-        ([{"prompt": "a", "chosen": "b"}], {}, "fit no known schema"),
+        ([{"prompt": "a", "chosen": "b"}], {}, "match no known schema"),
         (
             [{"prompt": "a", "chosen": "b"}],
             {"task": "preference"},
             r"of --task preference(.|\n)*preference \(chosen, rej",
         ),
-        ([PAIR, {"prompt": "a", "chosen": "b"}], {}, "no rejected"),
+        ([PAIR, {"prompt": "a", "chosen": "b"}], {}, "missing rejected"),
         ([{"prompt": "a", "chosen": " b", "rejected": " b"}], {}, "chosen and rejected are the same"),
-        ([{"prompt": "a", "chosen": " b", "rejected": ""}], {}, "the rejected is empty"),
+        ([{"prompt": "a", "chosen": " b", "rejected": ""}], {}, "rejected is empty"),
         ([{"chosen": "one", "rejected": "two"}], {}, "do not begin with the same prompt"),
-        ([{"prompt": "a", "completion": "b", "label": 3}], {"task": "preference"}, "label is 3 where true"),
+        (
+            [{"prompt": "a", "completion": "b", "label": 3}],
+            {"task": "preference"},
+            "label: expected true .desirable. or false, got 3",
+        ),
         ([PAIR], {"loss": "kto"}, "--loss kto needs rows with prompt, completion and label"),
         (
             [{"prompt": "a", "completion": "b", "label": label} for label in (True, True, False)],
@@ -445,8 +449,8 @@ PAIR = {"prompt": "a", "chosen": " b", "rejected": " c"}
         ),
         ([{"prompt": "a", "completion": "b"}], {"loss": "dpo"}, "loss: settings for preferences"),
         ([{"prompt": "a", "completion": "b", "label": 3}], {"loss": "kto"}, "label .true or false."),
-        ([{"prompt": "a", "completion": "b", "label": 1}] * 2, {}, "all labels are true"),
-        ([PAIR], {"streaming": True, "max_steps": 2}, "leave --streaming out"),
+        ([{"prompt": "a", "completion": "b", "label": 1}] * 2, {}, "expected both labels, but all are true"),
+        ([PAIR], {"streaming": True, "max_steps": 2}, "remove --streaming"),
     ],
 )
 def test_rows_and_settings_that_do_not_fit_are_refused(

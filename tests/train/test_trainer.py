@@ -69,7 +69,7 @@ def test_skipped_rows_are_kept_in_the_folder_with_their_reasons(settings: Any, d
     assert run(config).steps == 1
     rows = [json.loads(line) for line in (Path(config.output_dir) / "skipped-rows.jsonl").read_text().splitlines()]
     assert [row["row"] for row in rows] == [f"{path}:31", f"{path}:32"]
-    assert rows[0]["reason"] == "messages is [] where a list of messages is needed"
+    assert rows[0]["reason"] == "messages: expected a list of messages, got []"
     assert [row["content"] for row in rows] == [{"messages": []}, '{"messages": "\\ud800"\n']
 
 
