@@ -76,9 +76,27 @@ def packed_attention(
     return cpu_attention.attention(q, k, v, cu_seq_lens_q, scale, sliding_window)[None], None
 
 
+def attention_of_row(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    document_tokens: Tensor | None = None,
+    row_tokens: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Returns `packed_attention` of a row whose documents may share beginnings; see `data.collate.collate_packed`."""
+    if document_tokens is None or row_tokens is None:
+        return packed_attention(module, query, key, value, *args, **kwargs)
+    whole = (heads[0].transpose(0, 1).index_select(0, document_tokens) for heads in (query, key, value))
+    output, _ = packed_attention(module, *(heads.transpose(0, 1)[None] for heads in whole), *args, **kwargs)
+    return output.index_select(1, row_tokens), None
+
+
 # No mask function is registered under this name, so transformers makes no mask. To make one it would look for documents
 # in position_ids, for which the host has to wait.
-AttentionInterface.register(NAME, packed_attention)
+AttentionInterface.register(NAME, attention_of_row)
 
 
 @contextmanager

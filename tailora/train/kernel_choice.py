@@ -45,6 +45,7 @@ from tailora.train.kernel_comparison import (
     layer_calls,
     obstacle_to_form,
     obstacle_to_provider,
+    obstacle_to_sharing,
     outputs_and_gradients,
     parts_of,
     short_examples,
@@ -108,7 +109,10 @@ def choose_layout(
     with evaluating(model):
         attention, packing_note = choose_packing(base, config.packing, compare=compare)
         packed, own = attention is not None, own_form(base)
-        layout = BatchLayout(packed, own, pad_id(tokenizer), attention, float32_from)
+        may_share = attention == CPU and compare and config.fast != "off"
+        sharing_obstacle = obstacle_to_sharing(base, CPU) if may_share else None
+        shares = may_share and sharing_obstacle is None
+        layout = BatchLayout(packed, own, pad_id(tokenizer), attention, float32_from, shares)
         with layout.used_by(base):
             batch = make_batch(short_examples(base), layout, base.device)
             loss, obstacle = own, None
@@ -116,6 +120,8 @@ def choose_layout(
                 loss, obstacle = choose_form(base, batch, compare)
     if packing_note:
         note(packing_note)
+    if sharing_obstacle:
+        note(f"beginnings that documents share are computed for each of them: {sharing_obstacle}")
     if obstacle:
         note(f"the loss is computed {loss}, which takes more memory: {obstacle}")
     return replace(layout, loss=loss)
@@ -371,13 +377,14 @@ def _attention(base: PreTrainedModel, layout: BatchLayout) -> str:
         return f"{base.config._attn_implementation} with a padding mask"
     if layout.attention in PROVIDERS:
         return PROVIDERS[layout.attention].description
+    once = ", shared beginnings once" if layout.shares_beginnings else ""
     thresholds = flash_thresholds(base.dtype)
     if thresholds == BLOCKS_ONLY:
-        return f"batched products over blocks of {BLOCK} queries, documents of similar length together"
+        return f"batched products over blocks of {BLOCK} queries, documents of similar length together{once}"
     if thresholds == FLASH_ONLY:
-        return "torch's flash attention for CPUs"
+        return f"torch's flash attention for CPUs{once}"
     length = f"{thresholds.forward:,} tokens and more"
-    return f"torch's flash attention for documents of {length}, blocks of {BLOCK} queries for shorter ones"
+    return f"torch's flash attention for documents of {length}, blocks of {BLOCK} queries for shorter ones{once}"
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Kernels compared with transformers' own computation, on the user's model: attention, loss and layers.
 
     obstacle_to_provider   documents of a packed row give the results that each gives alone
+    obstacle_to_sharing    so they do if a beginning that they share is computed once
     obstacle_to_form       the loss in chunks is that of the model's own logits
     compare_layers         compiled layers give what the layers of transformers give
 
@@ -138,11 +139,36 @@ def _packing_difference(
     return None
 
 
+SHARED = 4  # tokens with which the documents begin that show whether beginnings can be shared
+
+
+def obstacle_to_sharing(model: PreTrainedModel, provider: str) -> str | None:
+    """Returns why beginnings that packed documents share are not computed once; None if the logits are the same."""
+    first, second = (document.input_ids for document in random_documents(model.config))
+    documents = [
+        Example.of_text(ids, np.arange(len(ids)) > SHARED)
+        for ids in (first, np.concatenate([first[:SHARED], second[SHARED:]]))
+    ]
+    refusal, results = None, list[tuple[Tensor, ...]]()
+    with evaluating(model), packed_rows(model, provider):
+        try:
+            for share in (False, True):
+                results.append(_packed_results(model, documents, packed=True, gradient=False, share=share))
+        except torch.OutOfMemoryError:
+            raise
+        except REFUSALS as error:
+            forget_forward(model)
+            refusal = f"{type(model).__name__} does not support it ({str(error).splitlines()[0]})"
+    if (refusal := first_of_ranks(refusal)) is not None:
+        return refusal
+    return first_of_ranks(_packing_difference(model, results[1], results[:1]))
+
+
 def _packed_results(
-    model: PreTrainedModel, documents: list[Example], packed: bool, gradient: bool
+    model: PreTrainedModel, documents: list[Example], packed: bool, gradient: bool, share: bool = False
 ) -> tuple[Tensor, ...]:
     """Returns logits (total, vocabulary), and the gradient of weighted logits by the embeddings, (total, hidden)."""
-    row = collate_packed(documents)
+    row = collate_packed(documents, share=share)
     names = row.keys() - {"labels"} if packed else {"input_ids"}
     inputs = {name: row[name].to(model.device) if isinstance(row[name], Tensor) else row[name] for name in names}
     states: list[Tensor] = []
@@ -154,6 +180,8 @@ def _packed_results(
     hook = model.get_input_embeddings().register_forward_hook(after_embedding) if gradient else nullcontext()
     with torch.set_grad_enabled(gradient), hook:
         logits = model(**inputs, use_cache=False).logits[0].float()
+    if share:
+        logits = logits.index_select(0, row["document_tokens"])
     if not states:  # or the model reads its embeddings without calling them
         return (logits.detach(),)
     weights = torch.linspace(-1, 1, logits.shape[1], device=logits.device)

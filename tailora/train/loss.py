@@ -189,8 +189,10 @@ class CausalLM(Task):
 
     def make_batch(self, examples: Sequence[Example], layout: "BatchLayout") -> Batch:
         if layout.packed:
-            inputs: dict[str, Any] = collate_packed(examples)
+            inputs: dict[str, Any] = collate_packed(examples, share=layout.shares_beginnings)
             owners = np.repeat(np.arange(len(examples)), inputs["cu_seq_lens_q"].diff().numpy())[None]  # (1, total)
+            if "row_tokens" in inputs:
+                owners = owners[:, inputs["row_tokens"].numpy()]
         else:
             inputs = dict(collate_padded(examples, layout.pad_id))
             owners = np.broadcast_to(np.arange(len(examples))[:, None], inputs["labels"].shape)
@@ -257,6 +259,7 @@ class BatchLayout:
     pad_id: int
     attention: str | None = None  # what computes it for packed rows: see `kernels.attention.packed_rows`
     float32_from: int | None = None  # tokens, from which on 16-bit products are computed in float32; None: never
+    shares_beginnings: bool = False  # of packed documents, such as a system message: see `collate_packed`
 
     @contextmanager
     def used_by(self, base: PreTrainedModel) -> Iterator[None]:

@@ -456,6 +456,7 @@ def init_from_data(model: Trainable, data: TrainingData, layout: BatchLayout, ba
     if not isinstance(model, LoRAModel) or not model.waits_for_data:
         return
     task = data.tried_task
+    layout = replace(layout, shares_beginnings=False)  # what an init measures counts every token
 
     def loss(model: Any, examples: Sequence[Example]) -> Tensor:
         batch = make_batch(examples, layout, next(model.parameters()).device, task)

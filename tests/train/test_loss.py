@@ -229,6 +229,44 @@ def test_packed_documents_keep_their_own_positions_and_borders() -> None:
     }
 
 
+SYSTEM = np.arange(10, 18, dtype=np.int32)  # the beginning of each conversation
+
+
+def conversations() -> list[Example]:
+    """Returns documents that begin alike, two of them for longer, and one that is trained from its second token on."""
+    made = examples((12, 20, 16))
+    prompted = [Example.of_text(np.r_[SYSTEM, e.input_ids], np.r_[SYSTEM < 0, e.labels != IGNORED]) for e in made]
+    longer = replace(prompted[1], input_ids=np.r_[prompted[1].input_ids[:-1], np.int32(7)])
+    return [prompted[0], prompted[1], longer, prompted[2], Example.of_text(SYSTEM)]
+
+
+def test_a_beginning_that_documents_share_is_in_the_row_once() -> None:
+    documents = conversations()[:3]
+    row = collate_packed(documents, share=True)
+    longest = 8 + 20 // 3 - 1  # up to the first trained token
+    assert row["input_ids"].numel() == 20 + (28 - 8) + (28 - longest)
+    assert row["cu_seq_lens_q"].tolist() == [0, 20, 48, 76]
+    whole = torch.cat([torch.from_numpy(document.input_ids) for document in documents])
+    assert torch.equal(row["input_ids"][0][row["document_tokens"]], whole.long())
+    assert torch.equal(whole[row["row_tokens"]].long(), row["input_ids"][0])
+    assert "row_tokens" not in collate_packed(examples(), share=True)
+
+
+def test_documents_that_share_a_beginning_have_the_losses_and_gradients_of_each_alone(model: LoRAModel) -> None:
+    shared = replace(PACKED, shares_beginnings=True)
+    batch = make_batch(conversations(), shared, CPU)
+    assert batch.inputs["input_ids"].numel() == sum(len(document.input_ids) for document in conversations()) - 29
+    results = []
+    for layout in (PACKED, shared):
+        model.zero_grad()
+        with packed_rows(model.base_model):
+            losses, owners = token_losses(model, conversations(), layout)
+        (losses * torch.linspace(1, 2, len(losses))).sum().backward()
+        results.append((losses.detach(), torch.from_numpy(owners), *(p.grad for p in model.lora_layers.parameters())))
+    for alone, together in zip(*results, strict=True):
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
 def test_padding_is_masked_and_not_trained() -> None:
     padded = collate_padded(PAIR, pad_id=9)
     assert padded["input_ids"].tolist() == [[1, 2, 3], [4, 5, 9]]

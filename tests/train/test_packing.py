@@ -26,7 +26,7 @@ from tailora.errors import ConfigError
 from tailora.kernels.device_attention import PROVIDERS, DeviceRow, Documents, FlexRow, Options, PaddedRow
 from tailora.train import events
 from tailora.train.kernel_choice import choose_packing, predicted_provider
-from tailora.train.kernel_comparison import random_documents
+from tailora.train.kernel_comparison import obstacle_to_sharing, random_documents
 from tailora.train.trainer import run
 
 PACKS = {
@@ -69,6 +69,18 @@ def test_models_that_isolate_documents_are_packed(
 ) -> None:
     monkeypatch.setattr("tailora.train.kernel_choice.candidates", lambda _: [provider])
     assert choose_packing(made(PACKS[name], dtype), "auto") == (provider, None)
+
+
+@pytest.mark.parametrize("name", PACKS)
+def test_models_that_isolate_documents_share_their_beginnings(name: str) -> None:
+    assert obstacle_to_sharing(made(PACKS[name]), "cpu") is None
+
+
+def test_a_model_that_depends_on_the_place_in_the_row_shares_no_beginnings() -> None:
+    model = made(PACKS["llama"])
+    convolution = torch.nn.Conv1d(32, 32, 3, padding=1, groups=32)  # mixes neighbours, as in hybrid models
+    model.model.layers[0].register_forward_hook(lambda *call: convolution(call[2].mT).mT)
+    assert "other logits" in str(obstacle_to_sharing(model, "cpu"))
 
 
 @pytest.mark.parametrize("seed", range(3))
