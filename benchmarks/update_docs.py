@@ -133,7 +133,7 @@ def study(name: str) -> str:
 
 def compared() -> str:
     """What comes before the picture of `tailora compare` (benchmarks/site/pictures.py)."""
-    return f"{typed('compare')}. Its result, with the verdict in today's words, made from the same numbers:"
+    return f"{typed('compare')}. Its result, with the verdict in the current wording, from the same numbers:"
 
 
 def trained(name: str) -> str:
@@ -306,7 +306,7 @@ def serving() -> str:
         f"{content['load_before']:.1f}. {tables.packages(content)}."
     )
     load = (
-        f"From the files of an adapter of {loading['bytes'] / 1e6:.0f} MB to a name that answers: {seconds}; "
+        f"Time to load an adapter of {loading['bytes'] / 1e6:.0f} MB, until it answers: {seconds}; "
         f"load of the machine before: {loading.get('load_before', content['load_before']):.1f}."
     )
     return "\n\n".join([arms, ratios, load, source])
@@ -320,11 +320,11 @@ def soak() -> str:
     slope = 3600 * statistics.linear_regression(*zip(*last, strict=True)).slope
     text = (
         f"{content['minutes']:.0f} minutes of mixed load by {content['clients']} clients on {tables.machine(content)}, "
-        f"with loads and unloads. Errors that were not asked for: {len(content['unexpected'])}. Resident memory "
-        f"after the warm-up: {memory['first_mb']:.0f} MB at first, {memory['last_mb']:.0f} MB at last; it grew by "
-        f"{memory['slope_mb_per_hour']:.0f} MB an hour, with a standard error of {memory['standard_error']:.1f}, "
-        f"and by {slope:.0f} MB an hour in the last 15 minutes. "
-        "503 says that all of the memory for adapters was in use, which is too small here on purpose."
+        f"including loads and unloads of adapters. Unexpected outcomes: {len(content['unexpected'])}. After the "
+        f"warm-up, resident memory grew from {memory['first_mb']:.0f} MB to {memory['last_mb']:.0f} MB: by "
+        f"{memory['slope_mb_per_hour']:.0f} MB per hour, with a standard error of {memory['standard_error']:.1f}, "
+        f"and by {slope:.0f} MB per hour in the last 15 minutes. "
+        "503 means that all adapter memory was in use; it is deliberately too small here."
     )
     return f"{text}\n\n{tables.table(['request, and its outcome', 'count'], rows)}"
 
@@ -347,7 +347,7 @@ def verify_faults() -> str:
     faults = dict.fromkeys(row["fault"] for row in rows)
     cells = [[", ".join(server), *(verdicts.get((fault, *server), "") for fault in faults)] for server in servers]
     missed = sum(not row["is_right"] for row in rows)
-    text = f"{len(rows)} servers, {missed} wrong answers to the question whether the adapter is in use as trained."
+    text = f"{len(rows)} servers. `verify` was wrong about whether the adapter is in use as trained {missed} times."
     return f"{tables.table(['server', *faults], cells)}\n\n{text}"
 
 
