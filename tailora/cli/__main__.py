@@ -1,9 +1,9 @@
 """The program `tailora`, also `python -m tailora`: Ctrl-C, SIGTERM and SIGHUP end it with a message.
 
-The first signal raises KeyboardInterrupt, so that files are cleaned up; a second of the same kind ends the process at
-once. One of the other kind changes nothing: launchers such as torchrun send SIGTERM after a Ctrl-C. Nor does a second
-SIGHUP, which the shell and the system both send. While it trains, a run handles the first signal itself
-(`train.failures.StopSignals`).
+The first signal raises KeyboardInterrupt, so that files are cleaned up. Repeating the same signal ends the process
+immediately. A different signal is ignored, because launchers such as torchrun send SIGTERM after Ctrl-C. A second
+SIGHUP is also ignored, because the shell and the system both send one. During training, a run handles the first signal
+itself (`train.failures.StopSignals`).
 """
 
 import os
@@ -19,7 +19,7 @@ from tailora.train.launch import end_process, is_launched_by_tailora, rank, worl
 
 
 class InterruptSignals:
-    """Handles signals, unless they are ignored: SIGINT in the background of a shell script, SIGHUP under nohup."""
+    """Handles signals, except ignored ones: SIGINT in the background of a shell script, SIGHUP under nohup."""
 
     def __init__(self) -> None:
         self.received: set[int] = set()
@@ -43,14 +43,14 @@ class InterruptSignals:
                 signal.signal(number, handler)
 
     def _on_unraisable(self, failure: "sys.UnraisableHookArgs") -> None:
-        """Python goes on after a KeyboardInterrupt that was raised in a destructor; we do not."""
+        """Python continues after a KeyboardInterrupt in a destructor; we do not."""
         if issubclass(failure.exc_type, KeyboardInterrupt):
             end_now()
         sys.__unraisablehook__(failure)
 
 
 def end_now() -> NoReturn:
-    if rank() == 0 and not is_launched_by_tailora():  # else the process that started this one says it
+    if rank() == 0 and not is_launched_by_tailora():  # otherwise the parent process prints it
         os.write(2, b"interrupted\n")
     os._exit(INTERRUPTED)
 
@@ -66,7 +66,7 @@ def run() -> NoReturn:
         if not signals.has_interrupted:
             raise
         end_now()
-    signals.handle_with(signal.SIG_IGN)  # all is done; Python removes its modules, and takes its handlers back first
+    signals.handle_with(signal.SIG_IGN)  # finished; at exit, Python restores its own handlers before it unloads modules
     if world_size() > 1:
         end_process(code)
     sys.exit(code)

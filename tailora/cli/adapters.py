@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 RESULT = "default"  # name of the new adapter
 
 OutputDir = Annotated[Path, Parameter(name="--output-dir", help="new folder for the adapter")]
-Rank = Annotated[PositiveInt | None, Parameter(help="highest rank of a layer")]
-Energy = Annotated[float | None, Parameter(help="share of the squared singular values to keep, such as .99")]
+Rank = Annotated[PositiveInt | None, Parameter(help="maximum rank per layer")]
+Energy = Annotated[float | None, Parameter(help="share of the squared singular values to keep, such as 0.99")]
 
 # ---- `tailora combine`
 
@@ -59,7 +59,7 @@ Weights = Annotated[
 ]
 Method = Annotated[
     Literal["cat", "svd", "ties", "dare"],
-    Parameter(help="cat: exact, ranks add up; svd: the closest update of rank --r; ties, dare: drop entries, then svd"),
+    Parameter(help="cat: exact, ranks add up; svd: best approximation of rank --r; ties, dare: drop entries, then svd"),
 ]
 
 
@@ -69,10 +69,10 @@ def combine(
     weight: Weights = None,
     output_dir: OutputDir,
     method: Method = "cat",
-    r: Annotated[PositiveInt | None, Parameter(help="highest rank; default: the highest of the adapters")] = None,
-    density: Annotated[float | None, Parameter(help="ties: share of the entries to keep; default .2")] = None,
-    drop: Annotated[float | None, Parameter(help="dare: probability of dropping an entry; default .5")] = None,
-    seed: Annotated[int | None, Parameter(help="dare: seed for dropping entries; default 0")] = None,
+    r: Annotated[PositiveInt | None, Parameter(help="maximum rank; default: the highest rank of the adapters")] = None,
+    density: Annotated[float | None, Parameter(help="ties: share of the entries to keep; default: 0.2")] = None,
+    drop: Annotated[float | None, Parameter(help="dare: probability of dropping an entry; default: 0.5")] = None,
+    seed: Annotated[int | None, Parameter(help="dare: seed for dropping entries; default: 0")] = None,
     model: BaseModel = None,
     device: Device = "cpu",
     overwrite: Overwrite = False,
@@ -80,7 +80,7 @@ def combine(
 ) -> int:
     """Combine several adapters into one.
 
-    The new adapter's update is the weighted sum of the updates of all adapters, in every layer.
+    In every layer, the update of the new adapter is the weighted sum of the updates of all adapters.
     """
     folders = parse_adapters(adapter)
     check_result_folder(output_dir, ADAPTER_FILES, overwrite=overwrite, sources=folders.values())
@@ -90,7 +90,7 @@ def combine(
     from tailora.core.combine import Combination, check_weights
 
     check_weights(weights)
-    Combination(method=method, r=r, density=density, drop=drop, seed=seed)  # is checked before models are loaded
+    Combination(method=method, r=r, density=density, drop=drop, seed=seed)  # raises before models are loaded
     labels = labels_of(base, list(folders.values()))
     adapted = load_model(base, folders, quantize="none", dtype="stored", device=device, labels=labels).model
     report = adapted.combine(weights, RESULT, method, r=r, density=density, drop=drop, seed=seed)
@@ -106,17 +106,17 @@ def parse_weights(texts: Sequence[str], folders: Mapping[str, Path]) -> dict[str
     """Returns name -> weight for every adapter, 1 by default. Raises ConfigError with all problems."""
     weights, problems = dict.fromkeys(folders, 1.0), []
     if RESULT in folders:
-        problems.append(f"--adapter: {RESULT!r} is the new adapter's name; write OTHER={folders[RESULT]}")
+        problems.append(f"--adapter: the name {RESULT!r} is reserved for the result; use OTHER={folders[RESULT]}")
     for text in (part for argument in texts for part in argument.split(",")):
         name, _, number = text.rpartition("=")
         if name not in folders:
-            available = f"there are: {', '.join(folders)}{nearest(name, folders)}"
-            problems.append(f"--weight {text}: write NAME=NUMBER; {available}")
+            available = f"available names: {', '.join(folders)}{nearest(name, folders)}"
+            problems.append(f"--weight {text}: expected NAME=NUMBER; {available}")
             continue
         try:
             weights[name] = float(number)
         except ValueError:
-            problems.append(f"--weight {text}: {number!r} is not a number; write NAME=0.5")
+            problems.append(f"--weight {text}: expected a number such as {name}=0.5, got {number!r}")
     if problems:
         raise ConfigError(listing(problems))
     return weights
@@ -133,13 +133,13 @@ SOURCE = "source"  # name of the adapter that is shrunk
 
 
 def shrink(
-    adapter: Annotated[Path, Parameter(help="folder of the adapter, or of the run that made it")],
+    adapter: Annotated[Path, Parameter(help="folder of the adapter or of its training run")],
     *,
     output_dir: OutputDir,
     r: Rank = None,
     energy: Energy = None,
     max_loss_increase: Annotated[
-        NonNegativeFloat | None, Parameter(help="how much the loss on --data may rise, in nats per token")
+        NonNegativeFloat | None, Parameter(help="allowed increase of the loss on --data, in nats per token")
     ] = None,
     data: Annotated[str | None, Parameter(help="held-out data for --max-loss-increase, or 'demo'")] = None,
     model: BaseModel = None,
@@ -150,26 +150,25 @@ def shrink(
 ) -> int:
     """Reduce the rank of an adapter.
 
-    Every layer keeps its largest singular values. How many is decided by --r, by --energy, or by --max-loss-increase.
+    Every layer keeps its largest singular values. Set their number with --r, --energy or --max-loss-increase.
     """
     folder = find_adapter(str(adapter))
     check_result_folder(output_dir, ADAPTER_FILES, overwrite=overwrite, sources=[folder])
     if (data is None) != (max_loss_increase is None):
-        raise ConfigError("--max-loss-increase and --data go together, for the loss is measured on the data: give both")
+        raise ConfigError("--max-loss-increase is measured on --data; use both or neither")
     check_sources(data=[data])
     base = base_model_name(model, [folder])
     log("loading the model")
     from tailora.core.compress import check
 
-    # len stands for the loss, which needs the model
+    # the loss function needs the model, so `len` takes its place here
     check(r, energy, loss=None if data is None else len, budget=max_loss_increase)
     config = merge_with_run(flags, folder, arguments={"model": base, "data": data})
     device = device or ("cpu" if data is None else "auto")
     labels = labels_of(base, [folder])
     if labels is not None and data is not None:
         raise ConfigError(
-            f"{folder} was trained for {labels.task}, and on --data the loss of language models is measured: give --r "
-            "or --energy"
+            f"--max-loss-increase is for language models, but {folder} is for {labels.task}; use --r or --energy"
         )
     loaded = load_model(base, {SOURCE: folder}, quantize="none", dtype="stored", device=device, labels=labels)
     adapted = loaded.model
@@ -192,7 +191,7 @@ def shrink(
         losses = {"loss_before": loss(adapted)}
         adapted.set_adapter(RESULT)
         losses["loss_after"] = loss(adapted)
-        lines = [f"loss on {data}: {losses['loss_before']:.4f} before, {losses['loss_after']:.4f} after"]
+        lines = [f"Loss on {data}: {losses['loss_before']:.4f} before, {losses['loss_after']:.4f} after"]
     adapted.save_adapter(output_dir, RESULT)
     write_system_message(output_dir, read_system_message(folder))
     return _finish(f"Shrunk {folder}", report, lines, labels, output_dir, {"model": base, **losses}, json)
@@ -203,8 +202,8 @@ def shrink(
 
 ExtractFlags: Any = flags_of(TrainConfig, only=["target_modules", "exclude_modules", "modules_to_save"])
 LAYER_NUMBER = re.compile(r"\.\d+\.")
-MAX_LINES = 12  # of tensors that are not in the adapter
-POOR_FIT = 0.5  # a median relative error of this or more: the adapter lacks most of the difference
+MAX_LINES = 12  # for tensors that are not in the adapter
+POOR_FIT = 0.5  # median relative error from which the adapter lacks most of the difference
 
 
 def extract(
@@ -219,9 +218,9 @@ def extract(
     json: Json = False,
     flags: ExtractFlags = None,
 ) -> int:
-    """Extract the adapter between a base model and a fine-tuned one.
+    """Extract an adapter from a fine-tuned model and its base model.
 
-    Lists the tensors that differ between the models and are not in the adapter.
+    The adapter approximates the difference between the two. The output lists the differing tensors that it lacks.
     """
     config = merge_settings(flags, None, arguments={"model": model}).lora()
     check_result_folder(output_dir, ADAPTER_FILES, overwrite=overwrite)
@@ -247,11 +246,11 @@ def poor_fit_advice(error: Mapping[str, float]) -> list[str]:
     """Returns advice if most of the difference is not in the adapter, else []."""
     if median(error.values()) < POOR_FIT:
         return []
-    return ["Most of the difference has a higher rank than the adapter: raise --r, or give --energy .9"]
+    return ["Most of the difference has a higher rank than the adapter: raise --r, or use --energy 0.9"]
 
 
 def _left_over_lines(left_over: Mapping[str, float]) -> list[str]:
-    """Returns lines on the tensors that are not in the adapter, the same tensor of all layers in one line."""
+    """Returns one line per kind of tensor that is not in the adapter; layers share a line."""
     if not left_over:
         return []
     groups: dict[str, list[float]] = {}
@@ -263,8 +262,8 @@ def _left_over_lines(left_over: Mapping[str, float]) -> list[str]:
         for name, changes in largest_first[:MAX_LINES]
     ]
     if len(groups) > MAX_LINES:
-        lines.append(f"  and {len(groups) - MAX_LINES} more lines; --json has all of them")
-    return [f"NOT in the adapter: {len(left_over)} tensors that differ; --modules-to-save adds modules:", *lines]
+        lines.append(f"  ... and {len(groups) - MAX_LINES} more lines (use --json to see all)")
+    return [f"NOT in the adapter: {len(left_over)} tensors that differ; add modules with --modules-to-save:", *lines]
 
 
 # ---- What all three print
@@ -279,7 +278,7 @@ def _finish(
     payload: dict[str, Any],
     as_json: bool,
 ) -> int:
-    """Prints one JSON object with `payload`, or a summary, `lines` and the command that uses the adapter."""
+    """Prints one JSON object with `payload`, or a summary, `lines` and a command to try the adapter."""
     if as_json:
         layers = {path: {"rank": rank, "error": report.error[path]} for path, rank in report.rank.items()}
         print_json({"output_dir": str(folder), **payload, "layers": layers, "worst_error": report.worst})
@@ -294,6 +293,6 @@ def _finish(
         errors = f"relative error of the updates: {middle:.2%} (median), {report.worst:.2%} (largest)"
     texts = [f"{len(ranks)} layers of rank {span}{left}; {errors}", *lines]
     command = shlex.join(command_to_use(payload["model"], str(folder), labels))
-    blocks: list[Any] = [*map(Paragraph, texts), Code(command, title=f"Written to {folder}; to try it:")]
+    blocks: list[Any] = [*map(Paragraph, texts), Code(command, title=f"Written to {folder}. To try it:")]
     print_section(stdout(), Section(title, "", blocks))
     return 0

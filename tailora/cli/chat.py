@@ -1,4 +1,4 @@
-"""`tailora chat` and `tailora generate`: answers of a model with or without adapters.
+"""`tailora chat` and `tailora generate`: answers from a model with or without adapters.
 
 Answers go to stdout, everything else to stderr.
 """
@@ -38,22 +38,20 @@ from tailora.formats.run_folder import adapter_folder, read_system_message, reco
 
 IgnoreChatTemplate = Annotated[
     bool,
-    Parameter(
-        negative=(), show_default=False, help="continue the prompt as it stands, as after training on plain texts"
-    ),
+    Parameter(negative=(), show_default=False, help="continue the prompt itself, for models trained on plain text"),
 ]
 System = Annotated[str | None, Parameter(help="system message; default: the one used in training; '': none")]
-MEMORY_ADVICE = "what helps: a shorter prompt, a smaller --max-new-tokens, a smaller --model, closing other programs"
+MEMORY_ADVICE = "try a shorter prompt, a smaller --max-new-tokens or --model, or close other programs"
 
 # ---- `tailora chat`
 
 
 HELP = """\
-/adapter NAME [STRENGTH]   answer with this adapter; STRENGTH 0.7 scales it to 70%
-/base                      answer without adapters
-/reset                     forget the conversation
-/help                      show these lines
-/quit                      end the chat, as the end of the input does"""
+/adapter NAME [STRENGTH]   use this adapter; STRENGTH 0.7 scales it to 70%
+/base                      use no adapter
+/reset                     start a new conversation
+/help                      show these commands
+/quit                      end the chat (or press Ctrl-D)"""
 COMMANDS = [line.split()[0] for line in HELP.splitlines()]
 
 
@@ -62,7 +60,7 @@ class ChatSession:
     loaded: Loaded
     sampling: dict[str, Any]  # arguments of `stream_reply`
     systems: dict[str, str | None]  # adapter -> its system message
-    system: str | None  # of the adapter that answers
+    system: str | None  # of the active adapter
     messages: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -80,7 +78,7 @@ def chat(
 ) -> int:
     """Chat with a model, with or without adapters.
 
-    The first adapter is active at the start. /help lists what can be typed.
+    The first adapter is active at the start. Type /help for the commands.
     """
     folders = parse_adapters(adapter or [])
     model = base_model_name(model, list(folders.values()))
@@ -91,7 +89,7 @@ def chat(
     session = ChatSession(loaded, sampling, systems, next(iter(systems.values())))
     if loaded.adapters:
         loaded.model.set_adapter(loaded.adapters[0])
-    log(f"{model} with {' or '.join(loaded.adapters) or 'no adapter'}; /help lists the commands")
+    log(f"{model} with {' or '.join(loaded.adapters) or 'no adapter'}; type /help for the commands")
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
@@ -103,14 +101,14 @@ def chat(
         if line.startswith("/"):
             try:
                 log(run_command(session, line))
-            except (AdapterError, ConfigError) as error:  # a typing mistake; nothing has changed
+            except (AdapterError, ConfigError) as error:  # a typo; nothing has changed
                 log(str(error))
         elif line:
             answer(session, line)
 
 
 def answer(session: ChatSession, text: str) -> None:
-    """Streams the answer. Ctrl-C ends it and keeps the text so far; a message that cannot be answered is dropped."""
+    """Streams the answer. Ctrl-C ends it and keeps the text so far. If answering fails, the message is dropped."""
     from tailora.evaluation.generate import stream_reply
 
     loaded = session.loaded
@@ -126,7 +124,7 @@ def answer(session: ChatSession, text: str) -> None:
         log("interrupted")
     except (DataError, MemoryLimitError) as error:
         write_stdout("\n" if reply else "")
-        log(f"error: {error}\nthe message is dropped; /reset forgets the conversation and makes room")
+        log(f"error: {error}\nthe message was dropped; use /reset to start a new, shorter conversation")
         return
     write_stdout("\n")
     session.messages[:] = [*messages, {"role": "assistant", "content": reply}]
@@ -139,15 +137,15 @@ def run_command(session: ChatSession, line: str) -> str:
     match command:
         case "/adapter":
             if not names:
-                raise ConfigError("no adapter is loaded: start with --adapter FOLDER")
+                raise ConfigError("no adapter is loaded; restart with --adapter FOLDER")
             if not words:
-                raise ConfigError(f"/adapter NAME [STRENGTH]; there are: {', '.join(names)}")
+                raise ConfigError(f"usage: /adapter NAME [STRENGTH]; available: {', '.join(names)}")
             try:
                 strength = float(" ".join(words[1:]) or 1)
             except ValueError:
                 strength = math.nan
             if not math.isfinite(strength):
-                raise ConfigError(f"a strength is one number such as 0.7; got {' '.join(words[1:])}")
+                raise ConfigError(f"STRENGTH: expected one number such as 0.7, got {' '.join(words[1:])}")
             model.set_adapter(words[0])
             model.set_scale(words[0], strength)
             session.system = session.systems[words[0]]
@@ -155,13 +153,13 @@ def run_command(session: ChatSession, line: str) -> str:
         case "/base":
             if names:
                 model.set_adapter(None)
-            return f"no adapter{'; the conversation is kept; /reset forgets it' if session.messages else ''}"
+            return f"no adapter{'; the conversation continues (/reset starts a new one)' if session.messages else ''}"
         case "/reset":
             session.messages.clear()
-            return "the conversation starts again"
+            return "new conversation"
         case "/help":
             return HELP
-    raise ConfigError(f"{command} is not a command{nearest(command, COMMANDS) or '; /help lists them'}")
+    raise ConfigError(f"unknown command {command}{nearest(command, COMMANDS) or '; type /help for the commands'}")
 
 
 # ---- `tailora generate`
@@ -169,13 +167,13 @@ def run_command(session: ChatSession, line: str) -> str:
 
 Prompts = Annotated[
     list[str] | None,
-    Parameter(name="--prompt", negative=(), help="prompt to answer; repeatable; default: all of stdin"),
+    Parameter(name="--prompt", negative=(), help="prompt to answer; repeatable; default: text from stdin"),
 ]
 
 PromptsFile = Annotated[
-    Path | None, Parameter(help="file of prompts: JSONL, JSON, CSV or Parquet with a column prompt, or one a line")
+    Path | None, Parameter(help="file with prompts: JSONL, JSON, CSV or Parquet with a column prompt, or one per line")
 ]
-OutputFile = Annotated[Path | None, Parameter(help="JSONL file for prompts and answers, instead of stdout")]
+OutputFile = Annotated[Path | None, Parameter(help="JSONL file to write prompts and answers to, instead of stdout")]
 
 
 def generate(
@@ -196,15 +194,15 @@ def generate(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> int:
-    """Answer prompts, each on its own.
+    """Answer prompts, independently of each other.
 
-    Several adapters are all active, and their updates add up.
+    If you name several adapters, all of them are active: their updates add up.
     """
     if prompt and prompts is not None:
-        raise ConfigError("--prompt and --prompts both say what to answer: give one")
+        raise ConfigError("--prompt and --prompts cannot be combined; use one of them")
     if ignore_chat_template and system is not None:
         raise ConfigError(
-            "--system needs the chat template, which --ignore-chat-template leaves out: give one, or write both texts "
+            "--system needs the chat template, so it cannot be combined with --ignore-chat-template; write both texts "
             "into --prompt"
         )
     questions = (prompt or [piped_text()]) if prompts is None else read_prompts(prompts)
@@ -219,7 +217,7 @@ def generate(
 
     systems = {} if ignore_chat_template else training_systems(system, folders or {model: Path(model)})
     if len(set(systems.values())) > 1:
-        note("the adapters were trained with different system messages, so none is used; --system TEXT sets one")
+        note("the adapters were trained with different system messages, so none is used; set one with --system TEXT")
         systems = {}
     system = next(iter(systems.values()), None)
     sampling: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
@@ -251,10 +249,10 @@ def generate(
 
 
 def check_answers_file(output: Path, *, overwrite: bool) -> None:
-    """Raises as `check_new_file`, and ConfigError for the name of another format than JSON lines."""
+    """Raises ConfigError if the file exists, or if its name has the suffix of a format other than JSON lines."""
     if (suffix := output.suffix.lower()) in READERS.keys() - {*JSON_LINES, TXT}:
         raise ConfigError(
-            f"--output {output}: JSON lines are written, not {suffix[1:].upper()}; give {output.with_suffix('.jsonl')}"
+            f"--output {output}: expected a .jsonl file, got {suffix[1:].upper()}; use {output.with_suffix('.jsonl')}"
         )
     for path in (output, partial_file(output)):
         check_new_file(path, overwrite=overwrite)
@@ -262,7 +260,7 @@ def check_answers_file(output: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def partial_answers(output: Path) -> Iterator[Callable[[str], None]]:
-    """Yields the function of `write_lines`. If the block fails, says where the answers so far are."""
+    """Yields the function of `write_lines`. If the block fails, prints where the answers so far are."""
     try:
         with write_lines(output) as write:
             yield write
@@ -272,15 +270,15 @@ def partial_answers(output: Path) -> Iterator[Callable[[str], None]]:
 
 
 def piped_text() -> str:
-    """Returns all of stdin. Raises ConfigError if there is none."""
+    """Returns the text from stdin. Raises ConfigError if there is none."""
     text = "" if sys.stdin.isatty() else sys.stdin.read().strip()
     if not text:
-        raise ConfigError("nothing to answer: give --prompt TEXT or --prompts FILE, or pipe a text in")
+        raise ConfigError("nothing to answer; use --prompt TEXT or --prompts FILE, or pipe text in")
     return text
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Returns `prompt` of each row of a data file such as JSONL, or each line of any other file but empty ones.
+    """Returns `prompt` of each row of a data file such as JSONL, or the non-empty lines of any other file.
 
     Raises ConfigError or DataError with all problems.
     """
@@ -289,14 +287,14 @@ def read_prompts(path: Path) -> list[str]:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeError) as error:
             cause = error.strerror if isinstance(error, OSError) else f"not UTF-8: {error}"
-            raise ConfigError(f"--prompts {path}: {cause}; give a text file in UTF-8 that can be read") from None
+            raise ConfigError(f"--prompts {path}: {cause}; use a readable text file in UTF-8") from None
         prompts = [line for line in lines if line.strip()]
     else:
         rows = list(read_file(path))
         problems = [row for row in rows if isinstance(row, RowProblem)]
         fields = [row for row in rows if isinstance(row, Row)]
         problems += [
-            row.problem(f"no text under 'prompt'; it has {', '.join(row.fields) or 'nothing'}")
+            row.problem(f"no text in column 'prompt'; columns: {', '.join(row.fields) or 'none'}")
             for row in fields
             if not (isinstance(row.fields.get("prompt"), str) and row.fields["prompt"].strip())
         ]
@@ -304,7 +302,7 @@ def read_prompts(path: Path) -> list[str]:
             raise data_error(problems)
         prompts = [row.fields["prompt"] for row in fields]
     if not prompts:
-        raise ConfigError(f"--prompts {path} holds no prompt: write one into each line")
+        raise ConfigError(f"--prompts {path} contains no prompt; write one per line")
     return prompts
 
 
@@ -321,9 +319,9 @@ def training_systems(given: str | None, sources: Mapping[str, Path]) -> dict[str
     systems = {name: read_system_message(folder) for name, folder in sources.items()}
     for name, text in systems.items():
         if text is not None:
-            note(f"{name} uses the system message of its training: {shorten(text, 60)}\n--system TEXT replaces it")
+            note(f"{name} uses its system message from training: {shorten(text, 60)}\nreplace it with --system TEXT")
         elif recorded_settings(adapter_folder(sources[name]), "data").get("messages", {}).get("system"):
-            note(f"{name} was trained with system messages, but no common one is stored; --system TEXT sets one")
+            note(f"{name} was trained with system messages, but has no common one; set one with --system TEXT")
     return systems
 
 
@@ -332,7 +330,7 @@ def system_messages(text: str | None) -> list[dict[str, str]]:
 
 
 def explained_memory_errors() -> AbstractContextManager[None]:
-    """Within the block, running out of memory raises MemoryLimitError with the cause and what helps."""
+    """Within the block, running out of memory raises MemoryLimitError with the cause and a remedy."""
     from tailora.train.memory import explain_out_of_memory
 
     return explain_out_of_memory("answering", MEMORY_ADVICE)

@@ -1,4 +1,4 @@
-"""`tailora data FILE --model M`: shows what training would learn from the file."""
+"""`tailora data FILE --model M`: shows what a run would be trained on."""
 
 import math
 import re
@@ -32,7 +32,7 @@ SETTINGS = ["model", "task", "eval_data", "field", "max_length", "validation_spl
 SETTINGS += ["system", "assistant_only_loss", "completion_only_loss", "documents"]
 Flags: Any = flags_of(TrainConfig, only=SETTINGS)
 BAR = 40  # characters of the longest bar
-MOST_HELD_OUT = 0.2  # of the rows, in the command to type next
+MOST_HELD_OUT = 0.2  # share of the rows, in the suggested command
 
 Pieces = list[tuple[str, bool]]  # text, learned
 
@@ -44,14 +44,14 @@ def data(
     json: Json = False,
     flags: Flags = None,
 ) -> int:
-    """Show what training would learn from a file, or from several.
+    """Show what would be trained on, token by token.
 
-    Without a file, the data is the demo's. Shows columns, counts, lengths, and in some examples which tokens are
-    learned and which are only read.
+    Shows the columns, counts and lengths of your data, and a few examples in which the trained tokens are highlighted.
+    Without a file, it shows the demo's data.
     """
     settings = merge_settings(flags, config, arguments={"data": files[0] if len(files) == 1 else [*files] or None})
     if "data" not in settings.model_fields_set:
-        note("no file was given, so this is the demo's data; `tailora data FILE` shows yours")
+        note("this is the demo's data; to see yours, run `tailora data FILE`")
     sources = (*source_names(settings.data), settings.eval_data)
     check_sources(model=settings.model, data=sources)
     fetch_demo(settings.model, *sources)
@@ -90,16 +90,16 @@ def data(
         share = share_to_hold_out(settings, distinct)
         held_out = report["eval"] if share is None else round(share * distinct)
         is_few = 0 < held_out < FEW_EXAMPLES
-        enough = "" if is_few else ", so that there are enough to judge by"
+        enough = "" if is_few else ", enough to evaluate the result"
         epochs = epochs_to_train(settings, prepared, share)
         why = [
             *([] if share is None else [f"holds out {share:.0%} of the rows{enough}"]),
-            *([] if epochs is None else [f"makes {epochs} passes, since fewer than {FEW_STEPS} steps change little"]),
+            *([] if epochs is None else [f"makes {epochs} passes, because fewer than {FEW_STEPS} steps change little"]),
         ]
         reasons = [f"The next command {', and '.join(why)}."] if why else []
         reasons += [f"It holds out about {plural(held_out, 'example')}. {TOO_FEW}"] if is_few else []
         if labels is not None and find_spec("seqeval") is None:
-            reasons.append("First install what scores of labels need: pip install 'tailora[classify]'.")
+            reasons.append("First install the packages for classification metrics: pip install 'tailora[classify]'.")
         proposed = {"validation_split": share, "num_train_epochs": epochs}
         command = train_command(settings, proposed, config, flags or {})
         print_section(stdout(), Section("Next", " ".join(reasons), [Code(shlex.join(command))]))
@@ -107,9 +107,9 @@ def data(
 
 
 def share_to_hold_out(settings: TrainConfig, rows: int) -> float | None:
-    """Returns the share that gives enough rows for an interval, but at most a fifth; None if it is known already.
+    """Returns a share that gives enough rows for an interval, at most a fifth; None if the settings define it.
 
-    rows: different ones.
+    rows: number of distinct rows.
     """
     from tailora.evaluation.statistics import FEW_EXAMPLES
 
@@ -120,9 +120,9 @@ def share_to_hold_out(settings: TrainConfig, rows: int) -> float | None:
 
 
 def epochs_to_train(settings: TrainConfig, data: "PreparedData", share: float | None) -> int | None:
-    """Returns the passes that make FEW_STEPS; None if one is enough, or the length is known already.
+    """Returns the passes that make FEW_STEPS; None if one is enough, or if the settings define the length.
 
-    share: what the run will hold out; None: as much as `data` does.
+    share: share that the run will hold out; None: the same as `data`.
     """
     from tailora.train.dataloader import epoch_steps
 
@@ -141,9 +141,9 @@ def train_command(
     config: Path | None,
     flags: Mapping[str, str | bool | list[str]],
 ) -> list[str]:
-    """Returns the command that trains on what was shown, with the flags that were typed, in a new folder.
+    """Returns the command that trains on this data with the same flags, in a new folder.
 
-    proposed: more settings; those that are None are skipped.
+    proposed: more settings; None is skipped.
     """
     sources = parse_sources(settings.data)
     command = ["tailora", "train", *(word for source in sources for word in ("--data", str(source)))]
@@ -162,13 +162,13 @@ def train_command(
 
 
 def new_folder(folder: Path) -> Path:
-    """Returns the first of folder, folder-2, ... that is not there."""
+    """Returns the first of folder, folder-2, ... that does not exist."""
     names = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
     return next(path for path in chain([folder], names) if not path.exists())
 
 
 def named_sequences(example: Example) -> list[tuple[str, Example]]:
-    """Returns the sequences that are learned, with their role if there are several."""
+    """Returns the sequences to train on, with their roles if there are several."""
     if example.target is not None:
         return [(", wanted" if example.target[0] else ", unwanted", example.sequences[0])]
     names = (", chosen", ", rejected") if example.second_start else ("",)
@@ -212,7 +212,7 @@ def facts(report: dict[str, Any]) -> Table:
 
 
 def histogram(bins: Sequence[dict[str, int]]) -> Table:
-    """Returns the lengths of examples. A bin that is not empty has at least one character."""
+    """Returns the lengths of the examples. Bins with examples have at least one character."""
     most = max(counts["examples"] for counts in bins)
     table = Table("tokens", "examples", "", title="lengths", title_justify="left", box=None)
     for counts in bins:

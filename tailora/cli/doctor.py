@@ -1,4 +1,4 @@
-"""`tailora doctor`: shows what this machine can do, and what that means for training."""
+"""`tailora doctor`: shows what this machine can do and what that means for training."""
 
 import os
 import platform
@@ -31,8 +31,8 @@ Facts = dict[str, dict[str, Any]]  # section -> name -> value
 def doctor(*, json: Json = False) -> int:
     """Show what this machine can do.
 
-    Shows every device with its memory and precision, and which attention, compiled layers and quantization methods
-    would work there; threads, memory, disk, and versions of packages.
+    Lists each device with its memory, precision, and which kinds of attention, compiled layers and quantization work
+    there, as well as threads, memory, disk space and package versions.
     """
     facts = collect_facts()
     if json:
@@ -60,7 +60,7 @@ def collect_facts() -> Facts:
     from tailora.core.device import choose_device, devices
     from tailora.train.memory import available_bytes
 
-    chosen = str(choose_device())  # first, because it says why a card cannot be used
+    chosen = str(choose_device())  # first, because it reports why a card cannot be used
     by_device = {str(device): device_facts(device) for device in devices()}
     versions = {"tailora": __version__, "python": platform.python_version()}
     return {
@@ -82,9 +82,9 @@ def collect_facts() -> Facts:
 
 
 def device_facts(device: "torch.device") -> dict[str, Any]:
-    """Returns what a device is, and for each method "works" or why it does not work there; nothing is run but probes.
+    """Returns facts about a device, and for each method "works" or the reason why it does not. Runs short probes only.
 
-    dtype: of --dtype auto; "stored" is that of the model's files.    capability: of an NVIDIA or AMD card.
+    dtype: result of --dtype auto; "stored": as in the model's files.    capability: of an NVIDIA or AMD card.
     """
     from tailora.core.device import capability, device_name, fast_dtype, has_bfloat16
     from tailora.kernels.compiled_layers import compiler_obstacle
@@ -108,7 +108,7 @@ def device_facts(device: "torch.device") -> dict[str, Any]:
 
 
 def conclusions(facts: Facts) -> list[str]:
-    """Returns what follows for training, in sentences."""
+    """Returns what this means for training, in sentences."""
     device = facts["device"]
     stored = device["dtype"] == "stored"
     dtype = "bfloat16" if stored else device["dtype"]
@@ -116,7 +116,7 @@ def conclusions(facts: Facts) -> list[str]:
     memory = facts["memory"]["available"] if device["type"] == "cpu" else device["memory"]
     return [
         f"--dtype auto {meaning}: {size} bytes per parameter of the base model{' in bfloat16' if stored else ''}",
-        f"a base model of {memory / 2 / size / 1e9:.1f}B parameters fills half of the memory; training takes the rest",
+        f"a base model of {memory / 2 / size / 1e9:.1f}B parameters fills half of the memory; training needs the rest",
         f"training runs on {device['auto']}; threads: {facts['threads']['torch']} (OMP_NUM_THREADS changes it)",
     ]
 

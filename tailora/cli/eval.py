@@ -1,4 +1,4 @@
-"""`tailora eval`: evaluates an adapter and its base model on held-out data, and checks gates on the scores."""
+"""`tailora eval`: evaluates an adapter and its base model on held-out data and checks quality gates."""
 
 import math
 import sys
@@ -53,9 +53,9 @@ if TYPE_CHECKING:
 
 Flags: Any = flags_of(TrainConfig, only=["field", "system", "max_length", "dtype"])
 KIND = "eval"  # of report.json
-MEMORY_ADVICE = "what helps: a smaller --max-length, --quantize nf4, --dtype bfloat16, closing other programs"
+MEMORY_ADVICE = "try a smaller --max-length, --quantize nf4 or --dtype bfloat16, or close other programs"
 
-Adapter = Annotated[str | None, Parameter(help="folder of an adapter, or of the run that made it")]
+Adapter = Annotated[str | None, Parameter(help="folder of an adapter or of its training run")]
 Data = Annotated[str | None, Parameter(help="held-out data: JSONL, JSON, CSV, Parquet, folder or Hub id, or 'demo'")]
 Gates = Annotated[
     list[str] | None,
@@ -63,7 +63,7 @@ Gates = Annotated[
         name="--gate",
         negative=(),
         metavar="METRIC<N",
-        help=f"exit with code 4 if this does not hold; repeatable; {QUOTES_HINT}",
+        help=f"exit with code 4 if this is not met; repeatable; {QUOTES_HINT}",
     ),
 ]
 Metrics = Annotated[
@@ -72,14 +72,15 @@ Metrics = Annotated[
         name="--metrics",
         negative=(),
         metavar="A,B",
-        help=f"{', '.join(METRICS)}; default: accuracy for data with choices, else loss; "
-        "of models that predict labels all that there are",
+        help=f"{', '.join(METRICS)}; default: accuracy for data with choices, loss for other data, and all metrics for "
+        "models that predict labels",
     ),
 ]
 Normalize = Annotated[
     str,
     Parameter(
-        metavar="A,B", help="what exact_match ignores: case, punctuation, space, strip (space at the ends), or none"
+        metavar="A,B",
+        help="what exact_match ignores: case, punctuation, space, strip (space at the ends), or none",
     ),
 ]
 Limit = Annotated[PositiveInt | None, Parameter(help="evaluate only the first N examples")]
@@ -88,7 +89,7 @@ Limit = Annotated[PositiveInt | None, Parameter(help="evaluate only the first N 
 @Parameter(name="*", group=Group.create_ordered("lm-evaluation-harness"))
 @dataclass(frozen=True, kw_only=True)
 class HarnessFlags:
-    """Flags with the names that lm_eval gives them."""
+    """Flags with the names that lm_eval uses."""
 
     tasks: Annotated[
         list[str] | None, Parameter(negative=(), metavar="A,B", help="tasks to run, such as hellaswag,arc_easy")
@@ -113,8 +114,8 @@ class EvalTarget:
     """What is evaluated."""
 
     model: str
-    adapter: str | None  # as it was typed
-    folder: Path | None  # of the adapter itself
+    adapter: str | None  # the argument
+    folder: Path | None  # of the adapter
 
     @property
     def trained_rows(self) -> set[bytes] | None:
@@ -131,8 +132,8 @@ def eval(
     gate: Gates = None,
     base: Annotated[bool, Parameter(help="also evaluate the base model, for comparison")] = True,
     normalize: Normalize = "strip",
-    max_new_tokens: Annotated[PositiveInt, Parameter(help="longest answer in tokens, for exact_match")] = 128,
-    samples: Annotated[NonNegativeInt, Parameter(help="answers to show, for exact_match")] = 3,
+    max_new_tokens: Annotated[PositiveInt, Parameter(help="maximum tokens per answer, for exact_match")] = 128,
+    samples: Annotated[NonNegativeInt, Parameter(help="number of answers to show, for exact_match")] = 3,
     limit: Limit = None,
     quantize: Quantize = None,
     device: Device = "auto",
@@ -142,17 +143,16 @@ def eval(
     nproc_per_node: NprocPerNode = None,
     flags: Flags = None,
 ) -> int:
-    """Evaluate an adapter on held-out data, next to its base model.
+    """Evaluate an adapter and its base model on held-out data.
 
-    Without an adapter, --model alone is evaluated. Several processes, of --nproc-per-node or of torchrun, share the
-    examples.
+    Without an adapter, only --model is evaluated. With --nproc-per-node or torchrun, the processes share the examples.
     """
     started = time.monotonic()
     gates, metric_names = parse_gates(gate or []), parse_metrics(metrics or [])
     data_gates = [gate for gate in gates if not (harness.names and gate.is_on_task)]
     if data is None and (data_gates or not harness.names):
         what = f"--gate {data_gates[0]} needs held-out data" if data_gates else "nothing to evaluate on"
-        raise ConfigError(f"{what}: give --data FILE, or --tasks of lm-evaluation-harness and gates on TASK/METRIC")
+        raise ConfigError(f"{what}; use --data FILE, or --tasks of lm-evaluation-harness with gates on TASK/METRIC")
     check_sources(data=[data])
     target = find_target(adapter, model)
     base = base and target.folder is not None
@@ -164,7 +164,7 @@ def eval(
 
     to_start = 0 if nproc_per_node is None or is_launched_by_tailora() else count_processes(nproc_per_node, device)
     if harness.names and max(to_start, world_size()) > 1:
-        raise ConfigError("--tasks runs in one process: leave --nproc-per-node or torchrun out, or give --data alone")
+        raise ConfigError("--tasks runs in one process; remove --nproc-per-node or torchrun, or use --data only")
     if to_start > 1:
         log(f"starting {to_start} processes")
         return launch(ARGUMENTS.get(), to_start, results=[GATE_NOT_MET])
@@ -175,9 +175,11 @@ def eval(
     refuse_system(labels, flags)
     if labels is not None:
         if data is None or harness.names:
-            raise ConfigError(f"a model for {labels.task} is evaluated on rows with labels: give --data, not --tasks")
+            raise ConfigError(f"a model for {labels.task} needs rows with labels; use --data instead of --tasks")
         if nproc_per_node is not None or world_size() > 1:
-            raise ConfigError("a model that predicts labels is evaluated in one process: leave the others out")
+            raise ConfigError(
+                "models that predict labels are evaluated in one process; remove --nproc-per-node or torchrun"
+            )
         log_columns(flags, config)
         loaded = load_model(target.model, folders, quantize=quantize, dtype=config.dtype, device=device, labels=labels)
         scores = _label_scores(target, loaded, labels, data, config, limit, base, metric_names, data_gates)
@@ -185,8 +187,8 @@ def eval(
     check_gates(data_gates, list(METRICS), base=base)
     if wrong := [name for name in metric_names if name not in METRICS]:
         raise ConfigError(
-            f"--metrics {','.join(wrong)}: these are of models that predict labels, and this is a language model: "
-            "leave them out"
+            f"--metrics {','.join(wrong)}: only for models that predict labels, and this is a language model; use "
+            f"{', '.join(METRICS)}"
         )
     from tailora.cli.progress import counter
     from tailora.evaluation.lm_eval import evaluate_tasks, find_tasks
@@ -230,7 +232,7 @@ def eval(
         if ranks is None or ranks.is_main_process:
             code = _finish(target, scores, gates, time.monotonic() - started, output_dir, json)
             sys.stdout.flush()
-        if ranks is not None:  # launchers send SIGTERM as soon as another process has ended with this code
+        if ranks is not None:  # launchers send SIGTERM as soon as one process has ended with this code
             ignore_signals()
         return first_of_ranks(code) or 0
 
@@ -246,9 +248,9 @@ def _label_scores(
     chosen: Sequence[str],
     gates: Sequence[Gate],
 ) -> "Scores":
-    """Returns the scores of a model that predicts labels: all, or those chosen by name and those that gates need.
+    """Returns the scores of a model that predicts labels: all, or those that are chosen or needed by gates.
 
-    A base whose head is new says nothing, so that it is left out.
+    A base model with a new head is not evaluated, because its predictions are random.
     """
     from tailora.cli.progress import counter
     from tailora.evaluation.classification import evaluate_labels
@@ -259,10 +261,10 @@ def _label_scores(
     if base and labels_of_config(read_config(target.model)) != labels:
         if changes := [str(gate) for gate in gates if gate.metric.endswith(CHANGE)]:
             raise ConfigError(
-                f"--gate {', '.join(changes)}: {target.model} has no head for these labels, so there is no score of it "
-                "to compare with; give a gate on the score itself"
+                f"--gate {', '.join(changes)}: {target.model} has no head for these labels, so it has no score to "
+                "compare with; use a gate on the adapter's score itself"
             )
-        note(f"{target.model} has no head for these labels, so that only the adapter is evaluated")
+        note(f"{target.model} has no head for these labels, so only the adapter is evaluated")
         base = False
     of_gates = [gate.metric.removesuffix(CHANGE) for gate in gates]
     model = loaded.model if loaded.adapters else without_adapter(loaded.model)
@@ -281,30 +283,30 @@ def _label_scores(
         )
     if missing := [name for name in (*chosen, *of_gates) if name not in scores.metrics]:
         raise ConfigError(
-            f"{', '.join(missing)}: not a score of {labels.task} on this data; there are {', '.join(scores.metrics)}"
+            f"unknown score {', '.join(missing)} for {labels.task} on this data; available: {', '.join(scores.metrics)}"
         )
     return scores.only([*chosen, *of_gates]) if chosen else scores
 
 
 def find_target(adapter: str | None, model: str | None) -> EvalTarget:
-    """Returns what to evaluate. Raises ConfigError or FormatError if there is nothing."""
+    """Returns what to evaluate. Raises ConfigError or FormatError."""
     if adapter is None:
         if model is None:
-            raise ConfigError("nothing to evaluate: give an ADAPTER, or --model M for a model without one")
+            raise ConfigError("nothing to evaluate; name an ADAPTER, or use --model M for a model without an adapter")
         check_sources(model=model)
         return EvalTarget(model, None, None)
     path = Path(adapter)
     model_folder = next((folder for folder in (path, path / "model") if (folder / "config.json").is_file()), None)
     if model_folder is not None and not (path / "adapter_config.json").exists():
         if model is not None:
-            raise ConfigError(f"{adapter} is a whole model, not an adapter for {model}: leave one of the two out")
+            raise ConfigError(f"{adapter} is a full model, not an adapter for {model}; name only one of them")
         return EvalTarget(str(model_folder), None, None)
     folder = find_adapter(adapter)
     return EvalTarget(base_model_name(model, [folder]), adapter, folder)
 
 
 def _check_output_dir(folder: Path | None) -> None:
-    """Raises ConfigError if the report of another command would be lost."""
+    """Raises ConfigError if this would overwrite the report of another command."""
     if folder is None or not (folder / REPORT).exists():
         return
     try:
@@ -312,7 +314,7 @@ def _check_output_dir(folder: Path | None) -> None:
     except FormatError:
         kind = None
     if kind != KIND:
-        raise ConfigError(f"--output-dir {folder} holds a {REPORT} of another command; give another folder")
+        raise ConfigError(f"--output-dir {folder} contains the {REPORT} of another command; use a different folder")
 
 
 def _finish(

@@ -1,4 +1,4 @@
-"""`tailora export ADAPTER --to NAME --output DIR`: writes an adapter for another program, and checks the result."""
+"""`tailora export ADAPTER --to NAME --output DIR`: writes an adapter for another program and checks the result."""
 
 import shlex
 import time
@@ -51,8 +51,8 @@ SERVERS_OF_FORMAT = {"portable": "vllm", "gguf": "llama-server"}
 To = Annotated[
     Literal[Format, Server],
     Parameter(
-        help="a format: peft, portable (PEFT that servers read), gguf or merged (a whole model); or a server, with "
-        "the command that starts it"
+        help="format: peft, portable (PEFT for servers), gguf or merged (a full model); or server, including the "
+        "command that starts it"
     ),
 ]
 Output = Annotated[Path, Parameter(name=["--output", "--output-dir"], help="new folder for the result")]
@@ -61,7 +61,8 @@ Quantize = Annotated[
     Parameter(help=f"quantization of the base model: {METHODS}; default for merged: as in the adapter's run"),
 ]
 Dtype = Annotated[
-    Literal["stored", "float32", "bfloat16", "float16"], Parameter(help="precision of the base, and of a merged model")
+    Literal["stored", "float32", "bfloat16", "float16"],
+    Parameter(help="precision of the base model or the merged model"),
 ]
 
 
@@ -76,15 +77,15 @@ def export(
     quantize: Quantize = None,
     device: Device = "cpu",
     passport: Annotated[
-        Literal["base", "none"], Parameter(help="write passport.json, for `tailora verify`, or none")
+        Literal["base", "none"], Parameter(help="write passport.json, the verification file for `tailora verify`")
     ] = "base",
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> int:
-    """Export an adapter to llama.cpp, Ollama, vLLM, mlx-lm or PEFT, or merge it.
+    """Export an adapter for llama.cpp, Ollama, vLLM, mlx-lm or PEFT, or merge it.
 
-    The result is read back and must compute the same as the model with its adapter. For a server, the folder has a
-    script that starts it. An adapter that the server cannot load is merged into the whole model.
+    The result is read back, and its logits must match the original model with the adapter. For a server, the folder
+    also contains a script that starts it. Adapters that a server cannot load are merged into the base model.
     """
     path = find_adapter(adapter)
     check_result_folder(output, EXPORTED_FILES, overwrite=overwrite, sources=[path])
@@ -95,7 +96,7 @@ def export(
     from tailora.train.model_loading import load_base
 
     trained_on = quantize_method([path], quantize)
-    method = None if quantize is None and to != "merged" else trained_on  # the base's weights are not in the result
+    method = None if quantize is None and to != "merged" else trained_on  # the result does not contain base weights
     labels = labels_of(base, [path])
     task = task_of(base, [path])
     if to not in FORMATS:
@@ -115,7 +116,7 @@ def export(
     if system is not None:
         write_system_message(report.folder, system)
         report.files[SYSTEM] = (report.folder / SYSTEM).stat().st_size
-        report.changes.append(f"the system message of training is in {SYSTEM}; answers without it can be worse")
+        report.changes.append(f"the system message used in training is in {SYSTEM}; answers without it can be worse")
     if passport == "base" and labels is None and task == CAUSAL_LM:
         report.files.update(add_passport(report.folder, path, adapted, tokenizer))
     seconds = time.perf_counter() - started
@@ -128,9 +129,9 @@ def export(
 
 
 def add_passport(folder: Path, source: Path, model: Any, tokenizer: Any) -> dict[str, int]:
-    """Writes the verification file of the export: the adapter's own, or a new one if it has none that fits.
+    """Writes the verification file of the export: a copy of the adapter's, or a new one.
 
-    Returns the name of the file -> its bytes; {} for a model or an adapter that can have none.
+    Returns file name -> bytes; {} if the model or the adapter does not support verification.
     """
     from tailora.verify.passport import read_passport, write_passport
     from tailora.verify.probes import passport_obstacle
@@ -145,23 +146,23 @@ def add_passport(folder: Path, source: Path, model: Any, tokenizer: Any) -> dict
     try:
         create_passport(folder, model, tokenizer)
     except DataError as error:  # the export is complete
-        note(f"no passport.json written: {error}")
+        note(f"passport.json was not written: {error}")
         return {}
     return {PASSPORT: (folder / PASSPORT).stat().st_size}
 
 
 def check_target(to: str, adapter: Path, output: Path, labels: "Labels | None", task: str) -> None:
-    """Raises ConfigError, before the model is read, for an adapter or a path that a server cannot take."""
+    """Raises ConfigError for an adapter or a path that a server does not support, before the model is loaded."""
     from tailora.formats.serving_targets import check_target_path
 
     check_target_path(to, output)
     if labels is not None or task != CAUSAL_LM:
         what = "predicts labels" if labels is not None else f"was trained for {task}"
-        raise ConfigError(f"--to {to} is for language models, and {adapter} {what}: give one of {', '.join(FORMATS)}")
+        raise ConfigError(f"--to {to} is for language models, but {adapter} {what}; use one of {', '.join(FORMATS)}")
 
 
 def serving_settings(adapter: Path, base: str, model: Any, tokenizer: Any, trained_on: str | None) -> "ServingSettings":
-    """Returns what a server has to be told. The tokenizer gets the chat template of the adapter's training."""
+    """Returns the settings for a server. Sets the tokenizer's chat template to the one used in training."""
     from tailora.evaluation.generate import stop_ids
     from tailora.formats.serving_targets import ServingSettings, adapter_chat_template
 
@@ -185,7 +186,7 @@ def show(console: Console, result: "ExportReport", code: list[Block], seconds: f
     from tailora.train.memory import format_bytes
 
     files = [(str(result.folder / name), format_bytes(size)) for name, size in result.files.items()]
-    changes = "; ".join(result.changes) or "nothing is changed"
+    changes = "; ".join(result.changes) or "the adapter is unchanged"
     logits = result.logits
     equal, differ = "are equal to", f"differ by {logits.difference:.1g} of their size from"
     comparison = (
@@ -195,7 +196,7 @@ def show(console: Console, result: "ExportReport", code: list[Block], seconds: f
     contents: list[Block] = [
         Table([Column(""), Column("", numeric=True)], files),
         Paragraph(comparison),
-        Paragraph(f"{changes[:1].upper()}{changes[1:]}."),  # of mlx-lm it says what to do before the command below
+        Paragraph(f"{changes[:1].upper()}{changes[1:]}."),  # for mlx-lm, a step before the command below
         *code,
     ]
     print_section(console, Section(f"Written in {seconds:.1f} s", "", contents))
@@ -215,10 +216,10 @@ def commands_of_target(result: "ExportReport", serving: "Serving") -> list[Block
 
 
 def commands_of_format(result: "ExportReport", base: str, labels: "Labels | None") -> list[Block]:
-    """The formats that a server reads are listed with the option that also writes the server's command."""
+    """Names the option that also writes the command of a server, if a server reads the format."""
     use: Block
     if result.format in SERVERS_OF_FORMAT:
-        use = Paragraph(f"`--to {SERVERS_OF_FORMAT[result.format]}` also writes the command that serves it.")
+        use = Paragraph(f"`--to {SERVERS_OF_FORMAT[result.format]}` also writes the command to serve it.")
     else:
         folder = str(result.folder)
         model, adapter = (folder, None) if result.format == "merged" else (base, folder)
@@ -231,4 +232,4 @@ def commands_to_verify(result: "ExportReport", url: str) -> list[Block]:
     if PASSPORT not in result.files:
         return []
     ask = shlex.join(["tailora", "verify", url, "--adapter", str(result.folder)])
-    return [Code(ask, title="To see that the server uses it:")]
+    return [Code(ask, title="To verify that the server uses it:")]

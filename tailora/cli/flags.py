@@ -1,15 +1,15 @@
 """Turns the fields of TrainConfig into flags; to add or change a flag such as `--learning-rate`, see train/config.py.
 
-No flag is declared here. The field of `TrainConfig` has the help text, the default and the limits. `compare` and
-`search` have further fields (study/config.py). Flags of a single command are parameters of its function.
+The help text, the default and the limits of a flag come from its field in `TrainConfig`. `compare` and `search` have
+additional fields (study/config.py). A flag that only one command has is a parameter of its function.
 
     Flags: Any = flags_of(TrainConfig, only=["field", "max_length"])
 
     def command(*, config: ConfigFile = None, json: Json = False, flags: Flags = None) -> int:
         run = merge_settings(flags, config)
 
-A value goes  flag or YAML -> plain Python -> `TrainConfig`, which alone decides what is valid.
-Flags override `--config run.yaml`, which overrides the command's own defaults.
+The path of a value: flag or YAML -> plain Python -> `TrainConfig`, which validates it.
+Flags override `--config run.yaml`, which overrides the defaults of the command.
 """
 
 import re
@@ -38,13 +38,13 @@ SECTIONS = {  # the first field of each section of --help
     "learning_rate": "Optimisation",
     "eval_steps": "Evaluation and files",
 }
-NEXT_PAIR = re.compile(r",(?=[\w.-]+=)")  # a comma before the next KEY=; other commas are part of a value
+NEXT_PAIR = re.compile(r",(?=[\w.-]+=)")  # a comma before the next KEY=; any other comma is part of a value
 MODULE_NAMES = re.compile(r"[\w.,-]+")  # anything else is a regular expression
 
 Json = Annotated[
     bool, Parameter(negative=(), help="print one JSON object as the last line of stdout", show_default=False)
 ]
-# Not for compare and search, which go on in their folder, nor for eval, which replaces its own report
+# Not for compare and search, which resume in their folder, nor for eval, which replaces its own report
 Overwrite = Annotated[
     bool,
     Parameter(
@@ -55,9 +55,9 @@ Overwrite = Annotated[
 ]
 NprocPerNode = Annotated[
     str | None,
-    Parameter(name="--nproc-per-node", help="processes to start: a number, or gpu or auto for one per device"),
+    Parameter(name="--nproc-per-node", help="number of processes to start, or gpu or auto for one per device"),
 ]
-ConfigFile = Annotated[Path | None, Parameter(name="--config", help="YAML file of settings; flags override it")]
+ConfigFile = Annotated[Path | None, Parameter(name="--config", help="YAML file with settings; flags override it")]
 
 
 # ---- Flags of a schema's fields
@@ -70,11 +70,11 @@ def flags_of(
     sections: Mapping[str, str] = SECTIONS,
     defaults: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Returns the type of a parameter that takes one optional flag per field: a dict of the flags that were typed.
+    """Returns the type of a parameter with one optional flag per field. Its value is a dict of the flags in use.
 
-    only: names of the fields; None takes all.
-    sections: first field -> title of the section of --help that begins there.
-    defaults: the command's own defaults, shown in --help instead of the schema's.
+    only: names of the fields; None: all.
+    sections: first field of a section of --help -> title.
+    defaults: defaults of the command, shown in --help instead of the schema's.
     """
     flags: dict[str, Any] = {}
     group = None
@@ -88,7 +88,7 @@ def flags_of(
 
 
 def _flag(name: str, field: FieldInfo, default: Any, group: Group | None) -> Any:
-    """Returns the annotation of one flag. Numbers stay text, which the schema converts."""
+    """Returns the annotation of one flag. Numbers remain text; the schema converts them."""
     first = _types(field)[0]
     value_type: Any = str
     metavar = None
@@ -130,7 +130,7 @@ def merge_settings(
 ) -> TrainConfig:
     """Returns the settings of a run; prints a note for each that has another tool's name.
 
-    defaults: the command's own. arguments: settings that were typed without a flag. In both, None means not given.
+    defaults: defaults of the command. arguments: settings from positional arguments. In both, None means not set.
     ignore: keys of the file that the caller reads itself.
     Raises ConfigError with all problems.
     """
@@ -144,19 +144,19 @@ def merge_settings(
     typed |= _without_none(arguments)
     values = {**_without_none(defaults), **in_file, **typed}
     if values.get("data", "demo") == "demo" and not values.keys() & {"eval_data", "validation_split"}:
-        values["eval_data"] = "demo"  # it has its own held-out data
+        values["eval_data"] = "demo"  # the demo has separate held-out data
     try:
         config = TrainConfig(**values)
         config.lora()
     except ConfigError as error:
         origin = f"--config {config_file}{' and the flags' if typed else ''}: " if in_file else ""
         text = str(error)
-        for name in typed:  # those settings are flags
+        for name in typed:  # name flags as flags
             text = re.sub(rf"(?m)^((?:  - )?){name} = ", rf"\1--{name.replace('_', '-')} ", text)
         raise ConfigError(f"{origin}{text}") from None
     if config.adapter is None or "model" in config.model_fields_set:
         return config
-    return config.replaced(model=base_model_name(None, [find_adapter(config.adapter)]))  # it is trained further on it
+    return config.replaced(model=base_model_name(None, [find_adapter(config.adapter)]))  # to train it further
 
 
 def merge_with_run(
@@ -164,9 +164,9 @@ def merge_with_run(
     adapter: Path | None,
     arguments: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
-    """Returns settings that read data as the run that made the adapter did, unless `flags` has others.
+    """Returns settings for reading data as in the adapter's training run; `flags` override them.
 
-    adapter: its folder; None for a model without one. Raises ConfigError.
+    adapter: its folder; None for a model without an adapter. Raises ConfigError.
     """
     run = {} if adapter is None else recorded_settings(adapter)
     defaults = {name: run.get(name) or None for name in ("max_length", "system", "field")}
@@ -174,11 +174,11 @@ def merge_with_run(
 
 
 def log_columns(flags: Mapping[str, Any] | None, config: TrainConfig) -> None:
-    """Prints which columns are read because the adapter's run read them, and how to read the usual ones."""
+    """Prints which columns are read because training used them, and how to use the standard names instead."""
     if config.field and "field" not in (flags or {}):
         columns = ",".join(f"{ours}={theirs}" for ours, theirs in config.field.items())
         usual = ",".join(f"{ours}={ours}" for ours in config.field)
-        log(f"columns as in training: --field {columns}; if this data has the usual ones, use --field {usual}")
+        log(f"columns as in training: --field {columns}; for data with the standard names, use --field {usual}")
 
 
 def _without_none(values: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def _without_none(values: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def parse_settings(text: str) -> dict[str, Any]:
-    """Returns the settings in `key=value,key=value`, each read as its flag would be. Raises ConfigError."""
+    """Returns the settings in `key=value,key=value`, each parsed like its flag. Raises ConfigError."""
     pairs = parse_pairs(text, [text] if text else [], allowed=FIELDS)
     collections = {name for name in pairs if get_origin(_types(FIELDS[name])[0]) in (list, dict)}
     return {name: _plain(name, [value] if name in collections else value) for name, value in pairs.items()}
@@ -195,10 +195,10 @@ def parse_settings(text: str) -> dict[str, Any]:
 def parse_pairs(
     name: str, tokens: list[str], *, split_last: bool = False, allowed: Collection[str] | None = None
 ) -> dict[str, str]:
-    """Returns the pairs of `--name key=value,key=value` as text; a comma within a value is kept. Raises ConfigError.
+    """Returns the pairs of `--name key=value,key=value` as text; values may contain commas. Raises ConfigError.
 
-    split_last: a key may itself contain '=', as regular expressions do, so the last '=' ends it.
-    allowed: the possible keys; None for any.
+    split_last: split at the last '=', because keys such as regular expressions may contain '='.
+    allowed: the possible keys; None: any.
     """
     cut = str.rpartition if split_last else str.partition
     parts = [cut(pair, "=") for token in tokens for pair in NEXT_PAIR.split(token)]
@@ -213,33 +213,33 @@ def parse_pairs(
 
 
 def _plain(name: str, value: Any) -> Any:
-    """Returns a flag's value as YAML would have it: names split at commas, key=value pairs as a mapping."""
+    """Returns a flag's value as it would be in YAML: names split at commas, key=value pairs as a mapping."""
     types = _types(FIELDS[name])
     if get_origin(types[0]) is dict:
-        words = [word for member in types[1:] for word in get_args(member)]  # in place of pairs
+        words = [word for member in types[1:] for word in get_args(member)]  # allowed instead of pairs
         if len(value) == 1 and value[0] in words:
             return value[0]
         return parse_pairs(name, value, split_last=get_args(types[0])[1] is not str)
     if get_origin(types[0]) is not list:
         return value
-    if name == "data":  # a name may hold commas
+    if name == "data":  # file names may contain commas
         return value[0] if len(value) == 1 else value
     if name == "target_modules" and value == ["none"]:
         return []
     if str in types and (value == ["all-linear"] or not all(map(MODULE_NAMES.fullmatch, value))):
         if len(value) > 1:
-            raise ConfigError(f"{name}: give names, or one regular expression, not both: {', '.join(value)}")
+            raise ConfigError(f"{name}: expected names or one regular expression, got {', '.join(value)}")
         return value[0]
     return [part for token in value for part in token.split(",") if part]
 
 
 def _without_aliases(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Replaces other tools' names for settings by ours. Raises ConfigError, its message beginning with `where`."""
-    spellings: dict[str, list[str]] = {}  # our name -> the names that were typed for it
+    """Replaces other tools' names of settings by ours. Raises ConfigError. where: start of its message."""
+    spellings: dict[str, list[str]] = {}  # our name -> the names in use
     for name in values:
         spellings.setdefault(ALIASES.get(name, name), []).append(name)
     problems = [
-        f"{' and '.join(names)} are the same setting: use one" for names in spellings.values() if len(names) > 1
+        f"{' and '.join(names)} are the same setting; use one of them" for names in spellings.values() if len(names) > 1
     ]
     if problems:
         raise ConfigError(where + listing(problems))

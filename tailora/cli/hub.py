@@ -1,4 +1,4 @@
-"""`tailora push` and `tailora pull`: upload an adapter to the Hugging Face Hub, and download one."""
+"""`tailora push` and `tailora pull`: upload and download adapters of the Hugging Face Hub."""
 
 import json as json_module
 import shlex
@@ -40,53 +40,53 @@ if TYPE_CHECKING:
 
 PULLED_FILES = (*EXPORTED_FILES, *TOKENIZER_FILES)
 MESSAGE = "Upload a LoRA adapter with tailora"
-KEPT_CARD = "stays, because someone wrote or edited it; --replace-card writes a new card"
+KEPT_CARD = "is kept, because someone wrote or edited it; --replace-card replaces it"
 
-Repository = Annotated[str, Parameter(name="repository", help="repository of the Hub, owner/name")]
+Repository = Annotated[str, Parameter(name="repository", help="repository on the Hub: owner/name")]
 
 # ---- `tailora push`
 
 
 def push(
-    folder: Annotated[Path, Parameter(help="folder of an adapter, or of the run that made it")],
+    folder: Annotated[Path, Parameter(help="folder of an adapter or of its training run")],
     repository: Repository,
     /,
     *,
     public: Annotated[
-        bool, Parameter(negative=(), show_default=False, help="let everyone see a new repository; default: you alone")
+        bool, Parameter(negative=(), show_default=False, help="create a public repository instead of a private one")
     ] = False,
-    message: Annotated[str, Parameter(help="message of the commit")] = MESSAGE,
-    revision: Annotated[str | None, Parameter(help="branch to commit to; made if there is none; default: main")] = None,
+    message: Annotated[str, Parameter(help="commit message")] = MESSAGE,
+    revision: Annotated[str | None, Parameter(help="branch to commit to, created if needed; default: main")] = None,
     model: Annotated[
-        str | None, Parameter(help="what the files call the base model: its Hub id, if it was a folder here")
+        str | None, Parameter(help="Hub id of the base model to write into the files, if it was a local folder")
     ] = None,
-    license: Annotated[str | None, Parameter(help="license of the adapter, such as apache-2.0, for its card")] = None,
+    license: Annotated[str | None, Parameter(help="license for the model card, such as apache-2.0")] = None,
     samples: Annotated[
         bool,
-        Parameter(negative=(), show_default=False, help="show the run's answers to held-out prompts in the card"),
+        Parameter(negative=(), show_default=False, help="add the run's answers to held-out prompts to the model card"),
     ] = False,
     replace_card: Annotated[
-        bool, Parameter(negative=(), show_default=False, help="also replace a card that someone wrote or edited")
+        bool, Parameter(negative=(), show_default=False, help="also replace a model card that someone wrote or edited")
     ] = False,
     json: Json = False,
 ) -> int:
     """Upload an adapter to the Hugging Face Hub, with a model card.
 
-    A new repository is private. Everything is checked before anything is sent, and all files come in one commit.
-    Samples, logs, data and paths of this machine stay here.
+    New repositories are private by default. All files are checked first and uploaded in one commit. Samples, logs,
+    data and local paths are not uploaded.
     """
     check_repository_name(repository)
     path = adapter_folder(folder)
     if not path.is_dir():
         raise ConfigError(f"{folder} is not a folder{nearest_path(folder)}; pass the folder of an adapter or of a run")
     if not message.strip():
-        raise ConfigError("--message is empty, but every commit on the Hub needs a message")
+        raise ConfigError("--message is empty; expected a commit message")
     if model is not None and hub.repository_of(model) is None:
-        raise ConfigError(f"--model {model}: give the base model's Hub id, owner/name")
+        raise ConfigError(f"--model {model}: expected the base model's Hub id, owner/name")
     from huggingface_hub import get_token
 
     if get_token() is None:
-        raise ConfigError(f"the Hub only accepts files from known users, and there is no token here: {hub.TO_LOG_IN}")
+        raise ConfigError(f"uploading to the Hub needs an access token: {hub.TO_LOG_IN}")
     log("checking the adapter")
     files = files_to_push(path, repository, model, license, samples=samples, replace_card=replace_card)
     if left_behind := sorted({file.name for file in path.iterdir()} - files.keys()):
@@ -106,9 +106,9 @@ def push(
                 delete_patterns=None if PASSPORT in files else PASSPORT,  # of earlier weights
             )
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{repository} has all files or none; the same command uploads them again") from None
+        raise KeyboardInterrupt(f"{repository} has all files or none; run the same command again") from None
     if uploaded.is_private and public:
-        note(f"{repository} stays private; its settings on the Hub make it public")
+        note(f"{repository} is still private; make it public in its settings on the Hub")
     if uploaded.keeps_card:
         del files[CARD]
         note(f"the {CARD} of {repository} {KEPT_CARD}")
@@ -119,27 +119,27 @@ def push(
     contents: list[Block] = [
         Paragraph(f"The repository is {'private' if uploaded.is_private else 'public'}: {commit.commit_url}"),
         Paragraph(f"Files: {', '.join(sorted(files))}"),
-        Code(shlex.join(["tailora", "pull", repository]), title="To fetch it elsewhere:"),
+        Code(shlex.join(["tailora", "pull", repository]), title="To download it elsewhere:"),
     ]
     print_section(stdout(), Section(f"Uploaded to {repository}", "", contents))
     return 0
 
 
 def check_repository_name(repo_id: str) -> None:
-    """Raises ConfigError unless it is `owner/name` in the Hub's characters."""
+    """Raises ConfigError unless it is a valid `owner/name`."""
     if not hub.could_be_repository(repo_id):
         raise ConfigError(
-            f"{repo_id!r} cannot be a repository: write owner/name, of letters, digits, '-', '_' and '.', with a name "
-            "of at most 96 characters"
+            f"invalid repository {repo_id!r}: expected owner/name of letters, digits, '-', '_', '.', and a name of at "
+            "most 96 characters"
         )
 
 
 def files_to_push(
     adapter: Path, repository: str, model: str | None, license_name: str | None, *, samples: bool, replace_card: bool
 ) -> dict[str, bytes]:
-    """Returns name -> content of all that is uploaded. Raises FormatError if a file is damaged, private or a link.
+    """Returns name -> content of all files to upload. Raises FormatError if a file is damaged, private or a link.
 
-    model: what others call the base model; by default the name of the base, without a path of this machine.
+    model: public name of the base model; default: the name in the adapter, without local paths.
     """
     from tailora.report.model_card import run_card
     from tailora.verify.passport import passport_bytes, read_passport
@@ -147,13 +147,13 @@ def files_to_push(
     files, base = hub.shared_files(adapter, model)
     settings = json_module.loads(files[ADAPTER_CONFIG])
     if (base_name := settings["base_model_name_or_path"]) is None:
-        note("the files name no base model; give its Hub id with --model")
+        note("the files do not name the base model; set its Hub id with --model")
     elif hub.repository_of(base_name) is None:
-        note(f"the files call the base model {base_name}, which others cannot fetch; give its Hub id with --model")
+        note(f"the files name the base model {base_name}, which others cannot download; set its Hub id with --model")
     if (adapter / PASSPORT).exists():
         hub.shared_content(adapter / PASSPORT)  # refuses a link
         passport = read_passport(adapter)
-        if passport.texts == "base" or samples:  # else its probes are held-out data
+        if passport.texts == "base" or samples:  # otherwise, its probes are held-out data
             hashes = {ADAPTER_WEIGHTS: sha256(files[ADAPTER_WEIGHTS]).hexdigest()}
             passport = replace(passport, base_model=base_name or passport.base_model, weights=hashes)
             files[PASSPORT] = passport_bytes(passport)
@@ -178,19 +178,19 @@ def pull(
         Path | None, Parameter(help="new folder for the adapter; default: the repository's name")
     ] = None,
     revision: Annotated[str | None, Parameter(help="branch, tag or commit; default: main")] = None,
-    subfolder: Annotated[str | None, Parameter(help="folder in the repository that holds the adapter")] = None,
+    subfolder: Annotated[str | None, Parameter(help="folder of the adapter within the repository")] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> int:
-    """Fetch an adapter from the Hugging Face Hub into a folder.
+    """Download an adapter from the Hugging Face Hub.
 
-    Only its weights, settings, card, passport and tokenizer are fetched, and no pickles. They are checked first.
+    Downloads and checks only the weights, settings, model card, verification file and tokenizer, never pickles.
     """
     check_repository_name(repository)
     output = Path(repository.rpartition("/")[2]) if output_dir is None else output_dir
     check_result_folder(output, PULLED_FILES, overwrite=overwrite)
-    log(f"fetching {repository}")
-    with hub.hub_errors(FetchError, f"{repository!r} is not fetched:"):
+    log(f"downloading {repository}")
+    with hub.hub_errors(FetchError, f"cannot download {repository!r}:"):
         others = (CARD, PASSPORT, SYSTEM, *TOKENIZER_FILES)
         snapshot, files = hub.download(repository, revision=revision, subfolder=subfolder, others=others)
     weights, *_ = paths = [snapshot / file for file in files]
@@ -221,9 +221,9 @@ def pull(
 
 
 def check_fetched(repository: str, weights: Path) -> "Mapping[str, Update]":
-    """Returns the updates of what was fetched, by path; none for formats that cannot be read without the base model.
+    """Returns the updates in the downloaded files by path; none for formats that require the base model.
 
-    Raises FormatError if a tensor is missing or not finite, or does not fit the settings.
+    Raises FormatError if a tensor is missing, contains NaN or infinity, or does not fit the settings.
     """
     from tailora.formats.offline import read_offline
 
@@ -232,7 +232,7 @@ def check_fetched(repository: str, weights: Path) -> "Mapping[str, Update]":
             return read_offline(weights.parent).updates
         if weights.name != GGUF_WEIGHTS:
             read_safetensors(weights)
-    except FormatError as error:  # the folder is one of the Hub's cache
+    except FormatError as error:  # show the repository instead of the cache folder
         message = str(error).replace(str(weights.parent), repository)
-        raise FormatError(f"{message}\nNothing is written. Whoever made the adapter has to upload it again.") from None
+        raise FormatError(f"{message}\nNothing was written. The adapter's author needs to upload it again.") from None
     return {}

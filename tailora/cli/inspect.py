@@ -1,4 +1,4 @@
-"""`tailora inspect ADAPTER`: shows what an adapter has learned in each layer, with advice for the next run."""
+"""`tailora inspect ADAPTER`: shows what an adapter learned in each layer, with advice for the next run."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,16 +28,16 @@ Flags: Any = flags_of(TrainConfig, only=["field", "system", "max_length"])
 Model = Annotated[
     str | None,
     Parameter(
-        help="base model: folder or Hub id, or 'demo'; for ||dW|| / ||W|| and intruder dimensions; "
-        "with --data by default the one that the adapter names"
+        help="base model: folder or Hub id, or 'demo'; adds ||dW|| / ||W|| and intruder dimensions; default with "
+        "--data: the one that the adapter names"
     ),
 ]
-With = Annotated[str | None, Parameter(name="--with", help="another adapter of the same base model, for comparison")]
+With = Annotated[str | None, Parameter(name="--with", help="second adapter of the same base model, to compare with")]
 Data = Annotated[
-    str | None, Parameter(help="held-out data, or 'demo': how much the smaller singular values lower the loss there")
+    str | None, Parameter(help="held-out data, or 'demo'; measures how much the smaller singular values lower its loss")
 ]
 Forgetting = Annotated[
-    str | None, Parameter(help="texts that are not about the task; default: texts that the base model writes")
+    str | None, Parameter(help="texts unrelated to the task; default: texts that the base model writes")
 ]
 OutputDir = Annotated[Path | None, Parameter(name="--output-dir", help="new folder for a report with all numbers")]
 
@@ -50,21 +50,21 @@ def inspect(
     model: Model = None,
     data: Data = None,
     forgetting_data: Forgetting = None,
-    intruders: Annotated[bool, Parameter(help="count intruder dimensions, by far the slowest part")] = True,
+    intruders: Annotated[bool, Parameter(help="count intruder dimensions (by far the slowest part)")] = True,
     quantize: Quantize = None,
     device: Device = "auto",
-    seed: Annotated[NonNegativeInt, Parameter(help="seed of the random updates that intruders are compared with")] = 0,
+    seed: Annotated[NonNegativeInt, Parameter(help="seed for the random updates that intruders are compared with")] = 0,
     all_: Annotated[bool, Parameter(name="--all", negative=(), help="show a row for every module")] = False,
     output_dir: OutputDir = None,
     overwrite: Overwrite = False,
     json: Json = False,
     flags: Flags = None,
 ) -> int:
-    """Show what an adapter has learned in each layer, with advice for the next run.
+    """Show what an adapter learned in each layer, with advice for the next run.
 
-    From the adapter alone: ranks and energy of every module. With --model: the size relative to the
-    base's weights, and directions that the base lacks. With --data: how much each part lowers the loss. The rules of
-    the advice are in "Inspecting an adapter" in the docs.
+    The adapter itself shows the rank and energy of every module. --model adds the size of each update relative to the
+    base model's weights, and new directions. --data adds how much each part lowers the loss. The rules behind the
+    advice are explained under "Inspecting an adapter" in the docs.
     """
     folder = find_adapter(adapter)
     second = None if with_ is None else find_adapter(with_)

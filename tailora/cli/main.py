@@ -1,12 +1,12 @@
 """The program `tailora`: runs a command, and turns every failure into a message and an exit code.
 
-    0 done   1 failed   2 usage or settings   3 diverged   4 a gate or a plan not met   5 a run that made
-    the model worse   130 interrupted
+    0 success   1 failure   2 wrong usage or settings   3 diverged   4 gate or plan not met
+    5 the run made the model worse   130 interrupted
 
 A message goes to stderr. With `--json` the last line of stdout is {"error": {"type", "message", "exit_code"}}.
 An unexpected exception is a bug of tailora: its traceback is printed to stderr.
 
-Of several processes of one run, rank 0 alone prints notes, and one prints the message of a failure: see `fail`.
+If a run has several processes, only rank 0 prints notes, and only one rank prints an error: see `fail`.
 """
 
 import io
@@ -42,57 +42,56 @@ from tailora.report.format import printable
 from tailora.train import failures, launch
 
 COMMANDS = {  # name -> file in this folder, what `tailora --help` says
-    "demo": ("train", "Fine-tune a small model on real chats, and see what it changed."),
-    "plan": ("plan", "Show what a run would train, whether it fits, and how long its steps take."),
+    "demo": ("train", "Fine-tune a small model on real chats and see what changed."),
+    "plan": ("plan", "Estimate memory and time of a run, and show what it would train."),
     "train": ("train", "Fine-tune a model on your data."),
     "compare": ("study", "Compare LoRA with full fine-tuning on your model and data."),
-    "eval": ("eval", "Evaluate an adapter on held-out data, next to its base model."),
-    "search": ("study", "Search for the best settings, and the cheapest that are as good."),
-    "report": ("study", "Write the report.html of a run or a study again."),
+    "eval": ("eval", "Evaluate an adapter and its base model on held-out data."),
+    "search": ("study", "Search for the best settings, and cheaper ones that are as good."),
+    "report": ("study", "Write report.html of a run or a study again."),
     "chat": ("chat", "Chat with a model, with or without adapters."),
-    "generate": ("chat", "Answer prompts, each on its own."),
-    "predict": ("predict", "Predict the label of every row of a file, or answer it."),
+    "generate": ("chat", "Answer prompts, independently of each other."),
+    "predict": ("predict", "Predict labels, or generate answers, for all rows of a file."),
     "combine": ("adapters", "Combine several adapters into one."),
     "shrink": ("adapters", "Reduce the rank of an adapter."),
-    "extract": ("adapters", "Extract the adapter between a base model and a fine-tuned one."),
-    "inspect": ("inspect", "Show what an adapter has learned in each layer, with advice."),
-    "export": ("export", "Export an adapter to llama.cpp, Ollama, vLLM, mlx-lm or PEFT, or merge it."),
+    "extract": ("adapters", "Extract an adapter from a fine-tuned model and its base model."),
+    "inspect": ("inspect", "Show what an adapter learned in each layer, with advice."),
+    "export": ("export", "Export an adapter for llama.cpp, Ollama, vLLM, mlx-lm or PEFT, or merge it."),
     "push": ("hub", "Upload an adapter to the Hugging Face Hub, with a model card."),
-    "pull": ("hub", "Fetch an adapter from the Hugging Face Hub into a folder."),
-    "serve": ("serve", "Serve a model and any number of adapters over OpenAI's API."),
-    "playground": ("serve", "Compare two models of a server side by side, in the browser."),
-    "verify": ("verify", "Verify that a server really uses an adapter, and as it was trained."),
-    "data": ("data", "Show what training would learn from a file."),
+    "pull": ("hub", "Download an adapter from the Hugging Face Hub."),
+    "serve": ("serve", "Serve a model and any number of adapters with an OpenAI-compatible API."),
+    "playground": ("serve", "Compare two models of a server side by side in the browser."),
+    "verify": ("verify", "Verify that a server really uses an adapter."),
+    "data": ("data", "Show what would be trained on, token by token."),
     "doctor": ("doctor", "Show what this machine can do."),
 }
 TAKE_DATA = ("demo", "plan", "train", "compare", "eval", "search", "predict")  # with the flag --data
 SUMMARY = "Fine-tune a language model with LoRA, and know whether it worked."
 EPILOGUE = """\
-Exit codes: 0 done, 1 failed, 2 usage or settings, 3 diverged,
-4 a quality gate not met, a plan that does not fit, an adapter not in use,
+Exit codes: 0 success, 1 failure, 2 wrong usage or settings, 3 diverged,
+4 quality gate not met, run does not fit or adapter not in use,
 5 worse than before training, 130 interrupted."""
 HELP = DefaultFormatter(column_specs=(NameColumn.copy(renderer=NameRenderer(max_width=34)), DescriptionColumn))
-ENVIRONMENT = {  # read by torch's libraries when torch is loaded; what the user has set stays
-    "GOMP_SPINCOUNT": "10000",  # of idle OpenMP threads; the default, 300,000, is slow if other processes run
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",  # compiled shapes; with 1024 batches of many lengths took 2.9 GB, now 2.4
+ENVIRONMENT = {  # for torch's libraries; variables that are already set stay unchanged
+    "GOMP_SPINCOUNT": "10000",  # of idle OpenMP threads; the default of 300,000 is slow if other processes run
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",  # compiled shapes; 1024 batches of many lengths took 2.9 GB, now 2.4
     "LRU_CACHE_CAPACITY": "64",  # torch's cache around oneDNN; took 1.07 GB, now 0.71, at the same speed
 }
 NOISY_LOGGERS = (*TORCHAO_LOGGERS, "bitsandbytes")
-PROGRAMS = ("tailora ", "torchrun ", "accelerate ", "python ")  # with which a command to copy begins
+PROGRAMS = ("tailora ", "torchrun ", "accelerate ", "python ")  # a line that begins so is a command to copy
 GATE_NOT_MET = 4  # exit code
-WORSE = 5  # exit code of a run after which the held-out loss is higher than before
-ARGUMENTS: ContextVar[list[str]] = ContextVar("arguments")  # of the command line that `main` runs
-LIVE: ContextVar[Console | None] = ContextVar("live")  # the console that shows a bar
-MAX_LINES = 21  # of a message; --json prints all of it
-BUG = "This is a bug in tailora: please report it with the lines below."
-MEMORY_ADVICE = "what helps: a smaller --model, a smaller --max-length or --max-new-tokens, closing other programs"
+WORSE = 5  # exit code of a run that raised the held-out loss
+ARGUMENTS: ContextVar[list[str]] = ContextVar("arguments")  # of the running command line
+LIVE: ContextVar[Console | None] = ContextVar("live")  # the console with the progress bar
+MAX_LINES = 21  # of a message; --json prints it in full
+BUG = "This is a bug in tailora. Please report it with the lines below."
+MEMORY_ADVICE = "try a smaller --model, --max-length or --max-new-tokens, or close other programs"
 
 
 def main(argv: Sequence[str] | None = None, *, interrupted: Callable[[], bool] = lambda: False) -> int:
     """Runs one command line and returns its exit code.
 
-    interrupted: True if a signal has raised KeyboardInterrupt. Then any exception is its effect: libraries turn it into
-        others.
+    interrupted: True if a signal has raised KeyboardInterrupt. Libraries may replace it by a different exception.
     """
     for name, value in ENVIRONMENT.items():
         if not (name == "GOMP_SPINCOUNT" and "OMP_WAIT_POLICY" in os.environ):  # GOMP_SPINCOUNT would override it
@@ -107,7 +106,7 @@ def main(argv: Sequence[str] | None = None, *, interrupted: Callable[[], bool] =
         with quiet_loggers(*NOISY_LOGGERS), warnings_as_notes():
             code = app(tokens)(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
-    except BrokenPipeError:  # `tailora ... | head`: without this, Python reports a second error at exit
+    except BrokenPipeError:  # as in `tailora ... | head`; otherwise Python reports a second error at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Exception, KeyboardInterrupt) as caught:
@@ -124,9 +123,9 @@ def main(argv: Sequence[str] | None = None, *, interrupted: Callable[[], bool] =
 
 
 def app(tokens: Sequence[str] = ()) -> App:
-    """Returns the commands by name. The file of a command is imported when the command is called.
+    """Returns all commands. The file of a command is imported when the command is called.
 
-    The command in `tokens` has no summary here, so that its own --help shows its whole docstring.
+    The command in `tokens` gets no summary, so that its --help shows the full docstring.
     """
     root = App(
         name="tailora",
@@ -146,9 +145,9 @@ def app(tokens: Sequence[str] = ()) -> App:
 
 
 def _explained(error: BaseException, is_interrupted: bool) -> BaseException:
-    """Returns the error to show instead of one that is the effect of a signal or of too little memory.
+    """Replaces an error that was caused by a signal or by too little memory with a clear one.
 
-    Its cause knows the rank that shows it. What another rank shows stays as it is.
+    An error that another rank prints is returned unchanged.
     """
     explained, is_shown_here = error, failures.shown_by(error) in (None, launch.rank())
     if is_interrupted and is_shown_here and not isinstance(error, KeyboardInterrupt):
@@ -162,10 +161,10 @@ def _explained(error: BaseException, is_interrupted: bool) -> BaseException:
 
 
 def fail(error: BaseException, as_json: bool) -> int:
-    """Prints what went wrong, and returns the exit code for it.
+    """Prints an error and returns its exit code.
 
-    Where `tailora.train.launch` has started this process, it prints nothing: the process that started it does. Where
-    torchrun has, one rank prints it: see `_another_rank_shows`.
+    If `tailora.train.launch` started this process, the parent process prints the error instead. If torchrun did, only
+    one rank prints it: see `_another_rank_shows`.
     """
     code, message = exit_code(error), message_of(error)
     if _launcher_shows(error) or _another_rank_shows(error):
@@ -175,8 +174,8 @@ def fail(error: BaseException, as_json: bool) -> int:
         print_text(stderr(), error.traceback)
     label = "interrupted" if code == INTERRUPTED else "error"
     lines = message.splitlines()
-    if (more := len(lines) - MAX_LINES) > 1:  # hundreds of layers can have the same problem
-        message = "\n".join([*lines[:MAX_LINES], f"  ... and {more} more lines; --json prints all"])
+    if (more := len(lines) - MAX_LINES) > 1:  # the same problem can affect hundreds of layers
+        message = "\n".join([*lines[:MAX_LINES], f"  ... and {more} more lines (use --json to see all)"])
     print_text(stderr(), f"{label}: {message}" if message else label, "red")
     if as_json:
         print_json_error(error)
@@ -184,18 +183,18 @@ def fail(error: BaseException, as_json: bool) -> int:
 
 
 def _launcher_shows(error: BaseException, bug: str = "") -> bool:
-    """Leaves the error for the launcher of this process, if it has one; True if that shows it.
+    """Passes the error to the launcher of this process, if there is one. Returns True if the launcher prints it.
 
-    bug: the traceback, if the error is a bug of tailora.
+    bug: the traceback, if the error is a bug in tailora.
     """
     known = {"message": message_of(error), "exit_code": exit_code(error), "traceback": bug}
     return failures.leave_failure(error, **known) and launch.is_launched_by_tailora()
 
 
 def _another_rank_shows(error: BaseException) -> bool:
-    """True if another rank prints this error: the one on which the processes have agreed (`failures.fail_together`).
+    """True if another rank prints this error: the rank that the processes agreed on (`failures.fail_together`).
 
-    Before they know of each other that is rank 0, unless torch's launcher does not show the errors of the others.
+    Before the processes are connected, this is rank 0, unless torch's launcher hides the errors of the other ranks.
     """
     if (number := failures.shown_by(error)) is not None:
         return number != launch.rank()
@@ -203,7 +202,7 @@ def _another_rank_shows(error: BaseException) -> bool:
 
 
 def message_of(error: BaseException) -> str:
-    """Returns the message. For a mistake in the command line, it ends with the command that lists all flags."""
+    """Returns the message. For command line errors, it ends with a pointer to --help."""
     if not isinstance(error, CycloptsError):
         return str(error)
     message, command = str(error).removesuffix("."), " ".join(error.command_chain or ())
@@ -214,12 +213,12 @@ def message_of(error: BaseException) -> str:
             message = f"Unknown option: {first}. {ours[:1].upper()}{ours[1:]}"
         typed = dict.fromkeys(text.partition("=")[0] for text in ARGUMENTS.get() if text.startswith("--"))
         if others := [name for name in typed if name not in (*flags, first, "--")]:
-            message += f". Unknown, too: {', '.join(others)}"
+            message += f". Also unknown: {', '.join(others)}"
     elif isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         unused = shlex.join(error.unused_tokens)
-        hint = f". For data, write --data {unused}" if command in TAKE_DATA else ""
-        message = f"{command} takes no argument {unused}{hint}"
-    return f"{message}. `tailora {command} --help` lists all flags" if command else str(error)
+        hint = f". To pass data, use --data {unused}" if command in TAKE_DATA else ""
+        message = f"unexpected argument {unused}{hint}"
+    return f"{message}. Run `tailora {command} --help` for all flags" if command else str(error)
 
 
 def exit_code(error: BaseException) -> int:
@@ -236,12 +235,12 @@ def exit_code(error: BaseException) -> int:
 
 # ---- Output: results go to stdout, everything else to stderr
 #
-# Texts of users, such as paths and prompts, may hold brackets: a console shows them as they are, without markup.
+# User texts such as paths and prompts may contain brackets, so consoles do not interpret markup.
 # rich honours NO_COLOR and FORCE_COLOR. A progress bar needs more than colour: a real terminal.
 
 
 class SafeConsole(Console):
-    """Shows text without control characters: labels, metadata, names of files and servers could steer the terminal."""
+    """Removes control characters: labels, metadata and the names of files and servers could control the terminal."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):
@@ -253,34 +252,34 @@ def stdout() -> Console:
 
 
 def stderr() -> Console:
-    """Returns the console that shows a bar now, which prints above it; else a new one."""
+    """Returns the console with the current progress bar, which prints above it, or a new console."""
     return LIVE.get(None) or SafeConsole(stderr=True, markup=False, highlight=False, emoji=False)
 
 
 def write_stdout(text: str) -> None:
-    """Writes text at once and as it is, but to a terminal without control characters."""
+    """Writes text unchanged and without delay; on a terminal, control characters are removed."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def on_terminal(console: Console) -> bool:
-    """True if lines can be redrawn; FORCE_COLOR makes `Console.is_terminal` true in a pipe."""
+    """True if lines can be redrawn. `Console.is_terminal` is not enough: FORCE_COLOR sets it in a pipe, too."""
     return console.file.isatty() and not console.is_dumb_terminal
 
 
 def print_text(console: Console, text: str, style: str | None = None) -> None:
-    """Prints lines of text. A terminal gets them broken between words, all but those that are a command to copy."""
+    """Prints lines of text. On a terminal they are wrapped between words, except for commands to copy."""
     for line in text.splitlines():
         console.print(line, style=style, soft_wrap=not console.is_terminal or line.startswith(PROGRAMS))
 
 
 def is_rank_0() -> bool:
-    """False in all but the first of several processes of one run."""
+    """True in the first process of a run."""
     return launch.rank() == 0
 
 
 def log(text: str) -> None:
-    """Prints to stderr, in the first of several processes."""
+    """Prints to stderr, on rank 0 only."""
     if is_rank_0():
         print_text(stderr(), text, "dim")
 
@@ -291,7 +290,7 @@ def note(text: str) -> None:
 
 @contextmanager
 def warnings_as_notes() -> Iterator[None]:
-    """In the block, tailora's warnings are printed as notes, without the line of code that Python adds."""
+    """Within the block, tailora's warnings are printed as notes, without a line of source code."""
     with warnings.catch_warnings():
         show = warnings.showwarning
 
@@ -306,7 +305,7 @@ def warnings_as_notes() -> Iterator[None]:
 
 
 def print_json(payload: dict[str, Any]) -> None:
-    """Prints one object on one line, in ASCII, whatever the width and the encoding of the terminal."""
+    """Prints one object on one line, in ASCII, regardless of the terminal's width and encoding."""
     sys.stdout.write(json.dumps(payload, allow_nan=False) + "\n")
 
 
@@ -315,7 +314,7 @@ def print_json_error(error: BaseException) -> None:
 
 
 def escape_unprintable_text() -> None:
-    """Makes streams print escapes for characters that their encoding lacks, such as \\u96ea in ASCII."""
+    """Makes streams escape characters that their encoding cannot represent, such as \\u96ea in ASCII."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

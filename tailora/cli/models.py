@@ -1,4 +1,4 @@
-"""Shared by the commands that take a model and adapters: flags, finding the adapters, loading them."""
+"""What commands with a model and adapters share: flags, finding the adapters, loading them."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 METHODS = f"{', '.join(get_args(QuantizeMethod))} or none"
 LORA_FILE = ".safetensors"
-ACCEPTED = f"\nan adapter is the folder of a run or of an adapter, a file {LORA_FILE}, or a Hub id such as owner/name"
-BASE_MODEL_KEYS = ("base_model_name_or_path", "model")  # in adapter_config.json of PEFT, of mlx-lm
+ACCEPTED = f"\nexpected the folder of a run or of an adapter, a {LORA_FILE} file, or a Hub id such as owner/name"
+BASE_MODEL_KEYS = ("base_model_name_or_path", "model")  # in adapter_config.json of PEFT and of mlx-lm
 
 # ---- Flags
 
@@ -58,44 +58,42 @@ ADAPTER_FLAG = Parameter(
     name="--adapter",
     negative=(),
     metavar="NAME=FOLDER",
-    help="adapter: folder or Hub id, with or without a name; repeatable",
+    help="adapter: folder or Hub id, optionally with a name; repeatable",
 )
 Adapters = Annotated[list[str] | None, ADAPTER_FLAG]
 AdapterPath = Annotated[
-    str, Parameter(name="adapter", help="folder of an adapter or of a run, a Hub id, or a LoRA file (.safetensors)")
+    str, Parameter(name="adapter", help="folder of an adapter or its training run, Hub id, or LoRA file (.safetensors)")
 ]
-Quantize = Annotated[
-    str | None, Parameter(help=f"quantization of the base model: {METHODS}; default: as in the adapter's run")
-]
+Quantize = Annotated[str | None, Parameter(help=f"quantization of the base model: {METHODS}; default: as in training")]
 DEVICE_HELP = TrainConfig.model_fields["device"].description
-DEVICE_NAME = re.compile(r"[a-z_]+(:\d+)?")  # auto, cpu, cuda:1; torch knows which are here
+DEVICE_NAME = re.compile(r"[a-z_]+(:\d+)?")  # such as auto, cpu, cuda:1; torch knows which exist
 DEVICE_PARAMETER = Parameter(name="--device", help=DEVICE_HELP)
 Device = Annotated[str, DEVICE_PARAMETER]
-MaxNewTokens = Annotated[PositiveInt, Parameter(help="longest answer, in tokens")]
-Temperature = Annotated[NonNegativeFloat, Parameter(help="sampling temperature; 0: always the likeliest token")]
+MaxNewTokens = Annotated[PositiveInt, Parameter(help="maximum tokens per answer")]
+Temperature = Annotated[NonNegativeFloat, Parameter(help="sampling temperature; 0: always the most likely token")]
 TopP = Annotated[
-    float, Parameter(help="sample from the likeliest tokens with this total probability", validator=Number(gt=0, lte=1))
+    float, Parameter(help="sample from the top tokens with this total probability", validator=Number(gt=0, lte=1))
 ]
-Seed = Annotated[NonNegativeInt, Parameter(help="seed of the sampling", validator=Number(lt=2**63))]
+Seed = Annotated[NonNegativeInt, Parameter(help="seed for sampling", validator=Number(lt=2**63))]
 
 
 # ---- Where adapters are, and what their runs recorded
 
 
 def parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
-    """Returns name -> folder for each NAME=FOLDER or FOLDER. A run's folder stands for the adapter in it.
+    """Returns name -> folder for each NAME=FOLDER or FOLDER. The folder of a run means its adapter.
 
-    A repository owner/name of the Hub stands for its files, which are downloaded once. Without NAME, an adapter gets
-    the name of its run, folder or repository. Raises ConfigError with all problems, and FetchError.
+    A repository owner/name of the Hub is downloaded once. Without NAME, an adapter is named after its run, folder or
+    repository. Raises ConfigError with all problems, and FetchError.
     """
     pairs = []
     for text in texts:
         name, equals, folder = ("", "", text) if Path(text).exists() else text.partition("=")
         source = folder if equals else text
-        is_misspelt = bool(nearest_path(Path(source)))  # then the Hub is not asked, as for data
+        is_misspelt = bool(nearest_path(Path(source)))  # then do not ask the Hub; the same applies to data
         path = adapter_folder(Path(source) if is_misspelt else local_folder(source))
         if not equals:
-            resolved = path.resolve() if Path(source).exists() else Path(source)  # the Hub's folder is called by a hash
+            resolved = path.resolve() if Path(source).exists() else Path(source)  # the Hub's folder is named by a hash
             name = resolved.parent.name if path.name == ADAPTER else resolved.name.removesuffix(LORA_FILE)
         pairs.append((name, path))
     names = [name for name, _ in pairs]
@@ -106,12 +104,12 @@ def parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
     ]
     accepted = ACCEPTED if problems else ""
     problems += [
-        f"{path} contains no adapter, since its run has not finished. {how_to_go_on(path)}"
+        f"{path} contains no adapter, because its run has not finished. {how_to_go_on(path)}"
         for _, path in pairs
         if (path / RUN).is_file() and not ((path / ADAPTER_CONFIG).exists() or (path / MODEL).exists())
     ]
     problems += [
-        f"two adapters are called {name}: write NAME=FOLDER" for name in dict.fromkeys(names) if names.count(name) > 1
+        f"two adapters are named {name}; use NAME=FOLDER" for name in dict.fromkeys(names) if names.count(name) > 1
     ]
     if problems:
         raise ConfigError(listing([f"adapter: {problem}" for problem in problems]) + accepted)
@@ -119,14 +117,14 @@ def parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
 
 
 def find_adapter(text: str) -> Path:
-    """Returns the adapter's folder or file. `text` is what `parse_adapters` takes, without a name. Raises the same."""
+    """Returns the adapter's folder or file. text: as in `parse_adapters`, without a name. Raises the same errors."""
     return next(iter(parse_adapters([f"adapter={text}"]).values()))
 
 
 def quantize_method(folders: Sequence[Path], quantize: str | None) -> str | None:
-    """Returns how to quantize the base: as `quantize` says ("none": not at all), or as the adapters' runs did.
+    """Returns how to quantize the base model: `quantize` ("none": not at all) or, by default, as in training.
 
-    Raises ConfigError if the runs differ.
+    Raises ConfigError if the adapters' runs differ.
     """
     if quantize is not None:
         return None if quantize == "none" else quantize
@@ -134,7 +132,7 @@ def quantize_method(folders: Sequence[Path], quantize: str | None) -> str | None
     if len(set(methods.values())) > 1:
         differences = ", ".join(f"{folder} {method or 'no quantization'}" for folder, method in methods.items())
         raise ConfigError(
-            f"the adapters were trained on different bases: {differences}; give --quantize METHOD or none"
+            f"the adapters were trained with different quantization: {differences}; set --quantize METHOD or none"
         )
     return next(iter(methods.values()), None)
 
@@ -143,8 +141,8 @@ def quantize_method(folders: Sequence[Path], quantize: str | None) -> str | None
 class BaseOfAdapter:
     """The base model that an adapter names.
 
-    name: as it was given when the adapter was made.
-    folder: the absolute path that the name had then, if it was a relative path.
+    name: the name in the training run.
+    folder: the absolute path at that time, if the name was a relative path.
     """
 
     name: str
@@ -155,16 +153,16 @@ class BaseOfAdapter:
 
     @property
     def location(self) -> str:
-        """The folder where the base was, if it is still there and the name leads to another place; else the name."""
+        """The original folder if it still exists and the name does not lead there, otherwise the name."""
         if self.folder is None or not self.folder.is_dir():
             return self.name
         return self.name if Path(self.name).is_dir() and self.folder.samefile(self.name) else str(self.folder)
 
 
 def base_of(adapter: Path) -> BaseOfAdapter | None:
-    """Returns the base model that an adapter names; None if it names none, or cannot be read.
+    """Returns the base model that an adapter names; None if it names none or cannot be read.
 
-    What is wrong with an adapter is reported where it is loaded.
+    Loading the adapter reports what is wrong with it.
     """
     try:
         settings = read_json_object(adapter / ADAPTER_CONFIG)
@@ -178,9 +176,9 @@ def base_of(adapter: Path) -> BaseOfAdapter | None:
 
 
 def base_model_name(model: str | None, folders: Sequence[Path]) -> str:
-    """Returns the base model to load: `model` if given, else the one that all adapters name, with a note, or demo.
+    """Returns the base model to load: `model`, else the one that all adapters name (with a note), else demo.
 
-    Raises ConfigError if the adapters name none or several, or if the model is not to be found.
+    Raises ConfigError if the adapters name none or different ones, or if the model does not exist.
     """
     if model is not None or not folders:
         check_sources(model=model)
@@ -188,23 +186,23 @@ def base_model_name(model: str | None, folders: Sequence[Path]) -> str:
     bases = {folder: base_of(folder) for folder in folders}
     names = {folder: base and name_of_model(base.location) for folder, base in bases.items()}
     problems = [
-        f"{folder} does not name its base model in {ADAPTER_CONFIG}: give --model"
+        f"{folder} does not name its base model in {ADAPTER_CONFIG}; set --model"
         for folder, name in names.items()
         if name is None
     ]
     if not problems and len(set(names.values())) > 1:
         pairs = [f"{folder} was made for {name}" for folder, name in names.items()]
-        problems = [f"the adapters name different base models; give --model: {listing(pairs)}"]
+        problems = [f"the adapters name different base models; set --model: {listing(pairs)}"]
     if problems:
         raise ConfigError(listing(problems))
     adapter, name = next(iter(names.items()))
-    note(f"the base model is {name}, as {adapter} says; --model gives another")
+    note(f"the base model is {name}, as recorded in {adapter}; use --model to change it")
     source = resolve_demo(str(name), "model")
     try:
         check_model_exists(source)
     except ConfigError as error:
         raise ConfigError(
-            f"{adapter} names its base model {bases[adapter]}; give --model to use another.\n{error}"
+            f"{adapter} names the base model {bases[adapter]}; set --model to use a different one.\n{error}"
         ) from None
     return str(name)
 
@@ -218,7 +216,7 @@ def check_sources(
     data: Iterable[str | None] = (),
     adapter: str | None = None,
 ) -> None:
-    """Raises ConfigError, DataError or FetchError with all of these that do not exist. Needs no torch."""
+    """Raises ConfigError, DataError or FetchError for all sources that do not exist. Needs no torch."""
     checks: list[tuple[Callable[[str], object], str | None]] = [(check_model_exists, model), (find_adapter, adapter)]
     checks += [(check_data_exists, source) for source in data]
     errors: list[TailoraError] = []
@@ -237,7 +235,7 @@ def check_sources(
 def check_sources_of_run(config: TrainConfig, *more_data: str | None) -> None:
     """Calls `check_sources` for the settings of a run.
 
-    Of several processes, one that ended here would leave the others waiting, so only the trainer checks.
+    With several processes, an error here would leave the others waiting, so the trainer checks instead.
     """
     if world_size() == 1:
         data = (*source_names(config.data), config.eval_data, *more_data)
@@ -248,7 +246,7 @@ def check_sources_of_run(config: TrainConfig, *more_data: str | None) -> None:
 
 
 def fetch_demo(model: str, *data: str | None) -> None:
-    """Fetches the demo's model and data, if they are asked for and not here yet. Raises FetchError."""
+    """Downloads the demo's model and data if they are needed and not cached. Raises FetchError."""
     with download_progress(stderr()) as progress:
         if model == DEMO:
             model_folder(progress)
@@ -257,7 +255,7 @@ def fetch_demo(model: str, *data: str | None) -> None:
 
 
 def device_of_flag(name: str) -> "torch.device":
-    """Returns the device that --device names, and says which it is. Raises ConfigError."""
+    """Returns the device for --device and logs its name. Raises ConfigError."""
     from tailora.core.device import choose_device, device_name
 
     device = choose_device(name)
@@ -266,7 +264,7 @@ def device_of_flag(name: str) -> "torch.device":
 
 
 def labels_of(model: str, folders: Sequence[Path]) -> "Labels | None":
-    """Returns what an adapter, or a model alone, predicts; None for a language model."""
+    """Returns the labels of an adapter or of a model without adapters; None for a language model."""
     from tailora.train.model_loading import labels_of_adapter, labels_of_config, read_config
 
     if folders:
@@ -275,20 +273,20 @@ def labels_of(model: str, folders: Sequence[Path]) -> "Labels | None":
 
 
 def refuse_system(labels: "Labels | None", flags: Mapping[str, Any] | None) -> None:
-    """Raises ConfigError for a --system that was typed for a model that predicts labels."""
+    """Raises ConfigError if --system is set for a model that predicts labels."""
     if labels is not None and "system" in (flags or {}):
-        raise ConfigError(f"--system is for language models, and this model is for {labels.task}: leave it out")
+        raise ConfigError(f"--system is only for language models, but this model is for {labels.task}; remove it")
 
 
 def task_of(model: str, folders: Sequence[Path]) -> str:
-    """Returns the task of an adapter, or of a model alone, of those without labels."""
+    """Returns the task of an adapter, or of a model without adapters, among the tasks without labels."""
     from tailora.train.model_loading import read_config, task_of_adapter, task_of_config
 
     return task_of_adapter(folders[0]) if folders else task_of_config(read_config(model))
 
 
 def command_to_use(model: str, adapter: str | None, labels: "Labels | None") -> list[str]:
-    """Returns the command that uses a model, with an adapter or alone, to be copied."""
+    """Returns a command to try a model, with or without an adapter."""
     if labels is None:
         return ["tailora", "chat", "--model", model, *([] if adapter is None else ["--adapter", adapter])]
     target = ["--model", model] if adapter is None else [adapter, "--model", model]
@@ -297,7 +295,7 @@ def command_to_use(model: str, adapter: str | None, labels: "Labels | None") -> 
 
 @dataclass(frozen=True)
 class Loaded:
-    model: Any  # a LoRAModel with every adapter active, or the base itself without adapters; in evaluation mode
+    model: Any  # a LoRAModel with all adapters active, or the base model if there are none; in evaluation mode
     tokenizer: Any
     adapters: list[str]
 
@@ -311,10 +309,10 @@ def load_model(
     device: str = "auto",
     labels: "Labels | None" = None,
 ) -> Loaded:
-    """Loads a base model and adapters, name -> folder, onto a device, and says which.
+    """Loads a base model and adapters (name -> folder) onto a device and logs which device it is.
 
-    labels: `labels_of`, if the command can use a model that predicts labels; others need a language model.
-    quantize: a method, "none", or None for the one that the adapters were trained with.
+    labels: `labels_of`, if the command supports models that predict labels; other commands need a language model.
+    quantize: a method, "none", or None for the method used in training.
     dtype: as in `train.model_loading.load_base`.    device: as in `core.device.choose_device`.
     Raises ConfigError, FormatError, BaseMismatchError.
     """

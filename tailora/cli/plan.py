@@ -1,4 +1,4 @@
-"""`tailora plan`: shows what a run would train, how much memory it needs and how long its steps take."""
+"""`tailora plan`: estimates the memory and time of a run and shows what it would train."""
 
 import re
 from pathlib import Path
@@ -22,13 +22,15 @@ Flags: Any = flags_of(TrainConfig, only=FIELDS.keys() - LEFT_OUT)
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 SIZE = re.compile(rf"([\d.]+(?:e\d+)?) ?({'|'.join(filter(None, UNITS))})?B?", re.IGNORECASE)
 
-Measure = Annotated[bool, Parameter(negative=(), help="also measure a few real steps", show_default=False)]
+Measure = Annotated[bool, Parameter(negative=(), help="also run and measure a few steps", show_default=False)]
 Memory = Annotated[
-    str | None, Parameter(name="--memory", help="memory to fit into, such as 8GB; default: what is free")
+    str | None, Parameter(name="--memory", help="memory to fit into, such as 8GB; default: the free memory")
 ]
 Nproc = Annotated[
     PositiveInt,
-    Parameter(name="--nproc", help="processes that train together, a device each; memory and time are of one of them"),
+    Parameter(
+        name="--nproc", help="number of training processes, with one device each; memory and time are per process"
+    ),
 ]
 OutputDir = Annotated[Path | None, Parameter(name="--output-dir", help="folder for a report with all numbers")]
 
@@ -43,11 +45,11 @@ def plan(
     json: Json = False,
     flags: Flags = None,
 ) -> int:
-    """Show what a run would train, whether it fits, and how long its steps take.
+    """Estimate memory and time of a run, and show what it would train.
 
-    The flags are those of tailora train. Weights are read only with --measure. Without --data all examples are
-    assumed to have --max-length tokens. The exit code is 4 if the run does not fit. --device may also name a
-    card that is not here, such as "H100 80GB": then memory is estimated for it, and time is not.
+    Accepts the flags of `train`. Weights are loaded only with --measure. Without --data, all examples are assumed to
+    have --max-length tokens. The exit code is 4 if the run does not fit. --device can also name a GPU of another
+    machine, such as "H100 80GB", to estimate the memory there (but not the time).
     """
     available = None if memory is None else bytes_of(memory)
     settings = merge_settings(flags, config)
@@ -80,4 +82,4 @@ def bytes_of(text: str) -> int:
             return int(float(number) * scale)
         except ValueError:
             pass
-    raise ConfigError(f"--memory {text}: expected a number and a unit, such as 8GB or 512MiB")
+    raise ConfigError(f"--memory {text}: expected a number with a unit, such as 8GB or 512MiB")

@@ -1,4 +1,4 @@
-"""`tailora predict`: what a model says about the rows of a file, as JSONL: labels with probabilities, or answers."""
+"""`tailora predict`: writes predictions for the rows of a file as JSONL: labels with probabilities, or answers."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,14 +33,16 @@ if TYPE_CHECKING:
     from tailora.data.chat_template import ChatTokenizer
     from tailora.data.labels import Labels
 
-Data = Annotated[str, Parameter(help="rows: JSONL, JSON, CSV, Parquet, folder or Hub id; their labels are not read")]
-Output = Annotated[Path | None, Parameter(help="JSONL file for rows and predictions, instead of stdout")]
+Data = Annotated[
+    str, Parameter(help="rows to predict: JSONL, JSON, CSV, Parquet, folder or Hub id; labels are ignored")
+]
+Output = Annotated[Path | None, Parameter(help="JSONL file to write rows and predictions to, instead of stdout")]
 Limit = Annotated[PositiveInt | None, Parameter(help="predict only the first N rows")]
 CHUNK = 1000  # rows predicted at a time
 
 Prediction = dict[str, Any]
 Write = Callable[[Prediction], None]
-DIGITS = 6  # of a number that is predicted; float32 has about 7
+DIGITS = 6  # of predicted numbers; float32 has about 7
 
 
 def predict(
@@ -58,10 +60,10 @@ def predict(
     json: Json = False,
     flags: Flags = None,
 ) -> int:
-    """Predict the label of every row of a file, or answer it.
+    """Predict labels, or generate answers, for all rows of a file.
 
-    Each line of the output has the columns of a row, and what the model says: label and probabilities, tags and
-    probabilities, or answer. These replace columns of the same names.
+    Each output line contains the columns of a row and the prediction: label and probabilities, tags and probabilities,
+    or answer. Predictions replace columns with the same name.
     """
     check_sources(data=[data])
     if output is not None:
@@ -108,17 +110,17 @@ def lines(output: Path | None, *, is_shown: bool) -> Iterator[Write]:
 
 
 def read_all(source: str, limit: int | None) -> list[Row]:
-    """Returns the rows. Raises DataError for all that cannot be read, or if there is none."""
+    """Returns the rows. Raises DataError with all unreadable rows, or if there are none."""
     items = list(islice(read_rows(source, split="validation"), limit))
     if problems := [item for item in items if isinstance(item, RowProblem)]:
         raise data_error(problems)
     if not items:
-        raise data_error([RowProblem(source, 0, "no rows: there is nothing to predict")])
+        raise data_error([RowProblem(source, 0, "no rows to predict")])
     return [item for item in items if isinstance(item, Row)]
 
 
 def columns_of(row: Row) -> Any:
-    """Returns the row as JSON has it: numbers that are none are null, and dates of Parquet are text."""
+    """Returns the row as JSON: NaN and infinity are null, and dates of Parquet are text."""
     return loads(dumps(row.fields, default=str), parse_constant=lambda _: None)
 
 
@@ -128,7 +130,7 @@ def columns_of(row: Row) -> Any:
 def labelled(
     model: Any, tokenizer: Any, labels: "Labels", rows: Sequence[Row], config: TrainConfig
 ) -> Iterator[Prediction]:
-    """Yields the predictions of a model for labels. Raises DataError with every row that cannot be read, before any."""
+    """Yields the predictions of a model for labels. Raises DataError with all unreadable rows first."""
     from tailora.data.schemas import convert_row, detect_source_schema
     from tailora.evaluation.classification import predict_labels
 
@@ -156,7 +158,7 @@ def rounded(prediction: Any) -> Any:
 def answers(
     model: Any, tokenizer: Any, rows: Sequence[Row], config: TrainConfig, max_new_tokens: int
 ) -> Iterator[Prediction]:
-    """Yields the greedy answers of a language model. Raises DataError with every row that asks nothing, before any."""
+    """Yields the greedy answers of a language model. Raises DataError with all rows without a question first."""
     from tailora.data.chat_template import ChatTokenizer, DataSettings
     from tailora.evaluation.generate import stream_reply
 
@@ -171,9 +173,9 @@ def answers(
 
 
 def question(row: Row, field: Mapping[str, str], tokenizer: "ChatTokenizer") -> list[dict[str, Any]] | RowProblem:
-    """Returns the messages to answer: `messages` without a reply at the end, or `prompt`, a text or messages.
+    """Returns the messages to answer: `messages` without the final reply, or `prompt`, which is text or messages.
 
-    The system message of the tokenizer's settings comes before them, unless the row has its own.
+    Adds the system message of the tokenizer's settings, unless the row has one.
     """
     from tailora.data.chat_template import with_system
     from tailora.data.messages import parsed_list, read_messages
@@ -182,14 +184,14 @@ def question(row: Row, field: Mapping[str, str], tokenizer: "ChatTokenizer") -> 
     keys = {key: field.get(key, key) for key in ("messages", "prompt")}
     key = next((key for key, column in keys.items() if column in row.fields), None)
     if key is None:
-        return row.problem(f"no messages and no prompt; it has {', '.join(row.fields) or 'nothing'}")
+        return row.problem(f"expected a column messages or prompt; columns: {', '.join(row.fields) or 'none'}")
     try:
         value = parsed_list(row.fields[keys[key]], key)
         messages = read_messages(value, key) if isinstance(value, list) else [{"role": "user", "content": value}]
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         if not messages or not str(messages[-1]["content"] or "").strip():
-            raise DataError(f"{key} asks nothing")
+            raise DataError(f"{key} is empty")
         chat = with_system(Conversation(messages), tokenizer)
     except DataError as error:
         return row.problem(error)

@@ -1,4 +1,4 @@
-"""`tailora serve`: a base and many adapters over OpenAI's API. `tailora playground`: the page for any such server."""
+"""`tailora serve`: a base model and many adapters with OpenAI's API. `tailora playground`: a page for any server."""
 
 import gc
 import os
@@ -17,11 +17,11 @@ from tailora.formats.run_folder import ADAPTER_CONFIG, adapter_folder, read_syst
 
 API_KEY, ADMIN_KEY = "TAILORA_API_KEY", "TAILORA_ADMIN_KEY"
 LOCAL = ("127.0.0.1", "localhost", "::1")
-LAST_SECONDS = 5  # of a shutdown, for answers that end when the engine stops
-SHORTEST_DEFAULT = 131_072  # positions of a model that does not say how many it has
+LAST_SECONDS = 5  # at shutdown, for answers that end when the engine stops
+SHORTEST_DEFAULT = 131_072  # positions, if the model does not define their number
 
 AdaptersFolder = Annotated[
-    Path | None, Parameter(help="folder of adapters: all in it are served, and clients may load others from it")
+    Path | None, Parameter(help="folder of adapters: serves all of them, and clients may load new ones from it")
 ]
 
 
@@ -30,27 +30,33 @@ def serve(
     model: Model = None,
     adapter: Adapters = None,
     adapters: AdaptersFolder = None,
-    host: Annotated[str, Parameter(help="address to listen at; 0.0.0.0 for all networks")] = "127.0.0.1",
-    port: Annotated[Port, Parameter(help="port to listen at")] = 8000,
-    name: Annotated[str | None, Parameter(help="what clients call the base; default: the name of --model")] = None,
+    host: Annotated[str, Parameter(help="address to listen on; 0.0.0.0 for all networks")] = "127.0.0.1",
+    port: Annotated[Port, Parameter(help="port to listen on")] = 8000,
+    name: Annotated[
+        str | None, Parameter(help="name of the base model for clients; default: the name of --model")
+    ] = None,
     engine: Annotated[
-        Literal["auto", "continuous", "padded"], Parameter(help="continuous batching, or padded batches")
+        Literal["auto", "continuous", "padded"], Parameter(help="batching: continuous, or one padded batch at a time")
     ] = "auto",
-    max_requests: Annotated[PositiveInt, Parameter(help="answers that are computed at once; others wait")] = 32,
-    max_queue: Annotated[PositiveInt, Parameter(help="answers that run or wait; more are refused with 429")] = 256,
-    max_tokens: Annotated[PositiveInt | None, Parameter(help="longest answer that a client may ask for")] = None,
-    adapter_memory: Annotated[PositiveFloat | None, Parameter(help="GB for adapters; default: no limit")] = None,
+    max_requests: Annotated[PositiveInt, Parameter(help="answers computed at the same time; others wait")] = 32,
+    max_queue: Annotated[PositiveInt, Parameter(help="answers that run or wait; more are rejected with 429")] = 256,
+    max_tokens: Annotated[
+        PositiveInt | None, Parameter(help="maximum tokens per answer that a client may request")
+    ] = None,
+    adapter_memory: Annotated[
+        PositiveFloat | None, Parameter(help="memory limit for adapters in GB; default: no limit")
+    ] = None,
     drain_seconds: Annotated[
         NonNegativeFloat, Parameter(help="seconds that running requests get to finish at shutdown")
     ] = 30.0,
     quantize: Quantize = None,
     device: Device = "auto",
 ) -> int:
-    """Serve a model and any number of adapters over OpenAI's API.
+    """Serve a model and any number of adapters with an OpenAI-compatible API.
 
-    Every request of a batch may have another adapter; the model's name in a request says which: an adapter, the base,
-    or a mixture such as legal+chat@0.5. TAILORA_API_KEY and TAILORA_ADMIN_KEY in the environment are keys that
-    clients must send; the second one is for loading and unloading adapters.
+    The `model` field of a request selects an adapter, the base model, or a mixture such as legal+chat@0.5; requests in
+    one batch may use different adapters. Set TAILORA_API_KEY to require a key from clients, and TAILORA_ADMIN_KEY to
+    require one for loading and unloading adapters.
     """
     require_packages("fastapi", "uvicorn", "prometheus_client", "httpx", "llguidance", extra="serve")
     api_key, admin_key = key_from(API_KEY), key_from(ADMIN_KEY)
@@ -62,15 +68,15 @@ def serve(
     for path in folders.values():
         check_writes_text(str(path), label_task_of_adapter(path))
     tasks = {name: task for name, path in in_folder.items() if (task := label_task_of_adapter(path)) is not None}
-    in_folder = leave_out(in_folder, tasks, "they predict labels and write no text")
+    in_folder = leave_out(in_folder, tasks, "they predict labels and do not generate text")
     folders |= in_folder
     model = base_model_name(model, list(folders.values()))
-    with listen(host, port) as listener:  # before the model is read, which takes long
+    with listen(host, port) as listener:  # before loading the model, which takes long
         log("loading the model")
         loaded = load_model(model, {}, quantize=quantize, device=device)
         if not loaded.model.config.is_encoder_decoder:
             tasks = {name: SEQ2SEQ for name, path in in_folder.items() if task_of_adapter(path) == SEQ2SEQ}
-            folders = leave_out(folders, tasks, "the base is no model for it")
+            folders = leave_out(folders, tasks, "the base model has a different architecture")
         import uvicorn
 
         from tailora.core.adapter_set import AdapterSet
@@ -93,7 +99,9 @@ def serve(
             note=note,
         )
         budget = None if adapter_memory is None else int(adapter_memory * 1e9)
-        base_name = name or (Path(model).resolve().name if Path(model).is_dir() else model)  # clients see no paths
+        base_name = name or (
+            Path(model).resolve().name if Path(model).is_dir() else model
+        )  # clients do not see local paths
         system = read_system_message(Path(model)) if Path(model).is_dir() else None
         registry = AdapterRegistry(running.adapter_set, running.paused, base_name, adapters, budget, system)
         running.start()
@@ -109,21 +117,21 @@ def serve(
                 admin_key=admin_key,
             )
             if host not in LOCAL and not settings.api_key:
-                log(f"note: anybody who reaches {host} can use this server: set {API_KEY} to ask for a key")
+                log(f"note: anyone who can reach {host} can use this server; set {API_KEY} to require a key")
             app = create_app(running, registry, loaded.tokenizer, settings)
             graceful = int(drain_seconds) + LAST_SECONDS
             config = uvicorn.Config(app, http=Connection, log_level="warning", timeout_graceful_shutdown=graceful)
             is_continuous = isinstance(running, ContinuousEngine)
-            what = "continuous batching" if is_continuous else "padded batches, one after another"
-            log(f"engine: {what}; {max_requests} answers at once, {running.max_positions:,} tokens each")
+            what = "continuous batching" if is_continuous else "one padded batch at a time"
+            log(f"engine: {what}; {max_requests} answers at a time, up to {running.max_positions:,} tokens each")
             log(f"models: {', '.join([registry.base_name, *folders])}")
             systems = {adapter.name: adapter.system for adapter in registry.list()}
             report_systems({registry.base_name: system, **systems}, folders)
-            log(f"listening at {address(host, listener)}; the page is at /; stop it with Ctrl-C")
+            log(f"listening at {address(host, listener)}, with a page to try it at /; stop with Ctrl-C")
             server = HTTPServer(config, app.state.server, log)
             gc.collect()
-            gc.freeze()  # what is here stays: looking through all modules again would stop all requests for .2 s
-            with suppress(KeyboardInterrupt):  # uvicorn raises the signal again when all is done
+            gc.freeze()  # scanning all modules again would pause all requests for 0.2 s
+            with suppress(KeyboardInterrupt):  # uvicorn raises the signal again at the end
                 server.run(sockets=[listener])
             return 0
         finally:
@@ -132,34 +140,34 @@ def serve(
 
 
 def report_systems(systems: dict[str, str | None], folders: dict[str, Path]) -> None:
-    """Notes which models have the system message of their training, and which were trained with different ones."""
+    """Notes which models use their system message from training, and which have no common one."""
     if added := [name for name, system in systems.items() if system is not None]:
-        note(f"requests without a system message get that of the training, for {', '.join(added)}")
+        note(f"requests without a system message use the one from training, for {', '.join(added)}")
     recorded = {name: recorded_settings(adapter_folder(folder), "data") for name, folder in folders.items()}
     differ = [
         name for name, data in recorded.items() if systems[name] is None and data.get("messages", {}).get("system")
     ]
     if differ:
-        note(f"trained with system messages, of which none is stored: {', '.join(differ)}; requests should bring one")
+        note(f"trained with system messages, but without a common one: {', '.join(differ)}; send one with each request")
 
 
 def key_from(variable: str) -> str | None:
-    """Returns the key in a variable of the environment, None if it is not set. Raises ConfigError if it is empty."""
+    """Returns the key in an environment variable, None if it is not set. Raises ConfigError if it is empty."""
     key = os.environ.get(variable)
     if key is not None and not key.strip():
-        raise ConfigError(f"{variable} is set and empty: give it a key, or unset it for a server that asks for none")
+        raise ConfigError(f"{variable} is empty; set it to a key, or unset it to require no key")
     return key
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Returns a socket that listens. Raises ConfigError if the address cannot be taken."""
+    """Returns a listening socket. Raises ConfigError if the address is not available."""
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise ConfigError(
-            f"cannot listen at {host}, port {port}: {error.strerror or error}; give another --port"
+            f"cannot listen on {host}, port {port}: {error.strerror or error}; use a different --port"
         ) from None
-    # asyncio does not set this for such a socket; without it each answer on a kept connection waits 40 ms
+    # asyncio does not set this for an existing socket; without it, answers on open connections take 40 ms longer
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
@@ -171,27 +179,29 @@ def address(host: str, listener: socket.socket) -> str:
 def adapters_in(folder: Path) -> dict[str, Path]:
     """Returns name -> folder of the adapters and runs in a folder. Raises ConfigError if there is no such folder."""
     if not folder.is_dir():
-        hint = nearest_path(folder, folders_only=True) or "; give one that holds adapters or runs"
+        hint = nearest_path(folder, folders_only=True) or "; expected a folder with adapters or runs"
         raise ConfigError(f"--adapters {folder} is not a folder{hint}")
     return {path.name: path for path in sorted(folder.iterdir()) if (adapter_folder(path) / ADAPTER_CONFIG).is_file()}
 
 
 def leave_out(folders: dict[str, Path], tasks: dict[str, str], why: str) -> dict[str, Path]:
-    """Returns the adapters without those that have a task here, which a note names."""
+    """Returns the adapters that are not in `tasks`; a note names the others."""
     if tasks:
-        note(f"left out, since {why}: {', '.join(f'{name} ({task})' for name, task in tasks.items())}")
+        note(f"skipped, because {why}: {', '.join(f'{name} ({task})' for name, task in tasks.items())}")
     return {name: path for name, path in folders.items() if name not in tasks}
 
 
 Url = Annotated[str, Parameter(help="address of an OpenAI-compatible server, such as http://127.0.0.1:8000")]
 
 
-def playground(*, url: Url, port: Annotated[Port, Parameter(help="of the page, on this machine alone")] = 8080) -> int:
-    """Compare two models of a server side by side, in the browser.
+def playground(
+    *, url: Url, port: Annotated[Port, Parameter(help="port of the page, on this machine only")] = 8080
+) -> int:
+    """Compare two models of a server side by side in the browser.
 
-    The page shows answers of two adapters, or of an adapter and its base, to the same prompt with the same seed, how
-    the log-probabilities of their tokens differ, and counts blind votes, which it saves as preference rows. The page
-    of `tailora serve` itself is at the address of the server.
+    The page sends the same prompt with the same seed to two adapters, or to an adapter and its base model. It shows
+    both answers and how their log-probabilities differ, and it counts blind votes and saves them as preference data.
+    `tailora serve` has this page built in, at the address of the server.
     """
     require_packages("fastapi", "uvicorn", "httpx", extra="serve")
     import uvicorn

@@ -58,7 +58,7 @@ Arms = Annotated[
         name="--arm",
         negative=(),
         group=STUDY,
-        help="settings to compare, as NAME:setting=value,...; repeatable; default: lora with the settings below",
+        help="variant to compare, as NAME:setting=value,...; repeatable; default: lora with the settings below",
     ),
 ]
 
@@ -75,14 +75,14 @@ def compare(
 ) -> int:
     """Compare LoRA with full fine-tuning on your model and data.
 
-    Each is trained at its own best learning rate, with several seeds. After Ctrl-C the same command resumes.
+    Each variant is trained at its own best learning rate, with several seeds. After Ctrl-C, the same command resumes.
     """
     require_packages("scipy", extra="study")
     in_file = study_settings(config, CompareConfig)
     if arm is not None or "arms" not in in_file:
         arms = dict(map(parse_arm, arm)) if arm else {LORA: {}}
         if len(arms) < len(arm or ()):
-            raise ConfigError("two arms have the same name")
+            raise ConfigError("--arm: two variants have the same name; use different names")
         in_file["arms"] = {**arms, **({FULL: {"method": FULL}} if full else {})}
     train = merge_settings(flags, config, defaults=COMPARE_DEFAULTS, ignore=CompareConfig.model_fields)
     comparison = CompareConfig(**{**in_file, **(study or {})})
@@ -97,7 +97,7 @@ def compare(
 def parse_arm(text: str) -> tuple[str, dict[str, Any]]:
     name, _, settings = text.partition(":")
     if not name or "/" in name:
-        raise ConfigError(f"--arm {text}: expected NAME:setting=value,..., with a NAME that can be a folder name")
+        raise ConfigError(f"--arm {text}: expected NAME:setting=value,... with a NAME that is a valid folder name")
     return name, parse_settings(settings)
 
 
@@ -118,12 +118,12 @@ def search(
     nproc_per_node: NprocPerNode = None,
     flags: TrainFlags = None,
 ) -> int:
-    """Search for the best settings, and the cheapest that are as good.
+    """Search for the best settings, and cheaper ones that are as good.
 
-    It varies learning rate, rank, alpha, targets, dropout and the LoRA+ ratio; --space adds settings or limits their
-    values. A setting that is given is not varied. After Ctrl-C the same command resumes. With --workers 4 it runs four
-    trials at a time, each on a device of its own. Started again, or on another machine with the same --storage, it
-    shares the work.
+    Varies the learning rate, rank, alpha, target layers, dropout and LoRA+ ratio, except for settings that you set.
+    --space adds settings or limits their values. --workers 4 runs four trials at a time, each on its own device. After
+    Ctrl-C, the same command resumes. Start it several times, or on several machines with the same --storage, to share
+    the work.
     """
     require_packages("optuna", "scipy", extra="study")
     in_file, typed = study_settings(config, SearchConfig), dict(study or {})
@@ -149,7 +149,7 @@ def search(
 
 
 def study_settings(config_file: Path | None, schema: type[StrictModel]) -> dict[str, Any]:
-    """Returns the settings in the file that belong to the study itself, not to its training runs."""
+    """Returns the settings in the file that belong to the study, not to its training runs."""
     content = read_config_file(config_file) if config_file else {}
     return {name: value for name, value in content.items() if name in schema.model_fields}
 
@@ -167,8 +167,8 @@ def run_study(
 
     if world_size() > 1:
         raise ConfigError(
-            f"a launcher has started {world_size()} processes, each of which would make all runs: start one, with "
-            "--nproc-per-node for the processes of each run"
+            f"a launcher has started {world_size()} processes, each of them for the whole study; start one process and "
+            "set --nproc-per-node for the number of processes per run"
         )
     processes = 1 if nproc_per_node is None else count_processes(nproc_per_node, train.device)
     fetch_demo(train.model, *source_names(train.data), train.eval_data)
@@ -178,7 +178,7 @@ def run_study(
         result = run(train, study, log=partial(print_text, console), progress=progress, processes=processes)
     except KeyboardInterrupt:
         command = shlex.join(["tailora", *sys.argv[1:]])
-        raise KeyboardInterrupt(f"finished runs are in {train.output_dir}; to resume:\n{command}") from None
+        raise KeyboardInterrupt(f"finished runs are in {train.output_dir}; resume with:\n{command}") from None
     if as_json:
         print_json(result.to_dict())
     else:
@@ -196,9 +196,9 @@ RunFolder = Annotated[
 
 
 def report(folder: RunFolder, /, *, json: Json = False) -> int:
-    """Write the report.html of a run or a study again, from the files in FOLDER."""
+    """Write report.html of a run or a study again, from the files in its folder."""
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder; give the output folder of a run or a study")
+        raise ConfigError(f"{folder} is not a folder; expected the output folder of a run or a study")
     if (folder / RUN).exists():
         from tailora.report.pages.train import write_train_report  # loads torch
 

@@ -1,4 +1,4 @@
-"""`tailora train` and `tailora demo`: fine-tune a model, and show whether it worked."""
+"""`tailora train` and `tailora demo`: fine-tune a model and show whether it worked."""
 
 import json
 import shlex
@@ -55,7 +55,7 @@ def train(
     return fit(chosen, as_json=json, overwrite=overwrite, nproc_per_node=nproc_per_node, verbose=verbose)
 
 
-# ---- `tailora demo`: `tailora train` on a small model and real conversations, both downloaded once.
+# ---- `tailora demo`: `tailora train` with a small model and real conversations, both downloaded once
 
 
 DEFAULTS: dict[str, Any] = {"model": "demo", "data": "demo", "learning_rate": 1e-3}
@@ -72,57 +72,57 @@ def demo(
     verbose: Verbose = False,
     flags: DemoFlags = None,
 ) -> int:
-    """Fine-tune a small model on real chats and compare it with the base model. Accepts the flags of `train`."""
+    """Fine-tune a small model on real chats and see what changed. Accepts the flags of `train`."""
     chosen = merge_settings(flags, config, defaults=DEFAULTS)
     folder = None
     if "output_dir" not in chosen.model_fields_set:
         folder = demo_folder(chosen.resume_from_checkpoint)
         chosen = chosen.model_copy(update={"output_dir": str(folder)})
-        ARGUMENTS.get().extend(["--output-dir", str(folder)])  # for the processes of --nproc-per-node
+        ARGUMENTS.get().extend(["--output-dir", str(folder)])  # for processes of --nproc-per-node
     try:
         return fit(chosen, as_json=json, overwrite=overwrite, nproc_per_node=nproc_per_node, verbose=verbose)
     except BaseException:
-        if folder is not None and folder.is_dir() and not any(folder.iterdir()):  # the run did not begin
+        if folder is not None and folder.is_dir() and not any(folder.iterdir()):  # the run did not start
             folder.rmdir()
         raise
 
 
 def demo_folder(checkpoint: str | None) -> Path:
-    """Returns the folder of a demo without --output-dir: its checkpoint's, or a new one, which is created.
+    """Returns the folder of a demo without --output-dir: the folder of its checkpoint, or a new one.
 
-    "latest" is the newest checkpoint of all demos. Raises CheckpointError if there is none, ConfigError if there are
-    several processes, each of which would create a folder.
+    "latest" is the newest checkpoint of all demos. Raises CheckpointError if there is none, and ConfigError with
+    several processes, because each would create a folder.
     """
     if checkpoint == "latest":
         folders = (FOLDER, *FOLDER.parent.glob(f"{FOLDER.name}-*"))
         newest = [checkpoints_in(folder)[-1] for folder in folders if folder.is_dir() and checkpoints_in(folder)]
         if not newest:
             raise CheckpointError(
-                f"--resume-from-checkpoint latest: no {FOLDER}, {FOLDER}-2, ... contains a checkpoint; give the folder "
-                "of a checkpoint, or start without it and with --save-steps"
+                f"--resume-from-checkpoint latest: {FOLDER}, {FOLDER}-2, ... contain no checkpoint; name the folder of "
+                "a checkpoint, or start a new demo with --save-steps"
             )
         return max(newest, key=lambda path: path.stat().st_mtime).parent
     if checkpoint is not None:
         return Path(checkpoint).parent
     if world_size() > 1:
-        raise ConfigError("several processes must write to one folder: give --output-dir")
+        raise ConfigError("several processes need a common folder; set --output-dir")
     number, folder = 1, FOLDER
     while True:
         try:
             folder.mkdir(parents=True)
             if folder != FOLDER:
-                note(f"{FOLDER} exists already, so this demo is written to {folder}: use that name in later commands")
+                note(f"{FOLDER} already exists, so this demo uses {folder}; use this name in later commands")
             return folder
-        except FileExistsError:  # the folder of an earlier demo, or of one that starts at the same time
+        except FileExistsError:  # from an earlier demo, or one that starts at the same time
             number += 1
             folder = FOLDER.with_name(f"{FOLDER.name}-{number}")
 
 
-# ---- What a finished run prints: its page, its files, and what to do next
+# ---- What a finished run prints: the result, its files, and what to do next
 
 
-KL_TEXTS, KL_TOKENS = 16, 2048  # held-out conversations, and at most so many tokens of them, on which KL is measured
-PROMPT_LENGTH = 60  # characters of the prompt in the commands to try next
+KL_TEXTS, KL_TOKENS = 16, 2048  # most held-out conversations, and most of their tokens, to measure KL on
+PROMPT_LENGTH = 60  # characters of the prompt in the suggested commands
 FILES = {
     PAGE: "the full report; open it in a browser",
     ADAPTER: "the adapter, in PEFT format",
@@ -138,7 +138,7 @@ FILES = {
 
 
 def show(console: Console, config: TrainConfig, folder: Path, report: dict[str, Any] | None) -> None:
-    """Prints the page of the run if it has a report, the files in its folder, and commands to try next."""
+    """Prints the result of the run if it has a report, the files in its folder, and commands to try next."""
     if report is not None:
         print_page(console, read_page(folder), lead_first=True)
     rows = [(name, content) for name, content in FILES.items() if (folder / name).exists()]
@@ -148,16 +148,16 @@ def show(console: Console, config: TrainConfig, folder: Path, report: dict[str, 
 
 
 def next_commands(config: TrainConfig, folder: Path, remedy: Sequence[str] = ()) -> list[list[str]]:
-    """Returns commands that use the result of this run: with a prompt of its own data, and its held-out data.
+    """Returns commands that use the result of this run, with a prompt from its data and its held-out data.
 
-    remedy: flags for a better run, if this one made the model worse; then the command for that is all.
+    remedy: flags for a better run, if this one made the model worse. Then only that command is returned.
     """
     if remedy:
         return [["tailora", "train", "--config", f"{folder}/config.yaml", *remedy, "--output-dir", f"{folder}-better"]]
     is_lora = config.method == "lora"
     tuned = ["--adapter", str(folder)] if is_lora else ["--model", str(folder / "model")]
     pairs = ",".join(f"{ours}={theirs}" for ours, theirs in config.field.items())
-    columns = ["--field", pairs] if pairs and not is_lora else []  # the run of an adapter has them
+    columns = ["--field", pairs] if pairs and not is_lora else []  # an adapter's run records them
     evaluated = [str(folder)] if is_lora else tuned
     generate = ["tailora", "generate", *tuned, "--prompt", first_prompt(folder)]
     held_out = ["--data", config.eval_data or "HELD_OUT.jsonl", *columns]
@@ -175,8 +175,8 @@ def next_commands(config: TrainConfig, folder: Path, remedy: Sequence[str] = ())
 
 
 def first_prompt(folder: Path) -> str:
-    """Returns the first prompt that the run answered and that is short; else the first, shortened; in one line."""
-    file = folder / SAMPLES  # absent if none was asked for, or if it could not be written
+    """Returns the first short prompt that the run answered, or the first one, shortened, in one line."""
+    file = folder / SAMPLES  # missing with --samples 0, or if it could not be written
     samples = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     prompts = [" ".join(sample["prompt"].split()) for sample in samples] or [""]
     words = next((prompt for prompt in prompts if 0 < len(prompt) <= PROMPT_LENGTH), prompts[0])
@@ -194,13 +194,13 @@ def fit(
     nproc_per_node: str | None = None,
     verbose: bool = False,
 ) -> int:
-    """Trains, answers held-out prompts with the base and the tuned model, and prints.
+    """Trains, answers held-out prompts with the base and the fine-tuned model, and prints the result.
 
-    nproc_per_node: starts as many processes of this command, each of which does all this.
-    Raises what `run` raises. The message of KeyboardInterrupt has the command that resumes the run.
+    nproc_per_node: number of processes of this command to start.
+    Raises the same as `run`. The message of KeyboardInterrupt contains the command to resume the run.
     """
     started = time.monotonic()
-    if world_size() == 1 and not (Path(config.output_dir) / run_log.HOLDER).exists():  # else the trainer checks
+    if world_size() == 1 and not (Path(config.output_dir) / run_log.HOLDER).exists():  # otherwise, the trainer checks
         run_log.check_run_folder(config, overwrite=overwrite)
     check_sources_of_run(config)
     fetch_demo(config.model, *source_names(config.data), config.eval_data)
@@ -254,7 +254,7 @@ def fit(
 
 
 def is_worse(result: "TrainResult") -> bool:
-    """True if the held-out loss is higher than before training, by more than its 95% interval allows for chance."""
+    """True if training raised the held-out loss, and the 95% interval rules out chance."""
     from tailora.evaluation.statistics import paired_difference
 
     before, after = result.before, result.after
@@ -264,9 +264,9 @@ def is_worse(result: "TrainResult") -> bool:
 def write_results(
     folder: Path, config: TrainConfig, answers: Sequence["Answer"], kl: float | None, started: float, peak: int
 ) -> tuple[dict[str, Any] | None, str]:
-    """Writes what the command adds to the run; returns report.json, and where report.html is or how to get it.
+    """Writes the reports; returns report.json, and where report.html is or how to get it.
 
-    started: time.monotonic at the start of the command.    peak: bytes, the largest memory of the whole command.
+    started: time.monotonic at the start of the command.    peak: peak memory of the whole command in bytes.
     """
     from tailora.report.pages.train import write_train_report
 
@@ -280,21 +280,21 @@ def write_results(
         run_log.add_result(folder, total_seconds=time.monotonic() - started, peak_memory_bytes=peak)
         report = write_train_report(folder)
         page = write_page_if_possible(folder)
-    except WriteError as error:  # what was trained is whole, so the run has not failed
+    except WriteError as error:  # the trained weights are complete, so the run has not failed
         again = shlex.join(["tailora", "report", str(folder)])
-        note(f"what was trained is whole, but its report is not: {error}. Then `{again}` writes the report")
+        note(f"the trained weights are complete, but the report is not: {error}. Then run `{again}`")
     return report, page
 
 
 def answer_samples(result: "TrainResult", count: int) -> list["Answer"]:
-    """Returns answers of the base and the tuned model to the prompts of the first `count` held-out examples."""
+    """Returns answers of the base and the fine-tuned model to the first `count` held-out prompts."""
     from tailora.evaluation.generate import compare_answers
     from tailora.train.memory import explain_out_of_memory
 
-    if result.data and result.data.report.task in TASK_TYPES:  # it predicts labels
+    if result.data and result.data.report.task in TASK_TYPES:  # the model predicts labels
         return []
     prompts = result.data.eval_samples[:count] if result.data else []
-    advice = f"the adapter is complete, in {result.output_dir}; --samples 0 compares no answers"
+    advice = f"the adapter in {result.output_dir} is complete; use --samples 0 to skip the answers"
     console = stderr() if is_rank_0() else Console(quiet=True)
     with explain_out_of_memory("comparing answers", advice), counter(console, "answers") as progress:
         return compare_answers(result.model, result.tokenizer, prompts, progress=progress)
@@ -303,7 +303,7 @@ def answer_samples(result: "TrainResult", count: int) -> list["Answer"]:
 def kl_of_preferences(result: "TrainResult", config: TrainConfig) -> float | None:
     """Returns KL(base || tuned) in nats per token of held-out conversations; None for other tasks.
 
-    Also None for an adapter that was trained further, whose reference is not the base.
+    Also None for an adapter that was trained further, because its reference is not the base model.
     """
     from tailora.evaluation.forgetting import forgetting
 
@@ -322,22 +322,22 @@ def add_passport(result: "TrainResult", config: TrainConfig) -> None:
     if config.passport == "none" or config.method != "lora" or not is_text:
         return
     if (reason := passport_obstacle(result.model)) is not None:
-        note(f"no passport.json written: {reason}")
+        note(f"passport.json was not written: {reason}")
         return
     held_out = result.data.eval_samples if result.data and config.passport == "held-out" else None
-    advice = f"the adapter is complete, in {result.output_dir}; --passport none skips the verification file"
+    advice = f"the adapter in {result.output_dir} is complete; use --passport none to skip the verification file"
     folder, name = Path(result.output_dir) / ADAPTER, result.model.active_adapters[0]
     try:
         with explain_out_of_memory("writing the verification file", advice):
             create_passport(folder, result.model, result.tokenizer, name=name, held_out=held_out)
-    except (DataError, WriteError) as error:  # what was trained is whole
-        note(f"no passport.json written: {error}")
+    except (DataError, WriteError) as error:  # the adapter is complete
+        note(f"passport.json was not written: {error}")
 
 
 def kl_texts(held_out: "Examples") -> list[list[int]]:
-    """Returns the first sequences of the first examples, as token ids.
+    """Returns the first sequences of the first examples as token ids.
 
-    There are few, since the base's log-probabilities of the whole vocabulary are kept for each token.
+    Only a few, because the base model's log-probabilities over the vocabulary are kept for each token.
     """
     texts: list[list[int]] = []
     left = KL_TOKENS
@@ -350,12 +350,12 @@ def kl_texts(held_out: "Examples") -> list[list[int]]:
 
 
 def write_samples(folder: Path, answers: Sequence["Answer"]) -> None:
-    """Writes samples.json; without answers there is none. Raises WriteError."""
+    """Writes samples.json, or deletes it if there are no answers. Raises WriteError."""
     from tailora.formats.io import wrap_os_error, write_file
 
     if not answers:
         with wrap_os_error(folder / SAMPLES):
-            (folder / SAMPLES).unlink(missing_ok=True)  # of the run that was resumed
+            (folder / SAMPLES).unlink(missing_ok=True)  # from the resumed run
         return
     content = json.dumps([asdict(answer) for answer in answers], ensure_ascii=False, indent=2)
     write_file(folder / SAMPLES, content.encode())

@@ -1,6 +1,6 @@
-"""`tailora verify URL --adapter FOLDER`: does that server really use this adapter?
+"""`tailora verify URL --adapter FOLDER`: does the server really use this adapter?
 
-`create_passport` makes the verification file that it needs, also for `train` and `export`.
+`create_passport` writes the verification file, also for `train` and `export`.
 """
 
 import os
@@ -27,35 +27,37 @@ from tailora.verify.passport import Passport, read_passport, write_passport
 if TYPE_CHECKING:
     from tailora.verify.server_verdict import Observation, Verification
 
-Adapter = Annotated[str, Parameter(name="--adapter", help="adapter, run or export: folder or Hub id")]
+Adapter = Annotated[str, Parameter(name="--adapter", help="adapter, training run or export: folder or Hub id")]
 ModelName = Annotated[
     str | None,
-    Parameter(name="--model", help="the server's name of the adapter; default: the folder's name, or the only adapter"),
+    Parameter(
+        name="--model", help="name of the adapter on the server; default: the folder's name, or the only adapter"
+    ),
 ]
 BaseName = Annotated[
     str | None,
     Parameter(
-        name="--base", help="the server's name of the base, for comparison; default: the one in the server's list"
+        name="--base", help="name of the base model on the server, for comparison; default: from the server's list"
     ),
 ]
-Timeout = Annotated[PositiveFloat, Parameter(help="seconds to wait for an answer")]
+Timeout = Annotated[PositiveFloat, Parameter(help="seconds to wait for each answer")]
 
 HEADLINES = {
     "adapter": "The server uses this adapter as it was trained.",
-    "base": "The server answers like the bare base: the adapter is not in use.",
-    "scaled": "The server uses this adapter at another scale: {scale:.2f} times that of training.",
-    "other": "The server uses something else than this adapter as it was trained.",
+    "base": "The server answers like the base model: the adapter is not in use.",
+    "scaled": "The server uses this adapter at the wrong scale: {scale:.2f} times the scale used in training.",
+    "other": "The server does not use this adapter as it was trained.",
     "unknown": "The answers do not show whether the server uses this adapter.",
 }
 ADVICE = {  # what to do next
-    "base": "Load the adapter into the server, or name it with --model as the server does.",
+    "base": "Load the adapter into the server, or pass the server's name for it with --model.",
     "scaled": "Compare the server's scale with lora_alpha, r and use_rslora in adapter_config.json.",
-    "other": "If only the chats differ, the server uses another chat template: `tailora export --to SERVER` writes "
-    "that of training. Otherwise check the base ({base_model}), layers that the server's log reports as skipped, and "
-    "the adapter's file: the SHA-256 in {folder} is {hashes}. `tailora push` takes paths out of the file, so a copy "
-    "from the Hub can have another SHA-256 with the same weights.",
-    "unknown": "It would help if the server returned log-probabilities, kept the base in more bits, or offered the "
-    "base along with the adapter (--base).",
+    "other": "If only the chats differ, the server uses a different chat template: `tailora export --to SERVER` writes "
+    "the one used in training. Otherwise, check the base model ({base_model}), whether the server's log reports "
+    "skipped layers, and the adapter file: its SHA-256 in {folder} is {hashes}. `tailora push` removes paths from the "
+    "file, so a copy from the Hub can have a different SHA-256 with the same weights.",
+    "unknown": "It would help if the server returned log-probabilities, stored the base model with more bits, or also "
+    "served the base model (--base).",
 }
 
 
@@ -69,13 +71,13 @@ def verify(
     timeout: Timeout = 120.0,
     json: Json = False,
 ) -> int:
-    """Verify that a server really uses an adapter, and as it was trained.
+    """Verify that a server really uses an adapter.
 
-    Sends the prompts of the adapter's verification file, passport.json, which export writes. If the adapter has none,
-    it is written with the base model, where that is on this machine. Compares the server's log-probabilities with
-    those of the adapter, the base, and common mistakes. The exit code is 0 if the server uses the adapter as trained,
-    4 if it does not or that remains unknown, and 1 if it cannot be asked. The server's key is read from
-    TAILORA_API_KEY.
+    Sends the prompts in the adapter's verification file, passport.json, and compares the server's log-probabilities
+    with the expected values for the adapter, for the base model, and for common mistakes. `export` writes this file; if
+    it is missing, it is created with the base model, if that is on this machine. Exit codes: 0 if the server uses the
+    adapter as trained, 4 if it does not or the result is unclear, 1 if the server cannot be reached. Set
+    TAILORA_API_KEY if the server requires a key.
     """
     require_packages("httpx", extra="serve")
     from tailora.verify import server_verdict
@@ -97,12 +99,12 @@ def verify(
         passport = passport or passport_of_adapter(folder)
         answers: list[list[Observation | None]] = []
         for asked in names:
-            recipient = f"{'its base ' if answers else ''}{asked or ''}"
+            recipient = f"{'the base model ' if answers else ''}{asked or ''}"
             log(f"sending {len(passport.probes)} prompts to {server.url} {recipient}".rstrip())
             with counter(stderr(), "prompts") as progress:
                 answers.append(server.ask(passport.probes, asked, progress))
         for endpoint, reason in server.refusals.items():
-            note(f"{endpoint} was left out: the server answers {reason}")
+            note(f"{endpoint} was skipped: the server answered {reason}")
     result = server_verdict.verify(passport, *answers)
     if json:
         print_json({**asdict(result), "url": server.url, "model": model, "adapter": str(folder)})
@@ -112,13 +114,13 @@ def verify(
 
 
 def passport_of_adapter(folder: Path) -> Passport:
-    """Writes passport.json for an adapter without one, with its base model.
+    """Writes the missing passport.json of an adapter, with its base model.
 
-    Raises FormatError if the base model is not on this machine, and DataError if nothing tells the adapter from it.
+    Raises FormatError if the base model is not on this machine, and DataError if the adapter does not change it.
     """
     base = base_of(folder)
     if base is None or not is_at_hand(base.location):
-        return read_passport(folder)  # which says how to write one
+        return read_passport(folder)  # raises an error with a remedy
     loaded = load_model(base.location, {ADAPTER: folder}, quantize="none", device="cpu")
     from tailora.verify.probes import passport_obstacle
 
@@ -130,7 +132,7 @@ def passport_of_adapter(folder: Path) -> Passport:
 def create_passport(folder: Path, model: Any, tokenizer: Any, **options: Any) -> Passport:
     """Writes passport.json for the adapter of a LoRAModel next to its weights, and shows the progress.
 
-    options: of `make_passport`.    Raises DataError if the adapter can have none, and WriteError.
+    options: of `make_passport`.    Raises DataError if that is impossible for the adapter, and WriteError.
     """
     from tailora.verify.probes import make_passport
 
@@ -146,7 +148,7 @@ def show(console: Console, result: "Verification", passport: Passport, folder: P
     headline = HEADLINES[result.verdict].format(scale=result.scale)
     hashes = ", ".join(f"{name} {digest}" for name, digest in passport.weights.items())
     advice = ADVICE.get(result.verdict, "").format(
-        base_model=passport.base_model or "that of training", folder=folder, hashes=hashes
+        base_model=passport.base_model or "as in training", folder=folder, hashes=hashes
     )
     sentences = [*result.evidence, *([advice] if advice else [])]
     print_section(console, Section(headline, "", [Paragraph(sentence) for sentence in sentences]))

@@ -129,7 +129,7 @@ def test_shrinking_reads_data_with_the_columns_of_the_call(adapters: Path, tmp_p
 
 def test_a_poor_fit_comes_with_what_to_do() -> None:
     assert poor_fit_advice({"a": 0.9, "b": 0.2, "c": 0.6}) == [
-        "Most of the difference has a higher rank than the adapter: raise --r, or give --energy .9"
+        "Most of the difference has a higher rank than the adapter: raise --r, or use --energy 0.9"
     ]
     assert poor_fit_advice({"a": 0.9, "b": 0.2, "c": 0.3}) == []
 
@@ -160,13 +160,16 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no way": (["shrink", "--adapter", "ONE"], "give one way to choose the ranks"),
     "two ways": (["shrink", "--adapter", "ONE", "--r", "2", "--energy", ".9"], "give one way"),
     "energy": (["shrink", "--adapter", "ONE", "--energy", "2"], "energy = 2.0"),
-    "half a budget": (["shrink", "--adapter", "ONE", "--data", "demo"], "go together"),
+    "half a budget": (["shrink", "--adapter", "ONE", "--data", "demo"], "use both or neither"),
     "not an adapter": (["shrink", "--adapter", "BASE", "--r", "2"], "adapter_config.json"),
-    "unknown weight": (["combine", "--adapter", "ONE", "--weight", "on=1"], "there are: one; did you mean one"),
-    "weight": (["combine", "--adapter", "ONE", "--weight", "one=much"], "'much' is not a number"),
+    "unknown weight": (["combine", "--adapter", "ONE", "--weight", "on=1"], "available names: one; did you mean one"),
+    "weight": (
+        ["combine", "--adapter", "ONE", "--weight", "one=much"],
+        "expected a number such as one=0.5, got 'much'",
+    ),
     "nan": (["combine", "--adapter", "ONE", "--weight", "one=nan"], "take finite numbers"),
     "useless": (["combine", "--adapter", "ONE", "--density", ".5"], "has no effect on method 'cat'"),
-    "result's name": (["combine", "--adapter", "default=ONE"], "'default' is the new adapter's name"),
+    "result's name": (["combine", "--adapter", "default=ONE"], "'default' is reserved for the result"),
     "taken folder": (["combine", "--adapter", "ONE", "--output-dir", "ONE"], "exists already"),
     "same": (["extract", "--model", "BASE", "--tuned", "BASE", "--r", "2"], "no selected layer differs"),
     "shapes": (["extract", "--model", "BASE", "--tuned", "OTHER", "--r", "2"], "misshapen model.layers.0.mlp.up_proj"),

@@ -66,13 +66,13 @@ def test_the_conversation_is_remembered_until_reset(
     ("line", "hint"),
     [
         ("/adapter rum", "did you mean run"),
-        ("/adapter", "there are: run"),
-        ("/adapter run loud", "a strength is one number"),
-        ("/adapter run nan", "a strength is one number"),
-        ("/adapter run 1 2", "a strength is one number"),
+        ("/adapter", "available: run"),
+        ("/adapter run loud", "STRENGTH: expected one number such as 0.7"),
+        ("/adapter run nan", "STRENGTH: expected one number such as 0.7"),
+        ("/adapter run 1 2", "STRENGTH: expected one number such as 0.7"),
         ("/adpater run", "did you mean /adapter"),
         ("/help", "/base"),
-        ("hello\n/base", "no adapter; the conversation is kept; /reset forgets it"),
+        ("hello\n/base", "no adapter; the conversation continues (/reset starts a new one)"),
     ],
 )
 def test_a_mistaken_command_is_told_and_the_chat_goes_on(
@@ -142,7 +142,7 @@ def test_generate_reads_a_prompt_from_a_pipe(tiny_model: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("tokens", "hint"),
     [
-        (["--adapter", "RUN", "--adapter", "RUN"], "two adapters are called run"),
+        (["--adapter", "RUN", "--adapter", "RUN"], "two adapters are named run"),
         (["--temperature", "-1"], "--temperature. Must be >= 0"),
         (["--seed", str(2**70)], "--seed. Must be < "),
         (["--system", "be brief", "--ignore-chat-template"], "--system needs the chat template"),
@@ -192,13 +192,13 @@ def test_the_system_message_of_the_training_is_used_and_said(
     code, answer, err = call(*tokens)
     assert (code, answer) == (0, asked)
     assert answer != without
-    assert "run uses the system message of its training: be brief and kind" in err
+    assert "run uses its system message from training: be brief and kind" in err
     assert "system message" not in call(*tokens, "--ignore-chat-template")[2]
     chat = [*model, str(run), "--adapter", str(other)]
     assert (
         talk(["hello", "/reset", "/adapter other", "hello", "/reset", "/adapter run", "hello"], chat, monkeypatch) == 0
     )
-    assert capsys.readouterr().out.splitlines(keepends=True) == [asked, without, asked]
+    assert capsys.readouterr().out == asked + without + asked
     code, answer, err = call(*tokens, "--adapter", str(other))
     assert "different system messages, so none is used" in err
     (run / "adapter" / "system_message.txt").write_bytes(b"\xff")
@@ -210,7 +210,7 @@ def test_a_system_message_that_was_not_stored_is_reported(tiny_model: Path, adap
     tokens = ["generate", "--model", tiny_model, "--adapter", tmp_path / "run", "--max-new-tokens", 2, "--prompt", "x"]
     for count in (5, 0):
         (tmp_path / "run" / "run.json").write_text(json.dumps({"data": {"messages": {"user": 5, "system": count}}}))
-        assert ("no common one is stored; --system TEXT sets one" in call(*tokens)[2]) == bool(count)
+        assert ("has no common one; set one with --system TEXT" in call(*tokens)[2]) == bool(count)
 
 
 def test_generate_continues_a_text_without_the_chat_template(tiny_model: Path) -> None:
@@ -247,12 +247,12 @@ def test_prompts_of_a_file_are_answered_into_a_file(name: str, text: str, tiny_m
 @pytest.mark.parametrize(
     ("name", "content", "hint"),
     [
-        ("a.txt", b"\n \n", "holds no prompt"),
+        ("a.txt", b"\n \n", "contains no prompt"),
         ("a.txt", b"\xff\xfe", "not UTF-8"),
         (
             "a.jsonl",
             b'{"prompt": "a"}\n{"text": "b"}\n{"prompt": 3}\n{',
-            "a.jsonl:2: no text under 'prompt'; it has text",
+            "a.jsonl:2: no text in column 'prompt'; columns: text",
         ),
         ("absent.txt", None, "absent.txt: No such file"),
         ("absent.jsonl", None, "absent.jsonl: No such file"),

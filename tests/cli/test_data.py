@@ -54,7 +54,7 @@ def test_without_a_file_it_says_that_the_data_is_the_demos(
     monkeypatch.setattr("tailora.train.dataloader.resolve_demo", lambda *_: str(chats))
     assert main(["data", "--model", str(tiny_model), "--validation-split", "0.2"]) == 0
     shown = capsys.readouterr()
-    assert shown.err.startswith("note: no file was given, so this is the demo's data")
+    assert shown.err.startswith("note: this is the demo's data; to see yours")
     assert re.search(r"^read as +messages$", shown.out, re.MULTILINE)
     assert main(["data", str(chats), "--model", str(tiny_model)]) == 0
     assert not capsys.readouterr().err
@@ -89,7 +89,7 @@ def test_a_package_that_the_next_command_needs_is_named(
     monkeypatch.setattr("tailora.cli.data.find_spec", lambda name: None if name == "seqeval" else name)
     assert main(command) == 0
     shown = " ".join(capsys.readouterr().out.partition("Next")[2].split())
-    assert "First install what scores of labels need: pip install 'tailora[classify]'." in shown
+    assert "First install the packages for classification metrics: pip install 'tailora[classify]'." in shown
 
 
 @pytest.mark.parametrize(("rows", "distinct"), [(60, 60), (60, 20), (120, 120)])
@@ -104,7 +104,7 @@ def test_data_and_the_run_agree_on_what_is_enough_to_judge_by(
     report = found("data", path, "--model", tiny_model, "--validation-split", share)
     is_few = report["eval"] < FEW_EXAMPLES
     assert is_few == (distinct < 100)
-    assert ("so that there are enough to judge by" in shown) != is_few
+    assert ("enough to evaluate the result" in shown) != is_few
     assert (f"It holds out about {report['eval']} examples. {TOO_FEW}" in shown) == is_few
 
 
@@ -163,7 +163,7 @@ def test_the_next_command_makes_enough_steps(
     (tmp_path / "run.yaml").write_text(f"lora_dropout: 0\n{config}")
     _, shown, _ = call("data", chats, "--model", tiny_model, "--config", tmp_path / "run.yaml", "--rows", 0, *flags)
     words = shlex.split(shown.strip().splitlines()[-1])
-    assert ("--num-train-epochs" in words) == (epochs is not None) == ("since fewer than 24 steps" in shown)
+    assert ("--num-train-epochs" in words) == (epochs is not None) == ("because fewer than 24 steps" in shown)
     assert epochs is None or words[words.index("--num-train-epochs") + 1] == epochs
 
 

@@ -162,7 +162,7 @@ def test_a_report_is_written_and_only_over_one_of_its_kind(adapter: Path, chats:
     (tmp_path / "out" / "report.json").write_text('{"kind": "compare"}')
     code, said, told = call(*tokens)
     assert (code, said) == (2, "")
-    assert "holds a report.json of another command" in told
+    assert "contains the report.json of another command" in told
 
 
 def test_a_whole_model_is_judged_alone(tiny_model: Path, chats: Path) -> None:
@@ -198,9 +198,9 @@ def test_an_adapter_that_is_trained_further_has_the_rows_of_both_runs(tmp_path: 
 
 
 BAD: dict[str, tuple[list[str], str]] = {
-    "nothing": (["--data", "CHATS"], "nothing to evaluate: give an ADAPTER"),
-    "no data": (["ONE"], "nothing to evaluate on: give --data"),
-    "gate without data": (["ONE", "--gate", "loss<1"], "--gate loss<1 needs held-out data: give --data"),
+    "nothing": (["--data", "CHATS"], "nothing to evaluate; name an ADAPTER"),
+    "no data": (["ONE"], "nothing to evaluate on; use --data"),
+    "gate without data": (["ONE", "--gate", "loss<1"], "--gate loss<1 needs held-out data; use --data"),
     "gate of a task and one without data": (
         ["ONE", "--tasks", "a", "--gate", "a/acc>0,loss<1"],
         "loss<1 needs held-out",
@@ -209,7 +209,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "normalize": (["ONE", "--data", "CHATS", "--normalize", "strp"], "did you mean strip"),
     "change": (["ONE", "--data", "CHATS", "--no-base", "--gate", "loss_change<0"], "leave --no-base out"),
     "no choices": (["ONE", "--data", "CHATS", "--gate", "acc>.5"], "accuracy needs choices; its rows are read as mess"),
-    "whole and base": (["BASE", "--model", "BASE", "--data", "CHATS"], "is a whole model"),
+    "whole and base": (["BASE", "--model", "BASE", "--data", "CHATS"], "is a full model"),
     "bad rows": (["ONE", "--data", "BAD"], "bad.jsonl:2: answer 'purple' matches no choice"),
     "dtype": (["ONE", "--data", "CHATS", "--dtype", "float8"], "float8"),
     "other base": (["ONE", "--model", "OTHER", "--data", "CHATS"], "base"),
@@ -327,4 +327,4 @@ def test_a_gate_that_is_not_met_and_a_mistake_have_their_exit_codes_on_two_proce
     assert two.stderr.count("error: ") == 1
     two = on_two_processes("tailora", *tokens, "--tasks", "arc_easy")
     assert two.returncode == 2
-    assert "--tasks runs in one process: leave --nproc-per-node" in two.stderr
+    assert "--tasks runs in one process; remove --nproc-per-node" in two.stderr

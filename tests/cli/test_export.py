@@ -124,7 +124,7 @@ def test_a_merge_after_a_quantised_run_needs_the_flag(
         (["RUN", "--to", "gguf", "--output", "RUN"], 2, "exists already and holds adapter; replaced are only"),
         (["RUN", "--to", "gguf", "--output", "RUN/adapter"], 2, "exists already and holds what this command reads"),
         (["absent", "--to", "gguf"], 2, "absent is not a folder"),
-        (["NAMELESS", "--to", "gguf"], 2, "does not name its base model in adapter_config.json: give --model"),
+        (["NAMELESS", "--to", "gguf"], 2, "does not name its base model in adapter_config.json; set --model"),
         (["RUN", "--to", "gguf", "--model", "absent"], 2, "no such folder here"),
         (["RUN"], 2, "--to"),
     ],
@@ -156,7 +156,7 @@ def test_the_system_message_of_training_goes_along_or_is_missed(
     assert main(["export", str(run), "--to", to, "--output", str(out), "--passport", "none"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert read_system_message(out) == system
-    assert "he system message of training is in system_message.txt" in shown
+    assert "he system message used in training is in system_message.txt" in shown
     lacks = "Requests need the system message of training, in system_message.txt: vLLM has no place for it."
     assert (lacks in shown) == (to == "vllm")
     if to == "vllm":
@@ -265,5 +265,5 @@ def test_an_adapter_that_changes_nothing_is_exported_without_passport(
 ) -> None:
     LoRAModel(LlamaForCausalLM.from_pretrained(tiny_model), LoRAConfig(r=4)).save_adapter(tmp_path / "adapter")
     assert main(["export", str(tmp_path / "adapter"), "--to", "peft", "--output", str(tmp_path / "a")]) == 0
-    assert "no passport.json written: the adapter changes no" in " ".join(capsys.readouterr().err.split())
+    assert "passport.json was not written: the adapter changes no" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "a" / "passport.json").exists()

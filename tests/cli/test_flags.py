@@ -158,7 +158,7 @@ def test_the_file_is_named_where_its_settings_are_wrong(
         (["--rank-pattern", "q_proj=x"], "rank_pattern"),
         (["--rank-pattern", "q_proj=4", "--rank-pattern", "q_proj=8"], "q_proj is given twice"),
         (["--field", "prompt=a,prompt=b"], "prompt is given twice"),
-        (["--target-modules", "q_proj", "--target-modules", ".*v"], "not both"),
+        (["--target-modules", "q_proj", "--target-modules", ".*v"], "expected names or one regular expression"),
     ],
 )
 def test_bad_flags_are_refused_with_their_cause(tokens: list[str], message: str) -> None:
@@ -242,7 +242,7 @@ def test_a_flag_of_another_tool_is_answered_with_ours(
     shown = capsys.readouterr()
     assert (
         shown.err
-        == f"error: Unknown option: {theirs}. It is {ours} here. `tailora {subcommand} --help` lists all flags\n"
+        == f"error: Unknown option: {theirs}. It is {ours} here. Run `tailora {subcommand} --help` for all flags\n"
     )
     assert f"It is {ours} here." in shown.out
     name, setting = (text.removeprefix("--").replace("-", "_") for text in (theirs, ours.replace(" ", ": ")))

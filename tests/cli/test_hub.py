@@ -176,7 +176,7 @@ def test_nothing_private_is_uploaded(
     (run / ADAPTER / "optimizer.bin").write_bytes(b"\x80\x04")
     code, _, err = call(capsys, "push", run, "user/adapter")
     assert code == 0
-    assert "the files call the base model tiny, which others cannot fetch; give its Hub id with --model" in err
+    assert "the files name the base model tiny, which others cannot download; set its Hub id with --model" in err
     assert "not uploaded: optimizer.bin" in err
     with safe_open(run / ADAPTER / ADAPTER_WEIGHTS, framework="pt") as file:
         assert str(tiny_model) in str(file.metadata()[METADATA_KEY])  # where the base is on this machine
@@ -291,7 +291,7 @@ def test_a_card_that_someone_wrote_or_edited_stays(hub: Server, run: Path, capsy
     hub.files[CARD] = mine
     code, _, err = call(capsys, "push", run, "user/adapter")
     assert code == 0
-    assert "README.md of user/adapter stays, because someone wrote or edited it; --replace-card" in err
+    assert "README.md of user/adapter is kept, because someone wrote or edited it; --replace-card" in err
     assert hub.files[CARD] == mine
     pushed(capsys, run, "user/adapter", "--replace-card")
     assert b"## Results" in hub.files[CARD]
@@ -327,7 +327,7 @@ def test_an_adapter_without_a_run_and_a_public_repository(
     code, _, err = call(capsys, "push", tmp_path / "dora", "user/dora")
     assert (code, "user/dora is public: everyone would see the adapter. Give --public" in err) == (2, True)
     repository.private = True
-    assert "user/dora stays private" in call(capsys, "push", tmp_path / "dora", "user/dora", "--public")[2]
+    assert "user/dora is still private" in call(capsys, "push", tmp_path / "dora", "user/dora", "--public")[2]
 
 
 def test_ctrl_c_says_that_all_files_are_there_or_none(
@@ -339,7 +339,7 @@ def test_ctrl_c_says_that_all_files_are_there_or_none(
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", stop)
     code, _, err = call(capsys, "push", run, "user/adapter")
     assert code == 130
-    assert "interrupted: user/adapter has all files or none; the same command uploads them again" in err
+    assert "interrupted: user/adapter has all files or none; run the same command again" in err
     assert no_files(hub)
 
 
@@ -347,10 +347,10 @@ def test_ctrl_c_says_that_all_files_are_there_or_none(
     ("tokens", "message"),
     [
         (["absent", "user/adapter"], "absent is not a folder"),
-        (["RUN", "adapter"], "'adapter' cannot be a repository: write owner/name"),
-        (["RUN", "a/b/c"], "'a/b/c' cannot be a repository"),
-        (["RUN", "user/adapter", "--model", "tiny"], "--model tiny: give the base model's Hub id, owner/name"),
-        (["RUN", "user/adapter", "--message", " "], "every commit on the Hub needs a message"),
+        (["RUN", "adapter"], "invalid repository 'adapter': expected owner/name"),
+        (["RUN", "a/b/c"], "invalid repository 'a/b/c'"),
+        (["RUN", "user/adapter", "--model", "tiny"], "--model tiny: expected the base model's Hub id, owner/name"),
+        (["RUN", "user/adapter", "--message", " "], "expected a commit message"),
     ],
 )
 def test_wrong_arguments_are_refused(
@@ -443,7 +443,7 @@ PUSH_FAILURES: dict[str, tuple[Fail, int, str]] = {
     "no token": (
         lambda _, patch: (patch.delenv("HF_TOKEN"), patch.setattr(constants, "HF_TOKEN_PATH", "/absent")),
         2,
-        "there is no token here: log in with `hf auth login`, or set HF_TOKEN",
+        "uploading to the Hub needs an access token: log in with `hf auth login`, or set HF_TOKEN",
     ),
     "read token": (
         lambda _, patch: patch.setenv("HF_TOKEN", READ_TOKEN),
@@ -475,12 +475,16 @@ PULL_FAILURES: dict[str, tuple[Fail, int, str]] = {
     "broken off": (
         lambda hub, _: hub.fail.update({("GET", f"/{ADAPTER_WEIGHTS}"): (500, "", "out of order")}),
         1,
-        "'user/adapter' is not fetched",
+        "cannot download 'user/adapter'",
     ),
     "no revision": (lambda *_: None, 1, "Revision Not Found"),
     "no id": (lambda hub, _: hub.odd_answers.update({"/api/models/": b"{}"}), 1, "an answer that is not the Hub's"),
     "a list": (lambda hub, _: hub.odd_answers.update({"/api/models/": b"[1]"}), 1, "an answer that is not the Hub's"),
-    "no JSON": (lambda hub, _: hub.odd_answers.update({"/api/models/": b"<html>"}), 1, "'user/adapter' is not fetched"),
+    "no JSON": (
+        lambda hub, _: hub.odd_answers.update({"/api/models/": b"<html>"}),
+        1,
+        "cannot download 'user/adapter'",
+    ),
 }
 FAILURES = [(["push", "adapter", "user/adapter"], *failure) for failure in PUSH_FAILURES.values()] + [
     (

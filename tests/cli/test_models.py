@@ -35,7 +35,7 @@ def test_the_base_is_quantised_as_the_run_did(tmp_path: Path) -> None:
     assert quantize_method([nf4, plain], "int8") == "int8"
     assert quantize_method([], None) is None
     assert all(quantize_method([folder], None) is None for folder in [plain, *broken])
-    with pytest.raises(ConfigError, match="give --quantize METHOD or none"):
+    with pytest.raises(ConfigError, match="set --quantize METHOD or none"):
         quantize_method([nf4, plain], None)
 
 
@@ -47,7 +47,7 @@ def test_a_run_that_has_not_finished_is_named_as_the_reason(tmp_path: Path) -> N
         ["inspect"],
     ):
         message = check_refused(
-            "contains no adapter, since its run has not finished. no ch", *command, tmp_path / "demo"
+            "contains no adapter, because its run has not finished. no ch", *command, tmp_path / "demo"
         )
         assert "base model" not in message
     (tmp_path / "demo" / "checkpoint-3").mkdir()
@@ -63,7 +63,7 @@ def test_generate_and_export_take_the_quantization_of_the_run(
     data = ["--data", str(chats), "--validation-split", "0.2", "--max-steps", "2", "--samples", "0"]
     assert main(["train", "--model", str(tiny_model), *data, "--quantize", "int8", "--output-dir", str(out)]) == 0
     shown = capfd.readouterr().err
-    assert "linear layers in int8" in shown
+    assert "linear layers in int8" in " ".join(shown.split())
     assert "MatMul8bitLt" not in shown
     assert "Failed to load" not in shown
     assert quantized_layers(load_model(str(tiny_model), parse_adapters([str(out)])).model)
@@ -131,7 +131,7 @@ def test_generate_loads_the_base_that_the_adapter_names(capsys: pytest.CaptureFi
     assert main(["generate", "--adapter", "run", *SHORT, "--device", "cpu", "--json"]) == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out)["model"] == "models/base"
-    assert "note: the base model is models/base, as run/adapter says; --model gives another" in shown.err
+    assert "note: the base model is models/base, as recorded in run/adapter; use --model to change it" in shown.err
     assert f"device: cpu, {device_name(torch.device('cpu'))}" in shown.err
 
 
@@ -163,7 +163,7 @@ def test_every_command_says_where_the_name_of_a_missing_base_is_from(
     }
     assert main([command, *tokens[command]]) == 2
     told = capsys.readouterr().err
-    assert f"run/adapter names its base model models/base ({project / 'models' / 'base'}); give --model" in told
+    assert f"run/adapter names the base model models/base ({project / 'models' / 'base'}); set --model" in told
     assert not Path("out").exists()
 
 

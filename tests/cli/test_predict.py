@@ -87,12 +87,12 @@ def test_eval_gives_scores_with_intervals_and_gates(folder: Path) -> None:
 
 def test_a_gate_on_a_change_is_refused_where_the_base_has_no_head(folder: Path) -> None:
     line = ["eval", folder / "run", "--data", folder / "rows.jsonl", "--gate", "accuracy_change>0"]
-    check_refused("has no head for these labels, so there is no score of it to compare with", *line)
+    check_refused("has no head for these labels, so it has no score to compare with", *line)
 
 
 @pytest.mark.parametrize("command", ["eval", "predict"])
 def test_a_system_message_is_refused_for_labels(command: str, folder: Path) -> None:
-    hint = "--system is for language models, and this model is for sequence-classification: leave it out"
+    hint = "--system is only for language models, but this model is for sequence-classification; remove it"
     check_refused(hint, command, folder / "run", "--data", folder / "rows.jsonl", "--system", "be brief")
 
 
@@ -101,12 +101,12 @@ def test_a_system_message_is_refused_for_labels(command: str, folder: Path) -> N
 def test_a_file_of_another_format_is_not_filled_with_json_lines(command: str, suffix: str, tmp_path: Path) -> None:
     output, rows = tmp_path / f"sorted{suffix}", write(tmp_path / "rows.jsonl", [{"prompt": "Hi"}])
     asked = ("--data" if command == "predict" else "--prompts", rows)
-    hint = f"--output {output}: JSON lines are written, not {suffix[1:].upper()}; give {tmp_path}/sorted.jsonl"
+    hint = f"--output {output}: expected a .jsonl file, got {suffix[1:].upper()}; use {tmp_path}/sorted.jsonl"
     check_refused(hint, command, "--model", "absent", *asked, "--output", output)
 
 
 def test_eval_names_a_score_that_there_is_not(folder: Path) -> None:
-    hint = "pearson: not a score of sequence-classification on this data; there are loss, accuracy"
+    hint = "unknown score pearson for sequence-classification on this data; available: loss, accuracy"
     check_refused(hint, "eval", folder / "run", "--data", folder / "rows.jsonl", "--metrics", "pearson")
 
 
@@ -144,7 +144,7 @@ def test_eval_reads_the_columns_of_the_training(folder: Path, tmp_path: Path) ->
     assert json.loads(out.splitlines()[-1])["data"]["mapping"] == {"text": "body", "label": "queue"}
     usual = "text=text,label=label"
     assert "columns as in training: --field text=body,label=queue; " in err
-    assert f"; if this data has the usual ones, use --field {usual}\n" in err
+    assert f"; for data with the standard names, use --field {usual}\n" in err
     code, out, err = call("eval", run, "--data", folder / "rows.jsonl", "--field", usual, "--json")
     assert code == 0, err
     assert "as in training" not in err
@@ -206,7 +206,9 @@ def test_a_language_model_answers_rows(tiny_model: Path, chats: Path, tmp_path: 
     assert code == 0
     assert json.loads(out)["id"] == 7
     rows = write(tmp_path / "rows.jsonl", [{"prompt": "Hi"}, {"question": "Hi"}])
-    check_refused("rows.jsonl:2: no messages and no prompt", "predict", "--model", tiny_model, "--data", rows)
+    check_refused(
+        "rows.jsonl:2: expected a column messages or prompt", "predict", "--model", tiny_model, "--data", rows
+    )
 
 
 def test_answers_get_the_system_message_that_the_run_trained_with(tiny_model: Path, tmp_path: Path) -> None:
@@ -261,7 +263,7 @@ def test_an_adapter_for_labels_is_shrunk_exported_and_inspected(folder: Path, tm
         (["generate", "--adapter", "RUN", "--prompt", "a"], "tailora predict"),
         (["serve", "--adapter", "RUN"], "was trained for sequence-classification: it predicts labels and writes"),
         (["export", "RUN", "--to", "gguf", "--output", "OUT"], "gguf cannot hold this adapter"),
-        (["export", "RUN", "--to", "vllm", "--output", "OUT"], "--to vllm is for language models, and"),
+        (["export", "RUN", "--to", "vllm", "--output", "OUT"], "--to vllm is for language models, but"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

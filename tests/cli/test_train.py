@@ -173,9 +173,7 @@ def test_demos_that_start_at_once_take_folders_of_their_own(
     assert set(map(str, taken)) == {"outputs/demo", *(f"outputs/demo-{number}" for number in range(2, 9))}
     assert all(folder.is_dir() for folder in taken)
     told = capsys.readouterr().err
-    assert (
-        "note: outputs/demo exists already, so this demo is written to outputs/demo-8: use that name in later" in told
-    )
+    assert "note: outputs/demo already exists, so this demo uses outputs/demo-8; use this name in later" in told
     assert told.count("note: ") == 7
 
 
@@ -187,7 +185,7 @@ def test_a_demo_of_several_processes_must_be_told_its_folder(monkeypatch: pytest
 
 def test_the_demo_goes_on_from_the_newest_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="contains a checkpoint; give"):
+    with pytest.raises(CheckpointError, match="contain no checkpoint; name"):
         demo_folder("latest")
     for age, name in enumerate(["demo-3/checkpoint-2", "demo-2/checkpoint-9", "demo/checkpoint-5", "a/checkpoint-9"]):
         Path("outputs", name).mkdir(parents=True)
@@ -236,7 +234,10 @@ def test_a_report_that_cannot_be_written_is_a_note_and_not_a_failure(
     (tmp_path / "run" / name).mkdir(parents=True)
     assert main([*line(flags), "--json"]) == 0
     shown = capsys.readouterr()
-    assert f"note: what was trained is whole, but its report is not: {tmp_path / 'run' / name} cannot be" in shown.err
+    assert (
+        f"note: the trained weights are complete, but the report is not: {tmp_path / 'run' / name} cannot be"
+        in shown.err
+    )
     assert f"tailora report {tmp_path / 'run'}" in shown.err
     assert json.loads(shown.out).keys() >= {*PROMISED}
     (tmp_path / "run" / name).rmdir()

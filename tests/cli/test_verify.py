@@ -26,7 +26,7 @@ def test_the_command_says_its_verdict(url: str, root: Path, capsys: pytest.Captu
     output = capsys.readouterr()
     assert "The server uses this adapter as it was trained." in output.out
     assert f"prompts to {url} legal" in output.err
-    assert f"prompts to {url} its base tiny" in output.err
+    assert f"prompts to {url} the base model tiny" in output.err
     weights = ["verify", url, "--adapter", str(root / "legal" / ADAPTER_WEIGHTS)]
     assert main([*weights, "--base", "tinny"]) == 2
     assert "--base tinny: the server has tiny, legal" in " ".join(capsys.readouterr().err.split())
@@ -122,7 +122,7 @@ def test_a_missing_endpoint_is_told_with_its_reason(
     monkeypatch.setitem(server_client.ENDPOINTS, "text", "/v1/absent")
     assert main(["verify", url, "--adapter", str(root / "legal"), "--json"]) == 0  # the chats tell
     output = capsys.readouterr()
-    assert "/v1/absent was left out: the server answers 404" in " ".join(output.err.split())
+    assert "/v1/absent was skipped: the server answered 404" in " ".join(output.err.split())
     assert any("not checked: fewer than 6 answers" in sentence for sentence in json.loads(output.out)["evidence"])
 
 

@@ -203,8 +203,8 @@ def test_the_command_says_which_models_have_a_system_message(
     report_systems(systems, folders)
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
     assert lines == [
-        "note: requests without a system message get that of the training, for stored",
-        "note: trained with system messages, of which none is stored: with; requests should bring one",
+        "note: requests without a system message use the one from training, for stored",
+        "note: trained with system messages, but without a common one: with; send one with each request",
     ]
 
 
@@ -354,7 +354,7 @@ def test_an_empty_key_is_an_error_of_the_command(
 ) -> None:
     monkeypatch.setenv(variable, " ")
     assert main(["serve", "--model", "nowhere"]) == 2
-    assert f"{variable} is set and empty" in capsys.readouterr().err
+    assert f"{variable} is empty; set it to a key" in capsys.readouterr().err
 
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
@@ -492,7 +492,7 @@ def test_the_command_serves_a_folder_and_ends_with_sigterm(root: Path, tmp_path:
     told = log.read_text()
     assert "engine: continuous batching" in told
     assert "models: tiny, legal, poet\n" in told
-    assert "left out, since they predict labels and write no text: tickets (sequence-classification)" in told
+    assert "skipped, because they predict labels and do not generate text: tickets (sequence-classification)" in told
     assert "t5 (seq2seq)" in told
     assert "what is that" not in told
     assert told.count("shutting down: waiting up to 30 s for 1 answer") == 1
