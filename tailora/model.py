@@ -186,7 +186,7 @@ class LoRAModel(nn.Module):
         return self
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Returns the number of parameters that are trained, and of all; a quantised base counts as if it were not."""
+        """Returns the number of parameters that are trained, and of all; a quantized base counts as if it were not."""
         trained = sum(parameter.numel() for parameter in self.lora_layers.parameters() if parameter.requires_grad)
         return trained, self.summary().total_parameters
 
@@ -392,8 +392,8 @@ class LoRAModel(nn.Module):
         self._merge_state.check_unmerged("start from data")
         run = data_init.passes(self, batches, loss, name, adapter.config)
         with self.disable_adapter(), evaluating(self):
-            initialised = data_init.start_from_data(adapter, self.base_model, run, rho)
-        self._adapter_set.replace(name, initialised)
+            initialized = data_init.start_from_data(adapter, self.base_model, run, rho)
+        self._adapter_set.replace(name, initialized)
         self.set_adapter(self.active_adapters)
 
     def allocate_ranks(self, optimizer: Optimizer, total_steps: int, *, name: str = "default") -> RankAllocator:
@@ -478,7 +478,7 @@ class LoRAModel(nn.Module):
 
         All merged weights are computed and found finite before the first is written. Raises MergeError; also for
         a weight that another layer shares, unless `untie_weights` gives the adapted layer its own.
-        Returns the rounding error of every layer relative to its update. A quantised base is dequantised as a whole.
+        Returns the rounding error of every layer relative to its update. A quantized base is dequantized as a whole.
         """
         self._adapter_set.check_no_batch("merge")
         return self._merge_state.merge(self._adapter_set.layers, untie_weights=untie_weights)

@@ -179,11 +179,11 @@ def show(console: Console, report: dict[str, Any], examples: Mapping[str, Pieces
     print_rich_table(console, facts(report))
     console.print()
     print_rich_table(console, histogram(report["lengths"]))
-    in_colour = console.color_system is not None and not console.no_color
-    legend = highlighted([("learned", True), (" and only read", False)], in_colour)
+    in_color = console.color_system is not None and not console.no_color
+    legend = highlighted([("learned", True), (" and only read", False)], in_color)
     for name, pieces in examples.items():
         console.print(Text.assemble((f"\n{name}: ", "bold"), legend))
-        console.print(highlighted(pieces, in_colour), soft_wrap=not console.is_terminal)
+        console.print(highlighted(pieces, in_color), soft_wrap=not console.is_terminal)
 
 
 def facts(report: dict[str, Any]) -> Table:
@@ -222,8 +222,8 @@ def histogram(bins: Sequence[dict[str, int]]) -> Table:
     return table
 
 
-def highlighted(pieces: Pieces, in_colour: bool) -> Text:
-    """Returns learned text in green and the rest dim; without colour, learned text in [[ ]]."""
-    if in_colour:
+def highlighted(pieces: Pieces, in_color: bool) -> Text:
+    """Returns learned text in green and the rest dim; without color, learned text in [[ ]]."""
+    if in_color:
         return Text.assemble(*((text, "green" if learned else "dim") for text, learned in pieces))
     return Text("".join(f"[[{text}]]" if learned else text for text, learned in pieces))

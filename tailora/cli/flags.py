@@ -35,7 +35,7 @@ SECTIONS = {  # the first field of each section of --help
     "task": "Task",
     "r": "Adapter",
     "field": "Data",
-    "learning_rate": "Optimisation",
+    "learning_rate": "Optimization",
     "eval_steps": "Evaluation and files",
 }
 NEXT_PAIR = re.compile(r",(?=[\w.-]+=)")  # a comma before the next KEY=; any other comma is part of a value

@@ -236,7 +236,7 @@ def exit_code(error: BaseException) -> int:
 # ---- Output: results go to stdout, everything else to stderr
 #
 # User texts such as paths and prompts may contain brackets, so consoles do not interpret markup.
-# rich honours NO_COLOR and FORCE_COLOR. A progress bar needs more than colour: a real terminal.
+# rich honours NO_COLOR and FORCE_COLOR. A progress bar needs more than color: a real terminal.
 
 
 class SafeConsole(Console):

@@ -120,7 +120,7 @@ class TrainConfig(StrictModel):
     modules_to_save: list[str] | None = Field(
         None, description="modules to train in full and save with the adapter, such as lm_head"
     )
-    use_rslora: bool = Field(False, description="rank-stabilised LoRA: scale by alpha / sqrt(r)")
+    use_rslora: bool = Field(False, description="rank-stabilized LoRA: scale by alpha / sqrt(r)")
     use_dora: bool = Field(False, description="DoRA: also train the magnitude of every output row")
     lora_bias: bool = Field(False, description="add a trainable bias to the update")
     bias: Literal["none", "all", "lora_only"] = Field("none", description="biases of the base model to train")
@@ -129,7 +129,7 @@ class TrainConfig(StrictModel):
     )
     learn_scaling: bool = Field(False, description="make the scale of every layer trainable")
     init_lora_weights: Init = Field(
-        "kaiming", description='initialisation of A and B; see "Settings of an adapter" in the docs'
+        "kaiming", description='initialization of A and B; see "Settings of an adapter" in the docs'
     )
     target_r: int | None = Field(
         None, ge=1, lt=COUNT, description="AdaLoRA: average rank at the end of training; it starts at --r"
@@ -146,7 +146,7 @@ class TrainConfig(StrictModel):
     orth_reg_weight: float = Field(
         0.5, ge=0, description="AdaLoRA: weight of the penalty that keeps A and B orthonormal"
     )
-    init_batches: PositiveInt = Field(4, description="eva: batches used for the initialisation")
+    init_batches: PositiveInt = Field(4, description="eva: batches used for the initialization")
     # data
     field: dict[str, str] = Field({}, description="column names in the data: prompt=COLUMN,completion=COLUMN")
     system: str | None = Field(None, description="system message for conversations without one")
@@ -175,7 +175,7 @@ class TrainConfig(StrictModel):
         False, description="skip unusable rows and write them to skipped-rows.jsonl with the reasons"
     )
     streaming: bool = Field(False, description="stream the data instead of loading it first; needs --max-steps")
-    # optimisation
+    # optimization
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate")
     loraplus_lr_ratio: float = Field(
         1.0, ge=1, description="LoRA+: learning rate of B as a multiple of --learning-rate"
@@ -218,7 +218,7 @@ class TrainConfig(StrictModel):
     fsdp_offload_params: bool = Field(
         False, description="FSDP2: keep sharded weights in host memory and copy each layer to the device when it runs"
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="seed for data order, initialisation and dropout")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed for data order, initialization and dropout")
     # evaluation and files
     eval_steps: NonNegativeInt = Field(0, description="evaluate every N steps; 0: only before and after training")
     early_stopping_patience: NonNegativeInt = Field(
@@ -284,7 +284,7 @@ class TrainConfig(StrictModel):
             ),
             (
                 self.fsdp_offload_params and (full or self.quantize),
-                "--fsdp-offload-params needs frozen weights that are not quantised; remove it",
+                "--fsdp-offload-params needs frozen weights that are not quantized; remove it",
             ),
             (adapter_settings, f"--adapter already defines {adapter_settings}; remove these settings"),
         ]

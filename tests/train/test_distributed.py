@@ -516,7 +516,7 @@ def test_one_process_has_nothing_to_shard(settings: Any) -> None:
     [
         ({"fsdp_reshard_after_forward": False}, "only with --fsdp"),
         ({"fsdp_offload_params": True}, "only with --fsdp"),
-        ({"fsdp_offload_params": True, "fsdp": True, "quantize": "nf4"}, "not quantised; remove it"),
+        ({"fsdp_offload_params": True, "fsdp": True, "quantize": "nf4"}, "not quantized; remove it"),
         *(
             ({"fsdp": True, "quantize": method}, f"--fsdp does not support --quantize {method}.*; use nf4")
             for method in ("int8", "torchao-int8", "torchao-int4")
