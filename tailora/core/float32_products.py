@@ -33,16 +33,16 @@ ATTENTION = "tailora::packed_attention"  # of `kernels.cpu_attention`; its last 
 # ---- The products
 
 
-def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """Returns x W^T + b, computed in float32, in the precision of x: (..., in), (out, in) -> (..., out).
 
-    bias: (out,), or (tokens, out) for x (tokens, in).
+    bias: (out,), or (tokens, out) for x (tokens, in).    out: where the result is written, if given.
     """
     wide, wide_bias = x.float(), None if bias is None else bias.float()
     rows = max(BLOCK_ELEMENTS // weight.shape[1], 1)
-    if len(weight) <= 2 * rows:
+    if out is None and len(weight) <= 2 * rows:
         return _linear_in_float32(wide, weight, wide_bias).to(x.dtype)
-    y = x.new_empty(*x.shape[:-1], len(weight))
+    y = x.new_empty(*x.shape[:-1], len(weight)) if out is None else out
     for start in range(0, len(weight), rows):
         part = slice(start, start + rows)
         y[..., part] = _linear_in_float32(wide, weight[part], None if wide_bias is None else wide_bias[..., part])
@@ -172,8 +172,11 @@ def _mm(tokens: int, _func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any
     a, b = args
     if kwargs.keys() - {"out"} or not _pays(tokens, a, b) or (torch.is_grad_enabled() and a.requires_grad):
         return None
-    y = float32_product(a, b) if b.is_contiguous() else float32_linear(a, b.mT)
-    return y if "out" not in kwargs else kwargs["out"].copy_(y)
+    out = kwargs.get("out")
+    if not b.is_contiguous():
+        return float32_linear(a, b.mT, out=out)
+    y = float32_product(a, b)
+    return y if out is None else out.copy_(y)
 
 
 def _sdpa(tokens: int, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
