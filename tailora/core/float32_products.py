@@ -12,8 +12,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from tailora.core.cache import cache_folder
 from tailora.core.device import HALF, device_name
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 BLOCK_ELEMENTS = 1 << 20  # of a weight that are converted at a time: 4 MB in float32, which a core's caches hold
 TOKENS = (4, 16, 64)  # of the products that are timed
 TIMES = 3  # that each is timed, of which the shortest counts
@@ -68,16 +70,29 @@ def float32_product(x: Tensor, weight: Tensor) -> Tensor:
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
+def without_modes(function: Function) -> Function:
+    """Calls torch inside the function without modes such as `Float32Products`, which take as long as short calls."""
+
+    @wraps(function)
+    def called(*args: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return function(*args)
+
+    return cast(Function, called)
+
+
 class _Linear(torch.autograd.Function):
     """`float32_linear`, which keeps its 16-bit arguments for the backward."""
 
     @staticmethod
+    @without_modes
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
         ctx.adds_per_token = bias is not None and bias.ndim > 1
         return float32_linear(x, weight, bias)
 
     @staticmethod
+    @without_modes
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         dy, dx, dweight, dbias = gradients[0], None, None, None

@@ -43,6 +43,7 @@ from tailora.train.kernel_choice import (
     Kernels,
     choose_layout,
     plain_kernels,
+    recomputes_cheap,
     share_kept,
     use_kernels,
 )
@@ -140,14 +141,14 @@ def fake_model(
             task = task_of_shape(config, shape)
             layout = choose_layout(config, model, None, notes.append, compare=False, task=task)
         if task.is_plain:
-            kernels = Kernels(PLAIN, "layers: plain")
+            kernels = Kernels(PLAIN, "layers: plain", recomputes=recomputes_cheap(config, base))
         elif isinstance(device, AbsentDevice):
             if layout.packed and not device.keeps_scores:
                 layout = replace(layout, attention=CPU)
             attention = "SDPA, all scores" if device.keeps_scores else "flash or flex_attention, no scores"
             kernels = Kernels(PLAIN, f"decoder layers: plain; attention: {attention} kept; loss: {layout.loss}")
         else:
-            kernels = plain_kernels(base, layout)
+            kernels = plain_kernels(config, base, layout)
         yield FakeModel(model, task, layout, kernels, weights, notes)
 
 

@@ -38,6 +38,7 @@ from tailora.kernels.compiled_layers import (
 from tailora.kernels.cpu_attention import BLOCK, BLOCKS_ONLY, FLASH_ONLY, flash_thresholds
 from tailora.kernels.device_attention import PROVIDERS
 from tailora.kernels.loss import FROZEN, RECOMPUTED, Batch, own_form
+from tailora.kernels.recompute import Recomputing, recomputed
 from tailora.train.config import TrainConfig
 from tailora.train.kernel_comparison import (
     compare_layers,
@@ -67,6 +68,7 @@ class Kernels:
     layers: str  # PLAIN: those of transformers; COMPILED: by torch.compile
     description: str  # for the run's header: decoder layers; attention; loss
     compiled: CompiledLayers | None = None
+    recomputes: bool = False  # True: what is cheap to compute again is not kept for the backward
 
     @property
     def record(self) -> dict[str, Any]:
@@ -193,7 +195,7 @@ def choose_kernels(
             raise ConfigError("--fast compile and --activation-memory are for language models: leave them out")
         attention = base.config._attn_implementation
         text = f"layers: plain; attention: {attention}; loss: {layout.loss}{_products(base, layout)}"
-        return Kernels(PLAIN, text)
+        return Kernels(PLAIN, text, recomputes=recomputes_cheap(config, base))
     reason = ""
     if config.fast != "off":
         kernels, obstacle = _try_compiled(config, model, layout, work, recorded)
@@ -208,7 +210,7 @@ def choose_kernels(
                 "as it was started, or start again in another --output-dir"
             )
         reason = f" (compiled layers: {obstacle})"
-    return plain_kernels(base, layout, reason)
+    return plain_kernels(config, base, layout, reason)
 
 
 def recorded_kernels(run: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -338,10 +340,17 @@ def _compile_for_training(
     return None, "as when the run was started"
 
 
-def plain_kernels(base: PreTrainedModel, layout: BatchLayout, reason: str = "") -> Kernels:
+def plain_kernels(config: TrainConfig, base: PreTrainedModel, layout: BatchLayout, reason: str = "") -> Kernels:
     """Returns the layers of transformers. reason: why others are not used."""
-    text = f"decoder layers: plain{reason}; attention: {_attention(base, layout)}; loss: {layout.loss}"
-    return Kernels(PLAIN, text + _products(base, layout))
+    recomputes = recomputes_cheap(config, base)
+    layers = "plain, with cheap activations recomputed" if recomputes else "plain"
+    text = f"decoder layers: {layers}{reason}; attention: {_attention(base, layout)}; loss: {layout.loss}"
+    return Kernels(PLAIN, text + _products(base, layout), recomputes=recomputes)
+
+
+def recomputes_cheap(config: TrainConfig, base: PreTrainedModel) -> bool:
+    """True on a CPU. With checkpointing each layer is computed again anyway; on a device calls of torch cost more."""
+    return base.device.type == "cpu" and config.fast != "off" and not config.gradient_checkpointing
 
 
 def _products(base: PreTrainedModel, layout: BatchLayout) -> str:
@@ -354,15 +363,18 @@ def _products(base: PreTrainedModel, layout: BatchLayout) -> str:
     return f"; products: float32 from {layout.float32_from} tokens on, which is faster here than {dtype}"
 
 
-# Of what plain layers keep for the backward, compiled ones keep this share, times --activation-memory: 141 of 182 MB,
-# measured on SmolLM2's shape in bfloat16. Down to .4 the bytes were about proportional.
-COMPILED_SHARE = 0.77
+# Of what plain layers keep for the backward, measured on SmolLM2's shape in bfloat16. Compiled ones keep this share
+# times --activation-memory (141 of 182 MB; down to .4 the bytes were about proportional), and plain ones the other
+# share if cheap activations are recomputed (25.4 of 48.2 MB for 4 layers and 512 tokens).
+COMPILED_SHARE, RECOMPUTED_SHARE = 0.77, 0.53
 
 
 def share_kept(kernels: Kernels, activation_memory: float) -> float:
     """Returns what compiled layers keep for the backward, as a share of what the layers of these kernels keep."""
-    kept = 1.0 if kernels.compiled is None else COMPILED_SHARE * kernels.compiled.activation_memory
-    return min(COMPILED_SHARE * activation_memory / kept, 1.0)
+    kept = RECOMPUTED_SHARE if kernels.recomputes else 1.0
+    if kernels.compiled is not None:
+        kept = COMPILED_SHARE * kernels.compiled.activation_memory
+    return COMPILED_SHARE * activation_memory / kept
 
 
 def share_kept_instead(config: TrainConfig, base: PreTrainedModel, kernels: Kernels) -> float | None:
@@ -390,18 +402,20 @@ def _attention(base: PreTrainedModel, layout: BatchLayout) -> str:
 @contextmanager
 def use_kernels(
     base: PreTrainedModel, layout: BatchLayout, kernels: Kernels, *, checkpointed: bool = False
-) -> Iterator[None]:
+) -> Iterator[Recomputing | None]:
     """Within the block the model computes batches of this layout with these kernels; then it is restored.
 
+    Yields what decides which tensors autograd keeps; None: autograd itself.
     checkpointed: with gradient checkpointing. Raises ConfigError if the model does not support it.
     """
     with ExitStack() as stack:
+        recomputing = stack.enter_context(recomputed()) if kernels.recomputes and not checkpointed else None
         stack.enter_context(layout.used_by(base))
         if kernels.compiled is not None:
             stack.enter_context(kernels.compiled.used_by(decoder_layers(base)))
         elif checkpointed:
             stack.enter_context(checkpointed_layers(base))
-        yield
+        yield recomputing
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from tailora.core.quantization import dense_shape, inner_tensors, quantized_laye
 from tailora.errors import MemoryLimitError, is_out_of_memory
 from tailora.kernels import cpu_attention
 from tailora.kernels.cpu_attention import flash_backward_op, flash_op, split_documents
+from tailora.kernels.recompute import Recomputing
 
 CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # the groups of this process; all groups
 CGROUP_FILES = {  # folder of a version -> its files of limit and use, and the files in memory that can be dropped
@@ -188,14 +189,16 @@ class Cost:
         return int(self.fixed + per_token * size.tokens + self.per_supervised * size.supervised)
 
 
-def measure_cost(forward: Callable[[int, bool], Tensor], tokens: int, model: PreTrainedModel) -> Cost:
+def measure_cost(
+    forward: Callable[[int, bool], Tensor], tokens: int, model: PreTrainedModel, recomputing: Recomputing | None = None
+) -> Cost:
     """Returns the cost, from what three calls of `forward(number of tokens, whether they are supervised)` keep.
 
     `forward` must not checkpoint the model's layers.
     """
-    half = kept_bytes(partial(forward, tokens // 2, False), model)
-    whole = kept_bytes(partial(forward, tokens, False), model)
-    supervised = kept_bytes(partial(forward, tokens, True), model)
+    half = kept_bytes(partial(forward, tokens // 2, False), model, recomputing)
+    whole = kept_bytes(partial(forward, tokens, False), model, recomputing)
+    supervised = kept_bytes(partial(forward, tokens, True), model, recomputing)
     per_token = (whole - half) / (tokens - tokens // 2)
     config, width = model.config.get_text_config(), model.dtype.itemsize
     layers, hidden = config.num_hidden_layers, config.hidden_size
@@ -208,8 +211,11 @@ def measure_cost(forward: Callable[[int, bool], Tensor], tokens: int, model: Pre
     )
 
 
-def kept_bytes(forward: Callable[[], Tensor], model: PreTrainedModel) -> int:
-    """Returns the bytes that autograd keeps after the forward, without the model's weights."""
+def kept_bytes(forward: Callable[[], Tensor], model: PreTrainedModel, recomputing: Recomputing | None = None) -> int:
+    """Returns the bytes that autograd keeps after the forward, without the model's weights.
+
+    recomputing: what decides which tensors it keeps, if not autograd itself.
+    """
     known = {part.untyped_storage().data_ptr() for tensor in stored_tensors(model) for part in inner_tensors(tensor)}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -220,8 +226,11 @@ def kept_bytes(forward: Callable[[], Tensor], model: PreTrainedModel) -> int:
                 kept[storage._cdata] = storage
         return tensor.detach()  # the tensor itself would keep its own graph alive for ever
 
-    with saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
+    hooks = saved_tensors_hooks(keep, lambda tensor: tensor) if recomputing is None else nullcontext()
+    with hooks, torch.enable_grad():
         loss = forward()  # kept alive while sizes are added up, so that no address is used by two tensors
+    if recomputing is not None:
+        kept = {key: storage for key, storage in recomputing.storages() if storage.data_ptr() not in known}
     total = sum(storage.nbytes() for storage in kept.values())  # FSDP2 has freed the weights that it gathered
     del loss
     return total

@@ -494,7 +494,7 @@ def memory_cost(
         part = task.start_of(example, tokens, supervised=supervised)
         return task.outputs(model, make_batch([part], layout, base.device, task), layout).losses.sum()
 
-    with use_kernels(base, layout, kernels):
-        cost = measure_cost(forward, min(len(example.input_ids), PROBE_TOKENS), base)
+    with use_kernels(base, layout, kernels) as recomputing:
+        cost = measure_cost(forward, min(len(example.input_ids), PROBE_TOKENS), base, recomputing)
     forget_forward(base)
     return cost

@@ -165,7 +165,7 @@ class Trainer:
             raise ConfigError("the held-out examples are not those of the base's evaluation: the data has changed")
         self.state.before = self.state.before or self.before
 
-    def use_kernels(self) -> AbstractContextManager[None]:
+    def use_kernels(self) -> AbstractContextManager[object]:
         """Within the block the model computes with the chosen attention and kernels."""
         run = self.run
         return use_kernels(run.base, run.layout, run.kernels, checkpointed=self.config.gradient_checkpointing)
