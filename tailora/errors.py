@@ -1,26 +1,26 @@
-"""Every error that tailora raises on purpose.
+"""The exceptions of tailora.
 
     TailoraError
-    ├── ConfigError(ValueError)      a setting that is unknown, out of range, or contradicts another
+    ├── ConfigError(ValueError)      an unknown, invalid or contradictory setting
     ├── TargetError(ValueError)      a selector that matches nothing, or a layer that cannot be adapted
-    ├── AdapterError(LookupError)     an adapter name that is unknown or already taken
-    │   └── AdapterNotFoundError      a name or a path that a server does not have
-    ├── RowsError(ValueError)        a batch that does not have the rows that adapters were chosen for
-    ├── FormatError(ValueError)      a file that is not what it should be
-    │   ├── BaseMismatchError        an adapter made for another base model
+    ├── AdapterError(LookupError)     an adapter name that is unknown or already in use
+    │   └── AdapterNotFoundError      a name or a path that does not exist on a server
+    ├── RowsError(ValueError)        a batch whose rows do not match the chosen adapters
+    ├── FormatError(ValueError)      a damaged or unsupported file
+    │   ├── BaseMismatchError        an adapter for a different base model
     │   └── PatternError             a regular expression that takes too long
     ├── MergeError(RuntimeError)     weights that cannot be merged or unmerged
-    ├── DataError(ValueError)        training data that cannot be learned from
-    ├── CheckpointError(RuntimeError) a checkpoint that is missing, damaged or of another run
-    ├── DivergedError(ArithmeticError) a loss or gradient that is not finite
-    ├── MemoryLimitError(MemoryError) the machine's memory is too small for what was asked
-    │   └── MemoryInUseError          it is large enough, but others use it now
-    ├── FetchError(OSError)          something that had to be downloaded and was not
-    ├── ServerError(OSError)         a server that cannot be asked, or does not answer as it should
+    ├── DataError(ValueError)        invalid data
+    ├── CheckpointError(RuntimeError) a checkpoint that is missing, damaged or from a different run
+    ├── DivergedError(ArithmeticError) a loss or gradient that is NaN or infinite
+    ├── MemoryLimitError(MemoryError) the machine does not have enough memory
+    │   └── MemoryInUseError          it would be enough, but other programs use it
+    ├── FetchError(OSError)          a failed download
+    ├── ServerError(OSError)         a server that cannot be reached or answers incorrectly
     ├── ProcessFailedError(RuntimeError) another process of a distributed run has failed
     └── WriteError(OSError)          a file or folder that cannot be written
 
-A message says what was asked, what there is, and what to do. All problems of an error are gathered before it is raised.
+A message states what is wrong (with the value), what is expected, and what to do. It lists all problems at once.
 """
 
 from collections.abc import Iterable
@@ -30,11 +30,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 INTERRUPTED = 130  # exit code after Ctrl-C, SIGTERM or SIGHUP
-CLOSE, MUCH_LESS = 0.6, 0.15  # of difflib's ratio; below CLOSE is 'streaming' for 'do_train'
+CLOSE, MUCH_LESS = 0.6, 0.15  # ratios of difflib; 'streaming' for 'do_train' is below CLOSE
 
 
 class TailoraError(Exception):
-    """Base of all errors below. `exit_code` is what the command line returns for it."""
+    """Base class of all exceptions of tailora. The command line exits with `exit_code`."""
 
     exit_code = 1
 
@@ -111,7 +111,7 @@ class ServerError(TailoraError, OSError):
 
 
 class ProcessFailedError(TailoraError, RuntimeError):
-    """Another process of a distributed run has failed. `traceback`: of that process, if it has met a bug of tailora."""
+    """Another process of a distributed run has failed. `traceback`: its traceback, if the cause is a bug in tailora."""
 
     def __init__(self, message: str, exit_code: int = 1, *, traceback: str = "") -> None:
         super().__init__(message)
@@ -124,35 +124,35 @@ class WriteError(TailoraError, OSError):
 
 OUT_OF_MEMORY = (
     *("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "std::bad_alloc"),
-    *("failed to map segment", "can't start new thread"),  # a library, the stack of a thread
+    *("failed to map segment", "can't start new thread"),  # of a library, of a thread's stack
     *("could not create a primitive", "error return without exception set"),  # oneDNN; Python within an import
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True if memory ran out in Python, torch, a library or the system; most of them say so only in their text."""
+    """True if memory ran out in Python, torch, a library or the system. Most of these report it only in their text."""
     if isinstance(error, TailoraError):
         return False
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == ENOMEM):
         return True
-    says_so = isinstance(error, RuntimeError | ImportError | SystemError) or type(error).__name__ == "SafetensorError"
-    return says_so and any(sign in str(error).lower() for sign in OUT_OF_MEMORY)
+    has_text = isinstance(error, RuntimeError | ImportError | SystemError) or type(error).__name__ == "SafetensorError"
+    return has_text and any(sign in str(error).lower() for sign in OUT_OF_MEMORY)
 
 
 def nearest(name: str, known: Iterable[str], *, cutoff: float = CLOSE) -> str:
-    """Returns '; did you mean x, y?' with the known names closest to `name`, or '' if none is as close as `cutoff`."""
+    """Returns '; did you mean x, y?' with the known names closest to `name`, or '' if none reaches `cutoff`."""
     return _question(_close_names(name, known, cutoff))
 
 
 def nearest_path(path: Path, *, folders_only: bool = False) -> str:
-    """Returns what `nearest` does, with the names in the folder of a missing path; suffixes are not compared."""
+    """Like `nearest`, with the names in the folder of a missing path; suffixes are ignored."""
     entries = path.parent.iterdir() if path.parent.is_dir() else ()
     names = {entry.stem: entry.name for entry in entries if entry.is_dir() or not folders_only}
     return _question([names[stem] for stem in _close_names(path.stem, names)])
 
 
 def _close_names(name: str, known: Iterable[str], cutoff: float = CLOSE) -> list[str]:
-    """Returns the known names that are close to `name`, the closest first, without those that are much less close."""
+    """Returns the known names that are close to `name`, closest first, without much worse matches."""
     matches = get_close_matches(name, list(known), cutoff=cutoff)
     ratios = {match: SequenceMatcher(None, match, name).ratio() for match in matches}
     return [match for match in matches if ratios[match] > max(ratios.values()) - MUCH_LESS]
@@ -164,7 +164,7 @@ def _question(matches: Iterable[str]) -> str:
 
 
 def listing(problems: list[str], most: int | None = None) -> str:
-    """Returns one problem as it is, several as a counted, indented list of the first `most` of them, or of all."""
+    """Returns one problem unchanged, and several as an indented list, of all or the first `most`."""
     if len(problems) == 1:
         return problems[0]
     lines = [f"  - {problem}" for problem in problems[:most]]
@@ -174,6 +174,6 @@ def listing(problems: list[str], most: int | None = None) -> str:
 
 
 def require_packages(*packages: str, extra: str) -> None:
-    """Raises ConfigError when one of these is not installed; `extra` is the extra of tailora that brings them."""
+    """Raises ConfigError if one of these packages is not installed. extra: the extra of tailora that installs them."""
     if missing := [package for package in packages if find_spec(package) is None]:
-        raise ConfigError(f"this needs {', '.join(missing)}, which is not installed: pip install 'tailora[{extra}]'")
+        raise ConfigError(f"{', '.join(missing)} not installed; run: pip install 'tailora[{extra}]'")

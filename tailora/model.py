@@ -1,10 +1,10 @@
 """LoRAModel: a base model with adapters.
 
     base_model    the user's model, with its parameters, state dict and save_pretrained unchanged
-    lora_layers   the parts of the active adapters, by path: all that is trained
+    lora_layers   the parts of the active adapters, by path; only these are trained
 
-An `AdapterSet` holds the adapters and knows which are active; a `MergeState` knows whether they are merged. Each
-method checks that both allow the operation, and calls the function of `core` or `formats` that does it.
+An `AdapterSet` contains the adapters and tracks which ones are active; a `MergeState` tracks whether they are merged.
+Each method checks that both allow the operation and calls the function of `core` or `formats` that implements it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,16 +41,16 @@ if TYPE_CHECKING:
     from tailora.formats.serving_targets import ServingExport, ServingSettings
 
 TRAINER = (
-    "a trainer of transformers or TRL would not save a LoRAModel as an adapter; make its class with "
+    "trainers of transformers and TRL would not save a LoRAModel as an adapter; wrap the trainer's class with "
     "tailora.train.huggingface.adapting: adapting(Trainer)(model=lora_model, ...)"
 )
 
 
 class LoRAModel(nn.Module):
-    """Any `nn.Module` with LoRA adapters. Calls, `generate` and other attributes are the base model's.
+    """An `nn.Module` with LoRA adapters. Calls, `generate` and other attributes are forwarded to the base model.
 
-    The base is frozen; what trains is `lora_layers.parameters()`. Adapters are added, loaded and switched by name;
-    one called `adapter_name` is made from `config` (default: every linear layer but the output head) and is active.
+    The base model is frozen; train `lora_layers.parameters()`. Adapters have names. The first one, `adapter_name`, is
+    created from `config` (default: every linear layer except the output head) and is active.
     Raises TargetError if the config names layers that are missing or cannot be adapted, or if the base has adapters.
     """
 
@@ -77,9 +77,10 @@ class LoRAModel(nn.Module):
         adapter_name: str = "default",
         **options: Unpack[LoadOptions],
     ) -> Self:
-        """Returns the base with the adapter of `folder` active. Takes and raises what `load_adapter` does.
+        """Returns the base model with the adapter of `folder`, which is active. Options and errors: see `load_adapter`.
 
-        The adapter is in the mode of the base, which transformers loads in evaluation mode: call `train()` to train it.
+        The adapter gets the mode of the base model, which transformers loads in evaluation mode: call `train()` to
+        train it.
         """
         check_base(base_model)
         adapter = load(folder, base_model, **options)
@@ -99,7 +100,7 @@ class LoRAModel(nn.Module):
         r: int | None = None,
         energy: float | None = None,
     ) -> tuple[Self, compress.Extraction]:
-        """Returns the base with the adapter that comes nearest to a fully tuned copy of it; see `compress.extract`."""
+        """Returns the base model with the adapter that best approximates `tuned_model`; see `compress.extract`."""
         check_base(base_model)
         check_base(tuned_model)
         adapter, report = compress.extract(base_model, tuned_model, r=r, energy=energy, config=config or LoRAConfig())
@@ -107,11 +108,11 @@ class LoRAModel(nn.Module):
 
     @classmethod
     def from_peft(cls, peft_model: Any) -> Self:
-        """Takes over a `peft.PeftModel`: its base, freed of PEFT, with all its LoRA adapters and the active ones.
+        """Converts a `peft.PeftModel` in place, with all its LoRA adapters; the same ones are active.
 
-        The outputs stay the same; `peft_model` is not to be used again. Scales are those that PEFT computes with now.
-        A base whose weights PEFT has changed (PiSSA, OLoRA, trained biases) stays as changed. Everything is checked
-        before anything changes. Raises TargetError, FormatError with all that cannot be taken over.
+        Outputs and current scales stay the same; do not use `peft_model` afterwards. If PEFT changed base weights
+        (PiSSA, OLoRA, trained biases), they remain changed. Everything is checked before anything changes. Raises
+        TargetError or FormatError with everything that cannot be converted.
         """
         adapters, active = read_peft_model(peft_model)
         base_model = release_base(peft_model)
@@ -121,7 +122,7 @@ class LoRAModel(nn.Module):
         return model
 
     def _wrap(self, base_model: nn.Module, adapters: Mapping[str, Adapter]) -> Self:
-        """Freezes the base and puts adapters, which fit it, around it. The first one is active."""
+        """Freezes the base model and attaches adapters that fit it. The first one is active."""
         super().__init__()
         self._adapter_set = AdapterSet(base_model, adapters)
         self._merge_state = MergeState(base_model)
@@ -167,7 +168,7 @@ class LoRAModel(nn.Module):
                 raise
         if name in PEFT_NAMES:
             raise AttributeError(f"LoRAModel has no {name}, which is PEFT's; use {PEFT_NAMES[name]}")
-        if name == "accepts_loss_kwargs":  # transformers' Trainer alone asks for it, before it does anything
+        if name == "accepts_loss_kwargs":  # only transformers' Trainer reads it, first of all
             raise ConfigError(TRAINER)
         return getattr(self.base_model, name)
 
@@ -177,7 +178,7 @@ class LoRAModel(nn.Module):
         return f"LoRAModel({layers}, adapters: {names or 'none'}; summary() lists the layers)"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """`to`, `cuda`, `float`... also reach the adapters that are not active, and the weights before a merge."""
+        """Makes `to`, `cuda`, `float`... include inactive adapters and the original weights of a merge."""
         self._merge_state.apply(fn)
         self._adapter_set.apply_to_inactive(fn, recurse)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -186,17 +187,17 @@ class LoRAModel(nn.Module):
         return self
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Returns the number of parameters that are trained, and of all; a quantized base counts as if it were not."""
+        """Returns the numbers of trainable and of all parameters, as they would be without quantization."""
         trained = sum(parameter.numel() for parameter in self.lora_layers.parameters() if parameter.requires_grad)
         return trained, self.summary().total_parameters
 
     def print_trainable_parameters(self) -> None:
-        """Prints both numbers and their ratio, in the words of PEFT."""
+        """Prints both numbers and their ratio in PEFT's format."""
         trained, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
     def summary(self) -> Summary:
-        """Returns path, layer type, shape, r, alpha and parameters of what the active adapters adapt."""
+        """Returns path, layer type, shape, r, alpha and number of parameters for each adapted layer."""
         return summarise(self.base_model, [self._adapter_set[name] for name in self.active_adapters])
 
     # ---- Adapters by name
@@ -212,11 +213,11 @@ class LoRAModel(nn.Module):
         return self._adapter_set.active
 
     def adapter(self, name: str = "default") -> Adapter:
-        """Returns the config and layers of one adapter by path, not copies of them. Raises AdapterError."""
+        """Returns an adapter: its config and its layers by path (not copies). Raises AdapterError."""
         return self._adapter_set[name]
 
     def add_adapter(self, name: str, config: LoRAConfig) -> None:
-        """Adds a fresh adapter; the active ones stay active. Raises AdapterError, TargetError."""
+        """Adds a new adapter; the active ones stay active. Raises AdapterError, TargetError."""
         self._adapter_set.check_new(name)
         self._merge_state.check_unmerged("add an adapter")
         config = fitted_config(self.base_model, config)
@@ -225,11 +226,11 @@ class LoRAModel(nn.Module):
     def load_adapter(self, folder: str | Path, name: str = "default", **options: Unpack[LoadOptions]) -> None:
         """Adds an adapter of tailora, PEFT, mlx-lm, Kohya's tools or diffusers; the active adapters stay active.
 
-        folder: a folder or file; if there is none, "owner/name" of the Hub.
+        folder: a folder or file; if it does not exist, "owner/name" on the Hub.
         options: revision, token and subfolder of a repository; is_trainable=False freezes the adapter;
-            allow_base_mismatch=True loads one that was made for another base. See `LoadOptions`.
+            allow_base_mismatch=True loads an adapter for a different base model. See `LoadOptions`.
         Everything is checked before the model changes. Raises FormatError with all missing, unexpected, misshapen
-        and non-finite tensors, BaseMismatchError when it was made for another base, AdapterError if the name exists,
+        and non-finite tensors, BaseMismatchError for a different base model, AdapterError if the name exists, and
         FetchError if the Hub has no such adapter or cannot be reached.
         """
         self._adapter_set.check_new(name)
@@ -239,10 +240,10 @@ class LoRAModel(nn.Module):
     def save_adapter(
         self, folder: str | Path, name: str = "default", *, base: Mapping[str, LayerFingerprint] | None = None
     ) -> Path:
-        """Writes the PEFT folder, atomically; an adapter not called "default" goes into a subfolder of its name.
+        """Writes a PEFT folder atomically; an adapter with a name other than "default" gets a subfolder.
 
-        base: `formats.peft.base_fingerprint` of the adapter, if it is known; by default it is read from the base.
-        Returns the folder written. The strength (`set_scale`) is not saved; a learned or assigned scale is.
+        base: `formats.peft.base_fingerprint` of the adapter; default: computed from the base model.
+        Returns the folder of the adapter. Saves learned and assigned scales, but not the strength (`set_scale`).
         """
         adapter = self._adapter_set[name]
         self._merge_state.check_unmerged("save an adapter")
@@ -259,16 +260,16 @@ class LoRAModel(nn.Module):
         *,
         is_main_process: bool = True,
     ) -> None:
-        """Writes adapters as PEFT's method of this name does: `save_adapter` for the selected ones, by default all.
+        """Saves the selected adapters (default: all) with `save_adapter`, like PEFT's method of the same name.
 
-        The base model is saved by `base_model.save_pretrained`. Does nothing unless `is_main_process`. Raises
-        ConfigError for safe_serialization=False, since adapters are never pickled, and as `save_adapter`.
+        To save the base model, use `base_model.save_pretrained`. Does nothing unless `is_main_process`. Raises
+        ConfigError for safe_serialization=False, because adapters are never pickled, and the errors of `save_adapter`.
         """
         if not safe_serialization:
-            raise ConfigError("adapters are written as safetensors only: remove safe_serialization=False")
+            raise ConfigError("adapters are only written as safetensors; remove safe_serialization=False")
         names = [*self.adapters] if selected_adapters is None else selected_adapters
         if not names:
-            raise AdapterError("there is no adapter to save; the base model is saved by base_model.save_pretrained")
+            raise AdapterError("there is no adapter to save; to save the base model, use base_model.save_pretrained")
         self._merge_state.check_unmerged("save an adapter")
         for name in names:
             self.adapter(name).check_can_be_saved(name)
@@ -276,11 +277,11 @@ class LoRAModel(nn.Module):
             self.save_adapter(save_directory, name)
 
     def push_to_hub(self, repo_id: str, *, tags: Sequence[str] = (), **options: Any) -> str:
-        """Uploads what `save_pretrained` writes to a repository of the Hub; returns the address of the commit.
+        """Uploads the files of `save_pretrained` to a repository on the Hub; returns the address of the commit.
 
-        A base model in a folder of this machine is called by the last name of the folder. options: private, token,
-        revision, create_pr, commit_message, commit_description, as in transformers, and those of `save_pretrained`.
-        Does nothing and returns "" unless `is_main_process`. Raises WriteError if the Hub does not take the files.
+        A local base model is named after its folder, without the path. options: private, token, revision, create_pr,
+        commit_message, commit_description, as in transformers, and the options of `save_pretrained`.
+        Does nothing and returns "" unless `is_main_process`. Raises WriteError if the Hub rejects the files.
         """
         of_upload = {name: options.pop(name) for name in UPLOAD_OPTIONS & options.keys()}
         with TemporaryDirectory() as folder:
@@ -297,10 +298,10 @@ class LoRAModel(nn.Module):
         """Writes an adapter for other tools into a new folder.
 
         to: "peft", "portable", "gguf", "mlx", "merged" or, for models of diffusers, "diffusers".
-        tokenizer: is saved with a merged model.    overwrite: replaces a folder of an exported adapter.
-        The files are read back and compared with this model; if they differ, nothing is left.
+        tokenizer: saved with a merged model.    overwrite: replace the folder of an earlier export.
+        The files are read back and compared with this model; if they differ, they are deleted.
         """
-        from tailora.formats.export import export  # with the formats that only this needs
+        from tailora.formats.export import export  # loads formats that nothing else needs
 
         return export(self._export_source(name, tokenizer), Path(folder), to, overwrite=overwrite)
 
@@ -316,7 +317,7 @@ class LoRAModel(nn.Module):
     ) -> "ServingExport":
         """Exports an adapter for a server: "vllm", "llama-server", "ollama" or "mlx", with a script that starts it.
 
-        An adapter that the server cannot load is merged into the whole model. Otherwise as `export`.
+        An adapter that the server cannot load is merged into the base model. Otherwise like `export`.
         """
         from tailora.formats.serving_targets import ServingSettings, export_for
 
@@ -335,12 +336,12 @@ class LoRAModel(nn.Module):
         self._adapter_set.remove(name)
 
     def set_adapter(self, name: str | Iterable[str] | None) -> None:
-        """Makes this adapter the active one. Several are summed; None leaves the plain base."""
+        """Activates an adapter, or several, whose updates are summed; None activates none."""
         self._merge_state.check_unmerged("switch adapters")
         self.lora_layers = self._adapter_set.activate(name, self.training)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Within the block the model is the plain base model."""
+        """Within the block, no adapter is active."""
         return self._activated(None)
 
     @contextmanager
@@ -353,20 +354,20 @@ class LoRAModel(nn.Module):
             self.set_adapter(active)
 
     def adapter_rows(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
-        """Within the block, every row of a batch (its first dimension) has the adapter of its name; None means none.
+        """Within the block, each row of a batch (first dimension) uses the adapter with its name; None: no adapter.
 
-        In training and inference; afterwards the former adapters are active again. `lora_layers` does not change: call
-        `set_adapter` with the names first to have all their parameters in it. With gradient checkpointing, call
-        backward within the block. In inference the factors are cached for the block, until torch counts a change of a
-        parameter, which it does not for `.data` in place or in torch.inference_mode.
+        Works for training and inference; afterwards, the previous adapters are active again. `lora_layers` does not
+        change: call `set_adapter` with all names first to train them. With gradient checkpointing, call backward
+        within the block. For inference, the factors are cached within the block until torch registers a change of a
+        parameter. It does not register in-place changes of `.data` or in torch.inference_mode.
         Raises AdapterError for unknown names, MergeError while merged, RowsError within another such block, or if a
-        layer gets another number of rows or does not see the rows separately.
+        layer gets a different number of rows or does not see the rows separately.
         """
         self._merge_state.check_unmerged("choose adapters by row")
         return self._adapter_set.activated_by_row(names)
 
     def set_scale(self, name: str, strength: float) -> None:
-        """Sets the strength of one adapter: 1 is as trained, 0 is off. It is merged with the adapter, but not saved."""
+        """Sets the strength of an adapter: 1 is as trained, 0 is off. It applies to merging, but is not saved."""
         self._merge_state.check_unmerged("change a strength")
         self._adapter_set.set_strength(name, strength)
 
@@ -380,13 +381,13 @@ class LoRAModel(nn.Module):
     def start_from_data(
         self, batches: Iterable[Any], loss: data_init.Loss | None = None, *, name: str = "default", rho: float = 2.0
     ) -> None:
-        """Starts an adapter of init_lora_weights "eva" from a few batches of your data.
+        """Initializes an adapter with init_lora_weights "eva" from a few batches of your data.
 
-        batches: tensors or mappings of the model's arguments, or anything that `loss` takes; all are held in memory.
-        loss: calls the model on a batch, for other batches; what it returns is not used.
+        batches: tensors or mappings of the model's arguments, or arguments of `loss`; all are kept in memory.
+        loss: calls the model on a batch, for other types of batches; its result is ignored.
         rho: a layer gets up to rho times its rank, with the same total of ranks, written as `rank_pattern`.
-        Costs 3 forwards of every batch, in evaluation mode without adapters. Call it before making the optimizer.
-        Raises AdapterError for another init, DataError if the inputs of a layer do not vary.
+        Takes 3 forward passes per batch, in evaluation mode without adapters. Call it before creating the optimizer.
+        Raises AdapterError for a different init, DataError if the inputs of a layer do not vary.
         """
         adapter = self._adapter_set[name]
         self._merge_state.check_unmerged("start from data")
@@ -397,20 +398,20 @@ class LoRAModel(nn.Module):
         self.set_adapter(self.active_adapters)
 
     def allocate_ranks(self, optimizer: Optimizer, total_steps: int, *, name: str = "default") -> RankAllocator:
-        """Starts AdaLoRA: from now on the steps of the optimizer move the ranks of this adapter.
+        """Starts AdaLoRA: from now on, optimizer steps redistribute the ranks of this adapter.
 
-        total_steps: optimizer steps of the whole training. `save_adapter` writes plain LoRA of the ranks that are
-        left. Raises AdapterError without `adalora` in the config, ConfigError if the schedule leaves no steps.
+        total_steps: total number of optimizer steps. `save_adapter` writes plain LoRA with the remaining ranks. Raises
+        AdapterError without `adalora` in the config, ConfigError if the schedule leaves no steps.
         """
         adapter = self._adapter_set[name]
         if adapter.config.adalora is None:
-            raise AdapterError(f"{name!r} has fixed ranks: make it with LoRAConfig(adalora=AdaLoRA(target_r=...))")
+            raise AdapterError(f"{name!r} has fixed ranks; create it with LoRAConfig(adalora=AdaLoRA(target_r=...))")
         allocator = RankAllocator(adapter.low_rank, optimizer, adapter.config.adalora, total_steps)
         self._adapter_set.adapters[name] = replace(adapter, has_allocator=True)
         return allocator
 
     def settle_ranks(self, name: str = "default") -> None:
-        """Turns an adapter trained with AdaLoRA into plain LoRA of the ranks that are left, as in its file."""
+        """Turns an AdaLoRA adapter into plain LoRA with the remaining ranks, as in its file."""
         self._adapter_set.replace(name, as_plain_lora(self._adapter_set[name]))
         self.set_adapter(self.active_adapters)
 
@@ -427,11 +428,12 @@ class LoRAModel(nn.Module):
         drop: float | None = None,
         seed: int | None = None,
     ) -> Truncation:
-        """Adds the adapter `name`: the weighted sum of others' updates, strengths included; active ones stay active.
+        """Adds the adapter `name`: the weighted sum of other adapters' updates, including their strengths.
 
-        method: "cat" is exact and its ranks add up; "svd" is the nearest of rank `r`; "ties" (`density`) and "dare"
-        (`drop`, `seed`) drop entries of the dense updates first. Defaults and sources: `core.combine.Combination`.
-        Returns rank and relative error by layer. Raises ConfigError; AdapterError with all that cannot be combined.
+        method: "cat" is exact, and its ranks add up; "svd" is the best approximation of rank `r`; "ties" (`density`)
+        and "dare" (`drop`, `seed`) drop entries of the dense updates first. Defaults: `core.combine.Combination`.
+        The active adapters stay active. Returns rank and relative error by layer. Raises ConfigError, and AdapterError
+        with everything that cannot be combined.
         """
         self._adapter_set.check_new(name)
         self._merge_state.check_unmerged("combine adapters")
@@ -450,11 +452,11 @@ class LoRAModel(nn.Module):
         loss: Callable[[Self], float] | None = None,
         budget: float | None = None,
     ) -> Truncation:
-        """Adds the adapter `name`: `source` at a lower rank, by its singular values; the active ones stay active.
+        """Adds the adapter `name`: `source` at a lower rank, with its largest singular values.
 
-        r: highest rank of a layer.    energy: share of the squared singular values to keep in every layer, such as .99.
-        loss, budget: `loss(model)` may rise by `budget`; it is called about log2(number of singular values) times, with
-            `source` alone if that is not active.
+        r: maximum rank per layer.    energy: share of the squared singular values to keep in each layer, such as 0.99.
+        loss, budget: `loss(model)` may rise by `budget`. It is called about log2(number of singular values) times, with
+            only `source` active unless that is active already. Afterwards, the same adapters are active as before.
         Returns rank and error by layer. Raises ConfigError, AdapterError; DivergedError for a loss that is not finite.
         """
         compress.check(r, energy, loss, budget)
@@ -470,27 +472,27 @@ class LoRAModel(nn.Module):
 
     @property
     def is_merged(self) -> bool:
-        """True while the active adapters are in the base's weights."""
+        """True while the active adapters are merged into the base model's weights."""
         return self._merge_state.is_merged
 
     def merge(self, *, untie_weights: bool = False) -> MergeReport:
-        """Puts the active adapters into the base's weights, keeping the originals for `unmerge`.
+        """Merges the active adapters into the base model's weights, keeping the originals for `unmerge`.
 
-        All merged weights are computed and found finite before the first is written. Raises MergeError; also for
-        a weight that another layer shares, unless `untie_weights` gives the adapted layer its own.
-        Returns the rounding error of every layer relative to its update. A quantized base is dequantized as a whole.
+        All merged weights are computed and checked to be finite before the first one is written. A quantized base is
+        fully dequantized. Raises MergeError, also for a weight that several layers share, unless `untie_weights` gives
+        the adapted layer its own copy. Returns the rounding error of each layer relative to its update.
         """
         self._adapter_set.check_no_batch("merge")
         return self._merge_state.merge(self._adapter_set.layers, untie_weights=untie_weights)
 
     def unmerge(self) -> None:
-        """Restores the base's weights bit for bit, and activates the adapters again."""
+        """Restores the base model's weights bit for bit and activates the adapters again."""
         self._merge_state.unmerge()
         self.set_adapter(self.active_adapters)
 
     @contextmanager
     def merged(self) -> Iterator[MergeReport]:
-        """Within the block the active adapters are merged."""
+        """Within the block, the active adapters are merged."""
         report = self.merge()
         try:
             yield report
@@ -498,10 +500,10 @@ class LoRAModel(nn.Module):
             self.unmerge()
 
     def merge_and_unload(self, *, untie_weights: bool = False, in_place: bool = False) -> nn.Module:
-        """Returns the base model with the active adapters in its weights, and nothing of tailora left.
+        """Returns the base model with the active adapters merged into its weights, in its original classes.
 
-        in_place: write into the weights themselves where that is possible, without a second copy of them. Others
-            who hold these tensors see the change, and an interruption leaves some layers merged.
+        in_place: modify the weights in place where possible, to save the memory of a second copy. Other references to
+            these tensors see the change, and an interruption leaves some layers merged.
         """
         self._adapter_set.check_no_batch("merge")
         if not self.is_merged:

@@ -4,12 +4,12 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-TORCHAO_LOGGERS = ("torchao", "torch.utils._pytree")  # that warn when torchao is imported
+TORCHAO_LOGGERS = ("torchao", "torch.utils._pytree")  # they warn when torchao is imported
 
 
 @contextmanager
 def quiet_transformers(*, warnings: bool = True) -> Iterator[None]:
-    """In the block, transformers shows no progress bars, and no warnings if `warnings` is False. Errors are raised."""
+    """Within the block, transformers shows no progress bars, and with warnings=False no warnings. Errors are raised."""
     from transformers.utils import logging as transformers_logging
 
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
@@ -26,11 +26,14 @@ def quiet_transformers(*, warnings: bool = True) -> Iterator[None]:
 
 @contextmanager
 def silent_loggers(*names: str) -> Iterator[None]:
-    """In the block, the loggers of these names and those below them print nothing, whatever level they have."""
+    """Within the block, these loggers and their children print nothing, regardless of their levels."""
     loggers = [logging.getLogger(name) for name in names]
     before = [(logger.handlers, logger.propagate) for logger in loggers]
     for logger in loggers:
-        logger.handlers, logger.propagate = [logging.NullHandler()], False  # without any, Python's last resort prints
+        logger.handlers, logger.propagate = (
+            [logging.NullHandler()],
+            False,
+        )  # without a handler, Python's last resort prints
     try:
         yield
     finally:
@@ -40,7 +43,7 @@ def silent_loggers(*names: str) -> Iterator[None]:
 
 @contextmanager
 def quiet_loggers(*names: str) -> Iterator[None]:
-    """In the block, the loggers of these names pass on errors only."""
+    """Within the block, these loggers only pass on errors."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

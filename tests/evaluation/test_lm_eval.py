@@ -105,4 +105,4 @@ def test_tasks_that_cannot_be_loaded_come_with_what_to_do(
 @pytest.mark.skipif(not MISSING, reason="lm-eval is installed")
 def test_without_its_package_it_says_what_to_install(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(folder / "adapter"), "--tasks", "hellaswag"]) == 2
-    assert "this needs lm_eval, which is not installed: pip install 'tailora[eval]'" in capsys.readouterr().err
+    assert "lm_eval not installed; run: pip install 'tailora[eval]'" in capsys.readouterr().err
