@@ -62,7 +62,7 @@ def rates(content: Content) -> str:
         for arm in content["report"]["arms"]
         for rate, loss in sorted(arm["rates"].items(), key=lambda pair: float(pair[0]))
     ]
-    return table(["variant", "learning rate", "loss on the tuning half"], rows)
+    return table(["variant", "learning rate", "loss on the selection half"], rows)
 
 
 def shown(value: Any) -> str:
