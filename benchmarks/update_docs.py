@@ -57,7 +57,7 @@ def readme_table() -> str:
         "is a label.",
         f"The Trainer of transformers around PEFT takes {trainer_ratio(real):.2f} times tailora's time. On a machine "
         f"without AMX, tailora trains {speed_ratio(there):.2f} times as many tokens a second as the hand-written loop. "
-        "All figures: [how fast, how large](docs/performance.md).",
+        "All figures: [speed and memory](docs/performance.md).",
     )
     return "\n\n".join([tables.demo_in_brief(demo["summary"]), *lines])
 
