@@ -2,7 +2,7 @@
 
 A layer is compiled as a whole, without graph breaks, once for each kind of layer and not for each layer or length:
 attention is one operator that reads the documents' lengths inside. The first layer, whose input needs no gradient, has
-a graph of its own. Only calls that compute gradients are compiled, so evaluation and generation are as without.
+its own graph. Only calls that compute gradients are compiled; evaluation and generation are not.
 
     decoder_layers        the layers of a model, by structure
     obstacle_to_compiling why a model's layers cannot be compiled
@@ -67,7 +67,7 @@ def obstacle_to_compiling(model: nn.Module, device: torch.device) -> str | None:
     if not layers:
         return f"{type(model).__name__} has no list of layers"
     if (kinds := len({_kind(layer) for layer in layers})) > MOST_KINDS:
-        return f"they are of {kinds} kinds, each of which is compiled on its own (at most {MOST_KINDS})"
+        return f"they are of {kinds} kinds, which are compiled separately (at most {MOST_KINDS})"
     return compiler_obstacle(device)
 
 
@@ -112,7 +112,7 @@ class CompiledLayers:
 
     def __init__(self, activation_memory: float = 1.0, backend: str = "inductor") -> None:
         self.activation_memory = activation_memory
-        # a code object of its own: torch keeps compiled code, and counts how often it compiled, by code object
+        # its own code object, because torch stores and counts compilations by code object
         function = FunctionType(_call.__code__.replace(), globals())
         self._compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
 
@@ -166,7 +166,7 @@ class CompiledLayers:
 def compiled_gain(device: torch.device, dtype: torch.dtype) -> float:
     """Returns the share of the time of transformers' layers that compiling is expected to save.
 
-    Measured on a CPU; reckoned for CUDA and XPU from the traffic of the passes that are fused. Elsewhere nothing is
+    Measured on a CPU; estimated for CUDA and XPU from the traffic of the passes that are fused. Elsewhere nothing is
     known, and compiled layers have to be asked for.
     """
     if device.type == "cpu":

@@ -1,4 +1,4 @@
-"""Causal attention within the documents of a packed row on a CPU: one operator of torch, with a backward of its own.
+"""Causal attention within the documents of a packed row on a CPU: a torch operator with its own backward.
 
 Every document is computed in one of two ways, chosen by its length and the dtype (`flash_thresholds`):
 
@@ -34,7 +34,7 @@ class FlashThresholds(NamedTuple):
     """Lengths in tokens from which a document is computed by flash attention, unless a sliding window cuts it."""
 
     forward: int
-    both: int  # forward and backward; flash's backward needs the sums of its own forward
+    both: int  # forward and backward; flash's backward needs the sums from flash's forward
 
 
 FLASH_ONLY = FlashThresholds(0, 0)
@@ -212,7 +212,7 @@ def split_documents(
 
 flash_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-READS_SHARED_HEADS = TorchVersion(torch.__version__) >= "2.10"  # before, every query head needs keys of its own
+READS_SHARED_HEADS = TorchVersion(torch.__version__) >= "2.10"  # before, every query head needs separate keys
 
 
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tailora.errors import ConfigError, listing
 
-ALIGNMENT = 64  # bytes; torch aligns every tensor of its own so on a CPU
+ALIGNMENT = 64  # bytes; as torch aligns separate tensors on a CPU
 CHUNK = 4096  # elements whose squares are summed in the buffer's precision
 
 
@@ -57,7 +57,7 @@ class FlatBuffer:
 def flattened(groups: Sequence[Group]) -> Iterator[list[FlatBuffer]]:
     """Within the block the parameters and their gradients, zero at first, are views of the buffers.
 
-    After the block, also after an error, every parameter is a contiguous tensor of its own with its last values and no
+    After the block, also after an error, every parameter is a separate contiguous tensor with its last values and no
     gradient. Raises ConfigError if groups share a parameter or a name.
     """
     pairs = [(name, parameter) for group in groups for name, parameter in group.parameters.items()]

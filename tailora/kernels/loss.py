@@ -137,7 +137,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _refuse_second_order() -> None:
     if torch.is_grad_enabled():  # in a backward only with create_graph
-        raise RuntimeError("this loss has no second derivative; leave create_graph out")
+        raise RuntimeError("second derivatives are not supported by this loss; remove create_graph=True")
 
 
 class _FrozenHead(torch.autograd.Function):

@@ -238,7 +238,7 @@ def _changes_argument(func: Any) -> bool:
 
 
 def _map(function: Callable[[Any], Any], cls: type, value: Any) -> Any:
-    """Returns the arguments with those of a class mapped, also in lists and tuples."""
+    """Maps the arguments that are instances of a class, also in lists and tuples."""
     if isinstance(value, cls):
         return function(value)
     if type(value) in (tuple, list):

@@ -39,7 +39,7 @@ from tailora.train.trainable import FullModel, Trainable, sync_parameters, train
 
 
 STATE = "state.json"
-BY_PARAMETER = ("adapter", "optimizer", "best")  # files of tensors of which each rank may have a part
+BY_PARAMETER = ("adapter", "optimizer", "best")  # files with tensors that may be sharded over the ranks
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def load(name: str, output_dir: Path, note: Callable[[str], None]) -> Checkpoint
     """Reads a checkpoint, given as a path or as `latest` of a run: the newest that is not damaged.
 
     note: called with what is wrong with a newer one.
-    Raises CheckpointError if there is none; for a damaged one, given as a path, it names the newest good one beside it.
+    Raises CheckpointError if there is none; for a damaged one, it names the newest valid one next to it.
     """
     is_latest, run_folder = name == "latest", output_dir if name == "latest" else Path(name).parent
     existing = checkpoints_in(run_folder)[::-1]  # the newest first
@@ -138,7 +138,7 @@ def _digest(body: Mapping[str, Any]) -> str:
 # These settings may differ when a run is continued: they change what is saved and shown, not how the weights change.
 FREE = {
     "output_dir",
-    "device",  # of which the kind is compared
+    "device",  # only the device type is compared
     "fsdp",
     "fsdp_reshard_after_forward",
     "fsdp_offload_params",

@@ -5,8 +5,8 @@
     Regression               squared error
     TokenClassification      cross-entropy of the tag, at the first token of each word
 
-Class weights are those of torch: the loss of a step is sum(w L) / sum(w). As those of rows, they count in training
-alone. Evaluations keep the head's outputs of every row or word (`Outputs.scores`).
+Class weights work as in torch: the loss of a step is sum(w L) / sum(w). Like row weights, they are only used in
+training. Evaluations keep the head's outputs of every row or word (`Outputs.scores`).
 """
 
 import inspect
@@ -132,7 +132,7 @@ class LabelTask(Task):
 
 
 class SeveralLabels(LabelTask):
-    """Several labels of a text, each of which it has or not. The loss of a text is the mean over the labels."""
+    """Several labels per text, which are predicted independently. The loss of a text is the mean over the labels."""
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
         targets = batch.extras["targets"].to(logits)
@@ -189,7 +189,7 @@ def class_weights(chosen: str | dict[str, float] | None, labels: Labels, counts:
     if chosen is None:
         return None
     if labels.several:
-        raise ConfigError("class_weights are for rows with one label each, and the data has several: leave them out")
+        raise ConfigError("--class-weights needs rows with one label each, but the data has several; remove it")
     if chosen == "balanced":
         number = np.array([max(counts[name], 1) for name in labels.names], dtype=np.float64)
         return cast(Float64, number.sum() / (len(number) * number))

@@ -1,6 +1,6 @@
 """What a run trains on: the data, the examples of every optimizer step, and the size of the largest forward.
 
-    `read_data`       settings -> TrainingData, read as a whole or streamed
+    `read_data`       settings -> TrainingData, loaded or streamed
     `dataset_steps`   which examples each step sees; `stream_steps`: the same of streamed data
     `one_ahead`       the same as tensors on the device, prepared in the background
 
@@ -195,9 +195,7 @@ def _streamed(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, shape: "S
     counts = RowCounts(held_out=frozenset(held_out.hashes() if held_out else ()))
     (data,) = resolved_sources(config, "data")  # TrainConfig allows one
     if data.weight != 1:
-        raise DataError(
-            f"data {data}: a weight is the passes over a source in an epoch; a stream has none: leave it out"
-        )
+        raise DataError(f"data {data}: a stream has no epochs, so a source cannot have a weight; remove it")
     read = partial(stream_examples, data.name, tokenizer, settings, counts)
     assert config.max_steps is not None  # TrainConfig requires it
     batches = config.init_batches if config.init_lora_weights == "eva" else 1

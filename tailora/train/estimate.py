@@ -153,7 +153,7 @@ def fake_model(
 
 
 def task_of_shape(config: TrainConfig, shape: PretrainedConfig) -> Task:
-    """Returns what would be learned; of labels, those of the model's config."""
+    """Returns the training task; labels come from the model's config."""
     if config.task == SEQ2SEQ:
         return SEQ2SEQ_TASK
     if config.task not in TASK_TYPES:
@@ -267,7 +267,7 @@ class Memory:
     """Bytes at the largest moment of a run."""
 
     weights: int  # of the base, as stored
-    adapters: int  # what is trained beside the weights; in full fine-tuning of 16 bits the float32 masters
+    adapters: int  # trained parameters besides the weights; in full fine-tuning of 16 bits the float32 masters
     gradients: int
     optimizer: int  # two moments of AdamW, a copy of before the step, and of the best where evaluations choose
     activations: int  # kept for the backward, and temporaries, at the largest moment
@@ -381,7 +381,7 @@ def memory_of_step(config: TrainConfig, fake: FakeModel, step: StepCost, process
 
     FSDP2 shards the decoder layers alone. While one computes, its rows arrive in a buffer (on a CPU in one of gloo,
     too), and the whole weights are copied from there; in a backward the next layer's rows arrive meanwhile. In full
-    fine-tuning a layer's gradient is whole, and once more in float32, until its shards are summed.
+    fine-tuning, a layer's full gradient exists twice, once in float32, until its shards are summed.
     """
     weights, is_on_cpu = fake.weights, fake.base.device.type == "cpu"
     parameters = list(trained_module(fake.model).parameters())
@@ -419,8 +419,8 @@ def memory_of_step(config: TrainConfig, fake: FakeModel, step: StepCost, process
 def memory_of_loading(fake: FakeModel, process: int, shards: int = 1) -> int:
     """Returns the bytes of a process while it loads the base; of one rank, if FSDP2 shards the base over several.
 
-    A rank reads its rows of every weight. It quantizes whole weights, so a quantized model is whole before it is
-    sharded. On a CPU the files stay mapped until all is read; a device gets one weight after the other.
+    A rank reads its rows of every weight. It quantizes full weights, so a quantized model is complete before it is
+    sharded. On a CPU, the files stay mapped until everything is read; a device gets one weight after the other.
     """
     weights = fake.weights
     stored, while_read = weights.stored, weights.while_read

@@ -71,7 +71,7 @@ class Failure:
         write_file(file, json.dumps(asdict(self)).encode())
 
     def as_error(self) -> Exception:
-        """Returns the error, of its own type if that is one of tailora's."""
+        """Returns the error, with its original type if that is a type of tailora."""
         if self.traceback:
             text = f"process {self.rank} failed: {self.type}: {self.message}"
             return ProcessFailedError(text, self.exit_code, traceback=self.traceback)
@@ -174,7 +174,7 @@ class FailureWatch(threading.Thread):
         super().__init__(daemon=True)
         self.store, self.rank, self.ended, self.seen = store, rank, threading.Event(), threading.Event()
         self.failure: Failure | None = None
-        # where the first process that fails leaves its message; another one for each block of a group's processes
+        # key for the message of the first process that fails; each block of a process group has its own key
         self.key = f"tailora.failure.{store.add(f'tailora.blocks.{rank}', 1)}"
         self.launcher = os.getppid() if TORCH_LAUNCHER in os.environ else None  # else the parent may end before the run
 
@@ -196,7 +196,7 @@ class FailureWatch(threading.Thread):
                 return
 
     def report(self, error: BaseException) -> Failure:
-        """Leaves the error for the other processes. Returns the first failure: this one, or that of another process."""
+        """Leaves the error for the other processes. Returns the first failure, from this or another process."""
         failure = Failure.of(error, rank=self.rank)
         try:
             first = Failure(**json.loads(self.store.compare_set(self.key, "", json.dumps(asdict(failure)))))
@@ -211,7 +211,7 @@ class FailureWatch(threading.Thread):
 
 
 def cause_of(exit_codes: Mapping[int, int], folder: Path, advice: str, *, interrupted: bool) -> BaseException:
-    """Returns the one error to show for all processes: the first that has a cause of its own.
+    """Returns the one error to show for all processes: the first one that is not the effect of another.
 
     exit_codes: of the processes that failed, by rank, in the order in which they ended.
     folder: contains what the processes have left (`leave_failure`) and printed.

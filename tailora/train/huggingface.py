@@ -147,7 +147,7 @@ class AdapterTraining:
     def override_model_in_loss(self, loss: nn.Module, model: nn.Module) -> nn.Module:
         """Lets a loss of sentence-transformers call `model`: the LoRAModel, or what wraps it (DDP).
 
-        Their method replaces models of their own classes only.
+        Their method only replaces models of their classes.
         """
         for name, child in loss.named_children():
             if isinstance(child, LoRAModel) or child is self._adapted().base_model:
@@ -311,8 +311,8 @@ def _check_arguments(model: LoRAModel, given: dict[str, Any]) -> None:
         raise ConfigError("use_vllm = True would generate without the adapter, whose weights TRL does not send to vLLM")
     if getattr(args, "sync_ref_model", False):
         raise ConfigError(
-            "sync_ref_model = True needs a reference model with weights of its own, and here it shares the base: give "
-            "a model as ref_model, or leave it out"
+            "sync_ref_model = True needs a separate reference model, but here it shares the base model; pass "
+            "ref_model, or remove sync_ref_model"
         )
     if unallocated := [name for name in model.active_adapters if model.adapter(name).waits_for_ranks]:
         raise ConfigError(
@@ -330,8 +330,8 @@ def _check_output_head(model: LoRAModel) -> None:
     adapted = {layer_path_of(base, path) for name in model.active_adapters for path in model.adapter(name).parts}
     if heads := [path for path in adapted if base.get_submodule(path) is head]:
         raise ConfigError(
-            f"{heads[0]} is adapted, and the trainer computes log-probabilities with its weight alone, so that it "
-            "would not be trained: leave it out of target_modules, modules_to_save and trainable_token_indices"
+            f"{heads[0]} is adapted, but the trainer computes log-probabilities with its weight only, so the adapter "
+            "would not be trained; remove it from target_modules, modules_to_save and trainable_token_indices"
         )
 
 

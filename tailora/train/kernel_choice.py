@@ -2,8 +2,8 @@
 
 choose_layout     packed or padded batches; what computes attention (`choose_packing`), and the loss (`choose_form`);
                   16-bit products in float32 where that is faster
-choose_kernels    compiled layers if the rest of the run pays for compiling and they are faster here, else those of
-                  transformers. All processes choose the same.
+choose_kernels    compiled layers if the rest of the run pays for compiling and they are faster here, else the layers
+                  of transformers. All processes choose the same.
 use_kernels       within the block the model computes with them
 share_kept        how much compiled layers keep for the backward, of what others keep
 """
@@ -58,14 +58,14 @@ from tailora.train.parallel import first_of_ranks
 from tailora.train.trainable import Trainable
 
 TIMED_TOKENS = 256  # of a layer whose time is measured, in two documents like those that are compared
-TIMES = 3  # that it is measured, of which the shortest counts
+TIMES = 3  # number of measurements; the shortest counts
 
 PLAIN, COMPILED = "plain", "compiled"
 
 
 @dataclass(frozen=True)
 class Kernels:
-    layers: str  # PLAIN: those of transformers; COMPILED: by torch.compile
+    layers: str  # PLAIN: layers of transformers; COMPILED: by torch.compile
     description: str  # for the run's header: decoder layers; attention; loss
     compiled: CompiledLayers | None = None
     recomputes: bool = False  # True: what is cheap to compute again is not kept for the backward
@@ -106,7 +106,7 @@ def choose_layout(
         float32_from = cast("int | None", broadcast_object_list([fastest_products(base)])[0])
     if task.is_plain:
         if config.packing == "on":
-            raise ConfigError(f"--packing on: rows are padded, each for itself, for {task.description}; leave it out")
+            raise ConfigError(f"--packing on is not supported for {task.description}; remove it")
         return BatchLayout(False, HEAD, pad_id(tokenizer), float32_from=float32_from)
     with evaluating(model):
         attention, packing_note = choose_packing(base, config.packing, compare=compare)
@@ -146,7 +146,7 @@ def choose_packing(model: PreTrainedModel, setting: str, *, compare: bool = True
         obstacles[provider] = obstacle
     reasons = "; ".join(dict.fromkeys(obstacles.values()))
     if setting == "on":
-        raise ConfigError(f"packing = 'on', but {reasons}; take packing = 'auto' or 'off' for padded batches")
+        raise ConfigError(f"packing='on' is not possible: {reasons}. Use 'auto', or 'off' for padded batches")
     return None, f"padded batches instead of packed rows: {reasons}"
 
 
@@ -156,7 +156,7 @@ def candidates(device_type: str) -> list[str]:
 
 
 def predicted_provider(device_type: str, dtype: torch.dtype) -> str:
-    """Returns the provider that a model without contents is reckoned with."""
+    """Returns the provider to assume for a model without weights."""
     if device_type == "cpu":
         return CPU
     return "varlen_attn" if device_type == "cuda" and dtype in HALF else "sdpa"
@@ -192,7 +192,7 @@ def choose_kernels(
     base = cast(PreTrainedModel, model.base_model)
     if layout.loss == HEAD:
         if asks_for_compiled_layers(config):
-            raise ConfigError("--fast compile and --activation-memory are for language models: leave them out")
+            raise ConfigError("--fast compile and --activation-memory are only for language models; remove them")
         attention = base.config._attn_implementation
         text = f"layers: plain; attention: {attention}; loss: {layout.loss}{_products(base, layout)}"
         return Kernels(PLAIN, text, recomputes=recomputes_cheap(config, base))
@@ -203,7 +203,9 @@ def choose_kernels(
             return kernels
         if asks_for_compiled_layers(config):
             name = "--fast compile" if config.fast == "compile" else "--activation-memory"
-            raise ConfigError(f"{name} needs compiled layers, which this run cannot have: {obstacle}; leave it out")
+            raise ConfigError(
+                f"{name} needs compiled layers, which are not possible in this run: {obstacle}; remove it"
+            )
         if recorded is not None and recorded["layers"] == COMPILED:
             raise ConfigError(
                 f"the run was started with compiled layers, which it cannot have now: {obstacle}; resume it where and "
@@ -262,7 +264,7 @@ def _try_compiled(
         share = broadcast_object_list([_time_share(model, work, layout, compiled)])[0]
         if share is None:
             return None, "text does not reach them"
-        speed = f"a layer takes {share:.2f} of the time of those of transformers"
+        speed = f"a layer takes {share:.2f} times as long as without compiling"
         if share >= 1 and not asked:
             return None, f"they were compiled, but {speed}"
         check = f"{speed}, {check}"
@@ -272,7 +274,7 @@ def _try_compiled(
 
 
 def _costs_more_than_it_saves(model: Trainable, work: Work, layout: BatchLayout) -> str | None:
-    """Returns why the rest of the run does not pay for compiling. Times are those of the first process.
+    """Returns why the rest of the run does not pay for compiling. Times are measured in the first process.
 
     What compiling saves is a known share of the time of the layers as they are, which is measured on this model.
     """
@@ -310,7 +312,7 @@ def _seconds(layer: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any
 
 
 def _time_share(model: Trainable, work: Work, layout: BatchLayout, compiled: CompiledLayers) -> float | None:
-    """Returns the time of a compiled layer as a share of that of a plain one; None if no layer is called.
+    """Returns the time of a compiled layer relative to a plain one; None if no layer is called.
 
     The layer is as the run calls it, with its dropout.
     """
@@ -431,7 +433,7 @@ def checkpointed_layers(base: PreTrainedModel) -> Iterator[None]:
     try:
         enable({"use_reentrant": False})
     except ValueError as error:
-        raise ConfigError(f"gradient_checkpointing: {error}; leave it out") from None
+        raise ConfigError(f"gradient_checkpointing: {error}; remove it") from None
     base.disable_input_require_grads()
     try:
         yield

@@ -2,7 +2,7 @@
 
     obstacle_to_provider   documents of a packed row give the results that each gives alone
     obstacle_to_sharing    so they do if a beginning that they share is computed once
-    obstacle_to_form       the loss in chunks is that of the model's own logits
+    obstacle_to_form       the loss in chunks equals the loss from the model's logits
     compare_layers         compiled layers give what the layers of transformers give
 
 `train.kernel_choice` chooses by these comparisons. All ranks of a run choose what every rank can do. They agree after
@@ -130,7 +130,7 @@ def obstacle_to_provider(model: PreTrainedModel, provider: str, *, compare: bool
 def _packing_difference(
     model: PreTrainedModel, together: tuple[Tensor, ...], alone: Sequence[tuple[Tensor, ...]]
 ) -> str | None:
-    """Returns how the results of packed documents differ from those of each alone; None if they are the same."""
+    """Returns how the results of packed documents differ from separate ones; None if they do not."""
     for what, actual, parts in zip(("logits", "gradients"), together, zip(*alone, strict=True), strict=False):
         difference, allowed = relative_difference(actual, torch.cat(parts)), tolerance(f"packed {what}", model.dtype)
         if not difference <= allowed:
@@ -219,7 +219,7 @@ def _structural_obstacle(model: Any, batch: Batch) -> str | None:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     head = model.get_output_embeddings()
     if decoder is None or decoder is model:
-        return "has no decoder of its own"
+        return "has no separate decoder"
     if head is None:
         return "has no output head"
     if _hooked(model) or _hooked(head):
@@ -305,9 +305,9 @@ def compare_layers(
     difference = largest_difference(model, parts, layout, compiled)
     allowed = tolerance("layers", base.dtype)
     if difference is None:
-        return "those of transformers do not call every adapted layer, and these would", ""
+        return "the layers of transformers do not call every adapted layer, but compiled ones would", ""
     if not difference <= allowed:
-        return f"they differ from those of transformers by {difference:.0e} (allowed: {allowed:.0e})", ""
+        return f"their results differ from the layers of transformers by {difference:.0e} (allowed: {allowed:.0e})", ""
     return None, (
         "checked against the layers of transformers: outputs and gradients differ by at most "
         f"{difference:.0e} (relative, allowed: {allowed:.0e})"

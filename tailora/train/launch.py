@@ -6,7 +6,7 @@
     end_process        ends this process
 
 Rank 0 has the terminal. What the other ranks print goes to files, and is shown if one of them fails without a message
-of ours. `launch` raises the one error of the run: that of the process that failed first. Importing this needs no torch.
+of ours. `launch` raises a single error: the one of the process that failed first. Importing this needs no torch.
 """
 
 import os
@@ -71,7 +71,7 @@ def how_to_resume(checkpoint: Path, *changes: str, purpose: str = "to resume it"
         words += ["--nproc-per-node", count]
     elif world_size() > 1:
         on_this_machine = os.environ.get("LOCAL_WORLD_SIZE", str(world_size()))
-        # torchrun would take --r for its own without --
+        # without --, torchrun would interpret --r
         words = ["torchrun", "--nproc-per-node", on_this_machine, "-m", "tailora", "--", "train"]
         purpose += ", with your launcher's other options"
     config = str(checkpoint.parent / "config.yaml")
@@ -207,7 +207,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 class SignalForwarder:
     """Within the block signals are not handled here but forwarded to the processes that this one has started.
 
-    Each of these leads a session of its own, so that no Ctrl-C reaches it from the terminal.
+    Each of these leads its own session, so Ctrl-C in the terminal does not reach it.
     """
 
     def __init__(self) -> None:

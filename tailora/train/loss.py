@@ -63,8 +63,8 @@ class Task(ABC):
     has_one_loss: whether an example has one loss, instead of one for each supervised token.
     score_names: what the columns of `Outputs.scores` are.
     reference: what the model gave examples before training, for losses that compare with it.
-    batches_by_length: whether examples of similar length share a batch. Where length tells something of the label, as
-        that of a reply may, steps would see one class alone.
+    batches_by_length: whether examples of similar length share a batch. If length correlates with the label, steps
+        would see a single class.
     is_plain: whether batches are padded, and the model computes with its own layers and outputs.
     """
 
@@ -109,7 +109,7 @@ class Task(ABC):
         return Example.of_text(example.input_ids[:tokens], supervised)
 
     def targets(self, examples: Examples) -> list[Any] | None:
-        """Returns what is right for each example, to be kept beside what the model says; None if nothing is."""
+        """Returns the expected output of each example, to store with the model's; None if there is none."""
         del examples
         return None
 
@@ -363,7 +363,7 @@ def _without_gradients(model: Trainable, layout: BatchLayout) -> Iterator[None]:
 
 
 def repeat_forward(model: Trainable, example: Example, layout: BatchLayout, task: Task, times: int) -> None:
-    """Takes part in forwards of `evaluate` on other ranks, each of which needs all ranks if the base is sharded."""
+    """Takes part in forward passes of `evaluate` on other ranks, which need all ranks if the base is sharded."""
     with _without_gradients(model, layout):
         for _ in range(times):
             task.outputs(model, make_batch([example], layout, next(model.parameters()).device, task), layout)

@@ -104,7 +104,7 @@ def used_bytes(device: torch.device) -> int:
 def available_bytes(device: torch.device) -> int:
     """Returns the memory that can still be allocated; on a CPU within the limits of containers and of the process.
 
-    MPS shares the system's memory, of which torch takes as much as the system recommends for a GPU.
+    MPS shares the system's memory; torch uses as much as the system recommends for a GPU.
     """
     if device.type == "mps":
         used, taken = torch.mps.current_allocated_memory(), torch.mps.driver_allocated_memory()
@@ -141,7 +141,7 @@ def _free_in_cgroups() -> list[int]:
         limit, used, droppable = CGROUP_FILES[version]
         inside = Path(path.lstrip("/"))
         for group in (CGROUPS / version / part for part in (inside, *inside.parents)):
-            # in a container the path may be that of the host, of which only the top is there
+            # in a container the path may be the host's, and only its top folder may exist
             if (group / limit).exists() and (text := (group / limit).read_text().strip()).isdigit():
                 counts = (group / "memory.stat").read_text().split()
                 free.append(int(text) - int((group / used).read_text()) + int(counts[counts.index(droppable) + 1]))
@@ -303,7 +303,7 @@ def format_bytes(count: float) -> str:
 # ---- What code allocates and computes, counted on tensors without contents
 #
 # torch's fake tensors have shape, type and device but no memory; every operator runs on them, forward and backward. So
-# the largest sum is that of the code itself, temporaries included. What an operator allocates internally is not seen,
+# the largest sum includes temporaries. What an operator allocates internally is not seen,
 # nor how an allocator rounds and keeps blocks.
 
 aten = torch.ops.aten

@@ -202,7 +202,7 @@ DTYPES: dict[str, torch.dtype | str] = {
 
 
 def precision_of(dtype: str, device: torch.device) -> torch.dtype | str:
-    """Returns the dtype of one of `DTYPES`. "auto" is the fastest on a GPU and that of the model's files on a CPU.
+    """Returns the dtype of one of `DTYPES`. "auto" is the fastest on a GPU and the dtype of the files on a CPU.
 
     A CPU computes products in its faster precision anyway (`core.float32_products`).
     """
@@ -244,7 +244,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def _sharded_before_weights(sharding: Sharding | None) -> Iterator[None]:
     """Within the block `from_pretrained` shards a model while it is on meta; each rank then reads its parts alone.
 
-    transformers reads the part of every DTensor, but it shards after plans of its own, which do not fit our loss.
+    transformers reads the part of every DTensor, but its sharding plans do not fit our loss.
     """
     if sharding is None:
         yield
@@ -275,7 +275,7 @@ def load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns model and tokenizer of a folder, a Hub id, or 'demo'.
 
-    dtype: float32, bfloat16, float16, "stored" (that of the files), or "auto" (see `precision_of`).
+    dtype: float32, bfloat16, float16, "stored" (as in the files), or "auto" (see `precision_of`).
     device: where every weight goes as soon as it is read, so that host memory never holds the whole model.
     quantize: one of METHODS for the linear layers; other tensors have the dtype.
     sharding: of the model, before it has weights; of what is sharded each rank reads its part alone. A
@@ -358,12 +358,14 @@ def new_model(config: PretrainedConfig, name: str, task: str, **options: Any) ->
     try:
         model: PreTrainedModel = model_class(task).from_config(config, **options)
     except ValueError as error:
-        raise ConfigError(f"model {name!r} is not for this task ({error}): give another --model or --task") from error
+        raise ConfigError(
+            f"model {name!r} is not for this task ({error}); use a different --model or --task"
+        ) from error
     return model
 
 
 def set_labels(config: PretrainedConfig, labels: Labels, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Makes the config that of a model with these labels, and with the token that pads its batches.
+    """Adds these labels and the padding token to the config.
 
     The tokenizer learns how many positions the model has.
     """
@@ -431,7 +433,7 @@ def _task_type(path: Path) -> str:
 
 
 def labels_of_adapter(path: Path) -> Labels | None:
-    """Returns the labels of an adapter for a head, from its files or those of its run; None for other adapters."""
+    """Returns the labels of an adapter for a head, from its files or its run; None for other adapters."""
     recorded, task = recorded_metadata(path), LABEL_TASKS_OF_PEFT.get(_task_type(path))
     names = recorded.get("label_names")
     if task is None or not isinstance(names, list):
@@ -455,7 +457,7 @@ def check_writes_text(name: str, task: str | None) -> None:
 
 
 def fitted_labels(labels: Labels, config: PretrainedConfig) -> Labels:
-    """Returns the labels of the model's own head, if it knows all those of the data; else those of the data."""
+    """Returns the labels of the model's head if they include all labels of the data, else the data's labels."""
     own = labels_of_config(config)
     if own is None or (own.task, own.several) != (labels.task, labels.several):
         return labels
@@ -486,8 +488,8 @@ def check_can_be_sharded(config: PretrainedConfig, name: str, quantize: str | No
     if method := quantize or stored.get("quant_method"):
         eight_bits = ", in 8 bits" if stored.get("load_in_8bit") else ""
         raise ConfigError(
-            f"model {name!r} is quantised as {method}{eight_bits}, whose scales FSDP2 would lose with the whole "
-            "weight: take a model in full precision and --quantize nf4, or leave --fsdp out"
+            f"model {name!r} is quantised as {method}{eight_bits}, and FSDP2 would lose the scales; use a "
+            "model in full precision with --quantize nf4, or remove --fsdp"
         )
 
 
@@ -499,7 +501,7 @@ def _unreadable(name: str, source: str, error: Exception) -> str:
         names = {entry.name for entry in folder.iterdir()}
         if "config.json" in names and names.isdisjoint(TOKENIZER_FILES):
             return (
-                f"model {name!r} holds no tokenizer: save that of its base there, with "
+                f"model {name!r} has no tokenizer; save the base model's tokenizer there with "
                 f"tokenizer.save_pretrained({name!r}). transformers says: {error}"
             )
         return (

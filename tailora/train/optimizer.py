@@ -22,7 +22,7 @@ from tailora.train.parallel import gradient_norm_over_ranks
 def parameter_groups(module: nn.Module, config: TrainConfig, sharded: Container[str] = ()) -> list[Group]:
     """Returns the parameters of `module`, grouped by learning rate: with LoRA+ (arXiv:2402.12354), B has its own.
 
-    sharded: names of parameters of which each rank has a part; these are groups of their own.
+    sharded: names of sharded parameters, which form separate groups.
     """
     fast = names_with_higher_lr(module) if config.loraplus_lr_ratio != 1 else set()
     groups: dict[tuple[bool, bool], dict[str, nn.Parameter]] = {(False, False): {}}  # whether B's own rate, and sharded

@@ -137,7 +137,7 @@ class Sharding:
         layers = decoder_layers(root)
         if not layers:
             raise ConfigError(
-                f"--fsdp shards the layers of a decoder, and {type(base).__name__} has no list of layers; leave it out"
+                f"--fsdp shards the layers of a decoder, but {type(base).__name__} has no list of layers; remove --fsdp"
             )
         check_every_rank_has_experts(layers, dist.get_world_size())
         mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
@@ -154,7 +154,7 @@ class Sharding:
             sharded.set_gradient_divide_factor(1.0)  # gradients are the sum over all ranks, not their mean
             sharded.set_force_sum_reduction_for_comms(True)  # gloo has no factor in its sum
         root.register_forward_hook(_copy_views)  # before FSDP2's own
-        # without weights of its own it lets the layers prefetch one another, and ends a forward and a backward
+        # without weights, it lets the layers prefetch each other and ends a forward and a backward pass
         fully_shard(root, mesh=mesh, ignored_params={p for p in root.parameters() if not isinstance(p, DTensor)})
 
     def offload(self, base: PreTrainedModel) -> None:
@@ -178,7 +178,7 @@ def check_every_rank_has_experts(layers: Iterable[nn.Module], ranks: int) -> Non
             if experts and len(torch.empty(experts).chunk(ranks)) < ranks:
                 raise ConfigError(
                     f"--fsdp leaves some of {ranks} processes without a part of the {experts} experts of {name}: start "
-                    f"a number of processes that divides {experts}, or leave --fsdp out"
+                    f"a number of processes that divides {experts}, or remove --fsdp"
                 )
 
 
@@ -194,7 +194,7 @@ def _root(base: PreTrainedModel) -> nn.Module:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Returns this rank's part of a sharded tensor, which shares its memory, or the tensor if it is whole."""
+    """Returns this rank's part of a sharded tensor (shared memory), or the tensor if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -194,7 +194,7 @@ class Pairs(Preference):
 class KTO(Preference):
     """Makes wanted replies more likely and unwanted ones less likely (arXiv:2402.01306, eq. 8).
 
-    The second sequence of an example is its prompt with the reply to another one. The mean log-ratio of these in the
+    The second sequence of an example is its prompt with another prompt's reply. The mean log-ratio of these in the
     whole step, at least 0, is the reference point z0; it gets no gradient.
 
     reference: as in `Pairs`.
@@ -294,11 +294,11 @@ def preference_task(config: TrainConfig, shape: str, source: str) -> Pairs | KTO
     loss = config.loss or ("kto" if single else "dpo")
     if single != (loss == "kto"):
         needed = "rows with prompt, completion and label" if loss == "kto" else "rows with chosen and rejected"
-        raise ConfigError(f"--loss {loss} needs {needed}, and those of data {source} are {shape}: leave --loss out")
+        raise ConfigError(f"--loss {loss} needs {needed}, but data {source} has {shape}; remove --loss")
     beta = config.beta or DEFAULT_BETA[loss]
     if loss == "kto":
         if wrong := [name for name in ("label_smoothing", "sft_weight") if getattr(config, name)]:
-            raise ConfigError(f"{' and '.join(wrong)} are for pairs of replies, not for --loss kto: leave them out")
+            raise ConfigError(f"{' and '.join(wrong)} are for pairs of replies, not for --loss kto; remove them")
         return KTO(beta, Reference())
     reference = None if loss in WITHOUT_REFERENCE else Reference()
     return Pairs(loss, beta, config.label_smoothing, config.simpo_gamma, config.sft_weight, reference)

@@ -1,4 +1,4 @@
-"""The output folder of a run and the files beside its adapter: run.json, config.yaml, metrics.jsonl, examples.jsonl."""
+"""The output folder of a run: run.json, config.yaml, metrics.jsonl, examples.jsonl and more, next to the adapter."""
 
 import importlib.metadata
 import json
@@ -76,7 +76,7 @@ def lock(output_dir: Path) -> Iterator[None]:
     except Timeout:
         by = f" ({holder.read_text()})" if holder.exists() else ""
         raise ConfigError(
-            f"another run is writing to {output_dir} now{by}; give another --output-dir, or wait until it has ended"
+            f"another run is writing to {output_dir}{by}; use a different --output-dir, or wait until it ends"
         ) from None
     try:
         write_file(holder, f"process {os.getpid()} on {platform.node()}".encode())
@@ -87,7 +87,7 @@ def lock(output_dir: Path) -> Iterator[None]:
             for path in output_dir.iterdir():
                 path.unlink()
             for folder in new_folders:
-                if not any(folder.iterdir()):  # another run may have begun beside this one
+                if not any(folder.iterdir()):  # another run may have started next to this one
                     folder.rmdir()
         raise
     finally:
@@ -96,31 +96,33 @@ def lock(output_dir: Path) -> Iterator[None]:
 
 
 def check_run_folder(config: TrainConfig, *, overwrite: bool) -> None:
-    """Raises ConfigError if the folder holds another run.
+    """Raises ConfigError if the folder contains another run.
 
     overwrite: such a run may be replaced, if a run.json shows that it is one.
     """
     output_dir, resumed = Path(config.output_dir), config.resume_from_checkpoint
     if overwrite and resumed is not None:
-        raise ConfigError("--overwrite deletes the run that --resume-from-checkpoint would resume: give one of them")
+        raise ConfigError(
+            "--overwrite would delete the run that --resume-from-checkpoint resumes; use only one of them"
+        )
     is_resumed_here = resumed == "latest" or (resumed and Path(resumed).resolve().parent == output_dir.resolve())
     checkpoints = [path.name for path in checkpoints_in(output_dir)]
     names = [*(text for name, text in RESULTS.items() if (output_dir / name).exists()), *checkpoints[-1:]]
     if not names or is_resumed_here or (overwrite and _read_run(output_dir)):
         return
-    content = f"{output_dir} holds {' and '.join(names)}"
+    content = f"{output_dir} contains {' and '.join(names)}"
     if overwrite:
-        raise ConfigError(f"--overwrite: {content}, but no {RUN} of a run of tailora; give another --output-dir")
+        raise ConfigError(f"--overwrite: {content}, but no {RUN} of a tailora run; use a different --output-dir")
     hints = "resume with --resume-from-checkpoint latest, " if checkpoints else ""
     raise ConfigError(
-        f"{content} of an earlier run; give another --output-dir, {hints}replace it with --overwrite, or delete it"
+        f"{content} of an earlier run; use a different --output-dir, {hints}replace it with --overwrite, or delete it"
     )
 
 
 def set_aside(output_dir: Path) -> Path | None:
     """Moves the files of an earlier run to the folder earlier-run next to them and returns it; None if there are none.
 
-    If that folder exists, the files are those of a run that should have replaced it and failed: they are deleted.
+    If that folder exists, the files are from a failed run that should have replaced it: they are deleted.
     """
     aside, partial = output_dir / EARLIER, output_dir / f".{EARLIER}"
     files = [path for name in FILES if (path := output_dir / name).exists()] + checkpoints_in(output_dir)
@@ -139,7 +141,7 @@ def set_aside(output_dir: Path) -> Path | None:
 
 
 def delete_earlier(output_dir: Path) -> None:
-    """Deletes the run that was set aside, now that the new one is whole."""
+    """Deletes the run that was set aside, now that the new one is complete."""
     if _read_run(output_dir / EARLIER):
         with wrap_os_error(output_dir / EARLIER):
             shutil.rmtree(output_dir / EARLIER)
@@ -276,7 +278,7 @@ def start_metrics(output_dir: Path, *, resumed_at: int | None, evaluated: Collec
                 if values["step"] <= resumed_at and ("eval_loss" not in values or values["step"] in evaluated)
             ]
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise CheckpointError(f"{path} holds a line that no run wrote; move the file away to go on") from None
+            raise CheckpointError(f"{path} contains a line that no run wrote; move the file away to resume") from None
     write_file(path, "".join(f"{line}\n" for line in kept).encode())
 
 

@@ -64,7 +64,7 @@ from tailora.train.parallel import Sharding, forget_forward, own_process_group, 
 from tailora.train.state import TrainState, seed_all, seeded
 from tailora.train.trainable import FullModel, Trainable, sharded_names, trained_module
 
-PROBE_TOKENS = 128  # memory is measured on at most so many tokens of the longest example
+PROBE_TOKENS = 128  # most tokens of the longest example to measure memory on
 LOADING_REMEDIES = (
     "what helps: --quantize nf4 (a quarter of bfloat16's bytes), --dtype bfloat16 (half the bytes of float32), "
     "a smaller --model, closing other programs"
@@ -341,7 +341,7 @@ def check_can_be_offloaded(config: TrainConfig, device_type: str) -> None:
     """Raises ConfigError if the settings offload weights from a CPU."""
     if config.fsdp_offload_params and device_type == "cpu":
         raise ConfigError(
-            "--fsdp-offload-params keeps weights in host memory, where they are on a CPU in any case: leave it out"
+            "--fsdp-offload-params has no effect on a CPU, where weights are in host memory anyway; remove it"
         )
 
 
@@ -354,7 +354,7 @@ def start_on_device(name: str) -> torch.device:
     device = choose_device(name)
     state = PartialState(cpu=device.type == "cpu")
     if state.num_processes == 1:
-        state.device = device  # it would keep that of an earlier run in this process
+        state.device = device  # it would keep the device of an earlier run in this process
     elif ":" in name or state.device.type != device.type:
         raise ConfigError(
             f"--device {name}: each of {state.num_processes} processes uses the device of its rank, here "
@@ -385,7 +385,7 @@ def launched_ranks(device: str) -> Iterator[PartialState | None]:
 def find_labels(config: TrainConfig) -> tuple[Labels | None, bool]:
     """Returns what the model's head predicts (None for tasks without labels), and whether the head is new.
 
-    The labels are those of the adapter or the model if these cover the data, else the data's. Raises DataError,
+    The labels come from the adapter or the model if these cover the data, else from the data. Raises DataError,
     ConfigError.
     """
     if config.task not in LABEL_TASKS:
@@ -393,7 +393,7 @@ def find_labels(config: TrainConfig) -> tuple[Labels | None, bool]:
     if config.adapter is not None:
         if (labels := labels_of_adapter(Path(config.adapter))) is None:
             raise ConfigError(
-                f"--adapter {config.adapter} predicts no labels, as --task {config.task} does: leave --adapter out"
+                f"--adapter {config.adapter} predicts no labels, but --task is {config.task}; remove --adapter"
             )
         return labels, False
     names = [source.name for source in resolved_sources(config, "data")]
@@ -439,7 +439,7 @@ def attach(
 
 
 def adapter_of_checkpoint(config: TrainConfig, saved: Checkpoint | None) -> LoRAConfig | None:
-    """Returns the settings of the checkpoint's adapter, whose ranks may differ from those of `config`; None without.
+    """Returns the settings of the checkpoint's adapter, whose ranks may differ from `config`; None without one.
 
     Also None if `config` asks for another adapter: `check_same_run` then refuses the checkpoint with all differences.
     """
@@ -479,8 +479,8 @@ def check_layers_are_called(model: Trainable, example: Example, task: Task, layo
         raise TargetError(f"the model calls none of the adapted layers for text: {', '.join([*calls.layers][:5])}")
     if paths := calls.not_called:
         raise TargetError(
-            f"the model does not call {', '.join(paths[:5])} ({len(paths)} in all), so adapters there would do "
-            f"nothing. Leave them out: --exclude-modules {' '.join(last_names(paths))}"
+            f"the model does not call {', '.join(paths[:5])} ({len(paths)} in total), so adapters there would do "
+            f"nothing; exclude them: --exclude-modules {' '.join(last_names(paths))}"
         )
 
 

@@ -124,7 +124,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def random_state() -> dict[str, Tensor]:
-    """Returns the states of all generators as tensors, those of devices as `cuda.0`, `cuda.1`, `mps.0`, ..."""
+    """Returns the states of all generators as tensors, with devices as `cuda.0`, `cuda.1`, `mps.0`, ..."""
     version, words, gauss_next = random.getstate()
     _algorithm, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {

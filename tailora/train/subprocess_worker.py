@@ -1,11 +1,11 @@
 """A few real steps of a run in a separate process, to measure their memory and time.
 
     measure_steps     settings -> `python -m tailora.train.subprocess_worker FOLDER SETTINGS` -> StepsMeasured
-    error_of          the error of a process that has failed; also of those of study.trial
+    error_of          the error of a failed process, also for study.trial
     kill              ends a process of study.trial and all that it has started
 
-The largest forward comes first and again at the end; between them are the first steps of the run. So the peak is that
-of the run, except for what its many other lengths add. Nothing is written outside of the temporary folder.
+The largest forward comes first and again at the end; between them are the first steps of the run. So the peak
+matches the run's, except for its many other lengths. Nothing is written outside of the temporary folder.
 """
 
 import json
@@ -110,7 +110,7 @@ def main(folder: Path, settings: str, *data: str) -> int:
 
 
 def take_steps(config: TrainConfig, folder: Path, *, with_data: bool) -> StepsMeasured:
-    """Sets up a run and takes a few of its steps. On a CPU the peak is that of this process."""
+    """Sets up a run and takes a few of its steps. On a CPU, the peak includes everything in this process."""
     started = time.perf_counter()
     from tailora.train.dataloader import Step, random_data, read_data  # torch from here on
     from tailora.train.memory import explain_out_of_memory, peak_bytes

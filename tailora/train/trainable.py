@@ -5,7 +5,7 @@ the weights (arXiv:1710.03740, sec. 3.1); a float32 model is its own master:
 
     16-bit gradient -> added to the master's gradient -> AdamW changes the master -> rounded into the weight
 
-If FSDP2 has sharded the base, masters are those of this rank's shards. `FullModel.gather` turns the shards that the
+If FSDP2 has sharded the base, masters belong to this rank's shards. `FullModel.gather` turns the shards that the
 optimizer has into the whole tensors that files have, and `local` turns them back.
 """
 
@@ -35,7 +35,7 @@ class FullModel(nn.Module):
     """A base model, all of whose weights are trained. Calls, `generate` and other attributes are the base model's.
 
     trained: float32 masters by name, with / for the dots; of a float32 base, its own parameters.
-    sharded: the weights by the same names of which this rank has a part (FSDP2).
+    sharded: the sharded weights by the same names (FSDP2).
     load_original: loads the base again, for comparison.
     """
 
@@ -184,7 +184,7 @@ def trained_module(model: Trainable) -> nn.Module:
 
 
 def sharded_names(model: Trainable) -> set[str]:
-    """Returns the names of the trained parameters of which each rank has a part; none of an adapter."""
+    """Returns the names of the sharded trained parameters; an adapter has none."""
     return set(model.sharded) if isinstance(model, FullModel) else set()
 
 

@@ -162,7 +162,7 @@ class Trainer:
         held_out = self.run.data.held_out
         counts = None if held_out is None else self.run.task.counts(held_out)
         if self.before is not None and (counts is None or not np.array_equal(self.before.counts, counts)):
-            raise ConfigError("the held-out examples are not those of the base's evaluation: the data has changed")
+            raise ConfigError("the held-out examples differ from the base model's evaluation: the data has changed")
         self.state.before = self.state.before or self.before
 
     def use_kernels(self) -> AbstractContextManager[object]:
@@ -387,7 +387,7 @@ class Trainer:
     def is_time_to_save(self) -> bool:
         """True if this rank asks for a checkpoint by its clock; all save it after the same step.
 
-        Those of a whole model are several times its size, so that --save-steps must ask for them.
+        Checkpoints of full fine-tuning are several times the model's size, so they need --save-steps.
         """
         by_time = self.config.save_steps is None and self.config.method == "lora" and self.run.is_main
         return by_time and time.monotonic() - self.state.last_saved >= SECONDS_BETWEEN_CHECKPOINTS
@@ -528,7 +528,7 @@ class Trainer:
         if not math.isfinite(loss):
             cause = broken_loss(run.base, submitted.step.batches, run.task, run.layout)
             return self.diverged(f"{where}: {cause}")
-        if self.state.unread is not None:  # the gradients are those of the step after it; the parameters are the same
+        if self.state.unread is not None:  # the gradients belong to the next step; the parameters are the same
             self.compute_gradients(submitted.step)
         parameters = {name: p for buffer in run.updates.buffers for name, p in buffer.parameters.items()}
         return self.diverged(f"{where}: {broken_gradients(parameters)}", parameters_are_good=True)

@@ -98,7 +98,7 @@ def test_an_error_of_the_measuring_process_is_raised(
 
     monkeypatch.setattr(subprocess, "run", run_here)
     (tmp_path / "config.json").write_text((Path(small_run.model) / "config.json").read_text())
-    with pytest.raises(ConfigError, match="holds no tokenizer"):
+    with pytest.raises(ConfigError, match="has no tokenizer"):
         plan(TrainConfig(model=str(tmp_path), r=4, max_length=64), measure=True)
 
 

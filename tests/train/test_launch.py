@@ -412,7 +412,7 @@ def test_mistakes_are_refused_once_before_any_process_is_started(
     for mistake, message in (
         ("--nproc-per-node 0", "give a number"),
         ("--nproc-per-node 2 --lora-alpha -1", "--lora-alpha '-1': "),
-        ("--nproc-per-node 2 --resume-from-checkpoint latest --overwrite", "give one of them"),
+        ("--nproc-per-node 2 --resume-from-checkpoint latest --overwrite", "use only one of them"),
     ):
         assert main(["train", "--config", config_file, *mistake.split()]) == 2
         shown = capsys.readouterr().err

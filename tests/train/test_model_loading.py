@@ -47,5 +47,5 @@ def test_a_model_without_a_tokenizer_says_how_to_add_it(model_folder: Path, tmp_
         load_base(str(tmp_path))
     path = repr(str(tmp_path))
     assert str(caught.value).startswith(
-        f"model {path} holds no tokenizer: save that of its base there, with tokenizer.save_pretrained({path})."
+        f"model {path} has no tokenizer; save the base model's tokenizer there with tokenizer.save_pretrained({path})."
     )

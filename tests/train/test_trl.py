@@ -170,7 +170,7 @@ def test_what_a_trainer_of_trl_would_do_wrong_is_refused(tmp_path: Path) -> None
             trainer(adapting, name, model or lora_model(name), tmp_path, **settings)
 
     refused("would generate without the adapter", "GRPO", use_vllm=True)
-    refused("weights of its own", "GRPO", sync_ref_model=True)
+    refused("separate reference model", "GRPO", sync_ref_model=True)
     head = ["q_proj", "lm_head"]
     for name in ("DPO", "GRPO"):
         refused("lm_head is adapted", name, lora_model(name, target_modules=head))
