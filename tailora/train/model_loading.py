@@ -488,7 +488,7 @@ def check_can_be_sharded(config: PretrainedConfig, name: str, quantize: str | No
     if method := quantize or stored.get("quant_method"):
         eight_bits = ", in 8 bits" if stored.get("load_in_8bit") else ""
         raise ConfigError(
-            f"model {name!r} is quantised as {method}{eight_bits}, and FSDP2 would lose the scales; use a "
+            f"model {name!r} is quantized as {method}{eight_bits}, and FSDP2 would lose the scales; use a "
             "model in full precision with --quantize nf4, or remove --fsdp"
         )
 

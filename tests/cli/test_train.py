@@ -281,7 +281,7 @@ def test_a_resume_with_other_settings_names_each_with_both_values_and_what_to_do
 
 
 @pytest.mark.parametrize(
-    ("more", "hint"), [([], "contains an adapter of an earlier run"), (["--overwrite"], "but no run.json of a tailora run")]
+    ("more", "hint"), [([], "contains an adapter of an earlier run"), (["--overwrite"], "no run.json of a tailora run")]
 )
 def test_a_taken_folder_is_refused_before_torch_is_loaded(
     flags: dict[str, str], more: list[str], hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -381,12 +381,12 @@ def test_a_base_whose_scales_would_be_lost_is_refused_before_it_is_loaded(
     shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
-    refusal = f"is quantised as {method}, and FSDP2 would lose the scales"
+    refusal = f"is quantized as {method}, and FSDP2 would lose the scales"
     with pytest.raises(ConfigError, match=refusal):
         load_base(str(folder), "float32", sharding=Sharding(torch.device("cpu")))
     with pytest.raises(ConfigError, match=refusal):
         plan(settings(model=str(folder), fsdp=True), nproc=2)
-    with pytest.raises(ConfigError, match="is quantised as int8, and FSDP2"):
+    with pytest.raises(ConfigError, match="is quantized as int8, and FSDP2"):
         load_base(str(model_folder), "float32", quantize="int8", sharding=Sharding(torch.device("cpu")))
 
 

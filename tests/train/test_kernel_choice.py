@@ -79,8 +79,8 @@ PAYING = 2**32  # tokens
 @pytest.mark.parametrize(
     ("share", "tokens", "speed", "layers", "reason"),
     [
-        pytest.param(0.9, PAYING, 1.25, COMPILED, "a layer takes 0.80 of the time of those of", id="faster"),
-        pytest.param(0.9, PAYING, 0.5, PLAIN, "compiled, but a layer takes 2.00 of the time of", id="slower"),
+        pytest.param(0.9, PAYING, 1.25, COMPILED, "a layer takes 0.80 times as long as", id="faster"),
+        pytest.param(0.9, PAYING, 0.5, PLAIN, "compiled, but a layer takes 2.00 times as long as", id="slower"),
         pytest.param(0.9, 256, 1.25, PLAIN, "save about 0 s of this run, and compiling takes about 32 s", id="short"),
         pytest.param(
             0.0,
