@@ -115,7 +115,7 @@ def answer(session: ChatSession, text: str) -> None:
     messages = [*session.messages, {"role": "user", "content": text}]
     reply = ""
     try:
-        with explained_memory_errors():
+        with explain_memory_errors():
             asked = [*system_messages(session.system), *messages]
             for piece in stream_reply(loaded.model, loaded.tokenizer, asked, **session.sampling):
                 reply += piece
@@ -231,7 +231,7 @@ def generate(
             messages = [*system_messages(system), {"role": "user", "content": text}]
             asked = text if ignore_chat_template else messages
             reply = ""
-            with explained_memory_errors():
+            with explain_memory_errors():
                 for piece in stream_reply(loaded.model, loaded.tokenizer, asked, **sampling):
                     reply += piece
                     if is_shown:
@@ -329,7 +329,7 @@ def system_messages(text: str | None) -> list[dict[str, str]]:
     return [{"role": "system", "content": text}] if text else []
 
 
-def explained_memory_errors() -> AbstractContextManager[None]:
+def explain_memory_errors() -> AbstractContextManager[None]:
     """Within the block, running out of memory raises MemoryLimitError with the cause and a remedy."""
     from tailora.train.memory import explain_out_of_memory
 

@@ -176,17 +176,17 @@ def named_sequences(example: Example) -> list[tuple[str, Example]]:
 
 
 def show(console: Console, report: dict[str, Any], examples: Mapping[str, Pieces]) -> None:
-    print_rich_table(console, facts(report))
+    print_rich_table(console, data_table(report))
     console.print()
     print_rich_table(console, histogram(report["lengths"]))
     in_color = console.color_system is not None and not console.no_color
-    legend = highlighted([("learned", True), (" and only read", False)], in_color)
+    legend = highlight([("learned", True), (" and only read", False)], in_color)
     for name, pieces in examples.items():
         console.print(Text.assemble((f"\n{name}: ", "bold"), legend))
-        console.print(highlighted(pieces, in_color), soft_wrap=not console.is_terminal)
+        console.print(highlight(pieces, in_color), soft_wrap=not console.is_terminal)
 
 
-def facts(report: dict[str, Any]) -> Table:
+def data_table(report: dict[str, Any]) -> Table:
     mapping = ", ".join(key if key == column else f"{key} = {column}" for key, column in report["mapping"].items())
     learned = f", {report['supervised_tokens']:,} learned ({report['supervised_share']:.0%})"
     values = {
@@ -222,7 +222,7 @@ def histogram(bins: Sequence[dict[str, int]]) -> Table:
     return table
 
 
-def highlighted(pieces: Pieces, in_color: bool) -> Text:
+def highlight(pieces: Pieces, in_color: bool) -> Text:
     """Returns learned text in green and the rest dim; without color, learned text in [[ ]]."""
     if in_color:
         return Text.assemble(*((text, "green" if learned else "dim") for text, learned in pieces))

@@ -139,10 +139,10 @@ def merge_settings(
     for name in (*in_file, *(flags or {})):
         if name in ALIASES:
             note(f"{name} is read as {ALIASES[name]}")
-    in_file = _without_aliases(in_file, f"--config {config_file}: ")
-    typed = {name: _plain(name, value) for name, value in _without_aliases(flags or {}).items()}
-    typed |= _without_none(arguments)
-    values = {**_without_none(defaults), **in_file, **typed}
+    in_file = _resolve_aliases(in_file, f"--config {config_file}: ")
+    typed = {name: _yaml_value(name, value) for name, value in _resolve_aliases(flags or {}).items()}
+    typed |= _drop_none(arguments)
+    values = {**_drop_none(defaults), **in_file, **typed}
     if values.get("data", "demo") == "demo" and not values.keys() & {"eval_data", "validation_split"}:
         values["eval_data"] = "demo"  # the demo has separate held-out data
     try:
@@ -181,7 +181,7 @@ def log_columns(flags: Mapping[str, Any] | None, config: TrainConfig) -> None:
         log(f"columns as in training: --field {columns}; for data with the standard names, use --field {usual}")
 
 
-def _without_none(values: Mapping[str, Any] | None) -> dict[str, Any]:
+def _drop_none(values: Mapping[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in (values or {}).items() if value is not None}
 
 
@@ -189,7 +189,7 @@ def parse_settings(text: str) -> dict[str, Any]:
     """Returns the settings in `key=value,key=value`, each parsed like its flag. Raises ConfigError."""
     pairs = parse_pairs(text, [text] if text else [], allowed=FIELDS)
     collections = {name for name in pairs if get_origin(_types(FIELDS[name])[0]) in (list, dict)}
-    return {name: _plain(name, [value] if name in collections else value) for name, value in pairs.items()}
+    return {name: _yaml_value(name, [value] if name in collections else value) for name, value in pairs.items()}
 
 
 def parse_pairs(
@@ -212,7 +212,7 @@ def parse_pairs(
     return {key: value for key, _, value in parts}
 
 
-def _plain(name: str, value: Any) -> Any:
+def _yaml_value(name: str, value: Any) -> Any:
     """Returns a flag's value as it would be in YAML: names split at commas, key=value pairs as a mapping."""
     types = _types(FIELDS[name])
     if get_origin(types[0]) is dict:
@@ -233,7 +233,7 @@ def _plain(name: str, value: Any) -> Any:
     return [part for token in value for part in token.split(",") if part]
 
 
-def _without_aliases(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+def _resolve_aliases(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """Replaces other tools' names of settings by ours. Raises ConfigError. where: start of its message."""
     spellings: dict[str, list[str]] = {}  # our name -> the names in use
     for name in values:

@@ -65,7 +65,7 @@ COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "data": ("data", "Show what would be trained on, token by token."),
     "doctor": ("doctor", "Show what this machine can do."),
 }
-TAKE_DATA = ("demo", "plan", "train", "compare", "eval", "search", "predict")  # with the flag --data
+DATA_COMMANDS = ("demo", "plan", "train", "compare", "eval", "search", "predict")  # with the flag --data
 SUMMARY = "Fine-tune a language model with LoRA, and know whether it worked."
 EPILOGUE = """\
 Exit codes: 0 success, 1 failure, 2 wrong usage or settings, 3 diverged,
@@ -110,10 +110,10 @@ def main(argv: Sequence[str] | None = None, *, interrupted: Callable[[], bool] =
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Exception, KeyboardInterrupt) as caught:
-        error = _explained(caught, interrupted())
+        error = _error_to_show(caught, interrupted())
         if isinstance(error, TailoraError | CycloptsError | OSError | KeyboardInterrupt):
             return fail(error, as_json)
-        if _launcher_shows(error, traceback.format_exc()):
+        if _report_to_launcher(error, traceback.format_exc()):
             return 1
         stderr().print(BUG, style="bold red")
         if as_json:
@@ -144,7 +144,7 @@ def app(tokens: Sequence[str] = ()) -> App:
 # ---- Failures
 
 
-def _explained(error: BaseException, is_interrupted: bool) -> BaseException:
+def _error_to_show(error: BaseException, is_interrupted: bool) -> BaseException:
     """Replaces an error that was caused by a signal or by too little memory with a clear one.
 
     An error that another rank prints is returned unchanged.
@@ -164,10 +164,10 @@ def fail(error: BaseException, as_json: bool) -> int:
     """Prints an error and returns its exit code.
 
     If `tailora.train.launch` started this process, the parent process prints the error instead. If torchrun did, only
-    one rank prints it: see `_another_rank_shows`.
+    one rank prints it: see `_is_shown_by_another_rank`.
     """
     code, message = exit_code(error), message_of(error)
-    if _launcher_shows(error) or _another_rank_shows(error):
+    if _report_to_launcher(error) or _is_shown_by_another_rank(error):
         return code
     if isinstance(error, ProcessFailedError) and error.traceback:
         stderr().print(BUG, style="bold red")
@@ -182,7 +182,7 @@ def fail(error: BaseException, as_json: bool) -> int:
     return code
 
 
-def _launcher_shows(error: BaseException, bug: str = "") -> bool:
+def _report_to_launcher(error: BaseException, bug: str = "") -> bool:
     """Passes the error to the launcher of this process, if there is one. Returns True if the launcher prints it.
 
     bug: the traceback, if the error is a bug in tailora.
@@ -191,7 +191,7 @@ def _launcher_shows(error: BaseException, bug: str = "") -> bool:
     return failures.leave_failure(error, **known) and launch.is_launched_by_tailora()
 
 
-def _another_rank_shows(error: BaseException) -> bool:
+def _is_shown_by_another_rank(error: BaseException) -> bool:
     """True if another rank prints this error: the rank that the processes agreed on (`failures.fail_together`).
 
     Before the processes are connected, this is rank 0, unless torch's launcher hides the errors of the other ranks.
@@ -216,7 +216,7 @@ def message_of(error: BaseException) -> str:
             message += f". Also unknown: {', '.join(others)}"
     elif isinstance(error, UnusedCliTokensError) and error.unused_tokens:
         unused = shlex.join(error.unused_tokens)
-        hint = f". To pass data, use --data {unused}" if command in TAKE_DATA else ""
+        hint = f". To pass data, use --data {unused}" if command in DATA_COMMANDS else ""
         message = f"unexpected argument {unused}{hint}"
     return f"{message}. Run `tailora {command} --help` for all flags" if command else str(error)
 

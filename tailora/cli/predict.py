@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
-from tailora.cli.chat import check_answers_file, explained_memory_errors, partial_answers
+from tailora.cli.chat import check_answers_file, explain_memory_errors, partial_answers
 from tailora.cli.eval import Adapter, Flags, find_target
 from tailora.cli.flags import Json, Overwrite, log_columns, merge_with_run
 from tailora.cli.main import log, print_json, stderr, write_stdout
@@ -80,11 +80,11 @@ def predict(
     from tailora.cli.progress import counter
 
     predictions: list[Prediction] = []
-    with explained_memory_errors(), counter(stderr(), "rows") as progress, lines(output, is_shown=not json) as write:
+    with explain_memory_errors(), counter(stderr(), "rows") as progress, lines(output, is_shown=not json) as write:
         results = (
-            answers(loaded.model, loaded.tokenizer, rows, config, max_new_tokens)
+            answer_predictions(loaded.model, loaded.tokenizer, rows, config, max_new_tokens)
             if labels is None
-            else labelled(loaded.model, loaded.tokenizer, labels, rows, config)
+            else label_predictions(loaded.model, loaded.tokenizer, labels, rows, config)
         )
         for number, prediction in enumerate(results, 1):
             write(prediction)
@@ -127,7 +127,7 @@ def columns_of(row: Row) -> Any:
 # ---- Labels
 
 
-def labelled(
+def label_predictions(
     model: Any, tokenizer: Any, labels: "Labels", rows: Sequence[Row], config: TrainConfig
 ) -> Iterator[Prediction]:
     """Yields the predictions of a model for labels. Raises DataError with all unreadable rows first."""
@@ -155,7 +155,7 @@ def rounded(prediction: Any) -> Any:
 # ---- Answers
 
 
-def answers(
+def answer_predictions(
     model: Any, tokenizer: Any, rows: Sequence[Row], config: TrainConfig, max_new_tokens: int
 ) -> Iterator[Prediction]:
     """Yields the greedy answers of a language model. Raises DataError with all rows without a question first."""

@@ -26,7 +26,7 @@ WIDTH = 100  # of the header at most; a terminal may be narrower
 
 
 @contextmanager
-def _shown(bar: Progress) -> Iterator[Progress]:
+def _live(bar: Progress) -> Iterator[Progress]:
     """Shows the bar within the block; what is printed to stderr appears above it."""
     token = LIVE.set(bar.console)
     try:
@@ -44,7 +44,7 @@ def counter(console: Console, unit: str) -> Iterator[Callable[[int, int], None]]
     """Yields a function to call with the number of units done and their total."""
     if on_terminal(console):
         columns = TextColumn(unit, markup=False), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()
-        with _shown(Progress(*columns, console=console, transient=True)) as bar:
+        with _live(Progress(*columns, console=console, transient=True)) as bar:
             task = bar.add_task("", total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
         return
@@ -143,7 +143,7 @@ def run_progress(console: Console, *, verbose: bool = False) -> Iterator["Listen
         yield _listener(console, lambda text, _done, _total, always: line.show(text, always=always), verbose)
         return
     columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=20)
-    with _shown(Progress(*columns, console=console, transient=True)) as bar:
+    with _live(Progress(*columns, console=console, transient=True)) as bar:
         task = bar.add_task(first, total=None)
         yield _listener(
             bar.console,
@@ -164,7 +164,7 @@ def _listener(console: Console, show: Callable[[str, int, int, bool], None], ver
         match event:
             case Stepped():
                 text, is_end = f"step {event.step}/{event.max_steps}", event.step in (1, event.max_steps)
-                show(f"{text}  {figures(event)}", event.step, event.max_steps, is_end)
+                show(f"{text}  {step_figures(event)}", event.step, event.max_steps, is_end)
                 if event.step == event.max_steps:
                     show("training finished; evaluating and saving", 0, 0, False)
             case EvaluationProgress():
@@ -175,7 +175,7 @@ def _listener(console: Console, show: Callable[[str, int, int, bool], None], ver
     return listen
 
 
-def figures(step: "Stepped") -> str:
+def step_figures(step: "Stepped") -> str:
     eta = timedelta(seconds=round(step.eta_seconds))
     memory = step.memory_bytes / 1e9
     return f"loss {step.loss:.3f}  {step.tokens_per_second:,.0f} tokens/s  ETA {eta}  memory {memory:.2f} GB"

@@ -68,7 +68,7 @@ def serve(
     for path in folders.values():
         check_writes_text(str(path), label_task_of_adapter(path))
     tasks = {name: task for name, path in in_folder.items() if (task := label_task_of_adapter(path)) is not None}
-    in_folder = leave_out(in_folder, tasks, "they predict labels and do not generate text")
+    in_folder = skip_adapters(in_folder, tasks, "they predict labels and do not generate text")
     folders |= in_folder
     model = base_model_name(model, list(folders.values()))
     with listen(host, port) as listener:  # before loading the model, which takes long
@@ -76,7 +76,7 @@ def serve(
         loaded = load_model(model, {}, quantize=quantize, device=device)
         if not loaded.model.config.is_encoder_decoder:
             tasks = {name: SEQ2SEQ for name, path in in_folder.items() if task_of_adapter(path) == SEQ2SEQ}
-            folders = leave_out(folders, tasks, "the base model has a different architecture")
+            folders = skip_adapters(folders, tasks, "the base model has a different architecture")
         import uvicorn
 
         from tailora.core.adapter_set import AdapterSet
@@ -184,7 +184,7 @@ def adapters_in(folder: Path) -> dict[str, Path]:
     return {path.name: path for path in sorted(folder.iterdir()) if (adapter_folder(path) / ADAPTER_CONFIG).is_file()}
 
 
-def leave_out(folders: dict[str, Path], tasks: dict[str, str], why: str) -> dict[str, Path]:
+def skip_adapters(folders: dict[str, Path], tasks: dict[str, str], why: str) -> dict[str, Path]:
     """Returns the adapters that are not in `tasks`; a note names the others."""
     if tasks:
         note(f"skipped, because {why}: {', '.join(f'{name} ({task})' for name, task in tasks.items())}")

@@ -34,7 +34,7 @@ from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
 from tailora.train.launch import count_processes, world_size
 
-LEFT_OUT = {
+EXCLUDED = {
     "resume_from_checkpoint",
     "samples",
     "passport",
@@ -48,7 +48,7 @@ LEFT_OUT = {
 
 
 COMPARE_DEFAULTS = {"output_dir": "outputs/compare"}
-CompareFlags: Any = flags_of(TrainConfig, only=FIELDS.keys() - LEFT_OUT - {"learning_rate"}, defaults=COMPARE_DEFAULTS)
+CompareFlags: Any = flags_of(TrainConfig, only=FIELDS.keys() - EXCLUDED - {"learning_rate"}, defaults=COMPARE_DEFAULTS)
 STUDY = "Comparison"
 StudyFlags: Any = flags_of(CompareConfig, only=CompareConfig.model_fields.keys() - {"arms"}, sections={"seeds": STUDY})
 
@@ -106,7 +106,7 @@ def parse_arm(text: str) -> tuple[str, dict[str, Any]]:
 
 SEARCH_DEFAULTS = {"output_dir": "outputs/search"}
 LR_ONLY_DEFAULTS = {"output_dir": "outputs/learning-rates"}
-TrainFlags: Any = flags_of(TrainConfig, only=FIELDS.keys() - LEFT_OUT - {"save_total_limit"}, defaults=SEARCH_DEFAULTS)
+TrainFlags: Any = flags_of(TrainConfig, only=FIELDS.keys() - EXCLUDED - {"save_total_limit"}, defaults=SEARCH_DEFAULTS)
 SearchFlags: Any = flags_of(SearchConfig, sections={"trials": "Search"})
 
 
