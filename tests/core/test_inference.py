@@ -234,6 +234,21 @@ def test_a_compiled_model_is_left_alone() -> None:
     assert seen == []
 
 
+def test_the_last_states_of_several_prompts_reach_the_head_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = stirred(CONFIGS["all"]), list[bool]()
+    head: Any = model.base_model.lm_head
+    compute = head.forward
+
+    def forward(states: Tensor) -> Tensor:
+        seen.append(states.is_contiguous())
+        return compute(states)
+
+    monkeypatch.setattr(head, "forward", forward)
+    logits_of(model, PROMPTS["two"])
+    assert len(seen) == 6
+    assert all(seen)
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_the_base_may_be_anywhere(device: str) -> None:
     """accelerate leaves weights that it keeps on a disk on the device "meta"."""
