@@ -64,7 +64,7 @@ from tailora.train.parallel import Sharding, forget_forward, own_process_group, 
 from tailora.train.state import TrainState, seed_all, seeded
 from tailora.train.trainable import FullModel, Trainable, sharded_names, trained_module
 
-PROBE_TOKENS = 128  # most tokens of the longest example to measure memory on
+PROBE_TOKENS = 32  # most tokens of the longest example to measure memory on
 LOADING_REMEDIES = (
     "what helps: --quantize nf4 (a quarter of bfloat16's bytes), --dtype bfloat16 (half the bytes of float32), "
     "a smaller --model, closing other programs"
