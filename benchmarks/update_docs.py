@@ -152,7 +152,9 @@ def plan() -> str:
 COLUMNS = ("attach", "train", "merge", "rows", "compile", "PEFT reads", "reads PEFT")
 FEW_WORDS = (  # what a reason says -> what the table says
     ("experts get the tokens of all rows", "refused: experts"),
+    ("which mix the tokens of all rows", "refused: experts"),
     ("whose first dimension must be the rows", "refused: rows flattened"),
+    ("as in adapter_rows, in the first dimension", "refused: rows flattened"),
     ("not a dimension of rows", "refused: rows flattened"),
     ("is incompatible with Mamba", "PEFT refuses"),
     ("get_input_embeddings", "PEFT refuses"),

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from tailora.core import compress, data_init
 from tailora.core.adalora import RankAllocator, as_plain_lora
-from tailora.core.adapter import Adapter, Summary, create, summarise
+from tailora.core.adapter import Adapter, Summary, create, summarize
 from tailora.core.adapter_set import AdapterSet, check_base
 from tailora.core.attach import evaluating
 from tailora.core.combine import Combination, Truncation, combine_adapters
@@ -198,7 +198,7 @@ class LoRAModel(nn.Module):
 
     def summary(self) -> Summary:
         """Returns path, layer type, shape, r, alpha and number of parameters for each adapted layer."""
-        return summarise(self.base_model, [self._adapter_set[name] for name in self.active_adapters])
+        return summarize(self.base_model, [self._adapter_set[name] for name in self.active_adapters])
 
     # ---- Adapters by name
 

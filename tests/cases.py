@@ -263,13 +263,13 @@ def why_not(case: LayerCase, slot: str) -> str | None:
     """Returns why the pair makes no sense, in the words of its refusal; None if it does make sense."""
     special = case in SPECIAL_LAYERS
     if special and (slot in BIASES or slot == "lora bias"):
-        return "no bias of a part of a fused layer, of attention or beside a parameter is trained"
+        return "is not supported for parts of fused layers, attention or parameters"
     if case.name in WITHOUT_BIAS and slot in BIASES:
         return "none of the adapted layers has a bias"
     if case.name == "embedding" and slot == "lora bias":
-        return "lora_bias on an Embedding, whose file has no place for it"
+        return "lora_bias is not supported for an Embedding"
     if (case.call in (_attended, _attended_apart) or "target_parameters" in case.names) and "dropout" in slot:
-        return "the update of a weight that the module reads by itself has no input to drop"
+        return "lora_dropout is not supported for a weight that is used without a layer"
     return None
 
 

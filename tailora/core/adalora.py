@@ -1,8 +1,7 @@
-"""AdaLoRA (arXiv:2303.10512): ranks move to the layers where they matter, while the adapter trains.
+"""AdaLoRA (arXiv:2303.10512): moves ranks to the layers where they matter, during training.
 
-The update is s B diag(E) A. After every optimizer step the E_i of least importance in all layers are set to zero, down
-to a budget that falls from the initial ranks to target_r per layer. What is left at the end is plain LoRA
-(`as_plain_lora`).
+The update is s B diag(E) A. After every optimizer step the least important E_i of all layers are set to zero, down to
+a budget that decreases from the initial ranks to target_r per layer. The result is plain LoRA (`as_plain_lora`).
 """
 
 import copy
@@ -38,12 +37,12 @@ def budget(step: int, total: int, tinit: int, tfinal: int, initial: int, target:
 
 
 class RankAllocator:
-    """Moves the ranks of an adapter through hooks on its optimizer; nothing needs to be called while training.
+    """Moves the ranks of an adapter with hooks on its optimizer; training needs no further calls.
 
-    Before each step it adds the gradient of the penalty, and measures sensitivities. After each step it switches off
-    the ranks beyond the budget; they may come back until the budget is final.
+    Before each step it adds the gradient of the penalty and measures sensitivities. After each step it disables the
+    ranks beyond the budget; they may come back until the budget is final.
 
-    final_masks: path -> mask (r,) of the ranks that stay; empty until the budget is final.
+    final_masks: path -> mask (r,) of the remaining ranks; empty until the budget is final.
     Raises ConfigError if the schedule leaves no steps, or if the target is above the initial number of ranks.
     """
 
@@ -55,13 +54,15 @@ class RankAllocator:
         self.tfinal = total_steps * 3 // 10 if config.tfinal is None else config.tfinal
         if self.tinit + self.tfinal >= total_steps:
             raise ConfigError(
-                f"tinit + tfinal = {self.tinit} + {self.tfinal} leaves none of {total_steps} steps to distribute ranks"
+                f"tinit + tfinal = {self.tinit} + {self.tfinal} must be below the {total_steps} steps: lower them"
             )
         self.layers = dict(layers)
         self.initial = sum(layer.r for layer in self.layers.values())
         self.target = config.target_r * len(self.layers)
         if self.target > self.initial:
-            raise ConfigError(f"target_r = {config.target_r} is above the average rank at the start: raise r")
+            raise ConfigError(
+                f"target_r = {config.target_r} is above the average initial rank: raise r, or lower target_r"
+            )
         self.sensitivity = {name: torch.zeros_like(p) for name, p in self._parameters()}
         self.uncertainty = {name: torch.zeros_like(p) for name, p in self._parameters()}
         self.final_masks: dict[str, Tensor] = {}
@@ -70,7 +71,7 @@ class RankAllocator:
 
     @property
     def final(self) -> bool:
-        """True if the ranks do not change any more."""
+        """True if the ranks no longer change."""
         return bool(self.final_masks)
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -78,7 +79,7 @@ class RankAllocator:
 
     @torch.no_grad()
     def before_step(self, found_inf: Tensor | None = None) -> None:
-        """found_inf: 0-dimensional, 1.0 if the optimizer leaves this step out, because a gradient is not finite."""
+        """found_inf: 0-dimensional, 1.0 if the optimizer skips this step because a gradient is not finite."""
         for layer in self.layers.values():
             _add_penalty_gradient(layer, self.config.orth_reg_weight)
         if self.final:
@@ -110,7 +111,7 @@ class RankAllocator:
         return E + A.flatten(1).mean(1) + B.mean(0)
 
     def _most_important(self, ranks: int) -> dict[str, Tensor]:
-        """Path -> mask (r,) of the layer's ranks that are among the `ranks` most important of all layers."""
+        """Returns path -> mask (r,) of the layer's ranks among the `ranks` most important ones of all layers."""
         importance = torch.cat([self.importance(path) for path in self.layers])
         mask = torch.zeros_like(importance, dtype=torch.bool)
         mask[importance.topk(ranks).indices] = True
@@ -122,7 +123,7 @@ class RankAllocator:
             cast(nn.Parameter, layer.lora_E).mul_(masks[path])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns tensors by name: all that `load_state_dict` needs to continue with the same bits."""
+        """Returns the tensors that `load_state_dict` needs to resume with the same bits, by name."""
         return {
             "step": torch.tensor(self.step, device="cpu"),
             **{f"{name}|sensitivity": tensor for name, tensor in self.sensitivity.items()},
@@ -131,13 +132,15 @@ class RankAllocator:
         }
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raises CheckpointError for the state of another adapter."""
+        """Raises CheckpointError for the state of a different adapter."""
         current = self.state_dict()
         masks = {name: tensor for name, tensor in tensors.items() if name.endswith("|kept")}
         if {*current, *masks} != {*tensors, *(f"{path}|kept" for path in self.final_masks)} or any(
             tensors[name].shape != current[name].shape for name in current.keys() & tensors.keys()
         ):
-            raise CheckpointError("the checkpoint's rank allocation belongs to another adapter")
+            raise CheckpointError(
+                "the checkpoint's rank allocation belongs to a different adapter: use the same settings"
+            )
         self.step = int(tensors["step"])
         for name in self.sensitivity:
             self.sensitivity[name].copy_(tensors[f"{name}|sensitivity"])
@@ -159,13 +162,13 @@ def _add_penalty_gradient(layer: LoRALayer, weight: float) -> None:
         layer.lora_B.grad.add_(B @ (B.T @ B - eye), alpha=4 * weight)
 
 
-# ---- Plain LoRA of other ranks
+# ---- Conversion to plain LoRA
 
 
 def as_plain_lora(adapter: Adapter) -> Adapter:
-    """Returns the same update as plain LoRA: E is multiplied into B, and ranks that are off are left out.
+    """Returns the same update as plain LoRA: multiplies E into B and removes disabled ranks.
 
-    A layer whose ranks are all off keeps one of zeros. An adapter without AdaLoRA is returned as it is.
+    A layer without any enabled rank keeps one of zeros. An adapter without AdaLoRA is returned unchanged.
     """
     if adapter.config.adalora is None:
         return adapter
@@ -183,7 +186,7 @@ def as_plain_lora(adapter: Adapter) -> Adapter:
 
 
 def with_ranks(config: LoRAConfig, layers: Mapping[str, LoRALayer], ranks: Mapping[str, int]) -> LoRAConfig:
-    """Returns the config that gives each of these paths its rank of `ranks`, at its layer's configured scale."""
+    """Returns the config with the rank of each path in `ranks`, at its layer's configured scale."""
     alphas = {path: alpha_at_same_scale(layers[path], r) for path, r in ranks.items()}
     return config.replaced(
         rank_pattern={exactly(path): r for path, r in ranks.items() if r != config.r},
@@ -192,5 +195,5 @@ def with_ranks(config: LoRAConfig, layers: Mapping[str, LoRALayer], ranks: Mappi
 
 
 def alpha_at_same_scale(layer: LoRALayer, r: int) -> float:
-    """Returns the alpha that gives rank r the scale that the layer has at its own rank."""
+    """Returns the alpha for rank r with the layer's current scale."""
     return layer.lora_alpha * (math.sqrt(r / layer.r) if layer.use_rslora else r / layer.r)

@@ -1,7 +1,7 @@
-"""One adapter: its config and its parts, by the path of what each part changes in the base model.
+"""One adapter: its config and its parts, by the path of the module or parameter that each part changes.
 
-`create` makes a fresh one for the layers that `core.targets.select` chose; `low_rank_layer`, `trained_copy` and
-`extra_parts` make its parts. Then come the parts of several adapters by path, and the summary of what is adapted.
+`create` makes a fresh one for the layers selected by `core.targets.select`; `low_rank_layer`, `trained_copy` and
+`extra_parts` make its parts. The rest combines the parts of several adapters by path and summarizes what is adapted.
 """
 
 import copy
@@ -27,13 +27,13 @@ from tailora.errors import AdapterError, FormatError, TargetError, listing
 
 @dataclass(frozen=True)
 class Adapter:
-    """A config and the parts that it describes, by path.
+    """A config and its parts by path.
 
     low_rank: the low-rank updates.
-    saved: trained copies of whole modules (`modules_to_save`).
+    saved: trained copies of complete modules (`modules_to_save`).
     extras: trained biases, and rows of embeddings with the heads tied to them.
-    waits_for_data: its initial values come from data that it has not seen yet.
-    has_allocator: with AdaLoRA, `allocate_ranks` was called for it.
+    waits_for_data: its initial values still have to be computed from data.
+    has_allocator: with AdaLoRA, whether `allocate_ranks` was called.
     """
 
     config: LoRAConfig
@@ -45,12 +45,12 @@ class Adapter:
 
     @property
     def has_start(self) -> bool:
-        """True if some layer's update is s (B A - B0 A0), with a frozen start."""
+        """True if any layer's update is s (B A - B0 A0), with a frozen start."""
         return any(layer.has_start for layer in self.low_rank.values())
 
     @property
     def waits_for_ranks(self) -> bool:
-        """True if it has AdaLoRA, whose ranks nothing moves yet."""
+        """True if it has AdaLoRA without an allocator that moves the ranks."""
         return self.config.adalora is not None and not self.has_allocator
 
     @property
@@ -58,40 +58,42 @@ class Adapter:
         return {**self.low_rank, **self.saved, **self.extras}
 
     def missing_data(self, name: str) -> str:
-        """Returns what must be done before the adapter can be trained or saved; "" if nothing."""
+        """Returns the missing call before the adapter can be trained or saved; "" if there is none."""
         if not self.waits_for_data:
             return ""
         return (
-            f"adapter {name!r} starts from data (init_lora_weights={self.config.init_lora_weights!r}): "
-            "call start_from_data(batches) first"
+            f"adapter {name!r} is initialized from data (init_lora_weights={self.config.init_lora_weights!r}): call "
+            "start_from_data(batches) first"
         )
 
     def check_can_be_saved(self, name: str) -> None:
-        """Raises AdapterError if it is not complete yet, FormatError for a name that cannot be a folder's."""
+        """Raises AdapterError if the adapter is incomplete, FormatError if the name cannot be a folder name."""
         if reason := self.missing_data(name):
             raise AdapterError(reason)
         if self.waits_for_ranks:
-            raise AdapterError(f"the ranks of {name!r} were never moved: allocate_ranks(optimizer, steps) and train")
+            raise AdapterError(
+                f"the ranks of {name!r} were never allocated: call allocate_ranks(optimizer, steps) and train"
+            )
         if name in (".", "..") or "\0" in name or Path(name).name != name:
-            raise FormatError(f"adapter name {name!r} cannot name a folder; add it under a plain name")
+            raise FormatError(f"adapter name {name!r} cannot be a folder name; add the adapter under a different name")
 
 
 # ---- A fresh adapter
 
 
 def create(selection: Selection, config: LoRAConfig, *, fresh: bool = True) -> Adapter:
-    """Returns a fresh adapter for the selected layers, on their devices. It does not change their outputs yet.
+    """Returns a new adapter for the selected layers, on their devices. It does not change their outputs yet.
 
-    fresh=False: factors and frozen starts are zero, for a state dict to fill.
-    Raises TargetError where a layer cannot start as the config says.
+    fresh=False: factors and frozen starts are zero, to be filled from a state dict.
+    Raises TargetError if a layer does not support the config's initialization.
     """
     init = config.init_lora_weights
     check_init(selection.targets, init)
     grouped_ranks = [target.path for target in selection.targets if target.layer_type.groups(target.layer) > 1]
     if config.adalora is not None and grouped_ranks:
         raise TargetError(
-            f"adalora takes ranks one by one, but those of groups or experts go together: {', '.join(grouped_ranks)}; "
-            "leave them out by exclude_modules"
+            "adalora needs individual ranks, but groups and experts share theirs: exclude these layers with "
+            f"exclude_modules: {', '.join(grouped_ranks)}"
         )
     saved = {path: trained_copy(module) for path, module in selection.to_save.items()}
     share_parameters(selection.to_save, saved)
@@ -113,12 +115,12 @@ def create(selection: Selection, config: LoRAConfig, *, fresh: bool = True) -> A
 def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) -> LoRALayer:
     """Returns an update for this layer.
 
-    fresh=False leaves both factors uninitialised, to be filled, and the random state as it is.
+    fresh=False leaves both factors uninitialized, to be filled later, and does not use the random state.
     """
     in_features, out_features = target.dims
-    weight = weight_of(target.layer, target.layer_type.weight_name)  # as it is stored: its dense value is not needed
+    weight = weight_of(target.layer, target.layer_type.weight_name)  # as stored; the dense value is not needed
     shape_A, shape_B = target.layer_type.shapes(target.layer, target.r)
-    # "kaiming" until weight or data fill it
+    # "kaiming" until it is filled from the weight or from data
     random = config.init_lora_weights if config.init_lora_weights in INITS else "kaiming"
     layer = LoRALayer(
         in_features,
@@ -147,12 +149,12 @@ def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) ->
 
 
 def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 on a 16-bit or quantised base: in bfloat16 half of the steps of 2e-5 vanish (measured)."""
+    """Returns float32 for a 16-bit or quantized base: in bfloat16 half of the steps of 2e-5 vanish (measured)."""
     return dtype if dtype == torch.float64 else torch.float32
 
 
 def trained_copy(module: nn.Module) -> nn.Module:
-    """Returns a copy of a module to train in full: of plain classes, in float32 where the base has 16 bits."""
+    """Returns a copy of a module for full training, with its original classes, in float32 if the base has 16 bits."""
     clone = copy.deepcopy(module)
     for part in clone.modules():
         detach(part)
@@ -160,16 +162,16 @@ def trained_copy(module: nn.Module) -> nn.Module:
         for name, parameter in owner.named_parameters(recurse=False):
             if (whole := whole_tensor(parameter)) is not parameter:
                 owner._parameters[name] = nn.Parameter(whole)
-                owner._load_state_dict_post_hooks.clear()  # of FSDP2, for the module that was copied
+                owner._load_state_dict_post_hooks.clear()  # FSDP2's hooks are for the copied module
     for parameter in clone.parameters():
         parameter.data = parameter.data.to(adapter_dtype(parameter.dtype))
     return clone.requires_grad_()
 
 
 def share_parameters(modules: Mapping[str, nn.Module], copies: Mapping[str, nn.Module]) -> None:
-    """Lets copies share the parameters that their modules share, such as a head and its embedding.
+    """Ties the parameters of copies whose modules are tied, such as a head and its embedding.
 
-    modules, copies: by the same paths. Parameters whose values differ stay separate.
+    modules, copies: by the same paths. Parameters with different values stay separate.
     """
     owners: dict[int, tuple[nn.Module, str]] = {}  # id of a module's parameter -> the first copy of it
     for path, saved_module in modules.items():
@@ -185,7 +187,7 @@ def share_parameters(modules: Mapping[str, nn.Module], copies: Mapping[str, nn.M
 
 
 def extra_parts(targets: ExtraTargets, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Returns trained biases, rows of embeddings and tied heads by path. They do not change any output yet."""
+    """Returns trained biases, rows of embeddings and tied heads by path. They do not change outputs yet."""
     biases: dict[str, nn.Module] = {}
     for path in targets.biases:
         layer: Any = modules[path]
@@ -198,9 +200,9 @@ def extra_parts(targets: ExtraTargets, modules: Mapping[str, nn.Module]) -> dict
 
 
 def with_strength(adapter: Adapter, strength: float) -> Adapter:
-    """Returns the adapter times `strength`: it shares all tensors, and each of them can be active in other batch rows.
+    """Returns the adapter times `strength`. Both share all tensors and can be active in different batch rows.
 
-    Its trained copies of whole modules stay as they are.
+    Its trained copies of complete modules stay unchanged.
     """
 
     def scaled(part: Any) -> Any:
@@ -221,9 +223,9 @@ def with_strength(adapter: Adapter, strength: float) -> Adapter:
 
 
 def check_compatible(adapters: Mapping[str, Adapter], *, by_row: bool = False) -> None:
-    """Raises AdapterError where one adapter replaces a module that another one adapts or replaces, too.
+    """Raises AdapterError if one adapter replaces a module that a second one adapts or replaces.
 
-    by_row: every batch row has only one of them, so they may replace the same module, but not a module inside it.
+    by_row: every batch row uses only one of them, so they may replace the same module, but not a module inside it.
     """
     problems = [
         f"{name} trains {saved_path} in full, and {second_name} adapts {path}"
@@ -235,11 +237,11 @@ def check_compatible(adapters: Mapping[str, Adapter], *, by_row: bool = False) -
         if inside(path, saved_path) and not (by_row and path == saved_path)
     ]
     if problems:
-        raise AdapterError(f"these adapters cannot be active together: {listing(problems)}")
+        raise AdapterError(f"these adapters cannot be active together; use one at a time: {listing(problems)}")
 
 
 def group_by_path(parts: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[nn.Module, ...]]:
-    """Returns the parts by path, those of one path in the given order."""
+    """Groups the parts by path and keeps their order."""
     groups: dict[str, tuple[nn.Module, ...]] = {}
     for path, part in parts:
         groups[path] = (*groups.get(path, ()), part)
@@ -247,7 +249,7 @@ def group_by_path(parts: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[nn.
 
 
 def as_module(parts: Mapping[str, tuple[nn.Module, ...]]) -> nn.ModuleDict:
-    """Returns `lora_layers`: for every path its part, or the list of its parts when several adapters are active."""
+    """Returns `lora_layers`: path -> its part, or the list of its parts if several adapters are active."""
     return nn.ModuleDict(
         {
             layer_key(path): layer_parts[0] if len(layer_parts) == 1 else nn.ModuleList(layer_parts)
@@ -262,7 +264,7 @@ def layer_key(path: str) -> str:
     return f"/{key}" if not key or hasattr(nn.ModuleDict, key) else key
 
 
-# ---- Summary: what is adapted, as a table that prints itself
+# ---- Summary of the adapted layers, as a printable table
 
 
 @dataclass(frozen=True)
@@ -277,7 +279,7 @@ class SummaryRow:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the active adapters adapt, one row each, and how many parameters are trained. `str()` gives the table."""
+    """A row for each adapted layer of the active adapters, and the numbers of parameters. `str()` returns the table."""
 
     rows: list[SummaryRow]
     trainable_parameters: int
@@ -301,7 +303,7 @@ class Summary:
 EXTRA_NAMES = {"bias": "bias", "trainable_tokens_delta": "token rows"}  # parameter of an extra part -> in the table
 
 
-def summarise(base_model: nn.Module, adapters: Iterable[Adapter]) -> Summary:
+def summarize(base_model: nn.Module, adapters: Iterable[Adapter]) -> Summary:
     rows = []
     for adapter in adapters:
         for path, layer in adapter.low_rank.items():

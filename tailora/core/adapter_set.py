@@ -1,7 +1,7 @@
-"""The adapters of one base model: their names, the layers that they change, and which of them are active.
+"""The adapters of one base model: their names, the layers they change, and which of them are active.
 
 Every part of an adapter (an update, a trained copy, a trained bias) has the path of what it changes. The layer that
-computes with it is at the same path, or for a slice of a fused layer and a single parameter at the path around it.
+uses it has the same path, or the parent path for a slice of a fused layer or a single parameter.
 """
 
 import math
@@ -37,15 +37,15 @@ from tailora.errors import AdapterError, ConfigError, RowsError, TargetError, ne
 
 
 class AdapterSet:
-    """The adapters of `base_model` by name. The base model is frozen until `clear`, with its running statistics.
+    """The adapters of `base_model` by name. The base model, including running statistics, is frozen until `clear`.
 
-    `add` swaps the classes of an adapter's layers; `activate` chooses the adapters that the layers compute with.
+    `add` swaps the classes of an adapter's layers; `activate` selects the adapters that the layers use.
 
-    adapters: name -> adapter, in the order in which they were added.
-    active: names of the adapters that the model computes with.
-    layers: path -> layer of the base, for all layers that some adapter changes.
+    adapters: name -> adapter, in insertion order.
+    active: names of the active adapters.
+    layers: path -> layer of the base, for all layers changed by an adapter.
     batch: the adapter of every row, within a block of `activated_by_row`.
-    training_obstacle: why the adapters in use cannot be trained yet, or "".
+    training_obstacle: why the active adapters cannot be trained yet, or "".
     """
 
     def __init__(self, base_model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
@@ -55,13 +55,13 @@ class AdapterSet:
         self.layers: dict[str, nn.Module] = {}
         self.batch: MixedBatch | None = None
         self.training_obstacle = ""
-        self._watched: set[str] = set()  # paths of layers whose first forward in training was watched
-        self._unwatched: set[str] = set()  # of active layers
-        self._layer_paths: dict[str, str] = {}  # path of an adapter's part -> path of the layer that computes with it
+        self._watched: set[str] = set()  # paths of layers whose first training forward was watched
+        self._unwatched: set[str] = set()  # paths of the other active layers
+        self._layer_paths: dict[str, str] = {}  # path of an adapter's part -> path of the layer that uses it
         self._modules: dict[str, nn.ModuleDict] = {}  # name -> the adapter's parts as a module
         for name in adapters:
-            self.check_new(name)  # before anything of the base changes
-        # Tied parameters have an entry under each of their names, since a merge may untie them
+            self.check_new(name)  # before changing the base
+        # Tied parameters have an entry for each name, because a merge may untie them
         parameters = base_model.named_parameters(remove_duplicate=False)
         self._required_grad = {name: parameter.requires_grad for name, parameter in parameters}
         base_model.requires_grad_(False)
@@ -73,10 +73,10 @@ class AdapterSet:
     # ---- Names
 
     def __getitem__(self, name: str) -> Adapter:
-        """Raises AdapterError, with the existing names, for an unknown one."""
+        """Raises AdapterError with the existing names for an unknown one."""
         if name not in self.adapters:
             raise AdapterError(
-                f"no adapter is called {name!r}; there are: {', '.join(self.adapters) or 'none'}"
+                f"unknown adapter {name!r}; existing adapters: {', '.join(self.adapters) or 'none'}"
                 f"{nearest(name, self.adapters)}"
             )
         return self.adapters[name]
@@ -84,16 +84,18 @@ class AdapterSet:
     def check_new(self, name: str) -> None:
         """Raises AdapterError unless an adapter can be added under this name."""
         if not isinstance(name, str) or not name:
-            raise AdapterError(f"an adapter's name is a non-empty string; got {name!r}")
+            raise AdapterError(f"expected a non-empty string as adapter name, got {name!r}")
         if name in self.adapters:
-            raise AdapterError(f"an adapter is called {name!r} already; delete_adapter({name!r}) or take another name")
+            raise AdapterError(
+                f"adapter {name!r} already exists; call delete_adapter({name!r}) or use a different name"
+            )
 
     # ---- Adding and removing
 
     def add(self, name: str, adapter: Adapter) -> None:
-        """Adds an adapter that is not active yet, and swaps the classes of its layers.
+        """Adds an adapter without activating it, and swaps the classes of its layers.
 
-        Raises TargetError for a layer that one adapter adapts and another trains in full.
+        Raises TargetError for a layer that one adapter adapts and a different one trains in full.
         """
         layers_by_path = {path: find_layer(self.base_model, path) for path in adapter.parts}
         layer_paths = {path: layer_path for path, (layer_path, _) in layers_by_path.items()}
@@ -104,7 +106,7 @@ class AdapterSet:
             path for path, layer in layers.items() if runs_adapters(layer) and not isinstance(layer, mixins[path])
         ]:
             raise TargetError(
-                f"adapted by one adapter and trained in full by another: {', '.join(conflicts)}; use two models"
+                f"layers adapted by one adapter and fully trained by another: {', '.join(conflicts)}; use two models"
             )
         for path in layers.keys() - self.layers.keys():
             swap_class(layers[path], mixins[path])
@@ -114,12 +116,12 @@ class AdapterSet:
         self.replace(name, adapter)
 
     def replace(self, name: str, adapter: Adapter) -> None:
-        """Puts an adapter of the same layers under this name. `activate` lets the layers compute with it."""
+        """Stores an adapter of the same layers under this name. Call `activate` to use it."""
         self.adapters[name] = adapter
         self._modules[name] = as_module(group_by_path(adapter.parts.items()))
 
     def remove(self, name: str) -> None:
-        """Removes an adapter that is not active. Layers that no other adapter changes get their class back."""
+        """Removes an inactive adapter. Layers that no other adapter changes get their class back."""
         layer_paths = self._layers_of([name])
         del self.adapters[name], self._modules[name]
         for path in layer_paths - self._layers_of(self.adapters):
@@ -128,7 +130,7 @@ class AdapterSet:
             freeze_statistics(layer)
 
     def clear(self) -> None:
-        """Removes all adapters, active or not. The base model has its own classes and requires_grad again."""
+        """Removes all adapters, and restores the base model's classes and requires_grad."""
         for module in self.base_model.modules():
             detach(module)
         allow_repacking(self._not_repacked)
@@ -137,18 +139,18 @@ class AdapterSet:
         self.adapters, self.active, self.layers, self._modules = {}, (), {}, {}
 
     def _layers_of(self, names: Iterable[str]) -> set[str]:
-        """Paths of the layers that these adapters change."""
+        """Returns the paths of the layers that these adapters change."""
         return {self._layer_paths[path] for name in names for path in self[name].parts}
 
-    # ---- Choosing what the layers compute
+    # ---- Activating adapters
 
     def activate(self, name: str | Iterable[str] | None, training: bool) -> nn.ModuleDict:
-        """Lets the layers compute with this adapter, with the sum of several, or with none.
+        """Activates this adapter, the sum of several, or none.
 
-        Returns the parts of the active adapters by path, in training mode or not: all that is trained.
+        Returns the parts of the active adapters by path, which contain all trained parameters, in training mode or not.
         """
         if not isinstance(name, str | Iterable | None):
-            raise AdapterError(f"set_adapter takes a name, several names, or None for the plain base; got {name!r}")
+            raise AdapterError(f"expected a name, several names, or None for the base model, got {name!r}")
         names = (name,) if isinstance(name, str) else tuple(dict.fromkeys(name or ()))
         adapters = {name: self[name] for name in names}
         self.check_no_batch("switch adapters")
@@ -170,15 +172,15 @@ class AdapterSet:
         return module
 
     def layer_calls(self) -> LayerCalls:
-        """Returns what records which layers of the active adapters a forward calls, instead of `first_forward`."""
+        """Returns a recorder of the active adapters' layers that a forward calls, instead of `first_forward`."""
         self._watched |= self._unwatched
         self._unwatched = set()
         return LayerCalls(self.base_model, self._in_order(self._layers_of(self.active)))
 
     def first_forward(self) -> AbstractContextManager[None]:
-        """Returns the context of a forward in training, whose first one warns of adapted layers that it does not call.
+        """Returns the context of a training forward. The first one warns about adapted layers that are not called.
 
-        Compiled models are not watched, since hooks would be compiled into them.
+        Compiled models are not watched, because hooks would be compiled into them.
         """
         if not self._unwatched or not torch.is_grad_enabled():
             return nullcontext()
@@ -192,19 +194,19 @@ class AdapterSet:
         return {path: layer for path, layer in self.layers.items() if path in paths}
 
     def check_not_adapted(self, modules: Collection[nn.Module | None], operation: str) -> None:
-        """Raises AdapterError if an adapter has factors for one of these modules, or a trained copy of it."""
+        """Raises AdapterError if an adapter has factors for, or a trained copy of, one of these modules."""
         paths = {path for adapter in self.adapters.values() for path in (*adapter.low_rank, *adapter.saved)}
         if adapted := [path for path, layer in self.layers.items() if path in paths and layer in modules]:
             raise AdapterError(
-                f"an adapter of {', '.join(adapted)} has its present size: {operation} the base model before it gets "
-                "adapters"
+                f"cannot {operation} the base model, because an adapter of {', '.join(adapted)} has the current size: "
+                "do it before adding adapters"
             )
 
     @contextmanager
     def activated_by_row(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Within the block, every batch row computes with the adapter of its name; None means no adapter.
+        """Within the block, every batch row uses the adapter with its name; None means no adapter.
 
-        Raises AdapterError for unknown names, RowsError within another such block.
+        Raises AdapterError for unknown names, RowsError for nested blocks.
         """
         by_row = _check_row_names(names, tuple(self.adapters))
         self.check_no_batch("choose adapters by row")
@@ -221,10 +223,10 @@ class AdapterSet:
             self.batch, self.training_obstacle = None, obstacle
 
     def attach_by_token(self, batch: MixedBatch | None) -> None:
-        """Lets every token of a packed batch compute with the adapter that `batch` names, until this is called again.
+        """Makes every token of a packed batch use its adapter in `batch`, until the next call. None means the base.
 
-        To be called again after adapters were added or removed. None leaves the plain base.
-        Raises RowsError for an adapter of layers that do not compute the tokens one by one.
+        Call it again after adding or removing adapters. Raises RowsError for layers that do not process tokens
+        independently.
         """
         self.check_no_batch("choose adapters by token")
         parts = {} if batch is None else mixed_parts(batch, self.adapters, self._layer_paths, self.layers)
@@ -235,12 +237,12 @@ class AdapterSet:
     def check_no_batch(self, action: str) -> None:
         """Raises RowsError within a block of `activated_by_row`."""
         if self.batch is not None:
-            raise RowsError(f"cannot {action} within adapter_rows; leave its block first")
+            raise RowsError(f"cannot {action} within adapter_rows; exit its block first")
 
     def generation(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """Returns the context in which to call `base_model.generate(*args, **kwargs)`; no adapter may change in it.
+        """Returns the context for `base_model.generate(*args, **kwargs)`; adapters must not change inside.
 
-        With an adapter for each batch row, all beams and sequences of a prompt have the prompt's adapter.
+        With an adapter per batch row, all beams and sequences of a prompt use the prompt's adapter.
         """
         if self.batch is None:
             return generating(self.base_model, self.layers)
@@ -249,10 +251,10 @@ class AdapterSet:
     # ---- Changing all parts of adapters
 
     def set_strength(self, name: str, strength: float) -> None:
-        """Multiplies all that the adapter adds by `strength`. Raises ConfigError unless it is finite."""
+        """Multiplies everything the adapter adds by `strength`. Raises ConfigError unless it is finite."""
         adapter = self[name]
         if not isinstance(strength, SupportsFloat) or not math.isfinite(strength):
-            raise ConfigError(f"strength = {strength!r}; take a finite number, 1 is as trained")
+            raise ConfigError(f"expected a finite strength (1 is as trained), got {strength!r}")
         for part in (*adapter.low_rank.values(), *adapter.extras.values()):
             if hasattr(part, "strength"):
                 cast(Any, part).strength = float(strength)
@@ -260,7 +262,7 @@ class AdapterSet:
             self.batch.parameters_changed()
 
     def apply_to_inactive(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
-        """Applies `fn` to the tensors of the adapters that are not active, as `nn.Module._apply` does."""
+        """Applies `fn` to the tensors of inactive adapters, like `nn.Module._apply`."""
         active = {id(part) for name in self.active for part in self.adapters[name].parts.values()}
         for adapter in self.adapters.values():
             for part in adapter.parts.values():
@@ -270,7 +272,7 @@ class AdapterSet:
             self.batch.parameters_changed()
 
     def measure_row_norms(self) -> None:
-        """Computes the row norms that DoRA caches again, after the weights moved or were cast."""
+        """Recomputes DoRA's cached row norms, after the weights were moved or cast."""
         for adapter in self.adapters.values():
             for path, layer in adapter.low_rank.items():
                 if layer.row_norms is not None:
@@ -278,29 +280,29 @@ class AdapterSet:
 
 
 def layer_calls(model: nn.Module) -> LayerCalls:
-    """Returns what records which layers of a LoRAModel's active adapters a forward calls."""
+    """Returns a recorder of the layers of a LoRAModel's active adapters that a forward calls."""
     return cast(AdapterSet, model._adapter_set).layer_calls()
 
 
 def check_base(base_model: Any) -> None:
-    """Raises TargetError if the base model is not a module or has adapters already."""
+    """Raises TargetError if the base model is not a module or already has adapters."""
     if not isinstance(base_model, nn.Module):
         hint = "; load it first: AutoModelForCausalLM.from_pretrained(...)" if isinstance(base_model, str) else ""
-        raise TargetError(f"base_model is a {type(base_model).__name__}, not a torch.nn.Module{hint}")
+        raise TargetError(f"expected a torch.nn.Module as base_model, got a {type(base_model).__name__}{hint}")
     has_adapters = isinstance(getattr(base_model, "_adapter_set", None), AdapterSet)
     if has_adapters or any(isinstance(module, Swapped) for module in base_model.modules()):
-        raise TargetError("this model has tailora adapters already; use its add_adapter, or unload() it first")
+        raise TargetError("this model already has tailora adapters; use its add_adapter, or call unload() first")
     if hasattr(base_model, "peft_config"):
-        raise TargetError("this model carries PEFT adapters; unload or merge them first")
+        raise TargetError("this model has PEFT adapters; unload or merge them first")
 
 
 def _check_row_names(names: Any, adapters: Sequence[str]) -> tuple[str | None, ...]:
-    """Returns the names. Raises AdapterError if they are not a list, and for all that are not among `adapters`."""
+    """Returns the names. Raises AdapterError if they are not a list, and for unknown names."""
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
-        raise AdapterError(f"adapter_rows takes a list with a name, or None, for every row of the batch; got {names!r}")
+        raise AdapterError(f"expected a list with a name or None for every row of the batch, got {names!r}")
     wrong = dict.fromkeys(repr(name) for name in names if name is not None and name not in adapters)
     if wrong:
-        raise AdapterError(f"no adapter is called {', '.join(wrong)}; there are: {', '.join(adapters) or 'none'}")
+        raise AdapterError(f"unknown adapter {', '.join(wrong)}; existing adapters: {', '.join(adapters) or 'none'}")
     return tuple(names)
 
 
@@ -313,7 +315,7 @@ def _repeats_of_generate(base: nn.Module, args: Sequence[Any], kwargs: Mapping[s
 
 
 def _mixin_for(part: nn.Module) -> type[Swapped]:
-    """Returns the mixin for a layer that is to run with this part of an adapter."""
+    """Returns the mixin for a layer with this part of an adapter."""
     if isinstance(part, LoRALayer):
         return AdaptedWhole if part.layer_type.replaces_forward else Adapted
     return Adapted if isinstance(part, Extra) else Substituted

@@ -1,12 +1,12 @@
-"""One adapter out of several: the exact sum, its best approximation of a lower rank, TIES and DARE.
+"""Combines several adapters into one: the exact sum, its best approximation of a lower rank, TIES and DARE.
 
-What adds up are the updates dW_i = s_i B_i A_i, never the factors by themselves. Every result is plain LoRA with scale
-1 (alpha = r in every module), strengths folded in, and trained biases where the sources change biases.
+The updates dW_i = s_i B_i A_i are added, never the factors. The result is plain LoRA with scale 1 (alpha = r in every
+module), including strengths, with trained biases if the sources change biases.
 
-    One update           what a layer's adapter adds to its weight, as two factors or dense
-    build_adapter        an adapter that holds given updates
-    combine_adapters     gathers the updates of the sources, and combines those of each layer by a method
-    _combine_layer       cat, svd, ties, dare: the updates of one layer become one
+    One update           the change of a layer's weight, as two factors or dense
+    build_adapter        an adapter with given updates
+    combine_adapters     collects the updates of the sources, and combines them layer by layer
+    _combine_layer       cat, svd, ties, dare: combines the updates of one layer
 """
 
 import copy
@@ -39,14 +39,12 @@ from tailora.errors import AdapterError, ConfigError, listing
 #     db = s lora_bias + (trained bias - bias), times the strength
 
 
-MIXES_GROUPS = "A reads the channels of all groups, which no grouped weight can hold; use this adapter by itself"
-SCALES_ROWS = (
-    "DoRA scales the rows of W, which no product of two factors can express; method 'svd' takes the nearest of rank r"
-)
+MIXES_GROUPS = "A reads the channels of all groups, which a grouped weight cannot represent; use this adapter alone"
+SCALES_ROWS = "DoRA scales the rows of W, which is not a product of two factors; use method 'svd' to approximate it"
 
 
 def factors_of(layer: LoRALayer, *, strength: bool = True) -> Factors:
-    """Returns s (B A - B0 A0) by group, s and the strength in A; of twice the rank with a frozen start."""
+    """Returns s (B A - B0 A0) by group, with s and the strength in A; with a frozen start it has twice the rank."""
     A, B = layer.unscaled_factors()
     A, B = (A * (layer.scaling * (layer.strength if strength else 1))).detach(), B.detach()
     return Factors(B.reshape(layer.groups, -1, B.shape[1]), A.reshape(layer.groups, B.shape[1], -1))
@@ -65,21 +63,21 @@ def dense_update(layer: LoRALayer, base: nn.Module) -> Tensor:
 
 
 def mixes_groups(layer: LoRALayer) -> bool:
-    """True for PEFT's A of a grouped convolution when it reads the channels of all groups."""
+    """True for PEFT's A of a grouped convolution if it reads the channels of all groups."""
     return not layer.layer_type.is_stacked and layer.groups * layer.lora_B.shape[1] != layer.r
 
 
 def is_product(layer: LoRALayer) -> bool:
-    """True if dW is the product that `factors_of` returns: without DoRA."""
+    """True if dW is the product returned by `factors_of`, so without DoRA."""
     return layer.lora_magnitude_vector is None
 
 
 def rank_per_group(r: int, layer: LoRALayer) -> int:
-    """Returns the rank of each group, rounded up; each expert of a stack has all r."""
+    """Returns the rank of each group, rounded up; each expert of a stack has the full r."""
     return r if layer.layer_type.is_stacked else math.ceil(r / layer.groups)
 
 
-# ---- An adapter that holds given updates
+# ---- An adapter with given updates
 
 
 @torch.no_grad()
@@ -91,10 +89,10 @@ def build_adapter(
     saved: Mapping[str, nn.Module] | None = None,
     **settings: Any,
 ) -> Adapter:
-    """Returns an adapter with these updates. Its config has alpha = r everywhere, so that s = 1.
+    """Returns an adapter with these updates. Its config has alpha = r everywhere, so s = 1.
 
-    factors, bias_changes, saved: dW, db and trained modules, by path. db needs `bias` or `lora_bias` in `settings`,
-        which go to the LoRAConfig.
+    factors, bias_changes, saved: dW, db and trained modules by path.
+    settings: for the LoRAConfig; db needs `bias` or `lora_bias`.
     """
     factors = _equal_ranks_in_attention(factors, base_model)
     parts_config = LoRAConfig(fused_parts=settings.get("fused_parts", {}))
@@ -120,12 +118,12 @@ def build_adapter(
         layer.lora_B.copy_(pair.B.reshape(layer.lora_B.shape))
     for path, change in (bias_changes or {}).items():
         bias = layers[path].lora_bias if layers[path].bias is None else layers[path].bias
-        cast(nn.Parameter, bias).add_(change)  # s = 1, so that either one is added as it is
+        cast(nn.Parameter, bias).add_(change)  # unscaled, because s = 1
     return Adapter(config, layers, dict(saved or {}))
 
 
 def _equal_ranks_in_attention(factors: Mapping[str, Factors], base_model: nn.Module) -> dict[str, Factors]:
-    """Pads the two matrices of an attention with zeros to the same rank, since PEFT's file has one rank for both."""
+    """Pads the two matrices of an attention to the same rank with zeros, as PEFT's file has one rank for both."""
     layer_paths = {path: layer_path_of(base_model, path) for path in factors}
     ranks: dict[str, int] = {}
     for path, pair in factors.items():
@@ -143,7 +141,7 @@ def _equal_ranks_in_attention(factors: Mapping[str, Factors], base_model: nn.Mod
 
 @dataclass(frozen=True, repr=False)
 class Truncation:
-    """By path of the layer: the rank kept, and ||dW - B A|| / ||dW|| in the Frobenius norm before any rounding."""
+    """By path: the remaining rank, and ||dW - B A|| / ||dW|| in the Frobenius norm before rounding."""
 
     rank: dict[str, int]
     error: dict[str, float]
@@ -157,18 +155,18 @@ class Truncation:
 
 
 Method = Literal["cat", "svd", "ties", "dare"]
-OF_METHODS = {"r": ("svd", "ties", "dare"), "density": ("ties",), "drop": ("dare",), "seed": ("dare",)}
+METHOD_SETTINGS = {"r": ("svd", "ties", "dare"), "density": ("ties",), "drop": ("dare",), "seed": ("dare",)}
 
 
 class Combination(StrictModel):
-    """How to combine. None means the default, or that the method has no such setting.
+    """Settings for combining adapters. None means the default, or not applicable to the method.
 
-    method: "cat" (exact, ranks add up), "svd" (the best of rank r), "ties" (arXiv:2306.01708) or "dare"
-        (arXiv:2311.03099), which act on the dense update of one layer at a time and then cut it to rank r.
-    r: highest rank of a layer; default: the highest that a source has there.
-    density: TIES keeps this share of the largest entries of every update; .2 as in its sec. 4.
-    drop: DARE zeroes entries with this probability p and divides the others by 1 - p; .5.
-    seed: of DARE's choice, which is the same on every machine and for every order of the adapters; 0.
+    method: "cat" (exact, ranks add up), "svd" (the best approximation of rank r), "ties" (arXiv:2306.01708) or "dare"
+        (arXiv:2311.03099). The last two process the dense update of each layer and then truncate it to rank r.
+    r: maximum rank of a layer; default: the maximum of its sources.
+    density: TIES keeps this share of the largest entries of every update; default .2 as in its sec. 4.
+    drop: DARE zeroes entries with this probability p and divides the others by 1 - p; default .5.
+    seed: for DARE; its result does not depend on the machine or the order of the adapters; default 0.
     """
 
     method: Method = "cat"
@@ -179,10 +177,10 @@ class Combination(StrictModel):
 
     @model_validator(mode="after")
     def _check_method(self) -> Self:
-        for name, methods in OF_METHODS.items():
+        for name, methods in METHOD_SETTINGS.items():
             if (value := getattr(self, name)) is not None and self.method not in methods:
                 only = ", ".join(methods)
-                raise ValueError(f"{name} = {value!r} has no effect on method {self.method!r}, only on {only}")
+                raise ValueError(f"{name} = {value!r} has no effect with method {self.method!r}, only with {only}")
         return self
 
 
@@ -190,9 +188,9 @@ class Combination(StrictModel):
 def combine_adapters(
     adapter_named: Callable[[str], Adapter], weights: Mapping[str, float], base_model: nn.Module, settings: Combination
 ) -> tuple[Adapter, Truncation]:
-    """Returns sum_i weights_i dW_i as one adapter, which shares nothing with its sources; biases likewise.
+    """Returns sum_i weights_i dW_i, and the same for biases, as one adapter that shares nothing with its sources.
 
-    adapter_named: name -> adapter; raises AdapterError for an unknown one.
+    adapter_named: name -> adapter; raises AdapterError for an unknown name.
     Raises ConfigError for invalid weights, AdapterError with everything that cannot be combined.
     """
     check_weights(weights)
@@ -202,12 +200,12 @@ def combine_adapters(
     updates, problems = _updates(sources, weights, base_model, exact=settings.method == "cat")
     saved, saved_problems = _combined_modules(sources, weights, base_model)
     problems += saved_problems
-    bias_changes: dict[str, Tensor] = {}  # sum_i w_i db_i, of every layer where something is added to the bias
+    bias_changes: dict[str, Tensor] = {}  # sum_i w_i db_i, for layers with a changed bias
     for path, layer_updates in updates.items():
         for update in layer_updates:
             if (change := update.layer.bias_change(update.base)) is not None:
                 bias_changes[path] = bias_changes.get(path, 0) + update.weight * change.detach()
-    bias_settings: dict[str, Any] = {}  # with which an adapter of these layers can hold the bias changes
+    bias_settings: dict[str, Any] = {}  # settings that support the bias changes
     bases = {path: layer_updates[0].base for path, layer_updates in updates.items()}
     if bias_changes and all(getattr(bases[path], "bias", None) is not None for path in bias_changes):
         bias_settings = {"bias": "lora_only"}
@@ -215,8 +213,8 @@ def combine_adapters(
         bias_settings = {"lora_bias": True}
         if any(isinstance(layer, nn.Embedding) for layer in bases.values()):
             problems.append(
-                "one has lora_bias on layers without a bias, another adapts an embedding, and no file format holds "
-                "both; leave one of the two out"
+                "one has lora_bias on layers without a bias, another adapts an embedding, and no file format supports "
+                "both; remove one of the two"
             )
     if problems:
         raise AdapterError(f"these adapters cannot be combined: {listing(problems)}")
@@ -226,7 +224,7 @@ def combine_adapters(
         path for path, pair in factors.items() if not (pair.A.isfinite().all() and pair.B.isfinite().all())
     ]:
         raise AdapterError(
-            f"the sum is not finite at {', '.join(infinite[:5])} ({len(infinite)} in all): take smaller weights"
+            f"the sum is not finite at {', '.join(infinite[:5])} ({len(infinite)} in total): use smaller weights"
         )
     configs = [adapter.config for adapter in sources.values()]
     dropouts = {config.lora_dropout for config in configs}
@@ -245,24 +243,24 @@ def combine_adapters(
 
 
 def check_weights(weights: Mapping[str, float]) -> None:
-    """Raises ConfigError unless they are numbers, and not all of them 0."""
+    """Raises ConfigError unless all weights are finite numbers and at least one is not 0."""
     wrong = [f"{name!r} = {weight!r}" for name, weight in weights.items() if not is_number(weight)]
     if wrong:
-        raise ConfigError(f"weight of {', '.join(wrong)}; take finite numbers")
+        raise ConfigError(f"expected finite numbers as weights, got {', '.join(wrong)}")
     if not any(weights.values()):
-        raise ConfigError("nothing to combine: give at least one adapter a weight other than 0")
+        raise ConfigError("expected at least one weight other than 0, so nothing to combine")
 
 
 def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-# ---- What the sources change
+# ---- The updates of the sources
 
 
 @dataclass(frozen=True)
 class WeightedUpdate:
-    """What one adapter adds to one layer of the base, and its weight in the sum."""
+    """The update of one adapter for one layer of the base, and its weight in the sum."""
 
     adapter: str
     path: str
@@ -285,7 +283,7 @@ class WeightedUpdate:
 def _updates(
     adapters: Mapping[str, Adapter], weights: Mapping[str, float], base_model: nn.Module, exact: bool
 ) -> tuple[dict[str, list[WeightedUpdate]], list[str]]:
-    """The updates of every layer, by path, in the order of the adapters; and all that cannot be added up."""
+    """Returns the updates of every layer by path, in the order of the adapters, and all problems."""
     updates: dict[str, list[WeightedUpdate]] = {}
     problems = []
     for name, adapter in adapters.items():
@@ -301,14 +299,14 @@ def _updates(
                 problems.append(f"{path} of {name!r}: {SCALES_ROWS}")
             elif not layer.layer_type.has_matrix and not is_product(layer):
                 layer_type = layer.layer_type.name
-                problems.append(f"{path} of {name!r}: the weight of a {layer_type} with DoRA is not one matrix")
+                problems.append(f"{path} of {name!r}: the weight of a {layer_type} with DoRA is not a single matrix")
     return updates, problems
 
 
 def _combined_modules(
     adapters: Mapping[str, Adapter], weights: Mapping[str, float], base_model: nn.Module
 ) -> tuple[dict[str, nn.Module], list[str]]:
-    """The modules_to_save as W + sum_i w_i (W_i - W); and a problem for each that is not linear in its weights."""
+    """Returns the modules_to_save as W + sum_i w_i (W_i - W), and a problem for each non-linear one."""
     modules: dict[str, nn.Module] = {}
     problems = []
     for path in dict.fromkeys(path for adapter in adapters.values() for path in adapter.saved):
@@ -326,7 +324,7 @@ def _combined_modules(
             class_name = type(next(iter(trained.values()))).__name__
             problems.append(
                 f"{path}, trained in full by {', '.join(map(repr, trained))}, is a {class_name}, which is not linear "
-                "in its weights; take it from one adapter, with weight 1"
+                "in its weights; use one adapter with it, with weight 1"
             )
     return modules, problems
 
@@ -335,9 +333,9 @@ def _combined_modules(
 
 
 def _combine_layer(updates: list[WeightedUpdate], settings: Combination) -> tuple[Factors, float]:
-    """The factors of one layer, and the relative error of their rank."""
+    """Returns the combined factors of one layer, and their relative error."""
     factors = [update.factors for update in updates]
-    if settings.method == "cat":  # A = [w_i s_i A_i], B = [B_i]; or the same in the fewer ranks that the matrix has
+    if settings.method == "cat":  # A = [w_i s_i A_i], B = [B_i], or fewer ranks if the matrix is smaller
         total = concatenated(factors)
         limit = min(total.B.shape[1], total.A.shape[2])
         return (total if total.B.shape[2] <= limit else truncated(product_spectrum(total), limit)), 0.0
@@ -354,9 +352,9 @@ def _sum(updates: list[WeightedUpdate], _: Combination) -> Tensor:
 
 
 def _ties(updates: list[WeightedUpdate], settings: Combination) -> Tensor:
-    """Trim, elect a sign, average what agrees (arXiv:2306.01708, alg. 1), of the weighted updates.
+    """Trims the weighted updates, elects a sign and averages entries that agree (arXiv:2306.01708, alg. 1).
 
-    With one weight for all it is the paper's lambda.
+    If all weights are equal, they are the paper's lambda.
     """
     density = 0.2 if settings.density is None else settings.density
     dense = torch.stack([update.dense for update in updates])
@@ -369,9 +367,9 @@ def _ties(updates: list[WeightedUpdate], settings: Combination) -> Tensor:
 
 
 def _dare(updates: list[WeightedUpdate], settings: Combination) -> Tensor:
-    """Drop entries with probability p, divide the others by 1 - p (arXiv:2311.03099, eq. 2 and 3), add up.
+    """Drops entries with probability p, divides the others by 1 - p (arXiv:2311.03099, eq. 2 and 3), and adds them.
 
-    What is dropped is drawn on the CPU, by a generator of this adapter and layer alone.
+    The random numbers are generated on the CPU, with a generator per adapter and layer.
     """
     p = 0.5 if settings.drop is None else settings.drop
     dropped = []

@@ -1,7 +1,7 @@
-"""Adapters of a lower rank: an adapter shrunk by its singular values, and one extracted from a fully tuned model.
+"""Adapters of a lower rank: shrinking an adapter by its singular values, and extracting one from a fully tuned model.
 
-Shrinking keeps the largest singular values of every update: at most a rank, a share of the energy (the squared singular
-values of a layer), or as many as a measured loss needs. Extracting takes the best low rank of W_tuned - W_base.
+Shrinking keeps the largest singular values of every update: up to a rank, a share of the energy (the squared singular
+values of a layer), or a limit of the measured loss. Extracting computes the best low-rank update for W_tuned - W_base.
 """
 
 import copy
@@ -31,7 +31,7 @@ from tailora.core.quantization import dense_weight
 from tailora.core.targets import Selection, Target, select
 from tailora.errors import AdapterError, BaseMismatchError, ConfigError, DivergedError, TargetError, listing
 
-Ranks = Mapping[str, int]  # path -> rank per group; 0: the layer is dropped
+Ranks = Mapping[str, int]  # path -> rank per group; 0 removes the layer
 Spectra = Mapping[str, low_rank.Spectrum]
 KEPT_SETTINGS = (
     *("lora_dropout", "fused_parts", "modules_to_save", "trainable_token_indices"),
@@ -40,31 +40,31 @@ KEPT_SETTINGS = (
 
 
 def check(r: int | None, energy: float | None, loss: object = None, budget: float | None = None) -> None:
-    """Raises ConfigError unless exactly one way to choose the ranks is given, with valid values."""
+    """Raises ConfigError unless exactly one of r, energy and loss is given, with valid values."""
     methods = [name for name, value in (("r", r), ("energy", energy), ("loss", loss)) if value is not None]
     problems = []
     if len(methods) != 1:
-        problems.append(f"give one way to choose the ranks: r, energy or loss; got {methods or 'none'}")
+        problems.append(f"expected exactly one of r, energy and loss, got {' and '.join(methods) or 'none'}")
     if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
-        problems.append(f"r = {r!r}; take a whole number from 1 on")
+        problems.append(f"expected an integer >= 1 for r, got {r!r}")
     if energy is not None and not (is_number(energy) and 0 < energy <= 1):
-        problems.append(f"energy = {energy!r}; take the share to keep, above 0, at most 1")
+        problems.append(f"expected the share to keep (above 0, at most 1) for energy, got {energy!r}")
     if (loss is None) != (budget is None):
-        problems.append("loss (a function of the model) and budget (how much it may rise) go together")
+        problems.append("loss (a function of the model) and budget (its maximum increase) must be used together")
     if loss is not None and not callable(loss):
-        problems.append(f"loss = {loss!r}; take a function of the model that returns a number")
+        problems.append(f"expected a function of the model that returns a number for loss, got {loss!r}")
     if budget is not None and not (is_number(budget) and budget >= 0):
-        problems.append(f"budget = {budget!r}; take how much the loss may rise, from 0 on")
+        problems.append(f"expected a number >= 0, the maximum increase of the loss, for budget, got {budget!r}")
     if problems:
         raise ConfigError(listing(problems))
 
 
-# ---- Which singular values to keep
+# ---- Selecting singular values
 
 
 @torch.no_grad()
 def spectra_of(adapter: Adapter) -> dict[str, low_rank.Spectrum]:
-    """Returns all singular values of s (B A - B0 A0) by path, without the strength. Raises AdapterError without any."""
+    """Returns the spectrum of s (B A - B0 A0) by path, without the strength. Raises AdapterError if there is none."""
     if problems := [f"{path}: {MIXES_GROUPS}" for path, layer in adapter.low_rank.items() if mixes_groups(layer)]:
         raise AdapterError(f"this adapter cannot be made smaller: {listing(problems)}")
     return {
@@ -73,10 +73,10 @@ def spectra_of(adapter: Adapter) -> dict[str, low_rank.Spectrum]:
 
 
 def ranks_by_loss(adapter: Adapter, spectra: Spectra, loss: Callable[[], float], budget: float) -> dict[str, int]:
-    """Returns the ranks with the fewest singular values whose loss is within the budget, found by bisection.
+    """Returns the ranks with the fewest singular values within the loss budget, found by bisection.
 
-    loss: of the model with this adapter, which may rise by `budget` above that with all singular values. The result is
-        the fewest possible if every value that is kept lowers the loss. Raises DivergedError unless it is finite.
+    loss: of the model with this adapter; may exceed the loss with all singular values by `budget`. The result is
+        minimal if every additional value lowers the loss. Raises DivergedError unless it is finite.
     """
     values = [(float(S[:, j].norm()), path) for path, (_, S, _) in spectra.items() for j in range(S.shape[1])]
     values.sort(key=lambda value: -value[0])
@@ -91,7 +91,7 @@ def ranks_by_loss(adapter: Adapter, spectra: Spectra, loss: Callable[[], float],
         with leading_only(adapter, spectra, ranks_with(count)):
             value = float(loss())
         if not math.isfinite(value):
-            raise DivergedError(f"the loss with {count} of {len(values)} singular values is {value}")
+            raise DivergedError(f"expected a finite loss with {count} of {len(values)} singular values, got {value}")
         return value
 
     low, high = 1, len(values)
@@ -104,9 +104,9 @@ def ranks_by_loss(adapter: Adapter, spectra: Spectra, loss: Callable[[], float],
 
 @contextmanager
 def leading_only(adapter: Adapter, spectra: Spectra, ranks: Ranks) -> Iterator[None]:
-    """Within the block these layers compute with the leading singular values of s (B A - B0 A0) alone.
+    """Within the block, these layers use only the leading singular values of s (B A - B0 A0).
 
-    ranks: path -> how many per group, at most the rank of B. The parameters are temporary: for measuring, not training.
+    ranks: path -> number per group, at most the rank of B. The parameters are temporary: for measuring, not training.
     """
     layers = {path: adapter.low_rank[path] for path in ranks if adapter.low_rank[path].scaling.item()}
     names = ("lora_A", "lora_B", "start_A", "start_B", "lora_E")
@@ -139,10 +139,10 @@ def shrink(
     loss: Callable[[], float] | None,
     budget: float | None,
 ) -> tuple[Adapter, Truncation]:
-    """Returns the adapter cut to at most rank r, to this share of every layer's energy, or as far as the loss allows.
+    """Returns the adapter truncated to rank r, to this share of every layer's energy, or as far as the loss allows.
 
-    All else is copied. A layer cut to rank 0 is no longer adapted; it keeps one rank of zeros if it has a magnitude or
-    a bias, or files need both of its factors. loss: of the model with this adapter.
+    Everything else is copied. A layer with rank 0 is no longer adapted; it keeps one rank of zeros if it has a
+    magnitude or a bias, or if files need both of its factors. loss: of the model with this adapter.
     Raises AdapterError, DivergedError.
     """
     spectra = spectra_of(adapter)
@@ -182,7 +182,7 @@ def shrink(
 
 @dataclass(frozen=True, repr=False)
 class Extraction(Truncation):
-    """Rank and error of every layer that differs, and the differences that the adapter does not hold.
+    """Rank and error of every layer that differs, and the differences that are not in the adapter.
 
     left_over: parameter or buffer -> ||tuned - base|| / ||base|| (inf where the base's is 0).
     """
@@ -194,11 +194,11 @@ class Extraction(Truncation):
 def extract(
     base: nn.Module, tuned: nn.Module, *, r: int | None, energy: float | None, config: LoRAConfig
 ) -> tuple[Adapter, Extraction]:
-    """Returns the adapter of `base` that comes nearest to `tuned`, layer by layer. Equal layers are not adapted.
+    """Returns the adapter of `base` that best approximates `tuned`, layer by layer. Equal layers are not adapted.
 
-    config: which layers to compare, and the modules_to_save, which are copied; its ranks are not used.
-    Raises ConfigError, TargetError; BaseMismatchError with every parameter that is missing, unexpected or of another
-    shape; AdapterError where no layer differs; DivergedError for a difference that is not finite.
+    config: the layers to compare, and the modules_to_save, which are copied; its ranks are ignored.
+    Raises ConfigError, TargetError; BaseMismatchError with all parameters that are missing, unexpected or have a
+    different shape; AdapterError if no layer differs; DivergedError for NaN or infinity in a difference.
     """
     check(r, energy)
     base_shapes = {name: tuple(value.shape) for name, value in base.state_dict().items()}
@@ -211,7 +211,7 @@ def extract(
         if tuned_shapes.get(name, shape) != shape
     ]
     if problems:
-        raise BaseMismatchError(f"the tuned model has other parameters than this base: {listing(problems)}")
+        raise BaseMismatchError(f"the tuned model does not match this base, use its own base: {listing(problems)}")
     selection = select(base, config.replaced(r=1, rank_pattern={}, alpha_pattern={}))
     factors, errors = {}, {}
     for target in selection.targets:
@@ -220,10 +220,12 @@ def extract(
         wide = torch.promote_types(weight.dtype, torch.float32)
         change = dense_weight(tuned_layer, target.layer_type.weight_name).to(weight.device, wide) - weight.to(wide)
         if not change.isfinite().all():
-            raise DivergedError(f"{target.path}: the difference of the two weights is not finite")
+            raise DivergedError(f"{target.path}: the difference of the two weights contains NaN or infinity")
         update = target.matrix(change)
         if update is None:
-            raise TargetError(f"{target.path}: a {target.layer_type.name}'s weight is not one matrix; exclude it")
+            raise TargetError(
+                f"{target.path}: the weight of a {target.layer_type.name} is not a single matrix; exclude it"
+            )
         if update.any():
             factors[target.path], errors[target.path] = (
                 low_rank.nearest_of_rank(update, r if target.layer_type.is_stacked else math.ceil(r / len(update)))
@@ -244,7 +246,7 @@ def extract(
 
 
 def _left_over(base: nn.Module, tuned: nn.Module, selection: Selection) -> dict[str, float]:
-    """What differs and is neither a selected layer's weight nor in a module that is copied."""
+    """Returns the differences outside the weights of selected layers and outside copied modules."""
     targets: dict[str, list[Target]] = {}  # name of a weight -> the targets in it
     for target in selection.targets:
         name = f"{target.layer_path}.{target.layer_type.weight_name}".removeprefix(".")

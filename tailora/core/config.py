@@ -1,4 +1,4 @@
-"""The settings of an adapter: rank, scale, targets. Their names are those of PEFT."""
+"""The settings of an adapter: rank, scale, targets. The names are PEFT's."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -17,7 +17,7 @@ from pydantic import (
 
 from tailora.errors import ConfigError, listing, nearest
 
-ALIASES = {"lora_rank": "r", "lora_r": "r", "cutoff_len": "max_length", "init_r": "r"}  # are read as our names
+ALIASES = {"lora_rank": "r", "lora_r": "r", "cutoff_len": "max_length", "init_r": "r"}  # accepted as our names
 NAMES_OF_OTHER_TOOLS = {  # our name, with a value if theirs is a switch -> names in TRL, Axolotl, LLaMA-Factory, ...
     "model": "base_model model_name_or_path model_name model_id model_path checkpoint_dir",
     "data": "dataset datasets dataset_name dataset_path train_file train_data train_dataset",
@@ -81,32 +81,34 @@ NAMES_OF_OTHER_TOOLS = {  # our name, with a value if theirs is a switch -> name
     "to": "format export_format outtype",
 }
 NOT_NEEDED = {  # why tailora has no such setting -> names in other tools
-    "the rows of the data say what is learned; see task and loss": "stage rl",
+    "the task is inferred from the data; see task and loss": "stage rl",
     "`tailora train` trains, and evaluates before and after": "do_train do_eval",
-    "`tailora predict` does it": "do_predict",
-    "the tokenizer's own chat template is taken": "template chat_template",
+    "use `tailora predict`": "do_predict",
+    "the tokenizer's chat template is used": "template chat_template",
     "data is a file, a folder or a Hub id": "dataset_dir",
-    "only replies are learned, all with assistant_only_loss: false": "train_on_inputs",
+    "only replies are trained; assistant_only_loss: false trains everything": "train_on_inputs",
     "every step is in metrics.jsonl, and the curves in report.html": "logging_steps steps_per_report plot_loss",
-    "eval_steps alone says when": "eval_strategy evaluation_strategy evals_per_epoch",
-    "save_steps alone says when": "save_strategy saves_per_epoch",
-    "--overwrite of `tailora train` replaces an earlier run": "overwrite_output_dir",
-    "the fastest attention that fits is chosen, see fast": "flash_attn flash_attention attn_implementation",
+    "eval_steps decides": "eval_strategy evaluation_strategy evals_per_epoch",
+    "save_steps decides": "save_strategy saves_per_epoch",
+    "use --overwrite of `tailora train` to replace an earlier run": "overwrite_output_dir",
+    "the fastest suitable attention is selected, see fast": "flash_attn flash_attention attn_implementation",
 }
-VALUES_OF_OTHER_TOOLS = {  # of settings that have another meaning there -> what is done here
-    "adapter: lora": "it is Axolotl's name of the method, which is the default here: leave it out; adapter is the "
+VALUES_OF_OTHER_TOOLS = {  # settings with a different meaning in other tools -> what to do here
+    "adapter: lora": "this is Axolotl's name of the method, the default here: remove it; in tailora, adapter is the "
     "folder of an adapter to train further",
-    "adapter: qlora": "it is Axolotl's name of LoRA on a base in 4 bits: give quantize: nf4 in its place; adapter is "
-    "the folder of an adapter to train further",
+    "adapter: qlora": "this is Axolotl's name for LoRA on a 4-bit base: use quantize: nf4 instead; in tailora, adapter "
+    "is the folder of an adapter to train further",
 }
-MAX_SHOWN = 200  # characters of a wrong value in a message
+MAX_SHOWN = 200  # characters of an invalid value in a message
 OUR_NAMES = {theirs: ours for ours, names in NAMES_OF_OTHER_TOOLS.items() for theirs in names.split()}
 WHY_NOT_NEEDED = {theirs: why for why, names in NOT_NEEDED.items() for theirs in names.split()}
-OTHER_UNITS = dict.fromkeys(("warmup_steps", "lr_warmup_steps"), ", a share of all steps")  # ours, if theirs differs
+OTHER_UNITS = dict.fromkeys(
+    ("warmup_steps", "lr_warmup_steps"), ", a share of all steps"
+)  # our unit, if theirs differs
 
 TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
-# Inits that were removed -> the init as which the files of earlier versions are read. Their A and B exist, so all that
-# counts is whether there is a frozen start.
+# Removed inits -> a known init for reading files of earlier versions. Their A and B exist, so the only difference is
+# whether there is a frozen start.
 REMOVED_INITS = {"lora_ga": "pissa", "lora_one": "kaiming"}
 Init = Annotated[
     Literal["kaiming", "gaussian", "pissa", "olora", "eva"],
@@ -118,7 +120,7 @@ LAYER_RANGE = re.compile(r"(\d{1,4})-(\d{1,4})")
 
 
 def layer_numbers(value: Any) -> Any:
-    """Replaces ranges by their numbers, as `plan` writes them: "20-22", ["0", "20-22"] or "{20-22}"."""
+    """Expands ranges as written by `plan`: "20-22", ["0", "20-22"] or "{20-22}"."""
     numbers: list[Any] = []
     for item in value if isinstance(value, list) else [value]:
         text = str(item).strip("{}")
@@ -128,19 +130,19 @@ def layer_numbers(value: Any) -> Any:
 
 
 def with_known_init(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings in a file of an earlier version, with a known init in place of one that was removed."""
+    """Returns the settings of a file from an earlier version, with a known init instead of a removed one."""
     init = settings.get("init_lora_weights")
     return {**settings, "init_lora_weights": REMOVED_INITS[init]} if init in REMOVED_INITS else dict(settings)
 
 
 def our_name(theirs: str, known: Collection[str], *, is_flag: bool = False) -> str:
-    """Returns 'it is NAME here' if another tool, or another part of tailora, has a setting `theirs`; '' for others.
+    """Returns 'use NAME' if `theirs` is a setting of a different tool or a different part of tailora; '' otherwise.
 
-    Returns 'leave it out: REASON' if tailora needs no such setting.
-    is_flag: write --our-name in place of our_name.
+    Returns 'remove it: REASON' if tailora needs no such setting.
+    is_flag: write --our-name instead of our_name.
     """
     if theirs in WHY_NOT_NEEDED:
-        return f"leave it out: {WHY_NOT_NEEDED[theirs]}"
+        return f"remove it: {WHY_NOT_NEEDED[theirs]}"
     if theirs in NAMES_OF_OTHER_TOOLS:
         name, value = theirs, ""
     else:
@@ -149,19 +151,19 @@ def our_name(theirs: str, known: Collection[str], *, is_flag: bool = False) -> s
         return ""
     shown = f"--{name.replace('_', '-')}{value and f' {value}'}" if is_flag else f"{name}{value and f': {value}'}"
     if name not in known:
-        return f"it is {shown} in commands of tailora, but no setting here"
-    return f"it is {shown} here{OTHER_UNITS.get(theirs, '')}"
+        return f"some commands call it {shown}, but it is not a setting here"
+    return f"use {shown}{OTHER_UNITS.get(theirs, '')}"
 
 
 def suggestion(name: str, known: Collection[str]) -> str:
-    """Returns '; ' and what `our_name` returns for a name that it knows, else what `nearest` returns."""
+    """Returns '; ' and the hint of `our_name` for a name that it knows, else the hint of `nearest`."""
     ours = our_name(name, known)
     also_read = (alias for alias, read_as in ALIASES.items() if read_as in known)
     return f"; {ours}" if ours else nearest(name, {*known, *also_read})
 
 
 class StrictModel(BaseModel):
-    """A frozen pydantic model that raises one `ConfigError` with all problems, and suggests the nearest known names."""
+    """A frozen pydantic model that raises one `ConfigError` with all problems and suggests similar names."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -172,7 +174,7 @@ class StrictModel(BaseModel):
             raise ConfigError(listing([_explain(problem, type(self)) for problem in error.errors()])) from None
 
     def replaced(self, **changes: Any) -> Self:
-        """Returns a validated copy with some fields changed. Fields that were not set stay unset."""
+        """Returns a validated copy with some fields changed. Unset fields stay unset."""
         return type(self)(**{**self.model_dump(exclude_unset=True), **changes})
 
 
@@ -187,19 +189,19 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
     if problem["type"] == "extra_forbidden":
         ours, _, value = OUR_NAMES.get(name, "").partition(" ")
         if value and problem["input"] is False:
-            return f"unknown setting {name!r}: leave it out; it is off unless you write {ours}: {value}"
+            return f"unknown setting {name!r}: remove it; {ours}: {value} turns this on, and it is off by default"
         return f"unknown setting {name!r}{suggestion(name, model.model_fields)}"
-    message = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix to what our validators raise
-    message = message.partition(", unable to parse string")[0]  # which says it twice
+    message = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix for our validators
+    message = message.partition(", unable to parse string")[0]  # redundant
     return f"{name} = {_shown(problem['input'])}: {message[:1].lower()}{message[1:]}" if name else message
 
 
 class AdaLoRA(StrictModel):
-    """Settings of AdaLoRA (arXiv:2303.10512), by the names that PEFT uses; `r` of the adapter is PEFT's init_r.
+    """Settings of AdaLoRA (arXiv:2303.10512) with PEFT's names; the adapter's `r` is PEFT's init_r.
 
     target_r: average rank at the end of training.
     tinit, tfinal: steps before ranks are reduced, and steps with the final ranks; None: 10% and 30% of all steps.
-    deltaT: steps between two allocations of ranks.
+    deltaT: steps between two rank allocations.
     beta1, beta2: smoothing of the sensitivity and of the uncertainty.
     orth_reg_weight: weight of the penalty that keeps A and B orthonormal.
     """
@@ -214,44 +216,44 @@ class AdaLoRA(StrictModel):
 
 
 class LoRAConfig(StrictModel):
-    """The settings of one adapter, as the user gave them.
+    """The settings of one adapter.
 
-    r: rank of the update, at most min(in, out) of a target. A layer that "all-linear" or a regular expression reached
-        and that is smaller has a lower rank at the same scale (see `core.targets.fitted_config`).
+    r: rank of the update, at most min(in, out) of a layer. Smaller layers selected by "all-linear" or a regular
+        expression get a lower rank at the same scale (see `core.targets.fitted_config`).
     lora_alpha: the update is scaled by alpha / r, or by alpha / sqrt(r) with `use_rslora` (arXiv:2312.03732).
-    lora_dropout: probability of dropping an input of A in training.
+    lora_dropout: dropout probability for the inputs of A in training.
     target_modules: layers to adapt: names (exact, or the end of a path after a dot), one regular expression that must
-        match the whole path, or "all-linear" (every linear layer but the output head).
-    exclude_modules: layers to leave out of the targets, in the same forms.
-    layers_to_transform: adapt only layers with these indices, as in PEFT: the first number in the path that follows two
-        names or more. Layers that `target_modules` names by their whole path are adapted in any case.
-    layers_pattern: name of the list of layers that `layers_to_transform` counts, or several: "blocks" for 3 in
+        match the full path, or "all-linear" (every linear layer except the output head).
+    exclude_modules: layers to exclude, in the same formats.
+    layers_to_transform: adapt only layers with these indices, as in PEFT: the first number in the path after at least
+        two names. Layers whose full path is in `target_modules` are always adapted.
+    layers_pattern: name (or names) of the list of layers to which `layers_to_transform` refers: "blocks" for 3 in
         `blocks.3.experts.2.proj`, where the rule above gives 2.
     rank_pattern, alpha_pattern: regular expression -> value; matches like `(.*\\.)?KEY$`, the first match wins.
     target_parameters: parameters that a module uses without a layer, such as the stacked weights of experts
         (`["experts.gate_up_proj", "experts.down_proj"]`): names, exact or the end of a path after a dot. The weight of
-        a linear layer (`"mlp.down_proj.weight"`) means the layer.
+        a linear layer (`"mlp.down_proj.weight"`) selects the layer.
     fused_parts: pattern -> sizes of the parts of a fused layer in the order of its output rows, repeated until all
-        rows are used: `{"to_qkv": {"q": 64, "k": 64, "v": 64}}`. A part is a target: `target_modules=["to_qkv.q"]`.
+        rows are used: `{"to_qkv": {"q": 64, "k": 64, "v": 64}}`. Each part is a target: `target_modules=["to_qkv.q"]`.
         The parts of the classes in `core.fused_layers.LAYOUTS` (GPT-2, GPT-NeoX, Falcon, Phi-3, ...) are known.
-    modules_to_save: modules that are trained in full and saved with the adapter: the ends of their paths, as in PEFT.
-        None with "all-linear": the heads that transformers adds to a base model for classification and question
+    modules_to_save: modules to train in full and save with the adapter: ends of their paths, as in PEFT. With
+        "all-linear", None selects the heads that transformers adds to a base model for classification and question
         answering (classifier, score, ...).
-    trainable_token_indices: token ids whose embeddings are trained, such as those of new tokens: name of the
-        embedding -> ids, or ids of the input embedding. An output head that is tied to it follows. The embedding
-        itself gives the row of its padding token no gradient, as in torch and PEFT.
-    bias: biases of the base model to train, in copies that belong to the adapter: "none", those of the adapted layers
-        ("lora_only"), or those of all layers ("all").
+    trainable_token_indices: token ids whose embeddings are trained, such as new tokens: name of the embedding -> ids,
+        or ids of the input embedding. A tied output head follows. As in torch and PEFT, the row of the embedding's
+        padding token gets no gradient from the embedding.
+    bias: biases of the base model to train, in copies that belong to the adapter: "none", of the adapted layers
+        ("lora_only"), or of all layers ("all").
     lora_bias: adds a trained bias to the update.
     use_dora: trains the magnitude of every output row of the adapted weight (DoRA, arXiv:2402.09353).
-    learn_scaling: trains the scale of every layer, which begins with the value above.
-    init_lora_weights: initialisation of A and B. kaiming (True, as in PEFT), gaussian: A is random and B zero. pissa,
-        olora: from the weights of the base model. eva: from training data, by `LoRAModel.start_from_data`. The weights
-        of the base model are never changed.
-    adalora: moves ranks to the layers where they matter, while training (`LoRAModel.allocate_ranks`).
-    task_type: the kind of task, by PEFT's names or as its TaskType. With "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" the
-        head of the model is added to modules_to_save, whatever the targets are. It is written to the adapter's folder,
-        where PEFT chooses by it which of its classes loads the adapter; None: by the base's class.
+    learn_scaling: trains the scale of every layer, starting from the value above.
+    init_lora_weights: initialization of A and B. kaiming (True, as in PEFT), gaussian: A is random and B zero. pissa,
+        olora: from the weights of the base model. eva: from training data, with `LoRAModel.start_from_data`. The
+        weights of the base model never change.
+    adalora: moves ranks to the layers where they matter, during training (`LoRAModel.allocate_ranks`).
+    task_type: the task, as PEFT's name or TaskType. "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" add the model's head to
+        modules_to_save, independent of the targets. It is written to the adapter's folder and selects the class with
+        which PEFT loads the adapter; None: by the base's class.
     """
 
     r: int = Field(16, ge=1)
@@ -278,7 +280,7 @@ class LoRAConfig(StrictModel):
 
     @property
     def layers_patterns(self) -> list[str]:
-        """`layers_pattern` as a list; [] means any."""
+        """`layers_pattern` as a list; [] matches any."""
         return [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
 
     @property
@@ -305,21 +307,21 @@ class LoRAConfig(StrictModel):
     def _check_token_ids(cls, value: Any) -> Any:
         for indices in value.values() if isinstance(value, dict) else [value] if value is not None else []:
             if not indices or len(set(indices)) < len(indices) or min(indices) < 0:
-                raise ValueError("give at least one token id; ids are distinct and not negative")
+                raise ValueError("expected one or more distinct token ids >= 0")
         return value
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.layers_patterns and self.layers_to_transform is None:
-            raise ValueError("layers_pattern says which numbers layers_to_transform means; give both")
+            raise ValueError("layers_pattern needs layers_to_transform: set both")
         if self.use_dora and self.lora_bias:
             raise ValueError(
-                "lora_bias with use_dora: no tool reads an adapter with both; take bias='lora_only' to train biases"
+                "lora_bias cannot be combined with use_dora, because no tool reads both; use bias='lora_only' instead"
             )
         if self.adalora is not None and self.init_lora_weights != "kaiming":
-            raise ValueError(f"adalora starts from orthonormal factors: leave out {self.init_lora_weights!r}")
+            raise ValueError(f"adalora has its own initialization: remove init_lora_weights={self.init_lora_weights!r}")
         if self.adalora is not None and self.adalora.target_r > self.r:
             raise ValueError(
-                f"target_r = {self.adalora.target_r} is above r = {self.r}, the rank at the start: lower it, or raise r"
+                f"target_r = {self.adalora.target_r} is above r = {self.r}, the initial rank: lower it, or raise r"
             )
         return self

@@ -1,7 +1,7 @@
 """EVA: initial values of A from the principal components of each layer's inputs (arXiv:2410.07170).
 
-`start_from_data` initialises an adapter. It calls the model on all batches a few times (`passes`), and finds the
-components without any full covariance, by subspace iteration (arXiv:0909.4061, alg. 4.4).
+`start_from_data` initializes an adapter. It calls the model on all batches a few times (`passes`), and computes the
+components with subspace iteration, without a full covariance matrix (arXiv:0909.4061, alg. 4.4).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -21,18 +21,18 @@ from tailora.core.targets import Target, target_at
 from tailora.errors import AdapterError, ConfigError, DataError
 
 INPUT_PASSES = 3  # over the data
-Pass = Callable[[], None]  # calls the model on all of the data
+Pass = Callable[[], None]  # calls the model on all data
 Loss = Callable[[Any, Any], Tensor]  # (model, batch) -> scalar
 
 
 def start_from_data(adapter: Adapter, base_model: nn.Module, run: Pass, rho: float) -> Adapter:
-    """Returns the adapter with new layers: A holds principal directions of the inputs (arXiv:2410.07170, sec. 3).
+    """Returns the adapter with new layers: A contains principal directions of the inputs (arXiv:2410.07170, sec. 3).
 
-    run: calls the base on the data.    rho: a layer gets up to rho times its rank.
-    Raises DataError if the input of a layer does not vary, ConfigError for rho below 1.
+    run: calls the base on the data.    rho: maximum factor by which a layer's rank grows.
+    Raises DataError if the input of a layer is constant, ConfigError for rho below 1.
     """
     if rho < 1:
-        raise ConfigError(f"rho = {rho}: a layer may get up to rho r ranks; take 1 (none moves) or more")
+        raise ConfigError(f"expected rho >= 1 (1 leaves ranks unchanged), got {rho}")
     targets = {
         path: replace(target_at(base_model, path, adapter.config), r=layer.r, lora_alpha=layer.lora_alpha)
         for path, layer in adapter.low_rank.items()
@@ -40,8 +40,8 @@ def start_from_data(adapter: Adapter, base_model: nn.Module, run: Pass, rho: flo
     variances = input_variances(targets, run, int(rho * max(target.r for target in targets.values())))
     if constant := [path for path, inputs in variances.items() if inputs.along[0] == 0]:
         raise DataError(
-            f"in these batches the inputs of {', '.join(constant[:5])} ({len(constant)} layers) do not vary: "
-            "give more batches, exclude_modules, or init_lora_weights='kaiming'"
+            f"the inputs of {', '.join(constant[:5])} ({len(constant)} layers) are constant in these batches: use more "
+            "batches, exclude_modules, or init_lora_weights='kaiming'"
         )
     limits = {path: min(int(rho * target.r), *target.dims) for path, target in targets.items()}
     ranks = distribute_ranks(variances, {path: target.r for path, target in targets.items()}, limits)
@@ -60,16 +60,16 @@ def start_from_data(adapter: Adapter, base_model: nn.Module, run: Pass, rho: flo
 
 
 def passes(model: nn.Module, batches: Iterable[Any], loss: Loss | None, name: str, config: LoRAConfig) -> Pass:
-    """Returns a function that calls the model on every batch, for the initial values of the adapter `name`.
+    """Returns a function that calls the model on every batch, to initialize the adapter `name`.
 
-    A batch is a tensor, a mapping of the model's arguments, or anything that `loss` takes. Raises AdapterError for an
-    adapter that needs no data, DataError without any batch; when called, DataError for a batch that is none of these.
+    A batch is a tensor, a mapping of the model's arguments, or any input of `loss`. Raises AdapterError for an adapter
+    that needs no data, DataError without batches; the function raises DataError for unsupported batches.
     """
     if config.init_lora_weights != "eva":
-        raise AdapterError(f"{name!r} starts from {config.init_lora_weights!r}, which needs no data; only 'eva' does")
+        raise AdapterError(f"init_lora_weights={config.init_lora_weights!r} of {name!r} needs no data; only 'eva' does")
     all_batches = list(batches)
     if not all_batches:
-        raise DataError("start_from_data got no batch; give a few, such as list(islice(loader, 8))")
+        raise DataError("expected a few batches, such as list(islice(loader, 8)), got none")
 
     @torch.no_grad()
     def run() -> None:
@@ -82,8 +82,8 @@ def passes(model: nn.Module, batches: Iterable[Any], loss: Loss | None, name: st
                 model(**batch)
             else:
                 raise DataError(
-                    f"a batch is a {type(batch).__name__}, which does not say how to call the model; give tensors "
-                    "or mappings of its arguments, or loss=lambda model, batch: ..."
+                    f"expected tensors or mappings of the model's arguments as batches, got {type(batch).__name__}; "
+                    "convert them, or pass loss=lambda model, batch: ..."
                 )
 
     return run
@@ -137,7 +137,7 @@ class InputVariances:
         self.squares += self.layer_type.update(layer, x.square(), ones, self.identity[:1, :1]).to(self.wide).sum()
 
     def end_pass(self) -> None:
-        """Keeps what the pass says about its directions, and takes the next directions."""
+        """Stores the results for the current directions, and computes the next ones."""
         self.directions = A = self.A.detach().flatten(1)
         products = self.products.flatten(1)
         mean = self.sums.flatten(1) / max(self.count, 1)  # (1, n)
@@ -148,16 +148,16 @@ class InputVariances:
         self._reset()
 
     def decompose(self) -> None:
-        """Rotates the directions of the last pass to the principal ones, and computes the variances along them."""
+        """Rotates the directions of the last pass to principal directions, and computes their variances."""
         along, rotation = torch.linalg.eigh(self.projected.cpu())  # ascending
         self.along, self.total = along.flip(-1).clamp(min=0), self.total.cpu()
         self.directions = rotation.flip(-1).T.to(self.directions) @ self.directions
 
 
 def input_variances(targets: Mapping[str, Target], run: Pass, count: int) -> dict[str, InputVariances]:
-    """Returns the leading principal components of what each layer reads (of a convolution's patches).
+    """Returns at least `count` leading principal components of each layer's inputs (patches for a convolution).
 
-    There are at least `count`. run: forward over all of the data; called INPUT_PASSES times. No layer may have groups.
+    run: forward over all data; called INPUT_PASSES times. Layers with groups are not supported.
     """
     variances = {path: InputVariances(target, count) for path, target in targets.items()}
     for _ in range(INPUT_PASSES):
@@ -171,8 +171,8 @@ def input_variances(targets: Mapping[str, Target], run: Pass, count: int) -> dic
             inputs.end_pass()
     if broken := [path for path, inputs in variances.items() if not inputs.projected.isfinite().all()]:
         raise DataError(
-            f"in these batches the inputs of {', '.join(broken[:5])} ({len(broken)} layers) are not finite; look at "
-            "the loss of each batch"
+            f"the inputs of {', '.join(broken[:5])} ({len(broken)} layers) contain NaN or infinity in these batches; "
+            "check the loss of each batch"
         )
     for inputs in variances.values():
         inputs.decompose()
@@ -182,9 +182,9 @@ def input_variances(targets: Mapping[str, Target], run: Pass, count: int) -> dic
 def distribute_ranks(
     variances: Mapping[str, InputVariances], ranks: Mapping[str, int], limits: Mapping[str, int]
 ) -> dict[str, int]:
-    """Gives the same total of ranks to the components that explain the largest shares of their layers' variance.
+    """Distributes the total number of ranks to the components with the largest shares of their layers' variance.
 
-    arXiv:2410.07170, eq. 5 and alg. 1; a layer keeps at least one and gets at most its limit.
+    arXiv:2410.07170, eq. 5 and alg. 1; a layer gets at least one and at most its limit.
     """
     shares = [
         (float(variance / variances[path].total), path)

@@ -32,7 +32,7 @@ def choose_device(name: str | None = None) -> torch.device:
         asked = None
     if asked is not None and asked.type in {device.type for device in there}:
         if cause := obstacle_to_start(asked):
-            raise ConfigError(f"device {asked} cannot be used: {cause}\n--device cpu does without it")
+            raise ConfigError(f"cannot use device {asked}: {cause}\nUse --device cpu to run without it")
         asked = _with_index(asked)
     if asked in there:
         return asked
@@ -43,7 +43,7 @@ def absent_device(name: str | None, there: Sequence[torch.device]) -> ConfigErro
     """Returns the error for a device that is not one of those that are `there`."""
     names = ", ".join(map(str, there))
     return ConfigError(
-        f"device {name!r} is not here: torch {torch.__version__} finds {names}; give one of them, or {AUTO}"
+        f"no device {name!r} on this machine: torch {torch.__version__} finds {names}; use one of them, or {AUTO}"
     )
 
 

@@ -1,12 +1,12 @@
-"""What an adapter trains in addition to its low-rank updates: biases of layers, and rows of an embedding.
+"""Parts that an adapter trains in addition to its low-rank updates: biases of layers, and rows of an embedding.
 
     TrainedBias    replaces a layer's bias
     TokenRows      rows of an embedding
-    TokenHead      the output head that is tied to that embedding
+    TokenHead      the output head tied to that embedding
     extra_targets  the biases, rows and heads that a config selects
 
-An adapted layer calls their `add_to`, as that of a LoRALayer. A merge adds `bias_change` or `row_change` to the layer's
-tensors.
+An adapted layer calls their `add_to`, as it does for a LoRALayer. A merge adds `bias_change` or `row_change` to the
+layer's tensors.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -24,21 +24,21 @@ from tailora.errors import nearest
 
 Modules = Mapping[str, nn.Module]  # of the whole model, by path
 
-# Classes that add their bias to the rest of their output, by the dimension of the output that it runs along
+# Classes that add their bias to their output, grouped by the output dimension of the bias
 BIAS_SECOND = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
 BIAS_BEFORE_KERNEL = (nn.modules.conv._ConvNd,)
 ADD_THEIR_BIAS = (nn.Linear, nn.LayerNorm, *BIAS_SECOND, *BIAS_BEFORE_KERNEL)  # and CONV1D
 
 
 def biases_of(module: nn.Module) -> list[str]:
-    """Returns the names of the module's own parameters that are biases."""
+    """Returns the names of the biases among the module's direct parameters."""
     return [name for name, parameter in module.named_parameters(recurse=False) if "bias" in name]
 
 
 class TrainedBias(nn.Module):
-    """Replaces the bias of a layer, whose own bias is not changed.
+    """Replaces the bias of a layer without changing the layer's own.
 
-    bias: Parameter, shaped as the layer's.    strength: run-time dial, 1 unless set.
+    bias: Parameter with the same shape.    strength: adjustable factor, default 1.
     """
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
@@ -62,10 +62,10 @@ class TrainedBias(nn.Module):
 class TokenRows(nn.Module):
     """Trained rows of an embedding; the others stay frozen (`trainable_token_indices`).
 
-    trainable_tokens_delta: Parameter (n, dim), the rows themselves, in the order of the indices; the name is PEFT's.
-    strength: run-time dial, 1 unless set.
-    padding: position of the padding token among the indices, or None. As in torch and PEFT, the embedding gives its row
-        no gradient; a head that is tied to the embedding does.
+    trainable_tokens_delta: Parameter (n, dim), the rows themselves in the order of the indices; the name is PEFT's.
+    strength: adjustable factor, default 1.
+    padding: position of the padding token in the indices, or None. As in torch and PEFT, its row gets no gradient from
+        the embedding, but does from a tied head.
     """
 
     indices: Tensor
@@ -83,7 +83,7 @@ class TokenRows(nn.Module):
         self.padding = indices.index(padding) if padding is not None and padding in indices else None
 
     def add_to(self, y: Tensor, output: Tensor, ids: Tensor, layer: nn.Module) -> Tensor:
-        """y, output (..., dim): of the embedding for ids (...)."""
+        """y, output: (..., dim), the embedding of ids (...)."""
         trained_ids = self.indices[self.order]
         position = torch.searchsorted(trained_ids, ids.long()).clamp(max=len(trained_ids) - 1)
         vectors = F.embedding(self.order[position], self.trainable_tokens_delta, self.padding)
@@ -93,21 +93,21 @@ class TokenRows(nn.Module):
         return y + torch.where((trained_ids[position] == ids)[..., None], change, 0).to(output.dtype)
 
     def row_change(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
-        """Returns which rows of the layer's weight change, (n,), and by how much, (n, dim)."""
+        """Returns the indices (n,) of the changed rows of the layer's weight, and their changes (n, dim)."""
         return self.indices, (self.trainable_tokens_delta - weight_of(layer)[self.indices]) * self.strength
 
 
 class TokenHead(nn.Module):
-    """Lets the output head that is tied to an embedding follow the trained rows. Has no parameters."""
+    """Applies the trained rows to the output head tied to the embedding. Has no parameters."""
 
     token_rows: TokenRows
 
     def __init__(self, token_rows: TokenRows) -> None:
         super().__init__()
-        self.__dict__["token_rows"] = token_rows  # a reference: it is registered with the embedding
+        self.__dict__["token_rows"] = token_rows  # a reference; registered with the embedding
 
     def add_to(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
-        """y, output (..., vocabulary): of the head for x (..., dim)."""
+        """y, output: (..., vocabulary), the head's output for x (..., dim)."""
         indices, change = self.row_change(layer)
         logits = F.linear(x, change.to(x.dtype)).to(output.dtype)  # (..., n)
         return y + torch.zeros_like(output).index_copy(-1, indices, logits)
@@ -119,16 +119,16 @@ class TokenHead(nn.Module):
 Extra = TrainedBias | TokenRows | TokenHead
 
 
-# ---- What a config selects
+# ---- Selection by a config
 
 
 @dataclass(frozen=True)
 class ExtraTargets:
-    """What is trained beside the low-rank updates.
+    """Trained parameters besides the low-rank updates.
 
-    biases: paths of layers that are not adapted, whose bias is trained.
+    biases: paths of layers without an update but with a trained bias.
     tokens: path of an embedding -> the rows to train.
-    heads: path of a head -> path of the embedding whose weight it shares.
+    heads: path of a head -> path of the embedding it is tied to.
     """
 
     biases: list[str] = field(default_factory=list)
@@ -139,7 +139,7 @@ class ExtraTargets:
 def extra_targets(
     model: nn.Module, modules: Modules, config: LoRAConfig, adapted: Collection[str], saved: Collection[str]
 ) -> tuple[ExtraTargets, list[str]]:
-    """Returns the biases, embedding rows and tied heads that the config selects, and all problems with them.
+    """Returns the biases, embedding rows and tied heads that the config selects, and all problems.
 
     adapted, saved: paths of the modules with low-rank updates and with trained copies.
     """
@@ -154,22 +154,22 @@ def extra_targets(
         if owner := next((owner for owner in (*adapted, *saved) if patterns.inside(path, owner)), None):
             setting = "target_modules" if owner in adapted else "modules_to_save"
             tie = f", tied to {heads[path]}" if path in heads else ""
-            problems.append(f"{path}{tie} is in trainable_token_indices and in {setting}; take one")
+            problems.append(f"{path}{tie} is in trainable_token_indices and in {setting}; use only one")
     if unsupported := [path for path in heads if not isinstance(modules[path], nn.Linear)]:
         problems.append(
-            f"trainable_token_indices: tied to what is neither embedding nor linear: {', '.join(unsupported)}"
+            f"trainable_token_indices: unsupported tied modules, neither embedding nor linear: {', '.join(unsupported)}"
         )
     biases: list[str] = []
     if config.bias == "all":
         biases, bias_problems = _bias_targets(modules, adapted, saved)
         problems += bias_problems
         if both := [path for path in biases if path in heads]:
-            problems.append(f"bias='all' and trainable_token_indices both train {', '.join(both)}; take one")
+            problems.append(f"bias='all' and trainable_token_indices both train {', '.join(both)}; use only one")
     return ExtraTargets(biases, tokens, heads), problems
 
 
 def _token_targets(model: Any, modules: Modules, config: LoRAConfig) -> tuple[dict[str, list[int]], list[str]]:
-    """Path of an embedding -> its rows to train; and all problems. A list of rows means the input embedding."""
+    """Returns path of an embedding -> its rows to train, and all problems. A list means the input embedding."""
     by_name = config.trainable_token_indices
     if by_name is None:
         return {}, []
@@ -177,8 +177,7 @@ def _token_targets(model: Any, modules: Modules, config: LoRAConfig) -> tuple[di
         embedding = input_embedding(model)
         if embedding is None:
             return {}, [
-                "trainable_token_indices is a list, but the model does not say which embedding is its input's; "
-                "name it: {'path': [...]}"
+                "trainable_token_indices is a list, but the model's input embedding is unknown; use {'path': [...]}"
             ]
         by_name = {embedding[0]: by_name}
     tokens: dict[str, list[int]] = {}
@@ -193,23 +192,23 @@ def _token_targets(model: Any, modules: Modules, config: LoRAConfig) -> tuple[di
                 modules[path]._parameters.get("weight") is modules[embedding].weight and rows == indices
                 for embedding, rows in tokens.items()
             ):
-                continue  # a head that is tied to an embedding with the same rows follows it
+                continue  # a head tied to an embedding with the same rows follows it
             tokens[path], module = indices, modules[path]
             at = f"trainable_token_indices: {path}"
             if layer_type_of(module) is not EMBEDDING:
-                problems.append(f"{at}: a {type(module).__name__} is no embedding")
+                problems.append(f"{at}: expected an embedding, got a {type(module).__name__}")
                 continue
             if reason := obstacle(module):
                 problems.append(f"{at}: {reason}")
             size = cast(nn.Embedding, module).num_embeddings
             if outside := [index for index in indices if not 0 <= index < size]:
-                existing = f"there are 0..{size - 1} (resize_token_embeddings comes before the adapter)"
+                existing = f"expected 0..{size - 1} (call resize_token_embeddings before adding the adapter)"
                 problems.append(f"{at}: no rows {outside[:5]}; {existing}")
     return ({}, problems) if problems else (tokens, [])
 
 
 def input_embedding(model: Any) -> tuple[str, nn.Embedding] | None:
-    """Returns path and layer of a transformers model's input embedding; None for a model without one."""
+    """Returns path and layer of a transformers model's input embedding; None if it has none."""
     get_embedding = getattr(model, "get_input_embeddings", None)
     try:
         embedding = get_embedding() if callable(get_embedding) else None
@@ -222,7 +221,7 @@ def input_embedding(model: Any) -> tuple[str, nn.Embedding] | None:
 
 
 def _bias_targets(modules: Modules, adapted: Collection[str], saved: Collection[str]) -> tuple[list[str], list[str]]:
-    """Paths of the layers that are not adapted and have a bias to train (bias="all"); and all problems."""
+    """Returns the paths of layers without an update but with a bias to train (bias="all"), and all problems."""
     biases, problems = [], []
     for path, module in modules.items():
         names = biases_of(module)
@@ -230,14 +229,16 @@ def _bias_targets(modules: Modules, adapted: Collection[str], saved: Collection[
             continue
         adds_its_bias = isinstance(module, ADD_THEIR_BIAS) or layer_type_of(module) is CONV1D
         if "forward" in vars(module):
-            problems.append(f"bias='all': {path}: its forward was replaced on the instance; its bias cannot be trained")
+            problems.append(
+                f"bias='all': cannot train the bias of {path}, because its forward was replaced on the instance"
+            )
         elif names == ["bias"] and (adds_its_bias or path in adapted) and is_called(module):
             biases += [path] if path not in adapted else []
         else:
             problems.append(
-                f"bias='all': {path or 'the model'} is a {type(module).__name__} whose {', '.join(names)} is not added "
-                "to its output; take bias='lora_only', or name it in modules_to_save"
+                f"bias='all': {path or 'the model'} is a {type(module).__name__} that does not add its "
+                f"{', '.join(names)} to its output; use bias='lora_only', or add it to modules_to_save"
             )
     if not biases and not problems and not any(biases_of(modules[path]) for path in adapted):
-        problems.append("bias='all': the model has no bias; take bias='none' or lora_bias=True")
+        problems.append("bias='all': the model has no bias; use bias='none' or lora_bias=True")
     return biases, problems

@@ -1,8 +1,7 @@
-"""Initial values of A and B that are computed from the weight or from the data, and are not zero.
+"""Nonzero initial values of A and B, computed from the weight.
 
-W is never changed. For training to start at the base model all the same, the frozen product B0 A0 of the initial values
-is subtracted at run time. Shapes here are those of one layer by group: W (groups, m, n), A (groups, r, n),
-B (groups, m, r).
+W is never changed. Instead, the frozen product B0 A0 of the initial values is subtracted at run time, so that training
+starts at the base model. Shapes by group: W (groups, m, n), A (groups, r, n), B (groups, m, r).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -31,12 +30,12 @@ def olora(W: Tensor, r: int, _: float) -> InitialFactors:
     return Q.mT @ W, Q
 
 
-# Values of init_lora_weights. "eva" fills A with principal directions of the inputs: `core.data_init`.
+# Values of init_lora_weights. "eva" fills A with principal directions of the inputs, see `core.data_init`.
 WEIGHT_INITS: Mapping[str, Callable[[Tensor, int, float], InitialFactors]] = {"pissa": pissa, "olora": olora}
 
 
 def check_init(targets: Iterable[Target], init: str) -> None:
-    """Raises TargetError with every layer that cannot have these initial values, and why."""
+    """Raises TargetError with all layers that do not support this initialization, and the reasons."""
     if init not in (*WEIGHT_INITS, "eva"):
         return
     if problems := [f"{target.path}: {reason}" for target in targets if (reason := _obstacle(target, init))]:
@@ -46,25 +45,23 @@ def check_init(targets: Iterable[Target], init: str) -> None:
 def _obstacle(target: Target, init: str) -> str | None:
     layer_type = target.layer_type
     if not layer_type.has_matrix:
-        return f"how a {layer_type.name} holds its matrix is not known; take 'kaiming'"
+        return f"not supported for a {layer_type.name}; use 'kaiming'"
     if init in WEIGHT_INITS:
         return None
     if layer_type.zero_factor == "A":
-        return "an embedding reads ids, which have no variance; take 'kaiming', or exclude it"
+        return "not supported for embeddings, whose ids have no variance; use 'kaiming', or exclude it"
     if layer_type.groups(target.layer) > 1:
-        return "ranks of groups go together; take 'kaiming', or exclude it"
+        return "not supported for groups, which share their ranks; use 'kaiming', or exclude it"
     if target.output_slice or layer_type.replaces_forward:
-        return (
-            "what part of a fused layer or a projection of attention reads is not measured; take 'pissa' or 'kaiming'"
-        )
+        return "not supported for parts of fused layers or projections of attention; use 'pissa' or 'kaiming'"
     return None
 
 
 @torch.no_grad()
 def init_from_weight(layer: LoRALayer, target: Target, init: str) -> None:
-    """Initialises one layer's update from its own weight, which is not changed."""
+    """Initializes one layer's update from its own weight, without changing the weight."""
     matrix = target.matrix(target.weight)
-    assert matrix is not None  # `check_init` has refused such layers
+    assert matrix is not None  # `check_init` rejects such layers
     W = matrix.to(layer.lora_A.dtype)
     A, B = WEIGHT_INITS[init](W, layer.lora_B.shape[1], layer.configured_scaling)
     layer.start_from(A.reshape(layer.lora_A.shape), B.reshape(layer.lora_B.shape))

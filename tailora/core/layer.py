@@ -112,7 +112,7 @@ class LoRALayer(nn.Module):
         super().__init__()
         if rank < 1 or (init_lora_weights is not None and rank > min(in_features, out_features)):
             raise ConfigError(
-                f"rank = {rank} on a layer of {in_features} -> {out_features}; take 1..{min(in_features, out_features)}"
+                f"expected rank 1..{min(in_features, out_features)} for {in_features} -> {out_features}, got {rank}"
             )
         vars(self).update(  # not one by one: nn.Module looks at each, which takes long for hundreds of layers
             in_features=in_features,
@@ -136,7 +136,7 @@ class LoRALayer(nn.Module):
             self.lora_bias = nn.Parameter(torch.zeros(len(self.lora_B), device=device, dtype=dtype))
         scaling = self._scalar(self.configured_scaling)
         if self.configured_scaling > torch.finfo(scaling.dtype).max:
-            raise ConfigError(f"lora_alpha = {self.lora_alpha:g} is more than {scaling.dtype} can hold; take 1 to 1000")
+            raise ConfigError(f"lora_alpha = {self.lora_alpha:g} overflows {scaling.dtype}; use 1 to 1000")
         self.register_buffer("scaling", scaling)
         if learn_scaling:
             self.scaling = nn.Parameter(scaling)
@@ -294,7 +294,7 @@ class LoRALayer(nn.Module):
 
     def _set_scaling(self, value: float | Tensor) -> None:
         if isinstance(value, Tensor) and value.numel() != 1:
-            raise ConfigError(f"scaling is one number per layer; got a tensor of shape {tuple(value.shape)}")
+            raise ConfigError(f"expected one number per layer as scaling, got a tensor of shape {tuple(value.shape)}")
         for table in (self._parameters, self._buffers):
             table.pop("scaling", None)
         if isinstance(value, nn.Parameter):
@@ -423,7 +423,7 @@ def loraplus_groups(lora_layers: nn.Module, lr: float, loraplus_lr_ratio: float)
     at a rate below LoRA's own (sec. 5). Raises ConfigError for a ratio below 1.
     """
     if not loraplus_lr_ratio >= 1:
-        raise ConfigError(f"loraplus_lr_ratio = {loraplus_lr_ratio}; B learns at least as fast as A: take 1 or more")
+        raise ConfigError(f"expected loraplus_lr_ratio >= 1, got {loraplus_lr_ratio}")
     higher = names_with_higher_lr(lora_layers)
     groups: dict[float, list[nn.Parameter]] = {}  # by learning rate
     for name, parameter in lora_layers.named_parameters():

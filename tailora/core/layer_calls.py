@@ -1,6 +1,6 @@
-"""Layers that a model does not call: it reads their weights, as Mamba does with dt_proj, or does not use them at all.
+"""Layers that a model does not call: it only reads their weights, as Mamba does with dt_proj, or does not use them.
 
-An adapter on such a layer does nothing until it is merged.
+An adapter on such a layer has no effect until it is merged.
 
     USES            classes of transformers that read the weights of some layers
     LayerCalls      which adapted layers one forward of the model calls
@@ -17,9 +17,9 @@ from tailora.errors import TailoraWarning
 
 Use = Literal["called", "called or read", "read"]
 
-# Name of a class -> how its forward uses its children, without those that it always calls. "called or read": one branch
-# calls the child, another one hands its weight to a function such as a fused kernel. Of all other classes, the first
-# forward shows what they do not call.
+# Name of a class -> how its forward uses its children, except the ones it always calls. "called or read": one branch
+# calls the child, a different one passes its weight to a function such as a fused kernel. For all other classes, the
+# first forward shows which children are not called.
 USES: dict[str, dict[str, Use]] = {
     "MambaMixer": {"conv1d": "read", "dt_proj": "read", "x_proj": "called or read", "out_proj": "called or read"},
     "FalconMambaMixer": {"conv1d": "read", **dict.fromkeys(("dt_proj", "x_proj", "out_proj"), "called or read")},
@@ -40,13 +40,13 @@ USES: dict[str, dict[str, Use]] = {
 
 
 def use_of(parent: nn.Module, name: str) -> Use:
-    """Returns how a module uses the layer that is its child of this name, as far as it is known before a forward."""
+    """Returns how a module uses its child of this name, as far as known before a forward."""
     uses = next((USES[cls.__name__] for cls in type(parent).__mro__ if cls.__name__ in USES), {})
     return uses.get(name, "called")
 
 
 class LayerCalls:
-    """Records which adapted layers run, and which of the modules that contain them do.
+    """Records which adapted layers and which of their parent modules run.
 
     layers: path -> adapted layer of `base_model`.    ran: those of the layers and modules that ran.
     """
@@ -75,9 +75,9 @@ class LayerCalls:
             yield
         if paths := self.not_called:
             warnings.warn(
-                f"the model did not call these adapted layers, although it called the module around them: "
-                f"{', '.join(paths[:5])} ({len(paths)} in all). Their adapters have no effect and are not trained. If "
-                "the module reads their weights itself, a merge would change its output. Leave them out: "
+                f"the model did not call these adapted layers, although it called their parent module: "
+                f"{', '.join(paths[:5])} ({len(paths)} in total). Their adapters have no effect and are not trained, "
+                "but a merge would change the output if the module reads their weights. Use "
                 f"exclude_modules={last_names(paths)}",
                 TailoraWarning,
                 stacklevel=4,
@@ -93,7 +93,7 @@ class LayerCalls:
 
 
 def _owner(path: str, modules: Mapping[str, nn.Module]) -> str:
-    """Returns the path of the module whose forward calls the layer at `path`: the next one that is no mere list."""
+    """Returns the path of the module whose forward calls the layer at `path`: the next one that is not a list."""
     owner = path.rpartition(".")[0]
     while isinstance(modules[owner], nn.ModuleList | nn.ModuleDict):
         owner = owner.rpartition(".")[0]

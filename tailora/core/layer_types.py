@@ -1,10 +1,10 @@
-"""How a class of layer stores its matrix and multiplies its input by it: one small class for each layer type.
+"""How a class of layers stores its matrix and multiplies inputs by it: one small class for each layer type.
 
-    LayerType            a product with one matrix, and the methods in which layer types differ
+    LayerType            a product with one matrix, and the methods that differ between layer types
     Linear, Conv1D, Embedding, Convolution
                          layers of PyTorch and transformers; core.parameters adds two more
-    register_layer_type  lets a class of layers be adapted
-    LAYER_TYPES          name of a class -> its layer type, with the functions that find the type of a layer
+    register_layer_type  makes a class of layers adaptable
+    LAYER_TYPES          name of a class -> its layer type, with functions that find the type of a layer
 
 Shapes: A (r, in), B (out, r). Convolutions carry their kernel in A: A (r, in/groups, *kernel), B (out, r/groups).
 """
@@ -26,16 +26,16 @@ Shape = tuple[int, ...]
 class LayerType(ABC):
     """A layer whose output is W x + b for its input x and one matrix W.
 
-    name: what summaries and error messages call the layer type.
-    weight_name: the layer's parameter that holds W.
-    zero_factor: the factor that starts at zero, so that a fresh update is zero.
-    is_linear: True if "all-linear" means this layer type.
-    is_stacked: True if A and B hold one matrix per expert.
-    reads_numbers: True if x are numbers, which can be cast and dropped out; False for ids.
+    name: name in summaries and error messages.
+    weight_name: the layer's parameter that contains W.
+    zero_factor: the factor that starts at zero, so that a new update is zero.
+    is_linear: True if "all-linear" includes this layer type.
+    is_stacked: True if A and B contain one matrix per expert.
+    reads_numbers: True if x are numbers, which support casts and dropout; False for ids.
     supports_dora: True if the output rows of W can have magnitudes.
-    supports_dropout: False if the update is never multiplied by the input itself, which lora_dropout would drop.
-    has_matrix: True if `matrix` can read W off the stored weight.
-    replaces_forward: True if the adapted layer is more than W x + s B A x, so that `forward` computes all of it.
+    supports_dropout: False if the update is not applied to the input, so that lora_dropout is impossible.
+    has_matrix: True if `matrix` can get W from the stored weight.
+    replaces_forward: True if the adapted layer is not W x + s B A x, so that `forward` computes the whole output.
     """
 
     name: str = "Matrix"
@@ -63,27 +63,27 @@ class LayerType(ABC):
         return 1
 
     def is_transposed(self, _layer: Any) -> bool:
-        """Returns True if the weight is stored as (in, out), so that an output of the layer is a column of it."""
+        """Returns True if the weight is stored as (in, out)."""
         return False
 
     def update(self, _layer: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """Returns B A x for the layer's input x, in the dtype of A. The caller has multiplied the scale into B."""
+        """Returns B A x for the layer's input x, in the dtype of A. B already contains the scale."""
         return F.linear(F.linear(x, A), B)
 
     def factors(self, layer: Any, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns L (groups, m, r) and R (groups, r, n). L R is B A as the stored weight, seen as (groups, m, n)."""
+        """Returns L (groups, m, r) and R (groups, r, n). L R is B A in the layout of the stored weight."""
         return (A.T[None], B.T[None]) if self.is_transposed(layer) else (B[None], A[None])
 
     def matrix(self, layer: Any, weight: Tensor) -> Tensor:
-        """Returns W (groups, out/groups, n) out of the stored weight; B A in groups is added to it."""
+        """Returns W (groups, out/groups, n) from the stored weight."""
         return weight.T[None] if self.is_transposed(layer) else weight[None]
 
     def forward(self, layer: Any, adapters: Any, *args: Any, **kwargs: Any) -> Any:
-        """Returns what the layer computes with all these adapters, where `replaces_forward`."""
-        raise NotImplementedError(f"an adapter adds to the output of {self.name}, it does not replace it")
+        """Returns the layer's output with all these adapters, if `replaces_forward`."""
+        raise NotImplementedError(f"{self.name} has no forward of its own, because adapters only add to its output")
 
     def __reduce__(self) -> tuple[Callable[..., "LayerType"], tuple[str]]:
-        """Makes copies and pickles give the object in LAYER_TYPES."""
+        """Makes copies and pickles return the object in LAYER_TYPES."""
         return layer_type_named, (self.name,)
 
 
@@ -127,7 +127,7 @@ class Embedding(LayerType):
     def update(self, layer: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         hidden = F.embedding(x, A.T, layer.padding_idx)  # (..., r)
         update = F.linear(hidden, B)
-        scale = getattr(layer, "embed_scale", None)  # Gemma and others multiply what they look up
+        scale = getattr(layer, "embed_scale", None)  # Gemma and others scale their embeddings
         return update if scale is None else update * scale
 
 
@@ -144,7 +144,7 @@ class Convolution(LayerType):
 
     def shapes(self, layer: Any, r: int) -> tuple[Shape, Shape]:
         if r % layer.groups:
-            raise TargetError(f"r = {r} on a convolution of {layer.groups} groups; take a multiple of {layer.groups}")
+            raise TargetError(f"expected a multiple of {layer.groups} (the convolution's groups) for r, got {r}")
         return (r, layer.in_channels // layer.groups, *layer.kernel_size), (layer.out_channels, r // layer.groups)
 
     def update(self, layer: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -162,8 +162,8 @@ class Convolution(LayerType):
         groups = layer.groups
         if layer.in_channels // A.shape[1] != groups:
             raise MergeError(
-                f"A reads all {layer.in_channels} channels, but the layer's {groups} groups read "
-                f"{layer.in_channels // groups} each: no weight of this layer can hold the update; keep it unmerged"
+                f"the update cannot be merged: A reads all {layer.in_channels} channels, but each of the layer's "
+                f"{groups} groups reads only {layer.in_channels // groups}; keep it unmerged"
             )
         return B.view(groups, layer.out_channels // groups, -1), A.reshape(groups, A.shape[0] // groups, -1)
 
@@ -173,7 +173,7 @@ class Convolution(LayerType):
 
 LINEAR, CONV1D, EMBEDDING, CONVOLUTION = Linear(), Conv1D(), Embedding(), Convolution()
 
-# By qualified name, so that transformers need not be imported to know its Conv1D.
+# By qualified name, to avoid importing transformers for its Conv1D.
 LAYER_TYPES: dict[str, LayerType] = {
     "torch.nn.modules.linear.Linear": LINEAR,
     "transformers.pytorch_utils.Conv1D": CONV1D,
@@ -201,29 +201,29 @@ def register_layer_type(
     linear: bool = False,
     replace: bool = False,
 ) -> None:
-    """Let layers of this class, and of classes derived from it, be adapted. Lasts as long as the process.
+    """Makes layers of this class and its subclasses adaptable, until the process exits.
 
     dims: layer -> (in, out) of its matrix.
-    update: (layer, x, A, sB) -> what the adapter adds to the layer's output; by default B A x.
+    update: (layer, x, A, sB) -> the adapter's change of the layer's output; default: B A x.
     factors: (layer, A, B) -> (groups, m, r) and (groups, r, n), whose product has the layout of the weight.
-    shapes: (layer, r) -> shapes of A and B; by default (r, in) and (out, r).
-    forward: (layer, adapters, *args, **kwargs) -> the adapted layer's output; in place of `update`, where that does not
-        suffice. `layer.plain.forward(layer, ...)` is the layer's own.
-    weight: the name of the parameter that holds the matrix, as (out, in), or as (in, out) when `transposed`.
-    linear: True if "all-linear" means this class, too.
-    replace: allows a class to be registered again.
+    shapes: (layer, r) -> shapes of A and B; default: (r, in) and (out, r).
+    forward: (layer, adapters, *args, **kwargs) -> the adapted layer's output; use it if `update` is not sufficient.
+        `layer.plain.forward(layer, ...)` calls the layer's own forward.
+    weight: name of the parameter with the matrix, (out, in), or (in, out) if `transposed`.
+    linear: True if "all-linear" should include this class.
+    replace: allow registering a class again.
 
-    The class is known by its qualified name. Raises ConfigError for a name that is registered already, without
-    `replace`, and for one of tailora's own layer types.
+    Classes are identified by their qualified name. Raises ConfigError for a registered name without `replace`, and for
+    built-in layer types.
     """
     name = qualified_name(layer_class)
     problems = []
     if name in BUILT_IN or layer_class is nn.MultiheadAttention:
-        problems.append(f"{name} is a layer type of tailora's own, which cannot be replaced; register a derived class")
+        problems.append(f"{name} is a built-in layer type and cannot be replaced; register a subclass instead")
     elif name in LAYER_TYPES and not replace:
-        problems.append(f"{name} is registered already; pass replace=True to register it again")
+        problems.append(f"{name} is already registered; pass replace=True to register it again")
     if forward is not None and update is not None:
-        problems.append("update and forward are both given; a layer type has one of the two")
+        problems.append("expected either update or forward, got both")
     if problems:
         raise ConfigError(listing(problems))
     given = {"dims": dims, "shapes": shapes, "update": update, "factors": factors, "forward": forward}
@@ -241,11 +241,11 @@ def register_layer_type(
 
 
 def unregister_layer_type(layer_class: type[nn.Module]) -> None:
-    """Forget a registered class; models in use keep working. Raises ConfigError for one that is not registered."""
+    """Unregisters a class; existing models keep working. Raises ConfigError if it is not registered."""
     name = qualified_name(layer_class)
     if name not in LAYER_TYPES or name in BUILT_IN:
         registered = ", ".join(LAYER_TYPES.keys() - BUILT_IN) or "none"
-        raise ConfigError(f"{name} is not registered; registered are: {registered}")
+        raise ConfigError(f"{name} is not registered; registered classes: {registered}")
     del LAYER_TYPES[name]
 
 
@@ -292,7 +292,7 @@ def gather_shards(local: Tensor, like: Any) -> Tensor:
 
 
 def computing_device(weight: Tensor) -> torch.device:
-    """Returns the device that computes with a weight, of which FSDP2 may keep the parts in host memory."""
+    """Returns the device that computes with a weight, even if FSDP2 keeps its shards in host memory."""
     kind: str = weight.device_mesh.device_type if hasattr(weight, "device_mesh") else weight.device.type
     if kind == weight.device.type:
         return weight.device
@@ -300,7 +300,7 @@ def computing_device(weight: Tensor) -> torch.device:
 
 
 def parameter_owner(layer: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Returns the submodule that holds the parameter `name`, such as "out_proj.weight", and its name there."""
+    """Returns the submodule with the parameter `name`, such as "out_proj.weight", and its name there."""
     path, _, last = name.rpartition(".")
     return layer.get_submodule(path), last
 
@@ -308,7 +308,7 @@ def parameter_owner(layer: nn.Module, name: str) -> tuple[nn.Module, str]:
 def submodule(model: nn.Module, path: str) -> nn.Module | None:
     """Returns the module at this path; None if there is none.
 
-    Ten times as fast as `get_submodule`: loading an adapter asks several times for each of hundreds of layers.
+    Ten times as fast as `get_submodule`, which matters because loading an adapter calls it often.
     """
     module = model
     for name in path.split(".") if path else ():
@@ -320,15 +320,15 @@ def submodule(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def find_layer(model: nn.Module, path: str) -> tuple[str, nn.Module]:
-    """Returns path and module of what computes with the matrix at `path`.
+    """Returns path and module of the layer that uses the matrix at `path`.
 
-    That is the module at `path`, or its parent where `path` names a part, a parameter, or a matrix of attention.
-    Raises AttributeError if there is none.
+    This is the module at `path`, or its parent if `path` is a part, a parameter, or a matrix of attention. Raises
+    AttributeError if there is none.
     """
     parent_path, _, name = path.rpartition(".")
     parent = submodule(model, parent_path)
     if parent is None:
-        model.get_submodule(parent_path)  # says what is missing
+        model.get_submodule(parent_path)  # raises with the missing name
     assert parent is not None
     module = submodule(parent, name)
     if module is None or (path and isinstance(parent, nn.MultiheadAttention)):
@@ -337,12 +337,12 @@ def find_layer(model: nn.Module, path: str) -> tuple[str, nn.Module]:
 
 
 def layer_path_of(model: nn.Module, path: str) -> str:
-    """Returns the path of the module that computes with the matrix at `path`."""
+    """Returns the path of the module that uses the matrix at `path`."""
     return find_layer(model, path)[0]
 
 
 def layer_of(model: nn.Module, path: str) -> nn.Module:
-    """Returns the module that computes with the matrix at `path`."""
+    """Returns the module that uses the matrix at `path`."""
     return find_layer(model, path)[1]
 
 
@@ -351,14 +351,14 @@ def is_called(layer: nn.Module) -> bool:
     return type(layer).__name__ != "NonDynamicallyQuantizableLinear"
 
 
-SAME_AS_LINEAR = (  # classes derived from nn.Linear whose own forward computes W x + b, too
+SAME_AS_LINEAR = (  # subclasses of nn.Linear with their own forward that also computes W x + b
     "transformers.models.esm.modeling_esmfold.EsmFoldLinear",
     "transformers.models.falcon.modeling_falcon.FalconLinear",
 )
 
 
 def computes_as_its_type(layer: nn.Module) -> bool:
-    """True if the layer's forward is that of a known class, so that its weight alone says what it computes."""
+    """True if the layer uses the forward of a known class, so that its function is known from its weight."""
     cls: type[nn.Module] = getattr(layer, "plain", type(layer))
     owner = next(parent for parent in cls.__mro__ if "forward" in vars(parent))
     is_known = owner is nn.MultiheadAttention or qualified_name(owner) in (*LAYER_TYPES, *SAME_AS_LINEAR)
@@ -372,14 +372,16 @@ def obstacle(layer: nn.Module) -> str | None:
     """Returns why this layer cannot be adapted although its class has a layer type; None if it can."""
     name = type(layer).__name__
     if "forward" in vars(layer):
-        return f"its forward was replaced on the instance (an offload hook?); attach adapters before that ({name})"
+        return (
+            f"its forward was replaced on the instance, maybe by an offload hook; add the adapter before that ({name})"
+        )
     if not is_called(layer):
-        return "its weight is read without calling it"
+        return "only its weight is used, the layer is never called"
     if isinstance(getattr(layer, "weight", None), nn.parameter.UninitializedParameter):
-        return f"its shape is not known yet ({name}); run one batch through the model first"
+        return f"its shape is still unknown ({name}); run one batch through the model first"
     if getattr(layer, "max_norm", None) is not None:
-        return "max_norm rewrites its frozen weight at every look-up"
+        return "max_norm changes its frozen weight in every forward"
     is_attention = isinstance(layer, nn.MultiheadAttention)
     if (is_attention or layer_type_of(layer) is EMBEDDING) and not computes_as_its_type(layer):
-        return f"{name} overrides forward, so what it computes is not known"
+        return f"{name} overrides forward with an unknown function"
     return None

@@ -1,8 +1,8 @@
-"""Merging updates into the weights of a base model, and taking them out again with the same bits.
+"""Merging updates into the weights of a base model, and restoring the original bits.
 
 MergeState           whether a model is merged, and how to restore its weights
 merge_changes        the merged tensors of all layers, before anything is written
-merged_weight        W + dW of one layer, rounded once; where `fits_in_place`, over W itself
+merged_weight        W + dW of one layer, rounded once; written over W if `fits_in_place`
 check_ties           weights that several modules share
 """
 
@@ -30,15 +30,15 @@ from tailora.core.quantization import (
 )
 from tailora.errors import MergeError, listing
 
-BLOCK = 2**18  # numbers merged at a time: in float32 they stay near a core from the first step to the last
-LayerParts = tuple[nn.Module, Sequence[nn.Module]]  # a layer, and the parts of adapters that it computes with
+BLOCK = 2**18  # numbers merged at a time: in float32 they stay in the core's cache through all steps
+LayerParts = tuple[nn.Module, Sequence[nn.Module]]  # a layer, and the parts of adapters attached to it
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """Relative rounding error of every merged weight: ||W_merged - (W + dW)|| / ||dW||, 0 where dW is 0.
+    """Relative rounding error of every merged weight: ||W_merged - (W + dW)|| / ||dW||, 0 if dW is 0.
 
-    In bfloat16 it is 17% where ||dW|| is a hundredth of ||W||, 79% at a thousandth (measured on random matrices).
+    In bfloat16 it is 17% if ||dW|| is a hundredth of ||W||, and 79% at a thousandth (measured on random matrices).
     """
 
     rounding_error: dict[str, float]
@@ -63,18 +63,18 @@ class MergeState:
     def check_unmerged(self, action: str) -> None:
         """Raises MergeError while merged."""
         if self.is_merged:
-            raise MergeError(f"cannot {action} while merged; unmerge() first")
+            raise MergeError(f"cannot {action} while merged; call unmerge() first")
 
     def merge(self, layers: Mapping[str, nn.Module], *, untie_weights: bool, in_place: bool = False) -> MergeReport:
-        """Puts the parts that are attached to these layers into their weights, and detaches them.
+        """Merges the attached parts into the weights of these layers, and detaches them.
 
-        All merged weights are computed and found finite before the first is written. Raises MergeError.
-        in_place: weights that `fits_in_place` allows are overwritten, and cannot be restored.
+        All merged weights are computed and checked to be finite before the first one is written. Raises MergeError.
+        in_place: overwrite weights for which `fits_in_place` is true; they cannot be restored.
         """
         self.check_unmerged("merge")
         attached = {path: (layer, parts) for path, layer in layers.items() if (parts := attached_parts(layer))}
         if not attached:
-            raise MergeError("no adapter is active; set_adapter(name) first")
+            raise MergeError("no adapter is active; call set_adapter(name) first")
         adapted = {path: layer_parts for path, layer_parts in attached.items() if isinstance(layer_parts[0], Adapted)}
         overwritten: list[str] = []
         if in_place:
@@ -105,9 +105,9 @@ class MergeState:
         return report
 
     def unmerge(self) -> None:
-        """Puts the weights back that were there before, bit for bit."""
+        """Restores the original weights bit for bit."""
         if not self.is_merged:
-            raise MergeError("nothing is merged")
+            raise MergeError("cannot unmerge, because nothing is merged; call merge() first")
         for change in reversed(self._undo):
             change.make()
         if self.config_untied:
@@ -115,10 +115,10 @@ class MergeState:
         self._undo, self.config_untied = [], False
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Applies `fn` to the weights that `unmerge` puts back. Raises MergeError for those of a quantised base."""
+        """Applies `fn` to the weights that `unmerge` restores. Raises MergeError for a quantized base."""
         exchanges = [change for change in self._undo if isinstance(change, TensorChange)]
         if len(exchanges) < len(self._undo):
-            raise MergeError("a quantised base cannot move or change its precision while merged; unmerge() first")
+            raise MergeError("a merged quantized base cannot be moved or cast; call unmerge() first")
         for exchange in exchanges:
             exchange.tensor.data = fn(exchange.tensor.data)
 
@@ -128,15 +128,15 @@ class MergeState:
 
 @torch.no_grad()
 def merge_changes(base_model: nn.Module, layers: Mapping[str, LayerParts], report: MergeReport) -> Iterator[Change]:
-    """Yields the changes that put the merged tensors of these layers in, layer by layer, and fills in the report.
+    """Yields the changes that install the merged tensors of these layers, layer by layer, and fills in the report.
 
-    If a layer is quantised, all of the model is dequantised. Raises MergeError with all layers whose class hides what
-    it computes, or, after the last change, with all whose merged weight is not finite.
+    If a layer is quantized, the whole model is dequantized. Raises MergeError with all layers that compute an unknown
+    function, or, after the last change, with all merged weights that contain NaN or infinity.
     """
     problems = [f"{path}: {reason}" for path, layer_parts in layers.items() if (reason := _obstacle(*layer_parts))]
     problems += [
-        f"{path}: the module around it reads its weight without calling it, so its adapter does nothing, and "
-        "would when it is merged; leave it out (exclude_modules), or keep the adapter unmerged"
+        f"{path}: only the layer's weight is used, so its adapter has no effect now but would after merging; exclude "
+        "the layer (exclude_modules), or keep the adapter unmerged"
         for path, (layer, parts) in layers.items()
         if _is_only_read(base_model, path)
         and any(bool(part.delta_weight(layer).any()) for part in parts if isinstance(part, LoRALayer))
@@ -144,7 +144,7 @@ def merge_changes(base_model: nn.Module, layers: Mapping[str, LayerParts], repor
     if problems:
         raise MergeError(listing(problems))
     dtype = common_dtype(base_model)
-    tied: dict[object, nn.Parameter] = {}  # what an embedding and its head share stays shared
+    tied: dict[object, nn.Parameter] = {}  # keeps an embedding and its head tied
     for path, layer, parts in _by_weight(layers):
         updates = [part for part in parts if isinstance(part, LoRALayer)]
         merged = None
@@ -176,13 +176,13 @@ def merge_changes(base_model: nn.Module, layers: Mapping[str, LayerParts], repor
 
 
 def _is_only_read(base_model: nn.Module, path: str) -> bool:
-    """True if the module around the layer reads its weight and never calls it."""
+    """True if the parent module reads the layer's weight and never calls the layer."""
     owner, _, name = path.rpartition(".")
     return use_of(base_model.get_submodule(owner), name) == "read"
 
 
 def _by_weight(layers: Mapping[str, LayerParts]) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
-    """Yields the path and layer of every weight that changes, and all parts that change it."""
+    """Yields the path and layer of every changed weight, and all parts that change it."""
     for path, (layer, parts) in layers.items():
         names = [part.layer_type.weight_name if isinstance(part, LoRALayer) else "weight" for part in parts]
         for name in dict.fromkeys(names):
@@ -191,7 +191,7 @@ def _by_weight(layers: Mapping[str, LayerParts]) -> Iterator[tuple[str, nn.Modul
 
 
 def _merged_bias(layer: nn.Module, parts: Iterable[nn.Module]) -> Tensor | None:
-    """The layer's bias with what the parts add to it, rounded once; None where nothing is added."""
+    """Returns the layer's bias plus the changes of the parts, rounded once; None if nothing changes."""
     biased = [part for part in parts if isinstance(part, LoRALayer | TrainedBias)]
     changes = [change for part in biased if (change := part.bias_change(layer)) is not None]
     if not changes:
@@ -201,30 +201,30 @@ def _merged_bias(layer: nn.Module, parts: Iterable[nn.Module]) -> Tensor | None:
 
 
 def _obstacle(layer: nn.Module, parts: Sequence[nn.Module]) -> str | None:
-    """Why these parts cannot be merged into the layer."""
+    """Returns why these parts cannot be merged into the layer; None if they can."""
     if all(isinstance(part, TrainedBias) for part in parts):
         return None
     if getattr(layer, "bias", None) is None and any(getattr(part, "lora_bias", None) is not None for part in parts):
-        return "lora_bias needs a bias to merge into, and the layer has none; keep it unmerged"
+        return "lora_bias cannot be merged, because the layer has no bias; keep it unmerged"
     if nn.utils.parametrize.is_parametrized(layer):
-        return "its weight is computed by a parametrization; remove that first"
+        return "its weight is computed by a parametrization; remove the parametrization first"
     if is_quantized(layer):
         return None
     if computes_as_its_type(layer) or (isinstance(parts[0], LoRALayer) and parts[0].layer_type.replaces_forward):
         return None
     name = getattr(layer, "plain", type(layer)).__name__
     return (
-        f"{name} overrides forward, so its weight alone does not say what it computes; keep it unmerged. If it "
-        "computes nothing but W x + b, register_layer_type says so"
+        f"{name} overrides forward, so merging may give wrong results; keep it unmerged, or if it only computes "
+        "W x + b, declare this with register_layer_type"
     )
 
 
 def replace_by_copy(
     module: nn.Module, trained: nn.Module, parameters: dict[int, nn.Parameter]
 ) -> Iterator[TensorChange]:
-    """Yields the changes that put a trained copy's tensors into its module, in the module's precision.
+    """Yields the changes that install a trained copy's tensors in its module, in the module's precision.
 
-    parameters: id of a copy's parameter -> the new parameter, so that parameters that copies share stay shared.
+    parameters: id of a copy's parameter -> the new parameter; keeps tied parameters tied.
     """
     for target, copy in zip(module.modules(), trained.modules(), strict=True):
         for name, parameter in target._parameters.items():
@@ -248,8 +248,8 @@ def merged_weight(
 ) -> tuple[Tensor, float]:
     """Returns W + sum of t ((g - 1) W + g s (B A - B0 A0)) over the adapters of strength t, and its rounding error.
 
-    Summed in at least float32 and rounded once. The error is NaN where the weight is not finite.
-    dtype: of the model's plain weights.    in_place: overwrites the weight, which `fits_in_place`; the error is 0 then.
+    Computed in at least float32 and rounded once. The error is NaN if the weight is not finite.
+    dtype: of the model's plain weights.    in_place: overwrite the weight, which must fit; then the error is 0.
     """
     weight = dense_weight(layer, adapters[0].layer_type.weight_name, dtype)
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -262,7 +262,7 @@ def merged_weight(
         torch.baddbmm(source, left, right, out=target)
         finite = in_place or math.isfinite(float(merged.sum())) or bool(merged.isfinite().all())
         return merged, 0.0 if finite else math.nan
-    # Slices of the groups and of the rows: blocks of about BLOCK numbers; elsewhere than on a CPU one block
+    # Slices of groups and rows: blocks of about BLOCK numbers on a CPU, a single block on other devices
     numbers = BLOCK if weight.device.type == "cpu" else weight.numel()
     group_step, row_step = (max(1, numbers // (m * n)), m) if groups > 1 else (1, max(1, numbers // n))
     blocks = [
@@ -309,10 +309,10 @@ def _terms(layer: nn.Module, adapters: Sequence[LoRALayer], wide: torch.dtype) -
 
 @torch.no_grad()
 def fits_in_place(layer: nn.Module, parts: Sequence[nn.Module], users: Mapping[int, int]) -> bool:
-    """True if the layer's weight may be overwritten: nothing else changes in the layer, no other parameter shares its
-    memory, and every number of it stays finite.
+    """True if the layer's weight may be overwritten: nothing else in the layer changes, no other parameter shares its
+    memory, and all its numbers stay finite.
 
-    users: address of a storage -> how many parameters of the model have it.
+    users: address of a storage -> number of parameters of the model that use it.
     """
     updates = [part for part in parts if isinstance(part, LoRALayer)]
     if len(updates) < len(parts) or len({part.layer_type.weight_name for part in updates}) > 1:
@@ -323,10 +323,10 @@ def fits_in_place(layer: nn.Module, parts: Sequence[nn.Module], users: Mapping[i
     if users.get(weight.untyped_storage().data_ptr()) != 1 or not weight.is_contiguous() or weight.is_inference():
         return False
     left, right, scale = _terms(layer, updates, torch.promote_types(weight.dtype, torch.float32))
-    # ||W|| + ||L|| ||R|| bounds every number of the merged weight; to find the largest number itself takes 10x longer
+    # ||W|| + ||L|| ||R|| is a bound for the merged weight; computing its largest number would take 10x longer
     norm = torch.linalg.vector_norm
     largest = float(norm(weight)) + float(norm(left)) * float(norm(right))
-    return scale is None and 2 * largest < torch.finfo(weight.dtype).max  # twice, since norms are rounded, too
+    return scale is None and 2 * largest < torch.finfo(weight.dtype).max  # twice, because norms are also rounded
 
 
 # ---- Weights that several modules share
@@ -336,7 +336,7 @@ def check_ties(model: nn.Module, changes: Iterable[Change], untie_weights: bool)
     """Returns True if some changes untie a weight that several modules share.
 
     A TensorChange replaces the parameter of one module; other modules keep the old one unless they get the same change.
-    Raises MergeError for such changes unless `untie_weights`.
+    Raises MergeError in this case unless `untie_weights`.
     """
     users: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for path, module in model.named_modules():

@@ -180,7 +180,7 @@ class MixedBatch:
         if self.dim == 1:
             rows = self.head_rows if layer is self.head else self.rows
             if x.ndim < 2 or x.shape[:2] != (1, rows.n):
-                raise RowsError(f"the batch has {rows.n} tokens in one row; {path} got {tuple(x.shape)}")
+                raise RowsError(f"{path}: expected {rows.n} tokens packed into one row, got {tuple(x.shape)}")
             return rows
         n = self.rows.n
         if x.ndim >= min_ndim and x.shape[0] == n:
@@ -188,10 +188,10 @@ class MixedBatch:
         if x.ndim >= min_ndim and x.shape[0] == n * self.repeats:
             return self._repeated[self.repeats]
         repeated = f", or {n * self.repeats} repeated by generate" if self.repeats > 1 else ""
-        packed = "; packed examples are one row: pass them separately, padded" if n > 1 and x.shape[0] == 1 else ""
+        packed = "; packed examples count as one row, so pad them instead" if n > 1 and x.shape[0] == 1 else ""
         raise RowsError(
-            f"adapter_rows names {n} rows{repeated}; {path or 'the model'} got {tuple(x.shape)}, whose first "
-            f"dimension must be the rows of the batch{packed}"
+            f"{path or 'the model'}: expected {n} rows{repeated}, as in adapter_rows, in the first dimension, got "
+            f"{tuple(x.shape)}{packed}"
         )
 
     def parameters_changed(self) -> None:
@@ -220,8 +220,8 @@ def check_splits_by_row(low_rank: Mapping[str, LoRALayer]) -> None:
         path for path, layer in low_rank.items() if layer.layer_type.replaces_forward or "experts" in path.split(".")
     ]:
         raise RowsError(
-            "nn.MultiheadAttention adds updates to its weights, which all rows share, and experts get the tokens of "
-            f"all rows mixed: no adapter by row on {', '.join(refused)}"
+            "no adapter by row on nn.MultiheadAttention, whose rows share its weights, and on experts, which mix the "
+            f"tokens of all rows; exclude these layers: {', '.join(refused)}"
         )
 
 
@@ -503,8 +503,8 @@ class MixedModule(nn.Module):
         """
         if self._is_recurrent or getattr(self._layer[0], "batch_first", True) is False:
             raise RowsError(
-                f"{self.path} is recurrent or has batch_first=False: not all of its tensors have the rows first, which "
-                "adapter_rows needs"
+                f"{self.path} is recurrent or has batch_first=False, but adapter_rows needs the rows in the first "
+                "dimension of all tensors"
             )
         first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         rows, dim = self.batch.rows_in(first, self._layer[0], self.path, 1), self.batch.dim
@@ -540,10 +540,10 @@ class MixedModule(nn.Module):
         dim = self.batch.dim
         for output, count in zip(outputs, counts, strict=True):
             if not isinstance(output, Tensor | None):
-                raise RowsError(f"{self.path} returns a {type(output).__name__}, which is not split by row")
+                raise RowsError(f"{self.path}: expected tensors as output, got a {type(output).__name__}")
             if output is not None and (output.ndim <= dim or output.shape[dim] != count):
                 shape = tuple(output.shape)
-                raise RowsError(f"{self.path} returns {shape} for {count} rows; dimension {dim} must be the rows")
+                raise RowsError(f"{self.path}: expected {count} rows in dimension {dim} of the output, got {shape}")
 
     def _run(self, position: int, args: Any, kwargs: Any) -> Any:
         """Calls the copy at this position, or after the last copy the base's module, in the base's own precision."""

@@ -68,11 +68,11 @@ def full_match(pattern: str, path: str) -> "regex.Match[str] | None":
         return regex.fullmatch(pattern, path, timeout=MATCH_SECONDS)
     except TimeoutError:
         raise PatternError(
-            f"the regular expression {pattern!r} takes more than {MATCH_SECONDS} s to match {path!r}; "
-            "repeat no group that can match in several ways, or list the names"
+            f"the regular expression {pattern!r} takes more than {MATCH_SECONDS} s to match {path!r}; avoid nested "
+            "repetitions, or list the names"
         ) from None
-    except regex.error as error:  # re takes some that regex does not
-        raise PatternError(f"the regular expression {pattern!r} cannot be used: {error}") from None
+    except regex.error as error:  # re accepts some that regex does not
+        raise PatternError(f"unsupported regular expression {pattern!r}: {error}") from None
 
 
 def pattern_matches(pattern: str, path: str) -> bool:

@@ -285,13 +285,13 @@ def storage_obstacle(layer: nn.Module) -> str | None:
     state = FOUR_BIT.state(layer)
     if getattr(state, "packing_format_for_cpu", False):
         return (
-            "bitsandbytes repacked its weight for inference when the base was evaluated, which rounds it and lets no "
-            "gradient pass; load the base again and attach the adapter before evaluating it"
+            "bitsandbytes repacked its weight for inference, which rounds it and prevents gradients; reload the base, "
+            "and add the adapter before evaluating it"
         )
     if FOUR_BIT.is_misread(layer):
         return (
-            f"bitsandbytes computes another weight than was quantised: {state.shape[1]} inputs are no multiple "
-            f"of its block of {state.blocksize} (0.50 on a CPU); quantise in 8 bits, or leave this layer out"
+            f"bitsandbytes (0.50 on a CPU) uses a wrong weight, because {state.shape[1]} inputs are not a multiple of "
+            f"its block size {state.blocksize}; quantize to 8 bits, or exclude this layer"
         )
     return None
 

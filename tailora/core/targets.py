@@ -1,10 +1,10 @@
-"""Finds the layers that a LoRAConfig selects. A name that matches nothing is an error; all are raised at once.
+"""Finds the layers that a LoRAConfig selects. A name that matches nothing is an error; all errors are raised at once.
 
-    Fitted config    the config with what it leaves to the model: heads to train in full, and ranks that fit
+    Fitted config    the config completed for a model: heads to train in full, and ranks that fit
     Candidates       all matrices of the model that could be adapted: layers, parts of fused layers, parameters
-    Selection        those that target_modules, target_parameters, exclude_modules and layers_to_transform leave,
-                     each a Target with its rank and alpha; the modules_to_save
-    Problems         messages about settings that match nothing, contradict each other or cannot be applied
+    Selection        the result of target_modules, target_parameters, exclude_modules and layers_to_transform: Targets
+                     with their rank and alpha; and the modules_to_save
+    Problems         messages about settings that match nothing, conflict with each other or cannot be applied
 
 `select` runs the steps from Candidates to Problems in this order.
 """
@@ -39,10 +39,10 @@ class TargetCandidate:
     """One matrix of the model that could be adapted.
 
     path: of the matrix: the layer's own, or one name longer for a part of it (`c_attn.q`, `experts.down_proj`).
-    layer, layer_path: the module that computes with the matrix, and its path.
-    output_slice: of a part of a fused layer, its outputs.
-    parameter_path: of a layer that `target_parameters` names, the path of its weight, for names and patterns.
-    use: whether the module around the layer calls it, or reads its weight without calling it.
+    layer, layer_path: the module that uses the matrix, and its path.
+    output_slice: outputs of a part of a fused layer.
+    parameter_path: for a layer selected by `target_parameters`, the path of its weight, for names and patterns.
+    use: whether the parent module calls the layer, or only reads its weight.
     """
 
     path: str
@@ -55,19 +55,19 @@ class TargetCandidate:
 
     @property
     def pattern_names(self) -> tuple[str, ...]:
-        """The paths that a pattern for rank or alpha may match. For a part of a layer, the layer's path, too."""
+        """The paths for patterns of rank or alpha. For a part of a layer, also the layer's path."""
         if self.layer_type.is_stacked or self.parameter_path:
             return (self.parameter_path or self.path,)
         return tuple(dict.fromkeys((self.path, self.layer_path)))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The paths that select it. An attention's path selects its projections, too, as in PEFT."""
+        """The paths that select it. An attention's path also selects its projections, as in PEFT."""
         return (self.path,) if self.output_slice else self.pattern_names
 
     @property
     def last_name(self) -> str:
-        """The last name of its path; for a part of a layer the last two."""
+        """The last name of its path; the last two for a part of a layer."""
         return ".".join(self.path.split(".")[-1 if self.path == self.layer_path else -2 :])
 
     @property
@@ -78,11 +78,11 @@ class TargetCandidate:
 
     @property
     def weight(self) -> Tensor:
-        """The layer's weight, dequantised; for a part that of the whole layer."""
+        """The dequantized weight of the layer, also for a part of it."""
         return dense_weight(self.layer, self.layer_type.weight_name)
 
     def matrix(self, weight: Tensor) -> Tensor | None:
-        """Returns W of the equation, (groups, out/groups, n), out of the layer's weight; None if it is no matrix."""
+        """Returns W of the equation, (groups, out/groups, n), from the layer's weight; None if it is not a matrix."""
         if not self.layer_type.has_matrix:
             return None
         W = self.layer_type.matrix(self.layer, weight)
@@ -91,7 +91,7 @@ class TargetCandidate:
 
 @dataclass(frozen=True)
 class Target(TargetCandidate):
-    """A candidate to adapt, with its own rank and alpha."""
+    """A selected candidate with its rank and alpha."""
 
     r: int = 1
     lora_alpha: float = 1.0
@@ -99,7 +99,7 @@ class Target(TargetCandidate):
 
 @dataclass(frozen=True)
 class Selection:
-    """All that a config selects in one model. to_save: path -> module to train in full."""
+    """Everything a config selects in a model. to_save: path -> module to train in full."""
 
     targets: list[Target]
     to_save: dict[str, nn.Module]
@@ -110,8 +110,8 @@ class Selection:
 def select(model: nn.Module, config: LoRAConfig) -> Selection:
     """Returns what `config` selects in `model`, targets in the model's order.
 
-    Raises TargetError with every selector, pattern and index that matches nothing, every layer that cannot be
-    adapted and every rank that is too large.
+    Raises TargetError with all selectors, patterns and indices that match nothing, all layers that cannot be adapted
+    and all ranks that are too large.
     """
     modules = dict(model.named_modules())
     candidates = module_candidates(modules, config)
@@ -132,11 +132,11 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
     return Selection(targets, to_save, extras, modules)
 
 
-# ---- What a config leaves to the model: heads to train in full, and ranks that fit
+# ---- Completing a config for a model: heads to train in full, and ranks that fit
 
 HAS_TASK_HEAD = re.compile(r"For\w*(Classification|QuestionAnswering|MultipleChoice|XVector)")
 
-# Ends of the heads that PEFT's class of the task looks for in the file
+# Names of the heads that PEFT's class for the task expects in the file
 HEADS_OF_TASK = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -147,13 +147,13 @@ HEADS_OF_TASK = {
 def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     """Returns the config with heads to train in full, and ranks that fit the model's layers.
 
-    Heads: those of `task_heads`, if the targets are "all-linear" and modules_to_save is not set, or for a task_type
-        that has such heads, as in PEFT.
-    Ranks: a layer that "all-linear" or a regular expression reached has at most the rank of its smaller side, at the
-        same scale, by rank_pattern and alpha_pattern. If no layer has room for the r that was set, `select` refuses it.
+    Heads: `task_heads`, if the targets are "all-linear" and modules_to_save is not set, or for a task_type with such
+        heads, as in PEFT.
+    Ranks: layers selected by "all-linear" or a regular expression get at most the rank of their smaller side, at the
+        same scale, with rank_pattern and alpha_pattern. If r is too large for every layer, `select` raises an error.
     """
     if not isinstance(config, LoRAConfig):
-        raise ConfigError(f"config is a {type(config).__name__}; take a LoRAConfig, such as LoRAConfig(r=16)")
+        raise ConfigError(f"expected a LoRAConfig, such as LoRAConfig(r=16), got a {type(config).__name__}")
     is_open = config.target_modules == "all-linear" and config.modules_to_save is None
     heads = task_heads(model) if is_open or config.task_type in HEADS_OF_TASK else []
     if missing := [head for head in heads if head not in (config.modules_to_save or [])]:
@@ -180,8 +180,8 @@ def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
         shown = ", ".join([f"{path} ({r})" for path, r in lowered.items()][:5])
         more = f" and {len(lowered) - 5} more" if len(lowered) > 5 else ""
         warnings.warn(
-            f"r = {config.r} becomes the smaller side of layers that have less, at the same scale "
-            f"(rank_pattern and alpha_pattern of the adapter's config say so): {shown}{more}",
+            f"r = {config.r} is lowered to the smaller side of small layers, at the same scale "
+            f"(see rank_pattern and alpha_pattern in the adapter's config): {shown}{more}",
             TailoraWarning,
             stacklevel=3,
         )
@@ -191,9 +191,9 @@ def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
 def task_heads(model: nn.Module) -> list[str]:
     """Returns the names of the untrained heads that transformers adds for a task: `classifier`, `score`, ...
 
-    Where the base model is not one module of its own (CLIP, T5), they are the model's own linear layers. A name with
-    which modules of the base model end as well is left out: PEFT would select them all. A pooler that the model's files
-    lack is one of them (`set_missing_pooler`).
+    If the base model is not a single module (CLIP, T5), these are the model's direct linear layers. Names that also
+    match modules of the base model are omitted, because PEFT would select all of them. A pooler that is missing in the
+    model's files is one of the heads (`set_missing_pooler`).
     """
     if not HAS_TASK_HEAD.search(type(model).__name__):
         return []
@@ -210,9 +210,9 @@ def task_heads(model: nn.Module) -> list[str]:
 
 
 def set_missing_pooler(model: nn.Module, missing: Collection[str]) -> None:
-    """Makes the pooler of the base model, such as `bert.pooler`, one of the `task_heads` if the files lack all of it.
+    """Adds the pooler of the base model, such as `bert.pooler`, to the `task_heads` if the files do not contain it.
 
-    missing: names of the parameters that the files lack. A model that was pretrained for masked words has no pooler.
+    missing: names of the parameters missing in the files. Models pretrained on masked words have no pooler.
     """
     path = f"{getattr(model, 'base_model_prefix', '')}.pooler"
     names = [name for name, _ in model.named_parameters() if patterns.inside(name, path)]
@@ -221,7 +221,7 @@ def set_missing_pooler(model: nn.Module, missing: Collection[str]) -> None:
 
 
 def missing_pooler(model: nn.Module) -> list[str]:
-    """Returns the path of the pooler that the model's files lack, in a list; [] for other models."""
+    """Returns the path of the pooler that is missing in the model's files, in a list; [] for other models."""
     path = getattr(model, "missing_pooler", None)
     return [path] if isinstance(path, str) else []
 
@@ -230,7 +230,7 @@ def missing_pooler(model: nn.Module) -> list[str]:
 
 
 def module_candidates(modules: Modules, config: LoRAConfig) -> dict[str, TargetCandidate]:
-    """Returns all that `target_modules` can name, by path, in the model's order.
+    """Returns all candidates for `target_modules` by path, in the model's order.
 
     Raises TargetError for `fused_parts` that do not fit.
     """
@@ -242,9 +242,9 @@ def module_candidates(modules: Modules, config: LoRAConfig) -> dict[str, TargetC
 
 
 def parameter_candidates(modules: Modules) -> dict[str, TargetCandidate]:
-    """Returns all that `target_parameters` can name, by the path of the parameter.
+    """Returns all candidates for `target_parameters` by the path of the parameter.
 
-    They are matrices, and stacks of them, of modules of no layer type, and the weights (out, in) of linear layers.
+    These are matrices and stacks of matrices in modules without a layer type, and weights (out, in) of linear layers.
     """
     candidates: dict[str, TargetCandidate] = {}
     for path, module in modules.items():
@@ -257,20 +257,20 @@ def parameter_candidates(modules: Modules) -> dict[str, TargetCandidate]:
 
 
 def target_at(model: nn.Module, path: str, config: LoRAConfig) -> Target:
-    """Returns the target at this path, selected or not, without looking at the rest of the model.
+    """Returns the target at this path, selected or not, without searching the rest of the model.
 
-    Raises TargetError where nothing can be adapted.
+    Raises TargetError if nothing can be adapted there.
     """
     layer_path = layer_path_of(model, path)
     module, parent = model.get_submodule(layer_path), model.get_submodule(layer_path.rpartition(".")[0])
     for candidate in (*_of_module(layer_path, module, parent, config), *_parameters_of(layer_path, module)):
         if candidate.path == path:
             return target_of(candidate, config)
-    raise TargetError(f"{path} is a {type(module).__name__}, which has no low-rank form there")
+    raise TargetError(f"{path} cannot be adapted: a {type(module).__name__} has no low-rank update there")
 
 
 def _of_module(path: str, module: nn.Module, parent: nn.Module, config: LoRAConfig) -> Iterator[TargetCandidate]:
-    """The projections of an attention; a layer and its parts, of `fused_parts` or a class that is known."""
+    """Yields the projections of an attention, or a layer and its parts (from `fused_parts` or a known class)."""
     for name, projection in projections(module).items():
         yield TargetCandidate(f"{path}.{name}" if path else name, path, module, projection)
     layer = _layer_candidate(path, module, parent)
@@ -285,15 +285,13 @@ def _of_module(path: str, module: nn.Module, parent: nn.Module, config: LoRAConf
     try:
         slices = output_slices(layout, out_features) if layout else {}
     except ValueError as error:
-        raise TargetError(
-            f"fused_parts: {path}: {error}; give sizes that divide them, or leave fused_parts out"
-        ) from None
+        raise TargetError(f"fused_parts: {path}: {error}; use sizes that divide them, or remove fused_parts") from None
     for part, output_slice in slices.items():
         yield replace(layer, path=f"{path}.{part}", output_slice=output_slice)
 
 
 def _layer_candidate(path: str, module: nn.Module, parent: nn.Module) -> TargetCandidate | None:
-    """Returns the module as a layer to adapt; None for one of no layer type, and for the projection of an attention."""
+    """Returns the module as a candidate; None for a module without layer type or the projection of an attention."""
     layer_type = layer_type_of(module)
     if layer_type is None or (parent is not module and projections(parent)):
         return None
@@ -311,10 +309,10 @@ def _parameters_of(path: str, module: nn.Module) -> Iterator[TargetCandidate]:
 
 
 def selected_candidates(model: nn.Module, modules: Modules, config: LoRAConfig) -> dict[str, TargetCandidate]:
-    """Returns the candidates that the config selects, by path. Names that match nothing are no error here.
+    """Returns the candidates that the config selects, by path. Names that match nothing are not an error here.
 
-    What `modules_to_save` names, and what is inside of it, is no candidate, as in PEFT: `target_modules=["dense"]` with
-    `modules_to_save=["classifier"]` leaves `classifier.dense` out.
+    As in PEFT, modules in `modules_to_save` and everything inside them are excluded: `target_modules=["dense"]` with
+    `modules_to_save=["classifier"]` does not select `classifier.dense`.
     """
     saved = saved_modules(modules, config)
     candidates = module_candidates(modules, config)
@@ -352,7 +350,7 @@ def _selects(selector: patterns.Selector, candidate: TargetCandidate) -> bool:
 
 
 def _all_linear(model: Any, candidates: Mapping[str, TargetCandidate]) -> list[TargetCandidate]:
-    """Every linear layer and attention projection but the output head, and layers whose weight is also read."""
+    """Returns all linear layers and attention projections except the output head and layers that are not called."""
     get_head = getattr(model, "get_output_embeddings", None)  # transformers' convention
     head = get_head() if callable(get_head) else None
     return [
@@ -368,7 +366,7 @@ def _all_linear(model: Any, candidates: Mapping[str, TargetCandidate]) -> list[T
 def _without(
     selector: patterns.Selector, selected: Iterable[TargetCandidate], candidates: Mapping[str, TargetCandidate]
 ) -> Iterator[TargetCandidate]:
-    """Leaves out what the selector names. Where it names parts of a selected layer, the layer's other parts remain."""
+    """Removes what the selector matches. If it matches parts of a selected layer, the other parts remain."""
     parts: dict[str, list[TargetCandidate]] = {}
     for candidate in candidates.values():
         if candidate.output_slice:
@@ -381,14 +379,14 @@ def _without(
 
 
 def target_of(candidate: TargetCandidate, config: LoRAConfig) -> Target:
-    """Returns the candidate with the rank and alpha that the patterns give it."""
+    """Returns the candidate with its rank and alpha according to the patterns."""
     r = patterns.by_pattern(candidate.pattern_names, config.rank_pattern, config.r)
     alpha = patterns.by_pattern(candidate.pattern_names, config.alpha_pattern, config.lora_alpha)
     return Target(**vars(candidate), r=r, lora_alpha=alpha)
 
 
 def saved_modules(modules: Modules, config: LoRAConfig) -> dict[str, nn.Module]:
-    """Returns what `modules_to_save` names, by path."""
+    """Returns the modules that `modules_to_save` selects, by path."""
     names = config.modules_to_save or []
     return {path: module for path, module in modules.items() if any(patterns.ends_with(name, path) for name in names)}
 
@@ -420,7 +418,7 @@ def _unmatched_settings(
     indices = {number for number in numbers if number is not None}
     if missing := sorted((config.layer_indices or set()) - indices):
         existing = f"{min(indices)}..{max(indices)}" if indices else "none"
-        problems.append(f"layers_to_transform={missing}: no layer has this index; there are: {existing}")
+        problems.append(f"layers_to_transform={missing}: no layer has this index; existing indices: {existing}")
     for setting, layers in (("rank_pattern", selected), ("alpha_pattern", selected), ("fused_parts", candidates)):
         last_names = {layer.last_name for layer in layers.values()}
         names = {name for layer in layers.values() for name in layer.pattern_names}
@@ -435,37 +433,38 @@ def _unmatched(
     setting: str, selector: patterns.Selector, candidates: Mapping[str, TargetCandidate], modules: Modules
 ) -> list[str]:
     if selector == []:
-        return [f"{setting}={selector!r} names nothing"]
+        return [f"{setting}={selector!r} is empty; add names, or remove it"]
     if isinstance(selector, str):
         if any(_selects(selector, candidate) for candidate in candidates.values()):
             return []
         hint = _hint(selector, {candidate.last_name for candidate in candidates.values()})
-        return [f"{setting}={selector!r} is a regular expression that matches no whole path of a layer{hint}"]
+        return [f"{setting}={selector!r} is a regular expression that matches no full path of a layer{hint}"]
     ends = {end for candidate in candidates.values() for name in candidate.names for end in patterns.ends_of(name)}
     return [_unmatched_name(setting, name, candidates, modules) for name in selector if name not in ends]
 
 
 def _unmatched_name(setting: str, name: str, candidates: Mapping[str, TargetCandidate], modules: Modules) -> str:
-    """Why this name selects no candidate."""
+    """Returns why this name selects no candidate."""
     named = [path for path in modules if path and patterns.named(name, path)]
     if named and layer_type_of(modules[named[0]]) is None and setting != "target_parameters":
         blocks, class_name = tuple(f"{path}." for path in named), type(modules[named[0]]).__name__
         inner = {layer.last_name for path, layer in candidates.items() if path.startswith(blocks)}
-        return f"{setting}: {name!r} is a {class_name}, which has no low-rank form; inside it{_hint('', inner)[1:]}"
+        shown = ", ".join(sorted(inner)[:8]) or "none"
+        return f"{setting}: {name!r} is a {class_name}, which cannot be adapted itself; layers inside it: {shown}"
     layer_name, _, part = name.rpartition(".")
     layers = [path for path in candidates if layer_name and patterns.named(layer_name, path)]
     if layers and not any(layer.output_slice and layer.layer_path == layers[0] for layer in candidates.values()):
         sizes = f'{{"{layer_name}": {{"{part}": its number of rows, ...}}}}'
-        return f"{setting}: {name!r}: which rows of {layer_name} are {part} is not known; set fused_parts={sizes}"
+        return f"{setting}: {name!r}: unknown rows of {layer_name} for {part}; set fused_parts={sizes}"
     return _no_layer(setting, name, candidates)
 
 
 def _nothing_selected(candidates: Mapping[str, TargetCandidate], config: LoRAConfig) -> str:
-    """Returns the settings that together select no candidate, although each of them matches something."""
+    """Returns a message about settings that match something each, but select nothing together."""
     names = ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save")
     settings = [f"{name}={value!r}" for name in names if (value := getattr(config, name)) is not None]
     hint = _hint("", {candidate.last_name for candidate in candidates.values()})
-    return f"no layer is left to adapt with {' and '.join(settings)}{hint}"
+    return f"no layer left to adapt with {' and '.join(settings)}{hint}"
 
 
 def _no_layer(setting: str, name: str, paths: Collection[str]) -> str:
@@ -475,14 +474,14 @@ def _no_layer(setting: str, name: str, paths: Collection[str]) -> str:
 
 
 def _hint(name: str, names: Collection[str], examples: Iterable[str] | None = None) -> str:
-    """Returns the `names` nearest to `name`; if none is near, some `examples`, by default of the names."""
+    """Returns the `names` most similar to `name`, or if there are none, some `examples` (default: of the names)."""
     examples = sorted(set(names if examples is None else examples))
     if not examples:
         return "; there are none"
-    return nearest(name, names) or f"; there are: {', '.join(examples[:8])}{', ...' if len(examples) > 8 else ''}"
+    return nearest(name, names) or f"; existing: {', '.join(examples[:8])}{', ...' if len(examples) > 8 else ''}"
 
 
-# ---- Problems: layers that cannot be adapted as the config says
+# ---- Problems: layers that cannot be adapted with this config
 
 
 def _conflicts(
@@ -491,75 +490,72 @@ def _conflicts(
     to_save: Modules,
     config: LoRAConfig,
 ) -> list[str]:
-    """Layers that cannot be adapted or trained in full, or are named for both."""
+    """Returns problems with layers that cannot be adapted or trained in full, or are selected for both."""
     problems = []
     for path, candidate in selected.items():
         if config.lora_dropout and not candidate.layer_type.supports_dropout:
             problems.append(
-                f"{path}: the update of a weight that the module reads by itself has no input to drop; "
-                "set lora_dropout=0"
+                f"{path}: lora_dropout is not supported for a weight that is used without a layer; set lora_dropout=0"
             )
         elif candidate.use != "read" and (reason := obstacle(candidate.layer) or storage_obstacle(candidate.layer)):
             problems.append(f"{path}: {reason}")
     if only_read := [path for path, candidate in selected.items() if candidate.use == "read"]:
         problems.append(
-            f"the modules around these layers read their weights without calling them: {', '.join(only_read[:5])} "
-            f"({len(only_read)} in all). Adapters there would have no effect. Leave them out: "
+            f"these layers are never called, only their weights are read: {', '.join(only_read[:5])} "
+            f"({len(only_read)} in total). Adapters there would have no effect. Use "
             f"exclude_modules={last_names(only_read)}"
         )
     for name in config.target_modules if to_save and isinstance(config.target_modules, list) else []:
         named = [layer for layer in candidates.values() if any(patterns.named(name, own) for own in layer.names)]
         owners = [next((path for path in to_save if patterns.inside(layer.layer_path, path)), None) for layer in named]
-        if None not in owners:  # the name means no other layer
+        if None not in owners:  # the name matches no other layer
             problems += [
-                f"{layer.path} is in target_modules and in modules_to_save ({owner}); take one"
+                f"{layer.path} is in target_modules and in modules_to_save ({owner}); use only one"
                 for layer, owner in zip(named, owners, strict=True)
             ]
     for path, module in to_save.items():
         if "forward" in vars(module):
-            problems.append(f"{path}: its forward was replaced on the instance; it cannot be trained in full")
+            problems.append(f"{path} cannot be trained in full, because its forward was replaced on the instance")
         if quantized_layers(module):
             problems.append(quantized_saved_module(path))
     return problems
 
 
 def quantized_saved_module(path: str) -> str:
-    return f"{path} is quantised and cannot be trained in full; adapt it (target_modules), or load the base unquantised"
+    return f"{path} is quantized and cannot be trained in full; adapt it (target_modules), or do not quantize the base"
 
 
 def _target_problems(targets: Sequence[Target], config: LoRAConfig) -> list[str]:
-    """Ranks that are too large, and settings such as biases and DoRA that a layer does not support."""
+    """Returns problems with too large ranks, and with biases or DoRA on layers that do not support them."""
     problems = []
     biases = [name for name, is_on in (("lora_bias", config.lora_bias), ("bias", config.bias != "none")) if is_on]
-    ranks: dict[str, set[int]] = {}  # of the matrices of an attention, by its path
+    ranks: dict[str, set[int]] = {}  # path of an attention -> ranks of its matrices
     none_has_room = len(targets) > 1 and all(target.r == config.r > min(target.dims) for target in targets)
     if none_has_room:
         largest = max(min(target.dims) for target in targets)
-        problems.append(f"r = {config.r} is above the smaller side of every layer; the largest that fits is {largest}")
+        problems.append(f"r = {config.r} is too large for every layer; use at most {largest}")
     for target in targets:
         path, (in_features, out_features) = target.path, target.dims
         if not none_has_room and target.r > (limit := min(target.dims)):
             problems.append(
-                f"{path}: r = {target.r} on a matrix of {in_features} -> {out_features}; take 1..{limit} "
+                f"{path}: r = {target.r} is too large for a matrix of {in_features} -> {out_features}; use 1..{limit} "
                 f"(rank_pattern={{{target.last_name!r}: {limit}}}), or train it in full (modules_to_save)"
             )
         if "in_proj_weight" in projections(target.layer):
             ranks.setdefault(target.layer_path, set()).add(target.r)
         if biases and (target.output_slice or target.layer_type.replaces_forward):
             problems.append(
-                f"{path}: {', '.join(biases)}: no bias of a part of a fused layer, of attention or beside a parameter "
-                "is trained; exclude it"
+                f"{path}: {', '.join(biases)} is not supported for parts of fused layers, attention or parameters; "
+                "exclude it"
             )
         if config.use_dora and not target.layer_type.supports_dora:
-            problems.append(f"{path}: use_dora: how its rows would be scaled is not known; exclude it")
+            problems.append(f"{path}: use_dora is not supported for this layer type; exclude it")
         if config.lora_bias and target.layer_type is EMBEDDING:
-            problems.append(
-                f"{path}: lora_bias on an Embedding, whose file has no place for it; exclude it, or leave lora_bias out"
-            )
+            problems.append(f"{path}: lora_bias is not supported for an Embedding; exclude it, or remove lora_bias")
     for path, own_ranks in ranks.items():
-        if len(own_ranks) > 1:  # PEFT's files hold one rank for an attention
-            problems.append(f"{path}: its matrices have the ranks {sorted(own_ranks)}; take one")
+        if len(own_ranks) > 1:  # PEFT's files have one rank per attention
+            problems.append(f"{path}: its matrices have different ranks {sorted(own_ranks)}; use the same rank for all")
     has_bias = [isinstance(getattr(target.layer, "bias", None), nn.Parameter) for target in targets]
     if config.bias == "lora_only" and has_bias and not any(has_bias):
-        problems.append("bias='lora_only': none of the adapted layers has a bias; take bias='none' or lora_bias=True")
+        problems.append("bias='lora_only': none of the adapted layers has a bias; use bias='none' or lora_bias=True")
     return problems

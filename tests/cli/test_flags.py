@@ -103,7 +103,7 @@ def test_values_that_other_tools_and_plan_write_are_read_as_meant(tmp_path: Path
     assert LoRAConfig(layers_to_transform=7).layer_indices == {7}
     with pytest.raises(ConfigError, match="layers_to_transform"):
         parsed("--layers-to-transform", "20-x")
-    with pytest.raises(ConfigError, match="'load_in_8bit': leave it out; it is off unless you write quantize: int8"):
+    with pytest.raises(ConfigError, match="'load_in_8bit': remove it; quantize: int8 turns this on"):
         parsed(yaml="load_in_8bit: false", folder=tmp_path)
 
 
@@ -241,32 +241,33 @@ def test_a_flag_of_another_tool_is_answered_with_ours(
     assert main([subcommand, theirs, "1", "--json"]) == 2
     shown = capsys.readouterr()
     assert (
-        shown.err
-        == f"error: Unknown option: {theirs}. It is {ours} here. Run `tailora {subcommand} --help` for all flags\n"
+        shown.err == f"error: Unknown option: {theirs}. Use {ours}. Run `tailora {subcommand} --help` for all flags\n"
     )
-    assert f"It is {ours} here." in shown.out
+    assert f"Use {ours}." in shown.out
     name, setting = (text.removeprefix("--").replace("-", "_") for text in (theirs, ours.replace(" ", ": ")))
-    with pytest.raises(ConfigError, match=f"unknown setting '{name}'; it is {setting} here"):
+    with pytest.raises(ConfigError, match=f"unknown setting '{name}'; use {setting}"):
         parsed(yaml=f"{name}: 1", folder=tmp_path)
 
 
 def test_lora_config_in_python_names_the_setting_too() -> None:
     with pytest.raises(ConfigError, match="3 problems") as caught:
         LoRAConfig(rank=8, alpha=16, lr=1e-3)
-    assert "unknown setting 'rank'; it is r here" in str(caught.value)
-    assert "unknown setting 'alpha'; it is lora_alpha here" in str(caught.value)
-    assert "unknown setting 'lr'; it is learning_rate in commands of tailora, but no setting here" in str(caught.value)
+    assert "unknown setting 'rank'; use r" in str(caught.value)
+    assert "unknown setting 'alpha'; use lora_alpha" in str(caught.value)
+    assert "unknown setting 'lr'; some commands call it learning_rate, but it is not a setting here" in str(
+        caught.value
+    )
     for name, ours in {"load_in_4bit": "quantize: nf4", "learning_rate": "learning_rate"}.items():
-        with pytest.raises(ConfigError, match=f"it is {ours} in commands of tailora") as caught:
+        with pytest.raises(ConfigError, match=f"some commands call it {ours}, but") as caught:
             LoRAConfig(**{name: 1})
         assert "did you mean" not in str(caught.value)
 
 
 def test_a_flag_that_is_not_needed_says_why(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--stage", "sft"]) == 2
-    assert "Unknown option: --stage. Leave it out: the rows of the data say what is learned" in capsys.readouterr().err
+    assert "Unknown option: --stage. Remove it: the task is inferred from the data" in capsys.readouterr().err
     assert main(["generate", "--lr", "1"]) == 2
-    assert "--lr. It is --learning-rate in commands of tailora, but no setting here." in capsys.readouterr().err
+    assert "--lr. Some commands call it --learning-rate, but it is not a setting here." in capsys.readouterr().err
 
 
 def test_a_name_that_is_not_close_is_not_suggested(tmp_path: Path) -> None:
@@ -276,28 +277,28 @@ def test_a_name_that_is_not_close_is_not_suggested(tmp_path: Path) -> None:
         assert str(caught.value).endswith(f"unknown setting '{name}'")
 
 
-@pytest.mark.parametrize(("method", "remedy"), [("lora", "leave it out"), ("qlora", "give quantize: nf4")])
+@pytest.mark.parametrize(("method", "remedy"), [("lora", "remove it"), ("qlora", "use quantize: nf4")])
 def test_axolotls_name_of_the_method_is_no_adapter(
     method: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for tokens, yaml in (([], f"adapter: {method}\nmodel: demo"), (["--adapter", method], "model: demo")):
-        with pytest.raises(ConfigError, match=f"it is Axolotl's name of .*{remedy}.* adapter is the folder"):
+        with pytest.raises(ConfigError, match=f"this is Axolotl's name .*{remedy}.* adapter is the folder"):
             parsed(*tokens, yaml=yaml, folder=tmp_path)
     Path(method).mkdir()
     assert parsed(yaml=f"adapter: {method}\nmodel: demo", folder=tmp_path).adapter == method
 
 
 def test_unknown_settings_are_told_before_an_adapter_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="unknown setting 'base_model'; it is model here"):
+    with pytest.raises(ConfigError, match="unknown setting 'base_model'; use model"):
         parsed(yaml="adapter: nowhere\nbase_model: demo", folder=tmp_path)
 
 
 def test_steps_of_warmup_are_answered_with_the_unit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ConfigError, match="it is warmup_ratio here, a share of all steps"):
+    with pytest.raises(ConfigError, match="use warmup_ratio, a share of all steps"):
         parsed(yaml="warmup_steps: 100", folder=tmp_path)
     assert main(["train", "--warmup-steps", "100"]) == 2
-    assert "It is --warmup-ratio here, a share of all steps" in capsys.readouterr().err
+    assert "Use --warmup-ratio, a share of all steps" in capsys.readouterr().err
 
 
 def test_a_setting_is_no_name_of_another_tool() -> None:

@@ -91,19 +91,19 @@ def test_a_module_that_is_not_linear_in_its_weights_is_combined_with_no_other() 
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "unknown name": ({"weights": {"c": 1}}, AdapterError, "no adapter is called 'c'; there are: a, b"),
-    "taken name": ({"name": "a"}, AdapterError, "called 'a' already"),
+    "unknown name": ({"weights": {"c": 1}}, AdapterError, "unknown adapter 'c'; existing adapters: a, b"),
+    "taken name": ({"name": "a"}, AdapterError, "'a' already exists"),
     "no adapters": ({"weights": {}}, ConfigError, "nothing to combine"),
     "all zero": ({"weights": {"a": 0, "b": 0.0}}, ConfigError, "nothing to combine"),
-    "nan": ({"weights": {"a": math.nan}}, ConfigError, "weight of 'a' = nan; take finite numbers"),
-    "not a number": ({"weights": {"a": "much"}}, ConfigError, "weight of 'a' = 'much'"),
+    "nan": ({"weights": {"a": math.nan}}, ConfigError, "expected finite numbers as weights, got 'a' = nan"),
+    "not a number": ({"weights": {"a": "much"}}, ConfigError, "got 'a' = 'much'"),
     "method": ({"method": "tie"}, ConfigError, "method = 'tie': input should be 'cat', 'svd', 'ties' or 'dare'"),
-    "rank of cat": ({"r": 4}, ConfigError, "r = 4 has no effect on method 'cat', only on svd, ties, dare"),
+    "rank of cat": ({"r": 4}, ConfigError, "r = 4 has no effect with method 'cat', only with svd, ties, dare"),
     "rank 0": ({"r": 0, "method": "svd"}, ConfigError, "r = 0: input should be greater than or equal to 1"),
     "half a rank": ({"r": 1.5, "method": "svd"}, ConfigError, "r = 1.5"),
     "density": ({"density": 0, "method": "ties"}, ConfigError, "density = 0: input should be greater than 0"),
     "drop": ({"drop": 1, "method": "dare"}, ConfigError, "drop = 1: input should be less than 1"),
-    "another's": ({"drop": 0.5, "method": "ties"}, ConfigError, "drop = 0.5 has no effect on method 'ties'"),
+    "another's": ({"drop": 0.5, "method": "ties"}, ConfigError, "drop = 0.5 has no effect with method 'ties'"),
     "two at once": ({"r": 0, "method": "x"}, ConfigError, "2 problems"),
 }
 
@@ -122,7 +122,7 @@ def test_invalid_settings_of_combine_are_refused_and_change_nothing(
 def test_a_sum_that_float32_cannot_hold_is_refused() -> None:
     model = LoRAModel(net(torch.float32), LoRAConfig(r=2), adapter_name="a")
     stir(model)
-    with pytest.raises(AdapterError, match=r"not finite at 0, 2 \(2 in all\): take smaller weights"):
+    with pytest.raises(AdapterError, match=r"not finite at 0, 2 \(2 in total\): use smaller weights"):
         model.combine({"a": 1e300}, "mix")
     assert list(model.adapters) == ["a"]
 
@@ -227,16 +227,16 @@ def test_a_loss_that_fails_leaves_the_model_as_it_was(failure: Any) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "give one way"),
-        ({"r": 2, "energy": 0.9}, r"got \['r', 'energy'\]"),
-        ({"r": 0}, "r = 0"),
-        ({"r": True}, "r = True"),
-        ({"energy": 1.1}, "energy = 1.1"),
-        ({"energy": math.nan}, "energy = nan"),
-        ({"loss": len}, "go together"),
-        ({"budget": 1.0}, "go together"),
-        ({"loss": 3, "budget": 1.0}, "take a function of the model"),
-        ({"loss": len, "budget": -1}, "budget = -1"),
+        ({}, "exactly one of r, energy and loss, got none"),
+        ({"r": 2, "energy": 0.9}, "got r and energy"),
+        ({"r": 0}, "for r, got 0"),
+        ({"r": True}, "for r, got True"),
+        ({"energy": 1.1}, "for energy, got 1.1"),
+        ({"energy": math.nan}, "for energy, got nan"),
+        ({"loss": len}, "must be used together"),
+        ({"budget": 1.0}, "must be used together"),
+        ({"loss": 3, "budget": 1.0}, "expected a function of the model"),
+        ({"loss": len, "budget": -1}, "for budget, got -1"),
     ],
 )
 def test_exactly_one_valid_way_to_shrink_is_taken(given: dict[str, Any], message: str) -> None:
@@ -298,13 +298,13 @@ def test_models_of_different_shapes_are_refused_in_one_error() -> None:
 def test_what_cannot_be_extracted_is_refused() -> None:
     broken = net()
     broken[0].weight.data[0, 0] = math.nan
-    with pytest.raises(DivergedError, match="0: the difference of the two weights is not finite"):
+    with pytest.raises(DivergedError, match="0: the difference of the two weights contains NaN or infinity"):
         LoRAModel.from_difference(net(), broken, r=2)
     with pytest.raises(AdapterError, match="no selected layer differs"):
         LoRAModel.from_difference(net(), net(), r=2)
-    with pytest.raises(TargetError, match="has tailora adapters already"):
+    with pytest.raises(TargetError, match="already has tailora adapters"):
         LoRAModel.from_difference(net(), two(), r=2)
-    with pytest.raises(ConfigError, match="give one way"):
+    with pytest.raises(ConfigError, match="exactly one of r, energy and loss"):
         LoRAModel.from_difference(net(), broken)
 
 

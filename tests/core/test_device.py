@@ -50,7 +50,7 @@ def test_a_card_that_torch_cannot_start_is_named_with_the_cause(name: str, monke
         raise RuntimeError("The NVIDIA driver on your system is too old")
 
     monkeypatch.setattr(torch.cuda, "current_device", fail)
-    with pytest.raises(ConfigError, match=r"device cuda(:0)? cannot be used: The NVIDIA driver.*\n--device cpu"):
+    with pytest.raises(ConfigError, match=r"cannot use device cuda(:0)?: The NVIDIA driver.*\nUse --device cpu"):
         choose_device(name)
 
 
@@ -71,7 +71,8 @@ def test_without_an_accelerator_auto_is_the_cpu() -> None:
 @pytest.mark.parametrize("name", ["cuda:2", "cuda:128", "xpu", "npu", "meta", "xla", "privateuseone", "", "GPU 0"])
 def test_a_device_that_is_not_here_is_refused_with_those_that_are(name: str) -> None:
     with pytest.raises(
-        ConfigError, match=f"device '{name}' is not here.* finds cuda:0, cuda:1, mps:0, cpu; give one of them, or auto$"
+        ConfigError,
+        match=f"no device '{name}' on this machine.* finds cuda:0, cuda:1, mps:0, cpu; use one of them, or auto$",
     ):
         choose_device(name)
 

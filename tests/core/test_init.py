@@ -190,10 +190,10 @@ def test_unusable_data_is_refused_and_nothing_changes() -> None:
     model = LoRAModel(chat_model(), LoRAConfig(r=4, init_lora_weights="eva")).train()
     before = copy.deepcopy(model.lora_layers.state_dict())
     embedding = model.get_input_embeddings()
-    for given, words in (([], "no batch"), ([("ids", "labels")], "is a tuple")):
+    for given, words in (([], "expected a few batches"), ([("ids", "labels")], "as batches, got tuple")):
         with pytest.raises(DataError, match=words):
             model.start_from_data(given)
-    for factor, words in ((float("nan"), "not finite"), (0, "do not vary")):
+    for factor, words in ((float("nan"), "NaN or infinity"), (0, "are constant")):
         hook = embedding.register_forward_hook(lambda _, __, output, factor=factor: output * factor)
         with hook, pytest.raises(DataError, match=words):
             model.start_from_data(batches())

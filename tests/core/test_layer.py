@@ -71,7 +71,7 @@ def test_a_scale_is_one_number(scaling: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("rank", [0, -1, 6])
 def test_the_rank_is_between_one_and_the_smaller_side(rank: int) -> None:
-    with pytest.raises(ConfigError, match=r"take 1\.\.5"):
+    with pytest.raises(ConfigError, match=r"expected rank 1\.\.5"):
         LoRALayer(6, 5, rank=rank)
 
 

@@ -100,7 +100,7 @@ def test_the_reported_rounding_error_is_that_of_the_weight() -> None:
 
 def test_what_cannot_be_done_while_merged_is_refused() -> None:
     model = LoRAModel(nn.Sequential(nn.Linear(8, 8)), LoRAConfig(r=2))
-    with pytest.raises(MergeError, match="nothing is merged"):
+    with pytest.raises(MergeError, match="because nothing is merged"):
         model.unmerge()
     model.merge()
     for action in (

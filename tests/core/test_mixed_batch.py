@@ -190,7 +190,9 @@ def test_beams_have_their_prompt_s_adapter(asked: dict[str, int]) -> None:
     settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, **asked}
     with model.adapter_rows(names):
         found = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-        with pytest.raises(RowsError, match="names 3 rows; model"):  # the rule holds while generate runs
+        with pytest.raises(
+            RowsError, match=r"model.*expected 3 rows, as in adapter_rows"
+        ):  # the rule holds while generate runs
             model(torch.cat([ids] * asked["num_beams"]))
     expected = []
     for i, name in enumerate(names):
@@ -494,9 +496,9 @@ def test_outputs_of_modules_trained_whole_are_joined_along_their_rows(
     [
         ("gru", "inner is recurrent or has batch_first=False"),
         ("time first", "inner is recurrent or has batch_first=False"),
-        ("dataclass", "inner returns a Output, which is not split by row"),
-        ("mean", r"inner returns \(3, 8\) for 1 rows"),
-        ("flat", r"inner returns \(3, 8\) for 1 rows"),
+        ("dataclass", "inner: expected tensors as output, got a Output"),
+        ("mean", r"inner: expected 1 rows in dimension 0 of the output, got \(3, 8\)"),
+        ("flat", r"inner: expected 1 rows in dimension 0 of the output, got \(3, 8\)"),
     ],
 )
 def test_modules_trained_whole_that_do_not_keep_the_rows_apart_are_refused(kind: str, message: str) -> None:
@@ -519,13 +521,13 @@ def test_structured_outputs_of_modules_trained_whole_compile() -> None:
 def test_names_that_do_not_fit_are_errors() -> None:
     model = two()
     for wrong, message in [
-        (["a", "x", "y", "x"], r"no adapter is called 'x', 'y'; there are: a, b"),
-        ("a", "takes a list with a name, or None, for every row"),
-        ([], "takes a list"),
-        ({"a"}, "takes a list"),
-        (3, "takes a list"),
-        ([["a"]], "no adapter is called"),
-        ([0], "no adapter is called 0"),
+        (["a", "x", "y", "x"], r"unknown adapter 'x', 'y'; existing adapters: a, b"),
+        ("a", "expected a list with a name or None for every row"),
+        ([], "expected a list"),
+        ({"a"}, "expected a list"),
+        (3, "expected a list"),
+        ([["a"]], "unknown adapter"),
+        ([0], "unknown adapter 0"),
     ]:
         with pytest.raises(AdapterError, match=message), model.adapter_rows(wrong):  # type: ignore[arg-type]
             pass
@@ -536,9 +538,9 @@ def test_names_that_do_not_fit_are_errors() -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((2, 8), r"names 3 rows; 0 got \(2, 8\), whose first dimension must be the rows"),
+        ((2, 8), r"0: expected 3 rows, as in adapter_rows, in the first dimension, got \(2, 8\)"),
         ((6, 8), r"got \(6, 8\)"),
-        ((1, 7, 8), "packed examples are one row: pass them separately, padded"),
+        ((1, 7, 8), "packed examples count as one row, so pad them"),
         ((8,), r"got \(8,\)"),
         ((3,), r"got \(3,\)"),
     ],
@@ -564,7 +566,7 @@ def test_within_and_around_the_block() -> None:
             lambda: model.merge_and_unload(),
             lambda: model.unload(),
         ):
-            with pytest.raises(RowsError, match="within adapter_rows; leave its block first"):
+            with pytest.raises(RowsError, match="within adapter_rows; exit its block first"):
                 action()
     with model.merged(), pytest.raises(MergeError, match="cannot choose adapters by row while merged"):
         model.adapter_rows(["a"]).__enter__()
@@ -572,7 +574,7 @@ def test_within_and_around_the_block() -> None:
         raise ZeroDivisionError
     assert model.active_adapters == ("b",)
     model.unload()
-    with pytest.raises(AdapterError, match="there are: none"), model.adapter_rows(["a"]):
+    with pytest.raises(AdapterError, match="existing adapters: none"), model.adapter_rows(["a"]):
         pass
 
 
@@ -582,12 +584,12 @@ def test_within_and_around_the_block() -> None:
         (
             lambda: nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(8, 8)])}),
             ["experts.0"],
-            r"experts get the tokens of all rows mixed: no adapter by row on experts\.0",
+            r"no adapter by row on .* experts, which mix the tokens of all rows; exclude these layers: experts\.0",
         ),
         (
             lambda: nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "b": nn.Linear(8, 8)}),
             ["a"],
-            "nn.MultiheadAttention adds updates to its weights, which all rows share",
+            "no adapter by row on nn.MultiheadAttention, whose rows share its weights",
         ),
     ],
 )

@@ -56,28 +56,31 @@ def test_selectors_select_as_many_layers_as_they_name(settings: dict[str, Any], 
     ("settings", "message"),
     [
         ({"target_modules": ["q_proj", "kproj"]}, "'kproj' matches no layer; did you mean k_proj"),
-        ({"target_modules": ["norm"]}, "'norm' is a LlamaRMSNorm, which has no low-rank form"),
+        ({"target_modules": ["norm"]}, "'norm' is a LlamaRMSNorm, which cannot be adapted itself"),
         (
             {"target_modules": ["mlp"]},
-            "'mlp' is a LlamaMLP, which has no low-rank form; inside it there are: down_proj, gate_proj, up_proj",
+            "'mlp' is a LlamaMLP, which cannot be adapted itself; layers inside it: down_proj, gate_proj, up_proj",
         ),
-        ({"target_modules": "q_proj"}, "matches no whole path of a layer; did you mean q_proj"),
-        ({"target_modules": []}, "names nothing"),
-        ({"exclude_modules": ["nothing_like_it"]}, "exclude_modules: 'nothing_like_it' matches no layer; there are"),
+        ({"target_modules": "q_proj"}, "matches no full path of a layer; did you mean q_proj"),
+        ({"target_modules": []}, "is empty; add names, or remove it"),
+        ({"exclude_modules": ["nothing_like_it"]}, "exclude_modules: 'nothing_like_it' matches no layer; existing: "),
         (
             {"exclude_modules": r".*"},
-            r"no layer is left to adapt with target_modules='all-linear' and exclude_modules='\.\*'",
+            r"no layer left to adapt with target_modules='all-linear' and exclude_modules='\.\*'",
         ),
         (
             {"target_modules": ["q_proj"], "exclude_modules": ["0.self_attn.q_proj"], "layers_to_transform": 0},
-            r"exclude_modules=\['0.self_attn.q_proj'\] and layers_to_transform=0; there are: down_proj",
+            r"exclude_modules=\['0.self_attn.q_proj'\] and layers_to_transform=0; existing: down_proj",
         ),
-        ({"layers_to_transform": [1, 7]}, r"layers_to_transform=\[7\]: no layer has this index; there are: 0..1"),
+        (
+            {"layers_to_transform": [1, 7]},
+            r"layers_to_transform=\[7\]: no layer has this index; existing indices: 0..1",
+        ),
         ({"rank_pattern": {"qproj": 3}}, "rank_pattern: 'qproj' matches no adapted layer; did you mean q_proj"),
         ({"alpha_pattern": {"lm_head": 3}}, "alpha_pattern: 'lm_head' matches no adapted layer"),
         ({"modules_to_save": ["lm_heat"]}, "modules_to_save: 'lm_heat' matches no layer; did you mean lm_head"),
         ({"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]}, "in target_modules and in modules_to_save"),
-        ({"rank_pattern": {"k_proj": 17}}, r"k_proj: r = 17 on a matrix of 32 -> 16; take 1..16"),
+        ({"rank_pattern": {"k_proj": 17}}, r"k_proj: r = 17 is too large for a matrix of 32 -> 16; use 1..16"),
     ],
 )
 def test_what_matches_nothing_is_an_error_that_names_the_nearest(settings: dict[str, Any], message: str) -> None:
@@ -93,11 +96,11 @@ def test_what_matches_nothing_is_an_error_that_names_the_nearest(settings: dict[
     [
         (
             nn.Sequential(nn.Embedding(3, 4), nn.ReLU()),
-            r"no layer is left to adapt with target_modules=\S+; there are: 0",
+            r"no layer left to adapt with target_modules=\S+; existing: 0",
         ),
         (
             nn.Sequential(nn.ReLU(), nn.LayerNorm(4)),
-            r"no layer is left to adapt with target_modules=\S+; there are none",
+            r"no layer left to adapt with target_modules=\S+; there are none",
         ),
     ],
 )
@@ -164,7 +167,7 @@ def test_a_wildcard_lowers_the_rank_of_small_layers_at_the_same_scale(settings: 
     def base() -> nn.Module:
         return nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 3))
 
-    with pytest.warns(UserWarning, match=r"r = 16 becomes the smaller side.*: 1 \(3\)$"):
+    with pytest.warns(UserWarning, match=r"r = 16 is lowered to the smaller side.*: 1 \(3\)$"):
         model = LoRAModel(base(), LoRAConfig(r=16, **settings))
     assert [layer.r for layer in model.adapter().low_rank.values()] == [16, 3]
     alpha = 5 if "alpha_pattern" in settings else 32
@@ -195,7 +198,7 @@ def test_a_name_does_not_reach_into_a_module_that_is_trained_in_full() -> None:
 
 
 def test_a_rank_that_no_layer_has_room_for_is_refused() -> None:
-    with pytest.raises(TargetError, match=r"^r = 1000 is above the smaller side of every layer; the largest .* is 32$"):
+    with pytest.raises(TargetError, match=r"^r = 1000 is too large for every layer; use at most 32$"):
         LoRAModel(chat_model(), LoRAConfig(r=1000))
 
 
@@ -203,7 +206,7 @@ def test_a_small_layer_that_is_named_is_refused_with_the_remedy() -> None:
     base = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 3))
     for settings in ({"target_modules": ["1"]}, {"rank_pattern": {"1": 16}}):
         with pytest.raises(
-            TargetError, match=r"1: r = 16 on a matrix of 30 -> 3; take 1..3 \(rank_pattern=\{'1': 3\}\)"
+            TargetError, match=r"1: r = 16 is too large for a matrix of 30 -> 3; use 1..3 \(rank_pattern=\{'1': 3\}\)"
         ):
             LoRAModel(base, LoRAConfig(r=16, **settings))
 
@@ -233,7 +236,7 @@ def test_a_forward_replaced_on_the_instance_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lora_rank": 4}, "unknown setting 'lora_rank'; it is r here"),
+        ({"lora_rank": 4}, "unknown setting 'lora_rank'; use r"),
         ({"target_module": ["q"]}, "unknown setting 'target_module'; did you mean target_modules"),
         ({"r": 0}, "r = 0"),
         ({"r": "many"}, "r = 'many'"),
@@ -241,7 +244,7 @@ def test_a_forward_replaced_on_the_instance_is_refused() -> None:
         ({"lora_dropout": 1.0}, "lora_dropout = 1.0"),
         ({"rank_pattern": {"q(": 2}}, "not a regular expression"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern.q = 0: input should be greater than or equal to 1"),
-        ({"use_dora": True, "lora_bias": True}, "lora_bias with use_dora"),
+        ({"use_dora": True, "lora_bias": True}, "lora_bias cannot be combined with use_dora"),
         ({"use_dora": "very"}, "use_dora = 'very'"),
         ({"bias": "every"}, "bias = 'every'"),
     ],

@@ -91,7 +91,9 @@ def test_a_merge_in_16_bits_that_loses_the_adapter_is_refused(tmp_path: Path) ->
 
 
 def test_a_bias_without_a_place_in_the_model_class_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"(?s)14 problems.*lora_bias needs a bias to merge into"):
+    with pytest.raises(
+        FormatError, match=r"(?s)14 problems.*lora_bias cannot be merged, because the layer has no bias"
+    ):
         adapted({"lora_bias": True}).export(tmp_path / "out", "merged")
     assert not list(tmp_path.iterdir())
 

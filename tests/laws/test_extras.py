@@ -278,15 +278,19 @@ def test_two_versions_of_a_trained_embedding_are_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("base", "settings", "message"),
     [
-        (lambda: llama(False), {"trainable_token_indices": [24]}, r"no rows \[24\]; there are 0..23"),
-        (lambda: llama(False), {"trainable_token_indices": {"norm": [1]}}, "a LlamaRMSNorm is no embedding"),
+        (lambda: llama(False), {"trainable_token_indices": [24]}, r"no rows \[24\]; expected 0..23"),
+        (lambda: llama(False), {"trainable_token_indices": {"norm": [1]}}, "expected an embedding, got a LlamaRMSNorm"),
         (lambda: llama(False), {"trainable_token_indices": {"embedding": [1]}}, "'embedding' matches no module"),
-        (mixed, {"trainable_token_indices": [1]}, "does not say which embedding"),
-        (lambda: llama(False), {**ROWS, "modules_to_save": ["embed_tokens"]}, "and in modules_to_save; take one"),
+        (mixed, {"trainable_token_indices": [1]}, "the model's input embedding is unknown"),
+        (lambda: llama(False), {**ROWS, "modules_to_save": ["embed_tokens"]}, "and in modules_to_save; use only one"),
         (lambda: llama(True), {**ROWS, "modules_to_save": ["lm_head"]}, "tied to model.embed_tokens is in"),
         (lambda: llama(False), {"bias": "all"}, "the model has no bias"),
         (lambda: llama(False), {"bias": "lora_only"}, "none of the adapted layers has a bias"),
-        (lambda: nn.Sequential(mixed(), nn.LSTM(5, 5)), {"bias": "all"}, "1 is a LSTM whose bias_ih_l0"),
+        (
+            lambda: nn.Sequential(mixed(), nn.LSTM(5, 5)),
+            {"bias": "all"},
+            "1 is a LSTM that does not add its bias_ih_l0",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused(base: Base, settings: Settings, message: str) -> None:

@@ -345,7 +345,7 @@ def test_the_task_of_a_classifier_is_written_only_where_its_head_is(tmp_path: Pa
 
 
 def test_layers_pattern_without_layers_is_refused() -> None:
-    with pytest.raises(ConfigError, match="layers_pattern says which numbers layers_to_transform means; give both"):
+    with pytest.raises(ConfigError, match="layers_pattern needs layers_to_transform: set both"):
         LoRAConfig(layers_pattern="h")
     with pytest.raises(ConfigError, match="is not a regular expression"):
         LoRAConfig(layers_pattern=["("], layers_to_transform=[0])

@@ -247,10 +247,10 @@ def test_a_quantised_layer_is_not_trained_whole(tmp_path: Path) -> None:
     net = copy.deepcopy(plain)
     net.block["target"] = bitsandbytes_4bit("nf4", double=True)(net.block["target"])
     settings = LoRAConfig(r=2, target_modules=["head"], modules_to_save=["target"])
-    with pytest.raises(TargetError, match=r"block\.target is quantised and cannot be trained in full"):
+    with pytest.raises(TargetError, match=r"block\.target is quantized and cannot be trained in full"):
         LoRAModel(net, settings)
     LoRAModel(plain, settings).save_adapter(tmp_path)
-    with pytest.raises(FormatError, match=r"block\.target is quantised and cannot be trained in full"):
+    with pytest.raises(FormatError, match=r"block\.target is quantized and cannot be trained in full"):
         LoRAModel.from_pretrained(net, tmp_path)
 
 

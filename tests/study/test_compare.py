@@ -30,7 +30,7 @@ def test_an_arm_with_targets_that_the_model_lacks_is_named(small_run: TrainConfi
     arms = {"mlp": {"target_modules": ["mlp"]}, "full": {"method": "full"}}
     train = small_run.replaced(output_dir=str(tmp_path / "study"))
     with pytest.raises(
-        TargetError, match=r"^variant 'mlp': target_modules: 'mlp' is a LlamaMLP, which has no low-rank form"
+        TargetError, match=r"^variant 'mlp': target_modules: 'mlp' is a LlamaMLP, which cannot be adapted itself"
     ):
         compare(train, CompareConfig(seeds=1, rate_tries=1, arms=arms), run_trial=run_here)
 

@@ -39,8 +39,8 @@ def test_a_space_is_read_from_text_lists_and_ranges() -> None:
     ("space", "message"),
     [
         ({"ranks": "4"}, "unknown setting 'ranks'; did you mean rank"),
-        ({"lora_dim": "4"}, "unknown setting 'lora_dim'; it is r here"),
-        ({"warmup_steps": "4"}, "unknown setting 'warmup_steps'; it is warmup_ratio here, a share"),
+        ({"lora_dim": "4"}, "unknown setting 'lora_dim'; use r"),
+        ({"warmup_steps": "4"}, "unknown setting 'warmup_steps'; use warmup_ratio, a share"),
         ({"model": "x"}, "model cannot be searched, because all trials must share it"),
         ({"beta": [0.1, 0.5]}, "beta cannot be searched"),  # the losses are not comparable
         ({"r": "0,4"}, "greater than or equal to 1"),

@@ -43,7 +43,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_weight_that_bitsandbytes_misreads_is_refused(tmp_path: Path, model_folder: Path) -> None:
     chat_model(vocab_size=320, hidden_size=96).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="96 inputs are no multiple of its block of 64"):
+    with pytest.raises(ConfigError, match="96 inputs are not a multiple of its block size 64"):
         load_base(str(tmp_path), "float32", "cpu", "nf4")
     load_base(str(tmp_path), "float32", "cpu", "int8")
 
