@@ -1,4 +1,4 @@
-"""A vision-language model that learns to name colours, with TRL's SFTTrainer (pip install 'tailora[examples]').
+"""A vision-language model that learns to name colors, with TRL's SFTTrainer (pip install 'tailora[examples]').
 
     python examples/vision_language.py --output-dir out
 
@@ -27,14 +27,14 @@ from trl import SFTConfig, SFTTrainer
 from tailora import LoRAConfig, LoRAModel
 from tailora.train.huggingface import adapting
 
-COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 70, 220), "yellow": (230, 210, 50)}
+COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 70, 220), "yellow": (230, 210, 50)}
 TEMPLATE = """{%- for message in messages %}{{ message['role'] }} {% for part in message['content'] %}
 {%- if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}
 {%- if add_generation_prompt %}assistant {% endif %}"""
 
 
 def tiny_model() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    words = ["<pad>", "<eos>", "<image>", "user", "assistant", "which", "colour", *COLOURS]
+    words = ["<pad>", "<eos>", "<image>", "user", "assistant", "which", "color", *COLORS]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "extra_special_tokens": {"image_token": "<image>"}}
@@ -52,19 +52,19 @@ def tiny_model() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
 
 
 def example(name: str) -> dict[str, object]:
-    shade = tuple(min(max(value + random.randint(-30, 30), 0), 255) for value in COLOURS[name])
+    shade = tuple(min(max(value + random.randint(-30, 30), 0), 255) for value in COLORS[name])
     return {
         "images": [Image.new("RGB", (16, 16), shade)],
-        "prompt": [{"role": "user", "content": "which colour"}],
+        "prompt": [{"role": "user", "content": "which color"}],
         "completion": [{"role": "assistant", "content": name}],
     }
 
 
 def accuracy(model: LoRAModel, processor: LlavaProcessor, names: list[str]) -> float:
-    """Returns the share of new images whose colour the model names correctly."""
+    """Returns the share of new images whose color the model names correctly."""
     inputs = processor(
         [example(name)["images"] for name in names],
-        ["user <image> which colour assistant"] * len(names),
+        ["user <image> which color assistant"] * len(names),
         return_tensors="pt",
     )
     ids = model.eval().generate(**inputs.to(model.device), max_new_tokens=1, do_sample=False)
@@ -81,7 +81,7 @@ def main() -> None:
     torch.manual_seed(0)
     base_model, processor = tiny_model()
     model = LoRAModel(base_model, LoRAConfig(r=8))
-    names = [*COLOURS] * 16
+    names = [*COLORS] * 16
     before = accuracy(model, processor, names)
     settings = {"max_steps": options.max_steps, "learning_rate": 5e-3, "per_device_train_batch_size": 16}
     trainer = adapting(SFTTrainer)(
@@ -92,7 +92,7 @@ def main() -> None:
     )
     trainer.train()
     trainer.save_model()  # writes the adapter as a PEFT folder
-    print(f"colours named correctly: {before:.0%} before, {accuracy(model, processor, names):.0%} after")
+    print(f"colors named correctly: {before:.0%} before, {accuracy(model, processor, names):.0%} after")
 
 
 if __name__ == "__main__":

@@ -211,7 +211,7 @@ class ModuleReport:
     The names are keys of report.json.
     kind: type of the layer.
     numbers: elements of the weight, of all experts together.
-    rank: how many singular values the update can have: r, or 2r with a frozen initialisation; of experts, each.
+    rank: how many singular values the update can have: r, or 2r with a frozen start; of experts, each.
     rank_99: how many of them hold 99% of the energy.
     energy: share of the adapter's squared norm.
     norm: of s (B A - B0 A0) alone. relative_norm: ||dW|| / ||W||, with DoRA's magnitudes.
