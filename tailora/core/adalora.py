@@ -150,7 +150,7 @@ class RankAllocator:
 
 
 def _add_penalty_gradient(layer: LoRALayer, weight: float) -> None:
-    """Adds the gradient of weight (||B^T B - I||^2 + ||A A^T - I||^2) to that of the factors.
+    """Adds the gradient of weight (||B^T B - I||^2 + ||A A^T - I||^2) to the factors' gradients.
 
     The penalty keeps B diag(E) A near a singular value decomposition (eq. 4). Its gradient is 4 B (B^T B - I) and
     4 (A A^T - I) A.

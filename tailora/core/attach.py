@@ -128,7 +128,7 @@ TRAINING_BUFFERS = ("running_mean", "_u", "weight_u")
 def freeze_statistics(model: nn.Module) -> None:
     """Keeps training from moving the base's running statistics: an adapter would compute something else when loaded.
 
-    Trained copies of `modules_to_save` belong to the adapter and have statistics of their own.
+    Trained copies of `modules_to_save` belong to the adapter and have separate statistics.
     """
     for module in model.modules():
         if any(isinstance(module._buffers.get(name), Tensor) for name in TRAINING_BUFFERS):

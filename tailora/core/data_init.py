@@ -96,7 +96,7 @@ class InputVariances:
     """The principal components of one layer's inputs x, by subspace iteration on their covariance C.
 
     A x is computed by the layer type's update, so that this works for any layer type: with h = A x, the gradient of
-    |h|^2 / 2 is A x x^T, and that of the sum of h is x^T in every row.
+    |h|^2 / 2 is A x x^T, and the gradient of the sum of h is x^T in every row.
 
     directions: (k, n), of the last pass, on the layer's device; principal ones after `decompose`.
     along, total: variances along them (k,), and over all directions; on the CPU after `decompose`.

@@ -72,7 +72,7 @@ def obstacle_to_start(device: torch.device) -> str | None:
 
 
 def _with_index(device: torch.device) -> torch.device:
-    """Returns cuda:0 for cuda, so that devices can be compared with those of tensors. The CPU has no index."""
+    """Returns cuda:0 for cuda, so that it can be compared with the device of a tensor. The CPU has no index."""
     if device.type == "cpu":
         return torch.device("cpu")
     if device != torch.device(device.type):  # it has an index, which mypy takes for always there

@@ -1,4 +1,4 @@
-"""DoRA (arXiv:2402.09353): every output row of W + s B A gets a trained norm m of its own, g = m / ||W + s B A||.
+"""DoRA (arXiv:2402.09353): every output row of W + s B A gets its own trained norm m, g = m / ||W + s B A||.
 
 gain            g, of the norms
 weight_scale    the factor of the layer's own weight, for several adapters

@@ -27,7 +27,7 @@ from tailora.core.device import HALF, device_name
 Function = TypeVar("Function", bound=Callable[..., Any])
 BLOCK_ELEMENTS = 1 << 20  # of a weight that are converted at a time: 4 MB in float32, which a core's caches hold
 TOKENS = (4, 16, 64)  # of the products that are timed
-TIMES = 3  # that each is timed, of which the shortest counts
+TIMES = 3  # measurements of each; the shortest counts
 WORTH = 0.9  # float32 is taken if it needs at most this share of the time
 ATTENTION = "tailora::packed_attention"  # of `kernels.cpu_attention`; its last argument asks for float32
 
@@ -130,7 +130,7 @@ class Float32Products(TorchFunctionMode):
 
 
 def float32_products(tokens: int | None) -> AbstractContextManager[object]:
-    """Within the block 16-bit products of at least so many tokens are computed in float32; None: all in 16 bits."""
+    """Within the block, 16-bit products of `tokens` or more are computed in float32; None: all in 16 bits."""
     return nullcontext() if tokens is None else Float32Products(tokens)
 
 
@@ -157,7 +157,7 @@ def use_fastest_products(base: nn.Module) -> None:
 
 
 def _pays(tokens: int, *operands: Any) -> bool:
-    """True for 16-bit operands on a CPU, the first of which has enough rows."""
+    """True for 16-bit operands on a CPU if the first one has enough rows."""
     first = operands[0]
     return (
         all(isinstance(operand, Tensor) and operand.dtype in HALF for operand in operands)

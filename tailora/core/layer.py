@@ -42,7 +42,7 @@ def initial_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
 
 
 def concatenate_ranks(A: Tensor, other: Tensor, groups: int) -> Tensor:
-    """Puts two A beside each other: (r, ...) and (r', ...) -> (r + r', ...), group by group."""
+    """Concatenates two A: (r, ...) and (r', ...) -> (r + r', ...), group by group."""
     blocks = [factor.reshape(groups, -1, *factor.shape[1:]) for factor in (A, other)]  # (groups, r/groups, ...)
     return torch.cat(blocks, 1).flatten(0, 1)
 
@@ -61,7 +61,7 @@ class LoRALayer(nn.Module):
     start_A, start_B: frozen copies of the initial factors (`start_from`); the update is s (B A - B0 A0).
     lora_E: Parameter (r,), trained between the factors: B diag(E) A of AdaLoRA (`add_adalora_diagonal`).
     lora_magnitude_vector: Parameter (out,), m of DoRA (`add_dora`).
-    lora_bias: Parameter (out,) beside B; s times it is added.
+    lora_bias: Parameter (out,), bias of B; it is added s times.
     bias: Parameter (out,), replaces the layer's bias (`add_trained_bias`).
 
     lora_alpha=None means 2 r, the ratio of `LoRAConfig`'s defaults.
@@ -183,7 +183,7 @@ class LoRALayer(nn.Module):
         dtype: torch.dtype | None = None,
         factors: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Returns the update s (B A - B0 A0) x, (..., out), computed in `dtype`, by default that of x; of strength 1.
+        """Returns the update s (B A - B0 A0) x, (..., out), at strength 1, in `dtype` (default: the dtype of x).
 
         layer: the adapted layer, which a convolution asks for its stride.    factors: what `scaled_factors` returned.
         """

@@ -275,7 +275,7 @@ def weight_of(layer: nn.Module, name: str = "weight") -> Tensor:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """Returns the tensor; of one of which each rank holds a part (FSDP2) all of it, for which all ranks must call.
+    """Returns the full tensor. All ranks must call this if the tensor is sharded (FSDP2).
 
     It is on the device that computes with it, also if the parts are kept in host memory.
     """
@@ -285,7 +285,7 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def gather_shards(local: Tensor, like: Any) -> Tensor:
-    """Returns the whole tensor of which every rank gives its shard. like: a DTensor that is sharded in the same way."""
+    """Returns the full tensor from the shards of all ranks. like: a DTensor that is sharded in the same way."""
     placed = local.to(computing_device(like))
     size = {"shape": like.shape, "stride": like.stride()}
     return cast(Tensor, type(like).from_local(placed, like.device_mesh, like.placements, **size).full_tensor())

@@ -20,7 +20,7 @@ from torch import Tensor
 EXACT = 256  # rows or columns; above, a few products cost less than the whole decomposition (.01 s here)
 EXTRA = 16  # directions that the iteration follows beyond those that are asked for
 ITERATIONS = 16  # a weight's spectrum falls slowly
-FIRST = 32  # singular values that are computed first, where an energy decides how many are needed
+FIRST = 32  # singular values that are computed first, if their number depends on an energy
 
 
 # ---- Leading singular triplets

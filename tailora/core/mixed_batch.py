@@ -76,7 +76,7 @@ class Rows:
         return [position.get(name, len(adapters)) for name in self.names]
 
     def used(self, adapters: tuple[str, ...]) -> tuple[str, ...]:
-        """Returns those of these adapters that some row has."""
+        """Returns the adapters that at least one row uses."""
         if adapters not in self.kept:
             present = set(self.names)
             self.kept[adapters] = tuple(name for name in adapters if name in present)
@@ -129,7 +129,7 @@ def make_blocks(positions: Sequence[int], is_sorted: bool, device: torch.device)
 class MixedBatch:
     """Which row of the next forwards has which adapter.
 
-    The rows of a padded batch are its first dimension; those of a packed batch, for inference, its tokens (1, tokens).
+    Rows are the first dimension of a padded batch, or the tokens (1, tokens) of a packed batch, for inference.
 
     head: of a packed batch, the layer that gets one token of each sequence; None if all layers get all tokens.
     dim: the dimension of the rows.
@@ -278,7 +278,7 @@ def layer_terms(part: LoRALayer, layer: nn.Module, dtype: torch.dtype) -> LayerT
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """The terms of k adapters, and after them those of a zero update."""
+    """The terms of k adapters, followed by a zero update."""
 
     A: Tensor  # (k + 1, R, in): lower ranks are padded with zeros
     B: Tensor  # (k + 1, R, out)
@@ -342,7 +342,7 @@ class MixedPart:
         self.min_ndim = 1 if layer_type_of(layer) is EMBEDDING else first.lora_A.ndim if is_update else 2  # of an input
         self.is_alone = False
         used = batch.rows.used(self.names)
-        # for the compiler: all adapters; with gradients those of the batch, since others would get zeros for gradients
+        # for the compiler: all adapters; with gradients only the batch's, since others would get zero gradients
         self.all = tuple(parts.values()), batch.lookup(self.names)
         self.of_batch = tuple(parts[name] for name in used), batch.lookup(used)
         self._kept: Factors | None = None
@@ -536,7 +536,7 @@ class MixedModule(nn.Module):
         return tree_map(joined, *outputs)
 
     def _check_rows(self, outputs: Sequence[Any], counts: Sequence[int]) -> None:
-        """Raises RowsError unless these outputs are None, or tensors of so many rows."""
+        """Raises RowsError unless these outputs are None or have the right numbers of rows."""
         dim = self.batch.dim
         for output, count in zip(outputs, counts, strict=True):
             if not isinstance(output, Tensor | None):

@@ -129,8 +129,8 @@ def projections(layer: nn.Module) -> dict[str, LayerType]:
 def with_weights(layer: nn.Module, weights: Mapping[str, Any]) -> nn.Module:
     """Returns a shallow copy of the layer, of its plain class, with these values instead of its parameters.
 
-    weights: name -> value; "out_proj.weight" is a parameter of a submodule. The copy shares all else with the layer
-    and registers nothing, so that other threads may use the layer at the same time.
+    weights: name -> value; "out_proj.weight" is a parameter of a submodule. The copy shares everything else with the
+    layer and registers nothing, so other threads can use the layer at the same time.
     """
     view = cast(nn.Module, object.__new__(getattr(layer, "plain", type(layer))))
     view.__dict__.update(layer.__dict__)

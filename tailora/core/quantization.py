@@ -165,8 +165,8 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
 def dense_weight(layer: nn.Module, name: str = "weight", int8_dtype: torch.dtype | None = None) -> Tensor:
     """Returns the layer's weight as numbers, in the layout of its class: the weight itself if it is not quantised.
 
-    The precision is the one that was quantised. int8 does not store it: there it is `int8_dtype`, such as that of the
-    model's other weights, or float32. name: of another parameter, which is never quantised.
+    The precision is the one that was quantised. int8 does not store it: there it is `int8_dtype`, such as the
+    dtype of the model's other weights, or float32. name: a parameter that is never quantized.
     """
     if name != "weight" or not is_quantized(layer):
         return whole_tensor(weight_of(layer, name).detach())
@@ -254,7 +254,7 @@ def _is_of_bitsandbytes(value: Any) -> bool:
 def dequantize_model(model: nn.Module, exclude: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[Change]:
     """Yields the changes to all other quantised layers, and to the attributes that mark the model as quantised.
 
-    transformers cannot read a model of which only some layers are quantised, so all of it becomes plain.
+    transformers cannot read a partly quantized model, so all layers become plain.
     """
     excluded = {id(layer) for layer in exclude}
     for layer in quantized_layers(model).values():
