@@ -435,7 +435,7 @@ EXCERPTS = {  # page and name of an output -> beginnings of its first line, and 
     ("tutorials/chats", "inspect"): ("Where the update is", "energy by layer"),
     ("tutorials/classify", "train"): ("demo, fine-tuned", "Metrics"),
     ("tutorials/classify", "eval"): ("Labels", ""),
-    ("tutorials/adapters", "pair"): ("Beside the other", "Advice"),
+    ("tutorials/adapters", "pair"): ("Compared with the other", "Advice"),
     ("questions/merge", "export"): ("Read back", "To use it"),
     ("tutorials/preferences", "train"): ("demo, fine-tuned", "Answers before"),
     ("tutorials/preferences", "better"): ("demo, fine-tuned", "Written to"),

@@ -1,7 +1,7 @@
-"""The description of a page: its numbers, tables and figures, once for the browser and for the terminal.
+"""The description of a page: its numbers, tables and figures, shared by the browser and the terminal.
 
-A file of `report/pages` turns a result into a `Page`; `report/html.py` and `report/terminal.py` show it. All text is
-plain text, which html.py escapes.
+A file of `report/pages` turns a result into a `Page`; `report/html.py` and `report/terminal.py` display it. All text
+is plain text, which html.py escapes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ Detail = Literal["always", "all", "page"]
 
 @dataclass(frozen=True)
 class Number:
-    """One of the few numbers that a reader looks for first."""
+    """One of the headline numbers."""
 
     label: str
     value: str
@@ -28,9 +28,9 @@ class Number:
 class Column:
     """A column of a table.
 
-    numeric: the cells are numbers, aligned to the right, and never broken.
-    interval: the cells are intervals of the column before; the terminal writes them below its values.
-    priority: where a terminal is too narrow for the table, the columns with the highest priority number are the first
+    numeric: the cells are numbers: right-aligned and never wrapped.
+    interval: the cells are intervals of the previous column; the terminal prints them below its values.
+    priority: if a terminal is too narrow for the table, the columns with the highest priority number are the first
         to move into one last column of text, "name value, name value".
     """
 
@@ -42,10 +42,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """title: above the table; on a page with `folded` it is what a reader clicks to see the table.
+    """title: above the table.    folded: a page shows the table after a click on its title.
 
     rest: name of the last column, where a narrow terminal shows the columns that do not fit.
-    first: a terminal shows so many rows, unless it is to show everything; None: all.
+    first: how many rows a terminal shows without --all; None for all.
     """
 
     columns: Sequence[Column]
@@ -60,10 +60,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """Shown only on pages, and drawn when a page is written: a terminal needs no matplotlib.
+    """Only for pages, and drawn when a page is written, so a terminal needs no matplotlib.
 
-    name: unique on the page.    draw: draws it on a canvas.    alt: text for those who do not see it.
-    wide: all of the page's width, and drawn a second time for narrow screens; else half of it.
+    name: unique on the page.    draw: draws it on a canvas.    alt: text for screen readers.
+    wide: as wide as the page, and drawn a second time for narrow screens; otherwise half as wide.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Figure:
     detail: Detail = "page"
 
 
-FEWEST_LAYERS = 3  # that a heat map is worth in the terminal, and of an adapter
+FEWEST_LAYERS = 3  # for a heat map
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Finding:
-    """What follows from the numbers, and what to copy for it."""
+    """Advice based on the numbers, with settings or a command to copy."""
 
     title: str
     text: str
@@ -126,7 +126,7 @@ class List:
 
 @dataclass(frozen=True)
 class Code:
-    """Commands or settings to copy: lines are never broken."""
+    """Commands or settings to copy. Lines are never wrapped."""
 
     text: str
     title: str = ""
@@ -138,7 +138,7 @@ Block = Table | Figure | HeatMap | Answers | Finding | Paragraph | List | Code
 
 @dataclass(frozen=True)
 class Section:
-    """text: one sentence that says what the blocks show. Blocks of None are left out."""
+    """text: one sentence about the blocks. Blocks that are None are omitted."""
 
     title: str
     text: str
@@ -147,9 +147,9 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """lead: the answer in a sentence or two.    conclusion: what follows from the numbers.
+    """lead: the result in a sentence or two.    conclusion: advice or commands that follow from it.
 
-    A page has both at its top, a terminal at the end of the output.
+    Both are at the top of a page and at the end of terminal output.
     """
 
     kind: str

@@ -1,6 +1,6 @@
 """The colours of figures, and a canvas with the charts that several pages use.
 
-Widths and heights are in CSS pixels. matplotlib is an optional package, so it is imported where something is drawn.
+Widths and heights are in CSS pixels. matplotlib is optional, so it is only imported for drawing.
 """
 
 import math
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.ticker import Locator
 
-# Each colour stands for a variable of the page, with a light and a dark value (style.css)
+# Placeholders for the page's variables, which have a light and a dark value (style.css)
 INK, SOFT, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
 SERIES = [f"#0a0a0{i}" for i in range(8)]
-HEAT = [f"#0b0b{i:02x}" for i in range(16)]  # from little to much
+HEAT = [f"#0b0b{i:02x}" for i in range(16)]  # from low to high
 VARIABLES = {INK: "ink", SOFT: "soft", GRID: "grid", PAPER: "paper"}
 VARIABLES |= {colour: f"series-{i}" for i, colour in enumerate(SERIES)}
 VARIABLES |= {colour: f"heat-{i}" for i, colour in enumerate(HEAT)}
 DASHED = (0, (4, 3))
 
-FEW_STEPS = 8  # runs of so many steps get no running mean
+FEW_STEPS = 8  # runs of at most this many steps get no running mean
 
 Floats: TypeAlias = NDArray[np.float64]
 Show: TypeAlias = Callable[[float], str]
@@ -37,14 +37,14 @@ def series_colour(number: int) -> str:
 
 
 def heat_colour(value: float, low: float, high: float) -> str:
-    """The colour of a value between these."""
+    """Returns the colour of a value between `low` and `high`."""
     share = (value - low) / (high - low) if high > low else 0.0
     return HEAT[min(int(max(share, 0.0) * len(HEAT)), len(HEAT) - 1)]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value for a figure. ends: of its interval.    runs: the values that it is the mean of."""
+    """A value for a figure. ends: of its interval.    runs: the values that it averages."""
 
     name: str
     value: float
@@ -55,7 +55,7 @@ class Estimate:
 class Canvas:
     """A matplotlib figure of a given width.
 
-    axes: where the figure is drawn, after `new_axes`.    legend_columns: of the legend, where something has a label.
+    axes: created by `new_axes`.    legend_columns: number of columns in the legend.
     """
 
     axes: "Axes"
@@ -72,7 +72,7 @@ class Canvas:
         self.figure.set_size_inches(self.width / 72, height / 72)
 
     def new_axes(self, height: float, x_label: str = "", y_label: str = "", *, whole_numbers: str = "") -> "Axes":
-        """whole_numbers: "x" or "y", the axis that has ticks only at whole numbers."""
+        """whole_numbers: "x" or "y", the axis with ticks only at whole numbers."""
         from matplotlib.ticker import MaxNLocator
 
         self.set_height(height)
@@ -84,7 +84,7 @@ class Canvas:
         return self.axes
 
     def add_legend(self) -> None:
-        """Above the axes, where something has a label."""
+        """Adds a legend above the axes if something has a label."""
         handles, texts = self.figure.axes[0].get_legend_handles_labels()
         if handles:
             place: dict[str, Any] = {"loc": "outside upper left", "borderaxespad": 0.2}
@@ -93,7 +93,7 @@ class Canvas:
     # ---- Axes
 
     def log_axis(self, which: str, show: Show = learning_rate) -> None:
-        """Ticks at 1, 2 and 5 of each decade on a short axis, else at the decades; labels without superscripts."""
+        """Puts ticks at 1, 2 and 5 of each decade if there are few, otherwise at the decades. No superscripts."""
         from matplotlib.ticker import LogLocator
 
         getattr(self.axes, f"set_{which}scale")("log")
@@ -111,7 +111,7 @@ class Canvas:
         axis.set_minor_locator(NullLocator())
 
     def _name_rows(self, names: Sequence[str]) -> None:
-        """The first at the top."""
+        """Labels the rows, the first at the top."""
         self.axes.set_yticks(range(len(names)), [one_line(name, 18) for name in names])
         self.axes.spines["left"].set_visible(False)
 
@@ -126,9 +126,9 @@ class Canvas:
         form: str = ".3f",
         colours: Sequence[int] | None = None,
     ) -> None:
-        """Dots with their intervals, one row each, with their values written above them.
+        """Draws a row for each estimate: a dot with its interval, and the value above it.
 
-        reference: a dashed line.    colours: of the rows, as numbers of a series; by default they all differ.
+        reference: position of a dashed line.    colours: number of each row's series colour; by default all differ.
         """
         from matplotlib.ticker import MaxNLocator
 
@@ -152,7 +152,7 @@ class Canvas:
     # ---- Losses over the steps of training
 
     def losses(self, runs: Sequence[Sequence[float]], colour: str, name: str) -> None:
-        """Thin lines: the losses of each run's steps. Thick line: their mean, smoothed, as far as all runs go."""
+        """Draws thin lines for the losses of each run, and a thick line for their smoothed mean over shared steps."""
         if max(map(len, runs)) <= FEW_STEPS:
             for run in runs:
                 self.axes.plot(range(1, len(run) + 1), run, color=colour, label=name if run is runs[0] else "")
@@ -167,7 +167,7 @@ class Canvas:
     # ---- A third number as a colour
 
     def colour_scale(self, axes: "Axes | list[Axes]", ends: tuple[float, float], show: Show, title: str) -> None:
-        """What the colours from one end to the other mean, above the axes."""
+        """Draws a legend of the colours above the axes."""
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import ListedColormap, Normalize
 
@@ -206,7 +206,7 @@ class Canvas:
 
 
 def running_mean(values: Floats) -> Floats:
-    """Over about a tenth of the run, less at its ends."""
+    """Averages over about a tenth of the run, less at its ends."""
     half = max(1, len(values) // 20)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     steps = np.arange(len(values))

@@ -21,7 +21,7 @@ PACKAGES = ("matplotlib", "jinja2")
 def write_page(folder: Path) -> Path:
     """Writes report.html from the report.json in `folder`, and returns its path.
 
-    Raises ConfigError without the extra `study` or without a report.json, FormatError for one that is not tailora's.
+    Raises ConfigError without the extra `study` or a report.json, FormatError if tailora did not write it.
     """
     require_packages(*PACKAGES, extra="study")
     from tailora.report.html import html
@@ -31,17 +31,17 @@ def write_page(folder: Path) -> Path:
 
 
 def write_page_if_possible(folder: Path) -> str:
-    """Writes report.html if the packages for it are installed. Returns where the page is, or how to get it."""
+    """Writes report.html if its packages are installed. Returns a line with its path, or how to create it."""
     if all(map(find_spec, PACKAGES)):
-        return f"a page with all of it: {write_page(folder)}"
-    return f"a page with all of it: pip install 'tailora[study]' && tailora report {shlex.quote(str(folder))}"
+        return f"full report: {write_page(folder)}"
+    return f"for the full report: pip install 'tailora[study]' && tailora report {shlex.quote(str(folder))}"
 
 
 def read_page(folder: Path) -> Page:
-    """The page of the report.json in `folder`. Raises ConfigError without one, FormatError as `page_of`."""
+    """Returns the page of the report.json in `folder`. Raises ConfigError without one, FormatError as `page_of`."""
     path = folder / REPORT
     if not path.is_file():
-        raise ConfigError(f"{folder} holds no {REPORT}; give the folder of a {', '.join(KINDS[:-1])} or {KINDS[-1]}")
+        raise ConfigError(f"{folder} contains no {REPORT}; use the output of {', '.join(KINDS[:-1])} or {KINDS[-1]}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -50,10 +50,10 @@ def read_page(folder: Path) -> Page:
 
 
 def page_of(content: Any, path: Path | str) -> Page:
-    """The page of what a report.json holds. Raises FormatError, which names `path`, if it is not a report."""
+    """Returns the page for the content of a report.json. Raises FormatError, which names `path`, if it is no report."""
     if not isinstance(content, dict) or content.get("kind") not in KINDS:
         kind = content.get("kind") if isinstance(content, dict) else type(content).__name__
-        raise FormatError(f"{path} is of kind {kind!r}; known are {', '.join(KINDS)}")
+        raise FormatError(f"{path}: expected one of the kinds {', '.join(KINDS)}, got {kind!r}")
     file, name = ("search", "lr_range") if content["kind"] == "learning-rates" else (content["kind"], content["kind"])
     # Imported late, since most results come with torch: pages/FILE.py has NAME_page, from a result to its page
     make_page = getattr(import_module(f"tailora.report.pages.{file}"), f"{name}_page")
@@ -62,5 +62,5 @@ def page_of(content: Any, path: Path | str) -> Page:
         page: Page = make_page(TypeAdapter(result_type).validate_python(content))
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg'].lower()}" for item in error.errors()]
-        raise FormatError(f"{path} does not fit its kind, {content['kind']}:\n{listing(problems)}") from None
+        raise FormatError(f"{path} is not a valid report of {content['kind']}:\n{listing(problems)}") from None
     return page

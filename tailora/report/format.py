@@ -8,12 +8,12 @@ UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """Replaces control characters, which a terminal would obey, and surrogates, which no document may hold."""
+    """Replaces control characters, which a terminal would execute, and surrogates, which no document may contain."""
     return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def one_line(text: str, longest: int) -> str:
-    """Without control characters, which no XML holds; a long text loses its middle."""
+    """Replaces control characters, which XML forbids, with spaces; a long text loses its middle."""
     clean = "".join(letter if letter.isprintable() else " " for letter in text)
     if len(clean) <= longest:
         return clean

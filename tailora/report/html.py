@@ -43,7 +43,7 @@ STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
     "axes.prop_cycle": cycler(color=SERIES),
     "axes.formatter.useoffset": False,
-    "axes.formatter.limits": (-8, 9),  # no power beside the axis
+    "axes.formatter.limits": (-8, 9),  # no power of ten next to the axis
     "font.size": 12,
     "grid.color": GRID,
     "grid.linewidth": 1,
@@ -67,7 +67,7 @@ REFERENCE = re.compile(r"#([\w-]+)")
 
 
 def html(page: Page) -> str:
-    """The whole document."""
+    """Returns the complete document."""
     sections = []  # without blocks of None; heat maps become figures
     for section in [page.conclusion, *page.sections] if page.conclusion else page.sections:
         blocks = [_figure_of(block) if isinstance(block, HeatMap) else block for block in section.blocks if block]
@@ -109,7 +109,7 @@ def _packaged(name: str) -> str:
 
 
 def svg(draw: Callable[[Canvas], None], width: float, name: str, alt: str) -> str:
-    """An <svg> element. name: unique on the page.    alt: what a screen reader says."""
+    """Returns an <svg> element. name: unique on the page.    alt: text for screen readers."""
     same_ids = {"svg.hashsalt": name}  # every time
     with mpl.rc_context({**mpl.rcParamsDefault, **STYLE, **same_ids}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # the page's fonts draw the text, not matplotlib's
@@ -128,7 +128,7 @@ def svg(draw: Callable[[Canvas], None], width: float, name: str, alt: str) -> st
 
 
 def _remove_namespaces_and_styles(root: Element) -> None:
-    """HTML needs no namespaces; metadata is of no use, and a style sheet would apply to the whole page."""
+    """HTML needs no namespaces and no metadata, and a style sheet would apply to the entire page."""
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
         element.attrib = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
@@ -151,7 +151,7 @@ def _rename_ids(root: Element, name: str) -> None:
 
 
 def _use_variables(root: Element) -> None:
-    """The page's variables in place of the placeholder colours, and its font."""
+    """Replaces the placeholder colours with the page's variables, and the font with the page's."""
     for element in root.iter():
         if (css := element.attrib.get("style")) is not None:
             css = FONT.sub(lambda font: f"font-size: {font[2]}px" + ("; font-weight: 600" if font[1] else ""), css)

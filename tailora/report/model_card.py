@@ -1,6 +1,6 @@
 """The model card of an adapter on the Hub: what a run measured, how it was trained and how to use it.
 
-The words are in formats/model_card.md.j2. Here are the values for it.
+The text is in formats/model_card.md.j2; this file provides its values.
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ def run_card(
     base = str(settings.get("base_model_name_or_path") or "")
     public = repository_of(base) or "BASE"
     use = {
-        "base": DEMO if base == DEMO else public,  # tailora has the weights of the training, which the Hub has not
+        "base": DEMO if base == DEMO else public,  # tailora has the weights used in training, the Hub does not
         "task": settings.get("task_type") if public == base else None,
         "predicts_labels": settings.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"),
     }
@@ -48,11 +48,11 @@ def run_card(
 
 
 def of_run(report: TrainReport, *, samples: bool) -> dict[str, Any]:
-    """Returns the results, the data, the settings and the versions of a run."""
+    """Returns the results, data, settings and versions of a run."""
     result, metrics = report.result, list(report.metrics)
     training = {name: report.settings.get(name) for name in TRAINING}
     if result is not None:
-        training |= {"steps": result.steps, "step that is kept": result.best_step}
+        training |= {"steps": result.steps, "best step": result.best_step}
         name = f"held-out loss, {report.run.get('loss_unit', NATS_PER_TOKEN)}"
         before, after = result.eval_loss_before, result.eval_loss_after
         if before is not None and after is not None:

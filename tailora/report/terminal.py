@@ -1,9 +1,9 @@
-"""A page in the terminal: all blocks but those for the browser only, fitted to the terminal's width.
+"""A page in the terminal: all blocks except those for the browser, fitted to the terminal's width.
 
     title, numbers -> sections -> lead -> notes
 
 The lead comes last, where you look when a command has finished, or below the title if more output follows. Commands
-are never broken into lines, nor is anything in a pipe.
+are never wrapped, nor is anything if the output is not a terminal.
 """
 
 import re
@@ -23,11 +23,11 @@ from tailora.report.format import NONE, plural, printable
 
 SHADES = "▁▂▃▄▅▆▇█"
 GAP = 2  # between two columns
-LONG_WORD = 20  # a longer word, such as the path of a layer, may be broken after . / and _
+LONG_WORD = 20  # longer words, such as the path of a layer, may be wrapped after . / and _
 
 
 def print_page(console: Console, page: blocks.Page, *, everything: bool = False, lead_first: bool = False) -> None:
-    """everything: with the blocks that only --all shows."""
+    """everything: include the blocks that only --all shows.    lead_first: print the lead below the title."""
     details = {"always", "all"} if everything else {"always"}
     _print(console, page.title, style="bold")
     if lead_first:
@@ -50,7 +50,7 @@ def print_page(console: Console, page: blocks.Page, *, everything: bool = False,
 
 
 def _with_first_rows(block: blocks.Block) -> blocks.Block:
-    """Returns the block; of a table with many rows the first ones, and how to see the others."""
+    """Shortens a table with many rows, and adds how to see the others. Returns other blocks unchanged."""
     if not isinstance(block, blocks.Table) or block.first is None or len(block.rows) <= block.first:
         return block
     more = f"--all shows {plural(len(block.rows) - block.first, 'more row')}."
@@ -92,21 +92,21 @@ def _print_block(console: Console, block: blocks.Block) -> None:
             _print(console, block.title, style="bold")
             _print_lines(console, block.text.splitlines())
         case blocks.Figure():
-            raise TypeError("a figure is for the page alone")
+            raise TypeError("figures are only for pages")
 
 
 # ---- Text
 
 
 def _print(console: Console, text: str, style: str = "") -> None:
-    """A paragraph, broken between words on a terminal and in one line elsewhere."""
+    """Prints a paragraph, wrapped between words on a terminal and in one line elsewhere."""
     if text:
         text = _wrapped(printable(text), console.width) if console.is_terminal else printable(text)
         console.print(Text(text, style=style), soft_wrap=not console.is_terminal)
 
 
 def _print_lines(console: Console, lines: Sequence[str]) -> None:
-    """Lines to copy."""
+    """Prints lines to copy, without wrapping."""
     for line in lines:
         console.print(Text(printable(line)), soft_wrap=True)
 
@@ -127,7 +127,7 @@ def _print_table(console: Console, table: blocks.Table, *, lines_between_rows: b
     columns = _narrowed(_with_intervals_below(columns), table.rest, console.width)
     widths = _widths(columns, console.width)
     rows = zip(*(cells for _, cells in columns), strict=True)
-    if widths is None:  # too wide: the rows below each other, with a line for every value
+    if widths is None:  # too wide: a line for every value
         for first, *rest in rows:
             _print(console, first, style="bold")
             for (column, _), cell in zip(columns[1:], rest, strict=True):
@@ -154,7 +154,7 @@ def _print_table(console: Console, table: blocks.Table, *, lines_between_rows: b
 
 
 def print_rich_table(console: Console, table: Table) -> None:
-    """Prints the table without blanks at the ends of lines."""
+    """Prints the table without trailing spaces."""
     for segments in console.render_lines(table, pad=False):
         line = Text.assemble(*((segment.text, segment.style or "") for segment in segments))
         line.rstrip()
@@ -162,7 +162,7 @@ def print_rich_table(console: Console, table: Table) -> None:
 
 
 def _with_intervals_below(columns: Columns) -> Columns:
-    """Intervals as a second line of the column before them."""
+    """Moves intervals to a second line of the previous column."""
     merged: Columns = []
     for column, cells in columns:
         if column.interval:
@@ -190,7 +190,7 @@ def _narrowed(columns: Columns, rest: str, width: int) -> Columns:
 
 
 def _widths(columns: Columns, width: int) -> list[int] | None:
-    """Returns widths with which the table fits and no word is broken; None if there are none."""
+    """Returns widths with which the table fits without breaking words; None if there are none."""
     texts = [[column.name, *cells] for column, cells in columns]
     widths = [max(cell_len(line) for cell in column for line in (cell.splitlines() or [""])) for column in texts]
     narrowest = [
@@ -207,7 +207,7 @@ def _widths(columns: Columns, width: int) -> list[int] | None:
 
 
 def _parts(text: str) -> list[str]:
-    """What may stand on different lines: words, and of long words what ends with . or / and, if need be, with _"""
+    """Splits a text where it may be wrapped: after words, in long words after . or / and, if necessary, after _"""
     parts = []
     for word in re.findall(r"\S+\s*|\s+", text):
         pieces = [word] if len(word) <= LONG_WORD else re.findall(r"[^./]+[./]*|[./]+", word)
@@ -217,7 +217,7 @@ def _parts(text: str) -> list[str]:
 
 
 def _wrapped(text: str, width: int) -> str:
-    """The text in lines of at most `width` cells, as far as its parts allow."""
+    """Wraps the text into lines of at most `width` cells, as far as its parts allow."""
     lines = []
     for line in text.splitlines():
         current = ""
@@ -234,7 +234,7 @@ def _wrapped(text: str, width: int) -> str:
 
 
 def _print_heat_map(console: Console, heat: blocks.HeatMap) -> None:
-    """A line for each name, a character for each layer, or for the mean of several where there are many."""
+    """Prints a line for each name, with a character for each layer, or for the mean of several if there are many."""
     layers = sorted({layer for _, layer in heat.cells})
     if len(layers) < blocks.FEWEST_LAYERS:
         return

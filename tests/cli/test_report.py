@@ -63,7 +63,7 @@ def test_a_run_that_is_not_finished_has_a_page(run: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("none", "is not a folder; expected the output folder of a run or a study"), (".", "holds no report.json")],
+    [("none", "is not a folder; expected the output folder of a run or a study"), (".", "contains no report.json")],
 )
 def test_what_is_no_run_is_refused(name: str, told: str, tmp_path: Path) -> None:
     check_refused(told, "report", tmp_path / name)

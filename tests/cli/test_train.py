@@ -384,7 +384,7 @@ def test_a_run_that_made_the_model_worse_says_so_and_what_to_try(
         ([4.0, 9.0, 9.0], "lora", 2.0, ["--learning-rate", "5e-4"], "the learning rate 2 is too high"),
         ([4.0, 9.0, 9.0], "full", 1e-4, ["--learning-rate", "1e-5"], "is too high"),
         ([4.0, 9.0, 9.0], "full", 1e-2, ["--learning-rate", "5e-5"], "is too high"),
-        ([4.0, *[3.0] * 39], "lora", 1e-3, ["--eval-steps", "4"], "learned by heart"),
+        ([4.0, *[3.0] * 39], "lora", 1e-3, ["--eval-steps", "4"], "the model overfits"),
     ],
 )
 def test_what_to_try_after_a_run_that_made_the_model_worse(

@@ -140,12 +140,12 @@ def test_a_part_of_the_memory_that_no_method_needs_has_no_row(tmp_path: Path) ->
 
 def test_the_time_of_a_plan_is_that_of_its_steps_alone(tmp_path: Path) -> None:
     text = Outline(made(CONTENTS["plan"](), tmp_path)).text
-    assert "53 GFLOP/s). Evaluations, answers and saving come on top." in text
-    assert "time of the steps" in text
+    assert "53 GFLOP/s). Evaluations, answers and saving are not included." in text
+    assert "training time" in text
 
 
 def test_a_folder_without_a_report_says_what_to_give(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"holds no report\.json; give the folder of a plan, train"):
+    with pytest.raises(ConfigError, match=r"contains no report\.json; use the output of plan, train"):
         write_page(tmp_path)
 
 
@@ -153,9 +153,9 @@ def test_a_folder_without_a_report_says_what_to_give(tmp_path: Path) -> None:
     ("text", "told"),
     [
         ("{", "is not JSON"),
-        ("[]", "of kind 'list'; known are plan"),
-        ('{"kind": "recipe"}', "of kind 'recipe'; known are plan"),
-        ('{"kind": "compare", "arms": [{"name": 3}]}', r"(?s)does not fit its kind, compare.*arms\.0\.name.*verdict"),
+        ("[]", "expected one of the kinds plan, .* got 'list'"),
+        ('{"kind": "recipe"}', "expected one of the kinds plan, .* got 'recipe'"),
+        ('{"kind": "compare", "arms": [{"name": 3}]}', r"(?s)is not a valid report of compare:.*arms\.0\.name.*verdict"),
     ],
 )
 def test_what_is_no_report_is_refused_and_nothing_written(text: str, told: str, tmp_path: Path) -> None:

@@ -196,14 +196,14 @@ def test_a_short_run_that_learned_no_labels_has_a_hint(accuracy: float, has_hint
     content["metrics"] = [{"name": "accuracy", "before": 0.2, "before_95": None, "after": accuracy, "after_95": None}]
     content["labels"] = {"names": ["x", "y"], "majority": {"label": "x", "share": 0.5, "is_tied": False}}
     content["labels"]["calibration"] = {"ece": 0.1, "bins": []}
-    hint = "No better than one answer to all in 4 steps. Such short runs need"
+    hint = "No better than always predicting the same label after 4 steps. Such short runs need"
     assert (hint in shown(page_of(content, "x"), 300)) == has_hint
 
 
 def test_answers_stand_next_to_the_reply_in_the_data_and_after_what_the_demo_teaches() -> None:
     content = CONTENTS["train"]()
     text = " ".join(shown(page_of(content, "x"), 300).split())
-    assert "first held-out examples. After each arrow: the reply in the data." in text
+    assert "first held-out examples. The arrow marks the reply in the data." in text
     assert "→ Hey   you" in shown(page_of(content, "x"), 300)
     assert "small talk" not in text
     content["settings"]["data"] = "demo"

@@ -7,11 +7,11 @@ from typing import Any
 from tailora.report.blocks import Block, Column, Figure, Number, Page, Section, Table
 from tailora.report.charts import PAPER, Canvas, Estimate, series_colour
 from tailora.report.format import count, duration, interval, learning_rate, one_line, plural, signed
-from tailora.report.pages.shared import INTERVAL, difference_cells, judged_figures, numeric, settings_table
+from tailora.report.pages.shared import INTERVAL, difference_cells, loss_figures, numeric, settings_table
 from tailora.study.results import ArmResult, Comparison
 from tailora.train.memory import format_bytes
 
-COSTS: list[tuple[str, str, Callable[[float], str]]] = [  # attribute of an arm, column, how it is written
+COSTS: list[tuple[str, str, Callable[[float], str]]] = [  # attribute of an arm, column, format
     ("seconds", "training", duration),
     ("peak_memory_bytes", "peak memory", format_bytes),
     ("trainable_parameters", "trained", count),
@@ -30,18 +30,18 @@ def compare_page(comparison: Comparison) -> Page:
     sections = [
         Section(
             "Which is better",
-            f"Each arm at its own best learning rate, {steps}, {seeds}, judged on {comparison.judged_examples:,} "
-            "held-out examples that were not used to choose a learning rate.",
+            f"Each variant at its own best learning rate, {steps}, {seeds}, evaluated on "
+            f"{comparison.judged_examples:,} held-out examples that were not used to choose a learning rate.",
             _losses(comparison, arms),
         ),
         Section(
-            "Training", "All arms saw the same examples in the same order.", [_training(arms, comparison.loss_unit)]
+            "Training", "All variants saw the same examples in the same order.", [_training(arms, comparison.loss_unit)]
         ),
-        Section("What it costs", "Means over the seeds; memory is the highest of all.", [_costs(arms)]),
+        Section("What it costs", "Means over the seeds; memory is the maximum.", [_costs(arms)]),
         Section(
             "Learning rates tried",
-            "A comparison is fair only if every arm has its own best learning rate. Losses are those of the half of "
-            "the held-out examples that chooses it.",
+            "A comparison is only fair if every variant has its own best learning rate. These are the losses on the "
+            "half of the held-out examples that is used to choose it.",
             _rates(comparison.arms, comparison.loss_unit),
         ),
         Section("Settings", "", [settings_table("Settings", *changes, *shared)]),
@@ -51,12 +51,12 @@ def compare_page(comparison: Comparison) -> Page:
         for arm in arms[:3]
     ]
     numbers += [
-        Number("held-out loss, base", f"{comparison.base_loss:.3f}", "before any training"),
+        Number("held-out loss, base", f"{comparison.base_loss:.3f}", "before training"),
         Number("seeds", str(len(comparison.seeds)), f"{steps} each", detail="page"),
-        Number("time of all runs", duration(comparison.seconds)),
+        Number("total time", duration(comparison.seconds)),
     ]
     names = [arm.name for arm in comparison.arms]
-    title = " against ".join(names) if len(names) == 2 else f"{len(names)} arms compared"
+    title = " vs. ".join(names) if len(names) == 2 else f"{len(names)} variants compared"
     failed = [f"{arm.name}: {arm.outcome}" for arm in comparison.arms if arm.eval_loss is None]
     return Page("compare", title, comparison.verdict, numbers, sections, [*failed, *comparison.notes])
 
@@ -71,16 +71,16 @@ def _losses(comparison: Comparison, arms: Sequence[ArmResult]) -> list[Block | N
         rate = rate if arm.bracketed else f"{rate} (edge)"
         cells = difference_cells(arm.difference, comparison.p_values.get(arm.name))
         rows.append([arm.name, rate, f"{arm.eval_loss:.3f}", interval(arm.interval), *cells])
-    first = [Column("arm"), *numeric("learning rate", "held-out loss"), INTERVAL]
+    first = [Column("name"), *numeric("learning rate", "held-out loss"), INTERVAL]
     columns = [*first, *numeric(f"- {comparison.reference}"), INTERVAL, Column("p", numeric=True, priority=1)]
-    figures = judged_figures(
+    figures = loss_figures(
         losses, comparison.base_loss, differences, comparison.reference, margin, comparison.loss_unit
     )
     return [*figures, Table(columns, rows), _accuracies(comparison, arms)]
 
 
 def _accuracies(comparison: Comparison, arms: Sequence[ArmResult]) -> Table | None:
-    """The shares of right labels, or of pairs of replies in the right order, for such tasks."""
+    """Accuracies for labels, and for preferences the share of pairs in the right order; None for other tasks."""
     rows = [
         [
             arm.name,
@@ -91,7 +91,7 @@ def _accuracies(comparison: Comparison, arms: Sequence[ArmResult]) -> Table | No
         for arm in arms
         if arm.accuracy is not None
     ]
-    columns = [Column("arm"), *numeric("accuracy"), INTERVAL, *numeric(f"- {comparison.reference}"), INTERVAL]
+    columns = [Column("name"), *numeric("accuracy"), INTERVAL, *numeric(f"- {comparison.reference}"), INTERVAL]
     return Table(columns, rows, "Accuracy") if rows else None
 
 
@@ -110,14 +110,14 @@ def _training(arms: Sequence[ArmResult], unit: str) -> Figure | None:
 
     alt = f"Line chart of training losses. {values}."
     caption = (
-        f"Loss of each step's examples before the step, {unit}. Thin lines: each seed. Thick lines: running "
+        f"Loss of each step's examples before its update, {unit}. Thin lines: each seed. Thick lines: running "
         "mean of all seeds."
     )
     return Figure("training", draw, alt, caption, wide=True) if values else None
 
 
 def _costs(arms: Sequence[ArmResult]) -> Table:
-    columns = [Column("arm"), *numeric(*(column for _, column, _ in COSTS))]
+    columns = [Column("name"), *numeric(*(column for _, column, _ in COSTS))]
     rows = []
     for arm in arms:
         costs = [(getattr(arm, name), show) for name, _, show in COSTS]
@@ -126,7 +126,7 @@ def _costs(arms: Sequence[ArmResult]) -> Table:
         return Table(columns, rows)
     for arm, row in zip(arms, rows, strict=True):
         row += _forgetting(arm.forgetting)
-    note = "On text of other tasks, in nats per token: KL, and the rise of the loss. This is how much was forgotten."
+    note = "KL from the base and rise of the loss, in nats per token on text of other tasks, measure forgetting."
     return Table([*columns, *numeric("KL from base", "rise of loss")], rows, note=note)
 
 
@@ -137,7 +137,7 @@ def _forgetting(lost: Mapping[str, float] | None) -> list[str]:
 
 
 def _rates(arms: Sequence[ArmResult], unit: str) -> list[Block | None]:
-    losses = {  # of the runs that did not fail
+    losses = {  # without failed runs
         arm.name: {rate: loss for rate, loss in sorted(arm.rates.items()) if loss is not None and math.isfinite(loss)}
         for arm in arms
     }
@@ -157,13 +157,13 @@ def _rates(arms: Sequence[ArmResult], unit: str) -> list[Block | None]:
     caption = "Held-out loss at each learning rate tried; filled: the one chosen."
     at_edge = [arm.name for arm in tried if not arm.bracketed]
     if at_edge:
-        caption += f" The best of {', '.join(at_edge)} lies at the edge of those tried."
+        caption += f" The best one of {', '.join(at_edge)} is at the edge of the range."
     figure = Figure("rates", draw, f"Loss against learning rate. {best}.", caption, wide=True)
     rows = [
         [arm.name, learning_rate(rate), f"{losses[arm.name][rate]:.4f}" if rate in losses[arm.name] else "failed"]
         for arm in arms
         for rate in sorted(arm.rates)
     ]
-    columns = [Column("arm"), *numeric("learning rate", "loss")]
+    columns = [Column("name"), *numeric("learning rate", "loss")]
     table = Table(columns, rows, "Learning rates tried", folded=True, detail="page")
     return [figure if tried else None, table if rows else None]

@@ -10,11 +10,11 @@ from tailora.report.blocks import Answers, Block, Column, List, Number, Page, Se
 from tailora.report.format import NONE, decimals, duration, plural
 from tailora.report.pages.shared import INTERVAL, labels_section, numeric, settings_table
 
-CUTS = {  # of EvalReport.data: how many rows were cut or left out
-    "truncated": "cut at --max-length: {}; the longest has {longest:,} tokens",
-    "cut_away": "left out, because nothing is left to evaluate after the cut: {}",
-    "copies": "left out, as copies of other rows: {}",
-    "too_long": "left out, because choices or prompt are longer than --max-length or the model allows: {}",
+CUTS = {  # counts in EvalReport.data -> note
+    "truncated": "truncated at --max-length: {}; the longest has {longest:,} tokens",
+    "cut_away": "skipped, because nothing is left to evaluate after truncation: {}",
+    "copies": "skipped, as copies of other rows: {}",
+    "too_long": "skipped, because choices or prompt are longer than --max-length or the model allows: {}",
 }
 TUNED, BASE, CHANGE = "tuned", "base", "tuned - base"
 
@@ -46,7 +46,7 @@ class GateOutcome:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """What report.json of an evaluation holds. data: None if only tasks of lm-evaluation-harness were run."""
+    """The report.json of an evaluation. data: None if only tasks of lm-evaluation-harness were run."""
 
     model: str
     adapter: str | None
@@ -62,7 +62,7 @@ class EvalReport:
 
     @property
     def rows_of_training(self) -> str:
-        """Returns how many of the rows were trained on; "" if none was, or if it is not known."""
+        """Returns a note on rows that were trained on; "" if there are none, or if it is unknown."""
         data = self.data or {}
         if not data.get("trained_on"):
             return ""
@@ -75,7 +75,7 @@ def eval_page(report: EvalReport) -> Page:
     if report.data is None:
         lead = f"{evaluated} on tasks of lm-evaluation-harness {tasks.get('lm_eval', '')}".rstrip() + "."
     else:
-        tokens = f"; {data['supervised_tokens']:,} tokens are judged" if data.get("supervised_tokens") else ""
+        tokens = f"; {data['supervised_tokens']:,} tokens are scored" if data.get("supervised_tokens") else ""
         rows = distinct_of(data["rows"], data["rows"] - data.get("copies", 0), "row")
         lead = f"{evaluated} on {data['source']}: {rows}, read as {data['shape']}{tokens}."
     numbers = [
@@ -92,12 +92,12 @@ def eval_page(report: EvalReport) -> Page:
             [_table(report)],
         ),
         *([section] if (section := labels_section(report.labels or {})) else []),
-        Section("Answers", "The first greedy answers; ✓ marks those that match the expected ones.", _answers(report)),
+        Section("Answers", "The first greedy answers; ✓ marks those that match the expected answer.", _answers(report)),
         Section("Data", "", [settings_table("Data", ("", facts))]),
     ]
     notes = [text.format(plural(data[name], "row"), **data) for name, text in CUTS.items() if data.get(name)]
     notes += [report.rows_of_training] if report.rows_of_training else []
-    where = " on rows of training" if report.rows_of_training else ""
+    where = " on training rows" if report.rows_of_training else ""
     outcomes = [f"gate {'met' if gate.met else 'NOT MET'}{where}: {gate}" for gate in report.gates]
     gates = Section("Gates", "", [List(outcomes) if outcomes else None])
     return Page("eval", evaluated.rstrip("/").rpartition("/")[2], lead, numbers, sections, notes, gates)

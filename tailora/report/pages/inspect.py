@@ -37,14 +37,14 @@ from tailora.report.pages.shared import (
 )
 from tailora.study.advice import AdapterOverlap, CombinedLosses, HeldOutLosses, Inspection, ModuleOverlap, first_few
 
-MOST_PANELS = 12  # of spectra
+MOST_PANELS = 12  # in the figure of spectra
 FIRST_ROWS = 8  # of the table by depth, in a terminal
 
 
 class Measure(NamedTuple):
     """A column of the tables of modules.
 
-    attribute: of the module.    form: how its mean over modules is written, of energy its sum.
+    attribute: of the module.    form: format of its mean over modules; of energy, its sum.
     """
 
     column: str
@@ -54,19 +54,17 @@ class Measure(NamedTuple):
     meaning: str
 
 
-LEADING_INTRUDERS = f"how many of the {LEADING} strongest directions of W + ΔW are unlike all of W"
+LEADING_INTRUDERS = f"how many of the {LEADING} strongest directions of W + ΔW are unlike any of W"
 MEASURES = [
-    Measure("energy", "energy", ".1%", 0, "share of the adapter's squared norm: where most has changed"),
-    Measure(
-        "effective", "effective_rank", ".1f", 0, "directions that are used: r if all are used alike, 1 if only one is"
-    ),
+    Measure("energy", "energy", ".1%", 0, "share of the adapter's squared norm; high where most has changed"),
+    Measure("effective", "effective_rank", ".1f", 0, "directions in use: r if all are used equally, 1 if only one is"),
     Measure("stable", "stable_rank", ".1f", 0, "the same, but weak directions hardly count"),
-    Measure("‖ΔW‖/‖W‖", "relative_norm", ".2%", 0, "size of the update, relative to the weights that it changes"),
+    Measure("‖ΔW‖/‖W‖", "relative_norm", ".2%", 0, "size of the update relative to the weights"),
     Measure("intruders", "intruders", ".1f", 1, LEADING_INTRUDERS),
     Measure("random", "intruders_random", ".1f", 2, "intruders of a random update of the same size, for comparison"),
-    Measure("scale", "scaling", ".3g", 2, "factor of the update, which was learned"),
+    Measure("scale", "scaling", ".3g", 2, "learned factor of the update"),
 ]
-MEANING_OF_R = "rank: the directions that the adapter may use in a layer"
+MEANING_OF_R = "rank: how many directions the adapter can use in a layer"
 # Overlaps of two modules: attribute -> column
 OVERLAPS = {"writes": "writes", "writes_by_chance": "by chance", "reads": "reads", "reads_by_chance": "by chance"}
 
@@ -75,13 +73,13 @@ def inspect_page(inspection: Inspection) -> Page:
     losses, training = inspection.held_out, inspection.training
     by_depth_table, legend, every_module = _module_tables(inspection)
     left_out = Table(
-        [Column("left out"), Column("why")], list(inspection.left_out.items()), "Left out", folded=True, detail="page"
+        [Column("skipped"), Column("why")], list(inspection.left_out.items()), "Skipped", folded=True, detail="page"
     )
     adapter = {"folder": inspection.adapter, **inspection.config}
     sections = [
         Section(
             "Where the update is",
-            "By thirds of the layers, the most energy first. Means; of energy the sum.",
+            "By thirds of the layers, most energy first. Energy is a sum, all other values are means.",
             [by_depth_table, legend, *_heat_maps(inspection.modules), *_remarks(inspection), every_module],
         ),
         Section(
@@ -90,14 +88,14 @@ def inspect_page(inspection: Inspection) -> Page:
             [_spectra(inspection.modules)],
         ),
         *([_truncation(losses)] if losses else []),
-        Section("What was forgotten", "", [_forgetting(inspection.forgetting) if inspection.forgetting else None]),
+        Section("Forgetting", "", [_forgetting(inspection.forgetting) if inspection.forgetting else None]),
         *([_pair(inspection.pair, inspection.layers)] if inspection.pair else []),
         Section(
-            "Left out, and settings",
+            "Skipped modules, and settings",
             "",
             [
                 left_out if inspection.left_out else None,
-                settings_table("Settings of the adapter", ("adapter", adapter), ("its run", training)),
+                settings_table("Settings of the adapter", ("adapter", adapter), ("training", training)),
             ],
         ),
     ]
@@ -109,23 +107,23 @@ def inspect_page(inspection: Inspection) -> Page:
     if inspection.model is None:
         notes.append(f"--model {inspection.named_base or 'BASE'} adds ‖ΔW‖/‖W‖, intruder dimensions and their rules.")
     if losses is None and inspection.config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
-        notes.append("--data HELD_OUT, with --model, adds what the smaller singular values are worth, and its rules.")
+        notes.append("--data HELD_OUT with --model adds what the smaller singular values are worth, and its rules.")
     no_advice = "No rule that could be applied advises a change." if notes else "No rule advises a change."
     conclusion = Section(
         "Advice",
-        'From rules with stated thresholds, each with its numbers: "Inspecting an adapter" in the docs.',
+        'The rules and their thresholds: "Inspecting an adapter" in the docs.',
         findings or [Paragraph(no_advice)],
     )
     rules = [advice.rule for advice in inspection.advice]
     summary = f"Rules that advise a change: {', '.join(rules)}." if rules else no_advice
-    lead = f"{_described(inspection)}. {summary}"
+    lead = f"{_description(inspection)}. {summary}"
     *_, outer, title = ("", *inspection.adapter.replace("\\", "/").rstrip("/").split("/"))
-    if title == ADAPTER and outer:  # the folder of a run holds the adapter
+    if title == ADAPTER and outer:  # inside the folder of a run
         title = outer
     return Page("inspect", title or inspection.adapter, lead, _numbers(inspection), sections, notes, conclusion)
 
 
-def _described(inspection: Inspection) -> str:
+def _description(inspection: Inspection) -> str:
     modules = inspection.modules
     text = f"{inspection.adapter}: {plural(len(modules), 'update')}"
     if modules:
@@ -133,10 +131,10 @@ def _described(inspection: Inspection) -> str:
         text += f" of rank {value_range([module.r for module in modules])}, scale {value_range(scales)}"
     learned = sum(module.learned_scaling for module in modules)
     dora = sum(module.use_dora for module in modules)
-    text += f", {plural(learned, 'scale')} learned" if learned else ""
-    text += f", {dora} with DoRA's magnitudes" if dora else ""
+    text += f", {plural(learned, 'learned scale')}" if learned else ""
+    text += f", {dora} with DoRA magnitudes" if dora else ""
     if inspection.model:
-        return f"{text}, beside {inspection.model}"
+        return f"{text}, compared with {inspection.model}"
     return f"{text}, made for {inspection.named_base}" if inspection.named_base else text
 
 
@@ -159,7 +157,7 @@ def _numbers(inspection: Inspection) -> list[Number]:
         numbers.append(Number(f"intruders of {LEADING}", f"{statistics.fmean(intruders):.1f}", note, "page"))
     if losses:
         ends = interval((losses.improvement_low, losses.improvement_high))
-        numbers.append(Number("better by, nats per token", f"{losses.improvement:.3f}", ends, "page"))
+        numbers.append(Number("improvement, nats per token", f"{losses.improvement:.3f}", ends, "page"))
     if inspection.forgetting:
         numbers.append(Number("KL from the base", f"{inspection.forgetting['kl']:.3f}", "nats per token", "page"))
     return numbers
@@ -209,10 +207,10 @@ def _module_tables(inspection: Inspection) -> tuple[Table | None, Table | None, 
 
 
 def _remarks(inspection: Inspection) -> list[Paragraph]:
-    """Returns what was left out, and the notes of modules, each with the first few paths."""
+    """Returns what was skipped, and the notes of modules, each with the first few paths."""
     by_text: dict[str, list[str]] = {}
     for path, reason in inspection.left_out.items():
-        by_text.setdefault(f"Left out, {reason}", []).append(path)
+        by_text.setdefault(f"Skipped, {reason}", []).append(path)
     for module in inspection.modules:
         if module.note:
             by_text.setdefault(module.note, []).append(module.path)
@@ -231,11 +229,11 @@ def _heat_maps(modules: Sequence[ModuleReport]) -> list[HeatMap]:
         return []
     caption = "Share of the adapter's squared norm."
     energy = heat_map("energy", "energy", "energy", "{:.1%}", None, caption, "always")
-    caption = "Effective rank / rank: 1 uses all directions alike; near 0 it uses only one."
+    caption = "Effective rank / rank. 1: all directions are used equally. Near 0: only one is used."
     use = heat_map("use", "use", "effective rank / rank", "{:.2f}", 1.0, caption, "always")
-    caption = "‖ΔW‖/‖W‖: the size of the update relative to the weight that it changes."
+    caption = "‖ΔW‖/‖W‖: size of the update relative to the weights."
     norm = heat_map("norm", "relative_norm", "relative norm", "{:.1%}", None, caption)
-    caption = f"How many of the {LEADING} leading directions of the changed weight are unlike all of the base's."
+    caption = f"How many of the {LEADING} leading directions of the changed weight are unlike any of the base's."
     intruders = heat_map("intruders", "intruders", "intruder dimensions", "{:.0f}", float(LEADING), caption)
     return [heat for heat in (energy, use, norm, intruders) if any(heat.cells.values())]
 
@@ -278,7 +276,7 @@ def _spectra(modules: Sequence[ModuleReport]) -> Figure | None:
         if last:
             canvas.colour_scale(panels, (0, last), "{:.0f}".format, "layer")
 
-    caption = "Singular values of each update, relative to the largest, in falling order; a line for each layer."
+    caption = "Singular values of each update, relative to the largest, in descending order; one line per layer."
     if len(shown) < len(groups):
         caption += f" The {MOST_PANELS} of {len(groups)} matrices with the most energy."
     alt = f"Line charts of the singular values of {sum(map(len, shown.values()))} updates: {', '.join(shown)}."
@@ -312,7 +310,7 @@ def _truncation(losses: HeldOutLosses) -> Section:
     return Section(
         "What the ranks are worth",
         f"On {losses.data}, {losses.examples:,} distinct held-out examples: loss {losses.base_loss:.4f} with the base, "
-        f"{losses.loss:.4f} with the adapter. Rise: of the loss without the lower half of the singular values.",
+        f"{losses.loss:.4f} with the adapter. Rise: how much worse without the lower half of the singular values.",
         [Table(columns, rows)],
     )
 
@@ -325,15 +323,15 @@ def _forgetting(lost: Mapping[str, Any]) -> Paragraph:
     )
 
 
-# ---- Beside a second adapter of the same base
+# ---- Compared with a second adapter of the same base
 
 
 def _pair(pair: AdapterOverlap, layers: int) -> Section:
-    modules, title = pair.modules, "Beside the other adapter"
+    modules, title = pair.modules, "Compared with the other adapter"
     if not modules:
-        return Section(title, f"Beside {pair.other}.", [Paragraph("No matrix is in both.")])
+        return Section(title, f"Compared with {pair.other}.", [Paragraph("The adapters have no matrix in common.")])
     blocks: list[Block | None] = []
-    caption = "1: the two updates have the same space, 0: orthogonal spaces; chance is in the table."
+    caption = "1: both updates use the same space. 0: orthogonal spaces. For the overlap by chance, see the table."
     for name, spaces in (("writes", "output spaces"), ("reads", "input spaces")):
         if cells := by_layer(modules, name):
             heat = HeatMap(f"map-{name}", f"overlap of the {spaces}", cells, 1.0, "{:.2f}".format, caption)
@@ -342,7 +340,7 @@ def _pair(pair: AdapterOverlap, layers: int) -> Section:
         blocks.append(_combined_losses(pair.losses))
 
     def cells_of(own: Sequence[ModuleOverlap]) -> list[str]:
-        """Means of the modules."""
+        """Returns the means over the modules."""
         cosine = statistics.fmean(module.cosine for module in own)
         overlaps = (statistics.fmean(getattr(module, name) for module in own) for name in OVERLAPS)
         lengths = [(module.sum_norm, math.hypot(module.norm, module.other_norm)) for module in own]
@@ -353,8 +351,8 @@ def _pair(pair: AdapterOverlap, layers: int) -> Section:
     columns = [Column("module"), *numeric("cosine", *OVERLAPS.values(), "sum")]
     rows = [[where, name, *cells_of(own)] for where, name, own in by_depth(modules, layers)]
     note = (
-        "writes, reads: overlap of the spaces of outputs and of inputs, and that of random spaces. sum: length of the "
-        "sum of both updates; 1 for orthogonal ones, 1.41 for the same update twice, 0 for opposite ones."
+        "writes, reads: overlap of the output spaces and of the input spaces; by chance: of random spaces. sum: length "
+        "of the sum of both updates: 1 if they are orthogonal, 1.41 if they are the same, 0 if they are opposite."
     )
     blocks.append(Table([Column("layers"), *columns], rows, note=note))
     owners = {"only in this one": pair.only_here, "only in the other": pair.only_there}
@@ -363,8 +361,8 @@ def _pair(pair: AdapterOverlap, layers: int) -> Section:
     rows = [[module.path, *cells_of([module])] for module in modules]
     blocks.append(Table(columns, rows, "Overlap of every matrix", folded=True, detail="all"))
     text = (
-        f"Beside {pair.other}: cosine of the updates of all matrices that both adapt {signed(pair.cosine)}; 1 for the "
-        "same update, 0 for orthogonal ones, -1 for opposite ones."
+        f"Compared with {pair.other}: cosine of the updates over all shared matrices {signed(pair.cosine)} (1: the "
+        "same update, 0: orthogonal, -1: opposite)."
     )
     return Section(title, text, blocks)
 
@@ -373,5 +371,5 @@ def _combined_losses(losses: CombinedLosses) -> Paragraph:
     ends = interval((losses.worse_low, losses.worse_high), "+.4f")
     return Paragraph(
         f"Held-out loss: base {losses.base:.4f}, this adapter {losses.one:.4f}, the other {losses.other:.4f}, both "
-        f"added up {losses.both:.4f}: {signed(losses.worse, 4)} from the better one{f' ({ends})' if ends else ''}."
+        f"added up {losses.both:.4f}: {signed(losses.worse, 4)} against the better one{f' ({ends})' if ends else ''}."
     )

@@ -7,7 +7,7 @@ from tailora.report.pages.shared import numeric, settings_table
 from tailora.study.plan_result import Plan
 from tailora.train.memory import format_bytes
 
-NEAR = 2.0  # times the longest bar: a limit further away is not drawn
+NEAR = 2.0  # a limit beyond this many times the longest bar is not drawn
 
 
 def plan_page(plan: Plan) -> Page:
@@ -18,10 +18,10 @@ def plan_page(plan: Plan) -> Page:
         Section("What is trained", "", _trained(plan)),
         Section(
             "Memory",
-            f"At the moment of highest use, {plan.dtype} on {plan.device}{of_each}; {plan.basis['memory']}.",
+            f"Peak memory with {plan.dtype} on {plan.device}{of_each}; {plan.basis['memory']}.",
             _memory(plan),
         ),
-        Section("What fits", f"Into {available}; the rest of the settings as set.", [_options(plan)]),
+        Section("What fits", f"Into {available}, with all other settings unchanged.", [_options(plan)]),
         Section("Steps and time", "", [Paragraph(_steps(plan)), Paragraph(plan.kernels)]),
         Section("Every matrix with a low-rank update", "", [_matrices(plan)]),
         Section("Settings", "", [settings_table("Settings", ("", plan.settings))]),
@@ -30,14 +30,14 @@ def plan_page(plan: Plan) -> Page:
     forward, full = plan.schedule.largest_forward, plan.full
     lead = (
         f"{'It fits' if plan.fits else 'It does not fit'}: {memory} of {available}. The "
-        f"largest batch puts {plural(forward['examples'], 'example')}, {forward['tokens']:,} tokens in all, through "
-        "the model at once."
+        f"largest batch puts {plural(forward['examples'], 'example')} with {forward['tokens']:,} tokens in total "
+        "through the model at once."
     )
     if full is not None:
         lead += f" Full fine-tuning needs {format_bytes(full.memory.total)}."
     if room.remedies:
         lead += f" What helps: {'; '.join(room.remedies)}."
-    return Page("plan", f"{name}, before any training", lead, _numbers(plan), sections, plan.notes)
+    return Page("plan", f"{name}, before training", lead, _numbers(plan), sections, plan.notes)
 
 
 def _numbers(plan: Plan) -> list[Number]:
@@ -55,11 +55,11 @@ def _numbers(plan: Plan) -> list[Number]:
         note = f"batches of {full.batch_size_that_fits} fit" if full.batch_size_that_fits else "does not fit"
         numbers.append(Number("memory, full fine-tuning", format_bytes(full.memory.total), note, "page"))
     fitting = _batch_size(plan, room.batch_size_that_fits)
-    numbers.append(Number("batch size that fits", fitting, f"asked for: {room.batch_size}", "page"))
+    numbers.append(Number("batch size that fits", fitting, f"requested: {room.batch_size}", "page"))
     if schedule.steps is not None:
         numbers.append(Number("steps", f"{schedule.steps:,}", detail="page"))
     if schedule.seconds is not None:
-        numbers.append(Number("time of the steps", duration(schedule.seconds), "estimated", "page"))
+        numbers.append(Number("training time", duration(schedule.seconds), "estimated", "page"))
     return numbers
 
 
@@ -84,12 +84,12 @@ def _trained(plan: Plan) -> list[Block | None]:
     ]
     left = [[group.path, f"{group.parameters:,}", group.reason] for group in plan.trained.left]
     left_columns = [Column("path"), *numeric("parameters"), Column("why")]
-    return [Table(columns, rows) if rows else None, Table(left_columns, left, "Left as they are") if left else None]
+    return [Table(columns, rows) if rows else None, Table(left_columns, left, "Not trained") if left else None]
 
 
 def _memory(plan: Plan) -> list[Block | None]:
     parts = [part for part in plan.memory.to_dict() if part != "total"]
-    memories = {"full fine-tuning": plan.memory.to_dict()}  # method of training -> bytes by part, with their total
+    memories = {"full fine-tuning": plan.memory.to_dict()}  # method -> bytes by part, with their total
     if plan.full is not None:
         memories = {"LoRA": plan.memory.to_dict(), "full fine-tuning": plan.full.memory.to_dict()}
     limit_is_near = plan.room.available_bytes < NEAR * max(memory["total"] for memory in memories.values())
@@ -119,7 +119,7 @@ def _memory(plan: Plan) -> list[Block | None]:
         + ", ".join(f"{part} {format_bytes(memory[part])}" for part in parts if memory[part])
         for name, memory in memories.items()
     )
-    limit = f" Dashed line: the {format_bytes(plan.room.available_bytes)} that are available." if limit_is_near else ""
+    limit = f" Dashed line: {format_bytes(plan.room.available_bytes)} are available." if limit_is_near else ""
     alt = f"Stacked bars of memory. {listed}."
     rows = [
         [part, *(format_bytes(memory[part]) if memory[part] else NONE for memory in memories.values())]
@@ -143,23 +143,23 @@ def _options(plan: Plan) -> Table:
         [option.settings, format_bytes(option.memory), _batch_size(plan, option.batch_size), f"{option.tokens:,}"]
         for option in plan.room.options
     ]
-    columns = [Column("settings"), *numeric("memory", "largest batch", "tokens, if alone in it")]
+    columns = [Column("settings"), *numeric("memory", "largest batch", "longest single example")]
     return Table(columns, rows)
 
 
 def _steps(plan: Plan) -> str:
     schedule, basis, ranks = plan.schedule, plan.basis["time"], ""
     if plan.ranks is not None:
-        how = "FSDP2 shards the base over them" if plan.ranks.fsdp else "each has the whole base"
+        how = "FSDP2 shards the base model across them" if plan.ranks.fsdp else "each has a copy of the base model"
         ranks = f"{plan.ranks.count} processes train together; {how}. "
-    steps = "Give --data or --max-steps for the number of steps."
+    steps = "Add --data or --max-steps to see the number of steps."
     if schedule.steps is not None:
         steps = f"{plural(schedule.steps, 'step')}."
     if schedule.seconds_per_step is None:
         return f"{ranks}{steps} The time of a step is {basis}."
-    together = "" if schedule.seconds is None else f", {duration(schedule.seconds)} together"
-    per_step = f"{duration(schedule.seconds_per_step)} per step{together} ({basis})"
-    return f"{ranks}{steps} {per_step}. Evaluations, answers and saving come on top."
+    total = "" if schedule.seconds is None else f", {duration(schedule.seconds)} in total"
+    per_step = f"{duration(schedule.seconds_per_step)} per step{total} ({basis})"
+    return f"{ranks}{steps} {per_step}. Evaluations, answers and saving are not included."
 
 
 def _matrices(plan: Plan) -> Table | None:

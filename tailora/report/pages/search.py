@@ -13,7 +13,7 @@ from tailora.report.format import count, duration, interval, learning_rate, one_
 from tailora.report.pages.shared import (
     INTERVAL,
     difference_cells,
-    judged_figures,
+    loss_figures,
     numeric,
     settings_table,
     train_command,
@@ -26,8 +26,8 @@ from tailora.train.memory import format_bytes
 
 SHOWN_TRIALS = 12  # in the terminal
 FEWEST_FOR_SLICES = 5  # trials
-FEW_VALUES = 7  # a numeric setting with so few values gets a tick for each
-WIDE_RANGE = 8  # from this ratio of the largest to the smallest value on, the axis is logarithmic
+FEW_VALUES = 7  # a numeric setting with at most this many values gets a tick for each
+WIDE_RANGE = 8  # the axis is logarithmic from this ratio of the largest to the smallest value
 
 
 def search_page(search: SearchResult) -> Page:
@@ -39,29 +39,29 @@ def search_page(search: SearchResult) -> Page:
     sections = [
         Section(
             "The finalists",
-            f"Run again with {plural(len(search.seeds), 'other seed')}, and judged on {search.judged_examples:,} "
+            f"Trained again with {plural(len(search.seeds), 'new seed')} and evaluated on {search.judged_examples:,} "
             "held-out examples that were not used to choose trials.",
             _finalists(search),
         ),
         Section(
             "The trials",
-            f"{plural(len(done), 'trial')} of {plural(search.steps, 'step')} ran to the end, {ended:,} ended early. "
-            "Losses are those of the held-out examples that choose.",
+            f"{plural(len(done), 'trial')} of {plural(search.steps, 'step')} finished, {ended:,} stopped early. "
+            "Losses are those of the held-out examples used to choose.",
             _trials(search, done),
         ),
         Section(
             "Which settings matter",
-            "Importance: how much a setting says about being among the best quarter of the trials (PED-ANOVA).",
+            "Importance: how well a setting predicts whether a trial is among the best quarter (PED-ANOVA).",
             [_importances(search), *_slices(done)],
         ),
         Section("All trials and settings", "", [all_trials, settings_table("Settings", *settings)]),
     ]
     numbers = [
         Number(f"held-out loss, trial {best.number} (best)", f"{best.eval_loss:.3f}", interval(best.interval)),
-        Number("held-out loss, base", f"{search.base_loss:.3f}", "before any training"),
+        Number("held-out loss, base", f"{search.base_loss:.3f}", "before training"),
         Number("trained by the cheapest", count(cheapest.trainable_parameters), "parameters"),
         Number("trials", str(len(search.trials)), f"{plural(search.steps, 'step')} each", "page"),
-        Number("time of all runs", duration(search.seconds)),
+        Number("total time", duration(search.seconds)),
     ]
     train = train_command(search.settings)
     commands = [f"{train} --config {search.config}  # the best"]
@@ -70,8 +70,8 @@ def search_page(search: SearchResult) -> Page:
         numbers.insert(1, Number(label, f"{cheapest.eval_loss:.3f}", interval(cheapest.interval)))
         path = Path(search.config).with_name("cheapest.yaml")
         commands.append(f"{train} --config {path}  # the cheapest")
-    conclusion = Section("To train with the result", "", [Code("\n".join(commands))])
-    title = f"{plural(len(search.trials), 'trial')} searched"
+    conclusion = Section("Train with the result", "", [Code("\n".join(commands))])
+    title = f"Search over {plural(len(search.trials), 'trial')}"
     return Page("search", title, search.verdict, numbers, sections, search.notes, conclusion)
 
 
@@ -80,7 +80,7 @@ def _finalists(search: SearchResult) -> list[Block | None]:
     losses = [Estimate(names[trial.number], trial.eval_loss, trial.interval) for trial in search.finalists]
     differences = {names[trial.number]: trial.difference for trial in search.finalists}
     margin = search.settings.get("search", {}).get("margin")
-    figures = judged_figures(
+    figures = loss_figures(
         losses, search.base_loss, differences, f"trial {search.best.number}", margin, search.loss_unit
     )
 
@@ -118,7 +118,7 @@ def _finalists(search: SearchResult) -> list[Block | None]:
 def _table_of_trials(trials: Sequence[Candidate], title: str, **options: Any) -> Table:
     names = list(dict.fromkeys(name for trial in trials for name in trial.settings))
     columns = numeric("trial", "loss", "trained", "time")
-    columns += [Column(name, priority=1) for name in ("ended", *names)]
+    columns += [Column(name, priority=1) for name in ("state", *names)]
     rows = [
         [
             str(trial.number),
@@ -134,7 +134,7 @@ def _table_of_trials(trials: Sequence[Candidate], title: str, **options: Any) ->
 
 
 def _trials(search: SearchResult, done: Sequence[Candidate]) -> list[Block | None]:
-    # Runs that diverged are drawn at this loss: at their own they would leave the others no room
+    # Diverged runs are drawn at this loss; their own would squash all others
     start = max([search.base_loss, *(trial.curve[0][1] for trial in search.trials if trial.curve)])
     highest = start + max(0.3 * (start - min(map(loss_of, done), default=start)), 0.05)
     best = sorted(done, key=loss_of)[:SHOWN_TRIALS]
@@ -155,7 +155,7 @@ def _history(search: SearchResult, done: Sequence[Candidate], highest: float) ->
         numbers = [trial.number for trial in done]
         axes.step(numbers, best_so_far, where="post", color=SOFT, linewidth=1.3, label="best so far")
         marks: dict[str, Any] = {"s": 46, "edgecolors": SERIES[0], "linewidths": 1.4, "zorder": 3}
-        for name, trials, face in (("ended early", early, PAPER), ("ran to the end", done, SERIES[0])):
+        for name, trials, face in (("stopped early", early, PAPER), ("finished", done, SERIES[0])):
             if trials:
                 shown = [min(loss_of(trial), highest) for trial in trials]
                 axes.scatter([trial.number for trial in trials], shown, c=face, label=name, **marks)
@@ -167,12 +167,12 @@ def _history(search: SearchResult, done: Sequence[Candidate], highest: float) ->
 
     best = min(done, key=loss_of)
     alt = (
-        f"Loss of {len(search.trials)} trials in the order in which they began; the best, {loss_of(best):.3f}, is "
+        f"Loss of {len(search.trials)} trials in the order in which they started; the best, {loss_of(best):.3f}, is "
         f"trial {best.number}."
     )
     caption = (
-        "Loss of each trial. Filled: ran to the end. Hollow: ended early, at its last evaluation. Line: the best so "
-        "far. Trials that diverged are drawn at the top."
+        "Loss of each trial. Filled: finished. Hollow: stopped early, at its last evaluation. Line: the best so far. "
+        "Diverged trials are drawn at the top."
     )
     return Figure("history", draw, alt, caption, wide=True)
 
@@ -190,8 +190,8 @@ def _curves(search: SearchResult, highest: float) -> Figure | None:
                 steps, np.minimum(losses, highest), color=SERIES[best], linewidth=width, alpha=alpha, zorder=2 + best
             )
 
-    alt = f"Held-out loss of {len(search.trials)} trials over their steps; trial {search.best.number} is marked."
-    caption = "Held-out loss over the steps; trials in the worse half are ended early. Marked: the best."
+    alt = f"Held-out loss of {len(search.trials)} trials over their steps; trial {search.best.number} is highlighted."
+    caption = "Held-out loss over the steps; trials in the worse half are stopped early. Highlighted: the best."
     return Figure("trial-curves", draw, alt, caption) if trials else None
 
 
@@ -223,7 +223,7 @@ def _importances(search: SearchResult) -> Paragraph | None:
 
 
 def _slices(done: Sequence[Candidate]) -> list[Figure]:
-    """The loss against one setting at a time, for each setting that differs among the trials."""
+    """Returns a figure of the loss against each setting that differs among the trials."""
     if len(done) < FEWEST_FOR_SLICES:
         return []
     names = dict.fromkeys(name for trial in done for name in trial.settings)
@@ -272,7 +272,7 @@ def lr_range_page(rates: RateRange) -> Page:
         "rates",
         draw,
         f"Held-out loss against the learning rate, from {rates.base_loss:.3f} down to {lowest} at {suggestion}.",
-        "Dashed line: the base. Losses above the top of the figure are left out.",
+        "Dashed line: the base model. Losses above the top of the figure are not shown.",
         wide=True,
     )
     rows = [[learning_rate(rate), f"{loss:.4f}"] for rate, loss in rates.curve]
@@ -280,7 +280,7 @@ def lr_range_page(rates: RateRange) -> Page:
     sections = [
         Section(
             "Loss while the learning rate rises",
-            "One run, each step at a higher learning rate; the loss is always that of the same held-out examples.",
+            "One run, each step at a higher learning rate. The loss is always measured on the same held-out examples.",
             [figure, table],
         ),
         Section("Settings", "", [settings_table("Settings", ("", rates.settings.get("train", {})))]),
@@ -288,9 +288,9 @@ def lr_range_page(rates: RateRange) -> Page:
     numbers = [
         Number("suggested learning rate", suggestion),
         Number("lowest loss", lowest, f"at {suggestion}"),
-        Number("held-out loss, base", f"{rates.base_loss:.3f}", "before any training"),
+        Number("held-out loss, base", f"{rates.base_loss:.3f}", "before training"),
         Number("steps", f"{rates.steps:,}"),
     ]
     command = f"{train_command(rates.settings)} --learning-rate {rates.suggestion:.1e}"
-    conclusion = Section("To train with it", "", [Code(command)])
+    conclusion = Section("Train with it", "", [Code(command)])
     return Page("learning rates", "Learning rates", rates.verdict, numbers, sections, conclusion=conclusion)

@@ -1,4 +1,4 @@
-"""Columns, tables, figures and short names that several pages have."""
+"""Columns, tables, figures and short names that several pages use."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
@@ -25,22 +25,22 @@ def settings_table(title: str, *groups: tuple[str, Mapping[str, object]]) -> Tab
     rows = [[group, name, setting(value)] for group, settings in groups for name, value in settings.items()]
     if not rows:
         return None
-    columns = [Column("of"), Column("setting"), Column("value")]
+    columns = [Column("part"), Column("setting"), Column("value")]
     if not any(group for group, *_ in rows):
         columns, rows = columns[1:], [row[1:] for row in rows]
     return Table(columns, rows, title, folded=True, detail="page")
 
 
 def train_command(settings: Mapping[str, Any]) -> str:
-    """Returns the start of a command that trains in as many processes as the runs of the study with these settings."""
+    """Returns the start of a training command, with as many processes as the runs of a study with these settings."""
     processes = settings.get(LAUNCH, {}).get(PROCESSES)
     return "tailora train" if processes is None else f"tailora train --nproc-per-node {processes}"
 
 
-# ---- Losses, and differences from one of them: of a comparison's arms and of a search's finalists
+# ---- Losses and their differences, of a comparison's arms or a search's finalists
 
 
-def judged_figures(
+def loss_figures(
     losses: Sequence[Estimate],
     base_loss: float,
     differences: Mapping[str, Difference | None],
@@ -49,7 +49,7 @@ def judged_figures(
     unit: str,
 ) -> list[Figure | None]:
     """differences: name of a loss -> its difference from the reference's loss.
-    margin: smaller differences, in the loss's unit, do not matter to the user.
+    margin: differences below this, in the loss's unit, do not matter to the user.
     """
     measured = {name: difference for name, difference in differences.items() if difference}
     listed = "; ".join(f"{loss.name} {loss.value:.3f} ({interval(loss.ends)})" for loss in losses)
@@ -58,8 +58,8 @@ def judged_figures(
         "losses",
         lambda canvas: canvas.estimates(losses, f"held-out loss, {unit}"),
         f"Held-out loss of each with its 95% interval: {listed}.",
-        f"Held-out loss, with 95% intervals over examples and seeds{seeds}. The base has {base_loss:.3f}. All are "
-        "judged on the same examples, so overlapping intervals say little: look at the differences.",
+        f"Held-out loss with 95% intervals over examples and seeds{seeds}. The base model has {base_loss:.3f}. All are "
+        "evaluated on the same examples, so compare the differences: overlapping intervals say little.",
     )
 
     def draw_differences(canvas: Canvas) -> None:
@@ -74,11 +74,9 @@ def judged_figures(
         f"{name} {value.value:+.3f} ({interval((value.low, value.high), '+.3f')})" for name, value in measured.items()
     )
     together = (
-        " (the intervals hold for all of them together)"
-        if any(value.comparisons > 1 for value in measured.values())
-        else ""
+        " (all intervals hold at the same time)" if any(value.comparisons > 1 for value in measured.values()) else ""
     )
-    band = "" if margin is None else f" Shaded: within the margin of {margin:g}, which does not matter."
+    band = "" if margin is None else f" Shaded: differences within the margin of {margin:g}, which do not matter."
     differences_figure = Figure(
         "differences",
         draw_differences,
@@ -90,17 +88,17 @@ def judged_figures(
 
 
 def difference_cells(difference: Difference | None, p: float | None, missing: str = "") -> list[str]:
-    """The difference, its interval and its p-value. missing: shown if there is no difference."""
+    """Returns the difference, its interval and its p-value. missing: shown if there is no difference."""
     value = signed(difference.value) if difference else missing
     ends = f"{signed(difference.low)} to {signed(difference.high)}" if difference else ""
     return [value, ends, "" if p is None else p_value(p)]
 
 
-# ---- A model that predicts labels: confusions and calibration
+# ---- Classification: confusion matrix and calibration
 
 
 def labels_section(details: Mapping[str, Any]) -> Section | None:
-    """details: `evaluation.classification.label_details`, {} for numbers."""
+    """details: `evaluation.classification.label_details`, {} for regression."""
     if not details:
         return None
     return Section("Labels", " ".join(_sentences(details)), [_confusion(details), _calibration(details)])
@@ -124,8 +122,8 @@ def _confusion(details: Mapping[str, Any]) -> Table | None:
     rows = [
         [name, *(f"{count:,}" for count in counts)] for name, counts in zip(names, details["confusion"], strict=True)
     ]
-    columns = [Column("right \\ predicted"), *numeric(*names)]
-    return Table(columns, rows, "Confusion matrix", "A row for each right label, a column for each predicted one.")
+    columns = [Column("true \\ predicted"), *numeric(*names)]
+    return Table(columns, rows, "Confusion matrix", "Rows: true labels. Columns: predicted labels.")
 
 
 def _calibration(details: Mapping[str, Any]) -> Figure:
@@ -146,23 +144,23 @@ def _calibration(details: Mapping[str, Any]) -> Figure:
         "calibration",
         draw,
         f"Line chart of accuracy by confidence: {listed}.",
-        "Predictions of about the same confidence: how many of them are right. On the dashed line a confidence of 80% "
-        "is right in 80% of the cases.",
+        "Accuracy of predictions with about the same confidence. On the dashed line, predictions with a confidence of "
+        "80% are right in 80% of the cases.",
     )
 
 
-# ---- Short names of matrices, where there is no room for paths, and matrices by depth and layer
+# ---- Short names of matrices, and matrices by depth and layer
 
 
 def inner_path(path: str) -> str:
-    """The path after the number of its layer; all of it where it has none."""
+    """Returns the path after the number of its layer; the full path if it has none."""
     parts = path.split(".")
     number = next((index for index, part in enumerate(parts) if part.isdecimal()), -1)
     return ".".join(parts[number + 1 :])
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:
-    """Path -> its last name; where another matrix of a layer has the same last name, its path within the layer."""
+    """Returns path -> its last name, or the path within the layer if the last name is ambiguous."""
     inner = {path: inner_path(path) for path in paths}
     by_last_name: dict[str, set[str]] = {}
     for name in inner.values():
@@ -173,7 +171,7 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
 
 
 def shared_prefix(paths: Iterable[str]) -> str:
-    """What all paths begin with, up to a dot; '' for nothing."""
+    """Returns the common prefix of all paths, up to a dot; '' if there is none."""
     names = zip(*(path.split(".")[:-1] for path in paths), strict=False)
     shared = [same[0] for same in takewhile(lambda same: len(set(same)) == 1, names)]
     return ".".join(shared) + "." if shared else ""
@@ -188,7 +186,7 @@ Module = TypeVar("Module", bound=HasPath)
 
 
 def by_depth(modules: Sequence[Module], layers: int) -> list[tuple[str, str, list[Module]]]:
-    """Modules in groups: a range of layers in one third of the model, a matrix's short name, and its modules there."""
+    """Groups modules: a range of layers in one third of the model, a matrix's short name, and its modules there."""
     names = short_names(module.path for module in modules)
     groups: dict[tuple[str, str], list[Module]] = {}
     for module in modules:
@@ -201,7 +199,7 @@ def by_depth(modules: Sequence[Module], layers: int) -> list[tuple[str, str, lis
 
 
 def by_layer(modules: Sequence[HasPath], measure: str) -> dict[tuple[str, int], float]:
-    """The cells of a heat map: a matrix's short name and its layer -> the module's attribute `measure`, if not None."""
+    """Returns a heat map's cells: short name of a matrix, layer -> the module's attribute `measure`, if not None."""
     names = short_names(module.path for module in modules)
     return {
         (names[module.path], layer): float(value)

@@ -1,4 +1,4 @@
-"""The report of a training run: report.json, made from the files that the run left in its folder, and its page."""
+"""The report of a training run: report.json, made from the files in the run's folder, and its page."""
 
 import json
 import math
@@ -45,7 +45,7 @@ from tailora.train.run_log import EXAMPLES, METRICS
 LONGEST = 300  # characters of a reply in the data
 LITTLE = 0.1  # a short run (FEW_STEPS) that lowers the loss by less than this share gets a hint
 WHEN = ("before", "after")
-COLUMNS = [  # of metrics.jsonl -> unit, caption
+COLUMNS = [  # column of metrics.jsonl, unit, caption
     ("learning_rate", "learning rate", "Learning rate of each step."),
     ("grad_norm", "gradient norm", "Norm of the gradient of each step, before clipping."),
     ("tokens_per_second", "tokens per second", "Speed so far, without evaluations."),
@@ -76,7 +76,7 @@ class StepEvaluation:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """For each held-out example: how many losses it has, of a language model tokens; their sum before and after."""
+    """For each held-out example: the number of its losses (a language model's tokens), and their sums."""
 
     tokens: list[int]
     before: list[float]
@@ -85,7 +85,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Metric:
-    """Of the held-out examples, before and after training, with 95% intervals."""
+    """A metric of the held-out examples, before and after training, with 95% intervals."""
 
     name: str
     before: float | None  # None if there is no such number
@@ -108,7 +108,7 @@ class Result:
     total_parameters: int
     peak_memory_bytes: int
     seconds: float  # from loading to the last evaluation
-    total_seconds: float | None = None  # of the command, with answers and passport; None if a program called `run`
+    total_seconds: float | None = None  # with answers and the verification file; None if a program called `run`
     eval_kl: float | None = None  # KL(base || tuned) in nats per token of held-out conversations, for preferences
     eval_loss_before_95: tuple[float, float] | None = None
     eval_loss_after_95: tuple[float, float] | None = None
@@ -116,7 +116,7 @@ class Result:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What report.json of a run holds. run: run.json without settings and result."""
+    """The report.json of a run. run: run.json without settings and result."""
 
     settings: dict[str, Any]
     run: dict[str, Any]
@@ -132,7 +132,7 @@ class TrainReport:
 
     @property
     def answers(self) -> list[tuple[str, str, str]]:
-        """Prompt, answer of the base, answer after training. Of a longer conversation, how much precedes the prompt."""
+        """Prompt, answer of the base, answer after training. The prompt says how many messages precede it."""
         rows = []
         for answer in self.samples:
             earlier = plural(answer.earlier_messages, "earlier message")
@@ -142,12 +142,12 @@ class TrainReport:
 
 
 def write_train_report(folder: Path) -> dict[str, Any]:
-    """Writes report.json and returns its content. Raises FormatError where a file of the run cannot be read."""
+    """Writes report.json and returns its content. Raises FormatError if a file of the run cannot be read."""
     header = _read(folder / RUN)
     try:
         result, settings = header.pop("result"), header.pop("settings")
     except KeyError as missing:
-        raise FormatError(f"{folder / RUN} lacks {missing}; it was not written by a run") from None
+        raise FormatError(f"{folder / RUN} has no {missing}; use the output folder of tailora train") from None
     lines = _read(folder / METRICS)
     examples = _read(folder / EXAMPLES) if (folder / EXAMPLES).exists() else []
     held_out, losses, task_metrics, change_of_metrics, labels = None, {}, list[dict[str, Any]](), "", dict[str, Any]()
@@ -178,7 +178,7 @@ def write_train_report(folder: Path) -> dict[str, Any]:
             cause, remedy = _remedy(settings, [line["loss"] for line in lines if "loss" in line])
             verdict = f"Worse than before training. {verdict} {cause}"
     elif result["eval_loss_after"] is None:
-        verdict = "There was no held-out data, so nothing can be said about whether it worked: give --eval-data FILE."
+        verdict = "Whether training worked is unknown without held-out data: use --eval-data FILE."
     else:
         change = f"{result['eval_loss_before']:.3f} to {result['eval_loss_after']:.3f}"
         verdict = f"Held-out loss went from {change} {unit}; its interval was not recorded."
@@ -207,12 +207,12 @@ def write_train_report(folder: Path) -> dict[str, Any]:
 
 
 def _remedy(settings: Mapping[str, Any], losses: Sequence[float]) -> tuple[str, list[str]]:
-    """Returns why a run probably made the model worse, and flags to try. losses: of each step, before it."""
+    """Returns why a run probably made the model worse, and flags to try. losses: of each step, before its update."""
     last = losses[-max(len(losses) // 4, 1) :]
     if sum(last) / len(last) < losses[0]:
         steps = str(max(len(losses) // 10, 1))
-        cause = "The training loss fell, so the examples were learned by heart, or differ from the held-out ones."
-        return f"{cause} --eval-steps {steps} keeps the best step, and fewer steps may do.", ["--eval-steps", steps]
+        cause = "The training loss fell, so the model overfits, or the examples differ from the held-out ones."
+        return f"{cause} --eval-steps {steps} keeps the best step. Or use fewer steps.", ["--eval-steps", steps]
     now = settings["learning_rate"]
     rate = learning_rate(min(now / 10, FIRST_RATES[settings.get("method", LORA)]))
     cause = f"The training loss did not fall: the learning rate {now:g} is too high."
@@ -251,19 +251,19 @@ def train_page(report: TrainReport) -> Page:
     numbers: list[Number] = []
     unit = str(run.get("loss_unit", NATS_PER_TOKEN))
     measured = "Nats per learned token" if unit == NATS_PER_TOKEN else f"Loss, {unit}"
-    loss_text = f"{measured}: of each step's examples, before the step, and of the held-out examples."
+    loss_text = f"{measured}: for each step's examples before its update, and for the held-out examples."
     answers: Block | None = None
     if result is not None:
         first = report.metrics[:2]  # those that say most
         numbers = [Number(f"{m.name} after", _shown(m.after), f"before {_shown(m.before)}") for m in first]
         numbers += _numbers(result, unit, is_resumed=report.settings.get("resume_from_checkpoint") is not None)
         if report.evaluations:
-            loss_text += f" The weights of step {result.best_step} are kept."
+            loss_text += f" The weights of step {result.best_step} were kept."
         if not run.get("labels") and report.settings.get("samples") != 0:
             answers = Paragraph("No answers were compared: there was no held-out prompt.")
     answers_text = "Greedy answers to the prompts of the first held-out examples."
     if any(sample.reference for sample in report.samples):
-        answers_text += " After each arrow: the reply in the data."
+        answers_text += " The arrow marks the reply in the data."
     if report.settings.get("data") == "demo":
         answers_text = f"The demo's data is small talk between strangers, so expect a casual tone. {answers_text}"
     if report.samples:
@@ -278,7 +278,7 @@ def train_page(report: TrainReport) -> Page:
     tables = {
         "Settings": report.settings,
         "Data": data,
-        "Decided by the run": decided,
+        "Chosen automatically": decided,
         "Versions": run.get("versions") or {},
         "Machine": run.get("machine") or {},
     }
@@ -289,7 +289,7 @@ def train_page(report: TrainReport) -> Page:
         Section("Loss", loss_text, [_loss(report, unit)]),
         *([_examples(report.held_out, unit)] if report.held_out else []),
         Section("Answers before and after", answers_text, [answers]),
-        Section("The course of the run", "Schedule, gradients, speed and memory of every step.", _course(report.steps)),
+        Section("Training", "Learning rate, gradients, speed and memory of every step.", _training(report.steps)),
         Section("Settings and machine", "", [settings_table(title, ("", values)) for title, values in tables.items()]),
     ]
     notes = [hint] if result is not None and (hint := _few_steps_hint(result, report)) else []
@@ -307,13 +307,13 @@ def _few_steps_hint(result: Result, report: TrainReport) -> str:
     if after > before:  # the rate was not too low
         return ""
     if accuracy is not None and not beats_majority(accuracy, report.labels):
-        finding = "No better than one answer to all"
+        finding = "No better than always predicting the same label"
     elif after > (1 - LITTLE) * before:
         finding = "The held-out loss changed little"
     else:
         return ""
     return (
-        f"{finding} in {plural(result.steps, 'step')}. Such short runs need a higher learning "
+        f"{finding} after {plural(result.steps, 'step')}. Such short runs need a higher learning "
         f"rate, such as --learning-rate {learning_rate(4 * rate)} (it was {learning_rate(rate)}), or more steps: a "
         "higher --num-train-epochs or --max-steps."
     )
@@ -332,7 +332,7 @@ def _numbers(result: Result, unit: str, *, is_resumed: bool) -> list[Number]:
     wait = result.seconds if result.total_seconds is None else result.total_seconds
     speed = f"{result.tokens_per_second:,.0f} tokens/s"
     steps = duration(result.train_tokens / result.tokens_per_second) if result.tokens_per_second else NONE
-    since = f"since it was resumed; in all {steps} " if is_resumed else f"{steps} of it "
+    since = f"since it was resumed; {steps} in total " if is_resumed else f"{steps} of it "
     if result.eval_kl is not None:
         numbers.append(Number("KL from the base", f"{result.eval_kl:.3f}", "nats per token of held-out conversations"))
     return [
@@ -352,7 +352,7 @@ def _metrics(metrics: Sequence[Metric], meanings: Mapping[str, str]) -> Section:
     columns = [Column(name) for name in ("metric", "before", "95% interval", "after", "95% interval")]
     rows = [(m.name, _shown(m.before), _interval(m.before_95), _shown(m.after), _interval(m.after_95)) for m in metrics]
     note = "; ".join(f"{m.name}: {meanings[m.name]}" for m in metrics if m.name in meanings)
-    return Section("Metrics", "Of the held-out examples.", [Table(columns, rows, note=f"{note}.")])
+    return Section("Metrics", "On the held-out examples.", [Table(columns, rows, note=f"{note}.")])
 
 
 def _interval(ends: tuple[float, float] | None) -> str:
@@ -398,7 +398,7 @@ def _examples(held_out: HeldOut, unit: str) -> Section:
     return Section("Each held-out example", text, [Figure("changes", draw, alt, caption, wide=True)])
 
 
-def _course(steps: Sequence[Step]) -> list[Figure]:
+def _training(steps: Sequence[Step]) -> list[Figure]:
     def known(name: str) -> list[Step]:
         return [step for step in steps if getattr(step, name) is not None]
 
