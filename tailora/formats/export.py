@@ -1,11 +1,11 @@
-"""Exports an adapter: writes a folder, reads it back, compares it with the live model, and only then gives it its name.
+"""Exports an adapter: writes a temporary folder, reads it back, compares it with the live model, then renames it.
 
     peft       the folder that tailora, PEFT and most of the ecosystem read
     portable   a PEFT folder for servers that ignore many of its settings: vLLM, SGLang, LMDeploy
     gguf       llama.cpp and Ollama: gguf.py
     mlx        mlx-lm: mlx.py
     diffusers  pipelines of diffusers: kohya_diffusers.py
-    merged     a Hugging Face folder of the whole model, without an adapter
+    merged     a Hugging Face folder of the full model, without an adapter
 
 fold_scale.py puts the scale into B.
 """
@@ -65,14 +65,14 @@ def export(
 
     Of models of diffusers, whose inputs differ, the updates are compared instead.
     overwrite: as in `run_folder.check_result_folder`.    write_more: writes other files into the folder.
-    Raises ConfigError for an unknown format or a folder that is not empty, FormatError with all that the format cannot
-    hold and for a difference above the tolerance, MergeError, WriteError.
+    Raises ConfigError for an unknown format or a folder that is not empty, FormatError with everything that the format
+    does not support and for a difference above the tolerance, MergeError, WriteError.
     """
     if to not in FORMATS:
-        raise ConfigError(f"no format is called {to!r}; there are: {', '.join(FORMATS)}{nearest(to, FORMATS)}")
+        raise ConfigError(f"unknown format {to!r}; available: {', '.join(FORMATS)}{nearest(to, FORMATS)}")
     check_result_folder(folder, EXPORTED_FILES, overwrite=overwrite)
     export_format = FORMATS[to]
-    fold_scale.raise_problems(f"{to} cannot hold this adapter", export_format.problems(source))
+    fold_scale.raise_problems(f"cannot export this adapter to {to}", export_format.problems(source))
     with replace_folder(folder) as temporary:
         changes = export_format.write(temporary, source)
         content = export_format.read(temporary, source)
@@ -87,7 +87,7 @@ Content = peft.StoredAdapter | nn.Module
 
 
 def _compare_with_live(source: ExportSource, content: Any, exported: str) -> "LogitComparison":
-    """Compares the logits of what was read back with those of the live model."""
+    """Compares the logits of the exported content with the live model's."""
     ids = comparison_ids(source.base_model)
 
     def logits_with(adapter: Adapter | None) -> Tensor:
@@ -102,7 +102,7 @@ def _compare_with_live(source: ExportSource, content: Any, exported: str) -> "Lo
 
 
 def _compare_updates(source: ExportSource, content: Any, exported: str) -> "LogitComparison":
-    """Compares the updates of all layers, B A, with those of the live model."""
+    """Compares the updates of all layers, B A, with the live model's."""
     reloaded = fold_scale.fold_scale(ExportSource(restore(content, source.base_model), source.base_model))
     squares, difference = 0.0, 0.0
     for path, (A, B) in fold_scale.fold_scale(source).items():
@@ -110,11 +110,11 @@ def _compare_updates(source: ExportSource, content: Any, exported: str) -> "Logi
         squares += float(update.square().sum())
         difference += float((read_back - update).square().sum())
     if not difference <= TOLERANCE**2 * squares:  # or not a number
-        raise FormatError(f"{exported}: read back, its updates differ from the live model's; please report it")
+        raise FormatError(f"{exported}: the exported updates differ from the live model's; please report this bug")
     return LogitComparison(math.sqrt(difference / squares) if squares else 0.0, 1.0, TOLERANCE)
 
 
-# ---- Comparing the logits of the files, read back, with those of the live model
+# ---- Comparing the logits of the exported files with the live model's
 #
 # In float32, whatever the weights' dtype. A bfloat16 forward of the demo's model is 3% (text) to 8% (random tokens) off
 # its float32 one, and one of 4 bits on a CPU rounds more, which would hide errors in a file. The weights of a layer are
@@ -145,14 +145,14 @@ def compare_logits(live: Tensor, base: Tensor, reloaded: Tensor, exported: str, 
     """
     size = _root_mean_square(live)
     if not 0 < size < math.inf:
-        raise FormatError(f"the live model's logits have a size of {size}: there is nothing to compare with")
+        raise FormatError(f"expected finite logits of the live model that are not all zero, got the size {size}")
     effect = _root_mean_square(live - base) / size
     difference, tolerance = _root_mean_square(reloaded - live) / size, max(TOLERANCE, effect / 2 if rounded else 0)
     if not difference <= tolerance:  # or not a number
         raise FormatError(
-            f"{exported}: read back, its logits differ from the live model's by {difference:.2g} of their size; "
-            f"allowed is {tolerance:.2g}, and the adapter's own effect is {effect:.2g}. Nothing was written; "
-            f"{ROUNDING_REMEDY if rounded else 'please report it'}"
+            f"{exported}: the exported logits differ from the live model's by {difference:.2g} of their size; the "
+            f"limit is {tolerance:.2g}, and the adapter's own effect is {effect:.2g}. Nothing was written; "
+            f"{ROUNDING_REMEDY if rounded else 'please report this bug'}"
         )
     return LogitComparison(difference, effect, tolerance)
 
@@ -166,8 +166,8 @@ def comparison_ids(base_model: Any) -> Tensor:
     vocabulary = getattr(getattr(base_model, "config", None), "vocab_size", None)
     if not isinstance(vocabulary, int):
         raise FormatError(
-            f"{type(base_model).__name__} has no config.vocab_size, so there is nothing to compare it with after "
-            "export; save_adapter and merge work for every module"
+            f"{type(base_model).__name__} has no config.vocab_size, so its export cannot be checked; use save_adapter "
+            "or merge, which work for every module"
         )
     ids = torch.arange(1, BATCH * LENGTH + 1, device="cpu") * 7919 % vocabulary  # a prime: no pattern
     return ids.view(BATCH, LENGTH).to(next(base_model.parameters()).device)
@@ -215,7 +215,7 @@ def _undo(parameters: dict[str, nn.Parameter], undo: list[Change], module: nn.Mo
 
 @contextmanager
 def with_only_adapter(base_model: nn.Module, adapter: Adapter | None) -> Iterator[nn.Module]:
-    """In the block only `adapter` is active, or none. Its layers must be those of an adapter that the base has."""
+    """In the block only `adapter` is active, or none. The base must have an adapter with the same layers."""
     parts = adapter.parts if adapter else {}
     active: dict[nn.Module, tuple[nn.Module, ...]] = {
         module: () for module in base_model.modules() if isinstance(module, Swapped)
@@ -234,11 +234,11 @@ def peft_problems(source: ExportSource) -> list[str]:
     problems = []
     if changed := [path for path, layer in source.adapter.low_rank.items() if layer.strength != 1]:
         problems.append(
-            f"the strength dial of {len(changed)} layers is not 1; set_scale(name, 1), or export to 'portable', which "
-            "holds it"
+            f"{len(changed)} layers have a scale other than as trained; set_scale(name, 1), or export to 'portable', "
+            "which includes it"
         )
     if reason := peft.unknown_to_peft(peft_layers(source.base_model, source.adapter.low_rank).values()):
-        problems.append(f"{reason}; save_adapter keeps it for tailora, and 'merged' holds it")
+        problems.append(f"{reason}; use save_adapter, for tailora only, or export to 'merged'")
     return problems
 
 
@@ -266,7 +266,7 @@ def portable_problems(source: ExportSource) -> list[str]:
     factors = fold_scale.fold_scale(source)
     highest = max(len(A) for A, _ in factors.values())
     if highest > VLLM_RANKS[-1]:
-        return [f"rank {highest} is above {VLLM_RANKS[-1]}, the highest that vLLM takes; export to 'gguf' or 'merged'"]
+        return [f"rank {highest} is above {VLLM_RANKS[-1]}, vLLM's maximum; export to 'gguf' or 'merged'"]
     return []
 
 
@@ -290,27 +290,27 @@ def write_portable(folder: Path, source: ExportSource) -> list[str]:
     settings = to_peft_config(config, layers, source.base_model)
     about = (
         f"Plain LoRA adapter of {len(factors)} layers, r = alpha = {r}: the scale is in B.\n"
-        "For PEFT, and for servers that read r and alpha alone: vLLM, SGLang, LMDeploy."
+        "For PEFT, and for servers that only read r and alpha: vLLM, SGLang, LMDeploy."
     )
     peft.write_files(folder, tensors, metadata, settings, about)
     return [*fold_scale.fold_changes(source), *padding]
 
 
 # ---- Format merged: config, generation config, safetensors, tokenizer and chat template of a Hugging Face model
-# The base stays as it is.
+# The base model does not change.
 
 SHARD = "2GB"  # largest safetensors file
-LARGE_ERROR = 0.1  # of an update, by rounding: more is worth a remedy
-ROUNDING_REMEDY = "leave the adapter unmerged, or merge it into a base in float32 (--dtype float32)"
+LARGE_ERROR = 0.1  # of an update, by rounding; above it, the message has a remedy
+ROUNDING_REMEDY = "use the adapter unmerged, or merge it into a base in float32 (--dtype float32)"
 KEY_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
 def merged_problems(source: ExportSource) -> list[str]:
-    """Returns a message for each part of the adapter that the format cannot hold."""
+    """Returns a message for each part of the adapter that the format does not support."""
     base: Any = source.base_model
     if hasattr(base, "save_pretrained"):
         return []
-    return [f"a {type(base).__name__} is no transformers model; merge_and_unload() it and save its state dict"]
+    return [f"{type(base).__name__} is not a transformers model; use merge_and_unload() and save the state dict"]
 
 
 def write_merged(folder: Path, source: ExportSource) -> list[str]:
@@ -344,11 +344,11 @@ def write_merged(folder: Path, source: ExportSource) -> list[str]:
         notes[0] += f". To keep all of it, {ROUNDING_REMEDY}"
     if quantized_layers(base):
         notes.append(
-            f"the whole base is dequantised, to {dtype}: what quantising had rounded off stays lost. Quantising the "
-            "merged weights again would lose a part of the update, or all of it"
+            f"the base is dequantised to {dtype}, but precision that quantising had lost stays lost. Quantising the "
+            "merged weights again would lose some or all of the update"
         )
     if source.tokenizer is None:
-        notes.append("no tokenizer was given, so none is in the folder")
+        notes.append("no tokenizer was given, so the folder has none")
     else:
         source.tokenizer.save_pretrained(folder)
     return notes + (["tied weights are untied: tie_word_embeddings is false"] if untied else [])
@@ -365,9 +365,9 @@ def load_merged(folder: Path, source: ExportSource) -> nn.Module:
     problems = [f"{name}: {', '.join(sorted(report[name])[:3])}" for name in KEY_PROBLEMS if report[name]]
     if source.tokenizer is not None:
         template = AutoTokenizer.from_pretrained(folder).chat_template
-        problems += ["the chat template did not survive"] if template != source.tokenizer.chat_template else []
+        problems += ["the chat template has changed"] if template != source.tokenizer.chat_template else []
     if problems:
-        raise FormatError(f"the merged model does not load as it was saved: {'; '.join(problems)}")
+        raise FormatError(f"the merged model differs after loading it again: {'; '.join(problems)}")
     return cast(nn.Module, model)
 
 
@@ -376,9 +376,9 @@ def load_merged(folder: Path, source: ExportSource) -> nn.Module:
 
 @dataclass(frozen=True)
 class Format:
-    """problems: what the format cannot hold.
+    """problems: what the format does not support.
     write: fills a folder and returns what it changed.
-    read: the adapter that the folder holds, or the model.
+    read: returns the adapter in the folder, or the model.
     """
 
     problems: Callable[[ExportSource], list[str]]

@@ -78,9 +78,9 @@ def fingerprint_differences(
 
 def _difference(path: str, stored: LayerFingerprint, current: LayerFingerprint, exact: bool) -> str | None:
     if stored.shape != current.shape:
-        return f"{path}: made for a weight of shape {tuple(stored.shape)}, here it is {tuple(current.shape)}"
+        return f"{path}: expected a weight of shape {tuple(stored.shape)}, got {tuple(current.shape)}"
     if len(stored.weights) != SAMPLES or len(stored.spread) not in (0, SAMPLES):
-        return f"{path}: its fingerprint has {len(stored.weights)} weights, not {SAMPLES}"
+        return f"{path}: expected a fingerprint of {SAMPLES} weights, got {len(stored.weights)}"
     before, now = stored.weights, current.weights
     no_spread = [0.0] * SAMPLES
     spread = [sum(both) for both in zip(stored.spread or no_spread, current.spread or no_spread, strict=True)]
@@ -91,12 +91,12 @@ def _difference(path: str, stored: LayerFingerprint, current: LayerFingerprint, 
         return None
     worst = next((i for i, value in enumerate(excess) if math.isnan(value)), excess.index(max(excess)))
     explained = f"; quantisation explains {spread[worst]:.2g} of it" if any(spread) else ""
-    sampled = f"a sampled one was {before[worst]:.9g}, here it is {now[worst]:.9g}{explained}"
-    return f"{path}: made for other weights ({sampled})"
+    sampled = f"in a sample, expected {before[worst]:.9g}, got {now[worst]:.9g}{explained}"
+    return f"{path}: the weights differ ({sampled})"
 
 
 def _sample(weight: Tensor) -> list[float]:
-    """Returns SAMPLES values, evenly spaced in the order of a file. Of a sharded weight the whole is gathered."""
+    """Returns SAMPLES values, evenly spaced in the order of a file. A sharded weight is gathered first."""
     weight = whole_tensor(weight.detach())
     return cast(list[float], weight[_sample_index(weight.shape, weight.device)].float().tolist())
 

@@ -1,4 +1,4 @@
-"""Folds the scale of an adapter into B at export, and takes a learned scale out of B again.
+"""Folds the scale of an adapter into B at export, and extracts a learned scale from B again.
 
     y = W x + s B A x      A (r, in), B (out, r)
 
@@ -6,7 +6,7 @@
     peft          alpha / r, or alpha / sqrt(r)   B s / that scale: `scale_ratio`
     all others    1                               B s: `fold_scale`
 
-s is the whole scale: alpha / r, rsLoRA, patterns, a learned scale, the strength dial. `fold_scale` also puts a frozen
+s is the full scale: alpha / r, rsLoRA, patterns, a learned scale, the strength dial. `fold_scale` also puts a frozen
 start (PiSSA, OLoRA) into the factors: s (B A - B0 A0) is a product of rank 2r.
 """
 
@@ -23,12 +23,12 @@ from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import LayerType, layer_path_of
 from tailora.errors import FormatError, listing
 
-MERGED = 'export to "merged", which puts it into the weights'
+MERGED = 'export to "merged", which adds it to the weights'
 
 
 @dataclass(frozen=True)
 class ExportSource:
-    """What is exported. `tokenizer` is saved with a merged model."""
+    """The adapter to export, and its base model. `tokenizer` is saved with a merged model."""
 
     adapter: Adapter
     base_model: nn.Module
@@ -36,7 +36,7 @@ class ExportSource:
 
 
 def low_rank_problems(source: ExportSource, layer_types: Sequence[LayerType]) -> list[str]:
-    """Returns a message for each part of the adapter that two factors per layer cannot hold, and what to do.
+    """Returns a message with a remedy for each part of the adapter that two factors per layer cannot represent.
 
     layer_types: those that the format supports.
     """
@@ -44,16 +44,16 @@ def low_rank_problems(source: ExportSource, layer_types: Sequence[LayerType]) ->
     layers = adapter.low_rank.values()
     problems = []
     if any(layer.lora_magnitude_vector is not None for layer in layers):
-        problems.append("use_dora: a magnitude per output is not low-rank")
+        problems.append("the magnitudes of DoRA (use_dora) are not low-rank")
     if any(layer.lora_bias is not None or layer.bias is not None for layer in layers):
-        problems.append("trained biases have no place there")
+        problems.append("trained biases are not supported")
     if adapter.extras:
-        problems.append(f"trained biases and token rows have no place there ({', '.join(adapter.extras)})")
+        problems.append(f"trained biases and token rows are not supported ({', '.join(adapter.extras)})")
     if adapter.saved:
-        problems.append(f"modules_to_save: {', '.join(adapter.saved)} were trained in full")
+        problems.append(f"modules_to_save: fully trained modules are not supported ({', '.join(adapter.saved)})")
     for path, layer in adapter.low_rank.items():
         if layer.layer_type not in layer_types:
-            problems.append(f"{path}: a {layer.layer_type.name} has no place there")
+            problems.append(f"{path}: layers of type {layer.layer_type.name} are not supported")
     return [f"{problem}; {MERGED}" for problem in problems]
 
 
@@ -66,7 +66,7 @@ def scale_ratio(layer: LoRALayer) -> Tensor:
 
 
 def unfold_learned_scales(scales: Mapping[str, float], layers: Mapping[str, LoRALayer]) -> None:
-    """Takes each learned scale, by path, out of B, where PEFT's readers have it, and makes it a Parameter again."""
+    """Extracts each learned scale, by path, from B, where PEFT expects it, and makes it a Parameter again."""
     for path, value in scales.items():
         layer = layers[path]
         scale = value or layer.configured_scaling  # a scale of 0 has erased B: use the configured one
@@ -116,12 +116,12 @@ def pad_ranks(
 def fold_changes(source: ExportSource) -> list[str]:
     """Returns messages about what `fold_scale` changes."""
     layers = source.adapter.low_rank.values()
-    changes = ["the whole scale is already in the file; leave it at 1 where the file is loaded"]
+    changes = ["the scale is already in the weights; keep it at 1 when you load the file"]
     if starts := sum(layer.has_start for layer in layers):
-        changes.append(f"{starts} layers' frozen starts are part of their factors, at twice the rank")
+        changes.append(f"the frozen starts of {starts} layers are part of their factors, at twice the rank")
     if parts := sum(layer.output_slice is not None for layer in layers):
         changes.append(
-            f"{parts} parts of fused layers are written as factors of the whole layer, at the sum of their ranks"
+            f"{parts} parts of fused layers are written as factors of the full layer, at the sum of their ranks"
         )
     return changes
 

@@ -36,7 +36,7 @@ ARCHITECTURES = {
     "cohere": "command-r",
     **{name: name for name in (*SAME_NAME, "stablelm")},
 }
-# In these architectures rows of q and k are stored in pairs, as Llama's rotary embedding takes them
+# These architectures store rows of q and k in pairs, as Llama's rotary embedding expects them
 PAIRED_ROWS = ("llama", "granite", "smollm3", "olmo")
 QUERY, KEY = "attn_q.weight", "attn_k.weight"
 
@@ -44,7 +44,7 @@ QUERY, KEY = "attn_q.weight", "attn_k.weight"
 
 
 def problems(source: ExportSource) -> list[str]:
-    """Returns a message for each part of the adapter that the format cannot hold."""
+    """Returns a message for each part of the adapter that the format does not support."""
     result = fold_scale.low_rank_problems(source, (LINEAR, CONV1D, EMBEDDING))
     try:
         names = tensor_names(source.base_model)
@@ -55,9 +55,9 @@ def problems(source: ExportSource) -> list[str]:
         if path not in names:
             result.append(f"{path}: GGUF has no tensor for it; {MERGED}")
         elif layer_type is EMBEDDING and names[path] != TOKEN_EMBEDDING:
-            result.append(f"{path}: llama.cpp adapts no other embedding than that of the tokens; {MERGED}")
+            result.append(f"{path}: llama.cpp only adapts the token embedding; {MERGED}")
         elif names[path] in (TOKEN_EMBEDDING, OUTPUT_HEAD) and is_tied:
-            result.append(f"{path}: tied, and llama.cpp keeps one tensor for input and output; {MERGED}")
+            result.append(f"{path}: tied, and llama.cpp has one tensor for input and output; {MERGED}")
     return result
 
 
@@ -87,7 +87,7 @@ def write(folder: Path, source: ExportSource) -> list[str]:
 
 
 def read(folder: Path, base_model: nn.Module) -> StoredAdapter:
-    """Reads adapter.gguf as llama.cpp does, into what a PEFT folder would hold. Raises FormatError."""
+    """Reads adapter.gguf as llama.cpp does, and converts it to the content of a PEFT folder. Raises FormatError."""
     from gguf import GGUFReader
 
     path = folder / GGUF_WEIGHTS
@@ -97,13 +97,13 @@ def read(folder: Path, base_model: nn.Module) -> StoredAdapter:
         fields = {name: field.contents() for name, field in file.fields.items()}
         tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in file.tensors}
     except (OSError, ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
-        raise FormatError(f"{path} is not a complete GGUF file: {error}") from None
+        raise FormatError(f"{path} is not a complete GGUF file: {error}; export or copy it again") from None
     names = tensor_names(base_model)
     header = {"general.type": "adapter", "adapter.type": "lora", "general.architecture": _architecture(base_model)}
     in_file = {key: fields.get(key) for key in header}
     alpha = fields.get("adapter.lora.alpha")
     if in_file != header or not isinstance(alpha, int | float):
-        raise FormatError(f"{path} has {in_file}, adapter.lora.alpha {alpha!r}; expected {header} and a number")
+        raise FormatError(f"{path}: expected {header} and a number as adapter.lora.alpha, got {in_file} and {alpha!r}")
     fold_scale.raise_problems(str(path), _tensor_problems(tensors, set(names.values())))
     factors = {}
     for layer_path, name in names.items():
@@ -147,7 +147,7 @@ def tensor_names(base_model: Any) -> dict[str, str]:
 def _architecture(base_model: Any) -> str:
     model_type = getattr(getattr(base_model, "config", None), "model_type", None)
     if model_type not in ARCHITECTURES:
-        raise FormatError(f"model_type {model_type!r} is not supported in GGUF; there are: {', '.join(ARCHITECTURES)}")
+        raise FormatError(f"model_type {model_type!r} is not supported in GGUF; supported: {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[model_type]
 
 

@@ -1,9 +1,9 @@
-"""Models and adapters on the Hugging Face Hub: which folder a name means, what is uploaded, and the model card.
+"""Models and adapters on the Hugging Face Hub: the folder that a name refers to, uploads, and the model card.
 
-public_name     a base model -> the name that others know it by, and repository_of: that name -> its Hub id
+public_name     a base model -> its name for others, and repository_of: that name -> its Hub id
 local_folder    a name -> a local folder; the adapter's files of a repository are downloaded once
 download        a repository -> also its card, verification file and tokenizer, for `tailora pull`
-shared_files    the files of an adapter that others may have, checked and without paths of this machine
+shared_files    the files of an adapter to publish, checked and without paths of this machine
 upload          a folder -> one commit, for `tailora push` and `LoRAModel.push_to_hub`
 model_card      README.md, from model_card.md.j2
 
@@ -41,33 +41,33 @@ if TYPE_CHECKING:
 
 # The weights of an adapter: of PEFT, mlx-lm, `export` to GGUF and diffusers. A pickle is not even downloaded.
 WEIGHTS_OF_FORMATS = (ADAPTER_WEIGHTS, MLX_WEIGHTS, GGUF_WEIGHTS, DIFFUSERS_WEIGHTS)
-FILES_OF_MODELS = ("config.json", "model_index.json")  # next to them, a file of any other name is no adapter
-SHARED = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, SYSTEM, *TOKENIZER_FILES)  # all that is uploaded, with the card and PASSPORT
+FILES_OF_MODELS = ("config.json", "model_index.json")  # next to them, other safetensors files belong to a model
+SHARED = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, SYSTEM, *TOKENIZER_FILES)  # uploaded, along with the card and PASSPORT
 REPOSITORY = re.compile(r"\b[\w.-]+\b/\b[\w.-]{1,96}\b", re.ASCII)  # as huggingface_hub checks it
 SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/")  # in the path of the Hub's cache
-DEMO = "demo"  # the name of the demo's model and data, where a folder or a file is expected
+DEMO = "demo"  # the demo's model and data, usable instead of a folder or file
 MODEL_NAME = "SmolLM2-135M-Instruct"
 DEMO_MODEL = f"HuggingFaceTB/{MODEL_NAME}"
-OF_DEMO = "`demo` in tailora, whose weights are from a 4-bit file"  # so they differ a little from the Hub's
+OF_DEMO = "`demo` in tailora, with weights from a 4-bit file"  # so they differ a little from the Hub's
 
-MODEL_TIMEOUT = 5.0  # seconds for the answer whether the Hub has a model
+MODEL_TIMEOUT = 5.0  # seconds to wait when asking the Hub for a model
 UPLOAD_OPTIONS = {"private", "token", "revision", "create_pr", "commit_message", "commit_description"}
-TO_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+TO_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token with write access"
 HUB_HELP = (
-    "Check the name, the revision, the network (HF_HUB_OFFLINE switches it off) and the token (HF_TOKEN or `hf auth "
-    "login`). On another machine, `hf download` fetches a folder that can be copied here."
+    "Check the name, the revision, the network (HF_HUB_OFFLINE disables it) and the token (HF_TOKEN or `hf auth "
+    "login`). Without a network, use `hf download` on a different machine and copy the folder."
 )
 
 # ---- Names
 
 
 def name_of_model(name: str) -> str:
-    """Returns "demo" for the folder of the demo's model; any other name as it is."""
+    """Returns "demo" for the folder of the demo's model; any other name unchanged."""
     return DEMO if Path(name) == demo_folder() / MODEL_NAME else name
 
 
 def public_name(base: str) -> str:
-    """Returns the name that others know a base model by: "demo", its Hub id, or the last name of its folder.
+    """Returns a base model's name for others: "demo", its Hub id, or the last name of its folder.
 
     The folders of the Hub's cache have a Hub id, too.
     """
@@ -96,7 +96,7 @@ def could_be_repository(name: str | Path) -> bool:
 
 @contextmanager
 def hub_errors(error_type: type[FetchError | WriteError], what: str) -> Iterator[None]:
-    """Turns what the Hub's client raises into an error with the Hub's own words and what usually helps."""
+    """Turns exceptions of the Hub's client into an error with the Hub's own message and the usual remedies."""
     http_error: Any = import_module("huggingface_hub.errors").HTTPError  # httpx's or httpx2's
     try:
         yield
@@ -106,8 +106,8 @@ def hub_errors(error_type: type[FetchError | WriteError], what: str) -> Iterator
     except (http_error, OSError, ValueError, RuntimeError) as error:
         said = " ".join(str(error).split()).rstrip(".")
         raise error_type(f"{what} {said}.\n{HUB_HELP}") from None
-    except (LookupError, TypeError, AttributeError) as error:  # its client takes what an answer holds for granted
-        raise error_type(f"{what} the server sent an answer that is not the Hub's: {error!r}.\n{HUB_HELP}") from None
+    except (LookupError, TypeError, AttributeError) as error:  # its client does not check the content of a response
+        raise error_type(f"{what} the server's response is not from the Hub: {error!r}.\n{HUB_HELP}") from None
 
 
 # ---- Downloading
@@ -116,16 +116,16 @@ def hub_errors(error_type: type[FetchError | WriteError], what: str) -> Iterator
 def local_folder(
     source: str | Path, *, revision: str | None = None, token: str | bool | None = None, subfolder: str | None = None
 ) -> Path:
-    """Returns the path that `source` means: a local file or folder, or else a repository `owner/name` of the Hub.
+    """Returns the path for `source`: a local file or folder, or otherwise a repository `owner/name` of the Hub.
 
-    The folder of a run stands for the adapter in it. Only the adapter's files of a repository are downloaded, once.
+    For the folder of a run, it is the adapter in it. Only the adapter's files of a repository are downloaded, once.
     revision: a branch, tag or commit. token: for a private repository.
     Raises FetchError if `source` could be a repository and the Hub has no adapter there, or if the Hub cannot be
     reached and the files were not downloaded before.
     """
     if Path(source).exists() or not could_be_repository(source):
         return Path(source, subfolder) if subfolder else adapter_folder(Path(source))
-    with hub_errors(FetchError, f"adapter {str(source)!r}: no such folder here, and"):
+    with hub_errors(FetchError, f"adapter {str(source)!r} is not a local folder, and the Hub does not provide it:"):
         snapshot, files = download(str(source), revision=revision, token=token, subfolder=subfolder, others=[SYSTEM])
     return (snapshot / files[0]).parent
 
@@ -140,8 +140,8 @@ def download(
 ) -> tuple[Path, list[str]]:
     """Downloads the weights and settings of an adapter, and the `others` if the repository has them.
 
-    Without network, the files that were downloaded before. Returns the snapshot in the Hub's cache, whose name is the
-    commit, and the paths of the files in it, the weights first.
+    Without a network, it uses files that were downloaded before. Returns the snapshot in the Hub's cache, whose name is
+    the commit, and the paths of the files in it, the weights first.
     Raises ConfigError for a subfolder outside of the repository, FetchError if there is no adapter, and what
     huggingface_hub raises.
     """
@@ -150,7 +150,7 @@ def download(
     parts = subfolder.removesuffix("/").split("/") if subfolder else []
     if any(part in ("", ".", "..") for part in parts):
         raise ConfigError(
-            f"subfolder {subfolder!r} is not a folder of the repository: give its path there, such as a/b"
+            f"expected the path of a folder in the repository, such as a/b, as the subfolder, got {subfolder!r}"
         )
     inside = "".join(f"{part}/" for part in parts)
 
@@ -168,8 +168,8 @@ def download(
         if len(weights) != 1 or {*names} & {*FILES_OF_MODELS}:
             raise FetchError(
                 f"{repo_id} on the Hub has no adapter{f' in {inside}' if inside else ''}: expected one of "
-                f"{', '.join(WEIGHTS_OF_FORMATS)}, or a single .safetensors file of any name; there are: "
-                f"{', '.join(in_repository[:9])}. Name the folder of an adapter (subfolder), or download a file with "
+                f"{', '.join(WEIGHTS_OF_FORMATS)}, or a single .safetensors file of any name, got "
+                f"{', '.join(in_repository[:9])}. Use the folder of an adapter (subfolder), or download a file with "
                 "`hf download` and pass its path. Pickles such as adapter_model.bin are never read."
             )
         files.insert(0, inside + weights[0])
@@ -177,18 +177,18 @@ def download(
     return snapshot, files
 
 
-# ---- What is shared of an adapter's folder
+# ---- The files to publish
 
-# Words that only the tokenizer's vocabulary has are no paths
+# Words in a tokenizer's vocabulary are not paths
 VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
-BEGIN, END = r"(?<![\w.~-])(?<![\w:.]/)", r"(?![\w-])[\w./@-]*"  # of a path; not within another one, or an address
+BEGIN, END = r"(?<![\w.~-])(?<![\w:.]/)", r"(?![\w-])[\w./@-]*"  # of a path that is not inside a longer path or a URL
 HOME = BEGIN + r"(?:/home/|/Users/|/root/|[A-Za-z]:\\+Users\\+)[\w.@-]+[\w./\\@-]*"  # a home directory of any system
-TOKEN = r"hf_[A-Za-z0-9]{30,}"  # of the Hub: some tools wrote it into the files of a tokenizer
+TOKEN = r"hf_[A-Za-z0-9]{30,}"  # of the Hub; some tools wrote it into tokenizer files
 ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|([/bfnrt]))")  # of JSON, also in JSON within a string of JSON
 
 
 def shared_files(folder: Path, base_name: str | None = None) -> tuple[dict[str, bytes], str]:
-    """Returns name -> content of the files of a PEFT folder that others may have, and what the folder calls its base.
+    """Returns name -> content of the files of a PEFT folder to publish, and the folder's own name for its base.
 
     The card is not among them. The folder does not change.
     base_name: the name for the base model in the files; by default its public name.
@@ -200,7 +200,7 @@ def shared_files(folder: Path, base_name: str | None = None) -> tuple[dict[str, 
     stored = read_peft_folder(folder)
     updates_of(stored)
     if stored.settings is None:
-        raise FormatError(f"{folder} has no {ADAPTER_CONFIG}, without which PEFT and servers cannot read it")
+        raise FormatError(f"{folder} has no {ADAPTER_CONFIG}, which PEFT and servers need; save the adapter again")
     files = {name: shared_content(folder / name) for name in SHARED if (folder / name).exists()}
     base = stored.metadata.base_folder or str(stored.settings.get("base_model_name_or_path") or "")
     settings = {**stored.settings, "base_model_name_or_path": base_name or (public_name(base) if base else None)}
@@ -213,16 +213,16 @@ def shared_files(folder: Path, base_name: str | None = None) -> tuple[dict[str, 
 
 
 def shared_content(path: Path) -> bytes:
-    """Returns the content of a file. Raises FormatError for a link, which could lead to any file of this machine."""
+    """Returns the content of a file. Raises FormatError for a link, which could lead to any file on this machine."""
     check_is_file(path)
     if path.is_symlink():
-        raise FormatError(f"{path} is a link, and only files of the folder itself are uploaded: replace it with a copy")
+        raise FormatError(f"{path} is a link, and only files in the folder itself are uploaded; replace it with a copy")
     with wrap_os_error(path):
         return path.read_bytes()
 
 
 def make_public(folder: Path) -> None:
-    """Replaces the files of a PEFT folder by those that others may have. Raises as `shared_files` does."""
+    """Replaces the files of a PEFT folder with those to publish. Raises as `shared_files` does."""
     files, base = shared_files(folder)
     check_nothing_private(folder, files, base)
     for name, content in files.items():
@@ -230,9 +230,9 @@ def make_public(folder: Path) -> None:
 
 
 def check_nothing_private(folder: Path, files: Mapping[str, bytes], base: str) -> None:
-    """Raises FormatError with the tokens and the paths of a machine in these files; of weights, in their header.
+    """Raises FormatError with the tokens and local paths in these files; of weights, only the header is searched.
 
-    The paths are those below a home directory, `folder`, the current folder, and that of the base model.
+    Local paths are those below a home directory, `folder`, the current folder, and the base model's folder.
     """
     here = [str(path) for path in (Path.home(), Path.cwd(), folder.resolve()) if len(path.parts) > 1]
     here += [base] if Path(base).is_absolute() else []
@@ -247,7 +247,7 @@ def check_nothing_private(folder: Path, files: Mapping[str, bytes], base: str) -
             problems.append(f"{name} contains {', '.join(list(dict.fromkeys(private))[:3])}")
     if problems:
         raise FormatError(
-            f"{folder} is not shared, because its files contain paths of a machine, or a token; remove them: "
+            f"{folder} cannot be shared, because its files contain local paths or a token; remove them: "
             f"{listing(problems)}"
         )
 
@@ -261,7 +261,7 @@ def _unescape(escape: re.Match[str]) -> str:
 
 @dataclass(frozen=True)
 class Upload:
-    """is_private: the repository.    keeps_card: its card, which someone wrote or edited, is not replaced."""
+    """is_private: the repository.    keeps_card: its card was written or edited by someone, so it is not replaced."""
 
     commit: "CommitInfo"
     is_private: bool
@@ -288,13 +288,13 @@ def upload(
     from huggingface_hub import HfApi, ModelCard
 
     api = HfApi(token=token)
-    with hub_errors(WriteError, f"the adapter is not uploaded to {repo_id!r}:"):
+    with hub_errors(WriteError, f"cannot upload the adapter to {repo_id!r}:"):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         is_private = bool(api.model_info(repo_id).private)
         if private and not is_private:
             raise ConfigError(
-                f"{repo_id} is public: everyone would see the adapter. Give --public, or private=None in Python, to "
-                "upload it there"
+                f"{repo_id} is public, so everyone would see the adapter. To upload it there, use --public, or "
+                "private=None in Python"
             )
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -327,16 +327,16 @@ def is_at_hand(name: str) -> bool:
 
 
 def check_model_exists(name: str) -> None:
-    """Asks the Hub once for a model that is not on this machine. Raises ConfigError unless it is there.
+    """Asks the Hub once for a model that is not on this machine. Raises ConfigError if the Hub does not have it.
 
-    Without a network, transformers would ask for most of a minute before it gives up.
+    Without a network, transformers would try for most of a minute.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     errors: Any = import_module("huggingface_hub.errors")
     path = Path(name)
     if path.is_file():
-        raise ConfigError(f"model {name!r} is a file, not a model folder: give a folder, a Hub id, or 'demo'")
+        raise ConfigError(f"model {name!r} is a file, not a model folder; use a folder, a Hub id, or 'demo'")
     if path.is_dir():
         return
     try:
@@ -344,18 +344,18 @@ def check_model_exists(name: str) -> None:
             HfApi().model_info(name, timeout=MODEL_TIMEOUT)
         return
     except errors.RepositoryNotFoundError:
-        cause = "the Hub has no such model, or a private one, which HF_TOKEN opens"
+        cause = "the Hub has no such model, unless it is private and needs HF_TOKEN"
     except errors.HfHubHTTPError:
         return  # the Hub answers, but is busy: transformers asks again
     except errors.HFValidationError:
         cause = "it is not a Hub id"
     except (LookupError, TypeError):
-        cause = "the answer to the request for it is not the Hub's"
+        cause = "the server's response is not from the Hub"
     except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
         cause = f"the Hub cannot be reached ({' '.join(str(error).split()).rstrip('.')})"
     hint = nearest_path(path, folders_only=True) or "."
     raise ConfigError(
-        f"model {name!r}: no such folder here, and {cause}{hint} Give a folder, a Hub id such as owner/name, or 'demo'"
+        f"model {name!r} is not a local folder, and {cause}{hint} Use a folder, a Hub id such as owner/name, or 'demo'"
     )
 
 
@@ -363,15 +363,15 @@ def check_model_exists(name: str) -> None:
 
 PIPELINE_TAGS = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
 NOT_SHOWN = ("peft_type", "base_model_name_or_path", "inference_mode")
-# At the end of a card that tailora wrote. While the card has this hash, nobody has edited it, and it may be replaced.
+# At the end of a card that tailora wrote. If the hash still matches, the card was not edited and may be replaced.
 SIGNATURE = re.compile(r"<!-- written by tailora: (?P<digest>[0-9a-f]{16}) -->\s*\Z")
 
 
 def model_card(settings: Mapping[str, Any], about: str, license_name: str | None = None, **parts: Any) -> str:
-    """Returns README.md: what the Hub reads at its top, `about`, and the settings of adapter_config.json.
+    """Returns README.md: the Hub's metadata at its top, `about`, and the settings of adapter_config.json.
 
-    The Hub refuses a commit whose base model is no repository, so another base is named in the text alone: a folder by
-    its last name.
+    The Hub refuses a commit whose base model is not a repository, so other bases are only named in the text: a folder
+    by its last name.
     parts: other variables of model_card.md.j2; its `more_settings` are added to the table.
     """
     from huggingface_hub import ModelCard, ModelCardData
@@ -389,14 +389,14 @@ def model_card(settings: Mapping[str, Any], about: str, license_name: str | None
     )
     remark = f" ({OF_DEMO})" if name == DEMO else ""
     if repository is None and name and (name != base or Path(name).exists()):  # else an old id of the Hub, as gpt2
-        remark = ", a folder where the adapter was made"
+        remark = ", a local folder"
     rows = {name: str(value)[:200] for name, value in settings.items() if value and name not in NOT_SHOWN}
     rows |= parts.pop("more_settings", {})
     template = str(Path(__file__).with_name("model_card.md.j2"))
     named_base = f"{repository or name}{remark}" if name else ""
     card = ModelCard.from_template(data, template, about=about, base=named_base, settings=rows, **parts)
     text = str(card).rstrip()
-    return f"{text}\n\n<!-- written by tailora: {_digest(text)} -->\n"  # which no reader sees
+    return f"{text}\n\n<!-- written by tailora: {_digest(text)} -->\n"  # invisible to readers
 
 
 def is_written_by_tailora(card: bytes) -> bool:

@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 Kind = TypeVar("Kind")
 REMEDIES = {  # error number of the system -> what to do
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give a folder that you may write to"),
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or give a folder on another disk"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "use a folder that you may write to"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or use a folder on a different disk"),
 }
 
-TEMPORARY = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}(?P<suffix>\.new|\.old|)")  # what `tempfile` makes of our prefixes
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}(?P<suffix>\.new|\.old|)")  # our names of temporary files
 
 # ---- Atomic writing
 
 
 def demo_folder() -> Path:
-    """Returns the folder of the demo's model and data, which `data.demo` makes."""
-    return cache_folder() / "demo-1"  # the number is raised when what data.demo makes changes
+    """Returns the folder of the demo's model and data, which `data.demo` creates."""
+    return cache_folder() / "demo-1"  # increase the number when the files of data.demo change
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -61,7 +61,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def partial_file(path: Path) -> Path:
-    """Returns where `write_lines` writes before it is done."""
+    """Returns the file that `write_lines` writes to until it is complete."""
     return path.with_name(f"{path.name}.partial")
 
 
@@ -90,8 +90,8 @@ def write_lines(path: Path) -> Iterator[Callable[[str], None]]:
 def replace_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary sibling of `path`. It is renamed to `path` at the end of the block, or removed on an error.
 
-    A folder that was there is moved aside first and deleted last, so that a crash leaves at least one of the two.
-    Raises WriteError, also for what the block could not write.
+    An existing folder is moved aside first and deleted last, so that a crash leaves at least one of the two.
+    Raises WriteError, also for files that the block could not write.
     """
     with wrap_os_error(path):
         target = path.resolve()  # a link stays a link
@@ -113,9 +113,9 @@ def replace_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, is_known: Callable[[str], bool]) -> None:
-    """Removes what killed processes left of `write_file` and `replace_folder`, for the names that `is_known` accepts.
+    """Removes temporary files of killed processes, for the names that `is_known` accepts.
 
-    A folder that was moved aside for a new one that never came is put back. No other process may write meanwhile.
+    A folder that was moved aside but never replaced is moved back. No other process may write at the same time.
     """
     with wrap_os_error(folder):
         for path in list(folder.iterdir()):
@@ -132,27 +132,27 @@ def remove_leftovers(folder: Path, is_known: Callable[[str], bool]) -> None:
 
 
 def create_output_folder(folder: Path) -> None:
-    """Makes the folder if it is not there. Raises ConfigError if no file can be written in it."""
+    """Creates the folder if necessary. Raises ConfigError if no file can be written in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise ConfigError(
-            f"output_dir {folder} cannot be written to ({error.strerror}); give another --output-dir"
+            f"output_dir {folder} is not writable ({error.strerror}); use a different --output-dir"
         ) from None
 
 
 def check_new_file(path: Path, *, overwrite: bool) -> None:
-    """Raises ConfigError if there is a folder, or a file that may not be overwritten. Makes nothing.
+    """Raises ConfigError if the path is a folder, or a file that may not be overwritten. Creates nothing.
 
-    Raises WriteError if the first folder of the path that is there cannot be written to.
+    Raises WriteError if the innermost existing folder of the path is not writable.
     """
     with wrap_os_error(path):
         if path.is_dir():
-            raise ConfigError(f"{path} is a folder; give the path of a file")
+            raise ConfigError(f"{path} is a folder; use the path of a file")
         if path.exists() and not overwrite:
-            raise ConfigError(f"{path} exists already; give another file, or --overwrite")
+            raise ConfigError(f"{path} already exists; use a different file, or --overwrite")
         parent = next(parent for parent in path.absolute().parents if parent.exists())
         with TemporaryFile(dir=parent):
             pass
@@ -168,15 +168,15 @@ def wrap_os_error(path: Path) -> Iterator[None]:
     except Exception as caught:
         if (error := _os_error(caught)) is None:
             raise
-        cause = f"{error.strerror or error}; {REMEDIES.get(error.errno or 0, 'give another path')}"
+        cause = f"{error.strerror or error}; {REMEDIES.get(error.errno or 0, 'use a different path')}"
         file = next((parent for parent in (*reversed(path.parents), path) if os.path.isfile(parent)), None)
         if file is not None and error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
-            cause = f"{file} is a file, not a folder; give another path, or move that file away"
-        raise WriteError(f"{path} cannot be written: {cause}") from caught
+            cause = f"{file} is a file, not a folder; use a different path, or move that file away"
+        raise WriteError(f"cannot write {path}: {cause}") from caught
 
 
 def _os_error(error: Exception) -> OSError | None:
-    """Returns the system's error, also where tokenizers and safetensors (Rust) tell it only in their message."""
+    """Returns the system's error, which tokenizers and safetensors (Rust) only have in their message."""
     number = re.search(r"\(os error (\d+)\)", str(error))
     if isinstance(error, OSError) or number is None:
         return error if isinstance(error, OSError) else None
@@ -223,24 +223,24 @@ def check_is_file(path: Path) -> None:
     if not os.path.lexists(path):
         raise FormatError(f"{path} does not exist")
     if not path.is_file():
-        raise FormatError(f"{path} is a folder, a device or a broken link, not a file; copy the adapter again")
+        raise FormatError(f"expected a file, got a folder, a device or a broken link: {path}; copy the adapter again")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Reads a file that holds a JSON object, such as adapter_config.json.
+    """Reads a JSON object from a file, such as adapter_config.json.
 
-    Raises FormatError if it is missing, no regular file or no JSON object.
+    Raises FormatError if it is missing, not a regular file or not a JSON object.
     """
     settings = _read_json(path)
     if not isinstance(settings, dict):
-        raise FormatError(f"{path} holds a {type(settings).__name__}, not an object of settings")
+        raise FormatError(f"{path}: expected a JSON object, got a {type(settings).__name__}")
     return settings
 
 
 def read_own_json(path: Path, kind: type[Kind], remedy: str) -> Kind:
-    """Reads a file that we wrote as a value of this type, such as a dataclass. It may hold NaN, of a run that diverged.
+    """Reads a file that we wrote as a value of this type, such as a dataclass. It may contain NaN, from a diverged run.
 
-    Raises FormatError if it is missing or damaged or holds something else. remedy: what to do then.
+    Raises FormatError, with the remedy, if it is missing, damaged or something else.
     """
     try:
         return TypeAdapter(kind).validate_python(_read_json(path))
@@ -257,7 +257,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise FormatError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not JSON: {error}") from None
 
@@ -290,7 +290,7 @@ def safetensors_header(raw: bytes) -> dict[str, Any]:
 
 
 def with_metadata(raw: bytes, metadata: Mapping[str, str]) -> bytes:
-    """Returns the safetensors file with this metadata instead of its own, and a sorted header."""
+    """Returns the safetensors file with this metadata and a sorted header."""
     size, entries = int.from_bytes(raw[:8], "little"), safetensors_header(raw)
     entries.pop("__metadata__", None)
     header = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -317,8 +317,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path} is not a complete safetensors file: {error}; save or copy it again") from None
     except (KeyError, RuntimeError) as error:
-        raise FormatError(f"{path} holds a type of tensors that is not read here: {error}; save it as floats") from None
-    for name in sorted(tensors):  # `load` returns them in an order of its own, which adapters would be written in again
+        raise FormatError(f"{path} contains tensors of an unsupported type: {error}; save it as floats") from None
+    for name in sorted(tensors):  # adapters would be written again in the order of `load`, which differs
         tensor = tensors.pop(name)
         is_8_bit_float = tensor.is_floating_point() and tensor.dtype.itemsize == 1
         tensors[name] = tensor.float() if is_8_bit_float else tensor

@@ -1,13 +1,13 @@
-"""LoRA in one safetensors file, as Kohya's tools, diffusers and those around them write it.
+"""LoRA in one safetensors file, as written by Kohya's tools, diffusers and related tools.
 
     Kohya            lora_unet_down_blocks_0_..._to_q.lora_down.weight, .lora_up.weight, .alpha: dots are underscores
     diffusers        transformer.blocks.0.attn.to_q.lora_A.weight, .lora_B.weight; settings as JSON in the metadata
     diffusers, old   unet.down_blocks.0...processor.to_q_lora.down.weight, .to_q.lora.down.weight
 
-lora_down is A, lora_up is B, and the scale is alpha / r; without an alpha it is 1. A file may hold layers of several
-models ("components"), each under a prefix; those of the given model are read.
+lora_down is A, lora_up is B, and the scale is alpha / r; without an alpha it is 1. A file may contain layers of several
+models ("components"), each under a prefix; only the given model's are read.
 
-What is written is diffusers' file of one component, with scale 1 and the whole scale in B.
+Files are written in diffusers' format with one component, with scale 1 and the full scale in B.
 """
 
 import json
@@ -37,9 +37,9 @@ KOHYA_NAME = re.compile(r"(lora_[a-z]+\d*)_(.+)")
 
 
 def read(file: Path, base_model: nn.Module) -> StoredAdapter:
-    """Reads the layers of this model from the file, as a PEFT folder would hold them.
+    """Reads the layers of this model from the file, and converts them to the content of a PEFT folder.
 
-    Raises FormatError with all keys that are not LoRA or fit no layer. Warns if there are layers of other models.
+    Raises FormatError with all keys that are not LoRA or match no layer. Warns if there are layers of other models.
     """
     tensors, metadata = read_safetensors(file)
     fold_scale.raise_problems(str(file), _not_lora(tensors))
@@ -65,7 +65,7 @@ def read(file: Path, base_model: nn.Module) -> StoredAdapter:
     if unknown:
         counts = ", ".join(f"{component} ({len(set(names))} layers)" for component, names in unknown.items())
         warnings.warn(
-            f"{file} also holds layers of other models, which are left out: {counts}", TailoraWarning, stacklevel=2
+            f"{file} also contains layers of other models, which are ignored: {counts}", TailoraWarning, stacklevel=2
         )
     scales = {}
     for path, layer in layers.items():
@@ -80,16 +80,16 @@ def read(file: Path, base_model: nn.Module) -> StoredAdapter:
 
 
 def problems(source: ExportSource) -> list[str]:
-    """Returns a message for each part of the adapter that the format cannot hold."""
+    """Returns a message for each part of the adapter that the format does not support."""
     if _component(source.base_model) is None:
-        return [f"{type(source.base_model).__name__} is no model of diffusers"]
+        return [f"{type(source.base_model).__name__} is not a diffusers model"]
     return fold_scale.low_rank_problems(source, (LINEAR, CONVOLUTION))
 
 
 def write(folder: Path, source: ExportSource) -> list[str]:
     """Writes the file into `folder`. Returns what differs from the adapter as trained, in words.
 
-    One rank for all layers: earlier versions of diffusers take the rank of one of them as alpha of all.
+    One rank for all layers: earlier versions of diffusers use the rank of one of them as alpha of all.
     """
     component, factors = _component(source.base_model), fold_scale.fold_scale(source)
     factors, padding = fold_scale.pad_ranks(factors, max(len(A) for A, _ in factors.values()))
@@ -156,25 +156,27 @@ def _find_layer(name: str, paths: Mapping[str, str]) -> tuple[str, str | None]:
 def _not_lora(tensors: Mapping[str, Tensor]) -> list[str]:
     if unknown := [key for key in tensors if _split_key(key)[1] == ""]:
         count = f"{len(unknown)} of {len(tensors)} keys"
-        return [f"not plain LoRA: {', '.join(unknown[:3])} ({count}); merge it with the tool that wrote it"]
+        return [
+            f"keys that are not plain LoRA: {', '.join(unknown[:3])} ({count}); merge it with the tool that wrote it"
+        ]
     return []
 
 
 def _unknown_layers(unknown: Mapping[str, list[str]], components: set[str], paths: Mapping[str, str]) -> list[str]:
-    """Layers under a prefix of this model that it lacks. Those under another prefix belong to another model."""
+    """Returns messages for layers that this model lacks. Other prefixes belong to other models."""
     if not components:
         names = sorted({name for component_names in unknown.values() for name in component_names}) or ["none"]
-        return [f"no layer of the file is in this model; the first is {names[0]}{nearest(names[0], paths)}"]
+        return [f"the model has none of the file's layers; the first is {names[0]}{nearest(names[0], paths)}"]
     missing = sorted({name for component in components for name in unknown.get(component, [])})
     return [f"{name}: the model has no such layer" for name in missing]
 
 
 def _diffusers_settings(text: str | None, components: set[str], file: Path) -> dict[str, Any]:
-    """PEFT's settings from diffusers' metadata, whose keys start with the component; {} if there are none."""
+    """Returns PEFT's settings from diffusers' metadata, whose keys start with the component; {} if there are none."""
     if text is None:
         return {}
     try:
         settings = {key.partition(".")[::2]: value for key, value in json.loads(text).items()}
     except (ValueError, AttributeError, RecursionError):
-        raise FormatError(f"{file}: its metadata {METADATA_KEY} is not a JSON object") from None
+        raise FormatError(f"{file}: expected a JSON object as the metadata {METADATA_KEY}") from None
     return {key: value for (component, key), value in settings.items() if component in components}

@@ -1,9 +1,9 @@
-"""Loads an adapter: recognises the tool that wrote it, and restores it for a base model, or raises all problems.
+"""Loads an adapter: recognises its format, and restores it for a base model, or raises an error with all problems.
 
 load                a path, or a repository of the Hub -> Adapter; by the two steps below
 read_any_format     files -> StoredAdapter
-restore             StoredAdapter + base model -> Adapter: find the layers that the settings name, sort the file's
-                    tensors by layer, fill them in, check the base
+restore             StoredAdapter + base model -> Adapter: finds the layers in the settings, sorts the file's tensors
+                    by layer, fills the layers, checks the base
 """
 
 import os
@@ -54,7 +54,7 @@ Modules = Mapping[str, nn.Module]
 
 
 class LoadOptions(TypedDict, total=False):
-    """Keyword arguments of `load`, which has their meaning."""
+    """Keyword arguments of `load`, documented there."""
 
     revision: str | None
     token: str | bool | None
@@ -73,12 +73,12 @@ def load(
     is_trainable: bool = True,
     allow_base_mismatch: bool = False,
 ) -> Adapter:
-    """Returns the adapter of a file or folder; if there is none, of the repository "owner/name" of the Hub.
+    """Returns the adapter in a file or folder, or otherwise in the Hub's repository "owner/name".
 
     revision: branch, tag or commit of the repository.    token: for a private one.
-    subfolder: the folder in it that holds the adapter.
+    subfolder: the adapter's folder in the repository.
     is_trainable: False freezes its parameters.
-    allow_base_mismatch: loads an adapter that was made for another base.
+    allow_base_mismatch: loads an adapter that was made for a different base.
     Raises FetchError, FormatError and BaseMismatchError. The base does not change.
     """
     path = local_folder(source, revision=revision, token=token, subfolder=subfolder)
@@ -92,9 +92,9 @@ def load(
 
 
 def read_any_format(path: Path, base_model: nn.Module) -> peft.StoredAdapter:
-    """Reads a folder of PEFT, of mlx-lm or of `export` to GGUF, or one safetensors file of Kohya's tools or diffusers.
+    """Reads a folder of PEFT, mlx-lm or an export to GGUF, or one safetensors file of Kohya's tools or diffusers.
 
-    Raises FormatError if it is none of them or holds something other than LoRA.
+    Raises FormatError if it is none of them or contains something other than LoRA.
     """
     if path.is_file():
         return kohya_diffusers.read(path, base_model)
@@ -111,7 +111,7 @@ def read_any_format(path: Path, base_model: nn.Module) -> peft.StoredAdapter:
     files = sorted(path.glob("*.safetensors"))
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:5])
-        raise FormatError(f"{path} holds several files and none called {ADAPTER_WEIGHTS}; give one of them: {names}")
+        raise FormatError(f"{path} contains several files, but no {ADAPTER_WEIGHTS}; use one of them: {names}")
     return kohya_diffusers.read(files[0], base_model) if files else peft.read_peft_folder(path)
 
 
@@ -120,7 +120,7 @@ def read_any_format(path: Path, base_model: nn.Module) -> peft.StoredAdapter:
 
 @dataclass
 class SortedTensors:
-    """The file's tensors by what they belong to, and all problems so far.
+    """The file's tensors, sorted, and all problems so far.
 
     low_rank: path -> slot -> tensor.
     saved: path of a module of modules_to_save -> name in it -> tensor.
@@ -142,15 +142,15 @@ def restore(
 ) -> Adapter:
     """Builds the adapter for `base_model` without changing the model.
 
-    The adapter may take over tensors of `stored`, so that training it changes them.
-    known_base: what is known of the fingerprint of a base that does not change; what is missing is added.
+    The adapter may use tensors of `stored` without a copy, so training changes them.
+    known_base: a cache for the fingerprint of a base that does not change; missing entries are added.
     Raises FormatError with all missing, unexpected, misshapen and non-finite tensors, or for a pattern that takes too
-    long, and BaseMismatchError if the adapter was made for other weights and `allow_base_mismatch` is not set.
+    long, and BaseMismatchError if the adapter was made for different weights, unless `allow_base_mismatch` is set.
     """
     modules, problems = dict(base_model.named_modules()), list[str]()
     if not allow_base_mismatch:
         _check_vocabulary(stored, base_model)
-    # Which layers the settings name
+    # The layers in the settings
     paths_in_file = _paths_with_factors(stored, modules)
     config, file_config = stored_configs(stored, paths_in_file)
     if (stored.settings or {}).get("ensure_weight_tying"):
@@ -163,23 +163,23 @@ def restore(
         _check_same_settings(stored, peft_config.as_peft_computes(config, wrappers.values()), file_config)
         adapted = {*paths_in_file, *(target.layer_path for target in targets.values())}
         problems += [
-            f"missing the factors of {path}, which adapter_config.json names; save the adapter again"
+            f"missing the factors of {path}, a target in adapter_config.json; save the adapter again"
             for path, candidate in selected_candidates(base_model, modules, file_config).items()
             if candidate.layer_path not in adapted
         ]
-    # Which tensors the file has for them
+    # Their tensors in the file
     saved_paths = _saved_paths(stored, modules, config)
     extra, extra_problems = extra_targets(base_model, modules, config, {*targets, *paths_in_file}, saved_paths)
     extra_paths = peft_keys.extra_keys(extra)
     tensors = _sort_tensors(stored, modules, saved_paths, wrappers, extra_paths)
     problems = tensors.problems = [*problems, *tensors.problems, *extra_problems]
     problems += [
-        f"missing {path}, which modules_to_save names; save the adapter again"
+        f"missing {path}, which is in modules_to_save; save the adapter again"
         for path in saved_paths
         if path not in tensors.saved
     ]
     problems += [
-        f"missing {path}: the files of the base model lack it, so it has random weights here; take the base model that "
+        f"missing {path}: the files of the base model lack it too, so its weights are random; use the base model that "
         "the adapter was trained on"
         for path in missing_pooler(base_model)
         if path not in tensors.saved and path not in saved_paths
@@ -206,7 +206,7 @@ def restore(
     if not allow_base_mismatch:
         _check_base(stored, base_model, low_rank, {} if known_base is None else known_base)
     if unknown := stored.metadata.scaling.keys() - low_rank.keys():
-        raise FormatError(f"{stored.folder}: a learned scale without a layer: {', '.join(sorted(unknown))}")
+        raise FormatError(f"{stored.folder}: learned scales without a layer: {', '.join(sorted(unknown))}")
     unfold_learned_scales(stored.metadata.scaling, low_rank)
     share_parameters({path: modules[path] for path in copies}, copies)
     adapter = Adapter(config, low_rank, copies, extras)
@@ -215,7 +215,7 @@ def restore(
         f"{name} of {path}": tensor
         for path, part in adapter.parts.items()
         for name, tensor in named_tensors(part)
-        if tensor.data_ptr() not in addresses  # those of the file have been looked at
+        if tensor.data_ptr() not in addresses  # the file's tensors have been checked
     }
     if overflown := not_finite(computed):
         problems += [f"not finite in {computed[name].dtype}: {name}" for name in overflown]
@@ -223,22 +223,22 @@ def restore(
     return adapter
 
 
-# ---- The config, and the layers that it names
+# ---- The config, and its layers
 
 
 def lora_config_of(stored: peft.StoredAdapter, base_model: nn.Module) -> LoRAConfig:
-    """Returns the config that the adapter was made with. Raises FormatError."""
+    """Returns the config that the adapter was created with. Raises FormatError."""
     return stored_configs(stored, _paths_with_factors(stored, dict(base_model.named_modules())))[0]
 
 
 def stored_configs(stored: peft.StoredAdapter, paths: list[str]) -> tuple[LoRAConfig, LoRAConfig]:
-    """Returns the config in the metadata of the weights, and that in adapter_config.json; if one is missing, the other.
+    """Returns the config in the weights' metadata and the one in adapter_config.json; they may be the same.
 
-    paths: the targets if the settings name none. Raises FormatError.
+    paths: the targets if the settings have none. Raises FormatError.
     """
     saved = stored.metadata.lora_config(stored.folder)
     if saved is None and stored.metadata.start:
-        raise FormatError(f"{stored.folder}: its tailora metadata names a frozen start, but has no settings")
+        raise FormatError(f"{stored.folder}: its tailora metadata has a frozen start, but no settings")
     if saved is not None and stored.settings is None:
         file_config = saved
     else:
@@ -250,21 +250,21 @@ def stored_configs(stored: peft.StoredAdapter, paths: list[str]) -> tuple[LoRACo
 
 
 def _check_same_settings(stored: peft.StoredAdapter, saved: LoRAConfig, in_file: LoRAConfig) -> None:
-    """Raises FormatError if the weights were saved with other settings than adapter_config.json has."""
+    """Raises FormatError if the weights were saved with settings that differ from adapter_config.json."""
     saved = peft_config.with_double_rank(saved) if stored.metadata.start else saved
     if different := [name for name in peft_config.SHARED_SETTINGS if getattr(saved, name) != getattr(in_file, name)]:
-        pairs = (f"{name} = {getattr(in_file, name)!r} here, {getattr(saved, name)!r} there" for name in different)
+        pairs = (f"{name} = {getattr(in_file, name)!r}, not {getattr(saved, name)!r}" for name in different)
         raise FormatError(
-            f"{stored.folder}: adapter_config.json and the settings that the weights were saved with differ: "
-            f"{', '.join(pairs)}. Save the adapter again, or delete adapter_config.json to use the weights' own"
+            f"{stored.folder}: adapter_config.json differs from the settings that the weights were saved with: "
+            f"{'; '.join(pairs)}. Save the adapter again, or delete adapter_config.json to use the weights' own"
         )
 
 
 def _saved_paths(stored: peft.StoredAdapter, modules: Modules, config: LoRAConfig) -> list[str]:
-    """Returns the paths of the modules that the file must hold in full.
+    """Returns the paths of the modules that the file must contain in full.
 
-    Files of tailora of before their paths were stored may be from when a name in modules_to_save meant a whole path or
-    its end after a dot. They must hold these modules; of others that end with the name, those with tensors count.
+    Older files of tailora do not store them, and in some a name in modules_to_save meant a full path or its end after
+    a dot. They must contain these modules; others that end with the name only count if they have tensors.
     """
     paths = list(saved_modules(modules, config))
     if stored.metadata.config is None:
@@ -283,9 +283,9 @@ def _saved_paths(stored: peft.StoredAdapter, modules: Modules, config: LoRAConfi
 def _with_tied_modules(
     config: LoRAConfig, base_model: nn.Module, modules: Modules, stored: peft.StoredAdapter
 ) -> LoRAConfig:
-    """Returns the config with all of a group of tied layers in modules_to_save if one is (`ensure_weight_tying`).
+    """Adds all of a group of tied layers to modules_to_save if one of them is there (`ensure_weight_tying`).
 
-    Their copies share the weight. Factors of tied layers are apart here: this warns that training them parts them.
+    Their copies share the weight. Factors of tied layers are separate here, so this warns that training separates them.
     """
     _, embedding = input_embedding(base_model) or ("", None)
     if embedding is None:
@@ -293,8 +293,8 @@ def _with_tied_modules(
     tied = [path for path, module in modules.items() if module._parameters.get("weight") is embedding.weight]
     if len({path for path, slot in map(peft_keys.path_and_slot, stored.tensors) if slot and path in tied}) > 1:
         warnings.warn(
-            f"{stored.folder}: ensure_weight_tying: the outputs are the same here, but training this adapter further "
-            f"parts the factors of {' and '.join(tied)}",
+            f"{stored.folder}: ensure_weight_tying: the outputs are the same, but if you train this adapter further, "
+            f"the factors of {' and '.join(tied)} are no longer tied",
             TailoraWarning,
             stacklevel=2,
         )
@@ -306,7 +306,7 @@ def _with_tied_modules(
 def _empty_layers(
     targets: Mapping[str, Target], config: LoRAConfig, stored: peft.StoredAdapter
 ) -> dict[str, LoRALayer]:
-    """Layers to be filled. Those whose rank does not fit are left out; `_low_rank` reports them."""
+    """Returns layers to fill, without layers of an impossible rank, which `_low_rank` reports."""
     layers = {}
     for path, target in targets.items():
         with suppress(ConfigError, TargetError):
@@ -315,17 +315,17 @@ def _empty_layers(
 
 
 def _empty_layer(target: Target, config: LoRAConfig, stored: peft.StoredAdapter) -> LoRALayer:
-    """Raises ConfigError for a rank that no tensor in the file can have, for which memory may not suffice."""
+    """Raises ConfigError for a rank that no tensor in the file can have, since it could exhaust the memory."""
     if target.r > stored.largest_size:
         raise ConfigError(
-            f"r = {target.r} in the settings, and the largest size of a tensor here is {stored.largest_size}: correct "
-            "the settings, or save the adapter again"
+            f"r = {target.r} in the settings is above the largest size of a tensor, {stored.largest_size}; correct the "
+            "settings, or save the adapter again"
         )
     return low_rank_layer(target, config, fresh=False)
 
 
 def _paths_with_factors(stored: peft.StoredAdapter, modules: Modules) -> list[str]:
-    """Paths of the modules that have low-rank tensors in the file, in the model's order."""
+    """Returns the paths of the modules that have low-rank tensors in the file, in the model's order."""
     in_file = {path for key in stored.tensors for path, slot in [peft_keys.path_and_slot(key)] if slot}
     return [path for path in modules if path in in_file]
 
@@ -353,7 +353,7 @@ def _sort_tensors(
             parts = wrapper.split(slot, tensor, 2 if stored.metadata.start else 1)
             if parts is None:
                 names = ", ".join(part_path.rpartition(".")[2] for part_path in wrapper.layers)
-                result.problems.append(f"misshapen {key}: {tuple(tensor.shape)} is not made of the parts {names}")
+                result.problems.append(f"misshapen {key}: {tuple(tensor.shape)} does not consist of the parts {names}")
                 parts = dict.fromkeys(wrapper.layers, tensor)
             for part_path, part in parts.items():
                 result.low_rank.setdefault(part_path, {})[slot] = part
@@ -368,12 +368,10 @@ def _sort_tensors(
                 result.problems.append(problem)
         else:
             result.problems.append(
-                f"unexpected {key} {tuple(tensor.shape)}: the model has no module for it, or no setting asks for it"
+                f"unexpected {key} {tuple(tensor.shape)}: the model has no module for it, or the settings exclude it"
             )
         if saved_path is None and not tensor.is_floating_point():
-            result.problems.append(
-                f"{key} {tuple(tensor.shape)} holds {tensor.dtype}, where factors and biases are floats"
-            )
+            result.problems.append(f"expected floats in {key} {tuple(tensor.shape)}, got {tensor.dtype}")
     return result
 
 
@@ -387,7 +385,7 @@ def _low_rank(
 ) -> LoRALayer | None:
     """Returns the layer with the file's tensors. If they do not fit, the reasons are added to `tensors.problems`.
 
-    empty: the layer to be filled; None for one that the settings do not name.
+    empty: the layer to fill; None if it is not in the settings.
     """
     module = layer_of(base_model, path)
     if reason := obstacle(module) or storage_obstacle(module):
@@ -428,13 +426,13 @@ def _saved_module(path: str, modules: Modules, tensors: SortedTensors) -> nn.Mod
 
 
 def _shape_problems(in_file: Mapping[str, Shape], needed: Mapping[str, Shape]) -> list[str]:
-    """All of the file's tensors that are missing, unexpected or misshapen."""
+    """Returns messages for all tensors that are missing, unexpected or misshapen."""
     result = [f"missing {name} {tuple(shape)}" for name, shape in needed.items() if name not in in_file]
     for name, shape in in_file.items():
         if name not in needed:
-            result.append(f"unexpected {name} {tuple(shape)}: the settings do not ask for it, or the layer has none")
+            result.append(f"unexpected {name} {tuple(shape)}: the settings exclude it, or the layer has none")
         elif shape != needed[name]:
-            result.append(f"misshapen {name}: the file has {tuple(shape)}, the model needs {tuple(needed[name])}")
+            result.append(f"misshapen {name}: expected {tuple(needed[name])}, got {tuple(shape)}")
     return result
 
 
@@ -449,7 +447,7 @@ def named_tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Returns the names of tensors with NaN or infinity.
 
-    A sum is finite only if its terms are, and takes a tenth of the time of looking at each of them.
+    A sum is finite only if its terms are, and takes a tenth of the time of checking each of them.
     """
     sums: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors.values():
@@ -467,15 +465,15 @@ def _check_vocabulary(stored: peft.StoredAdapter, base_model: nn.Module) -> None
     path, embedding = input_embedding(base_model) or ("", None)
     if embedding is None:
         return
-    # A file of another tool may hold the whole embedding
+    # Files of other tools may contain the full embedding
     saved = (stored.tensors.get(f"{path}{ending}.weight") for ending in peft_keys.BASE_MODULES)
     sizes = [len(weight) for weight in saved if weight is not None and weight.ndim]
     before, now = stored.metadata.vocabulary or next(iter(sizes), None), embedding.num_embeddings
     if before not in (None, now):
         raise BaseMismatchError(
-            f"{stored.folder} was made for a vocabulary of {before} tokens (rows of {path}), this base has {now}. "
-            f"Call resize_token_embeddings({before}) on the base model, with the new rows of the one that it was "
-            "trained on, or pass allow_base_mismatch=True to go on."
+            f"{stored.folder} expects a vocabulary of {before} tokens (rows of {path}), got a base model with {now}. "
+            f"Call resize_token_embeddings({before}) on it and copy the new rows from the base that the adapter was "
+            "trained on, or pass allow_base_mismatch=True to load it anyway."
         )
 
 
@@ -492,6 +490,6 @@ def _check_base(
     known_base |= fingerprint(base_model, unknown)
     if problems := fingerprint_differences(expected, {path: known_base[path] for path in layer_types}):
         raise BaseMismatchError(
-            f"{stored.folder} was made for another base model than this one: {listing(problems, most=5)}\n"
-            "Load the base that it was trained on, or pass allow_base_mismatch=True to go on."
+            f"{stored.folder} was trained on a different base model: {listing(problems, most=5)}\n"
+            "Load that base model, or pass allow_base_mismatch=True to load the adapter anyway."
         )

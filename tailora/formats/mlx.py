@@ -2,8 +2,8 @@
 
     y = W x + scale * (x lora_a) lora_b      lora_a = A^T (in, r), lora_b = B^T (r, out); scale is not divided by r
 
-One rank and one scale for all layers, so what is written has scale 1 and the whole scale in lora_b. `keys` are names
-within a block, or whole paths; a layer that they name without tensors gets a lora_b of zeros, which changes nothing.
+One rank and one scale for all layers, so files are written with scale 1 and the full scale in lora_b. `keys` are names
+within a block, or full paths; mlx-lm gives a layer without tensors a lora_b of zeros, which changes nothing.
 """
 
 import json
@@ -33,17 +33,17 @@ BLOCK = re.compile(r"model\.layers\.\d+\.(.+)")
 
 
 def problems(source: ExportSource) -> list[str]:
-    """Returns a message for each part of the adapter that the format cannot hold."""
+    """Returns a message for each part of the adapter that the format does not support."""
     result = fold_scale.low_rank_problems(source, (LINEAR, EMBEDDING))
     config: Any = getattr(source.base_model, "config", None)
     model_type = getattr(config, "model_type", None)
     if model_type not in SAME_PATHS:
         known = ", ".join(SAME_PATHS)
-        result.append(f"model_type {model_type!r}: its layers' names in mlx-lm are not known; known types: {known}")
+        result.append(f"model_type {model_type!r} is not supported for mlx-lm; supported: {known}")
     layer_types = fold_scale.exported_layer_types(source).items()
     tied = [path for path, layer_type in layer_types if layer_type is EMBEDDING or path == "lm_head"]
     if tied and getattr(config, "tie_word_embeddings", False):
-        result.append(f"{', '.join(tied)}: tied, and mlx-lm would adapt input and output at once; {MERGED}")
+        result.append(f"{', '.join(tied)}: tied, and mlx-lm would adapt both input and output; {MERGED}")
     return result
 
 
@@ -66,13 +66,13 @@ def write(folder: Path, source: ExportSource) -> list[str]:
     (folder / MLX_WEIGHTS).write_bytes(safetensors_bytes(tensors, {"format": "mlx"}))
     (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     changes = [*fold_scale.fold_changes(source), *padding]
-    # mlx-lm silently takes a rope_theta of 10,000 if config.json has it in rope_parameters alone
+    # mlx-lm silently uses a rope_theta of 10,000 if config.json only has it in rope_parameters
     file = Path(getattr(config, "_name_or_path", "")) / "config.json"
     base_settings = read_json_object(file) if file.is_file() else {}
     theta = (base_settings.get("rope_parameters") or {}).get("rope_theta")
     if theta is not None and "rope_theta" not in base_settings:
         changes.append(
-            f'before mlx-lm is used, write "rope_theta": {theta}, at the top of {file}: its results are wrong without'
+            f'before using mlx-lm, add "rope_theta": {theta}, at the top of {file}; otherwise its results are wrong'
         )
     return changes
 
@@ -81,12 +81,12 @@ def write(folder: Path, source: ExportSource) -> list[str]:
 
 
 def read(folder: Path) -> StoredAdapter:
-    """Reads what mlx-lm trained, as a PEFT folder would hold it. Raises FormatError."""
+    """Reads an adapter of mlx-lm, and converts it to the content of a PEFT folder. Raises FormatError."""
     settings = read_json_object(folder / ADAPTER_CONFIG)
     tensors, _ = read_safetensors(folder / MLX_WEIGHTS)
     fine_tune_type = settings.get("fine_tune_type", "lora")
     if fine_tune_type not in ("lora", "dora"):
-        raise FormatError(f"{folder}: fine_tune_type = {fine_tune_type!r} holds whole weights; fuse it with mlx-lm")
+        raise FormatError(f"{folder}: fine_tune_type = {fine_tune_type!r} is not LoRA; fuse it with mlx-lm")
     layers: dict[str, dict[str, Tensor]] = {}  # path -> name -> tensor
     for key, tensor in tensors.items():
         path, _, name = key.rpartition(".")
@@ -96,15 +96,15 @@ def read(folder: Path) -> StoredAdapter:
     for path, layer in layers.items():
         if set(layer) != names:
             has = ", ".join(sorted(layer))
-            tensor_problems.append(f"{path} has {has}; a {fine_tune_type} layer has {needed}")
+            tensor_problems.append(f"{path}: expected {needed} for {fine_tune_type}, got {has}")
         elif layer["lora_a"].ndim != 2 or layer["lora_b"].ndim != 2:
             shape = tuple(layer["lora_a"].shape)
-            tensor_problems.append(f"{path}: factors of shape {shape}, one per expert, are not read")
+            tensor_problems.append(f"{path}: factors of shape {shape}, one per expert, are not supported")
     fold_scale.raise_problems(str(folder), tensor_problems)
     parameters = settings.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
     if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale <= sys.float_info.max:
-        raise FormatError(f"{folder / ADAPTER_CONFIG}: lora_parameters.scale is {scale!r}; it must be a number above 0")
+        raise FormatError(f"{folder / ADAPTER_CONFIG}: expected lora_parameters.scale above 0, got {scale!r}")
     factors = {path: (layer["lora_a"].T, layer["lora_b"].T) for path, layer in layers.items()}
     base = {"base_model_name_or_path": settings["model"]} if isinstance(settings.get("model"), str) else {}
     scales = dict.fromkeys(factors, float(scale))

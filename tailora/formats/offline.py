@@ -1,7 +1,7 @@
 """The updates of an adapter folder, without its base model.
 
-If a layer is one matrix, the tensors and settings define its update. Stacks of experts, whose number only the base
-knows, are left out with the reason. The parts of a fused layer are read as one matrix of the whole layer.
+If a layer is one matrix, the tensors and settings define its update. Stacked experts are skipped with the reason, since
+their number is only known from the base. The parts of a fused layer are read as one matrix of the full layer.
 """
 
 from collections.abc import Mapping
@@ -22,15 +22,15 @@ from tailora.formats.peft_config import adds_out_proj_twice
 from tailora.formats.peft_keys import path_and_slot
 from tailora.formats.run_folder import ADAPTER_WEIGHTS, GGUF_WEIGHTS, MLX_WEIGHTS
 
-STACKED = "a stack of experts or another parameter, whose factors only the model can separate: give --model"
-MIXED_GROUPS = "its A reads the channels of all groups, which is no matrix of the layer"
-WITHOUT_TENSORS = "target_modules names it, and the file has no tensors of it"
+STACKED = "stacked experts or a similar parameter, whose factors cannot be separated without the model: use --model"
+MIXED_GROUPS = "its A mixes the channels of all groups, so it is not a matrix of the layer"
+WITHOUT_TENSORS = "in target_modules, but without tensors in the file"
 TRAINED_IN_FULL = "trained in full, without a low-rank update"
 
 
 @dataclass(frozen=True)
 class OfflineAdapter:
-    """updates: by path.    left_out: other keys and paths -> the reason why they are left out.
+    """updates: by path.    left_out: other keys and paths -> the reason why they are skipped.
     base: the name of the base model in the files, if there is one.
     """
 
@@ -43,16 +43,16 @@ class OfflineAdapter:
 def read_offline(path: Path) -> OfflineAdapter:
     """Reads a PEFT folder or one of mlx-lm.
 
-    Raises FormatError for a folder that is damaged or no adapter, and ConfigError for formats that need the base model.
+    Raises FormatError if it is damaged or not an adapter, and ConfigError for formats that need the base model.
     """
     if path.is_file() or (path / GGUF_WEIGHTS).is_file():
-        raise ConfigError(f"{path}: its layer names can only be read with the base model: give --model")
+        raise ConfigError(f"{path}: its layer names can only be read with the base model; use --model")
     is_mlx = (path / MLX_WEIGHTS).is_file() and not (path / ADAPTER_WEIGHTS).is_file()
     return updates_of(mlx.read(path) if is_mlx else read_peft_folder(path))
 
 
 def updates_of(stored: StoredAdapter) -> OfflineAdapter:
-    """Raises FormatError with all that is damaged."""
+    """Raises FormatError with everything that is damaged."""
     _, config = stored_configs(stored, [])
     layers: dict[str, dict[str, Tensor]] = {}  # path -> slot -> tensor
     left_out: dict[str, str] = {}
@@ -77,7 +77,7 @@ def updates_of(stored: StoredAdapter) -> OfflineAdapter:
             left_out[layer_path] = TRAINED_IN_FULL
         elif not {"A", "B"} <= slots.keys():
             factor = "A" if "A" in slots else "B"
-            problems.append(f"{layer_path}: there is a lora_{factor} without the other factor")
+            problems.append(f"{layer_path}: lora_{factor} without the other factor")
         elif layer_path.endswith(stacked) or (is_weight and len(slots["A"]) != r):
             left_out[layer_path] = STACKED
         else:
@@ -97,7 +97,7 @@ def updates_of(stored: StoredAdapter) -> OfflineAdapter:
         if not {path, path.rpartition(".")[0]} & in_file
     ]
     if not stored.tensors:
-        problems.append(f"{ADAPTER_WEIGHTS} holds no tensors")
+        problems.append(f"{ADAPTER_WEIGHTS} contains no tensors")
     if problems:
         raise FormatError(f"{stored.folder}: {listing(problems)}")
     if stored.settings and isinstance(config.target_modules, list):
@@ -118,7 +118,7 @@ def _update(
     per_group = B.shape[1] if B.ndim > 1 else 0
     fits = per_group and A.ndim == B.ndim and A.shape[0] == r and r % per_group == 0
     if not fits or (A.ndim == 2 and per_group != r):
-        raise FormatError(f"lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, for a rank of {r} in the settings")
+        raise FormatError(f"expected factors of rank {r}, got lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}")
     groups = r // per_group
     grouped_A = dense_to_groups(A.float(), groups)
     if grouped_A is None:

@@ -1,7 +1,7 @@
 """The PEFT adapter folder: adapter_model.safetensors, adapter_config.json, README.md.
 
-peft_keys.py has the keys of the tensors. What PEFT has no field for (learned scales, our config, the fingerprint of the
-base) is in the safetensors metadata, which other readers ignore.
+peft_keys.py has the keys of the tensors. Fields that PEFT lacks (learned scales, our config, the fingerprint of the
+base) are in the safetensors metadata, which other readers ignore.
 """
 
 import json
@@ -50,16 +50,16 @@ from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, ME
 
 
 class AdapterMetadata(BaseModel):
-    """What PEFT has no field for; empty for a file that another tool wrote.
+    """The fields that PEFT lacks; empty for files of other tools.
 
     config: the settings of LoRAConfig.
     scaling: learned scales by path; the file's B has them folded in.
     start: whether the second half of the ranks is the frozen start, with B negated.
     base: fingerprint of the base model by path.
     vocabulary: rows of the base model's input embedding; None for a model without one.
-    saved_modules: paths of the modules that were trained in full; None in files of before it was stored.
+    saved_modules: paths of the modules that were trained in full; None in older files.
     base_folder: absolute path of the base model, whose name in adapter_config.json is a relative path.
-    label_names, problem_type: of the base model's head for labels, as in its config; None for other models.
+    label_names, problem_type: of the base model's classification head, as in its config; None for other models.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -76,7 +76,7 @@ class AdapterMetadata(BaseModel):
     problem_type: str | None = None
 
     def to_json(self) -> str:
-        """The same for the same adapter: read from a file, it has its layers in another order than the model."""
+        """Returns the same text for the same adapter: one read from a file has its layers in a different order."""
         in_order = {"base": dict(sorted(self.base.items())), "scaling": dict(sorted(self.scaling.items()))}
         return self.model_copy(update=in_order).model_dump_json()
 
@@ -103,10 +103,10 @@ def parse_metadata(text: str | None, source: object) -> AdapterMetadata:
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """The content of an adapter folder, checked for form but not yet against a base model.
+    """The content of an adapter folder, not yet checked against a base model.
 
     settings: of adapter_config.json; None if it is missing and the metadata describes the weights.
-    tensors: by key, without KEY_PREFIX. Each has memory of its own, which an adapter may take over.
+    tensors: by key, without KEY_PREFIX. They share no memory, so an adapter may use them without a copy.
     """
 
     folder: Path
@@ -121,7 +121,7 @@ class StoredAdapter:
 
 
 def base_fingerprint(adapter: Adapter, base_model: nn.Module) -> dict[str, LayerFingerprint]:
-    """Returns the fingerprint of the weights that the adapter adapts. Of a sharded base, all ranks must call it."""
+    """Returns the fingerprint of the adapted weights. With a sharded base, all ranks must call it."""
     return fingerprint(base_model, {path: layer.layer_type for path, layer in adapter.low_rank.items()})
 
 
@@ -130,15 +130,16 @@ def write_peft_folder(
 ) -> None:
     """Writes a new folder completely or not at all; in an existing one the files are replaced, the weights first.
 
-    The weights carry their settings, so that a crash between two files is noticed when reading. The same adapter gives
-    the same bytes. A frozen start doubles the ranks.
+    The weights contain their settings, so that a crash between two files is detected when reading. The same adapter
+    gives the same bytes. A frozen start doubles the ranks.
     base: `base_fingerprint`, if it is known; by default it is read from the base.
     Raises DivergedError for weights that are not finite, WriteError if the folder cannot be written.
     """
     layers = list(peft_layers(base_model, adapter.low_rank).values())
     tensors = adapter_to_peft(adapter, layers)
     if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise DivergedError(f"the adapter is not saved: not finite are {', '.join(broken[:5])} ({len(broken)} in all)")
+        names = f"{', '.join(broken[:5])}{', ...' * (len(broken) > 5)}"
+        raise DivergedError(f"adapter not saved: {len(broken)} tensors contain NaN or infinity ({names})")
     low_rank = adapter.low_rank.items()
     fingerprints = base_fingerprint(adapter, base_model) if base is None else base
     metadata = AdapterMetadata(
@@ -164,7 +165,7 @@ def write_peft_folder(
             f"{folder}: PEFT cannot load this adapter, only tailora can: {unknown}", TailoraWarning, stacklevel=2
         )
     elif config.lora_dropout != adapter.config.lora_dropout:
-        about += f" Was trained with lora_dropout = {adapter.config.lora_dropout:g}, which PEFT does not have here."
+        about += f" Trained with lora_dropout = {adapter.config.lora_dropout:g}, which PEFT does not support here."
     write_files(folder, tensors, metadata, settings, about)
 
 
@@ -196,7 +197,7 @@ def relative_base_folder(base_model: nn.Module) -> str | None:
 
 
 def head_labels(base_model: nn.Module) -> dict[str, Any]:
-    """Returns the names of the labels that the model's head predicts, and what kind it is; {} for other models."""
+    """Returns the label names and the problem type of a classification head; {} for other models."""
     config: Any = getattr(base_model, "config", None)
     if not task_heads(base_model) or getattr(config, "id2label", None) is None:
         return {}
@@ -205,7 +206,7 @@ def head_labels(base_model: nn.Module) -> dict[str, Any]:
 
 
 def unknown_to_peft(layers: Iterable[PeftLayer]) -> str:
-    """Returns what PEFT has no form for, and where; "" if nothing.
+    """Returns what PEFT does not support, and where; "" if nothing.
 
     It has neither magnitudes nor biases for attention and parameters.
     """
@@ -219,8 +220,8 @@ def unknown_to_peft(layers: Iterable[PeftLayer]) -> str:
     if not unknown:
         return ""
     return (
-        "it has no use_dora and no lora_bias on attention, experts, and layers that are named like projections of "
-        f"experts: {', '.join(unknown[:3])} ({len(unknown)} in all)"
+        "it does not support use_dora and lora_bias on attention, experts, and layers that are named like projections "
+        f"of experts: {', '.join(unknown[:3])} ({len(unknown)} in total)"
     )
 
 
@@ -228,13 +229,13 @@ def read_peft_folder(folder: Path) -> StoredAdapter:
     """Reads a folder written by tailora or PEFT. Raises FormatError. A pickle is never opened."""
     if not folder.is_dir():
         raise FormatError(
-            f"{folder} is not a folder; an adapter is a folder with {ADAPTER_WEIGHTS} and {ADAPTER_CONFIG}"
+            f"expected an adapter folder with {ADAPTER_WEIGHTS} and {ADAPTER_CONFIG}; {folder} is not a folder"
         )
     if not os.path.lexists(folder / ADAPTER_WEIGHTS):
         pickled = " (adapter_model.bin is a pickle, which can run code and is not read; save it as safetensors)"
         names = sorted(file.parent.name for file in folder.glob(f"*/{ADAPTER_WEIGHTS}"))  # of a model's other adapters
         subfolders = (
-            f"; adapters are in its subfolders {', '.join(names[:5])}: give {folder / names[0]}" if names else ""
+            f"; its subfolders {', '.join(names[:5])} contain adapters: use {folder / names[0]}" if names else ""
         )
         raise FormatError(
             f"{folder} has no {ADAPTER_WEIGHTS}{pickled if (folder / 'adapter_model.bin').exists() else ''}{subfolders}"
@@ -242,7 +243,7 @@ def read_peft_folder(folder: Path) -> StoredAdapter:
     tensors, file_metadata = read_safetensors(folder / ADAPTER_WEIGHTS)
     if wrong := [key for key in tensors if not key.startswith(KEY_PREFIX)]:
         raise FormatError(
-            f"{folder / ADAPTER_WEIGHTS}: keys start with {KEY_PREFIX!r}; these do not: {', '.join(wrong[:5])}"
+            f"{folder / ADAPTER_WEIGHTS}: expected keys that start with {KEY_PREFIX!r}, got {', '.join(wrong[:5])}"
         )
     metadata = parse_metadata(file_metadata.get(METADATA_KEY), folder / ADAPTER_WEIGHTS)
     describes_itself = metadata.config is not None and not os.path.lexists(folder / ADAPTER_CONFIG)
@@ -255,9 +256,9 @@ def read_peft_folder(folder: Path) -> StoredAdapter:
 def as_stored_adapter(
     source: Path, factors: Mapping[str, tuple[Tensor, Tensor]], scales: Mapping[str, float], **settings: Any
 ) -> StoredAdapter:
-    """Returns what a PEFT folder would hold of another format: A, B and scale of every path.
+    """Converts A, B and the scale of every path, from any format, to the content of a PEFT folder.
 
-    settings: added to those of PEFT's file.
+    settings: added to PEFT's settings.
     """
     ranks = {path: A.shape[0] for path, (A, _) in factors.items()}
     alphas = {path: scales[path] * r for path, r in ranks.items()}
@@ -279,7 +280,7 @@ def as_stored_adapter(
 
 
 def adapter_to_peft(adapter: Adapter, layers: Iterable[PeftLayer]) -> dict[str, Tensor]:
-    """Returns key without KEY_PREFIX -> tensor as the file holds it."""
+    """Returns key without KEY_PREFIX -> tensor as stored in the file."""
     tensors: dict[str, Tensor] = {}
     for peft_layer in layers:
         slots = {path: layer_to_peft(layer, adapter.has_start) for path, layer in peft_layer.layers.items()}
@@ -298,11 +299,11 @@ def adapter_to_peft(adapter: Adapter, layers: Iterable[PeftLayer]) -> dict[str, 
 # ---- The tensors of one low-rank layer
 #
 # Of stacked experts, A (E r, in) has the row e r + k for expert e and rank k, and B (out, E r) the column k E + e.
-# With a frozen start the file holds [A, A0] and [B, -B0], of rank 2r: for PEFT this is a plain adapter.
+# With a frozen start the file contains [A, A0] and [B, -B0], of rank 2r: for PEFT this is a plain adapter.
 
 
 def layer_to_peft(layer: LoRALayer, with_start: bool) -> dict[str, Tensor]:
-    """Returns slot -> tensor as the file holds it. The ratio of the scale to the configured one is folded into B.
+    """Returns slot -> tensor as stored in the file. The ratio of the scale to the configured one is folded into B.
 
     with_start: the ranks are doubled; with zeros if this layer has no frozen start.
     """
@@ -349,10 +350,10 @@ def slot_shapes(layer: LoRALayer, with_start: bool) -> dict[str, Shape]:
 
 @torch.no_grad()
 def load_layer(layer: LoRALayer, tensors: Mapping[str, Tensor], with_start: bool) -> None:
-    """Gives the layer the file's tensors, slot -> tensor of the right shape.
+    """Fills the layer with the file's tensors, slot -> tensor of the right shape.
 
-    It takes over A and B without a copy where they need no conversion.
-    Raises FormatError if no weight can hold them.
+    A and B are only copied if they need a conversion.
+    Raises FormatError if no weight can represent them.
     """
     A, B = tensors["A"].to(layer.lora_A), tensors["B"].to(layer.lora_B).view(tensors["B"].shape[:2])
     if layer.layer_type.is_stacked:
@@ -362,7 +363,7 @@ def load_layer(layer: LoRALayer, tensors: Mapping[str, Tensor], with_start: bool
         grouped_A = dense_to_groups(A, layer.groups)
     if grouped_A is None:  # PEFT trains an A that reads all channels of a grouped convolution
         if layer.lora_magnitude_vector is not None:
-            raise FormatError("its A mixes the channels of different groups, so the rows of its weight have no norm")
+            raise FormatError("its A mixes the channels of different groups, for which DoRA has no row norms")
         grouped_A, layer.groups = A, 1
     if with_start:
         by_group = grouped_A.view(layer.groups, -1, *grouped_A.shape[1:])  # (groups, 2r/groups, ...)
@@ -376,15 +377,15 @@ def load_layer(layer: LoRALayer, tensors: Mapping[str, Tensor], with_start: bool
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """Returns the tensor if it is all that its memory holds, in order; a copy otherwise, as of a view."""
+    """Returns the tensor if it is contiguous and has its memory to itself; otherwise a copy, for example of a view."""
     is_alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if is_alone else tensor.clone(memory_format=torch.contiguous_format)
 
 
 # ---- A of a grouped convolution
 #
-# In PEFT A reads all channels, which no grouped weight can hold. Here it has one block per group, so that the update
-# can be merged. The file has these blocks with zeros between the groups, which is the same function in PEFT.
+# In PEFT, A reads all channels, which a grouped weight cannot represent. Here it has one block per group, so that the
+# update can be merged. The file has these blocks with zeros between the groups, which is the same function in PEFT.
 
 
 def groups_to_dense(A: Tensor, groups: int) -> Tensor:

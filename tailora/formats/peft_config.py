@@ -16,7 +16,7 @@ from tailora.core.targets import HEADS_OF_TASK, saved_modules
 from tailora.errors import ConfigError, FormatError, TailoraWarning, listing
 from tailora.formats.peft_keys import PeftLayer
 
-# Settings that change what the tensors mean, or how they are trained, and are not supported unless they are OFF.
+# Settings that change the meaning of the tensors or their training. They are not supported unless they are OFF.
 UNSUPPORTED_SETTINGS = (
     *("alora_invocation_tokens", "use_qalora", "megatron_config", "layer_replication", "arrow_config"),
     *("velora_config", "use_bdlora", "monteclora_config", "kasa_config"),
@@ -31,8 +31,8 @@ OTHER_SETTINGS = (  # in the order of the file
     *("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices", "bias"),
     *("use_rslora", "use_dora", "lora_bias"),
 )
-SHARED_SETTINGS = ("r", "lora_alpha", "lora_dropout", *OTHER_SETTINGS)  # of the same name and meaning in LoRAConfig
-SETTINGS_TAKEN = (
+SHARED_SETTINGS = ("r", "lora_alpha", "lora_dropout", *OTHER_SETTINGS)  # same name and meaning in LoRAConfig
+USED_SETTINGS = (
     *SHARED_SETTINGS,
     *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "init_lora_weights", "ensure_weight_tying"),
     *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
@@ -45,7 +45,7 @@ TASK_TYPES: dict[str, TaskType] = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
-# What LoRAConfig raises for values from a file. The last two come from the compiler of regular expressions.
+# Errors of LoRAConfig for values from a file. The last two come from the compiler of regular expressions.
 CONFIG_ERRORS = (ConfigError, TypeError, RecursionError, OverflowError)
 BRACES, NUMBER = re.compile(r"\{[\d\s,]*\}"), re.compile(r"\d+")
 MAX_REPETITIONS = 1000
@@ -54,11 +54,11 @@ MAX_REPETITIONS = 1000
 
 
 def to_peft_config(config: LoRAConfig, layers: Iterable[PeftLayer], base_model: nn.Module) -> dict[str, Any]:
-    """Returns the content of the file. Its targets name exactly the adapted layers, so a reader selects the same."""
+    """Returns the content of the file. Its targets match exactly the adapted layers, so a reader selects the same."""
     layers = list(layers)
     modules = list(dict.fromkeys(layer.pattern_path for layer in layers if not layer.is_parameter))
     parameters = list(dict.fromkeys(layer.pattern_path for layer in layers if layer.is_parameter))
-    # The last two names of each parameter's path, as PEFT's users write them, or whole paths if those are ambiguous
+    # The last two names of each parameter's path, as PEFT's users write them, or full paths if those are ambiguous
     endings = sorted({".".join(path.split(".")[-2:]) for path in parameters})
     parameter_paths = [path for path, _ in base_model.named_parameters(remove_duplicate=False)]
     are_clear = set(parameters) == {path for path in parameter_paths if matches(endings, path)}
@@ -81,7 +81,7 @@ def to_peft_config(config: LoRAConfig, layers: Iterable[PeftLayer], base_model: 
 
 
 def _task_type(config: LoRAConfig, base_model: nn.Module) -> TaskType | None:
-    """Returns the user's task, or that of the base's class if the adapter has the heads which PEFT then looks for."""
+    """Returns the user's task, or the task of the base's class if the adapter has the heads that PEFT expects."""
     class_name = type(base_model).__name__
     task = config.task_type
     if task is None and getattr(base_model, "main_input_name", "input_ids") == "input_ids":  # PEFT's classes pass it on
@@ -93,8 +93,8 @@ def _task_type(config: LoRAConfig, base_model: nn.Module) -> TaskType | None:
         if config.task_type is None:
             return None
         warnings.warn(
-            f"task_type={task!r}: PEFT looks for the weights of {', '.join(missing)} and cannot load the adapter "
-            f"without them; train them in full (modules_to_save={missing}), or leave task_type out",
+            f"task_type={task!r}: PEFT expects the weights of {', '.join(missing)} and cannot load the adapter "
+            f"without them; train them in full (modules_to_save={missing}), or remove task_type",
             TailoraWarning,
             stacklevel=2,
         )
@@ -102,15 +102,15 @@ def _task_type(config: LoRAConfig, base_model: nn.Module) -> TaskType | None:
 
 
 def base_model_name(base_model: nn.Module) -> str | None:
-    """Returns the folder or Hub id that the base model was read from, as it was given; None if it is unknown."""
+    """Returns the folder or Hub id that the base model was read from, unchanged; None if it is unknown."""
     return getattr(getattr(base_model, "config", None), "_name_or_path", None) or None
 
 
 def as_peft_computes(config: LoRAConfig, layers: Iterable[PeftLayer]) -> LoRAConfig:
-    """Returns the config with patterns for every layer whose rank or scale the config alone does not give PEFT.
+    """Adds patterns for every layer whose rank or scale PEFT could not derive from the config alone.
 
-    Such layers hold several parts of a fused layer, each with a rank and scale of its own, or are target_parameters.
-    With these PEFT has no dropout.
+    Such layers contain several parts of a fused layer, with different ranks and scales, or are target_parameters, for
+    which PEFT has no dropout.
     """
     layers = list(layers)
     ranks: dict[str, int] = {}
@@ -129,7 +129,7 @@ def as_peft_computes(config: LoRAConfig, layers: Iterable[PeftLayer]) -> LoRACon
 
 
 def with_double_rank(config: LoRAConfig) -> LoRAConfig:
-    """Returns the config that gives the same scales to factors of twice the rank."""
+    """Returns a config with the same scales for factors of twice the rank."""
     factor = math.sqrt(2) if config.use_rslora else 2
     return config.replaced(
         r=2 * config.r,
@@ -149,8 +149,8 @@ def changes_the_base(init_lora_weights: object) -> bool:
 def from_peft_config(settings: Mapping[str, Any], paths: list[str], source: Path) -> LoRAConfig:
     """Returns the LoRAConfig for PEFT's settings.
 
-    paths: the modules that have tensors; they are the targets if the settings name none.
-    Raises FormatError with every setting that would make the adapter compute something else here.
+    paths: the modules that have tensors; they are the targets if the settings have none.
+    Raises FormatError with every setting that would make the adapter compute something different here.
     """
     init = str(settings.get("init_lora_weights")).lower()
     problems = [
@@ -159,29 +159,29 @@ def from_peft_config(settings: Mapping[str, Any], paths: list[str], source: Path
         if settings.get(key) not in OFF
     ]
     if settings.get("peft_type") != "LORA":
-        problems.append(f"peft_type = {settings.get('peft_type')!r}; this reads 'LORA'")
+        problems.append(f"expected peft_type = 'LORA', got {settings.get('peft_type')!r}")
     if init == "mica":
         problems.append(
-            "init_lora_weights = 'mica' trains A alone, and here B would be trained, too. To use the adapter without "
+            "init_lora_weights = 'mica' only trains A, but tailora would also train B. To use the adapter without "
             "training it, set init_lora_weights to true in its adapter_config.json: the outputs are the same"
         )
     elif changes_the_base(init):
         problems.append(
-            f"init_lora_weights = {settings['init_lora_weights']!r} changed the base's weights, which the folder does "
-            "not hold; convert it with PEFT (path_initial_model_for_weight_conversion)"
+            f"init_lora_weights = {settings['init_lora_weights']!r} changed the base's weights, which are not in the "
+            "folder; convert it with PEFT (path_initial_model_for_weight_conversion)"
         )
     elif init not in INITS_WITHOUT_EFFECT:
         problems.append(
-            f"init_lora_weights = {settings['init_lora_weights']!r} is not known; merge the adapter with PEFT"
+            f"init_lora_weights = {settings['init_lora_weights']!r} is unknown; merge the adapter with PEFT"
         )
     if problems:
         raise FormatError(f"{source}: {listing(problems)}")
-    known = {*SETTINGS_TAKEN, *SETTINGS_WITHOUT_EFFECT, *UNSUPPORTED_SETTINGS}
+    known = {*USED_SETTINGS, *SETTINGS_WITHOUT_EFFECT, *UNSUPPORTED_SETTINGS}
     if unknown := {key: value for key, value in settings.items() if key not in known and value not in OFF}:
         shown = ", ".join(f"{key} = {value!r:.80}" for key, value in unknown.items())
         warnings.warn(
-            f"{source}: adapter_config.json has settings that tailora does not know and leaves out: {shown}. Compare "
-            "the outputs with those of the tool that wrote it",
+            f"{source}: ignoring unknown settings in adapter_config.json: {shown}. Compare the outputs with the tool "
+            "that wrote it",
             TailoraWarning,
             stacklevel=2,
         )
@@ -215,6 +215,6 @@ def check_patterns(config: LoRAConfig, source: Path) -> None:
         counts = [max(map(int, NUMBER.findall(braces)), default=1) for braces in BRACES.findall(pattern)]
         if math.prod(max(1, count) for count in counts) > MAX_REPETITIONS:
             raise FormatError(
-                f"{source}: the counts in the regular expression {pattern!r} multiply to above {MAX_REPETITIONS}; "
-                "list the names"
+                f"{source}: the counts in the regular expression {pattern!r} multiply to more than {MAX_REPETITIONS}; "
+                "list the names instead"
             )

@@ -1,7 +1,7 @@
 """The keys of the tensors in a PEFT file.
 
 A key is `base_model.model.` + path of the layer + suffix of the slot, such as `.lora_A.weight`. The adapter's name is
-not in it. Some matrices have another path in PEFT than in tailora: fused parts, attention, named parameters.
+not in it. Some matrices have a different path in PEFT than in tailora: fused parts, attention, named parameters.
 
 our path                          prefix of PEFT's keys
 c_attn.q                          c_attn: rows of A and columns of B of the whole layer. B is zero in the outputs of
@@ -10,7 +10,7 @@ attn.in_proj_weight               attn
 attn.out_proj                     attn.base_layer.out_proj
 experts.gate_up_proj, .down_proj  experts.base_layer, experts: nested wrappers, the first parameter is the innermost
 
-PEFT also takes some layers for projections of experts, which have the same names. `named_like_experts` finds them.
+PEFT also mistakes some layers for projections of experts with the same names. `named_like_experts` finds them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -52,10 +52,10 @@ def path_and_slot(key: str) -> tuple[str, str | None]:
 class PeftLayer:
     """A layer as PEFT adapts it.
 
-    key_prefix: what its keys in the file start with.
+    key_prefix: prefix of its keys in the file.
     pattern_path: the path that PEFT matches rank_pattern and alpha_pattern against.
     layers: path -> the LoRALayers in it. Several are parts of one fused layer, one after another in the rank.
-    scale: the scale that PEFT computes for it; the B of a part with another scale is multiplied by the ratio.
+    scale: the scale that PEFT computes for it; the B of a part with a different scale is multiplied by the ratio.
     is_parameter: whether PEFT finds it by `target_parameters`.
     row_norms: ||W|| of every output, (out,), if parts of it have DoRA magnitudes.
     """
@@ -72,7 +72,7 @@ class PeftLayer:
         return sum(layer.r for layer in self.layers.values())
 
     def join(self, slot: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Returns the slot's tensor of the whole layer. `tensors` has that of every path in `layers`."""
+        """Returns the slot's tensor for the full layer. `tensors` has one for every path in `layers`."""
         if slot == "A":
             return torch.cat(list(tensors.values()), 0)
         if slot == "B":
@@ -87,9 +87,9 @@ class PeftLayer:
         return tensor
 
     def split(self, slot: str, tensor: Tensor, rank_factor: int) -> dict[str, Tensor] | None:
-        """The inverse of `join`: path -> tensor; None if `tensor` is not made of these parts.
+        """The inverse of `join`: path -> tensor; None if `tensor` does not consist of these parts.
 
-        rank_factor: the ranks in the file are this many times those of `layers`.
+        rank_factor: the ranks in the file are this many times the ranks of `layers`.
         """
         if len(self.layers) == 1 and next(iter(self.layers.values())).output_slice is None:
             path = next(iter(self.layers))
@@ -121,13 +121,13 @@ class PeftLayer:
         return cast(OutputSlice, self.layers[path].output_slice)
 
     def _spread(self, path: str, B: Tensor) -> Tensor:
-        """B of a part -> B of the whole layer, zero in all other outputs."""
+        """B of a part -> B of the full layer, zero in all other outputs."""
         output_slice = self.layers[path].output_slice
         return B if output_slice is None else output_slice.spread(B.mT).mT
 
 
 def peft_layers(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, PeftLayer]:
-    """Returns key prefix -> the PeftLayer that holds these layers, in their order."""
+    """Returns key prefix -> the PeftLayer with these layers, in their order."""
     layers_by_path = {path: find_layer(model, path) for path in layers}
     paths_of_module: dict[str, list[str]] = {}
     for path, (module_path, _) in layers_by_path.items():
@@ -161,10 +161,10 @@ def peft_layers(model: nn.Module, layers: Mapping[str, LoRALayer]) -> dict[str, 
     return result
 
 
-# Where transformers 4 had a layer for each projection of each expert, transformers 5 has one parameter for all experts.
-# PEFT (0.19 and later) converts target_modules of that time by the last name alone: a dense layer `mlp.gate_proj`, or
-# one of a shared expert, is lost to the experts. It does not convert target_parameters, and takes the weight of a
-# linear layer there; the keys of the tensors are the same.
+# transformers 4 had a layer for each projection of each expert, transformers 5 has one parameter for all experts.
+# PEFT (0.19 and later) converts older target_modules by the last name alone, so a dense layer `mlp.gate_proj`, or
+# one of a shared expert, is mistaken for the experts. It does not convert target_parameters, which may name the weight
+# of a linear layer; the keys of the tensors are the same.
 NAMES_OF_EXPERTS = {  # a weight of one expert in the files of transformers -> the names that PEFT converts
     "mlp.experts.*.gate_proj.weight": frozenset(("gate", "gate_proj", "up_proj", "down_proj")),
     ".experts.*.w1.weight": frozenset(("gate", "w1", "w2", "w3")),
@@ -172,7 +172,7 @@ NAMES_OF_EXPERTS = {  # a weight of one expert in the files of transformers -> t
 
 
 def named_like_experts(model: nn.Module) -> frozenset[str]:
-    """Returns the last names of layers that PEFT would take for projections of this model's experts."""
+    """Returns the last names of layers that PEFT would mistake for projections of this model's experts."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if not isinstance(model_type, str):
         return frozenset()
@@ -187,7 +187,7 @@ def named_like_experts(model: nn.Module) -> frozenset[str]:
 
 
 def extra_keys(targets: ExtraTargets) -> dict[str, str]:
-    """Returns key without KEY_PREFIX -> path, for what the settings name."""
+    """Returns key without KEY_PREFIX -> path, for the targets in the settings."""
     biases = {path + EXTRA_SUFFIXES["bias"]: path for path in targets.biases}
     return biases | {path + EXTRA_SUFFIXES["trainable_tokens_delta"]: path for path in targets.tokens}
 
@@ -198,7 +198,7 @@ BASE_MODULES = (".token_adapter.base_layer", ".base_layer", ".original_module", 
 
 
 def base_weight_of(key: str, modules: Mapping[str, nn.Module]) -> tuple[str, Tensor] | None:
-    """Returns name and tensor of the base's weight or bias if the key names one; None otherwise."""
+    """Returns name and tensor of the base's weight or bias if the key refers to one; None otherwise."""
     owner, _, name = key.rpartition(".")
     path = next(owner.removesuffix(ending) for ending in BASE_MODULES if owner.endswith(ending))
     weight = getattr(modules.get(path), name, None) if path and name in ("weight", "bias") else None
@@ -209,22 +209,22 @@ def base_weight_problem(key: str, tensor: Tensor, name: str, weight: Tensor) -> 
     """Returns how the file's tensor differs from the base's weight, which it cannot replace; None if it is the same."""
     if weight.shape != tensor.shape:
         is_resized = weight.shape[1:] == tensor.shape[1:] != ()
-        resize = f"; resize_token_embeddings({len(tensor)}) comes first" if is_resized else ""
+        resize = f"; call resize_token_embeddings({len(tensor)}) first" if is_resized else ""
         return f"the file's {name} is {tuple(tensor.shape)}, the model's {tuple(weight.shape)}{resize}"
     differs = ~torch.isclose(weight.detach().float().cpu(), tensor.float(), rtol=TOLERANCE, atol=1e-6)
     rows = differs.reshape(len(differs), -1).any(1).nonzero()[:, 0].tolist() if differs.ndim else []
     if not rows:
         return None
     return (
-        f"the file has other values in {len(rows)} rows of {name} ({rows[0]}..{rows[-1]}) than this base, "
-        f"which is never changed here; copy the file's {key} into the base's {name}, then load the adapter"
+        f"{len(rows)} rows of the file's {name} ({rows[0]}..{rows[-1]}) differ from this base, which is never changed "
+        f"here; copy the file's {key} into the base's {name}, then load the adapter"
     )
 
 
 def saved_path_of(key: str, saved_paths: Iterable[str], modules: Mapping[str, nn.Module]) -> str | None:
-    """Returns the path of the module of modules_to_save whose trained tensor the key names; None otherwise.
+    """Returns the path of the module of modules_to_save whose trained tensor has this key; None otherwise.
 
-    If PEFT saves the embeddings, the file has three tensors for one that is trained: PEFT reads `lm_head.weight`;
+    If PEFT saves the embeddings, the file has three tensors for each trained one: PEFT reads `lm_head.weight`;
     `lm_head.modules_to_save.weight` is the same again; `lm_head.original_module.weight` is the base's.
     """
     path = next((path for path in saved_paths if key.startswith(f"{path}.")), None)
@@ -234,7 +234,7 @@ def saved_path_of(key: str, saved_paths: Iterable[str], modules: Mapping[str, nn
 
 
 def without_second_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leaves out `path.modules_to_save.name` where the file has the same tensor as `path.name`."""
+    """Removes `path.modules_to_save.name` if the file has the same tensor as `path.name`."""
 
     def is_second_copy(key: str, tensor: Tensor) -> bool:
         path, wrapper, name = key.rpartition(".modules_to_save.")

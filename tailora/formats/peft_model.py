@@ -1,4 +1,4 @@
-"""What users of PEFT bring along: adapters of a `peft.PeftModel` in memory, and names of its methods.
+"""Migration from PEFT: adapters of a `peft.PeftModel` in memory, and replacements for its methods.
 
 The base is read through a copy of its module tree without PEFT's wrappers, around the same parameters. So everything
 is checked before the PEFT model changes; then `release_base` removes its wrappers.
@@ -18,7 +18,7 @@ from tailora.formats.peft import AdapterMetadata, StoredAdapter
 from tailora.formats.peft_config import changes_the_base
 from tailora.formats.peft_keys import KEY_PREFIX
 
-PEFT_NAMES = {  # attribute of a PeftModel -> what a LoRAModel has for it
+PEFT_NAMES = {  # attribute of a PeftModel -> its replacement in a LoRAModel
     "peft_config": "adapters (name -> LoRAConfig)",
     "get_base_model": "base_model",
     "active_adapter": "active_adapters",
@@ -35,34 +35,34 @@ PEFT_NAMES = {  # attribute of a PeftModel -> what a LoRAModel has for it
 
 
 def check_no_adapter_names(arguments: Mapping[str, Any]) -> None:
-    """Raises AdapterError for PEFT's argument of a forward, which many base models would take and ignore."""
+    """Raises AdapterError for PEFT's argument of a forward, which many base models would accept and ignore."""
     if "adapter_names" in arguments:
         raise AdapterError(
             "adapter_names is an argument of PEFT; call the model within `with model.adapter_rows(names):`, "
-            "where None stands for PEFT's '__base__'"
+            "with None for PEFT's '__base__'"
         )
 
 
 def read_peft_model(peft_model: Any) -> tuple[dict[str, Adapter], tuple[str, ...]]:
-    """Returns copies of all adapters of a `peft.PeftModel` by name, with their scales as they are now.
+    """Returns copies of all adapters of a `peft.PeftModel` by name, with their current scales.
 
-    Also returns the names of the active ones; () if PEFT has all adapters switched off.
-    Raises TargetError if it is no PeftModel or is merged; FormatError with all that cannot be taken over.
+    Also returns the names of the active ones; () if all adapters are disabled.
+    Raises TargetError if it is not a PeftModel or is merged; FormatError with everything that is not supported.
     """
     try:
         from peft import PeftModel
     except ImportError:
-        raise TargetError("PEFT is not installed, so there is no PEFT model to take over") from None
+        raise TargetError("a PeftModel can only be converted if PEFT is installed: pip install peft") from None
     if not isinstance(peft_model, PeftModel):
-        raise TargetError(f"a {type(peft_model).__name__} is not a PeftModel: pass the result of peft.get_peft_model")
+        raise TargetError(f"expected a PeftModel from peft.get_peft_model, got a {type(peft_model).__name__}")
     model = peft_model.get_base_model()
     layers = _tuner_layers(model)
     if merged := [path for path, layer in layers.items() if layer.merged]:
         raise TargetError(
-            f"adapters are merged at {', '.join(merged[:3])} ({len(merged)} in all); call unmerge_adapter() first"
+            f"adapters are merged at {', '.join(merged[:3])} ({len(merged)} in total); call unmerge_adapter() first"
         )
     problems = [
-        f"adapter {name!r}: peft_type = {config.peft_type.value!r}; take a model whose adapters are all 'LORA'"
+        f"adapter {name!r}: expected peft_type = 'LORA', got {config.peft_type.value!r}; delete this adapter first"
         for name, config in peft_model.peft_config.items()
         if config.peft_type != "LORA"
     ]
@@ -74,13 +74,13 @@ def read_peft_model(peft_model: Any) -> tuple[dict[str, Adapter], tuple[str, ...
         except FormatError as error:
             problems.append(str(error))
     if problems:
-        raise FormatError(f"this PEFT model is not taken over: {listing(problems)}")
+        raise FormatError(f"cannot convert this PEFT model: {listing(problems)}")
     disabled = any(layer.disable_adapters for layer in layers.values())
     return adapters, () if disabled else tuple(peft_model.active_adapters)
 
 
 def release_base(peft_model: Any) -> nn.Module:
-    """Removes PEFT from its base model and returns the base. The base's weights stay what they are."""
+    """Removes PEFT from its base model and returns the base. The base's weights do not change."""
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     inner = peft_model.get_base_model()
@@ -124,7 +124,7 @@ def _without_wrappers(module: nn.Module) -> nn.Module:
 def _read_adapter(peft_model: Any, name: str, base: nn.Module, layers: Mapping[str, Any]) -> Adapter:
     from peft import get_peft_model_state_dict
 
-    settings = {  # as adapter_config.json has them
+    settings = {  # as in adapter_config.json
         key: sorted(value) if isinstance(value, set) else value
         for key, value in peft_model.peft_config[name].to_dict().items()
     }

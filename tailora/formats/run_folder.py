@@ -13,19 +13,19 @@ from tailora.formats.io import wrap_os_error, write_file
 
 ADAPTER, MODEL, RUN = "adapter", "model", "run.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as in PEFT
-METADATA_KEY = "tailora"  # of tailora's own fields in the metadata of ADAPTER_WEIGHTS
+METADATA_KEY = "tailora"  # for tailora's own fields in the metadata of ADAPTER_WEIGHTS
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 GGUF_WEIGHTS, MODELFILE, MLX_WEIGHTS = "adapter.gguf", "Modelfile", "adapters.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 REPORT, PAGE = "report.json", "report.html"  # the numbers, and the page that shows them
 SAMPLES = "samples.json"
 TRAINED_ROWS = "trained-rows.bin"  # 8 bytes for each row that the run trains on
-REFERENCE = "reference.npz"  # what the model gave examples before training, for losses that need it
+REFERENCE = "reference.npz"  # the model's values for the examples before training, for losses that need them
 CARD = "README.md"
-# What a server reads beside an exported adapter, and the script that starts the server
+# Files that a server reads along with an exported adapter, and the script that starts the server
 SERVE_SCRIPT, CHAT_TEMPLATE, TOKENIZER_CONFIG = "serve.sh", "chat_template.jinja", "tokenizer_config.json"
-PASSPORT = "passport.json"  # what `tailora verify` asks a server
-SYSTEM = "system_message.txt"  # that most of the training conversations had
+PASSPORT = "passport.json"  # the verification file of `tailora verify`
+SYSTEM = "system_message.txt"  # the most frequent one of the training conversations
 TOKENIZER_FILES = (
     *("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE),
     *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"),
@@ -51,37 +51,39 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
 
 
 def check_result_folder(folder: Path, files: Collection[str], *, overwrite: bool, sources: Iterable[Path] = ()) -> None:
-    """Raises ConfigError if the folder is not empty, unless it may be overwritten and holds an earlier result alone.
+    """Raises ConfigError if the folder is not empty, unless `overwrite` is set and it only contains an earlier result.
 
-    files: names of the files of a result. A folder that holds anything else is never replaced, nor is the adapter of a
-        run, nor one of `sources`, which the command reads.
+    files: names of the files of a result. A folder that contains anything else is never replaced, nor is the adapter
+        of a run, nor one of `sources`, which the command reads.
     """
     with wrap_os_error(folder):
         if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             return
         problem = _obstacle_to_overwrite(folder, files, sources) if folder.is_dir() else None
     if problem is not None:
-        start = f"--overwrite: {folder}" if overwrite else f"{folder} exists already and"
-        raise ConfigError(f"{start} {problem}; give another folder")
+        start = f"--overwrite: {folder}" if overwrite else f"{folder} already exists and"
+        raise ConfigError(f"{start} {problem}; use a different folder")
     if not overwrite or not folder.is_dir():
-        raise ConfigError(f"{folder} exists already; give another folder, delete it, or replace it (--overwrite)")
+        raise ConfigError(f"{folder} already exists; use a different folder, delete it, or replace it (--overwrite)")
 
 
 def _obstacle_to_overwrite(folder: Path, files: Collection[str], sources: Iterable[Path]) -> str | None:
-    """Returns why `check_result_folder` never lets a folder be replaced; None if it may be."""
+    """Returns why a folder may not be replaced; None if it may."""
     target = folder.resolve()
     others = sorted(path.name for path in target.iterdir() if path.name not in files or not path.is_file())
     if others:
-        return f"holds {', '.join(others[:3])}{', ...' * (len(others) > 3)}; replaced are only {', '.join(files)}"
+        return (
+            f"contains {', '.join(others[:3])}{', ...' * (len(others) > 3)}, but only {', '.join(files)} are replaced"
+        )
     if target.name == ADAPTER and (target.parent / RUN).exists():
         return "is the adapter of a run"
     if any(target in (path, *path.parents) for path in map(Path.resolve, sources)):
-        return "holds what this command reads"
+        return "contains the input of this command"
     return None
 
 
 def recorded_settings(adapter: Path, part: str = "settings") -> dict[str, Any]:
-    """Returns the training settings from the run.json beside an adapter; {} if there is none that can be read.
+    """Returns the training settings from the run.json next to an adapter; {} if it is missing or unreadable.
 
     part: another key of that file, such as "data".
     """
@@ -102,7 +104,7 @@ def write_system_message(folder: Path, text: str | None) -> None:
 
 
 def read_system_message(folder: Path) -> str | None:
-    """Returns the system message that most of the training conversations had; None if none is stored.
+    """Returns the most frequent system message of the training conversations; None if none is stored.
 
     folder: of an adapter, of a model, or of the run of an adapter. Raises FormatError.
     """
@@ -112,11 +114,11 @@ def read_system_message(folder: Path) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{path} cannot be read ({error}): save it as text in UTF-8, or delete it") from None
+        raise FormatError(f"cannot read {path} ({error}); save it as UTF-8 text, or delete it") from None
 
 
 def trained_rows(adapter: Path) -> set[bytes] | None:
-    """Returns the hashes of the rows that the run of this adapter, or model, trained on; None if they are not known."""
+    """Returns the hashes of the rows that this adapter or model was trained on; None if they are unknown."""
     try:
         content = (adapter.resolve().parent / TRAINED_ROWS).read_bytes()
     except OSError:
@@ -125,7 +127,7 @@ def trained_rows(adapter: Path) -> set[bytes] | None:
 
 
 def recorded_metadata(path: Path) -> dict[str, Any]:
-    """Returns tailora's own fields in the weights of an adapter, or of the one in a run; {} if none can be read."""
+    """Returns tailora's own fields in the weights of an adapter, or of the one in a run; {} if there are none."""
     try:
         with safe_open(adapter_folder(path) / ADAPTER_WEIGHTS, framework="numpy") as file:
             fields = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
@@ -135,9 +137,9 @@ def recorded_metadata(path: Path) -> dict[str, Any]:
 
 
 def write_report(folder: Path, kind: str, content: Mapping[str, Any], *, allow_nan: bool = True) -> Path:
-    """Writes report.json, from which `tailora report` makes the page, and returns its path. Raises WriteError.
+    """Writes report.json, from which `tailora report` creates the page, and returns its path. Raises WriteError.
 
-    allow_nan: write NaN and Infinity, which not every program reads as JSON, for runs that diverged; if False, raises
+    allow_nan: write NaN and Infinity of diverged runs, which not every program reads as JSON; if False, raises
         ValueError for them.
     """
     write_file(folder / REPORT, json.dumps({"kind": kind, **content}, indent=1, allow_nan=allow_nan).encode())

@@ -1,10 +1,10 @@
 """The servers that `export --to NAME` writes for: the adapter's format, the limits, and the command that starts it.
 
-    server        adapter as       merged into the whole model instead, since the server cannot load it
+    server        adapter as       merged into the model instead, since the server cannot load it
     vllm          portable         embeddings, Conv1D, a rank above 512
-    llama-server  gguf             what GGUF cannot hold
+    llama-server  gguf             everything that GGUF does not support
     ollama        gguf             the same
-    mlx           mlx              what mlx-lm cannot hold
+    mlx           mlx              everything that mlx-lm does not support
 
 DoRA, modules_to_save and trained biases are always merged. The scale is 1 in every command, because the adapter's own
 scale is already in its weights.
@@ -42,13 +42,13 @@ from tailora.formats.run_folder import CHAT_TEMPLATE, GGUF_WEIGHTS, MODELFILE, S
 
 @dataclass(frozen=True)
 class ServingSettings:
-    """What is known of neither the adapter nor its base model.
+    """Settings that are neither in the adapter nor in its base model.
 
     base: name or folder of the base model; None: the name in its config.
     stop_tokens: id -> text of the tokens that end an answer.
     chat_template: the template of the adapter's training, if the base's tokenizer has a different one.
     trained_on: quantization of the base during training, if this base is not quantized; merging is then refused.
-    system: the system message that most of the training conversations had.
+    system: the most frequent system message of the training conversations.
     """
 
     base: str | None = None
@@ -60,12 +60,12 @@ class ServingSettings:
 
 @dataclass(frozen=True)
 class Serving:
-    """How an exported folder is served.
+    """How to serve an exported folder.
 
     rank: the adapter's rank in the folder; None if it is merged.
-    more_stop_tokens: stop tokens that neither the base's generation config nor its tokenizer names, so that a server
+    more_stop_tokens: stop tokens that neither the base's generation config nor its tokenizer has, so that a server
         does not stop there by itself.
-    prepare: a command that is needed once, and the file that it creates.
+    prepare: a command to run once, and the file that it creates.
     """
 
     target: str
@@ -107,7 +107,7 @@ def vllm(serving: Serving, folder: str) -> list[list[str]]:
     context = flag("--max-model-len", serving.context_length)
     if serving.rank is None:
         return [["vllm", "serve", folder, "--served-model-name", serving.name, *context]]
-    rank = max(serving.rank, 8)  # its older versions have no lower one
+    rank = max(serving.rank, 8)  # the minimum of older versions
     adapters = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"{serving.name}={folder}"]
     template = ["--chat-template", f"{folder}/{CHAT_TEMPLATE}"] if serving.chat_template else []
     return [["vllm", "serve", serving.base, *adapters, *template, *context]]
@@ -136,12 +136,12 @@ def mlx(serving: Serving, folder: str) -> list[list[str]]:
 
 
 def model_file(serving: Serving) -> str:
-    """Returns the name of the GGUF file that llama.cpp's converter makes of the base, or of the merged model."""
+    """Returns the name of the GGUF file that llama.cpp's converter creates from the base or the merged model."""
     return "model.gguf" if serving.is_merged else "base.gguf"
 
 
 def conversion(serving: Serving, folder: str) -> tuple[list[str], str]:
-    """Returns the command that makes `model_file`, and the file."""
+    """Returns the command that creates `model_file`, and the file."""
     file, source = f"{folder}/{model_file(serving)}", folder if serving.is_merged else serving.base
     remote = [] if serving.is_merged or Path(source).is_dir() else ["--remote"]  # a repository of the Hub
     return ["python", CONVERTER, source, "--outfile", file, *remote], file
@@ -170,18 +170,18 @@ def ollama_files(serving: Serving, source: ExportSource) -> dict[str, str]:
 
 
 NO_TEMPLATE = (
-    "# The chat template cannot be written in Ollama's way. Compare what `ollama show --template` shows with it, and\n"
-    "# write TEMPLATE here; llama-server takes the template as it is."
+    "# The chat template cannot be converted to Ollama's format. Compare it with the output of `ollama show\n"
+    "# --template`, and write TEMPLATE here. llama-server uses the original template."
 )
 
 
-# ---- What a server cannot load
+# ---- Unsupported by a server
 
 
 def vllm_problems(source: ExportSource) -> list[str]:
     types = fold_scale.exported_layer_types(source)
     others = [path for path, kind in types.items() if kind is not LINEAR or path.rpartition(".")[2] == "lm_head"]
-    return [f"{', '.join(others)}: not every model of vLLM takes an adapter there"] if others else []
+    return [f"{', '.join(others)}: not every vLLM model supports an adapter there"] if others else []
 
 
 # ---- All targets
@@ -191,12 +191,12 @@ def vllm_problems(source: ExportSource) -> list[str]:
 class Target:
     """A server.
 
-    title: its name in messages.    commands: those that serve the exported folder.
-    port: where the server listens by default.
-    problems: what the server cannot load of an adapter, in addition to what the format cannot hold.
+    title: its name in messages.    commands: returns the commands that serve the exported folder.
+    port: default port.
+    problems: returns the parts of an adapter that the server does not support, in addition to the format's limits.
     separators: characters with a special meaning in the path of an adapter.
     converts: whether it reads the base or merged model as GGUF.
-    files: what it reads next to the weights, name -> text.
+    files: returns the files that it reads along with the weights, name -> text.
     """
 
     title: str
@@ -222,12 +222,12 @@ TARGETS = {
 
 
 def check_target_path(target: str, folder: Path) -> None:
-    """Raises ConfigError for an unknown target, and for a path that the server would read as something else."""
+    """Raises ConfigError for an unknown target, and for a path that the server would misread."""
     if target not in TARGETS:
-        raise ConfigError(f"no server is called {target!r}; there are: {', '.join(TARGETS)}{nearest(target, TARGETS)}")
+        raise ConfigError(f"unknown server {target!r}; available: {', '.join(TARGETS)}{nearest(target, TARGETS)}")
     if separators := sorted(set(str(folder)) & set(TARGETS[target].separators)):
         raise ConfigError(
-            f"{folder}: {TARGETS[target].title} reads {' '.join(separators)} in a path as a separator; rename it"
+            f"{folder}: {TARGETS[target].title} treats {' '.join(separators)} in a path as a separator; rename it"
         )
 
 
@@ -247,17 +247,15 @@ def export_for(
         to = "merged"
         reasons = "; ".join(problem.removesuffix(f"; {MERGED}") for problem in problems)
         cause = f"{details.title} cannot load this adapter next to its base: {reasons}"
-        changes = [f"the whole model is merged, because {cause}"]
+        changes = [f"the adapter is merged into the model, because {cause}"]
         if settings.trained_on is not None:
             raise ConfigError(
-                f"{cause}. It was trained on a base in {settings.trained_on}: give --quantize "
+                f"{cause}. It was trained on a base in {settings.trained_on}: use --quantize "
                 f"{settings.trained_on} to merge it into that, or --quantize none to merge it into the original weights"
             )
     serving = describe(source, folder, target, to, settings)
     if serving.chat_template and source.tokenizer is not None and to != "merged":
-        changes.append(
-            "the chat template is the one of the adapter's training; the base's tokenizer has a different one"
-        )
+        changes.append("the chat template is the one used in training; the base's tokenizer has a different one")
     report = export(
         source, folder, to, overwrite=overwrite, write_more=lambda path: write_serving_files(path, source, serving)
     )
@@ -288,27 +286,27 @@ def describe(source: ExportSource, folder: Path, target: str, to: str, settings:
 
 
 def with_commands(serving: Serving, folder: str) -> Serving:
-    """Returns it with the commands for a folder of this name."""
+    """Returns a copy with the commands for a folder of this name."""
     details = TARGETS[serving.target]
     prepare = conversion(serving, folder) if details.converts else None
     return replace(serving, prepare=prepare, commands=details.commands(serving, folder))
 
 
 def write_serving_files(folder: Path, source: ExportSource, serving: Serving) -> None:
-    """Writes the script, and the other files that the server reads."""
+    """Writes the script, and the other files for the server."""
     files = {SERVE_SCRIPT: script(with_commands(serving, "."))} | TARGETS[serving.target].files(serving, source)
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
 def script(serving: Serving) -> str:
-    """Returns serve.sh. serving: with commands that name the folder as `.`."""
+    """Returns serve.sh. serving: with commands for the folder `.`."""
     what = "the merged model" if serving.is_merged else f"the adapter, rank {serving.rank}, scale 1,"
     stops = ", ".join(f"{text} ({number})" for number, text in serving.stop_tokens.items())
     lines = [
         "#!/bin/sh",
         f"# Serves {what} of {serving.base} with {TARGETS[serving.target].title} as {serving.name}.",
-        f"# Context: {serving.context_length or 'not known'} tokens. Stop tokens: {stops or 'not known'}.",
+        f"# Context: {serving.context_length or 'unknown'} tokens. Stop tokens: {stops or 'unknown'}.",
         *(f"# {note}" for note in notes(serving)),
         "set -e",
         *([] if serving.prepare is None else [ABSOLUTE_LLAMA_CPP]),
@@ -316,8 +314,8 @@ def script(serving: Serving) -> str:
     ]
     if serving.prepare is not None:
         command, file = serving.prepare
-        converter = f': "${{LLAMA_CPP:?set it to the folder of llama.cpp, which has {CONVERTER}}}"'
-        part = f"{file}.part"  # so that a conversion that is killed leaves no file that looks whole
+        converter = f': "${{LLAMA_CPP:?set it to the folder of llama.cpp with {CONVERTER}}}"'
+        part = f"{file}.part"  # so that an interrupted conversion leaves no file that looks complete
         python, _, *arguments = (shlex.quote(part if word == file else word) for word in command)
         lines += [f"if [ ! -f {shlex.quote(file)} ]; then", f"  {converter}"]
         lines += [f'  {python} "$LLAMA_CPP/{CONVERTER}" {" ".join(arguments)}']
@@ -325,20 +323,20 @@ def script(serving: Serving) -> str:
     return "\n".join([*lines, *map(shlex.join, serving.commands)]) + "\n"
 
 
-# A path from where the user is, before the script goes to its own folder
+# Makes a relative path absolute before the script changes the folder
 ABSOLUTE_LLAMA_CPP = 'case "$LLAMA_CPP" in "" | /*) ;; *) LLAMA_CPP=$PWD/$LLAMA_CPP ;; esac'
 
 
 def notes(serving: Serving) -> list[str]:
     """Returns what users and clients need to know in addition to the commands."""
-    result = ['Clients ask for the model "default_model".'] if serving.target == "mlx" else []
+    result = ['Clients must request the model "default_model".'] if serving.target == "mlx" else []
     ids, texts = list(serving.more_stop_tokens), list(serving.more_stop_tokens.values())
     fields = {"vllm": f'"stop_token_ids": {ids}', "mlx": f'"stop": {json.dumps(texts, ensure_ascii=False)}'}
     if ids and serving.target in fields:
-        result.append(f"Requests need {fields[serving.target]}, which the base model does not name.")
+        result.append(f"Requests need {fields[serving.target]}, which the base model does not set.")
     if serving.system and (serving.target != "ollama" or '"""' in serving.system):
         title = TARGETS[serving.target].title
-        result.append(f"Requests need the system message of training, in {SYSTEM}: {title} has no place for it.")
+        result.append(f"Requests need the system message used in training ({SYSTEM}): {title} cannot store it.")
     return result
 
 
@@ -346,27 +344,26 @@ def notes(serving: Serving) -> list[str]:
 
 
 def adapter_chat_template(folder: Path) -> str | None:
-    """Returns the chat template that other trainers save next to an adapter; None if there is none."""
+    """Returns the chat template that other trainers save with an adapter; None if there is none."""
     file, config = folder / CHAT_TEMPLATE, folder / TOKENIZER_CONFIG
     if file.is_file():
         return file.read_text(encoding="utf-8")
     template = read_json_object(config).get("chat_template") if config.is_file() else None
     if template is not None and not isinstance(template, str):
-        raise FormatError(f"{config}: several chat templates, and no way to know which trained the adapter")
+        raise FormatError(f"{config} contains several chat templates; keep the one that the adapter was trained with")
     return template
 
 
 # ---- Ollama's TEMPLATE, in Go's template language, from the chat template of a tokenizer, in Jinja's
 #
-# Ollama recognises some chat templates in a GGUF file by their text. With any other it shows the model the bare prompt.
-# So the text around the messages is read off a rendered conversation. A template for which that fails gets none:
+# Ollama recognises some chat templates in a GGUF file by their text. With any other, it sends the bare prompt to the
+# model. So the text around the messages is extracted from a rendered conversation. If that fails, there is no TEMPLATE:
 #
 #     {{ if .System }}BEFORE{{ .System }}AFTER{{ else }}START{{ end }}
 #     {{ range .Messages }}{{ if eq .Role "user" }}USER{{ .Content }}REPLY
 #     {{ else if eq .Role "assistant" }}{{ .Content }}END{{ end }}{{ end }}
 #
-# A BOS token at the start is left out if the tokenizer adds one, because llama.cpp then adds one too. Tools are not
-# written.
+# A BOS token at the start is omitted if the tokenizer adds one, because llama.cpp then adds one too. Tools are omitted.
 
 Message = dict[str, str]
 SYSTEM_TEXT, FIRST, ANSWER, SECOND = "systemtext", "firstquestion", "firstanswer", "secondquestion"
@@ -382,7 +379,7 @@ WITH_SYSTEM: list[Message] = [{"role": "system", "content": SYSTEM_TEXT}, *QUEST
 class Frame:
     """The text around the messages of a conversation.
 
-    start: of one without a system message.    before, after: around a system message; None: it is not written.
+    start: of one without a system message.    before, after: around a system message; None: it is omitted.
     user, reply: around a question; with `reply` the answer begins.    end: after an answer.
     """
 
@@ -394,7 +391,7 @@ class Frame:
     end: str
 
     def render(self, messages: Sequence[Message]) -> str:
-        """Returns what Ollama makes of the template."""
+        """Returns Ollama's result for the template."""
         text = self.start
         for message in messages:
             if message["role"] == "system":
@@ -416,9 +413,9 @@ class Frame:
 
 
 def ollama_template(tokenizer: Any) -> str | None:
-    """Returns the text for TEMPLATE; None for a chat template that Ollama's cannot write."""
+    """Returns the text for TEMPLATE; None for a chat template that cannot be converted."""
     template = tokenizer.chat_template
-    if not isinstance(template, str) or "strftime_now" in template:  # that would write today's date for ever
+    if not isinstance(template, str) or "strftime_now" in template:  # it would keep today's date for ever
         return None
     frame = _frame(tokenizer)
     if frame is None or any("{{" in text or '"""' in text for text in vars(frame).values() if text):
@@ -451,6 +448,6 @@ def _render(tokenizer: Any, messages: list[Message], *, ends_with_answer: bool =
 
 
 def _split(text: str | None, *contents: str) -> Sequence[str]:
-    """Returns what is before, between and after the contents; () if they are not all there in this order."""
+    """Returns the text before, between and after the contents; () unless all occur in this order."""
     match = re.fullmatch("(.*)".join(["", *contents, ""]), text or "", re.DOTALL)
     return match.groups() if match else ()

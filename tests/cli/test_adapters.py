@@ -85,7 +85,7 @@ def test_shrinking_by_rank_and_by_energy(tiny_model: Path, adapters: Path) -> No
     assert "14 layers of rank 1;" in said
     code, _, told = call(*again[:-2], adapters / "one", "--overwrite")
     assert code == 2
-    assert "holds what this command reads" in told
+    assert "contains the input of this command" in told
     code, _, _ = call("shrink", "--adapter", adapters / "one", "--energy", 1, "--output-dir", adapters / "b")
     assert code == 0
     torch.testing.assert_close(
@@ -170,7 +170,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "nan": (["combine", "--adapter", "ONE", "--weight", "one=nan"], "expected finite numbers"),
     "useless": (["combine", "--adapter", "ONE", "--density", ".5"], "has no effect with method 'cat'"),
     "result's name": (["combine", "--adapter", "default=ONE"], "'default' is reserved for the result"),
-    "taken folder": (["combine", "--adapter", "ONE", "--output-dir", "ONE"], "exists already"),
+    "taken folder": (["combine", "--adapter", "ONE", "--output-dir", "ONE"], "already exists"),
     "same": (["extract", "--model", "BASE", "--tuned", "BASE", "--r", "2"], "no selected layer differs"),
     "shapes": (["extract", "--model", "BASE", "--tuned", "OTHER", "--r", "2"], "misshapen model.layers.0.mlp.up_proj"),
 }

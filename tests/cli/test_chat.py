@@ -202,7 +202,7 @@ def test_the_system_message_of_the_training_is_used_and_said(
     code, answer, err = call(*tokens, "--adapter", str(other))
     assert "different system messages, so none is used" in err
     (run / "adapter" / "system_message.txt").write_bytes(b"\xff")
-    assert "save it as text in UTF-8" in call(*tokens)[2]
+    assert "save it as UTF-8 text" in call(*tokens)[2]
 
 
 def test_a_system_message_that_was_not_stored_is_reported(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_prompts_of_a_file_are_answered_into_a_file(name: str, text: str, tiny_m
     written = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["prompt"] for row in written] == ["hello", "what colour?"]
     assert written == found(*tokens, "--prompt", "hello", "--prompt", "what colour?")["answers"]
-    check_refused("exists already; give another file, or --overwrite", *to_file)
+    check_refused("already exists; use a different file, or --overwrite", *to_file)
     assert call(*to_file, "--overwrite")[0] == 0
     assert [path.name for path in output.parent.iterdir()] == ["answers.jsonl"]
 
@@ -275,7 +275,7 @@ def test_an_output_in_a_file_is_refused_in_words_of_generate(
     output = tmp_path / "file" / "x" / "y.jsonl"
     assert main(["generate", "--model", "absent", "--prompt", "a", "--output", str(output)]) != 0
     shown = capsys.readouterr().err
-    assert f"{tmp_path / 'file'} is a file, not a folder; give another path" in shown
+    assert f"{tmp_path / 'file'} is a file, not a folder; use a different path" in shown
     assert "--output-dir" not in shown
 
 
@@ -308,7 +308,7 @@ def test_answers_so_far_stay_in_a_partial_file(
     assert "Traceback" not in said
     assert [json.loads(line)["prompt"] for line in partial.read_text().splitlines()] == ["a", "b"]
     assert main(tokens) == 2
-    assert f"{partial} exists already; give another file, or --overwrite" in capsys.readouterr().err
+    assert f"{partial} already exists; use a different file, or --overwrite" in capsys.readouterr().err
     assert main([*tokens, "--overwrite"]) == code  # the first prompt fails: there is nothing to keep
     assert list(tmp_path.iterdir()) == []
     assert main(tokens) == 0

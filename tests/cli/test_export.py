@@ -65,7 +65,7 @@ def test_every_server_with_its_command(to: str, run: Path, tmp_path: Path, capsy
     assert main([*tokens, "--overwrite"]) == 0
     shown = capsys.readouterr().out
     start = shown.index(f"To serve it, as {tmp_path / 'a' / 'serve.sh'} does:")
-    assert (0 < shown.find('write "rope_theta"') < start) == (to == "mlx")  # what has to be done first
+    assert (0 < shown.find('add "rope_theta"') < start) == (to == "mlx")  # what has to be done first
     assert all(shlex.join(command) in shown for command in serving["commands"])
     for words in ("convert_hf_to_gguf.py", "pip install sentencepiece"):
         assert (words in shown) == (to in ("llama-server", "ollama"))
@@ -87,7 +87,7 @@ def test_the_template_of_another_trainer_is_served(
     assert found["serving"]["chat_template"] == other
     assert found["serving"]["commands"][0][-4:-2] == ["--chat-template", f"{tmp_path}/out/chat_template.jinja"]
     assert found["serving"]["more_stop_tokens"] == {"0": "<|endoftext|>"}  # which ends a reply in that template
-    assert "the chat template is the one of the adapter's training" in found["changes"][0]
+    assert "the chat template is the one used in training" in found["changes"][0]
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == other
     (run / "adapter" / "chat_template.jinja").unlink()
     (run / "adapter" / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))  # the base's own
@@ -120,12 +120,16 @@ def test_a_merge_after_a_quantised_run_needs_the_flag(
     [
         (["RUN", "--to", "ggml"], 2, 'Invalid value "ggml" for --to. Choose from: "peft", "portable", "gguf"'),
         (["RUN", "--to", "vllm", "--output", "A=B"], 2, "vLLM reads = in a path as a separator; rename it"),
-        (["RUN", "--to", "gguf", "--output", "OUT"], 2, "exists already and holds mine.txt; replaced are only"),
-        (["RUN", "--to", "gguf", "--output", "RUN"], 2, "exists already and holds adapter; replaced are only"),
-        (["RUN", "--to", "gguf", "--output", "RUN/adapter"], 2, "exists already and holds what this command reads"),
+        (["RUN", "--to", "gguf", "--output", "OUT"], 2, "already exists and contains mine.txt, but only"),
+        (["RUN", "--to", "gguf", "--output", "RUN"], 2, "already exists and contains adapter, but only"),
+        (
+            ["RUN", "--to", "gguf", "--output", "RUN/adapter"],
+            2,
+            "already exists and contains the input of this command",
+        ),
         (["absent", "--to", "gguf"], 2, "absent is not a folder"),
         (["NAMELESS", "--to", "gguf"], 2, "does not name its base model in adapter_config.json; set --model"),
-        (["RUN", "--to", "gguf", "--model", "absent"], 2, "no such folder here"),
+        (["RUN", "--to", "gguf", "--model", "absent"], 2, "is not a local folder"),
         (["RUN"], 2, "--to"),
     ],
 )
@@ -157,7 +161,7 @@ def test_the_system_message_of_training_goes_along_or_is_missed(
     shown = " ".join(capsys.readouterr().out.split())
     assert read_system_message(out) == system
     assert "he system message used in training is in system_message.txt" in shown
-    lacks = "Requests need the system message of training, in system_message.txt: vLLM has no place for it."
+    lacks = "Requests need the system message used in training (system_message.txt): vLLM cannot store it."
     assert (lacks in shown) == (to == "vllm")
     if to == "vllm":
         assert lacks in (out / "serve.sh").read_text()
@@ -193,12 +197,12 @@ def test_overwrite_never_deletes_what_is_no_exported_adapter(
         shutil.copytree(run / "adapter", folder)
     (mine / "notes.txt").touch()
     for adapter, folder, problem in [
-        (run, model, "holds config.json, generation_config.json, "),
-        (run, mine, "holds notes.txt; replaced are only adapter_model.safetensors, adapter_config.json"),
-        (run, copy, "holds adapter, run.json; "),
+        (run, model, "contains config.json, generation_config.json, "),
+        (run, mine, "contains notes.txt, but only adapter_model.safetensors, adapter_config.json"),
+        (run, copy, "contains adapter, run.json, "),
         (run, copy / "adapter", "is the adapter of a run"),
-        (source, source, "holds what this command reads"),
-        (source / "adapter_model.safetensors", source, "holds what this command reads"),
+        (source, source, "contains the input of this command"),
+        (source / "adapter_model.safetensors", source, "contains the input of this command"),
     ]:
         before = sorted(folder.rglob("*"))
         assert main(["export", str(adapter), "--to", "peft", "--output", str(folder), "--overwrite"]) == 2

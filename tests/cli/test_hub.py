@@ -200,7 +200,7 @@ def test_paths_in_files_that_stay_as_they_are_are_refused(
     (run / ADAPTER / CARD).write_text(f"Made by me, see https://example.org/home/me.html and file://{written_out}\n")
     code, _, err = call(capsys, "push", run, "user/adapter")
     assert code == 2
-    assert "contain paths of a machine, or a token; remove them: 2 problems" in err
+    assert "contain local paths or a token; remove them: 2 problems" in err
     assert "tokenizer_config.json contains" in err
     assert "README.md contains" in err
     assert "example" not in err
@@ -224,7 +224,7 @@ def test_tokens_paths_in_metadata_and_links_are_refused(
         (run / ADAPTER / name).unlink(missing_ok=True)
         (run / ADAPTER / name).symlink_to(tmp_path / "mine")
         code, _, err = call(capsys, "push", run, "user/adapter")
-        assert (code, f"{name} is a link, and only files of the folder itself are uploaded" in err) == (2, True), err
+        assert (code, f"{name} is a link, and only files in the folder itself are uploaded" in err) == (2, True), err
         (run / ADAPTER / name).unlink()
     weights = run / ADAPTER / ADAPTER_WEIGHTS
     tensors = load_file(weights)
@@ -325,7 +325,10 @@ def test_an_adapter_without_a_run_and_a_public_repository(
     assert "Results" not in text
     repository.private = False
     code, _, err = call(capsys, "push", tmp_path / "dora", "user/dora")
-    assert (code, "user/dora is public: everyone would see the adapter. Give --public" in err) == (2, True)
+    assert (
+        code,
+        "user/dora is public, so everyone would see the adapter. To upload it there, use --public" in err,
+    ) == (2, True)
     repository.private = True
     assert "user/dora is still private" in call(capsys, "push", tmp_path / "dora", "user/dora", "--public")[2]
 
@@ -405,7 +408,7 @@ def test_only_what_an_adapter_needs_is_fetched(
     loaded = LoRAModel.from_pretrained(chat_model(), "adapter")
     assert loaded.adapters["default"].r == 4
     code, _, err = call(capsys, "pull", "user/adapter")
-    assert (code, "adapter exists already" in err) == (2, True)
+    assert (code, "adapter already exists" in err) == (2, True)
     assert call(capsys, "pull", "user/adapter", "--overwrite", "--subfolder", "b")[0] == 0
     assert sorted(path.name for path in Path("adapter").iterdir()) == [*FILES, PASSPORT]
     assert LoRAModel.from_pretrained(chat_model(), "adapter").adapters["default"].r == 2
@@ -451,13 +454,17 @@ PUSH_FAILURES: dict[str, tuple[Fail, int, str]] = {
         "You don't have the rights to create a model under this namespace",
     ),
     "offline": (lambda _, patch: patch.setattr(constants, "HF_HUB_OFFLINE", True), 1, "offline mode is enabled"),
-    "broken off": (lambda hub, _: hub.fail.update({("POST", "/commit/"): None}), 1, "not uploaded to 'user/adapter'"),
+    "broken off": (
+        lambda hub, _: hub.fail.update({("POST", "/commit/"): None}),
+        1,
+        "cannot upload the adapter to 'user/adapter'",
+    ),
     "refused YAML": (
         lambda hub, _: hub.fail.update({("POST", "/validate-yaml"): (400, "", "license")}),
         1,
         "Invalid metadata in README.md",
     ),
-    "no id": (lambda hub, _: hub.odd_answers.update({"/api/models/": b"{}"}), 1, "an answer that is not the Hub's"),
+    "no id": (lambda hub, _: hub.odd_answers.update({"/api/models/": b"{}"}), 1, "response is not from the Hub"),
 }
 PULL_FAILURES: dict[str, tuple[Fail, int, str]] = {
     "not finite": (
@@ -478,8 +485,8 @@ PULL_FAILURES: dict[str, tuple[Fail, int, str]] = {
         "cannot download 'user/adapter'",
     ),
     "no revision": (lambda *_: None, 1, "Revision Not Found"),
-    "no id": (lambda hub, _: hub.odd_answers.update({"/api/models/": b"{}"}), 1, "an answer that is not the Hub's"),
-    "a list": (lambda hub, _: hub.odd_answers.update({"/api/models/": b"[1]"}), 1, "an answer that is not the Hub's"),
+    "no id": (lambda hub, _: hub.odd_answers.update({"/api/models/": b"{}"}), 1, "response is not from the Hub"),
+    "a list": (lambda hub, _: hub.odd_answers.update({"/api/models/": b"[1]"}), 1, "response is not from the Hub"),
     "no JSON": (
         lambda hub, _: hub.odd_answers.update({"/api/models/": b"<html>"}),
         1,

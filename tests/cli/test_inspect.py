@@ -96,10 +96,10 @@ def test_a_run_s_folder_and_other_formats_are_taken(adapter: Path, tmp_path: Pat
 MISTAKES = {
     "no adapter": (["BASE"], "adapter_model.safetensors"),
     "no data, base of the adapter": (["ONE", "--data", "absent.jsonl"], "the base model is BASE, as recorded in ONE"),
-    "another base": (["ONE", "--model", "OTHER"], "another base model"),
+    "another base": (["ONE", "--model", "OTHER"], "a different base model"),
     "no data": (["ONE", "--model", "BASE", "--data", "absent.jsonl"], "absent.jsonl"),
-    "taken folder": (["ONE", "--output-dir", "ONE"], "exists already"),
-    "no report": (["ONE", "--output-dir", "ONE", "--overwrite"], "replaced are only report.json, report.html"),
+    "taken folder": (["ONE", "--output-dir", "ONE"], "already exists"),
+    "no report": (["ONE", "--output-dir", "ONE", "--overwrite"], "but only report.json, report.html are replaced"),
     "column": (["ONE", "--field", "prompt"], "field"),
 }
 

@@ -20,7 +20,7 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.errors import TailoraError
 from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*settings that tailora does not know")
+pytestmark = pytest.mark.filterwarnings("ignore:.*ignoring unknown settings")
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=6)
 VALUES = st.recursive(
     SCALARS | st.sampled_from([10**400, "((a+)+)+$", "0", "all-linear"]),

@@ -70,7 +70,9 @@ def test_commands_take_an_adapter_of_the_hub(monkeypatch: pytest.MonkeyPatch) ->
     assert list(folders) == ["adapter", "poems"]
     assert all((folder / "adapter_model.safetensors").is_file() for folder in folders.values())
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(FetchError, match="adapter 'user/other': no such folder here, and Cannot find"):
+    with pytest.raises(
+        FetchError, match="adapter 'user/other' is not a local folder, and the Hub does not provide it: Cannot find"
+    ):
         parse_adapters(["user/other"])
 
 
@@ -116,9 +118,7 @@ def test_the_only_file_of_a_repository_may_have_any_name(hub: Any) -> None:
 )
 def test_a_repository_without_an_adapter_is_refused_with_what_it_has(files: list[str], hub: Any) -> None:
     hub.files.update(dict.fromkeys(files, b"{}"))
-    message = (
-        rf"(?s)user/adapter on the Hub has no adapter: expected .*; there are: {', '.join(files)}\. Name the folder"
-    )
+    message = rf"(?s)user/adapter on the Hub has no adapter: expected .*, got {', '.join(files)}\. Use the folder"
     with pytest.raises(FetchError, match=message):
         LoRAModel.from_pretrained(chat_model(), "user/adapter", token=TOKEN)
     assert fetched(hub) <= {"adapter_config.json"}
@@ -162,9 +162,9 @@ def test_only_the_main_process_pushes(hub: Any) -> None:
 
 @pytest.mark.usefixtures("hub")
 def test_what_the_hub_refuses_is_said() -> None:
-    with pytest.raises(FetchError, match=r"(?s)'nobody/x': no such folder here, and .*Repository Not Found.*HF_TOKEN"):
+    with pytest.raises(FetchError, match=r"(?s)'nobody/x' is not a local folder, and .*Repository Not Found.*HF_TOKEN"):
         LoRAModel.from_pretrained(chat_model(), "nobody/x", token=TOKEN)
-    with pytest.raises(WriteError, match=r"(?s)not uploaded to 'user/adapter': .*HF_TOKEN"):
+    with pytest.raises(WriteError, match=r"(?s)cannot upload the adapter to 'user/adapter': .*HF_TOKEN"):
         adapted().push_to_hub("user/adapter", token="hf_wrong")
 
 
@@ -207,10 +207,10 @@ def test_save_pretrained_refuses_what_it_would_not_do(tmp_path: Path) -> None:
     ("base", "in_metadata", "words"),
     [
         ("owner/base", "owner/base", "owner/base"),
-        ("/home/me/models/base", None, "base, a folder where the adapter was made"),
-        (r"C:\models\base", None, "base, a folder where the adapter was made"),
+        ("/home/me/models/base", None, "base, a local folder"),
+        (r"C:\models\base", None, "base, a local folder"),
         ("/x/models--owner--base/snapshots/0123", "owner/base", "owner/base"),
-        ("here", None, "here, a folder where the adapter was made"),
+        ("here", None, "here, a local folder"),
         ("gpt2", None, "gpt2"),  # an id of the Hub from before there were owners
         ("demo", DEMO_MODEL, f"{DEMO_MODEL} ({OF_DEMO})"),
         ("/home/me/demo-1/SmolLM2-135M-Instruct", DEMO_MODEL, f"{DEMO_MODEL} ({OF_DEMO})"),
@@ -257,14 +257,14 @@ def test_a_revision_is_listed_and_downloaded(hub: Any) -> None:
 def test_a_subfolder_is_one_of_the_repository(subfolder: str, hub: Any) -> None:
     adapted().push_to_hub("user/adapter", token=TOKEN)
     hub.requests.clear()
-    with pytest.raises(ConfigError, match=rf"subfolder '{re.escape(subfolder)}' is not a folder of the repository"):
+    with pytest.raises(ConfigError, match=rf"such as a/b, as the subfolder, got '{re.escape(subfolder)}'"):
         LoRAModel.from_pretrained(chat_model(), "user/adapter", token=TOKEN, subfolder=subfolder)
     assert not hub.requests
 
 
 def test_a_public_repository_is_refused_if_the_adapter_is_private(hub: Any) -> None:
     hub.repositories["user/adapter"] = Repository(private=False)
-    with pytest.raises(ConfigError, match="user/adapter is public: everyone would see the adapter"):
+    with pytest.raises(ConfigError, match="user/adapter is public, so everyone would see the adapter"):
         adapted().push_to_hub("user/adapter", token=TOKEN, private=True)
     assert not hub.files
     adapted().push_to_hub("user/adapter", token=TOKEN)
@@ -277,11 +277,14 @@ def test_a_public_repository_is_refused_if_the_adapter_is_private(hub: Any) -> N
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ((404, "RepoNotFound", ""), "no such folder here, and the Hub has no such model, or a private one"),
-        (None, r"model 'owner/name': no such folder here, and the Hub cannot be reached \(Server disconnected"),
+        (
+            (404, "RepoNotFound", ""),
+            "is not a local folder, and the Hub has no such model, unless it is private and needs HF_TOKEN",
+        ),
+        (None, r"model 'owner/name' is not a local folder, and the Hub cannot be reached \(Server disconnected"),
         ((503, "", ""), ""),
         ("there", ""),
-        (b"{}", "and the answer to the request for it is not the Hub's"),
+        (b"{}", "and the server's response is not from the Hub"),
     ],
     ids=["absent", "unreachable", "busy", "there", "no id"],
 )

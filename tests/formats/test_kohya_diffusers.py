@@ -114,7 +114,7 @@ def test_layers_of_another_model_in_the_same_file_are_skipped_with_a_warning(tmp
         "lora_unet_mid_block_to_q.alpha": torch.ones(()),
     }
     save_file({**kohya(live), **other}, tmp_path / "lora.safetensors")
-    with pytest.warns(UserWarning, match=r"other models, which are left out: lora_unet \(1 layers\)"):
+    with pytest.warns(UserWarning, match=r"other models, which are ignored: lora_unet \(1 layers\)"):
         model = LoRAModel.from_pretrained(chat_model(), tmp_path / "lora.safetensors")
     torch.testing.assert_close(logits(model), logits(live), rtol=1e-5, atol=1e-5)
 
@@ -159,7 +159,7 @@ def test_convolutions_of_a_unet(tmp_path: Path) -> None:
             lambda t: t.update({f"lora_te1_{Q.replace('.', '_')}.lora_up.weight": torch.ones(5, 4)}),
             "misshapen .*lora_B",
         ),
-        (lambda t: t.clear(), "no layer of the file is in this model"),
+        (lambda t: t.clear(), "the model has none of the file's layers"),
     ],
 )
 def test_keys_that_are_not_lora_or_fit_no_layer_are_refused(
@@ -176,7 +176,7 @@ def test_keys_that_are_not_lora_or_fit_no_layer_are_refused(
 
 def test_a_file_for_another_model_is_refused(tmp_path: Path, live: LoRAModel) -> None:
     save_file(kohya(live), tmp_path / "lora.safetensors")
-    with pytest.raises(FormatError, match="no layer of the file is in this model; the first is lora_te1_model"):
+    with pytest.raises(FormatError, match="the model has none of the file's layers; the first is lora_te1_model"):
         LoRAModel.from_pretrained(nn.Sequential(nn.Linear(4, 4)), tmp_path / "lora.safetensors")
 
 
@@ -244,5 +244,5 @@ def test_diffusers_loads_what_is_exported_for_it(settings: dict[str, Any], tmp_p
 
 
 def test_what_diffusers_would_not_read_is_refused(tmp_path: Path, live: LoRAModel) -> None:
-    with pytest.raises(FormatError, match="LlamaForCausalLM is no model of diffusers"):
+    with pytest.raises(FormatError, match="LlamaForCausalLM is not a diffusers model"):
         live.export(tmp_path / "out", "diffusers")

@@ -73,9 +73,9 @@ def test_a_factor_that_mixes_groups_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"lora_A": torch.randn(3, 8)}, "for a rank of 2"),
-        ({"lora_B": torch.randn(6, 1)}, "for a rank of 2"),
-        ({"lora_A": torch.randn(2)}, "for a rank of 2"),
+        ({"lora_A": torch.randn(3, 8)}, "expected factors of rank 2"),
+        ({"lora_B": torch.randn(6, 1)}, "expected factors of rank 2"),
+        ({"lora_A": torch.randn(2)}, "expected factors of rank 2"),
         ({"lora_B": torch.full((6, 2), torch.nan)}, "not finite"),
     ],
 )
@@ -88,10 +88,10 @@ def test_a_damaged_file_is_refused(folder: Path, tensors: dict[str, torch.Tensor
 def test_a_missing_factor_and_files_that_need_the_model_are_refused(folder: Path, tmp_path: Path) -> None:
     held = {key: tensor for key, tensor in load_file(folder / ADAPTER_WEIGHTS).items() if "lora_B" not in key}
     save_file(held, folder / ADAPTER_WEIGHTS)
-    with pytest.raises(FormatError, match="a: there is a lora_A without the other factor"):
+    with pytest.raises(FormatError, match="a: lora_A without the other factor"):
         read_offline(folder)
     (tmp_path / "loose.safetensors").write_bytes((folder / ADAPTER_WEIGHTS).read_bytes())
-    with pytest.raises(ConfigError, match="give --model"):
+    with pytest.raises(ConfigError, match="use --model"):
         read_offline(tmp_path / "loose.safetensors")
     with pytest.raises(FormatError, match="is not a folder"):
         read_offline(tmp_path / "absent")
@@ -110,7 +110,7 @@ def test_missing_tensors_are_named(tmp_path: Path) -> None:
     ):
         read_offline(tmp_path)
     save_file({key: tensor for key, tensor in whole.items() if "q_proj" in key}, file, {"format": "pt"})
-    assert read_offline(tmp_path).left_out == {"k_proj": "target_modules names it, and the file has no tensors of it"}
+    assert read_offline(tmp_path).left_out == {"k_proj": "in target_modules, but without tensors in the file"}
     save_file({}, file, {"format": "pt"})
-    with pytest.raises(FormatError, match="holds no tensors"):
+    with pytest.raises(FormatError, match="contains no tensors"):
         read_offline(tmp_path)

@@ -143,14 +143,14 @@ def _with(**settings: Any) -> Any:
 
 
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
-    "merged": (_merged_model, TargetError, r"adapters are merged at .*q_proj.* \(4 in all\); call unmerge_adapter"),
+    "merged": (_merged_model, TargetError, r"adapters are merged at .*q_proj.* \(4 in total\); call unmerge_adapter"),
     "another method": (
         lambda: peft.get_peft_model(chat_model(), peft.IA3Config(task_type="CAUSAL_LM")),
         FormatError,
-        "peft_type = 'IA3'; take a model whose adapters are all 'LORA'",
+        "expected peft_type = 'LORA', got 'IA3'; delete this adapter first",
     ),
     "a setting": (lambda: _with(layer_replication=[(0, 2), (1, 2)]), FormatError, "layer_replication"),
-    "an init that keeps B": (lambda: _with(r=4, init_lora_weights="mica"), FormatError, "'mica' trains A alone"),
+    "an init that keeps B": (lambda: _with(r=4, init_lora_weights="mica"), FormatError, "'mica' only trains A"),
     "not finite": (_not_finite, FormatError, "not finite"),
 }
 
@@ -168,5 +168,5 @@ def test_a_refusal_changes_nothing(make: Any, error: type[Exception], message: s
 
 
 def test_a_model_without_peft_is_refused() -> None:
-    with pytest.raises(TargetError, match="a LlamaForCausalLM is not a PeftModel"):
+    with pytest.raises(TargetError, match=r"expected a PeftModel .*, got a LlamaForCausalLM"):
         tailora.from_peft(chat_model().eval())

@@ -104,7 +104,7 @@ def test_the_folder_of_llama_cpp_may_be_a_path_from_where_the_user_is(tmp_path: 
     (tmp_path / "out" / "base.gguf").unlink()
     done, calls = run_script(tmp_path / "out", tmp_path)
     assert not calls
-    assert "LLAMA_CPP: set it to the folder of llama.cpp, which has convert_hf_to_gguf.py" in done.stderr
+    assert "LLAMA_CPP: set it to the folder of llama.cpp with convert_hf_to_gguf.py" in done.stderr
 
 
 def test_vllm_gets_the_rank_of_the_widest_layer(tmp_path: Path) -> None:
@@ -218,8 +218,8 @@ def test_what_is_no_low_rank_adapter_is_merged(target: str, lora: dict[str, Any]
 @pytest.mark.parametrize(
     ("target", "lora", "settings", "reason"),
     [
-        ("vllm", {"target_modules": ["embed_tokens", "q_proj"]}, {}, "model.embed_tokens: not every model of vLLM"),
-        ("vllm", {"target_modules": ["lm_head", "q_proj"]}, {}, "lm_head: not every model of vLLM"),
+        ("vllm", {"target_modules": ["embed_tokens", "q_proj"]}, {}, "model.embed_tokens: not every vLLM model"),
+        ("vllm", {"target_modules": ["lm_head", "q_proj"]}, {}, "lm_head: not every vLLM model"),
         (
             "vllm",
             {"r": 513, "target_modules": ["q_proj"]},
@@ -241,15 +241,15 @@ def test_what_one_server_does_not_take_is_merged(
 def test_a_merge_after_training_on_a_quantised_base_is_a_choice(tmp_path: Path) -> None:
     settings = replace(SETTINGS, trained_on="nf4")
     assert export_for(tmp_path / "adapter", "vllm", {}, settings).serving.format == "portable"
-    with pytest.raises(ConfigError, match=r"use_dora.* in nf4: give --quantize nf4 .* --quantize none"):
+    with pytest.raises(ConfigError, match=r"use_dora.* in nf4: use --quantize nf4 .* --quantize none"):
         export_for(tmp_path / "out", "vllm", {"use_dora": True}, settings)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_path_that_a_server_reads_as_several_is_refused(tmp_path: Path) -> None:
     for target, name in (("vllm", "a=b"), ("llama-server", "a,b")):
-        with pytest.raises(ConfigError, match=f"{name}: .* reads . in a path as a separator"):
+        with pytest.raises(ConfigError, match=f"{name}: .* treats . in a path as a separator"):
             export_for(tmp_path / name, target, {})
-    with pytest.raises(ConfigError, match="no server is called 'tgi'; there are: vllm, llama-server"):
+    with pytest.raises(ConfigError, match="unknown server 'tgi'; available: vllm, llama-server"):
         export_for(tmp_path / "out", "tgi", {})
     assert not list(tmp_path.iterdir())

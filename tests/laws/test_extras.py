@@ -204,7 +204,7 @@ def test_an_embedding_of_a_grown_vocabulary_is_trained_whole(names: list[str], t
         base: Any = model.base_model
         assert (base.lm_head.weight is base.model.embed_tokens.weight) == tied
     with pytest.raises(
-        BaseMismatchError, match=r"vocabulary of 24 tokens \(rows of model.embed_tokens\), this base has 20"
+        BaseMismatchError, match=r"vocabulary of 24 tokens \(rows of model.embed_tokens\), got a base model with 20"
     ):
         LoRAModel.from_pretrained(llama(tied, 20), tmp_path)
     with pytest.raises(FormatError, match=r"misshapen model.embed_tokens.weight"):
@@ -221,7 +221,7 @@ def test_a_file_that_holds_the_base_s_embedding_is_read_where_it_is_this_base_s(
     torch.testing.assert_close(logits(ours, ids()), logits(theirs, ids()), **TOLERANCE)
     other = llama(False)
     other.model.embed_tokens.weight.data[21:23] += 1
-    with pytest.raises(FormatError, match=r"other values in 2 rows of model.embed_tokens.weight \(21..22\)"):
+    with pytest.raises(FormatError, match=r"2 rows of the file's model.embed_tokens.weight \(21..22\) differ"):
         LoRAModel.from_pretrained(other, tmp_path)
     with pytest.raises(FormatError, match=r"resize_token_embeddings\(24\)"):
         LoRAModel.from_pretrained(llama(False, 20), tmp_path)
@@ -261,7 +261,7 @@ def test_a_file_with_trained_and_saved_embeddings_loads(
     other = base()
     layer = other.lm_head if "lm_head" in names else other.model.embed_tokens
     layer.weight.data[21:23] += 1
-    with pytest.raises(FormatError, match=r"other values in 2 rows of .*\(21..22\).*original_module.weight into"):
+    with pytest.raises(FormatError, match=r"2 rows of .*\(21..22\) differ.*original_module.weight into"):
         LoRAModel.from_pretrained(other, folder)
 
 

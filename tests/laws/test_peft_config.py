@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForSeque
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.errors import ConfigError, FormatError
-from tailora.formats.peft_config import SETTINGS_TAKEN, SETTINGS_WITHOUT_EFFECT, UNSUPPORTED_SETTINGS
+from tailora.formats.peft_config import SETTINGS_WITHOUT_EFFECT, UNSUPPORTED_SETTINGS, USED_SETTINGS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of PEFT
 
@@ -241,11 +241,11 @@ def test_what_peft_writes_computes_the_same_here_and_again_in_peft(
 
 def test_every_field_of_peft_s_config_is_taken_or_refused_or_has_no_effect() -> None:
     fields = {*peft.LoraConfig().to_dict(), "runtime_config"}
-    ours = [*SETTINGS_TAKEN, *SETTINGS_WITHOUT_EFFECT, *UNSUPPORTED_SETTINGS]
+    ours = [*USED_SETTINGS, *SETTINGS_WITHOUT_EFFECT, *UNSUPPORTED_SETTINGS]
     assert len(ours) == len(set(ours))
     assert set(ours) == fields
     used = {name for _, settings in CASES.values() for name in settings}
-    assert used >= {*SETTINGS_TAKEN} - {"peft_type", "peft_version", "base_model_name_or_path"}
+    assert used >= {*USED_SETTINGS} - {"peft_type", "peft_version", "base_model_name_or_path"}
 
 
 def changed(folder: Path, **settings: Any) -> Path:
@@ -266,7 +266,7 @@ def test_a_setting_that_changes_what_is_computed_is_refused_by_name(name: str, t
     [
         ("PiSSA_niter_4", "changed the base"),
         ("loftq", "changed the base"),
-        ("new", "'new' is not known"),
+        ("new", "'new' is unknown"),
     ],
 )
 def test_an_init_with_a_meaning_of_its_own_is_refused(init: str, reason: str, tmp_path: Path) -> None:
@@ -286,14 +286,16 @@ def test_mica_is_refused_as_peft_writes_it_and_loads_as_the_message_says(tmp_pat
 def test_a_setting_of_a_later_peft_is_noticed(tmp_path: Path) -> None:
     written_by_peft(llama, Q, tmp_path)
     changed(tmp_path, use_new_thing=True, new_config=None, other={}, size=0.5)
-    with pytest.warns(UserWarning, match=r"does not know and leaves out: use_new_thing = True, size = 0\.5\. Compare"):
+    with pytest.warns(UserWarning, match=r"ignoring unknown settings .*: use_new_thing = True, size = 0\.5\. Compare"):
         LoRAModel.from_pretrained(fresh(llama), tmp_path)
 
 
 def test_tied_factors_warn_that_training_parts_them(tmp_path: Path) -> None:
     settings = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
     expected = written_by_peft(tied, settings, tmp_path)
-    with pytest.warns(UserWarning, match=r"ensure_weight_tying.*parts the factors of model\.embed_tokens and lm_head"):
+    with pytest.warns(
+        UserWarning, match=r"ensure_weight_tying.*factors of model\.embed_tokens and lm_head are no longer tied"
+    ):
         ours = LoRAModel.from_pretrained(fresh(tied), tmp_path)
     torch.testing.assert_close(output(ours), expected, **TOLERANCE)
 
@@ -339,7 +341,7 @@ def test_the_task_of_a_classifier_is_written_only_where_its_head_is(tmp_path: Pa
 
     net = nn.Sequential(OrderedDict(fc=nn.Linear(4, 4), score=nn.Linear(4, 2)))
     named = LoRAModel(net, LoRAConfig(r=2, target_modules=["fc"], task_type="SEQ_CLS"))
-    with pytest.warns(UserWarning, match=r"looks for the weights of score .*modules_to_save=\['score'\]"):
+    with pytest.warns(UserWarning, match=r"expects the weights of score .*modules_to_save=\['score'\]"):
         named.save_adapter(tmp_path / "named")
     assert json.loads((tmp_path / "named/adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
 

@@ -173,7 +173,7 @@ def test_ranks_scales_and_dropout_of_dense_layers_named_like_experts(tmp_path: P
     torch.testing.assert_close(logits(theirs), logits(model), **TOLERANCE)
     assert LoRAModel.from_pretrained(fresh("DeepseekV3"), tmp_path).adapters == model.adapters
     assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0
-    assert "lora_dropout = 0.1, which PEFT does not have here" in (tmp_path / "README.md").read_text()
+    assert "lora_dropout = 0.1, which PEFT does not support here" in (tmp_path / "README.md").read_text()
     updates, low_rank = read_offline(tmp_path).updates, model.adapter().low_rank
     assert updates.keys() == low_rank.keys()
     alone = updates["model.layers.0.mlp.down_proj"].factors.dense[0]

@@ -198,7 +198,7 @@ def save_for_another_base(folder: Path) -> None:
     [
         (spoil_values, FormatError, "not finite"),
         (leave_gguf, FormatError, "only contains a GGUF file; use the adapter's safetensors files"),
-        (save_for_another_base, BaseMismatchError, "another base"),
+        (save_for_another_base, BaseMismatchError, "a different base"),
         (shutil.rmtree, AdapterNotFoundError, "does not exist"),
     ],
 )

@@ -204,7 +204,7 @@ def test_what_it_cannot_look_at_is_refused(tuned: TrainConfig, tmp_path: Path) -
     chat_model(intermediate_size=48).save_pretrained(tmp_path / "other")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "other" / name).write_bytes((Path(tuned.model) / name).read_bytes())
-    with pytest.raises(BaseMismatchError, match="another base"):
+    with pytest.raises(BaseMismatchError, match="a different base"):
         inspect(tuned.output_dir, str(tmp_path / "other"))
     model = LoRAModel(chat_model(), LoRAConfig(r=2))
     with pytest.raises(ConfigError, match="tokenizer"):

@@ -216,7 +216,7 @@ def test_a_resume_on_other_weights_at_the_same_path_is_refused_with_both_values(
             norm.add_(1e-6)
         model.save_pretrained(model_folder)
         expected = (
-            r"weights of the base differ in 1 of \d+ tensors, first model\.norm\.weight.*was 1, here it is 1\.0000009"
+            r"weights of the base differ in 1 of \d+ tensors, first model\.norm\.weight.*expected 1, got 1\.0000009"
         )
         with pytest.raises(CheckpointError, match=expected):
             run(two_checkpoints)

@@ -177,7 +177,7 @@ def test_early_stopping_ends_a_run_that_no_longer_improves(settings: Any) -> Non
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"output_dir": "file/out", "model": "no such model"}, r"cannot be written to.*--output-dir"),
+        ({"output_dir": "file/out", "model": "no such model"}, r"is not writable.*--output-dir"),
         ({"model": "./no-such-model"}, "no-such-model"),
         ({"model": "folder"}, r"notes\.txt"),
     ],
