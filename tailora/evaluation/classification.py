@@ -1,12 +1,12 @@
-"""How good a model's labels are: the scores of scikit-learn and seqeval with intervals, confusions and calibration.
+"""Evaluates predicted labels: the scores of scikit-learn and seqeval with intervals, confusion matrix and calibration.
 
     label_scores     accuracy, F1, MCC and AUROC of classes; seqeval's of tags; Pearson's and Spearman's of numbers
     label_changes    the differences of two models on the same rows
-    label_details    the confusion matrix, calibration, and what the most frequent label alone would get
-    evaluate_labels  the scores of a model on data;    predict_labels  its labels for rows without
+    label_details    the confusion matrix, calibration, and the accuracy of the most frequent label
+    evaluate_labels  the scores of a model on data;    predict_labels  its labels for unlabelled rows
 
-Intervals are percentiles of bootstraps over rows, because words of one row are alike; Wilson's where each row is right
-or wrong. seqeval, which finds entities, is in the extra `classify`.
+Intervals are bootstrap percentiles over rows, because words of one row are alike; Wilson's if each row is right or
+wrong. seqeval, which finds entities, is in the extra `classify`.
 """
 
 import math
@@ -39,15 +39,15 @@ Ints = NDArray[np.int64]
 DRAWS, DRAWS_AT_ONCE = 2000, 50  # of a bootstrap
 SAME = 1e-9  # shares that differ by less
 BINS = 10  # of a calibration curve
-MOST_CLASSES = 40  # that a confusion matrix and F1 of each class are kept for
+MOST_CLASSES = 40  # for a confusion matrix and F1 of each class
 TAG = re.compile(r"[BIESLU]-.+")  # of a word in an entity; O is outside
 
 
 @dataclass(frozen=True, eq=False)
 class LabelOutputs:
-    """What a model says of rows, and what is right.
+    """A model's outputs for rows, and the targets.
 
-    outputs: of the head, (rows, or words of tags; outputs).    targets: index of the class or tag, (rows, 1); with
+    outputs: of the head, (rows or tagged words, outputs).    targets: index of the class or tag, (rows, 1); with
     several labels 0 or 1 for each, (rows, labels); or a number, (rows, 1).    counts: words of each row, or 1; (rows,).
     """
 
@@ -66,7 +66,7 @@ class LabelOutputs:
 
     @classmethod
     def of_rows(cls, labels: Labels, rows: Sequence[Mapping[str, Any]], when: str) -> "LabelOutputs":
-        """Returns those of a run's examples.jsonl. when: "before" or "after" training."""
+        """Returns the outputs in a run's examples.jsonl. when: "before" or "after" training."""
         words = [row[f"scores_{when}"] for row in rows]
         if labels.task == TOKEN_CLASSIFICATION:
             by_row = ([[*row.values()]] if isinstance(row, dict) else row for row in words)
@@ -91,7 +91,7 @@ class LabelOutputs:
 
     @property
     def predicted(self) -> Ints:
-        """Index of the likeliest class; with several labels 0 or 1 for each."""
+        """Index of the most likely class; with several labels 0 or 1 for each."""
         return (self.outputs > 0).astype(np.int64) if self.labels.several else self.outputs.argmax(1)
 
     @property
@@ -118,12 +118,12 @@ def check_packages() -> None:
     try:
         import seqeval  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"scores of labels need seqeval ({error}): pip install 'tailora[classify]'") from error
+        raise ConfigError(f"label scores require seqeval ({error}): pip install 'tailora[classify]'") from error
 
 
 # ---- Values in many draws of a bootstrap at once, from counts
 #
-# They are the values of scikit-learn, scipy and seqeval, which take seconds for as many draws.
+# The values equal scikit-learn's, scipy's and seqeval's, which would take seconds for this many draws.
 # times: how often each row is in a draw, (draws, rows) -> name -> value in each draw, (draws,); NaN if it has none.
 
 Statistic = Callable[[Floats], dict[str, Floats]]
@@ -173,14 +173,14 @@ def _ranks(values: Floats, times: Floats) -> Floats:
 
 
 def _sums(weights: Floats, group: Ints) -> Floats:
-    """Returns the weights of each group of columns, (draws, groups). group: number of each column; none is left out."""
+    """Returns the weights of each group of columns, (draws, groups). group: number of each column, without gaps."""
     order = np.argsort(group, kind="stable")
     starts = np.searchsorted(group[order], np.arange(group.max() + 1))
     return np.add.reduceat(weights[:, order], starts, axis=1)
 
 
 def _auroc(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
-    """Returns the share of pairs, of a positive and another row, in which the positive has the higher score."""
+    """Returns the share of pairs of a positive and a negative row in which the positive has the higher score."""
     _, group = np.unique(scores, return_inverse=True)
     right, wrong = _sums(weights * positive, group), _sums(weights * ~positive, group)
     below = np.cumsum(wrong, axis=1) - wrong / 2
@@ -216,7 +216,7 @@ def _counted_in_draws(data: LabelOutputs) -> Statistic:
 
 
 def _scores_and_truth(data: LabelOutputs) -> list[tuple[Floats, NDArray[np.bool_]]]:
-    """Returns, for AUROC, the probabilities of each label and where it is right; none if a class has no row."""
+    """Returns, for AUROC, the probabilities of each label and the rows with it; none if a class has no row."""
     truth = data.targets > 0 if data.labels.several else data.truth[:, None] == np.arange(len(data.labels.names))
     of_labels = [*zip(data.probabilities.T, truth.T, strict=True)]
     if data.labels.several:
@@ -227,9 +227,7 @@ def _scores_and_truth(data: LabelOutputs) -> list[tuple[Floats, NDArray[np.bool_
 
 
 def _class_counts(data: LabelOutputs) -> tuple[list[str], Floats]:
-    """Returns the classes or labels of any row, and of each row how many are predicted and right, predicted, and there:
-    (rows, classes, 3).
-    """
+    """Returns the classes or labels that occur, and counts for each row: right, predicted, true; (rows, classes, 3)."""
     truth, predicted = data.targets > 0, data.predicted > 0
     if not data.labels.several:
         truth, predicted = (np.eye(len(data.labels.names), dtype=bool)[index] for index in (data.truth, data.predicted))
@@ -241,7 +239,7 @@ def _class_counts(data: LabelOutputs) -> tuple[list[str], Floats]:
 
 
 def _entity_counts(data: LabelOutputs) -> tuple[list[str], Floats]:
-    """The same of types of entities."""
+    """Returns the same for types of entities."""
     check_packages()
     from seqeval.metrics.sequence_labeling import get_entities
 
@@ -269,7 +267,7 @@ def label_scores(data: LabelOutputs) -> dict[str, Score]:
 
 
 def label_changes(before: LabelOutputs, after: LabelOutputs) -> dict[str, Score]:
-    """Returns the scores of `after` minus those of `before`, on the same rows."""
+    """Returns the scores of `after` minus the scores of `before`, on the same rows."""
     first, second = _statistic(before), _statistic(after)
 
     def statistic(times: Floats) -> dict[str, Floats]:
@@ -289,7 +287,7 @@ def _hits(data: LabelOutputs) -> NDArray[np.bool_]:
 
 
 def _with_intervals(statistic: Statistic, rows: int) -> dict[str, Score]:
-    """A draw in which a value does not exist, such as AUROC without one of the classes, is left out of its interval."""
+    """Ignores draws in which a value does not exist, such as AUROC without one of the classes."""
     generator, parts = np.random.default_rng(0), []
     for _ in range(DRAWS // DRAWS_AT_ONCE if rows > 1 else 0):
         drawn = generator.integers(rows, size=(DRAWS_AT_ONCE, rows))
@@ -310,7 +308,7 @@ def as_intervals(scores: Mapping[str, Score]) -> dict[str, Interval]:
 def describe_labels(
     before: Mapping[str, Interval], after: Mapping[str, Interval], details: Mapping[str, Any], *, new_head: bool
 ) -> str:
-    """Returns in words what training has changed. details: `label_details` of the rows."""
+    """Describes the effect of training in a sentence. details: `label_details` of the rows."""
     start = "before training, with a new head of random weights," if new_head else "before training"
     text = ""
     for name, meaning in (("pearson", "The correlation of predictions with labels"), ("f1", "F1 of entities")):
@@ -335,12 +333,12 @@ def describe_labels(
 
 
 def beats_majority(accuracy: float, details: Mapping[str, Any]) -> bool:
-    """Returns False if always answering the most frequent label gets as many right. details: `label_details`."""
+    """Returns False if always answering the most frequent label is as good. details: `label_details`."""
     majority = details.get("majority")
     return majority is None or accuracy > majority["share"] + SAME
 
 
-# ---- Confusions, calibration, and the most frequent label
+# ---- Confusion matrix, calibration, and the most frequent label
 
 
 def label_details(data: LabelOutputs) -> dict[str, Any]:
@@ -348,7 +346,7 @@ def label_details(data: LabelOutputs) -> dict[str, Any]:
 
     calibration: for rows, or words, of about the same confidence: their number, mean confidence and accuracy; ece is
         the mean distance between the two (expected calibration error, arXiv:1706.04599).
-    majority: the most frequent label and its share, which is the accuracy of always predicting it; is_tied: another
+    majority: the most frequent label and its share, which is the accuracy of always predicting it; is_tied: a second
         label is as frequent.
     """
     if data.labels.task == REGRESSION:
@@ -403,9 +401,9 @@ def evaluate_labels(
 ) -> Scores:
     """Evaluates the active adapters on `data`, and with `base` also the model without them, on the same rows.
 
-    Copies of a row are evaluated once. data: whatever training reads, or 'demo'.    limit: only the first rows.
+    Duplicate rows are evaluated once. data: as for training, or 'demo'.    limit: only the first rows.
     trained_rows: as in `read_eval_data`.
-    Raises DataError for labels that the model does not know, ConfigError if a package is missing.
+    Raises DataError for labels that the model does not have, ConfigError if a package is missing.
     """
     check_packages()
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
@@ -437,7 +435,7 @@ def _evaluate(model: LoRAModel, tokenizer: Any, labels: Labels, examples: Exampl
     return evaluate(model, examples, layout=layout, token_budget=token_budget(model), task=task, progress=progress)
 
 
-# ---- Labels for rows that have none
+# ---- Labels for unlabelled rows
 
 
 def predict_labels(
@@ -449,10 +447,10 @@ def predict_labels(
     max_length: int = 1024,
     progress: Progress = lambda *_: None,
 ) -> list[dict[str, Any] | DataError]:
-    """Returns what the model predicts for every sample, or why it cannot.
+    """Returns the prediction for every sample, or the error that prevents it.
 
-    Of a text: label, and probabilities by label; with several labels, label is a list. Of regression: label, a number.
-    Of words: tags and probabilities of each word, which are None for words beyond the cut at `max_length`.
+    For a text: label, and probabilities by label; with several labels, label is a list. For regression: label, a
+    number. For words: tags and probabilities of each word, which are None for words beyond `max_length`.
     """
     chat_tokenizer = ChatTokenizer.of(tokenizer, DataSettings(labels=labels, max_length=max_length))
     encoded = encode_samples(samples, chat_tokenizer)

@@ -1,7 +1,7 @@
 """Forgetting: how far the tuned model is from the base on text that is not about the task.
 
-By default the text is sampled from the base, so that KL(base || tuned) is estimated by its definition, as an
-expectation over what the base would write. Otherwise the user gives text.
+By default the text is sampled from the base, so KL(base || tuned) is estimated by its definition, as an expectation
+over the base's own text. Users can also provide text.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class Forgetting:
 def sample_texts(
     model: Any, tokenizer: Any, *, count: int = SAMPLES, length: int = SAMPLE_LENGTH, seed: int = 0
 ) -> list[list[int]]:
-    """Returns token ids that the model, its adapters off, samples at temperature 1. Random states are kept."""
+    """Returns token ids sampled at temperature 1 from the model without adapters. Random states do not change."""
     start = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None)
     ids = torch.full((count, 1), start, device=model.device)
     with seeded(seed), torch.no_grad(), evaluating(model), model.disable_adapter():
@@ -55,7 +55,7 @@ def sample_texts(
 
 
 def read_texts(source: str, model: Any, tokenizer: Any, *, count: int = 64, length: int = 256) -> list[list[int]]:
-    """Returns token ids of the beginnings of the first texts of a file or data set that training can read.
+    """Returns token ids of the beginnings of the first texts in a file or data set, as training reads them.
 
     Raises DataError.
     """
@@ -67,13 +67,13 @@ def read_texts(source: str, model: Any, tokenizer: Any, *, count: int = 64, leng
 
 
 def forgetting(model: Any, texts: Sequence[Sequence[int]]) -> Forgetting:
-    """Compares the active adapters, or a model that was trained in full, with the base on these texts (token ids).
+    """Compares the active adapters, or a fully fine-tuned model, with the base on these texts (token ids).
 
     Raises DataError if no text has two tokens.
     """
     batches = [torch.tensor([list(ids)], device=model.device) for ids in texts if len(ids) > 1]  # (1, length) each
     if not batches:
-        raise DataError("no text has two tokens: give longer texts to measure forgetting on")
+        raise DataError("measuring forgetting needs texts of at least two tokens; use longer texts")
     with torch.no_grad(), evaluating(model):
         with model.disable_adapter():
             base = [_log_probabilities(model, ids).cpu() for ids in batches]

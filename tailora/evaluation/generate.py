@@ -1,7 +1,7 @@
-"""Answers of a model: prompts as token ids, one decoding for every model, streamed replies, comparisons with the base.
+"""Generates answers: prompts as token ids, the same decoding for every model, streamed replies, base against tuned.
 
-The parts follow in this order: a question becomes token ids, `generation_arguments` adds how to decode them, and
-`stream_reply` or `compare_answers` runs the model.
+In this order: a question becomes token ids, `generation_arguments` adds how to decode them, and `stream_reply` or
+`compare_answers` runs the model.
 """
 
 import sys
@@ -36,9 +36,9 @@ TEXT_PROMPT_WORDS = 12  # the first words of a plain text are its prompt
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    text: str  # what is shown to the user: the last message before the answer
+    text: str  # shown to the user: the last message before the answer
     ids: list[int]
-    earlier_messages: int = 0  # of the conversation, which the ids hold, too; without its system message
+    earlier_messages: int = 0  # also in the ids; without the system message
 
 
 def make_prompt(question: str | Sample, tokenizer: Any) -> Prompt:
@@ -57,7 +57,7 @@ def make_prompt(question: str | Sample, tokenizer: Any) -> Prompt:
 
 
 def prompt_of(model: Any, question: str | Sample, tokenizer: Any) -> Prompt:
-    """Returns what `make_prompt` does; for an encoder, with the special tokens that end its texts, too."""
+    """Like `make_prompt`; for an encoder, includes the special tokens that end its texts."""
     prompt = make_prompt(question, tokenizer)
     return Prompt(prompt.text, encoder_ids(prompt.text, tokenizer)) if is_seq2seq(model) else prompt
 
@@ -71,14 +71,14 @@ def encoder_ids(text: str, tokenizer: Any) -> list[int]:
 
 
 def new_tokens(model: Any, output: Tensor, ids: list[int]) -> Tensor:
-    """Returns what `generate` has written after the prompt's ids; a decoder's output holds its start token only."""
+    """Returns the new tokens of `generate`, after the prompt's ids or after the start token of an encoder-decoder."""
     return output[1 if is_seq2seq(model) else len(ids) :]
 
 
 def chat_ids(messages: Messages, tokenizer: Any) -> list[int]:
-    """Returns the ids of a chat up to its next reply; without a chat template, those of the plain words.
+    """Returns the ids of a chat up to its next reply; without a chat template, the ids of the plain text.
 
-    Raises DataError if the template refuses the messages.
+    Raises DataError if the template rejects the messages.
     """
     chat_tokenizer = ChatTokenizer.of(tokenizer)
     if chat_tokenizer.template is None:
@@ -107,9 +107,7 @@ def generation_arguments(
     """
     left = free_positions(model, len(ids))
     if left < 1:
-        raise DataError(
-            f"the prompt has {len(ids)} tokens, {1 - left} more than this model can continue: shorten the prompt"
-        )
+        raise DataError(f"the prompt has {len(ids)} tokens, {1 - left} more than this model can continue; shorten it")
     ends = stop_ids(model, tokenizer)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     config = GenerationConfig(
@@ -126,7 +124,7 @@ def generation_arguments(
 
 
 def cache_implementation(model: Any, length: int, new: int) -> str | None:
-    """Returns "static" if transformers' static cache is the faster one, None for its default, which grows.
+    """Returns "static" if transformers' static cache is faster, None for its default, which grows.
 
     The growing cache is copied for every token; the static one is read in full, unused rows included. Milliseconds per
     token of SmolLM2-135M in bfloat16 on one core, growing and static: 36 and 36 with 64 prompt tokens and 64 new ones,
@@ -148,7 +146,7 @@ def free_positions(model: Any, length: int) -> int:
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """Returns the end tokens of the model and the tokenizer, and those that end a reply in training.
 
-    A reply in the middle of a conversation may end with another token than the last one, as in Phi 3 and GLM.
+    A reply in the middle of a conversation may end with a different token than the last one, as in Phi 3 and GLM.
     """
     end = model.generation_config.eos_token_id
     ids = {*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id}
@@ -174,11 +172,11 @@ def stream_reply(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Iterator[str]:
-    """Yields pieces of the active adapters' answer to a chat, up to the end of the turn, or of how a text goes on.
+    """Yields pieces of the active adapters' answer to a chat, up to the end of the turn, or of a text's continuation.
 
-    However it ends (the caller stops reading, Ctrl-C, an error in the model, which is raised here), the model keeps
-    the mode, and torch the random state, that they had before.
-    Raises DataError if the chat template refuses the messages, or they fill the model's positions.
+    However it ends (the caller stops reading, Ctrl-C, an error in the model, which is raised here), the model's mode
+    and torch's random state are restored.
+    Raises DataError if the chat template rejects the messages, or they fill the model's positions.
     """
     if is_seq2seq(model):
         text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
@@ -231,11 +229,11 @@ def compare_answers(
     max_new_tokens: int = 48,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[Answer]:
-    """Returns greedy answers of the base and the tuned model, side by side; of a sharded model on all ranks together.
+    """Returns greedy answers of the base and the tuned model. With a sharded model, all ranks must call it.
 
     For a sample, its last reply is generated again. Prompts that leave the model no positions for an answer are
-    left out. Raises DataError if the chat template refuses a prompt.
-    progress: called with the number of answers done and their total.
+    skipped. Raises DataError if the chat template rejects a prompt.
+    progress: called with the number of finished answers and their total.
     """
     asked = [(prompt_of(model, question, tokenizer), question) for question in questions]
     asked = [(prompt, question) for prompt, question in asked if free_positions(model, len(prompt.ids)) > 0]
@@ -257,9 +255,9 @@ def compare_answers(
 
 
 def _greedy_answer(model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int, synced_gpus: bool) -> str:
-    """Returns the answer, with … at the end if it is cut.
+    """Returns the answer, with … at the end if it is truncated.
 
-    Prompts are answered one by one: padding to a common length would change the rounding, and with it words.
+    Prompts are answered one by one: padding to a common length would change the rounding, and thus the text.
     """
     arguments = generation_arguments(model, tokenizer, ids, max_new_tokens=max_new_tokens)
     new = new_tokens(model, model.generate(**arguments, synced_gpus=synced_gpus)[0], ids)  # (length,)

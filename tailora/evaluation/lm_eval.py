@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness, run by its own package (the extra `eval`) on the model with its adapter.
 
-The adapter works inside the base model's layers, so the harness is given the base model and evaluates the adapters that
-are active in it. `find_tasks` checks the tasks before a model is loaded; `evaluate_tasks` runs them.
+The adapter works inside the base model's layers, so the harness gets the base model and evaluates its active adapters.
+`find_tasks` checks the tasks before a model is loaded; `evaluate_tasks` runs them.
 """
 
 import math
@@ -22,7 +22,7 @@ from tailora.train.state import seeded
 
 NO_FILTER = "none"
 STDERR = "_stderr"
-TASK_NAMES = "; give the name of a task of lm-evaluation-harness, or the folder of its YAML file as --include-path"
+TASK_NAMES = "; use the name of a task of lm-evaluation-harness, or the folder of its YAML file as --include-path"
 LOGGERS = ("lm_eval", "lm_eval.evaluator", "lm_eval.models.huggingface", "lm_eval.api.task", "lm_eval.tasks")
 
 
@@ -33,7 +33,7 @@ LOGGERS = ("lm_eval", "lm_eval.evaluator", "lm_eval.models.huggingface", "lm_eva
 class Tasks:
     names: tuple[str, ...]
     manager: Any  # lm_eval's TaskManager
-    metrics: tuple[str, ...]  # TASK/METRIC, as gates name them
+    metrics: tuple[str, ...]  # TASK/METRIC, as in gates
 
 
 def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
@@ -48,16 +48,15 @@ def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
         manager = _task_manager(names, include_path)
         if unknown := [name for name in names if name not in manager.all_tasks]:
             problems = [
-                f"--tasks: lm_eval has no task {name!r}{nearest(name, manager.all_tasks) or TASK_NAMES}"
-                for name in unknown
+                f"--tasks: unknown task {name!r}{nearest(name, manager.all_tasks) or TASK_NAMES}" for name in unknown
             ]
             raise ConfigError(listing(problems))
         try:
             loaded = manager.load(list(names))
         except (DatasetsError, ImportError, OSError, ValueError) as error:
             raise DataError(
-                f"--tasks {','.join(names)}: the tasks cannot be loaded: {_first_line(error)}. If data is missing, "
-                "start once with a network; if a package is, install it; else correct the task's YAML file"
+                f"--tasks {','.join(names)}: cannot load the tasks: {_first_line(error)}. If data is missing, run "
+                "this once with a network; if a package is missing, install it; otherwise fix the task's YAML file"
             ) from None
     metrics = [
         f"{name}/{_metric_name(metric, task_filter['name'])}"
@@ -74,13 +73,13 @@ def _first_line(error: Exception) -> str:
 
 
 def _task_manager(names: Sequence[str], include_path: Path | None) -> Any:
-    """Listing lm_eval's own 14,000 tasks takes seconds, so it is done only if `include_path` lacks a task."""
+    """Only lists lm_eval's own 14,000 tasks, which takes seconds, if `include_path` lacks a task."""
     from lm_eval.tasks import TaskManager
 
     if include_path is None:
         return TaskManager()
     if not include_path.is_dir():
-        raise ConfigError(f"--include-path {include_path} is not a folder; give one with YAML files of tasks")
+        raise ConfigError(f"--include-path {include_path} is not a folder; use a folder with YAML files of tasks")
     own = TaskManager(include_path=str(include_path), include_defaults=False)
     return own if set(names) <= set(own.all_subtasks) else TaskManager(include_path=str(include_path))
 

@@ -16,7 +16,7 @@ METRICS = {  # name -> meaning
     "accuracy": "share of questions whose right choice is the likeliest",
     "accuracy_norm": "the same, by log-likelihood per byte of the choice",
 }
-LABEL_METRICS = {  # of models that predict labels; f1[NAME] is F1 of one class or type of entity
+LABEL_METRICS = {  # for classification and regression; f1[NAME] is F1 of one class or type of entity
     "loss": "nats per row or word; of regression, the mean squared error",
     "accuracy": "share of rows, or words, whose labels are all right",
     "f1": "F1 of entities, as seqeval counts them",
@@ -33,7 +33,7 @@ LABEL_METRICS = {  # of models that predict labels; f1[NAME] is F1 of one class 
 }
 PREFERENCE_METRICS = {  # of a run on preferences
     "accuracy": "share of replies whose rewards are in the right order, or of the right sign",
-    "margin": "mean reward of chosen replies minus that of rejected ones",
+    "margin": "mean reward of chosen replies minus the mean of rejected ones",
     "likelier": "share of pairs whose chosen reply is likelier than the other",
     "chosen": "mean log-probability of chosen replies, in nats",
     "rejected": "the same of rejected ones",
@@ -49,7 +49,7 @@ OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
 }
 GATE = re.compile(r"\s*(?P<metric>[^<>=\s]+)\s*(?P<operator><=|>=|<|>)\s*(?P<bound>[^<>=\s]+)\s*")
-QUOTES_HINT = "in quotes, because the shell reads < and > itself: --gate 'loss<1.3'"
+QUOTES_HINT = "in quotes, because < and > are special in the shell: --gate 'loss<1.3'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def parse_metrics(texts: Iterable[str]) -> list[str]:
 
 
 def parse_gates(texts: Sequence[str]) -> list[Gate]:
-    """Returns the gates in texts such as "loss<1.3,acc>.5". Raises ConfigError for all that cannot be read."""
+    """Returns the gates in texts such as "loss<1.3,acc>.5". Raises ConfigError for all invalid ones."""
     gates, problems = [], []
     for text in (part for argument in texts for part in argument.split(",")):
         match, bound = GATE.fullmatch(text), math.nan
@@ -91,19 +91,19 @@ def parse_gates(texts: Sequence[str]) -> list[Gate]:
         if match and math.isfinite(bound):
             gates.append(Gate(_full_name(match["metric"]), match["operator"], bound))
         else:
-            problems.append(f"--gate {text!r}: write METRIC<NUMBER (or <=, >, >=) {QUOTES_HINT}")
+            problems.append(f"--gate {text!r}: expected METRIC<NUMBER (or <=, >, >=) {QUOTES_HINT}")
     if problems:
         raise ConfigError(listing(problems))
     return gates
 
 
 def check_gates(gates: Sequence[Gate], metrics: Sequence[str], *, base: bool) -> None:
-    """Raises ConfigError for gates on what will not be measured. base: True if the base is measured as well."""
+    """Raises ConfigError for gates on metrics that are not measured. base: True if the base is measured as well."""
     changes = {f"{name}{CHANGE}" for name in metrics if name != "perplexity"}
     names = [*metrics, *sorted(changes)]
     problems = [f"--gate {gate}: {_unknown_metric(gate.metric, names)}" for gate in gates if gate.metric not in names]
     problems += [
-        f"--gate {gate}: a change needs an adapter and its base model; leave --no-base out"
+        f"--gate {gate}: a change requires an adapter and its base model; remove --no-base"
         for gate in gates
         if gate.metric in changes and not base
     ]
@@ -112,8 +112,8 @@ def check_gates(gates: Sequence[Gate], metrics: Sequence[str], *, base: bool) ->
 
 
 def _unknown_metric(name: str, names: Collection[str]) -> str:
-    all_names = f"; there are: {', '.join(names)}"
-    return f"no metric is called {name!r}{nearest(name, names) or all_names}"
+    all_names = f"; available: {', '.join(names)}"
+    return f"unknown metric {name!r}{nearest(name, names) or all_names}"
 
 
 def _full_name(name: str) -> str:

@@ -1,6 +1,6 @@
 """Multiple choice: which of several replies has the highest log-likelihood, as in lm-evaluation-harness.
 
-log p(reply | prompt) is summed over the reply's own tokens, without the token that ends a turn. `accuracy` takes the
+log p(reply | prompt) is summed over the reply's own tokens, without the token that ends a turn. `accuracy` chooses the
 reply with the highest log-likelihood, `accuracy_norm` the one with the highest log-likelihood per UTF-8 byte, so that
 long replies are not at a disadvantage (acc and acc_norm there; acc_norm divides by characters).
 
@@ -42,7 +42,7 @@ class TokenizedChoices:
     starts: Ints  # (questions + 1,)
     answers: Ints  # (questions,): index of the right reply within its question
     bytes: Ints  # (examples,): length of the reply's text
-    left_out: int  # questions with a reply that max_length would cut
+    left_out: int  # questions with a reply that max_length would truncate
 
 
 def tokenize_choices(questions: Sequence[Choices], tokenizer: Any, max_length: int) -> TokenizedChoices:
@@ -94,7 +94,7 @@ def log_likelihoods(
 
 
 def right_is_likeliest(choices: TokenizedChoices, values: Floats) -> NDArray[np.bool_]:
-    """True where the right reply has the highest value: (questions,). Of equal values the first one counts."""
+    """Returns True if the right reply has the highest value: (questions,). Of equal values the first one counts."""
     questions = zip(pairwise(choices.starts.tolist()), choices.answers, strict=True)
     return np.array([values[start:stop].argmax() == right for (start, stop), right in questions], dtype=np.bool_)
 
@@ -124,7 +124,7 @@ class SharedPrompt:
 
 
 def share_prompt(replies: Sequence[Example]) -> SharedPrompt:
-    """Puts the replies' common prompt once, and after it each reply."""
+    """Returns the replies' common prompt once, followed by each reply."""
     prompt = min(int(np.flatnonzero(reply.labels != IGNORED)[0]) for reply in replies)  # tokens before the first label
     columns = zip(*(reply.input_ids[:prompt].tolist() for reply in replies), strict=False)
     shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns)) - 1  # without the last token
@@ -144,7 +144,7 @@ def shared_prompt_losses(
     """Returns the loss of every reply in nats, by question: a list of (replies,).
 
     form: how the loss is computed, a key of FORMS.
-    token_budget: most tokens in one forward pass; a longer question goes alone.
+    token_budget: most tokens in one forward pass; a longer question runs alone.
     """
     shared = [share_prompt(replies) for replies in questions]
     lengths = np.array([len(question.ids) for question in shared], dtype=np.int64)
@@ -179,7 +179,7 @@ def _batch_losses(model: Trainable, questions: Sequence[SharedPrompt], form: str
 
 
 def _attention_mask(questions: Tensor, replies: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns 0 where a token attends to another one, and the lowest number elsewhere: (tokens, tokens)."""
+    """Returns 0 where the row's token attends to the column's, the lowest number elsewhere: (tokens, tokens)."""
     order = torch.arange(len(questions), device=questions.device)
     attends = (questions[:, None] == questions) & (order[:, None] >= order)
     attends &= (replies == -1) | (replies[:, None] == replies)
@@ -200,9 +200,9 @@ def compare_with_separate(model: Trainable, replies: Sequence[Example], form: st
     config = cast(Any, model.base_model).config.get_text_config()
     window = getattr(config, "sliding_window", None)
     if window is not None:
-        return f"its attention has a window of {window}"
+        return f"the model uses a sliding window of {window}"
     if config._attn_implementation not in MASKED_ATTENTION:
-        return f"its attention is {config._attn_implementation}"
+        return f"the model uses {config._attn_implementation}"
     shared: Floats = np.full(len(replies), np.inf)
     with torch.no_grad(), evaluating(model), suppress(TypeError):  # a forward that takes no position_ids or mask
         shared = _batch_losses(model, [share_prompt(replies)], form)[0]

@@ -1,4 +1,4 @@
-"""How good a model is on held-out data, and how much its adapter contributes.
+"""Evaluates a model on held-out data, with and without its adapter.
 
 `score` reads the data in chunks. `_Evaluator` computes the metrics of a chunk, `_Totals` keeps a few numbers of each
 example, and `_scores` turns them into means with intervals. Several ranks evaluate a share of every chunk each, and all
@@ -56,23 +56,23 @@ Progress = Callable[[int, int], None]  # number done, total
 Log = Callable[[str], None]
 
 
-# ---- What is asked for, and what comes out
+# ---- Options and results
 
 
 @dataclass(frozen=True, slots=True)
 class EvalOptions:
-    metrics: tuple[str, ...] = ()  # empty: those that the data is made for
+    metrics: tuple[str, ...] = ()  # empty: the default for the data
     extra_metrics: tuple[str, ...] = ()  # in addition to those; `loss_change` stands for loss
     max_length: int = 1024
     max_new_tokens: int = 128  # of an answer, for exact_match
-    normalize: tuple[str, ...] = ("strip",)  # what is done to both answers before they are compared: keys of NORMALIZE
+    normalize: tuple[str, ...] = ("strip",)  # applied to both answers before comparing them: keys of NORMALIZE
     limit: int | None = None  # only the first examples
-    samples: int = 3  # answers that are kept to be shown
+    samples: int = 3  # answers to show
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A value with its 95% interval over `n` examples. The ends are NaN if there is no spread to see."""
+    """A value with its 95% interval over `n` examples. The ends are NaN if the spread is unknown."""
 
     value: float
     low: float
@@ -95,7 +95,7 @@ class Match:
 
     prompt: str
     expected: str
-    answer: str  # up to its first wrong word, unless it is to be shown
+    answer: str  # up to its first wrong word, unless it is one to show
     hit: bool
 
 
@@ -105,10 +105,10 @@ class Scores:
     base: dict[str, Score] | None  # of the model without its adapter
     change: dict[str, Score] | None  # metrics - base, on the same examples
     data: EvalDataReport | None = None
-    too_long: int = 0  # examples without room for their choices or an answer, left out of accuracy or exact_match
+    too_long: int = 0  # examples without room for their choices or an answer, not in accuracy or exact_match
     samples: dict[str, list[Match]] = field(default_factory=dict)  # "tuned", "base" -> answers
     tasks: dict[str, Any] = field(default_factory=dict)  # facts about the tasks of lm-evaluation-harness
-    labels: dict[str, Any] | None = None  # of a model for labels: `classification.label_details`
+    labels: dict[str, Any] | None = None  # for classification: `classification.label_details`
 
     def values(self) -> dict[str, float]:
         """Returns all values, by the names that gates use."""
@@ -172,10 +172,10 @@ def score(
 ) -> Scores:
     """Evaluates the active adapters on `data`, and with `base` also the model without them, on the same examples.
 
-    Copies of a row are evaluated once: they would count as independent examples in the intervals.
-    data: whatever training reads, or 'demo'.
-    field: columns of the data, key -> column.    system: system message of conversations that have none.
-    log: called with notes on how the scores are computed.
+    Duplicate rows are evaluated once: they would count as independent examples in the intervals.
+    data: as for training, or 'demo'.
+    field: columns of the data, key -> column.    system: system message for conversations without one.
+    log: called with messages on how the scores are computed.
     ranks: of the processes that call this together, each with the same model; None for one process.
     trained_rows: hashes of the rows that the adapter was trained on, to count them; see `read_eval_data`.
     Raises DataError if the data lacks what a metric needs, ConfigError for an unknown normalization.
@@ -212,7 +212,7 @@ def models_to_score(model: LoRAModel, base: bool) -> dict[str, Callable[[], Abst
 
 
 def without_adapter(base_model: Any) -> LoRAModel:
-    """Returns the base model as `score` takes it."""
+    """Returns the base model in the form that `score` needs."""
     model = LoRAModel(base_model, LoRAConfig(r=1))
     model.delete_adapter("default")
     return model
@@ -232,8 +232,8 @@ def choose_metrics(facts: EvalDataReport, metrics: Sequence[str], extra: Sequenc
         needs = " and ".join(f"{name} needs {NEEDS[name]}" for name in lacking)
         raise DataError(
             f"data {facts.source}: {needs}; its rows are read as {facts.shape} "
-            f"({', '.join(facts.mapping.values())}). Rows with choices have prompt, choices (a list) and answer; "
-            "name the columns by --field prompt=COLUMN,choices=COLUMN,answer=COLUMN"
+            f"({', '.join(facts.mapping.values())}). Rows with choices have prompt, choices (a list) and answer; set "
+            "the columns with --field prompt=COLUMN,choices=COLUMN,answer=COLUMN"
         )
     return [name for name in METRICS if name in wanted]
 
@@ -306,7 +306,7 @@ class _Evaluator:
         if self.share_prompts is None:
             reason = reason_against_shared_prompts(self.model, choices, self.layout, token_budget=self.token_budget)
             if reason is not None:
-                self.log(f"a question is computed again for each of its choices: {reason}")
+                self.log(f"the question is computed again for each choice, which is slower: {reason}")
             self.share_prompts = reason is None
         likelihoods = log_likelihoods(
             self.model, choices, self.layout, token_budget=self.token_budget // 2, share_prompts=self.share_prompts
@@ -333,7 +333,7 @@ class _Evaluator:
                 totals.samples[index] = match
 
 
-# ---- Exact match: is the model's greedy answer the reply in the data, after normalization?
+# ---- Exact match: whether the greedy answer equals the reply in the data, after normalization
 
 
 Normalize = Callable[[str], str]
@@ -344,14 +344,14 @@ NORMALIZE: dict[str, Normalize] = {  # applied in this order, whatever the order
     "space": lambda text: " ".join(text.split()),
     "strip": str.strip,
 }
-INCOMPLETE = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
+INCOMPLETE = "\ufffd"  # decoded from an incomplete character
 
 
 def normalizer(names: Sequence[str]) -> Normalize:
     """Returns a function that applies these normalizations. Raises ConfigError for unknown names."""
     if unknown := [name for name in names if name not in NORMALIZE]:
-        choices = f"; there are {', '.join(NORMALIZE)}, or none"
-        problems = [f"--normalize {name}: unknown{nearest(name, NORMALIZE) or choices}" for name in unknown]
+        choices = f"; available: {', '.join(NORMALIZE)}, or none"
+        problems = [f"--normalize: unknown {name!r}{nearest(name, NORMALIZE) or choices}" for name in unknown]
         raise ConfigError(listing(problems))
     steps = [step for name, step in NORMALIZE.items() if name in names]
 
@@ -404,7 +404,7 @@ def _scores(totals: Mapping[str, _Totals], metrics: Sequence[str], facts: EvalDa
     return Scores(
         metrics={name: _score(name, tuned, facts) for name in metrics},
         base=None if base is None else {name: _score(name, base, facts) for name in metrics},
-        # perplexity has no change of its own: that of the loss says the same
+        # no change of perplexity, which would duplicate the change of the loss
         change=None if base is None else {name: _change(name, base, tuned) for name in metrics if name != "perplexity"},
         data=facts,
         too_long=tuned.too_long,
@@ -416,7 +416,7 @@ def _score(metric: str, totals: _Totals, facts: EvalDataReport) -> Score:
     if metric in SHARES:
         hits = totals.hits[metric]
         if not hits:
-            raise DataError(f"data {facts.source}: no row leaves room for {metric}; raise --max-length")
+            raise DataError(f"data {facts.source}: no row leaves room for {metric}; use a larger --max-length")
         return Score(*wilson_interval(hits), len(hits))
     interval = mean_interval(*totals.sums_and_counts)
     if metric == "perplexity":
@@ -437,18 +437,18 @@ def _change(metric: str, base: _Totals, tuned: _Totals) -> Score:
 def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log) -> Callable[[], Evaluation]:
     """Returns a function that evaluates the active adapters on the distinct examples of `config.data`, one by one.
 
-    It is the loss of a language model: of pairs of replies, that of the chosen ones. 'demo' is the held-out part of the
-    demo's data. Raises DataError with all that is wrong with the data.
+    It is the loss of a language model: for pairs of replies, the loss of the chosen ones. 'demo' is the demo's held-out
+    data. Raises DataError with everything that is wrong with the data.
     """
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
     rows = SEQ2SEQ if is_seq2seq(model) else AUTO
     settings = replace(data_settings(config), task=rows, validation_split=0.0, for_evaluation=True)
     prepared = prepare(resolved_sources(config, "eval_data"), tokenizer, settings)
     if prepared.report.task == PREFERENCE:
-        log("of pairs of replies the chosen ones are read: the loss is that of a language model")
+        log("using only the chosen replies of the pairs, with the loss of a language model")
     examples = prepared.train.distinct()
     if len(examples) < len(prepared.train):
-        log(f"{distinct_of(len(prepared.train), len(examples), 'held-out example')}: copies are evaluated once")
+        log(f"{distinct_of(len(prepared.train), len(examples), 'held-out example')}: duplicates are evaluated once")
     task = _task_of(model)
     layout = choose_layout(config, model, tokenizer, log, task=task)
     return lambda: evaluate(model, examples, layout=layout, token_budget=token_budget(model), task=task)

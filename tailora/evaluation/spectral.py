@@ -24,8 +24,8 @@ from tailora.formats.offline import TRAINED_IN_FULL
 
 # ---- Ranks and subspaces
 #
-# An update comes as two factors by group (`core.low_rank.Factors`), so nothing here forms the dense matrix. Groups
-# (of a convolution, or experts) are separate blocks: together their singular values are those of all blocks.
+# An update consists of two factors by group (`core.low_rank.Factors`); the dense matrix is never formed. Groups
+# (of a convolution, or experts) are separate blocks: together they have the singular values of all blocks.
 
 
 NEGLIGIBLE = 1e-6  # of the largest singular value: smaller ones are rounding of factors in float32
@@ -91,11 +91,11 @@ def inner_product(first: Factors, second: Factors) -> float:
     return float((left * right).sum())
 
 
-# ---- Intruder dimensions: singular vectors of the tuned weight that the base's weight does not have
+# ---- Intruder dimensions: singular vectors of the tuned weight that are missing from the base's weight
 #
 # Shuttleworth et al., "LoRA vs Full Fine-tuning: An Illusion of Equivalence" (arXiv:2410.21228), alg. 1: of the k
 # leading left singular vectors of W + dW, those whose largest |cosine| with any left singular vector of W is below a
-# threshold. In the paper they come with forgetting. The count for a random update says how many there are by chance.
+# threshold. In the paper they coincide with forgetting. The count for a random update is the number by chance.
 
 
 LEADING = 10  # vectors that are compared: k in the paper
@@ -126,8 +126,8 @@ def intruder_counter(
 ) -> Callable[[Tensor], int]:
     """Returns a function from the tuned weight (m, n) to the number of intruders among its k leading vectors.
 
-    full_size: a larger W is decomposed fully only for vectors that its NEAR leading ones leave undecided. Mostly
-    one of those is close, or what remains of the vector is too short for any other to be.
+    full_size: a larger W is only decomposed fully for vectors that its NEAR leading ones do not decide. Usually one
+    of those is close, or the rest of the vector is too short for any other to be.
     """
     all_cosines = cache(lambda: cosines_with(W))
     near = leading_triplets(W, NEAR).U if min(W.shape) > full_size else W.new_zeros(W.shape[0], 0)
@@ -160,7 +160,7 @@ def random_update(m: int, n: int, r: int, norm: float, seed: int = 0) -> Factors
 
 
 def updates_of(adapter: Adapter, base_model: nn.Module) -> tuple[dict[str, Update], dict[str, str]]:
-    """Returns the updates by path, and by name what else the adapter holds, with the reason why it is no update."""
+    """Returns the updates by path, and by name everything else in the adapter, with the reason why it is no update."""
     left_out = dict.fromkeys(adapter.saved, TRAINED_IN_FULL)
     for path, part in adapter.extras.items():
         left_out[path] = "a trained bias" if isinstance(part, TrainedBias) else "trained rows of an embedding"
@@ -206,7 +206,7 @@ ENERGY = 0.99  # share of the squared singular values that `rank_99` keeps
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleReport:
-    """Measures of one update. Norms are Frobenius norms; what needs the base model is None without it.
+    """Measures of one update. Norms are Frobenius norms; measures that need the base model are None without it.
 
     The names are keys of report.json.
     kind: type of the layer.
@@ -254,7 +254,7 @@ class ModuleReport:
 
 @torch.no_grad()
 def module_report(update: Update, *, seed: int = 0, count_intruders: bool = True) -> ModuleReport:
-    """Returns all measures of one update but its share of the energy, for which `with_energy` needs all updates."""
+    """Returns all measures of one update except its share of the energy, for which `with_energy` needs all updates."""
     S = product_spectrum(update.factors).S  # (groups, k)
     rank = S.shape[1] if update.stacked else S.numel()
     groups, m, n = len(S), update.factors.B.shape[1], update.factors.A.shape[2]
@@ -289,7 +289,7 @@ def with_energy(reports: Iterable[ModuleReport]) -> list[ModuleReport]:
 
 
 def _compare_with_base(update: Update, norm: float, seed: int, count_intruders: bool) -> dict[str, Any]:
-    """Returns the fields of a report that need the base's weight, as far as they can be computed."""
+    """Returns the fields of a report that need the base's weight, if they can be computed."""
     if update.weight is None:
         return {}
     W = update.weight().float()

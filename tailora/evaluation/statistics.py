@@ -1,4 +1,4 @@
-"""Confidence intervals and tests: how sure is a loss, a share of right answers, or a difference between two models?
+"""Confidence intervals and tests for losses, shares of right answers, and differences between two models.
 
 Losses are given as sums (nats of each example) and counts (tokens of it that are learned): a loss is sum / count.
 
@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats: TypeAlias = NDArray[np.float64]
-FEW_EXAMPLES = 20  # held-out examples; with fewer, an interval says little about others
-TOO_FEW = f"That is too few to tell how others fare: hold out at least {FEW_EXAMPLES} examples."
+FEW_EXAMPLES = 20  # held-out examples; with fewer, an interval is unreliable
+TOO_FEW = f"These are too few for a reliable result: hold out at least {FEW_EXAMPLES} examples."
 Z = NormalDist().inv_cdf(0.975)  # half the width of a 95% interval, in standard errors
 
 
@@ -36,8 +36,8 @@ class Interval(NamedTuple):
 # ---- Bootstrap over examples, and over seeds (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, sec. 13.3)
 #
 # Tokens of one conversation are alike, so conversations are resampled, not tokens, each with its nats and its tokens.
-# Intervals are percentiles: on 50 simulated conversations of very unequal length, a nominal 95% interval held the true
-# loss 92% of the time, and BCa intervals (sec. 14.3) 90%.
+# Intervals are percentiles: on 50 simulated conversations of very unequal length, a nominal 95% interval contained the
+# true loss 92% of the time, and BCa intervals (sec. 14.3) 90%.
 
 
 def mean_interval(sums: ArrayLike, counts: ArrayLike, *, draws: int = 2000) -> Interval:
@@ -47,9 +47,9 @@ def mean_interval(sums: ArrayLike, counts: ArrayLike, *, draws: int = 2000) -> I
     """
     nats, tokens = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
     if nats.ndim != 1 or nats.shape != tokens.shape:
-        raise ValueError(f"sums has shape {nats.shape}, counts {tokens.shape}; both need one number per example")
+        raise ValueError(f"expected one number per example, got sums {nats.shape} and counts {tokens.shape}")
     if not tokens.any():
-        raise ValueError("no example has a token that counts")
+        raise ValueError("expected at least one example with tokens, got counts of 0")
     return _bootstrap(nats[None, tokens > 0], tokens[tokens > 0], draws)
 
 
@@ -60,7 +60,7 @@ def paired_difference(before: ArrayLike, after: ArrayLike, counts: ArrayLike) ->
     """
     first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if first.shape != second.shape:
-        raise ValueError(f"before has shape {first.shape}, after {second.shape}; both must be of the same examples")
+        raise ValueError(f"expected the same examples, got before {first.shape} and after {second.shape}")
     return mean_interval(second - first, counts)
 
 
@@ -90,7 +90,8 @@ def _bootstrap(nats: Floats, tokens: Floats, draws: int) -> Interval:
 # difference of seed j on example i = mean + effect of the example + effect of the seed + residual. More examples do not
 # make up for few seeds, nor the other way round. Each of the two sources has a standard error with its own t quantile,
 # and the squares of the two half-widths add up. A single quantile for both, with pooled degrees of freedom, is too
-# small when two seeds happen to be alike: of such intervals 89% to 95% held the truth, of these 95% to 99% (simulated).
+# small when two seeds happen to be alike: 89% to 95% of those intervals contain the truth, 95% to 99% of these
+# (simulated).
 
 LEVEL = 0.05  # error rate of all differences that are compared together
 SMALLEST_LOG_P = -600.0
@@ -102,7 +103,7 @@ class Difference:
 
     p_value: two-sided, against no difference. It is below .05 exactly if the interval excludes 0.
     from_examples: share of the squared half-width that more examples would reduce; more seeds reduce the rest.
-    comparisons: differences that are compared together. All of their intervals hold the truth in 95% of cases.
+    comparisons: differences that are compared together. In 95% of cases, all of their intervals contain the truth.
     """
 
     value: float
@@ -122,22 +123,22 @@ def difference_over_seeds(
 
     first, second: nats (seeds, examples); counts: tokens of each example, (examples,).
     comparisons: as in `Difference`; intervals and p-values are adjusted for their number (Bonferroni).
-    With one seed the spread over seeds is unknown and left out: the interval is then too narrow, and `seeds` is 1.
-    Raises ValueError for shapes that do not fit, fewer than two examples, or values that are not finite.
+    With one seed the spread over seeds is unknown and ignored: the interval is then too narrow, and `seeds` is 1.
+    Raises ValueError for shapes that do not match, fewer than two examples, or values that are not finite.
     """
     from scipy.optimize import brentq  # an optional package
 
     before, after, tokens = (np.asarray(values, dtype=np.float64) for values in (first, second, counts))
     if before.ndim != 2 or before.shape != after.shape or tokens.shape != before.shape[1:]:
         raise ValueError(
-            f"shapes {before.shape}, {after.shape}, {tokens.shape}; needed are (seeds, examples) twice, (examples,)"
+            f"expected (seeds, examples) twice and (examples,), got {before.shape}, {after.shape}, {tokens.shape}"
         )
     if not (np.isfinite(before).all() and np.isfinite(after).all()):
         raise ValueError("a loss is not finite")
     differences, tokens = (after - before)[:, tokens > 0], tokens[tokens > 0]
     seeds, examples = differences.shape
     if examples < 2:
-        raise ValueError("fewer than two examples have tokens that count")
+        raise ValueError("expected at least two examples with tokens")
     value = float(differences.sum() / (seeds * tokens.sum()))
     errors = _standard_errors(differences, tokens, value)
 
@@ -173,15 +174,16 @@ def _standard_errors(differences: Floats, tokens: Floats, value: float) -> list[
 
 
 def t_quantile(level: float, degrees: int) -> float:
-    """Returns what |t| exceeds with this probability."""
+    """Returns the value that |t| exceeds with this probability."""
     from scipy.special import stdtrit
 
     return float(-stdtrit(degrees, level / 2))
 
 
 def seeds_needed(difference: Difference, half_width: float, most: int) -> int | None:
-    """Returns how many seeds would make the interval this narrow, if all of its width comes from the seeds; None for
-    more than `most`.
+    """Returns the number of seeds for an interval this narrow, if all of its width is due to the seeds.
+
+    None for more than `most`.
     """
 
     def width(seeds: int) -> float:
@@ -194,8 +196,8 @@ def seeds_needed(difference: Difference, half_width: float, most: int) -> int | 
 
 # ---- Shares of right answers
 #
-# A bootstrap sees no spread if all answers are right or all are wrong: at a true share of 2% its 95% interval held the
-# truth in 35% of samples of 20 and in 65% of samples of 50 (1,500 simulated), Wilson's interval in 94% and 93%.
+# A bootstrap has no spread if all answers are right or all are wrong: at a true share of 2% its 95% interval contained
+# the truth in 35% of samples of 20 and in 65% of samples of 50 (1,500 simulated), Wilson's interval in 94% and 93%.
 
 
 def wilson_interval(hits: ArrayLike) -> Interval:
@@ -218,7 +220,7 @@ def share_difference(before: ArrayLike, after: ArrayLike) -> Interval:
     """
     first, second = _checked_hits(before), _checked_hits(after)
     if first.shape != second.shape:
-        raise ValueError(f"{len(first)} examples before, {len(second)} after; both must be of the same examples")
+        raise ValueError(f"expected the same examples, got {len(first)} before and {len(second)} after")
     gained, lost = int((second > first).sum()), int((first > second).sum())
     n = len(first)
     up, down = (gained + 0.5) / (n + 2), (lost + 0.5) / (n + 2)
@@ -229,7 +231,7 @@ def share_difference(before: ArrayLike, after: ArrayLike) -> Interval:
 def _checked_hits(hits: ArrayLike) -> Floats:
     right = np.asarray(hits, dtype=np.float64)
     if right.ndim != 1 or not right.size or not np.isin(right, (0, 1)).all():
-        raise ValueError("a share needs at least one example, and a 0 or 1 for each")
+        raise ValueError("expected at least one example, and 0 or 1 for each")
     return right
 
 
@@ -249,14 +251,14 @@ def before_and_after(before: ArrayLike, after: ArrayLike, counts: ArrayLike) -> 
 
 
 def describe_change(change: Interval, examples: str, unit: str) -> str:
-    """Returns the change in words; an interval that contains 0 shows none.
+    """Describes the change in a sentence; if the interval contains 0, no change was shown.
 
     examples: "10 held-out examples".    unit: of the loss.
     """
     value, low, high = change
     where = f"over {examples}"
     if math.isnan(low):
-        return f"Loss changed by {value:+.3f} {where}: too little to tell whether it worked."
+        return f"Loss changed by {value:+.3f} {where}: too little data to tell whether it worked."
     if low <= 0 <= high:
         return f"No change shown: {value:+.3f} {unit} (95% interval {low:+.3f} to {high:+.3f}, {where})."
     direction, small, large = ("down", -high, -low) if value < 0 else ("UP", low, high)
@@ -264,7 +266,7 @@ def describe_change(change: Interval, examples: str, unit: str) -> str:
     return f"Held-out loss went {direction} by {abs(value):.3f} {unit} ({interval}, {where})."
 
 
-# ---- What a run on preferences changed: accuracy, margin and log-probabilities of held-out replies
+# ---- The effect of preference training: accuracy, margin and log-probabilities of held-out replies
 #
 # A reply's reward is what `train.preference` defines: beta times its log-probability relative to that before training,
 # or per token for losses without a reference. Before training, rewards of the first kind are all 0.
@@ -272,7 +274,7 @@ def describe_change(change: Interval, examples: str, unit: str) -> str:
 #     likelier   share of pairs whose chosen reply has the larger log-probability: `tailora eval` calls it accuracy
 #     accuracy   share of pairs whose chosen reply has the larger reward; of single replies, share of the right sign.
 #                Equal rewards, and rewards of 0, count as half.
-#     margin     mean reward of chosen (or wanted) replies minus that of rejected (unwanted) ones
+#     margin     mean reward of chosen (or wanted) replies minus the mean of rejected (unwanted) ones
 #     chosen, rejected   mean log-probability of these replies in nats. Both may fall while the margin rises.
 
 LOG_PROBABILITIES = ("chosen", "rejected")
@@ -280,7 +282,7 @@ Scores = Sequence[Mapping[str, float]]  # of each example, by `score_names` of i
 
 
 def preference_metrics(scores: Scores) -> dict[str, Interval]:
-    """Returns the metrics with intervals over examples; of one kind of replies only what they allow.
+    """Returns the metrics with intervals over examples; with one kind of replies, only those that are defined.
 
     Intervals of shares are Wilson's, the others bootstrapped.
     """
@@ -306,7 +308,7 @@ def preference_metrics(scores: Scores) -> dict[str, Interval]:
 
 
 def describe_preferences(before: Mapping[str, Interval], after: Mapping[str, Interval]) -> str:
-    """Returns the change in words."""
+    """Describes the change in a sentence."""
     accuracy = after["accuracy"]
     share, are_pairs = f"{accuracy.value:.0%}", "likelier" in after
     text = f"Rewards put {share} of the pairs in the right order"
@@ -317,7 +319,7 @@ def describe_preferences(before: Mapping[str, Interval], after: Mapping[str, Int
     changes = [after[name].value - before[name].value for name in LOG_PROBABILITIES if name in after]
     if len(changes) == 2:
         chosen, rejected = (f"{'fell' if change < 0 else 'rose'} by {abs(change):.1f} nats" for change in changes)
-        text += f". The log-probability of chosen replies {chosen}, that of rejected ones {rejected}"
+        text += f". The log-probability of chosen replies {chosen}, for rejected ones {rejected}"
     return f"{text}."
 
 

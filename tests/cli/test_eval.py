@@ -207,7 +207,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     ),
     "unknown gate": (["ONE", "--data", "CHATS", "--gate", "lss<1"], "did you mean loss"),
     "normalize": (["ONE", "--data", "CHATS", "--normalize", "strp"], "did you mean strip"),
-    "change": (["ONE", "--data", "CHATS", "--no-base", "--gate", "loss_change<0"], "leave --no-base out"),
+    "change": (["ONE", "--data", "CHATS", "--no-base", "--gate", "loss_change<0"], "remove --no-base"),
     "no choices": (["ONE", "--data", "CHATS", "--gate", "acc>.5"], "accuracy needs choices; its rows are read as mess"),
     "whole and base": (["BASE", "--model", "BASE", "--data", "CHATS"], "is a full model"),
     "bad rows": (["ONE", "--data", "BAD"], "bad.jsonl:2: answer 'purple' matches no choice"),

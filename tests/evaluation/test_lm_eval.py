@@ -81,7 +81,7 @@ def test_the_harness_and_our_own_choices_agree(folder: Path, capsys: pytest.Capt
     assert "tiny_quiz/acc_norm" in capsys.readouterr().out
 
     for bad, hint in (
-        (["--tasks", "tiny_quzi"], "lm_eval has no task 'tiny_quzi'; did you mean tiny_quiz"),
+        (["--tasks", "tiny_quzi"], "unknown task 'tiny_quzi'; did you mean tiny_quiz"),
         (["--tasks", "tiny_quiz", "--gate", "tiny_quiz/ac>0"], "did you mean tiny_quiz/acc"),
     ):
         assert main([str(token) for token in (*tokens, "--include-path", folder / "tasks", *bad)]) == 2
@@ -98,7 +98,9 @@ def test_tasks_that_cannot_be_loaded_come_with_what_to_do(
     manager = SimpleNamespace(all_tasks=["quiz"], load=load)
     monkeypatch.setattr("tailora.evaluation.lm_eval.require_packages", lambda *_, **__: None)
     monkeypatch.setattr("tailora.evaluation.lm_eval._task_manager", lambda *_: manager)
-    with pytest.raises(DataError, match=r"--tasks quiz: .* loaded: no route\. If data is missing, start once with"):
+    with pytest.raises(
+        DataError, match=r"--tasks quiz: .* cannot load the tasks: no route\. If data is missing, run this once with"
+    ):
         find_tasks(["quiz"])
 
 

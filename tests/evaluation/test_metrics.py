@@ -24,7 +24,7 @@ def test_a_gate_is_a_metric_a_sign_and_a_number(text: str, gate: Gate | None) ->
     if gate is not None:
         assert parse_gates([text]) == [gate]
         return
-    with pytest.raises(ConfigError, match="write METRIC<NUMBER"):
+    with pytest.raises(ConfigError, match="expected METRIC<NUMBER"):
         parse_gates([text])
 
 
@@ -36,7 +36,7 @@ def test_everything_that_is_no_gate_is_told_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_gates(["loss", "loss=1", "loss<", "<1", "loss<x", "loss<nan", "loss<1<2", ""])
     assert "8 problems" in str(caught.value)
-    assert "--gate 'loss': write METRIC<NUMBER (or <=, >, >=) in quotes, because the shell" in str(caught.value)
+    assert "--gate 'loss': expected METRIC<NUMBER (or <=, >, >=) in quotes, because < and >" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -49,15 +49,15 @@ def test_a_bound_is_met_or_not(sign: str, met: list[bool]) -> None:
 
 def test_an_unknown_metric_names_the_nearest() -> None:
     known = list(METRICS)
-    with pytest.raises(ConfigError, match=r"--gate los<1: no metric is called 'los'; did you mean loss"):
+    with pytest.raises(ConfigError, match=r"--gate los<1: unknown metric 'los'; did you mean loss"):
         check_gates(parse_gates(["los<1"]), known, base=True)
-    with pytest.raises(ConfigError, match="no metric is called 'f1'; there are: loss, perplexity, exact_match"):
+    with pytest.raises(ConfigError, match="unknown metric 'f1'; available: loss, perplexity, exact_match"):
         check_gates(parse_gates(["f1>.5"]), known, base=True)
-    with pytest.raises(ConfigError, match="--metrics: no metric is called 'acuracy'; did you mean accuracy"):
+    with pytest.raises(ConfigError, match="--metrics: unknown metric 'acuracy'; did you mean accuracy"):
         parse_metrics(["loss,acuracy"])
-    with pytest.raises(ConfigError, match="a change needs an adapter and its base"):
+    with pytest.raises(ConfigError, match="a change requires an adapter and its base"):
         check_gates(parse_gates(["loss_change<0"]), known, base=False)
-    with pytest.raises(ConfigError, match="no metric is called 'perplexity_change'"):
+    with pytest.raises(ConfigError, match="unknown metric 'perplexity_change'"):
         check_gates(parse_gates(["perplexity_change<0"]), known, base=True)
     check_gates(parse_gates(["loss_change<0", "task/acc>0"]), [*known, "task/acc"], base=True)
 

@@ -170,4 +170,6 @@ def test_what_cannot_branch_is_told() -> None:
     assert told.startswith("losses differ from separate rows by ")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     windowed = Mistral(MistralConfig(vocab_size=50, num_key_value_heads=2, sliding_window=8, **sizes)).eval()
-    assert compare_with_separate(LoRAModel(windowed), QUESTIONS[0], OWN, wrong) == "its attention has a window of 8"
+    assert (
+        compare_with_separate(LoRAModel(windowed), QUESTIONS[0], OWN, wrong) == "the model uses a sliding window of 8"
+    )

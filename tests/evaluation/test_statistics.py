@@ -256,9 +256,9 @@ def test_nineteen_of_twenty_intervals_hold_the_truth(share: float, n: int) -> No
 
 @pytest.mark.parametrize("hits", [[], [2], [0.5], [[0, 1]]])
 def test_other_numbers_are_refused(hits: list[float]) -> None:
-    with pytest.raises(ValueError, match="a share needs at least one example"):
+    with pytest.raises(ValueError, match="expected at least one example"):
         wilson_interval(hits)
-    with pytest.raises(ValueError, match="both must be of the same"):
+    with pytest.raises(ValueError, match="expected the same examples"):
         share_difference([0, 1], [0])
 
 
