@@ -1,8 +1,8 @@
-"""passport.json, the verification file of an adapter: prompts, and the log-probabilities that their next tokens have.
+"""passport.json, the verification file of an adapter: prompts and the log-probabilities of their next tokens.
 
 It is stored next to the weights, and `tailora verify` compares a server's answers with it. Every probe has the
-log-probabilities of a few tokens under many variants: the adapter as trained, the bare base, other scales, the adapter
-without some of its layers, wrong prompts. Importing this needs no torch.
+log-probabilities of a few tokens under many variants: the adapter as trained, the base alone, other scales, the
+adapter without some of its layers, wrong prompts. Importing this needs no torch.
 """
 
 import hashlib
@@ -22,18 +22,18 @@ from tailora.formats.run_folder import PASSPORT
 VERSION = 2
 ADAPTER, BASE = "adapter", "base"  # names of variants
 ROUNDED_ADAPTER, ROUNDED_BASE = "adapter on a Q4_0 base", "Q4_0 base"
-NOISE_FLOOR = 0.05  # nats; what 16-bit arithmetic changes anywhere
+NOISE_FLOOR = 0.05  # nats; the effect of 16-bit arithmetic
 WEIGHTS = re.compile(r".*\.(safetensors|gguf)")
 LogProb = Annotated[FiniteFloat, Field(ge=-1000, le=1e-3)]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compute.
+    """One way to compute the answers.
 
-    kind: "scale": the adapter at another scale; "part": with some layers missing; "prompt": the adapter with another
-        prompt; "rounding": the adapter or the base, with weights rounded as in llama.cpp's Q4_0.
-    scale: times the scale of training; 0 is the base.
+    kind: "scale": the adapter at a different scale; "part": with some layers missing; "prompt": the adapter with a
+        different prompt; "rounding": the adapter or the base, with weights rounded as in llama.cpp's Q4_0.
+    scale: relative to training; 0 is the base.
     """
 
     kind: Literal["scale", "part", "prompt", "rounding"]
@@ -50,15 +50,15 @@ REQUIRED = {
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt, and what comes next.
+    """A prompt and its next token.
 
     text: of a plain completion; None for a chat.
     messages: of a chat; None for a plain completion.
-    rendered: the text that the chat template makes of them.
+    rendered: their text under the chat template.
     prompt_tokens: the number of tokens of the prompt.
     tokens: texts of a few likely tokens.
     logprobs: variant -> log-probability of each of `tokens` after the prompt.
-    is_control: the adapter changes little here; what a server changes is its rounding.
+    is_control: the adapter changes little here, so differences of a server are its rounding.
     """
 
     prompt_tokens: int
@@ -74,7 +74,7 @@ class Probe:
 class Passport:
     """base_model: its name.
     weights: name of each file of weights next to passport.json -> its SHA-256.
-    texts: who wrote the texts of the probes, "base" or "held-out".
+    texts: source of the probes' texts, "base" or "held-out".
     """
 
     base_model: str
@@ -97,28 +97,26 @@ def passport_bytes(passport: Passport) -> bytes:
 
 
 def read_passport(folder: Path, remedy: str | None = None) -> Passport:
-    """Raises FormatError if there is none, or if it is damaged or belongs to other weights than those in `folder`.
+    """Raises FormatError if it is missing, damaged or does not belong to the weights in `folder`.
 
-    remedy: what the error says to do; by default, to export the adapter.
+    remedy: of the error message; by default, to export the adapter.
     """
     remedy = remedy or _remedy(folder)
     if not (folder / PASSPORT).exists():
         raise FormatError(f"{folder} contains no {PASSPORT}: {remedy}")
     passport = read_own_json(folder / PASSPORT, Passport, remedy)
     if passport.version != VERSION:
-        raise FormatError(
-            f"{folder / PASSPORT} has version {passport.version}, but this program reads version {VERSION}: {remedy}"
-        )
+        raise FormatError(f"{folder / PASSPORT}: expected version {VERSION}, got version {passport.version}: {remedy}")
     if problems := list(_problems(passport)):
         raise FormatError(f"{folder / PASSPORT} is damaged ({problems[0]}): {remedy}")
     hashes = weight_hashes(folder)
     if not passport.weights or any(hashes.get(name) != digest for name, digest in passport.weights.items()):
-        raise FormatError(f"{folder / PASSPORT} belongs to other weights than those next to it: {remedy}")
+        raise FormatError(f"{folder / PASSPORT} does not belong to the weights next to it: {remedy}")
     return passport
 
 
 def _remedy(folder: Path) -> str:
-    return f"`tailora export {folder} --to peft --output NEW_FOLDER` writes one"
+    return f"create one with `tailora export {folder} --to peft --output NEW_FOLDER`"
 
 
 def _problems(passport: Passport) -> Iterable[str]:
@@ -126,7 +124,7 @@ def _problems(passport: Passport) -> Iterable[str]:
         yield f"it lacks the variants {', '.join(wrong)}"
     for number, probe in enumerate(passport.probes):
         if (probe.text is None) == (probe.messages is None):
-            yield f"probe {number} needs a text or messages"
+            yield f"probe {number} needs either a text or messages"
         if unknown := probe.logprobs.keys() - passport.variants.keys():
             yield f"probe {number} has unknown variants: {', '.join(sorted(unknown))}"
         if missing := REQUIRED.keys() - probe.logprobs.keys():

@@ -1,8 +1,8 @@
-"""Probes of an adapter: prompts whose next token differs between the adapter, its base and the adapter used wrongly.
+"""Probes of an adapter: prompts whose next token differs between the adapter, its base and a misused adapter.
 
-`make_passport` takes chats with replies, or plain texts for a model without chat template. It chooses the positions at
-which the adapter changes the next token most, compared with what rounding the base to 4 bits changes. There it computes
-the log-probabilities of the likely tokens under every variant that a server may compute by mistake.
+`make_passport` uses chats with replies, or plain texts for a model without chat template. It chooses the positions at
+which the adapter changes the next token most, compared with the effect of rounding the base to 4 bits. There it
+computes the log-probabilities of the likely tokens under every variant that a server may compute by mistake.
 """
 
 import math
@@ -38,16 +38,16 @@ from tailora.train.parallel import is_sharded
 from tailora.train.state import seeded
 from tailora.verify.passport import ADAPTER, BASE, NOISE_FLOOR, ROUNDED_ADAPTER, ROUNDED_BASE, Passport, Probe, Variant
 
-PROMPT_LENGTH, REPLY_LENGTH = 256, 40  # tokens of a chat that are used; longer prompts are left out
+PROMPT_LENGTH, REPLY_LENGTH = 256, 40  # tokens of a chat that are used; longer prompts are skipped
 SHORTEST_CONTEXT, ROOM = 200, 100  # positions of a model; of them for the reply and a longer template
-TEXTS, TEXT_LENGTH = 8, 48  # for a model without chat template: texts that the base writes, and their tokens
-SHORTEST_PROMPT = 4  # tokens; the first words of a plain text say little
+TEXTS, TEXT_LENGTH = 8, 48  # for a model without chat template: texts written by the base, and their tokens
+SHORTEST_PROMPT = 4  # tokens; the first words of a plain text are too uncertain
 TEXT_PROBES, CONTROLS, MOST_PER_TEXT = 36, 12, 6
 LIKELY = 8  # tokens of a probe that are kept for each of the variants in TOKENS_OF
 SCALES = (0.25, 0.5, 0.75, 1.25, 1.5, 2.0, 4.0)
 TOKENS_OF = (ADAPTER, BASE, "scale 0.5", "scale 2", "scale 4")
 GROUP = 32  # weights that share a scale in llama.cpp's Q4_0
-CHUNK = 2**24  # logits computed at a time; a few times their memory is in use at once
+CHUNK = 2**24  # logits computed at a time; needs a few times their memory
 MOST_SPECIAL = 0.1  # probability of special tokens at a probe: servers hide them, each in its own way
 
 SECOND_BOS, ADDED_BOS, NO_BOS = "a second BOS", "a BOS before the prompt", "no BOS"
@@ -64,16 +64,16 @@ QUESTIONS = (
     "I feel tired today. What should I do?",
 )
 
-# ---- The passport
+# ---- The verification file
 
 
 def passport_obstacle(model: Any) -> str | None:
-    """Returns why an adapter's model can have no passport; None if it can."""
+    """Returns why an adapter's model cannot have a verification file; None if it can."""
     config = getattr(model, "config", None)
     if not hasattr(config, "vocab_size") or getattr(config, "is_encoder_decoder", False):
-        return "only language models of one decoder have a verification file"
+        return "verification files are only supported for decoder-only language models"
     if is_sharded(model):
-        return "the model is sharded: `tailora export` writes the verification file"
+        return "the model is sharded; create the verification file with `tailora export`"
     return None
 
 
@@ -87,18 +87,18 @@ def make_passport(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Passport:
-    """Returns the passport of an adapter of a LoRAModel, without its hashes. The model stays as it is.
+    """Returns the passport of an adapter of a LoRAModel, without its hashes. The model does not change.
 
-    progress: is called with the number of computations done and their total.
-    held_out: samples whose words go into the passport. None: QUESTIONS, and replies that the base writes, so that the
-        passport tells nothing of the data.
-    system: the system message of chats that have none; servers that know it add it.
-    Raises DataError if there is no text for a probe, or if nothing can tell the adapter from its base.
+    progress: called with the number of finished computations and their total.
+    held_out: samples whose text goes into the passport. None: QUESTIONS with replies written by the base, so that the
+        passport reveals nothing about the data.
+    system: the system message for chats without one; servers that know it add it.
+    Raises DataError if no text is usable as a probe, or if the adapter cannot be distinguished from its base.
     """
     chat_tokenizer = ChatTokenizer.of(tokenizer)
     adapter, base_model = model.adapter(name), model.base_model
     if (positions := free_positions(base_model, 0)) < SHORTEST_CONTEXT:
-        raise DataError(f"the model has {positions} positions; a verification file needs {SHORTEST_CONTEXT}")
+        raise DataError(f"a verification file needs a model with {SHORTEST_CONTEXT} positions, got {positions}")
     first = [] if system is None else [{"role": "system", "content": system}]
     if held_out is not None:
         texts = _of_samples(held_out, chat_tokenizer, positions, first)
@@ -108,22 +108,22 @@ def make_passport(
         texts = _answered_questions(model, chat_tokenizer, seed, first)
     if not texts:
         raise DataError(
-            f"no text is fit for a probe: it needs {SHORTEST_PROMPT + 1} tokens, at most {PROMPT_LENGTH} of them "
-            "before the reply, and messages of plain text"
+            f"no text is usable as a probe: expected at least {SHORTEST_PROMPT + 1} tokens, at most {PROMPT_LENGTH} of "
+            "them before the reply, and messages of plain text"
         )
     computations = _computations(adapter, base_model)
     with torch.no_grad(), evaluating(base_model):
         probes = _probes(texts, computations, chat_tokenizer, progress)
     probes = [probe for probe in probes if probe.tokens]
     if not probes:
-        raise DataError("no text is fit for a probe: its likely next tokens are special tokens or parts of characters")
+        raise DataError("no text is usable as a probe: the likely next tokens are special or parts of characters")
     if not all(math.isfinite(value) for probe in probes for values in probe.logprobs.values() for value in values):
         raise DataError("the model's log-probabilities are not finite: the adapter diverged")
     if all(probe.logprobs[ADAPTER] == probe.logprobs[BASE] for probe in probes):
-        raise DataError("the adapter changes no log-probability, so that nothing tells it from its base")
+        raise DataError("the adapter changes no log-probability, so it cannot be distinguished from its base")
     names = dict.fromkeys(variant for probe in probes for variant in probe.logprobs)
     return Passport(
-        base_model=Path(base_model_name(base_model) or "").name,  # no folder of this machine
+        base_model=Path(base_model_name(base_model) or "").name,  # without the local path
         texts="base" if held_out is None else "held-out",
         variants={name: computations[name].variant if name in computations else Variant("prompt") for name in names},
         probes=probes,
@@ -137,8 +137,8 @@ def make_passport(
 class ProbeText:
     """Token ids, with BOS if the tokenizer writes one. Probes end at token `first` or later.
 
-    messages, rendered: of a chat, up to the reply, and what the template makes of them.
-    start: how many tokens the template writes to start the reply; 0 also if that is unknown.
+    messages, rendered: of a chat, up to the reply, and their text under the template.
+    start: number of tokens that the template writes to start the reply; 0 if unknown.
     """
 
     ids: tuple[int, ...]
@@ -156,7 +156,7 @@ def _chat(messages: Messages, reply: Sequence[int], tokenizer: ChatTokenizer) ->
 
 
 def _answered_questions(model: Any, tokenizer: ChatTokenizer, seed: int, first: Messages) -> list[ProbeText]:
-    """Returns QUESTIONS with replies that the base writes. first: the messages before each question."""
+    """Returns QUESTIONS with replies written by the base. first: the messages before each question."""
     chats = [_chat([*first, {"role": "user", "content": question}], [], tokenizer) for question in QUESTIONS]
     length, pad = max(len(chat.ids) for chat in chats), tokenizer.eos_id or 0
     ids = torch.tensor([[pad] * (length - len(chat.ids)) + list(chat.ids) for chat in chats], device=model.device)
@@ -169,7 +169,7 @@ def _answered_questions(model: Any, tokenizer: ChatTokenizer, seed: int, first: 
 
 
 def _written_texts(model: Any, tokenizer: ChatTokenizer, seed: int) -> list[ProbeText]:
-    """Returns texts that the base writes from its first token on."""
+    """Returns texts written by the base, without a prompt."""
     written = sample_texts(model, tokenizer.tokenizer, count=TEXTS, length=TEXT_LENGTH, seed=seed)
     return _plain_texts([ids[1:] for ids in written], tokenizer)
 
@@ -182,7 +182,7 @@ def _of_samples(
     first: the messages before a chat without a system message.
     """
     texts: list[ProbeText] = []
-    for sample in map(_wanted, samples):
+    for sample in map(_desired, samples):
         if len(texts) == len(QUESTIONS):
             break
         if isinstance(sample, Text) or tokenizer.template is None:
@@ -202,8 +202,8 @@ def _of_samples(
     return texts
 
 
-def _wanted(sample: Any) -> Any:
-    """Returns what a sample of any task wants the model to write; of a reply that is not wanted, the reply."""
+def _desired(sample: Any) -> Any:
+    """Returns the desired text of a sample of any task; for feedback, its reply, even an undesired one."""
     match sample:
         case Preference():
             return sample.chosen
@@ -225,7 +225,7 @@ def _up_to_special(ids: Sequence[int], tokenizer: ChatTokenizer) -> list[int]:
     return list(ids[:end])
 
 
-# ---- What may be computed
+# ---- Variants
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ class Computation:
 
 
 def _computations(adapter: Adapter, base_model: nn.Module) -> dict[str, Computation]:
-    """Returns name -> what a server may compute, the right one first."""
+    """Returns name -> a computation that a server may use, the right one first."""
     root = math.sqrt(max((layer.r for layer in adapter.low_rank.values()), default=1))
     scales = sorted({*SCALES, *(round(scale, 4) for scale in (root, 1 / root) if scale != 1)})
     variants: dict[str, tuple[Variant, Adapter | None]] = {
@@ -261,7 +261,7 @@ def _computations(adapter: Adapter, base_model: nn.Module) -> dict[str, Computat
 
 
 def _parts(adapter: Adapter) -> dict[str, Adapter]:
-    """Returns what is missing -> the adapter without it."""
+    """Returns the missing part -> the adapter without it."""
     half = layer_count(adapter.parts) / 2
     in_layers = {path: index for path in adapter.parts if (index := layer_index(path)) is not None}
     missing: dict[str, Collection[str]] = {
@@ -284,14 +284,14 @@ def _parts(adapter: Adapter) -> dict[str, Adapter]:
 
 @contextmanager
 def rounded_to_4_bits(base_model: nn.Module) -> Iterator[None]:
-    """Within the block the base's linear layers compute as with weights in Q4_0; nothing of it changes."""
+    """Within the block, the base's linear layers compute as if their weights were in Q4_0. No weight changes."""
 
     def add_rounding(layer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
         weight = dense_weight(layer)
         weight = weight.T if layer_type_of(layer) is CONV1D else weight  # (out, in)
         return output + F.linear(args[0], (q4_0(weight) - weight).to(args[0].dtype))
 
-    head = getattr(base_model, "get_output_embeddings", lambda: None)()  # servers keep it in more bits
+    head = getattr(base_model, "get_output_embeddings", lambda: None)()  # servers store it in more bits
     with ExitStack() as stack:
         for module in base_model.modules():
             if module is not head and layer_type_of(module) in (LINEAR, CONV1D):
@@ -300,7 +300,7 @@ def rounded_to_4_bits(base_model: nn.Module) -> Iterator[None]:
 
 
 def q4_0(weight: Tensor) -> Tensor:
-    """(out, in) -> the same as llama.cpp stores it in Q4_0: GROUP neighbours share a scale, which has 16 bits."""
+    """(out, in) -> the same, rounded as in llama.cpp's Q4_0: GROUP neighbours share a 16-bit scale."""
     padded = F.pad(weight.detach().float(), (0, -weight.shape[1] % GROUP)).view(len(weight), -1, GROUP)
     largest = padded.gather(-1, padded.abs().argmax(-1, keepdim=True))  # with its sign; it becomes -8
     scale = largest / -8
@@ -313,9 +313,9 @@ def q4_0(weight: Tensor) -> Tensor:
 
 
 def next_logprobs(model: nn.Module, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Tensor:
-    """Returns log-probabilities of the token after positions of every row, one below the other: (n, vocabulary).
+    """Returns the log-probabilities of the next token after positions of every row, concatenated: (n, vocabulary).
 
-    rows: token ids.    positions: of each row, the tokens after which it is asked.
+    rows: token ids.    positions: of each row.
     """
     device = next(model.parameters()).device
     length = max(map(len, rows))
@@ -323,7 +323,7 @@ def next_logprobs(model: nn.Module, rows: Sequence[Sequence[int]], positions: Se
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
     asked = sorted({position for spots in positions for position in spots})
     index = {position: number for number, position in enumerate(asked)}
-    keep = {"logits_to_keep": torch.tensor(asked, device=device)}  # the head computes these alone
+    keep = {"logits_to_keep": torch.tensor(asked, device=device)}  # the head only computes these
     keep = keep if "logits_to_keep" in signature(model.forward).parameters else {}
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits
     logits = logits if keep else logits[:, asked]  # (batch, asked, vocabulary)
@@ -374,9 +374,9 @@ def _probes(
 def _spots(
     chunks: Sequence[Sequence[ProbeText]], computations: Mapping[str, Computation], tokenizer: ChatTokenizer
 ) -> tuple[dict[Spot, str], dict[Spot, str]]:
-    """Returns the spots where the adapter changes most compared with 4-bit weights, and the controls, with their words.
+    """Returns the spots where the adapter changes most compared with 4-bit weights, and the controls, with their text.
 
-    Controls are spots where the adapter changes least. Tokenizing the words again gives the same tokens.
+    Controls are spots where the adapter changes least. Tokenizing the text again gives the same tokens.
     """
     ratios: list[float] = []
     spots: list[Spot] = []
@@ -415,7 +415,7 @@ def _spots(
 def _computed(
     computations: Mapping[str, Computation], chunk: Sequence[ProbeText], spots: Sequence[Spot], bos: int | None
 ) -> dict[str, Callable[[], Tensor]]:
-    """Returns variant -> what computes its log-probabilities at the spots, (spots, vocabulary)."""
+    """Returns variant -> a function that computes its log-probabilities at the spots, (spots, vocabulary)."""
     rows = [text.ids for text in chunk]
     positions = [[position for text, position in spots if text is row] for row in chunk]
     computed: dict[str, Callable[[], Tensor]] = {
@@ -439,7 +439,7 @@ def _computed(
 
 
 def _change(first: Tensor, second: Tensor) -> Tensor:
-    """Returns how far the likely tokens' log-probabilities are apart, in nats: (n, vocabulary) twice -> (n,)."""
+    """Returns the distance of the likely tokens' log-probabilities in nats: (n, vocabulary) twice -> (n,)."""
 
     def change(a: Tensor, b: Tensor) -> Tensor:
         return ((a.exp() + b.exp()) / 2 * (a - b).clamp(-10, 10).square()).sum().sqrt()
@@ -452,8 +452,8 @@ def _likely_tokens(
 ) -> list[tuple[list[str], dict[str, list[float]]]]:
     """Returns for every spot the texts of its likely tokens, and variant -> their log-probabilities.
 
-    computed: variant -> what computes its log-probabilities, (spots, vocabulary).
-    progress: is called with the number of variants done.
+    computed: variant -> a function that computes its log-probabilities, (spots, vocabulary).
+    progress: called with the number of finished variants.
     """
     first = {name: computed[name]() for name in TOKENS_OF}
     top = torch.cat([logprobs.topk(LIKELY).indices for logprobs in first.values()], dim=1)  # (spots, k)

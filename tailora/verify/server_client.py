@@ -15,15 +15,15 @@ from tailora.errors import ConfigError, ServerError, nearest
 from tailora.verify.passport import Probe
 from tailora.verify.server_verdict import Observation
 
-TOP = (20, 5, None)  # log-probabilities to ask for; servers allow 20 (vLLM) or 5 (OpenAI), or tell none
+TOP = (20, 5, None)  # log-probabilities to request; servers allow 20 (vLLM), 5 (OpenAI) or none
 ENDPOINTS = {"text": "/v1/completions", "chat": "/v1/chat/completions"}
-REFUSED = (400, 404, 405, 422, 500, 501)  # of a request that the server does not know
-BUSY = (429, 503)  # a prompt is asked again, after longer and longer waits
+REFUSED = (400, 404, 405, 422, 500, 501)  # for a request that the server does not support
+BUSY = (429, 503)  # the request is repeated, after longer and longer waits
 FIRST_WAIT = 0.5  # seconds
 THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
-MOST_BYTES = 16 * 10**6  # of an answer; that to a probe has a few thousand
-FARTHEST = 1e6  # nats; what is farther below 0 is no log-probability
-MOST_PROBABILITY = 1.005  # that a server's tokens have together: what is more is no distribution, despite rounding
+MOST_BYTES = 16 * 10**6  # of an answer; the answer to a probe has a few thousand
+FARTHEST = 1e6  # nats; lower values are not log-probabilities
+MOST_PROBABILITY = 1.005  # of a server's tokens together: more is not a distribution, even with rounding
 LEAST_LEFT = 1e-3  # of the probability, for all tokens that a server does not list
 
 
@@ -34,51 +34,51 @@ class Answer:
 
 
 class ServerClient(AbstractContextManager["ServerClient"]):
-    """One OpenAI-compatible server. It is asked one probe at a time, so that no batch changes its rounding.
+    """One OpenAI-compatible server. It gets one probe at a time, so that no batch changes its rounding.
 
     url: with or without "/v1".    key: of the Authorization header.
-    timeout: seconds from connecting to the end of an answer. A prompt for which the server is too busy is asked again
-        within this time.
-    A proxy of the environment is used as other programs do, but never for this machine itself.
-    Raises ConfigError for what is no address or no key.
+    timeout: seconds from connecting to the end of an answer. If the server is too busy, the request is repeated within
+        this time.
+    A proxy of the environment is used as in other programs, but never for this machine itself.
+    Raises ConfigError for an invalid address or key.
     """
 
     def __init__(self, url: str, key: str | None = None, *, timeout: float = 120.0) -> None:
         try:
             parts = urlsplit(url if "//" in url else f"http://{url}")
             port = "" if parts.port is None else f":{parts.port}"
-        except ValueError:  # a bracket of an IPv6 address is missing, or the port is no number below 65,536
+        except ValueError:  # an IPv6 address without a bracket, or an invalid port
             parts, port = urlsplit(""), ""
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"{url} is no address of a server; give one such as http://127.0.0.1:8000")
+            raise ConfigError(f"expected a server address such as http://127.0.0.1:8000, got {url!r}")
         if key is not None and not (key.isascii() and key.isprintable()):
-            raise ConfigError("TAILORA_API_KEY has a line break, or another character that a key cannot have")
+            raise ConfigError("TAILORA_API_KEY contains a line break or an invalid character; set it again")
         host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
         path = parts.path.rstrip("/").removesuffix("/v1")
         self.url = f"{parts.scheme}://{host}{port}{path}"  # without a password, since it is shown
         self._timeout = timeout
-        self._runner = asyncio.Runner()  # a task can be stopped at any point, also while it connects
+        self._runner = asyncio.Runner()  # a task can be stopped at any point, even while it connects
         self._http = httpx.AsyncClient(
             base_url=f"{parts.scheme}://{parts.netloc}{path}",
             headers={"Accept-Encoding": "identity", **({"Authorization": f"Bearer {key}"} if key else {})},
             timeout=None,
             trust_env=parts.hostname not in THIS_MACHINE,
         )
-        self._top: dict[str, int | None] = {}  # endpoint that answers -> log-probabilities that it tells
-        self.refusals: dict[str, str] = {}  # endpoint that does not answer -> what it says
+        self._top: dict[str, int | None] = {}  # endpoint that answers -> number of log-probabilities it returns
+        self.refusals: dict[str, str] = {}  # endpoint that does not answer -> its message
 
     def __exit__(self, *_: object) -> None:
         self._runner.run(self._http.aclose())
         self._runner.close()
 
     def models(self) -> dict[str, str | None]:
-        """Returns name -> name of its base, as far as the server tells. Raises ServerError."""
+        """Returns name -> name of its base, if the server lists them. Raises ServerError."""
         answer = self._request("GET", "/v1/models")
         if answer.status == 404:
             return {}
         data = self._body(answer, "/v1/models").get("data")
         if not isinstance(data, list):
-            raise ServerError(f"{self.url}/v1/models has no list of models: this is no OpenAI-compatible server")
+            raise ServerError(f"{self.url}/v1/models returned no list of models; use an OpenAI-compatible server")
         models = [model for model in data if isinstance(model, dict) and isinstance(model.get("id"), str)]
         return {model["id"]: model.get("parent") or None for model in models}
 
@@ -88,7 +88,7 @@ class ServerClient(AbstractContextManager["ServerClient"]):
         model: str | None,
         progress: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> list[Observation | None]:
-        """Returns what the server answers to each probe; None where it lacks the endpoint.
+        """Returns the server's answer to each probe; None if it lacks the endpoint.
 
         Raises ServerError, also if it answers none of them.
         """
@@ -97,8 +97,8 @@ class ServerClient(AbstractContextManager["ServerClient"]):
             observations.append(self._ask(probe, model))
             progress(len(observations), len(probes))
         if not any(observations):
-            reasons = "; ".join(f"{endpoint} answers {reason}" for endpoint, reason in self.refusals.items())
-            raise ServerError(f"{self.url} answers no prompt: {reasons}")
+            reasons = "; ".join(f"{endpoint} returned {reason}" for endpoint, reason in self.refusals.items())
+            raise ServerError(f"{self.url} answered no prompt: {reasons}")
         return observations
 
     def _ask(self, probe: Probe, model: str | None) -> Observation | None:
@@ -111,7 +111,7 @@ class ServerClient(AbstractContextManager["ServerClient"]):
                 self._top[endpoint] = top
                 return _observation(probe, self._body(answer, endpoint))
         if endpoint in self._top:
-            raise ServerError(f"{self.url}{endpoint} answers {_explanation(answer)}")
+            raise ServerError(f"{self.url}{endpoint} returned {_explanation(answer)}")
         self.refusals[endpoint] = _explanation(answer)
         return None
 
@@ -119,13 +119,15 @@ class ServerClient(AbstractContextManager["ServerClient"]):
         try:
             answer = self._runner.run(self._until_not_busy(method, path, body))
         except TimeoutError:
-            raise ServerError(f"{self.url}{path} does not end its answer within {self._timeout:g} s") from None
+            raise ServerError(
+                f"{self.url}{path} did not answer within {self._timeout:g} s; use a longer --timeout"
+            ) from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise ServerError(f"{self.url} cannot be asked: {error or type(error).__name__}") from None
+            raise ServerError(f"cannot reach {self.url}: {error or type(error).__name__}") from None
         if answer.status in (401, 403):
-            raise ServerError(f"{self.url} asks for a key: set TAILORA_API_KEY. It answers {_explanation(answer)}")
+            raise ServerError(f"{self.url} requires a key: set TAILORA_API_KEY. It returned {_explanation(answer)}")
         if answer.status >= 300 and answer.status not in REFUSED:
-            raise ServerError(f"{self.url}{path} answers {_explanation(answer)}")
+            raise ServerError(f"{self.url}{path} returned {_explanation(answer)}")
         return answer
 
     async def _until_not_busy(self, method: str, path: str, body: Mapping[str, Any] | None) -> Answer:
@@ -144,30 +146,30 @@ class ServerClient(AbstractContextManager["ServerClient"]):
             async for part in response.aiter_raw():  # never unpacked: a few bytes could become gigabytes
                 content += part
                 if len(content) > MOST_BYTES:
-                    raise ServerError(f"{self.url}{path} answers with more than {MOST_BYTES // 10**6} MB")
+                    raise ServerError(f"{self.url}{path} returned more than {MOST_BYTES // 10**6} MB")
             if response.has_redirect_location:
                 location = response.headers["Location"]
-                raise ServerError(f"{self.url}{path} leads to {location}: give the address that it leads to")
+                raise ServerError(f"{self.url}{path} redirects to {location}; use that address")
         return Answer(response.status_code, bytes(content))
 
     def _body(self, answer: Answer, path: str) -> dict[str, Any]:
         body = _parsed(answer.content)
         if answer.status != 200 or not isinstance(body, dict):
-            raise ServerError(f"{self.url}{path} answers {_explanation(answer)}, which is not OpenAI's API")
+            raise ServerError(f"{self.url}{path} returned {_explanation(answer)}, which is not OpenAI's API")
         return body
 
 
 def check_model(models: Mapping[str, str | None], name: str, flag: str) -> None:
-    """Raises ConfigError if the server lists models, and not this one."""
+    """Raises ConfigError if the server lists models, but not this one."""
     is_derived = any(mark in name for mark in "@+")  # a strength or a mixture of our own server
     if models and name not in models and not is_derived:
-        raise ConfigError(f"{flag} {name}: the server has {', '.join(models)}{nearest(name, models)}")
+        raise ConfigError(f"{flag}: unknown model {name!r}; the server has {', '.join(models)}{nearest(name, models)}")
 
 
 def choose_model(models: Mapping[str, str | None], name: str | None, folder_name: str) -> str | None:
-    """Returns the model to ask: `name`; else the one with the folder's name, or the only adapter or model.
+    """Returns the model to verify: `name`, or else the one with the folder's name, or the only adapter or model.
 
-    A base of adapters that has the folder's name is not meant, as in `serve --model demo --adapter chats=outputs/demo`.
+    A base of adapters with the folder's name does not count, as in `serve --model demo --adapter chats=outputs/demo`.
     Raises ConfigError if that leaves several, or `name` is none of them. None if the server lists none.
     """
     if name is not None:
@@ -179,7 +181,7 @@ def choose_model(models: Mapping[str, str | None], name: str | None, folder_name
     for choices in (named, adapters, list(models)):
         if len(choices) == 1:
             return choices[0]
-    raise ConfigError(f"the server has several models, give one by --model: {', '.join(models)}")
+    raise ConfigError(f"the server has several models; choose one with --model: {', '.join(models)}")
 
 
 # ---- Requests and answers
@@ -195,14 +197,14 @@ def _request_body(probe: Probe, model: str | None, top: int | None) -> dict[str,
 
 
 def _observation(probe: Probe, body: Mapping[str, Any]) -> Observation:
-    """Numbers that cannot be log-probabilities of one distribution are no evidence, nor is what comes with them.
+    """Reads an answer. Numbers that cannot be log-probabilities of one distribution are ignored.
 
     Raises ServerError if the answer has no choice.
     """
     choices = body.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
     if not isinstance(choice, dict):
-        raise ServerError("the server's answer has no choices")
+        raise ServerError("expected an answer with choices from the server, got none")
     usage, message = body.get("usage"), choice.get("message")
     prompt_tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     prompt_tokens = prompt_tokens if isinstance(prompt_tokens, int) else None
@@ -259,7 +261,7 @@ def _listed(logprobs: Any) -> list[tuple[str, float]]:
 
 
 def _parsed(content: bytes) -> Any:
-    """Returns the value that JSON holds; None for what is no JSON."""
+    """Returns the value of a JSON text; None if it is not JSON."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError):
@@ -267,7 +269,7 @@ def _parsed(content: bytes) -> Any:
 
 
 def _explanation(answer: Answer) -> str:
-    """Returns the status and the message of an answer that tells a fault."""
+    """Returns the status and the message of an error response."""
     body = _parsed(answer.content)
     error = body.get("error") if isinstance(body, dict) else None
     message = error.get("message") if isinstance(error, dict) else error

@@ -1,13 +1,12 @@
-"""The verdict on a server: what explains its answers best, and does that explain them well enough?
+"""The verdict on a server: which variant explains its answers best, and does it explain them well enough?
 
-A server answers a probe with the log-probabilities of its likeliest next tokens, or only with the likeliest token. The
-error of a variant is the root mean square of the differences between its log-probabilities and the server's, in nats.
-Scales between those in the verification file are interpolated. Resampling the probes shows how certain a scale is.
+A server answers a probe with the log-probabilities of its most likely next tokens, or only with the most likely token.
+The error of a variant is the root mean square of the differences between its log-probabilities and the server's, in
+nats. Scales between those in the verification file are interpolated. Resampling the probes gives a scale's uncertainty.
 
-A right server differs from the file by its rounding. How much that is shows at the controls, prompts where the adapter
-changes little, or in the answers of the server's base. It is measured in units of what weights in Q4_0 change, which
-the file contains for every prompt. Answers are also compared with variants on a Q4_0 base, so that a server in Q4_0
-fits nearly exactly.
+A correct server differs from the file by its rounding. Its size can be seen at the controls, prompts where the adapter
+changes little, or in the answers of the server's base. The unit is the effect of weights in Q4_0, which the file
+contains for every prompt. Answers are also compared with variants on a Q4_0 base, so a server in Q4_0 matches closely.
 """
 
 import math
@@ -24,26 +23,26 @@ Floats = NDArray[np.float64]
 Verdict = Literal["adapter", "base", "scaled", "other", "unknown"]
 
 SHARE = 0.5  # of the distance between adapter and base: an answer that is farther from both is neither
-ROUNDING = 1.5  # times what Q4_0 changes: a server in 4 bits may differ by as much (measured)
+ROUNDING = 1.5  # times the effect of Q4_0: a server in 4 bits may differ by this much (measured)
 MARGIN = 5.0  # times the rounding of the base's answers or at the controls: the most at other prompts (measured)
 LEAST = 0.1  # of the distance between adapter and base: smaller errors are rounding, too
-SAME_SCALE = 0.1  # rounding moves all probes together, so a scale is known no better than this
+SAME_SCALE = 0.1  # rounding moves all probes together, so a scale is not known more exactly
 CONFIDENCE, RESAMPLES = 0.95, 400  # of the interval of the scale
-FEWEST = 6  # probes that say anything
-LEAST_KNOWN = 0.1  # of the probability that a server lists: with less on tokens of the file, it shows nothing
-LARGEST = 6.0  # nats; errors above it are wrong in the same way, and one token must not outweigh all others
-STEP = 0.05  # between the scales that are tried
+FEWEST = 6  # probes for a verdict
+LEAST_KNOWN = 0.1  # share of the listed probability that must be on tokens of the file
+LARGEST = 6.0  # nats; larger errors are clipped, so that one token does not outweigh all others
+STEP = 0.05  # between candidate scales
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What a server answered to a probe.
+    """A server's answer to a probe.
 
-    chosen: index of the likeliest token in the probe's tokens; None if it is none of them.
-    logprobs: index of token -> log-probability, of those of the probe's tokens that the server lists.
+    chosen: index of the most likely token in the probe's tokens; None if it is none of them.
+    logprobs: index of token -> log-probability, for the probe's tokens that the server lists.
     bound: tokens that are not in `logprobs` have at most this log-probability; None if unknown.
-    prompt_tokens: as the server counts them; None if it does not.
-    unknown: probability of the tokens in the server's list that are not the probe's, except for parts of characters.
+    prompt_tokens: counted by the server; None if it does not.
+    unknown: probability of the listed tokens that are not the probe's, except for parts of characters.
     """
 
     chosen: int | None
@@ -54,7 +53,7 @@ class Observation:
 
     @property
     def known_share(self) -> float:
-        """The share of the listed probability, or of the one chosen token, that is the probe's tokens'."""
+        """The share of the listed probability, or of the chosen token, that is on the probe's tokens."""
         if not self.logprobs:
             return float(self.chosen is not None)
         known = sum(map(math.exp, self.logprobs.values()))
@@ -62,7 +61,7 @@ class Observation:
 
     @property
     def has_logprobs(self) -> bool:
-        """True if the server returned log-probabilities, even if they are of other tokens than the probe's."""
+        """True if the server returned log-probabilities, even if none is of the probe's tokens."""
         return bool(self.logprobs) or self.bound is not None
 
 
@@ -70,11 +69,11 @@ class Observation:
 class Fit:
     """How well each variant explains the answers to some of the probes.
 
-    best: the variant with the smallest error, if it stays the best when the probes are resampled; else the best scale.
+    best: the variant with the smallest error, if it remains the best in resamples of the probes; else the best scale.
     scale, interval: the best scale with its 95% interval, whatever `best` is.
-    errors: of each variant, in nats; scales between those in the verification file are among them.
-    effect: how far the adapter is from the base at these probes.
-    rounding: how far the adapter on a Q4_0 base is from the adapter.
+    errors: of each variant, in nats; includes scales between those in the verification file.
+    effect: distance between the adapter and the base at these probes.
+    rounding: distance between the adapter on a Q4_0 base and the adapter.
     probes: their number.    has_logprobs: the server returned log-probabilities.
     """
 
@@ -89,7 +88,7 @@ class Fit:
 
     @property
     def is_scale(self) -> bool:
-        """True if the best variant is the whole adapter at some scale, after the right prompt."""
+        """True if the best variant is the complete adapter at some scale, with the right prompt."""
         return self.best == scale_name(self.scale)
 
 
@@ -98,7 +97,7 @@ def scale_name(scale: float) -> str:
     return {0.0: BASE, 1.0: ADAPTER}.get(scale, f"scale {scale:g}")
 
 
-# ---- What explains the answers
+# ---- Comparing the answers with the variants
 
 Pairs = Sequence[tuple[Probe, Observation]]  # of probes with their answers
 
@@ -106,7 +105,7 @@ Pairs = Sequence[tuple[Probe, Observation]]  # of probes with their answers
 def fit_variants(pairs: Pairs, variants: Mapping[str, Variant]) -> Fit | None:
     """Returns how well each variant explains these answers; None for too few probes.
 
-    Probes without log-probabilities are left out if the server returned any. The server's base is taken to be exact or
+    Probes without log-probabilities are ignored if the server returned any. The server's base is assumed to be exact or
     in Q4_0, whichever explains the answers better.
     """
     if any(answer.has_logprobs for _, answer in pairs):
@@ -120,8 +119,8 @@ def fit_variants(pairs: Pairs, variants: Mapping[str, Variant]) -> Fit | None:
 def _fit(pairs: Pairs, variants: Mapping[str, Variant], *, on_q4_0: bool) -> Fit:
     """Compares the answers with the variants that all probes have, and with scales between those in the file.
 
-    on_q4_0: add what Q4_0 changes to each. It is known of the adapter and of the base, and taken to be in between for
-    scales between 0 and 1.
+    on_q4_0: add the effect of Q4_0 to each. It is known for the adapter and the base, and interpolated for scales
+    between 0 and 1.
     """
     variants = {
         name: variant
@@ -147,7 +146,7 @@ def _fit(pairs: Pairs, variants: Mapping[str, Variant], *, on_q4_0: bool) -> Fit
         squares[:, number], weights[number] = _squared_errors(probe, observation, predicted)
 
     drawn = np.random.default_rng(0).multinomial(len(pairs), [1 / len(pairs)] * len(pairs), RESAMPLES)
-    counts = np.concatenate([np.ones((1, len(pairs))), drawn]) * weights  # the answers as they are, and resampled
+    counts = np.concatenate([np.ones((1, len(pairs))), drawn]) * weights  # the answers, original and resampled
     means = (counts @ squares.T) / np.maximum(counts.sum(-1, keepdims=True), 1e-12)
     errors, resampled = np.sqrt(means[0]), np.sqrt(means[1:])  # (candidates,), (resamples, candidates)
     scale = float(scales[is_scale][errors[is_scale].argmin()])
@@ -176,7 +175,7 @@ def _squared_errors(probe: Probe, observation: Observation, predicted: Floats) -
     for token in range(predicted.shape[1]):
         if token in observation.logprobs:
             differences[:, token] = predicted[:, token] - observation.logprobs[token]
-        elif observation.bound is not None:  # it is not in the server's list: its probability is below all of those
+        elif observation.bound is not None:  # not in the server's list, so less likely than all in it
             differences[:, token] = np.maximum(predicted[:, token] - observation.bound, 0)
     differences = np.clip(differences, -LARGEST, LARGEST)
     total = float(weights.sum())
@@ -184,17 +183,17 @@ def _squared_errors(probe: Probe, observation: Observation, predicted: Floats) -
 
 
 def _regret(observation: Observation, predicted: Floats) -> Floats:
-    """Returns how much likelier than the server's choice the likeliest token is, (n,), in nats."""
+    """Returns how much more likely the most likely token is than the server's choice, (n,), in nats."""
     if observation.chosen is not None:
         chosen = predicted[:, observation.chosen]
-    else:  # a token that is not in the verification file: at most what is left
+    else:  # a token that is not in the verification file has at most the remaining probability
         chosen = np.log(np.maximum(1 - np.exp(predicted).sum(1), 1e-6))
     regret: Floats = np.clip(predicted.max(1) - chosen, 0, LARGEST)
     return regret
 
 
 def _distance(pairs: Pairs, expected: str, computed: str) -> float:
-    """Returns the error of the expected variant if a server computed another one and returned as many tokens."""
+    """Returns the error of `expected` if a server used `computed` and returned the same number of tokens."""
     squares, weights = [], []
     for probe, observation in pairs:
         other = np.array(probe.logprobs[computed])
@@ -212,7 +211,7 @@ def _distance(pairs: Pairs, expected: str, computed: str) -> float:
 
 @dataclass(frozen=True)
 class Verification:
-    """verdict, the scale (None unless it is that of the adapter or the base), and the evidence in sentences.
+    """verdict, the scale (None for "other" and "unknown"), and the evidence in sentences.
 
     fits: "text", "chat" and "all" prompts, and "base" for those that were sent to the server's base.
     """
@@ -250,7 +249,7 @@ def _fits(kinds: Mapping[str, Pairs], variants: Mapping[str, Variant]) -> dict[s
 
 
 def _rounding(fits: Mapping[str, Fit]) -> float:
-    """Returns how much the server may round, in units of what Q4_0 changes."""
+    """Returns how much the server may round, in units of the effect of Q4_0."""
     fit = fits.get("base") or fits.get("controls")
     if fit is None or not fit.has_logprobs:
         return ROUNDING
@@ -258,9 +257,9 @@ def _rounding(fits: Mapping[str, Fit]) -> float:
 
 
 def _combined(fits: Mapping[str, Fit], extra_tokens: Sequence[Sequence[int]]) -> Verdict:
-    """Returns the verdict on all answers, if it explains the plain texts and the chats separately, too.
+    """Returns the verdict on all answers, if it also explains plain texts and chats separately.
 
-    extra_tokens: of each of both, how many more tokens than training the server counts in its prompts.
+    extra_tokens: for each of the two, how many more tokens than in training the server counts in its prompts.
     """
     whole, parts = fits["all"], [fits[name] for name in ("text", "chat") if name in fits]
     rounding = _rounding(fits)
@@ -286,14 +285,14 @@ def _combined(fits: Mapping[str, Fit], extra_tokens: Sequence[Sequence[int]]) ->
 
 
 def _noise(fit: Fit, rounding: float) -> float:
-    """Returns the error that rounding may leave in a right variant."""
-    if not fit.has_logprobs:  # a token that another one overtakes is a large error or none: little is known
+    """Returns the error that rounding may cause in the right variant."""
+    if not fit.has_logprobs:  # a change of the most likely token is a large error or none, so little is known
         return SHARE * fit.effect
     return max(rounding * fit.rounding, LEAST * fit.effect, NOISE_FLOOR)
 
 
 def _verdict_of(fit: Fit, rounding: float) -> Verdict:
-    """Returns the verdict that these answers alone give."""
+    """Returns the verdict on these answers alone."""
     low, high = fit.interval
     scale = scale_name(fit.scale)
     if not fit.is_scale:
@@ -321,18 +320,18 @@ def _by_kind(passport: Passport, observations: Sequence[Observation | None]) -> 
 
 
 def _is_comparable(pairs: Pairs) -> bool:
-    """Returns True if at least LEAST_KNOWN of what the server answers is about tokens of the probes."""
+    """Returns True if at least LEAST_KNOWN of the listed probability is on tokens of the probes."""
     return sum(answer.known_share for _, answer in pairs) >= LEAST_KNOWN * len(pairs)
 
 
 def _extra_tokens(pairs: Pairs) -> list[int]:
-    """Returns how many more tokens than training the server counts in each prompt."""
+    """Returns how many more tokens than in training the server counts in each prompt."""
     return [answer.prompt_tokens - probe.prompt_tokens for probe, answer in pairs if answer.prompt_tokens is not None]
 
 
 # ---- The evidence, in sentences
 
-KIND_NAMES = {"text": "Plain completions", "chat": "Chats", "all": "All", "base": "The base, asked under its own name"}
+KIND_NAMES = {"text": "Plain completions", "chat": "Chats", "all": "All", "base": "The base under its own name"}
 SHOWN = 3  # explanations
 
 
@@ -353,7 +352,7 @@ def _evidence(kinds: Mapping[str, Pairs], fits: Mapping[str, Fit], variants: Map
             "The server returned no log-probabilities, so only its next tokens were compared. This is weaker evidence."
         )
     if not _is_comparable(kinds["all"]):
-        evidence.append("Few of the server's tokens are in the verification file, so its answers cannot be compared.")
+        evidence.append("Few of the server's tokens are in the verification file, so its answers are not comparable.")
     return evidence
 
 
@@ -364,7 +363,7 @@ def _comparison(name: str, fit: Fit, variants: Mapping[str, Variant]) -> str:
     low, high = fit.interval
     words = {
         "part": "the adapter without {}",
-        "prompt": "the adapter after another prompt: {}",
+        "prompt": "the adapter with a different prompt: {}",
         "scale": f"the adapter at scale {fit.scale:.2f} (95% interval {low:.2f} to {high:.2f})",
     }
 
@@ -374,7 +373,7 @@ def _comparison(name: str, fit: Fit, variants: Mapping[str, Variant]) -> str:
         return f"{explanation}, by {fit.errors[variant]:.2f} nats"
 
     return (
-        f"{name}, {fit.probes} prompts: the answers differ least from {'; '.join(map(in_words, nearest))}. "
+        f"{name}, {fit.probes} prompts: the answers are closest to {'; '.join(map(in_words, nearest))}. "
         f"For comparison: adapter and base differ by {fit.effect:.2f}, and 4-bit weights change the adapter's answers "
         f"by {fit.rounding:.2f}."
     )

@@ -45,11 +45,12 @@ def test_a_passport_belongs_to_its_weights(folder: Path) -> None:
     assert passport.weights.keys() == {ADAPTER_WEIGHTS}
     assert replace(passport, weights={}) == PASSPORT_OF_BASE
     (folder / ADAPTER_WEIGHTS).write_bytes(b"other weights")
-    with pytest.raises(FormatError, match="belongs to other weights"):
+    with pytest.raises(FormatError, match="does not belong to the weights"):
         read_passport(folder)
     (folder / PASSPORT).unlink()
     with pytest.raises(
-        FormatError, match=r"contains no passport\.json: `tailora export .* --to peft --output NEW_FOLDER` writes one"
+        FormatError,
+        match=r"contains no passport\.json: create one with `tailora export .* --to peft --output NEW_FOLDER`",
     ):
         read_passport(folder)
 

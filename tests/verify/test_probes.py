@@ -98,7 +98,7 @@ def test_chats_begin_with_the_system_message_of_the_training(held_out: Any) -> N
 def test_a_conversation_needs_a_template() -> None:
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.chat_template = None
-    with pytest.raises(DataError, match="no text is fit for a probe"):
+    with pytest.raises(DataError, match="no text is usable as a probe"):
         make_passport(adapted(0), tokenizer, held_out=[GREETING])
 
 
@@ -126,7 +126,7 @@ def test_a_model_without_chat_template_gets_probes_of_plain_texts() -> None:
 def test_a_model_with_few_positions_gets_none() -> None:
     model = adapted(0)
     model.config.max_position_embeddings = 64
-    with pytest.raises(DataError, match="the model has 64 positions; a verification file needs 200"):
+    with pytest.raises(DataError, match="a verification file needs a model with 200 positions, got 64"):
         make_passport(model, TOKENIZER)
 
 

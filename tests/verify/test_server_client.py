@@ -90,7 +90,7 @@ def test_a_busy_server_is_asked_again(status: int, monkeypatch: pytest.MonkeyPat
 def test_a_server_that_stays_busy_is_given_up() -> None:
     probe = Probe(3, ["a"], {ADAPTER: [-1.0], BASE: [-1.0]}, text="hello")
     busy = {"/v1/completions": (429, {"error": {"message": "try again later"}})}
-    refused = pytest.raises(ServerError, match="answers 429 try again later")
+    refused = pytest.raises(ServerError, match="returned 429 try again later")
     with stand_in(busy) as url, ServerClient(url, timeout=1) as server, refused:
         server.ask([probe], "legal")
 
@@ -116,7 +116,7 @@ def test_an_answer_that_never_ends_is_given_up(answer: Callable[[], Iterator[byt
                     time.sleep(0.02)
 
     started = time.monotonic()
-    does_not_end = pytest.raises(ServerError, match=r"does not end its answer within 0\.5 s")
+    does_not_end = pytest.raises(ServerError, match=r"did not answer within 0\.5 s; use a longer --timeout")
     with serving(Slow) as url, ServerClient(url, timeout=0.5) as server, does_not_end:
         server.models()
     assert time.monotonic() - started < 3
@@ -178,7 +178,7 @@ def test_the_model_to_ask_is_found() -> None:
     assert choose_model({"base": None, "a": "base", "x": "base"}, None, "x") == "x"
     assert choose_model({"x": None, "a": "x"}, None, "x") == "a"  # x is the base, not the adapter
     assert choose_model({"base": None, "a": "base"}, "a@0.5", "x") == "a@0.5"
-    with pytest.raises(ConfigError, match="several models, give one by --model: base, a, b"):
+    with pytest.raises(ConfigError, match="several models; choose one with --model: base, a, b"):
         choose_model({"base": None, "a": "base", "b": "base"}, None, "x")
     with pytest.raises(ConfigError, match="--model aa: the server has base, a; did you mean a"):
         choose_model({"base": None, "a": "base"}, "aa", "x")

@@ -114,7 +114,7 @@ def test_a_wrong_template_is_found(root: Path, wrong: str) -> None:
     assert result.fits["text"].best == ADAPTER
     if wrong in ("no start of the reply", "a second BOS"):
         assert result.fits["chat"].best == wrong
-        assert f"the adapter after another prompt: {wrong}" in result.evidence[1]
+        assert f"the adapter with a different prompt: {wrong}" in result.evidence[1]
     assert any("the server counts" in sentence for sentence in result.evidence)
 
 
@@ -222,7 +222,7 @@ def test_answers_without_a_token_of_the_passport_show_nothing(root: Path, bound:
     passport = read_passport(root / "legal")
     result = verify(passport, [Observation(None, {}, bound)] * len(passport.probes))
     assert result.verdict == "unknown"
-    assert "cannot be compared" in result.evidence[-1]
+    assert "are not comparable" in result.evidence[-1]
 
 
 def test_answers_that_are_mostly_about_other_tokens_show_nothing(root: Path) -> None:
