@@ -155,7 +155,7 @@ def test_a_folder_without_a_report_says_what_to_give(tmp_path: Path) -> None:
         ("{", "is not JSON"),
         ("[]", "expected one of the kinds plan, .* got 'list'"),
         ('{"kind": "recipe"}', "expected one of the kinds plan, .* got 'recipe'"),
-        ('{"kind": "compare", "arms": [{"name": 3}]}', r"(?s)is not a valid report of compare:.*arms\.0\.name.*verdict"),
+        ('{"kind": "compare", "arms": [{"name": 3}]}', r"(?s)not a valid report of compare:.*arms\.0\.name.*verdict"),
     ],
 )
 def test_what_is_no_report_is_refused_and_nothing_written(text: str, told: str, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def search_page(search: SearchResult) -> Page:
         Section(
             "The trials",
             f"{plural(len(done), 'trial')} of {plural(search.steps, 'step')} finished, {ended:,} stopped early. "
-            "Losses are those of the held-out examples used to choose.",
+            "Losses are measured on the held-out examples used to choose.",
             _trials(search, done),
         ),
         Section(
