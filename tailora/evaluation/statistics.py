@@ -163,7 +163,7 @@ def _standard_errors(differences: Floats, tokens: Floats, value: float) -> list[
     differences: nats (seeds, examples).    value: the difference per token.
     """
     seeds, examples = differences.shape
-    residual = (differences - value * tokens) / tokens.mean()  # (seeds, examples): the ratio, linearised; mean 0
+    residual = (differences - value * tokens) / tokens.mean()  # (seeds, examples): the ratio, linearized; mean 0
     by_example, by_seed = residual.mean(0), residual.mean(1)
     # A long example pulls the value towards itself: its residual is the one from the value of all others
     by_example *= (1 - 1 / examples) / (1 - tokens / tokens.sum())

@@ -118,7 +118,7 @@ def _compare_updates(source: ExportSource, content: Any, exported: str) -> "Logi
 #
 # In float32, whatever the weights' dtype. A bfloat16 forward of the demo's model is 3% (text) to 8% (random tokens) off
 # its float32 one, and one of 4 bits on a CPU rounds more, which would hide errors in a file. The weights of a layer are
-# float32 only while it runs; a quantised layer is a plain one with the dequantised weight while its parent runs.
+# float32 only while it runs; a quantized layer is a plain one with the dequantized weight while its parent runs.
 
 TOLERANCE = 1e-4  # of the logits' size: float32 sums in another order
 BATCH, LENGTH = 2, 16
@@ -177,7 +177,7 @@ def comparison_ids(base_model: Any) -> Tensor:
 def float32_logits(model: nn.Module, ids: Tensor) -> Tensor:
     """(batch, length) -> (batch, length, vocabulary), in evaluation mode; the model is left as it was.
 
-    Every module runs with its parameters in float32, and quantised layers run as plain ones.
+    Every module runs with its parameters in float32, and quantized layers run as plain ones.
     """
     handles = []
     quantized = {id(layer) for layer in quantized_layers(model).values()}
@@ -344,7 +344,7 @@ def write_merged(folder: Path, source: ExportSource) -> list[str]:
         notes[0] += f". To keep all of it, {ROUNDING_REMEDY}"
     if quantized_layers(base):
         notes.append(
-            f"the base is dequantised to {dtype}, but precision that quantising had lost stays lost. Quantising the "
+            f"the base is dequantized to {dtype}, but precision that quantizing had lost stays lost. Quantizing the "
             "merged weights again would lose some or all of the update"
         )
     if source.tokenizer is None:

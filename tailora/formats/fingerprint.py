@@ -1,7 +1,7 @@
-"""Recognises the base model of an adapter by the shapes and a few weights of the adapted layers.
+"""Recognizes the base model of an adapter by the shapes and a few weights of the adapted layers.
 
-It stores values, not a hash, so that a checkpoint loaded in another precision or quantised is recognised. Values of
-a quantised weight are dequantised, and stored with their largest distance from the weight before quantisation.
+It stores values, not a hash, so that a checkpoint loaded in another precision or quantized is recognized. Values of
+a quantized weight are dequantized, and stored with their largest distance from the weight before quantization.
 """
 
 import math
@@ -25,7 +25,7 @@ SMALL = 1e-6  # absolute, for weights near 0
 class LayerFingerprint(BaseModel):
     """Shape and evenly spaced values of one weight of the base.
 
-    spread: how far each value may be from the one before quantisation; [] for a weight that is not quantised.
+    spread: how far each value may be from the one before quantization; [] for a weight that is not quantized.
     """
 
     shape: list[int]
@@ -47,7 +47,7 @@ def fingerprint(base_model: nn.Module, layer_types: Mapping[str, LayerType]) -> 
 
 
 def model_fingerprint(model: nn.Module) -> dict[str, LayerFingerprint]:
-    """Returns the fingerprint of every parameter by name, and of every quantised layer by path."""
+    """Returns the fingerprint of every parameter by name, and of every quantized layer by path."""
     quantized = quantized_layers(model)
     plain = {
         name: parameter if parameter.ndim else parameter[None]
@@ -70,7 +70,7 @@ def fingerprint_differences(
 ) -> list[str]:
     """Returns how the layers that both have differ; [] if they are the same.
 
-    exact: the precision is the same, so that only quantisation may explain a difference.
+    exact: the precision is the same, so that only quantization may explain a difference.
     """
     differences = (_difference(path, stored[path], layer, exact) for path, layer in current.items() if path in stored)
     return [difference for difference in differences if difference]
@@ -90,7 +90,7 @@ def _difference(path: str, stored: LayerFingerprint, current: LayerFingerprint, 
     if all(value <= 0 for value in excess):
         return None
     worst = next((i for i, value in enumerate(excess) if math.isnan(value)), excess.index(max(excess)))
-    explained = f"; quantisation explains {spread[worst]:.2g} of it" if any(spread) else ""
+    explained = f"; quantization explains {spread[worst]:.2g} of it" if any(spread) else ""
     sampled = f"in a sample, expected {before[worst]:.9g}, got {now[worst]:.9g}{explained}"
     return f"{path}: the weights differ ({sampled})"
 

@@ -115,7 +115,7 @@ def read(folder: Path, base_model: nn.Module) -> StoredAdapter:
 
 
 def _tensor_problems(tensors: Mapping[str, Tensor], names: set[str]) -> list[str]:
-    result = [f"{key} is quantised; write it as F32" for key, value in tensors.items() if not value.is_floating_point()]
+    result = [f"{key} is quantized; write it as F32" for key, value in tensors.items() if not value.is_floating_point()]
     for key in tensors:
         name, _, factor = key.rpartition(".")
         partner = f"{name}.{'lora_b' if factor == 'lora_a' else 'lora_a'}"

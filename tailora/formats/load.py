@@ -1,4 +1,4 @@
-"""Loads an adapter: recognises its format, and restores it for a base model, or raises an error with all problems.
+"""Loads an adapter: recognizes its format, and restores it for a base model, or raises an error with all problems.
 
 load                a path, or a repository of the Hub -> Adapter; by the two steps below
 read_any_format     files -> StoredAdapter

@@ -356,7 +356,7 @@ def adapter_chat_template(folder: Path) -> str | None:
 
 # ---- Ollama's TEMPLATE, in Go's template language, from the chat template of a tokenizer, in Jinja's
 #
-# Ollama recognises some chat templates in a GGUF file by their text. With any other, it sends the bare prompt to the
+# Ollama recognizes some chat templates in a GGUF file by their text. With any other, it sends the bare prompt to the
 # model. So the text around the messages is extracted from a rendered conversation. If that fails, there is no TEMPLATE:
 #
 #     {{ if .System }}BEFORE{{ .System }}AFTER{{ else }}START{{ end }}

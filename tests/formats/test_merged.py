@@ -158,7 +158,7 @@ def test_the_merged_export_of_a_quantized_model_is_a_plain_model(
     before, classes = [tensor.clone() for tensor in stored_tensors(base)], [type(module) for module in base.modules()]
     report = model.export(tmp_path / "merged", "merged")
     assert report.logits.difference <= report.logits.tolerance <= report.logits.effect
-    assert "the base is dequantised to bfloat16" in report.changes[1]
+    assert "the base is dequantized to bfloat16" in report.changes[1]
     assert "would lose some or all of the update" in report.changes[1]
     assert all(map(torch.equal, before, stored_tensors(base)))
     assert [type(module) for module in base.modules()] == classes
