@@ -118,7 +118,9 @@ def _update(
     per_group = B.shape[1] if B.ndim > 1 else 0
     fits = per_group and A.ndim == B.ndim and A.shape[0] == r and r % per_group == 0
     if not fits or (A.ndim == 2 and per_group != r):
-        raise FormatError(f"expected factors of rank {r}, got lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}")
+        raise FormatError(
+            f"expected factors of rank {r}, as in the settings, got lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}"
+        )
     groups = r // per_group
     grouped_A = dense_to_groups(A.float(), groups)
     if grouped_A is None:

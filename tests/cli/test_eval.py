@@ -178,7 +178,7 @@ def test_a_run_is_followed_and_told_what_it_was_trained_on(tiny_model: Path, cha
     code, said, told = call("eval", out, "--data", chats, "--dtype", "float32", "--json")
     assert code == 0
     _, page, _ = call("eval", out, "--data", chats, "--no-base", "--limit", 2, "--gate", "loss<100")
-    assert "gate met on rows of training: loss<100" in page
+    assert "gate met on training rows: loss<100" in page
     assert "Note: 2 of 2 evaluated rows were trained on" in page
     assert "note: 24 of 24 evaluated rows were trained on: expect worse scores on new rows" in told
     payload = json.loads(said)

@@ -108,7 +108,7 @@ def test_a_merge_after_a_quantised_run_needs_the_flag(
     (run / "run.json").write_text(json.dumps({"settings": {"quantize": "nf4"}}))
     tokens = ["export", str(run), "--to", "vllm", "--output", str(tmp_path / "out")]
     assert main(tokens) == 2
-    assert "trained on a base in nf4: give --quantize nf4" in capsys.readouterr().err
+    assert "trained on a base in nf4: use --quantize nf4" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main([*tokens, "--quantize", "none", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -119,7 +119,7 @@ def test_a_merge_after_a_quantised_run_needs_the_flag(
     ("tokens", "code", "hint"),
     [
         (["RUN", "--to", "ggml"], 2, 'Invalid value "ggml" for --to. Choose from: "peft", "portable", "gguf"'),
-        (["RUN", "--to", "vllm", "--output", "A=B"], 2, "vLLM reads = in a path as a separator; rename it"),
+        (["RUN", "--to", "vllm", "--output", "A=B"], 2, "vLLM treats = in a path as a separator; rename it"),
         (["RUN", "--to", "gguf", "--output", "OUT"], 2, "already exists and contains mine.txt, but only"),
         (["RUN", "--to", "gguf", "--output", "RUN"], 2, "already exists and contains adapter, but only"),
         (
@@ -232,13 +232,11 @@ def test_a_passport_of_other_weights_is_written_anew(
     assert main(["export", str(run), "--to", "peft", "--output", str(first)]) == 0
     weights = load_file(first / "adapter_model.safetensors")
     save_file({name: 2 * value for name, value in weights.items()}, first / "adapter_model.safetensors")
-    with pytest.raises(FormatError, match="belongs to other weights"):
+    with pytest.raises(FormatError, match="does not belong to the weights"):
         read_passport(first)
     assert main(["export", str(first), "--to", "peft", "--output", str(second)]) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert (
-        f"note: {first}/passport.json belongs to other weights than those next to it: the result gets a new one" in said
-    )
+    assert f"note: {first}/passport.json does not belong to the weights next to it: the result gets a new one" in said
     assert "tailora export" not in said  # which is what this command does
     assert read_passport(second).probes
 
@@ -260,7 +258,7 @@ def test_only_language_models_of_one_decoder_have_a_passport() -> None:
     encoder_decoder = LoRAModel(tiny_model_of("BartForConditionalGeneration"), LoRAConfig(r=1))
     other = LoRAModel(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=1, target_modules=["0"]))
     for model in (encoder_decoder, other):
-        assert passport_obstacle(model) == "only language models of one decoder have a verification file"
+        assert passport_obstacle(model) == "verification files are only supported for decoder-only language models"
     assert passport_obstacle(LoRAModel(tiny_model_of("LlamaForCausalLM"), LoRAConfig(r=1))) is None
 
 

@@ -100,7 +100,7 @@ WRONG = {
     "chat --max-new-tokens 0": 'Invalid value "0" for --max-new-tokens. Must be > 0',
     "chat --top-p 2": 'Invalid value "2.0" for --top-p. Must be <= 1',
     "combine --method sum --adapter out --output-dir new": 'Choose from: "cat", "svd", "ties", "dare"',
-    "train --model ./no --data no.csv": "2 problems:\n  - model './no': ",
+    "train --model ./no --data no.csv": "2 problems:\n  - model './no' is not a local folder, ",
 }
 RUN_LINES = """
 import json, shlex, sys

@@ -87,7 +87,7 @@ def finished(tiny_model: Path, chats_text: str, tmp_path_factory: pytest.TempPat
 
 @pytest.mark.slow
 def test_it_ends_with_what_changed_and_what_comes_next(finished: FinishedRun) -> None:
-    for part in ("held-out loss before", "perplexity", "over 6 held-out examples). That is too few to tell", "tuned"):
+    for part in ("held-out loss before", "perplexity", "over 6 held-out examples). These are too few", "tuned"):
         assert part in finished.out
     title, verdict = finished.out.splitlines()[:2]
     assert title.endswith(f"fine-tuned: {finished.folder}")
@@ -402,7 +402,7 @@ def test_the_time_in_steps_of_a_resumed_run_is_no_part_of_its_last_command() -> 
     result = Result(**counts, **numbers, tokens_per_second=100.0, seconds=30.0, total_seconds=36.4)
     whole, resumed = (_numbers(result, "nats per token", is_resumed=flag)[1] for flag in (False, True))
     assert (whole.value, whole.note) == ("36.4 s", "38.5 s of it in training steps, 100 tokens/s")
-    assert resumed.note == "since it was resumed; in all 38.5 s in training steps, 100 tokens/s"
+    assert resumed.note == "since it was resumed; in total 38.5 s in training steps, 100 tokens/s"
 
 
 def test_a_change_that_may_be_chance_is_not_worse() -> None:

@@ -29,7 +29,7 @@ def test_the_command_says_its_verdict(url: str, root: Path, capsys: pytest.Captu
     assert f"prompts to {url} the base model tiny" in output.err
     weights = ["verify", url, "--adapter", str(root / "legal" / ADAPTER_WEIGHTS)]
     assert main([*weights, "--base", "tinny"]) == 2
-    assert "--base tinny: the server has tiny, legal" in " ".join(capsys.readouterr().err.split())
+    assert "--base: unknown model 'tinny'; the server has tiny, legal" in " ".join(capsys.readouterr().err.split())
     assert main([*command, "--model", "other"]) == 4
     output = capsys.readouterr()
     assert read_passport(root / "legal").weights[ADAPTER_WEIGHTS] in "".join(output.out.split())
@@ -48,7 +48,7 @@ def test_a_missing_verification_file_is_written_where_the_base_is_at_hand(
     (adapter / ADAPTER_CONFIG).write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
     command = ["verify", url, "--adapter", str(adapter)]
     assert main(command) == 2
-    assert "contains no passport.json: `tailora export" in " ".join(capsys.readouterr().err.split())
+    assert "contains no passport.json: create one with `tailora export" in " ".join(capsys.readouterr().err.split())
     base_model().save_pretrained(base)
     TOKENIZER.save_pretrained(base)
     assert main(command) == 0

@@ -102,7 +102,7 @@ def test_the_loss_on_pairs_of_replies_is_that_of_the_chosen_ones(
     pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "user"} for row in single]
     assert loss(pairs) == pytest.approx(expected, rel=1e-6)
     assert "using only the chosen replies of the pairs, with the loss of a language model" in notes
-    with pytest.raises(DataError, match="single replies with a label cannot be compared"):
+    with pytest.raises(DataError, match="single replies with a label cannot be evaluated"):
         loss([{**row, "label": True} for row in single])
 
 
@@ -171,7 +171,7 @@ def test_a_wrong_answer_ends_with_its_first_wrong_word(tuned: LoRAModel, tokeniz
 def test_normalizations_are_applied_in_one_order() -> None:
     assert normalizer(["strip", "case", "space", "punctuation"])("  It's\n  RED. ") == "its red"
     assert normalizer([])(" Red ") == " Red "
-    with pytest.raises(ConfigError, match=r"2 problems:\n.*strp: unknown; did you mean strip"):
+    with pytest.raises(ConfigError, match=r"2 problems:\n.*unknown 'strp'; did you mean strip"):
         normalizer(["strp", "xyz"])
 
 

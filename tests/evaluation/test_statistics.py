@@ -71,7 +71,11 @@ def test_one_example_has_no_spread_to_see() -> None:
 
 @pytest.mark.parametrize(
     ("sums", "counts", "words"),
-    [([1.0, 2.0], [1], "one number per example"), ([], [], "no example"), ([0.0], [0], "no example")],
+    [
+        ([1.0, 2.0], [1], "one number per example"),
+        ([], [], "at least one example"),
+        ([0.0], [0], "at least one example"),
+    ],
 )
 def test_what_cannot_be_answered_is_refused(sums: list[float], counts: list[int], words: str) -> None:
     with pytest.raises(ValueError, match=words):
@@ -209,9 +213,9 @@ def test_equal_arms_have_no_difference() -> None:
 @pytest.mark.parametrize(
     ("first", "second", "counts", "told"),
     [
-        (np.ones(3), np.ones(3), np.ones(3), "shapes"),
-        (np.ones((2, 3)), np.ones((3, 3)), np.ones(3), "shapes"),
-        (np.ones((2, 3)), np.ones((2, 3)), [1, 0, 0], "fewer than two"),
+        (np.ones(3), np.ones(3), np.ones(3), r"\(seeds, examples\) twice"),
+        (np.ones((2, 3)), np.ones((3, 3)), np.ones(3), r"\(seeds, examples\) twice"),
+        (np.ones((2, 3)), np.ones((2, 3)), [1, 0, 0], "at least two examples"),
         (np.ones((1, 2)), [[1, np.nan]], [1, 1], "not finite"),
     ],
 )

@@ -191,9 +191,9 @@ def test_an_adapter_moves_between_the_quantised_base_and_its_original(
 @layer_cases
 def test_an_adapter_of_another_base_is_told_from_one_of_the_original(case: LayerCase, tmp_path: Path) -> None:
     trained(case).save_adapter(tmp_path)
-    with pytest.raises(BaseMismatchError, match="quantisation explains"):
+    with pytest.raises(BaseMismatchError, match="quantization explains"):
         LoRAModel.from_pretrained(LayerCase.net(LayerCase("", case.layer), seed=1), tmp_path)
-    with pytest.raises(BaseMismatchError, match="quantisation explains"):
+    with pytest.raises(BaseMismatchError, match="quantization explains"):
         LoRAModel.from_pretrained(case.net(seed=1), tmp_path)
 
 

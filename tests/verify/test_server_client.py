@@ -180,5 +180,5 @@ def test_the_model_to_ask_is_found() -> None:
     assert choose_model({"base": None, "a": "base"}, "a@0.5", "x") == "a@0.5"
     with pytest.raises(ConfigError, match="several models; choose one with --model: base, a, b"):
         choose_model({"base": None, "a": "base", "b": "base"}, None, "x")
-    with pytest.raises(ConfigError, match="--model aa: the server has base, a; did you mean a"):
+    with pytest.raises(ConfigError, match="--model: unknown model 'aa'; the server has base, a; did you mean a"):
         choose_model({"base": None, "a": "base"}, "aa", "x")

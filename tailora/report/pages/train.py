@@ -332,7 +332,7 @@ def _numbers(result: Result, unit: str, *, is_resumed: bool) -> list[Number]:
     wait = result.seconds if result.total_seconds is None else result.total_seconds
     speed = f"{result.tokens_per_second:,.0f} tokens/s"
     steps = duration(result.train_tokens / result.tokens_per_second) if result.tokens_per_second else NONE
-    since = f"since it was resumed; {steps} in total " if is_resumed else f"{steps} of it "
+    since = f"since it was resumed; in total {steps} " if is_resumed else f"{steps} of it "
     if result.eval_kl is not None:
         numbers.append(Number("KL from the base", f"{result.eval_kl:.3f}", "nats per token of held-out conversations"))
     return [
