@@ -161,7 +161,7 @@ def test_json_is_the_only_line_on_stdout_and_has_the_promised_keys(flags: dict[s
 
 def test_a_run_without_held_out_data_says_so(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(line(flags, {"--validation-split": "0"})) == 0
-    assert "no held-out data" in capsys.readouterr().out
+    assert "without held-out data: use --eval-data FILE" in capsys.readouterr().out
 
 
 def test_demos_that_start_at_once_take_folders_of_their_own(
