@@ -1,24 +1,26 @@
 """Decoder layers compiled by torch.compile, of any architecture: the same results in fewer passes over memory.
 
 A layer is compiled as a whole, without graph breaks, once for each kind of layer and not for each layer or length:
-attention is one operator that reads the documents' lengths inside. The first layer, whose input needs no gradient, has
-its own graph. Only calls that compute gradients are compiled; evaluation and generation are not.
+attention is one operator that reads the documents' lengths inside. Only calls that compute gradients are compiled;
+evaluation and generation are not. torch keeps the code on disk: a later process traces the layer and loads the code.
 
     decoder_layers        the layers of a model, by structure
     obstacle_to_compiling why a model's layers cannot be compiled
     CompiledLayers        compiled code, and the block in which a model uses it
-    expected_seconds      how long compiling takes; inductor's cache is kept in the user's cache folder
+    expected_seconds      how long compiling takes, or loading code from `code_folder`
 """
 
+import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FunctionType
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.eval_frame import is_dynamo_supported
 from torch._dynamo.exc import TorchDynamoException
@@ -26,24 +28,27 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._triton import has_triton
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tailora.core.attach import Adapted, attached_parts
 from tailora.core.cache import cache_folder
-from tailora.core.device import cpu_flags
+from tailora.core.device import cpu_flags, device_name
 from tailora.core.layer_types import computing_device
 from tailora.kernels.device_attention import MOST_GRAPHS
 
 COMPILER_ERRORS = (TorchDynamoException, InductorError)
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+CACHE_FUNCTIONS = "autograd_cache_allow_custom_autograd_functions"  # as `core.float32_products` has; not in torch 2.7
 GRAD_WARNING = "The .grad attribute of a Tensor that is not a leaf"
 MOST_KINDS = 4  # of layers: each is compiled on its own
 # bfloat16 with AMX: 10 layers of SmolLM's shape take .73 of the plain layers' time (one thread). In float32 they take
 # the same time, and without AMX the passes that are fused are 8% of a step
 CPU_GAIN = 0.25
 SECONDS_PER_GRAPH = 16.0  # by far the most of it in inductor and the C++ compiler
+SECONDS_PER_LOADED_GRAPH = 4.0  # whose code is on disk: torch traces the layer to know it
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -69,6 +74,20 @@ def obstacle_to_compiling(model: nn.Module, device: torch.device) -> str | None:
     if (kinds := len({_kind(layer) for layer in layers})) > MOST_KINDS:
         return f"they are of {kinds} kinds, which are compiled separately (at most {MOST_KINDS})"
     return compiler_obstacle(device)
+
+
+def code_folder() -> Path:
+    """Returns where torch keeps compiled code: the folder that the user gives, or one in tailora's cache folder.
+
+    If that is read-only, it is torch's own, in the system's folder of temporary files.
+    """
+    given, default = os.environ.get(CACHE_VARIABLE), default_cache_dir()
+    if given not in (None, default):  # torch sets the variable to its default
+        return Path(str(given))
+    folder = cache_folder() / "compiled"
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder if os.access(folder, os.W_OK) else Path(default)
 
 
 def compiler_obstacle(device: torch.device) -> str | None:
@@ -111,22 +130,32 @@ class CompiledLayers:
     """
 
     def __init__(self, activation_memory: float = 1.0, backend: str = "inductor") -> None:
-        self.activation_memory = activation_memory
+        self.activation_memory, self.backend = activation_memory, backend
         # its own code object, because torch stores and counts compilations by code object
         function = FunctionType(_call.__code__.replace(), globals())
         self._compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
 
+    def share_file(self, layers: Sequence[nn.Module], *facts: object) -> Path:
+        """Returns the file beside the code of these layers with the share of plain layers' time that they take here.
+
+        facts: what else the code depends on. The file is there only after a run has compiled and timed the layers.
+        """
+        device, kinds = computing_device(next(layers[0].parameters())), sorted({repr(_kind(layer)) for layer in layers})
+        machine = (device_name(device), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
+        key = repr((machine, torch.__version__, self.backend, self.activation_memory, facts, kinds))
+        return code_folder() / "tailora" / hashlib.sha256(key.encode()).hexdigest()[:32]
+
     @contextmanager
     def used_by(self, layers: Sequence[nn.Module]) -> Iterator[None]:
         """Within the block, these layers are compiled where they compute gradients."""
-        user_folder = os.environ.get(CACHE_VARIABLE)
+        folder_before = os.environ.get(CACHE_VARIABLE)
         sharded = [layer for layer in layers if isinstance(layer, FSDPModule)]
         whole = [layer for layer in layers if not isinstance(layer, FSDPModule)]
         before = [layer._compiled_call_impl for layer in whole]
         forwards = [vars(layer).get("forward") for layer in sharded]
         on_cpu = all(computing_device(weight).type == "cpu" for layer in layers for weight in layer.parameters())
         try:
-            os.environ[CACHE_VARIABLE] = user_folder or str(cache_folder() / "compiled" / "inductor")
+            os.environ[CACHE_VARIABLE] = str(code_folder())
             for layer in whole:
                 layer._compiled_call_impl = self._call_of(layer)  # not a part of copies and pickles
             for layer in sharded:
@@ -134,11 +163,12 @@ class CompiledLayers:
             # the compiler asks activations for .grad, and hides torch's warning about it only where it is printed
             warnings.filterwarnings("ignore", message=GRAD_WARNING, module="torch")
             with (
-                # a kind of layer has some more graphs in the first layer, without a mask, in evaluation mode, for one
-                # document, ... At torch's own limit the next one would be an error in the middle of a run
-                dynamo_config.patch(recompile_limit=MOST_GRAPHS),
+                # a kind of layer has some more graphs without a mask, in evaluation mode, for one document, ... At
+                # torch's own limit the next one would be an error in the middle of a run
+                dynamo_config.patch(recompile_limit=MOST_GRAPHS, specialize_float=True),  # else it traces twice
                 functorch_config.patch(activation_memory_budget=self.activation_memory),
-                # on a CPU a pool of compiling processes takes longer to start than two graphs to compile
+                functorch_config.patch({CACHE_FUNCTIONS: True} if hasattr(functorch_config, CACHE_FUNCTIONS) else {}),
+                # on a CPU a pool of compiling processes takes longer to start than a graph to compile
                 inductor_config.patch(compile_threads=1 if on_cpu else inductor_config.compile_threads),
             ):
                 yield
@@ -149,12 +179,22 @@ class CompiledLayers:
                 vars(layer).pop("forward", None)
                 if forward is not None:
                     layer.forward = forward
-            if user_folder is None:
-                os.environ.pop(CACHE_VARIABLE, None)
+            os.environ.pop(CACHE_VARIABLE, None)
+            if folder_before is not None:
+                os.environ[CACHE_VARIABLE] = folder_before
 
-    def _call_of(self, layer: Any) -> Callable[..., Any]:
+    def _call_of(self, layer: nn.Module) -> Callable[..., Any]:
+        trains = any(attached_parts(m) or any(p.requires_grad for p in m.parameters(False)) for m in layer.modules())
+
         def call(*args: Any, **kwargs: Any) -> Any:
-            return (self._compiled if torch.is_grad_enabled() else _call)(layer, args, kwargs)
+            x = args[0] if args else None
+            needs_gradient = isinstance(x, Tensor) and x.requires_grad
+            if not torch.is_grad_enabled() or not (trains or needs_gradient):
+                return _call(layer, args, kwargs)
+            if not needs_gradient and isinstance(x, Tensor) and x.is_floating_point():
+                # of the first layer: a gradient that nobody asks for is less work than another graph
+                args = (x.detach().requires_grad_(), *args[1:])
+            return self._compiled(layer, args, kwargs)
 
         cast(Any, call).only_with_gradients = True  # for `core.inference`
         return call
@@ -174,11 +214,10 @@ def compiled_gain(device: torch.device, dtype: torch.dtype) -> float:
     return 0.15 if device.type in ("cuda", "xpu") else 0.0
 
 
-def expected_seconds(layers: Sequence[nn.Module], has_dropout: bool = False) -> float:
-    """Returns how long compiling these layers takes, without inductor's cache.
+def expected_seconds(layers: Sequence[nn.Module], has_dropout: bool = False, *, on_disk: bool = False) -> float:
+    """Returns how long compiling these layers takes, or loading code that is on disk.
 
     has_dropout: they are compiled without it, too, to be compared.
     """
-    kinds = len({_kind(layer) for layer in layers})
-    graphs = kinds + 1 + (kinds if has_dropout else 0)  # one more for the first layer
-    return graphs * SECONDS_PER_GRAPH
+    graphs = len({_kind(layer) for layer in layers}) * (2 if has_dropout else 1)
+    return graphs * (SECONDS_PER_LOADED_GRAPH if on_disk else SECONDS_PER_GRAPH)

@@ -10,8 +10,9 @@ share_kept        how much compiled layers keep for the backward, of what others
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -242,7 +243,9 @@ def _try_compiled(
     kernels = Kernels(COMPILED, "", compiled)
     if recorded is not None and recorded != kernels.record:
         return None, "the run was started without them, or with another --activation-memory"
-    if recorded is None and not asked and (obstacle := _costs_more_than_it_saves(model, work, layout)):
+    facts = (layout.packed, layout.attention, layout.float32_from, has_dropout(base))
+    share_file = compiled.share_file(decoder_layers(base), *facts)
+    if recorded is None and not asked and (obstacle := _costs_more_than_it_saves(model, work, layout, share_file)):
         return None, obstacle
     parts, checks = parts_of(work.sample, base), list[str]()
     trials: list[Callable[[], tuple[str | None, str]]] = []
@@ -264,6 +267,9 @@ def _try_compiled(
         share = broadcast_object_list([_time_share(model, work, layout, compiled)])[0]
         if share is None:
             return None, "text does not reach them"
+        with suppress(OSError):  # a folder that is read-only: later runs do not know the gain
+            share_file.parent.mkdir(exist_ok=True)
+            share_file.write_text(f"{share}")
         speed = f"a layer takes {share:.2f} times as long as without compiling"
         if share >= 1 and not asked:
             return None, f"they were compiled, but {speed}"
@@ -273,14 +279,19 @@ def _try_compiled(
     return replace(kernels, description=text + _products(base, layout)), None
 
 
-def _costs_more_than_it_saves(model: Trainable, work: Work, layout: BatchLayout) -> str | None:
+def _costs_more_than_it_saves(model: Trainable, work: Work, layout: BatchLayout, share_file: Path) -> str | None:
     """Returns why the rest of the run does not pay for compiling. Times are measured in the first process.
 
     What compiling saves is a known share of the time of the layers as they are, which is measured on this model.
+    share_file: of `CompiledLayers`; an earlier run that compiled these layers left it, and the code.
     """
     base = cast(PreTrainedModel, model.base_model)
-    layers, share, obstacle = decoder_layers(base), compiled_gain(base.device, base.dtype), None
-    if share <= 0:
+    layers, gain, on_disk, obstacle = decoder_layers(base), compiled_gain(base.device, base.dtype), False, None
+    with suppress(OSError, ValueError):
+        gain, on_disk = 1 - float(share_file.read_text()), True
+    if on_disk and gain <= 0:
+        obstacle = f"in an earlier run a layer took {1 - gain:.2f} times as long as without compiling"
+    elif gain <= 0:
         place = "this CPU" if base.device.type == "cpu" else base.device.type
         dtype = str(base.dtype).removeprefix("torch.")
         obstacle = f"no gain is known on {place} in {dtype}; --fast compile tries them"
@@ -289,8 +300,8 @@ def _costs_more_than_it_saves(model: Trainable, work: Work, layout: BatchLayout)
     with layout.used_by(base):
         calls = layer_calls(model, layers, _timed_examples(work), layout)
         seconds = min(_seconds(*calls[-1]) for _ in range(TIMES)) if calls else 0.0
-    saved = share * seconds * len(calls) * work.tokens / TIMED_TOKENS
-    compiling = expected_seconds(layers, has_dropout(base))
+    saved = gain * seconds * len(calls) * work.tokens / TIMED_TOKENS
+    compiling = expected_seconds(layers, has_dropout(base), on_disk=on_disk)
     if saved < compiling:
         obstacle = f"they would save about {saved:.0f} s of this run, and compiling takes about {compiling:.0f} s"
     return cast("str | None", broadcast_object_list([obstacle])[0])
