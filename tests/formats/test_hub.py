@@ -194,7 +194,7 @@ def test_save_pretrained_writes_all_adapters_as_peft_does_and_never_the_base(tmp
 
 def test_save_pretrained_refuses_what_it_would_not_do(tmp_path: Path) -> None:
     model = adapted()
-    with pytest.raises(ConfigError, match="safetensors only"):
+    with pytest.raises(ConfigError, match="only written as safetensors"):
         model.save_pretrained(tmp_path / "a", safe_serialization=False)
     with pytest.raises(LookupError, match="unknown adapter 'c'"):
         model.save_pretrained(tmp_path / "a", selected_adapters=["default", "c"])
