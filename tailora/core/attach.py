@@ -1,17 +1,17 @@
 """Attaches adapters to layers: a layer's class is swapped for a cached subclass of it, and restored later.
 
-The layer keeps its name, weights, hooks and `isinstance`. It reaches its adapters through an unregistered
-reference, so that the base model's parameters and state dict stay what they were.
+The layer keeps its name, weights, hooks and `isinstance`. It has an unregistered reference to its adapters, so the
+base model's parameters and state dict stay unchanged.
 
-    AdapterPart      what an adapted layer computes with: a part of an adapter, or what replaces it for a while
-    Adapted          W x + b, and what each of its parts adds
+    AdapterPart      used by an adapted layer: a part of an adapter, or its temporary replacement
+    Adapted          W x + b, plus the changes of its parts
     AdaptedWhole     a layer whose layer type computes the whole output
     Substituted      a module that is replaced by its trained copy
-    FrozenStatistics a normalisation of the base, whose statistics of training stay as they are
+    FrozenStatistics a normalization of the base with frozen running statistics
     swap_class, attach, attached, detach
                      change a layer's class, set its parts, and restore the class
     TensorChange, ClassChange
-                     changes of a merge or of dequantising; `make` makes one and returns the change that undoes it
+                     changes of a merge or a dequantization; `make` applies one and returns the inverse change
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_map
 
 
 class AdapterPart(Protocol):
-    """What an adapted layer computes with: a low-rank update, a trained bias or token rows of one adapter.
+    """A low-rank update, a trained bias or token rows of one adapter, attached to a layer.
 
-    While `generate` or a mixed batch runs, one object can replace the parts of several adapters.
+    During `generate` or a mixed batch, one object can replace the parts of several adapters.
     """
 
     def add_to(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module, /) -> Tensor:
@@ -37,9 +37,9 @@ class AdapterPart(Protocol):
 
 
 class Swapped:
-    """The parent of all classes that a layer's class is swapped for. `plain` is the class that the layer came with.
+    """The parent of all swapped classes. `plain` is the layer's original class.
 
-    Copies and pickles remember the mixins and the plain class, since the derived class cannot be imported.
+    Copies and pickles store the mixins and the plain class, because the derived class cannot be imported.
     """
 
     plain: ClassVar[type[nn.Module]]
@@ -49,7 +49,7 @@ class Swapped:
 
 
 class Adapted(Swapped):
-    """y = W x + b, and what each part of an active adapter adds."""
+    """y = W x + b, plus the changes of each part of an active adapter."""
 
     adapter_parts: tuple[AdapterPart, ...]
 
@@ -63,7 +63,7 @@ class Adapted(Swapped):
 
 
 class AdaptedWhole(Adapted):
-    """A layer that is not W x + b for one input x: its layer type computes it, with all parts of active adapters."""
+    """A layer that is not W x + b for one input x: its layer type computes the output with all active parts."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.adapter_parts:
@@ -88,7 +88,7 @@ class Substituted(Swapped):
 def call_in_dtype(
     function: Callable[..., Any], dtype: torch.dtype | None, own_dtype: torch.dtype | None, args: Any, kwargs: Any
 ) -> Any:
-    """Calls a function that computes in its own dtype; takes and returns tensors of `dtype`."""
+    """Calls a function that computes in `own_dtype`, with inputs and outputs in `dtype`."""
     if dtype == own_dtype:
         return function(*args, **kwargs)
     args, kwargs = tree_map(lambda value: _cast(value, dtype, own_dtype), (args, kwargs))
@@ -96,7 +96,7 @@ def call_in_dtype(
 
 
 def call_plain(layer: Any, dtype: torch.dtype | None, args: Any, kwargs: Any) -> Any:
-    """Calls the base's module, which has trained copies: takes and returns tensors of their dtype."""
+    """Calls the base's module with inputs and outputs in the dtype of its trained copies."""
     return call_in_dtype(partial(layer.plain.forward, layer), dtype, _dtype(layer), args, kwargs)
 
 
@@ -108,25 +108,25 @@ def _cast(value: Any, source: torch.dtype | None, to: torch.dtype | None) -> Any
     return value.to(to) if isinstance(value, Tensor) and value.dtype == source else value
 
 
-# ---- Normalisations of activations or weights, with statistics that training would move
+# ---- Normalizations of activations or weights with running statistics
 
 
 class FrozenStatistics(Swapped):
-    """A module in evaluation mode, whatever `train` asks for: it uses its statistics, and leaves them alone.
+    """A module that stays in evaluation mode even after `train`, so its statistics do not change.
 
-    The mode that was asked for is kept, for the time when the module has its own class again.
+    The requested mode is stored for when the module gets its own class back.
     """
 
     training = property(lambda _: False, lambda self, mode: self.__dict__.update(training=mode))
 
 
-# Statistics that a forward in training mode moves: of BatchNorm, and InstanceNorm with track_running_stats, also of
-# other libraries; of spectral_norm as a parametrization, and as a hook.
+# Statistics that a training forward updates: BatchNorm, InstanceNorm with track_running_stats, also in other libraries;
+# spectral_norm as a parametrization and as a hook.
 TRAINING_BUFFERS = ("running_mean", "_u", "weight_u")
 
 
 def freeze_statistics(model: nn.Module) -> None:
-    """Keeps training from moving the base's running statistics: an adapter would compute something else when loaded.
+    """Prevents training from changing the base's running statistics, which are not saved with an adapter.
 
     Trained copies of `modules_to_save` belong to the adapter and have separate statistics.
     """
@@ -135,18 +135,18 @@ def freeze_statistics(model: nn.Module) -> None:
             swap_class(module, FrozenStatistics)
 
 
-# ---- Encoders of torch, whose fast path for inference reads weights without calling the layers
+# ---- Torch's encoders, whose fast path for inference reads weights without calling the layers
 
 
 class WithoutFastPath(Swapped):
-    """An encoder of torch, or its layer, without the fast path and the nested tensors that only that can take."""
+    """A torch encoder or its layer, without the fast path and its nested tensors."""
 
     use_nested_tensor = property(lambda _: False, lambda *_: None)
     activation_relu_or_gelu = property(lambda _: 0, lambda *_: None)
 
 
 def prevent_fast_paths(model: nn.Module, layers: Iterable[nn.Module]) -> None:
-    """Swaps the classes of the modules whose fast path would not call one of these layers."""
+    """Swaps the classes of modules whose fast path would skip one of these layers."""
     adapted = set(layers)
     for module in model.modules():
         is_encoder = isinstance(module, nn.TransformerEncoder | nn.TransformerEncoderLayer)
@@ -162,7 +162,7 @@ def _derive(mixin: type[Swapped], cls: type[nn.Module]) -> type[nn.Module]:
     return type(f"{mixin.__name__}{cls.__name__}", (mixin, cls), {"plain": plain, "__module__": __name__})
 
 
-# One class per pair, so that layers share a type. The stub of lru_cache takes module classes for unhashable.
+# One class per pair, so that layers share a type. The stub of lru_cache considers module classes unhashable.
 derived_class: Callable[[type[Swapped], type[nn.Module]], type[nn.Module]] = cast(Any, cache(_derive))
 
 
@@ -172,7 +172,7 @@ def mixins_of(cls: type) -> tuple[type[Swapped], ...]:
 
 
 def class_with_plain(module: nn.Module, plain: type[nn.Module]) -> type[nn.Module]:
-    """Returns `plain`, or the class derived from it by the module's mixins if the module's class is swapped."""
+    """Returns `plain`, with the module's mixins if its class is swapped."""
     return _with_mixins(mixins_of(type(module)), plain) if isinstance(module, Swapped) else plain
 
 
@@ -188,30 +188,30 @@ def _new_instance(mixins: tuple[type[Swapped], ...], plain: type[nn.Module]) -> 
 
 
 def runs_adapters(module: nn.Module) -> bool:
-    """True if the module's class is swapped, and not only to freeze its statistics."""
+    """True if the module's class is swapped for more than freezing its statistics."""
     return isinstance(module, Swapped) and mixins_of(type(module)) != (FrozenStatistics,)
 
 
 def swap_class(module: nn.Module, mixin: type[Swapped]) -> None:
-    """Give the module the class derived by the mixin; it computes as before until adapters are attached."""
+    """Gives the module the class derived by the mixin. Its results stay the same until adapters are attached."""
     if not runs_adapters(module) and not isinstance(module, mixin):
         module.__class__ = derived_class(mixin, type(module))
         attach(module, ())
 
 
 def attach(layer: nn.Module, parts: tuple[AdapterPart | nn.Module, ...]) -> None:
-    """Let a layer whose class is swapped compute with these parts and no others."""
+    """Sets the parts of a layer with a swapped class."""
     layer.__dict__["adapter_parts"] = parts  # a reference: nn.Module.__setattr__ would register them
 
 
 def attached_parts(layer: nn.Module) -> tuple[Any, ...]:
-    """Returns what the layer computes with; () for a layer whose class is not swapped."""
+    """Returns the layer's parts; () if its class is not swapped."""
     return cast(tuple[Any, ...], vars(layer).get("adapter_parts", ()))
 
 
 @contextmanager
 def attached(parts: Mapping[nn.Module, tuple[AdapterPart | nn.Module, ...]]) -> Iterator[None]:
-    """Within the block, each layer computes with the given parts, afterwards with its former ones."""
+    """Within the block, each layer uses the given parts, and afterwards its previous ones."""
     before = {layer: attached_parts(layer) for layer in parts}
     try:
         for layer, layer_parts in parts.items():
@@ -223,18 +223,18 @@ def attached(parts: Mapping[nn.Module, tuple[AdapterPart | nn.Module, ...]]) -> 
 
 
 def detach(layer: nn.Module) -> None:
-    """Give the layer the class back that it came with, and remove its reference to parts of adapters."""
+    """Restores the layer's original class and removes its reference to adapters."""
     if isinstance(layer, Swapped):
         cast(Any, layer).__class__ = layer.plain
         layer.__dict__.pop("adapter_parts", None)
 
 
-# ---- Changes that can be undone
+# ---- Reversible changes
 
 
 @dataclass(frozen=True)
 class TensorChange:
-    """Replaces a module's parameter or buffer by another tensor."""
+    """Replaces a module's parameter or buffer with a different tensor."""
 
     module: nn.Module
     name: str
@@ -277,7 +277,7 @@ Change = TensorChange | ClassChange
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the block; afterwards every module is in the mode that it was in."""
+    """Evaluation mode within the block; restores the mode of every module afterwards."""
     modes = [(module, vars(module).get("training", module.training)) for module in model.modules()]  # as asked for
     model.eval()
     try:

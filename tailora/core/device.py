@@ -20,10 +20,10 @@ BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of a CPU: x86's names, a
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """Returns the device of this name: auto (or None), cpu, cuda, cuda:1, xpu, mps, ...
+    """Returns the device with this name: auto (or None), cpu, cuda, cuda:1, xpu, mps, ...
 
-    auto is the first of CUDA, XPU, MPS and any other accelerator that is here, else the CPU. A name without an index
-    means torch's current device of its kind. Raises ConfigError if there is no such device.
+    auto selects the first available of CUDA, XPU, MPS and other accelerators, else the CPU. A name without an index
+    means torch's current device of this type. Raises ConfigError if there is no such device.
     """
     there = devices()
     try:
@@ -40,7 +40,7 @@ def choose_device(name: str | None = None) -> torch.device:
 
 
 def absent_device(name: str | None, there: Sequence[torch.device]) -> ConfigError:
-    """Returns the error for a device that is not one of those that are `there`."""
+    """Returns the error for a device that is not among `there`, the existing ones."""
     names = ", ".join(map(str, there))
     return ConfigError(
         f"no device {name!r} on this machine: torch {torch.__version__} finds {names}; use one of them, or {AUTO}"
@@ -48,7 +48,7 @@ def absent_device(name: str | None, there: Sequence[torch.device]) -> ConfigErro
 
 
 def devices() -> list[torch.device]:
-    """Returns every device of this machine, the best kind first and the CPU last."""
+    """Returns all devices of this machine, the fastest type first and the CPU last."""
     other = torch.accelerator.current_accelerator()
     kinds = dict.fromkeys([*ORDER, *([other.type] if other else [])])
     counts = {kind: torch.get_device_module(kind).device_count() for kind in kinds}
@@ -56,12 +56,12 @@ def devices() -> list[torch.device]:
 
 
 def accelerators() -> list[torch.device]:
-    """Returns every device but the CPU that torch can use."""
+    """Returns all devices that torch can use, except the CPU."""
     return [device for device in devices() if device.type != "cpu" and obstacle_to_start(device) is None]
 
 
 def obstacle_to_start(device: torch.device) -> str | None:
-    """Returns why torch cannot use devices of this kind, such as a driver that is too old; None if it can."""
+    """Returns why torch cannot use devices of this type, such as an outdated driver; None if it can."""
     module = torch.get_device_module(device)
     try:
         if hasattr(module, "current_device"):  # which starts them; MPS is always started

@@ -80,7 +80,7 @@ class LayerType(ABC):
 
     def forward(self, layer: Any, adapters: Any, *args: Any, **kwargs: Any) -> Any:
         """Returns the layer's output with all these adapters, if `replaces_forward`."""
-        raise NotImplementedError(f"{self.name} has no forward of its own, because adapters only add to its output")
+        raise NotImplementedError(f"{self.name} does not replace forward, because adapters only add to its output")
 
     def __reduce__(self) -> tuple[Callable[..., "LayerType"], tuple[str]]:
         """Makes copies and pickles return the object in LAYER_TYPES."""
@@ -270,17 +270,17 @@ def weight_of(layer: nn.Module, name: str = "weight") -> Tensor:
     module, name = parameter_owner(layer, name)
     weight = module._parameters[name] if name in module._parameters else getattr(module, name)
     if not isinstance(weight, Tensor):
-        raise TargetError(f"{type(module).__name__}.{name} is a {type(weight).__name__}, not a tensor")
+        raise TargetError(f"expected a tensor for {type(module).__name__}.{name}, got a {type(weight).__name__}")
     return weight
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
     """Returns the full tensor. All ranks must call this if the tensor is sharded (FSDP2).
 
-    It is on the device that computes with it, also if the parts are kept in host memory.
+    It is on the device that computes with it, even if the shards are in host memory.
     """
     sharded: Any = tensor
-    # a DTensor, whose class is not imported here: that takes time
+    # a DTensor; importing its class would take time
     return gather_shards(sharded.to_local(), sharded) if hasattr(tensor, "to_local") else tensor
 
 

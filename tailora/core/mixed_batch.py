@@ -1,19 +1,19 @@
 """Mixed batches: each row of a padded batch, or each token of a packed batch, computes with its own adapter.
 
-    MixedBatch      which row has which adapter. `LoRAModel.adapter_rows` makes one for a `with` block, for training
-                    and `generate`; a server's engine makes one and sets its rows before each forward
+    MixedBatch      the adapter of each row. `LoRAModel.adapter_rows` creates one for a `with` block, for training and
+                    `generate`; a server's engine creates one and sets its rows before each forward
     Rows, Blocks    the names of the rows, and how the rows of a layer become a batched product
-    MixedPart       replaces the parts that all adapters have at one path
-    MixedModule     the same for modules that are trained in full
-    mixed_parts     what to attach to each layer
+    MixedPart       replaces the parts of all adapters at one path
+    MixedModule     the same for fully trained modules
+    mixed_parts     the parts to attach to each layer
 
 Linear layers multiply all rows by their factors in one batched product (`MixedPart._product`), in blocks of rows with
-the same adapter. All other parts are added one adapter after another. Rows of one token are sorted by adapter, since
-reading the factors takes most of the time. On an accelerator only the tokens of a packed batch are worth a sort.
+the same adapter. All other parts are added one adapter after the other. Rows of one token are sorted by adapter,
+because reading the factors takes most of the time. On an accelerator, sorting pays off only for packed batches.
 
-Without gradients, a layer keeps its factors until torch's version counters and addresses show a change. This check is
-skipped where nothing can change: in `generate`, in a server, and in torch.inference_mode. Under torch.compile the names
-of the rows are an input of the graph: no names recompile it.
+Without gradients, a layer caches its factors until torch's version counters and addresses show a change. This check is
+skipped where nothing can change: in `generate`, in a server, and in torch.inference_mode. With torch.compile, the names
+of the rows are an input of the graph, so changing them does not recompile it.
 
 Shapes: n rows, k adapters of ranks up to R followed by a zero update, m blocks of `size` rows.
 """

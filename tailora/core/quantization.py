@@ -1,14 +1,14 @@
-"""Quantised weights: how a layer stores its weight, its dense value, and making quantised layers plain.
+"""Quantized weights: how a layer stores its weight, its dense value, and dequantizing layers and models.
 
-    Storage         the weight itself, not quantised, and the methods in which storages differ
+    Storage         a plain weight, and the methods that differ between storages
     FourBit, Int8   bitsandbytes: blocks NF4 and FP4 (QLoRA, arXiv:2305.14314, sec. 3), rows (arXiv:2208.07339, sec. 2)
-    TorchAO         tensors that can compute their own dense value
-    STORAGES        name of a class -> its storage, with functions that ask the storage of a layer or a model
-    dense_weight    the dequantised weight of a layer
+    TorchAO         tensors that can dequantize themselves
+    STORAGES        name of a class -> its storage, with functions for layers and models
+    dense_weight    the dequantized weight of a layer
     dequantize_layer, dequantize_model
-                    the changes that make a layer plain, or all other layers of a model, and can be undone
+                    the reversible changes that dequantize a layer, or all other layers of a model
 
-A storage is found by the qualified name of the weight's class, so that neither package has to be installed.
+Storages are identified by the qualified name of the weight's class, so neither package has to be installed.
 """
 
 from collections import OrderedDict
@@ -26,7 +26,7 @@ from tailora.core.layer_types import qualified_name, weight_of, whole_tensor
 class Storage:
     """A plain weight.
 
-    rounding: by how much quantisation moves a number at most, as a share of the largest number of its row.
+    rounding: maximum quantization error of a number, as a share of the largest number in its row.
     """
 
     rounding = 0.0
@@ -36,11 +36,11 @@ class Storage:
         return weight_of(layer).shape
 
     def dense(self, layer: Any) -> Tensor:
-        """Returns the dense weight in the precision that was quantised, or in float32 where it is not known."""
+        """Returns the dense weight in its precision before quantization, or in float32 if unknown."""
         return whole_tensor(weight_of(layer).detach())
 
     def spread(self, _layer: Any, dense: Tensor) -> Tensor:
-        """Returns how far from `dense` the numbers may have been before quantisation, (out, 1)."""
+        """Returns the maximum distance of the numbers from `dense` before quantization, (out, 1)."""
         return self.rounding * dense.float().abs().amax(dim=1, keepdim=True)
 
     def tensors(self, layer: Any) -> list[Tensor]:
@@ -163,10 +163,10 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def dense_weight(layer: nn.Module, name: str = "weight", int8_dtype: torch.dtype | None = None) -> Tensor:
-    """Returns the layer's weight as numbers, in the layout of its class: the weight itself if it is not quantised.
+    """Returns the layer's dense weight in the layout of its class, which is the weight itself unless it is quantized.
 
-    The precision is the one that was quantised. int8 does not store it: there it is `int8_dtype`, such as the
-    dtype of the model's other weights, or float32. name: a parameter that is never quantized.
+    It has the precision before quantization. int8 does not store it, so it uses `int8_dtype`, such as the dtype of the
+    model's other weights, or float32. name: of a different parameter, which is never quantized.
     """
     if name != "weight" or not is_quantized(layer):
         return whole_tensor(weight_of(layer, name).detach())
@@ -252,7 +252,7 @@ def _is_of_bitsandbytes(value: Any) -> bool:
 
 
 def dequantize_model(model: nn.Module, exclude: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[Change]:
-    """Yields the changes to all other quantised layers, and to the attributes that mark the model as quantised.
+    """Yields the changes to all other quantized layers, and to the attributes that mark the model as quantized.
 
     transformers cannot read a partly quantized model, so all layers become plain.
     """
@@ -279,7 +279,7 @@ def common_dtype(model: nn.Module) -> torch.dtype:
 
 
 def storage_obstacle(layer: nn.Module) -> str | None:
-    """Returns why a layer cannot be adapted as it is stored now; None if it can."""
+    """Returns why a layer cannot be adapted in its current storage; None if it can."""
     if storage_of(layer) is not FOUR_BIT:
         return None
     state = FOUR_BIT.state(layer)
@@ -297,11 +297,10 @@ def storage_obstacle(layer: nn.Module) -> str | None:
 
 
 def prevent_repacking(model: nn.Module) -> list[nn.Module]:
-    """Keep bitsandbytes from repacking 4-bit weights in place at the first evaluation on a CPU with AVX512-BF16.
+    """Prevents bitsandbytes from repacking 4-bit weights in place at the first evaluation on a CPU with AVX512-BF16.
 
-    Repacking rounds the blocks' scales to bfloat16, so that the base is no longer what it was, and its product has no
-    gradient: training after an evaluation would be silently wrong (bitsandbytes 0.50). Returns the layers for
-    `allow_repacking`.
+    Repacking rounds the blocks' scales to bfloat16, which changes the base, and disables gradients: training after an
+    evaluation would be silently wrong (bitsandbytes 0.50). Returns the layers for `allow_repacking`.
     """
     layers = [layer for layer in model.modules() if vars(layer).get("support_avx512bf16_for_cpu")]
     for layer in layers:
@@ -310,7 +309,7 @@ def prevent_repacking(model: nn.Module) -> list[nn.Module]:
 
 
 def allow_repacking(layers: list[nn.Module]) -> None:
-    """Let bitsandbytes repack these layers again, unless they were merged and are no longer quantised."""
+    """Allows bitsandbytes to repack these layers again, unless a merge has dequantized them."""
     for layer in layers:
         if is_quantized(layer):
             vars(layer)["support_avx512bf16_for_cpu"] = True
