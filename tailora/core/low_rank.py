@@ -77,7 +77,7 @@ class Update:
     """What an adapter adds to one matrix, or to a stack of experts.
 
     r: rank, as trained.
-    factors: s (B A - B0 A0) by group, of twice the rank if A and B have a frozen initialisation; float32 or wider.
+    factors: s (B A - B0 A0) by group, of twice the rank if A and B have a frozen start; float32 or wider.
     stacked: True if the groups are experts, of rank r each; False if they are blocks of one matrix.
     weight: returns W (groups, m, n), or the weight of a stack as it is stored; None without the base model.
     dense: returns dW with DoRA's magnitudes (groups, m, n); None if the factors are all of it, or without the base.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from tailora.errors import ConfigError, listing, nearest
 
 METRICS = {  # name -> meaning
-    "loss": "nats per learned token",
+    "loss": "nats per trained token",
     "perplexity": "exp(loss)",
     "exact_match": "share of greedy answers that equal the reply in the data",
     "accuracy": "share of questions whose right choice is the likeliest",

@@ -242,14 +242,14 @@ def choose_metrics(facts: EvalDataReport, metrics: Sequence[str], extra: Sequenc
 class _Totals:
     """The results of one model. losses, samples: by index of the example."""
 
-    losses: dict[int, tuple[float, int]] = field(default_factory=dict)  # nats of the learned tokens, and their number
+    losses: dict[int, tuple[float, int]] = field(default_factory=dict)  # nats of the trained tokens, and their number
     hits: dict[str, list[bool]] = field(default_factory=lambda: {name: [] for name in SHARES})
     samples: dict[int, Match] = field(default_factory=dict)
     too_long: int = 0
 
     @property
     def sums_and_counts(self) -> tuple[Any, Any]:
-        """Nats and learned tokens, both (examples,)."""
+        """Nats and trained tokens, both (examples,)."""
         sums, counts = np.array([*self.losses.values()]).T
         return sums, counts
 

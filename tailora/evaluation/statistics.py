@@ -41,7 +41,7 @@ class Interval(NamedTuple):
 
 
 def mean_interval(sums: ArrayLike, counts: ArrayLike, *, draws: int = 2000) -> Interval:
-    """Returns the loss per token with its 95% interval. sums: nats, counts: learned tokens; both (examples,).
+    """Returns the loss per token with its 95% interval. sums: nats, counts: trained tokens; both (examples,).
 
     Raises ValueError if the shapes differ or no token counts.
     """
@@ -56,7 +56,7 @@ def mean_interval(sums: ArrayLike, counts: ArrayLike, *, draws: int = 2000) -> I
 def paired_difference(before: ArrayLike, after: ArrayLike, counts: ArrayLike) -> Interval:
     """Returns the change of the loss per token, after - before, on the same examples: what they share cancels.
 
-    before, after: nats, counts: learned tokens; all (examples,). Raises ValueError as `mean_interval` does.
+    before, after: nats, counts: trained tokens; all (examples,). Raises ValueError as `mean_interval` does.
     """
     first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if first.shape != second.shape:

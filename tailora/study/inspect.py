@@ -265,7 +265,7 @@ def _held_out_losses(
     gain = paired_difference(tuned.sums, base.sums, base.counts)
 
     def without_lower_half(group: str, paths: Sequence[str]) -> TruncationCost:
-        # Keep half of each matrix's singular values, rounded up (of 2r with a frozen initialization).
+        # Keep half of each matrix's singular values, rounded up (of 2r with a frozen start).
         ranks = {path: min(-(-spectra[path].S.shape[1] // 2), adapter.low_rank[path].lora_B.shape[1]) for path in paths}
         with leading_only(adapter, spectra, ranks):
             truncated = evaluate()

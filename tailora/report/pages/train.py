@@ -250,7 +250,7 @@ def train_page(report: TrainReport) -> Page:
     model = str(report.settings["model"]).rstrip("/").rpartition("/")[2]
     numbers: list[Number] = []
     unit = str(run.get("loss_unit", NATS_PER_TOKEN))
-    measured = "Nats per learned token" if unit == NATS_PER_TOKEN else f"Loss, {unit}"
+    measured = "Nats per trained token" if unit == NATS_PER_TOKEN else f"Loss, {unit}"
     loss_text = f"{measured}: for each step's examples before its update, and for the held-out examples."
     answers: Block | None = None
     if result is not None:
