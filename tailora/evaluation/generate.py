@@ -128,7 +128,7 @@ def cache_implementation(model: Any, length: int, new: int) -> str | None:
 
     The growing cache is copied for every token; the static one is read in full, unused rows included. Milliseconds per
     token of SmolLM2-135M in bfloat16 on one core, growing and static: 36 and 36 with 64 prompt tokens and 64 new ones,
-    35 and 42 with 64 and 1,024, 41 and 37 with 256 and 256, 67 and 44 with 1,024 and 256. On other devices than CPUs
+    35 and 42 with 64 and 1,024, 41 and 37 with 256 and 256, 67 and 44 with 1,024 and 256. On devices other than CPUs
     transformers compiles the model for the static cache, which takes longer than an answer.
     """
     if is_seq2seq(model):

@@ -136,7 +136,7 @@ class CompiledLayers:
         self._compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
 
     def share_file(self, layers: Sequence[nn.Module], *facts: object) -> Path:
-        """Returns the file beside the code of these layers with the share of plain layers' time that they take here.
+        """Returns the file next to the code of these layers with the share of plain layers' time that they take here.
 
         facts: what else the code depends on. The file is there only after a run has compiled and timed the layers.
         """
@@ -192,7 +192,7 @@ class CompiledLayers:
             if not torch.is_grad_enabled() or not (trains or needs_gradient):
                 return _call(layer, args, kwargs)
             if not needs_gradient and isinstance(x, Tensor) and x.is_floating_point():
-                # of the first layer: a gradient that nobody asks for is less work than another graph
+                # of the first layer: an unused gradient is less work than another graph
                 args = (x.detach().requires_grad_(), *args[1:])
             return self._compiled(layer, args, kwargs)
 

@@ -132,7 +132,7 @@ def retry(study: optuna.Study, trial: FrozenTrial) -> None:
 
 
 def running_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """Returns the trials of live workers. Those of dead workers are marked as failed and put back into the queue."""
+    """Returns the trials of live workers. Trials of dead workers are marked as failed and put back into the queue."""
     with _experimental():
         fail_stale_trials(study)
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))

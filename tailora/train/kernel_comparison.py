@@ -227,7 +227,7 @@ def _structural_obstacle(model: Any, batch: Batch) -> str | None:
     try:
         inspect.signature(decoder.forward).bind(**batch.inputs, use_cache=False)
     except TypeError as error:
-        return f"gives its decoder other inputs than its own ({error})"
+        return f"passes different inputs to its decoder ({error})"
     return None
 
 
