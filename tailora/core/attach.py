@@ -55,6 +55,10 @@ class Adapted(Swapped):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = cast(nn.Module, self)
+        if len(self.adapter_parts) == 1 and (whole := getattr(self.adapter_parts[0], "whole_output", None)):
+            result: Tensor | None = whole(x, layer)
+            if result is not None:
+                return result
         output: Tensor = self.plain.forward(layer, x, *args, **kwargs)  # W x + b
         y = output
         for part in self.adapter_parts:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from tailora.core.cache import cache_folder
 from tailora.core.device import HALF, device_name
@@ -35,39 +35,48 @@ ATTENTION = "tailora::packed_attention"  # of `kernels.cpu_attention`; its last 
 # ---- The products
 
 
-def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """Returns x W^T + b, computed in float32, in the precision of x: (..., in), (out, in) -> (..., out).
+def float32_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    update: tuple[Tensor, Tensor] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Returns x W^T + b, computed in float32, in the precision of W: (..., in), (out, in) -> (..., out).
 
-    bias: (out,), or (tokens, out) for x (tokens, in).    out: where the result is written, if given.
+    bias: (out,), or (tokens, out) for x (tokens, in).    update: (tokens, r) and (out, r), whose product is added.
+    out: where the result is written.
     """
-    wide, wide_bias = x.float(), None if bias is None else bias.float()
-    rows = max(BLOCK_ELEMENTS // weight.shape[1], 1)
-    if out is None and len(weight) <= 2 * rows:
-        return _linear_in_float32(wide, weight, wide_bias).to(x.dtype)
-    y = x.new_empty(*x.shape[:-1], len(weight)) if out is None else out
-    for start in range(0, len(weight), rows):
-        part = slice(start, start + rows)
-        y[..., part] = _linear_in_float32(wide, weight[part], None if wide_bias is None else wide_bias[..., part])
+    wide, wide_bias = x.reshape(-1, x.shape[-1]).float(), None if bias is None else bias.float()
+    y = weight.new_empty(*x.shape[:-1], len(weight)) if out is None else out
+    rows = y.view(-1, len(weight))
+    for part in _blocks(weight):
+        if wide_bias is not None and wide_bias.ndim > 1:
+            block = torch.addmm(wide_bias[:, part], wide, weight[part].float().mT)
+        else:
+            block = F.linear(wide, weight[part].float(), None if wide_bias is None else wide_bias[part])
+        rows[:, part] = block if update is None else block.addmm_(update[0], update[1][part].mT)
     return y
 
 
-def _linear_in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is not None and bias.ndim > 1:
-        return torch.addmm(bias, x, weight.float().mT)
-    return F.linear(x, weight.float(), bias)
+def float32_product(x: Tensor, weight: Tensor, update: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Returns x W, computed in float32, in the precision of W: (..., out), (out, in) -> (..., in).
+
+    update: (tokens, r) and (r, in), whose product is added.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    y = torch.zeros(len(flat), weight.shape[1]) if update is None else torch.mm(*update)
+    for part in _blocks(weight):
+        y.addmm_(flat[:, part].float(), weight[part].float())
+    return y.to(weight.dtype).view(*x.shape[:-1], -1)
 
 
-def float32_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Returns x W, computed in float32, in the precision of x: (..., out), (out, in) -> (..., in)."""
+def _blocks(weight: Tensor) -> list[slice]:
+    """Returns the rows that are converted at a time."""
     rows = max(BLOCK_ELEMENTS // weight.shape[1], 1)
     if len(weight) <= 2 * rows:
-        return torch.matmul(x.float(), weight.float()).to(x.dtype)
-    flat = x.reshape(-1, x.shape[-1])
-    y = torch.zeros(len(flat), weight.shape[1])
-    for start in range(0, len(weight), rows):
-        part = slice(start, start + rows)
-        y.addmm_(flat[:, part].float(), weight[part].float())
-    return y.to(x.dtype).view(*x.shape[:-1], -1)
+        return [slice(None)]
+    return [slice(start, start + rows) for start in range(0, len(weight), rows)]
 
 
 def without_modes(function: Function) -> Function:
@@ -82,27 +91,50 @@ def without_modes(function: Function) -> Function:
 
 
 class _Linear(torch.autograd.Function):
-    """`float32_linear`, which keeps its 16-bit arguments for the backward."""
+    """`float32_linear`, with B (A x) of an adapter in float32; it keeps its 16-bit arguments for the backward."""
 
     @staticmethod
     @without_modes
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor | None = None, B: Tensor | None = None
+    ) -> Tensor:
         ctx.adds_per_token = bias is not None and bias.ndim > 1
-        return float32_linear(x, weight, bias)
+        if A is None or B is None:
+            ctx.save_for_backward(x if weight.requires_grad else None, weight, None, None, None)
+            return float32_linear(x, weight, bias)
+        wide = x.float()
+        hidden = F.linear(wide.flatten(0, -2), A)  # (tokens, r)
+        ctx.save_for_backward(x, weight, A, B, hidden)
+        return float32_linear(wide, weight, bias, (hidden, B))
 
     @staticmethod
     @without_modes
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        dy, dx, dweight, dbias = gradients[0], None, None, None
+        x, weight, A, B, hidden = ctx.saved_tensors
+        dy, dx, dweight, dbias, dA, dB, update = gradients[0], None, None, None, None, None, None
+        wide = dy
+        if A is not None:
+            wide = dy.float()
+            flat = wide.flatten(0, -2)
+            dhidden = flat @ B
+            dA, dB, update = dhidden.mT @ x.flatten(0, -2).float(), flat.mT @ hidden, (dhidden, A)
         if ctx.needs_input_grad[0]:
-            dx = float32_product(dy, weight)
+            dx = float32_product(wide, weight, update)
         if ctx.needs_input_grad[1]:
             dweight = (dy.flatten(0, -2).float().mT @ x.flatten(0, -2).float()).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             dbias = dy if ctx.adds_per_token else dy.flatten(0, -2).sum(0)
-        return dx, dweight, dbias
+        return dx, dweight, dbias, dA, dB
+
+
+def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor | None:
+    """Returns x W^T + b + x A^T B^T, rounded once, within `Float32Products`; None if 16 bits are faster, or outside."""
+    modes: list[Any] = [] if torch.compiler.is_compiling() else _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    tokens = next((mode.tokens for mode in reversed(modes) if isinstance(mode, Float32Products)), None)
+    if tokens is None or A.dtype != torch.float32 or not _pays(tokens, x, weight):
+        return None
+    y: Tensor = _Linear.apply(x, weight, bias, A, B)  # type: ignore[no-untyped-call]
+    return y
 
 
 # ---- Where they replace torch's

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tailora.core import dora
+from tailora.core.float32_products import adapted_linear
 from tailora.core.fused_layers import OutputSlice
-from tailora.core.layer_types import CONV1D, LINEAR, LayerType, Shape, whole_tensor
+from tailora.core.layer_types import CONV1D, LAYER_TYPES, LINEAR, LayerType, Shape, qualified_name, whole_tensor
 from tailora.errors import ConfigError
 
 SMALL_BATCH = 32  # tokens; on a CPU, casting both factors costs more than multiplying up to about 40 tokens by them
@@ -215,6 +216,15 @@ class LoRALayer(nn.Module):
             and y.dtype == output.dtype
             and not self._is_small_batch(x, output.dtype)
         )
+
+    def whole_output(self, x: Tensor, layer: Any) -> Tensor | None:
+        """Returns W x + b + s (B A - B0 A0) x of a frozen linear layer where float32 is faster; None elsewhere."""
+        is_plain = LAYER_TYPES.get(qualified_name(type(layer).plain)) is self.layer_type
+        has_more = self.lora_bias is not None or self.bias is not None or (self.lora_dropout and self.training)
+        if not is_plain or has_more or not self._adds_a_product(x, x, x) or layer.weight.requires_grad:
+            return None
+        weight = layer.weight if self.layer_type is LINEAR else layer.weight.mT  # (out, in)
+        return adapted_linear(x, weight, layer.bias, *self.scaled_factors())
 
     def _with_product(self, y: Tensor, x: Tensor) -> Tensor:
         """Returns y + s (B A - B0 A0) x without a tensor for the update: each one is a pass over (tokens, out)."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 NAMES = """
     to float half bfloat16 double type type_as contiguous clone reshape flatten repeat_interleave cat stack
@@ -42,8 +43,6 @@ def recomputed() -> Iterator["Recomputing"]:
 class _Kept:
     """A storage that stays until the backward.    is_saved: by autograd, not only as an argument of recipes."""
 
-    __slots__ = ("__weakref__", "is_saved", "storage")
-
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self.storage, self.is_saved = storage, False
 
@@ -51,16 +50,15 @@ class _Kept:
 class _Recipe:
     """How to compute the tensor of a storage again, from `leaves`.    uses: how often autograd will ask for it."""
 
-    __slots__ = ("__weakref__", "args", "calls", "dtype", "function", "kwargs", "leaves", "uses", "value", "version")
-
     value: Tensor | None  # between the first use and the last, or from the moment when an argument changes
 
-    def __init__(self, function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], y: Tensor) -> None:
-        self.function, self.args, self.kwargs = function, args, kwargs
+    def __init__(self, function: Callable[..., Any], inputs: list[Any], structure: TreeSpec, y: Tensor) -> None:
+        self.function, self.inputs, self.structure = function, inputs, structure
         self.leaves, self.calls = set[_Kept](), 1
-        for source in _references((args, kwargs)):
-            self.leaves |= {source.kept} if source.recipe is None else source.recipe.leaves
-            self.calls += 0 if source.recipe is None else source.recipe.calls
+        for source in inputs:
+            if isinstance(source, _Reference):
+                self.leaves |= {source.kept} if source.recipe is None else source.recipe.leaves
+                self.calls += 0 if source.recipe is None else source.recipe.calls
         self.dtype, self.version, self.uses, self.value = y.dtype, y._version, 0, None
 
     @property
@@ -71,7 +69,8 @@ class _Recipe:
     def compute(self) -> Tensor:
         if self.value is not None:
             return self.value
-        args, kwargs = _map(_Reference.get, _Reference, self.args), _map(_Reference.get, _Reference, self.kwargs)
+        inputs = [source.get() if isinstance(source, _Reference) else source for source in self.inputs]
+        args, kwargs = tree_unflatten(inputs, self.structure)
         with torch.no_grad():
             value: Tensor = self.function(*args, **kwargs)
         if self.uses > 0:
@@ -81,8 +80,6 @@ class _Recipe:
 
 class _Reference:
     """What stands for a tensor: an alias, which must not change until it is read, or a view of what a recipe makes."""
-
-    __slots__ = ("geometry", "kept", "recipe", "tensor", "version")
 
     tensor: Any  # None with a recipe
     kept: Any
@@ -142,14 +139,12 @@ class Recomputing(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in CHEAP:
-            is_large = not isinstance(args[0], Tensor) or args[0].nbytes >= LEAST_BYTES
-            if is_large and torch.is_grad_enabled():
+            if torch.is_grad_enabled():
                 return self._call(func, args, kwargs)
         elif func is F.dropout and torch.is_grad_enabled():
             return self._dropout(*args, **kwargs)
-        elif _changes_argument(func) or "out" in kwargs:
-            for tensor in _tensors((args[:1], kwargs.get("out"))):
-                self._before_change(tensor)
+        elif (_changes_argument(func) or "out" in kwargs) and isinstance(kwargs.get("out", args[0]), Tensor):
+            self._before_change(kwargs.get("out", args[0]))
         return func(*args, **kwargs)
 
     def storages(self) -> Iterator[tuple[int, torch.UntypedStorage]]:
@@ -187,13 +182,13 @@ class Recomputing(TorchFunctionMode):
         if type(y) not in PLAIN or y.nbytes < LEAST_BYTES:
             return y
         storage = y.untyped_storage()
-        if storage.nbytes() != y.nbytes:
+        inputs, structure = tree_flatten((args, kwargs))
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        is_view = any(type(x) not in PLAIN or x.untyped_storage() is storage for x in tensors)
+        if is_view or storage.nbytes() != y.nbytes:
             return y
-        for x in _tensors((args, kwargs)):
-            if type(x) not in PLAIN or x.untyped_storage() is storage:  # a view, or the argument itself
-                return y
-        sources = _map(self._reference, Tensor, args), _map(self._reference, Tensor, kwargs)
-        recipe = _Recipe(func, *sources, y)
+        inputs = [self._reference(x) if isinstance(x, Tensor) else x for x in inputs]
+        recipe = _Recipe(func, inputs, structure, y)
         if recipe.calls <= MOST_CALLS and recipe.new_bytes < y.nbytes:
             vars(storage)["recipe"] = recipe
             self._recipes.add(recipe)
@@ -213,16 +208,13 @@ class Recomputing(TorchFunctionMode):
         return y
 
     def _before_change(self, tensor: Tensor) -> None:
-        """Forgets how the tensor was computed, and computes what follows from it while it is as it was."""
-        storage = tensor.untyped_storage()
-        vars(storage).pop("recipe", None)
-        if (kept := self.kept.get(storage._cdata)) is not None:
-            for recipe in self._recipes:
-                if kept in recipe.leaves:
-                    recipe.value = recipe.compute()
-            for recipe in self._recipes:
-                if kept in recipe.leaves:
-                    recipe.args, recipe.kwargs, recipe.leaves = [], {}, set()
+        """Computes what follows from the tensor while it is as it was."""
+        kept = self.kept.get(tensor.untyped_storage()._cdata)
+        followers = [] if kept is None else [recipe for recipe in self._recipes if kept in recipe.leaves]
+        for recipe in followers:
+            recipe.value = recipe.compute()
+        for recipe in followers:
+            recipe.inputs, recipe.leaves = [], set()
 
 
 def _noise(shape: torch.Size, dtype: torch.dtype, p: float, state: Tensor) -> Tensor:
@@ -235,34 +227,3 @@ def _noise(shape: torch.Size, dtype: torch.dtype, p: float, state: Tensor) -> Te
 def _changes_argument(func: Any) -> bool:
     name = getattr(func, "__name__", "")
     return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
-
-
-def _map(function: Callable[[Any], Any], cls: type, value: Any) -> Any:
-    """Maps the arguments that are instances of a class, also in lists and tuples."""
-    if isinstance(value, cls):
-        return function(value)
-    if type(value) in (tuple, list):
-        return [_map(function, cls, item) for item in value]
-    if type(value) is dict:
-        return {name: _map(function, cls, item) for name, item in value.items()}
-    return value
-
-
-def _parts(cls: type, value: Any) -> Iterator[Any]:
-    """Yields the arguments of a class."""
-    if isinstance(value, cls):
-        yield value
-    elif type(value) in (tuple, list):
-        for item in value:
-            yield from _parts(cls, item)
-    elif type(value) is dict:
-        for item in value.values():
-            yield from _parts(cls, item)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    return _parts(Tensor, value)
-
-
-def _references(value: Any) -> Iterator[_Reference]:
-    return _parts(_Reference, value)

@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 import torch
 from tiny import tiny_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,8 +16,11 @@ from transformers.pytorch_utils import Conv1D
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core import float32_products
+from tailora.core.attach import attached_parts
 from tailora.core.device import HALF
 from tailora.core.float32_products import Float32Products, fastest_products, use_fastest_products
+from tailora.core.layer import LoRALayer
+from tailora.core.layer_types import LINEAR
 from tailora.kernels import cpu_attention
 
 TOKENS = 4
@@ -128,7 +132,7 @@ def test_attention_of_packed_rows_is_computed_in_float32_too() -> None:
 
 @pytest.mark.parametrize("class_name", ["LlamaForCausalLM", "GPT2LMHeadModel", "MixtralForCausalLM"])
 def test_a_model_and_its_adapter_compute_as_well_as_in_16_bits(class_name: str) -> None:
-    """Gradients of the factors, beside those of the same weights in float32, for four models."""
+    """Gradients of the factors, beside those of the same weights in float32: the median of six models."""
 
     def gradients(dtype: torch.dtype, tokens: int, seed: int) -> Tensor:
         base = tiny_model(class_name).bfloat16().to(dtype)
@@ -142,12 +146,38 @@ def test_a_model_and_its_adapter_compute_as_well_as_in_16_bits(class_name: str) 
         return torch.cat([parameter.grad.flatten() for parameter in model.lora_layers.parameters()])
 
     errors: dict[int, list[float]] = {999: [], TOKENS: []}
-    for seed in range(4):
+    for seed in range(6):
         exact = gradients(torch.float32, 999, seed)
         for tokens, found in errors.items():
             found.append(float((gradients(torch.bfloat16, tokens, seed) - exact).norm() / exact.norm()))
     assert errors[TOKENS] != errors[999]
-    assert sum(errors[TOKENS]) < 1.2 * sum(errors[999])
+    assert median(errors[TOKENS]) < 1.1 * median(errors[999])
+
+
+@pytest.mark.parametrize("class_name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_a_layer_and_its_adapter_are_rounded_once(class_name: str) -> None:
+    """As the same layer in float32; a third of the casts, and no copy of a factor in 16 bits."""
+    torch.manual_seed(0)
+    base = tiny_model(class_name).bfloat16()
+    model = LoRAModel(base, LoRAConfig(r=4, use_rslora=True)).train()
+    part = next(module for module in model.lora_layers.modules() if isinstance(module, LoRALayer))
+    nn.init.normal_(part.lora_B)
+    layer = next(m for m in base.modules() if attached_parts(m) == (part,))
+    x, dy = random(2, 3, part.in_features, grad=True), random(2, 3, part.out_features)
+    weight = layer.weight if part.layer_type is LINEAR else layer.weight.mT
+    A, B = (factor.detach().clone().requires_grad_() for factor in (part.lora_A, part.lora_B))
+    wide = x.detach().float().requires_grad_()
+    bias = None if layer.bias is None else layer.bias.float()
+    expected = F.linear(wide, weight.float(), bias) + part.scaling * (wide @ A.mT @ B.mT)
+    expected.backward(dy.float())
+    with Float32Products(TOKENS):
+        y = layer(x)
+    y.backward(dy)
+    eps = torch.finfo(torch.bfloat16).eps
+    for found, reference in ((y, expected), (x.grad, wide.grad)):
+        torch.testing.assert_close(found, reference.bfloat16(), rtol=eps, atol=1e-5)
+    for factor, reference in ((part.lora_A, A), (part.lora_B, B)):
+        torch.testing.assert_close(factor.grad, reference.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_forwards_of_enough_tokens_use_the_faster_products(monkeypatch: pytest.MonkeyPatch) -> None:
