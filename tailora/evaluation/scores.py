@@ -35,7 +35,6 @@ from tailora.evaluation.generate import free_positions, generation_arguments, is
 from tailora.evaluation.metrics import CHANGE, METRICS
 from tailora.evaluation.multiple_choice import (
     log_likelihoods,
-    reason_against_shared_prompts,
     right_is_likeliest,
     tokenize_choices,
 )
@@ -284,7 +283,6 @@ class _Evaluator:
         self.layout = choose_layout(TrainConfig(), model, tokenizer, log, task=self.task)
         self.token_budget = token_budget(model)
         self.normalize = normalizer(options.normalize)
-        self.share_prompts: bool | None = None  # None until it was tried on a question
         steps = {
             self._loss: {"loss", "perplexity"},
             self._accuracy: {"accuracy", "accuracy_norm"},
@@ -303,14 +301,7 @@ class _Evaluator:
         totals.too_long += choices.left_out
         if not len(choices.answers):
             return
-        if self.share_prompts is None:
-            reason = reason_against_shared_prompts(self.model, choices, self.layout, token_budget=self.token_budget)
-            if reason is not None:
-                self.log(f"the question is computed again for each choice, which is slower: {reason}")
-            self.share_prompts = reason is None
-        likelihoods = log_likelihoods(
-            self.model, choices, self.layout, token_budget=self.token_budget // 2, share_prompts=self.share_prompts
-        )
+        likelihoods = log_likelihoods(self.model, choices, self.layout, token_budget=self.token_budget)
         totals.hits["accuracy"] += right_is_likeliest(choices, likelihoods).tolist()
         totals.hits["accuracy_norm"] += right_is_likeliest(choices, likelihoods / choices.bytes).tolist()
 

@@ -337,7 +337,7 @@ def evaluate(
     owners: list[npt.NDArray[np.int64]] = []
     scores: list[Scores] = []
     with _without_gradients(model, layout):
-        for indices in batches_within(token_budget, examples.lengths, layout.packed):
+        for indices in batches_within(token_budget, examples, layout):
             batch = make_batch([examples[i] for i in indices], layout, device, task)
             unread.append((indices[batch.owners], task.outputs(model, batch, layout)))
             done += len(indices)
@@ -375,19 +375,23 @@ def _numbers(tensors: Sequence[Tensor]) -> npt.NDArray[np.float64]:
     return numbers
 
 
-def batches_within(token_budget: int, lengths: npt.NDArray[np.int64], packed: bool) -> Iterator[npt.NDArray[np.int64]]:
-    """Yields indices of examples of similar length, each batch within the budget.
+def batches_within(token_budget: int, examples: Examples, layout: BatchLayout) -> Iterator[npt.NDArray[np.int64]]:
+    """Yields indices of examples, each batch within the budget.
 
-    The longest come first, so that a lack of memory shows at once.
+    The longest come first, so that a lack of memory shows at once. If packed rows share beginnings, examples with the
+    same beginning, such as the replies to a question, come one after another instead.
     """
     batch: list[int] = []
-    tokens = 0
-    for i in np.argsort(-lengths, kind="stable"):
-        width = int(lengths[i] if packed or not batch else lengths[batch[0]])
+    tokens, lengths = 0, examples.lengths
+    order = np.argsort(-lengths, kind="stable").tolist()
+    if layout.shares_beginnings:
+        order.sort(key=lambda i: examples[i].input_ids.tobytes())
+    for i in order:
+        width = int(lengths[i] if layout.packed or not batch else lengths[batch[0]])
         if batch and tokens + width > token_budget:
             yield np.array(batch)
             batch, tokens, width = [], 0, int(lengths[i])
-        batch.append(int(i))
+        batch.append(i)
         tokens += width
     if batch:
         yield np.array(batch)

@@ -366,7 +366,7 @@ class Trainer:
                 progress=lambda done, total: run.report(events.EvaluationProgress(done, total, what)),
             )
         if self.config.fsdp:  # every forward needs all ranks
-            forwards = [len([*batches_within(budget, examples.lengths[own], run.layout.packed)]) for own in shares]
+            forwards = [len([*batches_within(budget, examples.select(own), run.layout)]) for own in shares]
             repeat_forward(run.model, examples[0], run.layout, task, max(forwards) - forwards[rank])
         sums, scores = np.zeros(len(examples)), np.zeros((int(counts.sum()), len(task.score_names)))
         for own, of_rank in zip(shares, gather_object([part]), strict=True):

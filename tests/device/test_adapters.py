@@ -17,7 +17,6 @@ from tailora.core.attach import Adapted
 from tailora.core.layer import LoRALayer
 from tailora.data.dataset import Example, Examples
 from tailora.evaluation.forgetting import forgetting
-from tailora.evaluation.multiple_choice import shared_prompt_losses
 from tailora.kernels.loss import FROZEN
 from tailora.train.loss import BatchLayout, evaluate
 
@@ -86,16 +85,11 @@ def held_out(model: LoRAModel, count: int) -> Any:
     return evaluate(model, Examples.of([example(40)] * count), layout=LAYOUT, token_budget=40).sums
 
 
-def shared_prompts(model: LoRAModel, count: int) -> Any:
-    questions = [[example(40), example(40)]] * count
-    return np.concatenate(shared_prompt_losses(model, questions, FROZEN, token_budget=40))
-
-
 def other_text(model: LoRAModel, count: int) -> Any:
     return forgetting(model, [list(range(40))] * count).loss_after
 
 
-@pytest.mark.parametrize("evaluation", [held_out, shared_prompts, other_text])
+@pytest.mark.parametrize("evaluation", [held_out, other_text])
 @pytest.mark.parametrize(("config", "most"), [(LoRAConfig(r=4), 2), (DORA, 3)], ids=["LoRA", "DoRA"])
 def test_an_evaluation_computes_norms_once_and_adds_as_few_kernels_as_decoding(
     device: torch.device, config: LoRAConfig, most: int, evaluation: Callable[[LoRAModel, int], Any]
@@ -117,7 +111,7 @@ def test_an_evaluation_computes_norms_once_and_adds_as_few_kernels_as_decoding(
     assert adapted - kernels_of_a_batch() == most * PROJECTIONS
 
 
-@pytest.mark.parametrize("evaluation", [held_out, shared_prompts, other_text])
+@pytest.mark.parametrize("evaluation", [held_out, other_text])
 def test_an_evaluation_gives_what_the_plain_path_gives(
     device: torch.device, evaluation: Callable[[LoRAModel, int], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -200,12 +200,24 @@ def test_evaluation_is_bitwise_repeatable_and_independent_of_its_batches(model: 
 @pytest.mark.parametrize("packed", [True, False])
 def test_evaluation_keeps_to_its_budget(packed: bool) -> None:
     lengths = np.array([5, 60, 7, 8, 30, 5, 5, 64])
-    batches = list(batches_within(64, lengths, packed))
+    layout = replace(PADDED, packed=packed)
+    batches = list(batches_within(64, texts(*lengths), layout))
     assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
     for batch in batches:
         size = lengths[batch].sum() if packed else lengths[batch].max() * len(batch)
         assert size <= 64
-    assert list(map(len, batches_within(64, np.array([100]), packed))) == [1]
+    assert list(map(len, batches_within(64, texts(100), layout))) == [1]
+
+
+def test_examples_with_the_same_beginning_share_a_batch() -> None:
+    layout = BatchLayout(True, PADDED.loss, 0, shares_beginnings=True)
+    ids = [[1, 2, 3, 4], [7, 8], [1, 2, 3, 5, 6], [7, 9, 9, 9, 9]]
+    examples = Examples.of(Example.of_text(np.array(row, dtype=np.int32)) for row in ids)
+    assert [sorted(batch.tolist()) for batch in batches_within(10, examples, layout)] == [[0, 2], [1, 3]]
+
+
+def texts(*lengths: int) -> Examples:
+    return Examples.of(Example.of_text(np.zeros(length, dtype=np.int32)) for length in lengths)
 
 
 # ---- Batches of tensors
