@@ -1,8 +1,7 @@
 """LoRAModel: a base model with adapters.
 
     base_model    the user's model, with its parameters, state dict and save_pretrained unchanged
-    lora_layers   the parts of the active adapters, by path; only these are trained
-
+    lora_layers   the parts of the active adapters, by path; contains everything that is trained
 An `AdapterSet` contains the adapters and tracks which ones are active; a `MergeState` tracks whether they are merged.
 Each method checks that both allow the operation and calls the function of `core` or `formats` that implements it.
 """
@@ -50,8 +49,9 @@ class LoRAModel(nn.Module):
     """An `nn.Module` with LoRA adapters. Calls, `generate` and other attributes are forwarded to the base model.
 
     The base model is frozen; train `lora_layers.parameters()`. Adapters have names. The first one, `adapter_name`, is
-    created from `config` (default: every linear layer except the output head) and is active.
-    Raises TargetError if the config names layers that are missing or cannot be adapted, or if the base has adapters.
+    created from `config` (default: adapts every linear layer except the output head) and is active.
+    Raises TargetError if the config names layers that are missing or cannot be adapted, or if the base already has
+    adapters.
     """
 
     base_model: nn.Module
@@ -77,9 +77,9 @@ class LoRAModel(nn.Module):
         adapter_name: str = "default",
         **options: Unpack[LoadOptions],
     ) -> Self:
-        """Returns the base model with the adapter of `folder`, which is active. Options and errors: see `load_adapter`.
+        """Returns the base model with the adapter in `folder` active. For options and errors, see `load_adapter`.
 
-        The adapter gets the mode of the base model, which transformers loads in evaluation mode: call `train()` to
+        transformers loads models in evaluation mode, and the adapter gets the same mode: call `train()` before you
         train it.
         """
         check_base(base_model)
@@ -108,10 +108,10 @@ class LoRAModel(nn.Module):
 
     @classmethod
     def from_peft(cls, peft_model: Any) -> Self:
-        """Converts a `peft.PeftModel` in place, with all its LoRA adapters; the same ones are active.
+        """Converts a `peft.PeftModel` in place, with all its LoRA adapters; the same ones stay active.
 
         Outputs and current scales stay the same; do not use `peft_model` afterwards. If PEFT changed base weights
-        (PiSSA, OLoRA, trained biases), they remain changed. Everything is checked before anything changes. Raises
+        (PiSSA, OLoRA, trained biases), they remain changed. Everything is checked before the model changes. Raises
         TargetError or FormatError with everything that cannot be converted.
         """
         adapters, active = read_peft_model(peft_model)
@@ -138,10 +138,10 @@ class LoRAModel(nn.Module):
             return self.base_model(*args, **kwargs)
 
     def forward_context(self) -> AbstractContextManager[None]:
-        """Returns the context of a forward, also for what calls parts of the base instead.
+        """Returns the context of a forward pass, also for code that calls parts of the base directly.
 
-        Raises AdapterError if an active adapter cannot be trained yet. The first forward in training warns about layers
-        that it does not call.
+        Raises AdapterError if an active adapter cannot be trained yet. The first training forward pass warns about
+        layers that it does not call.
         """
         if self.training and self._adapter_set.training_obstacle:
             raise AdapterError(self._adapter_set.training_obstacle)
@@ -149,13 +149,13 @@ class LoRAModel(nn.Module):
         return self._adapter_set.first_forward() if is_watched else nullcontext()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the base's `generate`. Within `adapter_rows`, all beams and sequences of a prompt have its adapter."""
+        """Calls the base's `generate`. Within `adapter_rows`, all beams and sequences of a prompt use its adapter."""
         check_no_adapter_names(kwargs)
         with self._adapter_set.generation(args, kwargs):
             return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the base's method. Raises AdapterError if an adapter holds the embeddings or the head at their size."""
+        """Calls the base's method. Raises AdapterError if an adapter's tensors depend on the size of the embeddings."""
         base: Any = self.base_model
         self._adapter_set.check_not_adapted((base.get_input_embeddings(), base.get_output_embeddings()), "resize")
         return base.resize_token_embeddings(*args, **kwargs)
@@ -178,7 +178,7 @@ class LoRAModel(nn.Module):
         return f"LoRAModel({layers}, adapters: {names or 'none'}; summary() lists the layers)"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Makes `to`, `cuda`, `float`... include inactive adapters and the original weights of a merge."""
+        """Extends `to`, `cuda`, `float`, ... to inactive adapters and to the original weights kept by a merge."""
         self._merge_state.apply(fn)
         self._adapter_set.apply_to_inactive(fn, recurse)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -187,7 +187,7 @@ class LoRAModel(nn.Module):
         return self
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Returns the numbers of trainable and of all parameters, as they would be without quantization."""
+        """Returns the number of trainable parameters and of all parameters, counted as without quantization."""
         trained = sum(parameter.numel() for parameter in self.lora_layers.parameters() if parameter.requires_grad)
         return trained, self.summary().total_parameters
 
@@ -217,14 +217,14 @@ class LoRAModel(nn.Module):
         return self._adapter_set[name]
 
     def add_adapter(self, name: str, config: LoRAConfig) -> None:
-        """Adds a new adapter; the active ones stay active. Raises AdapterError, TargetError."""
+        """Adds a new adapter without activating it. Raises AdapterError, TargetError."""
         self._adapter_set.check_new(name)
         self._merge_state.check_unmerged("add an adapter")
         config = fitted_config(self.base_model, config)
         self._adapter_set.add(name, create(select(self.base_model, config), config))
 
     def load_adapter(self, folder: str | Path, name: str = "default", **options: Unpack[LoadOptions]) -> None:
-        """Adds an adapter of tailora, PEFT, mlx-lm, Kohya's tools or diffusers; the active adapters stay active.
+        """Adds an adapter of tailora, PEFT, mlx-lm, Kohya's tools or diffusers, without activating it.
 
         folder: a folder or file; if it does not exist, "owner/name" on the Hub.
         options: revision, token and subfolder of a repository; is_trainable=False freezes the adapter;
@@ -242,7 +242,7 @@ class LoRAModel(nn.Module):
     ) -> Path:
         """Writes a PEFT folder atomically; an adapter with a name other than "default" gets a subfolder.
 
-        base: `formats.peft.base_fingerprint` of the adapter; default: computed from the base model.
+        base: the adapter's `formats.peft.base_fingerprint`; computed from the base model by default.
         Returns the folder of the adapter. Saves learned and assigned scales, but not the strength (`set_scale`).
         """
         adapter = self._adapter_set[name]
@@ -277,10 +277,11 @@ class LoRAModel(nn.Module):
             self.save_adapter(save_directory, name)
 
     def push_to_hub(self, repo_id: str, *, tags: Sequence[str] = (), **options: Any) -> str:
-        """Uploads the files of `save_pretrained` to a repository on the Hub; returns the address of the commit.
+        """Uploads the files of `save_pretrained` to a repository on the Hub; returns the URL of the commit.
 
-        A local base model is named after its folder, without the path. options: private, token, revision, create_pr,
-        commit_message, commit_description, as in transformers, and the options of `save_pretrained`.
+        For a local base model, the name of its folder is uploaded, but not the path.
+        options: private, token, revision, create_pr, commit_message, commit_description, as in transformers, and the
+        options of `save_pretrained`.
         Does nothing and returns "" unless `is_main_process`. Raises WriteError if the Hub rejects the files.
         """
         of_upload = {name: options.pop(name) for name in UPLOAD_OPTIONS & options.keys()}
@@ -317,7 +318,7 @@ class LoRAModel(nn.Module):
     ) -> "ServingExport":
         """Exports an adapter for a server: "vllm", "llama-server", "ollama" or "mlx", with a script that starts it.
 
-        An adapter that the server cannot load is merged into the base model. Otherwise like `export`.
+        An adapter that the server cannot load is merged into the base model. Everything else is as in `export`.
         """
         from tailora.formats.serving_targets import ServingSettings, export_for
 
@@ -354,14 +355,14 @@ class LoRAModel(nn.Module):
             self.set_adapter(active)
 
     def adapter_rows(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
-        """Within the block, each row of a batch (first dimension) uses the adapter with its name; None: no adapter.
+        """Within the block, each batch row (first dimension) uses the adapter listed for it; None means no adapter.
 
         Works for training and inference; afterwards, the previous adapters are active again. `lora_layers` does not
-        change: call `set_adapter` with all names first to train them. With gradient checkpointing, call backward
-        within the block. For inference, the factors are cached within the block until torch registers a change of a
-        parameter. It does not register in-place changes of `.data` or in torch.inference_mode.
-        Raises AdapterError for unknown names, MergeError while merged, RowsError within another such block, or if a
-        layer gets a different number of rows or does not see the rows separately.
+        change. To train all these adapters, first call `set_adapter` with all their names. With gradient checkpointing,
+        call backward within the block. For inference, the factors are cached within the block until torch registers a
+        change of a parameter. torch does not register in-place changes of `.data`, or changes in torch.inference_mode.
+        Raises AdapterError for unknown names, and MergeError while merged. Raises RowsError within another such block,
+        or if a layer gets a different number of rows or cannot separate the rows.
         """
         self._merge_state.check_unmerged("choose adapters by row")
         return self._adapter_set.activated_by_row(names)
@@ -384,9 +385,9 @@ class LoRAModel(nn.Module):
         """Initializes an adapter with init_lora_weights "eva" from a few batches of your data.
 
         batches: tensors or mappings of the model's arguments, or arguments of `loss`; all are kept in memory.
-        loss: calls the model on a batch, for other types of batches; its result is ignored.
-        rho: a layer gets up to rho times its rank, with the same total of ranks, written as `rank_pattern`.
-        Takes 3 forward passes per batch, in evaluation mode without adapters. Call it before creating the optimizer.
+        loss: a function that calls the model on a batch of any other type; its result is ignored.
+        rho: a layer can get up to rho times its rank, with the total unchanged; the ranks go into `rank_pattern`.
+        Runs 3 forward passes per batch, in evaluation mode without adapters. Call it before creating the optimizer.
         Raises AdapterError for a different init, DataError if the inputs of a layer do not vary.
         """
         adapter = self._adapter_set[name]
@@ -411,7 +412,7 @@ class LoRAModel(nn.Module):
         return allocator
 
     def settle_ranks(self, name: str = "default") -> None:
-        """Turns an AdaLoRA adapter into plain LoRA with the remaining ranks, as in its file."""
+        """Turns an AdaLoRA adapter into plain LoRA with the remaining ranks, as `save_adapter` writes it."""
         self._adapter_set.replace(name, as_plain_lora(self._adapter_set[name]))
         self.set_adapter(self.active_adapters)
 
@@ -432,8 +433,8 @@ class LoRAModel(nn.Module):
 
         method: "cat" is exact, and its ranks add up; "svd" is the best approximation of rank `r`; "ties" (`density`)
         and "dare" (`drop`, `seed`) drop entries of the dense updates first. Defaults: `core.combine.Combination`.
-        The active adapters stay active. Returns rank and relative error by layer. Raises ConfigError, and AdapterError
-        with everything that cannot be combined.
+        The active adapters stay active. Returns rank and relative error by layer. Raises ConfigError, or AdapterError
+        listing everything that cannot be combined.
         """
         self._adapter_set.check_new(name)
         self._merge_state.check_unmerged("combine adapters")
@@ -452,12 +453,13 @@ class LoRAModel(nn.Module):
         loss: Callable[[Self], float] | None = None,
         budget: float | None = None,
     ) -> Truncation:
-        """Adds the adapter `name`: `source` at a lower rank, with its largest singular values.
+        """Adds the adapter `name`: `source` reduced to a lower rank, with its largest singular values.
 
         r: maximum rank per layer.    energy: share of the squared singular values to keep in each layer, such as 0.99.
         loss, budget: `loss(model)` may rise by `budget`. It is called about log2(number of singular values) times, with
             only `source` active unless that is active already. Afterwards, the same adapters are active as before.
-        Returns rank and error by layer. Raises ConfigError, AdapterError; DivergedError for a loss that is not finite.
+        Returns rank and error by layer. Raises ConfigError, AdapterError, or DivergedError for a loss that is not
+        finite.
         """
         compress.check(r, energy, loss, budget)
         self._adapter_set.check_new(name)
@@ -479,8 +481,8 @@ class LoRAModel(nn.Module):
         """Merges the active adapters into the base model's weights, keeping the originals for `unmerge`.
 
         All merged weights are computed and checked to be finite before the first one is written. A quantized base is
-        fully dequantized. Raises MergeError, also for a weight that several layers share, unless `untie_weights` gives
-        the adapted layer its own copy. Returns the rounding error of each layer relative to its update.
+        fully dequantized. Raises MergeError, for example if several layers share a weight; `untie_weights` gives the
+        adapted layer its own copy instead. Returns the rounding error of each layer relative to its update.
         """
         self._adapter_set.check_no_batch("merge")
         return self._merge_state.merge(self._adapter_set.layers, untie_weights=untie_weights)
@@ -502,8 +504,8 @@ class LoRAModel(nn.Module):
     def merge_and_unload(self, *, untie_weights: bool = False, in_place: bool = False) -> nn.Module:
         """Returns the base model with the active adapters merged into its weights, in its original classes.
 
-        in_place: modify the weights in place where possible, to save the memory of a second copy. Other references to
-            these tensors see the change, and an interruption leaves some layers merged.
+        in_place: modify the weights in place where possible, to avoid a second copy. Other references to these tensors
+            see the change, and an interruption leaves some layers merged.
         """
         self._adapter_set.check_no_batch("merge")
         if not self.is_merged:

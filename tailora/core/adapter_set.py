@@ -1,7 +1,7 @@
 """The adapters of one base model: their names, the layers they change, and which of them are active.
 
-Every part of an adapter (an update, a trained copy, a trained bias) has the path of what it changes. The layer that
-uses it has the same path, or the parent path for a slice of a fused layer or a single parameter.
+Every part of an adapter (an update, a trained copy, a trained bias) is stored under the path of what it changes. The
+layer that uses it has the same path, or the parent path for a slice of a fused layer or a single parameter.
 """
 
 import math
@@ -44,7 +44,7 @@ class AdapterSet:
     adapters: name -> adapter, in insertion order.
     active: names of the active adapters.
     layers: path -> layer of the base, for all layers changed by an adapter.
-    batch: the adapter of every row, within a block of `activated_by_row`.
+    batch: the adapter of every row, inside an `activated_by_row` block.
     training_obstacle: why the active adapters cannot be trained yet, or "".
     """
 
@@ -73,7 +73,7 @@ class AdapterSet:
     # ---- Names
 
     def __getitem__(self, name: str) -> Adapter:
-        """Raises AdapterError with the existing names for an unknown one."""
+        """Returns an adapter. For an unknown name, raises AdapterError with the existing names."""
         if name not in self.adapters:
             raise AdapterError(
                 f"unknown adapter {name!r}; existing adapters: {', '.join(self.adapters) or 'none'}"
@@ -95,7 +95,7 @@ class AdapterSet:
     def add(self, name: str, adapter: Adapter) -> None:
         """Adds an adapter without activating it, and swaps the classes of its layers.
 
-        Raises TargetError for a layer that one adapter adapts and a different one trains in full.
+        Raises TargetError for a layer that one adapter adapts and another adapter trains in full.
         """
         layers_by_path = {path: find_layer(self.base_model, path) for path in adapter.parts}
         layer_paths = {path: layer_path for path, (layer_path, _) in layers_by_path.items()}
@@ -116,7 +116,7 @@ class AdapterSet:
         self.replace(name, adapter)
 
     def replace(self, name: str, adapter: Adapter) -> None:
-        """Stores an adapter of the same layers under this name. Call `activate` to use it."""
+        """Replaces the adapter of this name with one for the same layers. Call `activate` to use it."""
         self.adapters[name] = adapter
         self._modules[name] = as_module(group_by_path(adapter.parts.items()))
 
@@ -172,13 +172,13 @@ class AdapterSet:
         return module
 
     def layer_calls(self) -> LayerCalls:
-        """Returns a recorder of the active adapters' layers that a forward calls, instead of `first_forward`."""
+        """Returns a recorder for the active adapters' layers that a forward pass calls; replaces `first_forward`."""
         self._watched |= self._unwatched
         self._unwatched = set()
         return LayerCalls(self.base_model, self._in_order(self._layers_of(self.active)))
 
     def first_forward(self) -> AbstractContextManager[None]:
-        """Returns the context of a training forward. The first one warns about adapted layers that are not called.
+        """Returns the context of a training forward pass. The first one warns about adapted layers that it skips.
 
         Compiled models are not watched, because hooks would be compiled into them.
         """
@@ -204,7 +204,7 @@ class AdapterSet:
 
     @contextmanager
     def activated_by_row(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Within the block, every batch row uses the adapter with its name; None means no adapter.
+        """Within the block, every batch row uses the adapter that `names` lists for it; None means no adapter.
 
         Raises AdapterError for unknown names, RowsError for nested blocks.
         """
@@ -223,7 +223,7 @@ class AdapterSet:
             self.batch, self.training_obstacle = None, obstacle
 
     def attach_by_token(self, batch: MixedBatch | None) -> None:
-        """Makes every token of a packed batch use its adapter in `batch`, until the next call. None means the base.
+        """Makes every token of a packed batch use its adapter in `batch`, until the next call. None means no adapters.
 
         Call it again after adding or removing adapters. Raises RowsError for layers that do not process tokens
         independently.
@@ -280,7 +280,7 @@ class AdapterSet:
 
 
 def layer_calls(model: nn.Module) -> LayerCalls:
-    """Returns a recorder of the layers of a LoRAModel's active adapters that a forward calls."""
+    """Returns a recorder for the layers with active adapters that a forward pass calls."""
     return cast(AdapterSet, model._adapter_set).layer_calls()
 
 
@@ -307,7 +307,7 @@ def _check_row_names(names: Any, adapters: Sequence[str]) -> tuple[str | None, .
 
 
 def _repeats_of_generate(base: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Returns how often `base.generate(*args, **kwargs)` repeats every row, for beams or several sequences."""
+    """Returns how often `base.generate(*args, **kwargs)` repeats every row, for beams or multiple sequences."""
     argument = args[1] if len(args) > 1 else kwargs.get("generation_config")
     config = argument or getattr(base, "generation_config", None)
     names = ("num_beams", "num_return_sequences")

@@ -130,15 +130,15 @@ def layer_numbers(value: Any) -> Any:
 
 
 def with_known_init(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a file from an earlier version, with a known init instead of a removed one."""
+    """Returns the settings from a file of an earlier version, replacing an init that has since been removed."""
     init = settings.get("init_lora_weights")
     return {**settings, "init_lora_weights": REMOVED_INITS[init]} if init in REMOVED_INITS else dict(settings)
 
 
 def our_name(theirs: str, known: Collection[str], *, is_flag: bool = False) -> str:
-    """Returns 'use NAME' if `theirs` is a setting of a different tool or a different part of tailora; '' otherwise.
+    """Returns 'use NAME' if `theirs` is the name of a setting in another tool or another part of tailora.
 
-    Returns 'remove it: REASON' if tailora needs no such setting.
+    Returns 'remove it: REASON' if tailora does not need such a setting, and '' for an unknown name.
     is_flag: write --our-name instead of our_name.
     """
     if theirs in WHY_NOT_NEEDED:
@@ -156,7 +156,7 @@ def our_name(theirs: str, known: Collection[str], *, is_flag: bool = False) -> s
 
 
 def suggestion(name: str, known: Collection[str]) -> str:
-    """Returns '; ' and the hint of `our_name` for a name that it knows, else the hint of `nearest`."""
+    """Returns '; ' and the hint of `our_name` for a known name, otherwise the hint of `nearest`."""
     ours = our_name(name, known)
     also_read = (alias for alias, read_as in ALIASES.items() if read_as in known)
     return f"; {ours}" if ours else nearest(name, {*known, *also_read})
@@ -201,7 +201,7 @@ class AdaLoRA(StrictModel):
 
     target_r: average rank at the end of training.
     tinit, tfinal: steps before ranks are reduced, and steps with the final ranks; None: 10% and 30% of all steps.
-    deltaT: steps between two rank allocations.
+    deltaT: number of steps between two rank allocations.
     beta1, beta2: smoothing of the sensitivity and of the uncertainty.
     orth_reg_weight: weight of the penalty that keeps A and B orthonormal.
     """
@@ -218,42 +218,42 @@ class AdaLoRA(StrictModel):
 class LoRAConfig(StrictModel):
     """The settings of one adapter.
 
-    r: rank of the update, at most min(in, out) of a layer. Smaller layers selected by "all-linear" or a regular
+    r: rank of the update, at most min(in, out) of the layer. Smaller layers selected by "all-linear" or a regular
         expression get a lower rank at the same scale (see `core.targets.fitted_config`).
     lora_alpha: the update is scaled by alpha / r, or by alpha / sqrt(r) with `use_rslora` (arXiv:2312.03732).
     lora_dropout: dropout probability for the inputs of A in training.
     target_modules: layers to adapt: names (exact, or the end of a path after a dot), one regular expression that must
         match the full path, or "all-linear" (every linear layer except the output head).
     exclude_modules: layers to exclude, in the same formats.
-    layers_to_transform: adapt only layers with these indices, as in PEFT: the first number in the path after at least
-        two names. Layers whose full path is in `target_modules` are always adapted.
-    layers_pattern: name (or names) of the list of layers to which `layers_to_transform` refers: "blocks" for 3 in
-        `blocks.3.experts.2.proj`, where the rule above gives 2.
+    layers_to_transform: adapt only layers with these indices. As in PEFT, the index is the first number in the path
+        after at least two names. Layers whose full path is in `target_modules` are always adapted.
+    layers_pattern: name (or names) of the list of layers to which `layers_to_transform` refers. With "blocks", the
+        index of `blocks.3.experts.2.proj` is 3; the rule above gives 2.
     rank_pattern, alpha_pattern: regular expression -> value; matches like `(.*\\.)?KEY$`, the first match wins.
-    target_parameters: parameters that a module uses without a layer, such as the stacked weights of experts
-        (`["experts.gate_up_proj", "experts.down_proj"]`): names, exact or the end of a path after a dot. The weight of
-        a linear layer (`"mlp.down_proj.weight"`) selects the layer.
+    target_parameters: names of parameters that a module uses without a layer, such as the stacked weights of experts
+        (`["experts.gate_up_proj", "experts.down_proj"]`). A name is a path or its end after a dot. The weight of a
+        linear layer (`"mlp.down_proj.weight"`) selects the layer.
     fused_parts: pattern -> sizes of the parts of a fused layer in the order of its output rows, repeated until all
         rows are used: `{"to_qkv": {"q": 64, "k": 64, "v": 64}}`. Each part is a target: `target_modules=["to_qkv.q"]`.
         The parts of the classes in `core.fused_layers.LAYOUTS` (GPT-2, GPT-NeoX, Falcon, Phi-3, ...) are known.
     modules_to_save: modules to train in full and save with the adapter: ends of their paths, as in PEFT. With
         "all-linear", None selects the heads that transformers adds to a base model for classification and question
         answering (classifier, score, ...).
-    trainable_token_indices: token ids whose embeddings are trained, such as new tokens: name of the embedding -> ids,
-        or ids of the input embedding. A tied output head follows. As in torch and PEFT, the row of the embedding's
-        padding token gets no gradient from the embedding.
-    bias: biases of the base model to train, in copies that belong to the adapter: "none", of the adapted layers
-        ("lora_only"), or of all layers ("all").
+    trainable_token_indices: ids of tokens whose embeddings are trained, such as new tokens. Either name of the
+        embedding -> ids, or only the ids, for the input embedding. A tied output head changes with it. As in torch and
+        PEFT, the row of the padding token gets no gradient from the embedding.
+    bias: which biases of the base model to train, as copies that belong to the adapter: "none", only in adapted layers
+        ("lora_only"), or in all layers ("all").
     lora_bias: adds a trained bias to the update.
     use_dora: trains the magnitude of every output row of the adapted weight (DoRA, arXiv:2402.09353).
     learn_scaling: trains the scale of every layer, starting from the value above.
-    init_lora_weights: initialization of A and B. kaiming (True, as in PEFT), gaussian: A is random and B zero. pissa,
-        olora: from the weights of the base model. eva: from training data, with `LoRAModel.start_from_data`. The
-        weights of the base model never change.
-    adalora: moves ranks to the layers where they matter, during training (`LoRAModel.allocate_ranks`).
-    task_type: the task, as PEFT's name or TaskType. "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" add the model's head to
-        modules_to_save, independent of the targets. It is written to the adapter's folder and selects the class with
-        which PEFT loads the adapter; None: by the base's class.
+    init_lora_weights: initialization of A and B. kaiming (or True, as in PEFT) and gaussian: A is random and B zero.
+        pissa and olora: from the weights of the base model. eva: from training data, with
+        `LoRAModel.start_from_data`. The weights of the base model never change.
+    adalora: moves ranks to the layers where they matter most during training (`LoRAModel.allocate_ranks`).
+    task_type: PEFT's name or TaskType of the task. "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" add the model's head to
+        modules_to_save, whatever the targets are. The task is saved with the adapter and selects the class that PEFT
+        uses to load it. By default, the base model's class decides.
     """
 
     r: int = Field(16, ge=1)
@@ -280,12 +280,12 @@ class LoRAConfig(StrictModel):
 
     @property
     def layers_patterns(self) -> list[str]:
-        """`layers_pattern` as a list; [] matches any."""
+        """Returns `layers_pattern` as a list; [] matches any name."""
         return [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
 
     @property
     def layer_indices(self) -> set[int] | None:
-        """`layers_to_transform` as a set; None means all layers."""
+        """Returns `layers_to_transform` as a set; None means all layers."""
         indices = self.layers_to_transform
         return {indices} if isinstance(indices, int) else None if indices is None else set(indices)
 

@@ -1,6 +1,6 @@
 """DoRA (arXiv:2402.09353): every output row of W + s B A gets its own trained norm m, g = m / ||W + s B A||.
 
-gain            g, of the norms
+gain            g, computed from the norms
 weight_scale    the factor of the layer's own weight, for several adapters
 RowNorms        the norms of one layer, row by row, without W + s B A or an (in x in) product:
 
@@ -27,7 +27,7 @@ BLOCK = 2**18  # numbers of a 16-bit weight that are widened at a time: on a CPU
 def gain(magnitude: Tensor, norms: Tensor, has_zeros: bool = True) -> Tensor:
     """Returns g = m / ||W + s B A|| (out,).
 
-    A row of norm 0 adds nothing to the output, whatever its gain; it is m + 1 there, so that B gets a gradient.
+    A row with norm 0 adds nothing to the output, whatever its gain. Its gain is m + 1, so that B gets a gradient.
     has_zeros: whether a norm may be 0.
     """
     if not has_zeros:
@@ -50,7 +50,7 @@ def weight_scale(layer: Any, adapters: Sequence[Any], gains: Sequence[Tensor | N
 
 
 class WeightState(NamedTuple):
-    """Which tensor and memory a weight is, and how often torch saw it change, by references that keep neither alive."""
+    """Identifies a weight's tensor, memory and version (torch's change counter), without keeping the tensor alive."""
 
     weight: ReferenceType[Tensor]
     storage: StorageWeakRef
@@ -62,15 +62,15 @@ class WeightState(NamedTuple):
         return cls(ref(weight), cast(Any, StorageWeakRef)(weight.untyped_storage()), version)
 
     def is_of(self, weight: Tensor) -> bool:
-        """True if it is the state of this tensor now. Two weak references would compare the numbers of the tensors."""
+        """True if this is the tensor's current state. Comparing two weak references would compare tensor values."""
         return self.weight() is weight and self[1:] == WeightState.of(weight)[1:]
 
 
 class RowNorms:
     """||W + B A|| of every output row of one layer, in float32 at least.
 
-    ||W|| is computed once, and again when the weight is replaced or written to, as far as torch tells. Every forward
-    computes the rest, since fused optimizers and writers to `.data` change A and B without a trace.
+    ||W|| is computed once, and again after torch has registered a change of the weight or the weight was replaced.
+    The rest is computed in every forward pass, because fused optimizers and writes to `.data` change A and B unnoticed.
     """
 
     squares: Tensor  # ||W||^2 (out,)
@@ -89,7 +89,7 @@ class RowNorms:
 
     @torch.no_grad()
     def refresh(self, layer: nn.Module) -> None:
-        """Compute ||W|| again if the layer's weight is another tensor or was written to."""
+        """Recomputes ||W|| if the layer's weight was replaced or changed."""
         name = self.layer_type.weight_name
         weight = weight_of(layer, name)
         if self._weight is None or not self._weight.is_of(weight):
@@ -109,14 +109,14 @@ class RowNorms:
 
     @torch.no_grad()
     def exact(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
-        """Returns the norms computed again in float64, where the device has it."""
+        """Returns the norms recomputed in float64, if the device supports it."""
         dtype = wide_dtype(A.device)
         weight, transposed = self._dense(layer), self.layer_type.is_transposed(layer)
         squares = row_squares(weight, transposed, dtype)
         return row_norms(weight, transposed, squares, *self.layer_type.factors(layer, A, B), self.has_zeros)
 
     def _dense(self, layer: nn.Module) -> Tensor:
-        """Returns the dense weight (groups, m, n), as `LayerType.factors` has it; of a fused layer the slice alone."""
+        """Returns the dense weight (groups, m, n), as in `LayerType.factors`; for a fused layer, only the slice."""
         layer_type = self.layer_type
         name = layer_type.weight_name
         weight = dense_weight(layer, name) if self._is_quantized else whole_tensor(weight_of(layer, name).detach())
@@ -133,7 +133,7 @@ class RowNorms:
 
 
 def row_squares(weight: Tensor, transposed: bool, dtype: torch.dtype) -> Tensor:
-    """Returns ||W||^2 of every output row of W (groups, m, n), a column of it if `transposed`: (out,), in `dtype`."""
+    """Returns ||W||^2 of every output row (column if `transposed`) of W (groups, m, n): (out,), in `dtype`."""
     squares = [[block.to(dtype).square().sum(0 if transposed else 1) for block in _blocks(W)] for W in weight]
     return torch.cat([torch.stack(sums).sum(0) if transposed else torch.cat(sums) for sums in squares])
 
@@ -143,7 +143,8 @@ def row_norms(
 ) -> Tensor:
     """Returns ||W + L R|| of every output row: (out,), in the dtype of `squares`, which is ||W||^2.
 
-    W (groups, m, n), L (groups, m, r), R (groups, r, n). has_zeros: if not, a norm that rounding makes 0 is 1.
+    W (groups, m, n), L (groups, m, r), R (groups, r, n).
+    has_zeros: whether rows may be zero; if not, a norm of 0 is a rounding error and becomes 1.
     """
     left, right = left.to(squares.dtype), right.to(squares.dtype)
     if transposed:
@@ -176,19 +177,19 @@ def _left_product(left: Tensor, weight: Tensor) -> Tensor:
 
 
 def _is_one_product(weight: Tensor, dtype: torch.dtype) -> bool:
-    """True if W is multiplied in its own precision: where W as a whole would be widened to float32 for every forward.
+    """True if W is multiplied in its own precision, because it would otherwise be cast to float32 in every forward.
 
-    The sums are float32 on every device. The product, rounded to W's 16 bits, is the small part of the norm: bfloat16
-    moved the norm of 576 inputs by at most 3e-4 with an update as large as W. A bfloat16 output keeps 4e-3.
+    Sums are float32 on every device. The product, rounded to W's 16 bits, is a small part of the norm: with an update
+    as large as W, bfloat16 changed the norm of 576 inputs by at most 3e-4. A bfloat16 output is only exact to 4e-3.
     """
     return not _has_blocks(weight) and dtype == torch.float32
 
 
 def _blocks(matrix: Tensor) -> Sequence[Tensor]:
-    """Splits a matrix into blocks of rows, if it is to be widened block by block."""
+    """Splits a matrix into blocks of rows if it is cast to a wider dtype block by block."""
     return torch.split(matrix, max(1, BLOCK // matrix.shape[1])) if _has_blocks(matrix) else (matrix,)
 
 
 def _has_blocks(weight: Tensor) -> bool:
-    """True on the CPU, except in the compiler, and if something has to be widened."""
+    """True on the CPU if a cast to a wider dtype is needed, except in a compiled graph."""
     return weight.device.type == "cpu" and weight.dtype.itemsize <= 2 and not torch.compiler.is_compiling()

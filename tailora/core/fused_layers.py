@@ -1,7 +1,7 @@
-"""Parts of a fused layer: which outputs of one matrix are q, k and v, or gate and up.
+"""Parts of a fused layer: which outputs of its matrix are q, k and v, or gate and up.
 
-A layout gives the sizes of the parts in the order of the outputs, repeated until all outputs are used: {"q": 64,
-"k": 64, "v": 64} on 192 outputs is [q|k|v], on 768 outputs it is four heads of [q|k|v] each.
+A layout lists the sizes of the parts in the order of the outputs, repeated until all outputs are used. {"q": 64,
+"k": 64, "v": 64} means [q|k|v] for 192 outputs, and four heads of [q|k|v] for 768 outputs.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ Layout = Mapping[str, int]
 
 @dataclass(frozen=True)
 class OutputSlice:
-    """The outputs start..stop of every period, of `total` outputs."""
+    """The outputs start..stop of every period, out of `total` outputs."""
 
     start: int
     stop: int
@@ -57,7 +57,7 @@ def _grouped(parent: Any, total: int) -> Layout:
 
 
 def _falcon(parent: Any, total: int) -> Layout:
-    """One [its q heads|k|v] per key-value group; or all q heads and one k and v; or one [q|k|v] per head."""
+    """[its q heads|k|v] for each key-value group; or all q heads, one k and one v; or [q|k|v] for each head."""
     size = parent.head_dim
     if parent.new_decoder_architecture:
         return {"q": parent.num_heads // parent.num_kv_heads * size, "k": size, "v": size}
@@ -65,7 +65,7 @@ def _falcon(parent: Any, total: int) -> Layout:
 
 
 def _bigcode(parent: Any, total: int) -> Layout:
-    """[q|k|v] if all heads share one k and v; otherwise one [q|k|v] per head."""
+    """[q|k|v] if all heads share one k and v; otherwise [q|k|v] for each head."""
     if parent.is_cross_attention:
         return {}
     kv = parent.kv_dim
@@ -112,7 +112,7 @@ def layout_of(parent: nn.Module, name: str, total: int) -> Layout:
 
 
 def output_slices(layout: Layout, total: int) -> dict[str, OutputSlice]:
-    """Returns part -> its outputs. Raises ValueError where the sizes do not divide the layer's `total` outputs."""
+    """Returns part -> its outputs. Raises ValueError if the sizes do not divide the layer's `total` outputs."""
     period, start, slices = sum(layout.values()), 0, {}
     if not _divides(layout, total):
         raise ValueError(f"the parts {dict(layout)} have {period} rows, which do not divide the layer's {total}")

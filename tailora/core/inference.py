@@ -1,8 +1,8 @@
-"""What `generate` and evaluations do with less work: adapters do not change, and tokens may come one by one.
+"""Faster `generate` and evaluations: adapters do not change, and tokens may be generated one by one.
 
-In `generate`, and in an evaluation on an accelerator, the adapters of a linear layer are two constant factors, cast and
-scaled once. On a CPU, `generate` leaves few tokens in bfloat16 to torch's own kernel. Measured on one core with
-SmolLM2-135M: 33 ms a token, 57 by oneDNN; with an adapter of rank 16, 36 and 71.
+In `generate`, and in an evaluation on an accelerator, the adapters of a linear layer become two constant factors, cast
+and scaled once. On a CPU, `generate` uses torch's own kernel for few tokens in bfloat16. On one core, SmolLM2-135M took
+33 ms per token instead of 57 with oneDNN, and 36 instead of 71 with an adapter of rank 16.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,9 +26,9 @@ KERNEL_LOCK = Lock()
 
 @contextmanager
 def generating(base: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The context of `base.generate`: within the block adapters are constants, without gradients.
+    """The context of `base.generate`: within the block, adapters are constants, without gradients.
 
-    layers: the adapted ones. Does nothing where `_may_be_constant` is False.
+    layers: the adapted layers. Does nothing if `_may_be_constant` is False.
     """
     if not _may_be_constant(base):
         yield
@@ -46,9 +46,10 @@ def generating(base: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[Non
 
 @contextmanager
 def _contiguous_rows(base: nn.Module) -> Iterator[None]:
-    """Within the block the output head gets contiguous states.
+    """Within the block, the output head gets contiguous states.
 
-    The last states of several prompts are not: then torch copies the head for every row, 0.3 s each for SmolLM2-135M.
+    The last states of several prompts are not contiguous, so torch would copy the head for every row: 0.3 s each for
+    SmolLM2-135M.
     """
     head = getattr(base, "get_output_embeddings", lambda: None)()
     if not isinstance(head, nn.Module):
@@ -60,7 +61,7 @@ def _contiguous_rows(base: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def constant_adapters(base: nn.Module) -> Iterator[None]:
-    """The context of an evaluation, without gradients: within the block no adapter may change. A CPU gains nothing."""
+    """The context of an evaluation, without gradients: within the block, no adapter may change. No gain on a CPU."""
     layers = [module for module in base.modules() if isinstance(module, Adapted)]
     is_device = _first_weight(base).device.type != "cpu"
     with torch.no_grad(), _attached_constants(layers if is_device and _may_be_constant(base) else ()):
@@ -68,12 +69,12 @@ def constant_adapters(base: nn.Module) -> Iterator[None]:
 
 
 def _first_weight(base: nn.Module) -> Tensor:
-    """Its device is "meta" where accelerate keeps the weights elsewhere."""
+    """Returns the first weight. Its device is "meta" if accelerate has offloaded the weights."""
     return next(base.parameters(), torch.empty(0))
 
 
 def _may_be_constant(base: nn.Module) -> bool:
-    """False under autocast, and if a part of the model is compiled for inference: it would be compiled again."""
+    """False under autocast, and if a part of the model is compiled for inference, because it would be recompiled."""
     calls = [module._compiled_call_impl for module in base.modules()]
     if any(call is not None and not getattr(call, "only_with_gradients", False) for call in calls):
         return False
@@ -83,7 +84,7 @@ def _may_be_constant(base: nn.Module) -> bool:
 
 @contextmanager
 def _attached_constants(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Within the block these layers run with constants in place of their adapters."""
+    """Within the block, these layers use constants instead of their adapters."""
     constants: dict[nn.Module, ConstantUpdate] = {}
     for layer in layers:
         adapters = attached_parts(layer)
@@ -100,21 +101,21 @@ def _attached_constants(layers: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _has_own_output(layer: Any) -> bool:
-    """True for a linear layer whose output is a new tensor, which nothing else refers to, so that it may be changed."""
+    """True for a linear layer whose output is a new tensor without other references, so it may be changed in place."""
     return LAYER_TYPES.get(qualified_name(layer.plain)) in (LINEAR, CONV1D) or is_quantized(layer)
 
 
 def _is_constant(adapter: Any) -> bool:
-    """Returns True for a product of two factors without dropout, with any other slots."""
+    """True for a product of two factors without dropout, whatever other slots it has."""
     is_product = type(adapter) is LoRALayer and adapter.layer_type in (LINEAR, CONV1D)
     return is_product and not (adapter.training and adapter.lora_dropout)
 
 
 @dataclass(frozen=True, eq=False)
 class Constants:
-    """What all adapters of a layer change: its output y becomes y + rescaling * y + B (A x + hidden_bias).
+    """The change by all adapters of a layer: its output y becomes y + rescaling * y + B (A x + hidden_bias).
 
-    A change of the bias is one more rank, whose A is zero and whose hidden bias is one: it takes no pass over y.
+    A change of the bias is stored as an extra rank with a zero A and a hidden bias of 1, which saves a pass over y.
     """
 
     A: Tensor  # (r, in)
@@ -143,7 +144,7 @@ class Constants:
         return cls(torch.cat(As).to(dtype), torch.cat(Bs).to(dtype).contiguous(), hidden_bias, rescaling)
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """Changes y in place, in two operations, with DoRA in three."""
+        """Changes y in place, with two operations, or three with DoRA."""
         y, x = y.contiguous(), x.to(y.dtype)
         if self.rescaling is not None:
             y.addcmul_(y, self.rescaling)
@@ -162,14 +163,14 @@ def _sum(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class ConstantUpdate:
-    """Replaces the adapters of a linear layer while they do not change."""
+    """Replaces the adapters of a linear layer as long as they do not change."""
 
     def __init__(self, adapters: tuple[LoRALayer, ...]) -> None:
         self.adapters = adapters
         self._constants: tuple[torch.dtype, Constants] | None = None
 
     def add_to(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
-        """Returns y + the adapters' changes: y itself, changed, which is the layer's own output."""
+        """Adds the adapters' changes to the layer's output y, in place, and returns y."""
         if torch.compiler.is_compiling():  # transformers does, for a static cache; CUDA graphs overwrite what they made
             for adapter in self.adapters:
                 y = adapter.add_to(y, output, x, layer)
@@ -181,9 +182,9 @@ class ConstantUpdate:
 
 @contextmanager
 def few_token_kernel(base: nn.Module) -> Iterator[bool]:
-    """Within the block, forwards of few tokens use torch's own kernel. Yields False while another thread uses it.
+    """Within the block, forward passes over few tokens use torch's own kernel. Yields False if a thread already does.
 
-    The choice is a setting of the whole process, and slow with many tokens, so one `generate` at a time makes it.
+    The choice applies to the entire process and is slow for many tokens, so only one `generate` at a time uses it.
     """
     if not (torch._C._get_mkldnn_enabled() and KERNEL_LOCK.acquire(blocking=False)):
         yield not torch._C._get_mkldnn_enabled()

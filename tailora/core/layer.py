@@ -1,6 +1,6 @@
 """The update that one adapter adds to one layer: s (B A - B0 A0) x, and optional slots for DoRA, AdaLoRA and biases.
 
-`LoRALayer.add_to` is what an adapted layer calls: it adds the adapter's change to W x + b. `LoRALayer.forward` is
+An adapted layer calls `LoRALayer.add_to`, which adds the adapter's change to W x + b. `LoRALayer.forward` computes
 the update alone. The methods for the optional slots come last.
 """
 
@@ -25,12 +25,12 @@ SMALL_BATCH = 32  # tokens; on a CPU, casting both factors costs more than multi
 
 
 def kaiming(factor: Tensor, _: int) -> None:
-    """U(-1/sqrt(in), 1/sqrt(in)): the reference implementation of arXiv:2106.09685."""
+    """U(-1/sqrt(in), 1/sqrt(in)), as in the reference implementation of arXiv:2106.09685."""
     nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
 
 
 def gaussian(factor: Tensor, r: int) -> None:
-    """N(0, 1/r^2), as PEFT's "gaussian"."""
+    """N(0, 1/r^2), like PEFT's "gaussian"."""
     nn.init.normal_(factor, std=1 / r)
 
 
@@ -43,31 +43,31 @@ def initial_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
 
 
 def concatenate_ranks(A: Tensor, other: Tensor, groups: int) -> Tensor:
-    """Concatenates two A: (r, ...) and (r', ...) -> (r + r', ...), group by group."""
+    """Concatenates two factors A: (r, ...) and (r', ...) -> (r + r', ...), group by group."""
     blocks = [factor.reshape(groups, -1, *factor.shape[1:]) for factor in (A, other)]  # (groups, r/groups, ...)
     return torch.cat(blocks, 1).flatten(0, 1)
 
 
 class LoRALayer(nn.Module):
-    """A low-rank update of a layer: `LoRALayer(in, out)(x)` is s B A x. Trains on its own or within a `LoRAModel`.
+    """A low-rank update of a layer: `LoRALayer(in, out)(x)` is s B A x. You can train it alone or in a `LoRAModel`.
 
     lora_A: Parameter (r, in).    lora_B: Parameter (out, r).
-    scaling: s, a 0-dimensional buffer, or a Parameter of one element when learned. Assigning a number fixes it,
+    scaling: s, a 0-dimensional buffer, or a Parameter of one element if it is learned. Assigning a number fixes it;
         assigning a Parameter makes it learned.
-    strength: run-time dial, 1 unless set; multiplies all that the adapter adds and is not saved.
-    output_slice: the updated outputs if they are only a part of the layer's (q of a fused qkv). out_features is their
-        number, and `forward` returns zero for all other outputs.
+    strength: factor for everything that the adapter adds, 1 unless set; not saved.
+    output_slice: the updated outputs, if they are only a part of the layer's (such as q of a fused qkv). out_features
+        is their number, and `forward` returns zero for all other outputs.
 
-    Slots, None where they are empty:
+    Optional slots, None when unused:
     start_A, start_B: frozen copies of the initial factors (`start_from`); the update is s (B A - B0 A0).
     lora_E: Parameter (r,), trained between the factors: B diag(E) A of AdaLoRA (`add_adalora_diagonal`).
     lora_magnitude_vector: Parameter (out,), m of DoRA (`add_dora`).
-    lora_bias: Parameter (out,), bias of B; it is added s times.
+    lora_bias: Parameter (out,), bias of B, scaled by s.
     bias: Parameter (out,), replaces the layer's bias (`add_trained_bias`).
 
     lora_alpha=None means 2 r, the ratio of `LoRAConfig`'s defaults.
-    init_lora_weights=None leaves A and B uninitialised, as `torch.empty` does, for factors that exist.
-    Raises ConfigError for a rank outside 1..min(in, out); for factors that exist it may be higher, as in PEFT.
+    init_lora_weights=None leaves A and B uninitialized, like `torch.empty`, for existing factors to be loaded.
+    Raises ConfigError for a rank outside 1..min(in, out); existing factors may have a higher rank, as in PEFT.
     """
 
     in_features: int
@@ -145,7 +145,7 @@ class LoRALayer(nn.Module):
             self.reset_parameters(init_lora_weights)
 
     def reset_parameters(self, init_lora_weights: str = "kaiming") -> None:
-        """Reset the factors: one random, the other zero."""
+        """Resets the factors: one is random, the other zero."""
         self.start_A = self.start_B = None
         if self.layer_type.zero_factor == "B":
             nn.init.zeros_(self.lora_B)
@@ -157,10 +157,10 @@ class LoRALayer(nn.Module):
     # ---- The forward
 
     def add_to(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
-        """Returns y + the adapter's change of the layer's output W x + b, for the input x.
+        """Returns y + the adapter's change to the layer's output W x + b, for the input x.
 
-        The change is s (B A - B0 A0) x; with all slots (g - 1) W x + g s (B A - B0 A0) x + b' - b. It has the dtype
-        and shape of `output`. The strength multiplies all of it: 0 turns the adapter off.
+        The change is s (B A - B0 A0) x, or (g - 1) W x + g s (B A - B0 A0) x + b' - b with all slots. It has the dtype
+        and shape of `output`, and is multiplied by the strength: 0 turns the adapter off.
         """
         if self._adds_a_product(y, output, x):
             y = self._with_product(y, x)
@@ -186,7 +186,7 @@ class LoRALayer(nn.Module):
     ) -> Tensor:
         """Returns the update s (B A - B0 A0) x, (..., out), at strength 1, in `dtype` (default: the dtype of x).
 
-        layer: the adapted layer, which a convolution asks for its stride.    factors: what `scaled_factors` returned.
+        layer: the adapted layer, needed for a convolution's stride.    factors: the result of `scaled_factors`.
         """
         dtype = dtype or (x.dtype if x.is_floating_point() else self.lora_A.dtype)
         if self._is_small_batch(x, dtype):
@@ -201,7 +201,7 @@ class LoRALayer(nn.Module):
         return update if self.output_slice is None else self.output_slice.spread(update)
 
     def _is_small_batch(self, x: Tensor, dtype: torch.dtype) -> bool:
-        """True in evaluation for a few tokens, such as the one that `generate` adds."""
+        """True in evaluation mode for a few tokens, such as the next token in `generate`."""
         in_evaluation = not self.training and not torch.is_grad_enabled() and dtype.is_floating_point
         return in_evaluation and x.numel() <= SMALL_BATCH * self.in_features
 
@@ -227,7 +227,7 @@ class LoRALayer(nn.Module):
         return adapted_linear(x, weight, layer.bias, *self.scaled_factors())
 
     def _with_product(self, y: Tensor, x: Tensor) -> Tensor:
-        """Returns y + s (B A - B0 A0) x without a tensor for the update: each one is a pass over (tokens, out)."""
+        """Returns y + s (B A - B0 A0) x without a tensor for the update, which would be a pass over (tokens, out)."""
         x = x.to(y.dtype)
         if self.lora_dropout:
             x = F.dropout(x, self.lora_dropout, self.training)
@@ -245,7 +245,7 @@ class LoRALayer(nn.Module):
     def scaled_factors(self) -> tuple[Tensor, Tensor]:
         """Returns A and s B, two factors whose product is s (B A - B0 A0); differentiable.
 
-        The scale multiplies B in B's own precision: in bfloat16 it would lose its small steps.
+        The scale multiplies B in B's own precision. In bfloat16, small changes of the scale would be lost.
         """
         A, B = self.unscaled_factors()
         return A, B * self.scaling
@@ -273,7 +273,7 @@ class LoRALayer(nn.Module):
     # ---- The update in the layout of the layer's weight
 
     def delta_weight(self, layer: nn.Module | None = None) -> Tensor:
-        """Returns s (B A - B0 A0) in the shape of the layer's weight, in the adapter's precision."""
+        """Returns s (B A - B0 A0) with the shape of the layer's weight, in the adapter's precision."""
         left, right = self.weight_factors(layer)
         product = left @ right  # (groups, m, n)
         if self.layer_type.is_stacked:
@@ -321,9 +321,9 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def start_from(self, A: Tensor, B: Tensor) -> None:
-        """Start at these factors and subtract their frozen product: W is never touched, and the update is zero.
+        """Sets the factors and subtracts their frozen product, so the update starts at zero and W stays unchanged.
 
-        A, B: shapes of lora_A and lora_B.
+        A, B: with the shapes of lora_A and lora_B.
         """
         self.lora_A.copy_(A)
         self.lora_B.copy_(B)
@@ -334,24 +334,24 @@ class LoRALayer(nn.Module):
         return self.start_A is not None
 
     def add_adalora_diagonal(self) -> None:
-        """Make the update s B diag(E) A, with E = 0 and orthonormal A and B (arXiv:2303.10512, eq. 3).
+        """Turns the update into s B diag(E) A, with E = 0 and orthonormal A and B (arXiv:2303.10512, eq. 3).
 
-        The paper's A and B are Gaussian, and spend their first steps on its penalty for not being orthonormal.
+        The paper starts from Gaussian A and B, whose first steps mostly reduce its orthonormality penalty.
         """
         for factor in (self.lora_A, self.lora_B):
             nn.init.orthogonal_(factor)
         self.lora_E = nn.Parameter(torch.zeros(self.r, device=self.lora_A.device, dtype=self.lora_A.dtype))
 
     def add_dora(self, layer: nn.Module) -> None:
-        """Give every output row of the layer's W + s (B A - B0 A0) the trained norm m (arXiv:2402.09353, eq. 5).
+        """Gives every output row of the layer's W + s (B A - B0 A0) a trained norm m (arXiv:2402.09353, eq. 5).
 
-        m starts at ||W||.
+        m is initialized to ||W||.
         """
         self.row_norms = dora.RowNorms(layer, self.layer_type, self.lora_A.dtype, self.output_slice)
         self.lora_magnitude_vector = nn.Parameter(self.row_norms.squares.sqrt().to(self.lora_A.dtype))
 
     def add_trained_bias(self, layer: nn.Module) -> None:
-        """Train a copy of the layer's bias. Does nothing if the layer has none."""
+        """Adds a trained copy of the layer's bias. Does nothing if the layer has no bias."""
         if isinstance(bias := getattr(layer, "bias", None), Tensor):
             self.bias = nn.Parameter(whole_tensor(bias.detach()).to(self.lora_A, copy=True))
 
@@ -366,7 +366,7 @@ class LoRALayer(nn.Module):
         """Returns g = m / ||W + s (B A - B0 A0)||, (out,), or None without DoRA.
 
         No gradient flows through the norm (arXiv:2402.09353, sec. 4.3).
-        exact: compute it in float64, for a merge.    factors: what `scaled_factors` returned.
+        exact: compute it in float64, for a merge.    factors: the result of `scaled_factors`.
         """
         if self.lora_magnitude_vector is None or self.row_norms is None:
             return None
@@ -376,9 +376,9 @@ class LoRALayer(nn.Module):
         return dora.gain(self.lora_magnitude_vector, norms, self.row_norms.has_zeros)
 
     def output_terms(self, layer: nn.Module, gain: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Returns the rescaling g - 1 of the layer's output W x + b, and the bias to add; (out,) each, None for zero.
+        """Returns the rescaling g - 1 of the layer's output W x + b, and the bias to add: (out,) each, None for zero.
 
-        Rescaling the output rescales b, too, so (g - 1) b is subtracted from the bias to add.
+        Rescaling the output also rescales b, so (g - 1) b is subtracted from the bias to add.
         """
         shift = self.bias_change(layer)
         if gain is None:
@@ -390,12 +390,12 @@ class LoRALayer(nn.Module):
         return rescaling, shift
 
     def rescaling(self, gain: Tensor) -> Tensor:
-        """Returns g - 1 times the strength for all outputs of the layer, (out,); zero outside of `output_slice`."""
+        """Returns (g - 1) times the strength for all outputs of the layer, (out,); zero outside `output_slice`."""
         rescaling = gain - 1 if self.strength == 1 else self.strength * (gain - 1)
         return rescaling if self.output_slice is None else self.output_slice.spread(rescaling)
 
     def bias_change(self, layer: nn.Module) -> Tensor | None:
-        """Returns what is added to the layer's bias: s lora_bias + (its trained copy - b), (out,); None for nothing."""
+        """Returns the change of the layer's bias, s lora_bias + (trained copy - b), (out,); None for no change."""
         change = None if self.lora_bias is None else self.lora_bias * self.scaling
         if self.bias is not None:
             difference = self.bias - cast(Tensor, layer.bias)
@@ -418,19 +418,19 @@ class LoRALayer(nn.Module):
 
 
 def names_with_higher_lr(module: nn.Module) -> set[str]:
-    """Returns the names of the parameters that LoRA+ gives the higher learning rate: B of every update.
+    """Returns the names of the parameters with LoRA+'s higher learning rate: B of every update.
 
-    Embeddings are left out: their A looks up ids, and the ratio is derived for an A that sums over inputs (sec. 3).
+    Embeddings are excluded: their A looks up ids, but the ratio is derived for an A that sums over inputs (sec. 3).
     """
     layers = ((path, layer) for path, layer in module.named_modules() if isinstance(layer, LoRALayer))
     return {f"{path}.lora_B".removeprefix(".") for path, layer in layers if layer.layer_type.zero_factor == "B"}
 
 
 def loraplus_groups(lora_layers: nn.Module, lr: float, loraplus_lr_ratio: float) -> list[dict[str, Any]]:
-    """Returns parameter groups for any torch optimizer: lr for all that is trained, lr * loraplus_lr_ratio for B.
+    """Returns parameter groups for any torch optimizer: lr * loraplus_lr_ratio for B, lr for all other parameters.
 
-    torch.optim.AdamW(loraplus_groups(model.lora_layers, lr=1e-4, loraplus_lr_ratio=16)); the paper takes 16 and more
-    at a rate below LoRA's own (sec. 5). Raises ConfigError for a ratio below 1.
+    Example: torch.optim.AdamW(loraplus_groups(model.lora_layers, lr=1e-4, loraplus_lr_ratio=16)). The paper uses
+    ratios of 16 and more with an lr below LoRA's (sec. 5). Raises ConfigError for a ratio below 1.
     """
     if not loraplus_lr_ratio >= 1:
         raise ConfigError(f"expected loraplus_lr_ratio >= 1, got {loraplus_lr_ratio}")

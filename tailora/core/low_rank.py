@@ -1,13 +1,13 @@
 """Singular values and products of two thin factors.
 
-    leading_triplets     of a matrix: exactly where it is small, by random subspace iteration where it is not
+    leading_triplets     of a matrix: exact if it is small, otherwise by random subspace iteration
     Factors              a product B A that is never formed, its spectrum, sums and truncations
     Update               what an adapter adds to one matrix: factors, scaling, type of the layer
     nearest_of_rank, nearest_for_energy
-                         the nearest product to a matrix
+                         the nearest low-rank product to a matrix
 
-All functions are batched, since a grouped convolution has one product per group: B (groups, m, r), A (groups, r, n),
-where m and n are the outputs and the inputs (times the kernel) of a group. Other layer types have one group.
+All functions are batched, because a grouped convolution has one product per group: B (groups, m, r), A (groups, r, n),
+where m and n are the outputs and the inputs (times the kernel size) of a group. Other layer types have one group.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ class Spectrum(NamedTuple):
 
 
 def leading_triplets(M: Tensor, k: int) -> Spectrum:
-    """Returns the k leading triplets of M (..., m, n), in its precision; the same every time.
+    """Returns the k leading triplets of M (..., m, n), in its precision; deterministic.
 
     Subspace iteration: Halko, Martinsson, Tropp (arXiv:0909.4061), alg. 4.4 and 5.1.
     """
@@ -52,7 +52,7 @@ def leading_triplets(M: Tensor, k: int) -> Spectrum:
 
 
 def gaussian(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Returns N(0, 1), always the same numbers, whatever the device; torch's random state is left alone."""
+    """Returns N(0, 1), always the same numbers on every device; torch's random state does not change."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(like)
 
 
@@ -77,10 +77,10 @@ class Update:
     """What an adapter adds to one matrix, or to a stack of experts.
 
     r: rank, as trained.
-    factors: s (B A - B0 A0) by group, of twice the rank if A and B have a frozen start; float32 or wider.
-    stacked: True if the groups are experts, of rank r each; False if they are blocks of one matrix.
+    factors: s (B A - B0 A0) by group, with twice the rank if the initial factors are subtracted; float32 or wider.
+    stacked: True if the groups are experts, each of rank r; False if they are blocks of one matrix.
     weight: returns W (groups, m, n), or the weight of a stack as it is stored; None without the base model.
-    dense: returns dW with DoRA's magnitudes (groups, m, n); None if the factors are all of it, or without the base.
+    dense: returns dW with DoRA's magnitudes (groups, m, n); None without DoRA or without the base model.
     """
 
     path: str
@@ -97,12 +97,12 @@ class Update:
 
 
 def concatenated(products: list[Factors]) -> Factors:
-    """Returns the exact sum of the products: ranks add up."""
+    """Returns the exact sum of the products; their ranks add up."""
     return Factors(torch.cat([factors.B for factors in products], 2), torch.cat([factors.A for factors in products], 1))
 
 
 def product_spectrum(factors: Factors) -> Spectrum:
-    """Returns all triplets of B A: QR of either factor, SVD of the small core, in float64 on the CPU."""
+    """Returns all triplets of B A: QR of both factors, then SVD of the small core, in float64 on the CPU."""
     Q_B, R_B = torch.linalg.qr(factors.B.cpu().double())  # (groups, m, q), (groups, q, r)
     Q_A, R_A = torch.linalg.qr(factors.A.mT.cpu().double())
     U, S, V = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
@@ -110,7 +110,7 @@ def product_spectrum(factors: Factors) -> Spectrum:
 
 
 def truncated(spectrum: Spectrum, k: int) -> Factors:
-    """Returns the nearest product of rank k (Eckart and Young); each factor has the roots of the singular values."""
+    """Returns the nearest product of rank k (Eckart-Young); each factor gets the roots of the singular values."""
     U, S, V = spectrum
     root = S[:, :k].sqrt()
     return Factors(U[..., :k] * root[:, None], root[..., None] * V[:, :k])
@@ -125,7 +125,7 @@ def truncation_error(S: Tensor, k: int) -> float:
 def rank_for_energy(S: Tensor, energy: float, total: float | None = None) -> int:
     """Returns the smallest rank (per group, at least 1) that keeps this share of the squares of S (groups, k).
 
-    total: the sum of all squares, where S has only the leading ones.
+    total: the sum of all squares, if S contains only the leading values.
     """
     reached = S.cpu().double().square().sum(0).cumsum(0)  # over the groups, which share one rank
     wanted = energy * (float(reached[-1]) if total is None else total)
@@ -136,7 +136,7 @@ def rank_for_energy(S: Tensor, energy: float, total: float | None = None) -> int
 
 
 def nearest_of_rank(matrix: Tensor, k: int) -> tuple[Factors, float]:
-    """Returns the nearest product to (groups, m, n) with rank k at most in every group, and its relative error."""
+    """Returns the nearest product to (groups, m, n) of rank at most k in every group, and its relative error."""
     k = min(k, *matrix.shape[1:])
     factors = truncated(leading_triplets(matrix, k), k)
     return factors, relative_error(matrix, factors)

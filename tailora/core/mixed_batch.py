@@ -1,17 +1,17 @@
 """Mixed batches: each row of a padded batch, or each token of a packed batch, computes with its own adapter.
 
     MixedBatch      the adapter of each row. `LoRAModel.adapter_rows` creates one for a `with` block, for training and
-                    `generate`; a server's engine creates one and sets its rows before each forward
-    Rows, Blocks    the names of the rows, and how the rows of a layer become a batched product
+                    `generate`; a server's engine creates one and sets its rows before each forward pass
+    Rows, Blocks    the names of the rows, and how the rows of a layer are grouped for a batched product
     MixedPart       replaces the parts of all adapters at one path
     MixedModule     the same for fully trained modules
     mixed_parts     the parts to attach to each layer
 
 Linear layers multiply all rows by their factors in one batched product (`MixedPart._product`), in blocks of rows with
-the same adapter. All other parts are added one adapter after the other. Rows of one token are sorted by adapter,
+the same adapter. All other parts are added one adapter at a time. Rows with a single token are sorted by adapter,
 because reading the factors takes most of the time. On an accelerator, sorting pays off only for packed batches.
 
-Without gradients, a layer caches its factors until torch's version counters and addresses show a change. This check is
+Without gradients, a layer caches its factors until torch's version counters or addresses show a change. This check is
 skipped where nothing can change: in `generate`, in a server, and in torch.inference_mode. With torch.compile, the names
 of the rows are an input of the graph, so changing them does not recompile it.
 
@@ -48,8 +48,8 @@ class Blocks:
     """Blocks of `size` rows that have the same adapter.
 
     which: (m,) position of each block's adapter.    rows: (n,) position of each row's adapter.
-    order: (m size,) rows, block after block; a block that is not full repeats its first row.
-    back: (n,) position of each row in `order`. Both are None where the rows are in this order already.
+    order: (m size,) rows, block by block; a block that is not full repeats its first row.
+    back: (n,) position of each row in `order`. Both are None if the rows are already in this order.
     """
 
     which: Tensor
@@ -62,7 +62,7 @@ class Blocks:
 class Rows:
     """The adapter of each row, by name; None for no adapter.
 
-    n: number of rows.    ids: (n,) numbers of their adapters among `loaded`, len(loaded) for None.
+    n: number of rows.    ids: (n,) index of each row's adapter in `loaded`, len(loaded) for None.
     """
 
     def __init__(self, names: Names, loaded: Sequence[str], device: torch.device) -> None:
@@ -71,7 +71,7 @@ class Rows:
         self.kept: dict[Any, Any] = {}  # what all layers share
 
     def positions(self, adapters: Sequence[str]) -> list[int]:
-        """Returns the position of each row's adapter among `adapters`, len(adapters) for all others."""
+        """Returns the position of each row's adapter in `adapters`, len(adapters) for all others."""
         position: dict[str | None, int] = {name: i for i, name in enumerate(adapters)}
         return [position.get(name, len(adapters)) for name in self.names]
 
@@ -83,14 +83,14 @@ class Rows:
         return cast(tuple[str, ...], self.kept[adapters])
 
     def blocks(self, adapters: tuple[str, ...], is_sorted: bool, device: torch.device) -> Blocks:
-        """Returns the blocks for the factors of these adapters. is_sorted: whether rows may change their order."""
+        """Returns the blocks for the factors of these adapters. is_sorted: whether rows may be reordered."""
         key = adapters, is_sorted, device
         if key not in self.kept:
             self.kept[key] = make_blocks(self.positions(adapters), is_sorted, device)
         return cast(Blocks, self.kept[key])
 
     def tensor(self, numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-        """Returns the numbers as a tensor, made once for all layers: the host waits for each copy to a device."""
+        """Returns the numbers as a tensor, created once for all layers, because the host waits for each copy."""
         key = tuple(numbers), device, dtype
         if key not in self.kept:
             self.kept[key] = _tensor(numbers, device, dtype)
@@ -105,8 +105,9 @@ def _tensor(numbers: Sequence[float], device: torch.device, dtype: torch.dtype =
 def make_blocks(positions: Sequence[int], is_sorted: bool, device: torch.device) -> Blocks:
     """Returns the blocks for rows whose adapters have these positions.
 
-    In order, a block has as many rows as divide all runs of equal neighbours. Sorted, it has the mean number of rows
-    per adapter: at most twice as many blocks as adapters, and at most twice as many rows.
+    In the given order, the block size is the largest that divides all runs of rows with the same adapter. After
+    sorting, it is the mean number of rows per adapter: at most twice as many blocks as adapters, and at most twice as
+    many rows.
     """
     size = math.gcd(*(len(list(run)) for _, run in groupby(positions)))
     mean = len(positions) // len(set(positions))
@@ -127,14 +128,14 @@ def make_blocks(positions: Sequence[int], is_sorted: bool, device: torch.device)
 
 
 class MixedBatch:
-    """Which row of the next forwards has which adapter.
+    """The adapter of each row in the next forward passes.
 
     Rows are the first dimension of a padded batch, or the tokens (1, tokens) of a packed batch, for inference.
 
-    head: of a packed batch, the layer that gets one token of each sequence; None if all layers get all tokens.
+    head: in a packed batch, the layer that gets one token of each sequence; None if all layers get all tokens.
     dim: the dimension of the rows.
     is_constant: whether no parameter can change.
-    terms: while constant, what parts of adapters add to their layers, as far as it is computed.
+    terms: while constant, the terms of adapters that have been computed so far.
     stacks: while constant, the last stack of each layer, and the names of its adapters.
     """
 
@@ -161,14 +162,14 @@ class MixedBatch:
         self._lookups: dict[tuple[str, ...], Tensor] = {}
 
     def set_rows(self, names: Sequence[str | None], head_names: Sequence[str | None]) -> None:
-        """Before a forward of a packed batch: the adapters of its tokens, and of those that the head gets."""
+        """Sets the adapters of all tokens, and of the head's tokens, before a forward pass of a packed batch."""
         if tuple(names) != self.rows.names:
             self.rows = Rows(tuple(names), (), self.device)
         if tuple(head_names) != self.head_rows.names:
             self.head_rows = Rows(tuple(head_names), (), self.device)
 
     def lookup(self, names: tuple[str, ...]) -> Tensor:
-        """Returns number of an adapter -> its position among `names`, len(names) for others: (loaded + 1,)."""
+        """Returns index of an adapter -> its position in `names`, len(names) for others: (loaded + 1,)."""
         if names not in self._lookups:
             position = {name: i for i, name in enumerate(names)}
             positions = [*(position.get(name, len(names)) for name in self.loaded), len(names)]
@@ -195,7 +196,7 @@ class MixedBatch:
         )
 
     def parameters_changed(self) -> None:
-        """Makes the layers compute their factors again, since these are kept for blocks."""
+        """Makes the layers recompute their cached factors."""
         self.terms.clear()
         self.stacks.clear()
         for rows in (self.rows, self.head_rows, *self._repeated.values()):
@@ -203,7 +204,7 @@ class MixedBatch:
 
     @contextmanager
     def generation(self, repeats: int) -> Iterator[None]:
-        """Within the block every name stands for `repeats` rows, and parameters must not change."""
+        """Within the block, every name stands for `repeats` rows, and parameters must not change."""
         self.parameters_changed()
         names = tuple(name for name in self.rows.names for _ in range(repeats))
         self._repeated[repeats] = self.rows if repeats == 1 else Rows(names, self.loaded, self.device)
@@ -215,7 +216,7 @@ class MixedBatch:
 
 
 def check_splits_by_row(low_rank: Mapping[str, LoRALayer]) -> None:
-    """Raises RowsError for an adapter of layers that cannot use a different adapter for each row."""
+    """Raises RowsError if adapters have layers that cannot use a different adapter for each row."""
     if refused := [
         path for path, layer in low_rank.items() if layer.layer_type.replaces_forward or "experts" in path.split(".")
     ]:
@@ -228,9 +229,9 @@ def check_splits_by_row(low_rank: Mapping[str, LoRALayer]) -> None:
 def mixed_parts(
     batch: MixedBatch, adapters: Mapping[str, Adapter], layer_paths: Mapping[str, str], layers: Mapping[str, nn.Module]
 ) -> dict[str, tuple[AdapterPart | nn.Module, ...]]:
-    """Returns what to attach to every layer so that each row computes with its adapter, by path.
+    """Returns, by path, what to attach to every layer so that each row computes with its own adapter.
 
-    layer_paths: path of a part of an adapter -> path of its layer. Raises RowsError for layers that do not see rows.
+    layer_paths: path of an adapter's part -> path of its layer. Raises RowsError for layers without separate rows.
     """
     low_rank: dict[str, dict[str, Any]] = {}  # path -> name of the adapter -> its part
     extras: dict[str, dict[str, Any]] = {}
@@ -300,9 +301,9 @@ class Stack:
 
 @dataclass(eq=False)
 class Factors:
-    """The factors of a product, and the state of the tensors that they were made of.
+    """The factors of a product, and the state of the tensors from which they were computed.
 
-    sources: these tensors, so that no address is reused.
+    sources: these tensors, kept so that their addresses are not reused.
     """
 
     blocks: Blocks
@@ -330,7 +331,7 @@ def _stacked_vectors(vectors: Sequence[Tensor | None]) -> Tensor | None:
 class MixedPart:
     """Replaces the parts that all adapters have at one path of a layer.
 
-    is_alone: True if no other part of the layer reads its output, so that it may be changed.
+    is_alone: True if no other part of the layer reads its output, so it may be changed in place.
     """
 
     def __init__(self, path: str, parts: Mapping[str, Any], batch: MixedBatch, layer: nn.Module) -> None:
@@ -348,7 +349,7 @@ class MixedPart:
         self._kept: Factors | None = None
 
     def add_to(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
-        """Returns y + what the rows' adapters change of the layer's `output`, as `LoRALayer.add_to`."""
+        """Returns y + the change of the layer's `output` by the rows' adapters, like `LoRALayer.add_to`."""
         rows = self.batch.rows_in(x, layer, self.path, self.min_ndim)
         if torch.compiler.is_compiling():
             return self._in_graph(y, output, x, layer, rows)
@@ -368,7 +369,7 @@ class MixedPart:
     # ---- All rows in one product
 
     def _product(self, y: Tensor, output: Tensor, x: Tensor, factors: Factors) -> Tensor:
-        """Changes y where it is the layer's own output: in a long prompt a sum takes as long as the products."""
+        """Changes y in place if it is the layer's own output: for long prompts, a sum takes as long as the products."""
         blocks, n, m = factors.blocks, len(factors.blocks.rows), len(factors.A)
         x = x.reshape(n, -1, x.shape[-1])  # (n, tokens, in)
         if blocks.order is not None:
@@ -392,7 +393,7 @@ class MixedPart:
         return torch.add(rows, update, out=out).view(shape)
 
     def _factors(self, x: Tensor, layer: nn.Module, dtype: torch.dtype, rows: Rows) -> Factors:
-        """Returns the factors; kept as long as gradients are off and nothing that they are made of changes."""
+        """Returns the factors, which are cached as long as gradients are off and none of their sources changes."""
         used = rows.used(self.names)
         is_sorted = x.numel() == rows.n * x.shape[-1] and (self.batch.dim == 1 or x.device.type == "cpu")
         blocks = rows.blocks(used, is_sorted, x.device)
@@ -417,7 +418,7 @@ class MixedPart:
         return Stack.of([layer_terms(self.parts[name], layer, dtype) for name in names])
 
     def _constant_stack(self, names: tuple[str, ...], layer: nn.Module, dtype: torch.dtype) -> Stack:
-        """Computes the terms of an adapter once, and stacks them again when other adapters are used."""
+        """Computes the terms of each adapter once, and stacks them again when different adapters are used."""
         known, terms = self.batch.stacks.get(self), self.batch.terms
         if known is None or known[0] != names:
             for part in (self.parts[name] for name in names):
@@ -427,7 +428,7 @@ class MixedPart:
         return known[1]
 
     def _sources(self, used: tuple[str, ...], layer: nn.Module) -> list[Tensor]:
-        """Returns the tensors that the factors are made of."""
+        """Returns the tensors from which the factors are computed."""
         parts: list[Any] = [self.parts[name] for name in used]
         needs_layer = any(part.lora_magnitude_vector is not None or part.bias is not None for part in parts)
         owners = [*parts, layer] if needs_layer else parts
@@ -451,7 +452,7 @@ class MixedPart:
     # ---- Under torch.compile
 
     def _in_graph(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module, rows: Rows) -> Tensor:
-        """Runs the same operations and shapes for any row names; with gradients, for any order of the same names."""
+        """Uses the same operations and shapes for any row names; with gradients, for any order of the same names."""
         parts, lookup = self.of_batch if torch.is_grad_enabled() else self.all
         if not parts:
             return y
@@ -469,13 +470,13 @@ class MixedPart:
 
 
 def _dropout_by_row(x: Tensor, rates: Tensor) -> Tensor:
-    """Dropout with a different probability for each row, rates (n,)."""
+    """Applies dropout with a different probability for each row: rates (n,)."""
     rates = rates.view(-1, *[1] * (x.ndim - 1))
     return x * ((torch.rand_like(x, dtype=torch.float32) >= rates) / (1 - rates)).to(x.dtype)
 
 
 def _state(tensors: Sequence[Tensor]) -> Any:
-    """Returns a value that differs after one of them has changed, as far as torch knows. Called often, so short."""
+    """Returns a value that changes when torch registers a change of one of the tensors. Called often, so kept short."""
     try:
         versions = [tensor._version for tensor in tensors]
     except RuntimeError:  # tensors of inference mode are not counted
@@ -487,7 +488,7 @@ def _state(tensors: Sequence[Tensor]) -> Any:
 
 
 class MixedModule(nn.Module):
-    """Replaces the trained copy of a module: each row has its own copy, or the base's module."""
+    """Replaces the trained copy of a module: each row uses its adapter's copy, or the base's module."""
 
     def __init__(self, path: str, copies: Mapping[str, nn.Module], layer: nn.Module, batch: MixedBatch) -> None:
         super().__init__()
@@ -497,7 +498,7 @@ class MixedModule(nn.Module):
         self._is_recurrent = any(isinstance(module, nn.RNNBase) for module in layer.modules())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """A tensor with the rows in the batch's dimension is split by row; each copy gets all other arguments.
+        """Splits tensors with the batch's rows by row, and passes all other arguments to each copy unchanged.
 
         Raises RowsError for a module whose outputs do not have the rows in this dimension.
         """
@@ -536,7 +537,7 @@ class MixedModule(nn.Module):
         return tree_map(joined, *outputs)
 
     def _check_rows(self, outputs: Sequence[Any], counts: Sequence[int]) -> None:
-        """Raises RowsError unless these outputs are None or have the right numbers of rows."""
+        """Raises RowsError unless each output is None or has the right number of rows."""
         dim = self.batch.dim
         for output, count in zip(outputs, counts, strict=True):
             if not isinstance(output, Tensor | None):
@@ -546,7 +547,7 @@ class MixedModule(nn.Module):
                 raise RowsError(f"{self.path}: expected {count} rows in dimension {dim} of the output, got {shape}")
 
     def _run(self, position: int, args: Any, kwargs: Any) -> Any:
-        """Calls the copy at this position, or after the last copy the base's module, in the base's own precision."""
+        """Calls the copy at this position. The last position is the base's module, called in the base's precision."""
         (layer,) = self._layer
         if position < len(self.copies):
             copy = self.copies[position]
@@ -557,6 +558,6 @@ class MixedModule(nn.Module):
 
 
 def _own_rows(value: Any, n: int, dim: int, own: Tensor) -> Any:
-    """Returns these rows of a tensor that has the batch's n rows, and anything else as it is."""
+    """Returns the given rows of a tensor that has the batch's n rows; returns anything else unchanged."""
     has_rows = isinstance(value, Tensor) and value.ndim > dim and value.shape[dim] == n
     return value.index_select(dim, own) if has_rows else value

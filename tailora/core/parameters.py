@@ -1,12 +1,12 @@
 """Adapts parameters that a module uses without calling a layer: stacked experts, and nn.MultiheadAttention.
 
-    ParameterLayerType    a parameter, above all the stacked weights of experts (E, out, in)
+    ParameterLayerType    a parameter, typically the stacked weights of experts (E, out, in)
     AttentionMatrix       a matrix of nn.MultiheadAttention, which reads the weights of its projections
     WeightSum             W + s B A in place of an adapted parameter
 
-The module's own forward runs on a shallow copy, in which `WeightSum` takes the place of each adapted parameter. It
-keeps W and the update s B A = L R separate: x (W + L R) = x W + (x L) R. So no (E, out, in) of updates is formed in any
-of transformers' implementations. Other operations get the dense sum. With DoRA it is g W + L R.
+The module's own forward runs on a shallow copy, in which a `WeightSum` replaces each adapted parameter. It keeps W and
+the update s B A = L R separate: x (W + L R) = x W + (x L) R. None of transformers' implementations therefore builds the
+full update (E, out, in). Other operations get the dense sum. With DoRA, the sum is g W + L R.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -61,7 +61,7 @@ class ParameterLayerType(LayerType):
         return stack.mT if self.is_transposed(layer) else stack
 
     def forward(self, layer: Any, adapters: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-        """Attributes that the module sets in its forward are lost, since it runs on a copy."""
+        """Runs the module on a copy, so attributes that its forward sets are lost."""
         names = dict.fromkeys(adapter.layer_type.weight_name for adapter in adapters)
         weights = {name: adapted_weight(layer, name, adapters, layer._parameters[name].dtype) for name in names}
         return layer.plain.forward(with_weights(layer, weights), *args, **kwargs)
@@ -79,7 +79,7 @@ def parameter_layer_type(parameter: str) -> ParameterLayerType:
 
 
 class AttentionMatrix(LayerType):
-    """One matrix of nn.MultiheadAttention: q, k and v together or each by itself, or the output projection."""
+    """One matrix of nn.MultiheadAttention: q, k and v together, one of them, or the output projection."""
 
     replaces_forward = True
     supports_dropout = False
@@ -127,7 +127,7 @@ def projections(layer: nn.Module) -> dict[str, LayerType]:
 
 
 def with_weights(layer: nn.Module, weights: Mapping[str, Any]) -> nn.Module:
-    """Returns a shallow copy of the layer, of its plain class, with these values instead of its parameters.
+    """Returns a shallow copy of the layer with its plain class, and with these values instead of its parameters.
 
     weights: name -> value; "out_proj.weight" is a parameter of a submodule. The copy shares everything else with the
     layer and registers nothing, so other threads can use the layer at the same time.
@@ -147,7 +147,7 @@ def with_weights(layer: nn.Module, weights: Mapping[str, Any]) -> nn.Module:
 
 
 def adapted_weight(layer: Any, name: str, adapters: Sequence[Any], dtype: torch.dtype) -> "WeightSum":
-    """Returns W + s B A, or g W + g s B A with DoRA, for the parameter `name` and all adapters of it."""
+    """Returns W + s B A, or g W + g s B A with DoRA, for the parameter `name` and all its adapters."""
     adapters = [adapter for adapter in adapters if adapter.layer_type.weight_name == name]
     gains = [adapter.gain(layer) for adapter in adapters]
     pairs = [adapter.weight_factors(layer, gain) for adapter, gain in zip(adapters, gains, strict=True)]
@@ -159,7 +159,7 @@ def adapted_weight(layer: Any, name: str, adapters: Sequence[Any], dtype: torch.
 
 
 class WeightSum:
-    """g W + L R, as a module's forward sees it: W (..., m, n), L (..., m, r), R (..., r, n).
+    """g W + L R, used by a module's forward like a parameter: W (..., m, n), L (..., m, r), R (..., r, n).
 
     scale: g, (..., m, 1) or (..., 1, n); None for 1.
     """
@@ -224,9 +224,9 @@ class WeightSum:
         return self.weight @ x + self.left @ (self.right @ x)
 
     def scaled(self, x: Tensor, product: Callable[[Tensor], Tensor], experts: Tensor | None = None) -> Tensor:
-        """Returns x (g W), where `product` multiplies by W: g multiplies x or the result, as its shape says.
+        """Returns x (g W), where `product` multiplies by W. The shape of g decides whether it scales x or the result.
 
-        experts: index of the matrix that multiplies each row of x.
+        experts: for each row of x, the index of its matrix.
         """
         if self.scale is None:
             return product(x)
@@ -266,7 +266,7 @@ def _linear(x: Tensor, weight: WeightSum, bias: Tensor | None = None) -> Tensor:
 
 
 def _grouped(func: Callable[..., Tensor], x: Tensor, weight: WeightSum, *args: Any, **kwargs: Any) -> Tensor:
-    """Multiplies the rows of x, which are sorted by expert, by the matrix of their expert."""
+    """Multiplies each row of x by the matrix of its expert. The rows are sorted by expert."""
     missing = -weight.left.shape[-1] % ALIGNED
     left, right = F.pad(weight.left, (0, missing)), F.pad(weight.right, (0, 0, 0, missing))
     experts = None

@@ -1,6 +1,6 @@
-"""Names, regular expressions and layer indices: which paths they match.
+"""Which paths match a name, a regular expression or a layer index.
 
-Then the reverse: the shortest selector and patterns for given paths and values.
+The second half does the reverse: it finds the shortest selector and patterns for given paths and values.
 """
 
 import re
@@ -18,10 +18,10 @@ MATCH_SECONDS = 0.2  # of CPU time; honest patterns take microseconds
 
 
 def matches(selector: Selector, path: str) -> bool:
-    """True if the selector means this path (PEFT's rule).
+    """True if the selector matches this path (PEFT's rule).
 
-    A collection holds names: one must be the path or its end after a dot. A string is a regular expression for the
-    whole path.
+    A string is a regular expression for the full path. In a collection of names, one must be the path or its end after
+    a dot.
     """
     if isinstance(selector, str):
         return full_match(selector, path) is not None
@@ -34,7 +34,7 @@ def named(name: str, path: str) -> bool:
 
 
 def ends_with(name: str, path: str) -> bool:
-    """True if the path ends with the name, which may be a part of its last name: `head` in `lm_head`.
+    """True if the path ends with these letters, even within a name: `head` matches `lm_head`.
 
     This is PEFT's rule for modules_to_save and trainable_token_indices.
     """
@@ -47,12 +47,12 @@ def inside(path: str, parent: str) -> bool:
 
 
 def exactly(path: str) -> str:
-    """Returns a pattern for this path alone: without ^ it would match at the end of longer ones."""
+    """Returns a pattern that matches only this path. Without ^, it would also match the end of longer paths."""
     return f"^{re.escape(path)}"
 
 
 def ends_of(path: str) -> Iterator[str]:
-    """Yields the names that mean this path: itself, and what follows each of its dots."""
+    """Yields all names that match this path: the path itself, and what follows each of its dots."""
     yield path
     while "." in path:
         path = path.partition(".")[2]
@@ -60,9 +60,9 @@ def ends_of(path: str) -> Iterator[str]:
 
 
 def full_match(pattern: str, path: str) -> "regex.Match[str] | None":
-    """Returns the match if the regular expression matches the whole path.
+    """Returns the match if the regular expression matches the full path.
 
-    Raises PatternError after MATCH_SECONDS: an adapter's file may bring a pattern whose time doubles with every letter.
+    Raises PatternError after MATCH_SECONDS, because a pattern from an adapter file may take exponential time.
     """
     try:
         return regex.fullmatch(pattern, path, timeout=MATCH_SECONDS)
@@ -76,7 +76,7 @@ def full_match(pattern: str, path: str) -> "regex.Match[str] | None":
 
 
 def pattern_matches(pattern: str, path: str) -> bool:
-    """True if the pattern of rank_pattern or alpha_pattern matches the path, or its end after a dot (PEFT's rule)."""
+    """True if a pattern of rank_pattern or alpha_pattern matches the path or its end after a dot (PEFT's rule)."""
     return full_match(rf"(.*\.)?({pattern})$", path) is not None
 
 
@@ -93,11 +93,11 @@ def layer_index(path: str) -> int | None:
 
 
 def layer_numbers(paths: Iterable[str], layers_patterns: Collection[str]) -> dict[str, int | None]:
-    """Returns path -> the number that `layers_to_transform` means (PEFT's rule); None if the path has none.
+    """Returns path -> the number compared with `layers_to_transform` (PEFT's rule); None if the path has none.
 
-    It is the first number that follows two names or more: 3 in `model.layers.3.mlp`, but 2 in `blocks.3.experts.2.fc`.
-    With `layers_pattern` it follows one of these names: `blocks` gives 3 in the second path. Where PEFT knows no number
-    of a layer at all, as in `layers.3.mlp`, this is the first number.
+    It is the first number after at least two names: 3 in `model.layers.3.mlp`, but 2 in `blocks.3.experts.2.fc`.
+    With `layers_pattern`, it is the number after one of these names: `blocks` gives 3 in the second path. If none
+    of the paths has a number by this rule, as with `layers.3.mlp`, it is the first number.
     """
     names = [rf"(?:^|.*?\.){name}" for name in layers_patterns] or [r".*?\.[^.]*"]
     numbers: dict[str, int | None] = {}
@@ -116,7 +116,7 @@ Number = TypeVar("Number", int, float)
 
 
 def portable_targets(paths: list[str], all_paths: list[str]) -> list[str] | str:
-    """Returns the shortest selector that means exactly `paths`: last names, whole paths, or a regular expression."""
+    """Returns the shortest selector that matches exactly `paths`: last names, full paths, or a regular expression."""
     for names in (sorted({path.rpartition(".")[2] for path in paths}), sorted(paths)):
         if names and all(names) and {path for path in all_paths if matches(names, path)} == set(paths):
             return names
@@ -124,14 +124,14 @@ def portable_targets(paths: list[str], all_paths: list[str]) -> list[str] | str:
 
 
 def commonest(values: Mapping[str, Number]) -> Number:
-    """Returns the first of the values that occur most often."""
+    """Returns the most frequent value; of several, the first."""
     return Counter(values.values()).most_common(1)[0][0]
 
 
 def portable_patterns(values: Mapping[str, Number], default: Number) -> dict[str, Number]:
-    """Returns pattern -> value for `rank_pattern` or `alpha_pattern`: every path gets its value, or the default.
+    """Returns pattern -> value for `rank_pattern` or `alpha_pattern`, so that every path gets its value or the default.
 
-    One pattern per last name, with its commonest value; paths that differ come before it, anchored.
+    There is one pattern per last name, with its most frequent value. Paths with other values come first, anchored.
     """
     by_name: dict[str, dict[str, Number]] = defaultdict(dict)
     for path, value in values.items():
