@@ -13,7 +13,7 @@ lint:  ## style and types
 	ruff format --check .
 	mypy
 
-BENCHMARKS = speed.real speed.steps speed.inference memory.memory speed.adapters speed.startup speed.curves speed.growth
+BENCHMARKS = speed.real speed.processors speed.inference memory.memory speed.adapters speed.startup speed.growth
 
 bench:  ## run the benchmarks in order of importance, each for at most MINUTES; the same command continues
 	for name in $(BENCHMARKS); do python -m benchmarks.$$name --minutes $(or $(MINUTES),6) || exit 1; done

@@ -39,8 +39,8 @@ def measure_ratios() -> dict[str, dict[str, float]]:
 def ratios_of(dtype: str) -> dict[str, float]:
     with synthetic_task(SHAPE) as (stack, folder, rows):
         arms: dict[str, Any] = {
-            "tailora": tailora(stack, SHAPE, folder, dtype).step,
-            "fast off": tailora(stack, SHAPE, folder, dtype, FAST_OFF).step,
+            "tailora": tailora(stack, SHAPE, folder, dtype),
+            "fast off": tailora(stack, SHAPE, folder, dtype, FAST_OFF),
             "base": frozen_step(load_base_model(folder, dtype), rows),
         }
         times = measure.take_turns(arms, ROUNDS, measure.clock_for(threads=1), warm_up=2)

@@ -35,17 +35,29 @@ MALLOC = {  # glibc reads these when a process starts; one arena, because arms r
     "default": {"MALLOC_ARENA_MAX": "1"},
     "kept": {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4294967296"},
 }
+INSTRUCTIONS = {  # oneDNN and torch read these; the products and the pointwise kernels of smaller processors
+    "AVX2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"},
+    "AVX512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "ATEN_CPU_CAPABILITY": "avx512"},
+    "all": {},
+}
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
-Cell = dict[str, Any]  # keyword arguments of `measure`, and `malloc`
+Cell = dict[str, Any]  # keyword arguments of `measure`, and `malloc`; `instructions`, too, if they are restricted
 
 
 # ---- Cells
 
 
 def main(
-    name: str, description: str, cells: Callable[[bool], list[Cell]], measure: Callable[..., dict[str, Any]]
+    name: str,
+    description: str,
+    cells: Callable[[bool], list[Cell]],
+    measure: Callable[..., dict[str, Any]],
+    table: Callable[[dict[str, Any]], str] | None = None,
 ) -> None:
-    """Runs `measure(**cell)` for every cell of `cells(quick)`, each in a process of its own."""
+    """Runs `measure(**cell)` for every cell of `cells(quick)`, each in a process of its own.
+
+    table: what is printed of the file's content at the end.
+    """
     options = cell_arguments(description)
     if options.cell is not None:  # the process of one cell
         settings = json.loads(options.cell)
@@ -70,6 +82,8 @@ def main(
         log(f"{number}/{len(wanted)} {cell}")
         results.append(measure_cell(cell))
         write(path, {"cells": results})
+    if table is not None:
+        print(table(json.loads(path.read_text())))
     print(path)
 
 
@@ -77,7 +91,9 @@ def measure_cell(cell: Cell) -> dict[str, Any]:
     """Measures a cell in a new process, which prints its result as the last line."""
     load, started = os.getloadavg()[0], time.perf_counter()
     variables = {**ENVIRONMENT, "OMP_NUM_THREADS": str(cell["threads"]), **MALLOC[cell["malloc"]]}
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "OMP_", "GOMP_"))}
+    variables |= INSTRUCTIONS[cell.get("instructions", "all")]
+    prefixes = ("MALLOC_", "OMP_", "GOMP_", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
     command = [sys.executable, "-m", sys.modules["__main__"].__spec__.name, "--cell", json.dumps(cell)]
     process = subprocess.run(
         command, stdout=subprocess.PIPE, text=True, check=True, env={**inherited, **QUIET, **variables}

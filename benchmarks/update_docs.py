@@ -92,7 +92,10 @@ def machines() -> str:
     packages = tables.packages(read("demo"))
     for folder in MACHINES.values():
         for path in sorted((RESULTS / folder).glob("*.json")):
-            if path.stem in ("demo", *tables.SPEED) and tables.packages(read(path.stem, folder)) != packages:
+            if (
+                path.stem in ("demo", "processors", *tables.SPEED)
+                and tables.packages(read(path.stem, folder)) != packages
+            ):
                 raise SystemExit(f"{path} was measured with {tables.packages(read(path.stem, folder))}, not {packages}")
     return f"{tables.table(['', 'cores', 'CPU', 'bf16'], rows)}\n\nPackages: {packages}."
 
@@ -462,6 +465,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {  # file -> name of the part -
     "docs/performance.md": {
         "machines": machines,
         "demo": demo,
+        "processors": lambda: tables.processors(read("processors")),
         **{name: partial(on_all_machines, name, make) for name, make in tables.SPEED.items()},
         "switches": partial(on_all_machines, "adapters", tables.adapter_switches),
     },

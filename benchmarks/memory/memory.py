@@ -32,8 +32,8 @@ def run_cell(shape: str, dtype: str, checkpointing: bool, arm: str, threads: int
     with synthetic_task(sizes) as (stack, folder, rows):
         settings = {"gradient_checkpointing": checkpointing}
         makers: dict[str, Any] = {
-            "tailora": lambda: tailora(stack, sizes, folder, dtype, settings).step,
-            "fast off": lambda: tailora(stack, sizes, folder, dtype, {**settings, **FAST_OFF}).step,
+            "tailora": lambda: tailora(stack, sizes, folder, dtype, settings),
+            "fast off": lambda: tailora(stack, sizes, folder, dtype, {**settings, **FAST_OFF}),
             "PEFT": lambda: peft(folder, rows, sizes, dtype, checkpointing=checkpointing),
             "full": lambda: full(folder, rows, sizes, dtype, checkpointing=checkpointing),
         }

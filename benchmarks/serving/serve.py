@@ -81,7 +81,7 @@ def run_one_by_one(model: LoRAModel, requests: Workload) -> Result:
             model.generate(
                 input_ids=torch.tensor([prompt]),
                 stopping_criteria=[NotesFirst(first, began)],
-                **settings(tokens),
+                **of_length(tokens),
             )
     return figures(requests, time.perf_counter() - began, first)
 
@@ -98,12 +98,12 @@ def run_peft(model: Any, requests: Workload) -> Result:
             attention_mask=mask,
             adapter_names=[name for _, name, _ in requests],
             stopping_criteria=[NotesFirst(first, began)],
-            **settings(max(tokens for _, _, tokens in requests)),
+            **of_length(max(tokens for _, _, tokens in requests)),
         )
     return figures(requests, time.perf_counter() - began, first * len(requests))
 
 
-def settings(tokens: int) -> dict[str, Any]:
+def of_length(tokens: int) -> dict[str, Any]:
     return {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
 
 

@@ -116,22 +116,56 @@ def seconds_to(curve: Cells, target: float) -> float:
     raise ValueError(f"the curve ends at {curve[-1]['loss']}, above {target}")
 
 
-def steps(cells: Cells) -> str:
-    """Time of a step, relative to the machine's bound and to the other arms, with malloc's defaults."""
-    rows = []
-    for cell in cells:
-        setting, result = cell["cell"], cell["result"]
-        if setting["malloc"] == "default":
-            rows.append(
-                [
-                    f"{setting['machine']}, {setting['threads']}",
-                    f"{setting['shape']} {setting['dtype']}",
-                    *medians(result["seconds"], [OURS]),
-                    ranged(result["x_bound"][OURS]),
-                    *(ranged(result["x_tailora"][arm]) for arm in ("PEFT", "full")),
-                ]
-            )
-    return table(["machine, threads", "shape", "ms", "/ bound", "PEFT", "full fine-tuning"], rows)
+GOALS = (  # of docs/performance.md: what, cell, its number, and the target for each of INSTRUCTIONS
+    ("bfloat16, tokens per CPU second / PEFT's", ("training", "bfloat16"), "x_peft", (6, 3.5, 2)),
+    ("float32, tokens per CPU second / PEFT's", ("training", "float32"), "x_peft", (1.2, 1.2, 1.2)),
+    ("bfloat16, memory / PEFT's", ("training", "bfloat16"), "memory_x_peft", (0.2, 0.2, 0.2)),
+    ("float32, memory / PEFT's", ("training", "float32"), "memory_x_peft", (0.2, 0.2, 0.2)),
+    ("bfloat16, step / bound", ("training", "bfloat16"), "x_bound", (1.4, 1.4, 1.4)),
+    ("8 requests, tokens per CPU second / `generate`", ("serving", None), "x_generate", (2, 2, 1.5)),
+)
+
+
+def processors(content: dict[str, Any]) -> str:
+    """What is gained on smaller processors, with the targets; the speed and memory of every arm; the losses."""
+    keys = ("what", "dtype", "instructions", "threads", "layers")
+    results = {tuple(cell["cell"].get(key) for key in keys): cell["result"] for cell in content["cells"]}
+    fewest = min(layers for *_, layers in results if layers)
+    columns = {"AVX2": "AVX2", "AVX512": "AVX512", "all": ", ".join(content["machine"]["bf16"]).upper() or "all"}
+    goals = []
+    for title, (what, dtype), key, targets in GOALS:
+        for threads in (1, 2) if what == "training" else (1,):
+            layers = fewest if what == "training" else None
+            values = [results.get((what, dtype, name, threads, layers)) for name in columns]
+            shown = [f"{r[key]['median']:.2f} ({goal})" if r else "" for r, goal in zip(values, targets, strict=True)]
+            goals += [[title, str(threads), *shown]] if any(shown) else []
+    arms = [
+        [
+            f"{columns[name]}, {dtype}, {threads}, {layers}",
+            *(ranged(rates[arm], "{:.0f}") if arm in rates else "" for arm in (OURS, "PEFT", "Trainer", "TRL")),
+            *(f"{result['above_bytes'][arm] / 1e6:.0f}" for arm in (OURS, "PEFT")),
+        ]
+        for (what, dtype, name, threads, layers), result in results.items()
+        if what == "training"
+        for rates in [result["tokens_per_cpu_second"]]
+    ]
+    head = ["instructions, precision, threads, layers", OURS, "PEFT", "Trainer", "TRL", f"{OURS}, MB", "PEFT, MB"]
+    parts = [table(["", "threads", *columns.values()], goals), table(head, arms)]
+    parts += [losses(result) for (what, *_), result in results.items() if what == "losses"]
+    return "\n\n".join([*parts, f"On {machine(content)}. {load(content)}"])
+
+
+def losses(curves: dict[str, list[float]]) -> str:
+    """How far the losses of bfloat16 models are from those in float32, in a sentence."""
+    exact = curves["float32"]
+    wide, stored = (
+        sum(abs(a - b) for a, b in zip(curves[name], exact, strict=True)) / len(exact)
+        for name in ("float32 products", "bfloat16 products")
+    )
+    return (
+        f"Over {len(exact)} steps of the whole model, losses of a bfloat16 model differ from those of a float32 one by "
+        f"{wide:.4f} on average if its products are computed in float32, and by {stored:.4f} if in bfloat16."
+    )
 
 
 def memory(cells: Cells) -> str:
@@ -159,25 +193,6 @@ def growth(cells: Cells) -> str:
         for cell in cells
     ]
     return table(["", f"{OURS}, ms", "PEFT, ms", f"PEFT / {OURS}"], rows)
-
-
-def curves(cells: Cells) -> str:
-    """How far the losses of each setting are from those of `--fast off`, in nats per token."""
-    by_setting = {cell["cell"]["way"]: cell["result"] for cell in cells}
-    plain = by_setting.pop("fast off")
-    rows = [
-        [
-            setting,
-            f"{largest_difference(result['losses'], plain['losses']):.1e}",
-            f"{largest_difference(result['held_out'], plain['held_out']):.1e}",
-        ]
-        for setting, result in by_setting.items()
-    ]
-    return table(["setting", "largest difference of a step's loss", "of the held-out loss"], rows)
-
-
-def largest_difference(values: list[float], others: list[float]) -> float:
-    return max(abs(value - other) for value, other in zip(values, others, strict=True))
 
 
 def startup(cells: Cells) -> str:
@@ -297,9 +312,7 @@ def preferences(cells: Cells) -> str:
 
 SPEED: dict[str, Callable[[Cells], str]] = {  # name of a result -> its table in docs/performance.md
     "real": real,
-    "steps": steps,
     "memory": memory,
-    "curves": curves,
     "growth": growth,
     "inference": inference,
     "adapters": adapter_rows,

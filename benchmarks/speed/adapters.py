@@ -128,7 +128,7 @@ def merge(layers: int, dtype: str) -> dict[str, list[float]]:
             IN_PLACE: lambda: merged.append(fresh.pop().merge_and_unload(in_place=True)),
         }
         times = measure.take_turns(arms, MERGES, process_time)
-    linears = len(shape.linears()) * shape.layers
+    linears = 7 * shape.layers  # q, k, v, o, gate, up and down
     return {name: [seconds / linears for seconds in values] for name, values in times.items()}
 
 

@@ -1,94 +1,81 @@
-"""The arms of steps.py for two threads: each in a process of its own, and they take turns.
+"""Arms in processes of their own, which take turns: each computes only while the others wait.
 
-With two threads every arm must compute in the main thread of its process. libgomp counts the threads of all its pools,
-one pool for each thread that computes; if they are more than the processors, waiting threads sleep at once. tailora's
-step then took 2.1 s instead of 1.2.
+Threads of one process would share its memory, and its peak with it. Two threads also need the main thread of a process:
+libgomp counts the threads of all its pools, one pool for each thread that computes, and lets waiting threads sleep at
+once if they are more than the processors. tailora's step then took 2.1 s instead of 1.2.
 """
 
+import gc
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.arms import FAST_OFF, Step, Stopped, choices_in, full, peft, train_config
-from benchmarks.speed.shapes import DTYPES, Shape, products
-from tailora.data.dataset import Example
-from tailora.train.events import Event, Stepped
-from tailora.train.trainer import run
+from benchmarks import measure
+from benchmarks.speed.arms import Stopped
 
-# An arm's process sends True when everything is loaded. Then it waits: True asks for the next step, False ends it.
-# After each step it sends the loss; before that, tailora also sends texts about its choices.
-ARMS = ("tailora", "fast off", "PEFT", "full", "products")
+IMPORTED = ["benchmarks.speed.trainers", "peft", "trl.trainer.sft_trainer"]
+Turn = dict[str, float]  # CPU seconds of a step, and bytes of the highest moment so far above the loaded model
+
+
+class Turns:
+    """Takes the place of a `trainers.Stopwatch`: a run waits after each step until it is its turn again."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._since = 0.0
+        self._loaded = 0
+
+    def start(self) -> None:
+        """Waits for the first turn. The model is loaded."""
+        gc.collect()
+        measure.reset_peak()
+        self._loaded = measure.process_memory("VmRSS")
+        self._connection.send({})
+        self._wait()
+
+    def after_step(self, _step: int, _total: int, _save: Callable[[Path], Any]) -> None:
+        seconds = time.process_time() - self._since
+        self._connection.send({"cpu": seconds, "above_bytes": measure.process_memory("VmHWM") - self._loaded})
+        self._wait()
+
+    def _wait(self) -> None:
+        try:
+            self._connection.recv()
+        except EOFError:
+            raise Stopped from None
+        self._since = time.process_time()
 
 
 @contextmanager
-def arms_in_processes(
-    shape: Shape, folder: Path, rows: list[Example], dtype: str
-) -> Iterator[tuple[dict[str, Step], list[str]]]:
-    """Yields the step of each arm by name, and what tailora's run said about its choices; then ends the processes."""
-    context, notes = get_context("spawn"), list[str]()
+def arms_in_processes(arms: dict[str, Callable[[Turns], None]]) -> Iterator[dict[str, Callable[[], Turn]]]:
+    """Starts a process for each arm, one after another; yields what runs a step of it. Then the processes end."""
+    context = get_context("forkserver")  # which imports once, and computes nothing before it forks
+    context.set_forkserver_preload(IMPORTED)
     with ExitStack() as stack:
         steps = {}
-        for name in ARMS:
-            parent, child = context.Pipe()
-            process = context.Process(target=serve, args=(child, name, shape, folder, rows, dtype), daemon=True)
+        for name, arm in arms.items():
+            here, there = context.Pipe()
+            process = context.Process(target=_run_in_turns, args=(there, arm), daemon=True)
             process.start()
+            there.close()  # so that a process that fails is noticed
             stack.callback(process.join)
-            stack.callback(parent.send, False)
-            parent.recv()  # wait until it is loaded, so that loading takes no time from another arm
-            steps[name] = remote_step(parent, notes if name == "tailora" else [])
-        yield steps, notes
+            stack.callback(here.close)  # which ends the arm, if it waits for its turn
+            here.recv()
+            steps[name] = partial(_step, here)
+        yield steps
 
 
-def remote_step(connection: Connection, notes: list[str]) -> Step:
-    def step() -> float:
-        connection.send(True)
-        while isinstance(message := connection.recv(), str):
-            notes.append(message)
-        return float(message)
-
-    return step
-
-
-# ---- In the arms' processes
-
-
-def serve_run(connection: Connection, shape: Shape, folder: Path, dtype: str, settings: dict[str, Any]) -> None:
-    """tailora's own run, which pauses after each step until the next is asked for."""
-
-    def on_event(event: Event) -> None:
-        for text in choices_in(event):
-            connection.send(text)
-        if isinstance(event, Stepped):
-            connection.send(event.loss)
-            if not connection.recv():
-                raise Stopped
-
-    output = folder / f"run{'-off' if settings else ''}"
+def _step(connection: Connection) -> Turn:
     connection.send(True)
-    if connection.recv():
-        with suppress(Stopped):
-            run(train_config(shape, folder, output, {"dtype": dtype, **settings}), on_event=on_event)
+    turn: Turn = connection.recv()
+    return turn
 
 
-def serve_steps(connection: Connection, step: Callable[[], Any]) -> None:
-    connection.send(True)
-    while connection.recv():
-        step()
-        connection.send(0.0)
-
-
-def serve(connection: Connection, name: str, shape: Shape, folder: Path, rows: list[Example], dtype: str) -> None:
-    match name:
-        case "tailora":
-            serve_run(connection, shape, folder, dtype, {})
-        case "fast off":
-            serve_run(connection, shape, folder, dtype, FAST_OFF)
-        case "PEFT":
-            serve_steps(connection, peft(folder, rows, shape, dtype))
-        case "full":
-            serve_steps(connection, full(folder, rows, shape, dtype))
-        case _:
-            serve_steps(connection, products(shape, DTYPES[dtype]))
+def _run_in_turns(connection: Connection, arm: Callable[[Turns], None]) -> None:
+    with suppress(Stopped):
+        arm(Turns(connection))

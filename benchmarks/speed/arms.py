@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
@@ -24,7 +23,7 @@ from tailora.data.collate import collate_padded
 from tailora.data.dataset import Example
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import plan_batches
-from tailora.train.events import Event, Note, Prepared, Stepped
+from tailora.train.events import Event, Stepped
 from tailora.train.trainer import OnReady, run
 
 Step = Callable[[], float]  # takes one optimiser step; returns the loss before it
@@ -75,12 +74,6 @@ def paused_run(config: TrainConfig, on_ready: OnReady | None = None) -> Generato
     outcome.result()
 
 
-@dataclass(frozen=True, eq=False)
-class TailoraArm:
-    step: Step
-    notes: list[str]  # what the run said about its choices
-
-
 def tailora(
     stack: ExitStack,
     shape: Shape,
@@ -88,31 +81,19 @@ def tailora(
     dtype: str,
     settings: dict[str, Any] | None = None,
     on_ready: OnReady | None = None,
-) -> TailoraArm:
+) -> Step:
     """Returns the steps of tailora's own run on the folder of `synthetic_task`. The first includes the start-up."""
     output = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     config = train_config(shape, folder, output / "run", {"dtype": dtype, **(settings or {})})
     events = stack.enter_context(closing(paused_run(config, on_ready)))
-    notes: list[str] = []
 
     def step() -> float:
         for event in events:
-            notes.extend(choices_in(event))
             if isinstance(event, Stepped):
                 return event.loss
         raise RuntimeError("the run ended before its last step")
 
-    return TailoraArm(step, notes)
-
-
-def choices_in(event: Event) -> list[str]:
-    """Returns what a run says about its choices with this event, if anything."""
-    match event:
-        case Note():
-            return [event.text]
-        case Prepared():
-            return [event.header["kernels"]]
-    return []
+    return step
 
 
 def train_config(shape: Shape, folder: Path, output: Path, settings: dict[str, Any]) -> TrainConfig:

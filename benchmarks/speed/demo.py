@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import time
-from typing import Any
+from pathlib import Path
 
 from benchmarks import measure
 from tailora.cli.main import ENVIRONMENT
@@ -41,63 +41,37 @@ def tailora() -> dict[str, float]:
 
 def peft() -> dict[str, float]:
     import torch
-    from peft import LoraConfig, get_peft_model
-    from torch.nn.functional import cross_entropy
 
+    from benchmarks.speed.trainers import Stopwatch, padded_losses, peft_loop
     from tailora.cli.train import DEFAULTS
     from tailora.data.chat_template import DataSettings
-    from tailora.data.collate import collate_padded
     from tailora.data.demo import data_file, eval_file
     from tailora.data.prepare import prepare
     from tailora.train.config import TrainConfig
-    from tailora.train.dataloader import plan_batches
     from tailora.train.model_loading import load_base
-    from tailora.train.optimizer import learning_rate
 
     started = time.perf_counter()
     config = TrainConfig(**DEFAULTS)
     base, tokenizer = load_base("demo", "auto")
     settings = DataSettings(max_length=config.max_length)
     data = prepare(str(data_file()), tokenizer, settings, eval_source=str(eval_file()))
-    torch.manual_seed(config.seed)
-    settings = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": "all-linear"}
-    model = get_peft_model(base, LoraConfig(**settings, task_type="CAUSAL_LM"))
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
-
-    def losses(indices: Any, examples: Any) -> torch.Tensor:
-        batch = collate_padded([examples[int(i)] for i in indices], tokenizer.pad_token_id)
-        targets = batch["labels"][:, 1:]
-        supervised = targets != -100
-        hidden = base.model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
-        logits = base.lm_head(hidden[:, :-1][supervised])  # (supervised, vocabulary)
-        return cross_entropy(logits.float(), targets[supervised], reduction="none")
 
     def held_out() -> float:
-        model.eval()
+        base.eval()
+        held = [data.eval[i] for i in range(len(data.eval))]
         with torch.no_grad():
-            parts = [losses(range(at, at + 4), data.eval) for at in range(0, len(data.eval), 4)]
-        model.train()
+            parts = [padded_losses(base, held[at : at + 4], tokenizer.pad_token_id) for at in range(0, len(held), 4)]
         return float(torch.cat(parts).double().mean())
 
     before = held_out()
-    batches = plan_batches(data.train.lengths, batch_size=config.per_device_train_batch_size, seed=config.seed, epoch=0)
-    training_started = time.perf_counter()
-    for number, indices in enumerate(batches):
-        loss = losses(indices, data.train).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        rate = learning_rate(number, len(batches), config.learning_rate, config.warmup_ratio, config.lr_scheduler_type)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
-    seconds = time.perf_counter() - training_started
+    with tempfile.TemporaryDirectory() as folder:
+        watch = Stopwatch(Path(folder))
+        peft_loop(config, watch, base=base, tokenizer=tokenizer, examples=data.train)
     tokens = int(data.train.lengths.sum())
     return {
-        "train_seconds": seconds,
+        "train_seconds": watch.wall,
         "train_tokens": tokens,
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": tokens / watch.wall,
         "loss_before": before,
         "loss_after": held_out(),
         "peak_gigabytes": measure.peak_gigabytes(),

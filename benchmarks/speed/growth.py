@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks import measure
 from benchmarks.speed.arms import peft, synthetic_task, tailora
-from benchmarks.speed.shapes import SMALL, Shape, step_flops
+from benchmarks.speed.shapes import SMALL, Shape
 
 AXES = {
     "length": [128, 256, 512, 1024, 2048],  # always 2,048 tokens a step
@@ -45,11 +45,10 @@ def run_cell(axis: str, value: int, dtype: str, threads: int, rounds: int) -> di
     with synthetic_task(shape) as (stack, folder, rows):
         settings = {"r": r, "lora_alpha": 2 * r}
         ours = tailora(stack, shape, folder, dtype, settings, on_ready=load_others)
-        arms = {"tailora": ours.step, "PEFT": peft(folder, rows, shape, dtype, r=r, extra=extra)}
+        arms = {"tailora": ours, "PEFT": peft(folder, rows, shape, dtype, r=r, extra=extra)}
         times = measure.take_turns(arms, rounds, measure.clock_for(threads))
     return {
         "tokens": shape.tokens,
-        "flops": step_flops(shape, r),
         "seconds": {name: measure.spread(values) for name, values in times.items()},
         "x_tailora": measure.ratios(times, over="tailora"),
         "runs": times,

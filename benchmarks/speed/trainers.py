@@ -1,4 +1,4 @@
-"""The arms of real.py: tailora, PEFT in transformers' Trainer, and TRL's SFTTrainer, on the same tokenised rows.
+"""Whole runs on the same tokenised rows: tailora, a loop around PEFT, transformers' Trainer and TRL's SFTTrainer.
 
 Every arm writes snapshots of its adapter on its way. A stopwatch runs from the moment when everything is loaded until
 the last step is done, and pauses while a snapshot is written.
@@ -6,16 +6,23 @@ the last step is done, and pauses while a snapshot is written.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
 from benchmarks.speed.arms import FAST_OFF
 from tailora.core.device import has_bfloat16
-from tailora.data.dataset import Examples
+from tailora.data.collate import collate_padded
+from tailora.data.dataset import Example, Examples
 from tailora.train.config import TrainConfig
+from tailora.train.dataloader import plan_batches
 from tailora.train.events import Event, Prepared, Stepped
+from tailora.train.optimizer import learning_rate
 from tailora.train.trainer import run
 
 SNAPSHOTS = 5  # evenly spaced, the last after the last step
@@ -63,6 +70,41 @@ def tailora(config: TrainConfig, watch: Stopwatch, **settings: Any) -> None:
     run(config.model_copy(update=settings), on_event=on_event, on_ready=lambda model, *_: models.append(model))
 
 
+def peft_loop(
+    config: TrainConfig, watch: Stopwatch, *, base: Any, tokenizer: Any, examples: Examples, passes: int = 1
+) -> None:
+    """A loop around PEFT that is written to be fast: rows grouped by length, logits only where there is a label."""
+    from peft import get_peft_model
+
+    torch.manual_seed(config.seed)
+    model = get_peft_model(base, lora_config(config)).train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
+    grouping = {"batch_size": config.per_device_train_batch_size, "seed": config.seed}
+    total = passes * len(plan_batches(examples.lengths, **grouping, epoch=0))
+    schedule = total, config.learning_rate, config.warmup_ratio, config.lr_scheduler_type
+    batches = (batch for epoch in range(passes) for batch in plan_batches(examples.lengths, **grouping, epoch=epoch))
+    watch.start()
+    for number, batch in enumerate(batches):
+        padded_losses(base, [examples[int(i)] for i in batch], tokenizer.pad_token_id).mean().backward()
+        nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(number, *schedule)
+        optimizer.step()
+        optimizer.zero_grad()
+        watch.after_step(number + 1, total, model.save_pretrained)
+
+
+def padded_losses(base: Any, examples: Sequence[Example], pad_id: int) -> Tensor:
+    """Returns the loss of every supervised token."""
+    batch = collate_padded(examples, pad_id)
+    targets = batch["labels"][:, 1:]
+    supervised = targets != -100
+    hidden = base.model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
+    logits = base.lm_head(hidden[:, :-1][supervised])  # (supervised, vocabulary)
+    return cross_entropy(logits.float(), targets[supervised], reduction="none")
+
+
 def trainer(
     config: TrainConfig, watch: Stopwatch, *, base: Any, tokenizer: Any, examples: Examples, **settings: Any
 ) -> None:
@@ -72,7 +114,7 @@ def trainer(
 
     arguments = TrainingArguments(
         **{
-            **common_settings(config, watch.folder),
+            **common_settings(config),
             "train_sampling_strategy": "group_by_length",
             **settings,
         }
@@ -92,7 +134,7 @@ def trl(
     """TRL's SFTTrainer, which computes logits only where there is a label; prompts are masked."""
     from trl import SFTConfig, SFTTrainer
 
-    arguments = SFTConfig(**{**common_settings(config, watch.folder), "gradient_checkpointing": False, **settings})
+    arguments = SFTConfig(**{**common_settings(config), "gradient_checkpointing": False, **settings})
     SFTTrainer(
         model=base,
         args=arguments,
@@ -112,9 +154,9 @@ def packing_settings(examples: Examples) -> dict[str, Any]:
     return {"packing": True, "max_length": length, "per_device_train_batch_size": 1}
 
 
-def common_settings(config: TrainConfig, folder: Path) -> dict[str, Any]:
+def common_settings(config: TrainConfig) -> dict[str, Any]:
     return {
-        "output_dir": str(folder),
+        "output_dir": config.output_dir,
         "per_device_train_batch_size": config.per_device_train_batch_size,
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": config.lr_scheduler_type,

@@ -117,7 +117,7 @@ def trl(folder: Path, **settings: Any) -> tuple[dict[str, float], Path]:
 
     base, tokenizer = load_base("demo")
     config = train_config(folder)
-    common = common_settings(config, folder / "trainer")
+    common = {**common_settings(config), "output_dir": str(folder / "trainer")}
     arguments = {**common, "beta": BETA, "max_length": MAX_LENGTH, "gradient_checkpointing": False, **settings}
     ends: list[dict[str, float]] = []
 
