@@ -302,7 +302,7 @@ class LoRAModel(nn.Module):
         tokenizer: saved with a merged model.    overwrite: replace the folder of an earlier export.
         The files are read back and compared with this model; if they differ, they are deleted.
         """
-        from tailora.formats.export import export  # loads formats that nothing else needs
+        from tailora.formats.export import export  # imported here because nothing else needs these formats
 
         return export(self._export_source(name, tokenizer), Path(folder), to, overwrite=overwrite)
 

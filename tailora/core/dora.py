@@ -21,7 +21,7 @@ from tailora.core.fused_layers import OutputSlice
 from tailora.core.layer_types import LayerType, weight_of, whole_tensor
 from tailora.core.quantization import dense_weight, is_quantized
 
-BLOCK = 2**18  # numbers of a 16-bit weight that are widened at a time: on a CPU they stay in the cache
+BLOCK = 2**18  # numbers of a 16-bit weight to cast at a time, so that they stay in a CPU's cache
 
 
 def gain(magnitude: Tensor, norms: Tensor, has_zeros: bool = True) -> Tensor:
@@ -84,7 +84,7 @@ class RowNorms:
         self._weight: WeightState | None = None
         self.refresh(layer)
 
-    def __getstate__(self) -> dict[str, object]:  # of copies and pickles
+    def __getstate__(self) -> dict[str, object]:  # for copies and pickles
         return {**self.__dict__, "_weight": None}
 
     @torch.no_grad()

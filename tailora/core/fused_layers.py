@@ -76,7 +76,7 @@ def _gate_up(_: Any, total: int) -> Layout:
     return dict.fromkeys(("gate", "up"), total // 2)
 
 
-# By class of the parent and name of the layer in it. For other layers users set LoRAConfig.fused_parts.
+# By class of the parent and name of the layer in it. For other layers, users set LoRAConfig.fused_parts.
 LAYOUTS: dict[str, Callable[[Any, int], Layout]] = {
     "GPT2Attention.c_attn": _gpt2,
     "DecisionTransformerGPT2Attention.c_attn": _gpt2,
@@ -106,7 +106,7 @@ def layout_of(parent: nn.Module, name: str, total: int) -> Layout:
         return {}
     try:
         layout = layouts[0](parent, total)
-    except AttributeError:  # another class of this name
+    except AttributeError:  # a different class with the same name
         return {}
     return layout if _divides(layout, total) else {}
 

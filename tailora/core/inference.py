@@ -20,7 +20,7 @@ from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import CONV1D, LAYER_TYPES, LINEAR, qualified_name
 from tailora.core.quantization import is_quantized
 
-FEW_TOKENS = 2  # up to this many in a forward, torch's own kernel is the faster one
+FEW_TOKENS = 2  # up to this many tokens in a forward pass, torch's own kernel is faster
 KERNEL_LOCK = Lock()
 
 
@@ -96,7 +96,7 @@ def _attached_constants(layers: Iterable[nn.Module]) -> Iterator[None]:
         yield
     finally:
         for layer, constant in constants.items():
-            if attached_parts(layer) == (constant,):  # else the adapter was switched meanwhile
+            if attached_parts(layer) == (constant,):  # otherwise the adapter was switched in the meantime
                 attach(layer, constant.adapters)
 
 

@@ -115,7 +115,7 @@ class LoRALayer(nn.Module):
             raise ConfigError(
                 f"expected rank 1..{min(in_features, out_features)} for {in_features} -> {out_features}, got {rank}"
             )
-        vars(self).update(  # not one by one: nn.Module looks at each, which takes long for hundreds of layers
+        vars(self).update(  # all at once: nn.Module checks each assignment, which is slow for hundreds of layers
             in_features=in_features,
             out_features=out_features,
             r=rank,
@@ -126,7 +126,7 @@ class LoRALayer(nn.Module):
             groups=groups,
             output_slice=output_slice,
             row_norms=None,
-            strength=1.0,  # a number of the host: at 1 it takes no kernel
+            strength=1.0,  # a Python number: a strength of 1 needs no kernel
         )
         shape_A, shape_B = shapes or ((rank, in_features), (out_features, rank))
         A, B = (torch.empty(shape, device=device, dtype=dtype) for shape in (shape_A, shape_B))
@@ -174,7 +174,7 @@ class LoRALayer(nn.Module):
         else:  # (g - 1) W x + g u is u + (g - 1) (W x + u) for the update u, so g multiplies one tensor, and not B too
             whole = output + update
             y = whole if y is output and self.strength == 1 else torch.add(y, update, alpha=self.strength)
-            y = y + whole * self._over_kernel(rescaling, output.dtype)  # addcmul has two more kernels in the backward
+            y = y + whole * self._over_kernel(rescaling, output.dtype)  # addcmul needs two more kernels in the backward
         return y if shift is None else y + self._over_kernel(shift, output.dtype)
 
     def forward(

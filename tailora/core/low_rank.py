@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-EXACT = 256  # rows or columns; above, a few products cost less than the whole decomposition (.01 s here)
-EXTRA = 16  # directions that the iteration follows beyond those that are asked for
+EXACT = 256  # rows or columns; above, a few products cost less than the full decomposition (.01 s here)
+EXTRA = 16  # directions that the iteration follows in addition to the requested ones
 ITERATIONS = 16  # a weight's spectrum falls slowly
-FIRST = 32  # singular values that are computed first, if their number depends on an energy
+FIRST = 32  # singular values to compute first, if their number depends on an energy
 
 
 # ---- Leading singular triplets

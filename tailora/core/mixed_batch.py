@@ -68,7 +68,7 @@ class Rows:
     def __init__(self, names: Names, loaded: Sequence[str], device: torch.device) -> None:
         self.names, self.n = names, len(names)  # n is an attribute for the compiler, which would guard the names
         self.ids = torch.tensor(self.positions(loaded), device=device)
-        self.kept: dict[Any, Any] = {}  # what all layers share
+        self.kept: dict[Any, Any] = {}  # shared by all layers
 
     def positions(self, adapters: Sequence[str]) -> list[int]:
         """Returns the position of each row's adapter in `adapters`, len(adapters) for all others."""
@@ -98,7 +98,7 @@ class Rows:
 
 
 def _tensor(numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    with torch.inference_mode(False):  # a later forward may need a gradient
+    with torch.inference_mode(False):  # a later forward pass may need a gradient
         return torch.tensor(numbers, device=device, dtype=dtype)
 
 
@@ -343,7 +343,7 @@ class MixedPart:
         self.min_ndim = 1 if layer_type_of(layer) is EMBEDDING else first.lora_A.ndim if is_update else 2  # of an input
         self.is_alone = False
         used = batch.rows.used(self.names)
-        # for the compiler: all adapters; with gradients only the batch's, since others would get zero gradients
+        # for the compiler: all adapters; with gradients, only the batch's, because others would get zero gradients
         self.all = tuple(parts.values()), batch.lookup(self.names)
         self.of_batch = tuple(parts[name] for name in used), batch.lookup(used)
         self._kept: Factors | None = None
@@ -479,7 +479,7 @@ def _state(tensors: Sequence[Tensor]) -> Any:
     """Returns a value that changes when torch registers a change of one of the tensors. Called often, so kept short."""
     try:
         versions = [tensor._version for tensor in tensors]
-    except RuntimeError:  # tensors of inference mode are not counted
+    except RuntimeError:  # tensors of inference mode have no version
         versions = [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
     return versions, [tensor.data_ptr() for tensor in tensors]
 

@@ -255,7 +255,7 @@ class WeightSum:
 SHAPE = ("shape", "ndim", "dtype", "device", "dim", "size", "numel", "is_cuda", "requires_grad", "layout")
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm, Tensor.mm)
 GROUPED_PRODUCTS = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
-ALIGNED = 8  # numbers: grouped products take rows of a multiple of 16 bytes
+ALIGNED = 8  # numbers: grouped products need rows whose size is a multiple of 16 bytes
 
 
 def _linear(x: Tensor, weight: WeightSum, bias: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from tailora.errors import PatternError
 
 Selector = Collection[str] | str  # names, or a regular expression
 T = TypeVar("T")
-MATCH_SECONDS = 0.2  # of CPU time; honest patterns take microseconds
+MATCH_SECONDS = 0.2  # of CPU time; normal patterns take microseconds
 
 
 def matches(selector: Selector, path: str) -> bool:
@@ -71,7 +71,7 @@ def full_match(pattern: str, path: str) -> "regex.Match[str] | None":
             f"the regular expression {pattern!r} takes more than {MATCH_SECONDS} s to match {path!r}; avoid nested "
             "repetitions, or list the names"
         ) from None
-    except regex.error as error:  # re accepts some that regex does not
+    except regex.error as error:  # re accepts some patterns that regex rejects
         raise PatternError(f"unsupported regular expression {pattern!r}: {error}") from None
 
 
