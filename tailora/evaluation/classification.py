@@ -326,7 +326,7 @@ def describe_labels(
     earlier, majority = f"; {start} {before['accuracy'].value:.1%}", details.get("majority")
     if majority is None:
         return f"{text}{earlier}."
-    of_majority = f"{majority['share']:.1%} for always answering {majority['label']!r}"
+    of_majority = f"{majority['share']:.1%} for always predicting {majority['label']!r}"
     if beats_majority(accuracy.value, details):
         return f"{text}{earlier}, and {of_majority}."
     return f"{text}, no better than the {of_majority}{earlier}."

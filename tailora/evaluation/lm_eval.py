@@ -22,7 +22,7 @@ from tailora.train.state import seeded
 
 NO_FILTER = "none"
 STDERR = "_stderr"
-TASK_NAMES = "; use the name of a task of lm-evaluation-harness, or the folder of its YAML file as --include-path"
+TASK_NAMES = "; use the name of an lm-evaluation-harness task, or pass the folder of its YAML file as --include-path"
 LOGGERS = ("lm_eval", "lm_eval.evaluator", "lm_eval.models.huggingface", "lm_eval.api.task", "lm_eval.tasks")
 
 
@@ -55,8 +55,8 @@ def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
             loaded = manager.load(list(names))
         except (DatasetsError, ImportError, OSError, ValueError) as error:
             raise DataError(
-                f"--tasks {','.join(names)}: cannot load the tasks: {_first_line(error)}. If data is missing, run "
-                "this once with a network; if a package is missing, install it; otherwise fix the task's YAML file"
+                f"--tasks {','.join(names)}: cannot load the tasks: {_first_line(error)}. If data is missing, run this "
+                "once with network access; if a package is missing, install it; otherwise fix the task's YAML file"
             ) from None
     metrics = [
         f"{name}/{_metric_name(metric, task_filter['name'])}"
@@ -79,7 +79,7 @@ def _task_manager(names: Sequence[str], include_path: Path | None) -> Any:
     if include_path is None:
         return TaskManager()
     if not include_path.is_dir():
-        raise ConfigError(f"--include-path {include_path} is not a folder; use a folder with YAML files of tasks")
+        raise ConfigError(f"--include-path {include_path} is not a folder; use a folder of YAML files of tasks")
     own = TaskManager(include_path=str(include_path), include_defaults=False)
     return own if set(names) <= set(own.all_subtasks) else TaskManager(include_path=str(include_path))
 

@@ -13,30 +13,30 @@ METRICS = {  # name -> meaning
     "loss": "nats per trained token",
     "perplexity": "exp(loss)",
     "exact_match": "share of greedy answers that equal the reply in the data",
-    "accuracy": "share of questions whose right choice is the likeliest",
+    "accuracy": "share of questions whose correct choice is the most likely one",
     "accuracy_norm": "the same, by log-likelihood per byte of the choice",
 }
 LABEL_METRICS = {  # for classification and regression; f1[NAME] is F1 of one class or type of entity
-    "loss": "nats per row or word; of regression, the mean squared error",
-    "accuracy": "share of rows, or words, whose labels are all right",
+    "loss": "nats per row or word; for regression, the mean squared error",
+    "accuracy": "share of rows or words whose labels are all correct",
     "f1": "F1 of entities, as seqeval counts them",
-    "precision": "share of the entities found that are right",
-    "recall": "share of the entities that are found",
-    "f1_macro": "mean F1 of the classes, or types of entities",
+    "precision": "share of the predicted entities that are correct",
+    "recall": "share of the true entities that are found",
+    "f1_macro": "mean F1 of the classes or entity types",
     "f1_micro": "F1 of all labels together",
     "mcc": "Matthews correlation coefficient",
-    "auroc": "area under the ROC curve; of several classes the mean of each against the rest",
+    "auroc": "area under the ROC curve; with several classes, the mean of each one against the rest",
     "mse": "mean squared error",
     "mae": "mean absolute error",
     "pearson": "Pearson correlation",
     "spearman": "Spearman rank correlation",
 }
 PREFERENCE_METRICS = {  # of a run on preferences
-    "accuracy": "share of replies whose rewards are in the right order, or of the right sign",
-    "margin": "mean reward of chosen replies minus the mean of rejected ones",
-    "likelier": "share of pairs whose chosen reply is likelier than the other",
+    "accuracy": "share of pairs with rewards in the right order, or of single replies with rewards of the right sign",
+    "margin": "mean reward of chosen replies minus that of rejected ones",
+    "likelier": "share of pairs whose chosen reply is more likely than the rejected one",
     "chosen": "mean log-probability of chosen replies, in nats",
-    "rejected": "the same of rejected ones",
+    "rejected": "the same for rejected replies",
 }
 METRIC_ALIASES = {"ppl": "perplexity", "em": "exact_match", "acc": "accuracy", "acc_norm": "accuracy_norm"}
 OF_CLASS = re.compile(r"f1\[.+\]")

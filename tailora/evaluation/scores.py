@@ -230,8 +230,8 @@ def choose_metrics(facts: EvalDataReport, metrics: Sequence[str], extra: Sequenc
     if lacking:
         needs = " and ".join(f"{name} needs {NEEDS[name]}" for name in lacking)
         raise DataError(
-            f"data {facts.source}: {needs}; its rows are read as {facts.shape} "
-            f"({', '.join(facts.mapping.values())}). Rows with choices have prompt, choices (a list) and answer; set "
+            f"data {facts.source}: {needs}, but its rows were read as {facts.shape} "
+            f"({', '.join(facts.mapping.values())}). Rows with choices need prompt, choices (a list) and answer; set "
             "the columns with --field prompt=COLUMN,choices=COLUMN,answer=COLUMN"
         )
     return [name for name in METRICS if name in wanted]
@@ -436,7 +436,7 @@ def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log
     settings = replace(data_settings(config), task=rows, validation_split=0.0, for_evaluation=True)
     prepared = prepare(resolved_sources(config, "eval_data"), tokenizer, settings)
     if prepared.report.task == PREFERENCE:
-        log("using only the chosen replies of the pairs, with the loss of a language model")
+        log("evaluating only the chosen replies of the pairs, with the language modeling loss")
     examples = prepared.train.distinct()
     if len(examples) < len(prepared.train):
         log(f"{distinct_of(len(prepared.train), len(examples), 'held-out example')}: duplicates are evaluated once")

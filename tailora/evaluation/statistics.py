@@ -134,7 +134,7 @@ def difference_over_seeds(
             f"expected (seeds, examples) twice and (examples,), got {before.shape}, {after.shape}, {tokens.shape}"
         )
     if not (np.isfinite(before).all() and np.isfinite(after).all()):
-        raise ValueError("a loss is not finite")
+        raise ValueError("losses contain NaN or infinity")
     differences, tokens = (after - before)[:, tokens > 0], tokens[tokens > 0]
     seeds, examples = differences.shape
     if examples < 2:
@@ -319,7 +319,7 @@ def describe_preferences(before: Mapping[str, Interval], after: Mapping[str, Int
     changes = [after[name].value - before[name].value for name in LOG_PROBABILITIES if name in after]
     if len(changes) == 2:
         chosen, rejected = (f"{'fell' if change < 0 else 'rose'} by {abs(change):.1f} nats" for change in changes)
-        text += f". The log-probability of chosen replies {chosen}, for rejected ones {rejected}"
+        text += f". The log-probability of chosen replies {chosen}, that of rejected ones {rejected}"
     return f"{text}."
 
 

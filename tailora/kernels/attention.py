@@ -51,7 +51,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Returns causal attention within each document, (1, total, heads, width), and no weights. Raises PackingError."""
     if cu_seq_lens_q is None:
-        raise PackingError("the model did not pass cu_seq_lens_q on to its attention")
+        raise PackingError("the model does not pass cu_seq_lens_q to its attention")
     supported = () if packed_row is None else packed_row.supports
     unsupported = [name for name in UNSUPPORTED if name not in supported and kwargs.get(name) is not None]
     if attention_mask is not None:
@@ -59,15 +59,15 @@ def packed_attention(
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         unsupported.append("attention to later tokens")
     if key.shape[2] != query.shape[2]:
-        unsupported.append("keys of another sequence")
+        unsupported.append("keys of a different sequence")
     if packed_row is not None and packed_row.windows is not None and sliding_window not in packed_row.windows:
-        unsupported.append(f"a sliding window of {sliding_window}, which neither its config nor a module has")
+        unsupported.append(f"a sliding window of {sliding_window}, which is in neither its config nor its modules")
     if unsupported:
-        raise PackingError(f"the attention of {type(module).__name__} asks for {', '.join(unsupported)}")
+        raise PackingError(f"the attention of {type(module).__name__} requires {', '.join(unsupported)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if packed_row is None and dropout and query.device.type != "meta":  # there the operator stands for flash attention
         if max_length_q is None:
-            raise PackingError("the model did not pass max_length_q on to its attention")
+            raise PackingError("the model does not pass max_length_q to its attention")
         packed_row = PaddedRow(Documents(cu_seq_lens_q, max_length_q, query.shape[2], (sliding_window,)))
     if packed_row is not None:
         options = Options(scale, dropout, sliding_window, kwargs.get("softcap"), kwargs.get("s_aux"))
@@ -107,13 +107,13 @@ def packed_rows(model: PreTrainedModel, provider: str | None = None) -> Iterator
     """
     config = model.config
     if getattr(config, "attention_chunk_size", None) is not None:
-        raise PackingError("the model attends in chunks (attention_chunk_size)")
+        raise PackingError("the model uses chunked attention (attention_chunk_size)")
     provider = provider or (CPU if model.device.type == "cpu" else "sdpa")
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     prepare = partial(_prepare, None if provider == CPU else PROVIDERS[provider], sliding_windows(model))
     with _attention(model, NAME):
         if config._attn_implementation != NAME:
-            raise PackingError(f"{type(model).__name__} does not let its attention be chosen")
+            raise PackingError(f"{type(model).__name__} does not support a choice of attention implementation")
         with (model if decoder is None else decoder).register_forward_pre_hook(prepare, with_kwargs=True):
             yield
 
@@ -172,12 +172,12 @@ def _prepare(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Adds what all layers share to the arguments of the decoder, which passes them on. Raises PackingError."""
     if arguments.get("attention_mask") is not None:
-        raise PackingError("a packed row has no padding, yet an attention mask was given")
+        raise PackingError("a packed row has no padding, but an attention mask was passed")
     ends, longest = arguments.get("cu_seq_lens_q"), arguments.get("max_length_q")
     if provider is None or ends is None:
         return inputs, arguments
     if longest is None:
-        raise PackingError("the model was not given max_length_q")
+        raise PackingError("max_length_q was not passed to the model")
     tokens = next(iter(inputs), arguments.get("input_ids"))
     tokens = arguments["inputs_embeds"] if tokens is None else tokens
     ends = ends.to(tokens.device, non_blocking=True)

@@ -72,7 +72,7 @@ def obstacle_to_compiling(model: nn.Module, device: torch.device) -> str | None:
     if not layers:
         return f"{type(model).__name__} has no list of layers"
     if (kinds := len({_kind(layer) for layer in layers})) > MOST_KINDS:
-        return f"they are of {kinds} kinds, which are compiled separately (at most {MOST_KINDS})"
+        return f"they are of {kinds} kinds, each of which is compiled separately (at most {MOST_KINDS})"
     return compiler_obstacle(device)
 
 
@@ -95,11 +95,11 @@ def compiler_obstacle(device: torch.device) -> str | None:
     if not is_dynamo_supported():
         return "torch.compile does not support this Python or system"
     if device.type in ("cuda", "xpu"):
-        return None if has_triton() else "torch.compile needs triton for this device, which is not installed"
+        return None if has_triton() else "torch.compile needs triton for this device, but it is not installed"
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
-        return "torch.compile needs a C++ compiler (g++ or clang++), and there is none"
+        return "torch.compile needs a C++ compiler (g++ or clang++), but none was found"
     return None
 
 

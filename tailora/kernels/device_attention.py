@@ -69,7 +69,7 @@ class DeviceRow(ABC):
     def obstacle(cls, device: torch.device, dtype: torch.dtype) -> str | None:
         """Returns why this provider need not be tried; None if it may work."""
         if cls.device_types and device.type not in cls.device_types:
-            return f"there is none for {device.type}"
+            return f"it does not support {device.type}"
         if cls.half_precision and dtype not in HALF:
             return f"it needs bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
         return cls.missing()
@@ -88,20 +88,20 @@ class DeviceRow(ABC):
 
 
 class VarlenRow(DeviceRow):
-    description = "torch's flash attention for documents of several lengths"
+    description = "torch's flash attention for documents of different lengths"
     device_types = ("cuda",)
     half_precision = True
     has_dropout = False
 
     @staticmethod
     def missing() -> str | None:
-        return None if "window_size" in _varlen_parameters() else f"torch {torch.__version__} has none that is complete"
+        return None if "window_size" in _varlen_parameters() else f"it is incomplete in torch {torch.__version__}"
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
         if options.dropout:
-            raise ValueError("torch's varlen_attn has no dropout")
+            raise ValueError("torch's varlen_attn does not support dropout")
         compute: Callable[..., Tensor] = varlen_attn  # type: ignore[assignment]  # not for all of its options
         if "enable_gqa" in _varlen_parameters():
             compute = partial(compute, enable_gqa=True)
@@ -123,7 +123,7 @@ def _varlen_parameters() -> Collection[str]:
 
 
 class FlexRow(DeviceRow):
-    description = "torch's flex_attention with a mask of blocks"
+    description = "torch's flex_attention with a block mask"
     supports = ("softcap", "s_aux")
     device_types = ("cuda", "xpu", "mps")  # on a CPU torch computes no gradients of it
     has_dropout = False
@@ -134,7 +134,7 @@ class FlexRow(DeviceRow):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
         if options.dropout:
-            raise ValueError("torch's flex_attention has no dropout")
+            raise ValueError("torch's flex_attention does not support dropout")
         cap, sinks = options.softcap, options.s_aux
         is_fused = q.device.type not in NOT_COMPILED and not torch.compiler.is_compiling()  # which traces it itself
         compute: Any = _fused_flex if is_fused else flex_attention

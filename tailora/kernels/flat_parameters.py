@@ -63,8 +63,8 @@ def flattened(groups: Sequence[Group]) -> Iterator[list[FlatBuffer]]:
     pairs = [(name, parameter) for group in groups for name, parameter in group.parameters.items()]
     names, owners = Counter(name for name, _ in pairs), Counter(id(parameter) for _, parameter in pairs)
     if shared := [name for name, parameter in pairs if names[name] > 1 or owners[id(parameter)] > 1]:
-        problems = [f"{name} is in several optimizer groups, or under several names" for name in dict.fromkeys(shared)]
-        raise ConfigError(f"{listing(problems)}; give every parameter one group and one name")
+        problems = [f"{name} is in several optimizer groups or has several names" for name in dict.fromkeys(shared)]
+        raise ConfigError(f"{listing(problems)}; use one group and one name for each parameter")
     buffers = [buffer for group in groups for buffer in _allocate(group)]
     try:
         for buffer in buffers:
@@ -124,8 +124,8 @@ def check_views(buffers: Sequence[FlatBuffer]) -> None:
                 replaced.append(name)
     if replaced:
         raise RuntimeError(
-            f"{len(replaced)} parameters were replaced while they were trained, first {replaced[0]}: a call like "
-            ".to(), zero_grad() or .grad = None reached the model; leave it alone until the run ends"
+            f"{len(replaced)} parameters were replaced during training, first {replaced[0]}, by a call like .to(), "
+            "zero_grad() or .grad = None on the model; make no such call until the run ends"
         )
 
 

@@ -44,7 +44,7 @@ def frozen_head(
     get, if known, not 0; the result is right for any other. Raises ValueError for a head that requires a gradient.
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
-        raise ValueError("frozen_head computes no gradient for the head, and this one requires it; use recomputed_head")
+        raise ValueError("frozen_head computes no gradient for the head, but this one needs it; use recomputed_head")
     if not (torch.is_grad_enabled() and hidden.requires_grad):
         return _through_head(hidden, targets, weight, bias, 1.0, into=None)
     losses: Tensor = _FrozenHead.apply(hidden, targets, weight, bias, expected)  # type: ignore[no-untyped-call]
@@ -172,7 +172,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         _refuse_second_order()
         if ctx.used:
-            raise RuntimeError("the backward of this loss ran already and its memory was freed; compute the loss again")
+            raise RuntimeError("the backward of this loss has already run and freed its memory; compute the loss again")
         ctx.used = True
         (gradient,) = ctx.saved_tensors
         # in blocks, because a product of two dtypes copies both to the wider

@@ -124,7 +124,7 @@ class Generation:
                 for other in self.answers[number:]:
                     self._receive(other, Finish("cancelled"))
                 self.cancel()
-                raise RequestError(503, f"the engine does not accept requests: {error}") from error
+                raise RequestError(503, f"the engine is not accepting requests: {error}") from error
 
     def _receive(self, answer: Answer, event: Token | Finish) -> None:
         self._events.put_nowait((answer, event))

@@ -92,7 +92,7 @@ class Metrics:
         self.prompt_tokens = Counter("tailora_prompt_tokens", "prompt tokens", **by_model)
         self.tokens = Counter("tailora_generation_tokens", "generated tokens", **by_model)
         self.first_token = Histogram("tailora_time_to_first_token_seconds", "time to the first token", **by_model)
-        Gauge("tailora_requests_running", "running answers", **options).set_function(lambda: engine.load[0])
+        Gauge("tailora_requests_running", "running completions", **options).set_function(lambda: engine.load[0])
         Gauge("tailora_requests_waiting", "waiting answers", **options).set_function(lambda: engine.load[1])
         Gauge("tailora_adapters", "available adapters", **options).set_function(lambda: len(registry.list()))
         Gauge("tailora_adapters_in_memory", "adapters in memory", **options).set_function(
@@ -136,13 +136,13 @@ class Server:
             raise RequestError(
                 400,
                 f"the prompt has {len(text):,} characters, but at most {self.longest_text:,} can fit into "
-                f"{self.engine.max_positions:,} tokens; shorten it",
+                f"{self.engine.max_positions:,} tokens; shorten the prompt",
                 param,
             )
 
     def chat_prompt(self, body: ChatRequest) -> str:
         if self.chat_tokenizer.template is None:
-            raise RequestError(400, "this model has no chat template: use /v1/completions", "messages")
+            raise RequestError(400, "this model has no chat template; use /v1/completions", "messages")
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if body.tool_choice != "none" else []
         param = "messages"
         try:
@@ -186,15 +186,15 @@ class Server:
         if room < 1:
             raise RequestError(
                 400,
-                f"the prompt has {longest} tokens; the limit for prompt and answer together is "
-                f"{self.engine.max_positions}; shorten it",
+                f"the prompt has {longest} tokens; the limit for prompt and response together is "
+                f"{self.engine.max_positions}; shorten the prompt",
                 "messages" if isinstance(body, ChatRequest) else "prompt",
             )
         limit = min(room, self.settings.max_tokens or room)
         if max_tokens is not None and max_tokens > limit:
             raise RequestError(
                 400,
-                f"max_tokens = {max_tokens} is too large: after a prompt of {longest} tokens, use at most {limit}",
+                f"max_tokens = {max_tokens} is too large for a prompt of {longest} tokens; use at most {limit}",
                 "max_tokens",
             )
         seed = secrets.randbelow(2**63) if body.seed is None else body.seed % 2**63
@@ -214,7 +214,7 @@ class Server:
         if wanted is None or isinstance(wanted, TextFormat):
             return None
         if body.tools and body.tool_choice != "none":
-            raise RequestError(400, "JSON is not supported together with tools; remove one of them", "response_format")
+            raise RequestError(400, "JSON output cannot be combined with tools; remove one of them", "response_format")
         schema = wanted.json_schema.json_schema if isinstance(wanted, JSONSchemaFormat) else {"type": "object"}
         try:
             return json_matcher(schema, self.grammar_tokenizer)
@@ -237,9 +237,9 @@ class Server:
         n, most = body.n or 1, self.settings.max_queue
         count = n * len(prompts)
         if count > most:
-            raise RequestError(400, f"{count} answers requested; the limit is {most}. Use a smaller n", "n")
+            raise RequestError(400, f"{count} completions requested; the limit is {most}. Use a smaller n", "n")
         if self.answers + count > most:
-            raise RequestError(429, f"{self.answers} answers are already running or waiting; try again later")
+            raise RequestError(429, f"{self.answers} completions are already running or waiting; try again later")
         self.answers += count  # before waiting for files
         started = 0
         try:
@@ -425,8 +425,8 @@ class HTTPServer(uvicorn.Server):
             if isinstance(connection, Connection) and connection.waits_for_client:
                 connection.transport.close()
         if count := self.core.answers:
-            what = f"up to {self.core.settings.drain_seconds:g} s for {count} answer{'s' if count > 1 else ''}"
-            self.note(f"shutting down: waiting {what}; press Ctrl-C again to end them now")
+            what = f"up to {self.core.settings.drain_seconds:g} s for {count} completion{'s' if count > 1 else ''}"
+            self.note(f"shutting down: waiting {what}; press Ctrl-C again to stop now")
         draining = asyncio.create_task(self.core.drain())
         await super().shutdown(sockets)
         await draining

@@ -313,7 +313,7 @@ def trial_error(engine: Engine) -> str:
             request = Request("trial", (1, 2, 3), None, SamplingParams(2, temperature=0.0, ignore_eos=True))
             engine.submit(request, handle)
             if not ended.wait(TRIAL_SECONDS):
-                return f"no answer in {TRIAL_SECONDS} seconds"
+                return f"no response within {TRIAL_SECONDS} seconds"
         except (RuntimeError, ValueError, MemoryError) as error:  # from creating the cache for the model's shapes
             return str(error) or type(error).__name__
         finally:
@@ -335,5 +335,5 @@ def obstacle(model: Any) -> str:
     if not getattr(model, "_supports_attention_backend", False):
         return f"{name} does not support transformers' attention interface"
     if model.config._attn_implementation == "eager":  # in transformers' batches also without soft caps
-        return f"{name} uses eager attention, which does not separate requests"
+        return f"{name} uses eager attention, which does not keep requests separate"
     return ""

@@ -94,7 +94,7 @@ class PaddedEngine(Engine):
                 with self._model_lock, torch.inference_mode():
                     self._generate(requests)
             except (RowsError, RuntimeError, MemoryError) as error:  # only of this batch; the next one may fit
-                cause = "out of memory; use shorter prompts or answers" if is_out_of_memory(error) else str(error)
+                cause = "out of memory; use shorter prompts or responses" if is_out_of_memory(error) else str(error)
                 for running in requests:
                     running.finish(Finish("error", cause))
             with self._changed:

@@ -196,7 +196,7 @@ class AdapterRegistry:
     def _check_new_name(self, name: str, *, replace: bool) -> None:
         problems = []
         if not name or len(name) > LONGEST_NAME or not name.isprintable() or name != name.strip():
-            problems.append(f"use 1 to {LONGEST_NAME} printable characters, without spaces around them")
+            problems.append(f"use 1 to {LONGEST_NAME} printable characters, without leading or trailing spaces")
         if reserved := [character for character in RESERVED if character in name]:
             problems.append(f"{' and '.join(reserved)} are reserved for mixtures and scales, as in legal+chat@0.5")
         if name == self.base_name:
@@ -256,7 +256,7 @@ class AdapterRegistry:
             name, at, number = term.partition("@")
             self._source(name)
             if name in weights:
-                problems.append(f"{name!r} occurs twice; use it once, with the sum of its scales")
+                problems.append(f"{name!r} appears twice; use it once, with the sum of its scales")
             try:
                 weights[name] = (float(number) if at else 1.0) * (1.0 if scale is None else scale)
             except ValueError:
@@ -446,7 +446,7 @@ class AdapterRegistry:
     def _checked_folder(self, name: str, path: Path, trusted: bool) -> Path:
         """Returns the folder or file of the adapter, after checking access, format and size."""
         if not os.path.exists(path):
-            raise AdapterNotFoundError(f"adapter {name!r}: {path} does not exist; use the folder of an adapter")
+            raise AdapterNotFoundError(f"adapter {name!r}: {path} does not exist; use an adapter folder")
         try:
             folder = adapter_folder(path)
             files = [folder] if folder.is_file() else sorted(folder.iterdir())
@@ -472,7 +472,7 @@ def check_no_overflow(name: str, adapter: Adapter, base_model: nn.Module) -> Non
     for path, part in adapter.low_rank.items():
         if (scale := abs(float(part.scaling) * part.strength)) > LARGEST_SCALE:
             raise ConfigError(
-                f"adapter {name!r} multiplies its update of {path} by {scale:g}; the limit is {LARGEST_SCALE:g}, "
+                f"adapter {name!r} scales its update of {path} by {scale:g}; the limit is {LARGEST_SCALE:g}, "
                 "including lora_alpha / r. Use a smaller scale"
             )
         terms = vars(layer_terms(part, find_layer(base_model, path)[1], dtype))
@@ -490,10 +490,10 @@ def check_linear(adapters: Mapping[str, Adapter]) -> None:
     for name, adapter in adapters.items():
         if any(layer.lora_magnitude_vector is not None for layer in adapter.low_rank.values()):
             problems.append(
-                f"{name!r} is a DoRA adapter, which rescales rows of the weights, so it cannot be added to others"
+                f"{name!r} is a DoRA adapter, which rescales rows of the weights, so it cannot be combined with others"
             )
         if adapter.extras:
-            problems.append(f"{name!r} contains biases or embedding rows, which cannot be added up")
+            problems.append(f"{name!r} contains biases or embedding rows, which cannot be combined")
     if problems:
         raise ConfigError(f"this mixture cannot be computed exactly: {listing(problems)}")
 

@@ -93,17 +93,17 @@ class GenerationRequest(RequestBody):
     max_tokens: Annotated[int, Field(ge=1, lt=INT64)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="default 1; 0 is greedy")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=INT64)] | None = Field(None, description="0 and -1 for all tokens")
-    n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = Field(None, description="answers per prompt")
+    top_k: Annotated[int, Field(ge=-1, lt=INT64)] | None = Field(None, description="0 or -1 for all tokens")
+    n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] | None = Field(None, description="completions per prompt")
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = Field(
-        None, description="the answers to a prompt use the seeds seed, seed + 1, ...; default: random"
+        None, description="the completions of a prompt use seed, seed + 1, ...; default: random"
     )
     stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="only with stream = true")
     ignore_eos: bool | None = Field(None, description="continue after end-of-sequence tokens, up to max_tokens")
     lora_scale: Annotated[float, Field(ge=-100, le=100)] | None = Field(
-        None, description="scale of the adapter's update; 1 is as trained"
+        None, description="scale of the adapter's update; 1 leaves it as trained"
     )
     # Would change the answer, but not supported
     frequency_penalty: Annotated[Annotated[float, Field(ge=0, le=0)] | None, only("0")] = None
@@ -129,7 +129,7 @@ class TextPart(RequestBody):
     @classmethod
     def _check_type(cls, value: Any) -> Any:
         if isinstance(value, dict) and (kind := value.get("type")) != "text":
-            raise PydanticCustomError("not_text", "expected the type 'text', got {kind}", {"kind": repr(kind)})
+            raise PydanticCustomError("not_text", "expected type 'text', got {kind}", {"kind": repr(kind)})
         return value
 
 
@@ -197,7 +197,7 @@ class ChatRequest(GenerationRequest):
     tool_choice: Annotated[Literal["auto", "none"] | None, only('"auto" or "none"')] = None
     parallel_tool_calls: Annotated[Literal[True] | None, only("true")] = None
     response_format: ResponseFormat | None = Field(
-        None, description="a JSON object, or JSON of a schema; not with tools"
+        None, description="JSON object, or JSON that matches a schema; not with tools"
     )
 
 
@@ -210,7 +210,7 @@ class CompletionRequest(GenerationRequest):
     )
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     return_tokens_as_token_ids: bool | None = Field(
-        None, description="write tokens as token_id:ID in logprobs, since several tokens can have the same text"
+        None, description="write tokens as token_id:ID in logprobs, because several tokens can have the same text"
     )
     # Would change the answer, but not supported
     echo: Annotated[Literal[False] | None, only("false")] = None
@@ -225,7 +225,7 @@ class LoadAdapterRequest(RequestBody):
         StringConstraints(min_length=1, max_length=4096),
         Field(description="path of the adapter inside the server's adapter folder"),
     ]
-    load_inplace: bool = Field(False, description="replace an adapter of this name; new requests get the new one")
+    load_inplace: bool = Field(False, description="replace an adapter of this name; new requests use the new one")
 
 
 class UnloadAdapterRequest(RequestBody):

@@ -1,1 +1,1 @@
-"""The training loop and what it stands on: settings, optimiser, checkpoints."""
+"""The training loop and what it stands on: settings, optimizer, checkpoints."""

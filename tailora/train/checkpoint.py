@@ -62,7 +62,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         body = {**checkpoint.state, "files": sums}
         (fresh / STATE).write_text(json.dumps({**body, "sha256": _digest(body)}, indent=1) + "\n")
         if problems := damage(fresh):
-            raise CheckpointError(f"{folder} reads back wrong: {listing(problems)}; the disk may be failing")
+            raise CheckpointError(f"{folder} was not written correctly: {listing(problems)}; the disk may be failing")
 
 
 def load(name: str, output_dir: Path, note: Callable[[str], None]) -> Checkpoint:
@@ -91,10 +91,10 @@ def load(name: str, output_dir: Path, note: Callable[[str], None]) -> Checkpoint
     if not damaged:
         raise CheckpointError(
             f"--resume-from-checkpoint latest: {output_dir} has no checkpoint; use a different --output-dir, or start "
-            "again without it and with --save-steps"
+            "over without --resume-from-checkpoint, with --save-steps"
         )
     good = None if is_latest else next((path for path in existing if not damage(path)), None)
-    remedy = f"the newest good one: --resume-from-checkpoint {good}" if good else "there is no good one: start again"
+    remedy = f"use the newest intact one: --resume-from-checkpoint {good}" if good else "none is intact, so start over"
     raise CheckpointError(f"cannot resume: {listing(damaged)}; {remedy}")
 
 
@@ -122,7 +122,7 @@ def damage(folder: Path) -> list[str]:
         try:
             with (folder / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                    problems.append(f"{name} is not what was written")
+                    problems.append(f"{name} differs from what was written")
         except FileNotFoundError:
             problems.append(f"{name} is missing")
     return problems
@@ -153,13 +153,13 @@ FREE = {
 }
 LENGTH = {"max_steps", "num_train_epochs"}
 FACTS = {  # what else the exact results of a run depend on -> its name in a message
-    "data": "content (SHA-256) of the data",
+    "data": "data content (SHA-256)",
     "packed": "packing of rows",
-    "dtype": "precision of the base",
+    "dtype": "precision of the base model",
     "processes": "number of processes",
-    "device": "kind of device",
-    "kernels": "how layers are computed",
-    "float32_from": "tokens from which on products are computed in float32",
+    "device": "type of device",
+    "kernels": "implementation of the layers",
+    "float32_from": "number of tokens from which matrix products use float32",
 }
 
 
@@ -181,24 +181,25 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], *, dive
         if batches_then == batches_per_step(now, current["processes"]):
             facts, free = facts - {"processes"}, free | {ACCUMULATION}
         elif not rest:
-            remedy = f"\nthe same steps on {current['processes']} processes: --gradient-accumulation-steps {batches}"
+            remedy = f"\nTo take the same steps on {current['processes']} processes, use --gradient-accumulation-steps"
+            remedy += f" {batches}"
     # a run of an earlier version, which had no such setting, did what is now the default
     defaults = {name: field.default for name, field in TrainConfig.model_fields.items()}
     names = sorted((then.keys() | now.keys()) - free)
     compared = [(name, then.get(name, defaults.get(name)), now.get(name)) for name in names]
     compared += [(FACTS.get(name, name), saved[name], current[name]) for name in sorted(facts)]
-    changes = [f"{name} was {old!r}, now is {new!r}" for name, old, new in compared if old != new]
+    changes = [f"{name} was {old!r} and is now {new!r}" for name, old, new in compared if old != new]
     bases = [
         {name: LayerFingerprint.model_validate(layer) for name, layer in run.get("base", {}).items()}
         for run in (saved, current)
     ]
     if differences := fingerprint_differences(*bases, exact=True):
         count = f"{len(differences)} of {len(bases[1])} tensors"
-        changes.append(f"weights of the base differ in {count}, first {differences[0]}")
+        changes.append(f"the base model's weights differ in {count}, first {differences[0]}")
     if changes:
         raise CheckpointError(
-            f"the checkpoint belongs to a run with different settings: {listing(changes)}{remedy}\nTo resume, use the "
-            "run's own settings (--config with its config.yaml); to train with the new ones, start again in another "
+            f"the checkpoint belongs to a run with different settings: {listing(changes)}{remedy}\nTo resume, use its "
+            "original settings (--config with its config.yaml); to train with the new ones, start over in a different "
             "--output-dir"
         )
 
@@ -239,14 +240,14 @@ def restore(
 def set_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copies saved tensors into the parameters. Raises CheckpointError unless every tensor fits."""
     parameters = module.state_dict()
-    problems = [f"only one of the two has {name}" for name in sorted(parameters.keys() ^ tensors.keys())]
+    problems = [f"{name} is in only one of the two" for name in sorted(parameters.keys() ^ tensors.keys())]
     problems += [
-        f"{name}: {tuple(tensors[name].shape)} saved, {tuple(parameters[name].shape)} here"
+        f"{name}: shape {tuple(tensors[name].shape)} in the checkpoint, {tuple(parameters[name].shape)} in this run"
         for name in sorted(parameters.keys() & tensors.keys())
         if parameters[name].shape != tensors[name].shape
     ]
     if problems:
-        raise CheckpointError(f"the checkpoint is of another adapter: {listing(problems)}")
+        raise CheckpointError(f"the checkpoint is for a different adapter: {listing(problems)}")
     module.load_state_dict(dict(tensors))
 
 

@@ -52,7 +52,7 @@ class LabelTask(Task):
     def description(self) -> str:
         if self.labels.task == REGRESSION:
             return REGRESSION
-        kinds = "labels, several of a row" if self.labels.several else "labels"
+        kinds = "labels, several per row" if self.labels.several else "labels"
         weighted = "" if self.weights is None else ", weighted"
         return f"{self.labels.task}: {len(self.labels.names)} {kinds}{weighted}: {listed(self.labels.names)}"
 
@@ -189,14 +189,14 @@ def class_weights(chosen: str | dict[str, float] | None, labels: Labels, counts:
     if chosen is None:
         return None
     if labels.several:
-        raise ConfigError("--class-weights needs rows with one label each, but the data has several; remove it")
+        raise ConfigError("--class-weights needs one label per row, but the data has rows with several; remove it")
     if chosen == "balanced":
         number = np.array([max(counts[name], 1) for name in labels.names], dtype=np.float64)
         return cast(Float64, number.sum() / (len(number) * number))
     assert isinstance(chosen, dict)
     if unknown := [name for name in chosen if name not in labels.names]:
         raise ConfigError(
-            f"class_weights: {', '.join(unknown)} is no label of the data; there are {', '.join(labels.names)}"
+            f"--class-weights: unknown label {', '.join(unknown)}; the data's labels are {', '.join(labels.names)}"
             f"{nearest(unknown[0], labels.names)}"
         )
     return np.array([chosen.get(name, 1.0) for name in labels.names])

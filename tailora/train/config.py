@@ -64,8 +64,8 @@ class TrainConfig(StrictModel):
     model: str = Field("demo", description="model to train: Hugging Face folder, Hub id, or 'demo'")
     data: list[str] | str = Field(
         "demo",
-        description="training data: JSONL, JSON, CSV, Parquet or text file, folder, Hub id, or 'demo'; repeatable, "
-        "with DATA=WEIGHT for the passes over it per epoch",
+        description="training data: JSONL, JSON, CSV, Parquet or text file, folder, Hub id, or 'demo'; repeatable; "
+        "DATA=WEIGHT sets the number of passes over it per epoch",
     )
     eval_data: str | None = Field(None, description="held-out data; default: a part of --data (see --validation-split)")
     output_dir: str = Field("outputs/run", description="folder for the adapter, checkpoints and metrics")
@@ -77,7 +77,7 @@ class TrainConfig(StrictModel):
     ] = Field("auto", description="training task; auto infers causal-lm or preference from the data")
     class_weights: dict[str, float] | Literal["balanced"] | None = Field(
         None,
-        description="class weights in the classification loss: LABEL=WEIGHT,..., or balanced",
+        description="class weights for the classification loss: LABEL=WEIGHT,..., or balanced",
     )
     loss: PreferenceLoss | None = Field(
         None, description="preference loss; default: dpo for pairs of replies, kto for single replies"
@@ -85,22 +85,22 @@ class TrainConfig(StrictModel):
     beta: float | None = Field(
         None,
         gt=0,
-        description='weight of the reward in the preference loss; default: 0.1, for simpo 2; see "Preferences" in the '
-        "docs",
+        description='weight of the reward in the preference loss; default: 0.1, or 2 for simpo; see "Preferences" in '
+        "the docs",
     )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="dpo and simpo: assumed share of pairs with swapped replies"
+        0.0, ge=0, lt=0.5, description="dpo and simpo: assumed fraction of pairs with chosen and rejected swapped"
     )
     simpo_gamma: float = Field(
-        1.0, ge=0, description="simpo: margin by which the chosen reward should exceed the rejected one"
+        1.0, ge=0, description="simpo: target margin between the rewards of the chosen and the rejected reply"
     )
     sft_weight: float = Field(
-        0.0, ge=0, description="weight of the chosen reply's loss per token, which is added to the preference loss"
+        0.0, ge=0, description="weight of the chosen reply's per-token loss, added to the preference loss"
     )
     # adapter
     r: PositiveInt = Field(16, description="rank of the adapter")
-    lora_alpha: float = Field(32, gt=0, description="scale of the update: alpha / r")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability of the adapter's input")
+    lora_alpha: float = Field(32, gt=0, description="alpha; the update is scaled by alpha / r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability applied to the adapter's input")
     target_modules: list[str] | str = Field(
         "all-linear", description="layers to adapt: names, a regular expression, all-linear, or none"
     )
@@ -108,15 +108,13 @@ class TrainConfig(StrictModel):
         None, description="parameters to adapt that are not a layer's weight, such as experts.down_proj"
     )
     exclude_modules: list[str] | str | None = Field(
-        None, description="layers not to adapt: names or a regular expression"
+        None, description="layers to exclude: names or a regular expression"
     )
     layers_to_transform: Annotated[list[int] | None, BeforeValidator(layer_numbers)] = Field(
         None, description="adapt only layers with these indices, such as 0,20-29"
     )
-    rank_pattern: dict[str, int] = Field({}, description="different rank for layers that match a pattern: PATTERN=RANK")
-    alpha_pattern: dict[str, float] = Field(
-        {}, description="different alpha for layers that match a pattern: PATTERN=ALPHA"
-    )
+    rank_pattern: dict[str, int] = Field({}, description="rank of the layers that match a pattern: PATTERN=RANK")
+    alpha_pattern: dict[str, float] = Field({}, description="alpha of the layers that match a pattern: PATTERN=ALPHA")
     modules_to_save: list[str] | None = Field(
         None, description="modules to train in full and save with the adapter, such as lm_head"
     )
@@ -125,20 +123,20 @@ class TrainConfig(StrictModel):
     lora_bias: bool = Field(False, description="add a trainable bias to the update")
     bias: Literal["none", "all", "lora_only"] = Field("none", description="biases of the base model to train")
     trainable_token_indices: list[int] | None = Field(
-        None, description="ids of the tokens whose embeddings to train, such as new tokens"
+        None, description="ids of tokens whose embeddings are trained, such as new tokens"
     )
-    learn_scaling: bool = Field(False, description="make the scale of every layer trainable")
+    learn_scaling: bool = Field(False, description="also train the scale of each layer's update")
     init_lora_weights: Init = Field(
         "kaiming", description='initialization of A and B; see "Settings of an adapter" in the docs'
     )
     target_r: int | None = Field(
-        None, ge=1, lt=COUNT, description="AdaLoRA: average rank at the end of training; it starts at --r"
+        None, ge=1, lt=COUNT, description="AdaLoRA: average rank at the end of training, which starts with --r"
     )
     tinit: int | None = Field(
         None, ge=0, lt=COUNT, description="AdaLoRA: steps before the ranks are reduced; default: 10% of the steps"
     )
     tfinal: int | None = Field(
-        None, ge=0, lt=COUNT, description="AdaLoRA: steps at the end with fixed ranks; default: 30% of the steps"
+        None, ge=0, lt=COUNT, description="AdaLoRA: final steps with fixed ranks; default: 30% of the steps"
     )
     deltaT: PositiveInt = Field(1, description="AdaLoRA: steps between rank allocations")
     beta1: float = Field(0.85, ge=0, lt=1, description="AdaLoRA: smoothing factor of the sensitivity")
@@ -158,13 +156,13 @@ class TrainConfig(StrictModel):
     )
     documents: Literal["isolated", "concatenated"] = Field(
         "isolated",
-        description="plain texts: start each in a new example (isolated) or join them all (concatenated); both are "
-        "cut every --max-length tokens",
+        description="plain texts: start each in a new example (isolated) or join them all (concatenated); either way, "
+        "they are split every --max-length tokens",
     )
     max_length: int = Field(
         1024, ge=8, lt=COUNT, description="maximum tokens per example; longer examples are truncated and reported"
     )
-    validation_split: float = Field(0.05, ge=0, lt=1, description="share of the examples to hold out")
+    validation_split: float = Field(0.05, ge=0, lt=1, description="fraction of the examples to hold out")
     split_seed: int | None = Field(
         None, ge=0, lt=2**63, description="seed for choosing the held-out examples; default: --seed"
     )
@@ -174,7 +172,7 @@ class TrainConfig(StrictModel):
     skip_bad_rows: bool = Field(
         False, description="skip unusable rows and write them to skipped-rows.jsonl with the reasons"
     )
-    streaming: bool = Field(False, description="stream the data instead of loading it first; needs --max-steps")
+    streaming: bool = Field(False, description="stream the data instead of loading it first; requires --max-steps")
     # optimization
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate")
     loraplus_lr_ratio: float = Field(
@@ -183,9 +181,9 @@ class TrainConfig(StrictModel):
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="learning rate schedule after warm-up"
     )
-    warmup_ratio: float = Field(0.05, ge=0, le=1, description="share of the steps used for warm-up")
+    warmup_ratio: float = Field(0.05, ge=0, le=1, description="fraction of the steps used for warm-up")
     optim: Literal["adamw", "adamw_8bit"] = Field(
-        "adamw", description="optimizer; adamw_8bit: bitsandbytes' AdamW with 8-bit moments, for --method full"
+        "adamw", description="optimizer; adamw_8bit is bitsandbytes' AdamW with 8-bit states, for --method full"
     )
     weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
     max_grad_norm: float = Field(1.0, gt=0, description="clip the gradient to this norm")
@@ -196,21 +194,21 @@ class TrainConfig(StrictModel):
     per_device_train_batch_size: PositiveInt = Field(8, description="examples per forward pass")
     gradient_accumulation_steps: PositiveInt = Field(1, description="forward passes per optimizer step")
     gradient_checkpointing: bool = Field(
-        False, description="use less memory for activations; takes about a third more time"
+        False, description="save activation memory, at the cost of about a third more time"
     )
     fast: Literal["auto", "compile", "off"] = Field(
         "auto",
-        description="auto: faster kernels, after checking that they give the same results; compile: compile the "
-        "layers even if no gain is known; off: none",
+        description="auto: use faster kernels after checking that they give the same results; compile: compile the "
+        "layers even if no gain is known; off: use none of them",
     )
     activation_memory: float = Field(
-        1.0, gt=0, le=1, description="share of the activations that compiled layers keep; the rest is recomputed"
+        1.0, gt=0, le=1, description="fraction of the activations that compiled layers keep; the rest is recomputed"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="precision of the base model; adapters are float32"
     )
-    quantize: Quantize | None = Field(None, description="quantization of the base model")
-    device: str = Field("auto", description="device: auto (a GPU if there is one), cpu, cuda, cuda:1, mps, xpu")
+    quantize: Quantize | None = Field(None, description="quantization method for the base model")
+    device: str = Field("auto", description="device: auto (a GPU if available), cpu, cuda, cuda:1, mps, xpu")
     fsdp: bool = Field(False, description="shard the base model across processes (FSDP2)")
     fsdp_reshard_after_forward: bool = Field(
         True, description="FSDP2: free gathered weights between the forward and the backward pass"
@@ -235,8 +233,8 @@ class TrainConfig(StrictModel):
     samples: NonNegativeInt = Field(3, description="number of held-out prompts to answer before and after training")
     passport: Literal["base", "held-out", "none"] = Field(
         "none",
-        description="write the verification file passport.json right after training, with prompts that the base model "
-        "answers or with held-out data; none: `tailora verify` and `tailora export` write it when needed",
+        description="write the verification file passport.json right after training, from prompts that the base "
+        "model answers or from held-out data; none: `tailora verify` and `tailora export` write it when needed",
     )
     report_to: list[str] = Field([], description="trackers to log to: tensorboard, wandb, trackio")
     resume_from_checkpoint: str | None = Field(None, description="checkpoint folder to resume from, or 'latest'")
@@ -276,15 +274,15 @@ class TrainConfig(StrictModel):
             ),
             (
                 self.fsdp and self.quantize and self.quantize not in SHARDED_QUANTIZE,
-                f"--fsdp does not support --quantize {self.quantize}, whose scales would be lost; use nf4 or fp4",
+                f"--fsdp does not support --quantize {self.quantize}, because its scales would be lost; use nf4 or fp4",
             ),
             (
                 self.optim == "adamw_8bit" and self.fsdp and full,
-                "--optim adamw_8bit does not support --fsdp, which would have to shard its blocks; remove --optim",
+                "--optim adamw_8bit does not support --fsdp, which would split its quantization blocks; remove --optim",
             ),
             (
                 self.fsdp_offload_params and (full or self.quantize),
-                "--fsdp-offload-params needs frozen weights that are not quantized; remove it",
+                "--fsdp-offload-params requires frozen, unquantized weights; remove it",
             ),
             (adapter_settings, f"--adapter already defines {adapter_settings}; remove these settings"),
         ]

@@ -42,9 +42,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}; give a YAML file that can be read") from None
+        raise ConfigError(f"--config {path}: {error.strerror}; use a readable YAML file") from None
     if len(content) > MAX_BYTES:
-        raise ConfigError(f"--config {path} has more than {MAX_BYTES:,} bytes: give a file of settings, not of data")
+        raise ConfigError(f"--config {path} has more than {MAX_BYTES:,} bytes; use a file of settings, not of data")
     text = _decoded(content, path)
     try:
         _check_limits(text)
@@ -52,7 +52,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     except DuplicateKeyError as error:
         mark = error.problem_mark
         key = text.splitlines()[mark.line][mark.column :].partition(":")[0].strip()
-        raise ConfigError(f"--config {path}{_line(error)}: {key} is given twice; keep one line of it") from None
+        raise ConfigError(f"--config {path}{_line(error)}: {key} is set twice; keep only one of the lines") from None
     except MarkedYAMLError as error:
         reason = ", ".join(filter(None, (error.context, error.problem)))
         raise ConfigError(f"--config {path}{_line(error)} cannot be read as YAML: {reason}; {REMEDY}") from None
@@ -67,16 +67,16 @@ def read_config_file(path: Path) -> dict[str, Any]:
     ) as error:  # the last two: 0x_, which looks like a number; "\\UFFFFFFFF"
         raise ConfigError(f"--config {path} cannot be read as YAML: {error}; {REMEDY}") from None
     except TypeError:  # ruamel.yaml puts the key into a dict
-        raise ConfigError(f"--config {path}: the name of a setting is a list or a mapping; {REMEDY}") from None
+        raise ConfigError(f"--config {path}: expected a setting's name, got a list or a mapping; {REMEDY}") from None
     if settings is None:
         return {}
     if not isinstance(settings, dict):
-        raise ConfigError(f"--config {path}: it holds a {type(settings).__name__}; {REMEDY}")
+        raise ConfigError(f"--config {path}: expected a mapping of settings, got a {type(settings).__name__}; {REMEDY}")
     keys: dict[str, Any] = {}  # name of the setting -> the key as it is written
     for key in settings:
         name = str(key).replace("-", "_")
         if name in keys:
-            raise ConfigError(f"--config {path}: {name} is given twice, as {keys[name]} and as {key}; keep one")
+            raise ConfigError(f"--config {path}: {name} is set twice, as {keys[name]} and as {key}; keep only one")
         keys[name] = key
     return {name: settings[key] for name, key in keys.items()}
 
@@ -101,7 +101,7 @@ def _decoded(content: bytes, path: Path) -> str:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"--config {path}, line {line} cannot be decoded: save the file as UTF-8") from None
+        raise ConfigError(f"--config {path}, line {line} is not valid UTF-8; save the file as UTF-8") from None
 
 
 def _check_limits(text: str) -> None:
@@ -116,17 +116,17 @@ def _check_limits(text: str) -> None:
             case CollectionEndEvent():
                 open_anchors.pop()
             case AliasEvent() if event.anchor in open_anchors:
-                problem = f"*{event.anchor} contains itself"
+                problem = f"*{event.anchor} refers to itself"
             case AliasEvent() if aliases > MAX_ALIASES:
-                problem = f"more than {MAX_ALIASES} aliases: write the values themselves"
+                problem = f"more than {MAX_ALIASES} aliases are not supported, so write out the values"
             case ScalarEvent() | CollectionStartEvent() if event.tag is not None:
-                problem = f"tags ({event.tag}) are not supported: write the value without one"
+                problem = f"tags ({event.tag}) are not supported, so write the value without one"
             case ScalarEvent() if len(event.value) > MAX_SCALAR:
                 problem = f"a value has more than {MAX_SCALAR:,} characters"
             case ScalarEvent() if SURROGATE.search(event.value):
-                problem = "half of a surrogate pair is no character"
+                problem = "half of a surrogate pair is not a valid character"
             case ScalarEvent() if values > MAX_VALUES:
-                problem = f"more than {MAX_VALUES:,} values, which is too many for settings"
+                problem = f"more than {MAX_VALUES:,} values are too many for a file of settings"
             case CollectionStartEvent() if len(open_anchors) >= MAX_DEPTH:
                 problem = f"values are nested more than {MAX_DEPTH} levels deep"
             case CollectionStartEvent():

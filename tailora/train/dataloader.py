@@ -177,9 +177,8 @@ def task_of(config: TrainConfig, report: DataReport, labels: Labels | None) -> T
         return preference_task(config, report.shape, report.source)
     if given := config.preference_settings():
         raise ConfigError(
-            f"{', '.join(given)}: settings for preferences, and the rows of data {report.source} are read as "
-            f"{report.shape}: rows with chosen and rejected are needed, or with prompt, completion and label (true or "
-            "false)"
+            f"{', '.join(given)}: only for preference data, but data {report.source} was read as {report.shape}; "
+            "preference rows need chosen and rejected, or prompt, completion and label (true or false)"
         )
     return CAUSAL_LM
 
@@ -195,7 +194,7 @@ def _streamed(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, shape: "S
     counts = RowCounts(held_out=frozenset(held_out.hashes() if held_out else ()))
     (data,) = resolved_sources(config, "data")  # TrainConfig allows one
     if data.weight != 1:
-        raise DataError(f"data {data}: a stream has no epochs, so a source cannot have a weight; remove it")
+        raise DataError(f"data {data}: a stream has no epochs, so weights are not supported; remove the weight")
     read = partial(stream_examples, data.name, tokenizer, settings, counts)
     assert config.max_steps is not None  # TrainConfig requires it
     batches = config.init_batches if config.init_lora_weights == "eva" else 1
@@ -212,12 +211,12 @@ def stream_notes(data: TrainingData, max_length: int) -> list[str]:
     rows = f"of {counts.rows:,} streamed rows"
     numbers, locations = counts.flagged.numbers, counts.flagged.locations
     if cut := numbers["truncated"]:
-        lost = f" ({numbers['cut_away']:,} were left out, with nothing to learn before the cut)"
-        note = f"{cut:,} {rows} were longer than --max-length {max_length} and cut{lost * (numbers['cut_away'] > 0)}"
-        notes.append(note + named_rows(locations["truncated"], cut))
+        lost = f" ({numbers['cut_away']:,} were skipped, with nothing to learn before the cut)"
+        note = f"{cut:,} {rows} were longer than --max-length {max_length} and truncated"
+        notes.append(note + lost * (numbers["cut_away"] > 0) + named_rows(locations["truncated"], cut))
     if copies := numbers["duplicates"]:
         named = named_rows(locations["duplicates"], copies)
-        notes.append(f"{copies:,} {rows} are held-out rows too, so the held-out loss looks too good{named}")
+        notes.append(f"{copies:,} {rows} are also in the held-out data, so the held-out loss looks too good{named}")
     return notes
 
 
@@ -391,7 +390,7 @@ def stream_steps(read: Callable[[], Iterable[Example]], shape: StepShape, start:
             for example in read():
                 yield example
             if example is None:
-                raise DataError("the stream holds no example to learn from")
+                raise DataError("the stream contains no example to train on; check the data")
 
     stream = islice(repeated(), start * shape.examples_per_step, None)
     while True:

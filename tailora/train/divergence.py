@@ -20,8 +20,8 @@ from tailora.train.optimizer import LossScale, optimizer_step
 from tailora.train.parallel import first_of_ranks, is_sharded
 
 REMEDIES = (
-    "what helps: a tenth of the --learning-rate, a longer --warmup-ratio, a smaller --max-grad-norm, --dtype float32; "
-    "and look at the data of this step for broken rows"
+    "try a tenth of the --learning-rate, a higher --warmup-ratio, a lower --max-grad-norm or --dtype float32, and "
+    "check the data of this step for broken rows"
 )
 
 
@@ -83,8 +83,8 @@ def broken_gradients(parameters: Mapping[str, nn.Parameter]) -> str:
     ]
     names = first_of_ranks(own or None)
     if names is None:
-        return "the norm of all gradients overflows, though each is finite"
-    return f"the gradient of {len(names)} of {len(parameters)} parameters is not finite, first {', '.join(names[:3])}"
+        return "the total gradient norm overflows, although every gradient is finite"
+    return f"the gradients of {len(names)} of {len(parameters)} parameters are not finite, first {', '.join(names[:3])}"
 
 
 def broken_loss(model: nn.Module, batches: Sequence[Batch], task: Task, layout: BatchLayout) -> str:
@@ -108,5 +108,5 @@ def broken_loss(model: nn.Module, batches: Sequence[Batch], task: Task, layout: 
                 break
     first = first_of_ranks(next(iter(modules), None))
     if first is None:
-        return "the loss is not finite, though the output of every module that ran is: the logits are too large"
-    return f"the loss is not finite; the first module with such an output is {first}"
+        return "the loss is not finite, although every module that ran returned finite values: the logits are too large"
+    return f"the loss is not finite; the first module with output that is not finite is {first}"

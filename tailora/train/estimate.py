@@ -177,7 +177,7 @@ def fake_trainable(
         base = new_model(shape, config.model, config.task, dtype=precision).eval()
     storage = None if config.quantize is None else METHODS[config.quantize].stored
     if config.quantize is not None and storage is None:
-        raise ConfigError(f"what --quantize {config.quantize} takes is not known: choose another method to estimate it")
+        raise ConfigError(f"cannot estimate the memory of --quantize {config.quantize}; choose a different method")
     weights = _weights(base, files, storage)
     if config.method == "full":
         return FullModel(base, cast(Any, None), lambda: base).train(), weights

@@ -141,7 +141,7 @@ def fail_together(
         cause, failure = error, None
         if isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL")):
             advice = "" if how_to_go_on is None else f"; {how_to_go_on()}"
-            reason = "another process of this run ended without a message, most likely killed for memory"
+            reason = "another process of this run ended without a message, probably killed because memory ran out"
             cause = ProcessFailedError(f"{reason} ({str(error).splitlines()[0]}){advice}")
             failure = watch.failure if watch.seen.wait(5) else None  # another process may be about to leave its own
         failure = failure or watch.report(cause)
@@ -231,14 +231,14 @@ def cause_of(exit_codes: Mapping[int, int], folder: Path, advice: str, *, interr
         name = signal.Signals(-code).name
         how_to_go_on = advice and f"; {advice}"
         if name == "SIGKILL":
-            return MemoryLimitError(f"process {rank} was ended by SIGKILL, most likely for memory{how_to_go_on}")
-        return ProcessFailedError(f"process {rank} was ended by {name}{how_to_go_on}")
+            return MemoryLimitError(f"process {rank} was killed (SIGKILL), probably out of memory{how_to_go_on}")
+        return ProcessFailedError(f"process {rank} was terminated by {name}{how_to_go_on}")
     for failure in recorded:
         if failure.rank == rank:
             return failure.as_error()
     printed = "".join(file.read_text(errors="replace") for file in folder.glob(f"**/{rank}/stderr.log"))
     lines = "\n".join(printed.splitlines()[-TAIL:])
-    return ProcessFailedError(f"process {rank} ended with exit code {code}" + (f":\n{lines}" if lines else ""))
+    return ProcessFailedError(f"process {rank} exited with code {code}" + (f":\n{lines}" if lines else ""))
 
 
 # ---- Signals

@@ -86,9 +86,9 @@ class AdapterTraining:
 
     def __init__(self, model: LoRAModel, *args: Any, **kwargs: Any) -> None:
         if not isinstance(model, LoRAModel):
-            raise ConfigError(f"model is a {type(model).__name__}; give LoRAModel(base_model, LoRAConfig(...))")
+            raise ConfigError(f"model: expected LoRAModel(base_model, LoRAConfig(...)), got a {type(model).__name__}")
         if not model.active_adapters or model.is_merged:
-            raise ConfigError("no adapter to train: set_adapter(name), and unmerge() what is merged")
+            raise ConfigError("no adapter to train; call set_adapter(name), and unmerge() if adapters are merged")
         trainer = cast(Any, super())
         names = _argument_names(type(self))
         given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -99,11 +99,11 @@ class AdapterTraining:
             trainer.__init__(model.base_model, **given)
         me = cast("Trainer", self)
         if me.is_fsdp_enabled or me.is_deepspeed_enabled:
-            raise ConfigError("adapter checkpoints are not written under FSDP or DeepSpeed: use DDP or `tailora train`")
+            raise ConfigError("FSDP and DeepSpeed do not support adapter checkpoints; use DDP or `tailora train`")
         if me.args.n_gpu > 1:
             raise ConfigError(
-                f"the trainer would split batches over {me.args.n_gpu} GPUs by nn.DataParallel, whose copies do not "
-                "take adapters along: start it with torchrun, a process for each GPU, or set CUDA_VISIBLE_DEVICES=0"
+                f"the trainer would split batches over {me.args.n_gpu} GPUs with nn.DataParallel, whose replicas lack "
+                "the adapters; start one process per GPU with torchrun, or set CUDA_VISIBLE_DEVICES=0"
             )
         _check_output_head(model)
         if getattr(me.args, "disable_dropout", False):  # the trainer has done it for modules of the class Dropout
@@ -140,7 +140,7 @@ class AdapterTraining:
         given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if given.isdisjoint(id(parameter) for parameter in self._adapted().lora_layers.parameters()):
             raise ConfigError(
-                "the optimizer has none of the adapter's parameters: make it from model.lora_layers.parameters()"
+                "the optimizer contains none of the adapter's parameters; create it from model.lora_layers.parameters()"
             )
         return optimizer
 
@@ -246,7 +246,7 @@ class AdapterTraining:
     def _load_best_model(self) -> None:
         folder = cast("Trainer", self).state.best_model_checkpoint
         if folder is None:
-            raise FormatError("there is no best checkpoint to load")
+            raise FormatError("no best checkpoint to load")
         self._read_back(folder)
 
     def _read_back(self, folder: str) -> None:
@@ -306,9 +306,9 @@ def _check_arguments(model: LoRAModel, given: dict[str, Any]) -> None:
     """Raises ConfigError for what a trainer of TRL would do wrong, since it knows adapters of PEFT only."""
     args = given.get("args")
     if given.get("peft_config") is not None:
-        raise ConfigError("the model has its adapter: leave out peft_config, and give LoRAModel the LoRAConfig")
+        raise ConfigError("the model already has an adapter; remove peft_config, and pass the LoRAConfig to LoRAModel")
     if getattr(args, "use_vllm", False):
-        raise ConfigError("use_vllm = True would generate without the adapter, whose weights TRL does not send to vLLM")
+        raise ConfigError("use_vllm would generate without the adapter, which TRL does not send to vLLM; remove it")
     if getattr(args, "sync_ref_model", False):
         raise ConfigError(
             "sync_ref_model = True needs a separate reference model, but here it shares the base model; pass "
@@ -316,8 +316,8 @@ def _check_arguments(model: LoRAModel, given: dict[str, Any]) -> None:
         )
     if unallocated := [name for name in model.active_adapters if model.adapter(name).waits_for_ranks]:
         raise ConfigError(
-            f"adapter {unallocated[0]!r} moves its ranks, which trainers of transformers do not: call "
-            "allocate_ranks(optimizer, total_steps) and give them optimizers=(optimizer, None), or leave out adalora"
+            f"adapter {unallocated[0]!r} uses AdaLoRA, but transformers' trainers do not reallocate ranks; call "
+            "allocate_ranks(optimizer, total_steps) and pass optimizers=(optimizer, None), or remove adalora"
         )
 
 
@@ -330,8 +330,8 @@ def _check_output_head(model: LoRAModel) -> None:
     adapted = {layer_path_of(base, path) for name in model.active_adapters for path in model.adapter(name).parts}
     if heads := [path for path in adapted if base.get_submodule(path) is head]:
         raise ConfigError(
-            f"{heads[0]} is adapted, but the trainer computes log-probabilities with its weight only, so the adapter "
-            "would not be trained; remove it from target_modules, modules_to_save and trainable_token_indices"
+            f"{heads[0]} is adapted, but the trainer computes log-probabilities from its base weight alone, so its "
+            "adapter would not be trained; remove it from target_modules, modules_to_save and trainable_token_indices"
         )
 
 

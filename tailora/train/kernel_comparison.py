@@ -134,8 +134,8 @@ def _packing_difference(
     for what, actual, parts in zip(("logits", "gradients"), together, zip(*alone, strict=True), strict=False):
         difference, allowed = relative_difference(actual, torch.cat(parts)), tolerance(f"packed {what}", model.dtype)
         if not difference <= allowed:
-            name = type(model).__name__
-            return f"{name} gives other {what} for packed documents (by {difference:.1e}, allowed {allowed:.0e})"
+            refusal = f"{type(model).__name__} returns different {what} for packed documents"
+            return f"{refusal} (difference {difference:.1e}, allowed {allowed:.0e})"
     return None
 
 
@@ -223,7 +223,7 @@ def _structural_obstacle(model: Any, batch: Batch) -> str | None:
     if head is None:
         return "has no output head"
     if _hooked(model) or _hooked(head):
-        return "or its head carries hooks"
+        return "or its head has hooks"
     try:
         inspect.signature(decoder.forward).bind(**batch.inputs, use_cache=False)
     except TypeError as error:
@@ -259,11 +259,11 @@ def _change_around_head(model: Any, batch: Batch, compare: bool) -> str | None:
     with torch.no_grad(), decoder.register_forward_hook(after_decoder), head.register_forward_hook(after_head):
         logits = model(**batch.inputs, use_cache=False).logits
     if seen.keys() != {"states", "head_input", "ramp"}:
-        return "does not call its decoder and its head"
+        return "does not call both its decoder and its head"
     if not same(seen["states"], seen["head_input"]):
-        return "changes its decoder's states before the head"
+        return "changes the decoder's hidden states before the head"
     if not same(seen["ramp"], logits.to(seen["ramp"].dtype)):
-        return "changes the logits after its head, by a scale or a cap"
+        return "scales or caps the logits after its head"
     return None
 
 
@@ -273,7 +273,8 @@ def _loss_difference(model: Any, batch: Batch, chunked: str, own: str) -> str | 
         difference = relative_difference(actual, expected[name])
         allowed = tolerance("loss", actual.dtype)
         if not difference <= allowed:
-            return f"gives other {name} when its decoder is called alone (by {difference:.1e}, allowed {allowed:.0e})"
+            sizes = f"difference {difference:.1e}, allowed {allowed:.0e}"
+            return f"returns different {name} when its decoder is called alone ({sizes})"
     return None
 
 
@@ -305,9 +306,9 @@ def compare_layers(
     difference = largest_difference(model, parts, layout, compiled)
     allowed = tolerance("layers", base.dtype)
     if difference is None:
-        return "the layers of transformers do not call every adapted layer, but compiled ones would", ""
+        return "transformers' layers do not call every adapted layer, but compiled ones would", ""
     if not difference <= allowed:
-        return f"their results differ from the layers of transformers by {difference:.0e} (allowed: {allowed:.0e})", ""
+        return f"their results differ from transformers' layers by {difference:.0e} (allowed: {allowed:.0e})", ""
     return None, (
         "checked against the layers of transformers: outputs and gradients differ by at most "
         f"{difference:.0e} (relative, allowed: {allowed:.0e})"

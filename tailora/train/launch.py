@@ -73,7 +73,7 @@ def how_to_resume(checkpoint: Path, *changes: str, purpose: str = "to resume it"
         on_this_machine = os.environ.get("LOCAL_WORLD_SIZE", str(world_size()))
         # without --, torchrun would interpret --r
         words = ["torchrun", "--nproc-per-node", on_this_machine, "-m", "tailora", "--", "train"]
-        purpose += ", with your launcher's other options"
+        purpose += ", adding your launcher's other options"
     config = str(checkpoint.parent / "config.yaml")
     command = [*words, "--config", config, "--resume-from-checkpoint", str(checkpoint), *changes]
     return f"{purpose}:\n{shlex.join(command)}"
@@ -85,7 +85,7 @@ def how_to_go_on(output_dir: Path) -> str:
 
     if checkpoints := checkpoints_in(output_dir):
         return f"the last checkpoint is {checkpoints[-1]}; {how_to_resume(checkpoints[-1])}"
-    return "no checkpoint was saved yet: --save-steps N saves one every N steps"
+    return "no checkpoint was saved yet; use --save-steps N to save one every N steps"
 
 
 # ---- Starting several
@@ -98,10 +98,10 @@ def count_processes(asked: str, device: str) -> int:
     """
     if world_size() > 1:
         raise ConfigError(
-            f"--nproc-per-node: a launcher has started {world_size()} processes already; give the flag to it alone"
+            f"--nproc-per-node: a launcher has already started {world_size()} processes; remove the flag from tailora"
         )
     if asked not in ("gpu", "auto") and not (asked.isdecimal() and int(asked) > 0):
-        raise ConfigError(f"--nproc-per-node {asked}: give a number of processes, or gpu or auto for one per device")
+        raise ConfigError(f"invalid --nproc-per-node {asked!r}: use a number, or gpu or auto for one per device")
     from tailora.core.device import AUTO, absent_device, devices
 
     candidates, device = devices(), device_asked_for(device)
@@ -111,13 +111,13 @@ def count_processes(asked: str, device: str) -> int:
         raise absent_device(device, candidates)
     if device_type == "cpu":
         if asked == "gpu":
-            raise ConfigError("--nproc-per-node gpu: the device is the CPU; give a number of processes")
+            raise ConfigError("--nproc-per-node gpu: the device is the CPU; use a number of processes")
         return 1 if asked == "auto" else int(asked)
     wanted = int(asked) if asked.isdecimal() else count
     if wanted > 1 and index:
-        raise ConfigError(f"--device {device} is one device, for {wanted} processes; give --device {device_type}")
+        raise ConfigError(f"--device {device} is a single device for {wanted} processes; use --device {device_type}")
     if wanted > count:
-        raise ConfigError(f"--nproc-per-node {asked}: a process needs a device, and there are {count} of {device_type}")
+        raise ConfigError(f"--nproc-per-node {asked}: each process needs a device; use at most {count} ({device_type})")
     return wanted
 
 

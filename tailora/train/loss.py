@@ -174,7 +174,7 @@ class Reference:
             hashes, values = arrays["hashes"], arrays["log_probabilities"]
         except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
             raise CheckpointError(
-                f"{path} cannot be read ({error}); delete it, and what it holds is computed again"
+                f"{path} cannot be read ({error}); delete it, and its contents will be recomputed"
             ) from None
         self._values = dict(zip((row.tobytes() for row in hashes), values, strict=True))
 

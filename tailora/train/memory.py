@@ -242,7 +242,7 @@ def check_fits(needed: int, device: torch.device, advice: str) -> None:
     if needed > available:
         memory = f"{device} ({device_name(device)}, {format_bytes(total_bytes(device))} in total)"
         free = f"{format_bytes(available)} are free{'' if device.type == 'cpu' else f' on {memory}'}"
-        cause = f"a step keeps at least {format_bytes(needed)} for its backward, and {free}"
+        cause = f"a step keeps at least {format_bytes(needed)} for its backward pass, but only {free}"
         raise MemoryLimitError(f"out of memory before the first step: {cause}\n{advice}")
 
 
@@ -263,7 +263,7 @@ def remedies(cost: Cost, size: ForwardSize, longest: int, compiled_share: float 
 
     same = "the same result in about the same time"
     if size.examples > 1:
-        accumulated = f"with gradient accumulation times {size.batch_size / half:g}"
+        accumulated = f"with {size.batch_size / half:g} times the gradient accumulation"
         add(f"--per-device-train-batch-size {half} {accumulated}", cost.of(smaller), same)
     if compiled_share is not None:
         less = replace(cost, per_token=cost.per_token * compiled_share)
@@ -271,10 +271,10 @@ def remedies(cost: Cost, size: ForwardSize, longest: int, compiled_share: float 
     if not size.checkpointed:
         checkpointed = cost.of(replace(size, checkpointed=True))
         add("--gradient-checkpointing", checkpointed, "the same result in about a third more time")
-    add(f"--max-length {longest // 2}", cost.of(shorter), "half the time for the longest examples, which are cut off")
+    add(f"--max-length {longest // 2}", cost.of(shorter), "half the time for the longest examples, which are truncated")
     lines += [
-        "  - fewer --target-modules or --layers-to-transform: layers below the first adapted one keep nothing",
-        "  - a smaller base model: memory and time fall with its layers and width",
+        "  - fewer --target-modules or --layers-to-transform: layers below the first adapted one keep no activations",
+        "  - a smaller base model: memory and time shrink with its depth and width",
     ]
     return "\n".join(["what helps:", *lines[:3]])
 

@@ -153,7 +153,7 @@ METHODS = {
 def settings_for(name: str, dtype: torch.dtype, device: torch.device) -> Any:
     """Returns quantization_config of `from_pretrained`. Raises ConfigError if the method does not work here."""
     if name not in METHODS:
-        raise ConfigError(f"quantize {name!r} is unknown; there are {', '.join(METHODS)}{nearest(name, METHODS)}")
+        raise ConfigError(f"unknown --quantize {name!r}; expected one of {', '.join(METHODS)}{nearest(name, METHODS)}")
     if (reason := obstacle(name, device)) is not None:
         working = [method for method in METHODS if method != name and obstacle(method, device) is None]
         raise ConfigError(
@@ -183,13 +183,13 @@ def _try_layer(method: Method, device: torch.device) -> str | None:
     layer = method.layer(plain)
     prevent_repacking(layer)
     if not is_quantized(layer):
-        return f"{method.package} left the weight as it was"
+        return f"{method.package} did not quantize the weight"
     dense = dense_weight(layer)  # merging needs it
     x: Tensor = torch.randn(8, PROBE_SIZE, generator=generator, device="cpu").to(device, dense.dtype).requires_grad_()
     (gradient,) = torch.autograd.grad(layer(x).sum(), x)
     for name, actual, exact in (("gradient", gradient[0], expected.sum(0)), ("weight", dense, expected)):
         if (error := float((actual - exact).norm() / exact.norm())) > LARGEST_ERROR:
-            return f"its {name} is wrong by {error:.0%}"
+            return f"its {name} is off by {error:.0%}"
     return None
 
 
@@ -222,7 +222,7 @@ def _reading(name: str) -> Iterator[str]:
     except ConfigError:
         raise
     except ImportError as error:  # the package that a quantized model was quantized with
-        raise ConfigError(f"model {name!r} needs a package: {error}; install it with pip") from error
+        raise ConfigError(f"model {name!r} needs a missing package: {error}; install it with pip") from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(_unreadable(name, source, error)) from error
 
@@ -322,12 +322,12 @@ def load_base(
     untrained = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     if missing := sorted(key for key in untrained if not any(inside(key, head) for head in heads)):
         raise ConfigError(
-            f"model {name!r} lacks {len(missing)} weights that {type(model).__name__} has, which would be random: "
-            f"{', '.join(missing[:3])}; give a complete {'causal language ' * (labels is None)}model"
+            f"model {name!r} lacks {len(missing)} weights of {type(model).__name__}, which would be initialized at "
+            f"random: {', '.join(missing[:3])}; use a complete {'causal language ' * (labels is None)}model"
         )
     obstacles = {path: storage_obstacle(layer) for path, layer in quantized_layers(model).items()}
     if problems := [f"{path}: {reason}" for path, reason in obstacles.items() if reason]:
-        raise ConfigError(f"model {name!r} cannot be used in this quantisation: {listing(problems)}")
+        raise ConfigError(f"model {name!r} cannot be used with this quantization: {listing(problems)}")
     if sharding is not None and is_plain:
         sharding.offload(model)
     elif sharding is not None:
@@ -451,8 +451,8 @@ def check_writes_text(name: str, task: str | None) -> None:
     """Raises ConfigError for a model or an adapter whose task has labels. task: None for a language model."""
     if task is not None:
         raise ConfigError(
-            f"{name} was trained for {task}: it predicts labels and writes no text. `tailora predict` and "
-            "`tailora eval` use it"
+            f"{name} was trained for {task}: it predicts labels and cannot generate text; use it with `tailora "
+            "predict` or `tailora eval`"
         )
 
 
@@ -468,7 +468,7 @@ def check_unquantized(config: PretrainedConfig, name: str, quantize: str) -> Non
     """Raises ConfigError if the model is quantized already."""
     if settings := stored_quantization(config):
         method = settings["quant_method"]
-        raise ConfigError(f"model {name!r} is quantised already ({method}): leave --quantize {quantize} out")
+        raise ConfigError(f"model {name!r} is already quantized ({method}); remove --quantize {quantize}")
 
 
 def stored_quantization(config: PretrainedConfig) -> dict[str, Any]:
@@ -489,14 +489,14 @@ def check_can_be_sharded(config: PretrainedConfig, name: str, quantize: str | No
         eight_bits = ", in 8 bits" if stored.get("load_in_8bit") else ""
         raise ConfigError(
             f"model {name!r} is quantized as {method}{eight_bits}, and FSDP2 would lose the scales; use a "
-            "model in full precision with --quantize nf4, or remove --fsdp"
+            "full-precision model with --quantize nf4, or remove --fsdp"
         )
 
 
 def _unreadable(name: str, source: str, error: Exception) -> str:
     folder = Path(source)
     if (folder / "model" / "config.json").is_file():
-        return f"model {name!r} is the folder of a run, not of a model: give {folder / 'model'}"
+        return f"model {name!r} is the folder of a run, not of a model; use {folder / 'model'}"
     if folder.is_dir():
         names = {entry.name for entry in folder.iterdir()}
         if "config.json" in names and names.isdisjoint(TOKENIZER_FILES):
@@ -506,9 +506,9 @@ def _unreadable(name: str, source: str, error: Exception) -> str:
             )
         return (
             f"model {name!r}: transformers cannot read this folder as a causal language model: {error}. It contains "
-            f"{', '.join(sorted(names)) or 'nothing'}; needed are config.json, a tokenizer and weights as .safetensors"
+            f"{', '.join(sorted(names)) or 'nothing'}; expected config.json, a tokenizer and .safetensors weights"
         )
     return (
-        f"model {name!r} is neither a folder here nor readable from the Hub: {error}. "
-        "Give a folder, a Hub id, or 'demo'; HF_TOKEN opens gated models"
+        f"model {name!r} is not a local folder and cannot be loaded from the Hub: {error}. Use a folder, a Hub id, or "
+        "'demo'; set HF_TOKEN for gated models"
     )

@@ -137,7 +137,7 @@ class Sharding:
         layers = decoder_layers(root)
         if not layers:
             raise ConfigError(
-                f"--fsdp shards the layers of a decoder, but {type(base).__name__} has no list of layers; remove --fsdp"
+                f"--fsdp shards decoder layers, but {type(base).__name__} has no list of layers; remove --fsdp"
             )
         check_every_rank_has_experts(layers, dist.get_world_size())
         mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
@@ -177,8 +177,8 @@ def check_every_rank_has_experts(layers: Iterable[nn.Module], ranks: int) -> Non
             experts = len(parameter) if parameter.ndim == 3 else 0
             if experts and len(torch.empty(experts).chunk(ranks)) < ranks:
                 raise ConfigError(
-                    f"--fsdp leaves some of {ranks} processes without a part of the {experts} experts of {name}: start "
-                    f"a number of processes that divides {experts}, or remove --fsdp"
+                    f"--fsdp cannot give each of {ranks} processes a share of the {experts} experts of {name}; use a "
+                    f"number of processes that divides {experts}, or remove --fsdp"
                 )
 
 

@@ -154,7 +154,7 @@ class Pairs(Preference):
 
     @property
     def description(self) -> str:
-        further = {"label smoothing": self.label_smoothing, "weight of the chosen reply's own loss": self.sft_weight}
+        further = {"label smoothing": self.label_smoothing, "weight of the chosen reply's loss": self.sft_weight}
         margin = f", gamma {self.simpo_gamma:g}" if self.loss == "simpo" else ""
         more = "".join(f", {name} {value:g}" for name, value in further.items() if value)
         return f"pairs of replies, loss {self.loss}, beta {self.beta:g}{margin}{more}"
@@ -208,7 +208,7 @@ class KTO(Preference):
 
     @property
     def description(self) -> str:
-        return f"wanted and unwanted replies, loss kto, beta {self.beta:g}"
+        return f"desirable and undesirable replies, loss kto, beta {self.beta:g}"
 
     def margins(self, scores: Scores) -> Scores:
         _, _, reward, _, desirable = scores.T
@@ -298,7 +298,7 @@ def preference_task(config: TrainConfig, shape: str, source: str) -> Pairs | KTO
     beta = config.beta or DEFAULT_BETA[loss]
     if loss == "kto":
         if wrong := [name for name in ("label_smoothing", "sft_weight") if getattr(config, name)]:
-            raise ConfigError(f"{' and '.join(wrong)} are for pairs of replies, not for --loss kto; remove them")
+            raise ConfigError(f"--loss kto has no pairs of replies; remove {' and '.join(wrong)}")
         return KTO(beta, Reference())
     reference = None if loss in WITHOUT_REFERENCE else Reference()
     return Pairs(loss, beta, config.label_smoothing, config.simpo_gamma, config.sft_weight, reference)

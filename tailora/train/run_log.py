@@ -76,7 +76,7 @@ def lock(output_dir: Path) -> Iterator[None]:
     except Timeout:
         by = f" ({holder.read_text()})" if holder.exists() else ""
         raise ConfigError(
-            f"another run is writing to {output_dir}{by}; use a different --output-dir, or wait until it ends"
+            f"another run is writing to {output_dir}{by}; use a different --output-dir, or wait until that run ends"
         ) from None
     try:
         write_file(holder, f"process {os.getpid()} on {platform.node()}".encode())
@@ -112,7 +112,7 @@ def check_run_folder(config: TrainConfig, *, overwrite: bool) -> None:
         return
     content = f"{output_dir} contains {' and '.join(names)}"
     if overwrite:
-        raise ConfigError(f"--overwrite: {content}, but no {RUN} of a tailora run; use a different --output-dir")
+        raise ConfigError(f"--overwrite: {content}, but no {RUN} from a tailora run; use a different --output-dir")
     hints = "resume with --resume-from-checkpoint latest, " if checkpoints else ""
     raise ConfigError(
         f"{content} of an earlier run; use a different --output-dir, {hints}replace it with --overwrite, or delete it"
@@ -278,7 +278,7 @@ def start_metrics(output_dir: Path, *, resumed_at: int | None, evaluated: Collec
                 if values["step"] <= resumed_at and ("eval_loss" not in values or values["step"] in evaluated)
             ]
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise CheckpointError(f"{path} contains a line that no run wrote; move the file away to resume") from None
+            raise CheckpointError(f"{path} contains an invalid line; move the file away to resume") from None
     write_file(path, "".join(f"{line}\n" for line in kept).encode())
 
 

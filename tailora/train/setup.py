@@ -66,8 +66,8 @@ from tailora.train.trainable import FullModel, Trainable, sharded_names, trained
 
 PROBE_TOKENS = 32  # most tokens of the longest example to measure memory on
 LOADING_REMEDIES = (
-    "what helps: --quantize nf4 (a quarter of bfloat16's bytes), --dtype bfloat16 (half the bytes of float32), "
-    "a smaller --model, closing other programs"
+    "try --quantize nf4 (a quarter of bfloat16's memory), --dtype bfloat16 (half of float32's memory) or a smaller "
+    "--model, or close other programs"
 )
 
 
@@ -220,7 +220,7 @@ def set_up(
     accelerator.init_trackers("tailora", config={name: str(value) for name, value in config.model_dump().items()})
     if is_main:
         if overwrite and (aside := run_log.set_aside(output_dir)):
-            note(f"the earlier run is in {aside} until this one has finished")
+            note(f"the earlier run is kept in {aside} until this one has finished")
         evaluated = {step for step, _ in state.history}
         run_log.start_metrics(output_dir, resumed_at=None if saved is None else state.step, evaluated=evaluated)
     return run, state
@@ -266,13 +266,13 @@ def resume(run: Run, saved: Checkpoint) -> TrainState:
     diverged = run_log.has_diverged(resumed_folder(config))
     checkpoint.check_same_run(earlier, run.identity, diverged=diverged)
     if config.learning_rate < (earlier_rate := earlier["settings"]["learning_rate"]):
-        run.note(f"the learning rate is {config.learning_rate:g} from here on; it was {earlier_rate:g}")
+        run.note(f"from here on, the learning rate is {config.learning_rate:g} instead of {earlier_rate:g}")
     before, now = earlier.get("processes", 1), run.accelerator.num_processes
     rank: int | None = run.accelerator.process_index  # whose random states are restored
     if before != now:
         seed_all(config.seed + run.accelerator.process_index + 1000 * progress["step"])
-        masks = ", masks of dropout are not" if has_dropout(run.base) else ""
-        run.note(f"{now} processes go on instead of {before}: the steps are the same{masks}")
+        masks = ", but dropout masks differ" if has_dropout(run.base) else ""
+        run.note(f"resuming with {now} processes instead of {before}: the steps are the same{masks}")
         rank = None
     state = checkpoint.restore(saved, run.model, run.updates, rank, run.allocator)
     state.diverged = diverged
@@ -307,15 +307,15 @@ TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",),
 def start_accelerator(config: TrainConfig) -> Accelerator:
     """Returns accelerate on the device and with the trackers asked for. Raises ConfigError if one is not here."""
     problems = [
-        f"accelerate's own engines are not supported: launch without --use_{name}; tailora's --fsdp shards the base"
+        f"accelerate's engines are not supported; launch without --use_{name} and use tailora's --fsdp instead"
         for name in ENGINES
         if parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}")
     ]
     for name in config.report_to:
         if name not in TRACKERS:
-            problems.append(f"report_to {name!r} is unknown; there are {', '.join(TRACKERS)}{nearest(name, TRACKERS)}")
+            problems.append(f"--report-to {name!r}: expected one of {', '.join(TRACKERS)}{nearest(name, TRACKERS)}")
         elif not any(importlib.util.find_spec(package) for package in TRACKERS[name]):
-            problems.append(f"report_to {name!r} is not installed: pip install {TRACKERS[name][0]}")
+            problems.append(f"--report-to {name} needs a package: pip install {TRACKERS[name][0]}")
     if problems:
         raise ConfigError(listing(problems))
     accelerator = Accelerator(
@@ -326,12 +326,12 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     )
     if accelerator.scaler is not None:
         raise ConfigError(
-            f"accelerate's mixed_precision {accelerator.mixed_precision} scales losses, which is not supported: launch "
-            "with --mixed_precision no; --dtype sets the precision of the base, and adapters are float32"
+            f"accelerate's mixed_precision {accelerator.mixed_precision} scales losses, which is not supported; launch "
+            "with --mixed_precision no. --dtype sets the precision of the base model; adapters are float32"
         )
     if config.fsdp and accelerator.num_processes == 1:
         raise ConfigError(
-            "--fsdp shards the base model over several processes, and this is one: start several with --nproc-per-node"
+            "--fsdp shards the base model across processes, but there is only one; start several with --nproc-per-node"
         )
     check_can_be_offloaded(config, accelerator.device.type)
     return accelerator
@@ -341,7 +341,7 @@ def check_can_be_offloaded(config: TrainConfig, device_type: str) -> None:
     """Raises ConfigError if the settings offload weights from a CPU."""
     if config.fsdp_offload_params and device_type == "cpu":
         raise ConfigError(
-            "--fsdp-offload-params has no effect on a CPU, where weights are in host memory anyway; remove it"
+            "--fsdp-offload-params has no effect on a CPU, where the weights are already in host memory; remove it"
         )
 
 
@@ -358,7 +358,7 @@ def start_on_device(name: str) -> torch.device:
     elif ":" in name or state.device.type != device.type:
         raise ConfigError(
             f"--device {name}: each of {state.num_processes} processes uses the device of its rank, here "
-            f"{state.device}; use --device {state.device.type}, or one process"
+            f"{state.device}; use --device {state.device.type}, or a single process"
         )
     return torch.device(state.device)
 
@@ -393,7 +393,7 @@ def find_labels(config: TrainConfig) -> tuple[Labels | None, bool]:
     if config.adapter is not None:
         if (labels := labels_of_adapter(Path(config.adapter))) is None:
             raise ConfigError(
-                f"--adapter {config.adapter} predicts no labels, but --task is {config.task}; remove --adapter"
+                f"--task {config.task} needs an adapter that predicts labels, unlike {config.adapter}; remove --adapter"
             )
         return labels, False
     names = [source.name for source in resolved_sources(config, "data")]
@@ -479,8 +479,8 @@ def check_layers_are_called(model: Trainable, example: Example, task: Task, layo
         raise TargetError(f"the model calls none of the adapted layers for text: {', '.join([*calls.layers][:5])}")
     if paths := calls.not_called:
         raise TargetError(
-            f"the model does not call {', '.join(paths[:5])} ({len(paths)} in total), so adapters there would do "
-            f"nothing; exclude them: --exclude-modules {' '.join(last_names(paths))}"
+            f"the model does not call {', '.join(paths[:5])} ({len(paths)} in total), so adapters there would have no "
+            f"effect; exclude them with --exclude-modules {' '.join(last_names(paths))}"
         )
 
 

@@ -41,8 +41,8 @@ def error_of(folder: Path, code: int, stderr: str, task: str) -> Exception:
         written.unlink()
         return failure.as_error()
     if code == KILLED:
-        return MemoryLimitError(f"{task} was killed by the system, most likely for memory: take a smaller batch size")
-    return RuntimeError(f"{task} ended with code {code}: {stderr.strip()[-2000:]}")
+        return MemoryLimitError(f"{task} was killed by the system, probably out of memory; use a smaller batch size")
+    return RuntimeError(f"{task} exited with code {code}: {stderr.strip()[-2000:]}")
 
 
 def kill(process: "subprocess.Popen[str]") -> None:

@@ -162,7 +162,7 @@ class Trainer:
         held_out = self.run.data.held_out
         counts = None if held_out is None else self.run.task.counts(held_out)
         if self.before is not None and (counts is None or not np.array_equal(self.before.counts, counts)):
-            raise ConfigError("the held-out examples differ from the base model's evaluation: the data has changed")
+            raise ConfigError("the data has changed: its held-out examples differ from the base model's evaluation")
         self.state.before = self.state.before or self.before
 
     def use_kernels(self) -> AbstractContextManager[object]:
@@ -267,7 +267,7 @@ class Trainer:
         )
         if event.skipped:
             scale = f"{results.loss_scale:g}"
-            run.note(f"step {state.step} changes nothing: a gradient overflows float16 at the loss scale {scale}")
+            run.note(f"step {state.step} changes nothing: a gradient overflows float16 at loss scale {scale}")
         self.log(
             loss=event.loss,
             learning_rate=event.learning_rate,
@@ -293,8 +293,8 @@ class Trainer:
         missing = task.reference.missing(examples)
         if len(missing) and resumed and not self.adapter_is_new:
             raise CheckpointError(
-                f"{len(missing):,} examples were not needed when this run began, and what the model was then is not "
-                "known for them: keep --max-steps and --num-train-epochs, or start again in another --output-dir"
+                f"{len(missing):,} examples were not needed when this run began, so their reference values are "
+                "missing; keep --max-steps and --num-train-epochs, or start over in a different --output-dir"
             )
         if len(missing):
             with run.model.disable_adapter() if self.adapter_is_new else nullcontext():
@@ -408,7 +408,7 @@ class Trainer:
         if isinstance(run.model, FullModel):
             tensors |= {file: run.model.gather(tensors[file]) for file in checkpoint.BY_PARAMETER if file in tensors}
         if broken := broadcast_object_list([checkpoint.not_finite(tensors)])[0]:
-            raise self.diverged(f"in step {state.step}: it left values that are not finite ({'; '.join(broken)})")
+            raise self.diverged(f"in step {state.step}: values are not finite after it ({'; '.join(broken)})")
         random_states = gather_object([random_state()])
         if run.is_main:
             tensors |= {f"random-{rank}": states for rank, states in enumerate(random_states)}
@@ -434,9 +434,9 @@ class Trainer:
         self.read_last_step()
         run, state = self.run, self.state
         if not all(gather_object([bool(buffer.parameter.isfinite().all()) for buffer in run.updates.buffers])):
-            raise self.diverged(f"in step {state.step}: it left weights that are not finite")
+            raise self.diverged(f"in step {state.step}: the weights are not finite after it")
         if self.is_out_of_patience():
-            run.note(f"stopped early: {state.since_best} evaluations in a row without improvement")
+            run.note(f"stopped early: no improvement in {state.since_best} evaluations in a row")
         if state.best is None:
             return self.check_finite(self.held_out_loss(may_be_kept=False))
         checkpoint.set_parameters(trained_module(run.model), state.best.tensors)
@@ -460,7 +460,7 @@ class Trainer:
                 write_system_message(written, self.run.data.system)
             if compare and (different := trainable.differences(model, written)):
                 names = ", ".join(different[:3])
-                raise CheckpointError(f"{written} reads back different in {names}; is the disk failing?")
+                raise CheckpointError(f"{written} differs from what was written in {names}; the disk may be failing")
 
     def result(self, after: Evaluation | None, seconds: float) -> events.TrainResult:
         run, state, summary = self.run, self.state, self.run.model.summary()
@@ -542,9 +542,9 @@ class Trainer:
         run.updates.restore_last_good()
         sync_parameters(run.model)
         folder = trainable.folder_of(run.model, run.output_dir)
-        saved = f"{folder} keeps the best adapter so far"
+        saved = f"the best adapter so far is in {folder}"
         if not broadcast_object_list([folder.exists()])[0]:
-            saved = f"{folder} keeps the last weights with a finite loss"
+            saved = f"the last weights with a finite loss are in {folder}"
             self.save_model()
         state.diverged = True
         if run.is_main:
@@ -556,7 +556,7 @@ class Trainer:
         resume = ""
         if good:
             lower = ("--learning-rate", f"{self.config.learning_rate / 10:g}")
-            command = launch.how_to_resume(good[-1], *lower, purpose="to resume it with a lower rate")
+            command = launch.how_to_resume(good[-1], *lower, purpose="to resume it with a lower learning rate")
             resume = f"\nthe last good checkpoint is {good[-1]}; {command}"
         return DivergedError(f"training diverged {cause}. {saved}; {REMEDIES}{resume}")
 

@@ -98,7 +98,7 @@ def make_passport(
     chat_tokenizer = ChatTokenizer.of(tokenizer)
     adapter, base_model = model.adapter(name), model.base_model
     if (positions := free_positions(base_model, 0)) < SHORTEST_CONTEXT:
-        raise DataError(f"a verification file needs a model with {SHORTEST_CONTEXT} positions, got {positions}")
+        raise DataError(f"a verification file needs a context length of at least {SHORTEST_CONTEXT}, got {positions}")
     first = [] if system is None else [{"role": "system", "content": system}]
     if held_out is not None:
         texts = _of_samples(held_out, chat_tokenizer, positions, first)
@@ -108,17 +108,17 @@ def make_passport(
         texts = _answered_questions(model, chat_tokenizer, seed, first)
     if not texts:
         raise DataError(
-            f"no text is usable as a probe: expected at least {SHORTEST_PROMPT + 1} tokens, at most {PROMPT_LENGTH} of "
-            "them before the reply, and messages of plain text"
+            f"no text is usable as a prompt: expected at least {SHORTEST_PROMPT + 1} tokens, at most {PROMPT_LENGTH} "
+            "of them before the reply, and messages of plain text"
         )
     computations = _computations(adapter, base_model)
     with torch.no_grad(), evaluating(base_model):
         probes = _probes(texts, computations, chat_tokenizer, progress)
     probes = [probe for probe in probes if probe.tokens]
     if not probes:
-        raise DataError("no text is usable as a probe: the likely next tokens are special or parts of characters")
+        raise DataError("no text is usable as a prompt: the likely next tokens are special or parts of characters")
     if not all(math.isfinite(value) for probe in probes for values in probe.logprobs.values() for value in values):
-        raise DataError("the model's log-probabilities are not finite: the adapter diverged")
+        raise DataError("the model's log-probabilities are not finite: the adapter has diverged")
     if all(probe.logprobs[ADAPTER] == probe.logprobs[BASE] for probe in probes):
         raise DataError("the adapter changes no log-probability, so it cannot be distinguished from its base")
     names = dict.fromkeys(variant for probe in probes for variant in probe.logprobs)

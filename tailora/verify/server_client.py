@@ -98,7 +98,7 @@ class ServerClient(AbstractContextManager["ServerClient"]):
             progress(len(observations), len(probes))
         if not any(observations):
             reasons = "; ".join(f"{endpoint} returned {reason}" for endpoint, reason in self.refusals.items())
-            raise ServerError(f"{self.url} answered no prompt: {reasons}")
+            raise ServerError(f"{self.url} did not answer any prompt: {reasons}")
         return observations
 
     def _ask(self, probe: Probe, model: str | None) -> Observation | None:
@@ -155,7 +155,7 @@ class ServerClient(AbstractContextManager["ServerClient"]):
     def _body(self, answer: Answer, path: str) -> dict[str, Any]:
         body = _parsed(answer.content)
         if answer.status != 200 or not isinstance(body, dict):
-            raise ServerError(f"{self.url}{path} returned {_explanation(answer)}, which is not OpenAI's API")
+            raise ServerError(f"{self.url}{path} returned {_explanation(answer)}, which is not OpenAI-compatible")
         return body
 
 
@@ -204,7 +204,7 @@ def _observation(probe: Probe, body: Mapping[str, Any]) -> Observation:
     choices = body.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
     if not isinstance(choice, dict):
-        raise ServerError("expected an answer with choices from the server, got none")
+        raise ServerError("the server's response contains no choices")
     usage, message = body.get("usage"), choice.get("message")
     prompt_tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     prompt_tokens = prompt_tokens if isinstance(prompt_tokens, int) else None

@@ -341,9 +341,7 @@ def _evidence(kinds: Mapping[str, Pairs], fits: Mapping[str, Fit], variants: Map
         if any(extra := _extra_tokens(kinds[name])):
             low, high = min(extra), max(extra)
             amount = f"{low:+d}" if low == high else f"{low:+d} to {high:+d}"
-            evidence.append(
-                f"{KIND_NAMES[name]}: the server counts {amount} tokens in a prompt compared with training."
-            )
+            evidence.append(f"{KIND_NAMES[name]}: the server counts {amount} tokens per prompt compared with training.")
         if name not in fits:
             what = "Plain completions were" if name == "text" else "The chat template was"
             evidence.append(f"{what} not checked: fewer than {FEWEST} answers.")
@@ -352,7 +350,7 @@ def _evidence(kinds: Mapping[str, Pairs], fits: Mapping[str, Fit], variants: Map
             "The server returned no log-probabilities, so only its next tokens were compared. This is weaker evidence."
         )
     if not _is_comparable(kinds["all"]):
-        evidence.append("Few of the server's tokens are in the verification file, so its answers are not comparable.")
+        evidence.append("Few of the server's tokens are in the verification file, so its answers cannot be compared.")
     return evidence
 
 

@@ -120,7 +120,7 @@ def test_gates_decide_the_exit_code(adapter: Path, chats: Path) -> None:
     payload = json.loads(said.splitlines()[-1])
     assert [each["met"] for each in payload["gates"]] == [True, False]
     assert payload["gates"][1] == {"gate": "loss<0.1", "value": payload["metrics"]["loss"]["value"], "met": False}
-    assert told.splitlines()[-1].startswith("gate not met: loss<0.1 (it is ")
+    assert told.splitlines()[-1].startswith("gate not met: loss<0.1 (measured: ")
     assert "loss<100" not in told
     code, said, told = call(*tokens, "--gate", "loss<.1")
     assert code == 4
@@ -208,7 +208,10 @@ BAD: dict[str, tuple[list[str], str]] = {
     "unknown gate": (["ONE", "--data", "CHATS", "--gate", "lss<1"], "did you mean loss"),
     "normalize": (["ONE", "--data", "CHATS", "--normalize", "strp"], "did you mean strip"),
     "change": (["ONE", "--data", "CHATS", "--no-base", "--gate", "loss_change<0"], "remove --no-base"),
-    "no choices": (["ONE", "--data", "CHATS", "--gate", "acc>.5"], "accuracy needs choices; its rows are read as mess"),
+    "no choices": (
+        ["ONE", "--data", "CHATS", "--gate", "acc>.5"],
+        "accuracy needs choices, but its rows were read as mess",
+    ),
     "whole and base": (["BASE", "--model", "BASE", "--data", "CHATS"], "is a full model"),
     "bad rows": (["ONE", "--data", "BAD"], "bad.jsonl:2: answer 'purple' matches no choice"),
     "dtype": (["ONE", "--data", "CHATS", "--dtype", "float8"], "float8"),

@@ -117,9 +117,9 @@ def test_yaml_numbers_are_numbers(tmp_path: Path, text: str) -> None:
     [
         ("lora_rnk: 8", r"lora_rnk.*did you mean"),
         ("learning_rat: 1", "did you mean learning_rate"),
-        ("r: 8\nr: 9", "line 2: r is given twice"),
-        ("max-steps: 8\nmax_steps: 9", "max_steps is given twice, as max-steps and as max_steps"),
-        ("- r\n- 8", "it holds a list"),
+        ("r: 8\nr: 9", "line 2: r is set twice"),
+        ("max-steps: 8\nmax_steps: 9", "max_steps is set twice, as max-steps and as max_steps"),
+        ("- r\n- 8", "got a list"),
         ("r: [", "line 1 cannot be read as YAML"),
         ("r: -1\nlearning_rate: fast", r"2 problems(.|\n)*r = -1(.|\n)*learning_rate = 'fast'"),
         ("lora_rank: 8\nr: 4", "lora_rank and r are the same setting"),

@@ -23,7 +23,7 @@ def test_the_table_fits_80_columns_and_says_what_more_there_is(
     assert told == "loading the adapter\n"
     assert f"{adapter}: 14 updates of rank 4, scale 8, made for {tiny_model}" in said
     assert "No rule that could be applied advises a change." in said
-    assert f"--model {tiny_model} adds" in said
+    assert f"Add --model {tiny_model} for " in said
     table = [line for line in said.splitlines() if "_proj" in line]
     assert len(table) == 8  # of 14: two layers in two thirds, seven names
     assert all(len(line) <= 80 for line in table)

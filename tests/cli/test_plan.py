@@ -105,7 +105,7 @@ def test_it_says_that_all_examples_fit_and_how_many_go_through_the_model_at_once
     assert main(["plan", "--model", str(tiny_model), "--data", str(chats), "--memory", "100GB"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"^batch size that fits +(\d+) \(all examples\) +\1 \(all examples\)$", shown, re.MULTILINE)
-    assert re.search(r"The largest batch puts 8 examples with \d+ tokens in total through the model at once\.", shown)
+    assert re.search(r"The largest forward pass has 8 examples with \d+ tokens in total\.", shown)
     assert main(["plan", "--model", str(tiny_model)]) == 0
     assert "all examples" not in capsys.readouterr().out
 

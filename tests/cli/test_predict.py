@@ -53,7 +53,7 @@ def test_train_says_the_accuracy_before_and_after(folder: Path) -> None:
     assert result["eval_accuracy_after"] > 0.6
     report = json.loads((folder / "run" / "report.json").read_text())
     assert "new head of random weights" in report["verdict"]
-    assert "always answering" in report["verdict"]
+    assert "always predicting" in report["verdict"]
     lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
     assert [line["step"] for line in lines if "loss" in line] == [*range(1, 41)]
     page = (folder / "run" / "report.html").read_text()
@@ -69,7 +69,7 @@ def test_a_verdict_opens_with_the_most_frequent_label_if_training_does_not_beat_
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     share = report["labels"]["majority"]["share"]
     assert report["result"]["eval_accuracy_after"] <= share
-    assert re.match(rf"Accuracy is .*(below|no better than) the {share:.1%} for always answering ", report["verdict"])
+    assert re.match(rf"Accuracy is .*(below|no better than) the {share:.1%} for always predicting ", report["verdict"])
     assert "held-out examples" in report["verdict"]
 
 
@@ -259,9 +259,9 @@ def test_an_adapter_for_labels_is_shrunk_exported_and_inspected(folder: Path, tm
             ["shrink", "--adapter", "RUN", "--data", "ROWS", "--max-loss-increase", "0.1", "--output-dir", "OUT"],
             "--r or",
         ),
-        (["chat", "--adapter", "RUN"], "writes no text"),
+        (["chat", "--adapter", "RUN"], "cannot generate text"),
         (["generate", "--adapter", "RUN", "--prompt", "a"], "tailora predict"),
-        (["serve", "--adapter", "RUN"], "was trained for sequence-classification: it predicts labels and writes"),
+        (["serve", "--adapter", "RUN"], "was trained for sequence-classification: it predicts labels and cannot"),
         (["export", "RUN", "--to", "gguf", "--output", "OUT"], "cannot export this adapter to gguf"),
         (["export", "RUN", "--to", "vllm", "--output", "OUT"], "--to vllm is for language models, but"),
     ],

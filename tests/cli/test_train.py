@@ -263,7 +263,9 @@ def test_without_a_report_the_files_are_shown(
 def test_what_was_cut_of_a_stream_is_told_at_the_end(flags: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     four_steps = {"--max-length": "28", "--max-steps": "4"}  # of 8 examples: more than the 24 there are
     assert main([*line(flags, four_steps), "--streaming"]) == 0
-    assert re.search(r"note: \d+ of 24 streamed rows were longer than --max-length 28 and cut", capsys.readouterr().err)
+    assert re.search(
+        r"note: \d+ of 24 streamed rows were longer than --max-length 28 and truncated", capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow
@@ -275,13 +277,14 @@ def test_a_resume_with_other_settings_names_each_with_both_values_and_what_to_do
     changes = {"--resume-from-checkpoint": "latest", "--learning-rate": "5e-3", "--max-length": "64"}
     assert main(line(flags, changes)) == 2
     said = capsys.readouterr().err
-    values = ["learning_rate was 0.01, now is 0.005", "max_length was 1024, now is 64", "(SHA-256) of the data was '"]
+    values = ["learning_rate was 0.01 and is now 0.005", "max_length was 1024 and is now 64", "(SHA-256) was '"]
     for part in ("3 problems", *values, "config.yaml", "--output-dir"):
         assert part in said
 
 
 @pytest.mark.parametrize(
-    ("more", "hint"), [([], "contains an adapter of an earlier run"), (["--overwrite"], "no run.json of a tailora run")]
+    ("more", "hint"),
+    [([], "contains an adapter of an earlier run"), (["--overwrite"], "no run.json from a tailora run")],
 )
 def test_a_taken_folder_is_refused_before_torch_is_loaded(
     flags: dict[str, str], more: list[str], hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -204,8 +204,8 @@ def test_confusions_calibration_and_the_most_frequent_label() -> None:
 @pytest.mark.parametrize(
     ("accuracy", "beats", "text"),
     [
-        (0.5, False, "Accuracy is 50.0%, no better than the 50.0% for always answering 'x'; before training 20.0%."),
-        (0.75, True, "Accuracy is 75.0%; before training 20.0%, and 50.0% for always answering 'x'."),
+        (0.5, False, "Accuracy is 50.0%, no better than the 50.0% for always predicting 'x'; before training 20.0%."),
+        (0.75, True, "Accuracy is 75.0%; before training 20.0%, and 50.0% for always predicting 'x'."),
     ],
 )
 def test_the_accuracy_is_compared_with_that_of_the_most_frequent_label(accuracy: float, beats: bool, text: str) -> None:

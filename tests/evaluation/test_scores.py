@@ -101,7 +101,7 @@ def test_the_loss_on_pairs_of_replies_is_that_of_the_chosen_ones(
     assert not [note for note in notes if "chosen" in note]
     pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "user"} for row in single]
     assert loss(pairs) == pytest.approx(expected, rel=1e-6)
-    assert "using only the chosen replies of the pairs, with the loss of a language model" in notes
+    assert "evaluating only the chosen replies of the pairs, with the language modeling loss" in notes
     with pytest.raises(DataError, match="single replies with a label cannot be evaluated"):
         loss([{**row, "label": True} for row in single])
 

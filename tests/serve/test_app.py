@@ -139,7 +139,7 @@ def test_an_adapter_for_labels_is_not_loaded(server: Running, root: Path) -> Non
     finally:
         shutil.rmtree(root / "tickets")
     assert response.status_code == 400
-    start = "tickets was trained for sequence-classification: it predicts labels and writes no text. "
+    start = "tickets was trained for sequence-classification: it predicts labels and cannot generate text; "
     assert response.json()["error"]["message"].startswith(start)
 
 
@@ -218,7 +218,7 @@ def test_an_interrupt_waits_for_answers_and_a_second_one_ends_them(root: Path) -
         while not events[1]:
             assert time.monotonic() < began + 30
             time.sleep(0.01)
-        assert events[1] == ["shutting down: waiting up to 60 s for 1 answer; press Ctrl-C again to end them now"]
+        assert events[1] == ["shutting down: waiting up to 60 s for 1 completion; press Ctrl-C again to stop now"]
         events[0].handle_exit(signal.SIGINT, None)
         events[0]._captured_signals.clear()
         forwards.go_on.set()

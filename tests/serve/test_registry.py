@@ -434,7 +434,7 @@ def test_equal_requests_share_one_adapter_without_tensors_of_its_own(make: Make)
         ("legal@", None, "expected a number as the scale"),
         ("legal@inf", None, "finite"),
         ("legal@1e308", 1e308, "finite"),
-        ("legal@1e38", None, "multiplies its update .* by .*e\\+38; .* Use a smaller scale"),
+        ("legal@1e38", None, "scales its update .* by .*e\\+38; .* Use a smaller scale"),
         ("legal@-300", 300, "the limit is 100000"),
         ("dora+legal@1e30", None, "'legal@1e\\+30' multiplies"),
         ("legal", float("nan"), "finite"),
@@ -457,7 +457,7 @@ def test_what_cannot_be_computed_exactly_is_refused(make: Make, model: str, scal
 def test_an_adapter_with_an_excessive_scale_is_refused(make: Make, root: Path, settings: dict[str, Any]) -> None:
     save(root / "huge", **{"r": 2, **settings})
     registry = make("chat")
-    with pytest.raises(ConfigError, match=r"'huge' multiplies its update .* by .*, including lora_alpha / r"):
+    with pytest.raises(ConfigError, match=r"'huge' scales its update .* by .*, including lora_alpha / r"):
         registry.load("huge", "huge")
     assert len(keys(registry)) == 1
 

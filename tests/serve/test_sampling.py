@@ -229,7 +229,7 @@ def test_json_and_tools_exclude_each_other(server: Running) -> None:
     tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
     core = server.app.state.server
     body = {"model": "tiny", "messages": CHAT, "response_format": {"type": "json_object"}, "tools": [tool]}
-    with pytest.raises(RequestError, match="not supported together with tools"):
+    with pytest.raises(RequestError, match="cannot be combined with tools"):
         core.grammar(ChatRequest.model_validate(body))
     assert core.grammar(ChatRequest.model_validate({**body, "tool_choice": "none"})) is not None
     assert core.grammar(ChatRequest.model_validate({**body, "response_format": {"type": "text"}})) is None

@@ -305,7 +305,7 @@ def test_the_command_passes_on_how_many_processes_a_run_has(
         assert main([*command.split(), *words]) == 2
         assert "each run has 1" in capsys.readouterr().err
         assert main([*command.split(), *words, "--nproc-per-node", "two"]) == 2
-        assert "--nproc-per-node two: give a number" in capsys.readouterr().err
+        assert "--nproc-per-node 'two': use a number" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["compare", *words]) == 2
     assert "a launcher has started 2 processes, each of them for the whole study" in capsys.readouterr().err

@@ -128,7 +128,7 @@ def test_balanced_weights_count_every_class_alike() -> None:
     assert weights is not None
     np.testing.assert_allclose(weights * [10, 30, 20], 20)
     np.testing.assert_array_equal(class_weights({"b": 4}, SINGLE, {}), [1, 4, 1])
-    with pytest.raises(ConfigError, match="there are a, b, c"):
+    with pytest.raises(ConfigError, match="labels are a, b, c"):
         class_weights({"d": 4}, SINGLE, {})
 
 

@@ -244,7 +244,7 @@ def test_all_ranks_compute_as_every_rank_can(case: str, kernels: str, two_ranks:
 @pytest.mark.slow
 def test_every_rank_names_the_module_that_broke_on_one(two_ranks: Ranks) -> None:
     causes = re.findall(r"cause on rank \d: (.*)", two_ranks.process.stdout)
-    assert causes == ["the loss is not finite; the first module with such an output is model.norm"] * 2
+    assert causes == ["the loss is not finite; the first module with output that is not finite is model.norm"] * 2
 
 
 @pytest.mark.slow
@@ -263,10 +263,10 @@ def test_ranks_answer_together_and_only_the_first_writes_and_prints(case: str, t
 def test_one_process_goes_on_where_two_stopped(two_ranks: Ranks, settings: Any) -> None:
     stopped, notes = two_ranks.folder / "sharded", list[str]()
     one = settings(**SHARED, gradient_accumulation_steps=2, resume_from_checkpoint=str(stopped / "checkpoint-9"))
-    with pytest.raises(CheckpointError, match="the same steps on 1 processes: --gradient-accumulation-steps 2"):
+    with pytest.raises(CheckpointError, match="the same steps on 1 processes, use --gradient-accumulation-steps 2"):
         run(changed(one, gradient_accumulation_steps=3))
     run(one, lambda event: notes.append(getattr(event, "text", "")))
-    assert "1 processes go on instead of 2: the steps are the same" in notes  # there is no dropout
+    assert "resuming with 1 processes instead of 2: the steps are the same" in notes  # there is no dropout
     check_close(Path(one.output_dir), stopped, file="adapter/adapter_model.safetensors")
 
 
@@ -353,7 +353,7 @@ def test_a_rank_reads_its_own_rows_of_the_files(model_folder: Path) -> None:
 @pytest.mark.usefixtures("second_of_three")
 def test_a_rank_without_experts_is_refused() -> None:
     model = tiny_model("Qwen3MoeForCausalLM", num_local_experts=4)  # two for each of two ranks, none for the third
-    with pytest.raises(ConfigError, match=r"part of the 4 experts of .*: start a number of processes that divides 4"):
+    with pytest.raises(ConfigError, match=r"share of the 4 experts of .*; use a number of processes that divides 4"):
         Sharding(torch.device("cpu")).shard(model)
 
 
@@ -507,7 +507,7 @@ def test_a_cpu_has_nothing_to_offload(settings: Any, monkeypatch: pytest.MonkeyP
 
 
 def test_one_process_has_nothing_to_shard(settings: Any) -> None:
-    with pytest.raises(ConfigError, match="several processes, and this is one"):
+    with pytest.raises(ConfigError, match="across processes, but there is only one"):
         start_accelerator(settings(fsdp=True))
 
 
@@ -516,7 +516,7 @@ def test_one_process_has_nothing_to_shard(settings: Any) -> None:
     [
         ({"fsdp_reshard_after_forward": False}, "only with --fsdp"),
         ({"fsdp_offload_params": True}, "only with --fsdp"),
-        ({"fsdp_offload_params": True, "fsdp": True, "quantize": "nf4"}, "not quantized; remove it"),
+        ({"fsdp_offload_params": True, "fsdp": True, "quantize": "nf4"}, "unquantized weights; remove it"),
         *(
             ({"fsdp": True, "quantize": method}, f"--fsdp does not support --quantize {method}.*; use nf4")
             for method in ("int8", "torchao-int8", "torchao-int4")

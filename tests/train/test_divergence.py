@@ -28,7 +28,7 @@ from tailora.train.trainer import Trainer, run
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [
-        ({"learning_rate": 1e38, "max_steps": 1, "validation_split": 0}, "left weights that are not finite"),
+        ({"learning_rate": 1e38, "max_steps": 1, "validation_split": 0}, "the weights are not finite after it"),
         ({"learning_rate": 1e25, "eval_steps": 1, "max_steps": 2}, "held-out loss after it is nan"),
         ({"learning_rate": 1e25, "max_steps": 1}, "held-out loss after it is nan"),
         ({"learning_rate": 1e20, "max_steps": 10, "max_grad_norm": 1}, r"step \d+ \(learning rate 1e\+20\).*layers\.0"),
@@ -60,11 +60,11 @@ def test_the_last_good_checkpoint_is_kept_named_and_resumed_with_a_lower_rate(se
     words = shlex.split(str(caught.value).splitlines()[-1])
     assert words[:2] == ["tailora", "train"]
     assert words[-4:] == ["--resume-from-checkpoint", f"{config.output_dir}/checkpoint-1", "--learning-rate", "0.001"]
-    with pytest.raises(CheckpointError, match=r"learning_rate was 0\.01, now is 0\.1"):
+    with pytest.raises(CheckpointError, match=r"learning_rate was 0\.01 and is now 0\.1"):
         run(config.replaced(resume_from_checkpoint="latest", learning_rate=0.1))
     result, notes = run_and_collect(config.replaced(resume_from_checkpoint="latest", learning_rate=1e-3), Note)
     assert result.steps == 3
-    assert Note("the learning rate is 0.001 from here on; it was 0.01") in notes
+    assert Note("from here on, the learning rate is 0.001 instead of 0.01") in notes
     assert not has_diverged(Path(config.output_dir))
 
 
@@ -80,7 +80,7 @@ def test_the_first_broken_batch_is_enough_to_name_the_module(monkeypatch: pytest
     batches: list[Any] = ["first", "second"]
     layout = BatchLayout(True, "of a test", 0)
     cause = broken_loss(model, batches, CAUSAL_LM, layout)
-    assert cause == "the loss is not finite; the first module with such an output is 0"
+    assert cause == "the loss is not finite; the first module with output that is not finite is 0"
     assert computed == ["first"]
 
 
@@ -90,7 +90,7 @@ def test_a_rank_whose_gradients_are_finite_names_those_that_are_not_on_another(
     monkeypatch.setattr(divergence, "first_of_ranks", lambda own: own or ["layers.1.weight"])
     parameter = nn.Parameter(torch.ones(1))
     parameter.grad = torch.ones(1)
-    text = "the gradient of 1 of 1 parameters is not finite, first"
+    text = "the gradients of 1 of 1 parameters are not finite, first"
     assert broken_gradients({"layers/0/weight": parameter}) == f"{text} layers.1.weight"
     parameter.grad[0] = float("inf")
     assert broken_gradients({"layers/0/weight": parameter}) == f"{text} layers.0.weight"
@@ -131,7 +131,7 @@ def test_the_leftovers_of_killed_runs_are_removed_and_a_folder_between_two_names
         with pytest.raises(ConfigError):
             run(config)
     assert len(list(folder.iterdir())) == 7  # with .lock: nothing of a run that is alive is touched
-    with pytest.raises(ConfigError, match="holds a model of an earlier run"):
+    with pytest.raises(ConfigError, match="contains a model of an earlier run"):
         run(config)
     assert {path.name for path in folder.iterdir()} == {".lock", ".notes.abcdefgh", ".notes.abcdefgh.new", "model"}
 

@@ -44,8 +44,8 @@ from tailora.train.launch import (
 
 BUG_IN_1 = {"traceback": "Traceback ..."}
 BUG_OF_1 = ProcessFailedError("process 1 failed: ZeroDivisionError: by zero", traceback="Traceback ...")
-CRASHED = ProcessFailedError("process 2 was ended by SIGSEGV; ADVICE")
-KILLED = MemoryLimitError("process 2 was ended by SIGKILL, most likely for memory; ADVICE")
+CRASHED = ProcessFailedError("process 2 was terminated by SIGSEGV; ADVICE")
+KILLED = MemoryLimitError("process 2 was killed (SIGKILL), probably out of memory; ADVICE")
 LOST = ProcessFailedError("another process ended")
 SAVED = KeyboardInterrupt("the run is saved")
 
@@ -113,7 +113,7 @@ def test_a_process_without_a_message_shows_the_end_of_what_it_printed(tmp_path: 
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "stderr.log").write_text("".join(f"line {number}\n" for number in range(50)))
     cause = str(cause_of({1: 1}, tmp_path, "", interrupted=False))
-    assert cause.startswith("process 1 ended with exit code 1:\nline 30\n")
+    assert cause.startswith("process 1 exited with code 1:\nline 30\n")
     assert cause.endswith("line 49")
 
 
@@ -131,7 +131,7 @@ def test_without_a_launcher_or_on_a_full_disk_nothing_is_left(tmp_path: Path, mo
 
 
 def test_a_failed_run_resumes_from_its_last_checkpoint(tmp_path: Path) -> None:
-    assert how_to_go_on(tmp_path) == "no checkpoint was saved yet: --save-steps N saves one every N steps"
+    assert how_to_go_on(tmp_path) == "no checkpoint was saved yet; use --save-steps N to save one every N steps"
     (tmp_path / "checkpoint-4").mkdir()
     assert how_to_go_on(tmp_path).endswith(f"--resume-from-checkpoint {tmp_path}/checkpoint-4")
 

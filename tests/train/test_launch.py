@@ -149,7 +149,7 @@ def test_a_run_of_two_processes_is_interrupted_resumed_and_killed(settings: Any,
     code, text = run.end(SECONDS_TO_END)
     assert code == 1
     (message,) = errors_in(text)
-    cause = "error: process 1 was ended by SIGKILL, most likely for memory; the last checkpoint is "
+    cause = "error: process 1 was killed (SIGKILL), probably out of memory; the last checkpoint is "
     assert message == f"{cause}{out}/checkpoint-{checkpoints(out)[-1]}; to resume it:"
 
 
@@ -251,14 +251,14 @@ def test_a_killed_process_ends_all_with_one_message_and_the_run_resumes(
     message = one_error_in(text)
     if case == "loading":
         assert not checkpoints(out)
-        none = "; no checkpoint was saved yet: --save-steps N saves one every N steps"
+        none = "; no checkpoint was saved yet; use --save-steps N to save one every N steps"
         if way == "tailora":
-            assert message == f"error: process {rank} was ended by SIGKILL, most likely for memory{none}"
+            assert message == f"error: process {rank} was killed (SIGKILL), probably out of memory{none}"
         else:  # the other process notices it, unless the signal of torchrun is earlier
             assert message == "interrupted" or message.endswith(none)
             assert re.search(rf"rank +: {rank} .*\n +exitcode +: -9 .*SIGKILL", text)
         return
-    assert "killed for memory" in message or f"process {rank} was ended by SIGKILL" in message
+    assert "killed because memory ran out" in message or f"process {rank} was killed (SIGKILL)" in message
     (command,) = {line.strip() for line in re.findall(r"; to resume it.*:\n(.*)", text)}  # torchrun repeats it
     steps = checkpoints(out)[-1] + 4
     code, text = Start(resumed(command, "--max-steps", str(steps)), tmp_path).end()
@@ -344,7 +344,7 @@ def test_a_run_whose_launcher_was_killed_saves_a_checkpoint_and_ends(way: str, s
         ({"WORLD_SIZE": "2", LAUNCHED_BY_TAILORA: "2"}, "to go on:\ntailora train --nproc-per-node 2"),
         (
             {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
-            "to go on, with your launcher's other options:\ntorchrun --nproc-per-node 2 -m tailora -- train",
+            "to go on, adding your launcher's other options:\ntorchrun --nproc-per-node 2 -m tailora -- train",
         ),
     ],
     ids=["alone", "tailora", "torchrun"],
@@ -367,16 +367,16 @@ def test_a_run_resumes_in_as_many_processes(
         ("3", "auto", "cpu", {}, 3),
         ("auto", "auto", "cpu", {}, 1),
         ("gpu", "auto", "cpu", {}, "the device is the CPU"),
-        ("two", "auto", "cpu", {}, "give a number"),
-        ("0", "auto", "cpu", {}, "give a number"),
-        ("2", "auto", "cpu", {"WORLD_SIZE": "2"}, "has started 2 processes already"),
+        ("two", "auto", "cpu", {}, "use a number"),
+        ("0", "auto", "cpu", {}, "use a number"),
+        ("2", "auto", "cpu", {"WORLD_SIZE": "2"}, "has already started 2 processes"),
         ("gpu", "auto", "cuda:0 cuda:1 cpu", {}, 2),
         ("auto", "cuda", "cuda:0 cuda:1 cpu", {}, 2),
         ("2", "cpu", "cuda:0 cpu", {}, 2),
-        ("2", "auto", "cuda:0 cpu", {}, "there are 1 of cuda"),
+        ("2", "auto", "cuda:0 cpu", {}, "use at most 1 .cuda"),
         ("2", "auto", "cuda:0 cpu", {"ACCELERATE_USE_CPU": "true"}, 2),
         ("2", "auto", "cuda:0 cpu", {"ACCELERATE_TORCH_DEVICE": "cpu"}, 2),
-        ("2", "cuda:1", "cuda:0 cuda:1 cpu", {}, "give --device cuda"),
+        ("2", "cuda:1", "cuda:0 cuda:1 cpu", {}, "; use --device cuda"),
         ("1", "cuda:1", "cuda:0 cuda:1 cpu", {}, 1),
         ("gpu", "npu", "cuda:0 cpu", {}, "no device 'npu' on this machine: torch .* finds cuda:0, cpu"),
     ],
@@ -410,7 +410,7 @@ def test_mistakes_are_refused_once_before_any_process_is_started(
 ) -> None:
     monkeypatch.setattr("tailora.cli.train.launch", pytest.fail)
     for mistake, message in (
-        ("--nproc-per-node 0", "give a number"),
+        ("--nproc-per-node 0", "use a number"),
         ("--nproc-per-node 2 --lora-alpha -1", "--lora-alpha '-1': "),
         ("--nproc-per-node 2 --resume-from-checkpoint latest --overwrite", "use only one of them"),
     ):

@@ -163,7 +163,7 @@ def test_a_model_that_keeps_its_logits_is_named_in_a_note(settings: Any, model_f
     rows = choose_layout(settings(), model, AutoTokenizer.from_pretrained(model_folder), notes.append)
     assert (rows.packed, rows.loss) == (False, OWN)
     assert "the loss is computed from the model's own logits" in notes[-1]
-    assert "Gemma2ForCausalLM changes the logits" in notes[-1]
+    assert "Gemma2ForCausalLM scales or caps the logits" in notes[-1]
 
 
 @pytest.mark.parametrize("packed", [True, False])

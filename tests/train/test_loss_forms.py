@@ -104,7 +104,7 @@ def test_every_form_gives_the_gradients_of_full_logits(form: str) -> None:
 def test_a_model_that_changes_its_logits_keeps_them(name: str, dtype: torch.dtype) -> None:
     form, why = form_of(model_of(name, dtype=dtype))
     assert form == OWN
-    assert "changes the logits after its head" in str(why)
+    assert "scales or caps the logits after its head" in str(why)
     if dtype == torch.float64:
         assert_right(model_of(name), OWN, 1e-6)
 
@@ -130,9 +130,9 @@ class Unusual(LlamaForCausalLM):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ("states", "changes its decoder's states before the head"),
-        ("head", "does not call its decoder and its head"),
-        ("inputs", "gives other states when its decoder is called alone"),
+        ("states", "changes the decoder's hidden states before the head"),
+        ("head", "does not call both its decoder and its head"),
+        ("inputs", "returns different states when its decoder is called alone"),
     ],
 )
 def test_what_a_model_does_outside_its_decoder_and_head_is_noticed(change: str, why: str) -> None:
@@ -150,7 +150,7 @@ def test_hooks_on_the_model_or_its_head_are_not_passed_by() -> None:
     base = model_of("llama").base_model
     for module in (base, base.get_output_embeddings()):
         handle = module.register_forward_hook(lambda _module, _inputs, _output: None)
-        assert form_of(base) == (OWN, "LlamaForCausalLM or its head carries hooks")
+        assert form_of(base) == (OWN, "LlamaForCausalLM or its head has hooks")
         handle.remove()
     assert form_of(base) == (FROZEN, None)
 

@@ -148,7 +148,7 @@ def test_running_out_in_training_names_cause_and_remedies(settings: Any, model_f
     assert "out of memory while training" in process.stdout
     assert "allocate" in process.stdout.splitlines()[0]
     assert process.stdout.count("\n  - ") == 3
-    assert "--per-device-train-batch-size 1 with gradient accumulation times 8" in process.stdout
+    assert "--per-device-train-batch-size 1 with 8 times the gradient accumulation" in process.stdout
 
 
 def write_group(folder: Path, files: dict[str, str]) -> None:

@@ -36,7 +36,7 @@ def test_pickled_weights_are_not_read(model_folder: Path, tmp_path: Path) -> Non
 def test_the_folder_of_a_run_is_not_its_model(tmp_path: Path) -> None:
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "model" / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"is the folder of a run, not of a model: give .*run/model"):
+    with pytest.raises(ConfigError, match=r"is the folder of a run, not of a model; use .*run/model"):
         load_base(str(tmp_path / "run"))
 
 

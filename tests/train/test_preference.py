@@ -385,7 +385,7 @@ def test_what_the_model_was_is_the_reference_of_an_adapter_that_is_trained_furth
     run(second)
     assert losses(second)[0] == (0, pytest.approx(np.log(2), abs=1e-6))
     longer = changed(second, max_steps=20, resume_from_checkpoint=f"{second.output_dir}/checkpoint-2")
-    with pytest.raises(CheckpointError, match="what the model was then is not known"):
+    with pytest.raises(CheckpointError, match="so their reference values are missing"):
         run(longer)
 
 
@@ -447,7 +447,7 @@ PAIR = {"prompt": "a", "chosen": " b", "rejected": " c"}
             {"loss": "ipo"},
             "needs rows with chosen and rejected",
         ),
-        ([{"prompt": "a", "completion": "b"}], {"loss": "dpo"}, "loss: settings for preferences"),
+        ([{"prompt": "a", "completion": "b"}], {"loss": "dpo"}, "loss: only for preference data"),
         ([{"prompt": "a", "completion": "b", "label": 3}], {"loss": "kto"}, "label .true or false."),
         ([{"prompt": "a", "completion": "b", "label": 1}] * 2, {}, "expected both labels, but all are true"),
         ([PAIR], {"streaming": True, "max_steps": 2}, "remove --streaming"),

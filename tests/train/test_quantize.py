@@ -114,7 +114,7 @@ def test_a_quantised_model_keeps_its_own_way(model_folder: Path, tmp_path: Path)
     model, tokenizer = load_base(str(model_folder), "float32", "cpu", "nf4")
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="is quantised already"):
+    with pytest.raises(ConfigError, match="is already quantized"):
         load_base(str(tmp_path), "float32", "cpu", "int8")
     again, _ = load_base(str(tmp_path), "float32")
     layers, loaded = quantized_layers(model), quantized_layers(again)

@@ -116,7 +116,7 @@ def test_a_mixture_continues_where_it_was(settings: Any, data_file: Path, tmp_pa
     mixture = {"data": [f"{data_file}=0.4", f"{texts}=1.5"], "max_length": 64, "max_steps": 9}  # more than two epochs
     stopped = run_and_resume(settings, tmp_path, 5, **mixture)
     other = changed(stopped, resume_from_checkpoint="latest", data=[f"{data_file}=0.4", f"{texts}=2"])
-    with pytest.raises(CheckpointError, match=r"data was \[.*=1.5'\], now is \[.*=2'\]"):
+    with pytest.raises(CheckpointError, match=r"data was \[.*=1.5'\] and is now \[.*=2'\]"):
         run(other)
 
 
@@ -200,7 +200,9 @@ def test_a_damaged_checkpoint_is_refused_by_path_and_latest_takes_the_good_one_a
 def test_no_whole_checkpoint_is_an_error(two_checkpoints: TrainConfig) -> None:
     for folder in checkpoints_in(Path(two_checkpoints.output_dir)):
         (folder / "state.json").unlink()
-    with pytest.raises(CheckpointError, match=r"(?s)checkpoint-4 is damaged.*checkpoint-2.*no good one: start again"):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)checkpoint-4 is damaged.*checkpoint-2.*none is intact, so start over"
+    ):
         run(two_checkpoints)
 
 
@@ -216,7 +218,7 @@ def test_a_resume_on_other_weights_at_the_same_path_is_refused_with_both_values(
             norm.add_(1e-6)
         model.save_pretrained(model_folder)
         expected = (
-            r"weights of the base differ in 1 of \d+ tensors, first model\.norm\.weight.*expected 1, got 1\.0000009"
+            r"base model's weights differ in 1 of \d+ tensors, first model\.norm\.weight.*expected 1, got 1\.0000009"
         )
         with pytest.raises(CheckpointError, match=expected):
             run(two_checkpoints)
@@ -239,14 +241,14 @@ def test_a_resume_with_other_settings_is_refused_by_name(two_checkpoints: TrainC
 def test_a_resume_may_name_the_device_of_the_run(two_checkpoints: TrainConfig) -> None:
     run(changed(two_checkpoints, device="cpu"))
     rewrite_recorded(two_checkpoints, device="cuda")
-    with pytest.raises(CheckpointError, match="kind of device was 'cuda', now is 'cpu'"):
+    with pytest.raises(CheckpointError, match="type of device was 'cuda' and is now 'cpu'"):
         run(two_checkpoints)
 
 
 def test_a_resume_on_other_data_is_refused(two_checkpoints: TrainConfig, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text(Path(two_checkpoints.data).read_text().replace("red", "blue"))
-    with pytest.raises(CheckpointError, match=r"content \(SHA-256\) of the data was"):
+    with pytest.raises(CheckpointError, match=r"data content \(SHA-256\) was"):
         run(changed(two_checkpoints, data=str(other)))
 
 
@@ -286,7 +288,7 @@ def test_only_a_run_whose_rate_ignores_the_length_may_change_it(schedule: str, w
         settings = {"lr_scheduler_type": schedule, "warmup_ratio": warmup, "max_steps": steps, "learning_rate": 1e-3}
         return {"settings": settings, "processes": 1}
 
-    with nullcontext() if allowed else pytest.raises(CheckpointError, match="max_steps was 4, now is 6"):
+    with nullcontext() if allowed else pytest.raises(CheckpointError, match="max_steps was 4 and is now 6"):
         checkpoint.check_same_run(identity(4), identity(6))
 
 

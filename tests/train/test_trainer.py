@@ -198,7 +198,7 @@ def test_streaming_trains_on_the_rows_in_order(settings: Any, data_file: Path) -
     config = settings(streaming=True, max_steps=9, eval_data=str(data_file))  # 36 examples: more than one pass
     result, notes = run_and_collect(config, events.Note)
     assert result.steps == 9
-    note = "30 of 30 streamed rows are held-out rows too, so the held-out loss looks too good: chats.jsonl:1, "
+    note = "30 of 30 streamed rows are also in the held-out data, so the held-out loss looks too good: chats.jsonl:1, "
     assert any(each.text.startswith(note) and each.text.endswith(" and 25 more") for each in notes)
     assert result.eval_loss_after < result.eval_loss_before
     without = run(settings(streaming=True, max_steps=1, output_dir=f"{config.output_dir}-2"))

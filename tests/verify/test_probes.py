@@ -98,7 +98,7 @@ def test_chats_begin_with_the_system_message_of_the_training(held_out: Any) -> N
 def test_a_conversation_needs_a_template() -> None:
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.chat_template = None
-    with pytest.raises(DataError, match="no text is usable as a probe"):
+    with pytest.raises(DataError, match="no text is usable as a prompt"):
         make_passport(adapted(0), tokenizer, held_out=[GREETING])
 
 
@@ -109,7 +109,7 @@ def test_an_adapter_that_changes_nothing_or_diverged_has_no_passport() -> None:
         make_passport(model, TOKENIZER)
     for layer in model.adapter().low_rank.values():
         torch.nn.init.constant_(layer.lora_B, torch.nan)
-    with pytest.raises(DataError, match=r"not finite: the adapter diverged"):
+    with pytest.raises(DataError, match=r"not finite: the adapter has diverged"):
         make_passport(model, TOKENIZER)
 
 
@@ -126,7 +126,7 @@ def test_a_model_without_chat_template_gets_probes_of_plain_texts() -> None:
 def test_a_model_with_few_positions_gets_none() -> None:
     model = adapted(0)
     model.config.max_position_embeddings = 64
-    with pytest.raises(DataError, match="a verification file needs a model with 200 positions, got 64"):
+    with pytest.raises(DataError, match="a verification file needs a context length of at least 200, got 64"):
         make_passport(model, TOKENIZER)
 
 

@@ -135,7 +135,11 @@ def test_a_packed_answer_is_neither_asked_for_nor_unpacked() -> None:
             self.end_headers()
             self.wfile.write(content)
 
-    with serving(Packed) as url, ServerClient(url) as server, pytest.raises(ServerError, match="is not OpenAI's API"):
+    with (
+        serving(Packed) as url,
+        ServerClient(url) as server,
+        pytest.raises(ServerError, match="is not OpenAI-compatible"),
+    ):
         server.models()
     assert asked == ["identity"]
 

@@ -13,7 +13,7 @@ from tailora.report.pages.shared import INTERVAL, labels_section, numeric, setti
 CUTS = {  # counts in EvalReport.data -> note
     "truncated": "truncated at --max-length: {}; the longest has {longest:,} tokens",
     "cut_away": "skipped, because nothing is left to evaluate after truncation: {}",
-    "copies": "skipped, as copies of other rows: {}",
+    "copies": "skipped as copies of other rows: {}",
     "too_long": "skipped, because choices or prompt are longer than --max-length or the model allows: {}",
 }
 TUNED, BASE, CHANGE = "tuned", "base", "tuned - base"
@@ -41,7 +41,7 @@ class GateOutcome:
     met: bool
 
     def __str__(self) -> str:
-        return f"{self.gate} (it is {'not a number' if self.value is None else f'{self.value:.4f}'})"
+        return f"{self.gate} (measured: {'not a number' if self.value is None else f'{self.value:.4f}'})"
 
 
 @dataclass(frozen=True)

@@ -105,9 +105,9 @@ def inspect_page(inspection: Inspection) -> Page:
         findings.append(Finding(advice.rule, advice.says, "\n".join(filter(None, [*settings, advice.command]))))
     notes = []  # flags that would show more
     if inspection.model is None:
-        notes.append(f"--model {inspection.named_base or 'BASE'} adds ‖ΔW‖/‖W‖, intruder dimensions and their rules.")
+        notes.append(f"Add --model {inspection.named_base or 'BASE'} for ‖ΔW‖/‖W‖, intruders and their rules.")
     if losses is None and inspection.config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
-        notes.append("--data HELD_OUT with --model adds what the smaller singular values are worth, and its rules.")
+        notes.append("Add --data HELD_OUT and --model to see what the ranks are worth, and the rules that use it.")
     no_advice = "No rule that could be applied advises a change." if notes else "No rule advises a change."
     conclusion = Section(
         "Advice",

@@ -21,7 +21,7 @@ def plan_page(plan: Plan) -> Page:
             f"Peak memory with {plan.dtype} on {plan.device}{of_each}; {plan.basis['memory']}.",
             _memory(plan),
         ),
-        Section("What fits", f"Into {available}, with all other settings unchanged.", [_options(plan)]),
+        Section("What fits", f"In {available}, with all other settings unchanged.", [_options(plan)]),
         Section("Steps and time", "", [Paragraph(_steps(plan)), Paragraph(plan.kernels)]),
         Section("Every matrix with a low-rank update", "", [_matrices(plan)]),
         Section("Settings", "", [settings_table("Settings", ("", plan.settings))]),
@@ -30,8 +30,7 @@ def plan_page(plan: Plan) -> Page:
     forward, full = plan.schedule.largest_forward, plan.full
     lead = (
         f"{'It fits' if plan.fits else 'It does not fit'}: {memory} of {available}. The "
-        f"largest batch puts {plural(forward['examples'], 'example')} with {forward['tokens']:,} tokens in total "
-        "through the model at once."
+        f"largest forward pass has {plural(forward['examples'], 'example')} with {forward['tokens']:,} tokens in total."
     )
     if full is not None:
         lead += f" Full fine-tuning needs {format_bytes(full.memory.total)}."

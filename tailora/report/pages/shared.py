@@ -109,7 +109,7 @@ def _sentences(details: Mapping[str, Any]) -> list[str]:
     if majority := details.get("majority"):
         rate = share(majority["share"], 1)
         frequent = "one of the most frequent labels" if majority.get("is_tied") else "the most frequent label"
-        texts.append(f"Always answering {majority['label']!r}, {frequent}, gets {rate} right.")
+        texts.append(f"Always predicting {majority['label']!r}, {frequent}, has an accuracy of {rate}.")
     ece = decimals(details["calibration"]["ece"])
     texts.append(f"Expected calibration error: {ece}, the mean distance between confidence and accuracy.")
     return texts
