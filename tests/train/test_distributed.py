@@ -502,7 +502,9 @@ def test_engines_that_accelerate_would_bring_are_refused(
 
 def test_a_cpu_has_nothing_to_offload(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Accelerator, "num_processes", 2)
-    with pytest.raises(ConfigError, match="--fsdp-offload-params has no effect on a CPU, where weights are in host memory"):
+    with pytest.raises(
+        ConfigError, match="--fsdp-offload-params has no effect on a CPU, where the weights are already in host memory"
+    ):
         start_accelerator(settings(device="cpu", fsdp=True, fsdp_offload_params=True))
 
 
