@@ -33,7 +33,7 @@ LABEL_METRICS = {  # for classification and regression; f1[NAME] is F1 of one cl
 }
 PREFERENCE_METRICS = {  # of a run on preferences
     "accuracy": "share of pairs with rewards in the right order, or of single replies with rewards of the right sign",
-    "margin": "mean reward of chosen replies minus that of rejected ones",
+    "margin": "mean reward of chosen replies minus mean reward of rejected ones",
     "likelier": "share of pairs whose chosen reply is more likely than the rejected one",
     "chosen": "mean log-probability of chosen replies, in nats",
     "rejected": "the same for rejected replies",

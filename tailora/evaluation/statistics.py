@@ -319,7 +319,7 @@ def describe_preferences(before: Mapping[str, Interval], after: Mapping[str, Int
     changes = [after[name].value - before[name].value for name in LOG_PROBABILITIES if name in after]
     if len(changes) == 2:
         chosen, rejected = (f"{'fell' if change < 0 else 'rose'} by {abs(change):.1f} nats" for change in changes)
-        text += f". The log-probability of chosen replies {chosen}, that of rejected ones {rejected}"
+        text += f". The log-probability {chosen} for chosen replies and {rejected} for rejected ones"
     return f"{text}."
 
 

@@ -72,7 +72,7 @@ def obstacle_to_compiling(model: nn.Module, device: torch.device) -> str | None:
     if not layers:
         return f"{type(model).__name__} has no list of layers"
     if (kinds := len({_kind(layer) for layer in layers})) > MOST_KINDS:
-        return f"they are of {kinds} kinds, each of which is compiled separately (at most {MOST_KINDS})"
+        return f"they are of {kinds} kinds, but at most {MOST_KINDS} are compiled"
     return compiler_obstacle(device)
 
 
