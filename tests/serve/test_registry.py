@@ -436,7 +436,7 @@ def test_equal_requests_share_one_adapter_without_tensors_of_its_own(make: Make)
         ("legal@1e308", 1e308, "finite"),
         ("legal@1e38", None, "scales its update .* by .*e\\+38; .* Use a smaller scale"),
         ("legal@-300", 300, "the limit is 100000"),
-        ("dora+legal@1e30", None, "'legal@1e\\+30' multiplies"),
+        ("dora+legal@1e30", None, "'legal@1e\\+30' scales"),
         ("legal", float("nan"), "finite"),
         ("legal+legal@2", None, "twice"),
         ("base", 0.5, "is the base"),
