@@ -134,7 +134,7 @@ def difference_over_seeds(
             f"expected (seeds, examples) twice and (examples,), got {before.shape}, {after.shape}, {tokens.shape}"
         )
     if not (np.isfinite(before).all() and np.isfinite(after).all()):
-        raise ValueError("losses contain NaN or infinity")
+        raise ValueError("a loss is not finite")
     differences, tokens = (after - before)[:, tokens > 0], tokens[tokens > 0]
     seeds, examples = differences.shape
     if examples < 2:
