@@ -55,7 +55,9 @@ def test_their_file_is_answered_with_all_its_keys(page: str, tmp_path: Path) -> 
     assert told == keys - {*TrainConfig.model_fields, *ALIASES}
     assert {"base_model", "micro_batch_size"} <= told or {"stage", "do_train", "template", "dataset"} <= told
     assert all("; use " in line or "; remove it: " in line for line in lines if "unknown setting" in line)
-    assert ("  - adapter = 'lora': this is Axolotl's name of the method" in str(caught.value)) is (page == "axolotl")
+    assert ("  - adapter = 'lora': this is Axolotl's name for the default method" in str(caught.value)) is (
+        page == "axolotl"
+    )
 
 
 def test_the_lines_of_unsloth_have_only_parameters_that_it_has() -> None:

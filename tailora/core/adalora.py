@@ -54,14 +54,14 @@ class RankAllocator:
         self.tfinal = total_steps * 3 // 10 if config.tfinal is None else config.tfinal
         if self.tinit + self.tfinal >= total_steps:
             raise ConfigError(
-                f"tinit + tfinal = {self.tinit} + {self.tfinal} must be below the {total_steps} steps: lower them"
+                f"tinit + tfinal = {self.tinit} + {self.tfinal} must be less than {total_steps} steps; lower them"
             )
         self.layers = dict(layers)
         self.initial = sum(layer.r for layer in self.layers.values())
         self.target = config.target_r * len(self.layers)
         if self.target > self.initial:
             raise ConfigError(
-                f"target_r = {config.target_r} is above the average initial rank: raise r, or lower target_r"
+                f"target_r = {config.target_r} is above the average initial rank; raise r or lower target_r"
             )
         self.sensitivity = {name: torch.zeros_like(p) for name, p in self._parameters()}
         self.uncertainty = {name: torch.zeros_like(p) for name, p in self._parameters()}
@@ -123,7 +123,7 @@ class RankAllocator:
             cast(nn.Parameter, layer.lora_E).mul_(masks[path])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the tensors that `load_state_dict` needs to resume with the same bits, by name."""
+        """Returns the tensors that `load_state_dict` needs to resume bit for bit, by name."""
         return {
             "step": torch.tensor(self.step, device="cpu"),
             **{f"{name}|sensitivity": tensor for name, tensor in self.sensitivity.items()},
@@ -139,7 +139,7 @@ class RankAllocator:
             tensors[name].shape != current[name].shape for name in current.keys() & tensors.keys()
         ):
             raise CheckpointError(
-                "the checkpoint's rank allocation belongs to a different adapter: use the same settings"
+                "the checkpoint's rank allocation is from a different adapter; resume with its settings"
             )
         self.step = int(tensors["step"])
         for name in self.sensitivity:

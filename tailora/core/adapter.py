@@ -62,7 +62,7 @@ class Adapter:
         if not self.waits_for_data:
             return ""
         return (
-            f"adapter {name!r} is initialized from data (init_lora_weights={self.config.init_lora_weights!r}): call "
+            f"adapter {name!r} is initialized from data (init_lora_weights={self.config.init_lora_weights!r}); call "
             "start_from_data(batches) first"
         )
 
@@ -72,7 +72,7 @@ class Adapter:
             raise AdapterError(reason)
         if self.waits_for_ranks:
             raise AdapterError(
-                f"the ranks of {name!r} were never allocated: call allocate_ranks(optimizer, steps) and train"
+                f"the ranks of {name!r} were never allocated; call allocate_ranks(optimizer, steps), then train"
             )
         if name in (".", "..") or "\0" in name or Path(name).name != name:
             raise FormatError(f"adapter name {name!r} cannot be a folder name; add the adapter under a different name")
@@ -92,8 +92,8 @@ def create(selection: Selection, config: LoRAConfig, *, fresh: bool = True) -> A
     grouped_ranks = [target.path for target in selection.targets if target.layer_type.groups(target.layer) > 1]
     if config.adalora is not None and grouped_ranks:
         raise TargetError(
-            "adalora needs individual ranks, but groups and experts share theirs: exclude these layers with "
-            f"exclude_modules: {', '.join(grouped_ranks)}"
+            "adalora prunes each rank separately, but groups and experts share their ranks; exclude these layers "
+            f"with exclude_modules: {', '.join(grouped_ranks)}"
         )
     saved = {path: trained_copy(module) for path, module in selection.to_save.items()}
     share_parameters(selection.to_save, saved)

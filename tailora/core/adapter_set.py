@@ -106,7 +106,7 @@ class AdapterSet:
             path for path, layer in layers.items() if runs_adapters(layer) and not isinstance(layer, mixins[path])
         ]:
             raise TargetError(
-                f"layers adapted by one adapter and fully trained by another: {', '.join(conflicts)}; use two models"
+                f"adapted by one adapter but trained in full by another: {', '.join(conflicts)}; use two models"
             )
         for path in layers.keys() - self.layers.keys():
             swap_class(layers[path], mixins[path])
@@ -198,8 +198,8 @@ class AdapterSet:
         paths = {path for adapter in self.adapters.values() for path in (*adapter.low_rank, *adapter.saved)}
         if adapted := [path for path, layer in self.layers.items() if path in paths and layer in modules]:
             raise AdapterError(
-                f"cannot {operation} the base model, because an adapter of {', '.join(adapted)} has the current size: "
-                "do it before adding adapters"
+                f"cannot {operation} the base model, because an adapter of {', '.join(adapted)} has the current "
+                "size; do this before adding adapters"
             )
 
     @contextmanager

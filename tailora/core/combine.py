@@ -224,7 +224,7 @@ def combine_adapters(
         path for path, pair in factors.items() if not (pair.A.isfinite().all() and pair.B.isfinite().all())
     ]:
         raise AdapterError(
-            f"the sum is not finite at {', '.join(infinite[:5])} ({len(infinite)} in total): use smaller weights"
+            f"the sum is not finite at {', '.join(infinite[:5])} ({len(infinite)} in total); use smaller weights"
         )
     configs = [adapter.config for adapter in sources.values()]
     dropouts = {config.lora_dropout for config in configs}
@@ -324,7 +324,7 @@ def _combined_modules(
             class_name = type(next(iter(trained.values()))).__name__
             problems.append(
                 f"{path}, trained in full by {', '.join(map(repr, trained))}, is a {class_name}, which is not linear "
-                "in its weights; use one adapter with it, with weight 1"
+                "in its weights; use only one adapter with it, at weight 1"
             )
     return modules, problems
 

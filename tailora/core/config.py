@@ -88,16 +88,16 @@ NOT_NEEDED = {  # why tailora has no such setting -> names in other tools
     "data is a file, a folder or a Hub id": "dataset_dir",
     "only replies are trained; assistant_only_loss: false trains everything": "train_on_inputs",
     "every step is in metrics.jsonl, and the curves in report.html": "logging_steps steps_per_report plot_loss",
-    "eval_steps decides": "eval_strategy evaluation_strategy evals_per_epoch",
-    "save_steps decides": "save_strategy saves_per_epoch",
+    "use eval_steps": "eval_strategy evaluation_strategy evals_per_epoch",
+    "use save_steps": "save_strategy saves_per_epoch",
     "use --overwrite of `tailora train` to replace an earlier run": "overwrite_output_dir",
     "the fastest suitable attention is selected, see fast": "flash_attn flash_attention attn_implementation",
 }
 VALUES_OF_OTHER_TOOLS = {  # settings with a different meaning in other tools -> what to do here
-    "adapter: lora": "this is Axolotl's name of the method, the default here: remove it; in tailora, adapter is the "
-    "folder of an adapter to train further",
-    "adapter: qlora": "this is Axolotl's name for LoRA on a 4-bit base: use quantize: nf4 instead; in tailora, adapter "
-    "is the folder of an adapter to train further",
+    "adapter: lora": "this is Axolotl's name for the default method here; remove it (in tailora, adapter is the "
+    "folder of an adapter to train further)",
+    "adapter: qlora": "this is Axolotl's name for LoRA on a 4-bit base; use quantize: nf4 instead (in tailora, adapter "
+    "is the folder of an adapter to train further)",
 }
 MAX_SHOWN = 200  # characters of an invalid value in a message
 OUR_NAMES = {theirs: ours for ours, names in NAMES_OF_OTHER_TOOLS.items() for theirs in names.split()}
@@ -189,7 +189,7 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
     if problem["type"] == "extra_forbidden":
         ours, _, value = OUR_NAMES.get(name, "").partition(" ")
         if value and problem["input"] is False:
-            return f"unknown setting {name!r}: remove it; {ours}: {value} turns this on, and it is off by default"
+            return f"unknown setting {name!r}; remove it ({ours}: {value} enables this, and it is disabled by default)"
         return f"unknown setting {name!r}{suggestion(name, model.model_fields)}"
     message = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix for our validators
     message = message.partition(", unable to parse string")[0]  # redundant
@@ -313,15 +313,15 @@ class LoRAConfig(StrictModel):
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.layers_patterns and self.layers_to_transform is None:
-            raise ValueError("layers_pattern needs layers_to_transform: set both")
+            raise ValueError("layers_pattern needs layers_to_transform; set both")
         if self.use_dora and self.lora_bias:
             raise ValueError(
                 "lora_bias cannot be combined with use_dora, because no tool reads both; use bias='lora_only' instead"
             )
         if self.adalora is not None and self.init_lora_weights != "kaiming":
-            raise ValueError(f"adalora has its own initialization: remove init_lora_weights={self.init_lora_weights!r}")
+            raise ValueError(f"adalora has its own initialization; remove init_lora_weights={self.init_lora_weights!r}")
         if self.adalora is not None and self.adalora.target_r > self.r:
             raise ValueError(
-                f"target_r = {self.adalora.target_r} is above r = {self.r}, the initial rank: lower it, or raise r"
+                f"target_r = {self.adalora.target_r} is above r = {self.r}, the initial rank; lower target_r or raise r"
             )
         return self

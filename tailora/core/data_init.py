@@ -40,8 +40,8 @@ def start_from_data(adapter: Adapter, base_model: nn.Module, run: Pass, rho: flo
     variances = input_variances(targets, run, int(rho * max(target.r for target in targets.values())))
     if constant := [path for path, inputs in variances.items() if inputs.along[0] == 0]:
         raise DataError(
-            f"the inputs of {', '.join(constant[:5])} ({len(constant)} layers) are constant in these batches: use more "
-            "batches, exclude_modules, or init_lora_weights='kaiming'"
+            f"the inputs of {', '.join(constant[:5])} ({len(constant)} layers) are constant in these batches; use more "
+            "batches, exclude these layers, or set init_lora_weights='kaiming'"
         )
     limits = {path: min(int(rho * target.r), *target.dims) for path, target in targets.items()}
     ranks = distribute_ranks(variances, {path: target.r for path, target in targets.items()}, limits)
@@ -66,10 +66,10 @@ def passes(model: nn.Module, batches: Iterable[Any], loss: Loss | None, name: st
     that needs no data, DataError without batches; the function raises DataError for unsupported batches.
     """
     if config.init_lora_weights != "eva":
-        raise AdapterError(f"init_lora_weights={config.init_lora_weights!r} of {name!r} needs no data; only 'eva' does")
+        raise AdapterError(f"init_lora_weights={config.init_lora_weights!r} of {name!r} uses no data; only 'eva' does")
     all_batches = list(batches)
     if not all_batches:
-        raise DataError("expected a few batches, such as list(islice(loader, 8)), got none")
+        raise DataError("no batches to initialize from; pass a few, such as list(islice(loader, 8))")
 
     @torch.no_grad()
     def run() -> None:

@@ -43,7 +43,7 @@ def absent_device(name: str | None, there: Sequence[torch.device]) -> ConfigErro
     """Returns the error for a device that is not among `there`, the existing ones."""
     names = ", ".join(map(str, there))
     return ConfigError(
-        f"no device {name!r} on this machine: torch {torch.__version__} finds {names}; use one of them, or {AUTO}"
+        f"no device {name!r} on this machine; torch {torch.__version__} finds {names}. Use one of them, or {AUTO}"
     )
 
 

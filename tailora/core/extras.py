@@ -154,7 +154,7 @@ def extra_targets(
         if owner := next((owner for owner in (*adapted, *saved) if patterns.inside(path, owner)), None):
             setting = "target_modules" if owner in adapted else "modules_to_save"
             tie = f", tied to {heads[path]}" if path in heads else ""
-            problems.append(f"{path}{tie} is in trainable_token_indices and in {setting}; use only one")
+            problems.append(f"{path}{tie} is in both trainable_token_indices and {setting}; remove it from one")
     if unsupported := [path for path in heads if not isinstance(modules[path], nn.Linear)]:
         problems.append(
             f"trainable_token_indices: unsupported tied modules, neither embedding nor linear: {', '.join(unsupported)}"
@@ -203,7 +203,7 @@ def _token_targets(model: Any, modules: Modules, config: LoRAConfig) -> tuple[di
             size = cast(nn.Embedding, module).num_embeddings
             if outside := [index for index in indices if not 0 <= index < size]:
                 existing = f"expected 0..{size - 1} (call resize_token_embeddings before adding the adapter)"
-                problems.append(f"{at}: no rows {outside[:5]}; {existing}")
+                problems.append(f"{at}: row indices {outside[:5]} are out of range; {existing}")
     return ({}, problems) if problems else (tokens, [])
 
 

@@ -169,7 +169,7 @@ def float32_products(tokens: int | None) -> AbstractContextManager[object]:
 def use_fastest_products(base: nn.Module) -> None:
     """Computes 16-bit products in float32 in every forward of a language model that has enough tokens.
 
-    Within `Float32Products` each call of torch takes a microsecond longer, which forwards of a few tokens do without.
+    Within `Float32Products` each call of torch takes a microsecond longer, which forward passes over few tokens avoid.
     """
     tokens = fastest_products(base)
     if tokens is None:

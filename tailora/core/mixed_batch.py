@@ -189,7 +189,7 @@ class MixedBatch:
         if x.ndim >= min_ndim and x.shape[0] == n * self.repeats:
             return self._repeated[self.repeats]
         repeated = f", or {n * self.repeats} repeated by generate" if self.repeats > 1 else ""
-        packed = "; packed examples count as one row, so pad them instead" if n > 1 and x.shape[0] == 1 else ""
+        packed = "; packed examples count as one row, so use padding instead" if n > 1 and x.shape[0] == 1 else ""
         raise RowsError(
             f"{path or 'the model'}: expected {n} rows{repeated}, as in adapter_rows, in the first dimension, got "
             f"{tuple(x.shape)}{packed}"
@@ -221,8 +221,8 @@ def check_splits_by_row(low_rank: Mapping[str, LoRALayer]) -> None:
         path for path, layer in low_rank.items() if layer.layer_type.replaces_forward or "experts" in path.split(".")
     ]:
         raise RowsError(
-            "no adapter by row on nn.MultiheadAttention, whose rows share its weights, and on experts, which mix the "
-            f"tokens of all rows; exclude these layers: {', '.join(refused)}"
+            "a different adapter per row is not supported on nn.MultiheadAttention and experts, which process all rows "
+            f"together; exclude these layers: {', '.join(refused)}"
         )
 
 

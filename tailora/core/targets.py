@@ -180,7 +180,7 @@ def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
         shown = ", ".join([f"{path} ({r})" for path, r in lowered.items()][:5])
         more = f" and {len(lowered) - 5} more" if len(lowered) > 5 else ""
         warnings.warn(
-            f"r = {config.r} is lowered to the smaller side of small layers, at the same scale "
+            f"r = {config.r} exceeds the smaller dimension of some layers; their rank is lowered at the same scale "
             f"(see rank_pattern and alpha_pattern in the adapter's config): {shown}{more}",
             TailoraWarning,
             stacklevel=3,
@@ -418,7 +418,7 @@ def _unmatched_settings(
     indices = {number for number in numbers if number is not None}
     if missing := sorted((config.layer_indices or set()) - indices):
         existing = f"{min(indices)}..{max(indices)}" if indices else "none"
-        problems.append(f"layers_to_transform={missing}: no layer has this index; existing indices: {existing}")
+        problems.append(f"layers_to_transform={missing}: no layers with these indices; the model has {existing}")
     for setting, layers in (("rank_pattern", selected), ("alpha_pattern", selected), ("fused_parts", candidates)):
         last_names = {layer.last_name for layer in layers.values()}
         names = {name for layer in layers.values() for name in layer.pattern_names}
@@ -477,7 +477,7 @@ def _hint(name: str, names: Collection[str], examples: Iterable[str] | None = No
     """Returns the `names` most similar to `name`, or if there are none, some `examples` (default: of the names)."""
     examples = sorted(set(names if examples is None else examples))
     if not examples:
-        return "; there are none"
+        return "; the model has none"
     return nearest(name, names) or f"; existing: {', '.join(examples[:8])}{', ...' if len(examples) > 8 else ''}"
 
 
@@ -501,7 +501,7 @@ def _conflicts(
             problems.append(f"{path}: {reason}")
     if only_read := [path for path, candidate in selected.items() if candidate.use == "read"]:
         problems.append(
-            f"these layers are never called, only their weights are read: {', '.join(only_read[:5])} "
+            f"these layers are never called; the model only reads their weights: {', '.join(only_read[:5])} "
             f"({len(only_read)} in total). Adapters there would have no effect. Use "
             f"exclude_modules={last_names(only_read)}"
         )
@@ -510,7 +510,7 @@ def _conflicts(
         owners = [next((path for path in to_save if patterns.inside(layer.layer_path, path)), None) for layer in named]
         if None not in owners:  # the name matches no other layer
             problems += [
-                f"{layer.path} is in target_modules and in modules_to_save ({owner}); use only one"
+                f"{layer.path} is in both target_modules and modules_to_save ({owner}); remove it from one"
                 for layer, owner in zip(named, owners, strict=True)
             ]
     for path, module in to_save.items():

@@ -195,7 +195,7 @@ def _template_errors() -> Iterator[None]:
 
 def _checked(text: str) -> str:
     if not text.isascii() and SURROGATE.search(text):
-        raise ValueError("its output contains half of a surrogate pair, which no tokenizer reads")
+        raise ValueError("its output contains half of a surrogate pair, which no tokenizer accepts")
     return text
 
 
@@ -232,7 +232,7 @@ def _with_system(sample: Conversation | Pair, tokenizer: ChatTokenizer) -> Conve
     if system is None:
         return sample
     if tokenizer.template is None:
-        raise DataError("--system needs a chat template, but the tokenizer has none: remove --system")
+        raise DataError("--system needs a chat template, but the tokenizer has none; remove --system")
     chat = to_conversation(sample)
     if any(message["role"] in ("system", "developer") for message in chat.messages):
         return chat

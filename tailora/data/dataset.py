@@ -289,7 +289,7 @@ def split_examples(
     groups = group_equal(hashes)
     if len(groups) < 2:
         given = distinct_of(len(hashes), len(groups), "example")
-        more = f"; another {omitted:,} rows are too long for --max-length, so raise it" if omitted else ""
+        more = f"; another {omitted:,} rows exceed --max-length, so raise it" if omitted else ""
         raise DataError(
             f"need two distinct examples to hold one out, got {given}{more}; add data, or use --validation-split 0"
         )
@@ -397,8 +397,8 @@ class DataReport:
 
 WARNINGS = {  # count in the report -> name, meaning
     "truncated": ("truncated", "examples are longer than --max-length"),
-    "without_weight": ("weight 0", "rows have weight 0 and are skipped"),
-    "cut_away": ("no targets", "examples have no trained tokens left after truncation and are skipped"),
+    "without_weight": ("weight 0", "rows have weight 0, so they are skipped"),
+    "cut_away": ("no targets", "examples have no trained tokens left after truncation, so they are skipped"),
     "skipped": ("skipped", "rows cannot be used"),
     "split_rows": (
         "split",
@@ -406,7 +406,7 @@ WARNINGS = {  # count in the report -> name, meaning
     ),
     "tools_as_text": (
         "tools",
-        "conversations have tools, which the chat template does not support: they are written as text, and programs "
+        "conversations have tools that the chat template does not support; they are written as text, and programs "
         "that use the adapter must do the same",
     ),
     "repeated": ("repeated", "training rows are copies of an earlier one"),
@@ -416,9 +416,9 @@ WARNINGS = {  # count in the report -> name, meaning
     "empty_question": ("no question", "rows have an empty question"),
     "missing_answer": ("no answer", 'rows have an answer such as "N/A" or "nan", probably from an empty cell'),
     "no_prompt": ("no prompt", "conversations begin with the assistant, so their first reply is not trained"),
-    "similar_labels": ("similar", "rows have a label that differs from a more frequent one only in spaces or case"),
+    "similar_labels": ("similar", "rows have a label that differs from a more frequent one only in whitespace or case"),
     "two_labels": ("two labels", "rows have the same text as an earlier row but a different label"),
-    "imbalance": ("imbalance", "rows have a class that is more than 20 times rarer than the most frequent one"),
+    "imbalance": ("imbalance", "rows belong to a class that is more than 20 times rarer than the most frequent one"),
 }
 MOST_NAMED = 5  # rows per warning
 

@@ -90,10 +90,9 @@ class Labels:
         name = _name(value)
         if name in self.names:
             return self.names.index(name)
-        raise DataError(
-            f"unknown {'tag' if self.task == TOKEN_CLASSIFICATION else 'label'} {name!r}, expected one of the model's: "
-            f"{listed(self.names)}{nearest(name, self.names)}"
-        )
+        kind = "tag" if self.task == TOKEN_CLASSIFICATION else "label"
+        known = f"the model's {kind}s are {listed(self.names)}"
+        raise DataError(f"unknown {kind} {name!r}; {known}{nearest(name, self.names)}")
 
     def preview(self, example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
         """Returns pieces of text, and whether they are trained: tags in brackets after their words, or the label."""
@@ -153,7 +152,7 @@ def _number(value: Any) -> float:
     if not math.isfinite(number):
         raise DataError(f"label: expected a number, got {short_repr(value)}")
     if abs(number) > MOST:
-        raise DataError(f"label {number:g} is too large, its squared error overflows: divide all labels by a constant")
+        raise DataError(f"label {number:g} is too large: its squared error overflows. Divide all labels by a constant")
     return number
 
 
@@ -205,13 +204,13 @@ def read_labels(
     what = "tags" if task == TOKEN_CLASSIFICATION else "labels"
     if len(counts) > MOST_LABELS:
         raise DataError(
-            f"data {source}: {len(counts):,} different {what} such as {listed(list(counts)[:3])}, expected at most "
-            f"{MOST_LABELS:,}: check the label column, or use --task regression for numbers"
+            f"data {source}: {len(counts):,} different {what}, such as {listed(list(counts)[:3])}; expected at most "
+            f"{MOST_LABELS:,}. Check the label column, or use --task regression for numbers"
         )
     if len(counts) < 2:
         raise DataError(
-            f"data {source}: expected at least two different {what}, got {listed(list(counts)) or 'none'}: add rows "
-            "with other ones"
+            f"data {source}: expected at least two different {what}, got {listed(list(counts)) or 'none'}; add rows "
+            f"with other {what}"
         )
     return Labels(task, _in_order(counts), several)
 

@@ -56,13 +56,13 @@ def render_sample(sample: Sample, tokenizer: ChatTokenizer) -> list[RenderedSamp
         return _render_chat(sample, tokenizer)
     if isinstance(sample, Conversation):
         raise DataError(
-            "messages need a chat template, but the tokenizer has none: use the instruct version of the model, set "
+            "messages need a chat template, but the tokenizer has none; use the instruct version of the model, set "
             "tokenizer.chat_template, or provide the data as prompt and completion"
         )
     if tokenizer.settings.assistant_only_loss:
         raise DataError(
             "--assistant-only-loss needs messages or a chat template, but the row has prompt and completion and the "
-            "tokenizer has no template: remove --assistant-only-loss"
+            "tokenizer has no template; remove --assistant-only-loss"
         )
     _check_eos(tokenizer)
     text = sample.prompt + sample.completion
@@ -72,7 +72,7 @@ def render_sample(sample: Sample, tokenizer: ChatTokenizer) -> list[RenderedSamp
 
 def _check_eos(tokenizer: ChatTokenizer) -> None:
     if tokenizer.eos_id is None:
-        raise DataError("the tokenizer has no EOS token, so the model cannot learn to stop: set tokenizer.eos_token")
+        raise DataError("the tokenizer has no EOS token, so the model cannot learn to stop; set tokenizer.eos_token")
 
 
 def _render_chat(sample: Conversation | Pair, tokenizer: ChatTokenizer) -> list[RenderedSample]:
@@ -84,7 +84,7 @@ def _render_chat(sample: Conversation | Pair, tokenizer: ChatTokenizer) -> list[
         return [_render_all(sample, chat, tokenizer)]
     remaining = [index for index in chat.trained_replies if index > 0]  # models do not generate the first message
     if not remaining:
-        raise DataError("expected a reply after the first message, got none, so there is nothing to learn")
+        raise DataError("there is no reply after the first message, so there is nothing to learn")
     find = _marked_replies if tokenizer.marks_replies else _unmarked_replies
     size = len(chat.messages)
     rendered: list[RenderedSample] = []
@@ -93,8 +93,8 @@ def _render_chat(sample: Conversation | Pair, tokenizer: ChatTokenizer) -> list[
         text, located, spans = find(part, remaining, tokenizer)
         if not located and size == last + 1:
             raise DataError(
-                f"message {last} cannot be trained: with it, the chat template renders a different prompt than "
-                "during generation (some drop earlier reasoning, or a thought that they opened). Remove the dropped "
+                f"message {last} cannot be trained, because with it the chat template renders a different prompt than "
+                "during generation (some templates drop earlier reasoning or an open thought). Remove the dropped "
                 'part, mark the reply with "train": false, or put {% generation %} ... {% endgeneration %} around '
                 "replies in the template"
             )
@@ -123,7 +123,7 @@ def _render_all(sample: Sample, chat: Conversation, tokenizer: ChatTokenizer) ->
     """Renders a conversation that is trained completely, or from its completion on if it has one."""
     if chat.untrained:
         raise DataError(
-            f"message {min(chat.untrained)} is marked as not trained, which requires training on replies only: remove "
+            f"message {min(chat.untrained)} is marked as not trained, which requires training on replies only; remove "
             "--no-assistant-only-loss, or the marks train and weight"
         )
     text = tokenizer.render(chat.messages, tools=chat.tools)
@@ -136,7 +136,7 @@ def _render_all(sample: Sample, chat: Conversation, tokenizer: ChatTokenizer) ->
     if not text.startswith(prompt):
         raise DataError(
             "prompt and completion cannot be separated, because the chat template renders the prompt differently with "
-            "the completion: remove --no-assistant-only-loss, or use a different template"
+            "the completion; remove --no-assistant-only-loss, or use a different template"
         )
     start, end, has_end = _end_turn(text, (len(prompt), len(text)), tokenizer)
     if not has_end:
@@ -152,7 +152,7 @@ def _marked_replies(chat: Conversation, replies: list[int], tokenizer: ChatToken
     text, marked = tokenizer.render_generation_spans(chat)
     if len(marked) != len(chat.replies):
         raise DataError(
-            f"the chat template marks {len(marked)} replies, but the chat has {len(chat.replies)}: put "
+            f"the chat template marks {len(marked)} replies, but the chat has {len(chat.replies)}; put "
             "{% generation %} ... {% endgeneration %} around every reply in the template"
         )
     located, spans = [], []
@@ -218,7 +218,7 @@ def _missing_part(message: dict[str, Any], reply: str) -> str | None:
 
 def _not_written_error(part: str, index: int) -> DataError:
     return DataError(
-        f"the chat template drops the {part} of message {index}, so it cannot be trained: remove it, or write it into "
+        f"the chat template drops the {part} of message {index}, so it cannot be trained; remove it, or write it into "
         "the content in the format that the model should generate"
     )
 

@@ -71,7 +71,7 @@ def _message(message: Any, name: str) -> MarkedMessage:
     special: dict[str, Any] = {"role": role}
     if calls := _tool_calls(message, name):
         if role != "assistant":
-            raise DataError(f"{name}: expected tool calls only in assistant messages, got role {role}")
+            raise DataError(f"{name}: only assistant messages can have tool calls, got role {role}")
         special["tool_calls"] = calls
     special["content"] = "" if calls and message.get("content") is None else _content(message, name)
     if reasoning := [message[key] for key in REASONING_KEYS if message.get(key)]:
@@ -92,7 +92,7 @@ def _content(message: dict[str, Any], name: str) -> str:
         return text_value(content, f"{name}.content")
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text":
-            raise DataError(f"{name}.content: expected only text parts, got {short_repr(part)}")
+            raise DataError(f"{name}.content: only text parts are supported, got {short_repr(part)}")
     return "".join(text_value(part.get("text"), f"{name}.content") for part in content)
 
 
@@ -205,7 +205,7 @@ def text_value(value: Any, name: str) -> str:
         raise DataError(f"{name}: expected text, got {short_repr(value)}")
     if not value.isascii() and SURROGATE.search(value):
         raise DataError(
-            f"{name} contains half of a surrogate pair, which no tokenizer reads: repair the \\ud... escape"
+            f"{name} contains half of a surrogate pair, which no tokenizer accepts; repair the \\ud... escape"
         )
     return value
 

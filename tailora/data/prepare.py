@@ -60,7 +60,7 @@ def evaluation_schema(source: str, schema: Schema) -> Schema:
 
     if schema.name == FEEDBACK:
         raise DataError(
-            f"data {source}: single replies with a label cannot be evaluated: use rows with chosen and rejected, or "
+            f"data {source}: single replies with a label cannot be evaluated; use rows with chosen and rejected, or "
             "only the desirable replies without the label"
         )
     return replace(schema, convert=from_pair) if schema.task == PREFERENCE else schema
@@ -125,7 +125,7 @@ def _is_trained(encoded: EncodedSample) -> bool:
 def _all_cut(source: str, max_length: int, counts: RowCounts, use: str = "trained") -> DataError:
     if without_weight := counts.flagged.numbers["without_weight"]:
         return DataError(
-            f"data {source}: nothing to train on, {without_weight:,} rows have weight 0: use higher weights"
+            f"data {source}: nothing to train on, {without_weight:,} rows have weight 0; use higher weights"
         )
     return DataError(
         f"data {source}: truncation to max_length {max_length} removes all {use} tokens from every row; raise "
@@ -270,12 +270,12 @@ def _check_feedback(train: Examples, held_out: Examples, source: str) -> None:
     if 1 in (len(train), len(held_out)):
         raise DataError(
             f"data {source}: expected at least two rows on each side of the split, got {len(train):,} to train on and "
-            f"{len(held_out):,} held out. Single replies are compared with replies to other prompts: add data, or "
+            f"{len(held_out):,} held out. Single replies are compared with replies to other prompts; add data, or "
             "change --validation-split"
         )
     if train.targets is not None and len(np.unique(train.targets)) == 1:
         raise DataError(
-            f"data {source}: expected both labels, but all are {'true' if train.targets.any() else 'false'}: add rows "
+            f"data {source}: expected both labels, but all are {'true' if train.targets.any() else 'false'}; add rows "
             "with the other label, or use --task causal-lm"
         )
 
@@ -367,7 +367,7 @@ def check_settings(mappings: Sequence[ColumnMapping], settings: DataSettings) ->
     has_preferences = any(mapping.schema.task == PREFERENCE for mapping in mappings)
     has_completion = [not COMPLETION_KEYS.isdisjoint(mapping.schema.required) for mapping in mappings]
     problems = [
-        f"{option} does not apply to {names} rows, it needs {needed}: remove it"
+        f"{option} only applies to {needed}, but the data has {names} rows; remove it"
         for is_wrong, option, needed in (
             (settings.documents == "concatenated" and not any(is_text), "--documents concatenated", "plain texts"),
             (settings.system is not None and all(is_text), "--system", "conversations"),
@@ -376,12 +376,12 @@ def check_settings(mappings: Sequence[ColumnMapping], settings: DataSettings) ->
             (
                 has_preferences and settings.completion_only_loss is False,
                 "--no-completion-only-loss",
-                "a loss on the whole text, while preferences compare replies",
+                "whole texts (preferences compare replies)",
             ),
             (
                 has_preferences and settings.assistant_only_loss is False,
                 "--no-assistant-only-loss",
-                "a loss on all messages, while preferences compare replies",
+                "whole conversations (preferences compare replies)",
             ),
         )
         if is_wrong
@@ -434,7 +434,7 @@ def stream_examples(
     mapping, rows = encode_source(source, read_rows(source, streaming=True), chat_tokenizer, whole_texts=True)
     if mapping.schema.task == PREFERENCE:
         raise ConfigError(
-            f"data {source}: preferences cannot be streamed, because they are read completely before training: remove "
+            f"data {source}: preferences cannot be streamed, because they are read completely before training; remove "
             "--streaming"
         )
     check_settings([mapping], settings)

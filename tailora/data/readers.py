@@ -100,10 +100,10 @@ def parse_sources(data: str | Sequence[str]) -> list[Source]:
             sources.append(Source(name, weight))
         else:
             raise DataError(
-                f"data {text}: expected a weight above 0, such as {name}=0.5; remove sources without a weight"
+                f"data {text}: expected a weight above 0, such as {name}=0.5; to leave out a source, remove it"
             )
     if repeated := _repeated(source.name for source in sources):
-        raise DataError(f"data {repeated} is given twice: use it once, with a weight")
+        raise DataError(f"data {repeated} appears twice; list it once, with a weight")
     return sources
 
 
@@ -137,7 +137,7 @@ def check_data_exists(source: str) -> None:
         check_data_exists(match["source"])
     elif path.is_file() and path.suffix.lower() not in READERS:
         suffix = path.suffix or "(no suffix)"
-        raise DataError(f"data {path}: unknown file type {suffix}, expected one of {', '.join(READERS)}")
+        raise DataError(f"data {path}: unknown file type {suffix}; expected one of {', '.join(READERS)}")
     elif not path.exists():
         hint = nearest_path(path)
         if hint or path.suffix.lower() in READERS or not HUB_ID.fullmatch(source):
@@ -153,13 +153,13 @@ def _read_folder(folder: Path, split: str) -> Rows:
     # A README.txt next to data files is not data.
     files = [path for path in files if path.suffix.lower() != TXT] or files
     if not files:
-        raise DataError(f"data {folder}: no data file in the folder, expected one of {', '.join(READERS)}")
+        raise DataError(f"data {folder}: the folder has no data files; expected one of {', '.join(READERS)}")
     splits = {path: _split_of(path.relative_to(folder)) for path in files}
     # all files if no name contains a split
     chosen = [path for path in files if splits[path] == split] if any(splits.values()) else files
     if not chosen:
         names = ", ".join(str(path.relative_to(folder)) for path in files[:10])
-        raise DataError(f"data {folder}: no file for the split {split!r}; found {names}")
+        raise DataError(f"data {folder}: no file for split {split!r}; found {names}")
     return (row for path in chosen for row in read_file(path))
 
 
@@ -180,7 +180,7 @@ def read_file(path: Path) -> Rows:
     try:
         if path.stat().st_size > (most := MAX_SIZE.get(suffix, math.inf)):
             size = f"{most / 2**20:,.0f} MiB"
-            yield RowProblem(str(path), 0, f"larger than {size}: use JSON lines (.jsonl), which are read one by one")
+            yield RowProblem(str(path), 0, f"larger than {size}; use JSON lines (.jsonl), which are read one by one")
         else:
             yield from READERS[suffix](path)
     except OSError as error:
@@ -267,7 +267,7 @@ def read_csv(path: Path, delimiter: str = ",") -> Rows:
         try:
             header = next(reader, [])
             if repeated := _repeated(header):
-                yield RowProblem(str(path), 0, f"duplicate columns {repeated} in the header: rename all but one")
+                yield RowProblem(str(path), 0, f"duplicate columns {repeated} in the header; rename all but one")
                 return
             for values in reader:
                 if values and len(values) == len(header):
@@ -291,7 +291,7 @@ def read_parquet(path: Path) -> Rows:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         if repeated := _repeated(file.schema_arrow.names):
-            yield RowProblem(str(path), 0, f"duplicate columns {repeated}: rename all but one")
+            yield RowProblem(str(path), 0, f"duplicate columns {repeated}; rename all but one")
             return
         for batch in file.iter_batches(1024):
             try:
@@ -312,7 +312,7 @@ def _row_by_row(batch: Any) -> Iterator[dict[str, Any] | str]:
         try:
             yield from batch.slice(index, 1).to_pylist()
         except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date after the year 9999
-            yield f"unreadable value ({error}): repair it, or remove its column"
+            yield f"unreadable value ({error}); repair it, or remove its column"
 
 
 def _arrow_row(file: str, number: int, fields: dict[str, Any]) -> Row:
@@ -394,7 +394,7 @@ def _datasets_errors(source: str, name: str) -> Iterator[None]:
     except ConnectionError:
         raise DataError(
             f"data {source}: no such local file or folder, and the Hub cannot be reached (no network, a proxy, or "
-            "HF_HUB_OFFLINE): use a file or folder instead, or download the data on a connected machine with "
+            "HF_HUB_OFFLINE); use a file or folder instead, or download the data on a connected machine with "
             f"`hf download --repo-type dataset {name} --local-dir FOLDER` and use FOLDER"
         ) from None
     except DataError:
@@ -402,6 +402,6 @@ def _datasets_errors(source: str, name: str) -> Iterator[None]:
     except (datasets.exceptions.DatasetsError, HfHubHTTPError, OSError, ValueError, OverflowError) as error:
         cause = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"data {source}: {cause}; select a configuration with owner/name:configuration, a split with "
+            f"data {source}: {cause}; select a configuration with owner/name:configuration, or a split with "
             "owner/name[split]"
         ) from None

@@ -283,7 +283,7 @@ def _shared_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
         if end and text[end - 1] == " ":
             end -= 1  # in most tokenizers, a word's token includes the space before it
     if not end and isinstance(chosen, str):
-        raise DataError("chosen and rejected do not begin with the same prompt: add a key prompt")
+        raise DataError('chosen and rejected do not begin with the same prompt; add a "prompt" key')
     return chosen[:end], chosen[end:], rejected[end:]
 
 

@@ -225,7 +225,7 @@ def _encode_labelled(sample: Labelled, tokenizer: ChatTokenizer) -> EncodedSampl
     target = labels.target(sample.label) if sample.label is not None else np.zeros(labels.targets)
     if sample.messages:
         if tokenizer.template is None:
-            raise DataError("messages need a chat template, but the tokenizer has none: use text instead")
+            raise DataError("messages need a chat template, but the tokenizer has none; use text instead")
         ids = tokenizer.token_ids(tokenizer.render(sample.messages))
         length = len(ids)
     else:
@@ -258,7 +258,7 @@ def first_tokens(words: Sequence[str], tokenizer: ChatTokenizer) -> tuple[Int32,
     The index is -1 for a word that is truncated or that the tokenizer drops completely.
     """
     if not tokenizer.tokenizer.is_fast:
-        raise DataError("token-classification needs a fast tokenizer with token offsets: use a model that has one")
+        raise DataError("token-classification needs a fast tokenizer, for its offsets; use a model that has one")
     max_length = tokenizer.settings.max_length
     ends = np.cumsum([len(word) + 1 for word in words]) - 1  # of each word in the text
     text = " ".join(words)

@@ -145,7 +145,7 @@ def compare_logits(live: Tensor, base: Tensor, reloaded: Tensor, exported: str, 
     """
     size = _root_mean_square(live)
     if not 0 < size < math.inf:
-        raise FormatError(f"expected finite logits of the live model that are not all zero, got the size {size}")
+        raise FormatError(f"the live model's logits must be finite and not all zero, but their size is {size}")
     effect = _root_mean_square(live - base) / size
     difference, tolerance = _root_mean_square(reloaded - live) / size, max(TOLERANCE, effect / 2 if rounded else 0)
     if not difference <= tolerance:  # or not a number
@@ -234,18 +234,18 @@ def peft_problems(source: ExportSource) -> list[str]:
     problems = []
     if changed := [path for path, layer in source.adapter.low_rank.items() if layer.strength != 1]:
         problems.append(
-            f"{len(changed)} layers have a scale other than as trained; set_scale(name, 1), or export to 'portable', "
-            "which includes it"
+            f"{len(changed)} layers have a strength other than 1; call set_scale(name, 1), or export to 'portable', "
+            "which includes the strength"
         )
     if reason := peft.unknown_to_peft(peft_layers(source.base_model, source.adapter.low_rank).values()):
-        problems.append(f"{reason}; use save_adapter, for tailora only, or export to 'merged'")
+        problems.append(f"{reason}; export to 'merged', or use save_adapter to keep it for tailora only")
     return problems
 
 
 def write_peft(folder: Path, source: ExportSource) -> list[str]:
     peft.write_peft_folder(folder, source.adapter, source.base_model)
     learned = any(layer.learns_scaling for layer in source.adapter.low_rank.values())
-    return ["learned scales are multiplied into B; the metadata keeps them for tailora"] if learned else []
+    return ["learned scales are multiplied into B, and stored in the metadata for tailora"] if learned else []
 
 
 # ---- Format portable: a PEFT folder with one rank that vLLM allows and alpha = r
@@ -344,11 +344,11 @@ def write_merged(folder: Path, source: ExportSource) -> list[str]:
         notes[0] += f". To keep all of it, {ROUNDING_REMEDY}"
     if quantized_layers(base):
         notes.append(
-            f"the base is dequantized to {dtype}, but precision that quantizing had lost stays lost. Quantizing the "
-            "merged weights again would lose some or all of the update"
+            f"the base is dequantized to {dtype}, but precision lost by quantizing does not come back. Quantizing "
+            "the merged weights again would lose some or all of the update"
         )
     if source.tokenizer is None:
-        notes.append("no tokenizer was given, so the folder has none")
+        notes.append("the folder has no tokenizer, because none was passed")
     else:
         source.tokenizer.save_pretrained(folder)
     return notes + (["tied weights are untied: tie_word_embeddings is false"] if untied else [])

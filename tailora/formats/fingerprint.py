@@ -90,8 +90,8 @@ def _difference(path: str, stored: LayerFingerprint, current: LayerFingerprint, 
     if all(value <= 0 for value in excess):
         return None
     worst = next((i for i, value in enumerate(excess) if math.isnan(value)), excess.index(max(excess)))
-    explained = f"; quantization explains {spread[worst]:.2g} of it" if any(spread) else ""
-    sampled = f"in a sample, expected {before[worst]:.9g}, got {now[worst]:.9g}{explained}"
+    explained = f"; quantization explains {spread[worst]:.2g} of the difference" if any(spread) else ""
+    sampled = f"a sampled weight is {now[worst]:.9g}, expected {before[worst]:.9g}{explained}"
     return f"{path}: the weights differ ({sampled})"
 
 

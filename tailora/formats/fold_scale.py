@@ -118,10 +118,10 @@ def fold_changes(source: ExportSource) -> list[str]:
     layers = source.adapter.low_rank.values()
     changes = ["the scale is already in the weights; keep it at 1 when you load the file"]
     if starts := sum(layer.has_start for layer in layers):
-        changes.append(f"the frozen starts of {starts} layers are part of their factors, at twice the rank")
+        changes.append(f"the frozen starts of {starts} layers are included in their factors, which doubles the rank")
     if parts := sum(layer.output_slice is not None for layer in layers):
         changes.append(
-            f"{parts} parts of fused layers are written as factors of the full layer, at the sum of their ranks"
+            f"{parts} parts of fused layers are written as factors of the full layer, and their ranks add up"
         )
     return changes
 

@@ -53,11 +53,11 @@ def problems(source: ExportSource) -> list[str]:
     is_tied = getattr(source.base_model.config, "tie_word_embeddings", False)
     for path, layer_type in fold_scale.exported_layer_types(source).items():
         if path not in names:
-            result.append(f"{path}: GGUF has no tensor for it; {MERGED}")
+            result.append(f"{path}: GGUF has no corresponding tensor; {MERGED}")
         elif layer_type is EMBEDDING and names[path] != TOKEN_EMBEDDING:
             result.append(f"{path}: llama.cpp only adapts the token embedding; {MERGED}")
         elif names[path] in (TOKEN_EMBEDDING, OUTPUT_HEAD) and is_tied:
-            result.append(f"{path}: tied, and llama.cpp has one tensor for input and output; {MERGED}")
+            result.append(f"{path}: llama.cpp has a single tensor for tied input and output embeddings; {MERGED}")
     return result
 
 

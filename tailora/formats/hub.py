@@ -149,9 +149,7 @@ def download(
 
     parts = subfolder.removesuffix("/").split("/") if subfolder else []
     if any(part in ("", ".", "..") for part in parts):
-        raise ConfigError(
-            f"expected the path of a folder in the repository, such as a/b, as the subfolder, got {subfolder!r}"
-        )
+        raise ConfigError(f"subfolder {subfolder!r} is not a valid path in the repository; expected a path such as a/b")
     inside = "".join(f"{part}/" for part in parts)
 
     def fetch(paths: Sequence[str]) -> Path:
@@ -247,7 +245,7 @@ def check_nothing_private(folder: Path, files: Mapping[str, bytes], base: str) -
             problems.append(f"{name} contains {', '.join(list(dict.fromkeys(private))[:3])}")
     if problems:
         raise FormatError(
-            f"{folder} cannot be shared, because its files contain local paths or a token; remove them: "
+            f"{folder} cannot be shared, because its files contain local paths or a token. Remove them: "
             f"{listing(problems)}"
         )
 

@@ -223,7 +223,7 @@ def check_is_file(path: Path) -> None:
     if not os.path.lexists(path):
         raise FormatError(f"{path} does not exist")
     if not path.is_file():
-        raise FormatError(f"expected a file, got a folder, a device or a broken link: {path}; copy the adapter again")
+        raise FormatError(f"{path} is a folder, a device or a broken link, not a file; copy the adapter again")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

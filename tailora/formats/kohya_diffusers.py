@@ -58,9 +58,9 @@ def read(file: Path, base_model: nn.Module) -> StoredAdapter:
     problems = _unknown_layers(unknown, components, paths)
     for path, layer in layers.items():
         if missing := [slot for slot in "AB" if slot not in layer]:
-            problems.append(f"{path}: factor {' and '.join(missing)} is missing")
+            problems.append(f"{path}: missing factor {' and '.join(missing)}")
         if "alpha" in layer and layer["alpha"].numel() != 1:
-            problems.append(f"{path}: alpha has {layer['alpha'].numel()} numbers, not one")
+            problems.append(f"{path}: expected a single number as alpha, got {layer['alpha'].numel()}")
     fold_scale.raise_problems(str(file), problems)
     if unknown:
         counts = ", ".join(f"{component} ({len(set(names))} layers)" for component, names in unknown.items())
@@ -165,8 +165,9 @@ def _not_lora(tensors: Mapping[str, Tensor]) -> list[str]:
 def _unknown_layers(unknown: Mapping[str, list[str]], components: set[str], paths: Mapping[str, str]) -> list[str]:
     """Returns messages for layers that this model lacks. Other prefixes belong to other models."""
     if not components:
-        names = sorted({name for component_names in unknown.values() for name in component_names}) or ["none"]
-        return [f"the model has none of the file's layers; the first is {names[0]}{nearest(names[0], paths)}"]
+        names = sorted({name for component_names in unknown.values() for name in component_names})
+        example = f", such as {names[0]}{nearest(names[0], paths)}" if names else ""
+        return [f"the model has none of the layers in the file{example}"]
     missing = sorted({name for component in components for name in unknown.get(component, [])})
     return [f"{name}: the model has no such layer" for name in missing]
 

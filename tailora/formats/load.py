@@ -179,7 +179,7 @@ def restore(
         if path not in tensors.saved
     ]
     problems += [
-        f"missing {path}: the files of the base model lack it too, so its weights are random; use the base model that "
+        f"missing {path}, also from the base model's files, so its weights are random; use the base model that "
         "the adapter was trained on"
         for path in missing_pooler(base_model)
         if path not in tensors.saved and path not in saved_paths
@@ -293,8 +293,8 @@ def _with_tied_modules(
     tied = [path for path, module in modules.items() if module._parameters.get("weight") is embedding.weight]
     if len({path for path, slot in map(peft_keys.path_and_slot, stored.tensors) if slot and path in tied}) > 1:
         warnings.warn(
-            f"{stored.folder}: ensure_weight_tying: the outputs are the same, but if you train this adapter further, "
-            f"the factors of {' and '.join(tied)} are no longer tied",
+            f"{stored.folder}: ensure_weight_tying is only kept for inference. If you train this adapter further, the "
+            f"factors of {' and '.join(tied)} will no longer be tied",
             TailoraWarning,
             stacklevel=2,
         )
@@ -353,7 +353,7 @@ def _sort_tensors(
             parts = wrapper.split(slot, tensor, 2 if stored.metadata.start else 1)
             if parts is None:
                 names = ", ".join(part_path.rpartition(".")[2] for part_path in wrapper.layers)
-                result.problems.append(f"misshapen {key}: {tuple(tensor.shape)} does not consist of the parts {names}")
+                result.problems.append(f"misshapen {key}: {tuple(tensor.shape)} cannot be split into the parts {names}")
                 parts = dict.fromkeys(wrapper.layers, tensor)
             for part_path, part in parts.items():
                 result.low_rank.setdefault(part_path, {})[slot] = part

@@ -72,7 +72,7 @@ def write(folder: Path, source: ExportSource) -> list[str]:
     theta = (base_settings.get("rope_parameters") or {}).get("rope_theta")
     if theta is not None and "rope_theta" not in base_settings:
         changes.append(
-            f'before using mlx-lm, add "rope_theta": {theta}, at the top of {file}; otherwise its results are wrong'
+            f'before using mlx-lm, add "rope_theta": {theta}, at the top level of {file}, or its results will be wrong'
         )
     return changes
 

@@ -22,9 +22,9 @@ from tailora.formats.peft_config import adds_out_proj_twice
 from tailora.formats.peft_keys import path_and_slot
 from tailora.formats.run_folder import ADAPTER_WEIGHTS, GGUF_WEIGHTS, MLX_WEIGHTS
 
-STACKED = "stacked experts or a similar parameter, whose factors cannot be separated without the model: use --model"
-MIXED_GROUPS = "its A mixes the channels of all groups, so it is not a matrix of the layer"
-WITHOUT_TENSORS = "in target_modules, but without tensors in the file"
+STACKED = "stacked experts or a similar parameter, whose factors cannot be separated without the model; use --model"
+MIXED_GROUPS = "its A mixes the channels of all groups, so it is not the matrix of one layer"
+WITHOUT_TENSORS = "in target_modules, but the file has no tensors for it"
 TRAINED_IN_FULL = "trained in full, without a low-rank update"
 
 

@@ -162,7 +162,7 @@ def write_peft_folder(
     if unknown:
         about += f" PEFT cannot load it: {unknown}."
         warnings.warn(
-            f"{folder}: PEFT cannot load this adapter, only tailora can: {unknown}", TailoraWarning, stacklevel=2
+            f"{folder}: only tailora can load this adapter, not PEFT: {unknown}", TailoraWarning, stacklevel=2
         )
     elif config.lora_dropout != adapter.config.lora_dropout:
         about += f" Trained with lora_dropout = {adapter.config.lora_dropout:g}, which PEFT does not support here."
@@ -172,7 +172,7 @@ def write_peft_folder(
 def write_files(
     folder: Path, tensors: Mapping[str, Tensor], metadata: AdapterMetadata, settings: Mapping[str, Any], about: str
 ) -> None:
-    """Writes weights, adapter_config.json and card. tensors: by key, without KEY_PREFIX.    about: of the card."""
+    """Writes weights, adapter_config.json and card. tensors: by key, without KEY_PREFIX. about: text for the card."""
     in_file = {f"{KEY_PREFIX}{key}": tensor for key, tensor in tensors.items()}
     files = {
         ADAPTER_WEIGHTS: safetensors_bytes(in_file, {"format": "pt", METADATA_KEY: metadata.to_json()}),
@@ -235,7 +235,7 @@ def read_peft_folder(folder: Path) -> StoredAdapter:
         pickled = " (adapter_model.bin is a pickle, which can run code and is not read; save it as safetensors)"
         names = sorted(file.parent.name for file in folder.glob(f"*/{ADAPTER_WEIGHTS}"))  # of a model's other adapters
         subfolders = (
-            f"; its subfolders {', '.join(names[:5])} contain adapters: use {folder / names[0]}" if names else ""
+            f"; its subfolders {', '.join(names[:5])} contain adapters; use {folder / names[0]}" if names else ""
         )
         raise FormatError(
             f"{folder} has no {ADAPTER_WEIGHTS}{pickled if (folder / 'adapter_model.bin').exists() else ''}{subfolders}"

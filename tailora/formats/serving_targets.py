@@ -227,7 +227,7 @@ def check_target_path(target: str, folder: Path) -> None:
         raise ConfigError(f"unknown server {target!r}; available: {', '.join(TARGETS)}{nearest(target, TARGETS)}")
     if separators := sorted(set(str(folder)) & set(TARGETS[target].separators)):
         raise ConfigError(
-            f"{folder}: {TARGETS[target].title} treats {' '.join(separators)} in a path as a separator; rename it"
+            f"{folder}: {TARGETS[target].title} treats {' '.join(separators)} in paths as separators; rename the folder"
         )
 
 
@@ -250,8 +250,8 @@ def export_for(
         changes = [f"the adapter is merged into the model, because {cause}"]
         if settings.trained_on is not None:
             raise ConfigError(
-                f"{cause}. It was trained on a base in {settings.trained_on}: use --quantize "
-                f"{settings.trained_on} to merge it into that, or --quantize none to merge it into the original weights"
+                f"{cause}. It was trained on a base in {settings.trained_on}; use --quantize "
+                f"{settings.trained_on} to merge it into that base, or --quantize none for the original weights"
             )
     serving = describe(source, folder, target, to, settings)
     if serving.chat_template and source.tokenizer is not None and to != "merged":

@@ -231,7 +231,7 @@ def dead(inspection: Inspection) -> Iterator[Advice]:
     evidence = {"dead": len(paths), "modules": len(modules), "limit": DEAD, "median": median, "paths": paths}
     if len(paths) == len(modules):
         says = (
-            f"All {len(paths)} updates are zero: the adapter was not trained and has no effect. Check that the "
+            f"All {len(paths)} updates are zero, so the adapter was not trained and has no effect. Check that the "
             "learning rate is not 0, that at least one step ran, and that the loss depends on these layers."
         )
         yield Advice("dead", says, evidence)
@@ -253,7 +253,7 @@ def no_gain(inspection: Inspection) -> Iterator[Advice]:
     yield Advice(
         "no gain",
         f"The adapter does not lower the loss on {losses.data}: {losses.loss:.4f}, base model {losses.base_loss:.4f} "
-        f"({interval} of the improvement). "
+        f"(improvement: {interval}). "
         "If this data resembles the training data, train longer or with a different learning rate.",
         {"improvement": losses.improvement, "low": low, "examples": losses.examples},
     )
@@ -369,8 +369,8 @@ def intruders(inspection: Inspection) -> Iterator[Advice]:
     yield Advice(
         "intruders",
         f"On average {mean:.1f} of the 10 leading directions of a tuned weight are new, against {random:.1f} after "
-        f"random updates of the same size (limit: {INTRUDING:g} more); the median ||dW|| / ||W|| is {size:.2%}. New "
-        "directions are associated with forgetting: halve the learning rate, or train for fewer steps.",
+        f"random updates of the same size (limit: {INTRUDING:g} more); the median ||dW|| / ||W|| is {size:.2%}. "
+        "New directions are associated with forgetting. Halve the learning rate, or train for fewer steps.",
         {"intruders": mean, "random": random, "limit": INTRUDING, "relative_norm": size, "modules": len(counted)},
         setting=_learning_rate(inspection, 1 / 2),
     )
@@ -379,7 +379,7 @@ def intruders(inspection: Inspection) -> Iterator[Advice]:
 def scales(inspection: Inspection) -> Iterator[Advice]:
     """Applies if a learned scale differs from its initial value by more than a factor of MOVED.
 
-    Over ranks, the best alpha changes by less than a factor of 2. The threshold is our choice.
+    Across ranks, the best alpha changes by less than a factor of 2. The threshold is our choice.
     """
     factors = {
         module.path: module.scaling / module.configured_scaling
@@ -398,7 +398,7 @@ def scales(inspection: Inspection) -> Iterator[Advice]:
         + (
             "Start closer to the final values."
             if median > 0
-            else "Some scales changed sign, which A and B could do instead."
+            else "Some scales changed sign, which A and B could have done instead."
         ),
         {"moved": len(moved), "learned": len(factors), "limit": MOVED, "median": median, "factors": moved},
         setting={"lora_alpha": round(alpha, 3)} if median > 0 and not 1 / MOVED <= median <= MOVED else {},
@@ -416,13 +416,13 @@ def forgetting(inspection: Inspection) -> Iterator[Advice]:
     rise = forgotten["loss_after"] - forgotten["loss_before"]
     measured = [(reduced, reduced.loss) for reduced in inspection.dial if reduced.loss is not None]
     tried = ", ".join(f"{reduced.strength:g}: loss {loss:.3f}, KL {reduced.kl:.3f}" for reduced, loss in measured)
-    remedy = "No lower strength tried is within the limit: train with a lower learning rate, or on mixed data."
+    remedy = "None of the lower strengths tried is within the limit. Use a lower learning rate, or mix in other data."
     setting, to_copy = {}, ""
     for reduced, loss in measured:
         gain = losses.base_loss - loss
         if reduced.base_text_rise <= FORGETTING * gain:
             gain_share, strength = gain / losses.improvement, f"{reduced.strength:g}"
-            remedy = f"At strength {strength} it keeps {gain_share:.0%} of the gain and is within the limit."
+            remedy = f"At strength {strength} it keeps {gain_share:.0%} of the improvement and is within the limit."
             setting = {"set_scale": reduced.strength}
             parts = ["--adapter", f"a={inspection.adapter}", "--weight", f"a={strength}"]
             to_copy = command("combine", *parts, "--output-dir", f"{inspection.adapter}-{strength}")
@@ -449,7 +449,7 @@ def interference(inspection: Inspection) -> Iterator[Advice]:
     yield Advice(
         "interference",
         f"The sum of the two adapters has a loss of {losses.both:.4f}, {losses.worse:.4f} above the better one alone: "
-        f"they interfere (cosine of the updates {overlap.cosine:+.2f}). Do not add them: switch between them, or use "
+        f"they interfere (cosine of the updates {overlap.cosine:+.2f}). Do not add them. Switch between them, or use "
         "one per conversation.",
         {"worse": losses.worse, "low": losses.worse_low}
         | {"one": losses.one, "other": losses.other, "cosine": overlap.cosine},
@@ -473,7 +473,7 @@ def rounding(inspection: Inspection) -> Iterator[Advice]:
     yield Advice(
         "rounding",
         f"The median ||dW|| / ||W|| is {size:.2%} (limit {ROUNDED:.0%}): merging into {inspection.base_dtype} "
-        f"weights changes the update by a sixth of its size or more: {ROUNDING_REMEDY}.",
+        f"weights changes the update by a sixth of its size or more. Instead, {ROUNDING_REMEDY}.",
         {"relative_norm": size, "limit": ROUNDED, "dtype": inspection.base_dtype},
         command=command("export", inspection.adapter, *model, *merged),
     )

@@ -196,8 +196,9 @@ def too_short(session: StudySession, seconds: float, what: str) -> ConfigError:
     """seconds: of the minimum extent from now on, as timed so far.    what: the minimum extent in words, plural."""
     needed = (session.seconds + seconds / SAFETY) / 60
     return ConfigError(
-        f"--minutes {session.minutes:g} is too short: {what} take at least {math.ceil(needed)} min, as timed so far. "
-        f"Use --minutes {math.ceil(MARGIN * needed)} or more, fewer steps or runs, or a smaller --max-length"
+        f"--minutes {session.minutes:g} is too short: {what} take at least {math.ceil(needed)} min "
+        f"according to the timings so far. Use --minutes {math.ceil(MARGIN * needed)} or more, fewer steps or runs, "
+        "or a smaller --max-length"
     )
 
 

@@ -121,8 +121,8 @@ def find_cards(name: str) -> list[Card]:
     names = dict.fromkeys(re.sub(r" \d+GB$", "", card.name).lower() for card in CARDS)
     similar = nearest(" ".join(_words(name[:LONGEST_NAME])), names, cutoff=0.5)  # some names include the memory
     raise ConfigError(
-        f"unknown graphics card {name[:LONGEST_NAME]!r}{similar or ', expected for example H100, RTX 4090 or M2 Max'} "
-        '(all known cards: "Will it fit?" in the docs)'
+        f"unknown graphics card {name[:LONGEST_NAME]!r}{similar or '; try for example H100, RTX 4090 or M2 Max'} "
+        '(for all known cards, see "Will it fit?" in the docs)'
     )
 
 

@@ -94,10 +94,10 @@ def compare(
         **launch_settings(processes),
     }
     if names := sorted(name for name in STEP_CHOICE if getattr(train, name)):
-        raise ConfigError(f"a comparison evaluates every run at its end: remove {' and '.join(names)}")
+        raise ConfigError(f"a comparison evaluates each run only at the end; remove {' and '.join(names)}")
     if not measures_forgetting(train) and study.forgetting_data is not None:
         raise ConfigError(
-            f"--task {train.task} does not train a language model, so forgetting cannot be measured: remove "
+            f"--task {train.task} does not train a language model, so forgetting cannot be measured; remove "
             "--forgetting-data"
         )
     for arm in study.arms:
@@ -105,7 +105,7 @@ def compare(
             train, study, arm, learning_rate=study.first_rate(arm)
         )  # raises ConfigError for conflicting settings
     workers = make_workers(study.workers, train.device, study.minutes, processes)
-    busy = f"another comparison is writing to {folder}: wait until it ends, or use a different --output-dir"
+    busy = f"another comparison is writing to {folder}; wait until it ends, or use a different --output-dir"
     with locked(folder, STUDY, busy=busy):
         begun = any((folder / RUNS).glob(f"*/[!p]*/{RESULT}"))  # without the timing runs
         open_folder(folder, STUDY, settings, begun=begun, identity=_identity)
@@ -278,12 +278,12 @@ class _Comparison:
         for arm, trial in timed.items():
             if trial.done and len(trial.counts) == (plan.held_out or trial.numbers["held_out"]):
                 self.base[arm, True], self.base[arm, False] = on_selection_half(trial.base), trial.base
-        self.session.log(f"{plan.max_steps} steps per run, so that all runs fit into --minutes")
+        self.session.log(f"{plan.max_steps} steps per run, to fit all runs into --minutes")
         if plan.held_out is not None:
             self.session.note(f"only {plan.held_out} of {plan.examples} held-out examples fit into --minutes")
         if plan.minutes not in (None, self.session.minutes):
             self.session.note(
-                f"runs have {plan.max_steps} steps, as planned for --minutes {plan.minutes:g}; for longer runs use a "
+                f"runs have {plan.max_steps} steps, as planned for --minutes {plan.minutes:g}; for longer runs, use a "
                 "different --output-dir"
             )
 
@@ -314,8 +314,8 @@ class _Comparison:
         needed = partial(_needed, list(on_all.values()), workers=self._runs_at_a_time)
         extent, steps = self.limit.choose(needed, longest, held_out)
         session.log(
-            f"time for {extent.tries} learning rates and {extent.seeds} seeds per variant (if time is short, first the "
-            f"steps are reduced to {FEWEST_STEPS}, then learning rates, seeds and held-out examples)"
+            f"time for {extent.tries} learning rates and {extent.seeds} seeds per variant (if time is short, steps are "
+            f"reduced to {FEWEST_STEPS} first, then learning rates, seeds and held-out examples)"
         )
         return ComparisonPlan(
             max_steps=steps,

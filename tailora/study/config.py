@@ -36,7 +36,7 @@ def trial_settings(
 
 # Shared by comparisons and searches
 Minutes = Annotated[float | None, Field(gt=0, allow_inf_nan=False, description="time limit for the whole study")]
-MARGIN = "loss differences below this do not matter; in nats per token, or in the unit of the task"
+MARGIN = "loss differences below this are ignored; in nats per token, or in the task's unit"
 Margin = Annotated[float, Field(gt=0, allow_inf_nan=False, description=MARGIN)]
 WORKERS = "number of parallel runs; each gets its own device, or a share of the cores on a CPU"
 Workers = Annotated[int, Field(ge=1, le=1000, description=WORKERS)]
@@ -66,14 +66,14 @@ class CompareConfig(StrictModel):
             if key in SHARED_BY_RUNS
         ]
         problems += [
-            f"variants {first!r} and {second!r} have the same settings: change one of them"
+            f"variants {first!r} and {second!r} have the same settings; change one of them"
             for (first, changes), (second, others) in combinations(self.arms.items(), 2)
             if changes == others and self.method(first) != FULL
         ]
         if len(self.arms) < 2:
             problems.append(f"expected at least two variants to compare, got {', '.join(self.arms) or 'none'}")
         if sum(self.method(name) == FULL for name in self.arms) > 1:
-            problems.append("several variants have method=full: use it for one of them")
+            problems.append("several variants have method=full; keep it in only one")
         if problems:
             raise ConfigError(listing(problems))
         return self
@@ -101,7 +101,7 @@ class SearchConfig(StrictModel):
     minutes: Minutes = None
     space: dict[str, Any] = Field(
         {},
-        description="values to search for a setting: 4,8,16 or 1e-4..1e-2, or a single value to fix it; "
+        description="values to try for each setting, such as 4,8,16 or 1e-4..1e-2, or one value to fix it; "
         'see "Comparing and searching" in the docs',
     )
     seeds: int = Field(3, ge=1, le=100, description="final runs per finalist")
@@ -119,7 +119,7 @@ class SearchConfig(StrictModel):
     def _check_space(self) -> Self:
         read_space(self.space)
         if self.lr_only and self.workers > 1:
-            raise ConfigError(f"lr_only is a single run and cannot use workers={self.workers}: remove workers")
+            raise ConfigError(f"lr_only is a single run and cannot use workers={self.workers}; remove workers")
         return self
 
     @property

@@ -108,7 +108,7 @@ def inspect(
         named_base = None if content.base is None else name_of_model(content.base)
         if data is not None:
             base = f" {named_base} (the base named in the adapter)" if named_base else ""
-            raise ConfigError(f"data {data!r} can only be used with the base model: add --model{base}")
+            raise ConfigError(f"data {data!r} can only be used with the base model; add --model{base}")
         updates, pair = content.updates, None
         if other_folder is not None:
             pair = adapter_overlap(str(other_folder), updates, read_offline(other_folder).updates)
@@ -127,7 +127,7 @@ def inspect(
         if labels is not None and options.uses_data:
             raise ConfigError(
                 f"{folder} was trained for {labels.task}, but inspect measures loss and forgetting of language models "
-                "only: remove --data and --forgetting-data, and use `tailora eval` to evaluate its labels"
+                "only; remove --data and --forgetting-data, and use `tailora eval` to evaluate its labels"
             )
         device = choose_device() if device is None else torch.device(device)
         precision = "auto" if options.uses_data else "stored"
@@ -180,12 +180,12 @@ def inspect_model(
     options = options or InspectOptions()
     if options.uses_data and tokenizer is None:
         raise ConfigError(
-            f"{options.data or options.forgetting_data} cannot be read without a tokenizer: pass tokenizer"
+            f"{options.data or options.forgetting_data} cannot be read without a tokenizer; pass tokenizer"
         )
     if options.forgetting_data is not None and is_seq2seq(model):
         raise ConfigError(
             f"forgetting data {options.forgetting_data!r} cannot be used with an encoder-decoder model, because "
-            "forgetting is measured by predicting the next token: remove it"
+            "forgetting is measured by predicting the next token; remove it"
         )
     adapter = model.adapter(name)
     updates, left_out = spectral.updates_of(adapter, model.base_model)
@@ -331,8 +331,8 @@ def adapter_overlap(other: str, here: Mapping[str, Update], there: Mapping[str, 
     if wrong := [f"{path}: {ours} here, {theirs} there" for path, (ours, theirs) in shapes.items() if ours != theirs]:
         problems = listing(wrong, most=5)
         raise ConfigError(
-            f"{other} was trained for a different model: shapes (groups, out, in) differ: {problems}. Use two adapters "
-            "of the same base model"
+            f"{other} was trained for a different model. Its shapes (groups, out, in) differ: {problems}. Use two "
+            "adapters of the same base model"
         )
     modules = [_module_overlap(here[path], there[path]) for path in shared]
     product = sum(module.cosine * module.norm * module.other_norm for module in modules)

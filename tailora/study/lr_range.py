@@ -43,7 +43,7 @@ class RangePlan:
 class RateRange:
     """Useful learning rates of this model, data, batch size and adapter.
 
-    suggestion: the rate of the lowest loss.    low: where the loss begins to fall.
+    suggestion: the rate with the lowest loss.    low: where the loss begins to fall.
     high: where the loss has risen again, or the last rate tried.
     gain: decrease of the loss.    loss_unit: its unit.
     curve: (rate, held-out loss after the step with this rate).
@@ -89,7 +89,7 @@ def find_range(
     Raises ConfigError, also if no rate lowers the loss, and any other error of a run.
     """
     if "learning_rate" in train.model_fields_set:
-        raise ConfigError("--lr-only finds the learning rate, so it cannot be given: remove learning_rate")
+        raise ConfigError("--lr-only finds the learning rate, so it cannot be set; remove learning_rate")
     folder = Path(train.output_dir)
     settings = {
         "train": train.model_dump(mode="json", exclude={"output_dir"}),
@@ -112,7 +112,7 @@ def find_range(
         begun = (folder / RISING / RESULT).exists()
         open_folder(folder, STUDY, settings, begun=begun)
         steps = session.plan(lambda: RangePlan(_steps_that_fit(train, session)), RangePlan).steps
-        log(f"up to {steps} steps with learning rates from {LOWEST:g} to {HIGHEST:g}, until the gain is lost")
+        log(f"up to {steps} steps with learning rates from {LOWEST:g} to {HIGHEST:g}, until the improvement is lost")
         spec = _spec(train, rising=(LOWEST, HIGHEST), max_steps=steps, eval_steps=EVAL_STEPS)
         trial = session.trial(spec, folder / RISING, stop)
     rates = read_range(trial, steps, settings)
@@ -124,7 +124,7 @@ def _steps_that_fit(train: TrainConfig, session: StudySession) -> int:
     """Returns at most --max-steps (default STEPS). Raises ConfigError for too few."""
     most = STEPS if train.max_steps is None else train.max_steps
     if most < FEWEST_STEPS:
-        raise ConfigError(f"--max-steps {most} is too low for a range of learning rates: use {FEWEST_STEPS} or more")
+        raise ConfigError(f"--max-steps {most} is too low to cover the learning rates; use {FEWEST_STEPS} or more")
     if session.minutes is None:
         return most
 
@@ -135,7 +135,7 @@ def _steps_that_fit(train: TrainConfig, session: StudySession) -> int:
         """Returns the seconds left, times `share`. Raises ConfigError if that is too short."""
         left = share * session.seconds_left
         if needed(costs, FEWEST_STEPS) > left:
-            what = f"the {FEWEST_STEPS} steps for a range of learning rates"
+            what = f"the {FEWEST_STEPS} steps needed to cover the learning rates"
             raise too_short(session, needed(costs, FEWEST_STEPS), what)
         return left
 
@@ -168,7 +168,7 @@ def read_range(trial: Trial, steps: int, settings: dict[str, Any]) -> RateRange:
     if gain < LEAST_GAIN:
         raise ConfigError(
             f"no learning rate from {LOWEST:g} to {HIGHEST:g} lowered the held-out loss of {base_loss:.3f} within "
-            f"{len(trial.losses)} steps: {trial.message or 'check --data and --eval-data'}"
+            f"{len(trial.losses)} steps; {trial.message or 'check --data and --eval-data'}"
         )
     return RateRange(
         suggestion=lowest,

@@ -70,14 +70,14 @@ def plan(
     if measure:
         check_can_be_measured(config, place, nproc)
     if config.fsdp and nproc == 1:
-        raise ConfigError("--fsdp shards the base model over several processes: set their number with --nproc")
+        raise ConfigError("--fsdp shards the base model across several processes; set their number with --nproc")
     available = place.available if memory is None else memory
     if is_shared := nproc > 1 and place.device == torch.device("cpu"):
         available //= nproc
     shape, labels = read_config(config.model), None
     if config.task in TASK_TYPES:
         if "data" not in config.model_fields_set:
-            raise ConfigError(f"--task {config.task} needs the labels of the data: add --data")
+            raise ConfigError(f"--task {config.task} needs the labels of the data; add --data")
         labels, _ = find_labels(config)
         set_labels(shape, cast(Labels, labels), load_tokenizer(config.model))
     if config.fsdp:
@@ -113,8 +113,8 @@ def plan(
     largest = batches.at(batches.most)
     if len(largest) < batches.most:
         notes.append(
-            f"larger batches are split so that at most {tokens_of(largest):,} tokens go through the model at once, so "
-            "they need little more memory than this one"
+            f"larger batches are split into passes of at most {tokens_of(largest):,} tokens, so they need little more "
+            "memory than this one"
         )
     batch_size = batch_size_that_fits(available, needed, batches)
     can_shard = nproc > 1 and not config.fsdp
@@ -158,13 +158,13 @@ def check_can_be_measured(config: TrainConfig, place: "Place", nproc: int) -> No
     """Raises ConfigError if this machine cannot run real steps of this run."""
     if place.is_absent:
         raise ConfigError(
-            f"--measure runs real steps, but this machine has no {place.name}: remove --measure or the device"
+            f"--measure runs real steps, but this machine has no {place.name}; remove --measure or the device"
         )
     if learns_preferences(config) and "data" not in config.model_fields_set:
-        raise ConfigError("--measure needs data to run real steps on preferences: add --data")
+        raise ConfigError("--measure needs data to run real steps on preferences; add --data")
     if nproc > 1:
         raise ConfigError(
-            f"--measure runs real steps in one process and cannot be combined with --nproc {nproc}: remove one of them"
+            f"--measure runs real steps in one process and cannot be combined with --nproc {nproc}; remove one of them"
         )
 
 
@@ -214,7 +214,7 @@ def place_of(config: TrainConfig) -> Place:
 def place_of_card(config: TrainConfig, cards: list[Card]) -> Place:
     """Returns the first card as a place, with a note about the others."""
     card, others = cards[0], [card.name for card in cards[1:]]
-    notes = [f"never measured on a {card.name}: the actual memory may be a few percent higher"]
+    notes = [f"not measured on a {card.name}; actual memory may be a few percent higher"]
     if others:
         notes.append(f"assuming {card.name}; similar names: {', '.join(others[:5])}")
     auto = torch.bfloat16 if card.has_bfloat16 else torch.float16
@@ -294,7 +294,7 @@ def read_batches(
         tokens_of_step = float(step.examples_per_step * len(example.input_ids))
         notes = [
             f"without --data, every {what} is assumed to have --max-length {config.max_length:,} tokens, all of them "
-            "trained: shorter ones need less"
+            "trained; shorter ones need less"
         ]
     else:
         data = read_data(config, vocabulary, load_tokenizer(config.model), accelerator, labels)
@@ -302,7 +302,7 @@ def read_batches(
         task, largest = data.task, data.largest
         if data.prepared is None or config.streaming:
             steps, tokens_of_step = data.max_steps, float(data.largest_size.tokens * config.gradient_accumulation_steps)
-            notes = ["the data is streamed: its lengths are estimated from the first batch"]
+            notes = ["the data is streamed, so lengths are estimated from the first batch"]
         else:
             train = data.prepared.train
             examples, steps = train, config.max_steps or epoch_steps(config, train.epoch_size, nproc)
@@ -310,7 +310,7 @@ def read_batches(
             notes = [f"{name}: {text}" for name, text in warnings_of(data.prepared.report.to_dict()).items()]
     if task.reference is not None:
         notes.append(
-            "before the first step, the log-probabilities of all replies are computed once; this is not in the time"
+            "before the first step, the log-probabilities of all replies are computed once; the time excludes this"
         )
 
     def at(count: int) -> list[Example]:

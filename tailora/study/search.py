@@ -102,7 +102,7 @@ def search(
     """
     workers = make_workers(study.workers, train.device, study.minutes, processes)
     if study.lr_only:
-        raise ConfigError("lr_only searches only the learning rate: call study.lr_range.find_range, or remove lr_only")
+        raise ConfigError("lr_only searches only the learning rate; call study.lr_range.find_range, or remove lr_only")
     folder = Path(train.output_dir)
     space = search_space.search_axes(search_space.read_space(study.space), train)
     settings = {
@@ -413,16 +413,16 @@ class _Search:
             name for name, value in result.best.settings.items() if search_space.is_at_edge(self.axes[name], value)
         ]
         notes = {
-            f"the best trial is at the edge of the range of {', '.join(edges)}: a wider range may be better": edges,
+            f"the best trial is at the edge of the range of {', '.join(edges)}; a wider range may be better": edges,
             f"trials had {budget.steps:,} of the {budget.longest:,} steps in the settings; longer runs may prefer a "
             "lower learning rate and a higher rank": budget.steps < budget.longest,
             f"only {self.held_out} of the held-out examples fit into --minutes": self.held_out is not None,
-            f"trials have the length planned for --minutes {budget.minutes or 0:g}; for longer trials use a different "
+            f"trials have the length planned for --minutes {budget.minutes or 0:g}; for longer trials, use a different "
             "--output-dir": None not in (budget.minutes, self.session.minutes)
             and budget.minutes != self.session.minutes,
             f"{len(result.trials)} trials are too few to rank the settings by importance": not result.importances,
-            f"only {examples} held-out examples for the final evaluation: with more (--eval-data or "
-            "--validation-split), smaller differences become visible": examples < FEW_EXAMPLES,
+            f"only {examples} held-out examples for the final evaluation; more of them (--eval-data or "
+            "--validation-split) would reveal smaller differences": examples < FEW_EXAMPLES,
         }
         return [text for text, applies in notes.items() if applies]
 

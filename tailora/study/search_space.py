@@ -72,14 +72,14 @@ def read_space(given: Mapping[str, Any]) -> dict[str, Axis]:
     for written, values in given.items():
         name = OTHER_NAMES.get(written, written)
         if name in axes:
-            problems.append(f"{name} is given twice: remove one")
+            problems.append(f"{name} appears twice; remove one")
         elif name in SHARED:
-            problems.append(f"{name} cannot be searched, because all trials must share it: remove it")
+            problems.append(f"{name} cannot be searched, because it must be the same for all trials; remove it")
         elif name not in FIELDS and name != SCALE:
             hint = suggestion(written, {*FIELDS, *OTHER_NAMES, SCALE} - SHARED)
             problems.append(f"unknown setting {written!r}{hint}")
         elif name != SCALE and get_origin(FIELDS[name].annotation) is dict:
-            problems.append(f"{name} contains patterns and cannot be searched: remove it")
+            problems.append(f"{name} contains patterns and cannot be searched; remove it")
         else:
             try:
                 axes[name] = _axis(name, values)
@@ -115,7 +115,7 @@ def _between(name: str, low: Any, high: Any) -> Axis:
         powers = (2**exponent for exponent in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1))
         return tuple(dict.fromkeys((low, *powers, high)))
     if low <= 0 and name not in LINEAR:
-        raise ConfigError(f"{low:g} has no logarithm; start the range above 0")
+        raise ConfigError(f"this range is logarithmic and cannot start at {low:g}; start it above 0")
     return Range(float(low), float(high), name not in LINEAR)
 
 
@@ -141,13 +141,13 @@ def search_axes(given: Mapping[str, Axis], train: TrainConfig) -> dict[str, Axis
     fixed = train.model_fields_set
     default = {"learning_rate": DEFAULT["learning_rate"]} if train.adapter else DEFAULT  # its rank is fixed
     if both := sorted(given.keys() & fixed):
-        raise ConfigError(f"{', '.join(both)}: given as a fixed value and in --space; remove one of them")
+        raise ConfigError(f"{', '.join(both)}: both set to a fixed value and listed in --space; remove one of them")
     if SCALE in given and "lora_alpha" in fixed:
-        raise ConfigError("scale is alpha/r: remove either lora_alpha or scale from --space")
+        raise ConfigError("scale is alpha/r; remove either lora_alpha or scale from --space")
     omitted = fixed | ({"lora_alpha"} if SCALE in given else set())
     space = {**{name: axis for name, axis in default.items() if name not in omitted}, **given}
     if all(not isinstance(axis, Range) and len(axis) < 2 for axis in space.values()):
-        raise ConfigError("nothing to search, because every setting has one value: add a second value with --space")
+        raise ConfigError("nothing to search, because every setting has one value; add a second value with --space")
     return space
 
 
@@ -179,7 +179,7 @@ def fit_to_model(
     """
     axes = dict(space)
     reasons = {
-        "r": f"the smallest matrix of the model supports ranks up to {groups.get('largest_r')}",
+        "r": f"the model's smallest matrix only supports ranks up to {groups.get('largest_r')}",
         "target_modules": "attention and MLP cannot be recognized by the names of the model's layers; use layer names "
         "joined by +",
     }

@@ -89,8 +89,8 @@ def open_folder(
             if LAUNCH in {*stored, *content} - {*then, *now}:
                 changes.append(f"{ACCUMULATION} is the total over all processes here")
             raise ConfigError(
-                f"{folder} contains a {STUDIES[name]} with different settings: {'; '.join(changes)}. Use the previous "
-                "settings to resume it, or a different --output-dir"
+                f"{folder} contains a {STUDIES[name]} with different settings: {'; '.join(changes)}. To resume it, use "
+                "its settings; otherwise use a different --output-dir"
             )
         if stored == content:
             return
@@ -152,23 +152,23 @@ def make_workers(count: int, device: str, minutes: float | None = None, processe
         if minutes is not None:
             raise ConfigError(
                 f"--minutes {minutes:g} cannot be combined with --workers {count} on a CPU, because runs that share "
-                "cores slow each other down: remove one of them; --max-steps and --seeds also limit a study"
+                "cores slow each other down; remove one of them. --max-steps and --seeds also limit a study"
             )
         return [Worker(number, count, None, threads_per_process(count * processes)) for number in range(1, count + 1)]
     if ":" in name:
-        raise ConfigError(f"--workers {count} need one device each, but got --device {name}: use --device {kind}")
+        raise ConfigError(f"--workers {count} need one device each, but got --device {name}; use --device {kind}")
     available = [str(device) for device in devices() if device.type == kind]
     if count * processes > len(available):
         share = "one device" if processes == 1 else f"{processes} devices"
         raise ConfigError(
-            f"--workers {count} need {share} each, but this machine has only {', '.join(available)}: "
+            f"--workers {count} need {share} each, but this machine has only {', '.join(available)}; "
             f"use --workers {max(len(available) // processes, 1)}"
         )
     if processes == 1:
         return [Worker(number, count, name) for number, name in enumerate(available[:count], start=1)]
     if kind != "cuda":
         raise ConfigError(
-            f"--workers {count} with --nproc-per-node {processes} needs CUDA devices, but the device is {kind}: remove "
+            f"--workers {count} with --nproc-per-node {processes} needs CUDA devices, but the device is {kind}; remove "
             "--workers"
         )
     visible = os.environ.get(VISIBLE) or ",".join(map(str, range(len(available))))
@@ -268,7 +268,7 @@ class StudySession:
         if self.minutes is not None and planned != self.processes:
             raise ConfigError(
                 f"--nproc-per-node {self.processes} differs from the {planned} processes with which --minutes were "
-                f"planned in {self.folder}: use --nproc-per-node {planned}, or a different --output-dir"
+                f"planned in {self.folder}; use --nproc-per-node {planned}, or a different --output-dir"
             )
 
     def has_trial(self, path: Path) -> bool:

@@ -73,9 +73,9 @@ def _shuffled(count: int) -> Indices:
     if count < 4:
         examples = "1 distinct held-out example is" if count == 1 else f"{count} distinct held-out examples are"
         raise ConfigError(
-            f"{examples} too few: one half selects settings, the other half evaluates them. Hold out at least 4, "
-            "better 100, with --eval-data FILE or a larger --validation-split. Duplicates do not count, nor do rows "
-            "without trained tokens after truncation to --max-length"
+            f"{examples} too few: one half selects settings, and the other half evaluates them. Hold out at least 4, "
+            "preferably 100, with --eval-data FILE or a larger --validation-split. Duplicates do not count, nor do "
+            "rows without trained tokens after truncation to --max-length"
         )
     return np.random.default_rng(0).permutation(count)
 
@@ -507,7 +507,7 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
         before=None if spec.before is None else Evaluation(*map(np.array, spec.before)),
     )
     if result.before is None or result.after is None:
-        raise ConfigError("a study needs held-out data, but there is none: add --eval-data or --validation-split")
+        raise ConfigError("a study needs held-out data, but there is none; add --eval-data or --validation-split")
     forgotten, seconds = None, dict[str, float]()
     if spec.forgetting is not None and (config.fsdp or is_first_rank()):  # a sharded model needs all ranks
         with (
@@ -540,7 +540,7 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
     )
 
 
-FORGETTING_ADVICE = "the training itself fits: close other programs, or use fewer and shorter --forgetting-data"
+FORGETTING_ADVICE = "the training itself fits; close other programs, or use fewer or shorter --forgetting-data"
 
 
 def _forgetting(result: Any, spec: TrialSpec, *, together: bool) -> tuple[dict[str, Any], dict[str, float]]:

@@ -118,7 +118,7 @@ def evaluate_arms(
     failures = {arm: _failure(rates[arm], runs.get(arm, [])) for arm in study.arms if arm not in done}
     if not done:
         reasons = "; ".join(f"{arm}: {reason}" for arm, reason in failures.items())
-        raise ConfigError(f"nothing to compare, because no arm could be trained: {reasons}")
+        raise ConfigError(f"nothing to compare, because no variant could be trained: {reasons}")
     reference = next((arm for arm in done if study.method(arm) == FULL), next(iter(done)))
     statistics = _statistics(done, reference)
     arms = []
@@ -284,7 +284,7 @@ def _edge_warning(arm: ArmResult, is_cut_short: bool) -> str:
     """Returns the sentence about an arm whose best learning rate is the lowest or the highest one tried."""
     tried = ", ".join(f"{rate:.2g}" for rate in sorted(arm.rates))
     return (
-        f"The best learning rate of {arm.name}, {arm.learning_rate:.2g}, is at the edge of those tried ({tried}): "
+        f"The best learning rate of {arm.name}, {arm.learning_rate:.2g}, is at the edge of those tried ({tried}); "
         f"use a higher {'--minutes' if is_cut_short else '--rate-tries'}."
     )
 
@@ -377,8 +377,8 @@ def _no_smaller_finalist(best: Finalist, trials: Sequence[Candidate]) -> str:
 
 def one_seed(both: str, numbers: str) -> str:
     return (
-        f"Cannot tell whether {both} is better ({numbers}): one seed does not show how much results vary between "
-        "seeds. Use --seeds 3 or more."
+        f"Cannot tell whether {both} is better ({numbers}): one seed does not show how much results vary from seed "
+        "to seed. Use --seeds 3 or more."
     )
 
 

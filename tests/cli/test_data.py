@@ -176,7 +176,9 @@ def test_the_settings_of_what_is_learned_are_shown_and_repeated(
     assert "<|im_start|>[[system\nbe brief<|im_end|>\n<|im_start|>user" in shown
     assert shlex.split(shown.strip().splitlines()[-1])[-9:-6] == flags
     assert main(["data", str(chats), "--model", str(tiny_model), "--completion-only-loss"]) == 2
-    assert "--completion-only-loss does not apply to messages rows, it needs completions" in capsys.readouterr().err
+    assert (
+        "--completion-only-loss only applies to completions, but the data has messages rows" in capsys.readouterr().err
+    )
 
 
 def test_roles_tools_and_calls_are_counted_and_shown(
@@ -206,7 +208,7 @@ def test_roles_tools_and_calls_are_counted_and_shown(
     assert '"arguments": {"thing": 7}' in learned
     main(["data", str(path), "--model", str(tiny_model), "--validation-split", "0"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "tools 1 conversations have tools, which the chat template does not support: they are written as" in shown
+    assert "tools 1 conversations have tools that the chat template does not support; they are written as" in shown
 
 
 def test_a_mixture_is_shown_by_source(

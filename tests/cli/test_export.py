@@ -108,7 +108,7 @@ def test_a_merge_after_a_quantised_run_needs_the_flag(
     (run / "run.json").write_text(json.dumps({"settings": {"quantize": "nf4"}}))
     tokens = ["export", str(run), "--to", "vllm", "--output", str(tmp_path / "out")]
     assert main(tokens) == 2
-    assert "trained on a base in nf4: use --quantize nf4" in capsys.readouterr().err
+    assert "trained on a base in nf4; use --quantize nf4" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main([*tokens, "--quantize", "none", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -119,7 +119,7 @@ def test_a_merge_after_a_quantised_run_needs_the_flag(
     ("tokens", "code", "hint"),
     [
         (["RUN", "--to", "ggml"], 2, 'Invalid value "ggml" for --to. Choose from: "peft", "portable", "gguf"'),
-        (["RUN", "--to", "vllm", "--output", "A=B"], 2, "vLLM treats = in a path as a separator; rename it"),
+        (["RUN", "--to", "vllm", "--output", "A=B"], 2, "vLLM treats = in paths as separators; rename the folder"),
         (["RUN", "--to", "gguf", "--output", "OUT"], 2, "already exists and contains mine.txt, but only"),
         (["RUN", "--to", "gguf", "--output", "RUN"], 2, "already exists and contains adapter, but only"),
         (

@@ -103,7 +103,7 @@ def test_values_that_other_tools_and_plan_write_are_read_as_meant(tmp_path: Path
     assert LoRAConfig(layers_to_transform=7).layer_indices == {7}
     with pytest.raises(ConfigError, match="layers_to_transform"):
         parsed("--layers-to-transform", "20-x")
-    with pytest.raises(ConfigError, match="'load_in_8bit': remove it; quantize: int8 turns this on"):
+    with pytest.raises(ConfigError, match=r"'load_in_8bit'; remove it \(quantize: int8 enables this"):
         parsed(yaml="load_in_8bit: false", folder=tmp_path)
 
 

@@ -200,7 +200,7 @@ def test_paths_in_files_that_stay_as_they_are_are_refused(
     (run / ADAPTER / CARD).write_text(f"Made by me, see https://example.org/home/me.html and file://{written_out}\n")
     code, _, err = call(capsys, "push", run, "user/adapter")
     assert code == 2
-    assert "contain local paths or a token; remove them: 2 problems" in err
+    assert "contain local paths or a token. Remove them: 2 problems" in err
     assert "tokenizer_config.json contains" in err
     assert "README.md contains" in err
     assert "example" not in err

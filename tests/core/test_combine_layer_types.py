@@ -123,7 +123,9 @@ def test_shrinking_by_each_way_gives_a_file_that_computes_the_same(
         torch.testing.assert_close(outputs(loaded, "default"), outputs(model, name), rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.filterwarnings("ignore:.*PEFT cannot load this adapter:UserWarning")  # DoRA on attention and experts
+@pytest.mark.filterwarnings(
+    "ignore:.*only tailora can load this adapter, not PEFT:UserWarning"
+)  # DoRA on attention and experts
 @cases
 def test_dora_is_combined_as_dense_updates_and_shrunk_with_its_magnitudes(
     make: Any, a: dict[str, Any], b: dict[str, Any], tmp_path: Path

@@ -185,12 +185,12 @@ def test_an_adapter_that_waits_for_data_says_so_and_computes_the_base_until_then
 
 def test_unusable_data_is_refused_and_nothing_changes() -> None:
     model = language_model("kaiming")
-    with pytest.raises(AdapterError, match="needs no data"):
+    with pytest.raises(AdapterError, match="uses no data"):
         model.start_from_data(batches())
     model = LoRAModel(chat_model(), LoRAConfig(r=4, init_lora_weights="eva")).train()
     before = copy.deepcopy(model.lora_layers.state_dict())
     embedding = model.get_input_embeddings()
-    for given, words in (([], "expected a few batches"), ([("ids", "labels")], "as batches, got tuple")):
+    for given, words in (([], "no batches to initialize from"), ([("ids", "labels")], "as batches, got tuple")):
         with pytest.raises(DataError, match=words):
             model.start_from_data(given)
     for factor, words in ((float("nan"), "NaN or infinity"), (0, "are constant")):

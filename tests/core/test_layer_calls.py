@@ -68,7 +68,7 @@ def test_an_adapter_on_mamba_computes_the_same_merged() -> None:
     expected = model(ids).logits
     with model.merged():
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(TargetError, match=r"only their weights are read: .*dt_proj.*exclude_modules=\['dt_proj'\]"):
+    with pytest.raises(TargetError, match=r"only reads their weights: .*dt_proj.*exclude_modules=\['dt_proj'\]"):
         LoRAModel(mamba(), LoRAConfig(r=2, target_modules=["dt_proj"]))
 
 

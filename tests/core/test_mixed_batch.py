@@ -540,7 +540,7 @@ def test_names_that_do_not_fit_are_errors() -> None:
     [
         ((2, 8), r"0: expected 3 rows, as in adapter_rows, in the first dimension, got \(2, 8\)"),
         ((6, 8), r"got \(6, 8\)"),
-        ((1, 7, 8), "packed examples count as one row, so pad them"),
+        ((1, 7, 8), "packed examples count as one row, so use padding"),
         ((8,), r"got \(8,\)"),
         ((3,), r"got \(3,\)"),
     ],
@@ -584,12 +584,12 @@ def test_within_and_around_the_block() -> None:
         (
             lambda: nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(8, 8)])}),
             ["experts.0"],
-            r"no adapter by row on .* experts, which mix the tokens of all rows; exclude these layers: experts\.0",
+            r"a different adapter per row .* and experts, which process all rows together; exclude .*: experts\.0",
         ),
         (
             lambda: nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "b": nn.Linear(8, 8)}),
             ["a"],
-            "no adapter by row on nn.MultiheadAttention, whose rows share its weights",
+            "a different adapter per row is not supported on nn.MultiheadAttention",
         ),
     ],
 )

@@ -302,7 +302,7 @@ def test_two_adapters_that_train_the_same_module_whole_are_independent() -> None
 
 def test_a_target_inside_a_module_that_is_trained_whole_is_refused() -> None:
     base = nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 8))
-    with pytest.raises(TargetError, match=r"0\.0 is in target_modules and in modules_to_save \(0\)"):
+    with pytest.raises(TargetError, match=r"0\.0 is in both target_modules and modules_to_save \(0\)"):
         LoRAModel(base, LoRAConfig(r=2, target_modules=["0.0", "1"], modules_to_save=["0"]))
 
 

@@ -74,12 +74,12 @@ def test_selectors_select_as_many_layers_as_they_name(settings: dict[str, Any], 
         ),
         (
             {"layers_to_transform": [1, 7]},
-            r"layers_to_transform=\[7\]: no layer has this index; existing indices: 0..1",
+            r"layers_to_transform=\[7\]: no layers with these indices; the model has 0..1",
         ),
         ({"rank_pattern": {"qproj": 3}}, "rank_pattern: 'qproj' matches no adapted layer; did you mean q_proj"),
         ({"alpha_pattern": {"lm_head": 3}}, "alpha_pattern: 'lm_head' matches no adapted layer"),
         ({"modules_to_save": ["lm_heat"]}, "modules_to_save: 'lm_heat' matches no layer; did you mean lm_head"),
-        ({"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]}, "in target_modules and in modules_to_save"),
+        ({"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]}, "in both target_modules and modules_to_save"),
         ({"rank_pattern": {"k_proj": 17}}, r"k_proj: r = 17 is too large for a matrix of 32 -> 16; use 1..16"),
     ],
 )
@@ -100,7 +100,7 @@ def test_what_matches_nothing_is_an_error_that_names_the_nearest(settings: dict[
         ),
         (
             nn.Sequential(nn.ReLU(), nn.LayerNorm(4)),
-            r"no layer left to adapt with target_modules=\S+; there are none",
+            r"no layer left to adapt with target_modules=\S+; the model has none",
         ),
     ],
 )
@@ -167,7 +167,7 @@ def test_a_wildcard_lowers_the_rank_of_small_layers_at_the_same_scale(settings: 
     def base() -> nn.Module:
         return nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 3))
 
-    with pytest.warns(UserWarning, match=r"r = 16 is lowered to the smaller side.*: 1 \(3\)$"):
+    with pytest.warns(UserWarning, match=r"r = 16 exceeds the smaller dimension .* lowered .*: 1 \(3\)$"):
         model = LoRAModel(base(), LoRAConfig(r=16, **settings))
     assert [layer.r for layer in model.adapter().low_rank.values()] == [16, 3]
     alpha = 5 if "alpha_pattern" in settings else 32

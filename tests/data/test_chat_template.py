@@ -141,12 +141,16 @@ def test_text_stays_as_it_is(bytes_tokenizer, template) -> None:
 @pytest.mark.parametrize(
     ("template", "sample", "message"),
     [
-        (None, chat("a", "b"), "messages need a chat template, but the tokenizer has none: use the instruct version"),
-        (PROMPTED_THOUGHT, chat("a", "b"), "message 1 cannot be trained: .*mark the reply with .*{% generation %}"),
+        (None, chat("a", "b"), "messages need a chat template, but the tokenizer has none; use the instruct version"),
+        (
+            PROMPTED_THOUGHT,
+            chat("a", "b"),
+            "message 1 cannot be trained, because .*mark the reply with .*{% generation %}",
+        ),
         (
             CHATML + HEADER,
             Conversation([{"role": "assistant", "content": "x"}]),
-            "expected a reply after the first message, got none",
+            "there is no reply after the first message",
         ),
         (
             STRICT + "{% if false %}{% generation %}{% endgeneration %}{% endif %}",

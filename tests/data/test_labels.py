@@ -117,7 +117,7 @@ def test_targets(labels: Labels, value: Any, target: list[float]) -> None:
 
 @pytest.mark.parametrize("value", [1e308, "-1e16", 10**400, "--5", "nan", True, [1]])
 def test_a_number_that_cannot_be_learned_is_refused(value: Any) -> None:
-    with pytest.raises(DataError, match=r"label(: expected a number, got | .* overflows: divide all labels)"):
+    with pytest.raises(DataError, match=r"label(: expected a number, got | .* overflows. Divide all labels)"):
         Labels("regression", ("value",)).target(value)
 
 

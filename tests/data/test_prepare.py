@@ -121,7 +121,7 @@ def test_a_split_that_fails_names_the_rows_that_were_too_long(bytes_tokenizer, j
     rows = [PAIRS[0], *({"prompt": f"hello {number} " * 40, "completion": "you"} for number in range(5))]
     with pytest.raises(
         DataError,
-        match=r"^need two distinct examples .*, got 1 example; another 5 rows are too long for",
+        match=r"^need two distinct examples .*, got 1 example; another 5 rows exceed",
     ):
         prepare(jsonl(rows), bytes_tokenizer(), max_length=16)
 
@@ -481,23 +481,27 @@ FEEDBACK_ROWS = [{"prompt": f"{n}", "completion": f"b {n}", "label": n % 2 == 0}
         (
             [{"text": "a b"}],
             {"system": "be"},
-            "--system does not apply to text rows, it needs conversations: remove it",
+            "--system only applies to conversations, but the data has text rows; remove it",
         ),
-        ([{"text": "a b"}], {"assistant_only_loss": True}, "--assistant-only-loss does not apply to text rows"),
+        (
+            [{"text": "a b"}],
+            {"assistant_only_loss": True},
+            "--assistant-only-loss only applies to conversations, but the data has text rows",
+        ),
         (
             [{"text": "a b"}],
             {"completion_only_loss": True},
-            "--completion-only-loss does not apply to .* rows, it needs completions",
+            "--completion-only-loss only applies to completions, but the data has .* rows",
         ),
         (
             [chat_row("a", "b")],
             {"completion_only_loss": True},
-            "--completion-only-loss does not apply to .* rows, it needs completions",
+            "--completion-only-loss only applies to completions, but the data has .* rows",
         ),
         (
             PAIRS,
             {"documents": "concatenated"},
-            "--documents concatenated does not apply to p",
+            "--documents concatenated only applies to plain texts, but the data has p",
         ),
         ([{"text": "a b"}], {"completion_only_loss": True, "system": "be"}, "2 problems"),
     ],
@@ -512,7 +516,7 @@ def test_options_that_no_row_can_follow_are_refused(
 @pytest.mark.parametrize("name", ["completion_only_loss", "assistant_only_loss"])
 @pytest.mark.parametrize("rows", [[{"prompt": "a", "chosen": "b", "rejected": "c"}], FEEDBACK_ROWS])
 def test_what_is_preferred_is_the_reply_alone(bytes_tokenizer, jsonl, chatml, rows, name) -> None:
-    with pytest.raises(DataError, match="while preferences compare replies: remove it"):
+    with pytest.raises(DataError, match=r"\(preferences compare replies\), .*; remove it"):
         prepare(jsonl(rows), bytes_tokenizer(chatml), validation_split=0, **{name: False})
 
 
@@ -617,7 +621,9 @@ def test_rows_bring_their_weights(bytes_tokenizer, jsonl, tmp_path: Path) -> Non
         prepared.report.flagged["without_weight"],
         prepared.report.flagged["cut_away"],
     ) == (6, 1, 0)
-    assert warnings_of(prepared.report.to_dict())["weight 0"] == "1 rows have weight 0 and are skipped: rows.jsonl:3"
+    assert (
+        warnings_of(prepared.report.to_dict())["weight 0"] == "1 rows have weight 0, so they are skipped: rows.jsonl:3"
+    )
     table = tmp_path / "rows.csv"
     table.write_text("prompt,completion,importance\na,b,2\nc,d,\ne,f,.5\n")
     field = {"weight": "importance"}

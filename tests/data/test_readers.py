@@ -80,7 +80,7 @@ def test_every_file_type_gives_the_same_rows(tmp_path: Path, name: str, content:
         ("a.json", b'"\xff"', 0, "not UTF-8: byte 1 is 0xff"),
         ("a.csv", b"prompt,completion\na,b,c\n", 2, "expected 2 values separated by commas, as in the header, got 3"),
         ("a.csv", b"prompt,completion\na\n", 2, "expected 2 values separated by commas, as in the header, got 1"),
-        ("a.csv", b"prompt,prompt\na,b\n", 0, "duplicate columns prompt in the header: rename all but one"),
+        ("a.csv", b"prompt,prompt\na,b\n", 0, "duplicate columns prompt in the header; rename all but one"),
         ("a.csv", b'prompt\n"a', 0, "line 2: not CSV: unexpected end of data"),
         ("a.csv", b"prompt\na\n\xff\n", 0, "line 3: not UTF-8: byte 0 is 0xff"),
         ("a.csv", "prompt\nnaïve\n".encode("cp1252"), 0, "from Windows, convert it with `iconv -f WINDOWS-1252"),
@@ -130,7 +130,7 @@ def test_a_huge_file_is_not_read_at_once(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(readers, "MAX_SIZE", {".json": 2**20, ".txt": 2**20})
     (tmp_path / name).write_text(" " * (2**20 + 1))
     assert [item.cause for item in read_file(tmp_path / name) if isinstance(item, RowProblem)] == [
-        "larger than 1 MiB: use JSON lines (.jsonl), which are read one by one"
+        "larger than 1 MiB; use JSON lines (.jsonl), which are read one by one"
     ]
 
 
@@ -174,7 +174,7 @@ def test_values_of_parquet_that_python_cannot_hold_are_problems_of_their_row(
 def test_columns_of_the_same_name_are_refused_in_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), path)
-    assert list(read_file(path)) == [RowProblem(str(path), 0, "duplicate columns text: rename all but one")]
+    assert list(read_file(path)) == [RowProblem(str(path), 0, "duplicate columns text; rename all but one")]
 
 
 def test_good_lines_around_a_bad_one_are_still_read(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_the_files_of_a_split_are_known_by_their_names(folder: Path, split: str)
 
 def test_a_missing_split_is_named_with_the_files_in_the_folder(folder: Path) -> None:
     (folder / "test" / "test.jsonl").unlink()
-    with pytest.raises(DataError, match=r"no file for the split 'test'; found train.jsonl, validation-0"):
+    with pytest.raises(DataError, match=r"no file for split 'test'; found train.jsonl, validation-0"):
         read_rows(str(folder), split="test")
 
 
@@ -277,7 +277,7 @@ def test_a_number_after_the_last_equals_sign_is_a_weight_unless_a_file_has_that_
 ) -> None:
     (tmp_path / "r=2").touch()
     if "{folder}/r=2=3" in data:  # the same source twice
-        with pytest.raises(DataError, match=r"r=2 is given twice: use it once, with a weight"):
+        with pytest.raises(DataError, match=r"r=2 appears twice; list it once, with a weight"):
             parse_sources([text.format(folder=tmp_path) for text in data])
         data, sources = data[1], sources[1:]
     given = data.format(folder=tmp_path) if isinstance(data, str) else [text.format(folder=tmp_path) for text in data]
@@ -329,9 +329,9 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch) -> None:
         ("not an id", "no such file or folder"),
         (
             "{folder}/README.md",
-            r"unknown file type .md, expected one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt",
+            r"unknown file type .md; expected one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt",
         ),
-        ("{folder}/empty", "no data file in the folder, expected one of"),
+        ("{folder}/empty", "the folder has no data files; expected one of"),
     ],
 )
 def test_a_source_that_cannot_be_read_is_refused_with_suggestions(folder: Path, source: str, message: str) -> None:

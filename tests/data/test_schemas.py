@@ -348,10 +348,13 @@ def test_messages_in_another_notation_than_json_are_not_learned_as_text(key: str
             {"messages": [USER, calling({"name": "f", "arguments": "[1]"})]},
             "arguments: expected an object or its JSON text, got '[1]'",
         ),
-        ({"messages": [{**USER, "tool_calls": [CALL]}, REPLY]}, "messages[0]: expected tool calls only in assistant"),
+        (
+            {"messages": [{**USER, "tool_calls": [CALL]}, REPLY]},
+            "messages[0]: only assistant messages can have tool calls, got role user",
+        ),
         (
             {"messages": [USER, {"role": "tool", "content": "1", "tool_calls": [CALL]}, REPLY]},
-            "messages[1]: expected tool calls only in assistant messages, got role tool",
+            "messages[1]: only assistant messages can have tool calls, got role tool",
         ),
         (
             {"messages": [USER, REPLY], "tools": {"f": 1}},
@@ -383,7 +386,7 @@ def test_messages_in_another_notation_than_json_are_not_learned_as_text(key: str
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}, REPLY]},
-            "expected only text parts, got ",
+            "only text parts are supported, got ",
         ),
         ({"messages": [USER]}, "expected an assistant message with content, got none"),
         (

@@ -86,7 +86,7 @@ def test_portable_loads_in_peft(tmp_path: Path, settings: dict[str, Any], base_s
 def test_a_frozen_start_is_plain_lora_of_twice_the_rank(tmp_path: Path) -> None:
     report = adapted({"init_lora_weights": "pissa"}).export(tmp_path / "out", "portable")
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 8
-    assert "the frozen starts of 14 layers are part of their factors, at twice the rank" in report.changes
+    assert "the frozen starts of 14 layers are included in their factors, which doubles the rank" in report.changes
 
 
 def test_untied_embeddings_and_head(tmp_path: Path) -> None:
@@ -166,7 +166,9 @@ def test_all_that_a_format_cannot_hold_is_reported_at_once(tmp_path: Path, to: s
 def test_all_formats_but_peft_hold_the_strength_dial(tmp_path: Path) -> None:
     model = adapted()
     model.set_scale("default", 0.5)
-    with pytest.raises(FormatError, match=r"14 layers have a scale .* set_scale\(name, 1\), or export to 'portable'"):
+    with pytest.raises(
+        FormatError, match=r"14 layers have a strength other than 1; call set_scale\(name, 1\), or export to 'portable'"
+    ):
         model.export(tmp_path / "peft", "peft")
     report = model.export(tmp_path / "out", "portable")
     assert report.changes[0].startswith("the scale is already in the weights; keep it at 1")

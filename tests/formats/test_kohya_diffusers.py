@@ -142,7 +142,7 @@ def test_convolutions_of_a_unet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(f"lora_te1_{Q.replace('.', '_')}.lora_up.weight"), rf"{Q}: factor B is missing"),
+        (lambda t: t.pop(f"lora_te1_{Q.replace('.', '_')}.lora_up.weight"), rf"{Q}: missing factor B"),
         (
             lambda t: t.update({"lora_te1_nowhere.lora_down.weight": torch.ones(2, 2)}),
             "lora_te1_nowhere: the model has no",
@@ -153,13 +153,16 @@ def test_convolutions_of_a_unet(tmp_path: Path) -> None:
             lambda t: t.update({"something.weight": torch.ones(2)}),
             r"not plain LoRA: something\.weight \(1 of 13 keys\)",
         ),
-        (lambda t: t.update({f"lora_te1_{Q.replace('.', '_')}.alpha": torch.ones(2)}), "alpha has 2 numbers, not one"),
+        (
+            lambda t: t.update({f"lora_te1_{Q.replace('.', '_')}.alpha": torch.ones(2)}),
+            "expected a single number as alpha, got 2",
+        ),
         (lambda t: t.update({f"lora_te1_{Q.replace('.', '_')}.alpha": torch.tensor(torch.nan)}), "alpha"),
         (
             lambda t: t.update({f"lora_te1_{Q.replace('.', '_')}.lora_up.weight": torch.ones(5, 4)}),
             "misshapen .*lora_B",
         ),
-        (lambda t: t.clear(), "the model has none of the file's layers"),
+        (lambda t: t.clear(), "the model has none of the layers in the file"),
     ],
 )
 def test_keys_that_are_not_lora_or_fit_no_layer_are_refused(
@@ -176,7 +179,7 @@ def test_keys_that_are_not_lora_or_fit_no_layer_are_refused(
 
 def test_a_file_for_another_model_is_refused(tmp_path: Path, live: LoRAModel) -> None:
     save_file(kohya(live), tmp_path / "lora.safetensors")
-    with pytest.raises(FormatError, match="the model has none of the file's layers; the first is lora_te1_model"):
+    with pytest.raises(FormatError, match="the model has none of the layers in the file, such as lora_te1_model"):
         LoRAModel.from_pretrained(nn.Sequential(nn.Linear(4, 4)), tmp_path / "lora.safetensors")
 
 

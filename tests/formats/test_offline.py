@@ -110,7 +110,7 @@ def test_missing_tensors_are_named(tmp_path: Path) -> None:
     ):
         read_offline(tmp_path)
     save_file({key: tensor for key, tensor in whole.items() if "q_proj" in key}, file, {"format": "pt"})
-    assert read_offline(tmp_path).left_out == {"k_proj": "in target_modules, but without tensors in the file"}
+    assert read_offline(tmp_path).left_out == {"k_proj": "in target_modules, but the file has no tensors for it"}
     save_file({}, file, {"format": "pt"})
     with pytest.raises(FormatError, match="contains no tensors"):
         read_offline(tmp_path)

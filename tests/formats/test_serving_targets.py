@@ -226,7 +226,12 @@ def test_what_is_no_low_rank_adapter_is_merged(target: str, lora: dict[str, Any]
             {"hidden_size": 520, "head_dim": 130},
             "rank 513 is above 512",
         ),
-        ("ollama", {"target_modules": ["lm_head"]}, {"tie_word_embeddings": True}, "lm_head: tied, and llama.cpp"),
+        (
+            "ollama",
+            {"target_modules": ["lm_head"]},
+            {"tie_word_embeddings": True},
+            "lm_head: llama.cpp has a single tensor for tied",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*tied")
@@ -241,14 +246,14 @@ def test_what_one_server_does_not_take_is_merged(
 def test_a_merge_after_training_on_a_quantised_base_is_a_choice(tmp_path: Path) -> None:
     settings = replace(SETTINGS, trained_on="nf4")
     assert export_for(tmp_path / "adapter", "vllm", {}, settings).serving.format == "portable"
-    with pytest.raises(ConfigError, match=r"use_dora.* in nf4: use --quantize nf4 .* --quantize none"):
+    with pytest.raises(ConfigError, match=r"use_dora.* in nf4; use --quantize nf4 .* --quantize none"):
         export_for(tmp_path / "out", "vllm", {"use_dora": True}, settings)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_path_that_a_server_reads_as_several_is_refused(tmp_path: Path) -> None:
     for target, name in (("vllm", "a=b"), ("llama-server", "a,b")):
-        with pytest.raises(ConfigError, match=f"{name}: .* treats . in a path as a separator"):
+        with pytest.raises(ConfigError, match=f"{name}: .* treats . in paths as separators"):
             export_for(tmp_path / name, target, {})
     with pytest.raises(ConfigError, match="unknown server 'tgi'; available: vllm, llama-server"):
         export_for(tmp_path / "out", "tgi", {})

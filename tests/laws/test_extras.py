@@ -278,11 +278,15 @@ def test_two_versions_of_a_trained_embedding_are_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("base", "settings", "message"),
     [
-        (lambda: llama(False), {"trainable_token_indices": [24]}, r"no rows \[24\]; expected 0..23"),
+        (lambda: llama(False), {"trainable_token_indices": [24]}, r"indices \[24\] are out of range; expected 0..23"),
         (lambda: llama(False), {"trainable_token_indices": {"norm": [1]}}, "expected an embedding, got a LlamaRMSNorm"),
         (lambda: llama(False), {"trainable_token_indices": {"embedding": [1]}}, "'embedding' matches no module"),
         (mixed, {"trainable_token_indices": [1]}, "the model's input embedding is unknown"),
-        (lambda: llama(False), {**ROWS, "modules_to_save": ["embed_tokens"]}, "and in modules_to_save; use only one"),
+        (
+            lambda: llama(False),
+            {**ROWS, "modules_to_save": ["embed_tokens"]},
+            "and modules_to_save; remove it from one",
+        ),
         (lambda: llama(True), {**ROWS, "modules_to_save": ["lm_head"]}, "tied to model.embed_tokens is in"),
         (lambda: llama(False), {"bias": "all"}, "the model has no bias"),
         (lambda: llama(False), {"bias": "lora_only"}, "none of the adapted layers has a bias"),

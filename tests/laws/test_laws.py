@@ -150,7 +150,9 @@ def test_the_shapes_that_a_file_must_have_are_those_that_are_written(case: Layer
             assert slot_shapes(layer, with_start) == written
 
 
-@pytest.mark.filterwarnings("ignore:.*PEFT cannot load this adapter:UserWarning")  # DoRA on attention and experts
+@pytest.mark.filterwarnings(
+    "ignore:.*only tailora can load this adapter, not PEFT:UserWarning"
+)  # DoRA on attention and experts
 @pairs
 def test_an_adapter_survives_its_file(case: LayerCase, slot: str, tmp_path: Path) -> None:
     model, x = trained(case, slot), case.batch()

@@ -294,7 +294,7 @@ def test_tied_factors_warn_that_training_parts_them(tmp_path: Path) -> None:
     settings = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
     expected = written_by_peft(tied, settings, tmp_path)
     with pytest.warns(
-        UserWarning, match=r"ensure_weight_tying.*factors of model\.embed_tokens and lm_head are no longer tied"
+        UserWarning, match=r"ensure_weight_tying.*factors of model\.embed_tokens and lm_head will no longer be tied"
     ):
         ours = LoRAModel.from_pretrained(fresh(tied), tmp_path)
     torch.testing.assert_close(output(ours), expected, **TOLERANCE)
@@ -347,7 +347,7 @@ def test_the_task_of_a_classifier_is_written_only_where_its_head_is(tmp_path: Pa
 
 
 def test_layers_pattern_without_layers_is_refused() -> None:
-    with pytest.raises(ConfigError, match="layers_pattern needs layers_to_transform: set both"):
+    with pytest.raises(ConfigError, match="layers_pattern needs layers_to_transform; set both"):
         LoRAConfig(layers_pattern="h")
     with pytest.raises(ConfigError, match="is not a regular expression"):
         LoRAConfig(layers_pattern=["("], layers_to_transform=[0])

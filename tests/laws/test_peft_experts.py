@@ -182,7 +182,7 @@ def test_ranks_scales_and_dropout_of_dense_layers_named_like_experts(tmp_path: P
 
 def test_saving_says_that_peft_cannot_load_dora_there(tmp_path: Path) -> None:
     model = adapted("DeepseekV3", use_dora=True)
-    with pytest.warns(UserWarning, match=r"PEFT cannot load this adapter.*use_dora.*mlp\.gate_proj"):
+    with pytest.warns(UserWarning, match=r"only tailora can load this adapter.*use_dora.*mlp\.gate_proj"):
         model.save_adapter(tmp_path)
     assert "PEFT cannot load it" in (tmp_path / "README.md").read_text()
     assert torch.equal(logits(LoRAModel.from_pretrained(fresh("DeepseekV3"), tmp_path)), logits(model))

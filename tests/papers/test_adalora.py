@@ -189,7 +189,7 @@ def test_invalid_rank_allocations_are_refused(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD(model.lora_layers.parameters(), lr=0.1)
     with pytest.raises(AdapterError, match="never allocated"):
         model.save_adapter(tmp_path)
-    with pytest.raises(ConfigError, match="must be below the 11 steps"):
+    with pytest.raises(ConfigError, match="must be less than 11 steps"):
         model.allocate_ranks(optimizer, 11)
     plain = LoRAModel(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=2))
     with pytest.raises(AdapterError, match="fixed ranks"):

@@ -203,7 +203,7 @@ def plan() -> dict[str, Any]:
         "seconds": 80.0,
         "measured": None,
         "basis": {"memory": "estimated", "time": "a rough rule: 0.51 GFLOP a token at 53 GFLOP/s"},
-        "notes": ["the data is streamed: lengths are those of its first batch"],
+        "notes": ["the data is streamed, so lengths are estimated from the first batch"],
         "settings": {"model": "demo", "r": 16},
     }
 

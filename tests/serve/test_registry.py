@@ -224,7 +224,7 @@ def test_layers_that_cannot_be_computed_by_row_are_refused(tmp_path: Path) -> No
     LoRAModel(base, LoRAConfig(r=2, target_modules=["1"])).save_adapter(tmp_path / "attention")
     adapter_set = AdapterSet(nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2)), {})
     adapter_set.base_model.load_state_dict(base.state_dict())
-    with pytest.raises(RowsError, match="no adapter by row"):
+    with pytest.raises(RowsError, match="a different adapter per row is not supported"):
         AdapterRegistry(adapter_set, Pauses(), "base", tmp_path).load("attention", "attention")
     assert not adapter_set.adapters
 

@@ -217,11 +217,11 @@ def test_forgetting_above_its_share_of_the_gain_asks_for_a_lower_strength() -> N
     ]
     advice = only(inspection(held_out=held(0.0), forgetting=forgot(limit + 1e-3), dial=tried), "forgetting")
     assert advice.setting == {"set_scale": 0.5}  # at .75 it costs .46 for a gain of .9
-    assert "keeps 60% of the gain" in advice.says
+    assert "keeps 60% of the improvement" in advice.says
     words = shlex.split(advice.command)
     assert words[words.index("--weight") + 1] == "a=0.5"
     advice = only(inspection(held_out=held(0.0), forgetting=forgot(0.9), dial=tried[:1]), "forgetting")
-    assert "No lower strength" in advice.says
+    assert "None of the lower strengths" in advice.says
     assert not advice.command
 
 

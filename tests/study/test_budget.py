@@ -84,8 +84,8 @@ def test_less_is_done_before_the_time_is_refused() -> None:
 
 def test_too_little_time_is_refused_with_what_it_needs(tmp_path: Path) -> None:
     assert str(too_short(session(tmp_path, 3), 500, "6 runs")) == (
-        "--minutes 3 is too short: 6 runs take at least 10 min, as timed so far. Use --minutes 13 or more, fewer "
-        "steps or runs, or a smaller --max-length"
+        "--minutes 3 is too short: 6 runs take at least 10 min according to the timings so far. Use --minutes 13 "
+        "or more, fewer steps or runs, or a smaller --max-length"
     )
 
 

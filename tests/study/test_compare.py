@@ -72,7 +72,9 @@ def test_a_comparison_runs_resumes_and_judges(small_run: TrainConfig, tmp_path: 
     assert wider.settings["compare"]["margin"] == 5.0
     with pytest.raises(ConfigError, match=r'forgetting_data was null and is now "texts\.jsonl"'):
         compare(train, SMALL.replaced(forgetting_data="texts.jsonl"))
-    with pytest.raises(ConfigError, match=r"r was 4 and is now 2; .*max_steps was null and is now 7.*Use the previous"):
+    with pytest.raises(
+        ConfigError, match=r"r was 4 and is now 2; .*max_steps was null and is now 7.*To resume it, use its settings"
+    ):
         compare(train.replaced(r=2, max_steps=7), SMALL)
     with pytest.raises(ConfigError, match='minutes was "not given" and is now "given"'):
         compare(train, SMALL.replaced(minutes=5.0))
@@ -125,7 +127,7 @@ def test_minutes_are_planned_once_and_a_comparison_may_be_asked_for_more(
     train = small_run.replaced(output_dir=str(tmp_path / "study"), max_steps=3)
     asked, heard = SMALL.replaced(minutes=5.0, seeds=1), []
     first = compare(train, asked, log=heard.append, run_trial=run_here)
-    assert "3 steps per run, so that all runs fit into --minutes" in heard
+    assert "3 steps per run, to fit all runs into --minutes" in heard
     plan = json.loads((tmp_path / "study" / "plan.json").read_text())
     assert (plan["max_steps"], plan["seeds"], plan["held_out"], plan["minutes"]) == (3, 1, None, 5)
     runs = tmp_path / "study" / "runs"
@@ -139,7 +141,7 @@ def test_minutes_are_planned_once_and_a_comparison_may_be_asked_for_more(
         train, asked.replaced(minutes=0.001, seeds=9), log=heard.append, run_trial=run_here
     )  # no time for more: what is there
     assert short.arms == first.arms
-    planned = "runs have 3 steps, as planned for --minutes 5; for longer runs use a different --output-dir"
+    planned = "runs have 3 steps, as planned for --minutes 5; for longer runs, use a different --output-dir"
     assert short.notes == [planned, "only 1 of 9 seeds fit into --minutes"]
     more = compare(train, asked.replaced(seeds=2), run_trial=run_here)
     assert more.seeds == [1, 2]

@@ -133,7 +133,7 @@ def test_max_steps_is_the_length_of_the_run(small_run: TrainConfig, tmp_path: Pa
 
     for steps, told in (
         (40, "no such data"),
-        (29, "--max-steps 29 is too low for a range of learning rates: use 30 or more"),
+        (29, "--max-steps 29 is too low to cover the learning rates; use 30 or more"),
     ):
         train = small_run.replaced(max_steps=steps, output_dir=str(tmp_path / str(steps)))
         with pytest.raises(ConfigError, match=told):

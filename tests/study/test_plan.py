@@ -272,7 +272,7 @@ def test_pairs_are_planned_as_they_are_trained(loss: str, small_run: TrainConfig
 def test_a_few_real_steps_on_pairs_need_no_reference(small_run: TrainConfig, pairs: Path) -> None:
     planned = plan(small_run.replaced(data=str(pairs), per_device_train_batch_size=4), measure=True)
     assert planned.measured is not None
-    with pytest.raises(ConfigError, match="real steps on preferences: add --data"):
+    with pytest.raises(ConfigError, match="real steps on preferences; add --data"):
         plan(TrainConfig(model=small_run.model, loss="dpo"), measure=True)
 
 

@@ -168,14 +168,14 @@ def test_too_little_time_for_a_search_is_refused_with_what_it_needs(small_run: T
 
     with pytest.raises(
         ConfigError,
-        match=r"--minutes 0\.1 is too short: 6 trials of 9 steps and 4 final runs take at least 1 min, as timed",
+        match=r"--minutes 0\.1 is too short: 6 trials of 9 steps and 4 final runs take at least 1 min according to",
     ):
         search(train, SearchConfig(minutes=0.1), run_trial=not_run)
     with pytest.raises(
         ConfigError, match=r"9 trials .* and 3 final runs .* Use --minutes \d+ or more, fewer steps or runs"
     ):
         search(train, SearchConfig(minutes=9, trials=9, seeds=3, finalists=1), run_trial=slow)
-    with pytest.raises(ConfigError, match=r"--minutes 9 is too short: the 30 steps for a range of learning rates"):
+    with pytest.raises(ConfigError, match=r"--minutes 9 is too short: the 30 steps needed to cover the learning rates"):
         find_range(train.replaced(output_dir=str(tmp_path / "range")), SearchConfig(minutes=9), run_trial=slow)
 
 
@@ -240,6 +240,6 @@ def test_a_database_that_fails_in_the_middle_of_a_search_is_named(
 def test_the_command_says_what_is_wrong_with_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.yaml").write_text("trials: 3\nspace: {r: [4, 8], lr: 1e-4..1e-3}\nr: 4\n")
     assert main(["search", "--config", str(tmp_path / "run.yaml"), "--output-dir", str(tmp_path / "out")]) == 2
-    assert "r: given as a fixed value and in --space" in capsys.readouterr().err
+    assert "r: both set to a fixed value and listed in --space" in capsys.readouterr().err
     assert main(["search", "--trials", "1"]) == 2
     assert main(["search", "--space", "ranks=4"]) == 2

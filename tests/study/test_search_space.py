@@ -41,13 +41,13 @@ def test_a_space_is_read_from_text_lists_and_ranges() -> None:
         ({"ranks": "4"}, "unknown setting 'ranks'; did you mean rank"),
         ({"lora_dim": "4"}, "unknown setting 'lora_dim'; use r"),
         ({"warmup_steps": "4"}, "unknown setting 'warmup_steps'; use warmup_ratio, a share"),
-        ({"model": "x"}, "model cannot be searched, because all trials must share it"),
+        ({"model": "x"}, "model cannot be searched, because it must be the same for all trials"),
         ({"beta": [0.1, 0.5]}, "beta cannot be searched"),  # the losses are not comparable
         ({"r": "0,4"}, "greater than or equal to 1"),
         ({"learning_rate": "1e-2..1e-4"}, "0.01 is not below 0.0001"),
-        ({"orth_reg_weight": "0..1"}, "no logarithm"),
+        ({"orth_reg_weight": "0..1"}, "logarithmic and cannot start at 0"),
         ({"scale": "1,2", "alpha": "8"}, "use either scale or lora_alpha"),
-        ({"r": "4", "rank": "8"}, "r is given twice"),
+        ({"r": "4", "rank": "8"}, "r appears twice"),
         ({"r": []}, "expected at least one value"),
         ({"rank_pattern": "x"}, "patterns"),
         ({"use_dora": "1..3"}, "boolean"),
@@ -64,7 +64,7 @@ def test_settings_that_have_a_value_are_not_search_axes() -> None:
     assert search_axes({}, TrainConfig()) == DEFAULT
     assert list(search_axes({}, TrainConfig(adapter="there"))) == ["learning_rate"]
     assert "lora_alpha" not in search_axes(read_space({"scale": "1,2"}), TrainConfig())
-    with pytest.raises(ConfigError, match="given as a fixed value and in --space"):
+    with pytest.raises(ConfigError, match="both set to a fixed value and listed in --space"):
         search_axes(read_space({"r": "4,8"}), TrainConfig(r=8))
     with pytest.raises(ConfigError, match="compare"):
         search_axes({}, TrainConfig(method="full", learning_rate=1e-5))

@@ -97,7 +97,7 @@ def test_tries_that_ended_early_were_cut_short_by_the_minutes(tries: int, remedy
     runs = {arm: [trial(np.linspace(1, 2, 10), counts, seed, 10) for seed in (1, 2)] for arm in ("a", "b")}
     study = CompareConfig(arms={"a": {}, "b": {"r": 2}}, rate_tries=tries)
     found = evaluate_arms(study, {"a": rates(1e-3), "b": search}, runs, notes=[], settings={}, seconds=1.0)
-    assert f"The best learning rate of b, 0.001, is at the edge of those tried (0.001): use a higher {remedy}." in (
+    assert f"The best learning rate of b, 0.001, is at the edge of those tried (0.001); use a higher {remedy}." in (
         found.verdict
     )
 

@@ -174,7 +174,7 @@ def test_runs_that_were_made_alone_stay_so(train: TrainConfig, template: Path, m
 def test_minutes_need_a_device_for_each_worker(run: Any, train: TrainConfig) -> None:
     """What one run takes alone says nothing of runs that share the cores."""
     schema = CompareConfig if run is compare else SearchConfig
-    with pytest.raises(ConfigError, match=r"--minutes 5 cannot be combined with --workers 2 on a CPU, .*: remove one"):
+    with pytest.raises(ConfigError, match=r"--minutes 5 cannot be combined with --workers 2 on a CPU, .*; remove one"):
         run(train, schema(minutes=5, workers=2), run_trial=not_run)
     assert not Path(train.output_dir).exists()
 
@@ -210,9 +210,9 @@ def four_cards(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("four_cards")
 def test_each_worker_has_a_device_of_its_own() -> None:
     assert [worker.device for worker in make_workers(3, "auto")] == ["cuda:0", "cuda:1", "cuda:2"]
-    with pytest.raises(ConfigError, match=r"has only cuda:0, cuda:1, cuda:2, cuda:3: use --workers 4"):
+    with pytest.raises(ConfigError, match=r"has only cuda:0, cuda:1, cuda:2, cuda:3; use --workers 4"):
         make_workers(5, "cuda")
-    with pytest.raises(ConfigError, match="got --device cuda:1: use --device cuda"):
+    with pytest.raises(ConfigError, match="got --device cuda:1; use --device cuda"):
         make_workers(2, "cuda:1")
 
 
@@ -238,7 +238,7 @@ def test_devices_that_no_variable_hides_are_not_shared_out_to_several_processes(
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setattr(device, "devices", lambda: cards)
     monkeypatch.setattr(device, "choose_device", lambda _: cards[0])
-    with pytest.raises(ConfigError, match=r"--workers 2 with --nproc-per-node 2: .* the device is xpu: remove"):
+    with pytest.raises(ConfigError, match=r"--workers 2 with --nproc-per-node 2 .* the device is xpu; remove"):
         make_workers(2, "auto", processes=2)
 
 

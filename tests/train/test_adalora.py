@@ -33,5 +33,5 @@ def test_settings_of_adalora_need_a_target_and_fit_the_others(settings: Any) -> 
         settings(tinit=3)
     with pytest.raises(ConfigError, match="target_r = 9 is above r = 4"):
         run(settings(target_r=9))
-    with pytest.raises(ConfigError, match="must be below the 4 steps"):
+    with pytest.raises(ConfigError, match="must be less than 4 steps"):
         run(settings(target_r=2, tinit=2, tfinal=2, max_steps=4))

@@ -378,7 +378,7 @@ def test_a_run_resumes_in_as_many_processes(
         ("2", "auto", "cuda:0 cpu", {"ACCELERATE_TORCH_DEVICE": "cpu"}, 2),
         ("2", "cuda:1", "cuda:0 cuda:1 cpu", {}, "; use --device cuda"),
         ("1", "cuda:1", "cuda:0 cuda:1 cpu", {}, 1),
-        ("gpu", "npu", "cuda:0 cpu", {}, "no device 'npu' on this machine: torch .* finds cuda:0, cpu"),
+        ("gpu", "npu", "cuda:0 cpu", {}, "no device 'npu' on this machine; torch .* finds cuda:0, cpu"),
     ],
 )
 def test_the_number_of_processes(
