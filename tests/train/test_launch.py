@@ -423,7 +423,7 @@ def test_mistakes_are_refused_once_before_any_process_is_started(
 def test_a_process_of_ours_starts_and_counts_no_others(
     config_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(_: object) -> None:
+    def refuse(_: object, **__: object) -> None:
         raise ConfigError("this process trains")
 
     monkeypatch.setenv(LAUNCHED_BY_TAILORA, "2")
