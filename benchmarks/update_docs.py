@@ -89,13 +89,10 @@ def machines() -> str:
         for title, folder in MACHINES.items()
         for cpu in [read("demo", folder)["machine"]]
     ]
-    packages = tables.packages(read("demo"))
+    packages, measured = tables.packages(read("demo")), ("demo", "processors", *tables.SPEED)
     for folder in MACHINES.values():
         for path in sorted((RESULTS / folder).glob("*.json")):
-            if (
-                path.stem in ("demo", "processors", *tables.SPEED)
-                and tables.packages(read(path.stem, folder)) != packages
-            ):
+            if path.stem in measured and tables.packages(read(path.stem, folder)) != packages:
                 raise SystemExit(f"{path} was measured with {tables.packages(read(path.stem, folder))}, not {packages}")
     return f"{tables.table(['', 'cores', 'CPU', 'bf16'], rows)}\n\nPackages: {packages}."
 

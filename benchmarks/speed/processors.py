@@ -128,6 +128,7 @@ def figures(turns: dict[str, list[Turn]], tokens: float, dtype: str) -> dict[str
         "memory_x_peft": measure.spread([above["tailora"] / above["PEFT"]]),
         "bound_seconds": bound,
         "x_bound": measure.spread([value / bound for value in cpu["tailora"]]),
+        "peft_x_bound": measure.spread([value / bound for value in cpu["PEFT"]]),
         "runs": cpu,
     }
 
