@@ -129,8 +129,7 @@ class _Linear(torch.autograd.Function):
 
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor | None:
     """Returns x W^T + b + x A^T B^T, rounded once, within `Float32Products`; None if 16 bits are faster, or outside."""
-    modes: list[Any] = [] if torch.compiler.is_compiling() else _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    tokens = next((mode.tokens for mode in reversed(modes) if isinstance(mode, Float32Products)), None)
+    tokens = _current_tokens()
     if tokens is None or A.dtype != torch.float32 or not _pays(tokens, x, weight):
         return None
     y: Tensor = _Linear.apply(x, weight, bias, A, B)  # type: ignore[no-untyped-call]
@@ -164,6 +163,17 @@ class Float32Products(TorchFunctionMode):
 def float32_products(tokens: int | None) -> AbstractContextManager[object]:
     """Within the block, 16-bit products of `tokens` or more are computed in float32; None: all in 16 bits."""
     return nullcontext() if tokens is None else Float32Products(tokens)
+
+
+def _current_tokens() -> int | None:
+    """Returns the tokens of the innermost `Float32Products`; None outside, and in the compiler."""
+    modes: list[Any] = [] if torch.compiler.is_compiling() else _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return next((mode.tokens for mode in reversed(modes) if isinstance(mode, Float32Products)), None)
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+    """The `context_fn` of torch's checkpoint: torch leaves all modes in a backward, and recomputing there needs ours."""
+    return nullcontext(), float32_products(_current_tokens())
 
 
 def use_fastest_products(base: nn.Module) -> None:

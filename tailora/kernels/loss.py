@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from tailora.core.device import copies_by_itself
+from tailora.core.float32_products import checkpoint_contexts
 from tailora.data.dataset import IGNORED
 
 CHUNK_BYTES = 12 << 20  # of logits: 128 rows of 49,152 tokens, which take 1.1 times as long as 320 in 30 MB
@@ -60,7 +61,8 @@ def recomputed_head(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Te
     size = chunk_rows(vocabulary, hidden)
     parts = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
     if torch.is_grad_enabled():
-        return torch.cat([checkpoint(losses_of, *part, use_reentrant=False) for part in parts])
+        options: dict[str, Any] = {"use_reentrant": False, "context_fn": checkpoint_contexts}
+        return torch.cat([checkpoint(losses_of, *part, **options) for part in parts])
     return torch.cat([losses_of(*part) for part in parts])
 
 

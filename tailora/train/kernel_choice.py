@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tailora.core.attach import evaluating
 from tailora.core.device import HALF, synchronize
-from tailora.core.float32_products import fastest_products
+from tailora.core.float32_products import checkpoint_contexts, fastest_products
 from tailora.core.quantization import is_quantized
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
@@ -442,7 +442,7 @@ def checkpointed_layers(base: PreTrainedModel) -> Iterator[None]:
     enable = base.activation_checkpointing_enable if new else base.gradient_checkpointing_enable
     disable = base.activation_checkpointing_disable if new else base.gradient_checkpointing_disable
     try:
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
     except ValueError as error:
         raise ConfigError(f"gradient_checkpointing: {error}; remove it") from None
     base.disable_input_require_grads()

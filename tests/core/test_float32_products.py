@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core import float32_products
 from tailora.core.attach import attached_parts
 from tailora.core.device import HALF
-from tailora.core.float32_products import Float32Products, fastest_products, use_fastest_products
+from tailora.core.float32_products import Float32Products, checkpoint_contexts, fastest_products, use_fastest_products
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import LINEAR
 from tailora.kernels import cpu_attention
@@ -193,6 +194,16 @@ def test_forwards_of_enough_tokens_use_the_faster_products(monkeypatch: pytest.M
     with pytest.raises(IndexError):
         base(input_ids=torch.full((1, 8), 10**6))
     assert len(_get_current_function_mode_stack()) == 0
+
+
+def test_what_checkpointing_computes_again_is_the_same() -> None:
+    """torch leaves all modes in a backward, so without contexts it would recompute in 16 bits, or fail."""
+    torch.manual_seed(0)
+    weight, x = random(8, 8), random(TOKENS, 8, grad=True)
+    with Float32Products(TOKENS), Operators() as operators:
+        y = checkpoint(lambda x: F.linear(x, weight).exp(), x, use_reentrant=False, context_fn=checkpoint_contexts)
+        torch.autograd.backward(y.sum())
+    assert {precision for _, precision in operators.seen} == {torch.float32}
 
 
 # ---- The choice
