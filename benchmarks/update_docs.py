@@ -55,8 +55,8 @@ def readme_table() -> str:
         f"Medians of {repeats} runs on {tables.machine(demo)}. Both train the same rows in the same order, with r = 16 "
         "on every linear layer of a bf16 base; PEFT's loop groups rows by length and computes logits only where there "
         "is a label.",
-        f"The Trainer of transformers around PEFT takes {trainer_ratio(real):.2f} times tailora's time. On a machine "
-        f"without AMX, tailora trains {speed_ratio(there):.2f} times as many tokens a second as the hand-written loop. "
+        f"PEFT with the transformers `Trainer` takes {trainer_ratio(real):.2f} times as long as tailora. On a machine "
+        f"without AMX, tailora is {speed_ratio(there):.2f} times as fast as the hand-written loop (in tokens/s). "
         "All figures: [speed and memory](docs/performance.md).",
     )
     return "\n\n".join([tables.demo_in_brief(demo["summary"]), *lines])
@@ -374,7 +374,7 @@ def verify_trials() -> str:
         wrong = [verdict for verdict in verdicts if verdict != "adapter"]
         cells.append([server, base, str(len(verdicts)), str(len(wrong)), ", ".join(sorted(set(wrong)))])
     text = (
-        f"Adapters of {content['steps']} steps on the demo's model, on {tables.machine(content)}. "
+        f"Adapters trained for {content['steps']} steps on the demo's model, using {tables.machine(content)}. "
         f"{tables.packages(content)}."
     )
     return f"{tables.table(['server', 'base', 'trials', 'false alarms', 'their verdicts'], cells)}\n\n{text}"

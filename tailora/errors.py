@@ -177,3 +177,9 @@ def require_packages(*packages: str, extra: str) -> None:
     """Raises ConfigError if one of these packages is not installed. extra: the extra of tailora that installs them."""
     if missing := [package for package in packages if find_spec(package) is None]:
         raise ConfigError(f"{', '.join(missing)} not installed; run: pip install 'tailora[{extra}]'")
+
+
+def value_type(value: object) -> str:
+    """Names the type of a JSON or YAML value for a message, such as 'a string'; dates and others by their class."""
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
+    return {**names, list: "a list", dict: "an object"}.get(type(value), type(value).__name__)

@@ -151,8 +151,12 @@ def eval(
     gates, metric_names = parse_gates(gate or []), parse_metrics(metrics or [])
     data_gates = [gate for gate in gates if not (harness.names and gate.is_on_task)]
     if data is None and (data_gates or not harness.names):
-        what = f"--gate {data_gates[0]} needs held-out data" if data_gates else "nothing to evaluate on"
-        raise ConfigError(f"{what}; use --data FILE, or --tasks of lm-evaluation-harness with gates on TASK/METRIC")
+        if data_gates:
+            raise ConfigError(
+                f"--gate {data_gates[0]} needs held-out data; use --data FILE, or --tasks TASK with gates on "
+                "TASK/METRIC"
+            )
+        raise ConfigError("nothing to evaluate on; use --data FILE, or --tasks TASK (lm-evaluation-harness)")
     check_sources(data=[data])
     target = find_target(adapter, model)
     base = base and target.folder is not None
@@ -164,7 +168,10 @@ def eval(
 
     to_start = 0 if nproc_per_node is None or is_launched_by_tailora() else count_processes(nproc_per_node, device)
     if harness.names and max(to_start, world_size()) > 1:
-        raise ConfigError("--tasks runs in one process; remove --nproc-per-node or torchrun, or use --data only")
+        raise ConfigError(
+            "--tasks runs in a single process only; remove --nproc-per-node (or do not use torchrun), or drop --tasks "
+            "and evaluate --data alone"
+        )
     if to_start > 1:
         log(f"starting {to_start} processes")
         return launch(ARGUMENTS.get(), to_start, results=[GATE_NOT_MET])
@@ -178,7 +185,8 @@ def eval(
             raise ConfigError(f"a model for {labels.task} needs rows with labels; use --data instead of --tasks")
         if nproc_per_node is not None or world_size() > 1:
             raise ConfigError(
-                "models that predict labels are evaluated in one process; remove --nproc-per-node or torchrun"
+                "models that predict labels are evaluated in a single process only; remove --nproc-per-node (or do not "
+                "use torchrun)"
             )
         log_columns(flags, config)
         loaded = load_model(target.model, folders, quantize=quantize, dtype=config.dtype, device=device, labels=labels)

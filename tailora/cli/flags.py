@@ -55,7 +55,7 @@ Overwrite = Annotated[
 ]
 NprocPerNode = Annotated[
     str | None,
-    Parameter(name="--nproc-per-node", help="number of processes to start, or gpu or auto for one per device"),
+    Parameter(name="--nproc-per-node", help="number of processes to start; 'gpu' or 'auto' starts one per device"),
 ]
 ConfigFile = Annotated[Path | None, Parameter(name="--config", help="YAML file with settings; flags override it")]
 

@@ -72,8 +72,8 @@ def push(
 ) -> int:
     """Upload an adapter to the Hugging Face Hub, with a model card.
 
-    New repositories are private by default. All files are checked first and uploaded in one commit. Samples, logs,
-    data and local paths are not uploaded.
+    New repositories are private by default. All files are checked first and uploaded in one commit. Logs, data
+    and local paths are not uploaded. Samples are not uploaded unless --samples is given.
     """
     check_repository_name(repository)
     path = adapter_folder(folder)

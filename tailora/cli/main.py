@@ -68,9 +68,9 @@ COMMANDS = {  # name -> file in this folder, what `tailora --help` says
 DATA_COMMANDS = ("demo", "plan", "train", "compare", "eval", "search", "predict")  # with the flag --data
 SUMMARY = "Fine-tune a language model with LoRA, and know whether it worked."
 EPILOGUE = """\
-Exit codes: 0 success, 1 failure, 2 wrong usage or settings, 3 diverged,
-4 quality gate not met, run does not fit or adapter not in use,
-5 worse than before training, 130 interrupted."""
+Exit codes: 0 success; 1 failure; 2 invalid usage or settings; 3 diverged;
+4 quality gate not met, run does not fit, or adapter not in use;
+5 worse than before training; 130 interrupted."""
 HELP = DefaultFormatter(column_specs=(NameColumn.copy(renderer=NameRenderer(max_width=34)), DescriptionColumn))
 ENVIRONMENT = {  # for torch's libraries; variables that are already set stay unchanged
     "GOMP_SPINCOUNT": "10000",  # of idle OpenMP threads; the default of 300,000 is slow if other processes run

@@ -127,7 +127,8 @@ def serve(
             log(f"models: {', '.join([registry.base_name, *folders])}")
             systems = {adapter.name: adapter.system for adapter in registry.list()}
             report_systems({registry.base_name: system, **systems}, folders)
-            log(f"listening at {address(host, listener)}, with a page to try it at /; stop with Ctrl-C")
+            url = address(host, listener)
+            log(f"listening at {url} (open it in a browser to try the model); press Ctrl-C to stop")
             server = HTTPServer(config, app.state.server, log)
             gc.collect()
             gc.freeze()  # scanning all modules again would pause all requests for 0.2 s

@@ -130,7 +130,7 @@ FILES = {
     SAMPLES: "the answers shown above",
     "metrics.jsonl": "loss, learning rate and speed of every step",
     "examples.jsonl": "loss of each held-out example, before and after training",
-    "skipped-rows.jsonl": "rows of the data that were skipped, with the reasons",
+    "skipped-rows.jsonl": "the rows that were skipped, and why",
     "run.json": "settings, versions, seeds and data hash, to reproduce the run",
     "config.yaml": "the settings; --config runs them again",
     REPORT: "the numbers of report.html, for programs",

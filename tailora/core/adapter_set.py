@@ -288,7 +288,7 @@ def check_base(base_model: Any) -> None:
     """Raises TargetError if the base model is not a module or already has adapters."""
     if not isinstance(base_model, nn.Module):
         hint = "; load it first: AutoModelForCausalLM.from_pretrained(...)" if isinstance(base_model, str) else ""
-        raise TargetError(f"expected a torch.nn.Module as base_model, got a {type(base_model).__name__}{hint}")
+        raise TargetError(f"expected a torch.nn.Module as base_model, got {type(base_model).__name__}{hint}")
     has_adapters = isinstance(getattr(base_model, "_adapter_set", None), AdapterSet)
     if has_adapters or any(isinstance(module, Swapped) for module in base_model.modules()):
         raise TargetError("this model already has tailora adapters; use its add_adapter, or call unload() first")

@@ -196,7 +196,7 @@ def _token_targets(model: Any, modules: Modules, config: LoRAConfig) -> tuple[di
             tokens[path], module = indices, modules[path]
             at = f"trainable_token_indices: {path}"
             if layer_type_of(module) is not EMBEDDING:
-                problems.append(f"{at}: expected an embedding, got a {type(module).__name__}")
+                problems.append(f"{at}: expected an embedding, got {type(module).__name__}")
                 continue
             if reason := obstacle(module):
                 problems.append(f"{at}: {reason}")

@@ -137,7 +137,7 @@ class LoRALayer(nn.Module):
             self.lora_bias = nn.Parameter(torch.zeros(len(self.lora_B), device=device, dtype=dtype))
         scaling = self._scalar(self.configured_scaling)
         if self.configured_scaling > torch.finfo(scaling.dtype).max:
-            raise ConfigError(f"lora_alpha = {self.lora_alpha:g} overflows {scaling.dtype}; use 1 to 1000")
+            raise ConfigError(f"lora_alpha = {self.lora_alpha:g} overflows {scaling.dtype}; use a value from 1 to 1000")
         self.register_buffer("scaling", scaling)
         if learn_scaling:
             self.scaling = nn.Parameter(scaling)

@@ -270,7 +270,7 @@ def weight_of(layer: nn.Module, name: str = "weight") -> Tensor:
     module, name = parameter_owner(layer, name)
     weight = module._parameters[name] if name in module._parameters else getattr(module, name)
     if not isinstance(weight, Tensor):
-        raise TargetError(f"expected a tensor for {type(module).__name__}.{name}, got a {type(weight).__name__}")
+        raise TargetError(f"expected a tensor for {type(module).__name__}.{name}, got {type(weight).__name__}")
     return weight
 
 

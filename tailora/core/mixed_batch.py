@@ -541,7 +541,7 @@ class MixedModule(nn.Module):
         dim = self.batch.dim
         for output, count in zip(outputs, counts, strict=True):
             if not isinstance(output, Tensor | None):
-                raise RowsError(f"{self.path}: expected tensors as output, got a {type(output).__name__}")
+                raise RowsError(f"{self.path}: expected tensors as output, got {type(output).__name__}")
             if output is not None and (output.ndim <= dim or output.shape[dim] != count):
                 shape = tuple(output.shape)
                 raise RowsError(f"{self.path}: expected {count} rows in dimension {dim} of the output, got {shape}")

@@ -153,7 +153,7 @@ def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
         same scale, with rank_pattern and alpha_pattern. If r is too large for every layer, `select` raises an error.
     """
     if not isinstance(config, LoRAConfig):
-        raise ConfigError(f"expected a LoRAConfig, such as LoRAConfig(r=16), got a {type(config).__name__}")
+        raise ConfigError(f"expected a LoRAConfig, such as LoRAConfig(r=16), got {type(config).__name__}")
     is_open = config.target_modules == "all-linear" and config.modules_to_save is None
     heads = task_heads(model) if is_open or config.task_type in HEADS_OF_TASK else []
     if missing := [head for head in heads if head not in (config.modules_to_save or [])]:

@@ -398,7 +398,7 @@ class DataReport:
 WARNINGS = {  # count in the report -> name, meaning
     "truncated": ("truncated", "examples are longer than --max-length"),
     "without_weight": ("weight 0", "rows have weight 0, so they are skipped"),
-    "cut_away": ("no targets", "examples have no trained tokens left after truncation, so they are skipped"),
+    "cut_away": ("no targets", "examples have no tokens to train on after truncation, so they are skipped"),
     "skipped": ("skipped", "rows cannot be used"),
     "split_rows": (
         "split",

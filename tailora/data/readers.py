@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tailora.errors import DataError, listing, nearest, nearest_path
+from tailora.errors import DataError, listing, nearest, nearest_path, value_type
 
 MAX_SHOWN = 20  # problems in one error
 MAX_SIZE = {".json": 2**31, ".txt": 2**27}  # bytes; these files are read at once and need several times their size
@@ -248,7 +248,7 @@ def _json_cause(error: Exception) -> str:
 def _row(path: Path, number: int, value: Any, is_item: bool = False) -> Row | RowProblem:
     if isinstance(value, dict):
         return Row(str(path), number, value, is_item)
-    cause = f"expected a JSON object {{...}}, got a {type(value).__name__}"
+    cause = f"expected a JSON object {{...}}, got {value_type(value)}"
     return RowProblem(str(path), number, cause, is_item, content=value)
 
 

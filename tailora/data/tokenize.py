@@ -168,7 +168,7 @@ def _encode_texts(samples: Sequence[Sample], tokenizer: ChatTokenizer) -> list[l
             of_text = tokenize_long(part.text, tokenizer) if len(part.text) > PIECE else next(tokens)
             examples.append(Example.of_text(*loss_mask(part, of_text, tokenizer)))
         if not all(example.supervised for example in examples):
-            raise DataError("the row has no trained token, so there is nothing to learn")
+            raise DataError("the row has no tokens to train on")
         return [
             EncodedSample(part.sample, example.beginning(max_length), len(example.input_ids), number, len(parts))
             for number, (part, example) in enumerate(zip(parts, examples, strict=True))

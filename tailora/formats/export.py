@@ -367,7 +367,7 @@ def load_merged(folder: Path, source: ExportSource) -> nn.Module:
         template = AutoTokenizer.from_pretrained(folder).chat_template
         problems += ["the chat template has changed"] if template != source.tokenizer.chat_template else []
     if problems:
-        raise FormatError(f"the merged model differs after loading it again: {'; '.join(problems)}")
+        raise FormatError(f"the merged model does not load back as it was saved: {'; '.join(problems)}")
     return cast(nn.Module, model)
 
 

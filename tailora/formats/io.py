@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from tailora.core.cache import cache_folder
-from tailora.errors import ConfigError, FormatError, TailoraError, WriteError
+from tailora.errors import ConfigError, FormatError, TailoraError, WriteError, value_type
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -233,7 +233,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     settings = _read_json(path)
     if not isinstance(settings, dict):
-        raise FormatError(f"{path}: expected a JSON object, got a {type(settings).__name__}")
+        raise FormatError(f"{path}: expected a JSON object, got {value_type(settings)}")
     return settings
 
 
@@ -247,9 +247,9 @@ def read_own_json(path: Path, kind: type[Kind], remedy: str) -> Kind:
     except ValidationError as error:
         first = error.errors()[0]
         where = "".join(f"{part}: " for part in first["loc"])
-        raise FormatError(f"{path} is damaged ({where}{first['msg']}): {remedy}") from None
+        raise FormatError(f"{path} is damaged ({where}{first['msg']}); {remedy}") from None
     except FormatError as error:
-        raise FormatError(f"{error}: {remedy}") from None
+        raise FormatError(f"{error}; {remedy}") from None
 
 
 def _read_json(path: Path) -> Any:

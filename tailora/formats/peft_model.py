@@ -54,7 +54,7 @@ def read_peft_model(peft_model: Any) -> tuple[dict[str, Adapter], tuple[str, ...
     except ImportError:
         raise TargetError("a PeftModel can only be converted if PEFT is installed: pip install peft") from None
     if not isinstance(peft_model, PeftModel):
-        raise TargetError(f"expected a PeftModel from peft.get_peft_model, got a {type(peft_model).__name__}")
+        raise TargetError(f"expected a PeftModel from peft.get_peft_model, got {type(peft_model).__name__}")
     model = peft_model.get_base_model()
     layers = _tuner_layers(model)
     if merged := [path for path, layer in layers.items() if layer.merged]:

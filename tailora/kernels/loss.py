@@ -174,7 +174,9 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         _refuse_second_order()
         if ctx.used:
-            raise RuntimeError("the backward of this loss has already run and freed its memory; compute the loss again")
+            raise RuntimeError(
+                "the backward pass of this loss has already run and freed its memory; compute the loss again"
+            )
         ctx.used = True
         (gradient,) = ctx.saved_tensors
         # in blocks, because a product of two dtypes copies both to the wider

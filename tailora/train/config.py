@@ -170,7 +170,7 @@ class TrainConfig(StrictModel):
         "auto", description="pack several examples into one row, without attention across examples"
     )
     skip_bad_rows: bool = Field(
-        False, description="skip unusable rows and write them to skipped-rows.jsonl with the reasons"
+        False, description="skip unusable rows and write them to skipped-rows.jsonl, each with the reason"
     )
     streaming: bool = Field(False, description="stream the data instead of loading it first; requires --max-steps")
     # optimization

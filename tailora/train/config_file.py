@@ -18,7 +18,7 @@ from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEv
 from ruamel.yaml.reader import ReaderError
 
 from tailora.data.messages import SURROGATE
-from tailora.errors import ConfigError
+from tailora.errors import ConfigError, value_type
 
 MAX_BYTES, MAX_DEPTH, MAX_ALIASES, MAX_SCALAR, MAX_VALUES = 100_000, 20, 20, 3_000, 5_000
 
@@ -71,7 +71,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if settings is None:
         return {}
     if not isinstance(settings, dict):
-        raise ConfigError(f"--config {path}: expected a mapping of settings, got a {type(settings).__name__}; {REMEDY}")
+        raise ConfigError(f"--config {path}: expected a mapping of settings, got {value_type(settings)}; {REMEDY}")
     keys: dict[str, Any] = {}  # name of the setting -> the key as it is written
     for key in settings:
         name = str(key).replace("-", "_")

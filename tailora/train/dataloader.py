@@ -211,7 +211,7 @@ def stream_notes(data: TrainingData, max_length: int) -> list[str]:
     rows = f"of {counts.rows:,} streamed rows"
     numbers, locations = counts.flagged.numbers, counts.flagged.locations
     if cut := numbers["truncated"]:
-        lost = f" ({numbers['cut_away']:,} were skipped, with nothing to learn before the cut)"
+        lost = f" ({numbers['cut_away']:,} were skipped because truncation left no tokens to train on)"
         note = f"{cut:,} {rows} were longer than --max-length {max_length} and truncated"
         notes.append(note + lost * (numbers["cut_away"] > 0) + named_rows(locations["truncated"], cut))
     if copies := numbers["duplicates"]:

@@ -86,7 +86,7 @@ class AdapterTraining:
 
     def __init__(self, model: LoRAModel, *args: Any, **kwargs: Any) -> None:
         if not isinstance(model, LoRAModel):
-            raise ConfigError(f"model: expected LoRAModel(base_model, LoRAConfig(...)), got a {type(model).__name__}")
+            raise ConfigError(f"model: expected LoRAModel(base_model, LoRAConfig(...)), got {type(model).__name__}")
         if not model.active_adapters or model.is_merged:
             raise ConfigError("no adapter to train; call set_adapter(name), and unmerge() if adapters are merged")
         trainer = cast(Any, super())

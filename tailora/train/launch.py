@@ -101,7 +101,7 @@ def count_processes(asked: str, device: str) -> int:
             f"--nproc-per-node: a launcher has already started {world_size()} processes; remove the flag from tailora"
         )
     if asked not in ("gpu", "auto") and not (asked.isdecimal() and int(asked) > 0):
-        raise ConfigError(f"invalid --nproc-per-node {asked!r}: use a number, or gpu or auto for one per device")
+        raise ConfigError(f"invalid --nproc-per-node {asked!r}: use a number, or 'gpu' or 'auto' for one per device")
     from tailora.core.device import AUTO, absent_device, devices
 
     candidates, device = devices(), device_asked_for(device)

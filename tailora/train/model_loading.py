@@ -322,8 +322,8 @@ def load_base(
     untrained = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     if missing := sorted(key for key in untrained if not any(inside(key, head) for head in heads)):
         raise ConfigError(
-            f"model {name!r} lacks {len(missing)} weights of {type(model).__name__}, which would be initialized at "
-            f"random: {', '.join(missing[:3])}; use a complete {'causal language ' * (labels is None)}model"
+            f"model {name!r} lacks {len(missing)} weights of {type(model).__name__}, which would be randomly "
+            f"initialized: {', '.join(missing[:3])}; use a complete {'causal language ' * (labels is None)}model"
         )
     obstacles = {path: storage_obstacle(layer) for path, layer in quantized_layers(model).items()}
     if problems := [f"{path}: {reason}" for path, reason in obstacles.items() if reason]:

@@ -103,20 +103,21 @@ def read_passport(folder: Path, remedy: str | None = None) -> Passport:
     """
     remedy = remedy or _remedy(folder)
     if not (folder / PASSPORT).exists():
-        raise FormatError(f"{folder} contains no {PASSPORT}: {remedy}")
+        raise FormatError(f"{folder} contains no {PASSPORT}; {remedy}")
     passport = read_own_json(folder / PASSPORT, Passport, remedy)
     if passport.version != VERSION:
-        raise FormatError(f"{folder / PASSPORT}: expected version {VERSION}, got version {passport.version}: {remedy}")
+        versions = f"has version {passport.version}, but version {VERSION} is required"
+        raise FormatError(f"{folder / PASSPORT} {versions}; {remedy}")
     if problems := list(_problems(passport)):
-        raise FormatError(f"{folder / PASSPORT} is damaged ({problems[0]}): {remedy}")
+        raise FormatError(f"{folder / PASSPORT} is damaged ({problems[0]}); {remedy}")
     hashes = weight_hashes(folder)
     if not passport.weights or any(hashes.get(name) != digest for name, digest in passport.weights.items()):
-        raise FormatError(f"{folder / PASSPORT} does not belong to the weights next to it: {remedy}")
+        raise FormatError(f"{folder / PASSPORT} does not belong to the weights next to it; {remedy}")
     return passport
 
 
 def _remedy(folder: Path) -> str:
-    return f"create one with `tailora export {folder} --to peft --output NEW_FOLDER`"
+    return f"create a new one with `tailora export {folder} --to peft --output NEW_FOLDER`"
 
 
 def _problems(passport: Passport) -> Iterable[str]:

@@ -330,4 +330,4 @@ def test_a_gate_that_is_not_met_and_a_mistake_have_their_exit_codes_on_two_proce
     assert two.stderr.count("error: ") == 1
     two = on_two_processes("tailora", *tokens, "--tasks", "arc_easy")
     assert two.returncode == 2
-    assert "--tasks runs in one process; remove --nproc-per-node" in two.stderr
+    assert "--tasks runs in a single process only; remove --nproc-per-node" in two.stderr

@@ -496,7 +496,7 @@ def test_outputs_of_modules_trained_whole_are_joined_along_their_rows(
     [
         ("gru", "inner is recurrent or has batch_first=False"),
         ("time first", "inner is recurrent or has batch_first=False"),
-        ("dataclass", "inner: expected tensors as output, got a Output"),
+        ("dataclass", "inner: expected tensors as output, got Output"),
         ("mean", r"inner: expected 1 rows in dimension 0 of the output, got \(3, 8\)"),
         ("flat", r"inner: expected 1 rows in dimension 0 of the output, got \(3, 8\)"),
     ],

@@ -361,12 +361,12 @@ def test_an_invalid_strength_is_refused() -> None:
 
 
 def test_an_argument_that_is_no_model_or_config_is_refused() -> None:
-    with pytest.raises(TargetError, match=r"expected a torch\.nn\.Module as base_model, got a str; load it first"):
+    with pytest.raises(TargetError, match=r"expected a torch\.nn\.Module as base_model, got str; load it first"):
         LoRAModel("gpt2")  # type: ignore[arg-type]
-    with pytest.raises(TargetError, match="as base_model, got a NoneType"):
+    with pytest.raises(TargetError, match="as base_model, got NoneType"):
         LoRAModel.from_pretrained(None, "anywhere")  # type: ignore[arg-type]
     for config in ({"r": 2}, peft.LoraConfig(r=2)):
-        with pytest.raises(ConfigError, match=f"expected a LoRAConfig, .*, got a {type(config).__name__}"):
+        with pytest.raises(ConfigError, match=f"expected a LoRAConfig, .*, got {type(config).__name__}"):
             LoRAModel(nn.Linear(4, 4), config)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"lora_alpha = 1e\+300 overflows torch\.float32"):
         LoRAModel(nn.Linear(4, 4), LoRAConfig(r=2, lora_alpha=1e300))

@@ -76,7 +76,7 @@ def test_every_file_type_gives_the_same_rows(tmp_path: Path, name: str, content:
         ("a.jsonl", b'{"text": "a"}\n{"n": ' + b"9" * 5000 + b"}\n", 2, "unreadable JSON: Exceeds the limit"),
         ("a.jsonl", b"[" * 100_000, 1, "unreadable JSON: maximum recursion depth"),
         ("a.json", b'[{"text": "a"},\n{"text" "b"}]', 0, "line 2: not JSON: Expecting ':' delimiter at column 9"),
-        ("a.json", b'["x"]', 1, "expected a JSON object {...}, got a str"),
+        ("a.json", b'["x"]', 1, "expected a JSON object {...}, got a string"),
         ("a.json", b'"\xff"', 0, "not UTF-8: byte 1 is 0xff"),
         ("a.csv", b"prompt,completion\na,b,c\n", 2, "expected 2 values separated by commas, as in the header, got 3"),
         ("a.csv", b"prompt,completion\na\n", 2, "expected 2 values separated by commas, as in the header, got 1"),

@@ -137,7 +137,7 @@ def test_a_longer_sample_is_cut_and_its_end_is_not_trained(bytes_tokenizer) -> N
 def test_a_sample_without_trained_tokens_is_refused(bytes_tokenizer) -> None:
     tokenizer = bytes_tokenizer()
     tokenizer.eos_token = None
-    with pytest.raises(DataError, match="the row has no trained token"):
+    with pytest.raises(DataError, match="the row has no tokens to train on"):
         encode_sample(Text("\n"), tokenizer, 9)  # one token, which nothing predicts
 
 

@@ -168,5 +168,5 @@ def test_a_refusal_changes_nothing(make: Any, error: type[Exception], message: s
 
 
 def test_a_model_without_peft_is_refused() -> None:
-    with pytest.raises(TargetError, match=r"expected a PeftModel .*, got a LlamaForCausalLM"):
+    with pytest.raises(TargetError, match=r"expected a PeftModel .*, got LlamaForCausalLM"):
         tailora.from_peft(chat_model().eval())

@@ -279,7 +279,7 @@ def test_two_versions_of_a_trained_embedding_are_refused(tmp_path: Path) -> None
     ("base", "settings", "message"),
     [
         (lambda: llama(False), {"trainable_token_indices": [24]}, r"indices \[24\] are out of range; expected 0..23"),
-        (lambda: llama(False), {"trainable_token_indices": {"norm": [1]}}, "expected an embedding, got a LlamaRMSNorm"),
+        (lambda: llama(False), {"trainable_token_indices": {"norm": [1]}}, "expected an embedding, got LlamaRMSNorm"),
         (lambda: llama(False), {"trainable_token_indices": {"embedding": [1]}}, "'embedding' matches no module"),
         (mixed, {"trainable_token_indices": [1]}, "the model's input embedding is unknown"),
         (

@@ -191,7 +191,7 @@ def test_gradient_checkpointing_either_way_changes_no_loss(tmp_path: Path) -> No
 
 def test_what_cannot_be_trained_or_saved_is_refused(tmp_path: Path) -> None:
     arguments = TrainingArguments(output_dir=str(tmp_path / "out"), report_to=[], use_cpu=True)
-    with pytest.raises(ConfigError, match=r"expected LoRAModel.*, got a LlamaForCausalLM"):
+    with pytest.raises(ConfigError, match=r"expected LoRAModel.*, got LlamaForCausalLM"):
         adapting(Trainer)(model=chat_model(), args=arguments)
     model = LoRAModel(chat_model(), LoRAConfig(r=2))
     with pytest.raises(ConfigError, match=r"adapting\(Trainer\)\(model=lora_model"):  # it would not save the adapter
