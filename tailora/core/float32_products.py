@@ -172,7 +172,7 @@ def _current_tokens() -> int | None:
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
-    """The `context_fn` of torch's checkpoint: torch leaves all modes in a backward, and recomputing there needs ours."""
+    """The `context_fn` of torch's checkpoint: torch leaves all modes in a backward, which recomputing needs."""
     return nullcontext(), float32_products(_current_tokens())
 
 

@@ -46,7 +46,7 @@ def test_what_is_shown_fits_a_narrow_terminal(
     table, _, words = shown.partition("It fits")
     assert max(map(len, shown.splitlines())) <= 60
     assert "full fine-tuning" in table
-    assert "the output head" in " ".join(table.split())
+    assert "output head, not part of all-linear" in " ".join(table.split())
     assert "without --data" in words
     assert [path.name for path in tmp_path.iterdir()] == ["bare"]  # nothing is written
 
@@ -144,7 +144,7 @@ def test_a_run_that_does_not_fit_exits_with_4_and_says_what_helps(
         (["--model", "MODEL", "--device", "h1000"], "did you mean h200, h100 sxm"),
         (["--model", "MODEL", "--device", "9" * 10_000], '"Will it fit?" in the docs'),
         (["--model", "MODEL", "--device", "\x1b[2J"], "unknown graphics card"),
-        (["--model", "MODEL", "--device", "L4", "--measure"], "no L4 24GB here"),
+        (["--model", "MODEL", "--device", "L4", "--measure"], "this machine has no L4 24GB"),
     ],
 )
 def test_mistakes_exit_with_2(

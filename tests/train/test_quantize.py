@@ -57,7 +57,6 @@ def test_a_run_on_a_quantised_base(settings: Any, model_folder: Path, method: st
     kernels = headers[0]["kernels"]
     assert "decoder layers: plain" in kernels
     # LLM.int8 finds outliers over all rows of an evaluation, so that packed and padded rows differ
-    assert ("these are padded" if method == "int8" else "are quantised") in kernels
     assert f"loss: {FROZEN}" in kernels
     written = json.loads((Path(config.output_dir) / "run.json").read_text())
     assert written["settings"]["quantize"] == method
