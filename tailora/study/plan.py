@@ -98,7 +98,7 @@ def plan(
     full = None if config.method == FULL else full_fine_tuning(config, shape, batches, place, available)
 
     basis = {"memory": f"estimated from the shapes, plus {place.process_basis}"}
-    basis["time"] = "no estimate, because this machine does not have the device"
+    basis["time"] = "not estimated, because this machine does not have the device"
     seconds_per_step: float | None = None
     measured = None
     if measure:

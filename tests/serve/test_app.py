@@ -408,7 +408,7 @@ def test_a_template_gets_the_arguments_of_calls_as_an_object(server: Running, mo
     assert "weather city=Rome<|im_end|>" in prompt
     assert prompt.startswith('{"type": "function", "function": {"name": "weather"')
     assert chat(server, "legal", messages=called('{"city": "Rome"}'), tools=[TOOL]).choices
-    with pytest.raises(openai.BadRequestError, match="no JSON text") as raised:
+    with pytest.raises(openai.BadRequestError, match="expected JSON text") as raised:
         chat(server, "legal", messages=called("Rome"), tools=[TOOL])
     assert raised.value.param == "messages"
 

@@ -89,7 +89,7 @@ def test_a_layer_that_is_not_called_is_refused_before_training(
     settings: Any, monkeypatch: pytest.MonkeyPatch, forward: Any
 ) -> None:
     monkeypatch.setattr(LlamaMLP, "forward", forward)
-    message = r"does not call model.layers.0.mlp.down_proj, .*\(2 in all\).*--exclude-modules down_proj"
+    message = r"does not call model.layers.0.mlp.down_proj, .*\(2 in total\).*--exclude-modules down_proj"
     with pytest.raises(TargetError, match=message):
         run(settings(max_steps=1, fast="off"))
     assert run(settings(max_steps=1, exclude_modules=["down_proj"], fast="off")).steps == 1
