@@ -177,9 +177,7 @@ def test_weights_can_be_offloaded_from_a_card_alone(small_run: TrainConfig) -> N
     sharded, found = plan(config, nproc=4), plan(offloaded, nproc=4)
     assert found.memory.weights < sharded.memory.weights
     assert found.full == sharded.full
-    with pytest.raises(
-        ConfigError, match="--fsdp-offload-params has no effect on a CPU"
-    ):
+    with pytest.raises(ConfigError, match="--fsdp-offload-params has no effect on a CPU"):
         plan(offloaded.replaced(device="cpu"), nproc=4)
 
 
