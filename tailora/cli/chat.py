@@ -321,7 +321,7 @@ def training_systems(given: str | None, sources: Mapping[str, Path]) -> dict[str
         if text is not None:
             note(f"{name} uses its system message from training: {shorten(text, 60)}\nreplace it with --system TEXT")
         elif recorded_settings(adapter_folder(sources[name]), "data").get("messages", {}).get("system"):
-            note(f"{name} was trained with system messages, but has no common one; set one with --system TEXT")
+            note(f"system messages differed between the training examples of {name}; set one with --system TEXT")
     return systems
 
 

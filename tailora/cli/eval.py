@@ -195,7 +195,7 @@ def eval(
     check_gates(data_gates, list(METRICS), base=base)
     if wrong := [name for name in metric_names if name not in METRICS]:
         raise ConfigError(
-            f"--metrics {','.join(wrong)}: only for models that predict labels, and this is a language model; use "
+            f"--metrics {','.join(wrong)} needs a model that predicts labels, but this is a language model; use "
             f"{', '.join(METRICS)}"
         )
     from tailora.cli.progress import counter

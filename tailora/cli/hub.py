@@ -129,8 +129,8 @@ def check_repository_name(repo_id: str) -> None:
     """Raises ConfigError unless it is a valid `owner/name`."""
     if not hub.could_be_repository(repo_id):
         raise ConfigError(
-            f"invalid repository {repo_id!r}: expected owner/name of letters, digits, '-', '_', '.', and a name of at "
-            "most 96 characters"
+            f"invalid repository {repo_id!r}: expected owner/name, made of letters, digits, '-', '_' and '.', with at "
+            "most 96 characters in the name"
         )
 
 

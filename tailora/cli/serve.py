@@ -149,7 +149,9 @@ def report_systems(systems: dict[str, str | None], folders: dict[str, Path]) -> 
         name for name, data in recorded.items() if systems[name] is None and data.get("messages", {}).get("system")
     ]
     if differ:
-        note(f"trained with system messages, but without a common one: {', '.join(differ)}; send one with each request")
+        note(
+            f"system messages differed between the training examples of {', '.join(differ)}; send one with each request"
+        )
 
 
 def key_from(variable: str) -> str | None:
@@ -211,7 +213,7 @@ def playground(
 
     app = playground_app(url)
     listener = listen("127.0.0.1", port)
-    log(f"The page is at {address('127.0.0.1', listener)}; stop it with Ctrl-C.")
+    log(f"listening at {address('127.0.0.1', listener)} (open it in a browser); press Ctrl-C to stop")
     with suppress(KeyboardInterrupt):  # as in `serve`
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
     return 0

@@ -282,7 +282,7 @@ def write_results(
         page = write_page_if_possible(folder)
     except WriteError as error:  # the trained weights are complete, so the run has not failed
         again = shlex.join(["tailora", "report", str(folder)])
-        note(f"the trained weights are complete, but the report is not: {error}. Then run `{again}`")
+        note(f"the trained weights are complete, but the report is not: {error}. To write it later, run `{again}`")
     return report, page
 
 

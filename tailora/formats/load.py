@@ -206,7 +206,7 @@ def restore(
     if not allow_base_mismatch:
         _check_base(stored, base_model, low_rank, {} if known_base is None else known_base)
     if unknown := stored.metadata.scaling.keys() - low_rank.keys():
-        raise FormatError(f"{stored.folder}: learned scales without a layer: {', '.join(sorted(unknown))}")
+        raise FormatError(f"{stored.folder} contains learned scales of unknown layers: {', '.join(sorted(unknown))}")
     unfold_learned_scales(stored.metadata.scaling, low_rank)
     share_parameters({path: modules[path] for path in copies}, copies)
     adapter = Adapter(config, low_rank, copies, extras)
@@ -238,7 +238,9 @@ def stored_configs(stored: peft.StoredAdapter, paths: list[str]) -> tuple[LoRACo
     """
     saved = stored.metadata.lora_config(stored.folder)
     if saved is None and stored.metadata.start:
-        raise FormatError(f"{stored.folder}: its tailora metadata has a frozen start, but no settings")
+        raise FormatError(
+            f"{stored.folder}: its tailora metadata has a frozen start but no settings; save or copy the adapter again"
+        )
     if saved is not None and stored.settings is None:
         file_config = saved
     else:

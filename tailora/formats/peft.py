@@ -95,7 +95,9 @@ def parse_metadata(text: str | None, source: object) -> AdapterMetadata:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise FormatError(f"{source}: its tailora metadata is damaged: {field}: {first['msg']}") from None
+        raise FormatError(
+            f"{source}: its tailora metadata is damaged ({field}: {first['msg']}); copy the adapter again"
+        ) from None
 
 
 # ---- The folder

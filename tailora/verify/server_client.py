@@ -125,7 +125,9 @@ class ServerClient(AbstractContextManager["ServerClient"]):
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ServerError(f"cannot reach {self.url}: {error or type(error).__name__}") from None
         if answer.status in (401, 403):
-            raise ServerError(f"{self.url} requires a key: set TAILORA_API_KEY. It returned {_explanation(answer)}")
+            raise ServerError(
+                f"{self.url} requires a key; set TAILORA_API_KEY. The server returned {_explanation(answer)}"
+            )
         if answer.status >= 300 and answer.status not in REFUSED:
             raise ServerError(f"{self.url}{path} returned {_explanation(answer)}")
         return answer

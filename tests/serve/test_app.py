@@ -204,7 +204,7 @@ def test_the_command_says_which_models_have_a_system_message(
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
     assert lines == [
         "note: requests without a system message use the one from training, for stored",
-        "note: trained with system messages, but without a common one: with; send one with each request",
+        "note: system messages differed between the training examples of with; send one with each request",
     ]
 
 
