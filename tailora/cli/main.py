@@ -1,6 +1,6 @@
 """The program `tailora`: runs a command, and turns every failure into a message and an exit code.
 
-    0 success   1 failure   2 wrong usage or settings   3 diverged   4 gate or plan not met
+    0 success   1 failure   2 invalid usage or settings   3 diverged   4 gate or plan not met
     5 the run made the model worse   130 interrupted
 
 A message goes to stderr. With `--json` the last line of stdout is {"error": {"type", "message", "exit_code"}}.

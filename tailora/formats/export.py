@@ -326,7 +326,7 @@ def write_merged(folder: Path, source: ExportSource) -> list[str]:
         try:
             report = state.merge({path: base.get_submodule(path) for path in paths}, untie_weights=True)
         except MergeError as error:
-            raise FormatError(f"merging: {error}") from None
+            raise FormatError(f"cannot merge the adapter: {error}") from None
         try:
             base.save_pretrained(folder, max_shard_size=SHARD)
         finally:

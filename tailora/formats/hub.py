@@ -166,9 +166,9 @@ def download(
         if len(weights) != 1 or {*names} & {*FILES_OF_MODELS}:
             raise FetchError(
                 f"{repo_id} on the Hub has no adapter{f' in {inside}' if inside else ''}: expected one of "
-                f"{', '.join(WEIGHTS_OF_FORMATS)}, or a single .safetensors file of any name, got "
-                f"{', '.join(in_repository[:9])}. Use the folder of an adapter (subfolder), or download a file with "
-                "`hf download` and pass its path. Pickles such as adapter_model.bin are never read."
+                f"{', '.join(WEIGHTS_OF_FORMATS)}, or a single .safetensors file of any name. The repository "
+                f"contains {', '.join(in_repository[:9])}. Use the folder of an adapter (subfolder), or download a "
+                "file with `hf download` and pass its path. Pickles such as adapter_model.bin are never read."
             )
         files.insert(0, inside + weights[0])
         fetch(files[:1])
