@@ -113,7 +113,9 @@ def on_all_machines(name: str, make: Callable[[tables.Cells], str]) -> str:
             content = read(name, folder)
             cells += [{**cell, "cell": {**cell["cell"], "machine": title}} for cell in content["cells"]]
             loads += [cell["load_before"] for cell in content["cells"]]
-    return f"{make(cells)}\n\nLoad of the machines before the cells: {min(loads):.1f} to {max(loads):.1f}."
+    return (
+        f"{make(cells)}\n\nLoad average of the machines before each measurement: {min(loads):.1f} to {max(loads):.1f}."
+    )
 
 
 # ---- docs/studies.md and docs/plan.md

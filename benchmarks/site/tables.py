@@ -333,4 +333,4 @@ def packages(content: dict[str, Any]) -> str:
 def load(content: dict[str, Any]) -> str:
     """Returns how busy the machine was before each cell: its load average, lowest and highest."""
     loads = [cell["load_before"] for cell in content["cells"]]
-    return f"Load of the machine before the cells: {min(loads):.1f} to {max(loads):.1f}."
+    return f"Load average of the machine before each measurement: {min(loads):.1f} to {max(loads):.1f}."

@@ -150,7 +150,7 @@ def shrink(
 ) -> int:
     """Reduce the rank of an adapter.
 
-    Every layer keeps its largest singular values. Set their number with --r, --energy or --max-loss-increase.
+    Every layer keeps its largest singular values; --r, --energy or --max-loss-increase sets how many.
     """
     folder = find_adapter(str(adapter))
     check_result_folder(output_dir, ADAPTER_FILES, overwrite=overwrite, sources=[folder])

@@ -140,7 +140,13 @@ def add_passport(folder: Path, source: Path, model: Any, tokenizer: Any) -> dict
         return {}
     try:
         if (source / PASSPORT).exists():
-            return {PASSPORT: write_passport(folder, read_passport(source, "the result gets a new one")).stat().st_size}
+            return {
+                PASSPORT: write_passport(
+                    folder, read_passport(source, "a new one will be written for the exported adapter")
+                )
+                .stat()
+                .st_size
+            }
     except FormatError as error:
         note(str(error))
     try:

@@ -47,7 +47,7 @@ def serve(
         PositiveFloat | None, Parameter(help="memory limit for adapters in GB; default: no limit")
     ] = None,
     drain_seconds: Annotated[
-        NonNegativeFloat, Parameter(help="seconds that running requests get to finish at shutdown")
+        NonNegativeFloat, Parameter(help="seconds to wait at shutdown for running requests to finish")
     ] = 30.0,
     quantize: Quantize = None,
     device: Device = "auto",

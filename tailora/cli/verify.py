@@ -99,8 +99,8 @@ def verify(
         passport = passport or passport_of_adapter(folder)
         answers: list[list[Observation | None]] = []
         for asked in names:
-            recipient = f"{'the base model ' if answers else ''}{asked or ''}"
-            log(f"sending {len(passport.probes)} prompts to {server.url} {recipient}".rstrip())
+            recipient = f"{'the base model' if answers else 'model'} {asked} at " if asked else ""
+            log(f"sending {len(passport.probes)} prompts to {recipient}{server.url}")
             with counter(stderr(), "prompts") as progress:
                 answers.append(server.ask(passport.probes, asked, progress))
         for endpoint, reason in server.refusals.items():

@@ -248,7 +248,7 @@ def check_weights(weights: Mapping[str, float]) -> None:
     if wrong:
         raise ConfigError(f"expected finite numbers as weights, got {', '.join(wrong)}")
     if not any(weights.values()):
-        raise ConfigError("expected at least one weight other than 0, so nothing to combine")
+        raise ConfigError("all weights are 0, so there is nothing to combine")
 
 
 def is_number(value: object) -> bool:

@@ -93,10 +93,10 @@ def _render_chat(sample: Conversation | Pair, tokenizer: ChatTokenizer) -> list[
         text, located, spans = find(part, remaining, tokenizer)
         if not located and size == last + 1:
             raise DataError(
-                f"message {last} cannot be trained, because with it the chat template renders a different prompt than "
-                "during generation (some templates drop earlier reasoning or an open thought). Remove the dropped "
-                'part, mark the reply with "train": false, or put {% generation %} ... {% endgeneration %} around '
-                "replies in the template"
+                f"message {last} cannot be trained: the chat template renders a different prompt when it is included "
+                "than during generation (some templates drop earlier reasoning or an unclosed thinking block). Remove "
+                'the dropped part, mark the reply with "train": false, or put {% generation %} ... '
+                "{% endgeneration %} around replies in the template"
             )
         is_whole = not rendered and located == remaining
         remaining = [index for index in remaining if index not in located]

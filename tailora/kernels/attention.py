@@ -113,7 +113,7 @@ def packed_rows(model: PreTrainedModel, provider: str | None = None) -> Iterator
     prepare = partial(_prepare, None if provider == CPU else PROVIDERS[provider], sliding_windows(model))
     with _attention(model, NAME):
         if config._attn_implementation != NAME:
-            raise PackingError(f"{type(model).__name__} does not support a choice of attention implementation")
+            raise PackingError(f"{type(model).__name__} does not allow choosing the attention implementation")
         with (model if decoder is None else decoder).register_forward_pre_hook(prepare, with_kwargs=True):
             yield
 

@@ -70,7 +70,7 @@ def plan(
     if measure:
         check_can_be_measured(config, place, nproc)
     if config.fsdp and nproc == 1:
-        raise ConfigError("--fsdp shards the base model across several processes; set their number with --nproc")
+        raise ConfigError("--fsdp shards the base model across several processes; set how many with --nproc")
     available = place.available if memory is None else memory
     if is_shared := nproc > 1 and place.device == torch.device("cpu"):
         available //= nproc

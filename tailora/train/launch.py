@@ -111,7 +111,7 @@ def count_processes(asked: str, device: str) -> int:
         raise absent_device(device, candidates)
     if device_type == "cpu":
         if asked == "gpu":
-            raise ConfigError("--nproc-per-node gpu: the device is the CPU; use a number of processes")
+            raise ConfigError("--nproc-per-node gpu: the device is the CPU; use a number such as 2")
         return 1 if asked == "auto" else int(asked)
     wanted = int(asked) if asked.isdecimal() else count
     if wanted > 1 and index:

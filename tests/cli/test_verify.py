@@ -25,8 +25,8 @@ def test_the_command_says_its_verdict(url: str, root: Path, capsys: pytest.Captu
     assert main(command) == 0
     output = capsys.readouterr()
     assert "The server uses this adapter as it was trained." in output.out
-    assert f"prompts to {url} legal" in output.err
-    assert f"prompts to {url} the base model tiny" in output.err
+    assert f"prompts to model legal at {url}" in output.err
+    assert f"prompts to the base model tiny at {url}" in output.err
     weights = ["verify", url, "--adapter", str(root / "legal" / ADAPTER_WEIGHTS)]
     assert main([*weights, "--base", "tinny"]) == 2
     assert "--base: unknown model 'tinny'; the server has tiny, legal" in " ".join(capsys.readouterr().err.split())

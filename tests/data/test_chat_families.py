@@ -494,7 +494,7 @@ def test_a_reply_after_a_call_with_reasoning_follows_the_prompt_of_generation_in
     assert of_reply.text == f"{prompt}{FINAL}zz<|return|>"
     ((start, end),) = of_call.trained_spans
     assert of_call.text[start:end].startswith("<|channel|>analysis<|message|>hm<|end|><|start|>assistant to=functions")
-    with pytest.raises(DataError, match=r"message 3 cannot be trained, because .*drop earlier reasoning"):
+    with pytest.raises(DataError, match=r"message 3 cannot be trained: .*drop earlier reasoning"):
         trained_texts(row(*messages, thought("zz"), tools=[TOOL]), tokenizer)
     assert len(trained_texts(row(*messages, thought("zz") | {"train": False}, tools=[TOOL]), tokenizer)) == 1
 
@@ -506,7 +506,7 @@ def test_reasoning_that_a_template_leaves_out_is_refused(tokenizer_of, name: str
 
 
 def test_replies_that_cannot_follow_their_prompt_are_refused_with_the_cause(tokenizer_of) -> None:
-    with pytest.raises(DataError, match=r"message 1 cannot be trained, because .*an open thought"):
+    with pytest.raises(DataError, match=r"message 1 cannot be trained: .*an unclosed thinking block"):
         render_sample(row(user("a"), assistant("b")), ChatTokenizer.of(tokenizer_of("deepseek_r1", R1)))
 
 

@@ -145,7 +145,7 @@ def test_text_stays_as_it_is(bytes_tokenizer, template) -> None:
         (
             PROMPTED_THOUGHT,
             chat("a", "b"),
-            "message 1 cannot be trained, because .*mark the reply with .*{% generation %}",
+            "message 1 cannot be trained: .*mark the reply with .*{% generation %}",
         ),
         (
             CHATML + HEADER,
