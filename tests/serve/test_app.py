@@ -495,7 +495,7 @@ def test_the_command_serves_a_folder_and_ends_with_sigterm(root: Path, tmp_path:
     assert "skipped, because they predict labels and do not generate text: tickets (sequence-classification)" in told
     assert "t5 (seq2seq)" in told
     assert "what is that" not in told
-    assert told.count("shutting down: waiting up to 30 s for 1 answer") == 1
+    assert told.count("shutting down: waiting up to 30 s for 1 completion") == 1
     assert "Traceback" not in told
 
 
