@@ -235,7 +235,7 @@ def test_a_report_that_cannot_be_written_is_a_note_and_not_a_failure(
     assert main([*line(flags), "--json"]) == 0
     shown = capsys.readouterr()
     assert (
-        f"note: the trained weights are complete, but the report is not: {tmp_path / 'run' / name} cannot be"
+        f"note: the trained weights are complete, but the report is not: cannot write {tmp_path / 'run' / name}"
         in shown.err
     )
     assert f"tailora report {tmp_path / 'run'}" in shown.err
