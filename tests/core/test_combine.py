@@ -122,7 +122,7 @@ def test_invalid_settings_of_combine_are_refused_and_change_nothing(
 def test_a_sum_that_float32_cannot_hold_is_refused() -> None:
     model = LoRAModel(net(torch.float32), LoRAConfig(r=2), adapter_name="a")
     stir(model)
-    with pytest.raises(AdapterError, match=r"not finite at 0, 2 \(2 in total\): use smaller weights"):
+    with pytest.raises(AdapterError, match=r"not finite at 0, 2 \(2 in total\); use smaller weights"):
         model.combine({"a": 1e300}, "mix")
     assert list(model.adapters) == ["a"]
 
