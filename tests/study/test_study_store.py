@@ -62,7 +62,7 @@ def test_a_damaged_trial_is_named(tmp_path: Path, name: str, content: str | None
         (tmp_path / name).write_text(content)
     if content is None and name == "trial.json":  # then it is run
         return
-    with pytest.raises(FormatError, match=rf"{name} .*: delete {tmp_path} and run the same command again"):
+    with pytest.raises(FormatError, match=rf"{name} .*; delete {tmp_path} and run the same command again"):
         get_trial(spec, tmp_path, run_trial=run_here)
 
 

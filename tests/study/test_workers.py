@@ -226,7 +226,7 @@ def test_each_worker_has_as_many_devices_as_its_runs_have_processes(monkeypatch:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,GPU-8932f937,4")
     assert cards(2, 2) == [{"CUDA_VISIBLE_DEVICES": "7,5"}, {"CUDA_VISIBLE_DEVICES": "GPU-8932f937,4"}]
     with pytest.raises(
-        ConfigError, match=r"--workers 3 need 2 devices each, but this machine has only .*: use --workers 2"
+        ConfigError, match=r"--workers 3 need 2 devices each, but this machine has only .*; use --workers 2"
     ):
         cards(3, 2)
 
