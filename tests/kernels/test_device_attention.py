@@ -278,7 +278,7 @@ def test_torchs_flash_attention_gets_the_documents(torchs_flash: StandIn, window
     inputs, row = heads_of(LENGTHS), row_of(VarlenRow, LENGTHS, window)
     assert_is_definition(row, inputs, window, 1e-4)
     assert torchs_flash.calls == [{"longest": (300, 300)}]
-    with pytest.raises(ValueError, match="no dropout"):
+    with pytest.raises(ValueError, match="does not support dropout"):
         row.attend(*inputs, Options(0.3, 0.1, window))
 
 
@@ -294,9 +294,9 @@ def test_the_operator_of_torchs_flash_attention_takes_our_arguments() -> None:
 @pytest.mark.parametrize(
     ("row", "device", "dtype", "reason"),
     [
-        (VarlenRow, "xpu", torch.float16, "none for xpu"),
+        (VarlenRow, "xpu", torch.float16, "it does not support xpu"),
         (VarlenRow, "cuda", torch.float32, "needs bfloat16 or float16"),
-        (FlexRow, "other", torch.float32, "none for other"),
+        (FlexRow, "other", torch.float32, "it does not support other"),
     ],
 )
 def test_an_obstacle_says_what_is_missing(row: type[DeviceRow], device: str, dtype: torch.dtype, reason: str) -> None:
