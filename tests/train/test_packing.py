@@ -80,7 +80,7 @@ def test_a_model_that_depends_on_the_place_in_the_row_shares_no_beginnings() -> 
     model = made(PACKS["llama"])
     convolution = torch.nn.Conv1d(32, 32, 3, padding=1, groups=32)  # mixes neighbours, as in hybrid models
     model.model.layers[0].register_forward_hook(lambda *call: convolution(call[2].mT).mT)
-    assert "other logits" in str(obstacle_to_sharing(model, "cpu"))
+    assert "different logits" in str(obstacle_to_sharing(model, "cpu"))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -152,7 +152,7 @@ def offered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.mark.parametrize(
     ("row", "reason"),
-    [(AcrossDocuments, "other logits"), (NoGradient, "other gradients"), (NotHere, "not installed")],
+    [(AcrossDocuments, "different logits"), (NoGradient, "different gradients"), (NotHere, "not installed")],
 )
 def test_a_provider_that_is_wrong_or_missing_is_passed_over(
     row: type[DeviceRow], reason: str, offered: Callable[..., None]
