@@ -163,8 +163,8 @@ def losses(curves: dict[str, list[float]]) -> str:
         for name in ("float32 products", "bfloat16 products")
     )
     return (
-        f"Over {len(exact)} steps of the whole model, losses of a bfloat16 model differ from those of a float32 one by "
-        f"{wide:.4f} on average if its products are computed in float32, and by {stored:.4f} if in bfloat16."
+        f"Over {len(exact)} steps, the losses of a bfloat16 model differ from a float32 model's by {wide:.4f} on average "
+        f"if its products are computed in float32, and by {stored:.4f} if in bfloat16."
     )
 
 

@@ -56,7 +56,7 @@ WHOLE, LAYERS = 30, 4  # layers of the model, and those that most cells train
 BATCHES, ROWS = 4, 8
 IN_EVERY_ROUND = ("tailora", "PEFT")  # the others take longest: once, and not with the whole model
 LONG = 5.0  # seconds
-STEPS = 50  # of the losses, by the whole model
+STEPS, SEEDS = 50, 3  # of the losses
 LOSSES: dict[str, tuple[str, int | None]] = {  # name -> precision of the base; from how many tokens on its products
     "float32": ("float32", None),  # are computed in float32
     "float32 products": ("bfloat16", 4),
@@ -75,7 +75,7 @@ def cells(quick: bool) -> list[measure.Cell]:
     training = [dict(zip(names, point, strict=True)) for point in points]
     serving = [{"what": "serving", "instructions": name, "threads": 1} for name in [*measure.INSTRUCTIONS][-quick:]]
     common = {"malloc": "default", "rounds": 1 if quick else 3}
-    return [cell | common for cell in [*training, *serving, {"what": "losses", "threads": 2}]]
+    return [cell | common for cell in [*training, *serving, {"what": "losses", "threads": 1}]]
 
 
 def run_cell(what: str, rounds: int, threads: int, instructions: str = "", **settings: Any) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def frozen_products(config: TrainConfig, dtype: str, turns: Turns) -> None:
 
 
 def losses(dtype: str, float32_from: int | None, steps: int) -> list[float]:
-    """Returns the loss of every step of tailora's run on the demo's chats, two at a time, by the whole model."""
+    """Returns the losses of the steps of tailora's runs on the demo's chats, two at a time, with several seeds."""
     values: list[float] = []
 
     def on_event(event: Any) -> None:
@@ -203,10 +203,12 @@ def losses(dtype: str, float32_from: int | None, steps: int) -> list[float]:
             values.append(event.loss)
 
     with tempfile.TemporaryDirectory() as folder:
-        size = {"dtype": dtype, "max_steps": steps, "per_device_train_batch_size": 2}
-        config = TrainConfig(**{**ONLY_TRAINING, **size, "output_dir": f"{folder}/run"})
-        with patch("tailora.train.kernel_choice.fastest_products", lambda _: float32_from):
-            run(config, on_event=on_event)
+        write_task(Path(folder), LAYERS)
+        fixed = {"model": f"{folder}/model", "dtype": dtype, "max_steps": steps, "per_device_train_batch_size": 2}
+        for seed in range(SEEDS):
+            config = TrainConfig(**{**ONLY_TRAINING, **fixed, "output_dir": f"{folder}/run-{seed}", "seed": seed})
+            with patch("tailora.train.kernel_choice.fastest_products", lambda _: float32_from):
+                run(config, on_event=on_event)
     return values
 
 
