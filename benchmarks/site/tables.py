@@ -129,27 +129,25 @@ GOALS = (  # of docs/performance.md: what, cell, its number, and the target for 
 
 def processors(content: dict[str, Any]) -> str:
     """What is gained on smaller processors, with the targets; the speed and memory of every arm; the losses."""
-    keys = ("what", "dtype", "instructions", "threads", "layers")
+    keys = ("what", "dtype", "instructions", "threads")
     results = {tuple(cell["cell"].get(key) for key in keys): cell["result"] for cell in content["cells"]}
-    fewest = min(layers for *_, layers in results if layers)
     columns = {"AVX2": "AVX2", "AVX512": "AVX512", "all": ", ".join(content["machine"]["bf16"]).upper() or "all"}
     goals = []
     for title, (what, dtype), key, targets in GOALS:
         for threads in (1, 2) if what == "training" else (1,):
-            layers = fewest if what == "training" else None
-            values = [results.get((what, dtype, name, threads, layers)) for name in columns]
+            values = [results.get((what, dtype, name, threads)) for name in columns]
             shown = [f"{r[key]['median']:.2f} ({goal})" if r else "" for r, goal in zip(values, targets, strict=True)]
             goals += [[title, str(threads), *shown]] if any(shown) else []
     arms = [
         [
-            f"{columns[name]}, {dtype}, {threads}, {layers}",
-            *(ranged(rates[arm], "{:.0f}") if arm in rates else "" for arm in (OURS, "PEFT", "Trainer", "TRL")),
+            f"{columns[name]}, {dtype}, {threads}",
+            *(ranged(rates[arm], "{:.0f}") for arm in (OURS, "PEFT", "Trainer", "TRL")),
         ]
-        for (what, dtype, name, threads, layers), result in results.items()
+        for (what, dtype, name, threads), result in results.items()
         if what == "training"
         for rates in [result["tokens_per_cpu_second"]]
     ]
-    head = ["tokens per CPU second: instructions, precision, threads, layers", OURS, "PEFT", "Trainer", "TRL"]
+    head = ["tokens per CPU second", OURS, "PEFT", "Trainer", "TRL"]
     parts = [table(["", "threads", *columns.values()], goals), table(head, arms)]
     parts += [losses(result) for (what, *_), result in results.items() if what == "losses"]
     return "\n\n".join([*parts, f"On {machine(content)}. {load(content)}"])
@@ -163,7 +161,7 @@ def losses(curves: dict[str, list[float]]) -> str:
         for name in ("float32 products", "bfloat16 products")
     )
     return (
-        f"Over {len(exact)} steps, the losses of a bfloat16 model differ from a float32 model's by {wide:.4f} on average "
+        f"Over {len(exact)} steps, losses of a bfloat16 model differ from a float32 model's by {wide:.4f} on average "
         f"if its products are computed in float32, and by {stored:.4f} if in bfloat16."
     )
 

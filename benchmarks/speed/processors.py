@@ -5,7 +5,7 @@
 
 ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY restrict the products and the pointwise kernels of a process, so that one
 machine stands for several. Arms have a process each and take turns, step by step, on the same batches: 8 chats of the
-demo, of similar length. All times are CPU time. To save time, most cells train the first LAYERS layers of SmolLM2-135M.
+demo, of similar length. All times are CPU time. To save time, training has the first LAYERS layers of SmolLM2-135M.
 
 Bound: the CPU time of the frozen products of a step alone, one by one, each with the weights and the number of tokens
 of the step. These are x W^T of every linear layer and of the output head, and dy W, except in the first layer's q, k
@@ -33,8 +33,6 @@ from benchmarks.serving.serve import engine_of, of_length, run_engine
 from benchmarks.site import tables
 from benchmarks.speed import trainers
 from benchmarks.speed.arm_processes import Turn, Turns, arms_in_processes
-from benchmarks.speed.arms import ENDLESS
-from benchmarks.speed.shapes import DTYPES
 from tailora.cli.models import load_model
 from tailora.cli.train import DEFAULTS
 from tailora.core.adapter_set import AdapterSet
@@ -52,9 +50,10 @@ from tailora.train.model_loading import load_base
 from tailora.train.trainer import run
 
 ONLY_TRAINING = {**DEFAULTS, "validation_split": 0, "samples": 0, "save_steps": 0, "passport": "none"}
-WHOLE, LAYERS = 30, 4  # layers of the model, and those that most cells train
+LAYERS = 4  # of the model's 30, in training
 BATCHES, ROWS = 4, 8
-IN_EVERY_ROUND = ("tailora", "PEFT")  # the others take longest: once, and not with the whole model
+MAX_STEPS = 1000  # more than an arm has turns
+IN_EVERY_ROUND = ("tailora", "PEFT")  # the others take longest: once
 LONG = 5.0  # seconds
 STEPS, SEEDS = 50, 3  # of the losses
 LOSSES: dict[str, tuple[str, int | None]] = {  # name -> precision of the base; from how many tokens on its products
@@ -66,22 +65,19 @@ REQUESTS, NEW = 8, 32  # requests at once, and tokens of each answer
 
 
 def cells(quick: bool) -> list[measure.Cell]:
-    names = ("what", "instructions", "dtype", "threads", "layers")
-    if quick:
-        points = [("training", "all", "bfloat16", 1, LAYERS)]
-    else:
-        grid = product(["training"], measure.INSTRUCTIONS, ["bfloat16", "float32"], [1, 2], [LAYERS])
-        points = [*grid, *(("training", "all", dtype, 1, WHOLE) for dtype in DTYPES)]
+    names = ("what", "instructions", "dtype", "threads")
+    grid = product(["training"], measure.INSTRUCTIONS, ["bfloat16", "float32"], [1, 2])
+    points = [("training", "all", "bfloat16", 1)] if quick else [*grid]
     training = [dict(zip(names, point, strict=True)) for point in points]
     serving = [{"what": "serving", "instructions": name, "threads": 1} for name in [*measure.INSTRUCTIONS][-quick:]]
     common = {"malloc": "default", "rounds": 1 if quick else 3}
     return [cell | common for cell in [*training, *serving, {"what": "losses", "threads": 1}]]
 
 
-def run_cell(what: str, rounds: int, threads: int, instructions: str = "", **settings: Any) -> dict[str, Any]:
+def run_cell(what: str, rounds: int, threads: int, instructions: str = "", dtype: str = "") -> dict[str, Any]:
     del threads  # set in the environment, as the instructions are
     if what == "training":
-        return training(autocast=instructions == "all" and has_bfloat16(), rounds=rounds, **settings)
+        return training(dtype, rounds, autocast=instructions == "all" and has_bfloat16())
     if what == "serving":
         return serving(rounds)
     return {name: losses(*precisions, steps=STEPS if rounds > 1 else 2) for name, precisions in LOSSES.items()}
@@ -90,24 +86,23 @@ def run_cell(what: str, rounds: int, threads: int, instructions: str = "", **set
 # ---- Training
 
 
-def training(dtype: str, layers: int, *, autocast: bool, rounds: int) -> dict[str, Any]:
+def training(dtype: str, rounds: int, *, autocast: bool) -> dict[str, Any]:
     """Returns CPU seconds and memory of the steps of all arms. autocast: of Trainer and TRL, for a bfloat16 model."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokens = write_task(folder, layers)
+        tokens = write_task(folder)
         paths = {"model": str(folder / "model"), "data": str(folder / "rows.jsonl"), "output_dir": str(folder / "run")}
-        config = TrainConfig(**{**ONLY_TRAINING, **paths, "dtype": dtype, "max_steps": ENDLESS})
+        config = TrainConfig(**{**ONLY_TRAINING, **paths, "dtype": dtype, "max_steps": MAX_STEPS})
+        endless = {"max_steps": MAX_STEPS, "bf16": autocast and dtype == "bfloat16"}
+        grouped = {"train_sampling_strategy": "group_by_length", "max_length": None}
         arms: dict[str, Callable[[Turns], None]] = {
             "tailora": partial(trainers.tailora, config),
-            "PEFT": partial(run_on_rows, trainers.peft_loop, config, passes=ENDLESS),
+            "PEFT": partial(run_on_rows, trainers.peft_loop, config, passes=MAX_STEPS),
             "products, bfloat16": partial(frozen_products, config, "bfloat16"),
             "products, float32": partial(frozen_products, config, "float32"),
+            "Trainer": partial(run_on_rows, trainers.trainer, config, **endless),
+            "TRL": partial(run_on_rows, trainers.trl, config, **endless, **grouped),
         }
-        if layers != WHOLE:
-            endless = {"max_steps": ENDLESS, "bf16": autocast and dtype == "bfloat16"}
-            grouped = {"train_sampling_strategy": "group_by_length", "max_length": None}
-            arms["Trainer"] = partial(run_on_rows, trainers.trainer, config, **endless)
-            arms["TRL"] = partial(run_on_rows, trainers.trl, config, **endless, **grouped)
         with arms_in_processes(arms) as steps:
             turns = in_turn(steps, rounds)
         header = json.loads((folder / "run" / "run.json").read_text())
@@ -144,11 +139,11 @@ def in_turn(steps: dict[str, Callable[[], Turn]], rounds: int) -> dict[str, list
     return turns
 
 
-def write_task(folder: Path, layers: int) -> float:
+def write_task(folder: Path) -> float:
     """Writes the first layers of the demo's model, and the rows of batches of median size; returns their mean size."""
     base, tokenizer = load_base("demo", "stored")
-    base.model.layers = base.model.layers[:layers]
-    base.config.num_hidden_layers = layers
+    base.model.layers = base.model.layers[:LAYERS]
+    base.config.num_hidden_layers = LAYERS
     for part in (base, tokenizer):
         part.save_pretrained(folder / "model")
     lengths = prepare(str(data_file()), tokenizer, DataSettings(validation_split=0)).train.lengths
@@ -186,30 +181,25 @@ def frozen_products(config: TrainConfig, dtype: str, turns: Turns) -> None:
             made.append((layer.weight.detach(), x, y, name not in untrained_below))
             into |= {x.shape: torch.empty_like(x), y.shape: torch.empty_like(y)}
     turns.start()
-    for number in range(ENDLESS):
+    for number in range(MAX_STEPS):
         for weight, x, y, has_gradient in made:
             torch.mm(x, weight.T, out=into[y.shape])
             if has_gradient:
                 torch.mm(y, weight, out=into[x.shape])
-        turns.after_step(number, ENDLESS, print)
+        turns.after_step(number, MAX_STEPS, print)
 
 
 def losses(dtype: str, float32_from: int | None, steps: int) -> list[float]:
     """Returns the losses of the steps of tailora's runs on the demo's chats, two at a time, with several seeds."""
-    values: list[float] = []
-
-    def on_event(event: Any) -> None:
-        if isinstance(event, Stepped):
-            values.append(event.loss)
-
+    events: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:
-        write_task(Path(folder), LAYERS)
+        write_task(Path(folder))
         fixed = {"model": f"{folder}/model", "dtype": dtype, "max_steps": steps, "per_device_train_batch_size": 2}
         for seed in range(SEEDS):
-            config = TrainConfig(**{**ONLY_TRAINING, **fixed, "output_dir": f"{folder}/run-{seed}", "seed": seed})
+            config = TrainConfig(**{**ONLY_TRAINING, **fixed, "output_dir": f"{folder}/{seed}", "seed": seed})
             with patch("tailora.train.kernel_choice.fastest_products", lambda _: float32_from):
-                run(config, on_event=on_event)
-    return values
+                run(config, on_event=events.append)
+    return [event.loss for event in events if isinstance(event, Stepped)]
 
 
 # ---- Serving
