@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 # two workers with two threads each would wait for one another on two cores; torch reads this when it is loaded
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# processes that tests start would compile all modules each time, which nobody's installed package does
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import limits
 import on_device
