@@ -339,14 +339,17 @@ def run_config(task: Task, folder: Path, device: torch.device, settings: dict[st
 
 
 def run_tailora(task: Task, turns: Turns, chosen: list[str], settings: dict[str, Any]) -> None:
-    from benchmarks.speed.arms import choices_in
-    from tailora.train.events import Event, Stepped
+    from tailora.train.events import Event, Note, Prepared, Stepped
     from tailora.train.trainer import run
 
     def on_event(event: Event) -> None:
-        chosen.extend(choices_in(event))
-        if isinstance(event, Stepped):
-            turns.after_step()
+        match event:
+            case Note():
+                chosen.append(event.text)
+            case Prepared():
+                chosen.append(event.header["kernels"])
+            case Stepped():
+                turns.after_step()
 
     run(run_config(task, turns.folder, turns.device, settings), on_event=on_event)
 

@@ -414,6 +414,9 @@ def test_sharded_layers_are_compiled_once_for_all() -> None:
             Sharding(torch.device("cpu")).shard(base)
         model = LoRAModel(base, LoRAConfig(r=2)).train()
         ids = torch.arange(12)[None]
+        model(
+            ids, use_cache=False
+        )  # the first forward records which layers are called; a run does that before it compiles
         with CompiledLayers(backend="eager").used_by(decoder_layers(base)):
             model(ids, labels=ids, use_cache=False).loss.backward()
         gradients.append([parameter.grad for parameter in model.lora_layers.parameters()])
