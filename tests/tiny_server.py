@@ -79,7 +79,7 @@ def started(engine: AnyEngine) -> Iterator[AnyEngine]:
         engine.start()
         yield engine
     finally:
-        engine.stop(10)
+        engine.stop()
 
 
 @contextmanager

@@ -186,7 +186,7 @@ def answers(model: LoRAModel, tokens: int = 6) -> str:
         if not ended.wait(60):
             return "no answer in a minute"
     finally:
-        engine.stop(10)
+        engine.stop()
     kind = type(engine).__name__.removesuffix("Engine").lower()
     if finish[0].reason == "error":
         return f"{kind}: {finish[0].message}"

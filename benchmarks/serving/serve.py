@@ -147,7 +147,7 @@ def measure_arms(folder: Path, rounds: int) -> dict[str, list[Result]]:
         results["PEFT"].append(run_peft(peft, requests))
         engine = engine_of(ours._adapter_set)
         results["tailora"].append(run_engine(engine, requests))
-        engine.stop(10)
+        engine.stop()
         say(number, results)
     return {name: runs[1:] for name, runs in results.items()}
 
@@ -162,7 +162,7 @@ def measure_loaded(folder: Path, rounds: int) -> dict[str, list[Result]]:
             for what, names in (("adapter", ["0"]), ("base", [None])):
                 run = run_engine(engine, workload([*names]))
                 results.setdefault(f"{what}, {count} loaded", []).append(run)
-            engine.stop(10)
+            engine.stop()
         say(number, results)
     return {name: runs[1:] for name, runs in results.items()}
 
@@ -191,7 +191,7 @@ def measure_loading(folder: Path, rounds: int) -> dict[str, Any]:
             for name in running:
                 engine.cancel(name)
         gc.unfreeze()
-        engine.stop(10)
+        engine.stop()
     return {
         "bytes": size,
         "load_before": load_before,

@@ -219,7 +219,7 @@ def serving(rounds: int) -> dict[str, Any]:
     }
     with torch.inference_mode():
         times = measure.take_turns(arms, rounds, time.process_time)
-    engine.stop(10)
+    engine.stop()
     rates = {name: [REQUESTS * NEW / value for value in values] for name, values in times.items()}
     return {
         "prompt_tokens": sum(map(len, prompts)),

@@ -136,7 +136,7 @@ def serve(
                 server.run(sockets=[listener])
             return 0
         finally:
-            running.stop(0)
+            running.stop()
             gc.unfreeze()
 
 

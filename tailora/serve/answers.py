@@ -14,7 +14,6 @@ from itertools import accumulate
 from typing import Any
 
 from tailora.errors import AdapterError
-from tailora.serve.api_errors import RequestError
 from tailora.serve.engine_interface import Engine, Finish, Request, Token
 from tailora.serve.registry import AdapterHandle
 from tailora.serve.schemas import (
@@ -27,6 +26,7 @@ from tailora.serve.schemas import (
     CompletionRequest,
     FinishReason,
     GenerationRequest,
+    RequestError,
     Usage,
     new_id,
 )
@@ -191,6 +191,7 @@ class StopStrings:
 
     def __init__(self, stop_strings: Sequence[str]) -> None:
         self._stop_strings = stop_strings
+        self._longest = max(map(len, stop_strings), default=0)
         self.waiting = ""
 
     def add(self, text: str) -> tuple[str, bool]:
@@ -199,15 +200,10 @@ class StopStrings:
         ends = [end for stop_string in self._stop_strings if (end := text.find(stop_string)) >= 0]
         if ends:
             return text[: min(ends)], True
-        length = max((_overlap(text, stop_string) for stop_string in self._stop_strings), default=0)
-        shown, self.waiting = text[: len(text) - length], text[len(text) - length :]
-        return shown, False
-
-
-def _overlap(text: str, stop_string: str) -> int:
-    """Returns the length of the longest suffix of the text that is a prefix of the stop string."""
-    longest = min(len(text), len(stop_string) - 1)
-    return next((length for length in range(longest, 0, -1) if stop_string.startswith(text[-length:])), 0)
+        starts = range(max(0, len(text) - self._longest), len(text))  # of the text to hold back
+        start = next((n for n in starts if any(stop.startswith(text[n:]) for stop in self._stop_strings)), len(text))
+        self.waiting = text[start:]
+        return text[:start], False
 
 
 # ---- Log-probabilities
@@ -215,20 +211,6 @@ def _overlap(text: str, stop_string: str) -> int:
 
 def token_text(tokenizer: Any, token_id: int) -> str:
     return str(tokenizer.decode([token_id]))
-
-
-def chat_logprobs(tokenizer: Any, tokens: Sequence[Token], top: int) -> Json:
-    """top: number of most likely tokens in each entry."""
-
-    def entry(token_id: int, logprob: float) -> Json:
-        text = token_text(tokenizer, token_id)  # the bytes of an incomplete character are unknown
-        return {"token": text, "logprob": logprob, "bytes": None if UNFINISHED in text else [*text.encode("utf-8")]}
-
-    content = [
-        {**entry(token.id, token.logprob), "top_logprobs": [entry(*pair) for pair in token.top[:top]]}
-        for token in tokens
-    ]
-    return {"content": content, "refusal": None}
 
 
 def completion_logprobs(tokenizer: Any, tokens: Sequence[Token], top: int, *, offset: int, as_ids: bool) -> Json:
@@ -272,12 +254,10 @@ HERMES = {  # the format of Qwen and SmolLM, for tokenizers without a response t
 
 def response_template(tokenizer: Any) -> Json | None:
     """Returns the format of the model's tool calls as a transformers response template; None if unknown."""
-    template: dict[str, Any] | None = getattr(tokenizer, "response_template", None)
-    if template is not None:
-        return template
     text = str(tokenizer.chat_template or "")
     is_hermes = "<tool_call>" in text and "<|im_start|>" in text and "<function=" not in text
-    return HERMES if is_hermes else None
+    template: Json | None = getattr(tokenizer, "response_template", None)
+    return HERMES if template is None and is_hermes else template
 
 
 def parse_tool_calls(tokenizer: Any, text: str, prompt: str, tools: list[dict[str, Any]]) -> AssistantMessage:
@@ -287,19 +267,18 @@ def parse_tool_calls(tokenizer: Any, text: str, prompt: str, tools: list[dict[st
     """
     try:
         parsed = tokenizer.parse_response(text, response_template(tokenizer), prefix=prompt, tools=tools)
-        calls = [_tool_call(call["function"]) for call in parsed.get("tool_calls") or []]
+        calls = []
+        for function in (call["function"] for call in parsed.get("tool_calls") or []):
+            arguments = function["arguments"]
+            arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            function = {"name": function["name"], "arguments": arguments}
+            calls.append({"id": new_id("call"), "type": "function", "function": function})
     except (ValueError, LookupError, TypeError):
         calls = []
     if not calls:
         return AssistantMessage(content=text)
     reasoning = parsed.get("reasoning_content") or parsed.get("thinking")
     return AssistantMessage(content=parsed.get("content") or None, reasoning_content=reasoning, tool_calls=calls)
-
-
-def _tool_call(function: dict[str, Any]) -> Json:
-    arguments = function["arguments"]
-    arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return {"id": new_id("call"), "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 # ---- Responses to chat and text completions, complete or streamed
@@ -342,7 +321,17 @@ class ChatAnswer:
     def logprobs(self, tokens: Sequence[Token]) -> Json | None:
         if not self.body.logprobs:
             return None
-        return chat_logprobs(self.tokenizer, tokens, self.body.top_logprobs or 0)
+
+        def entry(token_id: int, logprob: float) -> Json:
+            text = token_text(self.tokenizer, token_id)  # the bytes of an incomplete character are unknown
+            return {"token": text, "logprob": logprob, "bytes": None if UNFINISHED in text else [*text.encode("utf-8")]}
+
+        top = self.body.top_logprobs or 0
+        content = [
+            {**entry(token.id, token.logprob), "top_logprobs": [entry(*pair) for pair in token.top[:top]]}
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
 
     async def complete(self) -> ChatCompletion:
         choices = [self.choice(answer) for answer in await complete_answers(self.pieces, len(self.generation.answers))]

@@ -35,13 +35,14 @@ from tailora.data.messages import Messages, read_messages, text_value
 from tailora.data.schemas import Conversation
 from tailora.errors import DataError
 from tailora.serve.answers import Answer, ChatAnswer, CompletionAnswer, Generation, Json, Piece
-from tailora.serve.api_errors import ERRORS, ERRORS_OF_TEXT, RequestError, add_error_handlers, error_body
 from tailora.serve.engine_interface import Engine, SamplingParams
 from tailora.serve.engine_interface import Request as EngineRequest
 from tailora.serve.playground import add_page
 from tailora.serve.registry import AdapterInfo, AdapterRegistry
 from tailora.serve.sampling import json_matcher
 from tailora.serve.schemas import (
+    ERRORS,
+    ERRORS_OF_TEXT,
     ChatCompletion,
     ChatRequest,
     Completion,
@@ -51,8 +52,11 @@ from tailora.serve.schemas import (
     LoadAdapterRequest,
     Model,
     ModelList,
+    RequestError,
     TextFormat,
     UnloadAdapterRequest,
+    add_error_handlers,
+    error_body,
     new_id,
 )
 
@@ -128,7 +132,7 @@ class Server:
         end = time.monotonic() + self.settings.drain_seconds
         while self.answers and not self.is_hurried and time.monotonic() < end:
             await asyncio.sleep(0.05)
-        await run_in_threadpool(self.engine.stop, 0)
+        await run_in_threadpool(self.engine.stop)
 
     def check_length(self, text: str, param: str) -> None:
         """Raises RequestError for a text that is too long however it is tokenized, which would take long."""
@@ -162,21 +166,19 @@ class Server:
         prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
         size = len(self.tokenizer)
         result = []
-        for text_or_ids in prompts:
-            ids = self.text_ids(text_or_ids) if isinstance(text_or_ids, str) else text_or_ids
+        for ids in prompts:
+            if isinstance(ids, str):
+                self.check_length(ids, "prompt")
+                try:
+                    ids = list(self.tokenizer(text_value(ids, "the prompt"))["input_ids"])
+                except DataError as error:
+                    raise RequestError(400, str(error), "prompt") from error
             if not ids:
                 raise RequestError(400, "a prompt is empty; expected at least one token", "prompt")
             if max(ids) >= size:
                 raise RequestError(400, f"expected token ids below {size}, got {max(ids)}", "prompt")
             result.append(ids)
         return result
-
-    def text_ids(self, text: str) -> list[int]:
-        self.check_length(text, "prompt")
-        try:
-            return list(self.tokenizer(text_value(text, "the prompt"))["input_ids"])
-        except DataError as error:
-            raise RequestError(400, str(error), "prompt") from error
 
     def params(
         self, body: GenerationRequest, max_tokens: int | None, longest: int, logprobs: int | None
@@ -197,13 +199,12 @@ class Server:
                 f"max_tokens = {max_tokens} is too large for a prompt of {longest} tokens; use at most {limit}",
                 "max_tokens",
             )
-        seed = secrets.randbelow(2**63) if body.seed is None else body.seed % 2**63
         return SamplingParams(
             max_tokens=max_tokens or limit,
             temperature=1.0 if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,
             top_k=max(body.top_k or 0, 0),
-            seed=seed,
+            seed=secrets.randbelow(2**63) if body.seed is None else body.seed % 2**63,
             logprobs=logprobs,
             ignore_eos=bool(body.ignore_eos),
         )
@@ -251,7 +252,9 @@ class Server:
                 own = None if grammar is None else grammar.deep_copy()
                 request = EngineRequest(f"{name}-{index}", tuple(prompt), handle.key, of_sample, own)
                 answers.append(Answer(index, self.tokenizer, request, stop, self.engine.eos_token_ids))
-            model, tokens = self.model_label(body.model), sum(map(len, prompts))
+            names, tokens = {adapter.name for adapter in self.registry.list()}, sum(map(len, prompts))
+            # All mixtures share one name in the metrics, since clients can invent new ones
+            model = body.model if body.model in {*names, self.registry.base_name} else "mixture"
             generation = Generation(self.engine, answers, model, tokens, handle, self._end_answer)
             started = count
             generation.start()
@@ -259,11 +262,6 @@ class Server:
             self.answers -= count - started
         self.metrics.prompt_tokens.labels(model).inc(tokens)
         return generation
-
-    def model_label(self, model: str) -> str:
-        """Returns the name of a model in the metrics. All mixtures share one, since clients can invent new ones."""
-        names = {self.registry.base_name, *(adapter.name for adapter in self.registry.list())}
-        return model if model in names else "mixture"
 
     def _end_answer(self) -> None:
         self.answers -= 1

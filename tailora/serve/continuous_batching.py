@@ -122,15 +122,12 @@ class ContinuousEngine(Engine):
         self.adapter_set.attach_by_token(self._batch)
         self._manager = self._new_manager()
 
-    def stop(self, timeout: float) -> None:
+    def stop(self) -> None:
         self._is_stopped = True
         model: Any = self.adapter_set.base_model
-        if self._manager is not None:
-            if timeout and self._manager.is_running():  # with 0, transformers warns that it has not waited
-                self._manager.stop(block=True, timeout=timeout, keep_for_next_session=True)
-            if self._manager.is_running():
-                self._manager.stop(block=True, timeout=None, keep_for_next_session=True, hard_stop=True)
-            self._manager = None
+        if self._manager is not None and self._manager.is_running():
+            self._manager.stop(block=True, timeout=None, keep_for_next_session=True, hard_stop=True)
+        self._manager = None
         # stop() and a failed start leave it on the model, where the next engine would use it
         model.destroy_cached_continuous_batching_manager()
         model.set_attn_implementation(self._attention)
@@ -254,10 +251,10 @@ class ContinuousEngine(Engine):
         schedule_batch = scheduler.schedule_batch
 
         def schedule_by_adapter(*budgets: int) -> Any:
-            states, *rest = schedule_batch(*budgets)
-            if states:
+            batch = schedule_batch(*budgets)
+            if states := batch[0]:
                 self._set_batch(states)
-            return states, *rest
+            return batch
 
         scheduler.schedule_batch = schedule_by_adapter
         with torch.inference_mode():  # the thread inherits it
@@ -317,7 +314,7 @@ def trial_error(engine: Engine) -> str:
         except (RuntimeError, ValueError, MemoryError) as error:  # from creating the cache for the model's shapes
             return str(error) or type(error).__name__
         finally:
-            engine.stop(0)
+            engine.stop()
     return finish[0].message if finish[0].reason == "error" else ""
 
 

@@ -89,8 +89,8 @@ class Engine(ABC):
     def start(self) -> None: ...
 
     @abstractmethod
-    def stop(self, timeout: float) -> None:
-        """Waits up to `timeout` seconds for requests to finish; the rest end with "cancelled"."""
+    def stop(self) -> None:
+        """Ends all requests with "cancelled"."""
 
     @abstractmethod
     def submit(self, request: Request, handle: EventHandler) -> None:

@@ -10,7 +10,6 @@ from threading import Condition, Lock, Thread
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
@@ -39,16 +38,15 @@ class PaddedEngine(Engine):
         self._thread = Thread(target=self._run, name="padded engine")
         self._thread.start()
 
-    def stop(self, timeout: float) -> None:
+    def stop(self) -> None:
         with self._changed:
             self._is_stopped = True
             self._changed.notify_all()
-        if self._thread is None:
-            return
-        self._thread.join(timeout)
-        for running in [*self._waiting, *self._running]:
+            requests = [*self._waiting, *self._running]
+        for running in requests:
             running.finish(Finish("cancelled"))
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def submit(self, request: Request, handle: EventHandler) -> None:
         if request.adapter is not None and request.adapter not in self.adapter_set.adapters:
@@ -109,10 +107,6 @@ class PaddedEngine(Engine):
             pad_sequence(rows, batch_first=True, padding_side="left")
             for rows in (prompts, [torch.ones_like(prompt) for prompt in prompts])
         )
-
-        def are_finished(*_: Any, **__: Any) -> Tensor:
-            return torch.tensor([running.is_finished for running in requests], device=model.device)
-
         config = GenerationConfig(
             do_sample=False,
             pad_token_id=0,
@@ -124,7 +118,9 @@ class PaddedEngine(Engine):
             "attention_mask": mask.to(model.device),
             "generation_config": config,
             "logits_processor": [ChosenTokens(lambda logits: next_tokens(logits, requests, self.eos_token_ids))],
-            "stopping_criteria": [are_finished],
+            "stopping_criteria": [
+                lambda *_, **__: torch.tensor([running.is_finished for running in requests], device=model.device)
+            ],
         }
         names = [running.request.adapter for running in requests]
         with self.adapter_set.activated_by_row(names), self.adapter_set.generation((), arguments):

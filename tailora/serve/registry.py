@@ -215,10 +215,7 @@ class AdapterRegistry:
     # ---- Requests
 
     def system_message(self, model: str) -> str | None:
-        """Returns the system message that `model` was trained with, for a mixture the one that its adapters share.
-
-        None if there is none, or they differ. Raises the errors of `acquire` for a name.
-        """
+        """Returns the system message that the adapters of `model` share; None if they differ. Raises as `acquire`."""
         systems = {self._source(name).system for name in self._weights(model, None)} or {self.base_system}
         return systems.pop() if len(systems) == 1 else None
 
@@ -260,12 +257,9 @@ class AdapterRegistry:
             try:
                 weights[name] = (float(number) if at else 1.0) * (1.0 if scale is None else scale)
             except ValueError:
-                problems.append(
-                    f"expected a number as the scale of {name!r}, got {number!r}; use for example {name}@0.5"
-                )
-                continue
+                weights[name] = math.nan
             if not math.isfinite(weights[name]):
-                problems.append(f"expected a finite scale for {name!r}, got {weights[name]}")
+                problems.append(f"expected a finite scale, as in {name}@0.5, got {term!r}")
         if problems:
             raise ConfigError(f"model = {model!r}: {listing(problems)}")
         return {name: weight for name, weight in sorted(weights.items()) if weight}
@@ -286,14 +280,15 @@ class AdapterRegistry:
             if used is not None:
                 self._residents.move_to_end(used.key)
         resident.users += 1
-        return AdapterHandle(resident.key, lambda: self._release(resident))
 
-    def _release(self, resident: _Resident) -> None:
-        with self._lock:
-            resident.users -= 1
-            is_removed = resident.is_retired and not resident.users
-        if is_removed:  # in another thread: the caller may be the engine's thread, which this waits for
-            Thread(target=self._remove_retired, name="remove adapters", daemon=True).start()
+        def release() -> None:
+            with self._lock:
+                resident.users -= 1
+                is_removed = resident.is_retired and not resident.users
+            if is_removed:  # in another thread: the caller may be the engine's thread, which this waits for
+                Thread(target=self._remove_retired, name="remove adapters", daemon=True).start()
+
+        return AdapterHandle(resident.key, release)
 
     # ---- Memory
 
@@ -332,7 +327,11 @@ class AdapterRegistry:
             check_no_overflow(f"{name}@{weights[name]:g}", adapter, base_model)
         name, shared = next(iter(scaled)), None
         if len(scaled) > 1 or adapters[name].saved:
-            check_linear(adapters)
+            if nonlinear := [name for name, adapter in adapters.items() if not is_linear(adapter)]:
+                raise ConfigError(
+                    f"this mixture cannot be computed exactly: {', '.join(nonlinear)} use DoRA, or contain trained "
+                    "biases or embedding rows; use them alone"
+                )
             combined = combine_adapters(adapters.__getitem__, weights, base_model, Combination())[0]
             adapter = _for_inference(combined)
         else:
@@ -484,25 +483,14 @@ def check_no_overflow(name: str, adapter: Adapter, base_model: nn.Module) -> Non
         )
 
 
-def check_linear(adapters: Mapping[str, Adapter]) -> None:
-    """Raises ConfigError for adapters that cannot be added to others or scaled."""
-    problems = []
-    for name, adapter in adapters.items():
-        if any(layer.lora_magnitude_vector is not None for layer in adapter.low_rank.values()):
-            problems.append(
-                f"{name!r} is a DoRA adapter, which rescales rows of the weights, so it cannot be combined with others"
-            )
-        if adapter.extras:
-            problems.append(f"{name!r} contains biases or embedding rows, which cannot be combined")
-    if problems:
-        raise ConfigError(f"this mixture cannot be computed exactly: {listing(problems)}")
+def is_linear(adapter: Adapter) -> bool:
+    """True if it can be added to others."""
+    has_dora = any(layer.lora_magnitude_vector is not None for layer in adapter.low_rank.values())
+    return not has_dora and not adapter.extras
 
 
 def digest_of(stored: StoredAdapter) -> str:
-    """Returns a hash of an adapter's settings, metadata and tensors, which differs between versions of one name.
-
-    SHA-256 would add half of the remaining loading time.
-    """
+    """Returns a hash of the content, by xxh3_128: SHA-256 would add half of the remaining loading time."""
     in_order = sorted(stored.tensors.items())
     shapes = [(key, str(tensor.dtype), tuple(tensor.shape)) for key, tensor in in_order]
     digest = xxh3_128(json.dumps([stored.settings, stored.metadata.to_json(), shapes], sort_keys=True).encode())

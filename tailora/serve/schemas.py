@@ -1,12 +1,16 @@
-"""The requests and responses of OpenAI's API, and the requests of vLLM's API for loading adapters.
+"""The requests, responses and errors of OpenAI's API, and the requests of vLLM's API for loading adapters.
 
 An unsupported field that would change the answer only accepts its neutral value (`only`). Fields without effect here,
 such as `user`, are accepted and ignored. Unknown fields are refused, so misspellings are not silently ignored.
 """
 
 import secrets
+from itertools import islice
 from typing import Annotated, Any, Literal
 
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -19,6 +23,9 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+from starlette.exceptions import HTTPException
+
+from tailora.errors import AdapterNotFoundError, MemoryInUseError, TailoraError
 
 MOST_FIELDS = 100  # in an object that only allows known fields
 MOST_MESSAGES = 10_000
@@ -76,6 +83,7 @@ ModelName = Annotated[
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
 TokenId = Annotated[int, Field(ge=0, lt=INT64)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MOST_TOKENS, fail_fast=True)]
+Zero = Annotated[Annotated[float, Field(ge=0, le=0)] | None, only("0")]
 Ignored = Annotated[Any, Field(description="accepted and ignored")]
 
 # ---- Requests
@@ -106,10 +114,10 @@ class GenerationRequest(RequestBody):
         None, description="scale of the adapter's update; 1 leaves it as trained"
     )
     # Would change the answer, but not supported
-    frequency_penalty: Annotated[Annotated[float, Field(ge=0, le=0)] | None, only("0")] = None
-    presence_penalty: Annotated[Annotated[float, Field(ge=0, le=0)] | None, only("0")] = None
+    frequency_penalty: Zero = None
+    presence_penalty: Zero = None
     repetition_penalty: Annotated[Annotated[float, Field(ge=1, le=1)] | None, only("1")] = None
-    min_p: Annotated[Annotated[float, Field(ge=0, le=0)] | None, only("0")] = None
+    min_p: Zero = None
     logit_bias: Annotated[Annotated[dict[str, Any], Field(max_length=0)] | None, only("{}")] = None
     # Ignored
     user: Ignored = None
@@ -134,10 +142,10 @@ class TextPart(RequestBody):
 
 
 Parts = Annotated[list[TextPart], Field(max_length=MOST_PARTS, fail_fast=True)]
-
-
-def as_parts(value: Any) -> Any:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+AsParts = BeforeValidator(  # a text is a single part
+    lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value,
+    json_schema_input_type=str | Parts | None,
+)
 
 
 class Message(BaseModel):
@@ -146,7 +154,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Annotated[Parts | None, BeforeValidator(as_parts, json_schema_input_type=str | Parts | None)] = None
+    content: Annotated[Parts | None, AsParts] = None
     tool_calls: Annotated[list[dict[str, Any]], Field(max_length=128, fail_fast=True)] | None = None
     reasoning_content: str | None = None
 
@@ -286,7 +294,7 @@ class Completion(ResponseBody):
     usage: Usage | None = None
 
 
-# ---- Models and errors
+# ---- Models
 
 
 class Model(ResponseBody):
@@ -305,6 +313,9 @@ class ModelList(ResponseBody):
     data: list[Model]
 
 
+# ---- Errors
+
+
 class ErrorDetail(ResponseBody):
     message: str
     type: str
@@ -314,3 +325,77 @@ class ErrorDetail(ResponseBody):
 
 class ErrorBody(ResponseBody):
     error: ErrorDetail
+
+
+MOST_PROBLEMS = 10  # listed in one message
+LONGEST_TEXT = 300  # characters of one problem, which may quote the request
+TYPES = {  # by status
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    404: "NotFoundError",
+    413: "RequestTooLargeError",
+    429: "RateLimitError",
+    500: "InternalServerError",
+    503: "ServiceUnavailableError",
+}
+ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in TYPES}
+ERRORS_OF_TEXT: dict[int | str, dict[str, Any]] = {  # for routes that otherwise return text
+    status: {
+        "description": name,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}},
+    }
+    for status, name in TYPES.items()
+}
+
+
+class RequestError(Exception):
+    """Becomes a response with this status, in OpenAI's format."""
+
+    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param = status, message, param
+
+
+def error_body(status: int, message: str, param: str | None = None, kind: str | None = None) -> dict[str, Any]:
+    detail = ErrorDetail(message=message, type=kind or TYPES.get(status, "APIError"), param=param, code=status)
+    return ErrorBody(error=detail).model_dump()
+
+
+def error_response(status: int, message: str, param: str | None = None, kind: str | None = None) -> JSONResponse:
+    headers = {"Retry-After": "1"} if status in (429, 503) else None
+    return JSONResponse(error_body(status, message, param, kind), status, headers=headers)
+
+
+def describe(problems: list[dict[str, Any]]) -> tuple[str, str | None]:
+    """Returns the first of pydantic's problems as a message, and the name of the first field."""
+    lines = [f"{'.'.join(map(str, problem['loc'][1:])) or 'body'}: {problem['msg']}" for problem in problems]
+    more = ["and more"] if len(problems) > MOST_PROBLEMS else []
+    names = [str(problem["loc"][1])[:LONGEST_TEXT] for problem in problems if len(problem["loc"]) > 1]
+    shown = dict.fromkeys(line[:LONGEST_TEXT] for line in lines[:MOST_PROBLEMS])
+    return "; ".join([*shown, *more]), names[0] if names else None
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    async def respond(request: Request, error: Exception) -> Response:
+        match error:
+            case RequestError():
+                return error_response(error.status, error.message, error.param)
+            case RequestValidationError():
+                return error_response(400, *describe([*islice(error.errors(), MOST_PROBLEMS + 1)]))
+            case HTTPException():
+                message = str(error.detail)
+                if error.status_code in (404, 405):  # the router's "Not Found" and "Method Not Allowed"
+                    routes = [route for route in request.app.routes if getattr(route, "include_in_schema", False)]
+                    known = ", ".join(f"{' '.join(route.methods)} {route.path}" for route in routes)
+                    message = f"unknown route {request.method} {request.url.path[:LONGEST_TEXT]}; available: {known}"
+                response = error_response(error.status_code, message)
+                response.headers.update(error.headers or {})
+                return response
+        status = 404 if isinstance(error, AdapterNotFoundError) else 503 if isinstance(error, MemoryInUseError) else 400
+        is_admin = request.url.path.endswith("_lora_adapter")
+        message = request.app.state.server.registry.without_root(str(error))
+        kind = "InvalidUserInput" if is_admin and status == 400 else None
+        return error_response(status, message, None if is_admin else "model", kind)
+
+    for handled in (RequestError, RequestValidationError, HTTPException, TailoraError):
+        app.add_exception_handler(handled, respond)

@@ -152,7 +152,7 @@ def test_an_engine_that_is_stopped_at_once_logs_nothing() -> None:
     logger.addHandler(handler)
     try:
         with started(ContinuousEngine(AdapterSet(base_model(), {}), [EOS], max_positions=200)) as engine:
-            engine.stop(0)
+            engine.stop()
     finally:
         logger.removeHandler(handler)
     assert [record.getMessage() for record in handler.buffer if record.levelno >= logging.WARNING] == []
@@ -284,7 +284,7 @@ def test_stop_ends_what_runs(engine: Engine) -> None:
     for number in range(40):
         answers.submit(str(number), [9, 10, 11], None, max_tokens=190, ignore_eos=True)
     assert answers.first_token.wait(60)
-    engine.stop(0.01)
+    engine.stop()
     answers.wait()
     reasons = {finish.reason for finish in answers.finishes.values()}
     assert "cancelled" in reasons

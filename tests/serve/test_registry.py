@@ -430,8 +430,8 @@ def test_equal_requests_share_one_adapter_without_tensors_of_its_own(make: Make)
 @pytest.mark.parametrize(
     ("model", "scale", "message"),
     [
-        ("legal@x", None, "'x'"),
-        ("legal@", None, "expected a number as the scale"),
+        ("legal@x", None, "'legal@x'"),
+        ("legal@", None, "expected a finite scale, as in legal@0.5, got 'legal@'"),
         ("legal@inf", None, "finite"),
         ("legal@1e308", 1e308, "finite"),
         ("legal@1e38", None, "scales its update .* by .*e\\+38; .* Use a smaller scale"),

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_server import CHAT, TOKENIZER, Running, chat, held_forwards, running, write_adapters
 
-from tailora.serve import api_errors
+import tailora.serve.schemas
 
 JSON = {"Content-Type": "application/json"}
 
@@ -95,8 +95,8 @@ INVALID = {  # small bodies with many faults: reporting each took seconds, in wh
 @pytest.mark.parametrize("fault", INVALID)
 def test_many_faults_are_not_all_reported(server: Running, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     described: list[int] = []
-    original = api_errors.describe
-    monkeypatch.setattr(api_errors, "describe", lambda found: described.append(len(found)) or original(found))
+    original = tailora.serve.schemas.describe
+    monkeypatch.setattr("tailora.serve.schemas.describe", lambda found: described.append(len(found)) or original(found))
     path = "completions" if '"prompt"' in INVALID[fault] else "chat/completions"
     response = server.http.post(f"/v1/{path}", content=f'{{"model": "tiny", {INVALID[fault]}}}', headers=JSON)
     assert response.status_code == 400
