@@ -48,7 +48,7 @@ RESULT = "default"  # name of the new adapter
 
 OutputDir = Annotated[Path, Parameter(name="--output-dir", help="new folder for the adapter")]
 Rank = Annotated[PositiveInt | None, Parameter(help="maximum rank per layer")]
-Energy = Annotated[float | None, Parameter(help="share of the squared singular values to keep, such as 0.99")]
+Energy = Annotated[float | None, Parameter(help="fraction of the squared singular values to keep, such as 0.99")]
 
 # ---- `tailora combine`
 
@@ -59,7 +59,7 @@ Weights = Annotated[
 ]
 Method = Annotated[
     Literal["cat", "svd", "ties", "dare"],
-    Parameter(help="cat: exact, ranks add up; svd: best approximation of rank --r; ties, dare: drop entries, then svd"),
+    Parameter(help="cat: exact, ranks add up; svd: best approximation at rank --r; ties, dare: drop entries, then svd"),
 ]
 
 
@@ -70,7 +70,7 @@ def combine(
     output_dir: OutputDir,
     method: Method = "cat",
     r: Annotated[PositiveInt | None, Parameter(help="maximum rank; default: the highest rank of the adapters")] = None,
-    density: Annotated[float | None, Parameter(help="ties: share of the entries to keep; default: 0.2")] = None,
+    density: Annotated[float | None, Parameter(help="ties: fraction of entries to keep; default: 0.2")] = None,
     drop: Annotated[float | None, Parameter(help="dare: probability of dropping an entry; default: 0.5")] = None,
     seed: Annotated[int | None, Parameter(help="dare: seed for dropping entries; default: 0")] = None,
     model: BaseModel = None,
@@ -80,7 +80,7 @@ def combine(
 ) -> int:
     """Combine several adapters into one.
 
-    In every layer, the update of the new adapter is the weighted sum of the updates of all adapters.
+    In every layer, the new adapter's update is the weighted sum of the updates of all adapters.
     """
     folders = parse_adapters(adapter)
     check_result_folder(output_dir, ADAPTER_FILES, overwrite=overwrite, sources=folders.values())
@@ -106,7 +106,7 @@ def parse_weights(texts: Sequence[str], folders: Mapping[str, Path]) -> dict[str
     """Returns name -> weight for every adapter, 1 by default. Raises ConfigError with all problems."""
     weights, problems = dict.fromkeys(folders, 1.0), []
     if RESULT in folders:
-        problems.append(f"--adapter: the name {RESULT!r} is reserved for the result; use OTHER={folders[RESULT]}")
+        problems.append(f"--adapter: the name {RESULT!r} is reserved; choose a name with NAME={folders[RESULT]}")
     for text in (part for argument in texts for part in argument.split(",")):
         name, _, number = text.rpartition("=")
         if name not in folders:
@@ -139,7 +139,7 @@ def shrink(
     r: Rank = None,
     energy: Energy = None,
     max_loss_increase: Annotated[
-        NonNegativeFloat | None, Parameter(help="allowed increase of the loss on --data, in nats per token")
+        NonNegativeFloat | None, Parameter(help="allowed increase in the loss on --data, in nats per token")
     ] = None,
     data: Annotated[str | None, Parameter(help="held-out data for --max-loss-increase, or 'demo'")] = None,
     model: BaseModel = None,
@@ -155,7 +155,7 @@ def shrink(
     folder = find_adapter(str(adapter))
     check_result_folder(output_dir, ADAPTER_FILES, overwrite=overwrite, sources=[folder])
     if (data is None) != (max_loss_increase is None):
-        raise ConfigError("--max-loss-increase is measured on --data; use both or neither")
+        raise ConfigError("--max-loss-increase and --data only work together; set both, or remove both")
     check_sources(data=[data])
     base = base_model_name(model, [folder])
     log("loading the model")
@@ -220,7 +220,7 @@ def extract(
 ) -> int:
     """Extract an adapter from a fine-tuned model and its base model.
 
-    The adapter approximates the difference between the two. The output lists the differing tensors that it lacks.
+    The adapter approximates the difference between the two models. The output lists differing tensors left out of it.
     """
     config = merge_settings(flags, None, arguments={"model": model}).lora()
     check_result_folder(output_dir, ADAPTER_FILES, overwrite=overwrite)
@@ -246,7 +246,7 @@ def poor_fit_advice(error: Mapping[str, float]) -> list[str]:
     """Returns advice if most of the difference is not in the adapter, else []."""
     if median(error.values()) < POOR_FIT:
         return []
-    return ["Most of the difference has a higher rank than the adapter: raise --r, or use --energy 0.9"]
+    return ["The rank is too low for most of the difference between the models; raise --r, or use --energy 0.9"]
 
 
 def _left_over_lines(left_over: Mapping[str, float]) -> list[str]:
@@ -263,7 +263,7 @@ def _left_over_lines(left_over: Mapping[str, float]) -> list[str]:
     ]
     if len(groups) > MAX_LINES:
         lines.append(f"  ... and {len(groups) - MAX_LINES} more lines (use --json to see all)")
-    return [f"NOT in the adapter: {len(left_over)} tensors that differ; add modules with --modules-to-save:", *lines]
+    return [f"{len(left_over)} differing tensors are NOT in the adapter; add modules with --modules-to-save:", *lines]
 
 
 # ---- What all three print

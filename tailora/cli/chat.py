@@ -38,7 +38,7 @@ from tailora.formats.run_folder import adapter_folder, read_system_message, reco
 
 IgnoreChatTemplate = Annotated[
     bool,
-    Parameter(negative=(), show_default=False, help="continue the prompt itself, for models trained on plain text"),
+    Parameter(negative=(), show_default=False, help="continue the prompt as plain text, without a chat template"),
 ]
 System = Annotated[str | None, Parameter(help="system message; default: the one used in training; '': none")]
 MEMORY_ADVICE = "try a shorter prompt, a smaller --max-new-tokens or --model, or close other programs"
@@ -171,7 +171,7 @@ Prompts = Annotated[
 ]
 
 PromptsFile = Annotated[
-    Path | None, Parameter(help="file with prompts: JSONL, JSON, CSV or Parquet with a column prompt, or one per line")
+    Path | None, Parameter(help="file of prompts: JSONL, JSON, CSV or Parquet with a prompt column, or one per line")
 ]
 OutputFile = Annotated[Path | None, Parameter(help="JSONL file to write prompts and answers to, instead of stdout")]
 
@@ -202,8 +202,8 @@ def generate(
         raise ConfigError("--prompt and --prompts cannot be combined; use one of them")
     if ignore_chat_template and system is not None:
         raise ConfigError(
-            "--system needs the chat template, so it cannot be combined with --ignore-chat-template; write both texts "
-            "into --prompt"
+            "--system needs the chat template, so it cannot be combined with --ignore-chat-template; put the system "
+            "message into --prompt instead"
         )
     questions = (prompt or [piped_text()]) if prompts is None else read_prompts(prompts)
     if output is not None:
@@ -273,7 +273,7 @@ def piped_text() -> str:
     """Returns the text from stdin. Raises ConfigError if there is none."""
     text = "" if sys.stdin.isatty() else sys.stdin.read().strip()
     if not text:
-        raise ConfigError("nothing to answer; use --prompt TEXT or --prompts FILE, or pipe text in")
+        raise ConfigError("no prompt to answer; use --prompt TEXT or --prompts FILE, or pipe text to stdin")
     return text
 
 
@@ -287,7 +287,7 @@ def read_prompts(path: Path) -> list[str]:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeError) as error:
             cause = error.strerror if isinstance(error, OSError) else f"not UTF-8: {error}"
-            raise ConfigError(f"--prompts {path}: {cause}; use a readable text file in UTF-8") from None
+            raise ConfigError(f"--prompts {path}: {cause}; use a readable UTF-8 text file") from None
         prompts = [line for line in lines if line.strip()]
     else:
         rows = list(read_file(path))

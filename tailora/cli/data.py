@@ -46,7 +46,7 @@ def data(
 ) -> int:
     """Show what would be trained on, token by token.
 
-    Shows the columns, counts and lengths of your data, and a few examples in which the trained tokens are highlighted.
+    Shows the columns, counts and lengths of your data, and a few examples with the trained tokens highlighted.
     Without a file, it shows the demo's data.
     """
     settings = merge_settings(flags, config, arguments={"data": files[0] if len(files) == 1 else [*files] or None})
@@ -180,7 +180,7 @@ def show(console: Console, report: dict[str, Any], examples: Mapping[str, Pieces
     console.print()
     print_rich_table(console, histogram(report["lengths"]))
     in_color = console.color_system is not None and not console.no_color
-    legend = highlight([("learned", True), (" and only read", False)], in_color)
+    legend = highlight([("trained", True), (" and not trained", False)], in_color)
     for name, pieces in examples.items():
         console.print(Text.assemble((f"\n{name}: ", "bold"), legend))
         console.print(highlight(pieces, in_color), soft_wrap=not console.is_terminal)
@@ -188,7 +188,7 @@ def show(console: Console, report: dict[str, Any], examples: Mapping[str, Pieces
 
 def data_table(report: dict[str, Any]) -> Table:
     mapping = ", ".join(key if key == column else f"{key} = {column}" for key, column in report["mapping"].items())
-    learned = f", {report['supervised_tokens']:,} learned ({report['supervised_share']:.0%})"
+    learned = f", {report['supervised_tokens']:,} trained ({report['supervised_share']:.0%})"
     values = {
         "source": report["source"],
         "held-out source": report["eval_source"],
@@ -223,7 +223,7 @@ def histogram(bins: Sequence[dict[str, int]]) -> Table:
 
 
 def highlight(pieces: Pieces, in_color: bool) -> Text:
-    """Returns learned text in green and the rest dim; without color, learned text in [[ ]]."""
+    """Returns trained text in green and the rest dim; without color, learned text in [[ ]]."""
     if in_color:
         return Text.assemble(*((text, "green" if learned else "dim") for text, learned in pieces))
     return Text("".join(f"[[{text}]]" if learned else text for text, learned in pieces))

@@ -31,8 +31,8 @@ Facts = dict[str, dict[str, Any]]  # section -> name -> value
 def doctor(*, json: Json = False) -> int:
     """Show what this machine can do.
 
-    Lists each device with its memory, precision, and which kinds of attention, compiled layers and quantization work
-    there, as well as threads, memory, disk space and package versions.
+    Lists each device with its memory and precision, and whether each kind of attention, compiled layers and
+    quantization works on it. Also lists threads, memory, disk space and package versions.
     """
     facts = collect_facts()
     if json:
@@ -117,7 +117,7 @@ def conclusions(facts: Facts) -> list[str]:
     return [
         f"--dtype auto {meaning}: {size} bytes per parameter of the base model{' in bfloat16' if stored else ''}",
         f"a base model of {memory / 2 / size / 1e9:.1f}B parameters fills half of the memory; training needs the rest",
-        f"training runs on {device['auto']}; threads: {facts['threads']['torch']} (OMP_NUM_THREADS changes it)",
+        f"training runs on {device['auto']}; threads: {facts['threads']['torch']} (set by OMP_NUM_THREADS)",
     ]
 
 

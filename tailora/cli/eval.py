@@ -63,7 +63,7 @@ Gates = Annotated[
         name="--gate",
         negative=(),
         metavar="METRIC<N",
-        help=f"exit with code 4 if this is not met; repeatable; {QUOTES_HINT}",
+        help=f"exit with code 4 if this condition is not met; repeatable; {QUOTES_HINT}",
     ),
 ]
 Metrics = Annotated[
@@ -80,7 +80,7 @@ Normalize = Annotated[
     str,
     Parameter(
         metavar="A,B",
-        help="what exact_match ignores: case, punctuation, space, strip (space at the ends), or none",
+        help="what exact_match ignores: case, punctuation, space, strip (leading and trailing whitespace), or none",
     ),
 ]
 Limit = Annotated[PositiveInt | None, Parameter(help="evaluate only the first N examples")]
@@ -95,7 +95,7 @@ class HarnessFlags:
         list[str] | None, Parameter(negative=(), metavar="A,B", help="tasks to run, such as hellaswag,arc_easy")
     ] = None
     include_path: Annotated[Path | None, Parameter(help="folder with your own tasks")] = None
-    num_fewshot: Annotated[NonNegativeInt | None, Parameter(help="examples shown before each question")] = None
+    num_fewshot: Annotated[NonNegativeInt | None, Parameter(help="few-shot examples before each question")] = None
     apply_chat_template: Annotated[
         bool, Parameter(negative=(), show_default=False, help="format questions with the chat template")
     ] = False
@@ -145,7 +145,7 @@ def eval(
 ) -> int:
     """Evaluate an adapter and its base model on held-out data.
 
-    Without an adapter, only --model is evaluated. With --nproc-per-node or torchrun, the processes share the examples.
+    Without an adapter, only --model is evaluated. --nproc-per-node or torchrun splits the examples across processes.
     """
     started = time.monotonic()
     gates, metric_names = parse_gates(gate or []), parse_metrics(metrics or [])
@@ -153,8 +153,8 @@ def eval(
     if data is None and (data_gates or not harness.names):
         if data_gates:
             raise ConfigError(
-                f"--gate {data_gates[0]} needs held-out data; use --data FILE, or --tasks TASK with gates on "
-                "TASK/METRIC"
+                f"--gate {data_gates[0]} needs held-out data; add --data FILE, or set a gate on TASK/METRIC "
+                "and run --tasks TASK"
             )
         raise ConfigError("nothing to evaluate on; use --data FILE, or --tasks TASK (lm-evaluation-harness)")
     check_sources(data=[data])
@@ -169,8 +169,8 @@ def eval(
     to_start = 0 if nproc_per_node is None or is_launched_by_tailora() else count_processes(nproc_per_node, device)
     if harness.names and max(to_start, world_size()) > 1:
         raise ConfigError(
-            "--tasks runs in a single process only; remove --nproc-per-node (or do not use torchrun), or drop --tasks "
-            "and evaluate --data alone"
+            "--tasks only supports a single process; start without --nproc-per-node or torchrun, or remove --tasks to "
+            "evaluate on --data only"
         )
     if to_start > 1:
         log(f"starting {to_start} processes")
@@ -182,11 +182,11 @@ def eval(
     refuse_system(labels, flags)
     if labels is not None:
         if data is None or harness.names:
-            raise ConfigError(f"a model for {labels.task} needs rows with labels; use --data instead of --tasks")
+            raise ConfigError(f"--tasks does not support {labels.task}; use --data with labeled rows instead")
         if nproc_per_node is not None or world_size() > 1:
             raise ConfigError(
-                "models that predict labels are evaluated in a single process only; remove --nproc-per-node (or do not "
-                "use torchrun)"
+                "a model that predicts labels is only evaluated in a single process; start without --nproc-per-node "
+                "or torchrun"
             )
         log_columns(flags, config)
         loaded = load_model(target.model, folders, quantize=quantize, dtype=config.dtype, device=device, labels=labels)
@@ -195,7 +195,7 @@ def eval(
     check_gates(data_gates, list(METRICS), base=base)
     if wrong := [name for name in metric_names if name not in METRICS]:
         raise ConfigError(
-            f"--metrics {','.join(wrong)} needs a model that predicts labels, but this is a language model; use "
+            f"--metrics {','.join(wrong)} only applies to models that predict labels, not to this language model; use "
             f"{', '.join(METRICS)}"
         )
     from tailora.cli.progress import counter
@@ -269,10 +269,10 @@ def _label_scores(
     if base and labels_of_config(read_config(target.model)) != labels:
         if changes := [str(gate) for gate in gates if gate.metric.endswith(CHANGE)]:
             raise ConfigError(
-                f"--gate {', '.join(changes)}: {target.model} has no head for these labels, so it has no score to "
-                "compare with; use a gate on the adapter's score itself"
+                f"--gate {', '.join(changes)}: the base model {target.model} has no head for these labels, so "
+                "there is nothing to compare; use a gate without _change"
             )
-        note(f"{target.model} has no head for these labels, so only the adapter is evaluated")
+        note(f"the base model {target.model} has no head for these labels, so only the adapter is evaluated")
         base = False
     of_gates = [gate.metric.removesuffix(CHANGE) for gate in gates]
     model = loaded.model if loaded.adapters else without_adapter(loaded.model)
@@ -307,7 +307,7 @@ def find_target(adapter: str | None, model: str | None) -> EvalTarget:
     model_folder = next((folder for folder in (path, path / "model") if (folder / "config.json").is_file()), None)
     if model_folder is not None and not (path / "adapter_config.json").exists():
         if model is not None:
-            raise ConfigError(f"{adapter} is a full model, not an adapter for {model}; name only one of them")
+            raise ConfigError(f"{adapter} is a full model, not an adapter for {model}; evaluate one model at a time")
         return EvalTarget(str(model_folder), None, None)
     folder = find_adapter(adapter)
     return EvalTarget(base_model_name(model, [folder]), adapter, folder)

@@ -51,8 +51,8 @@ SERVERS_OF_FORMAT = {"portable": "vllm", "gguf": "llama-server"}
 To = Annotated[
     Literal[Format, Server],
     Parameter(
-        help="format: peft, portable (PEFT for servers), gguf or merged (a full model); or server, including the "
-        "command that starts it"
+        help="format: peft, portable (PEFT for servers), gguf or merged (a full model); or a server, to also write "
+        "the command that starts it"
     ),
 ]
 Output = Annotated[Path, Parameter(name=["--output", "--output-dir"], help="new folder for the result")]
@@ -84,7 +84,7 @@ def export(
 ) -> int:
     """Export an adapter for llama.cpp, Ollama, vLLM, mlx-lm or PEFT, or merge it.
 
-    The result is read back, and its logits must match the original model with the adapter. For a server, the folder
+    The result is read back, and its logits must match the adapted model's. For a server, the folder
     also contains a script that starts it. Adapters that a server cannot load are merged into the base model.
     """
     path = find_adapter(adapter)
@@ -213,7 +213,7 @@ def commands_of_target(result: "ExportReport", serving: "Serving") -> list[Block
 
     blocks: list[Block] = []
     if serving.prepare is not None:
-        once = "Once, with llama.cpp's converter, which needs `pip install sentencepiece`:"
+        once = "Run llama.cpp's converter once (it needs `pip install sentencepiece`):"
         blocks.append(Code(shlex.join(serving.prepare[0]), title=once))
     title = f"To serve it, as {result.folder / SERVE_SCRIPT} does:"
     blocks.append(Code("\n".join(map(shlex.join, serving.commands)), title=title))
@@ -225,7 +225,7 @@ def commands_of_format(result: "ExportReport", base: str, labels: "Labels | None
     """Names the option that also writes the command of a server, if a server reads the format."""
     use: Block
     if result.format in SERVERS_OF_FORMAT:
-        use = Paragraph(f"`--to {SERVERS_OF_FORMAT[result.format]}` also writes the command to serve it.")
+        use = Paragraph(f"`--to {SERVERS_OF_FORMAT[result.format]}` also writes the command to serve the adapter.")
     else:
         folder = str(result.folder)
         model, adapter = (folder, None) if result.format == "merged" else (base, folder)

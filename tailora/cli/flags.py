@@ -178,7 +178,7 @@ def log_columns(flags: Mapping[str, Any] | None, config: TrainConfig) -> None:
     if config.field and "field" not in (flags or {}):
         columns = ",".join(f"{ours}={theirs}" for ours, theirs in config.field.items())
         usual = ",".join(f"{ours}={ours}" for ours in config.field)
-        log(f"columns as in training: --field {columns}; for data with the standard names, use --field {usual}")
+        log(f"using the columns from training: --field {columns}; for the standard names, use --field {usual}")
 
 
 def _drop_none(values: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def parse_pairs(
     keys = [key for key, _, value in parts if key and value]
     if allowed is not None:
         problems += [f"{name}: unknown setting {key!r}{suggestion(key, allowed)}" for key in keys if key not in allowed]
-    problems += [f"{name}: {key} is given twice" for key in dict.fromkeys(keys) if keys.count(key) > 1]
+    problems += [f"{name}: {key} is set twice" for key in dict.fromkeys(keys) if keys.count(key) > 1]
     if problems:
         raise ConfigError(listing(problems))
     return {key: value for key, _, value in parts}
@@ -239,7 +239,7 @@ def _resolve_aliases(values: Mapping[str, Any], where: str = "") -> dict[str, An
     for name in values:
         spellings.setdefault(ALIASES.get(name, name), []).append(name)
     problems = [
-        f"{' and '.join(names)} are the same setting; use one of them" for names in spellings.values() if len(names) > 1
+        f"{' and '.join(names)} are the same setting; use only one" for names in spellings.values() if len(names) > 1
     ]
     if problems:
         raise ConfigError(where + listing(problems))

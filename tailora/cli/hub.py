@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 PULLED_FILES = (*EXPORTED_FILES, *TOKENIZER_FILES)
 MESSAGE = "Upload a LoRA adapter with tailora"
-KEPT_CARD = "is kept, because someone wrote or edited it; --replace-card replaces it"
+KEPT_CARD = "is kept, because it was written or edited by hand; use --replace-card to replace it"
 
 Repository = Annotated[str, Parameter(name="repository", help="repository on the Hub: owner/name")]
 
@@ -66,7 +66,7 @@ def push(
         Parameter(negative=(), show_default=False, help="add the run's answers to held-out prompts to the model card"),
     ] = False,
     replace_card: Annotated[
-        bool, Parameter(negative=(), show_default=False, help="also replace a model card that someone wrote or edited")
+        bool, Parameter(negative=(), show_default=False, help="also replace a model card that was edited by hand")
     ] = False,
     json: Json = False,
 ) -> int:
@@ -106,7 +106,7 @@ def push(
                 delete_patterns=None if PASSPORT in files else PASSPORT,  # of earlier weights
             )
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{repository} has all files or none; run the same command again") from None
+        raise KeyboardInterrupt(f"{repository} has received all files or none; run the same command again") from None
     if uploaded.is_private and public:
         note(f"{repository} is still private; make it public in its settings on the Hub")
     if uploaded.keeps_card:
@@ -147,9 +147,9 @@ def files_to_push(
     files, base = hub.shared_files(adapter, model)
     settings = json_module.loads(files[ADAPTER_CONFIG])
     if (base_name := settings["base_model_name_or_path"]) is None:
-        note("the files do not name the base model; set its Hub id with --model")
+        note("the adapter does not name its base model; set its Hub id with --model")
     elif hub.repository_of(base_name) is None:
-        note(f"the files name the base model {base_name}, which others cannot download; set its Hub id with --model")
+        note(f"others cannot download the base model {base_name} that the adapter names; set its Hub id with --model")
     if (adapter / PASSPORT).exists():
         hub.shared_content(adapter / PASSPORT)  # refuses a link
         passport = read_passport(adapter)
@@ -216,7 +216,7 @@ def pull(
     public_base = base.name if base is not None and hub.repository_of(base.name) is not None else "BASE"
     use = command_to_use(public_base, str(output), labels_of_adapter(output))
     contents: list[Block] = [Table([Column(""), Column("")], rows), Code(shlex.join(use), title="To use it:")]
-    print_section(stdout(), Section(f"{repository}, commit {snapshot.name[:7]}, is in {output}", "", contents))
+    print_section(stdout(), Section(f"Downloaded {repository} (commit {snapshot.name[:7]}) to {output}", "", contents))
     return 0
 
 

@@ -43,12 +43,12 @@ from tailora.train import failures, launch
 
 COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "demo": ("train", "Fine-tune a small model on real chats and see what changed."),
-    "plan": ("plan", "Estimate memory and time of a run, and show what it would train."),
+    "plan": ("plan", "Estimate the memory and time of a run, and show what would be trained."),
     "train": ("train", "Fine-tune a model on your data."),
     "compare": ("study", "Compare LoRA with full fine-tuning on your model and data."),
     "eval": ("eval", "Evaluate an adapter and its base model on held-out data."),
     "search": ("study", "Search for the best settings, and cheaper ones that are as good."),
-    "report": ("study", "Write report.html of a run or a study again."),
+    "report": ("study", "Regenerate report.html for a run or a study."),
     "chat": ("chat", "Chat with a model, with or without adapters."),
     "generate": ("chat", "Answer prompts, independently of each other."),
     "predict": ("predict", "Predict labels, or generate answers, for all rows of a file."),

@@ -47,12 +47,12 @@ Model = Annotated[
     str | None,
     Parameter(
         name="--model",
-        help="Hugging Face folder or Hub id, or 'demo'; default: the one that the adapter names, or 'demo'",
+        help="Hugging Face folder or Hub id, or 'demo'; default: the one named in the adapter, or 'demo'",
     ),
 ]
 BaseModel = Annotated[
     str | None,
-    Parameter(name="--model", help="base model: folder or Hub id, or 'demo'; default: the one that the adapter names"),
+    Parameter(name="--model", help="base model: folder or Hub id, or 'demo'; default: the one named in the adapter"),
 ]
 ADAPTER_FLAG = Parameter(
     name="--adapter",
@@ -72,7 +72,7 @@ Device = Annotated[str, DEVICE_PARAMETER]
 MaxNewTokens = Annotated[PositiveInt, Parameter(help="maximum tokens per answer")]
 Temperature = Annotated[NonNegativeFloat, Parameter(help="sampling temperature; 0: always the most likely token")]
 TopP = Annotated[
-    float, Parameter(help="sample from the top tokens with this total probability", validator=Number(gt=0, lte=1))
+    float, Parameter(help="sample from the top tokens up to this total probability", validator=Number(gt=0, lte=1))
 ]
 Seed = Annotated[NonNegativeInt, Parameter(help="seed for sampling", validator=Number(lt=2**63))]
 
@@ -132,7 +132,7 @@ def quantize_method(folders: Sequence[Path], quantize: str | None) -> str | None
     if len(set(methods.values())) > 1:
         differences = ", ".join(f"{folder} {method or 'no quantization'}" for folder, method in methods.items())
         raise ConfigError(
-            f"the adapters were trained with different quantization: {differences}; set --quantize METHOD or none"
+            f"the adapters were trained with different quantization: {differences}; set --quantize to a method or none"
         )
     return next(iter(methods.values()), None)
 
@@ -275,7 +275,7 @@ def labels_of(model: str, folders: Sequence[Path]) -> "Labels | None":
 def refuse_system(labels: "Labels | None", flags: Mapping[str, Any] | None) -> None:
     """Raises ConfigError if --system is set for a model that predicts labels."""
     if labels is not None and "system" in (flags or {}):
-        raise ConfigError(f"--system is only for language models, but this model is for {labels.task}; remove it")
+        raise ConfigError(f"--system is for language models, but this model is for {labels.task}; remove --system")
 
 
 def task_of(model: str, folders: Sequence[Path]) -> str:

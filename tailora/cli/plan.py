@@ -23,9 +23,7 @@ UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "M
 SIZE = re.compile(rf"([\d.]+(?:e\d+)?) ?({'|'.join(filter(None, UNITS))})?B?", re.IGNORECASE)
 
 Measure = Annotated[bool, Parameter(negative=(), help="also run and measure a few steps", show_default=False)]
-Memory = Annotated[
-    str | None, Parameter(name="--memory", help="memory to fit into, such as 8GB; default: the free memory")
-]
+Memory = Annotated[str | None, Parameter(name="--memory", help="memory limit, such as 8GB; default: the free memory")]
 Nproc = Annotated[
     PositiveInt,
     Parameter(
@@ -45,7 +43,7 @@ def plan(
     json: Json = False,
     flags: Flags = None,
 ) -> int:
-    """Estimate memory and time of a run, and show what it would train.
+    """Estimate the memory and time of a run, and show what would be trained.
 
     Accepts the flags of `train`. Weights are loaded only with --measure. Without --data, all examples are assumed to
     have --max-length tokens. The exit code is 4 if the run does not fit. --device can also name a GPU of another

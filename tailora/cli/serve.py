@@ -21,7 +21,7 @@ LAST_SECONDS = 5  # at shutdown, for answers that end when the engine stops
 SHORTEST_DEFAULT = 131_072  # positions, if the model does not define their number
 
 AdaptersFolder = Annotated[
-    Path | None, Parameter(help="folder of adapters: serves all of them, and clients may load new ones from it")
+    Path | None, Parameter(help="folder of adapters to serve; clients can also load adapters added to it later")
 ]
 
 
@@ -38,10 +38,10 @@ def serve(
     engine: Annotated[
         Literal["auto", "continuous", "padded"], Parameter(help="batching: continuous, or one padded batch at a time")
     ] = "auto",
-    max_requests: Annotated[PositiveInt, Parameter(help="answers computed at the same time; others wait")] = 32,
-    max_queue: Annotated[PositiveInt, Parameter(help="answers that run or wait; more are rejected with 429")] = 256,
+    max_requests: Annotated[PositiveInt, Parameter(help="responses generated at the same time; others wait")] = 32,
+    max_queue: Annotated[PositiveInt, Parameter(help="responses running or waiting; more are rejected with 429")] = 256,
     max_tokens: Annotated[
-        PositiveInt | None, Parameter(help="maximum tokens per answer that a client may request")
+        PositiveInt | None, Parameter(help="maximum tokens per response that a client may request")
     ] = None,
     adapter_memory: Annotated[
         PositiveFloat | None, Parameter(help="memory limit for adapters in GB; default: no limit")
@@ -68,7 +68,7 @@ def serve(
     for path in folders.values():
         check_writes_text(str(path), label_task_of_adapter(path))
     tasks = {name: task for name, path in in_folder.items() if (task := label_task_of_adapter(path)) is not None}
-    in_folder = skip_adapters(in_folder, tasks, "they predict labels and do not generate text")
+    in_folder = skip_adapters(in_folder, tasks, "they predict labels instead of generating text")
     folders |= in_folder
     model = base_model_name(model, list(folders.values()))
     with listen(host, port) as listener:  # before loading the model, which takes long
@@ -76,7 +76,7 @@ def serve(
         loaded = load_model(model, {}, quantize=quantize, device=device)
         if not loaded.model.config.is_encoder_decoder:
             tasks = {name: SEQ2SEQ for name, path in in_folder.items() if task_of_adapter(path) == SEQ2SEQ}
-            folders = skip_adapters(folders, tasks, "the base model has a different architecture")
+            folders = skip_adapters(folders, tasks, "they need an encoder-decoder base model")
         import uvicorn
 
         from tailora.core.adapter_set import AdapterSet
@@ -123,7 +123,7 @@ def serve(
             config = uvicorn.Config(app, http=Connection, log_level="warning", timeout_graceful_shutdown=graceful)
             is_continuous = isinstance(running, ContinuousEngine)
             what = "continuous batching" if is_continuous else "one padded batch at a time"
-            log(f"engine: {what}; {max_requests} answers at a time, up to {running.max_positions:,} tokens each")
+            log(f"engine: {what}; {max_requests} responses at a time, up to {running.max_positions:,} tokens each")
             log(f"models: {', '.join([registry.base_name, *folders])}")
             systems = {adapter.name: adapter.system for adapter in registry.list()}
             report_systems({registry.base_name: system, **systems}, folders)
@@ -143,7 +143,7 @@ def serve(
 def report_systems(systems: dict[str, str | None], folders: dict[str, Path]) -> None:
     """Notes which models use their system message from training, and which have no common one."""
     if added := [name for name, system in systems.items() if system is not None]:
-        note(f"requests without a system message use the one from training, for {', '.join(added)}")
+        note(f"the system message from training is added to requests without one for {', '.join(added)}")
     recorded = {name: recorded_settings(adapter_folder(folder), "data") for name, folder in folders.items()}
     differ = [
         name for name, data in recorded.items() if systems[name] is None and data.get("messages", {}).get("system")
@@ -190,7 +190,7 @@ def adapters_in(folder: Path) -> dict[str, Path]:
 def skip_adapters(folders: dict[str, Path], tasks: dict[str, str], why: str) -> dict[str, Path]:
     """Returns the adapters that are not in `tasks`; a note names the others."""
     if tasks:
-        note(f"skipped, because {why}: {', '.join(f'{name} ({task})' for name, task in tasks.items())}")
+        note(f"skipped adapters, because {why}: {', '.join(f'{name} ({task})' for name, task in tasks.items())}")
     return {name: path for name, path in folders.items() if name not in tasks}
 
 

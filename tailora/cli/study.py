@@ -167,8 +167,8 @@ def run_study(
 
     if world_size() > 1:
         raise ConfigError(
-            f"a launcher has started {world_size()} processes, each of them for the whole study; start one process and "
-            "set --nproc-per-node for the number of processes per run"
+            f"a launcher started {world_size()} processes, and each would run the whole study; start a single process "
+            "and use --nproc-per-node to set the number of processes per run"
         )
     processes = 1 if nproc_per_node is None else count_processes(nproc_per_node, train.device)
     fetch_demo(train.model, *source_names(train.data), train.eval_data)
@@ -196,7 +196,7 @@ RunFolder = Annotated[
 
 
 def report(folder: RunFolder, /, *, json: Json = False) -> int:
-    """Write report.html of a run or a study again, from the files in its folder."""
+    """Regenerate report.html for a run or a study from the files in its folder."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; expected the output folder of a run or a study")
     if (folder / RUN).exists():

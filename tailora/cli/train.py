@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 Flags: Any = flags_of(TrainConfig)
 Verbose = Annotated[
     bool,
-    Parameter(negative=(), show_default=False, help="also show how it is computed: precision, kernels, batches"),
+    Parameter(negative=(), show_default=False, help="also show how the run is computed: precision, kernels, batches"),
 ]
 
 
@@ -50,7 +50,7 @@ def train(
     verbose: Verbose = False,
     flags: Flags = None,
 ) -> int:
-    """Fine-tune a model on your data. To see what it would learn first, run `tailora data FILE`."""
+    """Fine-tune a model on your data. Run `tailora data FILE` first to see what it would be trained on."""
     chosen = merge_settings(flags, config)
     return fit(chosen, as_json=json, overwrite=overwrite, nproc_per_node=nproc_per_node, verbose=verbose)
 
@@ -111,7 +111,7 @@ def demo_folder(checkpoint: str | None) -> Path:
         try:
             folder.mkdir(parents=True)
             if folder != FOLDER:
-                note(f"{FOLDER} already exists, so this demo uses {folder}; use this name in later commands")
+                note(f"{FOLDER} already exists, so this demo uses {folder}; use that name in later commands")
             return folder
         except FileExistsError:  # from an earlier demo, or one that starts at the same time
             number += 1
@@ -132,7 +132,7 @@ FILES = {
     "examples.jsonl": "loss of each held-out example, before and after training",
     "skipped-rows.jsonl": "the rows that were skipped, and why",
     "run.json": "settings, versions, seeds and data hash, to reproduce the run",
-    "config.yaml": "the settings; --config runs them again",
+    "config.yaml": "the settings; use --config to run them again",
     REPORT: "the numbers of report.html, for programs",
 }
 
@@ -282,7 +282,7 @@ def write_results(
         page = write_page_if_possible(folder)
     except WriteError as error:  # the trained weights are complete, so the run has not failed
         again = shlex.join(["tailora", "report", str(folder)])
-        note(f"the trained weights are complete, but the report is not: {error}. To write it later, run `{again}`")
+        note(f"the trained weights were saved, but the report was not: {error}. To write it later, run `{again}`")
     return report, page
 
 

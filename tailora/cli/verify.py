@@ -40,7 +40,7 @@ BaseName = Annotated[
         name="--base", help="name of the base model on the server, for comparison; default: from the server's list"
     ),
 ]
-Timeout = Annotated[PositiveFloat, Parameter(help="seconds to wait for each answer")]
+Timeout = Annotated[PositiveFloat, Parameter(help="seconds to wait for each response")]
 
 HEADLINES = {
     "adapter": "The server uses this adapter as it was trained.",
@@ -56,8 +56,8 @@ ADVICE = {  # what to do next
     "the one used in training. Otherwise, check the base model ({base_model}), whether the server's log reports "
     "skipped layers, and the adapter file: its SHA-256 in {folder} is {hashes}. `tailora push` removes paths from the "
     "file, so a copy from the Hub can have a different SHA-256 with the same weights.",
-    "unknown": "It would help if the server returned log-probabilities, stored the base model with more bits, or also "
-    "served the base model (--base).",
+    "unknown": "For a clearer result, let the server return log-probabilities, store the base model with more bits, or "
+    "also serve the base model (--base).",
 }
 
 
@@ -74,9 +74,9 @@ def verify(
     """Verify that a server really uses an adapter.
 
     Sends the prompts in the adapter's verification file, passport.json, and compares the server's log-probabilities
-    with the expected values for the adapter, for the base model, and for common mistakes. `export` writes this file; if
-    it is missing, it is created with the base model, if that is on this machine. Exit codes: 0 if the server uses the
-    adapter as trained, 4 if it does not or the result is unclear, 1 if the server cannot be reached. Set
+    with the expected values for the adapter, for the base model, and for common mistakes. `export` writes this file.
+    If it is missing, it is created from the base model, which must be on this machine. Exit codes: 0 if the server uses
+    the adapter as trained, 4 if it does not or the result is unclear, 1 if the server cannot be reached. Set
     TAILORA_API_KEY if the server requires a key.
     """
     require_packages("httpx", extra="serve")
@@ -104,7 +104,7 @@ def verify(
             with counter(stderr(), "prompts") as progress:
                 answers.append(server.ask(passport.probes, asked, progress))
         for endpoint, reason in server.refusals.items():
-            note(f"{endpoint} was skipped: the server answered {reason}")
+            note(f"{endpoint} was skipped: the server returned {reason}")
     result = server_verdict.verify(passport, *answers)
     if json:
         print_json({**asdict(result), "url": server.url, "model": model, "adapter": str(folder)})

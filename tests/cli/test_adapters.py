@@ -121,7 +121,7 @@ def test_shrinking_reads_data_with_the_columns_of_the_call(adapters: Path, tmp_p
         line = ["shrink", "--adapter", adapter, *words, *data, "--output-dir", tmp_path / "small", "--json"]
         code, said, told = call(*line)
         assert code == 0, told
-        assert ("columns as in training" in told) == (not words)
+        assert ("using the columns from training" in told) == (not words)
         return float(json.loads(said)["loss_before"])
 
     assert loss(tmp_path / "run") == loss(adapters / "one", *flags) != loss(adapters / "one", *flags[:2])
@@ -129,7 +129,7 @@ def test_shrinking_reads_data_with_the_columns_of_the_call(adapters: Path, tmp_p
 
 def test_a_poor_fit_comes_with_what_to_do() -> None:
     assert poor_fit_advice({"a": 0.9, "b": 0.2, "c": 0.6}) == [
-        "Most of the difference has a higher rank than the adapter: raise --r, or use --energy 0.9"
+        "The rank is too low for most of the difference between the models; raise --r, or use --energy 0.9"
     ]
     assert poor_fit_advice({"a": 0.9, "b": 0.2, "c": 0.3}) == []
 
@@ -145,7 +145,7 @@ def test_extracting_says_what_the_adapter_cannot_hold(tiny_model: Path, adapters
     code, said, _ = call("extract", *both, "--r", 4, "--output-dir", adapters / "found")
     assert code == 0
     assert "14 layers of rank 4; " in said
-    assert "NOT in the adapter: 1 tensors that differ" in said
+    assert "1 differing tensors are NOT in the adapter; add modules" in said
     assert "model.norm.weight: changed by up to 50.00%" in said
     torch.testing.assert_close(
         logits(tiny_model, adapters / "found"), logits(tiny_model, adapters / "one"), rtol=1e-4, atol=1e-4
@@ -160,7 +160,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no way": (["shrink", "--adapter", "ONE"], "expected exactly one of r, energy and loss, got none"),
     "two ways": (["shrink", "--adapter", "ONE", "--r", "2", "--energy", ".9"], "got r and energy"),
     "energy": (["shrink", "--adapter", "ONE", "--energy", "2"], "for energy, got 2.0"),
-    "half a budget": (["shrink", "--adapter", "ONE", "--data", "demo"], "use both or neither"),
+    "half a budget": (["shrink", "--adapter", "ONE", "--data", "demo"], "set both, or remove both"),
     "not an adapter": (["shrink", "--adapter", "BASE", "--r", "2"], "adapter_config.json"),
     "unknown weight": (["combine", "--adapter", "ONE", "--weight", "on=1"], "available names: one; did you mean one"),
     "weight": (
@@ -169,7 +169,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     ),
     "nan": (["combine", "--adapter", "ONE", "--weight", "one=nan"], "expected finite numbers"),
     "useless": (["combine", "--adapter", "ONE", "--density", ".5"], "has no effect with method 'cat'"),
-    "result's name": (["combine", "--adapter", "default=ONE"], "'default' is reserved for the result"),
+    "result's name": (["combine", "--adapter", "default=ONE"], "'default' is reserved; choose a name with NAME="),
     "taken folder": (["combine", "--adapter", "ONE", "--output-dir", "ONE"], "already exists"),
     "same": (["extract", "--model", "BASE", "--tuned", "BASE", "--r", "2"], "no selected layer differs"),
     "shapes": (["extract", "--model", "BASE", "--tuned", "OTHER", "--r", "2"], "misshapen model.layers.0.mlp.up_proj"),

@@ -20,7 +20,7 @@ def test_it_shows_mapping_counts_lengths_and_share_and_without_colour_the_learne
     shown = capsys.readouterr().out
     assert re.search(r"read as +messages", shown)
     assert re.search(r"rows +24: 18 to train on, 6 held out", shown)
-    assert re.search(r"tokens +\d+, \d+ learned \(\d+%\)", shown)
+    assert re.search(r"tokens +\d+, \d+ trained \(\d+%\)", shown)
     assert re.search(r"\d+ +\d+ +#+", shown)
     assert "\x1b" not in shown
     learned = re.findall(r"\[\[(It is \w+\.<\|im_end\|>)\]\]", shown)

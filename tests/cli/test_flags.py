@@ -156,8 +156,8 @@ def test_the_file_is_named_where_its_settings_are_wrong(
         (["--lora-rank", "8", "--lora-r", "4"], "same setting"),
         (["--rank-pattern", "q_proj"], "expected key=value"),
         (["--rank-pattern", "q_proj=x"], "rank_pattern"),
-        (["--rank-pattern", "q_proj=4", "--rank-pattern", "q_proj=8"], "q_proj is given twice"),
-        (["--field", "prompt=a,prompt=b"], "prompt is given twice"),
+        (["--rank-pattern", "q_proj=4", "--rank-pattern", "q_proj=8"], "q_proj is set twice"),
+        (["--field", "prompt=a,prompt=b"], "prompt is set twice"),
         (["--target-modules", "q_proj", "--target-modules", ".*v"], "expected names or one regular expression"),
     ],
 )

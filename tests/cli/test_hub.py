@@ -176,7 +176,7 @@ def test_nothing_private_is_uploaded(
     (run / ADAPTER / "optimizer.bin").write_bytes(b"\x80\x04")
     code, _, err = call(capsys, "push", run, "user/adapter")
     assert code == 0
-    assert "the files name the base model tiny, which others cannot download; set its Hub id with --model" in err
+    assert "others cannot download the base model tiny that the adapter names; set its Hub id with --model" in err
     assert "not uploaded: optimizer.bin" in err
     with safe_open(run / ADAPTER / ADAPTER_WEIGHTS, framework="pt") as file:
         assert str(tiny_model) in str(file.metadata()[METADATA_KEY])  # where the base is on this machine
@@ -291,7 +291,7 @@ def test_a_card_that_someone_wrote_or_edited_stays(hub: Server, run: Path, capsy
     hub.files[CARD] = mine
     code, _, err = call(capsys, "push", run, "user/adapter")
     assert code == 0
-    assert "README.md of user/adapter is kept, because someone wrote or edited it; --replace-card" in err
+    assert "README.md of user/adapter is kept, because it was written or edited by hand; use --replace-card" in err
     assert hub.files[CARD] == mine
     pushed(capsys, run, "user/adapter", "--replace-card")
     assert b"## Results" in hub.files[CARD]
@@ -342,7 +342,7 @@ def test_ctrl_c_says_that_all_files_are_there_or_none(
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", stop)
     code, _, err = call(capsys, "push", run, "user/adapter")
     assert code == 130
-    assert "interrupted: user/adapter has all files or none; run the same command again" in err
+    assert "interrupted: user/adapter has received all files or none; run the same command again" in err
     assert no_files(hub)
 
 

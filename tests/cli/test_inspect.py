@@ -74,7 +74,7 @@ def test_data_is_read_with_the_columns_and_the_system_message_of_the_run(adapter
         return json.loads(said.splitlines()[-1])["held_out"], told
 
     of_run, told = losses(tmp_path / "run")
-    assert "columns as in training: --field prompt=question,completion=reply; " in told
+    assert "using the columns from training: --field prompt=question,completion=reply; " in told
     assert of_run == losses(adapter, *flags)[0] != losses(adapter, *flags[:2])[0]
     code, _, told = call("inspect", tmp_path / "run")
     assert code == 0

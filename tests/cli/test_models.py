@@ -35,7 +35,7 @@ def test_the_base_is_quantised_as_the_run_did(tmp_path: Path) -> None:
     assert quantize_method([nf4, plain], "int8") == "int8"
     assert quantize_method([], None) is None
     assert all(quantize_method([folder], None) is None for folder in [plain, *broken])
-    with pytest.raises(ConfigError, match="set --quantize METHOD or none"):
+    with pytest.raises(ConfigError, match="set --quantize to a method or none"):
         quantize_method([nf4, plain], None)
 
 

@@ -87,12 +87,12 @@ def test_eval_gives_scores_with_intervals_and_gates(folder: Path) -> None:
 
 def test_a_gate_on_a_change_is_refused_where_the_base_has_no_head(folder: Path) -> None:
     line = ["eval", folder / "run", "--data", folder / "rows.jsonl", "--gate", "accuracy_change>0"]
-    check_refused("has no head for these labels, so it has no score to compare with", *line)
+    check_refused("has no head for these labels, so there is nothing to compare", *line)
 
 
 @pytest.mark.parametrize("command", ["eval", "predict"])
 def test_a_system_message_is_refused_for_labels(command: str, folder: Path) -> None:
-    hint = "--system is only for language models, but this model is for sequence-classification; remove it"
+    hint = "--system is for language models, but this model is for sequence-classification; remove --system"
     check_refused(hint, command, folder / "run", "--data", folder / "rows.jsonl", "--system", "be brief")
 
 
@@ -143,8 +143,8 @@ def test_eval_reads_the_columns_of_the_training(folder: Path, tmp_path: Path) ->
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["data"]["mapping"] == {"text": "body", "label": "queue"}
     usual = "text=text,label=label"
-    assert "columns as in training: --field text=body,label=queue; " in err
-    assert f"; for data with the standard names, use --field {usual}\n" in err
+    assert "using the columns from training: --field text=body,label=queue; " in err
+    assert f"; for the standard names, use --field {usual}\n" in err
     code, out, err = call("eval", run, "--data", folder / "rows.jsonl", "--field", usual, "--json")
     assert code == 0, err
     assert "as in training" not in err

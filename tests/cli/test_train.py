@@ -173,7 +173,7 @@ def test_demos_that_start_at_once_take_folders_of_their_own(
     assert set(map(str, taken)) == {"outputs/demo", *(f"outputs/demo-{number}" for number in range(2, 9))}
     assert all(folder.is_dir() for folder in taken)
     told = capsys.readouterr().err
-    assert "note: outputs/demo already exists, so this demo uses outputs/demo-8; use this name in later" in told
+    assert "note: outputs/demo already exists, so this demo uses outputs/demo-8; use that name in later" in told
     assert told.count("note: ") == 7
 
 
@@ -235,7 +235,7 @@ def test_a_report_that_cannot_be_written_is_a_note_and_not_a_failure(
     assert main([*line(flags), "--json"]) == 0
     shown = capsys.readouterr()
     assert (
-        f"note: the trained weights are complete, but the report is not: cannot write {tmp_path / 'run' / name}"
+        f"note: the trained weights were saved, but the report was not: cannot write {tmp_path / 'run' / name}"
         in shown.err
     )
     assert f"tailora report {tmp_path / 'run'}" in shown.err

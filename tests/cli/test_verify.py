@@ -130,7 +130,7 @@ def test_a_missing_endpoint_is_told_with_its_reason(
     monkeypatch.setitem(server_client.ENDPOINTS, "text", "/v1/absent")
     assert main(["verify", url, "--adapter", str(root / "legal"), "--json"]) == 0  # the chats tell
     output = capsys.readouterr()
-    assert "/v1/absent was skipped: the server answered 404" in " ".join(output.err.split())
+    assert "/v1/absent was skipped: the server returned 404" in " ".join(output.err.split())
     assert any("not checked: fewer than 6 answers" in sentence for sentence in json.loads(output.out)["evidence"])
 
 

@@ -203,7 +203,7 @@ def test_the_command_says_which_models_have_a_system_message(
     report_systems(systems, folders)
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
     assert lines == [
-        "note: requests without a system message use the one from training, for stored",
+        "note: the system message from training is added to requests without one for stored",
         "note: system messages differed between the training examples of with; send one with each request",
     ]
 
@@ -492,7 +492,10 @@ def test_the_command_serves_a_folder_and_ends_with_sigterm(root: Path, tmp_path:
     told = log.read_text()
     assert "engine: continuous batching" in told
     assert "models: tiny, legal, poet\n" in told
-    assert "skipped, because they predict labels and do not generate text: tickets (sequence-classification)" in told
+    assert (
+        "skipped adapters, because they predict labels instead of generating text: tickets (sequence-classification)"
+        in told
+    )
     assert "t5 (seq2seq)" in told
     assert "what is that" not in told
     assert told.count("shutting down: waiting up to 30 s for 1 completion") == 1

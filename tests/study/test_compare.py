@@ -310,7 +310,7 @@ def test_the_command_passes_on_how_many_processes_a_run_has(
         assert "--nproc-per-node 'two': use a number" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["compare", *words]) == 2
-    assert "a launcher has started 2 processes, each of them for the whole study" in capsys.readouterr().err
+    assert "a launcher started 2 processes, and each would run the whole study" in capsys.readouterr().err
 
 
 @pytest.mark.slow
