@@ -261,17 +261,14 @@ def portable_rank(highest: int) -> int:
 
 
 def portable_problems(source: ExportSource) -> list[str]:
-    if problems := fold_scale.low_rank_problems(source, (LINEAR, CONV1D, EMBEDDING)):
-        return problems
-    factors = fold_scale.fold_scale(source)
-    highest = max(len(A) for A, _ in factors.values())
+    problems = fold_scale.low_rank_problems(source, (LINEAR, CONV1D, EMBEDDING))
+    highest = 0 if problems else max(len(A) for A, _ in fold_scale.fold_scale(source).values())
     if highest > VLLM_RANKS[-1]:
-        return [f"rank {highest} is above {VLLM_RANKS[-1]}, vLLM's maximum; export to 'gguf' or 'merged'"]
-    return []
+        problems.append(f"rank {highest} is above {VLLM_RANKS[-1]}, vLLM's maximum; export to 'gguf' or 'merged'")
+    return problems
 
 
 def write_portable(folder: Path, source: ExportSource) -> list[str]:
-    """Writes the files into `folder`. Returns what differs from the adapter as trained, in words."""
     factors, layer_types = fold_scale.fold_scale(source), fold_scale.exported_layer_types(source)
     r = portable_rank(max(len(A) for A, _ in factors.values()))
     factors, padding = fold_scale.pad_ranks(factors, r)
@@ -302,11 +299,9 @@ def write_portable(folder: Path, source: ExportSource) -> list[str]:
 SHARD = "2GB"  # largest safetensors file
 LARGE_ERROR = 0.1  # of an update, by rounding; above it, the message has a remedy
 ROUNDING_REMEDY = "use the adapter unmerged, or merge it into a base in float32 (--dtype float32)"
-KEY_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
 def merged_problems(source: ExportSource) -> list[str]:
-    """Returns a message for each part of the adapter that the format does not support."""
     base: Any = source.base_model
     if hasattr(base, "save_pretrained"):
         return []
@@ -314,10 +309,7 @@ def merged_problems(source: ExportSource) -> list[str]:
 
 
 def write_merged(folder: Path, source: ExportSource) -> list[str]:
-    """Writes the model into `folder`. Returns what differs from the base with the adapter, in words.
-
-    Raises FormatError with all layers that cannot be merged.
-    """
+    """Raises FormatError with all layers that cannot be merged."""
     base: Any = source.base_model
     parts = {**source.adapter.low_rank, **source.adapter.extras, **source.adapter.saved}
     paths = dict.fromkeys(layer_path_of(base, path) for path in parts)
@@ -362,7 +354,8 @@ def load_merged(folder: Path, source: ExportSource) -> nn.Module:
     like_base = {"dtype": base.dtype, "device_map": {"": base.device}}
     like_base["attn_implementation"] = base.config._attn_implementation
     model, report = type(base).from_pretrained(folder, output_loading_info=True, use_safetensors=True, **like_base)
-    problems = [f"{name}: {', '.join(sorted(report[name])[:3])}" for name in KEY_PROBLEMS if report[name]]
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    problems = [f"{kind}: {', '.join(sorted(report[kind])[:3])}" for kind in kinds if report[kind]]
     if source.tokenizer is not None:
         template = AutoTokenizer.from_pretrained(folder).chat_template
         problems += ["the chat template has changed"] if template != source.tokenizer.chat_template else []
@@ -376,8 +369,8 @@ def load_merged(folder: Path, source: ExportSource) -> nn.Module:
 
 @dataclass(frozen=True)
 class Format:
-    """problems: what the format does not support.
-    write: fills a folder and returns what it changed.
+    """problems: returns a message for each part of the adapter that the format does not support.
+    write: fills a folder, and returns what differs from the adapter as trained, in words.
     read: returns the adapter in the folder, or the model.
     """
 

@@ -3,7 +3,7 @@
     y = W x + s B A x      A (r, in), B (out, r)
 
     format        its readers multiply B A by     B in the file
-    peft          alpha / r, or alpha / sqrt(r)   B s / that scale: `scale_ratio`
+    peft          alpha / r, or alpha / sqrt(r)   B s / that scale: `peft.layer_to_peft`
     all others    1                               B s: `fold_scale`
 
 s is the full scale: alpha / r, rsLoRA, patterns, a learned scale, the strength dial. `fold_scale` also puts a frozen
@@ -55,14 +55,6 @@ def low_rank_problems(source: ExportSource, layer_types: Sequence[LayerType]) ->
         if layer.layer_type not in layer_types:
             problems.append(f"{path}: layers of type {layer.layer_type.name} are not supported")
     return [f"{problem}; {MERGED}" for problem in problems]
-
-
-def scale_ratio(layer: LoRALayer) -> Tensor:
-    """Returns the factor of B in a PEFT file: a learned or assigned scale relative to the one that PEFT computes.
-
-    Without the strength dial, which is not saved. `peft_keys.PeftLayer` handles the one scale of a fused layer.
-    """
-    return (layer.scaling / layer.configured_scaling).reshape(())
 
 
 def unfold_learned_scales(scales: Mapping[str, float], layers: Mapping[str, LoRALayer]) -> None:

@@ -44,7 +44,6 @@ QUERY, KEY = "attn_q.weight", "attn_k.weight"
 
 
 def problems(source: ExportSource) -> list[str]:
-    """Returns a message for each part of the adapter that the format does not support."""
     result = fold_scale.low_rank_problems(source, (LINEAR, CONV1D, EMBEDDING))
     try:
         names = tensor_names(source.base_model)
@@ -62,7 +61,6 @@ def problems(source: ExportSource) -> list[str]:
 
 
 def write(folder: Path, source: ExportSource) -> list[str]:
-    """Writes adapter.gguf into `folder`. Returns what differs from the adapter as trained, in words."""
     from gguf import GGUFType, GGUFWriter, Keys
 
     names, factors = tensor_names(source.base_model), fold_scale.fold_scale(source)

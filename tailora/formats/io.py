@@ -166,21 +166,17 @@ def wrap_os_error(path: Path) -> Iterator[None]:
     except TailoraError:  # some of them are OSErrors
         raise
     except Exception as caught:
-        if (error := _os_error(caught)) is None:
-            raise
+        error: Exception = caught
+        if not isinstance(error, OSError):  # tokenizers and safetensors (Rust) only have its number in their message
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number is None:
+                raise
+            error = OSError(int(number[1]), os.strerror(int(number[1])))
         cause = f"{error.strerror or error}; {REMEDIES.get(error.errno or 0, 'use a different path')}"
         file = next((parent for parent in (*reversed(path.parents), path) if os.path.isfile(parent)), None)
         if file is not None and error.errno in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
             cause = f"{file} is a file, not a folder; use a different path, or move that file away"
         raise WriteError(f"cannot write {path}: {cause}") from caught
-
-
-def _os_error(error: Exception) -> OSError | None:
-    """Returns the system's error, which tokenizers and safetensors (Rust) only have in their message."""
-    number = re.search(r"\(os error (\d+)\)", str(error))
-    if isinstance(error, OSError) or number is None:
-        return error if isinstance(error, OSError) else None
-    return OSError(int(number[1]), os.strerror(int(number[1])))
 
 
 def _replace(new: Path, path: Path) -> None:

@@ -42,7 +42,11 @@ def read(file: Path, base_model: nn.Module) -> StoredAdapter:
     Raises FormatError with all keys that are not LoRA or match no layer. Warns if there are layers of other models.
     """
     tensors, metadata = read_safetensors(file)
-    fold_scale.raise_problems(str(file), _not_lora(tensors))
+    if others := [key for key in tensors if not _split_key(key)[1]]:
+        raise FormatError(
+            f"{file}: keys that are not plain LoRA: {', '.join(others[:3])} ({len(others)} of {len(tensors)} keys); "
+            "merge it with the tool that wrote it"
+        )
     paths = _paths_by_name(base_model)
     layers: dict[str, dict[str, Tensor]] = {}  # path -> A, B or alpha -> tensor
     components: set[str] = set()  # of this model
@@ -80,17 +84,13 @@ def read(file: Path, base_model: nn.Module) -> StoredAdapter:
 
 
 def problems(source: ExportSource) -> list[str]:
-    """Returns a message for each part of the adapter that the format does not support."""
     if _component(source.base_model) is None:
         return [f"{type(source.base_model).__name__} is not a diffusers model"]
     return fold_scale.low_rank_problems(source, (LINEAR, CONVOLUTION))
 
 
 def write(folder: Path, source: ExportSource) -> list[str]:
-    """Writes the file into `folder`. Returns what differs from the adapter as trained, in words.
-
-    One rank for all layers: earlier versions of diffusers use the rank of one of them as alpha of all.
-    """
+    """Writes one rank for all layers: earlier versions of diffusers use the rank of one of them as alpha of all."""
     component, factors = _component(source.base_model), fold_scale.fold_scale(source)
     factors, padding = fold_scale.pad_ranks(factors, max(len(A) for A, _ in factors.values()))
     tensors: dict[str, Tensor] = {}
@@ -151,15 +151,6 @@ def _find_layer(name: str, paths: Mapping[str, str]) -> tuple[str, str | None]:
 
 
 # ---- Problems
-
-
-def _not_lora(tensors: Mapping[str, Tensor]) -> list[str]:
-    if unknown := [key for key in tensors if _split_key(key)[1] == ""]:
-        count = f"{len(unknown)} of {len(tensors)} keys"
-        return [
-            f"keys that are not plain LoRA: {', '.join(unknown[:3])} ({count}); merge it with the tool that wrote it"
-        ]
-    return []
 
 
 def _unknown_layers(unknown: Mapping[str, list[str]], components: set[str], paths: Mapping[str, str]) -> list[str]:

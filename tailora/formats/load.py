@@ -17,7 +17,6 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
-from tailora.core import patterns
 from tailora.core.adapter import Adapter, extra_parts, low_rank_layer, share_parameters, trained_copy
 from tailora.core.config import LoRAConfig
 from tailora.core.extras import extra_targets, input_embedding
@@ -157,7 +156,10 @@ def restore(
         config = file_config = _with_tied_modules(file_config, base_model, modules, stored)
     candidates = selected_candidates(base_model, modules, config)
     targets = {path: target_of(candidate, config) for path, candidate in candidates.items()}
-    empty = _empty_layers(targets, config, stored)
+    empty: dict[str, LoRALayer] = {}
+    for path, target in targets.items():
+        with suppress(ConfigError, TargetError):  # an impossible rank, which `_low_rank` reports
+            empty[path] = _empty_layer(target, config, stored)
     wrappers = peft_layers(base_model, empty)
     if config is not file_config:
         _check_same_settings(stored, peft_config.as_peft_computes(config, wrappers.values()), file_config)
@@ -168,7 +170,9 @@ def restore(
             if candidate.layer_path not in adapted
         ]
     # Their tensors in the file
-    saved_paths = _saved_paths(stored, modules, config)
+    saved_paths = list(saved_modules(modules, config))
+    if stored.metadata.saved_modules is not None:
+        saved_paths = [path for path in saved_paths if path in stored.metadata.saved_modules]
     extra, extra_problems = extra_targets(base_model, modules, config, {*targets, *paths_in_file}, saved_paths)
     extra_paths = peft_keys.extra_keys(extra)
     tensors = _sort_tensors(stored, modules, saved_paths, wrappers, extra_paths)
@@ -262,26 +266,6 @@ def _check_same_settings(stored: peft.StoredAdapter, saved: LoRAConfig, in_file:
         )
 
 
-def _saved_paths(stored: peft.StoredAdapter, modules: Modules, config: LoRAConfig) -> list[str]:
-    """Returns the paths of the modules that the file must contain in full.
-
-    Older files of tailora do not store them, and in some a name in modules_to_save meant a full path or its end after
-    a dot. They must contain these modules; others that end with the name only count if they have tensors.
-    """
-    paths = list(saved_modules(modules, config))
-    if stored.metadata.config is None:
-        return paths
-    if (stored_paths := stored.metadata.saved_modules) is not None:
-        return [path for path in paths if path in stored_paths]
-    in_full = [key for key in stored.tensors if not peft_keys.path_and_slot(key)[1]]
-    return [
-        path
-        for path in paths
-        if any(patterns.named(name, path) for name in config.modules_to_save or [])
-        or any(key.startswith(f"{path}.") for key in in_full)
-    ]
-
-
 def _with_tied_modules(
     config: LoRAConfig, base_model: nn.Module, modules: Modules, stored: peft.StoredAdapter
 ) -> LoRAConfig:
@@ -303,17 +287,6 @@ def _with_tied_modules(
     if not saved_modules(modules, config).keys() & set(tied):
         return config
     return config.replaced(modules_to_save=list(dict.fromkeys([*(config.modules_to_save or []), *tied])))
-
-
-def _empty_layers(
-    targets: Mapping[str, Target], config: LoRAConfig, stored: peft.StoredAdapter
-) -> dict[str, LoRALayer]:
-    """Returns layers to fill, without layers of an impossible rank, which `_low_rank` reports."""
-    layers = {}
-    for path, target in targets.items():
-        with suppress(ConfigError, TargetError):
-            layers[path] = _empty_layer(target, config, stored)
-    return layers
 
 
 def _empty_layer(target: Target, config: LoRAConfig, stored: peft.StoredAdapter) -> LoRALayer:

@@ -33,7 +33,6 @@ BLOCK = re.compile(r"model\.layers\.\d+\.(.+)")
 
 
 def problems(source: ExportSource) -> list[str]:
-    """Returns a message for each part of the adapter that the format does not support."""
     result = fold_scale.low_rank_problems(source, (LINEAR, EMBEDDING))
     config: Any = getattr(source.base_model, "config", None)
     model_type = getattr(config, "model_type", None)
@@ -48,7 +47,6 @@ def problems(source: ExportSource) -> list[str]:
 
 
 def write(folder: Path, source: ExportSource) -> list[str]:
-    """Writes the files into `folder`. Returns what differs from the adapter as trained, in words."""
     factors = fold_scale.fold_scale(source)
     r = max(len(A) for A, _ in factors.values())
     factors, padding = fold_scale.pad_ranks(factors, r)

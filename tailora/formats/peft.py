@@ -26,7 +26,6 @@ from tailora.core.layer_types import EMBEDDING, Shape
 from tailora.core.targets import task_heads
 from tailora.errors import DivergedError, FormatError, TailoraWarning
 from tailora.formats.fingerprint import LayerFingerprint, fingerprint, vocabulary_size
-from tailora.formats.fold_scale import scale_ratio
 from tailora.formats.hub import model_card
 from tailora.formats.io import (
     read_json_object,
@@ -57,7 +56,7 @@ class AdapterMetadata(BaseModel):
     start: whether the second half of the ranks is the frozen start, with B negated.
     base: fingerprint of the base model by path.
     vocabulary: rows of the base model's input embedding; None for a model without one.
-    saved_modules: paths of the modules that were trained in full; None in older files.
+    saved_modules: paths of the modules that were trained in full; None for files of other tools.
     base_folder: absolute path of the base model, whose name in adapter_config.json is a relative path.
     label_names, problem_type: of the base model's classification head, as in its config; None for other models.
     """
@@ -86,18 +85,6 @@ class AdapterMetadata(BaseModel):
             return None if self.config is None else LoRAConfig(**with_known_init(self.config))
         except CONFIG_ERRORS as error:
             raise FormatError(f"{source}: its tailora metadata: {error}") from None
-
-
-def parse_metadata(text: str | None, source: object) -> AdapterMetadata:
-    """Reads the JSON of METADATA_KEY; None gives empty metadata. Raises FormatError if it is damaged."""
-    try:
-        return AdapterMetadata() if text is None else AdapterMetadata.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise FormatError(
-            f"{source}: its tailora metadata is damaged ({field}: {first['msg']}); copy the adapter again"
-        ) from None
 
 
 # ---- The folder
@@ -247,7 +234,14 @@ def read_peft_folder(folder: Path) -> StoredAdapter:
         raise FormatError(
             f"{folder / ADAPTER_WEIGHTS}: expected keys that start with {KEY_PREFIX!r}, got {', '.join(wrong[:5])}"
         )
-    metadata = parse_metadata(file_metadata.get(METADATA_KEY), folder / ADAPTER_WEIGHTS)
+    try:
+        metadata = AdapterMetadata.model_validate_json(file_metadata.get(METADATA_KEY, "{}"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        cause = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise FormatError(
+            f"{folder / ADAPTER_WEIGHTS}: its tailora metadata is damaged ({cause}); copy the adapter again"
+        ) from None
     describes_itself = metadata.config is not None and not os.path.lexists(folder / ADAPTER_CONFIG)
     settings = None if describes_itself else read_json_object(folder / ADAPTER_CONFIG)
     return StoredAdapter(
@@ -307,9 +301,10 @@ def adapter_to_peft(adapter: Adapter, layers: Iterable[PeftLayer]) -> dict[str, 
 def layer_to_peft(layer: LoRALayer, with_start: bool) -> dict[str, Tensor]:
     """Returns slot -> tensor as stored in the file. The ratio of the scale to the configured one is folded into B.
 
+    The strength dial is not saved, and `peft_keys.PeftLayer` handles the one scale of a fused layer.
     with_start: the ranks are doubled; with zeros if this layer has no frozen start.
     """
-    ratio = scale_ratio(layer)
+    ratio = (layer.scaling / layer.configured_scaling).reshape(())
     kernel_dims = [None] * (layer.lora_A.ndim - 2)  # of a convolution: trailing dimensions of 1
     A: Tensor = layer.lora_A
     B: Tensor = layer.lora_B

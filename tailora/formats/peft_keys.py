@@ -235,10 +235,10 @@ def saved_path_of(key: str, saved_paths: Iterable[str], modules: Mapping[str, nn
 
 def without_second_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Removes `path.modules_to_save.name` if the file has the same tensor as `path.name`."""
-
-    def is_second_copy(key: str, tensor: Tensor) -> bool:
+    result = dict(tensors)
+    for key, tensor in tensors.items():
         path, wrapper, name = key.rpartition(".modules_to_save.")
         first = tensors.get(f"{path}.{name}") if wrapper else None
-        return first is not None and first.dtype == tensor.dtype and first.equal(tensor)
-
-    return {key: tensor for key, tensor in tensors.items() if not is_second_copy(key, tensor)}
+        if first is not None and first.dtype == tensor.dtype and first.equal(tensor):
+            del result[key]
+    return result

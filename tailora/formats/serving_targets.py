@@ -256,9 +256,13 @@ def export_for(
     serving = describe(source, folder, target, to, settings)
     if serving.chat_template and source.tokenizer is not None and to != "merged":
         changes.append("the chat template is the one used in training; the base's tokenizer has a different one")
-    report = export(
-        source, folder, to, overwrite=overwrite, write_more=lambda path: write_serving_files(path, source, serving)
-    )
+
+    def write_files(temporary: Path) -> None:
+        files = {SERVE_SCRIPT: script(with_commands(serving, "."))} | details.files(serving, source)
+        for name, text in files.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+
+    report = export(source, folder, to, overwrite=overwrite, write_more=write_files)
     serving = with_commands(serving, str(folder))
     return ServingExport(replace(report, changes=[*changes, *report.changes]), serving)
 
@@ -290,13 +294,6 @@ def with_commands(serving: Serving, folder: str) -> Serving:
     details = TARGETS[serving.target]
     prepare = conversion(serving, folder) if details.converts else None
     return replace(serving, prepare=prepare, commands=details.commands(serving, folder))
-
-
-def write_serving_files(folder: Path, source: ExportSource, serving: Serving) -> None:
-    """Writes the script, and the other files for the server."""
-    files = {SERVE_SCRIPT: script(with_commands(serving, "."))} | TARGETS[serving.target].files(serving, source)
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
 
 
 def script(serving: Serving) -> str:

@@ -1,11 +1,9 @@
 """Loading an adapter: every tensor fits, or all that is wrong is named; nothing in a file is trusted."""
 
-import copy
 import json
 import os
 import pickle
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -383,11 +381,8 @@ class Norms(nn.Module):
         return self.norm(self.fc(self.input_norm(x)))  # type: ignore[no-any-return]
 
 
-def folder_with_norms(folder: Path, without: str, *, is_older: bool) -> LoRAModel:
-    """Returns the model of a folder with modules_to_save=["norm"] that lacks the tensors of one module.
-
-    is_older: as tailora wrote it when the name meant a whole last name, and the paths were not stored.
-    """
+def folder_with_norms(folder: Path, without: str) -> None:
+    """Writes a folder with modules_to_save=["norm"] that lacks the tensors of one module."""
     model = LoRAModel(Norms(), LoRAConfig(r=2, target_modules=["fc"], modules_to_save=["norm"]))
     for path, parameter in model.named_parameters():
         if parameter.requires_grad and without not in path.split("."):
@@ -400,49 +395,11 @@ def folder_with_norms(folder: Path, without: str, *, is_older: bool) -> LoRAMode
         key: tensor for key, tensor in load_file(file).items() if not key.startswith(f"base_model.model.{without}.")
     }
     save_file(tensors, file, metadata)
-    if is_older:
-        change_metadata(folder, lambda fields: fields.pop("saved_modules", None))
-    return model
 
 
-def test_an_older_folder_holds_only_the_module_that_the_whole_name_meant(tmp_path: Path) -> None:
-    model = folder_with_norms(tmp_path / "old", "input_norm", is_older=True)
-    x = torch.randn(4, 6)
-    loaded = LoRAModel.from_pretrained(Norms(), tmp_path / "old")
-    assert torch.equal(loaded(x), model(x))
-    again = LoRAModel.from_pretrained(Norms(), loaded.save_adapter(tmp_path / "new"))
-    assert torch.equal(again(x), model(x))
-
-
-def test_an_older_folder_has_factors_of_a_layer_whose_name_ends_with_that_of_a_module(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    base = nn.Sequential(OrderedDict(fc_head=nn.Linear(6, 6), head=nn.Linear(6, 3)))
-    model = LoRAModel(copy.deepcopy(base), LoRAConfig(r=2, target_modules=["fc_head"]))
-    for parameter in model.lora_layers.parameters():
-        nn.init.normal_(parameter)
-    folder = model.save_adapter(tmp_path / "adapter")
-    file = folder / "adapter_model.safetensors"
-    head = {f"base_model.model.head.{name}": torch.randn_like(value) for name, value in base.head.state_dict().items()}
-    with safe_open(file, "pt") as opened:
-        save_file(load_file(file) | head, file, opened.metadata())
-    change_metadata(
-        folder, lambda fields: (fields.pop("saved_modules"), fields["config"].update(modules_to_save=["head"]))
-    )
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**settings, "modules_to_save": ["head"]}))
-    loaded = LoRAModel.from_pretrained(copy.deepcopy(base), folder)
-    x = torch.randn(4, 6)
-    model.base_model.head.load_state_dict({key.rpartition(".")[2]: value for key, value in head.items()})
-    torch.testing.assert_close(loaded(x), model(x))
-    again = LoRAModel.from_pretrained(copy.deepcopy(base), loaded.save_adapter(tmp_path / "new"))
-    torch.testing.assert_close(again(x), model(x))
-
-
-@pytest.mark.parametrize(("without", "is_older"), [("norm", True), ("norm", False), ("input_norm", False)])
-def test_a_folder_without_tensors_of_a_module_that_it_names_is_refused(
-    tmp_path: Path, without: str, is_older: bool
-) -> None:
-    folder_with_norms(tmp_path / "adapter", without, is_older=is_older)
+@pytest.mark.parametrize("without", ["norm", "input_norm"])
+def test_a_folder_without_tensors_of_a_module_that_it_names_is_refused(tmp_path: Path, without: str) -> None:
+    folder_with_norms(tmp_path / "adapter", without)
     with pytest.raises(FormatError, match=f"missing {without}, which is in modules_to_save"):
         LoRAModel.from_pretrained(Norms(), tmp_path / "adapter")
 
