@@ -223,7 +223,8 @@ class LoRAConfig(StrictModel):
     lora_alpha: the update is scaled by alpha / r, or by alpha / sqrt(r) with `use_rslora` (arXiv:2312.03732).
     lora_dropout: dropout probability for the inputs of A in training.
     target_modules: layers to adapt: names (exact, or the end of a path after a dot), one regular expression that must
-        match the full path, or "all-linear" (every linear layer except the output head).
+        match the full path, or "all-linear" (every linear layer except the output head and
+        subclasses that do not compute W x + b).
     exclude_modules: layers to exclude, in the same formats.
     layers_to_transform: adapt only layers with these indices. As in PEFT, the index is the first number in the path
         after at least two names. Layers whose full path is in `target_modules` are always adapted.

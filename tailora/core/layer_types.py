@@ -11,6 +11,7 @@ Shapes: A (r, in), B (out, r). Convolutions carry their kernel in A: A (r, in/gr
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any, Literal, cast
 
@@ -365,6 +366,35 @@ def computes_as_its_type(layer: nn.Module) -> bool:
     return is_known or hasattr(layer, "embed_scale")
 
 
+def forward_obstacle(layer: nn.Module) -> str | None:
+    """Returns why an adapter next to this layer would change something else than W x + b; None if it would not.
+
+    A subclass that overrides forward may be a router or a grouped layer. Its forward is compared with that of the known
+    class on random numbers, or on the meta device by shape. For a weight that is not quantized.
+    """
+    name, layer_type = type(layer).__name__, layer_type_of(layer)
+    if layer_type is None or computes_as_its_type(layer):
+        return None
+    if layer_type.is_linear:
+        weight = weight_of(layer, layer_type.weight_name)
+        known: Any = next(cls for cls in type(layer).__mro__ if qualified_name(cls) in LAYER_TYPES)
+        # as large as activations may be, because some layers clamp them
+        x = 100 * torch.randn(3, layer_type.dims(layer)[0], generator=torch.Generator().manual_seed(0))
+        try:
+            with torch.no_grad():
+                expected, actual = (forward(x.to(weight)) for forward in (partial(known.forward, layer), layer.forward))
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+            return f"{name} overrides forward, which fails for x {tuple(x.shape)}: {str(error).splitlines()[0]}"
+        is_alike = isinstance(actual, Tensor) and actual.shape == expected.shape
+        rounding = 4 * torch.finfo(weight.dtype).eps
+        if is_alike and (weight.is_meta or (actual - expected).norm() <= rounding * expected.norm()):
+            return None
+    return (
+        f"{name} overrides forward and does not compute W x + b; exclude it, or register its function with "
+        "register_layer_type"
+    )
+
+
 # ---- Layers that cannot be adapted
 
 
@@ -381,7 +411,4 @@ def obstacle(layer: nn.Module) -> str | None:
         return f"its shape is still unknown ({name}); run one batch through the model first"
     if getattr(layer, "max_norm", None) is not None:
         return "max_norm changes its frozen weight in every forward"
-    is_attention = isinstance(layer, nn.MultiheadAttention)
-    if (is_attention or layer_type_of(layer) is EMBEDDING) and not computes_as_its_type(layer):
-        return f"{name} overrides forward with an unknown function"
     return None

@@ -25,12 +25,13 @@ from tailora.core.layer_calls import Use, last_names, use_of
 from tailora.core.layer_types import (
     EMBEDDING,
     LayerType,
+    forward_obstacle,
     layer_path_of,
     layer_type_of,
     obstacle,
 )
 from tailora.core.parameters import parameter_layer_type, projections
-from tailora.core.quantization import dense_weight, quantized_layers, storage_obstacle
+from tailora.core.quantization import dense_weight, is_quantized, quantized_layers, storage_obstacle
 from tailora.errors import ConfigError, TailoraWarning, TargetError, listing, nearest
 
 
@@ -360,6 +361,7 @@ def _all_linear(model: Any, candidates: Mapping[str, TargetCandidate]) -> list[T
         and not candidate.output_slice
         and candidate.layer is not head
         and candidate.use == "called"
+        and (is_quantized(candidate.layer) or forward_obstacle(candidate.layer) is None)
     ]
 
 
@@ -464,7 +466,8 @@ def _nothing_selected(candidates: Mapping[str, TargetCandidate], config: LoRACon
     names = ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save")
     settings = [f"{name}={value!r}" for name in names if (value := getattr(config, name)) is not None]
     hint = _hint("", {candidate.last_name for candidate in candidates.values()})
-    return f"no layer left to adapt with {' and '.join(settings)}{hint}"
+    reasons = {reason: None for layer in candidates.values() if (reason := obstacle_to_adapting(layer.layer))}
+    return "; ".join([f"no layer left to adapt with {' and '.join(settings)}{hint}", *reasons])
 
 
 def _no_layer(setting: str, name: str, paths: Collection[str]) -> str:
@@ -497,7 +500,7 @@ def _conflicts(
             problems.append(
                 f"{path}: lora_dropout is not supported for a weight that is used without a layer; set lora_dropout=0"
             )
-        elif candidate.use != "read" and (reason := obstacle(candidate.layer) or storage_obstacle(candidate.layer)):
+        elif candidate.use != "read" and (reason := obstacle_to_adapting(candidate.layer)):
             problems.append(f"{path}: {reason}")
     if only_read := [path for path, candidate in selected.items() if candidate.use == "read"]:
         problems.append(
@@ -519,6 +522,11 @@ def _conflicts(
         if quantized_layers(module):
             problems.append(quantized_saved_module(path))
     return problems
+
+
+def obstacle_to_adapting(layer: nn.Module) -> str | None:
+    """Returns why a layer that the config selects cannot be adapted; None if it can."""
+    return obstacle(layer) or storage_obstacle(layer) or (None if is_quantized(layer) else forward_obstacle(layer))
 
 
 def quantized_saved_module(path: str) -> str:

@@ -21,11 +21,12 @@ from tailora.core.adapter import Adapter, extra_parts, low_rank_layer, share_par
 from tailora.core.config import LoRAConfig
 from tailora.core.extras import extra_targets, input_embedding
 from tailora.core.layer import LoRALayer
-from tailora.core.layer_types import EMBEDDING, Shape, layer_of, layer_type_of, obstacle
-from tailora.core.quantization import quantized_layers, storage_obstacle
+from tailora.core.layer_types import EMBEDDING, Shape, layer_of, layer_type_of
+from tailora.core.quantization import quantized_layers
 from tailora.core.targets import (
     Target,
     missing_pooler,
+    obstacle_to_adapting,
     quantized_saved_module,
     saved_modules,
     selected_candidates,
@@ -363,7 +364,7 @@ def _low_rank(
     empty: the layer to fill; None if it is not in the settings.
     """
     module = layer_of(base_model, path)
-    if reason := obstacle(module) or storage_obstacle(module):
+    if reason := obstacle_to_adapting(module):
         tensors.problems.append(f"{path}: {reason}")
         return None
     try:

@@ -386,6 +386,52 @@ def test_an_embedding_that_looks_up_something_else_is_refused() -> None:
         LoRAModel(nn.Sequential(Positions(8, 4)), LoRAConfig(r=2, target_modules=["0"]))
 
 
+class Noisy(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+class Clamped(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.clamp(-5, 5))
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class TwoInputs(nn.Linear):
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return super().forward(x) + z
+
+
+class Router(nn.Linear):  # as in Llama 4 and Phi-MoE
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        logits = super().forward(x)
+        return logits.sigmoid(), logits
+
+
+@pytest.mark.parametrize("cls", [Noisy, Clamped, Doubled, TwoInputs, Router])
+def test_a_subclass_that_computes_something_else_is_not_adapted(cls: type[nn.Linear]) -> None:
+    base = nn.Sequential(nn.Linear(8, 8), cls(8, 8))
+    assert [*LoRAModel(base, LoRAConfig(r=2)).lora_layers] == ["0"]
+    with pytest.raises(TargetError, match=f"1: {cls.__name__} overrides forward"):
+        LoRAModel(nn.Sequential(nn.Linear(8, 8), cls(8, 8)), LoRAConfig(r=2, target_modules=["0", "1"]))
+    with pytest.raises(TargetError, match=f"no layer left.*{cls.__name__} overrides forward"):
+        LoRAModel(nn.Sequential(cls(8, 8)), LoRAConfig(r=2))
+
+
+def test_a_subclass_that_computes_the_same_is_adapted() -> None:
+    class Own(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight.T + self.bias
+
+    for dtype in (torch.float32, torch.bfloat16):
+        assert "0" in LoRAModel(nn.Sequential(Own(64, 64)).to(dtype), LoRAConfig(r=2)).lora_layers
+    assert "0" in LoRAModel(nn.Sequential(Own(64, 64, device="meta")), LoRAConfig(r=2)).lora_layers
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # that PEFT asks for
 def test_the_numbers_of_parameters_are_those_of_peft(capsys: pytest.CaptureFixture[str]) -> None:
     model = LoRAModel(chat_model(), LoRAConfig(r=4, target_modules=["q_proj", "v_proj"]))
