@@ -29,12 +29,7 @@ from tailora.cli.models import (
     parse_adapters,
 )
 from tailora.errors import ConfigError, listing, nearest
-from tailora.formats.run_folder import (
-    ADAPTER_FILES,
-    check_result_folder,
-    read_system_message,
-    write_system_message,
-)
+from tailora.formats.run_folder import ADAPTER_FILES, check_result_folder, read_system_message, write_system_message
 from tailora.report.blocks import Code, Paragraph, Section
 from tailora.report.terminal import print_section
 from tailora.train.config import TrainConfig

@@ -37,8 +37,7 @@ from tailora.formats.io import check_new_file, partial_file, write_lines
 from tailora.formats.run_folder import adapter_folder, read_system_message, recorded_settings
 
 IgnoreChatTemplate = Annotated[
-    bool,
-    Parameter(negative=(), show_default=False, help="continue the prompt as plain text, without a chat template"),
+    bool, Parameter(negative=(), show_default=False, help="continue the prompt as plain text, without a chat template")
 ]
 System = Annotated[str | None, Parameter(help="system message; default: the one used in training; '': none")]
 MEMORY_ADVICE = "try a shorter prompt, a smaller --max-new-tokens or --model, or close other programs"

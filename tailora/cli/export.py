@@ -134,23 +134,18 @@ def add_passport(folder: Path, source: Path, model: Any, tokenizer: Any) -> dict
     Returns file name -> bytes; {} if the model or the adapter does not support verification.
     """
     from tailora.verify.passport import read_passport, write_passport
-    from tailora.verify.probes import passport_obstacle
 
-    if passport_obstacle(model) is not None:
-        return {}
+    passport = None
+    if (source / PASSPORT).exists():
+        try:
+            passport = read_passport(source, "a new one will be written for the exported adapter")
+        except FormatError as error:
+            note(str(error))
     try:
-        if (source / PASSPORT).exists():
-            return {
-                PASSPORT: write_passport(
-                    folder, read_passport(source, "a new one will be written for the exported adapter")
-                )
-                .stat()
-                .st_size
-            }
-    except FormatError as error:
-        note(str(error))
-    try:
-        create_passport(folder, model, tokenizer)
+        if passport is None:
+            create_passport(folder, model, tokenizer)
+        else:
+            write_passport(folder, passport)
     except DataError as error:  # the export is complete
         note(f"passport.json was not written: {error}")
         return {}

@@ -160,9 +160,7 @@ def merge_settings(
 
 
 def merge_with_run(
-    flags: Mapping[str, Any] | None,
-    adapter: Path | None,
-    arguments: Mapping[str, Any] | None = None,
+    flags: Mapping[str, Any] | None, adapter: Path | None, arguments: Mapping[str, Any] | None = None
 ) -> TrainConfig:
     """Returns settings for reading data as in the adapter's training run; `flags` override them.
 

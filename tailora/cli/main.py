@@ -96,7 +96,9 @@ def main(argv: Sequence[str] | None = None, *, interrupted: Callable[[], bool] =
     for name, value in ENVIRONMENT.items():
         if not (name == "GOMP_SPINCOUNT" and "OMP_WAIT_POLICY" in os.environ):  # GOMP_SPINCOUNT would override it
             os.environ.setdefault(name, value)
-    escape_unprintable_text()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # escape characters that its encoding lacks, such as \u96ea in ASCII
+            stream.reconfigure(errors="backslashreplace")
     tokens = list(sys.argv[1:] if argv is None else argv)
     if tokens[:1] == ["--"]:  # torchrun forwards it; without it, torchrun would read --r itself
         tokens = tokens[1:]
@@ -164,10 +166,16 @@ def fail(error: BaseException, as_json: bool) -> int:
     """Prints an error and returns its exit code.
 
     If `tailora.train.launch` started this process, the parent process prints the error instead. If torchrun did, only
-    one rank prints it: see `_is_shown_by_another_rank`.
+    one rank prints it: the one that the processes agreed on (`failures.fail_together`). Before they are connected, this
+    is rank 0, unless torch's launcher hides the errors of the other ranks.
     """
     code, message = exit_code(error), message_of(error)
-    if _report_to_launcher(error) or _is_shown_by_another_rank(error):
+    if (number := failures.shown_by(error)) is not None:
+        is_shown_here = number == launch.rank()
+    else:
+        is_hidden = isinstance(error, KeyboardInterrupt) or failures.ERROR_FILE in os.environ
+        is_shown_here = is_rank_0() or not is_hidden
+    if _report_to_launcher(error) or not is_shown_here:
         return code
     if isinstance(error, ProcessFailedError) and error.traceback:
         stderr().print(BUG, style="bold red")
@@ -189,16 +197,6 @@ def _report_to_launcher(error: BaseException, bug: str = "") -> bool:
     """
     known = {"message": message_of(error), "exit_code": exit_code(error), "traceback": bug}
     return failures.leave_failure(error, **known) and launch.is_launched_by_tailora()
-
-
-def _is_shown_by_another_rank(error: BaseException) -> bool:
-    """True if another rank prints this error: the rank that the processes agreed on (`failures.fail_together`).
-
-    Before the processes are connected, this is rank 0, unless torch's launcher hides the errors of the other ranks.
-    """
-    if (number := failures.shown_by(error)) is not None:
-        return number != launch.rank()
-    return not is_rank_0() and (isinstance(error, KeyboardInterrupt) or failures.ERROR_FILE in os.environ)
 
 
 def message_of(error: BaseException) -> str:
@@ -274,7 +272,6 @@ def print_text(console: Console, text: str, style: str | None = None) -> None:
 
 
 def is_rank_0() -> bool:
-    """True in the first process of a run."""
     return launch.rank() == 0
 
 
@@ -311,10 +308,3 @@ def print_json(payload: dict[str, Any]) -> None:
 
 def print_json_error(error: BaseException) -> None:
     print_json({"error": {"type": type(error).__name__, "message": message_of(error), "exit_code": exit_code(error)}})
-
-
-def escape_unprintable_text() -> None:
-    """Makes streams escape characters that their encoding cannot represent, such as \\u96ea in ASCII."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")

@@ -210,12 +210,7 @@ def base_model_name(model: str | None, folders: Sequence[Path]) -> str:
 # ---- Before anything is loaded
 
 
-def check_sources(
-    *,
-    model: str | None = None,
-    data: Iterable[str | None] = (),
-    adapter: str | None = None,
-) -> None:
+def check_sources(*, model: str | None = None, data: Iterable[str | None] = (), adapter: str | None = None) -> None:
     """Raises ConfigError, DataError or FetchError for all sources that do not exist. Needs no torch."""
     checks: list[tuple[Callable[[str], object], str | None]] = [(check_model_exists, model), (find_adapter, adapter)]
     checks += [(check_data_exists, source) for source in data]

@@ -1,7 +1,7 @@
 """`tailora predict`: writes predictions for the rows of a file as JSONL: labels with probabilities, or answers."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from json import dumps, loads
 from pathlib import Path
@@ -41,7 +41,6 @@ Limit = Annotated[PositiveInt | None, Parameter(help="predict only the first N r
 CHUNK = 1000  # rows predicted at a time
 
 Prediction = dict[str, Any]
-Write = Callable[[Prediction], None]
 DIGITS = 6  # of predicted numbers; float32 has about 7
 
 
@@ -80,14 +79,19 @@ def predict(
     from tailora.cli.progress import counter
 
     predictions: list[Prediction] = []
-    with explain_memory_errors(), counter(stderr(), "rows") as progress, lines(output, is_shown=not json) as write:
+    with (
+        explain_memory_errors(),
+        counter(stderr(), "rows") as progress,
+        partial_answers(output) if output else nullcontext(lambda line: write_stdout(f"{line}\n")) as write,
+    ):
         results = (
             answer_predictions(loaded.model, loaded.tokenizer, rows, config, max_new_tokens)
             if labels is None
             else label_predictions(loaded.model, loaded.tokenizer, labels, rows, config)
         )
         for number, prediction in enumerate(results, 1):
-            write(prediction)
+            if output is not None or not json:
+                write(dumps(prediction, ensure_ascii=False))
             predictions += [prediction] if json else []
             progress(number, len(rows))
     if output is not None:
@@ -95,18 +99,6 @@ def predict(
     if json:
         print_json({"model": target.model, "adapter": target.adapter, "predictions": predictions})
     return 0
-
-
-@contextmanager
-def lines(output: Path | None, *, is_shown: bool) -> Iterator[Write]:
-    """Yields a function that writes one prediction: to the file, or to stdout if `is_shown`."""
-    if output is not None:
-        with partial_answers(output) as write:
-            yield lambda prediction: write(dumps(prediction, ensure_ascii=False))
-    elif is_shown:
-        yield lambda prediction: write_stdout(f"{dumps(prediction, ensure_ascii=False)}\n")
-    else:
-        yield lambda _: None
 
 
 def read_all(source: str, limit: int | None) -> list[Row]:

@@ -19,7 +19,7 @@ from tailora.formats.hub import DEMO, MODEL_NAME
 from tailora.report.format import count, plural
 
 if TYPE_CHECKING:
-    from tailora.train.events import Event, Listener, Stepped
+    from tailora.train.events import Event, Listener
 
 SECONDS_BETWEEN_LINES = 5.0
 WIDTH = 100  # of the header at most; a terminal may be narrower
@@ -159,44 +159,30 @@ def _listener(console: Console, show: Callable[[str, int, int, bool], None], ver
     """
 
     def listen(event: "Event") -> None:
-        from tailora.train.events import EvaluationProgress, Stepped
+        from tailora.train.events import Evaluated, EvaluationProgress, Note, Prepared, Saved, Stepped
 
         match event:
             case Stepped():
+                eta, memory = timedelta(seconds=round(event.eta_seconds)), event.memory_bytes / 1e9
+                speed = f"{event.tokens_per_second:,.0f} tokens/s  ETA {eta}  memory {memory:.2f} GB"
                 text, is_end = f"step {event.step}/{event.max_steps}", event.step in (1, event.max_steps)
-                show(f"{text}  {step_figures(event)}", event.step, event.max_steps, is_end)
+                show(f"{text}  loss {event.loss:.3f}  {speed}", event.step, event.max_steps, is_end)
                 if event.step == event.max_steps:
                     show("training finished; evaluating and saving", 0, 0, False)
             case EvaluationProgress():
                 show(f"evaluating: {event.done:,} of {event.total:,} {event.what}", event.done, event.total, False)
-            case _:
-                _print(console, event, verbose)
+            case Prepared():
+                print_text(console, format_header(event.header, min(console.width, WIDTH), verbose=verbose))
+            case Evaluated():
+                when = f"after step {event.step}" if event.step else "before training"
+                best = " (best so far)" if event.best else ""
+                print_text(console, f"held-out loss {when}: {event.loss:.4f}{best}")
+            case Saved():
+                print_text(console, f"saved {event.folder}")
+            case Note():
+                print_text(console, f"note: {event.text}")
 
     return listen
-
-
-def step_figures(step: "Stepped") -> str:
-    eta = timedelta(seconds=round(step.eta_seconds))
-    memory = step.memory_bytes / 1e9
-    return f"loss {step.loss:.3f}  {step.tokens_per_second:,.0f} tokens/s  ETA {eta}  memory {memory:.2f} GB"
-
-
-def _print(console: Console, event: "Event", verbose: bool) -> None:
-    from tailora.train.events import Evaluated, Note, Prepared, Saved
-
-    match event:
-        case Prepared():
-            text = format_header(event.header, min(console.width, WIDTH), verbose=verbose)
-        case Evaluated():
-            when = f"after step {event.step}" if event.step else "before training"
-            text = f"held-out loss {when}: {event.loss:.4f}{' (best so far)' if event.best else ''}"
-        case Saved():
-            text = f"saved {event.folder}"
-        case Note():
-            text = f"note: {event.text}"
-        case _:
-            return
-    print_text(console, text)
 
 
 # ---- The header
@@ -204,9 +190,17 @@ def _print(console: Console, event: "Event", verbose: bool) -> None:
 
 def format_header(header: Mapping[str, Any], width: int = WIDTH, *, verbose: bool = False) -> str:
     """Returns what will be trained on what, in lines of `width`. verbose: and how it is computed."""
-    lines = _summary(header) | (_computation(header) if verbose else {})
+    lines = _summary(header)
+    if verbose:
+        origin = "the fastest dtype on this machine" if header["settings"]["dtype"] == "auto" else "set by --dtype"
+        lines["precision"] = f"{header['dtype']}, {origin}"
+        packed = "packed into one row, without attention across examples"
+        lines["batches"] = packed if header["packed"] else "padded to the longest"
+        lines |= dict(part.split(": ", 1) for part in re.split("; (?=attention: |loss: )", header["kernels"]))
     indent = max(map(len, lines)) + 2
-    return "\n".join(_wrap(f"{name:<{indent}}", text, width) for name, text in lines.items())
+    wrapper = textwrap.TextWrapper(break_long_words=False, break_on_hyphens=False, subsequent_indent=" " * indent)
+    wrapper.width = max(width, indent + 20)
+    return "\n".join(wrapper.fill(f"{name:<{indent}}{text}") for name, text in lines.items())
 
 
 def _summary(header: Mapping[str, Any]) -> dict[str, str]:
@@ -245,20 +239,3 @@ def _summary(header: Mapping[str, Any]) -> dict[str, str]:
     examples = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * header["processes"]
     lines["steps"] = f"{plural(header['max_steps'], 'step')} of {plural(examples, 'example')}"
     return lines
-
-
-def _computation(header: Mapping[str, Any]) -> dict[str, str]:
-    """Returns label -> text."""
-    is_auto, packed = header["settings"]["dtype"] == "auto", header["packed"]
-    return {
-        "precision": f"{header['dtype']}, {'the fastest dtype on this machine' if is_auto else 'set by --dtype'}",
-        "batches": "packed into one row, without attention across examples" if packed else "padded to the longest",
-        **dict(part.split(": ", 1) for part in re.split("; (?=attention: |loss: )", header["kernels"])),
-    }
-
-
-def _wrap(label: str, text: str, width: int) -> str:
-    """Breaks lines between words only; all lines but the first are indented by the label's width."""
-    space = " " * len(label)
-    wrapper = textwrap.TextWrapper(max(width - len(label), 20), break_long_words=False, break_on_hyphens=False)
-    return "\n".join(f"{space if number else label}{line}" for number, line in enumerate(wrapper.wrap(text)))

@@ -187,12 +187,7 @@ def first_prompt(folder: Path) -> str:
 
 
 def fit(
-    config: TrainConfig,
-    *,
-    as_json: bool,
-    overwrite: bool,
-    nproc_per_node: str | None = None,
-    verbose: bool = False,
+    config: TrainConfig, *, as_json: bool, overwrite: bool, nproc_per_node: str | None = None, verbose: bool = False
 ) -> int:
     """Trains, answers held-out prompts with the base and the fine-tuned model, and prints the result.
 
@@ -316,13 +311,9 @@ def kl_of_preferences(result: "TrainResult", config: TrainConfig) -> float | Non
 def add_passport(result: "TrainResult", config: TrainConfig) -> None:
     """Writes the verification file of a trained language model adapter, for `tailora verify`."""
     from tailora.train.memory import explain_out_of_memory
-    from tailora.verify.probes import passport_obstacle
 
     is_text = result.data is not None and result.data.report.task not in (*TASK_TYPES, SEQ2SEQ)
     if config.passport == "none" or config.method != "lora" or not is_text:
-        return
-    if (reason := passport_obstacle(result.model)) is not None:
-        note(f"passport.json was not written: {reason}")
         return
     held_out = result.data.eval_samples if result.data and config.passport == "held-out" else None
     advice = f"the adapter in {result.output_dir} is complete; use --passport none to skip the verification file"

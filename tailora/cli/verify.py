@@ -17,7 +17,7 @@ from tailora.cli.main import GATE_NOT_MET, log, note, print_json, stderr, stdout
 from tailora.cli.models import base_of, find_adapter, load_model
 from tailora.cli.progress import counter
 from tailora.cli.serve import API_KEY, Url
-from tailora.errors import FormatError, require_packages
+from tailora.errors import require_packages
 from tailora.formats.hub import is_at_hand
 from tailora.formats.run_folder import ADAPTER, PASSPORT, read_system_message
 from tailora.report.blocks import Paragraph, Section
@@ -122,10 +122,6 @@ def passport_of_adapter(folder: Path) -> Passport:
     if base is None or not is_at_hand(base.location):
         return read_passport(folder)  # raises an error with a remedy
     loaded = load_model(base.location, {ADAPTER: folder}, quantize="none", device="cpu")
-    from tailora.verify.probes import passport_obstacle
-
-    if (reason := passport_obstacle(loaded.model)) is not None:
-        raise FormatError(f"{folder} cannot be verified: {reason}")
     return create_passport(folder, loaded.model, loaded.tokenizer, name=ADAPTER)
 
 

@@ -33,14 +33,7 @@ from tailora.core.targets import (
     target_at,
     target_of,
 )
-from tailora.errors import (
-    BaseMismatchError,
-    ConfigError,
-    FormatError,
-    TailoraWarning,
-    TargetError,
-    listing,
-)
+from tailora.errors import BaseMismatchError, ConfigError, FormatError, TailoraWarning, TargetError, listing
 from tailora.formats import kohya_diffusers, mlx, peft, peft_config, peft_keys
 from tailora.formats.fingerprint import LayerFingerprint, fingerprint, fingerprint_differences
 from tailora.formats.fold_scale import unfold_learned_scales

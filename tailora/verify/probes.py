@@ -67,16 +67,6 @@ QUESTIONS = (
 # ---- The verification file
 
 
-def passport_obstacle(model: Any) -> str | None:
-    """Returns why an adapter's model cannot have a verification file; None if it can."""
-    config = getattr(model, "config", None)
-    if not hasattr(config, "vocab_size") or getattr(config, "is_encoder_decoder", False):
-        return "verification files are only supported for decoder-only language models"
-    if is_sharded(model):
-        return "the model is sharded; create the verification file with `tailora export`"
-    return None
-
-
 def make_passport(
     model: Any,
     tokenizer: Any,
@@ -93,8 +83,14 @@ def make_passport(
     held_out: samples whose text goes into the passport. None: QUESTIONS with replies written by the base, so that the
         passport reveals nothing about the data.
     system: the system message for chats without one; servers that know it add it.
-    Raises DataError if no text is usable as a probe, or if the adapter cannot be distinguished from its base.
+    Raises DataError for another kind of model, if no text is usable as a probe, or if the adapter cannot be
+    distinguished from its base.
     """
+    config = getattr(model, "config", None)
+    if not hasattr(config, "vocab_size") or getattr(config, "is_encoder_decoder", False):
+        raise DataError("verification files are only supported for decoder-only language models")
+    if is_sharded(model):
+        raise DataError("the model is sharded; create the verification file with `tailora export`")
     chat_tokenizer = ChatTokenizer.of(tokenizer)
     adapter, base_model = model.adapter(name), model.base_model
     if (positions := free_positions(base_model, 0)) < SHORTEST_CONTEXT:

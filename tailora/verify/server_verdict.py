@@ -223,9 +223,7 @@ class Verification:
 
 
 def verify(
-    passport: Passport,
-    observations: Sequence[Observation | None],
-    of_base: Sequence[Observation | None] | None = None,
+    passport: Passport, observations: Sequence[Observation | None], of_base: Sequence[Observation | None] | None = None
 ) -> Verification:
     """Returns the verdict on a server from its answers to the probes.
 

@@ -18,12 +18,12 @@ from transformers import LlamaForCausalLM
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.export import Format, Server
 from tailora.cli.main import main
-from tailora.errors import FormatError
+from tailora.errors import DataError, FormatError
 from tailora.formats.export import FORMATS
 from tailora.formats.run_folder import read_system_message, write_system_message
 from tailora.formats.serving_targets import TARGETS
 from tailora.verify.passport import read_passport, write_passport
-from tailora.verify.probes import passport_obstacle
+from tailora.verify.probes import make_passport
 
 
 @pytest.fixture
@@ -259,8 +259,8 @@ def test_only_language_models_of_one_decoder_have_a_passport() -> None:
     encoder_decoder = LoRAModel(tiny_model_of("BartForConditionalGeneration"), LoRAConfig(r=1))
     other = LoRAModel(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(r=1, target_modules=["0"]))
     for model in (encoder_decoder, other):
-        assert passport_obstacle(model) == "verification files are only supported for decoder-only language models"
-    assert passport_obstacle(LoRAModel(tiny_model_of("LlamaForCausalLM"), LoRAConfig(r=1))) is None
+        with pytest.raises(DataError, match="only supported for decoder-only language models"):
+            make_passport(model, None)
 
 
 def test_an_adapter_that_changes_nothing_is_exported_without_passport(
