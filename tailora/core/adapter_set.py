@@ -33,6 +33,7 @@ from tailora.core.layer_calls import LayerCalls
 from tailora.core.layer_types import find_layer
 from tailora.core.mixed_batch import MixedBatch, mixed_parts
 from tailora.core.quantization import allow_repacking, prevent_repacking
+from tailora.core.row_order import RowOrder
 from tailora.errors import AdapterError, ConfigError, RowsError, TargetError, nearest
 
 
@@ -53,6 +54,7 @@ class AdapterSet:
         self.adapters: dict[str, Adapter] = {}
         self.active: tuple[str, ...] = ()
         self.layers: dict[str, nn.Module] = {}
+        self._row_order = RowOrder(base_model, self.layers)
         self.batch: MixedBatch | None = None
         self.training_obstacle = ""
         self._watched: set[str] = set()  # paths of layers whose first training forward was watched
@@ -212,12 +214,14 @@ class AdapterSet:
         self.check_no_batch("choose adapters by row")
         adapters = {name: self.adapters[name] for name in dict.fromkeys(by_row) if name is not None}
         check_compatible(adapters, by_row=True)
-        batch = MixedBatch(by_row, tuple(self.adapters), next(self.base_model.parameters()).device)
+        device = next(self.base_model.parameters()).device
+        batch = MixedBatch(by_row, tuple(self.adapters), device, row_order=self._row_order)
         parts = mixed_parts(batch, self.adapters, self._layer_paths, self.layers)
         obstacle = self.training_obstacle
         self.batch, self.training_obstacle = batch, _training_obstacle(adapters)
         try:
-            with attached({layer: parts.get(path, ()) for path, layer in self.layers.items()}):
+            in_use = {layer: parts.get(path, ()) for path, layer in self.layers.items()}
+            with attached(in_use), self._row_order.watched():
                 yield
         finally:
             self.batch, self.training_obstacle = None, obstacle

@@ -35,6 +35,7 @@ from tailora.core.adapter import Adapter
 from tailora.core.attach import AdapterPart, call_plain
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, layer_type_of
+from tailora.core.row_order import RowOrder
 from tailora.errors import RowsError
 
 Names = tuple[str | None, ...]
@@ -133,6 +134,7 @@ class MixedBatch:
     Rows are the first dimension of a padded batch, or the tokens (1, tokens) of a packed batch, for inference.
 
     head: in a packed batch, the layer that gets one token of each sequence; None if all layers get all tokens.
+    row_order: of the model, for a padded batch; without it, every layer needs a dimension for the rows.
     dim: the dimension of the rows.
     is_constant: whether no parameter can change.
     terms: while constant, the terms of adapters that have been computed so far.
@@ -150,8 +152,10 @@ class MixedBatch:
         *,
         is_packed: bool = False,
         head: nn.Module | None = None,
+        row_order: RowOrder | None = None,
     ) -> None:
         self.loaded, self.device, self.head = tuple(loaded), device or torch.device("cpu"), head
+        self.row_order = row_order
         self.dim = int(is_packed)
         self.rows = self.head_rows = Rows(names, self.loaded, self.device)
         self.is_constant = is_packed
@@ -177,7 +181,10 @@ class MixedBatch:
         return self._lookups[names]
 
     def rows_in(self, x: Tensor, layer: nn.Module, path: str, min_ndim: int) -> Rows:
-        """Returns the rows of x, an input of the layer. Raises RowsError for a wrong number of rows."""
+        """Returns the rows of x, an input of the layer: (rows, ...), or (rows * tokens, in) row after row.
+
+        Raises RowsError for a wrong number of rows.
+        """
         if self.dim == 1:
             rows = self.head_rows if layer is self.head else self.rows
             if x.ndim < 2 or x.shape[:2] != (1, rows.n):
@@ -189,6 +196,10 @@ class MixedBatch:
         if x.ndim >= min_ndim and x.shape[0] == n * self.repeats:
             return self._repeated[self.repeats]
         repeated = f", or {n * self.repeats} repeated by generate" if self.repeats > 1 else ""
+        rows, order = self._repeated[self.repeats], self.row_order
+        has_all_rows = x.shape[0] % rows.n == 0 and x.ndim == min_ndim == 2
+        if has_all_rows and order is not None and order.keeps(layer, rows.n):
+            return rows
         packed = "; packed examples count as one row, so use padding instead" if n > 1 and x.shape[0] == 1 else ""
         raise RowsError(
             f"{path or 'the model'}: expected {n} rows{repeated}, as in adapter_rows, in the first dimension, got "
@@ -351,6 +362,9 @@ class MixedPart:
     def add_to(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
         """Returns y + the change of the layer's `output` by the rows' adapters, like `LoRALayer.add_to`."""
         rows = self.batch.rows_in(x, layer, self.path, self.min_ndim)
+        if self.batch.dim == 0 and x.shape[0] != rows.n:
+            y, output, x = (tensor.view(rows.n, -1, *tensor.shape[1:]) for tensor in (y, output, x))
+            return self.add_to(y, output, x, layer).flatten(0, 1)
         if torch.compiler.is_compiling():
             return self._in_graph(y, output, x, layer, rows)
         used = rows.used(self.names)
