@@ -167,7 +167,7 @@ class LoRAModel(nn.Module):
             if name == "base_model":
                 raise
         if name in PEFT_NAMES:
-            raise AttributeError(f"LoRAModel has no {name}, which is PEFT's; use {PEFT_NAMES[name]}")
+            raise AttributeError(f"LoRAModel does not have PEFT's {name}; use {PEFT_NAMES[name]}")
         if name == "accepts_loss_kwargs":  # only transformers' Trainer reads it, first of all
             raise ConfigError(TRAINER)
         return getattr(self.base_model, name)

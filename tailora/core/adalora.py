@@ -139,7 +139,7 @@ class RankAllocator:
             tensors[name].shape != current[name].shape for name in current.keys() & tensors.keys()
         ):
             raise CheckpointError(
-                "the checkpoint's rank allocation is from a different adapter; resume with its settings"
+                "the checkpoint's rank allocation is from a different adapter; resume with the settings of its run"
             )
         self.step = int(tensors["step"])
         for name in self.sensitivity:

@@ -108,7 +108,7 @@ class AdapterSet:
             path for path, layer in layers.items() if runs_adapters(layer) and not isinstance(layer, mixins[path])
         ]:
             raise TargetError(
-                f"adapted by one adapter but trained in full by another: {', '.join(conflicts)}; use two models"
+                f"one adapter adapts, and another trains in full: {', '.join(conflicts)}; use a separate model for each"
             )
         for path in layers.keys() - self.layers.keys():
             swap_class(layers[path], mixins[path])

@@ -213,8 +213,8 @@ def combine_adapters(
         bias_settings = {"lora_bias": True}
         if any(isinstance(layer, nn.Embedding) for layer in bases.values()):
             problems.append(
-                "one has lora_bias on layers without a bias, another adapts an embedding, and no file format supports "
-                "both; remove one of the two"
+                "one adapter has lora_bias on layers without a bias, another adapts an embedding, and no file format "
+                "supports both; remove one of the two"
             )
     if problems:
         raise AdapterError(f"these adapters cannot be combined: {listing(problems)}")
@@ -289,7 +289,7 @@ def _updates(
     for name, adapter in adapters.items():
         for path, part in adapter.extras.items():
             trained = "a bias" if isinstance(part, TrainedBias) else "rows of an embedding"
-            problems.append(f"{path} of {name!r}: it trains {trained}")
+            problems.append(f"{path} of {name!r}: trains {trained}, which is not supported")
         for path, layer in adapter.low_rank.items():
             base = layer_of(base_model, path)
             updates.setdefault(path, []).append(WeightedUpdate(name, path, weights[name], layer, base))

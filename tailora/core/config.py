@@ -151,7 +151,7 @@ def our_name(theirs: str, known: Collection[str], *, is_flag: bool = False) -> s
         return ""
     shown = f"--{name.replace('_', '-')}{value and f' {value}'}" if is_flag else f"{name}{value and f': {value}'}"
     if name not in known:
-        return f"some commands call it {shown}, but it is not a setting here"
+        return f"some commands call this {shown}, but it is not supported here"
     return f"use {shown}{OTHER_UNITS.get(theirs, '')}"
 
 

@@ -115,7 +115,7 @@ def output_slices(layout: Layout, total: int) -> dict[str, OutputSlice]:
     """Returns part -> its outputs. Raises ValueError if the sizes do not divide the layer's `total` outputs."""
     period, start, slices = sum(layout.values()), 0, {}
     if not _divides(layout, total):
-        raise ValueError(f"the parts {dict(layout)} have {period} rows, which do not divide the layer's {total}")
+        raise ValueError(f"the parts {dict(layout)} add up to {period} rows, which must divide the layer's {total}")
     for part, size in layout.items():
         slices[part] = OutputSlice(start, start + size, period, total)
         start += size

@@ -410,5 +410,5 @@ def obstacle(layer: nn.Module) -> str | None:
     if isinstance(getattr(layer, "weight", None), nn.parameter.UninitializedParameter):
         return f"its shape is still unknown ({name}); run one batch through the model first"
     if getattr(layer, "max_norm", None) is not None:
-        return "max_norm changes its frozen weight in every forward"
+        return "max_norm changes its frozen weight in every forward pass"
     return None

@@ -205,7 +205,7 @@ def _obstacle(layer: nn.Module, parts: Sequence[nn.Module]) -> str | None:
     if all(isinstance(part, TrainedBias) for part in parts):
         return None
     if getattr(layer, "bias", None) is None and any(getattr(part, "lora_bias", None) is not None for part in parts):
-        return "lora_bias cannot be merged, because the layer has no bias; keep it unmerged"
+        return "lora_bias cannot be merged, because the layer has no bias; keep the adapter unmerged"
     if nn.utils.parametrize.is_parametrized(layer):
         return "its weight is computed by a parametrization; remove the parametrization first"
     if is_quantized(layer):
@@ -214,8 +214,8 @@ def _obstacle(layer: nn.Module, parts: Sequence[nn.Module]) -> str | None:
         return None
     name = getattr(layer, "plain", type(layer)).__name__
     return (
-        f"{name} overrides forward, so merging may give wrong results; keep it unmerged, or if it only computes "
-        "W x + b, declare this with register_layer_type"
+        f"{name} overrides forward, so merging may give wrong results; keep the adapter unmerged, or if the layer "
+        "only computes W x + b, declare this with register_layer_type"
     )
 
 

@@ -286,7 +286,7 @@ def _of_module(path: str, module: nn.Module, parent: nn.Module, config: LoRAConf
     try:
         slices = output_slices(layout, out_features) if layout else {}
     except ValueError as error:
-        raise TargetError(f"fused_parts: {path}: {error}; use sizes that divide them, or remove fused_parts") from None
+        raise TargetError(f"fused_parts: {path}: {error}; correct the sizes, or remove fused_parts") from None
     for part, output_slice in slices.items():
         yield replace(layer, path=f"{path}.{part}", output_slice=output_slice)
 

@@ -84,7 +84,7 @@ def _render_chat(sample: Conversation | Pair, tokenizer: ChatTokenizer) -> list[
         return [_render_all(sample, chat, tokenizer)]
     remaining = [index for index in chat.trained_replies if index > 0]  # models do not generate the first message
     if not remaining:
-        raise DataError("there is no reply after the first message, so there is nothing to learn")
+        raise DataError("no reply follows the first message, so there is nothing to learn")
     find = _marked_replies if tokenizer.marks_replies else _unmarked_replies
     size = len(chat.messages)
     rendered: list[RenderedSample] = []
@@ -124,7 +124,7 @@ def _render_all(sample: Sample, chat: Conversation, tokenizer: ChatTokenizer) ->
     if chat.untrained:
         raise DataError(
             f"message {min(chat.untrained)} is marked as not trained, which requires training on replies only; remove "
-            "--no-assistant-only-loss, or the marks train and weight"
+            "--no-assistant-only-loss, or the train and weight keys of the messages"
         )
     text = tokenizer.render(chat.messages, tools=chat.tools)
     last = chat.messages[-1]

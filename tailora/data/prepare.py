@@ -125,7 +125,7 @@ def _is_trained(encoded: EncodedSample) -> bool:
 def _all_cut(source: str, max_length: int, counts: RowCounts, use: str = "trained") -> DataError:
     if without_weight := counts.flagged.numbers["without_weight"]:
         return DataError(
-            f"data {source}: nothing to train on, {without_weight:,} rows have weight 0; use higher weights"
+            f"data {source}: nothing to train on, because {without_weight:,} rows have weight 0; use higher weights"
         )
     return DataError(
         f"data {source}: truncation to max_length {max_length} removes all {use} tokens from every row; raise "

@@ -100,7 +100,7 @@ def parse_sources(data: str | Sequence[str]) -> list[Source]:
             sources.append(Source(name, weight))
         else:
             raise DataError(
-                f"data {text}: expected a weight above 0, such as {name}=0.5; to leave out a source, remove it"
+                f"data {text}: expected a weight above 0, such as {name}=0.5; to exclude a source, remove it"
             )
     if repeated := _repeated(source.name for source in sources):
         raise DataError(f"data {repeated} appears twice; list it once, with a weight")
@@ -180,7 +180,7 @@ def read_file(path: Path) -> Rows:
     try:
         if path.stat().st_size > (most := MAX_SIZE.get(suffix, math.inf)):
             size = f"{most / 2**20:,.0f} MiB"
-            yield RowProblem(str(path), 0, f"larger than {size}; use JSON lines (.jsonl), which are read one by one")
+            yield RowProblem(str(path), 0, f"larger than {size}; use JSON lines (.jsonl), which is read line by line")
         else:
             yield from READERS[suffix](path)
     except OSError as error:

@@ -345,7 +345,7 @@ def _answer_index(value: Any, texts: list[str], labels: list[str]) -> int:
     if meanings:
         raise DataError(
             f"answer {short_repr(value)} is ambiguous: it is {' and '.join(meanings)} of different choices; use the "
-            "index from 0 as a number"
+            "index as a number, counted from 0"
         )
     possible = f"a label ({', '.join(labels)})" if labels else f"an index from 0 to {indices[-1]}, a letter"
     raise DataError(f"answer {short_repr(value)} matches no choice; use {possible} or the text of a choice")
@@ -554,7 +554,7 @@ def _unknown_schema(columns: list[str], field: Mapping[str, str], schemas: Seque
     for schema in sorted([*schemas, *with_labels], key=lambda schema: len(schema.required), reverse=True):
         guessed = guess(schema.required)
         if all(guessed.values()) and len(set(guessed.values())) == len(guessed):
-            hint = "Maybe use:" if schema in schemas else f"For rows with labels use: --task {schema.task}"
+            hint = "Maybe use:" if schema in schemas else f"For rows with labels, use --task {schema.task}"
             break
     else:
         hint = "Map the columns, for example:"

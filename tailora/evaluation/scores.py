@@ -407,7 +407,7 @@ def _score(metric: str, totals: _Totals, facts: EvalDataReport) -> Score:
     if metric in SHARES:
         hits = totals.hits[metric]
         if not hits:
-            raise DataError(f"data {facts.source}: no row leaves room for {metric}; use a larger --max-length")
+            raise DataError(f"data {facts.source}: all rows are too long for {metric}; use a larger --max-length")
         return Score(*wilson_interval(hits), len(hits))
     interval = mean_interval(*totals.sums_and_counts)
     if metric == "perplexity":

@@ -238,7 +238,7 @@ def peft_problems(source: ExportSource) -> list[str]:
             "which includes the strength"
         )
     if reason := peft.unknown_to_peft(peft_layers(source.base_model, source.adapter.low_rank).values()):
-        problems.append(f"{reason}; export to 'merged', or use save_adapter to keep it for tailora only")
+        problems.append(f"{reason}; export to 'merged', or use save_adapter for use with tailora only")
     return problems
 
 

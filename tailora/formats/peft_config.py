@@ -168,7 +168,7 @@ def from_peft_config(settings: Mapping[str, Any], paths: list[str], source: Path
     elif changes_the_base(init):
         problems.append(
             f"init_lora_weights = {settings['init_lora_weights']!r} changed the base's weights, which are not in the "
-            "folder; convert it with PEFT (path_initial_model_for_weight_conversion)"
+            "folder; convert the adapter with PEFT (path_initial_model_for_weight_conversion)"
         )
     elif init not in INITS_WITHOUT_EFFECT:
         problems.append(

@@ -246,11 +246,11 @@ def export_for(
     if problems:
         to = "merged"
         reasons = "; ".join(problem.removesuffix(f"; {MERGED}") for problem in problems)
-        cause = f"{details.title} cannot load this adapter next to its base: {reasons}"
+        cause = f"{details.title} cannot load this adapter separately: {reasons}"
         changes = [f"the adapter is merged into the model, because {cause}"]
         if settings.trained_on is not None:
             raise ConfigError(
-                f"{cause}. It was trained on a base in {settings.trained_on}; use --quantize "
+                f"{cause}. The adapter was trained on a base quantized as {settings.trained_on}; use --quantize "
                 f"{settings.trained_on} to merge it into that base, or --quantize none for the original weights"
             )
     serving = describe(source, folder, target, to, settings)

@@ -49,7 +49,7 @@ class RequestBody(BaseModel):
     def _count_fields(cls, value: Any) -> Any:
         if isinstance(value, dict) and len(value) > MOST_FIELDS:
             raise PydanticCustomError(
-                "too_many_fields", "{count} fields; use at most {most}", {"count": len(value), "most": MOST_FIELDS}
+                "too_many_fields", "got {count} fields; use at most {most}", {"count": len(value), "most": MOST_FIELDS}
             )
         return value
 
@@ -70,7 +70,7 @@ def only(accepted: str) -> WrapValidator:
             return handler(value)
         except ValidationError:
             raise PydanticCustomError(
-                "not_supported", "not supported: remove it, or use {accepted}", {"accepted": accepted}
+                "not_supported", "value not supported; remove it, or use {accepted}", {"accepted": accepted}
             ) from None
 
     return WrapValidator(validate)
@@ -108,7 +108,7 @@ class GenerationRequest(RequestBody):
     )
     stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = Field(None, description="only with stream = true")
+    stream_options: StreamOptions | None = Field(None, description="requires stream = true")
     ignore_eos: bool | None = Field(None, description="continue after end-of-sequence tokens, up to max_tokens")
     lora_scale: Annotated[float, Field(ge=-100, le=100)] | None = Field(
         None, description="scale of the adapter's update; 1 leaves it as trained"
@@ -199,13 +199,13 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=1, lt=INT64)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = Field(
-        None, description="only with logprobs = true"
+        None, description="requires logprobs = true"
     )
     tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Annotated[Literal["auto", "none"] | None, only('"auto" or "none"')] = None
     parallel_tool_calls: Annotated[Literal[True] | None, only("true")] = None
     response_format: ResponseFormat | None = Field(
-        None, description="JSON object, or JSON that matches a schema; not with tools"
+        None, description="JSON object, or JSON that matches a schema; not supported with tools"
     )
 
 
@@ -305,7 +305,7 @@ class Model(ResponseBody):
     root: str
     parent: str | None
     max_model_len: int
-    system_message: str | None = Field(description="used in training, and added to requests without one")
+    system_message: str | None = Field(description="used in training; added to requests without one")
 
 
 class ModelList(ResponseBody):

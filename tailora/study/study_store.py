@@ -267,8 +267,8 @@ class StudySession:
         """Raises ConfigError if --minutes were planned with a different number of processes per run."""
         if self.minutes is not None and planned != self.processes:
             raise ConfigError(
-                f"--nproc-per-node {self.processes} differs from the {planned} processes with which --minutes were "
-                f"planned in {self.folder}; use --nproc-per-node {planned}, or a different --output-dir"
+                f"--nproc-per-node {self.processes}: --minutes was planned for {planned} processes per run in "
+                f"{self.folder}; use --nproc-per-node {planned}, or a different --output-dir"
             )
 
     def has_trial(self, path: Path) -> bool:

@@ -94,7 +94,7 @@ def load(name: str, output_dir: Path, note: Callable[[str], None]) -> Checkpoint
             "over without --resume-from-checkpoint, with --save-steps"
         )
     good = None if is_latest else next((path for path in existing if not damage(path)), None)
-    remedy = f"use the newest intact one: --resume-from-checkpoint {good}" if good else "none is intact, so start over"
+    remedy = f"use the newest intact one: --resume-from-checkpoint {good}" if good else "all are damaged, so start over"
     raise CheckpointError(f"cannot resume: {listing(damaged)}; {remedy}")
 
 
@@ -104,7 +104,7 @@ def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
         file: [name for name, tensor in content.items() if not tensor.isfinite().all()]
         for file, content in tensors.items()
     }
-    return [f"{file}: {len(names)} tensors, first {names[0]}" for file, names in broken.items() if names]
+    return [f"{file}: {len(names)} tensors, starting with {names[0]}" for file, names in broken.items() if names]
 
 
 def damage(folder: Path) -> list[str]:
@@ -122,7 +122,7 @@ def damage(folder: Path) -> list[str]:
         try:
             with (folder / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                    problems.append(f"{name} differs from what was written")
+                    problems.append(f"{name} was changed after it was written")
         except FileNotFoundError:
             problems.append(f"{name} is missing")
     return problems
@@ -159,7 +159,7 @@ FACTS = {  # what else the exact results of a run depend on -> its name in a mes
     "processes": "number of processes",
     "device": "type of device",
     "kernels": "implementation of the layers",
-    "float32_from": "number of tokens from which matrix products use float32",
+    "float32_from": "minimum number of tokens for float32 matrix products",
 }
 
 
@@ -195,11 +195,11 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], *, dive
     ]
     if differences := fingerprint_differences(*bases, exact=True):
         count = f"{len(differences)} of {len(bases[1])} tensors"
-        changes.append(f"the base model's weights differ in {count}, first {differences[0]}")
+        changes.append(f"the base model's weights differ in {count}, starting with {differences[0]}")
     if changes:
         raise CheckpointError(
-            f"the checkpoint belongs to a run with different settings: {listing(changes)}{remedy}\nTo resume, use its "
-            "original settings (--config with its config.yaml); to train with the new ones, start over in a different "
+            f"the checkpoint belongs to a run with different settings: {listing(changes)}{remedy}\nTo resume, use the "
+            "settings of that run (--config with its config.yaml); to use the new settings, start over in a different "
             "--output-dir"
         )
 
@@ -240,7 +240,7 @@ def restore(
 def set_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copies saved tensors into the parameters. Raises CheckpointError unless every tensor fits."""
     parameters = module.state_dict()
-    problems = [f"{name} is in only one of the two" for name in sorted(parameters.keys() ^ tensors.keys())]
+    problems = [f"{name} is not in both adapters" for name in sorted(parameters.keys() ^ tensors.keys())]
     problems += [
         f"{name}: shape {tuple(tensors[name].shape)} in the checkpoint, {tuple(parameters[name].shape)} in this run"
         for name in sorted(parameters.keys() & tensors.keys())

@@ -189,7 +189,7 @@ def class_weights(chosen: str | dict[str, float] | None, labels: Labels, counts:
     if chosen is None:
         return None
     if labels.several:
-        raise ConfigError("--class-weights needs one label per row, but the data has rows with several; remove it")
+        raise ConfigError("--class-weights needs one label per row, but some rows have several; remove --class-weights")
     if chosen == "balanced":
         number = np.array([max(counts[name], 1) for name in labels.names], dtype=np.float64)
         return cast(Float64, number.sum() / (len(number) * number))

@@ -130,7 +130,7 @@ class TrainConfig(StrictModel):
         "kaiming", description='initialization of A and B; see "Settings of an adapter" in the docs'
     )
     target_r: int | None = Field(
-        None, ge=1, lt=COUNT, description="AdaLoRA: average rank at the end of training, which starts with --r"
+        None, ge=1, lt=COUNT, description="AdaLoRA: average rank at the end of training; --r is the initial rank"
     )
     tinit: int | None = Field(
         None, ge=0, lt=COUNT, description="AdaLoRA: steps before the ranks are reduced; default: 10% of the steps"
@@ -194,12 +194,12 @@ class TrainConfig(StrictModel):
     per_device_train_batch_size: PositiveInt = Field(8, description="examples per forward pass")
     gradient_accumulation_steps: PositiveInt = Field(1, description="forward passes per optimizer step")
     gradient_checkpointing: bool = Field(
-        False, description="save activation memory, at the cost of about a third more time"
+        False, description="recompute activations to save memory; takes about a third longer"
     )
     fast: Literal["auto", "compile", "off"] = Field(
         "auto",
         description="auto: use faster kernels after checking that they give the same results; compile: compile the "
-        "layers even if no gain is known; off: use none of them",
+        "layers even without a known speedup; off: use no faster kernels",
     )
     activation_memory: float = Field(
         1.0, gt=0, le=1, description="fraction of the activations that compiled layers keep; the rest is recomputed"
@@ -233,8 +233,8 @@ class TrainConfig(StrictModel):
     samples: NonNegativeInt = Field(3, description="number of held-out prompts to answer before and after training")
     passport: Literal["base", "held-out", "none"] = Field(
         "none",
-        description="write the verification file passport.json right after training, from prompts that the base "
-        "model answers or from held-out data; none: `tailora verify` and `tailora export` write it when needed",
+        description="write the verification file passport.json right after training, from prompts answered by "
+        "the base model or from held-out data; none: `tailora verify` and `tailora export` write it when needed",
     )
     report_to: list[str] = Field([], description="trackers to log to: tensorboard, wandb, trackio")
     resume_from_checkpoint: str | None = Field(None, description="checkpoint folder to resume from, or 'latest'")
@@ -284,7 +284,7 @@ class TrainConfig(StrictModel):
                 self.fsdp_offload_params and (full or self.quantize),
                 "--fsdp-offload-params requires frozen, unquantized weights; remove it",
             ),
-            (adapter_settings, f"--adapter already defines {adapter_settings}; remove these settings"),
+            (adapter_settings, f"the adapter in --adapter already defines {adapter_settings}; remove these settings"),
         ]
         problems = [message for is_broken, message in rules if is_broken]
         for settings, other, allowed in COMBINATIONS:
@@ -292,9 +292,9 @@ class TrainConfig(StrictModel):
             flag = f"--{other.replace('_', '-')}"
             if isinstance(allowed, tuple):
                 names = " or ".join(str(name) for name in allowed if name not in ("auto", None))
-                fits, needed = value in allowed, f"only for {flag} {names}, got {value or 'the default'}; change"
+                fits, needed = value in allowed, f"requires {flag} {names}, got {value or 'the default'}; change"
             else:
-                needed = f"only with {flag}; set" if allowed else f"not with {flag}; remove"
+                needed = f"requires {flag}; set" if allowed else f"not supported with {flag}; remove"
                 fits = bool(value) == allowed
             if given and not fits:
                 problems.append(f"{given}: {needed} {flag}, or remove {given}")

@@ -44,7 +44,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}; use a readable YAML file") from None
     if len(content) > MAX_BYTES:
-        raise ConfigError(f"--config {path} has more than {MAX_BYTES:,} bytes; use a file of settings, not of data")
+        raise ConfigError(f"--config {path} is larger than {MAX_BYTES:,} bytes; use a settings file, not a data file")
     text = _decoded(content, path)
     try:
         _check_limits(text)

@@ -84,7 +84,7 @@ def broken_gradients(parameters: Mapping[str, nn.Parameter]) -> str:
     names = first_of_ranks(own or None)
     if names is None:
         return "the total gradient norm overflows, although every gradient is finite"
-    return f"the gradients of {len(names)} of {len(parameters)} parameters are not finite, first {', '.join(names[:3])}"
+    return f"the gradients of {len(names)} of {len(parameters)} parameters are not finite: {', '.join(names[:3])}"
 
 
 def broken_loss(model: nn.Module, batches: Sequence[Batch], task: Task, layout: BatchLayout) -> str:
@@ -109,4 +109,4 @@ def broken_loss(model: nn.Module, batches: Sequence[Batch], task: Task, layout: 
     first = first_of_ranks(next(iter(modules), None))
     if first is None:
         return "the loss is not finite, although every module that ran returned finite values: the logits are too large"
-    return f"the loss is not finite; the first module with output that is not finite is {first}"
+    return f"the loss is not finite; the first module with non-finite output is {first}"

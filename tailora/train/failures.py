@@ -141,7 +141,7 @@ def fail_together(
         cause, failure = error, None
         if isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL")):
             advice = "" if how_to_go_on is None else f"; {how_to_go_on()}"
-            reason = "another process of this run ended without a message, probably killed because memory ran out"
+            reason = "another process of this run ended without an error message, probably because memory ran out"
             cause = ProcessFailedError(f"{reason} ({str(error).splitlines()[0]}){advice}")
             failure = watch.failure if watch.seen.wait(5) else None  # another process may be about to leave its own
         failure = failure or watch.report(cause)

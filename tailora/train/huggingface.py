@@ -246,7 +246,7 @@ class AdapterTraining:
     def _load_best_model(self) -> None:
         folder = cast("Trainer", self).state.best_model_checkpoint
         if folder is None:
-            raise FormatError("no best checkpoint to load")
+            raise FormatError("no best checkpoint to load; evaluate and save at least once before training ends")
         self._read_back(folder)
 
     def _read_back(self, folder: str) -> None:
@@ -308,11 +308,11 @@ def _check_arguments(model: LoRAModel, given: dict[str, Any]) -> None:
     if given.get("peft_config") is not None:
         raise ConfigError("the model already has an adapter; remove peft_config, and pass the LoRAConfig to LoRAModel")
     if getattr(args, "use_vllm", False):
-        raise ConfigError("use_vllm would generate without the adapter, which TRL does not send to vLLM; remove it")
+        raise ConfigError("TRL does not send the adapter to vLLM, so vLLM would not use it; remove use_vllm")
     if getattr(args, "sync_ref_model", False):
         raise ConfigError(
-            "sync_ref_model = True needs a separate reference model, but here it shares the base model; pass "
-            "ref_model, or remove sync_ref_model"
+            "sync_ref_model = True needs a separate reference model, but here the reference shares the base "
+            "model; pass ref_model, or remove sync_ref_model"
         )
     if unallocated := [name for name in model.active_adapters if model.adapter(name).waits_for_ranks]:
         raise ConfigError(
@@ -330,8 +330,8 @@ def _check_output_head(model: LoRAModel) -> None:
     adapted = {layer_path_of(base, path) for name in model.active_adapters for path in model.adapter(name).parts}
     if heads := [path for path in adapted if base.get_submodule(path) is head]:
         raise ConfigError(
-            f"{heads[0]} is adapted, but the trainer computes log-probabilities from its base weight alone, so its "
-            "adapter would not be trained; remove it from target_modules, modules_to_save and trainable_token_indices"
+            f"{heads[0]} is adapted, but the trainer computes log-probabilities without its adapter, which "
+            "would not be trained; remove this layer from target_modules, modules_to_save and trainable_token_indices"
         )
 
 

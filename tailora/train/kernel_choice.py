@@ -107,7 +107,7 @@ def choose_layout(
         float32_from = cast("int | None", broadcast_object_list([fastest_products(base)])[0])
     if task.is_plain:
         if config.packing == "on":
-            raise ConfigError(f"--packing on is not supported for {task.description}; remove it")
+            raise ConfigError(f"--packing on is not supported for {task.description}; remove --packing")
         return BatchLayout(False, HEAD, pad_id(tokenizer), float32_from=float32_from)
     with evaluating(model):
         attention, packing_note = choose_packing(base, config.packing, compare=compare)
@@ -124,7 +124,7 @@ def choose_layout(
     if packing_note:
         note(packing_note)
     if sharing_obstacle:
-        note(f"beginnings that documents share are computed for each of them: {sharing_obstacle}")
+        note(f"shared prefixes are computed separately for each document: {sharing_obstacle}")
     if obstacle:
         note(f"the loss is computed {loss}, which takes more memory: {obstacle}")
     return replace(layout, loss=loss)
@@ -193,7 +193,7 @@ def choose_kernels(
     base = cast(PreTrainedModel, model.base_model)
     if layout.loss == HEAD:
         if asks_for_compiled_layers(config):
-            raise ConfigError("--fast compile and --activation-memory are only for language models; remove them")
+            raise ConfigError("--fast compile and --activation-memory only apply to language models; remove both")
         attention = base.config._attn_implementation
         text = f"layers: plain; attention: {attention}; loss: {layout.loss}{_products(base, layout)}"
         return Kernels(PLAIN, text, recomputes=recomputes_cheap(config, base))
@@ -205,12 +205,12 @@ def choose_kernels(
         if asks_for_compiled_layers(config):
             name = "--fast compile" if config.fast == "compile" else "--activation-memory"
             raise ConfigError(
-                f"{name} needs compiled layers, which are not possible in this run: {obstacle}; remove it"
+                f"{name} needs compiled layers, which are not possible in this run: {obstacle}; remove {name}"
             )
         if recorded is not None and recorded["layers"] == COMPILED:
             raise ConfigError(
-                f"the run was started with compiled layers, which it cannot have now: {obstacle}; resume it where and "
-                "as it was started, or start again in another --output-dir"
+                f"the run was started with compiled layers, which are not possible now: {obstacle}; resume on the same "
+                "machine with the same settings, or start over in a different --output-dir"
             )
         reason = f" (compiled layers: {obstacle})"
     return plain_kernels(config, base, layout, reason)
@@ -236,13 +236,13 @@ def _try_compiled(
     base, budget = cast(PreTrainedModel, model.base_model), config.activation_memory
     asked = asks_for_compiled_layers(config)
     if config.gradient_checkpointing:
-        return None, "--gradient-checkpointing computes each layer again"
+        return None, "--gradient-checkpointing recomputes each layer"
     if obstacle := first_of_ranks(obstacle_to_compiling(base, base.device)):
         return None, obstacle
     compiled = CompiledLayers(budget)
     kernels = Kernels(COMPILED, "", compiled)
     if recorded is not None and recorded != kernels.record:
-        return None, "the run was started without them, or with another --activation-memory"
+        return None, "the run was started without them, or with a different --activation-memory"
     facts = (layout.packed, layout.attention, layout.float32_from, has_dropout(base))
     share_file = compiled.share_file(decoder_layers(base), *facts)
     if recorded is None and not asked and (obstacle := _costs_more_than_it_saves(model, work, layout, share_file)):
@@ -258,7 +258,7 @@ def _try_compiled(
             obstacle, check = trial()
         except COMPILER_ERRORS as error:
             cause = " ".join(str(error).split("\n\n")[0].split())  # what follows are hints for torch's developers
-            obstacle, check = f"torch.compile refuses them ({cause})", ""
+            obstacle, check = f"torch.compile fails on them ({cause})", ""
         if (obstacle := first_of_ranks(obstacle)) is not None:
             return None, obstacle
         checks.append(check)
@@ -266,7 +266,7 @@ def _try_compiled(
     if recorded is None:
         share = broadcast_object_list([_time_share(model, work, layout, compiled)])[0]
         if share is None:
-            return None, "text does not reach them"
+            return None, "the model does not call them for text"
         with suppress(OSError):  # a folder that is read-only: later runs do not know the gain
             share_file.parent.mkdir(exist_ok=True)
             share_file.write_text(f"{share}")
@@ -290,11 +290,11 @@ def _costs_more_than_it_saves(model: Trainable, work: Work, layout: BatchLayout,
     with suppress(OSError, ValueError):
         gain, on_disk = 1 - float(share_file.read_text()), True
     if on_disk and gain <= 0:
-        obstacle = f"in an earlier run a layer took {1 - gain:.2f} times as long as without compiling"
+        obstacle = f"in an earlier run, a layer took {1 - gain:.2f} times as long as without compiling"
     elif gain <= 0:
         place = "this CPU" if base.device.type == "cpu" else base.device.type
         dtype = str(base.dtype).removeprefix("torch.")
-        obstacle = f"no gain is known on {place} in {dtype}; --fast compile tries them"
+        obstacle = f"no speedup is known on {place} in {dtype}; use --fast compile to try them"
     if (obstacle := first_of_ranks(obstacle)) is not None:
         return obstacle
     with layout.used_by(base):
@@ -303,7 +303,7 @@ def _costs_more_than_it_saves(model: Trainable, work: Work, layout: BatchLayout,
     saved = gain * seconds * len(calls) * work.tokens / TIMED_TOKENS
     compiling = expected_seconds(layers, has_dropout(base), on_disk=on_disk)
     if saved < compiling:
-        obstacle = f"they would save about {saved:.0f} s of this run, and compiling takes about {compiling:.0f} s"
+        obstacle = f"they would save about {saved:.0f} s of this run, but compiling takes about {compiling:.0f} s"
     return cast("str | None", broadcast_object_list([obstacle])[0])
 
 
@@ -372,8 +372,8 @@ def _products(base: PreTrainedModel, layout: BatchLayout) -> str:
         return ""
     dtype = str(base.dtype).removeprefix("torch.")
     if layout.float32_from is None:
-        return f"; products: {dtype}"
-    return f"; products: float32 from {layout.float32_from} tokens on, which is faster here than {dtype}"
+        return f"; matrix products: {dtype}"
+    return f"; matrix products: float32 for {layout.float32_from} tokens or more (faster here than {dtype})"
 
 
 # Of what plain layers keep for the backward, measured on SmolLM2's shape in bfloat16. Compiled ones keep this share
@@ -402,7 +402,7 @@ def _attention(base: PreTrainedModel, layout: BatchLayout) -> str:
         return f"{base.config._attn_implementation} with a padding mask"
     if layout.attention in PROVIDERS:
         return PROVIDERS[layout.attention].description
-    once = ", shared beginnings once" if layout.shares_beginnings else ""
+    once = ", shared prefixes only once" if layout.shares_beginnings else ""
     thresholds = flash_thresholds(base.dtype)
     if thresholds == BLOCKS_ONLY:
         return f"batched products over blocks of {BLOCK} queries, documents of similar length together{once}"
@@ -444,7 +444,7 @@ def checkpointed_layers(base: PreTrainedModel) -> Iterator[None]:
     try:
         enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
     except ValueError as error:
-        raise ConfigError(f"gradient_checkpointing: {error}; remove it") from None
+        raise ConfigError(f"gradient_checkpointing is not supported: {error}; remove it") from None
     base.disable_input_require_grads()
     try:
         yield

@@ -115,7 +115,7 @@ def count_processes(asked: str, device: str) -> int:
         return 1 if asked == "auto" else int(asked)
     wanted = int(asked) if asked.isdecimal() else count
     if wanted > 1 and index:
-        raise ConfigError(f"--device {device} is a single device for {wanted} processes; use --device {device_type}")
+        raise ConfigError(f"{wanted} processes cannot share --device {device}; use --device {device_type}")
     if wanted > count:
         raise ConfigError(f"--nproc-per-node {asked}: each process needs a device; use at most {count} ({device_type})")
     return wanted

@@ -359,7 +359,7 @@ def new_model(config: PretrainedConfig, name: str, task: str, **options: Any) ->
         model: PreTrainedModel = model_class(task).from_config(config, **options)
     except ValueError as error:
         raise ConfigError(
-            f"model {name!r} is not for this task ({error}); use a different --model or --task"
+            f"model {name!r} does not support this task ({error}); use a different --model or --task"
         ) from error
     return model
 
@@ -502,7 +502,7 @@ def _unreadable(name: str, source: str, error: Exception) -> str:
         if "config.json" in names and names.isdisjoint(TOKENIZER_FILES):
             return (
                 f"model {name!r} has no tokenizer; save the base model's tokenizer there with "
-                f"tokenizer.save_pretrained({name!r}). transformers says: {error}"
+                f"tokenizer.save_pretrained({name!r}). Error from transformers: {error}"
             )
         return (
             f"model {name!r}: transformers cannot read this folder as a causal language model: {error}. It contains "

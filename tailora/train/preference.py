@@ -294,11 +294,11 @@ def preference_task(config: TrainConfig, shape: str, source: str) -> Pairs | KTO
     loss = config.loss or ("kto" if single else "dpo")
     if single != (loss == "kto"):
         needed = "rows with prompt, completion and label" if loss == "kto" else "rows with chosen and rejected"
-        raise ConfigError(f"--loss {loss} needs {needed}, but data {source} has {shape}; remove --loss")
+        raise ConfigError(f"--loss {loss} needs {needed}, but data {source} was read as {shape}; remove --loss")
     beta = config.beta or DEFAULT_BETA[loss]
     if loss == "kto":
         if wrong := [name for name in ("label_smoothing", "sft_weight") if getattr(config, name)]:
-            raise ConfigError(f"--loss kto has no pairs of replies; remove {' and '.join(wrong)}")
+            raise ConfigError(f"--loss kto does not use pairs of replies; remove {' and '.join(wrong)}")
         return KTO(beta, Reference())
     reference = None if loss in WITHOUT_REFERENCE else Reference()
     return Pairs(loss, beta, config.label_smoothing, config.simpo_gamma, config.sft_weight, reference)

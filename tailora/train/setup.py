@@ -393,7 +393,7 @@ def find_labels(config: TrainConfig) -> tuple[Labels | None, bool]:
     if config.adapter is not None:
         if (labels := labels_of_adapter(Path(config.adapter))) is None:
             raise ConfigError(
-                f"--task {config.task} needs an adapter that predicts labels, unlike {config.adapter}; remove --adapter"
+                f"--task {config.task} needs an adapter with labels, but {config.adapter} has none; remove --adapter"
             )
         return labels, False
     names = [source.name for source in resolved_sources(config, "data")]
@@ -476,7 +476,7 @@ def check_layers_are_called(model: Trainable, example: Example, task: Task, layo
     with torch.no_grad(), evaluating(model), calls.recorded():
         task.call(model, batch)
     if calls.ran.isdisjoint(calls.layers.values()):
-        raise TargetError(f"the model calls none of the adapted layers for text: {', '.join([*calls.layers][:5])}")
+        raise TargetError(f"text uses no adapted layer: {', '.join([*calls.layers][:5])}; change --target-modules")
     if paths := calls.not_called:
         raise TargetError(
             f"the model does not call {', '.join(paths[:5])} ({len(paths)} in total), so adapters there would have no "

@@ -162,7 +162,7 @@ class Trainer:
         held_out = self.run.data.held_out
         counts = None if held_out is None else self.run.task.counts(held_out)
         if self.before is not None and (counts is None or not np.array_equal(self.before.counts, counts)):
-            raise ConfigError("the data has changed: its held-out examples differ from the base model's evaluation")
+            raise ConfigError("held-out examples changed since the base was evaluated; use a different --output-dir")
         self.state.before = self.state.before or self.before
 
     def use_kernels(self) -> AbstractContextManager[object]:
@@ -267,7 +267,7 @@ class Trainer:
         )
         if event.skipped:
             scale = f"{results.loss_scale:g}"
-            run.note(f"step {state.step} changes nothing: a gradient overflows float16 at loss scale {scale}")
+            run.note(f"step {state.step} was skipped: a gradient overflowed float16 at loss scale {scale}")
         self.log(
             loss=event.loss,
             learning_rate=event.learning_rate,
@@ -408,7 +408,7 @@ class Trainer:
         if isinstance(run.model, FullModel):
             tensors |= {file: run.model.gather(tensors[file]) for file in checkpoint.BY_PARAMETER if file in tensors}
         if broken := broadcast_object_list([checkpoint.not_finite(tensors)])[0]:
-            raise self.diverged(f"in step {state.step}: values are not finite after it ({'; '.join(broken)})")
+            raise self.diverged(f"in step {state.step}: values became NaN or infinite ({'; '.join(broken)})")
         random_states = gather_object([random_state()])
         if run.is_main:
             tensors |= {f"random-{rank}": states for rank, states in enumerate(random_states)}
@@ -434,7 +434,7 @@ class Trainer:
         self.read_last_step()
         run, state = self.run, self.state
         if not all(gather_object([bool(buffer.parameter.isfinite().all()) for buffer in run.updates.buffers])):
-            raise self.diverged(f"in step {state.step}: the weights are not finite after it")
+            raise self.diverged(f"in step {state.step}: the weights became NaN or infinite")
         if self.is_out_of_patience():
             run.note(f"stopped early: no improvement in {state.since_best} evaluations in a row")
         if state.best is None:
@@ -460,7 +460,7 @@ class Trainer:
                 write_system_message(written, self.run.data.system)
             if compare and (different := trainable.differences(model, written)):
                 names = ", ".join(different[:3])
-                raise CheckpointError(f"{written} differs from what was written in {names}; the disk may be failing")
+                raise CheckpointError(f"{written} was not written correctly: {names} differ; the disk may be failing")
 
     def result(self, after: Evaluation | None, seconds: float) -> events.TrainResult:
         run, state, summary = self.run, self.state, self.run.model.summary()
@@ -520,7 +520,7 @@ class Trainer:
         """Returns the evaluation. Raises DivergedError if its loss is not finite."""
         if evaluation is None or math.isfinite(evaluation.loss):
             return evaluation
-        raise self.diverged(f"in step {self.state.step}: the held-out loss after it is {evaluation.loss}")
+        raise self.diverged(f"in step {self.state.step}: the held-out loss became {evaluation.loss}")
 
     def diverged_in_step(self, submitted: SubmittedStep, loss: float) -> DivergedError:
         """Returns the error for a step whose loss or gradient is not finite, with the module where that began."""

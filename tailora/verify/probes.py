@@ -112,7 +112,7 @@ def make_passport(
         probes = _probes(texts, computations, chat_tokenizer, progress)
     probes = [probe for probe in probes if probe.tokens]
     if not probes:
-        raise DataError("no text is usable as a prompt: the likely next tokens are special or parts of characters")
+        raise DataError("no text is usable as a prompt: likely next tokens are special tokens or parts of characters")
     if not all(math.isfinite(value) for probe in probes for values in probe.logprobs.values() for value in values):
         raise DataError("the model's log-probabilities are not finite: the adapter has diverged")
     if all(probe.logprobs[ADAPTER] == probe.logprobs[BASE] for probe in probes):

@@ -339,7 +339,7 @@ def _evidence(kinds: Mapping[str, Pairs], fits: Mapping[str, Fit], variants: Map
         if any(extra := _extra_tokens(kinds[name])):
             low, high = min(extra), max(extra)
             amount = f"{low:+d}" if low == high else f"{low:+d} to {high:+d}"
-            evidence.append(f"{KIND_NAMES[name]}: the server counts {amount} tokens per prompt compared with training.")
+            evidence.append(f"{KIND_NAMES[name]}: the server's prompts differ from training by {amount} tokens.")
         if name not in fits:
             what = "Plain completions were" if name == "text" else "The chat template was"
             evidence.append(f"{what} not checked: fewer than {FEWEST} answers.")

@@ -73,7 +73,7 @@ def test_a_table_of_texts_and_categories_is_recognised_as_labelled_data(tmp_path
     path = tmp_path / "tickets.csv"
     path.write_text("body,category\n" + "".join(f"ticket {i},{'ab'[i % 2]}\n" for i in range(8)))
     options = ["--task", "sequence-classification", "--field", "text=body", "--field", "label=category"]
-    check_refused(f"For rows with labels use: {' '.join(options)}", "data", path, "--model", tiny_model)
+    check_refused(f"For rows with labels, use {' '.join(options)}", "data", path, "--model", tiny_model)
     report = found("data", path, "--model", tiny_model, *options, "--validation-split", 0)
     assert report["labels"] == {"a": 4, "b": 4}
 

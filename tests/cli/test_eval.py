@@ -179,8 +179,8 @@ def test_a_run_is_followed_and_told_what_it_was_trained_on(tiny_model: Path, cha
     assert code == 0
     _, page, _ = call("eval", out, "--data", chats, "--no-base", "--limit", 2, "--gate", "loss<100")
     assert "gate met on training rows: loss<100" in page
-    assert "Note: 2 of 2 evaluated rows were trained on" in page
-    assert "note: 24 of 24 evaluated rows were trained on: expect worse scores on new rows" in told
+    assert "Note: 2 of 2 evaluated rows were used for training" in page
+    assert "note: 24 of 24 evaluated rows were used for training; expect worse scores on new rows" in told
     payload = json.loads(said)
     assert payload["metrics"]["loss"]["value"] == pytest.approx(trained["eval_loss_after"], rel=1e-5)
     assert payload["base"]["loss"]["value"] == pytest.approx(trained["eval_loss_before"], rel=1e-5)

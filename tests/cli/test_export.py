@@ -108,7 +108,7 @@ def test_a_merge_after_a_quantised_run_needs_the_flag(
     (run / "run.json").write_text(json.dumps({"settings": {"quantize": "nf4"}}))
     tokens = ["export", str(run), "--to", "vllm", "--output", str(tmp_path / "out")]
     assert main(tokens) == 2
-    assert "trained on a base in nf4; use --quantize nf4" in capsys.readouterr().err
+    assert "trained on a base quantized as nf4; use --quantize nf4" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main([*tokens, "--quantize", "none", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

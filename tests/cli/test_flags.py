@@ -254,11 +254,11 @@ def test_lora_config_in_python_names_the_setting_too() -> None:
         LoRAConfig(rank=8, alpha=16, lr=1e-3)
     assert "unknown setting 'rank'; use r" in str(caught.value)
     assert "unknown setting 'alpha'; use lora_alpha" in str(caught.value)
-    assert "unknown setting 'lr'; some commands call it learning_rate, but it is not a setting here" in str(
+    assert "unknown setting 'lr'; some commands call this learning_rate, but it is not supported here" in str(
         caught.value
     )
     for name, ours in {"load_in_4bit": "quantize: nf4", "learning_rate": "learning_rate"}.items():
-        with pytest.raises(ConfigError, match=f"some commands call it {ours}, but") as caught:
+        with pytest.raises(ConfigError, match=f"some commands call this {ours}, but") as caught:
             LoRAConfig(**{name: 1})
         assert "did you mean" not in str(caught.value)
 
@@ -267,7 +267,7 @@ def test_a_flag_that_is_not_needed_says_why(capsys: pytest.CaptureFixture[str]) 
     assert main(["train", "--stage", "sft"]) == 2
     assert "Unknown option: --stage. Remove it: the task is inferred from the data" in capsys.readouterr().err
     assert main(["generate", "--lr", "1"]) == 2
-    assert "--lr. Some commands call it --learning-rate, but it is not a setting here." in capsys.readouterr().err
+    assert "--lr. Some commands call this --learning-rate, but it is not supported here." in capsys.readouterr().err
 
 
 def test_a_name_that_is_not_close_is_not_suggested(tmp_path: Path) -> None:

@@ -135,11 +135,11 @@ def test_a_run_that_does_not_fit_exits_with_4_and_says_what_helps(
     [
         (["--model", "no/such/model"], "no/such/model"),
         (["--model", "MODEL", "--target-modules", "q_prj"], "target_modules: 'q_prj' matches no layer; did you mean"),
-        (["--model", "MODEL", "--method", "full", "--r", "4", "--learning-rate", "1e-4"], "r: only for --method lora"),
+        (["--model", "MODEL", "--method", "full", "--r", "4", "--learning-rate", "1e-4"], "r: requires --method lora"),
         (["--model", "MODEL", "--r", "1000"], "1000"),
         (
             ["--model", "MODEL", "--quantize", "nf4", "--method", "full", "--learning-rate", "1e-4"],
-            "quantize: only for --method lora",
+            "quantize: requires --method lora",
         ),
         (["--model", "MODEL", "--memory", "much"], "8GB"),
         (["--model", "MODEL", "--device", "h1000"], "did you mean h200, h100 sxm"),

@@ -458,7 +458,7 @@ def test_an_adapter_that_is_loaded_for_use_alone_has_no_trainable_parameters(tmp
 def test_the_other_names_of_peft_lead_to_ours() -> None:
     model = LoRAModel(chat_model())
     for name, ours in PEFT_NAMES.items():
-        with pytest.raises(AttributeError, match=f"no {name}, which is PEFT's; use {re.escape(ours)}"):
+        with pytest.raises(AttributeError, match=f"does not have PEFT's {name}; use {re.escape(ours)}"):
             getattr(model, name)
         assert hasattr(LoRAModel, ours.partition("(")[0].strip()) or ours == "base_model"
 

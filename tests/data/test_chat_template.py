@@ -150,7 +150,7 @@ def test_text_stays_as_it_is(bytes_tokenizer, template) -> None:
         (
             CHATML + HEADER,
             Conversation([{"role": "assistant", "content": "x"}]),
-            "there is no reply after the first message",
+            "no reply follows the first message",
         ),
         (
             STRICT + "{% if false %}{% generation %}{% endgeneration %}{% endif %}",

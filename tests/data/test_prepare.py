@@ -646,7 +646,7 @@ def test_a_weight_is_a_number_of_at_least_0(bytes_tokenizer, jsonl, weight) -> N
 
 
 def test_rows_of_which_none_has_a_weight_are_refused(bytes_tokenizer, jsonl) -> None:
-    with pytest.raises(DataError, match="nothing to train on, 2 rows have weight 0"):
+    with pytest.raises(DataError, match="nothing to train on, because 2 rows have weight 0"):
         prepare(jsonl([{**row, "weight": 0} for row in PAIRS[:2]]), bytes_tokenizer())
 
 

@@ -130,7 +130,7 @@ def test_a_huge_file_is_not_read_at_once(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(readers, "MAX_SIZE", {".json": 2**20, ".txt": 2**20})
     (tmp_path / name).write_text(" " * (2**20 + 1))
     assert [item.cause for item in read_file(tmp_path / name) if isinstance(item, RowProblem)] == [
-        "larger than 1 MiB; use JSON lines (.jsonl), which are read one by one"
+        "larger than 1 MiB; use JSON lines (.jsonl), which is read line by line"
     ]
 
 

@@ -461,7 +461,7 @@ def test_an_answer_is_a_label_an_index_a_letter_or_the_text(choices, answer, pla
         (
             ["1", "2"],
             "1",
-            "answer '1' is ambiguous: it is an index and the text of different choices; use the index from 0 as",
+            "answer '1' is ambiguous: it is an index and the text of different choices; use the index as a number",
         ),
         (["B", "A"], "A", "answer 'A' is ambiguous: it is the letter and the text of different choices"),
         ({"text": ["x", "y"], "label": ["A", "B"]}, "C", "use a label (A, B) or the text of a choice"),

@@ -156,7 +156,7 @@ def test_a_divergence_that_is_read_late_changes_nothing_and_is_saved_nowhere(
     short = settings(output_dir=str(tmp_path / "short"), max_steps=good, **constant)
     run(short)
     trainer = BreakingTrainer(config, part=part, broken=3)
-    where = "first module with output that is not finite" if part == "loss" else "gradients of 1 of "
+    where = "first module with non-finite output" if part == "loss" else "gradients of 1 of "
     with pytest.raises(DivergedError, match=rf"in step 3 .*{where}"):
         trainer.train()
     assert trainer.queued == 4  # one step more was queued by then

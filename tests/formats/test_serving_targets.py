@@ -205,7 +205,7 @@ def test_stop_tokens_that_the_base_does_not_name_are_in_the_script(tmp_path: Pat
 def test_what_is_no_low_rank_adapter_is_merged(target: str, lora: dict[str, Any], tmp_path: Path) -> None:
     exported = export_for(tmp_path / "out", target, lora)
     assert exported.serving.format == exported.report.format == "merged"
-    assert "cannot load this adapter next to its base: " in exported.report.changes[0]
+    assert "cannot load this adapter separately: " in exported.report.changes[0]
     assert exported.serving.rank is None
     commands = written_commands(tmp_path / "out", tmp_path, LLAMA_CPP="/llama.cpp")
     assert not any("owner/base" in word or "lora" in word for command in commands for word in command)
@@ -246,7 +246,7 @@ def test_what_one_server_does_not_take_is_merged(
 def test_a_merge_after_training_on_a_quantised_base_is_a_choice(tmp_path: Path) -> None:
     settings = replace(SETTINGS, trained_on="nf4")
     assert export_for(tmp_path / "adapter", "vllm", {}, settings).serving.format == "portable"
-    with pytest.raises(ConfigError, match=r"use_dora.* in nf4; use --quantize nf4 .* --quantize none"):
+    with pytest.raises(ConfigError, match=r"use_dora.* as nf4; use --quantize nf4 .* --quantize none"):
         export_for(tmp_path / "out", "vllm", {"use_dora": True}, settings)
     assert not (tmp_path / "out").exists()
 

@@ -46,5 +46,5 @@ def test_a_run_has_a_group_for_b_and_a_ratio_below_one_is_refused() -> None:
         TrainConfig(loraplus_lr_ratio=0.5)
     with pytest.raises(ConfigError, match="expected loraplus_lr_ratio >= 1"):
         loraplus_groups(model().lora_layers, 1e-3, 0.5)
-    with pytest.raises(ConfigError, match="only for --method lora, got full"):
+    with pytest.raises(ConfigError, match="requires --method lora, got full"):
         TrainConfig(loraplus_lr_ratio=2, method="full", learning_rate=1e-5)

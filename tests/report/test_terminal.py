@@ -226,7 +226,7 @@ def test_an_inspection_proposes_only_data_that_it_can_read(task_type: str | None
     assert ("--data HELD_OUT" in notes) == proposes_data
     assert ("--data" in " ".join(page_of(content | {"model": None}, "x").notes)) == proposes_data
     text = shown(page_of(content | {"advice": []}, "x"), 300)
-    of_which = "No rule that could be applied" if proposes_data else "No rule"
+    of_which = "None of the applicable rules" if proposes_data else "No rule"
     assert text.count(f"{of_which} advises a change.") == 2  # on top, and as the advice
 
 

@@ -65,7 +65,7 @@ def test_what_is_not_supported_is_called_so(server: Running, path: str, name: st
     response = server.http.post(f"/v1/{path}", json={"model": "legal", **prompt, name: value})
     assert response.status_code == 400
     error = response.json()["error"]
-    assert error["message"] == f"{name}: not supported: remove it, or use {accepted}"
+    assert error["message"] == f"{name}: value not supported; remove it, or use {accepted}"
     assert error["param"] == name
     neutral = {"0": 0, "{}": {}, "false": False, "1": 1}.get(accepted)
     for taken in (None, neutral):

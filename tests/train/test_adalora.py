@@ -29,7 +29,7 @@ def test_a_run_moves_ranks_and_goes_on_to_the_same_bytes(settings: Any, tmp_path
 
 
 def test_settings_of_adalora_need_a_target_and_fit_the_others(settings: Any) -> None:
-    with pytest.raises(ConfigError, match=r"tinit: only with --target-r; set --target-r, or remove tinit"):
+    with pytest.raises(ConfigError, match=r"tinit: requires --target-r; set --target-r, or remove tinit"):
         settings(tinit=3)
     with pytest.raises(ConfigError, match="target_r = 9 is above r = 4"):
         run(settings(target_r=9))

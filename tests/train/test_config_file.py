@@ -82,7 +82,7 @@ def test_keys_may_have_dashes_and_anchors_may_be_used(tmp_path: Path) -> None:
         ("[" * 5000, "nested more than"),
         ("- " * 5000, "nested more than"),
         ("r: " + "9" * (MAX_SCALAR + 1), "a value has more than 3,000 characters"),
-        ("#" * (MAX_BYTES + 1), "more than 100,000 bytes"),
+        ("#" * (MAX_BYTES + 1), "larger than 100,000 bytes"),
     ],
 )
 def test_what_cannot_be_read_is_refused_with_its_line(tmp_path: Path, content: str | bytes, message: str) -> None:

@@ -244,7 +244,7 @@ def test_all_ranks_compute_as_every_rank_can(case: str, kernels: str, two_ranks:
 @pytest.mark.slow
 def test_every_rank_names_the_module_that_broke_on_one(two_ranks: Ranks) -> None:
     causes = re.findall(r"cause on rank \d: (.*)", two_ranks.process.stdout)
-    assert causes == ["the loss is not finite; the first module with output that is not finite is model.norm"] * 2
+    assert causes == ["the loss is not finite; the first module with non-finite output is model.norm"] * 2
 
 
 @pytest.mark.slow
@@ -516,8 +516,8 @@ def test_one_process_has_nothing_to_shard(settings: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fsdp_reshard_after_forward": False}, "only with --fsdp"),
-        ({"fsdp_offload_params": True}, "only with --fsdp"),
+        ({"fsdp_reshard_after_forward": False}, "requires --fsdp"),
+        ({"fsdp_offload_params": True}, "requires --fsdp"),
         ({"fsdp_offload_params": True, "fsdp": True, "quantize": "nf4"}, "unquantized weights; remove it"),
         *(
             ({"fsdp": True, "quantize": method}, f"--fsdp does not support --quantize {method}.*; use nf4")

@@ -28,9 +28,9 @@ from tailora.train.trainer import Trainer, run
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [
-        ({"learning_rate": 1e38, "max_steps": 1, "validation_split": 0}, "the weights are not finite after it"),
-        ({"learning_rate": 1e25, "eval_steps": 1, "max_steps": 2}, "held-out loss after it is nan"),
-        ({"learning_rate": 1e25, "max_steps": 1}, "held-out loss after it is nan"),
+        ({"learning_rate": 1e38, "max_steps": 1, "validation_split": 0}, "the weights became NaN or infinite"),
+        ({"learning_rate": 1e25, "eval_steps": 1, "max_steps": 2}, "held-out loss became nan"),
+        ({"learning_rate": 1e25, "max_steps": 1}, "held-out loss became nan"),
         ({"learning_rate": 1e20, "max_steps": 10, "max_grad_norm": 1}, r"step \d+ \(learning rate 1e\+20\).*layers\.0"),
     ],
 )
@@ -80,7 +80,7 @@ def test_the_first_broken_batch_is_enough_to_name_the_module(monkeypatch: pytest
     batches: list[Any] = ["first", "second"]
     layout = BatchLayout(True, "of a test", 0)
     cause = broken_loss(model, batches, CAUSAL_LM, layout)
-    assert cause == "the loss is not finite; the first module with output that is not finite is 0"
+    assert cause == "the loss is not finite; the first module with non-finite output is 0"
     assert computed == ["first"]
 
 
@@ -90,7 +90,7 @@ def test_a_rank_whose_gradients_are_finite_names_those_that_are_not_on_another(
     monkeypatch.setattr(divergence, "first_of_ranks", lambda own: own or ["layers.1.weight"])
     parameter = nn.Parameter(torch.ones(1))
     parameter.grad = torch.ones(1)
-    text = "the gradients of 1 of 1 parameters are not finite, first"
+    text = "the gradients of 1 of 1 parameters are not finite:"
     assert broken_gradients({"layers/0/weight": parameter}) == f"{text} layers.1.weight"
     parameter.grad[0] = float("inf")
     assert broken_gradients({"layers/0/weight": parameter}) == f"{text} layers.0.weight"
@@ -105,7 +105,7 @@ def test_no_checkpoint_holds_values_that_are_not_finite(settings: Any) -> None:
             moment[0] = float("inf")
 
     trainer = Trainer(config, break_moments)
-    with pytest.raises(DivergedError, match=r"in step 2: .* \(optimizer: 1 tensors, first (?s:.*)checkpoint-1"):
+    with pytest.raises(DivergedError, match=r"in step 2: .* \(optimizer: 1 tensors, starting with (?s:.*)checkpoint-1"):
         trainer.train()
     assert [path.name for path in checkpoints_in(Path(config.output_dir))] == ["checkpoint-1"]
 

@@ -81,13 +81,13 @@ PAYING = 2**32  # tokens
     [
         pytest.param(0.9, PAYING, 1.25, COMPILED, "a layer takes 0.80 times as long as", id="faster"),
         pytest.param(0.9, PAYING, 0.5, PLAIN, "compiled, but a layer takes 2.00 times as long as", id="slower"),
-        pytest.param(0.9, 256, 1.25, PLAIN, "save about 0 s of this run, and compiling takes about 16 s", id="short"),
+        pytest.param(0.9, 256, 1.25, PLAIN, "save about 0 s of this run, but compiling takes about 16 s", id="short"),
         pytest.param(
             0.0,
             PAYING,
             1.25,
             PLAIN,
-            "no gain is known on this CPU in float32; --fast compile",
+            "no speedup is known on this CPU in float32; use --fast compile",
             id="no gain",
         ),
     ],
@@ -128,10 +128,10 @@ def test_a_run_whose_layers_were_compiled_before_knows_what_that_saves(
     monkeypatch.setattr(kernel_choice, "compiled_gain", lambda *_: 0)
     assert chosen(TrainConfig(), tokens).layers == COMPILED
     assert chosen(TrainConfig(), tokens / 4).layers == PLAIN
-    assert "no gain is known" in chosen(TrainConfig(), tokens, chat_model(hidden_size=64)).description
+    assert "no speedup is known" in chosen(TrainConfig(), tokens, chat_model(hidden_size=64)).description
     compile_at_speed(0.5)
     chosen(TrainConfig(fast="compile"), tokens)
-    assert "in an earlier run a layer took 2.00 times as long" in chosen(TrainConfig(), PAYING).description
+    assert "in an earlier run, a layer took 2.00 times as long" in chosen(TrainConfig(), PAYING).description
 
 
 def test_layers_that_text_does_not_reach_are_not_timed(

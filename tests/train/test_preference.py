@@ -464,9 +464,9 @@ def test_rows_and_settings_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "causal-lm", "beta": 0.3}, "beta: only for --task preference, got causal-lm"),
-        ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing: only for --loss dpo or simpo, got ipo"),
-        ({"simpo_gamma": 0.5}, "simpo_gamma: only for --loss simpo"),
+        ({"task": "causal-lm", "beta": 0.3}, "beta: requires --task preference, got causal-lm"),
+        ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing: requires --loss dpo or simpo, got ipo"),
+        ({"simpo_gamma": 0.5}, "simpo_gamma: requires --loss simpo"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes: Any, message: str, settings: Any) -> None:

@@ -131,7 +131,7 @@ def test_a_resumed_run_keeps_the_products_that_it_was_started_with(
     before = adapter(config)
     resumed = changed(config, resume_from_checkpoint=f"{config.output_dir}/checkpoint-2")
     _, (prepared,) = run_and_collect(resumed, events.Prepared)
-    assert "products: float32 from 4 tokens on, which is faster here than bfloat16" in prepared.header["kernels"]
+    assert "matrix products: float32 for 4 tokens or more (faster here than bfloat16)" in prepared.header["kernels"]
     assert adapter(config) == before
     in_bfloat16 = changed(config, output_dir=f"{config.output_dir}-bfloat16")
     run(in_bfloat16)
@@ -201,7 +201,7 @@ def test_no_whole_checkpoint_is_an_error(two_checkpoints: TrainConfig) -> None:
     for folder in checkpoints_in(Path(two_checkpoints.output_dir)):
         (folder / "state.json").unlink()
     with pytest.raises(
-        CheckpointError, match=r"(?s)checkpoint-4 is damaged.*checkpoint-2.*none is intact, so start over"
+        CheckpointError, match=r"(?s)checkpoint-4 is damaged.*checkpoint-2.*all are damaged, so start over"
     ):
         run(two_checkpoints)
 
@@ -217,7 +217,7 @@ def test_a_resume_on_other_weights_at_the_same_path_is_refused_with_both_values(
         with torch.no_grad():
             norm.add_(1e-6)
         model.save_pretrained(model_folder)
-        expected = r"weights differ in 1 of \d+ tensors, first model\.norm\.weight.*sampled weight is 1\.0000009"
+        expected = r"weights differ in 1 of \d+ tensors, starting with model\.norm\.weight.*weight is 1\.0000009"
         with pytest.raises(CheckpointError, match=expected):
             run(two_checkpoints)
     finally:

@@ -169,7 +169,7 @@ def test_what_a_trainer_of_trl_would_do_wrong_is_refused(tmp_path: Path) -> None
         with pytest.raises(ConfigError, match=match):
             trainer(adapting, name, model or lora_model(name), tmp_path, **settings)
 
-    refused("would generate without the adapter", "GRPO", use_vllm=True)
+    refused("TRL does not send the adapter to vLLM, so vLLM would not use it; remove use_vllm", "GRPO", use_vllm=True)
     refused("separate reference model", "GRPO", sync_ref_model=True)
     head = ["q_proj", "lm_head"]
     for name in ("DPO", "GRPO"):

@@ -67,7 +67,7 @@ class EvalReport:
         if not data.get("trained_on"):
             return ""
         rows = plural(data["rows"] - data["cut_away"] - data["copies"], "evaluated row")
-        return f"{data['trained_on']:,} of {rows} were trained on: expect worse scores on new rows"
+        return f"{data['trained_on']:,} of {rows} were used for training; expect worse scores on new rows"
 
 
 def eval_page(report: EvalReport) -> Page:

@@ -108,7 +108,7 @@ def inspect_page(inspection: Inspection) -> Page:
         notes.append(f"Add --model {inspection.named_base or 'BASE'} for ‖ΔW‖/‖W‖, intruders and their rules.")
     if losses is None and inspection.config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
         notes.append("Add --data HELD_OUT and --model to see what the ranks are worth, and the rules that use it.")
-    no_advice = "No rule that could be applied advises a change." if notes else "No rule advises a change."
+    no_advice = "None of the applicable rules advises a change." if notes else "No rule advises a change."
     conclusion = Section(
         "Advice",
         'The rules and their thresholds: "Inspecting an adapter" in the docs.',

@@ -260,7 +260,7 @@ def train_page(report: TrainReport) -> Page:
         if report.evaluations:
             loss_text += f" The weights of step {result.best_step} were kept."
         if not run.get("labels") and report.settings.get("samples") != 0:
-            answers = Paragraph("No answers were compared: there was no held-out prompt.")
+            answers = Paragraph("No answers were compared, because the data has no held-out prompt.")
     answers_text = "Greedy answers to the prompts of the first held-out examples."
     if any(sample.reference for sample in report.samples):
         answers_text += " The arrow marks the reply in the data."
