@@ -350,7 +350,7 @@ def test_extras_are_copied_by_shrink_and_refused_by_combine(base: Base, batch: B
     model.set_adapter("same")
     torch.testing.assert_close(logits(model, x), expected, **TOLERANCE)
     model.add_adapter("plain", LoRAConfig(r=1, target_modules=targets(model.base_model)))
-    with pytest.raises(AdapterError, match="trains (a bias|rows of an embedding), which is not supported"):
+    with pytest.raises(AdapterError, match=r"trains (a bias|rows of an embedding), which is not supported"):
         model.combine({"default": 1, "plain": 1}, "sum", "svd")
     with model.adapter_rows(["plain", None][: len(x)] + [None] * (len(x) - 2)):
         torch.testing.assert_close(logits(model, x), logits(base(), x))  # a fresh one; no row has the others
