@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from tailora.core.cache import cache_folder
-from tailora.data.demo import build_once, check_hash, explain_pip_error, write_jsonl
+from tailora.data.demo import check_hash, explain_pip_error, write_jsonl
 from tailora.data.messages import Messages
 from tailora.errors import FetchError
+from tailora.formats.io import build_once
 
 PACKAGE = "vaderSentiment==3.3.2"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from tailora.cli.flags import ConfigFile, Json, flags_of, merge_settings
 from tailora.cli.main import note, print_json, stdout
-from tailora.cli.models import check_sources, fetch_demo
+from tailora.cli.models import check_sources, fetch_sources
 from tailora.data.dataset import Example, sources_of, warnings_of
 from tailora.data.readers import MAX_SHOWN, parse_sources, source_names
 from tailora.report.blocks import Code, Section
@@ -54,7 +54,7 @@ def data(
         note("this is the demo's data; to see yours, run `tailora data FILE`")
     sources = (*source_names(settings.data), settings.eval_data)
     check_sources(model=settings.model, data=sources)
-    fetch_demo(settings.model, *sources)
+    fetch_sources(settings.model, *sources)
     import torch
 
     from tailora.data.prepare import check_vocabulary

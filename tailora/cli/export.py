@@ -24,7 +24,7 @@ from tailora.cli.models import (
     task_of,
 )
 from tailora.cli.verify import create_passport
-from tailora.data.demo import resolve_demo
+from tailora.data.demo import resolve_model
 from tailora.data.schemas import CAUSAL_LM
 from tailora.errors import ConfigError, DataError, FormatError
 from tailora.formats.run_folder import (
@@ -174,7 +174,7 @@ def serving_settings(adapter: Path, base: str, model: Any, tokenizer: Any, train
         tokenizer.chat_template = template
     stops = stop_ids(model, tokenizer)
     return ServingSettings(
-        base=resolve_demo(base, "model"),  # other programs do not know "demo"
+        base=resolve_model(base),  # other programs do not know "demo"
         stop_tokens=dict(zip(stops, tokenizer.convert_ids_to_tokens(stops), strict=True)),
         chat_template=template,
         trained_on=trained_on,

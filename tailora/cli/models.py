@@ -12,9 +12,10 @@ from cyclopts.validators import Number
 
 from tailora.cli.main import log, note, stderr
 from tailora.cli.progress import download_progress
-from tailora.data.demo import data_folder, model_folder, resolve_demo
+from tailora.data.demo import data_folder, model_folder, resolve_model
 from tailora.data.readers import check_data_exists, source_names
 from tailora.errors import ConfigError, FormatError, TailoraError, listing, nearest_path
+from tailora.formats.gguf_base import converted_base, folder_of, gguf_file
 from tailora.formats.hub import DEMO, check_model_exists, local_folder, name_of_model
 from tailora.formats.io import read_json_object
 from tailora.formats.run_folder import (
@@ -197,7 +198,7 @@ def base_model_name(model: str | None, folders: Sequence[Path]) -> str:
         raise ConfigError(listing(problems))
     adapter, name = next(iter(names.items()))
     note(f"the base model is {name}, as recorded in {adapter}; use --model to change it")
-    source = resolve_demo(str(name), "model")
+    source = resolve_model(str(name))
     try:
         check_model_exists(source)
     except ConfigError as error:
@@ -240,13 +241,16 @@ def check_sources_of_run(config: TrainConfig, *more_data: str | None) -> None:
 # ---- Loading
 
 
-def fetch_demo(model: str, *data: str | None) -> None:
-    """Downloads the demo's model and data if they are needed and not cached. Raises FetchError."""
+def fetch_sources(model: str, *data: str | None) -> None:
+    """Downloads the demo's model and data, and converts a GGUF file, if needed and not cached. Raises FetchError."""
     with download_progress(stderr()) as progress:
         if model == DEMO:
             model_folder(progress)
         if DEMO in data:
             data_folder(progress)
+    if (file := gguf_file(model)) is not None and not folder_of(file).is_dir():
+        log(f"converting {file} to {folder_of(file)}, only the first time")
+        converted_base(file)
 
 
 def device_of_flag(name: str) -> "torch.device":
@@ -315,7 +319,7 @@ def load_model(
     from tailora.model import LoRAModel
     from tailora.train.model_loading import check_writes_text, label_task_of_adapter, load_base
 
-    fetch_demo(model)
+    fetch_sources(model)
     chosen = device_of_flag(device)
     if labels is None:
         for path in folders.values():

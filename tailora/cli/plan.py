@@ -9,7 +9,7 @@ from cyclopts.types import PositiveInt
 
 from tailora.cli.flags import FIELDS, ConfigFile, Json, flags_of, merge_settings
 from tailora.cli.main import GATE_NOT_MET, log, print_json, stdout
-from tailora.cli.models import DEVICE_NAME, check_sources, fetch_demo
+from tailora.cli.models import DEVICE_NAME, check_sources, fetch_sources
 from tailora.data.readers import source_names
 from tailora.errors import ConfigError
 from tailora.report.files import write_page_if_possible
@@ -56,7 +56,7 @@ def plan(
     check_sources(model=settings.model, data=sources, adapter=settings.adapter)
     if DEVICE_NAME.fullmatch(settings.device) is None:
         find_cards(settings.device)
-    fetch_demo(settings.model, *sources)
+    fetch_sources(settings.model, *sources)
     log("loading the model and data")
     from tailora.report.pages.plan import plan_page
     from tailora.study.plan import plan as run

@@ -20,7 +20,7 @@ from tailora.cli.flags import (
     parse_settings,
 )
 from tailora.cli.main import log, print_json, print_text, stderr, stdout
-from tailora.cli.models import check_sources_of_run, fetch_demo
+from tailora.cli.models import check_sources_of_run, fetch_sources
 from tailora.core.config import StrictModel
 from tailora.data.readers import source_names
 from tailora.errors import ConfigError, require_packages
@@ -171,7 +171,7 @@ def run_study(
             "and use --nproc-per-node to set the number of processes per run"
         )
     processes = 1 if nproc_per_node is None else count_processes(nproc_per_node, train.device)
-    fetch_demo(train.model, *source_names(train.data), train.eval_data)
+    fetch_sources(train.model, *source_names(train.data), train.eval_data)
     console = stderr()
     try:
         progress = step_counter(console, study.workers)

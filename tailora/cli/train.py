@@ -15,7 +15,7 @@ from rich.console import Console
 
 from tailora.cli.flags import ConfigFile, Json, NprocPerNode, Overwrite, flags_of, merge_settings
 from tailora.cli.main import ARGUMENTS, WORSE, is_rank_0, log, note, print_json, stderr, stdout
-from tailora.cli.models import check_sources_of_run, fetch_demo
+from tailora.cli.models import check_sources_of_run, fetch_sources
 from tailora.cli.progress import counter, run_progress
 from tailora.cli.verify import create_passport
 from tailora.data.readers import source_names
@@ -198,7 +198,7 @@ def fit(
     if world_size() == 1 and not (Path(config.output_dir) / run_log.HOLDER).exists():  # otherwise, the trainer checks
         run_log.check_run_folder(config, overwrite=overwrite)
     check_sources_of_run(config)
-    fetch_demo(config.model, *source_names(config.data), config.eval_data)
+    fetch_sources(config.model, *source_names(config.data), config.eval_data)
     if nproc_per_node is not None and not is_launched_by_tailora():
         processes = count_processes(nproc_per_node, config.device)
         if processes > 1:

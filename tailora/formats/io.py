@@ -14,11 +14,12 @@ from pathlib import Path
 from tempfile import TemporaryFile, mkdtemp, mkstemp
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from tailora.core.cache import cache_folder
-from tailora.errors import ConfigError, FormatError, TailoraError, WriteError, value_type
+from tailora.errors import ConfigError, FetchError, FormatError, TailoraError, WriteError, value_type
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,6 +111,28 @@ def replace_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
             raise
         _fsync(target.parent)
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """Returns `folder`, after `build(temporary sibling)` if it does not exist yet.
+
+    Only a complete folder gets the name. A second process waits for the first; a lock ends with its process.
+    Raises FetchError.
+    """
+    if folder.is_dir():
+        return folder
+    try:
+        with wrap_os_error(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_name(f".{folder.name}.lock")):
+                if not folder.is_dir():
+                    for orphan in folder.parent.glob(f".{folder.name}.*.new"):  # from a killed process
+                        shutil.rmtree(orphan)
+                    with replace_folder(folder) as temporary:
+                        build(temporary)
+    except WriteError as error:
+        raise FetchError(f"{error}, or set TAILORA_HOME to a folder with enough space") from error
+    return folder
 
 
 def remove_leftovers(folder: Path, is_known: Callable[[str], bool]) -> None:

@@ -47,7 +47,7 @@ from tailora.core.quantization import (
     storage_obstacle,
 )
 from tailora.core.targets import set_missing_pooler, task_heads
-from tailora.data.demo import resolve_demo
+from tailora.data.demo import resolve_model
 from tailora.data.labels import Labels
 from tailora.data.schemas import CAUSAL_LM, REGRESSION, SEQ2SEQ, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from tailora.errors import ConfigError, FormatError, listing, nearest
@@ -214,7 +214,7 @@ def precision_of(dtype: str, device: torch.device) -> torch.dtype | str:
 @contextmanager
 def _reading(name: str) -> Iterator[str]:
     """Yields the folder or Hub id of a model; within the block, what cannot be read raises ConfigError."""
-    source = resolve_demo(name, "model")
+    source = resolve_model(name)
     check_model_exists(source)
     try:
         with quiet_transformers():

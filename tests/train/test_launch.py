@@ -438,7 +438,7 @@ def test_the_processes_get_the_arguments_and_the_new_folder_of_a_demo(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     started: list[Any] = []
-    monkeypatch.setattr("tailora.cli.train.fetch_demo", lambda *_: None)
+    monkeypatch.setattr("tailora.cli.train.fetch_sources", lambda *_: None)
     monkeypatch.setattr("tailora.cli.train.launch", lambda *arguments: started.append(arguments))
     given = ["demo", "--r", "4", "--device", "cpu", "--nproc-per-node", "2"]
     assert main(["--", *given]) == 0

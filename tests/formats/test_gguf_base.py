@@ -1,0 +1,117 @@
+"""A base model in a GGUF file. The file is written here as llama.cpp's converter does, in Q8_0."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from command_line import call
+from tiny import chat_model, chat_tokenizer
+from torch import Tensor
+
+from tailora.data.demo import resolve_model
+from tailora.errors import ConfigError
+from tailora.formats.gguf_base import converted_base, gguf_file
+from tailora.formats.hub import is_at_hand, name_of_model
+from tailora.train.model_loading import load_base
+
+TEXTS = ["a question and an answer", "another question"]
+
+
+def interleaved(weight: Tensor, heads: int) -> Tensor:
+    """Returns a projection of queries or keys in llama.cpp's order of rows."""
+    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path: Path) -> dict[str, Tensor]:
+    """Writes a tiny Llama with its tokenizer; returns the model's weights."""
+    tokenizer = chat_tokenizer(TEXTS, eos_token="<|im_end|>")
+    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    model = chat_model(vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, head_dim=8)
+    config: Any = model.config
+    weights: dict[str, Tensor] = model.state_dict()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(len(vocabulary))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(vocabulary)
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in weights.items():
+        if "q_proj" in name:
+            weight = interleaved(weight, config.num_attention_heads)
+        if "k_proj" in name:
+            weight = interleaved(weight, config.num_key_value_heads)
+        data = weight.float().numpy()
+        if data.ndim == 2:
+            data = gguf.quantize(np.ascontiguousarray(data), gguf.GGMLQuantizationType.Q8_0)
+        kind = gguf.GGMLQuantizationType.Q8_0 if weight.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(names.get_name(name, (".weight",)), data, raw_dtype=kind)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    return weights
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TAILORA_HOME", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "tiny.gguf")
+    return tmp_path / "tiny.gguf"
+
+
+def test_a_file_is_loaded_as_its_model(file: Path) -> None:
+    expected = write_gguf(file)
+    model, tokenizer = load_base(str(file))
+    for name, weight in model.state_dict().items():
+        assert weight.dtype == torch.bfloat16
+        torch.testing.assert_close(weight.float(), expected[name].float(), rtol=0.02, atol=2e-3)
+    assert tokenizer.decode(tokenizer.encode(TEXTS[0])) == TEXTS[0]
+    assert tokenizer.chat_template
+    assert name_of_model(model.config.name_or_path) == str(file.resolve())
+
+
+def test_a_file_is_converted_once_and_again_if_it_changes(file: Path) -> None:
+    assert is_at_hand(str(file))
+    first = converted_base(file)
+    assert resolve_model(str(file)) == resolve_model(str(file.parent)) == str(first)
+    with file.open("ab") as more:
+        more.write(b"\0" * 32)
+    assert converted_base(file) != first
+
+
+@pytest.mark.usefixtures("file")
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    assert gguf_file(str(tmp_path / "none.gguf")) is None
+    for name, content in (("broken.gguf", b"GGUF but not really"), ("empty.gguf", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=f"cannot read the GGUF file .*{name}.*use the folder of the original"):
+            resolve_model(str(tmp_path / name))
+    with pytest.raises(ConfigError, match=r"several GGUF files \(broken.gguf, empty.gguf, tiny.gguf\); use the path"):
+        resolve_model(str(tmp_path))
+    assert not [path for path in (tmp_path / "cache" / "gguf").glob("*") if path.is_dir()]
+
+
+@pytest.mark.slow
+def test_commands_take_a_file(file: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(f'{{"prompt": "{text} {i}", "completion": "yes"}}\n' for i in range(5) for text in TEXTS))
+    out: Any = tmp_path / "out"
+    more = ("--max-steps", 2, "--samples", 0)
+    assert call("train", "--model", file, "--data", data, "--output-dir", out, *more)[0] == 0
+    assert json.loads((out / "run.json").read_text())["settings"]["model"] == str(file)
+    assert call("generate", "--adapter", out, "--prompt", "a", "--max-new-tokens", 2)[0] == 0
+    assert call("export", out, "--to", "gguf", "--output", tmp_path / "gguf")[0] == 0
