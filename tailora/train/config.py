@@ -61,7 +61,7 @@ class TrainConfig(StrictModel):
     model_config = ConfigDict(allow_inf_nan=False)
 
     # what
-    model: str = Field("demo", description="model to train: Hugging Face folder, Hub id, or 'demo'")
+    model: str = Field("demo", description="model to train: Hugging Face folder, GGUF file, Hub id, or 'demo'")
     data: list[str] | str = Field(
         "demo",
         description="training data: JSONL, JSON, CSV, Parquet or text file, folder, Hub id, or 'demo'; repeatable; "
