@@ -277,10 +277,7 @@ def piped_text() -> str:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Returns `prompt` of each row of a data file such as JSONL, or the non-empty lines of any other file.
-
-    Raises ConfigError or DataError with all problems.
-    """
+    """Returns `prompt` of each row of a data file, or the lines of any other. Raises ConfigError or DataError."""
     if path.suffix.lower() not in READERS.keys() - {TXT}:
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -309,10 +306,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def training_systems(given: str | None, sources: Mapping[str, Path]) -> dict[str, str | None]:
-    """Returns the system message for each adapter or model: `given`, or the one used in training, with a note.
-
-    sources: their folders by name. Raises FormatError.
-    """
+    """Returns the system message of each source: `given`, or the one used in training. Raises FormatError."""
     if given is not None:
         return dict.fromkeys(sources, given)
     systems = {name: read_system_message(folder) for name, folder in sources.items()}

@@ -107,10 +107,7 @@ def data(
 
 
 def share_to_hold_out(settings: TrainConfig, rows: int) -> float | None:
-    """Returns a share that gives enough rows for an interval, at most a fifth; None if the settings define it.
-
-    rows: number of distinct rows.
-    """
+    """Returns the share of distinct rows that is enough for an interval; None if the settings define it."""
     from tailora.evaluation.statistics import FEW_EXAMPLES
 
     if settings.model_fields_set & {"eval_data", "validation_split"}:
@@ -141,10 +138,7 @@ def train_command(
     config: Path | None,
     flags: Mapping[str, str | bool | list[str]],
 ) -> list[str]:
-    """Returns the command that trains on this data with the same flags, in a new folder.
-
-    proposed: more settings; None is skipped.
-    """
+    """Returns the command that trains on this data with the same flags, and `proposed`, in a new folder."""
     sources = parse_sources(settings.data)
     command = ["tailora", "train", *(word for source in sources for word in ("--data", str(source)))]
     command += ["--config", str(config)] if config else []
@@ -157,14 +151,9 @@ def train_command(
         command += [] if number is None else [f"--{name.replace('_', '-')}", f"{number:g}"]
     if "output_dir" not in settings.model_fields_set:
         name = re.sub(r"[^\w.-]+", "-", Path(sources[0].name).stem).strip("-.") or "run"
-        command += ["--output-dir", str(new_folder(Path("outputs", name)))]
+        folders = chain([Path("outputs", name)], (Path("outputs", f"{name}-{number}") for number in count(2)))
+        command += ["--output-dir", str(next(folder for folder in folders if not folder.exists()))]
     return command
-
-
-def new_folder(folder: Path) -> Path:
-    """Returns the first of folder, folder-2, ... that does not exist."""
-    names = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
-    return next(path for path in chain([folder], names) if not path.exists())
 
 
 def named_sequences(example: Example) -> list[tuple[str, Example]]:

@@ -27,7 +27,7 @@ from tailora.cli.models import (
     load_model,
     refuse_system,
 )
-from tailora.errors import ConfigError, FormatError
+from tailora.errors import ConfigError
 from tailora.evaluation.metrics import (
     CHANGE,
     LABEL_METRICS,
@@ -111,8 +111,6 @@ NO_HARNESS_FLAGS = HarnessFlags()
 
 @dataclass(frozen=True)
 class EvalTarget:
-    """What is evaluated."""
-
     model: str
     adapter: str | None  # the argument
     folder: Path | None  # of the adapter
@@ -256,10 +254,7 @@ def _label_scores(
     chosen: Sequence[str],
     gates: Sequence[Gate],
 ) -> "Scores":
-    """Returns the scores of a model that predicts labels: all, or those that are chosen or needed by gates.
-
-    A base model with a new head is not evaluated, because its predictions are random.
-    """
+    """Returns all scores, or those that are chosen or needed by gates. A base with a new head is not evaluated."""
     from tailora.cli.progress import counter
     from tailora.evaluation.classification import evaluate_labels
     from tailora.evaluation.scores import without_adapter
@@ -314,14 +309,8 @@ def find_target(adapter: str | None, model: str | None) -> EvalTarget:
 
 
 def _check_output_dir(folder: Path | None) -> None:
-    """Raises ConfigError if this would overwrite the report of another command."""
-    if folder is None or not (folder / REPORT).exists():
-        return
-    try:
-        kind = read_json_object(folder / REPORT).get("kind")
-    except FormatError:
-        kind = None
-    if kind != KIND:
+    """Raises ConfigError if this would overwrite the report of another command, FormatError if that is damaged."""
+    if folder is not None and (folder / REPORT).exists() and read_json_object(folder / REPORT).get("kind") != KIND:
         raise ConfigError(f"--output-dir {folder} contains the {REPORT} of another command; use a different folder")
 
 

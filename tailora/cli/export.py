@@ -129,10 +129,7 @@ def export(
 
 
 def add_passport(folder: Path, source: Path, model: Any, tokenizer: Any) -> dict[str, int]:
-    """Writes the verification file of the export: a copy of the adapter's, or a new one.
-
-    Returns file name -> bytes; {} if the model or the adapter does not support verification.
-    """
+    """Writes a copy of the verification file, or a new one. Returns file name -> bytes; {} if that is impossible."""
     from tailora.verify.passport import read_passport, write_passport
 
     passport = None

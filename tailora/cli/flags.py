@@ -162,10 +162,7 @@ def merge_settings(
 def merge_with_run(
     flags: Mapping[str, Any] | None, adapter: Path | None, arguments: Mapping[str, Any] | None = None
 ) -> TrainConfig:
-    """Returns settings for reading data as in the adapter's training run; `flags` override them.
-
-    adapter: its folder; None for a model without an adapter. Raises ConfigError.
-    """
+    """Returns settings for reading data as in the adapter's run; `flags` override them. Raises ConfigError."""
     run = {} if adapter is None else recorded_settings(adapter)
     defaults = {name: run.get(name) or None for name in ("max_length", "system", "field")}
     return merge_settings(flags, None, defaults=defaults, arguments=arguments)

@@ -221,10 +221,7 @@ def pull(
 
 
 def check_fetched(repository: str, weights: Path) -> "Mapping[str, Update]":
-    """Returns the updates in the downloaded files by path; none for formats that require the base model.
-
-    Raises FormatError if a tensor is missing, contains NaN or infinity, or does not fit the settings.
-    """
+    """Returns the updates by path; none for formats that need the base. Raises FormatError for damaged tensors."""
     from tailora.formats.offline import read_offline
 
     try:

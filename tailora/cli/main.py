@@ -147,10 +147,7 @@ def app(tokens: Sequence[str] = ()) -> App:
 
 
 def _error_to_show(error: BaseException, is_interrupted: bool) -> BaseException:
-    """Replaces an error that was caused by a signal or by too little memory with a clear one.
-
-    An error that another rank prints is returned unchanged.
-    """
+    """Replaces an error due to a signal or too little memory with a clear one, unless another rank prints it."""
     explained, is_shown_here = error, failures.shown_by(error) in (None, launch.rank())
     if is_interrupted and is_shown_here and not isinstance(error, KeyboardInterrupt):
         explained = KeyboardInterrupt()
@@ -191,10 +188,7 @@ def fail(error: BaseException, as_json: bool) -> int:
 
 
 def _report_to_launcher(error: BaseException, bug: str = "") -> bool:
-    """Passes the error to the launcher of this process, if there is one. Returns True if the launcher prints it.
-
-    bug: the traceback, if the error is a bug in tailora.
-    """
+    """Passes the error to the launcher. Returns True if there is one, which prints it. bug: the traceback of a bug."""
     known = {"message": message_of(error), "exit_code": exit_code(error), "traceback": bug}
     return failures.leave_failure(error, **known) and launch.is_launched_by_tailora()
 

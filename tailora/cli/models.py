@@ -123,10 +123,7 @@ def find_adapter(text: str) -> Path:
 
 
 def quantize_method(folders: Sequence[Path], quantize: str | None) -> str | None:
-    """Returns how to quantize the base model: `quantize` ("none": not at all) or, by default, as in training.
-
-    Raises ConfigError if the adapters' runs differ.
-    """
+    """Returns `quantize` (None for "none"), or the method used in training. Raises ConfigError if the runs differ."""
     if quantize is not None:
         return None if quantize == "none" else quantize
     methods = {str(folder): recorded_settings(folder).get("quantize") for folder in folders}
@@ -140,11 +137,7 @@ def quantize_method(folders: Sequence[Path], quantize: str | None) -> str | None
 
 @dataclass(frozen=True)
 class BaseOfAdapter:
-    """The base model that an adapter names.
-
-    name: the name in the training run.
-    folder: the absolute path at that time, if the name was a relative path.
-    """
+    """The base model that an adapter names. folder: its path during training, if the name was a relative path."""
 
     name: str
     folder: Path | None = None
@@ -161,10 +154,7 @@ class BaseOfAdapter:
 
 
 def base_of(adapter: Path) -> BaseOfAdapter | None:
-    """Returns the base model that an adapter names; None if it names none or cannot be read.
-
-    Loading the adapter reports what is wrong with it.
-    """
+    """Returns the base model that an adapter names; None if it names none or is damaged, which loading it reports."""
     try:
         settings = read_json_object(adapter / ADAPTER_CONFIG)
         name = next(settings[key] for key in BASE_MODEL_KEYS if settings.get(key))
@@ -229,10 +219,7 @@ def check_sources(*, model: str | None = None, data: Iterable[str | None] = (), 
 
 
 def check_sources_of_run(config: TrainConfig, *more_data: str | None) -> None:
-    """Calls `check_sources` for the settings of a run.
-
-    With several processes, an error here would leave the others waiting, so the trainer checks instead.
-    """
+    """With several processes, an error here would leave the others waiting, so the trainer checks instead."""
     if world_size() == 1:
         data = (*source_names(config.data), config.eval_data, *more_data)
         check_sources(model=config.model, data=data, adapter=config.adapter)

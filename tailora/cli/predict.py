@@ -165,10 +165,7 @@ def answer_predictions(
 
 
 def question(row: Row, field: Mapping[str, str], tokenizer: "ChatTokenizer") -> list[dict[str, Any]] | RowProblem:
-    """Returns the messages to answer: `messages` without the final reply, or `prompt`, which is text or messages.
-
-    Adds the system message of the tokenizer's settings, unless the row has one.
-    """
+    """Returns the messages to answer, from `messages` or `prompt`, with the system message in the settings."""
     from tailora.data.chat_template import with_system
     from tailora.data.messages import parsed_list, read_messages
     from tailora.data.schemas import Conversation

@@ -132,10 +132,7 @@ def download_progress(console: Console) -> Iterator[Callable[[str, int, int], No
 
 @contextmanager
 def run_progress(console: Console, *, verbose: bool = False) -> Iterator["Listener"]:
-    """Yields the listener to pass to `run` as `on_event`. Shows the first line before torch is loaded.
-
-    verbose: also show how the run computes.
-    """
+    """Yields the listener to pass to `run` as `on_event`. Shows the first line before torch is loaded."""
     first = "loading the model and data"
     if not on_terminal(console):
         console.print(first)
@@ -204,7 +201,6 @@ def format_header(header: Mapping[str, Any], width: int = WIDTH, *, verbose: boo
 
 
 def _summary(header: Mapping[str, Any]) -> dict[str, str]:
-    """Returns label -> text."""
     settings, data = header["settings"], header["data"]
     total, trained = header["total_parameters"], header["trainable_parameters"]
     full = settings["method"] == "full"

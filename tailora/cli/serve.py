@@ -99,10 +99,9 @@ def serve(
             note=note,
         )
         budget = None if adapter_memory is None else int(adapter_memory * 1e9)
-        base_name = name or (
-            Path(model).resolve().name if Path(model).is_dir() else model
-        )  # clients do not see local paths
-        system = read_system_message(Path(model)) if Path(model).is_dir() else None
+        in_files = Path(model) if Path(model).is_dir() else None
+        base_name = name or (in_files.resolve().name if in_files else model)  # clients do not see local paths
+        system = read_system_message(in_files) if in_files else None
         registry = AdapterRegistry(running.adapter_set, running.paused, base_name, adapters, budget, system)
         running.start()
         try:
@@ -121,8 +120,7 @@ def serve(
             app = create_app(running, registry, loaded.tokenizer, settings)
             graceful = int(drain_seconds) + LAST_SECONDS
             config = uvicorn.Config(app, http=Connection, log_level="warning", timeout_graceful_shutdown=graceful)
-            is_continuous = isinstance(running, ContinuousEngine)
-            what = "continuous batching" if is_continuous else "one padded batch at a time"
+            what = "continuous batching" if isinstance(running, ContinuousEngine) else "one padded batch at a time"
             log(f"engine: {what}; {max_requests} responses at a time, up to {running.max_positions:,} tokens each")
             log(f"models: {', '.join([registry.base_name, *folders])}")
             systems = {adapter.name: adapter.system for adapter in registry.list()}

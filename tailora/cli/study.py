@@ -34,15 +34,8 @@ from tailora.train.config import TrainConfig
 from tailora.train.config_file import read_config_file
 from tailora.train.launch import count_processes, world_size
 
-EXCLUDED = {
-    "resume_from_checkpoint",
-    "samples",
-    "passport",
-    "report_to",
-    "save_steps",
-    "streaming",
-    "method",
-} | STEP_CHOICE
+EXCLUDED = {"resume_from_checkpoint", "samples", "passport", "report_to", "save_steps", "streaming", "method"}
+EXCLUDED |= STEP_CHOICE
 
 # ---- `tailora compare`
 
@@ -80,7 +73,14 @@ def compare(
     require_packages("scipy", extra="study")
     in_file = study_settings(config, CompareConfig)
     if arm is not None or "arms" not in in_file:
-        arms = dict(map(parse_arm, arm)) if arm else {LORA: {}}
+        arms: dict[str, dict[str, Any]] = {} if arm else {LORA: {}}
+        for text in arm or ():
+            name, _, settings = text.partition(":")
+            if not name or "/" in name:
+                raise ConfigError(
+                    f"--arm {text}: expected NAME:setting=value,... with a NAME that is a valid folder name"
+                )
+            arms[name] = parse_settings(settings)
         if len(arms) < len(arm or ()):
             raise ConfigError("--arm: two variants have the same name; use different names")
         in_file["arms"] = {**arms, **({FULL: {"method": FULL}} if full else {})}
@@ -92,13 +92,6 @@ def compare(
     from tailora.study.compare import compare as run
 
     return run_study(run, train, comparison, compare_page, json, nproc_per_node)
-
-
-def parse_arm(text: str) -> tuple[str, dict[str, Any]]:
-    name, _, settings = text.partition(":")
-    if not name or "/" in name:
-        raise ConfigError(f"--arm {text}: expected NAME:setting=value,... with a NAME that is a valid folder name")
-    return name, parse_settings(settings)
 
 
 # ---- `tailora search`

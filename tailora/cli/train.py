@@ -21,6 +21,7 @@ from tailora.cli.verify import create_passport
 from tailora.data.readers import source_names
 from tailora.data.schemas import PREFERENCE, SEQ2SEQ
 from tailora.errors import INTERRUPTED, CheckpointError, ConfigError, DataError, WriteError
+from tailora.formats.io import wrap_os_error, write_file
 from tailora.formats.run_folder import ADAPTER, PAGE, REPORT, SAMPLES, checkpoints_in
 from tailora.report.blocks import Code, Column, Section, Table
 from tailora.report.files import read_page, write_page_if_possible
@@ -238,7 +239,7 @@ def fit(
     if not is_main:
         return code
     folder, peak = Path(result.output_dir), peak_bytes(next(result.model.parameters()).device)
-    report, page = write_results(folder, config, answers, kl, started, peak)
+    report, page = write_results(folder, answers, kl, started, peak)
     if as_json:
         print_json((report and report["result"]) or result.to_dict())
     else:
@@ -257,7 +258,7 @@ def is_worse(result: "TrainResult") -> bool:
 
 
 def write_results(
-    folder: Path, config: TrainConfig, answers: Sequence["Answer"], kl: float | None, started: float, peak: int
+    folder: Path, answers: Sequence["Answer"], kl: float | None, started: float, peak: int
 ) -> tuple[dict[str, Any] | None, str]:
     """Writes the reports; returns report.json, and where report.html is or how to get it.
 
@@ -270,8 +271,11 @@ def write_results(
     try:
         if kl is not None:
             run_log.add_result(folder, eval_kl=kl)
-        if config.task not in TASK_TYPES:
-            write_samples(folder, answers)
+        with wrap_os_error(folder / SAMPLES):
+            (folder / SAMPLES).unlink(missing_ok=True)  # from the resumed run
+        if answers:
+            content = json.dumps([asdict(answer) for answer in answers], ensure_ascii=False, indent=2)
+            write_file(folder / SAMPLES, content.encode())
         run_log.add_result(folder, total_seconds=time.monotonic() - started, peak_memory_bytes=peak)
         report = write_train_report(folder)
         page = write_page_if_possible(folder)
@@ -296,10 +300,7 @@ def answer_samples(result: "TrainResult", count: int) -> list["Answer"]:
 
 
 def kl_of_preferences(result: "TrainResult", config: TrainConfig) -> float | None:
-    """Returns KL(base || tuned) in nats per token of held-out conversations; None for other tasks.
-
-    Also None for an adapter that was trained further, because its reference is not the base model.
-    """
+    """Returns KL(base || tuned) in nats per token; None for other tasks, and for an adapter trained further."""
     from tailora.evaluation.forgetting import forgetting
 
     data = result.data
@@ -326,10 +327,7 @@ def add_passport(result: "TrainResult", config: TrainConfig) -> None:
 
 
 def kl_texts(held_out: "Examples") -> list[list[int]]:
-    """Returns the first sequences of the first examples as token ids.
-
-    Only a few, because the base model's log-probabilities over the vocabulary are kept for each token.
-    """
+    """Returns the first tokens of the first examples; few, since all log-probabilities are kept for each token."""
     texts: list[list[int]] = []
     left = KL_TOKENS
     for i in range(min(len(held_out), KL_TEXTS)):
@@ -338,15 +336,3 @@ def kl_texts(held_out: "Examples") -> list[list[int]]:
         if left < 2:  # the first token of a text is not predicted
             break
     return texts
-
-
-def write_samples(folder: Path, answers: Sequence["Answer"]) -> None:
-    """Writes samples.json, or deletes it if there are no answers. Raises WriteError."""
-    from tailora.formats.io import wrap_os_error, write_file
-
-    if not answers:
-        with wrap_os_error(folder / SAMPLES):
-            (folder / SAMPLES).unlink(missing_ok=True)  # from the resumed run
-        return
-    content = json.dumps([asdict(answer) for answer in answers], ensure_ascii=False, indent=2)
-    write_file(folder / SAMPLES, content.encode())

@@ -114,10 +114,7 @@ def verify(
 
 
 def passport_of_adapter(folder: Path) -> Passport:
-    """Writes the missing passport.json of an adapter, with its base model.
-
-    Raises FormatError if the base model is not on this machine, and DataError if the adapter does not change it.
-    """
+    """Writes the missing passport.json. Raises FormatError without the base model, and DataError."""
     base = base_of(folder)
     if base is None or not is_at_hand(base.location):
         return read_passport(folder)  # raises an error with a remedy
@@ -126,10 +123,7 @@ def passport_of_adapter(folder: Path) -> Passport:
 
 
 def create_passport(folder: Path, model: Any, tokenizer: Any, **options: Any) -> Passport:
-    """Writes passport.json for the adapter of a LoRAModel next to its weights, and shows the progress.
-
-    options: of `make_passport`.    Raises DataError if that is impossible for the adapter, and WriteError.
-    """
+    """Writes passport.json next to the weights of an adapter. options: of `make_passport`. Raises as it does."""
     from tailora.verify.probes import make_passport
 
     log(f"writing {folder / PASSPORT}, for `tailora verify`")

@@ -137,9 +137,8 @@ class LogitComparison:
 
 
 def compare_logits(live: Tensor, base: Tensor, reloaded: Tensor, exported: str, *, rounded: bool) -> LogitComparison:
-    """Compares logits of the same batch.
+    """Raises FormatError for logits that are not finite, and for a difference above the tolerance.
 
-    Raises FormatError for logits that are not finite, and for a difference above the tolerance.
     exported: name of the folder and format, for the error.
     rounded: the update was added to 16-bit weights, so up to half of its effect may be lost.
     """
@@ -175,10 +174,7 @@ def comparison_ids(base_model: Any) -> Tensor:
 
 @torch.no_grad()
 def float32_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """(batch, length) -> (batch, length, vocabulary), in evaluation mode; the model is left as it was.
-
-    Every module runs with its parameters in float32, and quantized layers run as plain ones.
-    """
+    """(batch, length) -> (batch, length, vocabulary), in evaluation mode. The model is left as it was."""
     handles = []
     quantized = {id(layer) for layer in quantized_layers(model).values()}
     for module in model.modules():

@@ -68,10 +68,7 @@ def vocabulary_size(base_model: nn.Module) -> int | None:
 def fingerprint_differences(
     stored: Mapping[str, LayerFingerprint], current: Mapping[str, LayerFingerprint], *, exact: bool = False
 ) -> list[str]:
-    """Returns how the layers that both have differ; [] if they are the same.
-
-    exact: the precision is the same, so that only quantization may explain a difference.
-    """
+    """Returns how the layers in both differ. exact: in the same precision, where only quantization may explain it."""
     differences = (_difference(path, stored[path], layer, exact) for path, layer in current.items() if path in stored)
     return [difference for difference in differences if difference]
 

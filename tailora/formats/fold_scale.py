@@ -36,10 +36,7 @@ class ExportSource:
 
 
 def low_rank_problems(source: ExportSource, layer_types: Sequence[LayerType]) -> list[str]:
-    """Returns a message with a remedy for each part of the adapter that two factors per layer cannot represent.
-
-    layer_types: those that the format supports.
-    """
+    """Returns a message for each part of the adapter that two factors per layer of these types cannot represent."""
     adapter = source.adapter
     layers = adapter.low_rank.values()
     problems = []
@@ -106,7 +103,6 @@ def pad_ranks(
 
 
 def fold_changes(source: ExportSource) -> list[str]:
-    """Returns messages about what `fold_scale` changes."""
     layers = source.adapter.low_rank.values()
     changes = ["the scale is already in the weights; keep it at 1 when you load the file"]
     if starts := sum(layer.has_start for layer in layers):
@@ -119,6 +115,5 @@ def fold_changes(source: ExportSource) -> list[str]:
 
 
 def raise_problems(source: str, problems: Sequence[str]) -> None:
-    """Raises FormatError with all problems, if there are any."""
     if problems:
         raise FormatError(f"{source}: {listing(list(problems))}")

@@ -68,10 +68,7 @@ def name_of_model(name: str) -> str:
 
 
 def public_name(base: str) -> str:
-    """Returns a base model's name for others: "demo", its Hub id, or the last name of its folder.
-
-    The folders of the Hub's cache have a Hub id, too.
-    """
+    """Returns a base model's name for others: "demo", its Hub id (also in the cache) or the last name of its folder."""
     if name_of_model(base) == DEMO:
         return DEMO
     if snapshot := SNAPSHOT.search(base):
@@ -328,10 +325,7 @@ def is_at_hand(name: str) -> bool:
 
 
 def check_model_exists(name: str) -> None:
-    """Asks the Hub once for a model that is not on this machine. Raises ConfigError if the Hub does not have it.
-
-    Without a network, transformers would try for most of a minute.
-    """
+    """Raises ConfigError if the Hub lacks the model. Asks once; transformers would try for most of a minute."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     errors: Any = import_module("huggingface_hub.errors")

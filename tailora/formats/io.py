@@ -41,10 +41,7 @@ def demo_folder() -> Path:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes `content` to `path`. Readers see the old file or the new one, never a part.
-
-    Raises WriteError if the file cannot be written; nothing is left behind.
-    """
+    """Readers see the old file or the new one, never a part. Raises WriteError, and leaves nothing behind."""
     with wrap_os_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -167,10 +164,7 @@ def create_output_folder(folder: Path) -> None:
 
 
 def check_new_file(path: Path, *, overwrite: bool) -> None:
-    """Raises ConfigError if the path is a folder, or a file that may not be overwritten. Creates nothing.
-
-    Raises WriteError if the innermost existing folder of the path is not writable.
-    """
+    """Raises ConfigError for a folder or an existing file, unless `overwrite`, and WriteError without write access."""
     with wrap_os_error(path):
         if path.is_dir():
             raise ConfigError(f"{path} is a folder; use the path of a file")
@@ -246,10 +240,7 @@ def check_is_file(path: Path) -> None:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file, such as adapter_config.json.
-
-    Raises FormatError if it is missing, not a regular file or not a JSON object.
-    """
+    """Raises FormatError if the file is missing, not a regular file or not a JSON object."""
     settings = _read_json(path)
     if not isinstance(settings, dict):
         raise FormatError(f"{path}: expected a JSON object, got {value_type(settings)}")
@@ -257,10 +248,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def read_own_json(path: Path, kind: type[Kind], remedy: str) -> Kind:
-    """Reads a file that we wrote as a value of this type, such as a dataclass. It may contain NaN, from a diverged run.
-
-    Raises FormatError, with the remedy, if it is missing, damaged or something else.
-    """
+    """Reads a file that we wrote, as a value of this type. Raises FormatError, with the remedy, if it is damaged."""
     try:
         return TypeAdapter(kind).validate_python(_read_json(path))
     except ValidationError as error:
@@ -285,10 +273,7 @@ def _read_json(path: Path) -> Any:
 
 
 def safetensors_bytes(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> bytes:
-    """Returns the bytes of a safetensors file; the same for the same content.
-
-    The header is sorted here, because safetensors writes metadata in hash order, which differs between processes.
-    """
+    """Returns the same bytes for the same content: safetensors itself writes metadata in an order that differs."""
     from safetensors.torch import save  # imports torch, which atomic writing does not need
 
     contiguous: dict[str, Tensor] = {}
@@ -320,10 +305,7 @@ def with_metadata(raw: bytes, metadata: Mapping[str, str]) -> bytes:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
-    """Returns tensors and metadata; 8-bit floats as float32, since torch computes little with them.
-
-    Raises FormatError if `path` is not a complete safetensors file.
-    """
+    """Returns tensors and metadata; 8-bit floats as float32, with which torch computes more. Raises FormatError."""
     from safetensors.torch import load  # imports torch, which atomic writing does not need
 
     check_is_file(path)

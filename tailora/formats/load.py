@@ -85,10 +85,7 @@ def load(
 
 
 def read_any_format(path: Path, base_model: nn.Module) -> peft.StoredAdapter:
-    """Reads a folder of PEFT, mlx-lm or an export to GGUF, or one safetensors file of Kohya's tools or diffusers.
-
-    Raises FormatError if it is none of them or contains something other than LoRA.
-    """
+    """Reads a folder of PEFT, mlx-lm or GGUF, or a safetensors file of Kohya or diffusers. Raises FormatError."""
     if path.is_file():
         return kohya_diffusers.read(path, base_model)
     if os.path.lexists(path / ADAPTER_WEIGHTS) or not path.is_dir():
@@ -215,9 +212,8 @@ def restore(
         for name, tensor in named_tensors(part)
         if tensor.data_ptr() not in addresses  # the file's tensors have been checked
     }
-    if overflown := not_finite(computed):
-        problems += [f"not finite in {computed[name].dtype}: {name}" for name in overflown]
-        raise FormatError(f"{stored.folder} does not fit this model: {listing(problems)}")
+    if overflown := [f"not finite in {computed[name].dtype}: {name}" for name in not_finite(computed)]:
+        raise FormatError(f"{stored.folder} does not fit this model: {listing(overflown)}")
     return adapter
 
 
@@ -230,10 +226,7 @@ def lora_config_of(stored: peft.StoredAdapter, base_model: nn.Module) -> LoRACon
 
 
 def stored_configs(stored: peft.StoredAdapter, paths: list[str]) -> tuple[LoRAConfig, LoRAConfig]:
-    """Returns the config in the weights' metadata and the one in adapter_config.json; they may be the same.
-
-    paths: the targets if the settings have none. Raises FormatError.
-    """
+    """Returns the configs of the weights' metadata and of adapter_config.json. paths: targets if that has none."""
     saved = stored.metadata.lora_config(stored.folder)
     if saved is None and stored.metadata.start:
         raise FormatError(
@@ -414,10 +407,7 @@ def named_tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Returns the names of tensors with NaN or infinity.
-
-    A sum is finite only if its terms are, and takes a tenth of the time of checking each of them.
-    """
+    """Returns the names of tensors with NaN or infinity. Checks sums first, which takes a tenth of the time."""
     sums: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors.values():
         if tensor.is_floating_point() or tensor.is_complex():

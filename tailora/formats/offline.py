@@ -41,10 +41,7 @@ class OfflineAdapter:
 
 
 def read_offline(path: Path) -> OfflineAdapter:
-    """Reads a PEFT folder or one of mlx-lm.
-
-    Raises FormatError if it is damaged or not an adapter, and ConfigError for formats that need the base model.
-    """
+    """Reads a folder of PEFT or mlx-lm. Raises FormatError, and ConfigError for formats that need the base model."""
     if path.is_file() or (path / GGUF_WEIGHTS).is_file():
         raise ConfigError(f"{path}: its layer names can only be read with the base model; use --model")
     is_mlx = (path / MLX_WEIGHTS).is_file() and not (path / ADAPTER_WEIGHTS).is_file()

@@ -195,10 +195,7 @@ def head_labels(base_model: nn.Module) -> dict[str, Any]:
 
 
 def unknown_to_peft(layers: Iterable[PeftLayer]) -> str:
-    """Returns what PEFT does not support, and where; "" if nothing.
-
-    It has neither magnitudes nor biases for attention and parameters.
-    """
+    """Returns which magnitudes and biases of attention and parameters PEFT does not support; "" if none."""
     unknown = [
         path
         for peft_layer in layers
@@ -252,10 +249,7 @@ def read_peft_folder(folder: Path) -> StoredAdapter:
 def as_stored_adapter(
     source: Path, factors: Mapping[str, tuple[Tensor, Tensor]], scales: Mapping[str, float], **settings: Any
 ) -> StoredAdapter:
-    """Converts A, B and the scale of every path, from any format, to the content of a PEFT folder.
-
-    settings: added to PEFT's settings.
-    """
+    """Converts A, B and the scale of every path to the content of a PEFT folder. settings: added to PEFT's."""
     ranks = {path: A.shape[0] for path, (A, _) in factors.items()}
     alphas = {path: scales[path] * r for path, r in ranks.items()}
     r, alpha = mode([*ranks.values()] or [1]), mode([*alphas.values()] or [1.0])
@@ -347,11 +341,7 @@ def slot_shapes(layer: LoRALayer, with_start: bool) -> dict[str, Shape]:
 
 @torch.no_grad()
 def load_layer(layer: LoRALayer, tensors: Mapping[str, Tensor], with_start: bool) -> None:
-    """Fills the layer with the file's tensors, slot -> tensor of the right shape.
-
-    A and B are only copied if they need a conversion.
-    Raises FormatError if no weight can represent them.
-    """
+    """Fills the layer with slot -> tensor of the right shape. Raises FormatError if no weight can represent them."""
     A, B = tensors["A"].to(layer.lora_A), tensors["B"].to(layer.lora_B).view(tensors["B"].shape[:2])
     if layer.layer_type.is_stacked:
         grouped_A: Tensor | None = A

@@ -83,10 +83,7 @@ def _obstacle_to_overwrite(folder: Path, files: Collection[str], sources: Iterab
 
 
 def recorded_settings(adapter: Path, part: str = "settings") -> dict[str, Any]:
-    """Returns the training settings from the run.json next to an adapter; {} if it is missing or unreadable.
-
-    part: another key of that file, such as "data".
-    """
+    """Returns this part of the run.json next to an adapter; {} if it is missing or unreadable."""
     try:
         recorded = json.loads((adapter.resolve().parent / RUN).read_text(encoding="utf-8"))[part]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -104,10 +101,7 @@ def write_system_message(folder: Path, text: str | None) -> None:
 
 
 def read_system_message(folder: Path) -> str | None:
-    """Returns the most frequent system message of the training conversations; None if none is stored.
-
-    folder: of an adapter, of a model, or of the run of an adapter. Raises FormatError.
-    """
+    """Returns the system message stored with an adapter, a run or a model; None without one. Raises FormatError."""
     path = adapter_folder(folder) / SYSTEM
     try:
         return path.read_bytes().decode()
@@ -137,10 +131,6 @@ def recorded_metadata(path: Path) -> dict[str, Any]:
 
 
 def write_report(folder: Path, kind: str, content: Mapping[str, Any], *, allow_nan: bool = True) -> Path:
-    """Writes report.json, from which `tailora report` creates the page, and returns its path. Raises WriteError.
-
-    allow_nan: write NaN and Infinity of diverged runs, which not every program reads as JSON; if False, raises
-        ValueError for them.
-    """
+    """Writes report.json and returns its path. Raises WriteError, and ValueError for NaN unless `allow_nan`."""
     write_file(folder / REPORT, json.dumps({"kind": kind, **content}, indent=1, allow_nan=allow_nan).encode())
     return folder / REPORT

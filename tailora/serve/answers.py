@@ -14,22 +14,10 @@ from itertools import accumulate
 from typing import Any
 
 from tailora.errors import AdapterError
+from tailora.serve import schemas
 from tailora.serve.engine_interface import Engine, Finish, Request, Token
 from tailora.serve.registry import AdapterHandle
-from tailora.serve.schemas import (
-    AssistantMessage,
-    ChatChoice,
-    ChatCompletion,
-    ChatRequest,
-    Completion,
-    CompletionChoice,
-    CompletionRequest,
-    FinishReason,
-    GenerationRequest,
-    RequestError,
-    Usage,
-    new_id,
-)
+from tailora.serve.schemas import FinishReason, RequestError, new_id
 
 Json = dict[str, Any]
 CHUNK = "chat.completion.chunk"  # the "object" of a streamed chat event
@@ -147,9 +135,9 @@ class Generation:
                 continue  # the engine computed this before it was cancelled after a stop string
             yield answer.add(event) if isinstance(event, Token) else answer.finish(event)
 
-    def usage(self) -> Usage:
+    def usage(self) -> schemas.Usage:
         tokens = sum(len(answer.token_ids) for answer in self.answers)
-        return Usage(
+        return schemas.Usage(
             prompt_tokens=self.prompt_tokens, completion_tokens=tokens, total_tokens=self.prompt_tokens + tokens
         )
 
@@ -184,10 +172,7 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Passes on text up to the first stop string.
-
-    waiting: text held back because it may be the beginning of a stop string.
-    """
+    """Passes on text up to the first stop string. waiting: the text that may be the beginning of one."""
 
     def __init__(self, stop_strings: Sequence[str]) -> None:
         self._stop_strings = stop_strings
@@ -260,11 +245,8 @@ def response_template(tokenizer: Any) -> Json | None:
     return HERMES if template is None and is_hermes else template
 
 
-def parse_tool_calls(tokenizer: Any, text: str, prompt: str, tools: list[dict[str, Any]]) -> AssistantMessage:
-    """Splits an answer into content, reasoning and tool calls.
-
-    An answer without calls, or with calls that the template cannot parse, is only content.
-    """
+def parse_tool_calls(tokenizer: Any, text: str, prompt: str, tools: list[dict[str, Any]]) -> schemas.AssistantMessage:
+    """Splits an answer into content, reasoning and tool calls; it is all content if the template cannot parse them."""
     try:
         parsed = tokenizer.parse_response(text, response_template(tokenizer), prefix=prompt, tools=tools)
         calls = []
@@ -276,9 +258,11 @@ def parse_tool_calls(tokenizer: Any, text: str, prompt: str, tools: list[dict[st
     except (ValueError, LookupError, TypeError):
         calls = []
     if not calls:
-        return AssistantMessage(content=text)
+        return schemas.AssistantMessage(content=text)
     reasoning = parsed.get("reasoning_content") or parsed.get("thinking")
-    return AssistantMessage(content=parsed.get("content") or None, reasoning_content=reasoning, tool_calls=calls)
+    return schemas.AssistantMessage(
+        content=parsed.get("content") or None, reasoning_content=reasoning, tool_calls=calls
+    )
 
 
 # ---- Responses to chat and text completions, complete or streamed
@@ -294,29 +278,31 @@ async def complete_answers(pieces: Pieces, count: int) -> list[Piece]:
     return answers
 
 
-def wants_usage(body: GenerationRequest) -> bool:
+def wants_usage(body: schemas.GenerationRequest) -> bool:
     return body.stream_options is not None and bool(body.stream_options.include_usage)
 
 
 class ChatAnswer:
     """Writes the response to a chat. With tools, each answer is sent once it is complete."""
 
-    def __init__(self, tokenizer: Any, body: ChatRequest, prompt: str, generation: Generation, pieces: Pieces) -> None:
+    def __init__(
+        self, tokenizer: Any, body: schemas.ChatRequest, prompt: str, generation: Generation, pieces: Pieces
+    ) -> None:
         self.tokenizer, self.body, self.prompt = tokenizer, body, prompt
         self.generation, self.pieces = generation, pieces
         self.head: Json = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": body.model}
         may_call = bool(body.tools) and body.tool_choice != "none"
         self.has_calls = may_call and response_template(tokenizer) is not None
 
-    def choice(self, answer: Piece) -> ChatChoice:
-        message = AssistantMessage(content=answer.text)
+    def choice(self, answer: Piece) -> schemas.ChatChoice:
+        message = schemas.AssistantMessage(content=answer.text)
         reason: FinishReason = answer.finish_reason or "stop"
         if self.has_calls:
             tools = [tool.model_dump(exclude_none=True) for tool in self.body.tools or ()]
             message = parse_tool_calls(self.tokenizer, answer.text, self.prompt, tools)
             reason = "tool_calls" if message.tool_calls else reason
         logprobs = self.logprobs(answer.tokens)
-        return ChatChoice(index=answer.index, message=message, logprobs=logprobs, finish_reason=reason)
+        return schemas.ChatChoice(index=answer.index, message=message, logprobs=logprobs, finish_reason=reason)
 
     def logprobs(self, tokens: Sequence[Token]) -> Json | None:
         if not self.body.logprobs:
@@ -333,9 +319,9 @@ class ChatAnswer:
         ]
         return {"content": content, "refusal": None}
 
-    async def complete(self) -> ChatCompletion:
+    async def complete(self) -> schemas.ChatCompletion:
         choices = [self.choice(answer) for answer in await complete_answers(self.pieces, len(self.generation.answers))]
-        return ChatCompletion(**self.head, choices=choices, usage=self.generation.usage())
+        return schemas.ChatCompletion(**self.head, choices=choices, usage=self.generation.usage())
 
     def event(self, index: int, delta: Json, reason: str | None = None, tokens: Sequence[Token] = ()) -> Json:
         logprobs = self.logprobs(tokens) if tokens else None
@@ -366,11 +352,11 @@ class ChatAnswer:
 class CompletionAnswer:
     """Writes the response to a text completion."""
 
-    def __init__(self, tokenizer: Any, body: CompletionRequest, generation: Generation, pieces: Pieces) -> None:
+    def __init__(self, tokenizer: Any, body: schemas.CompletionRequest, generation: Generation, pieces: Pieces) -> None:
         self.tokenizer, self.body, self.generation, self.pieces = tokenizer, body, generation, pieces
         self.head: Json = {"id": new_id("cmpl"), "created": int(time.time()), "model": body.model}
 
-    def choice(self, answer: Piece, offset: int = 0) -> CompletionChoice:
+    def choice(self, answer: Piece, offset: int = 0) -> schemas.CompletionChoice:
         logprobs = None
         if self.body.logprobs is not None:
             as_ids = bool(self.body.return_tokens_as_token_ids)
@@ -378,11 +364,11 @@ class CompletionAnswer:
                 self.tokenizer, answer.tokens, self.body.logprobs, offset=offset, as_ids=as_ids
             )
         reason = answer.finish_reason
-        return CompletionChoice(index=answer.index, text=answer.text, logprobs=logprobs, finish_reason=reason)
+        return schemas.CompletionChoice(index=answer.index, text=answer.text, logprobs=logprobs, finish_reason=reason)
 
-    async def complete(self) -> Completion:
+    async def complete(self) -> schemas.Completion:
         choices = [self.choice(answer) for answer in await complete_answers(self.pieces, len(self.generation.answers))]
-        return Completion(**self.head, choices=choices, usage=self.generation.usage())
+        return schemas.Completion(**self.head, choices=choices, usage=self.generation.usage())
 
     async def stream(self) -> AsyncGenerator[Json]:
         head = {**self.head, "object": "text_completion"}

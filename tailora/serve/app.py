@@ -34,31 +34,14 @@ from tailora.data.chat_template import ChatTokenizer, fit_to_template
 from tailora.data.messages import Messages, read_messages, text_value
 from tailora.data.schemas import Conversation
 from tailora.errors import DataError
+from tailora.serve import schemas
 from tailora.serve.answers import Answer, ChatAnswer, CompletionAnswer, Generation, Json, Piece
 from tailora.serve.engine_interface import Engine, SamplingParams
 from tailora.serve.engine_interface import Request as EngineRequest
 from tailora.serve.playground import add_page
 from tailora.serve.registry import AdapterInfo, AdapterRegistry
 from tailora.serve.sampling import json_matcher
-from tailora.serve.schemas import (
-    ERRORS,
-    ERRORS_OF_TEXT,
-    ChatCompletion,
-    ChatRequest,
-    Completion,
-    CompletionRequest,
-    GenerationRequest,
-    JSONSchemaFormat,
-    LoadAdapterRequest,
-    Model,
-    ModelList,
-    RequestError,
-    TextFormat,
-    UnloadAdapterRequest,
-    add_error_handlers,
-    error_body,
-    new_id,
-)
+from tailora.serve.schemas import ERRORS, ERRORS_OF_TEXT, GenerationRequest, RequestError, new_id
 
 COMPLETION_TOKENS = 16  # for /v1/completions without max_tokens, as in OpenAI's API
 LARGEST_BODY = 4 * 2**20  # bytes; parsing 16 MiB of JSON would block all other requests for seconds
@@ -144,7 +127,7 @@ class Server:
                 param,
             )
 
-    def chat_prompt(self, body: ChatRequest) -> str:
+    def chat_prompt(self, body: schemas.ChatRequest) -> str:
         if self.chat_tokenizer.template is None:
             raise RequestError(400, "this model has no chat template; use /v1/completions", "messages")
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if body.tool_choice != "none" else []
@@ -190,7 +173,7 @@ class Server:
                 400,
                 f"the prompt has {longest} tokens; the limit for prompt and response together is "
                 f"{self.engine.max_positions}; shorten the prompt",
-                "messages" if isinstance(body, ChatRequest) else "prompt",
+                "messages" if isinstance(body, schemas.ChatRequest) else "prompt",
             )
         limit = min(room, self.settings.max_tokens or room)
         if max_tokens is not None and max_tokens > limit:
@@ -209,14 +192,14 @@ class Server:
             ignore_eos=bool(body.ignore_eos),
         )
 
-    def grammar(self, body: ChatRequest) -> LLMatcher | None:
+    def grammar(self, body: schemas.ChatRequest) -> LLMatcher | None:
         """Returns the grammar of the answers; None for any text. Raises RequestError for an unsupported schema."""
         wanted = body.response_format
-        if wanted is None or isinstance(wanted, TextFormat):
+        if wanted is None or isinstance(wanted, schemas.TextFormat):
             return None
         if body.tools and body.tool_choice != "none":
             raise RequestError(400, "JSON output cannot be combined with tools; remove one of them", "response_format")
-        schema = wanted.json_schema.json_schema if isinstance(wanted, JSONSchemaFormat) else {"type": "object"}
+        schema = wanted.json_schema.json_schema if isinstance(wanted, schemas.JSONSchemaFormat) else {"type": "object"}
         try:
             return json_matcher(schema, self.grammar_tokenizer)
         except ValueError as error:
@@ -330,7 +313,7 @@ class EventStream(StreamingResponse):
                 self._end(200)
             except RequestError as error:
                 self._end(error.status)
-                yield f"data: {json.dumps(error_body(error.status, error.message, error.param))}\n\n"
+                yield f"data: {json.dumps(schemas.error_body(error.status, error.message, error.param))}\n\n"
         yield "data: [DONE]\n\n"
 
     def _end(self, status: int) -> None:  # before the last event, after which a client may look at the metrics
@@ -440,7 +423,7 @@ def create_app(engine: Engine, registry: AdapterRegistry, tokenizer: Any, settin
     app.state.server = server
     app.add_middleware(BodyLimit)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*settings.allowed_hosts])
-    add_error_handlers(app)
+    schemas.add_error_handlers(app)
     add_page(app)
     add_generation(app, server)
     add_adapter_routes(app, server)
@@ -480,8 +463,8 @@ def add_generation(app: FastAPI, server: Server) -> None:
         if body.stream_options is not None and not body.stream:
             raise RequestError(400, "stream_options requires stream = true", "stream_options")
 
-    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=responses, dependencies=check)
-    async def chat_completions(body: ChatRequest, request: Request) -> Any:
+    @app.post("/v1/chat/completions", response_model=schemas.ChatCompletion, responses=responses, dependencies=check)
+    async def chat_completions(body: schemas.ChatRequest, request: Request) -> Any:
         check_request(body)
         if body.top_logprobs is not None and not body.logprobs:
             raise RequestError(400, "top_logprobs requires logprobs = true", "top_logprobs")
@@ -494,8 +477,8 @@ def add_generation(app: FastAPI, server: Server) -> None:
         answer = ChatAnswer(server.tokenizer, body, prompt, generation, server.pieces(generation))
         return await respond(request, body, answer)
 
-    @app.post("/v1/completions", response_model=Completion, responses=responses, dependencies=check)
-    async def completions(body: CompletionRequest, request: Request) -> Any:
+    @app.post("/v1/completions", response_model=schemas.Completion, responses=responses, dependencies=check)
+    async def completions(body: schemas.CompletionRequest, request: Request) -> Any:
         check_request(body)
         ids = await run_in_threadpool(server.prompt_ids, body.prompt)
         longest = max(map(len, ids))
@@ -506,11 +489,11 @@ def add_generation(app: FastAPI, server: Server) -> None:
         return await respond(request, body, answer)
 
     @app.get("/v1/models", responses=ERRORS, dependencies=check)
-    async def models() -> ModelList:
+    async def models() -> schemas.ModelList:
         base, length = server.registry.base_name, server.engine.max_positions
         models = [AdapterInfo(base, 0, True, server.registry.base_system), *server.registry.list()]
         data = [
-            Model(
+            schemas.Model(
                 id=model.name,
                 created=model.created,
                 root=model.name,
@@ -520,7 +503,7 @@ def add_generation(app: FastAPI, server: Server) -> None:
             )
             for model in models
         ]
-        return ModelList(data=data)
+        return schemas.ModelList(data=data)
 
 
 def add_adapter_routes(app: FastAPI, server: Server) -> None:
@@ -528,13 +511,13 @@ def add_adapter_routes(app: FastAPI, server: Server) -> None:
     text: dict[str, Any] = {"response_class": PlainTextResponse, "responses": ERRORS_OF_TEXT, "dependencies": check}
 
     @app.post("/v1/load_lora_adapter", **text)
-    async def load_lora_adapter(body: LoadAdapterRequest) -> str:
+    async def load_lora_adapter(body: schemas.LoadAdapterRequest) -> str:
         server.check_ready()
         await run_in_threadpool(server.registry.load, body.lora_name, body.lora_path, replace=body.load_inplace)
         return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
     @app.post("/v1/unload_lora_adapter", **text)
-    async def unload_lora_adapter(body: UnloadAdapterRequest) -> str:
+    async def unload_lora_adapter(body: schemas.UnloadAdapterRequest) -> str:
         await run_in_threadpool(server.registry.unload, body.lora_name)
         server.metrics.forget(body.lora_name)
         return f"Success: LoRA adapter '{body.lora_name}' removed successfully."

@@ -60,7 +60,6 @@ def _hashes(html: str, tag: str) -> str:
 
 
 def add_page(app: FastAPI) -> None:
-    """Serves the page at `/`."""
     html = page()
 
     async def playground() -> HTMLResponse:
@@ -70,10 +69,7 @@ def add_page(app: FastAPI) -> None:
 
 
 def playground_app(url: str) -> FastAPI:
-    """Returns an app that serves the page and forwards its requests to the server at `url`, with or without "/v1".
-
-    Keys are entered in the page. Raises ConfigError if `url` is not a server address.
-    """
+    """Returns an app that serves the page and forwards its requests to `url`. Raises ConfigError for an invalid one."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"--url: expected a server address such as http://127.0.0.1:8000, got {url!r}")

@@ -65,10 +65,7 @@ class AdapterInfo:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """A name, its files, and a hash of their content when they were last read.
-
-    system: the most frequent system message of the training conversations; None if none is stored.
-    """
+    """A name, its files, a hash of their content when last read, and the system message used in training."""
 
     name: str
     path: Path
@@ -105,10 +102,7 @@ class _Resident:
 
 
 class AdapterHandle(ExitStack):
-    """Keeps an adapter in memory for a request. Close it after the engine's Finish; a second `close` does nothing.
-
-    key: the adapter's name in the AdapterSet; None for the base.
-    """
+    """Keeps an adapter in memory until it is closed, after the engine's Finish. key: its name in the AdapterSet."""
 
     def __init__(self, key: str | None, *on_close: Callable[[], None]) -> None:
         super().__init__()
@@ -357,10 +351,7 @@ class AdapterRegistry:
                 resident.shared.users += 1
 
     def _evict(self, resident: _Resident) -> Sequence[_Resident]:
-        """Returns the adapters that make room for this one. Needs _lock.
-
-        Raises MemoryLimitError if it is too large, MemoryInUseError if it has to wait for requests.
-        """
+        """Returns the adapters that make room for it. Needs _lock. Raises MemoryLimitError or MemoryInUseError."""
         self._check_size(resident.key.partition("#")[0], resident.size)
         users = {other: other.users for other in self._residents.values()}
         size = sum(other.size for other in users) + resident.size

@@ -71,10 +71,7 @@ class RunningRequest:
 
 
 class ChosenTokens:
-    """A transformers logits processor that makes the tokens returned by `choose` the most likely ones.
-
-    choose: (rows, vocabulary) -> the token of each row.
-    """
+    """A logits processor of transformers with the tokens of `choose`, (rows, vocabulary) -> the token of each row."""
 
     supports_continuous_batching = True
 

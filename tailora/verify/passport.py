@@ -92,16 +92,12 @@ def write_passport(folder: Path, passport: Passport) -> Path:
 
 
 def passport_bytes(passport: Passport) -> bytes:
-    """Returns the content of passport.json."""
     return json.dumps(asdict(passport), ensure_ascii=False).encode()
 
 
 def read_passport(folder: Path, remedy: str | None = None) -> Passport:
-    """Raises FormatError if it is missing, damaged or does not belong to the weights in `folder`.
-
-    remedy: of the error message; by default, to export the adapter.
-    """
-    remedy = remedy or _remedy(folder)
+    """Raises FormatError, with the remedy, if it is missing, damaged or does not belong to the weights in `folder`."""
+    remedy = remedy or f"create a new one with `tailora export {folder} --to peft --output NEW_FOLDER`"
     if not (folder / PASSPORT).exists():
         raise FormatError(f"{folder} contains no {PASSPORT}; {remedy}")
     passport = read_own_json(folder / PASSPORT, Passport, remedy)
@@ -114,10 +110,6 @@ def read_passport(folder: Path, remedy: str | None = None) -> Passport:
     if not passport.weights or any(hashes.get(name) != digest for name, digest in passport.weights.items()):
         raise FormatError(f"{folder / PASSPORT} does not belong to the weights next to it; {remedy}")
     return passport
-
-
-def _remedy(folder: Path) -> str:
-    return f"create a new one with `tailora export {folder} --to peft --output NEW_FOLDER`"
 
 
 def _problems(passport: Passport) -> Iterable[str]:

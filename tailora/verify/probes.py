@@ -99,7 +99,8 @@ def make_passport(
     if held_out is not None:
         texts = _of_samples(held_out, chat_tokenizer, positions, first)
     elif chat_tokenizer.template is None:
-        texts = _written_texts(model, chat_tokenizer, seed)
+        written = sample_texts(model, tokenizer, count=TEXTS, length=TEXT_LENGTH, seed=seed)  # each after a first token
+        texts = _plain_texts([ids[1:] for ids in written], chat_tokenizer)
     else:
         texts = _answered_questions(model, chat_tokenizer, seed, first)
     if not texts:
@@ -164,19 +165,10 @@ def _answered_questions(model: Any, tokenizer: ChatTokenizer, seed: int, first: 
     return [replace(chat, ids=(*chat.ids, *reply)) for chat, reply in zip(chats, replies, strict=True)]
 
 
-def _written_texts(model: Any, tokenizer: ChatTokenizer, seed: int) -> list[ProbeText]:
-    """Returns texts written by the base, without a prompt."""
-    written = sample_texts(model, tokenizer.tokenizer, count=TEXTS, length=TEXT_LENGTH, seed=seed)
-    return _plain_texts([ids[1:] for ids in written], tokenizer)
-
-
 def _of_samples(
     samples: Sequence[Sample], tokenizer: ChatTokenizer, positions: int, first: Messages
 ) -> list[ProbeText]:
-    """Returns the first samples that are short enough, and whose messages are plain text.
-
-    first: the messages before a chat without a system message.
-    """
+    """Returns the first usable samples. first: the messages before a chat without a system message."""
     texts: list[ProbeText] = []
     for sample in map(_desired, samples):
         if len(texts) == len(QUESTIONS):
@@ -309,10 +301,7 @@ def q4_0(weight: Tensor) -> Tensor:
 
 
 def next_logprobs(model: nn.Module, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Tensor:
-    """Returns the log-probabilities of the next token after positions of every row, concatenated: (n, vocabulary).
-
-    rows: token ids.    positions: of each row.
-    """
+    """Returns the log-probabilities of the next token after these positions of each row, (n, vocabulary)."""
     device = next(model.parameters()).device
     length = max(map(len, rows))
     ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=device)  # (batch, length)
@@ -327,12 +316,6 @@ def next_logprobs(model: nn.Module, rows: Sequence[Sequence[int]], positions: Se
     return F.log_softmax(torch.cat(chosen).float(), dim=-1).cpu()
 
 
-def _chunks(texts: Sequence[ProbeText], vocabulary: int) -> Iterator[Sequence[ProbeText]]:
-    """Yields texts whose logits fit in CHUNK."""
-    count = max(1, CHUNK // (vocabulary * max((len(text.ids) for text in texts), default=1)))
-    yield from (texts[start : start + count] for start in range(0, len(texts), count))
-
-
 Spot = tuple[ProbeText, int]  # a text, and the position of the token after which it is cut
 
 
@@ -343,7 +326,8 @@ def _probes(
     progress: Callable[[int, int], None],
 ) -> list[Probe]:
     """Returns probes of plain completions where the adapter changes most, then one for the reply in each chat."""
-    chunks = list(_chunks(texts, len(tokenizer.tokenizer)))
+    count = max(1, CHUNK // (len(tokenizer.tokenizer) * max(len(text.ids) for text in texts)))
+    chunks = [texts[start : start + count] for start in range(0, len(texts), count)]
     chosen, controls = _spots(chunks, computations, tokenizer)
     words = {**chosen, **controls}
     plain: list[Probe] = []

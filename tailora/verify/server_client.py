@@ -88,10 +88,7 @@ class ServerClient(AbstractContextManager["ServerClient"]):
         model: str | None,
         progress: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> list[Observation | None]:
-        """Returns the server's answer to each probe; None if it lacks the endpoint.
-
-        Raises ServerError, also if it answers none of them.
-        """
+        """Returns the answer to each probe; None without the endpoint. Raises ServerError, also without any answer."""
         observations: list[Observation | None] = []
         for probe in probes:
             observations.append(self._ask(probe, model))
@@ -106,7 +103,13 @@ class ServerClient(AbstractContextManager["ServerClient"]):
         if endpoint in self.refusals:
             return None
         for top in [self._top[endpoint]] if endpoint in self._top else TOP:
-            answer = self._request("POST", endpoint, _request_body(probe, model, top))
+            body: dict[str, Any] = {"max_tokens": 1, "temperature": 0, "model": model}
+            if probe.text is not None:
+                body |= {"prompt": probe.text, "logprobs": top}
+            else:
+                body |= {"messages": probe.messages, "logprobs": None if top is None else True, "top_logprobs": top}
+            body = {name: value for name, value in body.items() if value is not None}
+            answer = self._request("POST", endpoint, body)
             if answer.status == 200:
                 self._top[endpoint] = top
                 return _observation(probe, self._body(answer, endpoint))
@@ -186,23 +189,11 @@ def choose_model(models: Mapping[str, str | None], name: str | None, folder_name
     raise ConfigError(f"the server has several models; choose one with --model: {', '.join(models)}")
 
 
-# ---- Requests and answers
-
-
-def _request_body(probe: Probe, model: str | None, top: int | None) -> dict[str, Any]:
-    body: dict[str, Any] = {"max_tokens": 1, "temperature": 0, "model": model}
-    if probe.text is not None:
-        body |= {"prompt": probe.text, "logprobs": top}
-    else:
-        body |= {"messages": probe.messages, "logprobs": None if top is None else True, "top_logprobs": top}
-    return {name: value for name, value in body.items() if value is not None}
+# ---- Answers
 
 
 def _observation(probe: Probe, body: Mapping[str, Any]) -> Observation:
-    """Reads an answer. Numbers that cannot be log-probabilities of one distribution are ignored.
-
-    Raises ServerError if the answer has no choice.
-    """
+    """Ignores numbers that cannot be log-probabilities of one distribution. Raises ServerError without a choice."""
     choices = body.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
     if not isinstance(choice, dict):

@@ -168,8 +168,11 @@ def _fit(pairs: Pairs, variants: Mapping[str, Variant], *, on_q4_0: bool) -> Fit
 
 def _squared_errors(probe: Probe, observation: Observation, predicted: Floats) -> tuple[Floats, float]:
     """Returns the mean squared errors of predictions (n, tokens) at a probe, (n,), and the weight of the probe."""
-    if not observation.has_logprobs:
-        return _regret(observation, predicted) ** 2, 1.0
+    if not observation.has_logprobs:  # compare how much more likely the most likely token is than the server's choice
+        chosen = np.log(np.maximum(1 - np.exp(predicted).sum(1), 1e-6))  # at most, if it is not in the file
+        if observation.chosen is not None:
+            chosen = predicted[:, observation.chosen]
+        return np.clip(predicted.max(1) - chosen, 0, LARGEST) ** 2, 1.0
     weights = np.exp(np.array([probe.logprobs[ADAPTER], probe.logprobs[BASE]])).mean(0)  # (tokens,)
     differences = np.zeros_like(predicted)
     for token in range(predicted.shape[1]):
@@ -180,16 +183,6 @@ def _squared_errors(probe: Probe, observation: Observation, predicted: Floats) -
     differences = np.clip(differences, -LARGEST, LARGEST)
     total = float(weights.sum())
     return (differences**2 @ weights) / max(total, 1e-12), total
-
-
-def _regret(observation: Observation, predicted: Floats) -> Floats:
-    """Returns how much more likely the most likely token is than the server's choice, (n,), in nats."""
-    if observation.chosen is not None:
-        chosen = predicted[:, observation.chosen]
-    else:  # a token that is not in the verification file has at most the remaining probability
-        chosen = np.log(np.maximum(1 - np.exp(predicted).sum(1), 1e-6))
-    regret: Floats = np.clip(predicted.max(1) - chosen, 0, LARGEST)
-    return regret
 
 
 def _distance(pairs: Pairs, expected: str, computed: str) -> float:
@@ -225,10 +218,7 @@ class Verification:
 def verify(
     passport: Passport, observations: Sequence[Observation | None], of_base: Sequence[Observation | None] | None = None
 ) -> Verification:
-    """Returns the verdict on a server from its answers to the probes.
-
-    of_base: its answers under the name of its base; None if it offers no base.
-    """
+    """Returns the verdict from the answers to the probes. of_base: those under the name of its base, if it has one."""
     kinds = _by_kind(passport, observations)
     fits = _fits(kinds, passport.variants)
     if of_base is not None:
@@ -246,21 +236,17 @@ def _fits(kinds: Mapping[str, Pairs], variants: Mapping[str, Variant]) -> dict[s
     return {name: fit for name, pairs in kinds.items() if (fit := fit_variants(pairs, variants)) is not None}
 
 
-def _rounding(fits: Mapping[str, Fit]) -> float:
-    """Returns how much the server may round, in units of the effect of Q4_0."""
-    fit = fits.get("base") or fits.get("controls")
-    if fit is None or not fit.has_logprobs:
-        return ROUNDING
-    return min(ROUNDING, MARGIN * min(fit.errors[ADAPTER], fit.errors[BASE]) / max(fit.rounding, 1e-12))
-
-
 def _combined(fits: Mapping[str, Fit], extra_tokens: Sequence[Sequence[int]]) -> Verdict:
     """Returns the verdict on all answers, if it also explains plain texts and chats separately.
 
     extra_tokens: for each of the two, how many more tokens than in training the server counts in its prompts.
     """
     whole, parts = fits["all"], [fits[name] for name in ("text", "chat") if name in fits]
-    rounding = _rounding(fits)
+    rounding = ROUNDING  # how much the server may round, in units of the effect of Q4_0
+    known = fits.get("base") or fits.get("controls")  # where its errors are only rounding
+    if known is not None and known.has_logprobs:
+        error = min(known.errors[ADAPTER], known.errors[BASE])
+        rounding = min(ROUNDING, MARGIN * error / max(known.rounding, 1e-12))
     verdict = _verdict_of(whole, rounding)
     if verdict == "unknown":
         return verdict
