@@ -55,7 +55,7 @@ class DataSettings:
     labels: the labels of the model's head, for tasks that have one.
     max_length: maximum tokens per example. Longer examples are truncated, training texts are split.
     system: the system message for conversations without one.
-    assistant_only_loss: train only the replies of a conversation.    completion_only_loss: train only completions, not
+    assistant_only_loss, completion_only_loss: train only the replies of a conversation; train only completions, not
         their prompts. None means yes for both, except that completion_only_loss=False trains everything.
     documents: whether an example of plain text contains one document, or blocks of all documents joined.
     validation_split, seed: share of the examples to hold out, and the seed for selecting them.
@@ -261,7 +261,8 @@ def fit_to_template(chat: Conversation, tokenizer: ChatTokenizer) -> Conversatio
     """
     if not has_tools(chat):
         return chat
-    template, forms = tokenizer.template or "", [_with_objects, _with_json]
+    template = tokenizer.template or ""
+    forms: list[Callable[[Conversation], Conversation]] = [_with_objects, lambda chat: _with_arguments(chat, _as_json)]
     if "tool_calls" not in template or not re.search(r"\btools\b", template):
         forms.append(tools_as_text)
     problems = []
@@ -283,10 +284,6 @@ def has_tools(chat: Conversation) -> bool:
 
 def _with_objects(chat: Conversation) -> Conversation:
     return _with_arguments(chat, lambda value: json.loads(value) if isinstance(value, str) else value)
-
-
-def _with_json(chat: Conversation) -> Conversation:
-    return _with_arguments(chat, _as_json)
 
 
 def _as_json(value: Any) -> str:

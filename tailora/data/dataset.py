@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -221,21 +221,13 @@ def with_other_replies(examples: Examples, seed: int, max_length: int) -> Exampl
     other = np.empty(len(examples), dtype=np.int64)
     other[order] = np.roll(order, 1)
     starts = [int(np.argmax(example.labels != IGNORED)) for example in examples]  # of the replies
-    pairs = Examples.of(
-        Example.of_two(
-            example, _with_reply(example, examples[int(j)], starts[i], starts[int(j)], max_length), example.target
-        )
-        for i, (example, j) in enumerate(zip(examples, other, strict=True))
-    )
-    return replace(pairs, mixture=examples.mixture)
-
-
-def _with_reply(example: Example, other: Example, start: int, other_start: int, max_length: int) -> Example:
-    reply = slice(other_start, other_start + max_length - start)
-    return Example(
-        np.concatenate([example.input_ids[:start], other.input_ids[reply]]),
-        np.concatenate([example.labels[:start], other.labels[reply]]),
-    )
+    pairs = []
+    for example, start, index in zip(examples, starts, other.tolist(), strict=True):
+        prompt, reply = slice(start), slice(starts[index], starts[index] + max_length - start)
+        ids = np.concatenate([example.input_ids[prompt], examples[index].input_ids[reply]])
+        labels = np.concatenate([example.labels[prompt], examples[index].labels[reply]])
+        pairs.append(Example.of_two(example, Example(ids, labels), example.target))
+    return replace(Examples.of(pairs), mixture=examples.mixture)
 
 
 def cut_into_blocks(documents: Iterable[Example], length: int, *, concatenated: bool) -> Iterator[Example]:
@@ -269,15 +261,10 @@ def _block(ids: Int32, document: Example) -> Example:
 # ---- The split
 
 
-class Split(NamedTuple):
-    train: list[int]
-    held_out: list[int]
-
-
 def split_examples(
     hashes: Sequence[bytes], share: float, seed: int, omitted: int = 0, classes: Sequence[int] = ()
-) -> Split:
-    """Splits the examples and returns the indices of each side. Equal examples go to the same side.
+) -> tuple[list[int], list[int]]:
+    """Returns the indices of the training examples and of the held-out ones. Equal examples go to the same side.
 
     share: of the examples to hold out, at least one; 0 holds out none. The same arguments give the same split.
     omitted: number of rows omitted because of --max-length, for the message.
@@ -285,7 +272,7 @@ def split_examples(
     Raises DataError for fewer than two distinct examples.
     """
     if not share:
-        return Split(list(range(len(hashes))), [])
+        return list(range(len(hashes))), []
     groups = group_equal(hashes)
     if len(groups) < 2:
         given = distinct_of(len(hashes), len(groups), "example")
@@ -302,7 +289,7 @@ def split_examples(
         if len(held_out) + len(groups[group]) <= target:
             held_out += groups[group]
     held_out = held_out or min(groups, key=len)
-    return Split(sorted(set(range(len(hashes))) - set(held_out)), sorted(held_out))
+    return sorted(set(range(len(hashes))) - set(held_out)), sorted(held_out)
 
 
 def _in_turns(order: list[int], classes: Sequence[int]) -> list[int]:
@@ -385,14 +372,10 @@ class DataReport:
     labels: dict[str, int]  # number of training examples or words with each label; {} for other tasks
     eval_labels: dict[str, int]
 
-    @property
-    def supervised_share(self) -> float:
-        return self.supervised_tokens / self.tokens
-
     def to_dict(self) -> dict[str, Any]:
-        content = {**asdict(self), **self.flagged}
+        content = {**asdict(self), **self.flagged, "supervised_share": self.supervised_tokens / self.tokens}
         del content["flagged"]
-        return {**content, "supervised_share": self.supervised_share}
+        return content
 
 
 WARNINGS = {  # count in the report -> name, meaning
@@ -446,9 +429,8 @@ def named_rows(locations: Sequence[str], count: int) -> str:
 def length_histogram(lengths: Int64, bins: int = 10) -> list[dict[str, int]]:
     """Returns the number of examples with low to high tokens, in geometric bins because few are very long."""
     edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, bins + 1).round().astype(np.int64))
-    counts, _ = np.histogram(lengths, edges)
-    ranges = zip(pairwise(edges.tolist()), counts.tolist(), strict=True)
-    return [{"low": start, "high": stop - 1, "examples": number} for (start, stop), number in ranges]
+    counts = zip(pairwise(edges.tolist()), np.histogram(lengths, edges)[0].tolist(), strict=True)
+    return [{"low": start, "high": stop - 1, "examples": number} for (start, stop), number in counts]
 
 
 def dataset_hash(*parts: Examples) -> str:

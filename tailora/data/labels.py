@@ -196,7 +196,10 @@ def read_labels(
     counts, source = Counter[str](), ", ".join(sources)
     for row, sample in samples:
         try:
-            counts.update(set(_names_of(sample, several)))
+            names: list[Any] = [sample.label] if isinstance(sample, Labelled) else sample.tags or []
+            if several and isinstance(sample, Labelled) and isinstance(sample.label, list):
+                names = sample.label
+            counts.update(set(map(_name, names)))
         except DataError as error:
             problems.append(row.problem(error))
     if problems and not skip_bad_rows:
@@ -213,10 +216,3 @@ def read_labels(
             f"with other {what}"
         )
     return Labels(task, _in_order(counts), several)
-
-
-def _names_of(sample: Labelled | Tagged, several: bool) -> list[str]:
-    """Raises DataError."""
-    if isinstance(sample, Tagged):
-        return [_name(tag) for tag in sample.tags or ()]
-    return list(map(_name, sample.label if several and isinstance(sample.label, list) else [sample.label]))

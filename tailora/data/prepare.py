@@ -33,14 +33,12 @@ from tailora.data.schemas import (
     PREFERENCE,
     TEXT,
     AnySample,
-    Choices,
     ColumnMapping,
     Conversation,
-    Schema,
     Text,
+    choices_from_preference,
     convert_row,
     detect_source_schema,
-    from_preference,
     weight_of,
 )
 from tailora.data.tokenize import EncodedSample, encode_samples
@@ -49,21 +47,6 @@ from tailora.errors import ConfigError, DataError, listing
 CHUNK = 1000  # rows to tokenize at a time
 
 # ---- Rows -> encoded samples
-
-
-def evaluation_schema(source: str, schema: Schema) -> Schema:
-    """Returns the schema for evaluation, where a pair of replies becomes choices. Raises DataError for feedback."""
-
-    def from_pair(values: dict[str, Any]) -> Choices:
-        pair = from_preference(values)
-        return Choices((pair.chosen, pair.rejected), 0)
-
-    if schema.name == FEEDBACK:
-        raise DataError(
-            f"data {source}: single replies with a label cannot be evaluated; use rows with chosen and rejected, or "
-            "only the desirable replies without the label"
-        )
-    return replace(schema, convert=from_pair) if schema.task == PREFERENCE else schema
 
 
 def encode_source(
@@ -78,8 +61,13 @@ def encode_source(
     settings = tokenizer.settings
     first = list(islice(items, detect_from))
     mapping = detect_source_schema(source, first, settings.field, settings.task)
-    if settings.for_evaluation:
-        mapping = replace(mapping, schema=evaluation_schema(source, mapping.schema))
+    if settings.for_evaluation and mapping.schema.name == FEEDBACK:
+        raise DataError(
+            f"data {source}: single replies with a label cannot be evaluated; use rows with chosen and rejected, or "
+            "only the desirable replies without the label"
+        )
+    if settings.for_evaluation and mapping.schema.task == PREFERENCE:
+        mapping = replace(mapping, schema=replace(mapping.schema, convert=choices_from_preference))
     if whole_texts and mapping.schema.name == TEXT:
         tokenizer = replace(tokenizer, settings=replace(settings, max_length=sys.maxsize))
     return mapping, _encode_rows(chain(first, items), mapping, tokenizer)
@@ -197,7 +185,9 @@ def prepare(
         for part, other, count in zip(trained, trained if eval_source else held_out, per_epoch, strict=True)
     ]
     report = _report(everything, sources, eval_source, (trained, held_out), (train, evaluated), chat_tokenizer)
-    samples = [sample for part in held_out for sample in part.samples or part.decoded(tokenizer)]
+    samples: list[AnySample] = []
+    for part in held_out:  # blocks of texts have no samples
+        samples += part.samples or [Text(tokenizer.decode(example.input_ids.tolist())) for example in part.examples]
     distinct = [copies[0] for copies in dataset.group_equal(evaluated.hashes())]
     evaluated, samples = evaluated.select(distinct), [samples[index] for index in distinct]
     if first.name == FEEDBACK:
@@ -228,7 +218,9 @@ def _report(
         for part in loaded
         for sample, example in zip(part.samples, part.examples, strict=False)  # blocks of texts have no samples
     ]
-    flagged.add("tools_as_text", *(location for sample, location in samples if _has_tools_as_text(sample, tokenizer)))
+    for sample, location in samples:
+        if isinstance(sample, Conversation) and has_tools(sample) and not has_tools(fit_to_template(sample, tokenizer)):
+            flagged.add("tools_as_text", location)
     flag_suspicious(flagged, samples, labels)
     flag_copies(flagged, *(((e.hash, part.location(e)) for part in side for e in part.examples) for side in sides))
     trained = loaded[: len(sources)]
@@ -259,10 +251,6 @@ def _report(
         labels={} if labels is None else labels.counts(train),
         eval_labels={} if labels is None else labels.counts(evaluated),
     )
-
-
-def _has_tools_as_text(sample: AnySample, tokenizer: ChatTokenizer) -> bool:
-    return isinstance(sample, Conversation) and has_tools(sample) and not has_tools(fit_to_template(sample, tokenizer))
 
 
 def _check_feedback(train: Examples, held_out: Examples, source: str) -> None:
@@ -310,9 +298,6 @@ class LoadedSource:
         concatenated = settings.documents == "concatenated"
         blocks = dataset.cut_into_blocks(self.examples, settings.max_length, concatenated=concatenated)
         return replace(self, examples=Examples.of(blocks), samples=[], is_whole=False)
-
-    def decoded(self, tokenizer: Any) -> list[AnySample]:
-        return [Text(tokenizer.decode(example.input_ids.tolist())) for example in self.examples]
 
 
 def _load_sources(sources: Sequence[Source], split: str, tokenizer: ChatTokenizer) -> list[LoadedSource]:

@@ -215,9 +215,7 @@ def read_json(path: Path) -> Rows:
         if isinstance(value, dict) and len(value) == 1:
             (inner,) = value.values()
             turn_keys = ("role", "from")  # a list of turns is a single conversation, so one row
-            if isinstance(inner, list) and all(
-                isinstance(item, dict) and not item.keys() & turn_keys for item in inner
-            ):
+            if isinstance(inner, list) and all(isinstance(i, dict) and not i.keys() & turn_keys for i in inner):
                 items = inner
         for number, item in enumerate(items, 1):
             yield _row(path, number, item, is_item=True)

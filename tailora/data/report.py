@@ -132,15 +132,11 @@ def _of_chat(chat: Conversation) -> Iterator[str]:
 
 
 def _of_labels(samples: Located, labels: Labels) -> Iterator[tuple[str, str]]:
-    rows = [
-        (
-            sample,
-            location,
-            [str(label) for label in (sample.label if isinstance(sample.label, list) else [sample.label])],
-        )
-        for sample, location in samples
-        if isinstance(sample, Labelled)
-    ]
+    rows = []
+    for sample, location in samples:
+        if isinstance(sample, Labelled):
+            values = sample.label if isinstance(sample.label, list) else [sample.label]
+            rows.append((sample, location, list(map(str, values))))
     counts = Counter(name for *_, names in rows for name in names)
     frequent: dict[str, str] = {}  # spelling without spaces and case -> the most frequent name
     for name, _ in counts.most_common():

@@ -202,12 +202,18 @@ def from_preference(values: dict[str, Any]) -> Preference:
     sides = {}
     for name, completion in (("chosen", chosen), ("rejected", rejected)):
         try:
-            sides[name] = _as_reply(prompt, completion, values)
+            sides[name] = from_prompt({**values, "prompt": prompt, "completion": completion})
         except DataError as error:
             raise DataError(str(error).replace("completion", name)) from None
     if sides["chosen"] == sides["rejected"]:
         raise DataError("chosen and rejected are the same, so there is nothing to learn")
     return Preference(**sides)
+
+
+def choices_from_preference(values: dict[str, Any]) -> Choices:
+    """For evaluation."""
+    pair = from_preference(values)
+    return Choices((pair.chosen, pair.rejected), 0)
 
 
 DESIRABLE = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}  # CSV has text; 1 == True
@@ -221,7 +227,7 @@ def from_feedback(values: dict[str, Any]) -> Feedback:
             f"label: expected true (desirable) or false, got {short_repr(label)}; to train on all completions without "
             "labels, use --task causal-lm"
         )
-    return Feedback(_as_reply(values["prompt"], values["completion"], values), DESIRABLE[key])
+    return Feedback(from_prompt(values), DESIRABLE[key])
 
 
 def from_labelled(values: dict[str, Any]) -> Labelled:
@@ -255,12 +261,6 @@ def from_tagged(values: dict[str, Any]) -> Tagged:
     if wrong := [tag for tag in tags if type(tag) not in (str, int) or tag == ""]:
         raise DataError(f"tags: expected text or integers, got {short_repr(wrong[0])}")
     return Tagged(words, tags)
-
-
-def _as_reply(prompt: Any, completion: Any, values: dict[str, Any]) -> Conversation | Pair:
-    """values: of the row, possibly with tools."""
-    tools = {"tools": values["tools"]} if "tools" in values else {}
-    return from_prompt({"prompt": prompt, "completion": completion, **tools})
 
 
 def _shared_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
@@ -492,9 +492,7 @@ def detect_schema(
         renamed_row = dict(row) | {key: row[column] for key, column in field.items() if column in row}
         counts.update(with_keys[columns_of_row])
         against.update(s for s in with_keys[columns_of_row] if task == AUTO and not s.fits(renamed_row))
-    columns = sorted(
-        {column for keys in with_keys for column in keys}
-    )  # sorted, because the order of a set changes between runs
+    columns = sorted({column for keys in with_keys for column in keys})  # the order of a set changes between runs
     problems = [
         f"--field {key}={column}: {what} {name!r}{nearest(name, known) or f'; expected one of {listed(sorted(known))}'}"
         for key, column in field.items()

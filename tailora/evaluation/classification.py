@@ -13,7 +13,6 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -25,7 +24,7 @@ from tailora.data.labels import Labels
 from tailora.data.prepare import check_vocabulary, read_eval_data
 from tailora.data.schemas import REGRESSION, TOKEN_CLASSIFICATION, Labelled, Tagged
 from tailora.data.tokenize import encode_samples, first_tokens
-from tailora.errors import ConfigError, DataError
+from tailora.errors import DataError, require_packages
 from tailora.evaluation.scores import BASE, TUNED, Progress, Score, Scores, models_to_score, token_budget
 from tailora.evaluation.statistics import Interval, mean_interval, paired_difference, share_difference, wilson_interval
 from tailora.model import LoRAModel
@@ -114,11 +113,7 @@ class LabelOutputs:
 
 
 def check_packages() -> None:
-    """Raises ConfigError if seqeval is not installed."""
-    try:
-        import seqeval  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(f"label scores require seqeval ({error}): pip install 'tailora[classify]'") from error
+    require_packages("seqeval", extra="classify")
 
 
 # ---- Values in many draws of a bootstrap at once, from counts
@@ -130,10 +125,7 @@ Statistic = Callable[[Floats], dict[str, Floats]]
 
 
 def _statistic(data: LabelOutputs) -> Statistic:
-    """Raises ConfigError if a package is missing."""
-    if data.labels.task == REGRESSION:
-        return partial(_numbers_in_draws, data.targets[:, 0], data.outputs[:, 0])
-    return _counted_in_draws(data)
+    return _of_numbers(data) if data.labels.task == REGRESSION else _of_counts(data)
 
 
 def _ratio(part: Floats, whole: Floats, otherwise: float = 0.0) -> Floats:
@@ -145,11 +137,11 @@ def _f1(hits: Floats, predicted: Floats, there: Floats) -> Floats:
     return _ratio(2 * hits, predicted + there)
 
 
-def _numbers_in_draws(truth: Floats, predicted: Floats, times: Floats) -> dict[str, Floats]:
-    size = times.sum(1)
-    return {
-        "mse": times @ (truth - predicted) ** 2 / size,
-        "mae": times @ np.abs(truth - predicted) / size,
+def _of_numbers(data: LabelOutputs) -> Statistic:
+    truth, predicted = data.targets[:, 0], data.outputs[:, 0]
+    return lambda times: {
+        "mse": times @ (truth - predicted) ** 2 / times.sum(1),
+        "mae": times @ np.abs(truth - predicted) / times.sum(1),
         "pearson": _correlation(truth[None], predicted[None], times),
         "spearman": _correlation(_ranks(truth, times), _ranks(predicted, times), times),
     }
@@ -187,7 +179,7 @@ def _auroc(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floa
     return _ratio((right * below).sum(1), right.sum(1) * wrong.sum(1), math.nan)
 
 
-def _counted_in_draws(data: LabelOutputs) -> Statistic:
+def _of_counts(data: LabelOutputs) -> Statistic:
     """Returns the statistic of classes, labels or types of entities. Raises ConfigError if seqeval is missing."""
     names, counts = _entity_counts(data) if data.has_entities else _class_counts(data)
     right, of_labels = data.by_row(_hits(data)), _scores_and_truth(data)
@@ -416,17 +408,16 @@ def evaluate_labels(
         with activated():
             evaluation = _evaluate(model, tokenizer, labels, examples, progress)
         outputs[name] = LabelOutputs.of(labels, examples, evaluation), evaluation
-    scores = {name: {"loss": _loss(evaluation), **label_scores(data)} for name, (data, evaluation) in outputs.items()}
+    scores = {}
+    for name, (outputs_of_model, evaluation) in outputs.items():
+        loss = Score(*mean_interval(evaluation.sums, evaluation.counts), len(evaluation.counts))
+        scores[name] = {"loss": loss, **label_scores(outputs_of_model)}
     change = None
     if BASE in outputs:
         (before, old), (after, new) = outputs[BASE], outputs[TUNED]
         loss = Score(*paired_difference(old.sums, new.sums, new.counts), len(new.counts))
         change = {"loss": loss, **label_changes(before, after)}
     return Scores(scores[TUNED], scores.get(BASE), change, data=facts, labels=label_details(outputs[TUNED][0]))
-
-
-def _loss(evaluation: Evaluation) -> Score:
-    return Score(*mean_interval(evaluation.sums, evaluation.counts), len(evaluation.counts))
 
 
 def _evaluate(model: LoRAModel, tokenizer: Any, labels: Labels, examples: Examples, progress: Progress) -> Evaluation:
@@ -459,19 +450,16 @@ def predict_labels(
         return [row for row in encoded if isinstance(row, DataError)]
     examples = Examples.of(row.example for row in usable)
     outputs = LabelOutputs.of(labels, examples, _evaluate(model, tokenizer, labels, examples, progress))
-    starts = iter(np.cumsum([0, *outputs.counts]))
-    counts = iter(outputs.counts)
+    ends = np.cumsum(outputs.counts)
+    parts = map(slice, ends - outputs.counts, ends)
     predictions: list[dict[str, Any] | DataError] = []
     for sample, row in zip(samples, encoded, strict=True):
         if isinstance(row, DataError):
             predictions.append(row)
-            continue
-        start, count = next(starts), next(counts)
-        part = slice(start, start + count)
-        if isinstance(sample, Tagged):
-            predictions.append(_tags(sample, outputs, part, chat_tokenizer))
+        elif isinstance(sample, Tagged):
+            predictions.append(_tags(sample, outputs, next(parts), chat_tokenizer))
         else:
-            predictions.append(_prediction(outputs, start))
+            predictions.append(_prediction(outputs, next(parts).start))
     return predictions
 
 
@@ -491,10 +479,9 @@ def _tags(sample: Tagged, outputs: LabelOutputs, part: slice, tokenizer: ChatTok
     _, firsts, _ = first_tokens(sample.tokens, tokenizer)
     tags, probabilities = iter(outputs.predicted[part]), iter(outputs.probabilities[part])
     names = outputs.labels.names
-    has_token = [first >= 0 for first in firsts]
     return {
-        "tags": [names[next(tags)] if known else None for known in has_token],
+        "tags": [names[next(tags)] if first >= 0 else None for first in firsts],
         "probabilities": [
-            dict(zip(names, next(probabilities).tolist(), strict=True)) if known else None for known in has_token
+            dict(zip(names, next(probabilities).tolist(), strict=True)) if first >= 0 else None for first in firsts
         ],
     }

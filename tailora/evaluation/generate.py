@@ -82,8 +82,12 @@ def chat_ids(messages: Messages, tokenizer: Any) -> list[int]:
     """
     chat_tokenizer = ChatTokenizer.of(tokenizer)
     if chat_tokenizer.template is None:
-        return plain_ids("\n".join(message["content"] for message in messages), tokenizer)
+        return plain_ids(plain_text(messages), tokenizer)
     return chat_tokenizer.token_ids(chat_tokenizer.render(messages, add_generation_prompt=True))
+
+
+def plain_text(messages: Messages) -> str:
+    return "\n".join(message["content"] for message in messages)
 
 
 def plain_ids(text: str, tokenizer: Any) -> list[int]:
@@ -179,8 +183,7 @@ def stream_reply(
     Raises DataError if the chat template rejects the messages, or they fill the model's positions.
     """
     if is_seq2seq(model):
-        text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
-        ids = encoder_ids(text, tokenizer)
+        ids = encoder_ids(prompt if isinstance(prompt, str) else plain_text(prompt), tokenizer)
     else:
         ids = plain_ids(prompt, tokenizer) if isinstance(prompt, str) else chat_ids(prompt, tokenizer)
     arguments = generation_arguments(
@@ -240,13 +243,12 @@ def compare_answers(
     prompts = [prompt for prompt, _ in asked]
     references = ["" if isinstance(question, str | Text) else reply_text(question, tokenizer) for _, question in asked]
     texts: list[list[str]] = []  # of the tuned model, then of the base
-    synced_gpus = is_sharded(model)  # no rank stops before the others
     with evaluating(model):
         for which in (nullcontext(), model.disable_adapter()):
             texts.append([])
             with which:
                 for prompt in prompts:
-                    texts[-1].append(_greedy_answer(model, tokenizer, prompt.ids, max_new_tokens, synced_gpus))
+                    texts[-1].append(_greedy_answer(model, tokenizer, prompt.ids, max_new_tokens))
                     progress(sum(map(len, texts)), 2 * len(prompts))
     return [
         Answer(prompt.text, base, tuned, prompt.earlier_messages, reference)
@@ -254,12 +256,13 @@ def compare_answers(
     ]
 
 
-def _greedy_answer(model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int, synced_gpus: bool) -> str:
+def _greedy_answer(model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int) -> str:
     """Returns the answer, with … at the end if it is truncated.
 
     Prompts are answered one by one: padding to a common length would change the rounding, and thus the text.
     """
     arguments = generation_arguments(model, tokenizer, ids, max_new_tokens=max_new_tokens)
-    new = new_tokens(model, model.generate(**arguments, synced_gpus=synced_gpus)[0], ids)  # (length,)
+    output = model.generate(**arguments, synced_gpus=is_sharded(model))  # then no rank stops before the others
+    new = new_tokens(model, output[0], ids)  # (length,)
     is_cut = int(new[-1]) not in (arguments["generation_config"].eos_token_id or [])
     return str(tokenizer.decode(new, skip_special_tokens=True)).strip() + ("…" if is_cut else "")

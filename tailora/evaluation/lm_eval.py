@@ -6,7 +6,7 @@ The adapter works inside the base model's layers, so the harness gets the base m
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,10 @@ def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
         try:
             loaded = manager.load(list(names))
         except (DatasetsError, ImportError, OSError, ValueError) as error:
+            cause = str(error).strip().partition("\n")[0]
             raise DataError(
-                f"--tasks {','.join(names)}: cannot load the tasks: {_first_line(error)}. If data is missing, run this "
-                "once with network access; if a package is missing, install it; otherwise fix the task's YAML file"
+                f"--tasks {','.join(names)}: cannot load the tasks: {cause}. If data is missing, run this once with "
+                "network access; if a package is missing, install it; otherwise fix the task's YAML file"
             ) from None
     metrics = [
         f"{name}/{_metric_name(metric, task_filter['name'])}"
@@ -66,10 +67,6 @@ def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
     ]
     groups = [f"{group}/{metric.partition('/')[2]}" for group in loaded["groups"] for metric in metrics]
     return Tasks(tuple(names), manager, tuple(dict.fromkeys([*metrics, *groups])))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _task_manager(names: Sequence[str], include_path: Path | None) -> Any:
@@ -134,23 +131,13 @@ def evaluate_tasks(
                 **options,
             )
         metrics[name] = dict(_task_metrics(output))
-    tuned = metrics[TUNED]
-    scores = Scores(
+    tuned, before = metrics[TUNED], metrics.get(BASE)
+    versions, shots = dict(output["versions"]), dict(output["n-shot"])
+    return Scores(
         metrics={name: metric.score() for name, metric in tuned.items()},
-        base=None,
-        change=None,
-        tasks={
-            "lm_eval": output["lm_eval_version"],
-            "versions": dict(output["versions"]),
-            "shots": dict(output["n-shot"]),
-        },
-    )
-    if (before := metrics.get(BASE)) is None:
-        return scores
-    return replace(
-        scores,
-        base={name: metric.score() for name, metric in before.items()},
-        change={name: metric.change_from(before[name]) for name, metric in tuned.items()},
+        base=None if before is None else {name: metric.score() for name, metric in before.items()},
+        change=None if before is None else {name: metric.change_from(before[name]) for name, metric in tuned.items()},
+        tasks={"lm_eval": output["lm_eval_version"], "versions": versions, "shots": shots},
     )
 
 
@@ -162,23 +149,15 @@ def _task_metrics(output: Mapping[str, Any]) -> Iterator[tuple[str, _TaskMetric]
             if not comma or metric.endswith(STDERR) or not isinstance(value, int | float):
                 continue
             error = numbers.get(f"{metric}{STDERR},{filter_name}")
+            error = float(error) if isinstance(error, int | float) else math.nan
             documents = tuple(_documents(output["samples"].get(task, ()), metric, filter_name, float(value)))
-            yield (
-                f"{task}/{_metric_name(metric, filter_name)}",
-                _TaskMetric(
-                    float(value),
-                    float(error) if isinstance(error, int | float) else math.nan,
-                    documents,
-                    numbers.get("sample_len") or len(documents),
-                ),
-            )
+            size = numbers.get("sample_len") or len(documents)
+            yield f"{task}/{_metric_name(metric, filter_name)}", _TaskMetric(float(value), error, documents, size)
 
 
 def _documents(samples: Iterable[Mapping[str, Any]], metric: str, filter_name: str, value: float) -> list[float]:
     """Returns the metric of every document, or [] if `value` is not their mean."""
     values = [sample.get(metric) for sample in samples if sample["filter"] == filter_name]
     numbers = [float(number) for number in values if isinstance(number, int | float)]
-    if not numbers:
-        return []
-    is_mean = len(numbers) == len(values) and math.isclose(np.mean(numbers), value, rel_tol=1e-6)
-    return numbers if is_mean else []
+    is_complete = numbers and len(numbers) == len(values)
+    return numbers if is_complete and math.isclose(np.mean(numbers), value, rel_tol=1e-6) else []

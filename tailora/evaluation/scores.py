@@ -22,22 +22,13 @@ from tailora.core.attach import evaluating
 from tailora.core.config import LoRAConfig
 from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import Examples, distinct_of
-from tailora.data.prepare import (
-    EvalDataReport,
-    check_vocabulary,
-    prepare,
-    read_eval_data,
-)
+from tailora.data.prepare import EvalDataReport, check_vocabulary, prepare, read_eval_data
 from tailora.data.schemas import AUTO, PREFERENCE, SEQ2SEQ, Conversation, Pair
 from tailora.data.tokenize import EncodedSample, reply_text
 from tailora.errors import ConfigError, DataError, listing, nearest
 from tailora.evaluation.generate import free_positions, generation_arguments, is_seq2seq, new_tokens, prompt_of
 from tailora.evaluation.metrics import CHANGE, METRICS
-from tailora.evaluation.multiple_choice import (
-    log_likelihoods,
-    right_is_likeliest,
-    tokenize_choices,
-)
+from tailora.evaluation.multiple_choice import log_likelihoods, right_is_likeliest, tokenize_choices
 from tailora.evaluation.statistics import Interval, mean_interval, paired_difference, share_difference, wilson_interval
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
@@ -115,7 +106,6 @@ class Scores:
         return {name: score.value for name, score in self.metrics.items()} | changes
 
     def only(self, names: Sequence[str]) -> "Scores":
-        """Returns the scores of these names."""
         chosen: dict[str, Any] = {
             part: {name: scores[name] for name in scores if name in names}
             for part in ("metrics", "base", "change")
@@ -136,8 +126,6 @@ class Scores:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-
         def scores(of: Mapping[str, Score] | None) -> dict[str, Any] | None:
             return None if of is None else {name: score.to_dict() for name, score in of.items()}
 
@@ -225,7 +213,7 @@ def choose_metrics(facts: EvalDataReport, metrics: Sequence[str], extra: Sequenc
     has_choices = facts.shape in ("choices", "preference")  # of a pair of replies the chosen one is right
     default = ("accuracy", "accuracy_norm") if has_choices else ("loss", "perplexity")
     wanted = {name.removesuffix(CHANGE) for name in (*(metrics or default), *extra)}
-    has_reply = has_choices or facts.shape != "text"
+    has_reply = facts.shape != "text"
     lacking = [name for name in NEEDS if name in wanted and not (has_reply if name == "exact_match" else has_choices)]
     if lacking:
         needs = " and ".join(f"{name} needs {NEEDS[name]}" for name in lacking)

@@ -86,9 +86,7 @@ def _columns(basis: Tensor) -> Tensor:
 def inner_product(first: Factors, second: Factors) -> float:
     """Returns <dW1, dW2> = tr((B1^T B2) (A2 A1^T)), summed over the groups, in float64 on the CPU."""
     B1, A1, B2, A2 = (factor.cpu().double() for factor in (first.B, first.A, second.B, second.A))
-    left = B1.mT @ B2  # (groups, r1, r2)
-    right = A1 @ A2.mT
-    return float((left * right).sum())
+    return float(((B1.mT @ B2) * (A1 @ A2.mT)).sum())  # products of (groups, r1, r2)
 
 
 # ---- Intruder dimensions: singular vectors of the tuned weight that are missing from the base's weight
@@ -138,9 +136,9 @@ def intruder_counter(
         similar = (shares >= threshold**2).any(0)
         intruders = ~similar & (1 - shares.sum(0) < threshold**2)
         undecided = ~similar & ~intruders
-        if not undecided.any():
-            return int(intruders.sum())
-        return int(intruders.sum() + (all_cosines()(u[:, undecided]).abs().amax(0) < threshold).sum())
+        if undecided.any():
+            intruders[undecided] = all_cosines()(u[:, undecided]).abs().amax(0) < threshold
+        return int(intruders.sum())
 
     return count
 
@@ -282,7 +280,6 @@ def module_report(update: Update, *, seed: int = 0, count_intruders: bool = True
 
 
 def with_energy(reports: Iterable[ModuleReport]) -> list[ModuleReport]:
-    """Adds each module's share of the adapter's energy."""
     modules = list(reports)
     total = sum(module.norm**2 for module in modules)
     return [replace(module, energy=module.norm**2 / total if total else 0.0) for module in modules]

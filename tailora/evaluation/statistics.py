@@ -308,7 +308,6 @@ def preference_metrics(scores: Scores) -> dict[str, Interval]:
 
 
 def describe_preferences(before: Mapping[str, Interval], after: Mapping[str, Interval]) -> str:
-    """Describes the change in a sentence."""
     accuracy = after["accuracy"]
     share, are_pairs = f"{accuracy.value:.0%}", "likelier" in after
     text = f"Rewards put {share} of the pairs in the right order"
