@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -18,24 +19,14 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from tailora.data.dataset import Int32, Int64
 from tailora.data.labels import Labels
 from tailora.data.messages import REASONING, SURROGATE, Messages, Tools
-from tailora.data.schemas import (
-    AUTO,
-    AnySample,
-    Choices,
-    Conversation,
-    Feedback,
-    Labelled,
-    Pair,
-    Preference,
-    Tagged,
-    Text,
-)
+from tailora.data.schemas import AUTO, AnySample, Choices, Conversation, Feedback, Pair, Preference
 from tailora.errors import DataError
 
 # ---- A tokenizer, its chat template, and the settings of the data
 
 Span = tuple[int, int]  # start and end, in characters
 GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
+PIECE = 2**16  # characters to tokenize at once: many megabytes would take minutes, and gigabytes of memory
 MOST_CACHED = 100  # characters of a cached text; caching the prompts of all rows would fill the memory
 
 
@@ -138,6 +129,23 @@ class ChatTokenizer:
 
     def tokenize(self, texts: list[str]) -> list[Tokens]:
         """Returns the tokens of every text, without adding special tokens."""
+        short = iter(self._tokenize([text for text in texts if len(text) <= PIECE]))
+        return [next(short) if len(text) <= PIECE else self._tokenize_long(text) for text in texts]
+
+    def _tokenize_long(self, text: str) -> Tokens:
+        """Tokenizes a text in pieces of at most PIECE characters that begin with the space before a word.
+
+        Tokenizers split texts there anyway, so the tokens stay the same unless a piece has no such space.
+        """
+        starts = [0]
+        while starts[-1] + PIECE < len(text):
+            spaces = [match.start() for match in re.finditer(r"(?<=\w) (?=\w)", text[starts[-1] : starts[-1] + PIECE])]
+            starts.append(starts[-1] + (spaces[-1] if spaces else PIECE))
+        pieces = self._tokenize([text[start:end] for start, end in pairwise([*starts, len(text)])])
+        offsets = [piece.offsets + start for piece, start in zip(pieces, starts, strict=True)]
+        return Tokens(np.concatenate([piece.ids for piece in pieces]), np.concatenate(offsets))
+
+    def _tokenize(self, texts: list[str]) -> list[Tokens]:
         if not texts:
             return []
         fast = self.tokenizer.is_fast
@@ -211,7 +219,7 @@ def to_conversation(sample: Conversation | Pair) -> Conversation:
 
 
 def with_system(sample: AnySample, tokenizer: ChatTokenizer) -> AnySample:
-    """Returns the sample with the system message of the settings, unless it already has one or is plain text.
+    """Returns the sample with the system message of the settings, unless it already has one or contains no chat.
 
     Raises DataError without a chat template.
     """
@@ -222,9 +230,9 @@ def with_system(sample: AnySample, tokenizer: ChatTokenizer) -> AnySample:
             return Preference(_with_system(sample.chosen, tokenizer), _with_system(sample.rejected, tokenizer))
         case Feedback():
             return replace(sample, reply=_with_system(sample.reply, tokenizer))
-        case Text() | Labelled() | Tagged():
-            return sample
-    return _with_system(sample, tokenizer)
+        case Conversation() | Pair():
+            return _with_system(sample, tokenizer)
+    return sample
 
 
 def _with_system(sample: Conversation | Pair, tokenizer: ChatTokenizer) -> Conversation | Pair:
@@ -236,12 +244,9 @@ def _with_system(sample: Conversation | Pair, tokenizer: ChatTokenizer) -> Conve
     chat = to_conversation(sample)
     if any(message["role"] in ("system", "developer") for message in chat.messages):
         return chat
-    return replace(
-        chat,
-        messages=[{"role": "system", "content": system}, *chat.messages],
-        first=chat.first + (chat.first > 0),
-        untrained=frozenset(index + 1 for index in chat.untrained),
-    )
+    messages = [{"role": "system", "content": system}, *chat.messages]
+    untrained = frozenset(index + 1 for index in chat.untrained)
+    return replace(chat, messages=messages, first=chat.first + (chat.first > 0), untrained=untrained)
 
 
 # ---- Tools: in the format of the template

@@ -62,13 +62,8 @@ class Example:
         return tuple(Example(self.input_ids[part], self.labels[part], self.source_index) for part in parts)
 
     def beginning(self, tokens: int) -> "Example":
-        """Returns its first tokens."""
-        return replace(
-            self,
-            input_ids=self.input_ids[:tokens],
-            labels=self.labels[:tokens],
-            second_start=self.second_start if self.second_start < tokens else 0,
-        )
+        second_start = self.second_start if self.second_start < tokens else 0
+        return replace(self, input_ids=self.input_ids[:tokens], labels=self.labels[:tokens], second_start=second_start)
 
     @classmethod
     def of_text(cls, input_ids: Int32, is_trained: NDArray[np.bool_] | bool = True) -> Self:
@@ -83,14 +78,9 @@ class Example:
     @classmethod
     def of_two(cls, first: "Example", second: "Example", target: Float64 | None = None) -> "Example":
         """Returns both as one example with two sequences."""
-        return cls(
-            np.concatenate([first.input_ids, second.input_ids]),
-            np.concatenate([first.labels, second.labels]),
-            first.source_index,
-            len(first.input_ids),
-            target,
-            first.weight,
-        )
+        input_ids = np.concatenate([first.input_ids, second.input_ids])
+        labels = np.concatenate([first.labels, second.labels])
+        return cls(input_ids, labels, first.source_index, len(first.input_ids), target, first.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +148,10 @@ class Examples:
             raise IndexError(f"example {index} of {len(self)}")
         index %= len(self)
         tokens = slice(self.starts[index], self.starts[index + 1])
-        return Example(
-            self.input_ids[tokens],
-            self.labels[tokens],
-            int(self.source_indices[index]),
-            int(self.second_starts[index]),
-            None if self.targets is None else self.targets[index],
-            float(self.weights[index]),
-        )
+        source_index, second_start = int(self.source_indices[index]), int(self.second_starts[index])
+        target = None if self.targets is None else self.targets[index]
+        ids, labels = self.input_ids[tokens], self.labels[tokens]
+        return Example(ids, labels, source_index, second_start, target, float(self.weights[index]))
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
@@ -181,7 +167,6 @@ class Examples:
 
     @property
     def epoch_size(self) -> int:
-        """The number of examples in an epoch."""
         return len(self) if self.mixture is None else sum(self.mixture.counts)
 
     def epoch(self, number: int, seed: int) -> Int64:
@@ -333,8 +318,6 @@ def sources_of(report: Mapping[str, Any]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class SourceReport:
-    """Counts of one training source."""
-
     name: str
     weight: float
     shape: str

@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any, Literal, NamedTuple
@@ -149,9 +149,8 @@ def conversations(dataset: dict[str, Any]) -> Iterator[Messages]:
     """Yields the suitable beginnings of chats in `dataset.json`, each once, sorted by the hashes of the chat ids."""
     seen = set()
     for key in sorted(dataset, key=lambda key: hashlib.sha256(key.encode()).digest()):
-        lines = [
-            (line["sender"], " ".join(line["text"].split())) for block in dataset[key]["messages"] for line in block
-        ]
+        messages = chain.from_iterable(dataset[key]["messages"])
+        lines = [(message["sender"], " ".join(message["text"].split())) for message in messages]
         by_sender = groupby((line for line in lines if line[1]), key=lambda line: line[0])  # one turn each
         turns = [(sender, " ".join(text for _, text in turn)) for sender, turn in by_sender]
         opening = tuple(text for _, text in turns[:TURNS])

@@ -72,7 +72,6 @@ class Labels:
 
     @classmethod
     def of_config(cls, task: str, names: Sequence[str], problem_type: str | None) -> "Labels":
-        """Returns the labels of a model from its config."""
         return cls(REGRESSION if problem_type == REGRESSION else task, tuple(names), problem_type == MULTI)
 
     def target(self, value: LabelValue) -> Float64:

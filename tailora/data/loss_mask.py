@@ -298,13 +298,11 @@ def _mask_from_offsets(
 
 
 def _mask_from_pieces(rendered: RenderedSample, tokenizer: ChatTokenizer) -> tuple[Int32, Bools]:
-    """Tokenizes prompts and replies separately."""
     ids: list[int] = []
     mask: list[bool] = []
-    previous_end = 0
-    text_end = len(rendered.text)
-    for start, end in [*rendered.trained_spans, (text_end, text_end)]:
-        for piece, is_trained in ((rendered.text[previous_end:start], False), (rendered.text[start:end], True)):
+    text, previous_end = rendered.text, 0
+    for start, end in [*rendered.trained_spans, (len(text), len(text))]:
+        for piece, is_trained in ((text[previous_end:start], False), (text[start:end], True)):
             piece_ids = tokenizer.token_ids(piece) if piece else []
             ids += piece_ids
             mask += [is_trained] * len(piece_ids)

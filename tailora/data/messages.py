@@ -139,7 +139,6 @@ def _tool_call(call: Any, name: str) -> dict[str, Any]:
 
 
 def _parsed(text: str, name: str) -> Any:
-    """Reads JSON text within a row."""
     try:
         return json.loads(text_value(text, name))
     except (ValueError, RecursionError) as error:

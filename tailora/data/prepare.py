@@ -18,15 +18,7 @@ from tailora.data.chat_template import ChatTokenizer, DataSettings, fit_to_templ
 from tailora.data.dataset import WARNINGS, DataReport, Example, Examples, Mixture, SourceReport, with_other_replies
 from tailora.data.demo import resolve_demo
 from tailora.data.readers import Row, RowProblem, Rows, Source, data_error, read_rows
-from tailora.data.report import (
-    Flagged,
-    RowCounts,
-    count_messages,
-    flag_copies,
-    flag_suspicious,
-    most_frequent,
-    sample_hash,
-)
+from tailora.data.report import Flagged, RowCounts, count_messages, most_frequent, sample_hash
 from tailora.data.schemas import (
     CAUSAL_LM,
     FEEDBACK,
@@ -221,8 +213,8 @@ def _report(
     for sample, location in samples:
         if isinstance(sample, Conversation) and has_tools(sample) and not has_tools(fit_to_template(sample, tokenizer)):
             flagged.add("tools_as_text", location)
-    flag_suspicious(flagged, samples, labels)
-    flag_copies(flagged, *(((e.hash, part.location(e)) for part in side for e in part.examples) for side in sides))
+    flagged.add_suspicious(samples, labels)
+    flagged.add_copies(*(((e.hash, part.location(e)) for part in side for e in part.examples) for side in sides))
     trained = loaded[: len(sources)]
     mappings = [part.mapping for part in trained]
     lengths = np.concatenate([train.lengths, evaluated.lengths])

@@ -39,6 +39,33 @@ class Flagged:
             self.add(name, *other.locations[name])
             self.numbers[name] += number - len(other.locations[name])
 
+    def add_suspicious(self, samples: "Located", labels: Labels | None) -> None:
+        """Adds usable rows that look like mistakes."""
+        chats = (
+            (name, location)
+            for sample, location in samples
+            for part in tokenized_parts(sample)
+            if not isinstance(part, Text)
+            for name in _of_chat(to_conversation(part))
+        )
+        of_labels = [] if labels is None else _of_labels(samples, labels)
+        for name, location in dict.fromkeys(chain(chats, of_labels)):  # once per row, also if it has several parts
+            self.add(name, location)
+
+    def add_copies(self, train: Iterable[tuple[bytes, str]], held_out: Iterable[tuple[bytes, str]]) -> None:
+        """Adds duplicates within the training examples, within the held-out ones, and across the split.
+
+        train, held_out: hash and location of each example.
+        """
+        trained, evaluated = set[bytes](), set[bytes]()
+        for examples, name, seen in ((train, "repeated", trained), (held_out, "eval_copies", evaluated)):
+            for value, location in examples:
+                if value in seen:
+                    self.add(name, location)
+                if seen is evaluated and value in trained:
+                    self.add("duplicates", location)
+                seen.add(value)
+
 
 @dataclass(slots=True)
 class RowCounts:
@@ -108,20 +135,6 @@ def count_messages(samples: Iterable[object]) -> dict[str, int]:
 Located: TypeAlias = Sequence[tuple[AnySample, str]]  # samples and the locations of their rows
 
 
-def flag_suspicious(flagged: Flagged, samples: Located, labels: Labels | None) -> None:
-    """Adds usable rows that look like mistakes."""
-    chats = (
-        (name, location)
-        for sample, location in samples
-        for part in tokenized_parts(sample)
-        if not isinstance(part, Text)
-        for name in _of_chat(to_conversation(part))
-    )
-    of_labels = [] if labels is None else _of_labels(samples, labels)
-    for name, location in dict.fromkeys(chain(chats, of_labels)):  # once per row, also if it has several parts
-        flagged.add(name, location)
-
-
 def _of_chat(chat: Conversation) -> Iterator[str]:
     if any(message["role"] == "user" and not message["content"].strip() for message in chat.messages):
         yield "empty_question"
@@ -156,26 +169,10 @@ def sample_hash(sample: AnySample) -> bytes:
     """Returns 8 bytes that depend only on the content, not on columns, tokenizer or truncation."""
 
     def plain(value: Any) -> Any:
-        return (
-            sorted(value) if isinstance(value, frozenset) else {f.name: getattr(value, f.name) for f in fields(value)}
-        )
+        is_set = isinstance(value, frozenset)
+        return sorted(value) if is_set else {f.name: getattr(value, f.name) for f in fields(value)}
 
     return hashlib.sha256(json.dumps(sample, sort_keys=True, default=plain).encode()).digest()[:8]
-
-
-def flag_copies(flagged: Flagged, train: Iterable[tuple[bytes, str]], held_out: Iterable[tuple[bytes, str]]) -> None:
-    """Adds duplicates within the training examples, within the held-out ones, and across the split.
-
-    train, held_out: hash and location of each example.
-    """
-    trained, evaluated = set[bytes](), set[bytes]()
-    for examples, name, seen in ((train, "repeated", trained), (held_out, "eval_copies", evaluated)):
-        for value, location in examples:
-            if value in seen:
-                flagged.add(name, location)
-            if seen is evaluated and value in trained:
-                flagged.add("duplicates", location)
-            seen.add(value)
 
 
 def _spelling(name: str) -> str:

@@ -475,10 +475,8 @@ def detect_schema(
     schemas = [schema for schema in SCHEMAS if schema.task in (FOUND_FROM_ROWS if task == AUTO else (task,))]
     if not has_labels:
         field = {key: column for key, column in field.items() if key not in LABEL_KEYS}
-        schemas = [
-            replace(schema, required=tuple(key for key in schema.required if key not in LABEL_KEYS))
-            for schema in schemas
-        ]
+        without_labels = [tuple(key for key in schema.required if key not in LABEL_KEYS) for schema in schemas]
+        schemas = [replace(schema, required=keys) for schema, keys in zip(schemas, without_labels, strict=True)]
     renamed = {column: key for key, column in field.items()}
     with_keys: dict[frozenset[str], list[Schema]] = {}  # keys of a row -> the schemas that fit
     counts, against = Counter[Schema](), Counter[Schema]()
@@ -586,7 +584,6 @@ def weight_of(row: Row, mapping: ColumnMapping) -> float:
 
 
 def convert_row(row: Row, mapping: ColumnMapping) -> AnySample | RowProblem:
-    """Returns the row's sample, or the problem with it."""
     try:
         weight_of(row, mapping)
         return mapping.schema.convert(mapping.values(row.fields))

@@ -5,23 +5,15 @@ seq2seq             the prompt for the encoder, the completion for the decoder
 classification      texts with a target, words with their tags
 """
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-from tailora.data.chat_template import (
-    ChatTokenizer,
-    DataSettings,
-    Tokens,
-    fit_to_template,
-    to_conversation,
-    with_system,
-)
+from tailora.data.chat_template import ChatTokenizer, DataSettings, fit_to_template, to_conversation, with_system
 from tailora.data.dataset import IGNORED, Example, Int32
 from tailora.data.labels import Labels
 from tailora.data.loss_mask import RenderedSample, loss_mask, render_sample
@@ -39,8 +31,6 @@ from tailora.data.schemas import (
     Text,
 )
 from tailora.errors import DataError
-
-PIECE = 2**16  # characters to tokenize at once: many megabytes would take minutes, and gigabytes of memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,14 +149,11 @@ def _join(sample: AnySample, parts: Sequence[list[EncodedSample] | DataError]) -
 def _encode_texts(samples: Sequence[Sample], tokenizer: ChatTokenizer) -> list[list[EncodedSample] | DataError]:
     rendered: list[list[RenderedSample] | DataError] = [_result_of(render_sample, s, tokenizer) for s in samples]
     texts = [part.text for parts in rendered if not isinstance(parts, DataError) for part in parts]
-    tokens = iter(tokenizer.tokenize([text for text in texts if len(text) <= PIECE]))
+    tokens = iter(tokenizer.tokenize(texts))
     max_length = tokenizer.settings.max_length
 
     def encode(parts: list[RenderedSample]) -> list[EncodedSample]:
-        examples = []
-        for part in parts:
-            of_text = tokenize_long(part.text, tokenizer) if len(part.text) > PIECE else next(tokens)
-            examples.append(Example.of_text(*loss_mask(part, of_text, tokenizer)))
+        examples = [Example.of_text(*loss_mask(part, next(tokens), tokenizer)) for part in parts]
         if not all(example.supervised for example in examples):
             raise DataError("the row has no tokens to train on")
         return [
@@ -175,20 +162,6 @@ def _encode_texts(samples: Sequence[Sample], tokenizer: ChatTokenizer) -> list[l
         ]
 
     return [_result_of(encode, parts) for parts in rendered]
-
-
-def tokenize_long(text: str, tokenizer: ChatTokenizer) -> Tokens:
-    """Tokenizes a text in pieces of at most PIECE characters that begin with the space before a word.
-
-    Tokenizers split texts there anyway, so the tokens stay the same unless a piece has no such space.
-    """
-    starts = [0]
-    while starts[-1] + PIECE < len(text):
-        spaces = [match.start() for match in re.finditer(r"(?<=\w) (?=\w)", text[starts[-1] : starts[-1] + PIECE])]
-        starts.append(starts[-1] + (spaces[-1] if spaces else PIECE))
-    pieces = tokenizer.tokenize([text[start:end] for start, end in pairwise([*starts, len(text)])])
-    offsets = [piece.offsets + start for piece, start in zip(pieces, starts, strict=True)]
-    return Tokens(np.concatenate([piece.ids for piece in pieces]), np.concatenate(offsets))
 
 
 # ---- Sequence to sequence

@@ -106,7 +106,6 @@ class LabelOutputs:
         return np.asarray(sums[ends] - sums[ends - self.counts])
 
     def tags(self, indices: Ints) -> list[list[str]]:
-        """Returns the names of tags, row by row."""
         names = [self.labels.names[index] for index in indices]
         ends = np.cumsum(self.counts)
         return [names[end - count : end] for end, count in zip(ends, self.counts, strict=True)]
@@ -363,14 +362,10 @@ def label_details(data: LabelOutputs) -> dict[str, Any]:
 def _calibration(confidence: Floats, is_right: NDArray[np.bool_]) -> dict[str, Any]:
     edges = np.linspace(0, 1, BINS + 1)
     bin_of_row = np.minimum(np.digitize(confidence, edges[1:]), BINS - 1)
-    bins = [
-        {
-            "n": int((bin_of_row == number).sum()),
-            "confidence": float(confidence[bin_of_row == number].mean()),
-            "accuracy": float(is_right[bin_of_row == number].mean()),
-        }
-        for number in np.unique(bin_of_row)
-    ]
+    bins = []
+    for number in np.unique(bin_of_row):
+        confidences, hits = confidence[bin_of_row == number], is_right[bin_of_row == number]
+        bins.append({"n": len(hits), "confidence": float(confidences.mean()), "accuracy": float(hits.mean())})
     ece = sum(row["n"] * abs(row["confidence"] - row["accuracy"]) for row in bins) / len(confidence)
     return {"ece": ece, "bins": bins}
 

@@ -41,25 +41,21 @@ class Prompt:
     earlier_messages: int = 0  # also in the ids; without the system message
 
 
-def make_prompt(question: str | Sample, tokenizer: Any) -> Prompt:
-    """Returns the prompt for a question, or for the last reply of a sample. Raises DataError if the template fails."""
-    if isinstance(question, str):
-        return Prompt(question, chat_ids([{"role": "user", "content": question}], tokenizer))
-    if isinstance(question, Text):
-        opening = " ".join(question.text.split()[:TEXT_PROMPT_WORDS])
-        return Prompt(opening, plain_ids(opening, tokenizer))
-    if isinstance(question, Pair):
-        return Prompt(question.prompt, prompt_ids(question, tokenizer))
-    reply = last_reply(question)
-    *earlier, asked = question.messages if reply is None else question.messages[:reply]
-    count = sum(message["role"] != "system" for message in earlier)
-    return Prompt(asked["content"], prompt_ids(question, tokenizer), count)
-
-
 def prompt_of(model: Any, question: str | Sample, tokenizer: Any) -> Prompt:
-    """Like `make_prompt`; for an encoder, includes the special tokens that end its texts."""
-    prompt = make_prompt(question, tokenizer)
-    return Prompt(prompt.text, encoder_ids(prompt.text, tokenizer)) if is_seq2seq(model) else prompt
+    """Returns the prompt for a question, or for the last reply of a sample. Raises DataError if the template fails."""
+    earlier: Messages = []
+    if isinstance(question, str):
+        text, ids = question, chat_ids([{"role": "user", "content": question}], tokenizer)
+    elif isinstance(question, Text):
+        text = " ".join(question.text.split()[:TEXT_PROMPT_WORDS])
+        ids = plain_ids(text, tokenizer)
+    elif isinstance(question, Pair):
+        text, ids = question.prompt, prompt_ids(question, tokenizer)
+    else:
+        *earlier, asked = question.messages[: last_reply(question)]
+        text, ids = asked["content"], prompt_ids(question, tokenizer)
+    ids = encoder_ids(text, tokenizer) if is_seq2seq(model) else ids  # an encoder's texts end with special tokens
+    return Prompt(text, ids, sum(message["role"] != "system" for message in earlier))
 
 
 def is_seq2seq(model: Any) -> bool:
@@ -131,9 +127,8 @@ def cache_implementation(model: Any, length: int, new: int) -> str | None:
     """Returns "static" if transformers' static cache is faster, None for its default, which grows.
 
     The growing cache is copied for every token; the static one is read in full, unused rows included. Milliseconds per
-    token of SmolLM2-135M in bfloat16 on one core, growing and static: 36 and 36 with 64 prompt tokens and 64 new ones,
-    35 and 42 with 64 and 1,024, 41 and 37 with 256 and 256, 67 and 44 with 1,024 and 256. On devices other than CPUs
-    transformers compiles the model for the static cache, which takes longer than an answer.
+    token of SmolLM2-135M in bfloat16 on one core, growing and static: 35 and 42 with 64 prompt tokens and 1,024 new
+    ones, 67 and 44 with 1,024 and 256. On other devices, transformers would compile the model first.
     """
     if is_seq2seq(model):
         return None

@@ -117,19 +117,14 @@ def evaluate_tasks(
     options: of lm_eval, by its names: num_fewshot, apply_chat_template, limit.
     Metrics are called TASK/METRIC, or TASK/METRIC/FILTER if the task has filters.
     """
-    metrics, output = {}, {}
+    metrics, output, options = {}, {}, {**options, "log_samples": True}
     for name, activated in models_to_score(model, base).items():
         with quiet_loggers(*LOGGERS), seeded(0), activated(), constant_adapters(model.base_model):
             from lm_eval import simple_evaluate
             from lm_eval.models.huggingface import HFLM
 
-            output = simple_evaluate(
-                HFLM(pretrained=model.base_model, tokenizer=tokenizer, batch_size=batch_size),
-                tasks=list(tasks.names),
-                task_manager=tasks.manager,
-                log_samples=True,
-                **options,
-            )
+            harness = HFLM(pretrained=model.base_model, tokenizer=tokenizer, batch_size=batch_size)
+            output = simple_evaluate(harness, tasks=list(tasks.names), task_manager=tasks.manager, **options)
         metrics[name] = dict(_task_metrics(output))
     tuned, before = metrics[TUNED], metrics.get(BASE)
     versions, shots = dict(output["versions"]), dict(output["n-shot"])

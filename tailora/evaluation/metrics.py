@@ -3,7 +3,7 @@
 import math
 import operator
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -42,12 +42,7 @@ METRIC_ALIASES = {"ppl": "perplexity", "em": "exact_match", "acc": "accuracy", "
 OF_CLASS = re.compile(r"f1\[.+\]")
 CHANGE = "_change"  # loss_change: tuned - base
 
-OPERATORS: dict[str, Callable[[float, float], bool]] = {
-    "<=": operator.le,
-    ">=": operator.ge,
-    "<": operator.lt,
-    ">": operator.gt,
-}
+OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 GATE = re.compile(r"\s*(?P<metric>[^<>=\s]+)\s*(?P<operator><=|>=|<|>)\s*(?P<bound>[^<>=\s]+)\s*")
 QUOTES_HINT = "in quotes, because < and > are special in the shell: --gate 'loss<1.3'"
 
@@ -69,7 +64,7 @@ class Gate:
 
     def is_met(self, value: float) -> bool:
         """False if the value is not a number."""
-        return OPERATORS[self.operator](value, self.bound)
+        return bool(OPERATORS[self.operator](value, self.bound))
 
 
 def parse_metrics(texts: Iterable[str]) -> list[str]:

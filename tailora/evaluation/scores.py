@@ -256,10 +256,6 @@ def _joined(of_ranks: Sequence[Mapping[str, _Totals]], most_samples: int) -> dic
     return joined
 
 
-def _task_of(model: LoRAModel) -> Task:
-    return SEQ2SEQ_TASK if is_seq2seq(model) else CAUSAL_LM
-
-
 class _Evaluator:
     """Computes the metrics of a chunk of examples, by index, with whatever adapters are active."""
 
@@ -267,7 +263,7 @@ class _Evaluator:
         self, model: LoRAModel, tokenizer: Any, options: EvalOptions, metrics: Sequence[str], log: Log
     ) -> None:
         self.model, self.tokenizer, self.options, self.log = model, tokenizer, options, log
-        self.task = _task_of(model)
+        self.task: Task = SEQ2SEQ_TASK if is_seq2seq(model) else CAUSAL_LM
         self.layout = choose_layout(TrainConfig(), model, tokenizer, log, task=self.task)
         self.token_budget = token_budget(model)
         self.normalize = normalizer(options.normalize)
@@ -420,7 +416,7 @@ def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log
     data. Raises DataError with everything that is wrong with the data.
     """
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
-    rows = SEQ2SEQ if is_seq2seq(model) else AUTO
+    rows, task = (SEQ2SEQ, SEQ2SEQ_TASK) if is_seq2seq(model) else (AUTO, CAUSAL_LM)
     settings = replace(data_settings(config), task=rows, validation_split=0.0, for_evaluation=True)
     prepared = prepare(resolved_sources(config, "eval_data"), tokenizer, settings)
     if prepared.report.task == PREFERENCE:
@@ -428,7 +424,6 @@ def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log
     examples = prepared.train.distinct()
     if len(examples) < len(prepared.train):
         log(f"{distinct_of(len(prepared.train), len(examples), 'held-out example')}: duplicates are evaluated once")
-    task = _task_of(model)
     layout = choose_layout(config, model, tokenizer, log, task=task)
     return lambda: evaluate(model, examples, layout=layout, token_budget=token_budget(model), task=task)
 

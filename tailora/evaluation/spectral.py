@@ -38,10 +38,7 @@ def effective_rank(S: Tensor) -> float:
     """
     values = S.cpu().double().flatten()
     total = float(values.sum())
-    if total == 0:
-        return 0.0
-    shares = values[values > 0] / total
-    return math.exp(-float((shares * shares.log()).sum()))
+    return math.exp(float(torch.special.entr(values / total).sum())) if total else 0.0
 
 
 def stable_rank(S: Tensor) -> float:
@@ -304,8 +301,5 @@ def _compare_with_base(update: Update, norm: float, seed: int, count_intruders: 
     change = (update.factors.dense if dense is None else dense).to(W)
     random = random_update(W.shape[1], W.shape[2], update.factors.B.shape[2], float(change.norm()), seed).dense
     count = intruder_counter(W[0])
-    return {
-        "relative_norm": relative_norm,
-        "intruders": count((W + change)[0]),
-        "intruders_random": count((W + random.to(W))[0]),
-    }
+    counts = {"intruders": count((W + change)[0]), "intruders_random": count((W + random.to(W))[0])}
+    return {"relative_norm": relative_norm, **counts}

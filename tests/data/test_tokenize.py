@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from tailora.data import tokenize
+from tailora.data import chat_template
 from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import IGNORED, Example
 from tailora.data.schemas import Conversation, Pair, Sample, Text
@@ -198,14 +198,14 @@ def test_pieces_give_the_tokens_of_the_whole_text(
     lengths = (1, 60, 300, sys.maxsize)
     whole = [encoded(samples, tokenizer, max_length) for max_length in lengths]
     sizes: list[int] = []
-    original = ChatTokenizer.tokenize
+    original = ChatTokenizer._tokenize
 
     def counted(self: ChatTokenizer, parts: list[str]) -> Any:
         sizes.extend(map(len, parts))
         return original(self, parts)
 
-    monkeypatch.setattr(ChatTokenizer, "tokenize", counted)
-    monkeypatch.setattr(tokenize, "PIECE", 400)
+    monkeypatch.setattr(ChatTokenizer, "_tokenize", counted)
+    monkeypatch.setattr(chat_template, "PIECE", 400)
     for max_length, expected in zip(lengths, whole, strict=True):
         sizes.clear()
         parts = encoded(samples, tokenizer, max_length)
@@ -231,7 +231,7 @@ def test_a_text_of_megabytes_is_not_tokenized_at_once(bytes_tokenizer, chatml, m
     assert learned.length > 30_000
     assert cut_away.example.supervised == 0
     assert learned.example.supervised == 64 - int(np.argmax(learned.example.labels != IGNORED))
-    assert max(sizes) <= tokenize.PIECE
+    assert max(sizes) <= chat_template.PIECE
     assert max(map(len, tokenizer.cache), default=0) <= 100
 
 

@@ -27,7 +27,7 @@ from tailora.evaluation.generate import (
     chat_ids,
     compare_answers,
     generation_arguments,
-    make_prompt,
+    prompt_of,
     stop_ids,
     stream_reply,
 )
@@ -217,7 +217,9 @@ def test_only_an_answer_that_is_cut_ends_in_dots(
     assert not whole.base.endswith("…")
 
 
-def test_messages_before_the_prompt_are_counted_without_the_system_message(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_messages_before_the_prompt_are_counted_without_the_system_message(
+    tuned: LoRAModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
     reply = {"role": "assistant", "content": "how"}
     system = {"role": "system", "content": "be kind"}
     for messages, expected in (
@@ -225,7 +227,7 @@ def test_messages_before_the_prompt_are_counted_without_the_system_message(token
         ([system, *asked("hello"), reply], ("hello", 0)),
         ([system, *asked("hello"), reply, *asked("you"), reply], ("you", 2)),
     ):
-        prompt = make_prompt(Conversation(messages), tokenizer)
+        prompt = prompt_of(tuned, Conversation(messages), tokenizer)
         assert (prompt.text, prompt.earlier_messages) == expected
 
 
