@@ -74,9 +74,6 @@ class Figure:
     detail: Detail = "page"
 
 
-FEWEST_LAYERS = 3  # for a heat map
-
-
 @dataclass(frozen=True)
 class HeatMap:
     """A value for each matrix (a row) and layer (a column). In the terminal each value is one character.

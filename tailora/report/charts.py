@@ -153,12 +153,8 @@ class Canvas:
 
     def losses(self, runs: Sequence[Sequence[float]], colour: str, name: str) -> None:
         """Draws thin lines for the losses of each run, and a thick line for their smoothed mean over shared steps."""
-        if max(map(len, runs)) <= FEW_STEPS:
-            for run in runs:
-                self.axes.plot(range(1, len(run) + 1), run, color=colour, label=name if run is runs[0] else "")
-            return
+        alpha = 0.4 if len(runs) == 1 else 0.25
         for run in runs:
-            alpha = 0.4 if len(runs) == 1 else 0.25
             self.axes.plot(range(1, len(run) + 1), run, color=colour, linewidth=1, alpha=alpha)
         shared = min(map(len, runs))
         mean = np.mean([run[:shared] for run in runs], axis=0)
@@ -206,8 +202,8 @@ class Canvas:
 
 
 def running_mean(values: Floats) -> Floats:
-    """Averages over about a tenth of the run, less at its ends."""
-    half = max(1, len(values) // 20)
+    """Averages over about a tenth of the run, less at its ends. Runs of at most FEW_STEPS are not averaged."""
+    half = max(1, len(values) // 20) if len(values) > FEW_STEPS else 0
     sums = np.concatenate([[0.0], np.cumsum(values)])
     steps = np.arange(len(values))
     low, high = np.maximum(steps - half, 0), np.minimum(steps + half + 1, len(values))

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 
 NONE = "–"  # in a table: there is no value
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -61,17 +62,17 @@ def p_value(number: float) -> str:
     return "< .001" if number < 0.001 else f"{number:.3f}"
 
 
-def interval(ends: tuple[float | None, float | None] | None, form: str = ".3f") -> str:
-    """'1.200 to 1.300'; '' without an interval, or where its ends are None or NaN. form: of a format string."""
-    low, high = ends or (None, None)
-    if low is None or high is None or math.isnan(low):
-        return ""
-    return f"{low:{form}} to {high:{form}}"
-
-
-def decimals(number: float) -> str:
+def decimals(number: float | None) -> str:
     """Three decimals below 10, one above."""
+    if number is None:
+        return NONE
     return f"{number:.3f}" if abs(number) < 10 else f"{number:,.1f}"
+
+
+def interval(ends: tuple[float | None, float | None] | None, show: Callable[[float], str] = "{:.3f}".format) -> str:
+    """'1.200 to 1.300'; '' without an interval, or where its ends are None or NaN."""
+    low, high = ends or (None, None)
+    return "" if low is None or high is None or math.isnan(low) else f"{show(low)} to {show(high)}"
 
 
 def plural(number: int, word: str, several: str = "") -> str:
@@ -88,7 +89,6 @@ def value_range(values: list[float]) -> str:
 
 
 def setting(value: object) -> str:
-    """The value of a setting."""
     match value:
         case None:
             return NONE

@@ -9,6 +9,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib.resources import files
 from typing import Any
 from xml.etree import ElementTree
@@ -67,7 +68,6 @@ REFERENCE = re.compile(r"#([\w-]+)")
 
 
 def html(page: Page) -> str:
-    """Returns the complete document."""
     sections = []  # without blocks of None; heat maps become figures
     for section in [page.conclusion, *page.sections] if page.conclusion else page.sections:
         blocks = [_figure_of(block) if isinstance(block, HeatMap) else block for block in section.blocks if block]
@@ -94,10 +94,7 @@ def html(page: Page) -> str:
 def _figure_of(heat: HeatMap) -> Figure:
     (row, layer), most = max(heat.cells.items(), key=lambda item: item[1])
     alt = f"Heat map of {heat.title} by layer and matrix. Highest: {heat.show(most)} in layer {layer}, {row}."
-
-    def draw(canvas: Canvas) -> None:
-        canvas.heat_map(heat.cells, heat.top, heat.show, heat.title)
-
+    draw = partial(Canvas.heat_map, cells=heat.cells, top=heat.top, show=heat.show, title=heat.title)
     return Figure(heat.name, draw, alt, heat.caption, wide=True)
 
 

@@ -236,8 +236,6 @@ def _wrapped(text: str, width: int) -> str:
 def _print_heat_map(console: Console, heat: blocks.HeatMap) -> None:
     """Prints a line for each name, with a character for each layer, or for the mean of several if there are many."""
     layers = sorted({layer for _, layer in heat.cells})
-    if len(layers) < blocks.FEWEST_LAYERS:
-        return
     names = list(dict.fromkeys(name for name, _ in heat.cells))
     spelled = {name: set_cell_size(printable(name), max(map(cell_len, names))) for name in names}
     margin = max(map(cell_len, spelled.values())) + GAP

@@ -293,15 +293,16 @@ def saturated(inspection: Inspection) -> Iterator[Advice]:
         in_layers = f" (layer{'s' if '-' in layers else ''} {layers})" if layers else ""
         shares.append(f"{name}{in_layers} {cost.cost:.1%} (limit {cost.limit:.1%}) at effective rank / r {use:.2f}")
         ranks |= {module.path: min(2 * module.r, module.in_features, module.out_features) for module in members}
-    one_rank = in_all_modules and len(set(ranks.values())) == 1
+    if in_all_modules and len(set(ranks.values())) == 1:
+        setting: dict[str, Any] = {"r": next(iter(ranks.values()))}
+    else:
+        setting = {"rank_pattern": rank_pattern(ranks, [module.path for module in inspection.modules])}
     yield Advice(
         "saturated",
         f"The lower half of the singular values accounts for much of the improvement, and the rank is fully used "
         f"(limit {SATURATED_USE:g}): {'; '.join(shares)}. Raise r there; alpha can stay the same.",
         {"groups": evidence, "cost": losses.half.cost, "cost_limit": SATURATED_COST, "use_limit": SATURATED_USE},
-        setting={"r": next(iter(ranks.values()))}
-        if one_rank
-        else {"rank_pattern": rank_pattern(ranks, [module.path for module in inspection.modules])},
+        setting=setting,
     )
 
 
@@ -381,25 +382,21 @@ def scales(inspection: Inspection) -> Iterator[Advice]:
 
     Across ranks, the best alpha changes by less than a factor of 2. The threshold is our choice.
     """
-    factors = {
-        module.path: module.scaling / module.configured_scaling
-        for module in inspection.modules
-        if module.learned_scaling
-    }
+    learned = [module for module in inspection.modules if module.learned_scaling]
+    factors = {module.path: module.scaling / module.configured_scaling for module in learned}
     moved = {path: factor for path, factor in factors.items() if not 1 / MOVED <= factor <= MOVED}
     if not moved:
         return
     median = statistics.median(factors.values())
     alpha = inspection.config["lora_alpha"] * median
+    remedy = "Start closer to the final values."
+    if median <= 0:
+        remedy = "Some scales changed sign, which A and B could have done instead."
     yield Advice(
         "scales moved",
         f"{len(moved)} of {len(factors)} learned scales differ from their initial value by more than a factor of "
         f"{MOVED:g} ({min(moved.values()):.2g} to {max(moved.values()):.2g} times it; the median is {median:.2g}). "
-        + (
-            "Start closer to the final values."
-            if median > 0
-            else "Some scales changed sign, which A and B could have done instead."
-        ),
+        f"{remedy}",
         {"moved": len(moved), "learned": len(factors), "limit": MOVED, "median": median, "factors": moved},
         setting={"lora_alpha": round(alpha, 3)} if median > 0 and not 1 / MOVED <= median <= MOVED else {},
     )

@@ -84,6 +84,10 @@ class Extent:
     seeds: int
     part: float = 1.0
 
+    def held_out(self, examples: int) -> int | None:
+        """Returns how many of these held-out examples are used; None for all."""
+        return None if self.part == 1 else round(self.part * examples)
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -111,7 +115,6 @@ class Budget:
 
     @property
     def final_run_seconds(self) -> float:
-        """Seconds of one final run."""
         return self.costs.final_run(self.steps)
 
 
@@ -202,6 +205,10 @@ def too_short(session: StudySession, seconds: float, what: str) -> ConfigError:
     )
 
 
+def no_costs(trial: Trial) -> ConfigError:
+    return ConfigError(f"the first {TIMING_STEPS} steps failed, at a learning rate of {TIMING_RATE:g}: {trial.message}")
+
+
 @dataclass(frozen=True)
 class TimeLimit:
     """The full extent of a study, and the minimum that must fit into its minutes.
@@ -232,9 +239,9 @@ class TimeLimit:
         needed: extent, steps -> a lower bound of the seconds, with the minimum number of held-out examples.
         longest: number of steps in the settings, if known.
         """
-        steps = min(FEWEST_STEPS, longest or FEWEST_STEPS)
-        if needed(self.fewest(), steps) > self.session.seconds_left:
-            raise self._too_short(needed, self.fewest(), steps)
+        fewest, steps = self.fewest(), min(FEWEST_STEPS, longest or FEWEST_STEPS)
+        if needed(fewest, steps) > self.session.seconds_left:
+            raise too_short(self.session, needed(fewest, steps), self.describe(fewest, steps))
 
     def choose(self, needed: Callable[[Extent, int], float], longest: int, held_out: int) -> tuple[Extent, int]:
         """Returns the extent and the steps that fit. Raises ConfigError if even the minimum does not fit.
@@ -244,13 +251,6 @@ class TimeLimit:
         fewest = self.fewest(part=min(1.0, FEWEST_HELD_OUT / held_out))
         choice = fit(self.wanted, fewest, longest, self.session.seconds_left, needed)
         if choice is None:
-            raise self._too_short(needed, fewest, min(FEWEST_STEPS, longest))
+            steps = min(FEWEST_STEPS, longest)
+            raise too_short(self.session, needed(fewest, steps), self.describe(fewest, steps))
         return choice
-
-    def _too_short(self, needed: Callable[[Extent, int], float], fewest: Extent, steps: int) -> ConfigError:
-        return too_short(self.session, needed(fewest, steps), self.describe(fewest, steps))
-
-
-def held_out_in_use(extent: Extent, held_out: int) -> int | None:
-    """Returns how many of the `held_out` examples are used; None for all."""
-    return None if extent.part == 1 else round(extent.part * held_out)

@@ -28,78 +28,33 @@ class Card:
         return int(self.memory * 1e9 * (UNIFIED_SHARE if self.device == "mps" else 1))
 
 
-# Device type in torch -> card -> its memory sizes. A name that fits several cards means the first one.
-SIZES: dict[str, dict[str, tuple[int, ...]]] = {
-    "cuda": {
-        "T4": (16,),
-        "V100 SXM2": (16, 32),
-        "V100 PCIe": (16,),
-        "A10": (24,),
-        "A10G": (24,),
-        "A30": (24,),
-        "A40": (48,),
-        "A100 SXM4": (40, 80),
-        "A100 PCIe": (80,),
-        "L4": (24,),
-        "L40": (48,),
-        "L40S": (48,),
-        "H100 SXM": (80,),
-        "H100 PCIe": (80,),
-        "H100 NVL": (94,),
-        "H200": (141,),
-        "B200": (180,),
-        "RTX A6000": (48,),
-        "RTX 6000 Ada": (48,),
-        "RTX PRO 6000 Blackwell": (96,),
-        "RTX 2080 Ti": (11,),
-        "RTX 3060": (12,),
-        "RTX 3070": (8,),
-        "RTX 3080": (10,),
-        "RTX 3090": (24,),
-        "RTX 3090 Ti": (24,),
-        "RTX 4060": (8,),
-        "RTX 4060 Ti": (16,),
-        "RTX 4070": (12,),
-        "RTX 4070 Super": (12,),
-        "RTX 4070 Ti": (12,),
-        "RTX 4070 Ti Super": (16,),
-        "RTX 4080": (16,),
-        "RTX 4080 Super": (16,),
-        "RTX 4090": (24,),
-        "RTX 5060 Ti": (16,),
-        "RTX 5070": (12,),
-        "RTX 5070 Ti": (16,),
-        "RTX 5080": (16,),
-        "RTX 5090": (32,),
-        "MI300X": (192,),  # AMD's cards are "cuda" in torch, too
-        "MI325X": (256,),
-        "RX 7900 XTX": (24,),
-    },
-    "xpu": {"Arc A770": (16,), "Arc B580": (12,), "Max 1100": (48,)},
-    "mps": {
-        "M1": (8, 16),
-        "M1 Pro": (16, 32),
-        "M1 Max": (32, 64),
-        "M1 Ultra": (64, 128),
-        "M2": (8, 16, 24),
-        "M2 Pro": (16, 32),
-        "M2 Max": (32, 64, 96),
-        "M2 Ultra": (64, 128, 192),
-        "M3": (8, 16, 24),
-        "M3 Pro": (18, 36),
-        "M3 Max": (36, 48, 64, 96, 128),
-        "M3 Ultra": (96, 256, 512),
-        "M4": (16, 24, 32),
-        "M4 Pro": (24, 48, 64),
-        "M4 Max": (36, 48, 64, 128),
-    },
+# Device type in torch -> its cards. A name that fits several cards means the first one. AMD's cards are "cuda", too.
+NAMES = {
+    "cuda": """
+        T4 16GB, V100 SXM2 16GB, V100 SXM2 32GB, V100 PCIe 16GB, A10 24GB, A10G 24GB, A30 24GB, A40 48GB,
+        A100 SXM4 40GB, A100 SXM4 80GB, A100 PCIe 80GB, L4 24GB, L40 48GB, L40S 48GB,
+        H100 SXM 80GB, H100 PCIe 80GB, H100 NVL 94GB, H200 141GB, B200 180GB,
+        RTX A6000 48GB, RTX 6000 Ada 48GB, RTX PRO 6000 Blackwell 96GB,
+        RTX 2080 Ti 11GB, RTX 3060 12GB, RTX 3070 8GB, RTX 3080 10GB, RTX 3090 24GB, RTX 3090 Ti 24GB,
+        RTX 4060 8GB, RTX 4060 Ti 16GB, RTX 4070 12GB, RTX 4070 Super 12GB, RTX 4070 Ti 12GB,
+        RTX 4070 Ti Super 16GB, RTX 4080 16GB, RTX 4080 Super 16GB, RTX 4090 24GB,
+        RTX 5060 Ti 16GB, RTX 5070 12GB, RTX 5070 Ti 16GB, RTX 5080 16GB, RTX 5090 32GB,
+        MI300X 192GB, MI325X 256GB, RX 7900 XTX 24GB""",
+    "xpu": "Arc A770 16GB, Arc B580 12GB, Max 1100 48GB",
+    "mps": """
+        M1 8GB, M1 16GB, M1 Pro 16GB, M1 Pro 32GB, M1 Max 32GB, M1 Max 64GB, M1 Ultra 64GB, M1 Ultra 128GB,
+        M2 8GB, M2 16GB, M2 24GB, M2 Pro 16GB, M2 Pro 32GB, M2 Max 32GB, M2 Max 64GB, M2 Max 96GB,
+        M2 Ultra 64GB, M2 Ultra 128GB, M2 Ultra 192GB,
+        M3 8GB, M3 16GB, M3 24GB, M3 Pro 18GB, M3 Pro 36GB, M3 Max 36GB, M3 Max 48GB, M3 Max 64GB, M3 Max 96GB,
+        M3 Max 128GB, M3 Ultra 96GB, M3 Ultra 256GB, M3 Ultra 512GB,
+        M4 16GB, M4 24GB, M4 32GB, M4 Pro 24GB, M4 Pro 48GB, M4 Pro 64GB,
+        M4 Max 36GB, M4 Max 48GB, M4 Max 64GB, M4 Max 128GB""",
 }
 WITHOUT_BFLOAT16 = {"T4", "V100 SXM2", "V100 PCIe", "RTX 2080 Ti"}  # before Ampere
 CARDS = [
-    Card(f"{name} {memory}GB", memory, device, name not in WITHOUT_BFLOAT16)
-    for device, cards in SIZES.items()
-    for name, sizes in cards.items()
-    for memory in sizes
+    Card(f"{name} {memory}GB", int(memory), device, name not in WITHOUT_BFLOAT16)
+    for device, names in NAMES.items()
+    for name, memory in re.findall(r"(\w[^,]*) (\d+)GB", names)
 ]
 
 MAKER_NAMES = re.compile(

@@ -12,7 +12,7 @@ parallel, then share the final runs: all at once, or in waves with --minutes.
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -31,7 +31,6 @@ from tailora.study.budget import (
     Costs,
     Extent,
     TimeLimit,
-    held_out_in_use,
     longest_run,
     measure_costs,
     seconds_of_workers,
@@ -100,10 +99,8 @@ def compare(
             f"--task {train.task} does not train a language model, so forgetting cannot be measured; remove "
             "--forgetting-data"
         )
-    for arm in study.arms:
-        arm_settings(
-            train, study, arm, learning_rate=study.first_rate(arm)
-        )  # raises ConfigError for conflicting settings
+    for arm in study.arms:  # raises ConfigError for conflicting settings
+        arm_settings(train, study, arm, learning_rate=study.first_rate(arm))
     workers = make_workers(study.workers, train.device, study.minutes, processes)
     busy = f"another comparison is writing to {folder}; wait until it ends, or use a different --output-dir"
     with locked(folder, STUDY, busy=busy):
@@ -250,7 +247,7 @@ class _Comparison:
             return
         free: SimpleQueue[StudySession] = SimpleQueue()
         for worker in self.workers:
-            free.put(self.session.of_worker(worker))
+            free.put(replace(self.session, worker=worker))
 
         def run_on_worker(arm: Any) -> Trial:
             session = free.get()
@@ -321,7 +318,7 @@ class _Comparison:
             max_steps=steps,
             costs={arm: costs.on_part(extent.part) for arm, costs in on_all.items()},
             seeds=extent.seeds,
-            held_out=held_out_in_use(extent, held_out),
+            held_out=extent.held_out(held_out),
             examples=held_out,
             minutes=session.minutes,
             processes=session.processes,
@@ -329,12 +326,11 @@ class _Comparison:
 
     def _time_limit(self) -> TimeLimit:
         study, names = self.study, {"seeds": "seeds", "rate_tries": "tries"}
-        given = [name for name in names if name in study.model_fields_set]
         return TimeLimit(
             self.session,
             Extent(study.rate_tries, study.seeds),
             FEWEST_TRIES,
-            [names[name] for name in given],
+            [names[name] for name in names.keys() & study.model_fields_set],
             lambda extent, steps: (
                 f"{len(study.arms)} variants with {extent.tries} learning rates and {extent.seeds} seeds each, "
                 f"{steps} steps per run,"
@@ -351,19 +347,14 @@ class _Comparison:
         of_arms = [*timed.values(), *[costs] * len(missing)]
         timing = (len(missing) - 1) * costs.final_run(TIMING_STEPS)
         workers = self._runs_at_a_time
-
-        def needed(extent: Extent, steps: int) -> float:
-            return _needed(of_arms, extent, steps, workers) + timing
-
-        self.limit.check(needed, self.train.max_steps)
+        self.limit.check(lambda extent, steps: _needed(of_arms, extent, steps, workers) + timing, self.train.max_steps)
 
     # ---- Which learning rate
 
     def _search_rates(self) -> dict[str, LearningRateSearch]:
         """The arms take turns, so that all have had the same number of tries when the time is up."""
-        searches = {
-            arm: LearningRateSearch(self.study.first_rate(arm), self.study.rate_tries) for arm in self.study.arms
-        }
+        tries = self.study.rate_tries
+        searches = {arm: LearningRateSearch(self.study.first_rate(arm), tries) for arm in self.study.arms}
         steps, workers = self.plan.max_steps, self._runs_at_a_time
         while rates := {arm: rate for arm, search in searches.items() if (rate := search.next_rate()) is not None}:
             names = {arm: f"rate-{rate:.3g}" for arm, rate in rates.items()}
@@ -414,9 +405,8 @@ class _Comparison:
         """
         if not best:
             return []
-        seeds = [
-            self.train.seed + number for number in range(1, self.study.seeds + 1)
-        ]  # not the seed of the rate search
+        # not the seed of the rate search
+        seeds = [self.train.seed + number for number in range(1, self.study.seeds + 1)]
         if self.session.minutes is None:
             return [[(arm, seed) for seed in seeds for arm in best]]
         paths = {seed: [self._path(arm, _name(seed, rate)) for arm, rate in best.items()] for seed in seeds}
@@ -426,7 +416,6 @@ class _Comparison:
 
 
 def _name(seed: int, rate: float) -> str:
-    """Returns the folder name of a final run."""
     return f"seed-{seed}-rate-{rate:.3g}"
 
 

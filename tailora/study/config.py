@@ -79,7 +79,6 @@ class CompareConfig(StrictModel):
         return self
 
     def first_rate(self, arm: str) -> float:
-        """The first learning rate to try for the arm."""
         return float(self.arms[arm].get("learning_rate", FIRST_RATES[self.method(arm)]))
 
     def method(self, arm: str) -> str:

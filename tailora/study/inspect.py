@@ -133,14 +133,12 @@ def inspect(
         precision = "auto" if options.uses_data else "stored"
         task = task_of_adapter(folder)
         loaded, tokenizer = load_base(model, precision, device, quantize, task=task, labels=labels)
-        adapted = LoRAModel.from_pretrained(loaded, folder, NAME)
+        tuned = LoRAModel.from_pretrained(loaded, folder, NAME)
         if other_folder is not None:
-            adapted.load_adapter(other_folder, OTHER)
-        adapted.eval()
+            tuned.load_adapter(other_folder, OTHER)
+        tuned.eval()
         second = None if other_folder is None else OTHER
-        inspection = inspect_model(
-            adapted, NAME, options, other=second, tokenizer=tokenizer, log=log, progress=progress
-        )
+        inspection = inspect_model(tuned, NAME, options, other=second, tokenizer=tokenizer, log=log, progress=progress)
         if inspection.pair is not None:
             inspection = replace(inspection, pair=replace(inspection.pair, other=str(other_folder)))
     settings = recorded_settings(folder)
@@ -150,12 +148,10 @@ def inspect(
 
 
 def _module_reports(updates: Mapping[str, Update], options: InspectOptions, progress: Progress) -> list[ModuleReport]:
-    """Returns the reports in layer order."""
     reports = []
     for number, path in enumerate(in_order(updates), 1):
-        reports.append(
-            spectral.module_report(updates[path], seed=options.seed + number, count_intruders=options.intruders)
-        )
+        seed = options.seed + number
+        reports.append(spectral.module_report(updates[path], seed=seed, count_intruders=options.intruders))
         progress(number, len(updates))
     return spectral.with_energy(reports)
 
@@ -226,9 +222,8 @@ def _measure_on_data(
         settings = {"model": inspection.model or NAME, "data": options.data}
         config = TrainConfig(**settings, field=options.field, system=options.system, max_length=options.max_length)
         evaluate = loss_on_data(config, model, tokenizer, log)
-        inspection = replace(
-            inspection, held_out=_held_out_losses(inspection, model, name, options.data, evaluate, log)
-        )
+        held_out = _held_out_losses(inspection, model, name, options.data, evaluate, log)
+        inspection = replace(inspection, held_out=held_out)
         if pair is not None:
             combined = _combined_losses(model, (name, pair.other), evaluate)
             log(f"with {pair.other} alone {combined.other:.4f}, with both {combined.both:.4f}")
@@ -254,9 +249,8 @@ def _held_out_losses(
     of all modules. If that is costly, also of each group of modules.
     """
     adapter = model.adapter(name)
-    spectra = spectra_of(
-        replace(adapter, low_rank={module.path: adapter.low_rank[module.path] for module in inspection.modules})
-    )
+    low_rank = {module.path: adapter.low_rank[module.path] for module in inspection.modules}
+    spectra = spectra_of(replace(adapter, low_rank=low_rank))
     with model.disable_adapter():
         base = evaluate()
     log(f"held-out loss of the base {base.loss:.4f}")
@@ -272,26 +266,16 @@ def _held_out_losses(
         log(f"without the lower half of the singular values in {group} {truncated.loss:.4f}")
         rise = paired_difference(tuned.sums, truncated.sums, tuned.counts)
         values = sum(spectra[path].S.numel() for path in paths)
-        return TruncationCost(
-            truncated.loss,
-            *_with_ends(rise),
-            cost=rise.value / gain.value if gain.value > 0 else None,
-            values=values / sum(spectrum.S.numel() for spectrum in spectra.values()),
-        )
+        share = values / sum(spectrum.S.numel() for spectrum in spectra.values())
+        cost = rise.value / gain.value if gain.value > 0 else None
+        return TruncationCost(truncated.loss, *_with_ends(rise), cost=cost, values=share)
 
     half = without_lower_half("all modules", list(spectra))
     groups = by_group(list(spectra), inspection.layers)
     measured = groups if len(groups) > 1 and half.is_costly else {}
-    return HeldOutLosses(
-        data,
-        len(tuned.counts),
-        int(tuned.counts.sum()),
-        base.loss,
-        tuned.loss,
-        *_with_ends(gain),
-        half=half,
-        groups={group: without_lower_half(group, paths) for group, paths in measured.items()},
-    )
+    of_groups = {group: without_lower_half(group, paths) for group, paths in measured.items()}
+    examples, tokens = len(tuned.counts), int(tuned.counts.sum())
+    return HeldOutLosses(data, examples, tokens, base.loss, tuned.loss, *_with_ends(gain), half=half, groups=of_groups)
 
 
 def _with_ends(interval: Interval) -> tuple[float, float | None, float | None]:
@@ -338,13 +322,9 @@ def adapter_overlap(other: str, here: Mapping[str, Update], there: Mapping[str, 
     product = sum(module.cosine * module.norm * module.other_norm for module in modules)
     norm = math.hypot(*(module.norm for module in modules))
     other_norm = math.hypot(*(module.other_norm for module in modules))
-    return AdapterOverlap(
-        other=other,
-        modules=modules,
-        only_here=in_order(here.keys() - there.keys()),
-        only_there=in_order(there.keys() - here.keys()),
-        cosine=product / (norm * other_norm) if norm and other_norm else 0.0,
-    )
+    only_here, only_there = in_order(here.keys() - there.keys()), in_order(there.keys() - here.keys())
+    cosine = product / (norm * other_norm) if norm and other_norm else 0.0
+    return AdapterOverlap(other, modules, only_here, only_there, cosine)
 
 
 def _shape(update: Update) -> tuple[int, int, int]:

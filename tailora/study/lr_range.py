@@ -9,7 +9,7 @@ throughout, which gives a smooth curve. Rates above the lowest point undo the tr
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 
 from tailora.errors import ConfigError
 from tailora.formats.run_folder import write_report
-from tailora.study.budget import SAFETY, START, TIMING_RATE, TIMING_STEPS, Costs, measure_costs, too_short
+from tailora.study.budget import SAFETY, START, TIMING_RATE, TIMING_STEPS, Costs, measure_costs, no_costs, too_short
 from tailora.study.config import SearchConfig, trial_settings
 from tailora.study.study_store import TIMING, Log, StudySession, launch_settings, locked, open_folder
 from tailora.study.trial import RESULT, Progress, RunTrial, Trial, TrialEvent, TrialSpec, run_in_subprocess
@@ -144,9 +144,7 @@ def _steps_that_fit(train: TrainConfig, session: StudySession) -> int:
     timing = partial(session.trial, spec, session.folder / TIMING)
     costs, trial = measure_costs(session, timing, check, choosing=True)
     if costs is None:
-        raise ConfigError(
-            f"the first {TIMING_STEPS} steps failed, at a learning rate of {TIMING_RATE:g}: {trial.message}"
-        )
+        raise no_costs(trial)
     left = check(costs, SAFETY)
     return max(steps for steps in range(FEWEST_STEPS, most + 1) if needed(costs, steps) <= left)
 
@@ -206,26 +204,27 @@ def landmarks(curve: Sequence[tuple[float, float]], base_loss: float) -> tuple[f
 COARSE, FINE = 4.0, 2.0
 
 
+@dataclass
 class LearningRateSearch:
     """`next_rate` returns the rate to try, `record` stores its loss; repeat until `next_rate` returns None.
 
     It moves in steps of a factor of 4 from the first rate until the best rate has a worse one on either side. Then it
     tries once at a factor of 2 from the best. The loss is flat near its minimum (a factor of 2 costs a few thousandths
     of a nat), so a finer search is not worth its runs.
+
+    tries: maximum number of rates, at least 1.    tried: rate -> loss.    fits: into memory; the same for every rate.
     """
 
-    def __init__(self, first_rate: float, tries: int) -> None:
-        """tries: maximum number of rates, at least 1."""
-        self.tries = tries
-        self.tried: dict[float, float] = {}  # rate -> loss
-        self.fits = True  # into memory; the same for every rate
-        self._first_rate = first_rate
+    first_rate: float
+    tries: int
+    tried: dict[float, float] = field(default_factory=dict)
+    fits: bool = True
 
     def next_rate(self) -> float | None:
         if len(self.tried) >= self.tries or not self.fits:
             return None
         if not self.tried:
-            return self._first_rate
+            return self.first_rate
         best = self.best
         if best is None:  # all diverged
             return min(self.tried) / COARSE**2
@@ -234,9 +233,8 @@ class LearningRateSearch:
         if best == min(self.tried):
             return best / COARSE
         # Try a factor of 2 from the best, on the side of the better neighbor, unless it was tried before.
-        candidates = [
-            rate for rate in (best * FINE, best / FINE) if not any(math.isclose(rate, tried) for tried in self.tried)
-        ]
+        finer = best * FINE, best / FINE
+        candidates = [rate for rate in finer if not any(math.isclose(rate, tried) for tried in self.tried)]
         if not candidates:
             return None
         above = min(rate for rate in self.tried if rate > best)

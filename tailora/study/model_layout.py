@@ -71,12 +71,10 @@ def in_order(paths: Iterable[str]) -> list[str]:
 
 def by_group(paths: Sequence[str], layers: int) -> dict[str, list[str]]:
     """Returns group -> its paths, from early to late, attention before MLP."""
-    groups: dict[str, list[str]] = defaultdict(list)
+    groups: dict[str, list[str]] = {f"{depth} {block}": [] for depth in DEPTHS for block in (ATTENTION, MLP, OTHER)}
     for path in in_order(paths):
-        groups[group_of(path, layers)].append(path)
-    order = [f"{depth} {block}" for depth in DEPTHS for block in (ATTENTION, MLP, OTHER)]
-    ordered = [name for name in order if name in groups]
-    return {name: groups[name] for name in [*ordered, *(name for name in groups if name not in ordered)]}
+        groups.setdefault(group_of(path, layers), []).append(path)
+    return {name: members for name, members in groups.items() if members}
 
 
 def layer_range(paths: Sequence[str]) -> str:
@@ -132,10 +130,8 @@ def target_groups(model: nn.Module) -> dict[str, Any]:
     config = LoRAConfig(modules_to_save=task_heads(model) or None)
     layers = selected_candidates(model, dict(model.named_modules()), config)
     inner = [path for path in layers if layer_index(path) is not None]
-    groups = {
-        word: [path for path in inner if block_of(path) == block]
-        for word, block in (("attention", ATTENTION), ("mlp", MLP))
-    }
+    blocks = {"attention": ATTENTION, "mlp": MLP}
+    groups = {word: [path for path in inner if block_of(path) == block] for word, block in blocks.items()}
     both = groups if all(groups.values()) else {}
     return {
         **{word: shortest_names(paths, layers.keys() - set(paths)) for word, paths in both.items()},
@@ -199,7 +195,6 @@ class UnadaptedGroup:
 
 
 def adapted_modules(model: LoRAModel) -> list[AdaptedModule]:
-    """Returns the adapted modules in the model's order."""
     modules = []
     for row in model.summary().rows:
         if row.r is not None:
@@ -210,16 +205,14 @@ def adapted_modules(model: LoRAModel) -> list[AdaptedModule]:
 
 
 def trained_groups(model: LoRAModel) -> list[TrainedGroup]:
-    groups: dict[tuple[Any, ...], list[tuple[str, int]]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], dict[str, int]] = defaultdict(dict)  # -> path -> parameters
     shapes = {module.path: (module.in_features, module.out_features) for module in adapted_modules(model)}
     for row in model.summary().rows:
         shape = row.shape if row.r is None else shapes[row.path]
-        key = (without_layer(row.path), row.layer_type, shape, row.r, row.lora_alpha)
-        groups[key].append((row.path, row.parameters))
+        groups[without_layer(row.path), row.layer_type, shape, row.r, row.lora_alpha][row.path] = row.parameters
     return [
-        TrainedGroup(with_layer_range(paths), kind, shape, r, alpha, len(paths), sum(counts))
+        TrainedGroup(with_layer_range([*members]), kind, shape, r, alpha, len(members), sum(members.values()))
         for (_, kind, shape, r, alpha), members in groups.items()
-        for paths, counts in [zip(*members, strict=True)]
     ]
 
 
@@ -232,10 +225,9 @@ def unadapted_groups(model: LoRAModel) -> list[UnadaptedGroup]:
     get_head = getattr(base, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     excluded = set(selected_candidates(base, modules, config.replaced(exclude_modules=None)))
-    in_other_layers = set(
-        selected_candidates(base, modules, config.replaced(layers_to_transform=None, layers_pattern=None))
-    )
-    groups: dict[tuple[str, str, str], list[tuple[str, int]]] = defaultdict(list)
+    of_all_layers = config.replaced(layers_to_transform=None, layers_pattern=None)
+    in_other_layers = set(selected_candidates(base, modules, of_all_layers))
+    groups: dict[tuple[str, str, str], dict[str, int]] = defaultdict(dict)  # -> path -> parameters
     seen: set[int] = set()
     for path, module in modules.items():
         parameters = list(module.parameters(recurse=False))
@@ -257,19 +249,16 @@ def unadapted_groups(model: LoRAModel) -> list[UnadaptedGroup]:
         count = sum(parameter.numel() for parameter in parameters if id(parameter) not in seen)
         seen |= {id(parameter) for parameter in parameters}
         name = type(module).__name__.removeprefix("Thawing")
-        groups[without_layer(path), name, reason + ("" if count else "; tied to another weight")].append((path, count))
+        groups[without_layer(path), name, reason + ("" if count else "; tied to another weight")][path] = count
     return [
-        UnadaptedGroup(with_layer_range(paths), name, len(paths), sum(counts), reason)
+        UnadaptedGroup(with_layer_range([*members]), name, len(members), sum(members.values()), reason)
         for (_, name, reason), members in groups.items()
-        for paths, counts in [zip(*members, strict=True)]
     ]
 
 
 def without_layer(path: str) -> str:
     """Returns the path with * for its first number, the same for all similar layers."""
-    names = path.split(".")
-    index = next((index for index, name in enumerate(names) if name.isdecimal()), None)
-    return path if index is None else ".".join([*names[:index], "*", *names[index + 1 :]])
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path, count=1)
 
 
 def with_layer_range(paths: Sequence[str]) -> str:

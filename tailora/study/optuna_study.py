@@ -61,26 +61,17 @@ def open_study(folder: Path, url: str | None, settings: Mapping[str, Any]) -> op
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # the search has its own log
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    return optuna.create_study(
-        storage=_storage(url or f"sqlite:///{folder / DATABASE}"),
-        study_name=f"tailora-{name}",
-        direction="minimize",
-        load_if_exists=True,
-    )
+    storage = _storage(url or f"sqlite:///{folder / DATABASE}")
+    return optuna.create_study(storage=storage, study_name=f"tailora-{name}", load_if_exists=True)  # minimizes
 
 
 def _storage(url: str) -> RDBStorage:
     engine = {"connect_args": {"timeout": LOCKED}} if url.startswith("sqlite") else {}
+    heartbeat: dict[str, Any] = {"heartbeat_interval": HEARTBEAT, "grace_period": GRACE}
     for attempt in range(CREATIONS):
         try:
             with _experimental():
-                return RDBStorage(
-                    url,
-                    engine_kwargs=engine,
-                    heartbeat_interval=HEARTBEAT,
-                    grace_period=GRACE,
-                    heartbeat_stale_trial_callback=retry,
-                )
+                return RDBStorage(url, engine, **heartbeat, heartbeat_stale_trial_callback=retry)
         except (IntegrityError, OperationalError, ProgrammingError) as error:
             if attempt == CREATIONS - 1:
                 raise _unusable(url, error) from None
@@ -148,7 +139,6 @@ def running_trials(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def finished_trials(study: optuna.Study) -> list[Candidate]:
-    """Returns the finished trials of all workers."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     return [Candidate(**trial.user_attrs[OUTCOME]) for trial in trials if OUTCOME in trial.user_attrs]
 

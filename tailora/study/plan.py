@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from tailora.model import LoRAModel
 from tailora.study.cards import CONTEXT, LONGEST_NAME, Card, find_cards
 from tailora.study.config import ADAPTER_SETTINGS, FIRST_RATES, FULL
 from tailora.study.model_layout import adapted_modules, trained_groups, unadapted_groups
-from tailora.study.plan_result import FullFineTuning, Option, Plan, Ranks, Room, Schedule, Trained
+from tailora.study.plan_result import FullFineTuning, Option, Plan, Ranks
 from tailora.train import estimate
 from tailora.train.config import TASK_TYPES, TrainConfig
 from tailora.train.dataloader import epoch_steps, largest_forward, read_data, split_by_tokens, step_shape, token_limit
@@ -84,7 +84,11 @@ def plan(
         check_can_be_sharded(shape, config.model, config.quantize)
     batches = read_batches(config, shape, accelerator, token_limit(place.device.type), nproc, labels)
     with estimate.fake_model(config, shape, place.device) as fake:
-        trained, dtype, kernels = trained_of(fake), fake.base.dtype, fake.kernels.description
+        model, summary, dtype, kernels = fake.model, fake.model.summary(), fake.base.dtype, fake.kernels.description
+        layers: dict[str, Any] = {}
+        if isinstance(model, LoRAModel):
+            modules, groups, left = adapted_modules(model), trained_groups(model), unadapted_groups(model)
+            layers = {"modules": modules, "groups": groups, "left": left}
         step = largest_step(config, fake, batches)
         notes = [*place.notes, *batches.notes, *fake.notes]
         if asks_for_compiled_layers(config):
@@ -125,23 +129,21 @@ def plan(
         dtype=str(dtype).removeprefix("torch."),
         device=place.name,
         kernels=kernels,
-        trained=trained,
+        trainable_parameters=summary.trainable_parameters,
+        total_parameters=summary.total_parameters,
+        **layers,
         memory=needed,
-        room=Room(
-            available_bytes=available,
-            batch_size=config.per_device_train_batch_size,
-            batch_size_that_fits=batch_size,
-            options=[option(settings, memory, batches, shape, available) for settings, memory in alternatives.items()],
-            remedies=helps if needed.total > available else [],
-        ),
-        schedule=Schedule(
-            largest_forward={"examples": len(batches.largest), "tokens": tokens_of(batches.largest)},
-            examples=batches.examples,
-            tokens=batches.tokens,
-            steps=batches.steps,
-            seconds_per_step=seconds_per_step,
-            seconds=None if batches.steps is None or seconds_per_step is None else seconds_per_step * batches.steps,
-        ),
+        available_bytes=available,
+        batch_size=config.per_device_train_batch_size,
+        batch_size_that_fits=batch_size,
+        options=[option(settings, memory, batches, shape, available) for settings, memory in alternatives.items()],
+        remedies=helps if needed.total > available else [],
+        largest_forward={"examples": len(batches.largest), "tokens": tokens_of(batches.largest)},
+        examples=batches.examples,
+        tokens=batches.tokens,
+        steps=batches.steps,
+        seconds_per_step=seconds_per_step,
+        seconds=None if batches.steps is None or seconds_per_step is None else seconds_per_step * batches.steps,
         basis=basis,
         full=full,
         measured=measured,
@@ -207,8 +209,8 @@ def place_of(config: TrainConfig) -> Place:
         except ConfigError as unknown:
             raise ConfigError(f"{error}; {unknown}") from unknown
     process = used_bytes(device)
-    basis = "the current memory of this process"
-    return Place(str(device), device, process, basis, available_bytes(device) + process)
+    available = available_bytes(device) + process
+    return Place(str(device), device, process, "the current memory of this process", available)
 
 
 def place_of_card(config: TrainConfig, cards: list[Card]) -> Place:
@@ -338,9 +340,8 @@ def learns_preferences(config: TrainConfig) -> bool:
 def _largest_part(examples: list[Example], count: int, limit: int | None) -> list[Example]:
     """Returns the largest forward pass of a batch of `count` examples made by repeating these."""
     batch = [examples[index % len(examples)] for index in range(count)]
-    return [
-        batch[index] for index in max(split_by_tokens([len(example.input_ids) for example in batch], limit), key=len)
-    ]
+    passes = split_by_tokens([len(example.input_ids) for example in batch], limit)
+    return [batch[index] for index in max(passes, key=len)]
 
 
 def tokens_of(examples: list[Example]) -> int:
@@ -348,14 +349,6 @@ def tokens_of(examples: list[Example]) -> int:
 
 
 # ---- Memory
-
-
-def trained_of(fake: estimate.FakeModel) -> Trained:
-    summary, model = fake.model.summary(), fake.model
-    counts = summary.trainable_parameters, summary.total_parameters
-    if not isinstance(model, LoRAModel):
-        return Trained(*counts, [], [], [])
-    return Trained(*counts, adapted_modules(model), trained_groups(model), unadapted_groups(model))
 
 
 def largest_step(config: TrainConfig, fake: estimate.FakeModel, batches: Batches) -> estimate.StepCost:
@@ -366,18 +359,13 @@ def largest_step(config: TrainConfig, fake: estimate.FakeModel, batches: Batches
 
 
 def full_fine_tuning(
-    config: TrainConfig,
-    shape: PretrainedConfig,
-    batches: Batches,
-    place: Place,
-    available: int,
+    config: TrainConfig, shape: PretrainedConfig, batches: Batches, place: Place, available: int
 ) -> FullFineTuning:
     """Returns the plan of the same run with all weights trained (without offloading, which needs frozen weights)."""
     settings = config.model_dump(exclude_unset=True, exclude={*ADAPTER_SETTINGS, "fsdp_offload_params"})
     full = TrainConfig(**{**settings, "method": FULL, "learning_rate": FIRST_RATES[FULL]})
     with estimate.fake_model(full, shape, place.device) as fake:
-        step = largest_step(full, fake, batches)
-        memory = place.memory_of(full, fake, step)
+        memory = place.memory_of(full, fake, largest_step(full, fake, batches))
         parameters = fake.model.summary().trainable_parameters
     return FullFineTuning(parameters, memory, batch_size_that_fits(available, memory, batches))
 
@@ -442,10 +430,7 @@ def remedies(
     examples = config.per_device_train_batch_size * config.gradient_accumulation_steps
     accumulation = -(-examples // max(batch_size, 1))
     options = [
-        (
-            batch_size > 0,
-            f"--per-device-train-batch-size {batch_size} --gradient-accumulation-steps {accumulation}",
-        ),
+        (batch_size > 0, f"--per-device-train-batch-size {batch_size} --gradient-accumulation-steps {accumulation}"),
         (can_shard, "--fsdp"),
         *((option in alternatives, option) for option in (ACTIVATIONS, CHECKPOINTING, QUANTIZATION)),
         (config.method == FULL, "--method lora"),

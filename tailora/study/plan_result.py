@@ -6,22 +6,9 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pydantic import model_validator
-
 from tailora.study.model_layout import AdaptedModule, TrainedGroup, UnadaptedGroup
 from tailora.train.estimate import Memory
 from tailora.train.subprocess_worker import StepsMeasured
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The parts of the model that would be trained, and in `left` the parts that would not."""
-
-    trainable_parameters: int
-    total_parameters: int
-    modules: list[AdaptedModule]
-    groups: list[TrainedGroup]
-    left: list[UnadaptedGroup]
 
 
 @dataclass(frozen=True)
@@ -47,38 +34,6 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Room:
-    """What fits into memory.
-
-    available_bytes: memory that the run may use.    batch_size: the configured one.
-    batch_size_that_fits: 0 if not even one example fits.
-    remedies: settings that need less memory, if the run does not fit.
-    """
-
-    available_bytes: int
-    batch_size: int
-    batch_size_that_fits: int
-    options: list[Option] = field(default_factory=list)
-    remedies: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The steps and their time.
-
-    largest_forward: its examples and tokens.    examples: for training.    tokens, seconds: of all steps.
-    All except largest_forward are None if unknown, as the time is for a card that this machine does not have.
-    """
-
-    largest_forward: dict[str, int]
-    examples: int | None = None
-    tokens: int | None = None
-    steps: int | None = None
-    seconds_per_step: float | None = None
-    seconds: float | None = None
-
-
-@dataclass(frozen=True)
 class Ranks:
     """Data-parallel processes, one per device.    fsdp: whether FSDP2 shards the base over them."""
 
@@ -90,7 +45,14 @@ class Ranks:
 class Plan:
     """A run with these settings.
 
-    full: None if the run itself is full fine-tuning.    basis: where memory and time come from.
+    modules, groups: the layers with an update, one by one and grouped.    left: the parts that would not be trained.
+    available_bytes: memory that the run may use.    batch_size: the configured one.
+    batch_size_that_fits: 0 if not even one example fits.
+    remedies: settings that need less memory, if the run does not fit.
+    largest_forward: its examples and tokens.    basis: where memory and time come from.
+    examples: for training.    tokens, seconds: of all steps. These, steps and seconds_per_step are None if unknown, as
+        the time is for a card that this machine does not have.
+    full: None if the run itself is full fine-tuning.
     ranks: None for one process. With several, memory and time are per process.
     """
 
@@ -99,11 +61,24 @@ class Plan:
     dtype: str
     device: str
     kernels: str
-    trained: Trained
+    trainable_parameters: int
+    total_parameters: int
     memory: Memory
-    room: Room
-    schedule: Schedule
+    available_bytes: int
+    batch_size: int
+    batch_size_that_fits: int
+    largest_forward: dict[str, int]
     basis: dict[str, str]
+    modules: list[AdaptedModule] = field(default_factory=list)
+    groups: list[TrainedGroup] = field(default_factory=list)
+    left: list[UnadaptedGroup] = field(default_factory=list)
+    options: list[Option] = field(default_factory=list)
+    remedies: list[str] = field(default_factory=list)
+    examples: int | None = None
+    tokens: int | None = None
+    steps: int | None = None
+    seconds_per_step: float | None = None
+    seconds: float | None = None
     full: FullFineTuning | None = None
     measured: StepsMeasured | None = None
     ranks: Ranks | None = None
@@ -112,22 +87,11 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.memory.total <= self.room.available_bytes
+        return self.memory.total <= self.available_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, with the fields of `trained`, `room` and `schedule` at the top level."""
+        """Plain values for JSON."""
         content = asdict(self)
-        for part in PARTS:
-            content |= content.pop(part)
         full = None if self.full is None else {**content["full"], "memory": self.full.memory.to_dict()}
-        reasons = {group.path: group.reason for group in self.trained.left}
+        reasons = {group.path: group.reason for group in self.left}
         return {**content, "memory": self.memory.to_dict(), "full": full, "left_alone": reasons, "fits": self.fits}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_parts(cls, content: Any) -> Any:
-        """Accepts the output of `to_dict`."""
-        return {**content, **dict.fromkeys(PARTS, content)}
-
-
-PARTS = ("trained", "room", "schedule")

@@ -41,9 +41,9 @@ from tailora.study.budget import (
     Costs,
     Extent,
     TimeLimit,
-    held_out_in_use,
     longest_run,
     measure_costs,
+    no_costs,
 )
 from tailora.study.config import SearchConfig, trial_settings
 from tailora.study.results import Candidate, Finalist, SearchResult
@@ -142,7 +142,7 @@ class _Search:
     def run(self, settings: dict[str, Any], workers: Sequence[Worker]) -> SearchResult:
         """workers: empty if this process runs one trial at a time."""
         if workers:
-            self.session = self.session.of_worker(workers[0])  # it measures, and runs what the others leave
+            self.session = replace(self.session, worker=workers[0])  # it measures, and runs what the others leave
         self._prepare()
         if workers:
             self._run_workers(workers)
@@ -167,7 +167,7 @@ class _Search:
 
     def _of_worker(self, worker: Worker) -> "_Search":
         search = copy.copy(self)
-        search.session = self.session.of_worker(worker)
+        search.session = replace(self.session, worker=worker)
         search._open_study()
         return search
 
@@ -176,9 +176,8 @@ class _Search:
         with locked(self.folder, STUDY):
             self._open_study()
             self._plan()
-            self.axes, notes = search_space.fit_to_model(
-                self.space, self.groups, search_space.read_space(self.study.space)
-            )
+            given = search_space.read_space(self.study.space)
+            self.axes, notes = search_space.fit_to_model(self.space, self.groups, given)
             for note in notes:
                 self.session.note(note)
             if not self.optuna.get_trials(deepcopy=False):
@@ -194,17 +193,10 @@ class _Search:
         self._run_finals(self._finalists())
 
     def _spec(self, values: Mapping[str, Any], *, choosing: bool, describe: bool = False, **fixed: Any) -> TrialSpec:
-        """Returns the spec of a run with these values."""
         changes = search_space.settings_of(values, self.groups, self.train)
         settings = trial_settings(self.train, changes, **{**ONE_EVALUATION, **fixed})
-        return TrialSpec(
-            settings,
-            keep=False,
-            choosing=choosing,
-            describe=describe,
-            before=self.base.get(choosing),
-            held_out=self.held_out,
-        )
+        before, held_out = self.base.get(choosing), self.held_out
+        return TrialSpec(settings, keep=False, choosing=choosing, describe=describe, before=before, held_out=held_out)
 
     # ---- The length of a trial
 
@@ -229,9 +221,7 @@ class _Search:
         timing = partial(self.session.trial, spec, self.folder / TIMING)
         costs, trial = measure_costs(self.session, timing, self._check_time, choosing=False)
         if costs is None:
-            raise ConfigError(
-                f"the first {TIMING_STEPS} steps failed, at a learning rate of {TIMING_RATE:g}: {trial.message}"
-            )
+            raise no_costs(trial)
         selection_half(len(trial.counts))  # raises for too few examples, before anything is stored
         examples = trial.numbers["held_out"]
         costs = costs.on_part(examples / len(trial.counts))
@@ -242,7 +232,7 @@ class _Search:
             longest=longest,
             costs=costs.on_part(extent.part),
             seeds=extent.seeds,
-            held_out=held_out_in_use(extent, examples),
+            held_out=extent.held_out(examples),
             minutes=self.session.minutes,
             processes=self.session.processes,
         )
@@ -265,12 +255,11 @@ class _Search:
 
     def _time_limit(self) -> TimeLimit:
         study = self.study
-        fixed = {"tries": study.trials is not None, "seeds": "seeds" in study.model_fields_set}
         return TimeLimit(
             self.session,
             Extent(study.trial_count or MOST_TRIALS, study.seeds),
             FEWEST_TRIALS,
-            [name for name, is_fixed in fixed.items() if is_fixed],
+            {"seeds"} & study.model_fields_set | ({"tries"} if study.trials is not None else set()),
             lambda extent, steps: (
                 f"{extent.tries} trials of {steps} steps and {self._reserved * extent.seeds} final runs"
             ),
@@ -332,9 +321,8 @@ class _Search:
                 raise
             loss = "no loss" if candidate.eval_loss is None else f"{candidate.eval_loss:.4f}"
             ended = "" if candidate.state == DONE else f", {candidate.state}: {candidate.message}"
-            self.session.log(
-                f"trial {candidate.number}: {loss}{ended}  ({search_space.format_values(candidate.settings)})"
-            )
+            values = search_space.format_values(candidate.settings)
+            self.session.log(f"trial {candidate.number}: {loss}{ended}  ({values})")
             if candidate.state != DONE or candidate.eval_loss is None:
                 raise TrialPruned
             return candidate.eval_loss
@@ -408,18 +396,16 @@ class _Search:
 
     def _limits(self, result: SearchResult) -> list[str]:
         """Returns notes on the limits of the verdict."""
-        budget, examples = self.budget, result.judged_examples
-        edges = [
-            name for name, value in result.best.settings.items() if search_space.is_at_edge(self.axes[name], value)
-        ]
+        budget, examples, minutes = self.budget, result.judged_examples, {self.budget.minutes, self.session.minutes}
+        best = result.best.settings.items()
+        edges = [name for name, value in best if search_space.is_at_edge(self.axes[name], value)]
         notes = {
             f"the best trial is at the edge of the range of {', '.join(edges)}; a wider range may be better": edges,
             f"trials had {budget.steps:,} of the {budget.longest:,} steps in the settings; longer runs may prefer a "
             "lower learning rate and a higher rank": budget.steps < budget.longest,
             f"only {self.held_out} of the held-out examples fit into --minutes": self.held_out is not None,
             f"trials have the length planned for --minutes {budget.minutes or 0:g}; for longer trials, use a different "
-            "--output-dir": None not in (budget.minutes, self.session.minutes)
-            and budget.minutes != self.session.minutes,
+            "--output-dir": None not in minutes and len(minutes) == 2,
             f"{len(result.trials)} trials are too few to rank the settings by importance": not result.importances,
             f"only {examples} held-out examples for the final evaluation; more of them (--eval-data or "
             "--validation-split) would reveal smaller differences": examples < FEW_EXAMPLES,
@@ -430,11 +416,8 @@ class _Search:
         """Returns finalist -> its runs, the same number for all. Finalists that failed with a seed are dropped."""
         runs = self._run_finals(chosen)
         failed = {number: [trial for trial in trials if not trial.done] for number, trials in runs.items()}
-        for number, trials in failed.items():
-            if trials:
-                self.session.note(
-                    f"trial {number} was dropped from the finalists: {trials[0].outcome} with a different seed"
-                )
+        for number, (first, *_) in ((number, trials) for number, trials in failed.items() if trials):
+            self.session.note(f"trial {number} was dropped from the finalists: {first.outcome} with a different seed")
         most = max(map(len, runs.values()))
         good = {number: trials for number, trials in runs.items() if len(trials) == most and not failed[number]}
         if not good:

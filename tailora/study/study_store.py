@@ -7,7 +7,6 @@ plan.json                      the length of its trials, measured once
 Each of several workers is a thread of this process that runs its trials in separate processes.
 """
 
-import copy
 import json
 import math
 import os
@@ -17,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -192,30 +191,24 @@ def threads_of(workers: Sequence[Worker]) -> Iterator[ThreadPoolExecutor]:
             raise
 
 
+@dataclass(eq=False)
 class StudySession:
-    """One process's work on a study: the remaining time, its notes, and its trials."""
+    """One process's work on a study: the remaining time, its notes, and its trials.
 
-    def __init__(
-        self,
-        folder: Path,
-        minutes: float | None,
-        log: Log,
-        progress: Progress | None,
-        run_trial: RunTrial,
-        processes: int = 1,
-    ) -> None:
-        """processes: per trial."""
-        self.folder, self.minutes, self.log, self.processes = folder, minutes, log, processes
-        self.notes: list[str] = []
-        self._notes_lock = threading.Lock()
-        self._started, self._progress, self._run_trial = time.monotonic(), progress, run_trial
-        self.worker: Worker | None = None  # runs the trials, if there are several
+    processes: per trial.    worker: runs the trials, if there are several. `replace(session, worker=...)` shares the
+    clock and the notes.
+    """
 
-    def of_worker(self, worker: Worker) -> "StudySession":
-        """Returns a copy with the same clock and notes whose trials run on this worker."""
-        session = copy.copy(self)
-        session.worker = worker
-        return session
+    folder: Path
+    minutes: float | None
+    log: Log
+    progress: Progress | None
+    run_trial: RunTrial
+    processes: int = 1
+    worker: Worker | None = None
+    notes: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)  # of the notes
+    started: float = field(default_factory=time.monotonic)
 
     def check_stopped(self) -> None:
         """Raises KeyboardInterrupt if the worker was stopped."""
@@ -225,7 +218,7 @@ class StudySession:
     @property
     def seconds(self) -> float:
         """Seconds since the start of the session."""
-        return time.monotonic() - self._started
+        return time.monotonic() - self.started
 
     @property
     def seconds_left(self) -> float:
@@ -234,13 +227,12 @@ class StudySession:
 
     def note(self, text: str) -> None:
         """Logs a text and adds it to the report, once. Several workers may do so at the same time."""
-        with self._notes_lock:
+        with self.lock:
             if text not in self.notes:
                 self.notes.append(text)
                 self.log(text)
 
     def note_data(self, trial: Trial) -> None:
-        """Adds notes on truncated, skipped and duplicate examples."""
         for name, text in trial.numbers["data_warnings"].items():
             self.note(f"{name}: {text}")
 
@@ -277,4 +269,4 @@ class StudySession:
     def trial(self, spec: TrialSpec, path: Path, stop: Listen | None = None) -> Trial:
         self.check_stopped()
         spec = replace(spec, processes=self.processes)
-        return get_trial(spec, path, progress=self._progress, stop=stop, run_trial=self._run_trial, worker=self.worker)
+        return get_trial(spec, path, progress=self.progress, stop=stop, run_trial=self.run_trial, worker=self.worker)

@@ -35,12 +35,7 @@ from tailora.errors import ConfigError, DivergedError, MemoryLimitError, Process
 from tailora.formats.io import read_own_json, write_file
 from tailora.quiet import TORCHAO_LOGGERS, quiet_loggers
 from tailora.train import subprocess_worker
-from tailora.train.config import (
-    ACCUMULATION,
-    NATS_PER_TOKEN,
-    TrainConfig,
-    batches_per_step,
-)
+from tailora.train.config import ACCUMULATION, NATS_PER_TOKEN, TrainConfig, batches_per_step
 from tailora.train.failures import Failure, leave_failure
 from tailora.train.launch import end_process, is_launched_by_tailora, launch, rank
 from tailora.train.subprocess_worker import kill
@@ -199,9 +194,8 @@ class Trial:
         """Returns the held-out loss of all or some evaluated examples; infinite unless done."""
         if not self.done:
             return math.inf
-        sums, counts = np.array(self.sums), np.array(self.counts)
         chosen = slice(None) if indices is None else indices
-        return float(sums[chosen].sum() / counts[chosen].sum())
+        return float(np.array(self.sums)[chosen].sum() / np.array(self.counts)[chosen].sum())
 
     @property
     def summary(self) -> str:
@@ -235,6 +229,7 @@ def _trial(outcome: str, message: str, events: list[TrialEvent], base: BaseLosse
 Listen = Callable[[TrialEvent], str | None]  # returns the reason to end the trial now, or None
 
 
+@dataclass(eq=False)
 class Worker:
     """Runs one trial at a time, in parallel with other workers.
 
@@ -242,18 +237,13 @@ class Worker:
     share of the cores.    variables: environment variables of its processes.
     """
 
-    def __init__(
-        self,
-        number: int,
-        count: int,
-        device: str | None,
-        threads: int | None = None,
-        variables: Mapping[str, str] | None = None,
-    ) -> None:
-        self.number, self.count, self.device, self.threads = number, count, device, threads
-        self.variables = variables or {}
-        self.stopped = False
-        self._process: subprocess.Popen[str] | None = None
+    number: int
+    count: int
+    device: str | None
+    threads: int | None = None
+    variables: Mapping[str, str] = field(default_factory=dict)
+    stopped: bool = field(default=False, init=False)
+    _process: "subprocess.Popen[str] | None" = field(default=None, init=False)
 
     def start(self, command: list[str], **options: Any) -> "subprocess.Popen[str]":
         """Starts the process of a trial, isolated from Ctrl-C so that an interruption does not look like a failure."""
@@ -336,12 +326,8 @@ def _follow_subprocess(folder: Path, record: Record, worker: Worker | None) -> T
     """Starts the process of the trial and reads its output. Raises the error of its run."""
     log = folder / "log.txt"
     start = subprocess.Popen if worker is None else worker.start
-    with (
-        log.open("w") as stderr,
-        start(
-            [*COMMAND, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
-        ) as process,
-    ):
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with log.open("w") as stderr, start([*COMMAND, str(folder)], stderr=stderr, **pipes) as process:
         assert process.stdout is not None
         try:
             for line in process.stdout:
@@ -446,8 +432,7 @@ def main(folder: Path, device: str | None = None) -> int:
 
 
 def _exit_with_parent() -> None:
-    """Exits when the study is killed, which closes stdin, a pipe from the study."""
-    os.read(sys.stdin.fileno(), 1)
+    os.read(sys.stdin.fileno(), 1)  # returns when the study is killed, which closes this pipe from it
     os._exit(1)
 
 
@@ -470,23 +455,20 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
     from tailora.train.trainable import folder_of
     from tailora.train.trainer import run
 
-    config = TrainConfig(
-        **{"save_steps": 0, **spec.settings, "output_dir": str(folder / RUN)}
-    )  # trials are not resumed
+    # save_steps: trials are not resumed
+    config = TrainConfig(**{"save_steps": 0, **spec.settings, "output_dir": str(folder / RUN)})
     header: dict[str, Any] = {"steps": 0, "parameters": 0}
     events: list[TrialEvent] = []
     parts: dict[str, Any] = {}
-    held_out: list[int] = []
+    held_out = 0
 
     def on_event(event: Event) -> None:
         if isinstance(event, Prepared):
             names = {"steps": "max_steps", "parameters": "trainable_parameters", "loss_unit": "loss_unit"}
             header.update({name: event.header[key] for name, key in names.items()})
         if isinstance(event, Stepped | Evaluated):
-            of_held_out = isinstance(event, Evaluated)
-            events.append(
-                TrialEvent(event.step, loss=event.loss, held_out=of_held_out, seconds=event.seconds, **header)
-            )
+            is_eval = isinstance(event, Evaluated)
+            events.append(TrialEvent(event.step, loss=event.loss, held_out=is_eval, seconds=event.seconds, **header))
             record(events[-1])
 
     def on_ready(model: Any, *_: Any) -> None:
@@ -494,7 +476,8 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
             parts.update(target_groups(model.base_model))
 
     def choose(count: int) -> Indices:
-        held_out.append(count)
+        nonlocal held_out
+        held_out = count
         return evaluated(count, spec.held_out, choosing=spec.choosing)
 
     rates = spec.rising
@@ -518,7 +501,7 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
     numbers = {
         **result.to_dict(),
         "seed": config.seed,
-        "held_out": sum(held_out),
+        "held_out": held_out,
         "parts": parts,
         "all_steps": None if result.data is None else epoch_steps(config, result.data.train.epoch_size),
         "data_warnings": {} if result.data is None else warnings_of(result.data.report.to_dict()),

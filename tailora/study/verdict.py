@@ -18,13 +18,7 @@ from typing import Any
 import numpy as np
 
 from tailora.errors import ConfigError
-from tailora.evaluation.statistics import (
-    Difference,
-    Interval,
-    difference_over_seeds,
-    interval_over_seeds,
-    seeds_needed,
-)
+from tailora.evaluation.statistics import Difference, Interval, difference_over_seeds, interval_over_seeds, seeds_needed
 from tailora.study.config import FULL, CompareConfig
 from tailora.study.lr_range import LearningRateSearch
 from tailora.study.results import ArmResult, Candidate, Comparison, Finalist, SearchResult
@@ -60,14 +54,6 @@ class _Statistics:
             "runs": [run.numbers["output_dir"] for run in runs],
         }
 
-    def accuracy_fields(self, name: Any) -> dict[str, Any]:
-        """Returns the accuracy fields of ArmResult."""
-        if name not in self.accuracies:
-            return {}
-        share, difference = self.accuracies[name]
-        ends = share.low, share.high
-        return {"accuracy": share.value, "accuracy_interval": ends, "accuracy_difference": difference}
-
 
 def _statistics(runs: Mapping[Any, Sequence[Trial]], reference: Any) -> _Statistics:
     """runs: all done, the same number of seeds for each name."""
@@ -80,16 +66,13 @@ def _statistics(runs: Mapping[Any, Sequence[Trial]], reference: Any) -> _Statist
         values = {  # each (seeds, examples)
             name: np.array([getattr(run, measure) for run in trials])[:, indices] for name, trials in runs.items()
         }
-        others = len(runs) - 1
-        return {
-            name: (
-                interval_over_seeds(own, counts),
-                None
-                if name == reference
-                else difference_over_seeds(values[reference], own, counts, comparisons=others),
-            )
-            for name, own in values.items()
-        }
+        results: dict[Any, Compared] = {}
+        for name, own in values.items():
+            difference = None
+            if name != reference:
+                difference = difference_over_seeds(values[reference], own, counts, comparisons=len(runs) - 1)
+            results[name] = interval_over_seeds(own, counts), difference
+        return results
 
     return _Statistics(
         losses=compared("sums"),
@@ -127,6 +110,7 @@ def evaluate_arms(
         if trials is None:
             arms.append(ArmResult(arm, changes, failures[arm], rates=search.losses))
             continue
+        accuracy, accuracy_difference = statistics.accuracies.get(arm, (None, None))
         arms.append(
             ArmResult(
                 name=arm,
@@ -140,8 +124,10 @@ def evaluate_arms(
                 forgetting=_mean([trial.forgetting for trial in trials if trial.forgetting is not None]),
                 seed_losses=[trial.loss(evaluation_half(len(trial.counts))) for trial in trials],
                 train_losses=[trial.losses for trial in trials],
+                accuracy=None if accuracy is None else accuracy.value,
+                accuracy_interval=None if accuracy is None else (accuracy.low, accuracy.high),
+                accuracy_difference=accuracy_difference,
                 **statistics.fields(arm, trials),
-                **statistics.accuracy_fields(arm),
             )
         )
     cut_short = [arm for arm, search in rates.items() if search.next_rate() is not None]
@@ -254,12 +240,7 @@ def evaluate_finalists(
 
 
 def compare_verdict(
-    arms: Sequence[ArmResult],
-    reference: str,
-    margin: float,
-    unit: str,
-    *,
-    cut_short: Collection[str] = (),
+    arms: Sequence[ArmResult], reference: str, margin: float, unit: str, *, cut_short: Collection[str] = ()
 ) -> tuple[str, str | None]:
     """Returns the text, and the name of the arm it describes; None if there is nothing to compare.
 

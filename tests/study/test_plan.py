@@ -37,21 +37,21 @@ def test_counts_steps_and_forward_are_those_of_the_run(small_run: TrainConfig, t
         on_event=lambda event: headers.append(event.header) if hasattr(event, "header") else None,
     )
     (header,) = headers
-    assert planned.trained.trainable_parameters == header["trainable_parameters"]
-    assert planned.trained.total_parameters == header["total_parameters"]
-    assert len(planned.trained.modules) == header["adapted_layers"]
-    assert planned.schedule.steps == header["max_steps"]
-    assert planned.schedule.largest_forward["tokens"] == header["largest_forward_tokens"]
+    assert planned.trainable_parameters == header["trainable_parameters"]
+    assert planned.total_parameters == header["total_parameters"]
+    assert len(planned.modules) == header["adapted_layers"]
+    assert planned.steps == header["max_steps"]
+    assert planned.largest_forward["tokens"] == header["largest_forward_tokens"]
     assert planned.memory.weights == header["base_bytes"]
     assert planned.kernels.split(";")[-1] == header["kernels"].split(";")[-1]
 
 
 def test_what_is_left_alone_has_a_reason(small_run: TrainConfig) -> None:
     found = plan(changed(small_run, target_modules=["q_proj"], layers_to_transform=[1]))
-    reasons = {each.path: each.reason for each in found.trained.left}
+    reasons = {each.path: each.reason for each in found.left}
     assert "layers_to_transform" in reasons["model.layers.0.self_attn.q_proj"]
     assert "not in target_modules" in reasons["model.layers.{0-1}.mlp.up_proj"]
-    assert [each.path for each in found.trained.groups] == ["model.layers.1.self_attn.q_proj"]
+    assert [each.path for each in found.groups] == ["model.layers.1.self_attn.q_proj"]
 
 
 @pytest.mark.parametrize(("room", "count"), [(109, 0), (110, 1), (119, 1), (120, 2), (200, 10), (10**9, 10)])
@@ -67,9 +67,9 @@ def test_the_largest_batch_fills_the_room(room: int, count: int) -> None:
 def test_the_batch_that_fits_grows_with_the_room(small_run: TrainConfig) -> None:
     alone = TrainConfig(**small_run.model_dump(exclude_unset=True, exclude={"data"}), max_length=300)
     one, much = plan(alone, memory=10**6), plan(alone, memory=10**11)
-    assert one.room.batch_size_that_fits == 0
+    assert one.batch_size_that_fits == 0
     assert not one.fits
-    assert much.room.batch_size_that_fits > 1
+    assert much.batch_size_that_fits > 1
     assert much.fits
 
 
@@ -80,8 +80,8 @@ def test_a_few_real_steps_say_what_they_took(small_run: TrainConfig) -> None:
     assert took is not None
     assert measured.memory.total == took.peak_bytes > 10**8  # of a process of its own
     assert measured.memory.activations == estimated.memory.activations
-    seconds = took.seconds_per_token * (measured.schedule.tokens or 0)
-    assert measured.schedule.seconds == pytest.approx(seconds, rel=0.01)
+    seconds = took.seconds_per_token * (measured.tokens or 0)
+    assert measured.seconds == pytest.approx(seconds, rel=0.01)
     assert "measured" in measured.basis["memory"]
     assert "measured" not in estimated.basis["memory"]
 
@@ -130,7 +130,7 @@ def test_an_error_of_the_measuring_process_is_raised(
 def test_every_way_of_training_can_be_planned(small_run: TrainConfig, changes: dict[str, Any]) -> None:
     found = plan(small_run.replaced(**changes))
     assert found.memory.activations > 0
-    assert found.trained.trainable_parameters > 0
+    assert found.trainable_parameters > 0
 
 
 @pytest.mark.ranks
@@ -151,7 +151,7 @@ def test_a_rank_has_a_share_of_what_fsdp2_shards(small_run: TrainConfig) -> None
     same = ("adapters", "gradients", "optimizer", "activations", "logits")
     assert [getattr(memory, part) for part in same] == [getattr(one.memory, part) for part in same]
     assert sharded.ranks == Ranks(4, fsdp=True)
-    assert sharded.schedule.tokens == 4 * (one.schedule.tokens or 0)
+    assert sharded.tokens == 4 * (one.tokens or 0)
     assert one.full is not None
     assert sharded.full is not None
     full, whole = sharded.full.memory, one.full.memory
@@ -234,18 +234,18 @@ def test_the_peak_of_a_rank_is_foreseen(tmp_path: Path) -> None:
 
 def test_ranks_share_the_steps_of_an_epoch(small_run: TrainConfig) -> None:
     one, two = plan(small_run), plan(small_run, nproc=2)
-    assert (one.schedule.steps, two.schedule.steps) == (22, 12)  # the last step of each epoch is short
-    assert one.schedule.tokens is not None
-    assert two.schedule.tokens == pytest.approx(one.schedule.tokens * 2 * 12 / 22, abs=1)  # of both ranks
-    assert two.room.available_bytes < one.room.available_bytes  # both take from the memory of this machine
+    assert (one.steps, two.steps) == (22, 12)  # the last step of each epoch is short
+    assert one.tokens is not None
+    assert two.tokens == pytest.approx(one.tokens * 2 * 12 / 22, abs=1)  # of both ranks
+    assert two.available_bytes < one.available_bytes  # both take from the memory of this machine
 
 
 def test_replies_take_what_as_many_tokens_of_single_rows_take(small_run: TrainConfig) -> None:
     common = {"model": small_run.model, "dtype": "float32", "r": 4, "max_length": 64, "max_steps": 3}
     single = plan(TrainConfig(**common, per_device_train_batch_size=4))
     pairs = plan(TrainConfig(**common, per_device_train_batch_size=2, loss="dpo"))
-    assert pairs.schedule.largest_forward == {"examples": 2, "tokens": 2 * 2 * 64}
-    assert pairs.schedule.tokens == single.schedule.tokens
+    assert pairs.largest_forward == {"examples": 2, "tokens": 2 * 2 * 64}
+    assert pairs.tokens == single.tokens
     assert "every reply with its prompt is assumed to have --max-length 64 tokens" in pairs.notes[0]
     assert pairs.memory.activations == pytest.approx(single.memory.activations, rel=0.1)
     kto = plan(TrainConfig(**common, per_device_train_batch_size=2, loss="kto"))
@@ -259,8 +259,8 @@ def test_pairs_are_planned_as_they_are_trained(loss: str, small_run: TrainConfig
     headers: list[dict[str, Any]] = []
     run(config, on_event=lambda event: headers.append(event.header) if hasattr(event, "header") else None)
     (header,) = headers
-    assert planned.schedule.largest_forward["tokens"] == header["largest_forward_tokens"]
-    assert planned.trained.trainable_parameters == header["trainable_parameters"]
+    assert planned.largest_forward["tokens"] == header["largest_forward_tokens"]
+    assert planned.trainable_parameters == header["trainable_parameters"]
     assert any("log-probabilities of all replies" in note for note in planned.notes) == (
         loss == "ipo"
     )  # has a reference
@@ -278,4 +278,4 @@ def test_an_adapter_that_is_trained_further_is_planned(small_run: TrainConfig, t
     base = LlamaForCausalLM.from_pretrained(small_run.model)
     LoRAModel(base, LoRAConfig(r=2, target_modules=["q_proj"])).save_adapter(tmp_path / "adapter")
     planned = plan(TrainConfig(model=small_run.model, adapter=str(tmp_path), max_length=64))  # the folder of a run
-    assert {(module.path.rpartition(".")[2], module.r) for module in planned.trained.modules} == {("q_proj", 2)}
+    assert {(module.path.rpartition(".")[2], module.r) for module in planned.modules} == {("q_proj", 2)}

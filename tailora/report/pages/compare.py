@@ -1,7 +1,7 @@
 """The page of a comparison."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tailora.report.blocks import Block, Column, Figure, Number, Page, Section, Table
@@ -21,12 +21,10 @@ COSTS: list[tuple[str, str, Callable[[float], str]]] = [  # attribute of an arm,
 
 def compare_page(comparison: Comparison) -> Page:
     arms = [arm for arm in comparison.arms if arm.eval_loss is not None]
-    seeds, steps = plural(len(comparison.seeds), "seed"), plural(comparison.steps, "step")
+    seeds, steps, unit = plural(len(comparison.seeds), "seed"), plural(comparison.steps, "step"), comparison.loss_unit
     changes = [(f"{arm.name}:", arm.changes) for arm in comparison.arms]
-    shared = [
-        (part, {name: value for name, value in settings.items() if name != "arms"})
-        for part, settings in comparison.settings.items()
-    ]
+    parts = comparison.settings.items()
+    shared = [(part, {key: value for key, value in settings.items() if key != "arms"}) for part, settings in parts]
     sections = [
         Section(
             "Which is better",
@@ -34,15 +32,13 @@ def compare_page(comparison: Comparison) -> Page:
             f"{comparison.judged_examples:,} held-out examples that were not used to choose a learning rate.",
             _losses(comparison, arms),
         ),
-        Section(
-            "Training", "All variants saw the same examples in the same order.", [_training(arms, comparison.loss_unit)]
-        ),
+        Section("Training", "All variants saw the same examples in the same order.", [_training(arms, unit)]),
         Section("What it costs", "Means over the seeds; memory is the maximum.", [_costs(arms)]),
         Section(
             "Learning rates tried",
             "A comparison is only fair if every variant has its own best learning rate. These are the losses on the "
             "half of the held-out examples that is used to choose it.",
-            _rates(comparison.arms, comparison.loss_unit),
+            _rates(comparison.arms, unit),
         ),
         Section("Settings", "", [settings_table("Settings", *changes, *shared)]),
     ]
@@ -72,34 +68,26 @@ def _losses(comparison: Comparison, arms: Sequence[ArmResult]) -> list[Block | N
         cells = difference_cells(arm.difference, comparison.p_values.get(arm.name))
         rows.append([arm.name, rate, f"{arm.eval_loss:.3f}", interval(arm.interval), *cells])
     first = [Column("name"), *numeric("learning rate", "held-out loss"), INTERVAL]
-    columns = [*first, *numeric(f"- {comparison.reference}"), INTERVAL, Column("p", numeric=True, priority=1)]
-    figures = loss_figures(
-        losses, comparison.base_loss, differences, comparison.reference, margin, comparison.loss_unit
-    )
+    reference = comparison.reference
+    columns = [*first, *numeric(f"- {reference}"), INTERVAL, Column("p", numeric=True, priority=1)]
+    figures = loss_figures(losses, comparison.base_loss, differences, reference, margin, comparison.loss_unit)
     return [*figures, Table(columns, rows), _accuracies(comparison, arms)]
 
 
 def _accuracies(comparison: Comparison, arms: Sequence[ArmResult]) -> Table | None:
     """Accuracies for labels, and for preferences the share of pairs in the right order; None for other tasks."""
-    rows = [
-        [
-            arm.name,
-            f"{arm.accuracy:.3f}",
-            interval(arm.accuracy_interval),
-            *difference_cells(arm.accuracy_difference, None)[:2],
-        ]
-        for arm in arms
-        if arm.accuracy is not None
-    ]
+    rows = []
+    for arm in arms:
+        if arm.accuracy is not None:
+            change, ends, _ = difference_cells(arm.accuracy_difference, None)
+            rows.append([arm.name, f"{arm.accuracy:.3f}", interval(arm.accuracy_interval), change, ends])
     columns = [Column("name"), *numeric("accuracy"), INTERVAL, *numeric(f"- {comparison.reference}"), INTERVAL]
     return Table(columns, rows, "Accuracy") if rows else None
 
 
 def _training(arms: Sequence[ArmResult], unit: str) -> Figure | None:
     runs = {arm.name: [losses for losses in arm.train_losses if losses] for arm in arms}
-    values = "; ".join(
-        f"{name} from {losses[0][0]:.3f} to {losses[0][-1]:.3f}" for name, losses in runs.items() if losses
-    )
+    ends = [f"{name} from {losses[0][0]:.3f} to {losses[0][-1]:.3f}" for name, losses in runs.items() if losses]
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.new_axes(310, "step", f"loss, {unit}", whole_numbers="x")
@@ -108,12 +96,12 @@ def _training(arms: Sequence[ArmResult], unit: str) -> Figure | None:
                 canvas.losses(losses, series_colour(number), one_line(name, 28))
         axes.margins(x=0.02)
 
-    alt = f"Line chart of training losses. {values}."
+    alt = f"Line chart of training losses. {'; '.join(ends)}."
     caption = (
         f"Loss of each step's examples before its update, {unit}. Thin lines: each seed. Thick lines: running "
         "mean of all seeds."
     )
-    return Figure("training", draw, alt, caption, wide=True) if values else None
+    return Figure("training", draw, alt, caption, wide=True) if ends else None
 
 
 def _costs(arms: Sequence[ArmResult]) -> Table:
@@ -125,15 +113,10 @@ def _costs(arms: Sequence[ArmResult]) -> Table:
     if not any(arm.forgetting for arm in arms):
         return Table(columns, rows)
     for arm, row in zip(arms, rows, strict=True):
-        row += _forgetting(arm.forgetting)
+        lost = arm.forgetting
+        row += ["", ""] if lost is None else [f"{lost['kl']:.3f}", signed(lost["loss_after"] - lost["loss_before"])]
     note = "KL from the base and rise of the loss, in nats per token on text of other tasks, measure forgetting."
     return Table([*columns, *numeric("KL from base", "rise of loss")], rows, note=note)
-
-
-def _forgetting(lost: Mapping[str, float] | None) -> list[str]:
-    if lost is None:
-        return ["", ""]
-    return [f"{lost['kl']:.3f}", signed(lost["loss_after"] - lost["loss_before"]) if "loss_after" in lost else ""]
 
 
 def _rates(arms: Sequence[ArmResult], unit: str) -> list[Block | None]:

@@ -7,7 +7,7 @@ from tailora.data.dataset import distinct_of
 from tailora.evaluation.metrics import LABEL_METRICS, METRICS
 from tailora.evaluation.scores import Match
 from tailora.report.blocks import Answers, Block, Column, List, Number, Page, Section, Table
-from tailora.report.format import NONE, decimals, duration, plural
+from tailora.report.format import decimals, duration, interval, plural
 from tailora.report.pages.shared import INTERVAL, labels_section, numeric, settings_table
 
 CUTS = {  # counts in EvalReport.data -> note
@@ -28,10 +28,10 @@ class Value:
     n: int
 
     def shown(self, sign: str = "") -> str:
-        return NONE if self.value is None else f"{sign if self.value >= 0 else ''}{decimals(self.value)}"
+        return f"{sign if self.value is not None and self.value >= 0 else ''}{decimals(self.value)}"
 
     def ends(self) -> str:
-        return "" if self.interval is None else " to ".join(map(decimals, self.interval))
+        return interval(self.interval, decimals)
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,11 @@ def eval_page(report: EvalReport) -> Page:
     ]
     numbers.append(Number("time", duration(report.seconds), detail="page"))
     facts = {"model": report.model, **data, **tasks}
+    loss = "Loss is in nats per token."
+    if report.labels is not None:
+        loss = "Loss is in nats per row or word." if report.labels else "Loss is the mean squared error."
     sections = [
-        Section(
-            "What was measured",
-            f"{_about_loss(report)} Intervals are 95% intervals over the distinct rows.",
-            [_table(report)],
-        ),
+        Section("What was measured", f"{loss} Intervals are 95% intervals over the distinct rows.", [_table(report)]),
         *([section] if (section := labels_section(report.labels or {})) else []),
         Section("Answers", "The first greedy answers; ✓ marks those that match the expected answer.", _answers(report)),
         Section("Data", "", [settings_table("Data", ("", facts))]),
@@ -101,12 +100,6 @@ def eval_page(report: EvalReport) -> Page:
     outcomes = [f"gate {'met' if gate.met else 'NOT MET'}{where}: {gate}" for gate in report.gates]
     gates = Section("Gates", "", [List(outcomes) if outcomes else None])
     return Page("eval", evaluated.rstrip("/").rpartition("/")[2], lead, numbers, sections, notes, gates)
-
-
-def _about_loss(report: EvalReport) -> str:
-    if report.labels is None:
-        return "Loss is in nats per token."
-    return "Loss is in nats per row or word." if report.labels else "Loss is the mean squared error."
 
 
 def _table(report: EvalReport) -> Table:

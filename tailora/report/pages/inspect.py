@@ -3,41 +3,21 @@
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from tailora.core.patterns import layer_index
 from tailora.evaluation.spectral import LEADING, ModuleReport
 from tailora.formats.run_folder import ADAPTER
-from tailora.report.blocks import (
-    FEWEST_LAYERS,
-    Block,
-    Column,
-    Detail,
-    Figure,
-    Finding,
-    HeatMap,
-    List,
-    Number,
-    Page,
-    Paragraph,
-    Section,
-    Table,
-)
+from tailora.report.blocks import Block, Column, Figure, Finding, HeatMap, List, Number, Page, Paragraph, Section, Table
 from tailora.report.charts import Canvas, heat_colour
 from tailora.report.format import NONE, interval, one_line, plural, signed, value_range
-from tailora.report.pages.shared import (
-    INTERVAL,
-    by_depth,
-    by_layer,
-    numeric,
-    settings_table,
-    shared_prefix,
-    short_names,
-)
+from tailora.report.pages.shared import INTERVAL, by_depth, by_layer, numeric, settings_table, short_names
 from tailora.study.advice import AdapterOverlap, CombinedLosses, HeldOutLosses, Inspection, ModuleOverlap, first_few
 
 MOST_PANELS = 12  # in the figure of spectra
+FEWEST_LAYERS = 3  # for a heat map
 FIRST_ROWS = 8  # of the table by depth, in a terminal
 
 
@@ -72,9 +52,8 @@ OVERLAPS = {"writes": "writes", "writes_by_chance": "by chance", "reads": "reads
 def inspect_page(inspection: Inspection) -> Page:
     losses, training = inspection.held_out, inspection.training
     by_depth_table, legend, every_module = _module_tables(inspection)
-    left_out = Table(
-        [Column("skipped"), Column("why")], list(inspection.left_out.items()), "Skipped", folded=True, detail="page"
-    )
+    skipped = list(inspection.left_out.items())
+    left_out = Table([Column("skipped"), Column("why")], skipped, "Skipped", folded=True, detail="page")
     adapter = {"folder": inspection.adapter, **inspection.config}
     sections = [
         Section(
@@ -94,7 +73,7 @@ def inspect_page(inspection: Inspection) -> Page:
             "Skipped modules, and settings",
             "",
             [
-                left_out if inspection.left_out else None,
+                left_out if skipped else None,
                 settings_table("Settings of the adapter", ("adapter", adapter), ("training", training)),
             ],
         ),
@@ -109,11 +88,8 @@ def inspect_page(inspection: Inspection) -> Page:
     if losses is None and inspection.config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
         notes.append("Add --data HELD_OUT and --model to see what the ranks are worth, and the rules that use it.")
     no_advice = "None of the applicable rules advises a change." if notes else "No rule advises a change."
-    conclusion = Section(
-        "Advice",
-        'The rules and their thresholds: "Inspecting an adapter" in the docs.',
-        findings or [Paragraph(no_advice)],
-    )
+    thresholds = 'The rules and their thresholds: "Inspecting an adapter" in the docs.'
+    conclusion = Section("Advice", thresholds, findings or [Paragraph(no_advice)])
     rules = [advice.rule for advice in inspection.advice]
     summary = f"Rules that advise a change: {', '.join(rules)}." if rules else no_advice
     lead = f"{_description(inspection)}. {summary}"
@@ -172,12 +148,8 @@ def _module_tables(inspection: Inspection) -> tuple[Table | None, Table | None, 
     if not modules:
         return None, None, None
     has_learned_scaling = any(module.learned_scaling for module in modules)
-    measures = [
-        measure
-        for measure in MEASURES
-        if any(getattr(module, measure.attribute) is not None for module in modules)
-        and (has_learned_scaling or measure.attribute != "scaling")
-    ]
+    shown = [measure for measure in MEASURES if has_learned_scaling or measure.attribute != "scaling"]
+    measures = [column for column in shown if any(getattr(m, column.attribute) is not None for m in modules)]
 
     def cells(own: Sequence[ModuleReport]) -> list[str]:
         texts = [value_range([module.r for module in own])]
@@ -189,21 +161,26 @@ def _module_tables(inspection: Inspection) -> tuple[Table | None, Table | None, 
             texts.append(NONE if value is None else format(value, form))
         return texts
 
-    columns = [
-        *numeric("r"),
-        *(Column(measure.column, numeric=True, priority=measure.priority) for measure in measures),
-    ]
+    columns = numeric("r")
+    columns += [Column(measure.column, numeric=True, priority=measure.priority) for measure in measures]
     groups = by_depth(modules, inspection.layers)
     groups.sort(key=lambda group: -sum(module.energy for module in group[2]))
     rows = [[layers, name, *cells(own)] for layers, name, own in groups]
     by_depth_table = Table([Column("layers"), Column("module"), *columns], rows, first=FIRST_ROWS)
     meanings = [("r", MEANING_OF_R), *((measure.column, measure.meaning) for measure in measures)]
     legend = Table([Column(""), Column("")], meanings)
-    prefix = shared_prefix(module.path for module in modules)
+    prefix = _shared_prefix(module.path for module in modules)
     first = Column(f"module (after {prefix})" if prefix else "module")
     rows = [[module.path.removeprefix(prefix), *cells([module])] for module in modules]
     title = f"Every module ({len(rows):,})"
     return by_depth_table, legend, Table([first, *columns], rows, title, folded=True, detail="all")
+
+
+def _shared_prefix(paths: Iterable[str]) -> str:
+    """Returns the common prefix of all paths, up to a dot; '' if there is none."""
+    names = zip(*(path.split(".")[:-1] for path in paths), strict=False)
+    shared = [same[0] for same in takewhile(lambda same: len(set(same)) == 1, names)]
+    return ".".join(shared) + "." if shared else ""
 
 
 def _remarks(inspection: Inspection) -> list[Paragraph]:
@@ -219,18 +196,18 @@ def _remarks(inspection: Inspection) -> list[Paragraph]:
 
 def _heat_maps(modules: Sequence[ModuleReport]) -> list[HeatMap]:
     def heat_map(
-        name: str, measure: str, title: str, form: str, top: float | None, caption: str, detail: Detail = "page"
+        name: str, measure: str, title: str, form: str, top: float | None, caption: str, *, always: bool = False
     ) -> HeatMap:
         cells = by_layer(modules, measure)
         highest = max(cells.values(), default=0.0) if top is None else top
-        return HeatMap(f"map-{name}", title, cells, highest, form.format, caption, detail)
+        return HeatMap(f"map-{name}", title, cells, highest, form.format, caption, "always" if always else "page")
 
     if len({layer_index(module.path) for module in modules} - {None}) < FEWEST_LAYERS:
         return []
     caption = "Share of the adapter's squared norm."
-    energy = heat_map("energy", "energy", "energy", "{:.1%}", None, caption, "always")
+    energy = heat_map("energy", "energy", "energy", "{:.1%}", None, caption, always=True)
     caption = "Effective rank / rank. 1: all directions are used equally. Near 0: only one is used."
-    use = heat_map("use", "use", "effective rank / rank", "{:.2f}", 1.0, caption, "always")
+    use = heat_map("use", "use", "effective rank / rank", "{:.2f}", 1.0, caption, always=True)
     caption = "‖ΔW‖/‖W‖: size of the update relative to the weights."
     norm = heat_map("norm", "relative_norm", "relative norm", "{:.1%}", None, caption)
     caption = f"How many of the {LEADING} leading directions of the changed weight are unlike any of the base's."
@@ -262,9 +239,8 @@ def _spectra(modules: Sequence[ModuleReport]) -> Figure | None:
         for axes, (name, own) in zip(panels, shown.items(), strict=False):
             for module in own:
                 values = [value / module.singular_values[0] for value in module.singular_values]
-                colour = heat_colour(
-                    2 + (layer_index(module.path) or 0), 0, last + 3
-                )  # the palest are too faint for lines
+                layer = layer_index(module.path) or 0
+                colour = heat_colour(2 + layer, 0, last + 3)  # the palest are too faint for lines
                 axes.plot(range(1, len(values) + 1), values, color=colour, linewidth=1.2)
             axes.set_title(one_line(name, 22), fontsize=11.5)
             axes.set_ylim(0, 1.05)
@@ -288,25 +264,13 @@ def _spectra(modules: Sequence[ModuleReport]) -> Figure | None:
 
 def _truncation(losses: HeldOutLosses) -> Section:
     costs = {"all modules": losses.half, **losses.groups}
-    columns = [
-        Column("without the lower half of"),
-        *numeric("loss", "rise"),
-        INTERVAL,
-        *numeric("of the gain", "limit"),
-        Column("of the values", numeric=True, priority=1),
-    ]
-    rows = [
-        [
-            name,
-            f"{cost.loss:.4f}",
-            signed(cost.rise, 4),
-            interval((cost.low, cost.high), "+.4f"),
-            NONE if cost.cost is None else f"{cost.cost:.1%}",
-            f"{cost.limit:.1%}",
-            f"{cost.values:.0%}",
-        ]
-        for name, cost in costs.items()
-    ]
+    columns = [Column("without the lower half of"), *numeric("loss", "rise"), INTERVAL]
+    columns += [*numeric("of the gain", "limit"), Column("of the values", numeric=True, priority=1)]
+    rows = []
+    for name, cost in costs.items():
+        rise, ends = signed(cost.rise, 4), interval((cost.low, cost.high), "{:+.4f}".format)
+        of_gain = NONE if cost.cost is None else f"{cost.cost:.1%}"
+        rows.append([name, f"{cost.loss:.4f}", rise, ends, of_gain, f"{cost.limit:.1%}", f"{cost.values:.0%}"])
     return Section(
         "What the ranks are worth",
         f"On {losses.data}, {losses.examples:,} distinct held-out examples: loss {losses.base_loss:.4f} with the base, "
@@ -368,7 +332,7 @@ def _pair(pair: AdapterOverlap, layers: int) -> Section:
 
 
 def _combined_losses(losses: CombinedLosses) -> Paragraph:
-    ends = interval((losses.worse_low, losses.worse_high), "+.4f")
+    ends = interval((losses.worse_low, losses.worse_high), "{:+.4f}".format)
     return Paragraph(
         f"Held-out loss: base {losses.base:.4f}, this adapter {losses.one:.4f}, the other {losses.other:.4f}, both "
         f"added up {losses.both:.4f}: {signed(losses.worse, 4)} against the better one{f' ({ends})' if ends else ''}."

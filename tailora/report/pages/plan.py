@@ -11,77 +11,62 @@ NEAR = 2.0  # a limit beyond this many times the longest bar is not drawn
 
 
 def plan_page(plan: Plan) -> Page:
-    room, memory = plan.room, format_bytes(plan.memory.total)
-    available = format_bytes(room.available_bytes)
+    memory, available = format_bytes(plan.memory.total), format_bytes(plan.available_bytes)
+    rows = [
+        [option.settings, format_bytes(option.memory), _batch_size(plan, option.batch_size), f"{option.tokens:,}"]
+        for option in plan.options
+    ]
+    options = Table([Column("settings"), *numeric("memory", "largest batch", "longest single example")], rows)
+    basis = plan.basis["memory"]
     of_each = "" if plan.ranks is None else f", in each of {plan.ranks.count} processes"
     sections = [
         Section("What is trained", "", _trained(plan)),
-        Section(
-            "Memory",
-            f"Peak memory with {plan.dtype} on {plan.device}{of_each}; {plan.basis['memory']}.",
-            _memory(plan),
-        ),
-        Section("What fits", f"In {available}, with all other settings unchanged.", [_options(plan)]),
+        Section("Memory", f"Peak memory with {plan.dtype} on {plan.device}{of_each}; {basis}.", _memory(plan)),
+        Section("What fits", f"In {available}, with all other settings unchanged.", [options]),
         Section("Steps and time", "", [Paragraph(_steps(plan)), Paragraph(plan.kernels)]),
         Section("Every matrix with a low-rank update", "", [_matrices(plan)]),
         Section("Settings", "", [settings_table("Settings", ("", plan.settings))]),
     ]
     name = plan.model.rstrip("/").rpartition("/")[2]
-    forward, full = plan.schedule.largest_forward, plan.full
+    forward, full = plan.largest_forward, plan.full
     lead = (
         f"{'It fits' if plan.fits else 'It does not fit'}: {memory} of {available}. The "
         f"largest forward pass has {plural(forward['examples'], 'example')} with {forward['tokens']:,} tokens in total."
     )
     if full is not None:
         lead += f" Full fine-tuning needs {format_bytes(full.memory.total)}."
-    if room.remedies:
-        lead += f" What helps: {'; '.join(room.remedies)}."
+    if plan.remedies:
+        lead += f" What helps: {'; '.join(plan.remedies)}."
     return Page("plan", f"{name}, before training", lead, _numbers(plan), sections, plan.notes)
 
 
 def _numbers(plan: Plan) -> list[Number]:
-    trained, room, schedule, full = plan.trained, plan.room, plan.schedule, plan.full
-    trainable, available = trained.trainable_parameters, format_bytes(room.available_bytes)
+    trainable, total, full = plan.trainable_parameters, plan.total_parameters, plan.full
     numbers = [
-        Number(
-            "trained parameters",
-            count(trainable),
-            f"{share(trainable, trained.total_parameters)} of {count(trained.total_parameters)}",
-        ),
-        Number("memory", format_bytes(plan.memory.total), f"of {available}", "page"),
+        Number("trained parameters", count(trainable), f"{share(trainable, total)} of {count(total)}"),
+        Number("memory", format_bytes(plan.memory.total), f"of {format_bytes(plan.available_bytes)}", "page"),
     ]
     if full is not None:
         note = f"batches of {full.batch_size_that_fits} fit" if full.batch_size_that_fits else "does not fit"
         numbers.append(Number("memory, full fine-tuning", format_bytes(full.memory.total), note, "page"))
-    fitting = _batch_size(plan, room.batch_size_that_fits)
-    numbers.append(Number("batch size that fits", fitting, f"requested: {room.batch_size}", "page"))
-    if schedule.steps is not None:
-        numbers.append(Number("steps", f"{schedule.steps:,}", detail="page"))
-    if schedule.seconds is not None:
-        numbers.append(Number("training time", duration(schedule.seconds), "estimated", "page"))
+    fitting = _batch_size(plan, plan.batch_size_that_fits)
+    numbers.append(Number("batch size that fits", fitting, f"requested: {plan.batch_size}", "page"))
+    if plan.steps is not None:
+        numbers.append(Number("steps", f"{plan.steps:,}", detail="page"))
+    if plan.seconds is not None:
+        numbers.append(Number("training time", duration(plan.seconds), "estimated", "page"))
     return numbers
 
 
 def _trained(plan: Plan) -> list[Block | None]:
-    columns = [
-        Column("path"),
-        Column("type", priority=2),
-        Column("shape", numeric=True, priority=1),
-        *numeric("r"),
-        Column("alpha", numeric=True, priority=2),
-        *numeric("parameters"),
-    ]
-    rows = [
-        [
-            group.path,
-            group.kind,
-            " × ".join(f"{length:,}" for length in group.shape),
-            *(NONE if value is None else f"{value:g}" for value in (group.r, group.alpha)),
-            f"{group.parameters:,}",
-        ]
-        for group in plan.trained.groups
-    ]
-    left = [[group.path, f"{group.parameters:,}", group.reason] for group in plan.trained.left]
+    columns = [Column("path"), Column("type", priority=2), Column("shape", numeric=True, priority=1), *numeric("r")]
+    columns += [Column("alpha", numeric=True, priority=2), *numeric("parameters")]
+    rows = []
+    for group in plan.groups:
+        shape = " × ".join(map("{:,}".format, group.shape))
+        r, alpha = (NONE if value is None else f"{value:g}" for value in (group.r, group.alpha))
+        rows.append([group.path, group.kind, shape, r, alpha, f"{group.parameters:,}"])
+    left = [[group.path, f"{group.parameters:,}", group.reason] for group in plan.left]
     left_columns = [Column("path"), *numeric("parameters"), Column("why")]
     return [Table(columns, rows) if rows else None, Table(left_columns, left, "Not trained") if left else None]
 
@@ -91,7 +76,7 @@ def _memory(plan: Plan) -> list[Block | None]:
     memories = {"full fine-tuning": plan.memory.to_dict()}  # method -> bytes by part, with their total
     if plan.full is not None:
         memories = {"LoRA": plan.memory.to_dict(), "full fine-tuning": plan.full.memory.to_dict()}
-    limit_is_near = plan.room.available_bytes < NEAR * max(memory["total"] for memory in memories.values())
+    limit_is_near = plan.available_bytes < NEAR * max(memory["total"] for memory in memories.values())
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.new_axes(128 + 46 * len(memories), "GB")
@@ -105,7 +90,7 @@ def _memory(plan: Plan) -> list[Block | None]:
         for y, (end, memory) in enumerate(zip(starts, memories.values(), strict=True)):
             axes.annotate(format_bytes(memory["total"]), (end, y), (6, 0), textcoords="offset points", va="center")
         if limit_is_near:
-            axes.axvline(plan.room.available_bytes / 1e9, color=INK, linewidth=1.3, linestyle=DASHED)
+            axes.axvline(plan.available_bytes / 1e9, color=INK, linewidth=1.3, linestyle=DASHED)
         axes.set_yticks(range(len(memories)), list(memories))
         axes.set_ylim(len(memories) - 0.45, -0.55)
         axes.margins(x=0.18)
@@ -118,62 +103,43 @@ def _memory(plan: Plan) -> list[Block | None]:
         + ", ".join(f"{part} {format_bytes(memory[part])}" for part in parts if memory[part])
         for name, memory in memories.items()
     )
-    limit = f" Dashed line: {format_bytes(plan.room.available_bytes)} are available." if limit_is_near else ""
+    limit = f" Dashed line: {format_bytes(plan.available_bytes)} are available." if limit_is_near else ""
     alt = f"Stacked bars of memory. {listed}."
     rows = [
         [part, *(format_bytes(memory[part]) if memory[part] else NONE for memory in memories.values())]
         for part in plan.memory.to_dict()
         if any(memory[part] for memory in memories.values())
     ]
-    fitting = [plan.room.batch_size_that_fits, *([plan.full.batch_size_that_fits] if plan.full else [])]
+    fitting = [plan.batch_size_that_fits, *([plan.full.batch_size_that_fits] if plan.full else [])]
     rows.append(["batch size that fits", *(_batch_size(plan, number) for number in fitting)])
-    return [
-        Figure("memory", draw, alt, f"Memory by part.{limit}", wide=True),
-        Table([Column("part"), *numeric(*memories)], rows),
-    ]
+    figure = Figure("memory", draw, alt, f"Memory by part.{limit}", wide=True)
+    return [figure, Table([Column("part"), *numeric(*memories)], rows)]
 
 
 def _batch_size(plan: Plan, fitting: int) -> str:
-    return f"{fitting:,}{' (all examples)' if fitting == plan.schedule.examples else ''}" if fitting else "none"
-
-
-def _options(plan: Plan) -> Table:
-    rows = [
-        [option.settings, format_bytes(option.memory), _batch_size(plan, option.batch_size), f"{option.tokens:,}"]
-        for option in plan.room.options
-    ]
-    columns = [Column("settings"), *numeric("memory", "largest batch", "longest single example")]
-    return Table(columns, rows)
+    return f"{fitting:,}{' (all examples)' if fitting == plan.examples else ''}" if fitting else "none"
 
 
 def _steps(plan: Plan) -> str:
-    schedule, basis, ranks = plan.schedule, plan.basis["time"], ""
+    basis, ranks = plan.basis["time"], ""
     if plan.ranks is not None:
         how = "FSDP2 shards the base model across them" if plan.ranks.fsdp else "each has a copy of the base model"
         ranks = f"{plan.ranks.count} processes train together; {how}. "
     steps = "Add --data or --max-steps to see the number of steps."
-    if schedule.steps is not None:
-        steps = f"{plural(schedule.steps, 'step')}."
-    if schedule.seconds_per_step is None:
+    if plan.steps is not None:
+        steps = f"{plural(plan.steps, 'step')}."
+    if plan.seconds_per_step is None:
         return f"{ranks}{steps} The time of a step is {basis}."
-    total = "" if schedule.seconds is None else f", {duration(schedule.seconds)} in total"
-    per_step = f"{duration(schedule.seconds_per_step)} per step{total} ({basis})"
+    total = "" if plan.seconds is None else f", {duration(plan.seconds)} in total"
+    per_step = f"{duration(plan.seconds_per_step)} per step{total} ({basis})"
     return f"{ranks}{steps} {per_step}. Evaluations, answers and saving are not included."
 
 
 def _matrices(plan: Plan) -> Table | None:
-    modules = plan.trained.modules
     rows = [
-        [
-            module.path,
-            module.kind,
-            f"{module.in_features:,} × {module.out_features:,}",
-            str(module.r),
-            f"{module.alpha:g}",
-            f"{module.parameters:,}",
-        ]
-        for module in modules
+        [m.path, m.kind, f"{m.in_features:,} × {m.out_features:,}", str(m.r), f"{m.alpha:g}", f"{m.parameters:,}"]
+        for m in plan.modules
     ]
     columns = [Column("matrix"), Column("type"), *numeric("in × out", "r", "alpha", "parameters")]
-    title = plural(len(modules), "matrix", "matrices")
+    title = plural(len(rows), "matrix", "matrices")
     return Table(columns, rows, title, folded=True, detail="page") if rows else None

@@ -10,14 +10,7 @@ import numpy as np
 from tailora.report.blocks import Block, Code, Column, Figure, Number, Page, Paragraph, Section, Table
 from tailora.report.charts import DASHED, PAPER, SERIES, SOFT, Canvas, Estimate
 from tailora.report.format import count, duration, interval, learning_rate, one_line, plural, setting
-from tailora.report.pages.shared import (
-    INTERVAL,
-    difference_cells,
-    loss_figures,
-    numeric,
-    settings_table,
-    train_command,
-)
+from tailora.report.pages.shared import INTERVAL, difference_cells, loss_figures, numeric, settings_table, train_command
 from tailora.study.lr_range import RateRange
 from tailora.study.results import Candidate, SearchResult
 from tailora.study.trial import DONE
@@ -36,6 +29,8 @@ def search_page(search: SearchResult) -> Page:
     ended = len(search.trials) - len(done)
     settings = [(part, values) for part, values in search.settings.items() if isinstance(values, dict)]
     all_trials = _table_of_trials(search.trials, "All trials", folded=True, detail="page")
+    ranked = sorted(search.importances.items(), key=lambda item: -item[1])
+    importances = Paragraph(", ".join(f"{name} {value:.0%}" for name, value in ranked) + ".")
     sections = [
         Section(
             "The finalists",
@@ -52,7 +47,7 @@ def search_page(search: SearchResult) -> Page:
         Section(
             "Which settings matter",
             "Importance: how well a setting predicts whether a trial is among the best quarter (PED-ANOVA).",
-            [_importances(search), *_slices(done)],
+            [importances if ranked else None, *_slices(done)],
         ),
         Section("All trials and settings", "", [all_trials, settings_table("Settings", *settings)]),
     ]
@@ -80,36 +75,23 @@ def _finalists(search: SearchResult) -> list[Block | None]:
     losses = [Estimate(names[trial.number], trial.eval_loss, trial.interval) for trial in search.finalists]
     differences = {names[trial.number]: trial.difference for trial in search.finalists}
     margin = search.settings.get("search", {}).get("margin")
-    figures = loss_figures(
-        losses, search.base_loss, differences, f"trial {search.best.number}", margin, search.loss_unit
-    )
-
+    best = names[search.best.number]
+    figures = loss_figures(losses, search.base_loss, differences, best, margin, search.loss_unit)
     columns = [*numeric("trial", "held-out loss"), INTERVAL, *numeric("- best"), INTERVAL]
     columns += numeric("p", "trained", "time", "peak memory")
-    rows = [
-        [
-            str(finalist.number),
-            f"{finalist.eval_loss:.3f}",
-            interval(finalist.interval),
-            *difference_cells(finalist.difference, finalist.p_value, "best"),
-            count(finalist.trainable_parameters),
-            duration(finalist.seconds),
-            format_bytes(finalist.peak_memory_bytes),
-        ]
-        for finalist in search.finalists
-    ]
-    names[search.best.number] += " (best)"
+    rows = []
+    for trial in search.finalists:
+        difference = difference_cells(trial.difference, trial.p_value, "best")
+        costs = count(trial.trainable_parameters), duration(trial.seconds), format_bytes(trial.peak_memory_bytes)
+        rows.append([str(trial.number), f"{trial.eval_loss:.3f}", interval(trial.interval), *difference, *costs])
     if search.cheapest.number == search.best.number:
-        names[search.best.number] = f"trial {search.best.number} (best and cheapest)"
+        names[search.best.number] += " (best and cheapest)"
     else:
+        names[search.best.number] += " (best)"
         names[search.cheapest.number] += " (cheapest)"
     settings = dict.fromkeys(name for finalist in search.finalists for name in finalist.settings)
     side_by_side = [[name, *(setting(trial.settings.get(name)) for trial in search.finalists)] for name in settings]
-    return [
-        *figures,
-        Table(columns, rows),
-        Table([Column("setting"), *map(Column, names.values())], side_by_side),
-    ]
+    return [*figures, Table(columns, rows), Table([Column("setting"), *map(Column, names.values())], side_by_side)]
 
 
 # ---- Trials
@@ -186,9 +168,8 @@ def _curves(search: SearchResult, highest: float) -> Figure | None:
             best = trial.number == search.best.number
             width, alpha = (2.6, 1.0) if best else (1.2, 0.5)
             steps, losses = zip(*trial.curve, strict=True)
-            axes.plot(
-                steps, np.minimum(losses, highest), color=SERIES[best], linewidth=width, alpha=alpha, zorder=2 + best
-            )
+            shown = np.minimum(losses, highest)
+            axes.plot(steps, shown, color=SERIES[best], linewidth=width, alpha=alpha, zorder=2 + best)
 
     alt = f"Held-out loss of {len(search.trials)} trials over their steps; trial {search.best.number} is highlighted."
     caption = "Held-out loss over the steps; trials in the worse half are stopped early. Highlighted: the best."
@@ -215,11 +196,6 @@ def _cost(search: SearchResult, done: Sequence[Candidate]) -> Figure | None:
 
 
 # ---- Settings
-
-
-def _importances(search: SearchResult) -> Paragraph | None:
-    ranked = sorted(search.importances.items(), key=lambda item: -item[1])
-    return Paragraph(", ".join(f"{name} {value:.0%}" for name, value in ranked) + ".") if ranked else None
 
 
 def _slices(done: Sequence[Candidate]) -> list[Figure]:
@@ -268,13 +244,9 @@ def lr_range_page(rates: RateRange) -> Page:
         axes.set_ylim(rates.base_loss - 1.15 * rates.gain, top)
         canvas.log_axis("x")
 
-    figure = Figure(
-        "rates",
-        draw,
-        f"Held-out loss against the learning rate, from {rates.base_loss:.3f} down to {lowest} at {suggestion}.",
-        "Dashed line: the base model. Losses above the top of the figure are not shown.",
-        wide=True,
-    )
+    alt = f"Held-out loss against the learning rate, from {rates.base_loss:.3f} down to {lowest} at {suggestion}."
+    caption = "Dashed line: the base model. Losses above the top of the figure are not shown."
+    figure = Figure("rates", draw, alt, caption, wide=True)
     rows = [[learning_rate(rate), f"{loss:.4f}"] for rate, loss in rates.curve]
     table = Table(numeric("learning rate", "held-out loss"), rows, "All losses", folded=True)
     sections = [

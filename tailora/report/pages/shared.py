@@ -1,7 +1,6 @@
 """Columns, tables, figures and short names that several pages use."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import takewhile
 from typing import Any, Protocol, TypeVar
 
 from tailora.core.patterns import layer_index
@@ -16,7 +15,6 @@ INTERVAL = Column("95% interval", numeric=True, interval=True)
 
 
 def numeric(*names: str) -> list[Column]:
-    """Columns of numbers."""
     return [Column(name, numeric=True) for name in names]
 
 
@@ -54,13 +52,12 @@ def loss_figures(
     measured = {name: difference for name, difference in differences.items() if difference}
     listed = "; ".join(f"{loss.name} {loss.value:.3f} ({interval(loss.ends)})" for loss in losses)
     seeds = "; small dots: each seed" if any(loss.runs for loss in losses) else ""
-    losses_figure = Figure(
-        "losses",
-        lambda canvas: canvas.estimates(losses, f"held-out loss, {unit}"),
-        f"Held-out loss of each with its 95% interval: {listed}.",
+    alt = f"Held-out loss of each with its 95% interval: {listed}."
+    caption = (
         f"Held-out loss with 95% intervals over examples and seeds{seeds}. The base model has {base_loss:.3f}. All are "
-        "evaluated on the same examples, so compare the differences: overlapping intervals say little.",
+        "evaluated on the same examples, so compare the differences: overlapping intervals say little."
     )
+    losses_figure = Figure("losses", lambda canvas: canvas.estimates(losses, f"held-out loss, {unit}"), alt, caption)
 
     def draw_differences(canvas: Canvas) -> None:
         rows = [Estimate(name, value.value, (value.low, value.high)) for name, value in measured.items()]
@@ -70,20 +67,14 @@ def loss_figures(
         if margin is not None:
             canvas.axes.axvspan(-margin, margin, color=GRID, alpha=0.6, linewidth=0, zorder=0)
 
-    listed = "; ".join(
-        f"{name} {value.value:+.3f} ({interval((value.low, value.high), '+.3f')})" for name, value in measured.items()
-    )
-    together = (
-        " (all intervals hold at the same time)" if any(value.comparisons > 1 for value in measured.values()) else ""
-    )
-    band = "" if margin is None else f" Shaded: differences within the margin of {margin:g}, which do not matter."
-    differences_figure = Figure(
-        "differences",
-        draw_differences,
-        f"Difference of each from {reference} with its 95% interval: {listed}.",
-        f"Difference from {reference} on the same examples and seeds, with its 95% interval{together}; left is better."
-        f"{band}",
-    )
+    listed = "; ".join(f"{name} {d.value:+.3f} ({d.low:+.3f} to {d.high:+.3f})" for name, d in measured.items())
+    are_several = any(difference.comparisons > 1 for difference in measured.values())
+    ends = f"its 95% interval{' (all intervals hold at the same time)' if are_several else ''}"
+    alt = f"Difference of each from {reference} with its 95% interval: {listed}."
+    caption = f"Difference from {reference} on the same examples and seeds, with {ends}; left is better."
+    if margin is not None:
+        caption += f" Shaded: differences within the margin of {margin:g}, which do not matter."
+    differences_figure = Figure("differences", draw_differences, alt, caption)
     return [losses_figure if losses else None, differences_figure if measured else None]
 
 
@@ -101,10 +92,6 @@ def labels_section(details: Mapping[str, Any]) -> Section | None:
     """details: `evaluation.classification.label_details`, {} for regression."""
     if not details:
         return None
-    return Section("Labels", " ".join(_sentences(details)), [_confusion(details), _calibration(details)])
-
-
-def _sentences(details: Mapping[str, Any]) -> list[str]:
     texts = []
     if majority := details.get("majority"):
         rate = share(majority["share"], 1)
@@ -112,17 +99,14 @@ def _sentences(details: Mapping[str, Any]) -> list[str]:
         texts.append(f"Always predicting {majority['label']!r}, {frequent}, has an accuracy of {rate}.")
     ece = decimals(details["calibration"]["ece"])
     texts.append(f"Expected calibration error: {ece}, the mean distance between confidence and accuracy.")
-    return texts
+    return Section("Labels", " ".join(texts), [_confusion(details), _calibration(details)])
 
 
 def _confusion(details: Mapping[str, Any]) -> Table | None:
     if "confusion" not in details:
         return None
-    names = details["names"]
-    rows = [
-        [name, *(f"{count:,}" for count in counts)] for name, counts in zip(names, details["confusion"], strict=True)
-    ]
-    columns = [Column("true \\ predicted"), *numeric(*names)]
+    rows = [[name, *map("{:,}".format, row)] for name, row in zip(details["names"], details["confusion"], strict=True)]
+    columns = [Column("true \\ predicted"), *numeric(*details["names"])]
     return Table(columns, rows, "Confusion matrix", "Rows: true labels. Columns: predicted labels.")
 
 
@@ -137,16 +121,13 @@ def _calibration(details: Mapping[str, Any]) -> Figure:
         axes.set_xlim(-0.02, 1.02)
         axes.set_ylim(-0.02, 1.02)
 
-    listed = "; ".join(
-        f"{row['n']:,}: confidence {row['confidence']:.3f}, accuracy {row['accuracy']:.3f}" for row in bins
-    )
-    return Figure(
-        "calibration",
-        draw,
-        f"Line chart of accuracy by confidence: {listed}.",
+    listed = [f"{row['n']:,}: confidence {row['confidence']:.3f}, accuracy {row['accuracy']:.3f}" for row in bins]
+    alt = f"Line chart of accuracy by confidence: {'; '.join(listed)}."
+    caption = (
         "Accuracy of predictions with about the same confidence. On the dashed line, predictions with a confidence of "
-        "80% are right in 80% of the cases.",
+        "80% are right in 80% of the cases."
     )
+    return Figure("calibration", draw, alt, caption)
 
 
 # ---- Short names of matrices, and matrices by depth and layer
@@ -168,13 +149,6 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
     return {
         path: last if len(by_last_name[last := name.rpartition(".")[2]]) == 1 else name for path, name in inner.items()
     }
-
-
-def shared_prefix(paths: Iterable[str]) -> str:
-    """Returns the common prefix of all paths, up to a dot; '' if there is none."""
-    names = zip(*(path.split(".")[:-1] for path in paths), strict=False)
-    shared = [same[0] for same in takewhile(lambda same: len(set(same)) == 1, names)]
-    return ".".join(shared) + "." if shared else ""
 
 
 class HasPath(Protocol):

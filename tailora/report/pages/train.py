@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -149,8 +149,10 @@ def write_train_report(folder: Path) -> dict[str, Any]:
     except KeyError as missing:
         raise FormatError(f"{folder / RUN} has no {missing}; use the output folder of tailora train") from None
     lines = _read(folder / METRICS)
+    steps = [line for line in lines if "loss" in line]
     examples = _read(folder / EXAMPLES) if (folder / EXAMPLES).exists() else []
-    held_out, losses, task_metrics, change_of_metrics, labels = None, {}, list[dict[str, Any]](), "", dict[str, Any]()
+    held_out, losses, change_of_metrics, labels = None, dict[str, Interval](), "", dict[str, Any]()
+    before, after = dict[str, Interval](), dict[str, Interval]()  # metrics of the task
     remedy: list[str] = []
     unit = header.get("loss_unit", NATS_PER_TOKEN)
     if examples:
@@ -164,9 +166,8 @@ def write_train_report(folder: Path) -> dict[str, Any]:
         elif all(f"scores_{when}" in examples[0] for when in WHEN):  # a study does not compute the base's again
             before, after = (preference_metrics([row[f"scores_{when}"] for row in examples]) for when in WHEN)
             change_of_metrics = describe_preferences(before, after)
-        else:
-            before = after = {}
-        task_metrics = [_metric(name, before[name], after[name]) for name in after if name in before]
+    shared = [name for name in after if name in before]
+    task_metrics = [asdict(Metric(name, *_number(before[name]), *_number(after[name]))) for name in shared]
     if result is None:
         verdict = "The run has not finished: it was interrupted, failed, or is still running."
     elif losses:
@@ -175,26 +176,23 @@ def write_train_report(folder: Path) -> dict[str, Any]:
         is_better = not labels or beats_majority(after["accuracy"].value, labels)
         verdict = " ".join(filter(None, [verdict, change_of_metrics] if is_better else [change_of_metrics, verdict]))
         if losses["change"].low > 0:
-            cause, remedy = _remedy(settings, [line["loss"] for line in lines if "loss" in line])
+            cause, remedy = _remedy(settings, [step["loss"] for step in steps])
             verdict = f"Worse than before training. {verdict} {cause}"
     elif result["eval_loss_after"] is None:
         verdict = "Whether training worked is unknown without held-out data: use --eval-data FILE."
     else:
         change = f"{result['eval_loss_before']:.3f} to {result['eval_loss_after']:.3f}"
         verdict = f"Held-out loss went from {change} {unit}; its interval was not recorded."
-    if result is not None and losses:
-        result["eval_loss_change"] = losses["change"].value
-        result |= {f"eval_loss_{name}_95": _ends(loss) for name, loss in losses.items()}
     if result is not None:
-        for metric in task_metrics:
-            name = metric["name"]
-            result |= {f"eval_{name}_{key}": value for key, value in metric.items() if key != "name"}
+        result |= {"eval_loss_change": losses["change"].value} if losses else {}
+        result |= {f"eval_loss_{name}_95": _ends(loss) for name, loss in losses.items()}
+        result |= {f"eval_{m['name']}_{key}": value for m in task_metrics for key, value in m.items() if key != "name"}
     content = {
         "verdict": verdict,
         "remedy": remedy,
         "settings": settings,
         "run": header,
-        "steps": [line for line in lines if "loss" in line],
+        "steps": steps,
         "evaluations": [{"step": line["step"], "loss": line["eval_loss"]} for line in lines if "eval_loss" in line],
         "samples": _read(folder / SAMPLES) if (folder / SAMPLES).exists() else [],
         "result": result,
@@ -219,14 +217,9 @@ def _remedy(settings: Mapping[str, Any], losses: Sequence[float]) -> tuple[str, 
     return f"{cause} Use --learning-rate {rate}.", ["--learning-rate", rate]
 
 
-def _metric(name: str, before: Interval, after: Interval) -> dict[str, Any]:
-    """Returns the fields of a `Metric`; values that are not a number become None."""
-    values = {
-        f"{when}{part}": value
-        for when, estimate in zip(WHEN, (before, after), strict=True)
-        for part, value in (("", None if math.isnan(estimate.value) else estimate.value), ("_95", _ends(estimate)))
-    }
-    return {"name": name, **values}
+def _number(estimate: Interval) -> tuple[float | None, tuple[float, float] | None]:
+    """Returns a value and its interval for a `Metric`; what is not a number becomes None."""
+    return None if math.isnan(estimate.value) else estimate.value, _ends(estimate)
 
 
 def _ends(estimate: Interval) -> tuple[float, float] | None:
@@ -255,7 +248,7 @@ def train_page(report: TrainReport) -> Page:
     answers: Block | None = None
     if result is not None:
         first = report.metrics[:2]  # those that say most
-        numbers = [Number(f"{m.name} after", _shown(m.after), f"before {_shown(m.before)}") for m in first]
+        numbers = [Number(f"{m.name} after", decimals(m.after), f"before {decimals(m.before)}") for m in first]
         numbers += _numbers(result, unit, is_resumed=report.settings.get("resume_from_checkpoint") is not None)
         if report.evaluations:
             loss_text += f" The weights of step {result.best_step} were kept."
@@ -267,11 +260,11 @@ def train_page(report: TrainReport) -> Page:
     if report.settings.get("data") == "demo":
         answers_text = f"The demo's data is small talk between strangers, so expect a casual tone. {answers_text}"
     if report.samples:
-        references = [
-            f"\n→ {one_line(sample.reference, LONGEST)}" * bool(sample.reference) for sample in report.samples
-        ]
-        rows = zip(report.answers, references, strict=True)
-        answers = Answers(("base", "tuned"), [(prompt + to, base, tuned) for (prompt, base, tuned), to in rows])
+        rows = []
+        for sample, (prompt, base, tuned) in zip(report.samples, report.answers, strict=True):
+            arrow = f"\n→ {one_line(sample.reference, LONGEST)}" if sample.reference else ""
+            rows.append((prompt + arrow, base, tuned))
+        answers = Answers(("base", "tuned"), rows)
     decided = {name: value for name, value in run.items() if not isinstance(value, dict | list)}
     facts = run.get("data") or {}
     data = {name: value for name, value in facts.items() if name not in ("lengths", "sources")} | sources_of(facts)
@@ -344,19 +337,14 @@ def _numbers(result: Result, unit: str, *, is_resumed: bool) -> list[Number]:
     ]
 
 
-def _shown(value: float | None) -> str:
-    return NONE if value is None else decimals(value)
-
-
 def _metrics(metrics: Sequence[Metric], meanings: Mapping[str, str]) -> Section:
     columns = [Column(name) for name in ("metric", "before", "95% interval", "after", "95% interval")]
-    rows = [(m.name, _shown(m.before), _interval(m.before_95), _shown(m.after), _interval(m.after_95)) for m in metrics]
+    rows = []
+    for m in metrics:
+        before, after = (interval(ends, decimals) or NONE for ends in (m.before_95, m.after_95))
+        rows.append((m.name, decimals(m.before), before, decimals(m.after), after))
     note = "; ".join(f"{m.name}: {meanings[m.name]}" for m in metrics if m.name in meanings)
     return Section("Metrics", "On the held-out examples.", [Table(columns, rows, note=f"{note}.")])
-
-
-def _interval(ends: tuple[float, float] | None) -> str:
-    return NONE if ends is None else " to ".join(map(decimals, ends))
 
 
 def _loss(report: TrainReport, unit: str) -> Figure | None:
