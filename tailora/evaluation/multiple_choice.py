@@ -51,7 +51,11 @@ def tokenize_choices(questions: Sequence[Choices], tokenizer: Any, max_length: i
             encoded += result
         if any(result.length > max_length for result in encoded):
             continue
-        examples += [_without_end_of_turn(result.example, chat_tokenizer) for result in encoded]
+        for example in (result.example for result in encoded):
+            last = int(np.flatnonzero(example.labels != IGNORED)[-1])
+            while last and int(example.labels[last]) in chat_tokenizer.special_ids:  # not the end of the turn
+                last -= 1
+            examples.append(example.beginning(last + 1))
         sizes += [len(reply_text(option, tokenizer).strip().encode()) for option in question.options]
         starts.append(len(examples))
         answers.append(question.answer)
@@ -62,13 +66,6 @@ def tokenize_choices(questions: Sequence[Choices], tokenizer: Any, max_length: i
         bytes=np.array(sizes, dtype=np.int64),
         left_out=len(questions) - len(answers),
     )
-
-
-def _without_end_of_turn(example: Example, chat_tokenizer: ChatTokenizer) -> Example:
-    last = int(np.flatnonzero(example.labels != IGNORED)[-1])
-    while last and int(example.labels[last]) in chat_tokenizer.special_ids:
-        last -= 1
-    return example.beginning(last + 1)
 
 
 def log_likelihoods(model: Trainable, choices: TokenizedChoices, layout: BatchLayout, *, token_budget: int) -> Floats:

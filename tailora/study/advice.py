@@ -268,7 +268,7 @@ def saturated(inspection: Inspection) -> Iterator[Advice]:
 
     Calibrated ("Inspecting an adapter" in the docs): doubling r helped where the rule applies, and hardly elsewhere.
     """
-    losses, modules = inspection.held_out, _nonzero(inspection)
+    losses, modules = inspection.held_out, [module for module in inspection.modules if module.norm > 0]
     if losses is None or not modules or not losses.has_gain:
         return
     if not losses.half.is_costly or _mean_use(modules) <= SATURATED_USE:
@@ -312,7 +312,7 @@ def spare(inspection: Inspection) -> Iterator[Advice]:
 
     Calibrated like `saturated`. By the theorem of Eckart and Young, a smaller r keeps this energy.
     """
-    modules, losses = _nonzero(inspection), inspection.held_out
+    losses, modules = inspection.held_out, [module for module in inspection.modules if module.norm > 0]
     if not modules or (losses is not None and (losses.half.cost is None or losses.half.cost > SATURATED_COST)):
         return
     use = statistics.median(module.use for module in modules)
@@ -485,10 +485,6 @@ def command(*words: str) -> str:
 
 def first_few(paths: Sequence[str]) -> str:
     return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-
-
-def _nonzero(inspection: Inspection) -> list[ModuleReport]:
-    return [module for module in inspection.modules if module.norm > 0]
 
 
 def _mean_use(modules: Sequence[ModuleReport]) -> float:

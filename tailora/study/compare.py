@@ -45,10 +45,10 @@ from tailora.study.study_store import (
     Log,
     Settings,
     StudySession,
-    launch_settings,
     locked,
     make_workers,
     open_folder,
+    study_settings,
     threads_of,
 )
 from tailora.study.trial import (
@@ -87,11 +87,7 @@ def compare(
     Raises ConfigError, and any error of a run except divergence and lack of memory.
     """
     folder = Path(train.output_dir)
-    settings = {
-        "train": train.model_dump(mode="json", exclude={"output_dir"}),
-        "compare": study.model_dump(mode="json"),
-        **launch_settings(processes),
-    }
+    settings = study_settings(train, processes, compare=study.model_dump(mode="json"))
     if names := sorted(name for name in STEP_CHOICE if getattr(train, name)):
         raise ConfigError(f"a comparison evaluates each run only at the end; remove {' and '.join(names)}")
     if not measures_forgetting(train) and study.forgetting_data is not None:

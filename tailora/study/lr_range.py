@@ -20,7 +20,7 @@ from tailora.errors import ConfigError
 from tailora.formats.run_folder import write_report
 from tailora.study.budget import SAFETY, START, TIMING_RATE, TIMING_STEPS, Costs, measure_costs, no_costs, too_short
 from tailora.study.config import SearchConfig, trial_settings
-from tailora.study.study_store import TIMING, Log, StudySession, launch_settings, locked, open_folder
+from tailora.study.study_store import TIMING, Log, StudySession, locked, open_folder, study_settings
 from tailora.study.trial import RESULT, Progress, RunTrial, Trial, TrialEvent, TrialSpec, run_in_subprocess
 from tailora.train.config import NATS_PER_TOKEN, TrainConfig
 
@@ -91,12 +91,7 @@ def find_range(
     if "learning_rate" in train.model_fields_set:
         raise ConfigError("--lr-only finds the learning rate, so it cannot be set; remove learning_rate")
     folder = Path(train.output_dir)
-    settings = {
-        "train": train.model_dump(mode="json", exclude={"output_dir"}),
-        "minutes": study.minutes,
-        "lr_only": True,
-        **launch_settings(processes),
-    }
+    settings = study_settings(train, processes, minutes=study.minutes, lr_only=True)
     session = StudySession(folder, study.minutes, log, progress, run_trial, processes)
     losses: list[float] = []
 

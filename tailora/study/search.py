@@ -54,11 +54,11 @@ from tailora.study.study_store import (
     TIMING,
     Log,
     StudySession,
-    launch_settings,
     locked,
     make_workers,
     open_folder,
     same_steps,
+    study_settings,
     threads_of,
 )
 from tailora.study.trial import (
@@ -105,11 +105,8 @@ def search(
         raise ConfigError("lr_only searches only the learning rate; call study.lr_range.find_range, or remove lr_only")
     folder = Path(train.output_dir)
     space = search_space.search_axes(search_space.read_space(study.space), train)
-    settings = {
-        "train": train.model_dump(mode="json", exclude={"output_dir"}),
-        "space": {name: list(axis) if isinstance(axis, tuple) else str(axis) for name, axis in space.items()},
-        **launch_settings(processes),
-    }
+    values = {name: list(axis) if isinstance(axis, tuple) else str(axis) for name, axis in space.items()}
+    settings = study_settings(train, processes, space=values)
     with locked(folder, STUDY):
         begun = (folder / PLAN).exists()
         open_folder(folder, STUDY, settings, begun=begun)

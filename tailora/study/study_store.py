@@ -25,7 +25,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from tailora.errors import ConfigError, FormatError
 from tailora.formats.io import TEMPORARY, create_output_folder, read_own_json, write_file
 from tailora.study.trial import RESULT, Listen, Progress, RunTrial, Trial, TrialSpec, Worker, get_trial
-from tailora.train.config import ACCUMULATION, batches_per_step
+from tailora.train.config import ACCUMULATION, TrainConfig, batches_per_step
 from tailora.train.launch import device_asked_for, threads_per_process
 
 PLAN, LOCK, TIMING = "plan.json", ".lock", "probe"
@@ -100,9 +100,10 @@ def open_folder(
     write_file(file, json.dumps(settings, indent=1).encode())
 
 
-def launch_settings(processes: int) -> dict[str, Any]:
-    """Returns the section of a study's settings with the number of processes per run; {} for one process."""
-    return {LAUNCH: {PROCESSES: processes}} if processes > 1 else {}
+def study_settings(train: TrainConfig, processes: int, **sections: Any) -> dict[str, Any]:
+    """Returns the settings of a study for its file. processes: per run; stored if there are several."""
+    launch = {LAUNCH: {PROCESSES: processes}} if processes > 1 else {}
+    return {"train": train.model_dump(mode="json", exclude={"output_dir"}), **sections, **launch}
 
 
 def same_steps(settings: Settings) -> Settings:
