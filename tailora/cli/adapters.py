@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 RESULT = "default"  # name of the new adapter
 
-OutputDir = Annotated[Path, Parameter(name="--output-dir", help="new folder for the adapter")]
+OutputDir = Annotated[Path, Parameter(help="new folder for the adapter")]
 Rank = Annotated[PositiveInt | None, Parameter(help="maximum rank per layer")]
 Energy = Annotated[float | None, Parameter(help="fraction of the squared singular values to keep, such as 0.99")]
 
@@ -50,7 +50,7 @@ Energy = Annotated[float | None, Parameter(help="fraction of the squared singula
 
 Weights = Annotated[
     list[str] | None,
-    Parameter(name="--weight", negative=(), metavar="NAME=NUMBER", help="weight of an adapter; default: 1; repeatable"),
+    Parameter(negative=(), metavar="NAME=NUMBER", help="weight of an adapter; default: 1; repeatable"),
 ]
 Method = Annotated[
     Literal["cat", "svd", "ties", "dare"],

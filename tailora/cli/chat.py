@@ -165,8 +165,7 @@ def run_command(session: ChatSession, line: str) -> str:
 
 
 Prompts = Annotated[
-    list[str] | None,
-    Parameter(name="--prompt", negative=(), help="prompt to answer; repeatable; default: text from stdin"),
+    list[str] | None, Parameter(negative=(), help="prompt to answer; repeatable; default: text from stdin")
 ]
 
 PromptsFile = Annotated[

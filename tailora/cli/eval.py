@@ -60,7 +60,6 @@ Data = Annotated[str | None, Parameter(help="held-out data: JSONL, JSON, CSV, Pa
 Gates = Annotated[
     list[str] | None,
     Parameter(
-        name="--gate",
         negative=(),
         metavar="METRIC<N",
         help=f"exit with code 4 if this condition is not met; repeatable; {QUOTES_HINT}",
@@ -69,7 +68,6 @@ Gates = Annotated[
 Metrics = Annotated[
     list[str] | None,
     Parameter(
-        name="--metrics",
         negative=(),
         metavar="A,B",
         help=f"{', '.join(METRICS)}; default: accuracy for data with choices, loss for other data, and all metrics for "
@@ -83,7 +81,6 @@ Normalize = Annotated[
         help="what exact_match ignores: case, punctuation, space, strip (leading and trailing whitespace), or none",
     ),
 ]
-Limit = Annotated[PositiveInt | None, Parameter(help="evaluate only the first N examples")]
 
 
 @Parameter(name="*", group=Group.create_ordered("lm-evaluation-harness"))
@@ -132,7 +129,7 @@ def eval(
     normalize: Normalize = "strip",
     max_new_tokens: Annotated[PositiveInt, Parameter(help="maximum tokens per answer, for exact_match")] = 128,
     samples: Annotated[NonNegativeInt, Parameter(help="number of answers to show, for exact_match")] = 3,
-    limit: Limit = None,
+    limit: Annotated[PositiveInt | None, Parameter(help="evaluate only the first N examples")] = None,
     quantize: Quantize = None,
     device: Device = "auto",
     harness: HarnessFlags = NO_HARNESS_FLAGS,

@@ -55,7 +55,6 @@ To = Annotated[
         "the command that starts it"
     ),
 ]
-Output = Annotated[Path, Parameter(name=["--output", "--output-dir"], help="new folder for the result")]
 Quantize = Annotated[
     str | None,
     Parameter(help=f"quantization of the base model: {METHODS}; default for merged: as in the adapter's run"),
@@ -71,7 +70,7 @@ def export(
     /,
     *,
     to: To,
-    output: Output,
+    output: Annotated[Path, Parameter(name=["--output", "--output-dir"], help="new folder for the result")],
     model: BaseModel = None,
     dtype: Dtype = "stored",
     quantize: Quantize = None,

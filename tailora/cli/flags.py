@@ -54,10 +54,9 @@ Overwrite = Annotated[
     ),
 ]
 NprocPerNode = Annotated[
-    str | None,
-    Parameter(name="--nproc-per-node", help="number of processes to start; 'gpu' or 'auto' starts one per device"),
+    str | None, Parameter(help="number of processes to start; 'gpu' or 'auto' starts one per device")
 ]
-ConfigFile = Annotated[Path | None, Parameter(name="--config", help="YAML file with settings; flags override it")]
+ConfigFile = Annotated[Path | None, Parameter(help="YAML file with settings; flags override it")]
 
 
 # ---- Flags of a schema's fields

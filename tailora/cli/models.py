@@ -46,14 +46,10 @@ BASE_MODEL_KEYS = ("base_model_name_or_path", "model")  # in adapter_config.json
 
 Model = Annotated[
     str | None,
-    Parameter(
-        name="--model",
-        help="Hugging Face folder or Hub id, or 'demo'; default: the one named in the adapter, or 'demo'",
-    ),
+    Parameter(help="Hugging Face folder or Hub id, or 'demo'; default: the one named in the adapter, or 'demo'"),
 ]
 BaseModel = Annotated[
-    str | None,
-    Parameter(name="--model", help="base model: folder or Hub id, or 'demo'; default: the one named in the adapter"),
+    str | None, Parameter(help="base model: folder or Hub id, or 'demo'; default: the one named in the adapter")
 ]
 ADAPTER_FLAG = Parameter(
     name="--adapter",

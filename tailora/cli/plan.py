@@ -23,14 +23,11 @@ UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "M
 SIZE = re.compile(rf"([\d.]+(?:e\d+)?) ?({'|'.join(filter(None, UNITS))})?B?", re.IGNORECASE)
 
 Measure = Annotated[bool, Parameter(negative=(), help="also run and measure a few steps", show_default=False)]
-Memory = Annotated[str | None, Parameter(name="--memory", help="memory limit, such as 8GB; default: the free memory")]
+Memory = Annotated[str | None, Parameter(help="memory limit, such as 8GB; default: the free memory")]
 Nproc = Annotated[
-    PositiveInt,
-    Parameter(
-        name="--nproc", help="number of training processes, with one device each; memory and time are per process"
-    ),
+    PositiveInt, Parameter(help="number of training processes, with one device each; memory and time are per process")
 ]
-OutputDir = Annotated[Path | None, Parameter(name="--output-dir", help="folder for a report with all numbers")]
+OutputDir = Annotated[Path | None, Parameter(help="folder for a report with all numbers")]
 
 
 def plan(

@@ -37,7 +37,6 @@ Data = Annotated[
     str, Parameter(help="rows to predict: JSONL, JSON, CSV, Parquet, folder or Hub id; labels are ignored")
 ]
 Output = Annotated[Path | None, Parameter(help="JSONL file to write rows and predictions to, instead of stdout")]
-Limit = Annotated[PositiveInt | None, Parameter(help="predict only the first N rows")]
 CHUNK = 1000  # rows predicted at a time
 
 Prediction = dict[str, Any]
@@ -51,7 +50,7 @@ def predict(
     data: Data,
     model: BaseModel = None,
     output: Output = None,
-    limit: Limit = None,
+    limit: Annotated[PositiveInt | None, Parameter(help="predict only the first N rows")] = None,
     max_new_tokens: MaxNewTokens = 256,
     quantize: Quantize = None,
     device: Device = "auto",

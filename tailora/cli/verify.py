@@ -27,20 +27,13 @@ from tailora.verify.passport import Passport, read_passport, write_passport
 if TYPE_CHECKING:
     from tailora.verify.server_verdict import Observation, Verification
 
-Adapter = Annotated[str, Parameter(name="--adapter", help="adapter, training run or export: folder or Hub id")]
+Adapter = Annotated[str, Parameter(help="adapter, training run or export: folder or Hub id")]
 ModelName = Annotated[
-    str | None,
-    Parameter(
-        name="--model", help="name of the adapter on the server; default: the folder's name, or the only adapter"
-    ),
+    str | None, Parameter(help="name of the adapter on the server; default: the folder's name, or the only adapter")
 ]
 BaseName = Annotated[
-    str | None,
-    Parameter(
-        name="--base", help="name of the base model on the server, for comparison; default: from the server's list"
-    ),
+    str | None, Parameter(help="name of the base model on the server, for comparison; default: from the server's list")
 ]
-Timeout = Annotated[PositiveFloat, Parameter(help="seconds to wait for each response")]
 
 HEADLINES = {
     "adapter": "The server uses this adapter as it was trained.",
@@ -68,7 +61,7 @@ def verify(
     adapter: Adapter,
     model: ModelName = None,
     base: BaseName = None,
-    timeout: Timeout = 120.0,
+    timeout: Annotated[PositiveFloat, Parameter(help="seconds to wait for each response")] = 120.0,
     json: Json = False,
 ) -> int:
     """Verify that a server really uses an adapter.

@@ -123,14 +123,6 @@ def _split_key(key: str) -> tuple[str, str]:
     return key, ""
 
 
-def _split_component(name: str) -> tuple[str, str]:
-    """Returns the component that the layer belongs to, and the layer's name in it."""
-    if match := KOHYA_NAME.fullmatch(name):
-        return match[1], match[2]
-    component, _, rest = name.partition(".")
-    return component, rest
-
-
 def _paths_by_name(base_model: nn.Module) -> dict[str, str]:
     """Returns name -> path of all layers. Names are paths, and paths with underscores if only one layer has them."""
     paths = [path for path, module in base_model.named_modules() if path and layer_type_of(module)]
@@ -143,11 +135,13 @@ def _paths_by_name(base_model: nn.Module) -> dict[str, str]:
 def _find_layer(name: str, paths: Mapping[str, str]) -> tuple[str, str | None]:
     """Returns the component in the name ('' if there is none), and the layer's path if this model has it."""
     name = name.removeprefix(KEY_PREFIX).replace(".processor.", ".")
-    for component, layer_name in (("", name), _split_component(name)):
+    match = KOHYA_NAME.fullmatch(name)
+    prefix, rest = (match[1], match[2]) if match else name.partition(".")[::2]
+    for component, layer_name in (("", name), (prefix, rest)):
         for ending in ("", ".0"):  # diffusers' to_out is a list
             if f"{layer_name}{ending}" in paths:
                 return component, paths[f"{layer_name}{ending}"]
-    return _split_component(name)[0], None
+    return prefix, None
 
 
 # ---- Problems

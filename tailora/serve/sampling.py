@@ -106,8 +106,11 @@ def next_tokens(logits: Tensor, requests: Sequence[RunningRequest | None], eos_t
                 continue
         if params.temperature:
             ids[row] = sample_token(allowed, params, running.generator)
-        count = params.logprobs
-        token = Token(ids[row]) if count is None else with_logprobs(logits[row], ids[row], count)
+        token = Token(ids[row])
+        if params.logprobs is not None:
+            logprobs = logits[row].float().log_softmax(-1).clamp(min=LOWEST_LOGPROB)
+            values, top = (part.tolist() for part in logprobs.topk(min(params.logprobs, len(logprobs))))
+            token = Token(token.id, float(logprobs[token.id]), tuple(zip(top, values, strict=True)))
         running.add(token, eos_token_ids)
     return ids
 
@@ -128,12 +131,6 @@ def sample_token(logits: Tensor, params: SamplingParams, generator: torch.Genera
     point = torch.rand((), generator=generator, dtype=torch.float64).to(cumulative.device) * cumulative[-1]
     position = torch.searchsorted(cumulative, point, right=True).clamp(max=len(cumulative) - 1)
     return int(position if ids is None else ids[position])
-
-
-def with_logprobs(logits: Tensor, chosen: int, count: int) -> Token:
-    logprobs = logits.float().log_softmax(-1).clamp(min=LOWEST_LOGPROB)
-    values, ids = logprobs.topk(min(count, len(logprobs)))
-    return Token(chosen, float(logprobs[chosen]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 # ---- JSON
