@@ -7,7 +7,7 @@ evaluation and generation are not. torch keeps the code on disk: a later process
     decoder_layers        the layers of a model, by structure
     obstacle_to_compiling why a model's layers cannot be compiled
     CompiledLayers        compiled code, and the block in which a model uses it
-    expected_seconds      how long compiling takes, or loading code from `code_folder`
+    paying_tokens         how long a run has to be to make up for compiling
 """
 
 import hashlib
@@ -44,11 +44,7 @@ CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 CACHE_FUNCTIONS = "autograd_cache_allow_custom_autograd_functions"  # as `core.float32_products` has; not in torch 2.7
 GRAD_WARNING = "The .grad attribute of a Tensor that is not a leaf"
 MOST_KINDS = 4  # of layers: each is compiled on its own
-# bfloat16 with AMX: 10 layers of SmolLM's shape take .73 of the plain layers' time (one thread). In float32 they take
-# the same time, and without AMX the passes that are fused are 8% of a step
-CPU_GAIN = 0.25
-SECONDS_PER_GRAPH = 16.0  # by far the most of it in inductor and the C++ compiler
-SECONDS_PER_LOADED_GRAPH = 4.0  # whose code is on disk: torch traces the layer to know it
+PAYING_TOKENS_ON_DISK = 50_000  # see `paying_tokens`; where the code is on disk, torch only traces the layers, in 4 s
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -71,7 +67,7 @@ def obstacle_to_compiling(model: nn.Module, device: torch.device) -> str | None:
     layers = decoder_layers(model)
     if not layers:
         return f"{type(model).__name__} has no list of layers"
-    if (kinds := len({_kind(layer) for layer in layers})) > MOST_KINDS:
+    if (kinds := len({layer_kind(layer) for layer in layers})) > MOST_KINDS:
         return f"they are of {kinds} kinds, but at most {MOST_KINDS} are compiled"
     return compiler_obstacle(device)
 
@@ -103,7 +99,7 @@ def compiler_obstacle(device: torch.device) -> str | None:
     return None
 
 
-def _kind(layer: nn.Module) -> tuple[Any, ...]:
+def layer_kind(layer: nn.Module) -> tuple[Any, ...]:
     """Returns what layers share that are computed by the same code: classes, and tensors by name, shape and dtype."""
     classes = tuple(type(module).__qualname__ for module in layer.modules())
     parts = [layer, *(part for m in layer.modules() if isinstance(m, Adapted) for part in attached_parts(m))]
@@ -140,7 +136,8 @@ class CompiledLayers:
 
         facts: what else the code depends on. The file is there only after a run has compiled and timed the layers.
         """
-        device, kinds = computing_device(next(layers[0].parameters())), sorted({repr(_kind(layer)) for layer in layers})
+        device = computing_device(next(layers[0].parameters()))
+        kinds = sorted({repr(layer_kind(layer)) for layer in layers})
         machine = (device_name(device), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
         key = repr((machine, torch.__version__, self.backend, self.activation_memory, facts, kinds))
         return code_folder() / "tailora" / hashlib.sha256(key.encode()).hexdigest()[:32]
@@ -200,24 +197,13 @@ class CompiledLayers:
         return call
 
 
-# ---- What compiling is worth, and the time that it takes
+def paying_tokens(device: torch.device, dtype: torch.dtype) -> int | None:
+    """Returns how many tokens a run needs to make up for compiling; None where no gain is known.
 
-
-def compiled_gain(device: torch.device, dtype: torch.dtype) -> float:
-    """Returns the share of the time of transformers' layers that compiling is expected to save.
-
-    Measured on a CPU; estimated for CUDA and XPU from the traffic of the passes that are fused. Elsewhere nothing is
-    known, and compiled layers have to be asked for.
+    Compiling takes 16 s for each kind of layer. With AMX, ten layers of SmolLM's shape in bfloat16 then take .73 of the
+    plain layers' time (one thread, 1,000 tokens per second). In float32 they take the same time, and without AMX the
+    passes that are fused are 8% of a step. For CUDA and XPU a gain of 15% is assumed, at 10,000 tokens per second.
     """
     if device.type == "cpu":
-        return CPU_GAIN if dtype == torch.bfloat16 and "amx_bf16" in cpu_flags() else 0.0
-    return 0.15 if device.type in ("cuda", "xpu") else 0.0
-
-
-def expected_seconds(layers: Sequence[nn.Module], has_dropout: bool = False, *, on_disk: bool = False) -> float:
-    """Returns how long compiling these layers takes, or loading code that is on disk.
-
-    has_dropout: they are compiled without it, too, to be compared.
-    """
-    graphs = len({_kind(layer) for layer in layers}) * (2 if has_dropout else 1)
-    return graphs * (SECONDS_PER_LOADED_GRAPH if on_disk else SECONDS_PER_GRAPH)
+        return 100_000 if dtype == torch.bfloat16 and "amx_bf16" in cpu_flags() else None
+    return 1_000_000 if device.type in ("cuda", "xpu") else None

@@ -9,7 +9,7 @@ share_kept        how much compiled layers keep for the backward, of what others
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,11 +30,12 @@ from tailora.errors import ConfigError
 from tailora.kernels.attention import CPU
 from tailora.kernels.compiled_layers import (
     COMPILER_ERRORS,
+    PAYING_TOKENS_ON_DISK,
     CompiledLayers,
-    compiled_gain,
     decoder_layers,
-    expected_seconds,
+    layer_kind,
     obstacle_to_compiling,
+    paying_tokens,
 )
 from tailora.kernels.cpu_attention import BLOCK, BLOCKS_ONLY, FLASH_ONLY, flash_thresholds
 from tailora.kernels.device_attention import PROVIDERS
@@ -42,6 +43,7 @@ from tailora.kernels.loss import FROZEN, RECOMPUTED, Batch, own_form
 from tailora.kernels.recompute import Recomputing, recomputed
 from tailora.train.config import TrainConfig
 from tailora.train.kernel_comparison import (
+    LayerCall,
     compare_layers,
     has_dropout,
     layer_calls,
@@ -186,7 +188,7 @@ def choose_kernels(
 ) -> Kernels:
     """Returns the kernels of a run, whose description says why others are not used.
 
-    recorded: the choice of the run that is resumed (`recorded_kernels`). It is used again, because the adapter's
+    recorded: the choice of the run that is resumed (`Kernels.record`). It is used again, because the adapter's
         tensors are not restored yet and nothing could be compared.
     Raises ConfigError if compiled layers are asked for and there is an obstacle.
     """
@@ -216,15 +218,6 @@ def choose_kernels(
     return plain_kernels(config, base, layout, reason)
 
 
-def recorded_kernels(run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Returns `Kernels.record` of a checkpoint's run. Earlier versions recorded it in other words, or not at all."""
-    if "layer_kernels" not in run:
-        return run.get("kernels")
-    layers = run["layer_kernels"]  # True: hand-written layers of Llama, which are gone
-    memory = float(layers.rsplit(" ", 1)[1]) if isinstance(layers, str) else None  # "compiled, activation_memory 1"
-    return {"layers": PLAIN if memory is None else COMPILED, "activation_memory": memory}
-
-
 def asks_for_compiled_layers(config: TrainConfig) -> bool:
     return config.fast == "compile" or config.activation_memory < 1
 
@@ -234,7 +227,6 @@ def _try_compiled(
 ) -> tuple[Kernels | None, str | None]:
     """Returns kernels with compiled layers, or why there are none."""
     base, budget = cast(PreTrainedModel, model.base_model), config.activation_memory
-    asked = asks_for_compiled_layers(config)
     if config.gradient_checkpointing:
         return None, "--gradient-checkpointing recomputes each layer"
     if obstacle := first_of_ranks(obstacle_to_compiling(base, base.device)):
@@ -245,112 +237,86 @@ def _try_compiled(
         return None, "the run was started without them, or with a different --activation-memory"
     facts = (layout.packed, layout.attention, layout.float32_from, has_dropout(base))
     share_file = compiled.share_file(decoder_layers(base), *facts)
-    if recorded is None and not asked and (obstacle := _costs_more_than_it_saves(model, work, layout, share_file)):
+    must_pay = recorded is None and not asks_for_compiled_layers(config)
+    if must_pay and (obstacle := first_of_ranks(_obstacle_to_gain(base, work.tokens, share_file))):
         return None, obstacle
-    parts, checks = parts_of(work.sample, base), list[str]()
-    trials: list[Callable[[], tuple[str | None, str]]] = []
+    checked = "checked when the run was started"
     if recorded is None:
-        trials.append(lambda: compare_layers(model, parts, layout, compiled))
-    if recorded is not None or has_dropout(base):
-        trials.append(lambda: _compile_for_training(model, parts, layout, compiled))
-    for trial in trials:
-        try:
-            obstacle, check = trial()
-        except COMPILER_ERRORS as error:
-            cause = " ".join(str(error).split("\n\n")[0].split())  # what follows are hints for torch's developers
-            obstacle, check = f"torch.compile fails on them ({cause})", ""
-        if (obstacle := first_of_ranks(obstacle)) is not None:
+        parts = parts_of(work.sample, base)
+        obstacle, checked = _try_on_all_ranks(lambda: compare_layers(model, parts, layout, compiled))
+        if obstacle is not None:
             return None, obstacle
-        checks.append(check)
-    check = checks[0]
-    if recorded is None:
-        share = broadcast_object_list([_time_share(model, work, layout, compiled)])[0]
-        if share is None:
-            return None, "the model does not call them for text"
-        with suppress(OSError):  # a folder that is read-only: later runs do not know the gain
-            share_file.parent.mkdir(exist_ok=True)
-            share_file.write_text(f"{share}")
-        speed = f"a layer takes {share:.2f} times as long as without compiling"
-        if share >= 1 and not asked:
-            return None, f"they were compiled, but {speed}"
-        check = f"{speed}, {check}"
+    obstacle, speed = _try_on_all_ranks(lambda: _compare_time(model, work, layout, compiled, share_file, must_pay))
+    if obstacle is not None:
+        return None, obstacle
     kept = "" if budget == 1 else f", keeping {budget:.0%} of the activations"
-    text = f"decoder layers: compiled{kept}, {check}; attention: {_attention(base, layout)}; loss: {layout.loss}"
-    return replace(kernels, description=text + _products(base, layout)), None
+    text = f"decoder layers: compiled{kept}, {speed}, {checked}; attention: {_attention(base, layout)}"
+    return replace(kernels, description=f"{text}; loss: {layout.loss}{_products(base, layout)}"), None
 
 
-def _costs_more_than_it_saves(model: Trainable, work: Work, layout: BatchLayout, share_file: Path) -> str | None:
-    """Returns why the rest of the run does not pay for compiling. Times are measured in the first process.
+def _obstacle_to_gain(base: PreTrainedModel, tokens: float, share_file: Path) -> str | None:
+    """Returns why the rest of the run does not pay for compiling. tokens: of the rest of the run.
 
-    What compiling saves is a known share of the time of the layers as they are, which is measured on this model.
     share_file: of `CompiledLayers`; an earlier run that compiled these layers left it, and the code.
     """
-    base = cast(PreTrainedModel, model.base_model)
-    layers, gain, on_disk, obstacle = decoder_layers(base), compiled_gain(base.device, base.dtype), False, None
+    needed = paying_tokens(base.device, base.dtype)
     with suppress(OSError, ValueError):
-        gain, on_disk = 1 - float(share_file.read_text()), True
-    if on_disk and gain <= 0:
-        obstacle = f"in an earlier run, a layer took {1 - gain:.2f} times as long as without compiling"
-    elif gain <= 0:
+        share, needed = float(share_file.read_text()), PAYING_TOKENS_ON_DISK
+        if share >= 1:
+            return f"in an earlier run, a layer took {share:.2f} times as long as without compiling"
+    if needed is None:
         place = "this CPU" if base.device.type == "cpu" else base.device.type
         dtype = str(base.dtype).removeprefix("torch.")
-        obstacle = f"no speedup is known on {place} in {dtype}; use --fast compile to try them"
-    if (obstacle := first_of_ranks(obstacle)) is not None:
-        return obstacle
-    with layout.used_by(base):
-        calls = layer_calls(model, layers, _timed_examples(work), layout)
-        seconds = min(_seconds(*calls[-1]) for _ in range(TIMES)) if calls else 0.0
-    saved = gain * seconds * len(calls) * work.tokens / TIMED_TOKENS
-    compiling = expected_seconds(layers, has_dropout(base), on_disk=on_disk)
-    if saved < compiling:
-        obstacle = f"they would save about {saved:.0f} s of this run, but compiling takes about {compiling:.0f} s"
-    return cast("str | None", broadcast_object_list([obstacle])[0])
+        return f"no speedup is known on {place} in {dtype}; use --fast compile to try them"
+    if tokens < needed:
+        return f"compiling takes longer than it saves in {tokens:,.0f} tokens; it is tried from {needed:,} on"
+    return None
 
 
-def _timed_examples(work: Work) -> list[Example]:
-    ids = np.resize(work.sample.input_ids, TIMED_TOKENS)
-    return [Example.of_text(part) for part in np.split(ids, [TIMED_TOKENS // 2 - 8])]  # of different lengths
+def _try_on_all_ranks(trial: Callable[[], tuple[str | None, str]]) -> tuple[str | None, str]:
+    """Returns the obstacle that the trial finds on any rank, and what it shows on this one."""
+    try:
+        obstacle, result = trial()
+    except COMPILER_ERRORS as error:
+        cause = " ".join(str(error).split("\n\n")[0].split())  # what follows are hints for torch's developers
+        obstacle, result = f"torch.compile fails on them ({cause})", ""
+    return first_of_ranks(obstacle), result
 
 
-def _seconds(layer: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> float:
-    """Returns the time of the layer's forward and backward."""
-    device = inputs[0].device
-    synchronize(device)
-    started = time.perf_counter()
-    outputs_and_gradients(layer, inputs, arguments)
-    synchronize(device)
-    return time.perf_counter() - started
+def _compare_time(
+    model: Trainable, work: Work, layout: BatchLayout, compiled: CompiledLayers, share_file: Path, must_pay: bool
+) -> tuple[str | None, str]:
+    """Compiles the layers as the run calls them, with their dropout. Returns an obstacle, and how fast they are.
 
-
-def _time_share(model: Trainable, work: Work, layout: BatchLayout, compiled: CompiledLayers) -> float | None:
-    """Returns the time of a compiled layer relative to a plain one; None if no layer is called.
-
-    The layer is as the run calls it, with its dropout.
+    share_file: gets the time of compiled layers as a share of plain ones'.    must_pay: refuses layers that are slower.
     """
     base = cast(PreTrainedModel, model.base_model)
+    ids = np.resize(work.sample.input_ids, TIMED_TOKENS)
+    documents = [Example.of_text(part) for part in np.split(ids, [TIMED_TOKENS // 2 - 8])]  # of different lengths
+    ours, theirs = [], []
     with layout.used_by(base):
-        calls = layer_calls(model, decoder_layers(base), _timed_examples(work), layout)
+        calls = {layer_kind(call[0]): call for call in layer_calls(model, decoder_layers(base), documents, layout)}
         if not calls:
-            return None
-        ours, theirs = [], []
+            return "the model does not call them for text", ""
         for _ in range(1 + TIMES):  # in turns; the first of each is not counted
-            with compiled.used_by([calls[-1][0]]):
-                ours.append(_seconds(*calls[-1]))
-            theirs.append(_seconds(*calls[-1]))
-    return min(ours[1:]) / min(theirs[1:])
+            with compiled.used_by([layer for layer, *_ in calls.values()]):
+                ours.append(_seconds(calls.values()))
+            theirs.append(_seconds(calls.values()))
+    share = min(ours[1:]) / min(theirs[1:])
+    with suppress(OSError):  # a folder that is read-only: later runs do not know the gain
+        share_file.parent.mkdir(exist_ok=True)
+        share_file.write_text(f"{share}")
+    speed = f"a layer takes {share:.2f} times as long as without compiling"
+    return f"they were compiled, but {speed}" if must_pay and share >= 1 else None, speed
 
 
-def _compile_for_training(
-    model: Trainable, parts: Sequence[Example], layout: BatchLayout, compiled: CompiledLayers
-) -> tuple[None, str]:
-    """Compiles the layers as a run with dropout calls them, so that an error shows before the run starts."""
-    base = cast(PreTrainedModel, model.base_model)
-    layers = decoder_layers(base)
-    with layout.used_by(base):
-        for layer, inputs, arguments in layer_calls(model, layers, parts, layout):
-            with compiled.used_by([layer]):
-                outputs_and_gradients(layer, inputs, arguments)
-    return None, "as when the run was started"
+def _seconds(calls: Iterable[LayerCall]) -> float:
+    """Returns the time of the layers' forward and backward."""
+    started = time.perf_counter()
+    for layer, inputs, arguments in calls:
+        outputs_and_gradients(layer, inputs, arguments)
+        synchronize(inputs[0].device)
+    return time.perf_counter() - started
 
 
 def plain_kernels(config: TrainConfig, base: PreTrainedModel, layout: BatchLayout, reason: str = "") -> Kernels:
