@@ -71,11 +71,7 @@ class LoRAModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls,
-        base_model: nn.Module,
-        folder: str | Path,
-        adapter_name: str = "default",
-        **options: Unpack[LoadOptions],
+        cls, base_model: nn.Module, folder: str | Path, adapter_name: str = "default", **options: Unpack[LoadOptions]
     ) -> Self:
         """Returns the base model with the adapter in `folder` active. For options and errors, see `load_adapter`.
 

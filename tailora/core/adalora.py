@@ -166,10 +166,7 @@ def _add_penalty_gradient(layer: LoRALayer, weight: float) -> None:
 
 
 def as_plain_lora(adapter: Adapter) -> Adapter:
-    """Returns the same update as plain LoRA: multiplies E into B and removes disabled ranks.
-
-    A layer without any enabled rank keeps one of zeros. An adapter without AdaLoRA is returned unchanged.
-    """
+    """Returns the update as plain LoRA: E multiplied into B, without disabled ranks (at least one is left)."""
     if adapter.config.adalora is None:
         return adapter
     layers = {}

@@ -113,10 +113,7 @@ def create(selection: Selection, config: LoRAConfig, *, fresh: bool = True) -> A
 
 
 def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) -> LoRALayer:
-    """Returns an update for this layer.
-
-    fresh=False leaves both factors uninitialized, to be filled later, and does not use the random state.
-    """
+    """Returns an update for this layer. fresh=False leaves the factors uninitialized, without random numbers."""
     in_features, out_features = target.dims
     weight = weight_of(target.layer, target.layer_type.weight_name)  # as stored; the dense value is not needed
     shape_A, shape_B = target.layer_type.shapes(target.layer, target.r)
@@ -169,10 +166,7 @@ def trained_copy(module: nn.Module) -> nn.Module:
 
 
 def share_parameters(modules: Mapping[str, nn.Module], copies: Mapping[str, nn.Module]) -> None:
-    """Ties the parameters of copies whose modules are tied, such as a head and its embedding.
-
-    modules, copies: by the same paths. Parameters with different values stay separate.
-    """
+    """Ties parameters of `copies` whose `modules` (same paths) are tied, such as an embedding and its head."""
     owners: dict[int, tuple[nn.Module, str]] = {}  # id of a module's parameter -> the first copy of it
     for path, saved_module in modules.items():
         for inner_path, module in saved_module.named_modules():
@@ -200,10 +194,7 @@ def extra_parts(targets: ExtraTargets, modules: Mapping[str, nn.Module]) -> dict
 
 
 def with_strength(adapter: Adapter, strength: float) -> Adapter:
-    """Returns the adapter times `strength`. Both share all tensors and can be active in different batch rows.
-
-    Its trained copies of complete modules stay unchanged.
-    """
+    """Returns the adapter times `strength`, sharing all tensors; trained copies of modules stay unchanged."""
 
     def scaled(part: Any) -> Any:
         clone = copy.copy(part)  # with the same parameters
@@ -223,10 +214,7 @@ def with_strength(adapter: Adapter, strength: float) -> Adapter:
 
 
 def check_compatible(adapters: Mapping[str, Adapter], *, by_row: bool = False) -> None:
-    """Raises AdapterError if one adapter replaces a module that a second one adapts or replaces.
-
-    by_row: every batch row uses only one of them, so they may replace the same module, but not a module inside it.
-    """
+    """Raises AdapterError if one replaces what another changes. by_row: two may replace the same module."""
     problems = [
         f"{name} trains {saved_path} in full, and {second_name} adapts {path}"
         for name, adapter in adapters.items()
@@ -241,7 +229,6 @@ def check_compatible(adapters: Mapping[str, Adapter], *, by_row: bool = False) -
 
 
 def group_by_path(parts: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[nn.Module, ...]]:
-    """Groups the parts by path and keeps their order."""
     groups: dict[str, tuple[nn.Module, ...]] = {}
     for path, part in parts:
         groups[path] = (*groups.get(path, ()), part)

@@ -95,10 +95,7 @@ class AdapterSet:
     # ---- Adding and removing
 
     def add(self, name: str, adapter: Adapter) -> None:
-        """Adds an adapter without activating it, and swaps the classes of its layers.
-
-        Raises TargetError for a layer that one adapter adapts and another adapter trains in full.
-        """
+        """Adds an inactive adapter and swaps the classes of its layers. Raises TargetError for conflicts."""
         layers_by_path = {path: find_layer(self.base_model, path) for path in adapter.parts}
         layer_paths = {path: layer_path for path, (layer_path, _) in layers_by_path.items()}
         parts = group_by_path((layer_paths[path], part) for path, part in adapter.parts.items())
@@ -147,10 +144,7 @@ class AdapterSet:
     # ---- Activating adapters
 
     def activate(self, name: str | Iterable[str] | None, training: bool) -> nn.ModuleDict:
-        """Activates this adapter, the sum of several, or none.
-
-        Returns the parts of the active adapters by path, which contain all trained parameters, in training mode or not.
-        """
+        """Activates an adapter, the sum of several, or none; returns their parts, which are all that is trained."""
         if not isinstance(name, str | Iterable | None):
             raise AdapterError(f"expected a name, several names, or None for the base model, got {name!r}")
         names = (name,) if isinstance(name, str) else tuple(dict.fromkeys(name or ()))
@@ -180,10 +174,7 @@ class AdapterSet:
         return LayerCalls(self.base_model, self._in_order(self._layers_of(self.active)))
 
     def first_forward(self) -> AbstractContextManager[None]:
-        """Returns the context of a training forward pass. The first one warns about adapted layers that it skips.
-
-        Compiled models are not watched, because hooks would be compiled into them.
-        """
+        """Returns the context of a training forward; the first warns of skipped layers, unless compiled."""
         if not self._unwatched or not torch.is_grad_enabled():
             return nullcontext()
         layers = self._in_order(self._unwatched)
@@ -206,16 +197,18 @@ class AdapterSet:
 
     @contextmanager
     def activated_by_row(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Within the block, every batch row uses the adapter that `names` lists for it; None means no adapter.
-
-        Raises AdapterError for unknown names, RowsError for nested blocks.
-        """
-        by_row = _check_row_names(names, tuple(self.adapters))
+        """Within the block, each row uses its adapter in `names`, or none. Raises AdapterError, RowsError."""
+        if isinstance(names, str) or not isinstance(names, Sequence) or not names:
+            raise AdapterError(f"expected a list with a name or None for every row of the batch, got {names!r}")
+        known = [None, *self.adapters]
+        if unknown := dict.fromkeys(repr(name) for name in names if name not in known):
+            existing = ", ".join(self.adapters) or "none"
+            raise AdapterError(f"unknown adapter {', '.join(unknown)}; existing adapters: {existing}")
         self.check_no_batch("choose adapters by row")
-        adapters = {name: self.adapters[name] for name in dict.fromkeys(by_row) if name is not None}
+        adapters = {name: self.adapters[name] for name in dict.fromkeys(names) if name is not None}
         check_compatible(adapters, by_row=True)
         device = next(self.base_model.parameters()).device
-        batch = MixedBatch(by_row, tuple(self.adapters), device, row_order=self._row_order)
+        batch = MixedBatch(tuple(names), tuple(self.adapters), device, row_order=self._row_order)
         parts = mixed_parts(batch, self.adapters, self._layer_paths, self.layers)
         obstacle = self.training_obstacle
         self.batch, self.training_obstacle = batch, _training_obstacle(adapters)
@@ -244,13 +237,13 @@ class AdapterSet:
             raise RowsError(f"cannot {action} within adapter_rows; exit its block first")
 
     def generation(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """Returns the context for `base_model.generate(*args, **kwargs)`; adapters must not change inside.
-
-        With an adapter per batch row, all beams and sequences of a prompt use the prompt's adapter.
-        """
+        """Returns the context for `base_model.generate`, where all beams of a prompt use the prompt's adapter."""
         if self.batch is None:
             return generating(self.base_model, self.layers)
-        return self.batch.generation(_repeats_of_generate(self.base_model, args, kwargs))
+        argument = args[1] if len(args) > 1 else kwargs.get("generation_config")
+        config = argument or getattr(self.base_model, "generation_config", None)
+        names = ("num_beams", "num_return_sequences")
+        return self.batch.generation(max(kwargs.get(name) or getattr(config, name, None) or 1 for name in names))
 
     # ---- Changing all parts of adapters
 
@@ -300,26 +293,7 @@ def check_base(base_model: Any) -> None:
         raise TargetError("this model has PEFT adapters; unload or merge them first")
 
 
-def _check_row_names(names: Any, adapters: Sequence[str]) -> tuple[str | None, ...]:
-    """Returns the names. Raises AdapterError if they are not a list, and for unknown names."""
-    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
-        raise AdapterError(f"expected a list with a name or None for every row of the batch, got {names!r}")
-    wrong = dict.fromkeys(repr(name) for name in names if name is not None and name not in adapters)
-    if wrong:
-        raise AdapterError(f"unknown adapter {', '.join(wrong)}; existing adapters: {', '.join(adapters) or 'none'}")
-    return tuple(names)
-
-
-def _repeats_of_generate(base: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Returns how often `base.generate(*args, **kwargs)` repeats every row, for beams or multiple sequences."""
-    argument = args[1] if len(args) > 1 else kwargs.get("generation_config")
-    config = argument or getattr(base, "generation_config", None)
-    names = ("num_beams", "num_return_sequences")
-    return max(kwargs.get(name) or getattr(config, name, None) or 1 for name in names)
-
-
 def _mixin_for(part: nn.Module) -> type[Swapped]:
-    """Returns the mixin for a layer with this part of an adapter."""
     if isinstance(part, LoRALayer):
         return AdaptedWhole if part.layer_type.replaces_forward else Adapted
     return Adapted if isinstance(part, Extra) else Substituted

@@ -26,10 +26,7 @@ from torch.utils._pytree import tree_map
 
 
 class AdapterPart(Protocol):
-    """A low-rank update, a trained bias or token rows of one adapter, attached to a layer.
-
-    During `generate` or a mixed batch, one object can replace the parts of several adapters.
-    """
+    """A part of an adapter, attached to a layer. In `generate` or a mixed batch, it stands for several parts."""
 
     def add_to(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module, /) -> Tensor:
         """Returns y + the change of the layer's `output` W x + b, for the layer's input x."""
@@ -37,10 +34,7 @@ class AdapterPart(Protocol):
 
 
 class Swapped:
-    """The parent of all swapped classes. `plain` is the layer's original class.
-
-    Copies and pickles store the mixins and the plain class, because the derived class cannot be imported.
-    """
+    """The parent of swapped classes. `plain` is the original class, which copies and pickles store with the mixins."""
 
     plain: ClassVar[type[nn.Module]]
 
@@ -116,10 +110,7 @@ def _cast(value: Any, source: torch.dtype | None, to: torch.dtype | None) -> Any
 
 
 class FrozenStatistics(Swapped):
-    """A module that stays in evaluation mode even after `train`, so its statistics do not change.
-
-    The requested mode is stored for when the module gets its own class back.
-    """
+    """A module that stays in evaluation mode; the requested mode is stored for when it gets its class back."""
 
     training = property(lambda _: False, lambda self, mode: self.__dict__.update(training=mode))
 
@@ -130,10 +121,7 @@ TRAINING_BUFFERS = ("running_mean", "_u", "weight_u")
 
 
 def freeze_statistics(model: nn.Module) -> None:
-    """Prevents training from changing the base's running statistics, which are not saved with an adapter.
-
-    Trained copies of `modules_to_save` belong to the adapter and have separate statistics.
-    """
+    """Prevents training from changing the base's running statistics, which are not saved with an adapter."""
     for module in model.modules():
         if any(isinstance(module._buffers.get(name), Tensor) for name in TRAINING_BUFFERS):
             swap_class(module, FrozenStatistics)

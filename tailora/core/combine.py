@@ -333,7 +333,6 @@ def _combined_modules(
 
 
 def _combine_layer(updates: list[WeightedUpdate], settings: Combination) -> tuple[Factors, float]:
-    """Returns the combined factors of one layer, and their relative error."""
     factors = [update.factors for update in updates]
     if settings.method == "cat":  # A = [w_i s_i A_i], B = [B_i], or fewer ranks if the matrix is smaller
         total = concatenated(factors)
@@ -367,10 +366,7 @@ def _ties(updates: list[WeightedUpdate], settings: Combination) -> Tensor:
 
 
 def _dare(updates: list[WeightedUpdate], settings: Combination) -> Tensor:
-    """Drops entries with probability p, divides the others by 1 - p (arXiv:2311.03099, eq. 2 and 3), and adds them.
-
-    The random numbers are generated on the CPU, with a generator per adapter and layer.
-    """
+    """Drops entries with probability p, divides the others by 1 - p (arXiv:2311.03099, eq. 2, 3), and adds them."""
     p = 0.5 if settings.drop is None else settings.drop
     dropped = []
     for update in updates:

@@ -104,10 +104,7 @@ def ranks_by_loss(adapter: Adapter, spectra: Spectra, loss: Callable[[], float],
 
 @contextmanager
 def leading_only(adapter: Adapter, spectra: Spectra, ranks: Ranks) -> Iterator[None]:
-    """Within the block, these layers use only the leading singular values of s (B A - B0 A0).
-
-    ranks: path -> number per group, at most the rank of B. The parameters are temporary: for measuring, not training.
-    """
+    """Within the block, layers use only leading singular values, for measuring. ranks: path -> number per group."""
     layers = {path: adapter.low_rank[path] for path in ranks if adapter.low_rank[path].scaling.item()}
     names = ("lora_A", "lora_B", "start_A", "start_B", "lora_E")
     before = {path: {name: getattr(layer, name) for name in names} for path, layer in layers.items()}

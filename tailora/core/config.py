@@ -102,9 +102,7 @@ VALUES_OF_OTHER_TOOLS = {  # settings with a different meaning in other tools ->
 MAX_SHOWN = 200  # characters of an invalid value in a message
 OUR_NAMES = {theirs: ours for ours, names in NAMES_OF_OTHER_TOOLS.items() for theirs in names.split()}
 WHY_NOT_NEEDED = {theirs: why for why, names in NOT_NEEDED.items() for theirs in names.split()}
-OTHER_UNITS = dict.fromkeys(
-    ("warmup_steps", "lr_warmup_steps"), ", a share of all steps"
-)  # our unit, if theirs differs
+OTHER_UNITS = dict.fromkeys(("warmup_steps", "lr_warmup_steps"), ", a share of all steps")  # ours, if theirs differs
 
 TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 # Removed inits -> a known init for reading files of earlier versions. Their A and B exist, so the only difference is
@@ -178,12 +176,6 @@ class StrictModel(BaseModel):
         return type(self)(**{**self.model_dump(exclude_unset=True), **changes})
 
 
-def _shown(value: Any) -> str:
-    """Returns the repr of a value, shortened."""
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]}... ({len(text):,} characters)"
-
-
 def _explain(problem: Any, model: type[BaseModel]) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
@@ -191,9 +183,12 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
         if value and problem["input"] is False:
             return f"unknown setting {name!r}; remove it ({ours}: {value} enables this, and it is disabled by default)"
         return f"unknown setting {name!r}{suggestion(name, model.model_fields)}"
+    shown = repr(problem["input"])
+    if len(shown) > MAX_SHOWN:
+        shown = f"{shown[: MAX_SHOWN // 2]}... ({len(shown):,} characters)"
     message = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix for our validators
     message = message.partition(", unable to parse string")[0]  # redundant
-    return f"{name} = {_shown(problem['input'])}: {message[:1].lower()}{message[1:]}" if name else message
+    return f"{name} = {shown}: {message[:1].lower()}{message[1:]}" if name else message
 
 
 class AdaLoRA(StrictModel):

@@ -60,11 +60,7 @@ def start_from_data(adapter: Adapter, base_model: nn.Module, run: Pass, rho: flo
 
 
 def passes(model: nn.Module, batches: Iterable[Any], loss: Loss | None, name: str, config: LoRAConfig) -> Pass:
-    """Returns a function that calls the model on every batch, to initialize the adapter `name`.
-
-    A batch is a tensor, a mapping of the model's arguments, or any input of `loss`. Raises AdapterError for an adapter
-    that needs no data, DataError without batches; the function raises DataError for unsupported batches.
-    """
+    """Returns a function that calls the model on every batch, for adapter `name`. Raises AdapterError, DataError."""
     if config.init_lora_weights != "eva":
         raise AdapterError(f"init_lora_weights={config.init_lora_weights!r} of {name!r} uses no data; only 'eva' does")
     all_batches = list(batches)
@@ -155,10 +151,7 @@ class InputVariances:
 
 
 def input_variances(targets: Mapping[str, Target], run: Pass, count: int) -> dict[str, InputVariances]:
-    """Returns at least `count` leading principal components of each layer's inputs (patches for a convolution).
-
-    run: forward over all data; called INPUT_PASSES times. Layers with groups are not supported.
-    """
+    """Returns at least `count` leading components of each layer's inputs. run: a forward over all data."""
     variances = {path: InputVariances(target, count) for path, target in targets.items()}
     for _ in range(INPUT_PASSES):
         hooks = [target.layer.register_forward_pre_hook(variances[path].add_inputs) for path, target in targets.items()]
@@ -182,10 +175,7 @@ def input_variances(targets: Mapping[str, Target], run: Pass, count: int) -> dic
 def distribute_ranks(
     variances: Mapping[str, InputVariances], ranks: Mapping[str, int], limits: Mapping[str, int]
 ) -> dict[str, int]:
-    """Distributes the total number of ranks to the components with the largest shares of their layers' variance.
-
-    arXiv:2410.07170, eq. 5 and alg. 1; a layer gets at least one and at most its limit.
-    """
+    """Distributes all ranks by share of variance, at least one per layer (arXiv:2410.07170, eq. 5, alg. 1)."""
     shares = [
         (float(variance / variances[path].total), path)
         for path in ranks

@@ -33,7 +33,12 @@ def choose_device(name: str | None = None) -> torch.device:
     if asked is not None and asked.type in {device.type for device in there}:
         if cause := obstacle_to_start(asked):
             raise ConfigError(f"cannot use device {asked}: {cause}\nUse --device cpu to run without it")
-        asked = _with_index(asked)
+        if asked.type == "cpu":
+            asked = torch.device("cpu")
+        elif asked == torch.device(asked.type):  # without an index, which the device of a tensor has
+            module = torch.get_device_module(asked)
+            current = module.current_device() if hasattr(module, "current_device") else 0  # MPS has one
+            asked = torch.device(asked.type, current)
     if asked in there:
         return asked
     raise absent_device(name, there)
@@ -71,16 +76,6 @@ def obstacle_to_start(device: torch.device) -> str | None:
     return None
 
 
-def _with_index(device: torch.device) -> torch.device:
-    """Returns cuda:0 for cuda, so that it can be compared with the device of a tensor. The CPU has no index."""
-    if device.type == "cpu":
-        return torch.device("cpu")
-    if device != torch.device(device.type):  # it has an index, which mypy takes for always there
-        return device
-    module = torch.get_device_module(device)
-    return torch.device(device.type, module.current_device() if hasattr(module, "current_device") else 0)  # MPS has one
-
-
 def device_name(device: torch.device) -> str:
     """Returns the name of the card, or of the processor."""
     module = torch.get_device_module(device)
@@ -88,12 +83,8 @@ def device_name(device: torch.device) -> str:
         return str(module.get_device_name(device))
     if device.type == "mps" and hasattr(torch.backends.mps, "get_name"):  # newer than torch 2.7
         return str(torch.backends.mps.get_name())
-    return _processor()
-
-
-def _processor(cpuinfo: Path = CPUINFO) -> str:
-    """Returns the name of the CPU. On Linux it is in /proc/cpuinfo, where `platform` knows only the architecture."""
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    # on Linux `platform` knows only the architecture
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
 
@@ -157,10 +148,7 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 
 def has_bfloat16(device: torch.device | str = "cpu", cpuinfo: Path = CPUINFO) -> bool:
-    """True if the device multiplies bfloat16 in hardware; emulation is slower than float32.
-
-    MPS does not tell: there it is True if the system can multiply bfloat16 at all, which it can from macOS 14 on.
-    """
+    """True if the device multiplies bfloat16 in hardware; on MPS, if the system can at all (macOS 14 or later)."""
     device = torch.device(device)
     if device.type == "cpu":
         return bool(BFLOAT16_FLAGS & cpu_flags(cpuinfo))
@@ -175,10 +163,7 @@ def has_bfloat16(device: torch.device | str = "cpu", cpuinfo: Path = CPUINFO) ->
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """Returns the best precision for a base model on a GPU.
-
-    It is bfloat16; float16 on NVIDIA's cards before Ampere, where training scales the loss; else float32.
-    """
+    """Returns bfloat16; float16 on NVIDIA's cards before Ampere, where training scales the loss; else float32."""
     if has_bfloat16(device):
         return torch.bfloat16
     return torch.float16 if device.type == "cuda" else torch.float32

@@ -37,10 +37,7 @@ def gain(magnitude: Tensor, norms: Tensor, has_zeros: bool = True) -> Tensor:
 
 
 def weight_scale(layer: Any, adapters: Sequence[Any], gains: Sequence[Tensor | None]) -> Tensor | None:
-    """Returns 1 + the sum of t (g - 1), for the adapters' strengths t and gains g; None without DoRA.
-
-    It multiplies the layer's own weight (groups, m, n): (groups, m, 1) or (groups, 1, n).
-    """
+    """Returns 1 + sum of t (g - 1), (groups, m, 1) or (groups, 1, n), for strengths t; None without DoRA."""
     rescalings = [adapter.rescaling(gain) for adapter, gain in zip(adapters, gains, strict=True) if gain is not None]
     if not rescalings:
         return None
@@ -100,19 +97,12 @@ class RowNorms:
             self._weight = WeightState.of(weight)
 
     @torch.no_grad()
-    def __call__(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
+    def __call__(self, layer: nn.Module, A: Tensor, B: Tensor, *, exact: bool = False) -> Tensor:
+        """exact: recompute everything in float64, if the device supports it."""
         if not torch.compiler.is_compiling():
             self.refresh(layer)
-        left, right = self.layer_type.factors(layer, A, B)
         weight, transposed = self._dense(layer), self.layer_type.is_transposed(layer)
-        return row_norms(weight, transposed, self.squares, left, right, self.has_zeros)
-
-    @torch.no_grad()
-    def exact(self, layer: nn.Module, A: Tensor, B: Tensor) -> Tensor:
-        """Returns the norms recomputed in float64, if the device supports it."""
-        dtype = wide_dtype(A.device)
-        weight, transposed = self._dense(layer), self.layer_type.is_transposed(layer)
-        squares = row_squares(weight, transposed, dtype)
+        squares = row_squares(weight, transposed, wide_dtype(A.device)) if exact else self.squares
         return row_norms(weight, transposed, squares, *self.layer_type.factors(layer, A, B), self.has_zeros)
 
     def _dense(self, layer: nn.Module) -> Tensor:
@@ -147,18 +137,22 @@ def row_norms(
     has_zeros: whether rows may be zero; if not, a norm of 0 is a rounding error and becomes 1.
     """
     left, right = left.to(squares.dtype), right.to(squares.dtype)
-    if transposed:
-        change = _left_product(left, weight).baddbmm_(left.mT @ left, right, beta=2)  # (groups, r, n)
-        change = (change * right).sum(1)
+    if transposed:  # the columns of W + L R are the rows of W^T + R^T L^T
+        product, left, right = _left_product(left, weight).mT, right.mT, left.mT
     else:
-        change = _product(weight, right.mT).baddbmm_(left, right @ right.mT, beta=2)  # (groups, m, r)
-        change = (change * left).sum(2)
-    return F.threshold(squares + change.flatten(), 0, 0 if has_zeros else 1).sqrt()
+        product = _product(weight, right.mT)
+    change = product.baddbmm_(left, right @ right.mT, beta=2)  # (groups, m, r)
+    return F.threshold(squares + (change * left).sum(2).flatten(), 0, 0 if has_zeros else 1).sqrt()
 
 
 def _product(weight: Tensor, right: Tensor) -> Tensor:
-    """Returns weight (groups, m, n) @ right (groups, n, r), in the dtype of `right`."""
-    if _is_one_product(weight, right.dtype):
+    """Returns weight (groups, m, n) @ right (groups, n, r), in the dtype of `right`.
+
+    A weight without blocks is multiplied in its own precision, because it would be cast to float32 in every forward.
+    Sums are float32 on every device. The product, rounded to W's 16 bits, is a small part of the norm: with an update
+    as large as W, bfloat16 changed the norm of 576 inputs by at most 3e-4. A bfloat16 output is only exact to 4e-3.
+    """
+    if right.dtype == torch.float32 and not _has_blocks(weight):
         return (weight @ right.to(weight.dtype)).to(right.dtype)
     pairs = zip(weight, right, strict=True)
     return torch.stack([torch.cat([block.to(right.dtype) @ R for block in _blocks(W)]) for W, R in pairs])
@@ -166,7 +160,7 @@ def _product(weight: Tensor, right: Tensor) -> Tensor:
 
 def _left_product(left: Tensor, weight: Tensor) -> Tensor:
     """Returns left^T (groups, r, m) @ weight (groups, m, n), in the dtype of `left`."""
-    if _is_one_product(weight, left.dtype):
+    if left.dtype == torch.float32 and not _has_blocks(weight):
         return (left.mT.to(weight.dtype) @ weight).to(left.dtype)
     sums = []
     for L, W in zip(left, weight, strict=True):
@@ -174,15 +168,6 @@ def _left_product(left: Tensor, weight: Tensor) -> Tensor:
         parts = zip(torch.split(L, len(blocks[0])), blocks, strict=True)
         sums.append(torch.stack([part.T @ block.to(left.dtype) for part, block in parts]).sum(0))
     return torch.stack(sums)
-
-
-def _is_one_product(weight: Tensor, dtype: torch.dtype) -> bool:
-    """True if W is multiplied in its own precision, because it would otherwise be cast to float32 in every forward.
-
-    Sums are float32 on every device. The product, rounded to W's 16 bits, is a small part of the norm: with an update
-    as large as W, bfloat16 changed the norm of 576 inputs by at most 3e-4. A bfloat16 output is only exact to 4e-3.
-    """
-    return not _has_blocks(weight) and dtype == torch.float32
 
 
 def _blocks(matrix: Tensor) -> Sequence[Tensor]:

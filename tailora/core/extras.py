@@ -36,10 +36,7 @@ def biases_of(module: nn.Module) -> list[str]:
 
 
 class TrainedBias(nn.Module):
-    """Replaces the bias of a layer without changing the layer's own.
-
-    bias: Parameter with the same shape.    strength: adjustable factor, default 1.
-    """
+    """Replaces a layer's bias without changing the layer's own. strength: adjustable factor, default 1."""
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -139,10 +136,7 @@ class ExtraTargets:
 def extra_targets(
     model: nn.Module, modules: Modules, config: LoRAConfig, adapted: Collection[str], saved: Collection[str]
 ) -> tuple[ExtraTargets, list[str]]:
-    """Returns the biases, embedding rows and tied heads that the config selects, and all problems.
-
-    adapted, saved: paths of the modules with low-rank updates and with trained copies.
-    """
+    """Returns what the config selects, and all problems. adapted, saved: paths with updates, with copies."""
     tokens, problems = _token_targets(model, modules, config)
     heads = {
         path: embedding

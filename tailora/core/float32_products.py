@@ -60,10 +60,7 @@ def float32_linear(
 
 
 def float32_product(x: Tensor, weight: Tensor, update: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Returns x W, computed in float32, in the precision of W: (..., out), (out, in) -> (..., in).
-
-    update: (tokens, r) and (r, in), whose product is added.
-    """
+    """Returns x W + update (tokens, r) (r, in), rounded to W's precision: (..., out), (out, in) -> (..., in)."""
     flat = x.reshape(-1, x.shape[-1])
     y = torch.zeros(len(flat), weight.shape[1]) if update is None else torch.mm(*update)
     for part in _blocks(weight):
@@ -264,10 +261,7 @@ REPLACEMENTS: dict[Any, Callable[..., Tensor | None]] = {
 
 
 def fastest_products(base: nn.Module) -> int | None:
-    """Returns from how many tokens on the model's 16-bit products are faster in float32; None: never, or elsewhere.
-
-    What was measured is kept in the user's cache folder, by processor, version of torch, threads and shapes.
-    """
+    """Returns the tokens from which on float32 is faster, measured once per machine and shape; None: never."""
     weights = [p for p in base.parameters() if p.ndim == 2 and p.dtype in HALF and p.device.type == "cpu"]
     if not weights:
         return None

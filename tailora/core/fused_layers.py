@@ -97,10 +97,7 @@ LAYOUTS: dict[str, Callable[[Any, int], Layout]] = {
 
 
 def layout_of(parent: nn.Module, name: str, total: int) -> Layout:
-    """Returns the layout of the layer that `parent` calls `name`; {} if none is known or it does not fit.
-
-    total: outputs of the layer.
-    """
+    """Returns the layout of the layer that `parent` calls `name`, with `total` outputs; {} if unknown or unfit."""
     layouts = [LAYOUTS[key] for cls in type(parent).__mro__ if (key := f"{cls.__name__}.{name}") in LAYOUTS]
     if not layouts:
         return {}

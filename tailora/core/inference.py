@@ -26,10 +26,7 @@ KERNEL_LOCK = Lock()
 
 @contextmanager
 def generating(base: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The context of `base.generate`: within the block, adapters are constants, without gradients.
-
-    layers: the adapted layers. Does nothing if `_may_be_constant` is False.
-    """
+    """Within the block, the adapters of `layers` are constants, without gradients, if `_may_be_constant`."""
     if not _may_be_constant(base):
         yield
         return
@@ -46,11 +43,7 @@ def generating(base: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[Non
 
 @contextmanager
 def _contiguous_rows(base: nn.Module) -> Iterator[None]:
-    """Within the block, the output head gets contiguous states.
-
-    The last states of several prompts are not contiguous, so torch would copy the head for every row: 0.3 s each for
-    SmolLM2-135M.
-    """
+    """Within the block, the head gets contiguous states: otherwise torch copies the head for every prompt."""
     head = getattr(base, "get_output_embeddings", lambda: None)()
     if not isinstance(head, nn.Module):
         yield
@@ -88,7 +81,7 @@ def _attached_constants(layers: Iterable[nn.Module]) -> Iterator[None]:
     constants: dict[nn.Module, ConstantUpdate] = {}
     for layer in layers:
         adapters = attached_parts(layer)
-        if adapters and isinstance(layer, Adapted) and _has_own_output(layer) and all(map(_is_constant, adapters)):
+        if adapters and isinstance(layer, Adapted) and _may_be_replaced(layer, adapters):
             constants[cast(nn.Module, layer)] = ConstantUpdate(adapters)
     for layer, constant in constants.items():
         attach(layer, (constant,))
@@ -100,15 +93,15 @@ def _attached_constants(layers: Iterable[nn.Module]) -> Iterator[None]:
                 attach(layer, constant.adapters)
 
 
-def _has_own_output(layer: Any) -> bool:
-    """True for a linear layer whose output is a new tensor without other references, so it may be changed in place."""
-    return LAYER_TYPES.get(qualified_name(layer.plain)) in (LINEAR, CONV1D) or is_quantized(layer)
-
-
-def _is_constant(adapter: Any) -> bool:
-    """True for a product of two factors without dropout, whatever other slots it has."""
-    is_product = type(adapter) is LoRALayer and adapter.layer_type in (LINEAR, CONV1D)
-    return is_product and not (adapter.training and adapter.lora_dropout)
+def _may_be_replaced(layer: Any, adapters: Sequence[Any]) -> bool:
+    """True for products of two factors without dropout on a linear layer whose output is a new tensor."""
+    has_own_output = LAYER_TYPES.get(qualified_name(layer.plain)) in (LINEAR, CONV1D) or is_quantized(layer)
+    return has_own_output and all(
+        type(adapter) is LoRALayer
+        and adapter.layer_type in (LINEAR, CONV1D)
+        and not (adapter.training and adapter.lora_dropout)
+        for adapter in adapters
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,7 +59,6 @@ def _obstacle(target: Target, init: str) -> str | None:
 
 @torch.no_grad()
 def init_from_weight(layer: LoRALayer, target: Target, init: str) -> None:
-    """Initializes one layer's update from its own weight, without changing the weight."""
     matrix = target.matrix(target.weight)
     assert matrix is not None  # `check_init` rejects such layers
     W = matrix.to(layer.lora_A.dtype)

@@ -321,10 +321,7 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def start_from(self, A: Tensor, B: Tensor) -> None:
-        """Sets the factors and subtracts their frozen product, so the update starts at zero and W stays unchanged.
-
-        A, B: with the shapes of lora_A and lora_B.
-        """
+        """Sets the factors and subtracts their frozen product, so the update starts at zero and W stays as it is."""
         self.lora_A.copy_(A)
         self.lora_B.copy_(B)
         self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
@@ -372,7 +369,7 @@ class LoRALayer(nn.Module):
             return None
         with torch.no_grad():
             A, B = (factor.detach() for factor in factors or self.scaled_factors())
-            norms = self.row_norms.exact(layer, A, B) if exact else self.row_norms(layer, A, B)
+            norms = self.row_norms(layer, A, B, exact=exact)
         return dora.gain(self.lora_magnitude_vector, norms, self.row_norms.has_zeros)
 
     def output_terms(self, layer: nn.Module, gain: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

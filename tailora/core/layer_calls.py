@@ -54,12 +54,16 @@ class LayerCalls:
     def __init__(self, base_model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         modules = dict(base_model.named_modules())
         self.layers = dict(layers)
-        self.owners = {path: modules[_owner(path, modules)] for path in layers}
+        self.owners: dict[str, nn.Module] = {}  # path -> the module whose forward calls the layer, which is no list
+        for path in layers:
+            owner = path.rpartition(".")[0]
+            while isinstance(modules[owner], nn.ModuleList | nn.ModuleDict):
+                owner = owner.rpartition(".")[0]
+            self.owners[path] = modules[owner]
         self.ran: set[nn.Module] = set()
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Records the forwards within the block."""
         modules = {*self.layers.values(), *self.owners.values()}
         handles = [module.register_forward_pre_hook(lambda module, _: self.ran.add(module)) for module in modules]
         try:
@@ -90,14 +94,6 @@ class LayerCalls:
         An expert without tokens and a layer in a tower of another modality are not among them.
         """
         return [path for path, layer in self.layers.items() if layer not in self.ran and self.owners[path] in self.ran]
-
-
-def _owner(path: str, modules: Mapping[str, nn.Module]) -> str:
-    """Returns the path of the module whose forward calls the layer at `path`: the next one that is not a list."""
-    owner = path.rpartition(".")[0]
-    while isinstance(modules[owner], nn.ModuleList | nn.ModuleDict):
-        owner = owner.rpartition(".")[0]
-    return owner
 
 
 def last_names(paths: Iterable[str]) -> list[str]:

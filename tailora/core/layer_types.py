@@ -276,10 +276,7 @@ def weight_of(layer: nn.Module, name: str = "weight") -> Tensor:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """Returns the full tensor. All ranks must call this if the tensor is sharded (FSDP2).
-
-    It is on the device that computes with it, even if the shards are in host memory.
-    """
+    """Returns the full tensor where it is computed with. All ranks must call this if it is sharded (FSDP2)."""
     sharded: Any = tensor
     # a DTensor; importing its class would take time
     return gather_shards(sharded.to_local(), sharded) if hasattr(tensor, "to_local") else tensor
@@ -338,12 +335,10 @@ def find_layer(model: nn.Module, path: str) -> tuple[str, nn.Module]:
 
 
 def layer_path_of(model: nn.Module, path: str) -> str:
-    """Returns the path of the module that uses the matrix at `path`."""
     return find_layer(model, path)[0]
 
 
 def layer_of(model: nn.Module, path: str) -> nn.Module:
-    """Returns the module that uses the matrix at `path`."""
     return find_layer(model, path)[1]
 
 

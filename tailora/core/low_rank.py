@@ -143,10 +143,7 @@ def nearest_of_rank(matrix: Tensor, k: int) -> tuple[Factors, float]:
 
 
 def nearest_for_energy(matrix: Tensor, energy: float) -> tuple[Factors, float]:
-    """Returns the product of the lowest rank that keeps this share of the squared norm, and its relative error.
-
-    matrix: (groups, m, n).
-    """
+    """Returns the lowest-rank product that keeps this share of (groups, m, n)'s squared norm, and its error."""
     total, largest_rank = float(matrix.norm()) ** 2, min(matrix.shape[1:])
     k = min(FIRST, largest_rank)
     spectrum = leading_triplets(matrix, k)

@@ -21,13 +21,7 @@ from tailora.core.extras import TokenHead, TokenRows, TrainedBias
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_calls import use_of
 from tailora.core.layer_types import computes_as_its_type, parameter_owner, weight_of
-from tailora.core.quantization import (
-    common_dtype,
-    dense_weight,
-    dequantize_layer,
-    dequantize_model,
-    is_quantized,
-)
+from tailora.core.quantization import common_dtype, dense_weight, dequantize_layer, dequantize_model, is_quantized
 from tailora.errors import MergeError, listing
 
 BLOCK = 2**18  # numbers merged at a time: in float32 they stay in the core's cache through all steps
@@ -61,7 +55,6 @@ class MergeState:
         return bool(self._undo)
 
     def check_unmerged(self, action: str) -> None:
-        """Raises MergeError while merged."""
         if self.is_merged:
             raise MergeError(f"cannot {action} while merged; call unmerge() first")
 
@@ -222,10 +215,7 @@ def _obstacle(layer: nn.Module, parts: Sequence[nn.Module]) -> str | None:
 def replace_by_copy(
     module: nn.Module, trained: nn.Module, parameters: dict[int, nn.Parameter]
 ) -> Iterator[TensorChange]:
-    """Yields the changes that install a trained copy's tensors in its module, in the module's precision.
-
-    parameters: id of a copy's parameter -> the new parameter; keeps tied parameters tied.
-    """
+    """Yields the changes that install a trained copy. parameters: new ones by id of the copy's; they keep ties."""
     for target, copy in zip(module.modules(), trained.modules(), strict=True):
         for name, parameter in target._parameters.items():
             if parameter is not None:
@@ -295,10 +285,7 @@ def merged_weight(
 
 
 def _terms(layer: nn.Module, adapters: Sequence[LoRALayer], wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns left (groups, m, r), right (groups, r, n) and scale: the merged weight is scale * W + left @ right.
-
-    scale broadcasts to (groups, m, n); None if no adapter has a magnitude.
-    """
+    """Returns left (groups, m, r), right (groups, r, n), scale or None: merged weights are scale * W + left @ right."""
     gains = [adapter.gain(layer, exact=True) for adapter in adapters]
     pairs = [adapter.weight_factors(layer, gain) for adapter, gain in zip(adapters, gains, strict=True)]
     left = torch.cat([left.to(wide) for left, _ in pairs], 2)
@@ -309,11 +296,7 @@ def _terms(layer: nn.Module, adapters: Sequence[LoRALayer], wide: torch.dtype) -
 
 @torch.no_grad()
 def fits_in_place(layer: nn.Module, parts: Sequence[nn.Module], users: Mapping[int, int]) -> bool:
-    """True if the layer's weight may be overwritten: nothing else in the layer changes, no other parameter shares its
-    memory, and all its numbers stay finite.
-
-    users: address of a storage -> number of parameters of the model that use it.
-    """
+    """True if the weight may be overwritten: the only change, not shared (`users`, by storage), and finite after."""
     updates = [part for part in parts if isinstance(part, LoRALayer)]
     if len(updates) < len(parts) or len({part.layer_type.weight_name for part in updates}) > 1:
         return False
@@ -333,11 +316,7 @@ def fits_in_place(layer: nn.Module, parts: Sequence[nn.Module], users: Mapping[i
 
 
 def check_ties(model: nn.Module, changes: Iterable[Change], untie_weights: bool) -> bool:
-    """Returns True if some changes untie a weight that several modules share.
-
-    A TensorChange replaces the parameter of one module; other modules keep the old one unless they get the same change.
-    Raises MergeError in this case unless `untie_weights`.
-    """
+    """Returns True if changes untie a shared weight, which other modules keep. Raises MergeError if not allowed."""
     users: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():

@@ -240,10 +240,7 @@ def check_splits_by_row(low_rank: Mapping[str, LoRALayer]) -> None:
 def mixed_parts(
     batch: MixedBatch, adapters: Mapping[str, Adapter], layer_paths: Mapping[str, str], layers: Mapping[str, nn.Module]
 ) -> dict[str, tuple[AdapterPart | nn.Module, ...]]:
-    """Returns, by path, what to attach to every layer so that each row computes with its own adapter.
-
-    layer_paths: path of an adapter's part -> path of its layer. Raises RowsError for layers without separate rows.
-    """
+    """Returns what to attach to each layer, by path. layer_paths: path of a part -> of its layer. Raises RowsError."""
     low_rank: dict[str, dict[str, Any]] = {}  # path -> name of the adapter -> its part
     extras: dict[str, dict[str, Any]] = {}
     saved: dict[str, dict[str, nn.Module]] = {}
@@ -304,7 +301,6 @@ class Stack:
         return cls(A, B, rescaling, _stacked_vectors([term.shift for term in terms]))
 
     def factors(self, blocks: Blocks) -> "Factors":
-        """Returns the factors of all blocks."""
         A, B = (factor.index_select(0, blocks.which) for factor in (self.A, self.B))
         rescaling, shift = (None if v is None else v.index_select(0, blocks.rows) for v in (self.rescaling, self.shift))
         return Factors(blocks, A, B, rescaling, shift)
@@ -340,10 +336,7 @@ def _stacked_vectors(vectors: Sequence[Tensor | None]) -> Tensor | None:
 
 
 class MixedPart:
-    """Replaces the parts that all adapters have at one path of a layer.
-
-    is_alone: True if no other part of the layer reads its output, so it may be changed in place.
-    """
+    """Replaces the parts at one path. is_alone: True if no other part reads the output, which may change in place."""
 
     def __init__(self, path: str, parts: Mapping[str, Any], batch: MixedBatch, layer: nn.Module) -> None:
         self.path, self.batch, self.parts, self.names = path, batch, dict(parts), tuple(parts)
@@ -512,10 +505,7 @@ class MixedModule(nn.Module):
         self._is_recurrent = any(isinstance(module, nn.RNNBase) for module in layer.modules())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Splits tensors with the batch's rows by row, and passes all other arguments to each copy unchanged.
-
-        Raises RowsError for a module whose outputs do not have the rows in this dimension.
-        """
+        """Splits tensors with the batch's rows; other arguments go to each copy unchanged. Raises RowsError."""
         if self._is_recurrent or getattr(self._layer[0], "batch_first", True) is False:
             raise RowsError(
                 f"{self.path} is recurrent or has batch_first=False, but adapter_rows needs the rows in the first "

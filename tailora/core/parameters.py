@@ -181,17 +181,13 @@ class WeightSum:
         if isinstance(index, int) or (isinstance(index, Tensor) and index.ndim == 0):
             expert = int(index)
             scale = None if self.scale is None else self.scale[expert]
-            return WeightSum(self.weight[expert], self._lefts[expert], self._rights[expert], scale)
+            return WeightSum(self.weight[expert], *self._pairs[expert], scale)
         return self._map(lambda tensor: tensor[index])
 
-    # Unbound once: the backward of indexing allocates a whole stack for each expert.
     @cached_property
-    def _lefts(self) -> Sequence[Tensor]:
-        return self.left.unbind()
-
-    @cached_property
-    def _rights(self) -> Sequence[Tensor]:
-        return self.right.unbind()
+    def _pairs(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """L and R of each expert. Unbound once: the backward of indexing allocates a whole stack for each expert."""
+        return list(zip(self.left.unbind(), self.right.unbind(), strict=True))
 
     def __len__(self) -> int:
         return len(self.weight)

@@ -34,10 +34,7 @@ def named(name: str, path: str) -> bool:
 
 
 def ends_with(name: str, path: str) -> bool:
-    """True if the path ends with these letters, even within a name: `head` matches `lm_head`.
-
-    This is PEFT's rule for modules_to_save and trainable_token_indices.
-    """
+    """True if the path ends with these letters, as in PEFT for modules_to_save: `head` matches `lm_head`."""
     return bool(name) and path.endswith(name)
 
 
@@ -60,10 +57,7 @@ def ends_of(path: str) -> Iterator[str]:
 
 
 def full_match(pattern: str, path: str) -> "regex.Match[str] | None":
-    """Returns the match if the regular expression matches the full path.
-
-    Raises PatternError after MATCH_SECONDS, because a pattern from an adapter file may take exponential time.
-    """
+    """Returns the match of the full path. Raises PatternError, also after MATCH_SECONDS: patterns come from files."""
     try:
         return regex.fullmatch(pattern, path, timeout=MATCH_SECONDS)
     except TimeoutError:

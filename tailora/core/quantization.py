@@ -24,10 +24,7 @@ from tailora.core.layer_types import qualified_name, weight_of, whole_tensor
 
 
 class Storage:
-    """A plain weight.
-
-    rounding: maximum quantization error of a number, as a share of the largest number in its row.
-    """
+    """A plain weight. rounding: maximum quantization error, as a share of the largest number in the row."""
 
     rounding = 0.0
 
@@ -158,7 +155,6 @@ def is_quantized(layer: nn.Module) -> bool:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns path -> layer."""
     return {path: module for path, module in model.named_modules() if is_quantized(module)}
 
 
@@ -206,7 +202,6 @@ def named_stored_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, list[
 
 
 def stored_tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Yields the plain tensors in memory."""
     return (part for _, _, parts in named_stored_tensors(module) for part in parts)
 
 
@@ -252,10 +247,7 @@ def _is_of_bitsandbytes(value: Any) -> bool:
 
 
 def dequantize_model(model: nn.Module, exclude: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[Change]:
-    """Yields the changes to all other quantized layers, and to the attributes that mark the model as quantized.
-
-    transformers cannot read a partly quantized model, so all layers become plain.
-    """
+    """Yields the changes to all other quantized layers: transformers cannot read a partly quantized model."""
     excluded = {id(layer) for layer in exclude}
     for layer in quantized_layers(model).values():
         if id(layer) not in excluded:

@@ -22,14 +22,7 @@ from tailora.core.config import LoRAConfig
 from tailora.core.extras import ExtraTargets, Modules, extra_targets
 from tailora.core.fused_layers import OutputSlice, layout_of, output_slices
 from tailora.core.layer_calls import Use, last_names, use_of
-from tailora.core.layer_types import (
-    EMBEDDING,
-    LayerType,
-    forward_obstacle,
-    layer_path_of,
-    layer_type_of,
-    obstacle,
-)
+from tailora.core.layer_types import EMBEDDING, LayerType, forward_obstacle, layer_path_of, layer_type_of, obstacle
 from tailora.core.parameters import parameter_layer_type, projections
 from tailora.core.quantization import dense_weight, is_quantized, quantized_layers, storage_obstacle
 from tailora.errors import ConfigError, TailoraWarning, TargetError, listing, nearest
@@ -109,11 +102,7 @@ class Selection:
 
 
 def select(model: nn.Module, config: LoRAConfig) -> Selection:
-    """Returns what `config` selects in `model`, targets in the model's order.
-
-    Raises TargetError with all selectors, patterns and indices that match nothing, all layers that cannot be adapted
-    and all ranks that are too large.
-    """
+    """Returns what `config` selects, targets in the model's order. Raises TargetError with all problems."""
     modules = dict(model.named_modules())
     candidates = module_candidates(modules, config)
     selected = selected_candidates(model, modules, config)
@@ -211,10 +200,7 @@ def task_heads(model: nn.Module) -> list[str]:
 
 
 def set_missing_pooler(model: nn.Module, missing: Collection[str]) -> None:
-    """Adds the pooler of the base model, such as `bert.pooler`, to the `task_heads` if the files do not contain it.
-
-    missing: names of the parameters missing in the files. Models pretrained on masked words have no pooler.
-    """
+    """Makes the base model's pooler one of the `task_heads` if all its parameters are `missing` in the files."""
     path = f"{getattr(model, 'base_model_prefix', '')}.pooler"
     names = [name for name, _ in model.named_parameters() if patterns.inside(name, path)]
     if names and set(names) <= set(missing):
@@ -231,10 +217,7 @@ def missing_pooler(model: nn.Module) -> list[str]:
 
 
 def module_candidates(modules: Modules, config: LoRAConfig) -> dict[str, TargetCandidate]:
-    """Returns all candidates for `target_modules` by path, in the model's order.
-
-    Raises TargetError for `fused_parts` that do not fit.
-    """
+    """Returns candidates for `target_modules` by path. Raises TargetError for `fused_parts` that do not fit."""
     candidates: dict[str, TargetCandidate] = {}
     for path, module in modules.items():
         parent = modules.get(path.rpartition(".")[0], module)
@@ -243,10 +226,7 @@ def module_candidates(modules: Modules, config: LoRAConfig) -> dict[str, TargetC
 
 
 def parameter_candidates(modules: Modules) -> dict[str, TargetCandidate]:
-    """Returns all candidates for `target_parameters` by the path of the parameter.
-
-    These are matrices and stacks of matrices in modules without a layer type, and weights (out, in) of linear layers.
-    """
+    """Returns candidates for `target_parameters` by path: matrices, stacks of them, weights of linear layers."""
     candidates: dict[str, TargetCandidate] = {}
     for path, module in modules.items():
         candidates |= {candidate.path: candidate for candidate in _parameters_of(path, module)}
@@ -258,10 +238,7 @@ def parameter_candidates(modules: Modules) -> dict[str, TargetCandidate]:
 
 
 def target_at(model: nn.Module, path: str, config: LoRAConfig) -> Target:
-    """Returns the target at this path, selected or not, without searching the rest of the model.
-
-    Raises TargetError if nothing can be adapted there.
-    """
+    """Returns the target at this path without searching the model. Raises TargetError if there can be none."""
     layer_path = layer_path_of(model, path)
     module, parent = model.get_submodule(layer_path), model.get_submodule(layer_path.rpartition(".")[0])
     for candidate in (*_of_module(layer_path, module, parent, config), *_parameters_of(layer_path, module)):
@@ -381,14 +358,12 @@ def _without(
 
 
 def target_of(candidate: TargetCandidate, config: LoRAConfig) -> Target:
-    """Returns the candidate with its rank and alpha according to the patterns."""
     r = patterns.by_pattern(candidate.pattern_names, config.rank_pattern, config.r)
     alpha = patterns.by_pattern(candidate.pattern_names, config.alpha_pattern, config.lora_alpha)
     return Target(**vars(candidate), r=r, lora_alpha=alpha)
 
 
 def saved_modules(modules: Modules, config: LoRAConfig) -> dict[str, nn.Module]:
-    """Returns the modules that `modules_to_save` selects, by path."""
     names = config.modules_to_save or []
     return {path: module for path, module in modules.items() if any(patterns.ends_with(name, path) for name in names)}
 
@@ -446,7 +421,6 @@ def _unmatched(
 
 
 def _unmatched_name(setting: str, name: str, candidates: Mapping[str, TargetCandidate], modules: Modules) -> str:
-    """Returns why this name selects no candidate."""
     named = [path for path in modules if path and patterns.named(name, path)]
     if named and layer_type_of(modules[named[0]]) is None and setting != "target_parameters":
         blocks, class_name = tuple(f"{path}." for path in named), type(modules[named[0]]).__name__
