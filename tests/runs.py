@@ -3,15 +3,18 @@
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import torch
 
+from tailora.data.dataset import Example
+from tailora.kernels.loss import FORMS
 from tailora.train import events, failures
 from tailora.train.config import TrainConfig
+from tailora.train.loss import CAUSAL_LM, BatchLayout
 from tailora.train.trainer import run
 
 T = TypeVar("T")
@@ -28,6 +31,12 @@ def adapter(config: TrainConfig) -> bytes:
 def losses(config: TrainConfig) -> list[tuple[int, float]]:
     lines = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line.get("loss", line.get("eval_loss"))) for line in lines]
+
+
+def token_losses(model: Any, examples: Sequence[Example], layout: BatchLayout) -> tuple[torch.Tensor, Any]:
+    """Returns the loss of every supervised token, (supervised,), and the index of its example."""
+    batch = CAUSAL_LM.make_batch(examples, layout).to(next(model.parameters()).device)
+    return FORMS[layout.loss](model, batch), batch.owners
 
 
 def stopping_at(step: int, number: int) -> Callable[[events.Event], None]:

@@ -127,10 +127,7 @@ def sliding_windows(model: PreTrainedModel) -> tuple[int | None, ...]:
 
 @contextmanager
 def padded_rows(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block the host does not wait for a device to find out whether padded rows need a mask: they get one.
-
-    On a CPU, and for attention other than SDPA, nothing changes.
-    """
+    """Within the block, padded rows on a device get a mask in any case, so that the host need not wait."""
     if model.device.type == "cpu" or model.config._attn_implementation != "sdpa":
         yield
         return

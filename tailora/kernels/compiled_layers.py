@@ -73,10 +73,7 @@ def obstacle_to_compiling(model: nn.Module, device: torch.device) -> str | None:
 
 
 def code_folder() -> Path:
-    """Returns where torch keeps compiled code: the folder that the user gives, or one in tailora's cache folder.
-
-    If that is read-only, it is torch's own, in the system's folder of temporary files.
-    """
+    """Returns where torch keeps compiled code: the user's choice, tailora's cache, or torch's own if read-only."""
     given, default = os.environ.get(CACHE_VARIABLE), default_cache_dir()
     if given not in (None, default):  # torch sets the variable to its default
         return Path(str(given))

@@ -75,10 +75,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, scale: float
 def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, scale: float, window: int | None, in_float32: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Returns (tokens, heads, width), and the logarithms of flash's softmax sums, (tokens, heads).
-
-    in_float32: compute in float32, which `core.float32_products` asks for; results have the precision of q.
-    """
+    """Returns (tokens, heads, width), and the logarithms of flash's sums, (tokens, heads). in_float32: converts."""
     if in_float32:
         output, log_sums = forward(q.float(), k.float(), v.float(), cu_seq_lens, scale, window)
         return output.to(q.dtype), log_sums
@@ -89,7 +86,8 @@ def forward(
     for group in groups:
         out.index_copy_(0, group.write, _blocks_forward(_read(q, k, v, group, scale), group, window))
     for rows in single:
-        out[rows], log_sums[rows] = _flash_forward(q[rows], k[rows], v[rows], scale)
+        output, sums = flash_op(*_flash_heads(q[rows], k[rows], v[rows]), 0.0, True, scale=scale)
+        out[rows], log_sums[rows] = output[0].transpose(0, 1), sums[0].transpose(0, 1)
     return out[:-1], log_sums
 
 
@@ -183,10 +181,7 @@ class DocumentGroup:
 def split_documents(
     ends: tuple[int, ...], threshold: int, window: int | None, device: torch.device
 ) -> tuple[tuple[DocumentGroup, ...], tuple[slice, ...]]:
-    """Returns groups of the documents that are computed in blocks, and the positions of each of the others.
-
-    ends: where documents begin and the last ends, as cu_seq_lens.    threshold: of `FlashThresholds`.
-    """
+    """Returns groups of documents for blocks, and the positions of others. ends: where they begin and the last ends."""
     by_length: dict[int, list[slice]] = {}
     single = []
     for start, stop in itertools.pairwise(ends):
@@ -213,12 +208,6 @@ def split_documents(
 flash_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward_op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 READS_SHARED_HEADS = TorchVersion(torch.__version__) >= "2.10"  # before, every query head needs separate keys
-
-
-def _flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Returns one document's attention (length, heads, width), and the logarithms of its sums, (length, heads)."""
-    output, log_sums = flash_op(*_flash_heads(q, k, v), 0.0, True, scale=scale)
-    return output[0].transpose(0, 1), log_sums[0].transpose(0, 1)
 
 
 def _flash_backward(
@@ -251,8 +240,6 @@ Rows = Tensor  # (count * length, heads, width)
 
 
 class Heads(NamedTuple):
-    """The heads of a group."""
-
     q: Tensor  # (count * key heads, group, length, width), scaled
     k: Tensor  # (count * key heads, length, width)
     v: Tensor

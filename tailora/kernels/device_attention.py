@@ -37,8 +37,6 @@ Window = int | None  # tokens that a token attends to, itself included; None: al
 
 
 class Documents(NamedTuple):
-    """The documents of a packed row."""
-
     ends: Tensor  # (documents + 1,) int32, where they begin and the last ends
     longest: int  # tokens of a document
     total: int
@@ -46,8 +44,6 @@ class Documents(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a layer asks of its attention."""
-
     scale: float
     dropout: float
     window: Window
@@ -258,8 +254,4 @@ def repeated(heads: Tensor, count: int) -> Tensor:
     return heads if heads.shape[1] == count else heads.repeat_interleave(count // heads.shape[1], dim=1)
 
 
-PROVIDERS: dict[str, type[DeviceRow]] = {
-    "varlen_attn": VarlenRow,
-    "flex_attention": FlexRow,
-    "sdpa": PaddedRow,
-}
+PROVIDERS: dict[str, type[DeviceRow]] = {"varlen_attn": VarlenRow, "flex_attention": FlexRow, "sdpa": PaddedRow}

@@ -111,13 +111,9 @@ def check_views(buffers: Sequence[FlatBuffer]) -> None:
     """Raises RuntimeError if a parameter or gradient is no view of its buffer any more: its training would be lost."""
     replaced = []
     for buffer in buffers:
-        size, values, gradient = (
-            buffer.parameter.element_size(),
-            buffer.parameter.data_ptr(),
-            buffer.gradient.data_ptr(),
-        )
+        values, gradient = buffer.parameter.data_ptr(), buffer.gradient.data_ptr()
         for name, parameter in buffer.parameters.items():
-            start = buffer.offsets[name] * size
+            start = buffer.offsets[name] * parameter.element_size()
             is_view = parameter.data_ptr() == values + start
             is_view &= parameter.grad is not None and parameter.grad.data_ptr() == gradient + start
             if parameter.numel() and not is_view:

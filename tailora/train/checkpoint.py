@@ -108,7 +108,6 @@ def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
 
 
 def damage(folder: Path) -> list[str]:
-    """Returns the problems with the files of a checkpoint."""
     try:
         state = json.loads((folder / STATE).read_text())
         body = {key: value for key, value in state.items() if key != "sha256"}
@@ -217,10 +216,7 @@ def restore(
     rank: int | None,
     allocator: RankAllocator | None = None,
 ) -> TrainState:
-    """Restores parameters, optimizer, loss scale and random states; returns the progress. Raises CheckpointError.
-
-    rank: whose random states to take; None leaves them.
-    """
+    """Restores a checkpoint and returns the progress. rank: whose random states to take. Raises CheckpointError."""
     tensors = dict(saved.tensors)
     if isinstance(model, FullModel):
         tensors |= {file: model.local(tensors[file]) for file in BY_PARAMETER if file in tensors}
@@ -271,7 +267,6 @@ def moments(optimizer: torch.optim.Optimizer, buffers: Sequence[FlatBuffer]) -> 
 
 
 def set_moments(optimizer: torch.optim.Optimizer, buffers: Sequence[FlatBuffer], tensors: Mapping[str, Tensor]) -> None:
-    """Restores what `moments` returned."""
     if not isinstance(optimizer, torch.optim.AdamW):
         for full_name, tensor in tensors.items():
             name, key = full_name.rsplit("|", 1)

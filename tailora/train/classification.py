@@ -33,10 +33,7 @@ from tailora.train.trainable import FullModel
 
 
 class LabelTask(Task):
-    """The class of a text, and what the other tasks have in common with it.
-
-    weights: of each class in the loss of training; None: all are 1.
-    """
+    """The class of a text, and what all label tasks share. weights: of each class in the training loss; None: all 1."""
 
     is_plain = True
     batches_by_length = False
@@ -125,7 +122,6 @@ class LabelTask(Task):
         return np.ones(len(classes)) if self.weights is None else self.weights[classes]
 
     def weighted(self, batch: Batch) -> Batch:
-        """Returns the batch with the weights of its classes in training."""
         if self.weights is None:
             return batch
         return replace(batch, loss_weights=torch.from_numpy(self.weights_of(batch.targets.numpy())).float())
@@ -145,8 +141,6 @@ class SeveralLabels(LabelTask):
 
 
 class Regression(LabelTask):
-    """A number."""
-
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
         return (logits - batch.extras["targets"].to(logits)).square().mean(1)
 
@@ -155,8 +149,6 @@ class Regression(LabelTask):
 
 
 class TokenClassification(LabelTask):
-    """A tag for each word."""
-
     has_one_loss = False
 
     def make_batch(self, examples: Sequence[Example], layout: BatchLayout) -> Batch:
@@ -173,7 +165,6 @@ class TokenClassification(LabelTask):
 
 
 def label_task(labels: Labels, weights: Float64 | None = None) -> LabelTask:
-    """Returns the task of these labels."""
     if labels.several:
         return SeveralLabels(labels)
     tasks = {REGRESSION: Regression, TOKEN_CLASSIFICATION: TokenClassification}

@@ -76,8 +76,7 @@ class TrainConfig(StrictModel):
         "auto", "causal-lm", "preference", "sequence-classification", "regression", "token-classification", "seq2seq"
     ] = Field("auto", description="training task; auto infers causal-lm or preference from the data")
     class_weights: dict[str, float] | Literal["balanced"] | None = Field(
-        None,
-        description="class weights for the classification loss: LABEL=WEIGHT,..., or balanced",
+        None, description="class weights for the classification loss: LABEL=WEIGHT,..., or balanced"
     )
     loss: PreferenceLoss | None = Field(
         None, description="preference loss; default: dpo for pairs of replies, kto for single replies"
@@ -308,7 +307,6 @@ class TrainConfig(StrictModel):
         return [name for name in names if name in fields and getattr(self, name) != fields[name].default]
 
     def preference_settings(self) -> list[str]:
-        """Returns the names of the preference settings that differ from their defaults."""
         return self.changed(PREFERENCE_FIELDS)
 
     def lora(self) -> LoRAConfig:

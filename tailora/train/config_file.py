@@ -34,10 +34,7 @@ for _name in ("timestamp", "value"):
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Returns the settings of a YAML file; a key may be written `max-steps` or `max_steps`.
-
-    Raises ConfigError if the file cannot be read, is not a mapping, or gives a setting twice.
-    """
+    """Returns the settings of a YAML file; keys may be written `max-steps` or `max_steps`. Raises ConfigError."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -60,11 +57,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         line = text.count("\n", 0, error.position) + 1
         reason = f"the character U+{error.character:04X} is not allowed"
         raise ConfigError(f"--config {path}, line {line} cannot be read as YAML: {reason}; {REMEDY}") from None
-    except (
-        YAMLError,
-        ValueError,
-        OverflowError,
-    ) as error:  # the last two: 0x_, which looks like a number; "\\UFFFFFFFF"
+    except (YAMLError, ValueError, OverflowError) as error:  # 0x_, which looks like a number; "\\UFFFFFFFF"
         raise ConfigError(f"--config {path} cannot be read as YAML: {error}; {REMEDY}") from None
     except TypeError:  # ruamel.yaml puts the key into a dict
         raise ConfigError(f"--config {path}: expected a setting's name, got a list or a mapping; {REMEDY}") from None

@@ -116,10 +116,7 @@ class TrainingData:
         return examples * self.known.mean_length
 
     def first_batches(self, count: int) -> list[list[Example]]:
-        """Returns the examples of each forward of the first batches of the first epoch, of all ranks.
-
-        Of two sequences, the first.
-        """
+        """Returns the examples of each forward of the first batches, of all ranks; of two sequences, the first."""
         return [
             [example if self.task.is_plain else example.sequences[0] for example in self.known.select(forward)]
             for forward in _forwards(self.known, self.shape, count)
@@ -266,17 +263,12 @@ class Step:
 
 @contextmanager
 def one_ahead(steps: Iterator[Step], device: torch.device) -> Iterator[Iterator[Step]]:
-    """Yields the steps. A thread prepares the next one, if the device computes while the host goes on.
-
-    What `steps` raises is raised when the turn of that step has come. One step more than those taken may be read.
-    """
+    """Yields the steps. On a device that computes while the host goes on, a thread prepares the next one."""
     if not copies_by_itself(device):
         yield steps
         return
 
-    def use_device() -> None:  # a thread starts with the first one
-        torch.get_device_module(device).set_device(device)
-
+    use_device = partial(torch.get_device_module(device).set_device, device)  # a thread starts with the first one
     with ThreadPoolExecutor(1, "collate", initializer=use_device) as thread:
 
         def taken() -> Iterator[Step]:
@@ -307,7 +299,6 @@ class StepShape:
 
 
 def step_shape(config: TrainConfig, accelerator: Accelerator) -> StepShape:
-    """Returns the shape of a step on this rank."""
     return StepShape(
         batch_size=config.per_device_train_batch_size,
         accumulation=config.gradient_accumulation_steps,

@@ -45,7 +45,6 @@ class FiniteUpdates:
         cast(Any, optimizer).found_inf = self.skipped  # which fused optimizers look at
 
     def keep_parameters(self) -> None:
-        """Makes the parameters the last good ones."""
         self.last_good = [buffer.parameter.detach().clone() for buffer in self.buffers]
 
     def step(self, loss: Tensor, norm: Tensor, rate: float) -> None:
@@ -53,7 +52,11 @@ class FiniteUpdates:
         loss_is_finite, overflow = loss.isfinite().to(norm.device), ~norm.isfinite()
         good_parameters = loss_is_finite & ~self.diverged
         for copy, buffer in zip(self.last_good, self.buffers, strict=True):
-            copy_if(good_parameters.to(copy.device), buffer.parameter.detach(), copy)
+            good, now = good_parameters.to(copy.device), buffer.parameter.detach()
+            if copy.device.type != "cpu":
+                torch.where(good, now, copy, out=copy)
+            elif good:  # there reading it costs nothing, and copying is faster
+                copy.copy_(now)
         fatal = overflow if self.loss_scale is None else overflow & (self.loss_scale.value <= LossScale.LEAST)
         self.diverged |= fatal | ~loss_is_finite
         self.skipped.copy_(self.diverged | overflow)
@@ -64,14 +67,6 @@ class FiniteUpdates:
     def restore_last_good(self) -> None:
         for copy, buffer in zip(self.last_good, self.buffers, strict=True):
             buffer.parameter.detach().copy_(copy)
-
-
-def copy_if(condition: Tensor, source: Tensor, target: Tensor) -> None:
-    """Copies if the condition, 0-dimensional, is True."""
-    if condition.device.type != "cpu":
-        torch.where(condition, source, target, out=target)
-    elif condition:  # there reading it costs nothing, and copying is faster
-        target.copy_(source)
 
 
 def broken_gradients(parameters: Mapping[str, nn.Parameter]) -> str:
@@ -88,10 +83,7 @@ def broken_gradients(parameters: Mapping[str, nn.Parameter]) -> str:
 
 
 def broken_loss(model: nn.Module, batches: Sequence[Batch], task: Task, layout: BatchLayout) -> str:
-    """Computes the step's losses again and returns which module's output is not finite, for a message.
-
-    All ranks call it with their batches, and all get the module of the first rank that has one.
-    """
+    """Computes the step's losses again on all ranks; returns, for a message, the first module that is not finite."""
     modules: list[str] = []
 
     def check(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:

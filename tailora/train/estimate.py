@@ -43,7 +43,6 @@ from tailora.train.kernel_choice import (
     Kernels,
     choose_layout,
     plain_kernels,
-    recomputes_cheap,
     share_kept,
     use_kernels,
 )
@@ -127,10 +126,7 @@ class AbsentDevice:
 def fake_model(
     config: TrainConfig, shape: PretrainedConfig, device: torch.device | AbsentDevice
 ) -> Iterator[FakeModel]:
-    """Within the block no tensor has contents; yields the model of this shape that `config` would train on `device`.
-
-    Raises ConfigError, TargetError, FormatError.
-    """
+    """Yields the model that `config` would train, without contents. Raises ConfigError, TargetError, FormatError."""
     if config.quantize is not None:
         check_unquantized(shape, config.model, config.quantize)
     with fake_tensors():
@@ -140,9 +136,7 @@ def fake_model(
         with torch.no_grad(), without_adapter:
             task = task_of_shape(config, shape)
             layout = choose_layout(config, model, None, notes.append, compare=False, task=task)
-        if task.is_plain:
-            kernels = Kernels(PLAIN, "layers: plain", recomputes=recomputes_cheap(config, base))
-        elif isinstance(device, AbsentDevice):
+        if isinstance(device, AbsentDevice) and not task.is_plain:
             if layout.packed and not device.keeps_scores:
                 layout = replace(layout, attention=CPU)
             attention = "SDPA, all scores" if device.keeps_scores else "flash or flex_attention, no scores"
@@ -349,10 +343,7 @@ def with_compiled_layers(step: StepCost, fake: FakeModel, activation_memory: flo
 
 
 def with_less_memory(step: StepCost, fake: FakeModel, tokens: int, *, checkpointed: bool) -> StepCost:
-    """Returns about what the step would cost with checkpointing, or with the quantized layers of `fake`.
-
-    step: of a plain model, with `tokens` tokens. Checkpointing keeps the input of every layer, and all of one layer.
-    """
+    """Returns about what a plain step of `tokens` tokens costs with checkpointing, or quantized as `fake` is."""
     text, activations = fake.base.config.get_text_config(), step.activations
     if checkpointed:
         layers = text.num_hidden_layers
@@ -435,10 +426,7 @@ REPEATS = 5
 
 
 def products_per_second(tokens: int, width: int, inner: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Returns the operations a second of (tokens, width) x (width, inner), a median of a few.
-
-    A CPU computes 16-bit products in the faster of both precisions (`core.float32_products`).
-    """
+    """Returns the operations a second of (tokens, width) x (width, inner); on a CPU, in the faster precision."""
     both = device.type == "cpu" and dtype in HALF
     medians = []
     for precision in (dtype, torch.float32) if both else (dtype,):

@@ -32,8 +32,6 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class EvaluationProgress:
-    """Progress of an evaluation."""
-
     done: int  # of this rank's examples
     total: int
     what: str = "held-out examples"

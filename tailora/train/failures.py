@@ -83,10 +83,7 @@ class Failure:
 
 
 def leave_failure(error: BaseException, **known: Any) -> bool:
-    """Writes why this process fails to the file that torch's launcher reads; False if there is no launcher.
-
-    known: see `Failure.of`.
-    """
+    """Writes the failure for torch's launcher; False if there is no launcher. known: see `Failure.of`."""
     file = Path(os.environ.get(ERROR_FILE, ""))
     if ERROR_FILE not in os.environ or not file.parent.is_dir():  # the launcher has removed it
         return False
@@ -244,11 +241,6 @@ def cause_of(exit_codes: Mapping[int, int], folder: Path, advice: str, *, interr
 # ---- Signals
 
 
-def is_ignored_hangup(number: int) -> bool:
-    """True for SIGHUP under nohup."""
-    return number == HANGUP and signal.getsignal(number) is signal.SIG_IGN
-
-
 def leave_closed_terminal() -> None:
     """Sends output to nowhere that goes to a terminal that was closed, where every write is an error."""
     for descriptor in (0, 1, 2):
@@ -274,7 +266,8 @@ class StopSignals:
 
     def handle(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            numbers = [number for number in SIGNALS if not is_ignored_hangup(number)]
+            under_nohup = HANGUP is not None and signal.getsignal(HANGUP) is signal.SIG_IGN
+            numbers = [number for number in SIGNALS if number != HANGUP or not under_nohup]
             self._earlier = {number: signal.signal(number, self._request_stop) for number in numbers}
 
     def restore(self) -> None:

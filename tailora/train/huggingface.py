@@ -46,10 +46,7 @@ LOADS_REFERENCE = {"GRPOTrainer", "RLOOTrainer"}  # have no argument `ref_model`
 
 
 class ReferenceModel(nn.Module):
-    """The model as it is before training, in evaluation mode. It shares the base with the model that is trained.
-
-    An adapter that changes nothing yet is switched off. One that was trained before is copied, under another name.
-    """
+    """The model before training, on the same base: an adapter that changes nothing yet is off, others are copied."""
 
     def __init__(self, model: LoRAModel) -> None:
         super().__init__()
@@ -145,10 +142,7 @@ class AdapterTraining:
         return optimizer
 
     def override_model_in_loss(self, loss: nn.Module, model: nn.Module) -> nn.Module:
-        """Lets a loss of sentence-transformers call `model`: the LoRAModel, or what wraps it (DDP).
-
-        Their method only replaces models of their classes.
-        """
+        """Lets a loss of sentence-transformers call `model`: the LoRAModel, or what wraps it (DDP)."""
         for name, child in loss.named_children():
             if isinstance(child, LoRAModel) or child is self._adapted().base_model:
                 for method in ("preprocess", "get_embedding_dimension"):  # that losses call, and wrappers lack
@@ -168,11 +162,7 @@ class AdapterTraining:
             return cast(Any, super()).prediction_step(model, inputs, *args, **kwargs)
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Computes the loss of a causal language model in chunks of tokens, where that gives what the trainer would."""
         me = cast("Trainer", self)
@@ -203,10 +193,7 @@ class AdapterTraining:
         )
 
     def _attention(self, inputs: dict[str, Any]) -> AbstractContextManager[None]:
-        """Packed rows get the attention of `kernels.attention`, if the model's own would be made with masks.
-
-        What computes it is tried on the model at the first packed batch, as in `tailora train`.
-        """
+        """Gives packed rows the attention of `kernels.attention` in place of masks, tried at the first such batch."""
         model = self._adapted()
         base: Any = model.base_model
         if "cu_seq_lens_q" not in inputs or base.config._attn_implementation not in MASKED:
@@ -285,7 +272,6 @@ def _choose_loss(model: LoRAModel, *, packed: bool) -> str:
 
 
 def _batch_of(inputs: dict[str, Any]) -> Batch:
-    """Returns a trainer's batch with the tokens to predict, on its device."""
     labels = inputs["labels"].cpu().numpy()
     next_tokens = np.full_like(labels, IGNORED)
     next_tokens[:, :-1] = labels[:, 1:]

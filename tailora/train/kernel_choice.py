@@ -37,7 +37,7 @@ from tailora.kernels.compiled_layers import (
     obstacle_to_compiling,
     paying_tokens,
 )
-from tailora.kernels.cpu_attention import BLOCK, BLOCKS_ONLY, FLASH_ONLY, flash_thresholds
+from tailora.kernels.cpu_attention import BLOCK
 from tailora.kernels.device_attention import PROVIDERS
 from tailora.kernels.loss import FROZEN, RECOMPUTED, Batch, own_form
 from tailora.kernels.recompute import Recomputing, recomputed
@@ -47,7 +47,7 @@ from tailora.train.kernel_comparison import (
     compare_layers,
     has_dropout,
     layer_calls,
-    obstacle_to_form,
+    obstacle_to_chunks,
     obstacle_to_provider,
     obstacle_to_sharing,
     outputs_and_gradients,
@@ -133,10 +133,7 @@ def choose_layout(
 
 
 def choose_packing(model: PreTrainedModel, setting: str, *, compare: bool = True) -> tuple[str | None, str | None]:
-    """Returns what computes the attention of packed rows, None for padded batches; and why not something better.
-
-    setting: auto, on or off.    compare: see `choose_layout`.    Raises ConfigError as `choose_layout`.
-    """
+    """Returns what computes attention of packed rows, or None, and why not something better. Raises ConfigError."""
     if setting == "off":
         return None, None
     obstacles: dict[str, str] = {}
@@ -154,7 +151,6 @@ def choose_packing(model: PreTrainedModel, setting: str, *, compare: bool = True
 
 
 def candidates(device_type: str) -> list[str]:
-    """Returns the providers to try, the best first."""
     return [CPU] if device_type == "cpu" else [*PROVIDERS]
 
 
@@ -166,25 +162,17 @@ def predicted_provider(device_type: str, dtype: torch.dtype) -> str:
 
 
 def choose_form(model: Any, batch: Batch, compare: bool = True) -> tuple[str, str | None]:
-    """Returns the form of least memory that gives the model's own losses and gradients, and why it is not chunked.
-
-    batch: of a few tokens, for a model in evaluation mode.
-    compare: False for a model of fake tensors, where an unchanged tensor shares its memory.
-    """
+    """Returns the form of least memory that is right, and why it is not chunked. compare: see `choose_layout`."""
     own, chunked = own_form(model), RECOMPUTED
     head = model.get_output_embeddings()
     if type(head) is nn.Linear and not is_quantized(head) and not any(p.requires_grad for p in head.parameters()):
         chunked = FROZEN  # an adapted or quantized layer is not a plain one
-    obstacle = obstacle_to_form(model, batch, chunked, own, compare=compare)
+    obstacle = obstacle_to_chunks(model, batch, compare=compare)
     return (own, f"{type(model).__name__} {obstacle}") if obstacle else (chunked, None)
 
 
 def choose_kernels(
-    config: TrainConfig,
-    model: Trainable,
-    layout: BatchLayout,
-    work: Work,
-    recorded: Mapping[str, Any] | None = None,
+    config: TrainConfig, model: Trainable, layout: BatchLayout, work: Work, recorded: Mapping[str, Any] | None = None
 ) -> Kernels:
     """Returns the kernels of a run, whose description says why others are not used.
 
@@ -196,9 +184,7 @@ def choose_kernels(
     if layout.loss == HEAD:
         if asks_for_compiled_layers(config):
             raise ConfigError("--fast compile and --activation-memory only apply to language models; remove both")
-        attention = base.config._attn_implementation
-        text = f"layers: plain; attention: {attention}; loss: {layout.loss}{_products(base, layout)}"
-        return Kernels(PLAIN, text, recomputes=recomputes_cheap(config, base))
+        return plain_kernels(config, base, layout)
     reason = ""
     if config.fast != "off":
         kernels, obstacle = _try_compiled(config, model, layout, work, recorded)
@@ -255,10 +241,7 @@ def _try_compiled(
 
 
 def _obstacle_to_gain(base: PreTrainedModel, tokens: float, share_file: Path) -> str | None:
-    """Returns why the rest of the run does not pay for compiling. tokens: of the rest of the run.
-
-    share_file: of `CompiledLayers`; an earlier run that compiled these layers left it, and the code.
-    """
+    """Returns why the rest of the run, of `tokens`, does not pay for compiling. share_file: of an earlier run."""
     needed = paying_tokens(base.device, base.dtype)
     with suppress(OSError, ValueError):
         share, needed = float(share_file.read_text()), PAYING_TOKENS_ON_DISK
@@ -286,10 +269,7 @@ def _try_on_all_ranks(trial: Callable[[], tuple[str | None, str]]) -> tuple[str 
 def _compare_time(
     model: Trainable, work: Work, layout: BatchLayout, compiled: CompiledLayers, share_file: Path, must_pay: bool
 ) -> tuple[str | None, str]:
-    """Compiles the layers as the run calls them, with their dropout. Returns an obstacle, and how fast they are.
-
-    share_file: gets the time of compiled layers as a share of plain ones'.    must_pay: refuses layers that are slower.
-    """
+    """Compiles the layers as the run calls them, with their dropout; returns an obstacle, and how fast they are."""
     base = cast(PreTrainedModel, model.base_model)
     ids = np.resize(work.sample.input_ids, TIMED_TOKENS)
     documents = [Example.of_text(part) for part in np.split(ids, [TIMED_TOKENS // 2 - 8])]  # of different lengths
@@ -311,7 +291,6 @@ def _compare_time(
 
 
 def _seconds(calls: Iterable[LayerCall]) -> float:
-    """Returns the time of the layers' forward and backward."""
     started = time.perf_counter()
     for layer, inputs, arguments in calls:
         outputs_and_gradients(layer, inputs, arguments)
@@ -320,16 +299,15 @@ def _seconds(calls: Iterable[LayerCall]) -> float:
 
 
 def plain_kernels(config: TrainConfig, base: PreTrainedModel, layout: BatchLayout, reason: str = "") -> Kernels:
-    """Returns the layers of transformers. reason: why others are not used."""
-    recomputes = recomputes_cheap(config, base)
+    """Returns the layers of transformers. reason: why others are not used.
+
+    On a CPU cheap activations are recomputed. With checkpointing each layer is computed again anyway, and on a device
+    calls of torch cost more.
+    """
+    recomputes = base.device.type == "cpu" and config.fast != "off" and not config.gradient_checkpointing
     layers = "plain, with cheap activations recomputed" if recomputes else "plain"
     text = f"decoder layers: {layers}{reason}; attention: {_attention(base, layout)}; loss: {layout.loss}"
     return Kernels(PLAIN, text + _products(base, layout), recomputes=recomputes)
-
-
-def recomputes_cheap(config: TrainConfig, base: PreTrainedModel) -> bool:
-    """True on a CPU. With checkpointing each layer is computed again anyway; on a device calls of torch cost more."""
-    return base.device.type == "cpu" and config.fast != "off" and not config.gradient_checkpointing
 
 
 def _products(base: PreTrainedModel, layout: BatchLayout) -> str:
@@ -369,24 +347,14 @@ def _attention(base: PreTrainedModel, layout: BatchLayout) -> str:
     if layout.attention in PROVIDERS:
         return PROVIDERS[layout.attention].description
     once = ", shared prefixes only once" if layout.shares_beginnings else ""
-    thresholds = flash_thresholds(base.dtype)
-    if thresholds == BLOCKS_ONLY:
-        return f"batched products over blocks of {BLOCK} queries, documents of similar length together{once}"
-    if thresholds == FLASH_ONLY:
-        return f"torch's flash attention for CPUs{once}"
-    length = f"{thresholds.forward:,} tokens and more"
-    return f"torch's flash attention for documents of {length}, blocks of {BLOCK} queries for shorter ones{once}"
+    return f"documents by flash attention or in blocks of {BLOCK} queries{once}"
 
 
 @contextmanager
 def use_kernels(
     base: PreTrainedModel, layout: BatchLayout, kernels: Kernels, *, checkpointed: bool = False
 ) -> Iterator[Recomputing | None]:
-    """Within the block the model computes batches of this layout with these kernels; then it is restored.
-
-    Yields what decides which tensors autograd keeps; None: autograd itself.
-    checkpointed: with gradient checkpointing. Raises ConfigError if the model does not support it.
-    """
+    """Computes with this layout and these kernels within the block. Yields what decides which tensors are kept."""
     with ExitStack() as stack:
         recomputing = stack.enter_context(recomputed()) if kernels.recomputes and not checkpointed else None
         stack.enter_context(layout.used_by(base))

@@ -2,7 +2,7 @@
 
     obstacle_to_provider   documents of a packed row give the results that each gives alone
     obstacle_to_sharing    so they do if a beginning that they share is computed once
-    obstacle_to_form       the loss in chunks equals the loss from the model's logits
+    obstacle_to_chunks     the loss in chunks equals the loss from the model's logits
     compare_layers         compiled layers give what the layers of transformers give
 
 `train.kernel_choice` chooses by these comparisons. All ranks of a run choose what every rank can do. They agree after
@@ -26,8 +26,8 @@ from tailora.data.dataset import Example
 from tailora.kernels.attention import PackingError, packed_rows
 from tailora.kernels.compiled_layers import CompiledLayers, decoder_layers
 from tailora.kernels.device_attention import BLOCK, PROVIDERS
-from tailora.kernels.loss import FORMS, Batch
-from tailora.train.loss import BatchLayout, token_losses
+from tailora.kernels.loss import Batch
+from tailora.train.loss import CAUSAL_LM, BatchLayout, make_batch
 from tailora.train.parallel import first_of_ranks, forget_forward
 from tailora.train.trainable import Trainable, trained_module
 
@@ -36,7 +36,7 @@ TOLERANCES = {  # what is compared -> allowed in float32, float64, and 16 bits, 
     # gradients that differ by .05 to .09; documents that attend to each other: logits by .13 and more, gradients by .38
     "packed logits": (1e-4, 1e-8, 5e-2),
     "packed gradients": (1e-4, 1e-8, 0.2),
-    "loss": (1e-4, 1e-8, 5e-2),  # decoder's states, losses, gradients
+    "loss": (1e-4, 1e-8, 5e-2),  # decoder's states
     "layers": (1e-3, 1e-5, 0.1),  # float64: transformers computes norms in float32
 }
 
@@ -61,10 +61,7 @@ LONGEST = 512  # of the documents that show a sliding window
 
 
 def random_documents(config: Any, further: tuple[int, ...] = ()) -> list[Example]:
-    """Returns two documents of random tokens to try a model on, longer than a sliding window unless that is long.
-
-    further: lengths of other documents, which come first, cut to what the model has positions for.
-    """
+    """Returns documents of random tokens: of `further` lengths, and two longer than a short sliding window."""
     config = config.get_text_config()
     most = getattr(config, "max_position_embeddings", None) or LONG
     window = getattr(config, "sliding_window", None) or 0
@@ -97,10 +94,7 @@ REFUSALS = (ValueError, TypeError, RuntimeError, ImportError, OSError)
 
 
 def obstacle_to_provider(model: PreTrainedModel, provider: str, *, compare: bool) -> str | None:
-    """Returns why packed rows are not safe with it, or None if documents give the results that each gives alone.
-
-    Without `compare` the structure of the model alone decides, which is the same on every rank.
-    """
+    """Returns why packed rows are not safe with it; None if documents give the results that each gives alone."""
     name, row, refusal = type(model).__name__, PROVIDERS.get(provider), None
     if row is not None and compare and (missing := first_of_ranks(row.obstacle(model.device, model.dtype))):
         return missing
@@ -196,17 +190,14 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 RAMP = 1e3  # logits from -RAMP to RAMP show a soft cap, a scale or a bound that small ones do not
 
 
-def obstacle_to_form(model: Any, batch: Batch, chunked: str, own: str, *, compare: bool) -> str | None:
-    """Returns why a chunked form does not give the losses and gradients of the model's own; None if it does.
-
-    chunked, own: keys of FORMS.    compare: see `kernel_choice.choose_form`; without it all ranks see the same.
-    """
+def obstacle_to_chunks(model: Any, batch: Batch, *, compare: bool) -> str | None:
+    """Returns why the loss in chunks is not the one from the model's own logits. compare: see `choose_form`."""
     trials: list[Callable[[], str | None]] = [
         lambda: _structural_obstacle(model, batch),
         lambda: _change_around_head(model, batch, compare),
     ]
     if compare:
-        trials.append(lambda: _loss_difference(model, batch, chunked, own))
+        trials.append(lambda: _states_difference(model, batch))
     for trial in trials:
         obstacle = first_of_ranks(trial()) if compare else trial()
         if obstacle is not None:
@@ -267,29 +258,20 @@ def _change_around_head(model: Any, batch: Batch, compare: bool) -> str | None:
     return None
 
 
-def _loss_difference(model: Any, batch: Batch, chunked: str, own: str) -> str | None:
-    expected = _loss_results(model, batch, own)
-    for name, actual in _loss_results(model, batch, chunked).items():
-        difference = relative_difference(actual, expected[name])
-        allowed = tolerance("loss", actual.dtype)
-        if not difference <= allowed:
-            sizes = f"difference {difference:.1e}, allowed {allowed:.0e}"
-            return f"returns different {name} when its decoder is called alone ({sizes})"
-    return None
-
-
-def _loss_results(model: Any, batch: Batch, form: str) -> dict[str, Tensor]:
-    """Returns the decoder's states, the losses in their precision, and the gradient of weighted losses by them."""
-    states: list[Tensor] = []
+def _states_difference(model: Any, batch: Batch) -> str | None:
+    """Returns how the decoder's states differ when it is called alone; None if they do not."""
+    decoder, states = model.get_decoder(), list[Tensor]()
 
     def after_decoder(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        states.append(output[0] if output[0].requires_grad else output[0].requires_grad_())
+        states.append(output[0])
 
-    with torch.enable_grad(), model.get_decoder().register_forward_hook(after_decoder):
-        losses = FORMS[form](model, batch)
-        weights = torch.linspace(1, 2, len(losses), dtype=losses.dtype, device=losses.device)
-        (gradient,) = torch.autograd.grad(losses @ weights, states)
-    return {"states": states[0].detach(), "losses": losses.detach().to(gradient.dtype), "gradients": gradient}
+    with torch.no_grad(), decoder.register_forward_hook(after_decoder):
+        model(**batch.inputs, use_cache=False)
+        decoder(**batch.inputs, use_cache=False)
+    difference, allowed = relative_difference(states[1], states[0]), tolerance("loss", states[0].dtype)
+    if difference <= allowed:
+        return None
+    return f"returns different states when its decoder is called alone ({difference:.1e}, allowed {allowed:.0e})"
 
 
 # ---- Layers
@@ -299,32 +281,13 @@ SPREAD = 0.02  # standard deviation of factors that start at zero, while gradien
 
 
 def compare_layers(
-    model: Trainable, parts: Sequence[Example], layout: BatchLayout, compiled: CompiledLayers
-) -> tuple[str | None, str]:
-    """Returns why the layers are not right on this model, and how it is known that they are."""
-    base = cast(PreTrainedModel, model.base_model)
-    difference = largest_difference(model, parts, layout, compiled)
-    allowed = tolerance("layers", base.dtype)
-    if difference is None:
-        return "transformers' layers do not call every adapted layer, but compiled ones would", ""
-    if not difference <= allowed:
-        return f"their results differ from transformers' layers by {difference:.0e} (allowed: {allowed:.0e})", ""
-    return None, (
-        "checked against the layers of transformers: outputs and gradients differ by at most "
-        f"{difference:.0e} (relative, allowed: {allowed:.0e})"
-    )
-
-
-def largest_difference(
     model: Trainable, examples: Sequence[Example], layout: BatchLayout, compiled: CompiledLayers
-) -> float | None:
-    """Returns the largest relative difference of a layer from its own forward on the same input.
+) -> tuple[str | None, str]:
+    """Returns why the layers are not right on this model, and how it is known that they are.
 
-    Compared are what the layer adds to its input, and the gradients of the input and of the factors. None if the own
-    forward of a layer does not use all the factors that the other uses.
+    Compared are what each layer adds to its input, and the gradients of the input and of the factors.
     """
-    base = cast(PreTrainedModel, model.base_model)
-    largest = 0.0
+    base, largest = cast(PreTrainedModel, model.base_model), 0.0
     # nothing is drawn at random; a model without dropout stays in training mode, for which compiled code is made
     in_mode = evaluating(model) if has_dropout(base) else nullcontext()
     with in_mode, zeros_randomized(model), layout.used_by(base):
@@ -333,10 +296,16 @@ def largest_difference(
             with compiled.used_by([layer]):
                 other = outputs_and_gradients(layer, inputs, arguments)
             if any((a is None) != (b is None) for a, b in zip(plain, other, strict=True)):
-                return None
+                return "transformers' layers do not call every adapted layer, but compiled ones would", ""
             pairs = [(a, b) for a, b in zip(plain, other, strict=True) if a is not None and b is not None and a.any()]
             largest = max(largest, *(relative_difference(b, a) for a, b in pairs), 0.0)
-    return largest
+    allowed = tolerance("layers", base.dtype)
+    if not largest <= allowed:
+        return f"their results differ from transformers' layers by {largest:.0e} (allowed: {allowed:.0e})", ""
+    return None, (
+        "checked against the layers of transformers: outputs and gradients differ by at most "
+        f"{largest:.0e} (relative, allowed: {allowed:.0e})"
+    )
 
 
 def has_dropout(base: nn.Module) -> bool:
@@ -354,7 +323,6 @@ LayerCall = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]  # its inputs: x (
 def layer_calls(
     model: Trainable, layers: Sequence[nn.Module], examples: Sequence[Example], layout: BatchLayout
 ) -> list[LayerCall]:
-    """Returns the calls of these layers in a forward of the examples."""
     calls: list[LayerCall] = []
 
     def note(layer: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> None:
@@ -363,15 +331,12 @@ def layer_calls(
     with ExitStack() as hooks, torch.no_grad():
         for layer in layers:
             hooks.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
-        token_losses(model, examples, layout)
+        CAUSAL_LM.outputs(model, make_batch(examples, layout, next(model.parameters()).device), layout)
     return calls
 
 
 def outputs_and_gradients(layer: nn.Module, inputs: tuple[Any, ...], arguments: dict[str, Any]) -> list[Tensor | None]:
-    """Returns what the layer adds to its input, what it adds to the input's gradient, and the gradients of its factors.
-
-    A gradient is None if the layer does not use the factor.
-    """
+    """Returns what the layer adds to its input and to its gradient, and its factors' gradients (None: unused)."""
     parts = [part for module in layer.modules() if isinstance(module, Adapted) for part in attached_parts(module)]
     factors = [parameter for part in parts for parameter in part.parameters()]
     x, others = inputs[0].detach(), inputs[1:]

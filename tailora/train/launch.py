@@ -62,10 +62,7 @@ def end_process(code: int) -> NoReturn:
 
 
 def how_to_resume(checkpoint: Path, *changes: str, purpose: str = "to resume it") -> str:
-    """Returns the purpose and the command that resumes a run, in as many processes as it has now.
-
-    changes: further flags, such as a lower learning rate.
-    """
+    """Returns the purpose and the command that resumes a run in as many processes. changes: further flags."""
     words = ["tailora", "train"]
     if count := os.environ.get(LAUNCHED_BY_TAILORA):
         words += ["--nproc-per-node", count]
@@ -92,10 +89,7 @@ def how_to_go_on(output_dir: Path) -> str:
 
 
 def count_processes(asked: str, device: str) -> int:
-    """Returns how many processes --nproc-per-node means: a number; 'gpu' or 'auto', one for each device.
-
-    device: the value of --device. Raises ConfigError.
-    """
+    """Returns the number of processes; 'gpu' and 'auto' mean one per device of --device. Raises ConfigError."""
     if world_size() > 1:
         raise ConfigError(
             f"--nproc-per-node: a launcher has already started {world_size()} processes; remove the flag from tailora"
@@ -205,10 +199,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 class SignalForwarder:
-    """Within the block signals are not handled here but forwarded to the processes that this one has started.
-
-    Each of these leads its own session, so Ctrl-C in the terminal does not reach it.
-    """
+    """Forwards signals to the processes started here, whose own sessions a Ctrl-C in the terminal does not reach."""
 
     def __init__(self) -> None:
         self.pending: list[int] = []

@@ -209,10 +209,7 @@ CAUSAL_LM = CausalLM()
 
 
 class Seq2Seq(Task):
-    """Sequence to sequence (T5, BART): a loss for each token of the completion, given the prompt and the tokens before.
-
-    The encoder reads the first sequence of an example, and the decoder predicts the second: see `data.tokenize`.
-    """
+    """Sequence to sequence (T5, BART): a loss for each token of an example's second sequence, given the first."""
 
     loss_unit = "nats per token"
     is_plain = True
@@ -278,14 +275,6 @@ class ModelWithLoss(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         return self.task.outputs(self.model, batch, self.layout).losses
-
-
-def token_losses(
-    model: nn.Module, examples: Sequence[Example], layout: BatchLayout
-) -> tuple[Tensor, npt.NDArray[np.int64]]:
-    """Returns the loss of every supervised token, (supervised,), at least float32, and the index of its example."""
-    batch = CAUSAL_LM.make_batch(examples, layout).to(next(model.parameters()).device)
-    return FORMS[layout.loss](model, batch), batch.owners
 
 
 def make_batch(examples: Sequence[Example], layout: BatchLayout, device: torch.device, task: Task = CAUSAL_LM) -> Batch:

@@ -51,10 +51,7 @@ KEPT_BYTES, MMAP_BYTES = 256 * 2**20, 32 * 2**20  # glibc takes no larger thresh
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Returns the most memory used so far: of the device, or of this process on a CPU.
-
-    MPS keeps no peak: what torch has taken from the system stands for it, since torch gives nothing back by itself.
-    """
+    """Returns the most memory used so far, of the device or this process; on MPS, what torch took from the system."""
     if device.type == "mps":
         return int(torch.mps.driver_allocated_memory())
     if device.type != "cpu":
@@ -102,10 +99,7 @@ def used_bytes(device: torch.device) -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Returns the memory that can still be allocated; on a CPU within the limits of containers and of the process.
-
-    MPS shares the system's memory; torch uses as much as the system recommends for a GPU.
-    """
+    """Returns the memory that can still be allocated: on a CPU within its limits, on MPS as much as recommended."""
     if device.type == "mps":
         used, taken = torch.mps.current_allocated_memory(), torch.mps.driver_allocated_memory()
         free = [torch.mps.recommended_max_memory() - used, psutil.virtual_memory().available + taken - used]
@@ -184,7 +178,6 @@ class Cost:
     per_supervised: float  # in addition: hidden states or logits of a supervised token, depending on the loss
 
     def of(self, size: ForwardSize) -> int:
-        """Returns the bytes that a forward of this size keeps."""
         per_token = self.per_checkpointed_token if size.checkpointed else self.per_token
         return int(self.fixed + per_token * size.tokens + self.per_supervised * size.supervised)
 
@@ -192,10 +185,7 @@ class Cost:
 def measure_cost(
     forward: Callable[[int, bool], Tensor], tokens: int, model: PreTrainedModel, recomputing: Recomputing | None = None
 ) -> Cost:
-    """Returns the cost, from what three calls of `forward(number of tokens, whether they are supervised)` keep.
-
-    `forward` must not checkpoint the model's layers.
-    """
+    """Returns the cost, from three calls of `forward(tokens, supervised)`, which must not checkpoint the layers."""
     half = kept_bytes(partial(forward, tokens // 2, False), model, recomputing)
     whole = kept_bytes(partial(forward, tokens, False), model, recomputing)
     supervised = kept_bytes(partial(forward, tokens, True), model, recomputing)
@@ -212,10 +202,7 @@ def measure_cost(
 
 
 def kept_bytes(forward: Callable[[], Tensor], model: PreTrainedModel, recomputing: Recomputing | None = None) -> int:
-    """Returns the bytes that autograd keeps after the forward, without the model's weights.
-
-    recomputing: what decides which tensors it keeps, if not autograd itself.
-    """
+    """Returns the bytes that autograd, or `recomputing`, keeps after the forward, without the model's weights."""
     known = {part.untyped_storage().data_ptr() for tensor in stored_tensors(model) for part in inner_tensors(tensor)}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -247,11 +234,7 @@ def check_fits(needed: int, device: torch.device, advice: str) -> None:
 
 
 def remedies(cost: Cost, size: ForwardSize, longest: int, compiled_share: float | None = None) -> str:
-    """Returns three changes of the settings, each with its effect on memory and time.
-
-    longest: tokens of the longest example.
-    compiled_share: of what layers keep, what ACTIVATION_MEMORY leaves; None if layers cannot be compiled.
-    """
+    """Returns three changes of settings, with effects. compiled_share: what ACTIVATION_MEMORY leaves, if possible."""
     half = max(size.examples // 2, 1)
     share = half / size.examples
     smaller = replace(size, examples=half, tokens=int(size.tokens * share), supervised=int(size.supervised * share))

@@ -39,13 +39,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 
 from tailora.core.device import fast_dtype
 from tailora.core.patterns import inside
-from tailora.core.quantization import (
-    dense_weight,
-    is_quantized,
-    prevent_repacking,
-    quantized_layers,
-    storage_obstacle,
-)
+from tailora.core.quantization import dense_weight, is_quantized, prevent_repacking, quantized_layers, storage_obstacle
 from tailora.core.targets import set_missing_pooler, task_heads
 from tailora.data.demo import resolve_model
 from tailora.data.labels import Labels
@@ -78,7 +72,6 @@ class Stored:
     keeps_dense: bool = False
 
     def codes(self, weight: Tensor) -> int:
-        """Returns the bytes of the quantized numbers."""
         return weight.numel() * self.bits // 8
 
 
@@ -202,10 +195,7 @@ DTYPES: dict[str, torch.dtype | str] = {
 
 
 def precision_of(dtype: str, device: torch.device) -> torch.dtype | str:
-    """Returns the dtype of one of `DTYPES`. "auto" is the fastest on a GPU and the dtype of the files on a CPU.
-
-    A CPU computes products in its faster precision anyway (`core.float32_products`).
-    """
+    """Returns the dtype of one of `DTYPES`; "auto" is the fastest on a GPU and the dtype of the files on a CPU."""
     if dtype != "auto":
         return DTYPES[dtype]
     return DTYPES["stored"] if device.type == "cpu" else fast_dtype(device)
@@ -242,10 +232,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def _sharded_before_weights(sharding: Sharding | None) -> Iterator[None]:
-    """Within the block `from_pretrained` shards a model while it is on meta; each rank then reads its parts alone.
-
-    transformers reads the part of every DTensor, but its sharding plans do not fit our loss.
-    """
+    """Within the block `from_pretrained` shards a model on meta, so that each rank reads only its parts."""
     if sharding is None:
         yield
         return
@@ -351,10 +338,7 @@ def model_class(task: str) -> Any:
 
 
 def new_model(config: PretrainedConfig, name: str, task: str, **options: Any) -> PreTrainedModel:
-    """Returns a model of this shape with new weights, on the default device. name: of the model, for the message.
-
-    Raises ConfigError if the architecture has no head for the task.
-    """
+    """Returns a model with new weights. name: of the model, for messages. Raises ConfigError if no such head exists."""
     try:
         model: PreTrainedModel = model_class(task).from_config(config, **options)
     except ValueError as error:
@@ -365,10 +349,7 @@ def new_model(config: PretrainedConfig, name: str, task: str, **options: Any) ->
 
 
 def set_labels(config: PretrainedConfig, labels: Labels, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Adds these labels and the padding token to the config.
-
-    The tokenizer learns how many positions the model has.
-    """
+    """Adds the labels and the padding token to the config, and the number of positions to the tokenizer."""
     config.id2label = dict(enumerate(labels.names))  # sets num_labels, too
     config.label2id = {name: index for index, name in enumerate(labels.names)}
     config.problem_type = None if labels.task == TOKEN_CLASSIFICATION else labels.problem_type
@@ -393,7 +374,6 @@ def initialize_heads(model: PreTrainedModel, heads: list[str], seed: int) -> Non
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """Returns the token that batches are padded with."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id) if tokenizer else ()
     return next((token for token in candidates if token is not None), 0)
 
@@ -478,10 +458,7 @@ def stored_quantization(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def check_can_be_sharded(config: PretrainedConfig, name: str, quantize: str | None = None) -> None:
-    """Raises ConfigError unless all quantized weights keep what else they need on their layer, as 4 bits do.
-
-    quantize: how the weights will be quantized; None leaves them as the files have them.
-    """
+    """Raises ConfigError unless quantized weights keep their scales on the layer. quantize: None: as in the files."""
     stored = stored_quantization(config)
     if quantize in SHARDED_QUANTIZE or (quantize is None and stored.get("load_in_4bit")):
         return

@@ -20,10 +20,7 @@ from tailora.train.parallel import gradient_norm_over_ranks
 
 
 def parameter_groups(module: nn.Module, config: TrainConfig, sharded: Container[str] = ()) -> list[Group]:
-    """Returns the parameters of `module`, grouped by learning rate: with LoRA+ (arXiv:2402.12354), B has its own.
-
-    sharded: names of sharded parameters, which form separate groups.
-    """
+    """Returns groups by learning rate, since B has its own with LoRA+ (arXiv:2402.12354), and by being sharded."""
     fast = names_with_higher_lr(module) if config.loraplus_lr_ratio != 1 else set()
     groups: dict[tuple[bool, bool], dict[str, nn.Parameter]] = {(False, False): {}}  # whether B's own rate, and sharded
     for name, parameter in module.named_parameters():
@@ -51,10 +48,7 @@ def adamw(buffers: Sequence[FlatBuffer]) -> torch.optim.AdamW:
 
 
 def adamw_8bit(buffers: Sequence[FlatBuffer]) -> torch.optim.Optimizer:
-    """Returns AdamW whose moments have one byte for each parameter (arXiv:2110.02861), of bitsandbytes.
-
-    Buffers of fewer than 4,096 parameters keep float32 moments. Raises ConfigError if bitsandbytes is not installed.
-    """
+    """Returns bitsandbytes' AdamW with moments of one byte (arXiv:2110.02861). Raises ConfigError if not installed."""
     try:
         with quiet_loggers("bitsandbytes"):
             from bitsandbytes.optim import AdamW8bit

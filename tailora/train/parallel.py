@@ -67,10 +67,7 @@ def _end_process_group() -> None:
 
 
 def first_of_ranks(value: T | None) -> T | None:
-    """Returns the value of the first rank that has one, and None if no rank has. All ranks must call it.
-
-    So an obstacle on one rank is one on all ranks, and all choose the same.
-    """
+    """Returns the value of the first rank that has one, so that all choose the same. All ranks must call it."""
     if not has_other_ranks():
         return value
     values: list[T | None] = [None] * dist.get_world_size()
@@ -99,10 +96,7 @@ def gradient_norm_over_ranks(buffers: Sequence[FlatBuffer]) -> Tensor:
 
 
 def send_from_first_rank(buffers: Sequence[FlatBuffer], module: nn.Module) -> None:
-    """Gives every rank the trained parameters of the first, and what else `module` saves, such as a frozen start.
-
-    On a GPU, a start that each rank computed from weights or data may differ by rounding.
-    """
+    """Gives every rank the first one's trained parameters and frozen starts, which may differ by rounding on a GPU."""
     if has_other_ranks():
         saved = module.state_dict().keys()
         frozen = [tensor for name, tensor in module.named_buffers() if name in saved]
@@ -129,10 +123,7 @@ class Sharding:
     offload_params: bool = False
 
     def shard(self, base: PreTrainedModel) -> None:
-        """Shards a base that is on `device`, or on meta; then weights are loaded afterwards.
-
-        Raises ConfigError for a model without decoder layers, and if a rank would have no expert.
-        """
+        """Shards a base on `device`, or on meta before its weights are loaded. Raises ConfigError."""
         root = _root(base)
         layers = decoder_layers(root)
         if not layers:
@@ -168,10 +159,7 @@ class Sharding:
 
 
 def check_every_rank_has_experts(layers: Iterable[nn.Module], ranks: int) -> None:
-    """Raises ConfigError if a rank would get none of the experts of a layer, (experts, rows, columns).
-
-    The loader of transformers puts the experts of a rank together, and cannot do that with none.
-    """
+    """Raises ConfigError if a rank would get no expert of a layer, which transformers' loader does not support."""
     for layer in layers:
         for name, parameter in layer.named_parameters():
             experts = len(parameter) if parameter.ndim == 3 else 0

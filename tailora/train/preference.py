@@ -28,17 +28,7 @@ from tailora.data.schemas import FEEDBACK
 from tailora.errors import ConfigError
 from tailora.kernels.loss import FORMS, Batch
 from tailora.train.config import TrainConfig
-from tailora.train.loss import (
-    CAUSAL_LM,
-    BatchLayout,
-    Evaluation,
-    Outputs,
-    Reduce,
-    Reference,
-    Scores,
-    Sums,
-    Task,
-)
+from tailora.train.loss import CAUSAL_LM, BatchLayout, Evaluation, Outputs, Reduce, Reference, Scores, Sums, Task
 
 # ---- Log-probabilities of replies
 
@@ -286,10 +276,7 @@ def _reference(batch: Batch, log_p: Tensor) -> Tensor:
 
 
 def preference_task(config: TrainConfig, shape: str, source: str) -> Pairs | KTO:
-    """Returns the task that `config` asks for. Raises ConfigError if it is not for such rows.
-
-    shape: the schema of the rows.    source: where they come from.
-    """
+    """Returns the task for rows of this schema from this source. Raises ConfigError if `config` needs other rows."""
     single = shape == FEEDBACK
     loss = config.loss or ("kto" if single else "dpo")
     if single != (loss == "kto"):

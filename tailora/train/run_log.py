@@ -41,20 +41,8 @@ if TYPE_CHECKING:
     from tailora.train.loss import Evaluation
 
 CONFIG, METRICS, EXAMPLES, SKIPPED = "config.yaml", "metrics.jsonl", "examples.jsonl", "skipped-rows.jsonl"
-FILES = (
-    ADAPTER,
-    MODEL,
-    RUN,
-    CONFIG,
-    METRICS,
-    EXAMPLES,
-    TRAINED_ROWS,
-    SKIPPED,
-    REFERENCE,
-    SAMPLES,
-    REPORT,
-    PAGE,
-)  # and checkpoint-N
+# and checkpoint-N
+FILES = (ADAPTER, MODEL, RUN, CONFIG, METRICS, EXAMPLES, TRAINED_ROWS, SKIPPED, REFERENCE, SAMPLES, REPORT, PAGE)
 RESULTS = {ADAPTER: "an adapter", MODEL: "a model"}
 LOCK, HOLDER = ".lock", ".lock-holder"  # the second says who holds the first
 EARLIER = "earlier-run"
@@ -96,10 +84,7 @@ def lock(output_dir: Path) -> Iterator[None]:
 
 
 def check_run_folder(config: TrainConfig, *, overwrite: bool) -> None:
-    """Raises ConfigError if the folder contains another run.
-
-    overwrite: such a run may be replaced, if a run.json shows that it is one.
-    """
+    """Raises ConfigError if the folder has another run. overwrite: one with a run.json may be replaced."""
     output_dir, resumed = Path(config.output_dir), config.resume_from_checkpoint
     if overwrite and resumed is not None:
         raise ConfigError(
@@ -186,7 +171,6 @@ def write_run(output_dir: Path, header: Mapping[str, Any], result: Mapping[str, 
 
 
 def add_result(output_dir: Path, **numbers: float) -> None:
-    """Adds numbers to the result in run.json."""
     content = _read_run(output_dir)
     write_run(output_dir, content, {**content["result"], **numbers})
 
@@ -263,10 +247,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def start_metrics(output_dir: Path, *, resumed_at: int | None, evaluated: Collection[int] = ()) -> None:
-    """Begins metrics.jsonl, or keeps its lines up to the step `resumed_at`: what comes after them is repeated.
-
-    evaluated: the steps whose evaluations the checkpoint knows; others are repeated, too.
-    """
+    """Begins metrics.jsonl, or keeps the lines up to step `resumed_at`, with the evaluations of steps `evaluated`."""
     path, kept = output_dir / METRICS, list[str]()
     if resumed_at is not None and path.exists():
         whole = path.read_text(encoding="utf-8").split("\n")[:-1]  # a line without its end was cut by a crash
@@ -283,6 +264,5 @@ def start_metrics(output_dir: Path, *, resumed_at: int | None, evaluated: Collec
 
 
 def add_metrics(output_dir: Path, **values: Any) -> None:
-    """Adds a line to metrics.jsonl."""
     with (output_dir / METRICS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")

@@ -155,10 +155,7 @@ def set_up(
     held_out: ChooseHeldOut | None = None,
     overwrite: bool = False,
 ) -> tuple[Run, TrainState]:
-    """Makes everything ready for the first step. Leaving `stack` restores the caller's state and the model.
-
-    on_event, read, held_out, overwrite: see `Trainer`.
-    """
+    """Makes all ready for the first step; leaving `stack` restores the caller's state. For arguments, see `Trainer`."""
     output_dir, resumed = Path(config.output_dir), config.resume_from_checkpoint
     accelerator = start_processes(config, stack)
     device, is_main = accelerator.device, accelerator.is_main_process
@@ -233,10 +230,7 @@ def choose_computation(
     saved: Checkpoint | None,
     note: Callable[[str], None],
 ) -> tuple[BatchLayout, Kernels]:
-    """Tries the model on the longest example, and an adapter that waits for data on the first batches.
-
-    saved: the checkpoint to continue from, whose kernels are used again.    note: see `choose_layout`.
-    """
+    """Tries the model on the longest example, and starts an adapter from data. saved: its kernels are used again."""
     layout = choose_layout(config, model, tokenizer, note, task=data.tried_task)
     recorded = None
     if saved is not None:
@@ -257,10 +251,7 @@ def start_updates(config: TrainConfig, model: Trainable, device: torch.device, s
 
 
 def resume(run: Run, saved: Checkpoint) -> TrainState:
-    """Restores what the checkpoint has of the run, and returns its state. Raises CheckpointError if it is another's.
-
-    If the number of processes has changed, they draw other dropout masks than at the start.
-    """
+    """Restores a checkpoint and returns its state. Raises CheckpointError if it belongs to a different run."""
     config, earlier, progress = run.config, saved.state["run"], saved.state["progress"]
     diverged = run_log.has_diverged(resumed_folder(config))
     checkpoint.check_same_run(earlier, run.identity, diverged=diverged)
@@ -345,10 +336,7 @@ def check_can_be_offloaded(config: TrainConfig, device_type: str) -> None:
 
 
 def start_on_device(name: str) -> torch.device:
-    """Makes accelerate use a device, and returns it; of several processes each has the one of its rank.
-
-    Raises ConfigError.
-    """
+    """Makes accelerate use a device, for several processes the one of each rank; returns it. Raises ConfigError."""
     name = launch.device_asked_for(name)
     device = choose_device(name)
     state = PartialState(cpu=device.type == "cpu")
@@ -364,10 +352,7 @@ def start_on_device(name: str) -> torch.device:
 
 @contextmanager
 def launched_ranks(device: str) -> Iterator[PartialState | None]:
-    """Yields the place of this process among those that torchrun has started; None if it was started alone.
-
-    The ranks get a device each, and if one fails all do.
-    """
+    """Yields this process's place among torchrun's ranks, which fail together; None if it was started alone."""
     if launch.world_size() == 1:
         yield None
         return
@@ -382,11 +367,7 @@ def launched_ranks(device: str) -> Iterator[PartialState | None]:
 
 
 def find_labels(config: TrainConfig) -> tuple[Labels | None, bool]:
-    """Returns what the model's head predicts (None for tasks without labels), and whether the head is new.
-
-    The labels come from the adapter or the model if these cover the data, else from the data. Raises DataError,
-    ConfigError.
-    """
+    """Returns the labels of adapter, model or data (or None), and if the head is new. Raises DataError, ConfigError."""
     if config.task not in LABEL_TASKS:
         return None, False
     if config.adapter is not None:
@@ -438,10 +419,7 @@ def attach(
 
 
 def adapter_of_checkpoint(config: TrainConfig, saved: Checkpoint | None) -> LoRAConfig | None:
-    """Returns the settings of the checkpoint's adapter, whose ranks may differ from `config`; None without one.
-
-    Also None if `config` asks for another adapter: `check_same_run` then refuses the checkpoint with all differences.
-    """
+    """Returns the settings of the checkpoint's adapter; None without one, or if `config` asks for another."""
     if saved is None or config.adapter or "adapter" not in saved.state:
         return None
     now, then = config.model_dump(mode="json"), saved.state["run"]["settings"]

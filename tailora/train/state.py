@@ -138,7 +138,6 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(states: Mapping[str, Tensor]) -> None:
-    """Restores to the bit what `random_state` returned."""
     version, *words = states["python"].tolist()
     random.setstate((version, tuple(words), states["python.spare"].item() if len(states["python.spare"]) else None))
     *keys, position, has_gauss = states["numpy"].tolist()

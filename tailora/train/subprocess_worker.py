@@ -31,10 +31,7 @@ KILLED = -9  # exit code of a process that the system ended, usually because mem
 
 
 def error_of(folder: Path, code: int, stderr: str, task: str) -> Exception:
-    """Returns the error that ended a process: the `Failure` in its folder, or else one made from its exit code.
-
-    task: what the process was doing, for the message.
-    """
+    """Returns the error that ended a process doing `task`: the `Failure` in its folder, or one by its exit code."""
     written = folder / ERROR
     if written.exists():
         failure = Failure.read(written)
@@ -74,8 +71,6 @@ STEPS = 3  # between the two steps of the largest forward
 
 @dataclass(frozen=True)
 class StepsMeasured:
-    """What a few steps took."""
-
     peak_bytes: int
     start_seconds: float  # until the first step: imports, weights, data, checks
     seconds_per_token: float  # of the steps after the first
@@ -84,11 +79,7 @@ class StepsMeasured:
 
 
 def measure_steps(config: TrainConfig, *, with_data: bool) -> StepsMeasured:
-    """Takes a few steps in a separate process and returns their memory and time.
-
-    with_data: on the data that `config` names, else on random tokens of max_length.
-    Raises what a run raises before and in its first steps.
-    """
+    """Measures a few steps in a separate process, on the data or random tokens. Raises what a run raises."""
     with tempfile.TemporaryDirectory() as folder:
         settings = config.model_dump_json(exclude_unset=True)
         command = [sys.executable, "-m", "tailora.train.subprocess_worker", folder, settings, *["data"] * with_data]

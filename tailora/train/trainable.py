@@ -100,10 +100,7 @@ class FullModel(nn.Module):
             exchange()
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns tensors by parameter or `parameter|key` with what other ranks have of them, on the CPU.
-
-        All ranks must call it; only the first gets the tensors.
-        """
+        """Returns whole tensors by parameter or `parameter|key`, on the first rank's CPU. All ranks must call it."""
         result = {}
         for name, tensor in tensors.items():
             weight = self._sharded_weight(name, tensor)
@@ -124,10 +121,7 @@ class FullModel(nn.Module):
         return self.sharded.get(name.partition("|")[0]) if tensor.ndim else None
 
     def save(self, folder: Path) -> None:
-        """Writes a Hugging Face folder in the base's precision, with its tokenizer, atomically. Raises WriteError.
-
-        All ranks that have a part of the weights must call it; only the first writes.
-        """
+        """Writes a Hugging Face folder atomically; all ranks must call it, only the first writes. Raises WriteError."""
         weights = self._whole_weights(self.base_model.state_dict())
         if not is_first_rank():
             return

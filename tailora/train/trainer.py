@@ -44,14 +44,7 @@ from tailora.model import LoRAModel
 from tailora.train import checkpoint, events, launch, run_log, trainable
 from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
-from tailora.train.dataloader import (
-    ChooseHeldOut,
-    ReadData,
-    Step,
-    one_ahead,
-    read_data,
-    stream_notes,
-)
+from tailora.train.dataloader import ChooseHeldOut, ReadData, Step, one_ahead, read_data, stream_notes
 from tailora.train.divergence import REMEDIES, broken_gradients, broken_loss
 from tailora.train.failures import Interrupted, StopSignals
 from tailora.train.kernel_choice import use_kernels
@@ -166,7 +159,6 @@ class Trainer:
         self.state.before = self.state.before or self.before
 
     def use_kernels(self) -> AbstractContextManager[object]:
-        """Within the block the model computes with the chosen attention and kernels."""
         run = self.run
         return use_kernels(run.base, run.layout, run.kernels, checkpointed=self.config.gradient_checkpointing)
 
@@ -178,7 +170,6 @@ class Trainer:
         return self.state.step + (self.state.unread is not None)
 
     def collated(self, step: Step) -> Step:
-        """Returns the step as tensors on the device."""
         layout, device, task = self.run.layout, self.run.accelerator.device, self.run.task
         batches = [make_batch(examples, layout, device, task) for examples in step.micro_batches]
         counted = len(batches) - step.idle
@@ -493,7 +484,6 @@ class Trainer:
     # ---- Records
 
     def write_result(self, result: events.TrainResult) -> None:
-        """Writes run.json and examples.jsonl."""
         run, held_out = self.run, self.run.data.held_out
         if run.is_main:
             try:
@@ -508,7 +498,6 @@ class Trainer:
             run.note(text)
 
     def log(self, **values: float | None) -> None:
-        """Writes numbers to metrics.jsonl and to the trackers."""
         step = self.state.step
         if self.run.is_main:
             run_log.add_metrics(self.run.output_dir, step=step, **values)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from runs import token_losses
 from tiny import LLAMA_3_8B, chat_tokenizer
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -37,7 +38,7 @@ from tailora.train.estimate import (
     simulate_step,
 )
 from tailora.train.kernel_choice import PLAIN, Kernels, use_kernels
-from tailora.train.loss import BatchLayout, token_losses
+from tailora.train.loss import BatchLayout
 from tailora.train.memory import ForwardSize, fake_tensors
 from tailora.train.model_loading import load_base, read_config
 from tailora.train.parallel import Sharding

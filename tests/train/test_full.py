@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from runs import token_losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
 from tailora.train.config import TrainConfig
-from tailora.train.loss import BatchLayout, evaluate, token_losses
+from tailora.train.loss import BatchLayout, evaluate
 from tailora.train.model_loading import load_base
 from tailora.train.trainable import FullModel, trained_module
 from tailora.train.trainer import run

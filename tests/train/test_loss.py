@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from runs import token_losses
 from tiny import GROUPED, chat_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +29,6 @@ from tailora.train.loss import (
     batches_within,
     evaluate,
     make_batch,
-    token_losses,
 )
 from tailora.train.trainer import accumulate_gradients
 
