@@ -143,7 +143,7 @@ def nearest_of_rank(matrix: Tensor, k: int) -> tuple[Factors, float]:
 
 
 def nearest_for_energy(matrix: Tensor, energy: float) -> tuple[Factors, float]:
-    """Returns the lowest-rank product that keeps this share of (groups, m, n)'s squared norm, and its error."""
+    """Returns the lowest-rank product that keeps this share of the matrix's squared norm, and its error."""
     total, largest_rank = float(matrix.norm()) ** 2, min(matrix.shape[1:])
     k = min(FIRST, largest_rank)
     spectrum = leading_triplets(matrix, k)

@@ -296,7 +296,7 @@ def _terms(layer: nn.Module, adapters: Sequence[LoRALayer], wide: torch.dtype) -
 
 @torch.no_grad()
 def fits_in_place(layer: nn.Module, parts: Sequence[nn.Module], users: Mapping[int, int]) -> bool:
-    """True if the weight may be overwritten: the only change, not shared (`users`, by storage), and finite after."""
+    """True if the weight can be overwritten: nothing else changes, `users` counts it once, and it stays finite."""
     updates = [part for part in parts if isinstance(part, LoRALayer)]
     if len(updates) < len(parts) or len({part.layer_type.weight_name for part in updates}) > 1:
         return False
@@ -316,7 +316,7 @@ def fits_in_place(layer: nn.Module, parts: Sequence[nn.Module], users: Mapping[i
 
 
 def check_ties(model: nn.Module, changes: Iterable[Change], untie_weights: bool) -> bool:
-    """Returns True if changes untie a shared weight, which other modules keep. Raises MergeError if not allowed."""
+    """Returns True if changes untie a shared weight. Raises MergeError in that case, unless `untie_weights`."""
     users: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
