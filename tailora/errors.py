@@ -14,7 +14,7 @@
     ├── CheckpointError(RuntimeError) a checkpoint that is missing, damaged or from a different run
     ├── DivergedError(ArithmeticError) a loss or gradient that is NaN or infinite
     ├── MemoryLimitError(MemoryError) the machine does not have enough memory
-    │   └── MemoryInUseError          it would be enough, but other programs use it
+    │   └── MemoryInUseError          enough memory, but other programs use it
     ├── FetchError(OSError)          a failed download
     ├── ServerError(OSError)         a server that cannot be reached or answers incorrectly
     ├── ProcessFailedError(RuntimeError) another process of a distributed run has failed

@@ -104,9 +104,9 @@ class LoRAModel(nn.Module):
 
     @classmethod
     def from_peft(cls, peft_model: Any) -> Self:
-        """Converts a `peft.PeftModel` in place, with all its LoRA adapters; the same ones stay active.
+        """Converts a `peft.PeftModel` in place, with all its LoRA adapters; the same adapters stay active.
 
-        Outputs and current scales stay the same; do not use `peft_model` afterwards. If PEFT changed base weights
+        Outputs and scales stay the same; do not use `peft_model` afterwards. If PEFT changed base weights
         (PiSSA, OLoRA, trained biases), they remain changed. Everything is checked before the model changes. Raises
         TargetError or FormatError with everything that cannot be converted.
         """
@@ -183,12 +183,12 @@ class LoRAModel(nn.Module):
         return self
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Returns the number of trainable parameters and of all parameters, counted as without quantization."""
+        """Returns the numbers of trainable parameters and of all parameters, as if nothing were quantized."""
         trained = sum(parameter.numel() for parameter in self.lora_layers.parameters() if parameter.requires_grad)
         return trained, self.summary().total_parameters
 
     def print_trainable_parameters(self) -> None:
-        """Prints both numbers and their ratio in PEFT's format."""
+        """Prints the numbers of trainable and of all parameters, and their ratio, in PEFT's format."""
         trained, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
@@ -200,7 +200,7 @@ class LoRAModel(nn.Module):
 
     @property
     def adapters(self) -> dict[str, LoRAConfig]:
-        """Name -> config of every adapter, active or not."""
+        """The config of each adapter by name, whether the adapter is active or not."""
         return {name: adapter.config for name, adapter in self._adapter_set.adapters.items()}
 
     @property
@@ -220,7 +220,7 @@ class LoRAModel(nn.Module):
         self._adapter_set.add(name, create(select(self.base_model, config), config))
 
     def load_adapter(self, folder: str | Path, name: str = "default", **options: Unpack[LoadOptions]) -> None:
-        """Adds an adapter of tailora, PEFT, mlx-lm, Kohya's tools or diffusers, without activating it.
+        """Adds an adapter written by tailora, PEFT, mlx-lm, Kohya's tools or diffusers, without activating it.
 
         folder: a folder or file; if it does not exist, "owner/name" on the Hub.
         options: revision, token and subfolder of a repository; is_trainable=False freezes the adapter;
@@ -275,7 +275,7 @@ class LoRAModel(nn.Module):
     def push_to_hub(self, repo_id: str, *, tags: Sequence[str] = (), **options: Any) -> str:
         """Uploads the files of `save_pretrained` to a repository on the Hub; returns the URL of the commit.
 
-        For a local base model, the name of its folder is uploaded, but not the path.
+        If the base model is a local folder, only the folder's name is uploaded, not its path.
         options: private, token, revision, create_pr, commit_message, commit_description, as in transformers, and the
         options of `save_pretrained`.
         Does nothing and returns "" unless `is_main_process`. Raises WriteError if the Hub rejects the files.
@@ -296,7 +296,7 @@ class LoRAModel(nn.Module):
 
         to: "peft", "portable", "gguf", "mlx", "merged" or, for models of diffusers, "diffusers".
         tokenizer: saved with a merged model.    overwrite: replace the folder of an earlier export.
-        The files are read back and compared with this model; if they differ, they are deleted.
+        The files are read back and compared with this model. If the results differ, the files are deleted.
         """
         from tailora.formats.export import export  # imported here because nothing else needs these formats
 
@@ -312,7 +312,7 @@ class LoRAModel(nn.Module):
         tokenizer: Any = None,
         overwrite: bool = False,
     ) -> "ServingExport":
-        """Exports an adapter for a server: "vllm", "llama-server", "ollama" or "mlx", with a script that starts it.
+        """Exports an adapter for a server ("vllm", "llama-server", "ollama", "mlx"), with a script that starts it.
 
         An adapter that the server cannot load is merged into the base model. Everything else is as in `export`.
         """
@@ -333,7 +333,7 @@ class LoRAModel(nn.Module):
         self._adapter_set.remove(name)
 
     def set_adapter(self, name: str | Iterable[str] | None) -> None:
-        """Activates an adapter, or several, whose updates are summed; None activates none."""
+        """Activates one adapter, or several adapters, whose updates are summed. None deactivates all adapters."""
         self._merge_state.check_unmerged("switch adapters")
         self.lora_layers = self._adapter_set.activate(name, self.training)
 
@@ -364,7 +364,7 @@ class LoRAModel(nn.Module):
         return self._adapter_set.activated_by_row(names)
 
     def set_scale(self, name: str, strength: float) -> None:
-        """Sets the strength of an adapter: 1 is as trained, 0 is off. It applies to merging, but is not saved."""
+        """Sets the strength of an adapter: 1 is as trained, 0 is off. Merging uses it, but it is not saved."""
         self._merge_state.check_unmerged("change a strength")
         self._adapter_set.set_strength(name, strength)
 
@@ -476,7 +476,7 @@ class LoRAModel(nn.Module):
     def merge(self, *, untie_weights: bool = False) -> MergeReport:
         """Merges the active adapters into the base model's weights, keeping the originals for `unmerge`.
 
-        All merged weights are computed and checked to be finite before the first one is written. A quantized base is
+        All merged weights are computed and checked to be finite before any weight is written. A quantized base is
         fully dequantized. Raises MergeError, for example if several layers share a weight; `untie_weights` gives the
         adapted layer its own copy instead. Returns the rounding error of each layer relative to its update.
         """

@@ -215,7 +215,7 @@ class LoRAConfig(StrictModel):
 
     r: rank of the update, at most min(in, out) of the layer. Smaller layers selected by "all-linear" or a regular
         expression get a lower rank at the same scale (see `core.targets.fitted_config`).
-    lora_alpha: the update is scaled by alpha / r, or by alpha / sqrt(r) with `use_rslora` (arXiv:2312.03732).
+    lora_alpha: alpha. The update is scaled by alpha / r, or by alpha / sqrt(r) with `use_rslora` (arXiv:2312.03732).
     lora_dropout: dropout probability for the inputs of A in training.
     target_modules: layers to adapt: names (exact, or the end of a path after a dot), one regular expression that must
         match the full path, or "all-linear" (every linear layer except the output head and
@@ -224,32 +224,33 @@ class LoRAConfig(StrictModel):
     layers_to_transform: adapt only layers with these indices. As in PEFT, the index is the first number in the path
         after at least two names. Layers whose full path is in `target_modules` are always adapted.
     layers_pattern: name (or names) of the list of layers to which `layers_to_transform` refers. With "blocks", the
-        index of `blocks.3.experts.2.proj` is 3; the rule above gives 2.
+        index of `blocks.3.experts.2.proj` is 3; without it, the index would be 2.
     rank_pattern, alpha_pattern: regular expression -> value; matches like `(.*\\.)?KEY$`, the first match wins.
     target_parameters: names of parameters that a module uses without a layer, such as the stacked weights of experts
         (`["experts.gate_up_proj", "experts.down_proj"]`). A name is a path or its end after a dot. The weight of a
         linear layer (`"mlp.down_proj.weight"`) selects the layer.
     fused_parts: pattern -> sizes of the parts of a fused layer in the order of its output rows, repeated until all
         rows are used: `{"to_qkv": {"q": 64, "k": 64, "v": 64}}`. Each part is a target: `target_modules=["to_qkv.q"]`.
-        The parts of the classes in `core.fused_layers.LAYOUTS` (GPT-2, GPT-NeoX, Falcon, Phi-3, ...) are known.
+        Not needed for the classes in `core.fused_layers.LAYOUTS` (GPT-2, GPT-NeoX, Falcon, Phi-3, ...).
     modules_to_save: modules to train in full and save with the adapter: ends of their paths, as in PEFT. With
         "all-linear", None selects the heads that transformers adds to a base model for classification and question
         answering (classifier, score, ...).
-    trainable_token_indices: ids of tokens whose embeddings are trained, such as new tokens. Either name of the
-        embedding -> ids, or only the ids, for the input embedding. A tied output head changes with it. As in torch and
-        PEFT, the row of the padding token gets no gradient from the embedding.
+    trainable_token_indices: ids of tokens whose embeddings are trained, such as new tokens: a list of ids for the input
+        embedding, or a dict from an embedding's name to ids. If the output head is tied to the embedding, it changes,
+        too. As in torch and PEFT, the row of the padding token gets no gradient from the embedding.
     bias: which biases of the base model to train, as copies that belong to the adapter: "none", only in adapted layers
         ("lora_only"), or in all layers ("all").
     lora_bias: adds a trained bias to the update.
     use_dora: trains the magnitude of every output row of the adapted weight (DoRA, arXiv:2402.09353).
-    learn_scaling: trains the scale of every layer, starting from the value above.
+    learn_scaling: trains the scale of every layer, starting from the scale that `lora_alpha` sets.
     init_lora_weights: initialization of A and B. kaiming (or True, as in PEFT) and gaussian: A is random and B zero.
         pissa and olora: from the weights of the base model. eva: from training data, with
         `LoRAModel.start_from_data`. The weights of the base model never change.
-    adalora: moves ranks to the layers where they matter most during training (`LoRAModel.allocate_ranks`).
+    adalora: settings of AdaLoRA, which moves rank to the layers that need it during training
+        (`LoRAModel.allocate_ranks`).
     task_type: PEFT's name or TaskType of the task. "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" add the model's head to
-        modules_to_save, whatever the targets are. The task is saved with the adapter and selects the class that PEFT
-        uses to load it. By default, the base model's class decides.
+        modules_to_save, whatever the targets are. PEFT uses the saved task to choose the class that loads the adapter.
+        The default depends on the base model's class.
     """
 
     r: int = Field(16, ge=1)

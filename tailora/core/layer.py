@@ -55,8 +55,8 @@ class LoRALayer(nn.Module):
     scaling: s, a 0-dimensional buffer, or a Parameter of one element if it is learned. Assigning a number fixes it;
         assigning a Parameter makes it learned.
     strength: factor for everything that the adapter adds, 1 unless set; not saved.
-    output_slice: the updated outputs, if they are only a part of the layer's (such as q of a fused qkv). out_features
-        is their number, and `forward` returns zero for all other outputs.
+    output_slice: the outputs that the update changes, if they are only a part of the layer's outputs (such as q of a
+        fused qkv). out_features is the number of these outputs; `forward` returns zero for all others.
 
     Optional slots, None when unused:
     start_A, start_B: frozen copies of the initial factors (`start_from`); the update is s (B A - B0 A0).
@@ -289,7 +289,7 @@ class LoRALayer(nn.Module):
 
     @property
     def configured_scaling(self) -> float:
-        """The scale that r and alpha give, before any learning or assignment."""
+        """The scale computed from r and alpha, before training or assignment changes it."""
         return initial_scaling(self.r, self.lora_alpha, self.use_rslora)
 
     @property

@@ -65,7 +65,7 @@ class TrainConfig(StrictModel):
     data: list[str] | str = Field(
         "demo",
         description="training data: JSONL, JSON, CSV, Parquet or text file, folder, Hub id, or 'demo'; repeatable; "
-        "DATA=WEIGHT sets the number of passes over it per epoch",
+        "DATA=WEIGHT sets the number of passes over DATA per epoch",
     )
     eval_data: str | None = Field(None, description="held-out data; default: a part of --data (see --validation-split)")
     output_dir: str = Field("outputs/run", description="folder for the adapter, checkpoints and metrics")
@@ -155,8 +155,8 @@ class TrainConfig(StrictModel):
     )
     documents: Literal["isolated", "concatenated"] = Field(
         "isolated",
-        description="plain texts: start each in a new example (isolated) or join them all (concatenated); either way, "
-        "they are split every --max-length tokens",
+        description="plain texts: start each text in a new example (isolated) or join all texts (concatenated), then "
+        "split them every --max-length tokens",
     )
     max_length: int = Field(
         1024, ge=8, lt=COUNT, description="maximum tokens per example; longer examples are truncated and reported"
@@ -228,7 +228,7 @@ class TrainConfig(StrictModel):
         description="save a checkpoint every N steps; 0: never; default: every ten minutes, or never with --method "
         "full",
     )
-    save_total_limit: PositiveInt = Field(2, description="number of checkpoints to keep, in addition to the best one")
+    save_total_limit: PositiveInt = Field(2, description="number of checkpoints to keep, not counting the best one")
     samples: NonNegativeInt = Field(3, description="number of held-out prompts to answer before and after training")
     passport: Literal["base", "held-out", "none"] = Field(
         "none",
