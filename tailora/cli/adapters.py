@@ -49,8 +49,7 @@ Energy = Annotated[float | None, Parameter(help="fraction of the squared singula
 
 
 Weights = Annotated[
-    list[str] | None,
-    Parameter(negative=(), metavar="NAME=NUMBER", help="weight of an adapter; default: 1; repeatable"),
+    list[str] | None, Parameter(negative=(), metavar="NAME=NUMBER", help="weight of an adapter; default: 1; repeatable")
 ]
 Method = Annotated[
     Literal["cat", "svd", "ties", "dare"],

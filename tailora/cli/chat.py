@@ -6,7 +6,7 @@ Answers go to stdout, everything else to stderr.
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from json import dumps
 from pathlib import Path
@@ -109,14 +109,15 @@ def chat(
 def answer(session: ChatSession, text: str) -> None:
     """Streams the answer. Ctrl-C ends it and keeps the text so far. If answering fails, the message is dropped."""
     from tailora.evaluation.generate import stream_reply
+    from tailora.train.memory import explain_out_of_memory
 
     loaded = session.loaded
+    system = [{"role": "system", "content": session.system}] if session.system else []
     messages = [*session.messages, {"role": "user", "content": text}]
     reply = ""
     try:
-        with explain_memory_errors():
-            asked = [*system_messages(session.system), *messages]
-            for piece in stream_reply(loaded.model, loaded.tokenizer, asked, **session.sampling):
+        with explain_out_of_memory("answering", MEMORY_ADVICE):
+            for piece in stream_reply(loaded.model, loaded.tokenizer, [*system, *messages], **session.sampling):
                 reply += piece
                 write_stdout(piece)
     except KeyboardInterrupt:
@@ -212,12 +213,14 @@ def generate(
     loaded = load_model(model, folders, quantize=quantize, device=device)
     from tailora.cli.progress import counter
     from tailora.evaluation.generate import stream_reply
+    from tailora.train.memory import explain_out_of_memory
 
     systems = {} if ignore_chat_template else training_systems(system, folders or {model: Path(model)})
     if len(set(systems.values())) > 1:
         note("the adapters were trained with different system messages, so none is used; set one with --system TEXT")
         systems = {}
     system = next(iter(systems.values()), None)
+    first = [{"role": "system", "content": system}] if system else []
     sampling: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     is_shown = output is None and not json
     answers = []
@@ -226,10 +229,9 @@ def generate(
         partial_answers(output) if output else nullcontext(lambda _: None) as write,
     ):
         for number, text in enumerate(questions, 1):
-            messages = [*system_messages(system), {"role": "user", "content": text}]
-            asked = text if ignore_chat_template else messages
+            asked = text if ignore_chat_template else [*first, {"role": "user", "content": text}]
             reply = ""
-            with explain_memory_errors():
+            with explain_out_of_memory("answering", MEMORY_ADVICE):
                 for piece in stream_reply(loaded.model, loaded.tokenizer, asked, **sampling):
                     reply += piece
                     if is_shown:
@@ -315,14 +317,3 @@ def training_systems(given: str | None, sources: Mapping[str, Path]) -> dict[str
         elif recorded_settings(adapter_folder(sources[name]), "data").get("messages", {}).get("system"):
             note(f"system messages differed between the training examples of {name}; set one with --system TEXT")
     return systems
-
-
-def system_messages(text: str | None) -> list[dict[str, str]]:
-    return [{"role": "system", "content": text}] if text else []
-
-
-def explain_memory_errors() -> AbstractContextManager[None]:
-    """Within the block, running out of memory raises MemoryLimitError with the cause and a remedy."""
-    from tailora.train.memory import explain_out_of_memory
-
-    return explain_out_of_memory("answering", MEMORY_ADVICE)

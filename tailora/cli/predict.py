@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from cyclopts.types import PositiveInt
 
-from tailora.cli.chat import check_answers_file, explain_memory_errors, partial_answers
+from tailora.cli.chat import MEMORY_ADVICE, check_answers_file, partial_answers
 from tailora.cli.eval import Adapter, Flags, find_target
 from tailora.cli.flags import Json, Overwrite, log_columns, merge_with_run
 from tailora.cli.main import log, print_json, stderr, write_stdout
@@ -76,10 +76,11 @@ def predict(
     refuse_system(labels, flags)
     loaded = load_model(target.model, folders, quantize=quantize, dtype=config.dtype, device=device, labels=labels)
     from tailora.cli.progress import counter
+    from tailora.train.memory import explain_out_of_memory
 
     predictions: list[Prediction] = []
     with (
-        explain_memory_errors(),
+        explain_out_of_memory("answering", MEMORY_ADVICE),
         counter(stderr(), "rows") as progress,
         partial_answers(output) if output else nullcontext(lambda line: write_stdout(f"{line}\n")) as write,
     ):

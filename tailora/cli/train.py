@@ -260,10 +260,7 @@ def is_worse(result: "TrainResult") -> bool:
 def write_results(
     folder: Path, answers: Sequence["Answer"], kl: float | None, started: float, peak: int
 ) -> tuple[dict[str, Any] | None, str]:
-    """Writes the reports; returns report.json, and where report.html is or how to get it.
-
-    started: time.monotonic at the start of the command.    peak: peak memory of the whole command in bytes.
-    """
+    """Writes the reports; returns report.json, and where report.html is or how to get it. peak: bytes of memory."""
     from tailora.report.pages.train import write_train_report
 
     report, page = None, ""

@@ -37,10 +37,7 @@ KOHYA_NAME = re.compile(r"(lora_[a-z]+\d*)_(.+)")
 
 
 def read(file: Path, base_model: nn.Module) -> StoredAdapter:
-    """Reads the layers of this model from the file, and converts them to the content of a PEFT folder.
-
-    Raises FormatError with all keys that are not LoRA or match no layer. Warns if there are layers of other models.
-    """
+    """Raises FormatError with all keys that are not LoRA or match no layer. Warns about layers of other models."""
     tensors, metadata = read_safetensors(file)
     if others := [key for key in tensors if not _split_key(key)[1]]:
         raise FormatError(

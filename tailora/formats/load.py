@@ -345,10 +345,7 @@ def _low_rank(
     tensors: SortedTensors,
     stored: peft.StoredAdapter,
 ) -> LoRALayer | None:
-    """Returns the layer with the file's tensors. If they do not fit, the reasons are added to `tensors.problems`.
-
-    empty: the layer to fill; None if it is not in the settings.
-    """
+    """Returns the layer, `empty` or a new one, with the file's tensors. Adds what does not fit to the problems."""
     module = layer_of(base_model, path)
     if reason := obstacle_to_adapting(module):
         tensors.problems.append(f"{path}: {reason}")

@@ -87,10 +87,7 @@ class PeftLayer:
         return tensor
 
     def split(self, slot: str, tensor: Tensor, rank_factor: int) -> dict[str, Tensor] | None:
-        """The inverse of `join`: path -> tensor; None if `tensor` does not consist of these parts.
-
-        rank_factor: the ranks in the file are this many times the ranks of `layers`.
-        """
+        """The inverse of `join`, with `rank_factor` times the ranks; None if `tensor` does not have these parts."""
         if len(self.layers) == 1 and next(iter(self.layers.values())).output_slice is None:
             path = next(iter(self.layers))
             ratio = self._scale_ratio(path) if slot == "B" else 1

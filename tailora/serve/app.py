@@ -386,10 +386,7 @@ class Connection(H11Protocol):
 
 
 class HTTPServer(uvicorn.Server):
-    """Serves an app of `create_app`. The first Ctrl-C lets running answers finish; a second one ends them.
-
-    note: called with a message if the shutdown waits for answers.
-    """
+    """Serves an app of `create_app`. The first Ctrl-C lets running answers finish; a second one ends them."""
 
     def __init__(self, config: uvicorn.Config, core: Server, note: Callable[[str], None]) -> None:
         super().__init__(config)

@@ -92,11 +92,7 @@ AttentionInterface.register(BY_REQUEST, attention_by_request)
 
 
 class ContinuousEngine(Engine):
-    """Continuous batching with an adapter for every token. See `Engine`.
-
-    max_requests: how many run at once; further ones wait.
-    Raises ConfigError for a model that `obstacle` rejects.
-    """
+    """Continuous batching with an adapter for every token, for at most `max_requests` at once. See `Engine`."""
 
     def __init__(
         self, adapter_set: AdapterSet, eos_token_ids: Collection[int], *, max_positions: int, max_requests: int = 64

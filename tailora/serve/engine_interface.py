@@ -38,16 +38,13 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt and the name of its adapter in the engine's AdapterSet; None for the base model. Ids are not reused.
-
-    grammar: llguidance's matcher for the answer, not shared with other requests; None for any text.
-    """
+    """A prompt and the name of its adapter in the engine's AdapterSet; None for the base model. Ids are not reused."""
 
     id: str
     prompt_ids: tuple[int, ...]
     adapter: str | None
     params: SamplingParams
-    grammar: LLMatcher | None = None
+    grammar: LLMatcher | None = None  # for the answer, not shared with other requests; None for any text
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,10 +153,8 @@ class AdapterRegistry:
         path: its folder or safetensors file; relative to the root.
         replace: the name may exist, and refers to the new adapter from now on.
         trusted: the path comes from the command line, and may be anywhere.
-        Raises AdapterNotFoundError for a path that does not exist, AdapterError for an invalid name or one in use,
-        ConfigError for a path outside the root, a classification adapter or numbers that overflow,
-        MemoryLimitError for one that is too large, FormatError, BaseMismatchError, RowsError and TargetError for one
-        that does not fit the model.
+        Raises AdapterNotFoundError for a missing path, AdapterError for an invalid name, ConfigError for a path outside
+        the root, a classification adapter or an overflow, MemoryLimitError, and the errors of `restore`.
         """
         with self._changes:
             self._check_new_name(name, replace=replace)
@@ -218,9 +216,8 @@ class AdapterRegistry:
 
         model: the base, an adapter, or several with their scales: "legal+chat@0.5" is legal + 0.5 chat.
         scale: multiplies all of them.
-        Raises AdapterNotFoundError for an unknown name or missing files, ConfigError for a scale that is too large or a
-        mixture that cannot be computed exactly, MemoryInUseError if running requests use all of the memory for
-        adapters, and the errors of `load` for files that have changed.
+        Raises AdapterNotFoundError for an unknown name, ConfigError for a scale that is too large or a mixture that
+        cannot be computed exactly, MemoryInUseError, and the errors of `load` for files that have changed.
         """
         weights = self._weights(model, scale)
         with self._lock:

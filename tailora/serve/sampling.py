@@ -23,10 +23,7 @@ LOWEST_LOGPROB = -9999.0  # instead of minus infinity, which JSON lacks; OpenAI'
 
 @dataclass(eq=False)
 class RunningRequest:
-    """A request in an engine and its progress. `handle` is called under `lock`, and never after Finish.
-
-    ends_early: ended before max_tokens without an end-of-sequence token.
-    """
+    """A request in an engine and its progress. `handle` is called under `lock`, and never after Finish."""
 
     request: Request
     handle: EventHandler
@@ -34,7 +31,7 @@ class RunningRequest:
     lock: Lock = field(default_factory=Lock)
     tokens: int = 0
     is_finished: bool = False
-    ends_early: bool = False
+    ends_early: bool = False  # before max_tokens, without an end-of-sequence token
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.request.params.seed)

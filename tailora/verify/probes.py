@@ -430,11 +430,7 @@ def _change(first: Tensor, second: Tensor) -> Tensor:
 def _likely_tokens(
     computed: Mapping[str, Callable[[], Tensor]], tokenizer: ChatTokenizer, progress: Callable[[int], None]
 ) -> list[tuple[list[str], dict[str, list[float]]]]:
-    """Returns for every spot the texts of its likely tokens, and variant -> their log-probabilities.
-
-    computed: variant -> a function that computes its log-probabilities, (spots, vocabulary).
-    progress: called with the number of finished variants.
-    """
+    """Returns for every spot the texts of its likely tokens, and variant -> their log-probabilities."""
     first = {name: computed[name]() for name in TOKENS_OF}
     top = torch.cat([logprobs.topk(LIKELY).indices for logprobs in first.values()], dim=1)  # (spots, k)
     weights = first[ADAPTER].exp() + first[BASE].exp()
