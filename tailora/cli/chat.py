@@ -198,7 +198,7 @@ def generate(
     If you name several adapters, all of them are active: their updates add up.
     """
     if prompt and prompts is not None:
-        raise ConfigError("--prompt and --prompts cannot be combined; use one of them")
+        raise ConfigError("--prompt and --prompts cannot be combined; use only one")
     if ignore_chat_template and system is not None:
         raise ConfigError(
             "--system needs the chat template, so it cannot be combined with --ignore-chat-template; put the system "

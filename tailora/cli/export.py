@@ -76,7 +76,7 @@ def export(
     quantize: Quantize = None,
     device: Device = "cpu",
     passport: Annotated[
-        Literal["base", "none"], Parameter(help="write passport.json, the verification file for `tailora verify`")
+        Literal["base", "none"], Parameter(help="base: also write passport.json for `tailora verify`")
     ] = "base",
     overwrite: Overwrite = False,
     json: Json = False,

@@ -208,7 +208,7 @@ def extract(
         if tuned_shapes.get(name, shape) != shape
     ]
     if problems:
-        raise BaseMismatchError(f"the tuned model does not match this base; use its own base: {listing(problems)}")
+        raise BaseMismatchError(f"the tuned model does not match this base; use the matching base: {listing(problems)}")
     selection = select(base, config.replaced(r=1, rank_pattern={}, alpha_pattern={}))
     factors, errors = {}, {}
     for target in selection.targets:

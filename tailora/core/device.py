@@ -32,7 +32,7 @@ def choose_device(name: str | None = None) -> torch.device:
         asked = None
     if asked is not None and asked.type in {device.type for device in there}:
         if cause := obstacle_to_start(asked):
-            raise ConfigError(f"cannot use device {asked}: {cause}\nUse --device cpu to run without it")
+            raise ConfigError(f"cannot use device {asked}: {cause}\nUse --device cpu to run on the CPU")
         if asked.type == "cpu":
             asked = torch.device("cpu")
         elif asked == torch.device(asked.type):  # without an index, which the device of a tensor has
@@ -48,7 +48,7 @@ def absent_device(name: str | None, there: Sequence[torch.device]) -> ConfigErro
     """Returns the error for a device that is not among `there`, the existing ones."""
     names = ", ".join(map(str, there))
     return ConfigError(
-        f"no device {name!r} on this machine; torch {torch.__version__} finds {names}. Use one of them, or {AUTO}"
+        f"no device {name!r} on this machine; torch {torch.__version__} finds {names}. Use one of these, or {AUTO}"
     )
 
 

@@ -49,9 +49,9 @@ def _obstacle(target: Target, init: str) -> str | None:
     if init in WEIGHT_INITS:
         return None
     if layer_type.zero_factor == "A":
-        return "not supported for embeddings, whose ids have no variance; use 'kaiming', or exclude it"
+        return "not supported for embeddings, whose ids have no variance; use 'kaiming', or exclude the layer"
     if layer_type.groups(target.layer) > 1:
-        return "not supported for groups, which share their ranks; use 'kaiming', or exclude it"
+        return "not supported for groups, which share their ranks; use 'kaiming', or exclude the layer"
     if target.output_slice or layer_type.replaces_forward:
         return "not supported for parts of fused layers or projections of attention; use 'pissa' or 'kaiming'"
     return None

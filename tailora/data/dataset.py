@@ -261,7 +261,7 @@ def split_examples(
     groups = group_equal(hashes)
     if len(groups) < 2:
         given = distinct_of(len(hashes), len(groups), "example")
-        more = f"; another {omitted:,} rows exceed --max-length, so raise it" if omitted else ""
+        more = f" ({omitted:,} longer rows were skipped; raise --max-length to use them)" if omitted else ""
         raise DataError(
             f"need two distinct examples to hold one out, got {given}{more}; add data, or use --validation-split 0"
         )
@@ -372,7 +372,7 @@ WARNINGS = {  # count in the report -> name, meaning
     ),
     "tools_as_text": (
         "tools",
-        "conversations have tools that the chat template does not support; they are written as text, and programs "
+        "conversations have tools that the chat template does not support; the tools are written as text, and programs "
         "that use the adapter must do the same",
     ),
     "repeated": ("repeated", "training rows are copies of an earlier one"),

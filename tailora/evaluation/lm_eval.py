@@ -76,7 +76,7 @@ def _task_manager(names: Sequence[str], include_path: Path | None) -> Any:
     if include_path is None:
         return TaskManager()
     if not include_path.is_dir():
-        raise ConfigError(f"--include-path {include_path} is not a folder; use a folder of YAML files of tasks")
+        raise ConfigError(f"--include-path {include_path} is not a folder; use a folder with the tasks' YAML files")
     own = TaskManager(include_path=str(include_path), include_defaults=False)
     return own if set(names) <= set(own.all_subtasks) else TaskManager(include_path=str(include_path))
 

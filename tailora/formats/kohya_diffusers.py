@@ -41,8 +41,8 @@ def read(file: Path, base_model: nn.Module) -> StoredAdapter:
     tensors, metadata = read_safetensors(file)
     if others := [key for key in tensors if not _split_key(key)[1]]:
         raise FormatError(
-            f"{file}: keys that are not plain LoRA: {', '.join(others[:3])} ({len(others)} of {len(tensors)} keys); "
-            "merge it with the tool that wrote it"
+            f"{file} has keys that are not plain LoRA: {', '.join(others[:3])} ({len(others)} of {len(tensors)} keys); "
+            "merge the adapter with the tool that wrote it"
         )
     paths = _paths_by_name(base_model)
     layers: dict[str, dict[str, Tensor]] = {}  # path -> A, B or alpha -> tensor
@@ -65,9 +65,7 @@ def read(file: Path, base_model: nn.Module) -> StoredAdapter:
     fold_scale.raise_problems(str(file), problems)
     if unknown:
         counts = ", ".join(f"{component} ({len(set(names))} layers)" for component, names in unknown.items())
-        warnings.warn(
-            f"{file} also contains layers of other models, which are ignored: {counts}", TailoraWarning, stacklevel=2
-        )
+        warnings.warn(f"{file}: ignoring the layers of other models: {counts}", TailoraWarning, stacklevel=2)
     scales = {}
     for path, layer in layers.items():
         alpha = float(layer["alpha"]) if "alpha" in layer else 0.0  # 0 means none in Kohya's tools, too

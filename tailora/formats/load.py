@@ -101,7 +101,7 @@ def read_any_format(path: Path, base_model: nn.Module) -> peft.StoredAdapter:
     files = sorted(path.glob("*.safetensors"))
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:5])
-        raise FormatError(f"{path} contains several files, but no {ADAPTER_WEIGHTS}; use one of them: {names}")
+        raise FormatError(f"{path} contains several files, but no {ADAPTER_WEIGHTS}; use one of these files: {names}")
     return kohya_diffusers.read(files[0], base_model) if files else peft.read_peft_folder(path)
 
 
@@ -249,7 +249,7 @@ def _check_same_settings(stored: peft.StoredAdapter, saved: LoRAConfig, in_file:
         pairs = (f"{name} = {getattr(in_file, name)!r}, not {getattr(saved, name)!r}" for name in different)
         raise FormatError(
             f"{stored.folder}: adapter_config.json differs from the settings that the weights were saved with: "
-            f"{'; '.join(pairs)}. Save the adapter again, or delete adapter_config.json to use the weights' own"
+            f"{'; '.join(pairs)}. Save the adapter again, or delete adapter_config.json to use the weights' settings"
         )
 
 

@@ -74,7 +74,7 @@ def updates_of(stored: StoredAdapter) -> OfflineAdapter:
             left_out[layer_path] = TRAINED_IN_FULL
         elif not {"A", "B"} <= slots.keys():
             factor = "A" if "A" in slots else "B"
-            problems.append(f"{layer_path}: lora_{factor} without the other factor")
+            problems.append(f"{layer_path}: lora_{factor} has no matching factor")
         elif layer_path.endswith(stacked) or (is_weight and len(slots["A"]) != r):
             left_out[layer_path] = STACKED
         else:

@@ -149,7 +149,7 @@ def write_peft_folder(
         f"Loads with {'tailora' if unknown else 'tailora and PEFT'}."
     )
     if unknown:
-        about += f" PEFT cannot load it: {unknown}."
+        about += f" PEFT cannot load the adapter: {unknown}."
         warnings.warn(
             f"{folder}: only tailora can load this adapter, not PEFT: {unknown}", TailoraWarning, stacklevel=2
         )
@@ -206,7 +206,7 @@ def unknown_to_peft(layers: Iterable[PeftLayer]) -> str:
     if not unknown:
         return ""
     return (
-        "it does not support use_dora and lora_bias on attention, experts, and layers that are named like projections "
+        "PEFT does not support use_dora and lora_bias on attention, experts, and layers named like projections "
         f"of experts: {', '.join(unknown[:3])} ({len(unknown)} in total)"
     )
 

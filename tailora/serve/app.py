@@ -198,7 +198,7 @@ class Server:
         if wanted is None or isinstance(wanted, schemas.TextFormat):
             return None
         if body.tools and body.tool_choice != "none":
-            raise RequestError(400, "JSON output cannot be combined with tools; remove one of them", "response_format")
+            raise RequestError(400, "JSON output cannot be combined with tools; use only one", "response_format")
         schema = wanted.json_schema.json_schema if isinstance(wanted, schemas.JSONSchemaFormat) else {"type": "object"}
         try:
             return json_matcher(schema, self.grammar_tokenizer)

@@ -321,7 +321,7 @@ class AdapterRegistry:
             if nonlinear := [name for name, adapter in adapters.items() if not is_linear(adapter)]:
                 raise ConfigError(
                     f"this mixture cannot be computed exactly: {', '.join(nonlinear)} use DoRA, or contain trained "
-                    "biases or embedding rows; use them alone"
+                    "biases or embedding rows; use each of them alone"
                 )
             combined = combine_adapters(adapters.__getitem__, weights, base_model, Combination())[0]
             adapter = _for_inference(combined)

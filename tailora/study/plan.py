@@ -70,7 +70,7 @@ def plan(
     if measure:
         check_can_be_measured(config, place, nproc)
     if config.fsdp and nproc == 1:
-        raise ConfigError("--fsdp shards the base model across several processes; set how many with --nproc")
+        raise ConfigError("--fsdp shards the base model across processes; set their number with --nproc")
     available = place.available if memory is None else memory
     if is_shared := nproc > 1 and place.device == torch.device("cpu"):
         available //= nproc
@@ -166,7 +166,7 @@ def check_can_be_measured(config: TrainConfig, place: "Place", nproc: int) -> No
         raise ConfigError("--measure needs data to run real steps on preferences; add --data")
     if nproc > 1:
         raise ConfigError(
-            f"--measure runs real steps in one process and cannot be combined with --nproc {nproc}; remove one of them"
+            f"--measure runs real steps in one process and cannot be combined with --nproc {nproc}; remove either"
         )
 
 

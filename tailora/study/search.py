@@ -418,7 +418,7 @@ class _Search:
         most = max(map(len, runs.values()))
         good = {number: trials for number, trials in runs.items() if len(trials) == most and not failed[number]}
         if not good:
-            raise ConfigError("no result: all finalists failed with a different seed")
+            raise ConfigError("no result: all finalists failed when repeated with a different seed")
         return good
 
     def _run_finals(self, chosen: Sequence[Candidate]) -> dict[int, list[Trial]]:

@@ -136,12 +136,12 @@ def search_axes(given: Mapping[str, Axis], train: TrainConfig) -> dict[str, Axis
     """
     if train.method != "lora":
         raise ConfigError(
-            f"search does not support --method {train.method}; use `tailora compare` to find its learning rate"
+            f"search does not support --method {train.method}; use `tailora compare` to find a learning rate"
         )
     fixed = train.model_fields_set
     default = {"learning_rate": DEFAULT["learning_rate"]} if train.adapter else DEFAULT  # its rank is fixed
     if both := sorted(given.keys() & fixed):
-        raise ConfigError(f"{', '.join(both)}: both set to a fixed value and listed in --space; remove one of them")
+        raise ConfigError(f"{', '.join(both)}: set to a fixed value and also listed in --space; remove either")
     if SCALE in given and "lora_alpha" in fixed:
         raise ConfigError("scale is alpha/r; remove either lora_alpha or scale from --space")
     omitted = fixed | ({"lora_alpha"} if SCALE in given else set())

@@ -152,16 +152,16 @@ def make_workers(count: int, device: str, minutes: float | None = None, processe
         if minutes is not None:
             raise ConfigError(
                 f"--minutes {minutes:g} cannot be combined with --workers {count} on a CPU, because runs that share "
-                "cores slow each other down; remove one of them. --max-steps and --seeds also limit a study"
+                "cores slow each other down; remove either. --max-steps and --seeds also limit a study"
             )
         return [Worker(number, count, None, threads_per_process(count * processes)) for number in range(1, count + 1)]
     if ":" in name:
-        raise ConfigError(f"--workers {count} need one device each, but got --device {name}; use --device {kind}")
+        raise ConfigError(f"--workers {count} needs one device per worker, got --device {name}; use --device {kind}")
     available = [str(device) for device in devices() if device.type == kind]
     if count * processes > len(available):
         share = "one device" if processes == 1 else f"{processes} devices"
         raise ConfigError(
-            f"--workers {count} need {share} each, but this machine has only {', '.join(available)}; "
+            f"--workers {count} needs {share} per worker, but this machine has only {', '.join(available)}; "
             f"use --workers {max(len(available) // processes, 1)}"
         )
     if processes == 1:

@@ -490,7 +490,7 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
         before=None if spec.before is None else Evaluation(*map(np.array, spec.before)),
     )
     if result.before is None or result.after is None:
-        raise ConfigError("a study needs held-out data, but there is none; add --eval-data or --validation-split")
+        raise ConfigError("a study needs held-out data; add --eval-data or --validation-split")
     forgotten, seconds = None, dict[str, float]()
     if spec.forgetting is not None and (config.fsdp or is_first_rank()):  # a sharded model needs all ranks
         with (

@@ -174,7 +174,7 @@ def task_of(config: TrainConfig, report: DataReport, labels: Labels | None) -> T
         return preference_task(config, report.shape, report.source)
     if given := config.preference_settings():
         raise ConfigError(
-            f"{', '.join(given)}: only for preference data, but data {report.source} was read as {report.shape}; "
+            f"{', '.join(given)}: only applies to preferences, but data {report.source} was read as {report.shape}; "
             "preference rows need chosen and rejected, or prompt, completion and label (true or false)"
         )
     return CAUSAL_LM

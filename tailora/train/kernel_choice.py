@@ -141,13 +141,13 @@ def choose_packing(model: PreTrainedModel, setting: str, *, compare: bool = True
     for provider in candidates(device_type) if compare else [predicted_provider(device_type, model.dtype)]:
         obstacle = obstacle_to_provider(model, provider, compare=compare)
         if obstacle is None:
-            passed_over = "; ".join(f"not by {name}, because {reason}" for name, reason in obstacles.items())
+            passed_over = "; ".join(f"{name} is not used, because {reason}" for name, reason in obstacles.items())
             return provider, f"attention is computed by {provider}; {passed_over}" if passed_over else None
         obstacles[provider] = obstacle
     reasons = "; ".join(dict.fromkeys(obstacles.values()))
     if setting == "on":
         raise ConfigError(f"packing='on' is not possible: {reasons}. Use 'auto', or 'off' for padded batches")
-    return None, f"padded batches instead of packed rows: {reasons}"
+    return None, f"using padded batches instead of packed rows: {reasons}"
 
 
 def candidates(device_type: str) -> list[str]:

@@ -105,7 +105,7 @@ def count_processes(asked: str, device: str) -> int:
         raise absent_device(device, candidates)
     if device_type == "cpu":
         if asked == "gpu":
-            raise ConfigError("--nproc-per-node gpu: the device is the CPU; use a number such as 2")
+            raise ConfigError("--nproc-per-node gpu is not supported on a CPU; use a number such as 2")
         return 1 if asked == "auto" else int(asked)
     wanted = int(asked) if asked.isdecimal() else count
     if wanted > 1 and index:

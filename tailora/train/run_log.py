@@ -88,7 +88,7 @@ def check_run_folder(config: TrainConfig, *, overwrite: bool) -> None:
     output_dir, resumed = Path(config.output_dir), config.resume_from_checkpoint
     if overwrite and resumed is not None:
         raise ConfigError(
-            "--overwrite would delete the run that --resume-from-checkpoint resumes; use only one of them"
+            "--overwrite would delete the run that --resume-from-checkpoint resumes; use only one of these flags"
         )
     is_resumed_here = resumed == "latest" or (resumed and Path(resumed).resolve().parent == output_dir.resolve())
     checkpoints = [path.name for path in checkpoints_in(output_dir)]

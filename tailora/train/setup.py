@@ -321,7 +321,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         )
     if config.fsdp and accelerator.num_processes == 1:
         raise ConfigError(
-            "--fsdp shards the base model across processes, but there is only one; start several with --nproc-per-node"
+            "--fsdp shards the base model across processes, but only one runs; start several with --nproc-per-node"
         )
     check_can_be_offloaded(config, accelerator.device.type)
     return accelerator

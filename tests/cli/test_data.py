@@ -208,7 +208,7 @@ def test_roles_tools_and_calls_are_counted_and_shown(
     assert '"arguments": {"thing": 7}' in learned
     main(["data", str(path), "--model", str(tiny_model), "--validation-split", "0"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "tools 1 conversations have tools that the chat template does not support; they are written as" in shown
+    assert "tools 1 conversations have tools that the chat template does not support; the tools are written as" in shown
 
 
 def test_a_mixture_is_shown_by_source(

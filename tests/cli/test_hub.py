@@ -372,7 +372,7 @@ def test_wrong_arguments_are_refused(
             lambda f, t: save_file({**t, min(t): t[min(t)][:2].clone()}, f / ADAPTER_WEIGHTS),
             "expected factors of rank 4",
         ),
-        (lambda f, t: (t.pop(min(t)), save_file(t, f / ADAPTER_WEIGHTS)), "without the other factor"),
+        (lambda f, t: (t.pop(min(t)), save_file(t, f / ADAPTER_WEIGHTS)), "has no matching factor"),
         (lambda f, _: (f.parent / REPORT).write_text("{"), "report.json is not JSON"),
     ],
     ids=["no weights", "not finite", "shape", "missing", "report"],

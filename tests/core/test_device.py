@@ -72,7 +72,7 @@ def test_without_an_accelerator_auto_is_the_cpu() -> None:
 def test_a_device_that_is_not_here_is_refused_with_those_that_are(name: str) -> None:
     with pytest.raises(
         ConfigError,
-        match=f"no device '{name}' on this machine.* finds cuda:0, cuda:1, mps:0, cpu. Use one of them, or auto$",
+        match=f"no device '{name}' on this machine.* finds cuda:0, cuda:1, mps:0, cpu. Use one of these, or auto$",
     ):
         choose_device(name)
 

@@ -236,7 +236,7 @@ def test_a_wrong_hash_is_refused_with_both_hashes(wheel: MakeWheel, tmp_path: Pa
 
 @pytest.mark.usefixtures("shelf")
 def test_an_index_that_lacks_it_is_named_as_the_cause(tmp_path: Path) -> None:
-    with pytest.raises(FetchError, match=r"parcel==1\.0: pip's package index does not have it; .*PIP_INDEX_URL"):
+    with pytest.raises(FetchError, match=r"parcel==1\.0: pip's package index lacks this file; .*PIP_INDEX_URL"):
         extract_from_wheel(Wheel("parcel", "1.0", ""), "parcel/data.bin", tmp_path)
 
 

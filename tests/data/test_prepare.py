@@ -121,7 +121,7 @@ def test_a_split_that_fails_names_the_rows_that_were_too_long(bytes_tokenizer, j
     rows = [PAIRS[0], *({"prompt": f"hello {number} " * 40, "completion": "you"} for number in range(5))]
     with pytest.raises(
         DataError,
-        match=r"^need two distinct examples .*, got 1 example; another 5 rows exceed",
+        match=r"^need two distinct examples .*, got 1 example \(5 longer rows were skipped",
     ):
         prepare(jsonl(rows), bytes_tokenizer(), max_length=16)
 
@@ -246,7 +246,7 @@ def test_tools_that_become_text_are_reported(bytes_tokenizer, jsonl, chatml) -> 
     rows = [{**chat_row("A", "b"), "tools": [tool]}, chat_row("X", "y")]
     report = prepare(jsonl(rows), bytes_tokenizer(chatml), validation_split=0).report
     assert report.flagged["tools_as_text"] == 1
-    assert "they are written as text" in warnings_of(report.to_dict())["tools"]
+    assert "the tools are written as text" in warnings_of(report.to_dict())["tools"]
 
 
 LABELS = Labels(SEQUENCE_CLASSIFICATION, ("x", "y"))

@@ -277,7 +277,7 @@ def test_a_number_after_the_last_equals_sign_is_a_weight_unless_a_file_has_that_
 ) -> None:
     (tmp_path / "r=2").touch()
     if "{folder}/r=2=3" in data:  # the same source twice
-        with pytest.raises(DataError, match=r"r=2 appears twice; list it once, with a weight"):
+        with pytest.raises(DataError, match=r"r=2 appears twice; list it once, as SOURCE=WEIGHT"):
             parse_sources([text.format(folder=tmp_path) for text in data])
         data, sources = data[1], sources[1:]
     given = data.format(folder=tmp_path) if isinstance(data, str) else [text.format(folder=tmp_path) for text in data]

@@ -397,7 +397,7 @@ def test_messages_in_another_notation_than_json_are_not_learned_as_text(key: str
         ({"prompt": [USER, REPLY], "completion": [USER]}, "expected an assistant message with content"),
         (
             {"conversations": [{"from": "alien", "value": "x"}]},
-            "conversations[0]: unknown from 'alien'; known values are",
+            "conversations[0].from: unknown sender 'alien'; use one of",
         ),
         (
             {"conversations": [{"value": "x"}]},
@@ -410,7 +410,7 @@ def test_messages_in_another_notation_than_json_are_not_learned_as_text(key: str
         ({"text": "\ud83d"}, "text contains half of a surrogate pair"),
         (
             {"conversations": [{"from": ["gpt"], "value": "a"}]},
-            "conversations[0]: unknown from ['gpt']; known values are",
+            "conversations[0].from: unknown sender ['gpt']; use one of",
         ),
         ({"conversations": [{"from": "gpt", "value": "a"}], "system": {}}, "system: expected text, got {}"),
         ({"instruction": "a", "output": "b", "input": 0}, "input: expected text, got 0"),

@@ -62,5 +62,5 @@ def test_what_torch_cannot_compute_there_is_passed_over_with_its_reason(device: 
     attention, note = choose_packing(made("llama", device), "auto")
     assert attention == "sdpa"
     assert note is not None
-    assert "not by varlen_attn, because it does not support pretend" in note
-    assert "not by flex_attention, because it does not support pretend" in note
+    assert "varlen_attn is not used, because it does not support pretend" in note
+    assert "flex_attention is not used, because it does not support pretend" in note

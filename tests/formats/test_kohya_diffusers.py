@@ -114,7 +114,7 @@ def test_layers_of_another_model_in_the_same_file_are_skipped_with_a_warning(tmp
         "lora_unet_mid_block_to_q.alpha": torch.ones(()),
     }
     save_file({**kohya(live), **other}, tmp_path / "lora.safetensors")
-    with pytest.warns(UserWarning, match=r"other models, which are ignored: lora_unet \(1 layers\)"):
+    with pytest.warns(UserWarning, match=r"ignoring the layers of other models: lora_unet \(1 layers\)"):
         model = LoRAModel.from_pretrained(chat_model(), tmp_path / "lora.safetensors")
     torch.testing.assert_close(logits(model), logits(live), rtol=1e-5, atol=1e-5)
 

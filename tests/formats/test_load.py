@@ -429,7 +429,7 @@ def test_a_crash_between_replacing_two_files_is_noticed(folder: Path) -> None:
     model = LoRAModel(chat_model(), LoRAConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
     model.save_adapter(folder)
     (folder / "adapter_config.json").write_bytes(before)  # only the weights were exchanged
-    with pytest.raises(FormatError, match=r"delete adapter_config\.json to use the weights' own"):
+    with pytest.raises(FormatError, match=r"delete adapter_config\.json to use the weights' settings"):
         LoRAModel.from_pretrained(chat_model(), folder)
 
 

@@ -184,7 +184,7 @@ def test_saving_says_that_peft_cannot_load_dora_there(tmp_path: Path) -> None:
     model = adapted("DeepseekV3", use_dora=True)
     with pytest.warns(UserWarning, match=r"only tailora can load this adapter.*use_dora.*mlp\.gate_proj"):
         model.save_adapter(tmp_path)
-    assert "PEFT cannot load it" in (tmp_path / "README.md").read_text()
+    assert "PEFT cannot load the adapter" in (tmp_path / "README.md").read_text()
     assert torch.equal(logits(LoRAModel.from_pretrained(fresh("DeepseekV3"), tmp_path)), logits(model))
     with pytest.raises(ValueError, match="use_dora"):
         peft.PeftModel.from_pretrained(fresh("DeepseekV3"), str(tmp_path))

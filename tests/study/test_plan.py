@@ -164,7 +164,7 @@ def test_a_rank_has_a_share_of_what_fsdp2_shards(small_run: TrainConfig) -> None
     kept = plan(config.replaced(fsdp=True, fsdp_reshard_after_forward=False), nproc=4)
     assert kept.full is not None
     assert kept.memory.gathered == kept.full.memory.gathered == sum(sizes) + 2 * max(sizes)  # of full fine-tuning, too
-    with pytest.raises(ConfigError, match="set how many with --nproc"):
+    with pytest.raises(ConfigError, match="set their number with --nproc"):
         plan(config.replaced(fsdp=True))
     with pytest.raises(ConfigError, match="in one process"):
         plan(config, measure=True, nproc=2)

@@ -240,6 +240,6 @@ def test_a_database_that_fails_in_the_middle_of_a_search_is_named(
 def test_the_command_says_what_is_wrong_with_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.yaml").write_text("trials: 3\nspace: {r: [4, 8], lr: 1e-4..1e-3}\nr: 4\n")
     assert main(["search", "--config", str(tmp_path / "run.yaml"), "--output-dir", str(tmp_path / "out")]) == 2
-    assert "r: both set to a fixed value and listed in --space" in capsys.readouterr().err
+    assert "r: set to a fixed value and also listed in --space" in capsys.readouterr().err
     assert main(["search", "--trials", "1"]) == 2
     assert main(["search", "--space", "ranks=4"]) == 2

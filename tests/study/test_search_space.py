@@ -64,7 +64,7 @@ def test_settings_that_have_a_value_are_not_search_axes() -> None:
     assert search_axes({}, TrainConfig()) == DEFAULT
     assert list(search_axes({}, TrainConfig(adapter="there"))) == ["learning_rate"]
     assert "lora_alpha" not in search_axes(read_space({"scale": "1,2"}), TrainConfig())
-    with pytest.raises(ConfigError, match="both set to a fixed value and listed in --space"):
+    with pytest.raises(ConfigError, match="set to a fixed value and also listed in --space"):
         search_axes(read_space({"r": "4,8"}), TrainConfig(r=8))
     with pytest.raises(ConfigError, match="compare"):
         search_axes({}, TrainConfig(method="full", learning_rate=1e-5))

@@ -174,7 +174,9 @@ def test_runs_that_were_made_alone_stay_so(train: TrainConfig, template: Path, m
 def test_minutes_need_a_device_for_each_worker(run: Any, train: TrainConfig) -> None:
     """What one run takes alone says nothing of runs that share the cores."""
     schema = CompareConfig if run is compare else SearchConfig
-    with pytest.raises(ConfigError, match=r"--minutes 5 cannot be combined with --workers 2 on a CPU, .*; remove one"):
+    with pytest.raises(
+        ConfigError, match=r"--minutes 5 cannot be combined with --workers 2 on a CPU, .*; remove either"
+    ):
         run(train, schema(minutes=5, workers=2), run_trial=not_run)
     assert not Path(train.output_dir).exists()
 
@@ -226,7 +228,7 @@ def test_each_worker_has_as_many_devices_as_its_runs_have_processes(monkeypatch:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,GPU-8932f937,4")
     assert cards(2, 2) == [{"CUDA_VISIBLE_DEVICES": "7,5"}, {"CUDA_VISIBLE_DEVICES": "GPU-8932f937,4"}]
     with pytest.raises(
-        ConfigError, match=r"--workers 3 need 2 devices each, but this machine has only .*; use --workers 2"
+        ConfigError, match=r"--workers 3 needs 2 devices per worker, but this machine has only .*; use --workers 2"
     ):
         cards(3, 2)
 

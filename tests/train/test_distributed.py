@@ -509,7 +509,7 @@ def test_a_cpu_has_nothing_to_offload(settings: Any, monkeypatch: pytest.MonkeyP
 
 
 def test_one_process_has_nothing_to_shard(settings: Any) -> None:
-    with pytest.raises(ConfigError, match="across processes, but there is only one"):
+    with pytest.raises(ConfigError, match="across processes, but only one runs"):
         start_accelerator(settings(fsdp=True))
 
 

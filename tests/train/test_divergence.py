@@ -169,7 +169,7 @@ def test_overwrite_keeps_the_earlier_run_until_the_new_one_is_whole(settings: An
         *(".lock", "adapter", "checkpoint-1", "checkpoint-2", "config.yaml", "examples.jsonl"),
         *("metrics.jsonl", "mine.txt", "run.json", "trained-rows.bin"),
     }
-    with pytest.raises(ConfigError, match="use only one of them"):
+    with pytest.raises(ConfigError, match="use only one of these flags"):
         run(other.replaced(resume_from_checkpoint="latest"), overwrite=True)
     (folder / "run.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"but no run\.json"):

@@ -366,7 +366,7 @@ def test_a_run_resumes_in_as_many_processes(
     [
         ("3", "auto", "cpu", {}, 3),
         ("auto", "auto", "cpu", {}, 1),
-        ("gpu", "auto", "cpu", {}, "the device is the CPU"),
+        ("gpu", "auto", "cpu", {}, "gpu is not supported on a CPU"),
         ("two", "auto", "cpu", {}, "use a number"),
         ("0", "auto", "cpu", {}, "use a number"),
         ("2", "auto", "cpu", {"WORLD_SIZE": "2"}, "has already started 2 processes"),
@@ -412,7 +412,7 @@ def test_mistakes_are_refused_once_before_any_process_is_started(
     for mistake, message in (
         ("--nproc-per-node 0", "use a number"),
         ("--nproc-per-node 2 --lora-alpha -1", "--lora-alpha '-1': "),
-        ("--nproc-per-node 2 --resume-from-checkpoint latest --overwrite", "use only one of them"),
+        ("--nproc-per-node 2 --resume-from-checkpoint latest --overwrite", "use only one of these flags"),
     ):
         assert main(["train", "--config", config_file, *mistake.split()]) == 2
         shown = capsys.readouterr().err

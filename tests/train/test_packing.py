@@ -160,7 +160,7 @@ def test_a_provider_that_is_wrong_or_missing_is_passed_over(
     offered(wrong=row)
     attention, note = choose_packing(made(PACKS["llama"]), "auto")
     assert attention == "sdpa"
-    assert "attention is computed by sdpa; not by wrong, because" in str(note)
+    assert "attention is computed by sdpa; wrong is not used, because" in str(note)
     assert reason in str(note)
 
 
@@ -181,7 +181,9 @@ def test_what_torch_refuses_is_passed_over_with_its_reason(
     offered("flex_attention")
     attention, note = choose_packing(made(LlamaConfig(**{**GROUPED, "num_attention_heads": 2})), "auto")
     assert attention == "sdpa"
-    assert "not by flex_attention, because LlamaForCausalLM does not support them (FlexAttention does not" in str(note)
+    assert "flex_attention is not used, because LlamaForCausalLM does not support them (FlexAttention does not" in str(
+        note
+    )
 
 
 def test_a_run_records_what_computes_its_attention(offered: Callable[..., None], settings: Any) -> None:
@@ -189,7 +191,7 @@ def test_a_run_records_what_computes_its_attention(offered: Callable[..., None],
     seen: list[events.Event] = []
     run(settings(max_steps=2), on_event=seen.append)
     notes = [event.text for event in seen if isinstance(event, events.Note)]
-    assert any("not by missing, because the package is not installed" in note for note in notes)
+    assert any("missing is not used, because the package is not installed" in note for note in notes)
     headers = [event.header for event in seen if isinstance(event, events.Prepared)]
     assert "torch's SDPA, documents padded to the longest one" in str(headers[0])
 

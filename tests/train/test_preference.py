@@ -447,7 +447,7 @@ PAIR = {"prompt": "a", "chosen": " b", "rejected": " c"}
             {"loss": "ipo"},
             "needs rows with chosen and rejected",
         ),
-        ([{"prompt": "a", "completion": "b"}], {"loss": "dpo"}, "loss: only for preference data"),
+        ([{"prompt": "a", "completion": "b"}], {"loss": "dpo"}, "loss: only applies to preferences"),
         ([{"prompt": "a", "completion": "b", "label": 3}], {"loss": "kto"}, "label .true or false."),
         ([{"prompt": "a", "completion": "b", "label": 1}] * 2, {}, "expected both labels, but all are true"),
         ([PAIR], {"streaming": True, "max_steps": 2}, "remove --streaming"),

@@ -54,7 +54,7 @@ def search_page(search: SearchResult) -> Page:
     numbers = [
         Number(f"held-out loss, trial {best.number} (best)", f"{best.eval_loss:.3f}", interval(best.interval)),
         Number("held-out loss, base", f"{search.base_loss:.3f}", "before training"),
-        Number("trained by the cheapest", count(cheapest.trainable_parameters), "parameters"),
+        Number("trained, cheapest trial", count(cheapest.trainable_parameters), "parameters"),
         Number("trials", str(len(search.trials)), f"{plural(search.steps, 'step')} each", "page"),
         Number("total time", duration(search.seconds)),
     ]

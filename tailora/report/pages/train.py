@@ -210,7 +210,7 @@ def _remedy(settings: Mapping[str, Any], losses: Sequence[float]) -> tuple[str, 
     if sum(last) / len(last) < losses[0]:
         steps = str(max(len(losses) // 10, 1))
         cause = "The training loss fell, so the model overfits, or the examples differ from the held-out ones."
-        return f"{cause} --eval-steps {steps} keeps the best step. Or use fewer steps.", ["--eval-steps", steps]
+        return f"{cause} Use --eval-steps {steps} to keep the best step, or use fewer steps.", ["--eval-steps", steps]
     now = settings["learning_rate"]
     rate = learning_rate(min(now / 10, FIRST_RATES[settings.get("method", LORA)]))
     cause = f"The training loss did not fall: the learning rate {now:g} is too high."
