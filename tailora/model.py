@@ -265,7 +265,7 @@ class LoRAModel(nn.Module):
             raise ConfigError("adapters are only written as safetensors; remove safe_serialization=False")
         names = [*self.adapters] if selected_adapters is None else selected_adapters
         if not names:
-            raise AdapterError("there is no adapter to save; to save the base model, use base_model.save_pretrained")
+            raise AdapterError("no adapter to save; to save the base model, use base_model.save_pretrained")
         self._merge_state.check_unmerged("save an adapter")
         for name in names:
             self.adapter(name).check_can_be_saved(name)

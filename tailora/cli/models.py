@@ -232,7 +232,7 @@ def fetch_sources(model: str, *data: str | None) -> None:
         if DEMO in data:
             data_folder(progress)
     if (file := gguf_file(model)) is not None and not folder_of(file).is_dir():
-        log(f"converting {file} to {folder_of(file)}, only the first time")
+        log(f"converting {file} to {folder_of(file)} (only the first time)")
         converted_base(file)
 
 

@@ -32,7 +32,7 @@ def gguf_file(name: str) -> Path | None:
     files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() and not (path / "config.json").exists() else []
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
-        raise ConfigError(f"model {name!r} contains several GGUF files ({names}); use the path of one of them")
+        raise ConfigError(f"model {name!r} contains several GGUF files ({names}); use the path of one file")
     return files[0] if files else None
 
 

@@ -66,7 +66,7 @@ class CompareConfig(StrictModel):
             if key in SHARED_BY_RUNS
         ]
         problems += [
-            f"variants {first!r} and {second!r} have the same settings; change one of them"
+            f"variants {first!r} and {second!r} have the same settings; change or remove one"
             for (first, changes), (second, others) in combinations(self.arms.items(), 2)
             if changes == others and self.method(first) != FULL
         ]

@@ -370,7 +370,7 @@ class _Search:
         candidates, chosen = optuna_study.finished_trials(self.optuna), self._finalists()
         if not chosen:
             ends = "; ".join(f"trial {candidate.number} {candidate.state}" for candidate in candidates)
-            raise ConfigError(f"no trial was completed, so there is no result: {ends or 'none was started'}")
+            raise ConfigError(f"no result, because no trial was completed: {ends or 'none was started'}")
         runs = self._final_runs(chosen)
         self.session.note_workers(chain(*runs.values()))
         seconds = [candidate.seconds or 0.0 for candidate in candidates]
