@@ -157,25 +157,16 @@ def prepare(
     _check_same_task(everything)
     trained_rows = {sample_hash(sample) for part in trained for sample in part.samples}
     trained, held_out = ([part.in_blocks(settings) for part in side] for side in (trained, held_out))
-    train, evaluated = (
-        Examples.of(chain.from_iterable(part.examples for part in side)) for side in (trained, held_out)
-    )
+    train, evaluated = (Examples.of(e for part in side for e in part.examples) for side in (trained, held_out))
     if any(part.source.weight != 1 for part in trained):
         sizes, weights = zip(*((len(part.examples), part.source.weight) for part in trained), strict=True)
         train = replace(train, mixture=Mixture(sizes, weights))
     per_epoch = train.mixture.counts if train.mixture else [len(part.examples) for part in trained]
-    sources = [
-        SourceReport(
-            name=part.source.name,
-            weight=part.source.weight,
-            shape=part.mapping.schema.name,
-            rows=part.counts.rows,
-            train=len(part.examples),
-            eval=0 if eval_source else len(other.examples),
-            epoch=count,
-        )
-        for part, other, count in zip(trained, trained if eval_source else held_out, per_epoch, strict=True)
-    ]
+    sources = []
+    for part, other, count in zip(trained, trained if eval_source else held_out, per_epoch, strict=True):
+        shape, rows = part.mapping.schema.name, part.counts.rows
+        counts = len(part.examples), 0 if eval_source else len(other.examples), count  # train, eval, epoch
+        sources.append(SourceReport(*part.source, shape, rows, *counts))
     report = _report(everything, sources, eval_source, (trained, held_out), (train, evaluated), chat_tokenizer)
     samples: list[AnySample] = []
     for part in held_out:  # blocks of texts have no samples

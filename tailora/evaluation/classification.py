@@ -157,25 +157,18 @@ def _correlation(first: Floats, second: Floats, times: Floats) -> Floats:
 
 def _ranks(values: Floats, times: Floats) -> Floats:
     """Returns the rank of each row within each draw, where equal values share their mean rank: (draws, rows)."""
-    _, group = np.unique(values, return_inverse=True)
-    weights = _sums(times, group)
+    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    in_order = times[:, np.argsort(values, kind="stable")]
+    weights = np.add.reduceat(in_order, np.cumsum(sizes) - sizes, axis=1)  # of equal values, (draws, groups)
     ranks: Floats = (np.cumsum(weights, axis=1) - weights / 2)[:, group]
     return ranks
 
 
-def _sums(weights: Floats, group: Ints) -> Floats:
-    """Returns the weights of each group of columns, (draws, groups). group: number of each column, without gaps."""
-    order = np.argsort(group, kind="stable")
-    starts = np.searchsorted(group[order], np.arange(group.max() + 1))
-    return np.add.reduceat(weights[:, order], starts, axis=1)
-
-
 def _auroc(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
     """Returns the share of pairs of a positive and a negative row in which the positive has the higher score."""
-    _, group = np.unique(scores, return_inverse=True)
-    right, wrong = _sums(weights * positive, group), _sums(weights * ~positive, group)
-    below = np.cumsum(wrong, axis=1) - wrong / 2
-    return _ratio((right * below).sum(1), right.sum(1) * wrong.sum(1), math.nan)
+    right, all_rows = (weights * positive).sum(1), weights.sum(1)
+    below = (weights * positive * _ranks(scores, weights)).sum(1) - right**2 / 2  # without pairs of two positives
+    return _ratio(below, right * (all_rows - right), math.nan)
 
 
 def _of_counts(data: LabelOutputs) -> Statistic:

@@ -36,10 +36,10 @@ def series_colour(number: int) -> str:
     return SERIES[number % len(SERIES)]
 
 
-def heat_colour(value: float, low: float, high: float) -> str:
-    """Returns the colour of a value between `low` and `high`."""
-    share = (value - low) / (high - low) if high > low else 0.0
-    return HEAT[min(int(max(share, 0.0) * len(HEAT)), len(HEAT) - 1)]
+def heat_colour(value: float, top: float) -> str:
+    """Returns the colour of a value between 0 and `top`."""
+    share = max(value / top, 0.0) if top else 0.0
+    return HEAT[min(int(share * len(HEAT)), len(HEAT) - 1)]
 
 
 @dataclass(frozen=True)
@@ -162,16 +162,15 @@ class Canvas:
 
     # ---- A third number as a colour
 
-    def colour_scale(self, axes: "Axes | list[Axes]", ends: tuple[float, float], show: Show, title: str) -> None:
-        """Draws a legend of the colours above the axes."""
+    def colour_scale(self, axes: "Axes | list[Axes]", top: float, show: Show, title: str) -> None:
+        """Draws a legend of the colours, from 0 to `top`, above the axes."""
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import ListedColormap, Normalize
 
-        low, high = ends
-        shades = ScalarMappable(Normalize(low, high if high > low else low + 1), ListedColormap(HEAT))
+        shades = ScalarMappable(Normalize(0, top or 1), ListedColormap(HEAT))
         bar = self.figure.colorbar(shades, ax=axes, location="top", shrink=0.5, aspect=26, anchor=(0.0, 0.0), pad=0.03)
         bar.outline.set_visible(False)
-        ticks = np.linspace(low, high, 3)
+        ticks = np.linspace(0, top, 3)
         bar.set_ticks(ticks.tolist(), labels=[show(tick) for tick in ticks])
         bar.ax.tick_params(length=0, labelsize=11)
         bar.set_label(title, size=11.5, labelpad=6)
@@ -189,7 +188,7 @@ class Canvas:
         centres = [(layers.index(layer), rows.index(row)) for row, layer in cells]
         square = ((-0.47, -0.47), (0.47, -0.47), (0.47, 0.47), (-0.47, 0.47))  # leaves a gap between cells
         corners = [[(x + right, y + down) for right, down in square] for x, y in centres]
-        colours = [heat_colour(value, 0, top) for value in cells.values()]
+        colours = [heat_colour(value, top) for value in cells.values()]
         axes.add_collection(PolyCollection(corners, facecolors=colours, linewidths=0))
         axes.set_xlim(-0.5, len(layers) - 0.5)
         axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -198,13 +197,11 @@ class Canvas:
         axes.set_xticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
         axes.grid(visible=False)
         axes.spines["bottom"].set_visible(False)
-        self.colour_scale(axes, (0, top), show, title)
+        self.colour_scale(axes, top, show, title)
 
 
 def running_mean(values: Floats) -> Floats:
     """Averages over about a tenth of the run, less at its ends. Runs of at most FEW_STEPS are not averaged."""
     half = max(1, len(values) // 20) if len(values) > FEW_STEPS else 0
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    steps = np.arange(len(values))
-    low, high = np.maximum(steps - half, 0), np.minimum(steps + half + 1, len(values))
-    return np.asarray((sums[high] - sums[low]) / (high - low))
+    window = np.ones(2 * half + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")

@@ -35,7 +35,7 @@ def print_page(console: Console, page: blocks.Page, *, everything: bool = False,
         console.print()
     numbers = [(number.label, number.value, number.note) for number in page.numbers if number.detail in details]
     if numbers:
-        _print_table(console, blocks.Table([blocks.Column(""), blocks.Column(""), blocks.Column("")], numbers))
+        _print_table(console, blocks.Table([blocks.Column("")] * 3, numbers))
     for section in [*page.sections, *([page.conclusion] if page.conclusion else [])]:
         shown = [block for block in section.blocks if block is not None and block.detail in details]
         if shown:
@@ -60,8 +60,7 @@ def _with_first_rows(block: blocks.Block) -> blocks.Block:
 def print_section(console: Console, section: blocks.Section) -> None:
     console.print()
     _print(console, section.title, style="bold")
-    if section.text:
-        _print(console, section.text)
+    _print(console, section.text)
     after_table = False
     for block in section.blocks:
         if block is not None:
@@ -99,7 +98,7 @@ def _print_block(console: Console, block: blocks.Block) -> None:
 
 
 def _print(console: Console, text: str, style: str = "") -> None:
-    """Prints a paragraph, wrapped between words on a terminal and in one line elsewhere."""
+    """Prints a paragraph, wrapped between words on a terminal and in one line elsewhere; nothing for an empty text."""
     if text:
         text = _wrapped(printable(text), console.width) if console.is_terminal else printable(text)
         console.print(Text(text, style=style), soft_wrap=not console.is_terminal)
@@ -117,8 +116,7 @@ Columns: TypeAlias = list[tuple[blocks.Column, Sequence[str]]]  # each with its 
 
 
 def _print_table(console: Console, table: blocks.Table, *, lines_between_rows: bool = False) -> None:
-    if table.title:
-        _print(console, table.title, style="bold")
+    _print(console, table.title, style="bold")
     columns: Columns = [
         (replace(column, name=printable(column.name)), [printable(row[index]) for row in table.rows])
         for index, column in enumerate(table.columns)
@@ -149,8 +147,7 @@ def _print_table(console: Console, table: blocks.Table, *, lines_between_rows: b
         for row in rows:
             shown.add_row(*(Text(_wrapped(cell, width)) for cell, width in zip(row, widths, strict=True)))
         print_rich_table(console, shown)
-    if table.note:
-        _print(console, table.note)
+    _print(console, table.note)
 
 
 def print_rich_table(console: Console, table: Table) -> None:

@@ -11,7 +11,7 @@ parallel, then share the final runs: all at once, or in waves with --minutes.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -69,6 +69,7 @@ from tailora.train.config import TASK_TYPES, TrainConfig
 
 STUDY, CLOCK, RUNS = "compare.json", "seconds.json", "runs"
 FEWEST_TRIES = 3  # learning rates: the best one, a lower and a higher one
+Run = tuple[str, str, dict[str, Any]]  # arm, name of its folder, settings
 ADJUSTABLE = {"seeds", "rate_tries", "minutes", "margin", "workers"}  # may change when a comparison is resumed
 
 
@@ -236,29 +237,29 @@ class _Comparison:
     def _runs_at_a_time(self) -> int:
         return max(len(self.workers), 1)
 
-    def _in_parallel(self, run: Callable[[str, StudySession], Trial], arms: Sequence[Any]) -> Iterator[Trial]:
-        """Yields the results of `run` in the order of `arms`, computed in parallel if there are workers."""
+    def _trials(self, runs: Sequence[Run], *, final: bool) -> Iterator[Trial]:
+        """Yields the trials of `runs` in this order, computed in parallel if there are workers."""
         if not self.workers:
-            yield from (run(arm, self.session) for arm in arms)
+            yield from (self._trial(arm, name, final=final, **fixed) for arm, name, fixed in runs)
             return
         free: SimpleQueue[StudySession] = SimpleQueue()
         for worker in self.workers:
             free.put(replace(self.session, worker=worker))
 
-        def run_on_worker(arm: Any) -> Trial:
-            session = free.get()
+        def run_on_worker(run: Run) -> Trial:
+            (arm, name, fixed), session = run, free.get()
             try:
-                return run(arm, session)
+                return self._trial(arm, name, final=final, session=session, **fixed)
             finally:
                 free.put(session)
 
         with threads_of(self.workers) as pool:
-            yield from pool.map(run_on_worker, arms)
+            yield from pool.map(run_on_worker, runs)
 
-    def _missing(self, runs: Iterable[tuple[str, str]]) -> list[Costs]:
-        """Returns the known costs of the runs (arm, name) that are still missing."""
-        costs = self.plan.costs
-        return [costs[arm] for arm, name in runs if arm in costs and not self.session.has_trial(self._path(arm, name))]
+    def _missing(self, runs: Iterable[Run]) -> list[Costs]:
+        """Returns the known costs of the runs that are still missing."""
+        missing = [arm for arm, name, _ in runs if not self.session.has_trial(self._path(arm, name))]
+        return [self.plan.costs[arm] for arm in missing if arm in self.plan.costs]
 
     # ---- How much fits into the minutes
 
@@ -353,18 +354,14 @@ class _Comparison:
         searches = {arm: LearningRateSearch(self.study.first_rate(arm), tries) for arm in self.study.arms}
         steps, workers = self.plan.max_steps, self._runs_at_a_time
         while rates := {arm: rate for arm, search in searches.items() if (rate := search.next_rate()) is not None}:
-            names = {arm: f"rate-{rate:.3g}" for arm, rate in rates.items()}
-            missing = self._missing(names.items())
+            runs: list[Run] = [(arm, f"rate-{rate:.3g}", {"learning_rate": rate}) for arm, rate in rates.items()]
+            missing = self._missing(runs)
             needed = _seconds_of_tries(missing, steps, workers)
             needed += _seconds_of_waves([*self.plan.costs.values()], self.plan.seeds, steps, workers)
             if missing and searches[next(iter(rates))].tried and self.session.seconds_left < needed:
                 self.session.note("--minutes ended the search for learning rates early")
                 break
-
-            def try_rate(arm: str, session: StudySession, rates: Any = rates, names: Any = names) -> Trial:
-                return self._trial(arm, names[arm], final=False, session=session, learning_rate=rates[arm])
-
-            for (arm, rate), trial in zip(rates.items(), self._in_parallel(try_rate, list(rates)), strict=True):
+            for (arm, rate), trial in zip(rates.items(), self._trials(runs, final=False), strict=True):
                 loss = trial.loss()  # on the selection half, the only one evaluated
                 searches[arm].record(rate, loss, fits=trial.outcome != OUT_OF_MEMORY)
                 result = f"held-out loss {loss:.4f}" if trial.done else trial.outcome
@@ -376,20 +373,14 @@ class _Comparison:
     def _final_runs(self, rates: Mapping[str, LearningRateSearch]) -> dict[str, list[Trial]]:
         best = {arm: search.best for arm, search in rates.items() if search.best is not None}
         runs: dict[str, list[Trial]] = {arm: [] for arm in best}
-
-        def final_run(run: Any, session: StudySession) -> Trial:
-            arm, seed = run
-            fixed: dict[str, Any] = {"learning_rate": best[arm], "seed": seed}
-            return self._trial(arm, _name(seed, best[arm]), final=True, session=session, **fixed)
-
         for wave in self._waves(best):
             done = min(map(len, runs.values()))
-            missing = self._missing((arm, _name(seed, best[arm])) for arm, seed in wave)
-            needed = _seconds_of_final_runs(missing, self.plan.max_steps, self._runs_at_a_time)
+            of_wave = [(arm, _name(seed, best[arm]), {"learning_rate": best[arm], "seed": seed}) for arm, seed in wave]
+            needed = _seconds_of_final_runs(self._missing(of_wave), self.plan.max_steps, self._runs_at_a_time)
             if done and self.session.seconds_left < needed:
                 self.session.note(f"only {done} of {self.study.seeds} seeds fit into --minutes")
                 break
-            for (arm, seed), trial in zip(wave, self._in_parallel(final_run, wave), strict=True):
+            for (arm, seed), trial in zip(wave, self._trials(of_wave, final=True), strict=True):
                 runs[arm].append(trial)
                 self.session.log(f"{arm}: seed {seed} at the best learning rate {best[arm]:.2g}, {trial.summary}")
         return runs

@@ -47,9 +47,6 @@ class Range:
     high: float
     log: bool = True
 
-    def __contains__(self, value: Any) -> bool:
-        return isinstance(value, int | float) and self.low <= value <= self.high
-
     def __str__(self) -> str:
         return f"{self.low:g}..{self.high:g}"
 

@@ -171,12 +171,9 @@ def make_workers(count: int, device: str, minutes: float | None = None, processe
             f"--workers {count} with --nproc-per-node {processes} needs CUDA devices, but the device is {kind}; remove "
             "--workers"
         )
-    visible = os.environ.get(VISIBLE) or ",".join(map(str, range(len(available))))
-    names = visible.split(",")
-    return [
-        Worker(number, count, None, variables={VISIBLE: ",".join(names[(number - 1) * processes : number * processes])})
-        for number in range(1, count + 1)
-    ]
+    visible = (os.environ.get(VISIBLE) or ",".join(map(str, range(len(available))))).split(",")
+    groups = [",".join(visible[start : start + processes]) for start in range(0, count * processes, processes)]
+    return [Worker(number, count, None, variables={VISIBLE: group}) for number, group in enumerate(groups, start=1)]
 
 
 @contextmanager

@@ -239,7 +239,7 @@ def test_a_heat_map_shows_values_above_its_top_as_the_strongest() -> None:
     cells = {("q", 0): 0.0, ("q", 1): 1.0, ("q", 2): 5.0}
     text = section_shown(Section("", "", [HeatMap("x", "energy", cells, 1.0, str, "")]), 80)
     assert "▁██" in text
-    assert [heat_colour(value, 0, 1) for value in (-0.5, 0, 1, 2)] == [HEAT[0], HEAT[0], HEAT[-1], HEAT[-1]]
+    assert [heat_colour(value, 1) for value in (-0.5, 0, 1, 2)] == [HEAT[0], HEAT[0], HEAT[-1], HEAT[-1]]
 
 
 def test_changes_alone_have_a_sign_and_improvements_are_counted() -> None:

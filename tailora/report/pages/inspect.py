@@ -240,7 +240,7 @@ def _spectra(modules: Sequence[ModuleReport]) -> Figure | None:
             for module in own:
                 values = [value / module.singular_values[0] for value in module.singular_values]
                 layer = layer_index(module.path) or 0
-                colour = heat_colour(2 + layer, 0, last + 3)  # the palest are too faint for lines
+                colour = heat_colour(2 + layer, last + 3)  # the palest are too faint for lines
                 axes.plot(range(1, len(values) + 1), values, color=colour, linewidth=1.2)
             axes.set_title(one_line(name, 22), fontsize=11.5)
             axes.set_ylim(0, 1.05)
@@ -250,7 +250,7 @@ def _spectra(modules: Sequence[ModuleReport]) -> Figure | None:
             panels[index].set_visible(False)
             panels[index - columns].tick_params(labelbottom=True)
         if last:
-            canvas.colour_scale(panels, (0, last), "{:.0f}".format, "layer")
+            canvas.colour_scale(panels, last, "{:.0f}".format, "layer")
 
     caption = "Singular values of each update, relative to the largest, in descending order; one line per layer."
     if len(shown) < len(groups):
