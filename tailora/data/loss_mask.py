@@ -106,14 +106,9 @@ def _render_chat(sample: Conversation | Pair, tokenizer: ChatTokenizer) -> list[
             _, end, has_end = turns[-1]
             if not has_end:
                 _check_eos(tokenizer)
-            rendered.append(
-                RenderedSample(
-                    sample if is_whole else replace(part, untrained=frozenset(part.replies) - {*located}),
-                    text[:end],  # nothing is trained after it
-                    trained_spans=[(start, end) for start, end, _ in turns],
-                    add_eos=not has_end,
-                )
-            )
+            source = sample if is_whole else replace(part, untrained=frozenset(part.replies) - {*located})
+            trained = [turn[:2] for turn in turns]  # nothing is trained after the last one
+            rendered.append(RenderedSample(source, text[:end], trained, add_eos=not has_end))
     if not rendered:
         raise DataError("the chat template renders no text for the replies, so there is nothing to learn")
     return rendered[::-1]

@@ -121,8 +121,7 @@ def plan(
             "memory than this one"
         )
     batch_size = batch_size_that_fits(available, needed, batches)
-    can_shard = nproc > 1 and not config.fsdp
-    helps = remedies(config, batch_size, alternatives, can_shard=can_shard)
+    helps = remedies(config, batch_size, alternatives, can_shard=nproc > 1 and not config.fsdp)
     result = Plan(
         model=config.model,
         method=config.method,
