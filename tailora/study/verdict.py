@@ -293,7 +293,7 @@ def _difference_verdict(arm: ArmResult, difference: Difference, reference: ArmRe
         finding = f"{arm.name} and {reference.name} are equally good: they differ by less than {margin:g} {unit}"
         could_change = [arm, reference]
     elif high < margin:
-        finding = f"{arm.name} is worse than {reference.name} by at most {high:.3f} {unit}, and may be better"
+        finding = f"{arm.name} is at most {high:.3f} {unit} worse than {reference.name}, and may even be better"
         could_change = [reference]
     else:
         return unclear(both, difference, numbers, margin, unit)
@@ -338,7 +338,7 @@ def search_verdict(
     if difference.high < 0:
         return f"{use} and did better when both were repeated ({numbers})."
     if difference.high < margin:
-        return f"{use} and is worse by at most {difference.high:.3f} {unit} ({numbers})."
+        return f"{use} and is at most {difference.high:.3f} {unit} worse ({numbers})."
     return f"{unclear(both, difference, numbers, margin, unit)} Trial {cheapest.number} has {fewer}."
 
 

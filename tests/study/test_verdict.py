@@ -170,7 +170,7 @@ def runs_with(apart: dict[int, float], spread: float = 0.001, seeds: int = 3) ->
 @pytest.mark.parametrize(
     ("apart", "spread", "seeds", "cheapest", "message"),
     [
-        ({0: 0.0, 1: 0.005}, 0.001, 3, 1, "Use trial 1: it has 10x fewer .* trial 0.*worse by at most 0.00."),
+        ({0: 0.0, 1: 0.005}, 0.001, 3, 1, "Use trial 1: it has 10x fewer .* trial 0.*is at most 0.00. nats per token worse"),
         ({0: 0.0, 1: -0.1}, 0.001, 3, 1, "Use trial 1.*and did better"),
         (
             {0: 0.0, 1: 0.1},
@@ -225,7 +225,7 @@ def verdict_of(*arms: ArmResult) -> tuple[str, str | None]:
             0.012,
             "lora and full are equally good: they differ by less than 0.02 nats per token (lora - full = +0.001",
         ),
-        (-0.05, 0.01, "lora is worse than full by at most 0.010 nats per token, and may be better"),
+        (-0.05, 0.01, "lora is at most 0.010 nats per token worse than full, and may even be better"),
         (
             -0.05,
             0.05,
@@ -293,7 +293,7 @@ def test_each_arm_with_its_best_rate_at_the_edge_has_a_sentence(best: float) -> 
         (0.03, 0.05, "lora", "full is better than lora"),
         (-0.01, 0.012, "lora", "lora and full are equally good"),
         (-0.01, 0.012, "full", "lora and full are equally good"),
-        (-0.05, 0.01, "full", "lora is worse than full by at most 0.010"),
+        (-0.05, 0.01, "full", "lora is at most 0.010 nats per token worse than full"),
     ],
 )
 def test_an_arm_that_was_not_tuned_has_not_lost(low: float, high: float, untuned: str, so_far: str) -> None:
