@@ -52,9 +52,9 @@ def readme_table() -> str:
     there = read("demo", "zen4")
     repeats = len(demo["runs"]["tailora"])
     lines = (
-        f"Medians of {repeats} runs on {tables.machine(demo)}. Both train the same rows in the same order, with r = 16 "
-        "on every linear layer of a bf16 base; PEFT's loop groups rows by length and computes logits only where there "
-        "is a label.",
+        f"Medians of {repeats} runs on {tables.machine(demo)}. Both programs train on the same rows in the same order, "
+        "with r = 16 on every linear layer of a bf16 base model. For a fair comparison, the PEFT loop also groups rows "
+        "by length and computes logits only for labeled tokens.",
         f"PEFT with the transformers `Trainer` takes {trainer_ratio(real):.2f} times as long as tailora. On a machine "
         f"without AMX, tailora is {speed_ratio(there):.2f} times as fast as the hand-written loop (in tokens/s). "
         "All figures: [speed and memory](docs/performance.md).",
