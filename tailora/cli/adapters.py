@@ -43,7 +43,9 @@ RESULT = "default"  # name of the new adapter
 
 OutputDir = Annotated[Path, Parameter(help="new folder for the adapter")]
 Rank = Annotated[PositiveInt | None, Parameter(help="maximum rank per layer")]
-Energy = Annotated[float | None, Parameter(help="fraction of the squared singular values to keep, such as 0.99")]
+Energy = Annotated[
+    float | None, Parameter(help="fraction of the energy (sum of squared singular values) to keep, such as 0.99")
+]
 
 # ---- `tailora combine`
 
@@ -53,7 +55,10 @@ Weights = Annotated[
 ]
 Method = Annotated[
     Literal["cat", "svd", "ties", "dare"],
-    Parameter(help="cat: exact, ranks add up; svd: best approximation at rank --r; ties, dare: drop entries, then svd"),
+    Parameter(
+        help="cat: exact, but the rank is the sum of all ranks; svd: best approximation of rank --r; ties, "
+        "dare: drop entries, then svd"
+    ),
 ]
 
 
@@ -214,7 +219,8 @@ def extract(
 ) -> int:
     """Extract an adapter from a fine-tuned model and its base model.
 
-    The adapter approximates the difference between the two models. The output lists differing tensors left out of it.
+    The adapter approximates the difference between the two models. The output lists the changed tensors that
+    the adapter leaves out.
     """
     config = merge_settings(flags, None, arguments={"model": model}).lora()
     check_result_folder(output_dir, ADAPTER_FILES, overwrite=overwrite)
@@ -240,7 +246,7 @@ def poor_fit_advice(error: Mapping[str, float]) -> list[str]:
     """Returns advice if most of the difference is not in the adapter, else []."""
     if median(error.values()) < POOR_FIT:
         return []
-    return ["The rank is too low for most of the difference between the models; raise --r, or use --energy 0.9"]
+    return ["The rank is too low to capture most of the difference between the models; raise --r, or use --energy 0.9"]
 
 
 def _left_over_lines(left_over: Mapping[str, float]) -> list[str]:
@@ -257,7 +263,7 @@ def _left_over_lines(left_over: Mapping[str, float]) -> list[str]:
     ]
     if len(groups) > MAX_LINES:
         lines.append(f"  ... and {len(groups) - MAX_LINES} more lines (use --json to see all)")
-    return [f"{len(left_over)} differing tensors are NOT in the adapter; add modules with --modules-to-save:", *lines]
+    return [f"{len(left_over)} changed tensors are NOT in the adapter; to include them, use --modules-to-save:", *lines]
 
 
 # ---- What all three print

@@ -170,7 +170,10 @@ Prompts = Annotated[
 ]
 
 PromptsFile = Annotated[
-    Path | None, Parameter(help="file of prompts: JSONL, JSON, CSV or Parquet with a prompt column, or one per line")
+    Path | None,
+    Parameter(
+        help="file of prompts: JSONL, JSON, CSV or Parquet with a prompt column, or text with one prompt per line"
+    ),
 ]
 OutputFile = Annotated[Path | None, Parameter(help="JSONL file to write prompts and answers to, instead of stdout")]
 
@@ -195,7 +198,7 @@ def generate(
 ) -> int:
     """Answer prompts, independently of each other.
 
-    If you name several adapters, all of them are active: their updates add up.
+    If you name several adapters, all of them are active, and their updates are added together.
     """
     if prompt and prompts is not None:
         raise ConfigError("--prompt and --prompts cannot be combined; use only one")
@@ -315,5 +318,5 @@ def training_systems(given: str | None, sources: Mapping[str, Path]) -> dict[str
         if text is not None:
             note(f"{name} uses its system message from training: {shorten(text, 60)}\nreplace it with --system TEXT")
         elif recorded_settings(adapter_folder(sources[name]), "data").get("messages", {}).get("system"):
-            note(f"system messages differed between the training examples of {name}; set one with --system TEXT")
+            note(f"the training examples of {name} have different system messages; set one with --system TEXT")
     return systems

@@ -292,7 +292,7 @@ def find_target(adapter: str | None, model: str | None) -> EvalTarget:
     """Returns what to evaluate. Raises ConfigError or FormatError."""
     if adapter is None:
         if model is None:
-            raise ConfigError("nothing to evaluate; name an ADAPTER, or use --model M for a model without an adapter")
+            raise ConfigError("nothing to evaluate; pass an ADAPTER, or use --model to evaluate a model without one")
         check_sources(model=model)
         return EvalTarget(model, None, None)
     path = Path(adapter)

@@ -57,7 +57,7 @@ To = Annotated[
 ]
 Quantize = Annotated[
     str | None,
-    Parameter(help=f"quantization of the base model: {METHODS}; default for merged: as in the adapter's run"),
+    Parameter(help=f"quantization of the base model: {METHODS}; default for merged: as in training"),
 ]
 Dtype = Annotated[
     Literal["stored", "float32", "bfloat16", "float16"],
@@ -206,7 +206,7 @@ def commands_of_target(result: "ExportReport", serving: "Serving") -> list[Block
     if serving.prepare is not None:
         once = "Run llama.cpp's converter once (it needs `pip install sentencepiece`):"
         blocks.append(Code(shlex.join(serving.prepare[0]), title=once))
-    title = f"To serve it, as {result.folder / SERVE_SCRIPT} does:"
+    title = f"To serve it, run {result.folder / SERVE_SCRIPT} or this command:"
     blocks.append(Code("\n".join(map(shlex.join, serving.commands)), title=title))
     blocks += [Paragraph(note) for note in notes(serving)]
     return [*blocks, *commands_to_verify(result, f"http://127.0.0.1:{TARGETS[serving.target].port}")]
@@ -216,7 +216,7 @@ def commands_of_format(result: "ExportReport", base: str, labels: "Labels | None
     """Names the option that also writes the command of a server, if a server reads the format."""
     use: Block
     if result.format in SERVERS_OF_FORMAT:
-        use = Paragraph(f"`--to {SERVERS_OF_FORMAT[result.format]}` also writes the command to serve the adapter.")
+        use = Paragraph(f"`--to {SERVERS_OF_FORMAT[result.format]}` also writes the command that serves the adapter.")
     else:
         folder = str(result.folder)
         model, adapter = (folder, None) if result.format == "merged" else (base, folder)

@@ -172,7 +172,7 @@ def log_columns(flags: Mapping[str, Any] | None, config: TrainConfig) -> None:
     if config.field and "field" not in (flags or {}):
         columns = ",".join(f"{ours}={theirs}" for ours, theirs in config.field.items())
         usual = ",".join(f"{ours}={ours}" for ours in config.field)
-        log(f"using the columns from training: --field {columns}; for the standard names, use --field {usual}")
+        log(f"using the column names from training: --field {columns}; for the standard names, use --field {usual}")
 
 
 def _drop_none(values: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -58,7 +58,8 @@ def push(
     message: Annotated[str, Parameter(help="commit message")] = MESSAGE,
     revision: Annotated[str | None, Parameter(help="branch to commit to, created if needed; default: main")] = None,
     model: Annotated[
-        str | None, Parameter(help="Hub id of the base model to write into the files, if it was a local folder")
+        str | None,
+        Parameter(help="Hub id of the base model, written into the files; set it if training used a local folder"),
     ] = None,
     license: Annotated[str | None, Parameter(help="license for the model card, such as apache-2.0")] = None,
     samples: Annotated[
@@ -149,7 +150,7 @@ def files_to_push(
     if (base_name := settings["base_model_name_or_path"]) is None:
         note("the adapter does not name its base model; set its Hub id with --model")
     elif hub.repository_of(base_name) is None:
-        note(f"others cannot download the base model {base_name} that the adapter names; set its Hub id with --model")
+        note(f"others cannot download the adapter's base model {base_name}; set its Hub id with --model")
     if (adapter / PASSPORT).exists():
         hub.shared_content(adapter / PASSPORT)  # refuses a link
         passport = read_passport(adapter)

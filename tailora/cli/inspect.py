@@ -32,7 +32,7 @@ Model = Annotated[
         "--data: the one named in the adapter"
     ),
 ]
-With = Annotated[str | None, Parameter(name="--with", help="second adapter of the same base model, to compare with")]
+With = Annotated[str | None, Parameter(name="--with", help="second adapter for the same base model, to compare with")]
 Data = Annotated[
     str | None, Parameter(help="held-out data, or 'demo'; measures how much the smaller singular values matter")
 ]
@@ -53,7 +53,9 @@ def inspect(
     intruders: Annotated[bool, Parameter(help="count intruder dimensions (by far the slowest part)")] = True,
     quantize: Quantize = None,
     device: Device = "auto",
-    seed: Annotated[NonNegativeInt, Parameter(help="seed for the random updates used as a baseline for intruders")] = 0,
+    seed: Annotated[
+        NonNegativeInt, Parameter(help="seed for the random updates used as a baseline for intruder dimensions")
+    ] = 0,
     all_: Annotated[bool, Parameter(name="--all", negative=(), help="show a row for every module")] = False,
     output_dir: OutputDir = None,
     overwrite: Overwrite = False,

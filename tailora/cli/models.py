@@ -69,7 +69,11 @@ Device = Annotated[str, DEVICE_PARAMETER]
 MaxNewTokens = Annotated[PositiveInt, Parameter(help="maximum tokens per answer")]
 Temperature = Annotated[NonNegativeFloat, Parameter(help="sampling temperature; 0: always the most likely token")]
 TopP = Annotated[
-    float, Parameter(help="sample from the top tokens up to this total probability", validator=Number(gt=0, lte=1))
+    float,
+    Parameter(
+        help="sample from the most likely tokens whose probabilities add up to this value",
+        validator=Number(gt=0, lte=1),
+    ),
 ]
 Seed = Annotated[NonNegativeInt, Parameter(help="seed for sampling", validator=Number(lt=2**63))]
 

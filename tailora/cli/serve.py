@@ -38,8 +38,12 @@ def serve(
     engine: Annotated[
         Literal["auto", "continuous", "padded"], Parameter(help="batching: continuous, or one padded batch at a time")
     ] = "auto",
-    max_requests: Annotated[PositiveInt, Parameter(help="responses generated at the same time; others wait")] = 32,
-    max_queue: Annotated[PositiveInt, Parameter(help="responses running or waiting; more are rejected with 429")] = 256,
+    max_requests: Annotated[
+        PositiveInt, Parameter(help="number of responses generated at the same time; further ones wait")
+    ] = 32,
+    max_queue: Annotated[
+        PositiveInt, Parameter(help="number of responses running or waiting; further ones are rejected with 429")
+    ] = 256,
     max_tokens: Annotated[
         PositiveInt | None, Parameter(help="maximum tokens per response that a client may request")
     ] = None,
@@ -147,9 +151,7 @@ def report_systems(systems: dict[str, str | None], folders: dict[str, Path]) -> 
         name for name, data in recorded.items() if systems[name] is None and data.get("messages", {}).get("system")
     ]
     if differ:
-        note(
-            f"system messages differed between the training examples of {', '.join(differ)}; send one with each request"
-        )
+        note(f"the training examples of {', '.join(differ)} have different system messages; send one with each request")
 
 
 def key_from(variable: str) -> str | None:
@@ -196,7 +198,9 @@ Url = Annotated[str, Parameter(help="address of an OpenAI-compatible server, suc
 
 
 def playground(
-    *, url: Url, port: Annotated[Port, Parameter(help="port of the page, on this machine only")] = 8080
+    *,
+    url: Url,
+    port: Annotated[Port, Parameter(help="port of the page, which is only reachable from this machine")] = 8080,
 ) -> int:
     """Compare two models of a server side by side in the browser.
 

@@ -50,7 +50,8 @@ Arms = Annotated[
     Parameter(
         negative=(),
         group=STUDY,
-        help="variant to compare, as NAME:setting=value,...; repeatable; default: lora with the settings below",
+        help="variant to compare, as NAME:setting=value,...; repeatable; default: lora with the settings from "
+        "the other flags",
     ),
 ]
 

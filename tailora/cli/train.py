@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 Flags: Any = flags_of(TrainConfig)
 Verbose = Annotated[
     bool,
-    Parameter(negative=(), show_default=False, help="also show how the run is computed: precision, kernels, batches"),
+    Parameter(negative=(), show_default=False, help="also show execution details: precision, kernels, batches"),
 ]
 
 
@@ -106,7 +106,7 @@ def demo_folder(checkpoint: str | None) -> Path:
     if checkpoint is not None:
         return Path(checkpoint).parent
     if world_size() > 1:
-        raise ConfigError("several processes need a common folder; set --output-dir")
+        raise ConfigError("several processes must share one output folder; set --output-dir")
     number, folder = 1, FOLDER
     while True:
         try:
@@ -134,7 +134,7 @@ FILES = {
     "skipped-rows.jsonl": "the rows that were skipped, and why",
     "run.json": "settings, versions, seeds and data hash, to reproduce the run",
     "config.yaml": "the settings; use --config to run them again",
-    REPORT: "the numbers of report.html, for programs",
+    REPORT: "the numbers in report.html, for programs",
 }
 
 

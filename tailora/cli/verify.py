@@ -47,10 +47,10 @@ ADVICE = {  # what to do next
     "scaled": "Compare the server's scale with lora_alpha, r and use_rslora in adapter_config.json.",
     "other": "If only the chats differ, the server uses a different chat template: `tailora export --to SERVER` writes "
     "the one used in training. Otherwise, check the base model ({base_model}), whether the server's log reports "
-    "skipped layers, and the adapter file: its SHA-256 in {folder} is {hashes}. `tailora push` removes paths from the "
-    "file, so a copy from the Hub can have a different SHA-256 with the same weights.",
-    "unknown": "For a clearer result, let the server return log-probabilities, store the base model with more bits, or "
-    "also serve the base model (--base).",
+    "skipped layers, and the adapter file: its SHA-256 in {folder} is {hashes}. `tailora push` removes local paths "
+    "from the file, so a copy from the Hub can have a different SHA-256 with the same weights.",
+    "unknown": "For a clearer result, let the server return log-probabilities, use a base model of higher precision, "
+    "or also serve the base model (--base).",
 }
 
 

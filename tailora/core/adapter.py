@@ -67,7 +67,7 @@ class Adapter:
         )
 
     def check_can_be_saved(self, name: str) -> None:
-        """Raises AdapterError if the adapter is incomplete, FormatError if the name cannot be a folder name."""
+        """Raises AdapterError if the adapter is incomplete, FormatError if the name is not a valid folder name."""
         if reason := self.missing_data(name):
             raise AdapterError(reason)
         if self.waits_for_ranks:
@@ -75,7 +75,9 @@ class Adapter:
                 f"the ranks of {name!r} were never allocated; call allocate_ranks(optimizer, steps), then train"
             )
         if name in (".", "..") or "\0" in name or Path(name).name != name:
-            raise FormatError(f"adapter name {name!r} cannot be a folder name; add the adapter under a different name")
+            raise FormatError(
+                f"adapter name {name!r} is not a valid folder name; add the adapter under a different name"
+            )
 
 
 # ---- A fresh adapter
@@ -92,8 +94,8 @@ def create(selection: Selection, config: LoRAConfig, *, fresh: bool = True) -> A
     grouped_ranks = [target.path for target in selection.targets if target.layer_type.groups(target.layer) > 1]
     if config.adalora is not None and grouped_ranks:
         raise TargetError(
-            "adalora prunes each rank separately, but groups and experts share their ranks; exclude these layers "
-            f"with exclude_modules: {', '.join(grouped_ranks)}"
+            "adalora prunes each layer's ranks separately, but grouped layers and MoE experts share ranks; exclude "
+            f"them with exclude_modules: {', '.join(grouped_ranks)}"
         )
     saved = {path: trained_copy(module) for path, module in selection.to_save.items()}
     share_parameters(selection.to_save, saved)

@@ -105,7 +105,8 @@ class AdapterSet:
             path for path, layer in layers.items() if runs_adapters(layer) and not isinstance(layer, mixins[path])
         ]:
             raise TargetError(
-                f"one adapter adapts, and another trains in full: {', '.join(conflicts)}; use a separate model for each"
+                f"these layers are adapted by one adapter and trained in full by another: {', '.join(conflicts)}; use "
+                "a separate model for each adapter"
             )
         for path in layers.keys() - self.layers.keys():
             swap_class(layers[path], mixins[path])
@@ -191,8 +192,8 @@ class AdapterSet:
         paths = {path for adapter in self.adapters.values() for path in (*adapter.low_rank, *adapter.saved)}
         if adapted := [path for path, layer in self.layers.items() if path in paths and layer in modules]:
             raise AdapterError(
-                f"cannot {operation} the base model, because an adapter of {', '.join(adapted)} has the current "
-                "size; do this before adding adapters"
+                f"cannot {operation} the base model, because an adapter of the current size exists for "
+                f"{', '.join(adapted)}; do this before adding adapters"
             )
 
     @contextmanager
@@ -234,7 +235,7 @@ class AdapterSet:
     def check_no_batch(self, action: str) -> None:
         """Raises RowsError within a block of `activated_by_row`."""
         if self.batch is not None:
-            raise RowsError(f"cannot {action} within adapter_rows; exit its block first")
+            raise RowsError(f"cannot {action} inside an adapter_rows block; exit the block first")
 
     def generation(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:
         """Returns the context for `base_model.generate`, where all beams of a prompt use the prompt's adapter."""
@@ -251,7 +252,7 @@ class AdapterSet:
         """Multiplies everything the adapter adds by `strength`. Raises ConfigError unless it is finite."""
         adapter = self[name]
         if not isinstance(strength, SupportsFloat) or not math.isfinite(strength):
-            raise ConfigError(f"expected a finite strength (1 is as trained), got {strength!r}")
+            raise ConfigError(f"expected a finite strength (1 means as trained), got {strength!r}")
         for part in (*adapter.low_rank.values(), *adapter.extras.values()):
             if hasattr(part, "strength"):
                 cast(Any, part).strength = float(strength)

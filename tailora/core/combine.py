@@ -40,7 +40,9 @@ from tailora.errors import AdapterError, ConfigError, listing
 
 
 MIXES_GROUPS = "A reads the channels of all groups, which a grouped weight cannot represent; use this adapter alone"
-SCALES_ROWS = "DoRA scales the rows of W, which is not a product of two factors; use method 'svd' to approximate it"
+SCALES_ROWS = (
+    "DoRA scales the rows of W, so its update is not a product of two factors; use method 'svd' to approximate it"
+)
 
 
 def factors_of(layer: LoRALayer, *, strength: bool = True) -> Factors:
@@ -214,7 +216,7 @@ def combine_adapters(
         if any(isinstance(layer, nn.Embedding) for layer in bases.values()):
             problems.append(
                 "one adapter has lora_bias on layers without a bias, another adapts an embedding, and no file format "
-                "supports both; remove one of the two"
+                "supports both; remove one of these adapters"
             )
     if problems:
         raise AdapterError(f"these adapters cannot be combined: {listing(problems)}")

@@ -203,7 +203,7 @@ def extract(
     problems = [f"missing {name} {shape}" for name, shape in base_shapes.items() if name not in tuned_shapes]
     problems += [f"unexpected {name} {shape}" for name, shape in tuned_shapes.items() if name not in base_shapes]
     problems += [
-        f"misshapen {name}: tuned {tuned_shapes[name]}, base {shape}"
+        f"{name} has shape {tuned_shapes[name]} in the tuned model, but {shape} in the base"
         for name, shape in base_shapes.items()
         if tuned_shapes.get(name, shape) != shape
     ]
@@ -217,7 +217,7 @@ def extract(
         wide = torch.promote_types(weight.dtype, torch.float32)
         change = dense_weight(tuned_layer, target.layer_type.weight_name).to(weight.device, wide) - weight.to(wide)
         if not change.isfinite().all():
-            raise DivergedError(f"{target.path}: the difference of the two weights contains NaN or infinity")
+            raise DivergedError(f"{target.path}: the difference between the two weights contains NaN or infinity")
         update = target.matrix(change)
         if update is None:
             raise TargetError(

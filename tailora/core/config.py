@@ -90,8 +90,8 @@ NOT_NEEDED = {  # why tailora has no such setting -> names in other tools
     "every step is in metrics.jsonl, and the curves in report.html": "logging_steps steps_per_report plot_loss",
     "use eval_steps": "eval_strategy evaluation_strategy evals_per_epoch",
     "use save_steps": "save_strategy saves_per_epoch",
-    "use --overwrite of `tailora train` to replace an earlier run": "overwrite_output_dir",
-    "the fastest suitable attention is selected, see fast": "flash_attn flash_attention attn_implementation",
+    "use `tailora train --overwrite` to replace an earlier run": "overwrite_output_dir",
+    "the fastest suitable attention is selected; see fast": "flash_attn flash_attention attn_implementation",
 }
 VALUES_OF_OTHER_TOOLS = {  # settings with a different meaning in other tools -> what to do here
     "adapter: lora": "this is Axolotl's name for the default method here; remove it (in tailora, adapter is the "
@@ -149,7 +149,7 @@ def our_name(theirs: str, known: Collection[str], *, is_flag: bool = False) -> s
         return ""
     shown = f"--{name.replace('_', '-')}{value and f' {value}'}" if is_flag else f"{name}{value and f': {value}'}"
     if name not in known:
-        return f"some commands call this {shown}, but it is not supported here"
+        return f"other commands call this {shown}, but this one does not support it"
     return f"use {shown}{OTHER_UNITS.get(theirs, '')}"
 
 
@@ -313,7 +313,8 @@ class LoRAConfig(StrictModel):
             raise ValueError("layers_pattern needs layers_to_transform; set both")
         if self.use_dora and self.lora_bias:
             raise ValueError(
-                "lora_bias cannot be combined with use_dora, because no tool reads both; use bias='lora_only' instead"
+                "lora_bias cannot be combined with use_dora, because no tool can load both; use bias='lora_only' "
+                "instead"
             )
         if self.adalora is not None and self.init_lora_weights != "kaiming":
             raise ValueError(f"adalora has its own initialization; remove init_lora_weights={self.init_lora_weights!r}")

@@ -4,7 +4,7 @@
 components with subspace iteration, without a full covariance matrix (arXiv:0909.4061, alg. 4.4).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,8 +40,8 @@ def start_from_data(adapter: Adapter, base_model: nn.Module, run: Pass, rho: flo
     variances = input_variances(targets, run, int(rho * max(target.r for target in targets.values())))
     if constant := [path for path, inputs in variances.items() if inputs.along[0] == 0]:
         raise DataError(
-            f"the inputs of {', '.join(constant[:5])} ({len(constant)} layers) are constant in these batches; use more "
-            "batches, exclude these layers, or set init_lora_weights='kaiming'"
+            f"the inputs of {_first_five(constant)} are constant in these batches; use more batches, exclude these "
+            "layers, or set init_lora_weights='kaiming'"
         )
     limits = {path: min(int(rho * target.r), *target.dims) for path, target in targets.items()}
     ranks = distribute_ranks(variances, {path: target.r for path, target in targets.items()}, limits)
@@ -164,12 +164,17 @@ def input_variances(targets: Mapping[str, Target], run: Pass, count: int) -> dic
             inputs.end_pass()
     if broken := [path for path, inputs in variances.items() if not inputs.projected.isfinite().all()]:
         raise DataError(
-            f"the inputs of {', '.join(broken[:5])} ({len(broken)} layers) contain NaN or infinity in these batches; "
-            "check the loss of each batch"
+            f"the inputs of {_first_five(broken)} contain NaN or infinity in these batches; check the loss of each "
+            "batch"
         )
     for inputs in variances.values():
         inputs.decompose()
     return variances
+
+
+def _first_five(paths: Sequence[str]) -> str:
+    first, more = ", ".join(paths[:5]), len(paths) - 5
+    return f"{first} and {more} more layer{'s' * (more > 1)}" if more > 0 else first
 
 
 def distribute_ranks(

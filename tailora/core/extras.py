@@ -148,7 +148,7 @@ def extra_targets(
         if owner := next((owner for owner in (*adapted, *saved) if patterns.inside(path, owner)), None):
             setting = "target_modules" if owner in adapted else "modules_to_save"
             tie = f", tied to {heads[path]}" if path in heads else ""
-            problems.append(f"{path}{tie} is in both trainable_token_indices and {setting}; remove it from one")
+            problems.append(f"{path}{tie} is in both trainable_token_indices and {setting}; remove it from one of them")
     if unsupported := [path for path in heads if not isinstance(modules[path], nn.Linear)]:
         problems.append(
             f"trainable_token_indices: unsupported tied modules, neither embedding nor linear: {', '.join(unsupported)}"
@@ -231,7 +231,7 @@ def _bias_targets(modules: Modules, adapted: Collection[str], saved: Collection[
         else:
             problems.append(
                 f"bias='all': {path or 'the model'} is a {type(module).__name__} that does not add its "
-                f"{', '.join(names)} to its output; use bias='lora_only', or add it to modules_to_save"
+                f"{', '.join(names)} to its output; use bias='lora_only', or add this module to modules_to_save"
             )
     if not biases and not problems and not any(biases_of(modules[path]) for path in adapted):
         problems.append("bias='all': the model has no bias; use bias='none' or lora_bias=True")

@@ -128,8 +128,8 @@ def merge_changes(base_model: nn.Module, layers: Mapping[str, LayerParts], repor
     """
     problems = [f"{path}: {reason}" for path, layer_parts in layers.items() if (reason := _obstacle(*layer_parts))]
     problems += [
-        f"{path}: only the layer's weight is used, so its adapter has no effect now but would after merging; exclude "
-        "the layer (exclude_modules), or keep the adapter unmerged"
+        f"{path}: only the layer's weight is used, so its adapter has no effect now, but would have one after "
+        "merging; exclude the layer (exclude_modules), or keep the adapter unmerged"
         for path, (layer, parts) in layers.items()
         if _is_only_read(base_model, path)
         and any(bool(part.delta_weight(layer).any()) for part in parts if isinstance(part, LoRALayer))

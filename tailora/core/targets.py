@@ -431,7 +431,9 @@ def _unmatched_name(setting: str, name: str, candidates: Mapping[str, TargetCand
     layers = [path for path in candidates if layer_name and patterns.named(layer_name, path)]
     if layers and not any(layer.output_slice and layer.layer_path == layers[0] for layer in candidates.values()):
         sizes = f'{{"{layer_name}": {{"{part}": its number of rows, ...}}}}'
-        return f"{setting}: {name!r}: unknown rows of {layer_name} for {part}; set fused_parts={sizes}"
+        return (
+            f"{setting}: {name!r}: it is unknown which rows of {layer_name} belong to {part}; set fused_parts={sizes}"
+        )
     return _no_layer(setting, name, candidates)
 
 
@@ -487,7 +489,7 @@ def _conflicts(
         owners = [next((path for path in to_save if patterns.inside(layer.layer_path, path)), None) for layer in named]
         if None not in owners:  # the name matches no other layer
             problems += [
-                f"{layer.path} is in both target_modules and modules_to_save ({owner}); remove it from one"
+                f"{layer.path} is in both target_modules and modules_to_save ({owner}); remove it from one of them"
                 for layer, owner in zip(named, owners, strict=True)
             ]
     for path, module in to_save.items():

@@ -375,7 +375,7 @@ WARNINGS = {  # count in the report -> name, meaning
         "conversations have tools that the chat template does not support; the tools are written as text, and programs "
         "that use the adapter must do the same",
     ),
-    "repeated": ("repeated", "training rows are copies of an earlier one"),
+    "repeated": ("repeated", "training rows are copies of earlier ones"),
     "eval_copies": ("copies", "held-out rows are duplicates and are evaluated only once"),
     "duplicates": ("LEAKAGE", "held-out rows are also in the training data, so the held-out loss will look too good"),
     # probable mistakes

@@ -174,8 +174,8 @@ def is_refused(text: str) -> bool:
 PIP_ERRORS = {
     r"connection broken|Max retries|timed out": "cannot reach the package index; connect to the network and try again, "
     f"{NO_DEMO}",
-    r"SSLError|CERTIFICATE": "the certificate of the package index was rejected; set the right one with pip config set "
-    "global.cert FILE",
+    r"SSLError|CERTIFICATE": "the certificate of the package index was rejected; set the correct one with pip config "
+    "set global.cert FILE",
     r"No matching distribution": "pip's package index lacks this file; set an index (PIP_INDEX_URL) or a folder "
     f"(PIP_FIND_LINKS) that has it, {NO_DEMO}",
 }

@@ -130,8 +130,8 @@ def _render_all(sample: Sample, chat: Conversation, tokenizer: ChatTokenizer) ->
     prompt = tokenizer.render(before, tools=chat.tools, add_generation_prompt=begins_with_reply) if before else ""
     if not text.startswith(prompt):
         raise DataError(
-            "prompt and completion cannot be separated, because the chat template renders the prompt differently with "
-            "the completion; remove --no-assistant-only-loss, or use a different template"
+            "prompt and completion cannot be separated, because the chat template renders the prompt differently when "
+            "the completion follows; remove --no-assistant-only-loss, or use a different template"
         )
     start, end, has_end = _end_turn(text, (len(prompt), len(text)), tokenizer)
     if not has_end:

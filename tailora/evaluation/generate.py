@@ -107,7 +107,10 @@ def generation_arguments(
     """
     left = free_positions(model, len(ids))
     if left < 1:
-        raise DataError(f"the prompt has {len(ids)} tokens, {1 - left} more than this model can continue; shorten it")
+        raise DataError(
+            f"the prompt has {len(ids)} tokens, {1 - left} too many for this model to add a response; shorten the "
+            "prompt"
+        )
     ends = stop_ids(model, tokenizer)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     config = GenerationConfig(

@@ -14,7 +14,7 @@ METRICS = {  # name -> meaning
     "perplexity": "exp(loss)",
     "exact_match": "share of greedy answers that equal the reply in the data",
     "accuracy": "share of questions whose correct choice is the most likely one",
-    "accuracy_norm": "the same, by log-likelihood per byte of the choice",
+    "accuracy_norm": "the same, with the log-likelihood of each choice divided by its length in bytes",
 }
 LABEL_METRICS = {  # for classification and regression; f1[NAME] is F1 of one class or type of entity
     "loss": "nats per row or word; for regression, the mean squared error",
@@ -25,7 +25,7 @@ LABEL_METRICS = {  # for classification and regression; f1[NAME] is F1 of one cl
     "f1_macro": "mean F1 of the classes or entity types",
     "f1_micro": "F1 of all labels together",
     "mcc": "Matthews correlation coefficient",
-    "auroc": "area under the ROC curve; with several classes, the mean of each one against the rest",
+    "auroc": "area under the ROC curve; with more than two classes, the mean over each class against the rest",
     "mse": "mean squared error",
     "mae": "mean absolute error",
     "pearson": "Pearson correlation",
@@ -44,7 +44,7 @@ CHANGE = "_change"  # loss_change: tuned - base
 
 OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 GATE = re.compile(r"\s*(?P<metric>[^<>=\s]+)\s*(?P<operator><=|>=|<|>)\s*(?P<bound>[^<>=\s]+)\s*")
-QUOTES_HINT = "in quotes, because < and > are special in the shell: --gate 'loss<1.3'"
+QUOTES_HINT = "put it in quotes, because the shell interprets < and >: --gate 'loss<1.3'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def parse_gates(texts: Sequence[str]) -> list[Gate]:
         if match and math.isfinite(bound):
             gates.append(Gate(_full_name(match["metric"]), match["operator"], bound))
         else:
-            problems.append(f"--gate {text!r}: expected METRIC<NUMBER (or <=, >, >=) {QUOTES_HINT}")
+            problems.append(f"--gate {text!r}: expected METRIC<NUMBER (or <=, >, >=); {QUOTES_HINT}")
     if problems:
         raise ConfigError(listing(problems))
     return gates

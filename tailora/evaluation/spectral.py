@@ -296,7 +296,7 @@ def _compare_with_base(update: Update, norm: float, seed: int, count_intruders: 
     if not count_intruders:
         return {"relative_norm": relative_norm}
     if W.ndim != 3 or len(W) > 1:
-        note = f"intruder dimensions are not counted for {len(update.factors.B)} matrices, only for one"
+        note = f"intruder dimensions are only counted for single matrices, not for stacks of {len(update.factors.B)}"
         return {"relative_norm": relative_norm, "note": note}
     change = (update.factors.dense if dense is None else dense).to(W)
     random = random_update(W.shape[1], W.shape[2], update.factors.B.shape[2], float(change.norm()), seed).dense

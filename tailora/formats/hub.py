@@ -339,7 +339,7 @@ def check_model_exists(name: str) -> None:
             HfApi().model_info(name, timeout=MODEL_TIMEOUT)
         return
     except errors.RepositoryNotFoundError:
-        cause = "the Hub has no such model, unless it is private and needs HF_TOKEN"
+        cause = "the Hub has no such model (a private one needs HF_TOKEN)"
     except errors.HfHubHTTPError:
         return  # the Hub answers, but is busy: transformers asks again
     except errors.HFValidationError:

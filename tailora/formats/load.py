@@ -174,8 +174,8 @@ def restore(
         if path not in tensors.saved
     ]
     problems += [
-        f"missing {path}, also from the base model's files, so its weights are random; use the base model that "
-        "the adapter was trained on"
+        f"missing {path}, which the base model's files lack as well, so its weights are random; use the base model "
+        "that the adapter was trained on"
         for path in missing_pooler(base_model)
         if path not in tensors.saved and path not in saved_paths
     ]
@@ -315,7 +315,7 @@ def _sort_tensors(
             parts = wrapper.split(slot, tensor, 2 if stored.metadata.start else 1)
             if parts is None:
                 names = ", ".join(part_path.rpartition(".")[2] for part_path in wrapper.layers)
-                result.problems.append(f"misshapen {key}: {tuple(tensor.shape)} cannot be split into the parts {names}")
+                result.problems.append(f"wrong shape of {key}: {tuple(tensor.shape)} cannot be split into {names}")
                 parts = dict.fromkeys(wrapper.layers, tensor)
             for part_path, part in parts.items():
                 result.low_rank.setdefault(part_path, {})[slot] = part
@@ -391,7 +391,7 @@ def _shape_problems(in_file: Mapping[str, Shape], needed: Mapping[str, Shape]) -
         if name not in needed:
             result.append(f"unexpected {name} {tuple(shape)}: the settings exclude it, or the layer has none")
         elif shape != needed[name]:
-            result.append(f"misshapen {name}: expected {tuple(needed[name])}, got {tuple(shape)}")
+            result.append(f"wrong shape of {name}: expected {tuple(needed[name])}, got {tuple(shape)}")
     return result
 
 

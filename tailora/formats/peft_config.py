@@ -163,7 +163,7 @@ def from_peft_config(settings: Mapping[str, Any], paths: list[str], source: Path
     if init == "mica":
         problems.append(
             "init_lora_weights = 'mica' only trains A, but tailora would also train B. To use the adapter without "
-            "training it, set init_lora_weights to true in its adapter_config.json: the outputs are the same"
+            "training it, set init_lora_weights to true in its adapter_config.json; its outputs stay the same"
         )
     elif changes_the_base(init):
         problems.append(

@@ -72,9 +72,8 @@ def _obstacle_to_overwrite(folder: Path, files: Collection[str], sources: Iterab
     target = folder.resolve()
     others = sorted(path.name for path in target.iterdir() if path.name not in files or not path.is_file())
     if others:
-        return (
-            f"contains {', '.join(others[:3])}{', ...' * (len(others) > 3)}, but only {', '.join(files)} are replaced"
-        )
+        shown = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+        return f"contains {shown}, but only {', '.join(files)} would be replaced"
     if target.name == ADAPTER and (target.parent / RUN).exists():
         return "is the adapter of a run"
     if any(target in (path, *path.parents) for path in map(Path.resolve, sources)):

@@ -109,7 +109,7 @@ class _Reference:
             return self.recipe.compute().as_strided(*self.geometry)
         if self.tensor._version != self.version:
             raise RuntimeError(
-                f"a tensor of shape {tuple(self.tensor.shape)} that the backward needs was changed in place; "
+                f"a tensor of shape {tuple(self.tensor.shape)} that the backward pass needs was changed in place; "
                 "train this model with --fast off"
             )
         tensor: Tensor = self.tensor

@@ -96,7 +96,9 @@ def arm_settings(train: TrainConfig, study: CompareConfig, arm: str, **fixed: An
 class SearchConfig(StrictModel):
     """A search. Without `trials` and `minutes` it runs 20 trials."""
 
-    trials: int | None = Field(None, ge=2, le=10**6, description="number of trials; 20 without --minutes")
+    trials: int | None = Field(
+        None, ge=2, le=10**6, description="number of trials; default: 20, or as many as fit into --minutes"
+    )
     minutes: Minutes = None
     space: dict[str, Any] = Field(
         {},

@@ -316,7 +316,7 @@ def adapter_overlap(other: str, here: Mapping[str, Update], there: Mapping[str, 
         problems = listing(wrong, most=5)
         raise ConfigError(
             f"{other} was trained for a different model. Its shapes (groups, out, in) differ: {problems}. Use two "
-            "adapters of the same base model"
+            "adapters for the same base model"
         )
     modules = [_module_overlap(here[path], there[path]) for path in shared]
     product = sum(module.cosine * module.norm * module.other_norm for module in modules)

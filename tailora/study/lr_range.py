@@ -89,7 +89,7 @@ def find_range(
     Raises ConfigError, also if no rate lowers the loss, and any other error of a run.
     """
     if "learning_rate" in train.model_fields_set:
-        raise ConfigError("--lr-only finds the learning rate, so it cannot be set; remove learning_rate")
+        raise ConfigError("--lr-only searches for the learning rate, so it cannot be set as well; remove learning_rate")
     folder = Path(train.output_dir)
     settings = study_settings(train, processes, minutes=study.minutes, lr_only=True)
     session = StudySession(folder, study.minutes, log, progress, run_trial, processes)

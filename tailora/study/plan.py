@@ -165,7 +165,7 @@ def check_can_be_measured(config: TrainConfig, place: "Place", nproc: int) -> No
         raise ConfigError("--measure needs data to run real steps on preferences; add --data")
     if nproc > 1:
         raise ConfigError(
-            f"--measure runs real steps in one process and cannot be combined with --nproc {nproc}; remove either"
+            f"--measure runs real steps in one process and cannot be combined with --nproc {nproc}; remove one of them"
         )
 
 

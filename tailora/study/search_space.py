@@ -138,7 +138,9 @@ def search_axes(given: Mapping[str, Axis], train: TrainConfig) -> dict[str, Axis
     fixed = train.model_fields_set
     default = {"learning_rate": DEFAULT["learning_rate"]} if train.adapter else DEFAULT  # its rank is fixed
     if both := sorted(given.keys() & fixed):
-        raise ConfigError(f"{', '.join(both)}: set to a fixed value and also listed in --space; remove either")
+        raise ConfigError(
+            f"{', '.join(both)}: set to a fixed value and also listed in --space; use only one of the two"
+        )
     if SCALE in given and "lora_alpha" in fixed:
         raise ConfigError("scale is alpha/r; remove either lora_alpha or scale from --space")
     omitted = fixed | ({"lora_alpha"} if SCALE in given else set())

@@ -152,7 +152,7 @@ def make_workers(count: int, device: str, minutes: float | None = None, processe
         if minutes is not None:
             raise ConfigError(
                 f"--minutes {minutes:g} cannot be combined with --workers {count} on a CPU, because runs that share "
-                "cores slow each other down; remove either. --max-steps and --seeds also limit a study"
+                "cores slow each other down; remove one of them. --max-steps and --seeds also limit a study"
             )
         return [Worker(number, count, None, threads_per_process(count * processes)) for number in range(1, count + 1)]
     if ":" in name:

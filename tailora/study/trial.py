@@ -523,7 +523,7 @@ def _train(spec: TrialSpec, folder: Path, record: Record) -> Trial:
     )
 
 
-FORGETTING_ADVICE = "the training itself fits; close other programs, or use fewer or shorter --forgetting-data"
+FORGETTING_ADVICE = "the training itself fits; close other programs, or use fewer or shorter texts in --forgetting-data"
 
 
 def _forgetting(result: Any, spec: TrialSpec, *, together: bool) -> tuple[dict[str, Any], dict[str, float]]:

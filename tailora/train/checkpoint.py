@@ -236,7 +236,7 @@ def restore(
 def set_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copies saved tensors into the parameters. Raises CheckpointError unless every tensor fits."""
     parameters = module.state_dict()
-    problems = [f"{name} is not in both adapters" for name in sorted(parameters.keys() ^ tensors.keys())]
+    problems = [f"{name} is in only one of the two adapters" for name in sorted(parameters.keys() ^ tensors.keys())]
     problems += [
         f"{name}: shape {tuple(tensors[name].shape)} in the checkpoint, {tuple(parameters[name].shape)} in this run"
         for name in sorted(parameters.keys() & tensors.keys())

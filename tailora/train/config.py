@@ -155,8 +155,8 @@ class TrainConfig(StrictModel):
     )
     documents: Literal["isolated", "concatenated"] = Field(
         "isolated",
-        description="plain texts: start each text in a new example (isolated) or join all texts (concatenated), then "
-        "split them every --max-length tokens",
+        description="plain texts: start each text in a new example (isolated), or join all texts (concatenated); "
+        "either way, examples have at most --max-length tokens",
     )
     max_length: int = Field(
         1024, ge=8, lt=COUNT, description="maximum tokens per example; longer examples are truncated and reported"
@@ -198,7 +198,7 @@ class TrainConfig(StrictModel):
     fast: Literal["auto", "compile", "off"] = Field(
         "auto",
         description="auto: use faster kernels after checking that they give the same results; compile: compile the "
-        "layers even without a known speedup; off: use no faster kernels",
+        "layers even without a known speedup; off: use the standard kernels",
     )
     activation_memory: float = Field(
         1.0, gt=0, le=1, description="fraction of the activations that compiled layers keep; the rest is recomputed"

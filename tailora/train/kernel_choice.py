@@ -252,7 +252,9 @@ def _obstacle_to_gain(base: PreTrainedModel, tokens: float, share_file: Path) ->
         dtype = str(base.dtype).removeprefix("torch.")
         return f"no speedup is known on {place} in {dtype}; use --fast compile to try them"
     if tokens < needed:
-        return f"compiling takes longer than it saves in {tokens:,.0f} tokens; it pays off from {needed:,} tokens"
+        return (
+            f"compiling would take longer than it saves over {tokens:,.0f} tokens; it pays off from {needed:,} tokens"
+        )
     return None
 
 

@@ -453,7 +453,10 @@ def check_layers_are_called(model: Trainable, example: Example, task: Task, layo
     with torch.no_grad(), evaluating(model), calls.recorded():
         task.call(model, batch)
     if calls.ran.isdisjoint(calls.layers.values()):
-        raise TargetError(f"text uses no adapted layer: {', '.join([*calls.layers][:5])}; change --target-modules")
+        raise TargetError(
+            f"the model uses none of the adapted layers for text ({', '.join([*calls.layers][:5])}); change "
+            "--target-modules"
+        )
     if paths := calls.not_called:
         raise TargetError(
             f"the model does not call {', '.join(paths[:5])} ({len(paths)} in total), so adapters there would have no "

@@ -285,7 +285,7 @@ class Trainer:
         if len(missing) and resumed and not self.adapter_is_new:
             raise CheckpointError(
                 f"{len(missing):,} examples were not needed when this run began, so their reference values are "
-                "missing; keep --max-steps and --num-train-epochs, or start over in a different --output-dir"
+                "missing; keep --max-steps and --num-train-epochs unchanged, or start over in a different --output-dir"
             )
         if len(missing):
             with run.model.disable_adapter() if self.adapter_is_new else nullcontext():

@@ -121,7 +121,7 @@ def test_shrinking_reads_data_with_the_columns_of_the_call(adapters: Path, tmp_p
         line = ["shrink", "--adapter", adapter, *words, *data, "--output-dir", tmp_path / "small", "--json"]
         code, said, told = call(*line)
         assert code == 0, told
-        assert ("using the columns from training" in told) == (not words)
+        assert ("using the column names from training" in told) == (not words)
         return float(json.loads(said)["loss_before"])
 
     assert loss(tmp_path / "run") == loss(adapters / "one", *flags) != loss(adapters / "one", *flags[:2])
@@ -129,7 +129,7 @@ def test_shrinking_reads_data_with_the_columns_of_the_call(adapters: Path, tmp_p
 
 def test_a_poor_fit_comes_with_what_to_do() -> None:
     assert poor_fit_advice({"a": 0.9, "b": 0.2, "c": 0.6}) == [
-        "The rank is too low for most of the difference between the models; raise --r, or use --energy 0.9"
+        "The rank is too low to capture most of the difference between the models; raise --r, or use --energy 0.9"
     ]
     assert poor_fit_advice({"a": 0.9, "b": 0.2, "c": 0.3}) == []
 
@@ -145,7 +145,7 @@ def test_extracting_says_what_the_adapter_cannot_hold(tiny_model: Path, adapters
     code, said, _ = call("extract", *both, "--r", 4, "--output-dir", adapters / "found")
     assert code == 0
     assert "14 layers of rank 4; " in said
-    assert "1 differing tensors are NOT in the adapter; add modules" in said
+    assert "1 changed tensors are NOT in the adapter; to include them" in said
     assert "model.norm.weight: changed by up to 50.00%" in said
     torch.testing.assert_close(
         logits(tiny_model, adapters / "found"), logits(tiny_model, adapters / "one"), rtol=1e-4, atol=1e-4
@@ -172,7 +172,10 @@ BAD: dict[str, tuple[list[str], str]] = {
     "result's name": (["combine", "--adapter", "default=ONE"], "'default' is reserved; choose a name with NAME="),
     "taken folder": (["combine", "--adapter", "ONE", "--output-dir", "ONE"], "already exists"),
     "same": (["extract", "--model", "BASE", "--tuned", "BASE", "--r", "2"], "no selected layer differs"),
-    "shapes": (["extract", "--model", "BASE", "--tuned", "OTHER", "--r", "2"], "misshapen model.layers.0.mlp.up_proj"),
+    "shapes": (
+        ["extract", "--model", "BASE", "--tuned", "OTHER", "--r", "2"],
+        "model.layers.0.mlp.up_proj.weight has shape",
+    ),
 }
 
 

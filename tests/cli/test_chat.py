@@ -94,7 +94,7 @@ def test_a_message_that_cannot_be_answered_is_dropped_and_the_chat_goes_on(
 ) -> None:
     assert talk(["hello", "x" * 600, "hello"], ["--model", str(tiny_model)], monkeypatch) == 0
     shown = capsys.readouterr()
-    assert "more than this model can continue" in shown.err
+    assert "too many for this model to add a response" in shown.err
     assert "/reset" in shown.err
     assert talk(["hello", "hello"], ["--model", str(tiny_model)], monkeypatch) == 0
     assert shown.out == capsys.readouterr().out
@@ -210,7 +210,7 @@ def test_a_system_message_that_was_not_stored_is_reported(tiny_model: Path, adap
     tokens = ["generate", "--model", tiny_model, "--adapter", tmp_path / "run", "--max-new-tokens", 2, "--prompt", "x"]
     for count in (5, 0):
         (tmp_path / "run" / "run.json").write_text(json.dumps({"data": {"messages": {"user": 5, "system": count}}}))
-        assert ("system messages differed between" in call(*tokens)[2]) == bool(count)
+        assert ("have different system messages" in call(*tokens)[2]) == bool(count)
 
 
 def test_generate_continues_a_text_without_the_chat_template(tiny_model: Path) -> None:

@@ -89,7 +89,7 @@ def test_the_columns_of_the_run_are_named_once_where_data_is_read(
     command = ["eval", tmp_path / "run", "--no-base", "--limit", "2"]
     code, _, told = call(*command, "--data", quiz)
     assert code == 0, told
-    assert told.count("using the columns from training: --field prompt=question; ") == 1
+    assert told.count("using the column names from training: --field prompt=question; ") == 1
     assert "as in training" not in call(*command, "--tasks", "no-such-task")[2]
     monkeypatch.setattr("tailora.cli.eval.launch", lambda *_, **__: 0)  # the processes that it starts say it
     assert "as in training" not in call(*command, "--data", quiz, "--nproc-per-node", "2", "--device", "cpu")[2]
@@ -198,7 +198,7 @@ def test_an_adapter_that_is_trained_further_has_the_rows_of_both_runs(tmp_path: 
 
 
 BAD: dict[str, tuple[list[str], str]] = {
-    "nothing": (["--data", "CHATS"], "nothing to evaluate; name an ADAPTER"),
+    "nothing": (["--data", "CHATS"], "nothing to evaluate; pass an ADAPTER"),
     "no data": (["ONE"], "nothing to evaluate on; use --data"),
     "gate without data": (["ONE", "--gate", "loss<1"], "--gate loss<1 needs held-out data; add --data"),
     "gate of a task and one without data": (

@@ -64,7 +64,7 @@ def test_every_server_with_its_command(to: str, run: Path, tmp_path: Path, capsy
     assert (serving["more_stop_tokens"], serving["chat_template"], serving["context_length"]) == ({}, None, 512)
     assert main([*tokens, "--overwrite"]) == 0
     shown = capsys.readouterr().out
-    start = shown.index(f"To serve it, as {tmp_path / 'a' / 'serve.sh'} does:")
+    start = shown.index(f"To serve it, run {tmp_path / 'a' / 'serve.sh'} or this command:")
     assert (0 < shown.find('add "rope_theta"') < start) == (to == "mlx")  # what has to be done first
     assert all(shlex.join(command) in shown for command in serving["commands"])
     for words in ("convert_hf_to_gguf.py", "pip install sentencepiece"):

@@ -254,11 +254,11 @@ def test_lora_config_in_python_names_the_setting_too() -> None:
         LoRAConfig(rank=8, alpha=16, lr=1e-3)
     assert "unknown setting 'rank'; use r" in str(caught.value)
     assert "unknown setting 'alpha'; use lora_alpha" in str(caught.value)
-    assert "unknown setting 'lr'; some commands call this learning_rate, but it is not supported here" in str(
+    assert "unknown setting 'lr'; other commands call this learning_rate, but this one does not support it" in str(
         caught.value
     )
     for name, ours in {"load_in_4bit": "quantize: nf4", "learning_rate": "learning_rate"}.items():
-        with pytest.raises(ConfigError, match=f"some commands call this {ours}, but") as caught:
+        with pytest.raises(ConfigError, match=f"other commands call this {ours}, but") as caught:
             LoRAConfig(**{name: 1})
         assert "did you mean" not in str(caught.value)
 

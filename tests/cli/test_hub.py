@@ -176,7 +176,7 @@ def test_nothing_private_is_uploaded(
     (run / ADAPTER / "optimizer.bin").write_bytes(b"\x80\x04")
     code, _, err = call(capsys, "push", run, "user/adapter")
     assert code == 0
-    assert "others cannot download the base model tiny that the adapter names; set its Hub id with --model" in err
+    assert "others cannot download the adapter's base model tiny; set its Hub id with --model" in err
     assert "not uploaded: optimizer.bin" in err
     with safe_open(run / ADAPTER / ADAPTER_WEIGHTS, framework="pt") as file:
         assert str(tiny_model) in str(file.metadata()[METADATA_KEY])  # where the base is on this machine

@@ -23,7 +23,7 @@ def test_the_table_fits_80_columns_and_says_what_more_there_is(
     assert told == "loading the adapter\n"
     assert f"{adapter}: 14 updates of rank 4, scale 8, made for {tiny_model}" in said
     assert "None of the applicable rules advises a change." in said
-    assert f"Add --model {tiny_model} for " in said
+    assert f"Add --model {tiny_model} to see " in said
     table = [line for line in said.splitlines() if "_proj" in line]
     assert len(table) == 8  # of 14: two layers in two thirds, seven names
     assert all(len(line) <= 80 for line in table)
@@ -74,7 +74,7 @@ def test_data_is_read_with_the_columns_and_the_system_message_of_the_run(adapter
         return json.loads(said.splitlines()[-1])["held_out"], told
 
     of_run, told = losses(tmp_path / "run")
-    assert "using the columns from training: --field prompt=question,completion=reply; " in told
+    assert "using the column names from training: --field prompt=question,completion=reply; " in told
     assert of_run == losses(adapter, *flags)[0] != losses(adapter, *flags[:2])[0]
     code, _, told = call("inspect", tmp_path / "run")
     assert code == 0
@@ -99,7 +99,7 @@ MISTAKES = {
     "another base": (["ONE", "--model", "OTHER"], "a different base model"),
     "no data": (["ONE", "--model", "BASE", "--data", "absent.jsonl"], "absent.jsonl"),
     "taken folder": (["ONE", "--output-dir", "ONE"], "already exists"),
-    "no report": (["ONE", "--output-dir", "ONE", "--overwrite"], "but only report.json, report.html are replaced"),
+    "no report": (["ONE", "--output-dir", "ONE", "--overwrite"], "but only report.json, report.html would be replaced"),
     "column": (["ONE", "--field", "prompt"], "field"),
 }
 

@@ -143,7 +143,7 @@ def test_eval_reads_the_columns_of_the_training(folder: Path, tmp_path: Path) ->
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["data"]["mapping"] == {"text": "body", "label": "queue"}
     usual = "text=text,label=label"
-    assert "using the columns from training: --field text=body,label=queue; " in err
+    assert "using the column names from training: --field text=body,label=queue; " in err
     assert f"; for the standard names, use --field {usual}\n" in err
     code, out, err = call("eval", run, "--data", folder / "rows.jsonl", "--field", usual, "--json")
     assert code == 0, err

@@ -291,14 +291,16 @@ def test_models_of_different_shapes_are_refused_in_one_error() -> None:
     with pytest.raises(BaseMismatchError, match="problems") as caught:
         LoRAModel.from_difference(chat_model(), chat_model(intermediate_size=96, num_hidden_layers=3), r=2)
     message = str(caught.value)
-    assert "misshapen model.layers.0.mlp.up_proj.weight: tuned (96, 32), base (64, 32)" in message
+    assert (
+        "model.layers.0.mlp.up_proj.weight has shape (96, 32) in the tuned model, but (64, 32) in the base" in message
+    )
     assert "unexpected model.layers.2.mlp.up_proj.weight (96, 32)" in message
 
 
 def test_what_cannot_be_extracted_is_refused() -> None:
     broken = net()
     broken[0].weight.data[0, 0] = math.nan
-    with pytest.raises(DivergedError, match="0: the difference of the two weights contains NaN or infinity"):
+    with pytest.raises(DivergedError, match="0: the difference between the two weights contains NaN or infinity"):
         LoRAModel.from_difference(net(), broken, r=2)
     with pytest.raises(AdapterError, match="no selected layer differs"):
         LoRAModel.from_difference(net(), net(), r=2)

@@ -566,7 +566,7 @@ def test_within_and_around_the_block() -> None:
             lambda: model.merge_and_unload(),
             lambda: model.unload(),
         ):
-            with pytest.raises(RowsError, match="within adapter_rows; exit its block first"):
+            with pytest.raises(RowsError, match="inside an adapter_rows block; exit the block first"):
                 action()
     with model.merged(), pytest.raises(MergeError, match="cannot choose adapters by row while merged"):
         model.adapter_rows(["a"]).__enter__()

@@ -243,7 +243,7 @@ def test_what_is_trained_is_a_choice(bytes_tokenizer, template, sample, options,
             LAST_SYSTEM,
             chat("a", "b", system="s", first=2),
             {"assistant_only_loss": False},
-            "renders the prompt differently with the completion",
+            "renders the prompt differently when the completion follows",
         ),
     ],
 )

@@ -100,7 +100,7 @@ def test_copies_stay_on_one_side_and_are_counted(bytes_tokenizer, jsonl) -> None
         report.flagged["eval_copies"],
         report.flagged["duplicates"],
     ) == (12, 3, 0)
-    assert warnings_of(report.to_dict())["repeated"].startswith("12 training rows are copies of an earlier one: rows")
+    assert warnings_of(report.to_dict())["repeated"].startswith("12 training rows are copies of earlier ones: rows")
     copies = [place.rpartition(":")[2] for place in report.rows_of["repeated"] + report.rows_of["eval_copies"]]
     assert sorted(map(int, copies)) == list(range(6, 21))
     assert not set(prepared.train.hashes()) & set(prepared.eval.hashes())

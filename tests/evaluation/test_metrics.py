@@ -36,7 +36,7 @@ def test_everything_that_is_no_gate_is_told_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_gates(["loss", "loss=1", "loss<", "<1", "loss<x", "loss<nan", "loss<1<2", ""])
     assert "8 problems" in str(caught.value)
-    assert "--gate 'loss': expected METRIC<NUMBER (or <=, >, >=) in quotes, because < and >" in str(caught.value)
+    assert "--gate 'loss': expected METRIC<NUMBER (or <=, >, >=); put it in quotes, because" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,7 @@ def test_experts_are_told_each_and_left_out_where_only_the_model_can_part_them(t
     (found,) = reports(model).values()
     assert found.rank == found.r == 4
     assert found.effective_rank <= 4
-    assert "intruder dimensions are not counted for 4 matrices" in found.note
+    assert "intruder dimensions are only counted for single matrices, not for stacks of 4" in found.note
     model.save_adapter(tmp_path)
     alone = read_offline(tmp_path)
     assert not alone.updates

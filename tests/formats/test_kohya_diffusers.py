@@ -160,7 +160,7 @@ def test_convolutions_of_a_unet(tmp_path: Path) -> None:
         (lambda t: t.update({f"lora_te1_{Q.replace('.', '_')}.alpha": torch.tensor(torch.nan)}), "alpha"),
         (
             lambda t: t.update({f"lora_te1_{Q.replace('.', '_')}.lora_up.weight": torch.ones(5, 4)}),
-            "misshapen .*lora_B",
+            "wrong shape of .*lora_B",
         ),
         (lambda t: t.clear(), "the model has none of the layers in the file"),
     ],

@@ -82,7 +82,7 @@ def test_missing_unexpected_misshapen_and_non_finite_tensors_are_reported_at_onc
         "4 problems",
         "missing model.layers.0.self_attn.q_proj.lora_A.weight",
         "unexpected nonsense (3,)",
-        "misshapen model.layers.1.self_attn.q_proj.lora_B.weight: expected (32, 4), got (32, 5)",
+        "wrong shape of model.layers.1.self_attn.q_proj.lora_B.weight: expected (32, 4), got (32, 5)",
         "not finite: model.layers.0.mlp.down_proj.lora_A.weight (4, 64)",
     ):
         assert part in str(caught.value)

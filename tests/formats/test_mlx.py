@@ -71,7 +71,7 @@ def test_dora_of_mlx_lm(tmp_path: Path) -> None:
         ({f"{Q}.lora_b": None}, {}, f"{Q}: expected lora_a, lora_b for lora, got lora_a"),
         ({f"{Q}.m": torch.ones(32)}, {}, f"{Q}: expected lora_a, lora_b for lora, got lora_a, lora_b, m"),
         ({f"{Q}.lora_a": torch.ones(2, 4, 4)}, {}, "one per expert, are not supported"),
-        ({f"{Q}.lora_a": torch.ones(31, 4)}, {}, "misshapen .*lora_A"),
+        ({f"{Q}.lora_a": torch.ones(31, 4)}, {}, "wrong shape of .*lora_A"),
         ({"model.layers.9.x.lora_a": torch.ones(2, 4), "model.layers.9.x.lora_b": torch.ones(4, 2)}, {}, "no module"),
     ],
 )

@@ -207,7 +207,7 @@ def test_an_embedding_of_a_grown_vocabulary_is_trained_whole(names: list[str], t
         BaseMismatchError, match=r"vocabulary of 24 tokens \(rows of model.embed_tokens\), got a base model with 20"
     ):
         LoRAModel.from_pretrained(llama(tied, 20), tmp_path)
-    with pytest.raises(FormatError, match=r"misshapen model.embed_tokens.weight"):
+    with pytest.raises(FormatError, match=r"wrong shape of model.embed_tokens.weight"):
         LoRAModel.from_pretrained(llama(tied, 20), tmp_path, allow_base_mismatch=True)
 
 
@@ -285,7 +285,7 @@ def test_two_versions_of_a_trained_embedding_are_refused(tmp_path: Path) -> None
         (
             lambda: llama(False),
             {**ROWS, "modules_to_save": ["embed_tokens"]},
-            "and modules_to_save; remove it from one",
+            "and modules_to_save; remove it from one of them",
         ),
         (lambda: llama(True), {**ROWS, "modules_to_save": ["lm_head"]}, "tied to model.embed_tokens is in"),
         (lambda: llama(False), {"bias": "all"}, "the model has no bias"),

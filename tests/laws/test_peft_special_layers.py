@@ -234,5 +234,5 @@ def test_a_file_that_is_not_made_of_its_parts_is_refused(tmp_path: Path) -> None
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     save_file(tensors, file, metadata)
-    with pytest.raises(FormatError, match=r"c_attn.lora_B.weight: \(48, 4\) cannot be split into the parts q, v"):
+    with pytest.raises(FormatError, match=r"c_attn.lora_B.weight: \(48, 4\) cannot be split into q, v"):
         LoRAModel.from_pretrained(fresh(gpt2), tmp_path)

@@ -180,7 +180,7 @@ def test_invalid_rank_allocations_are_refused(tmp_path: Path) -> None:
         LoRAConfig(r=4, adalora=AdaLoRA(target_r=8))
     with pytest.raises(ConfigError, match="adalora has its own initialization"):
         LoRAConfig(adalora=AdaLoRA(target_r=2), init_lora_weights="pissa")
-    with pytest.raises(TargetError, match="adalora prunes each rank separately"):
+    with pytest.raises(TargetError, match="adalora prunes each layer's ranks separately"):
         LoRAModel(
             nn.Sequential(nn.Conv1d(8, 8, 3, groups=2)),
             LoRAConfig(r=4, target_modules=["0"], adalora=AdaLoRA(target_r=2)),

@@ -204,7 +204,7 @@ def test_the_command_says_which_models_have_a_system_message(
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
     assert lines == [
         "note: the system message from training is added to requests without one for stored",
-        "note: system messages differed between the training examples of with; send one with each request",
+        "note: the training examples of with have different system messages; send one with each request",
     ]
 
 

@@ -170,7 +170,13 @@ def runs_with(apart: dict[int, float], spread: float = 0.001, seeds: int = 3) ->
 @pytest.mark.parametrize(
     ("apart", "spread", "seeds", "cheapest", "message"),
     [
-        ({0: 0.0, 1: 0.005}, 0.001, 3, 1, "Use trial 1: it has 10x fewer .* trial 0.*is at most 0.00. nats per token worse"),
+        (
+            {0: 0.0, 1: 0.005},
+            0.001,
+            3,
+            1,
+            "Use trial 1: it has 10x fewer .* trial 0.*is at most 0.00. nats per token worse",
+        ),
         ({0: 0.0, 1: -0.1}, 0.001, 3, 1, "Use trial 1.*and did better"),
         (
             {0: 0.0, 1: 0.1},

@@ -175,7 +175,7 @@ def test_minutes_need_a_device_for_each_worker(run: Any, train: TrainConfig) -> 
     """What one run takes alone says nothing of runs that share the cores."""
     schema = CompareConfig if run is compare else SearchConfig
     with pytest.raises(
-        ConfigError, match=r"--minutes 5 cannot be combined with --workers 2 on a CPU, .*; remove either"
+        ConfigError, match=r"--minutes 5 cannot be combined with --workers 2 on a CPU, .*; remove one of them"
     ):
         run(train, schema(minutes=5, workers=2), run_trial=not_run)
     assert not Path(train.output_dir).exists()

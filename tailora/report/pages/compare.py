@@ -37,7 +37,7 @@ def compare_page(comparison: Comparison) -> Page:
         Section(
             "Learning rates tried",
             "A comparison is only fair if every variant has its own best learning rate. These are the losses on the "
-            "half of the held-out examples that is used to choose it.",
+            "half of the held-out examples that is used to choose the rate.",
             _rates(comparison.arms, unit),
         ),
         Section("Settings", "", [settings_table("Settings", *changes, *shared)]),
@@ -140,7 +140,7 @@ def _rates(arms: Sequence[ArmResult], unit: str) -> list[Block | None]:
     caption = "Held-out loss at each learning rate tried; filled: the one chosen."
     at_edge = [arm.name for arm in tried if not arm.bracketed]
     if at_edge:
-        caption += f" The best one of {', '.join(at_edge)} is at the edge of the range."
+        caption += f" The best rate of {', '.join(at_edge)} is at the edge of the range."
     figure = Figure("rates", draw, f"Loss against learning rate. {best}.", caption, wide=True)
     rows = [
         [arm.name, learning_rate(rate), f"{losses[arm.name][rate]:.4f}" if rate in losses[arm.name] else "failed"]

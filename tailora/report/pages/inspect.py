@@ -36,12 +36,12 @@ class Measure(NamedTuple):
 
 LEADING_INTRUDERS = f"how many of the {LEADING} strongest directions of W + ΔW are unlike any of W"
 MEASURES = [
-    Measure("energy", "energy", ".1%", 0, "share of the adapter's squared norm; high where most has changed"),
+    Measure("energy", "energy", ".1%", 0, "share of the adapter's squared norm; high where the weights changed most"),
     Measure("effective", "effective_rank", ".1f", 0, "directions in use: r if all are used equally, 1 if only one is"),
     Measure("stable", "stable_rank", ".1f", 0, "the same, but weak directions hardly count"),
     Measure("‖ΔW‖/‖W‖", "relative_norm", ".2%", 0, "size of the update relative to the weights"),
     Measure("intruders", "intruders", ".1f", 1, LEADING_INTRUDERS),
-    Measure("random", "intruders_random", ".1f", 2, "intruders of a random update of the same size, for comparison"),
+    Measure("random", "intruders_random", ".1f", 2, "intruder dimensions of a random update of the same size"),
     Measure("scale", "scaling", ".3g", 2, "learned factor of the update"),
 ]
 MEANING_OF_R = "rank: how many directions the adapter can use in a layer"
@@ -58,7 +58,7 @@ def inspect_page(inspection: Inspection) -> Page:
     sections = [
         Section(
             "Where the update is",
-            "By thirds of the layers, most energy first. Energy is a sum, all other values are means.",
+            "Grouped by thirds of the layers, highest energy first. Energy is a sum; all other values are means.",
             [by_depth_table, legend, *_heat_maps(inspection.modules), *_remarks(inspection), every_module],
         ),
         Section(
@@ -84,9 +84,12 @@ def inspect_page(inspection: Inspection) -> Page:
         findings.append(Finding(advice.rule, advice.says, "\n".join(filter(None, [*settings, advice.command]))))
     notes = []  # flags that would show more
     if inspection.model is None:
-        notes.append(f"Add --model {inspection.named_base or 'BASE'} for ‖ΔW‖/‖W‖, intruders and their rules.")
+        notes.append(
+            f"Add --model {inspection.named_base or 'BASE'} to see ‖ΔW‖/‖W‖ and intruders, and the advice based on "
+            "them."
+        )
     if losses is None and inspection.config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
-        notes.append("Add --data HELD_OUT and --model to see what the ranks are worth, and the rules that use it.")
+        notes.append("Add --data HELD_OUT and --model to see what the ranks are worth, and the advice based on that.")
     no_advice = "None of the applicable rules advises a change." if notes else "No rule advises a change."
     thresholds = 'The rules and their thresholds: "Inspecting an adapter" in the docs.'
     conclusion = Section("Advice", thresholds, findings or [Paragraph(no_advice)])
@@ -273,8 +276,9 @@ def _truncation(losses: HeldOutLosses) -> Section:
         rows.append([name, f"{cost.loss:.4f}", rise, ends, of_gain, f"{cost.limit:.1%}", f"{cost.values:.0%}"])
     return Section(
         "What the ranks are worth",
-        f"On {losses.data}, {losses.examples:,} distinct held-out examples: loss {losses.base_loss:.4f} with the base, "
-        f"{losses.loss:.4f} with the adapter. Rise: how much worse without the lower half of the singular values.",
+        f"On {losses.data}, {losses.examples:,} distinct held-out examples: loss {losses.base_loss:.4f} with the "
+        f"base, {losses.loss:.4f} with the adapter. Rise: by how much the loss rises without the lower half of the "
+        "singular values.",
         [Table(columns, rows)],
     )
 
@@ -315,8 +319,8 @@ def _pair(pair: AdapterOverlap, layers: int) -> Section:
     columns = [Column("module"), *numeric("cosine", *OVERLAPS.values(), "sum")]
     rows = [[where, name, *cells_of(own)] for where, name, own in by_depth(modules, layers)]
     note = (
-        "writes, reads: overlap of the output spaces and of the input spaces; by chance: of random spaces. sum: length "
-        "of the sum of both updates: 1 if they are orthogonal, 1.41 if they are the same, 0 if they are opposite."
+        "writes, reads: overlap of the output spaces and of the input spaces; by chance: overlap of random spaces. "
+        "sum: length of the sum of both updates (1 if they are orthogonal, 1.41 if they are the same, 0 if opposite)."
     )
     blocks.append(Table([Column("layers"), *columns], rows, note=note))
     owners = {"only in this one": pair.only_here, "only in the other": pair.only_there}
@@ -334,6 +338,6 @@ def _pair(pair: AdapterOverlap, layers: int) -> Section:
 def _combined_losses(losses: CombinedLosses) -> Paragraph:
     ends = interval((losses.worse_low, losses.worse_high), "{:+.4f}".format)
     return Paragraph(
-        f"Held-out loss: base {losses.base:.4f}, this adapter {losses.one:.4f}, the other {losses.other:.4f}, both "
-        f"added up {losses.both:.4f}: {signed(losses.worse, 4)} against the better one{f' ({ends})' if ends else ''}."
+        f"Held-out loss: base {losses.base:.4f}, this adapter {losses.one:.4f}, the other {losses.other:.4f}, their "
+        f"sum {losses.both:.4f}: {signed(losses.worse, 4)} compared with the better one{f' ({ends})' if ends else ''}."
     )

@@ -41,7 +41,7 @@ def search_page(search: SearchResult) -> Page:
         Section(
             "The trials",
             f"{plural(len(done), 'trial')} of {plural(search.steps, 'step')} finished, {ended:,} stopped early. "
-            "Losses are measured on the held-out examples used to choose.",
+            "Losses are measured on the held-out examples used to choose trials.",
             _trials(search, done),
         ),
         Section(

@@ -54,8 +54,9 @@ def loss_figures(
     seeds = "; small dots: each seed" if any(loss.runs for loss in losses) else ""
     alt = f"Held-out loss of each with its 95% interval: {listed}."
     caption = (
-        f"Held-out loss with 95% intervals over examples and seeds{seeds}. The base model has {base_loss:.3f}. All are "
-        "evaluated on the same examples, so compare the differences: overlapping intervals say little."
+        f"Held-out loss with 95% intervals over examples and seeds{seeds}. The loss of the base model is "
+        f"{base_loss:.3f}. All are evaluated on the same examples, so compare the differences: overlapping intervals "
+        "say little."
     )
     losses_figure = Figure("losses", lambda canvas: canvas.estimates(losses, f"held-out loss, {unit}"), alt, caption)
 
