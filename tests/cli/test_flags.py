@@ -267,7 +267,9 @@ def test_a_flag_that_is_not_needed_says_why(capsys: pytest.CaptureFixture[str]) 
     assert main(["train", "--stage", "sft"]) == 2
     assert "Unknown option: --stage. Remove it: the task is inferred from the data" in capsys.readouterr().err
     assert main(["generate", "--lr", "1"]) == 2
-    assert "--lr. Some commands call this --learning-rate, but it is not supported here." in capsys.readouterr().err
+    assert (
+        "--lr. Other commands call this --learning-rate, but this one does not support it." in capsys.readouterr().err
+    )
 
 
 def test_a_name_that_is_not_close_is_not_suggested(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_the_demo_is_called_demo_where_tailora_takes_the_name_and_has_its_path_e
         assert main(command) == 0
         shown[name] = capsys.readouterr().out
     assert "made for demo. " in shown["inspect"]
-    assert "Add --model demo for" in shown["inspect"]
+    assert "Add --model demo to see" in shown["inspect"]
     assert "tailora chat --model demo --adapter" in shown["shrink"]
     assert "tailora chat --model demo --adapter" in shown["peft"]
     assert "Read back: the logits are equal to the live model's (" in shown["peft"]

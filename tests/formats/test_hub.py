@@ -279,7 +279,7 @@ def test_a_public_repository_is_refused_if_the_adapter_is_private(hub: Any) -> N
     [
         (
             (404, "RepoNotFound", ""),
-            "is not a local folder, and the Hub has no such model (a private one needs HF_TOKEN)",
+            r"is not a local folder, and the Hub has no such model \(a private one needs HF_TOKEN\)",
         ),
         (None, r"model 'owner/name' is not a local folder, and the Hub cannot be reached \(Server disconnected"),
         ((503, "", ""), ""),

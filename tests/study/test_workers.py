@@ -206,7 +206,7 @@ def four_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setattr(device, "devices", lambda: [*cards, torch.device("cpu")])
     monkeypatch.setattr(device, "obstacle_to_start", lambda _: None)
-    monkeypatch.setattr(device, "_with_index", lambda asked: torch.device(asked.type, asked.index or 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
 
 @pytest.mark.usefixtures("four_cards")

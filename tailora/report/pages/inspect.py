@@ -36,7 +36,7 @@ class Measure(NamedTuple):
 
 LEADING_INTRUDERS = f"how many of the {LEADING} strongest directions of W + ΔW are unlike any of W"
 MEASURES = [
-    Measure("energy", "energy", ".1%", 0, "share of the adapter's squared norm; high where the weights changed most"),
+    Measure("energy", "energy", ".1%", 0, "share of the adapter's squared norm; high where changes are largest"),
     Measure("effective", "effective_rank", ".1f", 0, "directions in use: r if all are used equally, 1 if only one is"),
     Measure("stable", "stable_rank", ".1f", 0, "the same, but weak directions hardly count"),
     Measure("‖ΔW‖/‖W‖", "relative_norm", ".2%", 0, "size of the update relative to the weights"),
