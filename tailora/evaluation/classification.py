@@ -293,7 +293,7 @@ def describe_labels(
     before: Mapping[str, Interval], after: Mapping[str, Interval], details: Mapping[str, Any], *, new_head: bool
 ) -> str:
     """Describes the effect of training in a sentence. details: `label_details` of the rows."""
-    start = "before training, with a new head of random weights," if new_head else "before training"
+    start = "before training, with a new, randomly initialized head," if new_head else "before training"
     text = ""
     for name, meaning in (("pearson", "The correlation of predictions with labels"), ("f1", "F1 of entities")):
         if name in after:

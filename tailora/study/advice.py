@@ -369,8 +369,8 @@ def intruders(inspection: Inspection) -> Iterator[Advice]:
     size = statistics.median(module.relative_norm or 0.0 for module in counted)
     yield Advice(
         "intruders",
-        f"On average {mean:.1f} of the 10 leading directions of a tuned weight are new, against {random:.1f} after "
-        f"random updates of the same size (limit: {INTRUDING:g} more); the median ||dW|| / ||W|| is {size:.2%}. "
+        f"On average {mean:.1f} of the 10 leading directions of a tuned weight are new, compared with {random:.1f} "
+        f"after random updates of the same size (limit: {INTRUDING:g} more); the median ||dW|| / ||W|| is {size:.2%}. "
         "New directions are associated with forgetting. Halve the learning rate, or train for fewer steps.",
         {"intruders": mean, "random": random, "limit": INTRUDING, "relative_norm": size, "modules": len(counted)},
         setting=_learning_rate(inspection, 1 / 2),

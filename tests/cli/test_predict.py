@@ -52,7 +52,7 @@ def test_train_says_the_accuracy_before_and_after(folder: Path) -> None:
     assert 0 <= result["eval_accuracy_before"] <= 1
     assert result["eval_accuracy_after"] > 0.6
     report = json.loads((folder / "run" / "report.json").read_text())
-    assert "new head of random weights" in report["verdict"]
+    assert "new, randomly initialized head" in report["verdict"]
     assert "always predicting" in report["verdict"]
     lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
     assert [line["step"] for line in lines if "loss" in line] == [*range(1, 41)]
