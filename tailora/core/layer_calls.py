@@ -9,6 +9,7 @@ An adapter on such a layer has no effect until it is merged.
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain, takewhile
 from typing import Literal
 
 from torch import nn
@@ -54,17 +55,18 @@ class LayerCalls:
     def __init__(self, base_model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         modules = dict(base_model.named_modules())
         self.layers = dict(layers)
-        self.owners: dict[str, nn.Module] = {}  # path -> the module whose forward calls the layer, which is no list
+        self.around: dict[str, list[nn.Module]] = {}  # path -> the modules around the layer, the innermost first
         for path in layers:
-            owner = path.rpartition(".")[0]
-            while isinstance(modules[owner], nn.ModuleList | nn.ModuleDict):
-                owner = owner.rpartition(".")[0]
-            self.owners[path] = modules[owner]
+            names = path.split(".")
+            outer = [".".join(names[:count]) for count in reversed(range(len(names)))]
+            self.around[path] = [modules[name] for name in outer if name in modules]
+        # path -> the module whose forward calls the layer, which is no list
+        self.owners = {path: next(m for m in modules if not is_list(m)) for path, modules in self.around.items()}
         self.ran: set[nn.Module] = set()
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        modules = {*self.layers.values(), *self.owners.values()}
+        modules = {*self.layers.values(), *chain.from_iterable(self.around.values())}
         handles = [module.register_forward_pre_hook(lambda module, _: self.ran.add(module)) for module in modules]
         try:
             yield
@@ -94,6 +96,22 @@ class LayerCalls:
         An expert without tokens and a layer in a tower of another modality are not among them.
         """
         return [path for path, layer in self.layers.items() if layer not in self.ran and self.owners[path] in self.ran]
+
+    @property
+    def in_idle_parts(self) -> list[str]:
+        """Paths of layers in a part of the model that did not run, such as cross-attention or a tower for images.
+
+        An expert without tokens, or an element of any other list of modules, is not such a part.
+        """
+        return [path for path in self.layers if self._is_in_idle_part(path)]
+
+    def _is_in_idle_part(self, path: str) -> bool:
+        idle = [*takewhile(lambda module: module not in self.ran, self.around[path])]
+        return self.layers[path] not in self.ran and bool(idle) and not is_list(idle[-1])
+
+
+def is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.ModuleList | nn.ModuleDict)
 
 
 def last_names(paths: Iterable[str]) -> list[str]:

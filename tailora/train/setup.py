@@ -4,6 +4,7 @@ data -> model -> adapter -> batch layout -> kernels -> memory -> optimizer -> st
 """
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from tailora.core.layer_calls import last_names
 from tailora.core.quantization import stored_bytes
 from tailora.data.dataset import Example
 from tailora.data.labels import LABEL_TASKS, Labels, read_labels
-from tailora.errors import ConfigError, TargetError, listing, nearest
+from tailora.errors import ConfigError, TailoraWarning, TargetError, listing, nearest
 from tailora.formats import peft
 from tailora.formats.fingerprint import LayerFingerprint, model_fingerprint
 from tailora.kernels.flat_parameters import flattened
@@ -444,7 +445,10 @@ def init_from_data(model: Trainable, data: TrainingData, layout: BatchLayout, ba
 
 
 def check_layers_are_called(model: Trainable, example: Example, task: Task, layout: BatchLayout) -> None:
-    """Raises TargetError if a forward calls no adapted layer, or the module around one but not the layer itself."""
+    """Raises TargetError if a forward calls no adapted layer, or the module around one but not the layer itself.
+
+    Warns about layers in parts of the model that the example does not reach.
+    """
     if not isinstance(model, LoRAModel):
         return
     device = next(model.parameters()).device
@@ -461,6 +465,13 @@ def check_layers_are_called(model: Trainable, example: Example, task: Task, layo
         raise TargetError(
             f"the model does not call {', '.join(paths[:5])} ({len(paths)} in total), so adapters there would have no "
             f"effect; exclude them with --exclude-modules {' '.join(last_names(paths))}"
+        )
+    if paths := calls.in_idle_parts:
+        warnings.warn(
+            f"the first example does not reach {', '.join(paths[:3])} ({len(paths)} adapted layers in total). Adapters "
+            "there stay untrained unless other examples reach them",
+            TailoraWarning,
+            stacklevel=2,
         )
 
 

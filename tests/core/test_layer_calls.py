@@ -7,6 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from tiny import tiny_model
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM
 from transformers.models.jamba.modeling_jamba import JambaMambaMixer
@@ -132,4 +133,15 @@ def test_a_forward_shows_which_layers_the_model_does_not_call() -> None:
     with torch.no_grad(), calls.recorded():
         model(torch.randn(3, 8))
     assert calls.not_called == ["read", "conditional"]
+    assert calls.in_idle_parts == []  # the second expert is not one
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_cross_attention_of_a_decoder_alone_is_an_idle_part() -> None:
+    model: Any = LoRAModel(tiny_model("BartForCausalLM"), LoRAConfig(r=2))
+    calls = layer_calls(model)
+    with torch.no_grad(), calls.recorded():
+        model(torch.tensor([[3, 4]]))
+    assert not calls.not_called
+    assert len(calls.in_idle_parts) == 2 * 4
+    assert all(".encoder_attn." in path for path in calls.in_idle_parts)

@@ -9,7 +9,7 @@ from runs import adapter, changed, run_and_collect
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from tailora.errors import ConfigError, TargetError
+from tailora.errors import ConfigError, TailoraWarning, TargetError
 from tailora.formats.run_folder import read_system_message
 from tailora.model import LoRAModel
 from tailora.train import events
@@ -93,6 +93,13 @@ def test_a_layer_that_is_not_called_is_refused_before_training(
     with pytest.raises(TargetError, match=message):
         run(settings(max_steps=1, fast="off"))
     assert run(settings(max_steps=1, exclude_modules=["down_proj"], fast="off")).steps == 1
+
+
+def test_layers_that_the_first_example_does_not_reach_are_named(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaMLP, "__call__", lambda _mlp, x: x)  # as a tower for images is passed over in text
+    message = r"does not reach model.layers.0.mlp.gate_proj, .*\(6 adapted layers in total\)"
+    with pytest.warns(TailoraWarning, match=message):
+        run(settings(max_steps=1, fast="off"))
 
 
 def test_the_commit_of_a_repository_is_known(tmp_path: Path) -> None:
