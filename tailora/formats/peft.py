@@ -42,7 +42,15 @@ from tailora.formats.peft_config import (
     to_peft_config,
     with_double_rank,
 )
-from tailora.formats.peft_keys import EMBEDDING_SUFFIXES, EXTRA_SUFFIXES, KEY_PREFIX, SUFFIXES, PeftLayer, peft_layers
+from tailora.formats.peft_keys import (
+    EMBEDDING_SUFFIXES,
+    EXTRA_SUFFIXES,
+    KEY_PREFIX,
+    SUFFIXES,
+    PeftLayer,
+    missed_by_peft,
+    peft_layers,
+)
 from tailora.formats.run_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CARD, METADATA_KEY
 
 # ---- Our own fields: JSON under METADATA_KEY in the metadata of the safetensors file, which other readers ignore
@@ -143,7 +151,7 @@ def write_peft_folder(
     )
     config = as_peft_computes(adapter.config, layers)
     settings = to_peft_config(with_double_rank(config) if adapter.has_start else config, layers, base_model)
-    unknown = unknown_to_peft(layers)
+    unknown = unknown_to_peft(layers) or renamed_by_peft(layers, base_model)
     about = (
         f"LoRA adapter of {len(low_rank)} layers, r = {settings['r']}, alpha = {settings['lora_alpha']:g}. "
         f"Loads with {'tailora' if unknown else 'tailora and PEFT'}."
@@ -209,6 +217,14 @@ def unknown_to_peft(layers: Iterable[PeftLayer]) -> str:
         "PEFT does not support use_dora and lora_bias on attention, experts, and layers named like projections "
         f"of experts: {', '.join(unknown[:3])} ({len(unknown)} in total)"
     )
+
+
+def renamed_by_peft(layers: Iterable[PeftLayer], base_model: nn.Module) -> str:
+    """Returns which layers PEFT would miss because it renames their keys; "" if none."""
+    missed = missed_by_peft(base_model, [layer.key_prefix for layer in layers])
+    if not missed:
+        return ""
+    return f"it renames the keys of {', '.join(missed[:3])} ({len(missed)} layers in total) and then misses them"
 
 
 def read_peft_folder(folder: Path) -> StoredAdapter:

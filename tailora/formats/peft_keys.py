@@ -180,6 +180,22 @@ def named_like_experts(model: nn.Module) -> frozenset[str]:
     return frozenset().union(*(names for pattern, names in NAMES_OF_EXPERTS.items() if pattern in patterns))
 
 
+def missed_by_peft(model: nn.Module, prefixes: Iterable[str]) -> list[str]:
+    """Returns the prefixes of keys that PEFT renames when it loads a file, so that it misses their tensors.
+
+    PEFT renames keys as transformers renames the weights of older checkpoints. Some of these patterns also match
+    current names: "mlp.shared_expert." matches "mlp.shared_experts". PEFT then cannot read its own files either.
+    """
+    from transformers import PreTrainedModel  # imports all of transformers
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+    if not isinstance(model, PreTrainedModel) or get_checkpoint_conversion_mapping(model.config.model_type) is None:
+        return []
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    return [prefix for prefix in prefixes if not f"{prefix}.".endswith(apply_renamings(f"{prefix}.", renamings))]
+
+
 # ---- Trained biases and token embeddings
 
 

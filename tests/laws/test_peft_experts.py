@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from tiny import stir
+from tiny import stir, tiny_model
 from torch import Tensor, nn
 
 import tailora
@@ -188,3 +188,14 @@ def test_saving_says_that_peft_cannot_load_dora_there(tmp_path: Path) -> None:
     assert torch.equal(logits(LoRAModel.from_pretrained(fresh("DeepseekV3"), tmp_path)), logits(model))
     with pytest.raises(ValueError, match="use_dora"):
         peft.PeftModel.from_pretrained(fresh("DeepseekV3"), str(tmp_path))
+
+
+def test_saving_says_that_peft_renames_the_keys_of_a_layer_and_misses_it(tmp_path: Path) -> None:
+    model = LoRAModel(tiny_model("LagunaForCausalLM"), LoRAConfig(r=2))
+    stir(model)
+    expected = r"only tailora can load this adapter.*renames the keys of model.layers.1.mlp.shared_experts"
+    with pytest.warns(UserWarning, match=expected):
+        model.save_adapter(tmp_path)
+    assert torch.equal(logits(LoRAModel.from_pretrained(tiny_model("LagunaForCausalLM"), tmp_path)), logits(model))
+    with pytest.warns(UserWarning, match="missing adapter keys.*shared_experts"):  # a PEFT that reads it needs no word
+        peft.PeftModel.from_pretrained(tiny_model("LagunaForCausalLM"), str(tmp_path))
