@@ -196,7 +196,7 @@ def generate(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> int:
-    """Answer prompts, independently of each other.
+    """Answer each prompt independently.
 
     If you name several adapters, all of them are active, and their updates are added together.
     """

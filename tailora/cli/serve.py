@@ -202,7 +202,7 @@ def playground(
     url: Url,
     port: Annotated[Port, Parameter(help="port of the page, which is only reachable from this machine")] = 8080,
 ) -> int:
-    """Compare two models of a server side by side in the browser.
+    """Compare two models on a server side by side in the browser.
 
     The page sends the same prompt with the same seed to two adapters, or to an adapter and its base model. It shows
     both answers and how their log-probabilities differ, and it counts blind votes and saves them as preference data.
