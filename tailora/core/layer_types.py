@@ -374,7 +374,7 @@ def forward_obstacle(layer: nn.Module) -> str | None:
         weight = weight_of(layer, layer_type.weight_name)
         known: Any = next(cls for cls in type(layer).__mro__ if qualified_name(cls) in LAYER_TYPES)
         # as large as activations may be, because some layers clamp them
-        x = 100 * torch.randn(3, layer_type.dims(layer)[0], generator=torch.Generator().manual_seed(0))
+        x = 100 * torch.randn(3, layer_type.dims(layer)[0], generator=torch.Generator().manual_seed(0), device="cpu")
         try:
             with torch.no_grad():
                 expected, actual = (forward(x.to(weight)) for forward in (partial(known.forward, layer), layer.forward))
