@@ -95,7 +95,7 @@ def inspect(
     `data` its held-out losses.
 
     adapter: a folder of tailora, PEFT or mlx-lm, a run folder, or with `model` any file that `load_adapter` reads.
-    other: a second adapter of the same base, for comparison.
+    other: a second adapter for the same base, for comparison.
     device: of the model; default: a GPU if there is one.
 
     Writes nothing. Raises ConfigError, FormatError, BaseMismatchError, DataError.
@@ -302,7 +302,7 @@ def _reduced_strengths(
     return results
 
 
-# ---- Comparison with a second adapter of the same base
+# ---- Comparison with a second adapter for the same base
 
 
 def adapter_overlap(other: str, here: Mapping[str, Update], there: Mapping[str, Update]) -> AdapterOverlap:

@@ -291,7 +291,7 @@ def _forgetting(lost: Mapping[str, Any]) -> Paragraph:
     )
 
 
-# ---- Compared with a second adapter of the same base
+# ---- Compared with a second adapter for the same base
 
 
 def _pair(pair: AdapterOverlap, layers: int) -> Section:
