@@ -147,7 +147,7 @@ def test_a_chat_longer_than_the_model_is_refused_with_its_length(
     tiny: Make, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     length = len(chat_ids(HELLO, tokenizer))
-    with pytest.raises(DataError, match=f"{length} tokens, 1 more"):
+    with pytest.raises(DataError, match=f"{length} tokens, 1 too many"):
         list(stream_reply(tiny(positions=length), tokenizer, HELLO))
 
 
