@@ -151,10 +151,25 @@ def plan() -> str:
 
 # ---- docs/architectures.md
 
-COLUMNS = ("attach", "train", "merge", "rows", "compile", "PEFT reads", "reads PEFT")
+COLUMNS = (
+    *("attach", "train", "merge", "unmerge", "checkpointing", "rows", "generate", "compile"),
+    *("PEFT reads", "reads PEFT"),
+)
 FEW_WORDS = (  # what a reason says -> what the table says
+    ("PEFT does not read its own file either", "misses layers, also in its own files"),
+    ("does not generate: ", "-"),
+    ("does not take tokens", "-"),
+    ("itself depends on the other rows", "-"),
+    ("the compiled base differs too", "also wrong without an adapter"),
+    ("data-dependent expression", "data-dependent sizes"),
+    ("does not require grad and does not have", "no gradient in transformers"),
+    ("does not support activation checkpointing", "not in transformers"),
+    ("does not support gradient checkpointing", "not in transformers"),
+    ("weight that another layer shares", "refused: shared weights"),
+    ("overrides forward", "refused: not W x + b"),
     ("experts get the tokens of all rows", "refused: experts"),
     ("which mix the tokens of all rows", "refused: experts"),
+    ("which process all rows together", "refused: experts or attention"),
     ("whose first dimension must be the rows", "refused: rows flattened"),
     ("as in adapter_rows, in the first dimension", "refused: rows flattened"),
     ("not a dimension of rows", "refused: rows flattened"),
@@ -166,13 +181,16 @@ FEW_WORDS = (  # what a reason says -> what the table says
 
 
 def architectures() -> str:
-    """The number that do it in each column, and a line for every architecture that was tried."""
+    """The number of classes with yes in each column, a line for each class with a different cell, and all others."""
     tried = {name: cells for name, cells in read("architectures")["architectures"].items() if "base" not in cells}
-    lines = {name: [few_words(cells[column]) for column in COLUMNS] for name, cells in tried.items()}
+    lines = {name: [few_words(cells[column]) for column in COLUMNS] for name, cells in sorted(tried.items())}
     counts = [sum(line[i].startswith("yes") for line in lines.values()) for i in range(len(COLUMNS))]
-    total = ["**of " + str(len(lines)) + "**", *(f"**{count}**" for count in counts)]
-    rows = [[f"`{name}`", *line] for name, line in sorted(lines.items())]
-    return tables.table(["class", *COLUMNS], [total, *rows])
+    total = [f"**of {len(lines)}**", *(f"**{count}**" for count in counts)]
+    works = [name for name, line in lines.items() if all(cell.startswith("yes") or cell == "-" for cell in line)]
+    rows = [[f"`{name}`", *line] for name, line in lines.items() if name not in works]
+    names = ", ".join(f"`{name}`" for name in works)
+    listing = f'Every column is yes, or "-", for these {len(works)} classes: {names}.'
+    return f"{tables.table(['class', *COLUMNS], [total, *rows])}\n\n{listing}"
 
 
 def few_words(reason: str) -> str:
@@ -181,9 +199,18 @@ def few_words(reason: str) -> str:
 
 
 def untried() -> str:
-    """The classes whose small base model does not run, in a sentence."""
-    names = [name for name, cells in read("architectures")["architectures"].items() if "base" in cells]
-    return f"Not tested, because the small base model itself does not run: {', '.join(sorted(names)) or 'none'}."
+    """The classes whose small base model does not run, with the reason, and those that were not run."""
+    content = read("architectures")
+    failed = {name: cells["base"] for name, cells in sorted(content["architectures"].items()) if "base" in cells}
+    rows = [[f"`{name}`", in_cell(reason)] for name, reason in failed.items()]
+    not_run = f"\n\nNot run yet: {', '.join(content['not_run'])}." if content["not_run"] else ""
+    return tables.table(["class", "what transformers says"], rows) + not_run
+
+
+def in_cell(reason: str) -> str:
+    """A message in one cell of a table."""
+    words = reason.replace("|", "/").replace("`", "'").replace("<", "&lt;")
+    return words if len(words) < 140 else f"{words[:137].strip()}..."
 
 
 # ---- docs/coming_from

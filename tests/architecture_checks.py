@@ -1,6 +1,6 @@
 """What an adapter must do on an architecture of transformers: one function for each column of docs/architectures.md.
 
-ARCHITECTURES    model type -> the class that stands for it
+class_names      the classes to try
 CHECKS           column -> function; it returns "yes", or in a few words what happened instead
 small_model      a model of the class with few and small layers, the same every time
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 import peft
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tiny import stir, tiny_model
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
@@ -22,64 +23,29 @@ from tailora import LoRAModel
 from tailora.core.quantization import stored_tensors
 from tailora.core.targets import task_heads
 from tailora.errors import TailoraError
+from tailora.train.kernel_choice import checkpointed_layers
 
 ROWS = 3
 
-# In this order, the first task that a model type has a class for gives its class.
-TASKS = (
-    *("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "IMAGE_CLASSIFICATION", "CTC", "SPEECH_SEQ_2_SEQ"),
-    *("SEQUENCE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "VIDEO_CLASSIFICATION", "IMAGE_TEXT_TO_TEXT"),
-)
-FIRST = (  # what most people use, and classes for other tasks; they come first
-    *("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM"),
-    *("Gemma2ForCausalLM", "Gemma3ForCausalLM", "PhiForCausalLM", "Phi3ForCausalLM", "GPT2LMHeadModel"),
-    *("GPTNeoXForCausalLM", "GPTJForCausalLM", "OPTForCausalLM", "BloomForCausalLM", "FalconForCausalLM"),
-    *("MptForCausalLM", "MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV2ForCausalLM"),
-    *("DeepseekV3ForCausalLM", "GptOssForCausalLM", "OlmoeForCausalLM", "MambaForCausalLM", "JambaForCausalLM"),
-    *("T5ForConditionalGeneration", "BartForConditionalGeneration", "BertForMaskedLM", "RobertaForMaskedLM"),
-    *("DistilBertForMaskedLM", "ModernBertForMaskedLM", "DebertaV2ForMaskedLM", "AlbertForMaskedLM"),
-    *("BertForSequenceClassification", "RobertaForSequenceClassification", "DistilBertForTokenClassification"),
-    *("LlamaForSequenceClassification", "T5ForQuestionAnswering", "BertForMultipleChoice"),
-    *("ModernBertForSequenceClassification", "GPT2ForTokenClassification", "ViTForImageClassification"),
-    *("ResNetForImageClassification", "ConvNextForImageClassification", "SwinForImageClassification"),
-    *("Wav2Vec2ForCTC", "Wav2Vec2ForSequenceClassification", "WhisperForConditionalGeneration"),
-    *("MT5ForConditionalGeneration", "MBartForConditionalGeneration", "PegasusForConditionalGeneration"),
-    *("StableLmForCausalLM", "Starcoder2ForCausalLM", "CohereForCausalLM", "OlmoForCausalLM", "Olmo2ForCausalLM"),
-    *("GraniteForCausalLM", "GlmForCausalLM", "SmolLM3ForCausalLM", "GPTBigCodeForCausalLM", "GPTNeoForCausalLM"),
+TASKS = ("CAUSAL_LM", "SEQUENCE_CLASSIFICATION", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")
+OTHERS = (  # classes for other tasks
+    *("BertForMaskedLM", "RobertaForMaskedLM", "DistilBertForMaskedLM", "ModernBertForMaskedLM", "AlbertForMaskedLM"),
+    *("DebertaV2ForMaskedLM", "DistilBertForTokenClassification", "GPT2ForTokenClassification"),
+    *("T5ForQuestionAnswering", "BertForMultipleChoice", "ViTForImageClassification", "SwinForImageClassification"),
+    *("ResNetForImageClassification", "ConvNextForImageClassification", "Wav2Vec2ForCTC"),
+    *("Wav2Vec2ForSequenceClassification", "WhisperForConditionalGeneration"),
 )
 
 
 def class_names() -> list[str]:
-    """Returns the names of all classes to try: FIRST, and one for each other model type that has one of the tasks."""
-    names: dict[str, str] = {}  # model type -> class
-    for task in TASKS:
-        for model_type, of_type in getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES").items():
-            names.setdefault(model_type, of_type if isinstance(of_type, str) else of_type[0])
-    return list(dict.fromkeys([*FIRST, *names.values()]))
-
-
-# Settings of small models that the table of sizes in tiny.py does not give
-SETTINGS: dict[str, dict[str, Any]] = {
-    "BambaForCausalLM": {"mamba_d_head": 16},
-    "ConvNextForImageClassification": {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2},
-    "DeepseekV2ForCausalLM": {"num_key_value_heads": 4},
-    "DeepseekV3ForCausalLM": {"num_key_value_heads": 4},
-    "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]]},
-    "Glm4MoeLiteForCausalLM": {"num_key_value_heads": 4},
-    "HunYuanDenseV1ForCausalLM": {"head_dim": 8},
-    "HunYuanMoEV1ForCausalLM": {"head_dim": 8},
-    "JambaForCausalLM": {"attn_layer_offset": 1, "expert_layer_offset": 1},
-    "LongcatFlashForCausalLM": {"num_key_value_heads": 4},
-    "Mamba2ForCausalLM": {"head_dim": 16},
-    "MiniCPM3ForCausalLM": {"num_key_value_heads": 4},
-    "MinistralForCausalLM": {"head_dim": 8},
-    "SwinForImageClassification": {"depths": [1, 1], "num_heads": [2, 4], "window_size": 2},
-    "YoutuForCausalLM": {"num_key_value_heads": 4},
-}
+    """Returns the names of all classes that transformers registers for TASKS, and OTHERS."""
+    entries = [entry for task in TASKS for entry in getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values()]
+    names = [entry if isinstance(entry, str) else entry[0] for entry in entries]
+    return list(dict.fromkeys([*names, *OTHERS]))
 
 
 def small_model(class_name: str) -> nn.Module:
-    model = tiny_model(class_name, **SETTINGS.get(class_name, {}))
+    model = tiny_model(class_name)
     with torch.no_grad():
         for parameter in model.parameters():  # transformers starts heads and others so near zero that nothing shows
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -90,24 +56,26 @@ def batch_of(model: Any) -> dict[str, Any]:
     """Returns random inputs of ROWS rows, by the names in the signature of the model's forward."""
     torch.manual_seed(1)
     names, config = inspect.signature(model.forward).parameters, model.config
-    sides = (
-        getattr(config, "image_size", 32) if not hasattr(config, "vision_config") else config.vision_config.image_size
-    )
+    sides = getattr(getattr(config, "vision_config", None) or config, "image_size", 32)
     side = sides if isinstance(sides, int) else sides[0]
     vocab_size = getattr(config.get_text_config(), "vocab_size", 80)
     ids = torch.randint(3, max(vocab_size, 4), (ROWS, 8))
     batch: dict[str, Any] = {}
     if "input_ids" in names:
         batch |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    elif "pixel_values" in names:
+    if "pixel_values" in names and (
+        "input_ids" not in names or names["pixel_values"].default is inspect.Parameter.empty
+    ):
         batch["pixel_values"] = torch.randn(ROWS, getattr(config, "num_channels", 3), side, side)
-    elif "input_features" in names:
+    elif not batch and "input_features" in names:
         frames = 2 * getattr(config, "max_source_positions", 32)  # Whisper takes no others
         batch["input_features"] = torch.randn(ROWS, getattr(config, "num_mel_bins", 8), frames)
-    elif "input_values" in names:
+    elif not batch and "input_values" in names:
         batch["input_values"] = torch.randn(ROWS, 1600)
     if type(model).__name__.endswith("MultipleChoice"):
         batch = {name: value[:, None].repeat(1, 2, 1) for name, value in batch.items()}
+    if config.is_encoder_decoder and type(model).__name__.endswith("ForSequenceClassification"):
+        ids[:, -1] = config.eos_token_id  # whose output is classified
     if config.is_encoder_decoder:
         batch["decoder_input_ids"] = ids
     batch |= {"use_cache": False} if "use_cache" in names else {}
@@ -168,23 +136,72 @@ def trains(base: nn.Module) -> str:
 
 
 def merge(class_name: str) -> str:
-    return compare(*merged_outputs(stirred(class_name)))
+    model = stirred(class_name)
+    batch = batch_of(model.base_model)
+    expected = output_of(model, batch)
+    model.merge()
+    return compare(output_of(model, batch), expected)
+
+
+def unmerge(class_name: str) -> str:
+    merged_outputs(stirred(class_name))
+    return "yes"
 
 
 def merged_outputs(model: LoRAModel) -> tuple[Tensor, Tensor]:
     """Returns the outputs with the adapter merged, and unmerged. Raises AssertionError if that changes the base."""
     batch = batch_of(model.base_model)
+    expected = output_of(model, batch)  # first, because BigBird replaces modules in its first forward
+    classes = [type(module) for module in model.base_model.modules()]
     before = [tensor.clone() for tensor in stored_tensors(model.base_model)]
-    expected = output_of(model, batch)
     model.merge()
     merged = output_of(model, batch)
     model.unmerge()
+    assert [type(module) for module in model.base_model.modules()] == classes, "unmerge does not restore the classes"
     assert all(map(torch.equal, stored_tensors(model.base_model), before)), "unmerge does not restore the base"
     return merged.float(), expected.float()
 
 
+def checkpointing(class_name: str) -> str:
+    """Gradients with gradient checkpointing are those without it; where they are not, also compares the base's."""
+    result = same_gradients(stirred(class_name))
+    if result == "yes":
+        return result
+    base = small_model(class_name)
+    of_base = difference_of_gradients(base, base, list(base.parameters()))
+    return result if of_base == "yes" else f"also without an adapter: {of_base}"
+
+
+def same_gradients(model: LoRAModel) -> str:
+    return difference_of_gradients(model, model.base_model, list(model.lora_layers.parameters()))
+
+
+def difference_of_gradients(model: nn.Module, base: Any, parameters: list[nn.Parameter]) -> str:
+    batch = batch_of(base)
+    model.train()
+
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(2)
+        loss = output_of(model, batch).float().square().mean()
+        return list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
+
+    plain = gradients()
+    with checkpointed_layers(base):
+        again = gradients()
+    worst = max(float((a - b).norm() / (b.norm() + 1e-12)) for a, b in zip(again, plain, strict=True))
+    return "yes" if worst < 1e-3 else f"gradients differ by {worst:.1g}"
+
+
 def rows(class_name: str) -> str:
     return compare(*outputs_of_rows(stirred(class_name, "a")))
+
+
+def add_second(model: LoRAModel) -> None:
+    """Adds an adapter "b" like "a", with different values."""
+    model.add_adapter("b", model.adapters["a"])
+    model.set_adapter("b")
+    stir(model, seed=5)
+    model.eval()
 
 
 def outputs_of_rows(model: LoRAModel) -> tuple[Tensor, Tensor]:
@@ -192,10 +209,7 @@ def outputs_of_rows(model: LoRAModel) -> tuple[Tensor, Tensor]:
 
     model: has one adapter, "a"; it gets a second one.
     """
-    model.add_adapter("b", model.adapters["a"])
-    model.set_adapter("b")
-    stir(model, seed=5)
-    model.eval()
+    add_second(model)
     batch, names = batch_of(model.base_model), ["a", None, "b"]
     expected = []
     for row, name in enumerate(names):
@@ -213,7 +227,11 @@ def compiled(class_name: str) -> str:
     with torch.no_grad():
         expected = output_of(model, batch)
         try:
-            return compare(output_of(whole_graph(model), batch), expected)
+            result = compare(output_of(whole_graph(model), batch), expected)
+            base = small_model(class_name)
+            if result != "yes" and compare(output_of(whole_graph(base), batch), output_of(base, batch)) != "yes":
+                return f"{result}; the compiled base differs too"
+            return result
         except TorchDynamoException as error:
             try:
                 whole_graph(small_model(class_name))(**batch)
@@ -229,29 +247,80 @@ def whole_graph(model: nn.Module) -> nn.Module:
     return torch.compile(model, fullgraph=True, backend="eager")
 
 
+def generated_logits(model: Any, ids: Tensor) -> Tensor:
+    """Returns the logits of two generated tokens."""
+    settings = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
+    if model.config.is_encoder_decoder:
+        settings["decoder_start_token_id"] = 1
+    answer = model.generate(ids, output_logits=True, return_dict_in_generate=True, **settings)
+    return torch.stack(answer.logits, 1)
+
+
+@torch.no_grad()
+def generate(class_name: str) -> str:
+    """With two adapters in a batch, generation computes the logits of each adapter alone."""
+    model = stirred(class_name, "a")
+    add_second(model)
+    if (tokens := batch_of(model.base_model).get("input_ids")) is None:
+        return "the base does not take tokens"
+    ids = tokens[:2]
+    base = small_model(class_name)
+    try:
+        both = generated_logits(base, ids)
+    except ERRORS as error:
+        return f"the base does not generate: {reason(error)}"
+    if compare(both, torch.cat([generated_logits(base, ids[row : row + 1]) for row in range(2)])) != "yes":
+        return "the base itself depends on the other rows"
+    with model.adapter_rows(["a", "b"]):
+        found = generated_logits(model, ids)
+    expected = []
+    for row, name in enumerate(["a", "b"]):
+        model.set_adapter(name)
+        expected.append(generated_logits(model, ids[row : row + 1]))
+    return compare(found, torch.cat(expected))
+
+
 def peft_reads(class_name: str) -> str:
     model = stirred(class_name)
     batch = batch_of(model.base_model)
     with tempfile.TemporaryDirectory() as folder:
         model.save_adapter(folder)
         theirs = peft.PeftModel.from_pretrained(small_model(class_name), folder).eval()
-    return compare(output_of(theirs, batch), output_of(model, batch))
+    result = compare(output_of(theirs, batch), output_of(model, batch))
+    if result != "yes" and peft_reads_its_own(class_name) != "yes":
+        return f"{result}; PEFT does not read its own file either"
+    return result
+
+
+def peft_reads_its_own(class_name: str) -> str:
+    theirs = peft_model(class_name)
+    batch = batch_of(theirs.get_base_model())
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        again = peft.PeftModel.from_pretrained(small_model(class_name), folder).eval()
+    return compare(output_of(again, batch), output_of(theirs, batch))
 
 
 def reads_peft(class_name: str) -> str:
+    theirs = peft_model(class_name)
+    batch = batch_of(theirs.get_base_model())
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours = LoRAModel.from_pretrained(small_model(class_name), Path(folder)).eval()
+    return compare(output_of(ours, batch), output_of(theirs, batch))
+
+
+def peft_model(class_name: str) -> peft.PeftModel:
+    """Returns PEFT's model with random values in all that it trains."""
     base = small_model(class_name)
-    batch, heads = batch_of(base), task_heads(base)
-    settings = {"r": 4, "target_modules": "all-linear", "modules_to_save": heads or None}
+    settings = {"r": 4, "target_modules": "all-linear", "modules_to_save": task_heads(base) or None}
     theirs = peft.get_peft_model(base, peft.LoraConfig(**settings)).eval()
     torch.manual_seed(3)
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        ours = LoRAModel.from_pretrained(small_model(class_name), Path(folder)).eval()
-    return compare(output_of(ours, batch), output_of(theirs, batch))
+    return theirs
 
 
 def compare(found: Tensor, expected: Tensor) -> str:
@@ -266,7 +335,10 @@ CHECKS: dict[str, Callable[[str], str]] = {
     "attach": attach,
     "train": train,
     "merge": merge,
+    "unmerge": unmerge,
+    "checkpointing": checkpointing,
     "rows": rows,
+    "generate": generate,
     "compile": compiled,
     "PEFT reads": peft_reads,
     "reads PEFT": reads_peft,
@@ -274,7 +346,7 @@ CHECKS: dict[str, Callable[[str], str]] = {
 
 ERRORS = (  # what a model or a library raises where something does not fit
     *(TailoraError, RuntimeError, ValueError, TypeError, AttributeError, LookupError),
-    *(ImportError, AssertionError, ArithmeticError),
+    *(ImportError, AssertionError, ArithmeticError, StrictDataclassError),
 )
 
 

@@ -27,6 +27,7 @@ from architecture_checks import (
     output_of,
     outputs_of_rows,
     reason,
+    same_gradients,
     small_model,
     trains,
 )
@@ -41,7 +42,7 @@ from tailora.formats.serving_targets import TARGETS, ServingSettings
 from tailora.kernels.compiled_layers import obstacle_to_compiling
 from tailora.serve.continuous_batching import make_engine
 from tailora.serve.engine_interface import Finish, Request, SamplingParams, Token
-from tailora.train.kernel_choice import checkpointed_layers, choose_packing
+from tailora.train.kernel_choice import choose_packing
 from tailora.train.model_loading import METHODS, check_can_be_sharded, load_base
 
 ALL = measure.RESULTS / "compatibility.json"
@@ -132,23 +133,6 @@ def architecture_cells() -> dict[str, dict[str, str]]:
 
 
 # ---- What several checks compute
-
-
-def same_gradients(model: LoRAModel) -> str:
-    batch = batch_of(model.base_model)
-    model.train()
-
-    def gradients() -> list[Tensor]:
-        loss = output_of(model, batch).float().square().mean()
-        return list(
-            torch.autograd.grad(loss, list(model.lora_layers.parameters()), allow_unused=True, materialize_grads=True)
-        )
-
-    plain = gradients()
-    with checkpointed_layers(model.base_model):
-        again = gradients()
-    worst = max(float((a - b).norm() / (b.norm() + 1e-12)) for a, b in zip(again, plain, strict=True))
-    return "yes" if worst < 1e-3 else f"gradients differ by {worst:.1g}"
 
 
 def export(model: LoRAModel, target: str) -> str:
