@@ -175,7 +175,7 @@ FEW_WORDS = (  # what a reason says -> what the table says
     ("not a dimension of rows", "refused: rows flattened"),
     ("is incompatible with Mamba", "PEFT refuses"),
     ("get_input_embeddings", "PEFT refuses"),
-    ("leaves no layer to adapt", "no linear layers"),
+    ("no layer left to adapt", "no linear layers"),
     ("No modules were targeted", "no linear layers"),
 )
 
