@@ -117,7 +117,7 @@ def conclusions(facts: Facts) -> list[str]:
     return [
         f"--dtype auto {meaning}: {size} bytes per parameter of the base model{' in bfloat16' if stored else ''}",
         f"a base model of {memory / 2 / size / 1e9:.1f}B parameters fills half of the memory; training needs the rest",
-        f"training runs on {device['auto']}; threads: {facts['threads']['torch']} (set by OMP_NUM_THREADS)",
+        f"training uses {device['auto']}; threads: {facts['threads']['torch']} (set by OMP_NUM_THREADS)",
     ]
 
 

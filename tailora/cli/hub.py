@@ -64,7 +64,7 @@ def push(
     license: Annotated[str | None, Parameter(help="license for the model card, such as apache-2.0")] = None,
     samples: Annotated[
         bool,
-        Parameter(negative=(), show_default=False, help="add the run's answers to held-out prompts to the model card"),
+        Parameter(negative=(), show_default=False, help="include the answers to held-out prompts in the model card"),
     ] = False,
     replace_card: Annotated[
         bool, Parameter(negative=(), show_default=False, help="also replace a model card that was edited by hand")

@@ -47,7 +47,7 @@ COMMANDS = {  # name -> file in this folder, what `tailora --help` says
     "train": ("train", "Fine-tune a model on your data."),
     "compare": ("study", "Compare LoRA with full fine-tuning on your model and data."),
     "eval": ("eval", "Evaluate an adapter and its base model on held-out data."),
-    "search": ("study", "Search for the best settings, and for cheaper ones that work as well."),
+    "search": ("study", "Search for the best settings, and for cheaper ones that work just as well."),
     "report": ("study", "Regenerate report.html for a run or a study."),
     "chat": ("chat", "Chat with a model, with or without adapters."),
     "generate": ("chat", "Answer each prompt independently."),

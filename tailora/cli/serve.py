@@ -30,7 +30,7 @@ def serve(
     model: Model = None,
     adapter: Adapters = None,
     adapters: AdaptersFolder = None,
-    host: Annotated[str, Parameter(help="address to listen on; 0.0.0.0 for all networks")] = "127.0.0.1",
+    host: Annotated[str, Parameter(help="address to listen on; 0.0.0.0 for all interfaces")] = "127.0.0.1",
     port: Annotated[Port, Parameter(help="port to listen on")] = 8000,
     name: Annotated[
         str | None, Parameter(help="name of the base model for clients; default: the name of --model")
@@ -145,7 +145,7 @@ def serve(
 def report_systems(systems: dict[str, str | None], folders: dict[str, Path]) -> None:
     """Notes which models use their system message from training, and which have no common one."""
     if added := [name for name, system in systems.items() if system is not None]:
-        note(f"the system message from training is added to requests without one for {', '.join(added)}")
+        note(f"requests to {', '.join(added)} without a system message use the one from training")
     recorded = {name: recorded_settings(adapter_folder(folder), "data") for name, folder in folders.items()}
     differ = [
         name for name, data in recorded.items() if systems[name] is None and data.get("messages", {}).get("system")

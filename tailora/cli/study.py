@@ -111,7 +111,7 @@ def search(
     nproc_per_node: NprocPerNode = None,
     flags: TrainFlags = None,
 ) -> int:
-    """Search for the best settings, and for cheaper ones that work as well.
+    """Search for the best settings, and for cheaper ones that work just as well.
 
     Varies the learning rate, rank, alpha, target layers, dropout and LoRA+ ratio, except for settings that you set.
     --space adds settings or limits their values. --workers 4 runs four trials at a time, each on its own device. After

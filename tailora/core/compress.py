@@ -48,13 +48,13 @@ def check(r: int | None, energy: float | None, loss: object = None, budget: floa
     if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
         problems.append(f"expected an integer >= 1 for r, got {r!r}")
     if energy is not None and not (is_number(energy) and 0 < energy <= 1):
-        problems.append(f"expected the share to keep (above 0, at most 1) for energy, got {energy!r}")
+        problems.append(f"expected a share above 0 and at most 1 for energy, got {energy!r}")
     if (loss is None) != (budget is None):
         problems.append("loss (a function of the model) and budget (its maximum increase) must be used together")
     if loss is not None and not callable(loss):
-        problems.append(f"expected a function of the model that returns a number for loss, got {loss!r}")
+        problems.append(f"expected a function for loss that takes the model and returns a number, got {loss!r}")
     if budget is not None and not (is_number(budget) and budget >= 0):
-        problems.append(f"expected a number >= 0, the maximum increase of the loss, for budget, got {budget!r}")
+        problems.append(f"expected a number >= 0 (the maximum increase of the loss) for budget, got {budget!r}")
     if problems:
         raise ConfigError(listing(problems))
 

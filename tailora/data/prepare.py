@@ -382,7 +382,9 @@ def _split(loaded: list[LoadedSource], settings: DataSettings) -> tuple[list[Loa
             side.append(part.select([index - first for index in indices if first <= index < end]))
         first = end
     if empty := [str(part.source) for part in sides[0] if not len(part.examples)]:
-        raise DataError(f"data {', '.join(empty)}: no example left to train on; add data, or use --validation-split 0")
+        raise DataError(
+            f"data {', '.join(empty)}: no examples left to train on; add more data, or use --validation-split 0"
+        )
     return sides
 
 

@@ -231,7 +231,7 @@ def share_difference(before: ArrayLike, after: ArrayLike) -> Interval:
 def _checked_hits(hits: ArrayLike) -> Floats:
     right = np.asarray(hits, dtype=np.float64)
     if right.ndim != 1 or not right.size or not np.isin(right, (0, 1)).all():
-        raise ValueError("expected at least one example, and 0 or 1 for each")
+        raise ValueError("expected at least one example, each scored 0 (wrong) or 1 (right)")
     return right
 
 

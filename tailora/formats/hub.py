@@ -289,7 +289,7 @@ def upload(
         is_private = bool(api.model_info(repo_id).private)
         if private and not is_private:
             raise ConfigError(
-                f"{repo_id} is public, so everyone would see the adapter. To upload it there, use --public, or "
+                f"{repo_id} is public, so everyone would see the adapter. To upload it anyway, use --public, or "
                 "private=None in Python"
             )
         if revision is not None and not revision.startswith("refs/pr"):

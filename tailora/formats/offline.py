@@ -43,7 +43,7 @@ class OfflineAdapter:
 def read_offline(path: Path) -> OfflineAdapter:
     """Reads a folder of PEFT or mlx-lm. Raises FormatError, and ConfigError for formats that need the base model."""
     if path.is_file() or (path / GGUF_WEIGHTS).is_file():
-        raise ConfigError(f"{path}: its layer names can only be read with the base model; use --model")
+        raise ConfigError(f"{path}: reading its layer names requires the base model; pass it with --model")
     is_mlx = (path / MLX_WEIGHTS).is_file() and not (path / ADAPTER_WEIGHTS).is_file()
     return updates_of(mlx.read(path) if is_mlx else read_peft_folder(path))
 

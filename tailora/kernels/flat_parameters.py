@@ -121,7 +121,7 @@ def check_views(buffers: Sequence[FlatBuffer]) -> None:
     if replaced:
         raise RuntimeError(
             f"{len(replaced)} parameters were replaced during training, first {replaced[0]}, by a call like .to(), "
-            "zero_grad() or .grad = None on the model; make no such call until the run ends"
+            "zero_grad() or .grad = None on the model; avoid such calls until the run ends"
         )
 
 

@@ -180,8 +180,8 @@ def inspect_model(
         )
     if options.forgetting_data is not None and is_seq2seq(model):
         raise ConfigError(
-            f"forgetting data {options.forgetting_data!r} cannot be used with an encoder-decoder model, because "
-            "forgetting is measured by predicting the next token; remove it"
+            f"--forgetting-data {options.forgetting_data} does not work with an encoder-decoder model, because "
+            "forgetting is measured by predicting the next token; remove the flag"
         )
     adapter = model.adapter(name)
     updates, left_out = spectral.updates_of(adapter, model.base_model)

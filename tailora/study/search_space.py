@@ -142,7 +142,7 @@ def search_axes(given: Mapping[str, Axis], train: TrainConfig) -> dict[str, Axis
             f"{', '.join(both)}: set to a fixed value and also listed in --space; use only one of the two"
         )
     if SCALE in given and "lora_alpha" in fixed:
-        raise ConfigError("scale is alpha/r; remove either lora_alpha or scale from --space")
+        raise ConfigError("scale is alpha/r; keep only one of lora_alpha and scale in --space")
     omitted = fixed | ({"lora_alpha"} if SCALE in given else set())
     space = {**{name: axis for name, axis in default.items() if name not in omitted}, **given}
     if all(not isinstance(axis, Range) and len(axis) < 2 for axis in space.values()):

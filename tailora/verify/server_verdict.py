@@ -325,7 +325,8 @@ def _evidence(kinds: Mapping[str, Pairs], fits: Mapping[str, Fit], variants: Map
         if any(extra := _extra_tokens(kinds[name])):
             low, high = min(extra), max(extra)
             amount = f"{low:+d}" if low == high else f"{low:+d} to {high:+d}"
-            evidence.append(f"{KIND_NAMES[name]}: the server's prompts differ from training by {amount} tokens.")
+            differ = f"the server's prompts differ by {amount} tokens from those used in training"
+            evidence.append(f"{KIND_NAMES[name]}: {differ}.")
         if name not in fits:
             what = "Plain completions were" if name == "text" else "The chat template was"
             evidence.append(f"{what} not checked: fewer than {FEWEST} answers.")

@@ -327,7 +327,7 @@ def test_an_adapter_without_a_run_and_a_public_repository(
     code, _, err = call(capsys, "push", tmp_path / "dora", "user/dora")
     assert (
         code,
-        "user/dora is public, so everyone would see the adapter. To upload it there, use --public" in err,
+        "user/dora is public, so everyone would see the adapter. To upload it anyway, use --public" in err,
     ) == (2, True)
     repository.private = True
     assert "user/dora is still private" in call(capsys, "push", tmp_path / "dora", "user/dora", "--public")[2]

@@ -235,7 +235,7 @@ def test_a_loss_that_fails_leaves_the_model_as_it_was(failure: Any) -> None:
         ({"energy": math.nan}, "for energy, got nan"),
         ({"loss": len}, "must be used together"),
         ({"budget": 1.0}, "must be used together"),
-        ({"loss": 3, "budget": 1.0}, "expected a function of the model"),
+        ({"loss": 3, "budget": 1.0}, "expected a function for loss"),
         ({"loss": len, "budget": -1}, "for budget, got -1"),
     ],
 )

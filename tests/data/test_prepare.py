@@ -602,7 +602,7 @@ def test_the_problems_of_all_sources_are_named(bytes_tokenizer, jsonl) -> None:
 
 def test_a_source_of_which_all_is_held_out_is_refused(bytes_tokenizer, jsonl) -> None:
     sources = [Source(jsonl(PAIRS[:2], "a.jsonl")), Source(jsonl(PAIRS[2:4], "b.jsonl"))]
-    with pytest.raises(DataError, match=r"[ab].jsonl: no example left to train on; add data"):
+    with pytest.raises(DataError, match=r"[ab].jsonl: no examples left to train on; add more data"):
         prepare(sources, bytes_tokenizer(), validation_split=0.5, seed=SEED)
 
 

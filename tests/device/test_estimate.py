@@ -103,4 +103,4 @@ def test_doctor_shows_the_device_and_what_would_work_there(
     assert "pretend" in shown["attention"]["varlen_attn"]
     assert shown["compiled layers"]
     assert main(["doctor"]) == 0
-    assert f"training runs on {device}" in " ".join(capsys.readouterr().out.split())
+    assert f"training uses {device}" in " ".join(capsys.readouterr().out.split())

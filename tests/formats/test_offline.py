@@ -91,7 +91,7 @@ def test_a_missing_factor_and_files_that_need_the_model_are_refused(folder: Path
     with pytest.raises(FormatError, match="a: lora_A has no matching factor"):
         read_offline(folder)
     (tmp_path / "loose.safetensors").write_bytes((folder / ADAPTER_WEIGHTS).read_bytes())
-    with pytest.raises(ConfigError, match="use --model"):
+    with pytest.raises(ConfigError, match="requires the base model; pass it with --model"):
         read_offline(tmp_path / "loose.safetensors")
     with pytest.raises(FormatError, match="is not a folder"):
         read_offline(tmp_path / "absent")

@@ -203,7 +203,7 @@ def test_the_command_says_which_models_have_a_system_message(
     report_systems(systems, folders)
     lines = [line for line in capsys.readouterr().err.splitlines() if line]
     assert lines == [
-        "note: the system message from training is added to requests without one for stored",
+        "note: requests to stored without a system message use the one from training",
         "note: the training examples of with have different system messages; send one with each request",
     ]
 

@@ -102,7 +102,7 @@ def test_an_adapter_of_an_encoder_and_decoder_on_data(name: str, seq2seq_run: Tr
     assert found.held_out is not None
     assert found.held_out.loss < found.held_out.base_loss
     assert found.forgetting is None
-    with pytest.raises(ConfigError, match=r"an encoder-decoder model, .*; remove it"):
+    with pytest.raises(ConfigError, match=r"^--forgetting-data .* an encoder-decoder model, .*; remove the flag"):
         inspect(config.output_dir, config.model, options=InspectOptions(forgetting_data=config.data))
 
 
