@@ -276,7 +276,7 @@ def piped_text() -> str:
     """Returns the text from stdin. Raises ConfigError if there is none."""
     text = "" if sys.stdin.isatty() else sys.stdin.read().strip()
     if not text:
-        raise ConfigError("no prompt to answer; use --prompt TEXT or --prompts FILE, or pipe text to stdin")
+        raise ConfigError("no prompts to answer; use --prompt TEXT or --prompts FILE, or pipe text to stdin")
     return text
 
 
@@ -302,7 +302,7 @@ def read_prompts(path: Path) -> list[str]:
             raise data_error(problems)
         prompts = [row.fields["prompt"] for row in fields]
     if not prompts:
-        raise ConfigError(f"--prompts {path} contains no prompt; write one per line")
+        raise ConfigError(f"--prompts {path} contains no prompts; write one per line")
     return prompts
 
 

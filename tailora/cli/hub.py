@@ -107,7 +107,9 @@ def push(
                 delete_patterns=None if PASSPORT in files else PASSPORT,  # of earlier weights
             )
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{repository} has received all files or none; run the same command again") from None
+        raise KeyboardInterrupt(
+            f"{repository} has received either all of the files or none; run the same command again"
+        ) from None
     if uploaded.is_private and public:
         note(f"{repository} is still private; make it public in its settings on the Hub")
     if uploaded.keeps_card:

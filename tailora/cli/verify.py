@@ -49,7 +49,7 @@ ADVICE = {  # what to do next
     "the one used in training. Otherwise, check the base model ({base_model}), whether the server's log reports "
     "skipped layers, and the adapter file: its SHA-256 in {folder} is {hashes}. `tailora push` removes local paths "
     "from the file, so a copy from the Hub can have a different SHA-256 with the same weights.",
-    "unknown": "For a clearer result, let the server return log-probabilities, use a base model of higher precision, "
+    "unknown": "For a clearer result, let the server return log-probabilities, use a higher-precision base model, "
     "or also serve the base model (--base).",
 }
 

@@ -170,7 +170,7 @@ def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
         shown = ", ".join([f"{path} ({r})" for path, r in lowered.items()][:5])
         more = f" and {len(lowered) - 5} more" if len(lowered) > 5 else ""
         warnings.warn(
-            f"r = {config.r} exceeds the smaller dimension of some layers; their rank is lowered at the same scale "
+            f"r = {config.r} exceeds the smaller dimension of some layers; they get a lower rank and keep their scale "
             f"(see rank_pattern and alpha_pattern in the adapter's config): {shown}{more}",
             TailoraWarning,
             stacklevel=3,

@@ -252,8 +252,8 @@ def no_gain(inspection: Inspection) -> Iterator[Advice]:
     interval = "one example" if low is None or high is None else f"95% interval {low:+.4f} to {high:+.4f}"
     yield Advice(
         "no gain",
-        f"The adapter does not lower the loss on {losses.data}: {losses.loss:.4f}, base model {losses.base_loss:.4f} "
-        f"(improvement: {interval}). "
+        f"The adapter does not lower the loss on {losses.data}: {losses.loss:.4f} with the adapter, "
+        f"{losses.base_loss:.4f} with the base model (improvement: {interval}). "
         "If this data resembles the training data, train longer or with a different learning rate.",
         {"improvement": losses.improvement, "low": low, "examples": losses.examples},
     )
@@ -300,7 +300,7 @@ def saturated(inspection: Inspection) -> Iterator[Advice]:
     yield Advice(
         "saturated",
         f"The lower half of the singular values accounts for much of the improvement, and the rank is fully used "
-        f"(limit {SATURATED_USE:g}): {'; '.join(shares)}. Raise r there; alpha can stay the same.",
+        f"(limit {SATURATED_USE:g}): {'; '.join(shares)}. Raise r for these layers; alpha can stay the same.",
         {"groups": evidence, "cost": losses.half.cost, "cost_limit": SATURATED_COST, "use_limit": SATURATED_USE},
         setting=setting,
     )

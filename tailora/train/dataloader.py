@@ -381,7 +381,7 @@ def stream_steps(read: Callable[[], Iterable[Example]], shape: StepShape, start:
             for example in read():
                 yield example
             if example is None:
-                raise DataError("the stream contains no example to train on; check the data")
+                raise DataError("the stream contains no examples to train on; check the data")
 
     stream = islice(repeated(), start * shape.examples_per_step, None)
     while True:

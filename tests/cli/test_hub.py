@@ -342,7 +342,7 @@ def test_ctrl_c_says_that_all_files_are_there_or_none(
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", stop)
     code, _, err = call(capsys, "push", run, "user/adapter")
     assert code == 130
-    assert "interrupted: user/adapter has received all files or none; run the same command again" in err
+    assert "interrupted: user/adapter has received either all of the files or none; run the same command again" in err
     assert no_files(hub)
 
 
