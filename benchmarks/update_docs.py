@@ -57,7 +57,7 @@ def readme_table() -> str:
         "by length and computes logits only for labeled tokens.",
         f"PEFT with the transformers `Trainer` takes {trainer_ratio(real):.2f} times as long as tailora. On a machine "
         f"without AMX, tailora is {speed_ratio(there):.2f} times as fast as the hand-written loop (in tokens/s). "
-        "All figures: [speed and memory](docs/performance.md).",
+        "For all figures, see [speed and memory](docs/performance.md).",
     )
     return "\n\n".join([tables.demo_in_brief(demo["summary"]), *lines])
 
@@ -163,8 +163,8 @@ FEW_WORDS = (  # what a reason says -> what the table says
     ("the compiled base differs too", "also wrong without an adapter"),
     ("data-dependent expression", "data-dependent sizes"),
     ("does not require grad and does not have", "no gradient in transformers"),
-    ("does not support activation checkpointing", "not in transformers"),
-    ("does not support gradient checkpointing", "not in transformers"),
+    ("does not support activation checkpointing", "not supported by transformers"),
+    ("does not support gradient checkpointing", "not supported by transformers"),
     ("weight that another layer shares", "refused: shared weights"),
     ("overrides forward", "refused: not W x + b"),
     ("experts get the tokens of all rows", "refused: experts"),
@@ -465,7 +465,7 @@ EXCERPTS = {  # page and name of an output -> beginnings of its first line, and 
     ("tutorials/classify", "train"): ("demo, fine-tuned", "Metrics"),
     ("tutorials/classify", "eval"): ("Labels", ""),
     ("tutorials/adapters", "pair"): ("Compared with the other", "Advice"),
-    ("questions/merge", "export"): ("Read back", "To use it"),
+    ("questions/merge", "export"): ("With the exported files", "To use it"),
     ("tutorials/preferences", "train"): ("demo, fine-tuned", "Answers before"),
     ("tutorials/preferences", "better"): ("demo, fine-tuned", "Written to"),
     ("tutorials/pretraining", "train"): ("demo, fine-tuned", "Answers before"),

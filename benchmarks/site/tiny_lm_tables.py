@@ -49,7 +49,7 @@ def losses(content: Content) -> str:
     head = ["variant", "trained", *(f"2^{octave}" for octave in octaves), "seeds"]
     result, machine = cells[0]["result"], content["machine"]
     note = (
-        f"The base model's loss is {result['base_loss']:.3f}; the exact probabilities give {result['floor']:.3f}. "
+        f"The base model's loss is {result['base_loss']:.3f}; the true distribution would score {result['floor']:.3f}. "
         f"One core of an {machine['cpu']}, torch {machine['packages']['torch']}."
     )
     return f"{table(head, rows)}\n\n{note}"

@@ -187,8 +187,8 @@ def show(console: Console, result: "ExportReport", code: list[Block], seconds: f
     logits = result.logits
     equal, differ = "are equal to", f"differ by {logits.difference:.1g} of their size from"
     comparison = (
-        f"Read back: the logits {differ if logits.difference else equal} the live model's "
-        f"(allowed: {logits.tolerance:.1g}; the adapter itself changes them by {logits.effect:.2g})."
+        f"With the exported files, the logits {differ if logits.difference else equal} the live model's "
+        f"(allowed: {logits.tolerance:.1g}). For scale, the adapter itself changes them by {logits.effect:.2g}."
     )
     contents: list[Block] = [
         Table([Column(""), Column("", numeric=True)], files),

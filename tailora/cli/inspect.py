@@ -28,8 +28,8 @@ Flags: Any = flags_of(TrainConfig, only=["field", "system", "max_length"])
 Model = Annotated[
     str | None,
     Parameter(
-        help="base model: folder or Hub id, or 'demo'; adds ||dW|| / ||W|| and intruder dimensions; default with "
-        "--data: the one named in the adapter"
+        help="base model (folder, Hub id or 'demo'); with it, the report also shows ||dW|| / ||W|| and intruder "
+        "dimensions; with --data, the default is the base model named in the adapter"
     ),
 ]
 With = Annotated[str | None, Parameter(name="--with", help="second adapter for the same base model, to compare with")]

@@ -134,7 +134,7 @@ FILES = {
     "skipped-rows.jsonl": "the rows that were skipped, and why",
     "run.json": "settings, versions, seeds and data hash, to reproduce the run",
     "config.yaml": "the settings; use --config to run them again",
-    REPORT: "the numbers in report.html, for programs",
+    REPORT: "the numbers of report.html as JSON",
 }
 
 

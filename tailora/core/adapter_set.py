@@ -86,7 +86,7 @@ class AdapterSet:
     def check_new(self, name: str) -> None:
         """Raises AdapterError unless an adapter can be added under this name."""
         if not isinstance(name, str) or not name:
-            raise AdapterError(f"expected a non-empty string as adapter name, got {name!r}")
+            raise AdapterError(f"expected a non-empty string as the adapter name, got {name!r}")
         if name in self.adapters:
             raise AdapterError(
                 f"adapter {name!r} already exists; call delete_adapter({name!r}) or use a different name"

@@ -42,7 +42,7 @@ def read(file: Path, base_model: nn.Module) -> StoredAdapter:
     if others := [key for key in tensors if not _split_key(key)[1]]:
         raise FormatError(
             f"{file} has keys that are not plain LoRA: {', '.join(others[:3])} ({len(others)} of {len(tensors)} keys); "
-            "merge the adapter with the tool that wrote it"
+            "use the tool that wrote it to merge it into the base model"
         )
     paths = _paths_by_name(base_model)
     layers: dict[str, dict[str, Tensor]] = {}  # path -> A, B or alpha -> tensor

@@ -84,7 +84,9 @@ def read(folder: Path) -> StoredAdapter:
     tensors, _ = read_safetensors(folder / MLX_WEIGHTS)
     fine_tune_type = settings.get("fine_tune_type", "lora")
     if fine_tune_type not in ("lora", "dora"):
-        raise FormatError(f"{folder}: fine_tune_type = {fine_tune_type!r} is not LoRA; fuse it with mlx-lm")
+        raise FormatError(
+            f"{folder}: fine_tune_type = {fine_tune_type!r} is not LoRA; merge it into the base with mlx_lm.fuse"
+        )
     layers: dict[str, dict[str, Tensor]] = {}  # path -> name -> tensor
     for key, tensor in tensors.items():
         path, _, name = key.rpartition(".")

@@ -154,7 +154,7 @@ def from_peft_config(settings: Mapping[str, Any], paths: list[str], source: Path
     """
     init = str(settings.get("init_lora_weights")).lower()
     problems = [
-        f"{key} = {settings[key]!r} is not supported; merge the adapter with the tool that wrote it"
+        f"{key} = {settings[key]!r} is not supported; use the tool that wrote it to merge it into the base model"
         for key in UNSUPPORTED_SETTINGS
         if settings.get(key) not in OFF
     ]

@@ -160,7 +160,7 @@ def read_range(trial: Trial, steps: int, settings: dict[str, Any]) -> RateRange:
     low, lowest, high, gain = landmarks(pairs, base_loss)
     if gain < LEAST_GAIN:
         raise ConfigError(
-            f"no learning rate from {LOWEST:g} to {HIGHEST:g} lowered the held-out loss of {base_loss:.3f} within "
+            f"no learning rate from {LOWEST:g} to {HIGHEST:g} lowered the held-out loss from {base_loss:.3f} within "
             f"{len(trial.losses)} steps; {trial.message or 'check --data and --eval-data'}"
         )
     return RateRange(

@@ -70,7 +70,7 @@ def _shuffled(count: int) -> Indices:
         raise ConfigError(
             f"{examples} too few: one half selects settings, and the other half evaluates them. Hold out at least 4, "
             "preferably 100, with --eval-data FILE or a larger --validation-split. Duplicates do not count, nor do "
-            "rows without trained tokens after truncation to --max-length"
+            "rows that have no trained tokens left after truncation to --max-length"
         )
     return np.random.default_rng(0).permutation(count)
 

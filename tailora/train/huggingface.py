@@ -316,8 +316,8 @@ def _check_output_head(model: LoRAModel) -> None:
     adapted = {layer_path_of(base, path) for name in model.active_adapters for path in model.adapter(name).parts}
     if heads := [path for path in adapted if base.get_submodule(path) is head]:
         raise ConfigError(
-            f"{heads[0]} is adapted, but the trainer computes log-probabilities without its adapter, which "
-            "would not be trained; remove this layer from target_modules, modules_to_save and trainable_token_indices"
+            f"{heads[0]} has an adapter, but this trainer bypasses it for log-probabilities, so it would never "
+            f"be trained; remove {heads[0]} from target_modules, modules_to_save and trainable_token_indices"
         )
 
 

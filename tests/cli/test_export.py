@@ -48,7 +48,7 @@ def test_every_format_with_its_figures_and_the_next_command(
     assert found["files"] == {path.name: path.stat().st_size for path in (tmp_path / "a").iterdir()}
     assert main(["export", str(run), "--to", to, "--output", str(tmp_path / "b")]) == 0
     shown = capsys.readouterr()
-    assert re.search(r"Read back: the logits (are equal to|differ by \S+ of their size from) the live", shown.out)
+    assert re.search(r"exported files, the logits (are equal to|differ by \S+ of their size from) the live", shown.out)
     use = {"portable": "`--to vllm` also", "gguf": "`--to llama-server` also"}.get(to, "tailora chat ")
     assert re.search(rf"^{use}.*", shown.out, re.MULTILINE)
     assert f"tailora verify URL --adapter {tmp_path / 'b'}" in shown.out

@@ -108,7 +108,7 @@ def test_the_demo_is_called_demo_where_tailora_takes_the_name_and_has_its_path_e
     assert "Add --model demo to see" in shown["inspect"]
     assert "tailora chat --model demo --adapter" in shown["shrink"]
     assert "tailora chat --model demo --adapter" in shown["peft"]
-    assert "Read back: the logits are equal to the live model's (" in shown["peft"]
+    assert "With the exported files, the logits are equal to the live model's (" in shown["peft"]
     assert f"mlx_lm.server --model {folder} --adapter-path" in shown["mlx"]
 
 

@@ -64,7 +64,7 @@ def test_dora_of_mlx_lm(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "settings", "message"),
     [
-        ({}, {"fine_tune_type": "full"}, "is not LoRA; fuse it"),
+        ({}, {"fine_tune_type": "full"}, "is not LoRA; merge it"),
         ({}, {"lora_parameters": {"rank": 4}}, r"lora_parameters\.scale above 0, got None"),
         ({}, {"lora_parameters": {"scale": float("nan")}}, r"lora_parameters\.scale above 0, got nan"),
         ({}, {"lora_parameters": 3}, r"lora_parameters\.scale above 0, got None"),

@@ -65,7 +65,7 @@ def rising_run(losses: list[float]) -> Trial:
 
 
 def test_rates_that_teach_nothing_are_no_range() -> None:
-    with pytest.raises(ConfigError, match=r"no learning rate from 1e-06 to 1 lowered the held-out loss of 4\.000"):
+    with pytest.raises(ConfigError, match=r"no learning rate from 1e-06 to 1 lowered the held-out loss from 4\.000"):
         read_range(rising_run([4.0, 4.001, 4.2, 5.0]), STEPS, {})
 
 

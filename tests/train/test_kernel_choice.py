@@ -81,7 +81,7 @@ PAYING = 1000  # tokens
     [
         pytest.param(PAYING, PAYING, 1.25, COMPILED, "a layer takes 0.80 times as long as", id="faster"),
         pytest.param(PAYING, PAYING, 0.5, PLAIN, "compiled, but a layer takes 2.00 times as long as", id="slower"),
-        pytest.param(PAYING, 256, 1.25, PLAIN, "it saves in 256 tokens; it pays off from 1,000", id="short"),
+        pytest.param(PAYING, 256, 1.25, PLAIN, "it saves over 256 tokens; it pays off from 1,000", id="short"),
         pytest.param(None, 1e9, 1.25, PLAIN, "no speedup is known on this CPU in float32; use", id="no gain"),
     ],
 )
