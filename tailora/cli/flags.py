@@ -222,7 +222,7 @@ def _yaml_value(name: str, value: Any) -> Any:
         return []
     if str in types and (value == ["all-linear"] or not all(map(MODULE_NAMES.fullmatch, value))):
         if len(value) > 1:
-            raise ConfigError(f"{name}: expected names or one regular expression, got {', '.join(value)}")
+            raise ConfigError(f"{name}: expected names or a single regular expression, got {', '.join(value)}")
         return value[0]
     return [part for token in value for part in token.split(",") if part]
 

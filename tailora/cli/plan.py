@@ -43,8 +43,8 @@ def plan(
     """Estimate the memory and time of a run, and show what would be trained.
 
     Accepts the flags of `train`. Weights are loaded only with --measure. Without --data, all examples are assumed to
-    have --max-length tokens. The exit code is 4 if the run does not fit. --device can also name a GPU of another
-    machine, such as "H100 80GB", to estimate the memory there (but not the time).
+    have --max-length tokens. The exit code is 4 if the run does not fit. --device also accepts a GPU that this
+    machine lacks, such as "H100 80GB", and then estimates its memory but not the time.
     """
     available = None if memory is None else bytes_of(memory)
     settings = merge_settings(flags, config)

@@ -45,10 +45,11 @@ HEADLINES = {
 ADVICE = {  # what to do next
     "base": "Load the adapter into the server, or pass the server's name for it with --model.",
     "scaled": "Compare the server's scale with lora_alpha, r and use_rslora in adapter_config.json.",
-    "other": "If only the chats differ, the server uses a different chat template: `tailora export --to SERVER` writes "
-    "the one used in training. Otherwise, check the base model ({base_model}), whether the server's log reports "
-    "skipped layers, and the adapter file: its SHA-256 in {folder} is {hashes}. `tailora push` removes local paths "
-    "from the file, so a copy from the Hub can have a different SHA-256 with the same weights.",
+    "other": "If only the chats differ, the server probably uses a different chat template; run `tailora export --to "
+    "SERVER` to write the one used in training. Otherwise, check that the server loads the right base model "
+    "({base_model}), that its log reports no skipped layers, and that its adapter file is the right one (SHA-256 in "
+    "{folder}: {hashes}). A copy from the Hub can have a different SHA-256 with the same weights, because `tailora "
+    "push` removes local paths from the file.",
     "unknown": "For a clearer result, let the server return log-probabilities, use a higher-precision base model, "
     "or also serve the base model (--base).",
 }

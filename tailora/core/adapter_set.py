@@ -192,8 +192,8 @@ class AdapterSet:
         paths = {path for adapter in self.adapters.values() for path in (*adapter.low_rank, *adapter.saved)}
         if adapted := [path for path, layer in self.layers.items() if path in paths and layer in modules]:
             raise AdapterError(
-                f"cannot {operation} the base model, because an adapter of the current size exists for "
-                f"{', '.join(adapted)}; do this before adding adapters"
+                f"cannot {operation} the base model, because adapters of {', '.join(adapted)} fit its size now; "
+                f"{operation} it before adding adapters"
             )
 
     @contextmanager

@@ -159,7 +159,7 @@ def check_can_be_measured(config: TrainConfig, place: "Place", nproc: int) -> No
     """Raises ConfigError if this machine cannot run real steps of this run."""
     if place.is_absent:
         raise ConfigError(
-            f"--measure runs real steps, but this machine has no {place.name}; remove --measure or the device"
+            f"--measure runs real steps, but this machine has no {place.name}; remove --measure or --device"
         )
     if learns_preferences(config) and "data" not in config.model_fields_set:
         raise ConfigError("--measure needs data to run real steps on preferences; add --data")

@@ -102,7 +102,9 @@ def search(
     """
     workers = make_workers(study.workers, train.device, study.minutes, processes)
     if study.lr_only:
-        raise ConfigError("lr_only searches only the learning rate; call study.lr_range.find_range, or remove lr_only")
+        raise ConfigError(
+            "lr_only: this function cannot search the learning rate alone; call study.lr_range.find_range instead"
+        )
     folder = Path(train.output_dir)
     space = search_space.search_axes(search_space.read_space(study.space), train)
     values = {name: list(axis) if isinstance(axis, tuple) else str(axis) for name, axis in space.items()}

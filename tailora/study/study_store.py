@@ -257,8 +257,8 @@ class StudySession:
         """Raises ConfigError if --minutes were planned with a different number of processes per run."""
         if self.minutes is not None and planned != self.processes:
             raise ConfigError(
-                f"--nproc-per-node {self.processes}: --minutes was planned for {planned} processes per run in "
-                f"{self.folder}; use --nproc-per-node {planned}, or a different --output-dir"
+                f"--nproc-per-node {self.processes}: the study in {self.folder} planned its --minutes for {planned} "
+                f"processes per run; use --nproc-per-node {planned}, or a different --output-dir"
             )
 
     def has_trial(self, path: Path) -> bool:

@@ -94,7 +94,7 @@ def make_passport(
     chat_tokenizer = ChatTokenizer.of(tokenizer)
     adapter, base_model = model.adapter(name), model.base_model
     if (positions := free_positions(base_model, 0)) < SHORTEST_CONTEXT:
-        raise DataError(f"a verification file needs a context length of at least {SHORTEST_CONTEXT}, got {positions}")
+        raise DataError(f"a verification file needs a context of at least {SHORTEST_CONTEXT} tokens, got {positions}")
     first = [] if system is None else [{"role": "system", "content": system}]
     if held_out is not None:
         texts = _of_samples(held_out, chat_tokenizer, positions, first)

@@ -158,7 +158,7 @@ def test_the_file_is_named_where_its_settings_are_wrong(
         (["--rank-pattern", "q_proj=x"], "rank_pattern"),
         (["--rank-pattern", "q_proj=4", "--rank-pattern", "q_proj=8"], "q_proj is set twice"),
         (["--field", "prompt=a,prompt=b"], "prompt is set twice"),
-        (["--target-modules", "q_proj", "--target-modules", ".*v"], "expected names or one regular expression"),
+        (["--target-modules", "q_proj", "--target-modules", ".*v"], "expected names or a single regular expression"),
     ],
 )
 def test_bad_flags_are_refused_with_their_cause(tokens: list[str], message: str) -> None:

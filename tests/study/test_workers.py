@@ -301,7 +301,7 @@ def test_a_search_goes_on_in_another_number_of_processes_with_the_same_steps(
     assert len(optuna.get_all_study_names(f"sqlite:///{train.output_dir}/study.db")) == 1
     with pytest.raises(ConfigError, match="gradient_accumulation_steps was 2 and is now 1"):
         search(train, study, run_trial=not_run)
-    with pytest.raises(ConfigError, match=r"--minutes was planned for 2 processes per run .* use --nproc-per-node 2"):
+    with pytest.raises(ConfigError, match=r"planned its --minutes for 2 processes per run; use --nproc-per-node 2"):
         search(alone, study.replaced(minutes=5), run_trial=not_run)
 
 

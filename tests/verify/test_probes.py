@@ -126,7 +126,7 @@ def test_a_model_without_chat_template_gets_probes_of_plain_texts() -> None:
 def test_a_model_with_few_positions_gets_none() -> None:
     model = adapted(0)
     model.config.max_position_embeddings = 64
-    with pytest.raises(DataError, match="a verification file needs a context length of at least 200, got 64"):
+    with pytest.raises(DataError, match="needs a context of at least 200 tokens, got 64"):
         make_passport(model, TOKENIZER)
 
 
