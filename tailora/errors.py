@@ -153,7 +153,7 @@ def nearest_path(path: Path, *, folders_only: bool = False) -> str:
 
 def _close_names(name: str, known: Iterable[str], cutoff: float = CLOSE) -> list[str]:
     """Returns the known names that are close to `name`, closest first, without much worse matches."""
-    matches = get_close_matches(name, list(known), cutoff=cutoff)
+    matches = get_close_matches(name, list(dict.fromkeys(known)), cutoff=cutoff)
     ratios = {match: SequenceMatcher(None, match, name).ratio() for match in matches}
     return [match for match in matches if ratios[match] > max(ratios.values()) - MUCH_LESS]
 

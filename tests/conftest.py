@@ -40,7 +40,7 @@ COMMON = {
     "database": None,
     "suppress_health_check": [HealthCheck.too_slow],
 }  # deadline: ms for an input
-settings.register_profile("default", max_examples=50, derandomize=True, **COMMON)
+settings.register_profile("default", max_examples=25, derandomize=True, **COMMON)
 settings.register_profile("exhaustive", max_examples=1000, print_blob=True, **COMMON)
 
 

@@ -88,7 +88,7 @@ def data(
         show(stdout(), report, examples)
         distinct = report["train"] - report["repeated"] + report["eval"]
         share = share_to_hold_out(settings, distinct)
-        held_out = report["eval"] if share is None else round(share * distinct)
+        held_out = report["eval"] if share is None else max(round(share * distinct), 1)
         is_few = 0 < held_out < FEW_EXAMPLES
         enough = "" if is_few else ", enough to evaluate the result"
         epochs = epochs_to_train(settings, prepared, share)

@@ -210,7 +210,8 @@ def message_of(error: BaseException) -> str:
         unused = shlex.join(error.unused_tokens)
         hint = f". To pass data, use --data {unused}" if command in DATA_COMMANDS else ""
         message = f"unexpected argument {unused}{hint}"
-    return f"{message}. Run `tailora {command} --help` for all flags" if command else str(error)
+    message = message if message.endswith("?") else f"{message}."
+    return f"{message} Run `tailora {command} --help` for all flags" if command else str(error)
 
 
 def exit_code(error: BaseException) -> int:

@@ -410,7 +410,7 @@ def evaluate_labels(
 
 def _evaluate(model: LoRAModel, tokenizer: Any, labels: Labels, examples: Examples, progress: Progress) -> Evaluation:
     task = label_task(labels)
-    layout = choose_layout(TrainConfig(), model, tokenizer, lambda _: None, task=task)
+    layout = choose_layout(TrainConfig(), model, tokenizer, lambda _: None, trains=False, task=task)
     return evaluate(model, examples, layout=layout, token_budget=token_budget(model), task=task, progress=progress)
 
 

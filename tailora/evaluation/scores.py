@@ -264,7 +264,7 @@ class _Evaluator:
     ) -> None:
         self.model, self.tokenizer, self.options, self.log = model, tokenizer, options, log
         self.task: Task = SEQ2SEQ_TASK if is_seq2seq(model) else CAUSAL_LM
-        self.layout = choose_layout(TrainConfig(), model, tokenizer, log, task=self.task)
+        self.layout = choose_layout(TrainConfig(), model, tokenizer, log, trains=False, task=self.task)
         self.token_budget = token_budget(model)
         self.normalize = normalizer(options.normalize)
         steps = {
@@ -424,7 +424,7 @@ def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log
     examples = prepared.train.distinct()
     if len(examples) < len(prepared.train):
         log(f"{distinct_of(len(prepared.train), len(examples), 'held-out example')}: duplicates are evaluated once")
-    layout = choose_layout(config, model, tokenizer, log, task=task)
+    layout = choose_layout(config, model, tokenizer, log, trains=False, task=task)
     return lambda: evaluate(model, examples, layout=layout, token_budget=token_budget(model), task=task)
 
 

@@ -95,12 +95,14 @@ def choose_layout(
     note: Callable[[str], None],
     *,
     compare: bool = True,
+    trains: bool = True,
     task: Task = CAUSAL_LM,
 ) -> BatchLayout:
     """Returns packed or padded batches, and how the loss is computed; both are tried unless the task `is_plain`.
 
     note: called with the reason if the model cannot do what is fastest.
     compare: False for a model without contents, whose structure alone decides.
+    trains: False if only outputs count, not gradients.
     Raises ConfigError for packing = 'on' if it would change results.
     """
     base = cast(PreTrainedModel, model.base_model)
@@ -112,7 +114,7 @@ def choose_layout(
             raise ConfigError(f"--packing on is not supported for {task.description}; remove --packing")
         return BatchLayout(False, HEAD, pad_id(tokenizer), float32_from=float32_from)
     with evaluating(model):
-        attention, packing_note = choose_packing(base, config.packing, compare=compare)
+        attention, packing_note = choose_packing(base, config.packing, compare=compare, trains=trains)
         packed, own = attention is not None, own_form(base)
         may_share = attention == CPU and compare and config.fast != "off"
         sharing_obstacle = obstacle_to_sharing(base, CPU) if may_share else None
@@ -132,14 +134,16 @@ def choose_layout(
     return replace(layout, loss=loss)
 
 
-def choose_packing(model: PreTrainedModel, setting: str, *, compare: bool = True) -> tuple[str | None, str | None]:
+def choose_packing(
+    model: PreTrainedModel, setting: str, *, compare: bool = True, trains: bool = True
+) -> tuple[str | None, str | None]:
     """Returns what computes attention of packed rows, or None, and why not something better. Raises ConfigError."""
     if setting == "off":
         return None, None
     obstacles: dict[str, str] = {}
     device_type = model.device.type
     for provider in candidates(device_type) if compare else [predicted_provider(device_type, model.dtype)]:
-        obstacle = obstacle_to_provider(model, provider, compare=compare)
+        obstacle = obstacle_to_provider(model, provider, compare=compare, trains=trains)
         if obstacle is None:
             passed_over = "; ".join(f"{name} is not used, because {reason}" for name, reason in obstacles.items())
             return provider, f"attention is computed by {provider}; {passed_over}" if passed_over else None

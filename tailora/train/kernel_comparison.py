@@ -93,7 +93,7 @@ def short_examples(base: PreTrainedModel) -> list[Example]:
 REFUSALS = (ValueError, TypeError, RuntimeError, ImportError, OSError)
 
 
-def obstacle_to_provider(model: PreTrainedModel, provider: str, *, compare: bool) -> str | None:
+def obstacle_to_provider(model: PreTrainedModel, provider: str, *, compare: bool, trains: bool = True) -> str | None:
     """Returns why packed rows are not safe with it; None if documents give the results that each gives alone."""
     name, row, refusal = type(model).__name__, PROVIDERS.get(provider), None
     if row is not None and compare and (missing := first_of_ranks(row.obstacle(model.device, model.dtype))):
@@ -103,7 +103,7 @@ def obstacle_to_provider(model: PreTrainedModel, provider: str, *, compare: bool
     with evaluating(model):
         try:
             with packed_rows(model, provider):
-                together = _packed_results(model, documents, packed=True, gradient=compare)
+                together = _packed_results(model, documents, packed=True, gradient=compare and trains)
                 if row is not None and compare and not row.has_dropout:
                     model.train()  # the provider raises if the model asks for dropout
                     _packed_results(model, documents, packed=True, gradient=False)
@@ -117,7 +117,7 @@ def obstacle_to_provider(model: PreTrainedModel, provider: str, *, compare: bool
             return refusal
         if (refusal := first_of_ranks(refusal)) is not None:
             return refusal
-        alone = [_packed_results(model, [document], packed=False, gradient=True) for document in documents]
+        alone = [_packed_results(model, [document], packed=False, gradient=trains) for document in documents]
     return first_of_ranks(_packing_difference(model, together, alone))
 
 

@@ -288,7 +288,7 @@ def test_adapters_on_a_fused_layer_and_on_parts_of_it() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("gradients", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_other_names_for_the_rows_compile_nothing_anew(gradients: bool) -> None:
     torch._dynamo.reset()
     model, graphs = causal_lm(), []
