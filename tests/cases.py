@@ -296,7 +296,7 @@ def all_of(cases: Sequence[LayerCase]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
-def pairs_of(pairs: Sequence[tuple[LayerCase, str]], per_slot: int = 3) -> pytest.MarkDecorator:
+def pairs_of(pairs: Sequence[tuple[LayerCase, str]], per_slot: int = 2) -> pytest.MarkDecorator:
     """Parametrises a test by `case` and `slot`.
 
     Pairs are marked `exhaustive` but for the plain slot and `per_slot` cases of every other slot, which are as far
