@@ -151,10 +151,8 @@ def plan() -> str:
 
 # ---- docs/architectures.md
 
-COLUMNS = (
-    *("attach", "train", "merge", "unmerge", "checkpointing", "rows", "generate", "compile"),
-    *("PEFT reads", "reads PEFT"),
-)
+COLUMNS = ("attach", "train", "merge", "unmerge", "checkpointing", "rows", "generate", "compile")
+COLUMNS += ("PEFT reads", "reads PEFT")
 FEW_WORDS = (  # what a reason says -> what the table says
     ("PEFT does not read its own file either", "misses layers, also in its own files"),
     ("does not generate: ", "-"),
@@ -164,15 +162,11 @@ FEW_WORDS = (  # what a reason says -> what the table says
     ("data-dependent expression", "data-dependent sizes"),
     ("does not require grad and does not have", "no gradient in transformers"),
     ("does not support activation checkpointing", "not supported by transformers"),
-    ("does not support gradient checkpointing", "not supported by transformers"),
     ("weight that another layer shares", "refused: shared weights"),
     ("overrides forward", "refused: not W x + b"),
-    ("experts get the tokens of all rows", "refused: experts"),
-    ("which mix the tokens of all rows", "refused: experts"),
     ("which process all rows together", "refused: experts or attention"),
     ("whose first dimension must be the rows", "refused: rows flattened"),
     ("as in adapter_rows, in the first dimension", "refused: rows flattened"),
-    ("not a dimension of rows", "refused: rows flattened"),
     ("is incompatible with Mamba", "PEFT refuses"),
     ("get_input_embeddings", "PEFT refuses"),
     ("no layer left to adapt", "no linear layers"),
@@ -202,15 +196,9 @@ def untried() -> str:
     """The classes whose small base model does not run, with the reason, and those that were not run."""
     content = read("architectures")
     failed = {name: cells["base"] for name, cells in sorted(content["architectures"].items()) if "base" in cells}
-    rows = [[f"`{name}`", in_cell(reason)] for name, reason in failed.items()]
-    not_run = f"\n\nNot run yet: {', '.join(content['not_run'])}." if content["not_run"] else ""
-    return tables.table(["class", "what transformers says"], rows) + not_run
-
-
-def in_cell(reason: str) -> str:
-    """A message in one cell of a table."""
-    words = reason.replace("|", "/").replace("`", "'").replace("<", "&lt;")
-    return words if len(words) < 140 else f"{words[:137].strip()}..."
+    marks = str.maketrans({"|": "/", "`": "'", "<": "&lt;"})  # which would end the cell
+    rows = [[f"`{name}`", reason.translate(marks)[:140].strip()] for name, reason in failed.items()]
+    return f"{tables.table(['class', 'what transformers says'], rows)}\n\nNot run yet: {', '.join(content['not_run'])}."
 
 
 # ---- docs/coming_from
