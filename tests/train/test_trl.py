@@ -173,6 +173,6 @@ def test_what_a_trainer_of_trl_would_do_wrong_is_refused(tmp_path: Path) -> None
     refused("separate reference model", "GRPO", sync_ref_model=True)
     head = ["q_proj", "lm_head"]
     for name in ("DPO", "GRPO"):
-        refused("lm_head is adapted", name, lora_model(name, target_modules=head))
-        refused("lm_head is adapted", name, lora_model(name, modules_to_save=["lm_head"]))
+        refused("lm_head has an adapter, but", name, lora_model(name, target_modules=head))
+        refused("lm_head has an adapter, but", name, lora_model(name, modules_to_save=["lm_head"]))
     refused("do not reallocate ranks", "Reward", lora_model("Reward", adalora=AdaLoRA(target_r=2)))
