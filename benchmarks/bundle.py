@@ -52,7 +52,7 @@ def main() -> None:
     size = archive.stat().st_size
     print(f"{archive}: {size / 2**20:.1f} MiB")
     if size > LIMIT:
-        raise SystemExit(f"that is more than {LIMIT / 2**20:.0f} MiB: leave something out of ALONE, bitsandbytes first")
+        raise SystemExit(f"that is more than {LIMIT / 2**20:.0f} MiB: remove something from ALONE, bitsandbytes first")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What all benchmarks share: cells, arms that take turns, and one JSON file with the machine in it.
 
-A benchmark is a list of cells. Each cell runs in a process of its own, with its own number of threads and malloc
+A benchmark is a list of cells. Each cell runs in its own process, with its own number of threads and malloc
 settings. Inside a cell the arms take turns step by step, so that a change of the machine affects all of them. A cell is
 written as soon as it is finished: a run that was stopped continues where it was, and cells of other source code or of
 another machine are measured again.
@@ -54,7 +54,7 @@ def main(
     measure: Callable[..., dict[str, Any]],
     table: Callable[[dict[str, Any]], str] | None = None,
 ) -> None:
-    """Runs `measure(**cell)` for every cell of `cells(quick)`, each in a process of its own.
+    """Runs `measure(**cell)` for every cell of `cells(quick)`, each in its own process.
 
     table: what is printed of the file's content at the end.
     """
@@ -165,14 +165,14 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def ratios(times: dict[str, list[float]], over: str) -> dict[str, dict[str, float]]:
-    """Returns every arm's time over that of the arm `over`, round by round."""
+    """Returns every arm's time divided by the time of the arm `over`, round by round."""
     return {
         name: spread([own / base for own, base in zip(values, times[over], strict=True)])
         for name, values in times.items()
     }
 
 
-# ---- Arms in processes of their own
+# ---- Arms in separate processes
 
 
 def run_arms(module: str, arms: list[str], repeats: int) -> dict[str, list[dict[str, Any]]]:

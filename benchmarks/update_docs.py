@@ -47,7 +47,7 @@ def fenced(output: str) -> str:
 
 
 def readme_table() -> str:
-    """The demo's run beside PEFT in four lines, then what was measured, and how it is elsewhere."""
+    """The demo's run compared with PEFT in four lines, then what was measured, and the result on other machines."""
     demo, real = read("demo"), read("real")
     there = read("demo", "zen4")
     repeats = len(demo["runs"]["tailora"])
@@ -63,7 +63,7 @@ def readme_table() -> str:
 
 
 def speed_ratio(demo: Content) -> float:
-    """Returns tailora's tokens a second over those of the hand-written loop."""
+    """Returns tailora's tokens per second, divided by the hand-written loop's."""
     ours, peft = (demo["summary"][arm]["tokens_per_second"]["median"] for arm in ("tailora", "peft"))
     return float(ours / peft)
 

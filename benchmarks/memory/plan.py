@@ -4,7 +4,7 @@
     python -m benchmarks.memory.plan --only name="T bf16"
 
 Each configuration has a model with random weights, rows of different lengths, and three commands in separate processes:
-`plan`, `plan --measure` and `train`. Peaks are those of the process (VmHWM). Needs Linux.
+`plan`, `plan --measure` and `train`. Peaks are per process (VmHWM). Needs Linux.
 """
 
 import json
@@ -34,7 +34,7 @@ sys.exit(code)
 
 @dataclass(frozen=True)
 class Configuration:
-    """A model and the flags of the commands. `family` is that of the model: llama, qwen2 or gpt2."""
+    """A model and the flags of the commands. `family`: architecture of the model: llama, qwen2 or gpt2."""
 
     shape: Shape
     flags: dict[str, Any] = field(default_factory=dict)

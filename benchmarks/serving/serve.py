@@ -172,7 +172,7 @@ def measure_loading(folder: Path, rounds: int) -> dict[str, Any]:
     load_before = os.getloadavg()[0]
     model = LoRAModel(load_base_model(folder, DTYPE), LoRAConfig(r=LOADED_RANK))
     randomize_factors(model)
-    seconds: dict[str, list[float]] = {"idle": [], "beside 8 requests": []}
+    seconds: dict[str, list[float]] = {"idle": [], "during 8 requests": []}
     with tempfile.TemporaryDirectory() as root:
         path = model.save_adapter(Path(root) / "adapter")
         size = (path / "adapter_model.safetensors").stat().st_size
@@ -187,7 +187,7 @@ def measure_loading(folder: Path, rounds: int) -> dict[str, Any]:
                 params = SamplingParams(2000, temperature=0.0, ignore_eos=True)
                 engine.submit(Request(name, tuple(range(1, 33)), None, params), lambda _: None)
             time.sleep(1)
-            seconds["beside 8 requests"] += [load(registry) for _ in range(LOADS)]
+            seconds["during 8 requests"] += [load(registry) for _ in range(LOADS)]
             for name in running:
                 engine.cancel(name)
         gc.unfreeze()

@@ -87,13 +87,13 @@ class Record:
 
 
 def write_files(folder: Path) -> None:
-    """The base, and in `adapters` those of ADAPTERS, two that are broken, and two to load and replace."""
+    """The base, and a folder `adapters` with ADAPTERS, two broken ones, and two to load and replace."""
     write_model(SHAPE, folder / "base")
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder / "base")
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-    model.save_pretrained(folder / "base")  # so that no answer depends on the requests beside it
+    model.save_pretrained(folder / "base")  # so that no answer depends on other requests
     settings: dict[str, dict[str, Any]] = {**ADAPTERS, "not-finite": {"r": 2}, "first": {"r": 4}, "second": {"r": 6}}
     for name, own in settings.items():
         adapted = LoRAModel(model, LoRAConfig(**own))
@@ -139,7 +139,7 @@ def sampled(client: httpx.Client, chance: random.Random, record: Record) -> None
 
 
 def stream(client: httpx.Client, path: str, body: dict[str, Any], record: Record, what: str, most: int) -> list[str]:
-    """Returns at most so many lines of a streamed answer; none, and a record of it, if the request is refused."""
+    """Returns at most this many lines of a streamed answer; none, and a record of it, if the request is refused."""
     with client.stream("POST", path, json={**body, "stream": True}) as response:
         if response.status_code != 200:
             response.read()

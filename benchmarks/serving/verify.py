@@ -217,7 +217,7 @@ def fault_table(files: Files, program: Path, passport: Passport) -> list[dict[st
 def false_alarms(files: Files, program: Path, passports: dict[str, list[Passport]]) -> Iterator[list[dict[str, Any]]]:
     """Asks servers that do all right, and yields what it has so far after each of them.
 
-    program: llama-server.    passports: of each fault that is a right adapter of its own.
+    program: llama-server.    passports: of each fault that is itself a correct adapter.
     """
     rows = []
     for fault, of_adapter in passports.items():

@@ -1,4 +1,4 @@
-"""Tables of docs/experiments.md, from what evidence.py wrote. What was not measured says so."""
+"""Tables of docs/experiments.md, from what evidence.py wrote. A cell that was not measured contains a note."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

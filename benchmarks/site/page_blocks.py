@@ -1,6 +1,6 @@
 """Pages in Markdown: their code blocks, measured parts and links, and a shell that runs their commands.
 
-<!-- not run: REASON -->    above a block that cannot run as it stands
+<!-- not run: REASON -->    above a block that cannot run unchanged
 <!-- made by: SCRIPT -->    above figures that a script made
 <!-- file: NAME -->         above the content of a file
 <!-- measured:NAME -->      after a block, above what it printed, which <!-- /measured:NAME --> ends
@@ -70,7 +70,7 @@ def measured_parts(page: Path) -> list[tuple[str, str]]:
 
 
 def with_parts(document: str, contents: dict[str, str]) -> str:
-    """Returns the document with new contents of its measured parts. Raises SystemExit if it has other parts."""
+    """Returns the document with new contents of its measured parts. Raises SystemExit if its parts differ."""
     found = [name for name, _ in PART.findall(document)]
     if sorted(found) != sorted(contents):
         raise SystemExit(f"the page has the measured parts {sorted(found)}, expected {sorted(contents)}")

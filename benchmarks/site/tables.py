@@ -290,7 +290,7 @@ def plan(cells: Cells) -> str:
 
 
 def preferences(cells: Cells) -> str:
-    """Six steps on pairs of replies beside TRL."""
+    """Six steps on pairs of replies, compared with TRL."""
     by_arm = {arm: [run["result"] for run in runs] for (arm,), runs in grouped(cells, "arm").items()}
     ours = spread([run["cpu"] for run in by_arm[OURS]])["median"]
     rows = []

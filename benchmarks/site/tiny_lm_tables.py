@@ -20,7 +20,7 @@ def label_of(arm: str) -> str:
 
 
 def stated(content: Content) -> str:
-    """Each statement beside what was measured."""
+    """Each statement, next to what was measured."""
     rows = [
         [
             claim["statement"],

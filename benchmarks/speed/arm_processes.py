@@ -1,4 +1,4 @@
-"""Arms in processes of their own, which take turns: each computes only while the others wait.
+"""Arms in separate processes, which take turns: each computes only while the others wait.
 
 Threads of one process would share its memory, and its peak with it. Two threads also need the main thread of a process:
 libgomp counts the threads of all its pools, one pool for each thread that computes, and lets waiting threads sleep at

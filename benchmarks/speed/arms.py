@@ -1,6 +1,6 @@
 """The arms of most benchmarks: one optimiser step at a time of tailora, of PEFT and of full fine-tuning.
 
-All arms train on the same rows. tailora's steps are those of `tailora.train.trainer.run` itself: the run is in a thread
+All arms train on the same rows. tailora's steps are taken by `tailora.train.trainer.run`: the run is in a thread
 and pauses after each step, so that the other arms get their turn and nothing of tailora is left out.
 """
 
@@ -120,7 +120,7 @@ def peft(
 ) -> Step:
     """Returns the steps of PEFT as documented: all linear layers, float32 adapters.
 
-    extra: how many adapters are loaded beside the one that trains.
+    extra: how many adapters are loaded in addition to the one that trains.
     """
     from peft import LoraConfig, get_peft_model
 

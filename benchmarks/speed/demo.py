@@ -1,4 +1,4 @@
-"""The demo's run beside a hand-written loop around PEFT, and the time of the imports.
+"""The demo's run compared with a hand-written loop around PEFT, and the time of the imports.
 
     python -m benchmarks.speed.demo run [--repeats 3]     writes benchmarks/results/demo.json
 
@@ -80,7 +80,7 @@ def peft() -> dict[str, float]:
 
 
 def startup() -> dict[str, float]:
-    """Returns CPU seconds of the imports and of --help, each in a new interpreter, relative to that of torch."""
+    """Returns CPU seconds of the imports and of --help, each in a new interpreter, relative to the import of torch."""
     import resource
     import subprocess
 

@@ -146,7 +146,7 @@ def launches(device: torch.device, count: int = 1000) -> list[float]:
     return [seconds / count for seconds in seconds_of(many, device)]
 
 
-# ---- Training: every arm in a process of its own, and blocks of steps in turn
+# ---- Training: every arm in its own process, and blocks of steps in turn
 
 
 @dataclass
@@ -244,7 +244,7 @@ class ArmProcess:
             self.connection.send(message)
             answer: dict[str, Any] = self.connection.recv()
         except (EOFError, OSError):
-            return {"failed": (self.log.read_text().strip().splitlines() or ["it ended without a word"])[-1]}
+            return {"failed": (self.log.read_text().strip().splitlines() or ["its process ended without output"])[-1]}
         return answer
 
 
@@ -403,7 +403,7 @@ ARM_MODULES = {
 def nf4(
     device: torch.device, folder: Path, model: str, tokens: int, documents: list[int], steps: int, rounds: int
 ) -> None:
-    """Reports a step on an NF4 base beside a bf16 one."""
+    """Reports a step on an NF4 base, compared with a bf16 base."""
     arms = {"bf16": ("tailora", {}), "nf4": ("tailora", {"quantize": "nf4"})}
     tasks = [task_of(folder, model, tokens, length) for length in documents]
     train_in_turn(device, folder, tasks, arms, steps, rounds)
@@ -466,7 +466,7 @@ def decoding_times(
 
 
 def rows(device: torch.device, folder: Path, model: str, rows: int, adapters: list[int]) -> None:
-    """Reports the forward of so many rows of one token by the number of adapters among them, in turn and in order."""
+    """Reports forward passes of `rows` one-token rows, by the number of adapters among them, in turn and in order."""
     from peft import LoraConfig, get_peft_model
 
     ids = random_ids(model, (rows, 1), device)

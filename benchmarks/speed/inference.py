@@ -1,10 +1,10 @@
-"""Answering with an adapter beside the weights or merged into them, and switching among 64: tailora and PEFT, in turn.
+"""Answering with an unmerged or merged adapter, and switching among 64: tailora and PEFT, in turn.
 
     python -m benchmarks.speed.inference        writes benchmarks/results/inference.json
     python -m benchmarks.speed.inference --only what=decode value=static
 
-Every arm generates greedily after a prompt of 64 random tokens. `first` is the time to the first token, `next` that of
-each later token. `base` is tailora's model with its adapter switched off.
+Every arm generates greedily after a prompt of 64 random tokens. `first` is the time to the first token, `next` the time
+for each later token. `base` is tailora's model with its adapter switched off.
 """
 
 import time

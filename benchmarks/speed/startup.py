@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed.startup          writes benchmarks/results/startup.json
 
-The command runs in a process of its own and is watched from outside: run.json exists as soon as everything is loaded
+The command runs in a separate process and is watched from outside: run.json exists as soon as everything is loaded
 and checked, and metrics.jsonl has a line as soon as the first step is done.
 """
 

@@ -148,7 +148,7 @@ def trl(
 def packing_settings(examples: Examples) -> dict[str, Any]:
     """Returns settings that pack whole rows into as many tokens as the other arms' batches have.
 
-    Positions keep the attention of one row apart from that of the next.
+    Positions keep the attention of each row apart from its neighbors.
     """
     length = max(TOKENS, int(examples.lengths.max()))
     return {"packing": True, "max_length": length, "per_device_train_batch_size": 1}

@@ -72,7 +72,7 @@ def pissa_is_not_ahead_when_tuned(losses: Losses) -> Claim:
 def rate_of_lora_over_full(losses: Losses) -> Claim:
     factors = [2 ** (best(losses, arm) - best(losses, "full")) for arm in ranks(losses)]
     found = f"{min(factors):g}x to {max(factors):g}x"
-    return Claim("best learning rate of LoRA 2-16x that of full", found, min(factors) >= 2 and max(factors) <= 16)
+    return Claim("best learning rate: LoRA 2-16x full", found, min(factors) >= 2 and max(factors) <= 16)
 
 
 CLAIMS: list[Callable[[Losses], Claim]] = [

@@ -55,7 +55,7 @@ def run_cell(setting: str, study: str, quick: bool, threads: int) -> dict[str, A
     if not (work / "data").exists():
         write_setting(setting, work / "fresh", base_steps=QUICK_STEPS if quick else BASE_STEPS)
         (work / "fresh").rename(work / "data")
-    os.chdir(work / "data")  # so that paths in the results are those of the commands
+    os.chdir(work / "data")  # so that results contain the same paths as the commands
     runs = Runs(work / "runs")
     if study == "intruders":
         return count_intruders(setting, runs, quick=quick)

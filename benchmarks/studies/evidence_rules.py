@@ -11,7 +11,7 @@ arm is tuned if half and twice its best rate were tried; without that there is n
     inside      a number is in a range. Holds: the interval is inside. Does not hold: it is outside.
 
 Of a statement as a whole: it holds if it does with both models and fails nowhere; it does not hold if it fails
-somewhere and holds nowhere; it depends if it holds in one place and fails in another. Otherwise nobody can tell.
+somewhere and holds nowhere; it depends if it holds in one place and fails in another. Otherwise it is "cannot tell".
 """
 
 import math
@@ -76,7 +76,7 @@ def inside(low: float, high: float, least: float, most: float) -> str:
 
 
 def overall(findings: Sequence[Finding]) -> str:
-    """Returns the verdict on a statement, from those of the settings."""
+    """Returns the verdict on a statement, from the verdicts of the settings."""
     verdicts = {finding.verdict for finding in findings}
     if {HOLDS, FAILS} <= verdicts:
         return DEPENDS
@@ -87,7 +87,7 @@ def overall(findings: Sequence[Finding]) -> str:
 
 
 def all_of(verdicts: Iterable[str]) -> str:
-    """Returns the verdict on a statement with several parts, all of which must hold."""
+    """Returns the verdict on a statement whose parts must all hold."""
     given = set(verdicts)
     return FAILS if FAILS in given else HOLDS if given == {HOLDS} else UNCLEAR
 
@@ -130,7 +130,7 @@ def gap_of_batches(small: Result, large: Result) -> tuple[float, float, float]:
 
 
 def rate_ratio(result: Result) -> tuple[float, float, float]:
-    """Returns the best rate of LoRA over that of full fine-tuning, with an interval over the choosing examples.
+    """Returns LoRA's best rate divided by full fine-tuning's, with an interval over the choosing examples.
 
     Between the rates that were tried, the best is the vertex of a parabola. One seed chooses rates, so that the
     interval does not contain the spread over the seeds.

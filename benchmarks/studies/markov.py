@@ -30,7 +30,7 @@ MLP = ["gate_proj", "up_proj", "down_proj"]
 SIZES = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 
-Arm = Mapping[str, Any] | None  # settings of LoRAConfig beside alpha; None is full fine-tuning
+Arm = Mapping[str, Any] | None  # settings of LoRAConfig in addition to alpha; None is full fine-tuning
 ARMS: dict[str, Arm] = {
     **{f"r{r}": {"r": r} for r in RANKS},
     "attention": {"r": 15, "target_modules": ATTENTION},  # 15 (64 + 64) 4 parameters a layer

@@ -364,8 +364,8 @@ def computes_as_its_type(layer: nn.Module) -> bool:
 def forward_obstacle(layer: nn.Module) -> str | None:
     """Returns why an adapter next to this layer would change something else than W x + b; None if it would not.
 
-    A subclass that overrides forward may be a router or a grouped layer. Its forward is compared with that of the known
-    class on random numbers, or on the meta device by shape. For a weight that is not quantized.
+    A subclass that overrides forward may be a router or a grouped layer. Its forward is compared with the known class's
+    forward on random numbers, or on the meta device by shape. For a weight that is not quantized.
     """
     name, layer_type = type(layer).__name__, layer_type_of(layer)
     if layer_type is None or computes_as_its_type(layer):

@@ -8,7 +8,6 @@ convert         file -> folder
 import io
 import struct
 from contextlib import redirect_stderr
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -41,7 +40,13 @@ def converted_base(file: Path) -> Path:
 
     Raises ConfigError if transformers cannot read the file, and FetchError if the folder cannot be written.
     """
-    return build_once(folder_of(file), partial(convert, file.resolve()))
+    file = file.resolve()
+
+    def build(folder: Path) -> None:
+        convert(file, folder)
+        (folder / SOURCE).write_text(f"{file}\n")
+
+    return build_once(folder_of(file), build)
 
 
 def folder_of(file: Path) -> Path:
@@ -62,23 +67,24 @@ def convert(file: Path, folder: Path) -> None:
         with quiet_transformers(warnings=False), redirect_stderr(io.StringIO()):
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            # The weights are dense now, but a model that is marked as quantized cannot be saved.
-            del model.config.quantization_config
-            model.hf_quantizer = None
-            model.is_quantized = False
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-    except (ValueError, KeyError, NotImplementedError, IndexError, struct.error) as error:
+    # what transformers and its reader raise for an unknown architecture or tokenizer, and for a damaged file
+    except (ValueError, LookupError, NotImplementedError, OSError, struct.error) as error:
         cause = " ".join(str(error).split())
         raise ConfigError(
             f"transformers cannot read the GGUF file {file} ({cause}); use the folder of the original model"
         ) from error
-    (folder / SOURCE).write_text(f"{file}\n")
+    # The weights are dense now, but a model that is marked as quantized cannot be saved.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    with quiet_transformers(warnings=False):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def source_of(folder: Path) -> str | None:
-    """Returns the path of the GGUF file from which a folder was converted; None for other folders."""
-    if folder.parent != cache_folder() / "gguf":
+    """Returns the path of the GGUF file from which a folder was converted; None for others, and if the file is gone."""
+    if folder.parent != cache_folder() / "gguf" or not (folder / SOURCE).exists():
         return None
-    source = folder / SOURCE
-    return source.read_text().strip() if source.exists() else None
+    source = (folder / SOURCE).read_text().strip()
+    return source if Path(source).is_file() else None

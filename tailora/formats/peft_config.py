@@ -180,8 +180,8 @@ def from_peft_config(settings: Mapping[str, Any], paths: list[str], source: Path
     if unknown := {key: value for key, value in settings.items() if key not in known and value not in OFF}:
         shown = ", ".join(f"{key} = {value!r:.80}" for key, value in unknown.items())
         warnings.warn(
-            f"{source}: ignoring unknown settings in adapter_config.json: {shown}. Compare the outputs with those of "
-            "the tool that wrote the file",
+            f"{source}: ignoring unknown settings in adapter_config.json: {shown}. Compare the outputs with the "
+            "outputs in the tool that wrote the file",
             TailoraWarning,
             stacklevel=2,
         )
