@@ -357,6 +357,8 @@ class LoRAModel(nn.Module):
         change. To train all these adapters, first call `set_adapter` with all their names. With gradient checkpointing,
         call backward within the block. For inference, the factors are cached within the block until torch registers a
         change of a parameter. torch does not register in-place changes of `.data`, or changes in torch.inference_mode.
+        If a layer gets the tokens of all rows in one dimension, as shared experts do, the first forward pass calls the
+        base model once more to see whether they are in order, and hooks on its layers see that call.
         Raises AdapterError for unknown names, and MergeError while merged. Raises RowsError within another such block,
         or if a layer gets a different number of rows or cannot separate the rows.
         """

@@ -136,7 +136,8 @@ class AdapterSet:
         allow_repacking(self._not_repacked)
         for name, parameter in self.base_model.named_parameters(remove_duplicate=False):
             parameter.requires_grad = self._required_grad[name]
-        self.adapters, self.active, self.layers, self._modules = {}, (), {}, {}
+        self.adapters, self.active, self._modules = {}, (), {}
+        self.layers.clear()  # `_row_order` has the same dict
 
     def _layers_of(self, names: Iterable[str]) -> set[str]:
         """Returns the paths of the layers that these adapters change."""

@@ -197,8 +197,8 @@ class MixedBatch:
             return self._repeated[self.repeats]
         repeated = f", or {n * self.repeats} repeated by generate" if self.repeats > 1 else ""
         rows, order = self._repeated[self.repeats], self.row_order
-        has_all_rows = x.shape[0] % rows.n == 0 and x.ndim == min_ndim == 2
-        if has_all_rows and order is not None and order.keeps(layer, rows.n):
+        is_flat = order is not None and x.ndim == min_ndim == 2
+        if is_flat and cast(RowOrder, order).keeps(layer, len(x), rows.n):
             return rows
         packed = "; packed examples count as one row, so use padding instead" if n > 1 and x.shape[0] == 1 else ""
         raise RowsError(

@@ -1,7 +1,7 @@
 """Finds layers whose input has no dimension for the rows of a batch, such as shared experts.
 
-They get (rows * tokens, width) instead of (rows, tokens, width). A different adapter per row works there if the rows
-are in order. `RowOrder` checks this with one marked forward pass, because a model may also mix or drop tokens.
+They get (rows * tokens, width) instead of (rows, tokens, width). A different adapter per row works there if the layer
+gets all tokens and the rows are in order. `RowOrder` checks the order with one marked forward pass.
 """
 
 import inspect
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from tailora.core.attach import attached, evaluating
 
-CACHE_INPUTS = ("cache_position", "attention_mask", "position_ids", "labels")
+CACHE_INPUTS = ("cache_position", "attention_mask", "position_ids")
+# What a model may raise if it is called without these inputs
+CALL_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class RowOrder:
@@ -26,62 +28,83 @@ class RowOrder:
     def __init__(self, base_model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         self.base_model, self.layers = base_model, layers
         self._keeps: dict[nn.Module, bool] = {}
-        self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # arguments of the current forward pass
+        self._inputs: dict[str, Any] = {}  # of the current forward pass, by name
+        self._rows_and_tokens = (0, 0)  # of the last embeddings
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Within the block, the model's inputs are known, from which the marked forward pass is made."""
+        """Within the block, the inputs of each forward pass and the shape of its embeddings are known."""
+        names = list(inspect.signature(self.base_model.forward).parameters)
 
-        def keep_call(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._call = args, kwargs
+        def keep_inputs(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not torch.compiler.is_compiling():
+                self._inputs = dict(zip(names, args, strict=False)) | kwargs
+                self._rows_and_tokens = (0, 0)
 
-        handle = self.base_model.register_forward_pre_hook(keep_call, with_kwargs=True)
-        try:
+        def forget_inputs(_model: nn.Module, _inputs: Any, _output: Any) -> None:
+            if not torch.compiler.is_compiling():
+                self._inputs = {}
+
+        def keep_shape(_embeddings: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.ndim == 3 and not torch.compiler.is_compiling():
+                self._rows_and_tokens = output.shape[0], output.shape[1]
+
+        with ExitStack() as stack:
+            register = self.base_model.register_forward_pre_hook
+            stack.callback(register(keep_inputs, with_kwargs=True).remove)
+            stack.callback(self.base_model.register_forward_hook(forget_inputs).remove)
+            if (embeddings := self._embeddings()) is not None:
+                stack.callback(embeddings.register_forward_hook(keep_shape).remove)
             yield
-        finally:
-            handle.remove()
-            self._call = None
 
-    def keeps(self, layer: nn.Module, n: int) -> bool:
-        """True if the layer's input contains the tokens of n rows, row after row."""
-        if n == 1:
-            return True
-        if layer not in self._keeps and self._call is not None and not torch.compiler.is_compiling():
-            self._marked_forward(*self._call, n)
-        return self._keeps.get(layer, False)
+    def _embeddings(self) -> nn.Module | None:
+        try:
+            embeddings: nn.Module | None = getattr(self.base_model, "get_input_embeddings", lambda: None)()
+        except NotImplementedError:  # some models of transformers have none
+            return None
+        return embeddings
 
-    def _marked_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any], n: int) -> None:
+    def keeps(self, layer: nn.Module, length: int, n: int) -> bool:
+        """True if `length`, the first dimension of the layer's input, contains all tokens of n rows, row after row."""
+        rows, tokens = self._rows_and_tokens
+        if torch.compiler.is_compiling() or rows != n or length != n * tokens:
+            return False
+        if n > 1 and layer not in self._keeps and self._inputs:
+            self._marked_forward(n, tokens)
+        return n == 1 or self._keeps.get(layer, False)
+
+    def _marked_forward(self, n: int, tokens: int) -> None:
         """Calls the base model with NaN as the embeddings of the last row, and looks where layers get NaN."""
-        embeddings = getattr(self.base_model, "get_input_embeddings", lambda: None)()
-        if embeddings is None:
-            return
         # without the cache, which must not see this call, and what fits it; other tensors may be the model's input
-        kwargs = {k: value for k, value in kwargs.items() if isinstance(value, Tensor) and k not in CACHE_INPUTS}
+        inputs: dict[str, Any] = {
+            k: value for k, value in self._inputs.items() if isinstance(value, Tensor) and k not in CACHE_INPUTS
+        }
         if "use_cache" in inspect.signature(self.base_model.forward).parameters:
-            kwargs["use_cache"] = False
+            inputs["use_cache"] = False
 
-        def mark(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            if not isinstance(output, Tensor) or len(output) != n:
-                return output  # not marked, so that no layer counts as in order
+        def mark(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
             return output.index_fill(0, torch.tensor([n - 1], device=output.device), torch.nan)
 
         def look(layer: nn.Module) -> Callable[..., None]:
-            def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-                marked = inputs[0].isnan().flatten(1).any(1)
-                count = len(marked) // n
-                in_order = len(marked) % n == 0 and marked[-count:].all() and not marked[:-count].any()
-                self._keeps[layer] = bool(in_order) and self._keeps.get(layer, True)
+            def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                if args and isinstance(args[0], Tensor) and args[0].ndim == 2 and len(args[0]) == n * tokens:
+                    marked = args[0].isnan().any(1).view(n, tokens)
+                    in_order = bool(marked[-1].all() & ~marked[:-1].any())
+                    self._keeps[layer] = in_order and self._keeps.get(layer, True)
 
             return hook
 
-        call, self._call = self._call, None  # the hook of `watched` would take this call for the user's
+        before = self._inputs, self._rows_and_tokens  # which the hooks of `watched` change
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(evaluating(self.base_model))
             stack.enter_context(attached(dict.fromkeys(self.layers.values(), ())))
-            handles = [layer.register_forward_pre_hook(look(layer)) for layer in self.layers.values()]
-            handles.append(embeddings.register_forward_hook(mark))
-            for handle in handles:
-                stack.callback(handle.remove)
-            self.base_model(*args, **kwargs)
-        self._call = call
+            for layer in self.layers.values():
+                stack.callback(layer.register_forward_pre_hook(look(layer)).remove)
+            stack.callback(self._embeddings().register_forward_hook(mark).remove)  # type: ignore[union-attr]
+            try:
+                self.base_model(**inputs)
+            except CALL_ERRORS:
+                self._keeps = {}  # nothing is known, so that the layer is refused with its remedy
+            finally:
+                self._inputs, self._rows_and_tokens = before

@@ -338,7 +338,7 @@ def _all_linear(model: Any, candidates: Mapping[str, TargetCandidate]) -> list[T
         and not candidate.output_slice
         and candidate.layer is not head
         and candidate.use == "called"
-        and (is_quantized(candidate.layer) or forward_obstacle(candidate.layer) is None)
+        and _forward_obstacle(candidate.layer) is None
     ]
 
 
@@ -502,7 +502,11 @@ def _conflicts(
 
 def obstacle_to_adapting(layer: nn.Module) -> str | None:
     """Returns why a layer that the config selects cannot be adapted; None if it can."""
-    return obstacle(layer) or storage_obstacle(layer) or (None if is_quantized(layer) else forward_obstacle(layer))
+    return obstacle(layer) or storage_obstacle(layer) or _forward_obstacle(layer)
+
+
+def _forward_obstacle(layer: nn.Module) -> str | None:
+    return None if is_quantized(layer) else forward_obstacle(layer)
 
 
 def quantized_saved_module(path: str) -> str:

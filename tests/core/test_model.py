@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.adapter import layer_key
+from tailora.core.layer_types import forward_obstacle
 from tailora.errors import AdapterError, ConfigError, MergeError, TargetError
 from tailora.formats.peft_model import PEFT_NAMES
 
@@ -412,7 +413,18 @@ class Router(nn.Linear):  # as in Llama 4 and Phi-MoE
         return logits.sigmoid(), logits
 
 
-@pytest.mark.parametrize("cls", [Noisy, Clamped, Doubled, TwoInputs, Router])
+class Failing(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Asserting(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.ndim == 4
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("cls", [Noisy, Clamped, Doubled, TwoInputs, Router, Failing, Asserting])
 def test_a_subclass_that_computes_something_else_is_not_adapted(cls: type[nn.Linear]) -> None:
     base = nn.Sequential(nn.Linear(8, 8), cls(8, 8))
     assert [*LoRAModel(base, LoRAConfig(r=2)).lora_layers] == ["0"]
@@ -420,6 +432,38 @@ def test_a_subclass_that_computes_something_else_is_not_adapted(cls: type[nn.Lin
         LoRAModel(nn.Sequential(nn.Linear(8, 8), cls(8, 8)), LoRAConfig(r=2, target_modules=["0", "1"]))
     with pytest.raises(TargetError, match=f"no layer left.*{cls.__name__} overrides forward"):
         LoRAModel(nn.Sequential(cls(8, 8)), LoRAConfig(r=2))
+
+
+def test_convolutions_are_compared_like_linear_layers() -> None:
+    class Same(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
+
+    class Own(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
+
+    config = LoRAConfig(r=2, target_modules=["0"])
+    assert "0" in LoRAModel(nn.Sequential(Own(4, 4, 3, dilation=2)), config).lora_layers
+    with pytest.raises(TargetError, match="0: Same overrides forward and does not compute"):
+        LoRAModel(nn.Sequential(Same(4, 4, 3)), config)
+
+
+def test_a_comparison_changes_nothing() -> None:
+    class Counting(nn.Linear):
+        count: Tensor
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count += 1
+            return super().forward(x + torch.randn(()) * 0)
+
+    layer = Counting(8, 8).eval()
+    layer.register_buffer("count", torch.zeros(()))
+    state = torch.get_rng_state()
+    assert forward_obstacle(layer) is None
+    assert torch.equal(state, torch.get_rng_state())
+    assert layer.count == 0
+    assert not layer.training
 
 
 def test_a_subclass_that_computes_the_same_is_adapted() -> None:

@@ -89,3 +89,40 @@ def test_rows_in_another_order_are_refused(order: str) -> None:
         else:
             with pytest.raises(RowsError, match=r"expert: expected 3 rows, .* got \(12, 6\)"):
                 model(ids)
+
+
+class Routed(SharedExpert):
+    """Gives its layer the tokens of even ids, so that one batch can reach it whole and another in part."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return cast(Tensor, self.expert(self.embeddings(ids)[ids % 2 == 0]))
+
+
+def test_a_layer_that_gets_a_part_of_the_tokens_is_refused_whatever_it_got_before() -> None:
+    model = LoRAModel(Routed("by row"), LoRAConfig(r=2), "a")
+    model.add_adapter("b", LoRAConfig(r=3))
+    whole, balanced = torch.full((2, 4), 2), torch.tensor([[1, 2, 3, 4], [2, 4, 5, 7]])  # 4 of 8 tokens, 2 of each row
+    with model.adapter_rows(["a", "b"]):
+        assert model(whole).shape == (8, 6)
+        for ids in (balanced, torch.tensor([[2, 2, 2, 1], [1, 1, 1, 2]])):
+            with pytest.raises(RowsError, match=r"expert: expected 2 rows, .* got \(4, 6\)"):
+                model(ids)
+
+
+def test_what_one_call_does_not_show_the_next_one_does() -> None:
+    model = with_two_adapters(tiny_model("Qwen2MoeForCausalLM"))
+    ids = torch.randint(0, 40, (2, 5))
+    with model.adapter_rows(["a", "b"]):
+        with pytest.raises(RowsError):  # the embeddings are not called, so nothing can be marked
+            model(inputs_embeds=model.base_model.get_input_embeddings()(ids))  # type: ignore[operator]
+        assert model(ids).logits.isfinite().all()
+
+
+def test_adapters_that_are_added_after_unloading_have_their_own_layers() -> None:
+    model = LoRAModel(tiny_model("Qwen2MoeForCausalLM"), LoRAConfig(r=2, target_modules=["q_proj"]), "a")
+    model.unload()
+    config = LoRAConfig(r=2, target_modules=["shared_expert.up_proj"])
+    for name in ("b", "c"):
+        model.add_adapter(name, config)
+    with model.adapter_rows(["b", "c"]):
+        assert model(torch.randint(0, 40, (2, 5))).logits.isfinite().all()
