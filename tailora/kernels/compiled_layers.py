@@ -67,7 +67,7 @@ def obstacle_to_compiling(model: nn.Module, device: torch.device) -> str | None:
     layers = decoder_layers(model)
     if not layers:
         return f"{type(model).__name__} has no list of layers"
-    if (kinds := len({layer_kind(layer) for layer in layers})) > MOST_KINDS:
+    if (kinds := kinds_of(layers)) > MOST_KINDS:
         return f"they are of {kinds} kinds, but at most {MOST_KINDS} are compiled"
     return compiler_obstacle(device)
 
@@ -94,6 +94,11 @@ def compiler_obstacle(device: torch.device) -> str | None:
     except InvalidCxxCompiler:
         return "torch.compile needs a C++ compiler (g++ or clang++), but none was found"
     return None
+
+
+def kinds_of(layers: Sequence[nn.Module]) -> int:
+    """Returns how many graphs these layers take: one for each kind of layer."""
+    return len({layer_kind(layer) for layer in layers})
 
 
 def layer_kind(layer: nn.Module) -> tuple[Any, ...]:
@@ -194,7 +199,7 @@ class CompiledLayers:
         return call
 
 
-def paying_tokens(device: torch.device, dtype: torch.dtype) -> int | None:
+def paying_tokens(device: torch.device, dtype: torch.dtype, layers: Sequence[nn.Module]) -> int | None:
     """Returns how many tokens a run needs to make up for compiling; None where no gain is known.
 
     Compiling takes 16 s for each kind of layer. With AMX, ten layers of SmolLM's shape in bfloat16 then take .73 of the
@@ -202,5 +207,5 @@ def paying_tokens(device: torch.device, dtype: torch.dtype) -> int | None:
     passes that are fused are 8% of a step. For CUDA and XPU a gain of 15% is assumed, at 10,000 tokens per second.
     """
     if device.type == "cpu":
-        return 100_000 if dtype == torch.bfloat16 and "amx_bf16" in cpu_flags() else None
-    return 1_000_000 if device.type in ("cuda", "xpu") else None
+        return 100_000 * kinds_of(layers) if dtype == torch.bfloat16 and "amx_bf16" in cpu_flags() else None
+    return 1_000_000 * kinds_of(layers) if device.type in ("cuda", "xpu") else None

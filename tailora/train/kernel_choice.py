@@ -33,6 +33,7 @@ from tailora.kernels.compiled_layers import (
     PAYING_TOKENS_ON_DISK,
     CompiledLayers,
     decoder_layers,
+    kinds_of,
     layer_kind,
     obstacle_to_compiling,
     paying_tokens,
@@ -47,7 +48,7 @@ from tailora.train.kernel_comparison import (
     compare_layers,
     has_dropout,
     layer_calls,
-    obstacle_to_chunks,
+    obstacle_to_form,
     obstacle_to_provider,
     obstacle_to_sharing,
     outputs_and_gradients,
@@ -171,7 +172,7 @@ def choose_form(model: Any, batch: Batch, compare: bool = True) -> tuple[str, st
     head = model.get_output_embeddings()
     if type(head) is nn.Linear and not is_quantized(head) and not any(p.requires_grad for p in head.parameters()):
         chunked = FROZEN  # an adapted or quantized layer is not a plain one
-    obstacle = obstacle_to_chunks(model, batch, compare=compare)
+    obstacle = obstacle_to_form(model, batch, chunked, own, compare=compare)
     return (own, f"{type(model).__name__} {obstacle}") if obstacle else (chunked, None)
 
 
@@ -206,6 +207,15 @@ def choose_kernels(
             )
         reason = f" (compiled layers: {obstacle})"
     return plain_kernels(config, base, layout, reason)
+
+
+def recorded_kernels(run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns `Kernels.record` of a checkpoint's run. Earlier versions recorded it in other words, or not at all."""
+    if "layer_kernels" not in run:
+        return run.get("kernels")
+    layers = run["layer_kernels"]  # True: hand-written layers of Llama, which are gone
+    memory = float(layers.rsplit(" ", 1)[1]) if isinstance(layers, str) else None  # "compiled, activation_memory 1"
+    return {"layers": PLAIN if memory is None else COMPILED, "activation_memory": memory}
 
 
 def asks_for_compiled_layers(config: TrainConfig) -> bool:
@@ -246,9 +256,10 @@ def _try_compiled(
 
 def _obstacle_to_gain(base: PreTrainedModel, tokens: float, share_file: Path) -> str | None:
     """Returns why the rest of the run, of `tokens`, does not pay for compiling. share_file: of an earlier run."""
-    needed = paying_tokens(base.device, base.dtype)
+    layers = decoder_layers(base)
+    needed = paying_tokens(base.device, base.dtype, layers)
     with suppress(OSError, ValueError):
-        share, needed = float(share_file.read_text()), PAYING_TOKENS_ON_DISK
+        share, needed = float(share_file.read_text()), PAYING_TOKENS_ON_DISK * kinds_of(layers)
         if share >= 1:
             return f"in an earlier run, a layer took {share:.2f} times as long as without compiling"
     if needed is None:
@@ -360,7 +371,10 @@ def _attention(base: PreTrainedModel, layout: BatchLayout) -> str:
 def use_kernels(
     base: PreTrainedModel, layout: BatchLayout, kernels: Kernels, *, checkpointed: bool = False
 ) -> Iterator[Recomputing | None]:
-    """Computes with this layout and these kernels within the block. Yields what decides which tensors are kept."""
+    """Computes with this layout and these kernels within the block. Yields what decides which tensors are kept.
+
+    Raises ConfigError if the model does not support checkpointing.
+    """
     with ExitStack() as stack:
         recomputing = stack.enter_context(recomputed()) if kernels.recomputes and not checkpointed else None
         stack.enter_context(layout.used_by(base))

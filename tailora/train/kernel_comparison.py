@@ -2,7 +2,7 @@
 
     obstacle_to_provider   documents of a packed row give the results that each gives alone
     obstacle_to_sharing    so they do if a beginning that they share is computed once
-    obstacle_to_chunks     the loss in chunks equals the loss from the model's logits
+    obstacle_to_form       the loss in chunks equals the loss from the model's logits
     compare_layers         compiled layers give what the layers of transformers give
 
 `train.kernel_choice` chooses by these comparisons. All ranks of a run choose what every rank can do. They agree after
@@ -26,7 +26,7 @@ from tailora.data.dataset import Example
 from tailora.kernels.attention import PackingError, packed_rows
 from tailora.kernels.compiled_layers import CompiledLayers, decoder_layers
 from tailora.kernels.device_attention import BLOCK, PROVIDERS
-from tailora.kernels.loss import Batch
+from tailora.kernels.loss import FORMS, Batch
 from tailora.train.loss import CAUSAL_LM, BatchLayout, make_batch
 from tailora.train.parallel import first_of_ranks, forget_forward
 from tailora.train.trainable import Trainable, trained_module
@@ -36,7 +36,7 @@ TOLERANCES = {  # what is compared -> allowed in float32, float64, and 16 bits, 
     # gradients that differ by .05 to .09; documents that attend to each other: logits by .13 and more, gradients by .38
     "packed logits": (1e-4, 1e-8, 5e-2),
     "packed gradients": (1e-4, 1e-8, 0.2),
-    "loss": (1e-4, 1e-8, 5e-2),  # decoder's states
+    "loss": (1e-4, 1e-8, 5e-2),  # decoder's states, losses, gradients
     "layers": (1e-3, 1e-5, 0.1),  # float64: transformers computes norms in float32
 }
 
@@ -112,7 +112,8 @@ def obstacle_to_provider(model: PreTrainedModel, provider: str, *, compare: bool
             raise
         except refusals as error:
             forget_forward(model)
-            refusal = f"{name} does not support them ({str(error).splitlines()[0]})"
+            cause, _, _ = str(error).partition("\n")
+            refusal = f"{name} does not support them ({cause})"
         if not compare:
             return refusal
         if (refusal := first_of_ranks(refusal)) is not None:
@@ -152,7 +153,8 @@ def obstacle_to_sharing(model: PreTrainedModel, provider: str) -> str | None:
             raise
         except REFUSALS as error:
             forget_forward(model)
-            refusal = f"{type(model).__name__} does not support it ({str(error).splitlines()[0]})"
+            cause, _, _ = str(error).partition("\n")
+            refusal = f"{type(model).__name__} does not support it ({cause})"
     if (refusal := first_of_ranks(refusal)) is not None:
         return refusal
     return first_of_ranks(_packing_difference(model, results[1], results[:1]))
@@ -190,14 +192,17 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 RAMP = 1e3  # logits from -RAMP to RAMP show a soft cap, a scale or a bound that small ones do not
 
 
-def obstacle_to_chunks(model: Any, batch: Batch, *, compare: bool) -> str | None:
-    """Returns why the loss in chunks is not the one from the model's own logits. compare: see `choose_form`."""
+def obstacle_to_form(model: Any, batch: Batch, chunked: str, own: str, *, compare: bool) -> str | None:
+    """Returns why a chunked form does not give the losses and gradients of the model's own; None if it does.
+
+    chunked, own: keys of FORMS.    compare: see `kernel_choice.choose_layout`; without it all ranks see the same.
+    """
     trials: list[Callable[[], str | None]] = [
         lambda: _structural_obstacle(model, batch),
         lambda: _change_around_head(model, batch, compare),
     ]
     if compare:
-        trials.append(lambda: _states_difference(model, batch))
+        trials.append(lambda: _loss_difference(model, batch, chunked, own))
     for trial in trials:
         obstacle = first_of_ranks(trial()) if compare else trial()
         if obstacle is not None:
@@ -258,20 +263,29 @@ def _change_around_head(model: Any, batch: Batch, compare: bool) -> str | None:
     return None
 
 
-def _states_difference(model: Any, batch: Batch) -> str | None:
-    """Returns how the decoder's states differ when it is called alone; None if they do not."""
-    decoder, states = model.get_decoder(), list[Tensor]()
+def _loss_difference(model: Any, batch: Batch, chunked: str, own: str) -> str | None:
+    """Returns how states, losses or gradients differ when the decoder is called alone; None if they do not."""
+    expected = _loss_results(model, batch, own)
+    for name, actual in _loss_results(model, batch, chunked).items():
+        difference, allowed = relative_difference(actual, expected[name]), tolerance("loss", actual.dtype)
+        if not difference <= allowed:
+            sizes = f"difference {difference:.1e}, allowed {allowed:.0e}"
+            return f"returns different {name} when its decoder is called alone ({sizes})"
+    return None
+
+
+def _loss_results(model: Any, batch: Batch, form: str) -> dict[str, Tensor]:
+    """Returns the decoder's states, the losses in their precision, and the gradient of weighted losses by them."""
+    states: list[Tensor] = []
 
     def after_decoder(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        states.append(output[0])
+        states.append(output[0] if output[0].requires_grad else output[0].requires_grad_())
 
-    with torch.no_grad(), decoder.register_forward_hook(after_decoder):
-        model(**batch.inputs, use_cache=False)
-        decoder(**batch.inputs, use_cache=False)
-    difference, allowed = relative_difference(states[1], states[0]), tolerance("loss", states[0].dtype)
-    if difference <= allowed:
-        return None
-    return f"returns different states when its decoder is called alone ({difference:.1e}, allowed {allowed:.0e})"
+    with torch.enable_grad(), model.get_decoder().register_forward_hook(after_decoder):
+        losses = FORMS[form](model, batch)
+        weights = torch.linspace(1, 2, len(losses), dtype=losses.dtype, device=losses.device)
+        (gradient,) = torch.autograd.grad(losses @ weights, states)
+    return {"states": states[0].detach(), "losses": losses.detach().to(gradient.dtype), "gradients": gradient}
 
 
 # ---- Layers
@@ -287,7 +301,7 @@ def compare_layers(
 
     Compared are what each layer adds to its input, and the gradients of the input and of the factors.
     """
-    base, largest = cast(PreTrainedModel, model.base_model), 0.0
+    base, differences = cast(PreTrainedModel, model.base_model), [0.0]
     # nothing is drawn at random; a model without dropout stays in training mode, for which compiled code is made
     in_mode = evaluating(model) if has_dropout(base) else nullcontext()
     with in_mode, zeros_randomized(model), layout.used_by(base):
@@ -298,8 +312,8 @@ def compare_layers(
             if any((a is None) != (b is None) for a, b in zip(plain, other, strict=True)):
                 return "transformers' layers do not call every adapted layer, but compiled ones would", ""
             pairs = [(a, b) for a, b in zip(plain, other, strict=True) if a is not None and b is not None and a.any()]
-            largest = max(largest, *(relative_difference(b, a) for a, b in pairs), 0.0)
-    allowed = tolerance("layers", base.dtype)
+            differences += [relative_difference(b, a) for a, b in pairs]
+    largest, allowed = float(np.max(differences)), tolerance("layers", base.dtype)  # NaN if one of them is
     if not largest <= allowed:
         return f"their results differ from transformers' layers by {largest:.0e} (allowed: {allowed:.0e})", ""
     return None, (

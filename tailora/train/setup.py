@@ -44,6 +44,7 @@ from tailora.train.kernel_choice import (
     Work,
     choose_kernels,
     choose_layout,
+    recorded_kernels,
     share_kept_instead,
     use_kernels,
 )
@@ -235,7 +236,7 @@ def choose_computation(
     layout = choose_layout(config, model, tokenizer, note, task=data.tried_task)
     recorded = None
     if saved is not None:
-        recorded = saved.state["run"]["kernels"]
+        recorded = recorded_kernels(saved.state["run"])
         layout = replace(layout, float32_from=saved.state["run"].get("float32_from"))
     check_layers_are_called(model, data.longest, data.tried_task, layout)
     init_from_data(model, data, layout, config.init_batches)

@@ -1,13 +1,15 @@
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from accelerate import PartialState
 from runs import assert_resumed_alike
 from tiny import chat_model
@@ -19,11 +21,11 @@ from torch.nn import functional as F
 from tailora import LoRAConfig, LoRAModel
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
-from tailora.kernels.compiled_layers import PAYING_TOKENS_ON_DISK, CompiledLayers, decoder_layers
+from tailora.kernels.compiled_layers import PAYING_TOKENS_ON_DISK, CompiledLayers, decoder_layers, paying_tokens
 from tailora.kernels.loss import FROZEN
-from tailora.train import kernel_choice
+from tailora.train import kernel_choice, kernel_comparison
 from tailora.train.config import TrainConfig
-from tailora.train.kernel_choice import COMPILED, PLAIN, Kernels, Work, choose_kernels
+from tailora.train.kernel_choice import COMPILED, PLAIN, Kernels, Work, choose_kernels, recorded_kernels
 from tailora.train.loss import BatchLayout
 from tailora.train.trainer import run
 
@@ -123,6 +125,31 @@ def test_a_run_whose_layers_were_compiled_before_knows_what_that_saves(
     compile_at_speed(0.5)
     chosen(TrainConfig(fast="compile"), tokens)
     assert "in an earlier run, a layer took 2.00 times as long" in chosen(TrainConfig(), tokens).description
+
+
+def test_each_kind_of_layer_has_to_pay() -> None:
+    base, device = chat_model(), torch.device("cuda")
+    one = paying_tokens(device, torch.bfloat16, decoder_layers(base))
+    LoRAModel(base, LoRAConfig(r=2, target_modules=["model.layers.0.self_attn.q_proj"]))
+    assert paying_tokens(device, torch.bfloat16, decoder_layers(base)) == 2 * cast(int, one)
+
+
+def test_compiled_layers_that_give_nan_are_not_taken(
+    monkeypatch: pytest.MonkeyPatch, compile_at_speed: Callable[[float], None]
+) -> None:
+    compile_at_speed(1.25)
+    monkeypatch.setattr(kernel_comparison, "relative_difference", lambda *_: math.nan)
+    with pytest.raises(ConfigError, match="their results differ from transformers' layers by nan"):
+        chosen(TrainConfig(fast="compile"), 1)
+
+
+def test_checkpoints_of_earlier_versions_have_their_kernels() -> None:
+    plain = {"layers": PLAIN, "activation_memory": None}
+    assert recorded_kernels({}) is None
+    assert recorded_kernels({"kernels": plain}) == plain
+    assert recorded_kernels({"layer_kernels": True}) == plain  # hand-written ones, which are gone
+    compiled = {"layers": COMPILED, "activation_memory": 0.7}
+    assert recorded_kernels({"layer_kernels": "compiled, activation_memory 0.7"}) == compiled
 
 
 def test_layers_that_text_does_not_reach_are_not_timed(compile_at_speed: Callable[[float], None]) -> None:

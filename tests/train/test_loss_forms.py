@@ -146,6 +146,22 @@ def test_what_a_model_does_outside_its_decoder_and_head_is_noticed(change: str, 
     assert_right(model.double(), WHOLE, 1e-6)  # transformers casts its norms to float32
 
 
+@pytest.mark.parametrize(("part", "factor"), [("losses", 1.001), ("gradients", 1.0)])
+def test_a_chunked_form_that_is_wrong_on_this_model_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, part: str, factor: float
+) -> None:
+    right = FORMS[FROZEN]
+
+    def wrong(model: Any, batch: Any) -> Tensor:
+        losses = factor * right(model, batch)
+        return losses if part == "losses" else losses.detach() + (losses - losses.detach()) * 2
+
+    monkeypatch.setitem(FORMS, FROZEN, wrong)
+    form, why = form_of(model_of("llama"))
+    assert form == OWN
+    assert f"returns different {part} when its decoder is called alone" in str(why)
+
+
 def test_hooks_on_the_model_or_its_head_are_not_passed_by() -> None:
     base = model_of("llama").base_model
     for module in (base, base.get_output_embeddings()):
