@@ -23,6 +23,7 @@ from tailora.cli.models import (
     check_sources,
     command_to_use,
     device_of_flag,
+    fetch_sources,
     find_adapter,
     labels_of,
     load_model,
@@ -233,6 +234,8 @@ def extract(
 
     check(r, energy)
     chosen = device_of_flag(device)
+    for name in (model, tuned):
+        fetch_sources(name)
     base, other = (load_base(name, "stored", chosen)[0] for name in (model, tuned))
     adapted, report = LoRAModel.from_difference(base, other, config, r=r, energy=energy)
     adapted.save_adapter(output_dir)

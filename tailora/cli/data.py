@@ -212,7 +212,7 @@ def histogram(bins: Sequence[dict[str, int]]) -> Table:
 
 
 def highlight(pieces: Pieces, in_color: bool) -> Text:
-    """Returns trained text in green and the rest dim; without color, learned text in [[ ]]."""
+    """Returns trained text in green and the rest dim; without color, trained text in [[ ]]."""
     if in_color:
-        return Text.assemble(*((text, "green" if learned else "dim") for text, learned in pieces))
-    return Text("".join(f"[[{text}]]" if learned else text for text, learned in pieces))
+        return Text.assemble(*((text, "green" if trained else "dim") for text, trained in pieces))
+    return Text("".join(f"[[{text}]]" if trained else text for text, trained in pieces))

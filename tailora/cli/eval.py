@@ -27,7 +27,7 @@ from tailora.cli.models import (
     load_model,
     refuse_system,
 )
-from tailora.errors import ConfigError
+from tailora.errors import ConfigError, FormatError
 from tailora.evaluation.metrics import (
     CHANGE,
     LABEL_METRICS,
@@ -306,8 +306,14 @@ def find_target(adapter: str | None, model: str | None) -> EvalTarget:
 
 
 def _check_output_dir(folder: Path | None) -> None:
-    """Raises ConfigError if this would overwrite the report of another command, FormatError if that is damaged."""
-    if folder is not None and (folder / REPORT).exists() and read_json_object(folder / REPORT).get("kind") != KIND:
+    """Raises ConfigError if this would overwrite the report of another command, or a damaged one."""
+    if folder is None or not (folder / REPORT).exists():
+        return
+    try:
+        kind = read_json_object(folder / REPORT).get("kind")
+    except FormatError:
+        kind = None
+    if kind != KIND:
         raise ConfigError(f"--output-dir {folder} contains the {REPORT} of another command; use a different folder")
 
 

@@ -18,6 +18,7 @@ from tailora.cli.models import (
     base_model_name,
     command_to_use,
     device_of_flag,
+    fetch_sources,
     find_adapter,
     labels_of,
     quantize_method,
@@ -100,6 +101,7 @@ def export(
     task = task_of(base, [path])
     if to not in FORMATS:
         check_target(to, path, output, labels, task)
+    fetch_sources(base)
     loaded, tokenizer = load_base(base, dtype, device_of_flag(device), method, task=task, labels=labels)
     adapted = LoRAModel.from_pretrained(loaded, path)
     started = time.perf_counter()

@@ -12,7 +12,7 @@ from cyclopts.validators import Number
 
 from tailora.cli.main import log, note, stderr
 from tailora.cli.progress import download_progress
-from tailora.data.demo import data_folder, model_folder, resolve_model
+from tailora.data.demo import data_folder, model_folder
 from tailora.data.readers import check_data_exists, source_names
 from tailora.errors import ConfigError, FormatError, TailoraError, listing, nearest_path
 from tailora.formats.gguf_base import converted_base, folder_of, gguf_file
@@ -46,10 +46,13 @@ BASE_MODEL_KEYS = ("base_model_name_or_path", "model")  # in adapter_config.json
 
 Model = Annotated[
     str | None,
-    Parameter(help="Hugging Face folder or Hub id, or 'demo'; default: the one named in the adapter, or 'demo'"),
+    Parameter(
+        help="Hugging Face folder, GGUF file, Hub id, or 'demo'; default: the one named in the adapter, or 'demo'"
+    ),
 ]
 BaseModel = Annotated[
-    str | None, Parameter(help="base model: folder or Hub id, or 'demo'; default: the one named in the adapter")
+    str | None,
+    Parameter(help="base model: folder, GGUF file, Hub id, or 'demo'; default: the one named in the adapter"),
 ]
 ADAPTER_FLAG = Parameter(
     name="--adapter",
@@ -188,9 +191,9 @@ def base_model_name(model: str | None, folders: Sequence[Path]) -> str:
         raise ConfigError(listing(problems))
     adapter, name = next(iter(names.items()))
     note(f"the base model is {name}, as recorded in {adapter}; use --model to change it")
-    source = resolve_model(str(name))
     try:
-        check_model_exists(source)
+        if name != DEMO:
+            check_model_exists(str(name))
     except ConfigError as error:
         raise ConfigError(
             f"{adapter} names the base model {bases[adapter]}; set --model to use a different one.\n{error}"

@@ -103,9 +103,9 @@ def serve(
             note=note,
         )
         budget = None if adapter_memory is None else int(adapter_memory * 1e9)
-        in_files = Path(model) if Path(model).is_dir() else None
+        in_files = Path(model) if Path(model).exists() else None  # a folder, or a GGUF file
         base_name = name or (in_files.resolve().name if in_files else model)  # clients do not see local paths
-        system = read_system_message(in_files) if in_files else None
+        system = read_system_message(in_files) if in_files and in_files.is_dir() else None
         registry = AdapterRegistry(running.adapter_set, running.paused, base_name, adapters, budget, system)
         running.start()
         try:

@@ -54,7 +54,8 @@ def prompt_of(model: Any, question: str | Sample, tokenizer: Any) -> Prompt:
     else:
         *earlier, asked = question.messages[: last_reply(question)]
         text, ids = asked["content"], prompt_ids(question, tokenizer)
-    ids = encoder_ids(text, tokenizer) if is_seq2seq(model) else ids  # an encoder's texts end with special tokens
+    if is_seq2seq(model):  # an encoder's texts end with special tokens, and earlier messages are not among them
+        return Prompt(text, encoder_ids(text, tokenizer))
     return Prompt(text, ids, sum(message["role"] != "system" for message in earlier))
 
 

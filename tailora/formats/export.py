@@ -233,8 +233,11 @@ def peft_problems(source: ExportSource) -> list[str]:
             f"{len(changed)} layers have a strength other than 1; call set_scale(name, 1), or export to 'portable', "
             "which includes the strength"
         )
-    if reason := peft.unknown_to_peft(peft_layers(source.base_model, source.adapter.low_rank).values()):
-        problems.append(f"{reason}; export to 'merged', or use save_adapter for use with tailora only")
+    layers = peft_layers(source.base_model, source.adapter.low_rank).values()
+    if reason := peft.unreadable_by_peft(layers, source.base_model):
+        problems.append(
+            f"PEFT cannot load this adapter: {reason}; export to 'merged', or use save_adapter for tailora alone"
+        )
     return problems
 
 
@@ -285,8 +288,10 @@ def write_portable(folder: Path, source: ExportSource) -> list[str]:
         f"Plain LoRA adapter of {len(factors)} layers, r = alpha = {r}: the scale is in B.\n"
         "For PEFT, and for servers that only read r and alpha: vLLM, SGLang, LMDeploy."
     )
-    peft.write_files(folder, tensors, metadata, settings, about)
-    return [*fold_scale.fold_changes(source), *padding]
+    missed = peft.renamed_by_peft(layers, source.base_model)
+    unreadable = [f"PEFT cannot load the adapter: {missed}"] if missed else []
+    peft.write_files(folder, tensors, metadata, settings, "\n".join([about, *unreadable]))
+    return [*fold_scale.fold_changes(source), *padding, *unreadable]
 
 
 # ---- Format merged: config, generation config, safetensors, tokenizer and chat template of a Hugging Face model

@@ -26,9 +26,10 @@ def gguf_file(name: str) -> Path | None:
     Raises ConfigError for a folder with several, such as different quantizations.
     """
     path = Path(name)
-    if path.suffix == SUFFIX and path.is_file():
+    if path.suffix.lower() == SUFFIX and path.is_file():
         return path
-    files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() and not (path / "config.json").exists() else []
+    is_folder = path.is_dir() and not (path / "config.json").exists()
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() == SUFFIX) if is_folder else []
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise ConfigError(f"model {name!r} contains several GGUF files ({names}); use the path of one file")
@@ -58,14 +59,20 @@ def folder_of(file: Path) -> Path:
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Writes the file's model to a folder. Raises ConfigError if transformers cannot read the file."""
+    """Writes the file's model to a folder. Raises ConfigError if transformers cannot read all of its weights."""
     import torch  # takes seconds, and the names above are needed before
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         # its progress bar for dequantization cannot be disabled
         with quiet_transformers(warnings=False), redirect_stderr(io.StringIO()):
-            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                dtype=torch.bfloat16,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # see below
+            )
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     # what transformers and its reader raise for an unknown architecture or tokenizer, and for a damaged file
     except (ValueError, LookupError, NotImplementedError, OSError, struct.error) as error:
@@ -73,6 +80,13 @@ def convert(file: Path, folder: Path) -> None:
         raise ConfigError(
             f"transformers cannot read the GGUF file {file} ({cause}); use the folder of the original model"
         ) from error
+    unread = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
+    if unread:  # transformers starts them at random
+        raise ConfigError(
+            f"the GGUF file {file} lacks {len(unread)} weights of {type(model).__name__}, or has them in different "
+            f"shapes: {', '.join(sorted(unread)[:3])}; use a complete file (a split one is not supported), or the "
+            "folder of the original model"
+        )
     # The weights are dense now, but a model that is marked as quantized cannot be saved.
     del model.config.quantization_config
     model.hf_quantizer = None

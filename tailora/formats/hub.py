@@ -325,7 +325,10 @@ def is_at_hand(name: str) -> bool:
 
 
 def check_model_exists(name: str) -> None:
-    """Raises ConfigError if the Hub lacks the model. Asks once; transformers would try for most of a minute."""
+    """Raises ConfigError for a model that is no folder, GGUF file or repository of the Hub, which is asked once.
+
+    Without a network, transformers would try for most of a minute.
+    """
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     errors: Any = import_module("huggingface_hub.errors")

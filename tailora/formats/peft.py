@@ -8,7 +8,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -151,7 +151,7 @@ def write_peft_folder(
     )
     config = as_peft_computes(adapter.config, layers)
     settings = to_peft_config(with_double_rank(config) if adapter.has_start else config, layers, base_model)
-    unknown = unknown_to_peft(layers) or renamed_by_peft(layers, base_model)
+    unknown = unreadable_by_peft(layers, base_model)
     about = (
         f"LoRA adapter of {len(low_rank)} layers, r = {settings['r']}, alpha = {settings['lora_alpha']:g}. "
         f"Loads with {'tailora' if unknown else 'tailora and PEFT'}."
@@ -202,6 +202,11 @@ def head_labels(base_model: nn.Module) -> dict[str, Any]:
     return {"label_names": names, "problem_type": getattr(config, "problem_type", None)}
 
 
+def unreadable_by_peft(layers: Collection[PeftLayer], base_model: nn.Module) -> str:
+    """Returns why PEFT cannot load an adapter of these layers; "" if it can."""
+    return unknown_to_peft(layers) or renamed_by_peft(layers, base_model)
+
+
 def unknown_to_peft(layers: Iterable[PeftLayer]) -> str:
     """Returns which magnitudes and biases of attention and parameters PEFT does not support; "" if none."""
     unknown = [
@@ -214,7 +219,7 @@ def unknown_to_peft(layers: Iterable[PeftLayer]) -> str:
     if not unknown:
         return ""
     return (
-        "PEFT does not support use_dora and lora_bias on attention, experts, and layers named like projections "
+        "it does not support use_dora and lora_bias on attention, experts, and layers named like projections "
         f"of experts: {', '.join(unknown[:3])} ({len(unknown)} in total)"
     )
 

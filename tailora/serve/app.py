@@ -80,7 +80,7 @@ class Metrics:
         self.tokens = Counter("tailora_generation_tokens", "generated tokens", **by_model)
         self.first_token = Histogram("tailora_time_to_first_token_seconds", "time to the first token", **by_model)
         Gauge("tailora_requests_running", "running completions", **options).set_function(lambda: engine.load[0])
-        Gauge("tailora_requests_waiting", "waiting answers", **options).set_function(lambda: engine.load[1])
+        Gauge("tailora_requests_waiting", "waiting completions", **options).set_function(lambda: engine.load[1])
         Gauge("tailora_adapters", "available adapters", **options).set_function(lambda: len(registry.list()))
         Gauge("tailora_adapters_in_memory", "adapters in memory", **options).set_function(
             lambda: sum(adapter.in_memory for adapter in registry.list())

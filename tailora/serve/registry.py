@@ -320,8 +320,8 @@ class AdapterRegistry:
         if len(scaled) > 1 or adapters[name].saved:
             if nonlinear := [name for name, adapter in adapters.items() if not is_linear(adapter)]:
                 raise ConfigError(
-                    f"this mixture cannot be computed exactly: {', '.join(nonlinear)} use DoRA, or contain trained "
-                    "biases or embedding rows; use each of them alone"
+                    "adapters with DoRA, or with trained biases or embedding rows, cannot be mixed or scaled exactly: "
+                    f"{', '.join(nonlinear)}; use each one alone, at scale 1"
                 )
             combined = combine_adapters(adapters.__getitem__, weights, base_model, Combination())[0]
             adapter = _for_inference(combined)

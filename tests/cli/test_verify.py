@@ -48,9 +48,7 @@ def test_a_missing_verification_file_is_written_where_the_base_is_at_hand(
     (adapter / ADAPTER_CONFIG).write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
     command = ["verify", url, "--adapter", str(adapter)]
     assert main(command) == 2
-    assert "contains no passport.json; create a new one with `tailora export" in " ".join(
-        capsys.readouterr().err.split()
-    )
+    assert "contains no passport.json; create one with `tailora export" in " ".join(capsys.readouterr().err.split())
     base_model().save_pretrained(base)
     TOKENIZER.save_pretrained(base)
     assert main(command) == 0

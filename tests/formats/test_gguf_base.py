@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tailora.data.demo import resolve_model
 from tailora.errors import ConfigError
-from tailora.formats.gguf_base import converted_base, gguf_file
+from tailora.formats.gguf_base import convert, converted_base, gguf_file
 from tailora.formats.hub import is_at_hand, name_of_model
 from tailora.train.model_loading import load_base
 
@@ -26,8 +26,11 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path) -> dict[str, Tensor]:
-    """Writes a tiny Llama with its tokenizer; returns the model's weights."""
+def write_gguf(path: Path, *, without: str = "nothing", feed_forward: int = 64) -> dict[str, Tensor]:
+    """Writes a tiny Llama with its tokenizer; returns the model's weights.
+
+    without: part of the names of weights that are left out.    feed_forward: the size that the file names, 64 is right.
+    """
     tokenizer = chat_tokenizer(TEXTS, eos_token="<|im_end|>")
     vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
     model = chat_model(vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, head_dim=8)
@@ -37,7 +40,7 @@ def write_gguf(path: Path) -> dict[str, Tensor]:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_feed_forward_length(feed_forward)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -52,6 +55,8 @@ def write_gguf(path: Path) -> dict[str, Tensor]:
     writer.add_chat_template(tokenizer.chat_template)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in weights.items():
+        if without in name:
+            continue
         if "q_proj" in name:
             weight = interleaved(weight, config.num_attention_heads)
         if "k_proj" in name:
@@ -98,11 +103,49 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     assert gguf_file(str(tmp_path / "none.gguf")) is None
     for name, content in (("broken.gguf", b"GGUF but not really"), ("empty.gguf", b"")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ConfigError, match=f"cannot read the GGUF file .*{name}.*use the folder of the original"):
+        with pytest.raises(ConfigError, match=rf"cannot read the GGUF file .*{name}.*use the folder of the original"):
             resolve_model(str(tmp_path / name))
     with pytest.raises(ConfigError, match=r"several GGUF files \(broken.gguf, empty.gguf, tiny.gguf\); use the path"):
         resolve_model(str(tmp_path))
     assert not [path for path in (tmp_path / "cache" / "gguf").glob("*") if path.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "weights"),
+    [({"without": "layers.0.self_attn.q_proj"}, "1 weights"), ({"feed_forward": 32}, "6 weights")],
+    ids=["missing", "other shapes"],
+)
+def test_weights_that_would_be_random_are_refused(file: Path, changes: dict[str, Any], weights: str) -> None:
+    write_gguf(file, **changes)
+    with pytest.raises(ConfigError, match=rf"lacks {weights} of LlamaForCausalLM, or has .*use a"):
+        resolve_model(str(file))
+
+
+def test_a_file_that_cannot_be_read_is_not_a_folder_that_cannot_be_written(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
+    with pytest.raises(
+        ConfigError, match=r"cannot read the GGUF file .*Permission denied.*use the folder of the original"
+    ):
+        resolve_model(str(file))
+
+
+def test_names_follow_the_file(file: Path, tmp_path: Path) -> None:
+    folder = converted_base(file)
+    assert name_of_model(str(folder)) == str(file.resolve())
+    upper = file.rename(tmp_path / "tiny.GGUF")
+    assert gguf_file(str(upper)) == gguf_file(str(tmp_path)) == upper
+    assert name_of_model(str(folder)) == str(folder)  # which still works, unlike the old path
+
+
+def test_the_demo_s_folder_has_no_path(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    convert(file, tmp_path / "demo")
+    assert not [path for path in (tmp_path / "demo").iterdir() if str(tmp_path).encode() in path.read_bytes()]
 
 
 @pytest.mark.slow
