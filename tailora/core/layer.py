@@ -48,6 +48,15 @@ def concatenate_ranks(A: Tensor, other: Tensor, groups: int) -> Tensor:
     return torch.cat(blocks, 1).flatten(0, 1)
 
 
+def is_certain(condition: bool) -> bool:
+    """Returns a condition about sizes; False if they depend on data, which the compiler does not know."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # already imported by the compiler
+
+    return guard_or_false(condition)
+
+
 class LoRALayer(nn.Module):
     """A low-rank update of a layer: `LoRALayer(in, out)(x)` is s B A x. You can train it alone or in a `LoRAModel`.
 
@@ -203,7 +212,7 @@ class LoRALayer(nn.Module):
     def _is_small_batch(self, x: Tensor, dtype: torch.dtype) -> bool:
         """True in evaluation mode for a few tokens, such as the next token in `generate`."""
         in_evaluation = not self.training and not torch.is_grad_enabled() and dtype.is_floating_point
-        return in_evaluation and x.numel() <= SMALL_BATCH * self.in_features
+        return in_evaluation and is_certain(x.numel() <= SMALL_BATCH * self.in_features)
 
     def _adds_a_product(self, y: Tensor, output: Tensor, x: Tensor) -> bool:
         """True if the adapter adds B (A x) of a linear layer and at most a bias, for more than a few tokens."""
@@ -266,7 +275,7 @@ class LoRALayer(nn.Module):
         (A, B), scale = self.unscaled_factors(), self.scaling
         if self.layer_type.reads_numbers:
             x = x.to(A.dtype)
-        if x.numel() == self.in_features and self.layer_type in (LINEAR, CONV1D):  # one token
+        if is_certain(x.numel() == self.in_features) and self.layer_type in (LINEAR, CONV1D):  # one token
             return torch.mv(B, torch.mv(A, x.reshape(-1)) * scale).view(*x.shape[:-1], -1)
         return self.layer_type.update(layer, x, A, B) * scale
 

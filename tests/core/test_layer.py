@@ -121,3 +121,12 @@ def test_the_strength_multiplies_all_that_is_added_also_to_the_bias(strength: fl
     gain = layer.lora_magnitude_vector / (W + update).norm(dim=1)
     change = x @ ((gain[:, None] - 1) * W + gain[:, None] * update).T + layer.bias - b
     torch.testing.assert_close(model(x), x @ W.T + b + strength * change)
+
+
+@torch.no_grad()
+def test_a_number_of_tokens_that_depends_on_data_compiles_into_one_graph() -> None:
+    layer, x, mask = LoRALayer(6, 5).eval(), torch.randn(8, 6), torch.arange(8) % 3 == 0
+    nn.init.normal_(layer.lora_B)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(lambda x, mask: layer(x[mask]), fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x, mask), layer(x[mask]))
