@@ -339,6 +339,13 @@ class LoRALayer(nn.Module):
     def has_start(self) -> bool:
         return self.start_A is not None
 
+    @property
+    def is_zero(self) -> bool:
+        """True if the update is exactly zero, as before training."""
+        if self.start_A is not None and self.start_B is not None:
+            return torch.equal(self.lora_A, self.start_A) and torch.equal(self.lora_B, self.start_B)
+        return not all(factor.any() for factor in self.unscaled_factors())
+
     def add_adalora_diagonal(self) -> None:
         """Turns the update into s B diag(E) A, with E = 0 and orthonormal A and B (arXiv:2303.10512, eq. 3).
 

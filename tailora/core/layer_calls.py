@@ -3,7 +3,7 @@
 An adapter on such a layer has no effect until it is merged.
 
     USES            classes of transformers that read the weights of some layers
-    LayerCalls      which adapted layers one forward of the model calls
+    LayerCalls      which adapted layers one forward of the model calls, and which of them its output trains
 """
 
 import warnings
@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from itertools import chain, takewhile
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
+from tailora.core.attach import attached_parts
 from tailora.errors import TailoraWarning
 
 Use = Literal["called", "called or read", "read"]
@@ -97,17 +98,38 @@ class LayerCalls:
         """
         return [path for path, layer in self.layers.items() if layer not in self.ran and self.owners[path] in self.ran]
 
-    @property
-    def in_idle_parts(self) -> list[str]:
-        """Paths of layers in a part of the model that did not run, such as cross-attention or a tower for images.
+    def not_trained_by(self, output: Tensor) -> list[str]:
+        """Returns paths of layers to which `output`, of the recorded forward, passes no gradient.
 
-        An expert without tokens, or an element of any other list of modules, is not such a part.
+        Their part of the model did not run, such as cross-attention or a tower for images, or the output does not
+        depend on them smoothly: an indexer only selects tokens. An expert without tokens, or an element of any other
+        list of modules, is not among them.
         """
-        return [path for path in self.layers if self._is_in_idle_part(path)]
+        trained = leaves(output)
 
-    def _is_in_idle_part(self, path: str) -> bool:
-        idle = [*takewhile(lambda module: module not in self.ran, self.around[path])]
-        return self.layers[path] not in self.ran and bool(idle) and not is_list(idle[-1])
+        def is_idle(path: str) -> bool:
+            outer = [*takewhile(lambda module: module not in self.ran, self.around[path])]
+            return bool(outer) and not is_list(outer[-1])
+
+        def has_gradient(layer: nn.Module) -> bool:
+            return any(parameter in trained for part in attached_parts(layer) for parameter in part.parameters())
+
+        return [
+            path
+            for path, layer in self.layers.items()
+            if (not has_gradient(layer) if layer in self.ran else is_idle(path))
+        ]
+
+
+def leaves(output: Tensor) -> set[Tensor]:
+    """Returns the tensors that a backward from `output` would give a gradient."""
+    seen, waiting = set(), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+    return {node.variable for node in seen if hasattr(node, "variable")}
 
 
 def is_list(module: nn.Module) -> bool:

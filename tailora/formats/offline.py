@@ -4,7 +4,7 @@ If a layer is one matrix, the tensors and settings define its update. Stacked ex
 their number is only known from the base. The parts of a fused layer are read as one matrix of the full layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,13 +31,14 @@ TRAINED_IN_FULL = "trained in full, without a low-rank update"
 @dataclass(frozen=True)
 class OfflineAdapter:
     """updates: by path.    left_out: other keys and paths -> the reason why they are skipped.
-    base: the name of the base model in the files, if there is one.
+    base: the name of the base model in the files, if there is one.    zero_updates: see `AdapterMetadata`.
     """
 
     config: LoRAConfig
     updates: dict[str, Update]
     left_out: dict[str, str]
     base: str | None
+    zero_updates: Sequence[str] = ()
 
 
 def read_offline(path: Path) -> OfflineAdapter:
@@ -101,7 +102,8 @@ def updates_of(stored: StoredAdapter) -> OfflineAdapter:
         ends = {end for path in in_file for end in ends_of(path)}
         left_out |= {name: WITHOUT_TENSORS for name in config.target_modules if name not in ends}
     base = (stored.settings or {}).get("base_model_name_or_path")
-    return OfflineAdapter(config, updates, left_out, base if isinstance(base, str) and base else None)
+    named_base = base if isinstance(base, str) and base else None
+    return OfflineAdapter(config, updates, left_out, named_base, stored.metadata.zero_updates)
 
 
 def _update(

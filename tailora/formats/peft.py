@@ -8,7 +8,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -62,6 +62,7 @@ class AdapterMetadata(BaseModel):
     config: the settings of LoRAConfig.
     scaling: learned scales by path; the file's B has them folded in.
     start: whether the second half of the ranks is the frozen start, with B negated.
+    zero_updates: paths of layers whose update is zero, because they were not trained, or pruned.
     base: fingerprint of the base model by path.
     vocabulary: rows of the base model's input embedding; None for a model without one.
     saved_modules: paths of the modules that were trained in full; None for files of other tools.
@@ -75,6 +76,7 @@ class AdapterMetadata(BaseModel):
     config: dict[str, Any] | None = None
     scaling: dict[str, FiniteFloat] = {}
     start: bool = False
+    zero_updates: list[str] = []
     base: dict[str, LayerFingerprint] = {}
     vocabulary: int | None = None
     saved_modules: list[str] | None = None
@@ -143,6 +145,7 @@ def write_peft_folder(
         config=adapter.config.model_dump(),
         scaling={path: layer.scaling.item() for path, layer in low_rank if layer.learns_scaling},
         start=adapter.has_start,
+        zero_updates=sorted(path for path, layer in low_rank if layer.is_zero),
         base={path: fingerprints[path] for path in adapter.low_rank},
         vocabulary=vocabulary_size(base_model),
         saved_modules=sorted(adapter.saved),
@@ -154,7 +157,7 @@ def write_peft_folder(
     unknown = unreadable_by_peft(layers, base_model)
     about = (
         f"LoRA adapter of {len(low_rank)} layers, r = {settings['r']}, alpha = {settings['lora_alpha']:g}. "
-        f"Loads with {'tailora' if unknown else 'tailora and PEFT'}."
+        f"{about_zero_updates(metadata.zero_updates)}Loads with {'tailora' if unknown else 'tailora and PEFT'}."
     )
     if unknown:
         about += f" PEFT cannot load the adapter: {unknown}."
@@ -164,6 +167,14 @@ def write_peft_folder(
     elif config.lora_dropout != adapter.config.lora_dropout:
         about += f" Trained with lora_dropout = {adapter.config.lora_dropout:g}, which PEFT does not support here."
     write_files(folder, tensors, metadata, settings, about)
+
+
+def about_zero_updates(paths: Sequence[str]) -> str:
+    """Returns a sentence for the card, with a space at its end; "" without such layers."""
+    if not paths:
+        return ""
+    names = f"{', '.join(paths[:5])}{', ...' * (len(paths) > 5)}"
+    return f"{len(paths)} of its layers have an update of zero, because they were not trained, or pruned: {names}. "
 
 
 def write_files(

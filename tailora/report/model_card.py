@@ -10,6 +10,7 @@ from typing import Any
 from tailora.formats.hub import DEMO, model_card, repository_of
 from tailora.formats.io import read_own_json
 from tailora.formats.offline import read_offline
+from tailora.formats.peft import about_zero_updates
 from tailora.formats.run_folder import ADAPTER, REPORT, read_system_message
 from tailora.report.format import NONE, interval, printable, setting, value_range
 from tailora.report.pages.train import Metric, TrainReport
@@ -31,12 +32,14 @@ def run_card(
     samples: show the answers before and after training to held-out prompts.
     Raises FormatError if the report of the run is damaged.
     """
-    ranks = [float(update.r) for update in read_offline(adapter).updates.values()]
+    stored = read_offline(adapter)
+    ranks = [float(update.r) for update in stored.updates.values()]
     about, path = f"LoRA adapter: {len(ranks)} layers of rank {value_range(ranks)}", adapter.resolve()
     parts: dict[str, Any] = {"system": read_system_message(adapter)}
     if path.name == ADAPTER and (path.parent / REPORT).is_file():
         about += ", trained with tailora"
         parts |= of_run(read_own_json(path.parent / REPORT, TrainReport, "delete it, or train again"), samples=samples)
+    about = f"{about}. {about_zero_updates(stored.zero_updates)}".rstrip()
     base = str(settings.get("base_model_name_or_path") or "")
     public = repository_of(base) or "BASE"
     use = {
@@ -44,7 +47,7 @@ def run_card(
         "task": settings.get("task_type") if public == base else None,
         "predicts_labels": settings.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"),
     }
-    return model_card(settings, f"{about}.", license_name, repo_id=repo_id, use=use, **parts)
+    return model_card(settings, about, license_name, repo_id=repo_id, use=use, **parts)
 
 
 def of_run(report: TrainReport, *, samples: bool) -> dict[str, Any]:

@@ -448,15 +448,16 @@ def init_from_data(model: Trainable, data: TrainingData, layout: BatchLayout, ba
 def check_layers_are_called(model: Trainable, example: Example, task: Task, layout: BatchLayout) -> None:
     """Raises TargetError if a forward calls no adapted layer, or the module around one but not the layer itself.
 
-    Warns about layers in parts of the model that the example does not reach.
+    Warns about layers that the example does not train.
     """
     if not isinstance(model, LoRAModel):
         return
     device = next(model.parameters()).device
     batch = make_batch([task.start_of(example, PROBE_TOKENS)], replace(layout, packed=False), device, task)
     calls = layer_calls(model)
-    with torch.no_grad(), evaluating(model), calls.recorded():
-        task.call(model, batch)
+    with evaluating(model), calls.recorded():
+        output: Tensor = task.call(model, batch).logits
+    forget_forward(model.base_model)
     if calls.ran.isdisjoint(calls.layers.values()):
         raise TargetError(
             f"the model uses none of the adapted layers for text ({', '.join([*calls.layers][:5])}); change "
@@ -467,10 +468,11 @@ def check_layers_are_called(model: Trainable, example: Example, task: Task, layo
             f"the model does not call {', '.join(paths[:5])} ({len(paths)} in total), so adapters there would have no "
             f"effect; exclude them with --exclude-modules {' '.join(last_names(paths))}"
         )
-    if paths := calls.in_idle_parts:
+    if paths := calls.not_trained_by(output):
         warnings.warn(
-            f"the first example does not reach {', '.join(paths[:3])} ({len(paths)} adapted layers in total). Adapters "
-            "there stay untrained unless other examples reach them",
+            f"the first example does not train {', '.join(paths[:3])} ({len(paths)} adapted layers in total), because "
+            "it does not reach them, or they have no differentiable effect on the output. Adapters there stay "
+            "untrained unless other examples train them",
             TailoraWarning,
             stacklevel=2,
         )

@@ -17,7 +17,8 @@ from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.adapter_set import layer_calls
-from tailora.core.layer_calls import use_of
+from tailora.core.attach import attached_parts
+from tailora.core.layer_calls import LayerCalls, use_of
 from tailora.errors import MergeError, TargetError
 
 
@@ -127,21 +128,42 @@ def test_a_forward_that_fails_leaves_no_hooks() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_forward_shows_which_layers_the_model_does_not_call() -> None:
-    model: Any = LoRAModel(Block(), LoRAConfig(r=2))
+def recorded(model: Any, *args: Tensor) -> tuple[LayerCalls, Any]:
     calls = layer_calls(model)
-    with torch.no_grad(), calls.recorded():
-        model(torch.randn(3, 8))
-    assert calls.not_called == ["read", "conditional"]
-    assert calls.in_idle_parts == []  # the second expert is not one
+    with calls.recorded():
+        output = model(*args)
     assert not any(module._forward_pre_hooks for module in model.modules())
+    return calls, output
 
 
-def test_the_cross_attention_of_a_decoder_alone_is_an_idle_part() -> None:
-    model: Any = LoRAModel(tiny_model("BartForCausalLM"), LoRAConfig(r=2))
-    calls = layer_calls(model)
-    with torch.no_grad(), calls.recorded():
-        model(torch.tensor([[3, 4]]))
+def test_a_forward_shows_which_layers_the_model_does_not_call() -> None:
+    calls, output = recorded(LoRAModel(Block(), LoRAConfig(r=2)), torch.randn(3, 8))
+    assert calls.not_called == ["read", "conditional"]
+    assert calls.not_trained_by(output) == []  # the second expert is not one
+
+
+def test_the_cross_attention_of_a_decoder_alone_is_not_trained() -> None:
+    calls, output = recorded(LoRAModel(tiny_model("BartForCausalLM"), LoRAConfig(r=2)), torch.tensor([[3, 4]]))
     assert not calls.not_called
-    assert len(calls.in_idle_parts) == 2 * 4
-    assert all(".encoder_attn." in path for path in calls.in_idle_parts)
+    paths = calls.not_trained_by(output.logits)
+    assert len(paths) == 2 * 4
+    assert all(".encoder_attn." in path for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("class_name", "names"),
+    [
+        ("DeepseekV32ForCausalLM", {"weights_proj", "wk", "wq_b"}),  # its indexer selects the tokens to attend to
+        ("BigBirdForCausalLM", {"pooler"}),  # whose output nothing reads
+        ("LlamaForCausalLM", set()),
+    ],
+)
+def test_layers_without_an_effect_that_has_a_gradient_are_not_trained(class_name: str, names: set[str]) -> None:
+    calls, output = recorded(LoRAModel(tiny_model(class_name), LoRAConfig(r=2)), torch.arange(3, 12)[None])
+    paths = calls.not_trained_by(output.logits)
+    assert {path.rpartition(".")[2] for path in paths} == names
+    assert calls.ran.issuperset(calls.layers[path] for path in paths)
+    output.logits.sum().backward()
+    for path, layer in calls.layers.items():
+        has_gradient = [p.grad is not None for part in attached_parts(layer) for p in part.parameters()]
+        assert has_gradient == [path not in paths] * len(has_gradient)

@@ -10,14 +10,16 @@ import pytest
 import torch
 from permissions import modes_obeyed
 from safetensors.torch import load_file
-from tiny import chat_model, stir
+from tiny import chat_model, stir, tiny_model
 from tiny_adapters import adapted
 from torch import nn
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.layer import initial_scaling
 from tailora.errors import DivergedError, FormatError, WriteError
+from tailora.formats.peft import read_peft_folder
 from tailora.formats.peft_config import with_double_rank
+from tailora.report.model_card import run_card
 
 
 def test_adapters_of_a_bfloat16_base_are_saved_in_float32(tmp_path: Path) -> None:
@@ -106,6 +108,23 @@ def test_an_adapter_name_cannot_leave_the_folder(tmp_path: Path, name: str) -> N
     with pytest.raises(FormatError, match="is not a valid folder name"):
         model.save_adapter(tmp_path / "out", name)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_layers_that_were_not_trained_are_named_in_the_files(tmp_path: Path, init: Any) -> None:
+    model = LoRAModel(tiny_model("BartForCausalLM"), LoRAConfig(r=2, init_lora_weights=init))
+    optimizer = torch.optim.AdamW(model.lora_layers.parameters(), lr=1e-2)
+    model(torch.tensor([[3, 4]])).logits.square().sum().backward()
+    optimizer.step()
+    model.save_adapter(tmp_path)
+    stored = read_peft_folder(tmp_path)
+    expected = sorted(path for path in model.adapter().low_rank if ".encoder_attn." in path)
+    assert stored.metadata.zero_updates == expected
+    sentence = f"8 of its layers have an update of zero, because they were not trained, or pruned: {expected[0]}, "
+    assert sentence in (tmp_path / "README.md").read_text()
+    assert sentence in run_card("user/adapter", tmp_path, stored.settings or {}, None, samples=False)
+    again = LoRAModel.from_pretrained(tiny_model("BartForCausalLM"), tmp_path)
+    assert sorted(path for path, layer in again.adapter().low_rank.items() if layer.is_zero) == expected
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
