@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 
 from tailora.cli.main import log, note
 from tailora.cli.models import base_model_name, find_adapter
-from tailora.core.config import ALIASES, StrictModel, suggestion
+from tailora.core.config import ALIASES, ALL_LAYERS, StrictModel, suggestion
 from tailora.errors import ConfigError, listing
 from tailora.formats.run_folder import recorded_settings
 from tailora.train.config import TrainConfig
@@ -220,7 +220,7 @@ def _yaml_value(name: str, value: Any) -> Any:
         return value[0] if len(value) == 1 else value
     if name == "target_modules" and value == ["none"]:
         return []
-    if str in types and (value == ["all-linear"] or not all(map(MODULE_NAMES.fullmatch, value))):
+    if str in types and ((len(value) == 1 and value[0] in ALL_LAYERS) or not all(map(MODULE_NAMES.fullmatch, value))):
         if len(value) > 1:
             raise ConfigError(f"{name}: expected names or a single regular expression, got {', '.join(value)}")
         return value[0]

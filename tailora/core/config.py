@@ -210,6 +210,10 @@ class AdaLoRA(StrictModel):
     orth_reg_weight: float = Field(0.5, ge=0, allow_inf_nan=False)
 
 
+ALL_LINEAR, LANGUAGE_MODEL = "all-linear", "language-model"  # words of target_modules
+ALL_LAYERS = (ALL_LINEAR, LANGUAGE_MODEL)
+
+
 class LoRAConfig(StrictModel):
     """The settings of one adapter.
 
@@ -218,8 +222,8 @@ class LoRAConfig(StrictModel):
     lora_alpha: alpha. The update is scaled by alpha / r, or by alpha / sqrt(r) with `use_rslora` (arXiv:2312.03732).
     lora_dropout: dropout probability for the inputs of A in training.
     target_modules: layers to adapt: names (exact, or the end of a path after a dot), one regular expression that must
-        match the full path, or "all-linear" (every linear layer except the output head and
-        subclasses that do not compute W x + b).
+        match the full path, "all-linear" (every linear layer except the output head and subclasses that do not
+        compute W x + b), or "language-model" (the same without layers of image towers).
     exclude_modules: layers to exclude, in the same formats.
     layers_to_transform: adapt only layers with these indices. As in PEFT, the index is the first number in the path
         after at least two names. Layers whose full path is in `target_modules` are always adapted.
@@ -233,8 +237,8 @@ class LoRAConfig(StrictModel):
         rows are used: `{"to_qkv": {"q": 64, "k": 64, "v": 64}}`. Each part is a target: `target_modules=["to_qkv.q"]`.
         Not needed for the classes in `core.fused_layers.LAYOUTS` (GPT-2, GPT-NeoX, Falcon, Phi-3, ...).
     modules_to_save: modules to train in full and save with the adapter: ends of their paths, as in PEFT. With
-        "all-linear", None selects the heads that transformers adds to a base model for classification and question
-        answering (classifier, score, ...).
+        a word for all layers, None selects the heads that transformers adds to a base model for classification and
+        question answering (classifier, score, ...).
     trainable_token_indices: ids of tokens whose embeddings are trained, such as new tokens: a list of ids for the input
         embedding, or a dict from an embedding's name to ids. If the output head is tied to the embedding, it changes,
         too. As in torch and PEFT, the row of the padding token gets no gradient from the embedding.
@@ -256,7 +260,7 @@ class LoRAConfig(StrictModel):
     r: int = Field(16, ge=1)
     lora_alpha: float = Field(32, gt=0, allow_inf_nan=False)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: list[str] | str = "all-linear"
+    target_modules: list[str] | str = ALL_LINEAR
     exclude_modules: list[str] | str | None = None
     layers_to_transform: Annotated[list[int] | int | None, BeforeValidator(layer_numbers)] = None
     layers_pattern: list[str] | str | None = None

@@ -18,7 +18,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from tailora.core import patterns
-from tailora.core.config import LoRAConfig
+from tailora.core.config import ALL_LAYERS, LANGUAGE_MODEL, LoRAConfig
 from tailora.core.extras import ExtraTargets, Modules, extra_targets
 from tailora.core.fused_layers import OutputSlice, layout_of, output_slices
 from tailora.core.layer_calls import Use, last_names, use_of
@@ -137,14 +137,14 @@ HEADS_OF_TASK = {
 def fitted_config(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     """Returns the config with heads to train in full, and ranks that fit the model's layers.
 
-    Heads: `task_heads`, if the targets are "all-linear" and modules_to_save is not set, or for a task_type with such
-        heads, as in PEFT.
-    Ranks: layers selected by "all-linear" or a regular expression get at most the rank of their smaller side, at the
+    Heads: `task_heads`, if the targets are one of ALL_LAYERS and modules_to_save is not set, or for a task_type with
+        such heads, as in PEFT.
+    Ranks: layers selected by such a word or a regular expression get at most the rank of their smaller side, at the
         same scale, with rank_pattern and alpha_pattern. If r is too large for every layer, `select` raises an error.
     """
     if not isinstance(config, LoRAConfig):
         raise ConfigError(f"expected a LoRAConfig, such as LoRAConfig(r=16), got {type(config).__name__}")
-    is_open = config.target_modules == "all-linear" and config.modules_to_save is None
+    is_open = config.target_modules in ALL_LAYERS and config.modules_to_save is None
     heads = task_heads(model) if is_open or config.task_type in HEADS_OF_TASK else []
     if missing := [head for head in heads if head not in (config.modules_to_save or [])]:
         config = config.replaced(modules_to_save=[*(config.modules_to_save or []), *missing])
@@ -294,8 +294,10 @@ def selected_candidates(model: nn.Module, modules: Modules, config: LoRAConfig) 
     """
     saved = saved_modules(modules, config)
     candidates = module_candidates(modules, config)
-    if config.target_modules == "all-linear":
+    if config.target_modules in ALL_LAYERS:
         selected = _all_linear(model, candidates)
+        if config.target_modules == LANGUAGE_MODEL:
+            selected = _in_language_model(model, selected)
     else:
         names = config.target_modules
         selector = names if isinstance(names, str) else frozenset(names)  # there may be thousands
@@ -342,6 +344,15 @@ def _all_linear(model: Any, candidates: Mapping[str, TargetCandidate]) -> list[T
     ]
 
 
+def _in_language_model(model: Any, candidates: list[TargetCandidate]) -> list[TargetCandidate]:
+    """Returns the candidates in the decoder of a vision-language model; all candidates of other models."""
+    if not hasattr(getattr(model, "config", None), "vision_config") or model.config.is_encoder_decoder:
+        return candidates
+    decoder = model.get_decoder()
+    path = next(path for path, module in model.named_modules() if module is decoder)
+    return [candidate for candidate in candidates if patterns.inside(candidate.path, path)]
+
+
 def _without(
     selector: patterns.Selector, selected: Iterable[TargetCandidate], candidates: Mapping[str, TargetCandidate]
 ) -> Iterator[TargetCandidate]:
@@ -378,7 +389,7 @@ def _unmatched_settings(
     config: LoRAConfig,
 ) -> list[str]:
     problems = []
-    if config.target_modules != "all-linear" and not (config.target_modules == [] and config.target_parameters):
+    if config.target_modules not in ALL_LAYERS and not (config.target_modules == [] and config.target_parameters):
         problems += _unmatched("target_modules", config.target_modules, candidates, modules)
     parameters = parameter_candidates(modules) if config.target_parameters is not None else {}
     if config.exclude_modules is not None:

@@ -6,7 +6,8 @@ written as text. `loss_mask` determines which parts of the text are trained.
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -14,11 +15,14 @@ from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from jinja2.exceptions import TemplateError
+from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tailora.data.dataset import Int32, Int64
+from tailora.data.images import Image, images_of, replace_images
 from tailora.data.labels import Labels
-from tailora.data.messages import REASONING, SURROGATE, Messages, Tools
+from tailora.data.messages import REASONING, SURROGATE, TEXT_PART, Messages, Tools
+from tailora.data.processor import image_placeholders, text_tokenizer
 from tailora.data.schemas import AUTO, AnySample, Choices, Conversation, Feedback, Pair, Preference
 from tailora.errors import DataError
 
@@ -51,6 +55,8 @@ class DataSettings:
     documents: whether an example of plain text contains one document, or blocks of all documents joined.
     validation_split, seed: share of the examples to hold out, and the seed for selecting them.
     skip_bad_rows: skip and report unusable rows instead of raising an error.
+    image_folder: folder of the images, for paths in rows; None: the folder of the data file.
+    allow_remote_images: download images from http(s) URLs in rows.
     for_evaluation: read a pair of replies as choices with the chosen one as the answer, to evaluate a language model.
     """
 
@@ -65,6 +71,8 @@ class DataSettings:
     validation_split: float = 0.05
     seed: int = 0
     skip_bad_rows: bool = False
+    image_folder: str | None = None
+    allow_remote_images: bool = False
     for_evaluation: bool = False
 
     @property
@@ -78,6 +86,7 @@ class DataSettings:
 class ChatTokenizer:
     """A tokenizer, its properties needed below, and the settings of the data.
 
+    processor: of a vision-language model, which turns images into pixel values and expands their placeholders.
     bos_ids: the tokens that the tokenizer adds before a text, [BOS] or nothing.
     special_tokens: special tokens, which may end a turn.
     cache: ids of short texts that are repeated, such as the header of a reply.
@@ -91,7 +100,9 @@ class ChatTokenizer:
     special_ids: frozenset[int]
     special_tokens: tuple[str, ...]
     settings: DataSettings
+    processor: ProcessorMixin | None = None
     cache: dict[str, list[int]] = field(default_factory=dict)
+    image_texts: dict[tuple[int, int], str] = field(default_factory=dict)  # (width, height) -> expanded placeholder
 
     @property
     def marks_replies(self) -> bool:
@@ -102,16 +113,22 @@ class ChatTokenizer:
     def of(cls, tokenizer: Any, settings: DataSettings | None = None) -> Self:
         """Raises DataError if the tokenizer has several chat templates and no default.
 
+        tokenizer: a tokenizer, or the processor of a vision-language model.
         With labels, the tokenizer's own limit also applies to max_length.
         """
         settings = settings or DataSettings()
+        processor = tokenizer if isinstance(tokenizer, ProcessorMixin) else None
+        tokenizer = text_tokenizer(tokenizer)
         if settings.labels is not None:
             most = min(settings.max_length, int(tokenizer.model_max_length))
             settings = replace(settings, task=settings.labels.task, max_length=most)
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(tokenizer.all_special_ids)
         try:
-            template = str(tokenizer.get_chat_template()) if tokenizer.chat_template else None
+            if processor is not None and isinstance(processor.chat_template, str):
+                template: str | None = processor.chat_template
+            else:
+                template = str(tokenizer.get_chat_template()) if tokenizer.chat_template else None
         except ValueError as error:
             raise DataError(f"the tokenizer has several chat templates and no default: {error}") from None
         bare, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
@@ -125,12 +142,14 @@ class ChatTokenizer:
             special_ids=frozenset(special),
             special_tokens=tuple(sorted({str(name) for name in tokenizer.convert_ids_to_tokens(sorted(special))})),
             settings=settings,
+            processor=processor,
         )
 
     def tokenize(self, texts: list[str]) -> list[Tokens]:
         """Returns the tokens of every text, without adding special tokens."""
-        short = iter(self._tokenize([text for text in texts if len(text) <= PIECE]))
-        return [next(short) if len(text) <= PIECE else self._tokenize_long(text) for text in texts]
+        most = sys.maxsize if self.processor else PIECE  # never within the placeholders of images
+        short = iter(self._tokenize([text for text in texts if len(text) <= most]))
+        return [next(short) if len(text) <= most else self._tokenize_long(text) for text in texts]
 
     def _tokenize_long(self, text: str) -> Tokens:
         """Tokenizes a text in pieces of at most PIECE characters that begin with the space before a word.
@@ -166,24 +185,80 @@ class ChatTokenizer:
                 self.cache[text] = ids
         return ids
 
+    def chat_ids(self, text: str) -> list[int]:
+        """Returns the ids of a rendered chat. Processors add the BOS that a template omits, tokenizers do not."""
+        ids = self.token_ids(text)
+        return ids if self.processor is None or ids[: len(self.bos_ids)] == self.bos_ids else self.bos_ids + ids
+
     def render(self, messages: Messages, *, tools: Tools | None = None, add_generation_prompt: bool = False) -> str:
-        """Renders the messages with the chat template. Raises DataError with the template's message if it fails."""
+        """Renders the messages with the chat template, with as many placeholders as their images have tokens.
+
+        Raises DataError with the template's message if it fails.
+        """
         with _template_errors():
             options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, "tools": tools}
-            return _checked(str(self.tokenizer.apply_chat_template(_with_thinking(messages), **options)))
+            renderer = self.tokenizer if self.processor is None else self.processor
+            text = _checked(str(renderer.apply_chat_template(self._for_template(messages), **options)))
+        return "".join(self._expanded(text, images_of(messages)))
 
     def render_generation_spans(self, chat: Conversation) -> tuple[str, list[Span]]:
         """Renders a conversation. Returns the text and the spans between {% generation %} and {% endgeneration %}."""
         with _template_errors():
             (text,), (spans,) = render_jinja_template(
-                conversations=[_with_thinking(chat.messages)],
+                conversations=[self._for_template(chat.messages)],
                 tools=chat.tools,
                 chat_template=self.template,
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
             )
             text = _checked(str(text))
-        return text, [(start, end) for start, end in spans]
+        pieces = self._expanded(text, images_of(chat.messages))
+        token: str = getattr(self.processor, "image_token", "")
+
+        def moved(position: int) -> int:
+            images = text.count(token, 0, position) if token else 0
+            return position + sum(len(placeholders) - len(token) for placeholders in pieces[1 : 2 * images : 2])
+
+        return "".join(pieces), [(moved(start), moved(end)) for start, end in spans]
+
+    def _for_template(self, messages: Messages) -> Messages:
+        """Returns messages in the format of the template: reasoning under both names, and parts for images.
+
+        Templates of vision-language models read lists of parts, and many read nothing else.
+        """
+        messages = _with_thinking(messages)
+        if self.processor is None:
+            return messages
+        return [
+            {**message, "content": [{"type": TEXT_PART, TEXT_PART: message["content"]}]}
+            if isinstance(message["content"], str) and message["role"] != "tool"
+            else message
+            for message in replace_images(messages)
+        ]
+
+    def _expanded(self, text: str, images: Sequence[Image]) -> list[str]:
+        """Returns the text in pieces: every second one is the placeholders of an image."""
+        if self.processor is None:
+            return [text]
+        token = self.processor.image_token
+        pieces = text.split(token)
+        if len(pieces) - 1 != len(images):
+            raise DataError(
+                f"the text has {len(pieces) - 1:,} {token}, but the row has {len(images):,} images; remove {token} "
+                "from the messages, because the chat template writes one for every image"
+            )
+        expanded = [pieces[0]]
+        for piece, image in zip(pieces[1:], images, strict=True):
+            expanded += [self._image_text(image), piece]
+        return expanded
+
+    def _image_text(self, image: Image) -> str:
+        """Returns the placeholders of an image, whose number depends only on its size."""
+        size = image.width, image.height
+        if size not in self.image_texts:
+            assert self.processor is not None
+            self.image_texts[size] = image_placeholders(self.processor, *size)
+        return self.image_texts[size]
 
 
 def _with_thinking(messages: Messages) -> Messages:

@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from tailora.data.images import Image
 from tailora.errors import DataError
 
 IGNORED = -100  # the label of a token that is read but not trained
@@ -29,6 +30,7 @@ class Example:
     second_start: start of the second sequence, such as the rejected reply after the chosen one; 0 if there is none.
     target: training target for the example as a whole, for tasks that have one.
     weight: relative weight of its loss in training.
+    images: in the order of their placeholders, which are among the tokens; decoded when a batch needs them.
     """
 
     input_ids: Int32  # (length,)
@@ -37,6 +39,7 @@ class Example:
     second_start: int = 0
     target: Float64 | None = None  # (targets,)
     weight: float = 1.0
+    images: tuple[Image, ...] = ()
 
     @property
     def supervised(self) -> int:
@@ -45,12 +48,13 @@ class Example:
 
     @property
     def hash(self) -> bytes:
-        """Equal for duplicates: examples with the same ids, labels, sequences and targets."""
+        """Equal for duplicates: examples with the same ids, labels, sequences, targets and images."""
         content = self.input_ids.tobytes() + self.labels.tobytes()
         if self.second_start:
             content += self.second_start.to_bytes(8, "little")
         if self.target is not None:
             content += self.target.tobytes()
+        content += "".join(image.sha256 for image in self.images).encode()
         return hashlib.sha256(content).digest()
 
     @property
@@ -124,6 +128,7 @@ class Examples:
     second_starts: Int64  # (examples,)
     targets: Float64 | None  # (examples, targets)
     weights: Float64  # (examples,)
+    images: tuple[tuple[Image, ...], ...] = ()  # of each example; empty if none has any
     mixture: Mixture | None = None  # None: an epoch has each example once
 
     @classmethod
@@ -138,6 +143,7 @@ class Examples:
             second_starts=np.array([example.second_start for example in examples], dtype=np.int64),
             targets=np.stack(targets) if (targets := [e.target for e in examples if e.target is not None]) else None,
             weights=np.array([example.weight for example in examples], dtype=np.float64),
+            images=tuple(e.images for e in examples) if any(e.images for e in examples) else (),
         )
 
     def __len__(self) -> int:
@@ -150,8 +156,8 @@ class Examples:
         tokens = slice(self.starts[index], self.starts[index + 1])
         source_index, second_start = int(self.source_indices[index]), int(self.second_starts[index])
         target = None if self.targets is None else self.targets[index]
-        ids, labels = self.input_ids[tokens], self.labels[tokens]
-        return Example(ids, labels, source_index, second_start, target, float(self.weights[index]))
+        ids, labels, images = self.input_ids[tokens], self.labels[tokens], self.images[index] if self.images else ()
+        return Example(ids, labels, source_index, second_start, target, float(self.weights[index]), images)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))

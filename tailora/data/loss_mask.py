@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from tailora.data.chat_template import ChatTokenizer, Span, Tokens, fit_to_template, to_conversation
 from tailora.data.dataset import Int32
+from tailora.data.images import Image, images_of
 from tailora.data.messages import REASONING
 from tailora.data.schemas import Conversation, Pair, Sample, Text
 from tailora.errors import DataError
@@ -33,8 +34,10 @@ class RenderedSample:
     """A text and its trained spans.
 
     sample: its source. If a conversation became several texts, the part up to the last trained reply.
-    add_bos: put the tokenizer's BOS before the text, because no template has done so.
+    add_bos: put the tokenizer's BOS before the text unless it begins with one, because no template has done so. As in
+        transformers, only processors add what the template omits.
     add_eos: put EOS after the text, because it does not end with one.
+    images: those whose placeholders are in the text.
     """
 
     sample: Sample
@@ -42,6 +45,7 @@ class RenderedSample:
     trained_spans: list[Span]
     add_bos: bool = False
     add_eos: bool = False
+    images: tuple[Image, ...] = ()
 
 
 def render_sample(sample: Sample, tokenizer: ChatTokenizer) -> list[RenderedSample]:
@@ -88,6 +92,7 @@ def _render_chat(sample: Conversation | Pair, tokenizer: ChatTokenizer) -> list[
     find = _marked_replies if tokenizer.marks_replies else _unmarked_replies
     size = len(chat.messages)
     rendered: list[RenderedSample] = []
+    add_bos = tokenizer.processor is not None
     while remaining:
         part, last = replace(chat, messages=chat.messages[:size]), remaining[-1]
         text, located, spans = find(part, remaining, tokenizer)
@@ -108,7 +113,8 @@ def _render_chat(sample: Conversation | Pair, tokenizer: ChatTokenizer) -> list[
                 _check_eos(tokenizer)
             source = sample if is_whole else replace(part, untrained=frozenset(part.replies) - {*located})
             trained = [turn[:2] for turn in turns]  # nothing is trained after the last one
-            rendered.append(RenderedSample(source, text[:end], trained, add_eos=not has_end))
+            images = images_of(part.messages[: max(located) + 1])
+            rendered.append(RenderedSample(source, text[:end], trained, add_bos, add_eos=not has_end, images=images))
     if not rendered:
         raise DataError("the chat template renders no text for the replies, so there is nothing to learn")
     return rendered[::-1]
@@ -136,7 +142,8 @@ def _render_all(sample: Sample, chat: Conversation, tokenizer: ChatTokenizer) ->
     start, end, has_end = _end_turn(text, (len(prompt), len(text)), tokenizer)
     if not has_end:
         _check_eos(tokenizer)
-    return RenderedSample(sample, text[:end], [(start, end)], add_eos=not has_end)
+    images, add_bos = images_of(chat.messages), tokenizer.processor is not None
+    return RenderedSample(sample, text[:end], [(start, end)], add_bos, add_eos=not has_end, images=images)
 
 
 Located: TypeAlias = tuple[str, list[int], list[Span]]  # text, replies rendered as in generation, their spans

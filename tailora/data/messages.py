@@ -1,8 +1,8 @@
 """Chat messages and tools of a row: read in the common formats, checked, and returned in OpenAI's format.
 
-A message has role and content, and optionally tool_calls, tool_call_id and name. Reasoning is always stored as
-reasoning_content, whatever the row calls it. `train: false` or `weight: 0` marks a reply that is read but not trained.
-ShareGPT's messages have from and value.
+A message has role and content, and optionally tool_calls, tool_call_id and name. The content is a text, or a list of
+parts if it has images. Reasoning is always stored as reasoning_content, whatever the row calls it. `train: false` or
+`weight: 0` marks a reply that is read but not trained. ShareGPT's messages have from and value.
 
 `text_value`, `short_repr`, `listed` and SURROGATE are for the values of any column.
 """
@@ -33,12 +33,18 @@ SHAREGPT_ROLES = {
     "observation": "tool",
 }
 REASONING = "reasoning_content"
+TEXT_PART, IMAGE = "text", "image"  # types of a message's parts, and the keys of their values
+IMAGE_VALUES = (IMAGE, "path", "url", "bytes")  # keys of an image's value in the common formats
+PLACEHOLDER = "<image>"  # in texts, of an image in a column: LLaVA, LLaMA-Factory, ms-swift, TRL
 REASONING_KEYS = (REASONING, "thinking", "reasoning")  # vLLM and most templates; gpt-oss; OpenRouter
 
 
 def read_messages(value: Any, name: str) -> Messages:
-    """Returns the messages of a list without their marks. Raises DataError, like all functions here."""
-    return [message for message, _ in marked_messages(value, name)]
+    """Returns messages of text without their marks. Raises DataError, like all functions here."""
+    messages = [message for message, _ in marked_messages(value, name)]
+    if has_images(messages):
+        raise DataError(f"{name}: expected text, got an image; this task does not support images")
+    return messages
 
 
 def marked_messages(value: Any, name: str) -> list[MarkedMessage]:
@@ -86,14 +92,92 @@ def _message(message: Any, name: str) -> MarkedMessage:
     return {**other, **special}, is_trained
 
 
-def _content(message: dict[str, Any], name: str) -> str:
+def _content(message: dict[str, Any], name: str) -> str | list[dict[str, Any]]:
+    """Returns the text of a message; its parts if some are images: {"type": "text", "text"} or {"type", "image"}.
+
+    The value of an image is None if a column next to the messages has it.
+    """
     content = message.get("content")
     if not isinstance(content, list):
         return text_value(content, f"{name}.content")
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise DataError(f"{name}.content: only text parts are supported, got {short_repr(part)}")
-    return "".join(text_value(part.get("text"), f"{name}.content") for part in content)
+    parts = [_part(part, f"{name}.content[{index}]") for index, part in enumerate(content)]
+    if all(part["type"] == TEXT_PART for part in parts):
+        return "".join(part[TEXT_PART] for part in parts)
+    if message["role"] == "assistant":
+        raise DataError(f"{name}: assistant messages cannot contain images, because models generate only text")
+    return parts
+
+
+def _part(part: Any, name: str) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == TEXT_PART:
+        return {"type": TEXT_PART, TEXT_PART: text_value(part.get("text"), f"{name}.text")}
+    if kind == "image_url":  # OpenAI's format
+        url = part.get("image_url")
+        return {"type": IMAGE, IMAGE: url.get("url") if isinstance(url, dict) else url}
+    if kind == IMAGE:
+        return {"type": IMAGE, IMAGE: next((part[key] for key in IMAGE_VALUES if part.get(key) is not None), None)}
+    raise DataError(f"{name}: only text and images are supported, got {short_repr(part)}")
+
+
+def has_images(messages: Messages) -> bool:
+    return any(isinstance(message["content"], list) for message in messages)
+
+
+def text_of(message: dict[str, Any]) -> str:
+    """Returns the text of a message, with [image] for each image."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part[TEXT_PART] if part["type"] == TEXT_PART else "[image]" for part in content)
+
+
+def place_images(messages: Messages, images: list[Any]) -> Messages:
+    """Puts the images of a row's column into its messages, where these have a part without value or <image>.
+
+    If there is no such place, all images come before the text of the first user message, as in TRL.
+    Raises DataError if their numbers differ, or if there is no user message.
+    """
+    if not images:
+        return messages
+    split = [message if message["role"] == "assistant" else _split_placeholders(message) for message in messages]
+    missing = sum(part[IMAGE] is None for message in split for part in _images_in(message))
+    if not missing:
+        first = next((index for index, message in enumerate(messages) if message["role"] == "user"), None)
+        if first is None:
+            raise DataError("images: expected a user message that they belong to, got none")
+        content = messages[first]["content"]
+        rest = [{"type": TEXT_PART, TEXT_PART: content}] if isinstance(content, str) else content
+        parts = [{"type": IMAGE, IMAGE: image} for image in images]
+        return [*messages[:first], {**messages[first], "content": [*parts, *rest]}, *messages[first + 1 :]]
+    if missing != len(images):
+        raise DataError(
+            f"images: expected {missing:,}, one for each {PLACEHOLDER} in the messages, got {len(images):,}; make them "
+            "agree"
+        )
+    values = iter(images)
+    for message in split:
+        for part in _images_in(message):
+            part[IMAGE] = next(values) if part[IMAGE] is None else part[IMAGE]
+    return split
+
+
+def _split_placeholders(message: dict[str, Any]) -> dict[str, Any]:
+    """Returns a message whose <image> are parts, with new objects for all parts."""
+    content = message["content"]
+    parts = [{"type": TEXT_PART, TEXT_PART: content}] if isinstance(content, str) else content
+    split: list[dict[str, Any]] = []
+    for part in parts:
+        texts = part[TEXT_PART].split(PLACEHOLDER) if part["type"] == TEXT_PART else []
+        for index, text in enumerate(texts):
+            split += [{"type": IMAGE, IMAGE: None}] if index else []
+            split += [{"type": TEXT_PART, TEXT_PART: text}] if text else []
+        split += [] if texts else [dict(part)]
+    return {**message, "content": split} if any(part["type"] == IMAGE for part in split) else message
+
+
+def _images_in(message: dict[str, Any]) -> list[dict[str, Any]]:
+    return [part for part in message["content"] if part["type"] == IMAGE] if has_images([message]) else []
 
 
 def _train_flag(message: dict[str, Any], role: str, name: str) -> bool | None:
@@ -183,7 +267,7 @@ MESSAGES_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|from|content|value)["']\s*
 NAMES_TEXT = re.compile(r"""\s*\[\s*[]"'\d-]""")
 LIST_TEXTS = {  # key with lists -> how the text of a list begins in CSV, where every cell is text
     **dict.fromkeys(("messages", "conversations", "prompt", "completion", "chosen", "rejected"), MESSAGES_TEXT),
-    **dict.fromkeys(("label", "tokens", "tags", "choices"), NAMES_TEXT),
+    **dict.fromkeys(("label", "tokens", "tags", "choices", "images"), NAMES_TEXT),
 }
 
 

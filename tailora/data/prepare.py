@@ -9,31 +9,37 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tailora.data import dataset
-from tailora.data.chat_template import ChatTokenizer, DataSettings, fit_to_template, has_tools
+from tailora.data.chat_template import ChatTokenizer, DataSettings, fit_to_template, has_tools, to_conversation
 from tailora.data.dataset import WARNINGS, DataReport, Example, Examples, Mixture, SourceReport, with_other_replies
 from tailora.data.demo import resolve_demo
+from tailora.data.images import read_images
+from tailora.data.messages import has_images, parsed_list, place_images
+from tailora.data.processor import text_tokenizer
 from tailora.data.readers import Row, RowProblem, Rows, Source, data_error, read_rows
 from tailora.data.report import Flagged, RowCounts, count_messages, most_frequent, sample_hash
 from tailora.data.schemas import (
     CAUSAL_LM,
     FEEDBACK,
+    IMAGE_COLUMNS,
     PREFERENCE,
     TEXT,
     AnySample,
     ColumnMapping,
     Conversation,
+    Pair,
     Text,
     choices_from_preference,
     convert_row,
     detect_source_schema,
     weight_of,
 )
-from tailora.data.tokenize import EncodedSample, encode_samples
+from tailora.data.tokenize import EncodedSample, encode_samples, tokenized_parts
 from tailora.errors import ConfigError, DataError, listing
 
 CHUNK = 1000  # rows to tokenize at a time
@@ -70,7 +76,10 @@ def _encode_rows(
 ) -> Iterator[EncodedSample | RowProblem]:
     numbered = enumerate(items)
     while chunk := list(islice(numbered, CHUNK)):
-        samples = [convert_row(item, mapping) if isinstance(item, Row) else item for _, item in chunk]
+        samples = [
+            _with_images(convert_row(item, mapping), item, mapping, tokenizer) if isinstance(item, Row) else item
+            for _, item in chunk
+        ]
         encoded = iter(encode_samples([sample for sample in samples if not isinstance(sample, RowProblem)], tokenizer))
         for (index, item), sample in zip(chunk, samples, strict=True):
             results = sample if isinstance(sample, RowProblem) else next(encoded)
@@ -87,9 +96,39 @@ def _encode_rows(
                 yield replace(result, example=example, location=item.location)
 
 
+def _with_images(
+    sample: AnySample | RowProblem, row: Row, mapping: ColumnMapping, tokenizer: ChatTokenizer
+) -> AnySample | RowProblem:
+    """Returns the sample with the images of its messages and columns, which were read and checked."""
+    columns = [mapping.columns[key] for key in IMAGE_COLUMNS if key in mapping.columns]
+    values = [value for column in columns if (value := row.fields.get(column)) not in (None, "", [])]
+    if isinstance(sample, RowProblem) or not (values or _has_images(sample)):
+        return sample
+    if not isinstance(sample, Conversation | Pair):
+        return row.problem("images are only supported in chats and in prompts with a completion")
+    if tokenizer.processor is None:
+        return row.problem("the row has images, but the model reads only text; use a vision-language model")
+    if len(values) > 1:
+        return row.problem(f"the row has {' and '.join(columns)}; use one column for all images")
+    chat, settings = to_conversation(sample), tokenizer.settings
+    folder = Path(row.file).parent if settings.image_folder is None else Path(settings.image_folder).expanduser()
+    try:
+        parsed = parsed_list(values[0], IMAGE_COLUMNS[0]) if values else None
+        messages = place_images(chat.messages, parsed if isinstance(parsed, list) else [parsed] if values else [])
+        messages = read_images(messages, folder, allow_remote=settings.allow_remote_images)
+    except DataError as error:
+        return row.problem(error)
+    return replace(chat, messages=messages)
+
+
+def _has_images(sample: AnySample) -> bool:
+    conversations = (part for part in tokenized_parts(sample) if isinstance(part, Conversation))
+    return any(has_images(part.messages) for part in conversations)
+
+
 def check_vocabulary(tokenizer: Any, embedding_rows: int) -> None:
     """Raises DataError if the tokenizer has ids beyond the model's embedding."""
-    token, last = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    token, last = max(text_tokenizer(tokenizer).get_vocab().items(), key=lambda entry: entry[1])
     if last >= embedding_rows:
         raise DataError(
             f"the tokenizer is larger than the model's embedding: its last token {token!r} has id {last}, but the "

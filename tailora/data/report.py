@@ -12,8 +12,9 @@ from itertools import chain
 from typing import Any, TypeAlias
 
 from tailora.data.chat_template import to_conversation
+from tailora.data.images import Image, images_of
 from tailora.data.labels import SINGLE, Labels
-from tailora.data.messages import REASONING
+from tailora.data.messages import REASONING, text_of
 from tailora.data.schemas import REGRESSION, AnySample, Conversation, Labelled, Text
 from tailora.data.tokenize import EncodedSample, tokenized_parts
 
@@ -121,7 +122,7 @@ def most_frequent(systems: Iterable[Counter[str | None]]) -> str | None:
 
 
 def count_messages(samples: Iterable[object]) -> dict[str, int]:
-    """Counts the messages of each role in the conversations, and their tools, tool calls and reasoning."""
+    """Counts the messages of each role in the conversations, and their tools, tool calls, reasoning and images."""
     counts = Counter[str]()
     for chat in (sample for sample in samples if isinstance(sample, Conversation)):
         counts.update(message["role"] for message in chat.messages)
@@ -129,6 +130,7 @@ def count_messages(samples: Iterable[object]) -> dict[str, int]:
         counts["with reasoning"] += sum(REASONING in message for message in chat.messages)
         counts["not to be trained"] += len(chat.untrained)
         counts["tools"] += len(chat.tools or [])
+        counts["images"] += len(images_of(chat.messages))
     return {name: count for name, count in counts.items() if count}
 
 
@@ -136,7 +138,7 @@ Located: TypeAlias = Sequence[tuple[AnySample, str]]  # samples and the location
 
 
 def _of_chat(chat: Conversation) -> Iterator[str]:
-    if any(message["role"] == "user" and not message["content"].strip() for message in chat.messages):
+    if any(message["role"] == "user" and not text_of(message).strip() for message in chat.messages):
         yield "empty_question"
     if any(chat.messages[index]["content"].strip().lower() in MISSING for index in chat.trained_replies):
         yield "missing_answer"
@@ -169,6 +171,8 @@ def sample_hash(sample: AnySample) -> bytes:
     """Returns 8 bytes that depend only on the content, not on columns, tokenizer or truncation."""
 
     def plain(value: Any) -> Any:
+        if isinstance(value, Image):
+            return value.sha256
         is_set = isinstance(value, frozenset)
         return sorted(value) if is_set else {f.name: getattr(value, f.name) for f in fields(value)}
 

@@ -13,7 +13,8 @@
     text/label          text, label                              Labelled; also text_a and text_b, or messages
     tokens/tags         tokens, tags                             Tagged
 
-Every row may have a weight that multiplies its loss in training.
+Every row may have a weight that multiplies its loss in training. Rows of the first four schemas may have images, in
+their messages or in a column images or image.
 
 For choices, prompt can also be called question, and answer can be called label. Rows are read as feedback if at least
 half of their labels are true or false, or with --task preference.
@@ -39,6 +40,7 @@ from tailora.data.messages import (
     read_messages,
     read_tools,
     short_repr,
+    text_of,
     text_value,
 )
 from tailora.data.readers import Row, RowProblem, data_error
@@ -64,7 +66,7 @@ class Conversation:
     def system(self) -> str | None:
         """The system message at the beginning, if any."""
         first = self.messages[0]
-        return first["content"] if first["role"] in ("system", "developer") else None
+        return text_of(first) if first["role"] in ("system", "developer") else None
 
     @property
     def replies(self) -> list[int]:
@@ -393,16 +395,17 @@ def _has_truth_value(row: Mapping[str, Any]) -> bool:
 
 PAIR = ("prompt", "completion")
 WEIGHT = "weight"  # an optional key of every schema
+IMAGE_COLUMNS = ("images", "image")  # several or one
 TEXT = "text"  # the schema of documents of any length
 # If several fit, the first wins: `messages` has more information than the `prompt` that often accompanies it, and two
 # replies have more than one.
 SCHEMAS = (
     Schema("preference", from_preference, ("chosen", "rejected"), ("prompt", "tools"), task=PREFERENCE),
     Schema(FEEDBACK, from_feedback, (*PAIR, "label"), ("tools",), task=PREFERENCE, fits=_has_truth_value),
-    Schema("messages", from_messages, ("messages",), ("tools",)),
-    Schema("sharegpt", from_sharegpt, ("conversations",), ("system", "tools")),
-    Schema("prompt/completion", from_prompt, PAIR, ("tools",)),
-    Schema("alpaca", from_alpaca, ("instruction", "output"), ("input",)),
+    Schema("messages", from_messages, ("messages",), ("tools", *IMAGE_COLUMNS)),
+    Schema("sharegpt", from_sharegpt, ("conversations",), ("system", "tools", *IMAGE_COLUMNS)),
+    Schema("prompt/completion", from_prompt, PAIR, ("tools", *IMAGE_COLUMNS)),
+    Schema("alpaca", from_alpaca, ("instruction", "output"), ("input", *IMAGE_COLUMNS)),
     *(
         Schema("choices", from_choices, (prompt, "choices", answer))
         for prompt in ("prompt", "question")

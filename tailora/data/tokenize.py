@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -153,7 +153,10 @@ def _encode_texts(samples: Sequence[Sample], tokenizer: ChatTokenizer) -> list[l
     max_length = tokenizer.settings.max_length
 
     def encode(parts: list[RenderedSample]) -> list[EncodedSample]:
-        examples = [Example.of_text(*loss_mask(part, next(tokens), tokenizer)) for part in parts]
+        examples = [
+            replace(Example.of_text(*loss_mask(part, next(tokens), tokenizer)), images=part.images) for part in parts
+        ]
+        _check_no_image_is_cut(examples, tokenizer)
         if not all(example.supervised for example in examples):
             raise DataError("the row has no tokens to train on")
         return [
@@ -162,6 +165,17 @@ def _encode_texts(samples: Sequence[Sample], tokenizer: ChatTokenizer) -> list[l
         ]
 
     return [_result_of(encode, parts) for parts in rendered]
+
+
+def _check_no_image_is_cut(examples: Sequence[Example], tokenizer: ChatTokenizer) -> None:
+    max_length = tokenizer.settings.max_length
+    for example in examples:
+        rest = example.input_ids[max_length:]
+        if example.images and np.isin(rest, cast(Any, tokenizer.processor).image_token_ids).any():
+            raise DataError(
+                f"the row has {len(example.input_ids):,} tokens, and truncation to {max_length:,} would cut an image; "
+                "raise --max-length, or use smaller or fewer images"
+            )
 
 
 # ---- Sequence to sequence
@@ -264,7 +278,7 @@ def prompt_ids(sample: Conversation | Pair, tokenizer: Any) -> list[int]:
         return chat_tokenizer.bos_ids + chat_tokenizer.token_ids(sample.prompt)
     chat = fit_to_template(to_conversation(sample), chat_tokenizer)
     before_reply = chat.messages[: last_reply(chat)]
-    return chat_tokenizer.token_ids(chat_tokenizer.render(before_reply, tools=chat.tools, add_generation_prompt=True))
+    return chat_tokenizer.chat_ids(chat_tokenizer.render(before_reply, tools=chat.tools, add_generation_prompt=True))
 
 
 def last_reply(chat: Conversation) -> int | None:

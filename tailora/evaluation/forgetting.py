@@ -18,6 +18,7 @@ from tailora.core.inference import constant_adapters
 from tailora.data.chat_template import DataSettings
 from tailora.data.demo import resolve_demo
 from tailora.data.prepare import check_vocabulary, prepare
+from tailora.data.processor import text_tokenizer
 from tailora.errors import DataError
 from tailora.train.state import seeded
 
@@ -36,6 +37,7 @@ def sample_texts(
     model: Any, tokenizer: Any, *, count: int = SAMPLES, length: int = SAMPLE_LENGTH, seed: int = 0
 ) -> list[list[int]]:
     """Returns token ids sampled at temperature 1 from the model without adapters. Random states do not change."""
+    tokenizer = text_tokenizer(tokenizer)
     start = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None)
     ids = torch.full((count, 1), start, device=model.device)
     with seeded(seed), torch.no_grad(), evaluating(model), model.disable_adapter():

@@ -15,15 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, TextIteratorStreamer
+from transformers import GenerationConfig, ProcessorMixin, TextIteratorStreamer
 
 from tailora.core.attach import evaluating
 from tailora.data.chat_template import ChatTokenizer
 from tailora.data.dataset import IGNORED
-from tailora.data.messages import Messages
+from tailora.data.images import Image, images_of
+from tailora.data.messages import Messages, text_of
+from tailora.data.processor import text_tokenizer
 from tailora.data.schemas import Conversation, Pair, Sample, Text
 from tailora.data.tokenize import encode_sample, last_reply, prompt_ids, reply_text
 from tailora.errors import DataError
+from tailora.train.image_text_to_text import accepted_inputs, image_inputs
 from tailora.train.parallel import is_sharded
 from tailora.train.state import seeded
 from tailora.train.trainable import Trainable
@@ -39,6 +42,7 @@ class Prompt:
     text: str  # shown to the user: the last message before the answer
     ids: list[int]
     earlier_messages: int = 0  # also in the ids; without the system message
+    images: tuple[Image, ...] = ()
 
 
 def prompt_of(model: Any, question: str | Sample, tokenizer: Any) -> Prompt:
@@ -53,10 +57,11 @@ def prompt_of(model: Any, question: str | Sample, tokenizer: Any) -> Prompt:
         text, ids = question.prompt, prompt_ids(question, tokenizer)
     else:
         *earlier, asked = question.messages[: last_reply(question)]
-        text, ids = asked["content"], prompt_ids(question, tokenizer)
+        text, ids = text_of(asked), prompt_ids(question, tokenizer)
     if is_seq2seq(model):  # an encoder's texts end with special tokens, and earlier messages are not among them
         return Prompt(text, encoder_ids(text, tokenizer))
-    return Prompt(text, ids, sum(message["role"] != "system" for message in earlier))
+    images = images_of(question.messages[: last_reply(question)]) if isinstance(question, Conversation) else ()
+    return Prompt(text, ids, sum(message["role"] != "system" for message in earlier), images)
 
 
 def is_seq2seq(model: Any) -> bool:
@@ -80,11 +85,11 @@ def chat_ids(messages: Messages, tokenizer: Any) -> list[int]:
     chat_tokenizer = ChatTokenizer.of(tokenizer)
     if chat_tokenizer.template is None:
         return plain_ids(plain_text(messages), tokenizer)
-    return chat_tokenizer.token_ids(chat_tokenizer.render(messages, add_generation_prompt=True))
+    return chat_tokenizer.chat_ids(chat_tokenizer.render(messages, add_generation_prompt=True))
 
 
 def plain_text(messages: Messages) -> str:
-    return "\n".join(message["content"] for message in messages)
+    return "\n".join(text_of(message) for message in messages)
 
 
 def plain_ids(text: str, tokenizer: Any) -> list[int]:
@@ -99,32 +104,35 @@ GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}  # 
 
 
 def generation_arguments(
-    model: Any, tokenizer: Any, ids: list[int], *, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0
+    model: Any, tokenizer: Any, prompt: Prompt, *, max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0
 ) -> dict[str, Any]:
-    """Returns the arguments of `model.generate` that continue `ids`; temperature 0 is greedy decoding.
+    """Returns the arguments of `model.generate` that continue the prompt; temperature 0 is greedy decoding.
 
     The model's own generation settings are not used, apart from its end tokens.
     Raises DataError if the model has no positions left for an answer.
     """
-    left = free_positions(model, len(ids))
+    left = free_positions(model, len(prompt.ids))
     if left < 1:
         raise DataError(
-            f"the prompt has {len(ids)} tokens, {1 - left} too many for this model to add a response; shorten the "
-            "prompt"
+            f"the prompt has {len(prompt.ids)} tokens, {1 - left} too many for this model to add a response; shorten "
+            "the prompt"
         )
-    ends = stop_ids(model, tokenizer)
+    ends, pad = stop_ids(model, tokenizer), text_tokenizer(tokenizer).pad_token_id
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     config = GenerationConfig(
         **(sampling if temperature else GREEDY),
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         max_new_tokens=min(max_new_tokens, left),
-        cache_implementation=cache_implementation(model, len(ids), min(max_new_tokens, left)),
+        cache_implementation=cache_implementation(model, len(prompt.ids), min(max_new_tokens, left)),
         eos_token_id=ends or None,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0],
+        pad_token_id=pad if pad is not None else (ends or [0])[0],
     )
-    prompt = torch.tensor([ids], device=model.device)  # (1, length)
-    return {"inputs": prompt, "attention_mask": torch.ones_like(prompt), "generation_config": config}
+    ids = torch.tensor([prompt.ids])  # (1, length)
+    inputs = {"inputs": ids, "attention_mask": torch.ones_like(ids)}
+    if isinstance(tokenizer, ProcessorMixin):
+        inputs |= accepted_inputs(model.base_model, image_inputs(tokenizer, ids, [prompt.images]))
+    return {name: value.to(model.device) for name, value in inputs.items()} | {"generation_config": config}
 
 
 def cache_implementation(model: Any, length: int, new: int) -> str | None:
@@ -142,7 +150,7 @@ def cache_implementation(model: Any, length: int, new: int) -> str | None:
 
 def free_positions(model: Any, length: int) -> int:
     """Returns how many positions the model has after `length` tokens."""
-    positions: int = getattr(model.config, "max_position_embeddings", sys.maxsize)
+    positions: int = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
     return positions - length
 
 
@@ -152,7 +160,7 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     A reply in the middle of a conversation may end with a different token than the last one, as in Phi 3 and GLM.
     """
     end = model.generation_config.eos_token_id
-    ids = {*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id}
+    ids = {*(end if isinstance(end, list) else [end]), text_tokenizer(tokenizer).eos_token_id}
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
         with suppress(DataError):  # the template can be chatted with, but not trained on
@@ -182,13 +190,16 @@ def stream_reply(
     Raises DataError if the chat template rejects the messages, or they fill the model's positions.
     """
     if is_seq2seq(model):
-        ids = encoder_ids(prompt if isinstance(prompt, str) else plain_text(prompt), tokenizer)
+        text = prompt if isinstance(prompt, str) else plain_text(prompt)
+        asked = Prompt(text, encoder_ids(text, tokenizer))
+    elif isinstance(prompt, str):
+        asked = Prompt(prompt, plain_ids(prompt, tokenizer))
     else:
-        ids = plain_ids(prompt, tokenizer) if isinstance(prompt, str) else chat_ids(prompt, tokenizer)
+        asked = Prompt("", chat_ids(prompt, tokenizer), images=images_of(prompt))
     arguments = generation_arguments(
-        model, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
+        model, tokenizer, asked, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
     )
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = TextIteratorStreamer(text_tokenizer(tokenizer), skip_prompt=True, skip_special_tokens=True)
     stop_event = Event()
 
     def stop(ids: Tensor, _scores: Any) -> Tensor:
@@ -247,7 +258,7 @@ def compare_answers(
             texts.append([])
             with which:
                 for prompt in prompts:
-                    texts[-1].append(_greedy_answer(model, tokenizer, prompt.ids, max_new_tokens))
+                    texts[-1].append(_greedy_answer(model, tokenizer, prompt, max_new_tokens))
                     progress(sum(map(len, texts)), 2 * len(prompts))
     return [
         Answer(prompt.text, base, tuned, prompt.earlier_messages, reference)
@@ -255,13 +266,13 @@ def compare_answers(
     ]
 
 
-def _greedy_answer(model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int) -> str:
+def _greedy_answer(model: Any, tokenizer: Any, prompt: Prompt, max_new_tokens: int) -> str:
     """Returns the answer, with … at the end if it is truncated.
 
     Prompts are answered one by one: padding to a common length would change the rounding, and thus the text.
     """
-    arguments = generation_arguments(model, tokenizer, ids, max_new_tokens=max_new_tokens)
+    arguments = generation_arguments(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
     output = model.generate(**arguments, synced_gpus=is_sharded(model))  # then no rank stops before the others
-    new = new_tokens(model, output[0], ids)  # (length,)
+    new = new_tokens(model, output[0], prompt.ids)  # (length,)
     is_cut = int(new[-1]) not in (arguments["generation_config"].eos_token_id or [])
     return str(tokenizer.decode(new, skip_special_tokens=True)).strip() + ("…" if is_cut else "")

@@ -33,8 +33,9 @@ from tailora.evaluation.statistics import Interval, mean_interval, paired_differ
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
 from tailora.train.dataloader import CPU_TOKENS, data_settings, resolved_sources
+from tailora.train.image_text_to_text import language_model_task
 from tailora.train.kernel_choice import choose_layout
-from tailora.train.loss import CAUSAL_LM, SEQ2SEQ_TASK, Evaluation, Task, evaluate
+from tailora.train.loss import SEQ2SEQ_TASK, Evaluation, Task, evaluate
 from tailora.train.trainable import Trainable
 
 TUNED, BASE = "tuned", "base"
@@ -263,7 +264,7 @@ class _Evaluator:
         self, model: LoRAModel, tokenizer: Any, options: EvalOptions, metrics: Sequence[str], log: Log
     ) -> None:
         self.model, self.tokenizer, self.options, self.log = model, tokenizer, options, log
-        self.task: Task = SEQ2SEQ_TASK if is_seq2seq(model) else CAUSAL_LM
+        self.task: Task = SEQ2SEQ_TASK if is_seq2seq(model) else language_model_task(tokenizer)
         self.layout = choose_layout(TrainConfig(), model, tokenizer, log, trains=False, task=self.task)
         self.token_budget = token_budget(model)
         self.normalize = normalizer(options.normalize)
@@ -366,7 +367,7 @@ def match_answer(
         return torch.full((1,), wrong and stop_early, dtype=torch.bool, device=output.device)
 
     with evaluating(model), torch.no_grad():
-        arguments = generation_arguments(model, tokenizer, prompt.ids, max_new_tokens=max_new_tokens)
+        arguments = generation_arguments(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
         answer = answer_in(model.generate(**arguments, stopping_criteria=[is_wrong]))
     return Match(prompt.text, reply_text(sample, tokenizer).strip(), answer.strip(), normalize(answer) == expected)
 
@@ -416,7 +417,7 @@ def loss_on_data(config: TrainConfig, model: LoRAModel, tokenizer: Any, log: Log
     data. Raises DataError with everything that is wrong with the data.
     """
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
-    rows, task = (SEQ2SEQ, SEQ2SEQ_TASK) if is_seq2seq(model) else (AUTO, CAUSAL_LM)
+    rows, task = (SEQ2SEQ, SEQ2SEQ_TASK) if is_seq2seq(model) else (AUTO, language_model_task(tokenizer))
     settings = replace(data_settings(config), task=rows, validation_split=0.0, for_evaluation=True)
     prepared = prepare(resolved_sources(config, "eval_data"), tokenizer, settings)
     if prepared.report.task == PREFERENCE:

@@ -5,7 +5,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from packaging.version import InvalidVersion, Version
 from torch import nn
@@ -86,6 +86,8 @@ def _task_type(config: LoRAConfig, base_model: nn.Module) -> TaskType | None:
     task = config.task_type
     if task is None and getattr(base_model, "main_input_name", "input_ids") == "input_ids":  # PEFT's classes pass it on
         task = next((task for ending, task in TASK_TYPES.items() if class_name.endswith(ending)), None)
+        if task == "SEQ_2_SEQ_LM" and not cast(Any, base_model).config.is_encoder_decoder:  # vision-language models
+            task = "CAUSAL_LM"
     modules = dict(base_model.named_modules())
     names = HEADS_OF_TASK.get(task or "", ())
     heads = [path for path in modules if any(ends_with(name, path) for name in names)]

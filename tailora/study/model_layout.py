@@ -14,7 +14,7 @@ from typing import Any, cast
 from torch import nn
 
 from tailora.core.adapter import layer_key
-from tailora.core.config import LoRAConfig
+from tailora.core.config import ALL_LAYERS, ALL_LINEAR, LANGUAGE_MODEL, LoRAConfig
 from tailora.core.layer import LoRALayer
 from tailora.core.layer_types import layer_path_of, layer_type_of
 from tailora.core.patterns import exactly, layer_index, pattern_matches
@@ -226,6 +226,7 @@ def unadapted_groups(model: LoRAModel) -> list[UnadaptedGroup]:
     head = get_head() if callable(get_head) else None
     excluded = set(selected_candidates(base, modules, config.replaced(exclude_modules=None)))
     of_all_layers = config.replaced(layers_to_transform=None, layers_pattern=None)
+    in_all_linear = selected_candidates(base, modules, config.replaced(target_modules=ALL_LINEAR))
     in_other_layers = set(selected_candidates(base, modules, of_all_layers))
     groups: dict[tuple[str, str, str], dict[str, int]] = defaultdict(dict)  # -> path -> parameters
     seen: set[int] = set()
@@ -240,10 +241,12 @@ def unadapted_groups(model: LoRAModel) -> list[UnadaptedGroup]:
             reason = "in exclude_modules"
         elif path in in_other_layers:
             reason = "layer not in layers_to_transform"
-        elif config.target_modules == "all-linear" and module is head:
-            reason = "output head, not part of all-linear; add its name to adapt it"
-        elif config.target_modules == "all-linear" and not layer_type.is_linear:
+        elif config.target_modules in ALL_LAYERS and module is head:
+            reason = "output head; add its name to adapt it"
+        elif config.target_modules in ALL_LAYERS and not layer_type.is_linear:
             reason = "not linear; add its name to adapt it"
+        elif config.target_modules == LANGUAGE_MODEL and path in in_all_linear:
+            reason = "not in the language model; use --target-modules all-linear to adapt it"
         else:
             reason = "not in target_modules"
         count = sum(parameter.numel() for parameter in parameters if id(parameter) not in seen)

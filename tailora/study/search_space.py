@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
-from tailora.core.config import ALIASES, OUR_NAMES, suggestion
+from tailora.core.config import ALIASES, ALL_LINEAR, OUR_NAMES, suggestion
 from tailora.errors import ConfigError, listing
 from tailora.train.config import PREFERENCE_FIELDS, TrainConfig
 
@@ -31,7 +31,7 @@ SHARED_BY_RUNS = STEP_CHOICE | {  # in any study
 SHARED = SHARED_BY_RUNS | {"field", "save_total_limit", "adapter", "method", "max_length"}
 SHARED |= {"quantize", "dtype", "packing"}  # would change the base
 SCALE = "scale"  # alpha/r, instead of alpha
-TARGETS = ("all-linear", "attention", "mlp")  # words whose meaning depends on the model
+TARGETS = (ALL_LINEAR, "attention", "mlp")  # words whose meaning depends on the model
 SHORT_NAMES = ("rank", "alpha", "lr", "dropout", "targets")  # also accepted, as a space is often typed by hand
 OTHER_NAMES = {**ALIASES, **{name: OUR_NAMES[name] for name in SHORT_NAMES}}
 ADALORA_SETTINGS = {"tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}
@@ -212,7 +212,7 @@ def settings_of(values: Mapping[str, Any], groups: Mapping[str, list[str] | str]
         changes["lora_alpha"] = changes.pop(SCALE) * (math.sqrt(r) if rslora else r)
     if "target_modules" in changes:
         word = changes["target_modules"]
-        changes["target_modules"] = groups.get(word, word if word == "all-linear" else word.split("+"))
+        changes["target_modules"] = groups.get(word, word if word == ALL_LINEAR else word.split("+"))
     return changes
 
 

@@ -7,7 +7,16 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from tailora.core.config import VALUES_OF_OTHER_TOOLS, AdaLoRA, Init, LoRAConfig, StrictModel, TaskType, layer_numbers
+from tailora.core.config import (
+    LANGUAGE_MODEL,
+    VALUES_OF_OTHER_TOOLS,
+    AdaLoRA,
+    Init,
+    LoRAConfig,
+    StrictModel,
+    TaskType,
+    layer_numbers,
+)
 from tailora.errors import ConfigError, listing
 
 PreferenceLoss = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
@@ -101,7 +110,9 @@ class TrainConfig(StrictModel):
     lora_alpha: float = Field(32, gt=0, description="alpha; the update is scaled by alpha / r")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability applied to the adapter's input")
     target_modules: list[str] | str = Field(
-        "all-linear", description="layers to adapt: names, a regular expression, all-linear, or none"
+        LANGUAGE_MODEL,
+        description="layers to adapt: names, a regular expression, language-model (all linear layers outside of "
+        "image towers), all-linear, or none",
     )
     target_parameters: list[str] | None = Field(
         None, description="parameters to adapt that are not a layer's weight, such as experts.down_proj"
@@ -171,6 +182,10 @@ class TrainConfig(StrictModel):
     skip_bad_rows: bool = Field(
         False, description="skip unusable rows and write them to skipped-rows.jsonl, each with the reason"
     )
+    image_folder: str | None = Field(
+        None, description="folder of the images that rows name; default: the folder of the data file"
+    )
+    allow_remote_images: bool = Field(False, description="download images from the http(s) URLs in rows")
     streaming: bool = Field(False, description="stream the data instead of loading it first; requires --max-steps")
     # optimization
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate")

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from tailora.core.device import copies_by_itself
 from tailora.data.chat_template import DataSettings
@@ -31,6 +30,7 @@ from tailora.data.dataset import DataReport, Example, Examples, Int64, named_row
 from tailora.data.demo import resolve_demo
 from tailora.data.labels import Labels
 from tailora.data.prepare import PreparedData, check_vocabulary, prepare, stream_examples
+from tailora.data.processor import Tokenizer
 from tailora.data.readers import Source, parse_sources
 from tailora.data.report import RowCounts
 from tailora.data.schemas import PREFERENCE, SEQ2SEQ
@@ -38,6 +38,7 @@ from tailora.errors import ConfigError, DataError
 from tailora.kernels.loss import Batch
 from tailora.train.classification import class_weights, label_task
 from tailora.train.config import TrainConfig
+from tailora.train.image_text_to_text import language_model_task
 from tailora.train.loss import CAUSAL_LM, SEQ2SEQ_TASK, Task
 from tailora.train.memory import ForwardSize
 from tailora.train.preference import preference_task
@@ -124,13 +125,13 @@ class TrainingData:
 
 
 # The settings, the rows of the model's embedding, the tokenizer, and what a head for labels predicts -> the data
-ReadData = Callable[[TrainConfig, int, PreTrainedTokenizerBase, Accelerator, Labels | None], TrainingData]
+ReadData = Callable[[TrainConfig, int, Tokenizer, Accelerator, Labels | None], TrainingData]
 
 
 def read_data(
     config: TrainConfig,
     embedding_rows: int,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     accelerator: Accelerator,
     labels: Labels | None = None,
 ) -> TrainingData:
@@ -140,12 +141,12 @@ def read_data(
     if config.streaming:
         return _streamed(config, tokenizer, shape)
     data = read_whole(config, tokenizer, labels)
-    shape = replace(shape, task=task_of(config, data.report, labels))
+    shape = replace(shape, task=task_of(config, data.report, tokenizer, labels))
     max_steps = config.max_steps or epoch_steps(config, data.train.epoch_size, shape.world)
     return TrainingData(data, data.eval, partial(dataset_steps, data.train, shape), max_steps, data.train, shape)
 
 
-def read_whole(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, labels: Labels | None = None) -> PreparedData:
+def read_whole(config: TrainConfig, tokenizer: Tokenizer, labels: Labels | None = None) -> PreparedData:
     """Reads, checks and tokenizes data that is not streamed. Raises DataError with all its problems."""
     eval_source = None if config.eval_data is None else resolve_demo(config.eval_data, "eval_data")
     sources = resolved_sources(config, "data")
@@ -164,7 +165,7 @@ def data_settings(config: TrainConfig, labels: Labels | None = None) -> DataSett
     return settings if config.split_seed is None else replace(settings, seed=config.split_seed)
 
 
-def task_of(config: TrainConfig, report: DataReport, labels: Labels | None) -> Task:
+def task_of(config: TrainConfig, report: DataReport, tokenizer: Tokenizer, labels: Labels | None) -> Task:
     """Returns what is learned from such data. Raises ConfigError if the loss asked for is not for these rows."""
     if labels is not None:
         return label_task(labels, class_weights(config.class_weights, labels, report.labels))
@@ -177,10 +178,10 @@ def task_of(config: TrainConfig, report: DataReport, labels: Labels | None) -> T
             f"{', '.join(given)}: only applies to preferences, but data {report.source} was read as {report.shape}; "
             "preference rows need chosen and rejected, or prompt, completion and label (true or false)"
         )
-    return CAUSAL_LM
+    return language_model_task(tokenizer)
 
 
-def _streamed(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, shape: "StepShape") -> TrainingData:
+def _streamed(config: TrainConfig, tokenizer: Tokenizer, shape: "StepShape") -> TrainingData:
     """Returns data that is read while training; only its first batches are read now."""
     settings = data_settings(config)
     eval_data = held_out = None
@@ -188,6 +189,7 @@ def _streamed(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, shape: "S
         source = resolve_demo(config.eval_data, "eval_data")
         eval_data = prepare(source, tokenizer, settings, eval_source=source)
         held_out = eval_data.eval
+    shape = replace(shape, task=language_model_task(tokenizer))
     counts = RowCounts(held_out=frozenset(held_out.hashes() if held_out else ()))
     (data,) = resolved_sources(config, "data")  # TrainConfig allows one
     if data.weight != 1:
@@ -220,7 +222,7 @@ def stream_notes(data: TrainingData, max_length: int) -> list[str]:
 def random_data(
     config: TrainConfig,
     embedding_rows: int,
-    _tokenizer: PreTrainedTokenizerBase,
+    _tokenizer: Tokenizer,
     accelerator: Accelerator,
     _labels: Labels | None = None,
 ) -> TrainingData:

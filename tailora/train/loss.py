@@ -196,16 +196,20 @@ class CausalLM(Task):
         else:
             inputs = dict(collate_padded(examples, layout.pad_id))
             owners = np.broadcast_to(np.arange(len(examples))[:, None], inputs["labels"].shape)
-        labels = inputs.pop("labels").numpy()
-        next_tokens = np.full_like(labels, IGNORED)
-        next_tokens[:, :-1] = labels[:, 1:]
-        return Batch.of(inputs, next_tokens, owners)
+        return Batch.of(inputs, next_tokens_of(inputs.pop("labels").numpy()), owners)
 
     def outputs(self, model: nn.Module, batch: Batch, layout: "BatchLayout") -> Outputs:
         return Outputs(FORMS[layout.loss](model, batch))
 
 
 CAUSAL_LM = CausalLM()
+
+
+def next_tokens_of(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Returns the labels shifted, so that each position has the token that it predicts: (batch, length)."""
+    next_tokens = np.full_like(labels, IGNORED)
+    next_tokens[:, :-1] = labels[:, 1:]
+    return next_tokens
 
 
 class Seq2Seq(Task):

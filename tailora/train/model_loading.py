@@ -27,15 +27,20 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoProcessor,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from tailora.core.device import fast_dtype
 from tailora.core.patterns import inside
@@ -43,6 +48,7 @@ from tailora.core.quantization import dense_weight, is_quantized, prevent_repack
 from tailora.core.targets import set_missing_pooler, task_heads
 from tailora.data.demo import resolve_model
 from tailora.data.labels import Labels
+from tailora.data.processor import Tokenizer, text_tokenizer
 from tailora.data.schemas import CAUSAL_LM, REGRESSION, SEQ2SEQ, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from tailora.errors import ConfigError, FormatError, listing, nearest
 from tailora.formats.hub import check_model_exists
@@ -223,10 +229,14 @@ def read_config(name: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(source)
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer of a model. Raises ConfigError if it cannot be read."""
+def load_tokenizer(name: str) -> Tokenizer:
+    """Returns the tokenizer of a model, or the processor of one for images. Raises ConfigError if it cannot be read."""
     with _reading(name) as source:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+        return _read_tokenizer(source, AutoConfig.from_pretrained(source))
+
+
+def _read_tokenizer(source: str, config: PretrainedConfig) -> Tokenizer:
+    tokenizer: Tokenizer = (AutoProcessor if reads_images(config) else AutoTokenizer).from_pretrained(source)
     return tokenizer
 
 
@@ -259,7 +269,7 @@ def load_base(
     task: str = CAUSAL_LM,
     labels: Labels | None = None,
     seed: int = 0,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, Tokenizer]:
     """Returns model and tokenizer of a folder, a Hub id, or 'demo'.
 
     dtype: float32, bfloat16, float16, "stored" (as in the files), or "auto" (see `precision_of`).
@@ -273,7 +283,8 @@ def load_base(
     device = torch.device(device)
     precision = precision_of(dtype, device)
     with _reading(name) as source:
-        tokenizer, config = AutoTokenizer.from_pretrained(source), AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source)
+        tokenizer = _read_tokenizer(source, config) if labels is None else AutoTokenizer.from_pretrained(source)
         is_plain = quantize is None and not stored_quantization(config)
         if sharding is not None:
             check_can_be_sharded(config, name, quantize)
@@ -292,7 +303,7 @@ def load_base(
                 stack.enter_context(quiet_transformers(warnings=False))  # about the head that the files lack
                 stack.enter_context(torch.random.fork_rng())
                 torch.manual_seed(seed)
-            model, report = model_class(task if labels is None else labels.task).from_pretrained(
+            model, report = model_class(task if labels is None else labels.task, config).from_pretrained(
                 source,
                 config=config,
                 dtype=precision,
@@ -332,15 +343,20 @@ HEADS: dict[str, Any] = {
 }
 
 
-def model_class(task: str) -> Any:
+def model_class(task: str, config: PretrainedConfig) -> Any:
     """Returns the class of transformers that loads a model for this task."""
-    return HEADS.get(task, AutoModelForCausalLM)
+    return HEADS.get(task, AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM)
+
+
+def reads_images(config: PretrainedConfig) -> bool:
+    """Returns whether the files contain a vision-language model."""
+    return next(iter(config.architectures or ()), "") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
 
 
 def new_model(config: PretrainedConfig, name: str, task: str, **options: Any) -> PreTrainedModel:
     """Returns a model with new weights. name: of the model, for messages. Raises ConfigError if no such head exists."""
     try:
-        model: PreTrainedModel = model_class(task).from_config(config, **options)
+        model: PreTrainedModel = model_class(task, config).from_config(config, **options)
     except ValueError as error:
         raise ConfigError(
             f"model {name!r} does not support this task ({error}); use a different --model or --task"
@@ -373,7 +389,8 @@ def initialize_heads(model: PreTrainedModel, heads: list[str], seed: int) -> Non
             model._init_weights(module)
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
+def pad_id(tokenizer: Tokenizer | None) -> int:
+    tokenizer = text_tokenizer(tokenizer)
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id) if tokenizer else ()
     return next((token for token in candidates if token is not None), 0)
 

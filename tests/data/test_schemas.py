@@ -385,8 +385,8 @@ def test_messages_in_another_notation_than_json_are_not_learned_as_text(key: str
             "conversations[0].value: expected JSON text, got 'f()'",
         ),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image"}]}, REPLY]},
-            "only text parts are supported, got ",
+            {"messages": [{"role": "user", "content": [{"type": "audio"}]}, REPLY]},
+            "messages[0].content[0]: only text and images are supported, got ",
         ),
         ({"messages": [USER]}, "expected an assistant message with content, got none"),
         (

@@ -23,6 +23,7 @@ from tailora.data.schemas import Conversation, Pair, Text
 from tailora.errors import DataError
 from tailora.evaluation.generate import (
     Answer,
+    Prompt,
     cache_implementation,
     chat_ids,
     compare_answers,
@@ -275,7 +276,7 @@ def test_both_caches_give_the_same_tokens(kind: str, tokenizer: PreTrainedTokeni
     model = AutoModelForCausalLM.from_config(MODELS[kind]).eval()
     model.generation_config.eos_token_id = None
     ids = torch.randint(300, (12,)).tolist()
-    asked = generation_arguments(model, tokenizer, ids, max_new_tokens=10)
+    asked = generation_arguments(model, tokenizer, Prompt("", ids), max_new_tokens=10)
     static = model.generate(**asked)
     asked["generation_config"].cache_implementation = None
     assert torch.equal(static, model.generate(**asked))

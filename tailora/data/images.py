@@ -1,0 +1,233 @@
+"""Images in chat messages: found in a row, checked, and decoded when their batch is needed.
+
+    "a.png", bytes, {"bytes", "path"}, data: URL, http(s) URL   the value in a row
+    -> `read_images`: every value becomes an `Image`: a file on disk, its size and its hash
+    -> `Image.load`: the pixels, for one batch
+
+Every image is decoded once when the data is read, so that a broken one is reported with its row and not after hours of
+training. JPEG files are decoded at an eighth of their size for that. Images that are not files are kept in the cache
+folder under their hash, so that memory does not grow with the data.
+"""
+
+import base64
+import binascii
+import hashlib
+import os
+import struct
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from tailora.core.cache import cache_folder
+from tailora.data.messages import IMAGE, Messages, short_repr
+from tailora.errors import DataError, listing
+from tailora.formats.io import wrap_os_error
+
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")  # MPO: what phones write as JPEG
+MOST_PIXELS = 64_000_000
+MOST_BYTES = 64 << 20  # of a file
+MOST_IMAGES = 100  # of a row
+ORIENTATION = 0x0112  # EXIF tag; from 5 on, width and height are swapped
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image that was read once without errors.
+
+    path: of the file.    sha256: of its bytes, in hexadecimal.    width, height: after rotation by its EXIF tag.
+    name: its value in the row, for messages.
+    """
+
+    path: Path
+    sha256: str
+    width: int
+    height: int
+    name: str
+
+    def load(self) -> Any:
+        """Returns the image in RGB, as PIL's class. Raises DataError if the file changed since it was read."""
+        content = _file_bytes(self.path, self.name)
+        if hashlib.sha256(content).hexdigest() != self.sha256:
+            raise DataError(f"image {self.name} changed after it was read; start again, and leave the file unchanged")
+        return _decode(content, self.name)
+
+
+def images_of(messages: Messages) -> tuple[Image, ...]:
+    """Returns the images of messages that `read_images` returned, in order."""
+    return tuple(part[IMAGE] for part in _image_parts(messages))
+
+
+def read_images(messages: Messages, folder: Path, *, allow_remote: bool = False) -> Messages:
+    """Returns the messages with an `Image` for every value of an image; unchanged without images.
+
+    folder: paths are relative to it and must not lead out of it.
+    allow_remote: download images from http(s) URLs.
+    Raises DataError with all images that cannot be used.
+    """
+    parts = _image_parts(messages)
+    if not parts:
+        return messages
+    if len(parts) > MOST_IMAGES:
+        raise DataError(
+            f"the row has {len(parts):,} images; expected at most {MOST_IMAGES}. Split it into several rows"
+        )
+    images, problems = [], []
+    for part in parts:
+        try:
+            images.append(read_image(part[IMAGE], folder, allow_remote=allow_remote))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError(problems[0] if len(problems) == 1 else listing(problems))
+    return replace_images(messages, images)
+
+
+def replace_images(messages: Messages, images: Sequence[Any] | None = None) -> Messages:
+    """Returns the messages with these values for their images, in order; without values, as templates read them."""
+    values = iter(images) if images is not None else None
+
+    def replaced(part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] != IMAGE:
+            return part
+        return {"type": IMAGE} if values is None else {"type": IMAGE, IMAGE: next(values)}
+
+    return [
+        {**message, "content": [replaced(part) for part in message["content"]]}
+        if isinstance(message["content"], list)
+        else message
+        for message in messages
+    ]
+
+
+def _image_parts(messages: Messages) -> list[dict[str, Any]]:
+    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+    return [part for content in contents for part in content if part["type"] == IMAGE]
+
+
+def read_image(value: Any, folder: Path, *, allow_remote: bool = False) -> Image:
+    """Returns the image of a value in a row. Raises DataError if it cannot be used.
+
+    value: path, data: URL, http(s) URL, bytes, PIL image, or what `datasets` stores: {"bytes": ..., "path": ...}.
+    """
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path") or value.get("url")
+    if hasattr(value, "save") and hasattr(value, "getexif"):  # an image of PIL
+        file = BytesIO()
+        value.save(file, "PNG")
+        value = file.getvalue()
+    if isinstance(value, bytes):
+        return _stored(value, f"of {len(value):,} bytes")
+    if not isinstance(value, str) or not value:
+        raise DataError(f"image: expected a path, a URL or bytes, got {short_repr(value)}")
+    if value.startswith("data:"):
+        return _stored(_from_data_url(value), short_repr(value))
+    if value.startswith(("http://", "https://")):
+        if not allow_remote:
+            raise DataError(f"image {short_repr(value)} is remote; download it, or use --allow-remote-images")
+        from tailora.data.remote_images import download_image
+
+        return _stored(download_image(value, MOST_BYTES), value)
+    path = _path_inside(value.removeprefix("file://"), folder)
+    return _checked(_file_bytes(path, value), path, value)
+
+
+def _path_inside(value: str, folder: Path) -> Path:
+    try:
+        path, root = (folder / value).resolve(), folder.resolve()
+        is_inside = path.is_relative_to(root)
+    except (OSError, ValueError, RuntimeError) as error:  # a null byte, a loop of links
+        raise DataError(f"image {short_repr(value)} is not a path: {error}") from None
+    if not is_inside:
+        raise DataError(
+            f"image {short_repr(value)} is outside of {folder}; move it there, or set --image-folder to a folder that "
+            "contains all images"
+        )
+    return path
+
+
+def _file_bytes(path: Path, name: str) -> bytes:
+    try:
+        if path.is_file() and path.stat().st_size > MOST_BYTES:
+            raise DataError(f"image {name} has more than {MOST_BYTES >> 20} MiB; save it with a smaller size")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"image {name}: {error.strerror or error}") from None
+
+
+def _from_data_url(url: str) -> bytes:
+    header, comma, data = url.partition(",")
+    try:
+        if not comma or not header.endswith(";base64"):
+            raise ValueError("it does not begin with data:image/...;base64,")
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError(f"image {short_repr(url)} is not a base64 data URL: {error}") from None
+
+
+def _stored(content: bytes, name: str) -> Image:
+    """Writes an image that is not a file to the cache folder."""
+    path = cache_folder() / "images" / hashlib.sha256(content).hexdigest()
+    image = _checked(content, path, name)
+    if not path.exists():
+        with wrap_os_error(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            own = path.with_suffix(f".{os.getpid()}")  # other processes may write the same image
+            own.write_bytes(content)
+            own.replace(path)
+    return image
+
+
+def _checked(content: bytes, path: Path, name: str) -> Image:
+    """Decodes an image to see that it is complete. Raises DataError."""
+    with _opened(content, name) as image:
+        width, height = image.size
+        size = (height, width) if image.getexif().get(ORIENTATION, 1) >= 5 else (width, height)
+        image.draft("RGB", (width // 8, height // 8))  # of JPEG, read completely but computed at a smaller size
+        image.load()
+    return Image(path, hashlib.sha256(content).hexdigest(), *size, name)
+
+
+@contextmanager
+def _opened(content: bytes, name: str) -> Iterator[Any]:
+    """Yields a still image of an expected format and size. PIL's errors within the block become DataError."""
+    import PIL.Image
+
+    try:
+        with warnings.catch_warnings(action="ignore", category=PIL.Image.DecompressionBombWarning):
+            image = PIL.Image.open(BytesIO(content), formats=FORMATS)
+        width, height = image.size
+        if width * height > MOST_PIXELS:
+            raise DataError(
+                f"image {name} has {width:,} x {height:,} pixels; expected at most {MOST_PIXELS:,}. Save it with a "
+                "smaller size"
+            )
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format != "MPO":
+            raise DataError(f"image {name} is an animation of {frames:,} frames; save one of them as an image")
+        yield image
+    except PIL.UnidentifiedImageError:
+        raise DataError(f"image {name} is not an image; expected one of {', '.join(FORMATS)}") from None
+    except PIL.Image.DecompressionBombError:
+        raise DataError(f"image {name} has too many pixels; expected at most {MOST_PIXELS:,}") from None
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+        raise DataError(f"image {name} cannot be decoded: {error}; repair or remove it") from None
+
+
+def _decode(content: bytes, name: str) -> Any:
+    """Returns an image in RGB, rotated by its EXIF tag. Transparent pixels become white, 16 bits become 8."""
+    import numpy as np
+    import PIL.Image
+    import PIL.ImageOps
+
+    with _opened(content, name) as opened:
+        image = PIL.ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):  # 16 bits of gray, which PIL would clip at 255
+            image = PIL.Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            white = PIL.Image.new("RGBA", image.size, "white")
+            image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
+        return image.convert("RGB")
