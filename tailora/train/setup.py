@@ -453,7 +453,8 @@ def check_layers_are_called(model: Trainable, example: Example, task: Task, layo
     if not isinstance(model, LoRAModel):
         return
     device = next(model.parameters()).device
-    batch = make_batch([task.start_of(example, PROBE_TOKENS)], replace(layout, packed=False), device, task)
+    part = example if example.images else task.start_of(example, PROBE_TOKENS)  # towers run only for images
+    batch = make_batch([part], replace(layout, packed=False), device, task)
     calls = layer_calls(model)
     with evaluating(model), calls.recorded():
         output: Tensor = task.call(model, batch).logits
