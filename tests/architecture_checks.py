@@ -72,6 +72,7 @@ def batch_of(model: Any) -> dict[str, Any]:
         batch["input_features"] = torch.randn(ROWS, getattr(config, "num_mel_bins", 8), frames)
     elif not batch and "input_values" in names:
         batch["input_values"] = torch.randn(ROWS, 1600)
+    batch |= more_inputs(config, ids)
     if type(model).__name__.endswith("MultipleChoice"):
         batch = {name: value[:, None].repeat(1, 2, 1) for name, value in batch.items()}
     if config.is_encoder_decoder and type(model).__name__.endswith("ForSequenceClassification"):
@@ -80,6 +81,23 @@ def batch_of(model: Any) -> dict[str, Any]:
         batch["decoder_input_ids"] = ids
     batch |= {"use_cache": False} if "use_cache" in names else {}
     return batch
+
+
+def more_inputs(config: Any, ids: Tensor) -> dict[str, Any]:
+    """Returns what models that do not run on tokens alone need besides, and marks the places of an image in `ids`."""
+    image = torch.randn(ROWS, 3, 32, 32)
+    if (blip := config.model_type) in ("blip-2", "instructblip", "instructblipvideo"):
+        frames = 4 if blip == "instructblipvideo" else 1
+        token = config.video_token_id if blip == "instructblipvideo" else config.image_token_id
+        ids[ids == token] = token + 1
+        ids[:, : config.num_query_tokens * frames] = token
+        images = image[:, None].repeat(1, frames, 1, 1, 1) if frames > 1 else image
+        return {"pixel_values": images} | ({} if blip == "blip-2" else {"qformer_input_ids": ids})
+    return {
+        "diffusion_gemma": {"decoder_input_ids": ids},
+        "idefics": {"pixel_values": image[:, None], "image_attention_mask": torch.ones(*ids.shape, 1)},
+        "voxtral_realtime": {"input_features": torch.randn(ROWS, 8, 64)},
+    }.get(config.model_type, {})
 
 
 def output_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:

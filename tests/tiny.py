@@ -102,7 +102,7 @@ SMALL: dict[int, str] = {  # size -> settings of transformers' configs that get 
     32: "hidden_size d_model n_embd dim embed_dim embedding_size decoder_hidden_size word_embed_proj_dim "
     "image_size emb_dim rnn_width lru_width attention_hidden_size emb_size output_hidden_size "
     "classifier_proj_size decoder_hidden_dim encoder_hidden_size index_head_dim "
-    "text_hidden_size out_hidden_size adapter_in_dim adapter_out_dim",
+    "text_hidden_size out_hidden_size adapter_in_dim adapter_out_dim adapter_input_size audio_hidden_size",
     64: "intermediate_size ffn_dim d_ff n_inner encoder_ffn_dim decoder_ffn_dim hidden_dim "
     "moe_intermediate_size ffn_hidden_size shared_expert_intermediate_size intermediate_dim "
     "mlp_hidden_size shared_intermediate_size d_inner max_position_embeddings n_positions n_ctx "
@@ -122,8 +122,13 @@ MROPE: dict[str, Any] = {
 }
 INDEXER = dict(zip(("indexer_n_heads", "indexer_kv_heads", "indexer_head_dim"), (2, 1, 8), strict=True))
 SETTINGS: dict[str, dict[str, Any]] = {  # model type -> what SMALL does not give
-    "apertus1p5": {"audio_config": {"codebook_dim": 32}},
+    "apertus1p5": {
+        "audio_config": {"codebook_dim": 32, "codebook_size": 8},
+        "vision_config": {"codebook_size": 8, "base_channels": 32},
+        **{"image_token_id": 60, "audio_token_id": 61, "image_token_offset": 62, "audio_token_offset": 70},
+    },
     "bamba": {"attn_layer_indices": [1]},
+    "blip-2": {"num_query_tokens": 2, "image_token_index": 5},
     "blt_local_encoder": {"hidden_size_global": 64},
     "blt_local_decoder": {"hidden_size_global": 64},
     "blt_global_transformer": {"hidden_size": 64, "head_dim": 16},
@@ -142,6 +147,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # model type -> what SMALL does not giv
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "emu3_vqgan": {"base_channels": 32, "codebook_size": 80},
     "emu3": {"vocabulary_map": {"<image>": 5, "<|extra_200|>": 6}},
     "ernie4_5_vl_moe_text": {"rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [1, 1, 2]}},
     "esm": {"vocab_size": 80},
@@ -152,11 +158,18 @@ SETTINGS: dict[str, dict[str, Any]] = {  # model type -> what SMALL does not giv
     "glm4v_moe_text": MROPE,
     "glm_ocr_text": MROPE,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granite4_vision": {
+        "vision_config": {"hidden_size": 64},
+        **{"downsample_rate": "1/2", "deepstack_layer_map": [(0, 0)], "spatial_target_layers": [1]},
+    },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "hunyuan_vl_text": {"head_dim": 8, **MROPE},
     "hy_v4_vl_text": MROPE,
+    "janus_vqgan": {"base_channels": 32, "num_embeddings": 80, "image_token_embed_dim": 32, "projection_dim": 32},
+    "instructblip": {"num_query_tokens": 2, "image_token_index": 5},
+    "instructblipvideo": {"num_query_tokens": 2, "video_token_index": 5},
     "jamba": {"attn_layer_offset": 1, "expert_layer_offset": 1},
     "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
@@ -165,10 +178,11 @@ SETTINGS: dict[str, dict[str, Any]] = {  # model type -> what SMALL does not giv
     "ministral": {"head_dim": 8},
     "mistral4": {"head_dim": 16},
     "molmo2_adapter": {"vision_feature_layer": [0, 1]},
-    "muse_spark_audio": {"num_hidden_layers": 4},
+    "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": [32] * 4, "depths": [1] * 4},
     "musicgen_decoder": {"num_codebooks": 1},
     "musicgen_melody_decoder": {"num_codebooks": 1},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
+    "nemotron3_5_transcribe_word_timestamp": {"blank_token_id": 5},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "paddleocr_vl_text": MROPE,
     "qwen2_vl_text": MROPE,
@@ -177,10 +191,12 @@ SETTINGS: dict[str, dict[str, Any]] = {  # model type -> what SMALL does not giv
     "qwen2_5_vl_text": MROPE,
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 70},
     "qwen4_exp_text": {**INDEXER, "indexer_budget": 4, "indexer_compress_ratio": 2},
+    "perceiver": {"d_latents": 32, "num_latents": 8, "num_self_attends_per_block": 2},
     "recurrent_gemma": {"num_hidden_layers": 3},  # two recurrent ones and attention
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "step3p5": {"sliding_window": 64},
     "swin": {"depths": [1, 1], "num_heads": [2, 4], "window_size": 2},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2, "depths": [1] * 7},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 4,
