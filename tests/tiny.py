@@ -125,7 +125,10 @@ SETTINGS: dict[str, dict[str, Any]] = {  # model type -> what SMALL does not giv
     "apertus1p5": {
         "audio_config": {"codebook_dim": 32, "codebook_size": 8},
         "vision_config": {"codebook_size": 8, "base_channels": 32},
-        **{"image_token_id": 60, "audio_token_id": 61, "image_token_offset": 62, "audio_token_offset": 70},
+        "image_token_id": 60,
+        "audio_token_id": 61,
+        "image_token_offset": 62,
+        "audio_token_offset": 70,
     },
     "bamba": {"attn_layer_indices": [1]},
     "blip-2": {"num_query_tokens": 2, "image_token_index": 5},
@@ -160,7 +163,9 @@ SETTINGS: dict[str, dict[str, Any]] = {  # model type -> what SMALL does not giv
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granite4_vision": {
         "vision_config": {"hidden_size": 64},
-        **{"downsample_rate": "1/2", "deepstack_layer_map": [(0, 0)], "spatial_target_layers": [1]},
+        "downsample_rate": "1/2",
+        "deepstack_layer_map": [(0, 0)],
+        "spatial_target_layers": [1],
     },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hunyuan_v1_dense": {"head_dim": 8},

@@ -162,7 +162,9 @@ def _root_mean_square(values: Tensor) -> float:
 
 def comparison_ids(base_model: Any) -> Tensor:
     """Returns ids from all over the vocabulary, (BATCH, LENGTH). Raises FormatError for a model that takes no ids."""
-    vocabulary = getattr(getattr(base_model, "config", None), "vocab_size", None)
+    config: Any = getattr(base_model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config  # of a model that reads images
+    vocabulary = getattr(config, "vocab_size", None)
     if not isinstance(vocabulary, int):
         raise FormatError(
             f"{type(base_model).__name__} has no config.vocab_size, so its export cannot be checked; use save_adapter "

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import chat_model, chat_tokenizer
+from tiny import chat_model, chat_tokenizer, stir, tiny_model
 from tiny_adapters import adapted, logits, token_ids
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -233,6 +233,13 @@ def test_wrong_arguments_are_refused_and_nothing_is_written(
     with pytest.raises(error, match=message):
         call(adapted(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("to", ["peft", "portable", "merged"])
+def test_a_model_whose_vocabulary_is_in_the_config_of_its_text_model(tmp_path: Path, to: str) -> None:
+    model = LoRAModel(tiny_model("LlavaForConditionalGeneration"), LoRAConfig(r=2))
+    stir(model)
+    assert model.export(tmp_path / "out", to).logits.effect > 0.1
 
 
 def test_a_model_without_a_vocabulary_is_refused(tmp_path: Path) -> None:

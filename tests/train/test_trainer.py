@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 from runs import adapter, changed, run_and_collect
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from tailora.core.layer_calls import LayerCalls
 from tailora.errors import ConfigError, TailoraWarning, TargetError
 from tailora.formats.run_folder import read_system_message
 from tailora.model import LoRAModel
@@ -100,6 +102,22 @@ def test_layers_that_the_first_example_does_not_train_are_named(settings: Any, m
     message = r"does not train model.layers.0.mlp.gate_proj, .*\(6 adapted layers in total\)"
     with pytest.warns(TailoraWarning, match=message):
         run(settings(max_steps=1, fast="off"))
+
+
+def test_the_check_of_the_first_example_keeps_no_activations(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: set[int] = set()
+
+    def look(_calls: LayerCalls, output: Tensor) -> list[str]:
+        node = output.grad_fn
+        while node is not None:
+            saved = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+            sizes.update(tensor.numel() for tensor in saved if isinstance(tensor, Tensor))
+            node = next((following for following, _ in node.next_functions if following), None)
+        return []
+
+    monkeypatch.setattr(LayerCalls, "not_trained_by", look)
+    run(settings(max_steps=1, fast="off"))
+    assert sizes == {0}
 
 
 def test_the_commit_of_a_repository_is_known(tmp_path: Path) -> None:
