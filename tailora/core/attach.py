@@ -151,7 +151,9 @@ def prevent_fast_paths(model: nn.Module, layers: Iterable[nn.Module]) -> None:
 
 def _derive(mixin: type[Swapped], cls: type[nn.Module]) -> type[nn.Module]:
     plain = cls.plain if issubclass(cls, Swapped) else cls
-    return type(f"{mixin.__name__}{cls.__name__}", (mixin, cls), {"plain": plain, "__module__": __name__})
+    # transformers looks up what a model records by str(class)
+    same_text = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(f"{mixin.__name__}{cls.__name__}", (mixin, cls), {"plain": plain, **same_text})
 
 
 # One class per pair, so that layers share a type. The stub of lru_cache considers module classes unhashable.
