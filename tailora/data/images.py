@@ -27,7 +27,7 @@ from tailora.data.messages import IMAGE, Messages, short_repr
 from tailora.errors import DataError, listing
 from tailora.formats.io import wrap_os_error
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")  # MPO: what phones write as JPEG
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # JPEG includes MPO, which phones write
 MOST_PIXELS = 64_000_000
 MOST_BYTES = 64 << 20  # of a file
 MOST_IMAGES = 100  # of a row
