@@ -70,8 +70,28 @@ def tiny_llava() -> tuple[PreTrainedModel, ProcessorMixin]:
     return LlavaForConditionalGeneration(config), processor
 
 
-def save_tiny_llava(folder: Path) -> Path:
+def outspoken_llava() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Returns a LLaVA whose answers differ for each image, because its weights are large."""
     model, processor = tiny_llava()
+    for parameter in model.parameters():
+        parameter.data *= 10 if parameter.ndim > 1 else 1
+    return model.eval(), processor
+
+
+def plain_answer(model: Any, processor: Any, chat: list[dict[str, Any]], tokens: int) -> str:
+    """Returns what transformers alone generates for a chat whose images have paths."""
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    inputs = processor.apply_chat_template([chat], **options)
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=tokens)
+    text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return str(text)
+
+
+def save_tiny_llava(folder: Path) -> Path:
+    return save(folder, *tiny_llava())
+
+
+def save(folder: Path, model: PreTrainedModel, processor: ProcessorMixin) -> Path:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -5,7 +5,7 @@ Answers go to stdout, everything else to stderr.
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from json import dumps
@@ -31,6 +31,7 @@ from tailora.cli.models import (
     load_model,
     parse_adapters,
 )
+from tailora.data.messages import Messages, place_images
 from tailora.data.readers import JSON_LINES, READERS, TXT, Row, RowProblem, data_error, read_file
 from tailora.errors import AdapterError, ConfigError, DataError, MemoryLimitError, nearest
 from tailora.formats.io import check_new_file, partial_file, write_lines
@@ -38,6 +39,14 @@ from tailora.formats.run_folder import adapter_folder, read_system_message, reco
 
 IgnoreChatTemplate = Annotated[
     bool, Parameter(negative=(), show_default=False, help="continue the prompt as plain text, without a chat template")
+]
+Images = Annotated[
+    list[Path] | None,
+    Parameter(
+        name="--image",
+        negative=(),
+        help="image for the prompt; repeatable; <image> in the text says where, default: before the text",
+    ),
 ]
 System = Annotated[str | None, Parameter(help="system message; default: the one used in training; '': none")]
 MEMORY_ADVICE = "try a shorter prompt, a smaller --max-new-tokens or --model, or close other programs"
@@ -48,6 +57,7 @@ MEMORY_ADVICE = "try a shorter prompt, a smaller --max-new-tokens or --model, or
 HELP = """\
 /adapter NAME [STRENGTH]   use this adapter; STRENGTH 0.7 scales it to 70%
 /base                      use no adapter
+/image FILE                attach an image to the next message
 /reset                     start a new conversation
 /help                      show these commands
 /quit                      end the chat (or press Ctrl-D)"""
@@ -60,13 +70,16 @@ class ChatSession:
     sampling: dict[str, Any]  # arguments of `stream_reply`
     systems: dict[str, str | None]  # adapter -> its system message
     system: str | None  # of the active adapter
-    messages: list[dict[str, str]] = field(default_factory=list)
+    obstacle: str  # why messages cannot contain images; "" if they can
+    messages: Messages = field(default_factory=list)
+    images: list[Any] = field(default_factory=list)  # for the next message
 
 
 def chat(
     *,
     model: Model = None,
     adapter: Adapters = None,
+    image: Images = None,
     system: System = None,
     quantize: Quantize = None,
     max_new_tokens: MaxNewTokens = 256,
@@ -77,15 +90,20 @@ def chat(
 ) -> int:
     """Chat with a model, with or without adapters.
 
-    The first adapter is active at the start. Type /help for the commands.
+    The first adapter is active at the start, and images go to the first message. Type /help for the commands.
     """
+    images = read_images(image)
     folders = parse_adapters(adapter or [])
     model = base_model_name(model, list(folders.values()))
     log("loading the model")
     loaded = load_model(model, folders, quantize=quantize, device=device)
+    from tailora.evaluation.generate import image_obstacle
+
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     systems = training_systems(system, folders or {model: Path(model)})
-    session = ChatSession(loaded, sampling, systems, next(iter(systems.values())))
+    obstacle = image_obstacle(loaded.model, loaded.tokenizer)
+    session = ChatSession(loaded, sampling, systems, next(iter(systems.values())), obstacle)
+    attach_images(session, images)
     if loaded.adapters:
         loaded.model.set_adapter(loaded.adapters[0])
     log(f"{model} with {' or '.join(loaded.adapters) or 'no adapter'}; type /help for the commands")
@@ -100,10 +118,17 @@ def chat(
         if line.startswith("/"):
             try:
                 log(run_command(session, line))
-            except (AdapterError, ConfigError) as error:  # a typo; nothing has changed
+            except (AdapterError, ConfigError, DataError) as error:  # a typo; nothing has changed
                 log(str(error))
         elif line:
             answer(session, line)
+
+
+def attach_images(session: ChatSession, images: list[Any]) -> str:
+    """Attaches images to the next message; returns their names and sizes. Raises ConfigError if it cannot have any."""
+    check_accepts_images(session.obstacle, images)
+    session.images += images
+    return ", ".join(f"{image.name} ({image.width:,} x {image.height:,} pixels)" for image in session.images)
 
 
 def answer(session: ChatSession, text: str) -> None:
@@ -113,9 +138,10 @@ def answer(session: ChatSession, text: str) -> None:
 
     loaded = session.loaded
     system = [{"role": "system", "content": session.system}] if session.system else []
-    messages = [*session.messages, {"role": "user", "content": text}]
+    images, session.images = session.images, []
     reply = ""
     try:
+        messages = [*session.messages, *user_message(text, images)]
         with explain_out_of_memory("answering", MEMORY_ADVICE):
             for piece in stream_reply(loaded.model, loaded.tokenizer, [*system, *messages], **session.sampling):
                 reply += piece
@@ -154,8 +180,14 @@ def run_command(session: ChatSession, line: str) -> str:
             if names:
                 model.set_adapter(None)
             return f"no adapter{'; the conversation continues (/reset starts a new one)' if session.messages else ''}"
+        case "/image":
+            if not words:
+                raise ConfigError("usage: /image FILE, such as /image cat.png")
+            file = line.removeprefix(command).strip().strip("'\"")  # some terminals quote a file that is dropped there
+            return f"with the next message: {attach_images(session, read_images([Path(file).expanduser()]))}"
         case "/reset":
             session.messages.clear()
+            session.images.clear()
             return "new conversation"
         case "/help":
             return HELP
@@ -184,6 +216,7 @@ def generate(
     adapter: Adapters = None,
     prompt: Prompts = None,
     prompts: PromptsFile = None,
+    image: Images = None,
     system: System = None,
     ignore_chat_template: IgnoreChatTemplate = False,
     quantize: Quantize = None,
@@ -196,7 +229,7 @@ def generate(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> int:
-    """Answer each prompt independently.
+    """Answer each prompt independently, with the same images if you name some.
 
     If you name several adapters, all of them are active, and their updates are added together.
     """
@@ -207,6 +240,9 @@ def generate(
             "--system needs the chat template, so it cannot be combined with --ignore-chat-template; put the system "
             "message into --prompt instead"
         )
+    if ignore_chat_template and image:
+        raise ConfigError("--image needs the chat template, so it cannot be combined with --ignore-chat-template")
+    images = read_images(image)
     questions = (prompt or [piped_text()]) if prompts is None else read_prompts(prompts)
     if output is not None:
         check_answers_file(output, overwrite=overwrite)
@@ -215,9 +251,10 @@ def generate(
     log("loading the model")
     loaded = load_model(model, folders, quantize=quantize, device=device)
     from tailora.cli.progress import counter
-    from tailora.evaluation.generate import stream_reply
+    from tailora.evaluation.generate import image_obstacle, stream_reply
     from tailora.train.memory import explain_out_of_memory
 
+    check_accepts_images(image_obstacle(loaded.model, loaded.tokenizer), images)
     systems = {} if ignore_chat_template else training_systems(system, folders or {model: Path(model)})
     if len(set(systems.values())) > 1:
         note("the adapters were trained with different system messages, so none is used; set one with --system TEXT")
@@ -225,6 +262,7 @@ def generate(
     system = next(iter(systems.values()), None)
     first = [{"role": "system", "content": system}] if system else []
     sampling: Any = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    named = {"images": [file.name for file in images]} if images else {}
     is_shown = output is None and not json
     answers = []
     with (
@@ -232,14 +270,14 @@ def generate(
         partial_answers(output) if output else nullcontext(lambda _: None) as write,
     ):
         for number, text in enumerate(questions, 1):
-            asked = text if ignore_chat_template else [*first, {"role": "user", "content": text}]
+            asked = text if ignore_chat_template else [*first, *user_message(text, images)]
             reply = ""
             with explain_out_of_memory("answering", MEMORY_ADVICE):
                 for piece in stream_reply(loaded.model, loaded.tokenizer, asked, **sampling):
                     reply += piece
                     if is_shown:
                         write_stdout(piece)
-            answers.append({"prompt": text, "text": reply})
+            answers.append({"prompt": text, **named, "text": reply})
             write(dumps(answers[-1], ensure_ascii=False))
             progress(number, len(questions))
             if is_shown:
@@ -307,6 +345,26 @@ def read_prompts(path: Path) -> list[str]:
 
 
 # ---- What both share
+
+
+def read_images(files: Sequence[Path] | None) -> list[Any]:
+    """Returns the images of these files. Raises DataError with all that cannot be used."""
+    if not files:
+        return []
+    from tailora.data.images import read_image_files
+
+    return read_image_files(files)
+
+
+def check_accepts_images(obstacle: str, images: Sequence[Any]) -> None:
+    """Raises ConfigError if there are images and an obstacle of `image_obstacle`."""
+    if images and obstacle:
+        raise ConfigError(f"this model cannot answer questions about images: {obstacle}; use a vision-language model")
+
+
+def user_message(text: str, images: list[Any]) -> Messages:
+    """Returns a message with the images where its text contains <image>, or before it. Raises DataError."""
+    return place_images([{"role": "user", "content": text}], images)
 
 
 def training_systems(given: str | None, sources: Mapping[str, Path]) -> dict[str, str | None]:

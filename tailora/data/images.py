@@ -15,7 +15,7 @@ import hashlib
 import os
 import struct
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -75,15 +75,27 @@ def read_images(messages: Messages, folder: Path, *, allow_remote: bool = False)
         raise DataError(
             f"the row has {len(parts):,} images; expected at most {MOST_IMAGES}. Split it into several rows"
         )
+    values = [part[IMAGE] for part in parts]
+    return replace_images(
+        messages, _read_all(lambda value: read_image(value, folder, allow_remote=allow_remote), values)
+    )
+
+
+def read_image_files(paths: Sequence[Path]) -> list[Image]:
+    """Returns the images of files that the user named. Raises DataError with all that cannot be used."""
+    return _read_all(lambda path: _checked(_file_bytes(path, str(path)), path.absolute(), str(path)), paths)
+
+
+def _read_all(read: Callable[[Any], Image], values: Sequence[Any]) -> list[Image]:
     images, problems = [], []
-    for part in parts:
+    for value in values:
         try:
-            images.append(read_image(part[IMAGE], folder, allow_remote=allow_remote))
+            images.append(read(value))
         except DataError as error:
             problems.append(str(error))
     if problems:
-        raise DataError(problems[0] if len(problems) == 1 else listing(problems))
-    return replace_images(messages, images)
+        raise DataError(listing(problems))
+    return images
 
 
 def replace_images(messages: Messages, images: Sequence[Any] | None = None) -> Messages:

@@ -68,6 +68,15 @@ def is_seq2seq(model: Any) -> bool:
     return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
+def image_obstacle(model: Any, tokenizer: Any) -> str:
+    """Returns why chats with this model cannot contain images; "" if they can."""
+    if not isinstance(tokenizer, ProcessorMixin):
+        return "it reads only text"
+    if is_seq2seq(model):
+        return "it is an encoder-decoder, whose prompts are plain text"
+    return "" if ChatTokenizer.of(tokenizer).template else "it has no chat template"
+
+
 def encoder_ids(text: str, tokenizer: Any) -> list[int]:
     return list(tokenizer(text, verbose=False)["input_ids"])
 
@@ -131,7 +140,7 @@ def generation_arguments(
     ids = torch.tensor([prompt.ids])  # (1, length)
     inputs = {"inputs": ids, "attention_mask": torch.ones_like(ids)}
     if isinstance(tokenizer, ProcessorMixin):
-        inputs |= accepted_inputs(model.base_model, image_inputs(tokenizer, ids, [prompt.images]))
+        inputs |= accepted_inputs(model, image_inputs(tokenizer, ids, [prompt.images]))
     return {name: value.to(model.device) for name, value in inputs.items()} | {"generation_config": config}
 
 

@@ -47,11 +47,11 @@ class ImageTextToText(Task):
         return Batch.of(inputs, next_tokens_of(labels), owners)
 
     def outputs(self, model: nn.Module, batch: Batch, layout: BatchLayout) -> Outputs:  # noqa: ARG002
-        base = _base_of(model)
-        return Outputs(FORMS[own_form(base)](model, replace(batch, inputs=accepted_inputs(base, batch.inputs))))
+        form = FORMS[own_form(_base_of(model))]
+        return Outputs(form(model, replace(batch, inputs=accepted_inputs(model, batch.inputs))))
 
     def call(self, model: nn.Module, batch: Batch) -> Any:
-        return model(**accepted_inputs(_base_of(model), batch.inputs))
+        return model(**accepted_inputs(model, batch.inputs))
 
     def start_of(self, example: Example, tokens: int, *, supervised: bool = True) -> Example:
         """Leaves the images out: a part of one would be no input, and frozen towers keep nothing for the backward."""
@@ -75,8 +75,9 @@ def image_inputs(processor: ProcessorMixin, input_ids: Tensor, images: Sequence[
     return pixel_inputs(processor, images) | dict.fromkeys(TOKEN_TYPES, token_types(processor, input_ids))
 
 
-def accepted_inputs(base: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def accepted_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the inputs with the types of tokens under the model's name for them, and pixels in its precision."""
+    base = _base_of(model)
     unknown = set(TOKEN_TYPES) - inspect.signature(base.forward).parameters.keys()
     return {
         name: value.to(base.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
