@@ -31,6 +31,10 @@ USES: dict[str, dict[str, Use]] = {
         for name in ("Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "GraniteMoeHybridMambaLayer", "NemotronHMamba2Mixer")
     },
     "Zamba2MambaMixer": {"conv1d": "read", "out_proj": "called or read"},
+    **{
+        name: dict.fromkeys(("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"), "read")
+        for name in ("LayoutLMv2Encoder", "LayoutLMv3Encoder")
+    },
     "WavLMAttention": dict.fromkeys(("q_proj", "k_proj", "v_proj", "out_proj"), "read"),
     "DetrMHAttentionMap": {"k_proj": "read"},
     "MaskFormerDetrMHAttentionMap": {"k_proj": "read"},

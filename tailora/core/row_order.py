@@ -7,12 +7,13 @@ gets all tokens and the rows are in order. `RowOrder` checks the order with one 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tailora.core.attach import attached, evaluating
+from tailora.core.extras import input_embedding
 
 CACHE_INPUTS = ("cache_position", "attention_mask", "position_ids")
 # What a model may raise if it is called without these inputs
@@ -27,6 +28,7 @@ class RowOrder:
 
     def __init__(self, base_model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         self.base_model, self.layers = base_model, layers
+        self._embeddings: nn.Module | None = None  # within `watched`
         self._keeps: dict[nn.Module, bool] = {}
         self._inputs: dict[str, Any] = {}  # of the current forward pass, by name
         self._rows_and_tokens = (0, 0)  # of the last embeddings
@@ -35,6 +37,7 @@ class RowOrder:
     def watched(self) -> Iterator[None]:
         """Within the block, the inputs of each forward pass and the shape of its embeddings are known."""
         names = list(inspect.signature(self.base_model.forward).parameters)
+        _, self._embeddings = input_embedding(self.base_model) or ("", None)
 
         def keep_inputs(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not torch.compiler.is_compiling():
@@ -53,16 +56,9 @@ class RowOrder:
             register = self.base_model.register_forward_pre_hook
             stack.callback(register(keep_inputs, with_kwargs=True).remove)
             stack.callback(self.base_model.register_forward_hook(forget_inputs).remove)
-            if (embeddings := self._embeddings()) is not None:
-                stack.callback(embeddings.register_forward_hook(keep_shape).remove)
+            if self._embeddings is not None:
+                stack.callback(self._embeddings.register_forward_hook(keep_shape).remove)
             yield
-
-    def _embeddings(self) -> nn.Module | None:
-        try:
-            embeddings: nn.Module | None = getattr(self.base_model, "get_input_embeddings", lambda: None)()
-        except NotImplementedError:  # some models of transformers have none
-            return None
-        return embeddings
 
     def keeps(self, layer: nn.Module, length: int, n: int) -> bool:
         """True if `length`, the first dimension of the layer's input, contains all tokens of n rows, row after row."""
@@ -101,7 +97,7 @@ class RowOrder:
             stack.enter_context(attached(dict.fromkeys(self.layers.values(), ())))
             for layer in self.layers.values():
                 stack.callback(layer.register_forward_pre_hook(look(layer)).remove)
-            stack.callback(self._embeddings().register_forward_hook(mark).remove)  # type: ignore[union-attr]
+            stack.callback(cast(nn.Module, self._embeddings).register_forward_hook(mark).remove)
             try:
                 self.base_model(**inputs)
             except CALL_ERRORS:

@@ -11,6 +11,7 @@ from tiny import tiny_model
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM
 from transformers.models.jamba.modeling_jamba import JambaMambaMixer
+from transformers.models.layoutlmv3.modeling_layoutlmv3 import LayoutLMv3Encoder
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.models.wavlm.modeling_wavlm import WavLMAttention
@@ -51,6 +52,7 @@ def mamba() -> MambaForCausalLM:
         (JambaMambaMixer, "in_proj", "called"),
         (Mamba2Mixer, "out_proj", "called or read"),
         (WavLMAttention, "q_proj", "read"),
+        (LayoutLMv3Encoder, "rel_pos_bias", "read"),
         (LlamaAttention, "q_proj", "called"),
     ],
 )

@@ -126,3 +126,12 @@ def test_adapters_that_are_added_after_unloading_have_their_own_layers() -> None
         model.add_adapter(name, config)
     with model.adapter_rows(["b", "c"]):
         assert model(torch.randint(0, 40, (2, 5))).logits.isfinite().all()
+
+
+def test_a_model_whose_input_embedding_is_a_parameter() -> None:
+    base = tiny_model("PerceiverForSequenceClassification")
+    model = LoRAModel(base, LoRAConfig(r=2, target_modules=["query"]), "a")
+    ids = torch.randint(3, 40, (2, 5))
+    assert isinstance(base.get_input_embeddings(), nn.Parameter)
+    with model.adapter_rows(["a", None]):
+        assert model(ids).logits.shape == (2, 2)
