@@ -159,16 +159,16 @@ FEW_WORDS = (  # what a reason says -> what the table says
     ("does not take tokens", "-"),
     ("itself depends on the other rows", "-"),
     ("the compiled base differs too", "also wrong without an adapter"),
-    ("data-dependent expression", "data-dependent sizes"),
     ("does not require grad and does not have", "no gradient in transformers"),
     ("does not support activation checkpointing", "not supported by transformers"),
     ("weight that another layer shares", "refused: shared weights"),
     ("overrides forward", "refused: not W x + b"),
     ("which process all rows together", "refused: experts or attention"),
-    ("whose first dimension must be the rows", "refused: rows flattened"),
-    ("as in adapter_rows, in the first dimension", "refused: rows flattened"),
+    ("whose first dimension must be the rows", "refused: rows not first"),
+    ("as in adapter_rows, in the first dimension", "refused: rows not first"),
     ("is incompatible with Mamba", "PEFT refuses"),
     ("get_input_embeddings", "PEFT refuses"),
+    ("Target module", "PEFT refuses"),
     ("no layer left to adapt", "no linear layers"),
     ("No modules were targeted", "no linear layers"),
 )
@@ -198,7 +198,8 @@ def untried() -> str:
     failed = {name: cells["base"] for name, cells in sorted(content["architectures"].items()) if "base" in cells}
     marks = str.maketrans({"|": "/", "`": "'", "<": "&lt;"})  # which would end the cell
     rows = [[f"`{name}`", reason.translate(marks)[:140].strip()] for name, reason in failed.items()]
-    return f"{tables.table(['class', 'what transformers says'], rows)}\n\nNot run yet: {', '.join(content['not_run'])}."
+    not_run = f"\n\nNot run yet: {', '.join(content['not_run'])}." if content["not_run"] else ""
+    return f"{tables.table(['class', 'what transformers says'], rows)}{not_run}"
 
 
 # ---- docs/coming_from

@@ -93,11 +93,25 @@ def more_inputs(config: Any, ids: Tensor) -> dict[str, Any]:
         ids[:, : config.num_query_tokens * frames] = token
         images = image[:, None].repeat(1, frames, 1, 1, 1) if frames > 1 else image
         return {"pixel_values": images} | ({} if blip == "blip-2" else {"qformer_input_ids": ids})
-    return {
-        "diffusion_gemma": {"decoder_input_ids": ids},
-        "idefics": {"pixel_values": image[:, None], "image_attention_mask": torch.ones(*ids.shape, 1)},
-        "voxtral_realtime": {"input_features": torch.randn(ROWS, 8, 64)},
-    }.get(config.model_type, {})
+    match config.model_type:
+        case "diffusion_gemma":
+            return {"decoder_input_ids": ids}
+        case "idefics":
+            return {"pixel_values": image[:, None], "image_attention_mask": torch.ones(*ids.shape, 1)}
+        case "kosmos-2":
+            places = torch.arange(8) < config.latent_query_num
+            return {"pixel_values": image, "image_embeds_position_mask": places.expand(ROWS, -1)}
+        case "molmo2":
+            return {"mm_token_type_ids": torch.zeros_like(ids)}
+        case "pix2struct":
+            return {"flattened_patches": torch.rand(ROWS, 6, 2 + config.vision_config.patch_embed_hidden_size)}
+        case "pp_formulanet":
+            return {"pixel_values": image}
+        case "udop":
+            return {"bbox": torch.zeros(*ids.shape, 4)}
+        case "voxtral_realtime":
+            return {"input_features": torch.randn(ROWS, 8, 64)}
+    return {}
 
 
 def output_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:

@@ -176,6 +176,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # model type -> what SMALL does not giv
     "instructblip": {"num_query_tokens": 2, "image_token_index": 5},
     "instructblipvideo": {"num_query_tokens": 2, "video_token_index": 5},
     "jamba": {"attn_layer_offset": 1, "expert_layer_offset": 1},
+    "kosmos-2": {"latent_query_num": 2},
     "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "lilt": {"hidden_size": 48},

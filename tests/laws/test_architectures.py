@@ -19,7 +19,8 @@ REPRESENTATIVE = (
     *("Phi3ForCausalLM", "GPT2LMHeadModel", "BartForCausalLM", "BigBirdForCausalLM", "DoryForCausalLM"),
     *("GptOssForCausalLM", "Qwen2MoeForCausalLM", "DeepseekV3ForCausalLM", "DbrxForCausalLM", "LagunaForCausalLM"),
     *("JambaForCausalLM", "BambaForCausalLM", "Lfm2ForCausalLM", "GraniteMoeHybridForCausalLM"),
-    *("T5ForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
+    *("T5ForConditionalGeneration", "LlavaForConditionalGeneration", "SmolVLMForConditionalGeneration"),
+    *("Qwen2_5_VLForConditionalGeneration", "InternVLForConditionalGeneration"),
 )
 
 
