@@ -55,13 +55,15 @@ def low_rank_problems(source: ExportSource, layer_types: Sequence[LayerType]) ->
 
 
 def unfold_learned_scales(scales: Mapping[str, float], layers: Mapping[str, LoRALayer]) -> None:
-    """Extracts each learned scale, by path, from B, where PEFT expects it, and makes it a Parameter again."""
+    """Extracts each learned scale, by path, from B and its bias, where PEFT expects it; makes it a Parameter again."""
     for path, value in scales.items():
         layer = layers[path]
         scale = value or layer.configured_scaling  # a scale of 0 has erased B: use the configured one
-        layer.lora_B.data = layer.lora_B.data * (layer.configured_scaling / scale)  # not in place: it may be the file's
-        if layer.start_B is not None:
-            layer.start_B.mul_(layer.configured_scaling / scale)
+        ratio = layer.configured_scaling / scale
+        layer.lora_B.data = layer.lora_B.data * ratio  # not in place: it may be the file's
+        for tensor in (layer.lora_bias, layer.start_B):
+            if tensor is not None:
+                tensor.data.mul_(ratio)
         layer.scaling = nn.Parameter(torch.full_like(layer.scaling, scale))
 
 

@@ -30,7 +30,7 @@ def test_adapters_of_a_bfloat16_base_are_saved_in_float32(tmp_path: Path) -> Non
 
 def test_a_learned_scale_stays_learned_and_an_assigned_one_gives_the_same_outputs(tmp_path: Path) -> None:
     ids = torch.arange(10)[None]
-    model = LoRAModel(chat_model(), LoRAConfig(r=4, learn_scaling=True))
+    model = LoRAModel(chat_model(), LoRAConfig(r=4, learn_scaling=True, lora_bias=True))
     stir(model)
     back = LoRAModel.from_pretrained(chat_model(), model.save_adapter(tmp_path / "learned"))
     for key, layer in model.lora_layers.items():
