@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from glob import escape
 from hashlib import sha256
 from importlib import import_module
@@ -39,6 +40,7 @@ from tailora.formats.run_folder import (
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
+    from jinja2 import Template
 
 # The weights of an adapter: of PEFT, mlx-lm, `export` to GGUF and diffusers. A pickle is not even downloaded.
 WEIGHTS_OF_FORMATS = (ADAPTER_WEIGHTS, MLX_WEIGHTS, GGUF_WEIGHTS, DIFFUSERS_WEIGHTS)
@@ -372,7 +374,7 @@ def model_card(settings: Mapping[str, Any], about: str, license_name: str | None
     by its last name.
     parts: other variables of model_card.md.j2; its `more_settings` are added to the table.
     """
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCardData
 
     base = str(settings.get("base_model_name_or_path") or "")
     name = public_name(base) if base else ""
@@ -390,11 +392,19 @@ def model_card(settings: Mapping[str, Any], about: str, license_name: str | None
         remark = ", a local folder"
     rows = {name: str(value)[:200] for name, value in settings.items() if value and name not in NOT_SHOWN}
     rows |= parts.pop("more_settings", {})
-    template = str(Path(__file__).with_name("model_card.md.j2"))
     named_base = f"{repository or name}{remark}" if name else ""
-    card = ModelCard.from_template(data, template, about=about, base=named_base, settings=rows, **parts)
-    text = str(card).rstrip()
+    card = card_template().render(card_data=data.to_yaml(), about=about, base=named_base, settings=rows, **parts)
+    text = card.rstrip()
     return f"{text}\n\n<!-- written by tailora: {_digest(text)} -->\n"  # invisible to readers
+
+
+@cache
+def card_template() -> "Template":
+    """Compiled once, because that takes longer than to write a small adapter."""
+    from jinja2 import Template
+
+    template: Template = Template(Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8"))
+    return template
 
 
 def is_written_by_tailora(card: bytes) -> bool:
