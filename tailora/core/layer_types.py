@@ -347,6 +347,7 @@ def is_called(layer: nn.Module) -> bool:
 
 
 SAME_AS_LINEAR = (  # subclasses of nn.Linear with their own forward that also computes W x + b
+    "tailora.train.estimate._QuantizedLinear",
     "transformers.models.esm.modeling_esmfold.EsmFoldLinear",
     "transformers.models.falcon.modeling_falcon.FalconLinear",
 )
