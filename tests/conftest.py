@@ -9,7 +9,7 @@ import gc
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 # two workers with two threads each would wait for one another on two cores; torch reads this when it is loaded
@@ -97,15 +97,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.exhaustive)
         return
     left_out = {name for name in LEFT_OUT if not chosen(config, name)}
-    deselected = [item for item in items if left_out & {mark.name for mark in item.iter_markers()}]
+    chosen_items, deselected = list[pytest.Item](), list[pytest.Item]()
+    for item in items:
+        is_left_out = left_out & {mark.name for mark in item.iter_markers()}
+        (deselected if is_left_out else chosen_items).append(item)
     config.hook.pytest_deselected(items=deselected)
-    items[:] = [item for item in items if item not in deselected]
+    items[:] = chosen_items
 
 
-def pytest_collection_finish() -> None:
-    """Takes the modules and the tests out of the garbage collector's sight: else each collection takes a second."""
-    gc.collect()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keeps Python's garbage collector from the modules and the tests.
+
+    While they are imported it would run for seconds, and afterwards each pass over them would take a second.
+    """
+    gc.disable()
+    result = yield
     gc.freeze()
+    gc.enable()
+    return result
 
 
 @pytest.fixture(scope="module")
