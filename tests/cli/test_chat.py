@@ -307,8 +307,7 @@ def test_answers_so_far_stay_in_a_partial_file(
     assert f"the answers so far are in {partial}" in said
     assert "Traceback" not in said
     assert [json.loads(line)["prompt"] for line in partial.read_text().splitlines()] == ["a", "b"]
-    assert main(tokens) == 2
-    assert f"{partial} already exists; use a different file, or --overwrite" in capsys.readouterr().err
+    check_refused(f"{partial} already exists; use a different file, or --overwrite", *tokens)
     assert main([*tokens, "--overwrite"]) == code  # the first prompt fails: there is nothing to keep
     assert list(tmp_path.iterdir()) == []
     assert main(tokens) == 0

@@ -7,17 +7,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command_line import call, check_refused, found
+from command_line import call, check_refused, found, output
 
 from tailora.cli.main import main
 from tailora.evaluation.statistics import FEW_EXAMPLES, TOO_FEW
 
 
 def test_it_shows_mapping_counts_lengths_and_share_and_without_colour_the_learned_text_in_brackets(
-    chats: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+    chats: Path, tiny_model: Path
 ) -> None:
-    assert main(["data", str(chats), "--model", str(tiny_model), "--validation-split", "0.25", "--rows", "1"]) == 0
-    shown = capsys.readouterr().out
+    shown = output("data", chats, "--model", tiny_model, "--validation-split", "0.25", "--rows", "1")
     assert re.search(r"read as +messages", shown)
     assert re.search(r"rows +24: 18 to train on, 6 held out", shown)
     assert re.search(r"tokens +\d+, \d+ trained \(\d+%\)", shown)
@@ -79,27 +78,24 @@ def test_a_table_of_texts_and_categories_is_recognised_as_labelled_data(tmp_path
 
 
 def test_a_package_that_the_next_command_needs_is_named(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "labels.jsonl"
     path.write_text("".join(json.dumps({"text": f"text {i}", "label": "ab"[i % 2]}) + "\n" for i in range(8)))
     command = ["data", str(path), "--model", str(tiny_model), "--task", "sequence-classification"]
-    assert main(command) == 0
-    assert "pip install" not in capsys.readouterr().out
+    assert "pip install" not in output(*command)
     monkeypatch.setattr("tailora.cli.data.find_spec", lambda name: None if name == "seqeval" else name)
-    assert main(command) == 0
-    shown = " ".join(capsys.readouterr().out.partition("Next")[2].split())
+    shown = " ".join(output(*command).partition("Next")[2].split())
     assert "First install the packages for classification metrics: pip install 'tailora[classify]'." in shown
 
 
 @pytest.mark.parametrize(("rows", "distinct"), [(60, 60), (60, 20), (120, 120)])
 def test_data_and_the_run_agree_on_what_is_enough_to_judge_by(
-    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], rows: int, distinct: int
+    tmp_path: Path, tiny_model: Path, rows: int, distinct: int
 ) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"q{i % distinct}", "completion": "a"}) + "\n" for i in range(rows)))
-    assert main(["data", str(path), "--model", str(tiny_model)]) == 0
-    shown = " ".join(capsys.readouterr().out.partition("Next")[2].split())
+    shown = " ".join(output("data", path, "--model", tiny_model).partition("Next")[2].split())
     share = float(re.search(r"--validation-split (\S+)", shown)[1])
     report = found("data", path, "--model", tiny_model, "--validation-split", share)
     is_few = report["eval"] < FEW_EXAMPLES
@@ -113,16 +109,13 @@ def test_the_file_can_come_from_a_config(chats: Path, tiny_model: Path, tmp_path
     assert found("data", "--config", tmp_path / "run.yaml")["truncated"] > 0
 
 
-def test_the_next_command_repeats_the_flags(
-    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_next_command_repeats_the_flags(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [{"q": f"q{number}", "a": f"a{number}", "\ud800": 1} for number in range(8)]
     Path("my rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("run.yaml").write_text("r: 4\n")
     flags = ["--model", str(tiny_model), "--field", "prompt=q", "--field", "completion=a", "--validation-split", "0.3"]
-    assert main(["data", "my rows.jsonl", *flags, "--config", "run.yaml"]) == 0
-    *_, command = capsys.readouterr().out.strip().splitlines()
+    *_, command = output("data", "my rows.jsonl", *flags, "--config", "run.yaml").strip().splitlines()
     words = shlex.split(command)
     assert words[:6] == ["tailora", "train", "--data", "my rows.jsonl", "--config", "run.yaml"]
     expected = ["--model", str(tiny_model), "--field", "prompt=q,completion=a", "--validation-split", "0.3"]
@@ -132,17 +125,15 @@ def test_the_next_command_repeats_the_flags(
 
 @pytest.mark.slow
 def test_the_next_command_runs_as_it_stands(
-    chats: Path, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    chats: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("outputs/chats", "outputs/chats-2"):  # the second would be that of an earlier run
-        assert main(["data", chats.name, "--model", str(tiny_model)]) == 0
-        shown = capsys.readouterr().out
+        shown = output("data", chats.name, "--model", tiny_model)
         assert "The next command holds out 20% of the rows" in shown
         words = shlex.split(shown.strip().splitlines()[-1])
         assert words[-6:] == ["--validation-split", "0.2", "--num-train-epochs", "8", "--output-dir", folder]
-        assert main([*words[1:], "--max-steps", "1", "--passport", "none"]) == 0
-        assert "held-out loss after" in capsys.readouterr().out
+        assert "held-out loss after" in output(*words[1:], "--max-steps", "1", "--passport", "none")
 
 
 @pytest.mark.parametrize(
@@ -167,18 +158,13 @@ def test_the_next_command_makes_enough_steps(
     assert epochs is None or words[words.index("--num-train-epochs") + 1] == epochs
 
 
-def test_the_settings_of_what_is_learned_are_shown_and_repeated(
-    chats: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_settings_of_what_is_learned_are_shown_and_repeated(chats: Path, tiny_model: Path) -> None:
     flags = ["--system", "be brief", "--no-assistant-only-loss"]
-    assert main(["data", str(chats), "--model", str(tiny_model), "--rows", "1", *flags]) == 0
-    shown = capsys.readouterr().out
+    shown = output("data", chats, "--model", tiny_model, "--rows", "1", *flags)
     assert "<|im_start|>[[system\nbe brief<|im_end|>\n<|im_start|>user" in shown
     assert shlex.split(shown.strip().splitlines()[-1])[-9:-6] == flags
-    assert main(["data", str(chats), "--model", str(tiny_model), "--completion-only-loss"]) == 2
-    assert (
-        "--completion-only-loss only applies to completions, but the data has messages rows" in capsys.readouterr().err
-    )
+    hint = "--completion-only-loss only applies to completions, but the data has messages rows"
+    check_refused(hint, "data", chats, "--model", tiny_model, "--completion-only-loss")
 
 
 def test_roles_tools_and_calls_are_counted_and_shown(
@@ -201,8 +187,7 @@ def test_roles_tools_and_calls_are_counted_and_shown(
     path = tmp_path / "calls.jsonl"
     path.write_text(json.dumps({"messages": messages, "tools": [{"name": "colour_of", "parameters": {}}]}) + "\n")
     command = ["data", str(path), "--model", str(model), "--validation-split", "0"]
-    assert main(command) == 0
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = " ".join(output(*command).split())
     assert "messages 1 user, 2 assistant, 1 tool, 1 tool calls, 1 not to be trained, 1 tools" in shown
     (learned,) = re.findall(r"\[\[(.*?)\]\]", shown.partition("example 1")[2].partition("]]")[2])
     assert '"arguments": {"thing": 7}' in learned

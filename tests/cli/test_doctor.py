@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import found
+from command_line import found, output
 
 from tailora import __version__
 from tailora.cli.doctor import collect_facts, conclusions
-from tailora.cli.main import main
 
 
 def test_json_describes_this_machine_and_what_works_on_every_device() -> None:
@@ -36,9 +35,8 @@ def test_memory_is_what_training_may_take(tmp_path: Path, monkeypatch: pytest.Mo
     assert found("doctor")["memory"]["available"] == 2_000_000
 
 
-def test_words_hold_the_same_facts(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor"]) == 0
-    shown = capsys.readouterr().out
+def test_words_hold_the_same_facts() -> None:
+    shown = output("doctor")
     for fact in ("bfloat16", "OMP_NUM_THREADS", torch.__version__, "--dtype auto"):
         assert fact in shown
 
@@ -53,9 +51,7 @@ def test_the_largest_base_follows_from_memory_and_precision(dtype: str, size: st
     assert any(f"a base model of {size} parameters" in line for line in conclusions(facts))
 
 
-def test_a_machine_with_cards_is_shown_on_80_columns(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_machine_with_cards_is_shown_on_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     card = {
         "name": "NVIDIA H100 80GB HBM3",
         "memory": 85e9,
@@ -72,8 +68,7 @@ def test_a_machine_with_cards_is_shown_on_80_columns(
     facts["devices"] = {"cuda:0": card, "cuda:1": card, **here["devices"]}
     monkeypatch.setattr("tailora.cli.doctor.collect_facts", lambda: facts)
     monkeypatch.setenv("COLUMNS", "80")
-    assert main(["doctor"]) == 0
-    table = capsys.readouterr().out.partition("--dtype auto is")[0]
+    table = output("doctor").partition("--dtype auto is")[0]
     assert max(map(len, table.splitlines())) <= 80
     words = " ".join(table.split())
     assert "cuda:0 name NVIDIA H100 80GB HBM3 memory 85.0 GB available 84.0 GB bfloat16 yes dtype bfloat16" in words

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from command_line import check_refused, found, output
 from safetensors.torch import load_file, save_file
 from tiny import CHATML, stir
 from tiny import tiny_model as tiny_model_of
@@ -25,6 +26,8 @@ from tailora.formats.serving_targets import TARGETS
 from tailora.verify.passport import read_passport, write_passport
 from tailora.verify.probes import make_passport
 
+NO_PASSPORT = ["--passport", "none"]  # which takes half of the time
+
 
 @pytest.fixture
 def run(tiny_model: Path, tmp_path: Path) -> Path:
@@ -40,12 +43,11 @@ def run(tiny_model: Path, tmp_path: Path) -> Path:
 def test_every_format_with_its_figures_and_the_next_command(
     to: str, run: Path, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["export", str(run), "--to", to, "--output", str(tmp_path / "a"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["format"] == to
-    assert found["model"] == str(tiny_model)
-    assert found["logits"]["difference"] <= found["logits"]["tolerance"] < found["logits"]["effect"]
-    assert found["files"] == {path.name: path.stat().st_size for path in (tmp_path / "a").iterdir()}
+    result = found("export", run, "--to", to, "--output", tmp_path / "a", *NO_PASSPORT)
+    assert result["format"] == to
+    assert result["model"] == str(tiny_model)
+    assert result["logits"]["difference"] <= result["logits"]["tolerance"] < result["logits"]["effect"]
+    assert result["files"] == {path.name: path.stat().st_size for path in (tmp_path / "a").iterdir()}
     assert main(["export", str(run), "--to", to, "--output", str(tmp_path / "b")]) == 0
     shown = capsys.readouterr()
     assert re.search(r"exported files, the logits (are equal to|differ by \S+ of their size from) the live", shown.out)
@@ -56,14 +58,12 @@ def test_every_format_with_its_figures_and_the_next_command(
 
 
 @pytest.mark.parametrize("to", get_args(Server))
-def test_every_server_with_its_command(to: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_server_with_its_command(to: str, run: Path, tmp_path: Path) -> None:
     tokens = ["export", str(run), "--to", to, "--output", str(tmp_path / "a")]
-    assert main([*tokens, "--json"]) == 0
-    serving = json.loads(capsys.readouterr().out)["serving"]
+    serving = found(*tokens, *NO_PASSPORT)["serving"]
     assert (serving["target"], serving["name"], serving["stop_tokens"]) == (to, "a", {"2": "<|im_end|>"})
     assert (serving["more_stop_tokens"], serving["chat_template"], serving["context_length"]) == ({}, None, 512)
-    assert main([*tokens, "--overwrite"]) == 0
-    shown = capsys.readouterr().out
+    shown = output(*tokens, "--overwrite")
     start = shown.index(f"To serve it, run {tmp_path / 'a' / 'serve.sh'} or this command:")
     assert (0 < shown.find('add "rope_theta"') < start) == (to == "mlx")  # what has to be done first
     assert all(shlex.join(command) in shown for command in serving["commands"])
@@ -77,42 +77,33 @@ def test_the_servers_of_the_flag_are_those_of_the_table() -> None:
     assert FORMATS.keys() == {*get_args(Format), "mlx", "diffusers"}
 
 
-def test_the_template_of_another_trainer_is_served(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_template_of_another_trainer_is_served(run: Path, tmp_path: Path) -> None:
     other = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|endoftext|>{% endfor %}"
     (run / "adapter" / "chat_template.jinja").write_text(other)
-    assert main(["export", str(run), "--to", "vllm", "--output", str(tmp_path / "out"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["serving"]["chat_template"] == other
-    assert found["serving"]["commands"][0][-4:-2] == ["--chat-template", f"{tmp_path}/out/chat_template.jinja"]
-    assert found["serving"]["more_stop_tokens"] == {"0": "<|endoftext|>"}  # which ends a reply in that template
-    assert "the chat template is the one used in training" in found["changes"][0]
+    result = found("export", run, "--to", "vllm", "--output", tmp_path / "out")
+    assert result["serving"]["chat_template"] == other
+    assert result["serving"]["commands"][0][-4:-2] == ["--chat-template", f"{tmp_path}/out/chat_template.jinja"]
+    assert result["serving"]["more_stop_tokens"] == {"0": "<|endoftext|>"}  # which ends a reply in that template
+    assert "the chat template is the one used in training" in result["changes"][0]
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == other
     (run / "adapter" / "chat_template.jinja").unlink()
     (run / "adapter" / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML}))  # the base's own
-    assert main(["export", str(run), "--to", "vllm", "--output", str(tmp_path / "same"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["serving"]["chat_template"] is None
+    assert found("export", run, "--to", "vllm", "--output", tmp_path / "same")["serving"]["chat_template"] is None
     (run / "adapter" / "tokenizer_config.json").write_text(json.dumps({"chat_template": [{"name": "a"}]}))
-    assert main(["export", str(run), "--to", "vllm", "--output", str(tmp_path / "several")]) == 2
-    assert "several chat templates" in capsys.readouterr().err
+    check_refused("several chat templates", "export", run, "--to", "vllm", "--output", tmp_path / "several")
     assert not (tmp_path / "several").exists()
 
 
-def test_a_merge_after_a_quantised_run_needs_the_flag(
-    run: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_merge_after_a_quantised_run_needs_the_flag(run: Path, tiny_model: Path, tmp_path: Path) -> None:
     model = LoRAModel(LlamaForCausalLM.from_pretrained(tiny_model), LoRAConfig(r=4, use_dora=True))
     stir(model)
     model.save_adapter(run / "adapter")
     (run / "run.json").write_text(json.dumps({"settings": {"quantize": "nf4"}}))
     tokens = ["export", str(run), "--to", "vllm", "--output", str(tmp_path / "out")]
-    assert main(tokens) == 2
-    assert "trained on a base quantized as nf4; use --quantize nf4" in capsys.readouterr().err
+    check_refused("trained on a base quantized as nf4; use --quantize nf4", *tokens)
     assert not (tmp_path / "out").exists()
-    assert main([*tokens, "--quantize", "none", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["format"], found["serving"]["rank"]) == ("merged", None)
+    result = found(*tokens, "--quantize", "none")
+    assert (result["format"], result["serving"]["rank"]) == ("merged", None)
 
 
 @pytest.mark.parametrize(
@@ -152,13 +143,10 @@ def test_mistakes(
 
 
 @pytest.mark.parametrize("to", ["peft", "ollama", "vllm"])
-def test_the_system_message_of_training_goes_along_or_is_missed(
-    to: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_system_message_of_training_goes_along_or_is_missed(to: str, run: Path, tmp_path: Path) -> None:
     out, system = tmp_path / "out", 'Answer "briefly".\nAlways.'
     write_system_message(run / "adapter", system)
-    assert main(["export", str(run), "--to", to, "--output", str(out), "--passport", "none"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = " ".join(output("export", run, "--to", to, "--output", out, "--passport", "none").split())
     assert read_system_message(out) == system
     assert "he system message used in training is in system_message.txt" in shown
     lacks = "Requests need the system message used in training (system_message.txt): vLLM cannot store it."
@@ -169,11 +157,10 @@ def test_the_system_message_of_training_goes_along_or_is_missed(
         assert f'SYSTEM """{system}"""\n' in (out / "Modelfile").read_text()
 
 
-def test_overwrite_replaces_an_exported_adapter(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overwrite_replaces_an_exported_adapter(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(["export", str(run), "--to", "gguf", "--output", str(out)]) == 0
-    assert main(["export", str(run), "--to", "mlx", "--output", str(out)]) == 2
-    assert "replace it (--overwrite)" in capsys.readouterr().err
+    check_refused("replace it (--overwrite)", "export", run, "--to", "mlx", "--output", out)
     assert main(["export", str(run), "--to", "mlx", "--output", str(out), "--overwrite"]) == 0
     assert sorted(path.name for path in out.iterdir()) == [
         "adapter_config.json",
@@ -186,9 +173,7 @@ def test_overwrite_replaces_an_exported_adapter(run: Path, tmp_path: Path, capsy
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 
-def test_overwrite_never_deletes_what_is_no_exported_adapter(
-    run: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_overwrite_never_deletes_what_is_no_exported_adapter(run: Path, tiny_model: Path, tmp_path: Path) -> None:
     model, mine, source = tmp_path / "model", tmp_path / "mine", tmp_path / "source"
     copy = shutil.copytree(run, tmp_path / "copy")
     (copy / "run.json").write_text("{}")
@@ -205,8 +190,7 @@ def test_overwrite_never_deletes_what_is_no_exported_adapter(
         (source / "adapter_model.safetensors", source, "contains the input of this command"),
     ]:
         before = sorted(folder.rglob("*"))
-        assert main(["export", str(adapter), "--to", "peft", "--output", str(folder), "--overwrite"]) == 2
-        assert problem in capsys.readouterr().err
+        check_refused(problem, "export", adapter, "--to", "peft", "--output", folder, "--overwrite")
         assert sorted(folder.rglob("*")) == before
 
 
@@ -220,8 +204,7 @@ def test_a_lora_file_of_another_tool_needs_the_model_and_becomes_a_peft_folder(
     capsys.readouterr()
     for adapter in (file, tmp_path / "p"):
         tokens = ["--model", str(tiny_model), "--adapter", str(adapter), "--prompt", "a", "--max-new-tokens", "4"]
-        assert main(["generate", *tokens, "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["adapters"] == [adapter.stem]
+        assert found("generate", *tokens)["adapters"] == [adapter.stem]
 
 
 def test_a_passport_of_other_weights_is_written_anew(

@@ -11,6 +11,7 @@ from typing import Any
 import hub_server
 import pytest
 import torch
+from command_line import call, found
 from hub_server import FILES, READ_TOKEN, TOKEN, Repository, Server
 from huggingface_hub import ModelCard, constants
 from safetensors import safe_open
@@ -61,18 +62,8 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished, tmp_path / "work" / "run")
 
 
-def call(capsys: pytest.CaptureFixture[str], *tokens: object) -> tuple[int, str, str]:
-    code = main(list(map(str, tokens)))
-    shown = capsys.readouterr()
-    assert "Traceback" not in shown.err
-    return code, shown.out, shown.err
-
-
-def pushed(capsys: pytest.CaptureFixture[str], *tokens: object) -> dict[str, Any]:
-    code, out, err = call(capsys, "push", *tokens, "--json")
-    assert code == 0, err
-    result: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return result
+def pushed(*tokens: object) -> dict[str, Any]:
+    return found("push", *tokens)
 
 
 def card_of(hub: Server, name: str = "user/adapter", branch: str = "main") -> ModelCard:
@@ -87,9 +78,9 @@ def no_files(hub: Server) -> bool:
 
 
 def test_a_run_is_pushed_and_comes_back(
-    hub: Server, run: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    hub: Server, run: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = pushed(capsys, run, "user/adapter", "--model", "owner/base", "--message", "First")
+    result = pushed(run, "user/adapter", "--model", "owner/base", "--message", "First")
     url = f"{hub.address}/user/adapter/commit/{hub.commit}"
     assert result == {"repo": "user/adapter", "url": url, "commit": hub.commit, "files": FILES}
     assert sorted(hub.files) == FILES
@@ -99,7 +90,7 @@ def test_a_run_is_pushed_and_comes_back(
     assert b'"summary": "First"' in commits[0]
 
     monkeypatch.chdir(run.parent)
-    code, out, _ = call(capsys, "pull", "user/adapter", "--json")
+    code, out, _ = call("pull", "user/adapter", "--json")
     assert code == 0
     facts = json.loads(out)
     assert (facts["output_dir"], facts["commit"], facts["base"], facts["ranks"]) == (
@@ -114,13 +105,13 @@ def test_a_run_is_pushed_and_comes_back(
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     prompt = ["--model", str(tiny_model), "--prompt", "What colour?", "--max-new-tokens", "4", "--temperature", "0"]
-    _, answer, _ = call(capsys, "generate", "--adapter", run, *prompt)
-    assert call(capsys, "generate", "--adapter", "adapter", *prompt)[:2] == (0, answer)
-    assert call(capsys, "generate", "--adapter", "user/adapter", *prompt)[:2] == (0, answer)
+    _, answer, _ = call("generate", "--adapter", run, *prompt)
+    assert call("generate", "--adapter", "adapter", *prompt)[:2] == (0, answer)
+    assert call("generate", "--adapter", "user/adapter", *prompt)[:2] == (0, answer)
 
 
-def test_the_card_says_what_the_run_measured(hub: Server, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pushed(capsys, run, "user/adapter", "--model", "owner/base", "--license", "apache-2.0")
+def test_the_card_says_what_the_run_measured(hub: Server, run: Path) -> None:
+    pushed(run, "user/adapter", "--model", "owner/base", "--license", "apache-2.0")
     card = card_of(hub)
     assert card.data.to_dict() == {
         "base_model": "owner/base",
@@ -157,24 +148,22 @@ def test_the_card_says_what_the_run_measured(hub: Server, run: Path, capsys: pyt
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # that PEFT asks for
 def test_the_lines_for_peft_in_the_card_compute_the_same(
-    hub: Server, run: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    hub: Server, run: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     base = {path.name: path.read_bytes() for path in tiny_model.iterdir()}
     hub.repositories["owner/base"] = Repository(branches={"main": base})
-    pushed(capsys, run, "user/adapter", "--model", "owner/base")
+    pushed(run, "user/adapter", "--model", "owner/base")
     (lines,) = re.findall(r"```py\n(.*?)```", card_of(hub).text, re.DOTALL)
-    assert call(capsys, "pull", "user/adapter", "--output-dir", tmp_path / "out")[0] == 0
+    assert call("pull", "user/adapter", "--output-dir", tmp_path / "out")[0] == 0
     names: dict[str, Any] = {}
     exec(lines.replace("user/adapter", str(tmp_path / "out")), names)  # PEFT itself asks the Hub's own address
     ours = LoRAModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model), run)
     torch.testing.assert_close(logits(names["model"]), logits(ours), rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_private_is_uploaded(
-    hub: Server, run: Path, finished: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_private_is_uploaded(hub: Server, run: Path, finished: Path, tiny_model: Path) -> None:
     (run / ADAPTER / "optimizer.bin").write_bytes(b"\x80\x04")
-    code, _, err = call(capsys, "push", run, "user/adapter")
+    code, _, err = call("push", run, "user/adapter")
     assert code == 0
     assert "others cannot download the adapter's base model tiny; set its Hub id with --model" in err
     assert "not uploaded: optimizer.bin" in err
@@ -184,13 +173,13 @@ def test_nothing_private_is_uploaded(
     secrets = (tiny_model, finished, run, "secret_chats", "models/tiny", "What colour is thing")
     assert [text for text in secrets if str(text).encode() in everything] == []
     assert json.loads(hub.files[ADAPTER_CONFIG])["base_model_name_or_path"] == "tiny"
-    pushed(capsys, run, "user/adapter", "--samples")
+    pushed(run, "user/adapter", "--samples")
     assert "> **prompt:** What colour is thing" in card_of(hub).text
 
 
 @pytest.mark.parametrize("path", ["/home/me/secret", r"\u002fUsers\u002fme", r"C:\\Users\\me\\x", "HERE"])
 def test_paths_in_files_that_stay_as_they_are_are_refused(
-    path: str, hub: Server, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    path: str, hub: Server, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(run)
     path = path.replace("HERE", str(run))
@@ -198,7 +187,7 @@ def test_paths_in_files_that_stay_as_they_are_are_refused(
     (run / ADAPTER / "tokenizer.json").write_text('{"vocab": {"/home/me": 1}}')  # a word is no path
     written_out = json.loads(f'"{path}"')
     (run / ADAPTER / CARD).write_text(f"Made by me, see https://example.org/home/me.html and file://{written_out}\n")
-    code, _, err = call(capsys, "push", run, "user/adapter")
+    code, _, err = call("push", run, "user/adapter")
     assert code == 2
     assert "contain local paths or a token. Remove them: 2 problems" in err
     assert "tokenizer_config.json contains" in err
@@ -207,44 +196,42 @@ def test_paths_in_files_that_stay_as_they_are_are_refused(
     assert not hub.requests
     (run / ADAPTER / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
     (run / ADAPTER / CARD).unlink()
-    files = pushed(capsys, run, "user/adapter")["files"]
+    files = pushed(run, "user/adapter")["files"]
     assert files == [*FILES, "tokenizer.json", "tokenizer_config.json"]
 
 
-def test_tokens_paths_in_metadata_and_links_are_refused(
-    hub: Server, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tokens_paths_in_metadata_and_links_are_refused(hub: Server, run: Path, tmp_path: Path) -> None:
     for name, content in (("tokenizer.json", f'{{"token": "\\u0068f_{"x" * 34}"}}'), ("vocab.txt", f"hf_{'x' * 34}")):
         (run / ADAPTER / name).write_text(content)
-        code, _, err = call(capsys, "push", run, "user/adapter")
+        code, _, err = call("push", run, "user/adapter")
         assert (code, f"{name} contains hf_xxxx" in err) == (2, True), err
         (run / ADAPTER / name).unlink()
     (tmp_path / "mine").write_text("{}")
     for name in ("vocab.json", CARD):
         (run / ADAPTER / name).unlink(missing_ok=True)
         (run / ADAPTER / name).symlink_to(tmp_path / "mine")
-        code, _, err = call(capsys, "push", run, "user/adapter")
+        code, _, err = call("push", run, "user/adapter")
         assert (code, f"{name} is a link, and only files in the folder itself are uploaded" in err) == (2, True), err
         (run / ADAPTER / name).unlink()
     weights = run / ADAPTER / ADAPTER_WEIGHTS
     tensors = load_file(weights)
     save_file(tensors, weights, {"ss_output_dir": "/home/me/loras"})
-    code, _, err = call(capsys, "push", run, "user/adapter")
+    code, _, err = call("push", run, "user/adapter")
     assert (code, "the metadata of adapter_model.safetensors contains /home/me/loras" in err) == (2, True)
     assert not hub.requests
     save_file(tensors, weights)
-    assert call(capsys, "push", run, "user/adapter")[0] == 0
+    assert call("push", run, "user/adapter")[0] == 0
 
 
 def test_the_card_of_a_classifier_has_its_metrics_and_its_command(
-    hub: Server, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    hub: Server, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [{"text": f"thing {i}", "label": ["good", "bad"][i % 2]} for i in range(24)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = ["--task", "sequence-classification", "--max-steps", "2", "--validation-split", ".25", "--device", "cpu"]
     assert main(["train", "--model", str(tiny_model), "--data", "rows.jsonl", "--output-dir", "out", *settings]) == 0
-    pushed(capsys, "out", "user/adapter")
+    pushed("out", "user/adapter")
     card = card_of(hub)
     assert card.data.pipeline_tag == "text-classification"
     metrics = json.loads(Path("out", REPORT).read_text())["metrics"]
@@ -253,69 +240,65 @@ def test_the_card_of_a_classifier_has_its_metrics_and_its_command(
     command = "tailora predict user/adapter --model BASE --data ROWS.jsonl --output PREDICTIONS.jsonl"
     assert command in card.text
     assert "vLLM" not in card.text
-    code, out, _ = call(capsys, "pull", "user/adapter")
+    code, out, _ = call("pull", "user/adapter")
     assert code == 0
     assert "tailora predict adapter --model BASE --data" in out
 
 
-def test_the_passport_goes_with_the_weights_that_it_is_of(
-    hub: Server, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_passport_goes_with_the_weights_that_it_is_of(hub: Server, run: Path, tmp_path: Path) -> None:
     passport = run / ADAPTER / PASSPORT
     probe = Probe(3, ["é"], {name: [-1.0] for name in REQUIRED}, text="the cat is")
     write_passport(run / ADAPTER, Passport("models/tiny", "base", REQUIRED, [probe]))
     content = json.loads(passport.read_text())
     digest = content["weights"][ADAPTER_WEIGHTS]
-    pushed(capsys, run, "user/adapter", "--model", "owner/base")
+    pushed(run, "user/adapter", "--model", "owner/base")
     new = sha256(hub.files[ADAPTER_WEIGHTS]).hexdigest()
     assert new != digest  # the file named the folder of the base
     expected = {**content, "base_model": "owner/base", "weights": {ADAPTER_WEIGHTS: new}}
     assert json.loads(hub.files[PASSPORT]) == expected
-    assert call(capsys, "pull", "user/adapter", "--output-dir", tmp_path / "out")[0] == 0
+    assert call("pull", "user/adapter", "--output-dir", tmp_path / "out")[0] == 0
     assert json.loads((tmp_path / "out" / PASSPORT).read_text()) == expected
 
     passport.write_text(json.dumps({**content, "texts": "held-out"}))
-    code, _, err = call(capsys, "push", run, "user/adapter")
+    code, _, err = call("push", run, "user/adapter")
     assert code == 0
     assert "not uploaded: passport.json" in err
     assert PASSPORT not in hub.files  # the one that was there is of other weights
-    assert PASSPORT in pushed(capsys, run, "user/adapter", "--samples")["files"]
+    assert PASSPORT in pushed(run, "user/adapter", "--samples")["files"]
     passport.write_text(json.dumps({**content, "weights": {ADAPTER_WEIGHTS: "0" * 64}}))
-    code, _, err = call(capsys, "push", run, "user/adapter")
+    code, _, err = call("push", run, "user/adapter")
     assert code == 2
     assert "passport.json does not belong to the weights next to it" in err
 
 
-def test_a_card_that_someone_wrote_or_edited_stays(hub: Server, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_card_that_someone_wrote_or_edited_stays(hub: Server, run: Path) -> None:
     mine = b"---\nlanguage: en\n---\n\n# Poems\n\nMy own words.\n"
     hub.files[CARD] = mine
-    code, _, err = call(capsys, "push", run, "user/adapter")
+    code, _, err = call("push", run, "user/adapter")
     assert code == 0
     assert "README.md of user/adapter is kept, because it was written or edited by hand; use --replace-card" in err
     assert hub.files[CARD] == mine
-    pushed(capsys, run, "user/adapter", "--replace-card")
+    pushed(run, "user/adapter", "--replace-card")
     assert b"## Results" in hub.files[CARD]
-    pushed(capsys, run, "user/adapter", "--license", "mit")  # tailora's own card is replaced
+    pushed(run, "user/adapter", "--license", "mit")  # tailora's own card is replaced
     assert card_of(hub).data.license == "mit"
     for before, after in ((b"# adapter", b"# My adapter"), (b"license: mit", b"license: other")):
         hub.files[CARD] = edited = hub.files[CARD].replace(before, after)
-        pushed(capsys, run, "user/adapter", "--license", "mit")
+        pushed(run, "user/adapter", "--license", "mit")
         assert hub.files[CARD] == edited
 
     own = run / ADAPTER / CARD
     own.write_text(own.read_text().replace("LoRA adapter of", "My LoRA adapter of"))
-    pushed(capsys, run, "user/other")
+    pushed(run, "user/other")
     assert "My LoRA adapter of 14 layers" in card_of(hub, "user/other").text
 
 
-def test_an_adapter_without_a_run_and_a_public_repository(
-    hub: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_without_a_run_and_a_public_repository(hub: Server, tmp_path: Path) -> None:
     model = adapted({"r": 2, "use_dora": True, "rank_pattern": {"q_proj": 3}})
     model.base_model.config._name_or_path = "owner/base"
     model.save_pretrained(tmp_path / "dora")
     write_system_message(tmp_path / "dora", "Be brief.\nAlways.")
-    pushed(capsys, tmp_path / "dora", "user/dora", "--public", "--revision", "v2")
+    pushed(tmp_path / "dora", "user/dora", "--public", "--revision", "v2")
     repository = hub.repositories["user/dora"]
     assert not repository.private
     assert (sorted(repository.branches["v2"]), repository.branches["main"]) == ([*FILES, "system_message.txt"], {})
@@ -324,23 +307,21 @@ def test_an_adapter_without_a_run_and_a_public_repository(
     assert "\n> Be brief.\n> Always.\n" in text
     assert "Results" not in text
     repository.private = False
-    code, _, err = call(capsys, "push", tmp_path / "dora", "user/dora")
+    code, _, err = call("push", tmp_path / "dora", "user/dora")
     assert (
         code,
         "user/dora is public, so everyone would see the adapter. To upload it anyway, use --public" in err,
     ) == (2, True)
     repository.private = True
-    assert "user/dora is still private" in call(capsys, "push", tmp_path / "dora", "user/dora", "--public")[2]
+    assert "user/dora is still private" in call("push", tmp_path / "dora", "user/dora", "--public")[2]
 
 
-def test_ctrl_c_says_that_all_files_are_there_or_none(
-    hub: Server, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ctrl_c_says_that_all_files_are_there_or_none(hub: Server, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", stop)
-    code, _, err = call(capsys, "push", run, "user/adapter")
+    code, _, err = call("push", run, "user/adapter")
     assert code == 130
     assert "interrupted: user/adapter has received either all of the files or none; run the same command again" in err
     assert no_files(hub)
@@ -356,10 +337,8 @@ def test_ctrl_c_says_that_all_files_are_there_or_none(
         (["RUN", "user/adapter", "--message", " "], "expected a commit message"),
     ],
 )
-def test_wrong_arguments_are_refused(
-    tokens: list[str], message: str, run: Path, hub: Server, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, _, err = call(capsys, "push", *(run if token == "RUN" else token for token in tokens))
+def test_wrong_arguments_are_refused(tokens: list[str], message: str, run: Path, hub: Server) -> None:
+    code, _, err = call("push", *(run if token == "RUN" else token for token in tokens))
     assert (code, message in err, hub.requests) == (2, True, []), err
 
 
@@ -378,23 +357,17 @@ def test_wrong_arguments_are_refused(
     ids=["no weights", "not finite", "shape", "missing", "report"],
 )
 def test_a_folder_that_is_no_adapter_is_refused_before_anything_is_sent(
-    damage: Callable[[Path, dict[str, Any]], Any],
-    message: str,
-    run: Path,
-    hub: Server,
-    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path, dict[str, Any]], Any], message: str, run: Path, hub: Server
 ) -> None:
     damage(run / ADAPTER, load_file(run / ADAPTER / ADAPTER_WEIGHTS))
-    code, _, err = call(capsys, "push", run / ADAPTER, "user/adapter")
+    code, _, err = call("push", run / ADAPTER, "user/adapter")
     assert (code, message in err, hub.requests) == (2, True, []), err
 
 
 # ---- pull
 
 
-def test_only_what_an_adapter_needs_is_fetched(
-    hub: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_what_an_adapter_needs_is_fetched(hub: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     model.add_adapter("b", LoRAConfig(r=2))
     model.push_to_hub("user/adapter")
@@ -402,7 +375,7 @@ def test_only_what_an_adapter_needs_is_fetched(
     hub.files.update(dict.fromkeys(others, b"no"), **{"tokenizer.json": b"{}", "b/passport.json": b"{}"})
     hub.requests.clear()
     monkeypatch.chdir(tmp_path)
-    code, out, _ = call(capsys, "pull", "user/adapter")
+    code, out, _ = call("pull", "user/adapter")
     assert code == 0
     assert sorted(path.name for path in Path("adapter").iterdir()) == [*FILES, "tokenizer.json"]
     assert not Path("adapter", ADAPTER_WEIGHTS).is_symlink()
@@ -410,27 +383,25 @@ def test_only_what_an_adapter_needs_is_fetched(
     assert "tailora chat --model BASE --adapter adapter\n" in out
     loaded = LoRAModel.from_pretrained(chat_model(), "adapter")
     assert loaded.adapters["default"].r == 4
-    code, _, err = call(capsys, "pull", "user/adapter")
+    code, _, err = call("pull", "user/adapter")
     assert (code, "adapter already exists" in err) == (2, True)
-    assert call(capsys, "pull", "user/adapter", "--overwrite", "--subfolder", "b")[0] == 0
+    assert call("pull", "user/adapter", "--overwrite", "--subfolder", "b")[0] == 0
     assert sorted(path.name for path in Path("adapter").iterdir()) == [*FILES, PASSPORT]
     assert LoRAModel.from_pretrained(chat_model(), "adapter").adapters["default"].r == 2
     Path("adapter", "mine.txt").write_text("mine")
-    assert call(capsys, "pull", "user/adapter", "--overwrite")[0] == 2
+    assert call("pull", "user/adapter", "--overwrite")[0] == 2
     assert Path("adapter", "mine.txt").exists()
 
 
-def test_an_adapter_of_mlx_and_a_lora_file_are_fetched(
-    hub: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_of_mlx_and_a_lora_file_are_fetched(hub: Server, tmp_path: Path) -> None:
     adapted().export(tmp_path / "mlx", "mlx")
     hub.files.update({path.name: path.read_bytes() for path in (tmp_path / "mlx").iterdir()})
-    code, out, err = call(capsys, "pull", "user/adapter", "--output-dir", tmp_path / "out", "--json")
+    code, out, err = call("pull", "user/adapter", "--output-dir", tmp_path / "out", "--json")
     assert code == 0, err
     assert json.loads(out)["ranks"] == [4]
     hub.files.clear()
     hub.files["lora.safetensors"] = b"damaged"
-    code, _, err = call(capsys, "pull", "user/adapter", "--output-dir", tmp_path / "file")
+    code, _, err = call("pull", "user/adapter", "--output-dir", tmp_path / "file")
     assert (code, "user/adapter/lora.safetensors is not a complete safetensors file" in err) == (2, True), err
     assert not (tmp_path / "file").exists()
 
@@ -511,14 +482,7 @@ FAILURES = [(["push", "adapter", "user/adapter"], *failure) for failure in PUSH_
     ids=[*(f"push, {name}" for name in PUSH_FAILURES), *(f"pull, {name}" for name in PULL_FAILURES)],
 )
 def test_a_failed_transfer_writes_nothing_and_says_why(
-    tokens: list[str],
-    fail: Fail,
-    code: int,
-    message: str,
-    hub: Server,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tokens: list[str], fail: Fail, code: int, message: str, hub: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model = adapted()
@@ -526,7 +490,7 @@ def test_a_failed_transfer_writes_nothing_and_says_why(
     if tokens[0] == "pull":
         model.push_to_hub("user/adapter")
     fail(hub, monkeypatch)
-    got, out, err = call(capsys, *tokens, "--json")
+    got, out, err = call(*tokens, "--json")
     assert (got, message in err) == (code, True), err
     assert json.loads(out.splitlines()[-1])["error"]["exit_code"] == code
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]

@@ -51,7 +51,7 @@ def test_json_is_one_object_and_the_report_has_the_same(
     assert code == 0, told
     found = json.loads(said.splitlines()[-1])
     assert found["modules"][0].keys() >= {
-        *("path", "r", "effective_rank", "stable_rank", "energy", "relative_norm", "intruders", "scaling"),
+        *("path", "r", "effective_rank", "stable_rank", "energy", "relative_norm", "intruders", "scaling")
     }
     assert found["held_out"]["half"]["loss"] > 0
     assert {"kl", "loss_before", "loss_after"} <= found["forgetting"].keys()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import check_refused
+from command_line import check_refused, found, output
 from tiny import stir
 from transformers import LlamaForCausalLM
 
@@ -41,11 +41,7 @@ def test_the_base_is_quantised_as_the_run_did(tmp_path: Path) -> None:
 
 def test_a_run_that_has_not_finished_is_named_as_the_reason(tmp_path: Path) -> None:
     shutil.move(run_folder(tmp_path / "demo", {"settings": {}}), tmp_path / "elsewhere")
-    for command in (
-        ["generate", "--prompt", "hi", "--adapter"],
-        ["eval", "--data", "demo"],
-        ["inspect"],
-    ):
+    for command in (["generate", "--prompt", "hi", "--adapter"], ["eval", "--data", "demo"], ["inspect"]):
         message = check_refused(
             "contains no adapter, because its run has not finished. no ch", *command, tmp_path / "demo"
         )
@@ -86,7 +82,7 @@ def test_generate_and_export_take_the_quantization_of_the_run(
 
 
 def test_the_demo_is_called_demo_where_tailora_takes_the_name_and_has_its_path_elsewhere(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TAILORA_HOME", str(tmp_path / "home"))
     folder = tmp_path / "home" / "demo-1" / "SmolLM2-135M-Instruct"
@@ -102,8 +98,7 @@ def test_the_demo_is_called_demo_where_tailora_takes_the_name_and_has_its_path_e
         "peft": ["export", run, "--to", "peft", "--output", str(tmp_path / "peft")],
         "mlx": ["export", run, "--to", "mlx", "--output", str(tmp_path / "mlx")],
     }.items():
-        assert main(command) == 0
-        shown[name] = capsys.readouterr().out
+        shown[name] = output(*command)
     assert "made for demo. " in shown["inspect"]
     assert "Add --model demo to see" in shown["inspect"]
     assert "tailora chat --model demo --adapter" in shown["shrink"]
@@ -136,11 +131,10 @@ def test_generate_loads_the_base_that_the_adapter_names(capsys: pytest.CaptureFi
 
 
 def test_a_relative_base_is_found_from_any_folder(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["generate", "--adapter", str(project / "run"), *SHORT, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["model"] == str(project / "models" / "base")
+    assert found("generate", "--adapter", project / "run", *SHORT)["model"] == str(project / "models" / "base")
     moved = project.rename(tmp_path / "moved")
     monkeypatch.chdir(moved)
     assert base_model_name(None, [moved / "run" / "adapter"]) == "models/base"

@@ -2,50 +2,71 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from command_line import check_refused, found, output
 
 from tailora.cli.main import main
 from tailora.cli.plan import bytes_of
 from tailora.errors import ConfigError
-from tailora.study.plan import remedies
+from tailora.study.plan import plan, remedies
+from tailora.study.plan_result import Plan
 from tailora.train.config import TrainConfig
+
+
+@pytest.fixture(scope="module", autouse=True)
+def same_settings_are_planned_once() -> Iterator[None]:
+    made: dict[Any, Plan] = {}
+
+    def plan_once(config: TrainConfig, measure: bool, *, log: Any, **options: Any) -> Plan:
+        key = (config.model_dump_json(exclude_unset=True), *options.values())
+        if key not in made:
+            made[key] = plan(config, measure, log=log, **options)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tailora.study.plan.plan", plan_once)
+        yield
+
 
 PARTS = {"weights", "adapters", "gradients", "optimizer", "activations", "logits", "total"}
 
 
 @pytest.mark.slow
-def test_the_line_of_json_has_what_scripts_ask_for(
-    tiny_model: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tokens = ["plan", "--model", str(tiny_model), "--data", str(chats), "--r", "4", "--dtype", "float32", "--json"]
-    assert main([*tokens, "--output-dir", str(tmp_path / "out")]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["memory"].keys() >= PARTS
-    assert found["full"]["memory"].keys() >= PARTS
-    assert found["memory"]["total"] == sum(size for part, size in found["memory"].items() if part != "total")
-    assert sum(each["parameters"] for each in found["modules"]) == found["trainable_parameters"]
-    assert found["modules"][0].keys() >= {"path", "kind", "in_features", "out_features", "r", "parameters"}
-    assert found["batch_size_that_fits"] >= 8
-    assert found["steps"] == 3
+def test_the_line_of_json_has_what_scripts_ask_for(tiny_model: Path, chats: Path, tmp_path: Path) -> None:
+    tokens = ["plan", "--model", str(tiny_model), "--data", str(chats), "--r", "4", "--dtype", "float32"]
+    tokens += ["--memory", "100GB", "--output-dir", str(tmp_path / "out")]
+    result = found(*tokens)
+    assert result["memory"].keys() >= PARTS
+    assert result["full"]["memory"].keys() >= PARTS
+    assert result["memory"]["total"] == sum(size for part, size in result["memory"].items() if part != "total")
+    assert sum(each["parameters"] for each in result["modules"]) == result["trainable_parameters"]
+    assert result["modules"][0].keys() >= {"path", "kind", "in_features", "out_features", "r", "parameters"}
+    assert result["batch_size_that_fits"] >= 8
+    assert result["steps"] == 3
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert (report["kind"], report["memory"]["total"]) == ("plan", found["memory"]["total"])
+    assert (report["kind"], report["memory"]["total"]) == ("plan", result["memory"]["total"])
+    shown = output(*tokens)
+    assert re.search(r"^batch size that fits +(\d+) \(all examples\) +\1 \(all examples\)$", shown, re.MULTILINE)
+    assert re.search(r"The largest forward pass has 8 examples with \d+ tokens in total\.", shown)
 
 
 def test_what_is_shown_fits_a_narrow_terminal(
-    tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name, value in {"COLUMNS": "60", "LINES": "25", "FORCE_COLOR": "1", "TERM": "dumb"}.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text((tiny_model / "config.json").read_text())
-    assert main(["plan", "--model", "bare", "--r", "4"]) == 0
-    shown = capsys.readouterr().out
+    shown = output("plan", "--model", "bare", "--r", "4")
     table, _, words = shown.partition("It fits")
     assert max(map(len, shown.splitlines())) <= 60
     assert "full fine-tuning" in table
+    assert "all examples" not in table
     assert "output head, not part of all-linear" in " ".join(table.split())
     assert "without --data" in words
     assert [path.name for path in tmp_path.iterdir()] == ["bare"]  # nothing is written
@@ -53,14 +74,13 @@ def test_what_is_shown_fits_a_narrow_terminal(
 
 @pytest.mark.parametrize("columns", [80, 100])
 def test_a_card_that_is_not_here_is_planned_from_its_data_sheet(
-    tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    assert main(["plan", "--model", str(tiny_model), "--device", "h100", "--max-steps", "10"]) == 0
-    table, _, words = capsys.readouterr().out.partition("It fits")
-    assert (
-        max(len(line) for line in table.splitlines() if not re.search(r"[.;:] ", line)) <= columns
-    )  # not of sentences
+    shown = output("plan", "--model", tiny_model, "--device", "h100", "--max-steps", "10")
+    table, _, words = shown.partition("It fits")
+    no_sentences = [line for line in table.splitlines() if not re.search(r"[.;:] ", line)]
+    assert max(map(len, no_sentences)) <= columns
     assert "bfloat16 on H100 SXM 80GB" in table
     steps = "10 steps. The time of a step is not estimated, because this machine does not have the device."
     assert steps in " ".join(table.split())
@@ -89,7 +109,7 @@ def test_the_json_of_a_card_has_its_memory_and_no_time(tiny_model: Path, capsys:
 def test_less_activation_memory_takes_less_and_is_told_once(
     tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tokens = ["plan", "--model", str(tiny_model), "--device", "L4", "--json"]
+    tokens = ["plan", "--model", str(tiny_model), "--device", "h100", "--max-steps", "10", "--json"]
     found = []
     for more in ([], ["--activation-memory", "0.4"], ["--fast", "off"], ["--gradient-checkpointing"]):
         assert main([*tokens, *more]) == 0
@@ -98,17 +118,6 @@ def test_less_activation_memory_takes_less_and_is_told_once(
     assert options[0]["--activation-memory 0.4"] == found[1]["memory"]["total"] < found[0]["memory"]["total"]
     assert all("--activation-memory 0.4" not in others for others in options[1:])
     assert any("compiled layers" in note for note in found[1]["notes"])
-
-
-def test_it_says_that_all_examples_fit_and_how_many_go_through_the_model_at_once(
-    tiny_model: Path, chats: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["plan", "--model", str(tiny_model), "--data", str(chats), "--memory", "100GB"]) == 0
-    shown = capsys.readouterr().out
-    assert re.search(r"^batch size that fits +(\d+) \(all examples\) +\1 \(all examples\)$", shown, re.MULTILINE)
-    assert re.search(r"The largest forward pass has 8 examples with \d+ tokens in total\.", shown)
-    assert main(["plan", "--model", str(tiny_model)]) == 0
-    assert "all examples" not in capsys.readouterr().out
 
 
 def test_a_run_that_does_not_fit_exits_with_4_and_says_what_helps(
@@ -148,11 +157,8 @@ def test_a_run_that_does_not_fit_exits_with_4_and_says_what_helps(
         (["--model", "MODEL", "--device", "L4", "--measure"], "this machine has no L4 24GB"),
     ],
 )
-def test_mistakes_exit_with_2(
-    tiny_model: Path, tokens: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["plan", *(str(tiny_model) if token == "MODEL" else token for token in tokens)]) == 2
-    assert said in capsys.readouterr().err
+def test_mistakes_exit_with_2(tiny_model: Path, tokens: list[str], said: str) -> None:
+    check_refused(said, "plan", *(str(tiny_model) if token == "MODEL" else token for token in tokens))
 
 
 @pytest.mark.parametrize(("text", "size"), [("8GB", 8 * 10**9), ("512 MiB", 2**29), ("1e3", 1000), (".5g", 5 * 10**8)])

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import verified_server
+from command_line import check_refused
 from verified_server import MODELS, TOKENIZER, Request, base_model, running, stand_in
 
 from tailora.cli.main import main
@@ -28,8 +29,7 @@ def test_the_command_says_its_verdict(url: str, root: Path, capsys: pytest.Captu
     assert f"prompts to model legal at {url}" in output.err
     assert f"prompts to the base model tiny at {url}" in output.err
     weights = ["verify", url, "--adapter", str(root / "legal" / ADAPTER_WEIGHTS)]
-    assert main([*weights, "--base", "tinny"]) == 2
-    assert "--base: unknown model 'tinny'; the server has tiny, legal" in " ".join(capsys.readouterr().err.split())
+    check_refused("--base: unknown model 'tinny'; the server has tiny, legal", *weights, "--base", "tinny")
     assert main([*command, "--model", "other"]) == 4
     output = capsys.readouterr()
     assert read_passport(root / "legal").weights[ADAPTER_WEIGHTS] in "".join(output.out.split())
@@ -47,8 +47,7 @@ def test_a_missing_verification_file_is_written_where_the_base_is_at_hand(
     settings = json.loads((adapter / ADAPTER_CONFIG).read_text())
     (adapter / ADAPTER_CONFIG).write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
     command = ["verify", url, "--adapter", str(adapter)]
-    assert main(command) == 2
-    assert "contains no passport.json; create one with `tailora export" in " ".join(capsys.readouterr().err.split())
+    check_refused("contains no passport.json; create one with `tailora export", *command)
     base_model().save_pretrained(base)
     TOKENIZER.save_pretrained(base)
     assert main(command) == 0

@@ -94,10 +94,7 @@ def test_what_matches_nothing_is_an_error_that_names_the_nearest(settings: dict[
 @pytest.mark.parametrize(
     ("model", "remedy"),
     [
-        (
-            nn.Sequential(nn.Embedding(3, 4), nn.ReLU()),
-            r"no layer left to adapt with target_modules=\S+; existing: 0",
-        ),
+        (nn.Sequential(nn.Embedding(3, 4), nn.ReLU()), r"no layer left to adapt with target_modules=\S+; existing: 0"),
         (
             nn.Sequential(nn.ReLU(), nn.LayerNorm(4)),
             r"no layer left to adapt with target_modules=\S+; the model has none",

@@ -142,16 +142,8 @@ def test_text_stays_as_it_is(bytes_tokenizer, template) -> None:
     ("template", "sample", "message"),
     [
         (None, chat("a", "b"), "messages need a chat template, but the tokenizer has none; use the instruct version"),
-        (
-            PROMPTED_THOUGHT,
-            chat("a", "b"),
-            "message 1 cannot be trained: .*mark the reply with .*{% generation %}",
-        ),
-        (
-            CHATML + HEADER,
-            Conversation([{"role": "assistant", "content": "x"}]),
-            "no reply follows the first message",
-        ),
+        (PROMPTED_THOUGHT, chat("a", "b"), "message 1 cannot be trained: .*mark the reply with .*{% generation %}"),
+        (CHATML + HEADER, Conversation([{"role": "assistant", "content": "x"}]), "no reply follows the first message"),
         (
             STRICT + "{% if false %}{% generation %}{% endgeneration %}{% endif %}",
             chat("a", "b", system="s"),
@@ -232,12 +224,7 @@ def test_what_is_trained_is_a_choice(bytes_tokenizer, template, sample, options,
 @pytest.mark.parametrize(
     ("template", "sample", "options", "message"),
     [
-        (
-            None,
-            PAIR,
-            {"assistant_only_loss": True},
-            "the row has prompt and completion and the tokenizer has no temp",
-        ),
+        (None, PAIR, {"assistant_only_loss": True}, "the row has prompt and completion and the tokenizer has no temp"),
         (CHATML, MARKED_1, {"assistant_only_loss": False}, "message 1 is marked as not trained, which requires"),
         (
             LAST_SYSTEM,

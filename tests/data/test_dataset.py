@@ -188,8 +188,7 @@ def test_of_each_class_the_same_share_is_held_out(share: float, held: list[int],
 @pytest.mark.parametrize("keys", [[b"a"], [b"a", b"a"]])
 def test_a_single_distinct_example_cannot_be_split(keys: list[bytes]) -> None:
     with pytest.raises(
-        DataError,
-        match=r"^need two distinct .*, got (1 example|2 examples, 1 distinct); .*--validation-split 0",
+        DataError, match=r"^need two distinct .*, got (1 example|2 examples, 1 distinct); .*--validation-split 0"
     ):
         split_examples(keys, 0.05, 0)
 

@@ -12,11 +12,7 @@ from tailora.data import report as data_report
 from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import IGNORED, Examples, warnings_of
 from tailora.data.labels import Labels
-from tailora.data.prepare import (
-    PreparedData,
-    check_vocabulary,
-    read_eval_data,
-)
+from tailora.data.prepare import PreparedData, check_vocabulary, read_eval_data
 from tailora.data.readers import Source
 from tailora.data.report import RowCounts
 from tailora.data.schemas import SEQUENCE_CLASSIFICATION, Pair, Text
@@ -78,11 +74,7 @@ def test_the_same_data_and_seed_give_the_same_hash_and_split(bytes_tokenizer, js
 def test_copies_stay_on_one_side_and_are_counted(bytes_tokenizer, jsonl) -> None:
     prepared = prepare(jsonl(PAIRS[:5] * 4), bytes_tokenizer(), validation_split=0.2)
     report = prepared.report
-    assert (
-        report.flagged["repeated"],
-        report.flagged["eval_copies"],
-        report.flagged["duplicates"],
-    ) == (12, 3, 0)
+    assert (report.flagged["repeated"], report.flagged["eval_copies"], report.flagged["duplicates"]) == (12, 3, 0)
     assert warnings_of(report.to_dict())["repeated"].startswith("12 training rows are copies of earlier ones: rows")
     copies = [place.rpartition(":")[2] for place in report.rows_of["repeated"] + report.rows_of["eval_copies"]]
     assert sorted(map(int, copies)) == list(range(6, 21))
@@ -102,10 +94,7 @@ def test_copies_among_the_held_out_examples_are_evaluated_once(bytes_tokenizer, 
 
 def test_a_split_that_fails_names_the_rows_that_were_too_long(bytes_tokenizer, jsonl) -> None:
     rows = [PAIRS[0], *({"prompt": f"hello {number} " * 40, "completion": "you"} for number in range(5))]
-    with pytest.raises(
-        DataError,
-        match=r"^need two distinct examples .*, got 1 example \(5 longer rows were skipped",
-    ):
+    with pytest.raises(DataError, match=r"^need two distinct examples .*, got 1 example \(5 longer rows were skipped"):
         prepare(jsonl(rows), bytes_tokenizer(), max_length=16)
 
 

@@ -10,16 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from tailora.data import readers
-from tailora.data.readers import (
-    Row,
-    RowProblem,
-    Source,
-    data_error,
-    parse_sources,
-    read_file,
-    read_hub,
-    read_rows,
-)
+from tailora.data.readers import Row, RowProblem, Source, data_error, parse_sources, read_file, read_hub, read_rows
 from tailora.errors import DataError
 
 # ---- Files

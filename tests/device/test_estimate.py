@@ -5,7 +5,6 @@ within 1% without checkpointing. With one kernel, as on CUDA, it keeps padded co
 the flash attention of the estimate does not need: there the estimate is up to 14% lower.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import found, output
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
-from tailora.cli.main import main
 from tailora.data.dataset import Example
 from tailora.errors import MemoryLimitError
 from tailora.kernels.loss import FORMS
@@ -90,17 +89,13 @@ def test_what_does_not_fit_names_the_device_and_its_memory(device: torch.device)
         check_fits(10**15, device, "advice")
 
 
-def test_doctor_shows_the_device_and_what_would_work_there(
-    device: torch.device, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["doctor", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["device"]["auto"] == str(device)
-    assert list(found["devices"]) == ["pretend:0", "cpu"]
-    shown = found["devices"]["pretend:0"]
+def test_doctor_shows_the_device_and_what_would_work_there(device: torch.device) -> None:
+    result = found("doctor")
+    assert result["device"]["auto"] == str(device)
+    assert list(result["devices"]) == ["pretend:0", "cpu"]
+    shown = result["devices"]["pretend:0"]
     assert shown["memory"] >= shown["available"] > 0
     assert shown["attention"]["sdpa"] == "works"
     assert "pretend" in shown["attention"]["varlen_attn"]
     assert shown["compiled layers"]
-    assert main(["doctor"]) == 0
-    assert f"training uses {device}" in " ".join(capsys.readouterr().out.split())
+    assert f"training uses {device}" in " ".join(output("doctor").split())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import check_refused, output
 from tiny import chat_model, chat_tokenizer
 from transformers import LlamaForCausalLM
 
@@ -77,15 +78,13 @@ def test_the_harness_and_our_own_choices_agree(folder: Path, capsys: pytest.Capt
     both = found(capsys, *tokens, *tasks, "--data", folder / "rows.jsonl", "--limit", 7)
     assert both["metrics"].keys() == {"accuracy", "accuracy_norm", "tiny_quiz/acc", "tiny_quiz/acc_norm"}
     assert both["metrics"]["tiny_quiz/acc"]["n"] == 7
-    assert main([str(token) for token in (*tokens, *tasks)]) == 0
-    assert "tiny_quiz/acc_norm" in capsys.readouterr().out
+    assert "tiny_quiz/acc_norm" in output(*[str(token) for token in (*tokens, *tasks)])
 
     for bad, hint in (
         (["--tasks", "tiny_quzi"], "unknown task 'tiny_quzi'; did you mean tiny_quiz"),
         (["--tasks", "tiny_quiz", "--gate", "tiny_quiz/ac>0"], "did you mean tiny_quiz/acc"),
     ):
-        assert main([str(token) for token in (*tokens, "--include-path", folder / "tasks", *bad)]) == 2
-        assert hint in capsys.readouterr().err
+        check_refused(hint, *[str(token) for token in (*tokens, "--include-path", folder / "tasks", *bad)])
 
 
 @pytest.mark.parametrize("error", [ConnectionError, ImportError, ValueError])
@@ -105,6 +104,7 @@ def test_tasks_that_cannot_be_loaded_come_with_what_to_do(
 
 
 @pytest.mark.skipif(not MISSING, reason="lm-eval is installed")
-def test_without_its_package_it_says_what_to_install(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["eval", str(folder / "adapter"), "--tasks", "hellaswag"]) == 2
-    assert "lm_eval not installed; run: pip install 'tailora[eval]'" in capsys.readouterr().err
+def test_without_its_package_it_says_what_to_install(folder: Path) -> None:
+    check_refused(
+        "lm_eval not installed; run: pip install 'tailora[eval]'", "eval", folder / "adapter", "--tasks", "hellaswag"
+    )

@@ -143,13 +143,7 @@ def test_chunks_of_a_stream_give_what_one_batch_gives(
     path.write_text("".join(json.dumps({"prompt": f"hello {n}", "completion": "you"}) + "\n" for n in range(150)))
     adapted = LoRAModel(model, LoRAConfig(r=2))
     steps: list[tuple[int, int]] = []
-    result = score(
-        adapted,
-        tokenizer,
-        str(path),
-        EvalOptions(("loss",)),
-        progress=lambda *step: steps.append(step),
-    )
+    result = score(adapted, tokenizer, str(path), EvalOptions(("loss",)), progress=lambda *step: steps.append(step))
     assert result.metrics["loss"].n == 150
     assert steps == [(64, 300), (128, 300), (192, 300), (256, 300), (278, 300), (300, 300)]
     assert result.metrics["loss"].value == pytest.approx(result.base["loss"].value)  # type: ignore[index]

@@ -53,11 +53,7 @@ ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
     "gemma": partial(GemmaConfig, **GROUPED, head_dim=8),
     "gemma2": partial(Gemma2Config, **GROUPED, head_dim=8, attn_logit_softcapping=None),
     "gemma3": partial(
-        Gemma3TextConfig,
-        **GROUPED,
-        head_dim=8,
-        sliding_window=4,
-        layer_types=["sliding_attention", "full_attention"],
+        Gemma3TextConfig, **GROUPED, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
     ),
     "phi": partial(PhiConfig, **SIZES, intermediate_size=48),
     "phi3": partial(Phi3Config, **GROUPED, pad_token_id=0, sliding_window=None),

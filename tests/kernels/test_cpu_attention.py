@@ -36,13 +36,7 @@ def by_torch(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: 
     ],
 )
 @pytest.mark.parametrize(
-    "thresholds",
-    [
-        BLOCKS_ONLY,
-        FLASH_ONLY,
-        FlashThresholds(64, sys.maxsize),
-        FlashThresholds(32, 128),
-    ],
+    "thresholds", [BLOCKS_ONLY, FLASH_ONLY, FlashThresholds(64, sys.maxsize), FlashThresholds(32, 128)]
 )
 def test_flash_and_blocks_give_torchs_attention_and_gradients(
     monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], window: int | None, thresholds: FlashThresholds

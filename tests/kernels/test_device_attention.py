@@ -12,13 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention, varlen
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    GptOssConfig,
-    LlamaConfig,
-)
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GptOssConfig, LlamaConfig
 
 from tailora.kernels import device_attention
 from tailora.kernels.attention import sliding_windows

@@ -336,9 +336,10 @@ def test_every_row_of_a_batch_has_the_extras_of_its_adapter(base: Base, batch: B
     model.set_adapter(None)
     with model.adapter_rows(names):
         torch.testing.assert_close(logits(model, x), torch.stack(expected), **TOLERANCE)
-        torch._dynamo.reset()
-        compiled = torch.compile(lambda ids: logits(model, ids), backend="eager")
-        torch.testing.assert_close(compiled(x), torch.stack(expected), **TOLERANCE)
+        if settings.get("use_dora"):  # the cases of COMPILED
+            torch._dynamo.reset()
+            compiled = torch.compile(lambda ids: logits(model, ids), backend="eager")
+            torch.testing.assert_close(compiled(x), torch.stack(expected), **TOLERANCE)
 
 
 @cases

@@ -164,10 +164,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "tokens of both tied layers": (tied, {**Q, "trainable_token_indices": {"embed_tokens": [1, 2], "lm_head": [1, 2]}}),
     # slots
     "dora": (llama, {**Q, "use_dora": True}),
-    "dora and rslora": (
-        llama,
-        {**Q, "use_dora": True, "use_rslora": True},
-    ),
+    "dora and rslora": (llama, {**Q, "use_dora": True, "use_rslora": True}),
     "lora_bias": (gpt2, {"target_modules": ["c_fc"], "lora_bias": True, "fan_in_fan_out": True}),
     "bias, lora_only": (gpt2, {"target_modules": ["c_attn", "c_fc"], "bias": "lora_only", "fan_in_fan_out": True}),
     "bias, all": (gpt2, {"target_modules": ["c_attn"], "bias": "all", "fan_in_fan_out": True}),
@@ -263,11 +260,7 @@ def test_a_setting_that_changes_what_is_computed_is_refused_by_name(name: str, t
 
 @pytest.mark.parametrize(
     ("init", "reason"),
-    [
-        ("PiSSA_niter_4", "changed the base"),
-        ("loftq", "changed the base"),
-        ("new", "'new' is unknown"),
-    ],
+    [("PiSSA_niter_4", "changed the base"), ("loftq", "changed the base"), ("new", "'new' is unknown")],
 )
 def test_an_init_with_a_meaning_of_its_own_is_refused(init: str, reason: str, tmp_path: Path) -> None:
     written_by_peft(llama, Q, tmp_path)

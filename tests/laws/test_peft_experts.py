@@ -84,12 +84,7 @@ DBRX = {
 ARCHITECTURES: dict[str, dict[str, Any]] = {  # tests/laws/test_architectures.py has those of all other models
     "DeepseekV3": {**DEEPSEEK, **LATENT},
     "Ernie4_5_Moe": ERNIE,
-    "Qwen2Moe": {
-        **OF_FOUR,
-        "moe_intermediate_size": 8,
-        "mlp_only_layers": [0],
-        "shared_expert_intermediate_size": 8,
-    },
+    "Qwen2Moe": {**OF_FOUR, "moe_intermediate_size": 8, "mlp_only_layers": [0], "shared_expert_intermediate_size": 8},
     "Olmoe": OF_FOUR,
     "Mixtral": LOCAL,
     "GptOss": {**LOCAL, "head_dim": 4},

@@ -203,11 +203,7 @@ def save_for_another_base(folder: Path) -> None:
     ],
 )
 def test_a_bad_adapter_changes_nothing(
-    make: Make,
-    root: Path,
-    spoil: Callable[[Path], None],
-    error: type[TailoraError],
-    message: str,
+    make: Make, root: Path, spoil: Callable[[Path], None], error: type[TailoraError], message: str
 ) -> None:
     registry = make("legal", "chat")
     before = registry.list(), keys(registry)
@@ -389,12 +385,7 @@ def test_the_same_content_has_the_same_key_and_another_one_has_not(make: Make, r
     ],
 )
 def test_scales_and_mixtures_are_exact(
-    make: Make,
-    root: Path,
-    model: str,
-    scale: float | None,
-    folders: list[str],
-    scales: list[float],
+    make: Make, root: Path, model: str, scale: float | None, folders: list[str], scales: list[float]
 ) -> None:
     registry = make(*ADAPTERS)
     result = expected(*(root / folder for folder in folders), scales=tuple(scales))

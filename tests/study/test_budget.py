@@ -9,16 +9,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from tailora.errors import ConfigError
-from tailora.study.budget import (
-    Budget,
-    Costs,
-    Extent,
-    extents,
-    fit,
-    measure_costs,
-    seconds_of_workers,
-    too_short,
-)
+from tailora.study.budget import Budget, Costs, Extent, extents, fit, measure_costs, seconds_of_workers, too_short
 from tailora.study.study_store import StudySession
 from tailora.study.trial import Listen, Trial, TrialEvent, run_in_subprocess
 

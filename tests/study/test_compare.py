@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import check_refused
 
-from tailora.cli.main import main
 from tailora.errors import ConfigError, TargetError
 from tailora.report.files import write_page
 from tailora.report.pages.train import write_train_report
@@ -37,7 +37,7 @@ def test_an_arm_with_targets_that_the_model_lacks_is_named(small_run: TrainConfi
 
 @pytest.mark.slow
 def test_a_comparison_runs_resumes_and_judges(small_run: TrainConfig, tmp_path: Path) -> None:
-    train = small_run.replaced(output_dir=str(tmp_path / "study"))
+    train = small_run.replaced(output_dir=str(tmp_path / "study"), max_steps=8)
     heard: list[str] = []
     found = compare(train, SMALL, log=heard.append, run_trial=run_here)
     assert [arm.name for arm in found.arms] == ["r4", "full"]
@@ -73,7 +73,7 @@ def test_a_comparison_runs_resumes_and_judges(small_run: TrainConfig, tmp_path: 
     with pytest.raises(ConfigError, match=r'forgetting_data was null and is now "texts\.jsonl"'):
         compare(train, SMALL.replaced(forgetting_data="texts.jsonl"))
     with pytest.raises(
-        ConfigError, match=r"r was 4 and is now 2; .*max_steps was null and is now 7.*To resume it, use its settings"
+        ConfigError, match=r"r was 4 and is now 2; .*max_steps was 8 and is now 7.*To resume it, use its settings"
     ):
         compare(train.replaced(r=2, max_steps=7), SMALL)
     with pytest.raises(ConfigError, match='minutes was "not given" and is now "given"'):
@@ -82,7 +82,7 @@ def test_a_comparison_runs_resumes_and_judges(small_run: TrainConfig, tmp_path: 
 
 @pytest.mark.slow
 def test_pairs_of_replies_are_compared_in_their_own_unit(small_run: TrainConfig, pairs: Path, tmp_path: Path) -> None:
-    train = small_run.replaced(data=str(pairs), output_dir=str(tmp_path), num_train_epochs=1, max_steps=4)
+    train = small_run.replaced(data=str(pairs), output_dir=str(tmp_path), num_train_epochs=1, max_steps=2)
     arms: dict[str, dict[str, Any]] = {"r4": {"learning_rate": 1e-2}, "r2": {"learning_rate": 1e-2, "r": 2}}
     study = CompareConfig(seeds=1, rate_tries=1, arms=arms)
     found = compare(train, study, run_trial=run_here)
@@ -251,7 +251,7 @@ def test_fewer_examples_are_held_out_where_time_is_short(
     monkeypatch.setattr(
         "tailora.study.budget.fit", lambda wanted, *_: (Extent(wanted.tries, wanted.seeds, part=0.5), 2)
     )
-    train = small_run.replaced(output_dir=str(tmp_path / "study"))
+    train = small_run.replaced(output_dir=str(tmp_path / "study"), max_steps=2)
     found = compare(train, SMALL.replaced(minutes=60.0, seeds=1), run_trial=run_here)
     assert found.judged_examples == 5
     assert found.notes == ["only 9 of 18 held-out examples fit into --minutes"]
@@ -290,7 +290,7 @@ def test_waves_take_no_longer_than_planned(
 
 
 def test_the_command_passes_on_how_many_processes_a_run_has(
-    small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, processes: int, **__: object) -> None:
         raise ConfigError(f"each run has {processes}")
@@ -302,15 +302,11 @@ def test_the_command_passes_on_how_many_processes_a_run_has(
         ("search --lr-only", "lr_range.find_range"),
     ):
         monkeypatch.setattr(f"tailora.study.{found}", refuse)
-        assert main([*command.split(), *words, "--nproc-per-node", "2"]) == 2
-        assert "each run has 2" in capsys.readouterr().err
-        assert main([*command.split(), *words]) == 2
-        assert "each run has 1" in capsys.readouterr().err
-        assert main([*command.split(), *words, "--nproc-per-node", "two"]) == 2
-        assert "--nproc-per-node 'two': use a number" in capsys.readouterr().err
+        check_refused("each run has 2", *command.split(), *words, "--nproc-per-node", "2")
+        check_refused("each run has 1", *command.split(), *words)
+        check_refused("--nproc-per-node 'two': use a number", *command.split(), *words, "--nproc-per-node", "two")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["compare", *words]) == 2
-    assert "a launcher started 2 processes, and each would run the whole study" in capsys.readouterr().err
+    check_refused("a launcher started 2 processes, and each would run the whole study", "compare", *words)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from command_line import check_refused
 from optuna.exceptions import StorageInternalError
 from optuna.pruners import SuccessiveHalvingPruner
 from optuna.trial import TrialState
@@ -117,7 +118,7 @@ def test_a_finished_search_is_read_and_its_yaml_trains(
 
 @pytest.mark.slow
 def test_an_interrupted_trial_is_tried_again_when_the_search_goes_on(small_run: TrainConfig, tmp_path: Path) -> None:
-    train = small_run.replaced(output_dir=str(tmp_path / "study"))
+    train = small_run.replaced(output_dir=str(tmp_path / "study"), max_steps=3)
     study = SearchConfig(trials=2, seeds=1, finalists=1, space={"learning_rate": "1e-3..3e-2"})
 
     def interrupted(spec: Any, folder: Path, listen: Any) -> Any:
@@ -237,9 +238,9 @@ def test_a_database_that_fails_in_the_middle_of_a_search_is_named(
         search(train, SearchConfig(storage="postgresql://me:secret@host/name"))
 
 
-def test_the_command_says_what_is_wrong_with_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_what_is_wrong_with_a_search(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("trials: 3\nspace: {r: [4, 8], lr: 1e-4..1e-3}\nr: 4\n")
-    assert main(["search", "--config", str(tmp_path / "run.yaml"), "--output-dir", str(tmp_path / "out")]) == 2
-    assert "r: set to a fixed value and also listed in --space" in capsys.readouterr().err
+    hint = "r: set to a fixed value and also listed in --space"
+    check_refused(hint, "search", "--config", tmp_path / "run.yaml", "--output-dir", tmp_path / "out")
     assert main(["search", "--trials", "1"]) == 2
     assert main(["search", "--space", "ranks=4"]) == 2

@@ -107,11 +107,7 @@ def test_what_is_known_of_the_base_is_not_computed_again(plain: Trial, small_run
     assert half.sums == pytest.approx([plain.sums[index] for index in selection_half(len(plain.sums))])
     few = replace(shared, held_out=6, before=None)
     judged, chosen = (
-        get_trial(
-            replace(few, choosing=choosing),
-            tmp_path / f"few-{choosing}",
-            run_trial=run_here,
-        )
+        get_trial(replace(few, choosing=choosing), tmp_path / f"few-{choosing}", run_trial=run_here)
         for choosing in (False, True)
     )
     assert len(judged.sums) == 6
@@ -163,8 +159,7 @@ def endless(monkeypatch: pytest.MonkeyPatch) -> TrialSpec:
 
 
 @pytest.mark.parametrize(
-    "processes",
-    [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.exhaustive)],
+    "processes", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.exhaustive)]
 )
 def test_a_trial_ends_when_the_study_that_started_it_is_killed(
     processes: int, small_run: TrainConfig, tmp_path: Path
@@ -286,12 +281,7 @@ sys.exit(trial.main(Path(sys.argv[1])))
     ],
 )
 def test_a_process_that_fails_ends_the_trial_with_its_cause(
-    failure: str,
-    outcome: Any,
-    message: str,
-    small_run: TrainConfig,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    failure: str, outcome: Any, message: str, small_run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "failing.py").write_text(FAILING.replace("FAILURE", failure))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.getcwd()}")

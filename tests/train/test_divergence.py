@@ -84,9 +84,7 @@ def test_the_first_broken_batch_is_enough_to_name_the_module(monkeypatch: pytest
     assert computed == ["first"]
 
 
-def test_a_rank_whose_gradients_are_finite_names_those_that_are_not_on_another(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_rank_whose_gradients_are_finite_names_those_that_are_not_on_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(divergence, "first_of_ranks", lambda own: own or ["layers.1.weight"])
     parameter = nn.Parameter(torch.ones(1))
     parameter.grad = torch.ones(1)

@@ -220,8 +220,10 @@ def test_what_the_structure_tells_is_foreseen() -> None:
 def test_a_card_that_is_absent_takes_the_way_of_devices(model_folder: Path) -> None:
     """In the precision of the card; on CUDA attention keeps no scores, on MPS their number grows with the square."""
     config, growth = TrainConfig(model=str(model_folder), r=4), {}
+    shape = read_config(config.model)
+    shape.num_hidden_layers = 1
     for kind in ("cuda", "mps"):
-        with fake_model(config, read_config(config.model), AbsentDevice(kind, torch.float16)) as fake:
+        with fake_model(config, shape, AbsentDevice(kind, torch.float16)) as fake:
             assert fake.base.dtype == torch.float16
             short, long = (simulate_step(fake, [example(n)], checkpointed=False) for n in (400, 1600))
             total = estimate_memory(config, fake, long, process=0)
@@ -233,9 +235,9 @@ def test_a_card_that_is_absent_takes_the_way_of_devices(model_folder: Path) -> N
 
 
 def test_values_of_another_width_are_estimated_for_a_card_too() -> None:
-    sizes = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 48}
+    sizes = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 48}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 12}
-    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "v_head_dim": 12, "first_k_dense_replace": 2}
+    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "v_head_dim": 12, "first_k_dense_replace": 1}
     shape = DeepseekV3Config(**sizes, **heads, **ranks)
     with fake_model(TrainConfig(r=4), shape, AbsentDevice("cuda", torch.bfloat16)) as fake:
         short, long = (simulate_step(fake, [example(n)], checkpointed=False) for n in (400, 1600))

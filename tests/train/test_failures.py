@@ -32,12 +32,7 @@ from tailora.train.failures import (
     leave_failure,
     shown_by,
 )
-from tailora.train.launch import (
-    LAUNCHED_BY_TAILORA,
-    MAX_SIGNALS,
-    SignalForwarder,
-    how_to_go_on,
-)
+from tailora.train.launch import LAUNCHED_BY_TAILORA, MAX_SIGNALS, SignalForwarder, how_to_go_on
 
 # ---- Which message is shown
 
@@ -64,11 +59,7 @@ SAVED = KeyboardInterrupt("the run is saved")
     ids=["first of its own", "of another type", "a bug", "killed", "crashed", "interrupted", "second signal"],
 )
 def test_one_error_is_shown_for_all_processes(
-    left: Any,
-    exit_codes: dict[int, int],
-    expected: BaseException,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    left: Any, exit_codes: dict[int, int], expected: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for rank, error, known in left:
         (tmp_path / str(rank)).mkdir()
@@ -305,12 +296,7 @@ while True:
 
 
 def test_the_third_signal_kills_the_processes() -> None:
-    child = subprocess.Popen(
-        [sys.executable, "-c", DEAF],
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    child = subprocess.Popen([sys.executable, "-c", DEAF], stdout=subprocess.PIPE, text=True, start_new_session=True)
     with child, ThreadPoolExecutor(2) as executor, SignalForwarder() as signals:
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"

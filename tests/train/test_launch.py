@@ -23,10 +23,7 @@ from tailora.errors import ConfigError
 from tailora.train import launch
 from tailora.train.config import TrainConfig
 from tailora.train.config_file import config_text
-from tailora.train.launch import (
-    LAUNCHED_BY_TAILORA,
-    count_processes,
-)
+from tailora.train.launch import LAUNCHED_BY_TAILORA, count_processes
 
 LONGEST = 300  # s; some 10 on an idle machine
 SECONDS_TO_END = 60  # after a process of the run was killed
@@ -382,12 +379,7 @@ def test_a_run_resumes_in_as_many_processes(
     ],
 )
 def test_the_number_of_processes(
-    asked: str,
-    name: str,
-    names: str,
-    variables: dict[str, str],
-    expected: int | str,
-    monkeypatch: pytest.MonkeyPatch,
+    asked: str, name: str, names: str, variables: dict[str, str], expected: int | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for variable in ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE"):  # of tests, or the pretend accelerator
         monkeypatch.delenv(variable, raising=False)

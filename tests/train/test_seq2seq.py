@@ -75,7 +75,7 @@ def test_a_trained_adapter_is_evaluated_and_answers(tmp_path: Path) -> None:
     tokenizer.eos_token = "[SEP]"
     tokenizer.save_pretrained(model)
     tiny_model("BartForConditionalGeneration", vocab_size=300, forced_eos_token_id=None, **IDS).save_pretrained(model)
-    settings = ["--validation-split", "0.3", "--learning-rate", "1e-2", "--max-steps", "20", "--output-dir", str(run)]
+    settings = ["--validation-split", "0.3", "--learning-rate", "1e-2", "--max-steps", "8", "--output-dir", str(run)]
     lines = [
         ["train", "--task", "seq2seq", "--model", str(model), "--data", str(data), *settings, "--samples", "1"],
         ["eval", str(run), "--data", str(data), "--metrics", "loss,exact_match", "--max-new-tokens", "4"],

@@ -12,16 +12,7 @@ from hypothesis import strategies as st
 
 from tailora.errors import FormatError
 from tailora.formats.run_folder import ADAPTER_WEIGHTS, PASSPORT
-from tailora.verify.passport import (
-    ADAPTER,
-    BASE,
-    REQUIRED,
-    Passport,
-    Probe,
-    Variant,
-    read_passport,
-    write_passport,
-)
+from tailora.verify.passport import ADAPTER, BASE, REQUIRED, Passport, Probe, Variant, read_passport, write_passport
 from tailora.verify.server_verdict import Observation, verify
 
 

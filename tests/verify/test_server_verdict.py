@@ -10,15 +10,7 @@ import pytest
 import torch
 import verified_server
 from transformers import LlamaForCausalLM
-from verified_server import (
-    TOKENIZER,
-    adapted,
-    base_model,
-    running,
-    store_in_q4_0,
-    verdict_of,
-    with_controls,
-)
+from verified_server import TOKENIZER, adapted, base_model, running, store_in_q4_0, verdict_of, with_controls
 
 from tailora import LoRAModel
 from tailora.verify.passport import (
