@@ -22,7 +22,7 @@ from tailora.data.dataset import Int32, Int64
 from tailora.data.images import Image, images_of, replace_images
 from tailora.data.labels import Labels
 from tailora.data.messages import REASONING, SURROGATE, TEXT_PART, Messages, Tools
-from tailora.data.processor import image_placeholders, text_tokenizer
+from tailora.data.processor import added_start, image_placeholders, text_tokenizer
 from tailora.data.schemas import AUTO, AnySample, Choices, Conversation, Feedback, Pair, Preference
 from tailora.errors import DataError
 
@@ -102,7 +102,7 @@ class ChatTokenizer:
     settings: DataSettings
     processor: ProcessorMixin | None = None
     cache: dict[str, list[int]] = field(default_factory=dict)
-    image_texts: dict[tuple[int, int], str] = field(default_factory=dict)  # (width, height) -> expanded placeholder
+    placeholders: dict[tuple[tuple[int, int], ...], list[str]] = field(default_factory=dict)  # sizes of images -> text
 
     @property
     def marks_replies(self) -> bool:
@@ -125,18 +125,16 @@ class ChatTokenizer:
         special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(tokenizer.all_special_ids)
         try:
-            if processor is not None and isinstance(processor.chat_template, str):
-                template: str | None = processor.chat_template
-            else:
-                template = str(tokenizer.get_chat_template()) if tokenizer.chat_template else None
+            of_processor = getattr(processor, "chat_template", None)
+            template: str | None = of_processor.get("default") if isinstance(of_processor, dict) else of_processor
+            if template is None and tokenizer.chat_template:
+                template = str(tokenizer.get_chat_template())
         except ValueError as error:
             raise DataError(f"the tokenizer has several chat templates and no default: {error}") from None
-        bare, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
-        start = next((start for start in range(len(full)) if full[start : start + len(bare)] == bare), 0)
         return cls(
             tokenizer=tokenizer,
             template=template,
-            bos_ids=list(full[:start]),
+            bos_ids=added_start(processor or tokenizer),
             eos=tokenizer.eos_token,
             eos_id=tokenizer.eos_token_id,
             special_ids=frozenset(special),
@@ -196,9 +194,10 @@ class ChatTokenizer:
         Raises DataError with the template's message if it fails.
         """
         with _template_errors():
-            options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, "tools": tools}
+            options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "tools": tools}
+            options |= {} if self.processor is None else {"chat_template": self.template}
             renderer = self.tokenizer if self.processor is None else self.processor
-            text = _checked(str(renderer.apply_chat_template(self._for_template(messages), **options)))
+            text = _checked(str(renderer.apply_chat_template(self._for_template(messages), tokenize=False, **options)))
         return "".join(self._expanded(text, images_of(messages)))
 
     def render_generation_spans(self, chat: Conversation) -> tuple[str, list[Span]]:
@@ -247,18 +246,13 @@ class ChatTokenizer:
                 f"the text has {len(pieces) - 1:,} {token}, but the row has {len(images):,} images; remove {token} "
                 "from the messages, because the chat template writes one for every image"
             )
+        sizes = tuple((image.width, image.height) for image in images)
+        if images and sizes not in self.placeholders:
+            self.placeholders[sizes] = image_placeholders(self.processor, sizes)
         expanded = [pieces[0]]
-        for piece, image in zip(pieces[1:], images, strict=True):
-            expanded += [self._image_text(image), piece]
+        for piece, placeholders in zip(pieces[1:], self.placeholders.get(sizes, ()), strict=True):
+            expanded += [placeholders, piece]
         return expanded
-
-    def _image_text(self, image: Image) -> str:
-        """Returns the placeholders of an image, whose number depends only on its size."""
-        size = image.width, image.height
-        if size not in self.image_texts:
-            assert self.processor is not None
-            self.image_texts[size] = image_placeholders(self.processor, *size)
-        return self.image_texts[size]
 
 
 def _with_thinking(messages: Messages) -> Messages:

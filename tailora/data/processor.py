@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from tailora.data.images import Image
 from tailora.errors import DataError
 
 Tokenizer: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin  # a processor for vision-language models
@@ -23,33 +22,53 @@ def text_tokenizer(tokenizer: Any) -> Any:
     return tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
 
 
-def image_placeholders(processor: ProcessorMixin, width: int, height: int) -> str:
-    """Returns the text that replaces an image of this size in a chat.
+def image_placeholders(processor: ProcessorMixin, sizes: Sequence[tuple[int, int]]) -> list[str]:
+    """Returns the text that replaces each image of a chat. sizes: width and height of all its images.
 
-    It is the same for every image of the size, so a blank one is processed. Raises DataError if the processor refuses
-    the size.
+    It is the same for all images of these sizes, so blank ones are processed. Some processors give an image fewer
+    tokens if there are others. Raises DataError if the processor refuses the sizes.
     """
     import PIL.Image
 
-    blank, text = PIL.Image.new("RGB", (width, height)), [processor.image_token]
+    blank, text = [PIL.Image.new("RGB", size) for size in sizes], processor.image_token * len(sizes)
     try:
-        output = processor(images=[[blank]], text=text, return_text_replacement_offsets=True)
+        output = processor(images=[blank], text=[text], return_text_replacement_offsets=True)
     except (ValueError, ZeroDivisionError, RuntimeError) as error:
-        raise DataError(f"the model's processor rejects an image of {width:,} x {height:,} pixels: {error}") from None
-    ((replacement,),) = output["text_replacement_offsets"]
-    return str(replacement["replacement"])
+        named = " and ".join(f"{width:,} x {height:,}" for width, height in dict.fromkeys(sizes))
+        raise DataError(f"the model's processor rejects an image of {named} pixels: {error}") from None
+    if "text_replacement_offsets" not in output:
+        raise DataError(f"{type(processor).__name__} does not return the text that replaces an image")
+    (replacements,) = output["text_replacement_offsets"]
+    return [str(replacement["replacement"]) for replacement in replacements]
 
 
-def pixel_inputs(processor: ProcessorMixin, images: Sequence[Sequence[Image]]) -> dict[str, Tensor]:
-    """Decodes the images of each example and returns the model's inputs for them, such as pixel_values."""
-    loaded = [[image.load() for image in of_example] for of_example in images if of_example]
-    if not loaded:
+def pixel_inputs(processor: ProcessorMixin, images: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
+    """Returns the model's inputs for the images of each row, such as pixel_values.
+
+    images: PIL's, decoded. Rows without images have an empty list, because some processors return a tensor per row.
+    """
+    if not any(images):
         return {}
-    texts = [processor.image_token * len(of_example) for of_example in loaded]
-    output = processor(images=loaded, text=texts, padding=True, return_tensors="pt")
+    texts = [processor.image_token * len(of_row) for of_row in images]
+    output = processor(images=images, text=texts, padding=True, return_tensors="pt")
     return {name: value for name, value in output.items() if name not in TEXT_INPUTS}
 
 
+def marks_image_tokens(processor: ProcessorMixin) -> bool:
+    """Returns whether the model is told which of its tokens are images."""
+    return bool(processor.return_mm_token_type_ids)
+
+
 def token_types(processor: ProcessorMixin, input_ids: Tensor) -> Tensor:
-    """Returns 1 for the tokens of images and 0 for others, (batch, length), for models that need it."""
+    """Returns 1 for the tokens of images and 0 for others, (batch, length)."""
     return torch.tensor(processor.create_mm_token_type_ids(input_ids.tolist()))
+
+
+def added_start(tokenizer: Tokenizer) -> list[int]:
+    """Returns the ids that a tokenizer or processor adds before a text: [BOS] or nothing."""
+    bare, full = (
+        text_tokenizer(tokenizer)("a", add_special_tokens=False)["input_ids"],
+        tokenizer(text=["a"])["input_ids"][0],
+    )
+    start = next((start for start in range(len(full)) if full[start : start + len(bare)] == bare), 0)
+    return list(full[:start])

@@ -13,10 +13,12 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
+from tailora.data.chat_template import ChatTokenizer
 from tailora.data.collate import collate_padded
 from tailora.data.dataset import Example
 from tailora.data.images import Image
-from tailora.data.processor import Tokenizer, pixel_inputs, token_types
+from tailora.data.processor import Tokenizer, marks_image_tokens, pixel_inputs, token_types
+from tailora.errors import ConfigError, DataError
 from tailora.kernels.loss import FORMS, Batch, own_form
 from tailora.model import LoRAModel
 from tailora.train.config import NATS_PER_TOKEN
@@ -72,7 +74,12 @@ def image_inputs(processor: ProcessorMixin, input_ids: Tensor, images: Sequence[
 
     images: of each row. Raises DataError if one cannot be read anymore.
     """
-    return pixel_inputs(processor, images) | dict.fromkeys(TOKEN_TYPES, token_types(processor, input_ids))
+    return _inputs(processor, input_ids, [[image.load() for image in of_row] for of_row in images])
+
+
+def _inputs(processor: ProcessorMixin, input_ids: Tensor, images: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
+    types = token_types(processor, input_ids) if marks_image_tokens(processor) else None
+    return pixel_inputs(processor, images) | ({} if types is None else dict.fromkeys(TOKEN_TYPES, types))
 
 
 def accepted_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,3 +91,60 @@ def accepted_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, An
         for name, value in inputs.items()
         if name not in unknown
     }
+
+
+# ---- Which processors are supported
+
+SIZES = ((48, 40), (60, 110))  # width, height of the images that a processor is tried on
+
+
+def check_processor(processor: ProcessorMixin, name: str) -> None:
+    """Raises ConfigError unless our inputs for a chat with images and one without equal the processor's own.
+
+    They differ if placeholders depend on more than the sizes of a chat's images, or an input for images on its text.
+    name: of the model, for messages.
+    """
+    try:
+        expected, actual = _inputs_in_two_ways(processor)
+    except (DataError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"model {name!r}: {type(processor).__name__} is not supported ({error}); use a different --model"
+        ) from error
+    unused = {key for key in TOKEN_TYPES if key not in actual and not np.any(expected.get(key, 0))}  # of the tokenizer
+    wrong = sorted(
+        key
+        for key in expected.keys() | actual.keys() - {*TOKEN_TYPES}
+        if key not in unused and not np.array_equal(expected.get(key, np.nan), actual.get(key, np.nan))
+    )
+    if wrong:
+        raise ConfigError(
+            f"model {name!r}: {type(processor).__name__} is not supported, because its {', '.join(wrong)} cannot be "
+            "computed from single images; use a different --model"
+        )
+
+
+def _inputs_in_two_ways(processor: ProcessorMixin) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Returns the inputs that the processor computes from two chats, and those that we do."""
+    import PIL.Image
+
+    tokenizer, numbers = ChatTokenizer.of(processor), np.random.default_rng(0)
+    images = [PIL.Image.fromarray(numbers.integers(0, 256, (*size[::-1], 3), np.uint8)) for size in SIZES]
+    if tokenizer.template is None:  # reads texts only
+        images, ids = [], [tokenizer.bos_ids + tokenizer.token_ids("a")]
+        expected = processor(text=["a"], return_tensors="pt")
+    else:
+        parts = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": "a"}]
+        chats = [[{"role": "user", "content": content}] for content in (parts, parts[-1:])]
+        expected = processor.apply_chat_template(
+            chats,
+            chat_template=tokenizer.template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "right"},
+        )
+        ids = [tokenizer.chat_ids(tokenizer.render(chat, add_generation_prompt=True)) for chat in chats]
+    batch = collate_padded([Example.of_text(np.array(row)) for row in ids], tokenizer.tokenizer.pad_token_id)
+    del batch["labels"]
+    return expected, batch | _inputs(processor, batch["input_ids"], [images, []][: len(ids)])

@@ -36,6 +36,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -56,6 +57,7 @@ from tailora.formats.io import read_json_object
 from tailora.formats.run_folder import ADAPTER_CONFIG, TOKENIZER_FILES, adapter_folder, recorded_metadata
 from tailora.quiet import quiet_loggers, quiet_transformers
 from tailora.train.config import SHARDED_QUANTIZE
+from tailora.train.image_text_to_text import check_processor
 from tailora.train.parallel import Sharding
 
 EXTRA = "pip install 'tailora[quantize]'"
@@ -232,12 +234,26 @@ def read_config(name: str) -> PretrainedConfig:
 def load_tokenizer(name: str) -> Tokenizer:
     """Returns the tokenizer of a model, or the processor of one for images. Raises ConfigError if it cannot be read."""
     with _reading(name) as source:
-        return _read_tokenizer(source, AutoConfig.from_pretrained(source))
+        return _read_tokenizer(name, source, AutoConfig.from_pretrained(source))
 
 
-def _read_tokenizer(source: str, config: PretrainedConfig) -> Tokenizer:
-    tokenizer: Tokenizer = (AutoProcessor if reads_images(config) else AutoTokenizer).from_pretrained(source)
-    return tokenizer
+def _read_tokenizer(name: str, source: str, config: PretrainedConfig) -> Tokenizer:
+    if not reads_images(config):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+        return tokenizer
+    if config.is_encoder_decoder:
+        raise ConfigError(f"model {name!r} is an encoder-decoder that reads images, which is not supported")
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError):  # no file of it, or none that AutoProcessor knows
+        processor = None
+    if not isinstance(processor, ProcessorMixin):
+        raise ConfigError(
+            f"model {name!r} reads images, but its files contain no processor; copy processor_config.json or "
+            "preprocessor_config.json from the original model"
+        )
+    check_processor(processor, name)
+    return processor
 
 
 @contextmanager
@@ -284,7 +300,7 @@ def load_base(
     precision = precision_of(dtype, device)
     with _reading(name) as source:
         config = AutoConfig.from_pretrained(source)
-        tokenizer = _read_tokenizer(source, config) if labels is None else AutoTokenizer.from_pretrained(source)
+        tokenizer = _read_tokenizer(name, source, config) if labels is None else AutoTokenizer.from_pretrained(source)
         is_plain = quantize is None and not stored_quantization(config)
         if sharding is not None:
             check_can_be_sharded(config, name, quantize)
@@ -345,12 +361,18 @@ HEADS: dict[str, Any] = {
 
 def model_class(task: str, config: PretrainedConfig) -> Any:
     """Returns the class of transformers that loads a model for this task."""
-    return HEADS.get(task, AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM)
+    is_multimodal = _architecture(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+    return HEADS.get(task, AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM)
 
 
 def reads_images(config: PretrainedConfig) -> bool:
     """Returns whether the files contain a vision-language model."""
-    return next(iter(config.architectures or ()), "") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+    is_multimodal = _architecture(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+    return is_multimodal and hasattr(config, "vision_config")
+
+
+def _architecture(config: PretrainedConfig) -> str:
+    return next(iter(config.architectures or ()), "")
 
 
 def new_model(config: PretrainedConfig, name: str, task: str, **options: Any) -> PreTrainedModel:
@@ -397,16 +419,16 @@ def pad_id(tokenizer: Tokenizer | None) -> int:
 
 def task_of_config(config: PretrainedConfig) -> str:
     """Returns the task of a model's files, of those without labels."""
-    architecture = next(iter(config.architectures or ()), "")
-    is_seq2seq = config.is_encoder_decoder and architecture in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()
+    is_seq2seq = (
+        config.is_encoder_decoder and _architecture(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()
+    )
     return SEQ2SEQ if is_seq2seq else CAUSAL_LM
 
 
 def labels_of_config(config: PretrainedConfig) -> Labels | None:
     """Returns the labels of a model whose files have a trained head for some; None for other models."""
-    architecture = next(iter(config.architectures or ()), "")
     tasks = {"ForSequenceClassification": SEQUENCE_CLASSIFICATION, "ForTokenClassification": TOKEN_CLASSIFICATION}
-    task = next((task for ending, task in tasks.items() if architecture.endswith(ending)), None)
+    task = next((task for ending, task in tasks.items() if _architecture(config).endswith(ending)), None)
     if task is None:
         return None
     names = [config.id2label[index] for index in range(config.num_labels)]
