@@ -120,6 +120,7 @@ MROPE: dict[str, Any] = {
         "partial_rotary_factor": 1.0,
     }
 }
+CROSS_ATTENTION = {"is_decoder": True, "add_cross_attention": True}
 INDEXER = dict(zip(("indexer_n_heads", "indexer_kv_heads", "indexer_head_dim"), (2, 1, 8), strict=True))
 SETTINGS: dict[str, dict[str, Any]] = {  # model type -> what SMALL does not give
     "apertus1p5": {
@@ -153,6 +154,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # model type -> what SMALL does not giv
     "emu3_vqgan": {"base_channels": 32, "codebook_size": 80},
     "emu3": {"vocabulary_map": {"<image>": 5, "<|extra_200|>": 6}},
     "ernie4_5_vl_moe_text": {"rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [1, 1, 2]}},
+    "encoder-decoder": {"decoder": CROSS_ATTENTION},
     "esm": {"vocab_size": 80},
     "esmc": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_head": 16},
@@ -202,6 +204,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # model type -> what SMALL does not giv
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "step3p5": {"sliding_window": 64},
     "swin": {"depths": [1, 1], "num_heads": [2, 4], "window_size": 2},
+    "vision-encoder-decoder": {"decoder": CROSS_ATTENTION},
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2, "depths": [1] * 7},
     "xmod": {"default_language": "en_XX"},
     "zamba": {

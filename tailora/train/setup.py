@@ -472,9 +472,10 @@ def check_layers_are_called(model: Trainable, example: Example, task: Task, layo
         )
     if paths := calls.not_trained_by(output):
         warnings.warn(
-            f"the first example does not train {', '.join(paths[:3])} ({len(paths)} adapted layers in total), because "
-            "it does not reach them, or they have no differentiable effect on the output. Adapters there stay "
-            "untrained unless other examples train them",
+            f"{', '.join(paths[:3])} ({len(paths)} adapted layers in total) get no gradient from "
+            f"{'' if part is example else f'the first {PROBE_TOKENS} tokens of '}the longest example: the model does "
+            "not reach them, or they have no differentiable effect on its output. Adapters there stay untrained "
+            "unless other examples train them",
             TailoraWarning,
             stacklevel=2,
         )
