@@ -180,6 +180,10 @@ class MixedBatch:
             self._lookups[names] = _tensor(positions, self.device)
         return self._lookups[names]
 
+    def lacks(self, names: tuple[str, ...]) -> bool:
+        """True if no row of a padded batch uses these adapters, so that their layers need no rows; False in a graph."""
+        return self.dim == 0 and not torch.compiler.is_compiling() and not self.rows.used(names)
+
     def rows_in(self, x: Tensor, layer: nn.Module, path: str, min_ndim: int) -> Rows:
         """Returns the rows of x, an input of the layer: (rows, ...), or (rows * tokens, in) row after row.
 
@@ -354,6 +358,8 @@ class MixedPart:
 
     def add_to(self, y: Tensor, output: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
         """Returns y + the change of the layer's `output` by the rows' adapters, like `LoRALayer.add_to`."""
+        if self.batch.lacks(self.names):
+            return y
         rows = self.batch.rows_in(x, layer, self.path, self.min_ndim)
         if self.batch.dim == 0 and x.shape[0] != rows.n:
             y, output, x = (tensor.view(rows.n, -1, *tensor.shape[1:]) for tensor in (y, output, x))
@@ -506,6 +512,8 @@ class MixedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Splits tensors with the batch's rows; other arguments go to each copy unchanged. Raises RowsError."""
+        if self.batch.lacks(self.names):
+            return self._run(len(self.copies), args, kwargs)
         if self._is_recurrent or getattr(self._layer[0], "batch_first", True) is False:
             raise RowsError(
                 f"{self.path} is recurrent or has batch_first=False, but adapter_rows needs the rows in the first "
