@@ -346,11 +346,16 @@ def _all_linear(model: Any, candidates: Mapping[str, TargetCandidate]) -> list[T
 
 def _in_language_model(model: Any, candidates: list[TargetCandidate]) -> list[TargetCandidate]:
     """Returns the candidates in the decoder of a vision-language model; all candidates of other models."""
+    path = language_model_path(model)
+    return [candidate for candidate in candidates if patterns.inside(candidate.path, path)] if path else candidates
+
+
+def language_model_path(model: Any) -> str:
+    """Returns the path of the decoder in a vision-language model; "" for other models."""
     if not hasattr(getattr(model, "config", None), "vision_config") or model.config.is_encoder_decoder:
-        return candidates
+        return ""
     decoder = model.get_decoder()
-    path = next(path for path, module in model.named_modules() if module is decoder)
-    return [candidate for candidate in candidates if patterns.inside(candidate.path, path)]
+    return str(next(path for path, module in model.named_modules() if module is decoder))
 
 
 def _without(

@@ -247,10 +247,11 @@ class ChatTokenizer:
                 "from the messages, because the chat template writes one for every image"
             )
         sizes = tuple((image.width, image.height) for image in images)
-        if images and sizes not in self.placeholders:
-            self.placeholders[sizes] = image_placeholders(self.processor, sizes)
+        texts = self.placeholders.get(sizes, [])
+        if images and not texts:
+            self.placeholders[sizes] = texts = image_placeholders(self.processor, sizes)
         expanded = [pieces[0]]
-        for piece, placeholders in zip(pieces[1:], self.placeholders.get(sizes, ()), strict=True):
+        for piece, placeholders in zip(pieces[1:], texts, strict=True):
             expanded += [placeholders, piece]
         return expanded
 
@@ -403,7 +404,7 @@ def tools_as_text(chat: Conversation) -> Conversation:
         else:
             functions = [call["function"] for call in message.get("tool_calls", ())]
             calls = [CALL_TEXT.format(_as_json([f["name"]])[1:-1], _as_json(f["arguments"])) for f in functions]
-            content = "\n".join(filter(None, [message["content"], *calls]))
+            content = "\n".join(filter(None, [message["content"], *calls])) if calls else message["content"]
             messages.append({k: v for k, v in message.items() if k != "tool_calls"} | {"content": content})
         numbers.append(len(messages) - 1)
     first = numbers[chat.first] if chat.first < len(numbers) else len(messages)

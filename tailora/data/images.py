@@ -17,7 +17,7 @@ import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -39,17 +39,21 @@ class Image:
     """An image that was read once without errors.
 
     path: of the file.    sha256: of its bytes, in hexadecimal.    width, height: after rotation by its EXIF tag.
-    name: its value in the row, for messages.
+    name: its value in the row, for messages.    content: the bytes of an image without a file.
     """
 
-    path: Path
+    path: Path | None
     sha256: str
     width: int
     height: int
     name: str
+    content: bytes | None = field(default=None, repr=False)
 
     def load(self) -> Any:
         """Returns the image in RGB, as PIL's class. Raises DataError if the file changed since it was read."""
+        if self.content is not None:
+            return _decode(self.content, self.name)
+        assert self.path is not None
         content = _file_bytes(self.path, self.name)
         if hashlib.sha256(content).hexdigest() != self.sha256:
             raise DataError(f"image {self.name} changed after it was read; start again, and leave the file unchanged")
@@ -84,6 +88,12 @@ def read_images(messages: Messages, folder: Path, *, allow_remote: bool = False)
 def read_image_files(paths: Sequence[Path]) -> list[Image]:
     """Returns the images of files that the user named. Raises DataError with all that cannot be used."""
     return _read_all(lambda path: _checked(_file_bytes(path, str(path)), path.absolute(), str(path)), paths)
+
+
+def read_data_url(url: str, formats: Sequence[str]) -> Image:
+    """Returns the image of a data: URL without storing it. Raises DataError unless it can be used."""
+    content, name = _from_data_url(url), short_repr(url)
+    return replace(_checked(content, None, name, formats), content=content)
 
 
 def _read_all(read: Callable[[Any], Image], values: Sequence[Any]) -> list[Image]:
@@ -193,9 +203,9 @@ def _stored(content: bytes, name: str) -> Image:
     return image
 
 
-def _checked(content: bytes, path: Path, name: str) -> Image:
+def _checked(content: bytes, path: Path | None, name: str, formats: Sequence[str] = FORMATS) -> Image:
     """Decodes an image to see that it is complete. Raises DataError."""
-    with _opened(content, name) as image:
+    with _opened(content, name, formats) as image:
         width, height = image.size
         size = (height, width) if image.getexif().get(ORIENTATION, 1) >= 5 else (width, height)
         image.draft("RGB", (width // 8, height // 8))  # of JPEG, read completely but computed at a smaller size
@@ -204,13 +214,13 @@ def _checked(content: bytes, path: Path, name: str) -> Image:
 
 
 @contextmanager
-def _opened(content: bytes, name: str) -> Iterator[Any]:
+def _opened(content: bytes, name: str, formats: Sequence[str] = FORMATS) -> Iterator[Any]:
     """Yields a still image of an expected format and size. PIL's errors within the block become DataError."""
     import PIL.Image
 
     try:
         with warnings.catch_warnings(action="ignore", category=PIL.Image.DecompressionBombWarning):
-            image = PIL.Image.open(BytesIO(content), formats=FORMATS)
+            image = PIL.Image.open(BytesIO(content), formats=tuple(formats))
         width, height = image.size
         if width * height > MOST_PIXELS:
             raise DataError(
@@ -222,7 +232,7 @@ def _opened(content: bytes, name: str) -> Iterator[Any]:
             raise DataError(f"image {name} is an animation of {frames:,} frames; save one of them as an image")
         yield image
     except PIL.UnidentifiedImageError:
-        raise DataError(f"image {name} is not an image; expected one of {', '.join(FORMATS)}") from None
+        raise DataError(f"image {name} is not an image; expected one of {', '.join(formats)}") from None
     except PIL.Image.DecompressionBombError:
         raise DataError(f"image {name} has too many pixels; expected at most {MOST_PIXELS:,}") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:

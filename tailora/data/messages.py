@@ -103,8 +103,8 @@ def _content(message: dict[str, Any], name: str) -> str | list[dict[str, Any]]:
     parts = [_part(part, f"{name}.content[{index}]") for index, part in enumerate(content)]
     if all(part["type"] == TEXT_PART for part in parts):
         return "".join(part[TEXT_PART] for part in parts)
-    if message["role"] == "assistant":
-        raise DataError(f"{name}: assistant messages cannot contain images, because models generate only text")
+    if message["role"] != "user":
+        raise DataError(f"{name}: only user messages can contain images, got role {message['role']}")
     return parts
 
 
@@ -140,7 +140,7 @@ def place_images(messages: Messages, images: list[Any]) -> Messages:
     """
     if not images:
         return messages
-    split = [message if message["role"] == "assistant" else _split_placeholders(message) for message in messages]
+    split = [_split_placeholders(message) if message["role"] == "user" else message for message in messages]
     missing = sum(part[IMAGE] is None for message in split for part in _images_in(message))
     if not missing:
         first = next((index for index, message in enumerate(messages) if message["role"] == "user"), None)
