@@ -5,6 +5,7 @@ a client may request, so no request can starve the others.
 """
 
 import asyncio
+import copy
 import itertools
 import json
 import secrets
@@ -17,6 +18,7 @@ from socket import socket
 from typing import Annotated, Any
 
 import uvicorn
+from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -31,13 +33,17 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tailora import __version__
 from tailora.data.chat_template import ChatTokenizer, fit_to_template
-from tailora.data.messages import Messages, read_messages, text_value
+from tailora.data.images import images_of
+from tailora.data.messages import Messages, has_images, marked_messages, text_value
+from tailora.data.processor import text_tokenizer
 from tailora.data.schemas import Conversation
 from tailora.errors import DataError
+from tailora.evaluation.generate import Prompt, image_obstacle
 from tailora.serve import schemas
 from tailora.serve.answers import Answer, ChatAnswer, CompletionAnswer, Generation, Json, Piece
 from tailora.serve.engine_interface import Engine, SamplingParams
 from tailora.serve.engine_interface import Request as EngineRequest
+from tailora.serve.images import decode_images
 from tailora.serve.playground import add_page
 from tailora.serve.registry import AdapterInfo, AdapterRegistry
 from tailora.serve.sampling import json_matcher
@@ -45,6 +51,11 @@ from tailora.serve.schemas import ERRORS, ERRORS_OF_TEXT, GenerationRequest, Req
 
 COMPLETION_TOKENS = 16  # for /v1/completions without max_tokens, as in OpenAI's API
 LARGEST_BODY = 4 * 2**20  # bytes; parsing 16 MiB of JSON would block all other requests for seconds
+LARGEST_WITH_IMAGES = 24 * 2**20  # bytes; a long text takes little time, but values do
+MOST_VALUES = LARGEST_BODY // 2  # commas and opening brackets, which bound the number of values
+MOST_IN_PROGRESS = 512 * 2**20  # bytes of all requests in progress
+IMAGE_THREADS = 2  # that decode images; each may need some 500 MB
+MOST_SIZES = 1000  # of images whose placeholders are kept
 REQUEST_SECONDS = 30.0  # minimum time that a client has to send a request
 GONE = 499  # status in the metrics of a request whose client disconnected, as in nginx
 
@@ -96,12 +107,16 @@ class Server:
     """State shared by the routes. Validates requests before they reach the engine."""
 
     def __init__(self, engine: Engine, registry: AdapterRegistry, tokenizer: Any, settings: ServerSettings) -> None:
-        self.engine, self.registry, self.tokenizer, self.settings = engine, registry, tokenizer, settings
+        self.engine, self.registry, self.settings = engine, registry, settings
+        self.tokenizer = text_tokenizer(tokenizer)
         self.chat_tokenizer = ChatTokenizer.of(tokenizer)
+        self.image_obstacle = image_obstacle(engine.adapter_set.base_model, tokenizer)
+        self.image_threads = CapacityLimiter(IMAGE_THREADS)
+        engine.processor = copy.deepcopy(self.chat_tokenizer.processor)  # a tokenizer that pads is not thread-safe
         self.metrics = Metrics(engine, registry)
         self.answers = 0  # running or waiting
         self.is_draining = self.is_hurried = False
-        self.longest_text = engine.max_positions * max(map(len, tokenizer.get_vocab()))  # that could fit
+        self.longest_text = engine.max_positions * max(map(len, self.tokenizer.get_vocab()))  # that could fit
 
     def check_ready(self) -> None:
         if self.is_draining:
@@ -127,13 +142,15 @@ class Server:
                 param,
             )
 
-    def chat_prompt(self, body: schemas.ChatRequest) -> str:
+    def chat_prompt(self, body: schemas.ChatRequest) -> Prompt:
+        """Returns the prompt of a chat, whose ids include the tokens of its images. Raises RequestError."""
         if self.chat_tokenizer.template is None:
             raise RequestError(400, "this model has no chat template; use /v1/completions", "messages")
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if body.tool_choice != "none" else []
         param = "messages"
         try:
-            messages = read_messages([message.model_dump() for message in body.messages], "messages")
+            marked = marked_messages([message.model_dump() for message in body.messages], "messages")
+            messages = self.with_images([message for message, _ in marked])
             messages = with_system(messages, self.registry.system_message(body.model))
             param = "tools" if tools else param
             chat = Conversation(messages, first=len(messages), tools=tools or None)
@@ -142,10 +159,21 @@ class Server:
         except DataError as error:
             raise RequestError(400, str(error), param) from error
         self.check_length(prompt, param)
-        return prompt
+        return Prompt(prompt, self.chat_tokenizer.chat_ids(prompt), images=images_of(chat.messages))
 
-    def prompt_ids(self, prompt: Any) -> list[list[int]]:
-        """Returns the token ids of each prompt. prompt: one or several, as text or token ids."""
+    def with_images(self, messages: Messages) -> Messages:
+        """Returns the messages with decoded images. Raises RequestError."""
+        if not has_images(messages):
+            return messages
+        if self.image_obstacle:
+            message = f"this model cannot answer questions about images: {self.image_obstacle}; remove the images"
+            raise RequestError(400, message, "messages")
+        if len(self.chat_tokenizer.placeholders) > MOST_SIZES:
+            self.chat_tokenizer.placeholders.clear()
+        return decode_images(messages)
+
+    def prompts(self, prompt: Any) -> list[Prompt]:
+        """Returns each prompt with its token ids. prompt: one or several, as text or token ids."""
         prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
         size = len(self.tokenizer)
         result = []
@@ -160,7 +188,7 @@ class Server:
                 raise RequestError(400, "a prompt is empty; expected at least one token", "prompt")
             if max(ids) >= size:
                 raise RequestError(400, f"expected token ids below {size}, got {max(ids)}", "prompt")
-            result.append(ids)
+            result.append(Prompt("", ids))
         return result
 
     def params(
@@ -213,7 +241,7 @@ class Server:
     async def start(
         self,
         body: GenerationRequest,
-        prompts: Sequence[list[int]],
+        prompts: Sequence[Prompt],
         params: SamplingParams,
         grammar: LLMatcher | None = None,
     ) -> Generation:
@@ -233,9 +261,13 @@ class Server:
             for index, (prompt, sample) in enumerate(itertools.product(prompts, range(n))):
                 of_sample = replace(params, seed=(params.seed + sample) % 2**63)
                 own = None if grammar is None else grammar.deep_copy()
-                request = EngineRequest(f"{name}-{index}", tuple(prompt), handle.key, of_sample, own)
+                ids = tuple(prompt.ids)
+                request = EngineRequest(f"{name}-{index}", ids, handle.key, of_sample, own, prompt.images)
                 answers.append(Answer(index, self.tokenizer, request, stop, self.engine.eos_token_ids))
-            names, tokens = {adapter.name for adapter in self.registry.list()}, sum(map(len, prompts))
+            names, tokens = (
+                {adapter.name for adapter in self.registry.list()},
+                sum(len(prompt.ids) for prompt in prompts),
+            )
             # All mixtures share one name in the metrics, since clients can invent new ones
             model = body.model if body.model in {*names, self.registry.base_name} else "mixture"
             generation = Generation(self.engine, answers, model, tokens, handle, self._end_answer)
@@ -347,23 +379,37 @@ def key_check(name: str, key: str | None) -> list[Any]:
 
 
 class BodyLimit:
-    """Middleware that refuses a request with a body over LARGEST_BODY, without reading all of it."""
+    """Middleware that refuses a request with a body that is too large, without reading all of it.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    in_progress: bytes of all requests in progress.
+    """
+
+    def __init__(self, app: ASGIApp, has_images: bool) -> None:
+        self.app, self.has_images, self.in_progress = app, has_images, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        size = 0
+        size = values = 0
 
         async def receive_limited() -> Message:
-            nonlocal size
+            nonlocal size, values
             message = await receive()
-            size += len(message.get("body", b""))
-            if size > LARGEST_BODY:
-                raise HTTPException(413, f"the request is too large; the limit is {LARGEST_BODY:,} bytes")
+            body = message.get("body", b"")
+            size += len(body)
+            self.in_progress += len(body)
+            values += sum(body.count(mark) for mark in (b",", b"[", b"{"))
+            largest = LARGEST_WITH_IMAGES if self.has_images else LARGEST_BODY
+            if size > largest:
+                raise HTTPException(413, f"the request is too large; the limit is {largest:,} bytes")
+            if values > MOST_VALUES:
+                raise HTTPException(413, f"the request has too many values; the limit is {MOST_VALUES:,}")
+            if self.in_progress > MOST_IN_PROGRESS:
+                raise HTTPException(503, "the requests in progress are too large for another one; try again later")
             return message
 
-        await self.app(scope, receive_limited, send)
+        try:
+            await self.app(scope, receive_limited, send)
+        finally:
+            self.in_progress -= size
 
 
 class Connection(H11Protocol):
@@ -418,7 +464,7 @@ def create_app(engine: Engine, registry: AdapterRegistry, tokenizer: Any, settin
     server = Server(engine, registry, tokenizer, settings)
     app = FastAPI(title="tailora", version=__version__, docs_url=None, redoc_url=None)
     app.state.server = server
-    app.add_middleware(BodyLimit)
+    app.add_middleware(BodyLimit, has_images=not server.image_obstacle)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*settings.allowed_hosts])
     schemas.add_error_handlers(app)
     add_page(app)
@@ -465,23 +511,23 @@ def add_generation(app: FastAPI, server: Server) -> None:
         check_request(body)
         if body.top_logprobs is not None and not body.logprobs:
             raise RequestError(400, "top_logprobs requires logprobs = true", "top_logprobs")
-        prompt = await run_in_threadpool(server.chat_prompt, body)
-        ids = await run_in_threadpool(server.chat_tokenizer.token_ids, prompt)
+        threads = server.image_threads if schemas.count_images(body) else None
+        prompt = await to_thread.run_sync(server.chat_prompt, body, limiter=threads)
         count = (body.top_logprobs or 0) if body.logprobs else None
-        params = server.params(body, body.max_completion_tokens or body.max_tokens, len(ids), count)
+        params = server.params(body, body.max_completion_tokens or body.max_tokens, len(prompt.ids), count)
         grammar = await run_in_threadpool(server.grammar, body)
-        generation = await server.start(body, [ids], params, grammar)
-        answer = ChatAnswer(server.tokenizer, body, prompt, generation, server.pieces(generation))
+        generation = await server.start(body, [prompt], params, grammar)
+        answer = ChatAnswer(server.tokenizer, body, prompt.text, generation, server.pieces(generation))
         return await respond(request, body, answer)
 
     @app.post("/v1/completions", response_model=schemas.Completion, responses=responses, dependencies=check)
     async def completions(body: schemas.CompletionRequest, request: Request) -> Any:
         check_request(body)
-        ids = await run_in_threadpool(server.prompt_ids, body.prompt)
-        longest = max(map(len, ids))
+        prompts = await run_in_threadpool(server.prompts, body.prompt)
+        longest = max(len(prompt.ids) for prompt in prompts)
         room = max(server.engine.max_positions - longest, 1)
         params = server.params(body, body.max_tokens or min(COMPLETION_TOKENS, room), longest, body.logprobs)
-        generation = await server.start(body, ids, params)
+        generation = await server.start(body, prompts, params)
         answer = CompletionAnswer(server.tokenizer, body, generation, server.pieces(generation))
         return await respond(request, body, answer)
 
@@ -496,6 +542,7 @@ def add_generation(app: FastAPI, server: Server) -> None:
                 root=model.name,
                 parent=None if model.name == base else base,
                 max_model_len=length,
+                input_modalities=["text"] if server.image_obstacle else ["text", "image"],
                 system_message=model.system,
             )
             for model in models

@@ -29,6 +29,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from tailora.core.adapter_set import AdapterSet
 from tailora.core.mixed_batch import MixedBatch
@@ -321,6 +322,8 @@ def obstacle(model: Any) -> str:
         return f"{name} is not a generative transformers model"
     if model.config.is_encoder_decoder:
         return f"{name} has an encoder"
+    if name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
+        return f"{name} reads images"
     config = model.config.get_text_config()
     others = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
     if others or getattr(model, "_is_stateful", False):

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llguidance import LLMatcher
+from transformers import ProcessorMixin
 
 from tailora.core.adapter_set import AdapterSet
+from tailora.data.images import Image
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +40,17 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt and the name of its adapter in the engine's AdapterSet; None for the base model. Ids are not reused."""
+    """A prompt and the name of its adapter in the engine's AdapterSet; None for the base model. Ids are not reused.
+
+    images: in the order of their placeholders in the prompt. Only `PaddedEngine` supports them.
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
     adapter: str | None
     params: SamplingParams
     grammar: LLMatcher | None = None  # for the answer, not shared with other requests; None for any text
+    images: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +82,13 @@ class Engine(ABC):
 
     adapter_set: the base model and its adapters. Only change it within `paused`.
     eos_token_ids: tokens that end an answer.    max_positions: maximum length of prompt plus answer, in tokens.
+    processor: of a vision-language model, not used by other threads; None if requests have no images.
     """
 
     adapter_set: AdapterSet
     eos_token_ids: frozenset[int]
     max_positions: int
+    processor: ProcessorMixin | None = None
 
     @abstractmethod
     def start(self) -> None: ...

@@ -1,11 +1,13 @@
 """PaddedEngine: padded batches, one after another, for any generative model. Each row is a request with its adapter.
 
-Requests that arrive while a batch runs wait until it ends.
+Requests that arrive while a batch runs wait until it ends. The pixels of images are computed for the whole batch,
+because processors pad them to a common shape.
 """
 
 from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from threading import Condition, Lock, Thread
 from typing import Any
 
@@ -14,9 +16,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from tailora.core.adapter_set import AdapterSet
-from tailora.errors import AdapterError, RowsError, is_out_of_memory
+from tailora.core.patterns import inside
+from tailora.core.targets import language_model_path
+from tailora.errors import AdapterError, DataError, RowsError, is_out_of_memory
 from tailora.serve.engine_interface import Engine, EventHandler, Finish, Request
+from tailora.serve.images import MOST_PIXELS, pixel_count
 from tailora.serve.sampling import ChosenTokens, RunningRequest, next_tokens
+from tailora.train.image_text_to_text import accepted_inputs, image_inputs
 
 
 class PaddedEngine(Engine):
@@ -85,18 +91,50 @@ class PaddedEngine(Engine):
                 self._changed.wait_for(lambda: self._waiting or self._is_stopped)
                 if not self._waiting:
                     return
-                count = min(self.max_requests, len(self._waiting))
-                self._running = [self._waiting.popleft() for _ in range(count)]
+                self._running = self._take_batch()
             requests = [running for running in self._running if not running.is_finished]
             try:
                 with self._model_lock, torch.inference_mode():
                     self._generate(requests)
-            except (RowsError, RuntimeError, MemoryError) as error:  # only of this batch; the next one may fit
+            except (
+                RowsError,
+                DataError,
+                RuntimeError,
+                ValueError,
+                MemoryError,
+            ) as error:  # only of this batch; the next one may fit
                 cause = "out of memory; use shorter prompts or responses" if is_out_of_memory(error) else str(error)
                 for running in requests:
                     running.finish(Finish("error", cause))
             with self._changed:
                 self._running = []
+
+    def _take_batch(self) -> list[RunningRequest]:
+        """Takes requests from the queue: the first one and those that can run with it. Needs _changed."""
+        batch: list[RunningRequest] = []
+        others: deque[RunningRequest] = deque()
+        pixels = 0
+        for running in self._waiting:
+            request = running.request
+            fits = len(batch) < self.max_requests and pixels + pixel_count(request.images) <= MOST_PIXELS
+            if not batch or (fits and self._whole(request.adapter) == self._whole(batch[0].request.adapter)):
+                batch.append(running)
+                pixels += pixel_count(request.images)
+            else:
+                others.append(running)
+        self._waiting = others
+        return batch
+
+    def _whole(self, adapter: str | None) -> str | None:
+        """Returns the adapter if all rows must have it, because it changes layers that get images instead of rows."""
+        if adapter is None or self.processor is None:
+            return None
+        decoder, parts = self._decoder, self.adapter_set.adapters[adapter].parts
+        return None if decoder and all(inside(path, decoder) for path in parts) else adapter
+
+    @cached_property
+    def _decoder(self) -> str:
+        return language_model_path(self.adapter_set.base_model)
 
     def _generate(self, requests: list[RunningRequest]) -> None:
         if not requests:
@@ -122,6 +160,21 @@ class PaddedEngine(Engine):
                 lambda *_, **__: torch.tensor([running.is_finished for running in requests], device=model.device)
             ],
         }
+        if self.processor is not None:
+            inputs = image_inputs(self.processor, ids, [running.request.images for running in requests])
+            arguments |= {name: value.to(model.device) for name, value in accepted_inputs(model, inputs).items()}
         names = [running.request.adapter for running in requests]
-        with self.adapter_set.activated_by_row(names), self.adapter_set.generation((), arguments):
+        with self._activated(names), self.adapter_set.generation((), arguments):
             model.generate(**arguments)
+
+    @contextmanager
+    def _activated(self, names: list[str | None]) -> Iterator[None]:
+        if (adapter := self._whole(names[0])) is None:
+            with self.adapter_set.activated_by_row(names):
+                yield
+            return
+        self.adapter_set.activate(adapter, training=False)
+        try:
+            yield
+        finally:
+            self.adapter_set.activate(None, training=False)

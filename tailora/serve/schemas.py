@@ -6,7 +6,7 @@ such as `user`, are accepted and ignored. Unknown fields are refused, so misspel
 
 import secrets
 from itertools import islice
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -20,6 +20,7 @@ from pydantic import (
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -129,19 +130,35 @@ class GenerationRequest(RequestBody):
     prompt_cache_retention: Ignored = None
 
 
-class TextPart(RequestBody):
-    type: Literal["text"]
-    text: str
+class ImageURL(RequestBody):
+    url: Annotated[str, Field(description="a data: URL, such as data:image/png;base64,..., because nothing is fetched")]
+    detail: Ignored = None
 
-    @model_validator(mode="before")
+    @field_validator("url")
     @classmethod
-    def _check_type(cls, value: Any) -> Any:
-        if isinstance(value, dict) and (kind := value.get("type")) != "text":
-            raise PydanticCustomError("not_text", "expected type 'text', got {kind}", {"kind": repr(kind)})
-        return value
+    def _check_scheme(cls, url: str) -> str:
+        if not url.startswith("data:"):
+            raise PydanticCustomError(
+                "not_data_url", "send the image as a data: URL (data:image/png;base64,...); this server fetches nothing"
+            )
+        return url
 
 
-Parts = Annotated[list[TextPart], Field(max_length=MOST_PARTS, fail_fast=True)]
+class Part(RequestBody):
+    type: Literal["text", "image_url"]
+    text: str | None = None
+    image_url: ImageURL | None = None
+
+    @model_validator(mode="after")
+    def _check_value(self) -> Self:
+        if [name for name in ("text", "image_url") if getattr(self, name) is not None] != [self.type]:
+            raise PydanticCustomError(
+                "not_one_value", "expected type and {type}, and nothing else", {"type": self.type}
+            )
+        return self
+
+
+Parts = Annotated[list[Part], Field(max_length=MOST_PARTS, fail_fast=True)]
 AsParts = BeforeValidator(  # a text is a single part
     lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value,
     json_schema_input_type=str | Parts | None,
@@ -207,6 +224,10 @@ class ChatRequest(GenerationRequest):
     response_format: ResponseFormat | None = Field(
         None, description="JSON object, or JSON that matches a schema; not supported with tools"
     )
+
+
+def count_images(body: ChatRequest) -> int:
+    return sum(part.image_url is not None for message in body.messages for part in message.content or ())
 
 
 class CompletionRequest(GenerationRequest):
@@ -305,6 +326,7 @@ class Model(ResponseBody):
     root: str
     parent: str | None
     max_model_len: int
+    input_modalities: list[Literal["text", "image"]]
     system_message: str | None = Field(description="used in training; added to requests without one")
 
 

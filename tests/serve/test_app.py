@@ -153,7 +153,8 @@ def test_requests_without_a_system_message_get_that_of_the_training(root: Path) 
             systems = {model.id: model.system_message for model in server.client.models.list()}  # type: ignore[attr-defined]
 
             def rendered(model: str, *messages: dict[str, str]) -> str:
-                return str(prompt(ChatRequest.model_validate({"model": model, "messages": [*messages, *CHAT]})))
+                body = ChatRequest.model_validate({"model": model, "messages": [*messages, *CHAT]})
+                return str(prompt(body).text)
 
             without = rendered("legal", {"role": "system", "content": ""})
             with_system = {model: rendered(model) for model in ("tiny", "legal", "legal@0.5", "legal@0", "legal+poet")}
@@ -163,7 +164,7 @@ def test_requests_without_a_system_message_get_that_of_the_training(root: Path) 
             )
             late = [*CHAT, {"role": "system", "content": "away"}]
             body = ChatRequest.model_validate({"model": "legal", "messages": late})
-            assert prompt(body) == TOKENIZER.apply_chat_template(late, tokenize=False, add_generation_prompt=True)
+            assert prompt(body).text == TOKENIZER.apply_chat_template(late, tokenize=False, add_generation_prompt=True)
             passport = make_passport(
                 LoRAModel.from_pretrained(base_model(), root / "legal"), TOKENIZER, system="good morning"
             )
@@ -172,7 +173,7 @@ def test_requests_without_a_system_message_get_that_of_the_training(root: Path) 
             for messages in chats:  # `tailora verify` knows the answers to these alone
                 assert messages[0] == {"role": "system", "content": "good morning"}
                 body = ChatRequest.model_validate({"model": "legal", "messages": messages})
-                assert prompt(body) == TOKENIZER.apply_chat_template(
+                assert prompt(body).text == TOKENIZER.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=True
                 )
             with pytest.raises(AdapterNotFoundError):
@@ -377,7 +378,7 @@ def called(arguments: str) -> list[dict[str, Any]]:
 def test_a_template_without_tools_gets_them_as_text_as_in_training(server: Running) -> None:
     def prompt(**body: Any) -> str:
         request = ChatRequest.model_validate({"model": "legal", "messages": called("{}"), **body})
-        return server.app.state.server.chat_prompt(request)
+        return server.app.state.server.chat_prompt(request).text
 
     assert '"name": "weather"' in prompt(tools=[TOOL]).partition("<|im_end|>")[0]
     assert '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call><|im_end|>' in prompt()
@@ -404,7 +405,7 @@ def test_a_template_gets_the_arguments_of_calls_as_an_object(server: Running, mo
     tokenizer.chat_template = WITH_TOOLS
     monkeypatch.setattr(server.app.state.server, "chat_tokenizer", ChatTokenizer.of(tokenizer))
     body = {"model": "legal", "messages": called('{"city": "Rome"}'), "tools": [TOOL]}
-    prompt = server.app.state.server.chat_prompt(ChatRequest.model_validate(body))
+    prompt = server.app.state.server.chat_prompt(ChatRequest.model_validate(body)).text
     assert "weather city=Rome<|im_end|>" in prompt
     assert prompt.startswith('{"type": "function", "function": {"name": "weather"')
     assert chat(server, "legal", messages=called('{"city": "Rome"}'), tools=[TOOL]).choices
