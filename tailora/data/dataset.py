@@ -357,7 +357,7 @@ class DataReport:
     flagged: dict[str, int]  # key of WARNINGS -> number of rows; in report.json these are top-level keys
     rows_of: dict[str, list[str]]  # key of WARNINGS -> the first of those rows
     lengths: list[dict[str, int]]  # number of examples with low to high tokens, both inclusive
-    sha256: str  # of all ids and labels, train then eval
+    sha256: str  # of all ids, labels and images, train then eval
     labels: dict[str, int]  # number of training examples or words with each label; {} for other tasks
     eval_labels: dict[str, int]
 
@@ -433,4 +433,5 @@ def dataset_hash(*parts: Examples) -> str:
             digest.update(part.targets.tobytes())
         if (part.weights != 1).any():
             digest.update(part.weights.tobytes())
+        digest.update("".join(image.sha256 for images in part.images for image in images).encode())
     return digest.hexdigest()

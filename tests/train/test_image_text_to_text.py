@@ -240,3 +240,15 @@ def test_a_run_learns_from_images_and_text(tmp_path: Path) -> None:
     answers = json.loads((run / "samples.json").read_text())
     assert len({answer["prompt"] for answer in answers}) == 1
     assert len({answer["tuned"] for answer in answers}) > 1  # so they depend on the images
+
+
+def test_other_images_are_other_data(tmp_path: Path) -> None:
+    _, processor = tiny_vlm("llava")
+    hashes = []
+    for color in COLORS:
+        save_image(tmp_path / "a.png", COLORS[color])
+        row = {"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "a"}]}
+        (tmp_path / "chats.jsonl").write_text(json.dumps({**row, "image": "a.png"}) + "\n")
+        data = prepare(str(tmp_path / "chats.jsonl"), processor, DataSettings(validation_split=0))
+        hashes.append(data.report.sha256)
+    assert len({*hashes}) == len(COLORS)
