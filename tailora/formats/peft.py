@@ -174,7 +174,7 @@ def about_zero_updates(paths: Sequence[str]) -> str:
     if not paths:
         return ""
     names = f"{', '.join(paths[:5])}{', ...' * (len(paths) > 5)}"
-    return f"{len(paths)} of its layers have an update of zero, because they were not trained, or pruned: {names}. "
+    return f"{len(paths)} of its layers ({names}) have an update of zero, because they were not trained, or pruned. "
 
 
 def write_files(
