@@ -45,11 +45,15 @@ def outspoken_llava() -> Parts:
 
 def plain_answer(model: Any, processor: Any, chat: list[dict[str, Any]], tokens: int) -> str:
     """Returns what transformers alone generates for a chat whose images have paths."""
-    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
-    inputs = processor.apply_chat_template([chat], **options)
+    inputs = plain_inputs(processor, chat)
     output = model.generate(**inputs, do_sample=False, max_new_tokens=tokens)
     text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return str(text)
+
+
+def plain_inputs(processor: Any, chat: list[dict[str, Any]]) -> Any:
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    return processor.apply_chat_template([chat], **options)
 
 
 def save_tiny_llava(folder: Path) -> Path:

@@ -24,6 +24,9 @@ from tailora.serve.images import MOST_PIXELS, pixel_count
 from tailora.serve.sampling import ChosenTokens, RunningRequest, next_tokens
 from tailora.train.image_text_to_text import accepted_inputs, image_inputs
 
+# What a batch may raise; processors raise ValueError
+BATCH_ERRORS = (RowsError, DataError, RuntimeError, ValueError, MemoryError)
+
 
 class PaddedEngine(Engine):
     """Padded batches, one after another. See `Engine`. max_requests: maximum rows of a batch."""
@@ -96,13 +99,7 @@ class PaddedEngine(Engine):
             try:
                 with self._model_lock, torch.inference_mode():
                     self._generate(requests)
-            except (
-                RowsError,
-                DataError,
-                RuntimeError,
-                ValueError,
-                MemoryError,
-            ) as error:  # only of this batch; the next one may fit
+            except BATCH_ERRORS as error:  # only of this batch; the next one may fit
                 cause = "out of memory; use shorter prompts or responses" if is_out_of_memory(error) else str(error)
                 for running in requests:
                     running.finish(Finish("error", cause))

@@ -9,6 +9,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,21 @@ import openai
 import PIL.Image
 import pytest
 from tiny import stir
-from tiny_server import Running, chat, held_forwards, running, write_adapters
-from tiny_vision import COLORS, SIDE, outspoken_llava, plain_answer, save_image
+from tiny_server import Running, chat, held_forwards, running, started, write_adapters
+from tiny_vision import COLORS, FAMILIES, SIDE, outspoken_llava, plain_answer, plain_inputs, save_image, tiny_vlm
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.adapter_set import AdapterSet
+from tailora.data.chat_template import ChatTokenizer
+from tailora.data.images import images_of, read_images
+from tailora.data.messages import marked_messages
 from tailora.errors import ConfigError
 from tailora.serve import images
 from tailora.serve.continuous_batching import make_engine
+from tailora.serve.engine_interface import Finish, Request, SamplingParams, Token
 from tailora.serve.padded_batching import PaddedEngine
 from tailora.serve.schemas import ChatRequest
+from tailora.train.image_text_to_text import accepted_inputs
 
 JSON = {"Content-Type": "application/json"}
 IMAGE_TOKENS = 4
@@ -88,15 +94,20 @@ def of_question(parts: tuple[str, ...], root: Path) -> list[dict[str, Any]]:
     return user(*(of_file(root / part) if ".png" in part else part for part in parts))
 
 
-def alone(parts: tuple[str, ...], adapter: str, root: Path) -> str:
-    """What transformers generates."""
-    model, processor = outspoken_llava()
-    model = model if adapter == "tiny" else LoRAModel.from_pretrained(model, root / adapter).eval()
+def with_paths(parts: tuple[str, ...], root: Path) -> list[dict[str, Any]]:
+    """The same as transformers expects it."""
 
     def part(value: str) -> dict[str, str]:
         return {"type": "image", "path": str(root / value)} if ".png" in value else {"type": "text", "text": value}
 
-    return plain_answer(model, processor, [{"role": "user", "content": [*map(part, parts)]}], 12)
+    return [{"role": "user", "content": [*map(part, parts)]}]
+
+
+def alone(parts: tuple[str, ...], adapter: str, root: Path) -> str:
+    """What transformers generates."""
+    model, processor = outspoken_llava()
+    model = model if adapter == "tiny" else LoRAModel.from_pretrained(model, root / adapter).eval()
+    return plain_answer(model, processor, with_paths(parts, root), 12)
 
 
 def together(server: Running, root: Path, asked: list[tuple[tuple[str, ...], str]]) -> tuple[list[Any], int]:
@@ -189,6 +200,44 @@ def test_a_vision_language_model_gets_padded_batches() -> None:
     assert "LlavaForConditionalGeneration reads images" in notes[0]
     with pytest.raises(ConfigError, match="reads images; use --engine padded"):
         make_engine(AdapterSet(model, {}), [2], "continuous", max_positions=64)
+
+
+GREEDY: Any = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0}
+BY_DEFAULT = ("qwen3_vl", "idefics3", "gemma3")
+
+
+@pytest.mark.parametrize(
+    "family", [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.exhaustive) for name in FAMILIES]
+)
+def test_rows_of_a_batch_are_those_of_transformers_in_every_family(family: str, root: Path) -> None:
+    model, processor = tiny_vlm(family)
+    for parameter in model.parameters():
+        parameter.data *= 5 if parameter.ndim > 1 else 1
+    tokenizer, engine = ChatTokenizer.of(processor), PaddedEngine(AdapterSet(model.eval(), {}), [], max_positions=9999)
+    engine.processor = processor
+    expected, tokens, finished = dict[str, list[int]](), dict[str, list[int]](), threading.Semaphore(0)
+
+    def handle(number: str, event: Token | Finish) -> None:
+        if isinstance(event, Token):
+            tokens[number].append(event.id)
+        else:
+            finished.release()
+
+    with started(engine):
+        with engine.paused():  # so that the first request waits, and the others join
+            for number, question in enumerate(QUESTIONS):
+                asked = with_paths(question, root)
+                inputs = plain_inputs(processor, asked)
+                read = read_images([message for message, _ in marked_messages(asked, "messages")], root)
+                ids = tokenizer.chat_ids(tokenizer.render(read, add_generation_prompt=True))
+                assert inputs["input_ids"][0].tolist() == ids
+                output = model.generate(**accepted_inputs(model, inputs), **GREEDY)
+                expected[str(number)], tokens[str(number)] = output[0, len(ids) :].tolist(), []
+                params = SamplingParams(8, temperature=0.0, ignore_eos=True)
+                request = Request(str(number), tuple(ids), None, params, images=images_of(read))
+                engine.submit(request, partial(handle, str(number)))
+        assert all(finished.acquire(timeout=60) for _ in QUESTIONS)
+    assert tokens == expected
 
 
 # ---- Hostile clients
