@@ -1,8 +1,14 @@
-"""Images from http(s) URLs, with limits on size, time and redirects. Never from addresses of the local network."""
+"""Images from http(s) URLs, with limits on size, time and redirects, and never from the local network.
 
+A data set is untrusted: its URLs must not reach services that only this machine can reach. Every host is resolved once
+per request, and the connection goes to the address that was checked, because a second lookup could return a different
+one. Proxies of the environment are not used, since they look up hosts themselves.
+"""
+
+import asyncio
 import ipaddress
-import socket
-import time
+from concurrent.futures import ThreadPoolExecutor
+from socket import SOCK_STREAM
 
 import httpx
 
@@ -10,46 +16,72 @@ from tailora.data.messages import short_repr
 from tailora.errors import DataError
 
 MOST_REDIRECTS = 5
-SECONDS = 30  # for a whole image
+SECONDS = 30  # for a whole image, with its redirects
+HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity"}  # the size limit applies to what is sent
+EMBEDDED = tuple(map(ipaddress.ip_network, ("::/96", "2002::/16", "64:ff9b::/96")))  # IPv4 addresses in IPv6 ones
 
 
 def download_image(url: str, most_bytes: int) -> bytes:
     """Returns the content of a URL. Raises DataError if it cannot be downloaded within the limits."""
-    deadline = time.monotonic() + SECONDS
-    try:
-        with httpx.Client(timeout=SECONDS, trust_env=True) as client:
-            for _ in range(MOST_REDIRECTS + 1):
-                _check_address(url)
-                with client.stream("GET", url) as response:
-                    if response.next_request is not None:
-                        url = str(response.next_request.url)
-                        continue
-                    response.raise_for_status()
-                    return _content(response, most_bytes, deadline)
-    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-        raise DataError(f"image {short_repr(url)} cannot be downloaded: {error or type(error).__name__}") from None
-    raise DataError(f"image {short_repr(url)} is redirected more than {MOST_REDIRECTS} times; use its final URL")
+    with ThreadPoolExecutor(1) as thread:  # notebooks already run an event loop in theirs
+        try:
+            return thread.submit(asyncio.run, _download(url, most_bytes)).result()
+        except TimeoutError:
+            raise DataError(
+                f"image {short_repr(url)} was not downloaded within {SECONDS:g} seconds; download it to a file"
+            ) from None
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
+            cause = str(error) or type(error).__name__
+            raise DataError(f"image {short_repr(url)} cannot be downloaded: {cause}") from None
 
 
-def _check_address(url: str) -> None:
-    """Raises DataError unless all addresses of the host are public: a data set must not reach this network."""
-    parts = httpx.URL(url)
-    if parts.scheme not in ("http", "https") or not parts.host:
-        raise DataError(f"image {short_repr(url)} is not an http(s) URL")
-    addresses = socket.getaddrinfo(parts.host, parts.port or parts.scheme, type=socket.SOCK_STREAM)
-    local = [entry[4][0] for entry in addresses if not ipaddress.ip_address(entry[4][0]).is_global]
-    if local:
+async def _download(first_url: str, most_bytes: int) -> bytes:
+    url = httpx.URL(first_url)
+    async with asyncio.timeout(SECONDS), httpx.AsyncClient(timeout=None, trust_env=False) as client:
+        for _ in range(MOST_REDIRECTS + 1):
+            request = client.build_request(
+                "GET",
+                url.copy_with(host=await _checked_address(url)),
+                headers={**HEADERS, "Host": url.netloc.decode("ascii")},
+                extensions={"sni_hostname": url.raw_host.decode("ascii")},
+            )
+            response = await client.send(request, stream=True)
+            try:
+                if response.has_redirect_location:
+                    url = url.join(response.headers["location"])
+                    continue
+                if response.status_code != 200:
+                    raise httpx.HTTPError(f"the server answers with {response.status_code} {response.reason_phrase}")
+                content = bytearray()
+                async for chunk in response.aiter_raw():
+                    content += chunk
+                    if len(content) > most_bytes:
+                        raise DataError(
+                            f"image {short_repr(first_url)} has more than {most_bytes / 2**20:,.0f} MiB; save it with "
+                            "a smaller size"
+                        )
+                return bytes(content)
+            finally:
+                await response.aclose()
+    raise DataError(f"image {short_repr(first_url)} is redirected more than {MOST_REDIRECTS} times; use its final URL")
+
+
+async def _checked_address(url: httpx.URL) -> str:
+    """Returns the address of a URL's host to connect to. Raises DataError unless all its addresses are public."""
+    if url.scheme not in ("http", "https") or not url.host:
+        raise DataError(f"image {short_repr(str(url))} is not an http(s) URL; expected https://HOST/PATH")
+    port = url.port or {"http": 80, "https": 443}[url.scheme]
+    host = url.raw_host.decode("ascii")
+    entries = await asyncio.get_running_loop().getaddrinfo(host, port, type=SOCK_STREAM)
+    addresses = [str(entry[4][0]) for entry in entries]
+    if local := [address for address in addresses if not _is_public(address)]:
         raise DataError(
-            f"image {short_repr(url)} is on the local network ({local[0]}), where data sets may not reach; download it"
+            f"image {short_repr(str(url))} is on the local network ({local[0]}), which URLs in a data set must not "
+            "reach; download it to a file"
         )
+    return addresses[0]
 
 
-def _content(response: httpx.Response, most_bytes: int, deadline: float) -> bytes:
-    content = bytearray()
-    for chunk in response.iter_bytes():
-        content += chunk
-        if len(content) > most_bytes:
-            raise DataError(f"image {short_repr(str(response.url))} has more than {most_bytes >> 20} MiB")
-        if time.monotonic() > deadline:
-            raise DataError(f"image {short_repr(str(response.url))} takes more than {SECONDS} seconds to download")
-    return bytes(content)
+def _is_public(address: str) -> bool:
+    parsed = ipaddress.ip_address(address)
+    return parsed.is_global and not parsed.is_multicast and not any(parsed in network for network in EMBEDDED)
