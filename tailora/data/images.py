@@ -6,7 +6,7 @@
 
 Every image is decoded once when the data is read, so that a broken one is reported with its row and not after hours of
 training. JPEG files are decoded at an eighth of their size for that. Images that are not files are kept in the cache
-folder under their hash, so that memory does not grow with the data.
+folder under their hash (`store_images`), so that memory does not grow with the data.
 """
 
 import base64
@@ -23,15 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from tailora.core.cache import cache_folder
-from tailora.data.messages import IMAGE, Messages, short_repr
-from tailora.errors import DataError, listing
-from tailora.formats.io import wrap_os_error
+from tailora.data.messages import IMAGE, IMAGE_VALUES, Messages, short_repr
+from tailora.errors import DataError, WriteError, listing
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # JPEG includes MPO, which phones write
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # JPEG includes MPO, which phones write
 MOST_PIXELS = 64_000_000
 MOST_BYTES = 64 << 20  # of a file
 MOST_IMAGES = 100  # of a row
-ORIENTATION = 0x0112  # EXIF tag; from 5 on, width and height are swapped
+KEYS = (*IMAGE_VALUES, "image_url", "images")  # of data: URLs in a row
+ORIENTATION = 0x0112  # EXIF tag
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # its value -> PIL.Image.Transpose
+SIDEWAYS = (5, 6, 7, 8)  # values that swap width and height
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, struct.error)  # of PIL
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +68,10 @@ def images_of(messages: Messages) -> tuple[Image, ...]:
     return tuple(part[IMAGE] for part in _image_parts(messages))
 
 
-def read_images(messages: Messages, folder: Path, *, allow_remote: bool = False) -> Messages:
+def read_images(messages: Messages, folder: Path | None, *, allow_remote: bool = False) -> Messages:
     """Returns the messages with an `Image` for every value of an image; unchanged without images.
 
-    folder: paths are relative to it and must not lead out of it.
+    folder: paths are relative to it and must not lead out of it; None if the data is not in a folder.
     allow_remote: download images from http(s) URLs.
     Raises DataError with all images that cannot be used.
     """
@@ -130,19 +133,41 @@ def _image_parts(messages: Messages) -> list[dict[str, Any]]:
     return [part for content in contents for part in content if part["type"] == IMAGE]
 
 
-def read_image(value: Any, folder: Path, *, allow_remote: bool = False) -> Image:
+def store_images(value: Any, key: str = "") -> Any:
+    """Returns a value of a row with its images in the cache folder instead of in memory: bytes and data: URLs.
+
+    An image that cannot be used becomes its DataError, which `read_image` raises. key: of the value, or of its list.
+    """
+    if isinstance(value, dict) and ("type" in value or not isinstance(value.get("bytes"), bytes)):
+        return {name: store_images(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [store_images(inner, key) for inner in value]
+    is_url = isinstance(value, str) and key in KEYS and value.startswith("data:")
+    if not is_url and not isinstance(value, bytes | dict):
+        return value
+    try:
+        return read_image(value, None)
+    except DataError as error:
+        return error
+
+
+def read_image(value: Any, folder: Path | None, *, allow_remote: bool = False) -> Image:
     """Returns the image of a value in a row. Raises DataError if it cannot be used.
 
-    value: path, data: URL, http(s) URL, bytes, PIL image, or what `datasets` stores: {"bytes": ..., "path": ...}.
+    value: path, data: URL, http(s) URL, bytes, what `datasets` stores ({"bytes": ..., "path": ...}), or what
+        `store_images` returned.
+    folder: of paths; None if the data is not in a folder.
     """
+    if isinstance(value, Image):
+        return value
+    if isinstance(value, DataError):
+        raise value
+    name = None
     if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path") or value.get("url")
-    if hasattr(value, "save") and hasattr(value, "getexif"):  # an image of PIL
-        file = BytesIO()
-        value.save(file, "PNG")
-        value = file.getvalue()
+        name = value.get("path")
+        value = next((value[key] for key in IMAGE_VALUES if value.get(key) is not None), None)
     if isinstance(value, bytes):
-        return _stored(value, f"of {len(value):,} bytes")
+        return _stored(value, str(name or f"of {len(value):,} bytes"))
     if not isinstance(value, str) or not value:
         raise DataError(f"image: expected a path, a URL or bytes, got {short_repr(value)}")
     if value.startswith("data:"):
@@ -152,12 +177,16 @@ def read_image(value: Any, folder: Path, *, allow_remote: bool = False) -> Image
             raise DataError(f"image {short_repr(value)} is remote; download it, or use --allow-remote-images")
         from tailora.data.remote_images import download_image
 
-        return _stored(download_image(value, MOST_BYTES), value)
+        return _stored(download_image(value, MOST_BYTES), short_repr(value))
     path = _path_inside(value.removeprefix("file://"), folder)
     return _checked(_file_bytes(path, value), path, value)
 
 
-def _path_inside(value: str, folder: Path) -> Path:
+def _path_inside(value: str, folder: Path | None) -> Path:
+    if "://" in value:
+        raise DataError(f"image {short_repr(value)}: expected a path or an http(s) URL; download it, and use its path")
+    if folder is None:
+        raise DataError(f"image {short_repr(value)}: the data is not in a folder; set --image-folder for its paths")
     try:
         path, root = (folder / value).resolve(), folder.resolve()
         is_inside = path.is_relative_to(root)
@@ -173,11 +202,15 @@ def _path_inside(value: str, folder: Path) -> Path:
 
 def _file_bytes(path: Path, name: str) -> bytes:
     try:
-        if path.is_file() and path.stat().st_size > MOST_BYTES:
-            raise DataError(f"image {name} has more than {MOST_BYTES >> 20} MiB; save it with a smaller size")
-        return path.read_bytes()
+        if path.exists() and not path.is_file():
+            raise DataError(f"image {name} is not a file")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
     except OSError as error:
-        raise DataError(f"image {name}: {error.strerror or error}") from None
+        raise DataError(f"image {name} cannot be read: {error.strerror or error}; its path is {path}") from None
+    if len(content) > MOST_BYTES:
+        raise DataError(f"image {name} has more than {MOST_BYTES >> 20} MiB; save it with a smaller size")
+    return content
 
 
 def _from_data_url(url: str) -> bytes:
@@ -192,32 +225,44 @@ def _from_data_url(url: str) -> bytes:
 
 def _stored(content: bytes, name: str) -> Image:
     """Writes an image that is not a file to the cache folder."""
+    if len(content) > MOST_BYTES:
+        raise DataError(f"image {name} has more than {MOST_BYTES >> 20} MiB; save it with a smaller size")
     path = cache_folder() / "images" / hashlib.sha256(content).hexdigest()
     image = _checked(content, path, name)
     if not path.exists():
-        with wrap_os_error(path):
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
             own = path.with_suffix(f".{os.getpid()}")  # other processes may write the same image
             own.write_bytes(content)
             own.replace(path)
+        except OSError as error:
+            raise WriteError(
+                f"image {name} cannot be kept in {path.parent}: {error.strerror or error}; set TAILORA_HOME to a "
+                "folder that you may write to"
+            ) from None
     return image
 
 
 def _checked(content: bytes, path: Path | None, name: str, formats: Sequence[str] = FORMATS) -> Image:
     """Decodes an image to see that it is complete. Raises DataError."""
-    with _opened(content, name, formats) as image:
+    with _opened(content, name, formats) as (image, orientation):
         width, height = image.size
-        size = (height, width) if image.getexif().get(ORIENTATION, 1) >= 5 else (width, height)
+        size = (height, width) if orientation in SIDEWAYS else (width, height)
         image.draft("RGB", (width // 8, height // 8))  # of JPEG, read completely but computed at a smaller size
         image.load()
     return Image(path, hashlib.sha256(content).hexdigest(), *size, name)
 
 
 @contextmanager
-def _opened(content: bytes, name: str, formats: Sequence[str] = FORMATS) -> Iterator[Any]:
-    """Yields a still image of an expected format and size. PIL's errors within the block become DataError."""
+def _opened(content: bytes, name: str, formats: Sequence[str] = FORMATS) -> Iterator[tuple[Any, int]]:
+    """Yields a still image of an expected format and size, and the orientation in its EXIF data.
+
+    PIL's errors within the block become DataError.
+    """
     import PIL.Image
 
+    if not content:
+        raise DataError(f"image {name} is empty")
     try:
         with warnings.catch_warnings(action="ignore", category=PIL.Image.DecompressionBombWarning):
             image = PIL.Image.open(BytesIO(content), formats=tuple(formats))
@@ -230,12 +275,14 @@ def _opened(content: bytes, name: str, formats: Sequence[str] = FORMATS) -> Iter
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":
             raise DataError(f"image {name} is an animation of {frames:,} frames; save one of them as an image")
-        yield image
+        yield image, image.getexif().get(ORIENTATION, 1)
+    except DataError:
+        raise
     except PIL.UnidentifiedImageError:
         raise DataError(f"image {name} is not an image; expected one of {', '.join(formats)}") from None
     except PIL.Image.DecompressionBombError:
         raise DataError(f"image {name} has too many pixels; expected at most {MOST_PIXELS:,}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+    except BROKEN as error:
         raise DataError(f"image {name} cannot be decoded: {error}; repair or remove it") from None
 
 
@@ -243,10 +290,10 @@ def _decode(content: bytes, name: str) -> Any:
     """Returns an image in RGB, rotated by its EXIF tag. Transparent pixels become white, 16 bits become 8."""
     import numpy as np
     import PIL.Image
-    import PIL.ImageOps
 
-    with _opened(content, name) as opened:
-        image = PIL.ImageOps.exif_transpose(opened)
+    with _opened(content, name) as (image, orientation):
+        if orientation in TURNS:
+            image = image.transpose(TURNS[orientation])
         if image.mode.startswith("I"):  # 16 bits of gray, which PIL would clip at 255
             image = PIL.Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:

@@ -34,7 +34,7 @@ SHAREGPT_ROLES = {
 }
 REASONING = "reasoning_content"
 TEXT_PART, IMAGE = "text", "image"  # types of a message's parts, and the keys of their values
-IMAGE_VALUES = (IMAGE, "path", "url", "bytes")  # keys of an image's value in the common formats
+IMAGE_VALUES = (IMAGE, "bytes", "path", "url")  # keys of an image's value in the common formats
 PLACEHOLDER = "<image>"  # in texts, of an image in a column: LLaVA, LLaMA-Factory, ms-swift, TRL
 REASONING_KEYS = (REASONING, "thinking", "reasoning")  # vLLM and most templates; gpt-oss; OpenRouter
 
@@ -135,30 +135,29 @@ def text_of(message: dict[str, Any]) -> str:
 def place_images(messages: Messages, images: list[Any]) -> Messages:
     """Puts the images of a row's column into its messages, where these have a part without value or <image>.
 
-    If there is no such place, all images come before the text of the first user message, as in TRL.
+    If the messages have no images, all come before the text of the first user message, as in TRL.
     Raises DataError if their numbers differ, or if there is no user message.
     """
-    if not images:
-        return messages
     split = [_split_placeholders(message) if message["role"] == "user" else message for message in messages]
-    missing = sum(part[IMAGE] is None for message in split for part in _images_in(message))
-    if not missing:
+    values = [part[IMAGE] for message in split for part in _images_in(message)]
+    missing = sum(value is None for value in values)
+    if images and not values:
         first = next((index for index, message in enumerate(messages) if message["role"] == "user"), None)
         if first is None:
             raise DataError("images: expected a user message that they belong to, got none")
         content = messages[first]["content"]
-        rest = [{"type": TEXT_PART, TEXT_PART: content}] if isinstance(content, str) else content
         parts = [{"type": IMAGE, IMAGE: image} for image in images]
-        return [*messages[:first], {**messages[first], "content": [*parts, *rest]}, *messages[first + 1 :]]
+        content = [*parts, {"type": TEXT_PART, TEXT_PART: content}]
+        return [*messages[:first], {**messages[first], "content": content}, *messages[first + 1 :]]
     if missing != len(images):
         raise DataError(
-            f"images: expected {missing:,}, one for each {PLACEHOLDER} in the messages, got {len(images):,}; make them "
-            "agree"
+            f"images: expected {missing:,}, one for each {PLACEHOLDER} or image without a value in the messages, got "
+            f"{len(images):,}; make them agree"
         )
-    values = iter(images)
+    rest = iter(images)
     for message in split:
         for part in _images_in(message):
-            part[IMAGE] = next(values) if part[IMAGE] is None else part[IMAGE]
+            part[IMAGE] = next(rest) if part[IMAGE] is None else part[IMAGE]
     return split
 
 

@@ -18,7 +18,7 @@ from tailora.data import dataset
 from tailora.data.chat_template import ChatTokenizer, DataSettings, fit_to_template, has_tools, to_conversation
 from tailora.data.dataset import WARNINGS, DataReport, Example, Examples, Mixture, SourceReport, with_other_replies
 from tailora.data.demo import resolve_demo
-from tailora.data.images import read_images
+from tailora.data.images import read_images, store_images
 from tailora.data.messages import has_images, parsed_list, place_images
 from tailora.data.processor import text_tokenizer
 from tailora.data.readers import Row, RowProblem, Rows, Source, data_error, read_rows
@@ -57,8 +57,15 @@ def encode_source(
     Raises DataError if those items contain no row, or no row of a known schema.
     """
     settings = tokenizer.settings
+    if tokenizer.processor is not None:
+        items = (replace(i, fields=store_images(i.fields)) if isinstance(i, Row) else i for i in items)
     first = list(islice(items, detect_from))
     mapping = detect_source_schema(source, first, settings.field, settings.task)
+    if tokenizer.processor is not None and (unused := [name for name in IMAGE_COLUMNS if name in mapping.ignored]):
+        raise DataError(
+            f"data {source}: {mapping.schema.name} rows cannot have images, but these have the column "
+            f"{' and '.join(unused)}; use messages, or prompt and completion, or remove the column"
+        )
     if settings.for_evaluation and mapping.schema.name == FEEDBACK:
         raise DataError(
             f"data {source}: single replies with a label cannot be evaluated; use rows with chosen and rejected, or "
@@ -102,23 +109,26 @@ def _with_images(
     """Returns the sample with the images of its messages and columns, which were read and checked."""
     columns = [mapping.columns[key] for key in IMAGE_COLUMNS if key in mapping.columns]
     values = [value for column in columns if (value := row.fields.get(column)) not in (None, "", [])]
-    if isinstance(sample, RowProblem) or not (values or _has_images(sample)):
+    if isinstance(sample, RowProblem) or not (columns or _has_images(sample)):
         return sample
     if not isinstance(sample, Conversation | Pair):
         return row.problem("images are only supported in chats and in prompts with a completion")
-    if tokenizer.processor is None:
-        return row.problem("the row has images, but the model reads only text; use a vision-language model")
     if len(values) > 1:
         return row.problem(f"the row has {' and '.join(columns)}; use one column for all images")
     chat, settings = to_conversation(sample), tokenizer.settings
-    folder = Path(row.file).parent if settings.image_folder is None else Path(settings.image_folder).expanduser()
+    file = Path(row.file)
+    folder = file if file.is_dir() else file.parent if file.exists() else None  # None: from the Hub
+    if settings.image_folder is not None:
+        folder = Path(settings.image_folder).expanduser()
     try:
-        parsed = parsed_list(values[0], IMAGE_COLUMNS[0]) if values else None
-        messages = place_images(chat.messages, parsed if isinstance(parsed, list) else [parsed] if values else [])
+        parsed = parsed_list(values[0], IMAGE_COLUMNS[0]) if values else []
+        messages = place_images(chat.messages, parsed if isinstance(parsed, list) else [parsed])
+        if has_images(messages) and tokenizer.processor is None:
+            return row.problem("the row has images, but the model reads only text; use a vision-language model")
         messages = read_images(messages, folder, allow_remote=settings.allow_remote_images)
     except DataError as error:
         return row.problem(error)
-    return replace(chat, messages=messages)
+    return replace(chat, messages=messages) if has_images(messages) else sample
 
 
 def _has_images(sample: AnySample) -> bool:

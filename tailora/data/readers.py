@@ -19,6 +19,7 @@ from tailora.errors import DataError, listing, nearest, nearest_path, value_type
 
 MAX_SHOWN = 20  # problems in one error
 MAX_SIZE = {".json": 2**31, ".txt": 2**27}  # bytes; these files are read at once and need several times their size
+ARROW_ROWS = 64  # to read at a time; each may contain images
 MAX_FIELD = 2**31 - 1  # characters of a CSV field; Python's own limit is 131,072
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "|"}
 SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
@@ -287,21 +288,26 @@ def read_parquet(path: Path) -> Rows:
 
     number = 0
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20)  # rows with images may be large
         if repeated := _repeated(file.schema_arrow.names):
             yield RowProblem(str(path), 0, f"duplicate columns {repeated}; rename all but one")
             return
-        for batch in file.iter_batches(1024):
-            try:
-                rows = batch.to_pylist()
-            except (ValueError, OverflowError):
-                rows = list(_row_by_row(batch))
-            for fields in rows:
-                number += 1
-                is_read = isinstance(fields, dict)
-                yield _arrow_row(str(path), number, fields) if is_read else RowProblem(str(path), number, fields, True)
+        for batch in file.iter_batches(ARROW_ROWS):
+            yield from _arrow_rows(str(path), number, batch)
+            number += len(batch)
     except pyarrow.ArrowException as error:
         yield RowProblem(str(path), 0, f"not Parquet: {str(error).splitlines()[0]}")
+
+
+def _arrow_rows(file: str, number: int, batch: Any) -> Rows:
+    """Yields the rows of a batch or table. number: of rows before it."""
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError):
+        rows = _row_by_row(batch)
+    for index, fields in enumerate(rows, number + 1):
+        is_read = isinstance(fields, dict)
+        yield _arrow_row(file, index, fields) if is_read else RowProblem(file, index, fields, True)
 
 
 def _row_by_row(batch: Any) -> Iterator[dict[str, Any] | str]:
@@ -357,18 +363,17 @@ READERS: dict[str, Callable[[Path], Rows]] = {
 # ---- Hugging Face datasets
 
 
-def read_hub(source: str, split: str, streaming: bool) -> Iterator[Row]:
+def read_hub(source: str, split: str, streaming: bool) -> Rows:
     """Yields the rows of the Hub dataset `owner/name` or `owner/name:configuration`. Raises DataError."""
     import datasets
 
     name, _, configuration = source.partition(":")
     with _datasets_errors(source, name):
         rows = datasets.load_dataset(name, configuration or None, split=split, streaming=streaming)
-        for number, fields in enumerate(rows, 1):
-            yield _arrow_row(f"{source}[{split}]", number, fields)
+        yield from _undecoded(f"{source}[{split}]", rows)
 
 
-def read_saved(folder: Path, split: str) -> Iterator[Row]:
+def read_saved(folder: Path, split: str) -> Rows:
     """Yields the rows of a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`. Raises DataError."""
     import datasets
 
@@ -377,8 +382,15 @@ def read_saved(folder: Path, split: str) -> Iterator[Row]:
         if isinstance(saved, dict) and split not in saved:
             raise DataError(f"data {folder}: no split {split!r}; found {', '.join(saved)}{nearest(split, saved)}")
         rows = saved[split] if isinstance(saved, dict) else saved
-        for number, fields in enumerate(rows, 1):
-            yield _arrow_row(str(folder), number, fields)
+        yield from _undecoded(str(folder), rows)
+
+
+def _undecoded(file: str, rows: Any) -> Rows:
+    """Yields the rows as Arrow stores them: images as {"bytes", "path"}, which `datasets` would decode."""
+    number = 0
+    for table in rows.with_format("arrow").iter(ARROW_ROWS):
+        yield from _arrow_rows(file, number, table)
+        number += len(table)
 
 
 @contextmanager
