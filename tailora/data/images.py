@@ -207,7 +207,7 @@ def _file_bytes(path: Path, name: str) -> bytes:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
     except OSError as error:
-        raise DataError(f"image {name} cannot be read: {error.strerror or error}; its path is {path}") from None
+        raise DataError(f"image {name}: {error.strerror or error}; its path is {path}") from None
     if len(content) > MOST_BYTES:
         raise DataError(f"image {name} has more than {MOST_BYTES >> 20} MiB; save it with a smaller size")
     return content
@@ -262,7 +262,7 @@ def _opened(content: bytes, name: str, formats: Sequence[str] = FORMATS) -> Iter
     import PIL.Image
 
     if not content:
-        raise DataError(f"image {name} is empty")
+        raise DataError(f"image {name} is not an image: it is empty")
     try:
         with warnings.catch_warnings(action="ignore", category=PIL.Image.DecompressionBombWarning):
             image = PIL.Image.open(BytesIO(content), formats=tuple(formats))

@@ -282,7 +282,7 @@ UNUSABLE: dict[str, tuple[Callable[[], bytes], str]] = {
     "pdf": (lambda: b"%PDF-1.7\n", "is not an image"),
     "svg": (lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not an image"),
     "tiff": (lambda: content_of(NOISE, "TIFF"), "is not an image; expected one of PNG, JPEG, WEBP, GIF, BMP"),
-    "empty": (lambda: b"", "is empty"),
+    "empty": (lambda: b"", "is not an image: it is empty"),
     "bomb": (lambda: png_header(50_000, 50_000), "has too many pixels; expected at most 64,000,000"),
     "large": (lambda: png_header(9_000, 9_000), "has 9,000 x 9,000 pixels; expected at most 64,000,000"),
     "half a PNG": (lambda: content_of(NOISE)[:3000], "cannot be decoded: .*; repair or remove it"),
@@ -314,7 +314,7 @@ def test_all_problems_of_all_rows_are_reported_at_once(colors: Path, processor: 
     for expected in (
         f"{colors}/rows.jsonl:1: ",
         "image a.png is not an image",
-        f"image missing.png cannot be read: No such file or directory; its path is {colors}/missing.png",
+        f"image missing.png: No such file or directory; its path is {colors}/missing.png",
         f"{colors}/rows.jsonl:3: image '../secret.png' is outside of {colors}; move it there, or set --image-folder",
     ):
         assert expected in text
@@ -376,7 +376,7 @@ def test_a_link_to_a_file_in_the_folder_is_followed(colors: Path, processor: Pro
         (chat([{"type": "video", "path": "a.mp4"}]), r"messages\[0\].content\[0\]: only text and images are supported"),
         (
             {"messages": [REPLY, {"role": "user", "content": "a"}, {**REPLY, "content": [{"type": "image"}]}]},
-            "assistant messages cannot contain images, because models generate only text",
+            "only user messages can contain images, got role assistant",
         ),
         ({"messages": [{"role": "system", "content": "a"}, REPLY], "image": "red.png"}, "expected a user message"),
         (chat([TEXT_PART], image={"path": 7}), "expected a path, a URL or bytes, got 7"),
@@ -434,8 +434,12 @@ def test_images_of_rows_that_are_not_files_need_a_folder() -> None:
 def test_a_size_that_the_processor_rejects_is_reported(
     colors: Path, processor: ProcessorMixin, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rejects(*_: Any, **__: Any) -> None:
-        raise ValueError("absolute aspect ratio must be smaller than 200")
+    original = type(processor).__call__
+
+    def rejects(self: ProcessorMixin, images: Any = None, **options: Any) -> Any:
+        if images is not None:
+            raise ValueError("absolute aspect ratio must be smaller than 200")
+        return original(self, images, **options)
 
     save_image(colors / "a.png", "red", size)
     row = chat("?", image="a.png")
@@ -512,7 +516,7 @@ def test_an_image_that_changes_before_its_batch_is_refused(colors: Path, change:
     image = read_image("red.png", colors)
     if change == "removed":
         (colors / "red.png").unlink()
-        cause = "image red.png cannot be read: No such file or directory"
+        cause = "image red.png: No such file or directory"
     else:
         save_image(colors / "red.png", "blue")
         cause = "image red.png changed after it was read; start again"
