@@ -1,6 +1,7 @@
 """The page for comparing two models: its headers, how its requests are passed on, and what people do in a browser."""
 
 import asyncio
+import base64
 import itertools
 import json
 import socket
@@ -14,8 +15,11 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from playwright.sync_api import Browser, Page, expect
+from tiny import stir
 from tiny_server import on_loopback, running, write_adapters
+from tiny_vision import outspoken_llava, plain_answer, save_image
 
+from tailora import LoRAConfig, LoRAModel
 from tailora.data.schemas import PREFERENCE, detect_schema
 from tailora.errors import ConfigError
 from tailora.serve.playground import LOCAL_HOSTS, add_page, page, page_headers, playground_app
@@ -25,21 +29,30 @@ SCHEMES: list[Literal["light", "dark"]] = ["light", "dark"]
 ANSWERS = {"base": ["I", " am", " here"], "legal": ["I", " object", " <b>strongly</b>"]}
 
 
-def upstream(requests: list[dict[str, Any]], owner: str = "tailora", system: str | None = None) -> FastAPI:
+def upstream(
+    requests: list[dict[str, Any]],
+    owner: str = "tailora",
+    system: str | None = None,
+    modalities: list[str] | None = None,
+) -> FastAPI:
     """A server of OpenAI's API with a base and adapters; it notes the requests.
 
-    owner: of the models.    system: message that the adapters were trained with.
+    owner: of the models.    system: message that the adapters were trained with.    modalities: that they read.
     """
     app = FastAPI()
     names = ["base", "legal"]
+    more = {} if modalities is None else {"input_modalities": modalities}
 
     @app.get("/v1/models")
     async def models() -> Any:
         return {
             "object": "list",
             "data": [
-                {"id": "base", "parent": None, "owned_by": owner, "system_message": None},
-                *({"id": name, "parent": "base", "owned_by": owner, "system_message": system} for name in names[1:]),
+                {"id": "base", "parent": None, "owned_by": owner, "system_message": None, **more},
+                *(
+                    {"id": name, "parent": "base", "owned_by": owner, "system_message": system, **more}
+                    for name in names[1:]
+                ),
             ],
         }
 
@@ -263,6 +276,57 @@ class TestInBrowser:
         user = {"role": "user", "content": "Who are you?"}
         expected = [[{"role": "system", "content": text}, user] for text in (system, "Rhyme.", "") for _ in range(2)]
         assert [request["messages"] for request in requests] == expected
+
+    def test_images_are_previewed_and_sent_as_data_urls(
+        self, opened: Page, requests: list[dict[str, Any]], tmp_path: Path
+    ) -> None:
+        files = [tmp_path / save_image(tmp_path / f"{color}.png", color) for color in ("red", "blue")]
+        opened.set_input_files("#images", files)
+        expect(opened.locator("#previews figcaption")).to_have_text(["red.png", "blue.png"])
+        is_shown = "images => images.every(image => image.complete && image.naturalWidth === 28)"
+        assert opened.eval_on_selector_all("#previews img", is_shown)
+        ask(opened)
+        urls = [f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}" for file in files]
+        images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        content = [*images, {"type": "text", "text": "Who are you?"}]
+        assert [request["messages"] for request in requests] == [[{"role": "user", "content": content}]] * 2
+        opened.click("#remove")
+        assert opened.locator("#previews img").count() == 0
+        ask(opened)
+        assert requests[-1]["messages"] == [{"role": "user", "content": "Who are you?"}]
+
+    @pytest.mark.parametrize("modalities", [["text"], ["text", "image"]])
+    def test_only_models_that_read_images_get_some(
+        self, browser: Browser, requests: list[dict[str, Any]], modalities: list[str]
+    ) -> None:
+        with (
+            on_loopback(upstream(requests, modalities=modalities)) as server,
+            on_loopback(playground_app(server)) as url,
+            open_page(browser, url) as opened,
+        ):
+            assert opened.is_visible("#images") == ("image" in modalities)
+
+    @pytest.mark.slow
+    def test_our_own_server_answers_about_an_image(self, browser: Browser, tmp_path: Path) -> None:
+        save_image(tmp_path / "red.png", "red")
+        model, processor = outspoken_llava()
+        part = {"type": "image", "path": str(tmp_path / "red.png")}
+        chat = [{"role": "user", "content": [part, {"type": "text", "text": "which"}]}]
+        adapted = LoRAModel(outspoken_llava()[0], LoRAConfig(r=2, target_modules="language-model"))
+        stir(adapted)
+        adapted.save_adapter(tmp_path / "adapter")
+        expected = [plain_answer(each.eval(), processor, chat, 12) for each in (model, adapted)]
+        base = outspoken_llava()[0]
+        with (
+            running(
+                tmp_path, base=base, tokenizer=processor, adapters=["adapter"], allowed_hosts=LOCAL_HOSTS
+            ) as server,
+            open_page(browser, server.url) as opened,
+        ):
+            opened.set_input_files("#images", tmp_path / "red.png")
+            opened.fill("#max-tokens", "12")
+            ask(opened, "which")
+            assert [opened.locator(".answer").nth(side).text_content() for side in (0, 1)] == expected
 
     @pytest.mark.slow
     def test_our_own_server(self, browser: Browser, tmp_path: Path) -> None:
