@@ -202,7 +202,7 @@ def _path_inside(value: str, folder: Path | None) -> Path:
 
 def _file_bytes(path: Path, name: str) -> bytes:
     try:
-        if path.exists() and not path.is_file():
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe or a device has no end
             raise DataError(f"image {name} is not a file")
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)

@@ -151,8 +151,8 @@ def place_images(messages: Messages, images: list[Any]) -> Messages:
         return [*messages[:first], {**messages[first], "content": content}, *messages[first + 1 :]]
     if missing != len(images):
         raise DataError(
-            f"images: expected {missing:,}, one for each {PLACEHOLDER} or image without a value in the messages, got "
-            f"{len(images):,}; make them agree"
+            f"images: expected {missing:,}, one for each {PLACEHOLDER} in the messages, got {len(images):,}; make them "
+            "agree"
         )
     rest = iter(images)
     for message in split:

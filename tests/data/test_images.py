@@ -332,7 +332,7 @@ def test_all_problems_of_all_rows_are_reported_at_once(colors: Path, processor: 
         ("loop.png", "loop|symbolic links"),
         ("a\0.png", "is not a path"),
         ("x" * 5000, "File name too long"),
-        (".", "is not a file"),
+        (".", "Is a directory"),
         ("pipe", "is not a file"),
         ("hf://datasets/a/b.png", r"expected a path or an http\(s\) URL"),
         ("http://example.com/a.png", "is remote; download it, or use --allow-remote-images"),
@@ -340,7 +340,7 @@ def test_all_problems_of_all_rows_are_reported_at_once(colors: Path, processor: 
         ("data:image/png;base64,a", "is not a base64 data URL"),
         ("data:image/png;base64,!!!!", "is not a base64 data URL"),
         (7, "expected a path, a URL or bytes, got 7"),
-        (None, "expected 1, one for each <image> or image without a value in the messages, got 0"),
+        (None, "expected 1, one for each <image> in the messages, got 0"),
     ],
 )
 def test_a_path_or_url_that_must_not_be_read_is_refused(
@@ -371,7 +371,7 @@ def test_a_link_to_a_file_in_the_folder_is_followed(colors: Path, processor: Pro
         (chat("?", images=["red.png"] * 500), "the row has 500 images; expected at most 100. Split it into several"),
         (
             chat([{"type": "image", "path": "red.png"}, {"type": "text", "text": "What does <image> mean?"}]),
-            "images: expected 1, one for each <image> or image without a value in the messages, got 0",
+            "images: expected 1, one for each <image> in the messages, got 0",
         ),
         (chat([{"type": "video", "path": "a.mp4"}]), r"messages\[0\].content\[0\]: only text and images are supported"),
         (
