@@ -403,7 +403,9 @@ class BodyLimit:
             if values > MOST_VALUES:
                 raise HTTPException(413, f"the request has too many values; the limit is {MOST_VALUES:,}")
             if self.in_progress > MOST_IN_PROGRESS:
-                raise HTTPException(503, "the requests in progress are too large for another one; try again later")
+                raise HTTPException(
+                    503, "the requests in progress already fill the memory for requests; try again later"
+                )
             return message
 
         try:

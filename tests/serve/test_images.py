@@ -111,7 +111,7 @@ def alone(parts: tuple[str, ...], adapter: str, root: Path) -> str:
 
 
 def together(server: Running, root: Path, asked: list[tuple[tuple[str, ...], str]]) -> tuple[list[Any], int]:
-    """Returns the responses to requests that arrive while another one runs, and the number of prompts' forwards."""
+    """Returns the responses to requests that arrive while a different one runs, and the number of prompts' forwards."""
     engine = server.app.state.server.engine
     lengths = list[int]()
 
@@ -330,7 +330,7 @@ def test_images_are_decoded_outside_of_the_event_loop(server: Running, monkeypat
         answers = [pool.submit(chat, server, "text", messages=user(GOOD), max_tokens=1) for _ in range(4)]
         assert is_decoding.wait(60)
         assert server.http.get("/health").status_code == 200
-        assert chat(server, "text", messages=user("which"), max_tokens=1).choices  # has threads of its own
+        assert chat(server, "text", messages=user("which"), max_tokens=1).choices  # does not wait for them
         go_on.set()
         assert all(answer.result().choices for answer in answers)
 
