@@ -7,7 +7,7 @@ An adapter on such a layer has no effect until it is merged.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, takewhile
 from typing import Literal
@@ -102,18 +102,34 @@ class LayerCalls:
         """
         return [path for path, layer in self.layers.items() if layer not in self.ran and self.owners[path] in self.ran]
 
+    def read_by(self, forward: Callable[[], Tensor]) -> list[str]:
+        """Returns the layers of `not_called` whose weights the forward uses in another way.
+
+        A quantized weight, which has no gradient, counts as used.
+        """
+        weights = {path: [*self.layers[path].parameters()] for path in self.not_called}
+        plain = [weight for own in weights.values() for weight in own if weight.is_floating_point()]
+        try:
+            for weight in plain:
+                weight.requires_grad = True
+            unused = {*plain} - leaves(forward())
+        finally:
+            for weight in plain:  # the base model is frozen
+                weight.requires_grad = False
+        return [path for path, own in weights.items() if not unused.issuperset(own)]
+
     def not_trained_by(self, output: Tensor) -> list[str]:
         """Returns paths of layers to which `output`, of the recorded forward, passes no gradient.
 
-        Their part of the model did not run, such as cross-attention or a tower for images, or the output does not
-        depend on them smoothly: an indexer only selects tokens. An expert without tokens, or an element of any other
-        list of modules, is not among them.
+        They or their part of the model did not run, such as cross-attention or a tower for images, or the output does
+        not depend on them smoothly: an indexer only selects tokens. An expert without tokens, or an element of any
+        other list of modules, is not among them.
         """
         trained = leaves(output)
 
         def is_idle(path: str) -> bool:
             outer = [*takewhile(lambda module: module not in self.ran, self.around[path])]
-            return bool(outer) and not is_list(outer[-1])
+            return not outer or not is_list(outer[-1])
 
         def has_gradient(layer: nn.Module) -> bool:
             return any(parameter in trained for part in attached_parts(layer) for parameter in part.parameters())

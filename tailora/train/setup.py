@@ -446,9 +446,9 @@ def init_from_data(model: Trainable, data: TrainingData, layout: BatchLayout, ba
 
 
 def check_layers_are_called(model: Trainable, example: Example, task: Task, layout: BatchLayout) -> None:
-    """Raises TargetError if a forward calls no adapted layer, or the module around one but not the layer itself.
+    """Raises TargetError if a forward calls no adapted layer, or reads the weight of one without calling it.
 
-    Warns about layers that the example does not train.
+    Warns about other layers that the example does not train.
     """
     if not isinstance(model, LoRAModel):
         return
@@ -457,18 +457,23 @@ def check_layers_are_called(model: Trainable, example: Example, task: Task, layo
     batch = make_batch([part], replace(layout, packed=False), device, task)
     calls = layer_calls(model)
     keep_nothing = torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: torch.empty(0))
-    with evaluating(model), calls.recorded(), keep_nothing:  # the graph is only looked at
-        output: Tensor = task.call(model, batch).logits
-    forget_forward(model.base_model)
+
+    def forward() -> Tensor:
+        with evaluating(model), calls.recorded(), keep_nothing:  # the graph is only looked at
+            output: Tensor = task.call(model, batch).logits
+        forget_forward(model.base_model)
+        return output
+
+    output = forward()
     if calls.ran.isdisjoint(calls.layers.values()):
         raise TargetError(
             f"the model uses none of the adapted layers for text ({', '.join([*calls.layers][:5])}); change "
             "--target-modules"
         )
-    if paths := calls.not_called:
+    if calls.not_called and (paths := calls.read_by(forward)):
         raise TargetError(
-            f"the model does not call {', '.join(paths[:5])} ({len(paths)} in total), so adapters there would have no "
-            f"effect; exclude them with --exclude-modules {' '.join(last_names(paths))}"
+            f"the model only reads the weights of {', '.join(paths[:5])} ({len(paths)} in total), so adapters there "
+            f"would have no effect; exclude them with --exclude-modules {' '.join(last_names(paths))}"
         )
     if paths := calls.not_trained_by(output):
         warnings.warn(

@@ -139,9 +139,11 @@ def recorded(model: Any, *args: Tensor) -> tuple[LayerCalls, Any]:
 
 
 def test_a_forward_shows_which_layers_the_model_does_not_call() -> None:
-    calls, output = recorded(LoRAModel(Block(), LoRAConfig(r=2)), torch.randn(3, 8))
-    assert calls.not_called == ["read", "conditional"]
-    assert calls.not_trained_by(output) == []  # the second expert is not one
+    model = LoRAModel(Block(), LoRAConfig(r=2))
+    calls, output = recorded(model, x := torch.randn(3, 8))
+    assert calls.not_called == calls.not_trained_by(output) == ["read", "conditional"]  # the second expert is not one
+    assert calls.read_by(lambda: model(x)) == ["read"]
+    assert not any(parameter.requires_grad for parameter in model.base_model.parameters())
 
 
 def test_the_cross_attention_of_a_decoder_alone_is_not_trained() -> None:

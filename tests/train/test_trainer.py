@@ -86,15 +86,20 @@ def skip_down_proj(mlp: Any, x: torch.Tensor) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize("forward", [read_down_proj, skip_down_proj])
-def test_a_layer_that_is_not_called_is_refused_before_training(
-    settings: Any, monkeypatch: pytest.MonkeyPatch, forward: Any
+def test_a_layer_whose_weight_is_only_read_is_refused_before_training(
+    settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LlamaMLP, "forward", forward)
-    message = r"does not call model.layers.0.mlp.down_proj, .*\(2 in total\).*--exclude-modules down_proj"
+    monkeypatch.setattr(LlamaMLP, "forward", read_down_proj)
+    message = r"only reads the weights of model.layers.0.mlp.down_proj, .*\(2 in total\).*--exclude-modules down_proj"
     with pytest.raises(TargetError, match=message):
         run(settings(max_steps=1, fast="off"))
     assert run(settings(max_steps=1, exclude_modules=["down_proj"], fast="off")).steps == 1
+
+
+def test_a_layer_that_the_model_does_not_use_is_named(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaMLP, "forward", skip_down_proj)  # as a projector of images is skipped in text
+    with pytest.warns(TailoraWarning, match=r"model.layers.0.mlp.down_proj, .*\(2 adapted layers in total\) get no"):
+        run(settings(max_steps=1, fast="off"))
 
 
 def test_layers_that_the_longest_example_does_not_train_are_named(
