@@ -20,7 +20,7 @@ from tailora.core.init import WEIGHT_INITS, check_init, init_from_weight
 from tailora.core.layer import INITS, LoRALayer
 from tailora.core.layer_types import computing_device, layer_of, weight_of, whole_tensor
 from tailora.core.patterns import inside
-from tailora.core.quantization import dense_shape, weight_count
+from tailora.core.quantization import dense_shape, stored_weight, weight_count
 from tailora.core.targets import Selection, Target
 from tailora.errors import AdapterError, FormatError, TargetError, listing
 
@@ -117,7 +117,7 @@ def create(selection: Selection, config: LoRAConfig, *, fresh: bool = True) -> A
 def low_rank_layer(target: Target, config: LoRAConfig, *, fresh: bool = True) -> LoRALayer:
     """Returns an update for this layer. fresh=False leaves the factors uninitialized, without random numbers."""
     in_features, out_features = target.dims
-    weight = weight_of(target.layer, target.layer_type.weight_name)  # as stored; the dense value is not needed
+    weight = stored_weight(target.layer, target.layer_type.weight_name)  # the dense value is not needed
     shape_A, shape_B = target.layer_type.shapes(target.layer, target.r)
     # "kaiming" until it is filled from the weight or from data
     random = config.init_lora_weights if config.init_lora_weights in INITS else "kaiming"

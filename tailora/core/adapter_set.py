@@ -135,7 +135,7 @@ class AdapterSet:
             detach(module)
         allow_repacking(self._not_repacked)
         for name, parameter in self.base_model.named_parameters(remove_duplicate=False):
-            parameter.requires_grad = self._required_grad[name]
+            parameter.requires_grad = self._required_grad.get(name, False)  # a dequantized one is new
         self.adapters, self.active, self._modules = {}, (), {}
         self.layers.clear()  # `_row_order` has the same dict
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tailora.core.device import wide_dtype
 from tailora.core.fused_layers import OutputSlice
 from tailora.core.layer_types import LayerType, weight_of, whole_tensor
-from tailora.core.quantization import dense_weight, is_quantized
+from tailora.core.quantization import dense_weight, is_quantized, stored_weight
 
 BLOCK = 2**18  # numbers of a 16-bit weight to cast at a time, so that they stay in a CPU's cache
 
@@ -88,7 +88,7 @@ class RowNorms:
     def refresh(self, layer: nn.Module) -> None:
         """Recomputes ||W|| if the layer's weight was replaced or changed."""
         name = self.layer_type.weight_name
-        weight = weight_of(layer, name)
+        weight = stored_weight(layer, name)
         if self._weight is None or not self._weight.is_of(weight):
             self._is_quantized = name == "weight" and is_quantized(layer)  # here: the compiler cannot trace it
             self.squares = row_squares(self._dense(layer), self.layer_type.is_transposed(layer), self.dtype)

@@ -230,9 +230,10 @@ class LoRALayer(nn.Module):
         """Returns W x + b + s (B A - B0 A0) x of a frozen linear layer where float32 is faster; None elsewhere."""
         is_plain = LAYER_TYPES.get(qualified_name(type(layer).plain)) is self.layer_type
         has_more = self.lora_bias is not None or self.bias is not None or (self.lora_dropout and self.training)
-        if not is_plain or has_more or not self._adds_a_product(x, x, x) or layer.weight.requires_grad:
+        weight = layer._parameters.get("weight")
+        if not is_plain or has_more or not self._adds_a_product(x, x, x) or weight is None or weight.requires_grad:
             return None
-        weight = layer.weight if self.layer_type is LINEAR else layer.weight.mT  # (out, in)
+        weight = weight if self.layer_type is LINEAR else weight.mT  # (out, in)
         return adapted_linear(x, weight, layer.bias, *self.scaled_factors())
 
     def _with_product(self, y: Tensor, x: Tensor) -> Tensor:

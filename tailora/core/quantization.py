@@ -3,30 +3,39 @@
     Storage         a plain weight, and the methods that differ between storages
     FourBit, Int8   bitsandbytes: blocks NF4 and FP4 (QLoRA, arXiv:2305.14314, sec. 3), rows (arXiv:2208.07339, sec. 2)
     TorchAO         tensors that can dequantize themselves
+    Packed          codes that only the layer itself can read: GPTQ, AWQ, HQQ
     STORAGES        name of a class -> its storage, with functions for layers and models
     dense_weight    the dequantized weight of a layer
     dequantize_layer, dequantize_model
                     the reversible changes that dequantize a layer, or all other layers of a model
 
-Storages are identified by the qualified name of the weight's class, so neither package has to be installed.
+Storages are identified by the qualified name of a class, so none of the packages has to be installed.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from tailora.core.attach import Change, ClassChange, TensorChange, class_with_plain
-from tailora.core.layer_types import qualified_name, weight_of, whole_tensor
+from tailora.core.layer_types import FORWARD_ERRORS, qualified_name, weight_of, whole_tensor
 
 
 class Storage:
-    """A plain weight. rounding: maximum quantization error, as a share of the largest number in the row."""
+    """A plain weight.
+
+    rounding: maximum quantization error, as a share of the largest number in the row.
+    weight_name: the layer's parameter or buffer with the numbers, or their codes.
+    keeps_dtype: False if the precision before quantization is unknown.
+    """
 
     rounding = 0.0
+    weight_name = "weight"
+    keeps_dtype = True
 
     def shape(self, layer: Any) -> torch.Size:
         """Returns the shape of the dense weight, (out, in)."""
@@ -92,6 +101,7 @@ class Int8(Storage):
     """8-bit weights of bitsandbytes: 127 is the largest number of the row."""
 
     rounding = 1 / 254 + 2**-11  # it was rounded to float16 first
+    keeps_dtype = False
 
     def dense(self, layer: Any) -> Tensor:
         return cast(Tensor, layer.weight.data.float() * (self._scales(layer).float() / 127))
@@ -116,6 +126,48 @@ class TorchAO(Storage):
         return list(inner_tensors(layer.weight))
 
 
+class Packed(Storage):
+    """A layer without a weight: gptqmodel's for GPTQ and AWQ, hqq's. Its outputs for the unit vectors are W."""
+
+    rounding = 0.5  # calibration moves numbers further than to the next code
+    keeps_dtype = False
+
+    def __init__(self, weight_name: str) -> None:
+        self.weight_name = weight_name
+
+    def shape(self, layer: Any) -> torch.Size:
+        return torch.Size((layer.out_features, layer.in_features))
+
+    @torch.no_grad()
+    def dense(self, layer: Any) -> Tensor:
+        forward, like = plain_forward(layer), self.scales(layer)
+        columns = torch.empty(layer.in_features, layer.out_features, dtype=like.dtype, device=like.device)
+        for start in range(0, layer.in_features, UNIT_VECTORS):
+            block = columns[start : start + UNIT_VECTORS]
+            x = torch.zeros(len(block), layer.in_features, dtype=like.dtype, device=like.device)
+            x.diagonal(start).fill_(1)
+            block.copy_(forward(x) - forward(torch.zeros_like(x[:1])))
+        return columns.T.contiguous()
+
+    def tensors(self, layer: Any) -> list[Tensor]:
+        """Also of attributes, and of the dictionary in which hqq keeps scales."""
+        attributes = {**vars(layer), **layer._parameters, **layer._buffers}
+        values = (*attributes.values(), *attributes.get("meta", {}).values())
+        weight = stored_weight(layer)
+        return [weight, *(value for value in values if isinstance(value, Tensor) and value is not weight)]
+
+    def scales(self, layer: Any) -> Tensor:
+        return next(tensor for tensor in self.tensors(layer)[1:] if tensor.is_floating_point())
+
+
+UNIT_VECTORS = 1024  # rows of a batch
+
+
+def plain_forward(layer: Any) -> Callable[[Tensor], Tensor]:
+    """Returns the forward of the layer without its adapters."""
+    return partial(getattr(layer, "plain", type(layer)).forward, layer)
+
+
 def inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
     """Yields the plain tensors that a tensor subclass wraps; the tensor itself if it wraps none."""
     if not hasattr(tensor, "__tensor_flatten__"):
@@ -134,6 +186,8 @@ STORAGES: dict[str, Storage] = {  # by the class of the weight, or of the layer:
     "bitsandbytes.nn.modules.Int8Params": INT8,
     "bitsandbytes.nn.modules.Linear8bitLt": INT8,
     "torchao.utils.TorchAOBaseTensor": TORCHAO,
+    "gptqmodel.nn_modules.qlinear.BaseQuantLinear": Packed("qweight"),
+    "hqq.core.quantize.HQQLinear": Packed("W_q"),
 }
 
 
@@ -143,11 +197,17 @@ STORAGES: dict[str, Storage] = {  # by the class of the weight, or of the layer:
 def storage_of(layer: nn.Module) -> Storage:
     """Returns how the layer's weight is stored. bitsandbytes' weights are plain until they first move to a device."""
     weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor):
-        return PLAIN
     names = map(qualified_name, (*type(weight).__mro__, *type(layer).__mro__))
     storage = next((STORAGES[name] for name in names if name in STORAGES), PLAIN)
-    return PLAIN if storage is not TORCHAO and weight.dtype.is_floating_point else storage
+    if isinstance(storage, Packed):
+        return storage
+    is_plain = not isinstance(weight, Tensor) or (storage is not TORCHAO and weight.dtype.is_floating_point)
+    return PLAIN if is_plain else storage
+
+
+def stored_weight(layer: nn.Module, name: str = "weight") -> Tensor:
+    """Returns the parameter or buffer that contains the layer's weight, or its codes."""
+    return weight_of(layer, storage_of(layer).weight_name if name == "weight" else name)
 
 
 def is_quantized(layer: nn.Module) -> bool:
@@ -158,16 +218,16 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if is_quantized(module)}
 
 
-def dense_weight(layer: nn.Module, name: str = "weight", int8_dtype: torch.dtype | None = None) -> Tensor:
+def dense_weight(layer: nn.Module, name: str = "weight", dtype: torch.dtype | None = None) -> Tensor:
     """Returns the layer's dense weight in the layout of its class, which is the weight itself unless it is quantized.
 
-    It has the precision before quantization. int8 does not store it, so it uses `int8_dtype`, such as the dtype of the
-    model's other weights, or float32. name: of a different parameter, which is never quantized.
+    It has the precision before quantization. A storage that does not keep this precision uses `dtype`, such as the
+    dtype of the model's other weights, or its own. name: of a different parameter, which is never quantized.
     """
     if name != "weight" or not is_quantized(layer):
         return whole_tensor(weight_of(layer, name).detach())
-    value = storage_of(layer).dense(layer)
-    return value.to(int8_dtype) if int8_dtype is not None and storage_of(layer) is INT8 else value
+    storage = storage_of(layer)
+    return storage.dense(layer).to(None if storage.keeps_dtype else dtype)
 
 
 def dense_shape(layer: nn.Module, name: str = "weight") -> torch.Size:
@@ -186,19 +246,27 @@ def in_file_layout(layer: nn.Module, weight: Tensor) -> Tensor:
 
 def weight_count(module: nn.Module) -> int:
     """Returns the number of parameters before quantisation, which packs several into one."""
-    quantized = {id(layer.weight): layer for layer in module.modules() if is_quantized(layer)}
-    return sum(
-        dense_shape(quantized[id(parameter)]).numel() if id(parameter) in quantized else parameter.numel()
-        for parameter in module.parameters()
-    )
+    quantized = _by_stored_weight(module)
+    plain = sum(parameter.numel() for parameter in module.parameters() if id(parameter) not in quantized)
+    biases = [getattr(layer, "bias", None) for layer in quantized.values()]  # of packed layers no parameters
+    plain += sum(b.numel() for b in biases if isinstance(b, Tensor) and not isinstance(b, nn.Parameter))
+    return plain + sum(dense_shape(layer).numel() for layer in quantized.values())
+
+
+def _by_stored_weight(module: nn.Module) -> dict[int, nn.Module]:
+    """Returns id of the stored weight -> quantized layer."""
+    return {id(stored_weight(layer)): layer for layer in module.modules() if is_quantized(layer)}
 
 
 def named_stored_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, list[Tensor]]]:
     """Yields the name of every parameter and buffer, itself, and the plain tensors in memory that it consists of."""
-    quantized = {id(layer.weight): layer for layer in module.modules() if is_quantized(layer)}
+    quantized = _by_stored_weight(module)
+    seen: dict[int, Tensor] = {}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         layer = quantized.get(id(tensor))
-        yield name, tensor, [tensor] if layer is None else storage_of(layer).tensors(layer)
+        parts = [tensor] if layer is None else storage_of(layer).tensors(layer)
+        yield name, tensor, [part for part in parts if id(part) not in seen]
+        seen |= {id(part): part for part in parts}
 
 
 def stored_tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -220,6 +288,9 @@ OF_CONFIGS = frozenset(("quantization_config", "_is_quantized"))
 
 def dequantize_layer(layer: nn.Module, weight: Tensor) -> Iterator[Change]:
     """Yields the changes to the plain class of the layer, with this dense weight (out, in)."""
+    if isinstance(storage_of(layer), Packed):
+        yield _to_linear(layer, weight)
+        return
     added: dict[str, Any] = {}
     if is_transposed(layer):
         weight = weight.T.contiguous()
@@ -238,8 +309,22 @@ def dequantize_layer(layer: nn.Module, weight: Tensor) -> Iterator[Change]:
 
 def dequantize_to_linear(layer: nn.Module) -> Iterator[Change]:
     """Yields the changes to nn.Linear with the dense weight in float32; its adapters compute the same as before."""
+    if isinstance(storage_of(layer), Packed):
+        yield _to_linear(layer, dense_weight(layer).float())
+        return
     yield TensorChange(layer, "weight", nn.Parameter(dense_weight(layer).float(), requires_grad=False))
     yield ClassChange(layer, class_with_plain(layer, nn.Linear), {}, frozenset())
+
+
+def _to_linear(layer: Any, weight: Tensor) -> ClassChange:
+    """Returns the change of a layer without a weight to nn.Linear."""
+    parameters = {"weight": nn.Parameter(weight, requires_grad=False), "bias": None}
+    if isinstance(bias := getattr(layer, "bias", None), Tensor):
+        parameters["bias"] = nn.Parameter(bias.detach().to(weight), requires_grad=False)
+    sizes = {"in_features": layer.in_features, "out_features": layer.out_features}
+    added = {**sizes, "_parameters": parameters, "_buffers": {}, "_non_persistent_buffers_set": set()}
+    kept = {*vars(nn.Module()), *added, "adapter_parts"}
+    return ClassChange(layer, class_with_plain(layer, nn.Linear), added, frozenset(vars(layer).keys() - kept))
 
 
 def _is_of_bitsandbytes(value: Any) -> bool:
@@ -251,7 +336,7 @@ def dequantize_model(model: nn.Module, exclude: Iterable[nn.Module], dtype: torc
     excluded = {id(layer) for layer in exclude}
     for layer in quantized_layers(model).values():
         if id(layer) not in excluded:
-            yield from dequantize_layer(layer, dense_weight(layer, int8_dtype=dtype))
+            yield from dequantize_layer(layer, dense_weight(layer, dtype=dtype))
     for module in model.modules():  # a model within a model is marked, too
         if OF_MODELS & vars(module).keys():
             yield ClassChange(module, type(module), {}, OF_MODELS)
@@ -262,12 +347,56 @@ def dequantize_model(model: nn.Module, exclude: Iterable[nn.Module], dtype: torc
 
 def common_dtype(model: nn.Module) -> torch.dtype:
     """Returns the dtype of the weights that are not quantised; float32 if there are none."""
-    quantized = {id(layer.weight) for layer in quantized_layers(model).values()}
+    quantized = _by_stored_weight(model)
     dtypes = (p.dtype for p in model.parameters() if id(p) not in quantized and p.is_floating_point())
     return next(dtypes, torch.float32)
 
 
-# ---- bitsandbytes on a CPU
+# ---- Obstacles
+
+GRADIENT_ERROR = 0.05  # relative; a layer that rounds its inputs to 8 bits stays below
+
+
+def gradient_obstacle(layer: nn.Module, dtype: torch.dtype | None) -> str | None:
+    """Returns why a quantized layer does not propagate gradients; None if it does. dtype: as in `gradient_problems`.
+
+    For inputs u, W^T must map the outputs' change W u to a gradient whose product with u is |W u|^2.
+    """
+    name, mode, forward = type(layer).__name__, layer.training, plain_forward(layer)
+    device = stored_weight(layer).device
+    u = torch.randn(8, dense_shape(layer)[1], generator=torch.Generator().manual_seed(0), device="cpu")
+    try:
+        layer.train()  # some kernels refuse
+        dtype = cast(Packed, storage_of(layer)).scales(layer).dtype if dtype is None else dtype
+        x = u.to(device, dtype).requires_grad_()
+        with torch.enable_grad():
+            output = forward(x)
+        with torch.no_grad():
+            change = (output - forward(-x)).float() / 2  # W u
+        expected = change.norm()
+        (gradient,) = torch.autograd.grad(output, x, (change / expected).to(output))
+    except FORWARD_ERRORS as error:
+        cause = str(error).partition("\n")[0] or type(error).__name__
+        return f"gradients cannot pass {name}: {cause}"
+    finally:
+        if layer.training != mode:
+            layer.train(mode)
+    difference = float(((gradient * x.detach()).float().sum() / expected - 1).abs())
+    return None if difference <= GRADIENT_ERROR else f"the gradient of {name} is off by {difference:.0%}"
+
+
+def gradient_problems(layers: Mapping[str, nn.Module], dtype: torch.dtype | None = None) -> list[str]:
+    """Returns problems with the gradients of these quantized layers. Tries one layer of each class.
+
+    dtype: of its inputs; by default of its scales, which only packed layers have.
+    """
+    one_of_each = {type(layer): path for path, layer in layers.items()}
+    reasons = {path: gradient_obstacle(layers[path], dtype) for path in one_of_each.values()}
+    return [f"{path}: {reason}" for path, reason in reasons.items() if reason]
+
+
+def packed_layers(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    return {path: layer for path, layer in layers.items() if isinstance(storage_of(layer), Packed)}
 
 
 def storage_obstacle(layer: nn.Module) -> str | None:
@@ -288,12 +417,19 @@ def storage_obstacle(layer: nn.Module) -> str | None:
     return None
 
 
+# ---- What the packages do to weights later
+
+
 def prevent_repacking(model: nn.Module) -> list[nn.Module]:
     """Prevents bitsandbytes from repacking 4-bit weights in place at the first evaluation on a CPU with AVX512-BF16.
 
     Repacking rounds the blocks' scales to bfloat16, which changes the base, and disables gradients: training after an
     evaluation would be silently wrong (bitsandbytes 0.50). Returns the layers for `allow_repacking`.
+    Also drops the function that gptqmodel 7.7 compiles to dequantize weights, which fails where torch functions are
+    overridden, as in training.
     """
+    for layer in packed_layers(dict(model.named_modules())).values():
+        vars(layer).pop("dequantize_weight", None)
     layers = [layer for layer in model.modules() if vars(layer).get("support_avx512bf16_for_cpu")]
     for layer in layers:
         vars(layer)["support_avx512bf16_for_cpu"] = False

@@ -24,7 +24,14 @@ from tailora.core.fused_layers import OutputSlice, layout_of, output_slices
 from tailora.core.layer_calls import Use, last_names, use_of
 from tailora.core.layer_types import EMBEDDING, LayerType, forward_obstacle, layer_path_of, layer_type_of, obstacle
 from tailora.core.parameters import parameter_layer_type, projections
-from tailora.core.quantization import dense_weight, is_quantized, quantized_layers, storage_obstacle
+from tailora.core.quantization import (
+    dense_weight,
+    gradient_problems,
+    is_quantized,
+    packed_layers,
+    quantized_layers,
+    storage_obstacle,
+)
 from tailora.errors import ConfigError, TailoraWarning, TargetError, listing, nearest
 
 
@@ -494,6 +501,7 @@ def _conflicts(
             )
         elif candidate.use != "read" and (reason := obstacle_to_adapting(candidate.layer)):
             problems.append(f"{path}: {reason}")
+    problems += gradient_problems(packed_layers({path: target.layer for path, target in selected.items()}))
     if only_read := [path for path, candidate in selected.items() if candidate.use == "read"]:
         problems.append(
             f"these layers are never called; the model only reads their weights: {', '.join(only_read[:5])} "
@@ -559,7 +567,7 @@ def _target_problems(targets: Sequence[Target], config: LoRAConfig) -> list[str]
     for path, own_ranks in ranks.items():
         if len(own_ranks) > 1:  # PEFT's files have one rank per attention
             problems.append(f"{path}: its matrices have different ranks {sorted(own_ranks)}; use the same rank for all")
-    has_bias = [isinstance(getattr(target.layer, "bias", None), nn.Parameter) for target in targets]
+    has_bias = [isinstance(getattr(target.layer, "bias", None), Tensor) for target in targets]
     if config.bias == "lora_only" and has_bias and not any(has_bias):
         problems.append("bias='lora_only': none of the adapted layers has a bias; use bias='none' or lora_bias=True")
     return problems

@@ -27,7 +27,7 @@ from tailora.core.attach import Change, Swapped, attached, evaluating
 from tailora.core.device import wide_dtype
 from tailora.core.layer_types import CONV1D, EMBEDDING, LINEAR, layer_path_of
 from tailora.core.merge import MergeState
-from tailora.core.quantization import common_dtype, dequantize_to_linear, quantized_layers
+from tailora.core.quantization import common_dtype, dequantize_to_linear, quantized_layers, storage_of
 from tailora.errors import ConfigError, FormatError, MergeError, nearest
 from tailora.formats import fold_scale, gguf, kohya_diffusers, mlx, peft
 from tailora.formats.fingerprint import fingerprint, vocabulary_size
@@ -182,7 +182,7 @@ def float32_logits(model: nn.Module, ids: Tensor) -> Tensor:
     for module in model.modules():
         parameters = {name: value for name, value in module._parameters.items() if value is not None}
         if id(module) in quantized:
-            del parameters["weight"]
+            parameters.pop(storage_of(module).weight_name, None)
         children = [child for child in module.children() if id(child) in quantized]
         if children or any(parameter.dtype != torch.float32 for parameter in parameters.values()):
             undo: list[Change] = []

