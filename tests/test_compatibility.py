@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.serving import compatibility
 from tailora.formats.serving_targets import TARGETS
-from tailora.train.model_loading import METHODS
+from tailora.train.quantize import METHODS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = json.loads((ROOT / "benchmarks" / "results" / "compatibility.json").read_text())

@@ -20,7 +20,7 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import COMMANDS, app
 from tailora.formats.export import FORMATS
 from tailora.formats.serving_targets import TARGETS, Serving, script, with_commands
-from tailora.train.model_loading import METHODS
+from tailora.train.quantize import METHODS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])

@@ -43,7 +43,8 @@ from tailora.kernels.compiled_layers import obstacle_to_compiling
 from tailora.serve.continuous_batching import make_engine
 from tailora.serve.engine_interface import Finish, Request, SamplingParams, Token
 from tailora.train.kernel_choice import choose_packing
-from tailora.train.model_loading import METHODS, check_can_be_sharded, load_base
+from tailora.train.model_loading import check_can_be_sharded, load_base
+from tailora.train.quantize import METHODS
 
 ALL = measure.RESULTS / "compatibility.json"
 CPU = torch.device("cpu")

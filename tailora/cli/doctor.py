@@ -90,7 +90,7 @@ def device_facts(device: "torch.device") -> dict[str, Any]:
     from tailora.kernels.compiled_layers import compiler_obstacle
     from tailora.kernels.device_attention import PROVIDERS
     from tailora.train.memory import available_bytes, total_bytes
-    from tailora.train.model_loading import METHODS, obstacle
+    from tailora.train.quantize import METHODS, obstacle
 
     precision = fast_dtype(device)
     attention = {name: provider.obstacle(device, precision) or WORKS for name, provider in PROVIDERS.items()}

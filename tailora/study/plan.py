@@ -41,6 +41,7 @@ from tailora.train.loss import CAUSAL_LM, Task
 from tailora.train.memory import ACTIVATION_MEMORY, available_bytes, format_bytes, used_bytes
 from tailora.train.model_loading import check_can_be_sharded, load_tokenizer, read_config, set_labels
 from tailora.train.preference import preference_task
+from tailora.train.quantize import dequantization_note, stays_quantized
 from tailora.train.setup import check_can_be_offloaded, find_labels, start_accelerator
 from tailora.train.subprocess_worker import measure_steps
 
@@ -90,7 +91,8 @@ def plan(
             modules, groups, left = adapted_modules(model), trained_groups(model), unadapted_groups(model)
             layers = {"modules": modules, "groups": groups, "left": left}
         step = largest_step(config, fake, batches)
-        notes = [*place.notes, *batches.notes, *fake.notes]
+        dequantized = dequantization_note(shape, config.model)
+        notes = [*([dequantized] if dequantized else []), *place.notes, *batches.notes, *fake.notes]
         if asks_for_compiled_layers(config):
             step = estimate.with_compiled_layers(step, fake, config.activation_memory)
             notes.append("the memory of compiled layers is estimated from one measurement, not simulated")
@@ -99,7 +101,8 @@ def plan(
             notes.append(f"the {nproc} processes share this machine's free memory equally")
         alternatives = {AS_SET: needed, **cheaper_runs(config, fake, step, batches, place)}
     alternatives |= quantization(config, shape, step, batches, place)
-    full = None if config.method == FULL else full_fine_tuning(config, shape, batches, place, available)
+    has_other = config.method != FULL and not stays_quantized(shape, config.model)
+    full = full_fine_tuning(config, shape, batches, place, available) if has_other else None
 
     basis = {"memory": f"estimated from the shapes, plus {place.process_basis}"}
     basis["time"] = "not estimated, because this machine does not have the device"

@@ -52,7 +52,7 @@ class Plan:
     largest_forward: its examples and tokens.    basis: where memory and time come from.
     examples: for training.    tokens, seconds: of all steps. These, steps and seconds_per_step are None if unknown, as
         the time is for a card that this machine does not have.
-    full: None if the run itself is full fine-tuning.
+    full: None if the run itself is full fine-tuning, or the model is quantized.
     ranks: None for one process. With several, memory and time are per process.
     """
 

@@ -48,7 +48,17 @@ from tailora.train.kernel_choice import (
 )
 from tailora.train.loss import CAUSAL_LM, SEQ2SEQ_TASK, BatchLayout, Task, make_batch
 from tailora.train.memory import MemoryTracker, fake_tensors
-from tailora.train.model_loading import METHODS, Stored, check_unquantized, new_model, precision_of
+from tailora.train.model_loading import new_model, precision_of
+from tailora.train.quantize import (
+    METHODS,
+    Stored,
+    bits_in_files,
+    check_full_training,
+    check_unquantized,
+    format_of,
+    stays_quantized,
+    stored_quantization,
+)
 from tailora.train.trainable import FullModel, Trainable, trained_module
 
 # ---- The model without its weights
@@ -169,11 +179,14 @@ def fake_trainable(
     with place:
         precision = files if dtype == "auto" else dtype
         base = new_model(shape, config.model, config.task, dtype=precision).eval()
-    storage = None if config.quantize is None else METHODS[config.quantize].stored
-    if config.quantize is not None and storage is None:
-        raise ConfigError(f"cannot estimate the memory of --quantize {config.quantize}; choose a different method")
-    weights = _weights(base, files, storage)
+    form, settings = format_of(shape, config.model), stored_quantization(shape)
+    storage = form.stored(settings) if form else METHODS[config.quantize].stored if config.quantize else None
+    if storage is None and (config.quantize or stays_quantized(shape, config.model)):
+        method = f"--quantize {config.quantize}" if config.quantize else f"this {settings['quant_method']} model"
+        raise ConfigError(f"cannot estimate the memory of {method}; choose a different quantization")
+    weights = _weights(base, files, storage, settings)
     if config.method == "full":
+        check_full_training(shape, config.model)
         return FullModel(base, cast(Any, None), lambda: base).train(), weights
     if config.adapter is None:
         return LoRAModel(base, config.lora(), fresh=False).train(), weights
@@ -182,8 +195,11 @@ def fake_trainable(
     return LoRAModel(base, lora_config_of(stored_adapter, base), fresh=False).train(), weights
 
 
-def _weights(base: PreTrainedModel, files: torch.dtype, stored: Stored | None) -> Weights:
-    """files: precision of the files.    stored: of a quantized base, whose linear layers then compute as such."""
+def _weights(base: PreTrainedModel, files: torch.dtype, stored: Stored | None, settings: dict[str, Any]) -> Weights:
+    """files: precision of the files.    stored: of a quantized base, whose linear layers then compute as such.
+
+    settings: quantization_config of files that are quantized already, else empty.
+    """
     quantized: dict[int, int] = {}  # id of the plain weight -> bytes
     codes: dict[int, int] = {}  # the same without the scales
     for layer in list(base.modules()) if stored else []:
@@ -201,6 +217,11 @@ def _weights(base: PreTrainedModel, files: torch.dtype, stored: Stored | None) -
         sum(codes.get(id(tensor), tensor.nbytes) for tensor in layer.parameters()) for layer in decoder_layers(base)
     )
     parts: dict[str, Any] = {"is_quantized": bool(quantized), "layers": layers}
+    if settings:  # mapped as they are, or dequantized from files that stay mapped
+        dims = (3,) if settings["quant_method"] == "mxfp4" else (2, 3)  # only experts, or all matrices
+        matrices = (weight for layer in decoder_layers(base) for weight in layer.parameters() if weight.ndim in dims)
+        read = 0 if stored else int(sum(weight.numel() for weight in matrices) * bits_in_files(settings) / 8)
+        return Weights(total, read, read, dense, **parts)
     if base.dtype != files:  # converted, and the files are closed
         read = sum(parameter.numel() for parameter in base.parameters()) * files.itemsize
         return Weights(total, read, 0, dense, **parts)

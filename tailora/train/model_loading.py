@@ -1,29 +1,13 @@
-"""Loads the base model and its tokenizer, in the precision that suits this machine, and quantized if asked.
+"""Loads the base model and its tokenizer, in the precision that suits this machine, and quantized if asked."""
 
-The methods of `--quantize`:
-
-    nf4, fp4       bitsandbytes: 4 bits, in blocks of 64; the scales are quantized too (QLoRA, arXiv:2305.14314)
-    int8           bitsandbytes: 8 bits, one scale a row (LLM.int8, arXiv:2208.07339); evaluation rounds inputs too
-    torchao-int8   torchao: 8 bits, one scale a row, weights only; its backward keeps a 16-bit copy of every weight
-    torchao-int4   torchao: 4 bits in groups of 32, weights only; has no kernel for a CPU (0.18)
-
-transformers leaves the output head and the embedding as they are.
-"""
-
-import importlib.util
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
-from importlib import import_module
+import io
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from safetensors import SafetensorError
-from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -45,154 +29,27 @@ from transformers.models.auto.modeling_auto import (
 
 from tailora.core.device import fast_dtype
 from tailora.core.patterns import inside
-from tailora.core.quantization import dense_weight, is_quantized, prevent_repacking, quantized_layers, storage_obstacle
 from tailora.core.targets import set_missing_pooler, task_heads
 from tailora.data.demo import resolve_model
 from tailora.data.labels import Labels
 from tailora.data.processor import Tokenizer, text_tokenizer
 from tailora.data.schemas import CAUSAL_LM, REGRESSION, SEQ2SEQ, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
-from tailora.errors import ConfigError, FormatError, listing, nearest
+from tailora.errors import ConfigError, FormatError, listing
 from tailora.formats.hub import check_model_exists
 from tailora.formats.io import read_json_object
 from tailora.formats.run_folder import ADAPTER_CONFIG, TOKENIZER_FILES, adapter_folder, recorded_metadata
-from tailora.quiet import quiet_loggers, quiet_transformers
+from tailora.quiet import quiet_transformers
 from tailora.train.config import SHARDED_QUANTIZE
 from tailora.train.image_text_to_text import check_processor
 from tailora.train.parallel import Sharding
-
-EXTRA = "pip install 'tailora[quantize]'"
-PROBE_SIZE = 64  # inputs and outputs of the layer that a method is tried on
-LARGEST_ERROR = 0.3  # relative, of the weight and the gradient; 4-bit methods stay below
-
-
-@dataclass(frozen=True)
-class Stored:
-    """What a method's layers need, for an estimate.
-
-    bits: of a quantized number; FSDP2 can shard these.    scales: plain weight -> bytes of its scales, kept whole.
-    per_output: temporary bytes for each number of a layer's output.
-    keeps_dense: True if the dense weight of every layer is kept for the backward, False if one exists at a time.
-    """
-
-    bits: int
-    scales: Callable[[Tensor], int]
-    per_output: float = 0
-    keeps_dense: bool = False
-
-    def codes(self, weight: Tensor) -> int:
-        return weight.numel() * self.bits // 8
-
-
-@dataclass(frozen=True)
-class Method:
-    package: str
-    settings: Callable[[torch.dtype], Any]  # precision of the other tensors -> quantization_config of transformers
-    layer: Callable[[nn.Linear], nn.Module]  # plain layer -> quantized layer
-    stored: Stored | None = None  # None if unknown
-
-
-def _four_bit_scales(weight: Tensor) -> int:
-    """One byte a block of 64, 4 bytes for 256 blocks, and the two tables of codes."""
-    blocks = -(-weight.numel() // 64)
-    return blocks + 4 * -(-blocks // 256) + 4 * (16 + 256 + 1)
-
-
-def _int8(_: torch.dtype) -> Any:
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns at every call of a layer
-    return transformers.BitsAndBytesConfig(load_in_8bit=True)
-
-
-def _bitsandbytes_layer(class_name: str, settings: dict[str, Any], plain: nn.Linear) -> nn.Module:
-    layer: nn.Module = getattr(import_module("bitsandbytes.nn"), class_name)(PROBE_SIZE, PROBE_SIZE, **settings)
-    layer.load_state_dict({name: value.cpu() for name, value in plain.state_dict().items()})
-    return layer.to(plain.weight.device)
-
-
-def _four_bits(quant_type: str) -> Method:
-    def settings(dtype: torch.dtype) -> Any:
-        return transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quant_type,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_use_double_quant=True,
-        )
-
-    layer = partial(_bitsandbytes_layer, "Linear4bit", {"quant_type": quant_type})
-    return Method("bitsandbytes", settings, layer, Stored(4, _four_bit_scales))
-
-
-def _torchao(bits: int, stored: Stored | None = None) -> Method:
-    def config() -> Any:
-        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
-
-        return Int8WeightOnlyConfig(version=2) if bits == 8 else Int4WeightOnlyConfig(group_size=32)
-
-    def layer(plain: nn.Linear) -> nn.Module:
-        from torchao.quantization import quantize_
-
-        plain = plain.requires_grad_(False).to(torch.bfloat16 if bits == 4 else None)
-        quantize_(plain, config())
-        return plain
-
-    return Method("torchao", lambda _: transformers.TorchAoConfig(config()), layer, stored)
-
-
-METHODS = {
-    "nf4": _four_bits("nf4"),
-    "fp4": _four_bits("fp4"),
-    "int8": Method(
-        "bitsandbytes",
-        _int8,
-        partial(_bitsandbytes_layer, "Linear8bitLt", {"has_fp16_weights": False}),
-        Stored(8, lambda weight: 4 * len(weight), per_output=4),  # sums of int8 are int32
-    ),
-    "torchao-int8": _torchao(8, Stored(8, lambda weight: weight.itemsize * len(weight), keeps_dense=True)),
-    "torchao-int4": _torchao(4),
-}
-
-
-def settings_for(name: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """Returns quantization_config of `from_pretrained`. Raises ConfigError if the method does not work here."""
-    if name not in METHODS:
-        raise ConfigError(f"unknown --quantize {name!r}; expected one of {', '.join(METHODS)}{nearest(name, METHODS)}")
-    if (reason := obstacle(name, device)) is not None:
-        working = [method for method in METHODS if method != name and obstacle(method, device) is None]
-        raise ConfigError(
-            f"--quantize {name} does not work here: {reason}; methods that work here: {', '.join(working) or 'none'}"
-        )
-    return METHODS[name].settings(dtype)
-
-
-def obstacle(name: str, device: torch.device) -> str | None:
-    """Tries the method on a small layer, forward and backward; returns why it does not work here, or None."""
-    method = METHODS[name]
-    if importlib.util.find_spec(method.package) is None:
-        return f"{method.package} is not installed: {EXTRA}"
-    try:
-        with quiet_loggers(method.package):  # bitsandbytes logs a kernel that it does not find
-            return _try_layer(method, device)
-    except (ImportError, OSError, RuntimeError, AssertionError, ValueError) as error:
-        cause = (str(error).strip() or repr(error)).splitlines()[0]
-        return f"{method.package} cannot run on {device}: {cause}"
-
-
-def _try_layer(method: Method, device: torch.device) -> str | None:
-    generator = torch.Generator().manual_seed(0)
-    plain = nn.Linear(PROBE_SIZE, PROBE_SIZE, device=device)
-    plain.weight.data.copy_(torch.randn(PROBE_SIZE, PROBE_SIZE, generator=generator, device="cpu"))
-    expected = plain.weight.detach().clone()
-    layer = method.layer(plain)
-    prevent_repacking(layer)
-    if not is_quantized(layer):
-        return f"{method.package} did not quantize the weight"
-    dense = dense_weight(layer)  # merging needs it
-    x: Tensor = torch.randn(8, PROBE_SIZE, generator=generator, device="cpu").to(device, dense.dtype).requires_grad_()
-    (gradient,) = torch.autograd.grad(layer(x).sum(), x)
-    for name, actual, exact in (("gradient", gradient[0], expected.sum(0)), ("weight", dense, expected)):
-        if (error := float((actual - exact).norm() / exact.norm())) > LARGEST_ERROR:
-            return f"its {name} is off by {error:.0%}"
-    return None
-
+from tailora.train.quantize import (
+    check_packages,
+    check_unquantized,
+    format_of,
+    quantization_problems,
+    settings_for,
+    stored_quantization,
+)
 
 DTYPES: dict[str, torch.dtype | str] = {
     "float32": torch.float32,
@@ -223,6 +80,13 @@ def _reading(name: str) -> Iterator[str]:
         raise ConfigError(f"model {name!r} needs a missing package: {error}; install it with pip") from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(_unreadable(name, source, error)) from error
+    except RuntimeError as error:
+        if "conversion" not in str(error):  # such as out of memory
+            raise
+        raise ConfigError(
+            f"transformers cannot convert the weights of model {name!r}. If it is quantized, its layers may have "
+            "different schemes, which is not supported; use the model that it was made from"
+        ) from error
 
 
 def read_config(name: str) -> PretrainedConfig:
@@ -301,7 +165,8 @@ def load_base(
     with _reading(name) as source:
         config = AutoConfig.from_pretrained(source)
         tokenizer = _read_tokenizer(name, source, config) if labels is None else AutoTokenizer.from_pretrained(source)
-        is_plain = quantize is None and not stored_quantization(config)
+        stored = format_of(config, name)
+        is_plain = quantize is None and stored is None
         if sharding is not None:
             check_can_be_sharded(config, name, quantize)
         more: dict[str, Any] = {}  # None would remove the quantization of a model that is quantized already
@@ -309,14 +174,20 @@ def load_base(
             check_unquantized(config, name, quantize)
             wide = precision if isinstance(precision, torch.dtype) else config.dtype or torch.bfloat16
             more["quantization_config"] = settings_for(quantize, wide, device)
+        elif stored is not None:
+            check_packages(stored, name)
+            config.quantization_config = {**stored_quantization(config), **stored.settings}
         has_other_head = labels is not None and labels_of_config(config) not in (labels, None)
         if labels is not None:
             set_labels(config, labels, tokenizer)
             more["ignore_mismatched_sizes"] = True  # of a head for other labels; see below
         with ExitStack() as stack:
             stack.enter_context(_sharded_before_weights(sharding if is_plain else None))
+            if labels is not None or stored is not None:  # about the head that the files lack, and scales of inputs
+                stack.enter_context(quiet_transformers(warnings=False))
+            if stored is not None:
+                stack.enter_context(redirect_stdout(io.StringIO()))  # where gptqmodel logs
             if labels is not None:
-                stack.enter_context(quiet_transformers(warnings=False))  # about the head that the files lack
                 stack.enter_context(torch.random.fork_rng())
                 torch.manual_seed(seed)
             model, report = model_class(task if labels is None else labels.task, config).from_pretrained(
@@ -339,8 +210,7 @@ def load_base(
             f"model {name!r} lacks {len(missing)} weights of {type(model).__name__}, which would be randomly "
             f"initialized: {', '.join(missing[:3])}; use a complete {'causal language ' * (labels is None)}model"
         )
-    obstacles = {path: storage_obstacle(layer) for path, layer in quantized_layers(model).items()}
-    if problems := [f"{path}: {reason}" for path, reason in obstacles.items() if reason]:
+    if not is_plain and (problems := quantization_problems(model, report["unexpected_keys"])):
         raise ConfigError(f"model {name!r} cannot be used with this quantization: {listing(problems)}")
     if sharding is not None and is_plain:
         sharding.offload(model)
@@ -481,19 +351,6 @@ def fitted_labels(labels: Labels, config: PretrainedConfig) -> Labels:
     if own is None or (own.task, own.several) != (labels.task, labels.several):
         return labels
     return own if set(labels.names) <= set(own.names) or labels.task == REGRESSION else labels
-
-
-def check_unquantized(config: PretrainedConfig, name: str, quantize: str) -> None:
-    """Raises ConfigError if the model is quantized already."""
-    if settings := stored_quantization(config):
-        method = settings["quant_method"]
-        raise ConfigError(f"model {name!r} is already quantized ({method}); remove --quantize {quantize}")
-
-
-def stored_quantization(config: PretrainedConfig) -> dict[str, Any]:
-    """Returns how the files of a model are quantized; empty if they are not."""
-    existing = getattr(config, "quantization_config", None) or {}
-    return existing if isinstance(existing, dict) else existing.to_dict()
 
 
 def check_can_be_sharded(config: PretrainedConfig, name: str, quantize: str | None = None) -> None:

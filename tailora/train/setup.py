@@ -62,6 +62,7 @@ from tailora.train.memory import (
 from tailora.train.model_loading import fitted_labels, labels_of_adapter, labels_of_config, load_base, read_config
 from tailora.train.optimizer import OPTIMIZERS, LossScale, parameter_groups
 from tailora.train.parallel import Sharding, forget_forward, own_process_group, send_from_first_rank
+from tailora.train.quantize import check_full_training, dequantization_note
 from tailora.train.state import TrainState, seed_all, seeded
 from tailora.train.trainable import FullModel, Trainable, sharded_names, trained_module
 
@@ -175,6 +176,8 @@ def set_up(
         labels, has_new_head = find_labels(config)
         load = loader_of(config, device, labels)
         base, tokenizer = load()
+        if dequantized := dequantization_note(read_config(config.model), config.model):
+            note(dequantized)
         weights = model_fingerprint(base)
         data = read(config, base.get_input_embeddings().weight.shape[0], tokenizer, accelerator, labels)
         if held_out is not None and data.held_out is not None:
@@ -411,6 +414,7 @@ def attach(
     seed_all(config.seed)
     if config.method == "full":
         assert load is not None
+        check_full_training(base.config, config.model)
         return FullModel(base, tokenizer, lambda: load()[0]).train()
     if config.adapter:
         model = LoRAModel.from_pretrained(base, config.adapter)

@@ -19,7 +19,8 @@ from tailora.kernels.loss import FROZEN
 from tailora.train.events import Prepared
 from tailora.train.kernel_choice import PLAIN, Kernels
 from tailora.train.loss import BatchLayout
-from tailora.train.model_loading import METHODS, load_base, obstacle, settings_for
+from tailora.train.model_loading import load_base
+from tailora.train.quantize import METHODS, obstacle, settings_for
 from tailora.train.setup import memory_cost
 from tailora.train.trainer import run
 

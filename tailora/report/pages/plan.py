@@ -73,9 +73,10 @@ def _trained(plan: Plan) -> list[Block | None]:
 
 def _memory(plan: Plan) -> list[Block | None]:
     parts = [part for part in plan.memory.to_dict() if part != "total"]
-    memories = {"full fine-tuning": plan.memory.to_dict()}  # method -> bytes by part, with their total
+    method = "LoRA" if plan.modules else "full fine-tuning"
+    memories = {method: plan.memory.to_dict()}  # method -> bytes by part, with their total
     if plan.full is not None:
-        memories = {"LoRA": plan.memory.to_dict(), "full fine-tuning": plan.full.memory.to_dict()}
+        memories["full fine-tuning"] = plan.full.memory.to_dict()
     limit_is_near = plan.available_bytes < NEAR * max(memory["total"] for memory in memories.values())
 
     def draw(canvas: Canvas) -> None:
