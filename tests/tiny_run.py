@@ -3,9 +3,11 @@
 import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
+import matplotlib.text
 import pytest
 import torch
 from tiny import chat_model, chat_tokenizer
@@ -125,3 +127,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def quick_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes only the texts of a figure. matplotlib's layout takes most of the time of a page.
+
+    For the folders whose conftest imports it. Figures of fixtures of a module or session, and of tests/report, are
+    complete.
+    """
+
+    def write_texts(figure: Any, file: Any, **_: Any) -> None:
+        texts = "".join(f"<text>{escape(part.get_text())}</text>" for part in figure.findobj(matplotlib.text.Text))
+        file.write(f'<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1" version="1.1">{texts}</svg>')
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", write_texts)

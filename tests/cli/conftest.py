@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from tiny import chat_model, chat_tokenizer
+from tiny_run import quick_figures  # noqa: F401
 
 COLOURS = ["red", "green", "blue", "white", "black", "yellow", "grey", "pink"]
 CHATS = [

@@ -27,6 +27,11 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished, tmp_path / "run")
 
 
+@pytest.fixture(autouse=True)
+def quick_figures() -> None:
+    """Figures are complete here."""
+
+
 @pytest.mark.slow
 def test_a_page_is_made_again_of_what_the_run_left(run: Path) -> None:
     content, page = (run / "report.json").read_bytes(), (run / "report.html").read_bytes()

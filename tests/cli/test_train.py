@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from command_line import call, check_refused, found, output
+from command_line import check_refused, found, output
 from transformers import LlamaForCausalLM
 
 from tailora.cli.main import main
@@ -139,24 +139,22 @@ def test_the_passport_of_held_out_texts_and_none(
 
 
 @pytest.mark.slow
-def test_the_written_config_repeats_the_run(finished: FinishedRun, tmp_path: Path) -> None:
+def test_the_written_config_repeats_the_run_and_its_json_is_the_only_line_on_stdout(
+    finished: FinishedRun, tmp_path: Path
+) -> None:
     config = finished.folder / "config.yaml"
-    assert main(["train", "--config", str(config), "--output-dir", str(tmp_path / "again")]) == 0
-    first, second = (
-        folder / "adapter" / "adapter_model.safetensors" for folder in (finished.folder, tmp_path / "again")
-    )
-    assert first.read_bytes() == second.read_bytes()
-    assert read_config_file(config)["learning_rate"] == 1e-2
-
-
-def test_json_is_the_only_line_on_stdout_and_has_the_promised_keys(flags: dict[str, str]) -> None:
-    code, out, _ = call(*line(flags), "--json")
-    assert (code, out.count("\n")) == (0, 1)
+    out = output("train", "--config", config, "--output-dir", tmp_path / "again", "--json")
+    assert out.count("\n") == 1
     result = json.loads(out)
     assert result.keys() >= {*PROMISED}
     low, high = result["eval_loss_change_95"]
     assert low <= result["eval_loss_change"] <= high
     assert result["eval_loss_change"] == pytest.approx(result["eval_loss_after"] - result["eval_loss_before"])
+    first, second = (
+        folder / "adapter" / "adapter_model.safetensors" for folder in (finished.folder, tmp_path / "again")
+    )
+    assert first.read_bytes() == second.read_bytes()
+    assert read_config_file(config)["learning_rate"] == 1e-2
 
 
 def test_a_run_without_held_out_data_says_so(flags: dict[str, str]) -> None:

@@ -170,15 +170,15 @@ def long_text(random: np.random.Generator, parts: int = 40) -> str:
 def long_samples(kind: str) -> list[Sample]:
     random = np.random.default_rng(0)
     if kind == "text":
-        texts = [long_text(random) for _ in range(20)]
+        texts = [long_text(random) for _ in range(8)]
         texts += ["<s>" + texts[0], ("ab" * 7 + " ") * 300, texts[1] + "</s>"]
         return list(map(Text, texts))
     if kind == "pair":
-        return [Pair(long_text(random, 1 + number), long_text(random, 20)) for number in range(20)]
+        return [Pair(long_text(random, 1 + 2 * number), long_text(random, 20)) for number in range(8)]
     roles = ["user", "assistant"] * 10
     return [
         Conversation([{"role": role, "content": long_text(random, 3)} for role in roles[: 2 * random.integers(3, 11)]])
-        for _ in range(20)
+        for _ in range(8)
     ]
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from tiny import chat_model, chat_tokenizer, tiny_model, word_tokenizer
-from tiny_run import WORDS, chat, pair, write_rows
+from tiny_run import WORDS, chat, pair, quick_figures, write_rows  # noqa: F401
 
 from tailora.train.config import TrainConfig
 

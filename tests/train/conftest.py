@@ -7,5 +7,6 @@ from tiny_run import (  # noqa: F401
     model_folder,
     one_thread,
     pairs_file,
+    quick_figures,
     settings,
 )
