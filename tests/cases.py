@@ -14,7 +14,7 @@ import bitsandbytes
 import pytest
 import torch
 from packed_layers import AwqLinear, GptqLinear, HqqLinear
-from tiny import stir
+from tiny import stirred_model
 from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerAxis, quantize_
 from transformers import GptOssConfig, MixtralConfig
@@ -333,8 +333,7 @@ def config(case: LayerCase, slot: str = "plain") -> LoRAConfig:
 
 def trained(case: LayerCase, slot: str = "plain", dtype: torch.dtype = torch.float32) -> LoRAModel:
     """Returns a model whose adapter changes the output, in eval mode."""
-    model = LoRAModel(case.net(dtype), config(case, slot))
-    stir(model)
+    model = stirred_model(case.net(dtype), config(case, slot))
     return model.eval()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from tailora import LoRALayer, LoRAModel
@@ -296,3 +297,10 @@ def stir(model: LoRAModel, seed: int = 2) -> None:
             )
         if isinstance(layer, LoRALayer) and layer.layer_type is EMBEDDING:
             layer.lora_A.data[:, 0] = 0  # the padding id's column starts at zero and has no gradient
+
+
+def stirred_model(base: nn.Module, *arguments: Any) -> LoRAModel:
+    """Returns a LoRAModel of the base, with random values in its adapter."""
+    model = LoRAModel(base, *arguments)
+    stir(model)
+    return model

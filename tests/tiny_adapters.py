@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from tiny import chat_model, stir
+from tiny import chat_model, stirred_model
 from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
@@ -16,8 +16,7 @@ def token_ids() -> Tensor:
 
 def adapted(settings: dict[str, Any] | None = None, base: nn.Module | None = None) -> LoRAModel:
     """r = 4, alpha = 6, unless the settings say otherwise; in evaluation mode."""
-    model = LoRAModel(base or chat_model(), LoRAConfig(**{"r": 4, "lora_alpha": 6, **(settings or {})}))
-    stir(model)
+    model = stirred_model(base or chat_model(), LoRAConfig(**{"r": 4, "lora_alpha": 6, **(settings or {})}))
     return model.eval()
 
 

@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 from command_line import check_refused, found, output
 from safetensors.torch import load_file, save_file
-from tiny import CHATML, stir
+from tiny import CHATML, stirred_model
 from tiny import tiny_model as tiny_model_of
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -33,8 +33,7 @@ NO_PASSPORT = ["--passport", "none"]  # which takes half of the time
 def run(tiny_model: Path, tmp_path: Path) -> Path:
     """A run's folder, whose adapter names its base."""
     base = LlamaForCausalLM.from_pretrained(tiny_model)
-    model = LoRAModel(base, LoRAConfig(r=4, use_rslora=True))
-    stir(model)
+    model = stirred_model(base, LoRAConfig(r=4, use_rslora=True))
     model.save_adapter(tmp_path / "run" / "adapter")
     return tmp_path / "run"
 
@@ -95,8 +94,7 @@ def test_the_template_of_another_trainer_is_served(run: Path, tmp_path: Path) ->
 
 
 def test_a_merge_after_a_quantised_run_needs_the_flag(run: Path, tiny_model: Path, tmp_path: Path) -> None:
-    model = LoRAModel(LlamaForCausalLM.from_pretrained(tiny_model), LoRAConfig(r=4, use_dora=True))
-    stir(model)
+    model = stirred_model(LlamaForCausalLM.from_pretrained(tiny_model), LoRAConfig(r=4, use_dora=True))
     model.save_adapter(run / "adapter")
     (run / "run.json").write_text(json.dumps({"settings": {"quantize": "nf4"}}))
     tokens = ["export", str(run), "--to", "vllm", "--output", str(tmp_path / "out")]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import check_refused, found, output
-from tiny import stir
+from tiny import stirred_model
 from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
@@ -87,8 +87,7 @@ def test_the_demo_is_called_demo_where_tailora_takes_the_name_and_has_its_path_e
     monkeypatch.setenv("TAILORA_HOME", str(tmp_path / "home"))
     folder = tmp_path / "home" / "demo-1" / "SmolLM2-135M-Instruct"
     shutil.copytree(tiny_model, folder)
-    model = LoRAModel(LlamaForCausalLM.from_pretrained(folder), LoRAConfig(r=2))
-    stir(model)
+    model = stirred_model(LlamaForCausalLM.from_pretrained(folder), LoRAConfig(r=2))
     model.save_adapter(tmp_path / "run" / "adapter")
     run = str(tmp_path / "run")
     shown = {}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import chat_model, stir
+from tiny import chat_model, stir, stirred_model
 from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
@@ -23,8 +23,7 @@ def net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
 
 def two(**of_b: Any) -> LoRAModel:
     """a adapts both layers; b, as given, the last one at rank 3 with rsLoRA."""
-    model = LoRAModel(net(), LoRAConfig(r=2, lora_dropout=0.1), adapter_name="a")
-    stir(model)
+    model = stirred_model(net(), LoRAConfig(r=2, lora_dropout=0.1), "a")
     model.add_adapter("b", LoRAConfig(**{"r": 3, "target_modules": ["2"], "use_rslora": True, **of_b}))
     model.set_adapter("b")
     stir(model, seed=7)
@@ -60,8 +59,7 @@ def test_a_combination_shares_nothing_with_its_sources() -> None:
 
 def test_modules_trained_whole_are_copied_and_combined_where_that_is_exact() -> None:
     x = torch.randn(3, 8, dtype=torch.float64)
-    model = LoRAModel(net(), LoRAConfig(r=2, target_modules=["0"], modules_to_save=["2"]), adapter_name="a")
-    stir(model)
+    model = stirred_model(net(), LoRAConfig(r=2, target_modules=["0"], modules_to_save=["2"]), "a")
     model.add_adapter("b", LoRAConfig(r=2, target_modules=["0"]))
     base = net()[2].weight
     trained = model.adapter("a").saved["2"].weight
@@ -120,8 +118,7 @@ def test_invalid_settings_of_combine_are_refused_and_change_nothing(
 
 
 def test_a_sum_that_float32_cannot_hold_is_refused() -> None:
-    model = LoRAModel(net(torch.float32), LoRAConfig(r=2), adapter_name="a")
-    stir(model)
+    model = stirred_model(net(torch.float32), LoRAConfig(r=2), "a")
     with pytest.raises(AdapterError, match=r"not finite at 0, 2 \(2 in total\); use smaller weights"):
         model.combine({"a": 1e300}, "mix")
     assert list(model.adapters) == ["a"]
@@ -155,8 +152,7 @@ def quadratic(x: Tensor, wanted: Tensor) -> Callable[[LoRAModel], float]:
 
 
 def test_a_loss_budget_keeps_the_fewest_singular_values_that_it_can() -> None:
-    model = LoRAModel(net(), LoRAConfig(r=5), adapter_name="a")
-    stir(model)
+    model = stirred_model(net(), LoRAConfig(r=5), "a")
     model.base_model[1] = nn.Identity()  # linear: the loss falls with every value kept
     model.eval()
     x = torch.randn(200, 8, dtype=torch.float64)
@@ -182,8 +178,7 @@ def test_a_loss_budget_keeps_the_fewest_singular_values_that_it_can() -> None:
 
 
 def test_a_layer_that_the_loss_does_not_need_is_dropped(tmp_path: Path) -> None:
-    model = LoRAModel(net(), LoRAConfig(r=2), adapter_name="a").eval()
-    stir(model)
+    model = stirred_model(net(), LoRAConfig(r=2), "a").eval()
     model.lora_layers["0"].lora_B.data.mul_(1e-9)
     x = torch.randn(3, 8, dtype=torch.float64)
     expected = model(x)

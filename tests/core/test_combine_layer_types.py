@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import stir
+from tiny import stir, stirred_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
@@ -60,8 +60,7 @@ cases = pytest.mark.parametrize(("make", "a", "b"), CASES.values(), ids=CASES)
 
 
 def two(make: Any, a: dict[str, Any], b: dict[str, Any]) -> LoRAModel:
-    model = LoRAModel(make(), LoRAConfig(r=4, lora_alpha=6, **a), adapter_name="a")
-    stir(model)
+    model = stirred_model(make(), LoRAConfig(r=4, lora_alpha=6, **a), "a")
     model.add_adapter("b", LoRAConfig(r=3, lora_alpha=5, **b))
     model.set_adapter("b")
     stir(model, seed=3)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import chat_model, stir
+from tiny import chat_model, stir, stirred_model
 from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.models.falcon.modeling_falcon import FalconLinear
@@ -22,8 +22,7 @@ def tied_llama() -> LlamaForCausalLM:
 
 
 def test_untying_leaves_the_embedding_alone_and_says_so_in_the_config() -> None:
-    model = LoRAModel(tied_llama(), LoRAConfig(r=4, target_modules=["lm_head"]))
-    stir(model)
+    model = stirred_model(tied_llama(), LoRAConfig(r=4, target_modules=["lm_head"]))
     ids = torch.arange(9)[None]
     expected, embedding = model(ids).logits, model.base_model.model.embed_tokens.weight.detach().clone()
     base = model.merge_and_unload(untie_weights=True)
@@ -33,8 +32,7 @@ def test_untying_leaves_the_embedding_alone_and_says_so_in_the_config() -> None:
 
 
 def test_both_sides_of_a_tie_are_added_once_each() -> None:
-    model = LoRAModel(tied_llama(), LoRAConfig(r=4, target_modules=["lm_head", "embed_tokens"]))
-    stir(model)
+    model = stirred_model(tied_llama(), LoRAConfig(r=4, target_modules=["lm_head", "embed_tokens"]))
     ids = torch.arange(9)[None]
     expected = model(ids).logits
     base = model.merge_and_unload(untie_weights=True)
@@ -44,8 +42,7 @@ def test_both_sides_of_a_tie_are_added_once_each() -> None:
 @pytest.mark.parametrize("act", [LoRAModel.merge, partial(LoRAModel.merge_and_unload, in_place=True)])
 def test_nothing_is_written_when_one_merged_weight_is_not_finite(act: Callable[[LoRAModel], Any]) -> None:
     base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(torch.float16)
-    model = LoRAModel(base, LoRAConfig(r=4))
-    stir(model)
+    model = stirred_model(base, LoRAConfig(r=4))
     model.lora_layers["1"].lora_B.data.fill_(60000)
     before = [layer.weight.detach().clone() for layer in base]
     with pytest.raises(MergeError, match=r"1: the merged weight is not finite in torch\.float16"):
@@ -57,9 +54,7 @@ def test_nothing_is_written_when_one_merged_weight_is_not_finite(act: Callable[[
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merging_in_place_writes_the_same_numbers_into_the_weights(dtype: torch.dtype) -> None:
     def adapted() -> LoRAModel:
-        model = LoRAModel(tied_llama().to(dtype), LoRAConfig(r=4))
-        stir(model)
-        return model
+        return stirred_model(tied_llama().to(dtype), LoRAConfig(r=4))
 
     expected = adapted().merge_and_unload().state_dict()
     model = adapted()
@@ -73,8 +68,7 @@ def test_merging_in_place_writes_the_same_numbers_into_the_weights(dtype: torch.
 
 
 def test_merging_in_place_does_not_overwrite_a_shared_weight() -> None:
-    model = LoRAModel(tied_llama(), LoRAConfig(r=4, target_modules=["lm_head", "q_proj"]))
-    stir(model)
+    model = stirred_model(tied_llama(), LoRAConfig(r=4, target_modules=["lm_head", "q_proj"]))
     ids = torch.arange(9)[None]
     expected, embedding = model(ids).logits, model.base_model.model.embed_tokens.weight.detach().clone()
     with pytest.raises(MergeError, match="another layer shares"):
@@ -87,8 +81,7 @@ def test_merging_in_place_does_not_overwrite_a_shared_weight() -> None:
 
 def test_the_reported_rounding_error_is_that_of_the_weight() -> None:
     base = nn.Sequential(nn.Linear(256, 256)).to(torch.bfloat16)
-    model = LoRAModel(base, LoRAConfig(r=4))
-    stir(model)
+    model = stirred_model(base, LoRAConfig(r=4))
     layer, adapter = base[0], model.lora_layers["0"]
     adapter.scaling = 1e-2 * float(layer.weight.norm() / (adapter.lora_B @ adapter.lora_A).detach().norm())
     delta, original = adapter.delta_weight().detach(), layer.weight.detach().float()
@@ -119,8 +112,7 @@ def test_what_cannot_be_done_while_merged_is_refused() -> None:
 
 
 def test_a_merged_model_can_change_its_precision() -> None:
-    model = LoRAModel(nn.Sequential(nn.Linear(4, 3)), LoRAConfig(r=2))
-    stir(model)
+    model = stirred_model(nn.Sequential(nn.Linear(4, 3)), LoRAConfig(r=2))
     weight = model.base_model[0].weight.detach().clone()
     model.merge()
     model.double()
@@ -156,8 +148,7 @@ def test_a_parametrized_weight_is_not_merged() -> None:
 
 
 def test_several_adapters_merge_as_they_run() -> None:
-    model = LoRAModel(nn.Sequential(nn.Linear(8, 6)), LoRAConfig(r=2))
-    stir(model)
+    model = stirred_model(nn.Sequential(nn.Linear(8, 6)), LoRAConfig(r=2))
     model.add_adapter("b", LoRAConfig(r=3))
     model.set_adapter("b")
     stir(model, seed=9)
@@ -171,8 +162,7 @@ def test_several_adapters_merge_as_they_run() -> None:
 
 
 def test_a_refused_merge_leaves_the_tie_alone_and_unload_ties_again() -> None:
-    model = LoRAModel(tied_llama(), LoRAConfig(r=4, target_modules=["lm_head"]))
-    stir(model)
+    model = stirred_model(tied_llama(), LoRAConfig(r=4, target_modules=["lm_head"]))
     base, B = model.base_model, model.lora_layers["lm_head"].lora_B
     good = B.detach().clone()
     B.data.fill_(torch.inf)
@@ -211,8 +201,7 @@ def test_a_weight_that_is_shared_under_another_name_is_seen() -> None:
 
 def test_a_merge_with_magnitudes_in_several_blocks_of_rows_computes_what_the_adapter_did() -> None:
     rows = 2 * BLOCK // 512 + 3  # the last block has three
-    model = LoRAModel(nn.Sequential(nn.Linear(512, rows)), LoRAConfig(r=2, use_dora=True))
-    stir(model)
+    model = stirred_model(nn.Sequential(nn.Linear(512, rows)), LoRAConfig(r=2, use_dora=True))
     x = torch.randn(3, 512)
     expected = model(x)
     assert model.merge().worst < 1e-5

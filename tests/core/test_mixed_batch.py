@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import LAYERS, PAIRS, SLOTS, LayerCase, all_of, pairs_of
-from tiny import stir
+from tiny import stir, stirred_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -206,8 +206,7 @@ def test_an_encoder_sees_the_rows_and_its_decoder_the_beams() -> None:
 
     torch.manual_seed(0)
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": 50}
-    model = LoRAModel(T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)), LoRAConfig(r=4), "a")
-    stir(model)
+    model = stirred_model(T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)), LoRAConfig(r=4), "a")
     model.eval()
     ids = torch.randint(2, 50, (2, 6), generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from tiny import chat_model, stir
+from tiny import chat_model, stir, stirred_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -27,8 +27,7 @@ def net() -> nn.Sequential:
 
 def two() -> LoRAModel:
     """Adapters `default` and `b`, of different ranks, both doing something; `default` is active."""
-    model = LoRAModel(net(), LoRAConfig(r=2))
-    stir(model)
+    model = stirred_model(net(), LoRAConfig(r=2))
     model.add_adapter("b", LoRAConfig(r=3, target_modules=["2"]))
     model.set_adapter("b")
     stir(model, seed=7)
@@ -231,8 +230,7 @@ def test_the_encoder_s_inference_fast_path_does_not_pass_by_the_adapter() -> Non
     torch.manual_seed(0)
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0), 2).eval()
     x, mask = torch.randn(2, 5, 16), torch.tensor([[False] * 4 + [True], [False] * 5])
-    model = LoRAModel(encoder, LoRAConfig(r=4))
-    stir(model)
+    model = stirred_model(encoder, LoRAConfig(r=4))
     with_grad = model(x, src_key_padding_mask=mask)
     with torch.no_grad():
         without_grad = model(x, src_key_padding_mask=mask)
@@ -520,8 +518,7 @@ def test_the_task_type_is_written_to_the_folder(task_type: Any, tmp_path: Path) 
 
 
 def test_a_loaded_adapter_is_in_the_mode_of_its_base(tmp_path: Path) -> None:
-    model = LoRAModel(net(), LoRAConfig(r=2, lora_dropout=0.5))
-    stir(model)
+    model = stirred_model(net(), LoRAConfig(r=2, lora_dropout=0.5))
     model.save_adapter(tmp_path)
     x = torch.randn(4, 8)
     expected = model.eval()(x)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import stir
+from tiny import stirred_model
 from torch import Tensor, nn
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -16,9 +16,7 @@ from tailora import LoRAConfig, LoRAModel
 
 
 def stirred(base: nn.Module, **settings: Any) -> LoRAModel:
-    model = LoRAModel(base, LoRAConfig(**{"r": 2, "lora_alpha": 6, **settings}))
-    stir(model)
-    return model
+    return stirred_model(base, LoRAConfig(**{"r": 2, "lora_alpha": 6, **settings}))
 
 
 def mixtral(**settings: Any) -> MixtralForCausalLM:

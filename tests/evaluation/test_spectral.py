@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import LAYERS, PAIRS, SPECIAL_LAYERS, SPECIAL_PAIRS, LayerCase, all_of, trained
-from tiny import stir
+from tiny import stir, stirred_model
 from torch import Tensor
 
 from tailora import LoRAConfig, LoRAModel
@@ -283,8 +283,7 @@ def test_what_is_trained_whole_is_left_out_with_a_reason() -> None:
 
 def test_shares_of_energy_add_up() -> None:
     net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Embedding(8, 8), torch.nn.Linear(8, 8))
-    model = LoRAModel(net, LoRAConfig(r=2, target_modules=["0", "1", "2"]))
-    stir(model)
+    model = stirred_model(net, LoRAConfig(r=2, target_modules=["0", "1", "2"]))
     found = with_energy(reports(model).values())
     assert sum(each.energy for each in found) == pytest.approx(1)
     assert found[1].kind == EMBEDDING.name

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import chat_model, chat_tokenizer, stir
+from tiny import chat_model, chat_tokenizer, stirred_model
 
-from tailora import LoRAConfig, LoRAModel
+from tailora import LoRAConfig
 from tailora.formats import export
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -29,8 +29,7 @@ def test_mlx_lm_computes_what_the_live_model_does(settings: dict[str, Any], tmp_
     base = chat_model()
     base.save_pretrained(tmp_path / "base")
     chat_tokenizer(["hello"]).save_pretrained(tmp_path / "base")
-    model = LoRAModel(base, LoRAConfig(**{"r": 4, **settings})).eval()
-    stir(model)
+    model = stirred_model(base, LoRAConfig(**{"r": 4, **settings})).eval()
     model.export(tmp_path / "out", "mlx")
     ids = export.comparison_ids(base)
     mx.set_default_device(mx.cpu)

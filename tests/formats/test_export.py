@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import chat_model, chat_tokenizer, stir, tiny_model
+from tiny import chat_model, chat_tokenizer, stirred_model, tiny_model
 from tiny_adapters import adapted, logits, token_ids
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -237,8 +237,7 @@ def test_wrong_arguments_are_refused_and_nothing_is_written(
 
 @pytest.mark.parametrize("to", ["peft", "portable", "merged"])
 def test_a_model_whose_vocabulary_is_in_the_config_of_its_text_model(tmp_path: Path, to: str) -> None:
-    model = LoRAModel(tiny_model("LlavaForConditionalGeneration"), LoRAConfig(r=2))
-    stir(model)
+    model = stirred_model(tiny_model("LlavaForConditionalGeneration"), LoRAConfig(r=2))
     assert model.export(tmp_path / "out", to).logits.effect > 0.1
 
 

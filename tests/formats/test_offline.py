@@ -7,10 +7,10 @@ import torch
 from cases import LAYERS, trained
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import chat_model, stir
+from tiny import chat_model, stirred_model
 from torch import nn
 
-from tailora import LoRAConfig, LoRAModel
+from tailora import LoRAConfig
 from tailora.errors import ConfigError, FormatError
 from tailora.formats.offline import read_offline
 from tailora.formats.run_folder import ADAPTER_WEIGHTS
@@ -27,16 +27,14 @@ def changed(folder: Path, **tensors: torch.Tensor) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    model = LoRAModel(nn.ModuleDict({"a": nn.Linear(8, 6)}), LoRAConfig(r=2, lora_alpha=6, target_modules=["a"]))
-    stir(model)
+    model = stirred_model(nn.ModuleDict({"a": nn.Linear(8, 6)}), LoRAConfig(r=2, lora_alpha=6, target_modules=["a"]))
     return model.save_adapter(tmp_path)
 
 
 def test_scales_follow_patterns_and_modules_trained_whole_are_left_out(tmp_path: Path) -> None:
     patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 5}}
     config = LoRAConfig(r=4, lora_alpha=8, use_rslora=True, modules_to_save=["model.norm"], **patterns)
-    model = LoRAModel(chat_model(), config)
-    stir(model)
+    model = stirred_model(chat_model(), config)
     model.save_adapter(tmp_path)
     offline = read_offline(tmp_path)
     for path, layer in model.adapter().low_rank.items():
@@ -51,8 +49,7 @@ def test_scales_follow_patterns_and_modules_trained_whole_are_left_out(tmp_path:
 def test_parts_of_a_fused_layer_are_read_as_one_matrix(tmp_path: Path) -> None:
     net = nn.ModuleDict({"qkv": nn.Linear(12, 18)})
     parts = {"qkv": {"q": 6, "k": 6, "v": 6}}
-    model = LoRAModel(net, LoRAConfig(r=2, target_modules=["qkv.q", "qkv.v"], fused_parts=parts))
-    stir(model)
+    model = stirred_model(net, LoRAConfig(r=2, target_modules=["qkv.q", "qkv.v"], fused_parts=parts))
     model.save_adapter(tmp_path)
     ((path, offline),) = read_offline(tmp_path).updates.items()
     assert (path, offline.r) == ("qkv", 4)
@@ -98,8 +95,7 @@ def test_a_missing_factor_and_files_that_need_the_model_are_refused(folder: Path
 
 
 def test_missing_tensors_are_named(tmp_path: Path) -> None:
-    model = LoRAModel(chat_model(), LoRAConfig(r=4, target_modules=["q_proj", "k_proj"]))
-    stir(model)
+    model = stirred_model(chat_model(), LoRAConfig(r=4, target_modules=["q_proj", "k_proj"]))
     file = model.save_adapter(tmp_path) / "adapter_model.safetensors"
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()

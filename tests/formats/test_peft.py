@@ -10,7 +10,7 @@ import pytest
 import torch
 from permissions import modes_obeyed
 from safetensors.torch import load_file
-from tiny import chat_model, stir, tiny_model
+from tiny import chat_model, stir, stirred_model, tiny_model
 from tiny_adapters import adapted
 from torch import nn
 
@@ -30,8 +30,7 @@ def test_adapters_of_a_bfloat16_base_are_saved_in_float32(tmp_path: Path) -> Non
 
 def test_a_learned_scale_stays_learned_and_an_assigned_one_gives_the_same_outputs(tmp_path: Path) -> None:
     ids = torch.arange(10)[None]
-    model = LoRAModel(chat_model(), LoRAConfig(r=4, learn_scaling=True, lora_bias=True))
-    stir(model)
+    model = stirred_model(chat_model(), LoRAConfig(r=4, learn_scaling=True, lora_bias=True))
     back = LoRAModel.from_pretrained(chat_model(), model.save_adapter(tmp_path / "learned"))
     for key, layer in model.lora_layers.items():
         assert isinstance(back.lora_layers[key].scaling, nn.Parameter)
@@ -47,8 +46,7 @@ def test_a_learned_scale_stays_learned_and_an_assigned_one_gives_the_same_output
 
 
 def test_a_scale_that_was_made_a_parameter_by_hand_stays_learned(tmp_path: Path) -> None:
-    model = LoRAModel(chat_model(), LoRAConfig(r=4, target_modules=["q_proj"]))
-    stir(model)
+    model = stirred_model(chat_model(), LoRAConfig(r=4, target_modules=["q_proj"]))
     first = next(iter(model.lora_layers.values()))
     first.scaling = nn.Parameter(torch.full((1,), 3.0))
     back = LoRAModel.from_pretrained(chat_model(), model.save_adapter(tmp_path))

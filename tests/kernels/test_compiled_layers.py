@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import GROUPED, SIZES, chat_model, chat_tokenizer, packed_row, stir, tiny_model
+from tiny import GROUPED, SIZES, chat_model, chat_tokenizer, packed_row, stir, stirred_model, tiny_model
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.utils import counters
@@ -289,8 +289,7 @@ def test_rows_with_different_adapters_on_a_base_in_4_bits_take_one_graph(backend
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch uses what it calls deprecated
 @pytest.mark.parametrize("slot", SLOTS)
 def test_every_slot_on_a_base_in_4_bits_is_compiled(slot: str, tmp_path: Path) -> None:
-    model = LoRAModel(base_in_4_bits(tmp_path), LoRAConfig(r=4, **SLOTS[slot])).train()
-    stir(model)
+    model = stirred_model(base_in_4_bits(tmp_path), LoRAConfig(r=4, **SLOTS[slot])).train()
     assert_compiled_is_plain(model, "aot_eager")
 
 

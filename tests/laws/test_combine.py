@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from cases import LAYERS, PAIRS, SLOTS, LayerCase, all_of, config, pairs_of
-from tiny import stir
+from tiny import stir, stirred_model
 from torch import Tensor
 
 from tailora import LoRAConfig, LoRAModel
@@ -20,8 +20,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 def pair(case: LayerCase, slot: str = "plain", dtype: torch.dtype = torch.float64) -> LoRAModel:
     """Adapters a (as the slot says) and b (another rank and alpha, at a strength of its own) of one layer."""
-    model = LoRAModel(case.net(dtype), config(case, slot), adapter_name="a")
-    stir(model)
+    model = stirred_model(case.net(dtype), config(case, slot), "a")
     groups = getattr(model.base_model.block["target"], "groups", 1)
     model.add_adapter("b", LoRAConfig(r=groups * (1 if groups > 1 else 3), lora_alpha=5, target_modules=["target"]))
     model.set_adapter("b")
@@ -230,8 +229,7 @@ def test_shrinking_keeps_the_leading_singular_values(case: LayerCase) -> None:
 @layer_cases
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_an_adapter_is_recovered_from_the_merged_model(case: LayerCase, dtype: torch.dtype) -> None:
-    model = LoRAModel(case.net(dtype), config(case))
-    stir(model)
+    model = stirred_model(case.net(dtype), config(case))
     expected = model.base_model.block["target"].weight + update(model, "default").to(dtype)
     x = case.batch(dtype)
     tuned = model.merge_and_unload()

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import chat_model, stir
+from tiny import chat_model, stir, stirred_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -389,8 +389,7 @@ def test_rows_of_a_gemma_embedding_are_scaled_as_the_others() -> None:
 
     torch.manual_seed(0)
     net = nn.Sequential(Gemma3TextScaledWordEmbedding(20, 6, padding_idx=0, embed_scale=3.0), nn.Linear(6, 4))
-    model = LoRAModel(net, LoRAConfig(r=2, target_modules=["1"], trainable_token_indices={"0": [4, 2]}))
-    stir(model)
+    model = stirred_model(net, LoRAConfig(r=2, target_modules=["1"], trainable_token_indices={"0": [4, 2]}))
     x = torch.tensor([[0, 2, 4, 7]], dtype=torch.int32)
     expected = model(x)
     rows = next(part for key, part in model.lora_layers.items() if key == "0").trainable_tokens_delta

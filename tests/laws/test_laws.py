@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import ALL_LAYERS, ALL_PAIRS, UNMERGEABLE, LayerCase, all_of, check_copies, config, pairs_of, trained
-from tiny import stir
+from tiny import stirred_model
 from torch import Tensor
 
 from tailora import LoRAModel
@@ -101,8 +101,7 @@ def test_unload_gives_back_class_bits_and_requires_grad(case: LayerCase) -> None
     reference = case.net()
     layer = base.block["target"]
     cls, attributes = type(layer), set(vars(layer))
-    model = LoRAModel(base, config(case))
-    stir(model)
+    model = stirred_model(base, config(case))
     assert isinstance(layer, cls)
     assert model.state_dict().keys() == {f"base_model.{key}" for key in reference.state_dict()} | {
         f"lora_layers.{key}" for key in model.lora_layers.state_dict()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import LAYERS, PAIRS, PEFT_FAILS, SLOTS, LayerCase, all_of, config, pairs_of, trained
 from safetensors.torch import load_file
-from tiny import chat_model, stir
+from tiny import chat_model, stir, stirred_model
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -125,8 +125,7 @@ def test_the_same_config_selects_the_same_layers_as_peft(settings: dict[str, Any
 
 def test_a_combination_of_adapters_of_different_layers_and_ranks_is_the_same_in_peft(tmp_path: Path) -> None:
     ids = torch.arange(24).view(2, 12)
-    model = LoRAModel(llama(), LoRAConfig(**LLAMA_CONFIGS["patterns"]), adapter_name="a")
-    stir(model)
+    model = stirred_model(llama(), LoRAConfig(**LLAMA_CONFIGS["patterns"]), "a")
     model.add_adapter("b", LoRAConfig(**LLAMA_CONFIGS["embedding and head"]))
     model.set_adapter("b")
     stir(model, seed=3)

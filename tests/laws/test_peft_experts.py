@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
-from tiny import stir, tiny_model
+from tiny import stirred_model, tiny_model
 from torch import Tensor, nn
 
 import tailora
@@ -129,9 +129,7 @@ def excluded(base: nn.Module) -> list[str] | None:
 
 def adapted(name: str, **settings: Any) -> LoRAModel:
     base = fresh(name)
-    model = LoRAModel(base, LoRAConfig(r=2, lora_alpha=6, exclude_modules=excluded(base), **settings))
-    stir(model)
-    return model
+    return stirred_model(base, LoRAConfig(r=2, lora_alpha=6, exclude_modules=excluded(base), **settings))
 
 
 @pytest.mark.parametrize(
@@ -196,8 +194,7 @@ RENAMED = {  # class -> the first layer that PEFT misses, and their number
 @pytest.mark.parametrize("class_name", RENAMED)
 def test_saving_and_exporting_say_which_layers_peft_misses(tmp_path: Path, class_name: str) -> None:
     (first, count), base = RENAMED[class_name], tiny_model(class_name)
-    model = LoRAModel(tiny_model(class_name), LoRAConfig(r=2))
-    stir(model)
+    model = stirred_model(tiny_model(class_name), LoRAConfig(r=2))
     expected = rf"it renames the keys of {first}, .* \({count} layers in total\)"
     with pytest.warns(UserWarning, match=f"only tailora can load this adapter.*{expected}"):
         model.save_adapter(tmp_path / "adapter")

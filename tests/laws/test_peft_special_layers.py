@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import SPECIAL_PAIRS, LayerCase, pairs_of, trained
 from safetensors.torch import load_file, save_file
-from tiny import stir
+from tiny import stirred_model
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
@@ -138,8 +138,7 @@ def output(model: nn.Module) -> Tensor:
 def test_a_model_s_adapter_is_the_same_in_peft(
     make: Callable[[], nn.Module], settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    model = LoRAModel(fresh(make), LoRAConfig(r=2, lora_alpha=6, **settings))
-    stir(model)
+    model = stirred_model(fresh(make), LoRAConfig(r=2, lora_alpha=6, **settings))
     model.save_adapter(tmp_path / "ours")
     expected = output(model.eval())
     assert (expected - output(fresh(make))).abs().max() > 0.01
@@ -194,8 +193,7 @@ PARTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("settings", PARTS.values(), ids=PARTS)
 def test_parts_are_one_adapter_of_the_fused_layer_in_peft(settings: dict[str, Any], tmp_path: Path) -> None:
-    model = LoRAModel(fresh(gpt2), LoRAConfig(r=2, lora_alpha=6, **settings))
-    stir(model)
+    model = stirred_model(fresh(gpt2), LoRAConfig(r=2, lora_alpha=6, **settings))
     expected = output(model.eval())
     model.save_adapter(tmp_path)
     theirs = peft.PeftModel.from_pretrained(fresh(gpt2), str(tmp_path)).eval()
@@ -222,8 +220,7 @@ def test_a_linear_layer_that_is_called_out_proj_is_added_once(tmp_path: Path) ->
 
 
 def test_a_file_that_is_not_made_of_its_parts_is_refused(tmp_path: Path) -> None:
-    model = LoRAModel(fresh(gpt2), LoRAConfig(r=2, target_modules=["c_attn.q", "c_attn.v"]))
-    stir(model)
+    model = stirred_model(fresh(gpt2), LoRAConfig(r=2, target_modules=["c_attn.q", "c_attn.v"]))
     model.save_adapter(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)

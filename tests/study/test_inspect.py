@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import chat_model, stir, tiny_model
+from tiny import chat_model, stir, stirred_model, tiny_model
 from transformers import LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
@@ -131,8 +131,7 @@ def test_a_model_in_memory_is_left_as_it_was() -> None:
 @pytest.mark.parametrize("start", ["kaiming", "pissa"])
 def test_without_the_lower_half_it_computes_as_an_adapter_shrunk_to_that(start: str) -> None:
     config = LoRAConfig(r=4, use_rslora=True, learn_scaling=True, init_lora_weights=start)
-    model = LoRAModel(chat_model().eval(), config)
-    stir(model)
+    model = stirred_model(chat_model().eval(), config)
     ids, adapter = torch.arange(20).view(2, 10), model.adapter()
     spectra = spectra_of(adapter)
     before = model(ids).logits
@@ -150,8 +149,7 @@ def evaluation(loss: float) -> Evaluation:
 
 
 def test_of_an_odd_number_of_values_the_larger_half_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = LoRAModel(chat_model().eval(), LoRAConfig(r=3))
-    stir(model)
+    model = stirred_model(chat_model().eval(), LoRAConfig(r=3))
     kept: list[set[int]] = []
 
     def cut(_adapter: object, _spectra: object, ranks: dict[str, int]) -> nullcontext[None]:
@@ -168,8 +166,7 @@ def test_of_an_odd_number_of_values_the_larger_half_stays(monkeypatch: pytest.Mo
 
 
 def test_lower_strengths_are_shares_of_the_one_that_is_set() -> None:
-    model = LoRAModel(chat_model().eval(), LoRAConfig(r=2))
-    stir(model)
+    model = stirred_model(chat_model().eval(), LoRAConfig(r=2))
     model.set_scale("default", 0.5)
     layer = next(iter(model.adapter().low_rank.values()))
     set_now: list[float] = []
