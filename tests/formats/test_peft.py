@@ -119,7 +119,7 @@ def test_layers_that_were_not_trained_are_named_in_the_files(tmp_path: Path, ini
     expected = sorted(path for path in model.adapter().low_rank if ".encoder_attn." in path)
     assert stored.metadata.zero_updates == expected
     names = f"{', '.join(expected[:5])}, ..."
-    sentence = f"8 of its layers ({names}) have an update of zero, because they were not trained, or pruned. "
+    sentence = f"8 of its layers ({names}) have an update of zero, because they were not trained, or pruned."
     assert sentence in (tmp_path / "README.md").read_text()
     assert sentence in run_card("user/adapter", tmp_path, stored.settings or {}, None, samples=False)
     again = LoRAModel.from_pretrained(tiny_model("BartForCausalLM"), tmp_path)
