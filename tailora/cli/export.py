@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 Format = Literal["peft", "portable", "gguf", "merged"]
 Server = Literal["vllm", "llama-server", "ollama", "mlx"]
 FORMATS: tuple[str, ...] = get_args(Format)
+IMAGE_FORMATS = ("peft", "portable", "merged")  # for vision-language models
 SERVERS_OF_FORMAT = {"portable": "vllm", "gguf": "llama-server"}
 To = Annotated[
     Literal[Format, Server],
@@ -100,7 +101,7 @@ def export(
     labels = labels_of(base, [path])
     task = task_of(base, [path])
     if to not in FORMATS:
-        check_target(to, path, output, labels, task)
+        check_target(to, path, output, base, labels, task)
     fetch_sources(base)
     loaded, tokenizer = load_base(base, dtype, device_of_flag(device), method, task=task, labels=labels)
     adapted = LoRAModel.from_pretrained(loaded, path)
@@ -150,11 +151,16 @@ def add_passport(folder: Path, source: Path, model: Any, tokenizer: Any) -> dict
     return {PASSPORT: (folder / PASSPORT).stat().st_size}
 
 
-def check_target(to: str, adapter: Path, output: Path, labels: "Labels | None", task: str) -> None:
+def check_target(to: str, adapter: Path, output: Path, base: str, labels: "Labels | None", task: str) -> None:
     """Raises ConfigError for an adapter or a path that a server does not support, before the model is loaded."""
     from tailora.formats.serving_targets import check_target_path
+    from tailora.train.model_loading import read_config, reads_images
 
     check_target_path(to, output)
+    if reads_images(read_config(base)):
+        raise ConfigError(
+            f"--to {to} does not support vision-language models such as {base}; use one of {', '.join(IMAGE_FORMATS)}"
+        )
     if labels is not None or task != CAUSAL_LM:
         what = "predicts labels" if labels is not None else f"was trained for {task}"
         raise ConfigError(f"--to {to} is for language models, but {adapter} {what}; use one of {', '.join(FORMATS)}")

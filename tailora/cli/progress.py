@@ -216,7 +216,8 @@ def _summary(header: Mapping[str, Any]) -> dict[str, str]:
         lines["training"] = "all weights of the model"
     else:
         layers = plural(header["adapted_layers"], "layer")
-        lines["adapter"] = f"{layers}, {trained:,} trainable parameters ({trained / total:.2%})"
+        parts = f" ({', '.join(header['parts'])})" if header.get("parts") else ""
+        lines["adapter"] = f"{layers}{parts}, {trained:,} trainable parameters ({trained / total:.2%})"
         if target_r := settings.get("target_r"):
             lines["rank"] = f"{settings['r']} at the start, {target_r} on average at the end (AdaLoRA)"
         if (start := header.get("start", "kaiming")) != "kaiming":

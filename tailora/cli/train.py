@@ -22,7 +22,7 @@ from tailora.data.readers import source_names
 from tailora.data.schemas import PREFERENCE, SEQ2SEQ
 from tailora.errors import INTERRUPTED, CheckpointError, ConfigError, DataError, WriteError
 from tailora.formats.io import wrap_os_error, write_file
-from tailora.formats.run_folder import ADAPTER, PAGE, REPORT, SAMPLES, checkpoints_in
+from tailora.formats.run_folder import ADAPTER, PAGE, REPORT, RUN, SAMPLES, checkpoints_in
 from tailora.report.blocks import Code, Column, Section, Table
 from tailora.report.files import read_page, write_page_if_possible
 from tailora.report.terminal import print_page, print_section
@@ -169,10 +169,17 @@ def next_commands(config: TrainConfig, folder: Path, remedy: Sequence[str] = ())
         return [*([] if config.task in TASK_TYPES else [generate]), evaluate, predict]
     commands = [["tailora", "chat", *tuned], generate, evaluate]
     if is_lora:
-        commands.append(["tailora", "export", str(folder), "--to", "llama-server", "--output", f"{folder}-llama"])
+        target, name = ("merged", "merged") if _reads_images(folder) else ("llama-server", "llama")
+        commands.append(["tailora", "export", str(folder), "--to", target, "--output", f"{folder}-{name}"])
     if config.data == "demo":
         commands.append(["tailora", "data", "YOUR_DATA.jsonl", "--model", config.model])
     return commands
+
+
+def _reads_images(folder: Path) -> bool:
+    """Returns whether the run trained a vision-language model, whose parts it records."""
+    file = folder / RUN
+    return file.exists() and bool(json.loads(file.read_text(encoding="utf-8")).get("parts"))
 
 
 def first_prompt(folder: Path) -> str:

@@ -23,6 +23,7 @@ from tailora.core.extras import ExtraTargets, Modules, extra_targets
 from tailora.core.fused_layers import OutputSlice, layout_of, output_slices
 from tailora.core.layer_calls import Use, last_names, use_of
 from tailora.core.layer_types import EMBEDDING, LayerType, forward_obstacle, layer_path_of, layer_type_of, obstacle
+from tailora.core.model_parts import language_model_path
 from tailora.core.parameters import parameter_layer_type, projections
 from tailora.core.quantization import (
     dense_weight,
@@ -355,14 +356,6 @@ def _in_language_model(model: Any, candidates: list[TargetCandidate]) -> list[Ta
     """Returns the candidates in the decoder of a vision-language model; all candidates of other models."""
     path = language_model_path(model)
     return [candidate for candidate in candidates if patterns.inside(candidate.path, path)] if path else candidates
-
-
-def language_model_path(model: Any) -> str:
-    """Returns the path of the decoder in a vision-language model; "" for other models."""
-    if not hasattr(getattr(model, "config", None), "vision_config") or model.config.is_encoder_decoder:
-        return ""
-    decoder = model.get_decoder()
-    return str(next(path for path, module in model.named_modules() if module is decoder))
 
 
 def _without(

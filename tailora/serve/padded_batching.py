@@ -16,8 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from tailora.core.adapter_set import AdapterSet
+from tailora.core.model_parts import language_model_path
 from tailora.core.patterns import inside
-from tailora.core.targets import language_model_path
 from tailora.errors import AdapterError, DataError, RowsError, is_out_of_memory
 from tailora.serve.engine_interface import Engine, EventHandler, Finish, Request
 from tailora.serve.images import MOST_PIXELS, pixel_count

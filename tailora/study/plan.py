@@ -12,6 +12,7 @@ plan -> Plan          (study/plan_result.py)
 from bisect import bisect_right
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,14 +37,16 @@ from tailora.train import estimate
 from tailora.train.config import TASK_TYPES, TrainConfig
 from tailora.train.dataloader import epoch_steps, largest_forward, read_data, split_by_tokens, step_shape, token_limit
 from tailora.train.estimate import Memory
+from tailora.train.image_text_to_text import ImageTextToText, language_model_task
 from tailora.train.kernel_choice import asks_for_compiled_layers
 from tailora.train.loss import CAUSAL_LM, Task
 from tailora.train.memory import ACTIVATION_MEMORY, available_bytes, format_bytes, used_bytes
-from tailora.train.model_loading import check_can_be_sharded, load_tokenizer, read_config, set_labels
+from tailora.train.model_loading import check_can_be_sharded, load_tokenizer, read_config, reads_images, set_labels
 from tailora.train.preference import preference_task
 from tailora.train.quantize import dequantization_note, stays_quantized
 from tailora.train.setup import check_can_be_offloaded, find_labels, start_accelerator
 from tailora.train.subprocess_worker import measure_steps
+from tailora.train.trainable import trained_parts, trains_on_pixels
 
 
 def plan(
@@ -84,9 +87,9 @@ def plan(
     if config.fsdp:
         check_can_be_sharded(shape, config.model, config.quantize)
     batches = read_batches(config, shape, accelerator, token_limit(place.device.type), nproc, labels)
-    with estimate.fake_model(config, shape, place.device) as fake:
+    with estimate.fake_model(config, shape, place.device, batches.task) as fake:
         model, summary, dtype, kernels = fake.model, fake.model.summary(), fake.base.dtype, fake.kernels.description
-        layers: dict[str, Any] = {}
+        parts, layers = trained_parts(fake.model), dict[str, Any]()
         if isinstance(model, LoRAModel):
             modules, groups, left = adapted_modules(model), trained_groups(model), unadapted_groups(model)
             layers = {"modules": modules, "groups": groups, "left": left}
@@ -133,6 +136,7 @@ def plan(
         kernels=kernels,
         trainable_parameters=summary.trainable_parameters,
         total_parameters=summary.total_parameters,
+        parts=parts,
         **layers,
         memory=needed,
         available_bytes=available,
@@ -290,7 +294,7 @@ def read_batches(
     examples, steps, tokens_of_step = None, config.max_steps, 0.0
     if "data" not in config.model_fields_set:
         example, what = Example.of_text(np.arange(config.max_length, dtype=np.int32) % vocabulary), "example"
-        task: Task = CAUSAL_LM
+        task: Task = language_model_task(load_tokenizer(config.model)) if reads_images(shape) else CAUSAL_LM
         if learns_preferences(config):
             task = preference_task(config, FEEDBACK if config.loss == "kto" else PREFERENCE, config.model)
             example, what = Example.of_two(example, example, np.ones(1)), "reply with its prompt"
@@ -312,6 +316,8 @@ def read_batches(
             examples, steps = train, config.max_steps or epoch_steps(config, train.epoch_size, nproc)
             tokens_of_step = train.mean_length * min(step.examples_per_step, train.epoch_size / nproc)
             notes = [f"{name}: {text}" for name, text in warnings_of(data.prepared.report.to_dict()).items()]
+            if isinstance(task, ImageTextToText) and (images := int(task.is_image(train.input_ids).sum())):
+                notes.append(f"{images:,} of {len(train.input_ids):,} tokens of the training examples are images")
     if task.reference is not None:
         notes.append(
             "before the first step, the log-probabilities of all replies are computed once; the time excludes this"
@@ -354,10 +360,20 @@ def tokens_of(examples: list[Example]) -> int:
 
 
 def largest_step(config: TrainConfig, fake: estimate.FakeModel, batches: Batches) -> estimate.StepCost:
-    """Returns the simulated cost of the largest forward pass of the run."""
-    return estimate.simulate_step(
-        replace(fake, task=batches.task), batches.largest, checkpointed=config.gradient_checkpointing
-    )
+    """Returns the simulated cost of the largest forward pass of the run.
+
+    Image towers run only if a part of them is trained, because frozen ones keep nothing for the backward.
+    """
+    task, fake = batches.task, replace(fake, task=batches.task)
+    simulate = partial(estimate.simulate_step, fake, checkpointed=config.gradient_checkpointing)
+    if not isinstance(task, ImageTextToText):
+        return simulate(batches.largest)
+    if trains_on_pixels(fake.model):
+        try:
+            return simulate(batches.largest)
+        except RuntimeError:  # the shapes in this tower depend on numbers that it computes
+            fake.notes.append("the activations of the image tower cannot be simulated and are missing; use --measure")
+    return simulate([task.as_text(example) for example in batches.largest])
 
 
 def full_fine_tuning(
@@ -366,7 +382,7 @@ def full_fine_tuning(
     """Returns the plan of the same run with all weights trained (without offloading, which needs frozen weights)."""
     settings = config.model_dump(exclude_unset=True, exclude={*ADAPTER_SETTINGS, "fsdp_offload_params"})
     full = TrainConfig(**{**settings, "method": FULL, "learning_rate": FIRST_RATES[FULL]})
-    with estimate.fake_model(full, shape, place.device) as fake:
+    with estimate.fake_model(full, shape, place.device, batches.task) as fake:
         memory = place.memory_of(full, fake, largest_step(full, fake, batches))
         parameters = fake.model.summary().trainable_parameters
     return FullFineTuning(parameters, memory, batch_size_that_fits(available, memory, batches))
@@ -398,7 +414,7 @@ def quantization(
     is_quantized = config.quantize or getattr(shape, "quantization_config", None) is not None
     if config.method == FULL or is_quantized or config.fsdp_offload_params:
         return {}
-    with estimate.fake_model(config.replaced(quantize="nf4"), shape, place.device) as fake:
+    with estimate.fake_model(config.replaced(quantize="nf4"), shape, place.device, batches.task) as fake:
         cheaper = estimate.with_less_memory(step, fake, 0, checkpointed=False)
         memory = {QUANTIZATION: place.memory_of(config, fake, cheaper)}
         if both := cheaper_runs(config, fake, step, batches, place).get(CHECKPOINTING):

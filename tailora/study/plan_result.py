@@ -45,6 +45,7 @@ class Ranks:
 class Plan:
     """A run with these settings.
 
+    parts: of a vision-language model, those with an update.
     modules, groups: the layers with an update, one by one and grouped.    left: the parts that would not be trained.
     available_bytes: memory that the run may use.    batch_size: the configured one.
     batch_size_that_fits: 0 if not even one example fits.
@@ -69,6 +70,7 @@ class Plan:
     batch_size_that_fits: int
     largest_forward: dict[str, int]
     basis: dict[str, str]
+    parts: list[str] = field(default_factory=list)
     modules: list[AdaptedModule] = field(default_factory=list)
     groups: list[TrainedGroup] = field(default_factory=list)
     left: list[UnadaptedGroup] = field(default_factory=list)

@@ -134,9 +134,12 @@ class AbsentDevice:
 
 @contextmanager
 def fake_model(
-    config: TrainConfig, shape: PretrainedConfig, device: torch.device | AbsentDevice
+    config: TrainConfig, shape: PretrainedConfig, device: torch.device | AbsentDevice, task: Task | None = None
 ) -> Iterator[FakeModel]:
-    """Yields the model that `config` would train, without contents. Raises ConfigError, TargetError, FormatError."""
+    """Yields the model that `config` would train, without contents. Raises ConfigError, TargetError, FormatError.
+
+    task: what it learns; by default what the settings say.
+    """
     if config.quantize is not None:
         check_unquantized(shape, config.model, config.quantize)
     with fake_tensors():
@@ -144,7 +147,7 @@ def fake_model(
         base, notes = cast(PreTrainedModel, model.base_model), list[str]()
         without_adapter = model.disable_adapter() if isinstance(model, LoRAModel) else nullcontext()  # changes neither
         with torch.no_grad(), without_adapter:
-            task = task_of_shape(config, shape)
+            task = task or task_of_shape(config, shape)
             layout = choose_layout(config, model, None, notes.append, compare=False, task=task)
         if isinstance(device, AbsentDevice) and not task.is_plain:
             if layout.packed and not device.keeps_scores:
@@ -330,7 +333,9 @@ def simulate_step(fake: FakeModel, examples: Sequence[Example], *, checkpointed:
             return LOGITS
         return GRADIENTS if tensor.shape in trained_shapes else ACTIVATIONS
 
-    task, batch = fake.task, make_batch(examples, fake.layout, base.device, fake.task)
+    task = fake.task
+    with no_dispatch():  # the processor of images needs their contents
+        batch = make_batch(examples, fake.layout, base.device, task)
     for parameter in trained.parameters():  # as in a run, where gradients are views of a flat buffer
         parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in trained.parameters() if parameter.grad is not None]

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from tailora.data.chat_template import ChatTokenizer
 from tailora.data.collate import collate_padded
-from tailora.data.dataset import Example
+from tailora.data.dataset import Example, Int32
 from tailora.data.images import Image
 from tailora.data.processor import Tokenizer, marks_image_tokens, pixel_inputs, token_types
 from tailora.errors import ConfigError, DataError
@@ -57,8 +58,18 @@ class ImageTextToText(Task):
 
     def start_of(self, example: Example, tokens: int, *, supervised: bool = True) -> Example:
         """Leaves the images out: a part of one would be no input, and frozen towers keep nothing for the backward."""
-        is_text = ~np.isin(example.input_ids, self.processor.image_token_ids)
-        return Example.of_text(example.input_ids[is_text][:tokens], supervised)
+        return Example.of_text(example.input_ids[~self.is_image(example.input_ids)][:tokens], supervised)
+
+    def as_text(self, example: Example) -> Example:
+        """Returns an example of text with as many tokens."""
+        is_image = self.is_image(example.input_ids)
+        return replace(
+            example, input_ids=np.where(is_image, example.input_ids[~is_image][0], example.input_ids), images=()
+        )
+
+    def is_image(self, input_ids: Int32) -> npt.NDArray[np.bool_]:
+        """Returns which tokens are placeholders of images; the same shape."""
+        return np.isin(input_ids, self.processor.image_token_ids)
 
 
 def language_model_task(tokenizer: Tokenizer) -> Task:

@@ -181,6 +181,17 @@ class Cost:
         per_token = self.per_checkpointed_token if size.checkpointed else self.per_token
         return int(self.fixed + per_token * size.tokens + self.per_supervised * size.supervised)
 
+    def with_images(self, kept: int, tokens: int, supervised: int) -> "Cost":
+        """Returns the cost with what else an example with images keeps, spread over its tokens.
+
+        kept: bytes that its forward keeps.    tokens, supervised: their numbers in the example.
+        """
+        more = max(kept - self.fixed - self.per_token * tokens - self.per_supervised * supervised, 0) / tokens
+        growth = 1 + more / self.per_token
+        return replace(
+            self, per_token=self.per_token * growth, per_checkpointed_token=self.per_checkpointed_token * growth
+        )
+
 
 def measure_cost(
     forward: Callable[[int, bool], Tensor], tokens: int, model: PreTrainedModel, recomputing: Recomputing | None = None

@@ -55,6 +55,7 @@ from tailora.train.memory import (
     check_fits,
     explain_out_of_memory,
     keep_freed_memory,
+    kept_bytes,
     measure_cost,
     remedies,
     reset_peak,
@@ -64,7 +65,7 @@ from tailora.train.optimizer import OPTIMIZERS, LossScale, parameter_groups
 from tailora.train.parallel import Sharding, forget_forward, own_process_group, send_from_first_rank
 from tailora.train.quantize import check_full_training, dequantization_note
 from tailora.train.state import TrainState, seed_all, seeded
-from tailora.train.trainable import FullModel, Trainable, sharded_names, trained_module
+from tailora.train.trainable import FullModel, Trainable, sharded_names, trained_module, trained_parts, trains_on_pixels
 
 PROBE_TOKENS = 32  # most tokens of the longest example to measure memory on
 LOADING_REMEDIES = (
@@ -139,6 +140,7 @@ class Run:
             "labels": self.labels,
             "start": f"from {config.adapter}" if config.adapter else config.init_lora_weights,
             "adapted_layers": len(summary.rows),
+            "parts": trained_parts(self.model),
             "trainable_parameters": summary.trainable_parameters,
             "total_parameters": summary.total_parameters,
             "max_steps": data.max_steps,
@@ -493,14 +495,22 @@ def check_layers_are_called(model: Trainable, example: Example, task: Task, layo
 def memory_cost(
     model: Trainable, layout: BatchLayout, kernels: Kernels, example: Example, task: Task = CAUSAL_LM
 ) -> Cost:
-    """Returns the bytes that a forward keeps for its backward, measured on the start of one example."""
+    """Returns the bytes that a forward keeps for its backward, measured on the start of one example.
+
+    If more than the language model is trained, images count with the tokens of this example.
+    """
     base = cast(PreTrainedModel, model.base_model)
 
-    def forward(tokens: int, supervised: bool) -> Tensor:
-        part = task.start_of(example, tokens, supervised=supervised)
+    def loss_of(part: Example) -> Tensor:
         return task.outputs(model, make_batch([part], layout, base.device, task), layout).losses.sum()
+
+    def forward(tokens: int, supervised: bool) -> Tensor:
+        return loss_of(task.start_of(example, tokens, supervised=supervised))
 
     with use_kernels(base, layout, kernels) as recomputing:
         cost = measure_cost(forward, min(len(example.input_ids), PROBE_TOKENS), base, recomputing)
+        if example.images and trains_on_pixels(model):
+            whole = kept_bytes(partial(loss_of, example), base, recomputing)
+            cost = cost.with_images(whole, len(example.input_ids), example.supervised)
     forget_forward(base)
     return cost

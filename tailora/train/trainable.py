@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tailora.core.adapter import Summary, SummaryRow, adapter_dtype, parameter_count
 from tailora.core.layer_types import gather_shards, whole_tensor
+from tailora.core.model_parts import LANGUAGE_PART, parts_of
 from tailora.formats.fingerprint import LayerFingerprint
 from tailora.formats.io import replace_folder
 from tailora.formats.run_folder import ADAPTER, MODEL
@@ -131,12 +131,12 @@ class FullModel(nn.Module):
 
     def differences(self, folder: Path) -> list[str]:
         """Returns the names of the weights that differ in the folder; as `save`, for the first rank."""
-        own = self._whole_weights(self._weights)
-        files = sorted(folder.glob("*.safetensors")) if own else []
-        stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
-        return [
-            name for name, tensor in own.items() if name not in stored or not torch.equal(stored[name], tensor.cpu())
-        ]
+        own, base = self._whole_weights(self._weights), cast(PreTrainedModel, self.base_model)
+        if not own:
+            return []
+        with quiet_transformers():  # which renames weights for files
+            read = type(base).from_pretrained(folder, dtype=base.dtype, use_safetensors=True).state_dict()
+        return [name for name, tensor in own.items() if not torch.equal(read[name].cpu(), tensor.cpu())]
 
     def _whole_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the weights on the first rank, and {} on the others."""
@@ -175,6 +175,18 @@ Trainable = LoRAModel | FullModel
 def trained_module(model: Trainable) -> nn.Module:
     """Returns the module whose parameters are all that is trained."""
     return model.trained if isinstance(model, FullModel) else model.lora_layers
+
+
+def trained_parts(model: Trainable) -> list[str]:
+    """Returns which parts of a vision-language model are trained; [] for other models."""
+    if isinstance(model, FullModel):
+        return parts_of(model.base_model, [name for name, _ in model.base_model.named_parameters()])
+    return parts_of(model.base_model, [row.path for row in model.summary().rows])
+
+
+def trains_on_pixels(model: Trainable) -> bool:
+    """Returns whether more than the language model of a vision-language model is trained."""
+    return trained_parts(model) not in ([], [LANGUAGE_PART])
 
 
 def sharded_names(model: Trainable) -> set[str]:

@@ -87,7 +87,7 @@ def make_passport(
     distinguished from its base.
     """
     config = getattr(model, "config", None)
-    if not hasattr(config, "vocab_size") or getattr(config, "is_encoder_decoder", False):
+    if not hasattr(config, "get_text_config") or getattr(config, "is_encoder_decoder", False):
         raise DataError("verification files are only supported for decoder-only language models")
     if is_sharded(model):
         raise DataError("the model is sharded; create the verification file with `tailora export`")

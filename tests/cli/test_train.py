@@ -444,6 +444,12 @@ def test_next_commands_name_the_held_out_data_and_its_columns(tmp_path: Path) ->
         assert ["be brief" in command for command in commands[:3]] == knows
 
 
+def test_an_adapter_of_a_model_for_images_is_merged_because_servers_do_not_load_it(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"parts": ["language model"]}))
+    commands = next_commands(TrainConfig(data="a.jsonl"), tmp_path)
+    assert commands[3] == ["tailora", "export", str(tmp_path), "--to", "merged", "--output", f"{tmp_path}-merged"]
+
+
 def test_after_sequence_to_sequence_no_chat_and_no_export_is_proposed(tmp_path: Path) -> None:
     config = TrainConfig(task="seq2seq", data="a.jsonl")
     assert [command[1] for command in next_commands(config, tmp_path)] == ["generate", "eval", "predict"]

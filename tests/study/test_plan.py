@@ -14,11 +14,13 @@ import pytest
 import torch
 from runs import changed
 from tiny import chat_tokenizer
+from tiny_vision import save_image, save_tiny_llava
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
+from tailora.report.pages.plan import plan_page
 from tailora.study.plan import batch_size_that_fits, plan
 from tailora.study.plan_result import Plan, Ranks
 from tailora.train import subprocess_worker
@@ -259,3 +261,22 @@ def test_an_adapter_that_is_trained_further_is_planned(small_run: TrainConfig, t
     LoRAModel(base, LoRAConfig(r=2, target_modules=["q_proj"])).save_adapter(tmp_path / "adapter")
     planned = plan(TrainConfig(model=small_run.model, adapter=str(tmp_path), max_length=64))  # the folder of a run
     assert {(module.path.rpartition(".")[2], module.r) for module in planned.modules} == {("q_proj", 2)}
+
+
+@pytest.mark.slow
+def test_a_model_for_images_names_its_parts_and_counts_the_tower_where_it_is_trained(tmp_path: Path) -> None:
+    model, image = save_tiny_llava(tmp_path / "model"), save_image(tmp_path / "a.png", "red", (40, 60))
+    reply = {"role": "assistant", "content": "red"}
+    rows: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": f"Which {number}?"}, reply], **({"image": image} if number else {})}
+        for number in range(4)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"model": str(model), "data": str(tmp_path / "chats.jsonl"), "validation_split": 0}
+    language, everything = plan(TrainConfig(**settings)), plan(TrainConfig(**settings, target_modules="all-linear"))
+    assert language.parts == ["language model"]
+    assert everything.parts == ["language model", "image tower", "projector"]
+    assert any(note.startswith("12 of ") and note.endswith("are images") for note in language.notes)  # 3 images of 4
+    assert everything.memory.weights == language.memory.weights
+    assert everything.memory.activations > 1.05 * language.memory.activations
+    assert plan_page(everything).sections[0].text == "Parts: language model, image tower, projector."

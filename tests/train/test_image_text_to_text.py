@@ -32,8 +32,12 @@ from tailora.errors import ConfigError
 from tailora.evaluation.generate import chat_ids, generation_arguments, prompt_of
 from tailora.kernels.loss import Batch
 from tailora.train.image_text_to_text import accepted_inputs, check_processor, language_model_task
+from tailora.train.kernel_choice import PLAIN, Kernels
 from tailora.train.loss import BatchLayout, make_batch
+from tailora.train.memory import ForwardSize, kept_bytes
 from tailora.train.model_loading import load_base
+from tailora.train.setup import memory_cost
+from tailora.train.trainable import FullModel, trained_parts
 
 BY_DEFAULT = ("llava", "qwen2_5_vl", "gemma3", "idefics3")  # no token types, grids, token types, images per row
 GLM = "ignore:__array__ implementation:DeprecationWarning"  # its processor converts tensors to arrays
@@ -252,3 +256,32 @@ def test_other_images_are_other_data(tmp_path: Path) -> None:
         data = prepare(str(tmp_path / "chats.jsonl"), processor, DataSettings(validation_split=0))
         hashes.append(data.report.sha256)
     assert len({*hashes}) == len(COLORS)
+
+
+def test_parts_of_the_model_are_named_and_images_count_in_memory_where_a_tower_is_trained(tmp_path: Path) -> None:
+    data = prepare(str(write_rows(tmp_path)), tiny_vlm("llava")[1], DataSettings(validation_split=0))
+    example, costs = max(data.train, key=lambda example: len(example.input_ids)), []
+    for targets, parts in (
+        ("language-model", ["language model"]),
+        ("all-linear", ["language model", "image tower", "projector"]),
+    ):
+        base, processor = tiny_vlm("llava")
+        model = LoRAModel(base, LoRAConfig(r=2, target_modules=targets))
+        assert trained_parts(model) == parts
+        layout, task = BatchLayout(False, "", 0), language_model_task(processor)
+        costs.append(memory_cost(model, layout, Kernels(PLAIN, ""), example, task))
+        size = ForwardSize(1, 1, len(example.input_ids), example.supervised, checkpointed=False)
+    batch = make_batch([example], layout, base.device, task)
+    kept = kept_bytes(lambda: task.outputs(model, batch, layout).losses.sum(), base)
+    assert costs[1].of(size) == pytest.approx(kept, rel=0.01)
+    assert costs[0].of(size) < kept / 1.2
+
+
+def test_all_weights_of_a_model_for_images_are_read_back(tmp_path: Path) -> None:
+    base, processor = tiny_vlm("llava")
+    model = FullModel(base, processor, lambda: base)
+    model.save(tmp_path / "model")
+    assert model.differences(tmp_path / "model") == []
+    with torch.no_grad():
+        base.model.vision_tower.embeddings.class_embedding[0] += 1
+    assert model.differences(tmp_path / "model") == ["model.vision_tower.embeddings.class_embedding"]

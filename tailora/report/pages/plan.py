@@ -20,7 +20,7 @@ def plan_page(plan: Plan) -> Page:
     basis = plan.basis["memory"]
     of_each = "" if plan.ranks is None else f", in each of {plan.ranks.count} processes"
     sections = [
-        Section("What is trained", "", _trained(plan)),
+        Section("What is trained", f"Parts: {', '.join(plan.parts)}." if plan.parts else "", _trained(plan)),
         Section("Memory", f"Peak memory with {plan.dtype} on {plan.device}{of_each}; {basis}.", _memory(plan)),
         Section("What fits", f"In {available}, with all other settings unchanged.", [options]),
         Section("Steps and time", "", [Paragraph(_steps(plan)), Paragraph(plan.kernels)]),
