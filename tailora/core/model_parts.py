@@ -36,5 +36,5 @@ def parts_of(model: Any, paths: Iterable[str]) -> list[str]:
             owners[path] = LANGUAGE_PART
         elif part := towers.get(type(getattr(module, "config", None))):
             owners[path] = part
-    found = {next((part for owner, part in owners.items() if inside(path, owner)), PROJECTOR) for path in paths}
-    return [part for part in PARTS if part in found]
+    parts = {next((part for owner, part in owners.items() if inside(path, owner)), PROJECTOR) for path in paths}
+    return [part for part in PARTS if part in parts]
