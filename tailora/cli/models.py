@@ -15,8 +15,8 @@ from tailora.cli.progress import download_progress
 from tailora.data.demo import data_folder, model_folder
 from tailora.data.readers import check_data_exists, source_names
 from tailora.errors import ConfigError, FormatError, TailoraError, listing, nearest_path
-from tailora.formats.gguf_base import converted_base, folder_of, gguf_file
-from tailora.formats.hub import DEMO, check_model_exists, local_folder, name_of_model
+from tailora.formats.gguf_base import converted_base, folder_of
+from tailora.formats.hub import DEMO, check_model_exists, find_gguf, local_folder, name_of_model
 from tailora.formats.io import read_json_object
 from tailora.formats.run_folder import (
     ADAPTER,
@@ -238,7 +238,7 @@ def fetch_sources(model: str, *data: str | None) -> None:
             model_folder(progress)
         if DEMO in data:
             data_folder(progress)
-    if (file := gguf_file(model)) is not None and not folder_of(file).is_dir():
+    if (file := find_gguf(model)) is not None and not folder_of(file).is_dir():
         log(f"converting {file} to {folder_of(file)} (only the first time)")
         converted_base(file)
 

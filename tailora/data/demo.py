@@ -24,8 +24,8 @@ from typing import Any, Literal, NamedTuple
 
 from tailora.data.messages import Messages
 from tailora.errors import FetchError
-from tailora.formats.gguf_base import convert, converted_base, gguf_file
-from tailora.formats.hub import DEMO, MODEL_NAME
+from tailora.formats.gguf_base import convert, converted_base
+from tailora.formats.hub import DEMO, MODEL_NAME, find_gguf
 from tailora.formats.io import build_once, demo_folder
 
 
@@ -81,7 +81,7 @@ def resolve_model(name: str) -> str:
     """Returns the folder for "demo" and for a GGUF file; any other name unchanged. Both are converted on first use."""
     if name == DEMO:
         return str(model_folder())
-    file = gguf_file(name)
+    file = find_gguf(name)
     return name if file is None else str(converted_base(file))
 
 

@@ -9,6 +9,7 @@ import io
 import struct
 from contextlib import redirect_stderr
 from hashlib import sha256
+from os.path import abspath
 from pathlib import Path
 
 from tailora.core.cache import cache_folder
@@ -41,7 +42,7 @@ def converted_base(file: Path) -> Path:
 
     Raises ConfigError if transformers cannot read the file, and FetchError if the folder cannot be written.
     """
-    file = file.resolve()
+    file = Path(abspath(file))  # not resolved: a file in the Hub's cache links to one with a different name
 
     def build(folder: Path) -> None:
         convert(file, folder)
@@ -52,7 +53,7 @@ def converted_base(file: Path) -> Path:
 
 def folder_of(file: Path) -> Path:
     """Returns the folder for the file's model, which `converted_base` creates."""
-    file = file.resolve()
+    file = Path(abspath(file))
     stat = file.stat()
     key = sha256(f"{file} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
     return cache_folder() / "gguf" / f"{file.stem}-{key}"

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tailora.errors import ConfigError, FetchError, FormatError, TailoraError, WriteError, listing, nearest_path
-from tailora.formats.gguf_base import gguf_file, source_of
+from tailora.formats.gguf_base import SUFFIX, gguf_file, source_of
 from tailora.formats.io import check_is_file, demo_folder, safetensors_header, with_metadata, wrap_os_error
 from tailora.formats.run_folder import (
     ADAPTER_CONFIG,
@@ -326,6 +326,62 @@ def is_at_hand(name: str) -> bool:
     )
 
 
+def find_gguf(name: str) -> Path | None:
+    """Returns the GGUF file of a base model: a local one, or one of a Hub repository, downloaded once; None for others.
+
+    `owner/name` is a repository without other weights and with a single GGUF file; `owner/name:Q4_K_M` selects the file
+    whose name ends with this. Raises ConfigError if not exactly one file matches, and FetchError if it cannot be
+    downloaded.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    if (local := gguf_file(name)) is not None or Path(name).exists():
+        return local
+    repository, _, ending = name.partition(":")
+    if not could_be_repository(repository):
+        return None
+    if not ending and isinstance(try_to_load_from_cache(repository, "config.json"), str):
+        return None
+    names = _files_on_hub(repository)
+    files = [file for file in names if file.lower().endswith(SUFFIX) and "mmproj" not in file]  # of an image encoder
+    has_others = any(file.endswith((".safetensors", ".bin")) for file in names)
+    if not names or (not ending and (has_others or not files)):
+        return None
+    matching = [file for file in files if file == ending or not ending or _ends(file, ending)]
+    if len(matching) != 1:
+        choices = ", ".join(f"{repository}:{_shortest_ending(file, files)}" for file in files) or "none"
+        count = f"{len(matching) or 'no'} GGUF file{'s' * (len(matching) != 1)}"
+        raise ConfigError(f"model {name!r} matches {count} on the Hub; use one of: {choices}")
+    with hub_errors(FetchError, f"cannot download {matching[0]} of {repository} from the Hub:"):
+        return Path(hf_hub_download(repository, matching[0]))
+
+
+def _files_on_hub(repository: str) -> list[str]:
+    """Returns the names of a repository's files; without a network, of its GGUF files in the cache, maybe none."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    errors: Any = import_module("huggingface_hub.errors")
+    try:
+        return [file.rfilename for file in HfApi().model_info(repository, timeout=MODEL_TIMEOUT).siblings or ()]
+    except (errors.HTTPError, errors.OfflineModeIsEnabled, LookupError, TypeError):
+        pass  # if there are none in the cache, `check_model_exists` reports why
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=f"*{SUFFIX}", local_files_only=True))
+    except errors.LocalEntryNotFoundError:
+        return []
+    return [str(path.relative_to(folder)) for path in sorted(folder.rglob(f"*{SUFFIX}"))]
+
+
+def _ends(file: str, ending: str) -> bool:
+    return re.search(rf"(^|[-./]){re.escape(ending)}$", file[: -len(SUFFIX)], re.IGNORECASE) is not None
+
+
+def _shortest_ending(file: str, files: Sequence[str]) -> str:
+    """Returns what to write for this file: Q4_K_M, or its whole name if that is not enough."""
+    ending = re.split(r"[-./]", file[: -len(SUFFIX)])[-1]
+    return ending if sum(_ends(other, ending) for other in files) == 1 else file
+
+
 def check_model_exists(name: str) -> None:
     """Raises ConfigError for a model that is no folder, GGUF file or repository of the Hub, which is asked once.
 
@@ -337,6 +393,8 @@ def check_model_exists(name: str) -> None:
     path = Path(name)
     if path.is_dir() or gguf_file(name):
         return
+    if could_be_repository(repository := name.partition(":")[0]):
+        name = repository  # of a GGUF file in it
     if path.is_file():
         raise ConfigError(f"model {name!r} is a file; use a folder, a GGUF file, a Hub id, or 'demo'")
     try:

@@ -5,19 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import hub_server
 import numpy as np
 import pytest
 import torch
 from command_line import call
+from huggingface_hub import constants
 from tiny import chat_model, chat_tokenizer
 from torch import Tensor
 
 from tailora.data.demo import resolve_model
 from tailora.errors import ConfigError
 from tailora.formats.gguf_base import convert, converted_base, gguf_file
-from tailora.formats.hub import is_at_hand, name_of_model
+from tailora.formats.hub import check_model_exists, find_gguf, is_at_hand, name_of_model, public_name
 from tailora.train.model_loading import load_base
 
+hub = hub_server.hub  # the fixture
 TEXTS = ["a question and an answer", "another question"]
 
 
@@ -158,3 +161,57 @@ def test_commands_take_a_file(file: Path, tmp_path: Path) -> None:
     assert json.loads((out / "run.json").read_text())["settings"]["model"] == str(file)
     assert call("generate", "--adapter", out, "--prompt", "a", "--max-new-tokens", 2)[0] == 0
     assert call("export", out, "--to", "gguf", "--output", tmp_path / "gguf")[0] == 0
+
+
+# ---- On the Hub
+
+
+@pytest.fixture
+def repository(file: Path, hub: hub_server.Server, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """The files of user/model: one GGUF file."""
+    monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
+    hub.repositories["user/model"] = hub_server.Repository()
+    files = hub.repositories["user/model"].branches["main"]
+    files |= {"tiny-Q8_0.gguf": file.read_bytes(), "README.md": b"", "mmproj-tiny-F16.gguf": b"of an image encoder"}
+    return files
+
+
+def test_a_repository_with_one_file_is_its_model(
+    file: Path, repository: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = load_base("user/model")
+    expected, _ = load_base(str(file))
+    assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
+    base = name_of_model(model.config.name_or_path)
+    assert public_name(base) == "user/model"
+    assert is_at_hand(base)
+    repository.clear()
+    assert resolve_model(base) == model.config.name_or_path
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for name in ("user/model", "user/model:q8_0", "user/model:tiny-Q8_0.gguf"):
+        check_model_exists(resolve_model(name))
+        assert resolve_model(name) == model.config.name_or_path
+
+
+def test_one_of_several_files_is_selected_by_the_end_of_its_name(repository: dict[str, bytes]) -> None:
+    repository |= {"tiny-Q4_K.gguf": b"4", "tiny.UD-Q4_K.gguf": b"dynamic", "sub/tiny-Q4_K_M.gguf": b"medium"}
+    choices = "user/model:Q8_0, user/model:tiny-Q4_K.gguf, user/model:tiny.UD-Q4_K.gguf, user/model:Q4_K_M"
+    for name, count in {"": "4 GGUF files", ":Q4_K": "2 GGUF files", ":Q5_K": "no GGUF files"}.items():
+        with pytest.raises(ConfigError, match=f"'user/model{name}' matches {count} on the Hub; use one of: {choices}"):
+            find_gguf(f"user/model{name}")
+    for ending, content in {"Q4_K_M": b"medium", "ud-q4_k": b"dynamic", "tiny-Q4_K.gguf": b"4"}.items():
+        found = find_gguf(f"user/model:{ending}")
+        assert found is not None
+        assert found.read_bytes() == content
+
+
+def test_a_repository_with_other_weights_is_not_converted(repository: dict[str, bytes]) -> None:
+    repository["model.safetensors"] = b""
+    assert find_gguf("user/model") is None
+    assert find_gguf("user/model:Q8_0") is not None
+    assert find_gguf("user/none") is None
+    check_model_exists("user/model:Q4_0")
+    with pytest.raises(ConfigError, match="'user/model:Q4_0' matches no GGUF files on the Hub"):
+        load_base("user/model:Q4_0")
+    with pytest.raises(ConfigError, match="'user/none' is not a local folder, and the Hub has no such model"):
+        load_base("user/none:Q4_0")
