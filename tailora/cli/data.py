@@ -15,13 +15,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tailora.cli.flags import ConfigFile, Json, flags_of, merge_settings
-from tailora.cli.main import note, print_json, stdout
+from tailora.cli.flags import ConfigFile, Json, Overwrite, flags_of, merge_settings
+from tailora.cli.main import log, note, print_json, stdout
 from tailora.cli.models import check_sources, fetch_sources
-from tailora.data.dataset import Example, sources_of, warnings_of
+from tailora.data.dataset import Example
 from tailora.data.readers import MAX_SHOWN, parse_sources, source_names
+from tailora.formats.run_folder import REPORT_FILES, check_result_folder, write_report
 from tailora.report.blocks import Code, Section
+from tailora.report.files import write_page_if_possible
 from tailora.report.format import plural, printable
+from tailora.report.pages.data import DataContent, DataExample, facts_of
 from tailora.report.terminal import print_rich_table, print_section
 from tailora.train.config import FEW_STEPS, TrainConfig
 
@@ -29,18 +32,28 @@ if TYPE_CHECKING:
     from tailora.data.prepare import PreparedData
 
 SETTINGS = ["model", "task", "eval_data", "field", "max_length", "validation_split", "seed", "skip_bad_rows"]
-SETTINGS += ["system", "assistant_only_loss", "completion_only_loss", "documents"]
+SETTINGS += [
+    "system",
+    "assistant_only_loss",
+    "completion_only_loss",
+    "documents",
+    "image_folder",
+    "allow_remote_images",
+]
 Flags: Any = flags_of(TrainConfig, only=SETTINGS)
 BAR = 40  # characters of the longest bar
 MOST_HELD_OUT = 0.2  # share of the rows, in the suggested command
 
 Pieces = list[tuple[str, bool]]  # text, learned
+OutputDir = Annotated[Path | None, Parameter(help="new folder for report.html with the examples and their images")]
 
 
 def data(
     *files: Annotated[str, Parameter(help="JSONL, JSON, CSV, Parquet, text, folder, Hub id, or FILE=WEIGHT")],
     config: ConfigFile = None,
     rows: Annotated[NonNegativeInt, Parameter(help="number of examples to show")] = 3,
+    output_dir: OutputDir = None,
+    overwrite: Overwrite = False,
     json: Json = False,
     flags: Flags = None,
 ) -> int:
@@ -52,6 +65,8 @@ def data(
     settings = merge_settings(flags, config, arguments={"data": files[0] if len(files) == 1 else [*files] or None})
     if "data" not in settings.model_fields_set:
         note("this is the demo's data; to see yours, run `tailora data FILE`")
+    if output_dir is not None:
+        check_result_folder(output_dir, REPORT_FILES, overwrite=overwrite)
     sources = (*source_names(settings.data), settings.eval_data)
     check_sources(model=settings.model, data=sources)
     fetch_sources(settings.model, *sources)
@@ -74,16 +89,21 @@ def data(
     for problem in prepared.skipped[:MAX_SHOWN]:
         note(f"skipped {problem}")
     report = prepared.report.to_dict()
-    examples: dict[str, Pieces] = {}
+    examples: list[DataExample] = []
     for index in range(min(rows, len(prepared.train))):
         title, example = f"example {index + 1}", prepared.train[index]
         if labels is None:
-            examples |= {f"{title}{name}": preview(part, tokenizer) for name, part in named_sequences(example)}
+            parts = [(f"{title}{name}", preview(part, tokenizer)) for name, part in named_sequences(example)]
         else:
-            examples[title] = labels.preview(example, tokenizer)
+            parts = [(title, labels.preview(example, tokenizer))]
+        examples += [DataExample(name, pieces, [*example.images]) for name, pieces in parts]
+    if output_dir is not None:
+        write_report(output_dir, "data", DataContent(report, examples).to_dict())
+        log(write_page_if_possible(output_dir))
     if json:
-        shown = [[{"text": text, "learned": learned} for text, learned in pieces] for pieces in examples.values()]
-        print_json({**report, "examples": shown})
+        shown = [[{"text": text, "learned": learned} for text, learned in example.pieces] for example in examples]
+        images = [[image.to_dict() for image in example.images] for example in examples]
+        print_json({**report, "examples": shown, "example_images": images})
     else:
         show(stdout(), report, examples)
         distinct = report["train"] - report["repeated"] + report["eval"]
@@ -164,39 +184,21 @@ def named_sequences(example: Example) -> list[tuple[str, Example]]:
     return list(zip(names, example.sequences, strict=True))
 
 
-def show(console: Console, report: dict[str, Any], examples: Mapping[str, Pieces]) -> None:
+def show(console: Console, report: dict[str, Any], examples: Sequence["DataExample"]) -> None:
     print_rich_table(console, data_table(report))
     console.print()
     print_rich_table(console, histogram(report["lengths"]))
     in_color = console.color_system is not None and not console.no_color
     legend = highlight([("trained", True), (" and not trained", False)], in_color)
-    for name, pieces in examples.items():
-        console.print(Text.assemble((f"\n{name}: ", "bold"), legend))
-        console.print(highlight(pieces, in_color), soft_wrap=not console.is_terminal)
+    for example in examples:
+        console.print(Text.assemble((f"\n{example.title}: ", "bold"), legend))
+        console.print(highlight(example.pieces, in_color), soft_wrap=not console.is_terminal)
 
 
 def data_table(report: dict[str, Any]) -> Table:
-    mapping = ", ".join(key if key == column else f"{key} = {column}" for key, column in report["mapping"].items())
-    learned = f", {report['supervised_tokens']:,} trained ({report['supervised_share']:.0%})"
-    values = {
-        "source": report["source"],
-        "held-out source": report["eval_source"],
-        "read as": report["shape"] if mapping == report["shape"] else f"{report['shape']} ({mapping})",
-        "not used": ", ".join(report["ignored"]),
-        "format": "the model's chat template" if report["chat_template"] else "plain text, without a chat template",
-        "messages": ", ".join(f"{count:,} {name}" for name, count in report["messages"].items()),
-        **sources_of(report),
-        "labels": ", ".join(f"{name} {number:,}" for name, number in report["labels"].items()),
-        "rows": f"{report['rows']:,}: {report['train']:,} to train on, {report['eval']:,} held out",
-        "tokens": f"{report['tokens']:,}{learned if report['supervised_tokens'] else ''}",
-        "longest": f"{report['longest']:,} tokens",
-        **warnings_of(report),
-        "data hash": report["sha256"],
-    }
     table = Table.grid(padding=(0, 2))
-    for name, value in values.items():
-        if value:
-            table.add_row(name, Text(printable(value)))
+    for name, value in facts_of(report).items():
+        table.add_row(name, Text(printable(value)))
     return table
 
 

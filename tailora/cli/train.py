@@ -18,6 +18,7 @@ from tailora.cli.main import ARGUMENTS, WORSE, is_rank_0, log, note, print_json,
 from tailora.cli.models import check_sources_of_run, fetch_sources
 from tailora.cli.progress import counter, run_progress
 from tailora.cli.verify import create_passport
+from tailora.data.messages import IMAGE_TEXT
 from tailora.data.readers import source_names
 from tailora.data.schemas import PREFERENCE, SEQ2SEQ
 from tailora.errors import INTERRUPTED, CheckpointError, ConfigError, DataError, WriteError
@@ -160,7 +161,8 @@ def next_commands(config: TrainConfig, folder: Path, remedy: Sequence[str] = ())
     pairs = ",".join(f"{ours}={theirs}" for ours, theirs in config.field.items())
     columns = ["--field", pairs] if pairs and not is_lora else []  # an adapter's run records them
     evaluated = [str(folder)] if is_lora else tuned
-    generate = ["tailora", "generate", *tuned, "--prompt", first_prompt(folder)]
+    prompt, images = first_prompt(folder)
+    generate = ["tailora", "generate", *tuned, "--prompt", prompt, *(word for i in images for word in ("--image", i))]
     held_out = ["--data", config.eval_data or "HELD_OUT.jsonl", *columns]
     system = ["--system", config.system] if config.system and not is_lora else []
     evaluate = ["tailora", "eval", *evaluated, *system, *held_out]
@@ -182,13 +184,22 @@ def _reads_images(folder: Path) -> bool:
     return file.exists() and bool(json.loads(file.read_text(encoding="utf-8")).get("parts"))
 
 
-def first_prompt(folder: Path) -> str:
-    """Returns the first short prompt that the run answered, or the first one, shortened, in one line."""
+def first_prompt(folder: Path) -> tuple[str, list[str]]:
+    """Returns the first short prompt that the run answered in one line, or the first one, shortened.
+
+    Also returns the paths of its images.
+    """
     file = folder / SAMPLES  # missing with --samples 0, or if it could not be written
     samples = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    prompts = [" ".join(sample["prompt"].split()) for sample in samples] or [""]
-    words = next((prompt for prompt in prompts if 0 < len(prompt) <= PROMPT_LENGTH), prompts[0])
-    return textwrap.shorten(words, PROMPT_LENGTH, placeholder="") or words[:PROMPT_LENGTH] or "Hello!"
+    asked: list[tuple[str, list[str]]] = []
+    for sample in samples:
+        text, images = sample["prompt"], [image["path"] for image in sample.get("images", [])]
+        images = images[len(images) - text.count(IMAGE_TEXT) :]  # the others belong to earlier messages
+        asked.append((" ".join((text.replace(IMAGE_TEXT, " ") if images else text).split()), images))
+    asked = asked or [("", [])]
+    words, images = next((pair for pair in asked if 0 < len(pair[0]) <= PROMPT_LENGTH), asked[0])
+    shown = textwrap.shorten(words, PROMPT_LENGTH, placeholder="") or words[:PROMPT_LENGTH]
+    return shown or ("Describe the image." if images else "Hello!"), images
 
 
 # ---- What `train` and `demo` share: train, compare answers, print
@@ -278,8 +289,8 @@ def write_results(
         with wrap_os_error(folder / SAMPLES):
             (folder / SAMPLES).unlink(missing_ok=True)  # from the resumed run
         if answers:
-            content = json.dumps([asdict(answer) for answer in answers], ensure_ascii=False, indent=2)
-            write_file(folder / SAMPLES, content.encode())
+            content = [{**asdict(answer), "images": [i.to_dict() for i in answer.images]} for answer in answers]
+            write_file(folder / SAMPLES, json.dumps(content, ensure_ascii=False, indent=2).encode())
         run_log.add_result(folder, total_seconds=time.monotonic() - started, peak_memory_bytes=peak)
         report = write_train_report(folder)
         page = write_page_if_possible(folder)

@@ -30,6 +30,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # JPEG includes MPO, which phon
 MOST_PIXELS = 64_000_000
 MOST_BYTES = 64 << 20  # of a file
 MOST_IMAGES = 100  # of a row
+THUMBNAIL = 96  # pixels of the longer side
 KEYS = (*IMAGE_VALUES, "image_url", "images")  # of data: URLs in a row
 ORIENTATION = 0x0112  # EXIF tag
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # its value -> PIL.Image.Transpose
@@ -51,6 +52,21 @@ class Image:
     height: int
     name: str
     content: bytes | None = field(default=None, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything but the pixels."""
+        return {name: getattr(self, name) for name in ("sha256", "width", "height", "name")} | {"path": str(self.path)}
+
+    def thumbnail(self) -> str:
+        """Returns a small JPEG as a data: URL; "" if the file has changed since the image was read."""
+        try:
+            image = self.load()
+        except DataError:
+            return ""
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        file = BytesIO()
+        image.save(file, "JPEG")
+        return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
     def load(self) -> Any:
         """Returns the image in RGB, as PIL's class. Raises DataError if the file changed since it was read."""

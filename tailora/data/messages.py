@@ -35,6 +35,7 @@ SHAREGPT_ROLES = {
 REASONING = "reasoning_content"
 TEXT_PART, IMAGE = "text", "image"  # types of a message's parts, and the keys of their values
 IMAGE_VALUES = (IMAGE, "bytes", "path", "url")  # keys of an image's value in the common formats
+IMAGE_TEXT = "[image]"  # of an image in a text for people
 PLACEHOLDER = "<image>"  # in texts, of an image in a column: LLaVA, LLaMA-Factory, ms-swift, TRL
 REASONING_KEYS = (REASONING, "thinking", "reasoning")  # vLLM and most templates; gpt-oss; OpenRouter
 
@@ -129,7 +130,7 @@ def text_of(message: dict[str, Any]) -> str:
     content = message["content"]
     if isinstance(content, str):
         return content
-    return "".join(part[TEXT_PART] if part["type"] == TEXT_PART else "[image]" for part in content)
+    return "".join(part[TEXT_PART] if part["type"] == TEXT_PART else IMAGE_TEXT for part in content)
 
 
 def place_images(messages: Messages, images: list[Any]) -> Messages:

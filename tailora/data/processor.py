@@ -54,6 +54,17 @@ def pixel_inputs(processor: ProcessorMixin, images: Sequence[Sequence[Any]]) -> 
     return {name: value for name, value in output.items() if name not in TEXT_INPUTS}
 
 
+def image_owners(processor: ProcessorMixin, input_ids: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """Returns the index of the image that each token belongs to, -1 for text. sizes: of the images of the tokens."""
+    owners, start = [-1] * len(input_ids), 0
+    for number, text in enumerate(image_placeholders(processor, sizes) if sizes else ()):
+        ids = text_tokenizer(processor)(text, add_special_tokens=False)["input_ids"]
+        start = next(i for i in range(start, len(input_ids)) if input_ids[i : i + len(ids)] == ids)
+        owners[start : start + len(ids)] = [number] * len(ids)
+        start += len(ids)
+    return owners
+
+
 def marks_image_tokens(processor: ProcessorMixin) -> bool:
     """Returns whether the model is told which of its tokens are images."""
     return bool(processor.return_mm_token_type_ids)

@@ -17,6 +17,7 @@ from tailora.data.chat_template import ChatTokenizer, DataSettings, fit_to_templ
 from tailora.data.dataset import IGNORED, Example, Int32
 from tailora.data.labels import Labels
 from tailora.data.loss_mask import RenderedSample, loss_mask, render_sample
+from tailora.data.processor import image_owners
 from tailora.data.schemas import (
     SEQ2SEQ,
     AnySample,
@@ -302,14 +303,17 @@ def reply_text(sample: Sample, tokenizer: Any) -> str:
 
 
 def preview(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
-    """Returns (text, is trained) pieces in order; joined, they are the decoded example with its special tokens."""
+    """Returns (text, is trained) pieces in order: the decoded example with its special tokens, and [image 640x480] for
+    all tokens of an image."""
+    ids, sizes = example.input_ids.tolist(), [(image.width, image.height) for image in example.images]
+    owners = image_owners(tokenizer, ids, sizes) if sizes else [-1] * len(ids)
     pieces = []
     end, previous = 0, ""
-    for is_trained, run in groupby(example.labels.tolist(), key=lambda label: label != IGNORED):
+    for (is_trained, image), run in groupby(zip((example.labels != IGNORED).tolist(), owners, strict=True)):
         end += len(list(run))
         # Decode all tokens so far and remove the previous text: a run decoded alone would lose its leading space.
-        ids = example.input_ids[:end].tolist()
-        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        pieces.append((text[len(previous) :], is_trained))
+        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        shown = text[len(previous) :] if image < 0 else "[image {}x{}]".format(*sizes[image])
+        pieces.append((shown, is_trained))
         previous = text
     return pieces

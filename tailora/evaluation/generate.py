@@ -241,6 +241,7 @@ class Answer:
     tuned: str
     earlier_messages: int = 0  # before the prompt
     reference: str = ""  # the reply in the data; "" if there is none
+    images: tuple[Image, ...] = ()  # of the prompt and the messages before it
 
 
 def compare_answers(
@@ -270,7 +271,7 @@ def compare_answers(
                     texts[-1].append(_greedy_answer(model, tokenizer, prompt, max_new_tokens))
                     progress(sum(map(len, texts)), 2 * len(prompts))
     return [
-        Answer(prompt.text, base, tuned, prompt.earlier_messages, reference)
+        Answer(prompt.text, base, tuned, prompt.earlier_messages, reference, prompt.images)
         for prompt, tuned, base, reference in zip(prompts, *texts, references, strict=True)
     ]
 

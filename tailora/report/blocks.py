@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from tailora.data.images import Image
 from tailora.report.charts import Canvas
 
 # Where a block is shown. The page shows all blocks; the terminal shows "always", and with --all also "all".
@@ -92,11 +93,25 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Answers:
-    """The same questions, answered before and after. rows: question, answer before, answer after."""
+    """The same questions, answered before and after. rows: question, answer before, answer after.
+
+    images: of each question, for pages.
+    """
 
     names: tuple[str, str]
     rows: Sequence[tuple[str, str, str]]
+    images: Sequence[Sequence[Image]] = ()
     detail: Detail = "always"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An example of the data. pieces: its texts, and whether each is trained."""
+
+    title: str
+    pieces: Sequence[tuple[str, bool]]
+    images: Sequence[Image]
+    detail: Detail = "page"
 
 
 @dataclass(frozen=True)
@@ -130,7 +145,7 @@ class Code:
     detail: Detail = "always"
 
 
-Block = Table | Figure | HeatMap | Answers | Finding | Paragraph | List | Code
+Block = Table | Figure | HeatMap | Answers | Sample | Finding | Paragraph | List | Code
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from tailora.formats.io import write_file
 from tailora.formats.run_folder import PAGE, REPORT
 from tailora.report.blocks import Page
 
-KINDS = ("plan", "train", "eval", "compare", "search", "learning-rates", "inspect")
+KINDS = ("plan", "train", "eval", "compare", "search", "learning-rates", "data", "inspect")
 PACKAGES = ("matplotlib", "jinja2")
 
 

@@ -90,8 +90,8 @@ def _print_block(console: Console, block: blocks.Block) -> None:
         case blocks.Code():
             _print(console, block.title, style="bold")
             _print_lines(console, block.text.splitlines())
-        case blocks.Figure():
-            raise TypeError("figures are only for pages")
+        case blocks.Figure() | blocks.Sample():
+            raise TypeError(f"{type(block).__name__} is only for pages")
 
 
 # ---- Text

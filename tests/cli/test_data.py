@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from command_line import call, check_refused, found, output
+from tiny_vision import save_image, save_tiny_llava
 
 from tailora.cli.main import main
 from tailora.evaluation.statistics import FEW_EXAMPLES, TOO_FEW
@@ -237,3 +238,27 @@ def test_bad_rows_are_skipped_on_request_and_listed(chats: Path, tiny_model: Pat
     assert f"skipped {path}:25: messages: expected a list of messages, got []" in notes
     assert re.search(r"^skipped +1 rows cannot be used: chats.jsonl:25$", shown, re.MULTILINE)
     assert "--skip-bad-rows" in shown.partition("Next")[2]
+
+
+def test_examples_with_images_are_shown_and_have_a_page_with_thumbnails(tmp_path: Path) -> None:
+    model, report = save_tiny_llava(tmp_path / "model"), tmp_path / "report"
+    save_image(tmp_path / "red.png", "red", (640, 480))
+    chat = [{"role": "user", "content": "<image>Which?"}, {"role": "assistant", "content": "red"}]
+    rows = [{"messages": chat, "image": "red.png"}, {"messages": [{**chat[0], "content": "Hi"}, chat[1]]}]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["data", file, "--model", model, "--validation-split", 0]
+    shown = output(*arguments, "--output-dir", report)
+    assert "[image 640x480]Which?<|im_end|>" in shown
+    assert "<image>" not in shown
+    page = (report / "report.html").read_text()
+    assert page.count('<img src="data:image/jpeg;base64,') == 1
+    assert "<mark>red&lt;|im_end|&gt;</mark>" in page
+    described = {"name": "red.png", "width": 640, "height": 480}
+    (images, none) = found(*arguments)["example_images"]
+    assert {name: images[0][name] for name in described} == described
+    assert none == []
+    (tmp_path / "red.png").unlink()
+    output("report", report)
+    assert "red.png (the file has changed)" in (report / "report.html").read_text()
+    check_refused("already exists", "data", file, "--output-dir", report)

@@ -102,7 +102,9 @@ def test_samples_are_held_out_prompts_answered_by_both(finished: FinishedRun) ->
     samples = json.loads((finished.folder / "samples.json").read_text())
     assert len(samples) == 2
     assert all(sample["prompt"].startswith("What colour is thing") for sample in samples)
-    assert all(sample.keys() == {"prompt", "base", "tuned", "earlier_messages", "reference"} for sample in samples)
+    assert all(
+        sample.keys() == {"prompt", "base", "tuned", "earlier_messages", "reference", "images"} for sample in samples
+    )
     chats = [json.loads(line)["messages"] for line in Path(finished.flags["--data"]).read_text().splitlines()]
     replies = {prompt["content"]: reply["content"] for prompt, reply in chats}
     assert all(sample["reference"] == replies[sample["prompt"]] for sample in samples)
@@ -416,13 +418,30 @@ def test_a_change_that_may_be_chance_is_not_worse() -> None:
 
 
 def test_a_long_prompt_is_shortened_to_one_line(tmp_path: Path) -> None:
-    assert first_prompt(tmp_path) == "Hello!"
+    assert first_prompt(tmp_path) == ("Hello!", [])
     for prompt, shown in {"it's\n two": "it's two", "word " * 40: "word " * 11 + "word", "x" * 90: "x" * 60}.items():
         (tmp_path / "samples.json").write_text(json.dumps([{"prompt": prompt, "base": "", "tuned": ""}]))
-        assert first_prompt(tmp_path) == shown
+        assert first_prompt(tmp_path) == (shown, [])
     samples = [{"prompt": prompt, "base": "", "tuned": ""} for prompt in ("word " * 40, "short")]
     (tmp_path / "samples.json").write_text(json.dumps(samples))
-    assert first_prompt(tmp_path) == "short"
+    assert first_prompt(tmp_path) == ("short", [])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown", "images"),
+    [
+        ("[image]Which?", "Which?", ["b.png"]),
+        ("This [image] or [image]?", "This or ?", ["a.png", "b.png"]),
+        ("And then?", "And then?", []),
+        ("[image]", "Describe the image.", ["b.png"]),
+    ],
+)
+def test_a_suggested_prompt_comes_with_its_images(tmp_path: Path, prompt: str, shown: str, images: list[str]) -> None:
+    sample = {"prompt": prompt, "base": "", "tuned": "", "images": [{"path": "a.png"}, {"path": "b.png"}]}
+    (tmp_path / "samples.json").write_text(json.dumps([sample]))
+    assert first_prompt(tmp_path) == (shown, images)
+    command = next(command for command in next_commands(TrainConfig(), tmp_path) if command[1] == "generate")
+    assert command[-1 - 2 * len(images) :] == [shown, *(word for image in images for word in ("--image", image))]
 
 
 def test_next_commands_name_the_held_out_data_and_its_columns(tmp_path: Path) -> None:

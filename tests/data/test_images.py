@@ -26,7 +26,7 @@ from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.images import read_image
 from tailora.data.prepare import encode_source, prepare, stream_examples
 from tailora.data.readers import Row, read_hub
-from tailora.data.tokenize import EncodedSample
+from tailora.data.tokenize import EncodedSample, preview
 from tailora.errors import DataError, WriteError
 
 TEXT_PART = {"type": "text", "text": "Which?"}
@@ -231,6 +231,29 @@ def test_a_column_of_another_name_is_mapped(colors: Path, processor: ProcessorMi
     row = {**ROWS[0], "photo": data_url(RED)}
     del row["images"]
     assert as_read(write_rows(colors, [row]), processor, field={"image": "photo"}) == SHOWN[:1]
+
+
+def test_an_image_is_one_piece_of_a_preview(colors: Path, processor: ProcessorMixin) -> None:
+    save_image(colors / "wide.png", "red", (64, 48))
+    data = write_rows(colors, [chat("<image><image>?", images=["red.png", "wide.png"])])
+    (example,) = prepare(data, processor, DataSettings(validation_split=0)).train
+    assert preview(example, processor) == [
+        ("<|im_start|>user\n", False),
+        ("[image 28x28]", False),
+        ("[image 64x48]", False),
+        ("?<|im_end|>\n<|im_start|>assistant\n", False),
+        ("green<|im_end|>", True),
+    ]
+
+
+def test_a_thumbnail_is_small_and_missing_for_a_file_that_changed(colors: Path) -> None:
+    save_image(colors / "wide.png", "red", (640, 480))
+    image = read_image("wide.png", colors)
+    content = base64.b64decode(image.thumbnail().removeprefix("data:image/jpeg;base64,"))
+    assert PIL.Image.open(BytesIO(content)).size == (96, 72)
+    assert len(content) < 2000
+    (colors / "wide.png").unlink()
+    assert not image.thumbnail()
 
 
 def test_a_stream_has_the_same_examples(colors: Path, processor: ProcessorMixin) -> None:

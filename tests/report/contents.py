@@ -86,6 +86,27 @@ def train() -> dict[str, Any]:
     }
 
 
+def data() -> dict[str, Any]:
+    image = {"path": "/absent.png", "sha256": "0", "width": 640, "height": 480, "name": f"{EVIL}.png"}
+    counts = {"rows": 26, "train": 20, "eval": 6, "tokens": 900, "supervised_tokens": 68, "longest": 38}
+    pieces = [("<|im_start|>user\n", False), ("[image 640x480]", False), (f"Which? {EVIL}", False), ("red", True)]
+    report = {
+        **counts,
+        "source": f"{EVIL}.jsonl",
+        "eval_source": None,
+        "mapping": {"messages": "messages"},
+        "ignored": [],
+        "shape": "messages",
+        "chat_template": True,
+        "supervised_share": 68 / 900,
+        "messages": {"user": 26, "assistant": 26, "images": 26},
+        "labels": {},
+        "lengths": [{"low": 10, "high": 38, "examples": 26}],
+        "sha256": "0f",
+    }
+    return {"kind": "data", "report": report, "examples": [{"title": "example 1", "pieces": pieces, "images": [image]}]}
+
+
 def stored(name: str) -> dict[str, Any]:
     """The report of a study that was run."""
     report: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())["report"]
@@ -246,6 +267,7 @@ def learning_rates() -> dict[str, Any]:
 
 
 CONTENTS = {
+    "data": data,
     "learning-rates": learning_rates,
     "train": train,
     "compare": compare,
@@ -254,4 +276,4 @@ CONTENTS = {
     "plan": plan,
     "eval": evaluation,
 }
-FIGURES = {"learning-rates": 1, "train": 6, "compare": 4, "search": 11, "inspect": 7, "plan": 1, "eval": 0}
+FIGURES = {"data": 0, "learning-rates": 1, "train": 6, "compare": 4, "search": 11, "inspect": 7, "plan": 1, "eval": 0}

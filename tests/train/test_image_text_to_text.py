@@ -244,6 +244,10 @@ def test_a_run_learns_from_images_and_text(tmp_path: Path) -> None:
     answers = json.loads((run / "samples.json").read_text())
     assert len({answer["prompt"] for answer in answers}) == 1
     assert len({answer["tuned"] for answer in answers}) > 1  # so they depend on the images
+    assert [*answers[0]["images"][0]] == ["sha256", "width", "height", "name", "path"]  # and no pixels
+    assert Path(answers[0]["images"][0]["path"]).parent == tmp_path
+    page = (run / "report.html").read_text()
+    assert page.count('<img src="data:image/jpeg;base64,') == len(answers)
 
 
 def test_other_images_are_other_data(tmp_path: Path) -> None:

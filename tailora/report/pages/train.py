@@ -264,7 +264,7 @@ def train_page(report: TrainReport) -> Page:
         for sample, (prompt, base, tuned) in zip(report.samples, report.answers, strict=True):
             arrow = f"\n→ {one_line(sample.reference, LONGEST)}" if sample.reference else ""
             rows.append((prompt + arrow, base, tuned))
-        answers = Answers(("base", "tuned"), rows)
+        answers = Answers(("base", "tuned"), rows, [sample.images for sample in report.samples])
     decided = {name: value for name, value in run.items() if not isinstance(value, dict | list)}
     facts = run.get("data") or {}
     data = {name: value for name, value in facts.items() if name not in ("lengths", "sources")} | sources_of(facts)
