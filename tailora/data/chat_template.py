@@ -243,7 +243,7 @@ class ChatTokenizer:
         pieces = text.split(token)
         if len(pieces) - 1 != len(images):
             raise DataError(
-                f"the text has {len(pieces) - 1:,} {token}, but the row has {len(images):,} images; remove {token} "
+                f"the text has {len(pieces) - 1:,} {token}, but there are {len(images):,} images; remove {token} "
                 "from the messages, because the chat template writes one for every image"
             )
         sizes = tuple((image.width, image.height) for image in images)

@@ -2,12 +2,16 @@
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command_line import call, check_refused, found
-from tiny_vision import COLORS, outspoken_llava, plain_answer, save, save_image
+from tiny import stir
+from tiny_vision import COLORS, outspoken_llava, plain_answer, save, save_image, tiny_llava
 
+from tailora import LoRAConfig, LoRAModel
 from tailora.cli.main import main
+from tailora.evaluation.generate import image_obstacle
 
 TOKENS = 8
 
@@ -128,3 +132,24 @@ def test_an_image_that_changes_drops_the_message(folder: Path, tmp_path: Path, m
     code, out, err = call("chat", "--model", folder / "model")
     assert (code, out) == (0, "")
     assert "image a.png changed after it was read" in err
+
+
+def test_why_a_model_gets_no_images() -> None:
+    model, processor = tiny_llava()
+    assert image_obstacle(model, processor) == ""
+    assert image_obstacle(model, processor.tokenizer) == "it reads only text"
+    processor.chat_template = processor.tokenizer.chat_template = None
+    assert image_obstacle(model, processor) == "it has no chat template"
+    encoder = SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=True))
+    assert image_obstacle(encoder, processor) == "it is an encoder-decoder, whose prompts are plain text"
+
+
+def test_an_adapter_answers_about_an_image(folder: Path) -> None:
+    model = LoRAModel(outspoken_llava()[0], LoRAConfig(r=2, target_modules="all-linear"))
+    stir(model)
+    model.save_adapter(folder / "adapter")
+    parts = [{"type": "image", "path": str(folder / "red.png")}, {"type": "text", "text": "which"}]
+    tokens = ["--adapter", folder / "adapter", "--image", folder / "red.png", "--prompt", "which"]
+    (answer,) = found("generate", "--model", folder / "model", *tokens, "--max-new-tokens", TOKENS)["answers"]
+    tuned = plain_answer(model.eval(), outspoken_llava()[1], [{"role": "user", "content": parts}], TOKENS)
+    assert answer["text"] == tuned != expected(folder, "red.png", "which")

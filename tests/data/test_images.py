@@ -420,7 +420,7 @@ def test_the_models_image_token_in_a_text_is_refused(colors: Path, processor: Pr
     texts = problems(write_rows(colors, rows), processor)
     assert len(texts) == 3
     for number, text in enumerate(texts[1:], 1):
-        assert f"rows.jsonl:{number}: the text has 1 <image>, but the row has 0 images; remove <image>" in text
+        assert f"rows.jsonl:{number}: the text has 1 <image>, but there are 0 images; remove <image>" in text
 
 
 @pytest.mark.parametrize(

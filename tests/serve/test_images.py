@@ -278,7 +278,7 @@ HOSTILE: dict[str, tuple[Callable[[], list[str]], str]] = {
     "file": (lambda: ["file:///etc/passwd"], "send the image as a data: URL (data:image/png;base64,...); this server"),
     "http": (lambda: ["http://127.0.0.1/a.png"], "messages.0.content.0.image_url.url: send the image as a data: URL"),
     "a path": (lambda: ["C:\\a.png"], "this server fetches nothing"),
-    "too many placeholders": (lambda: ["<image>", GOOD], "the text has 2 <image>, but the row has 1 images"),
+    "too many placeholders": (lambda: ["<image>", GOOD], "the text has 2 <image>, but there are 1 images"),
 }
 
 
