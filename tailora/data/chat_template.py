@@ -22,7 +22,7 @@ from tailora.data.dataset import Int32, Int64
 from tailora.data.images import Image, images_of, replace_images
 from tailora.data.labels import Labels
 from tailora.data.messages import REASONING, SURROGATE, TEXT_PART, Messages, Tools
-from tailora.data.processor import added_start, image_placeholders, text_tokenizer
+from tailora.data.processor import added_start, image_placeholders, media_ids, text_tokenizer
 from tailora.data.schemas import AUTO, AnySample, Choices, Conversation, Feedback, Pair, Preference
 from tailora.errors import DataError
 
@@ -89,6 +89,7 @@ class ChatTokenizer:
     processor: of a vision-language model, which turns images into pixel values and expands their placeholders.
     bos_ids: the tokens that the tokenizer adds before a text, [BOS] or nothing.
     special_tokens: special tokens, which may end a turn.
+    media_tokens: tokens that only placeholders may contain, since models look for an image, video or audio for each.
     cache: ids of short texts that are repeated, such as the header of a reply.
     """
 
@@ -101,6 +102,7 @@ class ChatTokenizer:
     special_tokens: tuple[str, ...]
     settings: DataSettings
     processor: ProcessorMixin | None = None
+    media_tokens: tuple[str, ...] = ()
     cache: dict[str, list[int]] = field(default_factory=dict)
     placeholders: dict[tuple[tuple[int, int], ...], list[str]] = field(default_factory=dict)  # sizes of images -> text
 
@@ -141,6 +143,7 @@ class ChatTokenizer:
             special_tokens=tuple(sorted({str(name) for name in tokenizer.convert_ids_to_tokens(sorted(special))})),
             settings=settings,
             processor=processor,
+            media_tokens=tuple(map(str, tokenizer.convert_ids_to_tokens(media_ids(processor)))),
         )
 
     def tokenize(self, texts: list[str]) -> list[Tokens]:
@@ -246,6 +249,9 @@ class ChatTokenizer:
                 f"the text has {len(pieces) - 1:,} {token}, but there are {len(images):,} images; remove {token} "
                 "from the messages, because the chat template writes one for every image"
             )
+        for medium in self.media_tokens:
+            if any(medium in piece for piece in pieces):
+                raise DataError(f"the text has {medium}, which stands for an image, a video or audio; remove it")
         sizes = tuple((image.width, image.height) for image in images)
         texts = self.placeholders.get(sizes, [])
         if images and not texts:

@@ -22,6 +22,12 @@ def text_tokenizer(tokenizer: Any) -> Any:
     return tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
 
 
+def media_ids(processor: ProcessorMixin | None) -> list[int]:
+    """Returns the ids of the tokens that stand for images, videos and audio."""
+    groups = (getattr(processor, f"{medium}_token_ids", []) for medium in ("image", "video", "audio"))
+    return [token for ids in groups for token in ids if token is not None]
+
+
 def image_placeholders(processor: ProcessorMixin, sizes: Sequence[tuple[int, int]]) -> list[str]:
     """Returns the text that replaces each image of a chat. sizes: width and height of all its images.
 

@@ -35,7 +35,7 @@ from tailora import __version__
 from tailora.data.chat_template import ChatTokenizer, fit_to_template
 from tailora.data.images import images_of
 from tailora.data.messages import Messages, has_images, marked_messages, text_value
-from tailora.data.processor import text_tokenizer
+from tailora.data.processor import media_ids, text_tokenizer
 from tailora.data.schemas import Conversation
 from tailora.errors import DataError
 from tailora.evaluation.generate import Prompt, image_obstacle
@@ -111,6 +111,7 @@ class Server:
         self.tokenizer = text_tokenizer(tokenizer)
         self.chat_tokenizer = ChatTokenizer.of(tokenizer)
         self.image_obstacle = image_obstacle(engine.adapter_set.base_model, tokenizer)
+        self.media_ids = frozenset(media_ids(self.chat_tokenizer.processor))
         self.image_threads = CapacityLimiter(IMAGE_THREADS)
         engine.processor = copy.deepcopy(self.chat_tokenizer.processor)  # a tokenizer that pads is not thread-safe
         self.metrics = Metrics(engine, registry)
@@ -186,6 +187,9 @@ class Server:
                     raise RequestError(400, str(error), "prompt") from error
             if not ids:
                 raise RequestError(400, "a prompt is empty; expected at least one token", "prompt")
+            if not self.media_ids.isdisjoint(ids):
+                message = "a prompt contains tokens of images, videos or audio; use /v1/chat/completions"
+                raise RequestError(400, message, "prompt")
             if max(ids) >= size:
                 raise RequestError(400, f"expected token ids below {size}, got {max(ids)}", "prompt")
             result.append(Prompt("", ids))

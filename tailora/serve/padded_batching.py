@@ -24,8 +24,11 @@ from tailora.serve.images import MOST_PIXELS, pixel_count
 from tailora.serve.sampling import ChosenTokens, RunningRequest, next_tokens
 from tailora.train.image_text_to_text import accepted_inputs, image_inputs
 
-# What a batch may raise; processors raise ValueError
-BATCH_ERRORS = (RowsError, DataError, RuntimeError, ValueError, MemoryError)
+# What a batch may raise: torch, and the Python code of models and processors
+BATCH_ERRORS = (
+    *(RowsError, DataError, RuntimeError, MemoryError),
+    *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
+)
 
 
 class PaddedEngine(Engine):

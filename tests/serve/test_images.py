@@ -310,6 +310,19 @@ def test_parts_of_other_forms_are_refused(server: Running, part: dict[str, Any],
     assert hint in raised.value.body["message"]  # type: ignore[index]
 
 
+@pytest.mark.parametrize(("family", "token"), [("qwen2_vl", "<|video_pad|>"), ("gemma3", "<image_soft_token>")])
+def test_a_text_with_the_token_of_an_image_or_video_is_refused(family: str, token: str, root: Path) -> None:
+    """It would fail the requests in the same batch."""
+    model, processor = tiny_vlm(family)
+    with running(root, base=model, tokenizer=processor, adapters=[]) as server:
+        text = f"a {token} b"
+        with pytest.raises(openai.BadRequestError, match="which stands for an image, a video or audio; remove it"):
+            chat(server, "tiny", messages=user(text))
+        for prompt in (text, server.app.state.server.tokenizer(text)["input_ids"]):
+            with pytest.raises(openai.BadRequestError, match="use /v1/chat/completions"):
+                server.client.completions.create(model="tiny", prompt=prompt)
+
+
 @pytest.mark.parametrize("role", ["assistant", "system", "tool"])
 def test_images_in_messages_of_others_are_refused(server: Running, role: str) -> None:
     messages = [*user("a"), {**user(GOOD)[0], "role": role}, *user("b")]
@@ -368,7 +381,7 @@ def test_a_processor_that_fails_ends_its_requests_and_no_others(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: Any, **__: Any) -> Any:
-        raise ValueError("mean must have 1 elements")
+        raise TypeError("mean must have 1 elements")
 
     engine = server.app.state.server.engine
     with monkeypatch.context() as patch:
