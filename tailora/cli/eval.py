@@ -51,7 +51,8 @@ if TYPE_CHECKING:
     from tailora.evaluation.scores import Scores
 
 
-Flags: Any = flags_of(TrainConfig, only=["field", "system", "max_length", "dtype"])
+FLAGS = ["field", "system", "max_length", "dtype", "image_folder", "allow_remote_images"]
+Flags: Any = flags_of(TrainConfig, only=FLAGS)
 KIND = "eval"  # of report.json
 MEMORY_ADVICE = "try a smaller --max-length, --quantize nf4 or --dtype bfloat16, or close other programs"
 
@@ -209,6 +210,8 @@ def eval(
         normalize=() if normalize == "none" else tuple(normalize.split(",")),
         limit=limit,
         samples=samples,
+        image_folder=config.image_folder,
+        allow_remote_images=config.allow_remote_images,
     )
     normalizer(options.normalize)
     tasks = find_tasks(harness.names, harness.include_path) if harness.names else None

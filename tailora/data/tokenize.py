@@ -13,7 +13,14 @@ from typing import Any, cast
 
 import numpy as np
 
-from tailora.data.chat_template import ChatTokenizer, DataSettings, fit_to_template, to_conversation, with_system
+from tailora.data.chat_template import (
+    ChatTokenizer,
+    DataSettings,
+    Tokens,
+    fit_to_template,
+    to_conversation,
+    with_system,
+)
 from tailora.data.dataset import IGNORED, Example, Int32
 from tailora.data.labels import Labels
 from tailora.data.loss_mask import RenderedSample, loss_mask, render_sample
@@ -154,9 +161,7 @@ def _encode_texts(samples: Sequence[Sample], tokenizer: ChatTokenizer) -> list[l
     max_length = tokenizer.settings.max_length
 
     def encode(parts: list[RenderedSample]) -> list[EncodedSample]:
-        examples = [
-            replace(Example.of_text(*loss_mask(part, next(tokens), tokenizer)), images=part.images) for part in parts
-        ]
+        examples = [_example_of(part, next(tokens), tokenizer) for part in parts]
         _check_no_image_is_cut(examples, tokenizer)
         if not all(example.supervised for example in examples):
             raise DataError("the row has no tokens to train on")
@@ -166,6 +171,13 @@ def _encode_texts(samples: Sequence[Sample], tokenizer: ChatTokenizer) -> list[l
         ]
 
     return [_result_of(encode, parts) for parts in rendered]
+
+
+def _example_of(rendered: RenderedSample, tokens: Tokens, tokenizer: ChatTokenizer) -> Example:
+    ids, is_trained = loss_mask(rendered, tokens, tokenizer)
+    if rendered.images:  # models do not generate images
+        is_trained &= ~np.isin(ids, cast(Any, tokenizer.processor).image_token_ids)
+    return replace(Example.of_text(ids, is_trained), images=rendered.images)
 
 
 def _check_no_image_is_cut(examples: Sequence[Example], tokenizer: ChatTokenizer) -> None:

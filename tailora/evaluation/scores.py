@@ -59,6 +59,8 @@ class EvalOptions:
     normalize: tuple[str, ...] = ("strip",)  # applied to both answers before comparing them: keys of NORMALIZE
     limit: int | None = None  # only the first examples
     samples: int = 3  # answers to show
+    image_folder: str | None = None  # of the images in the data; None: the folder of its file
+    allow_remote_images: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +174,15 @@ def score(
     max_length = min(options.max_length, getattr(model.config, "max_position_embeddings", None) or options.max_length)
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
     task = SEQ2SEQ if is_seq2seq(model) else AUTO
-    settings = DataSettings(field, task, max_length=max_length, system=system, for_evaluation=True)
+    settings = DataSettings(
+        field,
+        task,
+        max_length=max_length,
+        system=system,
+        image_folder=options.image_folder,
+        allow_remote_images=options.allow_remote_images,
+        for_evaluation=True,
+    )
     facts, rows = read_eval_data(data, ChatTokenizer.of(tokenizer, settings), options.limit, trained_rows)
     metrics = choose_metrics(facts, options.metrics, options.extra_metrics)
     evaluator = _Evaluator(model, tokenizer, replace(options, max_length=max_length), metrics, log)

@@ -258,7 +258,13 @@ def test_examples_with_images_are_shown_and_have_a_page_with_thumbnails(tmp_path
     (images, none) = found(*arguments)["example_images"]
     assert {name: images[0][name] for name in described} == described
     assert none == []
+    (tmp_path / "moved").mkdir()
+    moved = file.rename(tmp_path / "moved" / "chats.jsonl")
+    flags = [moved, "--image-folder", tmp_path]
+    assert found("data", *flags, "--model", model)["messages"]["images"] == 1
+    check_refused("red.png: No such file", "eval", "--model", model, "--data", moved)
+    assert found("eval", "--model", model, "--data", *flags)["metrics"]["loss"]
     (tmp_path / "red.png").unlink()
     output("report", report)
     assert "red.png (the file has changed)" in (report / "report.html").read_text()
-    check_refused("already exists", "data", file, "--output-dir", report)
+    check_refused("already exists", "data", moved, "--output-dir", report)

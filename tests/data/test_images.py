@@ -246,6 +246,16 @@ def test_an_image_is_one_piece_of_a_preview(colors: Path, processor: ProcessorMi
     ]
 
 
+def test_the_tokens_of_images_are_never_trained(colors: Path, processor: ProcessorMixin) -> None:
+    settings = DataSettings(validation_split=0, assistant_only_loss=False)
+    data = write_rows(colors, [chat("<image>Which?", image="red.png")])
+    (example,) = prepare(data, processor, settings).train
+    assert [piece for piece in preview(example, processor) if not piece[1]] == [
+        ("<|im_start|>", False),  # nothing precedes it
+        ("[image 28x28]", False),
+    ]
+
+
 def test_a_thumbnail_is_small_and_missing_for_a_file_that_changed(colors: Path) -> None:
     save_image(colors / "wide.png", "red", (640, 480))
     image = read_image("wide.png", colors)
