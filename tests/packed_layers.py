@@ -110,6 +110,15 @@ class HqqLinear(imitated("hqq.core.quantize", "HQQLinear")):  # type: ignore[mis
         return F.linear(x, self.dequantize().to(x.dtype), self.bias)
 
 
+class BlockLinear(HqqLinear):
+    """A layer that sums the products of its blocks, so that its weight is nowhere in one piece."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = torch.cat([self.W_q >> 4, self.W_q & 15]).unflatten(1, (self.meta["scale"].shape[1], -1))
+        weight = (codes - self.meta["zero"][..., None]) * self.meta["scale"][..., None]
+        return torch.einsum("...gi,ogi->...o", x.unflatten(-1, weight.shape[1:]), weight)
+
+
 def gptq_tensors(weight: Tensor) -> dict[str, Tensor]:
     """Returns the tensors that a GPTQ checkpoint has for a weight: zero points are stored minus 1."""
     codes, scales, zeros = quantized(weight)

@@ -206,7 +206,7 @@ def _summary(header: Mapping[str, Any]) -> dict[str, str]:
     full = settings["method"] == "full"
     name = f"demo ({MODEL_NAME})" if settings["model"] == DEMO else settings["model"]
     quantized = ""
-    if method := settings.get("quantize"):
+    if method := settings.get("quantize") or header.get("stored_as"):
         quantized = f"linear layers in {method} ({header['base_bytes'] / 1e6:,.0f} MB in total), the rest in "
     lines = {
         "model": f"{name}, {count(total if full else total - trained)} parameters, {quantized}{header['dtype']}",

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tailora.core.attach import Change, ClassChange, TensorChange, class_with_plain
 from tailora.core.layer_types import FORWARD_ERRORS, qualified_name, weight_of, whole_tensor
@@ -127,7 +128,10 @@ class TorchAO(Storage):
 
 
 class Packed(Storage):
-    """A layer without a weight: gptqmodel's for GPTQ and AWQ, hqq's. Its outputs for the unit vectors are W."""
+    """A layer without a weight: gptqmodel's for GPTQ and AWQ, hqq's. Its forward dequantizes W, which is then caught.
+
+    Where it does not, its outputs for the unit vectors are W.
+    """
 
     rounding = 0.5  # calibration moves numbers further than to the next code
     keeps_dtype = False
@@ -141,6 +145,8 @@ class Packed(Storage):
     @torch.no_grad()
     def dense(self, layer: Any) -> Tensor:
         forward, like = plain_forward(layer), self.scales(layer)
+        if (weight := caught_weight(layer, like)) is not None:
+            return weight
         columns = torch.empty(layer.in_features, layer.out_features, dtype=like.dtype, device=like.device)
         for start in range(0, layer.in_features, UNIT_VECTORS):
             block = columns[start : start + UNIT_VECTORS]
@@ -161,6 +167,33 @@ class Packed(Storage):
 
 
 UNIT_VECTORS = 1024  # rows of a batch
+
+
+class _Matrices(TorchDispatchMode):
+    """Keeps the matrices that operators read."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kept: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.kept += [value for value in args if isinstance(value, Tensor) and value.ndim == 2]
+        return func(*args, **(kwargs or {}))
+
+
+def caught_weight(layer: Any, like: Tensor) -> Tensor | None:
+    """Returns the matrix (out, in) that the layer multiplies by; None if it is no operand. like: dtype and device."""
+    forward, shape = plain_forward(layer), (layer.out_features, layer.in_features)
+    x = torch.randn(2, shape[1], generator=torch.Generator().manual_seed(0), device="cpu").to(like)
+    with torch.compiler.set_stance("force_eager"):  # before `drop_compiled`
+        with _Matrices() as matrices:
+            y = forward(x)
+        change = (y - forward(-x)).float() / 2  # W x
+    views = [view for matrix in reversed(matrices.kept) for view in (matrix, matrix.T)]
+    for matrix in (view for view in views if view.shape == shape):
+        if (x.float() @ matrix.float().T - change).norm() <= 8 * torch.finfo(x.dtype).eps * change.norm():
+            return cast(Tensor, matrix.contiguous().clone())
+    return None
 
 
 def plain_forward(layer: Any) -> Callable[[Tensor], Tensor]:
@@ -425,15 +458,21 @@ def prevent_repacking(model: nn.Module) -> list[nn.Module]:
 
     Repacking rounds the blocks' scales to bfloat16, which changes the base, and disables gradients: training after an
     evaluation would be silently wrong (bitsandbytes 0.50). Returns the layers for `allow_repacking`.
-    Also drops the function that gptqmodel 7.7 compiles to dequantize weights, which fails where torch functions are
-    overridden, as in training.
     """
-    for layer in packed_layers(dict(model.named_modules())).values():
-        vars(layer).pop("dequantize_weight", None)
+    drop_compiled(model)
     layers = [layer for layer in model.modules() if vars(layer).get("support_avx512bf16_for_cpu")]
     for layer in layers:
         vars(layer)["support_avx512bf16_for_cpu"] = False
     return layers
+
+
+def drop_compiled(model: nn.Module) -> None:
+    """Drops the functions that gptqmodel 7.7 compiles to dequantize weights; its layers then use the original.
+
+    The compiled ones fail where torch functions are overridden, as in training.
+    """
+    for layer in packed_layers(dict(model.named_modules())).values():
+        vars(layer).pop("dequantize_weight", None)
 
 
 def allow_repacking(layers: list[nn.Module]) -> None:

@@ -27,6 +27,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from tailora.core.quantization import (
     common_dtype,
     dense_weight,
+    drop_compiled,
     gradient_obstacle,
     gradient_problems,
     is_quantized,
@@ -288,6 +289,7 @@ def check_packages(form: Format, name: str) -> None:
 
 def quantization_problems(model: PreTrainedModel, unread: Iterable[str]) -> list[str]:
     """Returns what training on this quantized model would get wrong. unread: names in its files that were not used."""
+    drop_compiled(model)
     layers = quantized_layers(model)
     problems = [f"{path}: {reason}" for path, layer in layers.items() if (reason := storage_obstacle(layer))]
     if not problems:

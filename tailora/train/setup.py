@@ -63,7 +63,7 @@ from tailora.train.memory import (
 from tailora.train.model_loading import fitted_labels, labels_of_adapter, labels_of_config, load_base, read_config
 from tailora.train.optimizer import OPTIMIZERS, LossScale, parameter_groups
 from tailora.train.parallel import Sharding, forget_forward, own_process_group, send_from_first_rank
-from tailora.train.quantize import check_full_training, dequantization_note
+from tailora.train.quantize import check_full_training, dequantization_note, stored_quantization
 from tailora.train.state import TrainState, seed_all, seeded
 from tailora.train.trainable import FullModel, Trainable, sharded_names, trained_module, trained_parts, trains_on_pixels
 
@@ -133,6 +133,7 @@ class Run:
             "processes": self.accelerator.num_processes,
             "dtype": str(self.base.dtype).removeprefix("torch."),
             "base_bytes": stored_bytes(self.base),
+            "stored_as": stored_quantization(self.base.config).get("quant_method"),
             "packed": self.layout.packed,
             "kernels": self.kernels.description,
             "task": self.task.description,

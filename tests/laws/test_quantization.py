@@ -23,11 +23,13 @@ from cases import (
     pairs_of,
     trained,
 )
+from packed_layers import AwqLinear, BlockLinear, GptqLinear, HqqLinear
 from tiny import stir
 from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.quantization import (
+    caught_weight,
     dense_weight,
     in_file_layout,
     is_quantized,
@@ -215,6 +217,16 @@ def test_no_weight_is_farther_from_the_original_than_the_spread_says(base: Stora
     assert spread.mean() < 50 * apart.mean()  # and it is not just large
     assert weight_count(layer) == 160 * 192 + 160
     assert stored_bytes(layer) < 0.6 * original.nbytes
+
+
+@pytest.mark.parametrize("cls", [GptqLinear, AwqLinear, HqqLinear, BlockLinear])
+@pytest.mark.parametrize("inputs", [64, 1344])  # more than one batch of unit vectors
+def test_the_dense_weight_is_caught_in_the_forward_or_computed_from_unit_vectors(cls: Any, inputs: int) -> None:
+    layer = cls(nn.Linear(inputs, 64, bias=False))
+    scales = storage_of(layer).tensors(layer)[-1]
+    assert (caught_weight(layer, scales.float()) is None) == (cls is BlockLinear)
+    expected = layer.dequantize() if isinstance(layer, HqqLinear) else layer.dequantize_weight().T
+    assert torch.equal(dense_weight(layer), expected)
 
 
 @pairs

@@ -21,11 +21,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
 from tailora import LoRAConfig, LoRAModel
+from tailora.cli.progress import format_header
 from tailora.core.quantization import dense_weight, packed_layers, stored_bytes, weight_count
 from tailora.errors import ConfigError, TargetError
 from tailora.formats.export import float32_logits
 from tailora.train.config import TrainConfig
 from tailora.train.estimate import fake_trainable
+from tailora.train.events import Prepared
 from tailora.train.memory import fake_tensors
 from tailora.train.model_loading import load_base, read_config
 from tailora.train.quantize import FORMATS, quantization_problems
@@ -106,7 +108,9 @@ def test_a_run_trains_it_and_files_and_merges_compute_the_same(
 ) -> None:
     written(name, tmp_path / "model")
     config = settings(model=str(tmp_path / "model"), max_steps=3, eval_steps=3, learning_rate=1e-2)
-    result = run(config)
+    headers: list[dict[str, Any]] = []
+    result = run(config, on_event=lambda event: headers.append(event.header) if isinstance(event, Prepared) else None)
+    assert (f"linear layers in {name} (" in format_header(headers[0])) == (name in PACKED)
     assert result.eval_loss_after < result.eval_loss_before  # type: ignore[operator]
     adapter, ids = Path(config.output_dir) / "adapter", torch.arange(20)[None]
     base, _ = load_base(config.model, "float32")
@@ -153,6 +157,13 @@ def test_the_estimate_counts_the_bytes_of_the_loaded_model(name: str, tmp_path: 
     else:
         others = stored_bytes(base) - sum(2 * weight.numel() for weight in quantized.values())
         assert weights.while_read == pytest.approx(files - others, rel=0.1)  # and names and scales
+
+
+def test_a_compiled_dequantization_is_dropped() -> None:
+    layer: Any = GptqLinear(nn.Linear(64, 32))
+    layer.dequantize_weight = layer.dequantize_weight  # as an attribute
+    LoRAModel(nn.Sequential(layer), LoRAConfig(r=2))
+    assert "dequantize_weight" not in vars(layer)
 
 
 # ---- Refusals
