@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from tailora.errors import DataError
 
 Tokenizer: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin  # a processor for vision-language models
-TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # Gemma 3; Gemma 4, Qwen-VL, GLM-V
+TEXT_INPUTS = ("input_ids", "attention_mask", *TOKEN_TYPES)
 
 
 def text_tokenizer(tokenizer: Any) -> Any:
@@ -72,8 +73,8 @@ def image_owners(processor: ProcessorMixin, input_ids: Sequence[int], sizes: Seq
 
 
 def marks_image_tokens(processor: ProcessorMixin) -> bool:
-    """Returns whether the model is told which of its tokens are images."""
-    return bool(processor.return_mm_token_type_ids)
+    """Returns whether the processor tells the model which tokens are images."""
+    return not {*TOKEN_TYPES}.isdisjoint(processor(text=["a"]).keys())
 
 
 def token_types(processor: ProcessorMixin, input_ids: Tensor) -> Tensor:

@@ -18,15 +18,13 @@ from tailora.data.chat_template import ChatTokenizer
 from tailora.data.collate import collate_padded
 from tailora.data.dataset import Example, Int32
 from tailora.data.images import Image
-from tailora.data.processor import Tokenizer, marks_image_tokens, pixel_inputs, token_types
+from tailora.data.processor import TOKEN_TYPES, Tokenizer, marks_image_tokens, pixel_inputs, token_types
 from tailora.errors import ConfigError, DataError
 from tailora.kernels.loss import FORMS, Batch, own_form
 from tailora.model import LoRAModel
 from tailora.train.config import NATS_PER_TOKEN
 from tailora.train.loss import CAUSAL_LM, BatchLayout, Outputs, Task, next_tokens_of
 from tailora.train.trainable import FullModel
-
-TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # Gemma 3; Gemma 4, Qwen-VL, GLM-V
 
 
 @dataclass(frozen=True, eq=False)

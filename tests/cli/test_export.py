@@ -13,8 +13,9 @@ from command_line import check_refused, found, output
 from safetensors.torch import load_file, save_file
 from tiny import CHATML, stirred_model
 from tiny import tiny_model as tiny_model_of
+from tiny_vision import outspoken_llava, save
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForImageTextToText, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.export import Format, Server
@@ -138,6 +139,19 @@ def test_mistakes(
     assert "--overwrite" not in shown
     assert not (tmp_path / "out").exists()
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+
+
+def test_a_model_for_images_is_merged_and_has_a_passport_but_no_server(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", *outspoken_llava())
+    config = LoRAConfig(r=2, target_modules="language-model")
+    model = stirred_model(AutoModelForImageTextToText.from_pretrained(base), config)
+    model.save_adapter(tmp_path / "adapter")
+    tokens = ["export", str(tmp_path / "adapter"), "--model", str(base), "--output", str(tmp_path / "out"), "--to"]
+    check_refused("--to vllm does not support vision-language models such as", *tokens, "vllm")
+    check_refused("model_type 'llava' is not supported in GGUF", *tokens, "gguf")
+    report = found(*tokens, "merged")
+    assert report["logits"]["difference"] < 1e-5 < report["logits"]["effect"]
+    assert {"passport.json", "processor_config.json", "chat_template.jinja"} <= report["files"].keys()
 
 
 @pytest.mark.parametrize("to", ["peft", "ollama", "vllm"])

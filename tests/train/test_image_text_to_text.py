@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -289,3 +291,25 @@ def test_all_weights_of_a_model_for_images_are_read_back(tmp_path: Path) -> None
     with torch.no_grad():
         base.model.vision_tower.embeddings.class_embedding[0] += 1
     assert model.differences(tmp_path / "model") == ["model.vision_tower.embeddings.class_embedding"]
+
+
+@pytest.mark.ranks
+def test_two_processes_take_the_steps_of_one_where_only_one_of_them_has_images(tmp_path: Path) -> None:
+    save_tiny_llava(tmp_path / "model")
+    name, reply = save_image(tmp_path / "red.png", "red", seed=0), {"role": "assistant", "content": "red"}
+    rows: list[dict[str, Any]] = [{"messages": [{"role": "user", "content": f"Say {n}"}, reply]} for n in range(8)]
+    rows[0]["image"] = rows[5]["image"] = name
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    losses = []
+    for way in (["--nproc-per-node", 2], ["--gradient-accumulation-steps", 2], ["--nproc-per-node", 2, "--fsdp"]):
+        run = tmp_path / f"run-{len(losses)}"
+        tokens = ["train", "--model", tmp_path / "model", "--data", data, "--output-dir", run, "--max-steps", 4, *way]
+        tokens += ["--target-modules", "all-linear", "--per-device-train-batch-size", 1, "--validation-split", 0]
+        tokens += ["--learning-rate", 1e-2, "--samples", 0]
+        subprocess.run([sys.executable, "-m", "tailora", *map(str, tokens)], check=True, timeout=200)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert len(losses[0]) == 4
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], rel=1e-6)
