@@ -12,15 +12,15 @@ folder under their hash (`store_images`), so that memory does not grow with the 
 import base64
 import binascii
 import hashlib
-import os
 import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from tailora.core.cache import cache_folder
 from tailora.data.messages import IMAGE, IMAGE_VALUES, Messages, short_repr
@@ -31,6 +31,7 @@ MOST_PIXELS = 64_000_000
 MOST_BYTES = 64 << 20  # of a file
 MOST_IMAGES = 100  # of a row
 THUMBNAIL = 96  # pixels of the longer side
+DEEPEST = 8  # objects and lists around an image in a row; messages/0/content/0/image_url/url has 6
 KEYS = (*IMAGE_VALUES, "image_url", "images")  # of data: URLs in a row
 ORIENTATION = 0x0112  # EXIF tag
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # its value -> PIL.Image.Transpose
@@ -149,15 +150,18 @@ def _image_parts(messages: Messages) -> list[dict[str, Any]]:
     return [part for content in contents for part in content if part["type"] == IMAGE]
 
 
-def store_images(value: Any, key: str = "") -> Any:
+def store_images(value: Any, key: str = "", depth: int = 0) -> Any:
     """Returns a value of a row with its images in the cache folder instead of in memory: bytes and data: URLs.
 
     An image that cannot be used becomes its DataError, which `read_image` raises. key: of the value, or of its list.
+    depth: number of objects and lists around it.
     """
+    if depth > DEEPEST:
+        return value
     if isinstance(value, dict) and ("type" in value or not isinstance(value.get("bytes"), bytes)):
-        return {name: store_images(inner, name) for name, inner in value.items()}
+        return {name: store_images(inner, name, depth + 1) for name, inner in value.items()}
     if isinstance(value, list):
-        return [store_images(inner, key) for inner in value]
+        return [store_images(inner, key, depth + 1) for inner in value]
     is_url = isinstance(value, str) and key in KEYS and value.startswith("data:")
     if not is_url and not isinstance(value, bytes | dict):
         return value
@@ -246,12 +250,14 @@ def _stored(content: bytes, name: str) -> Image:
     path = cache_folder() / "images" / hashlib.sha256(content).hexdigest()
     image = _checked(content, path, name)
     if not path.exists():
+        own = path.with_suffix(f".{uuid4().hex}")  # other processes may write the same image
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            own = path.with_suffix(f".{os.getpid()}")  # other processes may write the same image
             own.write_bytes(content)
             own.replace(path)
         except OSError as error:
+            with suppress(OSError):
+                own.unlink()
             raise WriteError(
                 f"image {name} cannot be kept in {path.parent}: {error.strerror or error}; set TAILORA_HOME to a "
                 "folder that you may write to"

@@ -281,6 +281,11 @@ def test_only_images_leave_the_rows_for_the_cache(colors: Path, processor: Proce
     assert names == ["red"]
 
 
+def test_deep_values_of_other_columns_are_left_alone(colors: Path, processor: ProcessorMixin) -> None:
+    deep = json.loads("[" * 600 + "]" * 600)
+    assert as_read(write_rows(colors, [chat("<image>?", image="red.png", other=deep)]), processor) == SHOWN[:1]
+
+
 def test_paths_are_relative_to_the_image_folder(colors: Path, processor: ProcessorMixin, tmp_path: Path) -> None:
     data = write_rows(tmp_path, [chat("<image>?", image="red.png")])
     assert as_read(data, processor, image_folder=str(colors)) == SHOWN[:1]
