@@ -315,8 +315,10 @@ def reply_text(sample: Sample, tokenizer: Any) -> str:
 
 
 def preview(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
-    """Returns (text, is trained) pieces in order: the decoded example with its special tokens, and [image 640x480] for
-    all tokens of an image."""
+    """Returns (text, is trained) pieces in order: the decoded example with its special tokens.
+
+    All tokens of an image are one piece, such as [image 640x480].
+    """
     ids, sizes = example.input_ids.tolist(), [(image.width, image.height) for image in example.images]
     owners = image_owners(tokenizer, ids, sizes) if sizes else [-1] * len(ids)
     pieces = []
