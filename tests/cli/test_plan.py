@@ -72,6 +72,21 @@ def test_what_is_shown_fits_a_narrow_terminal(
     assert [path.name for path in tmp_path.iterdir()] == ["bare"]  # nothing is written
 
 
+def test_a_model_in_quantized_files_is_planned_as_it_will_be_loaded(tiny_model: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny_model / "config.json").read_text())
+    settings = {"gptq": {"bits": 4, "group_size": 16}, "fp8": {"weight_block_size": [16, 16]}}
+    shown = {}
+    for method, more in settings.items():
+        (tmp_path / method).mkdir()
+        quantization = {"quantization_config": {"quant_method": method, **more}}
+        (tmp_path / method / "config.json").write_text(json.dumps({**config, **quantization}))
+        shown[method] = output("plan", "--model", str(tmp_path / method), "--r", "4")
+    assert re.search(r"^part +LoRA$", shown["gptq"], re.MULTILINE)  # its weights cannot be trained
+    assert re.search(r"^part +LoRA +full fine-tuning$", shown["fp8"], re.MULTILINE)
+    assert "Note: the fp8 weights are dequantized" in shown["fp8"]
+    assert "dequantized" not in shown["gptq"]
+
+
 @pytest.mark.parametrize("columns", [80, 100])
 def test_a_card_that_is_not_here_is_planned_from_its_data_sheet(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, columns: int
