@@ -294,9 +294,14 @@ def quantization_problems(model: PreTrainedModel, unread: Iterable[str]) -> list
     problems = [f"{path}: {reason}" for path, layer in layers.items() if (reason := storage_obstacle(layer))]
     if not problems:
         problems = gradient_problems(layers, common_dtype(model))
-    # scales of inputs and outputs may be left out, which rounds less
-    of_weights = [key for key in sorted(unread) if key.rpartition(".")[2].startswith(("weight_", "q", "g_idx"))]
-    return problems + [f"{key}: transformers did not use it, so the weight is wrong" for key in of_weights]
+    # Scales of inputs and outputs may be left out, which rounds less, and layers that the model does not have
+    paths = {path for path, _ in model.named_modules()}
+    keys = [key.rpartition(".") for key in sorted(unread)]
+    return problems + [
+        f"{path}.{name}: transformers did not use it, so the weight is wrong"
+        for path, _, name in keys
+        if path in paths and name.startswith(("weight_", "qweight", "qzeros", "g_idx"))
+    ]
 
 
 def check_unquantized(config: PretrainedConfig, name: str, quantize: str) -> None:

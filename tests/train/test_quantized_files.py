@@ -202,8 +202,10 @@ def test_a_wrong_gradient_is_refused() -> None:
 def test_weights_that_were_not_used_are_reported(tmp_path: Path) -> None:
     compressed({"FP8": ALL}, tmp_path)
     base, _ = load_base(str(tmp_path))  # leaves out the scales of inputs
-    (problem,) = quantization_problems(base, ["layer.input_scale", "layer.weight_g_idx"])
-    assert problem == "layer.weight_g_idx: transformers did not use it, so the weight is wrong"
+    layer = "model.layers.0.mlp.up_proj"
+    others = [f"{layer}.input_scale", "model.layers.0.self_attn.q_scale", "model.layers.9.mlp.up_proj.weight_scale"]
+    (problem,) = quantization_problems(base, [*others, f"{layer}.weight_g_idx"])
+    assert problem == f"{layer}.weight_g_idx: transformers did not use it, so the weight is wrong"
 
 
 def test_layers_with_different_schemes_are_refused(tmp_path: Path) -> None:
