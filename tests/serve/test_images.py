@@ -209,6 +209,7 @@ BY_DEFAULT = ("qwen3_vl", "idefics3", "gemma3")
 @pytest.mark.parametrize(
     "family", [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.exhaustive) for name in FAMILIES]
 )
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of GLM's processor
 def test_rows_of_a_batch_are_those_of_transformers_in_every_family(family: str, root: Path) -> None:
     model, processor = tiny_vlm(family)
     for parameter in model.parameters():
