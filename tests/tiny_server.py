@@ -56,7 +56,8 @@ class Running:
 def on_loopback(app: FastAPI) -> Iterator[str]:
     """The address of a server that runs this app."""
     listening = listen("127.0.0.1", 0)
-    config = uvicorn.Config(app, http=Connection, log_level="critical", ws="none", timeout_graceful_shutdown=5)
+    timeouts = {"timeout_graceful_shutdown": 5, "timeout_keep_alive": 60}  # clients give up idle connections before
+    config = uvicorn.Config(app, http=Connection, log_level="critical", ws="none", **timeouts)
     core = getattr(app.state, "server", None)
     app.state.notes = []
     app.state.http = server = (

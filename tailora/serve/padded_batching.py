@@ -98,13 +98,12 @@ class PaddedEngine(Engine):
                 if not self._waiting:
                     return
                 self._running = self._take_batch()
-            requests = [running for running in self._running if not running.is_finished]
             try:
-                with self._model_lock, torch.inference_mode():
-                    self._generate(requests)
+                with self._model_lock, torch.inference_mode():  # an adapter may be removed once its requests have ended
+                    self._generate([running for running in self._running if not running.is_finished])
             except BATCH_ERRORS as error:  # only of this batch; the next one may fit
                 cause = "out of memory; use shorter prompts or responses" if is_out_of_memory(error) else str(error)
-                for running in requests:
+                for running in self._running:
                     running.finish(Finish("error", cause))
             with self._changed:
                 self._running = []
@@ -116,6 +115,8 @@ class PaddedEngine(Engine):
         pixels = 0
         for running in self._waiting:
             request = running.request
+            if running.is_finished:
+                continue
             fits = len(batch) < self.max_requests and pixels + pixel_count(request.images) <= MOST_PIXELS
             if not batch or (fits and self._whole(request.adapter) == self._whole(batch[0].request.adapter)):
                 batch.append(running)
@@ -129,8 +130,9 @@ class PaddedEngine(Engine):
         """Returns the adapter if all rows must have it, because it changes layers that get images instead of rows."""
         if adapter is None or self.processor is None:
             return None
-        decoder, parts = self._decoder, self.adapter_set.adapters[adapter].parts
-        return None if decoder and all(inside(path, decoder) for path in parts) else adapter
+        own = self.adapter_set.adapters.get(adapter)  # None: was removed after the request had been cancelled
+        is_text = own is None or (self._decoder and all(inside(path, self._decoder) for path in own.parts))
+        return None if is_text else adapter
 
     @cached_property
     def _decoder(self) -> str:

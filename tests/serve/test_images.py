@@ -158,6 +158,22 @@ def test_an_adapter_of_the_tower_gets_its_own_batch(server: Running, root: Path)
     assert alone(QUESTIONS[0], "tower", root) != alone(QUESTIONS[0], "tiny", root)
 
 
+def test_an_adapter_may_go_while_a_cancelled_request_waits(server: Running) -> None:
+    engine = server.app.state.server.engine
+    params = SamplingParams(1, temperature=0.0)
+    with engine.paused():
+        engine.adapter_set.add("gone", next(iter(engine.adapter_set.adapters.values())))
+        engine.submit(Request("first", (9, 10), None, params), lambda _: None)
+        deadline = time.monotonic() + 30
+        while engine.load != (1, 0) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        engine.submit(Request("second", (9, 10), None, params), lambda _: None)
+        engine.submit(Request("cancelled", (9, 10), "gone", params), lambda _: None)
+        engine.cancel("cancelled")
+        engine.adapter_set.remove("gone")
+    assert chat(server, "text", messages=user(GOOD), max_tokens=1, timeout=30).choices
+
+
 def test_images_of_a_batch_have_a_limit(server: Running, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tailora.serve.padded_batching.MOST_PIXELS", 2 * SIDE * SIDE)
     asked = [(QUESTIONS[0], "tiny"), (QUESTIONS[0], "text"), (QUESTIONS[4], "tiny"), (QUESTIONS[3], "text")]
