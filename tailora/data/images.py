@@ -199,7 +199,12 @@ def read_image(value: Any, folder: Path | None, *, allow_remote: bool = False) -
 
         return _stored(download_image(value, MOST_BYTES), short_repr(value))
     path = _path_inside(value.removeprefix("file://"), folder)
-    return _checked(_file_bytes(path, value), path, value)
+    name = _printable(value)
+    return _checked(_file_bytes(path, name), path, name)
+
+
+def _printable(path: str) -> str:
+    return path if path.isprintable() else repr(path)
 
 
 def _path_inside(value: str, folder: Path | None) -> Path:
@@ -227,7 +232,7 @@ def _file_bytes(path: Path, name: str) -> bytes:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
     except OSError as error:
-        raise DataError(f"image {name}: {error.strerror or error}; its path is {path}") from None
+        raise DataError(f"image {name}: {error.strerror or error}; its path is {_printable(str(path))}") from None
     if len(content) > MOST_BYTES:
         raise DataError(f"image {name} has more than {MOST_BYTES >> 20} MiB; save it with a smaller size")
     return content

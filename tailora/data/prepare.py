@@ -109,10 +109,13 @@ def _with_images(
     """Returns the sample with the images of its messages and columns, which were read and checked."""
     columns = [mapping.columns[key] for key in IMAGE_COLUMNS if key in mapping.columns]
     values = [value for column in columns if (value := row.fields.get(column)) not in (None, "", [])]
-    if isinstance(sample, RowProblem) or not (columns or _has_images(sample)):
+    if isinstance(sample, RowProblem) or not (tokenizer.processor or columns or _has_images(sample)):
         return sample
     if not isinstance(sample, Conversation | Pair):
-        return row.problem("images are only supported in chats and in prompts with a completion")
+        is_wrong = _has_images(sample)
+        return (
+            row.problem("images are only supported in chats and in prompts with a completion") if is_wrong else sample
+        )
     if len(values) > 1:
         return row.problem(f"the row has {' and '.join(columns)}; use one column for all images")
     chat, settings = to_conversation(sample), tokenizer.settings

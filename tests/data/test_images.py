@@ -371,6 +371,7 @@ def test_all_problems_of_all_rows_are_reported_at_once(colors: Path, processor: 
         ("a\0.png", "is not a path"),
         ("x" * 5000, "File name too long"),
         (".", "Is a directory"),
+        ("a\nb.png", r"'a\\nb.png': No such file"),
         ("pipe", "is not a file"),
         ("hf://datasets/a/b.png", r"expected a path or an http\(s\) URL"),
         ("http://example.com/a.png", "is remote; download it, or use --allow-remote-images"),
@@ -432,10 +433,17 @@ def test_the_models_image_token_in_a_text_is_refused(colors: Path, processor: Pr
         chat("What does <image> mean?"),
         {"messages": [{"role": "user", "content": "a"}, {**REPLY, "content": "<image>"}]},
     ]
-    texts = problems(write_rows(colors, rows), processor)
-    assert len(texts) == 3
-    for number, text in enumerate(texts[1:], 1):
-        assert f"rows.jsonl:{number}: the text has 1 <image>, but there are 0 images; remove <image>" in text
+    _, first, second = problems(write_rows(colors, rows), processor)
+    assert "rows.jsonl:1: images: expected 1, one for each <image> in the messages, got 0" in first
+    assert "rows.jsonl:2: the text has 1 <image>, but there are 0 images; remove <image>" in second
+    qwen = tiny_vlm("qwen2_vl")[1]
+    rows = [chat("<image>"), chat("What does <|image_pad|> mean?"), chat("<image><|image_pad|>", image="red.png")]
+    texts = problems(write_rows(colors, rows), qwen)
+    assert [text.partition("rows.jsonl:")[2].partition(";")[0] for text in texts[1:]] == [
+        "1: images: expected 1, one for each <image> in the messages, got 0",
+        "2: the text has 1 <|image_pad|>, but there are 0 images",
+        "3: the text has 2 <|image_pad|>, but there are 1 images",
+    ]
 
 
 @pytest.mark.parametrize(
