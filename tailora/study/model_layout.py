@@ -125,16 +125,19 @@ def target_groups(model: nn.Module) -> dict[str, Any]:
     """Returns {attention: names, mlp: names, largest_r}: values for `target_modules`, and the highest r for all layers.
 
     Names cover linear layers of numbered blocks. If one of the two groups is empty, both are omitted. A classification
-    head is fully trained and not counted.
+    head is fully trained and not counted. Of a vision-language model, only the language model counts, and "all-linear"
+    means its layers, too.
     """
-    config = LoRAConfig(modules_to_save=task_heads(model) or None)
-    layers = selected_candidates(model, dict(model.named_modules()), config)
+    config, modules = LoRAConfig(modules_to_save=task_heads(model) or None), dict(model.named_modules())
+    everything = selected_candidates(model, modules, config)
+    layers = selected_candidates(model, modules, config.replaced(target_modules=LANGUAGE_MODEL))
     inner = [path for path in layers if layer_index(path) is not None]
     blocks = {"attention": ATTENTION, "mlp": MLP}
     groups = {word: [path for path in inner if block_of(path) == block] for word, block in blocks.items()}
     both = groups if all(groups.values()) else {}
     return {
-        **{word: shortest_names(paths, layers.keys() - set(paths)) for word, paths in both.items()},
+        **({ALL_LINEAR: LANGUAGE_MODEL} if len(layers) < len(everything) else {}),
+        **{word: shortest_names(paths, everything.keys() - set(paths)) for word, paths in both.items()},
         "largest_r": min(min(layer.dims) for layer in layers.values()),
     }
 

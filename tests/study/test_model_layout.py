@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from tiny import chat_model, tiny_model
+from tiny_vision import tiny_llava
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, MixtralConfig, OPTConfig
 
@@ -19,6 +20,7 @@ from tailora.study.model_layout import (
     shortest_names,
     target_groups,
 )
+from tailora.train.trainable import trained_parts
 
 NAMES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 PATHS = [f"model.layers.{layer}.{name}" for layer in range(12) for name in NAMES]
@@ -128,6 +130,17 @@ def test_the_parts_of_an_adapted_model_are_those_of_its_base() -> None:
 
 def test_a_model_without_attention_has_no_such_words() -> None:
     assert target_groups(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))) == {"largest_r": 3}
+
+
+def test_groups_of_a_model_for_images_are_in_its_language_model() -> None:
+    model, _ = tiny_llava()
+    groups = target_groups(model)
+    assert groups["all-linear"] == "language-model"
+    for word, count in (("attention", 8), ("mlp", 6), ("all-linear", 14)):  # of 2 layers; the tower has the same names
+        adapted = LoRAModel(model, LoRAConfig(target_modules=groups[word]))
+        assert len(adapted.lora_layers) == count
+        assert trained_parts(adapted) == ["language model"]
+        adapted.unload()
 
 
 def test_a_head_for_labels_limits_no_rank() -> None:
