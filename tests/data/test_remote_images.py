@@ -1,16 +1,22 @@
 """Images from URLs: what is downloaded, the limits, and addresses that URLs in a data set must not reach."""
 
 import asyncio
+import json
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
+from tiny_vision import save_image, tiny_llava
 
 from tailora.data import remote_images
+from tailora.data.chat_template import DataSettings
+from tailora.data.prepare import prepare
 from tailora.data.remote_images import download_image
 from tailora.errors import DataError
 
@@ -200,3 +206,30 @@ def test_images_are_downloaded_within_a_running_event_loop(server: Server) -> No
         return download_image(f"{server.url}/a.png", MIB)
 
     assert asyncio.run(in_a_notebook()) == CONTENT
+
+
+def test_remote_images_of_rows_are_read_and_refused_with_their_row(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TAILORA_HOME", str(tmp_path / "cache"))
+    save_image(tmp_path / "red.png", "red")
+    monkeypatch.setattr(sys.modules[__name__], "CONTENT", (tmp_path / "red.png").read_bytes())
+    monkeypatch.setattr(remote_images, "SECONDS", 0.5)
+    messages = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "red"}]
+    urls = [f"{server.url}/a.png", "http://127.0.0.2/a.png", f"{server.url}/slow", f"{server.url}/to=http://10.0.0.1/"]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"messages": messages, "image": url}) + "\n" for url in urls))
+    processor = tiny_llava()[1]
+    with pytest.raises(DataError) as caught:
+        prepare(str(data), processor, DataSettings(validation_split=0))
+    assert str(caught.value).count("is remote; download it, or use --allow-remote-images") == len(urls)
+    assert not server.asked
+    with pytest.raises(DataError) as caught:
+        prepare(str(data), processor, DataSettings(validation_split=0, allow_remote_images=True))
+    shown = [text.partition("rows.jsonl:")[2] for text in str(caught.value).splitlines()[1:]]
+    assert [text[:2] for text in shown] == ["2:", "3:", "4:"]
+    for text, cause in zip(shown, ("local network", "not downloaded within 0.5 seconds", "local network"), strict=True):
+        assert cause in text
+    data.write_text(json.dumps({"messages": messages, "image": urls[0]}))
+    prepared = prepare(str(data), processor, DataSettings(validation_split=0, allow_remote_images=True))
+    assert prepared.train[0].images[0].load().getpixel((0, 0)) == (255, 0, 0)
