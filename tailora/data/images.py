@@ -195,12 +195,26 @@ def read_image(value: Any, folder: Path | None, *, allow_remote: bool = False) -
     if value.startswith(("http://", "https://")):
         if not allow_remote:
             raise DataError(f"image {short_repr(value)} is remote; download it, or use --allow-remote-images")
-        from tailora.data.remote_images import download_image
-
-        return _stored(download_image(value, MOST_BYTES), short_repr(value))
+        return _downloaded(value)
     path = _path_inside(value.removeprefix("file://"), folder)
     name = _printable(value)
     return _checked(_file_bytes(path, name), path, name)
+
+
+def _downloaded(url: str) -> Image:
+    """Returns the image of a URL. It is downloaded once, because several commands and processes read the same data."""
+    from tailora.data.remote_images import download_image
+
+    name, folder = short_repr(url), cache_folder() / "images"
+    known = (
+        folder / f"{hashlib.sha256(url.encode(errors='surrogatepass')).hexdigest()}.url"
+    )  # contains the name of the image's file
+    path = folder / known.read_text() if known.exists() else folder
+    if path.is_file():
+        return _checked(_file_bytes(path, name), path, name)
+    image = _stored(download_image(url, MOST_BYTES), name)
+    known.write_text(image.sha256)
+    return image
 
 
 def _printable(path: str) -> str:

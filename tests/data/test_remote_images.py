@@ -16,6 +16,7 @@ from tiny_vision import save_image, tiny_llava
 
 from tailora.data import remote_images
 from tailora.data.chat_template import DataSettings
+from tailora.data.images import read_image
 from tailora.data.prepare import prepare
 from tailora.data.remote_images import download_image
 from tailora.errors import DataError
@@ -183,12 +184,16 @@ def test_an_endless_response_ends(server: Server) -> None:
         ("http://a..b/a.png", "cannot be downloaded"),
         ("http://[/a.png", "cannot be downloaded"),
         ("http:///a.png", "is not an http"),
+        ("http://a/\ud83d.png", "cannot be downloaded"),
         ("http://127.0.0.1:1/a.png", "All connection attempts failed"),
     ],
 )
-def test_other_failures_name_the_url(server: Server, url: str, cause: str) -> None:
+def test_other_failures_name_the_url(
+    server: Server, url: str, cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TAILORA_HOME", str(tmp_path))
     with pytest.raises(DataError, match=f"image .*{cause}"):
-        download_image(url.format(server.url), MIB)
+        read_image(url.format(server.url), None, allow_remote=True)
 
 
 def test_proxies_of_the_environment_are_not_used(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,3 +238,4 @@ def test_remote_images_of_rows_are_read_and_refused_with_their_row(
     data.write_text(json.dumps({"messages": messages, "image": urls[0]}))
     prepared = prepare(str(data), processor, DataSettings(validation_split=0, allow_remote_images=True))
     assert prepared.train[0].images[0].load().getpixel((0, 0)) == (255, 0, 0)
+    assert [path for _, path in server.asked].count("/a.png") == 1  # although the data was read twice
