@@ -79,8 +79,14 @@ class TrainingData:
 
     @property
     def longest(self) -> Example:
-        """The longest sequence of the longest example; with a head for labels, the example."""
-        example = self.known[int(self.known.lengths.argmax())]
+        """The longest sequence of the longest example; with a head for labels, the example.
+
+        If there are examples with images, it is one of these, because image towers run only for them.
+        """
+        lengths = self.known.lengths
+        if self.known.images:
+            lengths = lengths * np.array([bool(images) for images in self.known.images])
+        example = self.known[int(lengths.argmax())]
         return example if self.task.is_plain else max(example.sequences, key=lambda part: len(part.input_ids))
 
     @property

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ from tailora.data.prepare import prepare
 from tailora.errors import ConfigError
 from tailora.evaluation.generate import chat_ids, generation_arguments, prompt_of
 from tailora.kernels.loss import Batch
+from tailora.train.dataloader import TrainingData
 from tailora.train.image_text_to_text import accepted_inputs, check_processor, language_model_task
 from tailora.train.kernel_choice import PLAIN, Kernels
 from tailora.train.loss import BatchLayout, make_batch
@@ -262,6 +264,16 @@ def test_other_images_are_other_data(tmp_path: Path) -> None:
         data = prepare(str(tmp_path / "chats.jsonl"), processor, DataSettings(validation_split=0))
         hashes.append(data.report.sha256)
     assert len({*hashes}) == len(COLORS)
+
+
+def test_a_model_is_tried_on_an_example_with_images_if_there_is_one(tmp_path: Path) -> None:
+    file, (_, processor) = write_rows(tmp_path), tiny_vlm("llava")
+    long = {"messages": [{"role": role, "content": "long " * 200} for role in ("user", "assistant")]}
+    file.write_text(file.read_text() + json.dumps(long) + "\n")
+    data = prepare(str(file), processor, DataSettings(validation_split=0))
+    shape: Any = SimpleNamespace(task=language_model_task(processor))
+    longest = TrainingData(data, None, lambda _: iter(()), 1, data.train, shape).longest
+    assert len(longest.images) == 2 < len(longest.input_ids) < max(data.train.lengths)
 
 
 def test_parts_of_the_model_are_named_and_images_count_in_memory_where_a_tower_is_trained(tmp_path: Path) -> None:
