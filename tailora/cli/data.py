@@ -24,12 +24,12 @@ from tailora.formats.run_folder import REPORT_FILES, check_result_folder, write_
 from tailora.report.blocks import Code, Section
 from tailora.report.files import write_page_if_possible
 from tailora.report.format import plural, printable
-from tailora.report.pages.data import DataContent, DataExample, facts_of
 from tailora.report.terminal import print_rich_table, print_section
 from tailora.train.config import FEW_STEPS, TrainConfig
 
 if TYPE_CHECKING:
     from tailora.data.prepare import PreparedData
+    from tailora.report.pages.data import DataExample
 
 SETTINGS = ["model", "task", "eval_data", "field", "max_length", "validation_split", "seed", "skip_bad_rows"]
 SETTINGS += [
@@ -75,6 +75,7 @@ def data(
     from tailora.data.prepare import check_vocabulary
     from tailora.data.tokenize import preview
     from tailora.evaluation.statistics import FEW_EXAMPLES, TOO_FEW
+    from tailora.report.pages.data import DataContent, DataExample
     from tailora.train.dataloader import read_whole
     from tailora.train.model_loading import load_tokenizer, new_model, read_config
     from tailora.train.setup import find_labels
@@ -196,6 +197,8 @@ def show(console: Console, report: dict[str, Any], examples: Sequence["DataExamp
 
 
 def data_table(report: dict[str, Any]) -> Table:
+    from tailora.report.pages.data import facts_of
+
     table = Table.grid(padding=(0, 2))
     for name, value in facts_of(report).items():
         table.add_row(name, Text(printable(value)))
