@@ -141,7 +141,7 @@ def answer(session: ChatSession, text: str) -> None:
     images, session.images = session.images, []
     reply = ""
     try:
-        messages = [*session.messages, *user_message(text, images)]
+        messages = [*session.messages, *user_message(text, images, session.obstacle)]
         with explain_out_of_memory("answering", MEMORY_ADVICE):
             for piece in stream_reply(loaded.model, loaded.tokenizer, [*system, *messages], **session.sampling):
                 reply += piece
@@ -254,7 +254,8 @@ def generate(
     from tailora.evaluation.generate import image_obstacle, stream_reply
     from tailora.train.memory import explain_out_of_memory
 
-    check_accepts_images(image_obstacle(loaded.model, loaded.tokenizer), images)
+    obstacle = image_obstacle(loaded.model, loaded.tokenizer)
+    check_accepts_images(obstacle, images)
     systems = {} if ignore_chat_template else training_systems(system, folders or {model: Path(model)})
     if len(set(systems.values())) > 1:
         note("the adapters were trained with different system messages, so none is used; set one with --system TEXT")
@@ -270,7 +271,7 @@ def generate(
         partial_answers(output) if output else nullcontext(lambda _: None) as write,
     ):
         for number, text in enumerate(questions, 1):
-            asked = text if ignore_chat_template else [*first, *user_message(text, images)]
+            asked = text if ignore_chat_template else [*first, *user_message(text, images, obstacle)]
             reply = ""
             with explain_out_of_memory("answering", MEMORY_ADVICE):
                 for piece in stream_reply(loaded.model, loaded.tokenizer, asked, **sampling):
@@ -362,9 +363,13 @@ def check_accepts_images(obstacle: str, images: Sequence[Any]) -> None:
         raise ConfigError(f"this model cannot answer questions about images: {obstacle}; use a vision-language model")
 
 
-def user_message(text: str, images: list[Any]) -> Messages:
-    """Returns a message with the images where its text contains <image>, or before it. Raises DataError."""
-    return place_images([{"role": "user", "content": text}], images)
+def user_message(text: str, images: list[Any], obstacle: str) -> Messages:
+    """Returns a message with the images where its text contains <image>, or before it. Raises DataError.
+
+    obstacle: why there can be no images. Then <image> is ordinary text.
+    """
+    messages: Messages = [{"role": "user", "content": text}]
+    return messages if obstacle else place_images(messages, images)
 
 
 def training_systems(given: str | None, sources: Mapping[str, Path]) -> dict[str, str | None]:

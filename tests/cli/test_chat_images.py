@@ -69,6 +69,16 @@ def test_images_that_cannot_be_used_are_refused(
     check_refused(hint, "generate", *model, *prompt, *(tiny_model if token == "TEXT" else token for token in tokens))
 
 
+def test_a_model_for_text_reads_the_placeholder_as_text(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = ["--model", str(tiny_model), "--max-new-tokens", "4"]
+    (answer,) = found("generate", *tokens, "--prompt", "a <image> b")["answers"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("a <image> b\n"))
+    assert main(["chat", "--temperature", "0", *tokens]) == 0
+    assert capsys.readouterr().out == answer["text"] + "\n"
+
+
 def test_an_image_goes_with_the_next_message_and_stays_in_the_conversation(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
