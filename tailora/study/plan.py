@@ -43,7 +43,7 @@ from tailora.train.loss import CAUSAL_LM, Task
 from tailora.train.memory import ACTIVATION_MEMORY, available_bytes, format_bytes, used_bytes
 from tailora.train.model_loading import check_can_be_sharded, load_tokenizer, read_config, reads_images, set_labels
 from tailora.train.preference import preference_task
-from tailora.train.quantize import dequantization_note, stays_quantized
+from tailora.train.quantize import dequantization_note, stays_quantized, stored_quantization
 from tailora.train.setup import check_can_be_offloaded, find_labels, start_accelerator
 from tailora.train.subprocess_worker import measure_steps
 from tailora.train.trainable import trained_parts, trains_on_pixels
@@ -411,8 +411,7 @@ def quantization(
     config: TrainConfig, shape: PretrainedConfig, step: estimate.StepCost, batches: Batches, place: Place
 ) -> dict[str, Memory]:
     """Returns the memory with a 4-bit base, without and with checkpointing, where the run allows it."""
-    is_quantized = config.quantize or getattr(shape, "quantization_config", None) is not None
-    if config.method == FULL or is_quantized or config.fsdp_offload_params:
+    if config.method == FULL or config.quantize or stored_quantization(shape) or config.fsdp_offload_params:
         return {}
     with estimate.fake_model(config.replaced(quantize="nf4"), shape, place.device, batches.task) as fake:
         cheaper = estimate.with_less_memory(step, fake, 0, checkpointed=False)

@@ -14,18 +14,19 @@ import pytest
 import torch
 from runs import changed
 from tiny import chat_tokenizer
-from tiny_vision import save_image, save_tiny_llava
+from tiny_vision import save_image, save_tiny_llava, tiny_llava
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tailora import LoRAConfig, LoRAModel
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
 from tailora.report.pages.plan import plan_page
-from tailora.study.plan import batch_size_that_fits, plan
+from tailora.study.plan import batch_size_that_fits, plan, quantization
 from tailora.study.plan_result import Plan, Ranks
 from tailora.train import subprocess_worker
 from tailora.train.config import TrainConfig
 from tailora.train.estimate import Memory
+from tailora.train.loss import CAUSAL_LM
 from tailora.train.model_loading import read_config
 from tailora.train.trainer import run
 
@@ -261,6 +262,14 @@ def test_an_adapter_that_is_trained_further_is_planned(small_run: TrainConfig, t
     LoRAModel(base, LoRAConfig(r=2, target_modules=["q_proj"])).save_adapter(tmp_path / "adapter")
     planned = plan(TrainConfig(model=small_run.model, adapter=str(tmp_path), max_length=64))  # the folder of a run
     assert {(module.path.rpartition(".")[2], module.r) for module in planned.modules} == {("q_proj", 2)}
+
+
+def test_a_language_model_that_is_quantized_gets_no_advice_to_quantize() -> None:
+    shape = tiny_llava()[0].config
+    shape.get_text_config().quantization_config = {"quant_method": "fp8"}
+    place: Any = SimpleNamespace(device=torch.device("cpu"))
+    anything: Any = SimpleNamespace(task=CAUSAL_LM)
+    assert quantization(TrainConfig(model="any"), shape, anything, anything, place) == {}
 
 
 @pytest.mark.slow
