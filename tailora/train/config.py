@@ -111,8 +111,8 @@ class TrainConfig(StrictModel):
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout probability applied to the adapter's input")
     target_modules: list[str] | str = Field(
         LANGUAGE_MODEL,
-        description="layers to adapt: names, a regular expression, language-model (all linear layers outside of "
-        "image towers), all-linear, or none",
+        description="layers to adapt: names, a regular expression, language-model (the linear layers of the language "
+        "model; for other models, the same as all-linear), all-linear, or none",
     )
     target_parameters: list[str] | None = Field(
         None, description="parameters to adapt that are not a layer's weight, such as experts.down_proj"
