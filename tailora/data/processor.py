@@ -5,6 +5,7 @@ other tokens. The pixel values of a batch are computed when the batch is needed.
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, TypeAlias
 
 import torch
@@ -62,13 +63,17 @@ def pixel_inputs(processor: ProcessorMixin, images: Sequence[Sequence[Any]]) -> 
 
 
 def image_owners(processor: ProcessorMixin, input_ids: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[int]:
-    """Returns the index of the image that each token belongs to, -1 for text. sizes: of the images of the tokens."""
-    owners, start = [-1] * len(input_ids), 0
+    """Returns the index of the image that each token belongs to, -1 for text. sizes: of the images of the tokens.
+
+    An image has all tokens from its first image token to its last one. What surrounds them counts as text, because
+    tokenizers may merge it with its neighbours and truncation may remove it.
+    """
+    owners, image_ids = [-1] * len(input_ids), set(processor.image_token_ids)
+    positions = (index for index, token in enumerate(input_ids) if token in image_ids)
     for number, text in enumerate(image_placeholders(processor, sizes) if sizes else ()):
         ids = text_tokenizer(processor)(text, add_special_tokens=False)["input_ids"]
-        start = next(i for i in range(start, len(input_ids)) if input_ids[i : i + len(ids)] == ids)
-        owners[start : start + len(ids)] = [number] * len(ids)
-        start += len(ids)
+        own = list(islice(positions, sum(token in image_ids for token in ids)))
+        owners[own[0] : own[-1] + 1] = [number] * (own[-1] + 1 - own[0])
     return owners
 
 

@@ -8,6 +8,7 @@ import struct
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from tiny_vision import COLORS, SIDE, save_image, tiny_llava, tiny_vlm
 from transformers import ProcessorMixin
 
 from tailora.data.chat_template import ChatTokenizer, DataSettings
-from tailora.data.images import read_image
+from tailora.data.images import read_image, read_images
 from tailora.data.prepare import encode_source, prepare, stream_examples
 from tailora.data.readers import Row, read_hub
-from tailora.data.tokenize import EncodedSample, preview
+from tailora.data.schemas import Conversation
+from tailora.data.tokenize import EncodedSample, encode_sample, preview
 from tailora.errors import DataError, WriteError
 
 TEXT_PART = {"type": "text", "text": "Which?"}
@@ -244,6 +246,19 @@ def test_an_image_is_one_piece_of_a_preview(colors: Path, processor: ProcessorMi
         ("?<|im_end|>\n<|im_start|>assistant\n", False),
         ("green<|im_end|>", True),
     ]
+
+
+def test_text_around_an_image_may_merge_with_its_neighbours_or_be_truncated(colors: Path) -> None:
+    processor = tiny_vlm("gemma3")[1]
+    processor.tokenizer.add_tokens(["\n\n\n"])  # of the template and the placeholders
+    sample = Conversation([{"role": "user", "content": [{"type": "image", "image": "red.png"}]}, REPLY], first=1)
+    sample = replace(sample, messages=read_images(sample.messages, colors))
+    whole = encode_sample(sample, processor, 1000)
+    pieces = [text for text, _ in preview(whole, processor)]
+    assert pieces[:2] == ["<|im_start|>user\n\n\n<start_of_image>", "[image 28x28]"]
+    assert pieces[2].startswith("<end_of_image>")
+    last = np.flatnonzero(np.isin(whole.input_ids, processor.image_token_ids))[-1]
+    assert preview(whole.beginning(last + 1), processor)[-1] == ("[image 28x28]", False)
 
 
 def test_the_tokens_of_images_are_never_trained(colors: Path, processor: ProcessorMixin) -> None:
@@ -519,6 +534,11 @@ def test_other_color_spaces_become_rgb(colors: Path, format: str, mode: str) -> 
     shown = read_image("a", colors).load()
     assert (shown.mode, shown.size) == ("RGB", (20, 10))
     assert np.asarray(shown).min() > 240
+
+
+def test_a_jpeg_with_few_pixels_is_read() -> None:
+    content = content_of(PIL.Image.new("RGB", (7, 20), "red"), "JPEG")
+    assert read_image(content, None).load().size == (7, 20)
 
 
 def test_transparent_pixels_are_white(colors: Path) -> None:
