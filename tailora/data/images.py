@@ -289,7 +289,9 @@ def _checked(content: bytes, path: Path | None, name: str, formats: Sequence[str
     with _opened(content, name, formats) as (image, orientation):
         width, height = image.size
         size = (height, width) if orientation in SIDEWAYS else (width, height)
-        image.draft("RGB", (width // 8, height // 8))  # of JPEG, read completely but computed at a smaller size
+        image.draft(
+            "RGB", (max(width // 8, 1), max(height // 8, 1))
+        )  # of JPEG, read completely but computed at a smaller size
         image.load()
     return Image(path, hashlib.sha256(content).hexdigest(), *size, name)
 

@@ -18,7 +18,8 @@ from tailora.errors import DataError
 MOST_REDIRECTS = 5
 SECONDS = 30  # for a whole image, with its redirects
 HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity"}  # the size limit applies to what is sent
-EMBEDDED = tuple(map(ipaddress.ip_network, ("::/96", "2002::/16", "64:ff9b::/96")))  # IPv4 addresses in IPv6 ones
+EMBEDDING = ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48", "2002::/16")  # IPv4 in IPv6
+NOT_PUBLIC = tuple(map(ipaddress.ip_network, (*EMBEDDING, "fec0::/10")))  # although Python counts some as global
 
 
 def download_image(url: str, most_bytes: int) -> bytes:
@@ -84,4 +85,4 @@ async def _checked_address(url: httpx.URL) -> str:
 
 def _is_public(address: str) -> bool:
     parsed = ipaddress.ip_address(address)
-    return parsed.is_global and not parsed.is_multicast and not any(parsed in network for network in EMBEDDED)
+    return parsed.is_global and not parsed.is_multicast and not any(parsed in network for network in NOT_PUBLIC)

@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import httpx
 import pytest
 from tiny_vision import save_image, tiny_llava
 
@@ -126,10 +127,12 @@ def test_relative_redirects_stay_on_the_host(server: Server, monkeypatch: pytest
             "[2002:7f00:1::]",
             "[::7f00:1]",
         ),
+        *("[::ffff:100.64.0.1]", "[::ffff:0:10.0.0.1]", "[64:ff9b:1::a00:1]", "[fec0::1]"),
         *("224.0.0.1", "2130706433", "0x7f.1", "user@127.0.0.3", "[::7f00:1]"),
     ],
 )
-def test_the_local_network_is_refused(host: str) -> None:
+def test_the_local_network_is_refused(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(httpx.AsyncClient, "send")  # so that nothing is reached if it is not refused
     with pytest.raises(DataError, match=r"is on the local network \(.*\), which URLs in a data set must not reach"):
         download_image(f"http://{host}/a.png", MIB)
 
