@@ -30,6 +30,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # JPEG includes MPO, which phon
 MOST_PIXELS = 64_000_000
 MOST_BYTES = 64 << 20  # of a file
 MOST_IMAGES = 100  # of a row
+PIXELS_OF_ROW = 200_000_000  # of all its images; decoded, they need 600 MB
 THUMBNAIL = 96  # pixels of the longer side
 DEEPEST = 8  # objects and lists around an image in a row; messages/0/content/0/image_url/url has 6
 KEYS = (*IMAGE_VALUES, "image_url", "images")  # of data: URLs in a row
@@ -100,9 +101,13 @@ def read_images(messages: Messages, folder: Path | None, *, allow_remote: bool =
             f"the row has {len(parts):,} images; expected at most {MOST_IMAGES}. Split it into several rows"
         )
     values = [part[IMAGE] for part in parts]
-    return replace_images(
-        messages, _read_all(lambda value: read_image(value, folder, allow_remote=allow_remote), values)
-    )
+    images = _read_all(lambda value: read_image(value, folder, allow_remote=allow_remote), values)
+    if (pixels := sum(image.width * image.height for image in images)) > PIXELS_OF_ROW:
+        raise DataError(
+            f"the row's images have {pixels:,} pixels in total; expected at most {PIXELS_OF_ROW:,}. Use smaller "
+            "images, or split the row into several"
+        )
+    return replace_images(messages, images)
 
 
 def read_image_files(paths: Sequence[Path]) -> list[Image]:

@@ -443,6 +443,15 @@ def test_a_row_whose_images_do_not_fit_its_messages_is_refused(
     assert re.match(rf"{colors}/rows.jsonl:1: .*{cause}", problem)
 
 
+def test_the_pixels_of_a_row_are_limited(
+    colors: Path, processor: ProcessorMixin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tailora.data.images.PIXELS_OF_ROW", 2 * SIDE**2)
+    rows = [chat("?", images=["red.png"] * number) for number in (2, 3)]
+    (problem,) = problems(write_rows(colors, rows), processor)
+    assert "rows.jsonl:2: the row's images have 2,352 pixels in total; expected at most 1,568. Use smaller" in problem
+
+
 def test_the_models_image_token_in_a_text_is_refused(colors: Path, processor: ProcessorMixin) -> None:
     rows = [
         chat("What does <image> mean?"),
