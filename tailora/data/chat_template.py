@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Self
 
@@ -32,6 +33,7 @@ Span = tuple[int, int]  # start and end, in characters
 GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
 PIECE = 2**16  # characters to tokenize at once: many megabytes would take minutes, and gigabytes of memory
 MOST_CACHED = 100  # characters of a cached text; caching the prompts of all rows would fill the memory
+MOST_SIZES = 256  # sizes whose placeholders are kept; the text of many large images has megabytes
 
 
 class Tokens(NamedTuple):
@@ -91,6 +93,7 @@ class ChatTokenizer:
     special_tokens: special tokens, which may end a turn.
     media_tokens: tokens that only placeholders may contain, since models look for an image, video or audio for each.
     cache: ids of short texts that are repeated, such as the header of a reply.
+    placeholders: `image_placeholders`, with a cache for the latest sizes.
     """
 
     tokenizer: Any
@@ -104,7 +107,7 @@ class ChatTokenizer:
     processor: ProcessorMixin | None = None
     media_tokens: tuple[str, ...] = ()
     cache: dict[str, list[int]] = field(default_factory=dict)
-    placeholders: dict[tuple[tuple[int, int], ...], list[str]] = field(default_factory=dict)  # sizes of images -> text
+    placeholders: Callable[..., list[str]] = field(default_factory=lambda: lru_cache(MOST_SIZES)(image_placeholders))
 
     @property
     def marks_replies(self) -> bool:
@@ -253,9 +256,7 @@ class ChatTokenizer:
             if any(medium in piece for piece in pieces):
                 raise DataError(f"the text has {medium}, which stands for an image, a video or audio; remove it")
         sizes = tuple((image.width, image.height) for image in images)
-        texts = self.placeholders.get(sizes, [])
-        if images and not texts:
-            self.placeholders[sizes] = texts = image_placeholders(self.processor, sizes)
+        texts = self.placeholders(self.processor, sizes) if sizes else []
         expanded = [pieces[0]]
         for piece, placeholders in zip(pieces[1:], texts, strict=True):
             expanded += [placeholders, piece]

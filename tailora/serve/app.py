@@ -55,7 +55,6 @@ LARGEST_WITH_IMAGES = 24 * 2**20  # bytes; a long text takes little time, but va
 MOST_VALUES = LARGEST_BODY // 2  # commas and opening brackets, which bound the number of values
 MOST_IN_PROGRESS = 512 * 2**20  # bytes of all requests in progress
 IMAGE_THREADS = 2  # that decode images; each may need some 500 MB
-MOST_SIZES = 1000  # of images whose placeholders are kept
 REQUEST_SECONDS = 30.0  # minimum time that a client has to send a request
 GONE = 499  # status in the metrics of a request whose client disconnected, as in nginx
 
@@ -169,8 +168,6 @@ class Server:
         if self.image_obstacle:
             message = f"this model cannot answer questions about images: {self.image_obstacle}; remove the images"
             raise RequestError(400, message, "messages")
-        if len(self.chat_tokenizer.placeholders) > MOST_SIZES:
-            self.chat_tokenizer.placeholders.clear()
         return decode_images(messages)
 
     def prompts(self, prompt: Any) -> list[Prompt]:

@@ -500,6 +500,21 @@ def test_images_of_rows_that_are_not_files_need_a_folder() -> None:
         read_image("red.png", None)
 
 
+def test_the_placeholders_of_few_sizes_are_kept(
+    colors: Path, processor: ProcessorMixin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tailora.data.chat_template.MOST_SIZES", 2)
+    asked: list[int] = []
+    monkeypatch.setattr(
+        "tailora.data.chat_template.image_placeholders", lambda _, sizes: asked.append(sizes[0][0]) or ["<image>"]
+    )
+    tokenizer = ChatTokenizer.of(processor)
+    for side in (20, 21, 20, 22, 20, 21):
+        save_image(colors / "red.png", "red", (side, side))
+        tokenizer.render(read_images([{"role": "user", "content": [{"type": "image", "image": "red.png"}]}], colors))
+    assert asked == [20, 21, 22, 21]
+
+
 @pytest.mark.parametrize(
     ("family", "cause"), [("qwen2_vl", "absolute aspect ratio must be smaller than 200"), ("pixtral", "height=0")]
 )
