@@ -155,23 +155,23 @@ def _image_parts(messages: Messages) -> list[dict[str, Any]]:
     return [part for content in contents for part in content if part["type"] == IMAGE]
 
 
-def store_images(value: Any, key: str = "", depth: int = 0) -> Any:
+def store_images(value: Any, key: str, *, is_used: bool, depth: int = 1) -> Any:
     """Returns a value of a row with its images in the cache folder instead of in memory: bytes and data: URLs.
 
     An image that cannot be used becomes its DataError, which `read_image` raises. key: of the value, or of its list.
-    depth: number of objects and lists around it.
+    is_used: False for columns that are not read, whose images become None.    depth: objects and lists around it.
     """
     if depth > DEEPEST:
         return value
     if isinstance(value, dict) and ("type" in value or not isinstance(value.get("bytes"), bytes)):
-        return {name: store_images(inner, name, depth + 1) for name, inner in value.items()}
+        return {name: store_images(inner, name, is_used=is_used, depth=depth + 1) for name, inner in value.items()}
     if isinstance(value, list):
-        return [store_images(inner, key, depth + 1) for inner in value]
+        return [store_images(inner, key, is_used=is_used, depth=depth + 1) for inner in value]
     is_url = isinstance(value, str) and key in KEYS and value.startswith("data:")
     if not is_url and not isinstance(value, bytes | dict):
         return value
     try:
-        return read_image(value, None)
+        return read_image(value, None) if is_used else None
     except DataError as error:
         return error
 

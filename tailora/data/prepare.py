@@ -6,7 +6,7 @@ Training data is also split into train and held-out here, with `split_examples` 
 """
 
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -28,6 +28,7 @@ from tailora.data.schemas import (
     FEEDBACK,
     IMAGE_COLUMNS,
     PREFERENCE,
+    SCHEMAS,
     TEXT,
     AnySample,
     ColumnMapping,
@@ -58,7 +59,7 @@ def encode_source(
     """
     settings = tokenizer.settings
     if tokenizer.processor is not None:
-        items = (replace(i, fields=store_images(i.fields)) if isinstance(i, Row) else i for i in items)
+        items = _with_stored_images(items, settings.field or {})
     first = list(islice(items, detect_from))
     mapping = detect_source_schema(source, first, settings.field, settings.task)
     if tokenizer.processor is not None and (unused := [name for name in IMAGE_COLUMNS if name in mapping.ignored]):
@@ -76,6 +77,16 @@ def encode_source(
     if whole_texts and mapping.schema.name == TEXT:
         tokenizer = replace(tokenizer, settings=replace(settings, max_length=sys.maxsize))
     return mapping, _encode_rows(chain(first, items), mapping, tokenizer)
+
+
+def _with_stored_images(items: Rows, field: Mapping[str, str]) -> Rows:
+    """Yields the items with the images of all columns that a chat could use in the cache folder."""
+    used = {field.get(key, key) for schema in SCHEMAS if {*IMAGE_COLUMNS} <= {*schema.keys} for key in schema.keys}
+    for item in items:
+        if isinstance(item, Row):
+            fields = {name: store_images(value, name, is_used=name in used) for name, value in item.fields.items()}
+            item = replace(item, fields=fields)
+        yield item
 
 
 def _encode_rows(

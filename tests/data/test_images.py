@@ -301,6 +301,17 @@ def test_deep_values_of_other_columns_are_left_alone(colors: Path, processor: Pr
     assert as_read(write_rows(colors, [chat("<image>?", image="red.png", other=deep)]), processor) == SHOWN[:1]
 
 
+def test_images_of_columns_that_are_not_used_are_not_stored(colors: Path, processor: ProcessorMixin) -> None:
+    green = content_of(PIL.Image.new("RGB", (SIDE, SIDE), COLORS["green"]))
+    row = Row("rows", 1, chat("?", photo=RED, thumbnail=green, masks=[{"bytes": green, "path": None}], sound=b"RIFF"))
+    items = iter([row])
+    _, encoded = encode_source("rows", items, ChatTokenizer.of(processor, DataSettings(field={"image": "photo"})))
+    (sample,) = encoded
+    assert isinstance(sample, EncodedSample)
+    assert sample.example.images[0].load().getpixel((0, 0)) == COLORS["red"]
+    assert len([*(colors.parent / "cache" / "images").iterdir()]) == 1
+
+
 def test_paths_are_relative_to_the_image_folder(colors: Path, processor: ProcessorMixin, tmp_path: Path) -> None:
     data = write_rows(tmp_path, [chat("<image>?", image="red.png")])
     assert as_read(data, processor, image_folder=str(colors)) == SHOWN[:1]
@@ -621,7 +632,8 @@ def test_memory_does_not_grow_with_the_images(processor: ProcessorMixin) -> None
 
     def items() -> Iterator[Row]:
         for number in range(rows):
-            yield Row("rows", number, chat("?", image={"bytes": picture + bytes([number]), "path": None}))
+            image = {"bytes": picture + bytes([number]), "path": None}
+            yield Row("rows", number, chat("?", image=image, mask=image))
 
     tracemalloc.start()
     try:
