@@ -7,8 +7,10 @@ one. Proxies of the environment are not used, since they look up hosts themselve
 
 import asyncio
 import ipaddress
-from concurrent.futures import ThreadPoolExecutor
-from socket import SOCK_STREAM
+import socket
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Thread
+from typing import Any
 
 import httpx
 
@@ -73,14 +75,28 @@ async def _checked_address(url: httpx.URL) -> str:
         raise DataError(f"image {short_repr(str(url))} is not an http(s) URL; expected https://HOST/PATH")
     port = url.port or {"http": 80, "https": 443}[url.scheme]
     host = url.raw_host.decode("ascii")
-    entries = await asyncio.get_running_loop().getaddrinfo(host, port, type=SOCK_STREAM)
-    addresses = [str(entry[4][0]) for entry in entries]
+    addresses = [str(entry[4][0]) for entry in await _looked_up(host, port)]
     if local := [address for address in addresses if not _is_public(address)]:
         raise DataError(
             f"image {short_repr(str(url))} is on the local network ({local[0]}), which URLs in a data set must not "
             "reach; download it to a file"
         )
     return addresses[0]
+
+
+async def _looked_up(host: str, port: int) -> list[Any]:
+    """Looks a host up in a thread that nobody waits for at the time limit, since lookups cannot be cancelled."""
+    entries: Future[list[Any]] = Future()
+
+    def look_up() -> None:
+        entries.set_running_or_notify_cancel()
+        try:
+            entries.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            entries.set_exception(error)
+
+    Thread(target=look_up, daemon=True).start()
+    return await asyncio.wrap_future(entries)
 
 
 def _is_public(address: str) -> bool:
