@@ -93,6 +93,7 @@ class ChatTokenizer:
     special_tokens: special tokens, which may end a turn.
     media_tokens: tokens that only placeholders may contain, since models look for an image, video or audio for each.
     cache: ids of short texts that are repeated, such as the header of a reply.
+    failed_urls: URLs of images that could not be downloaded, with their errors.
     placeholders: `image_placeholders`, with a cache for the latest sizes.
     """
 
@@ -107,6 +108,7 @@ class ChatTokenizer:
     processor: ProcessorMixin | None = None
     media_tokens: tuple[str, ...] = ()
     cache: dict[str, list[int]] = field(default_factory=dict)
+    failed_urls: dict[str, str] = field(default_factory=dict)
     placeholders: Callable[..., list[str]] = field(default_factory=lambda: lru_cache(MOST_SIZES)(image_placeholders))
 
     @property

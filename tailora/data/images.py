@@ -86,11 +86,13 @@ def images_of(messages: Messages) -> tuple[Image, ...]:
     return tuple(part[IMAGE] for part in _image_parts(messages))
 
 
-def read_images(messages: Messages, folder: Path | None, *, allow_remote: bool = False) -> Messages:
+def read_images(
+    messages: Messages, folder: Path | None, *, allow_remote: bool = False, failed: dict[str, str] | None = None
+) -> Messages:
     """Returns the messages with an `Image` for every value of an image; unchanged without images.
 
     folder: paths are relative to it and must not lead out of it; None if the data is not in a folder.
-    allow_remote: download images from http(s) URLs.
+    allow_remote: download images from http(s) URLs.    failed: URLs not to try again, with their errors; updated.
     Raises DataError with all images that cannot be used.
     """
     parts = _image_parts(messages)
@@ -101,7 +103,7 @@ def read_images(messages: Messages, folder: Path | None, *, allow_remote: bool =
             f"the row has {len(parts):,} images; expected at most {MOST_IMAGES}. Split it into several rows"
         )
     values = [part[IMAGE] for part in parts]
-    images = _read_all(lambda value: read_image(value, folder, allow_remote=allow_remote), values)
+    images = _read_all(lambda value: read_image(value, folder, allow_remote=allow_remote, failed=failed), values)
     if (pixels := sum(image.width * image.height for image in images)) > PIXELS_OF_ROW:
         raise DataError(
             f"the row's images have {pixels:,} pixels in total; expected at most {PIXELS_OF_ROW:,}. Use smaller "
@@ -176,12 +178,14 @@ def store_images(value: Any, key: str, *, is_used: bool, depth: int = 1) -> Any:
         return error
 
 
-def read_image(value: Any, folder: Path | None, *, allow_remote: bool = False) -> Image:
+def read_image(
+    value: Any, folder: Path | None, *, allow_remote: bool = False, failed: dict[str, str] | None = None
+) -> Image:
     """Returns the image of a value in a row. Raises DataError if it cannot be used.
 
     value: path, data: URL, http(s) URL, bytes, what `datasets` stores ({"bytes": ..., "path": ...}), or what
         `store_images` returned.
-    folder: of paths; None if the data is not in a folder.
+    folder: of paths; None if the data is not in a folder.    allow_remote, failed: see `read_images`.
     """
     if isinstance(value, Image):
         return value
@@ -200,25 +204,30 @@ def read_image(value: Any, folder: Path | None, *, allow_remote: bool = False) -
     if value.startswith(("http://", "https://")):
         if not allow_remote:
             raise DataError(f"image {short_repr(value)} is remote; download it, or use --allow-remote-images")
-        return _downloaded(value)
+        return _downloaded(value, {} if failed is None else failed)
     path = _path_inside(value.removeprefix("file://"), folder)
     name = _printable(value)
     return _checked(_file_bytes(path, name), path, name)
 
 
-def _downloaded(url: str) -> Image:
+def _downloaded(url: str, failed: dict[str, str]) -> Image:
     """Returns the image of a URL. It is downloaded once, because several commands and processes read the same data."""
     from tailora.data.remote_images import download_image
 
     name, folder = short_repr(url), cache_folder() / "images"
-    known = (
-        folder / f"{hashlib.sha256(url.encode(errors='surrogatepass')).hexdigest()}.url"
-    )  # contains the name of the image's file
-    path = folder / known.read_text() if known.exists() else folder
+    # A file named after the URL contains the name of the image's file.
+    known = folder / f"{hashlib.sha256(url.encode(errors='surrogatepass')).hexdigest()}.url"
+    path = folder / known.read_text() if known.is_file() else folder
     if path.is_file():
         return _checked(_file_bytes(path, name), path, name)
-    image = _stored(download_image(url, MOST_BYTES), name)
-    known.write_text(image.sha256)
+    if url in failed:
+        raise DataError(failed[url])
+    try:
+        image = _stored(download_image(url, MOST_BYTES), name)
+    except DataError as error:
+        failed[url] = str(error)
+        raise
+    _write(known, image.sha256.encode(), name)
     return image
 
 
@@ -274,19 +283,23 @@ def _stored(content: bytes, name: str) -> Image:
     path = cache_folder() / "images" / hashlib.sha256(content).hexdigest()
     image = _checked(content, path, name)
     if not path.exists():
-        own = path.with_suffix(f".{uuid4().hex}")  # other processes may write the same image
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            own.write_bytes(content)
-            own.replace(path)
-        except OSError as error:
-            with suppress(OSError):
-                own.unlink()
-            raise WriteError(
-                f"image {name} cannot be kept in {path.parent}: {error.strerror or error}; set TAILORA_HOME to a "
-                "folder that you may write to"
-            ) from None
+        _write(path, content, name)
     return image
+
+
+def _write(path: Path, content: bytes, name: str) -> None:
+    own = path.with_suffix(f".{uuid4().hex}")  # other processes may write the same image
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own.write_bytes(content)
+        own.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            own.unlink()
+        raise WriteError(
+            f"image {name} cannot be kept in {path.parent}: {error.strerror or error}; set TAILORA_HOME to a folder "
+            "that you may write to"
+        ) from None
 
 
 def _checked(content: bytes, path: Path | None, name: str, formats: Sequence[str] = FORMATS) -> Image:

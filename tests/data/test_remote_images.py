@@ -1,6 +1,7 @@
 """Images from URLs: what is downloaded, the limits, and addresses that URLs in a data set must not reach."""
 
 import asyncio
+import hashlib
 import json
 import socket
 import sys
@@ -8,7 +9,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import httpx
@@ -20,7 +21,7 @@ from tailora.data.chat_template import DataSettings
 from tailora.data.images import read_image
 from tailora.data.prepare import prepare
 from tailora.data.remote_images import download_image
-from tailora.errors import DataError
+from tailora.errors import DataError, WriteError
 
 MIB = 1 << 20
 CONTENT = b"pixels" * 1000
@@ -175,6 +176,17 @@ def test_a_slow_response_ends(server: Server, name: str, monkeypatch: pytest.Mon
     assert time.monotonic() - started < 5
 
 
+def test_a_slow_lookup_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_over = Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: is_over.wait(5))
+    monkeypatch.setattr(remote_images, "SECONDS", 0.1)
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"was not downloaded within 0.1 seconds"):
+        download_image("http://images.example/a.png", MIB)
+    is_over.set()
+    assert time.monotonic() - started < 4
+
+
 def test_an_endless_response_ends(server: Server) -> None:
     with pytest.raises(DataError, match="has more than 2 MiB; save it with a smaller size"):
         download_image(f"{server.url}/endless", 2 * MIB)
@@ -197,6 +209,18 @@ def test_other_failures_name_the_url(
     monkeypatch.setenv("TAILORA_HOME", str(tmp_path))
     with pytest.raises(DataError, match=f"image .*{cause}"):
         read_image(url.format(server.url), None, allow_remote=True)
+
+
+def test_a_cache_that_cannot_be_written_is_reported(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TAILORA_HOME", str(tmp_path / "cache"))
+    save_image(tmp_path / "red.png", "red")
+    monkeypatch.setattr(sys.modules[__name__], "CONTENT", (tmp_path / "red.png").read_bytes())
+    url = f"{server.url}/a.png"
+    (tmp_path / "cache" / "images" / f"{hashlib.sha256(url.encode()).hexdigest()}.url" / "a").mkdir(parents=True)
+    with pytest.raises(WriteError, match=r"a.png' cannot be kept in .*; set TAILORA_HOME"):
+        read_image(url, None, allow_remote=True)
 
 
 def test_proxies_of_the_environment_are_not_used(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,6 +249,7 @@ def test_remote_images_of_rows_are_read_and_refused_with_their_row(
     monkeypatch.setattr(remote_images, "SECONDS", 0.5)
     messages = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "red"}]
     urls = [f"{server.url}/a.png", "http://127.0.0.2/a.png", f"{server.url}/slow", f"{server.url}/to=http://10.0.0.1/"]
+    urls += urls[2:]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"messages": messages, "image": url}) + "\n" for url in urls))
     processor = tiny_llava()[1]
@@ -235,9 +260,11 @@ def test_remote_images_of_rows_are_read_and_refused_with_their_row(
     with pytest.raises(DataError) as caught:
         prepare(str(data), processor, DataSettings(validation_split=0, allow_remote_images=True))
     shown = [text.partition("rows.jsonl:")[2] for text in str(caught.value).splitlines()[1:]]
-    assert [text[:2] for text in shown] == ["2:", "3:", "4:"]
-    for text, cause in zip(shown, ("local network", "not downloaded within 0.5 seconds", "local network"), strict=True):
+    assert [text[:2] for text in shown] == ["2:", "3:", "4:", "5:", "6:"]
+    causes = ["local network", "not downloaded within 0.5 seconds", "local network"]
+    for text, cause in zip(shown, causes + causes[1:], strict=True):
         assert cause in text
+    assert [path for _, path in server.asked] == ["/a.png", "/slow", "/to=http://10.0.0.1/"]  # each only once
     data.write_text(json.dumps({"messages": messages, "image": urls[0]}))
     prepared = prepare(str(data), processor, DataSettings(validation_split=0, allow_remote_images=True))
     assert prepared.train[0].images[0].load().getpixel((0, 0)) == (255, 0, 0)
