@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from threading import Event, Lock
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ BATCH_TOKENS = 512  # in one forward; longer prompts need several
 CACHE_TOKENS = 32_768  # of all running requests together
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 TRIAL_SECONDS = 120  # for two tokens of a large model on a CPU
+TRIAL_TOKENS = 32  # of its prompt
+LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}  # nats, of a token
 EngineName = Literal["auto", "continuous", "padded"]
 
 
@@ -284,35 +286,55 @@ def make_engine(
     def new(engine: type[ContinuousEngine | PaddedEngine]) -> Engine:
         return engine(adapter_set, eos_token_ids, max_positions=max_positions, max_requests=max_requests)
 
-    if name == "auto":  # some models claim support that they do not have
-        problem = obstacle(adapter_set.base_model) or trial_error(new(ContinuousEngine))
+    if name == "auto":
+        problem = obstacle(adapter_set.base_model) or trial_obstacle(new(ContinuousEngine), new(PaddedEngine))
         if problem:
             note(f"using padded batches: continuous batching is not possible ({problem})")
         name = "padded" if problem else "continuous"
     return new(ContinuousEngine if name == "continuous" else PaddedEngine)
 
 
-def trial_error(engine: Engine) -> str:
-    """Generates two tokens with the base model. Returns why that failed; "" if it succeeded. Stops the engine."""
-    finish, ended = list[Finish](), Event()
+def trial_obstacle(continuous: Engine, padded: Engine) -> str:
+    """Generates two tokens with both engines; returns why the first cannot be used, or "".
+
+    Some models claim support that they do not have: they fail, or they compute something else, such as RoBERTa's
+    kin, which count positions from the padding token on.
+    """
+    found, expected = trial(continuous), trial(padded)
+    if isinstance(found, str) or isinstance(expected, str):
+        return found if isinstance(found, str) else ""  # what ends padded batches is shown by requests
+    largest = LARGEST_DIFFERENCE.get(cast(Any, continuous.adapter_set.base_model).dtype, 1e-3)
+    for mine, other in zip(found, expected, strict=True):
+        if abs(mine.logprob - other.logprob) > largest:
+            return f"its log-probabilities are off by {abs(mine.logprob - other.logprob):.2g}"
+        if mine.id != other.id:  # a tie, after which the contexts differ
+            break
+    return ""
+
+
+def trial(engine: Engine) -> list[Token] | str:
+    """Returns two tokens of the base model, or why there are none. Stops the engine."""
+    tokens, finish, ended = list[Token](), list[Finish](), Event()
 
     def handle(event: Token | Finish) -> None:
-        if isinstance(event, Finish):
+        if isinstance(event, Token):
+            tokens.append(event)
+        else:
             finish.append(event)
             ended.set()
 
     with silent_loggers("ContinuousBatchingLogger"):  # transformers' logger, which prints a traceback
         try:
             engine.start()
-            request = Request("trial", (1, 2, 3), None, SamplingParams(2, temperature=0.0, ignore_eos=True))
-            engine.submit(request, handle)
+            ids = tuple(range(1, min(TRIAL_TOKENS, engine.max_positions - 1)))
+            engine.submit(Request("trial", ids, None, SamplingParams(2, 0.0, logprobs=0, ignore_eos=True)), handle)
             if not ended.wait(TRIAL_SECONDS):
                 return f"no response within {TRIAL_SECONDS} seconds"
         except (RuntimeError, ValueError, MemoryError) as error:  # from creating the cache for the model's shapes
             return str(error) or type(error).__name__
         finally:
             engine.stop()
-    return finish[0].message if finish[0].reason == "error" else ""
+    return finish[0].message if finish[0].reason == "error" else tokens
 
 
 def obstacle(model: Any) -> str:

@@ -11,6 +11,7 @@ import torch
 from tiny import GROUPED
 from tiny_server import base_model, started
 from transformers import (
+    AttentionInterface,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     MambaConfig,
@@ -26,6 +27,7 @@ from tailora.core.adapter_set import AdapterSet
 from tailora.core.mixed_batch import layer_terms
 from tailora.core.targets import select
 from tailora.errors import AdapterError, ConfigError
+from tailora.serve import continuous_batching
 from tailora.serve.continuous_batching import ContinuousEngine, make_engine
 from tailora.serve.engine_interface import Engine, Finish, Request, SamplingParams, Token
 from tailora.serve.padded_batching import PaddedEngine
@@ -350,3 +352,16 @@ def test_an_engine_that_fails_with_the_model_is_not_chosen(capfd: pytest.Capture
     ids = torch.tensor([[9, 10, 11]])
     expected = model.generate(ids, do_sample=False, max_new_tokens=12, eos_token_id=EOS, pad_token_id=0)[0, 3:]
     assert tokens == expected.tolist()
+
+
+def test_an_engine_that_computes_something_else_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_past(*arguments: Any, cu_seq_lens_k: torch.Tensor, **kwargs: Any) -> Any:
+        module, query, key, value, mask = arguments
+        return attend(module, query, key, value.roll(1, 2), mask, cu_seq_lens_k=cu_seq_lens_k, **kwargs)
+
+    attend = continuous_batching.attention_by_request
+    monkeypatch.setitem(AttentionInterface._global_mapping, continuous_batching.BY_REQUEST, without_past)
+    notes: list[str] = []
+    engine = make_engine(AdapterSet(base_model(), {}), [EOS], max_positions=64, note=notes.append)
+    assert isinstance(engine, PaddedEngine)
+    assert "its log-probabilities are off by" in notes[0]
