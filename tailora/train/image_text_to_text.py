@@ -108,7 +108,7 @@ SIZES = ((48, 40), (60, 110))  # width, height of the images that a processor is
 
 
 def check_processor(processor: ProcessorMixin, name: str) -> None:
-    """Raises ConfigError unless our inputs for a chat with images and one without equal the processor's own.
+    """Raises ConfigError unless our inputs for chats with two images, one and none equal the processor's own.
 
     They differ if placeholders depend on more than the sizes of a chat's images, or an input for images on its text.
     name: of the model, for messages.
@@ -133,7 +133,7 @@ def check_processor(processor: ProcessorMixin, name: str) -> None:
 
 
 def _inputs_in_two_ways(processor: ProcessorMixin) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Returns the inputs that the processor computes from two chats, and those that we do."""
+    """Returns the inputs that the processor computes from three chats, and those that we do."""
     import PIL.Image
 
     tokenizer, numbers = ChatTokenizer.of(processor), np.random.default_rng(0)
@@ -143,7 +143,7 @@ def _inputs_in_two_ways(processor: ProcessorMixin) -> tuple[Mapping[str, Any], M
         expected = processor(text=["a"], return_tensors="pt")
     else:
         parts = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": "a"}]
-        chats = [[{"role": "user", "content": content}] for content in (parts, parts[-1:])]
+        chats = [[{"role": "user", "content": content}] for content in (parts, parts[1:], parts[-1:])]
         expected = processor.apply_chat_template(
             chats,
             chat_template=tokenizer.template,
@@ -156,4 +156,4 @@ def _inputs_in_two_ways(processor: ProcessorMixin) -> tuple[Mapping[str, Any], M
         ids = [tokenizer.chat_ids(tokenizer.render(chat, add_generation_prompt=True)) for chat in chats]
     batch = collate_padded([Example.of_text(np.array(row)) for row in ids], tokenizer.tokenizer.pad_token_id)
     del batch["labels"]
-    return expected, batch | _inputs(processor, batch["input_ids"], [images, []][: len(ids)])
+    return expected, batch | _inputs(processor, batch["input_ids"], [images, images[1:], []][: len(ids)])

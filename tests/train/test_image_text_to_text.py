@@ -191,7 +191,7 @@ def test_other_processors_are_refused(make: Callable[[], ProcessorMixin], messag
 
 class NumbersImages(LlavaProcessor):
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
-        return f"{image_idx}{super().replace_image_token(image_inputs, image_idx, **kwargs)}"
+        return f"{image_idx % 2}{super().replace_image_token(image_inputs, image_idx, **kwargs)}"
 
 
 class ReadsContents(LlavaProcessor):
@@ -200,13 +200,19 @@ class ReadsContents(LlavaProcessor):
         return super().replace_image_token(image_inputs, image_idx, **kwargs) + "!" * (not is_black)
 
 
-def test_placeholders_may_depend_on_a_chats_other_images_but_not_on_contents() -> None:
+class TreatsSingleImagesDifferently(LlavaProcessor):
+    def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
+        is_single = len(image_inputs["pixel_values"]) == 1
+        return super().replace_image_token(image_inputs, image_idx, **kwargs) + "!" * is_single
+
+
+def test_placeholders_may_depend_on_a_chats_other_images_but_not_on_contents_or_other_chats() -> None:
     processor = tiny_vlm("llava")[1]
     processor.__class__ = NumbersImages
     check_processor(processor, "a model")
-    processor.__class__ = ReadsContents
-    with pytest.raises(ConfigError, match="its attention_mask, input_ids cannot be computed from single images"):
-        check_processor(processor, "a model")
+    for processor.__class__ in (ReadsContents, TreatsSingleImagesDifferently):
+        with pytest.raises(ConfigError, match="its attention_mask, input_ids cannot be computed from single images"):
+            check_processor(processor, "a model")
 
 
 @pytest.mark.parametrize(("family", "adds_bos"), [("llava", True), ("lfm2_vl", False)])
