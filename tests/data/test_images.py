@@ -481,6 +481,27 @@ def test_the_models_image_token_in_a_text_is_refused(colors: Path, processor: Pr
     ]
 
 
+def test_a_chat_template_that_leaves_images_out_is_refused(colors: Path) -> None:
+    processor = tiny_llava()[1]
+    processor.chat_template = processor.chat_template.replace("<image>", "")
+    (problem,) = problems(write_rows(colors, [chat("?", image="red.png")]), processor)
+    assert problem.endswith(
+        "the text has 0 <image>, but there are 1 images; use a chat template that writes <image> for every image"
+    )
+
+
+def test_the_messages_in_the_documentation_exist() -> None:
+    root = Path(__file__).parents[2]
+    table = (root / "docs" / "images.md").read_text().partition("## What is refused")[2]
+    code = " ".join(path.read_text() for path in (root / "tailora" / "data").glob("*.py"))
+    code = re.sub(r'"\s+f?"', "", code)
+    messages = re.findall("^\\| `(.*?)`", table, re.MULTILINE)
+    assert len(messages) > 5
+    for message in messages:
+        parts = re.split(r"[\d,]*\d(?: x \d+)?|<image>|FOLDER", message)  # at what differs from row to row
+        assert re.search(r"{[^{}]*}".join(map(re.escape, parts)), code), message
+
+
 @pytest.mark.parametrize(
     "row",
     [
