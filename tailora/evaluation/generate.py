@@ -26,7 +26,7 @@ from tailora.data.processor import text_tokenizer
 from tailora.data.schemas import Conversation, Pair, Sample, Text
 from tailora.data.tokenize import encode_sample, last_reply, prompt_ids, reply_text
 from tailora.errors import DataError
-from tailora.train.image_text_to_text import accepted_inputs, image_inputs
+from tailora.train.image_text_to_text import ImageTextToText, accepted_inputs
 from tailora.train.parallel import is_sharded
 from tailora.train.state import seeded
 from tailora.train.trainable import Trainable
@@ -140,7 +140,7 @@ def generation_arguments(
     ids = torch.tensor([prompt.ids])  # (1, length)
     inputs = {"inputs": ids, "attention_mask": torch.ones_like(ids)}
     if isinstance(tokenizer, ProcessorMixin):
-        inputs |= accepted_inputs(model, image_inputs(tokenizer, ids, [prompt.images]))
+        inputs |= accepted_inputs(model, ImageTextToText(tokenizer).image_inputs(ids, [prompt.images]))
     return {name: value.to(model.device) for name, value in inputs.items()} | {"generation_config": config}
 
 

@@ -22,7 +22,7 @@ from tailora.errors import AdapterError, DataError, RowsError, is_out_of_memory
 from tailora.serve.engine_interface import Engine, EventHandler, Finish, Request
 from tailora.serve.images import MOST_PIXELS, pixel_count
 from tailora.serve.sampling import ChosenTokens, RunningRequest, next_tokens
-from tailora.train.image_text_to_text import accepted_inputs, image_inputs
+from tailora.train.image_text_to_text import ImageTextToText, accepted_inputs
 
 # What a batch may raise: torch, and the Python code of models and processors
 BATCH_ERRORS = (
@@ -163,7 +163,8 @@ class PaddedEngine(Engine):
             ],
         }
         if self.processor is not None:
-            inputs = image_inputs(self.processor, ids, [running.request.images for running in requests])
+            task = ImageTextToText(self.processor)
+            inputs = task.image_inputs(ids, [running.request.images for running in requests])
             arguments |= {name: value.to(model.device) for name, value in accepted_inputs(model, inputs).items()}
         names = [running.request.adapter for running in requests]
         with self._activated(names), self.adapter_set.generation((), arguments):

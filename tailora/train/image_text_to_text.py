@@ -7,6 +7,7 @@ where each architecture puts its images. The processor decodes the images of a b
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -44,8 +45,24 @@ class ImageTextToText(Task):
         inputs: dict[str, Any] = dict(collate_padded(examples, layout.pad_id))
         labels = inputs.pop("labels").numpy()
         owners = np.broadcast_to(np.arange(len(examples))[:, None], labels.shape)
-        inputs |= image_inputs(self.processor, inputs["input_ids"], [example.images for example in examples])
+        inputs |= self.image_inputs(inputs["input_ids"], [example.images for example in examples])
         return Batch.of(inputs, next_tokens_of(labels), owners)
+
+    @cached_property
+    def marks_image_tokens(self) -> bool:
+        return marks_image_tokens(self.processor)
+
+    def image_inputs(self, input_ids: Tensor, images: Sequence[Sequence[Image]]) -> dict[str, Tensor]:
+        """Returns the inputs other than input_ids, (batch, length), on the CPU: pixels, and which tokens are images.
+
+        images: of each row. Raises DataError if one cannot be read anymore.
+        """
+        pixels = pixel_inputs(self.processor, [[image.load() for image in of_row] for of_row in images])
+        return pixels | self.image_tokens(input_ids)
+
+    def image_tokens(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Returns which tokens are images under every name that models have for it; {} if they need not know."""
+        return dict.fromkeys(TOKEN_TYPES, token_types(self.processor, input_ids)) if self.marks_image_tokens else {}
 
     def outputs(self, model: nn.Module, batch: Batch, layout: BatchLayout) -> Outputs:  # noqa: ARG002
         form = FORMS[own_form(_base_of(model))]
@@ -76,19 +93,6 @@ def language_model_task(tokenizer: Tokenizer) -> Task:
 
 def _base_of(model: nn.Module) -> PreTrainedModel:
     return cast(PreTrainedModel, model.base_model if isinstance(model, LoRAModel | FullModel) else model)
-
-
-def image_inputs(processor: ProcessorMixin, input_ids: Tensor, images: Sequence[Sequence[Image]]) -> dict[str, Tensor]:
-    """Returns the inputs other than input_ids, (batch, length), on the CPU: pixels, and which tokens are images.
-
-    images: of each row. Raises DataError if one cannot be read anymore.
-    """
-    return _inputs(processor, input_ids, [[image.load() for image in of_row] for of_row in images])
-
-
-def _inputs(processor: ProcessorMixin, input_ids: Tensor, images: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
-    types = token_types(processor, input_ids) if marks_image_tokens(processor) else None
-    return pixel_inputs(processor, images) | ({} if types is None else dict.fromkeys(TOKEN_TYPES, types))
 
 
 def accepted_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,4 +160,5 @@ def _inputs_in_two_ways(processor: ProcessorMixin) -> tuple[Mapping[str, Any], M
         ids = [tokenizer.chat_ids(tokenizer.render(chat, add_generation_prompt=True)) for chat in chats]
     batch = collate_padded([Example.of_text(np.array(row)) for row in ids], tokenizer.tokenizer.pad_token_id)
     del batch["labels"]
-    return expected, batch | _inputs(processor, batch["input_ids"], [images, images[1:], []][: len(ids)])
+    pixels = pixel_inputs(processor, [images, images[1:], []][: len(ids)])
+    return expected, batch | pixels | ImageTextToText(processor).image_tokens(batch["input_ids"])

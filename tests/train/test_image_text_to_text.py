@@ -177,6 +177,18 @@ def test_peft_computes_the_same_from_the_adapter_and_the_reverse(family: str, tm
     torch.testing.assert_close(read(**inputs).logits, peft(**inputs).logits)
 
 
+def test_the_processor_is_asked_once_whether_it_marks_image_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor, asked = tiny_vlm("gemma3")[1], []
+    monkeypatch.setattr("tailora.train.image_text_to_text.marks_image_tokens", lambda _: asked.append(1) or True)
+    data = prepare(str(write_rows(tmp_path)), processor, DataSettings(validation_split=0))
+    task, layout = language_model_task(processor), BatchLayout(False, "", 0)
+    for _ in range(2):
+        assert "token_type_ids" in task.make_batch([*data.train], layout).inputs
+    assert asked == [1]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
