@@ -201,12 +201,15 @@ class ChatTokenizer:
 
         Raises DataError with the template's message if it fails.
         """
+        text = self.render_unexpanded(messages, tools=tools, add_generation_prompt=add_generation_prompt)
+        return "".join(self._expanded(text, images_of(messages)))
+
+    def render_unexpanded(self, messages: Messages, **options: Any) -> str:
+        """Renders the messages with one placeholder for each image. Raises DataError if the template fails."""
         with _template_errors():
-            options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "tools": tools}
             options |= {} if self.processor is None else {"chat_template": self.template}
             renderer = self.tokenizer if self.processor is None else self.processor
-            text = _checked(str(renderer.apply_chat_template(self._for_template(messages), tokenize=False, **options)))
-        return "".join(self._expanded(text, images_of(messages)))
+            return _checked(str(renderer.apply_chat_template(self._for_template(messages), tokenize=False, **options)))
 
     def render_generation_spans(self, chat: Conversation) -> tuple[str, list[Span]]:
         """Renders a conversation. Returns the text and the spans between {% generation %} and {% endgeneration %}."""

@@ -118,7 +118,12 @@ def check_processor(processor: ProcessorMixin, name: str) -> None:
     name: of the model, for messages.
     """
     try:
-        expected, actual = _inputs_in_two_ways(processor)
+        tokenizer = ChatTokenizer.of(processor)
+        if tokenizer.template is not None:
+            _check_template(tokenizer, name)
+        expected, actual = _inputs_in_two_ways(tokenizer, processor)
+    except ConfigError:
+        raise
     except (DataError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"model {name!r}: {type(processor).__name__} is not supported ({error}); use a different --model"
@@ -136,11 +141,28 @@ def check_processor(processor: ProcessorMixin, name: str) -> None:
         )
 
 
-def _inputs_in_two_ways(processor: ProcessorMixin) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+def _check_template(tokenizer: ChatTokenizer, name: str) -> None:
+    """Raises ConfigError if the chat template does not render images: tokenizers often have one for text."""
+    cause, image = "it writes no placeholder", getattr(tokenizer.processor, "image_token", "")
+    try:
+        content = [{"type": "image"}, {"type": "text", "text": "a"}]
+        if image in tokenizer.render_unexpanded([{"role": "user", "content": content}], add_generation_prompt=True):
+            return
+    except DataError as error:
+        cause = str(error)
+    raise ConfigError(
+        f"model {name!r}: the chat template does not render images ({cause}); copy chat_template.jinja of the original "
+        "model to the folder of this one"
+    )
+
+
+def _inputs_in_two_ways(
+    tokenizer: ChatTokenizer, processor: ProcessorMixin
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Returns the inputs that the processor computes from three chats, and those that we do."""
     import PIL.Image
 
-    tokenizer, numbers = ChatTokenizer.of(processor), np.random.default_rng(0)
+    numbers = np.random.default_rng(0)
     images = [PIL.Image.fromarray(numbers.integers(0, 256, (*size[::-1], 3), np.uint8)) for size in SIZES]
     if tokenizer.template is None:  # reads texts only
         images, ids = [], [tokenizer.bos_ids + tokenizer.token_ids("a")]

@@ -201,6 +201,23 @@ def test_other_processors_are_refused(make: Callable[[], ProcessorMixin], messag
         check_processor(make(), "a model")
 
 
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        ("message['content'] + ''", 'can only concatenate list (not "str") to list'),
+        ("message['content'] | map(attribute='text') | join", "it writes no placeholder"),
+    ],
+)
+def test_a_chat_template_for_text_is_refused(content: str, cause: str) -> None:
+    processor = tiny_vlm("llava")[1]
+    processor.chat_template = None
+    processor.tokenizer.chat_template = "{% for message in messages %}{{ " + content + " }}{% endfor %}"
+    with pytest.raises(ConfigError) as caught:
+        check_processor(processor, "a model")
+    assert "'a model': the chat template does not render images (" in str(caught.value)
+    assert f"{cause}); copy chat_template.jinja of the original model to the folder" in str(caught.value)
+
+
 class NumbersImages(LlavaProcessor):
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
         return f"{image_idx % 2}{super().replace_image_token(image_inputs, image_idx, **kwargs)}"
