@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file
 
 from tailora.core.device import fast_dtype
 from tailora.core.patterns import inside
@@ -107,17 +108,28 @@ def _read_tokenizer(name: str, source: str, config: PretrainedConfig) -> Tokeniz
         return tokenizer
     if config.is_encoder_decoder:
         raise ConfigError(f"model {name!r} is an encoder-decoder that reads images, which is not supported")
-    try:
-        processor = AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError):  # no file of it, or none that AutoProcessor knows
-        processor = None
-    if not isinstance(processor, ProcessorMixin):
-        raise ConfigError(
-            f"model {name!r} reads images, but its files contain no processor; copy processor_config.json or "
-            "preprocessor_config.json from the original model"
-        )
+    processor = _read_processor(name, source)
     check_processor(processor, name)
     return processor
+
+
+def _read_processor(name: str, source: str) -> ProcessorMixin:
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+        if isinstance(processor, ProcessorMixin):
+            return processor
+        cause = f"AutoProcessor returned a {type(processor).__name__}"
+    except (OSError, ValueError) as error:
+        cause = str(error)
+    optional: Any = {"_raise_exceptions_for_missing_entries": False}
+    if any(cached_file(source, file, **optional) for file in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)):
+        problem = f"its processor cannot be loaded: {cause}"
+    else:
+        problem = "its files contain no processor"
+    raise ConfigError(
+        f"model {name!r} reads images, but {problem}; copy {PROCESSOR_NAME} or {IMAGE_PROCESSOR_NAME} from the "
+        "original model"
+    )
 
 
 @contextmanager

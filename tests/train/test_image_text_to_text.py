@@ -39,7 +39,7 @@ from tailora.train.image_text_to_text import accepted_inputs, check_processor, l
 from tailora.train.kernel_choice import PLAIN, Kernels
 from tailora.train.loss import BatchLayout, make_batch
 from tailora.train.memory import ForwardSize, kept_bytes
-from tailora.train.model_loading import load_base
+from tailora.train.model_loading import load_tokenizer
 from tailora.train.setup import memory_cost
 from tailora.train.trainable import FullModel, trained_parts
 
@@ -258,9 +258,13 @@ def test_bos_is_added_where_the_processor_adds_it(family: str, adds_bos: bool) -
 
 def test_a_model_for_images_without_a_processor_is_refused(tmp_path: Path) -> None:
     save_tiny_llava(tmp_path / "model")
-    (tmp_path / "model" / "processor_config.json").unlink()
+    file = tmp_path / "model" / "processor_config.json"
+    file.write_text("{")
+    with pytest.raises(ConfigError, match=r"processor cannot be loaded: .* not a valid JSON.*; copy processor_config"):
+        load_tokenizer(str(tmp_path / "model"))
+    file.unlink()
     with pytest.raises(ConfigError, match="its files contain no processor; copy processor_config"):
-        load_base(str(tmp_path / "model"))
+        load_tokenizer(str(tmp_path / "model"))
 
 
 def test_a_run_learns_from_images_and_text(tmp_path: Path) -> None:
