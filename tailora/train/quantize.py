@@ -207,7 +207,7 @@ def _stored_by_torchao(settings: dict[str, Any]) -> Stored | None:
 
 def _stored_in_groups(settings: dict[str, Any]) -> Stored:
     """A scale of 16 bits and a zero point for each group of inputs; GPTQ also has the group of each input."""
-    bits, size = int(settings["bits"]), int(settings["group_size"])
+    bits, size = int(settings.get("bits", 4)), int(settings.get("group_size", 128))  # the defaults of transformers
 
     def scales(weight: Tensor) -> int:
         out_features, in_features = weight.shape
@@ -237,8 +237,9 @@ FORMATS = {  # by quant_method
 
 def bits_in_files(settings: dict[str, Any]) -> float:
     """Returns the bits of a quantized number in the files of a format that becomes dense, without most scales."""
-    groups = settings.get("config_groups", {}).values()
-    bits = [group["weights"]["num_bits"] for group in groups if group.get("weights")]
+    groups = (settings.get("config_groups") or {}).values()  # of settings, or lists of layers under a scheme's name
+    weights = [group["weights"] for group in groups if isinstance(group, dict) and group.get("weights")]
+    bits = [weight.get("num_bits", 8) for weight in weights]
     return max(bits, default=4.25 if settings["quant_method"] == "mxfp4" else 8)
 
 
@@ -311,6 +312,9 @@ def check_unquantized(config: PretrainedConfig, name: str, quantize: str) -> Non
         raise ConfigError(f"model {name!r} is already quantized ({method}); remove --quantize {quantize}")
 
 
+OLD_NAMES_OF_AWQ = {"w_bit": "bits", "q_group_size": "group_size"}  # transformers would use its defaults instead
+
+
 def stored_quantization(config: PretrainedConfig) -> dict[str, Any]:
     """Returns how the files of a model are quantized, with quant_method; empty if they are not."""
     text_config = config.get_text_config()
@@ -318,5 +322,6 @@ def stored_quantization(config: PretrainedConfig) -> dict[str, Any]:
     if not existing:
         return {}
     settings: dict[str, Any] = existing if isinstance(existing, dict) else existing.to_dict()
+    settings = {OLD_NAMES_OF_AWQ.get(name, name): value for name, value in settings.items()}
     method = settings.get("quant_method", "bitsandbytes")  # whose old files do not name it
     return {**settings, "quant_method": str(getattr(method, "value", method))}

@@ -249,6 +249,21 @@ def test_all_weights_of_a_packed_model_cannot_be_trained(tmp_path: Path, setting
         fake_trainable(config, read_config(config.model), CPU)
 
 
+def test_files_with_old_or_short_settings_are_counted(of_format: Callable[..., str]) -> None:
+    def counted(**settings: Any) -> int:
+        name = of_format(**settings)
+        with fake_tensors():
+            _, weights = fake_trainable(TrainConfig(model=name, r=2), read_config(name), CPU)
+        return weights.stored + weights.left_mapped
+
+    dense = {"quant_method": "compressed-tensors", "format": "int-quantized"}
+    scheme = {"targets": ALL, "weights": {"num_bits": 8}}
+    expected = counted(**dense, config_groups={"group_0": scheme})
+    assert counted(**dense, config_groups={"W8A8": ALL}) == counted(**dense, config_groups=None) == expected
+    new, old = {"bits": 8, "group_size": 64}, {"w_bit": 8, "q_group_size": 64}
+    assert counted(quant_method="awq", **old) == counted(quant_method="awq", **new) > counted(quant_method="awq")
+
+
 def test_an_unknown_layout_cannot_be_estimated(of_format: Callable[..., str]) -> None:
     name = of_format(quant_method="torchao", quant_type="int4_weight_only")
     with pytest.raises(ConfigError, match="cannot estimate the memory of this torchao model"), fake_tensors():
