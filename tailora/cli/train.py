@@ -165,8 +165,9 @@ def next_commands(config: TrainConfig, folder: Path, remedy: Sequence[str] = ())
     generate = ["tailora", "generate", *tuned, "--prompt", prompt, *(word for i in images for word in ("--image", i))]
     held_out = ["--data", config.eval_data or "HELD_OUT.jsonl", *columns]
     system = ["--system", config.system] if config.system and not is_lora else []
-    folder_of_images = ["--image-folder", config.image_folder] if config.image_folder else []
-    evaluate = ["tailora", "eval", *evaluated, *system, *held_out, *folder_of_images]
+    images_of_data = ["--image-folder", config.image_folder] if config.image_folder else []
+    images_of_data += ["--allow-remote-images"] if config.allow_remote_images else []
+    evaluate = ["tailora", "eval", *evaluated, *system, *held_out, *images_of_data]
     if config.task in (*TASK_TYPES, "seq2seq"):
         predict = ["tailora", "predict", *evaluated, "--data", "ROWS.jsonl", *columns, "--output", "PREDICTIONS.jsonl"]
         return [*([] if config.task in TASK_TYPES else [generate]), evaluate, predict]

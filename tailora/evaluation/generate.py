@@ -159,7 +159,7 @@ def cache_implementation(model: Any, length: int, new: int) -> str | None:
 
 def free_positions(model: Any, length: int) -> int:
     """Returns how many positions the model has after `length` tokens."""
-    positions: int = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    positions: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     return positions - length
 
 

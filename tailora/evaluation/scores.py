@@ -171,7 +171,7 @@ def score(
     Raises DataError if the data lacks what a metric needs, ConfigError for an unknown normalization.
     """
     options = options or EvalOptions()
-    max_length = min(options.max_length, getattr(model.config, "max_position_embeddings", None) or options.max_length)
+    max_length = min(options.max_length, free_positions(model, 0))
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
     task = SEQ2SEQ if is_seq2seq(model) else AUTO
     settings = DataSettings(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_run import write_rows
+from tiny_vision import tiny_llava
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tailora import LoRAConfig, LoRAModel
@@ -225,7 +226,11 @@ def test_examples_are_no_longer_than_the_positions_of_the_model(
     for asked in (1024, 100):
         with pytest.raises(InterruptedError):
             score(tuned, tokenizer, quiz, EvalOptions(max_length=asked))
-    assert lengths == [256, 100]
+    model, processor = tiny_llava()
+    model.config.text_config.max_position_embeddings = 77
+    with pytest.raises(InterruptedError):
+        score(LoRAModel(model), processor, quiz)
+    assert lengths == [256, 100, 77]
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(7, marks=pytest.mark.exhaustive)])  # of 7 one has no example
