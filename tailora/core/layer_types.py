@@ -349,18 +349,20 @@ def is_called(layer: nn.Module) -> bool:
 
 
 SAME_AS_LINEAR = (  # subclasses of nn.Linear with their own forward that also computes W x + b
-    "tailora.train.estimate._QuantizedLinear",
     "transformers.models.esm.modeling_esmfold.EsmFoldLinear",
     "transformers.models.falcon.modeling_falcon.FalconLinear",
 )
 
 
 def computes_as_its_type(layer: nn.Module) -> bool:
-    """True if the layer uses the forward of a known class, so that its function is known from its weight."""
+    """True if the layer uses the forward of a known class, so that its function is known from its weight.
+
+    Further classes of tailora declare this with `is_same_as_linear = True`.
+    """
     cls: type[nn.Module] = getattr(layer, "plain", type(layer))
     owner = next(parent for parent in cls.__mro__ if "forward" in vars(parent))
     is_known = owner is nn.MultiheadAttention or qualified_name(owner) in (*LAYER_TYPES, *SAME_AS_LINEAR)
-    return is_known or hasattr(layer, "embed_scale")
+    return is_known or hasattr(layer, "embed_scale") or "is_same_as_linear" in vars(owner)
 
 
 # What a forward of a class that we do not know may raise for a small input

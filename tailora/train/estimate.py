@@ -235,6 +235,7 @@ def _weights(base: PreTrainedModel, files: torch.dtype, stored: Stored | None, s
 class _QuantizedLinear:
     """A linear layer that makes its dense weight again for every product, as quantized layers do."""
 
+    is_same_as_linear = True  # see `computes_as_its_type`
     stored: Stored
 
     def forward(self, x: Tensor) -> Tensor:
