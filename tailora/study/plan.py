@@ -40,7 +40,7 @@ from tailora.train.estimate import Memory
 from tailora.train.image_text_to_text import ImageTextToText, language_model_task
 from tailora.train.kernel_choice import asks_for_compiled_layers
 from tailora.train.loss import CAUSAL_LM, Task
-from tailora.train.memory import ACTIVATION_MEMORY, available_bytes, format_bytes, used_bytes
+from tailora.train.memory import ACTIVATION_MEMORY, available_bytes, format_bytes, needs_contents, used_bytes
 from tailora.train.model_loading import check_can_be_sharded, load_tokenizer, read_config, reads_images, set_labels
 from tailora.train.preference import preference_task
 from tailora.train.quantize import dequantization_note, stays_quantized, stored_quantization
@@ -371,7 +371,9 @@ def largest_step(config: TrainConfig, fake: estimate.FakeModel, batches: Batches
     if trains_on_pixels(fake.model):
         try:
             return simulate(batches.largest)
-        except RuntimeError:  # the shapes in this tower depend on numbers that it computes
+        except RuntimeError as error:
+            if not needs_contents(error):
+                raise
             fake.notes.append("the activations of the image tower cannot be simulated and are missing; use --measure")
     return simulate([task.as_text(example) for example in batches.largest])
 

@@ -22,7 +22,12 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -424,6 +429,14 @@ def fake_tensors() -> Iterator[None]:
             yield
     finally:
         split_documents.cache_clear()
+
+
+def needs_contents(error: RuntimeError) -> bool:
+    """Returns whether code failed within `fake_tensors` because it reads numbers that it computed."""
+    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+        return True
+    messages = "its data is not allocated yet", ".numpy() is not supported for tensor subclasses"
+    return any(message in str(error) for message in messages)
 
 
 PACKED, PACKED_BACKWARD = (

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,12 +22,14 @@ from tailora import LoRAConfig, LoRAModel
 from tailora.data.dataset import Example
 from tailora.errors import ConfigError
 from tailora.report.pages.plan import plan_page
-from tailora.study.plan import batch_size_that_fits, plan, quantization
+from tailora.study.plan import batch_size_that_fits, largest_step, plan, quantization
 from tailora.study.plan_result import Plan, Ranks
 from tailora.train import subprocess_worker
 from tailora.train.config import TrainConfig
-from tailora.train.estimate import Memory
+from tailora.train.estimate import FakeModel, Memory
+from tailora.train.image_text_to_text import ImageTextToText
 from tailora.train.loss import CAUSAL_LM
+from tailora.train.memory import fake_tensors
 from tailora.train.model_loading import read_config
 from tailora.train.trainer import run
 
@@ -270,6 +273,39 @@ def test_a_language_model_that_is_quantized_gets_no_advice_to_quantize() -> None
     place: Any = SimpleNamespace(device=torch.device("cpu"))
     anything: Any = SimpleNamespace(task=CAUSAL_LM)
     assert quantization(TrainConfig(model="any"), shape, anything, anything, place) == {}
+
+
+def test_a_tower_is_left_out_of_the_estimate_only_if_its_shapes_depend_on_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task, example = ImageTextToText(tiny_llava()[1]), Example.of_text(np.arange(4))
+    batches: Any = SimpleNamespace(task=task, largest=[replace(example, images=("an image",))])
+    nothing: Any = None
+    fake = FakeModel(nothing, task, nothing, nothing, nothing, notes=[])
+
+    def step(error: Exception) -> Any:
+        def simulate(_: Any, examples: list[Example], **__: Any) -> str:
+            if examples[0].images:
+                raise error
+            return "as text"
+
+        monkeypatch.setattr("tailora.train.estimate.simulate_step", simulate)
+        return largest_step(TrainConfig(), fake, batches)
+
+    monkeypatch.setattr("tailora.study.plan.trains_on_pixels", lambda _: True)
+    reads: list[Callable[[], Any]] = [  # as in towers
+        lambda: torch.ones(()).tolist(),
+        lambda: torch.ones(()).nonzero(),
+        lambda: torch.tensor([torch.ones(())]),
+        lambda: torch.ones(()).numpy(),
+    ]
+    for read in reads:
+        with fake_tensors(), pytest.raises(RuntimeError) as caught:
+            read()
+        assert step(caught.value) == "as text"
+    assert len(fake.notes) == len(reads)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        step(RuntimeError("a mistake"))
 
 
 @pytest.mark.slow
