@@ -24,12 +24,7 @@ REVIEWS = ["--model", "demo", "--data", "reviews/train.jsonl", "--eval-data", "r
 PAIRS = ["--model", "demo", "--data", "pairs/train.jsonl", "--eval-data", "pairs/eval.jsonl"]
 NAMES = ["--model", "demo", "--data", "names/train.jsonl", "--eval-data", "names/eval.jsonl"]
 CHATS = ["--model", "capitals/base", "--data", "capitals/train.jsonl", "--eval-data", "capitals/eval.jsonl"]
-FOLDERS = {
-    "reviews": labelled_folder,
-    "pairs": preferences_folder,
-    "names": tags_folder,
-    "capitals": capitals_folder,
-}
+FOLDERS = {"reviews": labelled_folder, "pairs": preferences_folder, "names": tags_folder, "capitals": capitals_folder}
 LONGER = ["--num-train-epochs", "3"]
 RATING = ["--field", "label=rating"]
 LINES = {

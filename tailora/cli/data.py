@@ -21,7 +21,7 @@ from tailora.cli.models import check_sources, fetch_sources
 from tailora.data.dataset import Example
 from tailora.data.readers import MAX_SHOWN, parse_sources, source_names
 from tailora.formats.run_folder import REPORT_FILES, check_result_folder, write_report
-from tailora.report.blocks import Code, Section
+from tailora.report.blocks import Code, Sample, Section
 from tailora.report.files import write_page_if_possible
 from tailora.report.format import plural, printable
 from tailora.report.terminal import print_rich_table, print_section
@@ -29,22 +29,14 @@ from tailora.train.config import FEW_STEPS, TrainConfig
 
 if TYPE_CHECKING:
     from tailora.data.prepare import PreparedData
-    from tailora.report.pages.data import DataExample
 
-SETTINGS = ["model", "task", "eval_data", "field", "max_length", "validation_split", "seed", "skip_bad_rows"]
-SETTINGS += [
-    "system",
-    "assistant_only_loss",
-    "completion_only_loss",
-    "documents",
-    "image_folder",
-    "allow_remote_images",
-]
+SETTINGS = ["model", "task", "eval_data", "field", "max_length", "validation_split", "seed", "skip_bad_rows", "system"]
+SETTINGS += ["assistant_only_loss", "completion_only_loss", "documents", "image_folder", "allow_remote_images"]
 Flags: Any = flags_of(TrainConfig, only=SETTINGS)
 BAR = 40  # characters of the longest bar
 MOST_HELD_OUT = 0.2  # share of the rows, in the suggested command
 
-Pieces = list[tuple[str, bool]]  # text, learned
+Pieces = Sequence[tuple[str, bool]]  # text, learned
 OutputDir = Annotated[Path | None, Parameter(help="new folder for report.html with the examples and their images")]
 
 
@@ -75,7 +67,7 @@ def data(
     from tailora.data.prepare import check_vocabulary
     from tailora.data.tokenize import preview
     from tailora.evaluation.statistics import FEW_EXAMPLES, TOO_FEW
-    from tailora.report.pages.data import DataContent, DataExample
+    from tailora.report.pages.data import DataContent
     from tailora.train.dataloader import read_whole
     from tailora.train.model_loading import load_tokenizer, new_model, read_config
     from tailora.train.setup import find_labels
@@ -90,14 +82,14 @@ def data(
     for problem in prepared.skipped[:MAX_SHOWN]:
         note(f"skipped {problem}")
     report = prepared.report.to_dict()
-    examples: list[DataExample] = []
+    examples: list[Sample] = []
     for index in range(min(rows, len(prepared.train))):
         title, example = f"example {index + 1}", prepared.train[index]
         if labels is None:
             parts = [(f"{title}{name}", preview(part, tokenizer)) for name, part in named_sequences(example)]
         else:
             parts = [(title, labels.preview(example, tokenizer))]
-        examples += [DataExample(name, pieces, [*example.images]) for name, pieces in parts]
+        examples += [Sample(name, pieces, example.images) for name, pieces in parts]
     if output_dir is not None:
         write_report(output_dir, "data", DataContent(report, examples).to_dict())
         log(write_page_if_possible(output_dir))
@@ -185,7 +177,7 @@ def named_sequences(example: Example) -> list[tuple[str, Example]]:
     return list(zip(names, example.sequences, strict=True))
 
 
-def show(console: Console, report: dict[str, Any], examples: Sequence["DataExample"]) -> None:
+def show(console: Console, report: dict[str, Any], examples: Sequence[Sample]) -> None:
     print_rich_table(console, data_table(report))
     console.print()
     print_rich_table(console, histogram(report["lengths"]))

@@ -1,23 +1,13 @@
 """The page of `tailora data`: the counts of the data, and examples with their images."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from tailora.data.dataset import sources_of, warnings_of
-from tailora.data.images import Image
 from tailora.report.blocks import Column, Number, Page, Sample, Section, Table
 from tailora.report.format import share
 from tailora.report.pages.shared import numeric, settings_table
-
-
-@dataclass(frozen=True)
-class DataExample:
-    """pieces: its texts, and whether each is trained."""
-
-    title: str
-    pieces: list[tuple[str, bool]]
-    images: list[Image]
 
 
 @dataclass(frozen=True)
@@ -25,11 +15,16 @@ class DataContent:
     """report: DataReport.to_dict()."""
 
     report: dict[str, Any]
-    examples: list[DataExample]
+    examples: list[Sample]
 
     def to_dict(self) -> dict[str, Any]:
         examples = [
-            {**asdict(example), "images": [image.to_dict() for image in example.images]} for example in self.examples
+            {
+                "title": example.title,
+                "pieces": example.pieces,
+                "images": [image.to_dict() for image in example.images],
+            }
+            for example in self.examples
         ]
         return {"report": self.report, "examples": examples}
 
@@ -49,12 +44,11 @@ def data_page(content: DataContent) -> Page:
         counts.append(Number("images", f"{images:,}"))
     lengths = [[f"{bin['low']:,} to {bin['high']:,}", f"{bin['examples']:,}"] for bin in report["lengths"]]
     table = Table([Column("tokens"), *numeric("examples")], lengths, "Lengths", folded=True)
-    samples = [Sample(example.title, example.pieces, example.images) for example in content.examples]
     text = "The model is trained on the green text."
     if images:
         text += " The text shows an image as one [image], whatever its number of tokens."
     sections = [
-        Section("Examples", text, samples),
+        Section("Examples", text, content.examples),
         Section("Data", "", [settings_table("Details", ("", facts)), table]),
     ]
     return Page("data", str(report["source"]), "", counts, sections)
