@@ -7,10 +7,10 @@ from tailora.data.messages import IMAGE, Messages
 from tailora.errors import DataError
 from tailora.serve.schemas import RequestError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # as in OpenAI's API
-MOST_IMAGES = 16
+FORMATS_OF_REQUEST = ("PNG", "JPEG", "WEBP", "GIF")  # as in OpenAI's API
+IMAGES_OF_REQUEST = 16
 LARGEST_IMAGE = 10 * 2**20  # bytes of a file
-MOST_PIXELS = 64_000_000  # of all images of a request; decoded, they need 192 MB
+PIXELS_OF_REQUEST = 64_000_000  # of all images of a request; decoded, they need 192 MB
 MOST_ELONGATED = 200  # ratio of the sides; processors scale up the shorter one
 
 
@@ -23,14 +23,14 @@ def decode_images(messages: Messages) -> Messages:
         for number, part in enumerate(message["content"])
         if part["type"] == IMAGE
     }
-    if len(parts) > MOST_IMAGES:
-        raise RequestError(400, f"the request has {len(parts):,} images; use at most {MOST_IMAGES}", "messages")
+    if len(parts) > IMAGES_OF_REQUEST:
+        raise RequestError(400, f"the request has {len(parts):,} images; use at most {IMAGES_OF_REQUEST}", "messages")
     images: list[Image] = []
     for name, url in parts.items():
         try:
             images.append(_decoded(url))
-            if pixel_count(images) > MOST_PIXELS:
-                raise DataError(f"the images have more than {MOST_PIXELS:,} pixels in total; send smaller ones")
+            if pixel_count(images) > PIXELS_OF_REQUEST:
+                raise DataError(f"the images have more than {PIXELS_OF_REQUEST:,} pixels in total; send smaller ones")
         except DataError as error:
             raise RequestError(400, f"{name}: {error}", "messages") from error
     return replace_images(messages, images)
@@ -39,7 +39,7 @@ def decode_images(messages: Messages) -> Messages:
 def _decoded(url: str) -> Image:
     if len(url) > LARGEST_IMAGE * 4 // 3 + 100:  # base64, and what precedes it
         raise DataError(f"the image has more than {LARGEST_IMAGE >> 20} MiB; send a smaller one")
-    image = read_data_url(url, FORMATS)
+    image = read_data_url(url, FORMATS_OF_REQUEST)
     if max(image.width, image.height) > MOST_ELONGATED * min(image.width, image.height):
         raise DataError(
             f"the image has {image.width:,} x {image.height:,} pixels; one side may be at most {MOST_ELONGATED} times "

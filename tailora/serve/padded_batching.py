@@ -20,7 +20,7 @@ from tailora.core.model_parts import language_model_path
 from tailora.core.patterns import inside
 from tailora.errors import AdapterError, DataError, RowsError, is_out_of_memory
 from tailora.serve.engine_interface import Engine, EventHandler, Finish, Request
-from tailora.serve.images import MOST_PIXELS, pixel_count
+from tailora.serve.images import PIXELS_OF_REQUEST, pixel_count
 from tailora.serve.sampling import ChosenTokens, RunningRequest, next_tokens
 from tailora.train.image_text_to_text import ImageTextToText, accepted_inputs
 
@@ -117,7 +117,7 @@ class PaddedEngine(Engine):
             request = running.request
             if running.is_finished:
                 continue
-            fits = len(batch) < self.max_requests and pixels + pixel_count(request.images) <= MOST_PIXELS
+            fits = len(batch) < self.max_requests and pixels + pixel_count(request.images) <= PIXELS_OF_REQUEST
             if not batch or (fits and self._whole(request.adapter) == self._whole(batch[0].request.adapter)):
                 batch.append(running)
                 pixels += pixel_count(request.images)

@@ -243,14 +243,16 @@ HEADS: dict[str, Any] = {
 
 def model_class(task: str, config: PretrainedConfig) -> Any:
     """Returns the class of transformers that loads a model for this task."""
-    is_multimodal = _architecture(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
-    return HEADS.get(task, AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM)
+    return HEADS.get(task, AutoModelForImageTextToText if _is_multimodal(config) else AutoModelForCausalLM)
 
 
 def reads_images(config: PretrainedConfig) -> bool:
     """Returns whether the files contain a vision-language model."""
-    is_multimodal = _architecture(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
-    return is_multimodal and hasattr(config, "vision_config")
+    return _is_multimodal(config) and hasattr(config, "vision_config")
+
+
+def _is_multimodal(config: PretrainedConfig) -> bool:
+    return _architecture(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
 
 
 def _architecture(config: PretrainedConfig) -> str:

@@ -6,7 +6,7 @@
     torchao-int8   torchao: 8 bits, one scale a row, weights only; its backward keeps a 16-bit copy of every weight
     torchao-int4   torchao: 4 bits in groups of 32, weights only; has no kernel for a CPU (0.18)
 
-    FORMATS  quant_method of config.json -> how to load the files
+    QUANTIZED_FORMATS  quant_method of config.json -> how to load the files
 
 transformers leaves the output head and the embedding as they are.
 """
@@ -177,7 +177,7 @@ def _try_layer(method: Method, device: torch.device) -> str | None:
 
 
 @dataclass(frozen=True)
-class Format:
+class QuantizedFormat:
     """How transformers loads a format of quantized models, so that gradients pass its layers.
 
     settings: for quantization_config.    packages: modules that it needs.
@@ -217,21 +217,21 @@ def _stored_in_groups(settings: dict[str, Any]) -> Stored:
     return Stored(bits, scales, keeps_dense=True)
 
 
-def _becomes_dense(*packages: str) -> Format:
+def _becomes_dense(*packages: str) -> QuantizedFormat:
     """Of these formats, transformers only has layers for inference. On a CPU, it dequantizes some by itself."""
-    return Format({"dequantize": True}, packages, lambda _: None)
+    return QuantizedFormat({"dequantize": True}, packages, lambda _: None)
 
 
-FORMATS = {  # by quant_method
-    "bitsandbytes": Format({}, ("bitsandbytes",), _stored_by_bitsandbytes),
-    "torchao": Format({}, ("torchao",), _stored_by_torchao),
+QUANTIZED_FORMATS = {  # by quant_method
+    "bitsandbytes": QuantizedFormat({}, ("bitsandbytes",), _stored_by_bitsandbytes),
+    "torchao": QuantizedFormat({}, ("torchao",), _stored_by_torchao),
     "compressed-tensors": _becomes_dense("compressed_tensors"),
     "fp8": _becomes_dense(),
     "mxfp8": _becomes_dense(),
     "mxfp4": _becomes_dense(),
     # by default, gptqmodel 7.7 chooses kernels without gradients for a CPU
-    "gptq": Format({"backend": "gptq_torch"}, ("gptqmodel", "optimum"), _stored_in_groups),
-    "awq": Format({"backend": "torch_awq"}, ("gptqmodel",), _stored_in_groups),
+    "gptq": QuantizedFormat({"backend": "gptq_torch"}, ("gptqmodel", "optimum"), _stored_in_groups),
+    "awq": QuantizedFormat({"backend": "torch_awq"}, ("gptqmodel",), _stored_in_groups),
 }
 
 
@@ -243,7 +243,7 @@ def bits_in_files(settings: dict[str, Any]) -> float:
     return max(bits, default=4.25 if settings["quant_method"] == "mxfp4" else 8)
 
 
-def format_of(config: PretrainedConfig, name: str) -> Format | None:
+def format_of(config: PretrainedConfig, name: str) -> QuantizedFormat | None:
     """Returns the format of a model that is quantized already; None for others. Raises ConfigError for other formats.
 
     name: of the model, for messages.
@@ -251,12 +251,12 @@ def format_of(config: PretrainedConfig, name: str) -> Format | None:
     method = stored_quantization(config).get("quant_method")
     if method is None:
         return None
-    if method not in FORMATS:
+    if method not in QUANTIZED_FORMATS:
         raise ConfigError(
-            f"model {name!r} is quantized as {method}, which is not supported; expected one of {', '.join(FORMATS)}. "
-            "Use the model that it was made from, for example with --quantize nf4"
+            f"model {name!r} is quantized as {method}, which is not supported; expected one of "
+            f"{', '.join(QUANTIZED_FORMATS)}. Use the model that it was made from, for example with --quantize nf4"
         )
-    return FORMATS[method]
+    return QUANTIZED_FORMATS[method]
 
 
 def stays_quantized(config: PretrainedConfig, name: str) -> bool:
@@ -282,7 +282,7 @@ def check_full_training(config: PretrainedConfig, name: str) -> None:
         )
 
 
-def check_packages(form: Format, name: str) -> None:
+def check_packages(form: QuantizedFormat, name: str) -> None:
     if missing := [package for package in form.packages if importlib.util.find_spec(package) is None]:
         packages = " ".join(package.replace("_", "-") for package in missing)
         raise ConfigError(f"model {name!r} needs a missing package: install it with pip install {packages}")

@@ -175,7 +175,7 @@ def test_an_adapter_may_go_while_a_cancelled_request_waits(server: Running) -> N
 
 
 def test_images_of_a_batch_have_a_limit(server: Running, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tailora.serve.padded_batching.MOST_PIXELS", 2 * SIDE * SIDE)
+    monkeypatch.setattr("tailora.serve.padded_batching.PIXELS_OF_REQUEST", 2 * SIDE * SIDE)
     asked = [(QUESTIONS[0], "tiny"), (QUESTIONS[0], "text"), (QUESTIONS[4], "tiny"), (QUESTIONS[3], "text")]
     answers, batches = together(server, root, asked)
     assert batches == 2

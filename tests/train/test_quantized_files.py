@@ -30,7 +30,7 @@ from tailora.train.estimate import fake_trainable
 from tailora.train.events import Prepared
 from tailora.train.memory import fake_tensors
 from tailora.train.model_loading import load_base, read_config
-from tailora.train.quantize import FORMATS, quantization_problems
+from tailora.train.quantize import QUANTIZED_FORMATS, quantization_problems
 from tailora.train.trainer import run
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def _stand_ins(monkeypatch: pytest.MonkeyPatch, layer_class: dict[str, type[nn.M
     class Quantizer(HfQuantizer):
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
             settings: Any = self.quantization_config
-            assert settings.backend == FORMATS[settings.quant_method].settings["backend"]
+            assert settings.backend == QUANTIZED_FORMATS[settings.quant_method].settings["backend"]
             for path, layer in linear_layers(model).items():
                 model.set_submodule(path, layer_class[settings.quant_method](layer))
 
@@ -71,7 +71,7 @@ def _stand_ins(monkeypatch: pytest.MonkeyPatch, layer_class: dict[str, type[nn.M
 
     for name in PACKED:
         monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, name, Quantizer)
-        monkeypatch.setitem(FORMATS, name, replace(FORMATS[name], packages=()))
+        monkeypatch.setitem(QUANTIZED_FORMATS, name, replace(QUANTIZED_FORMATS[name], packages=()))
 
 
 def written(name: str, folder: Path) -> Dense:
@@ -234,7 +234,7 @@ def test_other_formats_are_refused(of_format: Callable[..., str]) -> None:
 
 
 def test_a_missing_package_is_named(of_format: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FORMATS, "gptq", replace(FORMATS["gptq"], packages=("no_such_package",)))
+    monkeypatch.setitem(QUANTIZED_FORMATS, "gptq", replace(QUANTIZED_FORMATS["gptq"], packages=("no_such_package",)))
     with pytest.raises(ConfigError, match="needs a missing package: install it with pip install no-such-package"):
         load_base(of_format(quant_method="gptq", bits=4, group_size=32))
 
