@@ -34,6 +34,16 @@ def code_blocks(name: str, language: str) -> list[str]:
     return [block.text for block in blocks(ROOT / "docs" / f"{name}.md") if block.language == language]
 
 
+def test_the_messages_about_images_exist() -> None:
+    table = page("images").partition("## What is refused")[2]
+    code = re.sub(r'"\s+f?"', "", " ".join(path.read_text() for path in (ROOT / "tailora" / "data").glob("*.py")))
+    messages = re.findall("^\\| `(.*?)`", table, re.MULTILINE)
+    assert len(messages) > 5
+    for message in messages:
+        parts = re.split(r"[\d,]*\d(?: x \d+)?|<image>|FOLDER", message)  # at what differs from row to row
+        assert re.search(r"{[^{}]*}".join(map(re.escape, parts)), code), message
+
+
 def test_the_exports_of_the_page_are_all_formats() -> None:
     exported = set(re.findall(r"^tailora export .* --to (\S+)", page("export"), re.MULTILINE))
     assert exported == FORMATS.keys() - {"diffusers"} | {"vllm", "llama-server"}

@@ -1,9 +1,13 @@
 """What is learned under the templates that models really have, written as text with the learned spans in [[ ]]."""
 
+from pathlib import Path
+
 import pytest
 from brackets import with_brackets
+from tiny_vision import save_image, tiny_llava
 
 from tailora.data.chat_template import ChatTokenizer, DataSettings, with_system
+from tailora.data.images import read_images
 from tailora.data.loss_mask import render_sample
 from tailora.data.schemas import Conversation, Pair, Text
 from tailora.errors import DataError
@@ -256,3 +260,16 @@ def test_conversations_without_a_system_message_get_the_one_of_the_options(bytes
 def test_a_system_message_needs_a_chat_template(bytes_tokenizer) -> None:
     with pytest.raises(DataError, match="--system needs a chat template, but the tokenizer has none"):
         with_system(PAIR, ChatTokenizer.of(bytes_tokenizer(), DataSettings(system="be")))
+
+
+def test_the_placeholders_of_few_sizes_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tailora.data.chat_template.MOST_SIZES", 2)
+    asked: list[int] = []
+    monkeypatch.setattr(
+        "tailora.data.chat_template.image_placeholders", lambda _, sizes: asked.append(sizes[0][0]) or ["<image>"]
+    )
+    tokenizer = ChatTokenizer.of(tiny_llava()[1])
+    for side in (20, 21, 20, 22, 20, 21):
+        image = {"type": "image", "image": save_image(tmp_path / "red.png", "red", (side, side))}
+        tokenizer.render(read_images([{"role": "user", "content": [image]}], tmp_path))
+    assert asked == [20, 21, 22, 21]

@@ -8,7 +8,6 @@ import struct
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,10 @@ from tiny_vision import COLORS, SIDE, save_image, tiny_llava, tiny_vlm
 from transformers import ProcessorMixin
 
 from tailora.data.chat_template import ChatTokenizer, DataSettings
-from tailora.data.images import read_image, read_images
+from tailora.data.images import read_image
 from tailora.data.prepare import encode_source, prepare, stream_examples
 from tailora.data.readers import Row, read_hub
-from tailora.data.schemas import Conversation
-from tailora.data.tokenize import EncodedSample, encode_sample, preview
+from tailora.data.tokenize import EncodedSample, preview
 from tailora.errors import DataError, WriteError
 
 TEXT_PART = {"type": "text", "text": "Which?"}
@@ -246,19 +244,6 @@ def test_an_image_is_one_piece_of_a_preview(colors: Path, processor: ProcessorMi
         ("?<|im_end|>\n<|im_start|>assistant\n", False),
         ("green<|im_end|>", True),
     ]
-
-
-def test_text_around_an_image_may_merge_with_its_neighbours_or_be_truncated(colors: Path) -> None:
-    processor = tiny_vlm("gemma3")[1]
-    processor.tokenizer.add_tokens(["\n\n\n"])  # of the template and the placeholders
-    sample = Conversation([{"role": "user", "content": [{"type": "image", "image": "red.png"}]}, REPLY], first=1)
-    sample = replace(sample, messages=read_images(sample.messages, colors))
-    whole = encode_sample(sample, processor, 1000)
-    pieces = [text for text, _ in preview(whole, processor)]
-    assert pieces[:2] == ["<|im_start|>user\n\n\n<start_of_image>", "[image 28x28]"]
-    assert pieces[2].startswith("<end_of_image>")
-    last = np.flatnonzero(np.isin(whole.input_ids, processor.image_token_ids))[-1]
-    assert preview(whole.beginning(last + 1), processor)[-1] == ("[image 28x28]", False)
 
 
 def test_the_tokens_of_images_are_never_trained(colors: Path, processor: ProcessorMixin) -> None:
@@ -490,18 +475,6 @@ def test_a_chat_template_that_leaves_images_out_is_refused(colors: Path) -> None
     )
 
 
-def test_the_messages_in_the_documentation_exist() -> None:
-    root = Path(__file__).parents[2]
-    table = (root / "docs" / "images.md").read_text().partition("## What is refused")[2]
-    code = " ".join(path.read_text() for path in (root / "tailora" / "data").glob("*.py"))
-    code = re.sub(r'"\s+f?"', "", code)
-    messages = re.findall("^\\| `(.*?)`", table, re.MULTILINE)
-    assert len(messages) > 5
-    for message in messages:
-        parts = re.split(r"[\d,]*\d(?: x \d+)?|<image>|FOLDER", message)  # at what differs from row to row
-        assert re.search(r"{[^{}]*}".join(map(re.escape, parts)), code), message
-
-
 @pytest.mark.parametrize(
     "row",
     [
@@ -530,21 +503,6 @@ def test_a_text_model_refuses_images(colors: Path, processor: ProcessorMixin) ->
 def test_images_of_rows_that_are_not_files_need_a_folder() -> None:
     with pytest.raises(DataError, match="the data is not in a folder; set --image-folder for its paths"):
         read_image("red.png", None)
-
-
-def test_the_placeholders_of_few_sizes_are_kept(
-    colors: Path, processor: ProcessorMixin, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tailora.data.chat_template.MOST_SIZES", 2)
-    asked: list[int] = []
-    monkeypatch.setattr(
-        "tailora.data.chat_template.image_placeholders", lambda _, sizes: asked.append(sizes[0][0]) or ["<image>"]
-    )
-    tokenizer = ChatTokenizer.of(processor)
-    for side in (20, 21, 20, 22, 20, 21):
-        save_image(colors / "red.png", "red", (side, side))
-        tokenizer.render(read_images([{"role": "user", "content": [{"type": "image", "image": "red.png"}]}], colors))
-    assert asked == [20, 21, 22, 21]
 
 
 @pytest.mark.parametrize(

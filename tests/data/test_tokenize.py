@@ -1,16 +1,19 @@
 """Token ids, and which of them are trained."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tiny_vision import save_image, tiny_vlm
 from tokenizers import Tokenizer, models, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from tailora.data import chat_template
 from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import IGNORED, Example
+from tailora.data.images import read_images
 from tailora.data.schemas import Conversation, Pair, Sample, Text
 from tailora.data.tokenize import EncodedSample, encode_sample, encode_samples, preview, prompt_ids, reply_text
 from tailora.errors import DataError
@@ -270,3 +273,16 @@ def test_the_pieces_joined_are_the_example(words_tokenizer, sample: Sample, lear
     assert "".join(text for text, _ in pieces) == tokenizer.decode(example.input_ids.tolist())
     assert [flag for _, flag in pieces] == [False, True]
     assert pieces[1][0] == learned_piece
+
+
+def test_text_around_an_image_may_merge_with_its_neighbours_or_be_truncated(tmp_path: Path) -> None:
+    processor = tiny_vlm("gemma3")[1]
+    processor.tokenizer.add_tokens(["\n\n\n"])  # of the template and the placeholders
+    image = {"type": "image", "image": save_image(tmp_path / "red.png", "red")}
+    messages = [{"role": "user", "content": [image]}, {"role": "assistant", "content": "red"}]
+    whole = encode_sample(Conversation(read_images(messages, tmp_path)), processor, 1000)
+    pieces = [text for text, _ in preview(whole, processor)]
+    assert pieces[:2] == ["<|im_start|>user\n\n\n<start_of_image>", "[image 28x28]"]
+    assert pieces[2].startswith("<end_of_image>")
+    last = np.flatnonzero(np.isin(whole.input_ids, processor.image_token_ids))[-1]
+    assert preview(whole.beginning(last + 1), processor)[-1] == ("[image 28x28]", False)
