@@ -252,11 +252,11 @@ class ChatTokenizer:
             return [text]
         token = self.processor.image_token
         pieces = text.split(token)
-        if (found := len(pieces) - 1) != len(images):
+        if (written := len(pieces) - 1) != len(images):
             remedy = f"use a chat template that writes {token} for every image"
-            if found > len(images):
+            if written > len(images):
                 remedy = f"remove {token} from the messages, because it stands for an image"
-            raise DataError(f"the text has {found:,} {token}, but there are {len(images):,} images; {remedy}")
+            raise DataError(f"the text has {written:,} {token}, but there are {len(images):,} images; {remedy}")
         for medium in self.media_tokens:
             if any(medium in piece for piece in pieces):
                 raise DataError(f"the text has {medium}, which stands for an image, a video or audio; remove it")
