@@ -85,7 +85,7 @@ async def _checked_address(url: httpx.URL) -> str:
 
 
 async def _looked_up(host: str, port: int) -> list[Any]:
-    """Looks a host up in a thread that nobody waits for at the time limit, since lookups cannot be cancelled."""
+    """Looks a host up in a separate thread, which may run beyond the time limit, since lookups cannot be cancelled."""
     entries: Future[list[Any]] = Future()
 
     def look_up() -> None:
