@@ -46,7 +46,7 @@ from tailora.train.preference import preference_task
 from tailora.train.quantize import dequantization_note, stays_quantized, stored_quantization
 from tailora.train.setup import check_can_be_offloaded, find_labels, start_accelerator
 from tailora.train.subprocess_worker import measure_steps
-from tailora.train.trainable import trained_parts, trains_on_pixels
+from tailora.train.trainable import Trainable, trained_parts, trains_on_pixels
 
 
 def plan(
@@ -78,21 +78,13 @@ def plan(
     available = place.available if memory is None else memory
     if is_shared := nproc > 1 and place.device == torch.device("cpu"):
         available //= nproc
-    shape, labels = read_config(config.model), None
-    if config.task in TASK_TYPES:
-        if "data" not in config.model_fields_set:
-            raise ConfigError(f"--task {config.task} needs the labels of the data; add --data")
-        labels, _ = find_labels(config)
-        set_labels(shape, cast(Labels, labels), load_tokenizer(config.model))
+    shape, labels = read_shape(config)
     if config.fsdp:
         check_can_be_sharded(shape, config.model, config.quantize)
     batches = read_batches(config, shape, accelerator, token_limit(place.device.type), nproc, labels)
     with estimate.fake_model(config, shape, place.device, batches.task) as fake:
-        model, summary, dtype, kernels = fake.model, fake.model.summary(), fake.base.dtype, fake.kernels.description
-        parts, layers = trained_parts(fake.model), dict[str, Any]()
-        if isinstance(model, LoRAModel):
-            modules, groups, left = adapted_modules(model), trained_groups(model), unadapted_groups(model)
-            layers = {"modules": modules, "groups": groups, "left": left}
+        summary, dtype, kernels = fake.model.summary(), fake.base.dtype, fake.kernels.description
+        parts, layers = trained_parts(fake.model), layers_of(fake.model)
         step = largest_step(config, fake, batches)
         dequantized = dequantization_note(shape, config.model)
         notes = [*([dequantized] if dequantized else []), *place.notes, *batches.notes, *fake.notes]
@@ -162,6 +154,18 @@ def plan(
     return result
 
 
+def read_shape(config: TrainConfig) -> tuple[PretrainedConfig, Labels | None]:
+    """Returns config.json of the model, with the labels of the data for tasks that have some, and the labels."""
+    shape = read_config(config.model)
+    if config.task not in TASK_TYPES:
+        return shape, None
+    if "data" not in config.model_fields_set:
+        raise ConfigError(f"--task {config.task} needs the labels of the data; add --data")
+    labels, _ = find_labels(config)
+    set_labels(shape, cast(Labels, labels), load_tokenizer(config.model))
+    return shape, labels
+
+
 def check_can_be_measured(config: TrainConfig, place: "Place", nproc: int) -> None:
     """Raises ConfigError if this machine cannot run real steps of this run."""
     if place.is_absent:
@@ -174,6 +178,13 @@ def check_can_be_measured(config: TrainConfig, place: "Place", nproc: int) -> No
         raise ConfigError(
             f"--measure runs real steps in one process and cannot be combined with --nproc {nproc}; remove one of them"
         )
+
+
+def layers_of(model: Trainable) -> dict[str, Any]:
+    """Returns what the plan says about single layers, by its attributes; nothing for full fine-tuning."""
+    if not isinstance(model, LoRAModel):
+        return {}
+    return {"modules": adapted_modules(model), "groups": trained_groups(model), "left": unadapted_groups(model)}
 
 
 # ---- The device

@@ -1,7 +1,7 @@
 """Loads the base model and its tokenizer, in the precision that suits this machine, and quantized if asked."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, cast
@@ -44,11 +44,9 @@ from tailora.train.config import SHARDED_QUANTIZE
 from tailora.train.image_text_to_text import check_processor
 from tailora.train.parallel import Sharding
 from tailora.train.quantize import (
-    check_packages,
-    check_unquantized,
     format_of,
+    loading_options,
     quantization_problems,
-    settings_for,
     stored_quantization,
 )
 
@@ -181,14 +179,7 @@ def load_base(
         is_plain = quantize is None and stored is None
         if sharding is not None:
             check_can_be_sharded(config, name, quantize)
-        more: dict[str, Any] = {}  # None would remove the quantization of a model that is quantized already
-        if quantize is not None:
-            check_unquantized(config, name, quantize)
-            wide = precision if isinstance(precision, torch.dtype) else config.dtype or torch.bfloat16
-            more["quantization_config"] = settings_for(quantize, wide, device)
-        elif stored is not None:
-            check_packages(stored, name)
-            config.quantization_config = {**stored_quantization(config), **stored.settings}
+        more = loading_options(config, name, quantize, precision, device)
         has_other_head = labels is not None and labels_of_config(config) not in (labels, None)
         if labels is not None:
             set_labels(config, labels, tokenizer)
@@ -216,12 +207,7 @@ def load_base(
     heads = [] if labels is None else task_heads(model)
     if has_other_head:
         initialize_heads(model, heads, seed)
-    untrained = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    if missing := sorted(key for key in untrained if not any(inside(key, head) for head in heads)):
-        raise ConfigError(
-            f"model {name!r} lacks {len(missing)} weights of {type(model).__name__}, which would be randomly "
-            f"initialized: {', '.join(missing[:3])}; use a complete {'causal language ' * (labels is None)}model"
-        )
+    check_complete(model, name, report, heads)
     if not is_plain and (problems := quantization_problems(model, report["unexpected_keys"])):
         raise ConfigError(f"model {name!r} cannot be used with this quantization: {listing(problems)}")
     if sharding is not None and is_plain:
@@ -229,6 +215,16 @@ def load_base(
     elif sharding is not None:
         sharding.shard(model)
     return model, tokenizer
+
+
+def check_complete(model: PreTrainedModel, name: str, report: Mapping[str, Any], heads: Sequence[str]) -> None:
+    """Raises ConfigError if the files lack weights other than those of new heads. report: of `from_pretrained`."""
+    untrained = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    if missing := sorted(key for key in untrained if not any(inside(key, head) for head in heads)):
+        raise ConfigError(
+            f"model {name!r} lacks {len(missing)} weights of {type(model).__name__}, which would be randomly "
+            f"initialized: {', '.join(missing[:3])}; use a complete {'' if heads else 'causal language '}model"
+        )
 
 
 # ---- Models with a head for labels

@@ -282,6 +282,25 @@ def check_full_training(config: PretrainedConfig, name: str) -> None:
         )
 
 
+def loading_options(
+    config: PretrainedConfig, name: str, quantize: str | None, precision: torch.dtype | str, device: torch.device
+) -> dict[str, Any]:
+    """Returns the options of `from_pretrained` for --quantize, and changes the config of a model that is quantized.
+
+    precision: of the other tensors; "auto" is that of the files.
+    Raises ConfigError if the model is quantized already, or if it cannot be loaded here.
+    """
+    form = format_of(config, name)
+    if quantize is not None:
+        check_unquantized(config, name, quantize)
+        dtype = precision if isinstance(precision, torch.dtype) else config.dtype or torch.bfloat16
+        return {"quantization_config": settings_for(quantize, dtype, device)}
+    if form is not None:
+        check_packages(form, name)
+        config.quantization_config = {**stored_quantization(config), **form.settings}
+    return {}  # with None, transformers would remove the quantization
+
+
 def check_packages(form: QuantizedFormat, name: str) -> None:
     if missing := [package for package in form.packages if importlib.util.find_spec(package) is None]:
         packages = " ".join(package.replace("_", "-") for package in missing)
