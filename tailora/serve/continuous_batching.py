@@ -300,11 +300,11 @@ def trial_obstacle(continuous: Engine, padded: Engine) -> str:
     Some models claim support that they do not have: they fail, or they compute something else, such as RoBERTa's
     kin, which count positions from the padding token on.
     """
-    found, expected = trial(continuous), trial(padded)
-    if isinstance(found, str) or isinstance(expected, str):
-        return found if isinstance(found, str) else ""  # what ends padded batches is shown by requests
+    actual, expected = trial(continuous), trial(padded)
+    if isinstance(actual, str) or isinstance(expected, str):
+        return actual if isinstance(actual, str) else ""  # what ends padded batches is shown by requests
     largest = LARGEST_DIFFERENCE.get(cast(Any, continuous.adapter_set.base_model).dtype, 1e-3)
-    for mine, other in zip(found, expected, strict=True):
+    for mine, other in zip(actual, expected, strict=True):
         if abs(mine.logprob - other.logprob) > largest:
             return f"its log-probabilities are off by {abs(mine.logprob - other.logprob):.2g}"
         if mine.id != other.id:  # a tie, after which the contexts differ
