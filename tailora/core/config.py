@@ -223,7 +223,8 @@ class LoRAConfig(StrictModel):
     lora_dropout: dropout probability for the inputs of A in training.
     target_modules: layers to adapt: names (exact, or the end of a path after a dot), one regular expression that must
         match the full path, "all-linear" (every linear layer except the output head and subclasses that do not
-        compute W x + b), or "language-model" (those of the language model; for other models, the same as "all-linear").
+        compute W x + b), or "language-model" (the linear layers of the language model; for other models, the same as
+        "all-linear").
     exclude_modules: layers to exclude, in the same formats.
     layers_to_transform: adapt only layers with these indices. As in PEFT, the index is the first number in the path
         after at least two names. Layers whose full path is in `target_modules` are always adapted.
