@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._mode_utils import no_dispatch
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from tailora.core.adapter import adapter_dtype
 from tailora.core.device import HALF, synchronize
@@ -179,7 +180,7 @@ def fake_trainable(
         place, dtype = device, precision_of(config.dtype, device)
     stored = getattr(shape, "dtype", None) or torch.float32  # according to config.json
     files: torch.dtype = getattr(torch, stored) if isinstance(stored, str) else stored
-    with place:
+    with place, no_init_weights():  # torch draws some weights again until they are in range, which never ends here
         precision = files if dtype == "auto" else dtype
         base = new_model(shape, config.model, config.task, dtype=precision).eval()
     form, settings = format_of(shape, config.model), stored_quantization(shape)

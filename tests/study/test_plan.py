@@ -26,7 +26,7 @@ from tailora.study.plan import batch_size_that_fits, largest_step, plan, quantiz
 from tailora.study.plan_result import Plan, Ranks
 from tailora.train import subprocess_worker
 from tailora.train.config import TrainConfig
-from tailora.train.estimate import FakeModel, Memory
+from tailora.train.estimate import FakeModel, Memory, fake_trainable
 from tailora.train.image_text_to_text import ImageTextToText
 from tailora.train.loss import CAUSAL_LM
 from tailora.train.memory import fake_tensors
@@ -273,6 +273,17 @@ def test_a_language_model_that_is_quantized_gets_no_advice_to_quantize() -> None
     place: Any = SimpleNamespace(device=torch.device("cpu"))
     anything: Any = SimpleNamespace(task=CAUSAL_LM)
     assert quantization(TrainConfig(model="any"), shape, anything, anything, place) == {}
+
+
+def test_no_weights_are_drawn(small_run: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For some models, torch would draw without an end, because numbers without contents are never in range."""
+
+    def draw(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(LlamaForCausalLM, "_init_weights", draw)
+    with fake_tensors():
+        fake_trainable(small_run, read_config(small_run.model), torch.device("cpu"))
 
 
 def test_a_tower_is_left_out_of_the_estimate_only_if_its_shapes_depend_on_numbers(
