@@ -287,7 +287,7 @@ def loading_options(
 ) -> dict[str, Any]:
     """Returns the options of `from_pretrained` for --quantize, and changes the config of a model that is quantized.
 
-    precision: of the other tensors; "auto" is that of the files.
+    precision: of the other tensors; "auto" keeps the precision of the files.
     Raises ConfigError if the model is quantized already, or if it cannot be loaded here.
     """
     form = format_of(config, name)
