@@ -151,13 +151,13 @@ def plan() -> str:
 
 # ---- docs/architectures.md
 
-COLUMNS = ("attach", "train", "merge", "unmerge", "checkpointing", "rows", "generate", "compile")
+COLUMNS = ("attach", "train", "merge", "unmerge", "checkpointing", "rows", "generate", "serve", "compile")
 COLUMNS += ("PEFT reads", "reads PEFT")
 FEW_WORDS = (  # what a reason says -> what the table says
     ("PEFT does not read its own file either", "misses layers, also in its own files"),
     ("does not generate: ", "-"),
     ("does not take tokens", "-"),
-    ("itself depends on the other rows", "-"),
+    ("itself depends on", "-"),
     ("the compiled base differs too", "also wrong without an adapter"),
     ("does not require grad and does not have", "no gradient in transformers"),
     ("does not support activation checkpointing", "not supported by transformers"),
@@ -453,6 +453,8 @@ EXCERPTS = {  # page and name of an output -> beginnings of its first line, and 
     ("tutorials/chats", "inspect"): ("Where the update is", "energy by layer"),
     ("tutorials/classify", "train"): ("demo, fine-tuned", "Metrics"),
     ("tutorials/classify", "eval"): ("Labels", ""),
+    ("tutorials/images", "train"): ("smol-vlm, fine-tuned", "Written to"),
+    ("tutorials/images", "eval"): ("What was measured", "outputs/"),
     ("tutorials/adapters", "pair"): ("Compared with the other", "Advice"),
     ("questions/merge", "export"): ("With the exported files", "To use it"),
     ("tutorials/preferences", "train"): ("demo, fine-tuned", "Answers before"),

@@ -9,6 +9,7 @@ import inspect
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from threading import Semaphore
 from typing import Any
 
 import peft
@@ -23,6 +24,8 @@ from tailora import LoRAModel
 from tailora.core.quantization import stored_tensors
 from tailora.core.targets import task_heads
 from tailora.errors import TailoraError
+from tailora.serve.continuous_batching import make_engine
+from tailora.serve.engine_interface import Finish, Request, SamplingParams, Token
 from tailora.train.kernel_choice import checkpointed_layers
 
 ROWS = 3
@@ -281,11 +284,14 @@ def whole_graph(model: nn.Module) -> nn.Module:
 
 def generated_logits(model: Any, ids: Tensor) -> Tensor:
     """Returns the logits of two generated tokens."""
-    settings = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
+    return torch.stack(generated(model, ids).logits, 1)
+
+
+def generated(model: Any, ids: Tensor, **inputs: Tensor) -> Any:
+    settings = {"max_new_tokens": 2, "eos_token_id": [], "do_sample": False, "num_beams": 1, "pad_token_id": 0}
     if model.config.is_encoder_decoder:
         settings["decoder_start_token_id"] = 1
-    answer = model.generate(ids, output_logits=True, return_dict_in_generate=True, **settings)
-    return torch.stack(answer.logits, 1)
+    return model.generate(ids, output_logits=True, return_dict_in_generate=True, **inputs, **settings)
 
 
 @torch.no_grad()
@@ -310,6 +316,50 @@ def generate(class_name: str) -> str:
         model.set_adapter(name)
         expected.append(generated_logits(model, ids[row : row + 1]))
     return compare(found, torch.cat(expected))
+
+
+def serve(class_name: str) -> str:
+    """The engine of `tailora serve` answers two requests with different adapters as `generate` does one by one."""
+    model = stirred(class_name, "a")
+    if model.config.is_encoder_decoder:
+        return "the base does not generate: it has an encoder"
+    if (of_rows := outcome("generate", class_name)).startswith("the base"):
+        return of_rows
+    add_second(model)
+    tokens = batch_of(model.base_model)["input_ids"]
+    prompts = {"a": tokens[:1, :4], "b": tokens[1:2]}  # of different lengths
+    expected = {}
+    for name, ids in prompts.items():
+        model.set_adapter(name)
+        expected[name] = generated(model, ids).sequences[0, ids.shape[1] :].tolist()
+    answers: dict[str, list[int]] = {name: [] for name in prompts}
+    errors, ended = list[str](), Semaphore(0)
+    engine = make_engine(model._adapter_set, [], max_positions=32, max_requests=2)
+    try:
+        engine.start()
+        for name, ids in prompts.items():
+
+            def handle(event: Token | Finish, name: str = name) -> None:
+                if isinstance(event, Token):
+                    answers[name].append(event.id)
+                    return
+                errors.extend([event.message] if event.reason == "error" else [])
+                ended.release()
+
+            params = SamplingParams(2, temperature=0.0, ignore_eos=True)
+            engine.submit(Request(name, tuple(ids[0].tolist()), name, params), handle)
+        if not all(ended.acquire(timeout=60) for _ in prompts):
+            return "no answer within 60 seconds"
+    finally:
+        engine.stop()
+    if errors or answers == expected:
+        return errors[0] if errors else "yes"
+    model.set_adapter("a")
+    padded = torch.cat([torch.zeros_like(tokens[:1, 4:]), prompts["a"]], dim=1)
+    mask = (torch.arange(padded.shape[1]) >= padded.shape[1] - 4).long()[None]
+    if generated(model, padded, attention_mask=mask).sequences[0, -2:].tolist() != expected["a"]:
+        return "the base itself depends on padding"
+    return f"{answers} instead of {expected}"
 
 
 def peft_reads(class_name: str) -> str:
@@ -371,6 +421,7 @@ CHECKS: dict[str, Callable[[str], str]] = {
     "checkpointing": checkpointing,
     "rows": rows,
     "generate": generate,
+    "serve": serve,
     "compile": compiled,
     "PEFT reads": peft_reads,
     "reads PEFT": reads_peft,

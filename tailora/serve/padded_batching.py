@@ -101,6 +101,10 @@ class PaddedEngine(Engine):
             try:
                 with self._model_lock, torch.inference_mode():  # an adapter may be removed once its requests have ended
                     self._generate([running for running in self._running if not running.is_finished])
+                for running in self._running:  # of models with a `generate` of their own, such as Janus
+                    running.finish(
+                        Finish("error", "the model's generate ended without the answer; it is not supported")
+                    )
             except BATCH_ERRORS as error:  # only of this batch; the next one may fit
                 cause = "out of memory; use shorter prompts or responses" if is_out_of_memory(error) else str(error)
                 for running in self._running:

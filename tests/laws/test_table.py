@@ -25,7 +25,7 @@ def test_a_pair_without_sense_is_refused_with_the_reason(case: LayerCase, slot: 
 
 
 def test_the_table_has_every_row_of_the_core() -> None:
-    layers = [case.layer() for case in ALL_LAYERS]
+    layers = [*(case.layer() for case in ALL_LAYERS), *(case.net().block["target"] for case in QUANTIZED)]
     covered = {name for layer in layers for name in map(qualified_name, type(layer).__mro__) if name in LAYER_TYPES}
     assert covered == set(LAYER_TYPES)
     assert layer_type_of(nn.LayerNorm(3)) is None

@@ -365,3 +365,13 @@ def test_an_engine_that_computes_something_else_is_not_chosen(monkeypatch: pytes
     engine = make_engine(AdapterSet(base_model(), {}), [EOS], max_positions=64, note=notes.append)
     assert isinstance(engine, PaddedEngine)
     assert "its log-probabilities are off by" in notes[0]
+
+
+def test_a_generate_that_does_not_answer_ends_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = base_model()
+    monkeypatch.setattr(model, "generate", lambda **_: None)
+    with started(PaddedEngine(AdapterSet(model, {}), [EOS], max_positions=64)) as engine:
+        answers = Answers(engine)
+        answers.submit("x", [9, 10, 11], None)
+        assert answers.wait()["x"] == []
+    assert "ended without the answer" in answers.finishes["x"].message
