@@ -101,7 +101,7 @@ class PaddedEngine(Engine):
             try:
                 with self._model_lock, torch.inference_mode():  # an adapter may be removed once its requests have ended
                     self._generate([running for running in self._running if not running.is_finished])
-                for running in self._running:  # of models with a `generate` of their own, such as Janus
+                for running in self._running:  # such as Janus, which has its own `generate`
                     running.finish(
                         Finish("error", "the model's generate ended without the answer; it is not supported")
                     )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from pretend_accelerator import counted, no_synchronisation
-from tiny import chat_model, stirred_model
+from tiny import chat_model
 from torch import Tensor, nn
 
 from tailora import LoRAConfig, LoRAModel
@@ -27,7 +27,9 @@ DORA = LoRAConfig(r=4, use_dora=True)
 
 
 def stirred(device: torch.device, config: LoRAConfig, dtype: torch.dtype = torch.float32) -> LoRAModel:
-    return stirred_model(chat_model(initializer_range=0.3, attention_bias=True).to(device, dtype), config).eval()
+    model = LoRAModel(chat_model(initializer_range=0.3, attention_bias=True).to(device, dtype), config).eval()
+    stir(model)
+    return model
 
 
 def stir(model: LoRAModel) -> None:
