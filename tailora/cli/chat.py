@@ -45,7 +45,7 @@ Images = Annotated[
     Parameter(
         name="--image",
         negative=(),
-        help="image for the prompt; repeatable; <image> in the text says where, default: before the text",
+        help="image to add to every prompt, at its image placeholders or before its text; repeatable",
     ),
 ]
 System = Annotated[str | None, Parameter(help="system message; default: the one used in training; '': none")]
@@ -229,7 +229,7 @@ def generate(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> int:
-    """Answer each prompt independently, with the same images if you name some.
+    """Answer each prompt independently. Images are added to every prompt.
 
     If you name several adapters, all of them are active, and their updates are added together.
     """
