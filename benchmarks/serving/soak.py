@@ -174,7 +174,7 @@ def leaves_an_answer(client: httpx.Client, chance: random.Random, record: Record
 
 
 REFUSED: list[tuple[str, dict[str, Any], int]] = [  # path, what differs from a right request, status
-    ("/v1/completions", {"model": "nobody"}, 404),
+    ("/v1/completions", {"model": "unknown"}, 404),
     ("/v1/completions", {"model": "small@much"}, 400),
     ("/v1/completions", {"model": "dora+small"}, 400),
     ("/v1/completions", {"max_tokens": 10**7}, 400),
@@ -188,7 +188,7 @@ REFUSED: list[tuple[str, dict[str, Any], int]] = [  # path, what differs from a 
     ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "missing"}, 404),
     ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "loaded/broken"}, 400),
     ("/v1/load_lora_adapter", {"lora_name": "small", "lora_path": "small"}, 400),
-    ("/v1/unload_lora_adapter", {"lora_name": "nobody"}, 404),
+    ("/v1/unload_lora_adapter", {"lora_name": "unknown"}, 404),
 ]
 
 

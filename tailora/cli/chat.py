@@ -33,6 +33,7 @@ from tailora.cli.models import (
 )
 from tailora.data.messages import Messages, place_images
 from tailora.data.readers import JSON_LINES, READERS, TXT, Row, RowProblem, data_error, read_file
+from tailora.data.schemas import IMAGE_COLUMNS
 from tailora.errors import AdapterError, ConfigError, DataError, MemoryLimitError, nearest
 from tailora.formats.io import check_new_file, partial_file, write_lines
 from tailora.formats.run_folder import adapter_folder, read_system_message, recorded_settings
@@ -243,7 +244,8 @@ def generate(
     if ignore_chat_template and image:
         raise ConfigError("--image needs the chat template, so it cannot be combined with --ignore-chat-template")
     images = read_images(image)
-    questions = (prompt or [piped_text()]) if prompts is None else read_prompts(prompts)
+    rows = [{"prompt": text} for text in prompt or [piped_text()]] if prompts is None else read_prompts(prompts)
+    questions = [row["prompt"] for row in rows]
     if output is not None:
         check_answers_file(output, overwrite=overwrite)
     folders = parse_adapters(adapter or [])
@@ -256,6 +258,11 @@ def generate(
 
     obstacle = image_obstacle(loaded.model, loaded.tokenizer)
     check_accepts_images(obstacle, images)
+    if not obstacle and any(row.get(column) for row in rows for column in IMAGE_COLUMNS):
+        raise ConfigError(
+            f"--prompts {prompts}: images in rows are not supported here; use --image for images that belong to every "
+            "prompt, or `tailora eval` for rows with images and replies"
+        )
     systems = {} if ignore_chat_template else training_systems(system, folders or {model: Path(model)})
     if len(set(systems.values())) > 1:
         note("the adapters were trained with different system messages, so none is used; set one with --system TEXT")
@@ -319,15 +326,15 @@ def piped_text() -> str:
     return text
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Returns `prompt` of each row of a data file, or the lines of any other. Raises ConfigError or DataError."""
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a data file, or a row for each line of any other. Raises ConfigError or DataError."""
     if path.suffix.lower() not in READERS.keys() - {TXT}:
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeError) as error:
             cause = error.strerror if isinstance(error, OSError) else f"not UTF-8: {error}"
             raise ConfigError(f"--prompts {path}: {cause}; use a readable UTF-8 text file") from None
-        prompts = [line for line in lines if line.strip()]
+        prompts = [{"prompt": line} for line in lines if line.strip()]
     else:
         rows = list(read_file(path))
         problems = [row for row in rows if isinstance(row, RowProblem)]
@@ -339,7 +346,7 @@ def read_prompts(path: Path) -> list[str]:
         ]
         if problems:
             raise data_error(problems)
-        prompts = [row.fields["prompt"] for row in fields]
+        prompts = [row.fields for row in fields]
     if not prompts:
         raise ConfigError(f"--prompts {path} contains no prompts; write one per line")
     return prompts

@@ -56,6 +56,7 @@ def test_answers_are_those_of_transformers_for_the_same_images(folder: Path) -> 
         (["--image", "."], "image .: Is a directory"),
         (["--image", "red.png", "--ignore-chat-template"], "--image needs the chat template"),
         (["--image", "red.png", "--prompt", "<image><image>"], "expected 2, one for each <image> in the messages, got"),
+        (["--prompts", "rows.jsonl"], "--prompts rows.jsonl: images in rows are not supported here; use --image"),
         (["--image", "red.png", "--model", "TEXT"], "this model cannot answer questions about images: it reads only"),
     ],
 )
@@ -63,9 +64,10 @@ def test_images_that_cannot_be_used_are_refused(
     tokens: list[str], hint: str, folder: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "broken.png").write_text("hello")
+    (folder / "rows.jsonl").write_text('{"prompt": "which", "image": "red.png"}')
     monkeypatch.chdir(folder)
     model = [] if "--model" in tokens else ["--model", "model"]
-    prompt = [] if "--prompt" in tokens else ["--prompt", "a"]
+    prompt = [] if {"--prompt", "--prompts"} & {*tokens} else ["--prompt", "a"]
     check_refused(hint, "generate", *model, *prompt, *(tiny_model if token == "TEXT" else token for token in tokens))
 
 
