@@ -197,6 +197,7 @@ def _qwen_processor(tokenizer: PreTrainedTokenizerBase, name: str, patch_size: i
     return processor
 
 
+QWEN_VISION = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
 MROPE = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
 
 
@@ -210,15 +211,7 @@ def _qwen2_vl() -> Parts:
 
 def _qwen2_5_vl() -> Parts:
     tokenizer = _tokenizer(*QWEN)
-    vision = {
-        "depth": 2,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_heads": 2,
-        "out_hidden_size": 32,
-        "fullatt_block_indexes": [1],
-        "window_size": 56,
-    }
+    vision = {**QWEN_VISION, "fullatt_block_indexes": [1], "window_size": 56}
     text = _text(tokenizer, rope_parameters=MROPE)
     config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_qwen_ids(tokenizer))
     return transformers.Qwen2_5_VLForConditionalGeneration(config), _qwen_processor(tokenizer, "Qwen2_5_VL", 14)
@@ -226,15 +219,7 @@ def _qwen2_5_vl() -> Parts:
 
 def _qwen3_vl() -> Parts:
     tokenizer = _tokenizer(*QWEN)
-    vision = {
-        "depth": 2,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_heads": 2,
-        "out_hidden_size": 32,
-        "deepstack_visual_indexes": [0],
-        "num_position_embeddings": 16,
-    }
+    vision = {**QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
     text = _text(tokenizer, head_dim=8, rope_parameters=MROPE)
     config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **_qwen_ids(tokenizer))
     return transformers.Qwen3VLForConditionalGeneration(config), _qwen_processor(tokenizer, "Qwen3VL", 16)
