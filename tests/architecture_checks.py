@@ -23,9 +23,9 @@ from transformers.models.auto import modeling_auto as auto
 from tailora import LoRAModel
 from tailora.core.quantization import stored_tensors
 from tailora.core.targets import task_heads
+from tailora.engine.continuous_batching import make_engine
+from tailora.engine.interface import Finish, Request, SamplingParams, Token
 from tailora.errors import TailoraError
-from tailora.serve.continuous_batching import make_engine
-from tailora.serve.engine_interface import Finish, Request, SamplingParams, Token
 from tailora.train.kernel_choice import checkpointed_layers
 
 ROWS = 3

@@ -11,12 +11,12 @@ import pytest
 
 import tailora
 
-ROOMS = "errors quiet core formats model data kernels train evaluation study verify report serve cli".split()  # noqa: SIM905
+ROOMS = "errors quiet core formats model data kernels engine train evaluation study verify report serve cli".split()  # noqa: SIM905
 RANK = {room: rank for rank, room in enumerate(ROOMS)}
 PACKAGE = Path(tailora.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
-MOST_FILES = 185
+MOST_FILES = 192
 
 # Words that meant several things, or nothing to a newcomer. The glossary in docs/ has the words to use.
 BANNED = frozenset(

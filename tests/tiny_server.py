@@ -18,9 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from tailora import LoRAConfig, LoRAModel
 from tailora.cli.serve import listen
 from tailora.core.adapter_set import AdapterSet
+from tailora.engine.continuous_batching import EngineName, make_engine
+from tailora.engine.interface import Engine
 from tailora.serve.app import Connection, HTTPServer, ServerSettings, create_app
-from tailora.serve.continuous_batching import EngineName, make_engine
-from tailora.serve.engine_interface import Engine
 from tailora.serve.registry import AdapterRegistry
 
 TEXTS = ["the cat sat on the mat", "a dog ran away", "what is that", "good morning to you"]

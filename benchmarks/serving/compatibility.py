@@ -38,10 +38,10 @@ from transformers.models.auto import modeling_auto as auto
 from benchmarks import measure
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.quantization import is_quantized
+from tailora.engine.continuous_batching import make_engine
+from tailora.engine.interface import Finish, Request, SamplingParams, Token
 from tailora.formats.serving_targets import TARGETS, ServingSettings
 from tailora.kernels.compiled_layers import obstacle_to_compiling
-from tailora.serve.continuous_batching import make_engine
-from tailora.serve.engine_interface import Finish, Request, SamplingParams, Token
 from tailora.train.kernel_choice import choose_packing
 from tailora.train.model_loading import check_can_be_sharded, load_base
 from tailora.train.quantize import METHODS

@@ -31,8 +31,8 @@ from benchmarks.speed.arms import load_base_model, synthetic_task
 from benchmarks.speed.shapes import SHAPES
 from tailora import LoRAConfig, LoRAModel
 from tailora.core.adapter_set import AdapterSet
-from tailora.serve.continuous_batching import ContinuousEngine
-from tailora.serve.engine_interface import Finish, Request, SamplingParams, Token
+from tailora.engine.continuous_batching import ContinuousEngine
+from tailora.engine.interface import Finish, Request, SamplingParams, Token
 from tailora.serve.registry import AdapterRegistry
 from tailora.train.memory import keep_freed_memory
 

@@ -25,13 +25,14 @@ from tailora.report.blocks import Code, Sample, Section
 from tailora.report.files import write_page_if_possible
 from tailora.report.format import plural, printable
 from tailora.report.terminal import print_rich_table, print_section
-from tailora.train.config import FEW_STEPS, TrainConfig
+from tailora.train.config import FEW_STEPS, GRPO, TrainConfig
 
 if TYPE_CHECKING:
     from tailora.data.prepare import PreparedData
 
 SETTINGS = ["model", "task", "eval_data", "field", "max_length", "validation_split", "seed", "skip_bad_rows", "system"]
 SETTINGS += ["assistant_only_loss", "completion_only_loss", "documents", "image_folder", "allow_remote_images"]
+SETTINGS += ["reward"]
 Flags: Any = flags_of(TrainConfig, only=SETTINGS)
 BAR = 40  # characters of the longest bar
 MOST_HELD_OUT = 0.2  # share of the rows, in the suggested command
@@ -68,7 +69,7 @@ def data(
     from tailora.data.tokenize import preview
     from tailora.evaluation.statistics import FEW_EXAMPLES, TOO_FEW
     from tailora.report.pages.data import DataContent
-    from tailora.train.dataloader import read_whole
+    from tailora.train.dataloader import read_prompts_of, read_whole
     from tailora.train.model_loading import load_tokenizer, new_model, read_config
     from tailora.train.setup import find_labels
 
@@ -78,7 +79,10 @@ def data(
     embedding_rows = empty.get_input_embeddings().weight.shape[0]
     labels, _ = find_labels(settings)
     check_vocabulary(tokenizer, embedding_rows)
-    prepared = read_whole(settings, tokenizer, labels)
+    if settings.task == GRPO:
+        prepared = read_prompts_of(settings, tokenizer).prepared
+    else:
+        prepared = read_whole(settings, tokenizer, labels)
     for problem in prepared.skipped[:MAX_SHOWN]:
         note(f"skipped {problem}")
     report = prepared.report.to_dict()

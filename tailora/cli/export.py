@@ -168,7 +168,7 @@ def check_target(to: str, adapter: Path, output: Path, base: str, labels: "Label
 
 def serving_settings(adapter: Path, base: str, model: Any, tokenizer: Any, trained_on: str | None) -> "ServingSettings":
     """Returns the settings for a server. Sets the tokenizer's chat template to the one used in training."""
-    from tailora.evaluation.generate import stop_ids
+    from tailora.data.tokenize import stop_ids
     from tailora.formats.serving_targets import ServingSettings, adapter_chat_template
 
     template = adapter_chat_template(adapter) if adapter.is_dir() else None

@@ -163,7 +163,8 @@ def _listener(console: Console, show: Callable[[str, int, int, bool], None], ver
                 eta, memory = timedelta(seconds=round(event.eta_seconds)), event.memory_bytes / 1e9
                 speed = f"{event.tokens_per_second:,.0f} tokens/s  ETA {eta}  memory {memory:.2f} GB"
                 text, is_end = f"step {event.step}/{event.max_steps}", event.step in (1, event.max_steps)
-                show(f"{text}  loss {event.loss:.3f}  {speed}", event.step, event.max_steps, is_end)
+                result = f"loss {event.loss:.3f}" if event.reward is None else f"reward {event.reward:.3f}"
+                show(f"{text}  {result}  {speed}", event.step, event.max_steps, is_end)
                 if event.step == event.max_steps:
                     show("training finished; evaluating and saving", 0, 0, False)
             case EvaluationProgress():
@@ -173,7 +174,10 @@ def _listener(console: Console, show: Callable[[str, int, int, bool], None], ver
             case Evaluated():
                 when = f"after step {event.step}" if event.step else "before training"
                 best = " (best so far)" if event.best else ""
-                print_text(console, f"held-out loss {when}: {event.loss:.4f}{best}")
+                result = (
+                    f"loss {when}: {event.loss:.4f}" if event.reward is None else f"reward {when}: {event.reward:.4f}"
+                )
+                print_text(console, f"held-out {result}{best}")
             case Saved():
                 print_text(console, f"saved {event.folder}")
             case Note():

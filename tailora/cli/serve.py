@@ -84,9 +84,10 @@ def serve(
         import uvicorn
 
         from tailora.core.adapter_set import AdapterSet
-        from tailora.evaluation.generate import free_positions, stop_ids
+        from tailora.data.tokenize import stop_ids
+        from tailora.engine.continuous_batching import ContinuousEngine, make_engine
+        from tailora.evaluation.generate import free_positions
         from tailora.serve.app import Connection, HTTPServer, ServerSettings, create_app
-        from tailora.serve.continuous_batching import ContinuousEngine, make_engine
         from tailora.serve.playground import LOCAL_HOSTS
         from tailora.serve.registry import AdapterRegistry
         from tailora.train.memory import keep_freed_memory

@@ -4,15 +4,19 @@ The text of an example contains as many placeholders as its images have tokens, 
 other tokens. The pixel values of a batch are computed when the batch is needed.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from tailora.errors import DataError
+
+if TYPE_CHECKING:
+    from tailora.data.images import Image
 
 Tokenizer: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin  # a processor for vision-language models
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # Gemma 3; Gemma 4, Qwen-VL, GLM-V
@@ -77,14 +81,42 @@ def image_owners(processor: ProcessorMixin, input_ids: Sequence[int], sizes: Seq
     return owners
 
 
-def marks_image_tokens(processor: ProcessorMixin) -> bool:
-    """Returns whether the processor tells the model which tokens are images."""
-    return not {*TOKEN_TYPES}.isdisjoint(processor(text=["a"]).keys())
+def image_inputs(
+    processor: ProcessorMixin, input_ids: Tensor, images: Sequence[Sequence["Image"]]
+) -> dict[str, Tensor]:
+    """Returns the inputs other than input_ids, (batch, length), on the CPU: pixels, and which tokens are images.
+
+    images: of each row. Raises DataError if one cannot be read anymore.
+    """
+    pixels = pixel_inputs(processor, [[image.load() for image in of_row] for of_row in images])
+    return pixels | image_tokens(processor, input_ids)
 
 
-def token_types(processor: ProcessorMixin, input_ids: Tensor) -> Tensor:
-    """Returns 1 for the tokens of images and 0 for others, (batch, length)."""
-    return torch.tensor(processor.create_mm_token_type_ids(input_ids.tolist()))
+def image_tokens(processor: ProcessorMixin, input_ids: Tensor) -> dict[str, Tensor]:
+    """Returns 1 for the tokens of images and 0 for others, (batch, length), under every name that models have for it.
+
+    {} if the processor does not tell the model.
+    """
+    if {*TOKEN_TYPES}.isdisjoint(processor(text=["a"]).keys()):
+        return {}
+    return dict.fromkeys(TOKEN_TYPES, torch.tensor(processor.create_mm_token_type_ids(input_ids.tolist())))
+
+
+def base_of(model: Any) -> PreTrainedModel:
+    """Returns the model itself, or the one that a LoRAModel wraps."""
+    base: PreTrainedModel = model if isinstance(model, PreTrainedModel) else model.base_model
+    return base
+
+
+def accepted_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the inputs with the types of tokens under the model's name for them, and pixels in its precision."""
+    base = base_of(model)
+    unknown = set(TOKEN_TYPES) - inspect.signature(base.forward).parameters.keys()
+    return {
+        name: value.to(base.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+        if name not in unknown
+    }
 
 
 def added_start(tokenizer: Tokenizer) -> list[int]:

@@ -7,6 +7,7 @@ classification      texts with a target, words with their tags
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, cast
@@ -24,7 +25,7 @@ from tailora.data.chat_template import (
 from tailora.data.dataset import IGNORED, Example, Int32
 from tailora.data.labels import Labels
 from tailora.data.loss_mask import RenderedSample, loss_mask, render_sample
-from tailora.data.processor import image_owners
+from tailora.data.processor import image_owners, text_tokenizer
 from tailora.data.schemas import (
     SEQ2SEQ,
     AnySample,
@@ -75,6 +76,22 @@ def encode_sample(sample: Sample, tokenizer: Any, max_length: int) -> Example:
     if isinstance(result, DataError):
         raise result
     return result[-1].example
+
+
+def stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Returns the end tokens of the model and the tokenizer, and those that end a reply in training.
+
+    A reply in the middle of a conversation may end with a different token than the last one, as in Phi 3 and GLM.
+    """
+    end = model.generation_config.eos_token_id
+    ids = {*(end if isinstance(end, list) else [end]), text_tokenizer(tokenizer).eos_token_id}
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+        with suppress(DataError):  # the template can be chatted with, but not trained on
+            labels = encode_sample(Conversation(turns), tokenizer, max_length=100_000).labels
+            ends = labels[np.diff(labels != IGNORED, append=False) & (labels != IGNORED)].tolist()
+            ids |= set(ends) & ChatTokenizer.of(tokenizer).special_ids
+    return sorted(ids - {None})
 
 
 def encode_samples(samples: Sequence[AnySample], tokenizer: ChatTokenizer) -> list[list[EncodedSample] | DataError]:

@@ -7,26 +7,23 @@ In this order: a question becomes token ids, `generation_arguments` adds how to 
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from threading import Event
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, ProcessorMixin, TextIteratorStreamer
 
 from tailora.core.attach import evaluating
 from tailora.data.chat_template import ChatTokenizer
-from tailora.data.dataset import IGNORED
 from tailora.data.images import Image, images_of
 from tailora.data.messages import Messages, text_of
-from tailora.data.processor import text_tokenizer
+from tailora.data.processor import accepted_inputs, image_inputs, text_tokenizer
 from tailora.data.schemas import Conversation, Pair, Sample, Text
-from tailora.data.tokenize import encode_sample, last_reply, prompt_ids, reply_text
+from tailora.data.tokenize import last_reply, prompt_ids, reply_text, stop_ids
 from tailora.errors import DataError
-from tailora.train.image_text_to_text import ImageTextToText, accepted_inputs
 from tailora.train.parallel import is_sharded
 from tailora.train.state import seeded
 from tailora.train.trainable import Trainable
@@ -140,7 +137,7 @@ def generation_arguments(
     ids = torch.tensor([prompt.ids])  # (1, length)
     inputs = {"inputs": ids, "attention_mask": torch.ones_like(ids)}
     if isinstance(tokenizer, ProcessorMixin):
-        inputs |= accepted_inputs(model, ImageTextToText(tokenizer).image_inputs(ids, [prompt.images]))
+        inputs |= accepted_inputs(model, image_inputs(tokenizer, ids, [prompt.images]))
     return {name: value.to(model.device) for name, value in inputs.items()} | {"generation_config": config}
 
 
@@ -161,22 +158,6 @@ def free_positions(model: Any, length: int) -> int:
     """Returns how many positions the model has after `length` tokens."""
     positions: int = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     return positions - length
-
-
-def stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Returns the end tokens of the model and the tokenizer, and those that end a reply in training.
-
-    A reply in the middle of a conversation may end with a different token than the last one, as in Phi 3 and GLM.
-    """
-    end = model.generation_config.eos_token_id
-    ids = {*(end if isinstance(end, list) else [end]), text_tokenizer(tokenizer).eos_token_id}
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
-        with suppress(DataError):  # the template can be chatted with, but not trained on
-            labels = encode_sample(Conversation(turns), tokenizer, max_length=100_000).labels
-            ends = labels[np.diff(labels != IGNORED, append=False) & (labels != IGNORED)].tolist()
-            ids |= set(ends) & ChatTokenizer.of(tokenizer).special_ids
-    return sorted(ids - {None})
 
 
 # ---- One reply, streamed
@@ -261,7 +242,7 @@ def compare_answers(
     asked = [(prompt_of(model, question, tokenizer), question) for question in questions]
     asked = [(prompt, question) for prompt, question in asked if free_positions(model, len(prompt.ids)) > 0]
     prompts = [prompt for prompt, _ in asked]
-    references = ["" if isinstance(question, str | Text) else reply_text(question, tokenizer) for _, question in asked]
+    references = [_reference(question, tokenizer) for _, question in asked]
     texts: list[list[str]] = []  # of the tuned model, then of the base
     with evaluating(model):
         for which in (nullcontext(), model.disable_adapter()):
@@ -274,6 +255,13 @@ def compare_answers(
         Answer(prompt.text, base, tuned, prompt.earlier_messages, reference, prompt.images)
         for prompt, tuned, base, reference in zip(prompts, *texts, references, strict=True)
     ]
+
+
+def _reference(question: str | Sample, tokenizer: Any) -> str:
+    """Returns the reply in the data; "" if there is none."""
+    if isinstance(question, str | Text) or (isinstance(question, Conversation) and not question.replies):
+        return ""
+    return reply_text(question, tokenizer)
 
 
 def _greedy_answer(model: Any, tokenizer: Any, prompt: Prompt, max_new_tokens: int) -> str:

@@ -32,10 +32,11 @@ from tailora.evaluation.multiple_choice import log_likelihoods, right_is_likelie
 from tailora.evaluation.statistics import Interval, mean_interval, paired_difference, share_difference, wilson_interval
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
-from tailora.train.dataloader import CPU_TOKENS, data_settings, resolved_sources
+from tailora.train.dataloader import data_settings, resolved_sources
 from tailora.train.image_text_to_text import language_model_task
 from tailora.train.kernel_choice import choose_layout
 from tailora.train.loss import SEQ2SEQ_TASK, Evaluation, Task, evaluate
+from tailora.train.step import CPU_TOKENS
 from tailora.train.trainable import Trainable
 
 TUNED, BASE = "tuned", "base"

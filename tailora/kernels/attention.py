@@ -13,7 +13,7 @@ Position biases are not supported and raise PackingError; so do soft caps and at
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -111,7 +111,7 @@ def packed_rows(model: PreTrainedModel, provider: str | None = None) -> Iterator
     provider = provider or (CPU if model.device.type == "cpu" else "sdpa")
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     prepare = partial(_prepare, None if provider == CPU else PROVIDERS[provider], sliding_windows(model))
-    with _attention(model, NAME):
+    with use_attention(model, NAME):
         if config._attn_implementation != NAME:
             raise PackingError(f"{type(model).__name__} does not allow choosing the attention implementation")
         with (model if decoder is None else decoder).register_forward_pre_hook(prepare, with_kwargs=True):
@@ -131,12 +131,12 @@ def padded_rows(model: PreTrainedModel) -> Iterator[None]:
     if model.device.type == "cpu" or model.config._attn_implementation != "sdpa":
         yield
         return
-    with _attention(model, PADDED):
+    with use_attention(model, PADDED):
         yield
 
 
 @contextmanager
-def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+def use_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Within the block the model uses this attention of transformers' registry."""
     config = model.config
     parts = {name: part for name in config.sub_configs if (part := getattr(config, name)) is not None}
@@ -163,11 +163,13 @@ AttentionMaskInterface.register(PADDED, _always_masked)
 def _prepare(
     provider: type[DeviceRow] | None,
     windows: tuple[int | None, ...],
-    _decoder: nn.Module,
+    decoder: nn.Module,
     inputs: tuple[Any, ...],
     arguments: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Adds what all layers share to the arguments of the decoder, which passes them on. Raises PackingError."""
+    if cast(PreTrainedModel, decoder).config._attn_implementation != NAME:
+        return inputs, arguments  # another attention is used within `packed_rows`, to sample from the model
     if arguments.get("attention_mask") is not None:
         raise PackingError("a packed row has no padding, but an attention mask was passed")
     ends, longest = arguments.get("cu_seq_lens_q"), arguments.get("max_length_q")

@@ -205,6 +205,7 @@ class Batch:
     weight: float = 1.0  # 0: computed to keep step with other ranks, not counted
     expected_gradient: float | Tensor = 1.0  # of each loss, if known; not 0
     loss_weights: Tensor | None = None  # (losses,), of their sum in training; None: all are 1
+    temperature: float = 1.0  # that the logits are divided by
     extras: dict[str, Tensor] = field(default_factory=dict)  # what the loss of a task needs besides
     other: "Batch | None" = None  # what is computed without gradients for it
 
@@ -257,7 +258,8 @@ def _recomputed(model: Model, batch: Batch) -> Tensor:
 def _states(model: Model, batch: Batch) -> Tensor:
     """Returns the decoder's states at supervised positions, (supervised, hidden)."""
     states: Tensor = model.get_decoder()(**batch.inputs, use_cache=False)[0]  # (batch, length, hidden)
-    return states.flatten(0, 1).index_select(0, batch.supervised)
+    states = states.flatten(0, 1).index_select(0, batch.supervised)
+    return states if batch.temperature == 1 else states / batch.temperature
 
 
 def _own_logits(model: Model, batch: Batch) -> Tensor:
@@ -265,12 +267,13 @@ def _own_logits(model: Model, batch: Batch) -> Tensor:
     rows = logits.flatten(0, 1)
     if batch.within_columns is not None:
         rows = rows.index_select(0, batch.within_columns)
-    return cross_entropy(rows, batch.targets)
+    return cross_entropy(rows if batch.temperature == 1 else rows / batch.temperature, batch.targets)
 
 
 def _own_logits_everywhere(model: Model, batch: Batch) -> Tensor:
     logits = model(**batch.inputs, use_cache=False).logits  # (batch, length, vocabulary)
-    return cross_entropy(logits.flatten(0, 1).index_select(0, batch.supervised), batch.targets)
+    rows = logits.flatten(0, 1).index_select(0, batch.supervised)
+    return cross_entropy(rows if batch.temperature == 1 else rows / batch.temperature, batch.targets)
 
 
 FROZEN = "in chunks of tokens through the frozen output head"

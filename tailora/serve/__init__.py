@@ -1,1 +1,1 @@
-"""One frozen base in memory and many adapters: engines, the registry of adapters, the server and its page."""
+"""One frozen base in memory and many adapters: the registry of adapters, the server and its page."""

@@ -13,9 +13,9 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
+from tailora.engine.interface import Engine, Finish, Request, Token
 from tailora.errors import AdapterError
 from tailora.serve import schemas
-from tailora.serve.engine_interface import Engine, Finish, Request, Token
 from tailora.serve.registry import AdapterHandle
 from tailora.serve.schemas import FinishReason, RequestError, new_id
 

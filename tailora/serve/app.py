@@ -37,16 +37,16 @@ from tailora.data.images import images_of
 from tailora.data.messages import Messages, has_images, marked_messages, text_value
 from tailora.data.processor import media_ids, text_tokenizer
 from tailora.data.schemas import Conversation
+from tailora.engine.interface import Engine, SamplingParams
+from tailora.engine.interface import Request as EngineRequest
+from tailora.engine.sampling import json_matcher
 from tailora.errors import DataError
 from tailora.evaluation.generate import Prompt, image_obstacle
 from tailora.serve import schemas
 from tailora.serve.answers import Answer, ChatAnswer, CompletionAnswer, Generation, Json, Piece
-from tailora.serve.engine_interface import Engine, SamplingParams
-from tailora.serve.engine_interface import Request as EngineRequest
 from tailora.serve.images import decode_images
 from tailora.serve.playground import add_page
 from tailora.serve.registry import AdapterInfo, AdapterRegistry
-from tailora.serve.sampling import json_matcher
 from tailora.serve.schemas import ERRORS, ERRORS_OF_TEXT, GenerationRequest, RequestError, new_id
 
 COMPLETION_TOKENS = 16  # for /v1/completions without max_tokens, as in OpenAI's API

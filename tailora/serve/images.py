@@ -1,16 +1,14 @@
 """Images in chat requests: data: URLs within limits. The server fetches no addresses and writes no images to disk."""
 
-from collections.abc import Iterable
-
 from tailora.data.images import Image, read_data_url, replace_images
 from tailora.data.messages import IMAGE, Messages
+from tailora.engine.interface import PIXELS_OF_REQUEST, pixel_count
 from tailora.errors import DataError
 from tailora.serve.schemas import RequestError
 
 FORMATS_OF_REQUEST = ("PNG", "JPEG", "WEBP", "GIF")  # as in OpenAI's API
 IMAGES_OF_REQUEST = 16
 LARGEST_IMAGE = 10 * 2**20  # bytes of a file
-PIXELS_OF_REQUEST = 64_000_000  # of all images of a request; decoded, they need 192 MB
 MOST_ELONGATED = 200  # ratio of the sides; processors scale up the shorter one
 
 
@@ -46,7 +44,3 @@ def _decoded(url: str) -> Image:
             "as long as the other"
         )
     return image
-
-
-def pixel_count(images: Iterable[Image]) -> int:
-    return sum(image.width * image.height for image in images)

@@ -35,7 +35,7 @@ from tailora.study.model_layout import adapted_modules, trained_groups, unadapte
 from tailora.study.plan_result import FullFineTuning, Option, Plan, Ranks
 from tailora.train import estimate
 from tailora.train.config import TASK_TYPES, TrainConfig
-from tailora.train.dataloader import epoch_steps, largest_forward, read_data, split_by_tokens, step_shape, token_limit
+from tailora.train.dataloader import epoch_steps, largest_forward, read_data
 from tailora.train.estimate import Memory
 from tailora.train.image_text_to_text import ImageTextToText, language_model_task
 from tailora.train.kernel_choice import asks_for_compiled_layers
@@ -45,6 +45,7 @@ from tailora.train.model_loading import check_can_be_sharded, load_tokenizer, re
 from tailora.train.preference import preference_task
 from tailora.train.quantize import dequantization_note, stays_quantized, stored_quantization
 from tailora.train.setup import check_can_be_offloaded, find_labels, start_accelerator
+from tailora.train.step import split_by_tokens, step_shape, token_limit
 from tailora.train.subprocess_worker import measure_steps
 from tailora.train.trainable import Trainable, trained_parts, trains_on_pixels
 
@@ -319,7 +320,14 @@ def read_batches(
         data = read_data(config, vocabulary, load_tokenizer(config.model), accelerator, labels)
         data = replace(data, shape=replace(data.shape, token_limit=limit))
         task, largest = data.task, data.largest
-        if data.prepared is None or config.streaming:
+        if data.rollouts is not None:
+            steps, tokens_of_step = data.max_steps, float(data.rollouts.most_tokens(step))
+            cache = format_bytes(data.rollouts.cache_bytes(shape, step))
+            notes = [
+                "every completion is assumed to have --max-completion-length tokens",
+                f"sampling adds a cache of {cache} to the memory, and its time is not included",
+            ]
+        elif data.prepared is None or config.streaming:
             steps, tokens_of_step = data.max_steps, float(data.largest_size.tokens * config.gradient_accumulation_steps)
             notes = ["the data is streamed, so lengths are estimated from the first batch"]
         else:

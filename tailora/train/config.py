@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -19,10 +19,24 @@ from tailora.core.config import (
 )
 from tailora.errors import ConfigError, listing
 
-PreferenceLoss = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
+TaskName = Literal[
+    "auto",
+    "causal-lm",
+    "preference",
+    "grpo",
+    "sequence-classification",
+    "regression",
+    "token-classification",
+    "seq2seq",
+]
+GRPO = "grpo"  # task: reinforcement learning
+GRPOLoss = Literal["grpo", "dr_grpo", "dapo", "rloo"]
+Loss = Literal["dpo", "ipo", "simpo", "orpo", "kto", "grpo", "dr_grpo", "dapo", "rloo"]
+GRPO_LOSSES = get_args(GRPOLoss)
 Quantize = Literal["nf4", "fp4", "int8", "torchao-int8", "torchao-int4"]
 SHARDED_QUANTIZE = ("nf4", "fp4")  # FSDP2 can shard these; it would lose the scales of the others
 NATS_PER_TOKEN = "nats per token"  # the unit of a language model's loss
+PER_COMPLETION = "per completion"  # of reinforcement learning
 COUNT = 2**31  # above any count that makes sense, and well below what numpy and torch can hold
 PositiveInt = Annotated[int, Field(ge=1, lt=COUNT)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=COUNT)]
@@ -31,6 +45,10 @@ Packing = Annotated[
     BeforeValidator(lambda value: ("on" if value else "off") if isinstance(value, bool) else value),  # as in TRL
 ]
 PREFERENCE_FIELDS = ("loss", "beta", "label_smoothing", "simpo_gamma", "sft_weight")
+GRPO_FIELDS = (
+    *("reward", "eval_reward", "reward_seconds", "num_generations", "temperature", "max_completion_length"),
+    *("epsilon", "epsilon_high", "num_iterations", "mask_truncated_completions", "scale_rewards"),
+)
 FEW_STEPS = 24  # at the usual learning rates, a run with fewer steps changes little
 ACCUMULATION = "gradient_accumulation_steps"
 TASK_TYPES: dict[str, TaskType] = {  # tasks with a head for labels
@@ -42,9 +60,12 @@ LANGUAGE_MODELS = ("auto", "causal-lm", "preference")  # tasks
 ADAPTER_FIELDS = (*LoRAConfig.model_fields, *AdaLoRA.model_fields)
 # settings that need certain values of another setting; True: it must be set, False: it must not be set
 COMBINATIONS: tuple[tuple[Sequence[str], str, tuple[str | None, ...] | bool], ...] = (
-    (PREFERENCE_FIELDS, "task", ("auto", "preference")),
+    (("loss", "beta"), "task", ("auto", "preference", GRPO)),
+    (("label_smoothing", "simpo_gamma", "sft_weight"), "task", ("auto", "preference")),
+    (GRPO_FIELDS, "task", (GRPO,)),
     (("class_weights",), "task", ("sequence-classification", "token-classification")),
-    (("system", "assistant_only_loss", "completion_only_loss", "fsdp"), "task", LANGUAGE_MODELS),
+    (("system",), "task", (*LANGUAGE_MODELS, GRPO)),
+    (("assistant_only_loss", "completion_only_loss", "fsdp"), "task", LANGUAGE_MODELS),
     (("streaming",), "task", (*LANGUAGE_MODELS, "seq2seq")),  # other tasks read all labels before loading the model
     (("label_smoothing",), "loss", (None, "dpo", "simpo")),
     (("simpo_gamma",), "loss", ("simpo",)),
@@ -81,14 +102,14 @@ class TrainConfig(StrictModel):
     adapter: str | None = Field(None, description="folder of an existing adapter to train further")
     method: Literal["lora", "full"] = Field("lora", description="train an adapter (lora) or all weights (full)")
     # task
-    task: Literal[
-        "auto", "causal-lm", "preference", "sequence-classification", "regression", "token-classification", "seq2seq"
-    ] = Field("auto", description="training task; auto infers causal-lm or preference from the data")
+    task: TaskName = Field("auto", description="training task; auto infers causal-lm or preference from the data")
     class_weights: dict[str, float] | Literal["balanced"] | None = Field(
         None, description="class weights for the classification loss: LABEL=WEIGHT,..., or balanced"
     )
-    loss: PreferenceLoss | None = Field(
-        None, description="preference loss; default: dpo for pairs of replies, kto for single replies"
+    loss: Loss | None = Field(
+        None,
+        description="preference loss; default: dpo for pairs of replies, kto for single replies. With --task grpo: "
+        "grpo (default), dr_grpo, dapo or rloo",
     )
     beta: float | None = Field(
         None,
@@ -104,6 +125,28 @@ class TrainConfig(StrictModel):
     )
     sft_weight: float = Field(
         0.0, ge=0, description="weight of the chosen reply's per-token loss, added to the preference loss"
+    )
+    # reinforcement learning
+    reward: list[str] = Field(
+        [],
+        description="grpo: reward for completions, FILE.py:FUNCTION, exact_match, regex:PATTERN, json_schema:FILE, "
+        "max_length:CHARACTERS or math; repeatable; REWARD=WEIGHT sets its weight",
+    )
+    eval_reward: list[str] = Field(
+        [], description="grpo: reward that only judges held-out completions, never trained on; repeatable"
+    )
+    reward_seconds: float = Field(60.0, gt=0, description="grpo: time limit for one call of a reward function")
+    num_generations: int = Field(8, ge=2, lt=COUNT, description="grpo: completions sampled for each prompt")
+    temperature: float = Field(1.0, gt=0, description="grpo: temperature of sampling")
+    max_completion_length: PositiveInt = Field(256, description="grpo: maximum tokens of a completion")
+    epsilon: float = Field(0.2, gt=0, description="grpo: clip the probability ratio below 1 - epsilon")
+    epsilon_high: float | None = Field(
+        None, gt=0, description="grpo: clip the probability ratio above 1 + epsilon_high; default: epsilon"
+    )
+    num_iterations: PositiveInt = Field(1, description="grpo: optimizer steps for each sample of completions")
+    mask_truncated_completions: bool = Field(False, description="grpo: do not train completions without an end")
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        "group", description="grpo: divide advantages by the standard deviation of this"
     )
     # adapter
     r: PositiveInt = Field(16, description="rank of the adapter")
@@ -300,6 +343,7 @@ class TrainConfig(StrictModel):
             ),
             (adapter_settings, f"the adapter in --adapter already defines {adapter_settings}; remove these settings"),
         ]
+        rules += self._grpo_rules()
         problems = [message for is_broken, message in rules if is_broken]
         for settings, other, allowed in COMBINATIONS:
             value, given = getattr(self, other), ", ".join(self.changed(settings))
@@ -315,6 +359,27 @@ class TrainConfig(StrictModel):
         if problems:
             raise ConfigError(listing(problems))
         return self
+
+    def _grpo_rules(self) -> list[tuple[Any, str]]:
+        """Returns conditions that must not hold, with their messages."""
+        is_grpo = self.task == GRPO
+        steps = self.save_steps or self.num_iterations
+        return [
+            (is_grpo and not self.reward, "--task grpo needs a --reward, such as --reward rewards.py:score"),
+            (
+                is_grpo and self.loss is not None and self.loss not in GRPO_LOSSES,
+                f"--task grpo does not support --loss {self.loss}; use one of {', '.join(GRPO_LOSSES)}",
+            ),
+            (
+                not is_grpo and self.loss in GRPO_LOSSES,
+                f"--loss {self.loss} needs --task grpo and a --reward",
+            ),
+            (is_grpo and self.loss == "rloo" and self.beta, "--loss rloo does not support --beta; remove it"),
+            (
+                steps % self.num_iterations,
+                f"--save-steps {steps} must be a multiple of --num-iterations {self.num_iterations}",
+            ),
+        ]
 
     def changed(self, names: Iterable[str]) -> list[str]:
         """Returns the names of the settings that differ from their defaults."""

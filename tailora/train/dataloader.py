@@ -4,17 +4,15 @@
     `dataset_steps`   which examples each step sees; `stream_steps`: the same of streamed data
     `one_ahead`       the same as tensors on the device, prepared in the background
 
-A step's examples depend only on the settings and the number of the step, so that a run can be continued. A step is
-`accumulation` batches of `batch_size` examples on every rank. A batch of more than `token_limit` tokens goes through
-the model in parts, which changes no result, because the loss is summed over the whole step. A rank with fewer parts
-than another repeats one with weight 0, because all ranks must take part in every forward.
+A step's examples depend only on the settings and the number of the step, so that a run can be continued;
+completions, which `train.rollouts` samples, also depend on the weights.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from itertools import chain, count, islice
 from typing import Literal
@@ -25,27 +23,27 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from tailora.core.device import copies_by_itself
-from tailora.data.chat_template import DataSettings
+from tailora.data.chat_template import ChatTokenizer, DataSettings
 from tailora.data.dataset import DataReport, Example, Examples, Int64, named_rows
 from tailora.data.demo import resolve_demo
 from tailora.data.labels import Labels
 from tailora.data.prepare import PreparedData, check_vocabulary, prepare, stream_examples
 from tailora.data.processor import Tokenizer
+from tailora.data.prompts import PreparedPrompts, prepare_prompts
 from tailora.data.readers import Source, parse_sources
 from tailora.data.report import RowCounts
 from tailora.data.schemas import PREFERENCE, SEQ2SEQ
 from tailora.errors import ConfigError, DataError
-from tailora.kernels.loss import Batch
 from tailora.train.classification import class_weights, label_task
-from tailora.train.config import TrainConfig
+from tailora.train.config import GRPO, TrainConfig
+from tailora.train.grpo import with_target
 from tailora.train.image_text_to_text import language_model_task
 from tailora.train.loss import CAUSAL_LM, SEQ2SEQ_TASK, Task
 from tailora.train.memory import ForwardSize
 from tailora.train.preference import preference_task
-
-# Of one forward on a CPU: 430 tokens/s at 380, 480 at 730, and no more at 1500, which takes twice the memory.
-CPU_TOKENS = 768
-
+from tailora.train.rewards import parse_rewards
+from tailora.train.rollouts import Rollouts
+from tailora.train.step import Step, StepShape, split_by_tokens, step_shape
 
 ChooseHeldOut = Callable[[int], NDArray[np.int64]]  # number of held-out examples -> indices of those to evaluate
 
@@ -57,8 +55,9 @@ class TrainingData:
     steps: Callable[[int], Iterator["Step"]]  # number of the first step -> it, and the steps after it
     max_steps: int
     known: Examples  # the examples to train on; of a stream, the first ones
-    shape: "StepShape"
+    shape: StepShape
     counts: RowCounts | None = None  # of a stream, while it is read
+    rollouts: Rollouts | None = None  # what samples the steps from the model in training
 
     @cached_property
     def largest(self) -> list[Example]:
@@ -144,6 +143,8 @@ def read_data(
     """Reads, checks and tokenizes the data that `config` names. Raises DataError with all problems."""
     shape = step_shape(config, accelerator)
     check_vocabulary(tokenizer, embedding_rows)
+    if config.task == GRPO:
+        return _sampled(config, tokenizer, shape)
     if config.streaming:
         return _streamed(config, tokenizer, shape)
     data = read_whole(config, tokenizer, labels)
@@ -187,7 +188,7 @@ def task_of(config: TrainConfig, report: DataReport, tokenizer: Tokenizer, label
     return language_model_task(tokenizer)
 
 
-def _streamed(config: TrainConfig, tokenizer: Tokenizer, shape: "StepShape") -> TrainingData:
+def _streamed(config: TrainConfig, tokenizer: Tokenizer, shape: StepShape) -> TrainingData:
     """Returns data that is read while training; only its first batches are read now."""
     settings = data_settings(config)
     eval_data = held_out = None
@@ -206,6 +207,30 @@ def _streamed(config: TrainConfig, tokenizer: Tokenizer, shape: "StepShape") -> 
     first = Examples.of(islice(read(), shape.batch_size * batches))
     steps = partial(stream_steps, read, shape)
     return TrainingData(eval_data, held_out, steps, config.max_steps, first, shape, counts)
+
+
+def read_prompts_of(config: TrainConfig, tokenizer: Tokenizer) -> PreparedPrompts:
+    """Reads the prompts that `config` names, with a held-out part. Raises DataError with all problems."""
+    eval_source = None if config.eval_data is None else resolve_demo(config.eval_data, "eval_data")
+    chat_tokenizer = ChatTokenizer.of(tokenizer, data_settings(config))
+    return prepare_prompts(resolved_sources(config, "data"), chat_tokenizer, eval_source)
+
+
+def _sampled(config: TrainConfig, tokenizer: Tokenizer, shape: StepShape) -> TrainingData:
+    """Returns prompts, whose completions are sampled from the model while it is trained."""
+    data = read_prompts_of(config, tokenizer)
+    rewards, judges = parse_rewards(config.reward), parse_rewards(config.eval_reward)
+    rollouts = Rollouts(config, data.train, data.held_out, rewards, judges)
+    shape = replace(shape, task=rollouts.task)
+    longest = max(data.train, key=lambda prompt: len(prompt.ids))
+    ids = np.resize(longest.ids, len(longest.ids) + config.max_completion_length).astype(np.int32)
+    full = Example.of_text(ids, np.arange(len(ids)) >= len(longest.ids))
+    known = [with_target(full, 0.0, [0.0] * full.supervised)] * config.num_generations
+    held_out = data.prepared.eval if data.held_out else None
+    per_epoch = steps_per_epoch(len(data.train), shape) * config.num_iterations
+    max_steps = config.max_steps or math.ceil(config.num_train_epochs * per_epoch)
+    steps = partial(rollouts.steps, shape)
+    return TrainingData(data.prepared, held_out, steps, max_steps, Examples.of(known), shape, rollouts=rollouts)
 
 
 def stream_notes(data: TrainingData, max_length: int) -> list[str]:
@@ -241,34 +266,6 @@ def random_data(
     return TrainingData(None, None, steps, config.max_steps or 2, examples, shape)
 
 
-@dataclass(frozen=True, eq=False)
-class Step:
-    """What this rank computes in one optimizer step, and the size of the step over all ranks.
-
-    micro_batches: the examples of each forward.
-    idle: how many of the last forwards keep step with the other ranks, and are not counted.
-    batches: the micro-batches as tensors on the device, once `Trainer.collated` has made them.
-    """
-
-    micro_batches: list[list[Example]]
-    tokens: int
-    supervised: int  # tokens with a loss
-    divisor: float  # of the summed loss
-    idle: int = 0
-    batches: list[Batch] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, micro_batches: list[list[Example]], examples: Sequence[Example], task: Task, idle: int = 0) -> "Step":
-        """examples: of all ranks."""
-        return cls(
-            micro_batches,
-            tokens=sum(len(example.input_ids) for example in examples),
-            supervised=sum(part.supervised for example in examples for part in task.trained_sequences(example)),
-            divisor=sum(example.weight * task.divisor(example) for example in examples),
-            idle=idle,
-        )
-
-
 @contextmanager
 def one_ahead(steps: Iterator[Step], device: torch.device) -> Iterator[Iterator[Step]]:
     """Yields the steps. On a device that computes while the host goes on, a thread prepares the next one."""
@@ -286,41 +283,6 @@ def one_ahead(steps: Iterator[Step], device: torch.device) -> Iterator[Iterator[
                 yield step
 
         yield taken()
-
-
-@dataclass(frozen=True)
-class StepShape:
-    """The size of a step, and which share of it belongs to this rank."""
-
-    batch_size: int  # examples in a batch
-    accumulation: int  # batches of a rank in a step
-    seed: int = 0
-    rank: int = 0
-    world: int = 1
-    token_limit: int | None = None  # of one forward; a longer example goes alone
-    checkpointed: bool = False  # with gradient checkpointing
-    task: Task = CAUSAL_LM
-
-    @property
-    def examples_per_step(self) -> int:
-        return self.batch_size * self.accumulation * self.world
-
-
-def step_shape(config: TrainConfig, accelerator: Accelerator) -> StepShape:
-    return StepShape(
-        batch_size=config.per_device_train_batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        seed=config.seed,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        token_limit=token_limit(accelerator.device.type),
-        checkpointed=config.gradient_checkpointing,
-    )
-
-
-def token_limit(device_type: str) -> int | None:
-    """Returns how many tokens go through the model at once: on a CPU more would not be faster."""
-    return CPU_TOKENS if device_type == "cpu" else None
 
 
 def epoch_steps(config: TrainConfig, examples: int, world: int = 1) -> int:
@@ -410,22 +372,6 @@ def _share_of_rank(batches: list[list[Example]], shape: StepShape) -> Step:
     share = shares[shape.rank]
     idle = max(map(len, shares)) - len(share)
     return Step.of(share + shares[0][:1] * idle, list(chain.from_iterable(batches)), shape.task, idle)
-
-
-def split_by_tokens(lengths: Sequence[int], limit: int | None) -> list[range]:
-    """Splits the indices of a batch into ranges of about the same size, of at most `limit` tokens."""
-    total = sum(lengths)
-    if limit is None or total <= limit:
-        return [range(len(lengths))]
-    target = total / math.ceil(total / limit)
-    parts: list[range] = []
-    first, tokens = 0, 0
-    for i, length in enumerate(lengths):
-        if tokens and (tokens + length > limit or tokens + length / 2 > target):
-            parts.append(range(first, i))
-            first, tokens = i, 0
-        tokens += length
-    return [*parts, range(first, len(lengths))]
 
 
 def largest_forward(examples: Examples, shape: StepShape) -> list[Example]:

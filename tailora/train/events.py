@@ -28,6 +28,7 @@ class Evaluated:
     loss: float  # nats per supervised token
     seconds: float
     best: bool
+    reward: float | None = None  # mean over held-out prompts, in reinforcement learning
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Stepped:
     tokens_per_second: float  # of training so far, without evaluations
     eta_seconds: float
     memory_bytes: int  # peak so far
+    reward: float | None = None  # mean over the sampled completions, in reinforcement learning
     skipped: bool = False  # it changed nothing, because a gradient overflowed float16 at the loss scale
 
 

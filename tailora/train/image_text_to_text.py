@@ -4,28 +4,31 @@ Batches are padded, and the model computes its own logits, because packed rows a
 where each architecture puts its images. The processor decodes the images of a batch when the batch is made.
 """
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor, nn
-from transformers import PreTrainedModel, ProcessorMixin
+from torch import nn
+from transformers import ProcessorMixin
 
 from tailora.data.chat_template import ChatTokenizer
 from tailora.data.collate import collate_padded
 from tailora.data.dataset import Example, Int32
-from tailora.data.images import Image
-from tailora.data.processor import TOKEN_TYPES, Tokenizer, marks_image_tokens, pixel_inputs, token_types
+from tailora.data.processor import (
+    TOKEN_TYPES,
+    Tokenizer,
+    accepted_inputs,
+    base_of,
+    image_inputs,
+    image_tokens,
+    pixel_inputs,
+)
 from tailora.errors import ConfigError, DataError
 from tailora.kernels.loss import FORMS, Batch, own_form
-from tailora.model import LoRAModel
 from tailora.train.config import NATS_PER_TOKEN
 from tailora.train.loss import CAUSAL_LM, BatchLayout, Outputs, Task, next_tokens_of
-from tailora.train.trainable import FullModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,27 +48,11 @@ class ImageTextToText(Task):
         inputs: dict[str, Any] = dict(collate_padded(examples, layout.pad_id))
         labels = inputs.pop("labels").numpy()
         owners = np.broadcast_to(np.arange(len(examples))[:, None], labels.shape)
-        inputs |= self.image_inputs(inputs["input_ids"], [example.images for example in examples])
+        inputs |= image_inputs(self.processor, inputs["input_ids"], [example.images for example in examples])
         return Batch.of(inputs, next_tokens_of(labels), owners)
 
-    @cached_property
-    def marks_image_tokens(self) -> bool:
-        return marks_image_tokens(self.processor)
-
-    def image_inputs(self, input_ids: Tensor, images: Sequence[Sequence[Image]]) -> dict[str, Tensor]:
-        """Returns the inputs other than input_ids, (batch, length), on the CPU: pixels, and which tokens are images.
-
-        images: of each row. Raises DataError if one cannot be read anymore.
-        """
-        pixels = pixel_inputs(self.processor, [[image.load() for image in of_row] for of_row in images])
-        return pixels | self.image_tokens(input_ids)
-
-    def image_tokens(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Returns which tokens are images under every name that models have for it; {} if they need not know."""
-        return dict.fromkeys(TOKEN_TYPES, token_types(self.processor, input_ids)) if self.marks_image_tokens else {}
-
     def outputs(self, model: nn.Module, batch: Batch, layout: BatchLayout) -> Outputs:  # noqa: ARG002
-        form = FORMS[own_form(_base_of(model))]
+        form = FORMS[own_form(base_of(model))]
         return Outputs(form(model, replace(batch, inputs=accepted_inputs(model, batch.inputs))))
 
     def call(self, model: nn.Module, batch: Batch) -> Any:
@@ -89,21 +76,6 @@ class ImageTextToText(Task):
 
 def language_model_task(tokenizer: Tokenizer) -> Task:
     return ImageTextToText(tokenizer) if isinstance(tokenizer, ProcessorMixin) else CAUSAL_LM
-
-
-def _base_of(model: nn.Module) -> PreTrainedModel:
-    return cast(PreTrainedModel, model.base_model if isinstance(model, LoRAModel | FullModel) else model)
-
-
-def accepted_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the inputs with the types of tokens under the model's name for them, and pixels in its precision."""
-    base = _base_of(model)
-    unknown = set(TOKEN_TYPES) - inspect.signature(base.forward).parameters.keys()
-    return {
-        name: value.to(base.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in inputs.items()
-        if name not in unknown
-    }
 
 
 # ---- Which processors are supported
@@ -183,4 +155,4 @@ def _inputs_in_two_ways(
     batch = collate_padded([Example.of_text(np.array(row)) for row in ids], tokenizer.tokenizer.pad_token_id)
     del batch["labels"]
     pixels = pixel_inputs(processor, [images, images[1:], []][: len(ids)])
-    return expected, batch | pixels | ImageTextToText(processor).image_tokens(batch["input_ids"])
+    return expected, batch | pixels | image_tokens(processor, batch["input_ids"])

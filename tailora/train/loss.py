@@ -118,6 +118,10 @@ class Task(ABC):
         del examples, evaluation
         return None
 
+    def metrics(self) -> dict[str, float]:
+        """Returns what to log with a step besides its loss, since the last call."""
+        return {}
+
     def complete_step(
         self, model: nn.Module, batches: Sequence[Batch], layout: "BatchLayout", reduce: Reduce
     ) -> Sequence[Batch]:

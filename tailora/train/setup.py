@@ -139,6 +139,7 @@ class Run:
             "task": self.task.description,
             "loss_unit": self.task.loss_unit,
             "labels": self.labels,
+            "rewards": None if data.rollouts is None else data.rollouts.names,
             "start": f"from {config.adapter}" if config.adapter else config.init_lora_weights,
             "adapted_layers": len(summary.rows),
             "parts": trained_parts(self.model),

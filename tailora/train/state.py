@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from tailora.core.device import AsyncCopy, accelerators
-from tailora.train.dataloader import Step
 from tailora.train.loss import Evaluation
+from tailora.train.step import Step
 
 COUNTERS = ("step", "tokens", "supervised_tokens", "seconds", "since_best", "history")
 

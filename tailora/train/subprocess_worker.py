@@ -103,8 +103,9 @@ def main(folder: Path, settings: str, *data: str) -> int:
 def take_steps(config: TrainConfig, folder: Path, *, with_data: bool) -> StepsMeasured:
     """Sets up a run and takes a few of its steps. On a CPU, the peak includes everything in this process."""
     started = time.perf_counter()
-    from tailora.train.dataloader import Step, random_data, read_data  # torch from here on
+    from tailora.train.dataloader import random_data, read_data  # torch from here on
     from tailora.train.memory import explain_out_of_memory, peak_bytes
+    from tailora.train.step import Step
     from tailora.train.trainer import Trainer
 
     config = config.replaced(output_dir=str(folder / "run"), report_to=[], resume_from_checkpoint=None)

@@ -19,7 +19,7 @@ adds gradients in no fixed order.
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
@@ -44,7 +44,7 @@ from tailora.model import LoRAModel
 from tailora.train import checkpoint, events, launch, run_log, trainable
 from tailora.train.checkpoint import Checkpoint
 from tailora.train.config import TrainConfig
-from tailora.train.dataloader import ChooseHeldOut, ReadData, Step, one_ahead, read_data, stream_notes
+from tailora.train.dataloader import ChooseHeldOut, ReadData, one_ahead, read_data, stream_notes
 from tailora.train.divergence import REMEDIES, broken_gradients, broken_loss
 from tailora.train.failures import Interrupted, StopSignals
 from tailora.train.kernel_choice import use_kernels
@@ -54,6 +54,7 @@ from tailora.train.optimizer import LRSchedule, clip_gradients, learning_rate
 from tailora.train.parallel import sum_over_ranks
 from tailora.train.setup import Run, resumed_folder, set_up
 from tailora.train.state import Best, StepResults, SubmittedStep, TrainState, random_state
+from tailora.train.step import Step
 from tailora.train.trainable import FullModel, Trainable, sync_parameters, trained_module
 
 SECONDS_BETWEEN_CHECKPOINTS = 600.0  # unless --save-steps says otherwise
@@ -121,7 +122,9 @@ class Trainer:
                 signals.handle()  # until here there is nothing to save, and Ctrl-C ends the run at once
                 self.evaluate_before_training()
                 left = islice(run.data.steps(state.step), run.data.max_steps - state.step)
-                steps = stack.enter_context(one_ahead(map(self.collated, left), run.accelerator.device))
+                steps: Iterator[Step] = map(self.collated, left)
+                if run.data.rollouts is None:  # which need the weights of the step before
+                    steps = stack.enter_context(one_ahead(steps, run.accelerator.device))
                 while self.submitted_steps < run.data.max_steps and not self.is_out_of_patience():
                     step = next(steps)
                     if state.stop_requested if run.accelerator.num_processes > 1 else signals.stop.is_set():
@@ -152,6 +155,8 @@ class Trainer:
         self.run, self.state = set_up(
             self.config, stack, self.on_event, read=self.read, held_out=self.held_out, overwrite=self.overwrite
         )
+        if (rollouts := self.run.data.rollouts) is not None:
+            rollouts.connect(self.run.model, self.run.tokenizer, self.run.layout, stack)
         held_out = self.run.data.held_out
         counts = None if held_out is None else self.run.task.counts(held_out)
         if self.before is not None and (counts is None or not np.array_equal(self.before.counts, counts)):
@@ -189,7 +194,7 @@ class Trainer:
 
     def submit_step(self, step: Step, stop: bool) -> SubmittedStep:
         """Computes the gradients and the update. On a device the host waits for neither."""
-        started, run, updates, config = time.perf_counter(), self.run, self.run.updates, self.config
+        started, run, updates, config = min(time.perf_counter(), step.started), self.run, self.run.updates, self.config
         scale = None if updates.loss_scale is None else updates.loss_scale.value.clone()  # of this step
         share = self.compute_gradients(step, scale)
         requests = [torch.full_like(share, is_asked) for is_asked in (stop, self.is_time_to_save())]
@@ -255,6 +260,7 @@ class Trainer:
             eta_seconds=state.seconds / state.step * (max_steps - state.step),
             memory_bytes=peak_bytes(run.accelerator.device),
             skipped=bool(results.skipped),
+            reward=step.metrics.get("reward"),
         )
         if event.skipped:
             scale = f"{results.loss_scale:g}"
@@ -267,6 +273,8 @@ class Trainer:
             **({} if run.updates.loss_scale is None else {"loss_scale": results.loss_scale}),
             tokens_per_second=event.tokens_per_second,
             memory_bytes=event.memory_bytes,
+            **step.metrics,
+            **run.task.metrics(),
         )
         run.report(event)
 
@@ -329,20 +337,26 @@ class Trainer:
 
         may_be_kept: the adapter is kept if this is its best loss, which the event says.    known: the evaluation.
         """
-        held_out = self.run.data.held_out
+        run, held_out = self.run, self.run.data.held_out
         if not held_out:
             return None
         started = time.perf_counter()
-        evaluation = known or self.evaluate(held_out, self.run.task)
+        evaluation = known or self.evaluate(held_out, run.task)
         seconds = time.perf_counter() - started
         self.state.history.append((self.state.step, evaluation.loss))
         self.log(eval_loss=evaluation.loss)
         best = may_be_kept and self.is_best(evaluation)
-        self.run.report(events.Evaluated(self.state.step, evaluation.loss, seconds, best))
+        reward = None if run.data.rollouts is None else -evaluation.loss
+        run.report(events.Evaluated(self.state.step, evaluation.loss, seconds, best, reward))
         return evaluation
 
     def evaluate(self, examples: Examples, task: Task, what: str = "held-out examples") -> Evaluation:
         """Evaluates this rank's share of the examples and joins the shares. what: the examples, for the progress."""
+        if (rollouts := self.run.data.rollouts) is not None:
+            return rollouts.evaluate(
+                examples,
+                lambda done, total: self.run.report(events.EvaluationProgress(done, total, "held-out prompts")),
+            )
         run, accelerator, counts = self.run, self.run.accelerator, task.counts(examples)
         budget, ranks, rank = run.data.largest_size.tokens, accelerator.num_processes, accelerator.process_index
         shares = [np.arange(first, len(examples), ranks) for first in range(ranks)]

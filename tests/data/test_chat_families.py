@@ -23,9 +23,8 @@ from tailora.data.chat_template import ChatTokenizer, DataSettings, fit_to_templ
 from tailora.data.dataset import IGNORED
 from tailora.data.loss_mask import render_sample
 from tailora.data.schemas import Conversation, from_messages, from_prompt
-from tailora.data.tokenize import encode_samples, prompt_ids, reply_text
+from tailora.data.tokenize import encode_samples, prompt_ids, reply_text, stop_ids
 from tailora.errors import DataError
-from tailora.evaluation.generate import stop_ids
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
 TRL_TEMPLATES = {  # the originals of some, in TRL

@@ -22,10 +22,11 @@ from tailora.kernels.attention import packed_rows, padded_rows
 from tailora.kernels.loss import FORMS, FROZEN
 from tailora.model import LoRAModel
 from tailora.train.config import TrainConfig
-from tailora.train.dataloader import Step, one_ahead
+from tailora.train.dataloader import one_ahead
 from tailora.train.events import Evaluated, Event, Stepped
 from tailora.train.failures import Interrupted
 from tailora.train.loss import BatchLayout, ModelWithLoss, evaluate, make_batch
+from tailora.train.step import Step
 from tailora.train.trainer import Trainer, accumulate_gradients, run
 
 pytestmark = [pytest.mark.device, pytest.mark.usefixtures("device")]

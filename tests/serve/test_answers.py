@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from tailora.engine.interface import Finish, Request, SamplingParams, Token
 from tailora.serve.answers import Answer, Detokenizer, Generation, StopStrings, completion_logprobs
-from tailora.serve.engine_interface import Finish, Request, SamplingParams, Token
 from tailora.serve.registry import AdapterHandle
 
 PIECES = ["a", "b\xe6", "\x97\xa5c", "\xf0\x9f", "\x99\x82", " d", "a"]  # as Latin-1: bytes of a\u65e5c and a smiley

@@ -25,13 +25,13 @@ from tailora.core.adapter_set import AdapterSet
 from tailora.data.chat_template import ChatTokenizer
 from tailora.data.images import images_of, read_images
 from tailora.data.messages import marked_messages
+from tailora.data.processor import accepted_inputs
+from tailora.engine.continuous_batching import make_engine
+from tailora.engine.interface import Finish, Request, SamplingParams, Token
+from tailora.engine.padded_batching import PaddedEngine
 from tailora.errors import ConfigError
 from tailora.serve import images
-from tailora.serve.continuous_batching import make_engine
-from tailora.serve.engine_interface import Finish, Request, SamplingParams, Token
-from tailora.serve.padded_batching import PaddedEngine
 from tailora.serve.schemas import ChatRequest
-from tailora.train.image_text_to_text import accepted_inputs
 
 JSON = {"Content-Type": "application/json"}
 IMAGE_TOKENS = 4
@@ -175,7 +175,7 @@ def test_an_adapter_may_go_while_a_cancelled_request_waits(server: Running) -> N
 
 
 def test_images_of_a_batch_have_a_limit(server: Running, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tailora.serve.padded_batching.PIXELS_OF_REQUEST", 2 * SIDE * SIDE)
+    monkeypatch.setattr("tailora.engine.padded_batching.PIXELS_OF_REQUEST", 2 * SIDE * SIDE)
     asked = [(QUESTIONS[0], "tiny"), (QUESTIONS[0], "text"), (QUESTIONS[4], "tiny"), (QUESTIONS[3], "text")]
     answers, batches = together(server, root, asked)
     assert batches == 2

@@ -31,11 +31,12 @@ from transformers import LlavaProcessor, ProcessorMixin
 from tailora import LoRAConfig, LoRAModel
 from tailora.data.chat_template import DataSettings
 from tailora.data.prepare import prepare
+from tailora.data.processor import accepted_inputs
 from tailora.errors import ConfigError
 from tailora.evaluation.generate import chat_ids, generation_arguments, prompt_of
 from tailora.kernels.loss import Batch
 from tailora.train.dataloader import TrainingData
-from tailora.train.image_text_to_text import accepted_inputs, check_processor, language_model_task
+from tailora.train.image_text_to_text import check_processor, language_model_task
 from tailora.train.kernel_choice import PLAIN, Kernels
 from tailora.train.loss import BatchLayout, make_batch
 from tailora.train.memory import ForwardSize, kept_bytes
@@ -175,18 +176,6 @@ def test_peft_computes_the_same_from_the_adapter_and_the_reverse(family: str, tm
     peft.save_pretrained(tmp_path / "peft")
     read = LoRAModel.from_pretrained(tiny_vlm(family)[0].eval(), tmp_path / "peft")
     torch.testing.assert_close(read(**inputs).logits, peft(**inputs).logits)
-
-
-def test_the_processor_is_asked_once_whether_it_marks_image_tokens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    processor, asked = tiny_vlm("gemma3")[1], []
-    monkeypatch.setattr("tailora.train.image_text_to_text.marks_image_tokens", lambda _: asked.append(1) or True)
-    data = prepare(str(write_rows(tmp_path)), processor, DataSettings(validation_split=0))
-    task, layout = language_model_task(processor), BatchLayout(False, "", 0)
-    for _ in range(2):
-        assert "token_type_ids" in task.make_batch([*data.train], layout).inputs
-    assert asked == [1]
 
 
 @pytest.mark.parametrize(

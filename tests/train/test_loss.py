@@ -20,9 +20,9 @@ from tailora.data.dataset import IGNORED, Example, Examples
 from tailora.kernels.attention import packed_rows
 from tailora.kernels.loss import FORMS, FROZEN, OWN, RECOMPUTED
 from tailora.model import LoRAModel
-from tailora.train.dataloader import Step
 from tailora.train.kernel_choice import choose_layout
 from tailora.train.loss import CAUSAL_LM, BatchLayout, ModelWithLoss, batches_within, evaluate, make_batch
+from tailora.train.step import Step
 from tailora.train.trainer import accumulate_gradients
 
 CPU = torch.device("cpu")

@@ -28,9 +28,10 @@ from tailora.report.blocks import Figure, Table
 from tailora.report.files import read_page
 from tailora.report.pages.train import write_train_report
 from tailora.train import events
-from tailora.train.dataloader import StepShape, TrainingData, dataset_steps
+from tailora.train.dataloader import TrainingData, dataset_steps
 from tailora.train.loss import BatchLayout, Evaluation, ModelWithLoss, Reference, Task, evaluate, make_batch
 from tailora.train.preference import KTO, LOSSES, Pairs
+from tailora.train.step import StepShape
 from tailora.train.trainer import Trainer, accumulate_gradients, run
 
 CPU = torch.device("cpu")
@@ -460,7 +461,7 @@ def test_rows_and_settings_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "causal-lm", "beta": 0.3}, "beta: requires --task preference, got causal-lm"),
+        ({"task": "causal-lm", "beta": 0.3}, "beta: requires --task preference or grpo, got causal-lm"),
         ({"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing: requires --loss dpo or simpo, got ipo"),
         ({"simpo_gamma": 0.5}, "simpo_gamma: requires --loss simpo"),
     ],

@@ -23,6 +23,7 @@ from tailora.evaluation.classification import (
 )
 from tailora.evaluation.generate import Answer
 from tailora.evaluation.metrics import LABEL_METRICS, PREFERENCE_METRICS
+from tailora.evaluation.rewards import MEANINGS, describe_rewards, reward_changes, scores_of
 from tailora.evaluation.statistics import (
     FEW_EXAMPLES,
     TOO_FEW,
@@ -38,7 +39,7 @@ from tailora.report.charts import DASHED, INK, SERIES, Canvas
 from tailora.report.format import NONE, count, decimals, duration, interval, learning_rate, one_line, plural, share
 from tailora.report.pages.shared import labels_section, settings_table
 from tailora.study.config import FIRST_RATES, LORA
-from tailora.train.config import FEW_STEPS, NATS_PER_TOKEN
+from tailora.train.config import FEW_STEPS, NATS_PER_TOKEN, PER_COMPLETION
 from tailora.train.memory import format_bytes
 from tailora.train.run_log import EXAMPLES, METRICS
 
@@ -64,6 +65,7 @@ class Step:
     grad_norm: float | None  # None where a gradient overflowed float16 and the step changed nothing
     tokens_per_second: float
     memory_bytes: float
+    reward: float | None = None  # of the sampled completions, in reinforcement learning
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,12 @@ def write_train_report(folder: Path) -> dict[str, Any]:
             before, after = (as_intervals(label_scores(data)) for data in outputs)
             labels = label_details(outputs[1])
             change_of_metrics = describe_labels(before, after, labels, new_head=header["labels"]["new_head"])
+        elif header.get("rewards"):
+            changes = reward_changes(scores_of(examples, "before"), scores_of(examples, "after"))
+            before = {name: change.before for name, change in changes.items()}
+            after = {name: change.after for name, change in changes.items()}
+            prompts = plural(len(examples), "held-out prompt")
+            change_of_metrics = describe_rewards(changes, header["rewards"]["judges"], prompts)
         elif all(f"scores_{when}" in examples[0] for when in WHEN):  # a study does not compute the base's again
             before, after = (preference_metrics([row[f"scores_{when}"] for row in examples]) for when in WHEN)
             change_of_metrics = describe_preferences(before, after)
@@ -170,6 +178,8 @@ def write_train_report(folder: Path) -> dict[str, Any]:
     task_metrics = [asdict(Metric(name, *_number(before[name]), *_number(after[name]))) for name in shared]
     if result is None:
         verdict = "The run has not finished: it was interrupted, failed, or is still running."
+    elif losses and header.get("rewards"):
+        verdict = change_of_metrics + f" {TOO_FEW}" * (len(examples) < FEW_EXAMPLES)
     elif losses:
         verdict = describe_change(losses["change"], plural(len(examples), "held-out example"), unit)
         verdict += f" {TOO_FEW}" * (len(examples) < FEW_EXAMPLES)
@@ -243,11 +253,12 @@ def train_page(report: TrainReport) -> Page:
     model = str(report.settings["model"]).rstrip("/").rpartition("/")[2]
     numbers: list[Number] = []
     unit = str(run.get("loss_unit", NATS_PER_TOKEN))
+    by_reward = bool(run.get("rewards"))
     measured = "Nats per trained token" if unit == NATS_PER_TOKEN else f"Loss, {unit}"
     loss_text = f"{measured}: for each step's examples before its update, and for the held-out examples."
     answers: Block | None = None
     if result is not None:
-        first = report.metrics[:2]  # those that say most
+        first = report.metrics[: 1 if by_reward else 2]  # those that say most
         numbers = [Number(f"{m.name} after", decimals(m.after), f"before {decimals(m.before)}") for m in first]
         numbers += _numbers(result, unit, is_resumed=report.settings.get("resume_from_checkpoint") is not None)
         if report.evaluations:
@@ -275,12 +286,17 @@ def train_page(report: TrainReport) -> Page:
         "Versions": run.get("versions") or {},
         "Machine": run.get("machine") or {},
     }
-    meanings = LABEL_METRICS if run.get("labels") else PREFERENCE_METRICS
+    meanings = MEANINGS if by_reward else LABEL_METRICS if run.get("labels") else PREFERENCE_METRICS
+    curve = Section("Loss", loss_text, [_loss(report, unit)])
+    if by_reward:
+        curve = Section(
+            "Reward", "Mean reward of each step's completions, and of the held-out ones.", [_reward(report)]
+        )
     sections = [
         *([_metrics(report.metrics, meanings)] if report.metrics else []),
         *([section] if (section := labels_section(report.labels)) else []),
-        Section("Loss", loss_text, [_loss(report, unit)]),
-        *([_examples(report.held_out, unit)] if report.held_out else []),
+        curve,
+        *([_examples(report.held_out, unit)] if report.held_out and not by_reward else []),
         Section("Answers before and after", answers_text, [answers]),
         Section("Training", "Learning rate, gradients, speed and memory of every step.", _training(report.steps)),
         Section("Settings and machine", "", [settings_table(title, ("", values)) for title, values in tables.items()]),
@@ -316,7 +332,7 @@ def _numbers(result: Result, unit: str, *, is_resumed: bool) -> list[Number]:
     numbers = []
     losses = result.eval_loss_before, result.eval_loss_after
     for when, loss, ends in zip(WHEN, losses, (result.eval_loss_before_95, result.eval_loss_after_95), strict=True):
-        if loss is not None:
+        if loss is not None and unit != PER_COMPLETION:
             perplexity = f"perplexity {math.exp(min(loss, 700)):,.1f}" if unit == NATS_PER_TOKEN else unit
             note = f"{interval(ends)}; {perplexity}" if ends else perplexity
             numbers.append(Number(f"held-out loss {when}", f"{loss:.3f}", note))
@@ -365,6 +381,24 @@ def _loss(report: TrainReport, unit: str) -> Figure | None:
         alt += f" Held-out loss from {evaluations[0].loss:.3f} to {evaluations[-1].loss:.3f}."
     caption = "Thin line: each step. Thick line: running mean. Dots: all held-out examples."
     return Figure("loss", draw, alt, caption, wide=True)
+
+
+def _reward(report: TrainReport) -> Figure | None:
+    steps = [(step.step, step.reward) for step in report.steps if step.reward is not None]
+    if not steps:
+        return None
+
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.new_axes(320 if canvas.wide else 280, "step", "reward", whole_numbers="x")
+        canvas.losses([[reward for _, reward in steps]], SERIES[0], "training, running mean")
+        if report.evaluations:  # their loss is minus the reward
+            x, y = [point.step for point in report.evaluations], [-point.loss for point in report.evaluations]
+            axes.plot(x, y, "o-", color=SERIES[1], markersize=7, linewidth=1.5, label="held out")
+        axes.margins(x=0.02)
+
+    alt = f"Line chart. Mean reward of {len(steps)} steps, from {steps[0][1]:.3f} to {steps[-1][1]:.3f}."
+    caption = "Thin line: each step. Thick line: running mean. Dots: all held-out prompts."
+    return Figure("reward", draw, alt, caption, wide=True)
 
 
 def _examples(held_out: HeldOut, unit: str) -> Section:

@@ -1,20 +1,24 @@
-"""The interface between the server and the engine that runs the model: requests, tokens and the engine's methods.
+"""The interface of the engines that run the model, for the server and for training: requests, tokens and methods.
 
-`ContinuousEngine` (serve/continuous_batching.py) and `PaddedEngine` (serve/padded_batching.py) implement it. They turn
-requests into the rows of a batch. `make_engine` in serve/continuous_batching.py chooses one for a model.
+`ContinuousEngine` (engine/continuous_batching.py) and `PaddedEngine` (engine/padded_batching.py) implement it. They
+turn requests into the rows of a batch. `make_engine` in engine/continuous_batching.py chooses one for a model.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from llguidance import LLMatcher
 from transformers import ProcessorMixin
 
 from tailora.core.adapter_set import AdapterSet
 from tailora.data.images import Image
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+PIXELS_OF_REQUEST = 64_000_000  # of all images of a request, and of a batch; decoded, they need 192 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,7 @@ class SamplingParams:
     top_k: sample from this many of the most likely tokens; 0 for all.
     seed: the same seed gives the same tokens, whatever other requests run at the same time.
     logprobs: how many of the most likely tokens to return with each token; None for no log-probabilities.
+    at_temperature: return log-probabilities of the distribution that is sampled from, before top_k and top_p.
     ignore_eos: generate max_tokens tokens, including any end-of-sequence tokens.
     """
 
@@ -35,6 +40,7 @@ class SamplingParams:
     top_k: int = 0
     seed: int = 0
     logprobs: int | None = None
+    at_temperature: bool = False
     ignore_eos: bool = False
 
 
@@ -49,15 +55,20 @@ class Request:
     prompt_ids: tuple[int, ...]
     adapter: str | None
     params: SamplingParams
-    grammar: LLMatcher | None = None  # for the answer, not shared with other requests; None for any text
+    grammar: "LLMatcher | None" = None  # for the answer, not shared with other requests; None for any text
     images: tuple[Image, ...] = ()
+
+
+def pixel_count(images: Iterable[Image]) -> int:
+    return sum(image.width * image.height for image in images)
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
     """One token of an answer.
 
-    logprob: its log-probability under the model, before temperature, top_k and top_p change the distribution.
+    logprob: its log-probability under the model, before top_k and top_p change the distribution, and before
+        temperature unless `SamplingParams.at_temperature`.
     top: the `SamplingParams.logprobs` most likely tokens and their log-probabilities, in descending order.
     """
 
@@ -112,6 +123,9 @@ class Engine(ABC):
     @abstractmethod
     def paused(self) -> AbstractContextManager[None]:
         """No forward runs within the block, so adapters can be added and removed. Requests wait."""
+
+    def parameters_changed(self) -> None:  # noqa: B027  # an engine need not keep anything
+        """Forgets what was computed from the adapters' parameters. Call it within `paused` after training them."""
 
     @property
     @abstractmethod

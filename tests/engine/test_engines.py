@@ -26,11 +26,11 @@ from tailora.core.adapter import Adapter, create
 from tailora.core.adapter_set import AdapterSet
 from tailora.core.mixed_batch import layer_terms
 from tailora.core.targets import select
+from tailora.engine import continuous_batching
+from tailora.engine.continuous_batching import ContinuousEngine, make_engine
+from tailora.engine.interface import Engine, Finish, Request, SamplingParams, Token
+from tailora.engine.padded_batching import PaddedEngine
 from tailora.errors import AdapterError, ConfigError
-from tailora.serve import continuous_batching
-from tailora.serve.continuous_batching import ContinuousEngine, make_engine
-from tailora.serve.engine_interface import Engine, Finish, Request, SamplingParams, Token
-from tailora.serve.padded_batching import PaddedEngine
 
 EOS = 7
 CONFIGS = {  # ranks, DoRA, heads, embeddings and modules that are trained in full

@@ -13,9 +13,9 @@ from llguidance import LLMatcher
 from llguidance.hf import from_tokenizer
 from tiny_server import CHAT, TOKENIZER, Running, running, write_adapters
 
-from tailora.serve import sampling
-from tailora.serve.engine_interface import Finish, Request, SamplingParams, Token
-from tailora.serve.sampling import WHITESPACE, RunningRequest, allow_only, json_matcher, next_tokens
+from tailora.engine import sampling
+from tailora.engine.interface import Finish, Request, SamplingParams, Token
+from tailora.engine.sampling import WHITESPACE, RunningRequest, allow_only, json_matcher, next_tokens
 from tailora.serve.schemas import ChatRequest, RequestError
 
 PROBABILITIES = [0.05, 0.4, 0.1, 0.25, 0.2]  # by likelihood: 1, 3, 4, 2, 0

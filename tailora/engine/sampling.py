@@ -6,15 +6,17 @@
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
+from tailora.engine.interface import EventHandler, Finish, Request, SamplingParams, Token
 from tailora.errors import ConfigError
-from tailora.serve.engine_interface import EventHandler, Finish, Request, SamplingParams, Token
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 LIKELIEST = 1024  # tokens to try for top_p, which seldom needs more; sorting the vocabulary takes 20 times as long
 WHITESPACE = r"(\n {0,20}| )?"  # in JSON; without a limit, some models write endless whitespace
@@ -105,7 +107,8 @@ def next_tokens(logits: Tensor, requests: Sequence[RunningRequest | None], eos_t
             ids[row] = sample_token(allowed, params, running.generator)
         token = Token(ids[row])
         if params.logprobs is not None:
-            logprobs = logits[row].float().log_softmax(-1).clamp(min=LOWEST_LOGPROB)
+            scale = params.temperature if params.at_temperature else 1.0
+            logprobs = (logits[row].float() / scale).log_softmax(-1).clamp(min=LOWEST_LOGPROB)
             values, top = (part.tolist() for part in logprobs.topk(min(params.logprobs, len(logprobs))))
             token = Token(token.id, float(logprobs[token.id]), tuple(zip(top, values, strict=True)))
         running.add(token, eos_token_ids)
@@ -133,8 +136,10 @@ def sample_token(logits: Tensor, params: SamplingParams, generator: torch.Genera
 # ---- JSON
 
 
-def json_matcher(schema: dict[str, Any], tokenizer: LLTokenizer) -> LLMatcher:
+def json_matcher(schema: dict[str, Any], tokenizer: "LLTokenizer") -> "LLMatcher":
     """Returns a matcher for JSON of a schema. Raises ConfigError if it is invalid, unsupported or too complex."""
+    from llguidance import LLMatcher
+
     try:
         grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
     except ValueError as error:
@@ -145,7 +150,7 @@ def json_matcher(schema: dict[str, Any], tokenizer: LLTokenizer) -> LLMatcher:
     return matcher
 
 
-def allow_only(logits: Tensor, matcher: LLMatcher) -> Tensor:
+def allow_only(logits: Tensor, matcher: "LLMatcher") -> Tensor:
     """Returns the logits with minus infinity for tokens that the grammar does not allow next. (vocabulary,)."""
     allowed = torch.frombuffer(bytearray(matcher.compute_logit_bias()), dtype=torch.uint8).bool()
     allowed = F.pad(allowed, (0, len(logits) - len(allowed)))  # the head may have more rows than there are tokens

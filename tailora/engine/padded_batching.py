@@ -18,11 +18,10 @@ from transformers import GenerationConfig
 from tailora.core.adapter_set import AdapterSet
 from tailora.core.model_parts import language_model_path
 from tailora.core.patterns import inside
+from tailora.data.processor import accepted_inputs, image_inputs
+from tailora.engine.interface import PIXELS_OF_REQUEST, Engine, EventHandler, Finish, Request, pixel_count
+from tailora.engine.sampling import ChosenTokens, RunningRequest, next_tokens
 from tailora.errors import AdapterError, DataError, RowsError, is_out_of_memory
-from tailora.serve.engine_interface import Engine, EventHandler, Finish, Request
-from tailora.serve.images import PIXELS_OF_REQUEST, pixel_count
-from tailora.serve.sampling import ChosenTokens, RunningRequest, next_tokens
-from tailora.train.image_text_to_text import ImageTextToText, accepted_inputs
 
 # What a batch may raise: torch, and the Python code of models and processors
 BATCH_ERRORS = (
@@ -167,8 +166,7 @@ class PaddedEngine(Engine):
             ],
         }
         if self.processor is not None:
-            task = ImageTextToText(self.processor)
-            inputs = task.image_inputs(ids, [running.request.images for running in requests])
+            inputs = image_inputs(self.processor, ids, [running.request.images for running in requests])
             arguments |= {name: value.to(model.device) for name, value in accepted_inputs(model, inputs).items()}
         names = [running.request.adapter for running in requests]
         with self._activated(names), self.adapter_set.generation((), arguments):

@@ -33,15 +33,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from tailora.core.adapter_set import AdapterSet
 from tailora.core.mixed_batch import MixedBatch
+from tailora.engine.interface import Engine, EventHandler, Finish, Request, SamplingParams, Token
+from tailora.engine.padded_batching import PaddedEngine
+from tailora.engine.sampling import ChosenTokens, RunningRequest, next_tokens
 from tailora.errors import AdapterError, ConfigError
 from tailora.quiet import silent_loggers
-from tailora.serve.engine_interface import Engine, EventHandler, Finish, Request, SamplingParams, Token
-from tailora.serve.padded_batching import PaddedEngine
-from tailora.serve.sampling import ChosenTokens, RunningRequest, next_tokens
 
 PAGE_SIZE = 32  # tokens in a block of the cache
 BATCH_TOKENS = 512  # in one forward; longer prompts need several
-CACHE_TOKENS = 32_768  # of all running requests together
+CACHE_TOKENS = 32_768  # of all running requests together, at most
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 TRIAL_SECONDS = 120  # for two tokens of a large model on a CPU
 TRIAL_TOKENS = 32  # of its prompt
@@ -103,7 +103,8 @@ class ContinuousEngine(Engine):
         if reason := obstacle(adapter_set.base_model):
             raise ConfigError(f"continuous batching is not possible: {reason}; use --engine padded")
         self.adapter_set, self.eos_token_ids = adapter_set, frozenset(eos_token_ids)
-        self.max_positions = min(max_positions, CACHE_TOKENS)
+        self.cache_tokens = min(CACHE_TOKENS, -(-max_positions // PAGE_SIZE) * PAGE_SIZE * max_requests)
+        self.max_positions = min(max_positions, self.cache_tokens)
         self.max_requests = max_requests
         self._requests: dict[str, RunningRequest] = {}
         self._lock = Lock()  # of _requests and _manager
@@ -163,6 +164,9 @@ class ContinuousEngine(Engine):
                 yield
             finally:
                 self.adapter_set.attach_by_token(self._batch)
+
+    def parameters_changed(self) -> None:
+        self._batch.parameters_changed()
 
     @property
     def is_alive(self) -> bool:
@@ -224,7 +228,7 @@ class ContinuousEngine(Engine):
             GenerationConfig(do_sample=False, eos_token_id=-1),
             ContinuousBatchingConfig(
                 page_size=PAGE_SIZE,
-                num_blocks=CACHE_TOKENS // PAGE_SIZE,
+                num_blocks=self.cache_tokens // PAGE_SIZE,
                 max_batch_tokens=BATCH_TOKENS,
                 max_requests_per_batch=self.max_requests,
                 allow_block_sharing=False,

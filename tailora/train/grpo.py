@@ -1,0 +1,181 @@
+"""Reinforcement learning from rewards: advantages of sampled completions, and their losses.
+
+    grpo      Shao et al. 2024, arXiv:2402.03300, eq. 3: the mean over the tokens of a completion, then over completions
+    dr_grpo   Liu et al. 2025, arXiv:2503.20783, section 3.2: the sum over tokens divided by a constant length
+    dapo      Yu et al. 2025, arXiv:2503.14476, eq. 8: the mean over all tokens, with a higher upper bound of the ratio
+    rloo      Ahmadian et al. 2024, arXiv:2402.14740, eq. 8: whole completions, against the mean of the others
+
+A group is the completions of one prompt. The probability ratio compares the model with the one that sampled: 1 in the
+first iteration. Groups whose rewards are all equal have no advantage and, without a KL penalty, no backward pass.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from tailora.data.dataset import Example
+from tailora.kernels.loss import FORMS, Batch
+from tailora.train.config import PER_COMPLETION
+from tailora.train.loss import CAUSAL_LM, BatchLayout, Outputs, Task
+
+Rewards = npt.NDArray[np.float64]  # (groups, completions of each); NaN: not scored
+ScaleRewards = Literal["group", "batch", "none"]
+SMALLEST_STD = 1e-4  # added to standard deviations, as in TRL
+
+
+def advantages_of(rewards: Rewards, loss: str, scale: ScaleRewards = "group") -> Rewards:
+    """Returns how much better each completion is than the others of its group, (groups, completions); 0 if unscored.
+
+    scale: divide by the standard deviation of the group's rewards, of the rewards of the batch, or not at all.
+    """
+    scored = ~np.isnan(rewards)
+    counts = scored.sum(1, keepdims=True)
+    values = np.where(scored, rewards, 0.0)
+    if loss == "rloo":
+        others = (values.sum(1, keepdims=True) - values) / np.maximum(counts - 1, 1)
+        of_others: Rewards = np.where(scored & (counts > 1), values - others, 0.0)
+        return of_others
+    means = values.sum(1, keepdims=True) / np.maximum(counts, 1)
+    advantages: Rewards = np.where(scored, values - means, 0.0)
+    if scale == "none":
+        return advantages
+    if scale == "batch":
+        std = np.asarray(np.std(rewards[scored], ddof=1) if scored.sum() > 1 else 0.0)
+    else:
+        std = np.sqrt((advantages**2).sum(1, keepdims=True) / np.maximum(counts - 1, 1))
+    scaled: Rewards = advantages / (std + SMALLEST_STD)
+    return scaled
+
+
+@dataclass(eq=False)
+class Drift:
+    """How far the log-probabilities of training are from those of sampling, in nats per token.
+
+    is_measured: False for later iterations, in which the model has changed.
+    """
+
+    sums: list[Tensor] = field(default_factory=list)  # of absolute differences, 0-dimensional
+    largest: list[Tensor] = field(default_factory=list)
+    tokens: int = 0
+    is_measured: bool = True
+
+    def add(self, sampled: Tensor, trained: Tensor) -> None:
+        differences = (sampled - trained).abs()
+        self.sums.append(differences.sum())
+        self.largest.append(differences.max())
+        self.tokens += differences.numel()
+
+    def read(self) -> dict[str, float]:
+        """Returns the mean and the maximum since the last call."""
+        if not self.tokens:
+            return {}
+        numbers = {
+            "drift_mean": float(torch.stack(self.sums).sum()) / self.tokens,
+            "drift_max": float(torch.stack(self.largest).max()),
+        }
+        self.sums, self.largest, self.tokens = [], [], 0
+        return numbers
+
+
+def with_target(
+    example: Example,
+    advantage: float,
+    sampled: Sequence[float],
+    old: Sequence[float] | None = None,
+    reference: Sequence[float] | None = None,
+) -> Example:
+    """Returns a completion with what its loss needs: for each of its tokens, four columns of `Example.target`.
+
+    sampled: log-probabilities when it was sampled.    old: of the model before the first iteration; None: the current
+    ones.    reference: of the base model; None without a KL penalty.
+    """
+    missing = [np.nan] * len(sampled)
+    columns = [[advantage] * len(sampled), sampled, old or missing, reference or missing]
+    return replace(example, target=np.array(columns, dtype=np.float64).T)  # (tokens, 4)
+
+
+@dataclass(frozen=True, eq=False)
+class GRPO(Task):
+    """Makes completions with a higher reward than others of their group more likely.
+
+    loss: grpo, dr_grpo, dapo or rloo.    beta: of the KL penalty; 0: none.
+    epsilon, epsilon_high: bounds of the probability ratio, 1 - epsilon and 1 + epsilon_high.
+    temperature: of sampling; log-probabilities are those at this temperature.
+    """
+
+    loss: str = "grpo"
+    beta: float = 0.0
+    epsilon: float = 0.2
+    epsilon_high: float = 0.2
+    temperature: float = 1.0
+    max_completion_length: int = 256
+    drift: Drift = field(default_factory=Drift)
+    score_names: tuple[str, ...] = ()
+
+    loss_unit = PER_COMPLETION
+    has_one_loss = True
+
+    @property
+    def description(self) -> str:
+        penalty = f", beta {self.beta:g}" if self.beta else ""
+        return f"rewards of sampled completions, loss {self.loss}{penalty}"
+
+    def divisor(self, example: Example) -> float:
+        return float(example.supervised) if self.loss == "dapo" else 1.0
+
+    def make_batch(self, examples: Sequence[Example], layout: BatchLayout) -> Batch:
+        batch = CAUSAL_LM.make_batch(examples, layout)
+        targets = np.concatenate([_target(example) for example in examples])  # (tokens, 4)
+        lengths = np.bincount(batch.owners, minlength=len(examples))
+        extras = {
+            "sequences": torch.from_numpy(batch.owners),
+            "lengths": torch.from_numpy(lengths),
+            "columns": torch.from_numpy(targets.T.copy()).float(),  # (4, tokens)
+        }
+        return replace(batch, owners=np.arange(len(examples)), extras=extras, temperature=self.temperature)
+
+    def outputs(self, model: nn.Module, batch: Batch, layout: BatchLayout) -> Outputs:
+        log_p = -FORMS[layout.loss](model, batch)  # (tokens,)
+        lengths, sequences = batch.extras["lengths"], batch.extras["sequences"]
+        advantages, sampled, old, reference = batch.extras["columns"].to(log_p)
+        current = log_p.detach()
+        if torch.is_grad_enabled() and self.drift.is_measured:
+            self.drift.add(sampled, current)
+        log_ratios = log_p - torch.where(old.isnan(), current, old)
+
+        def sums(values: Tensor) -> Tensor:
+            """(tokens,) -> (sequences,)."""
+            return values.new_zeros(len(lengths)).index_add(0, sequences, values)
+
+        if self.loss == "rloo":
+            of_sequences = sums(advantages) / lengths
+            return Outputs(self._clipped(sums(log_ratios), of_sequences))
+        losses = self._clipped(log_ratios, advantages)
+        if self.beta:
+            to_reference = reference - log_p
+            penalties = to_reference.exp() - to_reference - 1  # arXiv:2402.03300, eq. 4
+            losses = losses + self.beta * log_ratios.exp() * penalties  # unbiased: arXiv:2512.02556, section 3.1
+        divisors = {"grpo": lengths, "dr_grpo": torch.tensor(self.max_completion_length), "dapo": torch.tensor(1)}
+        return Outputs(sums(losses) / divisors[self.loss].to(losses.device))
+
+    def _clipped(self, log_ratios: Tensor, advantages: Tensor) -> Tensor:
+        ratios = log_ratios.exp()
+        clipped = ratios.clamp(1 - self.epsilon, 1 + self.epsilon_high)
+        return -torch.min(ratios * advantages, clipped * advantages)
+
+    def metrics(self) -> dict[str, float]:
+        return self.drift.read()
+
+    def start_of(self, example: Example, tokens: int, *, supervised: bool = True) -> Example:
+        start = Example.of_text(example.input_ids[:tokens], supervised)
+        return with_target(start, 1.0, [0.0] * start.supervised)
+
+
+def _target(example: Example) -> npt.NDArray[np.float64]:
+    assert example.target is not None
+    return example.target

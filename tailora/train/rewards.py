@@ -1,0 +1,315 @@
+"""Reward functions: `reward(prompts, completions, **columns) -> list[float | None]`, with TRL's signature.
+
+    rewards.py:score          the function `score` of a file
+    exact_match               1 if the completion is the row's answer
+    regex:PATTERN             1 if the pattern matches the whole completion
+    json_schema:FILE          1 if the completion is JSON of this schema
+    max_length:CHARACTERS     1 if the completion is not longer
+    math                      1 if the completion and the row's answer are the same number or formula (math-verify)
+
+    REWARD=WEIGHT             multiplies its rewards
+
+All functions run in one separate process, because a function that hangs can only be ended with its process.
+"""
+
+import importlib.util
+import inspect
+import json
+import math
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import regex
+
+from tailora.data.messages import short_repr
+from tailora.errors import ConfigError, DataError, nearest, require_packages
+
+RewardFunction = Callable[..., Sequence[float | None]]
+ANSWER = "answer"  # the column that exact_match and math compare with
+
+
+@dataclass(frozen=True)
+class Reward:
+    """source: how --reward names it.    weight: of its rewards in the sum."""
+
+    source: str
+    weight: float = 1.0
+
+    @property
+    def name(self) -> str:
+        path, colon, function = self.source.rpartition(":")
+        return function if colon and path.endswith(".py") else self.source
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion and the row that it belongs to. prompt, text: as the reward functions get them."""
+
+    prompt: Any
+    text: Any
+    ids: list[int]
+    columns: Mapping[str, Any]
+
+
+def parse_rewards(values: Sequence[str]) -> list[Reward]:
+    """Returns the rewards in texts like `rewards.py:score=0.5`. Raises ConfigError."""
+    rewards = []
+    for value in values:
+        source, equals, number = value.rpartition("=")
+        try:
+            weight = float(number) if equals else 1.0
+        except ValueError:
+            source, weight = value, 1.0
+        if not math.isfinite(weight) or weight == 0:
+            raise ConfigError(f"--reward {value}: expected a weight other than 0, got {number}")
+        rewards.append(Reward(source if equals else value, weight))
+    names = [reward.name for reward in rewards]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"--reward: {', '.join(repeated)} appears twice; use each reward once")
+    return rewards
+
+
+# ---- Functions
+
+
+def load_reward(reward: Reward) -> RewardFunction:
+    """Returns the function of a reward. Raises ConfigError if there is none."""
+    kind, colon, argument = reward.source.partition(":")
+    if kind in BUILT_IN and bool(colon) == (kind in WITH_ARGUMENT):
+        return BUILT_IN[kind](argument)
+    path, colon, name = reward.source.rpartition(":")
+    if not colon or not path.endswith(".py"):
+        known = [*BUILT_IN, "FILE.py:FUNCTION"]
+        raise ConfigError(f"unknown --reward {reward.source!r}{nearest(kind, BUILT_IN)}; use one of {', '.join(known)}")
+    spec = importlib.util.spec_from_file_location("reward_functions", path)
+    assert spec is not None  # of every file with this suffix
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except FileNotFoundError:
+        raise ConfigError(f"--reward {reward.source}: no such file: {path}") from None
+    except Exception as error:  # noqa: BLE001  # whatever the user's code raises
+        raise ConfigError(f"--reward {reward.source}: {path} cannot be imported: {_last_line(error)}") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        names = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise ConfigError(f"--reward {reward.source}: {path} has no function {name!r}{nearest(name, names)}")
+    result: RewardFunction = function
+    return result
+
+
+def text_of_completion(completion: Any) -> str:
+    """Returns the text of a completion, which is a list with one message if the prompt has messages."""
+    return completion if isinstance(completion, str) else str(completion[0]["content"])
+
+
+def _score_texts(score: Callable[[str], bool]) -> RewardFunction:
+    def function(completions: Sequence[Any], **_: Any) -> list[float | None]:
+        return [float(score(text_of_completion(completion))) for completion in completions]
+
+    return function
+
+
+def _exact_match(_: str) -> RewardFunction:
+    def exact_match(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
+        pairs = zip(completions, answer, strict=True)
+        return [float(text_of_completion(text).strip() == str(right).strip()) for text, right in pairs]
+
+    return exact_match
+
+
+def _regex(pattern: str) -> RewardFunction:
+    try:
+        compiled = regex.compile(pattern, regex.DOTALL)
+    except regex.error as error:
+        raise ConfigError(f"--reward regex:{pattern}: {error}") from None
+    return _score_texts(lambda text: compiled.fullmatch(text.strip(), timeout=1.0) is not None)
+
+
+def _json_schema(path: str) -> RewardFunction:
+    require_packages("jsonschema", extra="rewards")
+    import jsonschema
+
+    try:
+        validator = jsonschema.validators.validator_for(schema := json.loads(Path(path).read_text("utf-8")))(schema)
+        validator.check_schema(schema)
+    except (OSError, ValueError, jsonschema.SchemaError) as error:
+        raise ConfigError(f"--reward json_schema:{path}: {error}") from None
+
+    def is_valid(text: str) -> bool:
+        with suppress(ValueError, RecursionError):
+            return bool(validator.is_valid(json.loads(text)))
+        return False
+
+    return _score_texts(is_valid)
+
+
+def _max_length(limit: str) -> RewardFunction:
+    if not limit.isdecimal():
+        raise ConfigError(f"--reward max_length:{limit}: expected a number of characters")
+    return _score_texts(lambda text: len(text) <= int(limit))
+
+
+def _math(_: str) -> RewardFunction:
+    require_packages("math_verify", extra="rewards")
+    from math_verify import parse, verify
+
+    def math_reward(completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float | None]:
+        # its time limits use signals, which only work in the main thread; the whole call has one
+        options = {"parsing_timeout": None}
+        pairs = [
+            (parse(str(right), **options), parse(text_of_completion(text), **options))
+            for text, right in zip(completions, answer, strict=True)
+        ]
+        return [float(verify(right, given, timeout_seconds=None)) for right, given in pairs]
+
+    return math_reward
+
+
+BUILT_IN: dict[str, Callable[[str], RewardFunction]] = {
+    "exact_match": _exact_match,
+    "regex": _regex,
+    "json_schema": _json_schema,
+    "max_length": _max_length,
+    "math": _math,
+}
+WITH_ARGUMENT = ("regex", "json_schema", "max_length")
+
+
+# ---- The process that runs them
+
+
+class RewardError(DataError):
+    """A reward function failed: its name, a prompt and a completion are in the message."""
+
+
+class RewardProcess:
+    """Runs reward functions with a time limit. Use it as a context manager. seconds: limit for one call."""
+
+    def __init__(self, rewards: Sequence[Reward], seconds: float) -> None:
+        self.rewards, self.seconds = rewards, seconds
+        self._connection: Connection[Any, Any]
+        self._process: subprocess.Popen[bytes]
+
+    def __enter__(self) -> "RewardProcess":
+        self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._connection.close()
+
+    def _start(self) -> None:
+        self._connection, other = Pipe()
+        command = [sys.executable, "-m", "tailora.train.rewards", str(other.fileno())]
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[other.fileno()])
+        other.close()
+        self._connection.send(self.rewards)
+        try:
+            problem = self._connection.recv()
+        except EOFError:
+            problem = f"the process for reward functions ended with exit code {self._process.wait()}"
+        if problem is not None:
+            self.__exit__()
+            raise ConfigError(problem)
+
+    def score(self, completions: Sequence[Completion]) -> npt.NDArray[np.float64]:
+        """Returns (completions, rewards), NaN where a function returns None. Raises RewardError."""
+        scores = np.empty((len(completions), len(self.rewards)))
+        for column, reward in enumerate(self.rewards):
+            values = self._call(column, reward, completions)
+            if isinstance(values, str) and len(completions) > 1:  # find the completion that it fails on
+                for completion in completions:
+                    if isinstance(problem := self._call(column, reward, [completion]), str):
+                        raise _failed(reward, completion, problem)
+            if isinstance(values, str):
+                raise _failed(reward, completions[0], values)
+            if len(values) != len(completions):
+                expected = f"expected {len(completions)} rewards, one for each completion, got {len(values)}"
+                raise _failed(reward, completions[0], expected)
+            for row, value in enumerate(values):
+                if value is not None and (type(value) not in (int, float, bool) or not math.isfinite(value)):
+                    raise _failed(reward, completions[row], f"expected a finite number or None, got {value!r}")
+                scores[row, column] = math.nan if value is None else value
+        return scores
+
+    def _call(self, column: int, reward: Reward, completions: Sequence[Completion]) -> Any:
+        """Returns what the function returns, or text with its error."""
+        self._connection.send((column, completions))
+        try:
+            if self._connection.poll(self.seconds):
+                return self._connection.recv()
+            problem = f"it did not return within {self.seconds:g} seconds; use a higher --reward-seconds"
+        except EOFError:
+            problem = f"its process ended with exit code {self._process.wait()}"
+        self.__exit__()
+        self._start()
+        raise _failed(reward, completions[0], problem)
+
+
+def _failed(reward: Reward, completion: Completion, problem: str) -> RewardError:
+    return RewardError(
+        f"reward {reward.source}: {problem}\n  prompt: {short_repr(completion.prompt)}\n  completion: "
+        f"{short_repr(completion.text)}"
+    )
+
+
+def _serve(connection: "Connection[Any, Any]") -> None:
+    """Runs in the separate process until it is killed, or the other end is closed."""
+    try:
+        functions = [load_reward(reward) for reward in connection.recv()]
+    except ConfigError as error:
+        connection.send(str(error))
+        return
+    connection.send(None)
+    while True:
+        try:
+            column, completions = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send([_plain(value) for value in _values(functions[column], completions)])
+        except Exception as error:  # noqa: BLE001  # whatever the user's code raises
+            connection.send(_last_line(error))
+
+
+def _values(function: RewardFunction, completions: Sequence[Completion]) -> Sequence[Any]:
+    """Calls a function with the columns of the rows that it accepts."""
+    names = dict.fromkeys(name for completion in completions for name in completion.columns)
+    arguments: dict[str, Any] = {
+        "prompts": [completion.prompt for completion in completions],
+        "completions": [completion.text for completion in completions],
+        "completion_ids": [completion.ids for completion in completions],
+        **{name: [completion.columns.get(name) for completion in completions] for name in names},
+    }
+    parameters = inspect.signature(function).parameters
+    if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
+        arguments = {name: value for name, value in arguments.items() if name in parameters}
+    return function(**arguments)
+
+
+def _plain(value: Any) -> Any:
+    """Returns numbers of numpy and torch as Python's."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _last_line(error: Exception) -> str:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
+
+
+if __name__ == "__main__":
+    from tailora.train import rewards  # so that its classes are pickled, not the same ones of __main__
+
+    rewards._serve(Connection(int(sys.argv[1])))

@@ -1,0 +1,134 @@
+"""Reward functions: TRL's signature, the built-in ones, and every way in which a function can fail."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tailora.errors import ConfigError
+from tailora.train.rewards import Completion, Reward, RewardError, RewardProcess, load_reward, parse_rewards
+
+FILE = """
+import time
+
+def score(prompts, completions, answer, **kwargs):
+    return [float(answer_ in text) if text else None for text, answer_ in zip(completions, answer)]
+
+def of_messages(completions, **kwargs):
+    return [len(messages[0]["content"]) for messages in completions]
+
+def without_kwargs(completions):
+    return [1] * len(completions)
+
+def raises(completions, **kwargs):
+    return [1 / (text != "bad") for text in completions]
+
+def nan(completions, **kwargs):
+    return [float("nan") if text == "bad" else 1.0 for text in completions]
+
+def few(completions, **kwargs):
+    return [1.0]
+
+def hangs(completions, **kwargs):
+    time.sleep(60)
+
+def dies(completions, **kwargs):
+    import os
+    os._exit(3)
+"""
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rewards") / "rewards.py"
+    path.write_text(FILE)
+    return path
+
+
+def completions(*texts: Any, answer: str = "7") -> list[Completion]:
+    return [Completion("How many?", text, [1, 2], {"answer": answer}) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("name", "texts", "expected"),
+    [
+        ("score", ["It is 7.", "8", ""], [1.0, 0.0, np.nan]),
+        ("of_messages", [[{"role": "assistant", "content": "four"}]], [4.0]),
+        ("without_kwargs", ["a", "b"], [1.0, 1.0]),
+    ],
+)
+def test_a_function_gets_what_trl_passes(file: Path, name: str, texts: list[Any], expected: list[float]) -> None:
+    with RewardProcess([Reward(f"{file}:{name}")], seconds=30) as process:
+        np.testing.assert_equal(process.score(completions(*texts))[:, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem", "completion"),
+    [
+        ("raises", "ZeroDivisionError: division by zero (rewards.py, line 14)", "bad"),
+        ("nan", "expected a finite number or None, got nan", "bad"),
+        ("few", "expected 2 rewards, one for each completion, got 1", "good"),
+        ("hangs", "it did not return within 1 seconds; use a higher --reward-seconds", "good"),
+        ("dies", "its process ended with exit code 3", "good"),
+        ("score", "TypeError", "good"),
+    ],
+)
+def test_a_failure_names_the_function_and_the_completion(file: Path, name: str, problem: str, completion: str) -> None:
+    rows = [Completion("How many?", text, [1], {"answer": 7 if name == "score" else "7"}) for text in ("good", "bad")]
+    with RewardProcess([Reward(f"{file}:{name}")], seconds=1) as process, pytest.raises(RewardError) as raised:
+        process.score(rows)
+    assert f"reward {file}:{name}: {problem}" in str(raised.value)
+    assert f"completion: '{completion}'" in str(raised.value)
+
+
+def test_after_a_failure_the_process_goes_on(file: Path) -> None:
+    rewards = [Reward(f"{file}:without_kwargs"), Reward(f"{file}:hangs")]
+    with RewardProcess(rewards, seconds=1) as process:
+        with pytest.raises(RewardError, match="did not return"):
+            process.score(completions("a"))
+        process.rewards = rewards[:1]
+        assert process.score(completions("a")) == 1
+
+
+def test_built_in_rewards(tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps({"type": "object", "required": ["a"]}))
+    for source, right, wrong in [
+        ("exact_match", " 7\n", "7."),
+        (r"regex:\d+", "42", "42 apples"),
+        (f"json_schema:{schema}", '{"a": 1}', '{"b": 1}'),
+        ("max_length:3", "abc", "abcd"),
+    ]:
+        function = load_reward(Reward(source))
+        assert function(completions=[right, wrong], answer=["7", "7"]) == [1.0, 0.0], source
+
+
+def test_weights_and_names() -> None:
+    rewards = parse_rewards(["rewards.py:score=0.5", "exact_match", r"regex:a=b"])
+    assert [(reward.name, reward.weight) for reward in rewards] == [
+        ("score", 0.5),
+        ("exact_match", 1.0),
+        ("regex:a=b", 1.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("exact", "unknown --reward 'exact'; did you mean exact_match?"),
+        ("missing.py:score", "no such file: missing.py"),
+        ("regex:(", "missing )"),
+        ("max_length:many", "expected a number of characters"),
+    ],
+)
+def test_a_reward_that_does_not_exist_is_refused(source: str, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_reward(Reward(source))
+    assert message in str(raised.value)
+
+
+def test_an_unknown_function_is_named_when_the_process_starts(file: Path) -> None:
+    with pytest.raises(ConfigError, match="has no function 'scores'"), RewardProcess([Reward(f"{file}:scores")], 1):
+        pass

@@ -1,0 +1,141 @@
+"""Reinforcement learning runs: sampled from the model in training, scored, resumed, and judged."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tailora.errors import ConfigError, DataError
+from tailora.train.grpo import advantages_of
+from tailora.train.rewards import RewardError
+from tailora.train.trainer import Trainer, run
+
+REWARDS = """
+def ones(completions, answer, **kwargs):
+    return [text.count("1") / max(len(text), 1) for text in completions]
+
+def constant(completions, **kwargs):
+    return [1.0] * len(completions)
+
+def fails(completions, **kwargs):
+    raise ValueError("no")
+"""
+
+
+@pytest.fixture
+def grpo(settings: Any, tmp_path: Path) -> Any:
+    """Makes settings of a run whose completions should consist of the letter 1."""
+    rewards, data = tmp_path / "rewards.py", tmp_path / "prompts.jsonl"
+    rewards.write_text(REWARDS)
+    data.write_text("".join(json.dumps({"prompt": f"Count to {i}.", "answer": str(i)}) + "\n" for i in range(20)))
+
+    def make(**changes: Any) -> Any:
+        defaults = {
+            "task": "grpo",
+            "data": str(data),
+            "reward": [f"{rewards}:ones"],
+            "max_completion_length": 12,
+            "num_generations": 4,
+            "max_steps": 4,
+            "samples": 0,
+        }
+        return settings(**{**defaults, **changes})
+
+    return make
+
+
+def metrics(folder: str) -> list[dict[str, float]]:
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [values for values in map(json.loads, lines) if "loss" in values]
+
+
+def test_the_reward_rises_and_sampling_agrees_with_training(grpo: Any) -> None:
+    config = grpo(max_steps=12, learning_rate=2e-2, temperature=0.9)
+    result = run(config)
+    assert result.eval_loss_before is not None
+    assert result.eval_loss_after is not None
+    assert -result.eval_loss_after > -result.eval_loss_before + 0.1
+    steps = metrics(config.output_dir)
+    assert len(steps) == 12
+    assert all(0 < step["drift_mean"] < 1e-4 for step in steps)  # nats
+
+
+def test_a_resumed_run_gives_the_same_bytes(grpo: Any, tmp_path: Path) -> None:
+    shared = {"save_steps": 2, "num_iterations": 2, "beta": 0.01}
+    whole, parts = (
+        grpo(output_dir=str(tmp_path / "whole"), **shared),
+        grpo(output_dir=str(tmp_path / "parts"), **shared),
+    )
+    run(whole)
+    run(parts.replaced(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2")))
+    adapters = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "parts")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def test_groups_with_equal_rewards_are_counted_and_train_nothing(grpo: Any) -> None:
+    config = grpo(reward=[grpo().reward[0].replace("ones", "constant")], max_steps=1, eval_reward=grpo().reward)
+    trainer = Trainer(config)
+    before = {}
+
+    def keep(model: Any, *_: Any) -> None:
+        before.update({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+
+    trainer.on_ready = keep
+    result = trainer.train()
+    (step,) = metrics(config.output_dir)
+    assert step["equal_groups"] == 1
+    assert step["reward/ones"] >= 0
+    assert all((p == before[name]).all() for name, p in result.model.named_parameters() if name in before)
+
+
+def test_a_failing_reward_ends_the_run_with_its_name(grpo: Any) -> None:
+    config = grpo(reward=[grpo().reward[0].replace("ones", "fails")])
+    with pytest.raises(RewardError, match=r"fails: ValueError: no \(rewards.py, line 9\)\n  prompt: 'Count to"):
+        run(config)
+
+
+def test_advantages() -> None:
+    rewards = np.array([[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0], [3.0, np.nan, 1.0, 2.0]])
+    std = np.std([1, 0, 0, 1], ddof=1)
+    expected = np.array([0.5, -0.5, -0.5, 0.5])
+    np.testing.assert_allclose(advantages_of(rewards, "grpo")[0], expected / (std + 1e-4))
+    np.testing.assert_array_equal(advantages_of(rewards, "grpo", "none")[2], [1, 0, -1, 0])
+    np.testing.assert_allclose(advantages_of(rewards, "rloo")[0], [2 / 3, -2 / 3, -2 / 3, 2 / 3])
+    np.testing.assert_allclose(advantages_of(rewards, "rloo")[2], [1.5, 0, -1.5, 0])
+    for loss in ("grpo", "rloo"):
+        np.testing.assert_array_equal(advantages_of(rewards, loss)[1], 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reward": []}, "--task grpo needs a --reward, such as --reward rewards.py:score"),
+        ({"loss": "dpo"}, "--task grpo does not support --loss dpo; use one of grpo, dr_grpo, dapo, rloo"),
+        ({"loss": "rloo", "beta": 0.1}, "--loss rloo does not support --beta"),
+        ({"num_iterations": 2, "save_steps": 3}, "--save-steps 3 must be a multiple of --num-iterations 2"),
+        ({"task": "auto"}, "reward"),
+        ({"fsdp": True}, "fsdp"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(grpo: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        grpo(**changes)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "a"}, "expected a prompt or messages, got the keys text"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "expected a prompt, but it ends with a reply"),
+        ({"prompt": "a" * 2000}, "tokens; expected 1 to 1,024"),
+    ],
+)
+def test_rows_that_are_no_prompts_are_refused(grpo: Any, row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    file = tmp_path / "wrong.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=re.escape(message)) as raised:
+        run(grpo(data=str(file), validation_split=0))
+    assert "wrong.jsonl:1" in str(raised.value)
