@@ -66,7 +66,7 @@ def test_losses_are_those_of_their_papers(loss: str) -> None:
         examples.append(with_target(example, advantage, old, old, reference))
     task = GRPO(loss, 0.0 if loss == "rloo" else BETA, LOW, HIGH, max_completion_length=LONGEST)
     losses = task.outputs(model, make_batch(examples, layout, model.device, task), layout).losses
-    value = float(losses.sum()) / sum(map(task.divisor, examples))
+    value = losses.sum().item() / sum(map(task.divisor, examples))
     assert value == pytest.approx(expected(loss, completions), rel=1e-5)
 
 
